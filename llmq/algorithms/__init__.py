@@ -1,0 +1,74 @@
+"""The stages, one file each, found by file name.
+
+A stage is pure: it gets tensors and statistics and returns tensors.  It never sees a model, a file or a name.
+
+    rounding     round_weight(weight, stats, scheme, options) -> Rounding      rtn.py clip.py gptq.py
+    transform    channel_scales(stats, tied, loss) -> Tensor | None                   awq.py
+    refinement   (the slot is there; its first stages come with the accuracy work)
+
+`llmq.config.METHODS` says which stages make up a method.
+"""
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from llmq.config import Scheme
+from llmq.quantized import QuantizedTensor
+from llmq.stats import InputStats
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a stage may be told: the dtype that scales are stored in, and the choices of a run."""
+
+    scale_dtype: torch.dtype = torch.float32
+    order: str = "activation"
+    scales: str = "searched"
+    damping: float = 0.01
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """A rounded weight; `damping` that was needed (None: no factorisation), and what a user should be told."""
+
+    quantized: QuantizedTensor
+    damping: float | None = None
+    notes: tuple[str, ...] = ()
+
+    def rows(self, start: int, stop: int) -> "Rounding":
+        """The out_features from `start` to `stop`: one of several weights that were solved together."""
+        return dataclasses.replace(self, quantized=self.quantized.rows(start, stop))
+
+
+class RoundingStage(Protocol):
+    def round_weight(self, weight: Tensor, stats: InputStats | None, scheme: Scheme, options: Options) -> Rounding:
+        """Round `weight` (N, K) float32; rows are independent, so weights that share inputs are stacked."""
+
+
+class TransformStage(Protocol):
+    def channel_scales(self, stats: InputStats, tied: Tensor, loss: Callable[[Tensor], float]) -> Tensor | None:
+        """Scales (K,) for the columns of the weights that see these inputs, or None where none helps.
+
+        Columns with the same number in `tied` (K,) int64 must share their scale; -1 means: leave it at 1.
+        `loss(scales)` is the squared error of the block's output once those weights are scaled and rounded.
+        """
+
+
+def rounding(name: str) -> RoundingStage:
+    return cast(RoundingStage, importlib.import_module(f"llmq.algorithms.{name}"))
+
+
+def transform(name: str) -> TransformStage:
+    return cast(TransformStage, importlib.import_module(f"llmq.algorithms.{name}"))
+
+
+def output_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> Tensor:
+    """(N,) float32: each row's  (w - ŵ) H (w - ŵ)ᵀ, the mean squared change of its output; all float32."""
+    difference = weight - rounded  # (N, K)
+    return (difference @ hessian).mul_(difference).sum(1)

@@ -1,0 +1,54 @@
+"""The command line: one file a command, each thin.
+
+stdout carries the result and nothing else; progress and messages go to stderr.  torch and transformers are imported
+inside the commands, so that `llmq --help` is instant.
+"""
+
+import sys
+
+import typer
+
+from llmq._version import __version__
+from llmq.cli import evaluate, generate, inspect, quantize
+from llmq.errors import LlmqError
+
+app = typer.Typer(
+    name="llmq",
+    help="4-bit language models from Hugging Face checkpoints: quantize, measure, run.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"llmq {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version and leave."
+    ),
+) -> None:
+    pass
+
+
+app.command("quantize")(quantize.command)
+app.command("eval")(evaluate.command)
+app.command("generate")(generate.command)
+app.command("inspect")(inspect.command)
+
+
+def main() -> None:
+    """Run the command line; leaves with the exit code of the error, if there is one (see llmq/errors.py)."""
+    try:
+        app()
+    except LlmqError as error:
+        from llmq.cli.terminal import print_error
+
+        print_error(error)
+        sys.exit(error.exit_code)

@@ -1,0 +1,55 @@
+"""`llmq generate PATH --prompt …`"""
+
+import time
+from typing import Annotated, Any
+
+from typer import Option
+
+from llmq.cli import options
+from llmq.cli.terminal import messages, quiet_transformers
+
+
+def command(
+    path: options.Path_,
+    prompt: Annotated[str, Option("--prompt", "-p", help="What to continue, or to answer.")],
+    max_tokens: Annotated[int, Option("--max-tokens", help="The most tokens to write.")] = 128,
+    temperature: Annotated[float, Option("--temperature", help="0 takes the likeliest token each time.")] = 0.0,
+    seed: Annotated[int, Option("--seed", help="For temperatures above 0.")] = 0,
+    raw: Annotated[bool, Option("--raw", help="Leave out the chat template that the model has.")] = False,
+    device: options.Device = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Let a model, quantized or not, write text; it appears as it is made.
+
+    A model with a chat template is asked as a chat, unless --raw is given.
+
+    Example:  llmq generate out/ --prompt "def fibonacci(n):" --raw
+    """
+    import torch
+    from transformers import TextStreamer
+
+    from llmq.runtime.load import load
+
+    quiet_transformers()
+    model, tokenizer = load(path, device=device, trust_remote_code=trust_remote_code)
+    inputs = encode(tokenizer, prompt, raw=raw).to(model.device)
+    choice: dict[str, Any] = (
+        {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    )
+    torch.manual_seed(seed)
+    start = time.monotonic()
+    with torch.inference_mode():
+        output = model.generate(
+            **inputs, max_new_tokens=max_tokens, streamer=TextStreamer(tokenizer, skip_special_tokens=True), **choice
+        )
+    seconds = time.monotonic() - start
+    written = output.shape[1] - inputs["input_ids"].shape[1]
+    messages().print(f"{written} tokens in {seconds:.2f} s, {written / seconds:.1f} tokens per second")
+
+
+def encode(tokenizer: Any, prompt: str, *, raw: bool) -> Any:
+    """The prompt as `input_ids` and `attention_mask` (1, T), through the chat template where there is one."""
+    if tokenizer.chat_template is None or raw:
+        return tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    messages = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)

@@ -1,0 +1,35 @@
+"""`llmq inspect PATH`"""
+
+from typing import Any
+
+from llmq.cli import options
+from llmq.cli.terminal import megabytes, print_json, print_table
+
+
+def command(path: options.Path_, json: options.Json = False) -> None:
+    """Show what a checkpoint holds: layers, grids, sizes, and the errors that were recorded when it was made."""
+    from llmq.inspection import inspect
+
+    found = inspect(path)
+    if json:
+        print_json(found.to_dict())
+        return
+    rows = [
+        (
+            layer.name,
+            f"{layer.out_features} x {layer.in_features}",
+            layer.scheme or layer.dtype,
+            f"{layer.bits_per_weight:.3f}",
+            megabytes(layer.nbytes),
+            "-" if layer.error is None else f"{layer.error:.2%}",
+        )
+        for layer in found.layers
+    ]
+    print_table(str(path), ("weight", "shape", "stored as", "bits/weight", "size", "error"), rows)
+    summary: list[tuple[str, Any]] = [
+        ("format", found.format or "not quantized"),
+        ("size of weights", megabytes(found.file_bytes)),
+        ("bits per quantized weight", "-" if found.bits_per_weight is None else f"{found.bits_per_weight:.3f}"),
+        *((key, value) for key, value in found.provenance.items()),
+    ]
+    print_table("in all", ("", "value"), [(key, str(value)) for key, value in summary])

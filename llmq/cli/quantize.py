@@ -1,0 +1,121 @@
+"""`llmq quantize MODEL [OUT]`"""
+
+from typing import TYPE_CHECKING
+
+from llmq.cli import options
+from llmq.cli.terminal import megabytes, messages, print_json, print_notes, print_table, quiet_transformers, shown
+from llmq.config import QuantConfig, config_from, config_to, merged, read_toml
+from llmq.errors import Interrupted
+from llmq.report.record import OUTSIDE_THE_BLOCKS
+
+if TYPE_CHECKING:
+    from llmq.job import Job
+
+LAYERS_SHOWN = 6
+
+
+def command(
+    model: options.Model,
+    out: options.Out = None,
+    method: options.Method = None,
+    bits: options.Bits = None,
+    group_size: options.GroupSize = None,
+    symmetric: options.Symmetric = None,
+    format_: options.Format = None,
+    skip: options.Skip = None,
+    overrides: options.Overrides = None,
+    strict: options.Strict = None,
+    order: options.Order = None,
+    scales: options.Scales = None,
+    calibration: options.Calibration = None,
+    samples: options.Samples = None,
+    seqlen: options.Seqlen = None,
+    seed: options.Seed = None,
+    config: options.Config = None,
+    print_config: options.PrintConfig = False,
+    device: options.Device = "auto",
+    revision: options.Revision = None,
+    overwrite: options.Overwrite = False,
+    trust_remote_code: options.TrustRemoteCode = False,
+    dry_run: options.DryRun = False,
+    json: options.Json = False,
+) -> None:
+    """Quantize a model, block by block.
+
+    An interrupted run continues when the same command is given again.  Nothing appears in OUT before it is whole.
+
+    Example:  llmq quantize Qwen/Qwen3-8B --calibration text.jsonl
+    """
+    given = {
+        "method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric, "format": format_,
+        "skip": skip, "overrides": overrides, "strict": strict, "order": order, "scales": scales,
+        "calibration": calibration, "samples": samples, "seqlen": seqlen, "seed": seed,
+    }  # fmt: skip
+    settings = merged(config_from(read_toml(config)) if config else QuantConfig(), given)
+    if print_config:
+        import tomli_w
+
+        print(tomli_w.dumps(config_to(settings)), end="")
+        return
+    from llmq.job import Job
+
+    quiet_transformers()
+    job = Job(
+        model, out, settings, device=device, revision=revision, overwrite=overwrite, trust_remote_code=trust_remote_code
+    )
+    if dry_run:
+        _print_plan(job, as_json=json)
+        return
+    try:
+        for _ in shown(job.run(), job.blocks):
+            pass
+    except KeyboardInterrupt:
+        hint = "give the same command again: it continues after the last finished block"
+        raise Interrupted("interrupted", hint=hint) from None
+    _print_result(job, as_json=json)
+
+
+def _print_plan(job: "Job", *, as_json: bool) -> None:
+    plans = job.plans.values()
+    if as_json:
+        layers = [{"name": p.name, "shape": [p.out_features, p.in_features], "scheme": p.scheme and str(p.scheme),
+                   "reason": p.reason} for p in plans]  # fmt: skip
+        print_json({"output": str(job.out), "bytes": job.expected_bytes, "layers": layers, "left": job.report.left})
+        return
+    rows = [(p.name, f"{p.out_features} x {p.in_features}", str(p.scheme or "-"), p.reason) for p in plans]
+    print_table(f"{job.report.source} would become {job.out}", ("layer", "shape", "grid", "remark"), rows)
+    outside = [name for name in job.report.left if name not in {plan.name for plan in plans}]
+    print(f"left as they are: {', '.join(outside) or 'nothing else'}")
+    print(f"about {megabytes(job.expected_bytes)} of weights, {megabytes(job.report.original_bytes)} before")
+
+
+def _print_result(job: "Job", *, as_json: bool) -> None:
+    report = job.report
+    print_notes([*report.notes, *(note for block in report.blocks for note in block.notes), *_layer_notes(job)])
+    messages().print(f"[bold green]done[/] in {report.seconds:.1f} s: {job.out}", soft_wrap=True)
+    if as_json:
+        print_json(report.to_dict())
+        return
+    worst = sorted(report.layers, key=lambda layer: -layer.error)[:LAYERS_SHOWN]
+    rows = [(layer.name, layer.scheme, f"{layer.error:.2%}", f"{layer.signal_to_noise:.1f} dB") for layer in worst]
+    print_table("the layers that lost most", ("layer", "grid", "error", "signal to noise"), rows)
+    summary = [
+        ("layers quantized", str(len(report.layers))),
+        ("bits per weight, with scales", f"{report.bits_per_weight:.3f}"),
+        ("size of weights", f"{megabytes(report.original_bytes)} → {megabytes(report.file_bytes)}"),
+        ("time", f"{report.seconds:.1f} s"),
+        ("peak memory", megabytes(report.peak_memory_bytes)),
+        ("output", str(job.out)),
+    ]
+    print_table("result", ("", "value"), summary)
+
+
+def _layer_notes(job: "Job") -> list[str]:
+    """What happened to single layers, one line for all that it happened to."""
+    told = [(f"left as it is, {why}", name) for name, why in job.report.left.items() if why != OUTSIDE_THE_BLOCKS]
+    told += [(plan.reason, plan.name) for plan in job.plans.values() if plan.scheme and plan.reason]
+    told += [(note, layer.name) for layer in job.report.layers for note in layer.notes]
+    names: dict[str, list[str]] = {}
+    for note, name in told:
+        names.setdefault(note, []).append(name)
+    return [f"{note}: {found[0]}{f' and {len(found) - 1} more' if found[1:] else ''}" for note, found in names.items()]

@@ -1,0 +1,281 @@
+"""What to do: the grid of a weight, the method, and everything a run is asked for.
+
+One frozen `QuantConfig` is built from defaults, then a TOML file, then flags or Python arguments; it is what the
+pipeline gets, what `--print-config` writes, and what is stored beside the quantized weights.  Nothing here imports
+torch, so that `llmq --help` is instant.
+"""
+
+import dataclasses
+import fnmatch
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from llmq.errors import ConfigError
+
+GroupSize = int | Literal["channel", "tensor"]
+
+BITS = (2, 3, 4, 8)
+GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)  # 16 * 2**n: what packed layouts and kernels tile by
+ORDERS = ("activation", "natural")
+SCALES = ("searched", "minmax")
+FORMATS = ("compressed-tensors", "gptq", "awq")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """The affine grid of one weight: w = scale * (code - zero), codes in [0, 2**bits - 1].
+
+    `group_size` columns of a row share a scale; "channel" is one scale a row, "tensor" one for the whole weight.
+    A symmetric grid has the zero fixed at 2**(bits - 1), an asymmetric one has a zero for each group.
+    """
+
+    bits: int = 4
+    group_size: GroupSize = 128
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise ConfigError(f"bits is {self.bits!r}, expected one of {_listed(BITS)}", hint="4 is the usual choice")
+        if self.group_size not in (*GROUP_SIZES, "channel", "tensor"):
+            raise ConfigError(
+                f"group size is {self.group_size!r}, which is no legal one",
+                hint=f"use one of {_listed(GROUP_SIZES)}, channel (one scale a row) or tensor (one scale in all)",
+            )
+
+    @property
+    def levels(self) -> int:
+        """The largest code, 2**bits - 1."""
+        return (1 << self.bits) - 1
+
+    @property
+    def middle(self) -> int:
+        """The zero of a symmetric grid, 2**(bits - 1)."""
+        return 1 << (self.bits - 1)
+
+    def columns_per_group(self, in_features: int) -> int:
+        """How many input columns share a scale in a weight with this many."""
+        return self.group_size if isinstance(self.group_size, int) else in_features
+
+    def __str__(self) -> str:
+        grouping = f"g{self.group_size}" if isinstance(self.group_size, int) else self.group_size
+        return f"int{self.bits} {grouping} {'symmetric' if self.symmetric else 'asymmetric'}"
+
+
+@dataclass(frozen=True)
+class Override:
+    """A grid for the modules whose name matches `pattern`; None keeps what the run asks for elsewhere."""
+
+    pattern: str
+    bits: int | None = None
+    group_size: GroupSize | None = None
+    symmetric: bool | None = None
+
+    def applied_to(self, scheme: Scheme) -> Scheme:
+        fields = {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
+        return dataclasses.replace(scheme, **{k: v for k, v in fields.items() if v is not None})  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Which text the model reads while it is watched: `samples` windows of `seqlen` tokens."""
+
+    sources: tuple[str, ...] = ()
+    samples: int = 128
+    seqlen: int = 2048
+
+
+@dataclass(frozen=True)
+class Method:
+    """A quantization method as its stages; each names a file in `llmq/algorithms/`.
+
+    `transforms` rewrite the float block into an equal one that rounds better, `rounding` turns weights into codes,
+    `refinements` lower the loss of the codes.  See docs/ARCHITECTURE.md.
+    """
+
+    rounding: str
+    transforms: tuple[str, ...] = ()
+    refinements: tuple[str, ...] = ()
+    needs_calibration: bool = True
+
+
+METHODS: Mapping[str, Method] = {
+    "rtn": Method(rounding="rtn", needs_calibration=False),
+    "gptq": Method(rounding="gptq"),
+    "awq": Method(transforms=("awq",), rounding="clip"),
+}
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """One run: the same object from flags, from TOML and from Python."""
+
+    method: str = "gptq"
+    scheme: Scheme = Scheme()
+    format: str = "compressed-tensors"
+    calibration: Calibration = Calibration()
+    order: str = "activation"
+    scales: str = "searched"
+    damping: float = 0.01
+    skip: tuple[str, ...] = ()
+    overrides: tuple[Override, ...] = ()
+    strict: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field, allowed in (("method", METHODS), ("format", FORMATS), ("order", ORDERS), ("scales", SCALES)):
+            value = getattr(self, field)
+            if value not in allowed:
+                raise ConfigError(f"{field} is {value!r}, expected one of {_listed(allowed)}")
+        if not 0 < self.damping < 1:
+            raise ConfigError(
+                f"damping is {self.damping}, expected a fraction of the Hessian's mean diagonal, such as 0.01"
+            )
+        for field in ("samples", "seqlen"):
+            if getattr(self.calibration, field) < 1:
+                raise ConfigError(f"{field} is {getattr(self.calibration, field)}, expected at least 1")
+        for override in self.overrides:
+            override.applied_to(self.scheme)  # raises for a grid that does not exist
+
+    @property
+    def stages(self) -> Method:
+        return METHODS[self.method]
+
+    def scheme_for(self, module: str) -> Scheme | None:
+        """The grid asked for the module, or None where a skip pattern matches; the last matching override wins."""
+        if any(matches(pattern, module) for pattern in self.skip):
+            return None
+        scheme = self.scheme
+        for override in self.overrides:
+            if matches(override.pattern, module):
+                scheme = override.applied_to(scheme)
+        return scheme
+
+
+def matches(pattern: str, module: str) -> bool:
+    """Whether a module name (`model.layers.0.mlp.down_proj`) fits a glob, or a regular expression after `re:`.
+
+    A glob must cover the whole name or a tail of it that starts after a dot: `down_proj`, `layers.0.*`, `*.k_proj`.
+    """
+    if pattern.startswith("re:"):
+        return re.search(pattern[3:], module) is not None
+    return fnmatch.fnmatchcase(module, pattern) or fnmatch.fnmatchcase(module, f"*.{pattern}")
+
+
+def parse_group_size(text: str | int) -> GroupSize:
+    """`128`, `channel` or `tensor`, as flags and TOML spell them."""
+    if text in ("channel", "tensor"):
+        return text  # type: ignore[return-value]
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"group size is {text!r}, expected a number, channel or tensor") from None
+
+
+def parse_override(text: str) -> Override:
+    """`PATTERN:bits=8,group_size=32,symmetric=false` as the command line spells an override."""
+    pattern, separator, assignments = text.rpartition(":")
+    if not separator or not pattern or "=" not in assignments:
+        raise ConfigError(f"override {text!r} is not understood", hint="for example '*.down_proj:bits=8,group_size=32'")
+    fields: dict[str, Any] = {"pattern": pattern}
+    for assignment in assignments.split(","):
+        key, _, value = (part.strip() for part in assignment.partition("="))
+        fields[key] = {"true": True, "false": False}.get(value.lower(), value)
+    return _override_from(fields)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The settings of a `--config` file, in the shape that `config_from` takes."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error}") from None
+
+
+def config_from(settings: Mapping[str, Any]) -> QuantConfig:
+    """A `QuantConfig` from nested plain values; every unknown key is an error."""
+    known = {field.name for field in dataclasses.fields(QuantConfig)}
+    _refuse_unknown("setting", settings, known)
+    values = dict(settings)
+    if "scheme" in values:
+        scheme = dict(values["scheme"])
+        _refuse_unknown("key of [scheme]", scheme, {"bits", "group_size", "symmetric"})
+        if "group_size" in scheme:
+            scheme["group_size"] = parse_group_size(scheme["group_size"])
+        values["scheme"] = Scheme(**scheme)
+    if "calibration" in values:
+        calibration = dict(values["calibration"])
+        _refuse_unknown("key of [calibration]", calibration, {"sources", "samples", "seqlen"})
+        calibration["sources"] = tuple(calibration.get("sources", ()))
+        values["calibration"] = Calibration(**calibration)
+    if "overrides" in values:
+        values["overrides"] = tuple(_override_from(override) for override in values["overrides"])
+    if "skip" in values:
+        values["skip"] = tuple(values["skip"])
+    try:
+        return QuantConfig(**values)
+    except TypeError as error:
+        raise ConfigError(f"a setting has the wrong type: {error}") from None
+
+
+def config_to(config: QuantConfig) -> dict[str, Any]:
+    """The inverse of `config_from`: plain values that TOML and JSON can hold."""
+    settings = dataclasses.asdict(config)
+    settings["overrides"] = [{k: v for k, v in o.items() if v is not None} for o in settings["overrides"]]
+    settings["skip"] = list(config.skip)
+    settings["calibration"]["sources"] = list(config.calibration.sources)
+    return settings
+
+
+def merged(config: QuantConfig, settings: Mapping[str, Any]) -> QuantConfig:
+    """`config` with settings by their short names on top: those of the command line, `None` for not given.
+
+    `bits`, `group_size` and `symmetric` are the scheme's; `samples`, `seqlen` and `calibration` (the sources) those of
+    the calibration; `overrides` may be texts as in `parse_override`; the rest are fields of `QuantConfig`.
+    """
+    given = {key: value for key, value in settings.items() if value is not None}
+    values = config_to(config)
+    for part, keys in (("scheme", ("bits", "group_size", "symmetric")), ("calibration", ("samples", "seqlen"))):
+        values[part].update({key: given.pop(key) for key in keys if key in given})
+    if "calibration" in given:
+        sources = given.pop("calibration")
+        values["calibration"]["sources"] = (
+            [sources] if isinstance(sources, str) else [str(source) for source in sources]
+        )
+    if "overrides" in given:
+        texts = given.pop("overrides")
+        parsed = [parse_override(text) if isinstance(text, str) else text for text in texts]
+        given["overrides"] = [dataclasses.asdict(o) if isinstance(o, Override) else o for o in parsed]
+        for override in given["overrides"]:
+            for key in [key for key, value in override.items() if value is None]:
+                del override[key]
+    return config_from(values | given)
+
+
+def _override_from(fields: Mapping[str, Any]) -> Override:
+    _refuse_unknown("key of an override", fields, {field.name for field in dataclasses.fields(Override)})
+    values = dict(fields)
+    if "group_size" in values:
+        values["group_size"] = parse_group_size(values["group_size"])
+    try:
+        if "bits" in values:
+            values["bits"] = int(values["bits"])
+        override = Override(**values)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"an override is not understood: {error}") from None
+    if not isinstance(override.symmetric, bool | None):
+        raise ConfigError(f"symmetric is {override.symmetric!r} in an override, expected true or false")
+    return override
+
+
+def _refuse_unknown(what: str, found: Mapping[str, Any], known: set[str]) -> None:
+    for key in found:
+        if key not in known:
+            raise ConfigError(f"unknown {what}: {key!r}", hint=f"known are {_listed(sorted(known))}")
+
+
+def _listed(values: Any) -> str:
+    return ", ".join(str(value) for value in values)

@@ -1,0 +1,131 @@
+"""The affine grid: choose scales and zeros, encode, decode.
+
+    w  ≈  scale * (code - zero),     code in [0, 2**bits - 1]
+
+Columns of a row are cut into groups; each group has its own scale and zero (Jacob et al. 2018, arXiv:1712.05877,
+equation 1).  A symmetric grid fixes the zero in the middle, so that a min-max scale is max|w| / (levels / 2).
+
+Min-max spends levels on the rarest weights.  `fit_searched` shrinks (or stretches) the range instead, by whatever
+lowers the error  sum_j importance_j * (w_j - ŵ_j)²  of the group: 60 factors, then 16 finer ones around the best; an
+asymmetric grid also tries zeros up to two steps away.  Scales are rounded to the dtype that the file will store
+*before* the error is computed, so that what was chosen is what is read back.
+
+Not here: error compensation between columns (algorithms/gptq.py).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmq.config import Scheme
+from llmq.quantized import QuantizedTensor
+
+COARSE_STEPS, FINE_STEPS, ZERO_STEPS = 60, 16, 2
+LOWEST_FACTOR, HIGHEST_FACTOR = 0.5, 1.08
+LOWEST_FACTOR_2_BITS = 0.25  # four levels: the best range is often under half of the largest weight
+SMALLEST_SCALE = {torch.float16: 6.2e-5}  # below lie float16's subnormals, which engines flush to zero
+SMALLEST_SCALE_ELSEWHERE = 1e-9
+ELEMENTS_AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 25}  # rows are searched in pieces that stay in cache
+
+
+@dataclass(frozen=True)
+class Grid:
+    """scales (N, G) in their storage dtype; zeros (N, G) int16, or None where symmetric."""
+
+    scheme: Scheme
+    scales: Tensor
+    zeros: Tensor | None
+
+    def by_column(self, in_features: int) -> tuple[Tensor, Tensor]:
+        """float32 scales and zeros of every column, (N, K) each."""
+        groups = torch.arange(in_features, device=self.scales.device) // self.scheme.columns_per_group(in_features)
+        scales = self.scales.to(torch.float32)[:, groups]
+        if self.zeros is None:
+            return scales, torch.full((1, 1), float(self.scheme.middle), device=scales.device).expand_as(scales)
+        return scales, self.zeros.to(torch.float32)[:, groups]
+
+    def encode(self, weight: Tensor) -> Tensor:
+        """The nearest codes, (N, K) uint8, of a float32 weight (N, K)."""
+        scales, zeros = self.by_column(weight.shape[1])
+        return (weight / scales).add_(zeros).round_().clamp_(0, self.scheme.levels).to(torch.uint8)
+
+    def quantized(self, codes: Tensor) -> QuantizedTensor:
+        return QuantizedTensor(codes, self.scales, self.zeros, self.scheme)
+
+
+def fit_minmax(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Grid:
+    """The grid whose range is that of each group of `weight` (N, K) float32."""
+    return _assemble(weight.shape[0], scheme, *_minmax(_grouped(weight, scheme), scheme, scale_dtype))
+
+
+def fit_searched(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, importance: Tensor | None = None) -> Grid:
+    """The grid of least error for each group of `weight` (N, K) float32; `importance` (K,) weighs the columns."""
+    groups = _grouped(weight, scheme)  # (R, G, g)
+    costs = torch.ones(weight.shape[1], device=weight.device) if importance is None else importance.to(torch.float32)
+    costs = (
+        costs.expand(weight.shape).reshape(groups.shape)
+        if scheme.group_size == "tensor"
+        else costs.reshape(groups.shape[1:])
+    )
+    rows = max(1, ELEMENTS_AT_ONCE.get(weight.device.type, 1 << 20) // max(1, groups[0].numel()))
+    pieces = [_search(piece, costs, scheme, scale_dtype) for piece in groups.split(rows)]
+    scales, zeros = (torch.cat(part) for part in zip(*pieces, strict=True))
+    return _assemble(weight.shape[0], scheme, scales, zeros)
+
+
+def _grouped(weight: Tensor, scheme: Scheme) -> Tensor:
+    """(N, K) -> (N, G, g); a per-tensor grid sees one group (1, 1, N * K)."""
+    if scheme.group_size == "tensor":
+        return weight.reshape(1, 1, -1)
+    return weight.reshape(weight.shape[0], -1, scheme.columns_per_group(weight.shape[1]))
+
+
+def _minmax(groups: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scales and zeros (R, G, 1) float32 from the range of each group, zero always inside the range."""
+    if scheme.symmetric:
+        scales = groups.abs().amax(-1, keepdim=True) * (2 / scheme.levels)
+        return _stored(scales, scale_dtype), torch.full_like(scales, scheme.middle)
+    low, high = groups.amin(-1, keepdim=True).clamp_(max=0), groups.amax(-1, keepdim=True).clamp_(min=0)
+    scales = _stored((high - low) / scheme.levels, scale_dtype)
+    return scales, (-low / scales).round_().clamp_(0, scheme.levels)
+
+
+def _search(groups: Tensor, costs: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scales and zeros (R, G, 1) float32 of the least weighted error for `groups` (R, G, g)."""
+    widest, zeros = _minmax(groups, scheme, torch.float32)
+    lowest = LOWEST_FACTOR_2_BITS if scheme.bits == 2 else LOWEST_FACTOR
+    factors = torch.linspace(lowest, HIGHEST_FACTOR, COARSE_STEPS).tolist()
+    step = factors[1] - factors[0]
+    best = torch.full_like(widest, torch.inf), widest, zeros
+    for factor in factors:
+        best = _better(best, groups, costs, _stored(widest * factor, scale_dtype), zeros, scheme)
+    centre = best[1]
+    shifts = (0,) if scheme.symmetric else range(-ZERO_STEPS, ZERO_STEPS + 1)
+    for offset in torch.linspace(-step, step, FINE_STEPS).tolist():
+        scales = _stored(centre + widest * offset, scale_dtype)
+        for shift in shifts:
+            best = _better(best, groups, costs, scales, (zeros + shift).clamp_(0, scheme.levels), scheme)
+    return best[1], best[2]
+
+
+def _better(
+    best: tuple[Tensor, Tensor, Tensor], groups: Tensor, costs: Tensor, scales: Tensor, zeros: Tensor, scheme: Scheme
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`best` (error, scales, zeros), each (R, G, 1), with the candidate put in where its error is lower."""
+    decoded = (groups / scales).add_(zeros).round_().clamp_(0, scheme.levels).sub_(zeros).mul_(scales)
+    error = decoded.sub_(groups).square_().mul_(costs).sum(-1, keepdim=True)
+    lower = error < best[0]
+    return torch.where(lower, error, best[0]), torch.where(lower, scales, best[1]), torch.where(lower, zeros, best[2])
+
+
+def _stored(scales: Tensor, scale_dtype: torch.dtype) -> Tensor:
+    """`scales` as the file will give them back: rounded to its dtype, and large enough for it; float32."""
+    smallest = SMALLEST_SCALE.get(scale_dtype, SMALLEST_SCALE_ELSEWHERE)
+    return scales.clamp(min=smallest).to(scale_dtype).to(torch.float32)
+
+
+def _assemble(rows: int, scheme: Scheme, scales: Tensor, zeros: Tensor) -> Grid:
+    """(R, G, 1) float32 parts -> a `Grid`; a per-tensor scale is repeated for every row."""
+    scales, zeros = (part.squeeze(-1).expand(rows, -1).contiguous() for part in (scales, zeros))
+    return Grid(scheme, scales, None if scheme.symmetric else zeros.to(torch.int16))

@@ -1,0 +1,84 @@
+"""One decoder block: its parameters come from disk for its turn and go when it is done."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from llmq.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from llmq.model.skeleton import Call, Skeleton
+
+
+class Block:
+    """A block of a `Skeleton`; `path` is where it is in the model, such as `model.layers.3`.
+
+    `linears` maps the path of each linear layer of the block, such as `model.layers.3.mlp.up_proj`, to its module.
+    """
+
+    def __init__(self, path: str, module: nn.Module, skeleton: "Skeleton") -> None:
+        self.path = path
+        self.module = module
+        self._skeleton = skeleton
+        self.linears = {f"{path}.{name}": m for name, m in module.named_modules() if isinstance(m, nn.Linear)}
+
+    def load(self) -> None:
+        """Read every parameter of the block from the checkpoint; raises CheckpointError for one with NaN or Inf."""
+        weights, device = self._skeleton.weights, self._skeleton.device
+        for name, module in self.module.named_modules():
+            weights.fill(f"{self.path}.{name}" if name else self.path, module, device)
+        for name, parameter in self.module.named_parameters():
+            if not bool(torch.isfinite(parameter).all()):
+                bad = int((~torch.isfinite(parameter)).sum())
+                raise CheckpointError(
+                    f"{self.path}.{name} has {bad} values that are NaN or infinite, expected finite ones",
+                    hint="the checkpoint is damaged, or its training diverged; nothing can be made of it",
+                )
+
+    def free(self) -> None:
+        """Give the memory of the block's parameters back."""
+        for module in self.module.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    @torch.no_grad()
+    def run(self, call: "Call") -> Tensor:
+        """The block's hidden state (B, T, D) for one recorded call."""
+        output = self.module(*call.args, **call.kwargs)
+        hidden: Tensor = output[0] if isinstance(output, tuple) else output
+        return hidden
+
+    def weight(self, path: str) -> Tensor:
+        """The weight of a linear layer, (N, K) float32, a copy."""
+        return self.linears[path].weight.detach().to(torch.float32, copy=True)
+
+    def set_weight(self, path: str, weight: Tensor) -> None:
+        """Replace the weight of a linear layer by `weight` (N, K)."""
+        self.linears[path].weight.data.copy_(weight)
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The dtype that the checkpoint stores a parameter in; `name` as below the block: `input_layernorm.weight`."""
+        return self._skeleton.weights.stored_dtypes[f"{self.path}.{name}"]
+
+    def stored_names(self) -> list[str]:
+        """The checkpoint's name of each parameter of the block."""
+        return [self._stored_name(name) for name, _ in self.module.named_parameters()]
+
+    def stored_parameters(self) -> dict[str, Tensor]:
+        """Every parameter of the block as the checkpoint names and stores it."""
+        return {
+            self._stored_name(name): parameter.detach().to(self.stored_dtype(name))
+            for name, parameter in self.module.named_parameters()
+        }
+
+    def set_stored_parameters(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over those of `tensors` (by their names in the checkpoint) that are parameters of the block."""
+        for name, parameter in self.module.named_parameters():
+            if self._stored_name(name) in tensors:
+                parameter.data.copy_(tensors[self._stored_name(name)])
+
+    def _stored_name(self, name: str) -> str:
+        return self._skeleton.weights.tensor_name(f"{self.path}.{name}")

@@ -1,0 +1,188 @@
+"""A causal language model whose weights stay on disk: one block at a time has any.
+
+transformers builds the module tree on the meta device; parameters are read when their turn comes.  What a block is
+called with (masks, rotary tables, per-layer inputs) is the model's own business, so it is *recorded*: pass-through
+recorders stand in for the blocks while the model runs its own forward, which touches the embedding and little else.
+No model is named anywhere: the decoder blocks are the module list with the most parameters.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmq.errors import UnsupportedModelError
+from llmq.model.block import Block
+from llmq.model.weights import ModelWeights
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a block is called with: its hidden state (B, T, D) is the first of `args`, or `kwargs["hidden_states"]`."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def hidden(self) -> Tensor:
+        hidden: Tensor = self.args[0] if self.args else self.kwargs["hidden_states"]
+        return hidden
+
+    def with_hidden(self, hidden: Tensor) -> "Call":
+        """The same call on another hidden state."""
+        if self.args:
+            return Call((hidden, *self.args[1:]), self.kwargs)
+        return Call((), {**self.kwargs, "hidden_states": hidden})
+
+
+class _Reached(Exception):  # noqa: N818  (it ends a forward, nothing went wrong)
+    """Ends the model's forward at the block that is being recorded."""
+
+
+class Skeleton:
+    """The model on meta, its blocks, and a recorder of what each block is called with."""
+
+    def __init__(self, model: nn.Module, weights: ModelWeights, device: torch.device) -> None:
+        self.model = model
+        self.weights = weights
+        self.device = device
+        path, modules = largest_module_list(model)
+        self.blocks = [Block(f"{path}.{i}", module, self) for i, module in enumerate(modules)]
+        self._returns_tuple: bool | None = None  # not known before the first recording
+        inside = {module for block in modules for module in block.modules()}
+        for name, module in model.named_modules():
+            if module not in inside and module._parameters:
+                module.register_forward_pre_hook(self._filler(name))
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The longest text that the model was made for, if its configuration says."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    def record(self, index: int, tokens: Tensor) -> Call:
+        """What block `index` is called with for `tokens` (B, T) int64, had the blocks before it changed nothing."""
+        if self._returns_tuple is None:
+            self._probe()
+        with self._recorders() as calls, torch.no_grad():
+            self._forward(tokens, stop_after=index)
+        return calls[index]
+
+    def module_names(self) -> Iterator[tuple[str, nn.Module]]:
+        """Every module of the model, under its name in the checkpoint."""
+        for name, module in self.model.named_modules():
+            yield self.weights.module_name(name), module
+
+    def _forward(self, tokens: Tensor, stop_after: int) -> None:
+        self._stop_after = stop_after
+        try:
+            self.model(input_ids=tokens.to(self.device), use_cache=False)
+        except _Reached:
+            return
+        raise UnsupportedModelError(f"{type(self.model).__name__} never ran its block {stop_after}")
+
+    @contextmanager
+    def _recorders(self) -> Iterator[dict[int, Call]]:
+        """While open, blocks pass their hidden state through and note what they were called with."""
+        calls: dict[int, Call] = {}
+
+        def recorder(index: int) -> Callable[..., Any]:
+            def passthrough(*args: Any, **kwargs: Any) -> Any:
+                calls[index] = Call(args, kwargs)
+                if index == self._stop_after:
+                    raise _Reached
+                hidden = calls[index].hidden
+                return (hidden,) if self._returns_tuple else hidden
+
+            return passthrough
+
+        for index, block in enumerate(self.blocks):
+            block.module.forward = recorder(index)
+        try:
+            yield calls
+        finally:
+            for block in self.blocks:
+                del block.module.forward  # the class's own forward shows again
+
+    def _probe(self) -> None:
+        """Find out whether blocks return a tuple; refuse a model that changes the hidden state between them."""
+        last = len(self.blocks) - 1
+        tokens = torch.zeros(1, 4, dtype=torch.int64)
+        for returns_tuple in (False, True):
+            self._returns_tuple = returns_tuple
+            with self._recorders() as calls, torch.no_grad():
+                try:
+                    self._forward(tokens, stop_after=last)
+                except (IndexError, TypeError, RuntimeError, ValueError, AttributeError) as error:
+                    failure: Exception = error
+                    continue
+            if len(calls) == len(self.blocks) and all(calls[i].hidden is calls[0].hidden for i in calls):
+                return
+            failure = UnsupportedModelError("the hidden state changes between blocks")
+        raise UnsupportedModelError(
+            f"{type(self.model).__name__} cannot be replayed block by block: {failure}",
+            hint="please report the architecture; rtn needs no replay",
+        ) from failure
+
+    def _filler(self, path: str) -> Callable[[nn.Module, Any], None]:
+        """A hook that reads a module's own parameters when it is first run."""
+
+        def fill_now(module: nn.Module, _: Any) -> None:
+            if any(p is not None and p.is_meta for p in module._parameters.values()):
+                self.weights.fill(path, module, self.device)
+
+        return fill_now
+
+
+def largest_module_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The decoder blocks: the module list that holds the most parameters."""
+    lists = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+    ]
+    if not lists:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no list of blocks", hint="only decoder stacks can be quantized"
+        )
+    return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
+def build(folder: Path, *, dtype: torch.dtype, remote_code: bool) -> nn.Module:
+    """The causal language model of a checkpoint's config.json, every parameter on meta; buffers are real."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(folder, remote_code=remote_code)
+    config.use_cache = False
+    with init_empty_weights(include_buffers=False):
+        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=remote_code)
+    return model.eval().requires_grad_(False)
+
+
+def load_config(folder: Path, *, remote_code: bool) -> Any:
+    """The transformers configuration of a checkpoint; refuses what is no causal language model."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=remote_code)
+    except (ValueError, KeyError, OSError) as error:
+        needs_code = "trust_remote_code" in str(error)
+        hint = "pass --trust-remote-code if you trust its author" if needs_code else "a newer transformers may know it"
+        raise UnsupportedModelError(
+            f"transformers cannot read the configuration in {folder}: {error}", hint=hint
+        ) from error
+    if remote_code and getattr(config, "auto_map", None):
+        return config
+    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, ())
+    causal = {names} if isinstance(names, str) else set(names)
+    architectures = set(getattr(config, "architectures", None) or causal)
+    if not causal & architectures or getattr(config, "is_encoder_decoder", False):
+        found = ", ".join(sorted(architectures)) or config.model_type
+        raise UnsupportedModelError(
+            f"{folder} holds {found}, which is no causal language model",
+            hint="llmq quantizes decoders that generate text (…ForCausalLM); encoders and encoder-decoders it does not",
+        )
+    return config

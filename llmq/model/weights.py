@@ -1,0 +1,69 @@
+"""The checkpoint as the model names it: find a parameter's tensor, put real tensors into a module."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from llmq.errors import CheckpointError
+
+
+class ModelWeights:
+    """Tensors by the name that a parameter has in the model.
+
+    The checkpoint may use the same names, or leave out (or have) the base model's prefix; tied parameters are stored
+    once.  `read` gives a tensor by its name in the checkpoint, `stored` says whether it holds that name.
+    """
+
+    def __init__(self, model: nn.Module, read: Callable[[str], Tensor], stored: Callable[[str], bool]) -> None:
+        self.stored_dtypes: dict[str, torch.dtype] = {}  # of every parameter that was filled, by its name in the model
+        self._read = read
+        self._stored = stored
+        self._prefix = f"{getattr(model, 'base_model_prefix', '')}."
+        tied = getattr(model, "_tied_weights_keys", None)
+        self._tied: dict[str, str] = dict(tied) if isinstance(tied, dict) else {}
+
+    def tensor_name(self, name: str) -> str:
+        """The checkpoint's name of a parameter; raises CheckpointError where it holds none."""
+        for candidate in [*self.candidates(name), *self.candidates(self._tied.get(name, name))]:
+            if self._stored(candidate):
+                return candidate
+        raise CheckpointError(
+            f"the model needs the tensor {name}, which the checkpoint does not hold",
+            hint="is the checkpoint complete, and its config.json the one that belongs to it?",
+        )
+
+    def module_name(self, path: str) -> str:
+        """The checkpoint's name of the module at `path`; `path` itself where it stores no weight of it."""
+        stored = (candidate for candidate in self.candidates(path) if self._stored(f"{candidate}.weight"))
+        return next(stored, path)
+
+    def is_tied(self, name: str) -> bool:
+        """Whether the parameter is stored only as another that it is tied to."""
+        return name in self._tied and not any(self._stored(candidate) for candidate in self.candidates(name))
+
+    def candidates(self, name: str) -> list[str]:
+        """What the checkpoint may call the parameter or module `name`."""
+        return [name, name.removeprefix(self._prefix), self._prefix + name]
+
+    def fill(self, path: str, module: nn.Module, device: torch.device) -> None:
+        """Put tensors behind a module's own parameters and stored buffers, in the dtypes that they have on meta."""
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                tensor = self._checked(f"{path}.{key}" if path else key, parameter)
+                module._parameters[key] = nn.Parameter(tensor.to(device, parameter.dtype), requires_grad=False)
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                name = next((c for c in self.candidates(f"{path}.{key}") if self._stored(c)), None)
+                real = buffer if name is None else self._read(name).to(buffer.dtype)
+                module._buffers[key] = real.to(device)
+
+    def _checked(self, name: str, parameter: Tensor) -> Tensor:
+        tensor = self._read(self.tensor_name(name))
+        self.stored_dtypes[name] = tensor.dtype
+        if tensor.shape != parameter.shape:
+            raise CheckpointError(
+                f"{name} has the shape {tuple(tensor.shape)}, the configuration asks for {tuple(parameter.shape)}",
+                hint="is config.json the one that belongs to these weights?",
+            )
+        return tensor

@@ -1,0 +1,174 @@
+"""Quantize a model, one block at a time.  Read this page first.
+
+    checkpoint ──► skeleton ──► block ──► observe ──► transform ──► round ──► refine ──► pack ──► checkpoint
+                                  ▲                                                        │
+    calibration ──► hidden ───────┴──────────────── next hidden (quantized weights) ◄──────┘
+
+Only one block, its statistics and the hidden states are in memory.  A finished block is on disk before the next one
+starts, so an interrupted run continues at the first block that is missing, and ends in the same bytes.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from llmq import algorithms
+from llmq.algorithms import Options, Rounding
+from llmq.checkpoint.writer import Writer
+from llmq.config import Method, Scheme
+from llmq.errors import FormatError
+from llmq.formats import Layout, Reader
+from llmq.model import fold, observe
+from llmq.model.block import Block
+from llmq.model.observe import InputGroup
+from llmq.model.skeleton import Call, Skeleton
+from llmq.model.stream import Stream
+from llmq.report.record import BlockReport, LayerReport
+from llmq.report.scoring import layer_report
+from llmq.schemes import LayerPlan
+from llmq.stats import InputStats
+
+PROBE_TOKENS = 64  # what it takes to see which weights share an input, and what makes it
+LOSS_TOKENS = 1024  # on which a transformation is chosen and proved
+
+Observed = dict[InputGroup, InputStats | None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that stays the same from block to block; `plans` by the layer's path in the model."""
+
+    skeleton: Skeleton
+    stream: Stream | None  # the calibration text on its way through the blocks; None where a method needs none
+    plans: Mapping[str, LayerPlan]
+    method: Method
+    options: Options
+    layout: Layout
+    reader: Reader  # reads back what `layout` packs
+    writer: Writer
+
+
+def quantize_blocks(run: Run) -> Iterator[BlockReport]:
+    """Quantize every block and commit it; yields what became of each."""
+    for index, block in enumerate(run.skeleton.blocks):
+        start = time.monotonic()
+        block.load()
+        if run.writer.has(index):  # an earlier run got this far
+            report = restore(run, index, block)
+        else:
+            report = quantize_block(run, index, block, start)
+        if run.stream is not None:
+            run.stream.advance(block)
+        block.free()
+        yield report
+
+
+def quantize_block(run: Run, index: int, block: Block, start: float) -> BlockReport:
+    """observe → transform → round → pack → commit, for one block whose float weights are loaded."""
+    observed = observe_block(run, block)
+    notes = [note for stage in run.method.transforms for note in transform(run, stage, block, observed)]
+    tensors: dict[str, Tensor] = {}
+    layers: list[LayerReport] = []
+    for group, stats in observed.items():
+        weights = {path: block.weight(path) for path in group.names}
+        for path, weight, rounding in round_group(run, weights, stats):
+            packed = run.layout.pack(rounding.quantized)
+            rounded = rounding.quantized.dequantize()
+            block.set_weight(path, rounded)  # what comes later sees this rounding
+            name = run.plans[path].name
+            layers.append(layer_report(name, weight, rounded, rounding, packed, stats))
+            tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in packed.items()}
+    replaced = {f"{layer.name}.weight" for layer in layers}
+    tensors |= {name: tensor for name, tensor in block.stored_parameters().items() if name not in replaced}
+    report = BlockReport(block.path, tuple(layers), tuple(notes), time.monotonic() - start)
+    run.writer.commit(index, tensors, report.to_dict())
+    return report
+
+
+def observe_block(run: Run, block: Block) -> Observed:
+    """Which weights share an input, and what that input looks like; without text each weight stands alone."""
+    if run.stream is None:
+        return {InputGroup((path,), linear.in_features): None for path, linear in block.linears.items()}
+    groups = observe.input_groups(block, run.stream.sample(PROBE_TOKENS))
+    return dict(observe.statistics(block, groups, run.stream.calls()))
+
+
+def transform(run: Run, stage: str, block: Block, observed: Observed) -> Iterator[str]:
+    """Rewrite the float block into an equal one that rounds better; a rewrite that moved its output is undone.
+
+    Updates the statistics in `observed` to what the weights see now; yields what a user should know.
+    """
+    assert run.stream is not None, "a method that transforms needs calibration"
+    sites = {s.group: s for s in fold.discover(block, list(observed), run.stream.sample(PROBE_TOKENS))}
+    call = run.stream.sample(LOSS_TOKENS)
+    before = block.run(call)
+    for group, stats in observed.items():
+        if stats is None or not any(run.plans[path].scheme for path in group.names):
+            continue
+        if group not in sites:
+            yield f"{', '.join(group.names)}: {stage} left out, nothing was found that makes their input"
+            continue
+        loss = partial(rounded_loss, run, block, group, stats, call, before)
+        scales = algorithms.transform(stage).channel_scales(stats, sites[group].source, loss)
+        if scales is None:
+            continue
+        undo, folded = fold.apply(block, sites[group], scales)
+        change = fold.moved(before, block.run(call))
+        if change <= fold.OUTPUT_TOLERANCE:
+            observed[group] = stats.divided_by(folded)
+        else:
+            undo()
+            yield f"{', '.join(group.names)}: {stage} undone, it moved the block's output by {change:.1e}"
+
+
+def rounded_loss(
+    run: Run, block: Block, group: InputGroup, stats: InputStats, call: Call, before: Tensor, scales: Tensor
+) -> float:
+    """Squared error of the block's output with the group's weights scaled, rounded, and scaled back."""
+    originals = {path: block.weight(path) for path in group.names}
+    scaled = {path: weight * scales for path, weight in originals.items()}
+    for path, _, rounding in round_group(run, scaled, stats.divided_by(scales)):
+        block.set_weight(path, rounding.quantized.dequantize() / scales)
+    loss = float((block.run(call) - before).to(torch.float32).square().sum())
+    for path, weight in originals.items():
+        block.set_weight(path, weight)
+    return loss
+
+
+def round_group(
+    run: Run, weights: Mapping[str, Tensor], stats: InputStats | None
+) -> Iterator[tuple[str, Tensor, Rounding]]:
+    """(path, weight, its rounding) for weights (N, K) that share an input; those of one grid are solved together."""
+    stage = algorithms.rounding(run.method.rounding)
+    schemes: dict[Scheme, list[str]] = {}
+    for path in weights:
+        scheme = run.plans[path].scheme
+        if scheme is not None:  # None: stays as it is
+            schemes.setdefault(scheme, []).append(path)
+    for scheme, paths in schemes.items():
+        together = stage.round_weight(torch.cat([weights[path] for path in paths]), stats, scheme, run.options)
+        start = 0
+        for path in paths:
+            stop = start + len(weights[path])
+            yield path, weights[path], together.rows(start, stop)
+            start = stop
+
+
+def restore(run: Run, index: int, block: Block) -> BlockReport:
+    """Give a loaded block the weights that an earlier run committed for it."""
+    tensors, record = run.writer.read(index)
+    report = BlockReport.from_dict(record, resumed=True)
+    paths = {plan.name: path for path, plan in run.plans.items()}
+    for layer in report.layers:
+        reading = run.reader(layer.name)
+        if reading is None:
+            raise FormatError(f"{layer.name} was committed packed, but is not to be quantized now")
+        prefix = f"{layer.name}."
+        packed = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
+        block.set_weight(paths[layer.name], run.layout.unpack(packed, reading).dequantize())
+    block.set_stored_parameters(tensors)
+    return report

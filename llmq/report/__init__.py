@@ -1,0 +1,1 @@
+"""What a run tells: one record a layer, one summary, as JSON beside the weights and as tables on the terminal."""

@@ -1,0 +1,81 @@
+"""Which grid each weight gets: overrides, skips, and what to do where a group size does not divide.
+
+The rule for in_features that the group size does not divide (172 and 128, say): the largest smaller size of 16 * 2**n
+that divides, else one scale a row, else, where the format cannot pack that, the weight stays as it is.  Every step is
+listed with its reason; `strict` makes it an error.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from llmq.config import GROUP_SIZES, GroupSize, QuantConfig, Scheme
+from llmq.errors import ConfigError
+from llmq.formats import Layout
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What becomes of one linear layer: `scheme` is None where it stays as it is; `reason` tells why not as asked."""
+
+    name: str
+    out_features: int
+    in_features: int
+    scheme: Scheme | None
+    reason: str = ""
+
+    @property
+    def weights(self) -> int:
+        return self.out_features * self.in_features
+
+    def packed_bytes(self, scale_bytes: int) -> int:
+        """What the packed weight takes: codes, scales of `scale_bytes` each, zeros where there are any."""
+        assert self.scheme is not None, "only a weight that is to be packed has a packed size"
+        groups = self.out_features * -(-self.in_features // self.scheme.columns_per_group(self.in_features))
+        zeros = 0 if self.scheme.symmetric else groups * self.scheme.bits // 8
+        return self.weights * self.scheme.bits // 8 + groups * scale_bytes + zeros
+
+
+def plan_layers(shapes: Iterable[tuple[str, int, int]], config: QuantConfig, layout: Layout) -> list[LayerPlan]:
+    """A plan for each (name, out_features, in_features); raises ConfigError for what the format can never hold."""
+    plans = [_plan(name, rows, columns, config, layout) for name, rows, columns in shapes]
+    if not any(plan.scheme for plan in plans):
+        reasons = "; ".join(sorted({plan.reason for plan in plans if plan.reason})) or "no linear layer in any block"
+        raise ConfigError(f"nothing is left to quantize: {reasons}", hint="see --skip, --override and --format")
+    return plans
+
+
+def _plan(name: str, out_features: int, in_features: int, config: QuantConfig, layout: Layout) -> LayerPlan:
+    asked = config.scheme_for(name)
+    if asked is None:
+        return LayerPlan(name, out_features, in_features, None, "skipped on request")
+    impossible = layout.refusal(asked, 1024, 1024)
+    if impossible:
+        raise ConfigError(f"{layout.NAME} cannot hold {asked}, asked for {name}: {impossible}")
+    candidates = [asked, *_smaller(asked, in_features)]
+    refusals = []
+    for scheme in candidates:
+        refusal = layout.refusal(scheme, out_features, in_features)
+        if refusal is None:
+            break
+        refusals.append(refusal)
+    else:
+        scheme = None
+    if not refusals:
+        return LayerPlan(name, out_features, in_features, asked)
+    outcome = f"{scheme.group_size} instead of {asked.group_size}" if scheme else "kept as it is"
+    reason = f"{outcome}: {refusals[0] if scheme else refusals[-1]}"
+    if config.strict:
+        raise ConfigError(f"{name} ({out_features} x {in_features}): {reason}", hint="leave --strict out to allow this")
+    return LayerPlan(name, out_features, in_features, scheme, reason)
+
+
+def _smaller(scheme: Scheme, in_features: int) -> list[Scheme]:
+    """What to fall back to, best first: the smaller group sizes that divide, then one scale a row."""
+    if not isinstance(scheme.group_size, int):
+        return []
+    sizes: list[GroupSize] = [
+        size for size in reversed(GROUP_SIZES) if size < scheme.group_size and in_features % size == 0
+    ]
+    fallbacks: list[GroupSize] = [*sizes[:1], "channel"]
+    return [dataclasses.replace(scheme, group_size=size) for size in fallbacks]

@@ -1,0 +1,177 @@
+"""Exact bytes: words worked out on paper, and checkpoints that other tools wrote."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from llmq import formats
+from llmq.config import Scheme
+from llmq.formats import Layout, Reading, awq, bits, compressed_tensors, gptq
+from llmq.quantized import QuantizedTensor
+
+FOLDERS = ("gptqmodel-gptq-sym-g128", "gptqmodel-awq-gemm-asym-g32", "llmcompressor-ct-w4a16-sym-g128")
+
+
+def unsigned(words: Tensor) -> list[str]:
+    """int32 words as they are written by hand: eight hexadecimal digits, the highest nibble first."""
+    return [f"{word & 0xFFFFFFFF:08x}" for word in words.flatten().tolist()]
+
+
+def stairs(scheme: Scheme, zeros: list[int] | None = None) -> QuantizedTensor:
+    """(8, 8), one group a row: code [n, k] = n + k, zero of row n as given."""
+    codes = (torch.arange(8)[:, None] + torch.arange(8)).to(torch.uint8)
+    column = None if zeros is None else torch.tensor([zeros], dtype=torch.int16).T
+    return QuantizedTensor(codes, torch.ones(8, 1), column, scheme)
+
+
+# ---- by hand
+
+SYMMETRIC, ASYMMETRIC = Scheme(4, "channel"), Scheme(4, "channel", symmetric=False)
+
+
+@pytest.mark.parametrize(
+    ("bits_per_code", "codes", "words"),
+    [
+        # Four bits are a hexadecimal digit, the first code the lowest: 0 1 2 … 15 read backwards.
+        (4, list(range(16)), ["76543210", "fedcba98"]),
+        # Eight bits are two digits.
+        (8, [1, 2, 3, 0xFF], ["ff030201"]),
+        # Two bits: 0 1 2 3 backwards is 11 10 01 00 in binary, 0xe4, four times.
+        (2, [0, 1, 2, 3] * 4, ["e4e4e4e4"]),
+        # Three bits are an octal digit.  0o76543210 is the 24 bits 111 110 101 100 011 010 001 000
+        #   = 1111 1010 1100 0110 1000 1000 = 0xfac688; twice 24 bits = 0xfac688fac688, cut after 32 bits.
+        (3, [0, 1, 2, 3, 4, 5, 6, 7] * 2, ["88fac688", "0000fac6"]),
+        # Thirty-two times 7 = 96 bits set, in exactly three words.
+        (3, [7] * 32, ["ffffffff"] * 3),
+    ],
+)
+def test_streams_of_bits(bits_per_code: int, codes: list[int], words: list[str]) -> None:
+    assert unsigned(bits.pack(torch.tensor(codes, dtype=torch.uint8), bits_per_code)) == words
+
+
+def test_compressed_tensors_words() -> None:
+    # Row n holds n, n + 1, … n + 7 from its lowest nibble on.  Zeros run along N: nibble n is the zero of row n.
+    tensors = compressed_tensors.pack(stairs(ASYMMETRIC, zeros=[0, 1, 2, 3, 4, 5, 6, 15]))
+    assert unsigned(tensors["weight_packed"]) == [
+        "76543210", "87654321", "98765432", "a9876543", "ba987654", "cba98765", "dcba9876", "edcba987",
+    ]  # fmt: skip
+    assert unsigned(tensors["weight_zero_point"]) == ["f6543210"]
+    assert tensors["weight_shape"].tolist() == [8, 8]
+    assert tensors["weight_scale"].shape == (8, 1)
+
+
+def test_gptq_words() -> None:
+    # Column n of the one row of words holds inputs 0 … 7 of output n: the same numbers, laid side by side.
+    # Symmetric is v1: 8 is stored as 7, in every nibble.
+    tensors = gptq.pack(stairs(SYMMETRIC))
+    assert tensors["qweight"].shape == tensors["scales"].shape == (1, 8)
+    assert unsigned(tensors["qweight"])[:2] == ["76543210", "87654321"]
+    assert unsigned(tensors["qzeros"]) == ["77777777"]
+    assert tensors["g_idx"].tolist() == [0] * 8
+
+
+def test_gptq_asymmetric_zeros_mean_themselves() -> None:
+    # v2: nibble n is the zero of output n.
+    assert unsigned(gptq.pack(stairs(ASYMMETRIC, zeros=[0, 1, 2, 3, 4, 5, 6, 15]))["qzeros"]) == ["f6543210"]
+
+
+def test_gptq_eight_bits() -> None:
+    # Four codes a word, two digits each; inputs 0 … 3 in the first row of words, 4 … 7 in the second.
+    # Symmetric: 128 is stored as 127 = 0x7f.
+    tensors = gptq.pack(stairs(Scheme(8, "channel")))
+    assert unsigned(tensors["qweight"][:, 0]) == ["03020100", "07060504"]
+    assert unsigned(tensors["qzeros"]) == ["7f7f7f7f"] * 2
+
+
+def test_gptq_version_one_borrows() -> None:
+    # Zeros 0 1 2 3 4 5 6 7 are the word 0x76543210.  Less one in each nibble, as a writer of v1 computes it:
+    #   0x76543210 - 0x11111111 = 0x654320ff
+    # 0 - 1 borrows, so nibble 0 is f; nibble 1 is 1 - 1 - 1 = -1 = f, which borrows again; nibble 2 is 2 - 1 - 1 = 0.
+    # Adding one to each nibble by itself would read 16 16 1 3 4 5 6 7.
+    zeros = list(range(8))
+    tensors = gptq.pack(stairs(ASYMMETRIC, zeros)) | {"qzeros": torch.tensor([[0x654320FF]], dtype=torch.int32)}
+    reading = gptq.read_config({"bits": 4, "group_size": -1, "sym": False})("a")
+    assert reading == Reading(ASYMMETRIC, zeros_offset=1)
+    assert gptq.unpack(tensors, reading).zeros.flatten().tolist() == zeros  # type: ignore[union-attr]
+
+
+def test_gptq_version_one_borrows_out_of_the_word() -> None:
+    # All zeros 0: 0 - 0x11111111 = 0xeeeeeeef modulo 2**32.
+    word = torch.tensor([[0xEEEEEEEF - (1 << 32)]], dtype=torch.int32)
+    tensors = gptq.pack(stairs(ASYMMETRIC, [0] * 8)) | {"qzeros": word}
+    q = gptq.unpack(tensors, Reading(ASYMMETRIC, zeros_offset=1))
+    assert q.zeros.flatten().tolist() == [0] * 8  # type: ignore[union-attr]
+
+
+def test_gptq_two_bits_are_read() -> None:
+    # Sixteen codes a word: 0 1 2 3 again and again is 0xe4e4e4e4.  Zeros 0 … 3 twice for each word of sixteen outputs,
+    # v1: 0xe4e4e4e4 - 0x55555555 = 0x8f8f8f8f.
+    tensors = {
+        "qweight": torch.full((1, 16), 0xE4E4E4E4 - (1 << 32), dtype=torch.int32),
+        "qzeros": torch.tensor([[0x8F8F8F8F - (1 << 32)]], dtype=torch.int32),
+        "scales": torch.ones(1, 16),
+    }
+    q = gptq.unpack(tensors, Reading(Scheme(2, 16, symmetric=False), zeros_offset=1))
+    assert q.codes.tolist() == [[0, 1, 2, 3] * 4] * 16
+    assert q.zeros.flatten().tolist() == [0, 1, 2, 3] * 4  # type: ignore[union-attr]
+
+
+def test_awq_words() -> None:
+    # Input 0 of the eight outputs is 0 … 7.  Nibbles from the lowest: outputs 0 2 4 6 1 3 5 7, so written from the
+    # highest: 7 5 3 1 6 4 2 0.  Input 1 is one more in each nibble; the zeros 0 … 7 are in the order of input 0.
+    tensors = awq.pack(stairs(ASYMMETRIC, zeros=list(range(8))))
+    assert tensors["qweight"].shape == (8, 1)
+    assert unsigned(tensors["qweight"])[:2] == ["75316420", "86427531"]
+    assert unsigned(tensors["qzeros"]) == ["75316420"]
+    assert unsigned(awq.pack(stairs(SYMMETRIC))["qzeros"]) == ["88888888"]
+
+
+# ---- by other tools
+
+
+def checkpoint(folder: Path) -> tuple[Layout, formats.Reader, dict[str, dict[str, Tensor]]]:
+    """Layout, reader of the configuration, and module name -> suffix -> tensor for the quantized modules of layer 0."""
+    block = json.loads((folder / "config.json").read_text())["quantization_config"]
+    layout = formats.detect(block)
+    modules: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        module, _, suffix = name.rpartition(".")
+        if module.startswith("model.layers.0.") and suffix in layout.SUFFIXES:
+            modules.setdefault(module, {})[suffix] = tensor
+    return layout, layout.read_config(block), modules
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_foreign_weights_are_read_to_the_bit(shared: Path, folder: str) -> None:
+    layout, read, modules = checkpoint(shared / "golden" / folder)
+    expected = load_file(shared / "golden" / folder / "expected.safetensors")
+    assert {f"{module}.weight" for module in modules} == {name for name in expected if name.endswith(".weight")}
+    for module, tensors in modules.items():
+        reading = read(module)
+        assert reading is not None
+        weight = expected[f"{module}.weight"]
+        assert torch.equal(layout.unpack(tensors, reading).dequantize().to(weight.dtype), weight), module
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_foreign_weights_are_written_back_to_the_byte(shared: Path, folder: str) -> None:
+    layout, read, modules = checkpoint(shared / "golden" / folder)
+    assert modules
+    for module, tensors in modules.items():
+        reading = read(module)
+        assert reading is not None
+        written = layout.pack(layout.unpack(tensors, reading))
+        assert written.keys() == tensors.keys()
+        for suffix, tensor in tensors.items():
+            assert written[suffix].dtype == tensor.dtype
+            assert torch.equal(written[suffix].view(torch.uint8), tensor.view(torch.uint8)), f"{module}.{suffix}"
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_foreign_configurations_leave_the_head_out(shared: Path, folder: str) -> None:
+    _, read, _ = checkpoint(shared / "golden" / folder)
+    assert read("lm_head") is None

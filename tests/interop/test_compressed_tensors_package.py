@@ -1,0 +1,84 @@
+"""The owner's package reads our words and accepts our configuration."""
+
+import pytest
+import torch
+
+pytest.importorskip("compressed_tensors", reason="needs the package compressed-tensors")
+
+from compressed_tensors.compressors import BaseCompressor  # type: ignore[import-untyped]
+from compressed_tensors.compressors.pack_quantized.helpers import (  # type: ignore[import-untyped]
+    pack_to_int32,
+    unpack_from_int32,
+)
+from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus  # type: ignore[import-untyped]
+
+from llmq.config import BITS, Scheme
+from llmq.formats import compressed_tensors
+from llmq.quantized import QuantizedTensor
+
+pytestmark = pytest.mark.interop
+
+
+def example(scheme: Scheme, N: int = 24, K: int = 96) -> QuantizedTensor:
+    draw = torch.Generator().manual_seed(0)
+    G = K // scheme.columns_per_group(K)
+    codes = torch.randint(0, scheme.levels + 1, (N, K), dtype=torch.uint8, generator=draw)
+    zeros = torch.randint(0, scheme.levels + 1, (N, G), dtype=torch.int16, generator=draw)
+    scales = torch.randn(N, G, generator=draw).to(torch.float16)
+    return QuantizedTensor(codes, scales, None if scheme.symmetric else zeros, scheme)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_codes_are_read(bits: int) -> None:
+    q = example(Scheme(bits, 32))
+    words = compressed_tensors.pack(q)["weight_packed"]
+    signed = unpack_from_int32(words, bits, torch.Size(q.shape))
+    assert torch.equal(signed.to(torch.int16) + q.scheme.middle, q.codes.to(torch.int16))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_zeros_are_read(bits: int) -> None:
+    q = example(Scheme(bits, 32, symmetric=False))
+    assert q.zeros is not None
+    words = compressed_tensors.pack(q)["weight_zero_point"]
+    signed = unpack_from_int32(words, bits, q.zeros.shape, packed_dim=0)
+    assert torch.equal(signed.to(torch.int16) + q.scheme.middle, q.zeros)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("K", [7, 32, 50, 96])
+def test_words_are_the_same(bits: int, K: int) -> None:
+    q = example(Scheme(bits, "channel"), K=K)
+    signed = (q.codes.to(torch.int16) - q.scheme.middle).to(torch.int8)
+    assert torch.equal(compressed_tensors.pack(q)["weight_packed"], pack_to_int32(signed, bits))
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("group_size", [32, "channel"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_weights_are_decompressed_to_the_bit(bits: int, group_size: int, symmetric: bool) -> None:
+    # float16 times an integer below 2**8 is exact in float32, so both sides round once, to the same number.
+    q = example(Scheme(bits, group_size, symmetric))
+    declared = QuantizationConfig.model_validate(compressed_tensors.quantization_config({"a": q.scheme}, []))
+    (group,) = declared.config_groups.values()
+    compressor = BaseCompressor.get_value_from_registry(declared.format)
+    weight = compressor.decompress(compressed_tensors.pack(q), group)["weight"]
+    assert torch.equal(weight, q.dequantize().to(torch.float16))
+
+
+def test_the_configuration_is_valid() -> None:
+    block = compressed_tensors.quantization_config({"a.q": Scheme(4, 128), "a.k": Scheme(4, 128)}, ["lm_head"])
+    declared = QuantizationConfig.model_validate(block)
+    (group,) = declared.config_groups.values()
+    assert declared.quantization_status == QuantizationStatus.COMPRESSED
+    assert (group.targets, declared.ignore) == (["Linear"], ["lm_head"])
+    assert (group.weights.num_bits, group.weights.group_size, group.weights.symmetric) == (4, 128, True)
+
+
+def test_a_configuration_of_several_grids_is_valid() -> None:
+    schemes = {"a.q": Scheme(4, 128), "a.k": Scheme(3, "channel", symmetric=False), "a.v": Scheme(4, "tensor")}
+    declared = QuantizationConfig.model_validate(compressed_tensors.quantization_config(schemes, ["lm_head"]))
+    found = {target: group.weights for group in declared.config_groups.values() for target in group.targets}
+    assert {name: (w.num_bits, w.strategy, w.symmetric) for name, w in found.items()} == {
+        "a.q": (4, "group", True), "a.k": (3, "channel", False), "a.v": (4, "channel", True),
+    }  # fmt: skip

@@ -1,0 +1,35 @@
+"""What importing costs: a CPU user without triton, and a reader of the reference without torch, must both be served."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+KERNELS = Path(__file__).resolve().parents[2] / "kernels"
+
+
+def run(program: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(KERNELS)}  # pytest's own path does not reach a subprocess
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_package_loads_neither_torch_nor_triton_nor_llmq() -> None:
+    run("import sys, llmq_kernels, llmq_kernels.w4a16; assert not {'torch', 'triton', 'llmq'} & set(sys.modules)")
+
+
+def test_the_reference_works_without_torch() -> None:
+    run(
+        "import sys; sys.modules['torch'] = None\n"  # an import of torch now raises
+        "import numpy as np\n"
+        "from llmq_kernels.w4a16 import reference\n"
+        "words = reference.pack(np.full((1, 3), 9, np.uint8), 4)\n"
+        "y = reference.linear(np.ones(3), words, np.full((1, 1), 2.0), None, None, None,\n"
+        "                     bits=4, in_features=3, columns_per_group=128)\n"
+        "assert y == 6.0 and 'triton' not in sys.modules"
+    )
+
+
+def test_the_op_loads_neither_triton_nor_llmq() -> None:
+    run("import sys, llmq_kernels.w4a16.op; assert not {'triton', 'llmq'} & set(sys.modules)")
