@@ -158,7 +158,7 @@ def _parquet_rows(path: Path) -> list[Any]:
     try:
         import pyarrow.parquet
     except ImportError:
-        raise CalibrationError(f"{path} needs pyarrow to be read", hint="pip install 'llmq[data]'") from None
+        raise CalibrationError(f"{path} needs pyarrow to be read", hint="pip install pyarrow") from None
     try:
         rows: list[Any] = pyarrow.parquet.read_table(path).to_pylist()
     except (OSError, ValueError) as error:
@@ -190,7 +190,7 @@ def _read_hub(source: str, *, explicit: bool) -> list[str]:
     except ImportError:
         raise CalibrationError(
             f"{source} is no local file, and reading the Hub's data sets needs the package datasets",
-            hint=f"pip install 'llmq[data]', or {hint}",
+            hint=f"pip install datasets, or {hint}",
         ) from None
     name, config, split, column = [*(part or None for part in source.split(":")), None, None, None][:4]
     try:

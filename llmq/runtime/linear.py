@@ -71,4 +71,4 @@ def _column_order(quantized: QuantizedTensor) -> Tensor | None:
         raise FormatError(
             f"g_idx does not give every group {per_group} columns", hint="the checkpoint is damaged or not GPTQ"
         )
-    return order
+    return None if torch.equal(order, torch.arange(len(order), device=order.device)) else order

@@ -93,21 +93,32 @@ def load(
     UnsupportedModelError.
     """
     folder = hub.locate(str(path), revision, remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(folder, remote_code=trust_remote_code)
+    return load_model(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code), tokenizer
+
+
+def load_model(
+    folder: Path,
+    *,
+    device: str | torch.device = "auto",
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """The model alone, from a local folder; otherwise as `load`."""
     checkpoint = Checkpoint.open(folder)
     chosen = choose_device(device)
     if dtype is None:
         dtype = torch.float32 if chosen.type == "cpu" else stored_dtype(checkpoint)
-    tokenizer = load_tokenizer(folder, remote_code=trust_remote_code)
     if quantization_settings(checkpoint) is None:
         from transformers import AutoModelForCausalLM
 
         skeleton.load_config(folder, remote_code=trust_remote_code)
         float_model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code)
-        return float_model.to(chosen).eval(), tokenizer
+        return float_model.to(chosen).eval()
     model = skeleton.build(folder, dtype=dtype, remote_code=trust_remote_code)
     _fill_packed(model, checkpoint, chosen)
     _restore_generation(model, folder)
-    return model, tokenizer
+    return model
 
 
 def dequantize(path: str | Path) -> Iterator[tuple[str, Tensor]]:

@@ -1,0 +1,95 @@
+"""transformers with only the compressed-tensors package loads what llmq writes, and computes the same logits.
+
+The loading process cannot import llmq: what it runs is the other tools' code alone.
+"""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import llmq
+from llmq.runtime.load import load_model
+
+pytestmark = [
+    pytest.mark.interop,
+    pytest.mark.skipif(
+        importlib.util.find_spec("compressed_tensors") is None,
+        reason="needs the package compressed-tensors, which scripts/test.sh installs in an environment of its own",
+    ),
+]
+
+LOAD = """
+import json, sys
+sys.modules["llmq"] = sys.modules["llmq_kernels"] = None  # whoever imports them now fails
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+logits = {}
+for name, (path, dequantize) in json.loads(sys.argv[2]).items():
+    options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if dequantize else {}
+    options |= {"dtype": torch.float32, "output_loading_info": True}
+    model, loading = AutoModelForCausalLM.from_pretrained(path, **options)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"], (name, loading)
+    with torch.no_grad():
+        logits[name] = model.eval()(torch.arange(3, 67)[None]).logits.contiguous()
+save_file(logits, sys.argv[1])
+"""
+
+# setting, and whether the package must dequantize at load: its packed route fails on any asymmetric file, also on its
+# own ("size mismatch for weight_zero_point", compressed-tensors 0.20 with transformers 5.23)
+SETTINGS = {
+    "4 bits, g128": ({}, False),
+    "4 bits, g32": ({"group_size": 32}, False),
+    "4 bits, a scale a row": ({"group_size": "channel"}, False),
+    "8 bits": ({"bits": 8}, False),
+    "3 bits": ({"bits": 3}, False),
+    "2 bits": ({"bits": 2}, False),
+    "mixed grids": ({"overrides": ["down_proj:bits=8", "self_attn.*:group_size=64"]}, False),
+    "asymmetric": ({"symmetric": False}, True),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One random model, quantized with every setting."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=96, max_position_embeddings=64,
+    )  # fmt: skip
+    base = tmp_path_factory.mktemp("interop")
+    LlamaForCausalLM(config).save_pretrained(base / "original")
+    for name, (settings, _) in SETTINGS.items():
+        llmq.quantize(str(base / "original"), base / name, method="rtn", **settings)
+    return {name: base / name for name in SETTINGS}
+
+
+@pytest.fixture(scope="module")
+def their_logits(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """What transformers computes from each of the folders, in a process of its own."""
+    out = tmp_path_factory.mktemp("theirs") / "logits.safetensors"
+    request = json.dumps({name: (str(folder), SETTINGS[name][1]) for name, folder in folders.items()})
+    command = [sys.executable, "-c", LOAD, str(out), request]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return load_file(out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SETTINGS)
+def test_transformers_computes_the_same_logits(
+    folders: dict[str, Path], their_logits: dict[str, torch.Tensor], name: str
+) -> None:
+    with torch.no_grad():
+        ours = load_model(folders[name])(torch.arange(3, 67)[None]).logits
+    theirs = their_logits[name]
+    scale = theirs.abs().max()
+    assert scale > 0.1  # random logits, not a constant
+    assert (ours - theirs).abs().max() < 1e-4 * scale  # float32 sums in another order

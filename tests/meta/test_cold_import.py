@@ -1,0 +1,61 @@
+"""`import llmq` and `llmq --help` answer at once: neither torch nor anything else that is heavy is loaded for them."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = {"torch", "transformers", "numpy", "typer", "click", "rich", "safetensors", "huggingface_hub"}
+SECONDS, ATTEMPTS = 0.3, 5
+
+LOADED = "import json; print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})), file=sys.stderr)"
+
+
+def python(program: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    command = [sys.executable, "-c", program, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+
+
+def fastest(program: str) -> float:
+    """Seconds of the fastest of several runs: what else the machine does only ever adds to them."""
+    seconds = []
+    for _ in range(ATTEMPTS):
+        start = time.perf_counter()
+        python(program)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def test_importing_llmq_loads_nothing_heavy() -> None:
+    done = python(f"import sys, llmq; dir(llmq); llmq.__version__; {LOADED}")
+    assert HEAVY & set(json.loads(done.stderr)) == set()
+
+
+def test_importing_llmq_takes_no_time() -> None:
+    assert fastest("import llmq") - fastest("pass") < SECONDS
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--help",), ("--version",), ("quantize", "--help"), ("quantize", "model", "--print-config")],
+    ids=" ".join,
+)
+def test_help_version_and_settings_need_no_torch(arguments: tuple[str, ...]) -> None:
+    program = (
+        "import sys\n"
+        "from llmq.cli import main\n"
+        "try:\n"
+        "    main()\n"
+        "except SystemExit as leaving:\n"
+        "    assert not leaving.code, leaving.code\n"
+        f"{LOADED}"
+    )
+    done = python(program, *arguments)
+    assert done.stdout
+    assert {"torch", "transformers", "numpy"} & set(json.loads(done.stderr)) == set()

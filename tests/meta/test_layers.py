@@ -1,0 +1,96 @@
+"""Who may import whom: a module knows those below it, never those above.
+
+An import inside a function or under TYPE_CHECKING counts like any other: it is knowledge all the same.
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Every file or folder directly in llmq/, lowest first.  A room imports from its own layer and the ones below; rooms of
+# the layer in KEPT_APART import none of their neighbours, so that each can be read, tested and replaced alone.
+LAYERS = (
+    ("errors", "_version"),
+    ("config",),
+    ("grid", "quantized", "stats"),
+    ("algorithms", "formats", "model"),
+    ("schemes", "calibration", "checkpoint", "runtime", "report"),
+    ("pipeline", "evaluation", "measure", "inspection", "job"),
+    ("cli",),
+    ("__init__", "__main__"),  # the two doors
+)
+KEPT_APART = 3
+MODEL_MAY_IMPORT = {"errors", "stats"}  # and itself: blocks know nothing of grids, codes or settings
+
+LAYER_OF = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}
+
+
+def room_of(file: Path) -> str:
+    return file.relative_to(ROOT / "llmq").parts[0].removesuffix(".py")
+
+
+def imports(file: Path) -> Iterator[str]:
+    """The dotted name of everything that a file imports."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file} has a relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def edges() -> dict[tuple[str, str], list[str]]:
+    """(room, room that it imports) -> the files that do."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for file in sorted((ROOT / "llmq").rglob("*.py")):
+        for name in imports(file):
+            package, *rest = name.split(".")
+            if package == "llmq":
+                target = rest[0] if rest and rest[0] in LAYER_OF else "__init__"
+                found.setdefault((room_of(file), target), []).append(str(file.relative_to(ROOT)))
+    return found
+
+
+def test_every_room_has_a_place_in_the_table() -> None:
+    assert {room_of(file) for file in (ROOT / "llmq").rglob("*.py")} == set(LAYER_OF)
+
+
+def test_nothing_imports_from_above() -> None:
+    upward = [edge for edge in edges() if LAYER_OF[edge[0]] < LAYER_OF[edge[1]]]
+    assert not upward, {edge: edges()[edge] for edge in upward}
+
+
+def test_algorithms_formats_and_model_never_import_each_other() -> None:
+    apart = set(LAYERS[KEPT_APART])
+    crossing = [(a, b) for a, b in edges() if a != b and {a, b} <= apart]
+    assert not crossing, {edge: edges()[edge] for edge in crossing}
+
+
+def test_model_imports_nothing_but_errors_and_statistics() -> None:
+    assert {b for a, b in edges() if a == "model"} <= {"model", *MODEL_MAY_IMPORT}
+
+
+def test_rooms_of_one_layer_do_not_import_in_circles() -> None:
+    below: dict[str, set[str]] = {}
+    for a, b in edges():
+        if a != b:
+            below.setdefault(a, set()).add(b)
+
+    def reachable(room: str) -> set[str]:
+        seen: set[str] = set()
+        waiting = [room]
+        while waiting:
+            for target in below.get(waiting.pop(), set()) - seen:
+                seen.add(target)
+                waiting.append(target)
+        return seen
+
+    assert [room for room in LAYER_OF if room in reachable(room)] == []
+
+
+def test_the_kernels_never_import_llmq() -> None:
+    files = sorted((ROOT / "kernels").rglob("*.py"))
+    assert files
+    assert [str(file) for file in files for name in imports(file) if name.split(".")[0] == "llmq"] == []
