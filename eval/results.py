@@ -142,8 +142,8 @@ COLUMNS = (
     "KL of RTN's",
 )
 PROCESS = """
-`llmq quantize --method gptq` as a whole process, imports included: **{cpu_seconds:.1f} CPU-seconds**, {wall_seconds:.1f} s
-of wall time ({inside_seconds:.1f} s of it quantizing), peak memory {peak_megabytes:.0f} MB.
+`llmq quantize --method gptq` as a whole process, imports included: **{cpu_seconds:.1f} CPU-seconds**,
+{wall_seconds:.1f} s of wall time ({inside_seconds:.1f} s of it quantizing), peak memory {peak_megabytes:.0f} MB.
 """
 STAMP = "\nMeasured {date} at {commit}: {hardware}, Python {python}, torch {torch}, transformers {transformers}."
 

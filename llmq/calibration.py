@@ -95,7 +95,7 @@ def read_documents(source: str, *, explicit: bool = True) -> list[str]:
     if path.suffix in LOCAL_SUFFIXES and (path.exists() or source.count(":") == 0):
         documents = _read_file(path)
     else:
-        documents = _read_hub(source, explicit=explicit)
+        documents = read_hub_rows(source, HUB_DOCUMENTS, explicit=explicit)
     documents = [text for text in documents if text.strip()]
     if not documents:
         raise CalibrationError(f"{source} holds no text", hint="expected text, or rows with a column named text")
@@ -115,16 +115,23 @@ def _read_file(path: Path) -> list[str]:
     text = read_text(path)
     if path.suffix == ".txt":
         return paragraphs(text)
-    try:
-        if path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-        else:
-            rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise CalibrationError(f"{path} is not valid JSON: {error}") from None
+    rows = _json_lines(text, path) if path.suffix == ".jsonl" else _json(text, str(path))
     if not isinstance(rows, list):
         raise CalibrationError(f"{path} holds a JSON {type(rows).__name__}, expected a list of texts or of objects")
     return _column(rows, str(path), None)
+
+
+def _json_lines(text: str, path: Path) -> list[Any]:
+    """The value of each line that is not blank; only "\n" ends a line, as JSON strings may hold U+2028 and its like."""
+    lines = enumerate(text.split("\n"), start=1)
+    return [_json(line, f"line {number} of {path}") for number, line in lines if line.strip()]
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CalibrationError(f"{where} is not valid JSON: {error}") from None
 
 
 def read_text(path: Path) -> str:
@@ -182,9 +189,14 @@ def _column(rows: Sequence[Any], where: str, column: str | None) -> list[str]:
     return texts
 
 
-def _read_hub(source: str, *, explicit: bool) -> list[str]:
-    """Rows of a data set, as `name[:config][:split][:column]`; a local folder of data files works as a name too."""
-    hint = "give a file: --calibration text.txt (or .jsonl, .json, .parquet)"
+def read_hub_rows(source: str, limit: int, *, explicit: bool = True) -> list[str]:
+    """The first rows of a data set, blank ones too, as `name[:config][:split][:column]`.
+
+    A local folder of data files works as a name too.  `explicit` is False for a source that the user did not name.
+    """
+    hint = f"give a file that ends in {', '.join(LOCAL_SUFFIXES)}"
+    if not explicit:
+        hint += ", such as --calibration text.txt"
     try:
         import datasets
     except ImportError:
@@ -192,10 +204,13 @@ def _read_hub(source: str, *, explicit: bool) -> list[str]:
             f"{source} is no local file, and reading the Hub's data sets needs the package datasets",
             hint=f"pip install datasets, or {hint}",
         ) from None
-    name, config, split, column = [*(part or None for part in source.split(":")), None, None, None][:4]
+    parts = [part or None for part in source.split(":")]
+    if len(parts) > 4:
+        raise CalibrationError(f"{source} has {len(parts)} parts, expected at most four: name:config:split:column")
+    name, config, split, column = [*parts, None, None, None][:4]
     try:
         rows = datasets.load_dataset(name, config, split=split or "train", streaming=True)
-        return _column(list(itertools.islice(rows, HUB_DOCUMENTS)), source, column)
+        return _column(list(itertools.islice(rows, limit)), source, column)
     except CalibrationError:
         raise
     except Exception as error:  # the library and its many transports raise a type of their own for everything

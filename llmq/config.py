@@ -9,7 +9,7 @@ import dataclasses
 import fnmatch
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -139,6 +139,8 @@ class QuantConfig:
                 raise ConfigError(f"{field} is {getattr(self.calibration, field)}, expected at least 1")
         for override in self.overrides:
             override.applied_to(self.scheme)  # raises for a grid that does not exist
+        for pattern in (*self.skip, *(override.pattern for override in self.overrides)):
+            _require_pattern(pattern)
 
     @property
     def stages(self) -> Method:
@@ -165,12 +167,20 @@ def matches(pattern: str, module: str) -> bool:
     return fnmatch.fnmatchcase(module, pattern) or fnmatch.fnmatchcase(module, f"*.{pattern}")
 
 
+def _require_pattern(pattern: str) -> None:
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except re.error as error:
+            raise ConfigError(f"{pattern!r} is no regular expression: {error}") from None
+
+
 def parse_group_size(text: str | int) -> GroupSize:
     """`128`, `channel` or `tensor`, as flags and TOML spell them."""
     if text in ("channel", "tensor"):
         return text  # type: ignore[return-value]
     try:
-        return int(text)
+        return int(text) if isinstance(text, str) else text
     except ValueError:
         raise ConfigError(f"group size is {text!r}, expected a number, channel or tensor") from None
 
@@ -197,28 +207,24 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def config_from(settings: Mapping[str, Any]) -> QuantConfig:
     """A `QuantConfig` from nested plain values; every unknown key is an error."""
-    known = {field.name for field in dataclasses.fields(QuantConfig)}
-    _refuse_unknown("setting", settings, known)
+    _check("setting", settings, _SETTINGS)
     values = dict(settings)
     if "scheme" in values:
         scheme = dict(values["scheme"])
-        _refuse_unknown("key of [scheme]", scheme, {"bits", "group_size", "symmetric"})
+        _check("key of [scheme]", scheme, _SCHEME)
         if "group_size" in scheme:
             scheme["group_size"] = parse_group_size(scheme["group_size"])
         values["scheme"] = Scheme(**scheme)
     if "calibration" in values:
         calibration = dict(values["calibration"])
-        _refuse_unknown("key of [calibration]", calibration, {"sources", "samples", "seqlen"})
+        _check("key of [calibration]", calibration, _CALIBRATION)
         calibration["sources"] = tuple(calibration.get("sources", ()))
         values["calibration"] = Calibration(**calibration)
     if "overrides" in values:
         values["overrides"] = tuple(_override_from(override) for override in values["overrides"])
     if "skip" in values:
         values["skip"] = tuple(values["skip"])
-    try:
-        return QuantConfig(**values)
-    except TypeError as error:
-        raise ConfigError(f"a setting has the wrong type: {error}") from None
+    return QuantConfig(**values)
 
 
 def config_to(config: QuantConfig) -> dict[str, Any]:
@@ -256,25 +262,44 @@ def merged(config: QuantConfig, settings: Mapping[str, Any]) -> QuantConfig:
 
 
 def _override_from(fields: Mapping[str, Any]) -> Override:
-    _refuse_unknown("key of an override", fields, {field.name for field in dataclasses.fields(Override)})
     values = dict(fields)
     if "group_size" in values:
         values["group_size"] = parse_group_size(values["group_size"])
-    try:
-        if "bits" in values:
-            values["bits"] = int(values["bits"])
-        override = Override(**values)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"an override is not understood: {error}") from None
-    if not isinstance(override.symmetric, bool | None):
-        raise ConfigError(f"symmetric is {override.symmetric!r} in an override, expected true or false")
-    return override
+    if isinstance(values.get("bits"), str) and values["bits"].isdecimal():
+        values["bits"] = int(values["bits"])
+    _check("key of an override", values, _OVERRIDE)
+    if "pattern" not in values:
+        raise ConfigError("an override has no pattern, which says which layers it is for")
+    return Override(**values)
 
 
-def _refuse_unknown(what: str, found: Mapping[str, Any], known: set[str]) -> None:
-    for key in found:
+_KINDS: Mapping[str, Callable[[Any], bool]] = {
+    "a text": lambda value: isinstance(value, str),
+    "a number": lambda value: type(value) in (int, float),
+    "a whole number": lambda value: type(value) is int,
+    "true or false": lambda value: type(value) is bool,
+    "a number, channel or tensor": lambda value: isinstance(value, str) or type(value) is int,
+    "a block of keys": lambda value: isinstance(value, Mapping),
+    "a list of texts": lambda value: isinstance(value, list | tuple) and all(isinstance(v, str) for v in value),
+    "a list of blocks": lambda value: isinstance(value, list | tuple) and all(isinstance(v, Mapping) for v in value),
+}
+_SCHEME = {"bits": "a whole number", "group_size": "a number, channel or tensor", "symmetric": "true or false"}
+_CALIBRATION = {"sources": "a list of texts", "samples": "a whole number", "seqlen": "a whole number"}
+_OVERRIDE = {"pattern": "a text", **_SCHEME}
+_SETTINGS = {
+    "method": "a text", "scheme": "a block of keys", "format": "a text", "calibration": "a block of keys",
+    "order": "a text", "scales": "a text", "damping": "a number", "skip": "a list of texts",
+    "overrides": "a list of blocks", "strict": "true or false", "seed": "a whole number",
+}  # fmt: skip
+
+
+def _check(what: str, found: Mapping[str, Any], known: Mapping[str, str]) -> None:
+    """Every key must be known, and its value of that kind: TOML gives whatever somebody wrote."""
+    for key, value in found.items():
         if key not in known:
             raise ConfigError(f"unknown {what}: {key!r}", hint=f"known are {_listed(sorted(known))}")
+        if not _KINDS[known[key]](value):
+            raise ConfigError(f"{key} is {value!r}, expected {known[key]}")
 
 
 def _listed(values: Any) -> str:

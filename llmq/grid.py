@@ -7,8 +7,9 @@ equation 1).  A symmetric grid fixes the zero in the middle, so that a min-max s
 
 Min-max spends levels on the rarest weights.  `fit_searched` shrinks (or stretches) the range instead, by whatever
 lowers the error  sum_j importance_j * (w_j - ŵ_j)²  of the group: 60 factors, then 16 finer ones around the best; an
-asymmetric grid also tries zeros up to two steps away.  Scales are rounded to the dtype that the file will store
-*before* the error is computed, so that what was chosen is what is read back.
+asymmetric grid also tries zeros up to two steps away.  Min-max is the first candidate, so no search loses to it.
+Scales are rounded to the dtype that the file will store *before* the error is computed, so that what was chosen is
+what is read back.
 
 Not here: error compensation between columns (algorithms/gptq.py).
 """
@@ -56,7 +57,7 @@ class Grid:
 
 def fit_minmax(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Grid:
     """The grid whose range is that of each group of `weight` (N, K) float32."""
-    return _assemble(weight.shape[0], scheme, *_minmax(_grouped(weight, scheme), scheme, scale_dtype))
+    return _assemble(weight.shape[0], scheme, scale_dtype, *_minmax(_grouped(weight, scheme), scheme, scale_dtype))
 
 
 def fit_searched(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, importance: Tensor | None = None) -> Grid:
@@ -71,7 +72,7 @@ def fit_searched(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, impor
     rows = max(1, ELEMENTS_AT_ONCE.get(weight.device.type, 1 << 20) // max(1, groups[0].numel()))
     pieces = [_search(piece, costs, scheme, scale_dtype) for piece in groups.split(rows)]
     scales, zeros = (torch.cat(part) for part in zip(*pieces, strict=True))
-    return _assemble(weight.shape[0], scheme, scales, zeros)
+    return _assemble(weight.shape[0], scheme, scale_dtype, scales, zeros)
 
 
 def _grouped(weight: Tensor, scheme: Scheme) -> Tensor:
@@ -97,7 +98,8 @@ def _search(groups: Tensor, costs: Tensor, scheme: Scheme, scale_dtype: torch.dt
     lowest = LOWEST_FACTOR_2_BITS if scheme.bits == 2 else LOWEST_FACTOR
     factors = torch.linspace(lowest, HIGHEST_FACTOR, COARSE_STEPS).tolist()
     step = factors[1] - factors[0]
-    best = torch.full_like(widest, torch.inf), widest, zeros
+    minmax = _minmax(groups, scheme, scale_dtype)
+    best = _better((torch.full_like(widest, torch.inf), *minmax), groups, costs, *minmax, scheme)
     for factor in factors:
         best = _better(best, groups, costs, _stored(widest * factor, scale_dtype), zeros, scheme)
     centre = best[1]
@@ -113,19 +115,24 @@ def _better(
     best: tuple[Tensor, Tensor, Tensor], groups: Tensor, costs: Tensor, scales: Tensor, zeros: Tensor, scheme: Scheme
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`best` (error, scales, zeros), each (R, G, 1), with the candidate put in where its error is lower."""
-    decoded = (groups / scales).add_(zeros).round_().clamp_(0, scheme.levels).sub_(zeros).mul_(scales)
-    error = decoded.sub_(groups).square_().mul_(costs).sum(-1, keepdim=True)
+    steps = groups / scales  # from the zero
+    rounded = torch.round(steps)
+    if scheme.symmetric:
+        rounded.clamp_(-scheme.middle, scheme.levels - scheme.middle)
+    else:
+        rounded.clamp_(-zeros, scheme.levels - zeros)
+    error = rounded.sub_(steps).square_().mul_(costs).sum(-1, keepdim=True) * scales.square()
     lower = error < best[0]
     return torch.where(lower, error, best[0]), torch.where(lower, scales, best[1]), torch.where(lower, zeros, best[2])
 
 
 def _stored(scales: Tensor, scale_dtype: torch.dtype) -> Tensor:
-    """`scales` as the file will give them back: rounded to its dtype, and large enough for it; float32."""
+    """`scales` as the file will give them back: rounded to its dtype, after a clamp to what that can hold; float32."""
     smallest = SMALLEST_SCALE.get(scale_dtype, SMALLEST_SCALE_ELSEWHERE)
-    return scales.clamp(min=smallest).to(scale_dtype).to(torch.float32)
+    return scales.clamp(min=smallest, max=torch.finfo(scale_dtype).max).to(scale_dtype).to(torch.float32)
 
 
-def _assemble(rows: int, scheme: Scheme, scales: Tensor, zeros: Tensor) -> Grid:
+def _assemble(rows: int, scheme: Scheme, scale_dtype: torch.dtype, scales: Tensor, zeros: Tensor) -> Grid:
     """(R, G, 1) float32 parts -> a `Grid`; a per-tensor scale is repeated for every row."""
     scales, zeros = (part.squeeze(-1).expand(rows, -1).contiguous() for part in (scales, zeros))
-    return Grid(scheme, scales, None if scheme.symmetric else zeros.to(torch.int16))
+    return Grid(scheme, scales.to(scale_dtype), None if scheme.symmetric else zeros.to(torch.int16))

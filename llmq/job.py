@@ -25,7 +25,7 @@ from llmq.config import QuantConfig, config_to, merged
 from llmq.errors import ConfigError, UnsupportedModelError
 from llmq.model import skeleton
 from llmq.model.stream import Stream
-from llmq.model.weights import ModelWeights
+from llmq.model.weights import ModelWeights, require_finite
 from llmq.report.record import OUTSIDE_THE_BLOCKS, PROVENANCE_FILE, BlockReport, Report, peak_memory
 from llmq.runtime.load import choose_device, load_tokenizer, quantization_settings, stored_dtype
 from llmq.schemes import LayerPlan
@@ -77,8 +77,6 @@ class Job:
             original_bytes=self._checkpoint.nbytes,
         )
         self._planned_config = self._quantization_config({plan.name for plan in self.plans.values()})
-        if not self._overwrite:
-            Writer.require_free(self.out)
 
     @property
     def blocks(self) -> int:
@@ -95,6 +93,10 @@ class Job:
     def run(self) -> Iterator[BlockReport]:
         """Do it; yields a record after each block.  The finished folder appears at the end, all at once."""
         start = time.monotonic()
+        if not self._overwrite:
+            Writer.require_free(self.out)  # known now, and not after the text was read
+        for name in self._outside():  # a block's own are looked at when it is read
+            require_finite(name, self._checkpoint.tensor(name))
         text = self._calibration_set() if self.settings.stages.needs_calibration else None
         writer = self._open_writer(text)
         try:
@@ -187,6 +189,8 @@ class Job:
         sizes = {plan.name: plan.weights for plan in self.plans.values()}
         stored_bits = sum(sizes[name] * layer.bits_per_weight for name, layer in quantized.items())
         report.bits_per_weight = stored_bits / max(1, sum(sizes[name] for name in quantized))
+        before = sum(self._checkpoint.info(f"{name}.weight").nbytes for name in quantized)
+        report.file_bytes = self._checkpoint.nbytes - before + round(stored_bits / 8)
         report.seconds = time.monotonic() - start
         report.peak_memory_bytes = peak_memory()
         settings = self._quantization_config(set(quantized))
@@ -196,11 +200,14 @@ class Job:
         }
         if self._layout.CONFIG_COPY:
             documents[self._layout.CONFIG_COPY] = _json(settings)
-        in_blocks = {name for block in self._skeleton.blocks for name in block.stored_names()}
-        outside = {name: self._checkpoint.location(name) for name in self._checkpoint.names() if name not in in_blocks}
-        rest = [(location.file, name, location.info) for name, location in outside.items()]
+        locations = {name: self._checkpoint.location(name) for name in self._outside()}
+        rest = [(location.file, name, location.info) for name, location in locations.items()]
         writer.finish(rest, companion_files(folder), documents)
-        report.file_bytes = sum(file.stat().st_size for file in self.out.glob("*.safetensors"))
+
+    def _outside(self) -> list[str]:
+        """The tensors that are copied as they are: embeddings, norms and heads outside of the blocks."""
+        inside = {name for block in self._skeleton.blocks for name in block.stored_names()}
+        return [name for name in self._checkpoint.names() if name not in inside]
 
     def _quantization_config(self, quantized: set[str]) -> dict[str, Any]:
         """The block for config.json where the linear layers `quantized` are packed and all others are not."""

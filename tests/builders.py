@@ -88,9 +88,10 @@ CONFIGS: dict[str, Callable[..., Any]] = {
 }
 
 
-def causal_model(config: Any, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+def causal_model(config: Any, *, dtype: str = "float32", seed: int = 0) -> Any:
     """The model of a configuration with random parameters, ready to run."""
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    model.eval().requires_grad_(False)
     randomise(model, seed)
     return model
 

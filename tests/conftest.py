@@ -1,11 +1,15 @@
 """What every test may rely on: Triton's interpreter, no hub, and the material beside a developer's checkout."""
 
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"  # must be set before anything imports triton
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # on tiny tensors, threads that wait for each other cost tenfold
 
 import pytest
 
@@ -19,3 +23,16 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("needs ../shared (real models and checkpoints of other tools), which is not beside this checkout")
     return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`checkpoint("llama", num_hidden_layers=2)`: a tiny model on disk, made once; copy it before changing a file."""
+    from tests import builders  # imports transformers, which few tests need
+
+    @functools.cache
+    def make(name: str, *, dtype: str = "float32", **changes: Any) -> Path:
+        model = builders.causal_model(builders.CONFIGS[name](**changes), dtype=dtype)
+        return builders.save_model(tmp_path_factory.mktemp(name), model)
+
+    return make

@@ -2,8 +2,11 @@
 
 The second half of AWQ (Lin et al. 2023, arXiv:2306.00978, section 3): a weight that meets a large input matters
 more, so the range of each group is chosen to lower  sum_j E[x_j²] (w_j - ŵ_j)², the output error with inputs taken as
-uncorrelated.  GPTQ falls back to it when a Hessian cannot be factored.  Without statistics it is plain RTN.
+uncorrelated.  GPTQ falls back to it when a Hessian cannot be factored.  Without statistics, or with inputs that were
+all silent or overflowed, it is plain RTN.
 """
+
+import math
 
 from torch import Tensor
 
@@ -17,6 +20,9 @@ def round_weight(weight: Tensor, stats: InputStats | None, scheme: Scheme, optio
     """See `RoundingStage`."""
     if stats is None or options.scales == "minmax":
         return rtn.round_weight(weight, stats, scheme, options)
-    floor = stats.mean_square.mean() * 1e-6  # channels that were silent in calibration keep a voice
+    mean = float(stats.mean_square.mean())
+    if not 0 < mean < math.inf:
+        return rtn.round_weight(weight, stats, scheme, options)
+    floor = 1e-6 * mean  # channels that were silent in calibration keep a voice
     chosen = grid.fit_searched(weight, scheme, options.scale_dtype, stats.mean_square + floor)
     return Rounding(chosen.quantized(chosen.encode(weight)))

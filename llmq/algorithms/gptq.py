@@ -14,7 +14,7 @@ matrix product a block.  What differs from the paper, each measured better (docs
 * **One factorisation, no inverse.** Flipped in both directions, the Cholesky factor of H gives H = RRᵀ with R upper
   triangular, and U = R⁻¹.
 * Columns that never saw an input (H_jj = 0) are rounded to nearest, not zeroed: text unlike the calibration set may
-  use them.
+  use them.  Nothing couples to them, and the damping is their price in the search for scales.
 * A row that compensation made worse under H (rounding is not convex) keeps its nearest codes.
 
 `order="natural", scales="minmax"` is the paper's own algorithm: each group's range is taken from the weights as
@@ -57,7 +57,8 @@ def round_weight(weight: Tensor, stats: InputStats | None, scheme: Scheme, optio
     factor = factorize(hessian, options)
     if factor is None:
         nearest = clip.round_weight(weight, stats, scheme, options)
-        note = f"rounded to nearest: its Hessian cannot be factored, even with a damping of {HIGHEST_DAMPING}"
+        tried = max(HIGHEST_DAMPING, options.damping)
+        note = f"rounded to nearest: its Hessian cannot be factored, even with a damping of {tried:g}"
         return Rounding(nearest.quantized, None, (note,))
     notes = [] if factor.damping == options.damping else [f"damping raised to {factor.damping:g}"]
 
@@ -79,22 +80,21 @@ def factorize(hessian: Tensor, options: Options) -> Factor | None:
     """Factor H (K, K) float32, in float64, with as little damping as it takes; None where none is enough."""
     H = hessian.to(torch.float64)
     diagonal = H.diagonal().clone()
-    dead = diagonal == 0
     mean = float(diagonal.mean())
     if not mean > 0 or not torch.isfinite(diagonal).all():
         return None
-    H.diagonal()[dead] = mean  # any value does: nothing couples to it
     activation = torch.argsort(diagonal, descending=True, stable=True)
     order = activation if options.order == "activation" else torch.arange(len(H), device=H.device)
     H = H[order][:, order]
     damping, previous = options.damping, 0.0
-    while damping <= max(HIGHEST_DAMPING, options.damping) * 1.001:
+    while True:
         H.diagonal().add_((damping - previous) * mean)
         lower, failed = torch.linalg.cholesky_ex(H.flip(0, 1))
         if not failed:
             return _factor(lower, order, damping)
-        damping, previous = 10 * damping, damping
-    return None
+        if damping >= HIGHEST_DAMPING:
+            return None
+        damping, previous = min(10 * damping, HIGHEST_DAMPING), damping
 
 
 def _factor(flipped: Tensor, order: Tensor, damping: float) -> Factor:

@@ -165,7 +165,7 @@ def _refuse_other_files(staging: Staging, *, resumable: bool) -> None:
     others = sorted(entry.name for entry in staging.out.iterdir() if entry.name not in ours)
     if others:
         message = f"{staging.out} is not empty: it holds {', '.join(others[:3])}{' …' if len(others) > 3 else ''}"
-        unfinished = "; finished blocks in it are continued" if resumable else ""
+        unfinished = "; finished blocks in it are continued" if resumable and staging.exists() else ""
         raise ConfigError(message, hint=f"give another folder, or --overwrite to replace the model in it{unfinished}")
 
 

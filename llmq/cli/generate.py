@@ -12,8 +12,8 @@ from llmq.cli.terminal import messages, quiet_transformers
 def command(
     path: options.Path_,
     prompt: Annotated[str, Option("--prompt", "-p", help="What to continue, or to answer.")],
-    max_tokens: Annotated[int, Option("--max-tokens", help="The most tokens to write.")] = 128,
-    temperature: Annotated[float, Option("--temperature", help="0 takes the likeliest token each time.")] = 0.0,
+    max_tokens: Annotated[int, Option("--max-tokens", min=1, help="The most tokens to write.")] = 128,
+    temperature: Annotated[float, Option("--temperature", min=0, help="0 takes the likeliest token each time.")] = 0.0,
     seed: Annotated[int, Option("--seed", help="For temperatures above 0.")] = 0,
     raw: Annotated[bool, Option("--raw", help="Leave out the chat template that the model has.")] = False,
     device: options.Device = "auto",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from llmq.errors import CheckpointError
+from llmq.model.weights import require_finite
 
 if TYPE_CHECKING:
     from llmq.model.skeleton import Call, Skeleton
@@ -30,12 +30,7 @@ class Block:
         for name, module in self.module.named_modules():
             weights.fill(f"{self.path}.{name}" if name else self.path, module, device)
         for name, parameter in self.module.named_parameters():
-            if not bool(torch.isfinite(parameter).all()):
-                bad = int((~torch.isfinite(parameter)).sum())
-                raise CheckpointError(
-                    f"{self.path}.{name} has {bad} values that are NaN or infinite, expected finite ones",
-                    hint="the checkpoint is damaged, or its training diverged; nothing can be made of it",
-                )
+            require_finite(f"{self.path}.{name}", parameter)
 
     def free(self) -> None:
         """Give the memory of the block's parameters back."""

@@ -62,17 +62,19 @@ class MatmulWatcher(TorchFunctionMode):
 def input_groups(block: Block, call: Call) -> list[InputGroup]:
     """The block's linear layers by the input that they share, in the order in which they are first run.
 
-    A linear layer that does not run for this call is in no group.
+    A linear layer that does not run for this call is in no group; one that runs twice is where it was first.
     """
     first: dict[tuple[Any, ...], list[str]] = {}
+    placed: set[str] = set()
     kept: list[Tensor] = []  # alive until the end, so that no later tensor can be given the address of an earlier one
 
     def seen(name: str, inputs: Tensor) -> None:
+        if name in placed:
+            return
+        placed.add(name)
         kept.append(inputs)
         key = (inputs.data_ptr(), inputs.numel(), inputs.shape[-1], inputs._version)
-        names = first.setdefault(key, [])
-        if name not in names:
-            names.append(name)
+        first.setdefault(key, []).append(name)
 
     with MatmulWatcher(_weights(block.linears), seen):
         block.run(call)

@@ -111,13 +111,14 @@ class Skeleton:
         """Find out whether blocks return a tuple; refuse a model that changes the hidden state between them."""
         last = len(self.blocks) - 1
         tokens = torch.zeros(1, 4, dtype=torch.int64)
+        failure: Exception | None = None
         for returns_tuple in (False, True):
             self._returns_tuple = returns_tuple
             with self._recorders() as calls, torch.no_grad():
                 try:
                     self._forward(tokens, stop_after=last)
-                except (IndexError, TypeError, RuntimeError, ValueError, AttributeError) as error:
-                    failure: Exception = error
+                except (LookupError, TypeError, RuntimeError, ValueError, AttributeError) as error:
+                    failure = failure or error
                     continue
             if len(calls) == len(self.blocks) and all(calls[i].hidden is calls[0].hidden for i in calls):
                 return

@@ -1,7 +1,7 @@
 """The calibration text on its way through the blocks: the only thing that lives across them.
 
 After block i was quantized and run, the stream holds the hidden states that the quantized prefix makes, one tensor
-(B, T, D) a batch.  What else block i + 1 is called with is recorded when it is needed and not kept, so memory does
+(…, B, T, D) a batch.  What else block i + 1 is called with is recorded when it is needed and not kept, so memory does
 not grow with the number of blocks, whatever masks or per-layer inputs a model has.
 """
 
@@ -33,7 +33,7 @@ class Stream:
         rows = -(-tokens // self._batches[0].shape[1])
         first = self._batches[0][:rows, :tokens]
         call = self._skeleton.record(self.position, first)
-        return call.with_hidden(self._hidden[0][:rows, :tokens]) if self._hidden else call
+        return call.with_hidden(self._hidden[0][..., :rows, :tokens, :]) if self._hidden else call
 
     def advance(self, block: Block) -> None:
         """Run the block, quantized by now, and stand in front of the next one."""

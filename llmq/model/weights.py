@@ -67,3 +67,15 @@ class ModelWeights:
                 hint="is config.json the one that belongs to these weights?",
             )
         return tensor
+
+
+def require_finite(name: str, tensor: Tensor) -> None:
+    """Raise CheckpointError if a tensor, of any dtype, holds NaN or Inf."""
+    if tensor.itemsize == 1 and tensor.is_floating_point():
+        tensor = tensor.to(torch.float32)  # the question is not asked of 8-bit floats
+    finite = torch.isfinite(tensor)
+    if not bool(finite.all()):
+        raise CheckpointError(
+            f"{name} has {int((~finite).sum())} values that are NaN or infinite, expected finite ones",
+            hint="the checkpoint is damaged, or its training diverged; nothing can be made of it",
+        )

@@ -152,6 +152,8 @@ def choose_device(asked: str | torch.device) -> torch.device:
         device = torch.device(asked)
     except RuntimeError:
         raise BackendError(f"there is no device {asked!r}", hint="use auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise BackendError(f"llmq does not run on {device.type}", hint="use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise BackendError(
             f"{asked} is not there: torch sees {torch.cuda.device_count()} CUDA devices", hint="use --device cpu"

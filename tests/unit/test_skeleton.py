@@ -1,5 +1,6 @@
 """Record and replay: block by block is the whole model, and one block at a time has weights."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,9 +20,7 @@ from tests.builders import (
     CONFIGS,
     VOCABULARY,
     WINDOW,
-    causal_model,
     rename_tensors,
-    save_model,
     skeleton_in_memory,
     skeleton_of,
     tokens,
@@ -30,8 +29,12 @@ from tests.builders import (
 LENGTH = 3 * WINDOW  # longer than the window of a sliding layer
 
 
-def saved(folder: Path, name: str = "llama", **changes: Any) -> Path:
-    return save_model(folder / name, causal_model(CONFIGS[name](**changes)))
+Checkpoints = Callable[..., Path]
+
+
+def copied(source: Path, folder: Path) -> Path:
+    """A checkpoint whose files may be changed."""
+    return shutil.copytree(source, folder / "copy")
 
 
 def hidden_by_block(folder: Path, ids: Tensor) -> list[Tensor]:
@@ -61,8 +64,8 @@ def replayed(walked: Skeleton, ids: Tensor) -> Iterator[Tensor]:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_replay_is_the_whole_model(tmp_path: Path, name: str) -> None:
-    folder, ids = saved(tmp_path, name), tokens(2, LENGTH)
+def test_replay_is_the_whole_model(checkpoint: Checkpoints, name: str) -> None:
+    folder, ids = checkpoint(name), tokens(2, LENGTH)
     expected = hidden_by_block(folder, ids)
     assert len(expected) == 3
     for ours, theirs in zip(replayed(skeleton_of(folder), ids), expected, strict=True):
@@ -71,8 +74,8 @@ def test_replay_is_the_whole_model(tmp_path: Path, name: str) -> None:
         assert (ours - theirs).abs().max() <= 8 * torch.finfo(torch.float32).eps * theirs.abs().max()
 
 
-def test_layers_with_masks_of_their_own_are_called_with_them(tmp_path: Path) -> None:
-    folder, ids = saved(tmp_path, "gemma3"), tokens(1, LENGTH)
+def test_layers_with_masks_of_their_own_are_called_with_them(checkpoint: Checkpoints) -> None:
+    folder, ids = checkpoint("gemma3"), tokens(1, LENGTH)
     walked = skeleton_of(folder)
     sliding, full = walked.record(0, ids), walked.record(1, ids)
     walked.blocks[0].load()
@@ -87,8 +90,8 @@ def _masks(call: Call) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3n"])
-def test_never_more_than_one_block_has_weights(tmp_path: Path, name: str) -> None:
-    walked = skeleton_of(saved(tmp_path, name))
+def test_never_more_than_one_block_has_weights(checkpoint: Checkpoints, name: str) -> None:
+    walked = skeleton_of(checkpoint(name))
     counts: list[int] = []
 
     def count(*_: Any) -> None:
@@ -106,8 +109,8 @@ def test_never_more_than_one_block_has_weights(tmp_path: Path, name: str) -> Non
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_recording_fills_nothing_but_what_runs_before_the_blocks(tmp_path: Path, name: str) -> None:
-    walked = skeleton_of(saved(tmp_path, name))
+def test_recording_fills_nothing_but_what_runs_before_the_blocks(checkpoint: Checkpoints, name: str) -> None:
+    walked = skeleton_of(checkpoint(name))
     walked.record(2, tokens(2, LENGTH))
     filled = {name for name, parameter in walked.model.named_parameters() if not parameter.is_meta}
     # Only gemma3n does anything else there: it makes the inputs that each block gets for itself.
@@ -119,8 +122,8 @@ def test_recording_fills_nothing_but_what_runs_before_the_blocks(tmp_path: Path,
 
 
 @pytest.mark.parametrize(("name", "returns_tuple"), [("llama", False), ("falcon", True)])
-def test_blocks_that_return_tuples_are_told_apart(tmp_path: Path, name: str, returns_tuple: bool) -> None:
-    folder = saved(tmp_path, name)
+def test_blocks_that_return_tuples_are_told_apart(checkpoint: Checkpoints, name: str, returns_tuple: bool) -> None:
+    folder = checkpoint(name)
     walked = skeleton_of(folder)
     walked.record(0, tokens(1, 4))
     walked.blocks[0].load()
@@ -140,7 +143,7 @@ class Decoder(nn.Module):
         self.between, self.keyword = between, keyword
 
     def forward(self, input_ids: Tensor, use_cache: bool) -> Tensor:
-        hidden = self.embed(input_ids)
+        hidden: Tensor = self.embed(input_ids)
         for block in self.blocks:
             hidden = block(**{self.keyword: hidden}) if self.keyword else block(hidden)
             hidden = self.between(hidden[0] if isinstance(hidden, tuple) else hidden)
@@ -202,18 +205,16 @@ def test_what_is_no_decoder_is_refused(tmp_path: Path, config: Any) -> None:
         skeleton.build(tmp_path, dtype=torch.float32, remote_code=False)
 
 
-def test_a_tied_head_is_found_under_the_embedding(tmp_path: Path) -> None:
-    tied, untied = (
-        skeleton_of(saved(tmp_path / str(tie), tie_word_embeddings=tie)).weights for tie in (True, False)
-    )
+def test_a_tied_head_is_found_under_the_embedding(checkpoint: Checkpoints) -> None:
+    tied, untied = (skeleton_of(checkpoint("llama", tie_word_embeddings=tie)).weights for tie in (True, False))
     assert tied.is_tied("lm_head.weight") and not untied.is_tied("lm_head.weight")
     assert not tied.is_tied("model.embed_tokens.weight")
     assert tied.tensor_name("lm_head.weight") == "model.embed_tokens.weight"
     assert untied.tensor_name("lm_head.weight") == "lm_head.weight"
 
 
-def test_a_checkpoint_may_leave_out_the_base_prefix(tmp_path: Path) -> None:
-    folder, ids = saved(tmp_path), tokens(2, LENGTH)
+def test_a_checkpoint_may_leave_out_the_base_prefix(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    folder, ids = copied(checkpoint("llama"), tmp_path), tokens(2, LENGTH)
     expected = list(replayed(skeleton_of(folder), ids))
     with_prefix = skeleton_of(folder).blocks[0].stored_names()
     rename_tensors(folder, lambda name: name.removeprefix("model."))
@@ -224,8 +225,8 @@ def test_a_checkpoint_may_leave_out_the_base_prefix(tmp_path: Path) -> None:
     assert bare.weights.module_name("model.layers.1.mlp.up_proj") == "layers.1.mlp.up_proj"
 
 
-def test_a_missing_tensor_and_a_wrong_shape_are_named(tmp_path: Path) -> None:
-    folder, name = saved(tmp_path), "model.layers.0.mlp.up_proj.weight"
+def test_a_missing_tensor_and_a_wrong_shape_are_named(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    folder, name = copied(checkpoint("llama"), tmp_path), "model.layers.0.mlp.up_proj.weight"
     tensors = load_file(folder / "model.safetensors")
     for changed, message in (({}, f"needs the tensor {name}"), ({name: torch.zeros(3, 32)}, r"shape \(3, 32\)")):
         rest = {key: tensor for key, tensor in tensors.items() if key != name}
@@ -235,8 +236,8 @@ def test_a_missing_tensor_and_a_wrong_shape_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_weight_that_is_no_number_is_named(tmp_path: Path, bad: float) -> None:
-    folder, name = saved(tmp_path), "model.layers.1.mlp.up_proj.weight"
+def test_a_weight_that_is_no_number_is_named(checkpoint: Checkpoints, tmp_path: Path, bad: float) -> None:
+    folder, name = copied(checkpoint("llama"), tmp_path), "model.layers.1.mlp.up_proj.weight"
     tensors = load_file(folder / "model.safetensors")
     tensors[name][3, 4] = bad
     save_file(tensors, folder / "model.safetensors")
@@ -248,8 +249,8 @@ def test_a_weight_that_is_no_number_is_named(tmp_path: Path, bad: float) -> None
 
 @pytest.mark.parametrize("name", ["llama", "gemma3n"])
 @pytest.mark.parametrize("batch", [1, 2, 4])
-def test_the_stream_carries_what_each_block_puts_out(tmp_path: Path, name: str, batch: int) -> None:
-    walked = skeleton_of(saved(tmp_path, name))
+def test_the_stream_carries_what_each_block_puts_out(checkpoint: Checkpoints, name: str, batch: int) -> None:
+    walked = skeleton_of(checkpoint(name))
     ids = tokens(4, LENGTH)
     expected = list(replayed(walked, ids))  # (…, 4, T, D) each
     stream = Stream(walked, ids, batch)

@@ -36,7 +36,7 @@ def w4a16_linear(
 
     words        (N, Kp / 16 * bits) int16, from `layout.pack`
     scales       (G, N) float16, bfloat16 or float32, of any sign, G = ceil(K / columns_per_group)
-    zeros        (G, N) int16, or None where every zero is 2**(bits - 1); code - zero must fit int16
+    zeros        (G, N) int16, or None where every zero is 2**(bits - 1)
     bias         (N,) float, or None
     column_order (K,) int32 or int64, or None: column c of W multiplies x[..., column_order[c]]
 

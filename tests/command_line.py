@@ -1,0 +1,61 @@
+"""The command line, called as `llmq …` would be, in this process or in one of its own."""
+
+import contextlib
+import io
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+from llmq import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left behind: its exit code, the result, and the messages."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+
+def llmq(*arguments: str | Path) -> Outcome:
+    """Run a command in this process; an exception that would be a traceback for the user is one for the test."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    exit_code = 0
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        with mock.patch.object(sys, "argv", ["llmq", *map(str, arguments)]):
+            try:
+                cli.main()
+            except SystemExit as leaving:
+                exit_code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+    return Outcome(exit_code, stdout.getvalue(), stderr.getvalue())
+
+
+def command(*arguments: str | Path) -> list[str]:
+    """The same as a command for a process of its own; give it `environment()`."""
+    return [sys.executable, "-m", "llmq", *map(str, arguments)]
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """Whatever this process has, and the checkout on the path of a process that starts elsewhere."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    return {**os.environ, "PYTHONPATH": path, **changes}
+
+
+def llmq_process(*arguments: str | Path, cwd: Path = ROOT, **changes: str) -> Outcome:
+    """Run a command in a process of its own."""
+    done = subprocess.run(
+        command(*arguments),
+        cwd=cwd,
+        env=environment(**changes),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    return Outcome(done.returncode, done.stdout, done.stderr)

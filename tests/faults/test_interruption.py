@@ -1,0 +1,92 @@
+"""Ctrl-C in the middle of a run: a message, exit code 130, and the same command goes on where it stopped."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmq.checkpoint.staging import STAGING
+from tests import builders
+from tests.command_line import ROOT, Outcome, command, environment, llmq
+
+BLOCKS = 6
+RECORD = "llmq.json"
+
+
+@pytest.fixture
+def run(checkpoint: Callable[..., Path], tmp_path: Path) -> tuple[str | Path, ...]:
+    """The command but for its output folder."""
+    text = builders.write_text(tmp_path / "text.txt")
+    return (
+        "quantize", checkpoint("llama", num_hidden_layers=BLOCKS), "--calibration", text, "--samples", "8",
+        "--seqlen", "32", "--group-size", "32",
+    )  # fmt: skip
+
+
+def interrupted_after_a_block(arguments: tuple[str | Path, ...]) -> Outcome:
+    process = subprocess.Popen(
+        command(*arguments), cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None and process.stderr is not None
+    seen = []
+    for line in process.stderr:
+        seen.append(line)
+        if line.startswith("block 1/"):
+            process.send_signal(signal.SIGINT)
+    return Outcome(process.wait(timeout=60), process.stdout.read(), "".join(seen))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {entry.name: entry.read_bytes() for entry in folder.iterdir() if entry.name != RECORD}
+
+
+def record(folder: Path) -> dict[str, Any]:
+    """llmq.json without what says when and where."""
+    found: dict[str, Any] = json.loads((folder / RECORD).read_text())
+    for key in ("seconds", "peak_memory_bytes", "output", "notes"):
+        del found[key]
+    for block in found["blocks"]:
+        del block["seconds"], block["resumed"]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+def test_an_interrupted_run_continues_to_the_same_bytes(run: tuple[str | Path, ...], tmp_path: Path) -> None:
+    out, straight = tmp_path / "out", tmp_path / "straight"
+    assert llmq(*run, straight).exit_code == 0
+
+    stopped = interrupted_after_a_block((*run, out))
+    assert stopped.exit_code == 130
+    assert stopped.stdout == ""
+    assert "error: interrupted" in stopped.stderr
+    assert "give the same command again" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    assert [entry.name for entry in out.iterdir()] == [STAGING]
+    finished = len(list((out / STAGING).glob("*.safetensors")))
+    assert 1 <= finished < BLOCKS
+
+    again = llmq(*run, out)
+    assert again.exit_code == 0
+    assert f"continued: {finished} of {BLOCKS} blocks were finished earlier" in again.stderr
+    assert again.stderr.count("finished earlier\n") == finished + 1  # a line each, and the note
+    assert files(out) == files(straight)
+    assert record(out) == record(straight)
+
+
+def test_ctrl_c_before_the_first_block_leaves_nothing(
+    run: tuple[str | Path, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llmq.pipeline.quantize_block", interrupt)
+    stopped = llmq(*run, tmp_path / "out")
+    assert stopped.exit_code == 130
+    assert "interrupted" in stopped.stderr
+    assert not (tmp_path / "out").exists()
