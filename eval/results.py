@@ -2,7 +2,8 @@
 
     python eval/results.py                 every model that is at hand; about half an hour on two cores
     python eval/results.py --only NAME     one of them; the figures of the others are kept
-    python eval/results.py --render        write RESULTS.md from results.json again
+    python eval/results.py --process       only the seconds and the memory, on a machine that does nothing else
+    python eval/results.py --render        write RESULTS.md, and the table in README.md, from results.json again
 
 Each figure comes from a file that was written and read back.  `babyllama…` and `stories260K` lie beside a developer's
 checkout and nowhere else; they are calibrated with 128 x 256 tokens of stories and measured on 64 x 256 tokens of
@@ -31,6 +32,7 @@ from llmq.measure import measure
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 JSON, MARKDOWN = ROOT / "eval" / "results.json", ROOT / "eval" / "RESULTS.md"
+README, BEGIN, END = ROOT / "README.md", "<!-- eval/results.py begins -->", "<!-- eval/results.py ends -->"
 SAMPLES, SEQLEN, WINDOWS = 128, 256, 64
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -104,6 +106,15 @@ def whole_process(path: Path, calibration: Path, out: Path) -> dict[str, float]:
     }
 
 
+def measure_processes(results: dict[str, Any]) -> None:
+    """The whole-process figures again, for every model that was measured; on a machine that does nothing else."""
+    for name in results:
+        with tempfile.TemporaryDirectory() as scratch:
+            calibration, _ = texts(name, Path(scratch) / "text")
+            results[name]["process"] = whole_process(MODELS[name][0], calibration, Path(scratch) / "timed")
+    JSON.write_text(json.dumps(results, indent=1) + "\n")
+
+
 def stamp() -> dict[str, str]:
     """When and with what the figures were made."""
     import transformers
@@ -160,6 +171,34 @@ def render(results: dict[str, Any]) -> str:
     return "\n".join(parts) + "\n"
 
 
+def summary(results: dict[str, Any]) -> str:
+    """The table that the README shows: KL at 4 bits."""
+    names = [name for name in MODELS if name in results]
+    lines = [table_row(["KL to float, 4 bits", *names]), table_row(["---"] * (len(names) + 1))]
+    for symmetric in (True, False):
+        for method in METHODS:
+            found = [
+                next(
+                    r
+                    for r in results[name]["rows"]
+                    if (r["method"], r["bits"], r["symmetric"]) == (method, 4, symmetric)
+                )
+                for name in names
+            ]
+            label = f"{method}, {'symmetric' if symmetric else 'asymmetric'}"
+            lines.append(table_row([label, *(f"{row['kl_mean']:.4f}" for row in found)]))
+    lines.append(table_row(["float perplexity", *(f"{results[name]['float']:.3f}" for name in names)]))
+    return "\n".join(lines)
+
+
+def write_documents(results: dict[str, Any]) -> None:
+    MARKDOWN.write_text(render({name: results[name] for name in MODELS if name in results}), encoding="utf-8")
+    readme = README.read_text(encoding="utf-8")
+    before, _, rest = readme.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    README.write_text(f"{before}{BEGIN}\n{summary(results)}\n{END}{after}", encoding="utf-8")
+
+
 def table_row(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
@@ -185,17 +224,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=MODELS)
     parser.add_argument("--render", action="store_true")
+    parser.add_argument("--process", action="store_true", help="measure only the seconds and the memory of a whole run")
     arguments = parser.parse_args()
     quiet_transformers()
     results = json.loads(JSON.read_text()) if JSON.exists() else {}
-    wanted = [] if arguments.render else [arguments.only] if arguments.only else list(MODELS)
+    if arguments.process:
+        measure_processes(results)
+    wanted = [] if arguments.process or arguments.render else [arguments.only] if arguments.only else list(MODELS)
     for name in wanted:
         if not MODELS[name][0].is_dir():
             print(f"{name} is not at hand, left out", file=sys.stderr)
             continue
         results[name] = measure_model(name)
         JSON.write_text(json.dumps(results, indent=1) + "\n")
-    MARKDOWN.write_text(render({name: results[name] for name in MODELS if name in results}))
+    write_documents(results)
 
 
 if __name__ == "__main__":

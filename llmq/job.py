@@ -1,7 +1,7 @@
 """From a model's name to a finished folder: everything around the page in `pipeline.py`.
 
 A `Job` is made of a request; making it reads headers and configuration only, and raises for whatever can be known to go
-wrong before hours are spent.  `run` does the work and yields a record after each block; `report` fills up meanwhile.
+wrong before hours are spent.  `run` does the work and yields a record after each layer and block; `report` fills up.
 """
 
 import json
@@ -26,7 +26,7 @@ from llmq.errors import ConfigError, UnsupportedModelError
 from llmq.model import skeleton
 from llmq.model.stream import Stream
 from llmq.model.weights import ModelWeights, require_finite
-from llmq.report.record import OUTSIDE_THE_BLOCKS, PROVENANCE_FILE, BlockReport, Report, peak_memory
+from llmq.report.record import OUTSIDE_THE_BLOCKS, PROVENANCE_FILE, BlockReport, LayerReport, Report, peak_memory
 from llmq.runtime.load import choose_device, load_tokenizer, quantization_settings, stored_dtype
 from llmq.schemes import LayerPlan
 
@@ -90,8 +90,8 @@ class Job:
         before = sum(self._checkpoint.info(f"{plan.name}.weight").nbytes for plan in packed)
         return self._checkpoint.nbytes - before + sum(plan.packed_bytes(itemsize) for plan in packed)
 
-    def run(self) -> Iterator[BlockReport]:
-        """Do it; yields a record after each block.  The finished folder appears at the end, all at once."""
+    def run(self) -> Iterator[LayerReport | BlockReport]:
+        """Do it; yields a record after each layer and block.  The finished folder appears at the end, all at once."""
         start = time.monotonic()
         if not self._overwrite:
             Writer.require_free(self.out)  # known now, and not after the text was read
@@ -100,16 +100,20 @@ class Job:
         text = self._calibration_set() if self.settings.stages.needs_calibration else None
         writer = self._open_writer(text)
         try:
-            for block in pipeline.quantize_blocks(self._pipeline_run(text, writer)):
-                self.report.blocks.append(block)
-                yield block
+            for done in pipeline.quantize_blocks(self._pipeline_run(text, writer)):
+                if isinstance(done, BlockReport):
+                    self.report.blocks.append(done)
+                yield done
             self._finish(writer, start)
         except BaseException:
             writer.abandon()
             raise
 
     def _build(self) -> skeleton.Skeleton:
-        compute = torch.float32 if self._device.type == "cpu" else self._stored_dtype
+        half_will_do = (
+            self._device.type != "cpu" and not self.settings.stages.transforms
+        )  # foldings are found in float32
+        compute = self._stored_dtype if half_will_do else torch.float32
         model = skeleton.build(self._checkpoint.folder, dtype=compute, remote_code=self._remote_code)
         weights = ModelWeights(model, self._checkpoint.tensor, self._checkpoint.__contains__)
         return skeleton.Skeleton(model, weights, self._device)

@@ -9,7 +9,7 @@ starts, so an interrupted run continues at the first block that is missing, and 
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -52,22 +52,22 @@ class Run:
     writer: Writer
 
 
-def quantize_blocks(run: Run) -> Iterator[BlockReport]:
-    """Quantize every block and commit it; yields what became of each."""
+def quantize_blocks(run: Run) -> Iterator[LayerReport | BlockReport]:
+    """Quantize every block and commit it; yields what became of each layer, and then of its block."""
     for index, block in enumerate(run.skeleton.blocks):
         start = time.monotonic()
         block.load()
         if run.writer.has(index):  # an earlier run got this far
             report = restore(run, index, block)
         else:
-            report = quantize_block(run, index, block, start)
+            report = yield from quantize_block(run, index, block, start)
         if run.stream is not None:
             run.stream.advance(block)
         block.free()
         yield report
 
 
-def quantize_block(run: Run, index: int, block: Block, start: float) -> BlockReport:
+def quantize_block(run: Run, index: int, block: Block, start: float) -> Generator[LayerReport, None, BlockReport]:
     """observe → transform → round → pack → commit, for one block whose float weights are loaded."""
     observed = observe_block(run, block)
     notes = [note for stage in run.method.transforms for note in transform(run, stage, block, observed)]
@@ -81,9 +81,11 @@ def quantize_block(run: Run, index: int, block: Block, start: float) -> BlockRep
             block.set_weight(path, rounded)  # what comes later sees this rounding
             name = run.plans[path].name
             layers.append(layer_report(name, weight, rounded, rounding, packed, stats))
+            yield layers[-1]
             tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in packed.items()}
     replaced = {f"{layer.name}.weight" for layer in layers}
     tensors |= {name: tensor for name, tensor in block.stored_parameters().items() if name not in replaced}
+    block.set_stored_parameters(tensors)  # what a transform changed, in as few bits as the file holds it
     report = BlockReport(block.path, tuple(layers), tuple(notes), time.monotonic() - start)
     run.writer.commit(index, tensors, report.to_dict())
     return report

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from llmq.cli import options
-from llmq.cli.terminal import megabytes, messages, print_json, print_notes, print_table, quiet_transformers, shown
+from llmq.cli.terminal import megabytes, messages, print_json, print_notes, print_table, quiet_transformers, show
 from llmq.config import QuantConfig, config_from, config_to, merged, read_toml
 from llmq.errors import Interrupted
 from llmq.report.record import OUTSIDE_THE_BLOCKS
@@ -67,8 +67,7 @@ def command(
         _print_plan(job, as_json=json)
         return
     try:
-        for _ in shown(job.run(), job.blocks):
-            pass
+        show(job.run(), job.blocks)
     except KeyboardInterrupt:
         hint = "give the same command again: it continues after the last finished block"
         raise Interrupted("interrupted", hint=hint) from None

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from llmq.errors import LlmqError
-from llmq.report.record import BlockReport
+from llmq.report.record import BlockReport, LayerReport
 
 MAX_NOTES = 12
 
@@ -54,23 +54,25 @@ def print_json(document: Any) -> None:
     print(json.dumps(document, indent=2))
 
 
-def shown(blocks: Iterator[BlockReport], total: int) -> Iterator[BlockReport]:
-    """Pass the blocks on and show how far the work is: a bar with ETA, or plain lines where there is no terminal."""
+def show(work: Iterator[LayerReport | BlockReport], total: int) -> None:
+    """Do the work and show how far it is: a bar with ETA, or a plain line a block where there is no terminal."""
     console = messages()
     if not console.is_terminal:
+        blocks = (done for done in work if isinstance(done, BlockReport))
         for number, block in enumerate(blocks, 1):
             print(f"block {number}/{total}  {block.path}  {_outcome(block)}", file=sys.stderr, flush=True)
-            yield block
         return
     columns = (
         TextColumn("quantizing"), BarColumn(), MofNCompleteColumn(), TextColumn("blocks"), TimeElapsedColumn(),
         TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.description}"),
     )  # fmt: skip
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=total)
-        for block in blocks:
-            progress.update(task, advance=1, description=f"{block.path}  {_outcome(block)}")
-            yield block
+        task = progress.add_task("reading the text", total=total)
+        for done in work:
+            if isinstance(done, BlockReport):
+                progress.advance(task)
+            else:
+                progress.update(task, description=f"{done.name}  error {done.error:.2%}")
 
 
 def megabytes(count: int) -> str:

@@ -29,16 +29,16 @@ def run(checkpoint: Callable[..., Path], tmp_path: Path) -> tuple[str | Path, ..
 
 
 def interrupted_after_a_block(arguments: tuple[str | Path, ...]) -> Outcome:
-    process = subprocess.Popen(
-        command(*arguments), cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    assert process.stdout is not None and process.stderr is not None
     seen = []
-    for line in process.stderr:
-        seen.append(line)
-        if line.startswith("block 1/"):
-            process.send_signal(signal.SIGINT)
-    return Outcome(process.wait(timeout=60), process.stdout.read(), "".join(seen))
+    with subprocess.Popen(
+        command(*arguments), cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        for line in process.stderr:
+            seen.append(line)
+            if line.startswith("block 1/"):
+                process.send_signal(signal.SIGINT)
+        return Outcome(process.wait(timeout=60), process.stdout.read(), "".join(seen))
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -1,0 +1,322 @@
+"""The commands on a tiny model, as a user gives them: the result on stdout, everything else on stderr."""
+
+import json
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from llmq import __version__
+from llmq.config import QuantConfig, Scheme, config_from
+from tests import builders
+from tests.command_line import ROOT, llmq, llmq_process
+
+LINEARS = 7  # in a block of a Llama
+BLOCKS = 2
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Callable[..., Path]) -> Path:
+    return checkpoint("llama", num_hidden_layers=BLOCKS)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return builders.write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture(scope="module")
+def calibration(text: Path) -> tuple[str | Path, ...]:
+    return ("--calibration", text, "--samples", "8", "--seqlen", "32")
+
+
+@pytest.fixture(scope="module")
+def quantized(model: Path, calibration: tuple[str | Path, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("quantized") / "out"
+    assert llmq("quantize", model, out, *calibration, "--group-size", "32").exit_code == 0
+    return out
+
+
+# ---- quantize
+
+
+def test_quantize_prints_the_result_on_stdout_and_a_line_a_block_on_stderr(
+    model: Path, calibration: tuple[str | Path, ...], tmp_path: Path
+) -> None:
+    done = llmq("quantize", model, tmp_path / "out", *calibration, "--group-size", "32")
+    assert done.exit_code == 0
+    progress = [line for line in done.stderr.splitlines() if line.startswith("block ")]
+    assert [line.split()[1:3] for line in progress] == [["1/2", "model.layers.0"], ["2/2", "model.layers.1"]]
+    assert all("worst error" in line for line in progress)
+    assert done.stderr.splitlines()[-1].startswith("done in ")
+    assert "\x1b" not in done.stderr + done.stdout  # neither colours nor a cursor that moves
+    assert "block " not in done.stdout
+    for figure in ("layers quantized", "bits per weight, with scales", "size of weights", "peak memory", "output"):
+        assert figure in done.stdout
+    assert str(tmp_path / "out") in done.stdout
+
+
+def test_quantize_as_json(model: Path, calibration: tuple[str | Path, ...], tmp_path: Path) -> None:
+    done = llmq("quantize", model, tmp_path / "out", *calibration, "--group-size", "32", "--json")
+    report = json.loads(done.stdout)
+    assert "block 1/2" in done.stderr
+    assert sum(len(block["layers"]) for block in report["blocks"]) == BLOCKS * LINEARS
+    assert report["settings"]["method"] == "gptq"
+    assert report["settings"]["scheme"] == {"bits": 4, "group_size": 32, "symmetric": True}
+    assert report["bits_per_weight"] == pytest.approx(4 + 32 / 32, abs=0.5)  # a float32 scale for 32 codes, and shapes
+    assert report["calibration"]["tokens"] == 8 * 32
+    assert report == json.loads((tmp_path / "out" / "llmq.json").read_text())
+
+
+def test_the_output_has_a_name_of_its_own(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert llmq("quantize", model, "--method", "rtn", "--bits", "3").exit_code == 0
+    assert [entry.name for entry in tmp_path.iterdir()] == [f"{model.name}-rtn-3bit"]
+
+
+def test_quantize_tells_what_it_did_otherwise_than_asked(
+    model: Path, calibration: tuple[str | Path, ...], tmp_path: Path
+) -> None:
+    done = llmq(
+        "quantize", model, tmp_path / "out", *calibration, "--samples", "1000"
+    )  # group size 128, hidden size 32
+    notes = [line for line in done.stderr.splitlines() if line.startswith("note:")]
+    assert any("32 instead of 128" in note and "and 11 more" in note for note in notes)  # all but down_proj
+    assert any("64 instead of 128" in note and "down_proj" in note for note in notes)
+    assert any("windows instead of 1000: the text ends there" in note for note in notes)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
+@pytest.mark.parametrize("layout", ["compressed-tensors", "gptq", "awq"])
+def test_every_method_writes_every_format(
+    method: str, layout: str, model: Path, calibration: tuple[str | Path, ...], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    options = ("--method", method, "--format", layout, "--group-size", "16", "--samples", "2")
+    assert llmq("quantize", model, out, *calibration, *options).exit_code == 0
+    found = json.loads(llmq("inspect", out, "--json").stdout)
+    assert found["format"] == layout
+    assert sum(layer["scheme"] == "int4 g16 symmetric" or layout == "awq" for layer in found["layers"]) >= 14
+    assert found["provenance"]["method"] == method
+
+
+def test_the_same_command_gives_the_same_bytes(
+    model: Path, quantized: Path, calibration: tuple[str | Path, ...], tmp_path: Path
+) -> None:
+    assert llmq("quantize", model, tmp_path / "out", *calibration, "--group-size", "32").exit_code == 0
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (quantized / name).read_bytes(), name
+
+
+def test_skips_and_overrides_reach_the_layers(model: Path, tmp_path: Path) -> None:
+    options = (
+        "--skip",
+        r"re:layers\.0\.",
+        "--override",
+        "*_proj:bits=8",
+        "--override",
+        "down_proj:bits=2,group_size=16",
+    )
+    assert llmq("quantize", model, tmp_path / "out", "--method", "rtn", "--group-size", "32", *options).exit_code == 0
+    layers = json.loads(llmq("inspect", tmp_path / "out", "--json").stdout)["layers"]
+    grids = {layer["name"]: layer["scheme"] for layer in layers}
+    assert grids["model.layers.0.mlp.up_proj"] is None
+    assert grids["model.layers.1.mlp.up_proj"] == "int8 g32 symmetric"
+    assert grids["model.layers.1.mlp.down_proj"] == "int2 g16 symmetric"
+    assert grids["lm_head"] is None
+
+
+def test_what_is_not_quantized_is_copied_to_the_bit(model: Path, quantized: Path) -> None:
+    before, after = load_file(model / "model.safetensors"), load_file(quantized / "model.safetensors")
+    kept = [name for name in before if "proj" not in name]
+    assert len(kept) == 3 + 2 * BLOCKS  # embedding, last norm, head; two norms a block
+    assert all(after[name].equal(before[name]) and after[name].dtype == before[name].dtype for name in kept)
+    assert not any(name.endswith("proj.weight") for name in after)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (quantized / name).read_bytes() == (model / name).read_bytes(), name
+
+
+# ---- looking before it leaps
+
+
+def test_a_dry_run_writes_nothing_and_needs_no_text(model: Path, tmp_path: Path) -> None:
+    done = llmq("quantize", model, tmp_path / "out", "--group-size", "64", "--dry-run")
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert not (tmp_path / "out").exists()
+    assert "model.layers.1.mlp.down_proj" in done.stdout
+    assert "int4 g64 symmetric" in done.stdout
+    assert "32 instead of 64" in done.stdout
+    assert "left as they are: model.embed_tokens, lm_head" in done.stdout
+    assert "MB of weights" in done.stdout
+
+
+def test_a_dry_run_as_json_is_what_the_run_does(model: Path, tmp_path: Path) -> None:
+    arguments = ("quantize", model, tmp_path / "out", "--method", "rtn", "--group-size", "32", "--json")
+    plan = json.loads(llmq(*arguments, "--dry-run").stdout)
+    report = json.loads(llmq(*arguments).stdout)
+    planned = {layer["name"]: layer["scheme"] for layer in plan["layers"]}
+    assert planned == {layer["name"]: layer["scheme"] for block in report["blocks"] for layer in block["layers"]}
+    assert plan["left"] == report["left"]
+    small = 24 * len(planned)  # the shape of each weight, two int64, and what divisions by 8 lose
+    assert plan["bytes"] == pytest.approx(report["file_bytes"], abs=small)
+
+
+def test_print_config_is_a_file_that_config_reads(tmp_path: Path) -> None:
+    options = ("--bits", "3", "--asymmetric", "--group-size", "channel", "--skip", "lm_head", "--strict", "--seed", "7",
+               "--override", "down_proj:bits=8", "--calibration", "a.txt", "--calibration", "b.txt", "--samples", "9")  # fmt: skip
+    first = llmq("quantize", "model", *options, "--print-config")
+    assert (first.exit_code, first.stderr) == (0, "")
+    settings = config_from(tomllib.loads(first.stdout))
+    assert settings.scheme == Scheme(3, "channel", symmetric=False)
+    assert settings.calibration.sources == ("a.txt", "b.txt")
+    assert (settings.skip, settings.strict, settings.seed) == (("lm_head",), True, 7)
+    (tmp_path / "quant.toml").write_text(first.stdout)
+    again = llmq("quantize", "model", "--config", tmp_path / "quant.toml", "--print-config")
+    assert again.stdout == first.stdout
+
+
+def test_print_config_without_options_is_the_defaults() -> None:
+    assert config_from(tomllib.loads(llmq("quantize", "model", "--print-config").stdout)) == QuantConfig()
+
+
+PRECEDENCE: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
+    ("", (), {"bits": 4, "group_size": 128, "method": "gptq"}),
+    ("method = 'rtn'\n[scheme]\nbits = 8", (), {"bits": 8, "group_size": 128, "method": "rtn"}),
+    ("method = 'rtn'\n[scheme]\nbits = 8", ("--bits", "3"), {"bits": 3, "group_size": 128, "method": "rtn"}),
+    ("[scheme]\ngroup_size = 64\nsymmetric = false", ("--symmetric",), {"group_size": 64, "symmetric": True}),
+    ("strict = true", (), {"strict": True}),
+    ("[calibration]\nsamples = 3\nsources = ['x.txt']", ("--samples", "5"), {"samples": 5, "sources": ["x.txt"]}),
+    ("skip = ['a']\nseed = 1", ("--skip", "b"), {"skip": ["b"], "seed": 1}),
+]
+
+
+@pytest.mark.parametrize(("file", "flags", "expected"), PRECEDENCE, ids=range(len(PRECEDENCE)))
+def test_flags_win_over_the_file_and_the_file_over_defaults(
+    file: str, flags: tuple[str, ...], expected: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "quant.toml").write_text(file)
+    done = llmq("quantize", "model", "--config", tmp_path / "quant.toml", *flags, "--print-config")
+    settings = tomllib.loads(done.stdout)
+    flat = {**settings, **settings["scheme"], **settings["calibration"]}
+    assert {key: flat[key] for key in expected} == expected
+
+
+# ---- eval, generate, inspect
+
+
+def test_eval_compares_with_the_original(model: Path, quantized: Path, text: Path) -> None:
+    done = llmq("eval", quantized, "--against", model, "--text", text, "--seqlen", "32", "--windows", "4")
+    assert (done.exit_code, done.stderr) == (0, "")
+    for column in ("perplexity", "KL mean", "same top-1", str(model), str(quantized)):
+        assert column in done.stdout
+
+
+def test_eval_as_json(model: Path, quantized: Path, text: Path) -> None:
+    done = llmq("eval", quantized, "--against", model, "--text", text, "--seqlen", "32", "--windows", "4", "--json")
+    found = json.loads(done.stdout)
+    assert found["windows"] == 4
+    assert found["model"]["tokens"] == 4 * 31
+    assert found["model"]["kl_mean"] > 0
+    assert found["original"]["kl_mean"] is None
+    assert found["size"]["file_bytes"] < found["original_size"]["file_bytes"]
+    alone = json.loads(llmq("eval", model, "--text", text, "--seqlen", "32", "--windows", "4", "--json").stdout)
+    assert alone["model"] == found["original"]
+
+
+def test_a_model_is_equal_to_itself(model: Path, text: Path) -> None:
+    done = llmq("eval", model, "--against", model, "--text", text, "--seqlen", "32", "--windows", "2", "--json")
+    figures = json.loads(done.stdout)["model"]
+    assert (figures["kl_mean"], figures["same_top_1"]) == (0, 1)
+
+
+@pytest.mark.parametrize("which", ["model", "quantized"])
+def test_generate_writes_the_text_and_says_how_fast(which: str, request: pytest.FixtureRequest) -> None:
+    done = llmq("generate", request.getfixturevalue(which), "--prompt", "abc def", "--max-tokens", "6")
+    assert done.exit_code == 0
+    assert done.stdout.startswith("abc def")
+    assert "tokens per second" in done.stderr
+    assert "tokens per second" not in done.stdout
+
+
+def test_generate_draws_from_the_seed(quantized: Path) -> None:
+    arguments = ("generate", quantized, "--prompt", "abc", "--max-tokens", "12", "--temperature", "1.5")
+    first, second, third = (llmq(*arguments, "--seed", seed).stdout for seed in ("1", "1", "2"))
+    assert first == second
+    assert first != third
+    assert llmq(*arguments[:-2]).stdout == llmq(*arguments[:-2], "--seed", "9").stdout  # greedy draws nothing
+
+
+def test_inspect_shows_grids_sizes_and_where_it_comes_from(model: Path, quantized: Path, text: Path) -> None:
+    done = llmq("inspect", quantized)
+    assert (done.exit_code, done.stderr) == (0, "")
+    for part in ("model.layers.0.self_attn.q_proj", "int4 g32 symmetric", "compressed-tensors", str(model), text.name):
+        assert part in done.stdout
+
+
+def test_inspect_as_json_adds_up(quantized: Path) -> None:
+    found = json.loads(llmq("inspect", quantized, "--json").stdout)
+    packed = [layer for layer in found["layers"] if layer["scheme"]]
+    assert len(packed) == BLOCKS * LINEARS
+    assert all(0 < layer["error"] < 0.2 for layer in packed)
+    weights = sum(layer["out_features"] * layer["in_features"] for layer in packed)
+    assert found["bits_per_weight"] == pytest.approx(8 * sum(layer["nbytes"] for layer in packed) / weights)
+    assert found["file_bytes"] == sum(tensor.nbytes for tensor in load_file(quantized / "model.safetensors").values())
+
+
+def test_inspect_of_a_float_model(model: Path) -> None:
+    found = json.loads(llmq("inspect", model, "--json").stdout)
+    assert found["format"] is None
+    assert {layer["dtype"] for layer in found["layers"]} == {"float32"}
+
+
+# ---- help and installation
+
+QUANTIZE_OPTIONS = (
+    "--method", "--bits", "--group-size", "--symmetric", "--asymmetric", "--format", "--calibration", "--samples",
+    "--seqlen", "--order", "--scales", "--strict", "--seed", "--skip", "--override", "--config", "--print-config",
+    "--device", "--dry-run", "--revision", "--trust-remote-code", "--overwrite", "--json",
+)  # fmt: skip
+
+
+@pytest.fixture
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # or the help is cut to the terminal's width
+
+
+@pytest.mark.usefixtures("wide")
+def test_help_lists_the_commands() -> None:
+    done = llmq("--help")
+    assert done.exit_code == 0
+    assert all(command in done.stdout for command in ("quantize", "eval", "generate", "inspect", "--version"))
+
+
+@pytest.mark.usefixtures("wide")
+@pytest.mark.parametrize("option", QUANTIZE_OPTIONS)
+def test_help_of_quantize_has_every_option(option: str) -> None:
+    words = llmq("quantize", "--help").stdout.replace(",", " ").replace("/", " ").split()
+    assert option in words
+
+
+@pytest.mark.usefixtures("wide")
+def test_help_says_what_an_interruption_costs() -> None:
+    assert "An interrupted run continues when the same command is given again." in llmq("quantize", "--help").stdout
+
+
+def test_the_version() -> None:
+    assert llmq("--version").stdout == f"llmq {__version__}\n"
+
+
+@pytest.mark.slow
+def test_a_checkout_runs_as_it_is_with_its_own_kernels(model: Path, tmp_path: Path) -> None:
+    """`python -m llmq` from the root, with another llmq_kernels on the path, as an install would put it there."""
+    installed = tmp_path / "installed" / "llmq_kernels"
+    installed.mkdir(parents=True)
+    (installed / "__init__.py").write_text("raise SystemExit('the wrong kernels')\n")
+    arguments = ("quantize", model, tmp_path / "out", "--method", "rtn", "--group-size", "32", "--json")
+    done = llmq_process(*arguments, cwd=ROOT, PYTHONPATH=str(installed.parent))
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["output"] == str(tmp_path / "out")
+    assert [line.split()[0] for line in done.stderr.splitlines()] == ["block", "block", "done"]

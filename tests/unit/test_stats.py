@@ -1,0 +1,78 @@
+"""`InputStats`: sums over tokens against NumPy in float64."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from llmq import stats
+from llmq.stats import InputStats
+
+CPU = torch.device("cpu")
+EPSILON = 2.0**-23  # of float32
+
+
+def inputs(T: int = 50, K: int = 8) -> Tensor:
+    return torch.randn(T, K, generator=torch.Generator().manual_seed(0)) + 0.5
+
+
+def seen(*batches: Tensor) -> InputStats:
+    running = InputStats(batches[0].shape[-1], CPU)
+    for batch in batches:
+        running.update(batch)
+    return running
+
+
+def test_moments_are_means_over_tokens() -> None:
+    X = inputs().double().numpy()
+    found = seen(inputs())
+    assert found.tokens == 50
+    # A float32 sum of 50 products is off by at most 50 epsilons of the sum of their magnitudes.
+    hessian, bound = X.T @ X / 50, np.abs(X).T @ np.abs(X) / 50 * 50 * EPSILON
+    assert (np.abs(found.hessian.numpy() - hessian) <= bound).all()
+    assert (np.abs(found.mean_square.numpy() - np.diag(hessian)) <= np.diag(bound)).all()
+    np.testing.assert_allclose(found.mean_absolute.numpy(), np.abs(X).mean(0), rtol=50 * EPSILON)
+
+
+def test_batches_and_leading_dimensions_add_up() -> None:
+    X = inputs(48)
+    whole, parts = seen(X), seen(X[:10], X[10:].reshape(2, 19, 8))
+    assert parts.tokens == whole.tokens == 48
+    torch.testing.assert_close(parts.hessian, whole.hessian, rtol=48 * EPSILON, atol=48 * EPSILON)
+    torch.testing.assert_close(parts.mean_absolute, whole.mean_absolute, rtol=48 * EPSILON, atol=0)
+
+
+def test_long_batches_are_taken_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    X = inputs(50)
+    whole = seen(X)
+    monkeypatch.setattr(stats, "TOKENS_AT_ONCE", 7)
+    parts = seen(X)
+    assert parts.tokens == 50
+    torch.testing.assert_close(parts.hessian, whole.hessian, rtol=50 * EPSILON, atol=50 * EPSILON)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sums_of_half_precision_inputs_are_in_float32(dtype: torch.dtype) -> None:
+    """4096 tokens of 10 add up to 409,600 for each product: beyond float16, and beyond the 8 bits of bfloat16."""
+    found = seen(torch.full((4096, 2), 10.0, dtype=dtype), torch.full((1, 2), 10.0, dtype=dtype))
+    assert found.hessian.dtype == torch.float32
+    assert found.hessian.tolist() == [[100.0, 100.0], [100.0, 100.0]]
+
+
+def test_nothing_seen_is_zero_and_not_nan() -> None:
+    found = InputStats(4, CPU)
+    found.update(torch.empty(0, 4))
+    assert found.tokens == 0
+    assert not found.hessian.any() and not found.mean_square.any() and not found.mean_absolute.any()
+
+
+def test_dividing_the_statistics_is_dividing_the_inputs() -> None:
+    X, scales = inputs(), torch.tensor([0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 0.1, 7.0])
+    before = seen(X)
+    found, expected = before.divided_by(scales), seen(X / scales)
+    assert found.tokens == 50
+    # Each entry is rounded once more; sums that cancel are measured by the size of their terms.
+    size = expected.mean_square.sqrt()
+    assert bool(((found.hessian - expected.hessian).abs() <= 100 * EPSILON * size[:, None] * size).all())
+    torch.testing.assert_close(found.mean_absolute, expected.mean_absolute, rtol=100 * EPSILON, atol=0)
+    assert torch.equal(before.hessian, seen(X).hessian)  # what was there is left alone
