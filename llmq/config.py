@@ -38,13 +38,15 @@ class Scheme:
     symmetric: bool = True
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS:
+        if type(self.bits) is not int or self.bits not in BITS:  # 4.0 is in BITS too, and shifts nothing
             raise ConfigError(f"bits is {self.bits!r}, expected one of {_listed(BITS)}", hint="4 is the usual choice")
-        if self.group_size not in (*GROUP_SIZES, "channel", "tensor"):
+        if type(self.group_size) not in (int, str) or self.group_size not in (*GROUP_SIZES, "channel", "tensor"):
             raise ConfigError(
                 f"group size is {self.group_size!r}, which is no legal one",
                 hint=f"use one of {_listed(GROUP_SIZES)}, channel (one scale a row) or tensor (one scale in all)",
             )
+        if type(self.symmetric) is not bool:
+            raise ConfigError(f"symmetric is {self.symmetric!r}, expected true or false")
 
     @property
     def levels(self) -> int:

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from stdlib_text import write_texts
 
 import llmq
@@ -72,7 +73,8 @@ def print_writing(path: Path) -> None:
     model, tokenizer = llmq.load(path)
     inputs = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
     start = time.monotonic()
-    output = model.generate(**inputs, max_new_tokens=64, do_sample=False, repetition_penalty=1.1)
+    with torch.inference_mode():
+        output = model.generate(**inputs, max_new_tokens=64, do_sample=False, repetition_penalty=1.1)
     written = output.shape[1] - inputs["input_ids"].shape[1]
     print(f"\nThe {path.name} model continues, at {written / (time.monotonic() - start):.0f} tokens per second:\n")
     print(tokenizer.decode(output[0], skip_special_tokens=True))

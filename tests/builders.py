@@ -36,8 +36,13 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
 }
 GROUPED = {**SIZES, "num_key_value_heads": 2}  # two query heads share a key and a value head
-ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
 WINDOW = 8  # tokens that a sliding layer sees
+
+
+def alternating(changes: dict[str, Any]) -> list[str]:
+    """The attention of each layer: sliding, full, sliding, …"""
+    layers = changes.get("num_hidden_layers", SIZES["num_hidden_layers"])
+    return ["full_attention" if layer % 2 else "sliding_attention" for layer in range(layers)]
 
 
 def llama(**changes: Any) -> Any:
@@ -46,14 +51,15 @@ def llama(**changes: Any) -> Any:
 
 def gemma3(**changes: Any) -> Any:
     """Norms multiply by 1 + weight; layers differ in their masks and rotary tables."""
-    config = {**GROUPED, "head_dim": 8, "sliding_window": WINDOW, "layer_types": ALTERNATING, **changes}
+    config = {**GROUPED, "head_dim": 8, "sliding_window": WINDOW, "layer_types": alternating(changes), **changes}
     return transformers.Gemma3TextConfig(**config)
 
 
 def gemma3n(**changes: Any) -> Any:
     """Every block gets inputs of its own, and the hidden state has a dimension in front of the batch."""
     own = {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8, "laurel_rank": 4}
-    config = {**GROUPED, "head_dim": 8, "sliding_window": WINDOW, "layer_types": ALTERNATING, **own, **changes}
+    config = {**GROUPED, "head_dim": 8, "sliding_window": WINDOW, **own, **changes}
+    config = {"layer_types": alternating(changes), **config}
     return transformers.Gemma3nTextConfig(num_kv_shared_layers=0, activation_sparsity_pattern=None, **config)
 
 

@@ -36,3 +36,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return builders.save_model(tmp_path_factory.mktemp(name), model)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A calibration text of 4,000 characters."""
+    from tests import builders
+
+    return builders.write_text(tmp_path_factory.mktemp("text") / "calibration.txt")

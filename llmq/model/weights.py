@@ -1,6 +1,7 @@
 """The checkpoint as the model names it: find a parameter's tensor, put real tensors into a module."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,9 @@ from llmq.errors import CheckpointError
 class ModelWeights:
     """Tensors by the name that a parameter has in the model.
 
-    The checkpoint may use the same names, or leave out (or have) the base model's prefix; tied parameters are stored
-    once.  `read` gives a tensor by its name in the checkpoint, `stored` says whether it holds that name.
+    The checkpoint may use the same names, leave out (or have) the base model's prefix, or use the names that
+    transformers knows it by; tied parameters are stored once.  `read` gives a tensor by its name in the checkpoint,
+    `stored` says whether it holds that name.
     """
 
     def __init__(self, model: nn.Module, read: Callable[[str], Tensor], stored: Callable[[str], bool]) -> None:
@@ -20,8 +22,8 @@ class ModelWeights:
         self._read = read
         self._stored = stored
         self._prefix = f"{getattr(model, 'base_model_prefix', '')}."
-        tied = getattr(model, "_tied_weights_keys", None)
-        self._tied: dict[str, str] = dict(tied) if isinstance(tied, dict) else {}
+        self._tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", {}))  # as the configuration has it
+        self._renamings = _renamings(model)
 
     def tensor_name(self, name: str) -> str:
         """The checkpoint's name of a parameter; raises CheckpointError where it holds none."""
@@ -44,7 +46,10 @@ class ModelWeights:
 
     def candidates(self, name: str) -> list[str]:
         """What the checkpoint may call the parameter or module `name`."""
-        return [name, name.removeprefix(self._prefix), self._prefix + name]
+        renamed = f"{name}."  # the dot lets a renaming of `lm_head.` fit the module too
+        for renaming in self._renamings:
+            renamed = renaming.rename_source_key(renamed)[0]
+        return [name, name.removeprefix(self._prefix), self._prefix + name, renamed.removesuffix(".")]
 
     def fill(self, path: str, module: nn.Module, device: torch.device) -> None:
         """Put tensors behind a module's own parameters and stored buffers, in the dtypes that they have on meta."""
@@ -67,6 +72,16 @@ class ModelWeights:
                 hint="is config.json the one that belongs to these weights?",
             )
         return tensor
+
+
+def _renamings(model: nn.Module) -> list[Any]:
+    """transformers' renamings of parameters on the way to the disk, such as `lm_head.` to GPT-NeoX's `embed_out.`"""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange, WeightRenaming
+
+    loading = get_model_conversion_mapping(model, add_legacy=False)
+    kept = [step for step in loading if isinstance(step, WeightRenaming) and not isinstance(step, PrefixChange)]
+    return [step.reverse_transform() for step in reversed(kept)]
 
 
 def require_finite(name: str, tensor: Tensor) -> None:

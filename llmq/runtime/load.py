@@ -189,6 +189,9 @@ def _fill_packed(model: nn.Module, checkpoint: Checkpoint, device: torch.device)
         )
     tie: Callable[[], None] = model.tie_weights  # type: ignore[assignment]
     tie()
+    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if empty:  # torch computes garbage with those, without a word
+        raise CheckpointError(f"no tensor of the checkpoint is for {empty[0]} ({len(empty)} in all)")
 
 
 def _restore_generation(model: Any, folder: Path) -> None:

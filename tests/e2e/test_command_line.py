@@ -1,15 +1,19 @@
 """The commands on a tiny model, as a user gives them: the result on stdout, everything else on stderr."""
 
+import io
 import json
+import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from safetensors.torch import load_file
 
 from llmq import __version__
+from llmq.cli import terminal
 from llmq.config import QuantConfig, Scheme, config_from
 from tests import builders
 from tests.command_line import ROOT, llmq, llmq_process
@@ -57,6 +61,19 @@ def test_quantize_prints_the_result_on_stdout_and_a_line_a_block_on_stderr(
     for figure in ("layers quantized", "bits per weight, with scales", "size of weights", "peak memory", "output"):
         assert figure in done.stdout
     assert str(tmp_path / "out") in done.stdout
+
+
+def test_a_terminal_gets_a_bar_with_the_loss_of_the_layer_just_done(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(terminal, "messages", lambda: Console(file=screen, force_terminal=True, width=160))
+    done = llmq("quantize", model, tmp_path / "out", "--method", "rtn", "--group-size", "32", "--json")
+    assert json.loads(done.stdout)
+    assert "ETA" in screen.getvalue()
+    assert "2/2" in screen.getvalue()
+    assert re.search(r"model\.layers\.1\.mlp\.down_proj  error \d+\.\d\d%", screen.getvalue())
+    assert "block 1/2" not in done.stderr
 
 
 def test_quantize_as_json(model: Path, calibration: tuple[str | Path, ...], tmp_path: Path) -> None:
@@ -165,8 +182,10 @@ def test_a_dry_run_as_json_is_what_the_run_does(model: Path, tmp_path: Path) -> 
 
 
 def test_print_config_is_a_file_that_config_reads(tmp_path: Path) -> None:
-    options = ("--bits", "3", "--asymmetric", "--group-size", "channel", "--skip", "lm_head", "--strict", "--seed", "7",
-               "--override", "down_proj:bits=8", "--calibration", "a.txt", "--calibration", "b.txt", "--samples", "9")  # fmt: skip
+    options = (
+        "--bits", "3", "--asymmetric", "--group-size", "channel", "--skip", "lm_head", "--strict", "--seed", "7",
+        "--override", "down_proj:bits=8", "--calibration", "a.txt", "--calibration", "b.txt", "--samples", "9",
+    )  # fmt: skip
     first = llmq("quantize", "model", *options, "--print-config")
     assert (first.exit_code, first.stderr) == (0, "")
     settings = config_from(tomllib.loads(first.stdout))

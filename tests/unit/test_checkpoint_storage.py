@@ -157,6 +157,13 @@ def test_strided_and_shared_tensors_are_written_by_value(tmp_path: Path) -> None
     assert all(loaded.equal(tensors[name]) for name, loaded in load_file(tmp_path / "x").items())
 
 
+def test_a_single_element_of_any_stride_is_written(tmp_path: Path) -> None:
+    """Its stride says nothing, so torch calls it contiguous whatever it is, and keeps it through a reshape."""
+    tensor = torch.arange(4, dtype=torch.int32)[1:3].as_strided((1, 1), (1, 2))
+    write_tensors(tmp_path / "x.safetensors", {"a": tensor})
+    assert load_file(tmp_path / "x.safetensors")["a"].tolist() == [[1]]
+
+
 def test_a_tensor_read_owns_its_memory(tmp_path: Path) -> None:
     save_file({"x": torch.ones(4)}, tmp_path / "x")
     tensor = read_tensor(tmp_path / "x", read_header(tmp_path / "x")["x"])

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmq import grid
-from llmq.algorithms import Options, gptq
+from llmq.algorithms import Options, Rounding, gptq
 from llmq.config import Scheme
 from llmq.stats import InputStats
 
@@ -26,6 +26,9 @@ DAMPING = 0.01
 # A weight of up to 2**bits steps is updated at most K times, each time rounded by 2**-24 of itself: for 16 steps and
 # 100 columns that is 1e-4 of a step.  A longer row has more roundings, which then cancel better than one by one.
 TIE = 1e-4
+# Each of the 64 or so weights of a row comes that close with a chance of 2 TIE.  But the negative extreme of a
+# symmetric min-max group is a tie by definition, if no update comes before it: what counts is the other rows.
+ENOUGH = 0.5
 STATIC = [("activation", "searched"), ("activation", "minmax"), ("natural", "searched")]
 GROUPINGS = (16, 32, "channel", "tensor")
 
@@ -65,31 +68,40 @@ def optimal_brain_quantizer(
         inverse_row = np.linalg.solve(H[np.ix_(left, left)], np.eye(len(left))[0])  # of the inverse, the row of j
         scale, zero = steps(j, W)
         value = W[:, j] / scale + zero
-        margin = np.minimum(margin, np.abs(value - np.floor(value) - 0.5))
+        margin = np.minimum(margin, margins(value, levels))
         codes[:, j] = np.clip(np.round(value), 0, levels)
         decoded[:, j] = scale * (codes[:, j] - zero)
         W[:, left] -= np.outer((W[:, j] - decoded[:, j]) / inverse_row[0], inverse_row)
     return Twin(codes, decoded, margin > TIE)
 
 
+def margins(values: Array, levels: int) -> Array:
+    """How far each value is from the middle between two codes; there is none beyond the last code."""
+    boundary: Array = np.clip(np.floor(values), 0, levels - 1) + 0.5
+    return np.asarray(np.abs(values - boundary))
+
+
 def losses(weight: Tensor, decoded: Array, stats: InputStats) -> Array:
     """(N,) float64: mean squared change of each row's output."""
     difference = weight.double().numpy() - decoded
-    return np.einsum("nk,kj,nj->n", difference, stats.hessian.double().numpy(), difference)
+    return np.asarray(np.einsum("nk,kj,nj->n", difference, stats.hessian.double().numpy(), difference))
 
 
 def with_nearest_where_better(twin: Twin, weight: Tensor, stats: InputStats, columns: Array, levels: int) -> Twin:
     """The last rule: a row that compensation made worse keeps its nearest codes; `columns` (2, N, K) scales, zeros."""
     scales, zeros = columns
-    nearest = np.clip(np.round(weight.double().numpy() / scales + zeros), 0, levels)
+    values = weight.double().numpy() / scales + zeros
+    nearest = np.clip(np.round(values), 0, levels)
     plain, compensated = losses(weight, scales * (nearest - zeros), stats), losses(weight, twin.decoded, stats)
-    worse = (compensated > plain)[:, None]
-    codes = np.where(worse, nearest, twin.codes)
-    return Twin(codes, scales * (codes - zeros), twin.clear & (np.abs(compensated - plain) > 1e-3 * plain))
+    codes = np.where((compensated > plain)[:, None], nearest, twin.codes)
+    # The negative extreme of a symmetric min-max group is a tie, so nearest codes must lose by far or be clear as well.
+    far_apart = compensated < 0.9 * plain
+    clear = far_apart | ((margins(values, levels).min(1) > TIE) & (np.abs(compensated - plain) > 1e-3 * plain))
+    return Twin(codes, scales * (codes - zeros), twin.clear & clear)
 
 
 def check_against(
-    twin: Twin, found: gptq.Rounding, weight: Tensor, stats: InputStats, *, scale_error: float, enough: float = 0.7
+    twin: Twin, found: Rounding, weight: Tensor, stats: InputStats, *, scale_error: float, enough: float = ENOUGH
 ) -> None:
     """Equal codes in all clear rows; and, as scales differ by `scale_error` of themselves, nearly equal losses."""
     assert np.mean(twin.clear) >= enough, "too many rows near a tie for the test to say much"
@@ -105,7 +117,9 @@ def check_against(
 # ---- static grids
 
 
-def check_static(weight: Tensor, stats: InputStats, scheme: Scheme, order: str, scales: str, enough: float) -> None:
+def check_static(
+    weight: Tensor, stats: InputStats, scheme: Scheme, order: str, scales: str, enough: float = ENOUGH
+) -> None:
     found = gptq.round_weight(weight, stats, scheme, Options(order=order, scales=scales, damping=DAMPING))
     N, K = weight.shape
     q = found.quantized
@@ -125,19 +139,19 @@ def check_static(weight: Tensor, stats: InputStats, scheme: Scheme, order: str, 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 def test_gptq_matches_the_slow_twin(order: str, scales: str, grouping: int | str, symmetric: bool) -> None:
     weight, stats = problem()
-    check_static(weight, stats, Scheme(4, grouping, symmetric), order, scales, 0.7)  # type: ignore[arg-type]
+    check_static(weight, stats, Scheme(4, grouping, symmetric), order, scales)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("bits", [2, 3, 8])
 def test_gptq_matches_the_slow_twin_at_other_bits(bits: int) -> None:
     weight, stats = problem(seed=bits)
     # At 8 bits the same weight is 16 times as many steps away from zero, and so are its roundings.
-    check_static(weight, stats, Scheme(bits, 32, symmetric=False), "activation", "searched", 0.7)  # type: ignore[arg-type]
+    check_static(weight, stats, Scheme(bits, 32, symmetric=False), "activation", "searched")
 
 
 def test_gptq_matches_the_slow_twin_beyond_a_block_of_columns() -> None:
     weight, stats = problem(K=160, T=512)  # a whole block of 128, and one that is not full
-    check_static(weight, stats, Scheme(4, 32), "activation", "searched", 0.7)
+    check_static(weight, stats, Scheme(4, 32), "activation", "searched")
 
 
 # ---- the paper's grid, which grows while columns are rounded
@@ -150,7 +164,8 @@ def growing_steps(scheme: Scheme, K: int) -> Callable[[int, Array], tuple[Array,
 
     def steps(j: int, W: Array) -> tuple[Array, Array]:
         if j % width == 0:
-            group = np.broadcast_to(W.reshape(1, -1), (len(W), W.size)) if scheme.group_size == "tensor" else W[:, j : j + width]
+            everything = np.broadcast_to(W.reshape(1, -1), (len(W), W.size))
+            group = everything if scheme.group_size == "tensor" else W[:, j : j + width]
             if scheme.symmetric:
                 scale, zero = 2 * np.abs(group).max(1) / levels, np.full(len(W), 2.0 ** (scheme.bits - 1))
             else:

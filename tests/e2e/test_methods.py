@@ -1,0 +1,113 @@
+"""What the methods promise of a whole model: the function is kept, the error lowered, the prefix quantized."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import llmq
+from llmq import job as job_module
+from llmq.config import QuantConfig, merged
+from llmq.job import Job
+from llmq.model import observe
+from tests.builders import skeleton_of
+from tests.runs import float_equivalent, float_model, logits, quantize, relative, tensors_of, windows_of
+
+Checkpoints = Callable[..., Path]
+FOLDED = ["llama", "gemma3", "stablelm"]  # heads that share values; norms of 1 + weight; norms with a bias
+
+
+def distances(model: Path, folder: Path, text: Path, **settings: Any) -> dict[str, float]:
+    """How far the logits of `model` move, relative to their size, when it is quantized with each method."""
+    windows = windows_of(model, text)
+    expected = logits(float_model(model, {}), windows)
+    found = {}
+    for method in ("awq", "rtn"):
+        quantize(model, folder / method, text, method=method, **settings)
+        found[method] = relative(logits(llmq.load(folder / method, device="cpu")[0], windows), expected)
+    return found
+
+
+@pytest.mark.parametrize("name", FOLDED)
+def test_awq_keeps_the_function_that_it_folds(checkpoint: Checkpoints, tmp_path: Path, text: Path, name: str) -> None:
+    model = checkpoint(name, num_hidden_layers=2)
+    distance = distances(model, tmp_path, text, bits=8)
+    original, stored = tensors_of(model), tensors_of(tmp_path / "awq")
+    norms = [key for key in original if "layers.0." in key and "norm" in key]
+    assert any(not torch.equal(stored[key], original[key]) for key in norms)  # something was folded
+    # Rounding to 256 levels is all that may differ: rtn shows how much that is.  A wrong folding is of the order of 1.
+    assert distance["awq"] < 1.5 * distance["rtn"] < 0.1
+
+
+@pytest.mark.parametrize("name", FOLDED)
+def test_awq_lowers_the_error_of_the_model(checkpoint: Checkpoints, tmp_path: Path, text: Path, name: str) -> None:
+    distance = distances(checkpoint(name, num_hidden_layers=2), tmp_path, text, bits=3)
+    assert distance["awq"] < distance["rtn"]
+
+
+def test_gptq_lowers_the_output_error_and_reports_it(checkpoint: Checkpoints, tmp_path: Path, text: Path) -> None:
+    """Of the first block, whose inputs are those of the float model."""
+    model = checkpoint("llama", num_hidden_layers=2)
+    report = quantize(model, tmp_path / "gptq", text, method="gptq")
+    quantize(model, tmp_path / "rtn", text, method="rtn")
+    compensated, nearest = (dict(llmq.dequantize(tmp_path / method)) for method in ("gptq", "rtn"))
+    reported = {layer.name: layer.error for layer in report.layers}
+    walked = skeleton_of(model)
+    block = walked.blocks[0]
+    block.load()
+    fed: dict[str, Tensor] = {}  # path -> (T, K)
+    for path, module in block.linears.items():
+        module.register_forward_pre_hook(lambda _, args, path=path: fed.update({path: args[0].flatten(0, -2)}))
+    block.run(walked.record(0, windows_of(model, text)))
+    for path, X in fed.items():
+        W = block.weight(path)
+        error = relative(X @ compensated[f"{path}.weight"].T, X @ W.T)
+        assert error < relative(X @ nearest[f"{path}.weight"].T, X @ W.T)
+        assert reported[path] == pytest.approx(error, rel=1e-3)  # through a Hessian summed in float32
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_every_block_is_observed_behind_the_quantized_ones(
+    checkpoint: Checkpoints, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    model = checkpoint("llama", num_hidden_layers=2)
+    seen: list[Tensor] = []
+    original = observe.statistics
+
+    def spy(block: Any, groups: Any, calls: Any) -> Any:
+        kept = list(calls)
+        seen.append(torch.cat([call.hidden for call in kept]))
+        return original(block, groups, kept)
+
+    monkeypatch.setattr(observe, "statistics", spy)
+    quantize(model, tmp_path / "out", text, method=method)
+    with torch.no_grad():
+        before, behind = (
+            float_model(model, weights).model(windows_of(model, text), output_hidden_states=True).hidden_states
+            for weights in ({}, float_equivalent(tmp_path / "out", model))
+        )
+    assert torch.equal(seen[0], before[0])
+    assert relative(seen[1], behind[1]) < 1e-5  # float32, in batches of other sizes
+    assert relative(seen[1], before[1]) > 1e-2  # the float prefix is something else
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_blocks_with_inputs_of_their_own(checkpoint: Checkpoints, tmp_path: Path, text: Path, method: str) -> None:
+    report = quantize(checkpoint("gemma3n"), tmp_path / "out", text, method=method)
+    assert all(math.isfinite(layer.error) for layer in report.layers)
+    undone = [note for block in report.blocks for note in block.notes if "undone" in note]
+    assert bool(undone) == (method == "awq")  # its blocks use the output of a norm outside of the weights, too
+
+
+@pytest.mark.parametrize(("method", "dtype"), [("awq", torch.float32), ("gptq", torch.bfloat16)])
+def test_foldings_are_looked_for_in_single_precision_on_any_device(
+    checkpoint: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(job_module, "choose_device", lambda _: torch.device("cuda"))
+    settings = merged(QuantConfig(), {"method": method, "group_size": 16})
+    job = Job(str(checkpoint("llama", dtype="bfloat16")), tmp_path / "out", settings)
+    assert {parameter.dtype for parameter in job._skeleton.model.parameters()} == {dtype}

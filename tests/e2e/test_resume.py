@@ -1,0 +1,75 @@
+"""The same bytes again: in a second run, and in one that was interrupted and continued."""
+
+import contextlib
+import json
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from llmq.report.record import BlockReport
+from tests.runs import job, quantize
+
+Checkpoints = Callable[..., Path]
+
+# The last one rounds what it folds into biases: a block that is read back must not differ from one that was just made.
+MODELS = [("llama", "float32"), ("gemma3", "bfloat16"), ("stablelm", "bfloat16")]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Everything in it but the record, which holds times."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "llmq.json"}
+
+
+def interrupt(model: Path, out: Path, text: Path, *, blocks: int, **settings: Any) -> None:
+    """Begin a run and end it after so many blocks, a few layers into the next one."""
+    with contextlib.closing(cast(Generator[object, None, None], job(model, out, text, **settings).run())) as run:
+        while blocks:
+            blocks -= isinstance(next(run), BlockReport)
+        next(run)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
+@pytest.mark.parametrize(("name", "dtype"), MODELS)
+def test_an_interrupted_run_ends_in_the_same_bytes(
+    checkpoint: Checkpoints, tmp_path: Path, text: Path, name: str, dtype: str, method: str
+) -> None:
+    model, out = checkpoint(name, dtype=dtype), tmp_path / "out"
+    whole = quantize(model, tmp_path / "whole", text, method=method)
+    interrupt(model, out, text, blocks=2, method=method)
+    assert not (out / "config.json").exists() and not list(out.glob("*.safetensors"))
+    continued = quantize(model, out, text, method=method)
+    assert [block.resumed for block in continued.blocks] == [True, True, False]
+    assert any(note.startswith("continued: 2 of 3 blocks") for note in continued.notes)
+    assert continued.layers == whole.layers
+    assert files_of(out) == files_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
+def test_two_runs_end_in_the_same_bytes(checkpoint: Checkpoints, tmp_path: Path, text: Path, method: str) -> None:
+    model = checkpoint("llama")
+    reports = [quantize(model, tmp_path / out, text, method=method, scales="searched") for out in ("first", "second")]
+    assert files_of(tmp_path / "first") == files_of(tmp_path / "second")
+    assert reports[0].layers == reports[1].layers
+
+
+def test_a_run_with_other_settings_starts_anew(checkpoint: Checkpoints, tmp_path: Path, text: Path) -> None:
+    model, out = checkpoint("llama"), tmp_path / "out"
+    interrupt(model, out, text, blocks=1, method="gptq")
+    report = quantize(model, out, text, method="gptq", seed=1)
+    assert not any(block.resumed for block in report.blocks)
+    assert any("discarded" in note for note in report.notes)
+    assert json.loads((out / "llmq.json").read_text())["settings"]["seed"] == 1
+
+
+def test_a_run_that_ends_before_its_first_block_leaves_nothing(
+    checkpoint: Checkpoints, tmp_path: Path, text: Path
+) -> None:
+    out = tmp_path / "out"
+    with contextlib.closing(
+        cast(Generator[object, None, None], job(checkpoint("llama"), out, text, method="gptq").run())
+    ) as run:
+        next(run)  # the first layer of the first block
+        assert out.exists()
+    assert not out.exists()

@@ -1,0 +1,63 @@
+"""Whole runs on tiny models, and what comes of them looked at with transformers and safetensors alone."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import llmq
+from llmq.config import QuantConfig, merged
+from llmq.job import Job
+
+WINDOWS: dict[str, Any] = {"samples": 4, "seqlen": 48}
+QUICK: dict[str, Any] = {"group_size": 16, "scales": "minmax", **WINDOWS}
+
+
+def quantize(model: Path, out: Path, text: Path, **settings: Any) -> llmq.Report:
+    """A run on the CPU, by default with the settings `QUICK`."""
+    return llmq.quantize(str(model), out, device="cpu", **{**QUICK, "calibration": [text], **settings})
+
+
+def job(model: Path, out: Path, text: Path, **settings: Any) -> Job:
+    """The same run, not started."""
+    return Job(str(model), out, merged(QuantConfig(), {**QUICK, "calibration": [text], **settings}), device="cpu")
+
+
+def windows_of(model: Path, text: Path) -> Tensor:
+    """The token ids (S, T) that such a run reads."""
+    windows: Tensor = job(model, model / "nowhere", text)._calibration_set().windows
+    return windows
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint by its name."""
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def float_equivalent(out: Path, model: Path) -> dict[str, Tensor]:
+    """What a quantized checkpoint holds, under the names that `model` has: packed weights as plain float32 ones."""
+    kept = {name: tensor for name, tensor in tensors_of(out).items() if name in tensors_of(model)}
+    return {**kept, **dict(llmq.dequantize(out))}
+
+
+def float_model(folder: Path, weights: dict[str, Tensor]) -> Any:
+    """The float model in `folder` with some of its weights replaced, in float32."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    _, unexpected = model.load_state_dict(weights, strict=False)
+    assert not unexpected
+    return model
+
+
+def logits(model: Any, windows: Tensor) -> Tensor:
+    """(S, T, V) of a model in transformers' form."""
+    with torch.no_grad():
+        result: Tensor = model(input_ids=windows, use_cache=False).logits
+    return result
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """‖found - expected‖ / ‖expected‖"""
+    return float((found - expected).norm() / expected.norm())

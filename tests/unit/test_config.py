@@ -1,0 +1,303 @@
+"""Settings: which wins, which are refused and with what words, and that what is written can be read again."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from llmq.config import (
+    METHODS,
+    Calibration,
+    Override,
+    QuantConfig,
+    Scheme,
+    config_from,
+    config_to,
+    matches,
+    merged,
+    parse_group_size,
+    parse_override,
+    read_toml,
+)
+from llmq.errors import ConfigError
+
+FULL = QuantConfig(
+    method="awq",
+    scheme=Scheme(3, "channel", symmetric=False),
+    format="gptq",
+    calibration=Calibration(("a.txt", "owner/name:en:train:text"), 7, 64),
+    order="natural",
+    scales="minmax",
+    damping=0.05,
+    skip=("lm_head", r"re:layers\.[01]\."),
+    overrides=(Override("*.down_proj", bits=8), Override("k_proj", group_size=32, symmetric=True)),
+    strict=True,
+    seed=3,
+)
+
+
+# ---- grids
+
+
+def test_a_scheme_knows_its_levels() -> None:
+    assert [Scheme(bits).levels for bits in (2, 3, 4, 8)] == [3, 7, 15, 255]
+    assert [Scheme(bits).middle for bits in (2, 3, 4, 8)] == [2, 4, 8, 128]
+
+
+def test_a_scheme_knows_how_many_columns_share_a_scale() -> None:
+    assert [Scheme(4, size).columns_per_group(96) for size in (32, "channel", "tensor")] == [32, 96, 96]
+
+
+def test_a_scheme_reads_well() -> None:
+    assert str(Scheme()) == "int4 g128 symmetric"
+    assert str(Scheme(3, "channel", symmetric=False)) == "int3 channel asymmetric"
+
+
+@pytest.mark.parametrize("bits", [0, 1, 5, 16, -4, 4.0, "4", True, None])
+def test_other_bits_are_refused_with_the_legal_ones(bits: Any) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"bits is {bits!r}, expected one of 2, 3, 4, 8")):
+        Scheme(bits)
+
+
+@pytest.mark.parametrize("size", [0, 1, 8, 48, 100, 2048, -1, 128.0, "128", "row", None, True])
+def test_other_group_sizes_are_refused_with_the_legal_ones(size: Any) -> None:
+    with pytest.raises(ConfigError, match="group size is") as caught:
+        Scheme(4, size)
+    assert "16, 32, 64, 128, 256, 512, 1024, channel" in caught.value.hint and "tensor" in caught.value.hint
+
+
+@pytest.mark.parametrize("symmetric", ["false", 1, None])
+def test_symmetry_is_true_or_false(symmetric: Any) -> None:
+    with pytest.raises(ConfigError, match="expected true or false"):
+        Scheme(4, 128, symmetric)
+
+
+# ---- writing and reading
+
+
+@pytest.mark.parametrize("config", [QuantConfig(), FULL], ids=["defaults", "everything"])
+def test_what_is_written_is_read_again(config: QuantConfig, tmp_path: Path) -> None:
+    file = tmp_path / "llmq.toml"
+    file.write_text(tomli_w.dumps(config_to(config)), encoding="utf-8")
+    assert config_from(config_to(config)) == config
+    assert config_from(read_toml(file)) == config
+
+
+def test_the_example_above_leaves_no_field_at_its_default() -> None:
+    for field in dataclasses.fields(QuantConfig):
+        assert getattr(FULL, field.name) != getattr(QuantConfig(), field.name)
+
+
+def test_a_setting_that_is_not_given_keeps_its_default() -> None:
+    config = config_from({"scheme": {"bits": 8}, "calibration": {"sources": ["x.txt"]}})
+    assert config == QuantConfig(scheme=Scheme(8), calibration=Calibration(("x.txt",)))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"bits = = 4", b"[scheme\nbits = 4", b"\xff\xfe", b"seed = 1\nseed = 2"],
+    ids=["value", "table", "encoding", "twice"],
+)
+def test_a_file_that_is_no_toml_is_refused_by_name(text: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "llmq.toml"
+    file.write_bytes(text)
+    with pytest.raises(ConfigError, match=r"cannot read the configuration .*llmq\.toml"):
+        read_toml(file)
+
+
+def test_a_file_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read the configuration .*nowhere\.toml"):
+        read_toml(tmp_path / "nowhere.toml")
+
+
+# ---- bad values
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"method": "magic"}, "method is 'magic', expected one of rtn, gptq, awq"),
+        ({"format": "gguf"}, "format is 'gguf', expected one of compressed-tensors, gptq, awq"),
+        ({"order": "random"}, "order is 'random', expected one of activation, natural"),
+        ({"scales": "best"}, "scales is 'best', expected one of searched, minmax"),
+        ({"damping": 0}, "damping is 0, expected a fraction"),
+        ({"damping": 1.0}, "damping is 1.0, expected a fraction"),
+        ({"damping": -0.1}, "damping is -0.1, expected a fraction"),
+        ({"damping": float("nan")}, "damping is nan, expected a fraction"),
+        ({"calibration": {"samples": 0}}, "samples is 0, expected at least 1"),
+        ({"calibration": {"seqlen": -5}}, "seqlen is -5, expected at least 1"),
+        ({"scheme": {"bits": 5}}, "bits is 5, expected one of"),
+        ({"scheme": {"group_size": "row"}}, "group size is 'row', expected a number, channel or tensor"),
+        ({"overrides": [{"pattern": "x", "bits": 5}]}, "bits is 5, expected one of"),
+        ({"overrides": [{"pattern": "x", "bits": "many"}]}, "bits is 'many', expected a whole number"),
+        ({"skip": ["re:("]}, "'re:(' is no regular expression"),
+        ({"overrides": [{"pattern": "re:[", "bits": 8}]}, "'re:[' is no regular expression"),
+        ({"overrides": [{"bits": 8}]}, "an override has no pattern"),
+    ],
+)
+def test_a_bad_value_is_refused_with_what_was_expected(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        config_from(settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": 4}, {"format": ["gptq"]}, {"order": True}, {"scales": 1}, {"damping": "0.01"}, {"damping": True},
+        {"seed": "one"}, {"seed": 1.5}, {"strict": "false"}, {"strict": 0},
+        {"skip": "lm_head"}, {"skip": [1]}, {"scheme": "int4"}, {"scheme": 4}, {"scheme": {"bits": "4"}},
+        {"scheme": {"bits": 4.0}}, {"scheme": {"group_size": 128.5}}, {"scheme": {"group_size": True}},
+        {"scheme": {"symmetric": "false"}}, {"calibration": "text.txt"}, {"calibration": {"sources": "text.txt"}},
+        {"calibration": {"sources": [1]}}, {"calibration": {"samples": "many"}}, {"calibration": {"samples": 1.5}},
+        {"calibration": {"seqlen": True}}, {"overrides": "x:bits=8"}, {"overrides": {"pattern": "x"}},
+        {"overrides": ["x:bits=8"]}, {"overrides": [{"pattern": 4}]},
+        {"overrides": [{"pattern": "x", "symmetric": "no"}]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_value_of_the_wrong_type_is_refused_and_never_guessed_at(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="expected"):
+        config_from(settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "known"),
+    [
+        ({"bit": 4}, "calibration, damping, format"),
+        ({"bits": 4}, "scheme"),
+        ({"scheme": {"groupsize": 4}}, "bits, group_size, symmetric"),
+        ({"calibration": {"source": "x"}}, "samples, seqlen, sources"),
+        ({"overrides": [{"pattern": "x", "method": "rtn"}]}, "bits, group_size, pattern, symmetric"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_known_ones(settings: dict[str, Any], known: str) -> None:
+    with pytest.raises(ConfigError, match="unknown") as caught:
+        config_from(settings)
+    assert known in caught.value.hint
+
+
+# ---- which wins
+
+
+def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "llmq.toml"
+    file.write_text('method = "rtn"\nseed = 5\n[scheme]\nbits = 8\ngroup_size = 64\n[calibration]\nsamples = 9\n')
+    config = merged(config_from(read_toml(file)), {"bits": 3, "method": None, "seqlen": 16, "group_size": None})
+    assert config.method == "rtn" and config.seed == 5
+    assert config.scheme == Scheme(3, 64)  # a flag, and beside it what the file says
+    assert config.calibration == Calibration((), 9, 16)
+    assert config.order == "activation"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"bits": 8}, dataclasses.replace(FULL, scheme=Scheme(8, "channel", symmetric=False))),
+        ({"group_size": "64"}, dataclasses.replace(FULL, scheme=Scheme(3, 64, symmetric=False))),
+        ({"group_size": "tensor"}, dataclasses.replace(FULL, scheme=Scheme(3, "tensor", symmetric=False))),
+        ({"symmetric": True}, dataclasses.replace(FULL, scheme=Scheme(3, "channel"))),
+        ({"strict": False}, dataclasses.replace(FULL, strict=False)),
+        ({"skip": []}, dataclasses.replace(FULL, skip=())),
+        ({"skip": ["a", "b"]}, dataclasses.replace(FULL, skip=("a", "b"))),
+        ({"calibration": "x.txt"}, dataclasses.replace(FULL, calibration=Calibration(("x.txt",), 7, 64))),
+        ({"calibration": [Path("x.txt")]}, dataclasses.replace(FULL, calibration=Calibration(("x.txt",), 7, 64))),
+        ({"overrides": ["q_proj:bits=4"]}, dataclasses.replace(FULL, overrides=(Override("q_proj", bits=4),))),
+        ({"overrides": [Override("x", bits=4)]}, dataclasses.replace(FULL, overrides=(Override("x", bits=4),))),
+        ({"overrides": [{"pattern": "x", "bits": 4}]}, dataclasses.replace(FULL, overrides=(Override("x", bits=4),))),
+        ({}, FULL),
+    ],
+    ids=str,
+)
+def test_a_short_name_sets_its_one_setting(given: dict[str, Any], expected: QuantConfig) -> None:
+    assert merged(FULL, given) == expected
+
+
+@pytest.mark.parametrize("given", [{"wbits": 4}, {"sources": ["x"]}])
+def test_an_unknown_short_name_is_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="unknown setting"):
+        merged(QuantConfig(), given)
+
+
+# ---- patterns and overrides
+
+NAME = "model.layers.10.mlp.down_proj"
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [NAME, "down_proj", "mlp.down_proj", "layers.10.*", "*.down_proj", "*mlp*", "layers.1?.mlp.*", r"re:\.1\d\.",
+     r"re:^model\.layers\.(9|10)\.", "re:down_proj$"],
+)  # fmt: skip
+def test_a_pattern_covers_a_name_or_its_tail(pattern: str) -> None:
+    assert matches(pattern, NAME)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["own_proj", "mlp", "layers.1.*", "model", "*.up_proj", "DOWN_PROJ", "proj", "", r"re:^layers", "re:up_proj"],
+)
+def test_a_pattern_covers_no_part_of_a_word_and_no_head(pattern: str) -> None:
+    assert not matches(pattern, NAME)
+
+
+def test_the_last_override_that_matches_wins_and_keeps_what_it_does_not_say() -> None:
+    config = QuantConfig(
+        scheme=Scheme(4, 128, symmetric=False),
+        overrides=(Override("mlp.*", bits=8), Override("down_proj", group_size=32), Override("q_proj", bits=2)),
+        skip=("lm_head",),
+    )
+    assert config.scheme_for(NAME) == Scheme(8, 32, symmetric=False)
+    assert config.scheme_for("model.layers.0.mlp.up_proj") == Scheme(8, 128, symmetric=False)
+    assert config.scheme_for("model.layers.0.self_attn.k_proj") == config.scheme
+    assert config.scheme_for("lm_head") is None
+
+
+def test_skipping_wins_over_an_override() -> None:
+    config = QuantConfig(overrides=(Override("down_proj", bits=8),), skip=("layers.10.*",))
+    assert config.scheme_for(NAME) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("*.down_proj:bits=8,group_size=32", Override("*.down_proj", 8, 32)),
+        ("k_proj:symmetric=false", Override("k_proj", symmetric=False)),
+        ("k_proj: bits = 2 , symmetric = True", Override("k_proj", 2, symmetric=True)),
+        ("x:group_size=channel", Override("x", group_size="channel")),
+        (r"re:layers\.(0|1):bits=8", Override(r"re:layers\.(0|1)", 8)),
+    ],
+)
+def test_an_override_is_read_from_a_flag(text: str, expected: Override) -> None:
+    assert parse_override(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["down_proj", "bits=8", ":bits=8", "x:", "x:bits", "x:bits=", "x:bits=four", "x:bits=4.5", "x:colour=red",
+             "x:group_size=big", "x:symmetric=maybe", "x:bits=8,,", "x:pattern"],
+)  # fmt: skip
+def test_an_override_that_makes_no_sense_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_override(text)
+    assert "expected" in str(caught.value) or caught.value.hint
+
+
+def test_a_group_size_is_a_number_or_a_word() -> None:
+    assert [parse_group_size(text) for text in ("64", 64, "channel", "tensor")] == [64, 64, "channel", "tensor"]
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: QuantConfig(overrides=(Override("x", bits=5),)), lambda: QuantConfig(damping=2)]
+)
+def test_settings_made_in_python_are_checked_too(make: Callable[[], QuantConfig]) -> None:
+    with pytest.raises(ConfigError, match="expected"):
+        make()
+
+
+def test_every_method_says_whether_it_needs_text() -> None:
+    assert {name: method.needs_calibration for name, method in METHODS.items()} == {
+        "rtn": False, "gptq": True, "awq": True,
+    }  # fmt: skip

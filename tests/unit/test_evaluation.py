@@ -1,0 +1,232 @@
+"""Perplexity and divergence against loops over single tokens in float64; and the text that they are taken on."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llmq import calibration, evaluation
+from llmq.errors import CalibrationError
+from llmq.evaluation import Logits, evaluate, logits_of, read_windows, wikitext_rows
+
+BOS = 1
+VOCABULARY = 40
+EPSILON = 2.0**-23  # of float32
+
+
+def bigrams(seed: int, spread: float = 2.0) -> Tensor:
+    """(V, V) logits of the next token by the one before."""
+    return spread * torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(seed))
+
+
+def model(table: Tensor) -> Logits:
+    return lambda tokens: table[tokens]
+
+
+def windows(S: int = 5, T: int = 24) -> Tensor:
+    return torch.randint(0, VOCABULARY, (S, T), generator=torch.Generator().manual_seed(9))
+
+
+def log_softmax(logits: Tensor) -> NDArray[np.float64]:
+    values = logits.double().numpy()
+    highest = values.max(-1, keepdims=True)
+    return values - highest - np.log(np.exp(values - highest).sum(-1, keepdims=True))  # type: ignore[no-any-return]
+
+
+def perplexity_by_hand(logits: Logits, tokens: Tensor) -> float:
+    """Every token of a window but its first, one window at a time."""
+    total, count = 0.0, 0
+    for window in tokens:
+        predicted = log_softmax(logits(window[None]))[0]
+        for position in range(len(window) - 1):
+            total -= predicted[position, int(window[position + 1])]
+            count += 1
+    return math.exp(total / count)
+
+
+# ---- figures
+
+
+def test_perplexity_is_that_of_a_plain_loop() -> None:
+    found = evaluate(model(bigrams(0)), windows())
+    assert found.tokens == 5 * 23
+    # A log-probability of up to 20 is off by a few epsilons of it, and so is the perplexity, relatively.
+    assert found.perplexity == pytest.approx(perplexity_by_hand(model(bigrams(0)), windows()), rel=100 * EPSILON)
+    assert found.kl_mean is None and found.same_top_1 is None
+
+
+def test_perplexity_of_a_transformer_is_that_of_a_plain_loop() -> None:
+    from tests import builders
+
+    network = builders.causal_model(builders.llama(num_hidden_layers=1))
+    tokens = builders.tokens(3, 12)
+    with torch.inference_mode():
+        by_hand = perplexity_by_hand(lambda window: network(window).logits, tokens)
+    # A batch is multiplied in another order than a window alone: some hundred roundings of float32.
+    assert evaluate(logits_of(network), tokens).perplexity == pytest.approx(by_hand, rel=1e-4)
+
+
+def test_guessing_has_the_perplexity_of_the_vocabulary() -> None:
+    assert evaluate(model(torch.zeros(VOCABULARY, VOCABULARY)), windows()).perplexity == pytest.approx(VOCABULARY)
+
+
+def test_a_perplexity_beyond_all_numbers_is_infinite() -> None:
+    table = torch.zeros(VOCABULARY, VOCABULARY)
+    table[:, 0] = 1e6
+    assert evaluate(model(table), windows()).perplexity == math.inf
+
+
+def test_divergence_is_that_of_a_plain_loop() -> None:
+    original, quantized, tokens = bigrams(0), bigrams(0) + 0.3 * bigrams(1), windows()
+    found = evaluate(model(quantized), tokens, against=model(original))
+    p, q = log_softmax(original[tokens]), log_softmax(quantized[tokens])
+    divergences = (np.exp(p) * (p - q)).sum(-1).flatten()  # (S * T,), the last position of a window counts too
+    # Terms of either sign, of the size of a log-probability times its probability, summed in float32.
+    tolerance = 100 * EPSILON * float((np.exp(p) * (np.abs(p) + np.abs(q))).sum(-1).max())
+    assert found.kl_mean == pytest.approx(divergences.mean(), abs=tolerance)
+    assert found.kl_median == pytest.approx(np.quantile(divergences, 0.5, method="higher"), abs=tolerance)
+    assert found.kl_99 == pytest.approx(np.sort(divergences)[int(0.99 * len(divergences))], abs=tolerance)
+    assert found.same_top_1 == pytest.approx(np.mean(p.argmax(-1) == q.argmax(-1)))
+    assert np.median(divergences) < divergences.mean() < divergences.max()  # so that no figure passes for another
+
+
+def test_divergence_is_from_the_original_and_not_towards_it() -> None:
+    """Where the original is sure, a model that is not loses much; the other way round it loses little."""
+    sure, unsure = bigrams(0, spread=8.0), bigrams(0, spread=0.1)
+    p, q = log_softmax(sure), log_softmax(unsure)
+    tokens = torch.arange(VOCABULARY)[None]
+    assert evaluate(model(unsure), tokens, against=model(sure)).kl_mean == pytest.approx(
+        (np.exp(p) * (p - q)).sum(-1).mean(), rel=1e-4
+    )
+
+
+def test_a_model_is_as_far_as_nothing_from_itself() -> None:
+    found = evaluate(model(bigrams(0)), windows(), against=model(bigrams(0)))
+    assert (found.kl_mean, found.kl_median, found.kl_99, found.same_top_1) == (0.0, 0.0, 0.0, 1.0)
+    assert found.perplexity == evaluate(model(bigrams(0)), windows()).perplexity
+
+
+def test_half_precision_logits_are_taken_in_float32() -> None:
+    table = bigrams(0).to(torch.bfloat16)
+    found = evaluate(model(table), windows(), against=model(table))
+    assert found.perplexity == pytest.approx(perplexity_by_hand(model(table), windows()), rel=100 * EPSILON)
+
+
+def test_figures_do_not_depend_on_how_windows_are_batched(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def watched(tokens: Tensor) -> Tensor:
+        sizes.append(len(tokens))
+        return bigrams(0)[tokens]
+
+    monkeypatch.setattr(evaluation, "TOKENS_PER_BATCH", 48)
+    found = evaluate(watched, windows(), against=model(bigrams(1)))
+    monkeypatch.undo()
+    assert sizes == [2, 2, 1]
+    assert found == evaluate(model(bigrams(0)), windows(), against=model(bigrams(1)))
+
+
+def test_a_window_longer_than_a_batch_is_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "TOKENS_PER_BATCH", 4)
+    assert evaluate(model(bigrams(0)), windows()).tokens == 5 * 23
+
+
+def test_figures_can_be_written_as_json() -> None:
+    found = evaluate(model(bigrams(0)), windows(), against=model(bigrams(1)))
+    assert json.loads(json.dumps(found.to_dict()))["kl_mean"] == found.kl_mean
+
+
+# ---- WikiText's rows
+
+
+def test_rows_of_wikitext_are_joined_with_blank_lines_and_blank_rows_are_emptied() -> None:
+    text = " \n = Title = \n \n First paragraph . \n Second one . \n \n"
+    rows = ["", " = Title = \n", "", " First paragraph . \n", " Second one . \n", ""]
+    assert wikitext_rows(text) == "\n\n".join(rows)
+
+
+def test_only_a_line_feed_ends_a_row() -> None:
+    text = " one\u2028line \n another\x0cline \n"
+    assert wikitext_rows(text) == " one\u2028line \n\n\n another\x0cline \n"
+
+
+def test_the_test_text_of_wikitext_2_has_the_rows_that_it_is_known_to_have(shared: Path) -> None:
+    file = shared / "data" / "wikitext2-raw.test.txt"
+    if not file.is_file():
+        pytest.skip("needs ../shared/data/wikitext2-raw.test.txt, which is not beside this checkout")
+    joined = wikitext_rows(calibration.read_text(file))
+    assert len(joined.split("\n\n")) == 4358  # the number of rows of its test split; a row's own end is one line feed
+    assert joined.startswith("\n\n = Robert Boulter = \n\n\n\n\n Robert Boulter is an English film")
+
+
+# ---- windows of a text
+
+
+def test_a_text_file_is_tokenized_once(tokenizer: Any, tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("One.\n\n" * 500)
+    ids = tokenizer(file.read_text())["input_ids"]
+    found = read_windows(str(file), tokenizer, 32)
+    assert found.flatten().tolist() == ids[: len(ids) // 32 * 32]
+    assert found.flatten().tolist().count(BOS) == 1
+
+
+def test_a_wikitext_file_is_joined_before(tokenizer: Any, tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text(" = Title = \n \n Text . \n")
+    [joined] = read_windows(str(file), tokenizer, 26, wikitext=True)
+    assert tokenizer.decode(joined[1:]) == " = Title = \n\n\n\n\n Text . \n"
+    [plain] = read_windows(str(file), tokenizer, 24)
+    assert tokenizer.decode(plain[1:]) == " = Title = \n \n Text . \n"
+
+
+def test_documents_are_tokenized_one_by_one_in_their_order(tokenizer: Any, tmp_path: Path) -> None:
+    file = tmp_path / "text.jsonl"
+    texts = [f"Document {number}." for number in range(10)]
+    file.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    found = read_windows(str(file), tokenizer, 12).flatten().tolist()
+    expected = [token for text in texts for token in tokenizer(text)["input_ids"]]
+    assert found == expected[: len(expected) // 12 * 12]
+    assert found.count(BOS) == 10
+
+
+def test_rows_of_a_data_set_are_joined_with_the_blank_ones(tokenizer: Any, tmp_path: Path) -> None:
+    """Perplexities of WikiText can be compared only if nobody leaves its 1,467 blank rows out."""
+    pytest.importorskip("datasets", reason="reading a data set needs the package datasets")
+    pyarrow = pytest.importorskip("pyarrow", reason="reading a data set needs pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="reading a data set needs pyarrow")
+    parquet.write_table(pyarrow.table({"text": ["", " = Title = \n", "", " Text . \n"]}), tmp_path / "test.parquet")
+    [found] = read_windows(f"{tmp_path}::test:text", tokenizer, 28)
+    assert tokenizer.decode(found[1:]) == "\n\n = Title = \n\n\n\n\n Text . \n"
+
+
+def test_a_data_set_of_more_rows_than_calibration_reads_is_read_to_its_end(tokenizer: Any, tmp_path: Path) -> None:
+    pytest.importorskip("datasets", reason="reading a data set needs the package datasets")
+    pyarrow = pytest.importorskip("pyarrow", reason="reading a data set needs pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="reading a data set needs pyarrow")
+    rows = 4358  # of WikiText-2's test text
+    assert calibration.HUB_DOCUMENTS < rows
+    parquet.write_table(pyarrow.table({"text": ["a"] * rows}), tmp_path / "test.parquet")
+    found = read_windows(f"{tmp_path}::test:text", tokenizer, 1)
+    assert len(found) == 1 + rows + 2 * (rows - 1)  # the beginning, a letter a row, two line feeds between
+
+
+def test_the_number_of_windows_can_be_limited(tokenizer: Any, tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("word " * 100)
+    assert len(read_windows(str(file), tokenizer, 50)) == 10
+    assert torch.equal(read_windows(str(file), tokenizer, 50, limit=3), read_windows(str(file), tokenizer, 50)[:3])
+
+
+def test_a_text_shorter_than_a_window_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("word")
+    with pytest.raises(CalibrationError, match=r"holds 5 tokens, fewer than one window of 50") as caught:
+        read_windows(str(file), tokenizer, 50)
+    assert "--seqlen" in caught.value.hint
