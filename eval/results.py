@@ -97,12 +97,12 @@ def whole_process(path: Path, calibration: Path, out: Path) -> dict[str, float]:
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
     wall, after = time.monotonic() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    inside = json.loads((out / "llmq.json").read_text())["seconds"]
+    record = json.loads((out / "llmq.json").read_text())
     return {
         "wall_seconds": wall,
         "cpu_seconds": cpu,
-        "inside_seconds": inside,
-        "peak_megabytes": after.ru_maxrss / 1024,
+        "inside_seconds": record["seconds"],
+        "peak_megabytes": record["peak_memory_bytes"] / 1e6,
     }
 
 

@@ -58,6 +58,15 @@ def test_damping_grows_until_the_hessian_can_be_factored(lowest: float, first: f
     assert (f"damping raised to {needed:g}" in found.notes) == (needed != first)
 
 
+def test_damping_that_was_raised_is_the_damping_that_was_reported() -> None:
+    """And not what all attempts add up to."""
+    stats = with_hessian(indefinite(-0.05))
+    raised, direct = (gptq.factorize(stats.hessian, Options(damping=first)) for first in (0.01, 0.1))
+    assert raised is not None and direct is not None
+    torch.testing.assert_close(raised.price, direct.price, rtol=2**-22, atol=0)
+    torch.testing.assert_close(raised.upper, direct.upper, rtol=2**-22, atol=1e-12)
+
+
 @pytest.mark.parametrize(("first", "tried"), [(0.01, "0.1"), (0.04, "0.1"), (0.3, "0.3")])
 def test_a_hessian_that_cannot_be_factored_is_reported_and_clipped_instead(first: float, tried: str) -> None:
     weight, stats = random(4, 32), with_hessian(indefinite(-0.5))
