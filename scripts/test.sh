@@ -16,7 +16,7 @@ if [ ! -x "$interop/bin/python" ]; then
     own=$("$interop/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
     echo "import site; site.addsitedir('$packages')" >"$own/llmq-environment.pth"
 fi
-(environment=$interop && install interop --group interop)
+(environment=$interop && install pip --upgrade "pip>=25.1" && install interop --group interop)
 
 if [ $# -eq 0 ]; then
     "$python" -m ruff check .
