@@ -94,6 +94,10 @@ def read_documents(source: str, *, explicit: bool = True) -> list[str]:
     path = Path(source)
     if path.suffix in LOCAL_SUFFIXES and (path.exists() or source.count(":") == 0):
         documents = _read_file(path)
+    elif path.is_file():
+        raise CalibrationError(
+            f"{source} is no kind of file that is read", hint=f"expected {', '.join(LOCAL_SUFFIXES)}"
+        )
     else:
         documents = read_hub_rows(source, HUB_DOCUMENTS, explicit=explicit)
     documents = [text for text in documents if text.strip()]

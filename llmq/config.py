@@ -255,7 +255,8 @@ def merged(config: QuantConfig, settings: Mapping[str, Any]) -> QuantConfig:
         )
     if "overrides" in given:
         texts = given.pop("overrides")
-        parsed = [parse_override(text) if isinstance(text, str) else text for text in texts]
+        listed = [texts] if isinstance(texts, str | Override) else texts
+        parsed = [parse_override(text) if isinstance(text, str) else text for text in listed]
         given["overrides"] = [dataclasses.asdict(o) if isinstance(o, Override) else o for o in parsed]
         for override in given["overrides"]:
             for key in [key for key, value in override.items() if value is None]:

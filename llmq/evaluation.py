@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from llmq import calibration
-from llmq.errors import CalibrationError
+from llmq.errors import CalibrationError, UnsupportedModelError
 
 Logits = Callable[[Tensor], Tensor]  # (B, T) int64 -> (B, T, V) float32
 TOKENS_PER_BATCH = 2048
@@ -51,8 +51,8 @@ def read_windows(
     joined with blank lines.  A Hub data set is always read so.
     """
     path = Path(source)
-    if path.suffix == ".txt":
-        text = calibration.read_text(path) if path.is_file() else "".join(calibration.read_documents(source))
+    if path.suffix == ".txt" and path.is_file():
+        text = calibration.read_text(path)
         ids = _tokenize(wikitext_rows(text) if wikitext else text, tokenizer)
     elif path.suffix in calibration.LOCAL_SUFFIXES:
         ids = [token for text in calibration.read_documents(source) for token in _tokenize(text, tokenizer)]
@@ -80,22 +80,34 @@ def evaluate(logits: Logits, windows: Tensor, *, against: Logits | None = None) 
             losses.append(-predicted[:, :-1].gather(-1, batch[:, 1:, None].to(predicted.device)).squeeze(-1).cpu())
             if against is not None:
                 expected = torch.log_softmax(against(batch).to(torch.float32), dim=-1)
-                divergences.append((expected.exp() * (expected - predicted)).sum(-1).flatten().cpu())
+                if expected.shape != predicted.shape:
+                    raise UnsupportedModelError(
+                        f"the models have vocabularies of {predicted.shape[-1]} and {expected.shape[-1]} tokens",
+                        hint="compare a model with the one that it was made from",
+                    )
+                divergences.append(divergence(expected, predicted).flatten().cpu())
                 agreements.append((expected.argmax(-1) == predicted.argmax(-1)).flatten().cpu())
     loss = torch.cat(losses).double()
+    if not bool(torch.isfinite(loss).all()):
+        raise UnsupportedModelError("the model's logits are NaN or infinite", hint="the checkpoint is damaged")
     perplexity = math.exp(loss.mean().item()) if loss.mean() < 700 else math.inf
     if against is None:
         return Evaluation(loss.numel(), perplexity)
-    divergence = torch.cat(divergences).double().clamp(min=0)
-    ordered = divergence.sort().values
+    found = torch.cat(divergences).double().clamp(min=0)
+    ordered = found.sort().values
     return Evaluation(
         tokens=loss.numel(),
         perplexity=perplexity,
-        kl_mean=divergence.mean().item(),
+        kl_mean=found.mean().item(),
         kl_median=ordered[len(ordered) // 2].item(),
         kl_99=ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))].item(),
         same_top_1=torch.cat(agreements).double().mean().item(),
     )
+
+
+def divergence(expected: Tensor, predicted: Tensor) -> Tensor:
+    """KL(expected ‖ predicted) in nats, (…,), of log-probabilities (…, V); what has probability 0 adds nothing."""
+    return torch.where(expected == -torch.inf, 0.0, expected.exp() * (expected - predicted)).sum(-1)
 
 
 def logits_of(model: Any) -> Logits:

@@ -21,8 +21,8 @@ from llmq.checkpoint import hub
 from llmq.checkpoint.companions import companion_files
 from llmq.checkpoint.reader import Checkpoint
 from llmq.checkpoint.writer import Writer
-from llmq.config import QuantConfig, config_to, merged
-from llmq.errors import ConfigError, UnsupportedModelError
+from llmq.config import QuantConfig, Scheme, config_to, matches, merged
+from llmq.errors import CheckpointError, ConfigError, UnsupportedModelError
 from llmq.model import skeleton
 from llmq.model.stream import Stream
 from llmq.model.weights import ModelWeights, require_finite
@@ -30,6 +30,7 @@ from llmq.report.record import OUTSIDE_THE_BLOCKS, PROVENANCE_FILE, BlockReport,
 from llmq.runtime.load import choose_device, load_tokenizer, quantization_settings, stored_dtype
 from llmq.schemes import LayerPlan
 
+TOKENS_PER_INPUT = 50  # below that, what is measured on the text says little about other text
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 32_768}
 
 
@@ -38,7 +39,7 @@ class Job:
 
     def __init__(
         self,
-        model: str,
+        model: str | Path,
         out: str | Path | None = None,
         settings: QuantConfig | None = None,
         *,
@@ -50,20 +51,20 @@ class Job:
         self.settings = settings or QuantConfig()
         self._remote_code = trust_remote_code
         self._overwrite = overwrite
-        self._checkpoint = Checkpoint.open(hub.locate(model, revision, remote_code=trust_remote_code))
+        self._checkpoint = Checkpoint.open(hub.locate(str(model), revision, remote_code=trust_remote_code))
         _refuse_quantized(self._checkpoint)
         self._device = choose_device(device)
         self._layout = formats.load(self.settings.format)
         self._stored_dtype = stored_dtype(self._checkpoint)
         self._skeleton = self._build()
         self.plans = self._plan()
-        self.out = Path(out) if out is not None else default_output(model, self.settings)
+        self.out = Path(out) if out is not None else default_output(str(model), self.settings)
         if self.out.resolve() == self._checkpoint.folder.resolve():
             raise ConfigError(
                 f"{self.out} is the model itself, which is not overwritten", hint="give another output folder"
             )
         self.report = Report(
-            source=model,
+            source=str(model),
             output=str(self.out),
             settings=config_to(self.settings),
             versions={
@@ -76,6 +77,7 @@ class Job:
             left=self._left(),
             original_bytes=self._checkpoint.nbytes,
         )
+        self.report.notes += self._idle_patterns()
         self._planned_config = self._quantization_config({plan.name for plan in self.plans.values()})
 
     @property
@@ -110,10 +112,8 @@ class Job:
             raise
 
     def _build(self) -> skeleton.Skeleton:
-        half_will_do = (
-            self._device.type != "cpu" and not self.settings.stages.transforms
-        )  # foldings are found in float32
-        compute = self._stored_dtype if half_will_do else torch.float32
+        exact = self._device.type == "cpu" or self.settings.stages.transforms  # foldings are found in float32
+        compute = torch.float32 if exact else self._stored_dtype
         model = skeleton.build(self._checkpoint.folder, dtype=compute, remote_code=self._remote_code)
         weights = ModelWeights(model, self._checkpoint.tensor, self._checkpoint.__contains__)
         return skeleton.Skeleton(model, weights, self._device)
@@ -136,6 +136,13 @@ class Job:
             left[weights.module_name(path)] = "not a linear layer" if name.startswith(inside) else OUTSIDE_THE_BLOCKS
         return left
 
+    def _idle_patterns(self) -> list[str]:
+        """What a user should know of --skip and --override patterns that no layer fits."""
+        patterns = [*self.settings.skip, *(override.pattern for override in self.settings.overrides)]
+        names = [plan.name for plan in self.plans.values()]
+        idle = [pattern for pattern in patterns if not any(matches(pattern, name) for name in names)]
+        return [f"no layer of the blocks matches the pattern {pattern!r}" for pattern in idle]
+
     def _calibration_set(self) -> CalibrationSet:
         tokenizer = load_tokenizer(self._checkpoint.folder, remote_code=self._remote_code)
         text = calibration.load(
@@ -143,15 +150,31 @@ class Job:
         )
         self.report.calibration = text.to_dict()
         self.report.notes += text.notes
+        self._check_tokens(text)
         return text
+
+    def _check_tokens(self, text: CalibrationSet) -> None:
+        """Refuse ids that the model has no embedding for; say where the text is too short for what it is to tell."""
+        known = self._skeleton.vocabulary
+        largest = int(text.windows.max())
+        if largest >= known:
+            raise CheckpointError(
+                f"the tokenizer made the id {largest}, and the model has embeddings for {known} tokens",
+                hint="is the tokenizer the one that belongs to the model?",
+            )
+        widest = max(plan.in_features for plan in self.plans.values() if plan.scheme is not None)
+        if text.windows.numel() < TOKENS_PER_INPUT * widest:
+            self.report.notes.append(
+                f"{text.windows.numel()} calibration tokens are few for layers of {widest} inputs, "
+                f"{TOKENS_PER_INPUT * widest} or more tell reliably what matters; see --samples and --seqlen"
+            )
 
     def _open_writer(self, text: CalibrationSet | None) -> Writer:
         identity = {
             "llmq": __version__,
             "torch": torch.__version__,
             "source": self._checkpoint.fingerprint(),
-            "settings": config_to(self.settings),
-            "calibration": text.sha256 if text else None,
+            "settings": {**config_to(self.settings), "calibration": text.sha256 if text else None},
             "device": self._device.type,
         }
         writer = Writer.open(
@@ -189,7 +212,7 @@ class Job:
         quantized = {layer.name: layer for layer in report.layers}
         for plan in self.plans.values():
             if plan.scheme is not None and plan.name not in quantized:
-                report.left[plan.name] = "it never ran on the calibration text"
+                report.left[plan.name] = f"it did not run on the first {pipeline.PROBE_TOKENS} calibration tokens"
         sizes = {plan.name: plan.weights for plan in self.plans.values()}
         stored_bits = sum(sizes[name] * layer.bits_per_weight for name, layer in quantized.items())
         report.bits_per_weight = stored_bits / max(1, sum(sizes[name] for name in quantized))
@@ -215,14 +238,22 @@ class Job:
 
     def _quantization_config(self, quantized: set[str]) -> dict[str, Any]:
         """The block for config.json where the linear layers `quantized` are packed and all others are not."""
-        name = self._skeleton.weights.module_name
-        linears = [name(path) for path, m in self._skeleton.model.named_modules() if isinstance(m, nn.Linear)]
-        chosen = {plan.name: plan.scheme for plan in self.plans.values() if plan.scheme and plan.name in quantized}
-        return self._layout.quantization_config(chosen, [linear for linear in linears if linear not in chosen])
+        chosen: dict[str, Scheme] = {}
+        unquantized: list[str] = []
+        for path, module in self._skeleton.model.named_modules():
+            if not isinstance(module, nn.Linear):
+                continue
+            names = dict.fromkeys((path, self._skeleton.weights.module_name(path)))  # readers look for either
+            plan = self.plans.get(path)
+            if plan is not None and plan.scheme is not None and plan.name in quantized:
+                chosen |= dict.fromkeys(names, plan.scheme)
+            else:
+                unquantized += names
+        return self._layout.quantization_config(chosen, unquantized)
 
 
 def quantize(
-    model: str,
+    model: str | Path,
     out: str | Path | None = None,
     *,
     config: QuantConfig | None = None,

@@ -105,12 +105,14 @@ def transform(run: Run, stage: str, block: Block, observed: Observed) -> Iterato
     Updates the statistics in `observed` to what the weights see now; yields what a user should know.
     """
     assert run.stream is not None, "a method that transforms needs calibration"
-    sites = {s.group: s for s in fold.discover(block, list(observed), run.stream.sample(PROBE_TOKENS))}
+    kept = {path for path, plan in run.plans.items() if plan.scheme is None}
+    found = fold.discover(block, list(observed), run.stream.sample(PROBE_TOKENS))
+    sites = {site.group: site for site in found if f"{block.path}.{site.producer}" not in kept}
     call = run.stream.sample(LOSS_TOKENS)
     before = block.run(call)
     for group, stats in observed.items():
-        if stats is None or not any(run.plans[path].scheme for path in group.names):
-            continue
+        if stats is None or not all(run.plans[path].scheme for path in group.names):
+            continue  # a layer that is to stay as it is is not scaled either
         if group not in sites:
             yield f"{', '.join(group.names)}: {stage} left out, nothing was found that makes their input"
             continue
@@ -119,7 +121,7 @@ def transform(run: Run, stage: str, block: Block, observed: Observed) -> Iterato
         if scales is None:
             continue
         undo, folded = fold.apply(block, sites[group], scales)
-        change = fold.moved(before, block.run(call))
+        change = fold.moved(call.hidden, before, block.run(call))
         if change <= fold.OUTPUT_TOLERANCE:
             observed[group] = stats.divided_by(folded)
         else:

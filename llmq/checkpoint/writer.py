@@ -55,8 +55,9 @@ class Writer:
         overwrite     replace the model that is in `out`, when the new one is finished
         needed_bytes  what the run will have on the disk at its fullest: the finished model and its blocks
 
-        Raises ConfigError if `out` is a file, or holds anything but the staging of the same run and `overwrite` is not
-        set; StorageError if there is too little space, or `out` cannot be written.
+        Raises ConfigError if `out` is a file, or holds anything but the staging of the same run (finished blocks of
+        another one are not thrown away unasked) and `overwrite` is not set; StorageError if there is too little space,
+        or `out` cannot be written.
         """
         with storing(out):
             if out.exists() and not out.is_dir():
@@ -67,6 +68,11 @@ class Writer:
                 _refuse_other_files(staging, resumable=resumable)
             _require_space(out, needed_bytes, present=staging.nbytes())
             discarded = staging.exists() and not resumable
+            if discarded and staging.blocks() and not overwrite:
+                raise ConfigError(
+                    f"{out} holds {len(list(staging.blocks()))} finished blocks of a run with other settings",
+                    hint="give the settings of that run to continue it, another folder, or --overwrite to discard them",
+                )
             created = not out.exists() or (discarded and staging.created_out)
             if discarded:
                 staging.remove()

@@ -20,9 +20,11 @@ def command(
         bool, Option("--wikitext", help="TEXT is WikiText's raw file: join its lines as the data set's rows.")
     ] = False,
     seqlen: Annotated[
-        int | None, Option("--seqlen", help="Tokens in a window.  Default: 2048, or the context.")
+        int | None, Option("--seqlen", min=2, help="Tokens in a window.  Default: 2048, or the context.")
     ] = None,
-    windows: Annotated[int | None, Option("--windows", help="Stop after this many.  Default: the whole text.")] = None,
+    windows: Annotated[
+        int | None, Option("--windows", min=1, help="Stop after this many.  Default: the whole text.")
+    ] = None,
     device: options.Device = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = False,

@@ -7,6 +7,7 @@ from typer import Option
 
 from llmq.cli import options
 from llmq.cli.terminal import messages, quiet_transformers
+from llmq.errors import ConfigError
 
 
 def command(
@@ -33,6 +34,8 @@ def command(
     quiet_transformers()
     model, tokenizer = load(path, device=device, trust_remote_code=trust_remote_code)
     inputs = encode(tokenizer, prompt, raw=raw).to(model.device)
+    if inputs["input_ids"].shape[1] == 0:
+        raise ConfigError("the prompt has no tokens", hint="give some text with --prompt")
     choice: dict[str, Any] = (
         {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     )

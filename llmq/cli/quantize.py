@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from rich.markup import escape
+
 from llmq.cli import options
 from llmq.cli.terminal import megabytes, messages, print_json, print_notes, print_table, quiet_transformers, show
 from llmq.config import QuantConfig, config_from, config_to, merged, read_toml
@@ -91,7 +93,7 @@ def _print_plan(job: "Job", *, as_json: bool) -> None:
 def _print_result(job: "Job", *, as_json: bool) -> None:
     report = job.report
     print_notes([*report.notes, *(note for block in report.blocks for note in block.notes), *_layer_notes(job)])
-    messages().print(f"[bold green]done[/] in {report.seconds:.1f} s: {job.out}", soft_wrap=True)
+    messages().print(f"[bold green]done[/] in {report.seconds:.1f} s: {escape(str(job.out))}", soft_wrap=True)
     if as_json:
         print_json(report.to_dict())
         return

@@ -1,7 +1,7 @@
 """One decoder block: its parameters come from disk for its turn and go when it is done."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,15 @@ from llmq.model.weights import require_finite
 
 if TYPE_CHECKING:
     from llmq.model.skeleton import Call, Skeleton
+
+
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a module is a linear layer and no more; a router may be a subclass that returns something else."""
+    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+        return isinstance(module, nn.Linear)
+    weight = module.weight  # a forward of its own: see what it makes, on meta, where that costs nothing
+    output = module(torch.empty(1, module.in_features, device=weight.device, dtype=weight.dtype))
+    return isinstance(output, Tensor) and output.shape == (1, module.out_features)
 
 
 class Block:
@@ -22,7 +31,7 @@ class Block:
         self.path = path
         self.module = module
         self._skeleton = skeleton
-        self.linears = {f"{path}.{name}": m for name, m in module.named_modules() if isinstance(m, nn.Linear)}
+        self.linears = {f"{path}.{name}": m for name, m in module.named_modules() if is_plain_linear(m)}
 
     def load(self) -> None:
         """Read every parameter of the block from the checkpoint; raises CheckpointError for one with NaN or Inf."""
@@ -64,10 +73,14 @@ class Block:
 
     def stored_parameters(self) -> dict[str, Tensor]:
         """Every parameter of the block as the checkpoint names and stores it."""
-        return {
-            self._stored_name(name): parameter.detach().to(self.stored_dtype(name))
-            for name, parameter in self.module.named_parameters()
-        }
+        stored = {}
+        for name, parameter in self.module.named_parameters():
+            dtype = self.stored_dtype(name)
+            if parameter.dtype.itemsize < dtype.itemsize:  # a block that runs in fewer bits is never rewritten
+                stored[self._stored_name(name)] = self._skeleton.weights.original(f"{self.path}.{name}")
+            else:
+                stored[self._stored_name(name)] = parameter.detach().to(dtype)
+        return stored
 
     def set_stored_parameters(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over those of `tensors` (by their names in the checkpoint) that are parameters of the block."""

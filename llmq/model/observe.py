@@ -83,8 +83,8 @@ def input_groups(block: Block, call: Call) -> list[InputGroup]:
 
 def statistics(block: Block, groups: Sequence[InputGroup], calls: Iterable[Call]) -> dict[InputGroup, InputStats]:
     """Run the block on every call and sum up what each group's weights are fed."""
-    device = next(iter(block.linears.values())).weight.device
-    stats = {group: InputStats(group.in_features, device) for group in groups}
+    device = {group: block.linears[group.names[0]].weight.device for group in groups}
+    stats = {group: InputStats(group.in_features, device[group]) for group in groups}
     leaders = {group.names[0]: stats[group] for group in groups}  # one weight of a group sees what all see
     with MatmulWatcher(
         _weights({name: block.linears[name] for name in leaders}), lambda name, x: leaders[name].update(x)

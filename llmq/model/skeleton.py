@@ -63,6 +63,12 @@ class Skeleton:
         """The longest text that the model was made for, if its configuration says."""
         return getattr(self.model.config, "max_position_embeddings", None)
 
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the model has embeddings for."""
+        embedding: nn.Module = self.model.get_input_embeddings()  # type: ignore[operator]
+        return int(embedding.get_parameter("weight").shape[0])
+
     def record(self, index: int, tokens: Tensor) -> Call:
         """What block `index` is called with for `tokens` (B, T) int64, had the blocks before it changed nothing."""
         if self._returns_tuple is None:
@@ -70,11 +76,6 @@ class Skeleton:
         with self._recorders() as calls, torch.no_grad():
             self._forward(tokens, stop_after=index)
         return calls[index]
-
-    def module_names(self) -> Iterator[tuple[str, nn.Module]]:
-        """Every module of the model, under its name in the checkpoint."""
-        for name, module in self.model.named_modules():
-            yield self.weights.module_name(name), module
 
     def _forward(self, tokens: Tensor, stop_after: int) -> None:
         self._stop_after = stop_after
@@ -156,9 +157,14 @@ def build(folder: Path, *, dtype: torch.dtype, remote_code: bool) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     config = load_config(folder, remote_code=remote_code)
-    config.use_cache = False
-    with init_empty_weights(include_buffers=False):
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=remote_code)
+    try:
+        with init_empty_weights(include_buffers=False):
+            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=remote_code)
+    except Exception as error:  # a wrong value in config.json fails wherever the model first uses it
+        raise UnsupportedModelError(
+            f"transformers cannot build the model that {folder / 'config.json'} describes: {_first_line(error)}",
+            hint="is config.json complete, and of a version that this transformers knows?",
+        ) from error
     return model.eval().requires_grad_(False)
 
 
@@ -169,7 +175,7 @@ def load_config(folder: Path, *, remote_code: bool) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=remote_code)
-    except (ValueError, KeyError, OSError) as error:
+    except Exception as error:  # strict validation, missing code and unknown types each raise something of their own
         needs_code = "trust_remote_code" in str(error)
         hint = "pass --trust-remote-code if you trust its author" if needs_code else "a newer transformers may know it"
         raise UnsupportedModelError(
@@ -187,3 +193,7 @@ def load_config(folder: Path, *, remote_code: bool) -> Any:
             hint="llmq quantizes decoders that generate text (…ForCausalLM); encoders and encoder-decoders it does not",
         )
     return config
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

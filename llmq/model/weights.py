@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmq.errors import CheckpointError
+from llmq.errors import CheckpointError, UnsupportedModelError
 
 
 class ModelWeights:
@@ -63,7 +63,16 @@ class ModelWeights:
                 real = buffer if name is None else self._read(name).to(buffer.dtype)
                 module._buffers[key] = real.to(device)
 
+    def original(self, name: str) -> Tensor:
+        """The tensor of a parameter as the checkpoint stores it."""
+        return self._read(self.tensor_name(name))
+
     def _checked(self, name: str, parameter: Tensor) -> Tensor:
+        if parameter.dim() > 2 and not any(self._stored(candidate) for candidate in self.candidates(name)):
+            raise UnsupportedModelError(
+                f"{name} stacks weights of experts, {tuple(parameter.shape)}, which the checkpoint stores one by one",
+                hint="mixture-of-experts models are not covered yet",
+            )
         tensor = self._read(self.tensor_name(name))
         self.stored_dtypes[name] = tensor.dtype
         if tensor.shape != parameter.shape:

@@ -6,7 +6,7 @@ rest is read as it is.  At no time is there a full-precision copy of more than o
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,12 @@ from llmq.config import Scheme
 from llmq.errors import BackendError, CheckpointError, FormatError
 from llmq.formats import Reading
 from llmq.model import skeleton
+from llmq.model.block import is_plain_linear
 from llmq.model.weights import ModelWeights
 from llmq.quantized import QuantizedTensor
 from llmq.runtime.linear import PackedLinear
+
+MODEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class PackedWeights:
@@ -165,10 +168,10 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The dtype that config.json names, else that of the checkpoint's first float tensor."""
     named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
     dtype = getattr(torch, named, None) if isinstance(named, str) else None
-    if isinstance(dtype, torch.dtype):
-        return dtype
+    if dtype in MODEL_DTYPES:
+        return cast(torch.dtype, dtype)
     found = (checkpoint.info(name).dtype for name in checkpoint.names())
-    return next((dtype for dtype in found if dtype in (torch.float32, torch.float16, torch.bfloat16)), torch.float32)
+    return next((dtype for dtype in found if dtype in MODEL_DTYPES), torch.float32)
 
 
 def _fill_packed(model: nn.Module, checkpoint: Checkpoint, device: torch.device) -> None:
@@ -177,11 +180,11 @@ def _fill_packed(model: nn.Module, checkpoint: Checkpoint, device: torch.device)
     weights = ModelWeights(model, checkpoint.tensor, checkpoint.__contains__)
     for path, module in list(model.named_modules()):
         name = next((candidate for candidate in weights.candidates(path) if candidate in waiting), None)
-        if name is not None and isinstance(module, nn.Linear):
+        if name is not None and is_plain_linear(module):
             bias = checkpoint.tensor(f"{name}.bias").to(module.weight.dtype) if module.bias is not None else None
             model.set_submodule(path, PackedLinear(packed.read(name), bias).to(device))
             waiting.discard(name)
-        elif not any(weights.is_tied(f"{path}.{key}") for key in module._parameters):
+        else:
             weights.fill(path, module, device)
     if waiting:
         raise FormatError(
@@ -199,4 +202,3 @@ def _restore_generation(model: Any, folder: Path) -> None:
 
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    model.config.use_cache = True

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 
+from llmq.errors import ConfigError
 from llmq.report.record import BlockReport
 from tests.runs import job, quantize
 
@@ -54,10 +55,14 @@ def test_two_runs_end_in_the_same_bytes(checkpoint: Checkpoints, tmp_path: Path,
     assert reports[0].layers == reports[1].layers
 
 
-def test_a_run_with_other_settings_starts_anew(checkpoint: Checkpoints, tmp_path: Path, text: Path) -> None:
+def test_a_run_with_other_settings_starts_anew_when_told_to(
+    checkpoint: Checkpoints, tmp_path: Path, text: Path
+) -> None:
     model, out = checkpoint("llama"), tmp_path / "out"
     interrupt(model, out, text, blocks=1, method="gptq")
-    report = quantize(model, out, text, method="gptq", seed=1)
+    with pytest.raises(ConfigError, match="finished blocks of a run with other settings"):
+        quantize(model, out, text, method="gptq", seed=1)
+    report = quantize(model, out, text, method="gptq", seed=1, overwrite=True)
     assert not any(block.resumed for block in report.blocks)
     assert any("discarded" in note for note in report.notes)
     assert json.loads((out / "llmq.json").read_text())["settings"]["seed"] == 1

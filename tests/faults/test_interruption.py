@@ -14,7 +14,7 @@ from llmq.checkpoint.staging import STAGING
 from tests import builders
 from tests.command_line import ROOT, Outcome, command, environment, llmq
 
-BLOCKS = 6
+BLOCKS = 24  # enough that the signal comes before the end, however fast the machine
 RECORD = "llmq.json"
 
 
@@ -23,7 +23,7 @@ def run(checkpoint: Callable[..., Path], tmp_path: Path) -> tuple[str | Path, ..
     """The command but for its output folder."""
     text = builders.write_text(tmp_path / "text.txt")
     return (
-        "quantize", checkpoint("llama", num_hidden_layers=BLOCKS), "--calibration", text, "--samples", "8",
+        "quantize", checkpoint("llama", num_hidden_layers=BLOCKS), "--calibration", text, "--samples", "32",
         "--seqlen", "32", "--group-size", "32",
     )  # fmt: skip
 

@@ -116,10 +116,22 @@ def test_a_block_may_be_committed_again(tmp_path: Path) -> None:
     assert (set(tensors), record) == (set(block(5)), {"round": 2})
 
 
-def test_another_run_starts_afresh_and_says_so(tmp_path: Path) -> None:
+def test_finished_blocks_of_another_run_are_not_thrown_away_unasked(tmp_path: Path) -> None:
     open_writer(tmp_path / "out").commit(0, block(0), {})
-    other = open_writer(tmp_path / "out", {**RUN, "source": "changed"})
+    with pytest.raises(ConfigError, match="1 finished blocks of a run with other settings"):
+        open_writer(tmp_path / "out", {**RUN, "source": "changed"})
+    assert open_writer(tmp_path / "out").resumed_blocks == 1
+
+
+def test_another_run_starts_afresh_when_told_to_and_says_so(tmp_path: Path) -> None:
+    open_writer(tmp_path / "out").commit(0, block(0), {})
+    other = open_writer(tmp_path / "out", {**RUN, "source": "changed"}, overwrite=True)
     assert (other.discarded, other.resumed_blocks, other.has(0)) == (True, 0, False)
+
+
+def test_another_run_takes_over_where_no_block_was_finished(tmp_path: Path) -> None:
+    open_writer(tmp_path / "out")
+    assert open_writer(tmp_path / "out", {**RUN, "source": "changed"}).discarded
 
 
 def test_a_damaged_block_is_done_again(tmp_path: Path) -> None:
@@ -146,7 +158,7 @@ def test_a_block_damaged_during_the_run_is_not_left_out_of_the_model(tmp_path: P
 def test_a_staging_without_a_readable_identity_belongs_to_nobody(identity: str, tmp_path: Path) -> None:
     open_writer(tmp_path / "out").commit(0, block(0), {})
     (tmp_path / "out" / STAGING / "identity.json").write_text(identity)
-    assert open_writer(tmp_path / "out").discarded
+    assert open_writer(tmp_path / "out", overwrite=True).discarded
 
 
 def test_an_empty_folder_is_taken(tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_the_function_stays_and_undoing_is_exact(checkpoint: Checkpoints, name: 
         changed = {name for name, now in parameters_of(loaded.block).items() if not torch.equal(parameters[name], now)}
         consumers = {f"{path.removeprefix(loaded.block.path)[1:]}.weight" for path in site.group.names}
         assert changed - {f"{site.producer}.bias"} == consumers | {f"{site.producer}.weight"}
-        assert fold.moved(before, loaded.output()) < UNCHANGED
+        assert fold.moved(loaded.call.hidden, before, loaded.output()) < UNCHANGED
         undo()
         assert all(torch.equal(parameters[name], now) for name, now in parameters_of(loaded.block).items())
 
@@ -126,7 +126,7 @@ def test_all_foldings_of_a_block_together_keep_its_function(checkpoint: Checkpoi
     before = loaded.output()
     for site in loaded.sites().values():
         fold.apply(loaded.block, site, scales_for(site))
-    assert fold.moved(before, loaded.output()) < UNCHANGED
+    assert fold.moved(loaded.call.hidden, before, loaded.output()) < UNCHANGED
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "stablelm"])
@@ -159,14 +159,22 @@ def test_dead_columns_have_no_source_and_stay(checkpoint: Checkpoints) -> None:
     for path in site.group.names:
         name = f"{path.removeprefix(loaded.block.path)[1:]}.weight"
         assert torch.equal(loaded.block.linears[path].weight[:, 5], parameters[name][:, 5])
-    assert fold.moved(before, loaded.output()) < UNCHANGED
+    assert fold.moved(loaded.call.hidden, before, loaded.output()) < UNCHANGED
 
 
 def test_an_output_that_is_no_number_has_moved() -> None:
-    hidden = torch.ones(1, 2, 3)
-    assert fold.moved(hidden, hidden) == 0
-    assert fold.moved(hidden, hidden * 1.5) == pytest.approx(0.5)
-    assert fold.moved(hidden, hidden * float("nan")) == float("inf")
+    hidden, before = torch.ones(1, 2, 3), torch.full((1, 2, 3), 3.0)  # the block adds 2
+    assert fold.moved(hidden, before, before) == 0
+    assert fold.moved(hidden, before, before + 1) == pytest.approx(0.5)
+    assert fold.moved(hidden, before, before * float("nan")) == float("inf")
+
+
+def test_a_loud_token_does_not_hide_what_moved() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 64, 8, generator=generator)
+    added = torch.randn(1, 64, 8, generator=generator)
+    hidden[0, 0] *= 1e6  # a sink: beside it, the change of all the others is nothing
+    assert fold.moved(hidden, hidden + added, hidden + 1.05 * added) == pytest.approx(0.05, rel=1e-2)
 
 
 class Normed(nn.Module):
@@ -244,4 +252,4 @@ def test_gemma3n_uses_a_norm_twice_and_is_caught(checkpoint: Checkpoints) -> Non
     before = loaded.output()
     site = next(site for site in loaded.sites().values() if site.producer == "input_layernorm")
     fold.apply(loaded.block, site, scales_for(site))
-    assert fold.moved(before, loaded.output()) > 10 * fold.OUTPUT_TOLERANCE
+    assert fold.moved(loaded.call.hidden, before, loaded.output()) > 10 * fold.OUTPUT_TOLERANCE

@@ -33,6 +33,7 @@ from llmq_kernels.w4a16.layout import TILE
 # 2 MB of float32.  Half of that costs a fifth more time, in dispatch; twice as much costs a tenth less, but then the C
 # allocator now and then returns the buffers to the system, and the next call pays to fault them in.
 WEIGHTS_AT_ONCE = 1 << 19
+WEIGHTS_AT_ONCE_ELSEWHERE = 1 << 26  # on a GPU, launches cost more than memory: 256 MB
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,8 @@ def _pieces(
     """W by pieces: which R rows, and those as (R, Kp) float32 in field order, in a buffer that the next overwrites."""
     N, Kp = words.shape[0], _padded(in_features)
     count, width = FIELDS[bits].count, 16 // FIELDS[bits].count
-    rows = max(1, min(WEIGHTS_AT_ONCE // Kp, N))
+    at_once = WEIGHTS_AT_ONCE if words.device.type == "cpu" else WEIGHTS_AT_ONCE_ELSEWHERE
+    rows = max(1, min(at_once // Kp, N))
     groups = _group_of_blocks(scales.shape[0], Kp, count, columns_per_group, words.device)
     ups = torch.arange(16 - width, -1, -width, dtype=torch.int16, device=words.device).unsqueeze(1)  # (F, 1)
     integers = torch.empty(rows, count, Kp // count, dtype=torch.int16, device=words.device)
