@@ -39,10 +39,28 @@ class LayerPlan:
 def plan_layers(shapes: Iterable[tuple[str, int, int]], config: QuantConfig, layout: Layout) -> list[LayerPlan]:
     """A plan for each (name, out_features, in_features); raises ConfigError for what the format can never hold."""
     plans = [_plan(name, rows, columns, config, layout) for name, rows, columns in shapes]
+    if layout.ONE_GRID and not config.overrides:
+        plans = _on_one_grid(plans, layout)
     if not any(plan.scheme for plan in plans):
         reasons = "; ".join(sorted({plan.reason for plan in plans if plan.reason})) or "no linear layer in any block"
         raise ConfigError(f"nothing is left to quantize: {reasons}", hint="see --skip, --override and --format")
     return plans
+
+
+def _on_one_grid(plans: list[LayerPlan], layout: Layout) -> list[LayerPlan]:
+    """The plans with the grid that covers most weights; layers that fell back to another one stay as they are."""
+    covered: dict[Scheme, int] = {}
+    for plan in plans:
+        if plan.scheme is not None:
+            covered[plan.scheme] = covered.get(plan.scheme, 0) + plan.weights
+    if len(covered) < 2:
+        return plans
+    common = max(covered, key=lambda scheme: covered[scheme])
+    reason = f"kept as it is: {layout.NAME} holds one grid for all layers, and most are {common}"
+    return [
+        plan if plan.scheme in (None, common) else dataclasses.replace(plan, scheme=None, reason=reason)
+        for plan in plans
+    ]
 
 
 def _plan(name: str, out_features: int, in_features: int, config: QuantConfig, layout: Layout) -> LayerPlan:

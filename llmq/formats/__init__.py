@@ -52,6 +52,7 @@ class Layout(Protocol):
     NAME: str  # the `quant_method` of config.json
     SUFFIXES: tuple[str, ...]  # of the tensors that replace `<module>.weight`
     CODES: str  # the one of them whose presence marks a module as quantized
+    ONE_GRID: bool  # whether all packed modules of a file must have the same grid
     CONFIG_COPY: str | None  # a file that repeats the block of config.json, for the readers that look there
 
     def pack(self, q: QuantizedTensor) -> dict[str, Tensor]:

@@ -29,6 +29,7 @@ from llmq.quantized import QuantizedTensor
 NAME = "awq"
 SUFFIXES: tuple[str, ...] = ("qweight", "qzeros", "scales")
 CODES = "qweight"
+ONE_GRID = True
 CONFIG_COPY: str | None = None
 
 BITS = 4

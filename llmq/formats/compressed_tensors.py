@@ -30,6 +30,7 @@ from llmq.quantized import QuantizedTensor
 NAME = "compressed-tensors"
 SUFFIXES: tuple[str, ...] = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 CODES = "weight_packed"
+ONE_GRID = False
 CONFIG_COPY: str | None = None
 PACKING = "pack-quantized"
 

@@ -32,6 +32,7 @@ from llmq.quantized import QuantizedTensor
 NAME = "gptq"
 SUFFIXES: tuple[str, ...] = ("qweight", "qzeros", "scales", "g_idx")
 CODES = "qweight"
+ONE_GRID = False
 CONFIG_COPY: str | None = "quantize_config.json"
 
 BITS_WRITTEN = (4, 8)

@@ -52,6 +52,8 @@ class Skeleton:
         self.device = device
         path, modules = largest_module_list(model)
         self.blocks = [Block(f"{path}.{i}", module, self) for i, module in enumerate(modules)]
+        for name, parameter in modules.named_parameters():
+            weights.refuse_stacked(f"{path}.{name}", parameter)
         self._returns_tuple: bool | None = None  # not known before the first recording
         inside = {module for block in modules for module in block.modules()}
         for name, module in model.named_modules():

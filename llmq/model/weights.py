@@ -35,6 +35,14 @@ class ModelWeights:
             hint="is the checkpoint complete, and its config.json the one that belongs to it?",
         )
 
+    def refuse_stacked(self, name: str, parameter: Tensor) -> None:
+        """Raise UnsupportedModelError for experts that the model holds in one tensor and the checkpoint one by one."""
+        if parameter.dim() > 2 and not any(self._stored(candidate) for candidate in self.candidates(name)):
+            raise UnsupportedModelError(
+                f"{name} stacks weights of experts, {tuple(parameter.shape)}, which the checkpoint stores one by one",
+                hint="mixture-of-experts models are not covered yet",
+            )
+
     def module_name(self, path: str) -> str:
         """The checkpoint's name of the module at `path`; `path` itself where it stores no weight of it."""
         stored = (candidate for candidate in self.candidates(path) if self._stored(f"{candidate}.weight"))
@@ -68,11 +76,6 @@ class ModelWeights:
         return self._read(self.tensor_name(name))
 
     def _checked(self, name: str, parameter: Tensor) -> Tensor:
-        if parameter.dim() > 2 and not any(self._stored(candidate) for candidate in self.candidates(name)):
-            raise UnsupportedModelError(
-                f"{name} stacks weights of experts, {tuple(parameter.shape)}, which the checkpoint stores one by one",
-                hint="mixture-of-experts models are not covered yet",
-            )
         tensor = self._read(self.tensor_name(name))
         self.stored_dtypes[name] = tensor.dtype
         if tensor.shape != parameter.shape:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import llmq
 from llmq.runtime.load import load_model
@@ -42,6 +42,8 @@ for name, (path, dequantize) in json.loads(sys.argv[2]).items():
 save_file(logits, sys.argv[1])
 """
 
+NEOX = "a model whose head has another name on the disk"
+
 # setting, and whether the package must dequantize at load: its packed route fails on any asymmetric file, also on its
 # own ("size mismatch for weight_zero_point", compressed-tensors 0.20 with transformers 5.23)
 SETTINGS = {
@@ -53,6 +55,7 @@ SETTINGS = {
     "2 bits": ({"bits": 2}, False),
     "mixed grids": ({"overrides": ["down_proj:bits=8", "self_attn.*:group_size=64"]}, False),
     "asymmetric": ({"symmetric": False}, True),
+    NEOX: ({"skip": ["layers.0.mlp.*"]}, False),
 }
 
 
@@ -66,8 +69,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     )  # fmt: skip
     base = tmp_path_factory.mktemp("interop")
     LlamaForCausalLM(config).save_pretrained(base / "original")
+    renamed = GPTNeoXConfig(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, vocab_size=96,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    GPTNeoXForCausalLM(renamed).save_pretrained(base / "renamed")
     for name, (settings, _) in SETTINGS.items():
-        llmq.quantize(str(base / "original"), base / name, method="rtn", **settings)
+        model = base / ("renamed" if name == NEOX else "original")
+        llmq.quantize(model, base / name, method="rtn", **settings)
     return {name: base / name for name in SETTINGS}
 
 

@@ -1,0 +1,82 @@
+"""What llmq does not cover, or what cannot be: said in one line, before any harm is done."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import MixtralConfig, MixtralForCausalLM
+
+import llmq
+from llmq.errors import CheckpointError, UnsupportedModelError
+from llmq.measure import measure
+from tests import builders
+
+Checkpoints = Callable[..., Path]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    return builders.write_text(tmp_path / "text.txt")
+
+
+def test_a_mixture_of_experts_is_named_as_such(tmp_path: Path) -> None:
+    config = MixtralConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        num_local_experts=2, vocab_size=64, max_position_embeddings=32,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "model")
+    with pytest.raises(UnsupportedModelError, match="stacks weights of experts"):
+        llmq.quantize(tmp_path / "model", tmp_path / "out", method="rtn", group_size=32)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_of_another_model_is_found_out(checkpoint: Checkpoints, tmp_path: Path, text: Path) -> None:
+    small = checkpoint("llama", vocab_size=16)
+    with pytest.raises(CheckpointError, match="embeddings for 16 tokens"):
+        llmq.quantize(small, tmp_path / "out", group_size=32, calibration=str(text), samples=2, seqlen=16)
+
+
+def test_models_of_different_vocabularies_are_not_compared(checkpoint: Checkpoints, text: Path) -> None:
+    one, other = checkpoint("llama"), checkpoint("llama", vocab_size=builders.VOCABULARY + 8)
+    with pytest.raises(UnsupportedModelError, match="vocabularies of"):
+        measure(one, other, str(text), seqlen=16, limit=1, device="cpu")
+
+
+@pytest.mark.parametrize("change", [{"hidden_size": "wide"}, {"num_attention_heads": 0}, {"hidden_act": "swoosh"}])
+def test_a_configuration_that_makes_no_model(
+    checkpoint: Checkpoints, tmp_path: Path, change: dict[str, object]
+) -> None:
+    broken = shutil.copytree(checkpoint("llama"), tmp_path / "broken")
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(UnsupportedModelError):
+        llmq.quantize(broken, tmp_path / "out", method="rtn", group_size=32)
+
+
+def test_patterns_that_fit_nothing_are_noted(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    report = llmq.quantize(
+        checkpoint("llama"),
+        tmp_path / "out",
+        method="rtn",
+        group_size=32,
+        skip=["dwon_proj"],
+        overrides=["kproj:bits=8"],
+    )
+    assert [note for note in report.notes if "'dwon_proj'" in note or "'kproj'" in note] == report.notes != []
+
+
+def test_a_few_tokens_are_noted(checkpoint: Checkpoints, tmp_path: Path, text: Path) -> None:
+    report = llmq.quantize(
+        checkpoint("llama"), tmp_path / "out", group_size=32, calibration=str(text), samples=2, seqlen=16
+    )
+    assert any("32 calibration tokens are few" in note for note in report.notes)
+
+
+def test_an_awq_file_keeps_what_does_not_fit_its_one_grid(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    model = checkpoint("llama", intermediate_size=48)  # 48 is not a multiple of 32
+    report = llmq.quantize(model, tmp_path / "out", method="rtn", format="awq", group_size=32, symmetric=False)
+    kept = {name for name, reason in report.left.items() if "one grid for all layers" in reason}
+    assert kept and all(name.endswith("down_proj") for name in kept)
+    llmq.load(tmp_path / "out", device="cpu")
