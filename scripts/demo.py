@@ -43,7 +43,7 @@ def quantize_and_measure(method: str, out: Path, calibration: Path, held_out: Pa
     """One method, measured on the file that it wrote."""
     shutil.rmtree(out, ignore_errors=True)
     print(f"quantizing to 4 bits with {method} …", file=sys.stderr, flush=True)
-    llmq.quantize(str(MODEL), out, method=method, calibration=[str(calibration)], samples=128, seqlen=256)
+    llmq.quantize(str(MODEL), out, method=method, calibration=[str(calibration)], samples=160, seqlen=256)
     print(f"measuring {method} against the original …", file=sys.stderr, flush=True)
     return measure(out, MODEL, str(held_out), seqlen=256, limit=WINDOWS)
 

@@ -80,7 +80,7 @@ def test_other_widths(model: Path, tmp_path: Path, text: Path, bits: int) -> Non
 @pytest.mark.parametrize("method", METHODS)
 def test_everything_else_is_bit_identical(checkpoint: Checkpoints, tmp_path: Path, text: Path, method: str) -> None:
     model = checkpoint("stablelm", num_hidden_layers=2, dtype="bfloat16")
-    report = quantize(model, tmp_path / "out", text, method=method, skip=["v_proj", "lm_head"])
+    report = quantize(model, tmp_path / "out", text, method=method, skip=["o_proj", "lm_head"])
     original, stored = tensors_of(model), tensors_of(tmp_path / "out")
     replaced = {f"{layer.name}.weight" for layer in report.layers}
     kept = original.keys() - replaced
@@ -91,7 +91,7 @@ def test_everything_else_is_bit_identical(checkpoint: Checkpoints, tmp_path: Pat
         if stored[name].dtype != original[name].dtype or not torch.equal(stored[name], original[name])
     }
     if method == "awq":  # what it folds into, and nothing else
-        assert all("layernorm" in name for name in changed)
+        assert changed and all("layernorm" in name for name in changed)
         assert all(name.startswith("model.layers.") for name in changed)
     else:
         assert not changed

@@ -1,0 +1,178 @@
+"""Settings that contradict themselves or the model, and text of no use: refused before any work, with the way out."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.command_line import llmq
+from tests.faults.refusals import BACKEND, CALIBRATION, CHECKPOINT, CONFIG, quantize, refused
+
+# ---- settings
+
+
+def test_a_group_size_that_is_no_legal_one(model: Path, out: Path) -> None:
+    legal = "16, 32, 64, 128, 256, 512, 1024, channel (one scale a row) or tensor (one scale in all)"
+    refused(quantize(model, out, "--group-size", "100"), CONFIG, "group size is 100", legal)
+    assert not out.exists()
+
+
+def test_a_group_size_that_is_no_number(model: Path, out: Path) -> None:
+    refused(quantize(model, out, "--group-size", "many"), CONFIG, "'many', expected a number, channel or tensor")
+
+
+def test_a_group_size_that_does_not_divide_under_strict(model: Path, out: Path) -> None:
+    found = "a group size of 128 does not divide 32 input features"
+    refused(quantize(model, out, "--group-size", "128", "--strict"), CONFIG, found, "leave --strict out")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("bits", [0, 1, 5, 16, -4])
+def test_bits_that_do_not_exist(bits: int, model: Path, out: Path) -> None:
+    refused(quantize(model, out, "--bits", str(bits)), CONFIG, f"bits is {bits}, expected one of 2, 3, 4, 8", "4 is")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(("layout", "bits"), [("gptq", 3), ("gptq", 2), ("awq", 8), ("awq", 3)])
+def test_a_grid_that_the_format_cannot_hold(layout: str, bits: int, model: Path, out: Path) -> None:
+    outcome = quantize(model, out, "--format", layout, "--bits", str(bits))
+    refused(outcome, CONFIG, f"{layout} cannot hold int{bits} g32 symmetric")
+    assert "compressed-tensors holds 2, 3, 4 and 8" in outcome.stderr
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [("--method", "rtn, gptq, awq"), ("--format", "compressed-tensors, gptq, awq"),
+     ("--order", "activation, natural"), ("--scales", "searched, minmax")],
+)  # fmt: skip
+def test_a_name_that_does_not_exist(option: str, expected: str, model: Path, out: Path) -> None:
+    refused(quantize(model, out, option, "magic"), CONFIG, f"{option[2:]} is 'magic', expected one of {expected}")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "found", "hint"),
+    [
+        ("metod = 'gptq'", "unknown setting: 'metod'", "known are calibration, damping, format, method"),
+        ("[scheme]\nbit = 4", "unknown key of [scheme]: 'bit'", "known are bits, group_size, symmetric"),
+        ("[calibration]\nfile = 'x'", "unknown key of [calibration]: 'file'", "known are samples, seqlen, sources"),
+        ("[[overrides]]\npattern = 'x'\nbitz = 4", "unknown key of an override: 'bitz'", "known are bits, group_size"),
+        ("scheme = 3", "scheme is 3, expected a block of keys", ""),
+        ("overrides = [3]", "overrides is [3], expected a list of blocks", ""),
+        ("[[overrides]]\nbits = 4", "an override has no pattern", ""),
+        ("[[overrides]]\npattern = 3", "pattern is 3, expected a text", ""),
+        ("skip = 'down_proj'", "skip is 'down_proj', expected a list of texts", ""),
+        ("seed = 'x'", "seed is 'x', expected a whole number", ""),
+        ("strict = 'maybe'", "strict is 'maybe', expected true or false", ""),
+        ("method = ['rtn']", "method is ['rtn'], expected a text", ""),
+        ("[scheme]\nbits = '4'", "bits is '4', expected a whole number", ""),
+        ("[scheme]\ngroup_size = [1]", "group_size is [1], expected a number, channel or tensor", ""),
+        ("[calibration]\nsources = 'text.txt'", "sources is 'text.txt', expected a list of texts", ""),
+        ("damping = 2", "damping is 2, expected a fraction", ""),
+        ("no TOML", "cannot read the configuration", ""),
+    ],
+)
+def test_a_settings_file_that_is_wrong(settings: str, found: str, hint: str, model: Path, out: Path) -> None:
+    file = model.parent / "quant.toml"
+    file.write_text(settings)
+    refused(llmq("quantize", model, out, "--config", file), CONFIG, found, hint)
+    assert not out.exists()
+
+
+def test_a_settings_file_that_is_not_there(model: Path, out: Path) -> None:
+    refused(llmq("quantize", model, out, "--config", model / "no.toml"), CONFIG, "no.toml")
+
+
+@pytest.mark.parametrize("option", [("--override", "re:(:bits=4"), ("--skip", "re:(")], ids=lambda option: option[0])
+def test_a_pattern_that_is_none(option: tuple[str, str], model: Path, out: Path) -> None:
+    refused(quantize(model, out, *option), CONFIG, "'re:(' is no regular expression")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("override", ["down_proj", "down_proj:8", ":bits=8", "down_proj:bits=eight"])
+def test_an_override_that_is_not_understood(override: str, model: Path, out: Path) -> None:
+    outcome = quantize(model, out, "--override", override)
+    assert outcome.exit_code == CONFIG
+    assert "error: " in outcome.stderr
+    assert not out.exists()
+
+
+def test_nothing_left_to_quantize(model: Path, out: Path) -> None:
+    refused(quantize(model, out, "--skip", "*"), CONFIG, "nothing is left to quantize: skipped on request", "--skip")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "tpu9", "mps", "meta"])
+def test_a_device_that_is_not_there(device: str, model: Path, out: Path) -> None:
+    refused(quantize(model, out, "--device", device), BACKEND, device, "cpu")
+    assert not out.exists()
+
+
+def test_a_revision_of_a_local_folder(model: Path, out: Path) -> None:
+    refused(quantize(model, out, "--revision", "main"), CONFIG, "no revision 'main'", "--revision")
+
+
+@pytest.mark.parametrize("option", [("--max-tokens", "0"), ("--temperature", "-1")], ids=lambda option: option[0])
+def test_nothing_to_generate(option: tuple[str, str], model: Path) -> None:
+    outcome = llmq("generate", model, "--prompt", "x", *option)
+    assert outcome.exit_code == 2
+    assert option[0] in outcome.stderr
+
+
+# ---- calibration
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "found", "hint"),
+    [
+        ("empty.txt", b"", "empty.txt holds no text", "expected text"),
+        ("blank.txt", b" \n\n \n", "blank.txt holds no text", "expected text"),
+        ("short.txt", b"ten bytes.", "holds 11 tokens, fewer than one window of 32", "--seqlen"),
+        ("latin1.txt", b"caf\xe9 au lait " * 100, "not UTF-8 text: byte 0xe9 at offset 3", "iconv"),
+        ("cut.jsonl", b'{"text": "a"}\n{"text": "b', "cut.jsonl is not valid JSON", ""),
+        ("column.jsonl", b'{"texto": "a"}', "row 0 of", ""),
+    ],
+)
+def test_a_calibration_text_that_is_useless(
+    name: str, content: bytes, found: str, hint: str, model: Path, out: Path
+) -> None:
+    file = model.parent / name
+    file.write_bytes(content)
+    refused(quantize(model, out, calibration=file), CALIBRATION, found, hint)
+    assert not out.exists()
+
+
+def test_a_calibration_file_that_is_not_there(model: Path, out: Path) -> None:
+    refused(quantize(model, out, calibration=model / "no.txt"), CALIBRATION, "no.txt is not a file", ".jsonl")
+    assert not out.exists()
+
+
+def test_no_calibration_text_and_no_hub(model: Path, out: Path) -> None:
+    outcome = llmq("quantize", model, out)
+    refused(
+        outcome, CALIBRATION, "no calibration text was given, and the Hub's cannot be had", "--calibration text.txt"
+    )
+    assert not out.exists()
+
+
+def test_no_evaluation_text_and_no_hub(model: Path) -> None:
+    outcome = llmq("eval", model)
+    refused(outcome, CALIBRATION, "the data set Salesforce/wikitext", "give a file that ends in .txt")
+    assert "--calibration" not in outcome.stderr
+
+
+@pytest.mark.parametrize("command", ["quantize", "eval", "generate"])
+def test_no_tokenizer(command: str, model: Path, text: Path, out: Path) -> None:
+    (model / "tokenizer.json").unlink()
+    (model / "tokenizer_config.json").unlink()
+    more = {
+        "quantize": (out, "--calibration", text), "eval": ("--text", text), "generate": ("--prompt", "x")
+    }[command]  # fmt: skip
+    refused(llmq(command, model, *more), CHECKPOINT, "model has no tokenizer", "copy tokenizer.json")
+    assert not out.exists()
+
+
+def test_a_tokenizer_that_cannot_be_read(model: Path, text: Path, out: Path) -> None:
+    (model / "tokenizer.json").write_text("{")
+    refused(quantize(model, out, calibration=text), CHECKPOINT, "the tokenizer in", "copy tokenizer.json")
+    assert not out.exists()
