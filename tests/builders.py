@@ -60,7 +60,7 @@ def gemma3n(**changes: Any) -> Any:
     own = {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8, "laurel_rank": 4}
     config = {**GROUPED, "head_dim": 8, "sliding_window": WINDOW, **own, **changes}
     config = {"layer_types": alternating(changes), **config}
-    return transformers.Gemma3nTextConfig(num_kv_shared_layers=0, activation_sparsity_pattern=None, **config)
+    return transformers.Gemma3nTextConfig(**{"num_kv_shared_layers": 0, "activation_sparsity_pattern": None, **config})
 
 
 def stablelm(**changes: Any) -> Any:

@@ -111,7 +111,8 @@ class Skeleton:
                 del block.module.forward  # the class's own forward shows again
 
     def _probe(self) -> None:
-        """Find out whether blocks return a tuple; refuse a model that changes the hidden state between them."""
+        """Find out whether blocks return a tuple; refuse a model whose blocks cannot be run one by one."""
+        _refuse_shared_keys(self.model)
         last = len(self.blocks) - 1
         tokens = torch.zeros(1, 4, dtype=torch.int64)
         failure: Exception | None = None
@@ -139,6 +140,19 @@ class Skeleton:
                 self.weights.fill(path, module, self.device)
 
         return fill_now
+
+
+def _refuse_shared_keys(model: nn.Module) -> None:
+    """Some blocks (of Gemma 3n, say) attend to keys and values of earlier ones, which replay does not carry along."""
+    config = getattr(model, "config", None)
+    config = getattr(config, "text_config", None) or config
+    sharing = getattr(config, "num_kv_shared_layers", 0)
+    if sharing:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be replayed block by block: its last {sharing} blocks share the keys and "
+            "values of earlier ones",
+            hint="rtn needs no replay",
+        )
 
 
 def largest_module_list(model: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -185,6 +185,12 @@ def test_blocks_that_are_called_in_an_unknown_way_are_refused() -> None:
         skeleton_in_memory(model).record(0, tokens(1, 5))
 
 
+def test_blocks_that_need_the_keys_and_values_of_others_are_refused(checkpoint: Checkpoints) -> None:
+    walked = skeleton_of(checkpoint("gemma3n", num_hidden_layers=4, num_kv_shared_layers=2))
+    with pytest.raises(UnsupportedModelError, match="its last 2 blocks share the keys and values of earlier ones"):
+        walked.record(0, tokens(1, 5))
+
+
 def test_a_model_without_blocks_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="no list of blocks"):
         skeleton_in_memory(nn.Sequential(nn.Linear(4, 4)))
