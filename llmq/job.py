@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -194,7 +195,7 @@ class Job:
         stream = None
         if text is not None:
             batch = max(1, TOKENS_PER_BATCH.get(self._device.type, 4096) // text.windows.shape[1])
-            stream = Stream(self._skeleton, text.windows, batch)
+            stream = Stream(self._skeleton, text.windows, batch, _spare_memory(self._device) // 2)
         options = algorithms.Options(
             self._layout.scale_dtype(self._stored_dtype),
             self.settings.order,
@@ -287,6 +288,13 @@ def default_output(model: str, settings: QuantConfig) -> Path:
     """`llama-gptq-4bit` in the current folder, for a model whose name or folder is `llama`."""
     name = Path(model).resolve().name if Path(model).is_dir() else model.rsplit("/", 1)[-1]
     return Path(f"{name}-{settings.method}-{settings.scheme.bits}bit")
+
+
+def _spare_memory(device: torch.device) -> int:
+    """Bytes that are free where the model computes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)
 
 
 def _refuse_quantized(checkpoint: Checkpoint) -> None:

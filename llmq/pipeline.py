@@ -9,7 +9,7 @@ starts, so an interrupted run continues at the first block that is missing, and 
 """
 
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -35,7 +35,7 @@ from llmq.stats import InputStats
 PROBE_TOKENS = 64  # what it takes to see which weights share an input, and what makes it
 LOSS_TOKENS = 1024  # on which a transformation is chosen and proved
 
-Observed = dict[InputGroup, InputStats | None]
+Observed = dict[InputGroup, InputStats]
 
 
 @dataclass(frozen=True)
@@ -59,21 +59,23 @@ def quantize_blocks(run: Run) -> Iterator[LayerReport | BlockReport]:
         block.load()
         if run.writer.has(index):  # an earlier run got this far
             report = restore(run, index, block)
+            if run.stream is not None:
+                run.stream.advance(block)
         else:
             report = yield from quantize_block(run, index, block, start)
-        if run.stream is not None:
-            run.stream.advance(block)
         block.free()
         yield report
 
 
 def quantize_block(run: Run, index: int, block: Block, start: float) -> Generator[LayerReport, None, BlockReport]:
     """observe → transform → round → pack → commit, for one block whose float weights are loaded."""
-    observed = observe_block(run, block)
-    notes = [note for stage in run.method.transforms for note in transform(run, stage, block, observed)]
+    groups = group_weights(run, block)
+    notes = transform_block(run, block, groups) if run.method.transforms else []
     tensors: dict[str, Tensor] = {}
     layers: list[LayerReport] = []
-    for group, stats in observed.items():
+    for group, stats in observe_in_sequence(run, block, groups):
+        if stats is not None and stats.tokens == 0:
+            continue  # no token came this way; what stays as it is is listed at the end
         weights = {path: block.weight(path) for path in group.names}
         for path, weight, rounding in round_group(run, weights, stats):
             packed = run.layout.pack(rounding.quantized)
@@ -85,18 +87,39 @@ def quantize_block(run: Run, index: int, block: Block, start: float) -> Generato
             tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in packed.items()}
     replaced = {f"{layer.name}.weight" for layer in layers}
     tensors |= {name: tensor for name, tensor in block.stored_parameters().items() if name not in replaced}
-    block.set_stored_parameters(tensors)  # what a transform changed, in as few bits as the file holds it
     report = BlockReport(block.path, tuple(layers), tuple(notes), time.monotonic() - start)
     run.writer.commit(index, tensors, report.to_dict())
     return report
 
 
-def observe_block(run: Run, block: Block) -> Observed:
-    """Which weights share an input, and what that input looks like; without text each weight stands alone."""
+def group_weights(run: Run, block: Block) -> list[InputGroup]:
+    """Which weights share an input, in the order in which they run; without text each weight stands alone."""
     if run.stream is None:
-        return {InputGroup((path,), linear.in_features): None for path, linear in block.linears.items()}
-    groups = observe.input_groups(block, run.stream.sample(PROBE_TOKENS))
-    return dict(observe.statistics(block, groups, run.stream.calls()))
+        return [InputGroup((path,), linear.in_features) for path, linear in block.linears.items()]
+    return observe.input_groups(block, run.stream.sample(PROBE_TOKENS))
+
+
+def observe_in_sequence(
+    run: Run, block: Block, groups: Sequence[InputGroup]
+) -> Iterator[tuple[InputGroup, InputStats | None]]:
+    """Each group with what it is fed by those before it, which are rounded by then; takes the text past the block."""
+    if run.stream is None:
+        yield from ((group, None) for group in groups)
+        return
+    flow = run.stream.flow(block, groups)
+    yield from flow.statistics()
+    run.stream.take(flow.outputs)
+
+
+def transform_block(run: Run, block: Block, groups: Sequence[InputGroup]) -> list[str]:
+    """Rewrite the float block by each transform of the method, on statistics of the float block."""
+    assert run.stream is not None, "a method that transforms needs calibration"
+    observed = observe.statistics(block, groups, run.stream.calls())
+    notes = [note for stage in run.method.transforms for note in transform(run, stage, block, observed)]
+    packed = {f"{run.plans[path].name}.weight" for path in block.linears if run.plans[path].scheme is not None}
+    kept = {name: tensor for name, tensor in block.stored_parameters().items() if name not in packed}
+    block.set_stored_parameters(kept)  # what a transform changed, in as few bits as the file holds it
+    return notes
 
 
 def transform(run: Run, stage: str, block: Block, observed: Observed) -> Iterator[str]:
@@ -111,7 +134,7 @@ def transform(run: Run, stage: str, block: Block, observed: Observed) -> Iterato
     call = run.stream.sample(LOSS_TOKENS)
     before = block.run(call)
     for group, stats in observed.items():
-        if stats is None or not all(run.plans[path].scheme for path in group.names):
+        if not all(run.plans[path].scheme for path in group.names):
             continue  # a layer that is to stay as it is is not scaled either
         if group not in sites:
             yield f"{', '.join(group.names)}: {stage} left out, nothing was found that makes their input"

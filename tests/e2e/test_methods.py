@@ -50,7 +50,7 @@ def test_awq_lowers_the_error_of_the_model(checkpoint: Checkpoints, tmp_path: Pa
 
 
 def test_gptq_lowers_the_output_error_and_reports_it(checkpoint: Checkpoints, tmp_path: Path, text: Path) -> None:
-    """Of the first block, whose inputs are those of the float model."""
+    """Of the first block, whose input is that of the float model."""
     model = checkpoint("llama", num_hidden_layers=2)
     report = quantize(model, tmp_path / "gptq", text, method="gptq")
     quantize(model, tmp_path / "rtn", text, method="rtn")
@@ -62,9 +62,12 @@ def test_gptq_lowers_the_output_error_and_reports_it(checkpoint: Checkpoints, tm
     fed: dict[str, Tensor] = {}  # path -> (T, K)
     for path, module in block.linears.items():
         module.register_forward_pre_hook(lambda _, args, path=path: fed.update({path: args[0].flatten(0, -2)}))
+    weights = {path: block.weight(path) for path in block.linears}
+    for path in weights:
+        block.set_weight(path, compensated[f"{path}.weight"])  # a layer is fed by what those before it became
     block.run(walked.record(0, windows_of(model, text)))
     for path, X in fed.items():
-        W = block.weight(path)
+        W = weights[path]
         error = relative(X @ compensated[f"{path}.weight"].T, X @ W.T)
         assert error < relative(X @ nearest[f"{path}.weight"].T, X @ W.T)
         assert reported[path] == pytest.approx(error, rel=1e-3)  # through a Hessian summed in float32

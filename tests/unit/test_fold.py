@@ -218,7 +218,8 @@ def transformed(
     block = walked.blocks[0]
     block.load()
     before = parameters_of(block)
-    observed = pipeline.observe_block(run, block)
+    groups = pipeline.group_weights(run, block)
+    observed = observe.statistics(block, groups, stream.calls())
     was = dict(observed)
     notes = list(pipeline.transform(run, "awq", block, observed))
     return block, stream, before, was, observed, notes
