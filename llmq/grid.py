@@ -21,13 +21,14 @@ from torch import Tensor
 
 from llmq.config import Scheme
 from llmq.quantized import QuantizedTensor
+from llmq_kernels.grid_search import op as grid_search
+from llmq_kernels.grid_search.torch_path import stored
 
 COARSE_STEPS, FINE_STEPS, ZERO_STEPS = 60, 16, 2
 LOWEST_FACTOR, HIGHEST_FACTOR = 0.5, 1.08
 LOWEST_FACTOR_2_BITS = 0.25  # four levels: the best range is often under half of the largest weight
 SMALLEST_SCALE = {torch.float16: 6.2e-5}  # below lie float16's subnormals, which engines flush to zero
 SMALLEST_SCALE_ELSEWHERE = 1e-9
-ELEMENTS_AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 25}  # rows are searched in pieces that stay in cache
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,21 @@ def fit_searched(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, impor
         if scheme.group_size == "tensor"
         else costs.reshape(groups.shape[1:])
     )
-    rows = max(1, ELEMENTS_AT_ONCE.get(weight.device.type, 1 << 20) // max(1, groups[0].numel()))
-    pieces = [_search(piece, costs, scheme, scale_dtype) for piece in groups.split(rows)]
-    scales, zeros = (torch.cat(part) for part in zip(*pieces, strict=True))
+    widest, zeros = _minmax(groups, scheme, torch.float32)
+    first = _minmax(groups, scheme, scale_dtype)
+    scales, zeros = grid_search.search(groups, costs, first, widest, zeros, _candidates(scheme, scale_dtype))
     return _assemble(weight.shape[0], scheme, scale_dtype, scales, zeros)
+
+
+def _candidates(scheme: Scheme, scale_dtype: torch.dtype) -> grid_search.Candidates:
+    lowest = LOWEST_FACTOR_2_BITS if scheme.bits == 2 else LOWEST_FACTOR
+    factors = torch.linspace(lowest, HIGHEST_FACTOR, COARSE_STEPS).tolist()
+    step = factors[1] - factors[0]
+    offsets = torch.linspace(-step, step, FINE_STEPS).tolist()
+    shifts = (0,) if scheme.symmetric else tuple(range(-ZERO_STEPS, ZERO_STEPS + 1))
+    return grid_search.Candidates(
+        scheme.levels, scheme.symmetric, tuple(factors), tuple(offsets), shifts, _smallest(scale_dtype), scale_dtype
+    )
 
 
 def _grouped(weight: Tensor, scheme: Scheme) -> Tensor:
@@ -83,56 +95,20 @@ def _grouped(weight: Tensor, scheme: Scheme) -> Tensor:
 
 
 def _minmax(groups: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Scales and zeros (R, G, 1) float32 from the range of each group, zero always inside the range."""
+    """Scales and zeros (R, G) float32 from the range of each group of (R, G, g), zero always inside the range."""
     if scheme.symmetric:
-        scales = groups.abs().amax(-1, keepdim=True) * (2 / scheme.levels)
-        return _stored(scales, scale_dtype), torch.full_like(scales, scheme.middle)
-    low, high = groups.amin(-1, keepdim=True).clamp_(max=0), groups.amax(-1, keepdim=True).clamp_(min=0)
-    scales = _stored((high - low) / scheme.levels, scale_dtype)
+        scales = groups.abs().amax(-1) * (2 / scheme.levels)
+        return stored(scales, scale_dtype, _smallest(scale_dtype)), torch.full_like(scales, scheme.middle)
+    low, high = groups.amin(-1).clamp_(max=0), groups.amax(-1).clamp_(min=0)
+    scales = stored((high - low) / scheme.levels, scale_dtype, _smallest(scale_dtype))
     return scales, (-low / scales).round_().clamp_(0, scheme.levels)
 
 
-def _search(groups: Tensor, costs: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Scales and zeros (R, G, 1) float32 of the least weighted error for `groups` (R, G, g)."""
-    widest, zeros = _minmax(groups, scheme, torch.float32)
-    lowest = LOWEST_FACTOR_2_BITS if scheme.bits == 2 else LOWEST_FACTOR
-    factors = torch.linspace(lowest, HIGHEST_FACTOR, COARSE_STEPS).tolist()
-    step = factors[1] - factors[0]
-    minmax = _minmax(groups, scheme, scale_dtype)
-    best = _better((torch.full_like(widest, torch.inf), *minmax), groups, costs, *minmax, scheme)
-    for factor in factors:
-        best = _better(best, groups, costs, _stored(widest * factor, scale_dtype), zeros, scheme)
-    centre = best[1]
-    shifts = (0,) if scheme.symmetric else range(-ZERO_STEPS, ZERO_STEPS + 1)
-    for offset in torch.linspace(-step, step, FINE_STEPS).tolist():
-        scales = _stored(centre + widest * offset, scale_dtype)
-        for shift in shifts:
-            best = _better(best, groups, costs, scales, (zeros + shift).clamp_(0, scheme.levels), scheme)
-    return best[1], best[2]
-
-
-def _better(
-    best: tuple[Tensor, Tensor, Tensor], groups: Tensor, costs: Tensor, scales: Tensor, zeros: Tensor, scheme: Scheme
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`best` (error, scales, zeros), each (R, G, 1), with the candidate put in where its error is lower."""
-    steps = groups / scales  # from the zero
-    rounded = torch.round(steps)
-    if scheme.symmetric:
-        rounded.clamp_(-scheme.middle, scheme.levels - scheme.middle)
-    else:
-        rounded.clamp_(-zeros, scheme.levels - zeros)
-    error = rounded.sub_(steps).square_().mul_(costs).sum(-1, keepdim=True) * scales.square()
-    lower = error < best[0]
-    return torch.where(lower, error, best[0]), torch.where(lower, scales, best[1]), torch.where(lower, zeros, best[2])
-
-
-def _stored(scales: Tensor, scale_dtype: torch.dtype) -> Tensor:
-    """`scales` as the file will give them back: rounded to its dtype, after a clamp to what that can hold; float32."""
-    smallest = SMALLEST_SCALE.get(scale_dtype, SMALLEST_SCALE_ELSEWHERE)
-    return scales.clamp(min=smallest, max=torch.finfo(scale_dtype).max).to(scale_dtype).to(torch.float32)
+def _smallest(scale_dtype: torch.dtype) -> float:
+    return SMALLEST_SCALE.get(scale_dtype, SMALLEST_SCALE_ELSEWHERE)
 
 
 def _assemble(rows: int, scheme: Scheme, scale_dtype: torch.dtype, scales: Tensor, zeros: Tensor) -> Grid:
-    """(R, G, 1) float32 parts -> a `Grid`; a per-tensor scale is repeated for every row."""
-    scales, zeros = (part.squeeze(-1).expand(rows, -1).contiguous() for part in (scales, zeros))
+    """(R, G) float32 parts -> a `Grid`; a per-tensor scale is repeated for every row."""
+    scales, zeros = (part.expand(rows, -1).contiguous() for part in (scales, zeros))
     return Grid(scheme, scales.to(scale_dtype), None if scheme.symmetric else zeros.to(torch.int16))

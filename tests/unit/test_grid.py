@@ -8,6 +8,7 @@ from torch import Tensor
 from llmq import grid
 from llmq.config import BITS, Scheme
 from llmq.grid import Grid
+from llmq_kernels.grid_search import torch_path
 
 FLOAT32 = torch.float32
 EPSILON = 2.0**-23  # of float32
@@ -139,7 +140,7 @@ def test_importance_decides_which_weights_are_met() -> None:
 def test_a_large_weight_is_searched_in_pieces_that_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, scheme = weights(7, 64), Scheme(4, 32, symmetric=False)
     whole = grid.fit_searched(weight, scheme, FLOAT32)
-    monkeypatch.setattr(grid, "ELEMENTS_AT_ONCE", {"cpu": 128})  # two rows at a time, and one left over
+    monkeypatch.setattr(torch_path, "ELEMENTS_AT_ONCE", {"cpu": 128})  # two rows at a time, and one left over
     pieces = grid.fit_searched(weight, scheme, FLOAT32)
     assert whole.zeros is not None and pieces.zeros is not None
     assert torch.equal(whole.scales, pieces.scales) and torch.equal(whole.zeros, pieces.zeros)

@@ -1,0 +1,116 @@
+"""A program holds ROWS rows of one group in registers and tries every candidate on them.
+
+Programs share nothing: each reads its own weights and writes its own scale and zero, so there is no race and no order
+to depend on.  A candidate's arithmetic is torch's, operation by operation: division is correctly rounded (`div_rn`),
+halves go to the even code by adding 3 * 2**22 (steps beyond 2**22 do not occur: a scale is at least a quarter of what
+spans the group), products and sums are not fused (`enable_fp_fusion=False`).  Only the sum over the columns is taken in
+another order, so a choice differs from torch's only where two candidates tie to the last bits.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from llmq_kernels.grid_search.op import Candidates
+
+TILE = 2048  # weights a program holds: 16 a thread, so that four programs fit a multiprocessor
+WARPS = 4
+
+
+@triton.jit
+def _stored(scale, smallest, largest, STORED: tl.constexpr):
+    """As a file of the dtype STORED gives the scale back, float32."""
+    clamped = tl.minimum(tl.maximum(scale, smallest), largest)
+    return clamped.to(STORED).to(tl.float32)
+
+
+@triton.jit
+def _error(weights, costs, scale, zero, levels):
+    """s² Σ_j cost_j (code_j - zero - w_j / s)² of weights (ROWS, WIDTH) for scale and zero (ROWS,)."""
+    magic = 12582912.0  # 3 * 2**22
+    steps = tl.div_rn(weights, scale[:, None])
+    codes = (steps + magic) - magic
+    codes = tl.minimum(tl.maximum(codes, -zero[:, None]), levels - zero[:, None])
+    off = codes - steps
+    return tl.sum(off * off * costs[None, :], axis=1) * (scale * scale)
+
+
+@triton.jit
+def search_groups(
+    groups, costs, first_scales, first_zeros, widest, zeros, factors, offsets, scales_out, zeros_out,
+    R, G, width, levels, smallest, largest, row_stride, group_stride,
+    FACTORS: tl.constexpr, OFFSETS: tl.constexpr, LEAST_SHIFT: tl.constexpr, SHIFTS: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """groups (R, G, width) float32, costs (G, width), per group (R, G) float32; factors, offsets float32 arrays.
+
+    scales_out (R, G) has the dtype that the file will have.  Grid: (blocks of ROWS rows, groups).  Columns beyond
+    `width` hold weight 0, which costs 0.
+    """
+    STORED: tl.constexpr = scales_out.dtype.element_ty
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    group = tl.program_id(1)
+    column = tl.arange(0, WIDTH)
+    inside = row < R
+    present = column < width
+    start = row.to(tl.int64) * row_stride + group * group_stride
+    weights = tl.load(groups + start[:, None] + column[None, :], mask=inside[:, None] & present[None, :], other=0.0)
+    paid = tl.load(costs + group * width + column, mask=present, other=0.0)
+    place = row.to(tl.int64) * G + group
+    span = tl.load(widest + place, mask=inside, other=1.0)
+    zero = tl.load(zeros + place, mask=inside, other=0.0)
+    best_scale = tl.load(first_scales + place, mask=inside, other=1.0)
+    best_zero = tl.load(first_zeros + place, mask=inside, other=0.0)
+    best = _error(weights, paid, best_scale, best_zero, levels)
+    for i in range(FACTORS):
+        scale = _stored(span * tl.load(factors + i), smallest, largest, STORED)
+        found = _error(weights, paid, scale, zero, levels)
+        lower = found < best
+        best = tl.where(lower, found, best)
+        best_scale = tl.where(lower, scale, best_scale)
+        best_zero = tl.where(lower, zero, best_zero)
+    centre = best_scale
+    for i in range(OFFSETS):
+        scale = _stored(centre + span * tl.load(offsets + i), smallest, largest, STORED)
+        for shift in range(SHIFTS):
+            shifted = tl.minimum(tl.maximum(zero + (LEAST_SHIFT + shift), 0.0), levels)
+            found = _error(weights, paid, scale, shifted, levels)
+            lower = found < best
+            best = tl.where(lower, found, best)
+            best_scale = tl.where(lower, scale, best_scale)
+            best_zero = tl.where(lower, shifted, best_zero)
+    tl.store(scales_out + place, best_scale.to(STORED), mask=inside)
+    tl.store(zeros_out + place, best_zero, mask=inside)
+
+
+def search(
+    groups: Tensor,
+    costs: Tensor,
+    first: tuple[Tensor, Tensor],
+    widest: Tensor,
+    zeros: Tensor,
+    candidates: "Candidates",
+) -> tuple[Tensor, Tensor]:
+    """See `op.search`; costs are (G, g), g at most TILE."""
+    R, G, g = groups.shape
+    if groups.stride(2) != 1:
+        groups = groups.contiguous()
+    per_group = [part.contiguous() for part in (*first, widest, zeros)]
+    values = (candidates.factors, candidates.offsets)
+    factors, offsets = (torch.tensor(each, dtype=torch.float32, device=groups.device) for each in values)
+    scales, chosen = torch.empty(R, G, dtype=candidates.dtype, device=groups.device), torch.empty_like(per_group[2])
+    width = triton.next_power_of_2(g)
+    rows = max(1, TILE // width)
+    search_groups[(triton.cdiv(R, rows), G)](
+        groups, costs.contiguous(), *per_group, factors, offsets, scales, chosen,
+        R, G, g, float(candidates.levels), candidates.smallest, torch.finfo(candidates.dtype).max,
+        groups.stride(0), groups.stride(1),
+        FACTORS=len(candidates.factors), OFFSETS=len(candidates.offsets),
+        LEAST_SHIFT=min(candidates.shifts), SHIFTS=len(candidates.shifts),
+        ROWS=rows, WIDTH=width, num_warps=WARPS, enable_fp_fusion=False,
+    )  # fmt: skip
+    return scales.to(torch.float32), chosen
