@@ -6,7 +6,8 @@ each column j in order
     e = (w_j - ŵ_j) / U_jj        w_{j:} -= e · U_{j,j:}
 
 Rows are independent.  Columns go in blocks of 128: inside a block the update is applied at once, behind it by one
-matrix product a block.  What differs from the paper, each measured better (docs/DECISIONS.md):
+matrix product a block; that loop is `llmq_kernels.gptq_block`.  What differs from the paper, each measured better
+(docs/DECISIONS.md):
 
 * **Static grids.** Scales are fixed before rounding, searched with the price 1/[H⁻¹]_jj that an error in column j has
   after the others have made up for it.  So columns may be visited in any order, and are by default in descending
@@ -24,6 +25,7 @@ When H + λI cannot be factored λ grows tenfold, up to a tenth of the mean diag
 nearest on clipped ranges, and the report says so.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -34,9 +36,11 @@ from llmq.algorithms import Options, Rounding, clip, output_error
 from llmq.config import Scheme
 from llmq.grid import Grid
 from llmq.stats import InputStats
+from llmq_kernels.gptq_block import op as gptq_block
 
-BLOCK = 128
 HIGHEST_DAMPING = 0.1
+STRIP = 1024  # columns of the factor that are inverted at once
+ELEMENTS_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -78,43 +82,91 @@ def round_weight(weight: Tensor, stats: InputStats | None, scheme: Scheme, optio
 
 def factorize(hessian: Tensor, options: Options) -> Factor | None:
     """Factor H (K, K) float32, in float64, with as little damping as it takes; None where none is enough."""
-    H = hessian.to(torch.float64)
-    diagonal = H.diagonal().clone()
+    diagonal = hessian.diagonal().to(torch.float64)
     mean = float(diagonal.mean())
-    if not mean > 0 or not torch.isfinite(diagonal).all():
+    if not 0 < mean < math.inf:  # of numbers, not all of them zero
         return None
     activation = torch.argsort(diagonal, descending=True, stable=True)
-    order = activation if options.order == "activation" else torch.arange(len(H), device=H.device)
-    H = H[order][:, order]
+    order = activation if options.order == "activation" else torch.arange(len(hessian), device=hessian.device)
+    flipped = order.flip(0)
+    damped = diagonal[flipped]
+    # Column-major, so that LAPACK works in place: (K, K) float64 are 1.6 GB at K = 14336, and there is but one.
+    work = torch.empty(hessian.shape, dtype=torch.float64, device=hessian.device).T
     damping, previous = options.damping, 0.0
     while True:
-        H.diagonal().add_((damping - previous) * mean)
-        lower, failed = torch.linalg.cholesky_ex(H.flip(0, 1))
+        damped += (damping - previous) * mean
+        work.copy_(hessian[flipped[:, None], flipped]).diagonal().copy_(damped)
+        failed = torch.empty((), dtype=torch.int32, device=work.device)
+        torch.linalg.cholesky_ex(work, out=(work, failed))
         if not failed:
-            return _factor(lower, order, damping)
+            return _factor(work, order, damping)
         if damping >= HIGHEST_DAMPING:
             return None
         damping, previous = min(10 * damping, HIGHEST_DAMPING), damping
 
 
-def _factor(flipped: Tensor, order: Tensor, damping: float) -> Factor:
-    R = flipped.flip(0, 1)  # upper triangular, R Rᵀ = H
-    upper = torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=R.dtype, device=R.device), upper=True)
-    price = torch.empty(len(R), dtype=torch.float32, device=R.device)
-    price[order] = (1 / upper.square().sum(0)).to(torch.float32)
-    return Factor(upper.to(torch.float32), price, order, damping)
+def _factor(lower: Tensor, order: Tensor, damping: float) -> Factor:
+    """`lower` (K, K) float64, column-major: the Cholesky factor of the flipped H, used up."""
+    _reverse(lower.T.view(-1))  # flipped in both directions, which is R: upper triangular, R Rᵀ = H
+    squares = _invert_upper(lower)
+    price = torch.empty_like(squares, dtype=torch.float32)
+    price[order] = (1 / squares).to(torch.float32)
+    # A kernel reads rows of U, so there they are laid side by side; on a CPU either way takes the same time.
+    layout = torch.contiguous_format if lower.is_cuda else torch.preserve_format
+    return Factor(lower.to(torch.float32, memory_format=layout), price, order, damping)
+
+
+def _reverse(values: Tensor) -> None:
+    """Turn `values` (n,) end to end, in place."""
+    n = len(values)
+    for start in range(0, n // 2, ELEMENTS_AT_ONCE):
+        stop = min(start + ELEMENTS_AT_ONCE, n // 2)
+        front = values[start:stop].flip(0)
+        values[start:stop] = values[n - stop : n - start].flip(0)
+        values[n - stop : n - start] = front
+
+
+def _invert_upper(R: Tensor) -> Tensor:
+    """Replace R (K, K) by its inverse; returns the squared length (K,) of each of its columns.
+
+    By strips of columns, from the left.  Where A is inverted already, the next strip is
+
+        ( A  B )⁻¹     ( A⁻¹   -A⁻¹ B D⁻¹ )
+        (    D )    =  (            D⁻¹   )
+    """
+    squares = torch.empty(len(R), dtype=R.dtype, device=R.device)
+    for start in range(0, len(R), STRIP):
+        stop = min(start + STRIP, len(R))
+        corner = R[start:stop, start:stop]
+        identity = torch.eye(stop - start, dtype=R.dtype, device=R.device)
+        inverse = torch.linalg.solve_triangular(corner, identity, upper=True)
+        corner.copy_(inverse)
+        above = R[:start, start:stop]
+        above.copy_(R[:start, :start] @ (above @ inverse)).neg_()
+        squares[start:stop] = R[:stop, start:stop].square().sum(0)
+    return squares
 
 
 def compensate(weight: Tensor, factor: Factor, chosen: Grid) -> Tensor:
     """Codes (N, K) uint8 of `weight` (N, K) on a grid that is fixed."""
-    scales, zeros = (part.T[factor.order].contiguous() for part in chosen.by_column(weight.shape[1]))  # (K, N) each
+    K = weight.shape[1]
     columns = weight.T[factor.order].contiguous()  # (K, N), visiting order: a column is contiguous
-    codes = torch.empty(columns.shape, dtype=torch.uint8, device=weight.device)
-    for start in range(0, len(columns), BLOCK):
-        _compensate_block(columns, codes, factor.upper, start, start + BLOCK, scales, zeros, chosen.scheme.levels)
-    restored = torch.empty_like(codes)
-    restored[factor.order] = codes
+    group_of = (factor.order // chosen.scheme.columns_per_group(K)).to(torch.int32)
+    scales, zeros = _by_group(chosen)
+    codes = gptq_block.compensate(
+        columns[None], factor.upper[None], scales[None], zeros[None], group_of[None], chosen.scheme.levels
+    )
+    restored = torch.empty_like(codes[0])
+    restored[factor.order] = codes[0]
     return restored.T.contiguous()
+
+
+def _by_group(chosen: Grid) -> tuple[Tensor, Tensor]:
+    """Scales and zeros (G, N) float32."""
+    scales = chosen.scales.to(torch.float32).T.contiguous()
+    if chosen.zeros is None:
+        return scales, torch.full_like(scales, float(chosen.scheme.middle))
+    return scales, chosen.zeros.to(torch.float32).T.contiguous()
 
 
 def compensate_with_growing_grid(
@@ -129,35 +181,20 @@ def compensate_with_growing_grid(
         return chosen, compensate(weight, factor, chosen)
     columns = weight.T.clone()  # (K, N)
     codes = torch.empty(columns.shape, dtype=torch.uint8, device=weight.device)
+    group_of = torch.zeros(1, len(columns), dtype=torch.int32, device=weight.device)  # there is one group at a time
     width = scheme.columns_per_group(len(columns))
     grids = []
     for start in range(0, len(columns), width):
         group = grid.fit_minmax(columns[start : start + width].T.contiguous(), scheme, scale_dtype)
-        scales, zeros = (
-            part.T.expand(len(columns), -1) for part in group.by_column(1)
-        )  # one group: any row is its row
-        _compensate_block(columns, codes, factor.upper, start, start + width, scales, zeros, scheme.levels)
+        scales, zeros = _by_group(group)  # (1, N) each
+        gptq_block.round_columns(
+            columns[None], codes[None], factor.upper[None], scales[None], zeros[None], group_of,
+            scheme.levels, start, start + width,
+        )  # fmt: skip
         grids.append(group)
     scales = torch.cat([group.scales for group in grids], dim=1)
     offsets = [group.zeros for group in grids if group.zeros is not None]
     return Grid(scheme, scales, torch.cat(offsets, dim=1) if offsets else None), codes.T.contiguous()
-
-
-def _compensate_block(
-    columns: Tensor, codes: Tensor, upper: Tensor, start: int, stop: int, scales: Tensor, zeros: Tensor, levels: int
-) -> None:
-    """Round columns start..stop of `columns` (K, N) into `codes`, in place, and update all that follow."""
-    block = columns[start:stop]  # (B, N), a view
-    U = upper[start:stop, start:stop]
-    errors = torch.empty_like(block)
-    pivots = U.diagonal().tolist()
-    for i, pivot in enumerate(pivots):
-        scale, zero = scales[start + i], zeros[start + i]
-        code = (block[i] / scale).add_(zero).round_().clamp_(0, levels)
-        codes[start + i] = code
-        torch.sub(block[i], code.sub_(zero).mul_(scale), out=errors[i]).div_(pivot)
-        block[i + 1 :].addr_(U[i, i + 1 :], errors[i], alpha=-1)
-    columns[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
 
 
 def without_worse_rows(weight: Tensor, chosen: Grid, codes: Tensor, hessian: Tensor) -> tuple[Tensor, int]:

@@ -61,14 +61,11 @@ def compile_all(jobs: Sequence[Job]) -> list[Compiled]:
     workers = []
     for share in shares:
         lines = "\n".join(json.dumps(asdict(jobs[index])) for index in share)
-        source = tempfile.TemporaryFile("w+")
-        source.write(lines)
-        source.seek(0)
-        workers.append(
-            subprocess.Popen(
-                [sys.executable, __file__], stdin=source, stdout=subprocess.PIPE, env=environment, text=True
-            )
-        )
+        with tempfile.TemporaryFile("w+") as source:  # the worker has its own handle of it
+            source.write(lines)
+            source.seek(0)
+            command = [sys.executable, __file__]
+            workers.append(subprocess.Popen(command, stdin=source, stdout=subprocess.PIPE, env=environment, text=True))
     results: dict[int, Compiled] = {}
     for share, worker in zip(shares, workers, strict=True):
         output, _ = worker.communicate()

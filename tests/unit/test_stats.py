@@ -59,6 +59,23 @@ def test_sums_of_half_precision_inputs_are_in_float32(dtype: torch.dtype) -> Non
     assert found.hessian.tolist() == [[100.0, 100.0], [100.0, 100.0]]
 
 
+def test_half_of_a_symmetric_sum_is_enough() -> None:
+    """As on a GPU: what lies below the diagonal is mirrored when it is asked for, also between updates."""
+    X = inputs(48)
+    whole, half = InputStats(8, CPU), InputStats(8, CPU)
+    half._upper_only = True
+    half._gram[torch.ones(8, 8).tril(-1).bool()] = float("nan")
+    for batch in X.split(16):
+        for running in (whole, half):
+            running.update(batch)
+        torch.testing.assert_close(half.hessian, whole.hessian, rtol=48 * EPSILON, atol=48 * EPSILON)
+        assert torch.equal(half.hessian, half.hessian.T)
+    scales = torch.linspace(0.5, 2, 8)
+    divided, expected = half.divided_by(scales), whole.divided_by(scales)
+    torch.testing.assert_close(divided.hessian, expected.hessian, rtol=50 * EPSILON, atol=200 * EPSILON)
+    torch.testing.assert_close(half.mean_square, whole.mean_square, rtol=48 * EPSILON, atol=0)
+
+
 def test_nothing_seen_is_zero_and_not_nan() -> None:
     found = InputStats(4, CPU)
     found.update(torch.empty(0, 4))

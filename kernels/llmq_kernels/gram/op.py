@@ -1,0 +1,77 @@
+"""gram += XᵀX, in place and in float32, and only half of it where that pays.
+
+    x float16, bfloat16, on CUDA     products exact (11 or 8 bits each, 24 to hold them), sums in float32 in the tensor
+                                     cores: Triton's tiles, or cuBLAS by strips where there is none
+    anything else                    float32 products; never TF32 (`full_precision.py`)
+
+XᵀX is symmetric.  With `upper_only` what lies below the diagonal is left undefined, and about half the work undone,
+until `mirror` copies it over, once for all updates.  Then no path takes more than (STRIP, K) besides its arguments.
+Sums come in the same order on every run.
+"""
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from llmq_kernels import backend
+from llmq_kernels.errors import KernelInputError
+from llmq_kernels.full_precision import without_tf32
+
+HALVES = (torch.float16, torch.bfloat16)
+ALIGNMENT = 16  # of the width for Triton's tiles; any other goes by strips
+STRIP = 1024  # rows of the result at once
+
+
+def update(gram: Tensor, x: Tensor, *, upper_only: bool) -> None:
+    """Add XᵀX of x (T, K) float16, bfloat16 or float32 to `gram` (K, K) float32 contiguous, on one device.
+
+    Raises KernelInputError for anything else.
+    """
+    check(gram, x)
+    if x.numel() == 0:
+        return
+    halves_on_cuda = x.is_cuda and x.dtype in HALVES
+    if halves_on_cuda and x.shape[1] % ALIGNMENT == 0 and backend.choose(x.device).name == "triton":
+        from llmq_kernels.gram import triton_kernel
+
+        triton_kernel.update(gram, x, upper_only=upper_only)
+        return
+    X = x if halves_on_cuda else x.to(torch.float32)
+    rows = STRIP if upper_only else len(gram)
+    with without_tf32() if x.is_cuda else nullcontext():
+        for start in range(0, len(gram), rows):
+            _add_product(gram[start : start + rows, start:], X[:, start : start + rows], X[:, start:])
+
+
+def _add_product(strip: Tensor, left: Tensor, right: Tensor) -> None:
+    """strip (R, C) float32 += leftᵀ right, of left (T, R) and right (T, C)."""
+    if right.dtype in HALVES:
+        strip += torch.mm(left.T, right, out_dtype=torch.float32)
+    else:
+        strip.addmm_(left.T, right)
+
+
+def mirror(gram: Tensor) -> None:
+    """Copy what is above the diagonal of `gram` (K, K) to below it, in place."""
+    for start in range(0, len(gram), STRIP):
+        stop = start + STRIP
+        corner = gram[start:stop, start:stop]
+        corner.copy_(corner.triu() + corner.triu(1).T)
+        gram[stop:, start:stop] = gram[start:stop, stop:].T
+
+
+def check(gram: Tensor, x: Tensor) -> None:
+    """Raise KernelInputError unless `update` can take the arguments."""
+    if x.dim() != 2 or x.dtype not in (*HALVES, torch.float32):
+        raise KernelInputError(
+            f"x is {x.dtype} {tuple(x.shape)}, expected torch.float16, torch.bfloat16 or torch.float32 (T, K)"
+        )
+    K = x.shape[1]
+    if gram.dtype != torch.float32 or gram.shape != (K, K) or not gram.is_contiguous():
+        raise KernelInputError(
+            f"gram: found {gram.dtype} {tuple(gram.shape)} with strides {gram.stride()}, "
+            f"expected torch.float32 ({K}, {K}) contiguous"
+        )
+    if gram.device != x.device:
+        raise KernelInputError(f"gram: found on {gram.device}, expected on {x.device} where x is")

@@ -1,0 +1,60 @@
+"""`without_tf32`: off inside, and the process's own choice back afterwards, however it was made."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+KERNELS = Path(__file__).resolve().parents[2] / "kernels"
+
+CHOICES = {
+    "nothing": "pass",
+    "the older switch": "matmul.allow_tf32 = True",
+    "a precision for all": "torch.set_float32_matmul_precision('high')",
+    "the newer switch": "matmul.fp32_precision = 'tf32'",
+}
+PROGRAM = """
+import sys
+sys.path.insert(0, {path!r})
+import torch
+from llmq_kernels.full_precision import without_tf32
+matmul = torch.backends.cuda.matmul
+newer = hasattr(matmul, "fp32_precision")  # from torch 2.9 on
+if newer or "fp32" not in {choice!r}:
+    {choice}
+    read = lambda: matmul.fp32_precision if newer else matmul.allow_tf32
+    before = read()
+    for fails in (False, True):
+        try:
+            with without_tf32():
+                assert read() in ("ieee", False)
+                assert not fails
+        except AssertionError:
+            assert fails
+        assert read() == before
+    if "fp32" not in {choice!r}:  # torch refuses the older question after the newer answer
+        assert matmul.allow_tf32 == ({choice!r} != "pass")
+"""
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_the_choice_of_the_process_is_back_afterwards(choice: str) -> None:
+    """In a process of its own, as torch remembers which of its switches was used."""
+    program = PROGRAM.format(path=str(KERNELS), choice=CHOICES[choice])
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_doors_do_not_load_triton() -> None:
+    program = (
+        f"import sys; sys.path.insert(0, {str(KERNELS)!r})\n"
+        "import llmq_kernels.gptq_block, llmq_kernels.gram\n"
+        "from llmq_kernels.gptq_block import reference\n"
+        "from llmq_kernels.gram import reference\n"
+        "assert 'torch' not in sys.modules\n"
+        "import llmq_kernels.gptq_block.op, llmq_kernels.gram.op\n"
+        "assert not {'triton', 'llmq'} & set(sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,36 @@
+"""Random weights on a grid, and when two of them are the same."""
+
+import torch
+
+from llmq.config import Scheme
+from llmq.quantized import QuantizedTensor
+
+
+def random_weight(
+    scheme: Scheme, N: int, K: int, *, scale_dtype: torch.dtype = torch.float32, shuffled: bool = False, seed: int = 0
+) -> QuantizedTensor:
+    """Any codes, any zeros, scales of both signs; `shuffled` groups the columns in an order of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    G = K // scheme.columns_per_group(K)
+    codes = torch.randint(0, scheme.levels + 1, (N, K), generator=generator, dtype=torch.uint8)
+    scales = (torch.randn(N, G, generator=generator) * 0.1).to(scale_dtype)
+    zeros = None
+    if not scheme.symmetric:
+        zeros = torch.randint(0, scheme.levels + 1, (N, G), generator=generator).to(torch.int16)
+    index = None
+    if shuffled:
+        columns = torch.randperm(K, generator=generator) // scheme.columns_per_group(K)
+        index = columns.to(torch.int32)
+    return QuantizedTensor(codes, scales, zeros, scheme, index)
+
+
+def assert_same(found: QuantizedTensor, expected: QuantizedTensor) -> None:
+    """Every field, its dtype and layout included."""
+    assert found.scheme == expected.scheme
+    for field in ("codes", "scales", "zeros", "group_index"):
+        ours, theirs = getattr(found, field), getattr(expected, field)
+        assert (ours is None) == (theirs is None), field
+        if theirs is not None:
+            assert ours.dtype == theirs.dtype, field
+            assert ours.equal(theirs), field
+            assert ours.is_contiguous(), field
