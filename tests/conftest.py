@@ -10,6 +10,7 @@ if not Path("/dev/nvidiactl").exists():  # with a GPU, kernels are compiled
     os.environ["TRITON_INTERPRET"] = "1"  # must be set before anything imports triton
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("LLMQ_CPU_INT4", "off")  # bfloat16 for few rows; tests of exact figures want one arithmetic
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # on tiny tensors, threads that wait for each other cost tenfold
 
 import pytest

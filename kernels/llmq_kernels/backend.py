@@ -3,6 +3,9 @@
 `triton` where a CUDA device has a working Triton, else `torch`.  The environment variable LLMQ_BACKEND (auto, triton,
 torch) overrides.  A missing or broken Triton is found out by one tiny launch, once for each device; it falls back to
 `torch` with one warning, so that a model still runs.  Nothing here happens at import.
+
+The launch waits for its result, which a CUDA graph under capture may not do: run a model once before capturing it, as
+torch asks anyway.
 """
 
 import functools
@@ -12,8 +15,11 @@ from dataclasses import dataclass
 
 import torch
 
+from llmq_kernels.errors import KernelWarning
+
 VARIABLE = "LLMQ_BACKEND"
 NAMES = ("auto", "triton", "torch")
+LEAST_CAPABILITY = (8, 0)
 
 
 @dataclass(frozen=True)
@@ -25,38 +31,43 @@ class Choice:
 
 
 def choose(device: torch.device) -> Choice:
-    """The backend for ops on `device`.  Never raises; warns once where Triton was to be had and does not work."""
-    return _choose(device, os.environ.get(VARIABLE, "auto"))
-
-
-@functools.cache
-def _choose(device: torch.device, asked: str) -> Choice:
+    """The backend for ops on `device`.  Never raises; warns once of what does not work as asked."""
+    asked = os.environ.get(VARIABLE) or "auto"
     if asked not in NAMES:
-        warnings.warn(f"{VARIABLE}={asked!r} is not one of {', '.join(NAMES)}; auto is used", stacklevel=3)
+        _warn_once(f"{VARIABLE}={asked!r} is not one of {', '.join(NAMES)}; auto is used")
     if asked == "torch":
         return Choice("torch", f"{VARIABLE}=torch")
     if device.type != "cuda":
         reason = f"Triton kernels need a CUDA device, this is {device.type}"
         if asked == "triton":
-            warnings.warn(f"{VARIABLE}=triton: {reason}; torch is used", stacklevel=3)
+            _warn_once(f"{VARIABLE}=triton: {reason}; torch is used")
         return Choice("torch", reason)
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        return Choice("torch", f"compute capability {capability[0]}.{capability[1]}, the kernels need 8.0")
-    problem = _why_triton_fails(device)
-    if problem is None:
-        return Choice("triton", f"compute capability {capability[0]}.{capability[1]}")
-    warnings.warn(f"Triton does not work here, the slower torch backend is used: {problem}", stacklevel=3)
-    return Choice("torch", problem)
+    return _probed(device)
 
 
-def _why_triton_fails(device: torch.device) -> str | None:
-    """None where Triton compiles and runs a kernel on `device`; else the first line of what it said."""
+@functools.cache
+def _probed(device: torch.device) -> Choice:
+    """What a CUDA device can do, found out by doing it."""
     try:
         from llmq_kernels import triton_probe
 
-        triton_probe.run(device)
+        if torch.version.hip is not None:
+            return Choice("torch", "the kernels hold instructions of NVIDIA's, this is an AMD device")
+        major, minor = torch.cuda.get_device_capability(device)
+        if (major, minor) >= LEAST_CAPABILITY:
+            triton_probe.run(device)
     except Exception as error:  # a missing package, a missing compiler, a driver too old: each fails in its own way
         first = next((line for line in str(error).splitlines() if line.strip()), "no message")
-        return f"{type(error).__name__}: {first}"
-    return None
+        problem = f"{type(error).__name__}: {first}"
+        _warn_once(f"Triton does not work here, the slower torch backend is used: {problem}")
+        return Choice("torch", problem)
+    if (major, minor) < LEAST_CAPABILITY:
+        needed = ".".join(map(str, LEAST_CAPABILITY))
+        return Choice("torch", f"compute capability {major}.{minor}, the kernels need {needed}")
+    return Choice("triton", f"compute capability {major}.{minor}")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    """However many devices and calls it is true for."""
+    warnings.warn(message, KernelWarning, stacklevel=3)

@@ -2,21 +2,18 @@
 
 Three things make it quick.
 
-* **A field is shifted to the top of its int16 and back down.**  The shift down is arithmetic, so it copies the sign
-  bit; with the highest bit of each field flipped beforehand, what arrives is code - 2**(bits - 1), the middle already
-  subtracted.  That leaves four passes over the weights, all of them vectorised: up, down, to float32, times scale.
+* **A field is masked, never shifted.**  Field j of a word, masked where it lies, is its code times 2**(w j), w bits a
+  field; less the middle times the same, in int16 arithmetic that wraps around, it is exactly 2**(w j) (code - middle),
+  the topmost field included, whose highest bit is the sign.  The scale is divided by the power of two, which rounds
+  nothing.  That leaves four passes over the weights, all of them vectorised: mask, subtract, to float32, times scale.
   Zeros are a fifth.
-* **x is reordered, not W.**  Shifting whole rows of words gives the columns of field 0 of every tile, then those of
+* **x is reordered, not W.**  Masking whole rows of words gives the columns of field 0 of every tile, then those of
   field 1, and so on (*field order* below): long contiguous runs, about three times faster to write than the natural
   order.  A product does not care about the order of its columns as long as x has the same.
 * **The piece of W stays in cache** between its passes and the product.
 
 Every weight is the definition's scale * (code - zero), the difference exact and the product rounded once to float32;
-the sum is float32's.
-
-Measured against torch's float32 linear on the weight dequantised beforehand, 1024 x 1024 in 4 bits, g128, one thread of
-an AVX2 processor, medians of interleaved calls in one run: 4.1 times its time at M = 1, 1.5 times at M = 64.  Small
-weights pay for some 25 calls of torch instead: 256 x 256 takes ten times as long at M = 1, three times at M = 64.
+the sum is float32's.  `kernels/bench/cpu.py` measures it; few rows of x go through `int4pack.py` where that is quicker.
 
 Not here: the gradients of anything but x.
 """
@@ -30,27 +27,36 @@ from torch import Tensor
 
 from llmq_kernels.w4a16.layout import TILE
 
-# 2 MB of float32.  Half of that costs a fifth more time, in dispatch; twice as much costs a tenth less, but then the C
-# allocator now and then returns the buffers to the system, and the next call pays to fault them in.
-WEIGHTS_AT_ONCE = 1 << 19
+# 4 MB of float32.  Half of that costs a tenth more time, in dispatch; twice as much costs as much, out of the cache.
+WEIGHTS_AT_ONCE = 1 << 20
 WEIGHTS_AT_ONCE_ELSEWHERE = 1 << 26  # on a GPU, launches cost more than memory: 256 MB
 
 
 @dataclass(frozen=True)
 class Fields:
-    """How one width lies in words: `count` fields a word, and the int16 in which each field's highest bit is set."""
+    """How one width lies in int16 words: `count` fields a word, each holding the code times `unit`."""
 
     count: int
-    highest_bits: int
+    unit: int = 1
+
+    @property
+    def width(self) -> int:
+        return 16 // self.count
+
+    def in_place(self, value: int, device: torch.device) -> Tensor:
+        """(F, 1) int16: what each field of a word is where it holds `value`."""
+        placed = [value << self.width * j for j in range(self.count)]
+        signed = [v - 0x10000 if v > 0x7FFF else v for v in placed]
+        return torch.tensor(signed, dtype=torch.int16, device=device).unsqueeze(1)
+
+    def powers(self, device: torch.device) -> Tensor:
+        """(F, 1) float32: a masked field is the code times this."""
+        exponents = torch.arange(0, 16, self.width, dtype=torch.float32, device=device)
+        return torch.exp2(exponents).mul_(self.unit).unsqueeze(1)
 
 
 # 3 bits are spread out to fields of four, the code in the upper three (see _nibbles_of_three).
-FIELDS = {
-    2: Fields(8, 0xAAAA - 0x10000),
-    3: Fields(4, 0x8888 - 0x10000),
-    4: Fields(4, 0x8888 - 0x10000),
-    8: Fields(2, 0x8080 - 0x10000),
-}
+FIELDS = {2: Fields(8), 3: Fields(4, unit=2), 4: Fields(4), 8: Fields(2)}
 
 
 def linear(
@@ -73,12 +79,17 @@ def linear(
     if column_order is not None:
         rows = rows.index_select(1, column_order)
     X = _to_field_order(rows.to(torch.float32), FIELDS[bits].count)  # (M, Kp)
-    product = torch.empty(X.shape[0], N, dtype=torch.float32, device=x.device)
+    output = torch.empty(*lead, N, dtype=x.dtype, device=x.device)  # no view: autograd lets users write into it
+    product = output.view(rows.shape[0], N)
+    if x.dtype != torch.float32:
+        product = torch.empty_like(product, dtype=torch.float32)  # (M, N)
     for n, W in _pieces(words, scales, zeros, bits, in_features, columns_per_group):  # (R, Kp)
         torch.mm(X, W.t(), out=product[:, n])
     if bias is not None:
         product += bias
-    return product.to(x.dtype).view(*lead, N)
+    if x.dtype != torch.float32:
+        output.view(rows.shape[0], N).copy_(product)
+    return output
 
 
 def input_gradient(
@@ -111,46 +122,63 @@ def _pieces(
     words: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, in_features: int, columns_per_group: int
 ) -> Iterator[tuple[slice, Tensor]]:
     """W by pieces: which R rows, and those as (R, Kp) float32 in field order, in a buffer that the next overwrites."""
-    N, Kp = words.shape[0], _padded(in_features)
-    count, width = FIELDS[bits].count, 16 // FIELDS[bits].count
+    N, Kp, layout = words.shape[0], _padded(in_features), FIELDS[bits]
     at_once = WEIGHTS_AT_ONCE if words.device.type == "cpu" else WEIGHTS_AT_ONCE_ELSEWHERE
     rows = max(1, min(at_once // Kp, N))
-    groups = _group_of_blocks(scales.shape[0], Kp, count, columns_per_group, words.device)
-    ups = torch.arange(16 - width, -1, -width, dtype=torch.int16, device=words.device).unsqueeze(1)  # (F, 1)
-    integers = torch.empty(rows, count, Kp // count, dtype=torch.int16, device=words.device)
+    middle = 1 << (bits - 1)
+    masks = layout.in_place(layout.unit * ((1 << bits) - 1), words.device)  # (F, 1)
+    middles = layout.in_place(layout.unit * middle, words.device)
+    powers = layout.powers(words.device)
+    blocks = _blocks(scales.shape[0], Kp, layout.count, columns_per_group, words.device)
+    scales_by_row = scales.t().to(torch.float32)  # (N, G)
+    shifts_by_row = None if zeros is None else zeros.t().to(torch.float32) - middle
+    integers = torch.empty(rows, layout.count, Kp // layout.count, dtype=torch.int16, device=words.device)
     floats = torch.empty(rows, Kp, dtype=torch.float32, device=words.device)
     for start in range(0, N, rows):
         n = slice(start, min(start + rows, N))
         R = n.stop - n.start
         fields = words[n] if bits != 3 else _nibbles_of_three(words[n])
-        flipped = (fields ^ FIELDS[bits].highest_bits).unsqueeze(1)  # (R, 1, Kp / F)
-        centred = torch.bitwise_left_shift(flipped, ups, out=integers[:R]).bitwise_right_shift_(16 - bits)
-        scale = _by_block(scales[:, n], groups, count)  # (R, B, 1)
-        W = floats[:R].view(R, scale.shape[1], -1).copy_(centred.view(R, scale.shape[1], -1))
-        if zeros is not None:
-            W -= _by_block(zeros[:, n], groups, count) - (1 << (bits - 1))
-        W *= scale
-        yield n, W.view(R, Kp)
+        centred = torch.bitwise_and(fields.unsqueeze(1), masks, out=integers[:R]).sub_(middles)  # (R, F, Kp / F)
+        scale = blocks.spread(scales_by_row[n])  # (R, P, 1, B, 1)
+        P, B = scale.shape[1], scale.shape[3]
+        W = floats[:R].copy_(centred.view(R, Kp)).view(R, P, layout.count // P, B, -1)
+        if shifts_by_row is not None:
+            W -= blocks.spread(shifts_by_row[n]) * powers.view(P, -1, 1, 1)
+        W *= scale / powers.view(P, -1, 1, 1)  # (R, P, F / P, B, 1)
+        yield n, floats[:R]
 
 
-def _group_of_blocks(G: int, Kp: int, count: int, columns_per_group: int, device: torch.device) -> Tensor | None:
-    """(B,) int64: the group of each block, a block being the longest run that no group boundary cuts in field order.
+@dataclass(frozen=True)
+class Blocks:
+    """The longest runs of columns that no group boundary cuts in field order: B of them a field, equal in F / P fields.
 
-    None where groups are whole tiles, or there is only one: then every field has one block for each group.
+    `group` (P * B,) int64 says to which group each belongs; None where the order of groups says it: `parts` to a tile.
     """
-    if G == 1 or (columns_per_group % TILE == 0 and G * columns_per_group == Kp):
-        return None
-    run = math.gcd(columns_per_group, TILE // count)
+
+    parts: int
+    group: Tensor | None
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Values of groups (R, G) -> values of blocks (R, P, 1, B, 1)."""
+        R = values.shape[0]
+        if self.group is None:
+            return values.view(R, -1, self.parts).transpose(1, 2)[:, :, None, :, None]
+        return values.index_select(1, self.group).view(R, self.parts, 1, self.group.shape[0] // self.parts, 1)
+
+
+def _blocks(G: int, Kp: int, count: int, columns_per_group: int, device: torch.device) -> Blocks:
+    width = TILE // count  # columns of a field within a tile
+    if G == 1:
+        return Blocks(1, None)
+    if G * columns_per_group == Kp:
+        if columns_per_group % TILE == 0:
+            return Blocks(1, None)
+        if TILE % columns_per_group == 0 and columns_per_group % width == 0:
+            return Blocks(TILE // columns_per_group, None)
+    run = math.gcd(columns_per_group, width)
     group = torch.arange(0, Kp, run, device=device).div_(columns_per_group, rounding_mode="floor")
-    if Kp > G * columns_per_group:
-        group.clamp_(max=G - 1)  # blocks of nothing but padding
-    return group.view(-1, count, TILE // count // run).transpose(0, 1).reshape(-1)  # (T, F, ...) -> (F, T, ...)
-
-
-def _by_block(values: Tensor, groups: Tensor | None, count: int) -> Tensor:
-    """Values of groups (G, R) -> values of blocks (R, B, 1) float32."""
-    by_row = values.t().repeat(1, count) if groups is None else values.index_select(0, groups).t()
-    return by_row.to(torch.float32).unsqueeze(2)
+    group.clamp_(max=G - 1)  # blocks of nothing but padding
+    return Blocks(count, group.view(-1, count, width // run).transpose(0, 1).reshape(-1))  # (T, F, .) -> (F, T, .)
 
 
 def _nibbles_of_three(words: Tensor) -> Tensor:

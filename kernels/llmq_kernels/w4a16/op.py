@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from llmq_kernels import backend
 from llmq_kernels.errors import KernelInputError
-from llmq_kernels.w4a16 import cpu, layout
+from llmq_kernels.w4a16 import cpu, gpu, int4pack, layout
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 INDICES = (torch.int32, torch.int64)
@@ -31,6 +33,8 @@ def w4a16_linear(
     bits: int,
     in_features: int,
     columns_per_group: int,
+    int4_words: Tensor | None = None,
+    int4_grid: Tensor | None = None,
 ) -> Tensor:
     """x (..., K) float16, bfloat16 or float32 -> (..., N) in the same dtype.
 
@@ -39,11 +43,94 @@ def w4a16_linear(
     zeros        (G, N) int16, or None where every zero is 2**(bits - 1)
     bias         (N,) float, or None
     column_order (K,) int32 or int64, or None: column c of W multiplies x[..., column_order[c]]
+    int4_words, int4_grid  the same weight from `int4pack.prepare`, or None: few rows on a CPU then run in bfloat16
 
     Raises KernelInputError where `check` does.
     """
-    check(x, words, scales, zeros, bias, column_order, bits, in_features, columns_per_group)
+    return _on_torch(
+        x, words, scales, zeros, bias, column_order, bits, in_features, columns_per_group, int4_words, int4_grid
+    )
+
+
+def linear(
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    column_order: Tensor | None,
+    bits: int,
+    in_features: int,
+    columns_per_group: int,
+    int4_words: Tensor | None = None,
+    int4_grid: Tensor | None = None,
+) -> Tensor:
+    """`w4a16_linear` as a layer calls it: the op, but for a CPU that only computes.
+
+    On its way through torch's dispatcher a custom op passes several Python functions, for gradients, for tracing, for
+    tensors of other kinds.  That takes 30 µs on a CPU, as long as a small layer's product.  Where nothing is traced,
+    recorded or differentiated they all do nothing, and are left out.
+    """
+    arguments = (
+        x, words, scales, zeros, bias, column_order, bits, in_features, columns_per_group, int4_words, int4_grid,
+    )  # fmt: skip
+    if _is_plain_inference_on_cpu(x):
+        return _on_torch(*arguments)
+    product: Tensor = torch.ops.llmq.w4a16_linear(*arguments)
+    return product
+
+
+def _is_plain_inference_on_cpu(x: Tensor) -> bool:
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) is Tensor
+        and x.device.type == "cpu"
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and torch._C._get_tracing_state() is None
+        and not is_in_torch_dispatch_mode()
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+def _on_torch(
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    column_order: Tensor | None,
+    bits: int,
+    in_features: int,
+    columns_per_group: int,
+    int4_words: Tensor | None,
+    int4_grid: Tensor | None,
+) -> Tensor:
+    check(x, words, scales, zeros, bias, column_order, bits, in_features, columns_per_group, int4_words, int4_grid)
+    if int4_words is not None and int4_grid is not None and 0 < x.numel() <= int4pack.choose().rows * in_features:
+        return int4pack.linear(x, bias, column_order, int4_words, int4_grid)
     return cpu.linear(
+        x, words, scales, zeros, bias, column_order,
+        bits=bits, in_features=in_features, columns_per_group=columns_per_group,
+    )  # fmt: skip
+
+
+@w4a16_linear.register_kernel("cuda")
+def _on_gpu(
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    column_order: Tensor | None,
+    bits: int,
+    in_features: int,
+    columns_per_group: int,
+    int4_words: Tensor | None = None,
+    int4_grid: Tensor | None = None,
+) -> Tensor:
+    check(x, words, scales, zeros, bias, column_order, bits, in_features, columns_per_group, int4_words, int4_grid)
+    run = gpu.linear if backend.choose(x.device).name == "triton" else cpu.linear
+    return run(
         x, words, scales, zeros, bias, column_order,
         bits=bits, in_features=in_features, columns_per_group=columns_per_group,
     )  # fmt: skip
@@ -77,6 +164,8 @@ def check(
     bits: int,
     in_features: int,
     columns_per_group: int,
+    int4_words: Tensor | None = None,
+    int4_grid: Tensor | None = None,
 ) -> None:
     """Raise KernelInputError unless the arguments are what `w4a16_linear` documents.
 
@@ -99,6 +188,16 @@ def check(
         _require("bias", bias, FLOATS, (N,), x.device)
     if column_order is not None:
         _require("column_order", column_order, INDICES, (in_features,), x.device)
+    if int4_words is not None and int4_grid is not None:
+        pieces = int4_grid.shape[0] if int4_grid.dim() else 0
+        _require("int4_words", int4_words, (torch.uint8,), (N, in_features // 2), x.device)
+        _require("int4_grid", int4_grid, (torch.bfloat16,), (pieces, N, 2), x.device)
+        if in_features not in [pieces * group for group in int4pack.GROUPS]:
+            raise KernelInputError(
+                f"int4_grid: found {pieces} pieces of {in_features} columns, expected 32 to 256 each"
+            )
+    elif int4_words is not None or int4_grid is not None:
+        raise KernelInputError("int4_words and int4_grid: found one of them, expected both or none")
 
 
 def _require(
@@ -131,8 +230,10 @@ def _shape_of_linear(
     bits: int,
     in_features: int,
     columns_per_group: int,
+    int4_words: Tensor | None = None,
+    int4_grid: Tensor | None = None,
 ) -> Tensor:
-    check(x, words, scales, zeros, bias, column_order, bits, in_features, columns_per_group)
+    check(x, words, scales, zeros, bias, column_order, bits, in_features, columns_per_group, int4_words, int4_grid)
     return x.new_empty(*x.shape[:-1], words.shape[0])
 
 
@@ -151,13 +252,13 @@ def _shape_of_gradient(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, words, scales, zeros, _, column_order, *ctx.grid = inputs
+    _, words, scales, zeros, _, column_order, *ctx.grid, _, _ = inputs
     ctx.save_for_backward(words, scales, zeros, column_order)
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     needed = ctx.needs_input_grad[0]
-    return w4a16_input_gradient(gradient, *ctx.saved_tensors, *ctx.grid) if needed else None, *[None] * 8
+    return w4a16_input_gradient(gradient, *ctx.saved_tensors, *ctx.grid) if needed else None, *[None] * 10
 
 
 w4a16_linear.register_autograd(_backward, setup_context=_keep)

@@ -1,0 +1,244 @@
+"""Find tile sizes on the GPU at hand, and write them as a table of `configs.py`.
+
+    python -m llmq_kernels.w4a16.tune --output my_gpu.json --shapes 6144x4096 4096x4096 28672x4096 4096x14336
+    LLMQ_W4A16_CONFIGS=my_gpu.json llmq generate ...
+
+Every shape (out_features x in_features) and every number of rows starts from what is used now and changes one field at
+a time, keeping what is quicker.  Times are those of a cold cache, as in a model, where a layer's weight was last read a
+token ago: calls rotate through copies of the weight that together hold three times the L2 cache, in one CUDA graph; the
+figure is the median of its replays.  A candidate that does not compile, does not fit or is wrong is left out, and said.
+
+Above some number of rows dequantising and cuBLAS win; that is measured too, and becomes the table's crossover.
+"""
+
+import argparse
+import datetime
+import functools
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmq_kernels.w4a16 import configs, gpu, layout
+
+ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
+SHAPES = ("6144x4096", "4096x4096", "28672x4096", "4096x14336")  # qkv, o, gate and up, down of an 8B Llama
+CALLS, REPLAYS = 20, 30
+L2_TIMES = 3
+WORST_ERROR = 1e-2  # relative L2 against the dequantised weight in float32; bfloat16 rounds to 4e-3
+
+Seconds = Callable[[configs.Config], float | None]
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What one configuration takes for one call."""
+
+    config: configs.Config
+    seconds: float
+
+
+def variants(config: configs.Config, rows: int) -> list[list[dict[str, Any]]]:
+    """Changes to try, one list a field; fields that belong together change together."""
+    blocks = [8, 16, 32, 64, 128, 256]
+    enough = next((block for block in blocks if block >= rows), blocks[-1])  # the least that holds all rows
+    return [
+        [{"ctas_per_sm": value} for value in (0, 1, 2, 3, 4, 6, 8)],
+        [{"block_n": features, "warps": warps} for features, warps in ((32, 2), (64, 4), (128, 4), (128, 8))],
+        [{"stages": value} for value in (2, 3, 4, 5, 6)],
+        [{"block_m": block} for block in blocks if max(8, enough // 4) <= block <= enough],
+        [{"scale": "after", "prefetch": True}, {"scale": "after", "prefetch": False}]
+        + [{"scale": "before", "prefetch": False}] * (rows > 16),
+    ]
+
+
+def search(start: configs.Config, rows: int, seconds: Seconds, deadline: float) -> Timed | None:
+    """The quickest that one pass over the fields finds from `start`; None where nothing ran in time."""
+    best: Timed | None = None
+    tried: set[configs.Config] = set()
+    nothing: list[dict[str, Any]] = [{}]
+    for changes in [nothing, *variants(start, rows)]:
+        basis = start if best is None else best.config
+        for change in changes:
+            config = replace(basis, **change)
+            if config in tried or time.monotonic() > deadline:
+                continue
+            tried.add(config)
+            taken = seconds(config)
+            if taken is not None and (best is None or taken < best.seconds):
+                best = Timed(config, taken)
+    return best
+
+
+class Problem:
+    """One weight, in as many copies as outgrow the L2 cache, and rows to multiply."""
+
+    def __init__(self, N: int, K: int, group: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.N, self.K, self.machine = N, K, gpu.machine_of(device)
+        self.planes = 0 if group >= K else group // 32
+        G = -(-K // group)
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        self.copies = math.ceil(L2_TIMES * cache / (N * K // 2)) + 1
+        codes = torch.randint(0, 16, (N, K), dtype=torch.uint8, device=device)
+        self.words = [layout.pack(codes, 4).clone() for _ in range(self.copies)]
+        self.scales = torch.rand(G, N, device=device).add_(0.5).mul_(0.01).to(dtype)
+        self.zeros = torch.randint(0, 16, (G, N), dtype=torch.int16, device=device)
+        self.dtype, self.device = dtype, device
+
+    def rows(self, M: int) -> Tensor:
+        return torch.randn(M, self.K, dtype=self.dtype, device=self.device)
+
+    def fused(self, M: int, config: configs.Config) -> float | None:
+        """Seconds of one call, or None, with the reason on stderr, where the configuration cannot be used."""
+        X, out = self.rows(M), torch.empty(M, self.N, dtype=self.dtype, device=self.device)
+        plan = gpu.plan(
+            config, self.machine, bits=4, M=M, N=self.N, K=self.K,
+            planes=self.planes, has_zeros=True, has_bias=False,
+        )  # fmt: skip
+
+        def call(index: int) -> None:
+            gpu.run_fused(plan, X, self.words[index % self.copies], self.scales, self.zeros, None, out)
+
+        try:
+            call(0)
+            expected = torch.empty_like(out)
+            gpu.run_dequantized(
+                self.machine, X, self.words[0], self.scales, self.zeros, None, expected, bits=4, planes=self.planes
+            )
+            error = float((out.float() - expected.float()).norm() / expected.float().norm())
+            if not error < WORST_ERROR:
+                raise ArithmeticError(f"wrong by {error:.1e}")
+            return self.seconds(call)
+        except Exception as problem:  # compilers and drivers have an error of their own for each thing that is too much
+            print(f"  left out: {config}: {str(problem).splitlines()[:1]}", file=sys.stderr)
+            return None
+
+    def dequantized(self, M: int) -> float:
+        X, out = self.rows(M), torch.empty(M, self.N, dtype=self.dtype, device=self.device)
+
+        def call(index: int) -> None:
+            words = self.words[index % self.copies]
+            gpu.run_dequantized(self.machine, X, words, self.scales, self.zeros, None, out, bits=4, planes=self.planes)
+
+        return self.seconds(call)
+
+    def seconds(self, call: Callable[[int], None]) -> float:
+        """Median over replays of a graph of at least CALLS calls, for one of them."""
+        calls = max(CALLS, self.copies)
+        call(0)  # compiles, and makes what may not be made under capture
+        torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for index in range(calls):
+                call(index)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        taken = []
+        for _ in range(REPLAYS):
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            taken.append(float(begin.elapsed_time(end)) / 1000 / calls)
+        return statistics.median(taken)
+
+
+def crossover(fused: Sequence[tuple[int, float]], dequantized: Sequence[tuple[int, float]]) -> int:
+    """The most rows up to which the fused kernel is nowhere slower, from (rows, seconds) in ascending rows."""
+    last = 0
+    for (rows, ours), (_, theirs) in zip(fused, dequantized, strict=True):
+        if ours > theirs:
+            break
+        last = rows
+    return last
+
+
+def table(found: dict[str, dict[int, Timed]], most_rows: int, chunk_bytes: int) -> dict[str, Any]:
+    """The JSON of one architecture; `default` is that of the largest weight."""
+
+    def choices(by_rows: dict[int, Timed]) -> list[dict[str, Any]]:
+        return [
+            {"max_rows": rows, **asdict(timed.config), "microseconds": round(1e6 * timed.seconds, 2)}
+            for rows, timed in sorted(by_rows.items())
+        ]
+
+    if not found:
+        raise RuntimeError("no configuration ran; the reasons are above")
+    largest = max(found, key=lambda shape: math.prod(map(int, shape.split("x"))))
+    return {
+        "crossover": most_rows,
+        "chunk_bytes": chunk_bytes,
+        "default": choices(found[largest]),
+        "shapes": {shape: choices(by_rows) for shape, by_rows in found.items()},
+    }
+
+
+def document(architecture: int, entry: dict[str, Any], measured: dict[str, Any]) -> str:
+    content = {"format": configs.FORMAT, "measured": measured, "architectures": {str(architecture): entry}}
+    return json.dumps(content, indent=1) + "\n"
+
+
+def run(shapes: Sequence[str], rows: Sequence[int], group: int, dtype: torch.dtype, minutes: float) -> str:
+    """Measure on the current CUDA device; the text of a file that LLMQ_W4A16_CONFIGS may name."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    properties = torch.cuda.get_device_properties(device)
+    deadline = time.monotonic() + 60 * minutes
+    found: dict[str, dict[int, Timed]] = {}
+    fused, dequantized = dict.fromkeys(rows, 0.0), dict.fromkeys(rows, 0.0)
+    for done, shape in enumerate(shapes):
+        N, K = map(int, shape.split("x"))
+        problem = Problem(N, K, group, dtype, device)
+        until = time.monotonic() + (deadline - time.monotonic()) / (len(shapes) - done)
+        for index, M in enumerate(rows):
+            share = time.monotonic() + (until - time.monotonic()) / (len(rows) - index)
+            start = problem.machine.table.config(M, N, K)
+            best = search(start, M, functools.partial(problem.fused, M), share)
+            dequantized[M] += problem.dequantized(M)
+            fused[M] += math.inf if best is None else best.seconds
+            if best is not None:
+                found.setdefault(shape, {})[M] = best
+                print(f"{shape} {M:5} rows: {1e6 * best.seconds:8.1f} us  {best.config}", file=sys.stderr)
+    measured = {
+        "hardware": properties.name,
+        "date": datetime.date.today().isoformat(),
+        "versions": {"torch": torch.__version__, "cuda": torch.version.cuda, "triton": _triton_version()},
+        "group": group,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    most_rows = crossover(sorted(fused.items()), sorted(dequantized.items()))
+    chunk_bytes = gpu.machine_of(device).table.chunk_bytes
+    return document(properties.major * 10 + properties.minor, table(found, most_rows, chunk_bytes), measured)
+
+
+def _triton_version() -> str:
+    import triton
+
+    return str(triton.__version__)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m llmq_kernels.w4a16.tune", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--output", type=Path, required=True, help="the JSON file to write")
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="out_features x in_features, as 4096x14336")
+    parser.add_argument("--rows", nargs="+", type=int, default=ROWS, help="numbers of rows of x")
+    parser.add_argument("--group", type=int, default=128, help="columns of a group")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
+    parser.add_argument("--minutes", type=float, default=30, help="stop searching after so long")
+    chosen = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        parser.error("no CUDA device was found; tile sizes are measured on the GPU that will run them")
+    text = run(chosen.shapes, sorted(chosen.rows), chosen.group, getattr(torch, chosen.dtype), chosen.minutes)
+    chosen.output.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""The int4 product of torch against the definition, within bfloat16; when it is used, and what says so."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from llmq_kernels.errors import KernelInputError
+from llmq_kernels.w4a16 import cpu, int4pack, layout, op, reference
+
+HALF = 2.0**-8  # half a unit in the last place of bfloat16, relative
+
+
+@pytest.fixture(autouse=True)
+def on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Without asking the processor: a test's path does not depend on how busy the machine is."""
+    monkeypatch.setenv(int4pack.VARIABLE, "on")
+    if not int4pack.choose().rows:
+        pytest.skip(int4pack.describe())
+    yield
+    int4pack._choose.cache_clear()
+
+
+def weight(N: int, K: int, *, group: int = 32, symmetric: bool = True, dtype: torch.dtype = torch.float32) -> Any:
+    """The weight's arguments of the op: random codes, scales of both signs, zeros from one end of the codes past the
+    other."""
+    generator = torch.Generator().manual_seed(N + K)
+    G = -(-K // group)
+    codes = torch.randint(0, 16, (N, K), generator=generator, dtype=torch.uint8)
+    zeros = torch.randint(0, 17, (G, N), generator=generator, dtype=torch.int16)
+    return {
+        "words": layout.pack(codes, 4),
+        "scales": torch.randn(G, N, generator=generator).to(dtype),
+        "zeros": None if symmetric else zeros,
+        "bits": 4,
+        "in_features": K,
+        "columns_per_group": group,
+    }
+
+
+def prepared(weight: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    pair = int4pack.prepare(**weight)
+    assert pair is not None
+    return pair
+
+
+def random_x(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def run(x: Tensor, weight: dict[str, Any], bias: Tensor | None = None, column_order: Tensor | None = None) -> Tensor:
+    pair = dict(zip(("int4_words", "int4_grid"), prepared(weight), strict=True))
+    return op.w4a16_linear(x=x, bias=bias, column_order=column_order, **weight, **pair)
+
+
+def assert_is_the_definition_in_bfloat16(y: Tensor, x: Tensor, weight: dict[str, Any], bias: Any, order: Any) -> None:
+    """Within one rounding of x, scale, shift, weight and y each, to first order with one part in 2**6 for the second.
+
+    The weight is (code - 8) * scale + shift, so the roundings of scale and shift are relative to these two summands.
+    """
+    arrays = {
+        k: v.double().numpy() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in weight.items()
+    }
+    arrays |= {k: v.numpy() for k, v in arrays.items() if isinstance(v, Tensor)}
+    grid = {name: weight[name] for name in ("bits", "in_features", "columns_per_group")}
+    X = x.double().numpy() if order is None else x.double().numpy()[..., order.numpy()]
+    W = reference.dequantize(arrays["words"], arrays["scales"], arrays["zeros"], **grid)
+    around_eight = reference.dequantize(arrays["words"], arrays["scales"], None, **grid)  # (code - 8) * scale
+    summands = np.abs(around_eight) + np.abs(W - around_eight)  # (N, K)
+    exact = X @ W.T
+    bound = HALF * (np.abs(X) @ (2 * np.abs(W) + summands).T + np.abs(exact)) * (1 + 2.0**-6)
+    bound = bound + 2.0**-23 * weight["in_features"] * (np.abs(X) @ summands.T)  # float32 sums
+    expected = exact if bias is None else exact + bias.double().numpy()
+    bound = bound + {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: HALF}[y.dtype] * np.abs(expected)
+    assert y.shape == expected.shape
+    assert np.all(np.abs(y.double().numpy() - expected) <= bound)
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize(
+    ("N", "K", "group"), [(16, 32, 32), (48, 192, 64), (64, 256, 128), (80, 512, 256), (32, 1024, 512), (16, 96, 96)]
+)
+def test_few_rows_are_the_definition_in_bfloat16(N: int, K: int, group: int, symmetric: bool) -> None:
+    made = weight(N, K, group=group, symmetric=symmetric)
+    for lead in ((1,), (2, 8), ()):
+        x = random_x(*lead, K)
+        assert_is_the_definition_in_bfloat16(run(x, made), x, made, None, None)
+
+
+@pytest.mark.parametrize("K", [128, 160, 384])
+def test_one_scale_a_row_is_repeated(K: int) -> None:
+    made = weight(32, K, group=K, symmetric=False)
+    x = random_x(3, K)
+    assert_is_the_definition_in_bfloat16(run(x, made), x, made, None, None)
+
+
+def test_a_last_group_cut_short_keeps_its_scale() -> None:
+    made = weight(16, 160, group=128, symmetric=False)
+    x = random_x(3, 160)
+    assert prepared(made)[1].shape == (5, 16, 2)
+    assert_is_the_definition_in_bfloat16(run(x, made), x, made, None, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_bias_and_column_order_in_every_dtype(dtype: torch.dtype) -> None:
+    made, x, bias = weight(48, 192, dtype=dtype), random_x(3, 192, dtype=dtype), random_x(48, dtype=dtype)
+    order = torch.randperm(192, generator=torch.Generator().manual_seed(2))
+    y = run(x, made, bias, order)
+    assert y.dtype == dtype
+    assert_is_the_definition_in_bfloat16(y, x, made, bias, order)
+
+
+def test_rows_packed_in_pieces_are_rows_packed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = weight(208, 64)
+    whole = prepared(made)[0]
+    monkeypatch.setattr(int4pack, "ROWS_AT_ONCE", 64)
+    assert prepared(made)[0].equal(whole)
+
+
+@pytest.mark.parametrize(
+    ("N", "K", "change"),
+    [
+        (17, 64, {}), (24, 64, {}), (0, 64, {}), (16, 80, {}),
+        (16, 48, {"columns_per_group": 48}), (16, 64, {"columns_per_group": 16}),
+        (16, 64, {"zeros": torch.full((2, 16), 17, dtype=torch.int16)}),
+        (16, 64, {"zeros": torch.full((2, 16), -1, dtype=torch.int16)}),
+    ],
+)  # fmt: skip
+def test_what_the_op_of_torch_cannot_hold_gets_no_pair(N: int, K: int, change: dict[str, Any]) -> None:
+    made = weight(N, K, group=change.get("columns_per_group", 32)) | change
+    assert int4pack.prepare(**made) is None
+
+
+def test_other_widths_and_devices_get_no_pair() -> None:
+    made = weight(16, 64)
+    eight = made | {"bits": 8, "words": layout.pack(torch.zeros(16, 64, dtype=torch.uint8), 8)}
+    assert int4pack.prepare(**eight) is None
+    elsewhere = {name: v.to("meta") if isinstance(v, Tensor) else v for name, v in made.items()}
+    assert int4pack.prepare(**elsewhere) is None
+
+
+def test_more_rows_than_the_limit_are_exact() -> None:
+    made, limit = weight(32, 128), int4pack.choose().rows
+    x = random_x(limit + 1, 128)
+    exact = cpu.linear(x=x, bias=None, column_order=None, **made)
+    assert run(x, made).equal(exact)
+    assert not run(x[:limit], made).equal(exact[:limit]), "the limit itself runs in bfloat16"
+
+
+def test_gradients_come_from_the_words() -> None:
+    made, x = weight(32, 128), random_x(2, 128).requires_grad_()
+    run(x, made).sum().backward()
+    bare = x.detach().clone().requires_grad_()
+    op.w4a16_linear(x=bare, bias=None, column_order=None, **made).sum().backward()
+    assert x.grad is not None and bare.grad is not None
+    assert x.grad.equal(bare.grad)
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["inference", "trained"])
+def test_torch_accepts_the_op_with_a_pair(trained: bool) -> None:
+    made, x = weight(16, 64, symmetric=False), random_x(2, 64).requires_grad_(trained)
+    arguments = (x, made["words"], made["scales"], made["zeros"], random_x(16), None, 4, 64, 32, *prepared(made))
+    torch.library.opcheck(op.w4a16_linear, arguments)
+
+
+REFUSED = {
+    "one": ({"int4_grid": None}, "found one of them, expected both or none"),
+    "words": ({"int4_words": torch.zeros(32, 64, dtype=torch.int8)}, "int4_words: found torch.int8"),
+    "rows": (
+        {"int4_words": torch.zeros(16, 64, dtype=torch.uint8)},
+        r"int4_words: found .*\(16, 64\), expected .*\(32",
+    ),
+    "grid": ({"int4_grid": torch.zeros(4, 32, 2)}, "int4_grid: found torch.float32"),
+    "pieces": (
+        {"int4_grid": torch.zeros(3, 32, 2, dtype=torch.bfloat16)},
+        "int4_grid: found 3 pieces of 128 columns, expected 32 to 256 each",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED.values(), ids=REFUSED)
+def test_a_pair_that_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
+    made = weight(32, 128)
+    pair = dict(zip(("int4_words", "int4_grid"), prepared(made), strict=True)) | change
+    with pytest.raises(KernelInputError, match=message):
+        op.w4a16_linear(x=random_x(1, 128), bias=None, column_order=None, **made, **pair)
+
+
+def test_the_short_way_is_the_op() -> None:
+    """`op.linear` leaves the dispatcher out; with gradients, tracing, modes and other tensors it goes through it."""
+    made, x = weight(32, 128), random_x(2, 128)
+    arguments = (made["words"], made["scales"], None, None, None, 4, 128, 32, *prepared(made))
+    assert op.linear(x, *arguments).equal(op.w4a16_linear(x, *arguments))
+    compiled = torch.compile(op.linear, fullgraph=True, backend="eager")
+    assert compiled(x, *arguments).equal(op.linear(x, *arguments))
+    trained = x.clone().requires_grad_()
+    op.linear(trained, *arguments).sum().backward()
+    assert trained.grad is not None
+
+
+def test_a_tracer_sees_one_op() -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    made, x = weight(32, 128), random_x(2, 128)
+    arguments = (made["words"], made["scales"], None, None, None, 4, 128, 32, *prepared(made))
+    traced = make_fx(lambda x: op.linear(x, *arguments))(x)
+    called = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    assert called == [torch.ops.llmq.w4a16_linear.default]
+
+
+def test_off_means_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(int4pack.VARIABLE, "off")
+    assert int4pack.prepare(**weight(16, 64)) is None
+    assert int4pack.describe() == "torch's int4 product on CPU: not used (LLMQ_CPU_INT4=off)"
+
+
+def test_another_value_warns_and_means_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(int4pack.VARIABLE, "maybe")
+    with pytest.warns(UserWarning, match="LLMQ_CPU_INT4='maybe' is not one of auto, on, off"):
+        assert "measured" in int4pack.choose().reason
+
+
+@pytest.mark.parametrize(
+    ("seconds", "rows"),
+    [
+        ({16: 0.5, 4: 0.5, 1: 0.5}, 16),
+        ({16: 0.9, 4: 0.5, 1: 0.5}, 4),
+        ({16: 3, 4: 2, 1: 0.7}, 1),
+        ({16: 3, 4: 3, 1: 3}, 0),
+    ],
+)
+def test_the_limit_is_the_highest_rung_that_passes_by_a_margin(
+    seconds: dict[int, float], rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rungs = iter(int4pack.LADDER)
+    monkeypatch.setattr(int4pack, "_best_seconds", lambda *calls: [seconds[next(rungs)], 1.0])
+    monkeypatch.setenv(int4pack.VARIABLE, "auto")
+    assert int4pack.choose().rows == rows
+    assert ("up to" in int4pack.describe()) == (rows > 0)
+
+
+def test_a_torch_without_the_op_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise AttributeError("'_OpNamespace' 'aten' object has no attribute '_convert_weight_to_int4pack_for_cpu'")
+
+    monkeypatch.setattr(int4pack.Trial, "make", missing)
+    for asked in ("auto", "on"):
+        monkeypatch.setenv(int4pack.VARIABLE, asked)
+        int4pack._choose.cache_clear()
+        assert int4pack.choose().rows == 0
+        assert "no attribute '_convert_weight_to_int4pack_for_cpu'" in int4pack.describe()
