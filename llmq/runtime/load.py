@@ -1,10 +1,11 @@
 """Open a quantized checkpoint: as a transformers model that runs packed, or as plain float weights.
 
-The module tree is built on meta; each linear layer that the file holds packed is replaced by a `PackedLinear`, and the
-rest is read as it is.  At no time is there a full-precision copy of more than one layer.
+The module tree is built on meta; each linear layer that the file holds packed is replaced by a `PackedLinear`, packed
+experts by `PackedExperts`, and the rest is read as it is.  At no time is there a full-precision copy of more than one
+layer.  Layers that are fed the same tensor run as one (`fuse.py`).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +22,10 @@ from llmq.model import skeleton
 from llmq.model.block import is_plain_linear
 from llmq.model.weights import ModelWeights
 from llmq.quantized import QuantizedTensor
+from llmq.runtime.experts import fill_experts, pack_experts
+from llmq.runtime.fuse import fuse_rows, shared_inputs
 from llmq.runtime.linear import PackedLinear
+from llmq.runtime.stacking import Stacking, all_packed, find_stackings, stackings_of
 
 MODEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -53,7 +57,10 @@ class PackedWeights:
         return self._how(module).scheme
 
     def shape(self, module: str) -> tuple[int, int]:
-        """(N, K) of a module's weight, without reading it."""
+        """(N, K) of a module's weight, packed or not, without reading it."""
+        if f"{module}.weight" in self._checkpoint:
+            N, K = self._checkpoint.info(f"{module}.weight").shape
+            return N, K
         names = {suffix: f"{module}.{suffix}" for suffix in self._layout.SUFFIXES}
         shapes = {
             suffix: self._checkpoint.info(name).shape for suffix, name in names.items() if name in self._checkpoint
@@ -88,16 +95,19 @@ def load(
     dtype: torch.dtype | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    fuse: bool = True,
 ) -> tuple[Any, Any]:
     """A model, quantized or not, and its tokenizer, ready for `model.generate`.
 
     `path` is a folder or a Hub id.  `dtype` is that of activations and unpacked weights: by default the checkpoint's
-    own, but float32 on a CPU, where half precision is slow.  Raises CheckpointError, FormatError and
-    UnsupportedModelError.
+    own, but float32 on a CPU, where half precision is slow.  With `fuse`, packed layers that are fed the same tensor
+    (q, k and v; gate and up) run as one; without, each stays a `PackedLinear` of its own.  Raises CheckpointError,
+    FormatError and UnsupportedModelError.
     """
     folder = hub.locate(str(path), revision, remote_code=trust_remote_code)
     tokenizer = load_tokenizer(folder, remote_code=trust_remote_code)
-    return load_model(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code), tokenizer
+    model = load_model(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code, fuse=fuse)
+    return model, tokenizer
 
 
 def load_model(
@@ -106,6 +116,7 @@ def load_model(
     device: str | torch.device = "auto",
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
+    fuse: bool = True,
 ) -> Any:
     """The model alone, from a local folder; otherwise as `load`."""
     checkpoint = Checkpoint.open(folder)
@@ -119,7 +130,7 @@ def load_model(
         float_model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code)
         return float_model.to(chosen).eval()
     model = skeleton.build(folder, dtype=dtype, remote_code=trust_remote_code)
-    _fill_packed(model, checkpoint, chosen)
+    _fill_packed(model, checkpoint, chosen, fuse=fuse)
     _restore_generation(model, folder)
     return model
 
@@ -174,18 +185,26 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return next((dtype for dtype in found if dtype in MODEL_DTYPES), torch.float32)
 
 
-def _fill_packed(model: nn.Module, checkpoint: Checkpoint, device: torch.device) -> None:
+def _fill_packed(model: nn.Module, checkpoint: Checkpoint, device: torch.device, *, fuse: bool) -> None:
     packed = PackedWeights(checkpoint)
     waiting = set(packed.modules)
     weights = ModelWeights(model, checkpoint.tensor, checkpoint.__contains__)
+    complete = _groups_by_last(model, weights, waiting) if fuse else {}
+    stackings = find_stackings(model, [*packed.modules, *checkpoint.modules_with("weight")], packed.shape)
     for path, module in list(model.named_modules()):
         name = next((candidate for candidate in weights.candidates(path) if candidate in waiting), None)
         if name is not None and is_plain_linear(module):
             bias = checkpoint.tensor(f"{name}.bias").to(module.weight.dtype) if module.bias is not None else None
             model.set_submodule(path, PackedLinear(packed.read(name), bias).to(device))
             waiting.discard(name)
+            fuse_rows(model, complete.get(path, ()))
+        elif own := stackings_of(path, module, stackings):
+            _fill_experts(model, path, own, packed, waiting, weights, device)
         else:
             weights.fill(path, module, device)
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            module.prepare()
     if waiting:
         raise FormatError(
             f"the model has no linear layer for {sorted(waiting)[0]} ({len(waiting)} packed weights left over)"
@@ -195,6 +214,34 @@ def _fill_packed(model: nn.Module, checkpoint: Checkpoint, device: torch.device)
     empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if empty:  # torch computes garbage with those, without a word
         raise CheckpointError(f"no tensor of the checkpoint is for {empty[0]} ({len(empty)} in all)")
+
+
+def _fill_experts(
+    model: nn.Module,
+    path: str,
+    stackings: Sequence[Stacking],
+    packed: PackedWeights,
+    waiting: set[str],
+    weights: ModelWeights,
+    device: torch.device,
+) -> None:
+    """Fill or pack the experts at `path`; what goes there waits no longer."""
+    experts = model.get_submodule(path)
+    if all_packed(path, stackings, waiting):
+        model.set_submodule(path, pack_experts(path, experts, stackings, packed.read, weights, device))
+        waiting.difference_update(*(stacking.modules() for stacking in stackings))
+    else:
+        fill_experts(path, experts, stackings, weights, device)
+
+
+def _groups_by_last(model: nn.Module, weights: ModelWeights, packed: Collection[str]) -> dict[str, list[str]]:
+    """The groups of layers that share an input, each under the path of the one that is filled last."""
+    order = {
+        path: position
+        for position, (path, module) in enumerate(model.named_modules())
+        if any(candidate in packed for candidate in weights.candidates(path)) and is_plain_linear(module)
+    }
+    return {max(group, key=order.__getitem__): group for group in shared_inputs(model, order)}
 
 
 def _restore_generation(model: Any, folder: Path) -> None:

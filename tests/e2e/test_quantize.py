@@ -15,6 +15,7 @@ import llmq
 from llmq.config import METHODS, QuantConfig, config_from, config_to, merged
 from llmq.formats import load as load_format
 from llmq.model import observe
+from llmq.runtime.fuse import FusedLinear
 from llmq.runtime.linear import PackedLinear
 from tests.builders import change_json
 from tests.runs import (
@@ -59,7 +60,7 @@ def test_the_file_holds_what_the_report_says(
         if method != "awq":  # which reports on the weight as it was folded
             assert layer.weight_error == pytest.approx(relative(new, old), rel=old.numel() * EPSILON)
     packed_model, _ = llmq.load(tmp_path / "out", device="cpu")
-    linears = {path: m for path, m in packed_model.named_modules() if isinstance(m, PackedLinear)}
+    linears = {path: m for path, m in packed_model.named_modules() if isinstance(m, PackedLinear | FusedLinear)}
     assert all(torch.equal(linears[name[:-7]].quantized().dequantize(), weight) for name, weight in weights.items())
     # The same weights through plain matrix products: float32 sums of K products in another order.
     expected = logits(float_model(model, float_equivalent(tmp_path / "out", model)), windows_of(model, text))

@@ -1,5 +1,8 @@
 """`PackedLinear` against plain matrix products: the same weight, code for code, and the same numbers out."""
 
+import copy
+import io
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,38 +13,10 @@ from llmq.config import BITS, GroupSize, Scheme
 from llmq.errors import FormatError
 from llmq.quantized import QuantizedTensor
 from llmq.runtime.linear import PackedLinear
+from llmq_kernels.w4a16 import int4pack
+from tests.weights import assert_same, random_weight
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-def random_weight(
-    scheme: Scheme, N: int, K: int, *, scale_dtype: torch.dtype = torch.float32, shuffled: bool = False, seed: int = 0
-) -> QuantizedTensor:
-    """Any codes, any zeros, scales of both signs; `shuffled` groups the columns in an order of their own."""
-    generator = torch.Generator().manual_seed(seed)
-    G = K // scheme.columns_per_group(K)
-    codes = torch.randint(0, scheme.levels + 1, (N, K), generator=generator, dtype=torch.uint8)
-    scales = (torch.randn(N, G, generator=generator) * 0.1).to(scale_dtype)
-    zeros = None
-    if not scheme.symmetric:
-        zeros = torch.randint(0, scheme.levels + 1, (N, G), generator=generator).to(torch.int16)
-    index = None
-    if shuffled:
-        columns = torch.randperm(K, generator=generator) // scheme.columns_per_group(K)
-        index = columns.to(torch.int32)
-    return QuantizedTensor(codes, scales, zeros, scheme, index)
-
-
-def assert_same(found: QuantizedTensor, expected: QuantizedTensor) -> None:
-    """Every field, its dtype and layout included."""
-    assert found.scheme == expected.scheme
-    for field in ("codes", "scales", "zeros", "group_index"):
-        ours, theirs = getattr(found, field), getattr(expected, field)
-        assert (ours is None) == (theirs is None), field
-        if theirs is not None:
-            assert ours.dtype == theirs.dtype, field
-            assert ours.equal(theirs), field
-            assert ours.is_contiguous(), field
 
 
 @st.composite
@@ -142,3 +117,68 @@ def test_groups_of_unequal_size_are_refused() -> None:
 def test_it_says_what_it_is() -> None:
     layer = PackedLinear(random_weight(Scheme(3, 32, symmetric=False), 8, 64), None)
     assert "in_features=64, out_features=8, int3 g32 asymmetric" in repr(layer)
+
+
+@pytest.fixture
+def with_pair(monkeypatch: pytest.MonkeyPatch) -> PackedLinear:
+    """A layer of which torch's int4 product has a second copy."""
+    monkeypatch.setenv(int4pack.VARIABLE, "on")
+    if not int4pack.choose().rows:
+        pytest.skip(int4pack.describe())
+    layer = PackedLinear(random_weight(Scheme(4, 32), 32, 128, scale_dtype=torch.float16), None)
+    assert layer.int4_words is None, "made on demand"
+    layer.prepare()
+    assert layer.int4_words is not None
+    return layer
+
+
+def test_few_rows_run_in_bfloat16_and_many_exactly(with_pair: PackedLinear) -> None:
+    x = torch.randn(17, 128, generator=torch.Generator().manual_seed(1))
+    dense = with_pair.quantized().dequantize()
+    exact = x.double() @ dense.double().T
+    few, many = with_pair(x[:1]).double(), with_pair(x).double()
+    assert bool(((many - exact).abs() <= rounding_of_product(x, dense, None)).all())
+    difference = float((few - exact[:1]).norm() / exact[:1].norm())
+    assert 2.0**-12 < difference < 3 * 2.0**-8  # roundings of x, scale and y in bfloat16
+
+
+def test_the_second_copy_is_never_saved(with_pair: PackedLinear) -> None:
+    assert set(with_pair.state_dict()) == {"words", "scales"}
+    written = io.BytesIO()
+    torch.save(with_pair, written)
+    held = sum(tensor.nbytes for tensor in with_pair.state_dict().values())
+    with_pair.int4_words = with_pair.int4_grid = None
+    without = io.BytesIO()
+    torch.save(with_pair, without)
+    assert written.tell() == without.tell() > held
+
+
+def test_a_copy_has_a_pair_of_its_own(with_pair: PackedLinear) -> None:
+    copied = copy.deepcopy(with_pair)
+    assert copied.int4_words is not None and with_pair.int4_words is not None
+    assert copied.int4_words.equal(with_pair.int4_words)
+    assert copied.int4_words.data_ptr() != with_pair.int4_words.data_ptr()
+
+
+def test_other_devices_have_no_pair(with_pair: PackedLinear) -> None:
+    assert copy.deepcopy(with_pair).to("meta").int4_words is None
+
+
+def test_staying_where_it_is_keeps_the_pair(with_pair: PackedLinear) -> None:
+    before = with_pair.int4_words
+    assert with_pair.to("cpu").int4_words is before
+
+
+def test_a_cast_leaves_the_pair_in_its_dtype(with_pair: PackedLinear) -> None:
+    layer = with_pair.double().to(torch.float32)
+    assert layer.int4_grid is not None
+    assert layer.int4_grid.dtype == torch.bfloat16
+    assert layer(torch.ones(1, 128)).shape == (1, 32)
+
+
+def test_other_weights_loaded_into_it_make_another_pair(with_pair: PackedLinear) -> None:
+    other = PackedLinear(random_weight(Scheme(4, 32), 32, 128, scale_dtype=torch.float16, seed=5), None)
+    with_pair.load_state_dict(other.state_dict())
+    other.prepare()
+    assert with_pair.int4_words is not None and other.int4_words is not None
+    assert with_pair.int4_words.equal(other.int4_words)

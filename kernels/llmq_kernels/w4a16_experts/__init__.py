@@ -1,0 +1,10 @@
+"""Each row of x times the packed weight of one of E experts: the linear layers of a mixture of experts.
+
+reference.py      the definition: NumPy, float64
+cpu.py            the product in torch, for any device, expert by expert
+triton_kernel.py  4 bits on CUDA: one kernel for few pairs of token and expert, one for many
+gpu.py            which of the two, with which tiles, and the launch
+op.py             the op that callers use: checks, a fake for tracing, the gradient with respect to x
+
+The layout of one expert's words is that of `w4a16`.
+"""

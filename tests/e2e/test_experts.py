@@ -1,0 +1,278 @@
+"""Mixtures of experts, run packed: checkpoints as other tools write them, every expert by itself, through `llmq.load`.
+
+The float model is saved by transformers, which takes its stacked weights apart into the names that the world knows.
+Two files are made of that: one with every linear layer packed, and its twin, the same with the weights that the packed
+ones stand for, as floats.  transformers stacks the twin's experts again by itself.  How near is near: `test_load.py`.
+"""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import llmq
+from llmq import formats, grid
+from llmq.config import Scheme
+from llmq.errors import FormatError
+from llmq.quantized import QuantizedTensor
+from llmq.runtime.experts import PackedExperts, PackedStack
+from llmq.runtime.stacking import Stacking, stacked_names
+from tests import builders
+from tests.weights import assert_same
+
+EXPERTS = 4
+ROUNDING = 4  # how many times the twin's rounding the packed model's may be
+SIZES = {
+    **builders.GROUPED,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_experts_per_tok": 2,
+}
+GPTQ, AWQ, PACKED = "gptq", "awq", "compressed-tensors"
+
+
+def mixtral() -> Any:
+    """Names of its own on disk: block_sparse_moe, w1 gate, w3 up, w2 down."""
+    return transformers.MixtralConfig(**SIZES, num_local_experts=EXPERTS)
+
+
+def qwen3_moe() -> Any:
+    """One layer in front without experts."""
+    own = {"num_experts": EXPERTS, "moe_intermediate_size": 96, "head_dim": 16, "mlp_only_layers": [0]}
+    return transformers.Qwen3MoeConfig(**{**SIZES, "num_hidden_layers": 3}, **own)
+
+
+def nemotron_h() -> Any:
+    """Experts without a gate, beside one that all tokens share."""
+    own = {"n_routed_experts": EXPERTS, "moe_intermediate_size": 96, "moe_shared_expert_intermediate_size": 64}
+    sizes = {name: size for name, size in SIZES.items() if name != "num_hidden_layers"}
+    kinds = {"layers_block_type": ["attention", "moe"], "n_group": 1, "topk_group": 1, "head_dim": 16}
+    return transformers.NemotronHConfig(**sizes, **own, **kinds)
+
+
+def gpt_oss() -> Any:
+    """Weights transposed, gate and up interleaved, biases, a clamped activation."""
+    own = {"num_local_experts": EXPERTS, "head_dim": 16, "layer_types": ["full_attention"] * 2}
+    return transformers.GptOssConfig(**SIZES, **own)
+
+
+CONFIGS: dict[str, Callable[[], Any]] = {config.__name__: config for config in (mixtral, qwen3_moe)}
+
+
+def is_packed(name: str, tensor: Tensor) -> bool:
+    """Every linear layer but the head and the routers."""
+    return tensor.dim() == 2 and not any(part in name for part in ("embed", "lm_head", ".gate.weight"))
+
+
+def write(folder: Path, config: Any, layout_name: str, scheme: Scheme) -> tuple[Path, Path]:
+    """The packed checkpoint and its twin."""
+    layout = formats.load(layout_name)
+    source = builders.save_model(folder / "float", builders.causal_model(config))
+    packed, twin, schemes = {}, {}, {}
+    tensors = load_file(source / "model.safetensors")
+    for name, tensor in tensors.items():
+        if is_packed(name, tensor):
+            module = name.removesuffix(".weight")
+            fitted = grid.fit_minmax(tensor, scheme, torch.float32)
+            q = fitted.quantized(fitted.encode(tensor))
+            packed |= {f"{module}.{suffix}": value for suffix, value in layout.pack(q).items()}
+            twin[name], schemes[module] = q.dequantize(), scheme
+        else:
+            packed[name] = twin[name] = tensor
+    assert any(".experts.3." in module for module in schemes), "transformers no longer stores experts one by one"
+    settings = layout.quantization_config(schemes, ["lm_head"])
+    for kind, content in (("packed", packed), ("twin", twin)):
+        builders.save_model(folder / kind, AutoModelForCausalLM.from_config(config))
+        save_file(content, folder / kind / "model.safetensors", metadata={"format": "pt"})
+    builders.change_json(folder / "packed" / "config.json", quantization_config=settings)
+    return folder / "packed", folder / "twin"
+
+
+def twin_model(folder: Path, dtype: torch.dtype) -> Any:
+    """transformers' own model, its experts stacked floats; in the plain implementation, which knows every dtype."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation="eager").eval()
+
+
+def logits(model: Any, tokens: Tensor) -> Tensor:
+    with torch.inference_mode():
+        found: Tensor = model(tokens).logits
+    return found
+
+
+def assert_equal_but_for_rounding(found: Any, same: Any, exact: Any) -> None:
+    tokens = builders.tokens(2, 12)
+    expected = logits(exact, tokens)
+    allowed = ROUNDING * float((logits(same, tokens) - expected).abs().mean())
+    assert allowed < 1e-3 * float(expected.std()), "the yardstick is too long to measure anything"
+    assert float((logits(found, tokens) - expected).abs().mean()) <= allowed
+
+
+def experts_of(model: nn.Module) -> list[PackedExperts]:
+    return [module for module in model.modules() if isinstance(module, PackedExperts)]
+
+
+@pytest.mark.parametrize("layout", [GPTQ, PACKED])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_logits_and_generation(config: str, layout: str, tmp_path: Path) -> None:
+    packed, twin = write(tmp_path, CONFIGS[config](), layout, Scheme(4, 32, symmetric=layout == GPTQ))
+    model, _ = llmq.load(packed)
+    assert len(experts_of(model)) == 2
+    same = twin_model(twin, torch.float32)
+    assert_equal_but_for_rounding(model, same, twin_model(twin, torch.float64))
+    prompt = builders.tokens(1, 6)
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    assert model.generate(prompt, **settings).equal(same.generate(prompt, **settings))
+
+
+@pytest.mark.parametrize(
+    ("config", "layout", "scheme"),
+    [
+        (mixtral, PACKED, Scheme(3, "channel", symmetric=False)),
+        (mixtral, PACKED, Scheme(8, 32, symmetric=True)),
+        (mixtral, AWQ, Scheme(4, 32, symmetric=False)),
+        (nemotron_h, PACKED, Scheme(4, 32, symmetric=True)),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else str(value),
+)
+def test_other_grids_and_kinds(config: Callable[[], Any], layout: str, scheme: Scheme, tmp_path: Path) -> None:
+    packed, twin = write(tmp_path, config(), layout, scheme)
+    model, _ = llmq.load(packed)
+    assert experts_of(model)
+    assert_equal_but_for_rounding(model, twin_model(twin, torch.float32), twin_model(twin, torch.float64))
+
+
+def test_no_float_copy_of_the_experts_remains(tmp_path: Path) -> None:
+    packed, _ = write(tmp_path, mixtral(), PACKED, Scheme(4, 32))
+    model, _ = llmq.load(packed)
+    assert all(parameter.dim() <= 2 for parameter in model.parameters())
+    for experts in experts_of(model):
+        assert not list(experts.parameters())
+        for stack in (experts.up, experts.down):
+            E, N, K = stack.words.shape[0], stack.words.shape[1], stack.in_features
+            assert stack.words.nbytes == E * N * (-(-K // 128) * 128) // 2
+
+
+def test_every_expert_comes_back_as_it_was_stored(tmp_path: Path) -> None:
+    packed, _ = write(tmp_path, mixtral(), GPTQ, Scheme(4, 32, symmetric=False))
+    model, _ = llmq.load(packed)
+    returned = {name: weight for experts in experts_of(model) for name, weight in experts.quantized()}
+    stored = load_file(packed / "model.safetensors")
+    layout = formats.load(GPTQ)
+    for name, weight in returned.items():
+        for suffix, tensor in layout.pack(weight).items():
+            assert tensor.equal(stored.pop(f"{name}.{suffix}"))
+    assert len(returned) == 2 * EXPERTS * 3
+    assert not any(".experts." in name for name in stored)
+
+
+def packed_in_memory(experts: nn.Module, scheme: Scheme) -> PackedExperts:
+    """Packed from transformers' own stacked parameters, which take the values that the codes stand for."""
+    stacks = []
+    for name in stacked_names(experts):
+        parameter = experts.get_parameter(name)
+        quantized: dict[str, QuantizedTensor] = {}
+        for e in range(parameter.shape[0]):
+            W = parameter[e].T if experts.is_transposed else parameter[e]  # (N, K)
+            fitted = grid.fit_minmax(W.contiguous(), scheme, torch.float32)
+            quantized[f"{e}.{name}"] = fitted.quantized(fitted.encode(W))
+            exact = quantized[f"{e}.{name}"].dequantize()
+            parameter.data[e] = exact.T if experts.is_transposed else exact
+        stacking = Stacking([[name] for name in quantized], [torch.arange(W.shape[0])])
+        bias = experts.get_parameter(f"{name}_bias").detach() if experts.has_bias else None
+        stacks.append(PackedStack(stacking, quantized.__getitem__, bias, torch.device("cpu")))
+        for name_and_weight in stacks[-1].quantized():
+            assert_same(name_and_weight[1], quantized[name_and_weight[0]])
+    return PackedExperts(experts, *stacks)
+
+
+@pytest.mark.parametrize("scheme", [Scheme(4, 32), Scheme(4, "channel", symmetric=False)], ids=str)
+def test_gpt_oss_in_memory(scheme: Scheme) -> None:
+    """There is no settled form on disk of its experts in 4 bits."""
+    same = builders.causal_model(gpt_oss())
+    same.set_experts_implementation("eager")
+    for module in same.modules():
+        if hasattr(module, "limit"):
+            module.limit = 0.5  # of values near 1, so that it is felt
+    model = copy.deepcopy(same)
+    for path, module in list(same.named_modules()):
+        if path.endswith(".experts"):
+            model.set_submodule(path, packed_in_memory(module, scheme))
+    assert len(experts_of(model)) == 2
+    assert_equal_but_for_rounding(model, same, copy.deepcopy(same).to(torch.float64))
+
+
+def change(folder: Path, edit: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    file = folder / "model.safetensors"
+    save_file(edit(load_file(file)), file, metadata={"format": "pt"})
+
+
+def test_a_missing_expert_is_named(tmp_path: Path) -> None:
+    packed, _ = write(tmp_path, qwen3_moe(), GPTQ, Scheme(4, 32))
+    gone = "model.layers.1.mlp.experts.2.up_proj."
+    change(packed, lambda tensors: {n: t for n, t in tensors.items() if not n.startswith(gone)})
+    with pytest.raises(FormatError, match=r"layers\.1\.mlp\.experts\.gate_up_proj .* 3 of them, and not number 2"):
+        llmq.load(packed)
+
+
+def test_a_missing_projection_is_named(tmp_path: Path) -> None:
+    packed, _ = write(tmp_path, qwen3_moe(), GPTQ, Scheme(4, 32))
+    change(packed, lambda tensors: {n: t for n, t in tensors.items() if "layers.1" not in n or "down_proj" not in n})
+    with pytest.raises(FormatError, match=r"none of the experts of model\.layers\.1\.mlp\.experts\.down_proj"):
+        llmq.load(packed)
+
+
+def unpacked(twin: Path, prefix: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    """An edit that stores the weights below `prefix` as the twin's floats."""
+    floats = {n: t for n, t in load_file(twin / "model.safetensors").items() if n.startswith(prefix)}
+    return lambda tensors: floats | {n: t for n, t in tensors.items() if not n.startswith(prefix)}
+
+
+def test_a_layer_of_float_experts_among_packed_ones(tmp_path: Path) -> None:
+    packed, twin = write(tmp_path, mixtral(), PACKED, Scheme(4, 32))
+    change(packed, unpacked(twin, "model.layers.1.block_sparse_moe.experts."))
+    model, _ = llmq.load(packed)
+    assert len(experts_of(model)) == 1
+    assert_equal_but_for_rounding(model, twin_model(twin, torch.float32), twin_model(twin, torch.float64))
+
+
+def test_packed_and_float_experts_in_one_layer_are_refused(tmp_path: Path) -> None:
+    packed, twin = write(tmp_path, mixtral(), PACKED, Scheme(4, 32))
+    change(packed, unpacked(twin, "model.layers.1.block_sparse_moe.experts.3."))
+    message = r"12 weights of model\.layers\.1\.mlp\.experts, 3 are not packed, .*experts\.3\.w"
+    with pytest.raises(FormatError, match=message):
+        llmq.load(packed)
+
+
+def test_experts_on_different_grids_are_refused(tmp_path: Path) -> None:
+    packed, _ = write(tmp_path, mixtral(), PACKED, Scheme(4, 32))
+    other = "model.layers.0.block_sparse_moe.experts.1.w3.weight_scale"
+    change(packed, lambda tensors: {n: t.half() if n == other else t for n, t in tensors.items()})
+    with pytest.raises(FormatError, match=r"experts\.1\.w3 has scales of torch\.float16, .*experts\.0\.w1 .*float32"):
+        llmq.load(packed)
+
+
+def test_experts_in_the_order_of_activations_are_refused(tmp_path: Path) -> None:
+    packed, _ = write(tmp_path, mixtral(), GPTQ, Scheme(4, 32))
+    index = "model.layers.0.block_sparse_moe.experts.1.w2.g_idx"
+    change(packed, lambda tensors: tensors | {index: tensors[index].flip(0)})
+    with pytest.raises(FormatError, match=r"experts\.1\.w2 is grouped in the order of its activations"):
+        llmq.load(packed)
+
+
+def test_a_compiled_layer_is_one_graph_and_takes_no_tokens_too() -> None:
+    experts = builders.causal_model(mixtral()).model.layers[0].mlp.experts
+    packed = packed_in_memory(experts, Scheme(4, 32))
+    compiled = torch.compile(packed, fullgraph=True, backend="aot_eager")
+    for tokens in (5, 0):
+        index = torch.arange(2 * tokens).view(tokens, 2) % EXPERTS
+        arguments = (torch.randn(tokens, 64), index, torch.rand(tokens, 2))
+        assert compiled(*arguments).equal(packed(*arguments))
+        assert packed(*arguments).shape == (tokens, 64)
