@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The tests, all of them, from any folder: bash scripts/test.sh [arguments for pytest]
-# Makes what it needs on the first run: an environment for llmq, and one more for the packages of other tools, which
-# see the first one's torch and are held against what llmq writes.
+# Makes what it needs on the first run: an environment for llmq, and two more that see the first one's packages behind
+# their own: one for the packages of other tools, which are held against what llmq writes, and one for the oldest Triton
+# that the kernels are for.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 make_environment
@@ -9,21 +10,38 @@ cd "$root"
 install test --group test --group lint
 python=$environment/bin/python
 
-interop=$environment-interop
-if [ ! -x "$interop/bin/python" ]; then
-    "$python" -m venv "$interop"
-    packages=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-    own=$("$interop/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-    echo "import site; site.addsitedir('$packages')" >"$own/llmq-environment.pth"
+# make_beside NAME: makes $environment-NAME, whose own packages, those of the dependency group NAME, come before the
+# first environment's.
+make_beside() {
+    local beside=$environment-$1 packages own
+    if [ ! -x "$beside/bin/python" ]; then
+        "$python" -m venv "$beside"
+        packages=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+        own=$("$beside/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+        echo "import site; site.addsitedir('$packages')" >"$own/llmq-environment.pth"
+    fi
+    (environment=$beside && install pip --upgrade "pip>=25.1" && install "$1" --group "$1")
+}
+
+make_beside interop
+# Triton's wheels are for Linux on x86-64; elsewhere there is nothing to test.
+triton36=
+if "$python" -c 'import triton' 2>/dev/null; then
+    make_beside triton36
+    triton36=$environment-triton36
 fi
-(environment=$interop && install pip --upgrade "pip>=25.1" && install interop --group interop)
 
 if [ $# -eq 0 ]; then
     "$python" -m ruff check .
     "$python" -m ruff format --check .
     "$python" -m mypy
     "$python" -m pytest -m "not interop"
-    "$interop/bin/python" -m pytest -m interop tests/interop
+    "$environment-interop/bin/python" -m pytest -m interop tests/interop
+    if [ -n "$triton36" ]; then
+        # Its interpreter makes numbers of arrays in a way that NumPy has deprecated.
+        deprecated="ignore:Conversion of an array with ndim > 0:DeprecationWarning"
+        "$triton36/bin/python" -m pytest -m "not gpu" -W "$deprecated" tests/kernels
+    fi
 else
     "$python" -m pytest "$@"
 fi

@@ -5,11 +5,13 @@ inside the commands, so that `llmq --help` is instant.
 """
 
 import sys
+import warnings
 
 import typer
 
 from llmq._version import __version__
-from llmq.cli import evaluate, generate, inspect, quantize
+from llmq.cli import env, evaluate, generate, inspect, quantize
+from llmq.cli.terminal import print_error, warning_printer
 from llmq.errors import LlmqError
 
 app = typer.Typer(
@@ -41,14 +43,15 @@ app.command("quantize")(quantize.command)
 app.command("eval")(evaluate.command)
 app.command("generate")(generate.command)
 app.command("inspect")(inspect.command)
+app.command("env")(env.command)
 
 
 def main() -> None:
     """Run the command line; leaves with the exit code of the error, if there is one (see llmq/errors.py)."""
-    try:
-        app()
-    except LlmqError as error:
-        from llmq.cli.terminal import print_error
-
-        print_error(error)
-        sys.exit(error.exit_code)
+    with warnings.catch_warnings():
+        warnings.showwarning = warning_printer(warnings.showwarning)
+        try:
+            app()
+        except LlmqError as error:
+            print_error(error)
+            sys.exit(error.exit_code)

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from rich.console import Console
@@ -12,6 +12,7 @@ from rich.table import Table
 
 from llmq.errors import LlmqError
 from llmq.report.record import BlockReport, LayerReport
+from llmq_kernels.errors import KernelWarning
 
 MAX_NOTES = 12
 
@@ -35,6 +36,18 @@ def print_notes(notes: Iterable[str]) -> None:
         console.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
     if len(listed) > MAX_NOTES:
         console.print(f"[yellow]note:[/] and {len(listed) - MAX_NOTES} more, see llmq.json", soft_wrap=True)
+
+
+def warning_printer(otherwise: Callable[..., None]) -> Callable[..., None]:
+    """A `warnings.showwarning` that shows the kernels' own warnings as one line, and leaves all others as they are."""
+
+    def show_warning(message: Warning | str, category: type[Warning], *place: Any, **named: Any) -> None:
+        if issubclass(category, KernelWarning):
+            messages().print(f"[bold yellow]warning:[/] {escape(str(message))}", soft_wrap=True)
+        else:
+            otherwise(message, category, *place, **named)
+
+    return show_warning
 
 
 def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:

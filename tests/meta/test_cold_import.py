@@ -43,7 +43,7 @@ def test_importing_llmq_takes_no_time() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [("--help",), ("--version",), ("quantize", "--help"), ("quantize", "model", "--print-config")],
+    [("--help",), ("--version",), ("quantize", "--help"), ("env", "--help"), ("quantize", "model", "--print-config")],
     ids=" ".join,
 )
 def test_help_version_and_settings_need_no_torch(arguments: tuple[str, ...]) -> None:
