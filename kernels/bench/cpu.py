@@ -1,0 +1,151 @@
+"""The packed product on this machine's CPU against float32 and against dequantising the weight at every call.
+
+    PYTHONPATH=.:kernels python -m bench.cpu --out kernels/bench/results/cpu-DATE.json
+
+For each size and number of rows, in one run and in turns: torch's float32 linear on a float weight; the packed layer as
+a model runs it; the same without its int4 copy, by pieces; and what the pieces are there to beat, the whole weight
+dequantised and then multiplied.  Every contender goes round among so many copies of its weight that none is in the
+cache when its turn comes.  The ratios count; what else the machine does, it does to all of them.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.environment import machine
+from bench.timing import Contender, Spread, interleaved
+from llmq_kernels.w4a16 import int4pack, layout, op
+
+SIZES = (1024, 4096)
+ROWS = (1, 4, 16, 64, 256, 1024)
+GROUP = 128
+BEYOND_CACHE = 96 << 20  # bytes of all copies of a weight together, three times a large L3 slice
+SECONDS = 0.4  # for one contender and one case
+FEWEST, MOST = 5, 101  # replays
+FLOAT, PACKED, PIECES, WHOLE = "torch fp32", "llmq", "llmq by pieces", "dequantize, then torch"
+COLUMNS = ("N x K", "M", FLOAT, PACKED, PIECES, WHOLE, f"{PACKED} / {FLOAT}", f"{PIECES} / {WHOLE}")
+
+
+class Weights:
+    """Copies of random 4-bit weights (N, K), g128 and symmetric, and of float ones of the same size."""
+
+    def __init__(self, N: int, K: int) -> None:
+        self.N, self.K = N, K
+        copies = max(2, BEYOND_CACHE // (N * K // 2))
+        self.scales = torch.rand(K // GROUP, N) * 0.01
+        self.words = [torch.randint(-(1 << 15), 1 << 15, (N, K // 4), dtype=torch.int16) for _ in range(copies)]
+        grid = {"bits": 4, "in_features": K, "columns_per_group": GROUP}
+        self.pairs = [int4pack.prepare(words, self.scales, None, **grid) or (None, None) for words in self.words]
+        self.floats = [torch.randn(N, K) for _ in range(max(2, BEYOND_CACHE // (4 * N * K)))]
+
+    def contenders(self, x: Tensor) -> dict[str, Contender]:
+        """By name; x (M, K) float32."""
+        return {
+            FLOAT: Contender(lambda i: F.linear(x, self.floats[i]), len(self.floats)),
+            PACKED: Contender(lambda i: self.packed(x, i, *self.pairs[i]), len(self.words)),
+            PIECES: Contender(lambda i: self.packed(x, i, None, None), len(self.words)),
+            WHOLE: Contender(partial(self.whole, x), len(self.words)),
+        }
+
+    def packed(self, x: Tensor, i: int, int4_words: Tensor | None, int4_grid: Tensor | None) -> Tensor:
+        return op.linear(
+            x, self.words[i], self.scales, None, None, None, 4, self.K, GROUP, int4_words, int4_grid
+        )  # fmt: skip
+
+    def whole(self, x: Tensor, i: int) -> Tensor:
+        codes = layout.unpack(self.words[i], 4, self.K).to(torch.float32).sub_(8)  # (N, K)
+        groups = codes.view(self.N, -1, GROUP).mul_(self.scales.t().unsqueeze(2))  # (N, G, 128)
+        return F.linear(x, groups.view(self.N, self.K))
+
+
+def measure(size: int, rows: Iterable[int]) -> list[dict[str, Any]]:
+    """One case for each number of rows."""
+    weights, cases = Weights(size, size), []
+    for M in rows:
+        x = torch.randn(M, size)
+        contenders = weights.contenders(x)
+        once, _ = interleaved(contenders, calls=1, replays=1, device=x.device)
+        slowest = max(spread.median for spread in once.values())
+        replays = int(min(MOST, max(FEWEST, SECONDS / slowest)))
+        taken, failed = interleaved(_turned(contenders), calls=1, replays=replays, device=x.device)
+        if failed:
+            raise RuntimeError(f"{size} x {size}, {M} rows: {failed}")
+        cases.append({"N": size, "K": size, "M": M, "replays": replays, **_figures(taken)})
+        print("  ".join(f"{cell:>16}" for cell in cells(cases[-1])), flush=True)
+    return cases
+
+
+def _turned(contenders: dict[str, Contender]) -> dict[str, Contender]:
+    """The same, each going on to its next copy at every call, however few calls a replay has."""
+
+    def turning(contender: Contender) -> Contender:
+        calls = iter(range(1 << 62))
+        return Contender(lambda _: contender.call(next(calls) % contender.copies), 1)
+
+    return {name: turning(contender) for name, contender in contenders.items()}
+
+
+def _figures(taken: dict[str, Spread]) -> dict[str, Any]:
+    median = {name: spread.median for name, spread in taken.items()}
+    ratios = {"packed_to_float": median[PACKED] / median[FLOAT], "pieces_to_whole": median[PIECES] / median[WHOLE]}
+    return {
+        "microseconds": {name: spread.microseconds() for name, spread in taken.items()},
+        "ratios": {name: round(ratio, 3) for name, ratio in ratios.items()},
+    }
+
+
+def cells(case: dict[str, Any]) -> list[str]:
+    taken = [f"{case['microseconds'][name]['median']:.0f} µs" for name in (FLOAT, PACKED, PIECES, WHOLE)]
+    return [f"{case['N']} x {case['K']}", str(case["M"]), *taken, *(f"{r:.2f}" for r in case["ratios"].values())]
+
+
+def stamp(note: str) -> dict[str, Any]:
+    """When, where and with what; `note` says what else the machine did."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "cpu": _model_name(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg(),
+        "choice": int4pack.describe(),
+        "note": note,
+        **{name: value for name, value in machine(torch.device("cpu")).items() if name not in ("name", "summary")},
+    }
+
+
+def _model_name() -> str:
+    """As the processor calls itself, where Linux tells."""
+    described = Path("/proc/cpuinfo")
+    lines = described.read_text().splitlines() if described.exists() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
+    parser.add_argument("--note", default="", help="what else the machine did meanwhile, for the record")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    print("  ".join(f"{column:>16}" for column in COLUMNS))
+    with torch.inference_mode():
+        cases = [case for size in arguments.sizes for case in measure(size, arguments.rows)]
+    if arguments.out is not None:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps({**stamp(arguments.note), "cases": cases}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""Tokens a second of a random Llama 3.1 8B, packed in 4 bits and in bf16, by eager calls and by a CUDA graph.
+
+One decode step: a token for each sequence goes through the whole model, and the most likely next token takes its
+place.  It writes its keys and values at the last place of a full cache again and again, so that every step is the
+same work and one captured graph serves all of them.
+
+The packed model is made packed: no 16-bit copy of more than one layer is ever there, as in loading a checkpoint.
+"""
+
+import gc
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from bench import random_model
+from bench.plan import Plan
+from bench.session import Result, Session
+from bench.timing import Spread, now
+from llmq.config import QuantConfig
+from llmq.model.block import is_plain_linear
+from llmq.quantized import QuantizedTensor
+from llmq.runtime import fuse
+from llmq.runtime.linear import PackedLinear
+
+ROUNDS = 5  # of `plan.steps` steps, for the spread
+PACKED, FLOAT = "packed", "bf16"
+CODE_SPREAD = 4.6  # of 16 codes, each as likely
+TARGET = 2.5  # times bf16's tokens a second, batch 1, graphs
+MEMORY_TARGET = 1.05
+BUILD_SECONDS = 15.0
+
+
+class LastPlace(CacheLayerMixin):  # type: ignore[misc]
+    """A full cache of one layer whose last place every token is written to."""
+
+    is_sliding = False
+
+    def __init__(self, context: int) -> None:
+        super().__init__()
+        self.context = context
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Random keys and values (B, heads, context, width): attention to zeros is no attention."""
+        shape = (*key_states.shape[:2], self.context, key_states.shape[-1])
+        self.keys = torch.randn(shape, dtype=key_states.dtype, device=key_states.device)
+        self.values = torch.randn(shape, dtype=key_states.dtype, device=key_states.device)
+        self.place = torch.tensor([self.context - 1], device=key_states.device)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys.index_copy_(2, self.place, key_states)
+        self.values.index_copy_(2, self.place, value_states)
+        return self.keys, self.values
+
+    def get_mask_sizes(self, *_: Any) -> tuple[int, int]:
+        return self.context, 0
+
+    def get_seq_length(self, *_: Any) -> int:
+        return self.context - 1
+
+    def get_max_length(self) -> int:
+        return self.context
+
+    def get_max_cache_shape(self) -> int:
+        """What transformers before 5.12 or so calls `get_max_length`."""
+        return self.context
+
+
+def measure(plan: Plan, session: Session) -> None:
+    """Cases: KIND memory, KIND batch B eager|graphs, and ratio batch B."""
+    device = torch.device(plan.device)
+    for kind in (FLOAT, PACKED):
+        built: list[Any] = []
+        session.run(
+            f"{kind} memory",
+            partial(build_case, plan, kind, built, device),
+            needs=BUILD_SECONDS if device.type == "cuda" else 0.0,
+        )
+        for batch in plan.batches if built else ():
+            step = prepare(plan, built[0], batch, device)
+            session.run(f"{kind} batch {batch} eager", partial(eager, plan, kind, batch, step, device))
+            if device.type == "cuda":
+                session.run(f"{kind} batch {batch} graphs", partial(graphs, plan, kind, batch, step, device))
+            del step
+        built.clear()
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def build_case(plan: Plan, kind: str, built: list[Any], device: torch.device) -> Result:
+    """Make the model; what it takes of the device's memory, and what its tensors add up to."""
+    before = allocated(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    built.append(build(plan, dtype, device, packed=kind == PACKED))
+    gc.collect()  # what making it left behind is not the model's
+    expected = sum(tensor.untyped_storage().nbytes() for tensor in distinct_tensors(built[0]))
+    used = allocated(device) - before if device.type == "cuda" else expected
+    found = {"kind": kind, "used_bytes": used, "tensor_bytes": expected, "ratio": used / expected}
+    if device.type == "cuda":
+        found["peak_bytes"] = torch.cuda.max_memory_allocated(device) - before
+    over = used > MEMORY_TARGET * expected
+    return {**found, "wrong": over, "summary": f"{used / 1e9:.2f} GB, tensors alone {expected / 1e9:.2f} GB"}
+
+
+def build(plan: Plan, dtype: torch.dtype, device: torch.device, *, packed: bool) -> nn.Module:
+    """The model with random weights, its linear layers of the blocks packed and fused if asked."""
+    model: nn.Module = random_model.on_meta(random_model.configuration(plan.llama, plan.llama.blocks), dtype, device)
+    read = random_model.RandomTensors(model, device).read
+    linears = {path for path, module in model.named_modules() if ".layers." in path and is_plain_linear(module)}
+    groups = fuse.shared_inputs(model, linears) if packed else []
+    for path, module in list(model.named_modules()):
+        if packed and path in linears:
+            model.set_submodule(path, random_packed_linear(module.out_features, module.in_features, dtype, device))
+            continue
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                tensor = read(f"{path}.{name}" if path else name)
+                module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+    for group in groups:
+        fuse.fuse_rows(model, group)
+    return model
+
+
+def random_packed_linear(N: int, K: int, dtype: torch.dtype, device: torch.device) -> PackedLinear:
+    """A layer as a checkpoint would give it, on the default grid."""
+    scheme = QuantConfig().scheme
+    codes = torch.randint(0, 1 << scheme.bits, (N, K), dtype=torch.uint8, device=device)
+    groups = -(-K // scheme.columns_per_group(K))
+    scales = torch.full((N, groups), random_model.SPREAD / CODE_SPREAD, device=device)
+    scales = (scales * torch.rand_like(scales).add_(0.5)).to(dtype)
+    return PackedLinear(QuantizedTensor(codes, scales, None, replace(scheme, symmetric=True)), None)
+
+
+def distinct_tensors(model: nn.Module) -> list[Tensor]:
+    """Parameters and buffers, those that share memory once."""
+    found = {tensor.untyped_storage().data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return list(found.values())
+
+
+def prepare(plan: Plan, model: Any, batch: int, device: torch.device) -> Callable[[], Tensor]:
+    """One decode step: returns the tokens (B, 1) that it wrote over its own input."""
+    cache = Cache(layers=[LastPlace(plan.context) for _ in range(plan.llama.blocks)])
+    tokens = torch.randint(plan.llama.vocabulary, (batch, 1), device=device)
+    position = torch.full((batch, 1), plan.context - 1, device=device)
+    sees_all = torch.ones(batch, 1, 1, plan.context, dtype=torch.bool, device=device)
+
+    def step() -> Tensor:
+        output = model(
+            input_ids=tokens, position_ids=position, attention_mask=sees_all, past_key_values=cache, use_cache=True
+        )
+        tokens.copy_(output.logits[:, -1].argmax(-1, keepdim=True))
+        return tokens
+
+    return torch.inference_mode()(step)
+
+
+def eager(plan: Plan, kind: str, batch: int, step: Callable[[], Tensor], device: torch.device) -> Result:
+    """As transformers runs it."""
+    return timed(plan, kind, batch, "eager", step, device)
+
+
+def graphs(plan: Plan, kind: str, batch: int, step: Callable[[], Tensor], device: torch.device) -> Result:
+    """The step captured once and replayed."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return timed(plan, kind, batch, "graphs", graph.replay, device)
+
+
+def timed(plan: Plan, kind: str, batch: int, mode: str, step: Callable[[], object], device: torch.device) -> Result:
+    """Tokens a second over rounds of steps."""
+    for _ in range(3):
+        step()
+    seconds = []
+    for _ in range(ROUNDS):
+        start = now(device)
+        for _ in range(plan.steps):
+            step()
+        seconds.append((now(device) - start) / plan.steps)
+    spread = Spread.of(seconds)
+    rate = batch / spread.median
+    return {
+        "kind": kind, "batch": batch, "mode": mode, "context": plan.context, "tokens_per_second": rate,
+        "microseconds": spread.microseconds(), "peak_memory_bytes": allocated(device),
+        "summary": f"{rate:.1f} tokens/s, {1e3 * spread.median:.2f} ms a step",
+    }  # fmt: skip
+
+
+def allocated(device: torch.device) -> int:
+    """Bytes that tensors hold on a GPU; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.synchronize(device)
+    return torch.cuda.memory_allocated(device)

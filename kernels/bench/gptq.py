@@ -1,0 +1,141 @@
+"""GPTQ of a model with the dimensions of Llama 3.1 8B, step by step, by the project's own pipeline.
+
+Weights and text are random, made on the device when they are read, so loading is not in the figures; nor is saving,
+which is shown apart.  A few blocks are run with every step timed, and their seconds are multiplied up to the whole
+model, which the record says; then the whole model is run, if the time allows, without any stopwatch.
+"""
+
+import importlib.util
+import tempfile
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from bench import gptq_steps, random_model
+from bench.gptq_steps import TOKENS_PER_BATCH, activation_dtype
+from bench.plan import Plan
+from bench.session import Result, Session
+from bench.stopwatch import Stopwatch, watching
+from bench.timing import now
+from llmq import algorithms, formats, pipeline, schemes
+from llmq.checkpoint.writer import Writer
+from llmq.config import QuantConfig
+from llmq.formats import Layout
+from llmq.model.skeleton import Skeleton
+from llmq.model.stream import Stream
+from llmq.model.weights import ModelWeights
+from llmq.report.record import BlockReport
+
+# (label, what is charged to it).  A label may have several; what none of them covers is charged to `rest`.
+STEPS = (
+    ("make weights", "llmq.model.block:Block.load"),
+    ("forward", "llmq.model.block:Block.run"),
+    ("hessian", "llmq.stats:InputStats.update"),
+    ("factorize", "llmq.algorithms.gptq:factorize"),
+    ("search scales", "llmq.grid:fit_searched"),
+    ("round", "llmq.algorithms.gptq:compensate"),
+    ("compare with nearest", "llmq.algorithms.gptq:without_worse_rows"),
+    ("report", "llmq.pipeline:layer_report"),
+    ("save", "llmq.checkpoint.writer:Writer.commit"),
+)
+NOT_COUNTED = ("make weights", "save")
+# Seconds for the whole of Llama 3.1 8B, 128 x 2048 tokens, on one H200 (790 TFLOP/s bf16, 4.3 TB/s): arithmetic.
+# `round` is the block kernel, 0.4, and the products for the columns behind a block, 1.0; `gptq_steps` tells them apart.
+FLOORS = {"forward": 11.5, "hessian": 3.3, "factorize": 2.0, "round": 1.4}
+PACK = "pack"
+TARGET_SECONDS = 60.0
+MARGIN = 1.2  # of the expected time, before the whole model is begun
+
+
+def measure(plan: Plan, session: Session) -> None:
+    """Cases: those of `gptq_steps`, few blocks, whole model."""
+    device = torch.device(plan.device)
+    gptq_steps.measure(plan, session)
+    few = session.run("few blocks", partial(few_blocks, plan, session, device))
+    if few is not None:
+        session.run("whole model", partial(whole_model, plan, session, device), needs=MARGIN * few["expected_seconds"])
+
+
+def few_blocks(plan: Plan, session: Session, device: torch.device) -> Result:
+    """Every step on a few blocks.  The first warms up; the last is never followed by a forward: neither is counted."""
+    stopwatch = Stopwatch(partial(now, device))
+    with tempfile.TemporaryDirectory() as folder:
+        run = pipeline_run(plan, Path(folder), plan.few_blocks, device)
+        points = (*STEPS, (PACK, f"{_module_name(run.layout)}:pack"))
+        blocks: list[Mapping[str, float]] = []
+        with watching(stopwatch, points) as missing:
+            for done in pipeline.quantize_blocks(run):
+                if isinstance(done, BlockReport):
+                    blocks.append(stopwatch.taken())
+                    session.say(f"block {len(blocks)} of {plan.few_blocks}, {sum(blocks[-1].values()):.2f} s")
+    counted = blocks[1:-1] or blocks[-1:]
+    times = plan.llama.blocks / len(counted)
+    labels = sorted({label for block in counted for label in block})
+    steps = {label: times * sum(block.get(label, 0.0) for block in counted) for label in labels}
+    total = sum(seconds for label, seconds in steps.items() if label not in NOT_COUNTED)
+    floors = FLOORS if plan.name == "full" else {}
+    return {
+        "extrapolated": True, "blocks": len(blocks), "counted_blocks": len(counted), "of_blocks": plan.llama.blocks,
+        "tokens": plan.windows * plan.tokens, "steps": steps, "floors": floors, "first_block": dict(blocks[0]),
+        "not_watched": missing, "held": _can_hold(), "seconds": total, "expected_seconds": sum(steps.values()),
+        "summary": f"{total:.1f} s for {plan.llama.blocks} blocks, extrapolated from {len(counted)}",
+    }  # fmt: skip
+
+
+def whole_model(plan: Plan, session: Session, device: torch.device) -> Result:
+    """All blocks; only making the weights and saving are watched, to be taken off."""
+    stopwatch = Stopwatch(partial(now, device))
+    watched = [point for point in STEPS if point[0] in NOT_COUNTED]
+    with tempfile.TemporaryDirectory() as folder:
+        run = pipeline_run(plan, Path(folder), plan.llama.blocks, device)
+        start, finished = time.monotonic(), 0
+        with watching(stopwatch, watched):
+            for done in pipeline.quantize_blocks(run):
+                if isinstance(done, BlockReport):
+                    finished += 1
+                    session.say(f"block {finished} of {plan.llama.blocks}, {time.monotonic() - start:.1f} s")
+    seconds = stopwatch.taken()
+    total = sum(value for label, value in seconds.items() if label not in NOT_COUNTED)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return {
+        "extrapolated": False, "of_blocks": finished, "tokens": plan.windows * plan.tokens, "seconds": total,
+        "apart": {label: seconds.get(label, 0.0) for label in NOT_COUNTED}, "peak_memory_bytes": peak,
+        "target_seconds": TARGET_SECONDS, "summary": f"{total:.1f} s without loading and saving",
+    }  # fmt: skip
+
+
+def pipeline_run(plan: Plan, folder: Path, blocks: int, device: torch.device) -> pipeline.Run:
+    """What `llmq quantize --method gptq` runs, on random weights and tokens."""
+    dtype, settings = activation_dtype(device), QuantConfig()
+    model = random_model.on_meta(random_model.configuration(plan.llama, blocks), dtype, device)
+    tensors = random_model.RandomTensors(model, device)
+    skeleton = Skeleton(model, ModelWeights(model, tensors.read, tensors.__contains__), device)
+    linears = {path: linear for block in skeleton.blocks for path, linear in block.linears.items()}
+    layout = formats.load(settings.format)
+    shapes = [(path, linear.out_features, linear.in_features) for path, linear in linears.items()]
+    plans = dict(zip(linears, schemes.plan_layers(shapes, settings, layout), strict=True))
+    windows = torch.randint(plan.llama.vocabulary, (plan.windows, plan.tokens))
+    batch = max(1, TOKENS_PER_BATCH // plan.tokens)
+    stream = Stream(skeleton, windows, batch, _memory(device) if _can_hold() else 0)
+    options = algorithms.Options(layout.scale_dtype(dtype), settings.order, settings.scales, settings.damping)
+    writer = Writer.open(folder / "out", identity={"random": True}, overwrite=True, needed_bytes=0)
+    return pipeline.Run(skeleton, stream, plans, settings.stages, options, layout, lambda name: None, writer)
+
+
+def _can_hold() -> bool:
+    """Whether forwards can be suspended, which needs greenlet; without it they are repeated."""
+    return importlib.util.find_spec("greenlet") is not None
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes of activations that may be held, by the rule of `llmq quantize`."""
+    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 1 << 30
+
+
+def _module_name(layout: Layout) -> str:
+    assert isinstance(layout, ModuleType), "every layout is a file"
+    return layout.__name__

@@ -1,0 +1,227 @@
+"""Result files as tables: for the terminal when the suite ends, and for kernels/README.md.
+
+Every ratio is of times taken in one run, in turns.  A cell that nothing was measured for holds a dash.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bench import results
+
+OURS, CUBLAS = "llmq", "cublas"
+RIVALS = ("tinygemm", "gemlite")
+NONE = "–"
+# M -> (times cuBLAS, times the better of tinygemm and gemlite) that are aimed at, over the layers of 8B in bf16
+TARGETS: Mapping[int, tuple[float, float | None]] = {
+    1: (2.8, 1.3), 16: (2.8, 1.3), 64: (1.5, None), 256: (0.95, None), 512: (0.95, None), 1024: (0.95, None),
+    2048: (0.95, None),
+}  # fmt: skip
+DECODE_TARGET = 2.5
+
+Case = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, the columns' names, and cells."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def markdown(self) -> str:
+        widths = [max(len(row[i]) for row in (self.columns, *self.rows)) for i in range(len(self.columns))]
+        lines = [_line(self.columns, widths), _line(["-" * width for width in widths], widths)]
+        return "\n".join([f"**{self.title}**", "", *lines, *(_line(row, widths) for row in self.rows)])
+
+
+def report(content: Mapping[str, Any]) -> str:
+    """Everything that a GPU's file holds."""
+    parts = [heading(content), *(table.markdown() for table in gpu_tables(content))]
+    return "\n\n".join(parts)
+
+
+def heading(content: Mapping[str, Any]) -> str:
+    """Hardware, date, software and the two ceilings."""
+    found = results.cases(content, "environment")
+    machine, copy, matmul = (found.get(case, {}) for case in ("machine", "copy", "matmul"))
+    packages = ", ".join(f"{name} {version}" for name, version in machine.get("packages", {}).items())
+    ceilings = f"copy {copy.get('bytes_per_second', 0) / 1e12:.2f} TB/s (read plus written), "
+    ceilings += f"bf16 matmul {matmul.get('operations_per_second', 0) / 1e12:.0f} TFLOP/s"
+    where = f"{content['name']}, {content['date']}, driver {machine.get('driver_version') or NONE}"
+    return f"### {where}\n\n{packages}; kernels {machine.get('sources', NONE)}; measured ceilings: {ceilings}."
+
+
+def gpu_tables(content: Mapping[str, Any]) -> list[Table]:
+    """The tables of a GPU's file; none for a section that was not run."""
+    copy = results.cases(content, "environment").get("copy", {}).get("bytes_per_second")
+    found = [*correctness(content), *w4a16(results.cases(content, "w4a16").values(), copy)]
+    found += [*gptq(results.cases(content, "gptq")), *decode(results.cases(content, "decode"))]
+    return [*found, *incomplete(content)]
+
+
+def incomplete(content: Mapping[str, Any]) -> list[Table]:
+    """Sections that did not reach their end, and what they left out."""
+    rows = []
+    for name, section in content["sections"].items():
+        left = [record["case"] for record in section["records"] if record["kind"] == "left out"]
+        if section["status"] != "done":
+            rows.append(
+                [name, section["status"], f"{len(left)} cases left out" + (f", from {left[0]} on" if left else "")]
+            )
+    return [Table("Not complete", ("section", "status", "left out"), rows)] if rows else []
+
+
+def correctness(content: Mapping[str, Any]) -> list[Table]:
+    """What was checked, and what was wrong."""
+    cases = results.cases(content, "correctness")
+    if not cases and not results.errors(content, "correctness"):
+        return []
+    wrong = [name for name, case in cases.items() if case.get("wrong")]
+    programs = ("tests", "memcheck", "racecheck")
+    checks = [name for name in cases if name not in (*programs, "compile")]
+    right = sum(name not in wrong for name in checks)
+    rows = [["checks against the definitions, same bits again", f"{right} of {len(checks)} right"]]
+    rows += [[name, cases[name]["summary"]] for name in programs if name in cases]
+    rows += [[f"WRONG: {name}", cases[name].get("summary", "")] for name in wrong]
+    rows += [[f"FAILED: {record['case']}", record["error"]] for record in results.errors(content, "correctness")]
+    return [Table("Correct, compiled", ("what", "outcome"), rows)]
+
+
+def w4a16(cases: Iterable[Case], copy: float | None) -> list[Table]:
+    """One table for each model, dtype and grid: the layers together, by rows."""
+    campaigns: dict[tuple[str, str, int, bool], list[Case]] = {}
+    for case in cases:
+        key = (case["model"], case["dtype"], case["group"], case["asymmetric"])
+        campaigns.setdefault(key, []).append(case)
+    return [_campaign(key, found, copy) for key, found in campaigns.items()]
+
+
+def _campaign(key: tuple[str, str, int, bool], cases: Sequence[Case], copy: float | None) -> Table:
+    model, dtype, group, asymmetric = key
+    layers = dict.fromkeys(case["layer"] for case in cases)
+    rows = []
+    for M in sorted({case["M"] for case in cases}):
+        here = [case for case in cases if case["M"] == M]
+        if len(here) == len(layers):
+            aimed = TARGETS.get(M) if (model, dtype, group, asymmetric) == ("8B", "bfloat16", 128, True) else None
+            rows.append(_rows_of(M, here, copy, aimed))
+    title = f"W4A16 linear, {model} ({', '.join(layers)}), {dtype}, g{group} "
+    title += "asymmetric" if asymmetric else "symmetric"
+    columns = ("M", "µs", "x cuBLAS", "aim", "x best of tinygemm, gemlite", "aim", "x naive Triton",
+               "x dequantize + cuBLAS", "GB/s", "of copy", "largest error")  # fmt: skip
+    return Table(title, columns, rows)
+
+
+def _rows_of(M: int, cases: Sequence[Case], copy: float | None, aimed: tuple[float, float | None] | None) -> list[str]:
+    own = sum(case["microseconds"][OURS]["median"] for case in cases)
+    rate = sum(case["bytes"] for case in cases) / own * 1e6
+    rival = together(cases, RIVALS)
+    return [
+        str(M),
+        f"{own:.1f}",
+        _ratio(together(cases, [CUBLAS]), own),
+        f"{aimed[0]}" if aimed else "",
+        _ratio(rival, own),
+        f"{aimed[1]}" if aimed and aimed[1] else "",
+        _ratio(together(cases, ["naive_triton"]), own),
+        _ratio(together(cases, ["dequantize"]), own),
+        f"{rate / 1e9:.0f}",
+        f"{rate / copy:.0%}" if copy else NONE,
+        f"{max(case['error'] for case in cases):.1e}",
+    ]
+
+
+def together(cases: Sequence[Case], contenders: Sequence[str]) -> float | None:
+    """Microseconds over all cases, each by the fastest of the contenders; None where one has none of them."""
+    best = [
+        min((case["microseconds"][name]["median"] for name in contenders if name in case["microseconds"]), default=None)
+        for case in cases
+    ]
+    known = [value for value in best if value is not None]
+    return sum(known) if len(known) == len(cases) else None
+
+
+def gptq(cases: Mapping[str, Case]) -> list[Table]:
+    """Steps beside their floors, then the whole."""
+    found = []
+    few, whole = cases.get("few blocks"), cases.get("whole model")
+    if few is not None:
+        rows = [
+            [step, f"{seconds:.2f}", f"{few['floors'][step]:.1f}" if step in few["floors"] else NONE]
+            for step, seconds in sorted(few["steps"].items(), key=lambda item: -item[1])
+        ]
+        rows.append(["all but making weights and saving", f"{few['seconds']:.2f}", NONE])
+        title = f"GPTQ, {few['of_blocks']} blocks extrapolated from {few['counted_blocks']}, {few['tokens']} tokens"
+        found.append(Table(title, ("step", "s", "floor on an H200, s"), rows))
+    rows = [
+        [name, case["summary"]] for name, case in cases.items() if name.startswith(("hessian", "factorize", "round"))
+    ]
+    if whole is not None:
+        aim = f"aim: {whole['target_seconds']:.0f} s on an H200"
+        rows.append([f"whole model, {whole['of_blocks']} blocks", f"{whole['summary']}; {aim}"])
+    return [*found, Table("GPTQ, apart", ("what", "time"), rows)] if rows else found
+
+
+def decode(cases: Mapping[str, Case]) -> list[Table]:
+    """Tokens a second, packed beside bf16; memory beside what the tensors add up to."""
+    speeds = [case for case in cases.values() if "tokens_per_second" in case]
+    rows = []
+    for batch, mode in dict.fromkeys((case["batch"], case["mode"]) for case in speeds):
+        rate = {
+            case["kind"]: case["tokens_per_second"] for case in speeds if (case["batch"], case["mode"]) == (batch, mode)
+        }
+        packed, plain = rate.get("packed"), rate.get("bf16")
+        aim = f"{DECODE_TARGET}" if (batch, mode) == (1, "graphs") else ""
+        rows.append([str(batch), mode, _number(packed), _number(plain), _ratio(packed, plain), aim])
+    memory = [[name, case["summary"], f"{case['ratio']:.3f}"] for name, case in cases.items() if "tensor_bytes" in case]
+    found = (
+        [Table("Decoding, tokens a second", ("batch", "mode", "4 bits", "bf16", "ratio", "aim"), rows)] if rows else []
+    )
+    return [*found, Table("Memory in use", ("model", "bytes", "over its tensors"), memory)] if memory else found
+
+
+def cpu(content: Mapping[str, Any]) -> str:
+    """A CPU's file: the times of `bench.cpu`, or what another program has written down of each case."""
+    heading = f"### {content['cpu']}, {content['date']}, threads: {content['threads']}"
+    cases = content["cases"]
+    table = _cpu_linear(cases) if all("microseconds" in case for case in cases) else _as_written(cases)
+    note = f"\n\n{content['note']}" if content.get("note") else ""
+    return f"{heading}{note}\n\n{table.markdown()}"
+
+
+def _cpu_linear(cases: Sequence[Case]) -> Table:
+    names = list(dict.fromkeys(name for case in cases for name in case["microseconds"]))
+    ratios = list(dict.fromkeys(name for case in cases for name in case["ratios"]))
+    rows = [
+        [f"{case['N']} x {case['K']}", str(case["M"]),
+         *(f"{case['microseconds'][name]['median']:.0f}" if name in case["microseconds"] else NONE for name in names),
+         *(f"{case['ratios'][name]:.2f}" if name in case["ratios"] else NONE for name in ratios)]
+        for case in cases
+    ]  # fmt: skip
+    columns = ["N x K", "M", *(f"{name}, µs" for name in names), *(name.replace("_", " ") for name in ratios)]
+    return Table("Linear layers, 4 bits", columns, rows)
+
+
+def _as_written(cases: Sequence[Case]) -> Table:
+    """One column for each plain value."""
+    plain = (str, int, float)
+    columns = list(dict.fromkeys(name for case in cases for name, value in case.items() if isinstance(value, plain)))
+    rows = [
+        [f"{case[name]:.4g}" if isinstance(case.get(name), float) else str(case.get(name, NONE)) for name in columns]
+        for case in cases
+    ]
+    return Table("Whole models", [name.replace("_", " ") for name in columns], rows)
+
+
+def _ratio(other: float | None, own: float | None) -> str:
+    return NONE if other is None or own is None else f"{other / own:.2f}"
+
+
+def _number(value: float | None) -> str:
+    return NONE if value is None else f"{value:.1f}"
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
