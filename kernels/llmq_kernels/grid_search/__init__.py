@@ -7,6 +7,6 @@ torch_path.py     all groups at once, candidate by candidate, for any device: wh
 triton_kernel.py  a group stays in registers while all candidates are tried, for CUDA
 op.py             the door: which candidates there are, checks, and the choice between the two
 
-In torch every candidate reads and writes all weights several times: 380 candidates of an asymmetric grid move 4 kB for
+In torch every candidate reads and writes all weights several times: 141 candidates of an asymmetric grid move 7 kB for
 each weight.  In registers, each weight is read once.
 """
