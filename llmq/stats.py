@@ -3,8 +3,8 @@
 With X (T, K) the inputs that were seen, H = XᵀX / T is the second moment (the Hessian of the layer's squared output
 error, up to a factor) and mean|x| the scale of each channel.  Both are sums over tokens, so batches add up.
 
-On a GPU inputs in half precision are multiplied as they are, and only what is above the diagonal is added up; it is
-mirrored when somebody asks for H.
+Only what is above the diagonal is added up; it is mirrored when somebody asks for H.  On a GPU inputs in half precision
+are multiplied as they are.
 """
 
 import torch
@@ -20,24 +20,22 @@ class InputStats:
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         self.tokens = 0
-        self._gram = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self._gram = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)  # above the diagonal
         self._absolute = torch.zeros(in_features, dtype=torch.float32, device=device)
-        self._upper_only = device.type == "cuda"  # what lies below the diagonal of the sum is undefined
 
     def update(self, inputs: Tensor) -> None:
         """Add `inputs` (..., K) of any float dtype; every leading dimension is a token."""
         for chunk in inputs.reshape(-1, inputs.shape[-1]).split(TOKENS_AT_ONCE):
             if not (chunk.is_cuda and chunk.dtype in gram.HALVES):
                 chunk = chunk.to(torch.float32)
-            gram.update(self._gram, chunk, upper_only=self._upper_only)
+            gram.update(self._gram, chunk, upper_only=True)
             self._absolute += chunk.abs().sum(0, dtype=torch.float32)
             self.tokens += len(chunk)
 
     @property
     def hessian(self) -> Tensor:
         """(K, K) float32, XᵀX / T."""
-        if self._upper_only:
-            gram.mirror(self._gram)
+        gram.mirror(self._gram)
         return self._gram / max(1, self.tokens)
 
     @property
@@ -54,7 +52,6 @@ class InputStats:
         """The statistics of x / scales, `scales` (K,): what the weights see after a folding."""
         divided = InputStats(len(scales), scales.device)
         divided.tokens = self.tokens
-        divided._upper_only = self._upper_only
         divided._gram = self._gram / (scales[:, None] * scales[None, :])
         divided._absolute = self._absolute / scales
         return divided

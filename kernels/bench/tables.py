@@ -183,10 +183,9 @@ def decode(cases: Mapping[str, Case]) -> list[Table]:
 
 
 def cpu(content: Mapping[str, Any]) -> str:
-    """A CPU's file: the times of `bench.cpu`, or what another program has written down of each case."""
+    """A CPU's file: the times of `bench.cpu`, or those of `bench.cpu_decode`."""
     heading = f"### {content['cpu']}, {content['date']}, threads: {content['threads']}"
-    cases = content["cases"]
-    table = _cpu_linear(cases) if all("microseconds" in case for case in cases) else _as_written(cases)
+    table = _cpu_decode(content) if "models" in content else _cpu_linear(content["cases"])
     note = f"\n\n{content['note']}" if content.get("note") else ""
     return f"{heading}{note}\n\n{table.markdown()}"
 
@@ -204,15 +203,14 @@ def _cpu_linear(cases: Sequence[Case]) -> Table:
     return Table("Linear layers, 4 bits", columns, rows)
 
 
-def _as_written(cases: Sequence[Case]) -> Table:
-    """One column for each plain value."""
-    plain = (str, int, float)
-    columns = list(dict.fromkeys(name for case in cases for name, value in case.items() if isinstance(value, plain)))
+def _cpu_decode(content: Mapping[str, Any]) -> Table:
+    shape = content["shape"]
     rows = [
-        [f"{case[name]:.4g}" if isinstance(case.get(name), float) else str(case.get(name, NONE)) for name in columns]
-        for case in cases
+        [name, f"{model['tokens_per_second']:.1f}", f"{model['step_microseconds']['median'] / 1000:.1f}"]
+        for name, model in content["models"].items()
     ]
-    return Table("Whole models", [name.replace("_", " ") for name in columns], rows)
+    title = f"Decoding, batch 1: a random Llama of {shape['num_hidden_layers']} layers, {shape['hidden_size']} wide"
+    return Table(title, ["model", "tokens a second", "ms a step"], rows)
 
 
 def _ratio(other: float | None, own: float | None) -> str:

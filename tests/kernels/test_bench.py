@@ -272,4 +272,8 @@ def test_a_cpu_is_shown_by_what_was_written_of_it() -> None:
     shown = tables.cpu({**about, "cases": [linear]})
     assert "### Some CPU, 2026-01-02, threads: 2" in shown
     assert "| 8 x 16 | 1 | 12       | 30             | 0.41            |" in shown
-    assert "| packed | 51.25" in tables.cpu({**about, "cases": [{"model": "packed", "tokens_per_second": 51.25}]})
+    shape = {"num_hidden_layers": 2, "hidden_size": 64}
+    models = {"packed": {"tokens_per_second": 51.25, "step_microseconds": {"median": 19512.0}}}
+    decoded = tables.cpu({**about, "shape": shape, "models": models})
+    assert "a random Llama of 2 layers, 64 wide" in decoded
+    assert "| packed | 51.2            | 19.5      |" in decoded
