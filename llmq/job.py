@@ -11,11 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 
-from llmq import algorithms, calibration, formats, pipeline, schemes
+from llmq import algorithms, calibration, formats, memory, pipeline, schemes
 from llmq._version import __version__
 from llmq.calibration import CalibrationSet
 from llmq.checkpoint import hub
@@ -103,10 +102,13 @@ class Job:
         text = self._calibration_set() if self.settings.stages.needs_calibration else None
         writer = self._open_writer(text)
         try:
-            for done in pipeline.quantize_blocks(self._pipeline_run(text, writer)):
+            run = self._pipeline_run(text, writer)
+            for done in pipeline.quantize_blocks(run):
                 if isinstance(done, BlockReport):
                     self.report.blocks.append(done)
                 yield done
+            if run.stream is not None:
+                self.report.notes += run.stream.notes
             self._finish(writer, start)
         except BaseException:
             writer.abandon()
@@ -195,7 +197,7 @@ class Job:
         stream = None
         if text is not None:
             batch = max(1, TOKENS_PER_BATCH.get(self._device.type, 4096) // text.windows.shape[1])
-            stream = Stream(self._skeleton, text.windows, batch, _spare_memory(self._device) // 2)
+            stream = Stream(self._skeleton, text.windows, batch, memory.spare(self._device))
         options = algorithms.Options(
             self._layout.scale_dtype(self._stored_dtype),
             self.settings.order,
@@ -288,13 +290,6 @@ def default_output(model: str, settings: QuantConfig) -> Path:
     """`llama-gptq-4bit` in the current folder, for a model whose name or folder is `llama`."""
     name = Path(model).resolve().name if Path(model).is_dir() else model.rsplit("/", 1)[-1]
     return Path(f"{name}-{settings.method}-{settings.scheme.bits}bit")
-
-
-def _spare_memory(device: torch.device) -> int:
-    """Bytes that are free where the model computes."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return int(psutil.virtual_memory().available)
 
 
 def _refuse_quantized(checkpoint: Checkpoint) -> None:

@@ -75,7 +75,8 @@ def quantize_block(run: Run, index: int, block: Block, start: float) -> Generato
     layers: list[LayerReport] = []
     for group, stats in observe_in_sequence(run, block, groups):
         if stats is not None and stats.tokens == 0:
-            continue  # no token came this way; what stays as it is is listed at the end
+            notes.append(f"{', '.join(group.names)}: left as they are, no calibration token was seen to reach them")
+            continue
         weights = {path: block.weight(path) for path in group.names}
         for path, weight, rounding in round_group(run, weights, stats):
             packed = run.layout.pack(rounding.quantized)
@@ -108,7 +109,7 @@ def observe_in_sequence(
         return
     flow = run.stream.flow(block, groups)
     yield from flow.statistics()
-    run.stream.take(flow.outputs)
+    run.stream.advance(block, flow.outputs)
 
 
 def transform_block(run: Run, block: Block, groups: Sequence[InputGroup]) -> list[str]:

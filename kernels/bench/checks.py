@@ -102,7 +102,7 @@ def product(shape: Shape, dtype: torch.dtype, device: torch.device, repeats: int
         numpy(x), *(None if part is None else numpy(part) for part in weight.tensors),  # type: ignore[arg-type]
         bits=weight.bits, in_features=weight.in_features, columns_per_group=weight.columns_per_group,
     )  # fmt: skip
-    poison(torch.empty(exact.shape, dtype=dtype, device=device))
+    poison(torch.Size(exact.shape), dtype, device)
     first = multiply(x, weight)
     same = all_same(first, lambda: multiply(x, weight), repeats)
     error = relative_error(first, torch.from_numpy(exact).to(device))

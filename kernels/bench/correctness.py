@@ -20,18 +20,18 @@ from bench.results import ROOT
 from bench.session import Result, Session
 
 SHARE_OF_TESTS = {True: 0.6, False: 0.95}  # of the section's time, with a sanitizer to come and without
-SANITIZER_SECONDS = 45.0
+SANITIZER_SECONDS = 30.0
 LEAST_SECONDS = 10.0
 # `path::test PASSED [ 5%]`, or from parallel workers `[gw3] [ 5%] PASSED path::test`
 KINDS = "PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS"
 OUTCOME = re.compile(rf"^(?:\[gw\d+\] \[ *\d+%\] ({KINDS}) (\S+::\S.*?)|(\S+::\S.*?) ({KINDS})(?: .*)?)\s*$")
 REASON = re.compile(r"^(?:FAILED|ERROR) (\S+::\S.*?) - (.*)")
 ERRORS_FOUND = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)")
-TOOLS = ("memcheck", "racecheck")
+TOOLS = ("memcheck", "racecheck", "initcheck")
 
 
 def measure(plan: Plan, session: Session) -> None:
-    """Cases: compile, those of `checks`, tests, memcheck, racecheck."""
+    """Cases: compile, those of `checks`, tests, and one for each of the TOOLS."""
     sanitizer = shutil.which(SANITIZER) is not None
     end_of_tests = time.monotonic() + SHARE_OF_TESTS[sanitizer] * session.seconds_left
     with running_tests() as tests:  # while the checks run, on other cores
@@ -124,7 +124,8 @@ def sanitize(tool: str, seconds: float) -> Result:
 
     sanitized.main()  # compiles: the watched program finds it done
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    command = [SANITIZER, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "bench.sanitized"]
+    options = ["--tool", tool, "--report-api-errors", "no", "--error-exitcode", "9"]
+    command = [SANITIZER, *options, sys.executable, "-m", "bench.sanitized"]
     try:
         done = subprocess.run(
             command, cwd=Path(ROOT), env=environment, capture_output=True, text=True, timeout=seconds, check=False

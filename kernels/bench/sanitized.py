@@ -2,7 +2,10 @@
 
     compute-sanitizer --tool racecheck python -m bench.sanitized
 
-K is split among several programs, so that counters and workspaces are used; GPTQ's block and XᵀX run once each.
+K is split among several programs, so that counters and workspaces are used; the kernels for quantizing run once each.
+memcheck sees reads and writes out of bounds, initcheck reads of what nobody wrote, racecheck hazards in *shared* memory
+only: that programs meet in the right order at a workspace is not for a tool to show, but for the reasoning in
+`w4a16/triton_kernel.py` and for repeats that have to agree to the bit.
 """
 
 import torch
@@ -10,6 +13,8 @@ import torch
 from bench.checks import Shape, make_weight, multiply
 from llmq_kernels.gptq_block import triton_kernel as block_kernel
 from llmq_kernels.gram import triton_kernel as gram_kernel
+from llmq_kernels.grid_search import op as grid_search
+from llmq_kernels.grid_search import triton_kernel as grid_kernel
 
 SHAPES = (Shape(1, 96, 2048, 128), Shape(20, 70, 1000, 32), Shape(80, 64, 512, 128), Shape(3, 64, 512, 128, bits=3))
 
@@ -25,6 +30,10 @@ def main() -> None:
     ones, groups = torch.ones(1, 1, N, device=device), torch.zeros(1, K, dtype=torch.int32, device=device)
     block_kernel.round_columns(columns, codes, torch.eye(K, device=device)[None], ones, ones, groups, 15, 0, K)
     gram_kernel.update(torch.zeros(64, 64, device=device), torch.randn(96, 64, device=device).half(), upper_only=True)
+    some, costs = torch.rand(20, 2, device=device) + 1, torch.ones(2, 32, device=device)
+    tried = grid_search.Candidates(15, False, (0.8, 1.0), (-0.1, 0.1), (-1, 0, 1), 1e-9, torch.float16)
+    groups = torch.randn(20, 2, 32, device=device)
+    grid_kernel.search(groups, costs, (some, some.round()), some, some.round(), tried)
     if device.type == "cuda":
         torch.cuda.synchronize()
     print("done")

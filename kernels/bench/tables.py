@@ -79,7 +79,7 @@ def correctness(content: Mapping[str, Any]) -> list[Table]:
     if not cases and not results.errors(content, "correctness"):
         return []
     wrong = [name for name, case in cases.items() if case.get("wrong")]
-    programs = ("tests", "memcheck", "racecheck")
+    programs = ("tests", "memcheck", "racecheck", "initcheck")
     checks = [name for name in cases if name not in (*programs, "compile")]
     right = sum(name not in wrong for name in checks)
     rows = [["checks against the definitions, same bits again", f"{right} of {len(checks)} right"]]

@@ -77,9 +77,10 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
     return float((found.double() - exact).norm() / exact.norm())
 
 
-def poison(like: Tensor) -> None:
+def poison(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
     """Fill a block of that size with NaN and give it back, so that the next output of its size is made of NaN.
 
-    The allocator hands the last freed block of a size out first; where it does not, the check is weaker, not wrong.
+    The allocator picks the same block again as long as nothing else is freed in between.  In particular no other tensor
+    of that size: it may hold the right values, and a kernel that writes nothing would look right.
     """
-    torch.full_like(like, float("nan"))
+    torch.full(shape, float("nan"), dtype=dtype, device=device)

@@ -42,12 +42,21 @@ def choose(device: torch.device) -> Choice:
         if asked == "triton":
             _warn_once(f"{VARIABLE}=triton: {reason}; torch is used")
         return Choice("torch", reason)
-    return _probed(device)
+    try:
+        return _probed(device)
+    except _CapturingError:
+        return Choice("torch", "a CUDA graph is being captured, and Triton was not tried out before")
+
+
+class _CapturingError(Exception):
+    """Nothing can be tried out just now, and nothing is to be remembered of that."""
 
 
 @functools.cache
 def _probed(device: torch.device) -> Choice:
-    """What a CUDA device can do, found out by doing it."""
+    """What a CUDA device can do, found out by doing it; raises _CapturingError while a CUDA graph is captured."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise _CapturingError
     try:
         from llmq_kernels import triton_probe
 

@@ -33,6 +33,11 @@ class Block:
         self._skeleton = skeleton
         self.linears = {f"{path}.{name}": m for name, m in module.named_modules() if is_plain_linear(m)}
 
+    @property
+    def float_bytes(self) -> int:
+        """What the parameters of the block take in float32."""
+        return sum(4 * parameter.numel() for parameter in self.module.parameters())
+
     def load(self) -> None:
         """Read every parameter of the block from the checkpoint; raises CheckpointError for one with NaN or Inf."""
         weights, device = self._skeleton.weights, self._skeleton.device

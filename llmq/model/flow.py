@@ -6,19 +6,23 @@ on.  Two ways lead there, with the same numbers:
 
 * **held**: the forward of every batch stands still in front of the group, as a greenlet (its Python frames are kept,
   with the activations that they hold), and goes on where it stood.  One forward in all, and its outputs are the next
-  block's inputs.
+  block's inputs.  Torch's modes (autograd, autocast) belong to the thread, so each switch puts back those of the side
+  that goes on.
 * **repeated**: where the activations of all batches do not fit into memory at once, each group's input is computed
-  again from the block's, as far as that group and no further; then the whole block once more.  About twice the work
-  (for a Llama block 2.2 forwards), in the memory of one batch.
+  again from the block's, as far as that group and no further; then the caller runs the whole block once more.  About
+  twice the work (for a Llama block 2.2 forwards), in the memory of one batch.
 
 Greenlets and not threads, because all of them run in one thread: a second one would have a second pool of OpenMP
 workers.  They switch in a hook of the linear layer, between two torch operations.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from llmq.model.block import Block
@@ -26,20 +30,21 @@ from llmq.model.observe import InputGroup
 from llmq.model.skeleton import Call
 from llmq.stats import InputStats
 
-HELD_WIDTHS = 4  # hidden states that a suspended forward keeps besides the input it stands in front of: an estimate
-
 Calls = Callable[[], Iterable[Call]]
 
 
 class Flow:
-    """One block's forward over all batches, group by group; `outputs` holds each batch's output when it is done."""
+    """One block's forward over all batches, group by group.
+
+    `outputs` is each batch's output when it is done; None where they are still to be computed.
+    """
 
     def __init__(self, block: Block, groups: Sequence[InputGroup], calls: Calls, *, held: bool) -> None:
         self._block = block
         self._groups = groups
         self._calls = calls
         self._held = held
-        self.outputs: list[Tensor] = []
+        self.outputs: list[Tensor] | None = None
 
     def statistics(self) -> Iterator[tuple[InputGroup, InputStats]]:
         """Each group with what its weights are fed; they are to be rounded before the next is asked for."""
@@ -53,13 +58,16 @@ class Flow:
         rounded: set[InputGroup] = set()
         forwards: list[Any] = []
         caller = getcurrent()
+        device = self._block.linears[self._groups[0].names[0]].weight.device.type if self._groups else "cpu"
 
         def wait(group: InputGroup, inputs: Tensor) -> None:
             if group not in rounded:
-                caller.switch((group, inputs))
+                with _modes_kept(device):
+                    caller.switch((group, inputs))
 
         def resume(batch: int) -> None:
-            arrived = forwards[batch].switch()
+            with _modes_kept(device):
+                arrived = forwards[batch].switch()
             if forwards[batch].dead:
                 outputs[batch] = arrived
             else:
@@ -80,13 +88,13 @@ class Flow:
             finally:
                 for forward in forwards:  # those that an error left standing
                     if not forward.dead:
-                        forward.throw()
+                        with _modes_kept(device):
+                            forward.throw()
         self.outputs = [outputs[batch] for batch in range(len(forwards))]
 
     def _repeated(self) -> Iterator[tuple[InputGroup, InputStats]]:
         for group in self._groups:
             yield group, _summed(self._block, group, self._inputs(group))
-        self.outputs = [self._block.run(call) for call in self._calls()]
 
     def _inputs(self, group: InputGroup) -> Iterator[Tensor]:
         """What `group` is fed, batch by batch; none for a batch that does not reach it."""
@@ -107,6 +115,28 @@ class _Reached(Exception):  # noqa: N818  (it ends a forward, nothing went wrong
 
     def __init__(self, inputs: Tensor) -> None:
         self.inputs = inputs
+
+
+@contextmanager
+def _modes_kept(device: str) -> Iterator[None]:
+    """Whatever happens inside, autograd and the autocast of a type of device are then as they were."""
+    gradient, autocast = torch.is_grad_enabled(), torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device)
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(gradient)
+        torch.set_autocast_enabled(device, autocast)
+        torch.set_autocast_dtype(device, dtype)
+
+
+def why_not_held() -> str | None:
+    """What keeps forwards from standing still in this environment, if anything does."""
+    try:
+        import greenlet  # noqa: F401
+    except ImportError as error:
+        return f"greenlet cannot be imported ({error})"
+    return None
 
 
 @contextmanager
@@ -135,11 +165,37 @@ def _summed(block: Block, group: InputGroup, inputs: Iterable[Tensor]) -> InputS
     return stats
 
 
-def held_bytes(block: Block, groups: Sequence[InputGroup], tokens: int) -> int:
-    """About what suspended forwards of so many tokens keep in memory: the widest input, and a few hidden states."""
-    if not groups:
-        return 0
-    widest = max(group.in_features for group in groups)
-    narrowest = min(group.in_features for group in groups)
-    itemsize = block.linears[groups[0].names[0]].weight.element_size()
-    return tokens * itemsize * (widest + HELD_WIDTHS * narrowest)
+def held_bytes(block: Block, groups: Sequence[InputGroup], call: Call) -> int:
+    """What a forward of `call` keeps in memory while it stands in front of a group, at the place where that is most.
+
+    Found by running it: how many activations, masks and attention weights a model's code has at hand is its own choice.
+    """
+    here, most = sys._getframe(), 0
+
+    def look(_: InputGroup, __: Tensor) -> None:
+        nonlocal most
+        most = max(most, _bytes_in_frames(sys._getframe(1), here, call.hidden))
+
+    with _in_front_of(block, groups, look):
+        block.run(call)
+    return most
+
+
+def _bytes_in_frames(frame: FrameType | None, last: FrameType, hidden: Tensor) -> int:
+    """Bytes of the tensors that the local variables of `frame` and its callers refer to, as far as `last`.
+
+    `hidden` may be a part of what the stream holds of a whole batch, so of its memory only that part counts.
+    """
+    storages = {hidden.untyped_storage().data_ptr(): hidden.nbytes}
+    while frame is not None and frame is not last:
+        values = list(frame.f_locals.values())
+        while values:
+            value = values.pop()
+            if type(value) is Tensor:  # and not a parameter
+                storages.setdefault(value.untyped_storage().data_ptr(), value.untyped_storage().nbytes())
+            elif type(value) in (tuple, list):
+                values += value
+            elif type(value) is dict:
+                values += value.values()
+        frame = frame.f_back
+    return sum(storages.values())

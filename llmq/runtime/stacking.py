@@ -66,7 +66,11 @@ def find_stackings(model: Any, modules: Iterable[str], shape: Callable[[str], tu
             found.setdefault(name, {}).setdefault(pattern, []).append(module)
     stackings = {}
     for name, by_pattern in found.items():
-        converter = next(c for c in converters if set(by_pattern) <= set(c.source_patterns))
+        converter = next((c for c in converters if set(by_pattern) <= set(c.source_patterns)), None)
+        if converter is None:
+            raise FormatError(
+                f"{name} is made of tensors that are named in more than one way: {', '.join(sorted(by_pattern))}"
+            )
         E = stacked[name].shape[0]
         parts = [_by_expert(name, by_pattern.get(pattern, []), E) for pattern in converter.source_patterns]
         rows = _rows_of_parts(model, converter, name, [shape(part[0])[0] for part in parts])

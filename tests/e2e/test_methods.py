@@ -13,7 +13,7 @@ import llmq
 from llmq import job as job_module
 from llmq.config import QuantConfig, merged
 from llmq.job import Job
-from llmq.model import observe
+from llmq.model.stream import Stream
 from tests.builders import skeleton_of
 from tests.runs import float_equivalent, float_model, logits, quantize, relative, tensors_of, windows_of
 
@@ -79,14 +79,13 @@ def test_every_block_is_observed_behind_the_quantized_ones(
 ) -> None:
     model = checkpoint("llama", num_hidden_layers=2)
     seen: list[Tensor] = []
-    original = observe.statistics
+    original = Stream.flow
 
-    def spy(block: Any, groups: Any, calls: Any) -> Any:
-        kept = list(calls)
-        seen.append(torch.cat([call.hidden for call in kept]))
-        return original(block, groups, kept)
+    def spy(stream: Stream, block: Any, groups: Any) -> Any:
+        seen.append(torch.cat([call.hidden for call in stream.calls()]))
+        return original(stream, block, groups)
 
-    monkeypatch.setattr(observe, "statistics", spy)
+    monkeypatch.setattr(Stream, "flow", spy)
     quantize(model, tmp_path / "out", text, method=method)
     with torch.no_grad():
         before, behind = (

@@ -78,6 +78,7 @@ def test_rounding_gives_the_same_bits_every_time(backend_name: str) -> None:
         assert torch.equal(block.compensate(*on_gpu(case)), expected)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # raised, it would leave the mode on for all tests
 def test_rounding_waits_for_nothing(backend_name: str) -> None:
     arguments = on_gpu(problem(N=40, K=300))
     block.compensate(*on_gpu(problem(N=40, K=300)))  # compiles
@@ -102,6 +103,7 @@ def test_rounding_can_be_captured_and_replayed() -> None:
         assert torch.equal(codes, expected)
 
 
+@pytest.mark.filterwarnings("ignore:Please use the new API")  # some versions of torch say so of the older switch
 def test_tf32_of_the_process_is_left_out_and_left_as_it_is(backend_name: str) -> None:
     case = problem(N=64, K=512)
     expected = block.compensate(*on_gpu(case))

@@ -67,7 +67,10 @@ def test_every_section_ends_and_nothing_is_wrong(
     ("section", "expected"),
     [
         ("environment", {"machine", "copy", "matmul"}),
-        ("correctness", {"rounding", "float16 second moment", "float16 experts", "tests", "memcheck", "racecheck"}),
+        (
+            "correctness",
+            {"rounding", "float16 second moment", "float16 experts", "tests", "memcheck", "racecheck", "initcheck"},
+        ),
         ("w4a16", {"tiny o float16 g32 M=1", "tiny down bfloat16 g128 sym M=2"}),
         ("gptq", {"hessian K=64", "factorize K=128", "round gate_up", "few blocks", "whole model"}),
         ("decode", {"bf16 memory", "packed memory", "bf16 batch 1 eager", "packed batch 2 eager"}),

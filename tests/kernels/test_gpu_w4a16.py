@@ -193,6 +193,7 @@ def test_a_capture_without_counters_makes_its_own(monkeypatch: pytest.MonkeyPatc
         assert torch.equal(y, expected)
 
 
+@pytest.mark.filterwarnings("default")  # Inductor warns of what it imports itself
 def test_compiled_with_cuda_graphs() -> None:
     """torch.compile's graph trees refuse memory that outlives a graph; the counters must not be in theirs."""
     case = on_gpu(4, 1024, 4096, group=128, dtype=torch.float16)

@@ -225,8 +225,9 @@ def test_torch_accepts_the_op(extras: bool, trained: bool) -> None:
     torch.library.opcheck(op.w4a16_linear, tuple(case.values()))
 
 
-def test_torch_accepts_the_gradient_op() -> None:
-    case = arguments((), 5, 172, ordered=True)
+@pytest.mark.parametrize("ordered", [True, False])
+def test_torch_accepts_the_gradient_op(ordered: bool) -> None:
+    case = arguments((), 5, 172, ordered=ordered)  # 172: the last tile is cut, which the strides must not show
     torch.library.opcheck(op.w4a16_input_gradient, (torch.randn(2, 3, 5), *(case[name] for name in GRADIENT_TAKES)))
 
 
@@ -280,3 +281,21 @@ def test_the_op_checks() -> None:
     case = arguments((2,), 5, 172)
     with pytest.raises(KernelInputError, match="scales: found strides"):
         op.w4a16_linear(**case | {"scales": torch.zeros(5, 6).t()})
+
+
+def test_autocast_casts_x_as_it_does_for_torchs_linear() -> None:
+    given = arguments((3,), 24, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = op.linear(**given)
+        expected = torch.nn.functional.linear(given["x"], torch.zeros(24, 64)).dtype
+    assert y.dtype == expected == torch.bfloat16
+    assert torch.equal(y, op.linear(**{**given, "x": given["x"].to(torch.bfloat16)}))
+
+
+def test_a_bias_that_asks_for_a_gradient_gets_none_either_way() -> None:
+    """The short way round torch's dispatcher would give it one, the op does not."""
+    given = arguments((3,), 24, 64, bias=True)
+    given["bias"].requires_grad_(True)
+    for y in (op.linear(**given), torch.ops.llmq.w4a16_linear(*given.values())):
+        y.sum().backward()
+        assert given["bias"].grad is None

@@ -135,3 +135,9 @@ def test_without_a_gpu_tuning_says_so(capsys: pytest.CaptureFixture[str], monkey
     with pytest.raises(SystemExit):
         tune.main(["--output", "x.json"])
     assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_a_file_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(configs.VARIABLE, str(tmp_path / "none.json"))
+    with pytest.raises(KernelInputError, match=r"LLMQ_W4A16_CONFIGS names a file that cannot be read: .*none.json"):
+        configs.for_architecture(90)

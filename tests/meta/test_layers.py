@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS = (
     ("errors", "_version"),
     ("config",),
-    ("grid", "quantized", "stats"),
+    ("grid", "quantized", "stats", "memory"),
     ("algorithms", "formats", "model"),
     ("schemes", "calibration", "checkpoint", "runtime", "report"),
     ("pipeline", "evaluation", "measure", "inspection", "environment", "job"),

@@ -1,5 +1,6 @@
 """Statistics in the order in which a block runs: both ways against full forwards, one for each group, in float64."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,9 +10,9 @@ from torch import Tensor, nn
 
 from llmq.model import observe
 from llmq.model.block import Block
-from llmq.model.flow import Flow
+from llmq.model.flow import Flow, held_bytes
 from llmq.model.skeleton import Call, Skeleton
-from llmq.model.stream import Stream
+from llmq.model.stream import BLOCK_COPIES, SOLVER_BYTES, Stream
 from llmq.stats import InputStats
 from tests.builders import skeleton_in_memory, skeleton_of, tokens
 
@@ -36,7 +37,8 @@ def walk(walked: Skeleton, memory: int) -> tuple[dict[str, InputStats], list[Ten
     for group, stats in flow.statistics():
         found[group.names[0]] = stats
         spoil(block, group.names)
-    return found, flow.outputs
+    stream.advance(block, flow.outputs)
+    return found, [call.hidden for call in stream.calls()]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -113,7 +115,11 @@ def flow_of(block: Block, lengths: list[int], *, held: bool) -> Flow:
 def test_batches_that_take_another_way_are_waited_for(held: bool) -> None:
     flow = flow_of(branching(), [6, 3, 6], held=held)
     assert [stats.tokens for _, stats in flow.statistics()] == [15, 12, 15]
-    assert [output.shape[1] for output in flow.outputs] == [6, 3, 6]
+    if held:
+        assert flow.outputs is not None
+        assert [output.shape[1] for output in flow.outputs] == [6, 3, 6]
+    else:
+        assert flow.outputs is None, "the block is run batch by batch, and each input let go"
 
 
 @pytest.mark.parametrize("held", [True, False])
@@ -130,6 +136,102 @@ def test_a_walk_that_is_broken_off_leaves_the_block_as_it_was(held: bool) -> Non
     walking.close()
     assert not any(module._forward_pre_hooks for module in block.module.modules())
     assert block.run(Call((torch.randn(1, 6, 8),), {})).shape == (1, 6, 8)
+
+
+class Mixed(nn.Module):
+    """The second layer runs in bfloat16, the last does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = self.first(hidden)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            hidden = self.second(hidden)
+        return self.last(hidden.float())
+
+
+def modes() -> tuple[bool, bool]:
+    return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("broken_off", [False, True])
+def test_forwards_that_stand_still_leave_torch_s_modes_alone(broken_off: bool) -> None:
+    """Every forward is in no_grad, and these stop inside an autocast; both belong to the thread."""
+    model = BranchingModel()
+    model.blocks[0] = Mixed()
+    walked = skeleton_in_memory(model)
+    block = walked.blocks[0]
+    block.load()
+    flow = flow_of(block, [6, 6, 6], held=True)
+    walking = flow.statistics()
+    for _ in walking:
+        assert modes() == (True, False)
+        if broken_off:
+            walking.close()
+    assert modes() == (True, False)
+    if not broken_off:
+        torch.manual_seed(1)
+        assert flow.outputs is not None
+        for output in flow.outputs:
+            assert torch.equal(output, block.run(Call((torch.randn(1, 6, 8),), {})))
+
+
+class Eager(nn.Module):
+    """Has its attention weights and its mask at hand in front of the last layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, hidden: Tensor, masks: dict[str, Tensor]) -> Tensor:
+        values = self.first(hidden)  # (1, T, 8)
+        weights = hidden @ hidden.mT + masks["full"]  # (1, T, T)
+        mixed = weights @ values
+        return self.last(mixed) + weights.sum()
+
+
+def test_all_that_a_forward_has_at_hand_counts_as_held() -> None:
+    model = BranchingModel()
+    model.blocks[0] = Eager()
+    block = skeleton_in_memory(model).blocks[0]
+    block.load()
+    T = 50
+    mask = torch.zeros(T, T).expand(1, T, T)
+    call = Call((torch.randn(2, T, 8)[:1],), {"masks": {"full": mask, "same": mask[:, :1]}})
+    groups = observe.input_groups(block, call)
+    assert held_bytes(block, groups, call) == 4 * (T * T + T * T + 3 * T * 8)  # weights, mask, hidden, values, mixed
+    assert held_bytes(block, groups[:1], call) == 4 * (T * T + T * 8)
+
+
+def test_forwards_are_held_where_they_fit(checkpoint: Checkpoints) -> None:
+    walked = skeleton_of(checkpoint("llama"))
+    block = walked.blocks[0]
+    block.load()
+    groups = observe.input_groups(block, Stream(walked, tokens(5, 24), 2).sample(24))
+    held_by_all = 5 * held_bytes(block, groups, Stream(walked, tokens(5, 24), 2).sample(24))
+    needed = held_by_all + SOLVER_BYTES * 64**2 + BLOCK_COPIES * block.float_bytes  # 64 inputs are the most: down_proj
+    for memory, held in ((needed - 1, False), (needed, True)):
+        stream = Stream(walked, tokens(5, 24), 2, memory)
+        assert stream.flow(block, groups)._held is held
+        assert [note.partition(":")[2] for note in stream.notes] == (
+            [] if held else [" the activations of all the text did not fit into memory at once"]
+        )
+
+
+def test_without_greenlet_the_work_is_repeated_and_the_user_is_told(
+    checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "greenlet", None)
+    walked = skeleton_of(checkpoint("llama"))
+    block = walked.blocks[0]
+    block.load()
+    stream = Stream(walked, tokens(5, 24), 2, WAYS["held"])
+    assert not stream.notes
+    assert not stream.flow(block, observe.input_groups(block, stream.sample(24)))._held
+    assert ["greenlet" in note for note in stream.notes] == [True]
+    assert len(walk(walked, WAYS["held"])[1]) == 3
 
 
 @pytest.mark.parametrize("held", [True, False])

@@ -20,7 +20,7 @@ from llmq_kernels.full_precision import without_tf32
 
 HALVES = (torch.float16, torch.bfloat16)
 ALIGNMENT = 16  # of the width for Triton's tiles; any other goes by strips
-STRIP = 512  # rows of the result at once
+STRIP = 256  # rows of the result at once
 
 
 def update(gram: Tensor, x: Tensor, *, upper_only: bool) -> None:

@@ -72,7 +72,8 @@ def check(
     for name, tensor in {"first scales": first[0], "first zeros": first[1], "widest": widest, "zeros": zeros}.items():
         if tensor.shape != groups.shape[:2]:
             raise KernelInputError(f"{name}: found {tuple(tensor.shape)}, expected {tuple(groups.shape[:2])}")
-    for name, tensor in {"groups": groups, "costs": costs, "widest": widest, "zeros": zeros}.items():
+    named = {"groups": groups, "costs": costs, "widest": widest, "zeros": zeros}
+    for name, tensor in {**named, "first scales": first[0], "first zeros": first[1]}.items():
         if tensor.dtype != torch.float32 or tensor.device != groups.device:
             raise KernelInputError(
                 f"{name}: found {tensor.dtype} on {tensor.device}, expected torch.float32 on {groups.device}"

@@ -105,12 +105,13 @@ def search(
     scales, chosen = torch.empty(R, G, dtype=candidates.dtype, device=groups.device), torch.empty_like(per_group[2])
     width = triton.next_power_of_2(g)
     rows = max(1, TILE // width)
-    search_groups[(triton.cdiv(R, rows), G)](
-        groups, costs.contiguous(), *per_group, factors, offsets, scales, chosen,
-        R, G, g, float(candidates.levels), candidates.smallest, torch.finfo(candidates.dtype).max,
-        groups.stride(0), groups.stride(1),
-        FACTORS=len(candidates.factors), OFFSETS=len(candidates.offsets),
-        LEAST_SHIFT=min(candidates.shifts), SHIFTS=len(candidates.shifts),
-        ROWS=rows, WIDTH=width, num_warps=WARPS, enable_fp_fusion=False,
-    )  # fmt: skip
+    with torch.cuda.device_of(groups):  # Triton launches on the current device; nothing for a CPU tensor
+        search_groups[(triton.cdiv(R, rows), G)](
+            groups, costs.contiguous(), *per_group, factors, offsets, scales, chosen,
+            R, G, g, float(candidates.levels), candidates.smallest, torch.finfo(candidates.dtype).max,
+            groups.stride(0), groups.stride(1),
+            FACTORS=len(candidates.factors), OFFSETS=len(candidates.offsets),
+            LEAST_SHIFT=min(candidates.shifts), SHIFTS=len(candidates.shifts),
+            ROWS=rows, WIDTH=width, num_warps=WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
     return scales.to(torch.float32), chosen

@@ -84,7 +84,10 @@ def for_architecture(architecture: int) -> Table:
     """The table for compute capability major * 10 + minor: the user's where there is one, else the shipped."""
     path = os.environ.get(VARIABLE)
     if path:
-        theirs = read(Path(path).read_text(encoding="utf-8"), path)
+        try:
+            theirs = read(Path(path).read_text(encoding="utf-8"), path)
+        except OSError as error:
+            raise KernelInputError(f"{VARIABLE} names a file that cannot be read: {error}") from error
         if architecture in theirs:
             return theirs[architecture]
     ours = shipped()

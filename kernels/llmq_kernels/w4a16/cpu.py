@@ -43,16 +43,10 @@ class Fields:
     def width(self) -> int:
         return 16 // self.count
 
-    def in_place(self, value: int, device: torch.device) -> Tensor:
-        """(F, 1) int16: what each field of a word is where it holds `value`."""
-        placed = [value << self.width * j for j in range(self.count)]
-        signed = [v - 0x10000 if v > 0x7FFF else v for v in placed]
-        return torch.tensor(signed, dtype=torch.int16, device=device).unsqueeze(1)
-
-    def powers(self, device: torch.device) -> Tensor:
-        """(F, 1) float32: a masked field is the code times this."""
-        exponents = torch.arange(0, 16, self.width, dtype=torch.float32, device=device)
-        return torch.exp2(exponents).mul_(self.unit).unsqueeze(1)
+    def ones(self, device: torch.device) -> Tensor:
+        """(F, 1) int32: what each field adds to a word for a code of 1.  Made on the device: a copy would wait."""
+        shifts = torch.arange(0, 16, self.width, dtype=torch.int32, device=device)
+        return torch.bitwise_left_shift(self.unit, shifts).unsqueeze(1)
 
 
 # 3 bits are spread out to fields of four, the code in the upper three (see _nibbles_of_three).
@@ -115,7 +109,7 @@ def input_gradient(
     packed = total.view(M, count, -1, TILE // count).transpose(1, 2).reshape(M, -1)[:, :in_features]
     if column_order is not None:
         packed = torch.zeros_like(packed).index_add_(1, column_order, packed)
-    return packed.to(gradient.dtype).reshape(*lead, in_features)
+    return packed.to(gradient.dtype).reshape(*lead, in_features).contiguous()  # of a cut tile it is a view
 
 
 def _pieces(
@@ -126,9 +120,9 @@ def _pieces(
     at_once = WEIGHTS_AT_ONCE if words.device.type == "cpu" else WEIGHTS_AT_ONCE_ELSEWHERE
     rows = max(1, min(at_once // Kp, N))
     middle = 1 << (bits - 1)
-    masks = layout.in_place(layout.unit * ((1 << bits) - 1), words.device)  # (F, 1)
-    middles = layout.in_place(layout.unit * middle, words.device)
-    powers = layout.powers(words.device)
+    ones = layout.ones(words.device)  # (F, 1)
+    masks, middles = ((ones * code).to(torch.int16) for code in ((1 << bits) - 1, middle))  # the top bit is the sign
+    powers = ones.to(torch.float32)  # a masked field is the code times this
     blocks = _blocks(scales.shape[0], Kp, layout.count, columns_per_group, words.device)
     scales_by_row = scales.t().to(torch.float32)  # (N, G)
     shifts_by_row = None if zeros is None else zeros.t().to(torch.float32) - middle

@@ -32,7 +32,7 @@ from llmq_kernels.w4a16.layout import TILE
 
 PLAIN_ROWS = 64
 DEQUANTIZED_ROWS = 32  # of W, by one program
-GEMM_TILE = 128 * 256  # of cuBLAS, outputs; a chunk gives every multiprocessor at least one
+GEMM_TILE = (128, 256)  # of cuBLAS, rows of x by rows of W; a chunk gives every multiprocessor at least one
 INDEX_LIMIT = 2**31
 
 
@@ -246,9 +246,9 @@ def dequantize(
 
 
 def _chunk_rows(machine: Machine, M: int, row_bytes: int) -> int:
-    """Rows of W at a time: what the L2 cache holds, but no fewer than keep every multiprocessor busy with M rows."""
+    """Rows of W at a time: what the L2 cache holds, or up to four times that to keep every multiprocessor busy."""
     resident = machine.table.chunk_bytes // row_bytes
-    busy = machine.processors * GEMM_TILE // M
-    rows = max(resident, busy, 1)
+    busy = machine.processors * GEMM_TILE[1] // -(-M // GEMM_TILE[0])
+    rows = max(resident, min(busy, 4 * resident), 1)
     whole = 256 if rows > 256 else 16  # what tiles of matrix products divide
     return -(-rows // whole) * whole

@@ -20,6 +20,7 @@ from llmq_kernels.w4a16 import cpu, gpu, int4pack, layout
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 INDICES = (torch.int32, torch.int64)
+AUTOCAST = ("cpu", "cuda")  # others have none, or none that torch can be asked about
 
 
 @torch.library.custom_op("llmq::w4a16_linear", mutates_args=())
@@ -69,23 +70,27 @@ def linear(
 
     On its way through torch's dispatcher a custom op passes several Python functions, for gradients, for tracing, for
     tensors of other kinds.  That takes 30 µs on a CPU, as long as a small layer's product.  Where nothing is traced,
-    recorded or differentiated they all do nothing, and are left out.
+    recorded or differentiated they all do nothing, and are left out.  Autocast casts x, as it does for torch's linear.
     """
+    device = x.device.type
+    if device in AUTOCAST and torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
     arguments = (
         x, words, scales, zeros, bias, column_order, bits, in_features, columns_per_group, int4_words, int4_grid,
     )  # fmt: skip
-    if _is_plain_inference_on_cpu(x):
+    if _is_plain_inference_on_cpu(x, bias):
         return _on_torch(*arguments)
     product: Tensor = torch.ops.llmq.w4a16_linear(*arguments)
     return product
 
 
-def _is_plain_inference_on_cpu(x: Tensor) -> bool:
+def _is_plain_inference_on_cpu(x: Tensor, bias: Tensor | None) -> bool:
+    trained = x.requires_grad or (bias is not None and bias.requires_grad)
     return (
         not torch.compiler.is_compiling()
         and type(x) is Tensor
         and x.device.type == "cpu"
-        and not (x.requires_grad and torch.is_grad_enabled())
+        and not (trained and torch.is_grad_enabled())
         and torch._C._get_tracing_state() is None
         and not is_in_torch_dispatch_mode()
         and torch._C._functorch.peek_interpreter_stack() is None
@@ -177,21 +182,21 @@ def check(
             f"in_features is {in_features} and columns_per_group {columns_per_group}, expected at least 1 each"
         )
     if x.dtype not in FLOATS or x.dim() == 0 or x.shape[-1] != in_features:
-        raise KernelInputError(f"x is {_described(x)}, expected {_listed(FLOATS)} (..., {in_features})")
+        raise KernelInputError(f"x is {described(x)}, expected {listed(FLOATS)} (..., {in_features})")
     per_row = layout.words_per_row(in_features, bits)
     N, G = words.shape[0] if words.dim() else 0, -(-in_features // columns_per_group)
-    _require(f"words of {bits} bits", words, (torch.int16,), (N, per_row), x.device)
-    _require("scales", scales, FLOATS, (G, N), x.device)
+    require(f"words of {bits} bits", words, (torch.int16,), (N, per_row), x.device)
+    require("scales", scales, FLOATS, (G, N), x.device)
     if zeros is not None:
-        _require("zeros", zeros, (torch.int16,), (G, N), x.device)
+        require("zeros", zeros, (torch.int16,), (G, N), x.device)
     if bias is not None:
-        _require("bias", bias, FLOATS, (N,), x.device)
+        require("bias", bias, FLOATS, (N,), x.device)
     if column_order is not None:
-        _require("column_order", column_order, INDICES, (in_features,), x.device)
+        require("column_order", column_order, INDICES, (in_features,), x.device)
     if int4_words is not None and int4_grid is not None:
         pieces = int4_grid.shape[0] if int4_grid.dim() else 0
-        _require("int4_words", int4_words, (torch.uint8,), (N, in_features // 2), x.device)
-        _require("int4_grid", int4_grid, (torch.bfloat16,), (pieces, N, 2), x.device)
+        require("int4_words", int4_words, (torch.uint8,), (N, in_features // 2), x.device)
+        require("int4_grid", int4_grid, (torch.bfloat16,), (pieces, N, 2), x.device)
         if in_features not in [pieces * group for group in int4pack.GROUPS]:
             raise KernelInputError(
                 f"int4_grid: found {pieces} pieces of {in_features} columns, expected 32 to 256 each"
@@ -200,22 +205,22 @@ def check(
         raise KernelInputError("int4_words and int4_grid: found one of them, expected both or none")
 
 
-def _require(
+def require(
     name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], shape: tuple[int, ...], device: torch.device
 ) -> None:
     if tensor.dtype not in dtypes or tensor.shape != shape:
-        raise KernelInputError(f"{name}: found {_described(tensor)}, expected {_listed(dtypes)} {shape}")
+        raise KernelInputError(f"{name}: found {described(tensor)}, expected {listed(dtypes)} {shape}")
     if tensor.device != device:
         raise KernelInputError(f"{name}: found on {tensor.device}, expected on {device} where x is")
     if not tensor.is_contiguous():
         raise KernelInputError(f"{name}: found strides {tensor.stride()} for shape {shape}, expected contiguous")
 
 
-def _described(tensor: Tensor) -> str:
+def described(tensor: Tensor) -> str:
     return f"{tensor.dtype} {tuple(tensor.shape)}"
 
 
-def _listed(dtypes: Sequence[torch.dtype]) -> str:
+def listed(dtypes: Sequence[torch.dtype]) -> str:
     return " or ".join(map(str, dtypes))
 
 

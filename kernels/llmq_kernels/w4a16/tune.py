@@ -104,8 +104,12 @@ class Problem:
             planes=self.planes, has_zeros=True, has_bias=False,
         )  # fmt: skip
 
+        # Its own counters: of those that captured launches are given for good, a search would use up all.
+        counts = torch.zeros(plan.output_tiles, dtype=torch.int32, device=self.device) if plan.splits > 1 else None
+
         def call(index: int) -> None:
-            gpu.run_fused(plan, X, self.words[index % self.copies], self.scales, self.zeros, None, out)
+            words = self.words[index % self.copies]
+            gpu.run_fused(plan, X, words, self.scales, self.zeros, None, out, counts=counts)
 
         try:
             call(0)

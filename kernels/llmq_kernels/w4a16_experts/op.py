@@ -14,7 +14,7 @@ from torch import Tensor
 from llmq_kernels import backend
 from llmq_kernels.errors import KernelInputError
 from llmq_kernels.w4a16 import layout
-from llmq_kernels.w4a16.op import FLOATS, INDICES, _described, _listed, _require
+from llmq_kernels.w4a16.op import FLOATS, INDICES, described, listed, require
 from llmq_kernels.w4a16_experts import cpu, gpu
 
 
@@ -97,19 +97,19 @@ def check(
             f"in_features is {in_features} and columns_per_group {columns_per_group}, expected at least 1 each"
         )
     if x.dtype not in FLOATS or x.dim() != 2 or x.shape[1] != in_features:
-        raise KernelInputError(f"x is {_described(x)}, expected {_listed(FLOATS)} (M, {in_features})")
+        raise KernelInputError(f"x is {described(x)}, expected {listed(FLOATS)} (M, {in_features})")
     if token.dim() != 1:
-        raise KernelInputError(f"token is {_described(token)}, expected {_listed(INDICES)} (P,)")
+        raise KernelInputError(f"token is {described(token)}, expected {listed(INDICES)} (P,)")
     per_row, G = layout.words_per_row(in_features, bits), -(-in_features // columns_per_group)
     E, N = words.shape[:2] if words.dim() == 3 else (0, 0)
-    _require("token", token, INDICES, (token.shape[0],), x.device)
-    _require("expert", expert, INDICES, (token.shape[0],), x.device)
-    _require(f"words of {bits} bits", words, (torch.int16,), (E, N, per_row), x.device)
-    _require("scales", scales, FLOATS, (E, G, N), x.device)
+    require("token", token, INDICES, (token.shape[0],), x.device)
+    require("expert", expert, INDICES, (token.shape[0],), x.device)
+    require(f"words of {bits} bits", words, (torch.int16,), (E, N, per_row), x.device)
+    require("scales", scales, FLOATS, (E, G, N), x.device)
     if zeros is not None:
-        _require("zeros", zeros, (torch.int16,), (E, G, N), x.device)
+        require("zeros", zeros, (torch.int16,), (E, G, N), x.device)
     if bias is not None:
-        _require("bias", bias, FLOATS, (E, N), x.device)
+        require("bias", bias, FLOATS, (E, N), x.device)
 
 
 def _require_below(name: str, index: Tensor, limit: int) -> None:

@@ -24,18 +24,7 @@ Rows beyond N are the last row again, and their sums are not stored: cheaper tha
 import triton
 import triton.language as tl
 
-from llmq_kernels.w4a16.triton_kernel import _fields, _grid
-
-
-@triton.jit
-def _centred(field, zero, j: tl.constexpr):
-    """Field j of `_fields` (R, 32) and the zeros (R,) float32 -> code - zero, exact."""
-    BFLOAT: tl.constexpr = field.dtype == tl.bfloat16
-    BASE: tl.constexpr = 128.0 if BFLOAT else 1024.0
-    if BFLOAT or j % 2 == 0:
-        return field - (BASE + zero)[:, None].to(field.dtype)
-    else:  # 1024 + 16 code
-        return field * 0.0625 - (64.0 + zero)[:, None].to(field.dtype)
+from llmq_kernels.w4a16.triton_kernel import _centred, _fields, _grid
 
 
 @triton.jit
@@ -87,7 +76,7 @@ def alone(
                 scale, zero = _grid(scales + e * G * N, zeros + e * G * N, group, row, N, HAS_ZEROS, 8)
             X = tl.load(column + (t * 128 + j * 32), mask=t * 128 + j * 32 + i < K, other=0.0)  # (32,)
             field = field0 if j == 0 else (field1 if j == 1 else (field2 if j == 2 else field3))
-            product += _centred(field, zero, j).to(tl.float32) * X.to(tl.float32)[None, :]
+            product += _centred(field, zero, j % 2 == 1).to(tl.float32) * X.to(tl.float32)[None, :]
             if (j + 1) % JOINT == 0:
                 total += product * scale.to(tl.float32)[:, None]
                 product = tl.zeros((BLOCK_N, 32), tl.float32)
@@ -134,7 +123,7 @@ def grouped(
             known = present & (t * 128 + j * 32 + i[:, None] < K)
             X = tl.load(column + (t * 128 + j * 32), mask=known, other=0.0)  # (32, BLOCK_M)
             field = field0 if j == 0 else (field1 if j == 1 else (field2 if j == 2 else field3))
-            product = tl.dot(_centred(field, zero, j), X, product)
+            product = tl.dot(_centred(field, zero, j % 2 == 1), X, product)
             if (j + 1) % JOINT == 0:
                 total += product * scale.to(tl.float32)[:, None]
                 product = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
