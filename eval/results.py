@@ -235,7 +235,8 @@ def main() -> None:
         if not MODELS[name][0].is_dir():
             print(f"{name} is not at hand, left out", file=sys.stderr)
             continue
-        results[name] = measure_model(name)
+        measured = measure_model(name)
+        results = (json.loads(JSON.read_text()) if JSON.exists() else {}) | {name: measured}  # another may have written
         JSON.write_text(json.dumps(results, indent=1) + "\n")
     write_documents(results)
 
