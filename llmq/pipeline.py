@@ -4,8 +4,9 @@
                                   ▲                                                        │
     calibration ──► hidden ───────┴──────────────── next hidden (quantized weights) ◄──────┘
 
-Only one block, its statistics and the hidden states are in memory.  A finished block is on disk before the next one
-starts, so an interrupted run continues at the first block that is missing, and ends in the same bytes.
+Only one block, its statistics and its activations are in memory, and of these no more than fit.  A finished block is on
+disk before the next one starts, so an interrupted run continues at the first block that is missing, and ends in the
+same bytes.
 """
 
 import time
