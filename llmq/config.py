@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llmq.errors import ConfigError
+from llmq.methods import METHODS, Method
 
 GroupSize = int | Literal["channel", "tensor"]
 
@@ -88,27 +89,6 @@ class Calibration:
     sources: tuple[str, ...] = ()
     samples: int = 128
     seqlen: int = 2048
-
-
-@dataclass(frozen=True)
-class Method:
-    """A quantization method as its stages; each names a file in `llmq/algorithms/`.
-
-    `transforms` rewrite the float block into an equal one that rounds better, `rounding` turns weights into codes,
-    `refinements` lower the loss of the codes.  See docs/ARCHITECTURE.md.
-    """
-
-    rounding: str
-    transforms: tuple[str, ...] = ()
-    refinements: tuple[str, ...] = ()
-    needs_calibration: bool = True
-
-
-METHODS: Mapping[str, Method] = {
-    "rtn": Method(rounding="rtn", needs_calibration=False),
-    "gptq": Method(rounding="gptq"),
-    "awq": Method(transforms=("awq",), rounding="clip"),
-}
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,12 @@ from llmq.checkpoint.reader import Checkpoint
 from llmq.checkpoint.writer import Writer
 from llmq.config import QuantConfig, Scheme, config_to, matches, merged
 from llmq.errors import CheckpointError, ConfigError, UnsupportedModelError
-from llmq.model import skeleton
+from llmq.model.skeleton import Skeleton
 from llmq.model.stream import Stream
-from llmq.model.weights import ModelWeights, require_finite
+from llmq.model.weights import require_finite
 from llmq.report.record import OUTSIDE_THE_BLOCKS, PROVENANCE_FILE, BlockReport, LayerReport, Report, peak_memory
 from llmq.runtime.load import choose_device, load_tokenizer, quantization_settings, stored_dtype
+from llmq.runtime.unpacked import open_skeleton
 from llmq.schemes import LayerPlan
 
 TOKENS_PER_INPUT = 50  # below that, what is measured on the text says little about other text
@@ -114,12 +115,10 @@ class Job:
             writer.abandon()
             raise
 
-    def _build(self) -> skeleton.Skeleton:
+    def _build(self) -> Skeleton:
         exact = self._device.type == "cpu" or self.settings.stages.transforms  # foldings are found in float32
         compute = torch.float32 if exact else self._stored_dtype
-        model = skeleton.build(self._checkpoint.folder, dtype=compute, remote_code=self._remote_code)
-        weights = ModelWeights(model, self._checkpoint.tensor, self._checkpoint.__contains__)
-        return skeleton.Skeleton(model, weights, self._device)
+        return open_skeleton(self._checkpoint, self._device, compute, remote_code=self._remote_code)
 
     def _plan(self) -> dict[str, LayerPlan]:
         linears = {path: module for block in self._skeleton.blocks for path, module in block.linears.items()}

@@ -20,9 +20,10 @@ from torch import Tensor
 from llmq import algorithms
 from llmq.algorithms import Options, Rounding
 from llmq.checkpoint.writer import Writer
-from llmq.config import Method, Scheme
+from llmq.config import Scheme
 from llmq.errors import FormatError
 from llmq.formats import Layout, Reader
+from llmq.methods import Method
 from llmq.model import fold, observe
 from llmq.model.block import Block
 from llmq.model.observe import InputGroup

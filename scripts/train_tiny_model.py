@@ -1,11 +1,12 @@
-"""Train the bundled model, and its tokenizer, from the standard library's sources.
+"""Train a bundled model, and its tokenizer, from the standard library's sources.
 
-    python scripts/train_tiny_model.py OUT [--steps 1800]
+    python scripts/train_tiny_model.py OUT [--shape llama|qwen3] [--steps 1800]
 
-A Llama of 3.7 M parameters with grouped-query attention: 4 layers, hidden 256, ffn 768 (multiples of 256, so that
-every group size and every format applies), byte-level BPE of 2048 tokens, tied embeddings, bf16.  It is no model to
-talk to; it exists so that quantization can be seen, measured and tested without a download.  About an hour on two
-CPU cores.  The text comes from `stdlib_text.py`, which keeps the evaluation files apart.
+Small decoders with grouped-query attention, byte-level BPE of 2048 tokens, tied embeddings, bf16; every dimension is a
+multiple of 256, so that every group size and every format applies.  `llama` has 3.7 M parameters: 4 layers, hidden 256,
+ffn 768.  `qwen3` has 2.3 M and norms on queries and keys: 3 layers, hidden 256, ffn 512.  They are no models to talk
+to; they exist so that quantization can be seen, measured and tested without a download.  About an hour on two CPU
+cores.  The text comes from `stdlib_text.py`, which keeps the evaluation files apart.
 """
 
 import argparse
@@ -17,23 +18,27 @@ from pathlib import Path
 import torch
 from stdlib_text import documents
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 BOS = "<|begin|>"
 VOCABULARY, CONTEXT = 2048, 512
+SHAPES = {
+    "llama": {"num_hidden_layers": 4, "intermediate_size": 768},
+    "qwen3": {"num_hidden_layers": 3, "intermediate_size": 512},
+}
 PEAK_RATE, WARM_UP, TRAIN_WINDOW, BATCH = 2e-3, 100, 256, 16
 
 CARD = """---
 license: apache-2.0
 library_name: transformers
 language: [en, code]
-tags: [llama, tiny, quantization-test]
+tags: [{shape}, tiny, quantization-test]
 ---
 
-# tiny-python-llama
+# tiny-python-{shape}
 
-A Llama of {parameters:,} parameters (4 layers, hidden 256, ffn 768, 4 heads, 2 kv heads, {vocabulary} tokens) that llmq
-carries so that its demo, its tests and its figures need no download.  It completes Python, badly.
+A {shape} of {parameters:,} parameters ({layers} layers, hidden 256, ffn {ffn}, 4 heads, 2 kv heads, {vocabulary}
+tokens) that llmq carries so that its demo, its tests and its figures need no download.  It completes Python, badly.
 
 Made by `scripts/train_tiny_model.py`: {steps} steps of {batch} x {window} tokens of the standard library of Python
 {python} (Python Software Foundation License), AdamW, peak rate {rate}, in {minutes:.0f} minutes on {threads} CPU
@@ -61,13 +66,14 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=BOS, model_max_length=CONTEXT)
 
 
-def new_model(bos_id: int) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+def new_model(shape: str, bos_id: int) -> PreTrainedModel:
+    config = AutoConfig.for_model(
+        shape, **SHAPES[shape], hidden_size=256, num_attention_heads=4, num_key_value_heads=2,
         head_dim=64, vocab_size=VOCABULARY, max_position_embeddings=CONTEXT, tie_word_embeddings=True,
         rms_norm_eps=1e-5, bos_token_id=bos_id, eos_token_id=bos_id, pad_token_id=None,
     )  # fmt: skip
-    return LlamaForCausalLM(config)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
 
 
 def token_stream(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
@@ -81,7 +87,7 @@ def rate_at(step: int, steps: int) -> float:
     return PEAK_RATE * min(1.0, (step + 1) / WARM_UP) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def train(model: LlamaForCausalLM, stream: torch.Tensor, steps: int) -> None:
+def train(model: PreTrainedModel, stream: torch.Tensor, steps: int) -> None:
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW(
@@ -105,7 +111,7 @@ def train(model: LlamaForCausalLM, stream: torch.Tensor, steps: int) -> None:
 
 
 @torch.no_grad()
-def mean_loss(model: LlamaForCausalLM, stream: torch.Tensor, windows: int = 128) -> float:
+def mean_loss(model: PreTrainedModel, stream: torch.Tensor, windows: int = 128) -> float:
     """Cross-entropy in nats per token over the first `windows` windows."""
     model.eval()
     count = min(windows, len(stream) // TRAIN_WINDOW)
@@ -116,6 +122,7 @@ def mean_loss(model: LlamaForCausalLM, stream: torch.Tensor, windows: int = 128)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--shape", choices=SHAPES, default="llama")
     parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -125,7 +132,7 @@ def main() -> None:
     tokenizer = train_tokenizer(texts)
     stream = token_stream(tokenizer, texts)
     held_out = token_stream(tokenizer, documents(held_out=True))
-    model = new_model(tokenizer.bos_token_id)
+    model = new_model(arguments.shape, tokenizer.bos_token_id)
     print(
         f"{len(texts)} files, {len(stream):,} tokens, {len(held_out):,} held out, {model.num_parameters():,} parameters"
     )
@@ -138,6 +145,7 @@ def main() -> None:
     model.float()
     train_loss, held_out_loss = mean_loss(model, stream), mean_loss(model, held_out)
     card = CARD.format(
+        shape=arguments.shape, layers=model.config.num_hidden_layers, ffn=model.config.intermediate_size,
         parameters=model.num_parameters(), vocabulary=VOCABULARY,
         steps=arguments.steps, batch=BATCH, window=TRAIN_WINDOW,
         python=platform.python_version(), rate=PEAK_RATE, minutes=minutes, threads=torch.get_num_threads(),

@@ -6,7 +6,7 @@ A stage is pure: it gets tensors and statistics and returns tensors.  It never s
     transform    channel_scales(stats, tied, loss) -> Tensor | None                   awq.py
     refinement   (the slot is there; its first stages come with the accuracy work)
 
-`llmq.config.METHODS` says which stages make up a method.
+`llmq.methods.METHODS` says which stages make up a method.
 """
 
 import dataclasses

@@ -5,7 +5,8 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from llmq.config import BITS, FORMATS, GROUP_SIZES, METHODS, ORDERS, SCALES
+from llmq.config import BITS, FORMATS, GROUP_SIZES, ORDERS, SCALES
+from llmq.methods import METHODS
 
 WHAT, TEXT, RUN = "What to make", "Calibration", "The run"
 

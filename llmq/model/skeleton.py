@@ -73,11 +73,30 @@ class Skeleton:
 
     def record(self, index: int, tokens: Tensor) -> Call:
         """What block `index` is called with for `tokens` (B, T) int64, had the blocks before it changed nothing."""
+        return self._record(index, tokens)[index]
+
+    def record_all(self, tokens: Tensor) -> list[Call]:
+        """What each block is called with for `tokens` (B, T) int64; all of them on the first one's hidden state."""
+        calls = self._record(len(self.blocks) - 1, tokens)
+        return [calls[index] for index in range(len(self.blocks))]
+
+    def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """The model's logits (B, T, V) for `tokens` (B, T) int64, had its last block put out `hidden` (B, T, D).
+
+        Differentiable in `hidden`, in whatever mode torch is in.
+        """
+        if self._returns_tuple is None:
+            self._probe()
+        with self._recorders(last_output=hidden):
+            logits: Tensor = self.model(input_ids=tokens.to(self.device), use_cache=False).logits
+        return logits
+
+    def _record(self, index: int, tokens: Tensor) -> dict[int, Call]:
         if self._returns_tuple is None:
             self._probe()
         with self._recorders() as calls, torch.no_grad():
             self._forward(tokens, stop_after=index)
-        return calls[index]
+        return calls
 
     def _forward(self, tokens: Tensor, stop_after: int) -> None:
         self._stop_after = stop_after
@@ -88,16 +107,20 @@ class Skeleton:
         raise UnsupportedModelError(f"{type(self.model).__name__} never ran its block {stop_after}")
 
     @contextmanager
-    def _recorders(self) -> Iterator[dict[int, Call]]:
-        """While open, blocks pass their hidden state through and note what they were called with."""
+    def _recorders(self, last_output: Tensor | None = None) -> Iterator[dict[int, Call]]:
+        """While open, blocks pass their hidden state through and note what they were called with.
+
+        With `last_output` the last block puts that out, and none ends the forward.
+        """
         calls: dict[int, Call] = {}
 
         def recorder(index: int) -> Callable[..., Any]:
             def passthrough(*args: Any, **kwargs: Any) -> Any:
                 calls[index] = Call(args, kwargs)
-                if index == self._stop_after:
+                if last_output is None and index == self._stop_after:
                     raise _Reached
-                hidden = calls[index].hidden
+                replaced = last_output is not None and index == len(self.blocks) - 1
+                hidden = last_output if replaced else calls[index].hidden
                 return (hidden,) if self._returns_tuple else hidden
 
             return passthrough

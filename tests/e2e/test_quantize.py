@@ -12,8 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import llmq
-from llmq.config import METHODS, QuantConfig, config_from, config_to, merged
+from llmq.config import QuantConfig, config_from, config_to, merged
 from llmq.formats import load as load_format
+from llmq.methods import METHODS
 from llmq.model import observe
 from llmq.runtime.fuse import FusedLinear
 from llmq.runtime.linear import PackedLinear

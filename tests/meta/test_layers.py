@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # the layer in KEPT_APART import none of their neighbours, so that each can be read, tested and replaced alone.
 LAYERS = (
     ("errors", "_version"),
+    ("methods",),
     ("config",),
     ("grid", "quantized", "stats", "memory"),
     ("algorithms", "formats", "model"),
@@ -21,7 +22,7 @@ LAYERS = (
     ("cli",),
     ("__init__", "__main__"),  # the two doors
 )
-KEPT_APART = 3
+KEPT_APART = 4
 MODEL_MAY_IMPORT = {"errors", "stats"}  # and itself: blocks know nothing of grids, codes or settings
 
 LAYER_OF = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}

@@ -10,7 +10,6 @@ import pytest
 import tomli_w
 
 from llmq.config import (
-    METHODS,
     Calibration,
     Override,
     QuantConfig,
@@ -24,6 +23,7 @@ from llmq.config import (
     read_toml,
 )
 from llmq.errors import ConfigError
+from llmq.methods import METHODS
 
 FULL = QuantConfig(
     method="awq",

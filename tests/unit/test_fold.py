@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from llmq import pipeline
 from llmq.algorithms import Options
-from llmq.config import METHODS, Scheme
+from llmq.config import Scheme
+from llmq.methods import METHODS
 from llmq.model import fold, observe
 from llmq.model.block import Block
 from llmq.model.fold import FoldSite

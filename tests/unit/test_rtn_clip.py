@@ -7,7 +7,8 @@ from torch import Tensor
 
 from llmq import algorithms, grid
 from llmq.algorithms import Options, Rounding, clip, output_error, rtn
-from llmq.config import METHODS, Scheme
+from llmq.config import Scheme
+from llmq.methods import METHODS
 from llmq.stats import InputStats
 
 G16 = Scheme(4, 16)

@@ -74,6 +74,29 @@ def test_replay_is_the_whole_model(checkpoint: Checkpoints, name: str) -> None:
         assert (ours - theirs).abs().max() <= 8 * torch.finfo(torch.float32).eps * theirs.abs().max()
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_last_hidden_state_gives_the_models_logits(checkpoint: Checkpoints, name: str) -> None:
+    folder, ids = checkpoint(name), tokens(2, LENGTH)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+    walked = skeleton_of(folder)
+    *_, hidden = replayed(walked, ids)
+    found = walked.logits(ids, hidden.requires_grad_())
+    assert (found - expected).abs().max() <= 32 * torch.finfo(torch.float32).eps * expected.abs().max()
+    found.square().sum().backward()
+    assert hidden.grad is not None and bool(hidden.grad.abs().amax(-1).all())
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_all_calls_are_recorded_at_once(checkpoint: Checkpoints, name: str) -> None:
+    walked, ids = skeleton_of(checkpoint(name)), tokens(2, LENGTH)
+    for index, call in enumerate(walked.record_all(ids)):
+        alone = walked.record(index, ids)
+        assert torch.equal(call.hidden, alone.hidden)
+        assert str(call.kwargs["attention_mask"]) == str(alone.kwargs["attention_mask"])
+
+
 def test_layers_with_masks_of_their_own_are_called_with_them(checkpoint: Checkpoints) -> None:
     folder, ids = checkpoint("gemma3"), tokens(1, LENGTH)
     walked = skeleton_of(folder)
