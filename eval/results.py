@@ -34,6 +34,7 @@ SHARED = ROOT.parent / "shared"
 JSON, MARKDOWN = ROOT / "eval" / "results.json", ROOT / "eval" / "RESULTS.md"
 README, BEGIN, END = ROOT / "README.md", "<!-- eval/results.py begins -->", "<!-- eval/results.py ends -->"
 SAMPLES, SEQLEN, WINDOWS = 128, 256, 64
+FIGURES = ("perplexity", "kl_mean", "kl_median", "kl_99", "same_top_1")
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from stdlib_text import write_texts  # noqa: E402
@@ -73,7 +74,7 @@ def measure_model(name: str) -> dict[str, Any]:
                     report = llmq.quantize(str(path), out, overwrite=True, calibration=[str(calibration)], **request)
                     measured = measure(out, path, str(evaluation), seqlen=SEQLEN, limit=WINDOWS)
                     assert measured.original is not None
-                    figures = {k: v for k, v in measured.model.to_dict().items() if k != "tokens"}
+                    figures = {name: getattr(measured.model, name) for name in FIGURES}
                     rows.append({"method": label, "bits": bits, "symmetric": symmetric, "seconds": report.seconds,
                                  "bits_per_weight": report.bits_per_weight, **figures})  # fmt: skip
                     print(

@@ -7,6 +7,7 @@ torch, so that `llmq --help` is instant.
 
 import dataclasses
 import fnmatch
+import math
 import re
 import tomllib
 from collections.abc import Callable, Mapping
@@ -95,7 +96,7 @@ class Calibration:
 class QuantConfig:
     """One run: the same object from flags, from TOML and from Python."""
 
-    method: str = "gptq"
+    method: str = "balanced"
     scheme: Scheme = Scheme()
     format: str = "compressed-tensors"
     calibration: Calibration = Calibration()
@@ -106,6 +107,7 @@ class QuantConfig:
     overrides: tuple[Override, ...] = ()
     strict: bool = False
     seed: int = 0
+    target_bits: float | None = None  # a weight on average; `spending.py` turns it into overrides
 
     def __post_init__(self) -> None:
         for field, allowed in (("method", METHODS), ("format", FORMATS), ("order", ORDERS), ("scales", SCALES)):
@@ -119,6 +121,8 @@ class QuantConfig:
         for field in ("samples", "seqlen"):
             if getattr(self.calibration, field) < 1:
                 raise ConfigError(f"{field} is {getattr(self.calibration, field)}, expected at least 1")
+        if self.target_bits is not None and not 1 < self.target_bits < math.inf:
+            raise ConfigError(f"target_bits is {self.target_bits:g}, expected bits a weight on average, such as 4.5")
         for override in self.overrides:
             override.applied_to(self.scheme)  # raises for a grid that does not exist
         for pattern in (*self.skip, *(override.pattern for override in self.overrides)):
@@ -214,6 +218,8 @@ def config_to(config: QuantConfig) -> dict[str, Any]:
     settings = dataclasses.asdict(config)
     settings["overrides"] = [{k: v for k, v in o.items() if v is not None} for o in settings["overrides"]]
     settings["skip"] = list(config.skip)
+    if config.target_bits is None:  # TOML has no word for it
+        del settings["target_bits"]
     settings["calibration"]["sources"] = list(config.calibration.sources)
     return settings
 
@@ -273,6 +279,7 @@ _SETTINGS = {
     "method": "a text", "scheme": "a block of keys", "format": "a text", "calibration": "a block of keys",
     "order": "a text", "scales": "a text", "damping": "a number", "skip": "a list of texts",
     "overrides": "a list of blocks", "strict": "true or false", "seed": "a whole number",
+    "target_bits": "a number",
 }  # fmt: skip
 
 

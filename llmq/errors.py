@@ -8,6 +8,7 @@
     ├── CalibrationError       calibration or evaluation text is unusable       exit 5
     ├── BackendError           the device or kernel asked for cannot run here   exit 6
     ├── StorageError           the output cannot be written                     exit 7
+    ├── QualityError           a model is worse than was allowed                exit 8
     └── Interrupted            Ctrl-C; what was finished is kept                exit 130
 
 A message says what was found and what was expected; `hint` says what to try.
@@ -50,6 +51,10 @@ class BackendError(LlmqError):
 
 class StorageError(LlmqError):
     exit_code = 7
+
+
+class QualityError(LlmqError):
+    exit_code = 8
 
 
 class Interrupted(LlmqError):  # noqa: N818  (it is no error of anybody's)

@@ -9,7 +9,8 @@ Min-max spends levels on the rarest weights.  `fit_searched` shrinks (or stretch
 lowers the error  sum_j importance_j * (w_j - ŵ_j)²  of the group: 60 factors, then 16 finer ones around the best; an
 asymmetric grid also tries zeros up to two steps away.  Min-max is the first candidate, so no search loses to it.
 Scales are rounded to the dtype that the file will store *before* the error is computed, so that what was chosen is
-what is read back.
+what is read back.  A symmetric grid has one code more below zero than above; where the largest weight is positive the
+scale is negative, so that this code serves it ("full range").
 
 Not here: error compensation between columns (algorithms/gptq.py).
 """
@@ -64,6 +65,8 @@ def fit_minmax(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Grid
 def fit_searched(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, importance: Tensor | None = None) -> Grid:
     """The grid of least error for each group of `weight` (N, K) float32; `importance` (K,) weighs the columns."""
     groups = _grouped(weight, scheme)  # (R, G, g)
+    signs = _signs(groups) if scheme.symmetric else None
+    groups = groups if signs is None else groups * signs[..., None]
     costs = torch.ones(weight.shape[1], device=weight.device) if importance is None else importance.to(torch.float32)
     costs = (
         costs.expand(weight.shape).reshape(groups.shape)
@@ -73,7 +76,13 @@ def fit_searched(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, impor
     widest, zeros = _minmax(groups, scheme, torch.float32)
     first = _minmax(groups, scheme, scale_dtype)
     scales, zeros = grid_search.search(groups, costs, first, widest, zeros, _candidates(scheme, scale_dtype))
+    scales = scales if signs is None else scales * signs
     return _assemble(weight.shape[0], scheme, scale_dtype, scales, zeros)
+
+
+def storable(scales: Tensor, scale_dtype: torch.dtype) -> Tensor:
+    """`scales` (N, G) float32 in the dtype of the file, none too small for it; signs are kept."""
+    return stored(scales.abs(), scale_dtype, _smallest(scale_dtype)).copysign(scales).to(scale_dtype)
 
 
 def _candidates(scheme: Scheme, scale_dtype: torch.dtype) -> grid_search.Candidates:
@@ -92,6 +101,11 @@ def _grouped(weight: Tensor, scheme: Scheme) -> Tensor:
     if scheme.group_size == "tensor":
         return weight.reshape(1, 1, -1)
     return weight.reshape(weight.shape[0], -1, scheme.columns_per_group(weight.shape[1]))
+
+
+def _signs(groups: Tensor) -> Tensor:
+    """(R, G) float32: -1 where the largest weight of a group of (R, G, g) is positive, and 1 elsewhere."""
+    return torch.where(groups.amax(-1) > -groups.amin(-1), -1.0, 1.0)
 
 
 def _minmax(groups: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -32,6 +32,7 @@ class Inspection:
     file_bytes: int
     bits_per_weight: float | None
     provenance: dict[str, Any]
+    calibration: dict[str, Any] | None  # the manifest of the text that it was fitted to
     layers: tuple[StoredWeight, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -67,6 +68,7 @@ def inspect(path: str | Path) -> Inspection:
         file_bytes=checkpoint.nbytes,
         bits_per_weight=bits / weights if weights else None,
         provenance=_provenance(record),
+        calibration=record.get("calibration"),
         layers=tuple(sorted(layers, key=lambda layer: _natural(layer.name))),
     )
 

@@ -1,42 +1,50 @@
 """From a model's name to a finished folder: everything around the page in `pipeline.py`.
 
-A `Job` is made of a request; making it reads headers and configuration only, and raises for whatever can be known to go
-wrong before hours are spent.  `run` does the work and yields a record after each layer and block; `report` fills up.
+A `Job` is made of a request; making it raises for whatever can be known to go wrong before hours are spent (`plan.py`).
+`run` does the work and yields a record after each layer and block; `report` fills up.
 """
 
+import dataclasses
 import json
+import math
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from llmq import algorithms, calibration, formats, memory, pipeline, schemes
+from llmq import calibration, memory, pipeline, sensitivity, spending, token_weights, tuning
 from llmq._version import __version__
-from llmq.calibration import CalibrationSet
-from llmq.checkpoint import hub
+from llmq.calibration import CalibrationSet, OwnText, SelfAuthor
 from llmq.checkpoint.companions import companion_files
-from llmq.checkpoint.reader import Checkpoint
+from llmq.checkpoint.staging import STAGING
 from llmq.checkpoint.writer import Writer
-from llmq.config import QuantConfig, Scheme, config_to, matches, merged
-from llmq.errors import CheckpointError, ConfigError, UnsupportedModelError
-from llmq.model.skeleton import Skeleton
+from llmq.config import QuantConfig, Scheme, config_to, merged
+from llmq.errors import CheckpointError, ConfigError
+from llmq.methods import Method
+from llmq.model.flow import TokenWeights
 from llmq.model.stream import Stream
 from llmq.model.weights import require_finite
-from llmq.report.record import OUTSIDE_THE_BLOCKS, PROVENANCE_FILE, BlockReport, LayerReport, Report, peak_memory
-from llmq.runtime.load import choose_device, load_tokenizer, quantization_settings, stored_dtype
-from llmq.runtime.unpacked import open_skeleton
-from llmq.schemes import LayerPlan
+from llmq.plan import Plan
+from llmq.report import record
+from llmq.report.effects import Sensitivity
+from llmq.report.record import PROVENANCE_FILE, BlockReport, LayerReport, MeasuringStep, Report, TuningStep
+from llmq.runtime.load import load_tokenizer
+from llmq.sensitivity import Question
 
 TOKENS_PER_INPUT = 50  # below that, what is measured on the text says little about other text
+TUNING_SEED = 1 << 32  # what the model writes to be tuned on is not what it may have written for calibration
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 32_768}
 
 
 class Job:
-    """One request to quantize; `plans` says what is to become of each linear layer of the blocks."""
+    """One request to quantize; `plan` says what is to become of each linear layer of the blocks.
+
+    `stages` take the place of those of `settings.method`: for experiments.
+    """
 
     def __init__(
         self,
@@ -44,70 +52,71 @@ class Job:
         out: str | Path | None = None,
         settings: QuantConfig | None = None,
         *,
+        stages: Method | None = None,
         device: str = "auto",
         revision: str | None = None,
         overwrite: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
-        self.settings = settings or QuantConfig()
+        asked = settings or QuantConfig()
         self._remote_code = trust_remote_code
         self._overwrite = overwrite
-        self._checkpoint = Checkpoint.open(hub.locate(str(model), revision, remote_code=trust_remote_code))
-        _refuse_quantized(self._checkpoint)
-        self._device = choose_device(device)
-        self._layout = formats.load(self.settings.format)
-        self._stored_dtype = stored_dtype(self._checkpoint)
-        self._skeleton = self._build()
-        self.plans = self._plan()
-        self.out = Path(out) if out is not None else default_output(str(model), self.settings)
-        if self.out.resolve() == self._checkpoint.folder.resolve():
+        self.plan = Plan.make(model, asked, stages, device=device, revision=revision, remote_code=trust_remote_code)
+        if asked.target_bits is not None:
+            self._question()  # which says whether there is an answer
+        self.out = Path(out) if out is not None else default_output(str(model), asked)
+        if self.out.resolve() == self.plan.checkpoint.folder.resolve():
             raise ConfigError(
                 f"{self.out} is the model itself, which is not overwritten", hint="give another output folder"
             )
+        staging, model_id = self.out / STAGING, self.plan.checkpoint.fingerprint()
+        self._own_text, self._tuning_text = OwnText(staging, model_id), OwnText(staging, model_id, "tuning")
+        self._tuned_on: Tensor | None = None
         self.report = Report(
             source=str(model),
             output=str(self.out),
-            settings=config_to(self.settings),
+            settings=config_to(asked),
             versions={
                 "llmq": __version__,
                 "torch": torch.__version__,
                 "python": platform.python_version(),
                 "platform": f"{platform.system()} {platform.machine()}",
-                "device": str(self._device),
+                "device": str(self.plan.device),
             },
-            left=self._left(),
-            original_bytes=self._checkpoint.nbytes,
+            left=self.plan.left(),
+            original_bytes=self.plan.checkpoint.nbytes,
         )
-        self.report.notes += self._idle_patterns()
-        self._planned_config = self._quantization_config({plan.name for plan in self.plans.values()})
+        self.report.notes += self.plan.idle_patterns()
 
     @property
     def blocks(self) -> int:
-        return len(self._skeleton.blocks)
+        return len(self.plan.skeleton.blocks)
 
-    @property
-    def expected_bytes(self) -> int:
-        """About what the finished weights will take."""
-        itemsize = self._layout.scale_dtype(self._stored_dtype).itemsize
-        packed = [plan for plan in self.plans.values() if plan.scheme is not None]
-        before = sum(self._checkpoint.info(f"{plan.name}.weight").nbytes for plan in packed)
-        return self._checkpoint.nbytes - before + sum(plan.packed_bytes(itemsize) for plan in packed)
-
-    def run(self) -> Iterator[LayerReport | BlockReport]:
-        """Do it; yields a record after each layer and block.  The finished folder appears at the end, all at once."""
+    def run(self) -> Iterator[CalibrationSet | MeasuringStep | LayerReport | BlockReport | TuningStep]:
+        """Do it; yields the text, then a record after each layer and block.  The finished folder appears at the end."""
         start = time.monotonic()
         if not self._overwrite:
             Writer.require_free(self.out)  # known now, and not after the text was read
-        for name in self._outside():  # a block's own are looked at when it is read
-            require_finite(name, self._checkpoint.tensor(name))
-        text = self._calibration_set() if self.settings.stages.needs_calibration else None
+        for name in self.plan.outside():  # a block's own are looked at when it is read
+            require_finite(name, self.plan.checkpoint.tensor(name))
+        stages, target = self.plan.stages, self.plan.settings.target_bits
+        text = self._calibration_set() if stages.needs_calibration or target is not None else None
+        if text is not None:
+            yield text
+            if target is not None:
+                yield from self._spend(text, target)
         writer = self._open_writer(text)
         try:
+            self._own_text.save()
+            self._tuning_text.save()
             run = self._pipeline_run(text, writer)
             for done in pipeline.quantize_blocks(run):
                 if isinstance(done, BlockReport):
                     self.report.blocks.append(done)
                 yield done
+            if text is not None and self._tuned_on is not None:
+                judged = tuning.held_out(stages, text.windows)
+                self.report.tuning = yield from tuning.tune(run, self._tuned_on, judged, self.plan.settings.seed)
             if run.stream is not None:
                 self.report.notes += run.stream.notes
             self._finish(writer, start)
@@ -115,56 +124,67 @@ class Job:
             writer.abandon()
             raise
 
-    def _build(self) -> Skeleton:
-        exact = self._device.type == "cpu" or self.settings.stages.transforms  # foldings are found in float32
-        compute = torch.float32 if exact else self._stored_dtype
-        return open_skeleton(self._checkpoint, self._device, compute, remote_code=self._remote_code)
+    def measure_layers(
+        self, tried: Sequence[Scheme] = (), windows: int = sensitivity.WINDOWS
+    ) -> Generator[CalibrationSet | MeasuringStep, None, Sensitivity]:
+        """What every layer suffers on each of the grids `tried`, by default those that --target-bits chooses from.
 
-    def _plan(self) -> dict[str, LayerPlan]:
-        linears = {path: module for block in self._skeleton.blocks for path, module in block.linears.items()}
-        name = self._skeleton.weights.module_name
-        shapes = [(name(path), module.out_features, module.in_features) for path, module in linears.items()]
-        return dict(zip(linears, schemes.plan_layers(shapes, self.settings, self._layout), strict=True))
+        Yields the text, then a record after each block.
+        """
+        question = self._question(tried)
+        text = self._calibration_set()
+        yield text
+        return (yield from self._measured(text, question, windows))
 
-    def _left(self) -> dict[str, str]:
-        """Every weight of two dimensions or more that stays as it is, with the reason."""
-        left = {plan.name: plan.reason for plan in self.plans.values() if plan.scheme is None}
-        inside = tuple(f"{block.path}." for block in self._skeleton.blocks)
-        weights = self._skeleton.weights
-        for name, parameter in self._skeleton.model.named_parameters():
-            path = name.removesuffix(".weight")
-            if parameter.dim() < 2 or path in self.plans or weights.is_tied(name):
-                continue
-            left[weights.module_name(path)] = "not a linear layer" if name.startswith(inside) else OUTSIDE_THE_BLOCKS
-        return left
+    def _measured(
+        self, text: CalibrationSet, question: Question, windows: int = sensitivity.WINDOWS
+    ) -> Generator[MeasuringStep, None, Sensitivity]:
+        batch = self._windows_at_once(text)
+        return (yield from sensitivity.measure(self.plan.skeleton, text.windows, question, batch=batch, judged=windows))
 
-    def _idle_patterns(self) -> list[str]:
-        """What a user should know of --skip and --override patterns that no layer fits."""
-        patterns = [*self.settings.skip, *(override.pattern for override in self.settings.overrides)]
-        names = [plan.name for plan in self.plans.values()]
-        idle = [pattern for pattern in patterns if not any(matches(pattern, name) for name in names)]
-        return [f"no layer of the blocks matches the pattern {pattern!r}" for pattern in idle]
+    def _question(self, tried: Sequence[Scheme] = ()) -> Question:
+        plan = self.plan
+        return spending.ask(
+            plan.skeleton, plan.checkpoint, plan.settings, plan.stages.rounding, plan.layout, plan.options, tried
+        )
+
+    def _spend(self, text: CalibrationSet, target: float) -> Generator[MeasuringStep, None, None]:
+        """Find out which layers get more bits, and go on as if the settings had said so."""
+        found = yield from self._measured(text, self._question())
+        spent = spending.spend(found, target)
+        self.plan = self.plan.with_settings(spending.settled(self.plan.settings, spent))
+        self.report.settings, self.report.left = config_to(self.plan.settings), self.plan.left()
+        self.report.notes += [*found.notes, str(spent)]
 
     def _calibration_set(self) -> CalibrationSet:
-        tokenizer = load_tokenizer(self._checkpoint.folder, remote_code=self._remote_code)
+        plan = self.plan
+        tokenizer = load_tokenizer(plan.checkpoint.folder, remote_code=self._remote_code)
         text = calibration.load(
-            self.settings.calibration, tokenizer, seed=self.settings.seed, max_tokens=self._skeleton.max_tokens
+            plan.settings.calibration,
+            tokenizer,
+            seed=plan.settings.seed,
+            max_tokens=plan.skeleton.max_tokens,
+            author=SelfAuthor(plan.skeleton, tokenizer, self._own_text),
         )
         self.report.calibration = text.to_dict()
         self.report.notes += text.notes
         self._check_tokens(text)
+        if plan.stages.tuning is not None:
+            writer = SelfAuthor(plan.skeleton, tokenizer, self._tuning_text)
+            self._tuned_on = tuning.text(plan.stages, text.windows, writer, plan.settings.seed + TUNING_SEED)
+            self.report.notes += writer.notes
         return text
 
     def _check_tokens(self, text: CalibrationSet) -> None:
         """Refuse ids that the model has no embedding for; say where the text is too short for what it is to tell."""
-        known = self._skeleton.vocabulary
+        known = self.plan.skeleton.vocabulary
         largest = int(text.windows.max())
         if largest >= known:
             raise CheckpointError(
                 f"the tokenizer made the id {largest}, and the model has embeddings for {known} tokens",
                 hint="is the tokenizer the one that belongs to the model?",
             )
-        widest = max(plan.in_features for plan in self.plans.values() if plan.scheme is not None)
+        widest = max(layer.in_features for layer in self.plan.layers.values() if layer.scheme is not None)
         if text.windows.numel() < TOKENS_PER_INPUT * widest:
             self.report.notes.append(
                 f"{text.windows.numel()} calibration tokens are few for layers of {widest} inputs, "
@@ -172,16 +192,19 @@ class Job:
             )
 
     def _open_writer(self, text: CalibrationSet | None) -> Writer:
+        plan = self.plan
         identity = {
             "llmq": __version__,
             "torch": torch.__version__,
-            "source": self._checkpoint.fingerprint(),
-            "settings": {**config_to(self.settings), "calibration": text.sha256 if text else None},
-            "device": self._device.type,
+            "source": plan.checkpoint.fingerprint(),
+            "settings": {**config_to(plan.settings), "calibration": text.sha256 if text else None},
+            "stages": dataclasses.asdict(plan.stages),
+            "device": plan.device.type,
         }
-        writer = Writer.open(
-            self.out, identity=identity, overwrite=self._overwrite, needed_bytes=2 * self.expected_bytes
-        )
+        needed = 2 * plan.expected_bytes
+        if self._tuned_on is not None and plan.stages.tuning is not None:
+            needed += tuning.disk_bytes(plan.skeleton, plan.layers.values(), plan.stages.tuning, self._tuned_on)
+        writer = Writer.open(self.out, identity=identity, overwrite=self._overwrite, needed_bytes=needed)
         if writer.resumed_blocks:
             self.report.notes.append(
                 f"continued: {writer.resumed_blocks} of {self.blocks} blocks were finished earlier"
@@ -193,65 +216,61 @@ class Job:
         return writer
 
     def _pipeline_run(self, text: CalibrationSet | None, writer: Writer) -> pipeline.Run:
-        stream = None
+        plan, stream = self.plan, None
         if text is not None:
-            batch = max(1, TOKENS_PER_BATCH.get(self._device.type, 4096) // text.windows.shape[1])
-            stream = Stream(self._skeleton, text.windows, batch, memory.spare(self._device))
-        options = algorithms.Options(
-            self._layout.scale_dtype(self._stored_dtype),
-            self.settings.order,
-            self.settings.scales,
-            self.settings.damping,
-        )
-        reader = self._layout.read_config(self._planned_config)
-        return pipeline.Run(
-            self._skeleton, stream, self.plans, self.settings.stages, options, self._layout, reader, writer
-        )
+            stream = Stream(
+                plan.skeleton,
+                text.windows,
+                self._windows_at_once(text),
+                memory.spare(plan.device),
+                originals=bool(plan.stages.alphas) or plan.stages.block_tuning is not None,
+                held_out=self._held_out(len(text.windows)),
+                weights=self._token_weights(text, writer),
+            )
+        reader = plan.layout.read_config(plan.quantization_config())
+        return pipeline.Run(plan.skeleton, stream, plan.layers, plan.stages, plan.options, plan.layout, reader, writer)
+
+    def _token_weights(self, text: CalibrationSet, writer: Writer) -> TokenWeights | None:
+        if not self.plan.stages.token_weights or writer.resumed_blocks == self.blocks:
+            return None
+        return token_weights.measure(self.plan.skeleton, text.windows, self.plan.settings.seed)
+
+    def _windows_at_once(self, text: CalibrationSet) -> int:
+        return max(1, TOKENS_PER_BATCH.get(self.plan.device.type, 4096) // text.windows.shape[1])
+
+    def _held_out(self, windows: int) -> int:
+        """How many of the calibration windows nothing is fitted on."""
+        share = self.plan.stages.held_out
+        held_out = min(math.ceil(share * windows), windows - 1)
+        if share and not held_out:
+            self.report.notes.append("one calibration window is too few to hold any out: no stage could be judged")
+        return held_out
 
     def _finish(self, writer: Writer, start: float) -> None:
         """Put the folder together: packed blocks, everything else as it was, configuration and provenance."""
-        report, folder = self.report, self._checkpoint.folder
+        report, plan = self.report, self.plan
         quantized = {layer.name: layer for layer in report.layers}
-        for plan in self.plans.values():
-            if plan.scheme is not None and plan.name not in quantized:
-                report.left[plan.name] = f"it did not run on the first {pipeline.PROBE_TOKENS} calibration tokens"
-        sizes = {plan.name: plan.weights for plan in self.plans.values()}
+        for layer in plan.layers.values():
+            if layer.scheme is not None and layer.name not in quantized:
+                report.left[layer.name] = f"it did not run on the first {pipeline.PROBE_TOKENS} calibration tokens"
+        sizes = {layer.name: layer.weights for layer in plan.layers.values()}
         stored_bits = sum(sizes[name] * layer.bits_per_weight for name, layer in quantized.items())
         report.bits_per_weight = stored_bits / max(1, sum(sizes[name] for name in quantized))
-        before = sum(self._checkpoint.info(f"{name}.weight").nbytes for name in quantized)
-        report.file_bytes = self._checkpoint.nbytes - before + round(stored_bits / 8)
+        before = sum(plan.checkpoint.info(f"{name}.weight").nbytes for name in quantized)
+        report.file_bytes = plan.checkpoint.nbytes - before + round(stored_bits / 8)
+        report.stages = [*record.summaries(report.layers), *record.block_summaries(report.blocks)]
         report.seconds = time.monotonic() - start
-        report.peak_memory_bytes = peak_memory()
-        settings = self._quantization_config(set(quantized))
+        report.peak_memory_bytes = record.peak_memory()
+        settings = plan.quantization_config(set(quantized))
         documents = {
-            "config.json": _json({**self._checkpoint.config, "quantization_config": settings}),
+            "config.json": _json({**plan.checkpoint.config, "quantization_config": settings}),
             PROVENANCE_FILE: _json(report.to_dict()),
         }
-        if self._layout.CONFIG_COPY:
-            documents[self._layout.CONFIG_COPY] = _json(settings)
-        locations = {name: self._checkpoint.location(name) for name in self._outside()}
+        if plan.layout.CONFIG_COPY:
+            documents[plan.layout.CONFIG_COPY] = _json(settings)
+        locations = {name: plan.checkpoint.location(name) for name in plan.outside()}
         rest = [(location.file, name, location.info) for name, location in locations.items()]
-        writer.finish(rest, companion_files(folder), documents)
-
-    def _outside(self) -> list[str]:
-        """The tensors that are copied as they are: embeddings, norms and heads outside of the blocks."""
-        inside = {name for block in self._skeleton.blocks for name in block.stored_names()}
-        return [name for name in self._checkpoint.names() if name not in inside]
-
-    def _quantization_config(self, quantized: set[str]) -> dict[str, Any]:
-        """The block for config.json where the linear layers `quantized` are packed and all others are not."""
-        chosen: dict[str, Scheme] = {}
-        unquantized: list[str] = []
-        for path, module in self._skeleton.model.named_modules():
-            if not isinstance(module, nn.Linear):
-                continue
-            names = dict.fromkeys((path, self._skeleton.weights.module_name(path)))  # readers look for either
-            plan = self.plans.get(path)
-            if plan is not None and plan.scheme is not None and plan.name in quantized:
-                chosen |= dict.fromkeys(names, plan.scheme)
-            else:
-                unquantized += names
-        return self._layout.quantization_config(chosen, unquantized)
+        writer.finish(rest, companion_files(plan.checkpoint.folder), documents)
 
 
 def quantize(
@@ -263,18 +282,20 @@ def quantize(
     revision: str | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    stages: Method | None = None,
     **settings: Any,
 ) -> Report:
     """Quantize `model`, a folder or Hub id, into the folder `out`.
 
     Settings are those of `QuantConfig`, by name (`method="gptq"`, `bits=4`, `group_size=128`,
-    `calibration=["text.txt"]`), on top of `config`.  An interrupted call continues when it is repeated.  Raises the
-    errors of `llmq.errors`.
+    `calibration=["text.txt"]`), on top of `config`; `stages` replace those of the method, for experiments.  An
+    interrupted call continues when it is repeated.  Raises the errors of `llmq.errors`.
     """
     job = Job(
         model,
         out,
         merged(config or QuantConfig(), settings),
+        stages=stages,
         device=device,
         revision=revision,
         overwrite=overwrite,
@@ -288,17 +309,8 @@ def quantize(
 def default_output(model: str, settings: QuantConfig) -> Path:
     """`llama-gptq-4bit` in the current folder, for a model whose name or folder is `llama`."""
     name = Path(model).resolve().name if Path(model).is_dir() else model.rsplit("/", 1)[-1]
-    return Path(f"{name}-{settings.method}-{settings.scheme.bits}bit")
-
-
-def _refuse_quantized(checkpoint: Checkpoint) -> None:
-    settings = quantization_settings(checkpoint)
-    if settings is not None:
-        method = settings.get("quant_method", "its config.json has a quantization_config")
-        raise UnsupportedModelError(
-            f"{checkpoint.folder} is already quantized ({method})",
-            hint="start from the unquantized model; its name is often in this one's README.md, under base_model",
-        )
+    bits = settings.scheme.bits if settings.target_bits is None else settings.target_bits
+    return Path(f"{name}-{settings.method}-{bits:g}bit")
 
 
 def _json(document: Any) -> str:

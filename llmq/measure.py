@@ -1,14 +1,26 @@
-"""Open models from disk and evaluate them: what `llmq eval` and the scripts in eval/ call."""
+"""Open models from disk and evaluate them: what `llmq eval` and the scripts in eval/ call.
 
+Models are read block by block (`streaming.py`), so one that does not fit into memory is measured all the same.  The
+original runs once over a text, however many models are compared with it: its hidden states in front of the head are
+kept, and where they do not fit, the text is taken in several parts.
+"""
+
+import gc
 import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from llmq.checkpoint import hub
 from llmq.checkpoint.reader import Checkpoint
-from llmq.evaluation import Evaluation, evaluate, logits_of, read_windows
-from llmq.runtime.load import PackedWeights, load, quantization_settings
+from llmq.errors import CheckpointError, ConfigError, QualityError, UnsupportedModelError
+from llmq.evaluation import Evaluation, Scores, read_windows, score, summary, summary_of_original
+from llmq.runtime.load import PackedWeights, choose_device, load_tokenizer, quantization_settings
+from llmq.streaming import Source, open_source, windows_together
 
 DEFAULT_SEQLEN = 2048
 
@@ -22,52 +34,213 @@ class Size:
 
 
 @dataclass(frozen=True)
+class Figures:
+    """What was found on one text, or on all together."""
+
+    text: str
+    windows: int
+    model: Evaluation
+    original: Evaluation | None = None
+
+
+@dataclass(frozen=True)
 class Measurement:
     """What was found about a model, and about the original that it was compared with."""
 
-    text: str
+    texts: tuple[Figures, ...]
+    total: Figures
     seqlen: int
-    windows: int
-    model: Evaluation
     size: Size
-    original: Evaluation | None = None
     original_size: Size | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def model(self) -> Evaluation:
+        """The model's figures on all texts together."""
+        return self.total.model
+
+    @property
+    def original(self) -> Evaluation | None:
+        """The original's figures on all texts together."""
+        return self.total.original
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """The total's entries beside the others: text, windows, model, original, texts, seqlen, sizes, notes."""
+        found = asdict(self)
+        return {**found.pop("total"), **found}
 
 
 def measure(
     path: str | Path,
     against: str | Path | None,
-    text: str,
+    text: str | Path | Sequence[str | Path],
     *,
     wikitext: bool = False,
     seqlen: int | None = None,
     limit: int | None = None,
     device: str = "auto",
+    dtype: torch.dtype | None = None,
     remote_code: bool = False,
 ) -> Measurement:
-    """Perplexity of the model at `path` on a text, and with `against` also how far it is from that one.
+    """Perplexity of the model at `path` on texts, and with `against` also how far it is from that one.
 
-    `limit` is the most windows to look at; the rest as in `evaluation.read_windows`.
+    The options are those of `measure_many`.
     """
-    model, tokenizer = load(path, device=device, trust_remote_code=remote_code)
-    context = getattr(model.config, "max_position_embeddings", None) or DEFAULT_SEQLEN
-    length = min(seqlen or DEFAULT_SEQLEN, context)
-    windows = read_windows(text, tokenizer, length, wikitext=wikitext, limit=limit)
-    if against is None:
-        return Measurement(text, length, len(windows), evaluate(logits_of(model), windows), size_of(path))
-    original, _ = load(against, device=device, trust_remote_code=remote_code)
-    return Measurement(
-        text,
-        length,
-        len(windows),
-        evaluate(logits_of(model), windows, against=logits_of(original)),
-        size_of(path),
-        evaluate(logits_of(original), windows),
-        size_of(against),
-    )
+    [found] = measure_many(
+        against, [path], text,
+        wikitext=wikitext, seqlen=seqlen, limit=limit, device=device, dtype=dtype, remote_code=remote_code,
+    )  # fmt: skip
+    return found
+
+
+def measure_many(
+    original: str | Path | None,
+    models: Sequence[str | Path],
+    texts: str | Path | Sequence[str | Path],
+    *,
+    wikitext: bool = False,
+    seqlen: int | None = None,
+    limit: int | None = None,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    remote_code: bool = False,
+) -> list[Measurement]:
+    """Each of `models` on `texts`, beside one original if there is one.
+
+    `limit` is the most windows of a text to look at; `dtype` what the models compute in, by default the checkpoint's
+    own, but float32 on a CPU; the rest as in `evaluation.read_windows`.  Beside an original, one model at a time is in
+    memory.  Raises CheckpointError, FormatError, UnsupportedModelError, CalibrationError, BackendError.
+    """
+    chosen = choose_device(device)
+    folders = [hub.locate(str(model), remote_code=remote_code) for model in models]
+    base = None if original is None else hub.locate(str(original), remote_code=remote_code)
+
+    def opened(folder: Path) -> Source:
+        return open_source(folder, chosen, dtype, remote_code=remote_code)
+
+    first = opened(base or folders[0])
+    tokenizer = load_tokenizer(base or folders[0], remote_code=remote_code)
+    length = min(seqlen or DEFAULT_SEQLEN, first.max_tokens or DEFAULT_SEQLEN)
+    names = dict.fromkeys([str(texts)] if isinstance(texts, str | Path) else map(str, texts))
+    held = {name: read_windows(name, tokenizer, length, wikitext=wikitext, limit=limit) for name in names}
+    windows = torch.cat(list(held.values()))
+    _check_tokens(windows, first)
+    if base is not None:
+        runs = _beside(first, folders, opened, windows)
+    else:
+        runs = [_alone(first, windows)] + [_alone(opened(folder), windows) for folder in folders[1:]]
+    sizes = {name: len(part) for name, part in held.items()}
+    original_size = None if original is None else size_of(str(original))
+    return [
+        Measurement(
+            _by_text(run.scores, sizes), _total(run.scores, sizes), length, size_of(folder), original_size, run.notes
+        )
+        for folder, run in zip(folders, runs, strict=True)
+    ]
+
+
+def require(found: Measurement, *, max_kl: float | None = None, max_ppl_increase: float | None = None) -> None:
+    """Raise QualityError where a text, each on its own, is beyond what is allowed.
+
+    `max_kl` limits the mean KL divergence in nats per token, `max_ppl_increase` by how many per cent the perplexity is
+    higher than the original's.  Figures are taken as they are, not the ends of their intervals.
+    """
+    broken = []
+    for figures in found.texts:
+        kl, ratio = figures.model.kl_mean, figures.model.perplexity_ratio
+        if kl is None or ratio is None:
+            raise ConfigError("limits on quality compare with an original, and none was given", hint="add --against")
+        if max_kl is not None and not kl <= max_kl:
+            broken.append(f"{figures.text}: the mean KL divergence is {kl:.5f}, allowed are {max_kl:g}")
+        increase = 100 * (ratio - 1)
+        if max_ppl_increase is not None and not increase <= max_ppl_increase:
+            broken.append(
+                f"{figures.text}: the perplexity rose by {increase:.2f} %, allowed are {max_ppl_increase:g} %"
+            )
+    if broken:
+        raise QualityError("; ".join(broken), hint="more bits, smaller groups, or a better method; else a higher limit")
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A model's scores on all windows, and what a user should know of how they came about."""
+
+    scores: Scores
+    notes: tuple[str, ...]
+
+
+def _alone(source: Source, windows: Tensor) -> _Run:
+    parts, notes = _parts(windows, source.windows_at_once(windows.shape[1], sides=1))
+    scores = [each for part in parts for each in _scores(source, part)]
+    return _Run(Scores.joined(scores), tuple(note for note in (source.note, *notes) if note))
+
+
+def _beside(original: Source, folders: Sequence[Path], opened: Callable[[Path], Source], windows: Tensor) -> list[_Run]:
+    """Every model on a part of the windows, then all on the next, so that the original runs once on each."""
+    parts, notes = _parts(windows, original.windows_at_once(windows.shape[1], sides=2))
+    scores: list[list[Scores]] = [[] for _ in folders]
+    remarks: list[dict[str, None]] = [dict.fromkeys(filter(None, (original.note, *notes))) for _ in folders]
+    for part in parts:
+        original.run(part)
+        for folder, own, remark in zip(folders, scores, remarks, strict=True):
+            model = opened(folder)
+            if model.vocabulary != original.vocabulary:
+                raise UnsupportedModelError(
+                    f"the models have vocabularies of {model.vocabulary} and {original.vocabulary} tokens",
+                    hint="compare a model with the one that it was made from",
+                )
+            own += _scores(model, part, original)
+            remark.update(dict.fromkeys(filter(None, [model.note])))
+            del model
+            gc.collect()  # before the next is opened: modules and what watches them refer to each other
+    return [_Run(Scores.joined(own), tuple(remark)) for own, remark in zip(scores, remarks, strict=True)]
+
+
+def _scores(model: Source, windows: Tensor, original: Source | None = None) -> Iterator[Scores]:
+    """Batch by batch; `original` was run on the same windows before."""
+    together = windows_together(windows.shape[1], model.vocabulary)
+    model.run(windows)
+    if original is None:
+        yield from (score(logits, tokens) for tokens, logits in model.logits(together))
+        return
+    for (tokens, predicted), (_, expected) in zip(model.logits(together), original.logits(together), strict=True):
+        yield score(predicted, tokens, expected)
+
+
+def _parts(windows: Tensor, at_once: int | None) -> tuple[Sequence[Tensor], list[str]]:
+    """The windows as they can be run together, and what is to be said of it."""
+    if at_once is None or at_once >= len(windows):
+        return [windows], []
+    parts = windows.split(at_once)
+    return parts, [
+        f"the hidden states of {len(windows)} windows do not fit into memory at once: "
+        f"all blocks were read {len(parts)} times"
+    ]
+
+
+def _by_text(scores: Scores, sizes: dict[str, int]) -> tuple[Figures, ...]:
+    found, start = [], 0
+    for name, size in sizes.items():
+        part = scores[start : start + size]
+        found.append(Figures(name, size, summary(part), summary_of_original(part)))
+        start += size
+    return tuple(found)
+
+
+def _total(scores: Scores, sizes: dict[str, int]) -> Figures:
+    counts = list(sizes.values())
+    name = next(iter(sizes)) if len(sizes) == 1 else f"{len(sizes)} texts"
+    return Figures(name, sum(counts), summary(scores, counts), summary_of_original(scores, counts))
+
+
+def _check_tokens(windows: Tensor, model: Source) -> None:
+    """Refuse ids that the model has no embedding for."""
+    largest = int(windows.max())
+    if largest >= model.vocabulary:
+        raise CheckpointError(
+            f"the tokenizer made the id {largest}, and the model has embeddings for {model.vocabulary} tokens",
+            hint="is the tokenizer the one that belongs to the model?",
+        )
 
 
 def size_of(path: str | Path) -> Size:

@@ -14,13 +14,16 @@ class Tuning:
     """End-to-end tuning against the float model's predictions, after all blocks were rounded.
 
     `scales` and `rounding` are step sizes of Adam, falling linearly to zero over the `steps`; 0 leaves that part as it
-    is.  A step sees `tokens` tokens.
+    is.  A step sees `tokens` tokens.  For each window of the text the model writes `written` more itself, which are
+    tuned on as well: any text will do to learn the float model's predictions from, and the more of it, the less is
+    learnt by heart.
     """
 
     steps: int
     scales: float
     rounding: float
     tokens: int = 2048
+    written: int = 0
 
 
 @dataclass(frozen=True)
@@ -28,17 +31,21 @@ class Method:
     """A quantization method as its stages; each names a file in `llmq/algorithms/`.
 
     transforms    rewrite the float block into an equal one that rounds better
+    token_weights whether tokens count by what an error costs the model's loss there (algorithms/token_weights.py)
     alphas        strengths of the asymmetric target to choose from (see algorithms/target.py); none: plain weights
     rounding      turns weights into codes
     refinements   lower the loss of the codes, weight by weight
+    block_tuning  lowers the loss of a block as a whole, when all of its weights are rounded
     tuning        lowers the model's loss, after all blocks
     held_out      part of the calibration windows that no stage is fitted on, by which stages are judged
     """
 
     rounding: str
     transforms: tuple[str, ...] = ()
+    token_weights: bool = False
     alphas: tuple[float, ...] = ()
     refinements: tuple[str, ...] = ()
+    block_tuning: Tuning | None = None
     tuning: Tuning | None = None
     held_out: float = 0.0
     needs_calibration: bool = True
@@ -48,4 +55,21 @@ METHODS: Mapping[str, Method] = {
     "rtn": Method(rounding="rtn", needs_calibration=False),
     "gptq": Method(rounding="gptq"),
     "awq": Method(transforms=("awq",), rounding="clip"),
+    "fast": Method(token_weights=True, rounding="gptq", alphas=(1.0,), held_out=0.1),
+    "balanced": Method(
+        token_weights=True,
+        rounding="gptq",
+        alphas=(1.0, 0.5),
+        refinements=("descent", "refit"),
+        tuning=Tuning(steps=120, scales=1e-3, rounding=1e-3, tokens=1024),
+        held_out=0.1,
+    ),
+    "best": Method(
+        token_weights=True,
+        rounding="gptq",
+        alphas=(1.0, 0.5),
+        refinements=("descent", "refit"),
+        tuning=Tuning(steps=480, scales=1e-3, rounding=1e-3, tokens=1024, written=3),
+        held_out=0.1,
+    ),
 }

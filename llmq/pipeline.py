@@ -9,6 +9,7 @@ disk before the next one starts, so an interrupted run continues at the first bl
 same bytes.
 """
 
+import dataclasses
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,20 +18,21 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from llmq import algorithms
-from llmq.algorithms import Options, Rounding
+from llmq import algorithms, block_tuning
+from llmq.algorithms import Options
 from llmq.checkpoint.writer import Writer
-from llmq.config import Scheme
 from llmq.errors import FormatError
 from llmq.formats import Layout, Reader
 from llmq.methods import Method
 from llmq.model import fold, observe
 from llmq.model.block import Block
+from llmq.model.flow import Flow
 from llmq.model.observe import InputGroup
 from llmq.model.skeleton import Call, Skeleton
 from llmq.model.stream import Stream
-from llmq.report.record import BlockReport, LayerReport
+from llmq.report.record import BlockReport, LayerReport, StageGain
 from llmq.report.scoring import layer_report
+from llmq.rounding import Rounded, round_group
 from llmq.schemes import LayerPlan
 from llmq.stats import InputStats
 
@@ -59,6 +61,8 @@ def quantize_blocks(run: Run) -> Iterator[LayerReport | BlockReport]:
     for index, block in enumerate(run.skeleton.blocks):
         start = time.monotonic()
         block.load()
+        if run.stream is not None:
+            run.stream.enter(block)
         if run.writer.has(index):  # an earlier run got this far
             report = restore(run, index, block)
             if run.stream is not None:
@@ -73,24 +77,30 @@ def quantize_block(run: Run, index: int, block: Block, start: float) -> Generato
     """observe → transform → round → pack → commit, for one block whose float weights are loaded."""
     groups = group_weights(run, block)
     notes = transform_block(run, block, groups) if run.method.transforms else []
+    schemes = {path: run.plans[path].scheme for path in block.linears}
     tensors: dict[str, Tensor] = {}
     layers: list[LayerReport] = []
-    for group, stats in observe_in_sequence(run, block, groups):
+    to_tune: dict[str, Rounded] = {}
+    flow = None if run.stream is None else run.stream.flow(block, groups)
+    for group, stats in ((group, None) for group in groups) if flow is None else flow.statistics():
         if stats is not None and stats.tokens == 0:
             notes.append(f"{', '.join(group.names)}: left as they are, no calibration token was seen to reach them")
             continue
         weights = {path: block.weight(path) for path in group.names}
-        for path, weight, rounding in round_group(run, weights, stats):
-            packed = run.layout.pack(rounding.quantized)
-            rounded = rounding.quantized.dequantize()
-            block.set_weight(path, rounded)  # what comes later sees this rounding
-            name = run.plans[path].name
-            layers.append(layer_report(name, weight, rounded, rounding, packed, stats))
+        for layer in round_group(weights, schemes, stats, run.method, run.options):
+            packed = run.layout.pack(layer.rounding.quantized)
+            rounded = layer.rounding.quantized.dequantize()
+            block.set_weight(layer.path, rounded)  # what comes later sees this rounding
+            name = run.plans[layer.path].name
+            layers.append(layer_report(name, layer.weight, rounded, layer.rounding, packed, stats, layer.gains))
             yield layers[-1]
             tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in packed.items()}
+            if run.method.block_tuning is not None:
+                to_tune[layer.path] = layer
+    gain = None if flow is None else leave_block(run, block, flow, to_tune, tensors)
     replaced = {f"{layer.name}.weight" for layer in layers}
     tensors |= {name: tensor for name, tensor in block.stored_parameters().items() if name not in replaced}
-    report = BlockReport(block.path, tuple(layers), tuple(notes), time.monotonic() - start)
+    report = BlockReport(block.path, tuple(layers), tuple(notes), time.monotonic() - start, gain=gain)
     run.writer.commit(index, tensors, report.to_dict())
     return report
 
@@ -102,26 +112,38 @@ def group_weights(run: Run, block: Block) -> list[InputGroup]:
     return observe.input_groups(block, run.stream.sample(PROBE_TOKENS))
 
 
-def observe_in_sequence(
-    run: Run, block: Block, groups: Sequence[InputGroup]
-) -> Iterator[tuple[InputGroup, InputStats | None]]:
-    """Each group with what it is fed by those before it, which are rounded by then; takes the text past the block."""
-    if run.stream is None:
-        yield from ((group, None) for group in groups)
-        return
-    flow = run.stream.flow(block, groups)
-    yield from flow.statistics()
-    run.stream.advance(block, flow.outputs)
+def leave_block(
+    run: Run, block: Block, flow: Flow, layers: Mapping[str, Rounded], tensors: dict[str, Tensor]
+) -> StageGain | None:
+    """Take the text past the block, whose weights are all rounded by now.
+
+    Where the method says so they are tuned together first, and packed into `tensors` once more.
+    """
+    stream, tuning = run.stream, run.method.block_tuning
+    assert stream is not None
+    if tuning is None or not layers or stream.fitted == stream.windows:  # without held-out text nothing would judge it
+        stream.advance(block, flow.outputs, flow.original_outputs)
+        return None
+    stream.know_originals(block, flow.original_outputs)
+    weights = {path: layer.rounding.quantized for path, layer in layers.items()}
+    references = {path: layer.weight for path, layer in layers.items()}
+    tuned = block_tuning.tune(run.skeleton, stream, block, weights, references, tuning)
+    stream.advance(block, None if tuned.step else flow.outputs)
+    for path, quantized in tuned.weights.items():
+        packed = run.layout.pack(quantized)
+        tensors |= {f"{run.plans[path].name}.{suffix}": tensor for suffix, tensor in packed.items()}
+    return StageGain("block_tuning", tuned.before, tuned.after, tuned.step > 0)
 
 
 def transform_block(run: Run, block: Block, groups: Sequence[InputGroup]) -> list[str]:
     """Rewrite the float block by each transform of the method, on statistics of the float block."""
     assert run.stream is not None, "a method that transforms needs calibration"
-    observed = observe.statistics(block, groups, run.stream.calls())
+    observed = observe.statistics(block, groups, run.stream.fitted_calls())
     notes = [note for stage in run.method.transforms for note in transform(run, stage, block, observed)]
     packed = {f"{run.plans[path].name}.weight" for path in block.linears if run.plans[path].scheme is not None}
     kept = {name: tensor for name, tensor in block.stored_parameters().items() if name not in packed}
     block.set_stored_parameters(kept)  # what a transform changed, in as few bits as the file holds it
+    run.stream.transformed(block)
     return notes
 
 
@@ -159,33 +181,16 @@ def rounded_loss(
     run: Run, block: Block, group: InputGroup, stats: InputStats, call: Call, before: Tensor, scales: Tensor
 ) -> float:
     """Squared error of the block's output with the group's weights scaled, rounded, and scaled back."""
+    plain = dataclasses.replace(run.method, alphas=(), refinements=())
+    schemes = {path: run.plans[path].scheme for path in group.names}
     originals = {path: block.weight(path) for path in group.names}
     scaled = {path: weight * scales for path, weight in originals.items()}
-    for path, _, rounding in round_group(run, scaled, stats.divided_by(scales)):
-        block.set_weight(path, rounding.quantized.dequantize() / scales)
+    for layer in round_group(scaled, schemes, stats.divided_by(scales), plain, run.options):
+        block.set_weight(layer.path, layer.rounding.quantized.dequantize() / scales)
     loss = float((block.run(call) - before).to(torch.float32).square().sum())
     for path, weight in originals.items():
         block.set_weight(path, weight)
     return loss
-
-
-def round_group(
-    run: Run, weights: Mapping[str, Tensor], stats: InputStats | None
-) -> Iterator[tuple[str, Tensor, Rounding]]:
-    """(path, weight, its rounding) for weights (N, K) that share an input; those of one grid are solved together."""
-    stage = algorithms.rounding(run.method.rounding)
-    schemes: dict[Scheme, list[str]] = {}
-    for path in weights:
-        scheme = run.plans[path].scheme
-        if scheme is not None:  # None: stays as it is
-            schemes.setdefault(scheme, []).append(path)
-    for scheme, paths in schemes.items():
-        together = stage.round_weight(torch.cat([weights[path] for path in paths]), stats, scheme, run.options)
-        start = 0
-        for path in paths:
-            stop = start + len(weights[path])
-            yield path, weights[path], together.rows(start, stop)
-            start = stop
 
 
 def restore(run: Run, index: int, block: Block) -> BlockReport:

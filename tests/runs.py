@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 import llmq
 from llmq.config import QuantConfig, merged
 from llmq.job import Job
+from llmq.methods import Method
 
 WINDOWS: dict[str, Any] = {"samples": 4, "seqlen": 48}
 QUICK: dict[str, Any] = {"group_size": 16, "scales": "minmax", **WINDOWS}
@@ -21,9 +22,10 @@ def quantize(model: Path, out: Path, text: Path, **settings: Any) -> llmq.Report
     return llmq.quantize(str(model), out, device="cpu", **{**QUICK, "calibration": [text], **settings})
 
 
-def job(model: Path, out: Path, text: Path, **settings: Any) -> Job:
+def job(model: Path, out: Path, text: Path, *, stages: Method | None = None, **settings: Any) -> Job:
     """The same run, not started."""
-    return Job(str(model), out, merged(QuantConfig(), {**QUICK, "calibration": [text], **settings}), device="cpu")
+    asked = merged(QuantConfig(), {**QUICK, "calibration": [text], **settings})
+    return Job(str(model), out, asked, stages=stages, device="cpu")
 
 
 def windows_of(model: Path, text: Path) -> Tensor:

@@ -1,7 +1,7 @@
-"""An environment of its own for each peer: their pins contradict each other's, and llmq's.
+"""Environments for the peers: their pins contradict each other's, and llmq's.
 
-They lie in `.venv-peers/` beside the code, which git does not see, and are made once.  An environment counts as made
-when its marker file holds the requirements that are asked for.
+Those whose pins agree share one.  They lie in `.venv-peers/` beside the code, which git does not see, and are made
+once.  An environment counts as made when its marker file holds the requirements that are asked for.
 """
 
 import json
@@ -13,6 +13,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENTS = ROOT / ".venv-peers"
+SHARED = "shared"
+SHARED_REQUIREMENTS = [
+    "torch==2.13.0",
+    "transformers==5.23.0",
+    "hqq==0.2.8.post1",
+    "torchao==0.18.0",
+    "xllamacpp==2026.10.11549",
+]
 
 
 class InstallError(Exception):
@@ -26,7 +34,7 @@ def interpreter(name: str, requirements: list[str]) -> Path:
     if marker.is_file() and json.loads(marker.read_text()) == requirements:
         return python
     _run([sys.executable, "-m", "venv", "--clear", str(folder)])
-    _run([str(python), "-m", "pip", "install", "--quiet", *requirements])
+    _run([str(python), "-m", "pip", "install", "--quiet", "--no-compile", *requirements])
     marker.write_text(json.dumps(requirements))
     return python
 

@@ -1,41 +1,42 @@
-"""GPTQ by llm-compressor, its defaults, 4 bits in groups of 128.
+"""GPTQ by llm-compressor, its defaults, 4 bits in groups of 128; the contract is in peer.py."""
 
-    python eval/peers/llm_compressor_gptq.py MODEL TOKENS OUT
-
-TOKENS is a JSON file of equally long lists of token ids.  Makes llm-compressor's own environment at the first call and
-prints what the whole process takes.
-"""
-
-import json
-import sys
+import argparse
 from pathlib import Path
+from typing import Any
+
+from peer import main, windows
 
 NAME, PACKAGE = "llm-compressor", "llmcompressor"
 REQUIREMENTS = ["llmcompressor==0.14.0.1", "torch==2.13.0"]  # it takes torch up to 2.14; this is llmq's
 
 
-def quantize(model: str, tokens: str, out: str) -> None:
-    """The work itself, in the environment."""
+def quantize(asked: argparse.Namespace, packed: Path) -> None:
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
 
-    windows = json.loads(Path(tokens).read_text())
-    masks = [[1] * len(window) for window in windows]
+    tokens = windows(asked.tokens)
+    masks = [[1] * len(window) for window in tokens]
+    scheme = "W4A16_ASYM" if asked.asymmetric else "W4A16"
     oneshot(
-        model=model,
-        dataset=Dataset.from_dict({"input_ids": windows, "attention_mask": masks}),
-        recipe=GPTQModifier(targets="Linear", scheme="W4A16", ignore=["lm_head"]),
-        max_seq_length=len(windows[0]),
-        num_calibration_samples=len(windows),
-        output_dir=out,
+        model=str(asked.model),
+        dataset=Dataset.from_dict({"input_ids": tokens, "attention_mask": masks}),
+        recipe=GPTQModifier(targets="Linear", scheme=scheme, ignore=["lm_head"]),
+        max_seq_length=len(tokens[0]),
+        num_calibration_samples=len(tokens),
+        output_dir=str(packed),
     )
 
 
-if __name__ == "__main__":
-    if Path(sys.prefix).name == NAME:
-        quantize(*sys.argv[1:])
-    else:
-        from peer import time_peer
+def weights(asked: argparse.Namespace, packed: Path) -> dict[str, Any]:
+    import torch
+    from plain import read_out
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-        print(time_peer(NAME, REQUIREMENTS, Path(__file__), sys.argv[1:]))
+    settings = CompressedTensorsConfig(dequantize=True)
+    read = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32, quantization_config=settings)
+    return read_out(read, asked.model)
+
+
+if __name__ == "__main__":
+    main(NAME, REQUIREMENTS, __file__, quantize, weights)

@@ -18,14 +18,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import gptqmodel_gptq
 import llm_compressor_gptq
-from environment import InstallError, interpreter, versions
+from environment import InstallError, first_error, interpreter, versions
 from peer import PeerError, time_peer
 from process import Measured, ProcessError, measured
 
@@ -53,26 +53,33 @@ def make_model(folder: Path, **changes: int) -> None:
     AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder)
 
 
-def write_tokens(model: Path, text: Path, tokens: Path) -> str:
+def write_tokens(model: Path, text: Path, tokens: Path, seed: int = SEED) -> str:
     """The windows that llmq will cut from `text`, as lists of ids in JSON; returns their fingerprint."""
     from llmq import calibration
     from llmq.config import Calibration
     from llmq.runtime.load import load_tokenizer
 
     settings = Calibration((str(text),), SAMPLES, SEQLEN)
-    found = calibration.load(settings, load_tokenizer(model, remote_code=False), seed=SEED, max_tokens=None)
+    found = calibration.load(settings, load_tokenizer(model, remote_code=False), seed=seed, max_tokens=None)
     tokens.write_text(json.dumps(found.windows.tolist()))
     return found.sha256
 
 
-def time_llmq(model: Path, text: Path, out: Path, fingerprint: str) -> Measured:
-    """`llmq quantize` from the shell; raises PeerError where it fails or has read other tokens."""
+def time_llmq(
+    model: Path, text: Path, out: Path, fingerprint: str | None, options: Sequence[str] = ("--method", "gptq")
+) -> Measured:
+    """`llmq quantize` from the shell; raises PeerError where it fails or has read other tokens.
+
+    No fingerprint: the method reads none.
+    """
     command = [sys.executable, "-m", "llmq", "quantize", str(model), str(out), "--calibration", str(text)]
-    command += ["--method", "gptq", "--samples", str(SAMPLES), "--seqlen", str(SEQLEN), "--seed", str(SEED)]
+    command += ["--samples", str(SAMPLES), "--seqlen", str(SEQLEN), *options]
     try:
         taken = measured(command, out.with_suffix(".log"), cwd=ROOT)
     except ProcessError as error:
-        raise PeerError(error.output[-300:]) from error
+        raise PeerError(first_error(error.output)) from error
+    if fingerprint is None:
+        return taken
     read = json.loads((out / "llmq.json").read_text())["calibration"]["sha256"]
     if read != fingerprint:
         raise PeerError(f"llmq read other tokens: {read}, expected {fingerprint}")
@@ -145,17 +152,26 @@ def _median(runs: list[dict[str, float]], key: str) -> float:
     return statistics.median(run[key] for run in runs)
 
 
-def stamp(layers: int, note: str) -> dict[str, Any]:
+def processor() -> str:
     described = Path("/proc/cpuinfo")
     lines = described.read_text().splitlines() if described.exists() else []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.machine()
+
+
+def revision() -> str:
+    """The commit that is checked out."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+    return commit.stdout.strip() or "unknown"
+
+
+def stamp(layers: int, note: str) -> dict[str, Any]:
     settings = f"{layers} layers, {SHAPE['hidden_size']} wide, float32, random weights; "
     settings += f"{SAMPLES} x {SEQLEN} tokens, 4 bits, g128, symmetric; medians of the runs, imports included."
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip() or "unknown",
-        "cpu": named[0] if named else platform.machine(),
+        "commit": revision(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "shape": SHAPE | {"num_hidden_layers": layers},

@@ -2,9 +2,9 @@
 
 A stage is pure: it gets tensors and statistics and returns tensors.  It never sees a model, a file or a name.
 
-    rounding     round_weight(weight, stats, scheme, options) -> Rounding      rtn.py clip.py gptq.py
     transform    channel_scales(stats, tied, loss) -> Tensor | None                   awq.py
-    refinement   (the slot is there; its first stages come with the accuracy work)
+    rounding     round_weight(weight, stats, scheme, options, factor) -> Rounding     rtn.py clip.py gptq.py
+    refinement   refine(target, quantized, hessian, options) -> QuantizedTensor       descent.py refit.py
 
 `llmq.methods.METHODS` says which stages make up a method.
 """
@@ -34,6 +34,22 @@ class Options:
 
 
 @dataclass(frozen=True)
+class Factor:
+    """H⁻¹ = UᵀU of a damped Hessian.
+
+    upper    U (K, K) float32, upper triangular, in visiting order
+    price    (K,) float32, 1/[H⁻¹]_jj, in memory order
+    order    (K,) int64, the column that is visited first, second, …
+    damping  λ, in parts of the mean diagonal
+    """
+
+    upper: Tensor
+    price: Tensor
+    order: Tensor
+    damping: float
+
+
+@dataclass(frozen=True)
 class Rounding:
     """A rounded weight; `damping` that was needed (None: no factorisation), and what a user should be told."""
 
@@ -47,8 +63,26 @@ class Rounding:
 
 
 class RoundingStage(Protocol):
-    def round_weight(self, weight: Tensor, stats: InputStats | None, scheme: Scheme, options: Options) -> Rounding:
-        """Round `weight` (N, K) float32; rows are independent, so weights that share inputs are stacked."""
+    def round_weight(
+        self,
+        weight: Tensor,
+        stats: InputStats | None,
+        scheme: Scheme,
+        options: Options,
+        factor: Factor | None = None,
+    ) -> Rounding:
+        """Round `weight` (N, K) float32; rows are independent, so weights that share inputs are stacked.
+
+        `factor` is that of the statistics' Hessian, where somebody has made it already.
+        """
+
+
+class RefinementStage(Protocol):
+    def refine(self, target: Tensor, quantized: QuantizedTensor, hessian: Tensor, options: Options) -> QuantizedTensor:
+        """`quantized` with codes or scales that are closer to `target` (N, K) float32 under `hessian` (K, K), damped.
+
+        No row's  (w* - ŵ) H (w* - ŵ)ᵀ  rises, but for what is left in the last bits of float32.
+        """
 
 
 class TransformStage(Protocol):
@@ -66,6 +100,10 @@ def rounding(name: str) -> RoundingStage:
 
 def transform(name: str) -> TransformStage:
     return cast(TransformStage, importlib.import_module(f"llmq.algorithms.{name}"))
+
+
+def refinement(name: str) -> RefinementStage:
+    return cast(RefinementStage, importlib.import_module(f"llmq.algorithms.{name}"))
 
 
 def output_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> Tensor:

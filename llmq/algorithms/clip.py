@@ -11,12 +11,14 @@ import math
 from torch import Tensor
 
 from llmq import grid
-from llmq.algorithms import Options, Rounding, rtn
+from llmq.algorithms import Factor, Options, Rounding, rtn
 from llmq.config import Scheme
 from llmq.stats import InputStats
 
 
-def round_weight(weight: Tensor, stats: InputStats | None, scheme: Scheme, options: Options) -> Rounding:
+def round_weight(
+    weight: Tensor, stats: InputStats | None, scheme: Scheme, options: Options, factor: Factor | None = None
+) -> Rounding:
     """See `RoundingStage`."""
     if stats is None or options.scales == "minmax":
         return rtn.round_weight(weight, stats, scheme, options)

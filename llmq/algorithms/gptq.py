@@ -26,13 +26,12 @@ nearest on clipped ranges, and the report says so.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from llmq import grid
-from llmq.algorithms import Options, Rounding, clip, output_error
+from llmq.algorithms import Factor, Options, Rounding, clip, output_error
 from llmq.config import Scheme
 from llmq.grid import Grid
 from llmq.stats import InputStats
@@ -43,22 +42,14 @@ STRIP = 1024  # columns of the factor that are inverted at once
 ELEMENTS_AT_ONCE = 1 << 20
 
 
-@dataclass(frozen=True)
-class Factor:
-    """U (K, K) float32 upper triangular in visiting order; price (K,) = 1/[H⁻¹]_jj and order (K,) in memory order."""
-
-    upper: Tensor
-    price: Tensor
-    order: Tensor
-    damping: float
-
-
-def round_weight(weight: Tensor, stats: InputStats | None, scheme: Scheme, options: Options) -> Rounding:
+def round_weight(
+    weight: Tensor, stats: InputStats | None, scheme: Scheme, options: Options, factor: Factor | None = None
+) -> Rounding:
     """See `RoundingStage`."""
     if stats is None or stats.tokens == 0:
         raise ValueError("gptq needs the statistics of at least one token")
     hessian = stats.hessian
-    factor = factorize(hessian, options)
+    factor = factor or factorize(hessian, options)
     if factor is None:
         nearest = clip.round_weight(weight, stats, scheme, options)
         tried = max(HIGHEST_DAMPING, options.damping)

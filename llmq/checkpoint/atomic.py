@@ -42,10 +42,11 @@ def storing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     """A binary file that becomes `path` when the block ends well, and leaves nothing behind when it does not.
 
-    Raises StorageError for what the system refuses.
+    One that is not `durable` may be lost, or be cut short, in a power cut, until `sync_file` was called for it.  Raises
+    StorageError for what the system refuses.
     """
     partial = path.with_name(f".{path.name}{PARTIAL}")
     with storing(path):
@@ -53,12 +54,20 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             with partial.open("wb") as file:
                 yield file
                 file.flush()
-                os.fsync(file.fileno())
+                if durable:
+                    os.fsync(file.fileno())
             partial.replace(path)
         except BaseException:  # Ctrl-C too: a full disk gets its space back
             partial.unlink(missing_ok=True)
             raise
-        sync_folder(path.parent)
+        if durable:
+            sync_folder(path.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Push the contents of a file to the disk; its name is pushed with `sync_folder`."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def write_text(path: Path, text: str) -> None:

@@ -4,6 +4,7 @@
         identity.json       what the run was asked for, and of which source
         00000.safetensors   the tensors of block 0, under the names that they have in the finished model
         00000.json          its record; written last, so it marks the block as committed
+        revision/           a second version of all blocks, in the making (see revision.py)
         final/              the model while it is put together
         moving.json         the files of final/ that may already be in OUT; written before the first of them is moved
 
@@ -12,38 +13,19 @@ It lies inside OUT because OUT may be a mount point, and a rename is atomic only
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from llmq.checkpoint.atomic import PARTIAL, sync_folder, write_text
-from llmq.checkpoint.storage import Part, read_header, read_tensor, write_tensors
+from llmq.checkpoint.revision import Revision
+from llmq.checkpoint.storage import Part, StoredTensors, read_header, write_tensors
 from llmq.checkpoint.weights import read_json_object
 from llmq.errors import CheckpointError
 
 STAGING = ".llmq-partial"
-
-
-class StoredTensors(Mapping[str, Tensor]):
-    """The tensors of a safetensors file, each read from the disk whenever it is asked for."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._header = read_header(path)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return read_tensor(self._path, self._header[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._header)
-
-    def __len__(self) -> int:
-        return len(self._header)
-
-    def __contains__(self, name: object) -> bool:  # the inherited one would read the tensor
-        return name in self._header
 
 
 class Staging:
@@ -56,6 +38,7 @@ class Staging:
         self.out = out
         self.folder = out / STAGING
         self.final = self.folder / "final"
+        self.revision = Revision(self.folder / "revision")
         self._identity = self.folder / "identity.json"
         self._moving = self.folder / "moving.json"
 
@@ -82,6 +65,7 @@ class Staging:
         """Delete what a killed process left half done, also the files that it moved to OUT."""
         for partial in self.folder.glob(f".*{PARTIAL}"):
             partial.unlink()
+        self.revision.sweep()
         for name in self.moved():
             (self.out / name).unlink(missing_ok=True)
         self._moving.unlink(missing_ok=True)
@@ -128,9 +112,16 @@ class Staging:
         return StoredTensors(self._tensors(index)), record
 
     def parts(self, blocks: Iterable[int]) -> list[Part]:
-        """Where every tensor of these blocks lies, block by block.  Raises CheckpointError if one is damaged."""
-        files = map(self._tensors, blocks)
-        return [(file, name, info) for file in files for name, info in read_header(file).items()]
+        """Where every tensor of these blocks lies, block by block, a revision's where it has one.
+
+        Raises CheckpointError if one is damaged.
+        """
+        found: list[Part] = []
+        for index in blocks:
+            file = self._tensors(index)
+            revised = {name: (source, name, info) for source, name, info in self.revision.parts(index)}
+            found += [revised.get(name, (file, name, info)) for name, info in read_header(file).items()]
+        return found
 
     def announce(self, names: list[str]) -> None:
         """Write down which files of OUT are this run's from now on."""

@@ -147,15 +147,38 @@ def read_tensor(path: Path, info: TensorInfo) -> Tensor:
     return data.view(info.dtype).reshape(info.shape)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] = PYTORCH) -> None:
+class StoredTensors(Mapping[str, Tensor]):
+    """The tensors of a safetensors file, each read from the disk whenever it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._header = read_header(path)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return read_tensor(self._path, self._header[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._header)
+
+    def __len__(self) -> int:
+        return len(self._header)
+
+    def __contains__(self, name: object) -> bool:  # the inherited one would read the tensor
+        return name in self._header
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] = PYTORCH, *, durable: bool = True
+) -> None:
     """Write tensors, of any device and stride, as one safetensors file that appears whole or not at all.
 
+    `durable` is that of `atomic.replacing`.
     Raises StorageError if it cannot be written, CheckpointError for a dtype that safetensors lacks.
     """
     order = _aligned([(tensor, name, TensorInfo(tensor.dtype, tuple(tensor.shape), 0, tensor.nbytes))
                       for name, tensor in tensors.items()])  # fmt: skip
     header = _header([(name, info) for _, name, info in order], metadata)
-    with replacing(path) as file:
+    with replacing(path, durable=durable) as file:
         file.write(header)
         for tensor, _, _ in order:
             packed = tensor.detach().cpu().contiguous()

@@ -20,9 +20,10 @@ from typing import Any
 from torch import Tensor
 
 from llmq.checkpoint.atomic import replacing, storing, sync_folder, write_text
+from llmq.checkpoint.revision import Revision
 from llmq.checkpoint.shards import SHARD_BYTES, write_shards
-from llmq.checkpoint.staging import STAGING, Staging, StoredTensors
-from llmq.checkpoint.storage import Part, copy_bytes, reading
+from llmq.checkpoint.staging import STAGING, Staging
+from llmq.checkpoint.storage import Part, StoredTensors, copy_bytes, reading
 from llmq.checkpoint.weights import INDEX
 from llmq.errors import ConfigError, StorageError
 
@@ -90,6 +91,11 @@ class Writer:
             if out.exists() and not out.is_dir():
                 raise ConfigError(f"{out} is a file, expected a folder", hint="give another output folder")
             _refuse_other_files(Staging(out), resumable=True)
+
+    @property
+    def revision(self) -> Revision:
+        """Where a second version of the committed blocks is made; `finish` takes it where it was adopted."""
+        return self._staging.revision
 
     def has(self, index: int) -> bool:
         """Whether a block is committed."""

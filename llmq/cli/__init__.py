@@ -10,7 +10,7 @@ import warnings
 import typer
 
 from llmq._version import __version__
-from llmq.cli import env, evaluate, generate, inspect, quantize
+from llmq.cli import env, evaluate, generate, inspect, quantize, sensitivity
 from llmq.cli.terminal import print_error, warning_printer
 from llmq.errors import LlmqError
 
@@ -42,6 +42,7 @@ def _root(
 app.command("quantize")(quantize.command)
 app.command("eval")(evaluate.command)
 app.command("generate")(generate.command)
+app.command("sensitivity")(sensitivity.command)
 app.command("inspect")(inspect.command)
 app.command("env")(env.command)
 

@@ -3,11 +3,12 @@
 from typing import Any
 
 from llmq.cli import options
+from llmq.cli.manifest import print_manifest
 from llmq.cli.terminal import megabytes, print_json, print_table
 
 
 def command(path: options.Path_, json: options.Json = False) -> None:
-    """Show what a checkpoint holds: layers, grids, sizes, and the errors that were recorded when it was made."""
+    """Show what a checkpoint holds: layers, grids, sizes, the errors recorded when it was made, and the text used."""
     from llmq.inspection import inspect
 
     found = inspect(path)
@@ -33,3 +34,7 @@ def command(path: options.Path_, json: options.Json = False) -> None:
         *((key, value) for key, value in found.provenance.items()),
     ]
     print_table("in all", ("", "value"), [(key, str(value)) for key, value in summary])
+    if found.calibration and found.calibration.get("manifest"):  # earlier versions left none
+        print_manifest(found.calibration)
+        for note in found.calibration["notes"]:
+            print(f"note: {note}")

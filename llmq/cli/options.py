@@ -19,13 +19,22 @@ Model = Annotated[str, Argument(help="A folder with safetensors, or a Hub id suc
 Path_ = Annotated[str, Argument(help="A folder, or a Hub id.", metavar="PATH")]
 Out = Annotated[Path | None, Argument(help="The output folder.  Default: MODEL-METHOD-BITSbit.", metavar="OUT")]
 
-Method = Annotated[str | None, Option("--method", help=f"{_choice(METHODS)}.  Default: gptq.", rich_help_panel=WHAT)]
+Method = Annotated[str | None, Option("--method", help=f"{_choice(METHODS)}.  Default: balanced.", rich_help_panel=WHAT)]
 Bits = Annotated[int | None, Option("--bits", help=f"{_choice(BITS)}.  Default: 4.", rich_help_panel=WHAT)]
 GroupSize = Annotated[
     str | None,
     Option(
         "--group-size",
         help=f"Columns that share a scale: {_choice(GROUP_SIZES)} | channel | tensor.  Default: 128.",
+        rich_help_panel=WHAT,
+    ),
+]
+TargetBits = Annotated[
+    float | None,
+    Option(
+        "--target-bits",
+        help="Spend so many bits a weight, scales counted, where they help most: 4 bits in groups of 128 or 32, 8 "
+        "bits, or a layer as it is.",
         rich_help_panel=WHAT,
     ),
 ]
@@ -64,8 +73,9 @@ Calibration = Annotated[
     list[str] | None,
     Option(
         "--calibration",
-        help="The text that the model is watched on: a .txt, .jsonl, .json or .parquet file, or a Hub data set as "
-        "NAME[:CONFIG][:SPLIT][:COLUMN].  Repeatable.  Default: a mixed set from the Hub.",
+        help="The text that the model is watched on: a .txt, .jsonl, .json or .parquet file, of rows also "
+        "FILE:COLUMN; a Hub data set as NAME[:CONFIG][:SPLIT][:COLUMN]; or self: the model writes it.  Rows hold texts "
+        "or chats.  Repeatable; a number at the end is a weight: a.jsonl:0.8.  Default: a mixed set from the Hub.",
         rich_help_panel=TEXT,
     ),
 ]

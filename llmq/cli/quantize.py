@@ -1,11 +1,13 @@
 """`llmq quantize MODEL [OUT]`"""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
 from llmq.cli import options
-from llmq.cli.terminal import megabytes, messages, print_json, print_notes, print_table, quiet_transformers, show
+from llmq.cli.manifest import print_manifest
+from llmq.cli.terminal import Step, megabytes, messages, print_json, print_notes, print_table, quiet_transformers, show
 from llmq.config import QuantConfig, config_from, config_to, merged, read_toml
 from llmq.errors import Interrupted
 from llmq.report.record import OUTSIDE_THE_BLOCKS
@@ -22,6 +24,7 @@ def command(
     method: options.Method = None,
     bits: options.Bits = None,
     group_size: options.GroupSize = None,
+    target_bits: options.TargetBits = None,
     symmetric: options.Symmetric = None,
     format_: options.Format = None,
     skip: options.Skip = None,
@@ -52,6 +55,7 @@ def command(
         "method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric, "format": format_,
         "skip": skip, "overrides": overrides, "strict": strict, "order": order, "scales": scales,
         "calibration": calibration, "samples": samples, "seqlen": seqlen, "seed": seed,
+        "target_bits": target_bits,
     }  # fmt: skip
     settings = merged(config_from(read_toml(config)) if config else QuantConfig(), given)
     if print_config:
@@ -69,7 +73,7 @@ def command(
         _print_plan(job, as_json=json)
         return
     try:
-        show(job.run(), job.blocks)
+        show(_announced(job), job.blocks)
     except KeyboardInterrupt:
         hint = "give the same command again: it continues after the last finished block"
         raise Interrupted("interrupted", hint=hint) from None
@@ -77,22 +81,39 @@ def command(
 
 
 def _print_plan(job: "Job", *, as_json: bool) -> None:
-    plans = job.plans.values()
+    plans = job.plan.layers.values()
     if as_json:
         layers = [{"name": p.name, "shape": [p.out_features, p.in_features], "scheme": p.scheme and str(p.scheme),
                    "reason": p.reason} for p in plans]  # fmt: skip
-        print_json({"output": str(job.out), "bytes": job.expected_bytes, "layers": layers, "left": job.report.left})
+        print_json(
+            {"output": str(job.out), "bytes": job.plan.expected_bytes, "layers": layers, "left": job.report.left}
+        )
         return
     rows = [(p.name, f"{p.out_features} x {p.in_features}", str(p.scheme or "-"), p.reason) for p in plans]
     print_table(f"{job.report.source} would become {job.out}", ("layer", "shape", "grid", "remark"), rows)
     outside = [name for name in job.report.left if name not in {plan.name for plan in plans}]
     print(f"left as they are: {', '.join(outside) or 'nothing else'}")
-    print(f"about {megabytes(job.expected_bytes)} of weights, {megabytes(job.report.original_bytes)} before")
+    if job.plan.settings.target_bits is not None:
+        print("which layers get other grids for --target-bits is found out by measuring; see llmq sensitivity")
+    print(f"about {megabytes(job.plan.expected_bytes)} of weights, {megabytes(job.report.original_bytes)} before")
+
+
+def _announced(job: "Job") -> Iterator[Step]:
+    """The work of a job; what it reads is shown on stderr before it starts."""
+    for done in job.run():
+        if isinstance(done, Step):
+            yield done
+        else:
+            print_manifest(done.to_dict(), messages())
+            print_notes(done.notes)
 
 
 def _print_result(job: "Job", *, as_json: bool) -> None:
     report = job.report
-    print_notes([*report.notes, *(note for block in report.blocks for note in block.notes), *_layer_notes(job)])
+    told = (report.calibration or {}).get("notes", ())  # before the work started
+    notes = [note for note in report.notes if note not in told]
+    notes += report.tuning.notes if report.tuning else ()
+    print_notes([*notes, *(note for block in report.blocks for note in block.notes), *_layer_notes(job)])
     messages().print(f"[bold green]done[/] in {report.seconds:.1f} s: {escape(str(job.out))}", soft_wrap=True)
     if as_json:
         print_json(report.to_dict())
@@ -104,6 +125,8 @@ def _print_result(job: "Job", *, as_json: bool) -> None:
         ("layers quantized", str(len(report.layers))),
         ("bits per weight, with scales", f"{report.bits_per_weight:.3f}"),
         ("size of weights", f"{megabytes(report.original_bytes)} → {megabytes(report.file_bytes)}"),
+        *((summary.stage, summary.outcome) for summary in report.stages),
+        *([("tuning", str(report.tuning))] if report.tuning else []),
         ("time", f"{report.seconds:.1f} s"),
         ("peak memory", megabytes(report.peak_memory_bytes)),
         ("output", str(job.out)),
@@ -114,7 +137,7 @@ def _print_result(job: "Job", *, as_json: bool) -> None:
 def _layer_notes(job: "Job") -> list[str]:
     """What happened to single layers, one line for all that it happened to."""
     told = [(f"left as it is, {why}", name) for name, why in job.report.left.items() if why != OUTSIDE_THE_BLOCKS]
-    told += [(plan.reason, plan.name) for plan in job.plans.values() if plan.scheme and plan.reason]
+    told += [(plan.reason, plan.name) for plan in job.plan.layers.values() if plan.scheme and plan.reason]
     told += [(note, layer.name) for layer in job.report.layers for note in layer.notes]
     names: dict[str, list[str]] = {}
     for note, name in told:

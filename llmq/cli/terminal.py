@@ -7,14 +7,24 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    track,
+)
 from rich.table import Table
 
 from llmq.errors import LlmqError
-from llmq.report.record import BlockReport, LayerReport
+from llmq.report.record import BlockReport, LayerReport, MeasuringStep, TuningStep
 from llmq_kernels.errors import KernelWarning
 
 MAX_NOTES = 12
+Step = LayerReport | BlockReport | MeasuringStep | TuningStep  # of the work, as it is done
 
 
 def messages() -> Console:
@@ -50,14 +60,16 @@ def warning_printer(otherwise: Callable[..., None]) -> Callable[..., None]:
     return show_warning
 
 
-def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
-    """A table on stdout; the first column is text, the others are figures."""
+def print_table(
+    title: str, columns: Iterable[str], rows: Iterable[Iterable[str]], console: Console | None = None
+) -> None:
+    """A table, on stdout if no other console is given; the first column is text, the others are figures."""
     table = Table(title=escape(title), title_justify="left", title_style="bold")
     for position, column in enumerate(columns):
         table.add_column(column, justify="left" if position == 0 else "right", no_wrap=position == 0)
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
-    console = Console(highlight=False)
+    console = console or Console(highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, 160)  # a file or a pipe has no edge to wrap at
     console.print(table)
@@ -67,25 +79,62 @@ def print_json(document: Any) -> None:
     print(json.dumps(document, indent=2))
 
 
-def show(work: Iterator[LayerReport | BlockReport], total: int) -> None:
-    """Do the work and show how far it is: a bar with ETA, or a plain line a block where there is no terminal."""
+def show(work: Iterator[Step], total: int) -> None:
+    """Do the work and show how far it is: bars with ETA, or a plain line a block where there is no terminal."""
     console = messages()
     if not console.is_terminal:
-        blocks = (done for done in work if isinstance(done, BlockReport))
-        for number, block in enumerate(blocks, 1):
-            print(f"block {number}/{total}  {block.path}  {_outcome(block)}", file=sys.stderr, flush=True)
+        _print_lines(work, total)
         return
     columns = (
-        TextColumn("quantizing"), BarColumn(), MofNCompleteColumn(), TextColumn("blocks"), TimeElapsedColumn(),
-        TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.description}"),
+        TextColumn("{task.fields[doing]}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[unit]}"),
+        TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.description}"),
     )  # fmt: skip
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("reading the text", total=total)
+        blocks = progress.add_task("reading the text", total=total, doing="quantizing", unit="blocks")
+        steps: TaskID | None = None
         for done in work:
             if isinstance(done, BlockReport):
-                progress.advance(task)
+                progress.advance(blocks)
+            elif isinstance(done, LayerReport):
+                progress.update(blocks, description=f"{done.name}  error {done.error:.2%}")
+            elif isinstance(done, MeasuringStep):
+                progress.update(blocks, description=_measured(done))
             else:
-                progress.update(task, description=f"{done.name}  error {done.error:.2%}")
+                if steps is None:
+                    steps = progress.add_task("", total=done.steps, doing="tuning", unit="steps", completed=done.step)
+                told = {} if done.held_out is None else {"description": _judged(done)}
+                progress.update(steps, completed=done.step, **told)  # type: ignore[arg-type]
+
+
+def show_measuring(work: Iterator[MeasuringStep], total: int) -> None:
+    """The same for a measurement of every layer."""
+    console = messages()
+    if console.is_terminal:
+        for _ in track(work, "measuring", total=total, console=console):
+            pass
+    else:
+        for step in work:
+            print(_measured(step), file=sys.stderr, flush=True)
+
+
+def _print_lines(work: Iterator[Step], total: int) -> None:
+    blocks = 0
+    for done in work:
+        if isinstance(done, BlockReport):
+            blocks += 1
+            print(f"block {blocks}/{total}  {done.path}  {_outcome(done)}", file=sys.stderr, flush=True)
+        elif isinstance(done, MeasuringStep):
+            print(_measured(done), file=sys.stderr, flush=True)
+        elif isinstance(done, TuningStep) and done.held_out is not None:
+            print(f"tuning {done.step}/{done.steps}  {_judged(done)}", file=sys.stderr, flush=True)
+
+
+def _measured(step: MeasuringStep) -> str:
+    return f"measured {step.block}/{step.blocks} blocks"
+
+
+def _judged(step: TuningStep) -> str:
+    return f"held-out KL {step.held_out:.4g}"
 
 
 def megabytes(count: int) -> str:

@@ -1,6 +1,7 @@
 """One decoder block: its parameters come from disk for its turn and go when it is done."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
@@ -31,6 +32,7 @@ class Block:
         self.path = path
         self.module = module
         self._skeleton = skeleton
+        self._originals: dict[str, Tensor] = {}
         self.linears = {f"{path}.{name}": m for name, m in module.named_modules() if is_plain_linear(m)}
 
     @property
@@ -46,8 +48,18 @@ class Block:
         for name, parameter in self.module.named_parameters():
             require_finite(f"{self.path}.{name}", parameter)
 
+    def fill(self, read: Callable[[str], Tensor]) -> None:
+        """Put what `read` gives for its name in the checkpoint behind every parameter of the block."""
+        for path, module in self.module.named_modules():
+            for key, parameter in module._parameters.items():
+                if parameter is not None:
+                    tensor = read(self._stored_name(f"{path}.{key}" if path else key))
+                    real = tensor.to(self._skeleton.device, parameter.dtype)
+                    module._parameters[key] = nn.Parameter(real, requires_grad=False)
+
     def free(self) -> None:
         """Give the memory of the block's parameters back."""
+        self._originals = {}
         for module in self.module.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
@@ -56,6 +68,10 @@ class Block:
     @torch.no_grad()
     def run(self, call: "Call") -> Tensor:
         """The block's hidden state (B, T, D) for one recorded call."""
+        return self.forward(call)
+
+    def forward(self, call: "Call") -> Tensor:
+        """The same in whatever mode torch is in, so that there may be gradients."""
         output = self.module(*call.args, **call.kwargs)
         hidden: Tensor = output[0] if isinstance(output, tuple) else output
         return hidden
@@ -67,6 +83,22 @@ class Block:
     def set_weight(self, path: str, weight: Tensor) -> None:
         """Replace the weight of a linear layer by `weight` (N, K)."""
         self.linears[path].weight.data.copy_(weight)
+
+    def keep_originals(self) -> None:
+        """Remember every parameter as it is now; see `originals`."""
+        self._originals = {name: parameter.detach().clone() for name, parameter in self.module.named_parameters()}
+
+    @contextmanager
+    def originals(self) -> Iterator[None]:
+        """While open, the block has the parameters that `keep_originals` found, and nothing may change them."""
+        exchanged = [(p, p.data, self._originals[name]) for name, p in self.module.named_parameters()]
+        for parameter, _, original in exchanged:
+            parameter.data = original
+        try:
+            yield
+        finally:
+            for parameter, current, _ in exchanged:
+                parameter.data = current
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """The dtype that the checkpoint stores a parameter in; `name` as below the block: `input_layernorm.weight`."""

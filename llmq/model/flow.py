@@ -12,13 +12,16 @@ on.  Two ways lead there, with the same numbers:
   again from the block's, as far as that group and no further; then the caller runs the whole block once more.  About
   twice the work (for a Llama block 2.2 forwards), in the memory of one batch.
 
+Where a stage wants to know what the float model feeds a weight, a second stream runs beside the first: the same batches
+on the float model's hidden states, with the parameters that the block had before any was rounded.
+
 Greenlets and not threads, because all of them run in one thread: a second one would have a second pool of OpenMP
 workers.  They switch in a hook of the linear layer, between two torch operations.
 """
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType
 from typing import Any
 
@@ -31,20 +34,46 @@ from llmq.model.skeleton import Call
 from llmq.stats import InputStats
 
 Calls = Callable[[], Iterable[Call]]
+Weights = Callable[[], AbstractContextManager[None]]  # while open, the block has a stream's weights
+Forward = tuple[int, int]  # stream and batch
+Fed = tuple[list[Tensor | None], int]  # a group's input in each stream, and how many tokens the batch has
+TokenWeights = Callable[[Sequence[str]], Tensor | None]  # the layers of a group -> (S, T), None where all count alike
 
 
 class Flow:
     """One block's forward over all batches, group by group.
 
-    `outputs` is each batch's output when it is done; None where they are still to be computed.
+    `outputs` and `original_outputs` are each batch's output in either stream when it is done; None where they are
+    still to be computed.
+
+    originals  the calls of the float stream, where it is to run beside the quantized one, with the parameters that
+               `Block.keep_originals` has found
+    fitted     how many batches statistics are for; those behind them go to `InputStats.held_out`
+    weights    how much each token of all batches counts in a group's statistics
+    held       whether forwards stand still or are repeated
     """
 
-    def __init__(self, block: Block, groups: Sequence[InputGroup], calls: Calls, *, held: bool) -> None:
+    def __init__(
+        self,
+        block: Block,
+        groups: Sequence[InputGroup],
+        calls: Calls,
+        originals: Calls | None = None,
+        *,
+        fitted: int | None = None,
+        weights: TokenWeights | None = None,
+        held: bool,
+    ) -> None:
         self._block = block
         self._groups = groups
-        self._calls = calls
+        self._streams: list[tuple[Calls, Weights]] = [(calls, nullcontext)]
+        if originals is not None:
+            self._streams.append((originals, block.originals))
+        self._fitted = fitted
+        self._token_weights = weights
         self._held = held
         self.outputs: list[Tensor] | None = None
+        self.original_outputs: list[Tensor] | None = None
 
     def statistics(self) -> Iterator[tuple[InputGroup, InputStats]]:
         """Each group with what its weights are fed; they are to be rounded before the next is asked for."""
@@ -53,10 +82,11 @@ class Flow:
     def _suspended(self) -> Iterator[tuple[InputGroup, InputStats]]:
         from greenlet import getcurrent, greenlet
 
-        reached: dict[int, tuple[InputGroup, Tensor]] = {}  # batch -> the group it stands in front of, and its input
-        outputs: dict[int, Tensor] = {}
+        reached: dict[Forward, tuple[InputGroup, Tensor]] = {}  # the group it stands in front of, and its input
+        outputs: list[dict[int, Tensor]] = [{} for _ in self._streams]
+        tokens: list[int] = []  # of each batch
         rounded: set[InputGroup] = set()
-        forwards: list[Any] = []
+        forwards: dict[Forward, Any] = {}
         caller = getcurrent()
         device = self._block.linears[self._groups[0].names[0]].weight.device.type if self._groups else "cpu"
 
@@ -65,49 +95,84 @@ class Flow:
                 with _modes_kept(device):
                     caller.switch((group, inputs))
 
-        def resume(batch: int) -> None:
-            with _modes_kept(device):
-                arrived = forwards[batch].switch()
-            if forwards[batch].dead:
-                outputs[batch] = arrived
+        def resume(forward: Forward) -> None:
+            stream, batch = forward
+            with _modes_kept(device), self._streams[stream][1]():
+                arrived = forwards[forward].switch()
+            if forwards[forward].dead:
+                outputs[stream][batch] = arrived
             else:
-                reached[batch] = arrived
+                reached[forward] = arrived
 
         with _in_front_of(self._block, self._groups, wait):
             try:
-                for batch, call in enumerate(self._calls()):
-                    forwards.append(greenlet(lambda call=call: self._block.run(call)))
-                    resume(batch)
+                for batch, calls in enumerate(self._calls()):
+                    tokens.append(_tokens(calls[0]))
+                    for stream, call in enumerate(calls):
+                        forwards[stream, batch] = greenlet(lambda call=call: self._block.run(call))
+                        resume((stream, batch))
                 for group in self._groups:
-                    here = [batch for batch in sorted(reached) if reached[batch][0] == group]
-                    yield group, _summed(self._block, group, (reached[batch][1] for batch in here))
+                    here = sorted(forward for forward, (where, _) in reached.items() if where == group)
+                    inputs = {forward: reached.pop(forward)[1] for forward in here}
+                    streams = range(len(self._streams))
+                    fed = (([inputs.get((s, batch)) for s in streams], count) for batch, count in enumerate(tokens))
+                    yield group, self._summed(group, fed)
                     rounded.add(group)
-                    for batch in here:
-                        del reached[batch]
-                        resume(batch)
+                    inputs.clear()
+                    for forward in here:
+                        resume(forward)
             finally:
-                for forward in forwards:  # those that an error left standing
+                for forward in forwards.values():  # those that an error left standing
                     if not forward.dead:
                         with _modes_kept(device):
                             forward.throw()
-        self.outputs = [outputs[batch] for batch in range(len(forwards))]
+        self.outputs, *others = ([each[batch] for batch in range(len(tokens))] for each in outputs)
+        self.original_outputs = others[0] if others else None
 
     def _repeated(self) -> Iterator[tuple[InputGroup, InputStats]]:
         for group in self._groups:
-            yield group, _summed(self._block, group, self._inputs(group))
+            yield group, self._summed(group, self._inputs(group))
 
-    def _inputs(self, group: InputGroup) -> Iterator[Tensor]:
-        """What `group` is fed, batch by batch; none for a batch that does not reach it."""
+    def _inputs(self, group: InputGroup) -> Iterator[Fed]:
+        """What each batch feeds `group`; None for one that does not reach it."""
 
         def leave(_: InputGroup, inputs: Tensor) -> None:
             raise _Reached(inputs)
 
-        for call in self._calls():
-            with _in_front_of(self._block, [group], leave):
+        def reach(call: Call, weights: Weights) -> Tensor | None:
+            with _in_front_of(self._block, [group], leave), weights():
                 try:
                     self._block.run(call)
                 except _Reached as reached:
-                    yield reached.inputs
+                    return reached.inputs
+            return None
+
+        for calls in self._calls():
+            reached = [reach(call, weights) for call, (_, weights) in zip(calls, self._streams, strict=True)]
+            yield reached, _tokens(calls[0])
+
+    def _calls(self) -> Iterator[tuple[Call, ...]]:
+        """Batch by batch, the block's call in each stream."""
+        return zip(*(calls() for calls, _ in self._streams), strict=True)
+
+    def _summed(self, group: InputGroup, batches: Iterable[Fed]) -> InputStats:
+        stats = InputStats(group.in_features, self._block.linears[group.names[0]].weight.device)
+        judge = stats if self._fitted is None else stats.hold_out()
+        weights = None if self._token_weights is None else self._token_weights(group.names)
+        stop = 0
+        for batch, ((inputs, *others), tokens) in enumerate(batches):
+            start, stop = stop, stop + tokens
+            if inputs is None:
+                continue
+            counts = None
+            if weights is not None and inputs[..., 0].numel() == tokens:
+                counts = weights.flatten()[start:stop].to(inputs.device)
+            original = others[0] if others else None
+            if original is not None and not (inputs.shape == original.shape and inputs[..., 0].numel() == tokens):
+                original = None  # part of the tokens, as an expert sees it: in the float model it may be another part
+            fits = self._fitted is None or batch < self._fitted
+            (stats if fits else judge).update(inputs, original, counts)
+        return stats
 
 
 class _Reached(Exception):  # noqa: N818  (it ends a forward, nothing went wrong)
@@ -158,11 +223,9 @@ def _in_front_of(
             handle.remove()
 
 
-def _summed(block: Block, group: InputGroup, inputs: Iterable[Tensor]) -> InputStats:
-    stats = InputStats(group.in_features, block.linears[group.names[0]].weight.device)
-    for each in inputs:
-        stats.update(each)
-    return stats
+def _tokens(call: Call) -> int:
+    """How many tokens a batch has, B · T."""
+    return call.hidden.shape[-3:-1].numel()
 
 
 def held_bytes(block: Block, groups: Sequence[InputGroup], call: Call) -> int:

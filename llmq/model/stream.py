@@ -1,37 +1,60 @@
 """The calibration text on its way through the blocks: the only thing that lives across them.
 
 After block i was quantized and run, the stream holds the hidden states that the quantized prefix makes, one tensor
-(…, B, T, D) a batch.  What else block i + 1 is called with is recorded when it is needed and not kept, so memory does
-not grow with the number of blocks, whatever masks or per-layer inputs a model has.
+(…, B, T, D) a batch; and, where a stage compares the two, those of the float model beside them.  What else block i + 1
+is called with is recorded when it is needed and not kept, so memory does not grow with the number of blocks, whatever
+masks or per-layer inputs a model has.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
+import torch
 from torch import Tensor
 
 from llmq.model.block import Block
-from llmq.model.flow import Flow, held_bytes, why_not_held
+from llmq.model.flow import Flow, TokenWeights, held_bytes, why_not_held
 from llmq.model.observe import InputGroup
 from llmq.model.skeleton import Call, Skeleton
 
 SOLVER_BYTES = 24  # for each entry of a Hessian: its sum, the mean, the factor in float64, the factor in float32
+CROSS_BYTES = 12  # of what the float stream adds: a sum, its mean, a product with it
+HELD_OUT_BYTES = 24  # of held-out statistics: three sums, of which one is looked at at a time, with its mean
 BLOCK_COPIES = 3  # a block's weights in float32 as they are loaded, rounded and compared
 
 
 class Stream:
     """The windows (S, T) int64 in batches, and where they are: in front of block `position`.
 
-    `memory` is how many bytes are free.  Of what the blocks and the solver leave of it, activations may take as much as
-    they need to spare repeated work (see `flow.py`).
+    memory     how many bytes are free.  Of what the blocks and the solver leave of it, activations may take as much as
+               they need to spare repeated work (see `flow.py`)
+    originals  whether the float model's hidden states are carried along
+    held_out   how many of the last windows nothing is fitted on
+    weights    how much each token counts in the statistics of a group
     """
 
-    def __init__(self, skeleton: Skeleton, windows: Tensor, batch: int, memory: int = 0) -> None:
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        windows: Tensor,
+        batch: int,
+        memory: int = 0,
+        *,
+        originals: bool = False,
+        held_out: int = 0,
+        weights: TokenWeights | None = None,
+    ) -> None:
         self._skeleton = skeleton
-        self._batches = windows.split(batch)
+        fitted, judging = windows[: len(windows) - held_out], windows[len(windows) - held_out :]
+        self._batches = [*fitted.split(batch), *(judging.split(batch) if held_out else ())]
+        self._fitted = -(-len(fitted) // batch) if held_out else None  # batches in front of the held-out ones
+        self._token_weights = weights
         self._never_held = why_not_held()
         self._memory = memory
         self._repeated = 0  # blocks whose activations did not fit
         self._hidden: list[Tensor] = []  # empty in front of the first block, whose hidden state is recorded
+        self._originals: list[Tensor] | None = [] if originals else None
+        self._next_originals: list[Tensor] | None = None  # where they were needed before the block was done
         self.position = 0
 
     @property
@@ -42,11 +65,34 @@ class Stream:
         reason = self._never_held or "the activations of all the text did not fit into memory at once"
         return [f"{self._repeated} blocks took about twice the time, computing the same numbers again: {reason}"]
 
+    def enter(self, block: Block) -> None:
+        """`block` was loaded and is about to be changed; to be called before that."""
+        if self._originals is not None:
+            block.keep_originals()
+
+    def transformed(self, block: Block) -> None:
+        """`block` was rewritten into an equal one, whose weights are the originals from now on.
+
+        Equal but for rounding, so what the float stream goes on with comes from the block as it was: a run that is
+        continued later can read that one only, and is to end in the same bytes.
+        """
+        if self._originals is not None:
+            with block.originals():
+                self._next_originals = self._run(block, self._originals, keep=True)
+            block.keep_originals()
+
     def calls(self) -> Iterator[Call]:
         """For each batch, what the block at `position` is called with."""
+        return self._calls(self._hidden)
+
+    def fitted_calls(self) -> Iterator[Call]:
+        """The same without the batches that are held out."""
+        return islice(self.calls(), self._fitted)
+
+    def _calls(self, hidden: list[Tensor]) -> Iterator[Call]:
         for index, tokens in enumerate(self._batches):
             call = self._skeleton.record(self.position, tokens)
-            yield call.with_hidden(self._hidden[index]) if self._hidden else call
+            yield call.with_hidden(hidden[index]) if hidden else call
 
     def sample(self, tokens: int) -> Call:
         """A call on about so many tokens, for probing: the first windows, the first of them cut if it is longer."""
@@ -55,34 +101,90 @@ class Stream:
         call = self._skeleton.record(self.position, first)
         return call.with_hidden(self._hidden[0][..., :rows, :tokens, :]) if self._hidden else call
 
+    @property
+    def windows(self) -> int:
+        return sum(map(len, self._batches))
+
+    @property
+    def fitted(self) -> int:
+        """How many windows, the first ones, stages may be fitted on."""
+        return sum(map(len, self._batches[: self._fitted]))
+
+    @property
+    def window_length(self) -> int:
+        return int(self._batches[0].shape[1])
+
+    def tokens_of(self, windows: Sequence[int]) -> Tensor:
+        """(B, T) int64, those windows by their numbers."""
+        return _chosen(self._batches, windows, 0)
+
+    def call_on(self, windows: Sequence[int]) -> Call:
+        """What the block at `position` is called with for those windows."""
+        call = self._skeleton.record(self.position, self.tokens_of(windows))
+        return call.with_hidden(_chosen(self._hidden, windows, -3)) if self._hidden else call
+
+    def original_outputs(self, windows: Sequence[int]) -> Tensor:
+        """(…, B, T, D) what the block at `position` puts out in the float stream; `know_originals` comes first."""
+        assert self._next_originals, "nobody has asked for them"
+        return _chosen(self._next_originals, windows, -3)
+
+    def know_originals(self, block: Block, outputs: list[Tensor] | None) -> None:
+        """Find out what `block` puts out in the float stream, if it is not known; `outputs` are that of each batch."""
+        assert self._originals is not None, "there is no float stream"
+        found = self._next_originals or outputs
+        if not found:
+            with block.originals():
+                found = [block.run(call) for call in self._calls(self._originals)]
+        self._next_originals = found
+
     def flow(self, block: Block, groups: Sequence[InputGroup]) -> Flow:
         """The text on its way through `block`, stopping in front of each group; hand its outputs to `advance`."""
         held = self._never_held is None and self._fits(block, groups)
         self._repeated += not held
-        return Flow(block, groups, self.calls, held=held)
+        hidden = self._originals
+        originals = None if hidden is None else lambda: self._calls(hidden)
+        return Flow(block, groups, self.calls, originals, fitted=self._fitted, weights=self._token_weights, held=held)
 
     def _fits(self, block: Block, groups: Sequence[InputGroup]) -> bool:
         """Whether all activations fit beside the block and the solver; found on one window, as long as all are."""
+        streams = 1 if self._originals is None else 2
         widest = max((group.in_features for group in groups), default=0)
-        left = self._memory - SOLVER_BYTES * widest**2 - BLOCK_COPIES * block.float_bytes
+        solver = SOLVER_BYTES + (CROSS_BYTES if streams > 1 else 0) + (0 if self._fitted is None else HELD_OUT_BYTES)
+        left = self._memory - solver * widest**2 - (BLOCK_COPIES + streams - 1) * block.float_bytes
         if left <= 0:
             return False
         windows = sum(len(batch) for batch in self._batches)
-        return windows * held_bytes(block, groups, self.sample(self._batches[0].shape[1])) <= left
+        return streams * windows * held_bytes(block, groups, self.sample(self._batches[0].shape[1])) <= left
 
-    def advance(self, block: Block, outputs: list[Tensor] | None = None) -> None:
+    def advance(
+        self, block: Block, outputs: list[Tensor] | None = None, original_outputs: list[Tensor] | None = None
+    ) -> None:
         """Stand in front of the next block, with what this one, quantized by now, puts out for each batch.
 
-        Without `outputs` the block is run for them.
+        Without the outputs of a stream the block is run for them, for the float stream as it was when it was entered.
         """
-        self._hidden = self._run(block) if outputs is None else outputs
+        hidden = self._run(block, self._hidden) if outputs is None else outputs
+        if self._originals is not None:
+            originals = self._next_originals or original_outputs
+            if originals is None:
+                with block.originals():
+                    originals = self._run(block, self._originals)
+            self._originals, self._next_originals = originals, None
+        self._hidden = hidden
         self.position += 1
 
-    def _run(self, block: Block) -> list[Tensor]:
+    def _run(self, block: Block, hidden: list[Tensor], *, keep: bool = False) -> list[Tensor]:
         outputs: list[Tensor] = []
         last = self.position + 1 == len(self._skeleton.blocks)
-        for index, call in enumerate(() if last else self.calls()):
+        for index, call in enumerate(() if last else self._calls(hidden)):
             outputs.append(block.run(call))
-            if self._hidden:
-                self._hidden[index] = outputs[-1]  # the input is not needed again: do not hold both
+            if hidden and not keep:
+                hidden[index] = outputs[-1]  # the input is not needed again: do not hold both
         return outputs
+
+
+def _chosen(batches: Sequence[Tensor], windows: Sequence[int], dimension: int) -> Tensor:
+    """Those of all batches' windows that have these numbers; windows lie along `dimension`."""
+    places = [(batch, row) for batch, each in enumerate(batches) for row in range(each.shape[dimension])]
+    found = [batches[batch].narrow(dimension, row, 1) for batch, row in (places[window] for window in windows)]
+    return torch.cat(found, dim=dimension)

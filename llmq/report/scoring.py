@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from llmq.algorithms import Rounding, output_error
-from llmq.report.record import LayerReport
+from llmq.report.record import LayerReport, StageGain
 from llmq.stats import InputStats
 
 
@@ -16,6 +16,7 @@ def layer_report(
     rounding: Rounding,
     packed: Mapping[str, Tensor],
     stats: InputStats | None,
+    gains: tuple[StageGain, ...] = (),
 ) -> LayerReport:
     """How far `rounded` (N, K) is from `weight` (N, K), float32, and what its `packed` tensors take."""
     output = None
@@ -34,4 +35,5 @@ def layer_report(
         tokens=stats.tokens if stats is not None else 0,
         damping=rounding.damping,
         notes=rounding.notes,
+        gains=gains,
     )

@@ -1,5 +1,6 @@
 """What the methods promise of a whole model: the function is kept, the error lowered, the prefix quantized."""
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,10 @@ import llmq
 from llmq import job as job_module
 from llmq.config import QuantConfig, merged
 from llmq.job import Job
+from llmq.methods import METHODS, Method
 from llmq.model.stream import Stream
+from llmq.report.record import BlockReport
+from tests import builders
 from tests.builders import skeleton_of
 from tests.runs import float_equivalent, float_model, logits, quantize, relative, tensors_of, windows_of
 
@@ -73,6 +77,59 @@ def test_gptq_lowers_the_output_error_and_reports_it(checkpoint: Checkpoints, tm
         assert reported[path] == pytest.approx(error, rel=1e-3)  # through a Hessian summed in float32
 
 
+REFINED = Method(rounding="gptq", alphas=(1.0, 0.5), refinements=("descent", "refit"), held_out=0.25)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3n"])  # the second has a dimension in front of the batch
+def test_fast_is_closer_to_the_float_model_than_gptq(
+    checkpoint: Checkpoints, tmp_path: Path, text: Path, name: str
+) -> None:
+    """On text that it was not fitted on."""
+    model = checkpoint(name)
+    settings = {"samples": 24, "bits": 3, "scales": "searched"}
+    reports = {m: quantize(model, tmp_path / m, text, method=m, **settings) for m in ("gptq", "fast")}
+    (target,) = reports["fast"].stages
+    assert target.stage == "target" and target.kept > target.layers / 2 and -1 < target.change < 0
+    assert not reports["gptq"].stages
+    windows = builders.tokens(8, 48, seed=9)
+    expected = logits(float_model(model, {}), windows)
+    distance = {m: relative(logits(llmq.load(tmp_path / m, device="cpu")[0], windows), expected) for m in reports}
+    assert distance["fast"] < distance["gptq"]
+
+
+def test_what_each_stage_bought_is_in_the_record(checkpoint: Checkpoints, tmp_path: Path, text: Path) -> None:
+    report = quantize(checkpoint("llama"), tmp_path / "out", text, stages=REFINED, samples=8)
+    assert [summary.stage for summary in report.stages] == ["target", "descent", "refit"]
+    layers = len(report.layers)
+    assert [summary.layers for summary in report.stages] == [layers - 3, layers, layers]  # q, k, v of the first block
+    for layer in report.layers:
+        last = None
+        for gain in layer.gains:
+            assert math.isfinite(gain.before) and gain.kept == (gain.after < gain.before)
+            if gain.stage == "refit" and last is not None:  # which begins where descent has ended
+                assert gain.before == pytest.approx(last.after if last.kept else last.before, rel=1e-5)
+            last = gain
+    for block in report.blocks:
+        assert BlockReport.from_dict(json.loads(json.dumps(block.to_dict())), resumed=False) == block
+    stored = json.loads((tmp_path / "out" / "llmq.json").read_text())
+    assert [summary["stage"] for summary in stored["stages"]] == ["target", "descent", "refit"]
+
+
+def test_one_window_is_fitted_on_and_the_user_is_told(checkpoint: Checkpoints, tmp_path: Path, text: Path) -> None:
+    report = quantize(checkpoint("llama"), tmp_path / "out", text, method="fast", samples=1)
+    assert any("too few to hold any out" in note for note in report.notes)
+    assert not report.stages and len(report.layers) == 21
+
+
+def test_stages_can_be_put_together_anew(checkpoint: Checkpoints, tmp_path: Path, text: Path) -> None:
+    """With the stages of another method, a run ends in what that method makes."""
+    model = checkpoint("llama")
+    quantize(model, tmp_path / "named", text, method="fast")
+    quantize(model, tmp_path / "given", text, method="rtn", stages=METHODS["fast"])
+    named, given = tensors_of(tmp_path / "named"), tensors_of(tmp_path / "given")
+    assert all(torch.equal(tensor, given[name]) for name, tensor in named.items())
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_every_block_is_observed_behind_the_quantized_ones(
     checkpoint: Checkpoints, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, method: str
@@ -112,4 +169,4 @@ def test_foldings_are_looked_for_in_single_precision_on_any_device(
     monkeypatch.setattr(job_module, "choose_device", lambda _: torch.device("cuda"))
     settings = merged(QuantConfig(), {"method": method, "group_size": 16})
     job = Job(str(checkpoint("llama", dtype="bfloat16")), tmp_path / "out", settings)
-    assert {parameter.dtype for parameter in job._skeleton.model.parameters()} == {dtype}
+    assert {parameter.dtype for parameter in job.plan.skeleton.model.parameters()} == {dtype}

@@ -9,6 +9,7 @@ from typing import Any, cast
 import pytest
 
 from llmq.errors import ConfigError
+from llmq.methods import METHODS, Method, Tuning
 from llmq.report.record import BlockReport
 from tests.runs import job, quantize
 
@@ -47,6 +48,41 @@ def test_an_interrupted_run_ends_in_the_same_bytes(
     assert files_of(out) == files_of(tmp_path / "whole")
 
 
+STAGES = {
+    "both streams": METHODS["fast"],
+    "refined": Method(rounding="gptq", refinements=("descent", "refit"), held_out=0.25),
+    "transformed": Method(transforms=("awq",), rounding="gptq", alphas=(1.0,), refinements=("refit",), held_out=0.25),
+    "weighted, tuned": Method(
+        rounding="gptq", token_weights=True, alphas=(1.0,), block_tuning=Tuning(5, 0.0, 0.02, 48), held_out=0.25
+    ),
+    "transformed, tuned": Method(
+        transforms=("awq",), rounding="clip", block_tuning=Tuning(5, 0.01, 0.02, 48), held_out=0.25
+    ),
+}
+
+
+@pytest.mark.parametrize("stages", STAGES)
+def test_a_run_that_judges_its_stages_ends_in_the_same_bytes_too(
+    checkpoint: Checkpoints, tmp_path: Path, text: Path, stages: str
+) -> None:
+    """Both streams are carried past the blocks that were finished, and what was bought is read back."""
+    model, out = checkpoint("llama", dtype="bfloat16"), tmp_path / "out"
+    whole = quantize(model, tmp_path / "whole", text, stages=STAGES[stages])
+    interrupt(model, out, text, blocks=2, stages=STAGES[stages])
+    continued = quantize(model, out, text, stages=STAGES[stages])
+    assert [block.resumed for block in continued.blocks] == [True, True, False]
+    assert continued.layers == whole.layers and continued.stages == whole.stages and whole.stages
+    assert [block.gain for block in continued.blocks] == [block.gain for block in whole.blocks]
+    assert files_of(out) == files_of(tmp_path / "whole")
+
+
+def test_other_stages_are_another_run(checkpoint: Checkpoints, tmp_path: Path, text: Path) -> None:
+    model, out = checkpoint("llama"), tmp_path / "out"
+    interrupt(model, out, text, blocks=1, stages=METHODS["fast"])
+    with pytest.raises(ConfigError, match="other settings"):
+        quantize(model, out, text, stages=STAGES["refined"])
+
+
 @pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
 def test_two_runs_end_in_the_same_bytes(checkpoint: Checkpoints, tmp_path: Path, text: Path, method: str) -> None:
     model = checkpoint("llama")
@@ -75,6 +111,7 @@ def test_a_run_that_ends_before_its_first_block_leaves_nothing(
     with contextlib.closing(
         cast(Generator[object, None, None], job(checkpoint("llama"), out, text, method="gptq").run())
     ) as run:
+        next(run)  # the text
         next(run)  # the first layer of the first block
         assert out.exists()
     assert not out.exists()

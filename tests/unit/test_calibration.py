@@ -299,7 +299,9 @@ def test_a_text_shorter_than_a_window_is_refused_with_both_lengths(tokenizer: An
 def test_the_record_says_what_was_read(tokenizer: Any, tmp_path: Path) -> None:
     file = json_lines(tmp_path, TEXTS)
     found = load(tokenizer, file, samples=3)
-    assert found.to_dict() == {
+    written = found.to_dict()
+    assert [record["source"] for record in written.pop("manifest")] == [str(file)]
+    assert written == {
         "sources": [str(file)], "samples": 3, "seqlen": 16, "tokens": 48, "sha256": found.sha256, "notes": [],
     }  # fmt: skip
     json.dumps(found.to_dict())

@@ -299,5 +299,5 @@ def test_settings_made_in_python_are_checked_too(make: Callable[[], QuantConfig]
 
 def test_every_method_says_whether_it_needs_text() -> None:
     assert {name: method.needs_calibration for name, method in METHODS.items()} == {
-        "rtn": False, "gptq": True, "awq": True,
+        "rtn": False, "gptq": True, "awq": True, "fast": True,
     }  # fmt: skip

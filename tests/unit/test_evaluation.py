@@ -12,8 +12,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmq import calibration, evaluation
+from llmq.calibration import sources
 from llmq.errors import CalibrationError
-from llmq.evaluation import Logits, evaluate, logits_of, read_windows, wikitext_rows
+from llmq.evaluation import (
+    Comparison,
+    Interval,
+    Logits,
+    Scores,
+    evaluate,
+    logits_of,
+    read_windows,
+    score,
+    summary,
+    summary_of_original,
+    wikitext_rows,
+)
 
 BOS = 1
 VOCABULARY = 40
@@ -96,6 +109,12 @@ def test_divergence_is_that_of_a_plain_loop() -> None:
     assert np.median(divergences) < divergences.mean() < divergences.max()  # so that no figure passes for another
 
 
+def test_quantiles_are_those_of_all_tokens() -> None:
+    kl = torch.randperm(2000, generator=torch.Generator().manual_seed(5)).reshape(50, 40).float()
+    found = summary(Scores(torch.zeros(50, 39), Comparison(kl, kl > 0, torch.zeros(50, 39))))
+    assert (found.kl_median, found.kl_99, found.kl_999) == (1000, 1980, 1998)
+
+
 def test_divergence_is_from_the_original_and_not_towards_it() -> None:
     """Where the original is sure, a model that is not loses much; the other way round it loses little."""
     sure, unsure = bigrams(0, spread=8.0), bigrams(0, spread=0.1)
@@ -140,6 +159,103 @@ def test_a_window_longer_than_a_batch_is_a_batch(monkeypatch: pytest.MonkeyPatch
 def test_figures_can_be_written_as_json() -> None:
     found = evaluate(model(bigrams(0)), windows(), against=model(bigrams(1)))
     assert json.loads(json.dumps(found.to_dict()))["kl_mean"] == found.kl_mean
+
+
+def test_the_change_of_the_next_tokens_probability_is_that_of_a_plain_loop() -> None:
+    original, quantized, tokens = bigrams(0), bigrams(0) + 0.3 * bigrams(1), windows()
+    p, q = np.exp(log_softmax(original[tokens])), np.exp(log_softmax(quantized[tokens]))
+    squares = [
+        (q[s, t, token] - p[s, t, token]) ** 2
+        for s, window in enumerate(tokens.tolist())
+        for t, token in enumerate(window[1:])
+    ]
+    found = evaluate(model(quantized), tokens, against=model(original))
+    assert found.rms_dp == pytest.approx(math.sqrt(np.mean(squares)), rel=100 * EPSILON)
+
+
+def test_perplexities_of_both_and_their_ratio_come_from_the_same_logits() -> None:
+    original, quantized, tokens = model(bigrams(0)), model(bigrams(0) + 0.3 * bigrams(1)), windows()
+    scores = score(quantized(tokens), tokens, original(tokens))
+    assert summary_of_original(scores) == evaluate(original, tokens)
+    assert summary(scores) == evaluate(quantized, tokens, against=original)
+    ratio = perplexity_by_hand(quantized, tokens) / perplexity_by_hand(original, tokens)
+    assert summary(scores).perplexity_ratio == pytest.approx(ratio, rel=200 * EPSILON)
+    assert summary_of_original(score(quantized(tokens), tokens)) is None
+
+
+def test_figures_do_not_depend_on_how_many_tokens_are_compared_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    quantized, original = model(bigrams(0) + 0.3 * bigrams(1)), model(bigrams(0))
+    expected = evaluate(quantized, windows(), against=original)
+    monkeypatch.setattr(evaluation, "ENTRIES_AT_ONCE", 7 * VOCABULARY)  # 120 tokens are no multiple of 7
+    assert evaluate(quantized, windows(), against=original) == expected
+
+
+# ---- intervals
+
+
+def scores_of(divergences: Tensor, *, original_loss: Tensor | None = None, rise: float = 0.0) -> Scores:
+    """Made-up scores: a KL divergence for each window (S,), a loss that is `rise` above the original's (S, T - 1)."""
+    S = len(divergences)
+    loss = torch.zeros(S, 3) if original_loss is None else original_loss
+    kl = divergences[:, None].expand(S, loss.shape[1] + 1)
+    return Scores(loss + rise, Comparison(kl, torch.ones_like(kl, dtype=torch.bool), loss))
+
+
+def test_an_interval_is_what_the_spread_between_windows_makes_it() -> None:
+    """The mean of many windows is normal: 1.96 standard errors to each side.
+
+    A 2.5 % quantile of 1000 normal draws is off by 0.085 standard deviations, the mean of 16 by a fourth of that; three
+    times as much is allowed.  A quantile of 5 % would lie 0.31 away.
+    """
+    ends = []
+    for seed in range(16):
+        values = torch.rand(400, generator=torch.Generator().manual_seed(seed))
+        found = summary(scores_of(values)).kl_mean_interval
+        assert found is not None
+        error = float(values.std()) / math.sqrt(len(values))
+        ends.append([(end - float(values.mean())) / error for end in found])
+    assert np.mean(ends, axis=0) == pytest.approx([-1.96, 1.96], abs=3 * 0.085 / 4)
+
+
+def test_tokens_of_a_window_are_drawn_together() -> None:
+    """Half of the tokens of each window at 1, the others at 0: that varies much, and between windows not at all."""
+    kl = torch.tensor([[0.0, 1.0, 0.0, 1.0], [1.0, 1.0, 0.0, 0.0], [0.0, 1.0, 1.0, 0.0]])
+    scores = Scores(torch.zeros(3, 3), Comparison(kl, kl > 0, torch.zeros(3, 3)))
+    assert summary(scores).kl_mean_interval == pytest.approx((0.5, 0.5), abs=1e-12)
+
+
+def width(interval: Interval | None) -> float:
+    assert interval is not None
+    return interval[1] - interval[0]
+
+
+def test_a_ratio_of_perplexities_is_drawn_on_the_same_windows_for_both() -> None:
+    """A loss that rises by 0.1 everywhere: the perplexities are as uncertain as the text, their ratio is not."""
+    loss = torch.rand(20, 8, generator=torch.Generator().manual_seed(4))
+    found = summary(scores_of(torch.zeros(20), original_loss=loss, rise=0.1))
+    assert width(found.perplexity_interval) > 0.05
+    assert found.perplexity_ratio == pytest.approx(math.exp(0.1), rel=4 * EPSILON)
+    assert found.perplexity_ratio_interval == pytest.approx((math.exp(0.1), math.exp(0.1)), rel=4 * EPSILON)
+
+
+def test_each_text_keeps_its_share_of_the_draws() -> None:
+    """Two texts, each alike throughout: a total over both is certain, where windows of one text would vary."""
+    scores = scores_of(torch.tensor([0.0] * 10 + [1.0] * 5))
+    assert width(summary(scores, [15]).kl_mean_interval) > 0.3
+    assert summary(scores, [10, 5]).kl_mean_interval == pytest.approx((1 / 3, 1 / 3), abs=1e-12)
+
+
+def test_there_is_no_interval_where_nothing_can_be_drawn_or_a_figure_is_infinite() -> None:
+    assert summary(scores_of(torch.tensor([1.0]))).kl_mean_interval is None
+    assert summary(scores_of(torch.tensor([1.0, 2.0])), [1, 1]).kl_mean_interval is None
+    found = summary(scores_of(torch.tensor([1.0, math.inf])))
+    assert (found.kl_mean, found.kl_mean_interval) == (math.inf, None)
+    assert found.same_top_1_interval == (1.0, 1.0)
+
+
+def test_intervals_are_the_same_every_time() -> None:
+    found = [evaluate(model(bigrams(0)), windows(), against=model(bigrams(1))) for _ in range(2)]
+    assert found[0] == found[1]
 
 
 # ---- WikiText's rows
@@ -211,7 +327,7 @@ def test_a_data_set_of_more_rows_than_calibration_reads_is_read_to_its_end(token
     pyarrow = pytest.importorskip("pyarrow", reason="reading a data set needs pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet", reason="reading a data set needs pyarrow")
     rows = 4358  # of WikiText-2's test text
-    assert calibration.HUB_DOCUMENTS < rows
+    assert sources.HUB_DOCUMENTS < rows
     parquet.write_table(pyarrow.table({"text": ["a"] * rows}), tmp_path / "test.parquet")
     found = read_windows(f"{tmp_path}::test:text", tokenizer, 1)
     assert len(found) == 1 + rows + 2 * (rows - 1)  # the beginning, a letter a row, two line feeds between

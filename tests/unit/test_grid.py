@@ -72,6 +72,8 @@ def test_min_max_errs_by_half_a_step_at_most(bits: int, symmetric: bool) -> None
 def searched_by_hand(group: Tensor, costs: Tensor, scheme: Scheme) -> float:
     """The least error of one group (g,) over the documented candidates, one by one in float64."""
     w, c = group.double().numpy(), costs.double().numpy()
+    if scheme.symmetric and w.max() > -w.min():
+        w = -w  # a negative scale: the side that has one code more is the side of the largest weight
     middle, levels = 2 ** (scheme.bits - 1), 2**scheme.bits - 1
     if scheme.symmetric:
         widest, zero = 2 * np.abs(w).max() / levels, middle
@@ -124,6 +126,28 @@ def test_the_search_leaves_a_grid_alone_that_min_max_hits_exactly() -> None:
     exact = torch.arange(16.0)[None] / 4  # 0 to 15 steps: min-max has no error at all
     fitted = grid.fit_searched(exact, Scheme(4, 16, symmetric=False), FLOAT32)
     assert torch.equal(fitted.quantized(fitted.encode(exact)).dequantize(), exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_symmetric_grid_is_turned_to_where_the_largest_weight_is(dtype: torch.dtype) -> None:
+    """-8 … 7 steps: an extreme of eight steps is met on either side, and what fits on one fits turned around."""
+    scheme, exact = Scheme(4, 16), torch.arange(-8.0, 8.0)[None] / 4
+    for weight in (exact, -exact):
+        fitted = grid.fit_searched(weight, scheme, dtype)
+        found = weighted_error(weight, fitted, torch.ones(16))
+        assert float(found) < 0.01 * float(
+            weighted_error(weight, grid.fit_minmax(weight, scheme, dtype), torch.ones(16))
+        )
+        assert bool((fitted.scales > 0).all()) is bool(torch.equal(weight, exact))
+    weight = weights(40, 64)
+    ahead, turned = (grid.fit_searched(each, scheme, dtype) for each in (weight, -weight))
+    assert torch.equal(ahead.scales, -turned.scales)
+
+
+def test_no_scale_of_either_sign_is_smaller_than_what_engines_read() -> None:
+    scales = torch.tensor([[1e-7, -1e-7, 0.3, -0.3, 0.0]])
+    found = grid.storable(scales, torch.float16).tolist()[0]
+    assert found == pytest.approx([6.2e-5, -6.2e-5, 0.3, -0.3, 6.2e-5], rel=1e-3)
 
 
 def test_importance_decides_which_weights_are_met() -> None:
@@ -199,7 +223,7 @@ def test_the_search_judges_scales_as_the_file_will_round_them() -> None:
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_no_float16_scale_is_subnormal(fit: object, symmetric: bool) -> None:
     fitted = fit(weights(4, 32) * 1e-6, Scheme(4, 16, symmetric), torch.float16)  # type: ignore[operator]
-    assert float(fitted.scales.min()) >= 6.1e-5
+    assert float(fitted.scales.abs().min()) >= 6.1e-5
     assert torch.equal(fitted.quantized(fitted.encode(torch.zeros(4, 32))).dequantize(), torch.zeros(4, 32))
 
 
@@ -211,7 +235,7 @@ def test_a_group_of_zeros_stays_zero(fit: object, symmetric: bool, dtype: torch.
     weight[:, :16] = 0
     fitted = fit(weight, Scheme(4, 16, symmetric), dtype)  # type: ignore[operator]
     decoded = fitted.quantized(fitted.encode(weight)).dequantize()
-    assert float(fitted.scales.min()) > 0 and bool(fitted.scales.isfinite().all())
+    assert float(fitted.scales.abs().min()) > 0 and bool(fitted.scales.isfinite().all())
     assert torch.equal(decoded[:, :16], torch.zeros(2, 16))
 
 

@@ -96,6 +96,8 @@ def test_every_stage_that_a_method_names_has_a_file() -> None:
         assert callable(algorithms.rounding(method.rounding).round_weight)
         for name in method.transforms:
             assert callable(algorithms.transform(name).channel_scales)
+        for name in method.refinements:
+            assert callable(algorithms.refinement(name).refine)
 
 
 @pytest.mark.parametrize("name", sorted({method.rounding for method in METHODS.values()}))

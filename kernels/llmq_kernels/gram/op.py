@@ -39,17 +39,19 @@ def update(gram: Tensor, x: Tensor, *, upper_only: bool) -> None:
         return
     X = x if halves_on_cuda else x.to(torch.float32)
     rows = STRIP if upper_only else len(gram)
-    with without_tf32() if x.is_cuda else nullcontext():
-        for start in range(0, len(gram), rows):
-            _add_product(gram[start : start + rows, start:], X[:, start : start + rows], X[:, start:])
+    for start in range(0, len(gram), rows):
+        add_product(gram[start : start + rows, start:], X[:, start : start + rows], X[:, start:])
 
 
-def _add_product(strip: Tensor, left: Tensor, right: Tensor) -> None:
-    """strip (R, C) float32 += leftᵀ right, of left (T, R) and right (T, C)."""
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total (R, C) float32 += leftᵀ right, of left (T, R) and right (T, C): both float32, or halves on CUDA."""
     if right.dtype in HALVES:
-        strip += torch.mm(left.T, right, out_dtype=torch.float32)
-    else:
-        strip.addmm_(left.T, right)
+        for start in range(0, len(total), STRIP):
+            stop = start + STRIP
+            total[start:stop] += torch.mm(left[:, start:stop].T, right, out_dtype=torch.float32)
+        return
+    with without_tf32() if right.is_cuda else nullcontext():
+        total.addmm_(left.T, right)
 
 
 def mirror(gram: Tensor) -> None:

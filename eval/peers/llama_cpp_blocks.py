@@ -1,0 +1,114 @@
+"""Q4_0 and Q4_K_M by llama.cpp, with and without its importance matrix; the contract is in peer.py.
+
+Its packages bring no quantizer that Python can call, but the library that xllamacpp carries has ggml's interface in C,
+and that is what quantizes here, tensor by tensor: blocks of 32 with a scale in fp16 (Q4_0, 4.5 bits a weight), or of 32
+in 256 whose scales and minima are 6-bit numbers themselves (Q4_K, 4.5 bits).  Which tensor gets what is llama.cpp's
+rule for Q4_K_M: v and down in 6 bits in some of the layers.  It would also pack embedding and head, which stay float
+here as everybody's do.  An importance matrix is the mean square of each input over the calibration tokens, taken from
+the float model.  No GGUF file is written.
+"""
+
+import argparse
+import ctypes
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+from environment import SHARED, SHARED_REQUIREMENTS
+from peer import main, windows
+
+NAME, REQUIREMENTS, PACKAGE = SHARED, SHARED_REQUIREMENTS, "xllamacpp"
+OPTIONS = [("--type", {"choices": ("Q4_0", "Q4_K_M"), "default": "Q4_K_M"}), ("--imatrix", {"action": "store_true"})]
+TYPES = {"Q4_0": 2, "Q4_K": 12, "Q6_K": 14}  # enum ggml_type
+BLOCK = {"Q4_0": 32, "Q4_K": 256, "Q6_K": 256}
+FLOATS = ctypes.POINTER(ctypes.c_float)
+
+
+def library() -> ctypes.CDLL:
+    """ggml inside the binding, with the types of what is called."""
+    import xllamacpp  # noqa: F401  (brings what the library links to)
+
+    found = importlib.util.find_spec("xllamacpp.xllamacpp")
+    ggml = ctypes.CDLL(str(found.origin))
+    ggml.ggml_row_size.restype = ctypes.c_size_t
+    ggml.ggml_row_size.argtypes = [ctypes.c_int, ctypes.c_int64]
+    ggml.ggml_quantize_chunk.restype = ctypes.c_size_t
+    ggml.ggml_quantize_chunk.argtypes = [
+        ctypes.c_int, FLOATS, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, FLOATS
+    ]  # fmt: skip
+    return ggml
+
+
+def kind(name: str, wanted: str, layers: int) -> str:
+    """The type of one tensor: the rule of Q4_K_M for a plain transformer of the Llama family."""
+    if wanted == "Q4_0":
+        return "Q4_0"
+    layer, eighth = int(re.search(r"\.(\d+)\.", name).group(1)), layers // 8
+    generous = layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
+    return "Q6_K" if generous and name.endswith(("v_proj", "down_proj")) else "Q4_K"
+
+
+def importance(model: Any, names: list[str], tokens: list[list[int]]) -> dict[str, Any]:
+    """Name -> (K,) float32, the mean square of what each linear layer is fed."""
+    import torch
+
+    sums = dict.fromkeys(names, 0.0)
+
+    def watch(name: str) -> Any:
+        def hook(_: Any, inputs: tuple[Any, ...]) -> None:
+            sums[name] = sums[name] + inputs[0].flatten(0, -2).square().mean(0)
+
+        return hook
+
+    for name in names:
+        model.get_submodule(name).register_forward_pre_hook(watch(name))
+    with torch.no_grad():
+        for window in tokens:
+            model(torch.tensor([window]))
+    return {name: (total / len(tokens)).contiguous() for name, total in sums.items()}
+
+
+def quantize(asked: argparse.Namespace, packed: Path) -> None:
+    import numpy
+    import torch
+    from plain import linears
+    from transformers import AutoModelForCausalLM
+
+    ggml, names = library(), linears(asked.model)
+    model = AutoModelForCausalLM.from_pretrained(asked.model, dtype=torch.float32)
+    weighed = importance(model, names, windows(asked.tokens)) if asked.imatrix else {}
+    found = {}
+    for name in names:
+        weight = model.get_submodule(name).weight.detach().contiguous()  # (N, K)
+        rows, columns = weight.shape
+        chosen = kind(name, asked.type, model.config.num_hidden_layers)
+        if columns % BLOCK[chosen]:
+            raise ValueError(f"{name} has {columns} columns, {chosen} packs multiples of {BLOCK[chosen]}")
+        stored = numpy.empty(rows * ggml.ggml_row_size(TYPES[chosen], columns), dtype=numpy.uint8)
+        matrix = ctypes.cast(weighed[name].data_ptr(), FLOATS) if weighed else None
+        ggml.ggml_quantize_chunk(
+            TYPES[chosen], ctypes.cast(weight.data_ptr(), FLOATS), stored.ctypes.data, 0, rows, columns, matrix
+        )
+        found[f"{chosen}:{rows}:{columns}:{name}"] = stored
+    packed.mkdir()
+    numpy.savez(packed / "blocks.npz", **found)
+
+
+def weights(asked: argparse.Namespace, packed: Path) -> dict[str, Any]:
+    import numpy
+    import torch
+
+    ggml, found = library(), {}
+    for label, stored in numpy.load(packed / "blocks.npz").items():
+        chosen, rows, columns, name = label.split(":")
+        weight = torch.empty(int(rows), int(columns))
+        unpack = getattr(ggml, f"dequantize_row_{chosen.lower().replace('_k', '_K')}")
+        unpack.argtypes, unpack.restype = [ctypes.c_void_p, FLOATS, ctypes.c_int64], None
+        unpack(stored.ctypes.data, ctypes.cast(weight.data_ptr(), FLOATS), weight.numel())
+        found[f"{name}.weight"] = weight
+    return found
+
+
+if __name__ == "__main__":
+    main(NAME, REQUIREMENTS, __file__, quantize, weights, OPTIONS)

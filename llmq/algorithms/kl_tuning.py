@@ -1,0 +1,189 @@
+"""Tune codes and scales end to end: quantization-aware training within the freedom that the grid leaves.
+
+The loss is KL(float ‖ quantized) over the whole vocabulary, so its gradient G = ∂L/∂Ŵ (N, K) comes from a pass
+through the whole model; this file knows one weight and its G.  With q₀, s₀, z the codes, scales and zeros that a
+rounding found, what is tuned are v (N, K) and θ (N, G):
+
+    ŵ = s (q - z),    q = clip(round(q₀ + v)),    s = s₀ (1 + θ), rounded to the dtype that the file stores
+
+Both roundings are passed straight through (Bengio et al. 2013, arXiv:1308.3432), as in learned step sizes (Esser et al.
+2020, arXiv:1902.08153):
+
+    ∂L/∂v = G s        ∂L/∂θ = Σ over the group of  G (q - z) s₀
+
+but not out of the range of the codes: a v that is clipped is not pushed further.  Adam (Kingma & Ba 2015,
+arXiv:1412.6980) with β = 0.9, 0.95; its rates rise over ten steps and then fall linearly to zero.
+
+v starts where the float weight lies in the cell of its code, or in the middle of the cell; step 0 is exactly the given
+codes.  No float weight is moved, and nothing but codes and scales is kept of the result.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmq import grid
+from llmq.quantized import QuantizedTensor
+
+WARM_UP = 10  # steps
+MEAN_DECAY, SQUARE_DECAY = 0.9, 0.95
+SMALLEST_GRADIENT = 1e-12  # ε; a mean over tokens and the vocabulary is small itself
+PARTS = ("rounding", "scales")  # of a state
+EDGE = 0.49  # of the cell of a code; at half a step rounding could go either way
+
+
+@dataclass
+class Moving:
+    """Values that are tuned, with Adam's running means of their gradient and of its square; all alike, float32."""
+
+    value: Tensor
+    mean: Tensor
+    square: Tensor
+
+    @classmethod
+    def at(cls, value: Tensor) -> "Moving":
+        return cls(value, torch.zeros_like(value), torch.zeros_like(value))
+
+    def descend(self, gradient: Tensor, rate: float, step: int) -> None:
+        """One step of Adam, the first is number 0."""
+        self.mean.lerp_(gradient, 1 - MEAN_DECAY)
+        self.square.mul_(SQUARE_DECAY).addcmul_(gradient, gradient, value=1 - SQUARE_DECAY)
+        size = rate / (1 - MEAN_DECAY ** (step + 1))
+        norm = (self.square / (1 - SQUARE_DECAY ** (step + 1))).sqrt_().add_(SMALLEST_GRADIENT)
+        self.value.addcdiv_(self.mean, norm, value=-size)
+
+
+@dataclass
+class State:
+    """One weight while it is tuned; `rounding` is v (N, K) and `scales` is θ (N, G), None where it stays as it is."""
+
+    origin: QuantizedTensor
+    rounding: Moving | None
+    scales: Moving | None
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Step sizes of v and θ; 0 leaves that part as it is."""
+
+    rounding: float
+    scales: float
+
+    def at(self, step: int, steps: int) -> "Rates":
+        """As they are for a step, the first is number 0: rising at first, falling to zero."""
+        factor = min(1.0, (step + 1) / WARM_UP) * (1 - step / steps)
+        return Rates(self.rounding * factor, self.scales * factor)
+
+
+def start(quantized: QuantizedTensor, reference: Tensor | None, rates: Rates) -> State:
+    """The state whose weight is `quantized`; `reference` (N, K) float32 is the weight that was rounded, if known."""
+    rounding = scales = None
+    if rates.rounding:
+        v = torch.zeros(quantized.shape, device=quantized.codes.device)
+        if reference is not None:
+            groups = quantized.column_groups()
+            v = reference / quantized.scales.to(torch.float32)[:, groups] + _zeros(quantized) - quantized.codes
+            v.clamp_(-EDGE, EDGE)
+        rounding = Moving.at(v)
+    if rates.scales:
+        scales = Moving.at(torch.zeros(quantized.scales.shape, device=quantized.codes.device))
+    return State(quantized, rounding, scales)
+
+
+def quantized(origin: QuantizedTensor, v: Tensor | None, theta: Tensor | None) -> QuantizedTensor:
+    """`origin` with its codes moved by v (N, K) and its scales stretched by θ (N, G), both as they are stored."""
+    codes, scales = origin.codes, origin.scales
+    if v is not None:
+        codes = (v + origin.codes).round_().clamp_(0, origin.scheme.levels).to(torch.uint8)
+    if theta is not None:
+        scales = _stored(origin.scales.to(torch.float32) * (1 + theta), origin.scales.dtype)
+    return QuantizedTensor(codes, scales, origin.zeros, origin.scheme, origin.group_index)
+
+
+def result(state: State) -> QuantizedTensor:
+    """The codes and scales that the state has come to."""
+    v, theta = (None if moving is None else moving.value for moving in (state.rounding, state.scales))
+    return quantized(state.origin, v, theta)
+
+
+def update(state: State, gradient: Tensor, rates: Rates, step: int) -> None:
+    """One step, in place, against the gradient (N, K) of the loss in the weight `result(state)`."""
+    G, now, groups = gradient.to(torch.float32), result(state), state.origin.column_groups()
+    if state.scales is not None:
+        slope = _by_group((now.codes.to(torch.float32) - _zeros(state.origin)).mul_(G), state.origin)
+        state.scales.descend(slope.mul_(state.origin.scales.to(torch.float32)), rates.scales, step)
+    if state.rounding is not None:
+        slope = G * now.scales.to(torch.float32)[:, groups]
+        place = state.rounding.value + state.origin.codes  # before rounding
+        outward = ((place > state.origin.scheme.levels) & (slope < 0)) | ((place < 0) & (slope > 0))
+        state.rounding.descend(slope.masked_fill_(outward, 0), rates.rounding, step)
+
+
+def tensors(state: State) -> dict[str, Tensor]:
+    """What of a state has to be kept beside its origin, by name."""
+    found: dict[str, Tensor] = {}
+    for part, moving in zip(PARTS, (state.rounding, state.scales), strict=True):
+        if moving is not None:
+            found |= {f"{part}.value": moving.value, f"{part}.mean": moving.mean, f"{part}.square": moving.square}
+    return found
+
+
+def restored(origin: QuantizedTensor, kept: Mapping[str, Tensor]) -> State:
+    """The state that `tensors` was given."""
+
+    def moving(part: str) -> Moving | None:
+        if f"{part}.value" not in kept:
+            return None
+        value, mean, square = (kept[f"{part}.{name}"].to(origin.codes.device) for name in ("value", "mean", "square"))
+        return Moving(value, mean, square)
+
+    rounding, scales = map(moving, PARTS)
+    return State(origin, rounding, scales)
+
+
+@torch.no_grad()
+def divergence(expected: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(expected ‖ predicted) in nats of each token, (…,) float32, and its gradient (…, V) in the logits `predicted`.
+
+    Both are logits (…, V); with p and p̂ their softmax the gradient is p̂ - p.
+    """
+    log_p = torch.log_softmax(expected.to(torch.float32), dim=-1)
+    log_q = torch.log_softmax(predicted.to(torch.float32), dim=-1)
+    p = log_p.exp()
+    impossible = log_p == -math.inf  # adds nothing
+    loss = (log_p - log_q).masked_fill_(impossible, 0).mul_(p).sum(-1)
+    return loss, log_q.exp_().sub_(p)
+
+
+def drawn(step: int, count: int, windows: int, seed: int) -> list[int]:
+    """The `count` windows of a step: all are used up, in an order of its own each time, before one comes again."""
+    found = []
+    for position in range(step * count, (step + 1) * count):
+        round_, place = divmod(position, windows)
+        order = torch.randperm(windows, generator=torch.Generator().manual_seed(seed + round_))
+        found.append(int(order[place]))
+    return found
+
+
+def _zeros(quantized: QuantizedTensor) -> Tensor | int:
+    """(N, K) float32, or the one number that all zeros are."""
+    if quantized.zeros is None:
+        return quantized.scheme.middle
+    return quantized.zeros.to(torch.float32)[:, quantized.column_groups()]
+
+
+def _by_group(values: Tensor, origin: QuantizedTensor) -> Tensor:
+    """(N, K) -> (N, G), summed over the columns of each group."""
+    if origin.group_index is None:
+        return values.reshape(*origin.scales.shape, -1).sum(2)
+    return torch.zeros_like(origin.scales, dtype=torch.float32).index_add_(1, origin.column_groups(), values)
+
+
+def _stored(scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales (N, G) of either sign as a file holds them, none of them smaller than engines take."""
+    smallest = grid.SMALLEST_SCALE.get(dtype, grid.SMALLEST_SCALE_ELSEWHERE)
+    size = scales.abs().clamp_(smallest, torch.finfo(dtype).max).to(dtype)
+    return torch.where(scales < 0, -size, size)

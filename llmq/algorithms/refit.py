@@ -1,0 +1,75 @@
+"""Refit the scales: with the codes fixed, a row is linear in them, and least squares has a closed form.
+
+Let B (G, K) hold q - z of a row, group g's in row g and zero elsewhere, so that ŵ = s B.  Then
+
+    argmin_s  (w* - s B) H (w* - s B)ᵀ + μ Σ_g D_g (s_g - s⁰_g)²        D = diag(B H Bᵀ)
+
+    s = (b + μ D s⁰) (A + μ diag D)⁻¹        A = B H Bᵀ (G, G),  b = w* H Bᵀ
+
+The ridge μ keeps scales near the old ones s⁰ where the codes hardly tell.  Groups of one row are solved together: what
+one group cannot represent another may make up for.  Scales are rounded to the dtype of the file before a row is judged,
+and a row is accepted only where its loss falls.  A scale shared by a whole tensor is left as it is.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from llmq import grid
+from llmq.algorithms import Options, output_error
+from llmq.quantized import QuantizedTensor
+
+RIDGE = 1e-3
+ELEMENTS_AT_ONCE = 1 << 24  # of the systems (G, G) and of the products (K,) of the rows that are solved together
+
+
+def refine(target: Tensor, quantized: QuantizedTensor, hessian: Tensor, options: Options) -> QuantizedTensor:
+    """See `RefinementStage`."""
+    if quantized.scheme.group_size == "tensor":
+        return quantized
+    K, G = quantized.shape[1], quantized.scales.shape[1]
+    rows = max(1, ELEMENTS_AT_ONCE // max(G * G, K))
+    pieces = [(start, start + rows) for start in range(0, len(target), rows)]
+    scales = torch.cat([_refit(target[a:b], quantized.rows(a, b), hessian, options.scale_dtype) for a, b in pieces])
+    return dataclasses.replace(quantized, scales=scales)
+
+
+def _refit(target: Tensor, quantized: QuantizedTensor, hessian: Tensor, scale_dtype: torch.dtype) -> Tensor:
+    """Scales (N, G) in their storage dtype: the new ones in the rows that they improve."""
+    G = quantized.scales.shape[1]
+    steps = _steps(quantized)  # (N, K), q - z
+    old = quantized.scales.to(torch.float32)
+    A, b = _normal_equations(steps, target, hessian, G)
+    D = A.diagonal(dim1=1, dim2=2).clone()  # (N, G)
+    unused = D <= 0  # every code of the group is its zero: any scale fits
+    D[unused] = 1
+    A.diagonal(dim1=1, dim2=2).add_(RIDGE * D + unused)
+    b += RIDGE * D * old + unused * old
+    root = D.sqrt()
+    scaled = A / (root[:, :, None] * root[:, None, :])  # diagonal 1: float32 is enough
+    solution, _ = torch.linalg.solve_ex(scaled, b / root)
+    fitted = solution / root
+    usable = torch.isfinite(fitted) & (fitted * old > 0)
+    fitted = grid.storable(torch.where(usable, fitted, old), scale_dtype)
+    changed = dataclasses.replace(quantized, scales=fitted)
+    loss, old_loss = (output_error(target, each.dequantize(), hessian) for each in (changed, quantized))
+    return torch.where((loss < old_loss)[:, None], fitted, quantized.scales)
+
+
+def _steps(quantized: QuantizedTensor) -> Tensor:
+    """(N, K) float32, q - z: the weight in steps of its scales."""
+    return dataclasses.replace(quantized, scales=torch.ones_like(quantized.scales)).dequantize()
+
+
+def _normal_equations(steps: Tensor, target: Tensor, hessian: Tensor, G: int) -> tuple[Tensor, Tensor]:
+    """A = B H Bᵀ (N, G, G) and b = w* H Bᵀ (N, G)."""
+    N, K = steps.shape
+    width = K // G
+    A = torch.empty(N, G, G, device=steps.device)
+    for group in range(G):
+        inside = slice(group * width, (group + 1) * width)
+        product = steps[:, inside] @ hessian[inside]  # (N, K): row g of B, times H
+        A[:, group] = product.mul_(steps).reshape(N, G, width).sum(2)
+    b = (target @ hessian).mul_(steps).reshape(N, G, width).sum(2)
+    return A, b

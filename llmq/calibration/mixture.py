@@ -1,0 +1,139 @@
+"""Sources with weights into one calibration set.
+
+Each source is given its part of the windows (largest remainders, so that they add up), and its windows are cut from its
+own text.  One that is too short is made up for by the others, by their weights, and the notes say so.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from llmq.calibration.manifest import CalibrationSet, SourceRecord, scripts_of, sha256_of
+from llmq.calibration.packing import TextWindows
+from llmq.calibration.sources import SELF, Source, parse_sources
+from llmq.config import Calibration
+from llmq.errors import CalibrationError
+
+
+class Author(Protocol):
+    """Who writes the text of the source `self`."""
+
+    notes: list[str]  # what a user should know of how it was written
+
+    def write(self, windows: int, seqlen: int, seed: int) -> Tensor:
+        """(windows, seqlen) int64."""
+        ...
+
+
+def load(
+    settings: Calibration, tokenizer: Any, *, seed: int, max_tokens: int | None, author: Author | None = None
+) -> CalibrationSet:
+    """The calibration set of a run; `max_tokens` is the model's context, which a window does not exceed.
+
+    `author` is needed for the source `self`.  Raises CalibrationError.
+    """
+    notes: list[str] = []
+    seqlen = settings.seqlen
+    if max_tokens is not None and seqlen > max_tokens:
+        notes.append(f"windows of {max_tokens} tokens instead of {seqlen}: the model's context ends there")
+        seqlen = max_tokens
+    sources = parse_sources(settings.sources)
+    own = sum(source.is_self for source in sources)
+    if own > (author is not None):
+        found = f"self is named {own} times" if author is not None else "self needs a model that writes"
+        raise CalibrationError(found, hint="name it once, with a weight such as self:0.2, or give a text")
+    seen: set[bytes] = set()
+    texts = {
+        index: TextWindows(source, tokenizer, seqlen, seed, seen)
+        for index, source in enumerate(sources)
+        if not source.is_self
+    }
+    counts = fill(sources, texts, settings.samples)
+    total = sum(counts)
+    if total == 0:
+        raise _too_short(sources, texts, seqlen)
+    wanted = apportion(settings.samples, [source.weight for source in sources])
+    parts: list[Tensor] = []
+    records: list[SourceRecord] = []
+    weights = sum(source.weight for source in sources)
+    for index, source in enumerate(sources):
+        share = source.weight / weights
+        if index in texts:
+            parts.append(texts[index].windows(counts[index]))
+            records.append(texts[index].record(share, wanted[index], counts[index]))
+            notes += records[-1].notes(texts[index].refusal)
+        elif author is not None:
+            parts.append(author.write(counts[index], seqlen, seed))
+            records.append(_own_record(parts[-1], share, wanted[index], tokenizer))
+            notes += [*author.notes, *records[-1].notes()]
+    notes += _shortfall(records, settings.samples)
+    windows = torch.cat(parts)
+    if len(sources) > 1:
+        windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]
+    names = tuple(source.name for source in sources)
+    return CalibrationSet(windows, names, sha256_of(windows), tuple(notes), tuple(records))
+
+
+def fill(sources: Sequence[Source], texts: dict[int, TextWindows], samples: int) -> list[int]:
+    """How many windows of each source are used; those of `texts` are read as far as that takes, `self` has no end."""
+    counts = [0] * len(sources)
+    short: set[int] = set()
+    while True:
+        rest = [index for index in range(len(sources)) if index not in short]
+        left = samples - sum(counts[index] for index in short)
+        for index, share in zip(rest, apportion(left, [sources[index].weight for index in rest]), strict=True):
+            counts[index] = texts[index].make(share) if index in texts else share
+            if counts[index] < share:
+                short.add(index)
+        if short.isdisjoint(rest) or short.issuperset(range(len(sources))):
+            return counts
+
+
+def apportion(total: int, weights: Sequence[float]) -> list[int]:
+    """Whole numbers that add up to `total` and are closest to their part of it; of equal remainders the first."""
+    exact = [total * weight / sum(weights) for weight in weights]
+    parts = [int(part) for part in exact]
+    by_remainder = sorted(range(len(parts)), key=lambda index: parts[index] - exact[index])
+    for index in by_remainder[: total - sum(parts)]:
+        parts[index] += 1
+    return parts
+
+
+def _own_record(windows: Tensor, share: float, wanted: int, tokenizer: Any) -> SourceRecord:
+    """The manifest's entry for text that the model wrote, which has no documents."""
+    texts = [tokenizer.decode(window, skip_special_tokens=True) for window in windows.tolist()]
+    return SourceRecord(
+        source=SELF,
+        share=share,
+        wanted=wanted,
+        windows=len(windows),
+        tokens=windows.numel(),
+        sha256=sha256_of(windows),
+        characters_per_token=round(sum(map(len, texts)) / max(1, windows.numel()), 3),
+        scripts=scripts_of(texts),
+    )
+
+
+def _shortfall(records: Sequence[SourceRecord], samples: int) -> list[str]:
+    found = sum(record.windows for record in records)
+    if found < samples:
+        return [f"{found} windows instead of {samples}: the text ends there"]
+    return [
+        f"{record.source}: {record.windows} windows instead of {record.wanted}, its text ends there; "
+        "the other sources make up for it"
+        for record in records
+        if record.windows < record.wanted
+    ]
+
+
+def _too_short(sources: Sequence[Source], texts: dict[int, TextWindows], seqlen: int) -> CalibrationError:
+    names = ", ".join(source.name for source in sources)
+    tokens = sum(text.tokens for text in texts.values())
+    reasons = {text.refusal for text in texts.values() if text.refusal}
+    because = f" (the chat template refuses chats: {'; '.join(sorted(reasons))})" if reasons else ""
+    return CalibrationError(
+        f"{names} holds {tokens} tokens, fewer than one window of {seqlen}{because}",
+        hint="give more text with --calibration, or shorter windows with --seqlen, or let the model write: self",
+    )

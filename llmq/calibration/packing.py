@@ -1,0 +1,158 @@
+"""Documents into windows: tokenized as in serving, joined end to end, cut; nothing is padded.
+
+A document gets its beginning-of-text token where the tokenizer puts one, and never two.  No more is tokenized than the
+windows need: which documents come first is drawn from the seed, so that a large file is sampled and not read from the
+top.
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmq.calibration.chats import Chat, has_template
+from llmq.calibration.manifest import SourceRecord, scripts_of, sha256_of
+from llmq.calibration.sources import Document, Source, is_blank, read_source
+
+
+def cut(ids: Tensor, seqlen: int) -> Tensor:
+    """(S, seqlen) non-overlapping windows of a vector of token ids; the incomplete last one is left out."""
+    count = len(ids) // seqlen
+    return ids[: count * seqlen].view(count, seqlen)
+
+
+@dataclass
+class _Counts:
+    empty: int = 0
+    duplicates: int = 0
+    refused: int = 0
+    doubled_bos: int = 0
+    chats: int = 0
+    untemplated: int = 0
+
+
+@dataclass
+class TextWindows:
+    """The windows of one source of text, made as far as they are asked for.
+
+    `seen` holds the digests of the documents that came before, in this source and in others of the run.
+    """
+
+    source: Source
+    tokenizer: Any
+    seqlen: int
+    seed: int
+    seen: set[bytes] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        documents = read_source(self.source.name, explicit=self.source.explicit)
+        self.refusal = ""  # what the template said of the first chat that it did not take
+        self._found = len(documents)
+        self._counts = _Counts()
+        self._ids: list[int] = []
+        self._texts: list[str] = []  # what was read
+        self._ends: list[int] = []  # of each, how many ids there are up to its end
+        self._rest = self._tokenized(self._drawn(documents))
+        self._exhausted = False
+
+    @property
+    def tokens(self) -> int:
+        """How many are made so far."""
+        return len(self._ids)
+
+    def make(self, windows: int) -> int:
+        """Read until there are so many windows; returns how many of them there are."""
+        while len(self._ids) < windows * self.seqlen and not self._exhausted:
+            ids = next(self._rest, None)
+            self._exhausted = ids is None
+            if ids is not None:
+                self._ids += ids
+                self._ends.append(len(self._ids))
+        return min(windows, len(self._ids) // self.seqlen)
+
+    def windows(self, count: int) -> Tensor:
+        """The first `count` windows, (count, seqlen) int64."""
+        return torch.tensor(self._ids[: count * self.seqlen], dtype=torch.int64).view(count, self.seqlen)
+
+    def record(self, share: float, wanted: int, count: int) -> SourceRecord:
+        """What became of everything, where `wanted` windows were the source's share and `count` are used."""
+        windows = self.windows(count)
+        rest = len(self._ids) - windows.numel()
+        counts = self._counts
+        return SourceRecord(
+            source=self.source.name,
+            share=share,
+            wanted=wanted,
+            windows=count,
+            tokens=windows.numel(),
+            sha256=sha256_of(windows),
+            documents=self._found,
+            empty=counts.empty,
+            duplicates=counts.duplicates,
+            refused=counts.refused,
+            read=len(self._texts),
+            truncated=sum(end > windows.numel() for end in self._ends),
+            dropped_tokens=rest,
+            doubled_bos=counts.doubled_bos,
+            chats=counts.chats,
+            untemplated=counts.untemplated,
+            characters_per_token=round(sum(map(len, self._texts)) / max(1, len(self._ids)), 3),
+            scripts=scripts_of(self._texts),
+        )
+
+    def _drawn(self, documents: Sequence[Document]) -> list[Document]:
+        """What is neither empty nor there already, in the order that the seed draws."""
+        kept = []
+        for document in documents:
+            if is_blank(document):
+                self._counts.empty += 1
+                continue
+            digest = _digest(document)
+            self._counts.duplicates += digest in self.seen
+            if digest not in self.seen:
+                kept.append(document)
+            self.seen.add(digest)
+        random.Random(self.seed).shuffle(kept)
+        return kept
+
+    def _tokenized(self, documents: Sequence[Document]) -> Iterator[list[int]]:
+        """The ids of one document after another."""
+        for document in documents:
+            if isinstance(document, Chat) and has_template(self.tokenizer):
+                text = self._rendered(document)
+                if text is None:
+                    continue
+                self._counts.chats += 1
+                ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            else:
+                if isinstance(document, Chat):
+                    self._counts.untemplated += 1
+                text = document.contents if isinstance(document, Chat) else document
+                ids = self._without_doubled_bos(self.tokenizer(text, verbose=False)["input_ids"])
+            self._texts.append(text)
+            yield ids
+
+    def _rendered(self, chat: Chat) -> str | None:
+        try:
+            return chat.rendered(self.tokenizer)
+        except Exception as error:  # the template is a program of the tokenizer's author, and raises what it likes
+            self._counts.refused += 1
+            self.refusal = self.refusal or str(error)
+            return None
+
+    def _without_doubled_bos(self, ids: list[int]) -> list[int]:
+        begin = getattr(self.tokenizer, "bos_token_id", None)
+        if begin is None or ids[:2] != [begin, begin]:
+            return ids
+        self._counts.doubled_bos += 1
+        return ids[1:]
+
+
+def _digest(document: Document) -> bytes:
+    text = document if isinstance(document, str) else json.dumps(document.messages)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()

@@ -1,0 +1,50 @@
+"""The manifest of a calibration text as a table: a column a source, and only the lines that say something."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rich.console import Console
+
+from llmq.cli.terminal import print_table
+
+Record = Mapping[str, Any]
+
+LINES: tuple[tuple[str, Callable[[Record], str]], ...] = (
+    ("share asked for", lambda record: f"{record['share']:.0%}"),
+    ("windows", lambda record: str(record["windows"])),
+    ("tokens", lambda record: f"{record['tokens']:,}"),
+    ("documents", lambda record: _unless_zero(record["documents"])),
+    ("read", lambda record: _unless_zero(record["read"])),
+    ("not needed", lambda record: _unless_zero(_not_needed(record))),
+    ("empty, left out", lambda record: _unless_zero(record["empty"])),
+    ("duplicates, left out", lambda record: _unless_zero(record["duplicates"])),
+    ("refused by the chat template", lambda record: _unless_zero(record["refused"])),
+    ("cut by the end of the text", lambda record: _unless_zero(record["truncated"])),
+    ("tokens dropped there", lambda record: _unless_zero(record["dropped_tokens"])),
+    ("doubled BOS, put right", lambda record: _unless_zero(record["doubled_bos"])),
+    ("chats", lambda record: _unless_zero(record["chats"])),
+    ("chats without a template", lambda record: _unless_zero(record["untemplated"])),
+    ("characters per token", lambda record: f"{record['characters_per_token']:.2f}"),
+    ("scripts", lambda record: ", ".join(f"{name} {part:.1%}" for name, part in record["scripts"].items())),
+    ("sha256", lambda record: f"{record['sha256'][:16]}…"),
+)
+
+
+def print_manifest(calibration: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print what `CalibrationSet.to_dict` gives, which is also what llmq.json holds; on stdout by default."""
+    records = calibration.get("manifest", ())
+    rows = [(name, *(cell(record) for record in records)) for name, cell in LINES]
+    title = f"calibration text: {calibration['samples']} x {calibration['seqlen']} tokens, sha256 "
+    title += f"{calibration['sha256'][:16]}…"
+    columns = ("", *(record["source"] for record in records))
+    print_table(title, columns, [row for row in rows if any(row[1:])], console)
+
+
+def _unless_zero(count: int) -> str:
+    return f"{count:,}" if count else ""
+
+
+def _not_needed(record: Record) -> int:
+    """Documents that no window wanted any more."""
+    reached = sum(record[what] for what in ("read", "empty", "duplicates", "refused"))
+    return int(record["documents"] - reached)

@@ -1,0 +1,143 @@
+"""`llmq sensitivity`, and `--target-bits` from the command to the finished folder."""
+
+import contextlib
+import importlib.util
+import json
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from safetensors import safe_open
+
+import llmq
+from llmq.report.record import BlockReport
+from tests import command_line
+from tests.runs import job, quantize
+
+Checkpoints = Callable[..., Path]
+TEXT = ("--samples", "4", "--seqlen", "48", "--windows", "1")
+TARGET: dict[str, Any] = {"group_size": 128, "target_bits": 5.5}
+
+
+@pytest.fixture
+def model(checkpoint: Checkpoints) -> Path:
+    return checkpoint("llama", dtype="bfloat16", hidden_size=128, intermediate_size=256, num_hidden_layers=2)
+
+
+def stored_bits(out: Path, model: Path) -> float:
+    """Bits a weight of the linear layers of the blocks, from the headers of the files alone."""
+    bits, weights = 0, 0
+    for folder, count in ((out, False), (model, True)):
+        for file in folder.glob("*.safetensors"):
+            with safe_open(file, "pt") as tensors:
+                for name in tensors.keys():
+                    tensor = tensors.get_tensor(name)
+                    if "_proj" not in name:
+                        continue
+                    if count:
+                        weights += tensor.numel()
+                    else:
+                        bits += 8 * tensor.nbytes
+    return bits / weights
+
+
+def test_a_run_with_a_target_keeps_to_it(model: Path, tmp_path: Path, text: Path) -> None:
+    report = quantize(model, tmp_path / "out", text, **TARGET)
+    assert 5.0 < stored_bits(tmp_path / "out", model) <= 5.5
+    assert report.bits_per_weight == stored_bits(tmp_path / "out", model)
+    [note] = (note for note in report.notes if " of 5.5 bits: " in note)
+    assert "int8 g128 symmetric" in note and "predicted KL" in note
+    loaded, _ = llmq.load(tmp_path / "out", device="cpu")
+    assert loaded is not None
+
+
+def test_its_settings_make_the_same_model_without_measuring(
+    model: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantize(model, tmp_path / "out", text, **TARGET)
+    settings = json.loads((tmp_path / "out" / "llmq.json").read_text())["settings"]
+    assert settings["overrides"] and "target_bits" not in settings
+    from llmq import sensitivity
+    from llmq.config import config_from
+
+    monkeypatch.setattr(sensitivity, "measure", None)
+    llmq.quantize(str(model), tmp_path / "again", config=config_from(settings), device="cpu")
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+
+
+def test_an_interrupted_run_continues_with_the_same_plan(model: Path, tmp_path: Path, text: Path) -> None:
+    whole = quantize(model, tmp_path / "whole", text, **TARGET)
+    with contextlib.closing(
+        cast(Generator[object, None, None], job(model, tmp_path / "out", text, **TARGET).run())
+    ) as run:
+        while not isinstance(next(run), BlockReport):
+            pass
+    continued = quantize(model, tmp_path / "out", text, **TARGET)
+    assert [block.resumed for block in continued.blocks] == [True, False]
+    assert continued.layers == whole.layers
+
+
+def test_fused_layers_share_their_grid(model: Path, tmp_path: Path, text: Path) -> None:
+    report = quantize(model, tmp_path / "out", text, method="rtn", group_size=128, target_bits=4.9)
+    schemes = {layer.name.rpartition("layers.")[2]: layer.scheme for layer in report.layers}
+    assert len(set(schemes.values())) > 1
+    for block in "01":
+        assert len({schemes[f"{block}.self_attn.{name}_proj"] for name in "qkv"}) == 1
+        assert len({schemes[f"{block}.mlp.{name}_proj"] for name in ("gate", "up")}) == 1
+
+
+def test_the_table_as_json(model: Path, text: Path) -> None:
+    outcome = command_line.llmq(
+        "sensitivity", model, "--calibration", text, *TEXT, "--grid", "4:32", "--grid", "8", "--json"
+    )
+    assert outcome.exit_code == 0, outcome.stderr
+    found = json.loads(outcome.stdout)
+    assert len(found["units"]) == 8 and found["tokens"] == 48
+    first = found["units"][0]
+    assert first["layers"] == [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
+    grids = first["grids"]
+    assert grids["int4 g32 symmetric"]["bits_per_weight"] == 4.5 + 3 * 128 / first["weights"]  # and three shapes
+    assert grids["int4 g32 symmetric"]["kl"] > grids["int8 g128 symmetric"]["kl"] > 0
+
+
+def test_the_table_the_plan_and_the_picture(model: Path, text: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "map.png"
+    outcome = command_line.llmq(
+        "sensitivity", model, "--calibration", text, *TEXT, "--target-bits", "4.5", "--plot", picture
+    )
+    assert outcome.exit_code == 0, outcome.stderr
+    assert "model.layers.1: mlp: down_proj" in outcome.stdout and " of 4.5 bits: " in outcome.stdout
+    assert "measured 2/2 blocks" in outcome.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_the_extra_is_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
+    outcome = command_line.llmq("sensitivity", model, "--plot", "map.png")
+    assert outcome.exit_code == 2
+    assert "matplotlib is not installed" in outcome.stderr and "pip install 'llmq[plots]'" in outcome.stderr
+
+
+def test_a_picture_of_an_unknown_kind_is_refused_before_any_text_is_read(model: Path) -> None:
+    pytest.importorskip("matplotlib")
+    outcome = command_line.llmq("sensitivity", model, "--calibration", "nowhere.txt", "--plot", "map.xyz")
+    assert outcome.exit_code == 2 and "end the name with .png" in outcome.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (("--target-bits", "3"), "the smallest grids take 4.13"),
+        (("--target-bits", "4.5", "--format", "awq"), "awq files have one grid"),
+        (("--grid", "four"), "grid 'four' is not understood"),
+    ],
+)
+def test_what_cannot_be_had_is_refused_before_any_text_is_read(
+    model: Path, settings: tuple[str, ...], words: str
+) -> None:
+    outcome = command_line.llmq("sensitivity", model, "--calibration", "nowhere.txt", *settings)
+    assert outcome.exit_code == 2 and words in outcome.stderr

@@ -1,0 +1,318 @@
+"""End-to-end tuning: a lower loss on text it did not see, the same bits whatever happens, and nothing left of it."""
+
+import contextlib
+import json
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+
+import llmq
+from llmq import memory, tuning
+from llmq.checkpoint.revision import Revision
+from llmq.config import QuantConfig, merged
+from llmq.errors import CalibrationError, LlmqError
+from llmq.evaluation import divergence
+from llmq.job import Job
+from llmq.methods import Method, Tuning
+from llmq.report.record import Report, TuningStep
+from llmq.tuning import Session, blocks
+from tests.runs import float_model, logits, tensors_of
+
+Checkpoints = Callable[..., Path]
+
+SAMPLES, LENGTH, HELD_OUT, STEPS = 16, 32, 4, 4
+# Two weights a block are enough to see everything, and quick.
+SETTINGS: dict[str, Any] = {"samples": SAMPLES, "seqlen": LENGTH, "bits": 3, "group_size": 16, "scales": "minmax"}
+SETTINGS |= {"skip": ["*.k_proj", "*.v_proj", "*.o_proj", "*.gate_proj", "*.up_proj"]}
+TUNING = Tuning(steps=STEPS, scales=3e-3, rounding=5e-2, tokens=4 * LENGTH)
+UNTUNED = Method(rounding="rtn", held_out=HELD_OUT / SAMPLES)
+TUNED = Method(rounding="rtn", held_out=HELD_OUT / SAMPLES, tuning=TUNING)
+
+
+class Stopped(Exception):  # noqa: N818  (nothing went wrong)
+    """Ends a run in the middle of it."""
+
+
+@pytest.fixture
+def model(checkpoint: Checkpoints) -> Path:
+    return checkpoint("llama", num_hidden_layers=2)
+
+
+@pytest.fixture
+def saved_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Progress is saved in front of every step."""
+    monkeypatch.setattr(tuning, "SAVED_EVERY", 0.0)
+    monkeypatch.setattr(tuning, "SAVED_SHARE", 0.0)
+
+
+def job(model: Path, out: Path, text: Path, method: Method = TUNED, **settings: Any) -> Job:
+    config = merged(QuantConfig(), {**SETTINGS, "calibration": [text], **settings})
+    return Job(str(model), out, config, stages=method, device="cpu")
+
+
+def quantize(model: Path, out: Path, text: Path, method: Method = TUNED, **settings: Any) -> Report:
+    running = job(model, out, text, method, **settings)
+    for _ in running.run():
+        pass
+    return running.report
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Everything in it but the record, which holds times."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "llmq.json"}
+
+
+def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing fits: all that can lie on the disk does."""
+    monkeypatch.setattr(memory, "spare", lambda _: 0)
+
+
+def interrupt(model: Path, out: Path, text: Path, step: int) -> None:
+    """Begin a run and end it in front of a step of the tuning."""
+    with contextlib.closing(cast(Generator[object, None, None], job(model, out, text).run())) as run:
+        for done in run:
+            if isinstance(done, TuningStep) and done.step == step:
+                return
+    raise AssertionError("it ended by itself")
+
+
+def held_out_divergence(model: Path, out: Path, windows: Tensor) -> float:
+    expected = logits(float_model(model, {}), windows).log_softmax(-1)
+    found = logits(llmq.load(out, device="cpu")[0], windows).log_softmax(-1)
+    return float(divergence(expected, found).mean())
+
+
+def test_tuning_lowers_the_loss_of_the_file_on_held_out_text(model: Path, text: Path, tmp_path: Path) -> None:
+    report = quantize(model, tmp_path / "tuned", text).tuning
+    quantize(model, tmp_path / "plain", text, UNTUNED)
+    windows = job(model, tmp_path / "none", text)._calibration_set().windows[-HELD_OUT:]
+    before, after = (held_out_divergence(model, tmp_path / name, windows) for name in ("plain", "tuned"))
+    assert report is not None
+    assert after < 0.9 * before
+    # What the report says is what the files do; in bits, the packed model sums in another order.
+    losses = dict(report.history)
+    assert losses[0] == pytest.approx(before, rel=1e-4)
+    assert losses[report.best] == pytest.approx(after, rel=1e-4)
+    assert report.best == min(losses, key=lambda step: losses[step])
+    assert list(losses) == list(range(STEPS + 1))
+    tensors = [tensors_of(tmp_path / name) for name in ("plain", "tuned")]
+    assert {name: tensor.shape for name, tensor in tensors[0].items()} == {n: t.shape for n, t in tensors[1].items()}
+    moved = {name for name in tensors[0] if not torch.equal(tensors[0][name], tensors[1][name])}
+    assert {name.rsplit(".", 1)[1] for name in moved} == {"weight_packed", "weight_scale"}
+    assert 0 < report.moved < 0.2
+    stored = json.loads((tmp_path / "tuned" / "llmq.json").read_text())["tuning"]
+    assert stored["best"] == report.best
+
+
+def test_nothing_of_it_is_left(model: Path, text: Path, tmp_path: Path) -> None:
+    quantize(model, tmp_path / "tuned", text)
+    quantize(model, tmp_path / "plain", text, UNTUNED)
+    assert files_of(tmp_path / "tuned").keys() == files_of(tmp_path / "plain").keys()
+
+
+@pytest.mark.parametrize("name", ["llama", "falcon", "gemma3"])
+def test_where_memory_is_short_the_disk_gives_the_same_bytes(
+    checkpoint: Checkpoints, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    folder = checkpoint(name, num_hidden_layers=2)
+    resident = quantize(folder, tmp_path / "resident", text, symmetric=False)
+    no_memory(monkeypatch)
+    streamed = quantize(folder, tmp_path / "streamed", text, symmetric=False)
+    assert resident.tuning is not None and streamed.tuning is not None
+    assert resident.tuning.history == streamed.tuning.history
+    assert (resident.tuning.notes, len(streamed.tuning.notes)) == ((), 1)
+    assert files_of(tmp_path / "resident") == files_of(tmp_path / "streamed")
+
+
+def test_no_more_than_one_block_has_weights_where_memory_is_short(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_memory(monkeypatch)
+    running = job(model, tmp_path / "out", text)
+    loaded = []
+    update = blocks.TunedBlocks.update
+
+    def watch(self: blocks.TunedBlocks, *arguments: Any) -> None:
+        modules = [block.module for block in running.plan.skeleton.blocks]
+        loaded.append([not next(module.parameters()).is_meta for module in modules])
+        assert not self._states
+        update(self, *arguments)
+
+    monkeypatch.setattr(blocks.TunedBlocks, "update", watch)
+    for _ in running.run():
+        pass
+    assert loaded == [[False, True], [True, False]] * STEPS
+
+
+@pytest.mark.parametrize(("step", "short"), [(0, False), (2, True), (STEPS, False)])
+def test_an_interrupted_run_ends_in_the_same_bytes(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved_always: None, step: int, short: bool
+) -> None:
+    whole = quantize(model, tmp_path / "whole", text)
+    if short:
+        no_memory(monkeypatch)
+    interrupt(model, tmp_path / "out", text, step)
+    assert not (tmp_path / "out" / "config.json").exists()
+    began: list[int] = []
+    monkeypatch.setattr(Session, "_descend", counting(Session._descend, began))
+    again = quantize(model, tmp_path / "out", text)
+    assert began == list(range(max(0, step - 1), STEPS))  # saved in front of the last step that was taken
+    assert whole.tuning is not None and again.tuning is not None
+    assert again.tuning.history == whole.tuning.history
+    assert again.tuning.seconds > 0
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+def counting(descend: Callable[[Session], float], into: list[int]) -> Callable[[Session], float]:
+    def counted(self: Session) -> float:
+        into.append(self._step)
+        return descend(self)
+
+    return counted
+
+
+# Where a process may end: in the middle of a step, while states or the best blocks are written, around each mark.
+ENDS = [
+    (blocks.TunedBlocks, "update", 5, "before", "resident"),
+    (blocks.TunedBlocks, "update", 5, "after", "streamed"),
+    (Revision, "write_state", 10, "after", "resident"),
+    (Revision, "write_state", 10, "before", "streamed"),
+    (Revision, "write_block", 3, "after", "resident"),
+    (Revision, "drop_blocks", 1, "after", "streamed"),
+    (Revision, "save", 3, "before", "resident"),
+    (Revision, "save", 3, "after", "streamed"),
+    (Revision, "adopt", 1, "before", "streamed"),
+    (Revision, "adopt", 1, "after", "resident"),
+]
+
+
+@pytest.mark.parametrize(("owner", "name", "calls", "when", "where"), ENDS, ids=lambda value: str(value))
+def test_a_run_that_ends_anywhere_continues_to_the_same_bytes(
+    reference: Path, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved_always: None,
+    owner: type, name: str, calls: int, when: str, where: str,
+) -> None:  # fmt: skip
+    if where == "streamed":
+        no_memory(monkeypatch)
+    original = getattr(owner, name)
+    left = [calls]
+
+    def ending(*arguments: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0 and when == "before":
+            raise Stopped
+        result = original(*arguments)
+        if left[0] == 0:
+            raise Stopped
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, ending)
+        with pytest.raises(Stopped):
+            quantize(model, tmp_path / "out", text)
+    quantize(model, tmp_path / "out", text)
+    assert files_of(tmp_path / "out") == files_of(reference)
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint: Checkpoints, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run makes that nothing interrupts."""
+    out = tmp_path_factory.mktemp("reference") / "out"
+    quantize(checkpoint("llama", num_hidden_layers=2), out, text)
+    return out
+
+
+def test_what_was_adopted_is_not_tuned_again(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: Path
+) -> None:
+    def stop(*_: Any) -> None:
+        raise Stopped
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(Job, "_finish", stop)
+        quantize(model, tmp_path / "out", text)
+    monkeypatch.setattr(Session, "steps", stop)
+    report = quantize(model, tmp_path / "out", text).tuning
+    assert report is not None and report.best > 0 and len(report.history) == STEPS + 1
+    assert files_of(tmp_path / "out") == files_of(reference)
+
+
+def test_damaged_progress_is_begun_again(
+    model: Path, text: Path, tmp_path: Path, saved_always: None, reference: Path
+) -> None:
+    interrupt(model, tmp_path / "out", text, 3)
+    damaged = next((tmp_path / "out").rglob("state.*"))
+    damaged.write_bytes(damaged.read_bytes()[:-8])
+    quantize(model, tmp_path / "out", text)
+    assert files_of(tmp_path / "out") == files_of(reference)
+
+
+def test_tuning_that_does_harm_is_undone(model: Path, text: Path, tmp_path: Path) -> None:
+    wild = Method(rounding="rtn", held_out=0.25, tuning=Tuning(steps=4, scales=5.0, rounding=5.0, tokens=4 * LENGTH))
+    report = quantize(model, tmp_path / "wild", text, wild).tuning
+    quantize(model, tmp_path / "plain", text, UNTUNED)
+    assert report is not None
+    losses = dict(report.history)
+    assert report.best == 0 and report.moved == 0 and losses[4] > losses[0]
+    assert "undone" in str(report)
+    assert files_of(tmp_path / "wild") == files_of(tmp_path / "plain")
+
+
+def test_the_best_moment_is_kept_and_not_the_last(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Held-out losses are made up: the third is the lowest.  A run of so many steps alone would be elsewhere."""
+    losses = iter([9.0, 5.0, 4.0, 6.0, 4.5])
+    taken: dict[int, dict[str, Tensor]] = {}
+    write = blocks.TunedBlocks.write_blocks
+
+    def keep(self: blocks.TunedBlocks, step: int) -> float:
+        taken[step] = {name: self._now(i, name).dequantize() for i, n in enumerate(self.names) for name in n.values()}
+        return write(self, step)
+
+    monkeypatch.setattr(Session, "_held_out_loss", lambda _: next(losses))
+    monkeypatch.setattr(blocks.TunedBlocks, "write_blocks", keep)
+    report = quantize(model, tmp_path / "out", text).tuning
+    assert report is not None and report.best == 2 and list(taken) == [1, 2]
+    stored = {name.removesuffix(".weight"): weight for name, weight in llmq.dequantize(tmp_path / "out")}
+    assert stored.keys() == taken[2].keys()
+    assert all(torch.equal(stored[name], taken[2][name]) for name in stored)
+    assert any(not torch.equal(stored[name], taken[1][name]) for name in stored)
+
+
+@pytest.mark.parametrize("format", ["gptq", "awq"])
+def test_other_formats_and_layers_that_stay(model: Path, text: Path, tmp_path: Path, format: str) -> None:
+    grid: dict[str, Any] = {"bits": 4, "group_size": 32, "symmetric": False, "format": format, "skip": ["*.1.mlp.*"]}
+    report = quantize(model, tmp_path / "out", text, **grid)
+    assert report.tuning is not None and report.tuning.best > 0
+    kept, stored = tensors_of(model), tensors_of(tmp_path / "out")
+    untouched = [name for name in kept if ".1.mlp." in name]
+    assert untouched and all(torch.equal(kept[name], stored[name]) for name in untouched)
+
+
+def test_a_model_that_a_transformation_changed_is_tuned_as_it_is(model: Path, text: Path, tmp_path: Path) -> None:
+    folding = Method(transforms=("awq",), rounding="clip", held_out=0.25, tuning=TUNING)
+    report = quantize(model, tmp_path / "out", text, folding).tuning
+    assert report is not None and report.best > 0
+    windows = job(model, tmp_path / "none", text)._calibration_set().windows[-HELD_OUT:]
+    after = held_out_divergence(model, tmp_path / "out", windows)
+    assert dict(report.history)[report.best] == pytest.approx(after, rel=1e-4)
+
+
+def test_one_window_is_too_few(model: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="two or more") as raised:
+        quantize(model, tmp_path / "out", text, samples=1)
+    assert isinstance(raised.value, LlmqError) and raised.value.hint
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_window_is_drawn_once_before_any_is_drawn_again() -> None:
+    found = [tuning.drawn(step, 4, 18, seed=3) for step in range(9)]
+    flat = [window for batch in found for window in batch]
+    assert sorted(flat[:18]) == sorted(flat[18:]) == list(range(18))
+    assert flat[:18] != flat[18:]
+    assert found == [tuning.drawn(step, 4, 18, seed=3) for step in range(9)]
+    assert found != [tuning.drawn(step, 4, 18, seed=4) for step in range(9)]

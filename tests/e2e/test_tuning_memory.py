@@ -1,0 +1,128 @@
+"""Tuning where neither the model in float nor what is tuned of it fits into memory; killed, and continued.
+
+Three processes: one that has all the memory there is; one under the limit, killed without notice in the middle; one
+under the limit that continues.  The first and the last end in the same bytes.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig
+
+from tests.builders import SIZES, VOCABULARY, save_tokenizer
+from tests.command_line import ROOT, environment
+
+HIDDEN, BLOCKS, STEPS, KILLED = 512, 12, 2, 1
+BLOCK_WEIGHTS = 7 * HIDDEN**2
+FLOAT_BYTES = 4 * BLOCK_WEIGHTS * BLOCKS  # 88 MB
+STATE_BYTES = 13 * BLOCK_WEIGHTS * BLOCKS  # 286 MB: codes, v, and Adam's two means
+# What tuning may map beyond what Python and its libraries have: of one block the weights and their gradients (15 MB),
+# of one weight the state and what it takes to change it (ten times 1 MB), activations of 128 tokens, and room for the
+# allocator.
+ALLOWED_BYTES = 75_000_000
+
+PROGRAM = """
+import json, os, resource, signal, sys
+from pathlib import Path
+import torch
+from llmq import tuning
+from llmq.config import QuantConfig, merged
+from llmq.job import Job
+from llmq.methods import Method, Tuning
+from llmq.report.record import TuningStep
+torch.set_num_threads(1)  # every thread has a stack and an arena that count against the limit
+tiny, model, out, text, steps, allowed, end = *sys.argv[1:5], *map(int, sys.argv[5:8])
+tuning.SAVED_EVERY = tuning.SAVED_SHARE = 0
+judged = tuning.Session._held_out_loss
+tuning.Session._held_out_loss = lambda self: judged(self) - self._step  # the last step is taken for the best
+method = Method(rounding="rtn", held_out=0.25, tuning=Tuning(steps=steps, scales=1e-2, rounding=0.1, tokens=128))
+settings = {"samples": 8, "seqlen": 32, "bits": 3, "scales": "minmax", "group_size": 128, "calibration": [text]}
+first = Job(tiny, f"{out}-tiny", merged(QuantConfig(), settings), stages=method, device="cpu", overwrite=True)
+for _ in first.run():  # imports whatever is imported late
+    pass
+job = Job(model, out, merged(QuantConfig(), settings), stages=method, device="cpu")
+if allowed:
+    mapped = next(int(l.split()[1]) for l in Path("/proc/self/status").read_text().splitlines() if "VmSize" in l)
+    limit = 1024 * mapped + allowed
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    try:
+        torch.empty(allowed * 23 // 20, dtype=torch.uint8)  # no more than the weights in float
+        raise SystemExit("the limit does not hold")
+    except RuntimeError:
+        pass
+seen = []
+for done in job.run():
+    if isinstance(done, TuningStep):
+        seen.append(done.step)
+        if done.step == end:
+            os.kill(os.getpid(), signal.SIGKILL)
+report = job.report.tuning
+print(json.dumps({"steps": seen, "notes": len(report.notes), "history": report.history, "best": report.best}))
+"""
+
+
+def write_checkpoint(folder: Path) -> Path:
+    """A Llama of random weights, all blocks alike, a shard a block."""
+    folder.mkdir()
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": HIDDEN, "num_hidden_layers": BLOCKS}
+    config = LlamaConfig(**{**SIZES, **sizes}, architectures=["LlamaForCausalLM"], dtype="bfloat16")
+    config.save_pretrained(folder)
+    save_tokenizer(folder)
+    generator = torch.Generator().manual_seed(0)
+    names = [*(f"self_attn.{name}_proj" for name in "qkvo"), *(f"mlp.{name}_proj" for name in ("gate", "up", "down"))]
+    block = {f"{name}.weight": torch.randn(HIDDEN, HIDDEN, generator=generator) / 32 for name in names}
+    block |= {f"{name}_layernorm.weight": torch.ones(HIDDEN) for name in ("input", "post_attention")}
+    shards = {f"layer-{i}": {f"model.layers.{i}.{name}": block[name] for name in block} for i in range(BLOCKS)}
+    embedding = torch.randn(VOCABULARY, HIDDEN, generator=generator)
+    shards["rest"] = {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding / 32}
+    shards["rest"]["model.norm.weight"] = torch.ones(HIDDEN)
+    for shard, tensors in shards.items():
+        stored = {name: tensor.bfloat16().clone() for name, tensor in tensors.items()}
+        save_file(stored, folder / f"{shard}.safetensors")
+    weight_map = {name: f"{shard}.safetensors" for shard, tensors in shards.items() for name in tensors}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def tune(
+    tiny: Path, model: Path, out: Path, text: Path, *, allowed: int, end: int = -1
+) -> "subprocess.CompletedProcess[str]":
+    exact = environment(MALLOC_MMAP_THRESHOLD_="100000")  # a weight that is freed leaves the process
+    arguments = [str(argument) for argument in (tiny, model, out, text, STEPS, allowed, end)]
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PROGRAM, *arguments],
+        cwd=ROOT, env=exact, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and a limit on address space that is enforced")
+def test_a_model_larger_than_memory_is_tuned_and_survives_a_kill(
+    checkpoint: Callable[..., Path], tmp_path: Path, text: Path
+) -> None:
+    tiny = checkpoint("llama", num_hidden_layers=1, hidden_size=128, intermediate_size=128)
+    assert min(FLOAT_BYTES, STATE_BYTES) > ALLOWED_BYTES * 23 // 20
+    model = write_checkpoint(tmp_path / "model")
+    free = tune(tiny, model, tmp_path / "free", text, allowed=0)
+    assert free.returncode == 0, free.stderr[-3000:]
+    killed = tune(tiny, model, tmp_path / "out", text, allowed=ALLOWED_BYTES, end=KILLED)
+    assert killed.returncode == -9, killed.stderr[-3000:]
+    assert not (tmp_path / "out" / "config.json").exists()
+    again = tune(tiny, model, tmp_path / "out", text, allowed=ALLOWED_BYTES)
+    assert again.returncode == 0, again.stderr[-3000:]
+
+    held, streamed = (json.loads(done.stdout.splitlines()[-1]) for done in (free, again))
+    assert held["best"] == STEPS and held["history"] == streamed["history"]
+    assert (held["notes"], streamed["notes"]) == (0, 1)
+    assert held["steps"] == list(range(STEPS + 1)) and streamed["steps"] == list(range(STEPS + 1))[KILLED - 1 :]
+    ours, theirs = (
+        {f.name: f for f in (tmp_path / name).iterdir() if f.name != "llmq.json"} for name in ("out", "free")
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].read_bytes() == theirs[name].read_bytes() for name in ours)
