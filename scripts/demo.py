@@ -1,4 +1,4 @@
-"""Quantize the bundled model with rtn and gptq, measure both against the original, let the result write.
+"""Quantize the bundled model with three methods, measure each against the original, let the last one write.
 
     python scripts/demo.py FOLDER        the folder is made anew; bash scripts/demo.sh prepares the environment
 
@@ -20,7 +20,7 @@ from llmq.cli.terminal import megabytes, print_table, quiet_transformers
 from llmq.measure import Measurement, measure
 
 MODEL = Path(__file__).resolve().parents[1] / "eval" / "models" / "tiny-python-llama"
-METHODS = ("rtn", "gptq")
+METHODS = ("rtn", "gptq", "balanced")
 PROMPT = 'def read_lines(path):\n    """Return'
 WINDOWS = 96
 

@@ -37,6 +37,7 @@ FULL = QuantConfig(
     overrides=(Override("*.down_proj", bits=8), Override("k_proj", group_size=32, symmetric=True)),
     strict=True,
     seed=3,
+    target_bits=4.5,
 )
 
 
@@ -299,5 +300,5 @@ def test_settings_made_in_python_are_checked_too(make: Callable[[], QuantConfig]
 
 def test_every_method_says_whether_it_needs_text() -> None:
     assert {name: method.needs_calibration for name, method in METHODS.items()} == {
-        "rtn": False, "gptq": True, "awq": True, "fast": True,
+        "rtn": False, "gptq": True, "awq": True, "fast": True, "balanced": True, "best": True,
     }  # fmt: skip
