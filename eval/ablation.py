@@ -19,16 +19,17 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import llmq
 from llmq.cli.terminal import quiet_transformers
 from llmq.measure import measure, measure_many
-from llmq.methods import METHODS, Method
+from llmq.methods import METHODS, Method, Tuning
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "eval"))
-from results import MODELS, SAMPLES, SEQLEN, SHARED, WINDOWS, stamp, table_row, texts  # noqa: E402
 from rows import Row, append, read  # noqa: E402
+from subjects import MODELS, SAMPLES, SEQLEN, SHARED, WINDOWS, stamp, table_row, texts  # noqa: E402
 
 JSON, DOMAINS_JSON, MARKDOWN = (ROOT / "eval" / name for name in ("ablation.json", "domains.json", "ABLATION.md"))
 ZEROS = ("symmetric", "asymmetric")
@@ -46,9 +47,10 @@ TARGET = {"alphas": (1.0,)}
 REFINED = {**TARGET, "refinements": ("descent", "refit")}
 SCALES = dataclasses.replace(TUNING, rounding=0.0)
 ROUNDING = dataclasses.replace(TUNING, scales=0.0)
+BLOCKS = Tuning(steps=100, scales=0.0, rounding=1e-3, tokens=1024)
 
 # Settings beside the stages are those of a run: the paper's GPTQ and plain rounding are choices of an order and scales.
-STAGES: Mapping[str, tuple[Method, dict[str, str]]] = {
+STAGES: Mapping[str, tuple[Method, dict[str, Any]]] = {
     "rtn, min-max": (METHODS["rtn"], {"scales": "minmax"}),
     "rtn": (METHODS["rtn"], {}),
     "gptq, paper": (GPTQ, {"order": "natural", "scales": "minmax"}),
@@ -59,6 +61,8 @@ STAGES: Mapping[str, tuple[Method, dict[str, str]]] = {
     "+ target, chosen of 1, ½, ¼": (held_out(alphas=(1.0, 0.5, 0.25)), {}),
     "+ descent": (held_out(refinements=("descent",)), {}),
     "+ refit": (held_out(refinements=("refit",)), {}),
+    "+ target, damping 0.003": (held_out(**TARGET), {"damping": 0.003}),
+    "+ target, damping 0.03": (held_out(**TARGET), {"damping": 0.03}),
     "+ awq": (held_out(transforms=("awq",)), {}),
     "+ token weights": (held_out(token_weights=True), {}),
     "+ tuning of scales": (held_out(tuning=SCALES), {}),
@@ -67,6 +71,7 @@ STAGES: Mapping[str, tuple[Method, dict[str, str]]] = {
     "+ target, descent": (held_out(**TARGET, refinements=("descent",)), {}),
     "+ target, descent, refit": (held_out(**REFINED), {}),
     "+ target, descent, refit, awq": (held_out(**REFINED, transforms=("awq",)), {}),
+    "+ target, block tuning": (held_out(**TARGET, block_tuning=BLOCKS), {}),
     "+ target, descent, refit, token weights": (held_out(**REFINED, token_weights=True), {}),
     "+ target, descent, refit, tuning of scales": (held_out(**REFINED, tuning=SCALES), {}),
     "+ target, tuning of both": (held_out(**TARGET, tuning=TUNING), {}),
@@ -88,7 +93,7 @@ def ablate(model: str, stages: str, zeros: str, seed: int) -> Row:
     method, settings = STAGES[stages]
     with tempfile.TemporaryDirectory() as scratch:
         calibration, evaluation = texts(model, Path(scratch) / "text")
-        out, path = Path(scratch) / "out", MODELS[model][0]
+        out, path = Path(scratch) / "out", MODELS[model]
         began = time.process_time()
         report = llmq.quantize(
             str(path), out, stages=method, calibration=[str(calibration)], samples=SAMPLES, seqlen=SEQLEN, seed=seed,
@@ -108,7 +113,7 @@ def ablate(model: str, stages: str, zeros: str, seed: int) -> Row:
 def domain_rows(model: str, scratch: Path) -> Iterator[Row]:
     """For each method the KL on the model's own domain and on two others, all calibrated on its own alone."""
     calibration, evaluation = texts(model, scratch / "text")
-    path = MODELS[model][0]
+    path = MODELS[model]
     others = {name: file for name, file in DOMAINS.items() if file != evaluation and file.exists()}
     sources = {"its own": evaluation, **{name: _as_text(file, scratch) for name, file in list(others.items())[:2]}}
     outs = {method: scratch / method for method in DOMAIN_METHODS}
@@ -191,7 +196,7 @@ def main() -> None:
     parser.add_argument("--render", action="store_true", help="run nothing")
     arguments = parser.parse_args()
     quiet_transformers()
-    models = [] if arguments.render else [name for name in arguments.models if MODELS[name][0].is_dir()]
+    models = [] if arguments.render else [name for name in arguments.models if MODELS[name].is_dir()]
     for model in models if arguments.domains else ():
         if not any(row["model"] == model for row in read(DOMAINS_JSON)):
             with tempfile.TemporaryDirectory() as scratch:

@@ -7,7 +7,7 @@
     python eval/sweep.py --render                    the table and the picture again, from sweep.json
 
 A row is written when it is done, and a row that is there is not made again: a run that was killed goes on where it
-was.  To make rows anew, delete them, or the file.  Calibration and evaluation are those of eval/results.py; KL is
+was.  To make rows anew, delete them, or the file.  Calibration and evaluation are those of eval/subjects.py; KL is
 KL(float ‖ quantized) in nats per token, measured on the file that was written.  rtn sees no text, so it has one draw.
 """
 
@@ -28,8 +28,8 @@ from llmq.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "eval"))
-from results import MODELS, SAMPLES, SEQLEN, WINDOWS, stamp, table_row, texts  # noqa: E402
 from rows import Row, append, read  # noqa: E402
+from subjects import MODELS, SAMPLES, SEQLEN, WINDOWS, stamp, table_row, texts  # noqa: E402
 
 JSON, MARKDOWN, PICTURE = (ROOT / "eval" / name for name in ("sweep.json", "SWEEP.md", "pareto.png"))
 DEFAULT_METHODS = ("rtn", "gptq", "fast", "balanced", "best")
@@ -88,7 +88,7 @@ def sweep(arguments: argparse.Namespace) -> None:
         for number, case in enumerate(wanted, start=1):
             if any(case.is_of(row) for row in read(JSON)):  # each time: another sweep may be running
                 continue
-            folder = MODELS[case.model][0] if case.model in MODELS else Path(case.model)
+            folder = MODELS[case.model] if case.model in MODELS else Path(case.model)
             if not folder.is_dir():
                 print(f"{case.model} is not at hand, left out", file=sys.stderr)
                 continue

@@ -2,32 +2,48 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+EVAL = ROOT / "eval"
 
 
-@pytest.fixture(scope="module")
-def results() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("results", ROOT / "eval" / "results.py")
+def module(file: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A program beside its neighbours, which it imports by their bare names."""
+    for folder in (EVAL, EVAL / "peers"):
+        monkeypatch.syspath_prepend(str(folder))
+    spec = importlib.util.spec_from_file_location(f"document_{file.stem}", file)
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    for name in ("subjects", "rows", "table"):
+        sys.modules.pop(name, None)
+    return found
 
 
-def test_results_page_is_rendered_from_the_figures(results: ModuleType) -> None:
-    figures = json.loads(results.JSON.read_text(encoding="utf-8"))
-    assert results.MARKDOWN.read_text(encoding="utf-8") == results.render(figures)
+def test_readme_shows_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = module(EVAL / "peers" / "readme_table.py", monkeypatch)
+    readme = shown.README.read_text(encoding="utf-8")
+    assert f"{shown.BEGIN}\n{shown.table(shown.read())}\n{shown.END}" in readme
 
 
-def test_readme_shows_the_figures(results: ModuleType) -> None:
-    figures = json.loads(results.JSON.read_text(encoding="utf-8"))
-    readme = results.README.read_text(encoding="utf-8")
-    assert f"{results.BEGIN}\n{results.summary(figures)}\n{results.END}" in readme
+@pytest.mark.parametrize("name", ["tiny-python-llama", "tiny-python-qwen3", "babyllama-tok361-pad384"])
+def test_tables_beside_the_peers_are_rendered_from_the_figures(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = module(EVAL / "peers" / "table.py", monkeypatch)
+    figures = json.loads((EVAL / "peers" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    page = EVAL / "peers" / "results" / f"{name}.md"
+    assert page.read_text(encoding="utf-8") == table.render(figures)
+
+
+def test_the_ablation_is_rendered_from_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    ablation = module(EVAL / "ablation.py", monkeypatch)
+    rows, domains = ablation.read(ablation.JSON), ablation.read(ablation.DOMAINS_JSON)
+    assert rows and domains
+    assert ablation.MARKDOWN.read_text(encoding="utf-8") == ablation.render(rows, domains)
 
 
 def test_every_named_document_is_there() -> None:
