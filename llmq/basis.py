@@ -1,7 +1,7 @@
 """Another basis for what a layer is fed: W x = (W A)(A⁻¹ x), where A⁻¹ goes into whatever makes x.
 
-A *basis* is the tensor (K/d, d, d) float32 of the blocks along the diagonal of A, all else of which is zero.  With d = 1
-these are scales, one for each column; with larger d, neighbouring columns are mixed.
+A *basis* is the tensor (K/d, d, d) float32 of the blocks along the diagonal of A, all else of which is zero.  With
+d = 1 these are scales, one for each column; with larger d, neighbouring columns are mixed.
 """
 
 import torch

@@ -107,6 +107,7 @@ class QuantConfig:
     overrides: tuple[Override, ...] = ()
     strict: bool = False
     seed: int = 0
+    rotate: bool = False
     target_bits: float | None = None  # a weight on average; `spending.py` turns it into overrides
 
     def __post_init__(self) -> None:
@@ -130,7 +131,7 @@ class QuantConfig:
 
     @property
     def stages(self) -> Method:
-        return METHODS[self.method]
+        return METHODS[self.method].rotated() if self.rotate else METHODS[self.method]
 
     def scheme_for(self, module: str) -> Scheme | None:
         """The grid asked for the module, or None where a skip pattern matches; the last matching override wins."""
@@ -279,7 +280,7 @@ _SETTINGS = {
     "method": "a text", "scheme": "a block of keys", "format": "a text", "calibration": "a block of keys",
     "order": "a text", "scales": "a text", "damping": "a number", "skip": "a list of texts",
     "overrides": "a list of blocks", "strict": "true or false", "seed": "a whole number",
-    "target_bits": "a number",
+    "target_bits": "a number", "rotate": "true or false",
 }  # fmt: skip
 
 

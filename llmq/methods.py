@@ -6,7 +6,7 @@ docs/ARCHITECTURE.md says how stages are put together, eval/LOG.md what each of 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,11 @@ class Method:
     tuning: Tuning | None = None
     held_out: float = 0.0
     needs_calibration: bool = True
+
+    def rotated(self) -> "Method":
+        """The same with rotations in front, and with held-out text to judge them by."""
+        transforms, held_out = ("rotation", *self.transforms), self.held_out or 0.1
+        return replace(self, transforms=transforms, held_out=held_out, needs_calibration=True)
 
 
 METHODS: Mapping[str, Method] = {

@@ -11,7 +11,7 @@ same bytes.
 
 import dataclasses
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from llmq import algorithms, block_tuning
 from llmq.algorithms import Options
+from llmq.basis import columns, inverse
 from llmq.checkpoint.writer import Writer
 from llmq.errors import FormatError
 from llmq.formats import Layout, Reader
@@ -27,6 +28,7 @@ from llmq.methods import Method
 from llmq.model import fold, observe
 from llmq.model.block import Block
 from llmq.model.flow import Flow
+from llmq.model.fold import FoldSite
 from llmq.model.observe import InputGroup
 from llmq.model.skeleton import Call, Skeleton
 from llmq.model.stream import Stream
@@ -76,7 +78,7 @@ def quantize_blocks(run: Run) -> Iterator[LayerReport | BlockReport]:
 def quantize_block(run: Run, index: int, block: Block, start: float) -> Generator[LayerReport, None, BlockReport]:
     """observe → transform → round → pack → commit, for one block whose float weights are loaded."""
     groups = group_weights(run, block)
-    notes = transform_block(run, block, groups) if run.method.transforms else []
+    notes, gains = transform_block(run, block, groups) if run.method.transforms else ([], [])
     schemes = {path: run.plans[path].scheme for path in block.linears}
     tensors: dict[str, Tensor] = {}
     layers: list[LayerReport] = []
@@ -97,10 +99,11 @@ def quantize_block(run: Run, index: int, block: Block, start: float) -> Generato
             tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in packed.items()}
             if run.method.block_tuning is not None:
                 to_tune[layer.path] = layer
-    gain = None if flow is None else leave_block(run, block, flow, to_tune, tensors)
+    if flow is not None:
+        gains += leave_block(run, block, flow, to_tune, tensors)
     replaced = {f"{layer.name}.weight" for layer in layers}
     tensors |= {name: tensor for name, tensor in block.stored_parameters().items() if name not in replaced}
-    report = BlockReport(block.path, tuple(layers), tuple(notes), time.monotonic() - start, gain=gain)
+    report = BlockReport(block.path, tuple(layers), tuple(notes), time.monotonic() - start, gains=tuple(gains))
     run.writer.commit(index, tensors, report.to_dict())
     return report
 
@@ -114,7 +117,7 @@ def group_weights(run: Run, block: Block) -> list[InputGroup]:
 
 def leave_block(
     run: Run, block: Block, flow: Flow, layers: Mapping[str, Rounded], tensors: dict[str, Tensor]
-) -> StageGain | None:
+) -> list[StageGain]:
     """Take the text past the block, whose weights are all rounded by now.
 
     Where the method says so they are tuned together first, and packed into `tensors` once more.
@@ -123,7 +126,7 @@ def leave_block(
     assert stream is not None
     if tuning is None or not layers or stream.fitted == stream.windows:  # without held-out text nothing would judge it
         stream.advance(block, flow.outputs, flow.original_outputs)
-        return None
+        return []
     stream.know_originals(block, flow.original_outputs)
     weights = {path: layer.rounding.quantized for path, layer in layers.items()}
     references = {path: layer.weight for path, layer in layers.items()}
@@ -132,62 +135,111 @@ def leave_block(
     for path, quantized in tuned.weights.items():
         packed = run.layout.pack(quantized)
         tensors |= {f"{run.plans[path].name}.{suffix}": tensor for suffix, tensor in packed.items()}
-    return StageGain("block_tuning", tuned.before, tuned.after, tuned.step > 0)
+    return [StageGain("block_tuning", tuned.before, tuned.after, tuned.step > 0)]
 
 
-def transform_block(run: Run, block: Block, groups: Sequence[InputGroup]) -> list[str]:
-    """Rewrite the float block by each transform of the method, on statistics of the float block."""
+def transform_block(run: Run, block: Block, groups: Sequence[InputGroup]) -> tuple[list[str], list[StageGain]]:
+    """Rewrite the float block by each transform of the method, on statistics of the float block.
+
+    Returns what a user should know, and what each rewrite won.
+    """
     assert run.stream is not None, "a method that transforms needs calibration"
     observed = observe.statistics(block, groups, run.stream.fitted_calls())
-    notes = [note for stage in run.method.transforms for note in transform(run, stage, block, observed)]
+    told = [each for stage in run.method.transforms for each in transform(run, stage, block, observed)]
     packed = {f"{run.plans[path].name}.weight" for path in block.linears if run.plans[path].scheme is not None}
     kept = {name: tensor for name, tensor in block.stored_parameters().items() if name not in packed}
     block.set_stored_parameters(kept)  # what a transform changed, in as few bits as the file holds it
     run.stream.transformed(block)
-    return notes
+    return [each for each in told if isinstance(each, str)], [each for each in told if isinstance(each, StageGain)]
 
 
-def transform(run: Run, stage: str, block: Block, observed: Observed) -> Iterator[str]:
-    """Rewrite the float block into an equal one that rounds better; a rewrite that moved its output is undone.
+def transform(run: Run, stage: str, block: Block, observed: Observed) -> Iterator[str | StageGain]:
+    """Rewrite the float block into an equal one that rounds better, in one place after the other.
 
-    Updates the statistics in `observed` to what the weights see now; yields what a user should know.
+    Updates the statistics in `observed` to what the weights see now.
     """
     assert run.stream is not None, "a method that transforms needs calibration"
     kept = {path for path, plan in run.plans.items() if plan.scheme is None}
-    found = fold.discover(block, list(observed), run.stream.sample(PROBE_TOKENS))
+    probe, call = run.stream.sample(PROBE_TOKENS), run.stream.sample(LOSS_TOKENS)
+    found = fold.discover(block, list(observed), probe)
     sites = {site.group: site for site in found if f"{block.path}.{site.producer}" not in kept}
-    call = run.stream.sample(LOSS_TOKENS)
     before = block.run(call)
     for group, stats in observed.items():
         if not all(run.plans[path].scheme for path in group.names):
-            continue  # a layer that is to stay as it is is not scaled either
+            continue  # a layer that is to stay as it is is not rewritten either
         if group not in sites:
             yield f"{', '.join(group.names)}: {stage} left out, nothing was found that makes their input"
             continue
-        loss = partial(rounded_loss, run, block, group, stats, call, before)
-        scales = algorithms.transform(stage).channel_scales(stats, sites[group].source, loss)
-        if scales is None:
-            continue
-        undo, folded = fold.apply(block, sites[group], scales)
-        change = fold.moved(call.hidden, before, block.run(call))
-        if change <= fold.OUTPUT_TOLERANCE:
-            observed[group] = stats.divided_by(folded)
-        else:
-            undo()
-            yield f"{', '.join(group.names)}: {stage} undone, it moved the block's output by {change:.1e}"
+        site = sites[group]
+        width = partial(fold.mixing_width, block, site, probe)
+        loss = partial(loss_in_basis, run, block, group, stats, call, before)
+        basis = algorithms.transform(stage).basis(stats, site.source, width, loss)
+        if basis is not None:
+            yield from rewrite(run, stage, block, observed, site, basis)
+
+
+def rewrite(
+    run: Run, stage: str, block: Block, observed: Observed, site: FoldSite, basis: Tensor
+) -> Iterator[str | StageGain]:
+    """Fold a basis into its site; undone, bit for bit, if it moves the block's output or does not let it round better.
+
+    The latter is judged on held-out windows, with the weights on both sides rounded.
+    """
+    assert run.stream is not None, "a method that transforms needs calibration"
+    call, judged = run.stream.sample(LOSS_TOKENS), run.stream.held_out_sample(LOSS_TOKENS)
+    before = block.run(call)
+    paths = {*site.group.names, f"{block.path}.{site.producer}"}
+    loss = partial(rounded_loss, run, block, paths, judged or call, block.run(judged) if judged else before)
+    plain = loss(observed)
+    undo, folded = fold.apply(block, site, basis)
+    change = fold.moved(call.hidden, before, block.run(call))
+    if change > fold.OUTPUT_TOLERANCE:
+        undo()
+        yield f"{', '.join(site.group.names)}: {stage} undone, it moved the block's output by {change:.1e}"
+        return
+    rewritten = loss({**observed, site.group: observed[site.group].in_basis(folded)})
+    if rewritten < plain:
+        observed[site.group] = observed[site.group].in_basis(folded)
+    else:
+        undo()
+    if judged:
+        yield StageGain(stage, plain, rewritten, rewritten < plain)
 
 
 def rounded_loss(
-    run: Run, block: Block, group: InputGroup, stats: InputStats, call: Call, before: Tensor, scales: Tensor
+    run: Run, block: Block, paths: Collection[str], call: Call, before: Tensor, observed: Observed
 ) -> float:
-    """Squared error of the block's output with the group's weights scaled, rounded, and scaled back."""
+    """Squared error of the block's output, a token, with those of its layers rounded that are in `paths`."""
+    rounded: dict[str, Tensor] = {}
+    for group, stats in observed.items():
+        weights = {path: block.weight(path) for path in group.names if path in paths}
+        rounded |= {layer.path: layer.rounding.quantized.dequantize() for layer in round_plainly(run, weights, stats)}
+    return output_loss(block, rounded, call, before)
+
+
+def loss_in_basis(
+    run: Run, block: Block, group: InputGroup, stats: InputStats, call: Call, before: Tensor, basis: Tensor
+) -> float:
+    """The same with the group's weights rounded in another basis, and brought back from it."""
+    weights = {path: columns(block.weight(path), basis) for path in group.names}
+    layers = round_plainly(run, weights, stats.in_basis(basis))
+    back = inverse(basis)
+    rounded = {layer.path: columns(layer.rounding.quantized.dequantize(), back) for layer in layers}
+    return output_loss(block, rounded, call, before)
+
+
+def round_plainly(run: Run, weights: Mapping[str, Tensor], stats: InputStats) -> Iterator[Rounded]:
+    """Round as the method does, by its rounding stage alone."""
     plain = dataclasses.replace(run.method, alphas=(), refinements=())
-    schemes = {path: run.plans[path].scheme for path in group.names}
-    originals = {path: block.weight(path) for path in group.names}
-    scaled = {path: weight * scales for path, weight in originals.items()}
-    for layer in round_group(scaled, schemes, stats.divided_by(scales), plain, run.options):
-        block.set_weight(layer.path, layer.rounding.quantized.dequantize() / scales)
-    loss = float((block.run(call) - before).to(torch.float32).square().sum())
+    return round_group(weights, {path: run.plans[path].scheme for path in weights}, stats, plain, run.options)
+
+
+def output_loss(block: Block, weights: Mapping[str, Tensor], call: Call, before: Tensor) -> float:
+    """‖f(x; Ŵ) - f(x; W)‖² a token, the latter being `before`; the block has its own weights again afterwards."""
+    originals = {path: block.weight(path) for path in weights}
+    for path, weight in weights.items():
+        block.set_weight(path, weight)
+    loss = float((block.run(call) - before).to(torch.float32).square().sum()) / call.hidden[..., 0].numel()
     for path, weight in originals.items():
         block.set_weight(path, weight)
     return loss

@@ -13,6 +13,7 @@ are multiplied as they are.
 import torch
 from torch import Tensor
 
+from llmq.basis import columns, inverse, rows
 from llmq_kernels.gram import op as gram
 
 TOKENS_AT_ONCE = 16_384
@@ -110,18 +111,29 @@ class InputStats:
     def _count(self) -> float:
         return self._weight or 1.0
 
-    def divided_by(self, scales: Tensor) -> "InputStats":
-        """The statistics of x / scales, `scales` (K,): what the weights see after a folding."""
-        divided = InputStats(len(scales), scales.device)
-        divided.tokens, divided._weight = self.tokens, self._weight
-        divided._judges, divided._paired = self._judges, self._paired
-        pairs = scales[:, None] * scales[None, :]
-        divided._gram = self._gram / pairs
-        divided._absolute = self._absolute / scales
-        divided._cross = None if self._cross is None else self._cross / pairs
-        divided._drift = None if self._drift is None else self._drift / pairs
-        divided.held_out = None if self.held_out is None else self.held_out.divided_by(scales)
-        return divided
+    def in_basis(self, basis: Tensor) -> "InputStats":
+        """The statistics of A⁻¹ x: what weights W A are fed; see `llmq/basis.py`.
+
+        No sum tells mean |x| of channels that were mixed; the root of their mean square stands in.
+        """
+        into = inverse(basis)
+        gram.mirror(self._gram)
+        if self._drift is not None:
+            gram.mirror(self._drift)
+
+        def both_sides(moment: Tensor) -> Tensor:
+            return rows(into, columns(moment, into.mT))
+
+        found = InputStats(len(self._absolute), self._gram.device)
+        found.tokens, found._weight = self.tokens, self._weight
+        found._judges, found._paired = self._judges, self._paired
+        found._gram = both_sides(self._gram)
+        found._cross = None if self._cross is None else both_sides(self._cross)
+        found._drift = None if self._drift is None else both_sides(self._drift)
+        mixed = basis.shape[-1] > 1
+        found._absolute = found.mean_square.sqrt() * self.tokens if mixed else self._absolute / basis.flatten()
+        found.held_out = None if self.held_out is None else self.held_out.in_basis(basis)
+        return found
 
 
 def _weighted(X: Tensor, roots: Tensor | None) -> Tensor:

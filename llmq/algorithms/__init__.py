@@ -2,7 +2,7 @@
 
 A stage is pure: it gets tensors and statistics and returns tensors.  It never sees a model, a file or a name.
 
-    transform    channel_scales(stats, tied, loss) -> Tensor | None                   awq.py
+    transform    basis(stats, source, width, loss) -> Tensor | None                   awq.py rotation.py
     rounding     round_weight(weight, stats, scheme, options, factor) -> Rounding     rtn.py clip.py gptq.py
     refinement   refine(target, quantized, hessian, options) -> QuantizedTensor       descent.py refit.py
 
@@ -86,11 +86,15 @@ class RefinementStage(Protocol):
 
 
 class TransformStage(Protocol):
-    def channel_scales(self, stats: InputStats, tied: Tensor, loss: Callable[[Tensor], float]) -> Tensor | None:
-        """Scales (K,) for the columns of the weights that see these inputs, or None where none helps.
+    def basis(
+        self, stats: InputStats, source: Tensor, width: Callable[[], int], loss: Callable[[Tensor], float]
+    ) -> Tensor | None:
+        """A basis (K/d, d, d) for the weights that see these inputs (see `llmq/basis.py`), or None where none helps.
 
-        Columns with the same number in `tied` (K,) int64 must share their scale; -1 means: leave it at 1.
-        `loss(scales)` is the squared error of the block's output once those weights are scaled and rounded.
+        source  (K,) int64, which channel of what makes the input each column comes from: columns with the same
+                number must be treated alike; -1 means: leave it as it is
+        width   finds out how many neighbouring columns may be mixed; d must divide it, and d = 1 always may be
+        loss    the squared error of the block's output once those weights are rounded in the basis that it is given
         """
 
 

@@ -17,13 +17,22 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from llmq.basis import scaling
 from llmq.stats import InputStats
 
 EXPONENTS = 20
 
 
+def basis(
+    stats: InputStats, source: Tensor, width: Callable[[], int], loss: Callable[[Tensor], float]
+) -> Tensor | None:
+    """See `TransformStage`; scales mix nothing, so the width does not matter."""
+    scales = channel_scales(stats, source, lambda scales: loss(scaling(scales)))
+    return None if scales is None else scaling(scales)
+
+
 def channel_scales(stats: InputStats, tied: Tensor, loss: Callable[[Tensor], float]) -> Tensor | None:
-    """See `TransformStage`."""
+    """The scales (K,), alike for columns that are `tied`, or None where not to scale has the lowest `loss`."""
     levels = _tied_means(stats.mean_absolute, tied)
     best = loss(torch.ones_like(levels))
     chosen = None

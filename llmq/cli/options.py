@@ -19,7 +19,9 @@ Model = Annotated[str, Argument(help="A folder with safetensors, or a Hub id suc
 Path_ = Annotated[str, Argument(help="A folder, or a Hub id.", metavar="PATH")]
 Out = Annotated[Path | None, Argument(help="The output folder.  Default: MODEL-METHOD-BITSbit.", metavar="OUT")]
 
-Method = Annotated[str | None, Option("--method", help=f"{_choice(METHODS)}.  Default: balanced.", rich_help_panel=WHAT)]
+Method = Annotated[
+    str | None, Option("--method", help=f"{_choice(METHODS)}.  Default: balanced.", rich_help_panel=WHAT)
+]
 Bits = Annotated[int | None, Option("--bits", help=f"{_choice(BITS)}.  Default: 4.", rich_help_panel=WHAT)]
 GroupSize = Annotated[
     str | None,
@@ -62,6 +64,15 @@ Overrides = Annotated[
 Strict = Annotated[
     bool | None,
     Option("--strict", help="Fail where a group size does not divide, instead of falling back.", rich_help_panel=WHAT),
+]
+Rotate = Annotated[
+    bool | None,
+    Option(
+        "--rotate",
+        help="Try to mix the channels of each attention head, so that none is loud.  It may help or not: each block "
+        "keeps it only where that lowers its error on text held out.",
+        rich_help_panel=WHAT,
+    ),
 ]
 Order = Annotated[
     str | None,

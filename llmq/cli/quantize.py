@@ -32,6 +32,7 @@ def command(
     strict: options.Strict = None,
     order: options.Order = None,
     scales: options.Scales = None,
+    rotate: options.Rotate = None,
     calibration: options.Calibration = None,
     samples: options.Samples = None,
     seqlen: options.Seqlen = None,
@@ -55,7 +56,7 @@ def command(
         "method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric, "format": format_,
         "skip": skip, "overrides": overrides, "strict": strict, "order": order, "scales": scales,
         "calibration": calibration, "samples": samples, "seqlen": seqlen, "seed": seed,
-        "target_bits": target_bits,
+        "target_bits": target_bits, "rotate": rotate,
     }  # fmt: skip
     settings = merged(config_from(read_toml(config)) if config else QuantConfig(), given)
     if print_config:

@@ -22,7 +22,7 @@ workers.  They switch in a hook of the linear layer, between two torch operation
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -233,24 +233,25 @@ def held_bytes(block: Block, groups: Sequence[InputGroup], call: Call) -> int:
 
     Found by running it: how many activations, masks and attention weights a model's code has at hand is its own choice.
     """
-    here, most = sys._getframe(), 0
+    most = 0
 
     def look(_: InputGroup, __: Tensor) -> None:
         nonlocal most
-        most = max(most, _bytes_in_frames(sys._getframe(1), here, call.hidden))
+        most = max(most, _bytes_in_frames(sys._getframe(1), held_bytes.__code__, call.hidden))
 
     with _in_front_of(block, groups, look):
         block.run(call)
     return most
 
 
-def _bytes_in_frames(frame: FrameType | None, last: FrameType, hidden: Tensor) -> int:
+def _bytes_in_frames(frame: FrameType | None, last: CodeType, hidden: Tensor) -> int:
     """Bytes of the tensors that the local variables of `frame` and its callers refer to, as far as `last`.
 
+    That one is named by its code: a frame that refers to itself lives on, and so does all that its callers hold.
     `hidden` may be a part of what the stream holds of a whole batch, so of its memory only that part counts.
     """
     storages = {hidden.untyped_storage().data_ptr(): hidden.nbytes}
-    while frame is not None and frame is not last:
+    while frame is not None and frame.f_code is not last:
         values = list(frame.f_locals.values())
         while values:
             value = values.pop()

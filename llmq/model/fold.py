@@ -1,4 +1,4 @@
-"""Folding: multiply the columns of some weights by s and divide by s whatever makes their input.
+"""Folding: multiply the columns of some weights by A and by A⁻¹ whatever makes their input (`llmq/basis.py`).
 
 Nothing says in advance what makes an input: a norm (weight, or 1 + weight, with or without bias), the linear layer
 before it (through attention, where a row of v serves several heads; through a gate's product).  So each candidate is
@@ -8,14 +8,20 @@ candidate makes that input, and the factors tell which of its channels makes whi
 
 A folding that looks right may still be wrong (somebody else uses the norm's output).  So each is *proved*: the block
 is run before and after on real activations, and the folding is taken back where the output moved.
+
+Scales may be folded wherever channels are found.  To mix channels with each other, all on the way must treat them
+alike, as attention does with those of a head and a gate's product does not: `mixing_width` tries, and needs no word of
+heads.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from llmq.basis import columns, inverse, repeated, rows, scaling
 from llmq.model.block import Block
 from llmq.model.observe import InputGroup, inputs_of
 from llmq.model.skeleton import Call
@@ -58,11 +64,38 @@ def discover(block: Block, groups: Sequence[InputGroup], call: Call) -> list[Fol
     return [sites[group] for group in groups if group in sites]
 
 
-def apply(block: Block, site: FoldSite, scales: Tensor) -> tuple[Callable[[], None], Tensor]:
-    """Fold `scales` (K,) into the site: columns times s, producer divided by s.
+def mixing_width(block: Block, site: FoldSite, call: Call) -> int:
+    """How many neighbouring channels of the producer may be mixed with each other; 1 where each must stay alone.
 
-    Returns what undoes it, bit for bit, and the scales that were folded: a norm is stored in few bits, so they are
-    the exact ratio between what it was and what it can be stored as, near `scales`.
+    Heads of d channels may be mixed as a whole, or in equal parts of d.  So parts are made as large as the block's
+    output allows, which is d without anybody having said so.
+    """
+    producer = _weight(block.module.get_submodule(site.producer))
+    if producer is None or producer.dim() == 1 or bool((site.source < 0).any()):
+        return 1
+    before, width = block.run(call), 1
+
+    def legal(wider: int) -> bool:
+        mixed = repeated(_orthogonal(wider).to(site.source.device), len(site.source))
+        undo, _ = apply(block, site, mixed)
+        change = moved(call.hidden, before, block.run(call))
+        undo()
+        return change <= OUTPUT_TOLERANCE
+
+    for prime, power in _prime_powers(math.gcd(len(producer), _side_by_side(site.source))):
+        for _ in range(power):
+            if not legal(width * prime):
+                break
+            width *= prime
+    return width
+
+
+def apply(block: Block, site: FoldSite, basis: Tensor) -> tuple[Callable[[], None], Tensor]:
+    """Fold `basis` (K/d, d, d) into the site: columns times A, producer times A⁻¹.
+
+    Columns with the same source have the same blocks.  Returns what undoes it, bit for bit, and the basis that was
+    folded: a norm is stored in few bits, so its scales are the exact ratio between what it was and what it can be
+    stored as, near those that were asked for.
     """
     producer = block.module.get_submodule(site.producer)
     consumers = [block.linears[name] for name in site.group.names]
@@ -73,24 +106,27 @@ def apply(block: Block, site: FoldSite, scales: Tensor) -> tuple[Callable[[], No
         for parameter, value in saved:
             parameter.data.copy_(value)
 
-    seen = site.source >= 0
-    weight = _weight(producer)
+    weight, width = _weight(producer), basis.shape[-1]
     assert weight is not None, "a site's producer has a weight"
-    rows = torch.ones(weight.shape[0], device=scales.device)
-    rows[site.source[seen]] = scales[seen]
+    first = site.source[::width]  # (K/d,) the channel that a block begins with
+    seen, places = first >= 0, first.clamp(min=0) // width
+    nothing = torch.eye(width, device=basis.device)
+    channels = repeated(nothing, len(weight)).clone()  # (C/d, d, d)
+    channels[places[seen]] = basis[seen]
     if weight.dim() == 1:
-        rows = _storable(weight, rows, site.offset, block.stored_dtype(f"{site.producer}.weight"))
-    _multiply(producer, 1 / rows, site.offset)
-    folded = torch.where(seen, rows[site.source.clamp(min=0)], 1.0)  # (K,)
+        dtype = block.stored_dtype(f"{site.producer}.weight")
+        channels = scaling(_storable(weight, channels.flatten(), site.offset, dtype))
+    _multiply(producer, inverse(channels), site.offset)
+    folded = torch.where(seen[:, None, None], channels[places], nothing)  # (K/d, d, d)
     for consumer in consumers:
-        consumer.weight.data.mul_(folded.to(consumer.weight.dtype))
+        consumer.weight.data.copy_(columns(consumer.weight, folded))
     return undo, folded
 
 
-def _storable(weight: Tensor, rows: Tensor, offset: float, dtype: torch.dtype) -> Tensor:
-    """The factors near `rows` (C,) that divide a norm's (offset + weight) to values that `dtype` holds exactly."""
+def _storable(weight: Tensor, scales: Tensor, offset: float, dtype: torch.dtype) -> Tensor:
+    """The factors near `scales` (C,) that divide a norm's (offset + weight) to values that `dtype` holds exactly."""
     factor = weight.float() + offset
-    divided = (factor / rows - offset).to(dtype).float() + offset
+    divided = (factor / scales - offset).to(dtype).float() + offset
     usable = (factor != 0) & (divided != 0)
     return torch.where(usable, factor / torch.where(usable, divided, 1.0), 1.0)
 
@@ -112,13 +148,12 @@ def _weight(module: nn.Module) -> Tensor | None:
     return weight if weight is not None and weight.dim() in (1, 2) else None
 
 
-def _multiply(module: nn.Module, factors: Tensor, offset: float) -> None:
-    """Multiply what the module makes by `factors`, one per channel, in place."""
+def _multiply(module: nn.Module, basis: Tensor, offset: float) -> None:
+    """Multiply what the module makes by `basis` (C/d, d, d), in place."""
     weight, bias = module.get_parameter("weight").data, module._parameters.get("bias")
-    shaped = factors.to(weight.dtype).reshape(-1, *[1] * (weight.dim() - 1))
-    weight.add_(offset).mul_(shaped).sub_(offset)
+    weight.copy_(rows(basis, weight.add_(offset))).sub_(offset)
     if bias is not None:
-        bias.data.mul_(factors.to(bias.dtype))
+        bias.data.copy_(rows(basis, bias.data))
 
 
 class _scaled:
@@ -129,7 +164,7 @@ class _scaled:
         self._saved = [(p, p.detach().clone()) for p in module.parameters(recurse=False)]
 
     def __enter__(self) -> None:
-        _multiply(self._module, self._factors, self._offset)
+        _multiply(self._module, scaling(self._factors), self._offset)
 
     def __exit__(self, *_: object) -> None:
         for parameter, value in self._saved:
@@ -161,3 +196,29 @@ def _matching_channels(before: Tensor, after: Tensor, factors: Tensor) -> Tensor
     if not bool(fits[alive].all()):
         return None
     return torch.where(alive, index[nearest], -1)
+
+
+def _side_by_side(source: Tensor) -> int:
+    """The largest d such that columns in blocks of d come from channels in blocks of d; a multiple of the head size."""
+    starts = torch.cat([torch.zeros_like(source[:1]), (source.diff() != 1).nonzero().flatten() + 1])
+    return math.gcd(len(source), *starts.tolist(), *source[starts].tolist())
+
+
+def _prime_powers(number: int) -> Iterator[tuple[int, int]]:
+    """12 is (2, 2), (3, 1)"""
+    prime = 2
+    while number > 1:
+        power = 0
+        while number % prime == 0:
+            number, power = number // prime, power + 1
+        if power:
+            yield prime, power
+        prime += 1
+
+
+def _orthogonal(size: int) -> Tensor:
+    """Some orthogonal matrix (size, size) that mixes everything."""
+    drawn = torch.randn(size, size, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
+    Q, _ = torch.linalg.qr(drawn)
+    orthogonal: Tensor = Q.to(torch.float32)
+    return orthogonal

@@ -101,6 +101,11 @@ class Stream:
         call = self._skeleton.record(self.position, first)
         return call.with_hidden(self._hidden[0][..., :rows, :tokens, :]) if self._hidden else call
 
+    def held_out_sample(self, tokens: int) -> Call | None:
+        """The same on the first of the windows that are held out, none of them cut; None where none are."""
+        stop = min(self.windows, self.fitted + -(-tokens // self.window_length))
+        return self.call_on(range(self.fitted, stop)) if self.fitted < self.windows else None
+
     @property
     def windows(self) -> int:
         return sum(map(len, self._batches))

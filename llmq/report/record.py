@@ -17,6 +17,8 @@ OUTSIDE_THE_BLOCKS = "outside the blocks"  # why embeddings and heads stay as th
 class StageGain:
     """What one stage did for one layer: ‖X Wᵀ - X̂ Ŵᵀ‖²/T over held-out tokens, and whether it was kept.
 
+    Of a stage that works on a block it is the squared error of the block's output, by itself or as the stage weighs it.
+
     X is what the float model feeds the layer and X̂ what the rounded layers before it do (X̂ for both where the former
     is not known).  `after` is what the stage would have made of it where it was undone.
     """
@@ -86,8 +88,8 @@ class LayerReport:
 class BlockReport:
     """One decoder block: its layers, what happened to it as a whole, how long it took.
 
-    gain  what block tuning did for the loss of the block's output over held-out tokens (algorithms/block_tuning.py),
-          after the layers were rounded as they say; None where there was no such stage
+    gains  what transforms did for the error of the block's output over held-out tokens, with their layers rounded;
+           and what block tuning did, after all were rounded as they say (algorithms/block_tuning.py)
     """
 
     path: str
@@ -95,7 +97,7 @@ class BlockReport:
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
     resumed: bool = False
-    gain: StageGain | None = None
+    gains: tuple[StageGain, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -103,8 +105,8 @@ class BlockReport:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, resumed: bool) -> "BlockReport":
         layers = tuple(LayerReport.from_dict(layer) for layer in values["layers"])
-        gain = None if values["gain"] is None else StageGain(**values["gain"])
-        return cls(values["path"], layers, tuple(values["notes"]), values["seconds"], resumed, gain)
+        gains = tuple(StageGain(**gain) for gain in values["gains"])
+        return cls(values["path"], layers, tuple(values["notes"]), values["seconds"], resumed, gains)
 
 
 @dataclass(frozen=True)
@@ -215,12 +217,15 @@ def summaries(layers: Iterable[LayerReport]) -> list[StageSummary]:
 
 
 def block_summaries(blocks: Iterable[BlockReport]) -> list[StageSummary]:
-    """The same for the stage that works on whole blocks, if there was one."""
-    gains = [block.gain for block in blocks if block.gain is not None]
-    if not gains:
-        return []
-    changes = [gain.after / gain.before - 1 for gain in gains if gain.kept]
-    return [StageSummary(gains[0].stage, len(changes), len(gains), sum(changes) / len(gains), "blocks")]
+    """The same for the stages that work on whole blocks; a transform may have changed several places of a block."""
+    gains: dict[str, list[StageGain]] = {}
+    for gain in (gain for block in blocks for gain in block.gains):
+        gains.setdefault(gain.stage, []).append(gain)
+    found = []
+    for stage, each in gains.items():
+        changes = [gain.after / gain.before - 1 for gain in each if gain.kept]
+        found.append(StageSummary(stage, len(changes), len(each), sum(changes) / len(each), "blocks"))
+    return found
 
 
 def peak_memory() -> int:

@@ -81,7 +81,7 @@ def test_quantize_as_json(model: Path, calibration: tuple[str | Path, ...], tmp_
     report = json.loads(done.stdout)
     assert "block 1/2" in done.stderr
     assert sum(len(block["layers"]) for block in report["blocks"]) == BLOCKS * LINEARS
-    assert report["settings"]["method"] == "gptq"
+    assert report["settings"]["method"] == "balanced"
     assert report["settings"]["scheme"] == {"bits": 4, "group_size": 32, "symmetric": True}
     assert report["bits_per_weight"] == pytest.approx(4 + 32 / 32, abs=0.5)  # a float32 scale for 32 codes, and shapes
     assert report["calibration"]["tokens"] == 8 * 32
@@ -202,7 +202,7 @@ def test_print_config_without_options_is_the_defaults() -> None:
 
 
 PRECEDENCE: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
-    ("", (), {"bits": 4, "group_size": 128, "method": "gptq"}),
+    ("", (), {"bits": 4, "group_size": 128, "method": "balanced"}),
     ("method = 'rtn'\n[scheme]\nbits = 8", (), {"bits": 8, "group_size": 128, "method": "rtn"}),
     ("method = 'rtn'\n[scheme]\nbits = 8", ("--bits", "3"), {"bits": 3, "group_size": 128, "method": "rtn"}),
     ("[scheme]\ngroup_size = 64\nsymmetric = false", ("--symmetric",), {"group_size": 64, "symmetric": True}),
@@ -295,8 +295,8 @@ def test_inspect_of_a_float_model(model: Path) -> None:
 
 QUANTIZE_OPTIONS = (
     "--method", "--bits", "--group-size", "--symmetric", "--asymmetric", "--format", "--calibration", "--samples",
-    "--seqlen", "--order", "--scales", "--strict", "--seed", "--skip", "--override", "--config", "--print-config",
-    "--device", "--dry-run", "--revision", "--trust-remote-code", "--overwrite", "--json",
+    "--seqlen", "--order", "--scales", "--strict", "--rotate", "--seed", "--skip", "--override", "--config",
+    "--print-config", "--device", "--dry-run", "--revision", "--trust-remote-code", "--overwrite", "--json",
 )  # fmt: skip
 
 

@@ -52,6 +52,7 @@ STAGES = {
     "both streams": METHODS["fast"],
     "refined": Method(rounding="gptq", refinements=("descent", "refit"), held_out=0.25),
     "transformed": Method(transforms=("awq",), rounding="gptq", alphas=(1.0,), refinements=("refit",), held_out=0.25),
+    "rotated": METHODS["fast"].rotated(),
     "weighted, tuned": Method(
         rounding="gptq", token_weights=True, alphas=(1.0,), block_tuning=Tuning(5, 0.0, 0.02, 48), held_out=0.25
     ),
@@ -72,7 +73,7 @@ def test_a_run_that_judges_its_stages_ends_in_the_same_bytes_too(
     continued = quantize(model, out, text, stages=STAGES[stages])
     assert [block.resumed for block in continued.blocks] == [True, True, False]
     assert continued.layers == whole.layers and continued.stages == whole.stages and whole.stages
-    assert [block.gain for block in continued.blocks] == [block.gain for block in whole.blocks]
+    assert [block.gains for block in continued.blocks] == [block.gains for block in whole.blocks]
     assert files_of(out) == files_of(tmp_path / "whole")
 
 

@@ -15,7 +15,7 @@ LAYERS = (
     ("errors", "_version"),
     ("methods",),
     ("config",),
-    ("grid", "quantized", "stats", "memory", "allocation"),
+    ("basis", "grid", "quantized", "stats", "memory", "allocation"),
     ("algorithms", "formats", "model"),
     ("schemes", "calibration", "checkpoint", "runtime", "report"),
     (
@@ -39,7 +39,7 @@ LAYERS = (
     ("__init__", "__main__"),  # the two doors
 )
 KEPT_APART = 4
-MODEL_MAY_IMPORT = {"errors", "stats"}  # and itself: blocks know nothing of grids, codes or settings
+MODEL_MAY_IMPORT = {"basis", "errors", "stats"}  # and itself: blocks know nothing of grids, codes or settings
 
 LAYER_OF = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}
 

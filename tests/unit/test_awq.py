@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from llmq.algorithms import Options, awq, clip
+from llmq.basis import scaling
 from llmq.config import Scheme
 from llmq.stats import InputStats
 
@@ -30,7 +31,7 @@ def rounding_loss(weight: Tensor, X: Tensor, stats: InputStats) -> Callable[[Ten
     """What the pipeline hands in: squared error of the output, with the weight scaled, rounded and scaled back."""
 
     def loss(scales: Tensor) -> float:
-        rounding = clip.round_weight(weight * scales, stats.divided_by(scales), Scheme(4, 32), Options())
+        rounding = clip.round_weight(weight * scales, stats.in_basis(scaling(scales)), Scheme(4, 32), Options())
         return float((X @ (rounding.quantized.dequantize() / scales - weight).T).square().sum())
 
     return loss

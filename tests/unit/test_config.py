@@ -38,6 +38,7 @@ FULL = QuantConfig(
     strict=True,
     seed=3,
     target_bits=4.5,
+    rotate=True,
 )
 
 

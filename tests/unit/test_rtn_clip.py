@@ -95,7 +95,7 @@ def test_every_stage_that_a_method_names_has_a_file() -> None:
     for method in METHODS.values():
         assert callable(algorithms.rounding(method.rounding).round_weight)
         for name in method.transforms:
-            assert callable(algorithms.transform(name).channel_scales)
+            assert callable(algorithms.transform(name).basis)
         for name in method.refinements:
             assert callable(algorithms.refinement(name).refine)
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from llmq import stats
+from llmq.basis import scaling
 from llmq.stats import InputStats
 
 CPU = torch.device("cpu")
@@ -131,7 +132,7 @@ def test_half_of_a_symmetric_sum_is_enough() -> None:
         torch.testing.assert_close(half.hessian, whole.hessian, rtol=48 * EPSILON, atol=48 * EPSILON)
         assert torch.equal(half.hessian, half.hessian.T)
     scales = torch.linspace(0.5, 2, 8)
-    divided, expected = half.divided_by(scales), whole.divided_by(scales)
+    divided, expected = half.in_basis(scaling(scales)), whole.in_basis(scaling(scales))
     torch.testing.assert_close(divided.hessian, expected.hessian, rtol=50 * EPSILON, atol=200 * EPSILON)
     torch.testing.assert_close(half.mean_square, whole.mean_square, rtol=48 * EPSILON, atol=0)
 
@@ -150,7 +151,7 @@ def test_dividing_divides_all_moments_and_those_held_out() -> None:
     for running, divisor in ((before, torch.ones(8)), (after, scales)):
         for half in (running, running.hold_out()):
             half.update(moved / divisor, original / divisor, torch.arange(50))
-    found = before.divided_by(scales)
+    found = before.in_basis(scaling(scales))
     assert found.held_out is not None and after.held_out is not None
     for divided, expected in ((found, after), (found.held_out, after.held_out)):
         for name in ("hessian", "cross") if divided is found else ("hessian", "cross", "drift"):
@@ -160,7 +161,7 @@ def test_dividing_divides_all_moments_and_those_held_out() -> None:
 def test_dividing_the_statistics_is_dividing_the_inputs() -> None:
     X, scales = inputs(), torch.tensor([0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 0.1, 7.0])
     before = seen(X)
-    found, expected = before.divided_by(scales), seen(X / scales)
+    found, expected = before.in_basis(scaling(scales)), seen(X / scales)
     assert found.tokens == 50
     # Each entry is rounded once more; sums that cancel are measured by the size of their terms.
     size = expected.mean_square.sqrt()
