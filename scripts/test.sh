@@ -38,21 +38,27 @@ fi
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m mypy
-older=
-if [ -n "$triton36" ]; then
-    # Beside the others, on a second core.  Its interpreter makes numbers of arrays in a way that NumPy has deprecated.
-    output=$(mktemp)
-    deprecated="ignore:Conversion of an array with ndim > 0:DeprecationWarning"
-    "$triton36/bin/python" -m pytest -m "not gpu" -W "$deprecated" tests/kernels >"$output" 2>&1 &
-    older=$!
-    trap 'kill "$older" 2>/dev/null || true; rm -f "$output"' EXIT
-fi
-"$python" -m pytest -m "not interop"
+# On a second core, beside the others: the kernels' tests, with the oldest Triton too.  Its interpreter makes numbers of
+# arrays in a way that NumPy has deprecated.
+kernels() {
+    if [ -n "$triton36" ]; then
+        local deprecated="ignore:Conversion of an array with ndim > 0:DeprecationWarning"
+        echo "the kernels' tests with Triton 3.6.0:"
+        "$triton36/bin/python" -m pytest -m "not gpu" -W "$deprecated" tests/kernels || return
+    else
+        echo "not run: the kernels' tests with Triton 3.6.0, because there is no Triton for this machine" >&2
+    fi
+    echo "the kernels' tests:"
+    "$python" -m pytest -p no:cacheprovider tests/kernels
+}
+output=$(mktemp)
+kernels >"$output" 2>&1 &
+beside=$!
+trap 'kill "$beside" 2>/dev/null || true; rm -f "$output"' EXIT
+"$python" -m pytest -m "not interop" --ignore=tests/kernels
 "$environment-interop/bin/python" -m pytest -m interop tests/interop
-if [ -z "$older" ]; then
-    echo "not run: the kernels' tests with Triton 3.6.0, because there is no Triton for this machine" >&2
-elif wait "$older"; then
-    echo "with Triton 3.6.0:" && tail -n 1 "$output"
+if wait "$beside"; then
+    grep -E "^(the kernels|not run)|(passed|failed).* in " "$output"
 else
-    echo "with Triton 3.6.0:" && cat "$output" && exit 1
+    cat "$output" && exit 1
 fi

@@ -86,7 +86,7 @@ def test_fast_is_closer_to_the_float_model_than_gptq(
 ) -> None:
     """On text that it was not fitted on."""
     model = checkpoint(name)
-    settings = {"samples": 24, "bits": 3, "scales": "searched"}
+    settings = {"samples": 64, "bits": 4, "scales": "searched"}  # with less text chance decides, on random weights
     reports = {m: quantize(model, tmp_path / m, text, method=m, **settings) for m in ("gptq", "fast")}
     (target,) = reports["fast"].stages
     assert target.stage == "target" and target.kept >= target.layers / 2 and -1 < target.change < 0
