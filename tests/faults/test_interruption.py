@@ -58,6 +58,8 @@ def record(folder: Path) -> dict[str, Any]:
         del found[key]
     for block in found["blocks"]:
         del block["seconds"], block["resumed"]
+    if found["tuning"] is not None:
+        del found["tuning"]["seconds"]
     return found
 
 
