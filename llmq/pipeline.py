@@ -6,7 +6,7 @@
 
 Only one block, its statistics and its activations are in memory, and of these no more than fit.  A finished block is on
 disk before the next one starts, so an interrupted run continues at the first block that is missing, and ends in the
-same bytes.
+same bytes.  What tunes all blocks together comes when they are all there: `tuning/`.
 """
 
 import dataclasses

@@ -8,6 +8,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from table import line
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS, README = ROOT / "eval" / "peers" / "results", ROOT / "README.md"
 BEGIN, END = "<!-- readme_table.py begins -->", "<!-- readme_table.py ends -->"
@@ -24,20 +26,16 @@ def read() -> dict[str, dict[str, Any]]:
 
 def table(results: dict[str, dict[str, Any]], grid: str = "symmetric") -> str:
     """KL at 4 bits, one column a model; means over the draws that were made, their number beside them."""
-    lines = [_line(["KL to float, 4 bits", *results]), _line(["---"] * (len(results) + 1))]
+    lines = [line(["KL to float, 4 bits", *results]), line(["---"] * (len(results) + 1))]
     for name in CONTENDERS:
         cells = []
         for result in results.values():
             found = [row["kl_mean"] for row in result["rows"]
                      if (row["name"], row["asked"]) == (name, grid) and "error" not in row]  # fmt: skip
             cells.append(f"{mean(found):.5f} ({len(found)})" if found else "")
-        lines.append(_line([name, *cells]))
+        lines.append(line([name, *cells]))
     perplexity = (f"{result['about']['float_perplexity']:.3f}" for result in results.values())
-    return "\n".join([*lines, _line(["float perplexity", *perplexity])])
-
-
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    return "\n".join([*lines, line(["float perplexity", *perplexity])])
 
 
 def main() -> None:

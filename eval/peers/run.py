@@ -33,8 +33,7 @@ from table import key, merged, render
 from time_gptq import SAMPLES, SEQLEN, processor, revision, time_llmq, write_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS, SHARED = Path(__file__).parent / "results", ROOT.parent / "shared"
-WINDOWS, THREADS = 64, 1
+RESULTS, THREADS = Path(__file__).parent / "results", 1
 FIGURES = ("perplexity", "kl_mean", "kl_median", "kl_99", "same_top_1")
 ABOUT = """4 bits, groups of 128 where nothing else is said, embedding and head in float.
 {samples} x {seqlen} calibration tokens, the same for all, another draw for each seed.
@@ -44,8 +43,8 @@ Whole processes, imports included, {threads} thread each (OMP_NUM_THREADS).
 Other jobs ran on the machine, so compare CPU-seconds.
 """
 
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "scripts")]
-from stdlib_text import write_texts  # noqa: E402
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "eval")]
+from subjects import MODELS, WINDOWS, texts  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -100,11 +99,8 @@ class Model:
 
 
 def find_model(name: str, scratch: Path) -> Model:
-    """A model of eval/models/, which reads the standard library, or of a developer's folder, which reads stories."""
-    if (ROOT / "eval" / "models" / name).is_dir():
-        return Model(ROOT / "eval" / "models" / name, *write_texts(scratch / "text"))
-    data = SHARED / "data"
-    return Model(SHARED / "models" / name, data / "tinystories.calib.jsonl", data / "tinystories.eval.jsonl")
+    """One of the models of eval/subjects.py with its texts."""
+    return Model(MODELS[name], *texts(name, scratch / "text"))
 
 
 def run_peer(peer: Peer, model: Model, grid: str, tokens: Path, out: Path) -> tuple[Measured, str]:
@@ -172,7 +168,7 @@ def wanted(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> list[tu
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", required=True, choices=MODELS)
     parser.add_argument("--name", required=True, help="of the result; several calls may add to one")
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
     parser.add_argument("--llmq", nargs="*", default=["rtn-minmax", "rtn", "gptq"], choices=list(LLMQ))

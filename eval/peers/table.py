@@ -37,8 +37,8 @@ def render(results: dict[str, Any]) -> str:
     for grid in ("symmetric", "asymmetric"):
         groups = grouped(row for row in results["rows"] if row["asked"] == grid)
         if groups:
-            lines += ["", f"## {grid.capitalize()}", "", _line(COLUMNS), _line("---" for _ in COLUMNS)]
-            lines += [_line(cells(rows)) for rows in groups]
+            lines += ["", f"## {grid.capitalize()}", "", line(COLUMNS), line("---" for _ in COLUMNS)]
+            lines += [line(cells(rows)) for rows in groups]
     return "\n".join(lines) + "\n"
 
 
@@ -73,5 +73,5 @@ def _mean_divergence(rows: list[Row]) -> float:
     return mean(done) if done else float("inf")
 
 
-def _line(parts: Iterable[str]) -> str:
+def line(parts: Iterable[str]) -> str:
     return f"| {' | '.join(parts)} |"

@@ -13,18 +13,14 @@ What has to happen so that a block has its weights is the caller's business: `re
 them.  Hooks that such a context sets see the forward pass, and the gradients of the backward one.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from typing import Protocol
+from collections.abc import Collection, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from llmq.model.block import Block
 from llmq.model.skeleton import Call, Skeleton
-
-Ready = Callable[[int], AbstractContextManager[Block]]
-"""Index of a block -> a context in which it has its weights."""
+from llmq.model.walk import Ready
 
 
 class Chain:
@@ -113,29 +109,3 @@ def graph_bytes(block: Block, call: Call, weights: Iterable[Tensor]) -> int:
     for parameter in block.module.parameters():
         storages.pop(parameter.untyped_storage().data_ptr(), None)
     return sum(storages.values()) + output.nbytes
-
-
-class States(Protocol):
-    """Hidden states of windows, one after the other."""
-
-    def read(self, windows: Sequence[int]) -> Tensor:
-        """(…, B, T, D) of B windows."""
-
-    def write(self, windows: Sequence[int], hidden: Tensor) -> None:
-        """Replace them."""
-
-
-@torch.no_grad()
-def run_through(skeleton: Skeleton, ready: Ready, windows: Tensor, batch: int, states: States) -> None:
-    """Leave in `states` what the last block puts out for `windows` (S, T) int64, `batch` of them at a time.
-
-    Block by block over the whole text, so that each block is made ready once.
-    """
-    numbers = torch.arange(len(windows)).split(batch)
-    for index in range(len(skeleton.blocks)):
-        with ready(index) as block:
-            for chosen in numbers:
-                call = skeleton.record(index, windows[chosen])
-                if index > 0:
-                    call = call.with_hidden(states.read(chosen.tolist()).to(skeleton.device))
-                states.write(chosen.tolist(), block.run(call))

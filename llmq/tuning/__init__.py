@@ -20,7 +20,6 @@ Not here: the maths of one weight (algorithms/kl_tuning.py), the way through the
 import math
 import time
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,8 +31,7 @@ from llmq.checkpoint.windows import StoredWindows
 from llmq.divergence import divergence
 from llmq.errors import CalibrationError
 from llmq.methods import Method, Tuning
-from llmq.model import chain
-from llmq.model.block import Block
+from llmq.model import walk
 from llmq.model.chain import Chain
 from llmq.pipeline import Run
 from llmq.report.record import TuningReport, TuningStep
@@ -110,7 +108,7 @@ class Session:
 
     def steps(self) -> Iterator[TuningStep]:
         """Take all steps that are left."""
-        chain.run_through(self._run.skeleton, self._float, self._windows, self._batch, self._teacher)
+        self._run_through(walk.loaded(self._run.skeleton), self._windows, self._teacher)
         if self._history:
             self._blocks.resume(self._step)
         else:
@@ -173,7 +171,7 @@ class Session:
 
     def _held_out_loss(self) -> float:
         skeleton, windows, states = self._run.skeleton, self._windows[self._fitted :], self._store("judged")
-        chain.run_through(skeleton, self._blocks.ready, windows, self._batch, states)
+        self._run_through(self._blocks.ready, windows, states)
         total = 0.0
         for chosen in torch.arange(len(windows)).split(self._batch):
             expected, hidden = self._teacher.read((chosen + self._fitted).tolist()), states.read(chosen.tolist())
@@ -197,15 +195,16 @@ class Session:
         """For the hidden states of windows."""
         return StoredWindows(None if self._places.teacher else self._run.writer.revision.folder / name)
 
-    @contextmanager
-    def _float(self, index: int) -> Iterator[Block]:
-        """A context in which a block has the weights of the float model."""
-        block = self._run.skeleton.blocks[index]
-        block.load()
-        try:
-            yield block
-        finally:
-            block.free()
+    def _run_through(self, ready: walk.Ready, windows: Tensor, states: StoredWindows) -> None:
+        """Leave in `states` what the last block puts out for `windows` (S, T)."""
+        numbers = [chosen.tolist() for chosen in torch.arange(len(windows)).split(self._batch)]
+        walk.through_blocks(
+            self._run.skeleton,
+            ready,
+            windows.split(self._batch),
+            lambda batch: states.read(numbers[batch]),
+            lambda batch, hidden: states.write(numbers[batch], hidden),
+        )
 
     def _indices(self) -> range:
         return range(len(self._run.skeleton.blocks))

@@ -15,6 +15,7 @@ from torch import Tensor
 from llmq.algorithms import kl_tuning
 from llmq.algorithms.kl_tuning import Rates, State
 from llmq.errors import FormatError
+from llmq.methods import Method
 from llmq.model.block import Block
 from llmq.pipeline import Run
 from llmq.quantized import QuantizedTensor
@@ -32,6 +33,8 @@ class TunedBlocks:
         paths = {plan.name: path for path, plan in run.plans.items()}
         reports = [BlockReport.from_dict(run.writer.read(i)[1], resumed=True) for i in range(len(run.skeleton.blocks))]
         self.names = [{paths[layer.name]: layer.name for layer in report.layers} for report in reports]
+        pairs = zip(self.names, reports, strict=True)
+        self._transformed = {path for names, report in pairs if _transformed(report, run.method) for path in names}
 
     @property
     def paths(self) -> list[str]:
@@ -39,10 +42,10 @@ class TunedBlocks:
 
     def start(self, rates: Rates) -> None:
         """From the committed codes; v from the float weights, unless a transformation put others in their place."""
-        known = not self._run.method.transforms
         read = self._run.skeleton.weights.original
 
         def start(path: str, origin: QuantizedTensor) -> State:
+            known = path not in self._transformed
             reference = read(f"{path}.weight").to(origin.codes.device, torch.float32) if known else None
             return kl_tuning.start(origin, reference, rates)
 
@@ -162,3 +165,9 @@ def _values(kept: Mapping[str, Tensor], device: torch.device) -> tuple[Tensor | 
 def _on(device: torch.device, quantized: QuantizedTensor) -> QuantizedTensor:
     zeros, index = (None if part is None else part.to(device) for part in (quantized.zeros, quantized.group_index))
     return QuantizedTensor(quantized.codes.to(device), quantized.scales.to(device), zeros, quantized.scheme, index)
+
+
+def _transformed(report: BlockReport, method: Method) -> bool:
+    """Whether a block's float weights are no longer the checkpoint's; where nothing is held out no report says so."""
+    kept = any(gain.kept and gain.stage in method.transforms for gain in report.gains)
+    return bool(method.transforms) and (kept or not method.held_out)

@@ -18,8 +18,9 @@ from llmq.errors import CalibrationError, LlmqError
 from llmq.evaluation import divergence
 from llmq.job import Job
 from llmq.methods import Method, Tuning
-from llmq.report.record import Report, TuningStep
+from llmq.report.record import BlockReport, Report, StageGain, TuningStep
 from llmq.tuning import Session, blocks
+from llmq.tuning.blocks import _transformed
 from tests.runs import float_model, logits, tensors_of
 
 Checkpoints = Callable[..., Path]
@@ -316,3 +317,17 @@ def test_every_window_is_drawn_once_before_any_is_drawn_again() -> None:
     assert flat[:18] != flat[18:]
     assert found == [tuning.drawn(step, 4, 18, seed=3) for step in range(9)]
     assert found != [tuning.drawn(step, 4, 18, seed=4) for step in range(9)]
+
+
+@pytest.mark.parametrize(
+    ("held_out", "kept", "changed"),
+    [(0.1, (), False), (0.1, (False,), False), (0.1, (False, True), True), (0.0, (), True)],
+)
+def test_a_block_whose_transformations_were_all_undone_is_the_checkpoints(
+    held_out: float, kept: tuple[bool, ...], changed: bool
+) -> None:
+    method = Method(rounding="gptq", transforms=("rotation",), held_out=held_out)
+    gains = tuple(StageGain("rotation", 2.0, 1.0 if each else 3.0, each) for each in kept)
+    tuned = StageGain("block_tuning", 2.0, 1.0, True)  # moves codes, and no float weight
+    assert _transformed(BlockReport("model.layers.0", (), gains=(*gains, tuned)), method) == changed
+    assert not _transformed(BlockReport("model.layers.0", ()), Method(rounding="gptq"))

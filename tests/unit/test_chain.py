@@ -11,29 +11,17 @@ from transformers import AutoModelForCausalLM
 
 from llmq import divergence as loss
 from llmq.checkpoint.windows import StoredWindows
-from llmq.model import chain
+from llmq.model import chain, walk
 from llmq.model.block import Block
-from llmq.model.chain import Chain, Ready
+from llmq.model.chain import Chain
 from llmq.model.skeleton import Skeleton
+from llmq.model.walk import Ready
 from tests.builders import CONFIGS, WINDOW, skeleton_of, tokens
 
 Checkpoints = Callable[..., Path]
 LENGTH = 3 * WINDOW  # longer than the window of a sliding layer
 # Float32 sums of a few hundred terms in another order; relative to the largest entry of what is compared.
 TOLERANCE = 1e-4
-
-
-def loading(walked: Skeleton) -> Ready:
-    """Blocks that are read from the checkpoint for their turn, and freed."""
-
-    @contextmanager
-    def ready(index: int) -> Iterator[Block]:
-        block = walked.blocks[index]
-        block.load()
-        yield block
-        block.free()
-
-    return ready
 
 
 def standing(walked: Skeleton) -> Ready:
@@ -55,7 +43,7 @@ def score(logits: Tensor) -> Tensor:
 
 def gradients(walked: Skeleton, ids: Tensor, *, keep: bool) -> tuple[Tensor, dict[str, Tensor]]:
     """The hidden state, and the gradient of each linear layer's weight by its path, a block at a time."""
-    ready = standing(walked) if keep else loading(walked)
+    ready = standing(walked) if keep else walk.loaded(walked)
     paths = [path for block in walked.blocks for path in block.linears]
     forward = Chain(walked, ready, ids, paths, keep=keep)
     hidden = forward.hidden.requires_grad_(True)
@@ -117,7 +105,7 @@ def test_hooks_see_the_gradients_of_outputs(checkpoint: Checkpoints) -> None:
     folder, ids = checkpoint("llama"), tokens(2, LENGTH)
     walked = skeleton_of(folder)
     found: dict[str, Tensor] = {}
-    load = loading(walked)
+    load = walk.loaded(walked)
 
     @contextmanager
     def watched(index: int) -> Iterator[Block]:
@@ -161,7 +149,9 @@ def test_a_text_runs_through_to_the_same_logits(
     folder, ids = checkpoint(name), tokens(5, LENGTH)
     walked = skeleton_of(folder)
     states = StoredWindows(tmp_path / "states" if on_disk else None)
-    chain.run_through(walked, loading(walked), ids, 2, states)
+    numbers = [[0, 1], [2, 3], [4]]
+    read, write = (lambda n: states.read(numbers[n])), (lambda n, hidden: states.write(numbers[n], hidden))
+    walk.through_blocks(walked, walk.loaded(walked), ids.split(2), read, write)
     order = [3, 0, 4]
     with torch.no_grad():
         found = walked.logits(ids[order], states.read(order))
