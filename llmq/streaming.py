@@ -72,8 +72,9 @@ class Streamed:
     def logits(self, together: int) -> Iterator[tuple[Tensor, Tensor]]:
         for batch, states in zip(self._batches, self._hidden, strict=True):
             for tokens, hidden in zip(batch.split(together), states.split(together, dim=-3), strict=True):
-                with torch.no_grad():
-                    yield tokens, self._skeleton.logits(tokens, hidden.to(self._skeleton.device))
+                with torch.no_grad():  # and not around the yield: the mode is the whole thread's
+                    logits = self._skeleton.logits(tokens, hidden.to(self._skeleton.device))
+                yield tokens, logits
 
     def _working_bytes(self, length: int, sides: int) -> int:
         """What is needed beside the hidden states: the rest of the models, one block, a batch of logits compared."""
@@ -108,7 +109,8 @@ class Whole:
         for batch in evaluation.batches(self._windows):
             for tokens in batch.split(together):
                 with torch.no_grad():
-                    yield tokens, self._model(input_ids=tokens.to(self._model.device), use_cache=False).logits
+                    logits = self._model(input_ids=tokens.to(self._model.device), use_cache=False).logits
+                yield tokens, logits
 
 
 def open_source(

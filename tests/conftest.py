@@ -2,7 +2,8 @@
 
 import functools
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # on tiny tensors, threads that w
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def torch_modes() -> Iterator[None]:
+    """No test leaves torch's modes, which are the whole thread's, as it did not find them."""
+    yield
+    if (torch := sys.modules.get("torch")) is not None:
+        found = {"grad": torch.is_grad_enabled(), "inference": torch.is_inference_mode_enabled()}
+        torch.set_grad_enabled(True)
+        assert found == {"grad": True, "inference": False}, f"this test changed torch's modes: {found}"
 
 
 @pytest.fixture(scope="session")
