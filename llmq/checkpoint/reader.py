@@ -1,5 +1,6 @@
 """`Checkpoint`: a model folder, of which nothing but headers is read until a tensor is asked for."""
 
+import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, field
@@ -71,6 +72,13 @@ class Checkpoint:
         """A tensor, on the CPU, in memory of its own."""
         location = self.location(name)
         return read_tensor(location.file, location.info)
+
+    def member(self, name: str, index: int) -> Tensor:
+        """One of the tensors that are stacked in another, along its first dimension; no more than that is read."""
+        file, info = self.location(name).file, self.info(name)
+        size = info.nbytes // info.shape[0]
+        start = info.start + index * size
+        return read_tensor(file, dataclasses.replace(info, shape=info.shape[1:], start=start, stop=start + size))
 
     @property
     def nbytes(self) -> int:

@@ -10,11 +10,13 @@
 A symmetric grid is written with a zero of 8 everywhere and declared as `zero_point: true`: the file holds zeros either
 way, and the fast kernels of serving engines are made for the declared kind alone.
 
-Not covered: the forms gemv, gemv_fast and llm-awq, which pack along K or in int16.
+Other numbers of bits, 2 to 8, are read as GPTQModel writes them: one stream along N, outputs in their order.  The forms
+gemv, gemv_fast and llm-awq are read too (`awq_variants.py`); no engine but their own runs those.
 
-Source: github.com/casper-hansen/AutoAWQ, awq/modules/linear/gemm.py.
+Source: github.com/casper-hansen/AutoAWQ, awq/modules/linear/gemm.py; github.com/ModelCloud/GPTQModel.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,16 +25,18 @@ from torch import Tensor
 
 from llmq.config import Scheme
 from llmq.errors import ConfigError, FormatError
-from llmq.formats import Reader, Reading, bits, checks
+from llmq.formats import Reader, Reading, awq_variants, bits, checks
 from llmq.quantized import QuantizedTensor
 
 NAME = "awq"
-SUFFIXES: tuple[str, ...] = ("qweight", "qzeros", "scales")
-CODES = "qweight"
+SUFFIXES: tuple[str, ...] = ("qweight", "qzeros", "scales", "scaled_zeros")
+CODES: tuple[str, ...] = ("qweight",)
 ONE_GRID = True
 CONFIG_COPY: str | None = None
 
 BITS = 4
+BITS_READ = (2, 3, 4, 5, 6, 7, 8)
+GEMM = ("gemm", "exllama", "exllamav2", "ipex")  # the last three are kernels that read the first
 PER_WORD = 8
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight outputs lies in nibble 0, 1, …
 INVERSE = tuple(ORDER.index(output) for output in range(PER_WORD))
@@ -51,21 +55,25 @@ def pack(q: QuantizedTensor) -> dict[str, Tensor]:
 
 def unpack(tensors: Mapping[str, Tensor], reading: Reading) -> QuantizedTensor:
     """See `Layout.unpack`."""
-    scheme = reading.scheme
+    if reading.packing:
+        return awq_variants.unpack(tensors, reading)
     qweight = checks.stored(tensors, "qweight", (torch.int32,), (None, None))
-    K, N = qweight.shape[0], qweight.shape[1] * PER_WORD
-    G = checks.groups_for(scheme, K)
-    scales = checks.stored(tensors, "scales", checks.SCALE_DTYPES, (G, N)).T.contiguous()
-    zeros = _unpacked(checks.stored(tensors, "qzeros", (torch.int32,), (G, N // PER_WORD))).to(torch.int16)  # (N, G)
-    return QuantizedTensor(_unpacked(qweight), scales, checks.zeros_for(scheme, zeros), scheme)
+    N, K = weight_shape({"qweight": tuple(qweight.shape)}, reading, tensors.__getitem__)
+    G = checks.groups_of(reading, K)
+    scales = checks.stored(tensors, "scales", checks.SCALE_DTYPES, (G, N))
+    qzeros = checks.stored(tensors, "qzeros", (torch.int32,), (G, qweight.shape[1]))
+    zeros = _unpacked(qzeros, reading.bits).to(torch.int16)  # (N, G)
+    return checks.affine(_unpacked(qweight, reading.bits), scales.T, zeros, reading)
 
 
 def weight_shape(
     shapes: Mapping[str, tuple[int, ...]], reading: Reading, read: Callable[[str], Tensor]
 ) -> tuple[int, int]:
     """See `Layout.weight_shape`."""
-    K, N = shapes["qweight"]
-    return N * 32 // reading.scheme.bits, K
+    if reading.packing:
+        return awq_variants.weight_shape(shapes["qweight"], reading)
+    K, words = shapes["qweight"]
+    return words * 32 // reading.bits, K
 
 
 def refusal(scheme: Scheme, out_features: int, in_features: int) -> str | None:
@@ -114,20 +122,33 @@ def quantization_config(schemes: Mapping[str, Scheme], unquantized: Sequence[str
 
 def read_config(config: Mapping[str, Any]) -> Reader:
     """See `Layout.read_config`.  A module is left out if an entry of the list is any part of its name."""
-    version = config.get("version") or config.get("checkpoint_format") or config.get("format") or "gemm"
-    if str(version).lower() != "gemm":
-        raise FormatError(f"the awq version is {version!r}, expected 'gemm'")
-    symmetric = not config.get("zero_point", True)
     group_size = checks.declared(config, "group_size", "q_group_size")
-    scheme = checks.declared_scheme(checks.declared(config, "bits", "w_bit"), group_size, symmetric, (BITS,))
+    symmetric = not config.get("zero_point", not config.get("sym", False))
+    grid = checks.declared_grid(checks.declared(config, "bits", "w_bit"), group_size, symmetric, BITS_READ)
+    grid = dataclasses.replace(grid, packing=_packing(config))
+    if grid.packing and grid.bits != BITS:
+        raise FormatError(f"the configuration declares {grid.bits} bits in the form {grid.packing}, expected {BITS}")
     skipped = checks.names_in(config.get("modules_to_not_convert"), "modules_to_not_convert")
 
     def read(module: str) -> Reading | None:
         if checks.is_head(module) and not config.get("lm_head"):
             return None
-        return None if any(entry in module for entry in skipped) else Reading(scheme)
+        return None if any(entry in module for entry in skipped) else grid
 
     return read
+
+
+def _packing(config: Mapping[str, Any]) -> str:
+    """Which form the tensors have: "" for gemm."""
+    named = config.get("version") or config.get("checkpoint_format") or config.get("format") or "gemm"
+    version = str(named).lower().replace("-", "_")
+    if str(config.get("backend", "")).lower() == "llm-awq" or version == "llm_awq":
+        return awq_variants.LLM_AWQ
+    if version in GEMM:
+        return ""
+    if version in (awq_variants.GEMV, awq_variants.GEMV_FAST):
+        return version
+    raise FormatError(f"the awq version is {named!r}, expected one of gemm, gemv, gemv_fast, llm-awq")
 
 
 def _packed(rows: Tensor) -> Tensor:
@@ -135,9 +156,10 @@ def _packed(rows: Tensor) -> Tensor:
     return bits.pack(_reordered(rows, ORDER), BITS, dim=0).T.contiguous()
 
 
-def _unpacked(words: Tensor) -> Tensor:
-    """int32 (columns, N / 8) -> uint8 (N, columns)"""
-    return _reordered(bits.unpack(words.T, BITS, words.shape[1] * PER_WORD, dim=0), INVERSE)
+def _unpacked(words: Tensor, width: int) -> Tensor:
+    """int32 (columns, words) -> uint8 (N, columns)"""
+    rows = bits.unpack(words.T, width, words.shape[1] * 32 // width, dim=0)
+    return _reordered(rows, INVERSE) if width == BITS else rows
 
 
 def _reordered(rows: Tensor, order: tuple[int, ...]) -> Tensor:

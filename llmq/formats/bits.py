@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 CODES_PER_UNIT = 8
+PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 
 
 def words_for(length: int, bits: int) -> int:
@@ -74,6 +75,22 @@ def unpack(words: Tensor, bits: int, length: int, dim: int = -1) -> Tensor:
             code |= stream[..., byte + 1] << (8 - shift)
         units[..., position] = code & ((1 << bits) - 1)
     return units.flatten(-2)[..., :length].movedim(-1, dim).contiguous()
+
+
+def unpack_planes(words: Tensor, bits: int, length: int) -> Tensor:
+    """int32 (…, words) -> uint8 (…, length), where the low and the high bits of 32 codes lie apart.
+
+    Of 32 codes first come the words with the low bits, then those with the next: 3 bits are 2 and 1, 5 are 4 and 1, 6
+    are 4 and 2, 7 are 4, 2 and 1.  2, 4 and 8 bits are one plane, which is the plain stream.
+    """
+    rows = in_units(words.contiguous(), bits)  # (…, units, b): 32 codes each
+    codes = torch.zeros((*rows.shape[:-1], 32), dtype=torch.uint8, device=words.device)
+    word = bit = 0
+    for width in PLANES[bits]:
+        plane = unpack(rows[..., word : word + width].contiguous(), width, 32)  # (…, units, 32)
+        codes |= plane << bit
+        word, bit = word + width, bit + width
+    return codes.flatten(-2)[..., :length].contiguous()
 
 
 def unpack_padded(words: Tensor, bits: int, length: int, dim: int = -1) -> Tensor:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq.config import Scheme
+from llmq.config import BITS, GROUP_SIZES, Scheme
 from llmq.errors import ConfigError, FormatError
+from llmq.formats import Reading
 from llmq.quantized import QuantizedTensor
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -50,34 +51,67 @@ def grouping_refusal(scheme: Scheme, in_features: int) -> str | None:
     """Why no layout holds groups of such a size for such a weight, or None."""
     if in_features % scheme.columns_per_group(in_features) == 0:
         return None
-    return f"a group size of {scheme.group_size} does not divide {in_features} input features, as every format requires"
+    return _indivisible(scheme.group_size, in_features)
 
 
-def zeros_for(scheme: Scheme, zeros: Tensor) -> Tensor | None:
-    """int16 (N, G) as read -> None for a symmetric grid, whose zeros must all be in the middle."""
-    if not scheme.symmetric:
-        return zeros
-    if not bool((zeros == scheme.middle).all()):
-        low, high = int(zeros.min()), int(zeros.max())
-        raise FormatError(
-            f"the configuration says symmetric, so every zero should be {scheme.middle}; found {low} to {high}",
-            hint="if the file was written with zeros of its own, its configuration should say so",
-        )
-    return None
+def affine(
+    codes: Tensor, scales: Tensor, zeros: Tensor | None, reading: Reading, index: Tensor | None = None
+) -> QuantizedTensor:
+    """The weight as read: codes (N, K), scales (N, G), zeros int16 (N, G) or None where they are all in the middle.
+
+    Zeros that are all in the middle are left out of a symmetric grid; others are what the file says, whatever its
+    configuration calls the grid.  Groups of a size that llmq does not have, or that is cut off at the end of the row,
+    are cut into smaller ones with the same scale.
+    """
+    scheme, middle = reading.scheme, 1 << (reading.bits - 1)
+    if zeros is None and not scheme.symmetric:
+        zeros = torch.full(scales.shape, middle, dtype=torch.int16, device=scales.device)
+    if zeros is not None and scheme.symmetric:
+        if bool((zeros == middle).all()):
+            zeros = None
+        else:
+            scheme = dataclasses.replace(scheme, symmetric=False)
+    K, size = codes.shape[1], reading.group
+    if isinstance(size, int) and index is None:
+        legal = reading.legal_group(K)
+        if legal is None:
+            index = (torch.arange(K, device=codes.device) // size).to(torch.int32)
+        elif size > K or (size == K and reading.stored_group):
+            scheme = dataclasses.replace(scheme, group_size="channel")
+        elif legal != size:
+            which = torch.arange(0, K, legal, device=codes.device) // size
+            scales, zeros = scales[:, which], None if zeros is None else zeros[:, which]
+            scheme = dataclasses.replace(scheme, group_size=legal)
+    zeros = None if zeros is None else zeros.contiguous()
+    return QuantizedTensor(codes, scales.contiguous(), zeros, scheme, index)
 
 
-def group_index_for(scheme: Scheme, index: Tensor) -> Tensor | None:
-    """int32 (K,) as read -> None where it says no more than k // group size.
+def groups_of(reading: Reading, in_features: int, *, cut: bool = False) -> int:
+    """G of a file; with `cut` the last group may have fewer columns than the others."""
+    if in_features < 1:
+        raise FormatError("a weight has no input features, expected at least one")
+    size = reading.group if isinstance(reading.group, int) else in_features
+    if in_features % size and not cut:
+        raise FormatError(_indivisible(size, in_features))
+    return -(-in_features // size)
+
+
+def group_index_for(reading: Reading, index: Tensor | None, in_features: int) -> Tensor | None:
+    """(K,) as read -> int32 (K,), or None where it says no more than k // group size.
 
     All zeros with several groups is a placeholder of early writers, and read by others as the plain order too.
+    Negative groups count from the end, as in Python.
     """
-    groups = groups_for(scheme, index.shape[0])
-    if not bool(index.any()) or torch.equal(index, plain_index(scheme, index.shape[0], index.device)):
+    if index is None or not bool(index.any()):
         return None
+    size = reading.group if isinstance(reading.group, int) else in_features
+    groups = -(-in_features // size)
+    index = torch.where(index < 0, index + groups, index).to(torch.int32)
     low, high = int(index.min()), int(index.max())
     if low < 0 or high >= groups:
         raise FormatError(f"the group index holds {low} to {high}, expected 0 to {groups - 1}")
-    return index.contiguous()
+    plain = torch.arange(in_features, dtype=torch.int32, device=index.device) // size
+    return None if torch.equal(index, plain) else index.contiguous()
 
 
 def plain_index(scheme: Scheme, in_features: int, device: torch.device) -> Tensor:
@@ -149,15 +183,22 @@ def pattern(text: str) -> re.Pattern[str]:
         raise FormatError(f"quantization_config holds the pattern {text!r}, which is none: {error}") from None
 
 
-def declared_scheme(bits: Any, group_size: Any, symmetric: Any, allowed_bits: Sequence[int]) -> Scheme:
+def declared_grid(bits: Any, group_size: Any, symmetric: Any, allowed_bits: Sequence[int]) -> Reading:
     """The grid that a configuration declares; group size -1 is one group a row."""
-    if bits not in allowed_bits:
+    if type(bits) is not int or bits not in allowed_bits:
         allowed = ", ".join(str(b) for b in allowed_bits)
         raise FormatError(f"the configuration declares {bits!r} bits, expected one of {allowed}")
     if not isinstance(symmetric, bool):
         raise FormatError(f"the configuration declares symmetry as {symmetric!r}, expected true or false")
+    size: Any = "channel" if group_size == -1 else group_size
+    stored = 0
+    if type(size) is int and size not in GROUP_SIZES:
+        stored, size = size, max((legal for legal in GROUP_SIZES if size > 0 and size % legal == 0), default=size)
     try:
-        return Scheme(bits, "channel" if group_size == -1 else group_size, symmetric)
+        if bits in BITS:
+            return Reading(Scheme(bits, size, symmetric), stored_group=stored)
+        wider = Scheme(8, size, symmetric=False)
+        return Reading(wider, stored_group=stored, stored_bits=bits, stored_symmetric=symmetric)
     except ConfigError as error:
         raise FormatError(f"the configuration declares a grid that llmq does not have: {error}") from None
 
@@ -175,6 +216,10 @@ def as_stored(schemes: Mapping[str, Scheme]) -> dict[str, Scheme]:
 def is_head(module: str) -> bool:
     """Whether gptq and awq files tell by their key `lm_head` if the module is quantized."""
     return module.rpartition(".")[2] == "lm_head"
+
+
+def _indivisible(group_size: object, in_features: int) -> str:
+    return f"a group size of {group_size} does not divide {in_features} input features, as every format requires"
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -9,32 +9,51 @@
 The format speaks of signed codes and zeros, q - 2**(bits - 1), and packs them with 2**(bits - 1) added: which is our
 unsigned code and zero as they are.
 
-Also read: 3 bits padded to ten codes a word (older versions), known by the packed width.  Some lengths up to 150, none
-a multiple of 32, have the same width in both forms; those are taken as dense.  Zeros as plain int8 (older versions, and
-the strategy "tensor", which packs none).  Not covered: sparsity, transforms, activations, float types.
+Also read: 5, 6 and 7 bits, which are streams like the others; 3 bits padded to ten codes a word (older versions), known
+by the packed width.  Some lengths up to 150, none a multiple of 32, have the same width in both forms; those are taken
+as dense.  Zeros as plain int8 (older versions, and the strategy "tensor", which packs none).  `int-quantized` and
+`naive-quantized`, a byte a code in `weight` itself, signed.  Floats of four bits (`fp4.py`).  Where the file asks for
+quantized activations too, or a quantized cache, the weights are read and the rest is noted.
+
+Not covered: sparsity, transforms, weights of float8, mxfp6 and mxfp8, scales of blocks.
 
 Source: github.com/vllm-project/compressed-tensors, src/compressed_tensors/compressors/pack_quantized.
 """
 
+import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmq.config import BITS, Scheme
+from llmq.config import Scheme
 from llmq.errors import FormatError
-from llmq.formats import Reader, Reading, bits, checks
+from llmq.formats import Reader, Reading, bits, checks, fp4
 from llmq.quantized import QuantizedTensor
 
 NAME = "compressed-tensors"
-SUFFIXES: tuple[str, ...] = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
-CODES = "weight_packed"
+SUFFIXES: tuple[str, ...] = (
+    "weight_packed",
+    "weight_scale",
+    "weight_shape",
+    "weight_zero_point",
+    "weight_g_idx",
+    "weight_global_scale",
+)
+CODES: tuple[str, ...] = ("weight_scale",)  # what all packings have
 ONE_GRID = False
 CONFIG_COPY: str | None = None
 PACKING = "pack-quantized"
+PLAIN = ("int-quantized", "naive-quantized")
+FLOATS = {  # format -> group size, how it is read
+    "nvfp4-pack-quantized": (fp4.NVFP4_GROUP, fp4.nvfp4),
+    "mxfp4-pack-quantized": (fp4.MXFP4_GROUP, fp4.mxfp4),
+}
+BITS_READ = (2, 3, 4, 5, 6, 7, 8)
 
-BLOCKS_NOT_READ = ("kv_cache_scheme", "sparsity_config", "transform_config", "moe_sparsity_config")
+BLOCKS_NOT_READ = ("sparsity_config", "transform_config", "moe_sparsity_config")
 INDEXED = ("group", "dynamic", True)  # the values of `actorder` that come with weight_g_idx
 
 
@@ -54,20 +73,31 @@ def pack(q: QuantizedTensor) -> dict[str, Tensor]:
 def unpack(tensors: Mapping[str, Tensor], reading: Reading) -> QuantizedTensor:
     """See `Layout.unpack`."""
     scheme = reading.scheme
-    N, K = (int(size) for size in checks.stored(tensors, "weight_shape", (torch.int64, torch.int32), (2,)))
-    packed = checks.stored(tensors, "weight_packed", (torch.int32,), (N, None))
-    codes = _unpacked(packed, scheme.bits, K, dim=1, what="weight_packed")
-    G = checks.groups_for(scheme, K)
+    if reading.packing in PLAIN:
+        signed = checks.stored(tensors, "weight", (torch.int8,), (None, None))
+        codes = (signed.to(torch.int16) + (1 << (reading.bits - 1))).to(torch.uint8)
+    else:
+        N, K = (int(size) for size in checks.stored(tensors, "weight_shape", (torch.int64, torch.int32), (2,)))
+        packed = checks.stored(tensors, "weight_packed", (torch.int32,), (N, None))
+        codes = _unpacked(packed, reading.bits, K, dim=1, what="weight_packed")
+    N, K = codes.shape
+    G = checks.groups_of(reading, K)
     shape = (1,) if scheme.group_size == "tensor" else (N, G)
-    scales = checks.stored(tensors, "weight_scale", checks.SCALE_DTYPES, shape).reshape(-1, G).expand(N, G)
-    zeros = _zeros(tensors, scheme, N, G)
-    return QuantizedTensor(codes, scales.contiguous(), zeros, scheme, _group_index(tensors, reading, K))
+    scales = _by_row(checks.stored(_reshaped(tensors, shape), "weight_scale", checks.SCALE_DTYPES, shape), N, G)
+    index = _group_index(tensors, reading, K)
+    return checks.affine(codes, scales, _zeros(tensors, reading, N, G), reading, index)
 
 
 def weight_shape(
     shapes: Mapping[str, tuple[int, ...]], reading: Reading, read: Callable[[str], Tensor]
 ) -> tuple[int, int]:
     """See `Layout.weight_shape`."""
+    if reading.decode is not None:
+        N, pairs = shapes["weight_packed"]
+        return N, 2 * pairs
+    if reading.packing in PLAIN:
+        N, K = shapes["weight"]
+        return N, K
     rows, columns = read("weight_shape").tolist()
     return int(rows), int(columns)
 
@@ -110,15 +140,21 @@ def quantization_config(schemes: Mapping[str, Scheme], unquantized: Sequence[str
 
 
 def read_config(config: Mapping[str, Any]) -> Reader:
-    """See `Layout.read_config`.  A module's own name goes before a pattern, a pattern before its class."""
+    """See `Layout.read_config`.  A module's own name goes before a pattern, a pattern before its class.
+
+    A packed module that no target fits has the grid of the file, if there is only one.
+    """
     for block in BLOCKS_NOT_READ:
         value = config.get(block) or {}
         if value and checks.mapping(value, block).get("format") != "dense":  # which some wrote for "not sparse"
             raise FormatError(f"the checkpoint declares {block} {value!r}, which llmq does not read; expected none")
+    note = "a quantized cache of keys and values" if config.get("kv_cache_scheme") else ""
     targets: dict[str, Reading | None] = {}
+    groups: list[Reading | None] = []
     for name, group in checks.mapping(checks.declared(config, "config_groups"), "config_groups").items():
-        reading = _group_reading(checks.mapping(group, name), config.get("format"))
-        targets |= dict.fromkeys(checks.names_in(group.get("targets"), f"targets of {name}"), reading)
+        groups.append(_group_reading(checks.mapping(group, name), config.get("format"), note))
+        targets |= dict.fromkeys(checks.names_in(group.get("targets"), f"targets of {name}"), groups[-1])
+    common = targets.get("Linear", groups[0] if len(groups) == 1 else None)
     ignored = checks.names_in(config.get("ignore"), "ignore")
     patterns = [(checks.pattern(target[3:]), targets[target]) for target in sorted(targets) if target.startswith("re:")]
     ignored_patterns = [checks.pattern(entry[3:]) for entry in ignored if entry.startswith("re:")]
@@ -129,7 +165,7 @@ def read_config(config: Mapping[str, Any]) -> Reader:
         if module in targets:
             return targets[module]
         by_pattern = (reading for pattern, reading in patterns if pattern.match(module))
-        return next(by_pattern, targets.get("Linear"))
+        return next(by_pattern, common)
 
     return read
 
@@ -146,27 +182,40 @@ def _unpacked(words: Tensor, bits_per_code: int, length: int, dim: int, what: st
     raise FormatError(f"{what} has {found} words for {length} codes of {bits_per_code} bits, expected {expected}")
 
 
-def _zeros(tensors: Mapping[str, Tensor], scheme: Scheme, N: int, G: int) -> Tensor | None:
+def _reshaped(tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Mapping[str, Tensor]:
+    """With the scales in the shape that is expected, where only dimensions of size 1 differ."""
+    scale = tensors.get("weight_scale")
+    if scale is None or [size for size in scale.shape if size != 1] != [size for size in shape if size != 1]:
+        return tensors
+    return {**tensors, "weight_scale": scale.reshape(shape)}
+
+
+def _by_row(parts: Tensor, N: int, G: int) -> Tensor:
+    """(N, G), or (1,) for the whole weight -> (N, G)"""
+    return parts.reshape(-1, G).expand(N, G)
+
+
+def _zeros(tensors: Mapping[str, Tensor], reading: Reading, N: int, G: int) -> Tensor | None:
     """int16 (N, G), or None for a symmetric grid, which may leave them out."""
-    zeros = tensors.get("weight_zero_point")
-    if zeros is None and scheme.symmetric:
+    zeros, middle = tensors.get("weight_zero_point"), 1 << (reading.bits - 1)
+    if zeros is None and reading.symmetric:
         return None
     if zeros is not None and zeros.dtype == torch.int8:  # signed, one a byte
-        shape = (1,) if scheme.group_size == "tensor" else (N, G)
-        plain = checks.stored(tensors, "weight_zero_point", (torch.int8,), shape).reshape(-1, G).expand(N, G)
-        return checks.zeros_for(scheme, plain.to(torch.int16) + scheme.middle)
+        shape = (1,) if reading.scheme.group_size == "tensor" else (N, G)
+        signed = zeros.reshape(shape) if zeros.numel() == math.prod(shape) else zeros
+        plain = checks.stored({"weight_zero_point": signed}, "weight_zero_point", (torch.int8,), shape)
+        return _by_row(plain, N, G).to(torch.int16) + middle
     packed = checks.stored(tensors, "weight_zero_point", (torch.int32,), (None, G))
-    codes = _unpacked(packed, scheme.bits, N, dim=0, what="weight_zero_point")  # (N, G)
-    return checks.zeros_for(scheme, codes.to(torch.int16))
+    return _unpacked(packed, reading.bits, N, dim=0, what="weight_zero_point").to(torch.int16)  # (N, G)
 
 
 def _group_index(tensors: Mapping[str, Tensor], reading: Reading, K: int) -> Tensor | None:
     if "weight_g_idx" not in tensors and not reading.needs_group_index:
         return None
-    index = checks.stored(tensors, "weight_g_idx", (torch.int32,), (K,))
+    index = checks.stored(tensors, "weight_g_idx", (torch.int32, torch.int64), (K,))
     if bool((index == -1).all()):  # how the format's own tools mark an index that was never set
         return None
-    return checks.group_index_for(reading.scheme, index)
+    return checks.group_index_for(reading, index, K)
 
 
 def _weights_block(scheme: Scheme) -> dict[str, Any]:
@@ -182,25 +231,37 @@ def _weights_block(scheme: Scheme) -> dict[str, Any]:
     }
 
 
-def _group_reading(group: Mapping[str, Any], file_format: object) -> Reading | None:
+def _group_reading(group: Mapping[str, Any], file_format: object, note: str) -> Reading | None:
     """One of `config_groups` -> how its modules are read, None if it leaves weights alone."""
-    for activations in ("input_activations", "output_activations"):
-        if group.get(activations) is not None:
-            raise FormatError(
-                f"the checkpoint quantizes {activations.replace('_', ' ')}, which llmq does not run",
-                hint="llmq reads checkpoints whose weights alone are quantized",
-            )
     if group.get("weights") is None:
         return None
     weights = checks.mapping(group["weights"], "weights")
+    activations = (group.get("input_activations"), group.get("output_activations"))
+    notes = ", ".join(part for part in ("quantized activations" if any(activations) else "", note) if part)
     packing = group.get("format") or file_format
-    found = {"format": packing, "type": weights.get("type", "int"), "dynamic": weights.get("dynamic", False)}
-    for key, expected in {"format": PACKING, "type": "int", "dynamic": False}.items():
-        if found[key] != expected:
-            raise FormatError(f"the checkpoint declares weights of {key} {found[key]!r}, expected {expected!r}")
-    symmetric = weights.get("symmetric", True)
-    scheme = checks.declared_scheme(checks.declared(weights, "num_bits"), _group_size(weights), symmetric, BITS)
-    return Reading(scheme, needs_group_index=weights.get("actorder") in INDEXED)
+    if packing in FLOATS:
+        size, decode = FLOATS[packing]
+        expected_grid = {"num_bits": 4, "type": "float", "group_size": size}
+        found = {key: weights.get(key, value) for key, value in expected_grid.items()}
+        if found != expected_grid:
+            raise FormatError(f"the checkpoint declares {packing} with {found}, expected floats of 4 bits by {size}")
+        return Reading(Scheme(4, size), packing=packing, decode=decode, note=notes)
+    if packing not in (PACKING, *PLAIN):
+        expected = ", ".join((PACKING, *PLAIN, *FLOATS))
+        raise FormatError(f"the checkpoint declares weights of format {packing!r}, expected one of {expected}")
+    for key, default in {"type": "int", "dynamic": False}.items():
+        if weights.get(key, default) != default:
+            raise FormatError(f"the checkpoint declares weights of {key} {weights[key]!r}, expected {default!r}")
+    grid = checks.declared_grid(
+        checks.declared(weights, "num_bits"), _group_size(weights), weights.get("symmetric", True), BITS_READ
+    )
+    return dataclasses.replace(
+        grid,
+        needs_group_index=weights.get("actorder") in INDEXED,
+        packing="" if packing == PACKING else packing,
+        in_place=packing in PLAIN,
+        note=notes,
+    )
 
 
 def _group_size(weights: Mapping[str, Any]) -> Any:

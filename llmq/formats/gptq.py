@@ -10,12 +10,18 @@ subtracted from the whole *word*, so a zero of 0 borrows from its neighbour, and
 that; readers that add one to each number by itself are off there.  Hence symmetric grids are written as v1, which all
 read, and asymmetric ones as v2, where every zero means itself to everybody.
 
-4 and 8 bits are written, 2 read as well.  Not covered: 3 bits (the constant that turns v1 into v2 zeros differs between
-writers there), the variants marlin and bitblas, and writing an order of columns (`desc_act`), which engines dropped.
+Other writers' files are read with 2 to 8 bits.  3 bits run through the words as one stream (`bits.py`), and there v1 is
+less one in each number by itself, modulo 8: no constant added to words is right for numbers that lie in two of them.
+5, 6 and 7 bits lie in planes (`bits.unpack_planes`), but as one stream in AutoRound's files; in GPTQModel's variant
+`gptq_p`, whose zeros are as they are, 3 bits do so too.  Groups may be cut off at the end of a row, and columns may be
+grouped in an order of their own (`desc_act`): both are read and never written, as engines dropped them.
+
+Not covered: the variants marlin and bitblas, and words of other sizes than 32 bits.
 
 Source: github.com/ModelCloud/GPTQModel, gptqmodel/utils/model.py and nn_modules/qlinear.
 """
 
+import dataclasses
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -31,24 +37,27 @@ from llmq.quantized import QuantizedTensor
 
 NAME = "gptq"
 SUFFIXES: tuple[str, ...] = ("qweight", "qzeros", "scales", "g_idx")
-CODES = "qweight"
+CODES: tuple[str, ...] = ("qweight",)
 ONE_GRID = False
 CONFIG_COPY: str | None = "quantize_config.json"
 
 BITS_WRITTEN = (4, 8)
-BITS_READ = (2, 4, 8)
-VERSIONS = {"gptq": 1, "gptq_v2": 0}  # checkpoint_format -> what is subtracted from a zero
+BITS_READ = (2, 3, 4, 5, 6, 7, 8)
+WHOLE_IN_WORDS = (2, 4, 8)  # numbers of these sizes never lie in two words
+PLANAR = "gptq_p"
+VERSIONS = {"gptq": 1, "gptq_v2": 0, PLANAR: 0}  # checkpoint_format -> what is subtracted from a zero
+OTHER_NAMES = {"gemm": "gptq", "exllama": "gptq", "exllamav2": "gptq"}  # of kernels that read v1, in older files
 
 
-def pack(q: QuantizedTensor) -> dict[str, Tensor]:
-    """See `Layout.pack`.  Symmetric is v1, asymmetric v2, as `quantization_config` declares."""
+def pack(q: QuantizedTensor, version: str | None = None) -> dict[str, Tensor]:
+    """See `Layout.pack`.  Symmetric is v1, asymmetric v2, as `quantization_config` declares, or `version`."""
     checks.require_packable(q, refusal(q.scheme, *q.shape))
     scheme = q.scheme
     zeros = torch.full_like(q.scales, scheme.middle, dtype=torch.uint8) if q.zeros is None else q.zeros  # (N, G)
     words = bits.pack(zeros.to(torch.uint8), scheme.bits, dim=0).T  # (G, N * bits / 32)
     return {
         "qweight": bits.pack(q.codes, scheme.bits).T.contiguous(),
-        "qzeros": _shifted(words, scheme, -VERSIONS[_version(scheme)]).contiguous(),
+        "qzeros": _shifted(words, scheme.bits, -VERSIONS[version or _version(scheme)]).contiguous(),
         "scales": q.scales.T.contiguous(),
         "g_idx": checks.plain_index(scheme, q.shape[1], q.codes.device),
     }
@@ -56,27 +65,27 @@ def pack(q: QuantizedTensor) -> dict[str, Tensor]:
 
 def unpack(tensors: Mapping[str, Tensor], reading: Reading) -> QuantizedTensor:
     """See `Layout.unpack`."""
-    scheme, per_word = reading.scheme, 32 // reading.scheme.bits
     qweight = checks.stored(tensors, "qweight", (torch.int32,), (None, None))
-    K, N = qweight.shape[0] * per_word, qweight.shape[1]
-    if N % per_word:
-        raise FormatError(f"qweight has {N} columns, expected a multiple of {per_word} at {scheme.bits} bits")
-    G = checks.groups_for(scheme, K)
+    N, K = weight_shape({"qweight": tuple(qweight.shape)}, reading, tensors.__getitem__)
+    G = checks.groups_of(reading, K, cut=True)
     scales = checks.stored(tensors, "scales", checks.SCALE_DTYPES, (G, N))
-    words = checks.stored(tensors, "qzeros", (torch.int32,), (G, N // per_word))
+    words = checks.stored(tensors, "qzeros", (torch.int32,), (G, bits.words_for(N, reading.bits)))
     index = None
     if "g_idx" in tensors or reading.needs_group_index:
-        index = checks.group_index_for(scheme, checks.stored(tensors, "g_idx", (torch.int32,), (K,)))
-    codes = bits.unpack(qweight.T, scheme.bits, K)  # (N, K)
-    return QuantizedTensor(codes, scales.T.contiguous(), _zeros(words, reading), scheme, index)
+        index = checks.stored(tensors, "g_idx", (torch.int32, torch.int64), (K,))
+    index = checks.group_index_for(reading, index, K)
+    codes = _unpacked(qweight.T, reading, K)  # (N, K)
+    return checks.affine(codes, scales.T, _zeros(words, reading, N), reading, index)
 
 
 def weight_shape(
     shapes: Mapping[str, tuple[int, ...]], reading: Reading, read: Callable[[str], Tensor]
 ) -> tuple[int, int]:
     """See `Layout.weight_shape`."""
-    K, N = shapes["qweight"]
-    return N, K * 32 // reading.scheme.bits
+    rows, N = shapes["qweight"]
+    if rows * 32 % reading.bits:
+        raise FormatError(f"qweight has {rows} rows of words, expected a multiple of {reading.bits} at that many bits")
+    return N, rows * 32 // reading.bits
 
 
 def refusal(scheme: Scheme, out_features: int, in_features: int) -> str | None:
@@ -98,14 +107,16 @@ def scale_dtype(model_dtype: torch.dtype) -> torch.dtype:
     return torch.float16
 
 
-def quantization_config(schemes: Mapping[str, Scheme], unquantized: Sequence[str]) -> dict[str, Any]:
+def quantization_config(
+    schemes: Mapping[str, Scheme], unquantized: Sequence[str], version: str | None = None
+) -> dict[str, Any]:
     """See `Layout.quantization_config`.  The commonest grid is the file's; the key `dynamic` holds the exceptions."""
     stored = checks.as_stored(schemes)
-    versions = {_version(scheme) for scheme in stored.values()}
+    versions = {version or _version(scheme) for scheme in stored.values()}
     if len(versions) > 1:
         raise ConfigError(
             "a gptq file stores its zeros in one way, so it cannot hold symmetric and asymmetric grids together",
-            hint="make all modules symmetric or all asymmetric, or use --format compressed-tensors",
+            hint="use --format gptq_v2, which holds both, or compressed-tensors",
         )
     common = Counter(stored.values()).most_common(1)[0][0]
     head = any(checks.is_head(name) for name in stored)
@@ -125,18 +136,19 @@ def quantization_config(schemes: Mapping[str, Scheme], unquantized: Sequence[str
 
 def read_config(config: Mapping[str, Any]) -> Reader:
     """See `Layout.read_config`.  Of the patterns in `dynamic` the first that matches a module's name decides."""
-    version = config.get("checkpoint_format") or config.get("format") or "gptq"
-    pack_dtype = config.get("pack_dtype") or "int32"
+    version = str(config.get("checkpoint_format") or config.get("format") or "gptq").lower()
+    version = OTHER_NAMES.get(version, version)
+    pack_dtype = str(config.get("pack_dtype") or "int32").removeprefix("torch.")
     if version not in VERSIONS:
         raise FormatError(f"checkpoint_format is {version!r}, expected {' or '.join(VERSIONS)}")
     if pack_dtype != "int32":
         raise FormatError(f"pack_dtype is {pack_dtype!r}, expected 'int32'")
-    common = _reading(config, VERSIONS[version])
+    common = _reading(config, version)
     rules: list[tuple[re.Pattern[str], Reading | None]] = []
     for key, overrides in checks.mapping(config.get("dynamic") or {}, "dynamic").items():
         own = None if key.startswith("-:") else {**config, **checks.mapping(overrides, key)}
         rule = checks.pattern(key.removeprefix("-:").removeprefix("+:"))
-        rules.append((rule, None if own is None else _reading(own, VERSIONS[version])))
+        rules.append((rule, None if own is None else _reading(own, version)))
     listed = _flat(config.get("modules_in_block_to_quantize") or ())
 
     def read(module: str) -> Reading | None:
@@ -149,21 +161,28 @@ def read_config(config: Mapping[str, Any]) -> Reader:
     return read
 
 
-def _zeros(words: Tensor, reading: Reading) -> Tensor | None:
-    """int32 (G, N * bits / 32) -> int16 (N, G), or None for a symmetric grid."""
-    scheme, per_word = reading.scheme, 32 // reading.scheme.bits
-    if scheme.symmetric:  # some files hold the other version's zeros than they declare; here both mean the middle
-        nothing = torch.zeros_like(words)
-        if any(torch.equal(words, _shifted(nothing, scheme, scheme.middle - offset)) for offset in VERSIONS.values()):
-            return None
-    whole = _shifted(words, scheme, reading.zeros_offset)
-    zeros = bits.unpack(whole, scheme.bits, words.shape[1] * per_word).T.to(torch.int16)  # (N, G)
-    return checks.zeros_for(scheme, zeros.contiguous())
+def _unpacked(words: Tensor, reading: Reading, length: int) -> Tensor:
+    """int32 (…, words) -> uint8 (…, length)"""
+    unpack_words = bits.unpack_planes if reading.packing == PLANAR else bits.unpack
+    return unpack_words(words, reading.bits, length)
 
 
-def _shifted(words: Tensor, scheme: Scheme, amount: int) -> Tensor:
+def _zeros(words: Tensor, reading: Reading, N: int) -> Tensor | None:
+    """int32 (G, words) -> int16 (N, G), or None where a symmetric grid has them all in the middle."""
+    width, middle = reading.bits, 1 << (reading.bits - 1)
+    stored = _unpacked(words, reading, words.shape[1] * 32 // width)[:, :N]  # (G, N)
+    # some files hold the other version's zeros than they declare; in a symmetric grid both mean the middle
+    if reading.symmetric and any(bool((stored == middle - offset).all()) for offset in (0, 1)):
+        return None
+    if width in WHOLE_IN_WORDS:
+        whole = _shifted(words, width, reading.zeros_offset)
+        return _unpacked(whole, reading, words.shape[1] * 32 // width)[:, :N].T.to(torch.int16)
+    return (stored.T.to(torch.int16) + reading.zeros_offset) % (1 << width)
+
+
+def _shifted(words: Tensor, width: int, amount: int) -> Tensor:
     """int32 words plus `amount` in each of their numbers, as one sum modulo 2**32: carries cross the numbers."""
-    ones = 0xFFFFFFFF // scheme.levels  # 0x11111111 at 4 bits
+    ones = 0xFFFFFFFF // ((1 << width) - 1)  # 0x11111111 at 4 bits
     return (words.to(torch.int64) + amount * ones).to(torch.int32)  # the conversion drops all above 32 bits
 
 
@@ -176,9 +195,21 @@ def _grid(scheme: Scheme) -> dict[str, Any]:
     return {"bits": scheme.bits, "group_size": group_size, "sym": scheme.symmetric}
 
 
-def _reading(config: Mapping[str, Any], offset: int) -> Reading:
-    grid = checks.declared(config, "bits"), checks.declared(config, "group_size"), config.get("sym", True)
-    return Reading(checks.declared_scheme(*grid, BITS_READ), offset, bool(config.get("desc_act", False)))
+def _reading(config: Mapping[str, Any], version: str) -> Reading:
+    """One grid of a file."""
+    symmetric = config.get("sym")
+    grid = checks.declared_grid(
+        checks.declared(config, "bits"),
+        checks.declared(config, "group_size"),
+        True if symmetric is None else symmetric,
+        BITS_READ,
+    )
+    return dataclasses.replace(
+        grid,
+        zeros_offset=VERSIONS[version],
+        needs_group_index=bool(config.get("desc_act", False)),
+        packing=PLANAR if version == PLANAR or (grid.stored_bits and "autoround_version" not in config) else "",
+    )
 
 
 def _exactly(module: str) -> str:

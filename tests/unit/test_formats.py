@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,7 +38,8 @@ def compressed(weights: dict[str, object], **group: object) -> dict[str, object]
 
 
 def test_every_layout_that_the_settings_offer_has_a_file() -> None:
-    assert formats.names() == tuple(sorted(FORMATS)) == tuple(layout.NAME for layout in LAYOUTS)
+    assert set(formats.names()) == {name for name in FORMATS if not name.startswith("gguf")}
+    assert [formats.load(name).NAME for name in formats.names()] == list(formats.names())
 
 
 @pytest.mark.parametrize("name", formats.names())
@@ -45,8 +47,8 @@ def test_a_layout_is_found_by_name_and_by_quant_method(name: str) -> None:
     layout = formats.load(name)
     block = layout.quantization_config({Q: G32}, [])
     assert layout.NAME == name
-    assert layout.CODES in layout.SUFFIXES
-    assert formats.detect(block) is layout
+    assert set(layout.CODES) <= set(layout.SUFFIXES)
+    assert formats.detect(block) is (gptq if name == "gptq_v2" else layout)
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
@@ -253,30 +255,30 @@ def test_awq_without_zero_point_is_symmetric() -> None:
 @pytest.mark.parametrize(
     ("layout", "block", "words"),
     [
-        (compressed_tensors, compressed({"num_bits": 6}), "6 bits, expected one of 2, 3, 4, 8"),
+        (compressed_tensors, compressed({"num_bits": 1}), "1 bits, expected one of 2, 3, 4, 5, 6, 7, 8"),
         (compressed_tensors, compressed({"type": "float"}), "type 'float', expected 'int'"),
         (compressed_tensors, compressed({"dynamic": True}), "dynamic True"),
         (compressed_tensors, compressed({"strategy": "block"}), "by 'block'"),
-        (compressed_tensors, compressed({"group_size": 40}), "40"),
-        (compressed_tensors, compressed({}, format="marlin-24"), "format 'marlin-24', expected 'pack-quantized'"),
-        (compressed_tensors, compressed({}, input_activations={"num_bits": 8}), "input activations"),
-        (compressed_tensors, compressed({}) | {"format": "int-quantized"}, "'int-quantized'"),
-        (compressed_tensors, compressed({}) | {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
+        (compressed_tensors, compressed({"group_size": 40}), "group size is 40, which is no legal one"),
+        (compressed_tensors, compressed({}, format="marlin-24"), "format 'marlin-24', expected one of pack-quantized"),
+        (compressed_tensors, compressed({}, format="float-quantized"), "'float-quantized'"),
+        (compressed_tensors, compressed({}) | {"format": "mxfp8-quantized"}, "'mxfp8-quantized'"),
+        (compressed_tensors, compressed({}, format="nvfp4-pack-quantized"), "floats of 4 bits by 16"),
         (compressed_tensors, compressed({}) | {"transform_config": {"config_groups": {}}}, "transform_config"),
         (compressed_tensors, compressed({}) | {"sparsity_config": {"format": "sparse-24"}}, "sparse-24"),
         (compressed_tensors, {"config_groups": {"W4A16": ["Linear"]}}, "W4A16"),
         (compressed_tensors, compressed({}) | {"ignore": ["re:("]}, "'\\('"),
         (compressed_tensors, {}, "no config_groups"),
-        (gptq, {"bits": 3, "group_size": 32}, "3 bits, expected one of 2, 4, 8"),
+        (gptq, {"bits": 1, "group_size": 32}, "1 bits, expected one of 2, 3, 4, 5, 6, 7, 8"),
         (gptq, {"bits": 4}, "no group_size"),
         (gptq, {"bits": 4, "group_size": 100}, "100"),
         (gptq, {"bits": 4, "group_size": 32, "sym": "yes"}, "'yes'"),
         (gptq, {"bits": 4, "group_size": 32, "checkpoint_format": "marlin"}, "'marlin', expected gptq or gptq_v2"),
         (gptq, {"bits": 4, "group_size": 32, "pack_dtype": "int16"}, "'int16'"),
-        (gptq, {"bits": 4, "group_size": 32, "dynamic": {"+:a": {"bits": 5}}}, "5 bits"),
+        (gptq, {"bits": 4, "group_size": 32, "dynamic": {"+:a": {"bits": 9}}}, "9 bits"),
         (gptq, {"bits": 4, "group_size": 32, "dynamic": {"+:(": {}}}, "'\\('"),
-        (awq, {"bits": 4, "group_size": 32, "version": "gemv"}, "'gemv', expected 'gemm'"),
-        (awq, {"bits": 8, "group_size": 32}, "8 bits"),
+        (awq, {"bits": 4, "group_size": 32, "version": "marlin"}, "'marlin', expected one of gemm, gemv"),
+        (awq, {"bits": 8, "group_size": 32, "version": "gemv"}, "8 bits in the form gemv, expected 4"),
         (awq, {"bits": 4}, "no group_size or q_group_size"),
         (awq, {"bits": 4, "group_size": 32, "modules_to_not_convert": "gate"}, "'gate'"),
     ],
@@ -289,3 +291,16 @@ def test_what_is_declared_but_not_supported_is_named(layout: Layout, block: dict
 @pytest.mark.parametrize("empty", [None, {}, {"format": "dense", "targets": []}])
 def test_compressed_tensors_blocks_that_ask_for_nothing_are_fine(empty: object) -> None:
     assert compressed_tensors.read_config(compressed({}) | {"sparsity_config": empty})(Q) == Reading(G32)
+
+
+# ---- the page
+
+
+def test_the_page_names_everything_that_is_written_and_read() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "FORMATS.md").read_text(encoding="utf-8")
+    read = {
+        *formats.names(), *formats.READ_ONLY, *gptq.VERSIONS, *FORMATS,
+        "gemm", "gemv", "gemv_fast", "llm-awq",
+        compressed_tensors.PACKING, *compressed_tensors.PLAIN, *compressed_tensors.FLOATS,
+    }  # fmt: skip
+    assert sorted(name for name in read if f"`{name}`" not in page) == []

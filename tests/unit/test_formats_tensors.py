@@ -49,13 +49,13 @@ def reading_of(layout: Layout, scheme: Scheme) -> Reading:
         (compressed_tensors, "weight_zero_point", None, "weight_zero_point is missing"),
         (compressed_tensors, "weight_zero_point", lambda t: t[1:], "1 words for 16 codes"),
         (gptq, "qweight", lambda t: t.short(), "qweight is int16"),
-        (gptq, "qweight", lambda t: t[:, 1:], "15 columns, expected a multiple of 8"),
+        (gptq, "qweight", lambda t: t[:, 1:], r"\(2, 16\), expected .*\(2, 15\)"),
         (gptq, "qweight", lambda t: t[:0], "no input features"),
-        (gptq, "qweight", lambda t: t[1:], "32 does not divide 56"),
+        (gptq, "qweight", lambda t: t[1:], r"int32 \(64\), expected int32 or int64 \(56\)"),
         (gptq, "qzeros", lambda t: t[:, 1:], r"int32 \(2, 1\), expected int32 \(2, 2\)"),
         (gptq, "scales", lambda t: t[1:], r"float16 \(1, 16\), expected .*\(2, 16\)"),
         (gptq, "g_idx", lambda t: t + 1, "1 to 2, expected 0 to 1"),
-        (gptq, "g_idx", lambda t: t[1:], r"int32 \(63\), expected int32 \(64\)"),
+        (gptq, "g_idx", lambda t: t[1:], r"int32 \(63\), expected int32 or int64 \(64\)"),
         (awq, "qweight", lambda t: t[0], r"int32 \(2\), expected int32 \(any, any\)"),
         (awq, "qzeros", None, "qzeros is missing"),
         (awq, "scales", lambda t: t.double(), "scales is float64"),
@@ -71,9 +71,11 @@ def test_a_damaged_tensor_is_found(layout: Layout, suffix: str, damage, words: s
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.NAME)
-def test_a_symmetric_file_has_its_zeros_in_the_middle(layout: Layout) -> None:
-    with pytest.raises(FormatError, match="every zero should be 8; found 0 to 15"):
-        layout.unpack(layout.pack(example(ASYMMETRIC)), Reading(G32))
+def test_zeros_of_a_file_that_is_called_symmetric_are_what_they_are(layout: Layout) -> None:
+    q = example(ASYMMETRIC)
+    back = layout.unpack(layout.pack(q), Reading(G32))
+    assert back.scheme == ASYMMETRIC
+    assert torch.equal(back.dequantize(), q.dequantize())
 
 
 def test_a_declared_order_of_columns_must_be_in_the_file() -> None:
@@ -108,7 +110,8 @@ def test_a_damaged_result_is_not_written(layout: Layout, change, words: str) -> 
 def test_the_shape_of_a_weight_is_known_without_its_codes(layout: Layout) -> None:
     tensors = layout.pack(example())
     shapes = {suffix: tuple(tensor.shape) for suffix, tensor in tensors.items()}
-    del tensors[layout.CODES]
+    for suffix in layout.CODES:
+        del tensors[suffix]
     assert layout.weight_shape(shapes, reading_of(layout, G32), tensors.__getitem__) == (16, 64)
 
 

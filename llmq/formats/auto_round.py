@@ -1,0 +1,121 @@
+"""AutoRound's own files, read only: the tensors of another layout, under a configuration of its own.
+
+    packing_format              tensors
+    auto_round:auto_gptq        as in `gptq.py`, v1, without g_idx       (also auto_round:gptq, gptq)
+    auto_round:auto_awq         as in `awq.py`                           (also auto_round:awq, awq)
+    auto_round                  as in `gptq.py`, v2: zeros as they are   (also auto_round:gptqmodel, :exllamav2 …)
+    auto_round:llm_compressor   weight_packed, floats of four bits, as in `fp4.py`
+
+`extra_config` holds exceptions: a module's name, or else a pattern found anywhere in it, to the keys that differ; 16
+bits are a module that stays float.  What is quantized at all is in `block_name_to_quantize`; here the tensors tell it.
+
+Source: github.com/intel/auto-round, auto_round/inference/convert_model.py and export/export_to_autoround.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+from llmq.config import Scheme
+from llmq.errors import FormatError
+from llmq.formats import Reader, Reading, awq, checks, compressed_tensors, fp4, gptq
+from llmq.quantized import QuantizedTensor
+
+NAME = "auto-round"
+SUFFIXES: tuple[str, ...] = tuple(dict.fromkeys((*gptq.SUFFIXES, *compressed_tensors.SUFFIXES)))
+CODES: tuple[str, ...] = ("qweight", "weight_packed")
+GPTQ, GPTQ_V2, AWQ, FLOAT = "gptq", "gptq_v2", "awq", "llm_compressor"
+NOT_READ = ("fake", "mlx", "fp8", "e5m3")
+FLOATS = {"nv_fp": (fp4.NVFP4_GROUP, fp4.nvfp4), "mx_fp": (fp4.MXFP4_GROUP, fp4.mxfp4)}  # by the start of data_type
+FLOAT_BITS = 16
+
+
+def unpack(tensors: Mapping[str, Tensor], reading: Reading) -> QuantizedTensor:
+    """See `Readable.unpack`."""
+    home: Any = _home(reading)
+    quantized: QuantizedTensor = home.unpack(tensors, dataclasses.replace(reading, packing=""))
+    return quantized
+
+
+def weight_shape(
+    shapes: Mapping[str, tuple[int, ...]], reading: Reading, read: Callable[[str], Tensor]
+) -> tuple[int, int]:
+    """See `Readable.weight_shape`."""
+    home: Any = _home(reading)
+    N, K = home.weight_shape(shapes, dataclasses.replace(reading, packing=""), read)
+    return N, K
+
+
+def read_config(config: Mapping[str, Any]) -> Reader:
+    """See `Readable.read_config`."""
+    for key in ("rotation_config", "spinquant_config"):
+        if config.get(key):
+            raise FormatError(f"the checkpoint declares {key}, inputs rotated at run time, which llmq does not do")
+    common = _reading(config)
+    exceptions = {
+        name: _reading({**config, **checks.mapping(overrides, name)})
+        for name, overrides in checks.mapping(config.get("extra_config") or {}, "extra_config").items()
+    }
+    skipped = checks.names_in(config.get("modules_to_not_convert"), "modules_to_not_convert")
+    patterns = [(pattern, exceptions[name]) for name in exceptions if (pattern := _pattern(name)) is not None]
+
+    def read(module: str) -> Reading | None:
+        if module in exceptions:
+            return exceptions[module]
+        if any(re.search(entry, module) for entry in skipped):
+            return None
+        return next((reading for pattern, reading in patterns if pattern.search(module)), common)
+
+    return read
+
+
+def _reading(config: Mapping[str, Any]) -> Reading | None:
+    """How the modules with these settings are read, None where they stay float."""
+    bits, group_size = checks.declared(config, "bits"), checks.declared(config, "group_size")
+    if isinstance(bits, int) and bits >= FLOAT_BITS:
+        return None
+    note = "quantized activations" if (config.get("act_bits") or FLOAT_BITS) < FLOAT_BITS else ""
+    packing = _packing(config)
+    kind = str(config.get("data_type") or "int")
+    if packing == FLOAT or not kind.startswith("int"):
+        start = next((start for start in FLOATS if kind.startswith(start)), None)
+        if start is None or packing != FLOAT or (bits, group_size) != (4, FLOATS[start][0]):
+            declared = f"{kind!r} of {bits} bits by {group_size} as {config.get('packing_format')!r}"
+            raise FormatError(f"the checkpoint declares weights of type {declared}, which llmq does not read")
+        size, decode = FLOATS[start]
+        return Reading(Scheme(4, size), packing=decode.__name__, decode=decode, note=note)
+    symmetric = config.get("sym")
+    allowed = (awq.BITS,) if packing == AWQ else gptq.BITS_READ
+    grid = checks.declared_grid(bits, group_size, True if symmetric is None else symmetric, allowed)
+    return dataclasses.replace(grid, zeros_offset=int(packing == GPTQ), packing=packing, note=note)
+
+
+def _packing(config: Mapping[str, Any]) -> str:
+    """Which layout the tensors have."""
+    declared = str(config.get("packing_format") or config.get("backend") or "auto_round:auto_gptq").lower()
+    if any(word in declared for word in NOT_READ):
+        raise FormatError(f"the checkpoint's packing_format is {declared!r}, which llmq does not read")
+    if "awq" in declared:
+        return AWQ
+    if "llm_compressor" in declared:
+        return FLOAT
+    return GPTQ if declared == "auto" or ("gptq" in declared and "gptqmodel" not in declared) else GPTQ_V2
+
+
+def _home(reading: Reading) -> ModuleType:
+    """The layout whose tensors these are."""
+    if reading.decode is not None:
+        return compressed_tensors
+    return awq if reading.packing == AWQ else gptq
+
+
+def _pattern(name: str) -> re.Pattern[str] | None:
+    """A name that is no regular expression is looked for as it is, as AutoRound does."""
+    try:
+        return re.compile(name)
+    except re.error:
+        return None

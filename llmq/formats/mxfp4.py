@@ -1,0 +1,54 @@
+"""gpt-oss as it was published: the experts of a layer stacked in one tensor of mxfp4 (`fp4.py`), all else as floats.
+
+    gate_up_proj_blocks  uint8 (E, 2I, K / 32, 16)   32 codes along K, the even one in the low half of a byte
+    gate_up_proj_scales  uint8 (E, 2I, K / 32)       the exponent of their power of two, plus 127
+    down_proj_…          the same with (E, N, …)
+
+Rows of gate and up alternate.  What comes out is the parameter as float checkpoints of these models hold it, inputs
+before outputs, (E, K, 2I), under its own name, `…experts.gate_up_proj`.
+
+Source: github.com/huggingface/transformers, integrations/mxfp4.py, convert_moe_packed_tensors.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmq.config import Scheme
+from llmq.errors import FormatError
+from llmq.formats import Reader, Reading, checks, fp4
+from llmq.quantized import QuantizedTensor
+
+NAME = "mxfp4"
+SUFFIXES: tuple[str, ...] = ("_blocks", "_scales")
+CODES: tuple[str, ...] = ("_blocks",)
+BYTES = 16  # of a group
+
+
+def unpack(tensors: Mapping[str, Tensor], reading: Reading) -> QuantizedTensor:
+    """See `Readable.unpack`: there is no integer grid."""
+    raise FormatError("a weight of mxfp4 lies on no integer grid; it can be read as floats only")
+
+
+def decode(tensors: Mapping[str, Tensor]) -> Tensor:
+    """(E, K, N) float32."""
+    blocks = checks.stored(tensors, "_blocks", (torch.uint8,), (None, None, None, BYTES))
+    scales = checks.stored(tensors, "_scales", (torch.uint8,), tuple(blocks.shape[:3]))
+    weight = fp4.values_of(blocks) * fp4.powers(scales)[..., None]  # (E, N, K / 32, 32)
+    return weight.flatten(-2).mT.contiguous()
+
+
+def weight_shape(
+    shapes: Mapping[str, tuple[int, ...]], reading: Reading, read: Callable[[str], Tensor]
+) -> tuple[int, int]:
+    """See `Readable.weight_shape`; rows of all experts are counted."""
+    E, N, groups, _ = shapes["_blocks"]
+    return E * N, groups * fp4.MXFP4_GROUP
+
+
+def read_config(config: Mapping[str, Any]) -> Reader:
+    """See `Readable.read_config`.  What is packed is known by its tensors alone."""
+    reading = Reading(Scheme(4, fp4.MXFP4_GROUP), packing=NAME, decode=decode)
+    return lambda module: reading

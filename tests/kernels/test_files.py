@@ -1,0 +1,95 @@
+"""llmq's own files are read without torch: NumPy gives the floats that llmq gives."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import llmq
+from llmq import formats
+from llmq.config import Scheme
+from llmq.quantized import QuantizedTensor
+from llmq_kernels import files
+from tests import foreign
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj")
+
+# runs where torch cannot be imported, and says what was imported of llmq
+WITHOUT_TORCH = """
+import sys
+for name in ("torch", "transformers", "llmq"):
+    sys.modules[name] = None
+import numpy as np
+from llmq_kernels import files
+np.savez(sys.argv[2], **dict(files.dequantize(sys.argv[1])))
+assert sys.modules["torch"] is None
+"""
+
+
+def example(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype, seed: int) -> QuantizedTensor:
+    draw = torch.Generator().manual_seed(seed)
+    N, G = shape[0], shape[1] // scheme.columns_per_group(shape[1])
+    codes = torch.randint(0, scheme.levels + 1, shape, dtype=torch.uint8, generator=draw)
+    zeros = torch.randint(0, scheme.levels + 1, (N, G), dtype=torch.int16, generator=draw)
+    scales = torch.randn(N, G, generator=draw).to(dtype)
+    return QuantizedTensor(codes, scales, None if scheme.symmetric else zeros, scheme)
+
+
+def written(folder: Path, name: str, *schemes: Scheme, dtype: torch.dtype = torch.float16) -> Path:
+    layout = formats.load(name)
+    weights = {m: example(s, (32, 160 * 8), dtype, i) for i, (m, s) in enumerate(zip(NAMES, schemes, strict=True))}
+    settings = layout.quantization_config({m: q.scheme for m, q in weights.items()}, ["lm_head"])
+    return foreign.folder(folder, settings, {m: layout.pack(q) for m, q in weights.items()})
+
+
+CASES: dict[str, Callable[[Path], Path]] = {
+    "compressed-tensors 4 bits, bf16": lambda path: written(
+        path, "compressed-tensors", Scheme(4, 128), Scheme(4, 128), dtype=torch.bfloat16
+    ),
+    "compressed-tensors mixed": lambda path: written(
+        path, "compressed-tensors", Scheme(3, 32, symmetric=False), Scheme(8, "channel")
+    ),
+    "compressed-tensors 2 bits": lambda path: written(
+        path, "compressed-tensors", Scheme(2, 16, symmetric=False), Scheme(2, "channel", symmetric=False)
+    ),
+    "gptq": lambda path: written(path, "gptq", Scheme(4, 64), Scheme(8, 128)),
+    "gptq asymmetric": lambda path: written(
+        path, "gptq", Scheme(4, 64, symmetric=False), Scheme(8, 128, symmetric=False)
+    ),
+    "gptq_v2": lambda path: written(path, "gptq_v2", Scheme(4, 64), Scheme(4, 32, symmetric=False)),
+    "awq": lambda path: written(path, "awq", Scheme(4, 128, symmetric=False), Scheme(4, 128, symmetric=False)),
+    "awq symmetric": lambda path: written(path, "awq", Scheme(4, 256), Scheme(4, 256)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_numpy_gives_the_same_floats(tmp_path: Path, case: str) -> None:
+    folder = CASES[case](tmp_path)
+    expected = {name: weight.numpy() for name, weight in llmq.dequantize(folder)}
+    found = dict(files.dequantize(folder))
+    assert found.keys() == expected.keys()
+    for name, weight in found.items():
+        assert weight.dtype == np.float32
+        np.testing.assert_array_equal(weight, expected[name])
+
+
+def test_no_torch_is_needed(tmp_path: Path) -> None:
+    folder = CASES["compressed-tensors mixed"](tmp_path / "model")
+    path = {"PYTHONPATH": str(ROOT / "kernels"), "PATH": ""}
+    out = tmp_path / "weights.npz"
+    subprocess.run([sys.executable, "-c", WITHOUT_TORCH, str(folder), str(out)], check=True, env=path)
+    found: Any = np.load(out)
+    for name, weight in llmq.dequantize(folder):
+        np.testing.assert_array_equal(found[name], weight.numpy())
+
+
+def test_what_is_none_of_llmqs_is_refused(tmp_path: Path) -> None:
+    folder = foreign.folder(tmp_path, {"quant_method": "fp8"}, {})
+    with pytest.raises(ValueError, match="'fp8', expected compressed-tensors, gptq or awq"):
+        list(files.dequantize(folder))
