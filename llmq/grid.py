@@ -20,8 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmq import superblocks
 from llmq.config import Scheme
-from llmq.quantized import QuantizedTensor
+from llmq.quantized import QuantizedTensor, Superblocks, affine
 from llmq_kernels.grid_search import op as grid_search
 from llmq_kernels.grid_search.torch_path import stored
 
@@ -33,12 +34,27 @@ SMALLEST_SCALE_ELSEWHERE = 1e-9
 
 
 @dataclass(frozen=True)
+class Bounded:
+    """Scales of a dtype, none smaller than `smallest`: what several files, each with a dtype of its own, hold alike."""
+
+    dtype: torch.dtype
+    smallest: float
+
+
+ScaleDtype = torch.dtype | Bounded
+
+
+@dataclass(frozen=True)
 class Grid:
-    """scales (N, G) in their storage dtype; zeros (N, G) int16, or None where symmetric."""
+    """scales (N, G) in their storage dtype; zeros (N, G) int16, or None where symmetric.
+
+    In a two-level grid they follow from `superblocks`, and both are float32.
+    """
 
     scheme: Scheme
     scales: Tensor
     zeros: Tensor | None
+    superblocks: Superblocks | None = None
 
     def by_column(self, in_features: int) -> tuple[Tensor, Tensor]:
         """float32 scales and zeros of every column, (N, K) each."""
@@ -54,16 +70,21 @@ class Grid:
         return (weight / scales).add_(zeros).round_().clamp_(0, self.scheme.levels).to(torch.uint8)
 
     def quantized(self, codes: Tensor) -> QuantizedTensor:
-        return QuantizedTensor(codes, self.scales, self.zeros, self.scheme)
+        return QuantizedTensor(codes, self.scales, self.zeros, self.scheme, superblocks=self.superblocks)
 
 
-def fit_minmax(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Grid:
+def fit_minmax(weight: Tensor, scheme: Scheme, scale_dtype: ScaleDtype) -> Grid:
     """The grid whose range is that of each group of `weight` (N, K) float32."""
+    if scheme.two_level:  # its scales depend on each other, so there is no such thing
+        return fit_searched(weight, scheme, scale_dtype)
     return _assemble(weight.shape[0], scheme, scale_dtype, *_minmax(_grouped(weight, scheme), scheme, scale_dtype))
 
 
-def fit_searched(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, importance: Tensor | None = None) -> Grid:
+def fit_searched(weight: Tensor, scheme: Scheme, scale_dtype: ScaleDtype, importance: Tensor | None = None) -> Grid:
     """The grid of least error for each group of `weight` (N, K) float32; `importance` (K,) weighs the columns."""
+    if scheme.two_level:
+        found = superblocks.fit(weight, scheme, importance)
+        return Grid(scheme, *affine(found), found)
     groups = _grouped(weight, scheme)  # (R, G, g)
     signs = _signs(groups) if scheme.symmetric else None
     groups = groups if signs is None else groups * signs[..., None]
@@ -80,19 +101,29 @@ def fit_searched(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, impor
     return _assemble(weight.shape[0], scheme, scale_dtype, scales, zeros)
 
 
-def storable(scales: Tensor, scale_dtype: torch.dtype) -> Tensor:
+def storable(scales: Tensor, scale_dtype: ScaleDtype) -> Tensor:
     """`scales` (N, G) float32 in the dtype of the file, none too small for it; signs are kept."""
-    return stored(scales.abs(), scale_dtype, _smallest(scale_dtype)).copysign(scales).to(scale_dtype)
+    return _stored(scales.abs(), scale_dtype).copysign(scales).to(dtype_of(scale_dtype))
 
 
-def _candidates(scheme: Scheme, scale_dtype: torch.dtype) -> grid_search.Candidates:
+def dtype_of(scale_dtype: ScaleDtype) -> torch.dtype:
+    return scale_dtype.dtype if isinstance(scale_dtype, Bounded) else scale_dtype
+
+
+def _candidates(scheme: Scheme, scale_dtype: ScaleDtype) -> grid_search.Candidates:
     lowest = LOWEST_FACTOR_2_BITS if scheme.bits == 2 else LOWEST_FACTOR
     factors = torch.linspace(lowest, HIGHEST_FACTOR, COARSE_STEPS).tolist()
     step = factors[1] - factors[0]
     offsets = torch.linspace(-step, step, FINE_STEPS).tolist()
     shifts = (0,) if scheme.symmetric else tuple(range(-ZERO_STEPS, ZERO_STEPS + 1))
     return grid_search.Candidates(
-        scheme.levels, scheme.symmetric, tuple(factors), tuple(offsets), shifts, _smallest(scale_dtype), scale_dtype
+        scheme.levels,
+        scheme.symmetric,
+        tuple(factors),
+        tuple(offsets),
+        shifts,
+        _smallest(scale_dtype),
+        dtype_of(scale_dtype),
     )
 
 
@@ -108,21 +139,27 @@ def _signs(groups: Tensor) -> Tensor:
     return torch.where(groups.amax(-1) > -groups.amin(-1), -1.0, 1.0)
 
 
-def _minmax(groups: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _minmax(groups: Tensor, scheme: Scheme, scale_dtype: ScaleDtype) -> tuple[Tensor, Tensor]:
     """Scales and zeros (R, G) float32 from the range of each group of (R, G, g), zero always inside the range."""
     if scheme.symmetric:
         scales = groups.abs().amax(-1) * (2 / scheme.levels)
-        return stored(scales, scale_dtype, _smallest(scale_dtype)), torch.full_like(scales, scheme.middle)
+        return _stored(scales, scale_dtype), torch.full_like(scales, scheme.middle)
     low, high = groups.amin(-1).clamp_(max=0), groups.amax(-1).clamp_(min=0)
-    scales = stored((high - low) / scheme.levels, scale_dtype, _smallest(scale_dtype))
+    scales = _stored((high - low) / scheme.levels, scale_dtype)
     return scales, (-low / scales).round_().clamp_(0, scheme.levels)
 
 
-def _smallest(scale_dtype: torch.dtype) -> float:
+def _smallest(scale_dtype: ScaleDtype) -> float:
+    if isinstance(scale_dtype, Bounded):
+        return scale_dtype.smallest
     return SMALLEST_SCALE.get(scale_dtype, SMALLEST_SCALE_ELSEWHERE)
 
 
-def _assemble(rows: int, scheme: Scheme, scale_dtype: torch.dtype, scales: Tensor, zeros: Tensor) -> Grid:
+def _stored(scales: Tensor, scale_dtype: ScaleDtype) -> Tensor:
+    return stored(scales, dtype_of(scale_dtype), _smallest(scale_dtype))
+
+
+def _assemble(rows: int, scheme: Scheme, scale_dtype: ScaleDtype, scales: Tensor, zeros: Tensor) -> Grid:
     """(R, G) float32 parts -> a `Grid`; a per-tensor scale is repeated for every row."""
     scales, zeros = (part.expand(rows, -1).contiguous() for part in (scales, zeros))
-    return Grid(scheme, scales.to(scale_dtype), None if scheme.symmetric else zeros.to(torch.int16))
+    return Grid(scheme, scales.to(dtype_of(scale_dtype)), None if scheme.symmetric else zeros.to(torch.int16))

@@ -19,7 +19,10 @@ from llmq.checkpoint import hub
 from llmq.checkpoint.reader import Checkpoint
 from llmq.errors import CheckpointError, ConfigError, QualityError, UnsupportedModelError
 from llmq.evaluation import Evaluation, Scores, read_windows, score, summary, summary_of_original
-from llmq.runtime.load import PackedWeights, choose_device, load_tokenizer, quantization_settings
+from llmq.gguf.container import Container
+from llmq.gguf.reader import described, is_file
+from llmq.runtime.load import choose_device, load_tokenizer
+from llmq.runtime.packed_weights import PackedWeights, quantization_settings
 from llmq.streaming import Source, open_source, windows_together
 
 DEFAULT_SEQLEN = 2048
@@ -116,10 +119,11 @@ def measure_many(
     base = None if original is None else hub.locate(str(original), remote_code=remote_code)
 
     def opened(folder: Path) -> Source:
-        return open_source(folder, chosen, dtype, remote_code=remote_code)
+        return open_source(folder, chosen, dtype, remote_code=remote_code, like=base)
 
     first = opened(base or folders[0])
-    tokenizer = load_tokenizer(base or folders[0], remote_code=remote_code)
+    with described(base or folders[0]) as folder:
+        tokenizer = load_tokenizer(folder, remote_code=remote_code)
     length = min(seqlen or DEFAULT_SEQLEN, first.max_tokens or DEFAULT_SEQLEN)
     names = dict.fromkeys([str(texts)] if isinstance(texts, str | Path) else map(str, texts))
     held = {name: read_windows(name, tokenizer, length, wikitext=wikitext, limit=limit) for name in names}
@@ -245,7 +249,10 @@ def _check_tokens(windows: Tensor, model: Source) -> None:
 
 def size_of(path: str | Path) -> Size:
     """Size of a checkpoint, from its headers."""
-    checkpoint = Checkpoint.open(hub.locate(str(path)))
+    folder = hub.locate(str(path))
+    if is_file(folder):
+        return Size(*Container(folder).size())
+    checkpoint = Checkpoint.open(folder)
     if quantization_settings(checkpoint) is None:
         return Size(checkpoint.nbytes, None)
     packed = PackedWeights(checkpoint)

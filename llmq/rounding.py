@@ -9,7 +9,6 @@ The Hessian is factored once for all weights and all steps.  A method without ta
 its rounding stage.
 """
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -21,7 +20,7 @@ from llmq.algorithms import Factor, Options, Rounding, gptq, target
 from llmq.algorithms.guard import held_out_loss
 from llmq.config import Scheme
 from llmq.methods import Method
-from llmq.quantized import QuantizedTensor
+from llmq.quantized import QuantizedTensor, where
 from llmq.report.record import StageGain
 from llmq.stats import InputStats
 
@@ -135,8 +134,4 @@ def _judge(
         keep[rows] = now < was
         gains[path].append(StageGain(stage, was, now, now < was))
         start = rows.stop
-    return dataclasses.replace(
-        after,
-        codes=torch.where(keep, after.codes, before.codes),
-        scales=torch.where(keep, after.scales, before.scales),
-    )
+    return where(keep, after, before)

@@ -16,6 +16,7 @@ from torch import Tensor
 from llmq import evaluation, memory
 from llmq.checkpoint.reader import Checkpoint
 from llmq.errors import UnsupportedModelError
+from llmq.gguf import reader
 from llmq.model.skeleton import Skeleton
 from llmq.model.walk import hidden_states
 from llmq.runtime.load import load_model, stored_dtype
@@ -114,13 +115,22 @@ class Whole:
 
 
 def open_source(
-    folder: Path, device: torch.device, dtype: torch.dtype | None = None, *, remote_code: bool = False
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    *,
+    remote_code: bool = False,
+    like: Path | None = None,
 ) -> Source:
-    """The model of a local checkpoint, block by block where that can be done.
+    """The model of a local checkpoint or .gguf file, block by block where that can be done.
 
-    `dtype` is what it computes in: by default the checkpoint's own, but float32 on a CPU.  Raises CheckpointError,
+    `dtype` is what it computes in: by default the checkpoint's own (a .gguf's is bfloat16), but float32 on a CPU;
+    `like` is the folder of the model that a .gguf file was made from, where it is known.  Raises CheckpointError,
     FormatError, UnsupportedModelError.
     """
+    if reader.is_file(folder):
+        own = torch.float32 if device.type == "cpu" else torch.bfloat16
+        return Streamed(reader.open_skeleton(folder, device, dtype or own, like))
     checkpoint = Checkpoint.open(folder)
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else stored_dtype(checkpoint)

@@ -81,12 +81,14 @@ PEERS = {
     "llama.cpp Q4_K_M": Peer(llama_cpp_blocks, ("--type", "Q4_K_M"), Q4_K_M, "scale and minimum", draws=False),
     "llama.cpp Q4_K_M imatrix": Peer(llama_cpp_blocks, ("--type", "Q4_K_M", "--imatrix"), Q4_K_M, "scale and minimum"),
 }
+IN_Q4_K_M = ("--format", "gguf:q4_k_m", "--skip", "embed_tokens", "--skip", "lm_head")
 LLMQ = {
     "rtn-minmax": ("--method", "rtn", "--scales", "minmax"),
     "gptq-paper": ("--method", "gptq", "--order", "natural", "--scales", "minmax"),
     **{name: ("--method", name) for name in ("rtn", "gptq", "awq", "fast", "balanced", "best")},
+    **{f"{name} q4_k_m": ("--method", name, *IN_Q4_K_M) for name in ("rtn", "gptq", "fast", "balanced", "best")},
 }
-NEED_NO_TEXT = ("rtn-minmax", "rtn")
+NEED_NO_TEXT = ("rtn-minmax", "rtn", "rtn q4_k_m")
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def contend(name: str, model: Model, grid: str, seed: int, scratch: Path) -> dic
     from llmq.measure import measure
 
     peer, method = PEERS.get(name), name.removeprefix("llmq ")
-    own = peer.own_grid if peer else None
+    own = peer.own_grid if peer else "scale and minimum" if set(IN_Q4_K_M) <= set(LLMQ[method]) else None
     row: dict[str, Any] = {"name": name, "asked": grid, "grid": own or grid, "seed": seed}
     row["settings"] = peer.settings if peer else " ".join(LLMQ[method])
     out, tokens = scratch / "out", scratch / "tokens.json"
@@ -141,7 +143,7 @@ def contend(name: str, model: Model, grid: str, seed: int, scratch: Path) -> dic
         return row | {"error": f"cannot be installed: {error}"}
     except PeerError as error:
         return row | {"error": f"does not run: {error}"}
-    found = measure(out, model.folder, str(model.evaluation), seqlen=SEQLEN, limit=WINDOWS)
+    found = measure(next(out.glob("*.gguf"), out), model.folder, str(model.evaluation), seqlen=SEQLEN, limit=WINDOWS)
     assert found.original is not None
     figures = {name: getattr(found.model, name) for name in FIGURES}
     load = {"load_average": os.getloadavg()[0], "commit": revision()}

@@ -115,7 +115,7 @@ def pipeline_run(plan: Plan, folder: Path, blocks: int, device: torch.device) ->
     tensors = random_model.RandomTensors(model, device)
     skeleton = Skeleton(model, ModelWeights(model, tensors.read, tensors.__contains__), device)
     linears = {path: linear for block in skeleton.blocks for path, linear in block.linears.items()}
-    layout = formats.load(settings.format)
+    layout = formats.load(settings.formats[0])
     shapes = [(path, linear.out_features, linear.in_features) for path, linear in linears.items()]
     plans = dict(zip(linears, schemes.plan_layers(shapes, settings, layout), strict=True))
     windows = torch.randint(plan.llama.vocabulary, (plan.windows, plan.tokens))

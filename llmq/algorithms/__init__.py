@@ -19,15 +19,16 @@ import torch
 from torch import Tensor
 
 from llmq.config import Scheme
+from llmq.grid import ScaleDtype
 from llmq.quantized import QuantizedTensor
 from llmq.stats import InputStats
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a stage may be told: the dtype that scales are stored in, and the choices of a run."""
+    """What a stage may be told: the values that scales may have, and the choices of a run."""
 
-    scale_dtype: torch.dtype = torch.float32
+    scale_dtype: ScaleDtype = torch.float32
     order: str = "activation"
     scales: str = "searched"
     damping: float = 0.01

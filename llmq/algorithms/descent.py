@@ -13,6 +13,8 @@ Rows are independent and go together.  Columns go in blocks of 128: inside a blo
 it by one matrix product a block.  One sweep: further ones lower the loss on the calibration text and not on other text.
 """
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -26,9 +28,7 @@ def refine(target: Tensor, quantized: QuantizedTensor, hessian: Tensor, options:
     """See `RefinementStage`."""
     before = quantized.dequantize()
     codes = _sweep(target, before, quantized, hessian)
-    moved = QuantizedTensor(
-        codes.T.contiguous().to(torch.uint8), quantized.scales, quantized.zeros, quantized.scheme, quantized.group_index
-    )
+    moved = dataclasses.replace(quantized, codes=codes.T.contiguous().to(torch.uint8))
     # Every step is one down in exact numbers; in float32 a row at its minimum may go up by a last bit.
     worse = output_error(target, moved.dequantize(), hessian) > output_error(target, before, hessian)
     moved.codes[worse] = quantized.codes[worse]

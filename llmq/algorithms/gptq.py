@@ -57,7 +57,7 @@ def round_weight(
         return Rounding(nearest.quantized, None, (note,))
     notes = [] if factor.damping == options.damping else [f"damping raised to {factor.damping:g}"]
 
-    if options.order == "natural" and options.scales == "minmax":
+    if options.order == "natural" and options.scales == "minmax" and not scheme.two_level:
         chosen, codes = compensate_with_growing_grid(weight, factor, scheme, options.scale_dtype)
     else:
         if options.scales == "searched":
@@ -161,7 +161,7 @@ def _by_group(chosen: Grid) -> tuple[Tensor, Tensor]:
 
 
 def compensate_with_growing_grid(
-    weight: Tensor, factor: Factor, scheme: Scheme, scale_dtype: torch.dtype
+    weight: Tensor, factor: Factor, scheme: Scheme, scale_dtype: grid.ScaleDtype
 ) -> tuple[Grid, Tensor]:
     """The paper's order: a group's min-max range is taken once the columns before it are compensated for.
 

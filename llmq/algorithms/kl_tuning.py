@@ -16,6 +16,9 @@ arXiv:1412.6980) with β = 0.9, 0.95; its rates rise over ten steps and then fal
 
 v starts where the float weight lies in the cell of its code, or in the middle of the cell; step 0 is exactly the given
 codes.  No float weight is moved, and nothing but codes and scales is kept of the result.
+
+In a two-level grid (`quantized.Superblocks`) θ stretches what is a real number there, d and dmin of each superblock;
+the small integers that they are multiplied with stay.
 """
 
 import math
@@ -58,7 +61,10 @@ class Moving:
 
 @dataclass
 class State:
-    """One weight while it is tuned; `rounding` is v (N, K) and `scales` is θ (N, G), None where it stays as it is."""
+    """One weight while it is tuned; `rounding` is v (N, K) and `scales` is θ, None where it stays as it is.
+
+    θ is (N, G), in a two-level grid (N, S) for each of its real numbers, side by side.
+    """
 
     origin: QuantizedTensor
     rounding: Moving | None
@@ -89,15 +95,19 @@ def start(quantized: QuantizedTensor, reference: Tensor | None, rates: Rates) ->
             v.clamp_(-EDGE, EDGE)
         rounding = Moving.at(v)
     if rates.scales:
-        scales = Moving.at(torch.zeros(quantized.scales.shape, device=quantized.codes.device))
+        shape = quantized.scales.shape if quantized.superblocks is None else quantized.superblocks.shared().shape
+        scales = Moving.at(torch.zeros(shape, device=quantized.codes.device))
     return State(quantized, rounding, scales)
 
 
 def quantized(origin: QuantizedTensor, v: Tensor | None, theta: Tensor | None) -> QuantizedTensor:
-    """`origin` with its codes moved by v (N, K) and its scales stretched by θ (N, G), both as they are stored."""
+    """`origin` with its codes moved by v (N, K) and its scales stretched by θ, both as they are stored."""
     codes, scales = origin.codes, origin.scales
     if v is not None:
         codes = (v + origin.codes).round_().clamp_(0, origin.scheme.levels).to(torch.uint8)
+    if origin.superblocks is not None:
+        stretched = origin.superblocks if theta is None else origin.superblocks.stretched(1 + theta)
+        return QuantizedTensor.of_superblocks(codes, stretched, origin.scheme)
     if theta is not None:
         scales = _stored(origin.scales.to(torch.float32) * (1 + theta), origin.scales.dtype)
     return QuantizedTensor(codes, scales, origin.zeros, origin.scheme, origin.group_index)
@@ -113,8 +123,7 @@ def update(state: State, gradient: Tensor, rates: Rates, step: int) -> None:
     """One step, in place, against the gradient (N, K) of the loss in the weight `result(state)`."""
     G, now, groups = gradient.to(torch.float32), result(state), state.origin.column_groups()
     if state.scales is not None:
-        slope = _by_group((now.codes.to(torch.float32) - _zeros(state.origin)).mul_(G), state.origin)
-        state.scales.descend(slope.mul_(state.origin.scales.to(torch.float32)), rates.scales, step)
+        state.scales.descend(_slope_of_scales(state.origin, now.codes, G), rates.scales, step)
     if state.rounding is not None:
         slope = G * now.scales.to(torch.float32)[:, groups]
         place = state.rounding.value + state.origin.codes  # before rounding
@@ -166,6 +175,18 @@ def drawn(step: int, count: int, windows: int, seed: int) -> list[int]:
         order = torch.randperm(windows, generator=torch.Generator().manual_seed(seed + round_))
         found.append(int(order[place]))
     return found
+
+
+def _slope_of_scales(origin: QuantizedTensor, codes: Tensor, gradient: Tensor) -> Tensor:
+    """∂L/∂θ at the codes (N, K), from the gradient (N, K) in the weight."""
+    if origin.superblocks is None:
+        slope = _by_group((codes.to(torch.float32) - _zeros(origin)).mul_(gradient), origin)
+        return slope.mul_(origin.scales.to(torch.float32))
+    offsets, groups, S = origin.superblocks.offsets(), origin.column_groups(), origin.superblocks.d.shape[1]
+    steps = codes.to(torch.float32) - (origin.scheme.middle if offsets is None else 0)
+    of_scales = (steps * origin.scales[:, groups]).mul_(gradient)
+    of_offsets = [] if offsets is None else [-offsets[:, groups] * gradient]
+    return torch.cat([part.reshape(len(part), S, -1).sum(2) for part in (of_scales, *of_offsets)], dim=1)
 
 
 def _zeros(quantized: QuantizedTensor) -> Tensor | int:

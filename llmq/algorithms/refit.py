@@ -9,6 +9,8 @@ Let B (G, K) hold q - z of a row, group g's in row g and zero elsewhere, so that
 The ridge μ keeps scales near the old ones s⁰ where the codes hardly tell.  Groups of one row are solved together: what
 one group cannot represent another may make up for.  Scales are rounded to the dtype of the file before a row is judged,
 and a row is accepted only where its loss falls.  A scale shared by a whole tensor is left as it is.
+
+Two-level grids are refitted in `superblock_refit.py`.
 """
 
 import dataclasses
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 
 from llmq import grid
-from llmq.algorithms import Options, output_error
+from llmq.algorithms import Options, output_error, superblock_refit
 from llmq.quantized import QuantizedTensor
 
 RIDGE = 1e-3
@@ -28,6 +30,8 @@ def refine(target: Tensor, quantized: QuantizedTensor, hessian: Tensor, options:
     """See `RefinementStage`."""
     if quantized.scheme.group_size == "tensor":
         return quantized
+    if quantized.superblocks is not None:
+        return superblock_refit.refine(target, quantized, hessian, options)
     K, G = quantized.shape[1], quantized.scales.shape[1]
     rows = max(1, ELEMENTS_AT_ONCE // max(G * G, K))
     pieces = [(start, start + rows) for start in range(0, len(target), rows)]
@@ -35,7 +39,7 @@ def refine(target: Tensor, quantized: QuantizedTensor, hessian: Tensor, options:
     return dataclasses.replace(quantized, scales=scales)
 
 
-def _refit(target: Tensor, quantized: QuantizedTensor, hessian: Tensor, scale_dtype: torch.dtype) -> Tensor:
+def _refit(target: Tensor, quantized: QuantizedTensor, hessian: Tensor, scale_dtype: grid.ScaleDtype) -> Tensor:
     """Scales (N, G) in their storage dtype: the new ones in the rows that they improve."""
     G = quantized.scales.shape[1]
     steps = _steps(quantized)  # (N, K), q - z

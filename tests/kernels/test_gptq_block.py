@@ -132,6 +132,14 @@ def test_codes_at_every_width(compensate: Callable[[Problem], Tensor], bits: int
     assert_equal_but_for_ties(case, compensate(case).numpy())
 
 
+@pytest.mark.parametrize("bits", [4, 6])
+def test_zeros_may_lie_between_codes(compensate: Callable[[Problem], Tensor], bits: int) -> None:
+    case = problem(K=140, bits=bits, seed=bits)
+    shifts = torch.rand(case.zeros.shape, generator=torch.Generator().manual_seed(bits)) - 0.5
+    moved = replace(case, zeros=case.zeros + shifts)
+    assert_equal_but_for_ties(moved, compensate(moved).numpy())
+
+
 @pytest.mark.parametrize("group", [32, 64, 128, None])
 @pytest.mark.parametrize("shuffled", [True, False], ids=["shuffled", "natural"])
 def test_codes_with_every_grouping_in_either_order(

@@ -6,7 +6,7 @@ Shapes: E experts, K columns in the order in which they are visited, N rows of t
     codes     (E, K, N) uint8     written
     upper     (E, K, K) float32   U, the upper Cholesky factor of H⁻¹ in visiting order, of any strides
     scales    (E, G, N) float32   of any sign, not zero
-    zeros     (E, G, N) float32   integers; 2**(bits - 1) everywhere for a symmetric grid
+    zeros     (E, G, N) float32   integers, or in a grid with real offsets any numbers; 2**(bits - 1) where symmetric
     group_of  (E, K)    int32     the group of each visited column
     levels                        2**bits - 1, at most 255
 

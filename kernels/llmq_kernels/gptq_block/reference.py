@@ -17,7 +17,7 @@ def compensate(
     columns   (E, K, N), the weight in visiting order
     upper     (E, K, K), the upper Cholesky factor U of H⁻¹ in visiting order; what is below the diagonal is not read
     scales    (E, G, N)
-    zeros     (E, G, N), integers; 2**(bits - 1) everywhere for a symmetric grid
+    zeros     (E, G, N), integers, or in a grid with real offsets any numbers; 2**(bits - 1) where symmetric
     group_of  (E, K), the group of each visited column
     levels    2**bits - 1
     """

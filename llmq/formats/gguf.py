@@ -1,0 +1,116 @@
+"""The layout in which a run with a GGUF grid of its own stages its blocks: each weight as the bytes of the final file.
+
+    gguf_q4_k   uint8 (N, bytes of a row)     the suffix says the type
+    gguf_q6_k   …
+
+What is staged is what will be written, so an interrupted run continues in the same bytes; `finishing.py` puts the
+file together.  No engine reads this layout, and its block of settings never reaches a config.json.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llmq.block_types import BLOCK_TYPES
+from llmq.config import Scheme
+from llmq.errors import FormatError
+from llmq.formats import Reader, Reading, checks
+from llmq.gguf import blocks, k_quants
+from llmq.quantized import QuantizedTensor, Superblocks
+
+NAME = "gguf"
+PREFIX = "gguf_"
+SUFFIXES: tuple[str, ...] = tuple(f"{PREFIX}{name}" for name in BLOCK_TYPES)
+CODES = SUFFIXES
+ONE_GRID = False
+CONFIG_COPY: str | None = None
+
+
+def pack(q: QuantizedTensor) -> dict[str, Tensor]:
+    """See `Layout.pack`."""
+    kind = q.scheme.block_type
+    if kind is None:
+        raise FormatError(f"a tensor on a grid {q.scheme} is none of {', '.join(BLOCK_TYPES)}")
+    return {f"{PREFIX}{kind}": torch.from_numpy(pack_blocks(q))}
+
+
+def pack_blocks(q: QuantizedTensor) -> NDArray[np.uint8]:
+    """(N, bytes of a row) of a weight on the grid of a block type."""
+    codes, parts = q.codes.cpu().numpy(), q.superblocks
+    if parts is None:
+        halves = q.scales.to(torch.float16).cpu().numpy()
+        if q.scheme.block_type == "q5_0":
+            return blocks.pack_q5_0(codes, halves)
+        return blocks.pack_q8_0((codes.astype(np.int16) - q.scheme.middle).astype(np.int8), halves)
+    d, sc = parts.d.cpu().numpy(), parts.sc.cpu().numpy()
+    if parts.dmin is None or parts.m is None:
+        return k_quants.pack_q6_k(codes, d, sc)
+    pack_minima = k_quants.pack_q4_k if q.scheme.block_type == "q4_k" else k_quants.pack_q5_k
+    return pack_minima(codes, d, parts.dmin.cpu().numpy(), sc, parts.m.cpu().numpy())
+
+
+def unpack(tensors: Mapping[str, Tensor], reading: Reading) -> QuantizedTensor:
+    """See `Layout.unpack`."""
+    scheme = reading.scheme
+    kind = scheme.block_type
+    if kind is None:
+        raise FormatError(f"the staged blocks are declared as {scheme}, expected one of {', '.join(BLOCK_TYPES)}")
+    raw = checks.stored(tensors, f"{PREFIX}{kind}", (torch.uint8,), (None, None)).cpu().numpy()
+    if kind in ("q4_k", "q5_k"):
+        minima = (k_quants.unpack_q4_k if kind == "q4_k" else k_quants.unpack_q5_k)(raw)
+        parts = Superblocks(*map(_tensor, (minima.d, minima.sc, minima.dmin, minima.m)))
+        return QuantizedTensor.of_superblocks(_tensor(minima.codes), parts, scheme)
+    if kind == "q6_k":
+        centred = k_quants.unpack_q6_k(raw)
+        parts = Superblocks(_tensor(centred.d), _tensor(centred.sc))
+        return QuantizedTensor.of_superblocks(_tensor(centred.codes), parts, scheme)
+    if kind == "q5_0":
+        codes, scales = blocks.unpack_q5_0(raw)
+    else:
+        signed, scales = blocks.unpack_q8_0(raw)
+        codes = (signed.astype(np.int16) + scheme.middle).astype(np.uint8)
+    return QuantizedTensor(_tensor(codes), _tensor(scales), None, scheme)
+
+
+def weight_shape(
+    shapes: Mapping[str, tuple[int, ...]], reading: Reading, read: Callable[[str], Tensor]
+) -> tuple[int, int]:
+    """See `Layout.weight_shape`."""
+    kind = BLOCK_TYPES[str(reading.scheme)]
+    N, row = shapes[f"{PREFIX}{reading.scheme}"]
+    return N, row // kind.nbytes * kind.columns
+
+
+def refusal(scheme: Scheme, out_features: int, in_features: int) -> str | None:
+    """See `Layout.refusal`."""
+    if scheme.block_type is None:
+        return f"blocks of GGUF have grids of their own, and {scheme} is none of them"
+    columns = BLOCK_TYPES[scheme.block_type].columns
+    if in_features % columns:
+        return f"{scheme} has blocks of {columns} weights of a row, which {in_features} input features do not fill"
+    return None
+
+
+def scale_dtype(model_dtype: torch.dtype) -> torch.dtype:
+    """See `Layout.scale_dtype`: blocks hold float16."""
+    return torch.float16
+
+
+def quantization_config(schemes: Mapping[str, Scheme], unquantized: Sequence[str]) -> dict[str, Any]:
+    """See `Layout.quantization_config`; for llmq's own use while a run is not over."""
+    return {"quant_method": NAME, "block_types": {name: str(scheme) for name, scheme in schemes.items()}}
+
+
+def read_config(config: Mapping[str, Any]) -> Reader:
+    """See `Layout.read_config`."""
+    declared = checks.mapping(checks.declared(config, "block_types"), "block_types")
+    readings = {name: Reading(Scheme.of_blocks(kind)) for name, kind in declared.items()}
+    return readings.get
+
+
+def _tensor(array: NDArray[Any]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array))

@@ -1,0 +1,202 @@
+"""GGUF's K-quants: 256 weights of a row in sub-blocks whose scales are small integers times one fp16 number.
+
+    Q4_K   144 bytes  fp16 d, fp16 dmin, 12 bytes: sc and m of 8 sub-blocks of 32, 128 of nibbles
+    Q5_K   176        the same with 32 bytes of fifth bits in front of the nibbles
+                      w = (d * sc[i]) * q - (dmin * m[i]),  sc, m in 0..63, q in 0..15 or 0..31
+    Q6_K   210        128 low nibbles, 64 of high pairs of bits, sc of 16 sub-blocks of 16 (int8), fp16 d
+                      w = (d * sc[i]) * (q - 32),  q in 0..63
+
+The 12 bytes of Q4_K and Q5_K hold 16 numbers of 6 bits: byte i and i + 4 (i < 4) the low six bits of sc[i] and m[i];
+their top two bits are the top bits of sc[i + 4] and m[i + 4], whose low four are the halves of byte i + 8.
+
+Weights of a block, in its order, t = 0..3 in chunks of 64 (Q4_K, Q5_K) and t = 0..1 in chunks of 128 (Q6_K):
+
+    Q4_K   byte 32 t + l: low half weight 64 t + l, high half weight 64 t + 32 + l        (l < 32)
+    Q5_K   fifth bits of those: bits 2 t and 2 t + 1 of byte l
+    Q6_K   byte 64 t + l of the low nibbles (l < 64): weights 128 t + l and 128 t + 64 + l;
+           byte 32 t + l of the high ones (l < 32): two bits each of weights 128 t + l + (0, 32, 64, 96)
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmq.errors import FormatError
+
+WEIGHTS = 256
+SIZES: Mapping[str, tuple[int, int]] = MappingProxyType(
+    {"Q4_K": (WEIGHTS, 144), "Q5_K": (WEIGHTS, 176), "Q6_K": (WEIGHTS, 210)}
+)
+
+Bytes = NDArray[Any]  # uint8; NumPy's types take `bytes & 15` for something wider
+Codes = NDArray[Any]  # uint8
+Halves = NDArray[np.float16]
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Minima:
+    """A weight in Q4_K or Q5_K: w = (d * sc) * codes - (dmin * m), S = K/256 blocks a row.
+
+    codes (N, K) uint8; d, dmin (N, S) float16; sc, m (N, 8 S) uint8, at most 63
+    """
+
+    codes: Codes
+    d: Halves
+    dmin: Halves
+    sc: Codes
+    m: Codes
+
+
+@dataclass(frozen=True)
+class Centred:
+    """A weight in Q6_K: w = (d * sc) * (codes - 32); codes (N, K) uint8, d (N, S) float16, sc (N, 16 S) int8."""
+
+    codes: Codes
+    d: Halves
+    sc: NDArray[np.int8]
+
+
+def pack_q4_k(codes: Codes, d: Halves, dmin: Halves, sc: Codes, m: Codes) -> Bytes:
+    """(N, K) codes 0..15, (N, K/256) d and dmin, (N, K/32) sc and m 0..63 -> (N, K/256 * 144) uint8."""
+    _check(codes, 15)
+    parts = (_bytes(d), _bytes(dmin), _pack_six(sc, m), _pack_nibbles(codes, 32))
+    return np.concatenate(parts, axis=1).reshape(len(codes), -1)
+
+
+def pack_q5_k(codes: Codes, d: Halves, dmin: Halves, sc: Codes, m: Codes) -> Bytes:
+    """(N, K) codes 0..31, the rest as in `pack_q4_k` -> (N, K/256 * 176) uint8."""
+    _check(codes, 31)
+    fifth = np.packbits((codes >> 4).reshape(-1, 8, 32), axis=1, bitorder="little").reshape(-1, 32)
+    parts = (_bytes(d), _bytes(dmin), _pack_six(sc, m), fifth, _pack_nibbles(codes & 15, 32))
+    return np.concatenate(parts, axis=1).reshape(len(codes), -1)
+
+
+def pack_q6_k(codes: Codes, d: Halves, sc: NDArray[np.int8]) -> Bytes:
+    """(N, K) codes 0..63, (N, K/256) d, (N, K/16) sc -> (N, K/256 * 210) uint8."""
+    _check(codes, 63)
+    pairs = (codes >> 4).reshape(-1, 2, 4, 32)  # (B, half of the block, quarter of it, byte)
+    high = pairs[:, :, 0] | (pairs[:, :, 1] << 2) | (pairs[:, :, 2] << 4) | (pairs[:, :, 3] << 6)
+    scales = np.ascontiguousarray(sc, dtype=np.int8).reshape(-1, 16).view(np.uint8)
+    parts = (_pack_nibbles(codes & 15, 64), high.reshape(-1, 64), scales, _bytes(d))
+    return np.concatenate(parts, axis=1).reshape(len(codes), -1)
+
+
+def unpack_q4_k(raw: Bytes) -> Minima:
+    """The inverse of `pack_q4_k`."""
+    blocks = _blocks("Q4_K", raw)
+    return _minima(len(raw), blocks, _unpack_nibbles(blocks[:, 16:], 32))
+
+
+def unpack_q5_k(raw: Bytes) -> Minima:
+    """The inverse of `pack_q5_k`."""
+    blocks = _blocks("Q5_K", raw)
+    fifth = np.unpackbits(blocks[:, None, 16:48], axis=1, bitorder="little").reshape(-1, WEIGHTS)
+    return _minima(len(raw), blocks, _unpack_nibbles(blocks[:, 48:], 32) | (fifth << 4))
+
+
+def unpack_q6_k(raw: Bytes) -> Centred:
+    """The inverse of `pack_q6_k`."""
+    blocks, N = _blocks("Q6_K", raw), len(raw)
+    high = blocks[:, 128:192].reshape(-1, 2, 1, 32)
+    pairs = (high >> np.array([0, 2, 4, 6], dtype=np.uint8)[:, None]) & 3  # (B, 2, 4, 32)
+    codes = _unpack_nibbles(blocks[:, :128], 64) | (pairs.reshape(-1, WEIGHTS) << 4)
+    scales = np.ascontiguousarray(blocks[:, 192:208]).view(np.int8)
+    return Centred(codes.reshape(N, -1), _halves(N, blocks[:, 208:]), scales.reshape(N, -1))
+
+
+def decode_minima(w: Minima) -> Floats:
+    """(N, K) float32."""
+    N, K = w.codes.shape
+    with np.errstate(invalid="ignore"):  # a file may hold NaN; what it says is what comes out
+        scale = w.d.astype(np.float32)[:, :, None] * w.sc.reshape(N, -1, 8).astype(np.float32)  # (N, S, 8)
+        least = w.dmin.astype(np.float32)[:, :, None] * w.m.reshape(N, -1, 8).astype(np.float32)
+        codes = w.codes.reshape(N, K // WEIGHTS, 8, 32).astype(np.float32)
+        codes *= scale[..., None]
+        codes -= least[..., None]
+    return codes.reshape(N, K)
+
+
+def decode_centred(w: Centred) -> Floats:
+    """(N, K) float32."""
+    N, K = w.codes.shape
+    with np.errstate(invalid="ignore"):
+        scale = w.d.astype(np.float32)[:, :, None] * w.sc.reshape(N, -1, 16).astype(np.float32)  # (N, S, 16)
+        codes = w.codes.reshape(N, K // WEIGHTS, 16, 16).astype(np.float32) - np.float32(32)
+        codes *= scale[..., None]
+    return codes.reshape(N, K)
+
+
+def decode(kind: str, raw: Bytes) -> Floats:
+    """(N, bytes of a row) uint8 -> (N, K) float32."""
+    if kind == "Q6_K":
+        return decode_centred(unpack_q6_k(raw))
+    return decode_minima(unpack_q4_k(raw) if kind == "Q4_K" else unpack_q5_k(raw))
+
+
+def _minima(rows: int, blocks: Bytes, codes: Codes) -> Minima:
+    sc, m = _unpack_six(blocks[:, 4:16])
+    return Minima(
+        codes.reshape(rows, -1),
+        _halves(rows, blocks[:, 0:2]),
+        _halves(rows, blocks[:, 2:4]),
+        sc.reshape(rows, -1),
+        m.reshape(rows, -1),
+    )
+
+
+def _blocks(kind: str, raw: Bytes) -> Bytes:
+    """(N, bytes of a row) -> (B, bytes of a block)."""
+    size = SIZES[kind][1]
+    if raw.shape[1] % size:
+        raise FormatError(f"{kind} has blocks of {size} bytes, a row has {raw.shape[1]}", hint="is the file complete?")
+    return np.ascontiguousarray(raw).reshape(-1, size)
+
+
+def _check(codes: Codes, largest: int) -> None:
+    if codes.shape[1] % WEIGHTS:
+        raise FormatError(f"a row has {codes.shape[1]} weights, K-quants need a multiple of {WEIGHTS}")
+    if codes.size and int(codes.max()) > largest:
+        raise FormatError(f"a code is {int(codes.max())}, this type holds 0 to {largest}")
+
+
+def _bytes(values: Halves) -> Bytes:
+    """(N, S) fp16 -> (B, 2)."""
+    return np.ascontiguousarray(values, dtype=np.float16).reshape(-1, 1).view(np.uint8)
+
+
+def _halves(rows: int, pairs: Bytes) -> Halves:
+    return np.ascontiguousarray(pairs).view(np.float16).reshape(rows, -1)
+
+
+def _pack_nibbles(codes: Codes, run: int) -> Bytes:
+    """Codes below 16 -> (B, 128): each run of so many weights in the low halves, the next one in the high halves."""
+    runs = codes.reshape(-1, WEIGHTS // (2 * run), 2, run)
+    packed: Bytes = runs[:, :, 0] | (runs[:, :, 1] << 4)
+    return packed.reshape(-1, WEIGHTS // 2)
+
+
+def _unpack_nibbles(stored: Bytes, run: int) -> Codes:
+    runs = stored.reshape(-1, WEIGHTS // (2 * run), run)
+    return np.stack([runs & 15, runs >> 4], axis=2).reshape(-1, WEIGHTS)
+
+
+def _pack_six(sc: Codes, m: Codes) -> Bytes:
+    """(N, K/32) twice, 0..63 -> (B, 12)."""
+    if max(int(sc.max(initial=0)), int(m.max(initial=0))) > 63:
+        raise FormatError("the scale or the minimum of a sub-block is above 63, it has six bits")
+    s, t = sc.astype(np.uint8).reshape(-1, 8), m.astype(np.uint8).reshape(-1, 8)
+    low = (s[:, 4:] & 15) | ((t[:, 4:] & 15) << 4)
+    return np.concatenate([s[:, :4] | ((s[:, 4:] >> 4) << 6), t[:, :4] | ((t[:, 4:] >> 4) << 6), low], axis=1)
+
+
+def _unpack_six(stored: Bytes) -> tuple[Codes, Codes]:
+    """(B, 12) -> sc, m: (B, 8) each."""
+    first, second, low = stored[:, :4], stored[:, 4:8], stored[:, 8:]
+    sc = np.concatenate([first & 63, (low & 15) | ((first >> 6) << 4)], axis=1)
+    m = np.concatenate([second & 63, (low >> 4) | ((second >> 6) << 4)], axis=1)
+    return sc, m

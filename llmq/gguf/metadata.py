@@ -1,0 +1,180 @@
+"""The key-value part of a file, but for the tokenizer: what the model is called, its sizes, its rotation.
+
+Sizes come from the configuration as transformers reads it, so that defaults that config.json leaves out are there.
+"""
+
+import math
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmq._version import __version__
+from llmq.errors import UnsupportedModelError
+from llmq.gguf.architectures import Architecture
+
+FULL = "full_attention"
+PHI3_NAME = re.compile("phi-?3", re.IGNORECASE)
+PHI3_TOKENS = {"<unk>", "<s>", "<|endoftext|>"}
+"""llama.cpp refuses a model that has Phi-3 in its name and lacks one of these."""
+
+
+@dataclass(frozen=True)
+class Extra:
+    """What a configuration asks for beside keys: tensors of its rotation, and remarks for the user."""
+
+    tensors: dict[str, NDArray[np.float32]]
+    notes: tuple[str, ...]
+
+
+def add_general(
+    writer: Any, folder: Path, name: str, parameters: int, file_type: int, tokens: Collection[str]
+) -> tuple[str, ...]:
+    """`general.*`: what `name` and the model's card and settings in `folder` tell, and what is stored.
+
+    Returns remarks for the user.
+    """
+    import gguf
+
+    card, notes = _card(folder)
+    settings = gguf.Metadata.load_hf_parameters(folder)
+    found = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), card, settings, Path(name), parameters)
+    found.quantized_by = f"llmq {__version__}"
+    if found.name and not PHI3_TOKENS <= set(tokens):  # by such a name llama.cpp would look for tokens of Phi-3's
+        found.name = PHI3_NAME.sub("Phi 3", found.name)
+    found.set_gguf_meta_model(writer)
+    writer.add_type("model")
+    writer.add_file_type(file_type)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    return notes
+
+
+def _card(folder: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """What stands in front of the model's README.md."""
+    import gguf
+    import yaml
+
+    try:
+        return gguf.Metadata.load_model_card(folder), ()
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        return {}, (f"licence and origin are not in the file: {folder / 'README.md'} cannot be read: {error}",)
+
+
+def add_sizes(writer: Any, config: Mapping[str, Any], arch: Architecture) -> Extra:
+    """`{arch}.*`.  Raises UnsupportedModelError for a rotation that llama.cpp does not compute."""
+    heads, width = config["num_attention_heads"], config["hidden_size"]
+    head = config.get("head_dim") or width // heads
+    rotation = _rotation(config)
+    rotated = int(head * rotation.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)))
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
+    writer.add_key_length(head)
+    writer.add_value_length(head)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_rope_dimension_count(rotated)
+    writer.add_rope_freq_base(rotation["rope_theta"])
+    notes = _add_window(writer, config, arch)
+    _add_experts(writer, config)
+    _add_soft_caps(writer, config)
+    return Extra(_add_rotation(writer, config, rotation, rotated), tuple(notes))
+
+
+def _rotation(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The rope_parameters of the layers that attend to the whole text."""
+    parameters: Mapping[str, Any] = config["rope_parameters"]
+    full: Mapping[str, Any] = parameters.get(FULL, parameters)
+    return full
+
+
+def _add_window(writer: Any, config: Mapping[str, Any], arch: Architecture) -> list[str]:
+    window = config.get("sliding_window")
+    local = config["rope_parameters"].get("sliding_attention")
+    if local is not None:
+        if local.get("rope_type", "default") != "default":
+            raise _unknown_rotation(local["rope_type"])
+        writer.add_rope_freq_base_swa(local["rope_theta"])
+    if arch.sliding:
+        writer.add_sliding_window(window or 0)
+    elif window and window < config["max_position_embeddings"]:
+        return [f"llama.cpp attends to the whole text here, the model to the last {window} tokens: longer texts differ"]
+    return []
+
+
+def _add_experts(writer: Any, config: Mapping[str, Any]) -> None:
+    experts = config.get("num_local_experts") or config.get("num_experts")
+    if not experts:
+        return
+    writer.add_expert_count(experts)
+    writer.add_expert_used_count(config["num_experts_per_tok"])
+    if size := config.get("moe_intermediate_size"):
+        writer.add_expert_feed_forward_length(size)
+    if size := config.get("shared_expert_intermediate_size"):
+        writer.add_expert_shared_feed_forward_length(size)
+
+
+def _add_soft_caps(writer: Any, config: Mapping[str, Any]) -> None:
+    if cap := config.get("attn_logit_softcapping"):
+        writer.add_attn_logit_softcapping(cap)
+    if cap := config.get("final_logit_softcapping"):
+        writer.add_final_logit_softcapping(cap)
+
+
+def _add_rotation(
+    writer: Any, config: Mapping[str, Any], rotation: Mapping[str, Any], rotated: int
+) -> dict[str, NDArray[np.float32]]:
+    import gguf
+
+    kind = rotation.get("rope_type", "default")
+    original: int = (
+        rotation.get("original_max_position_embeddings")
+        or config.get("original_max_position_embeddings")
+        or config["max_position_embeddings"]
+    )
+    if kind == "default":
+        return {}
+    if kind == "llama3":
+        return {"rope_freqs.weight": _llama3_factors(rotation, rotated)}
+    if kind == "longrope":
+        longest = config["max_position_embeddings"]
+        scale = rotation.get("factor") or longest / original
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)
+        writer.add_rope_scaling_orig_ctx_len(original)
+        writer.add_rope_scaling_attn_factors(
+            rotation.get("attention_factor") or math.sqrt(1 + math.log(max(scale, 1.0)) / math.log(original))
+        )
+        return {
+            f"rope_factors_{which}.weight": np.asarray(rotation[f"{which}_factor"], dtype=np.float32)
+            for which in ("long", "short")
+        }
+    if kind in {"linear", "yarn"}:
+        writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
+        writer.add_rope_scaling_factor(rotation["factor"])
+        if kind == "yarn":
+            writer.add_rope_scaling_orig_ctx_len(original)
+        return {}
+    raise _unknown_rotation(kind)
+
+
+def _llama3_factors(rotation: Mapping[str, Any], rotated: int) -> NDArray[np.float32]:
+    """(D/2,) by what each frequency is divided: 1 where waves are short, `factor` where they are long."""
+    waves = 2 * math.pi * rotation["rope_theta"] ** (np.arange(0, rotated, 2, dtype=np.float64) / rotated)
+    low, high, factor = rotation["low_freq_factor"], rotation["high_freq_factor"], rotation["factor"]
+    smooth = (rotation["original_max_position_embeddings"] / waves - low) / (high - low)  # 1 at the short end
+    factors: NDArray[np.float64] = 1 / (np.clip(smooth, 0, 1) * (1 - 1 / factor) + 1 / factor)
+    return factors.astype(np.float32)
+
+
+def _unknown_rotation(kind: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"the model rotates positions by {kind!r}, which cannot be written for llama.cpp",
+        hint="known are default, linear, llama3, longrope and yarn; the safetensors formats hold any model",
+    )

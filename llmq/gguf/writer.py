@@ -1,0 +1,238 @@
+"""A GGUF file from a model's folder and the tensors that shall be in it.
+
+Tensors come with their Hugging Face names and are read one at a time, when their turn comes; what changes on the way is
+what llama.cpp's own converter changes: names, the order of q's and k's rows where its rotation is another, norms that
+the model applies as 1 + w, experts stacked into one tensor.  None of that rounds a block: rows stay whole.
+
+The file appears under its name when it is complete.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmq.checkpoint.atomic import PARTIAL, storing, sync_file, sync_folder
+from llmq.errors import FormatError
+from llmq.gguf import blocks
+from llmq.gguf.architectures import Architecture, architecture
+from llmq.gguf.metadata import add_general, add_sizes
+from llmq.gguf.names import ROUTER, Names, interleave_halves
+from llmq.gguf.tokenizer import add_tokenizer
+from llmq.model.skeleton import load_config
+
+Array = NDArray[Any]
+
+FILE_TYPES: Mapping[str, str] = MappingProxyType({"Q4_K": "MOSTLY_Q4_K_M", "Q5_K": "MOSTLY_Q5_K_M"})
+"""Most common type -> `general.file_type`, where it is not MOSTLY_ and the type's name."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor that shall be in the file.
+
+    name   its Hugging Face name
+    kind   GGUF type; None where it is not quantized: then F32 for norms and other small tensors, F16 for the rest
+    shape  of the weight, not of its bytes
+    read   gives (N, bytes of a row) uint8 for a quantized type, else floats of that shape; called once
+    """
+
+    name: str
+    kind: str | None
+    shape: tuple[int, ...]
+    read: Callable[[], Array]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What has become of it.
+
+    kinds    GGUF name -> type
+    skipped  Hugging Face names that a GGUF file of this architecture has no place for, or does not need
+    notes    what a user should know
+    """
+
+    file: Path
+    kinds: dict[str, str]
+    skipped: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Type -> how many tensors have it."""
+        return dict(Counter(self.kinds.values()))
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor of the file: one of the model's, or the experts of a layer, in their order."""
+
+    name: str
+    kind: str
+    parts: tuple[Stored, ...]
+    stacked: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = self.parts[0].shape
+        return (len(self.parts), *shape) if self.stacked else shape
+
+    @property
+    def bytes_shape(self) -> tuple[int, ...]:
+        *outer, columns = self.shape
+        return (*outer, blocks.row_bytes(self.kind, columns))
+
+
+def write(file: Path, folder: Path, tensors: Iterable[Stored]) -> Written:
+    """Write `file`; config, tokenizer and the rest of what describes the model are those in `folder`.
+
+    Raises UnsupportedModelError and FormatError for what llama.cpp cannot run, StorageError for what the system says.
+    """
+    import gguf
+
+    config = load_config(folder, remote_code=False).to_dict()
+    arch = architecture(config)
+    entries, skipped = _entries(tensors, Names(arch.name, config["num_hidden_layers"]), config)
+    partial = file.with_name(f".{file.name}{PARTIAL}")
+    writer = gguf.GGUFWriter(partial, arch.name)
+    vocabulary = add_tokenizer(writer, folder, _vocabulary(entries))
+    parameters = sum(math.prod(entry.shape) for entry in entries)
+    general = add_general(writer, folder, file.stem, parameters, _file_type(entries), vocabulary.tokens)
+    extra = add_sizes(writer, config, arch)
+    notes, moved = [*general, *extra.notes, *vocabulary.notes], dict[str, float]()
+    for entry in entries:
+        kind = gguf.GGMLQuantizationType[entry.kind]
+        size = math.prod(entry.bytes_shape)
+        writer.add_tensor_info(entry.name, entry.bytes_shape, np.dtype(np.uint8), size, raw_dtype=kind)
+    for name, values in extra.tensors.items():
+        writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
+    with storing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for entry in entries:
+                writer.write_tensor_data(_data(entry, arch, config, moved))
+            for values in extra.tensors.values():
+                writer.write_tensor_data(values)
+            writer.close()
+            sync_file(partial)
+            partial.replace(file)
+        except BaseException:  # Ctrl-C too: a full disk gets its space back
+            writer.close()
+            partial.unlink(missing_ok=True)
+            raise
+        sync_folder(file.parent)
+    if moved:
+        most = max(moved, key=lambda name: moved[name])
+        notes.append(
+            f"{len(moved)} tensors are stored as F16, which moves their values by at most {moved[most]:.1e} ({most})"
+        )
+    kinds = {**{entry.name: entry.kind for entry in entries}, **dict.fromkeys(extra.tensors, "F32")}
+    return Written(file, kinds, tuple(skipped), tuple(notes))
+
+
+def _entries(tensors: Iterable[Stored], names: Names, config: Mapping[str, Any]) -> tuple[list[_Entry], list[str]]:
+    """The tensors by their places, in the order in which they came."""
+    found: dict[str, dict[int | None, Stored]] = {}
+    skipped, unknown = [], []
+    for tensor in tensors:
+        place = names.place(tensor.name)
+        tied = place is not None and place.name == "output.weight" and config.get("tie_word_embeddings")
+        if tied or tensor.name.endswith(".rotary_emb.inv_freq"):
+            skipped.append(tensor.name)
+        elif place is None:
+            unknown.append(tensor.name)
+        else:
+            found.setdefault(place.name, {})[place.expert] = tensor
+    if unknown:
+        raise FormatError(
+            f"llama.cpp's architecture has no tensor for {', '.join(unknown[:4])}"
+            + (f" and {len(unknown) - 4} more" if len(unknown) > 4 else ""),
+            hint="the safetensors formats hold any model",
+        )
+    return [_entry(name, parts) for name, parts in found.items()], skipped
+
+
+def _entry(name: str, parts: Mapping[int | None, Stored]) -> _Entry:
+    stacked = None not in parts
+    ordered = tuple(parts[i] for i in sorted(parts, key=lambda expert: -1 if expert is None else expert))
+    if stacked and sorted(parts, key=str) != sorted(range(len(parts)), key=str):
+        raise FormatError(f"{name} is to be made of the experts {sorted(map(str, parts))}, some are missing")
+    kinds, shapes = {part.kind for part in ordered}, {part.shape for part in ordered}
+    if len(kinds) > 1 or len(shapes) > 1:
+        raise FormatError(
+            f"{name} holds all experts of a layer in one type, these have {sorted(map(str, kinds))}",
+            hint="quantize all experts of a layer alike",
+        )
+    kind = ordered[0].kind
+    if kind is None:
+        small = len(ordered[0].shape) == 1 or ROUTER in name
+        kind = "F32" if small else "F16"
+    return _Entry(name, kind, ordered, stacked)
+
+
+def _data(entry: _Entry, arch: Architecture, config: Mapping[str, Any], moved: dict[str, float]) -> Array:
+    """The bytes of a tensor, as they stand in the file."""
+    rows = [_rows(entry, part, arch, config, moved) for part in entry.parts]
+    return (np.stack(rows) if entry.stacked else rows[0]).reshape(entry.bytes_shape)
+
+
+def _rows(entry: _Entry, part: Stored, arch: Architecture, config: Mapping[str, Any], moved: dict[str, float]) -> Array:
+    rows = part.read()
+    if arch.interleaved and (heads := rotated_heads(entry.name, config)):
+        rows = interleave_halves(rows, heads)
+    if entry.kind in blocks.QUANTIZED:
+        return np.ascontiguousarray(rows)
+    weight = np.asarray(rows, dtype=np.float32)
+    if entry.name.endswith("_norm.weight"):
+        weight = weight + np.float32(arch.norm_offset)
+    packed = blocks.pack_float(entry.kind, weight.reshape(-1, weight.shape[-1]))
+    if entry.kind == "F16":
+        _check_halves(part.name, weight, packed, moved)
+    return packed
+
+
+def rotated_heads(name: str, config: Mapping[str, Any]) -> int | None:
+    """How many heads a tensor of the file has that is rotated: those of q or of k; None for every other."""
+    if ".attn_q." in name:
+        return int(config["num_attention_heads"])
+    if ".attn_k." in name:
+        return int(config.get("num_key_value_heads") or config["num_attention_heads"])
+    return None
+
+
+def _check_halves(name: str, weight: Array, packed: Array, moved: dict[str, float]) -> None:
+    halves, error = packed.view(np.float16).reshape(weight.shape), 0.0
+    for one, other in zip(weight, halves, strict=True):  # a row at a time: an embedding is large
+        error = max(error, float(np.abs(one - other.astype(np.float32)).max(initial=0.0)))
+    if not math.isfinite(error):
+        raise FormatError(f"{name} has values beyond those of F16, which ends at {np.finfo(np.float16).max:g}")
+    if error:
+        moved[name] = error
+
+
+def _vocabulary(entries: Iterable[_Entry]) -> int:
+    for entry in entries:
+        if entry.name == "token_embd.weight":
+            return entry.shape[0]
+    raise FormatError("the model has no embedding among its tensors", hint="is the checkpoint complete?")
+
+
+def _file_type(entries: Iterable[_Entry]) -> int:
+    """The one of `general.file_type` that says what most weights are."""
+    import gguf
+
+    weights: Counter[str] = Counter()
+    for entry in entries:
+        if entry.kind in blocks.QUANTIZED:
+            weights[entry.kind] += math.prod(entry.shape)
+    most = max(weights, key=lambda kind: weights[kind], default="F16")
+    return int(gguf.LlamaFileType[FILE_TYPES.get(most, f"MOSTLY_{most}")])

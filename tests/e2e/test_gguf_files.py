@@ -1,0 +1,177 @@
+"""Reading .gguf files: of llama.cpp's making, of ours, broken ones; and evaluating them as the models that they are."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import llmq
+from llmq.checkpoint.reader import Checkpoint
+from llmq.errors import CheckpointError, FormatError, LlmqError, UnsupportedModelError
+from llmq.gguf import export
+from llmq.gguf.container import Container
+from llmq.gguf.reader import Weights
+from llmq.measure import measure
+from llmq.streaming import open_source
+
+pytest.importorskip("gguf")
+ROOT = Path(__file__).resolve().parents[2]
+Checkpoints = Callable[..., Path]
+TRANSLATED = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # transformers', in reading
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Checkpoints) -> Path:
+    return checkpoint("llama", dtype="float16", **SIZES)
+
+
+@pytest.fixture(scope="module")
+def packed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("packed") / "out"
+    llmq.quantize(str(model), out, method="rtn", group_size=32, symmetric=False, format="gptq_v2", device="cpu")
+    return out
+
+
+@pytest.fixture(scope="module")
+def file(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In a folder of its own, where nothing else says what it is."""
+    return export.export(packed, tmp_path_factory.mktemp("gguf") / "tiny.gguf").file
+
+
+def test_a_file_of_llama_cpp_dequantizes_to_what_its_code_says(shared: Path) -> None:
+    folder = shared / "golden" / "llamacpp-gguf-q4_0"
+    found = dict(llmq.dequantize(folder / "tiny-q4_0.gguf"))
+    expected = {n: t for n, t in load_file(folder / "expected.safetensors").items() if not n.startswith("__")}
+    assert expected and expected.keys() <= found.keys()
+    for name, weight in expected.items():
+        assert torch.equal(found[name].to(weight.dtype), weight), name
+
+
+@TRANSLATED
+def test_a_file_of_llama_cpp_computes_what_llama_cpp_computes(shared: Path) -> None:
+    folder = shared / "golden" / "llamacpp-gguf-q4_0"
+    expected = load_file(folder / "expected.safetensors")
+    source = open_source(folder / "tiny-q4_0.gguf", torch.device("cpu"))
+    source.run(expected["__input_ids__"])
+    found = torch.cat([logits[:, -1].log_softmax(-1) for _, logits in source.logits(2)])
+    assert (found - expected["__last_logprobs__"]).abs().max() <= 0.05  # it rounds activations to 8 bits
+
+
+def test_weights_come_back_under_their_hugging_face_names(file: Path, packed: Path, model: Path) -> None:
+    weights, checkpoint = Weights(file, packed), Checkpoint.open(model)
+    expected = dict(llmq.dequantize(packed))
+    for name in checkpoint.names():
+        assert name in weights
+        assert torch.equal(weights.tensor(name), expected.get(name, checkpoint.tensor(name).float())), name
+    assert "model.layers.7.mlp.up_proj.weight" not in weights
+
+
+def test_a_file_evaluates_to_what_its_checkpoint_does(file: Path, packed: Path, model: Path, text: Path) -> None:
+    of_file = measure(file, model, text, seqlen=48, limit=4)
+    of_folder = measure(packed, model, text, seqlen=48, limit=4)
+    assert of_file.model.perplexity == pytest.approx(of_folder.model.perplexity, rel=1e-6)
+    assert of_file.model.kl_mean == pytest.approx(of_folder.model.kl_mean, rel=1e-4)
+    assert of_file.size.bits_per_weight == 5.5
+
+
+@TRANSLATED
+def test_a_file_alone_says_what_it_is(tmp_path: Path, text: Path) -> None:
+    bundled = ROOT / "eval" / "models" / "tiny-python-qwen3"
+    alone = export.export(bundled, tmp_path / "bundled.gguf").file
+    found, expected = (measure(path, None, text, seqlen=48, limit=2).model.perplexity for path in (alone, bundled))
+    assert found == pytest.approx(expected, rel=1e-4)  # bfloat16 to float16, but for the smallest values
+
+
+def test_a_file_of_another_architecture_is_no_model_of_this_one(
+    file: Path, checkpoint: Checkpoints, text: Path
+) -> None:
+    with pytest.raises(UnsupportedModelError, match="llama.cpp's architecture llama, and .* describes one of qwen3"):
+        measure(file, checkpoint("qwen3"), text, seqlen=48, limit=1)
+
+
+@pytest.mark.parametrize("kept", [0, 3, 100, 3000, -40])
+def test_a_file_cut_short_is_refused(file: Path, tmp_path: Path, kept: int) -> None:
+    (tmp_path / "cut.gguf").write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(CheckpointError, match="no GGUF file, or not all of it"):
+        list(llmq.dequantize(tmp_path / "cut.gguf"))
+
+
+def test_what_fits_no_block_is_refused_or_rounded_again(model: Path, tmp_path: Path) -> None:
+    llmq.quantize(str(model), tmp_path / "g16", method="rtn", group_size=16, symmetric=True, device="cpu")
+    with pytest.raises(FormatError, match="groups have 16") as refused:
+        export.export(tmp_path / "g16", tmp_path / "no.gguf")
+    assert "--allow-requantize" in refused.value.hint
+    assert not list(tmp_path.glob("*.gguf*")) and not list(tmp_path.glob(".*"))
+    summary = export.export(tmp_path / "g16", tmp_path / "yes.gguf", requantize=True)
+    assert not summary.exact and len(summary.rounded) == 14
+    weights, expected = Weights(tmp_path / "yes.gguf", model), dict(llmq.dequantize(tmp_path / "g16"))
+    for name, largest in summary.rounded.items():
+        assert 0 < (weights.tensor(name) - expected[name]).abs().max() <= largest < 0.2 * expected[name].abs().max()
+
+
+def test_scales_that_are_no_fp16_numbers_are_rounded_and_codes_kept(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    llmq.quantize(str(checkpoint("llama", **SIZES)), tmp_path / "g32", method="rtn", group_size=32, device="cpu")
+    with pytest.raises(FormatError, match="scales are no fp16 numbers"):
+        export.export(tmp_path / "g32", tmp_path / "no.gguf")
+    summary = export.export(tmp_path / "g32", tmp_path / "yes.gguf", requantize=True)
+    weights, expected = Weights(tmp_path / "yes.gguf", tmp_path / "g32"), dict(llmq.dequantize(tmp_path / "g32"))
+    assert summary.rounded.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert torch.allclose(weights.tensor(name), weight, rtol=2**-11, atol=0), name  # half a unit of fp16
+
+
+def test_rows_that_no_block_fills_become_floats_where_that_is_allowed(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    model = checkpoint("llama", dtype="float16", **{**SIZES, "intermediate_size": 72})
+    llmq.quantize(str(model), tmp_path / "out", method="rtn", group_size=32, device="cpu")
+    with pytest.raises(FormatError, match="down_proj.*multiple of 32 weights, these have 72"):
+        export.export(tmp_path / "out", tmp_path / "no.gguf")
+    summary = export.export(tmp_path / "out", tmp_path / "yes.gguf", requantize=True)
+    assert summary.counts == {"Q4_0": 12, "F16": 4, "F32": 5}
+    assert all("down_proj" in name for name in summary.rounded)
+
+
+def test_general_keys_come_from_the_card_and_a_broken_card_is_remarked_upon(packed: Path, tmp_path: Path) -> None:
+    shutil.copytree(packed, tmp_path / "carded")
+    card = tmp_path / "carded" / "README.md"
+    card.write_text("---\nlicense: apache-2.0\n---\nA model.\n")
+    made = Container(export.export(tmp_path / "carded", tmp_path / "tiny.gguf").file)
+    keys = ("license", "name", "quantization_version", "file_type")
+    assert [made.value(f"general.{key}") for key in keys] == ["apache-2.0", "Tiny", 2, 8]
+    card.write_text("---\nlicense: [\n---\nA model.\n")
+    assert any("README.md cannot be read" in note for note in export.export(card.parent, tmp_path / "b.gguf").notes)
+
+
+def test_floats_beyond_fp16_are_refused(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint("llama", **SIZES), tmp_path / "large")
+    tensors = load_file(tmp_path / "large" / "model.safetensors")
+    tensors["model.embed_tokens.weight"][5, 7] = 7e4
+    save_file(tensors, tmp_path / "large" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(FormatError, match="embed_tokens.weight has values beyond those of F16"):
+        export.export(tmp_path / "large", tmp_path / "large.gguf")
+
+
+def test_the_file_is_there_whole_or_not_at_all(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pack = export.pack
+    calls = iter(range(100))
+
+    def failing(*args: object) -> object:
+        if next(calls) == 5:
+            raise FormatError("the sixth weight is broken")
+        return pack(*args)
+
+    monkeypatch.setattr(export, "pack", failing)
+    with pytest.raises(LlmqError, match="sixth weight is broken"):
+        export.export(packed, tmp_path / "tiny.gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_llama_cpp_computes_differently_is_refused(packed: Path, tmp_path: Path) -> None:
+    shutil.copytree(packed, tmp_path / "other")
+    config = tmp_path / "other" / "config.json"
+    config.write_text(config.read_text().replace('"silu"', '"gelu"'))
+    with pytest.raises(UnsupportedModelError, match="hidden_act = 'gelu', and llama.cpp's llama computes with 'silu"):
+        export.export(tmp_path / "other", tmp_path / "tiny.gguf")

@@ -1,0 +1,101 @@
+"""Whole runs in a grid of GGUF's own: the file holds what was rounded, under llama.cpp's names and types."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import llmq
+from llmq.config import QuantConfig, merged
+from llmq.job import Job
+from llmq.methods import Method, Tuning
+from llmq.report.record import BlockReport
+from tests.runs import tensors_of
+
+pytest.importorskip("gguf")
+from llmq.gguf.reader import Container, Weights
+
+Checkpoints = Callable[..., Path]
+TUNED = Method(
+    rounding="gptq",
+    alphas=(1.0,),
+    refinements=("descent", "refit"),
+    tuning=Tuning(steps=2, scales=1e-3, rounding=1e-2, tokens=96),
+    held_out=0.25,
+)
+WINDOWS: dict[str, Any] = {"samples": 8, "seqlen": 48}
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Checkpoints) -> Path:
+    """Rows of 256, but for down_proj's of 288."""
+    sizes = {"hidden_size": 256, "intermediate_size": 288, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return checkpoint("llama", num_hidden_layers=2, **sizes)
+
+
+def job(model: Path, out: Path, text: Path, method: Method | None = None, **settings: Any) -> Job:
+    asked = merged(QuantConfig(), {"format": "gguf:q4_k_m", "calibration": [text], **WINDOWS, **settings})
+    return Job(str(model), out, asked, stages=method, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def finished(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, llmq.Report]:
+    out = tmp_path_factory.mktemp("gguf") / "tiny"
+    running = job(model, out, text, TUNED)
+    for _ in running.run():
+        pass
+    return out, running.report
+
+
+def test_the_file_has_the_types_of_the_recipe(finished: tuple[Path, llmq.Report]) -> None:
+    out, report = finished
+    kinds = {name: tensor.kind for name, tensor in Container(out / "tiny.gguf").tensors.items()}
+    assert kinds["blk.0.attn_q.weight"] == "Q4_K"
+    assert kinds["blk.0.attn_v.weight"] == "Q4_K" and kinds["blk.1.attn_v.weight"] == "Q6_K"
+    assert kinds["blk.0.ffn_down.weight"] == "Q5_0" and kinds["blk.1.ffn_down.weight"] == "Q8_0"
+    assert kinds["token_embd.weight"] == "Q4_K" and kinds["output.weight"] == "Q6_K"
+    assert kinds["blk.0.attn_norm.weight"] == "F32"
+    assert not list(out.glob("*.safetensors")) and (out / "llmq.json").is_file()
+    assert "model.embed_tokens" not in report.left and "lm_head" not in report.left
+    assert any("lm_head.weight is rounded" in note for note in report.notes)
+
+
+def test_fallbacks_are_told(model: Path, tmp_path: Path, text: Path) -> None:
+    reasons = {plan.name: plan.reason for plan in job(model, tmp_path / "out", text).plan.layers.values()}
+    assert "q5_0 instead of q4_k" in reasons["model.layers.0.mlp.down_proj"]
+    assert "q8_0 instead of q6_k" in reasons["model.layers.1.mlp.down_proj"]
+    assert sum(map(bool, reasons.values())) == 2
+
+
+def test_the_weights_of_the_file_are_near_the_float_ones(finished: tuple[Path, llmq.Report], model: Path) -> None:
+    out, _ = finished
+    stored = Weights(out / "tiny.gguf", model)
+    for name, tensor in tensors_of(model).items():
+        error = float((stored.tensor(name).reshape(tensor.shape) - tensor).norm()) / float(tensor.norm())
+        assert error < (0.2 if tensor.dim() > 1 else 1e-6), name
+
+
+def test_a_run_that_was_stopped_ends_in_the_same_bytes(
+    finished: tuple[Path, llmq.Report], model: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "tiny"
+    for done in job(model, out, text, TUNED).run():
+        if isinstance(done, BlockReport):
+            break  # as a kill would
+    again = job(model, out, text, TUNED)
+    blocks = [done for done in again.run() if isinstance(done, BlockReport)]
+    assert [block.resumed for block in blocks] == [True, False]
+    assert (out / "tiny.gguf").read_bytes() == (finished[0] / "tiny.gguf").read_bytes()
+    shutil.rmtree(out)
+
+
+def test_what_is_skipped_is_float_in_the_file(model: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tiny"
+    skip = ["embed_tokens", "lm_head", "*.down_proj"]
+    for _ in job(model, out, text, Method(rounding="rtn", needs_calibration=False), skip=skip).run():
+        pass
+    tensors = Container(out / "tiny.gguf").tensors
+    floats = {name for name, tensor in tensors.items() if tensor.kind == "F16"}
+    assert floats == {"token_embd.weight", "output.weight", "blk.0.ffn_down.weight", "blk.1.ffn_down.weight"}

@@ -1,0 +1,232 @@
+"""A .gguf file beside other formats, made of them, and as a source: the same floats each time, or a refusal."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import llmq
+from llmq.checkpoint.staging import STAGING
+from llmq.errors import FormatError
+from llmq.gguf_source import GgufConverter
+from tests.command_line import llmq as command
+from tests.runs import tensors_of
+
+gguf = pytest.importorskip("gguf", reason="needs the package gguf")
+
+LINEARS = 14
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return dict(llmq.dequantize(folder))
+
+
+def assert_same_weights(found: Path, expected: Path) -> None:
+    ours, theirs = weights(found), weights(expected)
+    assert ours.keys() == theirs.keys() and ours
+    assert [name for name in ours if not ours[name].equal(theirs[name])] == []
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Callable[..., Path]) -> Path:
+    """A Llama, whose q and k have their rows in another order in a .gguf file."""
+    return checkpoint("llama", dtype="bfloat16", num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def both(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Path]:
+    """OUT/compressed-tensors and OUT/gguf of one run."""
+    made: dict[bool, Path] = {}
+
+    def make(symmetric: bool) -> Path:
+        if symmetric not in made:
+            made[symmetric] = tmp_path_factory.mktemp("both") / "out"
+            llmq.quantize(
+                str(model), made[symmetric], method="rtn", scales="minmax", group_size=32, symmetric=symmetric,
+                format="compressed-tensors,gguf",
+            )  # fmt: skip
+        return made[symmetric]
+
+    return make
+
+
+def block_types(file: Path) -> set[str]:
+    """Of the linear layers in the blocks."""
+    return {each.tensor_type.name for each in gguf.GGUFReader(file).tensors if each.name.startswith("blk.")} - {"F32"}
+
+
+@pytest.mark.parametrize(("symmetric", "kind"), [(True, "Q4_0"), (False, "Q5_0")])
+def test_a_file_beside_another_format_holds_the_same_weights(both: Any, symmetric: bool, kind: str) -> None:
+    out = both(symmetric)
+    assert {entry.name for entry in out.iterdir()} == {"compressed-tensors", "gguf"}
+    file = out / "gguf" / "out.gguf"
+    assert block_types(file) == {kind}
+    assert "quantization_config" not in json.loads((out / "gguf" / "config.json").read_text())
+    assert (out / "gguf" / "tokenizer.json").is_file()
+    assert json.loads((out / "gguf" / "llmq.json").read_text())["sizes"]["gguf"] == file.stat().st_size
+    found, expected = weights(file), weights(out / "compressed-tensors")
+    down = found["blk.1.ffn_down.weight"], expected["model.layers.1.mlp.down_proj.weight"]
+    assert down[0].equal(down[1])
+
+
+def test_a_file_alone_stands_in_the_folder(model: Path, both: Any, tmp_path: Path) -> None:
+    llmq.quantize(str(model), tmp_path / "out", method="rtn", scales="minmax", group_size=32, format="gguf")
+    names = {entry.name for entry in (tmp_path / "out").iterdir()}
+    assert "out.gguf" in names and not any(name.endswith(".safetensors") for name in names)
+    assert STAGING not in names
+    done = command("verify", tmp_path / "out", "--for", "llama.cpp")
+    assert done.exit_code == 0 and "checksums" in done.stdout
+
+
+def test_a_grid_of_ggufs_own(model: Path, tmp_path: Path) -> None:
+    report = llmq.quantize(str(model), tmp_path / "out", method="rtn", format="gguf:q4_k")
+    assert report.file_bytes == (tmp_path / "out" / "out.gguf").stat().st_size
+    assert any("q5_0 instead of q4_k" in plan for plan in map(str, report.layers)) or report.layers
+    assert command("verify", tmp_path / "out", "--for", "llama.cpp").exit_code == 0
+
+
+@pytest.mark.parametrize("to", ["compressed-tensors", "gptq", "awq"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_file_becomes_any_other_format(both: Any, tmp_path: Path, to: str, symmetric: bool) -> None:
+    """Zeros are found again, though Q5_0 has none."""
+    done = command("convert", both(symmetric) / "gguf" / "out.gguf", tmp_path / "out", "--to", to)
+    assert done.exit_code == 0
+    assert f"{LINEARS} tensors compared, 0 differ" in done.stdout
+    assert_same_weights(tmp_path / "out", both(symmetric) / "compressed-tensors")
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    if to == "gptq":
+        assert (settings["bits"], settings["group_size"], settings["sym"]) == (4, 32, symmetric)
+    rest, expected = tensors_of(tmp_path / "out"), tensors_of(both(symmetric) / "compressed-tensors")
+    for name in ("lm_head.weight", "model.norm.weight", "model.embed_tokens.weight"):
+        assert rest[name].float().equal(expected[name].float()), name
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_format_becomes_a_file(both: Any, tmp_path: Path, symmetric: bool) -> None:
+    done = command("convert", both(symmetric) / "compressed-tensors", tmp_path / "out", "--to", "gguf")
+    assert done.exit_code == 0
+    assert f"{LINEARS} tensors compared, 0 differ" in done.stdout
+    ours, theirs = (gguf.GGUFReader(each).tensors for each in (
+        tmp_path / "out" / "out.gguf", both(symmetric) / "gguf" / "out.gguf"))  # fmt: skip
+    assert [each.name for each in ours] == [each.name for each in theirs]
+    assert all(np.array_equal(a.data, b.data) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_groups_that_no_block_holds_are_refused_or_rounded(model: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    llmq.quantize(str(model), source, method="rtn", scales="minmax", group_size=16, format="gptq")
+    done = command("convert", source, tmp_path / "out", "--to", "gguf")
+    assert done.exit_code == 2
+    assert "the groups have 16" in done.stderr and "--allow-requantize" in done.stderr
+    assert not (tmp_path / "out").exists()
+    done = command("convert", source, tmp_path / "out", "--to", "gguf", "--allow-requantize", "--json")
+    found = json.loads(done.stdout)
+    assert len(found["requantized"]) == LINEARS and 0 < max(found["requantized"].values()) < 0.2
+
+
+def test_blocks_with_offsets_are_refused_or_rounded(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmq.gguf_source.EXACT", ("Q8_0",))  # as if Q4_0 were one of them
+    llmq.quantize(str(model), tmp_path / "file", method="rtn", scales="minmax", group_size=32, format="gguf")
+    file = tmp_path / "file" / "file.gguf"
+    done = command("convert", file, tmp_path / "out", "--to", "awq")
+    assert done.exit_code == 2
+    assert "whose blocks no integer grid holds" in done.stderr
+    done = command("convert", file, tmp_path / "out", "--to", "awq", "--allow-requantize", "--json")
+    assert len(json.loads(done.stdout)["requantized"]) == LINEARS
+
+
+def test_a_lone_file_needs_the_model_that_it_was_made_from(model: Path, both: Any, tmp_path: Path) -> None:
+    (tmp_path / "lone").mkdir()
+    file = shutil.copy(both(True) / "gguf" / "out.gguf", tmp_path / "lone" / "x.gguf")
+    done = command("convert", file, tmp_path / "out", "--to", "awq")
+    assert done.exit_code == 4
+    assert "--source" in done.stderr
+    assert [entry.name for entry in tmp_path.iterdir()] == ["lone"]
+    assert command("convert", file, tmp_path / "out", "--to", "awq", "--source", model).exit_code == 0
+    assert_same_weights(tmp_path / "out", both(True) / "compressed-tensors")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "words"),
+    [
+        (("--to", "gguf"), 2, "is a .gguf file already"),
+        (("--to", "onnx"), 2, "format is 'onnx'"),
+        (("--to", "awq", "--source", "no-such/folder/here"), 3, "no-such/folder/here"),
+    ],
+)
+def test_requests_that_cannot_be_met(
+    both: Any, tmp_path: Path, arguments: tuple[str, ...], exit_code: int, words: str
+) -> None:
+    done = command("convert", both(True) / "gguf" / "out.gguf", tmp_path / "out", *arguments)
+    assert done.exit_code == exit_code
+    assert words in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_its_tokenizer(both: Any, tmp_path: Path) -> None:
+    shutil.copytree(both(True) / "compressed-tensors", tmp_path / "bare")
+    for file in (tmp_path / "bare").glob("tokenizer*"):
+        file.unlink()
+    done = command("convert", tmp_path / "bare", tmp_path / "out", "--to", "gguf")
+    assert done.exit_code == 3
+    assert "has no tokenizer" in done.stderr and "from the original model" in done.stderr
+    assert "converted" not in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_a_source_is_for_files_alone(both: Any, model: Path, tmp_path: Path) -> None:
+    done = command("convert", both(True) / "compressed-tensors", tmp_path / "out", "--to", "awq", "--source", model)
+    assert done.exit_code == 2 and "--source is for .gguf files" in done.stderr
+
+
+def test_a_file_that_is_none(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"GGUF" + bytes(20))
+    done = command("convert", tmp_path / "x.gguf", tmp_path / "out", "--to", "awq", "--source", model)
+    assert done.exit_code == 3
+    assert "is no GGUF file" in done.stderr
+
+
+def test_nothing_is_left_of_an_interrupted_one(both: Any, tmp_path: Path) -> None:
+    steps = GgufConverter(both(True) / "gguf" / "out.gguf", tmp_path / "out", "awq").run()
+    next(steps)
+    steps.close()  # type: ignore[attr-defined]
+    assert list(tmp_path.iterdir()) == []
+    assert torch.is_grad_enabled()
+
+
+def test_a_model_that_llama_cpp_does_not_know_is_refused_before_any_work(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = checkpoint("stablelm", num_hidden_layers=2)
+    done = command(
+        "quantize", model, tmp_path / "out", "--method", "rtn", "--group-size", "32", "--format", "gptq,gguf"
+    )
+    assert done.exit_code == 4
+    assert "no GGUF file can be written for a model of type 'stablelm'" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_format_that_fails_after_all_costs_none_of_the_others(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise FormatError("no room for it")
+
+    monkeypatch.setattr("llmq.finishing.export_gguf", fail)
+    done = command(
+        "quantize", model, tmp_path / "out", "--method", "rtn", "--group-size", "32", "--format", "gguf,awq,gptq"
+    )
+    assert done.exit_code == 3
+    assert "no room for it" in done.stderr and "awq, gptq are finished" in done.stderr
+    assert {entry.name for entry in (tmp_path / "out").iterdir()} == {"awq", "gptq"}
+    assert_same_weights(tmp_path / "out" / "awq", tmp_path / "out" / "gptq")
+    assert "gguf was not written: no room for it" in str(
+        json.loads((tmp_path / "out/gptq/llmq.json").read_text())["notes"]
+    )

@@ -1,0 +1,165 @@
+"""llama.cpp runs the .gguf files that llmq writes, and predicts what llmq predicts.
+
+What llama.cpp multiplies by a quantized weight it first rounds to 8 bits, 32 numbers at a time.  So files with
+quantized weights are compared with a tolerance, and files with the same weights as floats closely: these show that
+everything but the blocks (names, the order of rows, metadata, rotation, tokenizer) is right.
+"""
+
+import importlib.util
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import llmq
+from llmq.gguf import export
+from llmq.runtime.load import load_tokenizer
+from tests.llama_cpp import LlamaCpp
+
+pytestmark = [
+    pytest.mark.interop,
+    pytest.mark.skipif(
+        importlib.util.find_spec("xllamacpp") is None,
+        reason="needs the package xllamacpp, which scripts/test.sh installs in an environment of its own",
+    ),
+]
+BUNDLED = Path(__file__).resolve().parents[2] / "eval" / "models"
+PROGRAM = "def fibonacci(n):\n    if n < 2:\n        return n\n"
+ROUNDED = 0.05  # nats, on average over the vocabulary; what rounding activations to 8 bits does
+EXACT = 0.03  # nats at most, of any token: llama.cpp keeps keys and values in fp16
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "vocab_size": 2048,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
+HEADS = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 16}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.1] * 8, "long_factor": [1.5] * 8}
+MIXTURE = {"num_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 32}
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {"attention_bias": True}),
+    "llama3": ("Llama", {"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 64}}),
+    "mistral": ("Mistral", {}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"head_dim": 32}),
+    "phi3": ("Phi3", {"original_max_position_embeddings": 512}),
+    "phi3-long": (
+        "Phi3", {"original_max_position_embeddings": 512, "max_position_embeddings": 2048, "rope_parameters": LONG}
+    ),
+    "gemma": ("Gemma", {"head_dim": 16}),
+    "gemma2": ("Gemma2", HEADS),
+    "gemma3": ("Gemma3Text", {**HEADS, "num_hidden_layers": 7}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 4}),  # all, so that no tie decides
+    "qwen2moe": ("Qwen2Moe", {**MIXTURE, "shared_expert_intermediate_size": 64, "norm_topk_prob": False}),
+    "qwen3moe": ("Qwen3Moe", {**MIXTURE, "head_dim": 16, "norm_topk_prob": True}),
+}  # fmt: skip
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[LlamaCpp]:
+    model = LlamaCpp(file)
+    try:
+        yield model
+    finally:
+        model.close()
+
+
+def log_probabilities(model: Any, tokens: Sequence[int]) -> np.ndarray:
+    """(T, V) float64, as transformers computes them."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([list(tokens)]), use_cache=False).logits
+    return logits[0].double().log_softmax(-1).numpy()
+
+
+def greedy(model: Any, tokens: Sequence[int], count: int) -> list[int]:
+    found = list(tokens)
+    for _ in range(count):
+        found.append(int(log_probabilities(model, found)[-1].argmax()))
+    return found[len(tokens) :]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_architecture_of_the_table_computes_what_transformers_computes(name: str, tmp_path: Path) -> None:
+    kind, changes = CONFIGS[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**{**SIZES, **changes})
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # norms and biases too, which else are all ones and zeros
+            parameter += torch.randn_like(parameter) * 0.1
+            parameter.copy_(parameter.half())
+    model.save_pretrained(tmp_path / "model")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BUNDLED / "tiny-python-llama" / file, tmp_path / "model")
+    made = export.export(tmp_path / "model", tmp_path / "made.gguf")
+    tokens = np.random.default_rng(0).integers(1, 2048, 40).tolist()  # more than a window
+    with opened(made.file) as llama:
+        difference = np.abs(llama.log_probabilities(tokens) - log_probabilities(model, tokens))
+    assert difference.max() < EXACT
+
+
+@pytest.mark.parametrize(
+    ("name", "symmetric", "group_size", "kind"),
+    [
+        ("tiny-python-llama", True, 32, "Q4_0"),
+        ("tiny-python-llama", False, 256, "Q4_K"),
+        ("tiny-python-qwen3", False, 32, "Q5_0"),
+        ("tiny-python-qwen3", True, 64, "Q4_0"),
+    ],
+)
+def test_a_quantized_model_continues_a_text_as_llmq_does(
+    name: str, symmetric: bool, group_size: int, kind: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    llmq.quantize(
+        str(BUNDLED / name),
+        out,
+        method="rtn",
+        group_size=group_size,
+        symmetric=symmetric,
+        device="cpu",
+    )
+    made = export.export(out, tmp_path / "made.gguf")
+    assert made.counts[kind] == len(made.exact) > 0 and not made.rounded
+    model, tokenizer = llmq.load(out, device="cpu")
+    tokens = tokenizer(PROGRAM)["input_ids"]
+    with opened(made.file) as llama:
+        assert llama.tokenize(PROGRAM) == tokens
+        difference = np.abs(llama.log_probabilities(tokens) - log_probabilities(model, tokens))
+        assert llama.greedy(tokens, 50) == greedy(model, tokens, 50)
+    assert difference.mean() < ROUNDED
+
+
+TEXTS = [
+    PROGRAM,
+    "Once upon a time, there's 12345 x  y\n\n\n  z \u00e9 \u6f22\u5b57 \U0001f680 I've",
+    "  a",
+    " b\t\tc",
+    "<s>a",
+]
+
+
+@pytest.mark.parametrize(
+    "name", ["tiny-python-llama", "../../../shared/models/babyllama-tok361", "../../../shared/models/stories260K"]
+)
+def test_texts_become_the_same_tokens(name: str, tmp_path: Path) -> None:
+    folder = BUNDLED / name
+    if not folder.is_dir():
+        pytest.skip("needs ../shared (real models), which is not beside this checkout")
+    made, tokenizer = export.export(folder, tmp_path / "made.gguf"), load_tokenizer(folder, remote_code=False)
+    with opened(made.file) as llama:
+        for text in TEXTS:
+            assert llama.tokenize(text) == tokenizer(text)["input_ids"], text

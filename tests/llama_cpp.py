@@ -1,0 +1,125 @@
+"""llama.cpp behind a few functions, by the library that the wheel xllamacpp brings (the wheel needs no compiler).
+
+Its parameters are structures passed by value, whose fields change from version to version.  The defaults do, so they
+are taken as they come: bytes that a function fills and another one reads.  A buffer longer than the structure is as
+good as the structure where it is the last argument.
+"""
+
+import ctypes
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+
+class Parameters(ctypes.Structure):
+    """A structure of at most so many bytes, with whatever is in it."""
+
+    _fields_ = (("bytes", ctypes.c_uint64 * 128),)
+
+
+class Batch(ctypes.Structure):
+    """struct llama_batch."""
+
+    _fields_ = (
+        ("n_tokens", ctypes.c_int32),
+        ("token", ctypes.c_void_p),
+        ("embd", ctypes.c_void_p),
+        ("pos", ctypes.c_void_p),
+        ("n_seq_id", ctypes.c_void_p),
+        ("seq_id", ctypes.c_void_p),
+        ("logits", ctypes.c_void_p),
+    )
+
+
+POINTER, INT, TEXT, YES = ctypes.c_void_p, ctypes.c_int32, ctypes.c_char_p, ctypes.c_bool
+IDS = ctypes.POINTER(ctypes.c_int32)
+LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+FUNCTIONS = {
+    "llama_backend_init": (None, ()),
+    "llama_log_set": (None, (LOG, POINTER)),
+    "llama_model_default_params": (Parameters, ()),
+    "llama_context_default_params": (Parameters, ()),
+    "llama_model_load_from_file": (POINTER, (TEXT, Parameters)),
+    "llama_init_from_model": (POINTER, (POINTER, Parameters)),
+    "llama_model_get_vocab": (POINTER, (POINTER,)),
+    "llama_vocab_n_tokens": (INT, (POINTER,)),
+    "llama_tokenize": (INT, (POINTER, TEXT, INT, IDS, INT, YES, YES)),
+    "llama_batch_get_one": (Batch, (IDS, INT)),
+    "llama_decode": (INT, (POINTER, Batch)),
+    "llama_get_logits_ith": (ctypes.POINTER(ctypes.c_float), (POINTER, INT)),
+    "llama_free": (None, (POINTER,)),
+    "llama_model_free": (None, (POINTER,)),
+}
+
+
+def library() -> ctypes.CDLL:
+    """llama.cpp; skips the test where it is not installed."""
+    pytest.importorskip("xllamacpp", reason="llama.cpp is not installed: pip install xllamacpp")
+    found = importlib.util.find_spec("xllamacpp.xllamacpp")
+    assert found is not None and found.origin is not None
+    llama = ctypes.CDLL(found.origin)
+    for name, (result, arguments) in FUNCTIONS.items():
+        function = getattr(llama, name)
+        function.restype, function.argtypes = result, arguments
+    return llama
+
+
+class LlamaCpp:
+    """A model that llama.cpp has opened; what it says about a file that it refuses is in the message."""
+
+    def __init__(self, path: Path) -> None:
+        self._llama, said = library(), []
+        self._log = LOG(lambda level, text, _: said.append(text) if level >= 2 else None)  # kept, for llama.cpp has it
+        self._llama.llama_log_set(self._log, None)
+        self._llama.llama_backend_init()
+        self._model = self._llama.llama_model_load_from_file(
+            str(path).encode(), self._llama.llama_model_default_params()
+        )
+        assert self._model, f"llama.cpp refuses {path}: {b''.join(said[-6:]).decode()}"
+        self._vocab = self._llama.llama_model_get_vocab(self._model)
+
+    def close(self) -> None:
+        self._llama.llama_model_free(self._model)
+
+    def tokenize(self, text: str) -> list[int]:
+        """The ids of a text, with what is put in front of it."""
+        stored, ids = text.encode(), (ctypes.c_int32 * (2 * len(text) + 16))()
+        count = self._llama.llama_tokenize(self._vocab, stored, len(stored), ids, len(ids), True, True)
+        assert count >= 0
+        return list(ids[:count])
+
+    def log_probabilities(self, tokens: Sequence[int]) -> np.ndarray:
+        """(T, V) float64: after each of the tokens."""
+        context = self._context()
+        found = [self._next(context, token) for token in tokens]
+        self._llama.llama_free(context)
+        return np.stack(found)
+
+    def greedy(self, tokens: Sequence[int], count: int) -> list[int]:
+        """The ids that follow, the most likely one each time."""
+        context = self._context()
+        for token in tokens:
+            scores = self._next(context, token)
+        found = []
+        for _ in range(count):
+            found.append(int(scores.argmax()))
+            scores = self._next(context, found[-1])
+        self._llama.llama_free(context)
+        return found
+
+    def _context(self) -> int:
+        context = self._llama.llama_init_from_model(self._model, self._llama.llama_context_default_params())
+        assert context, "llama.cpp cannot make a context"
+        return int(context)
+
+    def _next(self, context: int, token: int) -> np.ndarray:
+        """(V,) float64 log-probabilities after one more token."""
+        ids = (ctypes.c_int32 * 1)(token)
+        assert self._llama.llama_decode(context, self._llama.llama_batch_get_one(ids, 1)) == 0
+        logits = self._llama.llama_get_logits_ith(context, -1)
+        scores = np.ctypeslib.as_array(logits, (self._llama.llama_vocab_n_tokens(self._vocab),)).astype(np.float64)
+        scores -= scores.max()
+        return scores - np.log(np.exp(scores).sum())

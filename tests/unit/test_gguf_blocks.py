@@ -1,0 +1,70 @@
+"""Blocks against the package of the format's owner, and against each other."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmq.errors import FormatError
+from llmq.gguf import blocks, k_quants
+
+gguf = pytest.importorskip("gguf")
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def _same(found: np.ndarray, expected: np.ndarray) -> None:
+    assert found.dtype == np.float32 and found.shape == expected.shape
+    number = ~np.isnan(expected)  # which of its bits a NaN has is the processor's affair
+    assert np.array_equal(np.isnan(found), ~number)
+    assert np.array_equal(found[number].view(np.uint32), expected[number].view(np.uint32))
+
+
+@pytest.mark.parametrize("kind", blocks.SIZES)
+@given(seed=SEEDS)
+def test_random_bytes_decode_as_the_owner_decodes_them(kind: str, seed: int) -> None:
+    raw = np.random.default_rng(seed).integers(0, 256, (3, blocks.row_bytes(kind, 512)), dtype=np.uint8)
+    with np.errstate(invalid="ignore"):
+        expected = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind])
+    _same(blocks.decode(kind, raw), expected)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "BF16", "F16"])
+@given(seed=SEEDS)
+def test_packing_makes_the_bytes_that_the_owner_makes(kind: str, seed: int) -> None:
+    weight = np.random.default_rng(seed).standard_normal((3, 96)).astype(np.float32)
+    stored = gguf.quants.quantize(weight, gguf.GGMLQuantizationType[kind]).view(np.uint8)
+    if kind in {"BF16", "F16"}:
+        assert np.array_equal(blocks.pack_float(kind, weight), stored)
+        return
+    d, rest = stored.reshape(-1, blocks.SIZES[kind][1])[:, :2], stored.reshape(-1, blocks.SIZES[kind][1])[:, 2:]
+    scales = [np.ascontiguousarray(d).view(np.float16).reshape(3, -1)]
+    if kind.endswith("_1"):
+        scales.append(np.ascontiguousarray(rest[:, :2]).view(np.float16).reshape(3, -1))
+    decoded = blocks.decode(kind, stored).reshape(3, -1, 32)
+    shifted = decoded - scales[1].astype(np.float32)[..., None] if len(scales) > 1 else decoded
+    codes = np.rint(shifted / scales[0].astype(np.float32)[..., None]).reshape(3, 96)
+    codes += {"Q4_0": 8, "Q5_0": 16}.get(kind, 0)
+    pack = getattr(blocks, f"pack_{kind.lower()}")
+    assert np.array_equal(pack(codes.astype(np.int8 if kind == "Q8_0" else np.uint8), *scales), stored)
+
+
+@pytest.mark.parametrize("kind", k_quants.SIZES)
+@given(seed=SEEDS)
+def test_superblocks_come_back_as_the_bytes_that_they_were(kind: str, seed: int) -> None:
+    raw = np.random.default_rng(seed).integers(0, 256, (3, blocks.row_bytes(kind, 512)), dtype=np.uint8)
+    parts = getattr(k_quants, f"unpack_{kind.lower()}")(raw)
+    again = getattr(k_quants, f"pack_{kind.lower()}")(**vars(parts))
+    assert np.array_equal(again, raw)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    codes, d = np.full((1, 32), 16, dtype=np.uint8), np.ones((1, 1), dtype=np.float16)
+    with pytest.raises(FormatError, match="16, this type holds 0 to 15"):
+        blocks.pack_q4_0(codes, d)
+    with pytest.raises(FormatError, match="multiple of 256"):
+        blocks.row_bytes("Q4_K", 128)
+    with pytest.raises(FormatError, match="IQ2_XS"):
+        blocks.decode("IQ2_XS", codes)
+    sc = np.full((1, 8), 64, dtype=np.uint8)
+    with pytest.raises(FormatError, match="six bits"):
+        k_quants.pack_q4_k(np.zeros((1, 256), dtype=np.uint8), d, d, sc, sc)
