@@ -38,6 +38,7 @@ class Method:
     block_tuning  lowers the loss of a block as a whole, when all of its weights are rounded
     tuning        lowers the model's loss, after all blocks
     held_out      part of the calibration windows that no stage is fitted on, by which stages are judged
+    expert_tokens how many tokens an expert of a mixture sees at least, for each input of its layers (model/stops.py)
     """
 
     rounding: str
@@ -48,6 +49,7 @@ class Method:
     block_tuning: Tuning | None = None
     tuning: Tuning | None = None
     held_out: float = 0.0
+    expert_tokens: float = 2.0
     needs_calibration: bool = True
 
     def rotated(self) -> "Method":

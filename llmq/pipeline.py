@@ -33,7 +33,7 @@ from llmq.model.observe import InputGroup
 from llmq.model.skeleton import Call, Skeleton
 from llmq.model.stream import Stream
 from llmq.report.record import BlockReport, LayerReport, StageGain
-from llmq.report.scoring import layer_report
+from llmq.report.scoring import as_experts, layer_report
 from llmq.rounding import Rounded, round_group
 from llmq.schemes import LayerPlan
 from llmq.stats import InputStats
@@ -95,14 +95,19 @@ def quantize_block(run: Run, index: int, block: Block, start: float) -> Generato
             block.set_weight(layer.path, rounded)  # what comes later sees this rounding
             name = run.plans[layer.path].name
             layers.append(layer_report(name, layer.weight, rounded, layer.rounding, packed, stats, layer.gains))
+            if block.is_experts(layer.path):
+                layers[-1] = as_experts(layers[-1], run.method.transforms)
             yield layers[-1]
             tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in packed.items()}
             if run.method.block_tuning is not None:
                 to_tune[layer.path] = layer
     if flow is not None:
         gains += leave_block(run, block, flow, to_tune, tensors)
-    replaced = {f"{layer.name}.weight" for layer in layers}
-    tensors |= {name: tensor for name, tensor in block.stored_parameters().items() if name not in replaced}
+    packed_names = {layer.name for layer in layers}
+    replaced = {f"{name}.weight" for name in packed_names}
+    for name, tensor in block.stored_parameters().items():
+        if name not in replaced and not run.skeleton.weights.left_stacked(name, packed_names):
+            tensors[name] = tensor
     report = BlockReport(block.path, tuple(layers), tuple(notes), time.monotonic() - start, gains=tuple(gains))
     run.writer.commit(index, tensors, report.to_dict())
     return report
@@ -144,7 +149,8 @@ def transform_block(run: Run, block: Block, groups: Sequence[InputGroup]) -> tup
     Returns what a user should know, and what each rewrite won.
     """
     assert run.stream is not None, "a method that transforms needs calibration"
-    observed = observe.statistics(block, groups, run.stream.fitted_calls())
+    shared = [group for group in groups if not block.is_experts(group.names[0])]  # experts are left out, which is noted
+    observed = observe.statistics(block, shared, run.stream.fitted_calls())
     told = [each for stage in run.method.transforms for each in transform(run, stage, block, observed)]
     packed = {f"{run.plans[path].name}.weight" for path in block.linears if run.plans[path].scheme is not None}
     kept = {name: tensor for name, tensor in block.stored_parameters().items() if name not in packed}
@@ -162,7 +168,8 @@ def transform(run: Run, stage: str, block: Block, observed: Observed) -> Iterato
     kept = {path for path, plan in run.plans.items() if plan.scheme is None}
     probe, call = run.stream.sample(PROBE_TOKENS), run.stream.sample(LOSS_TOKENS)
     found = fold.discover(block, list(observed), probe)
-    sites = {site.group: site for site in found if f"{block.path}.{site.producer}" not in kept}
+    kept |= {path for path in made_by(found, block) if run.skeleton.weights.is_fixed(f"{path}.weight")}
+    sites = {site.group: site for site, path in zip(found, made_by(found, block), strict=True) if path not in kept}
     before = block.run(call)
     for group, stats in observed.items():
         if not all(run.plans[path].scheme for path in group.names):
@@ -176,6 +183,11 @@ def transform(run: Run, stage: str, block: Block, observed: Observed) -> Iterato
         basis = algorithms.transform(stage).basis(stats, site.source, width, loss)
         if basis is not None:
             yield from rewrite(run, stage, block, observed, site, basis)
+
+
+def made_by(sites: Sequence[FoldSite], block: Block) -> list[str]:
+    """The path of what makes the input, site by site."""
+    return [f"{block.path}.{site.producer}" for site in sites]
 
 
 def rewrite(

@@ -6,9 +6,10 @@ listed with its reason; `strict` makes it an error.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from llmq.block_types import BLOCK_TYPES
 from llmq.config import GROUP_SIZES, GroupSize, QuantConfig, Scheme
 from llmq.errors import ConfigError
 from llmq.formats import Layout
@@ -31,6 +32,9 @@ class LayerPlan:
     def packed_bytes(self, scale_bytes: int) -> int:
         """What the packed weight takes: codes, scales of `scale_bytes` each, zeros where there are any."""
         assert self.scheme is not None, "only a weight that is to be packed has a packed size"
+        if self.scheme.block_type is not None:
+            kind = BLOCK_TYPES[self.scheme.block_type]
+            return self.weights // kind.columns * kind.nbytes
         groups = self.out_features * -(-self.in_features // self.scheme.columns_per_group(self.in_features))
         zeros = 0 if self.scheme.symmetric else groups * self.scheme.bits // 8
         return self.weights * self.scheme.bits // 8 + groups * scale_bytes + zeros
@@ -45,6 +49,50 @@ def plan_layers(shapes: Iterable[tuple[str, int, int]], config: QuantConfig, lay
         reasons = "; ".join(sorted({plan.reason for plan in plans if plan.reason})) or "no linear layer in any block"
         raise ConfigError(f"nothing is left to quantize: {reasons}", hint="see --skip, --override and --format")
     return plans
+
+
+def alike(
+    plans: Mapping[str, LayerPlan], units: Iterable[Sequence[str]], config: QuantConfig, layout: Layout
+) -> dict[str, LayerPlan]:
+    """`plans` with one grid for the layers of each unit, such as the experts of a layer: engines run them as one.
+
+    That is the grid of most bits and, of these, the largest groups which every one of them can have; where one of them
+    stays as it is, all do.  Raises ConfigError where that is not as asked and `strict` allows no fallback.
+    """
+    result = dict(plans)
+    for unit in units:
+        asked = {plans[key].scheme for key in unit}
+        if len(asked) < 2:
+            continue
+        common = _common_scheme([plans[key] for key in unit], layout)
+        for key in unit:
+            if plans[key].scheme != common:
+                changed = result[key] = _as_the_others(plans[key], common, [plans[key] for key in unit])
+                if config.strict:
+                    raise ConfigError(f"{changed.name}: {changed.reason}", hint="leave --strict out to allow this")
+    return result
+
+
+def _common_scheme(plans: Sequence[LayerPlan], layout: Layout) -> Scheme | None:
+    schemes = {plan.scheme for plan in plans}
+    found = [scheme for scheme in schemes if scheme is not None]
+    if len(found) < len(schemes):
+        return None
+    found.sort(key=lambda s: (-s.bits, -s.group_size if isinstance(s.group_size, int) else 0, str(s)))
+
+    def fits(scheme: Scheme) -> bool:
+        return all(layout.refusal(scheme, plan.out_features, plan.in_features) is None for plan in plans)
+
+    return next((scheme for scheme in found if fits(scheme)), None)
+
+
+def _as_the_others(plan: LayerPlan, scheme: Scheme | None, unit: Sequence[LayerPlan]) -> LayerPlan:
+    if scheme is not None:
+        reason = f"{scheme} instead of {plan.scheme}: the experts of a layer share a grid"
+        return dataclasses.replace(plan, scheme=scheme, reason=reason)
+    kept = next((other for other in unit if other.scheme is None), None)
+    why = f"{kept.name} stays as it is ({kept.reason})" if kept else "there is none that all of them can have"
+    return dataclasses.replace(plan, scheme=None, reason=f"the experts of a layer share a grid, and {why}")
 
 
 def _on_one_grid(plans: list[LayerPlan], layout: Layout) -> list[LayerPlan]:

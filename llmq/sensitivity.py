@@ -34,6 +34,7 @@ from llmq.config import Scheme
 from llmq.errors import CalibrationError
 from llmq.model import observe
 from llmq.model.block import Block
+from llmq.model.experts import SeparateExperts
 from llmq.model.observe import InputGroup
 from llmq.model.skeleton import Call, Skeleton
 from llmq.model.stream import Stream
@@ -169,7 +170,8 @@ def _through(
     groups = observe.input_groups(block, stream.sample(PROBE_TOKENS))
     observed = observe.statistics(block, groups, stream.calls())
     for unit in units_of(block, groups):
-        seen = {group: observed[group] for group in unit if observed[group].tokens}
+        # An expert that no token reached is stored like the others of its layer, and costs nothing here.
+        seen = {g: observed[g] for g in unit if observed[g].tokens or block.is_experts(g.names[0])}
         paths = [path for group in seen for path in group.names if path in question.layers]
         if not paths:
             continue
@@ -187,7 +189,7 @@ def _through(
 
 
 def units_of(block: Block, groups: Sequence[InputGroup]) -> list[list[InputGroup]]:
-    """The groups that must be alike: each alone, but for those inside of one list of modules, such as experts."""
+    """The groups that must be alike: each alone, but for experts, and those inside of one list of modules."""
     units: dict[str, list[InputGroup]] = {}
     for group in groups:
         home = _list_around(block, group.names[0])
@@ -200,14 +202,15 @@ def _list_around(block: Block, path: str) -> str | None:
     inside = path.removeprefix(f"{block.path}.").split(".")
     for depth in range(1, len(inside)):
         module = block.module.get_submodule(".".join(inside[:depth]))
-        if isinstance(module, nn.ModuleList) and len(module) > 1:
+        if isinstance(module, SeparateExperts) or (isinstance(module, nn.ModuleList) and len(module) > 1):
             return ".".join(inside[:depth])
     return None
 
 
 def _factor(stats: InputStats, question: Question) -> Factor | None:
     """Made once for all grids, where the rounding asks for one."""
-    return gptq.factorize(stats.hessian, question.options) if question.rounding == "gptq" else None
+    wanted = question.rounding == "gptq" and stats.tokens > 0
+    return gptq.factorize(stats.hessian, question.options) if wanted else None
 
 
 def _round(
@@ -222,7 +225,7 @@ def _round(
     error = 0.0
     for scheme, paths in together.items():
         weights = [block.weight(path) for path in paths]
-        stage = algorithms.rounding(question.rounding)
+        stage = algorithms.rounding(question.rounding if stats.tokens else "rtn")
         rounding = stage.round_weight(torch.cat(weights), stats, scheme, question.options, factor)
         rounded = rounding.quantized.dequantize()
         error += float(output_error(torch.cat(weights), rounded, stats.hessian).sum(dtype=torch.float64))

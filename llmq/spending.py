@@ -18,6 +18,7 @@ be made again from them without measuring; nothing is drawn at random, so a repe
 import dataclasses
 import functools
 import math
+import os.path
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,16 +28,20 @@ import torch
 from llmq.algorithms import Options
 from llmq.allocation import Choice, allocate
 from llmq.checkpoint.reader import Checkpoint
-from llmq.config import Override, QuantConfig, Scheme, matches
+from llmq.config import Override, QuantConfig, Scheme
 from llmq.errors import ConfigError
 from llmq.formats import Layout
+from llmq.grid import dtype_of
 from llmq.model.skeleton import Skeleton
+from llmq.patterns import matches
 from llmq.quantized import QuantizedTensor
 from llmq.report.effects import Sensitivity, Unit
-from llmq.schemes import plan_layers
+from llmq.runtime.unpacked import stored_bytes
+from llmq.schemes import alike, plan_layers
 from llmq.sensitivity import Candidate, Layer, Question
 
 LEFT = "as it is"
+MANY = 8  # layers of one unit
 GRIDS = ((4, 128), (4, 32), (8, 128))  # bits, group size
 
 
@@ -86,14 +91,14 @@ def ask(
     name = skeleton.weights.module_name
     linears = {path: module for block in skeleton.blocks for path, module in block.linears.items()}
     shapes = {path: (name(path), module.out_features, module.in_features) for path, module in linears.items()}
-    stored_bits = {path: 8 * checkpoint.info(f"{name(path)}.weight").nbytes for path in linears}
+    stored_bits = {path: 8 * stored_bytes(skeleton, checkpoint, f"{name(path)}.weight") for path in linears}
     tried = schemes or schemes_to_try(settings.scheme)
     if settings.target_bits is not None and layout.ONE_GRID:
         raise ConfigError(
             f"{layout.NAME} files have one grid for all layers, and --target-bits chooses one for each",
             hint="use --format compressed-tensors, or gptq",
         )
-    layers = candidates(shapes, stored_bits, tried, settings, layout, options.scale_dtype)
+    layers = candidates(shapes, stored_bits, tried, settings, layout, dtype_of(options.scale_dtype), skeleton.alike())
     if settings.target_bits is not None:
         _require_reachable(layers.values(), settings.target_bits)
     return Question(layers, tuple(str(scheme) for scheme in tried), rounding, options)
@@ -106,12 +111,17 @@ def candidates(
     settings: QuantConfig,
     layout: Layout,
     scale_dtype: torch.dtype,
+    units: Sequence[Sequence[str]] = (),
 ) -> dict[str, Layer]:
     """By its path, each layer of `shapes` (name, out_features, in_features) that may be given any of `schemes`.
 
-    `stored_bits` is what each takes as it is.  Raises ConfigError for a scheme that the format can never hold.
+    `stored_bits` is what each takes as it is; the layers of each of the `units` are alike.  Raises ConfigError for a
+    scheme that the format can never hold.
     """
-    free = {path: shape for path, shape in shapes.items() if not _settled(shape[0], settings)}
+    settled = {path for path, shape in shapes.items() if _settled(shape[0], settings)}
+    settled.update(path for unit in units if settled.intersection(unit) for path in unit)
+    free = {path: shape for path, shape in shapes.items() if path not in settled}
+    units = [unit for unit in units if not settled.intersection(unit)]
     if not free:
         raise ConfigError("no layer is left to spend bits on", hint="see --skip and --override")
 
@@ -122,13 +132,14 @@ def candidates(
     by_scheme = []
     for scheme in schemes:
         plain = dataclasses.replace(settings, scheme=scheme, overrides=(), target_bits=None)
-        by_scheme.append(dict(zip(free, plan_layers(free.values(), plain, layout), strict=True)))
+        plans = dict(zip(free, plan_layers(free.values(), plain, layout), strict=True))
+        by_scheme.append(alike(plans, units, plain, layout))
     found = {}
     for path, (name, rows, columns) in free.items():
-        plans = [plans[path] for plans in by_scheme]
+        each = [plans[path] for plans in by_scheme]
         ways = tuple(
             Candidate(plan.scheme, packed_bits(rows, columns, plan.scheme) if plan.scheme else stored_bits[path])
-            for plan in plans
+            for plan in each
         )
         if any(way.scheme is not None for way in ways):
             found[path] = Layer(name, rows * columns, stored_bits[path], ways)
@@ -167,15 +178,29 @@ def settled(settings: QuantConfig, plan: Spending) -> QuantConfig:
     overrides, skip = list(settings.overrides), list(settings.skip)
     for grid, unit in zip(plan.grids, plan.units, strict=True):
         if grid is None:
-            skip += unit.names
+            skip += _patterns(unit, plan.units)
             continue
         [effect] = (effect for effect in unit.effects if effect.grid == grid)
+        shared = effect.schemes[0]
+        if shared is not None and all(scheme == shared for scheme in effect.schemes):
+            if shared != settings.scheme:
+                overrides += (Override(name, shared.bits, shared.group_size) for name in _patterns(unit, plan.units))
+            continue
         for name, scheme in zip(unit.names, effect.schemes, strict=True):
             if scheme is None:
                 skip.append(name)
             elif scheme != settings.scheme:
                 overrides.append(Override(name, scheme.bits, scheme.group_size))
     return dataclasses.replace(settings, overrides=tuple(overrides), skip=tuple(skip), target_bits=None)
+
+
+def _patterns(unit: Unit, units: Iterable[Unit]) -> tuple[str, ...]:
+    """What fits the layers of a unit and no others: their names, but one pattern for the many of a layer's experts."""
+    if len(unit.names) < MANY:
+        return unit.names
+    prefix = os.path.commonprefix(unit.names).rpartition(".")[0]
+    others = (name for other in units if other is not unit for name in other.names)
+    return unit.names if not prefix or any(name.startswith(f"{prefix}.") for name in others) else (f"{prefix}.*",)
 
 
 def _settled(name: str, settings: QuantConfig) -> bool:

@@ -23,15 +23,17 @@ class InputStats:
     """Running sums over the inputs (T, K) of the weights that share them.
 
     `held_out` is the same over tokens that are not counted here: nothing is fitted on them, choices are judged by them.
+    Of the `tokens`, so many as `borrowed` says are not the weights' own: see `model/stops.py` on starved experts.
     """
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         self.tokens = 0
+        self.borrowed = 0
         self.held_out: InputStats | None = None
         self._weight = 0.0  # the sum of the tokens' weights
         self._gram = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)  # above the diagonal
         self._absolute = torch.zeros(in_features, dtype=torch.float32, device=device)
-        self._judges = False
+        self.judges = False  # whether it is the `held_out` of another
         self._paired = 0  # tokens whose original is known
         self._cross: Tensor | None = None  # DᵀX̂, whole
         self._drift: Tensor | None = None  # DᵀD, above the diagonal; of judges only
@@ -39,7 +41,7 @@ class InputStats:
     def hold_out(self) -> "InputStats":
         """Begin `held_out`, and return it."""
         self.held_out = InputStats(len(self._absolute), self._gram.device)
-        self.held_out._judges = True
+        self.held_out.judges = True
         return self.held_out
 
     def update(self, inputs: Tensor, originals: Tensor | None = None, weights: Tensor | None = None) -> None:
@@ -72,7 +74,7 @@ class InputStats:
         if self._cross is None:
             self._cross = torch.zeros_like(self._gram)
         gram.add_product(self._cross, D, X)
-        if self._judges:
+        if self.judges:
             self._drift = torch.zeros_like(self._gram) if self._drift is None else self._drift
             gram.update(self._drift, D, upper_only=True)
 
@@ -125,8 +127,8 @@ class InputStats:
             return rows(into, columns(moment, into.mT))
 
         found = InputStats(len(self._absolute), self._gram.device)
-        found.tokens, found._weight = self.tokens, self._weight
-        found._judges, found._paired = self._judges, self._paired
+        found.tokens, found.borrowed, found._weight = self.tokens, self.borrowed, self._weight
+        found.judges, found._paired = self.judges, self._paired
         found._gram = both_sides(self._gram)
         found._cross = None if self._cross is None else both_sides(self._cross)
         found._drift = None if self._drift is None else both_sides(self._drift)

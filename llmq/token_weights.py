@@ -17,9 +17,9 @@ from torch import Tensor
 from llmq import memory
 from llmq.algorithms import token_weights
 from llmq.divergence import Part, through_the_head
-from llmq.model.flow import TokenWeights
 from llmq.model.importance import squared_gradients
 from llmq.model.skeleton import Skeleton
+from llmq.model.stops import TokenWeights
 
 TOKENS_PER_BATCH = 4096
 MEMORY_SHARE = 4  # of what is free, the part that hidden states may take

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
 
 from llmq.checkpoint.reader import Checkpoint
-from llmq.model import skeleton
+from llmq.model import module_tree, skeleton
 from llmq.model.skeleton import Skeleton
 from llmq.model.weights import ModelWeights
 
@@ -96,7 +96,8 @@ CONFIGS: dict[str, Callable[..., Any]] = {
 
 def causal_model(config: Any, *, dtype: str = "float32", seed: int = 0) -> Any:
     """The model of a configuration with random parameters, ready to run."""
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    kind = module_tree.auto_class(config, remote_code=False)
+    model = kind.from_config(config, dtype=getattr(torch, dtype))
     model.eval().requires_grad_(False)
     randomise(model, seed)
     return model

@@ -12,6 +12,8 @@ on.  Two ways lead there, with the same numbers:
   again from the block's, as far as that group and no further; then the caller runs the whole block once more.  About
   twice the work (for a Llama block 2.2 forwards), in the memory of one batch.
 
+The experts of a layer have one stop for each of their two projections; see `stops.py`.
+
 Where a stage wants to know what the float model feeds a weight, a second stream runs beside the first: the same batches
 on the float model's hidden states, with the parameters that the block had before any was rounded.
 
@@ -31,13 +33,12 @@ from torch import Tensor, nn
 from llmq.model.block import Block
 from llmq.model.observe import InputGroup
 from llmq.model.skeleton import Call
+from llmq.model.stops import Arrival, Fed, Stop, Summation, TokenWeights, stops_of
 from llmq.stats import InputStats
 
 Calls = Callable[[], Iterable[Call]]
 Weights = Callable[[], AbstractContextManager[None]]  # while open, the block has a stream's weights
 Forward = tuple[int, int]  # stream and batch
-Fed = tuple[list[Tensor | None], int]  # a group's input in each stream, and how many tokens the batch has
-TokenWeights = Callable[[Sequence[str]], Tensor | None]  # the layers of a group -> (S, T), None where all count alike
 
 
 class Flow:
@@ -50,7 +51,9 @@ class Flow:
                `Block.keep_originals` has found
     fitted     how many batches statistics are for; those behind them go to `InputStats.held_out`
     weights    how much each token of all batches counts in a group's statistics
+    tokens_per_input  how many tokens an expert's statistics take for each of its inputs
     held       whether forwards stand still or are repeated
+    at_once    of how many experts statistics are taken in one pass where forwards are repeated
     """
 
     def __init__(
@@ -62,16 +65,18 @@ class Flow:
         *,
         fitted: int | None = None,
         weights: TokenWeights | None = None,
+        tokens_per_input: float = 0.0,
         held: bool,
+        at_once: int = 1,
     ) -> None:
         self._block = block
-        self._groups = groups
+        self._stops = stops_of(block, groups)
         self._streams: list[tuple[Calls, Weights]] = [(calls, nullcontext)]
         if originals is not None:
             self._streams.append((originals, block.originals))
-        self._fitted = fitted
-        self._token_weights = weights
+        self._sums = Summation(block, fitted=fitted, weights=weights, tokens_per_input=tokens_per_input)
         self._held = held
+        self._at_once = at_once
         self.outputs: list[Tensor] | None = None
         self.original_outputs: list[Tensor] | None = None
 
@@ -82,18 +87,18 @@ class Flow:
     def _suspended(self) -> Iterator[tuple[InputGroup, InputStats]]:
         from greenlet import getcurrent, greenlet
 
-        reached: dict[Forward, tuple[InputGroup, Tensor]] = {}  # the group it stands in front of, and its input
+        reached: dict[Forward, tuple[Stop, Arrival]] = {}  # where it stands, and what arrived there
         outputs: list[dict[int, Tensor]] = [{} for _ in self._streams]
         tokens: list[int] = []  # of each batch
-        rounded: set[InputGroup] = set()
+        passed: list[Stop] = []
         forwards: dict[Forward, Any] = {}
         caller = getcurrent()
-        device = self._block.linears[self._groups[0].names[0]].weight.device.type if self._groups else "cpu"
+        device = next((linear.weight.device.type for linear in self._block.linears.values()), "cpu")
 
-        def wait(group: InputGroup, inputs: Tensor) -> None:
-            if group not in rounded:
+        def wait(stop: Stop, arrived: Arrival) -> None:
+            if not any(stop is each for each in passed):
                 with _modes_kept(device):
-                    caller.switch((group, inputs))
+                    caller.switch((stop, arrived))
 
         def resume(forward: Forward) -> None:
             stream, batch = forward
@@ -104,21 +109,27 @@ class Flow:
             else:
                 reached[forward] = arrived
 
-        with _in_front_of(self._block, self._groups, wait):
+        with _in_front_of(self._stops, wait):
             try:
                 for batch, calls in enumerate(self._calls()):
                     tokens.append(_tokens(calls[0]))
                     for stream, call in enumerate(calls):
                         forwards[stream, batch] = greenlet(lambda call=call: self._block.run(call))
                         resume((stream, batch))
-                for group in self._groups:
-                    here = sorted(forward for forward, (where, _) in reached.items() if where == group)
-                    inputs = {forward: reached.pop(forward)[1] for forward in here}
+                for stop in self._stops:
+                    here = sorted(forward for forward, (where, _) in reached.items() if where is stop)
+                    arrived = {forward: reached.pop(forward)[1] for forward in here}
                     streams = range(len(self._streams))
-                    fed = (([inputs.get((s, batch)) for s in streams], count) for batch, count in enumerate(tokens))
-                    yield group, self._summed(group, fed)
-                    rounded.add(group)
-                    inputs.clear()
+                    fed = [([arrived.get((s, batch)) for s in streams], count) for batch, count in enumerate(tokens)]
+                    if self._sums.needs_counting(stop):
+                        self._sums.count(stop, fed)
+                    for group in stop.groups:
+                        [stats] = self._sums.sums(stop, [group], fed)
+                        yield group, stats
+                        del stats
+                    passed.append(stop)
+                    arrived.clear()
+                    del fed
                     for forward in here:
                         resume(forward)
             finally:
@@ -130,21 +141,25 @@ class Flow:
         self.original_outputs = others[0] if others else None
 
     def _repeated(self) -> Iterator[tuple[InputGroup, InputStats]]:
-        for group in self._groups:
-            yield group, self._summed(group, self._inputs(group))
+        for stop in self._stops:
+            if self._sums.needs_counting(stop):
+                self._sums.count(stop, self._arrivals(stop))
+            for start in range(0, len(stop.groups), self._at_once):
+                groups = stop.groups[start : start + self._at_once]
+                yield from zip(groups, self._sums.sums(stop, groups, self._arrivals(stop)), strict=True)
 
-    def _inputs(self, group: InputGroup) -> Iterator[Fed]:
-        """What each batch feeds `group`; None for one that does not reach it."""
+    def _arrivals(self, stop: Stop) -> Iterator[Fed]:
+        """What arrives of each batch at a stop; None for one that does not come there."""
 
-        def leave(_: InputGroup, inputs: Tensor) -> None:
-            raise _Reached(inputs)
+        def leave(_: Stop, arrived: Arrival) -> None:
+            raise _Reached(arrived)
 
-        def reach(call: Call, weights: Weights) -> Tensor | None:
-            with _in_front_of(self._block, [group], leave), weights():
+        def reach(call: Call, weights: Weights) -> Arrival | None:
+            with _in_front_of([stop], leave), weights():
                 try:
                     self._block.run(call)
                 except _Reached as reached:
-                    return reached.inputs
+                    return reached.arrived
             return None
 
         for calls in self._calls():
@@ -155,31 +170,12 @@ class Flow:
         """Batch by batch, the block's call in each stream."""
         return zip(*(calls() for calls, _ in self._streams), strict=True)
 
-    def _summed(self, group: InputGroup, batches: Iterable[Fed]) -> InputStats:
-        stats = InputStats(group.in_features, self._block.linears[group.names[0]].weight.device)
-        judge = stats if self._fitted is None else stats.hold_out()
-        weights = None if self._token_weights is None else self._token_weights(group.names)
-        stop = 0
-        for batch, ((inputs, *others), tokens) in enumerate(batches):
-            start, stop = stop, stop + tokens
-            if inputs is None:
-                continue
-            counts = None
-            if weights is not None and inputs[..., 0].numel() == tokens:
-                counts = weights.flatten()[start:stop].to(inputs.device)
-            original = others[0] if others else None
-            if original is not None and not (inputs.shape == original.shape and inputs[..., 0].numel() == tokens):
-                original = None  # part of the tokens, as an expert sees it: in the float model it may be another part
-            fits = self._fitted is None or batch < self._fitted
-            (stats if fits else judge).update(inputs, original, counts)
-        return stats
-
 
 class _Reached(Exception):  # noqa: N818  (it ends a forward, nothing went wrong)
-    """Ends a forward in front of the group whose input is wanted."""
+    """Ends a forward at the stop that is asked for."""
 
-    def __init__(self, inputs: Tensor) -> None:
-        self.inputs = inputs
+    def __init__(self, arrived: Arrival) -> None:
+        self.arrived = arrived
 
 
 @contextmanager
@@ -205,17 +201,13 @@ def why_not_held() -> str | None:
 
 
 @contextmanager
-def _in_front_of(
-    block: Block, groups: Sequence[InputGroup], arrived: Callable[[InputGroup, Tensor], None]
-) -> Iterator[None]:
-    """While open, `arrived(group, input)` is called whenever the first weight of a group is about to be used."""
+def _in_front_of(stops: Sequence[Stop], arrived: Callable[[Stop, Arrival], None]) -> Iterator[None]:
+    """While open, `arrived` is called whenever a forward comes to a stop."""
 
-    def hook(group: InputGroup) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        return lambda _, args, kwargs: arrived(group, args[0] if args else kwargs["input"])
+    def hook(stop: Stop) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        return lambda _, args, kwargs: arrived(stop, args[0] if args else kwargs["input"])
 
-    handles = [
-        block.linears[group.names[0]].register_forward_pre_hook(hook(group), with_kwargs=True) for group in groups
-    ]
+    handles = [stop.module.register_forward_pre_hook(hook(stop), with_kwargs=True) for stop in stops]
     try:
         yield
     finally:
@@ -235,11 +227,11 @@ def held_bytes(block: Block, groups: Sequence[InputGroup], call: Call) -> int:
     """
     most = 0
 
-    def look(_: InputGroup, __: Tensor) -> None:
+    def look(_: Stop, __: Arrival) -> None:
         nonlocal most
         most = max(most, _bytes_in_frames(sys._getframe(1), held_bytes.__code__, call.hidden))
 
-    with _in_front_of(block, groups, look):
+    with _in_front_of(stops_of(block, groups), look):
         block.run(call)
     return most
 

@@ -49,9 +49,10 @@ def discover(block: Block, groups: Sequence[InputGroup], call: Call) -> list[Fol
     """Try every norm and linear layer of the block as the maker of every group's input; at most one site a group."""
     before, _ = inputs_of(block, groups, call)
     sites: dict[InputGroup, FoldSite] = {}
+    experts = {module for each in block.experts.values() for module in each.modules()}  # hundreds: they are not tried
     for path, module in block.module.named_modules():
         weight = _weight(module)
-        if weight is None:
+        if weight is None or module in experts:
             continue
         factors = _distinct_factors(weight.shape[0], weight.device)
         for offset in (0.0, 1.0) if weight.dim() == 1 else (0.0,):

@@ -73,7 +73,8 @@ def input_groups(block: Block, call: Call) -> list[InputGroup]:
             return
         placed.add(name)
         kept.append(inputs)
-        key = (inputs.data_ptr(), inputs.numel(), inputs.shape[-1], inputs._version)
+        where = inputs.data_ptr() if inputs.numel() else id(inputs)  # tensors of no rows have no address
+        key = (where, inputs.numel(), inputs.shape[-1], inputs._version)
         first.setdefault(key, []).append(name)
 
     with MatmulWatcher(_weights(block.linears), seen):

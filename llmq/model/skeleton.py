@@ -3,21 +3,27 @@
 transformers builds the module tree on the meta device; parameters are read when their turn comes.  What a block is
 called with (masks, rotary tables, per-layer inputs) is the model's own business, so it is *recorded*: pass-through
 recorders stand in for the blocks while the model runs its own forward, which touches the embedding and little else.
-No model is named anywhere: the decoder blocks are the module list with the most parameters.
+No model is named anywhere: the decoder blocks are the module list with the most parameters that text runs through.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llmq.errors import UnsupportedModelError
-from llmq.model.block import Block
+from llmq.model import meta_run
+from llmq.model.block import Block, is_plain_linear
+from llmq.model.module_tree import build as build
+from llmq.model.module_tree import load_config as load_config
 from llmq.model.weights import ModelWeights
+
+SHARED = "its weight is shared with another layer"
+MOST_RETURNED = 3  # how many values blocks return, at most
 
 
 @dataclass(frozen=True)
@@ -44,17 +50,28 @@ class _Reached(Exception):  # noqa: N818  (it ends a forward, nothing went wrong
 
 
 class Skeleton:
-    """The model on meta, its blocks, and a recorder of what each block is called with."""
+    """The model on meta, its blocks, and a recorder of what each block is called with.
+
+    special_layers  path -> reason, of linear layers in the blocks that nobody may pack; no block has them in `linears`
+    """
 
     def __init__(self, model: nn.Module, weights: ModelWeights, device: torch.device) -> None:
         self.model = model
         self.weights = weights
         self.device = device
+        config = getattr(model, "config", None)
+        if getattr(config, "output_router_logits", False):  # for a loss of their own, of blocks that do not run then
+            model.config.output_router_logits = False  # type: ignore[union-attr]
         path, modules = largest_module_list(model)
         self.blocks = [Block(f"{path}.{i}", module, self) for i, module in enumerate(modules)]
         for name, parameter in modules.named_parameters():
             weights.refuse_stacked(f"{path}.{name}", parameter)
-        self._returns_tuple: bool | None = None  # not known before the first recording
+        linears = {path: linear for block in self.blocks for path, linear in block.linears.items()}
+        self.special_layers = meta_run.special_layers(model, linears)  # before anything is read: see `_filler`
+        self.special_layers |= {path: SHARED for path in linears if weights.is_shared(f"{path}.weight")}
+        for block in self.blocks:
+            block.leave(self.special_layers)
+        self._returned: int | None = None  # what blocks return; not known before the first recording
         inside = {module for block in modules for module in block.modules()}
         for name, module in model.named_modules():
             if module not in inside and module._parameters:
@@ -63,13 +80,24 @@ class Skeleton:
     @property
     def max_tokens(self) -> int | None:
         """The longest text that the model was made for, if its configuration says."""
-        return getattr(self.model.config, "max_position_embeddings", None)
+        config: Any = self.model.config
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        longest: int | None = getattr(text, "max_position_embeddings", None)
+        return longest if longest and longest > 0 else None
 
     @property
     def vocabulary(self) -> int:
         """How many tokens the model has embeddings for."""
         embedding: nn.Module = self.model.get_input_embeddings()  # type: ignore[operator]
         return int(embedding.get_parameter("weight").shape[0])
+
+    def alike(self) -> list[list[str]]:
+        """The paths of linear layers that engines run as one, module by module: all experts of a layer."""
+        return [
+            [linear for linear in block.linears if linear.startswith(f"{path}.")]
+            for block in self.blocks
+            for path in block.experts
+        ]
 
     def record(self, index: int, tokens: Tensor) -> Call:
         """What block `index` is called with for `tokens` (B, T) int64, had the blocks before it changed nothing."""
@@ -85,14 +113,47 @@ class Skeleton:
 
         Differentiable in `hidden`, in whatever mode torch is in.
         """
-        if self._returns_tuple is None:
+        if self._returned is None:
             self._probe()
         with self._recorders(last_output=hidden):
             logits: Tensor = self.model(input_ids=tokens.to(self.device), use_cache=False).logits
         return logits
 
+    @functools.cached_property
+    def head_path(self) -> str | None:
+        """Where the layer is that makes logits; None where that is no plain linear layer, or inside a block."""
+        find: Callable[[], nn.Module | None] = self.model.get_output_embeddings  # type: ignore[assignment]
+        head = find()
+        path = next((name for name, module in self.model.named_modules() if module is head), None)
+        inside = path is not None and any(path.startswith(f"{block.path}.") for block in self.blocks)
+        return path if head is not None and is_plain_linear(head) and not inside else None
+
+    def head_weight(self) -> Tensor:
+        """(V, D) float32, the weight of that layer."""
+        assert self.head_path is not None, "the model has no such head"
+        return self.weights.original(f"{self.head_path}.weight").to(self.device, torch.float32)
+
+    @torch.no_grad()
+    def head_input(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """What the head is fed (B, T, D) for `tokens`, had the last block put out `hidden` (B, T, D)."""
+        assert self.head_path is not None, "the model has no such head"
+        found: list[Tensor] = []
+
+        def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            found.append(args[0])
+            raise _Reached
+
+        handle = self.model.get_submodule(self.head_path).register_forward_pre_hook(stop, prepend=True)
+        try:
+            self.logits(tokens, hidden)
+        except _Reached:
+            return found[0]
+        finally:
+            handle.remove()
+        raise UnsupportedModelError(f"{type(self.model).__name__} never ran its head, {self.head_path}")
+
     def _record(self, index: int, tokens: Tensor) -> dict[int, Call]:
-        if self._returns_tuple is None:
+        if self._returned is None:
             self._probe()
         with self._recorders() as calls, torch.no_grad():
             self._forward(tokens, stop_after=index)
@@ -121,7 +182,7 @@ class Skeleton:
                     raise _Reached
                 replaced = last_output is not None and index == len(self.blocks) - 1
                 hidden = last_output if replaced else calls[index].hidden
-                return (hidden,) if self._returns_tuple else hidden
+                return (hidden, *[None] * (self._returned - 1)) if self._returned else hidden
 
             return passthrough
 
@@ -134,13 +195,15 @@ class Skeleton:
                 del block.module.forward  # the class's own forward shows again
 
     def _probe(self) -> None:
-        """Find out whether blocks return a tuple; refuse a model whose blocks cannot be run one by one."""
+        """Find out what blocks return: the hidden state (0), or a tuple of so many, of which it is the first.
+
+        Raises UnsupportedModelError for a model whose blocks cannot be run one by one.
+        """
         _refuse_shared_keys(self.model)
         last = len(self.blocks) - 1
         tokens = torch.zeros(1, 4, dtype=torch.int64)
         failure: Exception | None = None
-        for returns_tuple in (False, True):
-            self._returns_tuple = returns_tuple
+        for self._returned in range(MOST_RETURNED + 1):
             with self._recorders() as calls, torch.no_grad():
                 try:
                     self._forward(tokens, stop_after=last)
@@ -150,6 +213,7 @@ class Skeleton:
             if len(calls) == len(self.blocks) and all(calls[i].hidden is calls[0].hidden for i in calls):
                 return
             failure = UnsupportedModelError("the hidden state changes between blocks")
+        self._returned = None
         raise UnsupportedModelError(
             f"{type(self.model).__name__} cannot be replayed block by block: {failure}",
             hint="please report the architecture; rtn needs no replay",
@@ -179,7 +243,7 @@ def _refuse_shared_keys(model: nn.Module) -> None:
 
 
 def largest_module_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The decoder blocks: the module list that holds the most parameters."""
+    """The decoder blocks: of the module lists that run on text, the one that holds the most parameters."""
     lists = [
         (name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
     ]
@@ -187,52 +251,9 @@ def largest_module_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no list of blocks", hint="only decoder stacks can be quantized"
         )
-    return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
-
-
-def build(folder: Path, *, dtype: torch.dtype, remote_code: bool) -> nn.Module:
-    """The causal language model of a checkpoint's config.json, every parameter on meta; buffers are real."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    config = load_config(folder, remote_code=remote_code)
-    try:
-        with init_empty_weights(include_buffers=False):
-            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=remote_code)
-    except Exception as error:  # a wrong value in config.json fails wherever the model first uses it
-        raise UnsupportedModelError(
-            f"transformers cannot build the model that {folder / 'config.json'} describes: {_first_line(error)}",
-            hint="is config.json complete, and of a version that this transformers knows?",
-        ) from error
-    return model.eval().requires_grad_(False)
-
-
-def load_config(folder: Path, *, remote_code: bool) -> Any:
-    """The transformers configuration of a checkpoint; refuses what is no causal language model."""
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=remote_code)
-    except Exception as error:  # strict validation, missing code and unknown types each raise something of their own
-        needs_code = "trust_remote_code" in str(error)
-        hint = "pass --trust-remote-code if you trust its author" if needs_code else "a newer transformers may know it"
-        raise UnsupportedModelError(
-            f"transformers cannot read the configuration in {folder}: {error}", hint=hint
-        ) from error
-    if remote_code and getattr(config, "auto_map", None):
-        return config
-    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, ())
-    causal = {names} if isinstance(names, str) else set(names)
-    architectures = set(getattr(config, "architectures", None) or causal)
-    if not causal & architectures or getattr(config, "is_encoder_decoder", False):
-        found = ", ".join(sorted(architectures)) or config.model_type
-        raise UnsupportedModelError(
-            f"{folder} holds {found}, which is no causal language model",
-            hint="llmq quantizes decoders that generate text (…ForCausalLM); encoders and encoder-decoders it does not",
-        )
-    return config
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    lists.sort(key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    largest, _ = lists[-1]
+    if all(name.startswith(largest) for name, _ in lists):
+        return lists[-1]
+    ran = meta_run.modules_run(model)  # a picture's encoder may be the larger one
+    return next((item for item in reversed(lists) if all(id(module) in ran for module in item[1])), lists[-1])

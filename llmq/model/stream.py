@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 from llmq.model.block import Block
-from llmq.model.flow import Flow, TokenWeights, held_bytes, why_not_held
+from llmq.model.flow import Flow, held_bytes, why_not_held
 from llmq.model.observe import InputGroup
 from llmq.model.skeleton import Call, Skeleton
+from llmq.model.stops import TokenWeights
+from llmq.stats import InputStats
 
 SOLVER_BYTES = 24  # for each entry of a Hessian: its sum, the mean, the factor in float64, the factor in float32
+GRAM_BYTES = 4  # of these, the sum
 CROSS_BYTES = 12  # of what the float stream adds: a sum, its mean, a product with it
 HELD_OUT_BYTES = 24  # of held-out statistics: three sums, of which one is looked at at a time, with its mean
 BLOCK_COPIES = 3  # a block's weights in float32 as they are loaded, rounded and compared
@@ -31,6 +34,8 @@ class Stream:
     originals  whether the float model's hidden states are carried along
     held_out   how many of the last windows nothing is fitted on
     weights    how much each token counts in the statistics of a group
+    tokens_per_input  how many tokens an expert's statistics take for each of its inputs
+    to_the_head       whether the text is to go through the last block, too
     """
 
     def __init__(
@@ -43,12 +48,16 @@ class Stream:
         originals: bool = False,
         held_out: int = 0,
         weights: TokenWeights | None = None,
+        tokens_per_input: float = 0.0,
+        to_the_head: bool = False,
     ) -> None:
         self._skeleton = skeleton
         fitted, judging = windows[: len(windows) - held_out], windows[len(windows) - held_out :]
         self._batches = [*fitted.split(batch), *(judging.split(batch) if held_out else ())]
         self._fitted = -(-len(fitted) // batch) if held_out else None  # batches in front of the held-out ones
         self._token_weights = weights
+        self._tokens_per_input = tokens_per_input
+        self._to_the_head = to_the_head
         self._never_held = why_not_held()
         self._memory = memory
         self._repeated = 0  # blocks whose activations did not fit
@@ -144,22 +153,41 @@ class Stream:
 
     def flow(self, block: Block, groups: Sequence[InputGroup]) -> Flow:
         """The text on its way through `block`, stopping in front of each group; hand its outputs to `advance`."""
-        held = self._never_held is None and self._fits(block, groups)
+        free = self._free_beside(block, groups)
+        held = self._never_held is None and self._fits(block, groups, free)
         self._repeated += not held
         hidden = self._originals
-        originals = None if hidden is None else lambda: self._calls(hidden)
-        return Flow(block, groups, self.calls, originals, fitted=self._fitted, weights=self._token_weights, held=held)
+        return Flow(
+            block,
+            groups,
+            self.calls,
+            None if hidden is None else lambda: self._calls(hidden),
+            fitted=self._fitted,
+            weights=self._token_weights,
+            tokens_per_input=self._tokens_per_input,
+            held=held,
+            at_once=1 + max(0, free) // max(1, self._sums_bytes(groups)),
+        )
 
-    def _fits(self, block: Block, groups: Sequence[InputGroup]) -> bool:
-        """Whether all activations fit beside the block and the solver; found on one window, as long as all are."""
+    def _sums_bytes(self, groups: Sequence[InputGroup]) -> int:
+        """What the statistics of one group take."""
+        widest = max((group.in_features for group in groups), default=0)
+        cross, held_out = CROSS_BYTES * (self._originals is not None), HELD_OUT_BYTES * (self._fitted is not None)
+        return (GRAM_BYTES + cross + held_out) * widest**2
+
+    def _free_beside(self, block: Block, groups: Sequence[InputGroup]) -> int:
+        """What the block and the solver of its widest weights leave of the memory."""
         streams = 1 if self._originals is None else 2
         widest = max((group.in_features for group in groups), default=0)
-        solver = SOLVER_BYTES + (CROSS_BYTES if streams > 1 else 0) + (0 if self._fitted is None else HELD_OUT_BYTES)
-        left = self._memory - solver * widest**2 - (BLOCK_COPIES + streams - 1) * block.float_bytes
-        if left <= 0:
+        solver = SOLVER_BYTES * widest**2 + self._sums_bytes(groups) - GRAM_BYTES * widest**2
+        return self._memory - solver - (BLOCK_COPIES + streams - 1) * block.float_bytes
+
+    def _fits(self, block: Block, groups: Sequence[InputGroup], free: int) -> bool:
+        """Whether all activations fit into what is free; found on one window, as long as all are."""
+        if free <= 0:
             return False
-        windows = sum(len(batch) for batch in self._batches)
-        return streams * windows * held_bytes(block, groups, self.sample(self._batches[0].shape[1])) <= left
+        streams, windows = 1 if self._originals is None else 2, sum(len(batch) for batch in self._batches)
+        return streams * windows * held_bytes(block, groups, self.sample(self._batches[0].shape[1])) <= free
 
     def advance(
         self, block: Block, outputs: list[Tensor] | None = None, original_outputs: list[Tensor] | None = None
@@ -178,10 +206,23 @@ class Stream:
         self._hidden = hidden
         self.position += 1
 
+    def head_statistics(self) -> InputStats:
+        """What the model's head is fed, all blocks being behind."""
+        assert self._to_the_head and self.position == len(self._skeleton.blocks), "the text is not there yet"
+        fed = zip(self._batches, self._hidden, strict=True)
+        first = self._skeleton.head_input(*next(fed))
+        stats = InputStats(first.shape[-1], first.device)
+        judge = stats if self._fitted is None else stats.hold_out()
+        stats.update(first)
+        for batch, (tokens, hidden) in enumerate(fed, start=1):
+            fits = self._fitted is None or batch < self._fitted
+            (stats if fits else judge).update(self._skeleton.head_input(tokens, hidden))
+        return stats
+
     def _run(self, block: Block, hidden: list[Tensor], *, keep: bool = False) -> list[Tensor]:
         outputs: list[Tensor] = []
-        last = self.position + 1 == len(self._skeleton.blocks)
-        for index, call in enumerate(() if last else self._calls(hidden)):
+        unneeded = self.position + 1 == len(self._skeleton.blocks) and not self._to_the_head
+        for index, call in enumerate(() if unneeded else self._calls(hidden)):
             outputs.append(block.run(call))
             if hidden and not keep:
                 hidden[index] = outputs[-1]  # the input is not needed again: do not hold both

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import resource
+import statistics
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -53,6 +54,9 @@ class LayerReport:
 
     weight_error  ‖W - Ŵ‖ / ‖W‖
     output_error  ‖X(W - Ŵ)ᵀ‖ / ‖XWᵀ‖ over the calibration tokens; None where nothing was observed
+    tokens        that the layer saw
+    borrowed      of an expert: how many other tokens of its layer were counted beside them, because it saw too few
+    expert        whether it belongs to an expert of a mixture
 
     Both are of the rounding.  Tuning, which may come after it, gives them up for the model's own loss; what that was
     worth is in `TuningReport`.
@@ -67,6 +71,8 @@ class LayerReport:
     damping: float | None = None
     notes: tuple[str, ...] = ()
     gains: tuple[StageGain, ...] = ()
+    borrowed: int = 0
+    expert: bool = False
 
     @property
     def error(self) -> float:
@@ -131,6 +137,16 @@ class MeasuringStep:
 
 
 @dataclass(frozen=True)
+class ConvertStep:
+    """How far a conversion is: `done` of `total` weights are converted, or `compared` with what they were."""
+
+    module: str
+    doing: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
 class TuningReport:
     """What end-to-end tuning bought, on windows that it was not fitted on.
 
@@ -170,7 +186,8 @@ class Report:
     """The whole run.
 
     bits_per_weight counts scales and zeros, over the weights that were quantized; `left` maps each linear layer that
-    stayed as it is to the reason; `stages` is what each one bought; `notes` are the fallbacks and surprises that a user
+    stayed as it is to the reason; `stages` is what each one bought; `sizes` are the bytes of each format where there
+    are several, `checksums` the SHA-256 of the files of weights; `notes` are the fallbacks and surprises that a user
     should know of.
     """
 
@@ -188,6 +205,8 @@ class Report:
     seconds: float = 0.0
     file_bytes: int = 0
     original_bytes: int = 0
+    sizes: dict[str, int] = field(default_factory=dict)
+    checksums: dict[str, str] = field(default_factory=dict)
     peak_memory_bytes: int = 0
 
     @property
@@ -214,6 +233,17 @@ def summaries(layers: Iterable[LayerReport]) -> list[StageSummary]:
         kept = sum(gain.kept for gain in each)
         found.append(StageSummary(stage, kept, len(each), -saved / before if before > 0 else 0.0))
     return found
+
+
+def experts_summary(layers: Iterable[LayerReport]) -> str | None:
+    """How many tokens the experts of a mixture saw; None where there are none, or no text was read."""
+    experts = [layer for layer in layers if layer.expert]
+    if not any(layer.tokens + layer.borrowed for layer in experts):
+        return None
+    seen = sorted(layer.tokens for layer in experts)
+    starved = sum(layer.borrowed > 0 for layer in experts)
+    borrowed = f"; {starved} of {len(experts)} weights borrowed others of their layer" if starved else ""
+    return f"saw {seen[0]} tokens or more, {statistics.median(seen):g} in the median{borrowed}"
 
 
 def block_summaries(blocks: Iterable[BlockReport]) -> list[StageSummary]:

@@ -1,6 +1,7 @@
 """The figures of one rounded layer."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -32,8 +33,19 @@ def layer_report(
         bits_per_weight=stored_bits / weight.numel(),
         weight_error=float((weight - rounded).norm()) / norm if norm > 0 else 0.0,
         output_error=output,
-        tokens=stats.tokens if stats is not None else 0,
+        tokens=stats.tokens - stats.borrowed if stats is not None else 0,
+        borrowed=stats.borrowed if stats is not None else 0,
         damping=rounding.damping,
         notes=rounding.notes,
         gains=gains,
     )
+
+
+def as_experts(layer: LayerReport, transforms: Sequence[str]) -> LayerReport:
+    """The figures of a layer that is an expert's, with what befalls experts alone."""
+    notes = layer.notes
+    if layer.borrowed:
+        notes += ("fitted to other tokens of the layer as well, as its expert saw too few",)
+    if transforms:
+        notes += (f"{' and '.join(transforms)} left out for an expert",)
+    return replace(layer, notes=notes, expert=True)

@@ -1,10 +1,8 @@
 """The experts of a mixture, packed: two calls of one op where transformers has two stacked float parameters.
 
-transformers holds the experts of a layer in one module with 3-D parameters, and its experts interface fixes what such
-a module tells about itself: `gate_up_proj` (or `up_proj`, by `has_gate`) and `down_proj`, biases of those names with
-`_bias` behind (`has_bias`), the activation between them (`_apply_gate` or `act_fn`), perhaps a norm behind them.  A
-`PackedExperts` takes such a module's place, is called as it was, and asks the module itself for the activation: no
-model is named here.  `stacking.py` finds the weights.
+transformers holds the experts of a layer in one module with 3-D parameters; `model/stacking.py` knows how it is made,
+and where its weights are in a checkpoint.  A `PackedExperts` takes such a module's place, is called as it was, and asks
+the module itself for the activation: no model is named here.
 """
 
 import copy
@@ -15,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from llmq.errors import FormatError
+from llmq.model.stacking import Form, Stacking, activate, form_of
 from llmq.model.weights import ModelWeights
 from llmq.quantized import QuantizedTensor
-from llmq.runtime.stacking import Stacking, stacked_names
 from llmq_kernels.w4a16 import layout
 from llmq_kernels.w4a16_experts import op as _op  # noqa: F401  (registers llmq::w4a16_experts)
 
@@ -74,6 +72,14 @@ class PackedStack(nn.Module):
                 zeros = None if self.zeros is None else self.zeros[e][:, rows].T.contiguous()
                 yield name, QuantizedTensor(codes, self.scales[e][:, rows].T.contiguous(), zeros, self.scheme)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedStack":
+        """Moves and casts.  The scales, for which the codes were chosen, pass as integers: they are never cast."""
+        dtype = self.scales.dtype
+        self.scales = self.scales.view(torch.int32 if dtype.itemsize == 4 else torch.int16)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.scales = self.scales.view(dtype)
+        return self
+
     def _put(self, e: int, rows: Tensor, part: QuantizedTensor) -> None:
         device = self.words.device
         rows = rows.to(device)
@@ -90,30 +96,45 @@ class PackedStack(nn.Module):
 class PackedExperts(nn.Module):
     """The experts of one layer, called as transformers calls its own.
 
-    `experts` is transformers' module, or any that has the attributes of its experts interface; its weights and their
-    biases are not used.  `up` and `down` take the place of those.
+    `experts` is transformers' module; its weights and their biases are not used.  `up` and `down` take the place of
+    those.  Raises FormatError for a module that `form_of` does not know.
     """
 
     def __init__(self, experts: nn.Module, up: PackedStack, down: PackedStack) -> None:
         super().__init__()
-        self.experts = without(experts, {name + end for name in stacked_names(experts) for end in ("", "_bias")})
+        self.form = _require_form(experts)
+        self.experts = without(experts, self.form.parameters)
         self.up = up
         self.down = down
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """hidden_states (M, K), top_k_index and top_k_weights (M, top_k): which experts, how much of each -> (M, K)."""
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
+    ) -> Tensor:
+        """hidden_states (M, K), top_k_index and top_k_weights (M, top_k): which experts, how much of each -> (M, K).
+
+        Without the latter two hidden_states are (E * M, K); see `Form.routed`.
+        """
+        if top_k_index is None or top_k_weights is None:
+            return self._on_own_rows(hidden_states)
         M, top_k = top_k_index.shape
-        experts: Any = self.experts
         expert = top_k_index.flatten().contiguous()  # (P,), P = M * top_k
-        pair = torch.arange(M * top_k, device=expert.device)
-        inner = self.up(hidden_states, pair // top_k, expert)  # (P, N)
-        inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
-        outer = self.down(inner, pair, expert)  # (P, K)
-        if getattr(experts, "has_post_expert_norm", False):
-            outer = experts.post_expert_norm(outer)
+        outer = self._run(hidden_states, torch.arange(M * top_k, device=expert.device) // top_k, expert)
         weighted = outer * top_k_weights.reshape(-1, 1)
         mixed: Tensor = weighted.view(M, top_k, outer.shape[1]).sum(1)
         return mixed.to(hidden_states.dtype)
+
+    def _on_own_rows(self, hidden_states: Tensor) -> Tensor:
+        """Rows of zeros are for others; no bias makes anything of them."""
+        rows = hidden_states.any(-1).nonzero().flatten()
+        outer = self._run(hidden_states, rows, rows // (len(hidden_states) // len(self.up.words)))
+        return hidden_states.new_zeros(len(hidden_states), outer.shape[1]).index_copy(0, rows, outer)
+
+    def _run(self, hidden: Tensor, token: Tensor, expert: Tensor) -> Tensor:
+        """What expert[p] (P,) makes of row token[p] (P,) of hidden -> (P, K)."""
+        experts: Any = self.experts
+        inner = activate(experts, self.form, self.up(hidden, token, expert))  # (P, N)
+        outer: Tensor = self.down(inner, torch.arange(len(expert), device=expert.device), expert)  # (P, K)
+        return experts.post_expert_norm(outer) if getattr(experts, "has_post_expert_norm", False) else outer
 
     def quantized(self) -> Iterator[tuple[str, QuantizedTensor]]:
         """`(name, weight)` of every expert, exactly as the module was made from them, one at a time."""
@@ -137,44 +158,76 @@ def pack_experts(
     device: torch.device,
 ) -> PackedExperts:
     """What takes the place of the experts at `path`, a module on meta; what it holds beside the weights is filled."""
-    rest: Any = without(experts, stacked_names(experts))
+    form = _require_form(experts)
+    rest = without(experts, form.parameters)
     weights.fill(path, rest, device)
     stacks = []
-    for name, stacking in zip(stacked_names(experts), stackings, strict=True):
-        bias = rest.get_parameter(f"{name}_bias") if rest.has_bias else None
+    for name, stacking in zip(form.stacked, stackings, strict=True):
+        bias = _bias(path, experts, form, name, stacking, weights, device) if form.biased else None
         stack = PackedStack(stacking, read, bias, device)
-        _require_shape(f"{path}.{name}", (*stack.words.shape[:2], stack.in_features), experts, name)
+        _require_shape(f"{path}.{name}", (*stack.words.shape[:2], stack.in_features), form.shape(experts, name))
         stacks.append(stack)
+    rest._parameters.update({name: experts._parameters[name] for name in form.parameters})
     return PackedExperts(rest, *stacks)
 
 
 def fill_experts(
     path: str,
-    experts: Any,
+    experts: nn.Module,
     stackings: Sequence[Stacking],
     weights: ModelWeights,
     device: torch.device,
 ) -> None:
     """Give a module of experts on meta the floats that the checkpoint holds one by one."""
-    rest = without(experts, stacked_names(experts))
+    form = _require_form(experts)
+    rest = without(experts, form.parameters)
     weights.fill(path, rest, device)
-    experts._parameters.update(rest._parameters)
-    for name, stacking in zip(stacked_names(experts), stackings, strict=True):
+    filled: dict[str, Tensor] = {}
+    for name, stacking in zip(form.stacked, stackings, strict=True):
         parameter = experts.get_parameter(name)
-        filled = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-        by_row = filled.mT if experts.is_transposed else filled  # (E, N, K)
+        filled[name] = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+        by_row = filled[name].mT if form.transposed else filled[name]  # (E, N, K)
         N = sum(len(rows) for rows in stacking.rows)
-        _require_shape(f"{path}.{name}", (len(stacking.names), N, by_row.shape[2]), experts, name)
+        found = (len(stacking.names), N, by_row.shape[2])
+        _require_shape(f"{path}.{name}", found, form.shape(experts, name))
         for e, names in enumerate(stacking.names):
             for part, rows in zip(names, stacking.rows, strict=True):
                 by_row[e][rows.to(device)] = weights.original(f"{part}.weight").to(device, parameter.dtype)
-        experts._parameters[name] = nn.Parameter(filled, requires_grad=False)
+        if form.biased:
+            filled[f"{name}_bias"] = _bias(path, experts, form, name, stacking, weights, device)
+    experts._parameters.update(rest._parameters)
+    experts._parameters.update({name: nn.Parameter(value, requires_grad=False) for name, value in filled.items()})
 
 
-def _require_shape(where: str, found: tuple[int, ...], experts: Any, name: str) -> None:
-    """(E, N, K) as the checkpoint has it is what the module has, if in another order."""
-    shape = experts.get_parameter(name).shape
-    expected = (shape[0], shape[2], shape[1]) if experts.is_transposed else tuple(shape)
+def _bias(
+    path: str,
+    experts: nn.Module,
+    form: Form,
+    name: str,
+    stacking: Stacking,
+    weights: ModelWeights,
+    device: torch.device,
+) -> Tensor:
+    """(E, N) that of a stacked weight: stacked in the checkpoint as well, or a part with each part of the weight."""
+    parameter = experts.get_parameter(f"{name}_bias")
+    if weights.stored_name(f"{path}.{name}_bias") is not None:
+        return weights.original(f"{path}.{name}_bias").to(device, parameter.dtype)
+    bias = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+    for e, names in enumerate(stacking.names):
+        for part, rows in zip(names, stacking.rows, strict=True):
+            bias[e][rows.to(device)] = weights.original(f"{part}.bias").to(device, parameter.dtype)
+    return bias
+
+
+def _require_form(experts: nn.Module) -> Form:
+    form = form_of(experts)
+    if form is None:
+        raise FormatError(f"{type(experts).__name__} stacks experts in a way that llmq does not run packed")
+    return form
+
+
+def _require_shape(where: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """(E, N, K) as the checkpoint has it is what the module has."""
     if found != expected:
         raise FormatError(
             f"{where} has the shape {found} in the checkpoint, the configuration asks for {expected}",

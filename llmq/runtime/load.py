@@ -5,87 +5,31 @@ experts by `PackedExperts`, and the rest is read as it is.  At no time is there 
 layer.  Layers that are fed the same tensor run as one (`fuse.py`).
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+import logging
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from llmq import formats
 from llmq.checkpoint import hub
 from llmq.checkpoint.reader import Checkpoint
-from llmq.config import Scheme
 from llmq.errors import BackendError, CheckpointError, FormatError
-from llmq.formats import Reading
-from llmq.model import skeleton
+from llmq.model import module_tree
 from llmq.model.block import is_plain_linear
+from llmq.model.merging import merge
+from llmq.model.stacking import Stacking, all_packed, find_stackings, stackings_of
 from llmq.model.weights import ModelWeights
-from llmq.quantized import QuantizedTensor
 from llmq.runtime.experts import fill_experts, pack_experts
 from llmq.runtime.fuse import fuse_rows, shared_inputs
-from llmq.runtime.linear import PackedLinear
-from llmq.runtime.stacking import Stacking, all_packed, find_stackings, stackings_of
+from llmq.runtime.linear import PackedLinear, PackedRows
+from llmq.runtime.packed_weights import PackedWeights, quantization_settings, shape_of
+
+logger = logging.getLogger(__name__)
 
 MODEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-class PackedWeights:
-    """The packed weights of a checkpoint, read one at a time."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        settings = quantization_settings(checkpoint)
-        if settings is None:
-            raise FormatError(f"{checkpoint.folder} is not quantized: its config.json has no quantization_config")
-        self._checkpoint = checkpoint
-        self._layout = formats.detect(settings)
-        self._reading = self._layout.read_config(settings)
-        self.modules = checkpoint.modules_with(self._layout.CODES)
-
-    def read(self, module: str) -> QuantizedTensor:
-        """One module's weight, by its name in the checkpoint."""
-        reading = self._how(module)
-        names = {suffix: f"{module}.{suffix}" for suffix in self._layout.SUFFIXES}
-        tensors = {s: self._checkpoint.tensor(n) for s, n in names.items() if n in self._checkpoint}
-        try:
-            return self._layout.unpack(tensors, reading)
-        except FormatError as error:
-            raise FormatError(f"{module}: {error}", hint=error.hint) from error
-
-    def scheme(self, module: str) -> Scheme:
-        """The grid of a module's weight, from config.json alone."""
-        return self._how(module).scheme
-
-    def shape(self, module: str) -> tuple[int, int]:
-        """(N, K) of a module's weight, packed or not, without reading it."""
-        if f"{module}.weight" in self._checkpoint:
-            N, K = self._checkpoint.info(f"{module}.weight").shape
-            return N, K
-        names = {suffix: f"{module}.{suffix}" for suffix in self._layout.SUFFIXES}
-        shapes = {
-            suffix: self._checkpoint.info(name).shape for suffix, name in names.items() if name in self._checkpoint
-        }
-        return self._layout.weight_shape(
-            shapes, self._how(module), lambda suffix: self._checkpoint.tensor(names[suffix])
-        )
-
-    def _how(self, module: str) -> Reading:
-        reading = self._reading(module)
-        if reading is None:
-            raise FormatError(f"{module} is packed, but config.json says that it is not quantized")
-        return reading
-
-    def stored_bytes(self, module: str) -> int:
-        """What the module's weight takes on disk, scales and zeros and the rest of it counted."""
-        names = [f"{module}.{suffix}" for suffix in self._layout.SUFFIXES]
-        infos = [self._checkpoint.info(name) for name in names if name in self._checkpoint]
-        return sum(info.stop - info.start for info in infos)
-
-
-def quantization_settings(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """The `quantization_config` of a checkpoint, or None where it is a float one."""
-    settings = checkpoint.config.get("quantization_config")
-    return settings if isinstance(settings, dict) else None
 
 
 def load(
@@ -124,22 +68,15 @@ def load_model(
     if dtype is None:
         dtype = torch.float32 if chosen.type == "cpu" else stored_dtype(checkpoint)
     if quantization_settings(checkpoint) is None:
-        from transformers import AutoModelForCausalLM
-
-        skeleton.load_config(folder, remote_code=trust_remote_code)
-        float_model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+        config = module_tree.load_config(folder, remote_code=trust_remote_code)
+        kind = module_tree.auto_class(config, remote_code=trust_remote_code)
+        float_model = kind.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code)
         return float_model.to(chosen).eval()
-    model = skeleton.build(folder, dtype=dtype, remote_code=trust_remote_code)
+    model = module_tree.build(folder, dtype=dtype, remote_code=trust_remote_code)
     _fill_packed(model, checkpoint, chosen, fuse=fuse)
     _restore_generation(model, folder)
+    _make_savable(model, checkpoint)
     return model
-
-
-def dequantize(path: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """`(name, weight)` for every quantized weight: (N, K) float32, under the name that it had before."""
-    packed = PackedWeights(Checkpoint.open(hub.locate(str(path), None)))
-    for module in packed.modules:
-        yield f"{module}.weight", packed.read(module).dequantize()
 
 
 def load_tokenizer(folder: Path, *, remote_code: bool) -> Any:
@@ -187,15 +124,19 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 def _fill_packed(model: nn.Module, checkpoint: Checkpoint, device: torch.device, *, fuse: bool) -> None:
     packed = PackedWeights(checkpoint)
-    waiting = set(packed.modules)
-    weights = ModelWeights(model, checkpoint.tensor, checkpoint.__contains__)
+    for note in packed.notes():
+        logger.warning("%s", note)
+    waiting = {module for module in packed.modules if packed.is_affine(module)}
+    weights = ModelWeights(model, packed.tensor, packed.__contains__, frozenset(packed.weight_names()))
+    merge(model, weights, checkpoint.names())
     complete = _groups_by_last(model, weights, waiting) if fuse else {}
-    stackings = find_stackings(model, [*packed.modules, *checkpoint.modules_with("weight")], packed.shape)
+    modules = dict.fromkeys([*packed.modules, *checkpoint.modules_with("weight")])
+    stackings = find_stackings(model, weights, modules, partial(shape_of, checkpoint, packed))
     for path, module in list(model.named_modules()):
         name = next((candidate for candidate in weights.candidates(path) if candidate in waiting), None)
         if name is not None and is_plain_linear(module):
             bias = checkpoint.tensor(f"{name}.bias").to(module.weight.dtype) if module.bias is not None else None
-            model.set_submodule(path, PackedLinear(packed.read(name), bias).to(device))
+            model.set_submodule(path, PackedLinear(packed.read(name), bias, module.weight.dtype).to(device))
             waiting.discard(name)
             fuse_rows(model, complete.get(path, ()))
         elif own := stackings_of(path, module, stackings):
@@ -203,7 +144,7 @@ def _fill_packed(model: nn.Module, checkpoint: Checkpoint, device: torch.device,
         else:
             weights.fill(path, module, device)
     for module in model.modules():
-        if isinstance(module, PackedLinear):
+        if isinstance(module, PackedRows):
             module.prepare()
     if waiting:
         raise FormatError(
@@ -242,6 +183,13 @@ def _groups_by_last(model: nn.Module, weights: ModelWeights, packed: Collection[
         if any(candidate in packed for candidate in weights.candidates(path)) and is_plain_linear(module)
     }
     return {max(group, key=order.__getitem__): group for group in shared_inputs(model, order)}
+
+
+def _make_savable(model: Any, checkpoint: Checkpoint) -> None:
+    """Let `save_pretrained` write the checkpoint's tensors again, whatever runs in their place."""
+    from llmq.runtime.hf import PackedQuantizer
+
+    model.hf_quantizer = PackedQuantizer.for_saving(checkpoint)
 
 
 def _restore_generation(model: Any, folder: Path) -> None:

@@ -4,14 +4,17 @@ What a block of a packed checkpoint computes is what its file says, dequantized:
 can be evaluated, or tuned, block by block.  `load.py` is for models that run packed, as a whole.
 """
 
+from functools import partial
+
 import torch
-from torch import Tensor
 
 from llmq.checkpoint.reader import Checkpoint
-from llmq.model import skeleton
+from llmq.model import module_tree
+from llmq.model.experts import separate
+from llmq.model.merging import merge
 from llmq.model.skeleton import Skeleton
 from llmq.model.weights import ModelWeights
-from llmq.runtime.load import PackedWeights, quantization_settings
+from llmq.runtime.packed_weights import PackedWeights, quantization_settings, shape_of
 
 
 def open_skeleton(
@@ -21,14 +24,25 @@ def open_skeleton(
 
     Raises UnsupportedModelError where transformers or llmq cannot build it, FormatError for an unknown packing.
     """
-    model = skeleton.build(checkpoint.folder, dtype=dtype, remote_code=remote_code)
+    model = module_tree.build(checkpoint.folder, dtype=dtype, remote_code=remote_code)
+    floats = checkpoint.modules_with("weight")
     if quantization_settings(checkpoint) is None:
-        return Skeleton(model, ModelWeights(model, checkpoint.tensor, checkpoint.__contains__), device)
+        weights = ModelWeights(model, checkpoint.tensor, checkpoint.__contains__)
+        separate(model, weights, floats, partial(shape_of, checkpoint, None), checkpoint.member)
+        merge(model, weights, checkpoint.names())
+        return Skeleton(model, weights, device)
     packed = PackedWeights(checkpoint)
-    modules = {f"{module}.weight": module for module in packed.modules}
-
-    def read(name: str) -> Tensor:
-        return packed.read(modules[name]).dequantize() if name in modules else checkpoint.tensor(name)
-
-    weights = ModelWeights(model, read, lambda name: name in modules or name in checkpoint)
+    weights = ModelWeights(model, packed.tensor, packed.__contains__, frozenset(packed.weight_names()))
+    modules = dict.fromkeys([*packed.modules, *floats])
+    separate(model, weights, modules, partial(shape_of, checkpoint, packed), packed.member)
+    merge(model, weights, checkpoint.names())
     return Skeleton(model, weights, device)
+
+
+def stored_bytes(skeleton: Skeleton, checkpoint: Checkpoint, name: str) -> int:
+    """What a tensor takes in a float checkpoint, which may hold it as a part of a stacked one."""
+    stacked = skeleton.weights.stacked_in
+    if name not in stacked:
+        return checkpoint.info(name).nbytes
+    sharing = skeleton.weights.parts_of(stacked[name])
+    return checkpoint.info(stacked[name]).nbytes // sharing

@@ -126,9 +126,11 @@ class TunedBlocks:
         tuned = {f"{name}.weight": name for name in self.names[index].values()}
 
         def read(stored: str) -> Tensor:
-            return self._now(index, tuned[stored]).dequantize() if stored in tuned else tensors[stored]
+            if stored in tuned:
+                return self._now(index, tuned[stored]).dequantize()
+            return tensors[stored] if stored in tensors else self._run.skeleton.weights.stored_tensor(stored)
 
-        self._run.skeleton.blocks[index].fill(read)
+        self._run.skeleton.blocks[index].fill(read, tuned)
 
     def _origin(self, index: int, name: str) -> QuantizedTensor:
         """A weight as it was committed."""
@@ -139,7 +141,7 @@ class TunedBlocks:
         if reading is None:
             raise FormatError(f"{name} was committed packed, but is not to be quantized now")
         packed = {key.removeprefix(f"{name}."): tensors[key] for key in tensors if key.startswith(f"{name}.")}
-        return _on(self._run.skeleton.device, self._run.layout.unpack(packed, reading))
+        return self._run.layout.unpack(packed, reading).to(self._run.skeleton.device)
 
     def _state(self, index: int, name: str) -> State:
         if name in self._states:
@@ -160,11 +162,6 @@ def _values(kept: Mapping[str, Tensor], device: torch.device) -> tuple[Tensor | 
     keys = (f"{part}.value" for part in kl_tuning.PARTS)
     rounding, scales = (kept[key].to(device) if key in kept else None for key in keys)
     return rounding, scales
-
-
-def _on(device: torch.device, quantized: QuantizedTensor) -> QuantizedTensor:
-    zeros, index = (None if part is None else part.to(device) for part in (quantized.zeros, quantized.group_index))
-    return QuantizedTensor(quantized.codes.to(device), quantized.scales.to(device), zeros, quantized.scheme, index)
 
 
 def _transformed(report: BlockReport, method: Method) -> bool:

@@ -21,9 +21,9 @@ import llmq
 from llmq import formats, grid
 from llmq.config import Scheme
 from llmq.errors import FormatError
+from llmq.model.stacking import Stacking, form_of
 from llmq.quantized import QuantizedTensor
 from llmq.runtime.experts import PackedExperts, PackedStack
-from llmq.runtime.stacking import Stacking, stacked_names
 from tests import builders
 from tests.weights import assert_same
 
@@ -176,17 +176,19 @@ def test_every_expert_comes_back_as_it_was_stored(tmp_path: Path) -> None:
 def packed_in_memory(experts: nn.Module, scheme: Scheme) -> PackedExperts:
     """Packed from transformers' own stacked parameters, which take the values that the codes stand for."""
     stacks = []
-    for name in stacked_names(experts):
+    form = form_of(experts)
+    assert form is not None
+    for name in form.stacked:
         parameter = experts.get_parameter(name)
         quantized: dict[str, QuantizedTensor] = {}
         for e in range(parameter.shape[0]):
-            W = parameter[e].T if experts.is_transposed else parameter[e]  # (N, K)
+            W = parameter[e].T if form.transposed else parameter[e]  # (N, K)
             fitted = grid.fit_minmax(W.contiguous(), scheme, torch.float32)
             quantized[f"{e}.{name}"] = fitted.quantized(fitted.encode(W))
             exact = quantized[f"{e}.{name}"].dequantize()
-            parameter.data[e] = exact.T if experts.is_transposed else exact
+            parameter.data[e] = exact.T if form.transposed else exact
         stacking = Stacking([[name] for name in quantized], [torch.arange(W.shape[0])])
-        bias = experts.get_parameter(f"{name}_bias").detach() if experts.has_bias else None
+        bias = experts.get_parameter(f"{name}_bias").detach() if form.biased else None
         stacks.append(PackedStack(stacking, quantized.__getitem__, bias, torch.device("cpu")))
         for name_and_weight in stacks[-1].quantized():
             assert_same(name_and_weight[1], quantized[name_and_weight[0]])

@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 
 import llmq
 from llmq.runtime.fuse import FusedLinear
-from llmq.runtime.linear import PackedLinear
+from llmq.runtime.linear import PackedLinear, PackedRows
 from tests import builders
 
 Checkpoints = Callable[..., Path]
@@ -121,8 +121,8 @@ def test_a_loaded_model_takes_what_its_file_does(
     assert stored / 1.05 < held < 1.05 * stored
 
 
-def packed_layers() -> list[PackedLinear]:
-    return [thing for thing in gc.get_objects() if type(thing) is PackedLinear]
+def packed_layers() -> list[PackedRows]:
+    return [thing for thing in gc.get_objects() if type(thing) in (PackedLinear, PackedRows)]
 
 
 def test_while_loading_no_more_than_one_group_is_there_twice(
@@ -130,10 +130,10 @@ def test_while_loading_no_more_than_one_group_is_there_twice(
 ) -> None:
     """When the rows of a group are copied, all other layers in memory are there to stay."""
     quantized = quantize(wide, tmp_path / "out")
-    stacked = PackedLinear.stacked
-    beside: list[list[weakref.ref[PackedLinear]]] = []
+    stacked = PackedRows.stacked
+    beside: list[list[weakref.ref[PackedRows]]] = []
 
-    def watched(layers: Sequence[PackedLinear]) -> PackedLinear:
+    def watched(layers: Sequence[PackedRows]) -> PackedRows:
         gc.collect()
         alive = packed_layers()
         assert {id(layer) for layer in layers} <= {id(layer) for layer in alive}
@@ -143,8 +143,8 @@ def test_while_loading_no_more_than_one_group_is_there_twice(
 
     gc.collect()
     before = packed_layers()  # of models that other tests keep
-    monkeypatch.setattr(PackedLinear, "stacked", watched)
+    monkeypatch.setattr(PackedRows, "stacked", watched)
     model, _ = llmq.load(quantized)
-    staying = {id(module) for module in model.modules() if isinstance(module, PackedLinear)}
+    staying = {id(module) for module in model.modules() if isinstance(module, PackedRows)}
     assert [len(layers) for layers in beside] == [0, 2, 4, 6]  # of each block: qkv, o, then gate and up, down
     assert all(id(reference()) in staying for layers in beside for reference in layers)

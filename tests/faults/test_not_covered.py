@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import LongcatFlashConfig, LongcatFlashForCausalLM
 
 import llmq
 from llmq.errors import CheckpointError, UnsupportedModelError
@@ -21,12 +21,15 @@ def text(tmp_path: Path) -> Path:
     return builders.write_text(tmp_path / "text.txt")
 
 
-def test_a_mixture_of_experts_is_named_as_such(tmp_path: Path) -> None:
-    config = MixtralConfig(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-        num_local_experts=2, vocab_size=64, max_position_embeddings=32,
+def test_a_mixture_that_cannot_be_taken_apart_is_named_as_such(tmp_path: Path) -> None:
+    """Some of LongCat's experts have no weights, and stack differently."""
+    latent = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    config = LongcatFlashConfig(
+        hidden_size=32, ffn_hidden_size=32, expert_ffn_hidden_size=32, num_layers=1, num_attention_heads=2,
+        n_routed_experts=2, zero_expert_num=1, moe_topk=1, vocab_size=64, max_position_embeddings=32, head_dim=8,
+        **latent,
     )  # fmt: skip
-    MixtralForCausalLM(config).save_pretrained(tmp_path / "model")
+    LongcatFlashForCausalLM(config).save_pretrained(tmp_path / "model")
     with pytest.raises(UnsupportedModelError, match="stacks weights of experts"):
         llmq.quantize(tmp_path / "model", tmp_path / "out", method="rtn", group_size=32)
     assert not (tmp_path / "out").exists()

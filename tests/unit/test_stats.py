@@ -111,7 +111,7 @@ def test_a_token_of_weight_three_counts_three_times() -> None:
     weights = torch.arange(50) % 4
     weighted, repeated = InputStats(8, CPU), InputStats(8, CPU)
     for running in (weighted, repeated):
-        running._judges = True
+        running.judges = True
     weighted.update(moved[:30], original[:30], weights[:30])
     weighted.update(moved[30:], original[30:], weights[30:].float())
     repeated.update(moved.repeat_interleave(weights, 0), original.repeat_interleave(weights, 0))

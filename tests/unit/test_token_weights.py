@@ -16,7 +16,7 @@ from llmq.methods import Method
 from llmq.model import importance
 from llmq.model.observe import input_groups
 from llmq.model.stream import Stream
-from llmq.runtime.load import PackedWeights
+from llmq.runtime.packed_weights import PackedWeights
 from tests.builders import WINDOW, skeleton_of, tokens
 from tests.runs import quantize
 

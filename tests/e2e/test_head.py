@@ -1,0 +1,96 @@
+"""`--quantize-head`: the layer that makes logits is packed like any other, and is tied to nothing from then on."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import llmq
+from llmq.errors import ConfigError
+from llmq.measure import measure
+from llmq.runtime.linear import PackedLinear
+from tests import builders
+from tests.runs import float_equivalent, float_model, job, logits, quantize, relative, tensors_of, windows_of
+
+Checkpoints = Callable[..., Path]
+HEAD = "lm_head"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("method", "format_"), [("rtn", "gptq"), ("gptq", "gptq"), ("gptq", "compressed-tensors")])
+def test_the_head_is_packed_and_runs(
+    checkpoint: Checkpoints, text: Path, tmp_path: Path, method: str, format_: str, tied: bool
+) -> None:
+    model, out = checkpoint("llama", tie_word_embeddings=tied), tmp_path / "out"
+    report = quantize(model, out, text, method=method, format=format_, quantize_head=True)
+    head = report.blocks[-1]
+    assert [layer.name for layer in head.layers] == [HEAD] and HEAD not in report.left
+    stored, config = tensors_of(out), json.loads((out / "config.json").read_text())
+    assert f"{HEAD}.weight" not in stored
+    assert torch.equal(stored["model.embed_tokens.weight"], tensors_of(model)["model.embed_tokens.weight"])
+    assert config["tie_word_embeddings"] is False
+    loaded, _ = llmq.load(out, device="cpu")
+    assert isinstance(loaded.lm_head, PackedLinear)
+    weights, ids = float_equivalent(out, model), builders.tokens(2, 16)
+    twin = float_model(model, {name: weight for name, weight in weights.items() if name != f"{HEAD}.weight"})
+    twin.lm_head.weight = torch.nn.Parameter(weights[f"{HEAD}.weight"])
+    assert relative(logits(loaded, ids), logits(twin, ids)) < 1e-5
+    assert relative(weights[f"{HEAD}.weight"], _float_head(model)) > 1e-3
+
+
+def _float_head(model: Path) -> torch.Tensor:
+    tensors = tensors_of(model)
+    return tensors.get(f"{HEAD}.weight", tensors["model.embed_tokens.weight"])
+
+
+def test_what_the_head_is_fed_decides_how_it_is_rounded(checkpoint: Checkpoints, text: Path, tmp_path: Path) -> None:
+    model = checkpoint("llama", tie_word_embeddings=True)
+    for method in ("rtn", "gptq"):
+        quantize(model, tmp_path / method, text, method=method, quantize_head=True)
+    with_text, plain = (dict(llmq.dequantize(tmp_path / name))[f"{HEAD}.weight"] for name in ("gptq", "rtn"))
+    float_head = _float_head(model)
+    fed = _head_inputs(tmp_path / "gptq", windows_of(model, text))
+    errors = [float(((rounded - float_head) @ fed.T).norm()) for rounded in (with_text, plain)]
+    assert errors[0] < 0.95 * errors[1]
+
+
+def _head_inputs(folder: Path, windows: torch.Tensor) -> torch.Tensor:
+    """(T, D), as the quantized blocks make it."""
+    loaded, _ = llmq.load(folder, device="cpu")
+    found: list[torch.Tensor] = []
+    loaded.lm_head.register_forward_pre_hook(lambda _, args: found.append(args[0].flatten(0, -2)))
+    logits(loaded, windows)
+    return torch.cat(found)
+
+
+def test_the_result_is_measured_block_by_block(checkpoint: Checkpoints, text: Path, tmp_path: Path) -> None:
+    model, out = checkpoint("llama", tie_word_embeddings=True), tmp_path / "out"
+    quantize(model, out, text, method="rtn", quantize_head=True, format="gptq")
+    found = measure(out, model, str(text), seqlen=16, limit=1, device="cpu")
+    loaded, _ = llmq.load(out, device="cpu")
+    assert found and torch.isfinite(logits(loaded, builders.tokens(1, 8))).all()
+
+
+def test_a_run_that_was_stopped_at_the_head_goes_on_to_the_same_bytes(
+    checkpoint: Checkpoints, text: Path, tmp_path: Path
+) -> None:
+    model, settings = checkpoint("llama"), {"method": "gptq", "quantize_head": True}
+    quantize(model, tmp_path / "whole", text, **settings)
+    stopped = job(model, tmp_path / "out", text, **settings)
+    records = stopped.run()
+    for done in records:
+        if getattr(done, "path", None) == f"model.layers.{stopped.blocks - 1}":
+            break
+    records.close()  # type: ignore[attr-defined]
+    report = quantize(model, tmp_path / "out", text, **settings)
+    assert [block.resumed for block in report.blocks] == [True] * stopped.blocks + [False]
+    whole, out = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "out")
+    assert whole.keys() == out.keys() and all(torch.equal(whole[name], out[name]) for name in whole)
+
+
+@pytest.mark.parametrize("format_", ["awq", "gguf:q4_k_m"])
+def test_formats_that_cannot_hold_it_refuse(checkpoint: Checkpoints, text: Path, tmp_path: Path, format_: str) -> None:
+    with pytest.raises(ConfigError, match="cannot hold a head"):
+        quantize(checkpoint("llama"), tmp_path / "out", text, method="rtn", format=format_, quantize_head=True)
