@@ -13,11 +13,13 @@ from llmq._version import __version__
 
 if TYPE_CHECKING:
     from llmq.config import QuantConfig, Scheme
+    from llmq.dequantized import dequantize
     from llmq.errors import LlmqError
     from llmq.job import quantize
     from llmq.quantized import QuantizedTensor
     from llmq.report.record import Report
-    from llmq.runtime.load import dequantize, load
+    from llmq.runtime.hf import disable_transformers, enable_transformers
+    from llmq.runtime.load import load
 
 _HOMES = {
     "LlmqError": "llmq.errors",
@@ -25,7 +27,9 @@ _HOMES = {
     "QuantizedTensor": "llmq.quantized",
     "Report": "llmq.report.record",
     "Scheme": "llmq.config",
-    "dequantize": "llmq.runtime.load",
+    "dequantize": "llmq.dequantized",
+    "disable_transformers": "llmq.runtime.hf",
+    "enable_transformers": "llmq.runtime.hf",
     "load": "llmq.runtime.load",
     "quantize": "llmq.job",
 }
@@ -38,6 +42,8 @@ __all__ = [
     "Scheme",
     "__version__",
     "dequantize",
+    "disable_transformers",
+    "enable_transformers",
     "load",
     "quantize",
 ]

@@ -34,7 +34,8 @@ import torch
 from torch import Tensor, nn
 
 from llmq.quantized import QuantizedTensor
-from llmq.runtime.linear import PackedLinear
+from llmq.runtime.linear import PackedLinear, PackedRows
+from llmq.runtime.weight_view import WeightView
 from llmq_kernels.w4a16 import op as packed
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class Waiting(NamedTuple):
 class Stack(nn.Module):
     """The rows of several layers, and the product that waits for some of them."""
 
-    def __init__(self, rows: PackedLinear, members: int) -> None:
+    def __init__(self, rows: PackedRows, members: int) -> None:
         super().__init__()
         self.rows = rows
         self._others = tuple(range(1, members))
@@ -80,17 +81,33 @@ class Stack(nn.Module):
         return {**self.__dict__, "_waiting": None}
 
 
-class FusedLinear(nn.Module):
+class FusedLinear(nn.Linear):
     """y = x Wᵀ + bias with W the rows `start` to `stop` of a stack: takes the place of the `PackedLinear` it was."""
 
     def __init__(self, layer: PackedLinear, stack: Stack, position: int, start: int) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not nn.Linear's, which makes a weight
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.scheme, self.columns_per_group = layer.scheme, layer.columns_per_group
         self.stack = stack
         self.start, self.stop = start, start + layer.out_features
         self._position = position
         self._has_zeros, self._has_bias = layer.zeros is not None, layer.bias is not None
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """As `PackedLinear.weight`."""
+        return WeightView.of(self)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """As `PackedLinear.compute_dtype`."""
+        return self.stack.rows.compute_dtype
+
+    @property
+    def bias(self) -> Tensor | None:  # type: ignore[override]
+        """(N,), this layer's part."""
+        bias = self.stack.rows.bias
+        return bias[self.start : self.stop] if self._has_bias and bias is not None else None
 
     def forward(self, x: Tensor) -> Tensor:
         product = self.stack.start(x) if self._position == 0 else self.stack.take(self._position, x)
@@ -100,9 +117,8 @@ class FusedLinear(nn.Module):
         """The product with this layer's rows only.  Theirs are a run of words, but strided columns of the scales."""
         rows, own = self.stack.rows, slice(self.start, self.stop)
         zeros = rows.zeros[:, own].contiguous() if self._has_zeros and rows.zeros is not None else None
-        bias = rows.bias[own] if self._has_bias and rows.bias is not None else None
         return packed.linear(
-            x, rows.words[own], rows.scales[:, own].contiguous(), zeros, bias, rows.column_order,
+            x, rows.words[own], rows.scales[:, own].contiguous(), zeros, self.bias, rows.column_order,
             rows.scheme.bits, rows.in_features, rows.columns_per_group,
         )  # fmt: skip
 
@@ -144,7 +160,7 @@ def fuse_rows(model: nn.Module, paths: Sequence[str]) -> None:
 
 def _fuse_alike(model: nn.Module, paths: Sequence[str]) -> None:
     layers = [_packed(model, path) for path in paths]
-    stack, start = Stack(PackedLinear.stacked(layers), len(layers)), 0
+    stack, start = Stack(PackedRows.stacked(layers), len(layers)), 0
     for position, (path, layer) in enumerate(zip(paths, layers, strict=True)):
         model.set_submodule(path, FusedLinear(layer, stack, position, start))
         start += layer.out_features

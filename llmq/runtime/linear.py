@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from llmq.config import Scheme
 from llmq.errors import FormatError
 from llmq.quantized import QuantizedTensor
+from llmq.runtime.weight_view import WeightView
 from llmq_kernels.w4a16 import int4pack, layout
 from llmq_kernels.w4a16 import op as packed
 
 
-class PackedLinear(nn.Module):
+class PackedRows(nn.Module):
     """y = x Wᵀ + bias with W (N, K) held as `words` (N, Kp / 16 * bits) int16, scales (G, N), zeros (G, N) or None.
 
     Codes of a foreign checkpoint whose columns are grouped by activation order are stored group by group, with
@@ -32,17 +33,18 @@ class PackedLinear(nn.Module):
     int4_words: Tensor | None
     int4_grid: Tensor | None
 
-    def __init__(self, quantized: QuantizedTensor, bias: Tensor | None) -> None:
-        super().__init__()
+    def __init__(self, quantized: QuantizedTensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> None:
+        nn.Module.__init__(self)  # not nn.Linear's, which makes a weight
         codes, order = quantized.codes, _column_order(quantized)
         if order is not None:
             codes = codes[:, order]
         zeros = None if quantized.zeros is None else quantized.zeros.T.contiguous()
         words = layout.pack(codes, quantized.scheme.bits)
         self._hold(quantized.scheme, quantized.shape[1], words, quantized.scales.T.contiguous(), zeros, order, bias)
+        self.compute_dtype = dtype or quantized.scales.dtype
 
     @classmethod
-    def stacked(cls, layers: Sequence["PackedLinear"]) -> "PackedLinear":
+    def stacked(cls, layers: Sequence["PackedRows"]) -> "PackedRows":
         """One layer with the rows of several, in their order; the buffers are new.
 
         They must have the same bits, columns in a group, dtype of scales, and order of columns.  Where only some have
@@ -61,6 +63,7 @@ class PackedLinear(nn.Module):
         stacked = cls.__new__(cls)
         nn.Module.__init__(stacked)
         stacked._hold(scheme, first.in_features, words, scales, zeros, first.column_order, bias)
+        stacked.compute_dtype = first.compute_dtype
         return stacked
 
     def _hold(
@@ -107,11 +110,18 @@ class PackedLinear(nn.Module):
         )  # fmt: skip
         self.int4_words, self.int4_grid = pair or (None, None)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
-        """Moves and casts: `.to`, `.half` and the like.  The pair is no tensor to cast, and other devices have none."""
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedRows":
+        """Moves and casts: `.to`, `.half` and the like.  The pair is no tensor to cast, and other devices have none.
+
+        The scales move and are not cast, for which they pass as integers.
+        """
         pair, before = (self.int4_words, self.int4_grid), self._sources()
         self.int4_words = self.int4_grid = None
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
+        dtype = self.scales.dtype
+        self.scales = self.scales.view(torch.int32 if dtype.itemsize == 4 else torch.int16)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.scales = self.scales.view(dtype)
         if self.prepared and self._sources() != before:
             self.prepare()
         else:
@@ -152,6 +162,15 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.scheme}"
+
+
+class PackedLinear(PackedRows, nn.Linear):  # type: ignore[misc]  # a layer may have no bias
+    """The rows as a layer of a model: an `nn.Linear` to whoever asks, such as PEFT, which puts adapters beside it."""
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """(N, K) in `compute_dtype`, to be read; dequantized where its values are looked at, and not before."""
+        return WeightView.of(self)
 
 
 def _column_order(quantized: QuantizedTensor) -> Tensor | None:

@@ -1,0 +1,409 @@
+"""`llmq.enable_transformers`: transformers' own `from_pretrained` and `save_pretrained`, run by llmq's kernels.
+
+What a model computes is held against `llmq.load`, which other tests hold against float models.
+"""
+
+import copy
+import io
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.quantizers import auto
+
+import llmq
+from llmq.errors import FormatError, UnsupportedModelError
+from llmq.runtime.experts import PackedExperts
+from llmq.runtime.fuse import FusedLinear
+from llmq.runtime.linear import PackedLinear
+from llmq.runtime.stored import StoredLinear
+from tests import builders, foreign, mixtures
+from tests.runs import tensors_of
+
+GPTQ, AWQ, PACKED = "gptq", "awq", "compressed-tensors"
+LAYOUTS = [(GPTQ, True), (GPTQ, False), (AWQ, False), (PACKED, True), (PACKED, False)]
+Quantize = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def enabled() -> Iterator[None]:
+    llmq.enable_transformers()
+    yield
+    llmq.disable_transformers()
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Quantize:
+    """`quantized("llama", "gptq", symmetric=True)`: a tiny checkpoint by rounding to nearest, made once."""
+    made: dict[tuple[str, str, bool, str], Path] = {}
+
+    def make(name: str, layout: str, *, symmetric: bool = True, dtype: str = "bfloat16") -> Path:
+        key = (name, layout, symmetric, dtype)
+        if key not in made:
+            dense = builders.CONFIGS.get(name)
+            config = mixtures.CONFIGS[name]() if dense is None else dense(num_hidden_layers=2)
+            folder = tmp_path_factory.mktemp(name)
+            builders.save_model(folder / "model", builders.causal_model(config, dtype=dtype))
+            made[key] = folder / "out"
+            settings = {"method": "rtn", "scales": "minmax", "group_size": 16}
+            llmq.quantize(str(folder / "model"), made[key], format=layout, symmetric=symmetric, **settings)
+        return made[key]
+
+    return make
+
+
+def read(folder: Path, **settings: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, **settings)
+
+
+def logits(model: Any, tokens: Tensor | None = None) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(builders.tokens(2, 12) if tokens is None else tokens).logits
+    return found
+
+
+def count(model: nn.Module, kind: type[nn.Module]) -> int:
+    return sum(isinstance(module, kind) for module in model.modules())
+
+
+def config_of(folder: Path) -> Any:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+
+
+def assert_saved_again(model: Any, source: Path, out: Path) -> None:
+    """What `save_pretrained` writes is the source, tensor for tensor and key for key."""
+    model.save_pretrained(out)
+    found, expected = tensors_of(out), tensors_of(source)
+    assert sorted(found) == sorted(expected)
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert found[name].equal(tensor), name
+    assert config_of(out) == config_of(source)
+
+
+# ---- what transformers looks up
+
+
+def tables() -> tuple[dict[str, Any], dict[str, Any]]:
+    return dict(auto.AUTO_QUANTIZATION_CONFIG_MAPPING), dict(auto.AUTO_QUANTIZER_MAPPING)
+
+
+def test_it_can_be_undone_and_done_twice() -> None:
+    llmq.disable_transformers()
+    before = tables()
+    llmq.disable_transformers()
+    assert tables() == before
+    llmq.enable_transformers()
+    once = tables()
+    for old, new in zip(before, once, strict=True):
+        changed = {method for method in old if old[method] is not new[method]}
+        assert changed == {"auto-round", "awq", "compressed-tensors", "gptq"}
+    llmq.enable_transformers()
+    assert tables() == once
+    llmq.disable_transformers()
+    assert tables() == before
+
+
+def test_what_another_registered_afterwards_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = auto.AUTO_QUANTIZER_MAPPING["quanto"]
+    monkeypatch.setitem(auto.AUTO_QUANTIZER_MAPPING, "gptq", other)
+    llmq.disable_transformers()
+    assert auto.AUTO_QUANTIZER_MAPPING["gptq"] is other
+
+
+# ---- loading, running, saving
+
+
+@pytest.mark.parametrize(("layout", "symmetric"), LAYOUTS)
+def test_it_computes_what_llmq_does_and_is_saved_as_it_was(
+    layout: str, symmetric: bool, quantized: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("gptqmodel", "awq", "optimum", "auto_round", "compressed_tensors"):
+        monkeypatch.setitem(sys.modules, package, None)  # importing it fails
+    source = quantized("llama", layout, symmetric=symmetric)
+    model = read(source)
+    assert count(model, PackedLinear) == 14
+    assert model.dtype == torch.bfloat16
+    assert logits(model).equal(logits(llmq.load(source, dtype=torch.bfloat16)[0]))
+    assert_saved_again(model, source, tmp_path / "saved")
+    assert logits(read(tmp_path / "saved")).equal(logits(model))
+
+
+@pytest.mark.parametrize("name", ["neox", "phi3", "gemma3"])
+def test_other_architectures(name: str, quantized: Quantize, tmp_path: Path) -> None:
+    """Biases and names of its own on disk, fused weights, tied embeddings."""
+    source = quantized(name, GPTQ)
+    model = read(source, dtype=torch.float32)
+    assert logits(model).equal(logits(llmq.load(source)[0]))
+    assert_saved_again(model, source, tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"), [("mixtral", GPTQ), ("mixtral", PACKED), ("qwen3_moe", PACKED), ("gpt_oss", GPTQ)]
+)
+def test_mixtures(name: str, layout: str, quantized: Quantize, tmp_path: Path) -> None:
+    source = quantized(name, layout)
+    model = read(source, dtype=torch.float32)
+    loaded = llmq.load(source)[0]
+    assert count(model, PackedExperts) == count(loaded, PackedExperts) > 0
+    assert logits(model).equal(logits(loaded))
+    assert_saved_again(model, source, tmp_path / "saved")
+
+
+def test_weights_that_lie_transposed(tmp_path: Path) -> None:
+    """GPT-2's layers are no nn.Linear, and those that stay floats are (K, N) on disk."""
+    sizes = {"vocab_size": builders.VOCABULARY, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 64}
+    config = transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)
+    source = builders.save_model(tmp_path / "source", builders.causal_model(config, dtype="float16"))
+    settings: dict[str, Any] = {"method": "rtn", "scales": "minmax", "group_size": 16, "skip": ["c_proj"]}
+    llmq.quantize(str(source), tmp_path / "out", format=GPTQ, **settings)
+    model, loaded = read(tmp_path / "out", dtype=torch.float32), llmq.load(tmp_path / "out")[0]
+    assert count(model, PackedLinear) == 2
+    assert logits(model).equal(logits(loaded))
+    for number, each in enumerate((model, loaded)):
+        assert_saved_again(each, tmp_path / "out", tmp_path / f"saved{number}")
+
+
+def test_files_of_more_than_one_dtype(quantized: Quantize, tmp_path: Path) -> None:
+    """Some tools write the rest in float32 and say float16; what loading changed in no value is written as it was."""
+    folder = shutil.copytree(quantized("llama", GPTQ, dtype="float16"), tmp_path / "copy")
+    tensors = {name: t.float() if name.endswith("norm.weight") else t for name, t in tensors_of(folder).items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    model = read(folder)
+    assert model.model.norm.weight.dtype == torch.float16
+    assert_saved_again(model, folder, tmp_path / "saved")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
+def test_what_llmq_loads_is_saved_too(name: str, quantized: Quantize, tmp_path: Path) -> None:
+    source = quantized(name, GPTQ)
+    model, _ = llmq.load(source)
+    assert count(model, FusedLinear) > 0
+    assert_saved_again(model, source, tmp_path / "saved")
+
+
+def test_a_model_without_its_folder_is_packed_anew(quantized: Quantize, tmp_path: Path) -> None:
+    source = shutil.copytree(quantized("llama", GPTQ), tmp_path / "copy")
+    model = read(source)
+    shutil.rmtree(source)
+    assert_saved_again(model, quantized("llama", GPTQ), tmp_path / "saved")
+
+
+def test_what_was_changed_in_memory_is_what_is_saved(quantized: Quantize, tmp_path: Path) -> None:
+    source = quantized("llama", GPTQ)
+    model = read(source, dtype=torch.float32)
+    model.get_submodule("model.layers.0.mlp.down_proj").scales.mul_(2)
+    model.save_pretrained(tmp_path / "saved")
+    assert logits(read(tmp_path / "saved", dtype=torch.float32)).equal(logits(model))
+    name = "model.layers.0.mlp.down_proj.scales"
+    assert tensors_of(tmp_path / "saved")[name].equal(2 * tensors_of(source)[name])
+
+
+def test_a_model_can_be_copied_and_written_as_a_whole(quantized: Quantize, tmp_path: Path) -> None:
+    source = quantized("llama", GPTQ)
+    model = read(source)
+    written = io.BytesIO()
+    torch.save(model, written)
+    written.seek(0)
+    for number, each in enumerate((copy.deepcopy(model), torch.load(written, weights_only=False))):
+        assert logits(each).equal(logits(model))
+        assert_saved_again(each, source, tmp_path / str(number))
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_a_cast_leaves_the_scales(name: str, quantized: Quantize, tmp_path: Path) -> None:
+    source = quantized(name, PACKED, dtype="float32")
+    model = read(source).to(torch.bfloat16)
+    layer = model.get_submodule("model.layers.0.self_attn.o_proj")
+    assert (layer.compute_dtype, layer.scales.dtype) == (torch.bfloat16, torch.float32)
+    model = read(source).double().to(torch.float32)
+    assert_saved_again(model, source, tmp_path / "saved")
+
+
+def test_greedy_text_is_that_of_llmq(quantized: Quantize) -> None:
+    source = quantized("llama", AWQ, symmetric=False)
+    settings = {"min_new_tokens": 16, "max_new_tokens": 16, "do_sample": False}
+    tokens = builders.tokens(1, 6)
+    written = read(source, dtype=torch.float32).generate(tokens, **settings)
+    assert written.equal(llmq.load(source)[0].generate(tokens, **settings))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_dtypes(dtype: torch.dtype, quantized: Quantize) -> None:
+    """On old transformers, too, parameters that have another name on disk get the dtype that was asked for."""
+    for name in ("llama", "mixtral"):
+        model = read(quantized(name, GPTQ), dtype=dtype)
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+        assert logits(model).dtype == dtype
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_device_maps(name: str, quantized: Quantize) -> None:
+    source = quantized(name, PACKED, symmetric=False)
+    expected = logits(read(source, dtype=torch.float32))
+    for device_map in ("auto", {"": "cpu"}):
+        model = read(source, dtype=torch.float32, device_map=device_map)
+        assert count(model, StoredLinear) == 0
+        assert logits(model).equal(expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_offloading(name: str, quantized: Quantize, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What stays on disk runs by dequantizing at every call, and that is said."""
+    source = quantized(name, GPTQ, dtype="float32")
+    expected = logits(read(source))
+    parts = ("model.embed_tokens", "model.norm", "model.rotary_emb", "model.layers.0", "lm_head")
+    device_map = {**dict.fromkeys(parts, "cpu"), "model.layers.1": "disk"}
+    model = read(source, device_map=device_map, offload_folder=str(tmp_path / "offloaded"))
+    assert count(model, StoredLinear) > 0
+    assert count(model, PackedLinear) > 0
+    assert "run by dequantizing at every call" in caplog.text
+    assert torch.allclose(logits(model), expected, rtol=0, atol=1e-4 * float(expected.std()))
+    if name == "llama":  # old transformers does not save what is offloaded and has other names on disk
+        with pytest.warns(UserWarning, match="offloaded modules"):
+            assert_saved_again(model, source, tmp_path / "saved")
+
+
+def test_it_compiles_as_one_graph(quantized: Quantize) -> None:
+    model = read(quantized("llama", GPTQ), dtype=torch.float32)
+    del model.model.layers[1:]  # one says as much, in half the time
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(logits(compiled), logits(model), rtol=1e-5, atol=1e-5)
+
+
+# ---- files of other tools
+
+
+@pytest.mark.parametrize(
+    "name", ["gptqmodel-gptq-sym-g128", "gptqmodel-awq-gemm-asym-g32", "llmcompressor-ct-w4a16-sym-g128"]
+)
+def test_golden_checkpoints(name: str, shared: Path, tmp_path: Path) -> None:
+    folder = shared / "golden" / name
+    expected = load_file(folder / "expected.safetensors")
+    model = read(folder, dtype=torch.float32)
+    difference = logits(model, expected["__input_ids__"]) - expected["__logits__"].to(torch.float32)
+    assert float(difference.abs().max()) <= 0.05  # half precision's share; see test_load.py
+    model.save_pretrained(tmp_path)
+    found, stored = tensors_of(tmp_path), load_file(folder / "model.safetensors")
+    assert sorted(found) == sorted(stored)
+    assert all(found[name].dtype == tensor.dtype and found[name].equal(tensor) for name, tensor in stored.items())
+
+
+def test_auto_round(quantized: Quantize, tmp_path: Path) -> None:
+    """Its own format: gptq's first version without g_idx, under a name of its own."""
+    source, folder = quantized("llama", GPTQ), tmp_path / "auto-round"
+    shutil.copytree(source, folder)
+    kept = {name: tensor for name, tensor in tensors_of(source).items() if not name.endswith(".g_idx")}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "bits": 4, "group_size": 16}
+    builders.change_json(folder / "config.json", quantization_config={**settings, "sym": True, "data_type": "int"})
+    model = read(folder, dtype=torch.float32)
+    assert logits(model).equal(logits(read(source, dtype=torch.float32)))
+    assert_saved_again(model, folder, tmp_path / "saved")
+
+
+def floats_of_four_bits(source: Path, where: Path) -> tuple[Path, Path]:
+    """A checkpoint in nvfp4 as compressed-tensors has it, and one with the floats that it stands for."""
+    weights = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": True}
+    settings = {
+        "quant_method": "compressed-tensors",
+        "format": "nvfp4-pack-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": ["lm_head"],
+    }
+
+    def pack(name: str, shape: tuple[int, ...]) -> tuple[dict[str, Tensor], Tensor] | None:
+        if not name.endswith("_proj.weight") or len(shape) != 2:
+            return None
+        tensors, weight = foreign.fp4("nvfp4", (shape[0], shape[1]))
+        return {f"{name.removesuffix('.weight')}.{suffix}": tensor for suffix, tensor in tensors.items()}, weight
+
+    return foreign.replaced(source, where, settings, pack)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_floats_of_four_bits_run_dequantized(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = mixtures.qwen3_moe() if name == "qwen3_moe" else builders.llama(num_hidden_layers=2)
+    source = builders.save_model(tmp_path / "source", builders.causal_model(config))
+    packed, floats = floats_of_four_bits(source, tmp_path)
+    model, expected = read(packed, dtype=torch.float32), logits(read(floats, dtype=torch.float32))
+    assert "run by dequantizing at every call" in caplog.text
+    assert torch.allclose(logits(model), expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+    assert_saved_again(model, packed, tmp_path / "saved")
+
+
+def test_what_llmq_load_dequantized_is_saved_only_where_it_can_be(tmp_path: Path) -> None:
+    for name, config in (("dense", builders.llama(num_hidden_layers=2)), ("mixture", mixtures.qwen3_moe())):
+        source = builders.save_model(tmp_path / name / "source", builders.causal_model(config))
+        packed, _ = floats_of_four_bits(source, tmp_path / name)
+        model, _ = llmq.load(packed)
+        if name == "dense":
+            assert_saved_again(model, packed, tmp_path / "saved")
+        else:
+            with pytest.raises(FormatError, match=r"experts.*was dequantized when the model was loaded") as caught:
+                model.save_pretrained(tmp_path / "refused")
+            assert "enable_transformers" in caught.value.hint
+
+
+# ---- what is refused
+
+
+def test_nothing_is_quantized_while_loading(checkpoint: Callable[..., Path]) -> None:
+    asked = transformers.AutoRoundConfig(bits=4)
+    with pytest.raises(FormatError, match="not quantized, and auto-round is asked for") as caught:
+        read(checkpoint("llama"), quantization_config=asked)
+    assert "llmq quantize" in caught.value.hint
+
+
+def test_a_config_that_the_user_passes_gives_way_to_the_checkpoints(quantized: Quantize) -> None:
+    with pytest.warns(UserWarning, match="from the model will be used"):
+        model = read(quantized("llama", GPTQ), quantization_config=transformers.GPTQConfig(bits=4))
+    assert count(model, PackedLinear) == 14
+
+
+def test_what_llmq_does_not_read_is_refused_before_anything_is_built(quantized: Quantize, tmp_path: Path) -> None:
+    folder = shutil.copytree(quantized("llama", GPTQ), tmp_path / "copy")
+    builders.change_json(
+        folder / "config.json", quantization_config={**config_of(folder), "checkpoint_format": "marlin"}
+    )
+    with pytest.raises(FormatError, match="marlin") as caught:
+        read(folder)
+    assert "disable_transformers" in caught.value.hint
+
+
+def test_packed_weights_without_a_place_are_refused(quantized: Quantize, tmp_path: Path) -> None:
+    folder = shutil.copytree(quantized("llama", GPTQ), tmp_path / "copy")
+    builders.change_json(folder / "config.json", num_hidden_layers=1)
+    with pytest.raises(FormatError, match=r"no linear layer for model\.layers\.1.*7 packed weights left over"):
+        read(folder)
+
+
+def test_tensors_without_a_file_are_refused(quantized: Quantize) -> None:
+    config = transformers.AutoConfig.from_pretrained(quantized("llama", GPTQ))
+    with pytest.raises(FormatError, match="loaded from safetensors files"):
+        transformers.LlamaForCausalLM.from_pretrained(None, config=config, state_dict={})
+
+
+# ---- the weight of a packed layer, to programs that ask for one
+
+
+def test_a_weight_can_be_read_and_not_written(quantized: Quantize) -> None:
+    layer = read(quantized("llama", GPTQ), dtype=torch.float32).get_submodule("model.layers.0.mlp.down_proj")
+    assert isinstance(layer, nn.Linear)
+    assert (layer.weight.shape, layer.weight.dtype) == ((32, 64), torch.float32)
+    expected = layer.quantized().dequantize()
+    assert (layer.weight + 0).equal(expected)
+    assert layer.weight.norm(dim=1).equal(expected.norm(dim=1))
+    for change in (lambda weight: weight.data.add_(1), lambda weight: setattr(weight, "data", expected)):
+        with pytest.raises(UnsupportedModelError, match="cannot be changed"):
+            change(layer.weight)
+    assert layer.weight.norm().equal(expected.norm())
