@@ -6,17 +6,18 @@ torch, so that `llmq --help` is instant.
 """
 
 import dataclasses
-import fnmatch
 import math
-import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from llmq.block_types import BLOCK_TYPES
 from llmq.errors import ConfigError
 from llmq.methods import METHODS, Method
+from llmq.patterns import matches, require_pattern
+from llmq.plain_values import listed, require_known
 
 GroupSize = int | Literal["channel", "tensor"]
 
@@ -24,7 +25,10 @@ BITS = (2, 3, 4, 8)
 GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)  # 16 * 2**n: what packed layouts and kernels tile by
 ORDERS = ("activation", "natural")
 SCALES = ("searched", "minmax")
-FORMATS = ("compressed-tensors", "gptq", "awq")
+GGUF_GRIDS = ("gguf:q4_k", "gguf:q5_k", "gguf:q6_k", "gguf:q4_k_m", "gguf:q5_k_m")  # no other file can hold them
+CONVERTIBLE = ("compressed-tensors", "gptq", "awq", "gptq_v2", "gguf")  # formats that share their codes
+WITHOUT_HEAD = ("awq", *GGUF_GRIDS)
+FORMATS = (*CONVERTIBLE, *GGUF_GRIDS)
 
 
 @dataclass(frozen=True)
@@ -33,19 +37,32 @@ class Scheme:
 
     `group_size` columns of a row share a scale; "channel" is one scale a row, "tensor" one for the whole weight.
     A symmetric grid has the zero fixed at 2**(bits - 1), an asymmetric one has a zero for each group.
+    `block_type` names the block type of GGUF (`block_types.py`) whose grid it is; the other fields are that one's.
     """
 
     bits: int = 4
     group_size: GroupSize = 128
     symmetric: bool = True
+    block_type: str | None = None
+
+    @classmethod
+    def of_blocks(cls, block_type: str) -> "Scheme":
+        """The grid of a block type: `q4_k`, …"""
+        kind = BLOCK_TYPES[block_type]
+        return cls(kind.bits, kind.group, kind.symmetric, block_type)
 
     def __post_init__(self) -> None:
+        if self.block_type is not None:
+            kind = BLOCK_TYPES.get(self.block_type)
+            if kind is None or (self.bits, self.group_size, self.symmetric) != (kind.bits, kind.group, kind.symmetric):
+                raise ConfigError(f"there is no grid {self!r}", hint=f"block types are {listed(BLOCK_TYPES)}")
+            return
         if type(self.bits) is not int or self.bits not in BITS:  # 4.0 is in BITS too, and shifts nothing
-            raise ConfigError(f"bits is {self.bits!r}, expected one of {_listed(BITS)}", hint="4 is the usual choice")
+            raise ConfigError(f"bits is {self.bits!r}, expected one of {listed(BITS)}", hint="4 is the usual choice")
         if type(self.group_size) not in (int, str) or self.group_size not in (*GROUP_SIZES, "channel", "tensor"):
             raise ConfigError(
                 f"group size is {self.group_size!r}, which is no legal one",
-                hint=f"use one of {_listed(GROUP_SIZES)}, channel (one scale a row) or tensor (one scale in all)",
+                hint=f"use one of {listed(GROUP_SIZES)}, channel (one scale a row) or tensor (one scale in all)",
             )
         if type(self.symmetric) is not bool:
             raise ConfigError(f"symmetric is {self.symmetric!r}, expected true or false")
@@ -64,9 +81,14 @@ class Scheme:
         """How many input columns share a scale in a weight with this many."""
         return self.group_size if isinstance(self.group_size, int) else in_features
 
+    @property
+    def two_level(self) -> bool:
+        """Whether scales are themselves small integers times a number that they share (`quantized.Superblocks`)."""
+        return self.block_type is not None and BLOCK_TYPES[self.block_type].two_level
+
     def __str__(self) -> str:
         grouping = f"g{self.group_size}" if isinstance(self.group_size, int) else self.group_size
-        return f"int{self.bits} {grouping} {'symmetric' if self.symmetric else 'asymmetric'}"
+        return self.block_type or f"int{self.bits} {grouping} {'symmetric' if self.symmetric else 'asymmetric'}"
 
 
 @dataclass(frozen=True)
@@ -94,11 +116,14 @@ class Calibration:
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """One run: the same object from flags, from TOML and from Python."""
+    """One run: the same object from flags, from TOML and from Python.
+
+    `format` is a name, or several that all get the same codes; `formats` has them as a tuple in either case.
+    """
 
     method: str = "balanced"
     scheme: Scheme = Scheme()
-    format: str = "compressed-tensors"
+    format: str | tuple[str, ...] = "compressed-tensors"
     calibration: Calibration = Calibration()
     order: str = "activation"
     scales: str = "searched"
@@ -108,13 +133,24 @@ class QuantConfig:
     strict: bool = False
     seed: int = 0
     rotate: bool = False
+    quantize_head: bool = False  # the layer that makes logits, too
     target_bits: float | None = None  # a weight on average; `spending.py` turns it into overrides
 
     def __post_init__(self) -> None:
-        for field, allowed in (("method", METHODS), ("format", FORMATS), ("order", ORDERS), ("scales", SCALES)):
+        names = parse_formats(self.format)
+        object.__setattr__(self, "format", names[0] if len(names) == 1 else names)  # one way to say one thing
+        _require_compatible(names)
+        without = [name for name in names if name in WITHOUT_HEAD]
+        if self.quantize_head and without:
+            raise ConfigError(
+                f"{without[0]} cannot hold a head that is quantized on request",
+                hint="gptq and compressed-tensors can; readers of awq keep it in 16 bits, and the mixtures of GGUF "
+                "have a grid for it already",
+            )
+        for field, allowed in (("method", METHODS), ("order", ORDERS), ("scales", SCALES)):
             value = getattr(self, field)
             if value not in allowed:
-                raise ConfigError(f"{field} is {value!r}, expected one of {_listed(allowed)}")
+                raise ConfigError(f"{field} is {value!r}, expected one of {listed(allowed)}")
         if not 0 < self.damping < 1:
             raise ConfigError(
                 f"damping is {self.damping}, expected a fraction of the Hessian's mean diagonal, such as 0.01"
@@ -127,7 +163,11 @@ class QuantConfig:
         for override in self.overrides:
             override.applied_to(self.scheme)  # raises for a grid that does not exist
         for pattern in (*self.skip, *(override.pattern for override in self.overrides)):
-            _require_pattern(pattern)
+            require_pattern(pattern)
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        return (self.format,) if isinstance(self.format, str) else self.format
 
     @property
     def stages(self) -> Method:
@@ -144,24 +184,6 @@ class QuantConfig:
         return scheme
 
 
-def matches(pattern: str, module: str) -> bool:
-    """Whether a module name (`model.layers.0.mlp.down_proj`) fits a glob, or a regular expression after `re:`.
-
-    A glob must cover the whole name or a tail of it that starts after a dot: `down_proj`, `layers.0.*`, `*.k_proj`.
-    """
-    if pattern.startswith("re:"):
-        return re.search(pattern[3:], module) is not None
-    return fnmatch.fnmatchcase(module, pattern) or fnmatch.fnmatchcase(module, f"*.{pattern}")
-
-
-def _require_pattern(pattern: str) -> None:
-    if pattern.startswith("re:"):
-        try:
-            re.compile(pattern[3:])
-        except re.error as error:
-            raise ConfigError(f"{pattern!r} is no regular expression: {error}") from None
-
-
 def parse_group_size(text: str | int) -> GroupSize:
     """`128`, `channel` or `tensor`, as flags and TOML spell them."""
     if text in ("channel", "tensor"):
@@ -170,6 +192,26 @@ def parse_group_size(text: str | int) -> GroupSize:
         return int(text) if isinstance(text, str) else text
     except ValueError:
         raise ConfigError(f"group size is {text!r}, expected a number, channel or tensor") from None
+
+
+def parse_formats(given: str | Iterable[str]) -> tuple[str, ...]:
+    """`gptq`, `gptq,gguf` or a list of either as the names of formats, each once."""
+    texts = [given] if isinstance(given, str) else given
+    names = [name.strip() for text in texts for name in text.split(",")]
+    return tuple(dict.fromkeys(name for name in names if name))
+
+
+def _require_compatible(formats: tuple[str, ...]) -> None:
+    if not formats:
+        raise ConfigError("no format is given", hint=f"known are {listed(FORMATS)}")
+    for name in formats:
+        if name not in FORMATS:
+            raise ConfigError(f"format is {name!r}, expected one of {listed(FORMATS)}")
+        if name in GGUF_GRIDS and len(formats) > 1:
+            raise ConfigError(
+                f"{name} has a grid of its own, so no other format can carry its codes",
+                hint="give it alone, or --format gguf, which holds the codes that the other formats hold",
+            )
 
 
 def parse_override(text: str) -> Override:
@@ -194,17 +236,17 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def config_from(settings: Mapping[str, Any]) -> QuantConfig:
     """A `QuantConfig` from nested plain values; every unknown key is an error."""
-    _check("setting", settings, _SETTINGS)
+    require_known("setting", settings, _SETTINGS)
     values = dict(settings)
     if "scheme" in values:
         scheme = dict(values["scheme"])
-        _check("key of [scheme]", scheme, _SCHEME)
+        require_known("key of [scheme]", scheme, _SCHEME)
         if "group_size" in scheme:
             scheme["group_size"] = parse_group_size(scheme["group_size"])
         values["scheme"] = Scheme(**scheme)
     if "calibration" in values:
         calibration = dict(values["calibration"])
-        _check("key of [calibration]", calibration, _CALIBRATION)
+        require_known("key of [calibration]", calibration, _CALIBRATION)
         calibration["sources"] = tuple(calibration.get("sources", ()))
         values["calibration"] = Calibration(**calibration)
     if "overrides" in values:
@@ -217,8 +259,11 @@ def config_from(settings: Mapping[str, Any]) -> QuantConfig:
 def config_to(config: QuantConfig) -> dict[str, Any]:
     """The inverse of `config_from`: plain values that TOML and JSON can hold."""
     settings = dataclasses.asdict(config)
+    del settings["scheme"]["block_type"]  # the format's to say
     settings["overrides"] = [{k: v for k, v in o.items() if v is not None} for o in settings["overrides"]]
     settings["skip"] = list(config.skip)
+    if not isinstance(config.format, str):
+        settings["format"] = list(config.format)
     if config.target_bits is None:  # TOML has no word for it
         del settings["target_bits"]
     settings["calibration"]["sources"] = list(config.calibration.sources)
@@ -257,41 +302,18 @@ def _override_from(fields: Mapping[str, Any]) -> Override:
         values["group_size"] = parse_group_size(values["group_size"])
     if isinstance(values.get("bits"), str) and values["bits"].isdecimal():
         values["bits"] = int(values["bits"])
-    _check("key of an override", values, _OVERRIDE)
+    require_known("key of an override", values, _OVERRIDE)
     if "pattern" not in values:
         raise ConfigError("an override has no pattern, which says which layers it is for")
     return Override(**values)
 
 
-_KINDS: Mapping[str, Callable[[Any], bool]] = {
-    "a text": lambda value: isinstance(value, str),
-    "a number": lambda value: type(value) in (int, float),
-    "a whole number": lambda value: type(value) is int,
-    "true or false": lambda value: type(value) is bool,
-    "a number, channel or tensor": lambda value: isinstance(value, str) or type(value) is int,
-    "a block of keys": lambda value: isinstance(value, Mapping),
-    "a list of texts": lambda value: isinstance(value, list | tuple) and all(isinstance(v, str) for v in value),
-    "a list of blocks": lambda value: isinstance(value, list | tuple) and all(isinstance(v, Mapping) for v in value),
-}
 _SCHEME = {"bits": "a whole number", "group_size": "a number, channel or tensor", "symmetric": "true or false"}
 _CALIBRATION = {"sources": "a list of texts", "samples": "a whole number", "seqlen": "a whole number"}
 _OVERRIDE = {"pattern": "a text", **_SCHEME}
 _SETTINGS = {
-    "method": "a text", "scheme": "a block of keys", "format": "a text", "calibration": "a block of keys",
-    "order": "a text", "scales": "a text", "damping": "a number", "skip": "a list of texts",
-    "overrides": "a list of blocks", "strict": "true or false", "seed": "a whole number",
-    "target_bits": "a number", "rotate": "true or false",
+    "method": "a text", "scheme": "a block of keys", "format": "a text or a list of texts",
+    "calibration": "a block of keys", "order": "a text", "scales": "a text", "damping": "a number",
+    "skip": "a list of texts", "overrides": "a list of blocks", "strict": "true or false", "seed": "a whole number",
+    "target_bits": "a number", "rotate": "true or false", "quantize_head": "true or false",
 }  # fmt: skip
-
-
-def _check(what: str, found: Mapping[str, Any], known: Mapping[str, str]) -> None:
-    """Every key must be known, and its value of that kind: TOML gives whatever somebody wrote."""
-    for key, value in found.items():
-        if key not in known:
-            raise ConfigError(f"unknown {what}: {key!r}", hint=f"known are {_listed(sorted(known))}")
-        if not _KINDS[known[key]](value):
-            raise ConfigError(f"{key} is {value!r}, expected {known[key]}")
-
-
-def _listed(values: Any) -> str:
-    return ", ".join(str(value) for value in values)

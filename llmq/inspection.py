@@ -9,7 +9,7 @@ from llmq.checkpoint import hub
 from llmq.checkpoint.reader import Checkpoint
 from llmq.errors import CheckpointError
 from llmq.report.record import PROVENANCE_FILE
-from llmq.runtime.load import PackedWeights, quantization_settings
+from llmq.runtime.packed_weights import PackedWeights, quantization_settings
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def _packed_weight(packed: PackedWeights, module: str, error: float | None) -> S
     rows, columns = packed.shape(module)
     nbytes = packed.stored_bytes(module)
     return StoredWeight(
-        module, rows, columns, str(packed.scheme(module)), "packed", nbytes, 8 * nbytes / (rows * columns), error
+        module, rows, columns, packed.grid(module), "packed", nbytes, 8 * nbytes / (rows * columns), error
     )
 
 

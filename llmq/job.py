@@ -5,7 +5,7 @@ A `Job` is made of a request; making it raises for whatever can be known to go w
 """
 
 import dataclasses
-import json
+import itertools
 import math
 import platform
 import time
@@ -14,29 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from llmq import calibration, memory, pipeline, sensitivity, spending, token_weights, tuning
+from llmq import finishing, head, memory, pipeline, sensitivity, spending, token_weights, tuning
 from llmq._version import __version__
-from llmq.calibration import CalibrationSet, OwnText, SelfAuthor
-from llmq.checkpoint.companions import companion_files
+from llmq.calibration import CalibrationSet
 from llmq.checkpoint.staging import STAGING
 from llmq.checkpoint.writer import Writer
 from llmq.config import QuantConfig, Scheme, config_to, merged
-from llmq.errors import CheckpointError, ConfigError
+from llmq.errors import ConfigError
 from llmq.methods import Method
-from llmq.model.flow import TokenWeights
+from llmq.model.stops import TokenWeights
 from llmq.model.stream import Stream
 from llmq.model.weights import require_finite
 from llmq.plan import Plan
 from llmq.report import record
 from llmq.report.effects import Sensitivity
-from llmq.report.record import PROVENANCE_FILE, BlockReport, LayerReport, MeasuringStep, Report, TuningStep
-from llmq.runtime.load import load_tokenizer
+from llmq.report.record import BlockReport, ConvertStep, LayerReport, MeasuringStep, Report, TuningStep
+from llmq.run_text import RunText
 from llmq.sensitivity import Question
 
-TOKENS_PER_INPUT = 50  # below that, what is measured on the text says little about other text
-TUNING_SEED = 1 << 32  # what the model writes to be tuned on is not what it may have written for calibration
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 32_768}
 
 
@@ -59,7 +55,6 @@ class Job:
         trust_remote_code: bool = False,
     ) -> None:
         asked = settings or QuantConfig()
-        self._remote_code = trust_remote_code
         self._overwrite = overwrite
         self.plan = Plan.make(model, asked, stages, device=device, revision=revision, remote_code=trust_remote_code)
         if asked.target_bits is not None:
@@ -69,9 +64,8 @@ class Job:
             raise ConfigError(
                 f"{self.out} is the model itself, which is not overwritten", hint="give another output folder"
             )
-        staging, model_id = self.out / STAGING, self.plan.checkpoint.fingerprint()
-        self._own_text, self._tuning_text = OwnText(staging, model_id), OwnText(staging, model_id, "tuning")
-        self._tuned_on: Tensor | None = None
+        model_id = self.plan.checkpoint.fingerprint()
+        self._text = RunText(self.out / STAGING, model_id, remote_code=trust_remote_code)
         self.report = Report(
             source=str(model),
             output=str(self.out),
@@ -92,7 +86,7 @@ class Job:
     def blocks(self) -> int:
         return len(self.plan.skeleton.blocks)
 
-    def run(self) -> Iterator[CalibrationSet | MeasuringStep | LayerReport | BlockReport | TuningStep]:
+    def run(self) -> Iterator[CalibrationSet | MeasuringStep | LayerReport | BlockReport | TuningStep | ConvertStep]:
         """Do it; yields the text, then a record after each layer and block.  The finished folder appears at the end."""
         start = time.monotonic()
         if not self._overwrite:
@@ -107,19 +101,18 @@ class Job:
                 yield from self._spend(text, target)
         writer = self._open_writer(text)
         try:
-            self._own_text.save()
-            self._tuning_text.save()
+            self._text.save()
             run = self._pipeline_run(text, writer)
-            for done in pipeline.quantize_blocks(run):
+            for done in itertools.chain(pipeline.quantize_blocks(run), head.quantize_head(run)):
                 if isinstance(done, BlockReport):
                     self.report.blocks.append(done)
                 yield done
-            if text is not None and self._tuned_on is not None:
+            if text is not None and self._text.tuned_on is not None:
                 judged = tuning.held_out(stages, text.windows)
-                self.report.tuning = yield from tuning.tune(run, self._tuned_on, judged, self.plan.settings.seed)
+                self.report.tuning = yield from tuning.tune(run, self._text.tuned_on, judged, self.plan.settings.seed)
             if run.stream is not None:
                 self.report.notes += run.stream.notes
-            self._finish(writer, start)
+            yield from self._finish(writer, start)
         except BaseException:
             writer.abandon()
             raise
@@ -157,39 +150,7 @@ class Job:
         self.report.notes += [*found.notes, str(spent)]
 
     def _calibration_set(self) -> CalibrationSet:
-        plan = self.plan
-        tokenizer = load_tokenizer(plan.checkpoint.folder, remote_code=self._remote_code)
-        text = calibration.load(
-            plan.settings.calibration,
-            tokenizer,
-            seed=plan.settings.seed,
-            max_tokens=plan.skeleton.max_tokens,
-            author=SelfAuthor(plan.skeleton, tokenizer, self._own_text),
-        )
-        self.report.calibration = text.to_dict()
-        self.report.notes += text.notes
-        self._check_tokens(text)
-        if plan.stages.tuning is not None:
-            writer = SelfAuthor(plan.skeleton, tokenizer, self._tuning_text)
-            self._tuned_on = tuning.text(plan.stages, text.windows, writer, plan.settings.seed + TUNING_SEED)
-            self.report.notes += writer.notes
-        return text
-
-    def _check_tokens(self, text: CalibrationSet) -> None:
-        """Refuse ids that the model has no embedding for; say where the text is too short for what it is to tell."""
-        known = self.plan.skeleton.vocabulary
-        largest = int(text.windows.max())
-        if largest >= known:
-            raise CheckpointError(
-                f"the tokenizer made the id {largest}, and the model has embeddings for {known} tokens",
-                hint="is the tokenizer the one that belongs to the model?",
-            )
-        widest = max(layer.in_features for layer in self.plan.layers.values() if layer.scheme is not None)
-        if text.windows.numel() < TOKENS_PER_INPUT * widest:
-            self.report.notes.append(
-                f"{text.windows.numel()} calibration tokens are few for layers of {widest} inputs, "
-                f"{TOKENS_PER_INPUT * widest} or more tell reliably what matters; see --samples and --seqlen"
-            )
+        return self._text.load(self.plan, self.report)
 
     def _open_writer(self, text: CalibrationSet | None) -> Writer:
         plan = self.plan
@@ -201,9 +162,9 @@ class Job:
             "stages": dataclasses.asdict(plan.stages),
             "device": plan.device.type,
         }
-        needed = 2 * plan.expected_bytes
-        if self._tuned_on is not None and plan.stages.tuning is not None:
-            needed += tuning.disk_bytes(plan.skeleton, plan.layers.values(), plan.stages.tuning, self._tuned_on)
+        needed = finishing.copies(plan.settings.formats) * plan.expected_bytes
+        if self._text.tuned_on is not None and plan.stages.tuning is not None:
+            needed += tuning.disk_bytes(plan.skeleton, plan.layers.values(), plan.stages.tuning, self._text.tuned_on)
         writer = Writer.open(self.out, identity=identity, overwrite=self._overwrite, needed_bytes=needed)
         if writer.resumed_blocks:
             self.report.notes.append(
@@ -226,12 +187,14 @@ class Job:
                 originals=bool(plan.stages.alphas) or plan.stages.block_tuning is not None,
                 held_out=self._held_out(len(text.windows)),
                 weights=self._token_weights(text, writer),
+                tokens_per_input=plan.stages.expert_tokens,
+                to_the_head=plan.settings.quantize_head,
             )
         reader = plan.layout.read_config(plan.quantization_config())
         return pipeline.Run(plan.skeleton, stream, plan.layers, plan.stages, plan.options, plan.layout, reader, writer)
 
     def _token_weights(self, text: CalibrationSet, writer: Writer) -> TokenWeights | None:
-        if not self.plan.stages.token_weights or writer.resumed_blocks == self.blocks:
+        if not self.plan.stages.token_weights or writer.resumed_blocks >= self.blocks:  # the head may be one more
             return None
         return token_weights.measure(self.plan.skeleton, text.windows, self.plan.settings.seed)
 
@@ -246,7 +209,7 @@ class Job:
             self.report.notes.append("one calibration window is too few to hold any out: no stage could be judged")
         return held_out
 
-    def _finish(self, writer: Writer, start: float) -> None:
+    def _finish(self, writer: Writer, start: float) -> Iterator[ConvertStep]:
         """Put the folder together: packed blocks, everything else as it was, configuration and provenance."""
         report, plan = self.report, self.plan
         quantized = {layer.name: layer for layer in report.layers}
@@ -256,21 +219,12 @@ class Job:
         sizes = {layer.name: layer.weights for layer in plan.layers.values()}
         stored_bits = sum(sizes[name] * layer.bits_per_weight for name, layer in quantized.items())
         report.bits_per_weight = stored_bits / max(1, sum(sizes[name] for name in quantized))
-        before = sum(plan.checkpoint.info(f"{name}.weight").nbytes for name in quantized)
+        before = sum(plan.float_bytes(name) for name in quantized)
         report.file_bytes = plan.checkpoint.nbytes - before + round(stored_bits / 8)
         report.stages = [*record.summaries(report.layers), *record.block_summaries(report.blocks)]
         report.seconds = time.monotonic() - start
         report.peak_memory_bytes = record.peak_memory()
-        settings = plan.quantization_config(set(quantized))
-        documents = {
-            "config.json": _json({**plan.checkpoint.config, "quantization_config": settings}),
-            PROVENANCE_FILE: _json(report.to_dict()),
-        }
-        if plan.layout.CONFIG_COPY:
-            documents[plan.layout.CONFIG_COPY] = _json(settings)
-        locations = {name: plan.checkpoint.location(name) for name in plan.outside()}
-        rest = [(location.file, name, location.info) for name, location in locations.items()]
-        writer.finish(rest, companion_files(plan.checkpoint.folder), documents)
+        yield from finishing.finish(writer, plan, report, set(quantized))
 
 
 def quantize(
@@ -311,7 +265,3 @@ def default_output(model: str, settings: QuantConfig) -> Path:
     name = Path(model).resolve().name if Path(model).is_dir() else model.rsplit("/", 1)[-1]
     bits = settings.scheme.bits if settings.target_bits is None else settings.target_bits
     return Path(f"{name}-{settings.method}-{bits:g}bit")
-
-
-def _json(document: Any) -> str:
-    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"

@@ -13,18 +13,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmq import formats, schemes
+from llmq import outputs, schemes, unquantized
 from llmq.algorithms import Options
 from llmq.checkpoint import hub
 from llmq.checkpoint.reader import Checkpoint
-from llmq.config import QuantConfig, Scheme, matches
+from llmq.config import GGUF_GRIDS, QuantConfig, Scheme
 from llmq.errors import UnsupportedModelError
 from llmq.formats import Layout
+from llmq.gguf import recipes
+from llmq.linear_names import holds_matrix
 from llmq.methods import Method
 from llmq.model.skeleton import Skeleton
-from llmq.report.record import OUTSIDE_THE_BLOCKS
-from llmq.runtime.load import choose_device, quantization_settings, stored_dtype
-from llmq.runtime.unpacked import open_skeleton
+from llmq.patterns import matches
+from llmq.runtime.load import choose_device, stored_dtype
+from llmq.runtime.packed_weights import quantization_settings
+from llmq.runtime.unpacked import open_skeleton, stored_bytes
 from llmq.schemes import LayerPlan
 
 
@@ -60,44 +63,67 @@ class Plan:
         """Raises CheckpointError, UnsupportedModelError, ConfigError and BackendError."""
         checkpoint = Checkpoint.open(hub.locate(str(model), revision, remote_code=remote_code))
         _refuse_quantized(checkpoint)
+        outputs.require_writable(settings.formats, checkpoint, checkpoint.names())
         chosen, method = choose_device(device), stages or settings.stages
-        layout = formats.load(settings.format)
         dtype = stored_dtype(checkpoint)
+        layout = outputs.layout_of(settings.formats, dtype)
         exact = chosen.type == "cpu" or method.transforms  # foldings are found in float32
         skeleton = open_skeleton(checkpoint, chosen, torch.float32 if exact else dtype, remote_code=remote_code)
-        layers = _plan_layers(skeleton, settings, layout)
+        layers = _plan_layers(skeleton, settings, layout, checkpoint.config)
         return cls(settings, method, checkpoint, chosen, layout, dtype, skeleton, layers)
 
     def with_settings(self, settings: QuantConfig) -> "Plan":
         """The same model under other settings; method, format and device are as they were."""
-        layers = _plan_layers(self.skeleton, settings, self.layout)
+        layers = _plan_layers(self.skeleton, settings, self.layout, self.checkpoint.config)
         return dataclasses.replace(self, settings=settings, layers=layers)
 
     @property
     def options(self) -> Options:
         settings = self.settings
-        dtype = self.layout.scale_dtype(self.model_dtype)
-        return Options(dtype, settings.order, settings.scales, settings.damping)
+        values = outputs.scale_values(self.layout, self.model_dtype)
+        return Options(values, settings.order, settings.scales, settings.damping)
 
     @property
     def expected_bytes(self) -> int:
         """About what the finished weights will take."""
         itemsize = self.layout.scale_dtype(self.model_dtype).itemsize
         packed = [plan for plan in self.layers.values() if plan.scheme is not None]
-        before = sum(self.checkpoint.info(f"{plan.name}.weight").nbytes for plan in packed)
+        before = sum(self.float_bytes(plan.name) for plan in packed)
         return self.checkpoint.nbytes - before + sum(plan.packed_bytes(itemsize) for plan in packed)
+
+    def float_bytes(self, name: str) -> int:
+        """What a layer's weight takes as it is, by its name in the checkpoint; a tied head's takes nothing."""
+        if name == self.tied_head:
+            return 0
+        return stored_bytes(self.skeleton, self.checkpoint, f"{name}.weight")
+
+    @property
+    def tied_head(self) -> str | None:
+        """The head that is to be quantized, if up to now it is the embedding."""
+        path = self.skeleton.head_path
+        weights = self.skeleton.weights
+        return path if path in self.layers and path is not None and weights.is_tied(f"{path}.weight") else None
+
+    def config_json(self, quantized: set[str]) -> dict[str, Any]:
+        """The model's own config.json; where a tied head was quantized, it says that it is tied no more."""
+        config = dict(self.checkpoint.config)
+        if self.tied_head in quantized:
+            config["tie_word_embeddings"] = False
+            if isinstance(config.get("text_config"), dict):
+                config["text_config"] = {**config["text_config"], "tie_word_embeddings": False}
+        return config
 
     def left(self) -> dict[str, str]:
         """Every weight of two dimensions or more that stays as it is, with the reason."""
-        left = {plan.name: plan.reason for plan in self.layers.values() if plan.scheme is None}
-        inside = tuple(f"{block.path}." for block in self.skeleton.blocks)
-        weights = self.skeleton.weights
-        for name, parameter in self.skeleton.model.named_parameters():
-            path = name.removesuffix(".weight")
-            if parameter.dim() < 2 or path in self.layers or weights.is_tied(name):
-                continue
-            left[weights.module_name(path)] = "not a linear layer" if name.startswith(inside) else OUTSIDE_THE_BLOCKS
-        return left
+        return unquantized.reasons(self.skeleton, self.checkpoint, self.layers, self._packed_outside())
+
+    def _packed_outside(self) -> set[str]:
+        """Modules outside the blocks that a GGUF recipe packs when the file is written: embedding and head."""
+        if self.settings.format not in GGUF_GRIDS:
+            return set()
+        shapes = {name: self.checkpoint.info(name).shape for name in self.outside()}
+        grids = recipes.outside(shapes, self.settings, self.checkpoint.config)
+        return {name.removesuffix(".weight") for name in grids}
 
     def idle_patterns(self) -> list[str]:
         """What a user should know of --skip and --override patterns that no layer fits."""
@@ -107,31 +133,60 @@ class Plan:
         return [f"no layer of the blocks matches the pattern {pattern!r}" for pattern in idle]
 
     def outside(self) -> list[str]:
-        """The tensors that are copied as they are: embeddings, norms and heads outside of the blocks."""
+        """The tensors that are copied as they are: embeddings, norms and heads outside of the blocks.
+
+        And stacked experts that are not packed.
+        """
+        weights, packed = self.skeleton.weights, {plan.name for plan in self.layers.values() if plan.scheme is not None}
         inside = {name for block in self.skeleton.blocks for name in block.stored_names()}
+        inside |= {stacked for name, stacked in weights.stacked_in.items() if not weights.left_stacked(name, packed)}
+        head = f"{self.skeleton.head_path}"
+        if head in self.layers:
+            inside |= {f"{name}.weight" for name in packed if name == self.layers[head].name}
         return [name for name in self.checkpoint.names() if name not in inside]
 
-    def quantization_config(self, quantized: set[str] | None = None) -> dict[str, Any]:
-        """The block for config.json where the linear layers `quantized`, by default all planned, are packed."""
+    def quantization_config(self, quantized: set[str] | None = None, layout: Layout | None = None) -> dict[str, Any]:
+        """The block for config.json where the linear layers `quantized`, by default all planned, are packed.
+
+        `layout` is another one than the blocks are staged in.
+        """
         chosen: dict[str, Scheme] = {}
-        unquantized: list[str] = []
+        floats = unquantized.unused_modules(self.skeleton, self.checkpoint)
         for path, module in self.skeleton.model.named_modules():
-            if not isinstance(module, nn.Linear):
+            if not holds_matrix(module):
                 continue
             names = dict.fromkeys((path, self.skeleton.weights.module_name(path)))  # readers look for either
             plan = self.layers.get(path)
             if plan is not None and plan.scheme is not None and (quantized is None or plan.name in quantized):
                 chosen |= dict.fromkeys(names, plan.scheme)
             else:
-                unquantized += names
-        return self.layout.quantization_config(chosen, unquantized)
+                floats += names
+        return (layout or self.layout).quantization_config(chosen, floats)
 
 
-def _plan_layers(skeleton: Skeleton, settings: QuantConfig, layout: Layout) -> dict[str, LayerPlan]:
+def _plan_layers(
+    skeleton: Skeleton, settings: QuantConfig, layout: Layout, config: Mapping[str, Any]
+) -> dict[str, LayerPlan]:
     linears = {path: module for block in skeleton.blocks for path, module in block.linears.items()}
+    if settings.quantize_head:
+        linears |= _head(skeleton)
     name = skeleton.weights.module_name
     shapes = [(name(path), module.out_features, module.in_features) for path, module in linears.items()]
-    return dict(zip(linears, schemes.plan_layers(shapes, settings, layout), strict=True))
+    if settings.format in GGUF_GRIDS:
+        return dict(zip(linears, recipes.plan_layers(shapes, settings, config), strict=True))
+    plans = dict(zip(linears, schemes.plan_layers(shapes, settings, layout), strict=True))
+    return schemes.alike(plans, skeleton.alike(), settings, layout)
+
+
+def _head(skeleton: Skeleton) -> dict[str, nn.Linear]:
+    path = skeleton.head_path
+    module = None if path is None else skeleton.model.get_submodule(path)
+    if path is None or not isinstance(module, nn.Linear):
+        raise UnsupportedModelError(
+            f"{type(skeleton.model).__name__} has no head that could be quantized",
+            hint="its logits come from no plain linear layer: leave --quantize-head out",
+        )
+    return {path: module}
 
 
 def _refuse_quantized(checkpoint: Checkpoint) -> None:

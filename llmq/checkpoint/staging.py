@@ -6,6 +6,7 @@
         00000.json          its record; written last, so it marks the block as committed
         revision/           a second version of all blocks, in the making (see revision.py)
         final/              the model while it is put together
+        scratch/            a model that the one in final/ is made from, and that nobody asked for
         moving.json         the files of final/ that may already be in OUT; written before the first of them is moved
 
 It lies inside OUT because OUT may be a mount point, and a rename is atomic only within a file system.
@@ -38,6 +39,7 @@ class Staging:
         self.out = out
         self.folder = out / STAGING
         self.final = self.folder / "final"
+        self.scratch = self.folder / "scratch"
         self.revision = Revision(self.folder / "revision")
         self._identity = self.folder / "identity.json"
         self._moving = self.folder / "moving.json"
@@ -67,10 +69,14 @@ class Staging:
             partial.unlink()
         self.revision.sweep()
         for name in self.moved():
-            (self.out / name).unlink(missing_ok=True)
+            moved = self.out / name
+            moved.unlink(missing_ok=True)
+            if moved.parent != self.out and moved.parent.is_dir() and not any(moved.parent.iterdir()):
+                moved.parent.rmdir()
         self._moving.unlink(missing_ok=True)
-        if self.final.exists():
-            shutil.rmtree(self.final)
+        for made in (self.final, self.scratch):
+            if made.exists():
+                shutil.rmtree(made)
 
     def drop_damaged(self) -> list[int]:
         """Take back the commitment of blocks whose files do not read back; returns which."""

@@ -13,8 +13,9 @@ One process per output folder: two at once are not kept apart.
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from torch import Tensor
@@ -133,28 +134,58 @@ class Writer:
         nothing else is touched.  Raises StorageError if something cannot be written and CheckpointError if something
         cannot be read, the blocks being kept; ConfigError if something that may not go has the name of a new file.
         """
+        with self.finishing() as final:
+            self.assemble(final, rest, files, documents, shard_bytes)
+
+    @contextmanager
+    def finishing(self) -> Iterator[Path]:
+        """An empty folder for the finished model, or for folders with one each.
+
+        All that lies in it at the end becomes the output, every config.json last, and the staging goes.  Otherwise as
+        `finish`.
+        """
         staging = self._staging
         with storing(self.folder):
             staging.sweep()  # an earlier attempt of this very writer may have failed half way
             staging.final.mkdir()
-            for file in files:
-                _copy(file, staging.final / file.name)
-            for name, text in documents.items():
-                write_text(staging.final / name, text)
-            parts = [*staging.parts(sorted(self._committed)), *rest]
-            names = [*(file.name for file in files), *documents, *write_shards(staging.final, parts, shard_bytes)]
-            if len(set(names)) < len(names):
-                raise ValueError(f"two files of one name: {sorted(names)}")
-            names.sort(key=lambda name: name == CONFIG)  # stable: config.json last, so that half a model is no model
+            yield staging.final
+            names = sorted(path.relative_to(staging.final).as_posix() for path in _files(staging.final))
+            names.sort(key=lambda name: PurePosixPath(name).name == CONFIG)  # half a model is no model
             _refuse_collisions(self.folder, names, overwrite=self._overwrite)
             if self._overwrite:
-                _remove_old_model(self.folder, names)
+                _remove_old_models(self.folder, names)
             staging.announce(names)
             for name in names:
-                (staging.final / name).rename(self.folder / name)
-                sync_folder(self.folder)
+                target = self.folder / name
+                target.parent.mkdir(exist_ok=True)
+                (staging.final / name).rename(target)
+                sync_folder(target.parent)
             staging.remove()
             sync_folder(self.folder)
+
+    def assemble(
+        self,
+        folder: Path,
+        rest: Sequence[Part],
+        files: Sequence[Path],
+        documents: Mapping[str, str],
+        shard_bytes: int = SHARD_BYTES,
+    ) -> None:
+        """Put a model together in `folder`, out of the committed blocks and what `finish` says."""
+        written = write_shards(folder, self.parts(rest), shard_bytes)
+        names = [*(file.name for file in files), *documents, *written]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two files of one name: {sorted(names)}")
+        put_companions(folder, files, documents)
+
+    def scratch(self) -> Path:
+        """An empty folder for a model that another one is made from; it goes with the staging."""
+        self._staging.scratch.mkdir()
+        return self._staging.scratch
+
+    def parts(self, rest: Sequence[Part] = ()) -> list[Part]:
+        """Where every tensor of the finished model lies: those of the committed blocks, and `rest`."""
+        return [*self._staging.parts(sorted(self._committed)), *rest]
 
     def abandon(self) -> bool:
         """Leave without a model.  Returns whether there is anything to continue; if not, nothing is left behind."""
@@ -173,7 +204,8 @@ class Writer:
 def _refuse_other_files(staging: Staging, *, resumable: bool) -> None:
     if not staging.out.exists():
         return
-    ours = {STAGING, *(staging.moved() if resumable else [])}
+    moved = staging.moved() if resumable else []
+    ours = {STAGING, *(PurePosixPath(name).parts[0] for name in moved)}
     others = sorted(entry.name for entry in staging.out.iterdir() if entry.name not in ours)
     if others:
         message = f"{staging.out} is not empty: it holds {', '.join(others[:3])}{' …' if len(others) > 3 else ''}"
@@ -190,6 +222,14 @@ def _require_space(out: Path, needed_bytes: int, *, present: int) -> None:
         raise StorageError(message, hint="free some space, or give an output folder on another disk")
 
 
+def put_companions(folder: Path, files: Sequence[Path], documents: Mapping[str, str]) -> None:
+    """Copy files byte for byte into a folder, and write documents (name -> text) beside them."""
+    for file in files:
+        _copy(file, folder / file.name)
+    for name, text in documents.items():
+        write_text(folder / name, text)
+
+
 def _copy(source: Path, target: Path) -> None:
     with reading(source):
         size = source.stat().st_size
@@ -197,15 +237,33 @@ def _copy(source: Path, target: Path) -> None:
         copy_bytes(source, 0, size, file)
 
 
-def _remove_old_model(folder: Path, names: Sequence[str]) -> None:
-    old = {entry.name for entry in folder.glob("*.safetensors")} | {INDEX, *names}
-    for name in sorted(old, key=lambda name: name != CONFIG):  # config.json first: from here on there is no model
-        if not (folder / name).is_dir():
-            (folder / name).unlink(missing_ok=True)
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def _remove_old_models(folder: Path, names: Sequence[str]) -> None:
+    """Make room for `names`, a model in `folder` or one in each of some folders in it."""
+    new: dict[Path, list[str]] = {folder: []}
+    for path in map(PurePosixPath, names):
+        new.setdefault(folder / path.parent, []).append(path.name)
+    for place, own in new.items():
+        old = {entry.name for entry in place.glob("*.safetensors")} | {INDEX, *own}
+        if own or (place / INDEX).exists() or len(old) > 1:
+            _remove(place, old | {CONFIG})
+
+
+def _remove(folder: Path, names: Collection[str]) -> None:
+    for name in sorted(names, key=lambda name: name != CONFIG):  # config.json first: from here on there is no model
+        if (folder / name).exists() and not (folder / name).is_dir():
+            (folder / name).unlink()
             sync_folder(folder)
 
 
 def _refuse_collisions(folder: Path, names: Sequence[str], *, overwrite: bool) -> None:
+    places = {parent.as_posix() for name in names for parent in PurePosixPath(name).parents} - {"."}
+    for name in sorted(places):
+        if (folder / name).exists() and not (folder / name).is_dir():
+            raise ConfigError(f"{folder / name} is a file, and a folder is to be made there", hint="move it away")
     for name in names:
         if (folder / name).is_dir() or ((folder / name).exists() and not overwrite):
             message = f"{folder / name} is in the way of a file to be written"

@@ -10,7 +10,7 @@ import warnings
 import typer
 
 from llmq._version import __version__
-from llmq.cli import env, evaluate, generate, inspect, quantize, sensitivity
+from llmq.cli import convert, env, evaluate, generate, inspect, quantize, sensitivity, verify
 from llmq.cli.terminal import print_error, warning_printer
 from llmq.errors import LlmqError
 
@@ -39,12 +39,16 @@ def _root(
     pass
 
 
-app.command("quantize")(quantize.command)
-app.command("eval")(evaluate.command)
-app.command("generate")(generate.command)
-app.command("sensitivity")(sensitivity.command)
-app.command("inspect")(inspect.command)
-app.command("env")(env.command)
+MAKE, LOOK, RUN = "Make", "Look at", "Run"
+
+app.command("quantize", rich_help_panel=MAKE)(quantize.command)
+app.command("convert", rich_help_panel=MAKE)(convert.command)
+app.command("eval", rich_help_panel=LOOK)(evaluate.command)
+app.command("verify", rich_help_panel=LOOK)(verify.command)
+app.command("inspect", rich_help_panel=LOOK)(inspect.command)
+app.command("sensitivity", rich_help_panel=LOOK)(sensitivity.command)
+app.command("generate", rich_help_panel=RUN)(generate.command)
+app.command("env", rich_help_panel=RUN)(env.command)
 
 
 def main() -> None:

@@ -49,7 +49,13 @@ Symmetric = Annotated[
     ),
 ]
 Format = Annotated[
-    str | None, Option("--format", help=f"{_choice(FORMATS)}.  Default: compressed-tensors.", rich_help_panel=WHAT)
+    list[str] | None,
+    Option(
+        "--format",
+        help=f"{_choice(FORMATS)}.  Repeatable, or with commas: all get the same codes, each in a folder of its own.  "
+        "Default: compressed-tensors.",
+        rich_help_panel=WHAT,
+    ),
 ]
 Skip = Annotated[
     list[str] | None,
@@ -71,6 +77,15 @@ Rotate = Annotated[
         "--rotate",
         help="Try to mix the channels of each attention head, so that none is loud.  It may help or not: each block "
         "keeps it only where that lowers its error on text held out.",
+        rich_help_panel=WHAT,
+    ),
+]
+QuantizeHead = Annotated[
+    bool | None,
+    Option(
+        "--quantize-head",
+        help="Quantize the layer that makes logits as well (gptq, compressed-tensors); where it is tied to the "
+        "embedding it gets a weight of its own.",
         rich_help_panel=WHAT,
     ),
 ]

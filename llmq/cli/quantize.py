@@ -1,5 +1,6 @@
 """`llmq quantize MODEL [OUT]`"""
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -8,9 +9,10 @@ from rich.markup import escape
 from llmq.cli import options
 from llmq.cli.manifest import print_manifest
 from llmq.cli.terminal import Step, megabytes, messages, print_json, print_notes, print_table, quiet_transformers, show
+from llmq.cli.verify import print_findings, print_serving
 from llmq.config import QuantConfig, config_from, config_to, merged, read_toml
-from llmq.errors import Interrupted
-from llmq.report.record import OUTSIDE_THE_BLOCKS
+from llmq.errors import Interrupted, LlmqError
+from llmq.report.record import OUTSIDE_THE_BLOCKS, experts_summary
 
 if TYPE_CHECKING:
     from llmq.job import Job
@@ -33,6 +35,7 @@ def command(
     order: options.Order = None,
     scales: options.Scales = None,
     rotate: options.Rotate = None,
+    quantize_head: options.QuantizeHead = None,
     calibration: options.Calibration = None,
     samples: options.Samples = None,
     seqlen: options.Seqlen = None,
@@ -56,7 +59,7 @@ def command(
         "method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric, "format": format_,
         "skip": skip, "overrides": overrides, "strict": strict, "order": order, "scales": scales,
         "calibration": calibration, "samples": samples, "seqlen": seqlen, "seed": seed,
-        "target_bits": target_bits, "rotate": rotate,
+        "target_bits": target_bits, "rotate": rotate, "quantize_head": quantize_head,
     }  # fmt: skip
     settings = merged(config_from(read_toml(config)) if config else QuantConfig(), given)
     if print_config:
@@ -86,17 +89,54 @@ def _print_plan(job: "Job", *, as_json: bool) -> None:
     if as_json:
         layers = [{"name": p.name, "shape": [p.out_features, p.in_features], "scheme": p.scheme and str(p.scheme),
                    "reason": p.reason} for p in plans]  # fmt: skip
+        from llmq import serving
+        from llmq.serving.planned import planned
+
+        findings = {name: serving.judge(subject) for name, subject in planned(job.plan).items()}
         print_json(
-            {"output": str(job.out), "bytes": job.plan.expected_bytes, "layers": layers, "left": job.report.left}
-        )
+            {"output": str(job.out), "bytes": job.plan.expected_bytes, "layers": layers, "left": job.report.left,
+             "serving": {name: [each.to_dict() for each in found] for name, found in findings.items()}}
+        )  # fmt: skip
         return
-    rows = [(p.name, f"{p.out_features} x {p.in_features}", str(p.scheme or "-"), p.reason) for p in plans]
+    rows = _alike([(p.name, f"{p.out_features} x {p.in_features}", str(p.scheme or "-"), p.reason) for p in plans])
     print_table(f"{job.report.source} would become {job.out}", ("layer", "shape", "grid", "remark"), rows)
     outside = [name for name in job.report.left if name not in {plan.name for plan in plans}]
     print(f"left as they are: {', '.join(outside) or 'nothing else'}")
     if job.plan.settings.target_bits is not None:
         print("which layers get other grids for --target-bits is found out by measuring; see llmq sensitivity")
+    _print_planned_serving(job)
     print(f"about {megabytes(job.plan.expected_bytes)} of weights, {megabytes(job.report.original_bytes)} before")
+
+
+def _alike(rows: list[tuple[str, str, str, str]]) -> list[tuple[str, str, str, str]]:
+    """The rows of a table of layers, with one for all experts that differ in nothing but their numbers."""
+    numbered = ((re.sub(r"(\.experts\.)\d+\.", r"\1*.", name), *rest) for name, *rest in rows)
+    return list(dict.fromkeys((name, shape, grid, remark) for name, shape, grid, remark in numbered))
+
+
+def _print_planned_serving(job: "Job") -> None:
+    """Which engines would serve it, and why not, while it can still be changed."""
+    from llmq import serving
+    from llmq.serving.planned import planned
+
+    for name, subject in planned(job.plan).items():
+        findings = serving.judge(subject)
+        print_serving(serving.verdicts(findings), f"serving, as {name}")
+        print_findings([each for each in findings if each.in_the_way or each.gpus], sources=False)
+
+
+def _print_serving(job: "Job") -> None:
+    """The same of what was made, in short; `llmq verify` says more."""
+    from llmq import serving
+
+    several = len(job.plan.settings.formats) > 1
+    rows = []
+    for name in job.plan.settings.formats:
+        verdicts = serving.verdicts(serving.check(job.out / name if several else job.out))
+        told = [f"{v.engine} ({', '.join(map(str, v.gpus))} GPUs)" for v in verdicts if v.loads and len(v.gpus) > 1]
+        told += [v.engine for v in verdicts if v.loads and len(v.gpus) == 1]
+        rows.append((name, ", ".join(told) or "no engine"))
+    print_table("served by", ("format", "engines; llmq verify says why not"), rows)
 
 
 def _announced(job: "Job") -> Iterator[Step]:
@@ -126,13 +166,19 @@ def _print_result(job: "Job", *, as_json: bool) -> None:
         ("layers quantized", str(len(report.layers))),
         ("bits per weight, with scales", f"{report.bits_per_weight:.3f}"),
         ("size of weights", f"{megabytes(report.original_bytes)} → {megabytes(report.file_bytes)}"),
+        *((f"size as {name}", megabytes(size)) for name, size in report.sizes.items()),
         *((summary.stage, summary.outcome) for summary in report.stages),
         *([("tuning", str(report.tuning))] if report.tuning else []),
+        *([("experts", experts)] if (experts := experts_summary(report.layers)) else []),
         ("time", f"{report.seconds:.1f} s"),
         ("peak memory", megabytes(report.peak_memory_bytes)),
         ("output", str(job.out)),
     ]
     print_table("result", ("", "value"), summary)
+    try:
+        _print_serving(job)
+    except LlmqError as error:
+        print_notes([f"which engines serve it could not be found out: {error}"])
 
 
 def _layer_notes(job: "Job") -> list[str]:

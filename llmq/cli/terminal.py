@@ -20,11 +20,11 @@ from rich.progress import (
 from rich.table import Table
 
 from llmq.errors import LlmqError
-from llmq.report.record import BlockReport, LayerReport, MeasuringStep, TuningStep
+from llmq.report.record import BlockReport, ConvertStep, LayerReport, MeasuringStep, TuningStep
 from llmq_kernels.errors import KernelWarning
 
 MAX_NOTES = 12
-Step = LayerReport | BlockReport | MeasuringStep | TuningStep  # of the work, as it is done
+Step = LayerReport | BlockReport | MeasuringStep | TuningStep | ConvertStep  # of the work, as it is done
 
 
 def messages() -> Console:
@@ -99,6 +99,8 @@ def show(work: Iterator[Step], total: int) -> None:
                 progress.update(blocks, description=f"{done.name}  error {done.error:.2%}")
             elif isinstance(done, MeasuringStep):
                 progress.update(blocks, description=_measured(done))
+            elif isinstance(done, ConvertStep):
+                progress.update(blocks, description=f"{done.doing} {done.done}/{done.total} weights")
             else:
                 if steps is None:
                     steps = progress.add_task("", total=done.steps, doing="tuning", unit="steps", completed=done.step)
@@ -125,6 +127,8 @@ def _print_lines(work: Iterator[Step], total: int) -> None:
             print(f"block {blocks}/{total}  {done.path}  {_outcome(done)}", file=sys.stderr, flush=True)
         elif isinstance(done, MeasuringStep):
             print(_measured(done), file=sys.stderr, flush=True)
+        elif isinstance(done, ConvertStep) and done.done == done.total:
+            print(f"{done.doing} {done.total} weights", file=sys.stderr, flush=True)
         elif isinstance(done, TuningStep) and done.held_out is not None:
             print(f"tuning {done.step}/{done.steps}  {_judged(done)}", file=sys.stderr, flush=True)
 

@@ -46,6 +46,20 @@ def test_the_ablation_is_rendered_from_the_figures(monkeypatch: pytest.MonkeyPat
     assert ablation.MARKDOWN.read_text(encoding="utf-8") == ablation.render(rows, domains)
 
 
+def test_the_rules_of_serving_engines_are_those_that_verify_goes_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    rules = module(ROOT / "scripts" / "serving_rules.py", monkeypatch)
+    page = rules.PAGE.read_text(encoding="utf-8")
+    assert f"{rules.BEGIN}\n{rules.render()}\n{rules.END}" in page, "run python scripts/serving_rules.py"
+
+
+def test_the_page_of_architectures_has_a_row_for_each() -> None:
+    from tests.architectures import ARCHITECTURES, LEFT_OUT
+
+    page = (ROOT / "docs" / "ARCHITECTURES.md").read_text(encoding="utf-8")
+    rows = [line.split("`")[1] for line in page.splitlines() if line.startswith("| `")]
+    assert rows == [*ARCHITECTURES, *LEFT_OUT]
+
+
 def test_every_named_document_is_there() -> None:
     for name in (
         "LICENSE",
@@ -53,6 +67,7 @@ def test_every_named_document_is_there() -> None:
         "CONTRIBUTING.md",
         "docs/ARCHITECTURE.md",
         "docs/FORMATS.md",
+        "docs/SERVING.md",
         "eval/LOG.md",
     ):
         assert (ROOT / name).is_file(), name

@@ -4,7 +4,7 @@ An import inside a function or under TYPE_CHECKING counts like any other: it is 
 """
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -13,9 +13,9 @@ ROOT = Path(__file__).resolve().parents[2]
 # the layer in KEPT_APART import none of their neighbours, so that each can be read, tested and replaced alone.
 LAYERS = (
     ("errors", "_version"),
-    ("methods",),
+    ("methods", "block_types", "json_text", "patterns", "plain_values"),
     ("config",),
-    ("basis", "grid", "quantized", "stats", "memory", "allocation"),
+    ("gguf.blocks", "gguf.k_quants", "basis", "grid", "quantized", "superblocks", "stats", "memory", "allocation"),
     ("algorithms", "formats", "model"),
     ("schemes", "calibration", "checkpoint", "runtime", "report"),
     (
@@ -29,8 +29,23 @@ LAYERS = (
         "streaming",
         "measure",
         "inspection",
+        "dequantized",
+        "onnx_weights",
+        "gguf",
         "environment",
+        "outputs",
         "plan",
+        "unquantized",
+        "head",
+        "run_text",
+        "linear_names",
+        "recode",
+        "integrity",
+        "gguf_output",
+        "convert",
+        "gguf_source",
+        "serving",
+        "finishing",
         "job",
         "sensitivity",
         "spending",
@@ -45,7 +60,13 @@ LAYER_OF = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}
 
 
 def room_of(file: Path) -> str:
-    return file.relative_to(ROOT / "llmq").parts[0].removesuffix(".py")
+    return _room(file.relative_to(ROOT / "llmq").with_suffix("").parts)
+
+
+def _room(parts: Sequence[str]) -> str:
+    """A file that has a place of its own, such as `gguf.blocks`, else what lies directly in llmq/."""
+    inner = ".".join(parts[:2])
+    return inner if inner in LAYER_OF else parts[0]
 
 
 def imports(file: Path) -> Iterator[str]:
@@ -65,7 +86,7 @@ def edges() -> dict[tuple[str, str], list[str]]:
         for name in imports(file):
             package, *rest = name.split(".")
             if package == "llmq":
-                target = rest[0] if rest and rest[0] in LAYER_OF else "__init__"
+                target = _room(rest) if rest and _room(rest) in LAYER_OF else "__init__"
                 found.setdefault((room_of(file), target), []).append(str(file.relative_to(ROOT)))
     return found
 

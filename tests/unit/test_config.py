@@ -16,7 +16,6 @@ from llmq.config import (
     Scheme,
     config_from,
     config_to,
-    matches,
     merged,
     parse_group_size,
     parse_override,
@@ -24,6 +23,7 @@ from llmq.config import (
 )
 from llmq.errors import ConfigError
 from llmq.methods import METHODS
+from llmq.patterns import matches
 
 FULL = QuantConfig(
     method="awq",
@@ -39,6 +39,7 @@ FULL = QuantConfig(
     seed=3,
     target_bits=4.5,
     rotate=True,
+    quantize_head=True,
 )
 
 
@@ -123,7 +124,7 @@ def test_a_file_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
     ("settings", "words"),
     [
         ({"method": "magic"}, "method is 'magic', expected one of rtn, gptq, awq"),
-        ({"format": "gguf"}, "format is 'gguf', expected one of compressed-tensors, gptq, awq"),
+        ({"format": "pickle"}, "format is 'pickle', expected one of compressed-tensors, gptq, awq"),
         ({"order": "random"}, "order is 'random', expected one of activation, natural"),
         ({"scales": "best"}, "scales is 'best', expected one of searched, minmax"),
         ({"damping": 0}, "damping is 0, expected a fraction"),
@@ -149,7 +150,7 @@ def test_a_bad_value_is_refused_with_what_was_expected(settings: dict[str, Any],
 @pytest.mark.parametrize(
     "settings",
     [
-        {"method": 4}, {"format": ["gptq"]}, {"order": True}, {"scales": 1}, {"damping": "0.01"}, {"damping": True},
+        {"method": 4}, {"format": [4]}, {"order": True}, {"scales": 1}, {"damping": "0.01"}, {"damping": True},
         {"seed": "one"}, {"seed": 1.5}, {"strict": "false"}, {"strict": 0},
         {"skip": "lm_head"}, {"skip": [1]}, {"scheme": "int4"}, {"scheme": 4}, {"scheme": {"bits": "4"}},
         {"scheme": {"bits": 4.0}}, {"scheme": {"group_size": 128.5}}, {"scheme": {"group_size": True}},
@@ -303,3 +304,38 @@ def test_every_method_says_whether_it_needs_text() -> None:
     assert {name: method.needs_calibration for name, method in METHODS.items()} == {
         "rtn": False, "gptq": True, "awq": True, "fast": True, "balanced": True, "best": True,
     }  # fmt: skip
+
+
+# ---- several formats
+
+
+@pytest.mark.parametrize("given", ["gptq,gguf", ["gptq", "gguf"], ("gptq, gguf",), ["gptq", "gguf", "gptq"]])
+def test_formats_are_a_list_or_a_text_with_commas(given: Any) -> None:
+    assert merged(QuantConfig(), {"format": given}).formats == ("gptq", "gguf")
+
+
+def test_one_format_in_a_list_is_that_format() -> None:
+    listed = merged(QuantConfig(), {"format": ["gptq"]})
+    assert listed == QuantConfig(format="gptq")
+    assert config_to(listed)["format"] == "gptq"  # what a run is known by does not change with the spelling
+
+
+def test_several_formats_are_written_and_read_again(tmp_path: Path) -> None:
+    config = QuantConfig(format=("awq", "compressed-tensors"))
+    file = tmp_path / "llmq.toml"
+    file.write_text(tomli_w.dumps(config_to(config)), encoding="utf-8")
+    assert config_from(read_toml(file)) == config
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("gptq,onnx", "format is 'onnx', expected one of compressed-tensors"),
+        ("", "no format is given"),
+        ([], "no format is given"),
+        ("gguf:q4_k,gptq", "gguf:q4_k has a grid of its own"),
+    ],
+)
+def test_formats_that_do_not_exist_or_not_together(given: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        QuantConfig(format=given)

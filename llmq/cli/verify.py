@@ -1,0 +1,133 @@
+"""`llmq verify PATH`"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from typer import Option
+
+from llmq.cli import options
+from llmq.cli.terminal import megabytes, messages, print_json, print_notes, print_table, quiet_transformers
+from llmq.errors import CheckpointError, ConfigError, QualityError
+
+if TYPE_CHECKING:
+    from llmq.integrity import Integrity
+    from llmq.serving import Finding, Verdict
+
+SHOWN = 8  # problems of one model
+
+
+def command(
+    path: options.Path_,
+    for_: Annotated[
+        list[str] | None,
+        Option(
+            "--for",
+            help="vllm | sglang | transformers | llama.cpp, on 4 GPUs vllm:4: exit with 8 if it is refused.  "
+            "Repeatable.",
+        ),
+    ] = None,
+    quick: Annotated[bool, Option("--quick", help="Headers and configuration only; no weight is read.")] = False,
+    trust_remote_code: options.TrustRemoteCode = False,
+    json: options.Json = False,
+) -> None:
+    """Check that a model is whole, and which engines serve it, on how many GPUs, and why not.
+
+    Every tensor is read; a model that is broken ends in exit code 3.  Engines are not run: what they ask is known from
+    their sources, see docs/SERVING.md.
+
+    Example:  llmq verify out/ --for vllm
+    """
+    from llmq import serving
+    from llmq.checkpoint import hub
+    from llmq.integrity import Integrity
+
+    asked = [_engine(name, serving.ENGINES) for name in for_ or ()]
+    quiet_transformers()
+    folder = hub.locate(path, None, remote_code=trust_remote_code)
+    folder = folder.parent if folder.suffix == ".gguf" else folder
+    found = Integrity()
+    if not quick:
+        _examine(folder, found, trust_remote_code=trust_remote_code)
+    findings = [] if found.problems else serving.check(folder)
+    verdicts = serving.verdicts(findings)
+    if json:
+        integrity = None if quick else found.to_dict()
+        engines = {v.engine: {"loads": v.loads, "gpus": v.gpus} for v in verdicts} if not found.problems else {}
+        print_json({"integrity": integrity, "engines": engines, "findings": [each.to_dict() for each in findings]})
+    elif not found.problems:
+        if not quick:
+            _print_integrity(found)
+        print_serving(verdicts)
+        print_findings(findings)
+    print_notes(found.notes)
+    if found.problems:
+        more = f" (and {len(found.problems) - SHOWN} more)" if len(found.problems) > SHOWN else ""
+        raise CheckpointError(f"{path} is broken: {'; '.join(found.problems[:SHOWN])}{more}")
+    gpus = {verdict.engine: verdict.gpus for verdict in verdicts}
+    refusing = [
+        f"{engine} on {size} GPU{'s' if size > 1 else ''}" for engine, size in asked if size not in gpus[engine]
+    ]
+    if refusing:
+        raise QualityError(f"{path} would not be served by {' and '.join(refusing)}", hint="what is above says why")
+
+
+def _engine(text: str, engines: Sequence[str]) -> tuple[str, int]:
+    """`vllm:4` as the engine and how many GPUs."""
+    name, _, size = text.partition(":")
+    found = next((engine for engine in engines if engine.lower() == name.lower()), None)
+    if found is None or not (size or "1").isdecimal():
+        known = ", ".join(engine.lower() for engine in engines)
+        raise ConfigError(f"engine is {text!r}, expected one of {known}", hint="on several GPUs for example vllm:4")
+    return found, int(size or 1)
+
+
+def _examine(folder: Path, found: "Integrity", *, trust_remote_code: bool) -> None:
+    from llmq.integrity import examine
+
+    console = messages()
+    steps = examine(folder, found, remote_code=trust_remote_code)
+    if not console.is_terminal:
+        for _ in steps:
+            pass
+        return
+    columns = (
+        TextColumn("reading"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("ETA"),
+        TimeRemainingColumn(), TextColumn("{task.description}"),
+    )  # fmt: skip
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=None)
+        for step in steps:
+            progress.update(task, completed=step.done, total=step.total, description=step.name)
+
+
+def _print_integrity(found: "Integrity") -> None:
+    rows = [
+        ("packed weights", f"{found.packed}, unpacked without error"),
+        ("other tensors", f"{found.tensors}, all finite"),
+        ("checksums", f"{found.checksums} files are what was written" if found.checksums else "none recorded"),
+        ("size of weights", megabytes(found.nbytes)),
+    ]
+    print_table("the model is whole", ("", ""), rows)
+
+
+def print_serving(verdicts: "Iterable[Verdict]", title: str = "serving") -> None:
+    """A line an engine."""
+    print_table(title, ("engine", "serves it", "GPUs, by tensor parallelism"), [serving_row(each) for each in verdicts])
+
+
+def serving_row(verdict: "Verdict") -> tuple[str, str, str]:
+    """Engine, yes or no, on how many GPUs."""
+    gpus = ", ".join(map(str, verdict.gpus)) or "-"
+    return verdict.engine, "yes" if verdict.loads else "no", gpus
+
+
+def print_findings(findings: "Iterable[Finding]", *, sources: bool = True) -> None:
+    """A line each, in the order of the rules; one that several engines share is said once."""
+    engines: dict[tuple[str, str], list[str]] = {}
+    for finding in findings:
+        asks = f"    asks: {finding.asks} ({finding.source})" if sources else ""
+        engines.setdefault((finding.text, asks), []).append(finding.engine)
+    for (text, asks), names in engines.items():
+        print(f"{', '.join(names)}: {text}" + (f"\n{asks}" if asks else ""))

@@ -1,0 +1,173 @@
+"""`llmq verify`: a whole model passes, damage is found, and an engine that refuses shows in the exit code."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import llmq
+from llmq import serving
+from tests import builders
+from tests.command_line import llmq as command
+
+CHECKPOINT, QUALITY = 3, 8
+
+
+@pytest.fixture(scope="module")
+def packed(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("packed") / "out"
+    model = checkpoint("llama", num_hidden_layers=2)
+    llmq.quantize(str(model), out, method="rtn", scales="minmax", group_size=16, format="gptq")
+    return out
+
+
+@pytest.fixture
+def copy(packed: Path, tmp_path: Path) -> Path:
+    shutil.copytree(packed, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def change(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    """Rewrite the weights, and forget their checksum."""
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    builders.change_json(folder / "llmq.json", checksums={})
+
+
+def test_a_finished_model_is_whole(packed: Path) -> None:
+    done = command("verify", packed)
+    assert done.exit_code == 0
+    for text in ("14, unpacked without error", "1 files are what was written", "SGLang", "llama.cpp"):
+        assert text in done.stdout
+    assert "\x1b" not in done.stdout + done.stderr
+
+
+def test_as_json(packed: Path) -> None:
+    found = json.loads(command("verify", packed, "--json").stdout)
+    assert found["integrity"]["packed"] == 14 and found["integrity"]["problems"] == []
+    assert found["engines"]["SGLang"] == {"loads": True, "gpus": [1, 2]}
+    assert found["engines"]["vLLM"] == {"loads": False, "gpus": []}  # groups of 16
+    assert {"engine", "rule", "outcome", "asks", "found", "remedy", "source", "gpus"} == set(found["findings"][0])
+
+
+def test_a_float_model_is_verified_too(checkpoint: Callable[..., Path]) -> None:
+    done = command("verify", checkpoint("llama", num_hidden_layers=2), "--for", "transformers")
+    assert done.exit_code == 0
+    assert "no checksums were recorded" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("engines", "exit_code"),
+    [(("sglang",), 0), (("sglang:2", "transformers"), 0), (("sglang:4",), QUALITY), (("vllm",), QUALITY),
+     (("sglang", "llama.cpp"), QUALITY)],
+)  # fmt: skip
+def test_an_engine_that_refuses_shows_in_the_exit_code(packed: Path, engines: tuple[str, ...], exit_code: int) -> None:
+    options = [word for engine in engines for word in ("--for", engine)]
+    done = command("verify", packed, "--quick", *options)
+    assert done.exit_code == exit_code
+    assert ("would not be served by" in done.stderr) == bool(exit_code)
+
+
+@pytest.mark.parametrize("engine", ["ollama", "vllm:two", ""])
+def test_an_engine_that_is_not_known(packed: Path, engine: str) -> None:
+    done = command("verify", packed, "--for", engine)
+    assert done.exit_code == 2
+    assert "expected one of vllm, sglang, transformers, llama.cpp" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda t: t["model.layers.0.mlp.up_proj.scales"].fill_(torch.nan), "model.layers.0.mlp.up_proj has"),
+        (lambda t: t["model.norm.weight"].fill_(torch.inf), "model.norm.weight has 32 values that are NaN or infinite"),
+        (lambda t: t.update({"model.layers.1.mlp.up_proj.scales": torch.ones(3, 64)}), "scales is float32 (3, 64)"),
+        (lambda t: t.pop("model.layers.1.mlp.up_proj.qzeros"), "qzeros is missing"),
+        (lambda t: t.pop("model.norm.weight"), "no tensor is there for model.norm.weight"),
+        (lambda t: t["model.layers.1.mlp.down_proj.g_idx"].fill_(9), "the group index holds 9 to 9"),
+    ],
+    ids=["scales", "norm", "shape", "zeros", "tensor", "index"],
+)
+def test_what_is_damaged_is_found(copy: Path, edit: Callable[[dict[str, Any]], object], words: str) -> None:
+    change(copy, edit)
+    done = command("verify", copy)
+    assert done.exit_code == CHECKPOINT
+    assert "is broken" in done.stderr and words in done.stderr
+
+
+def test_every_problem_is_found_at_once(copy: Path) -> None:
+    def edit(tensors: dict[str, Any]) -> None:
+        tensors["model.norm.weight"].fill_(torch.nan)
+        tensors["model.layers.0.mlp.up_proj.scales"].fill_(torch.nan)
+
+    change(copy, edit)
+    assert len(json.loads(command("verify", copy, "--json").stdout)["integrity"]["problems"]) == 2
+
+
+def test_one_bit_that_no_shape_shows_is_found_by_its_checksum(copy: Path) -> None:
+    file = copy / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-200] ^= 1
+    file.write_bytes(data)
+    done = command("verify", copy)
+    assert done.exit_code == CHECKPOINT
+    assert "model.safetensors is not what was written" in done.stderr
+
+
+def test_a_file_that_is_cut_short(copy: Path) -> None:
+    file = copy / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-50])
+    done = command("verify", copy)
+    assert done.exit_code == CHECKPOINT
+    assert "is cut short" in done.stderr
+
+
+def test_a_folder_without_a_model(tmp_path: Path) -> None:
+    done = command("verify", tmp_path)
+    assert done.exit_code == CHECKPOINT
+
+
+def test_shards_of_another_model_are_seen(copy: Path) -> None:
+    shutil.copy(copy / "model.safetensors", copy / "model-00001-of-00002.safetensors")
+    found = [each for each in serving.check(copy) if each.rule == "no stray shards"]
+    assert found[0].found == ("model-00001-of-00002.safetensors belong to no model here",)
+    assert command("verify", copy, "--quick", "--for", "sglang").exit_code == QUALITY
+
+
+def test_an_order_of_columns_is_seen(copy: Path) -> None:
+    change(copy, lambda tensors: tensors.update({"model.layers.1.mlp.down_proj.g_idx": torch.arange(64).int() % 4}))
+    found = [each for each in serving.check(copy) if each.rule == "no g_idx"]
+    assert found[0].found == ("model.layers.1.mlp.down_proj: its columns are grouped in an order of their own",)
+
+
+def test_a_dry_run_says_who_would_serve_it(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    arguments = ("quantize", checkpoint("llama", num_hidden_layers=2), tmp_path / "out", "--method", "rtn", "--dry-run")
+    done = command(*arguments, "--format", "gptq,awq", "--group-size", "16")
+    assert done.exit_code == 0
+    assert "serving, as gptq" in done.stdout and "serving, as awq" in done.stdout
+    assert "groups of 16, and only 32, 64, 128 and a whole row are read" in done.stdout
+    found = json.loads(command(*arguments, "--format", "gptq", "--asymmetric", "--json").stdout)["serving"]
+    assert any(each["rule"] == "gptq grids" and each["engine"] == "vLLM" for each in found["gptq"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_dry_run_says_is_what_the_result_gets(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    arguments = ("--method", "rtn", "--group-size", "16", "--override", "v_proj:bits=8")
+    model = checkpoint("llama", num_hidden_layers=2)
+    planned = json.loads(command("quantize", model, tmp_path / "out", *arguments, "--dry-run", "--json").stdout)
+    command("quantize", model, tmp_path / "out", *arguments)
+    made = [each.to_dict() for each in serving.check(tmp_path / "out")]
+    assert json.loads(json.dumps(made)) == planned["serving"]["compressed-tensors"]
+    assert any(each["rule"] == "one scheme for fused layers" for each in made)
+
+
+def test_a_format_that_llmq_does_not_read_is_not_called_broken(copy: Path) -> None:
+    builders.change_json(copy / "config.json", quantization_config={"quant_method": "fp8"})
+    done = command("verify", copy)
+    assert done.exit_code == CHECKPOINT
+    assert "quant_method is 'fp8'" in done.stderr and "broken" not in done.stderr
