@@ -38,9 +38,10 @@ fi
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m mypy
-# On a second core, beside the others: the kernels' tests, with the oldest Triton too.  Its interpreter makes numbers of
-# arrays in a way that NumPy has deprecated.
-kernels() {
+# On a second core, beside the others, about half of the work: the kernels' tests, with the oldest Triton too (its
+# interpreter makes numbers of arrays in a way that NumPy has deprecated), other tools' packages, and the architectures.
+architectures=tests/e2e/test_architectures.py
+second_half() {
     if [ -n "$triton36" ]; then
         local deprecated="ignore:Conversion of an array with ndim > 0:DeprecationWarning"
         echo "the kernels' tests with Triton 3.6.0:"
@@ -48,17 +49,18 @@ kernels() {
     else
         echo "not run: the kernels' tests with Triton 3.6.0, because there is no Triton for this machine" >&2
     fi
-    echo "the kernels' tests:"
-    "$python" -m pytest -p no:cacheprovider tests/kernels
+    echo "the tests with other tools' packages:"
+    "$environment-interop/bin/python" -m pytest -p no:cacheprovider -m interop tests/interop || return
+    echo "the kernels' tests, and the architectures:"
+    "$python" -m pytest -p no:cacheprovider tests/kernels "$architectures"
 }
 output=$(mktemp)
-kernels >"$output" 2>&1 &
+second_half >"$output" 2>&1 &
 beside=$!
 trap 'kill "$beside" 2>/dev/null || true; rm -f "$output"' EXIT
-"$python" -m pytest -m "not interop" --ignore=tests/kernels
-"$environment-interop/bin/python" -m pytest -m interop tests/interop
+"$python" -m pytest -m "not interop" --ignore=tests/kernels --ignore="$architectures"
 if wait "$beside"; then
-    grep -E "^(the kernels|not run)|(passed|failed).* in " "$output"
+    grep -E "^(the |not run)|(passed|failed).* in " "$output"
 else
     cat "$output" && exit 1
 fi

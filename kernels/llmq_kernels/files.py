@@ -4,13 +4,14 @@
     for name, weight in files.dequantize("OUT"): ...      # (N, K) float32
 
 This is the shortest account of what is in such a file: a header that says where each tensor lies, codes as one stream
-of bits, and  w = (code - zero) * scale  in float32.  It reads what llmq writes (compressed-tensors, gptq and awq);
-other writers have variants beside these, which `llmq.dequantize` reads.
+of bits, and  w = (code - zero) * scale  in float32.  It reads what llmq writes (compressed-tensors, gptq and awq, and
+.gguf through the package gguf, which needs NumPy alone too); other writers have variants beside these, which
+`llmq.dequantize` reads.
 """
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,37 +24,61 @@ DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", 
 WIDTHS = (2, 3, 4, 8)
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble that holds output 0, 1, … of eight
 HEADER_BYTES = 8
+FLOATS = ("F32", "F16", "BF16")  # types of GGUF that are not packed
 
 
-def dequantize(folder: str | Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
+def dequantize(path: str | Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
     """`(name, weight)` of every packed weight: (N, K) float32, under the name that it had before.
 
-    Raises OSError where files are missing, and ValueError for a checkpoint that is none of llmq's.
+    `path` is a folder or a .gguf file, whose names are GGUF's, and experts (E, N, K).  Raises OSError where files are
+    missing, ValueError for a checkpoint that is none of llmq's, ImportError for a .gguf without the package gguf.
     """
-    folder = Path(folder)
+    folder = Path(path)
+    found = [folder] if folder.suffix == ".gguf" else sorted(folder.glob("*.gguf"))
+    if len(found) == 1 and not any(folder.glob("*.safetensors")):
+        yield from gguf(found[0])
+        return
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
     method = settings.get("quant_method")
     if method not in ("compressed-tensors", "gptq", "awq"):
         raise ValueError(f"the quant_method is {method!r}, expected compressed-tensors, gptq or awq")
     tensors = Tensors(folder)
+    groups = (settings.get("config_groups") or {}).values()
+    declared = sorted({group["weights"]["num_bits"] for group in groups}) or WIDTHS
     mark = ".weight_packed" if method == "compressed-tensors" else ".qweight"
     for name in tensors:
         if name.endswith(mark):
             module = name.removesuffix(mark)
             parts = tensors.of(module)
             if method == "compressed-tensors":
-                yield f"{module}.weight", compressed_tensors(parts)
+                yield f"{module}.weight", compressed_tensors(parts, declared)
             elif method == "gptq":
                 yield f"{module}.weight", gptq(parts, settings.get("checkpoint_format", "gptq"))
             else:
                 yield f"{module}.weight", awq(parts)
 
 
-def compressed_tensors(parts: Mapping[str, Array]) -> NDArray[np.float32]:
-    """(N, K) from weight_packed (N, words), weight_scale (N, G), weight_shape (2,) and perhaps weight_zero_point."""
+def gguf(file: Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """`(name, weight)` of every tensor of a .gguf file that is packed in blocks."""
+    from gguf import GGUFReader
+    from gguf.quants import dequantize as decoded
+
+    for tensor in GGUFReader(file).tensors:
+        if tensor.tensor_type.name not in FLOATS:
+            yield tensor.name, decoded(tensor.data, tensor.tensor_type)
+
+
+def compressed_tensors(parts: Mapping[str, Array], widths: Sequence[int] = WIDTHS) -> NDArray[np.float32]:
+    """(N, K) from weight_packed (N, words), weight_scale (N, G), weight_shape (2,) and perhaps weight_zero_point.
+
+    `widths` are the bits a code that the file declares; raises ValueError where more than one of them fits the shapes.
+    """
     N, K = (int(size) for size in parts["weight_shape"])
     packed, scales = parts["weight_packed"], parts["weight_scale"]
-    bits = next(bits for bits in WIDTHS if math.ceil(K * bits / 32) == packed.shape[1])
+    fitting = [bits for bits in widths if math.ceil(K * bits / 32) == packed.shape[1]]
+    if len(fitting) != 1:
+        raise ValueError(f"{packed.shape[1]} words for {K} codes are {fitting or 'none'} of the bits {list(widths)}")
+    (bits,) = fitting
     codes = unpack(packed, bits)[:, :K]
     if "weight_zero_point" in parts:
         zeros = unpack(parts["weight_zero_point"].T, bits)[:, :N].T  # (N, G)

@@ -37,7 +37,7 @@ def refine(target: Tensor, quantized: QuantizedTensor, hessian: Tensor, options:
 
 def _sweep(target: Tensor, rounded: Tensor, quantized: QuantizedTensor, hessian: Tensor) -> Tensor:
     """Codes (K, N) float32 after one pass over the columns."""
-    groups = quantized.column_groups()
+    groups = quantized.column_groups().tolist()  # on a GPU an index that is a tensor waits for it
     scales = quantized.scales.to(torch.float32).T.contiguous()  # (G, N)
     codes = quantized.codes.T.to(torch.float32)  # (K, N): a column is contiguous
     gradient = hessian @ (target - rounded).T  # (K, N)

@@ -109,7 +109,7 @@ def quantized(origin: QuantizedTensor, v: Tensor | None, theta: Tensor | None) -
         stretched = origin.superblocks if theta is None else origin.superblocks.stretched(1 + theta)
         return QuantizedTensor.of_superblocks(codes, stretched, origin.scheme)
     if theta is not None:
-        scales = _stored(origin.scales.to(torch.float32) * (1 + theta), origin.scales.dtype)
+        scales = _stored(origin.scales, 1 + theta)
     return QuantizedTensor(codes, scales, origin.zeros, origin.scheme, origin.group_index)
 
 
@@ -203,8 +203,14 @@ def _by_group(values: Tensor, origin: QuantizedTensor) -> Tensor:
     return torch.zeros_like(origin.scales, dtype=torch.float32).index_add_(1, origin.column_groups(), values)
 
 
-def _stored(scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scales (N, G) of either sign as a file holds them, none of them smaller than engines take."""
-    smallest = grid.SMALLEST_SCALE.get(dtype, grid.SMALLEST_SCALE_ELSEWHERE)
-    size = scales.abs().clamp_(smallest, torch.finfo(dtype).max).to(dtype)
-    return torch.where(scales < 0, -size, size)
+def _stored(scales: Tensor, factor: Tensor) -> Tensor:
+    """Stretched scales (N, G) of either sign as a file holds them, none of them smaller than engines take.
+
+    Scales that float16 holds go on to be such: the same codes may go into a file that has that dtype.
+    """
+    smallest, half = grid.SMALLEST_SCALE.get(scales.dtype, grid.SMALLEST_SCALE_ELSEWHERE), torch.float16
+    if scales.numel() and float(scales.abs().min()) >= grid.SMALLEST_SCALE[half]:
+        smallest = grid.SMALLEST_SCALE[half]
+    stretched = scales.to(torch.float32) * factor
+    size = stretched.abs().clamp_(smallest, torch.finfo(scales.dtype).max).to(scales.dtype)
+    return torch.where(stretched < 0, -size, size)

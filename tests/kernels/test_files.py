@@ -93,3 +93,34 @@ def test_what_is_none_of_llmqs_is_refused(tmp_path: Path) -> None:
     folder = foreign.folder(tmp_path, {"quant_method": "fp8"}, {})
     with pytest.raises(ValueError, match="'fp8', expected compressed-tensors, gptq or awq"):
         list(files.dequantize(folder))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_few_columns_are_read_with_the_bits_that_are_declared(bits: int, tmp_path: Path) -> None:
+    quantized = example(Scheme(bits, "channel"), (4, 8), torch.float16, bits)
+    layout = formats.load("compressed-tensors")
+    settings = layout.quantization_config({NAMES[0]: quantized.scheme}, [])
+    folder = foreign.folder(tmp_path, settings, {NAMES[0]: layout.pack(quantized)})
+    ((_, weight),) = files.dequantize(folder)
+    assert np.array_equal(weight, quantized.dequantize().numpy())
+
+
+def test_shapes_that_fit_several_widths_are_refused() -> None:
+    parts = formats.load("compressed-tensors").pack(example(Scheme(4, "channel"), (4, 8), torch.float16, 0))
+    with pytest.raises(ValueError, match="are \\[2, 3, 4\\] of the bits"):
+        files.compressed_tensors({name: tensor.numpy() for name, tensor in parts.items()})
+
+
+@pytest.mark.parametrize("whole_folder", [True, False])
+def test_a_gguf_file_needs_no_torch_either(checkpoint: Callable[..., Path], tmp_path: Path, whole_folder: bool) -> None:
+    folder = tmp_path / "out"
+    llmq.quantize(str(checkpoint("llama")), folder, method="rtn", group_size=32, scales="minmax", format="gguf")
+    source = folder if whole_folder else folder / "out.gguf"
+    path = {"PYTHONPATH": str(ROOT / "kernels"), "PATH": ""}
+    out = tmp_path / "weights.npz"
+    subprocess.run([sys.executable, "-c", WITHOUT_TORCH, str(source), str(out)], check=True, env=path)
+    found: Any = np.load(out)
+    expected = dict(llmq.dequantize(folder / "out.gguf"))
+    assert set(found) == expected.keys() and expected
+    for name, weight in expected.items():
+        np.testing.assert_array_equal(found[name], weight.numpy())

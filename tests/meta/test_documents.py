@@ -60,6 +60,11 @@ def test_the_page_of_architectures_has_a_row_for_each() -> None:
     assert rows == [*ARCHITECTURES, *LEFT_OUT]
 
 
+def test_the_formats_are_rendered_from_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    formats = module(EVAL / "formats.py", monkeypatch)
+    assert formats.MARKDOWN.read_text(encoding="utf-8") == formats.render(formats.read(formats.JSON))
+
+
 def test_every_named_document_is_there() -> None:
     for name in (
         "LICENSE",

@@ -118,6 +118,15 @@ def test_v_starts_where_the_weight_lies_in_its_cell() -> None:
     torch.testing.assert_close(state.rounding.value, torch.tensor([[0.0, 0.2, -0.2, 0.49]]))
 
 
+def test_scales_that_float16_holds_go_on_to_be_such() -> None:
+    scales = torch.tensor([[1e-4], [-1e-4]], dtype=torch.bfloat16)
+    origin = QuantizedTensor(torch.ones(2, 4, dtype=torch.uint8), scales, None, Scheme(4, "channel"))
+    found = kl_tuning.quantized(origin, None, torch.tensor([[-0.9], [-0.9]]))
+    assert torch.equal(found.scales.to(torch.float16).to(torch.bfloat16), found.scales)
+    assert float(found.scales.abs().min()) >= torch.finfo(torch.float16).smallest_normal
+    assert found.scales[1] < 0
+
+
 def test_scales_keep_their_sign_and_what_engines_take() -> None:
     scheme = Scheme(bits=4, group_size="channel", symmetric=True)
     codes = torch.full((2, 4), 9, dtype=torch.uint8)
