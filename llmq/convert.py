@@ -35,7 +35,6 @@ from llmq.inspection import read_record
 from llmq.integrity import checksums
 from llmq.json_text import json_text
 from llmq.linear_names import linear_names
-from llmq.quantized import QuantizedTensor
 from llmq.recode import Recoded, nearest, on_grid, recode, requantize, symmetric, widened_scheme
 from llmq.report.record import PROVENANCE_FILE, ConvertStep
 from llmq.runtime.load import stored_dtype
@@ -82,16 +81,23 @@ class Converter:
         overwrite: bool = False,
         remote_code: bool = False,
         origin: Conversion | None = None,
+        identity: Mapping[str, Any] | None = None,
     ) -> None:
-        """`origin` is the report to go on with, where `source` was made from something else on the way."""
+        """`origin` is the report to go on with, where `source` was made from something else on the way.
+
+        `identity` then says what that is, by plain values, so that an interrupted conversion of it can be repeated.
+        """
         outputs.require_known(to)
+        outputs.require_folder_name(out)
         self._checkpoint = Checkpoint.open(hub.locate(str(source), None, remote_code=remote_code))
         if out.resolve() == self._checkpoint.folder.resolve():
             raise ConfigError(f"{out} is the checkpoint itself, which stays as it is", hint="give another folder")
         self._packed = PackedWeights(self._checkpoint)
+        outputs.refuse_packed_head(to, self._packed.modules)
         weights = [f"{module}.weight" for module in self._packed.modules]
         outputs.require_writable([to], self._checkpoint, [*weights, *(name for _, name, _ in self._rest())])
         self._out, self._to = out, to
+        self._source = identity or self._checkpoint.fingerprint()
         self._allowed, self._overwrite = allow_requantize, overwrite
         self._model_dtype = stored_dtype(self._checkpoint)
         self._layout = outputs.layout_of([to], self._model_dtype)
@@ -115,7 +121,7 @@ class Converter:
         identity = {
             "llmq": __version__,
             "convert": self._to,
-            "source": self._checkpoint.fingerprint(),
+            "source": self._source,
             "requantize": self._allowed,
         }
         needed = (3 if self._to == outputs.GGUF else 2) * self._checkpoint.nbytes
@@ -132,7 +138,7 @@ class Converter:
         """Whether every weight is symmetric or could be; ends at the first that is not."""
         affine = [module for module in self._packed.modules if self._packed.is_affine(module)]
         asymmetric = [module for module in affine if not self._packed.scheme(module).symmetric]
-        return all(symmetric(self._read(module)) is not None for module in asymmetric)
+        return all(symmetric(self._packed.read(module)) is not None for module in asymmetric)
 
     def _planned(self) -> dict[str, Scheme]:
         """The grid that each weight gets; raises ConfigError where that takes a rounding that is not allowed."""
@@ -214,15 +220,12 @@ class Converter:
         if modules:
             yield modules
 
-    def _read(self, module: str) -> QuantizedTensor:
-        return self._packed.read(module)
-
     def _recoded(self, module: str) -> Recoded:
         """One weight for the other format; raises ConfigError where that takes a rounding that is not allowed."""
         target, dtype = self._targets[module], self._layout.scale_dtype(self._model_dtype)
         why = "it lies on no integer grid"
         if self._packed.is_affine(module):
-            q = self._read(module)
+            q = self._packed.read(module)
             q = (symmetric(q) or q) if self._symmetric else q
             found = recode(q, self._layout, dtype)
             if isinstance(found, str) and self._to in ANY_SCALES:

@@ -7,18 +7,21 @@ from torch import Tensor
 
 from llmq.checkpoint import hub
 from llmq.checkpoint.reader import Checkpoint
+from llmq.checkpoint.weights import gguf_file
 from llmq.runtime.packed_weights import PackedWeights
 
 
 def dequantize(path: str | Path) -> Iterator[tuple[str, Tensor]]:
     """`(name, weight)` for every quantized weight: (N, K) float32, under the name that it had before.
 
-    `path` is a folder, a Hub id, or a .gguf file, whose names are GGUF's.  Raises CheckpointError and FormatError.
+    `path` is a folder, a Hub id, or a .gguf file or its folder, where names are GGUF's.  Raises CheckpointError and
+    FormatError.
     """
-    if str(path).endswith(".gguf"):
+    file = gguf_file(Path(path))
+    if file is not None:
         from llmq.gguf import reader
 
-        yield from reader.dequantize(Path(path))
+        yield from reader.dequantize(file)
         return
     packed = PackedWeights(Checkpoint.open(hub.locate(str(path), None)))
     for module in packed.modules:

@@ -69,25 +69,32 @@ def finish(writer: Writer, plan: Plan, report: Report, quantized: set[str]) -> I
         first.mkdir(exist_ok=True)
         documents[PROVENANCE_FILE] = json_text(report.to_dict())  # the others take theirs from it
         writer.assemble(first, rest, files, documents)
-        failed: LlmqError | None = None
+        failed: dict[str, LlmqError] = {}
         for name, folder in list(folders.items()):
             if name == staged:
                 continue
             try:
-                yield from _make(first, folder, name, writer.folder, report)
+                yield from _make(first, folder, name, writer.folder, plan, report)
             except (CheckpointError, ConfigError, UnsupportedModelError) as error:
                 if len(folders) == 1:
                     raise
-                failed = error
+                failed[name] = error
                 shutil.rmtree(folder, ignore_errors=True)
                 del folders[name]
                 report.notes.append(f"{name} was not written: {error}")
         _tell_sizes(folders, report)
-    if failed is not None:
-        raise type(failed)(str(failed), hint=f"{', '.join(folders)} are finished, in {writer.folder}") from failed
+    if failed:
+        last = list(failed.values())[-1]
+        raise type(last)(str(last), hint=_way_on(writer.folder, staged, list(folders), list(failed))) from last
 
 
-def _make(source: Path, folder: Path, to: str, out: Path, report: Report) -> Iterator[ConvertStep]:
+def _way_on(out: Path, staged: str, finished: Sequence[str], failed: Sequence[str]) -> str:
+    """What there is, and how the rest is made of it."""
+    commands = [f"llmq convert {out / staged} {out / name} --to {name}" for name in failed]
+    return f"{', '.join(finished)} are finished, in {out}; without quantizing again: {' and '.join(commands)}"
+
+
+def _make(source: Path, folder: Path, to: str, out: Path, plan: Plan, report: Report) -> Iterator[ConvertStep]:
     """The model in `source` once more in another format, compared with it; `out` is what the user named."""
     if to == outputs.GGUF:
         folder.mkdir(exist_ok=True)
@@ -95,7 +102,7 @@ def _make(source: Path, folder: Path, to: str, out: Path, report: Report) -> Ite
         report.notes += [*summary.notes, f"{to}: {len(summary.exact)} weights compared, 0 differ"]
         write_text(folder / PROVENANCE_FILE, json_text(read_record(source)))
         return
-    converter = Converter(source, folder, to)
+    converter = Converter(source, folder, to, remote_code=plan.remote_code)
     yield from converter.run()
     report.notes.append(f"{to}: {converter.report.compared} weights compared, {converter.report.differ} differ")
 

@@ -12,6 +12,7 @@ Embeddings, head and norms become floats again, in the model's dtype where that 
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from llmq.gguf import reader
 from llmq.gguf.blocks import unpack_q5_0, unpack_q8_0
 from llmq.gguf.reader import Weights
 from llmq.inspection import read_record
+from llmq.integrity import checksum
 from llmq.json_text import json_text
 from llmq.linear_names import linear_names
 from llmq.model import skeleton
@@ -38,6 +40,7 @@ from llmq.model.weights import ModelWeights
 from llmq.quantized import QuantizedTensor
 from llmq.recode import requantize
 from llmq.report.record import PROVENANCE_FILE, ConvertStep
+from llmq.runtime.load import has_tokenizer
 
 LAYOUT = "compressed-tensors"
 GROUP = 32
@@ -50,7 +53,8 @@ CHUNK_BYTES = 256 << 20
 class GgufConverter:
     """A conversion of a .gguf file; otherwise as `Converter`.
 
-    `like` is the folder of the model that it was made from.  Nothing is kept of an interrupted one.
+    `like` is the folder of the model that it was made from.  Of an interrupted one the finished weights are kept, but
+    not what was unpacked of the file.
     """
 
     def __init__(
@@ -64,8 +68,13 @@ class GgufConverter:
         overwrite: bool = False,
     ) -> None:
         outputs.require_known(to)
+        outputs.require_folder_name(out)
         if to == outputs.GGUF:
             raise ConfigError(f"{source} is a .gguf file already", hint="give another format with --to")
+        if out.resolve() == source.parent.resolve():
+            raise ConfigError(f"{out} is the folder of {source.name}, which stays as it is", hint="give another folder")
+        if like is None:
+            _require_described(source)
         self._unpacking = GgufSource(source, like, allow_requantize=allow_requantize)
         self._source, self._out, self._to = source, out, to
         self._options = {"allow_requantize": allow_requantize, "overwrite": overwrite}
@@ -82,7 +91,8 @@ class GgufConverter:
                 yield from self._unpacking.unpack(folder)
             except UnsupportedModelError as error:
                 raise UnsupportedModelError(str(error), hint=SOURCE_HINT) from error
-            converter = Converter(folder, self._out, self._to, **self._options, origin=self.report)
+            identity = self._unpacking.identity
+            converter = Converter(folder, self._out, self._to, **self._options, origin=self.report, identity=identity)
             converter.report.notes += self._unpacking.notes
             converter.report.requantized |= self._unpacking.requantized
             self.report = converter.report
@@ -92,11 +102,13 @@ class GgufConverter:
 class GgufSource:
     """One file on its way to a checkpoint.
 
+    identity     what makes two conversions the same, known when it is unpacked
     requantized  ‖W - Ŵ‖ / ‖W‖ of each linear layer that was rounded anew
     """
 
     def __init__(self, file: Path, like: Path | None, *, allow_requantize: bool) -> None:
         self.file = file
+        self.identity: dict[str, Any] = {}
         self.requantized: dict[str, float] = {}
         self.notes: list[str] = []
         self._like = like
@@ -110,6 +122,7 @@ class GgufSource:
         """
         with reader.described(self.file, self._like) as model:
             weights = Weights(self.file, model)
+            self.identity = _identity(self.file, model)
             names = _names(model, weights)
             layers = _linear_layers(model, weights, names)
             writer = Writer.open(folder, identity={"gguf": str(self.file)}, overwrite=False, needed_bytes=0)
@@ -174,6 +187,24 @@ class GgufSource:
         chosen = {name: schemes[module] for name, module in found.packed.items()}
         config["quantization_config"] = layout.quantization_config(chosen, found.plain)
         (writer.folder / CONFIG).write_text(json_text(config), encoding="utf-8")
+
+
+def _require_described(file: Path) -> None:
+    """Raise UnsupportedModelError where no configuration and tokenizer lie beside a file.
+
+    What transformers makes of the file's own words is enough to compute, but no model to publish: it names no class
+    and no dtype, and its tokenizer may have tokens that the embedding lacks.
+    """
+    if file.is_file() and not ((file.parent / CONFIG).is_file() and has_tokenizer(file.parent)):
+        raise UnsupportedModelError(f"{file} has no {CONFIG} and tokenizer beside it", hint=SOURCE_HINT)
+
+
+def _identity(file: Path, model: Path) -> dict[str, Any]:
+    """The file by name, size and time of change, and the model that says what it is; not where it is unpacked."""
+    status = file.stat()
+    weights = any(model.glob("*.safetensors"))
+    like = Checkpoint.open(model).fingerprint() if weights else checksum(model / CONFIG)
+    return {"file": file.name, "size": status.st_size, "changed": status.st_mtime_ns, "like": like}
 
 
 def _names(model: Path, weights: Weights) -> list[str]:

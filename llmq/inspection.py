@@ -1,13 +1,16 @@
 """What a checkpoint holds, from its headers and the record beside it; no weight is read."""
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from llmq.checkpoint import hub
 from llmq.checkpoint.reader import Checkpoint
+from llmq.checkpoint.weights import gguf_file
 from llmq.errors import CheckpointError
+from llmq.gguf.container import FLOATS, Container
 from llmq.report.record import PROVENANCE_FILE
 from llmq.runtime.packed_weights import PackedWeights, quantization_settings
 
@@ -40,8 +43,14 @@ class Inspection:
 
 
 def inspect(path: str | Path) -> Inspection:
-    """The weights of a checkpoint and where they come from; raises CheckpointError and FormatError."""
-    checkpoint = Checkpoint.open(hub.locate(str(path)))
+    """The weights of a checkpoint and where they come from; raises CheckpointError and FormatError.
+
+    Those of a .gguf file, or of a folder with one, are under GGUF's names and without errors.
+    """
+    folder = hub.locate(str(path))
+    if (file := gguf_file(folder)) is not None:
+        return _inspect_gguf(file)
+    checkpoint = Checkpoint.open(folder)
     record = read_record(checkpoint.folder)
     settings = quantization_settings(checkpoint)
     packed = PackedWeights(checkpoint) if settings is not None else None
@@ -67,6 +76,27 @@ def inspect(path: str | Path) -> Inspection:
         format=settings.get("quant_method") if settings else None,
         file_bytes=checkpoint.nbytes,
         bits_per_weight=bits / weights if weights else None,
+        provenance=_provenance(record),
+        calibration=record.get("calibration"),
+        layers=tuple(sorted(layers, key=lambda layer: _natural(layer.name))),
+    )
+
+
+def _inspect_gguf(file: Path) -> Inspection:
+    container, record = Container(file), read_record(file.parent)
+    layers = []
+    for name, info in container.tensors.items():
+        if len(info.shape) >= 2:
+            weights = math.prod(info.shape)
+            rows, scheme = weights // info.shape[-1], None if info.kind in FLOATS else info.kind
+            bits = 8 * info.nbytes / weights
+            module = name.removesuffix(".weight")
+            layers.append(StoredWeight(module, rows, info.shape[-1], scheme, info.kind, info.nbytes, bits, None))
+    file_bytes, bits_per_weight = container.size()
+    return Inspection(
+        format="gguf",
+        file_bytes=file_bytes,
+        bits_per_weight=bits_per_weight,
         provenance=_provenance(record),
         calibration=record.get("calibration"),
         layers=tuple(sorted(layers, key=lambda layer: _natural(layer.name))),

@@ -53,22 +53,24 @@ class ReadStep:
     total: int
 
 
-def examine(folder: Path, found: Integrity, *, remote_code: bool = False) -> Iterator[ReadStep]:
-    """Read a model and fill `found`; yields after each tensor.
+def examine(model: Path, found: Integrity, *, remote_code: bool = False) -> Iterator[ReadStep]:
+    """Read a model, a folder or one .gguf file, and fill `found`; yields after each tensor.
 
     Raises FormatError for a format that llmq does not read, which says nothing of the model.
     """
-    if (folder / CONFIG).is_file() and not list(folder.glob("*.gguf")):
+    alone = model.suffix == ".gguf"
+    folder = model.parent if alone else model
+    gguf = [model] if alone else sorted(folder.glob("*.gguf"))
+    if (folder / CONFIG).is_file() and not gguf:
         settings = read_json_object(folder / CONFIG).get("quantization_config")
         if isinstance(settings, dict):
             formats.detect(settings)
     try:
-        gguf = sorted(folder.glob("*.gguf"))
-        if gguf and not list(folder.glob("*.safetensors")):
+        if gguf and (alone or not list(folder.glob("*.safetensors"))):
             yield from _examine_gguf(gguf, found)
         else:
             yield from _examine(Checkpoint.open(folder), found, remote_code=remote_code)
-        _compare_checksums(folder, found)
+        _compare_checksums(folder, found, only=model.name if alone else None)
     except CheckpointError as error:
         found.problems.append(str(error))
 
@@ -96,8 +98,7 @@ def _examine(checkpoint: Checkpoint, found: Integrity, *, remote_code: bool) -> 
     for module in modules:
         assert packed is not None
         with _collecting(found):
-            require_finite(module, packed.weight(module))
-            _require_scales(module, packed)
+            _require_sound(module, packed)
         done += 1
         yield ReadStep(module, done, total)
     for name in rest:
@@ -127,11 +128,13 @@ class _collecting:
         return False
 
 
-def _require_scales(module: str, packed: PackedWeights) -> None:
-    """Raise CheckpointError for scales that are no numbers, and zeros outside of the grid."""
+def _require_sound(module: str, packed: PackedWeights) -> None:
+    """Raise CheckpointError for weights and scales that are no numbers, and zeros outside of the grid."""
     if not packed.is_affine(module):
+        require_finite(module, packed.weight(module))
         return
     q = packed.read(module)
+    require_finite(module, q.dequantize())
     require_finite(f"{module}: scales", q.scales)
     if q.zeros is not None and (int(q.zeros.min()) < 0 or int(q.zeros.max()) > q.scheme.levels + 1):
         raise CheckpointError(f"{module}: zeros are {int(q.zeros.min())} to {int(q.zeros.max())} on a grid {q.scheme}")
@@ -145,12 +148,15 @@ def _require_complete(checkpoint: Checkpoint, modules: list[str], found: Integri
         found.notes.append(f"whether every parameter has a tensor is not known: {error}")
         return
     weights = ModelWeights(model, checkpoint.tensor, checkpoint.__contains__)
-    packed = set(modules)
+    packed, parameters = set(modules), dict(model.named_parameters())
+    taken_apart = {  # modules of stacked experts, whose weights and biases have names of their own on the disk
+        name.rpartition(".")[0] for name, parameter in parameters.items() if parameter.dim() > 2 and weights.lacks(name)
+    }
     absent = []
-    for name, parameter in model.named_parameters():
+    for name in parameters:
         module = name.removesuffix(".weight")
-        if parameter.dim() > 2 or any(candidate in packed for candidate in weights.candidates(module)):
-            continue  # experts in one tensor have names of their own on the disk
+        if name.rpartition(".")[0] in taken_apart or any(each in packed for each in weights.candidates(module)):
+            continue
         try:
             weights.tensor_name(name)
         except CheckpointError:
@@ -175,9 +181,11 @@ def _examine_gguf(files: list[Path], found: Integrity) -> Iterator[ReadStep]:
         found.nbytes += sum(info.nbytes for info in container.tensors.values())
 
 
-def _compare_checksums(folder: Path, found: Integrity) -> None:
-    """With what was written down when the files were made, if anything was."""
+def _compare_checksums(folder: Path, found: Integrity, *, only: str | None) -> None:
+    """With what was written down when the files were made, if anything was; `only` of the file of that name."""
     recorded = read_record(folder).get("checksums")
+    if isinstance(recorded, dict) and only is not None:
+        recorded = {name: expected for name, expected in recorded.items() if name == only}
     if not isinstance(recorded, dict) or not recorded:
         found.notes.append("no checksums were recorded when the files were written")
         return

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from llmq import finishing, head, memory, pipeline, sensitivity, spending, token_weights, tuning
+from llmq import finishing, head, memory, outputs, pipeline, sensitivity, spending, token_weights, tuning
 from llmq._version import __version__
 from llmq.calibration import CalibrationSet
 from llmq.checkpoint.staging import STAGING
@@ -34,6 +34,7 @@ from llmq.run_text import RunText
 from llmq.sensitivity import Question
 
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 32_768}
+FLOAT_HEAD = "the tuning's predictions are those of the float head: what rounding the head costs is not tuned against"
 
 
 class Job:
@@ -60,6 +61,7 @@ class Job:
         if asked.target_bits is not None:
             self._question()  # which says whether there is an answer
         self.out = Path(out) if out is not None else default_output(str(model), asked)
+        outputs.require_folder_name(self.out)
         if self.out.resolve() == self.plan.checkpoint.folder.resolve():
             raise ConfigError(
                 f"{self.out} is the model itself, which is not overwritten", hint="give another output folder"
@@ -81,10 +83,18 @@ class Job:
             original_bytes=self.plan.checkpoint.nbytes,
         )
         self.report.notes += self.plan.idle_patterns()
+        if self.commits > self.blocks and self.plan.stages.tuning is not None:
+            self.report.notes.append(FLOAT_HEAD)
 
     @property
     def blocks(self) -> int:
         return len(self.plan.skeleton.blocks)
+
+    @property
+    def commits(self) -> int:
+        """How many `BlockReport`s a run yields: the head counts as one more block where it is quantized."""
+        head = self.plan.layers.get(self.plan.skeleton.head_path or "")
+        return self.blocks + (head is not None and head.scheme is not None)
 
     def run(self) -> Iterator[CalibrationSet | MeasuringStep | LayerReport | BlockReport | TuningStep | ConvertStep]:
         """Do it; yields the text, then a record after each layer and block.  The finished folder appears at the end."""
@@ -168,7 +178,7 @@ class Job:
         writer = Writer.open(self.out, identity=identity, overwrite=self._overwrite, needed_bytes=needed)
         if writer.resumed_blocks:
             self.report.notes.append(
-                f"continued: {writer.resumed_blocks} of {self.blocks} blocks were finished earlier"
+                f"continued: {writer.resumed_blocks} of {self.commits} blocks were finished earlier"
             )
         if writer.damaged_blocks:
             self.report.notes.append(f"blocks {writer.damaged_blocks} of an earlier run were damaged and are made anew")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llmq.checkpoint import hub
 from llmq.checkpoint.reader import Checkpoint
+from llmq.checkpoint.weights import gguf_file
 from llmq.errors import CheckpointError, ConfigError, QualityError, UnsupportedModelError
 from llmq.evaluation import Evaluation, Scores, read_windows, score, summary, summary_of_original
 from llmq.gguf.container import Container
@@ -115,8 +116,8 @@ def measure_many(
     memory.  Raises CheckpointError, FormatError, UnsupportedModelError, CalibrationError, BackendError.
     """
     chosen = choose_device(device)
-    folders = [hub.locate(str(model), remote_code=remote_code) for model in models]
-    base = None if original is None else hub.locate(str(original), remote_code=remote_code)
+    folders = [_located(model, remote_code=remote_code) for model in models]
+    base = None if original is None else _located(original, remote_code=remote_code)
 
     def opened(folder: Path) -> Source:
         return open_source(folder, chosen, dtype, remote_code=remote_code, like=base)
@@ -249,7 +250,7 @@ def _check_tokens(windows: Tensor, model: Source) -> None:
 
 def size_of(path: str | Path) -> Size:
     """Size of a checkpoint, from its headers."""
-    folder = hub.locate(str(path))
+    folder = _located(path)
     if is_file(folder):
         return Size(*Container(folder).size())
     checkpoint = Checkpoint.open(folder)
@@ -259,3 +260,9 @@ def size_of(path: str | Path) -> Size:
     bits = sum(8 * packed.stored_bytes(module) for module in packed.modules)
     weights = sum(math.prod(packed.shape(module)) for module in packed.modules)
     return Size(checkpoint.nbytes, bits / weights)
+
+
+def _located(model: str | Path, *, remote_code: bool = False) -> Path:
+    """The folder of a model; where it holds a .gguf file and no safetensors, that file."""
+    folder = hub.locate(str(model), remote_code=remote_code)
+    return gguf_file(folder) or folder

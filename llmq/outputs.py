@@ -8,6 +8,7 @@ that way, unless it has a grid of its own.
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,7 @@ from llmq.checkpoint.reader import Checkpoint
 from llmq.config import CONVERTIBLE, GGUF_GRIDS, Scheme
 from llmq.errors import ConfigError, UnsupportedModelError
 from llmq.formats import Layout, Reading
+from llmq.formats.checks import is_head
 from llmq.gguf import export
 from llmq.gguf.architectures import architecture
 from llmq.gguf.metadata import add_sizes
@@ -67,9 +69,9 @@ class Together:
         self._stored = self._base.scale_dtype(model_dtype) if published else dtype_of(self.values)
         self.NAME = " with ".join(names)
         self.ONE_GRID = any(layout.ONE_GRID for layout in (self._base, *self._others))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._base, name)  # all that is not below is as in the first one
+        base = self._base  # what follows is as in the first one
+        self.SUFFIXES, self.CODES, self.CONFIG_COPY = base.SUFFIXES, base.CODES, base.CONFIG_COPY
+        self.weight_shape, self.read_config = base.weight_shape, base.read_config
 
     def pack(self, q: QuantizedTensor) -> dict[str, Tensor]:
         return self._base.pack(_with_scales(q, self._stored))
@@ -155,6 +157,25 @@ def require_known(name: str) -> None:
     """Raise ConfigError for what `llmq convert` cannot make."""
     if name not in CONVERTIBLE:
         raise ConfigError(f"format is {name!r}, expected one of {', '.join(CONVERTIBLE)}")
+
+
+def require_folder_name(out: Path) -> None:
+    """Raise ConfigError for an output that is named like a file: every format is a folder."""
+    if out.suffix == ".gguf":
+        raise ConfigError(
+            f"{out} is named like a file, and the output is a folder",
+            hint=f"give {out.with_suffix('')}: a .gguf file in it is named after the folder",
+        )
+
+
+def refuse_packed_head(to: str, modules: Iterable[str]) -> None:
+    """Raise ConfigError where a format would be made of a quantized head that its readers do not look for."""
+    head = next((module for module in modules if is_head(module)), None)
+    if head is not None and to == "awq":
+        raise ConfigError(
+            f"awq cannot hold the quantized head {head}: readers of awq files expect a float one",
+            hint="use --to gptq or --to compressed-tensors, or quantize without --quantize-head",
+        )
 
 
 def _with_scales(q: QuantizedTensor, dtype: torch.dtype) -> QuantizedTensor:

@@ -36,6 +36,7 @@ class Plan:
     """What is asked for, of which model, and what is to become of each linear layer of its blocks.
 
     layers      by the layer's path in the model
+    remote_code whether code that comes with the model may run
     stages      those of `settings.method`, or what takes their place in an experiment
     model_dtype the dtype that the checkpoint is stored in
     """
@@ -48,6 +49,7 @@ class Plan:
     model_dtype: torch.dtype
     skeleton: Skeleton
     layers: Mapping[str, LayerPlan]
+    remote_code: bool = False
 
     @classmethod
     def make(
@@ -70,7 +72,7 @@ class Plan:
         exact = chosen.type == "cpu" or method.transforms  # foldings are found in float32
         skeleton = open_skeleton(checkpoint, chosen, torch.float32 if exact else dtype, remote_code=remote_code)
         layers = _plan_layers(skeleton, settings, layout, checkpoint.config)
-        return cls(settings, method, checkpoint, chosen, layout, dtype, skeleton, layers)
+        return cls(settings, method, checkpoint, chosen, layout, dtype, skeleton, layers, remote_code)
 
     def with_settings(self, settings: QuantConfig) -> "Plan":
         """The same model under other settings; method, format and device are as they were."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmq.checkpoint.staging import STAGING
 from llmq.checkpoint.storage import TensorInfo, read_header_bytes, read_tensor, reading
-from llmq.checkpoint.weights import Location, locate_tensors, read_json_object
+from llmq.checkpoint.weights import Location, locate_tensors, read_json_object, refuse_gguf
 from llmq.errors import CheckpointError
 
 CONFIG = "config.json"
@@ -41,7 +41,8 @@ class Checkpoint:
                 message, hint = f"{folder} does not exist", "give the folder that holds the model's config.json"
                 raise CheckpointError(message, hint=hint)
             if not folder.is_dir():
-                message, hint = f"{folder} is a file, expected a model's folder", f"give its folder, {folder.parent}"
+                refuse_gguf(folder)
+                message, hint = f"{folder} is a file, expected a model's folder", _hint_of_file(folder)
                 raise CheckpointError(message, hint=hint)
             if not (folder / CONFIG).exists():
                 raise _no_config(folder)
@@ -111,7 +112,13 @@ def _add(digest: "hashlib._Hash", data: bytes) -> None:
     digest.update(data)
 
 
+def _hint_of_file(file: Path) -> str:
+    there = (file.parent / CONFIG).is_file()
+    return f"give its folder, {file.parent}" if there else "give the folder that holds the model's config.json"
+
+
 def _no_config(folder: Path) -> CheckpointError:
+    refuse_gguf(folder)
     if (folder / STAGING).exists():
         message = f"{folder} holds an unfinished run of llmq, not yet a model"
         return CheckpointError(message, hint="give the command that started it again, and it continues")

@@ -49,12 +49,12 @@ class Staging:
 
     def belongs_to(self, identity: Mapping[str, Any]) -> bool:
         """Whether a run with this identity left it."""
-        return bool(_read_or_empty(self._identity).get("identity") == _plain(identity))
+        return bool(read_or_empty(self._identity).get("identity") == _plain(identity))
 
     @property
     def created_out(self) -> bool:
         """Whether the run made the output folder."""
-        return _read_or_empty(self._identity).get("created_out") is True
+        return read_or_empty(self._identity).get("created_out") is True
 
     def begin(self, identity: Mapping[str, Any], *, created_out: bool) -> None:
         """Make it, and write down whose it is."""
@@ -135,7 +135,7 @@ class Staging:
 
     def moved(self) -> list[str]:
         """The files of OUT that an interrupted `finish` may have moved there."""
-        return list(_read_or_empty(self._moving).get("files", []))
+        return list(read_or_empty(self._moving).get("files", []))
 
     def _tensors(self, index: int) -> Path:
         return self.folder / f"{index:05d}.safetensors"
@@ -148,7 +148,8 @@ def _plain(identity: Mapping[str, Any]) -> Any:
     return json.loads(json.dumps(identity))  # as it comes back from the disk: lists for tuples, text for keys
 
 
-def _read_or_empty(path: Path) -> dict[str, Any]:
+def read_or_empty(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, empty where there is none."""
     try:
         document = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):  # absent, or cut short by a power cut, which is as good as absent

@@ -20,6 +20,8 @@ from llmq.errors import CheckpointError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+GGUF = ".gguf"
+GGUF_HINT = "llama.cpp runs it; `llmq eval` measures it, and `llmq convert` makes a format of it that llmq loads"
 PICKLES = (".bin", ".pt", ".pth", ".pickle", ".pkl", ".ckpt")
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
@@ -40,6 +42,24 @@ def locate_tensors(folder: Path) -> dict[str, Location]:
     """
     with reading(folder):
         return _locate(folder)
+
+
+def gguf_file(path: Path) -> Path | None:
+    """The .gguf file that a path means: itself, or the only one in a folder that has no safetensors."""
+    if path.suffix == GGUF and not path.is_dir():
+        return path
+    with reading(path):
+        if not path.is_dir() or any(path.glob("*.safetensors")):
+            return None
+        found = list(path.glob(f"*{GGUF}"))
+    return found[0] if len(found) == 1 else None
+
+
+def refuse_gguf(path: Path) -> None:
+    """Raise CheckpointError for a .gguf file, or a folder that holds nothing else, where safetensors are wanted."""
+    file = gguf_file(path)
+    if file is not None and file.is_file():
+        raise CheckpointError(f"{file} is a .gguf file, which llmq does not run itself", hint=GGUF_HINT)
 
 
 def _locate(folder: Path) -> dict[str, Location]:
@@ -126,6 +146,7 @@ def _refuse_missing_shards(folder: Path, names: set[str]) -> None:
 
 
 def _no_weights(folder: Path, pickles: list[str]) -> CheckpointError:
+    refuse_gguf(folder)
     if not pickles:
         hint = "download or copy the weights into it"
         return CheckpointError(f"{folder} holds no weights: no *.safetensors is in it", hint=hint)

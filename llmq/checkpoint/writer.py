@@ -23,10 +23,11 @@ from torch import Tensor
 from llmq.checkpoint.atomic import replacing, storing, sync_folder, write_text
 from llmq.checkpoint.revision import Revision
 from llmq.checkpoint.shards import SHARD_BYTES, write_shards
-from llmq.checkpoint.staging import STAGING, Staging
+from llmq.checkpoint.staging import STAGING, Staging, read_or_empty
 from llmq.checkpoint.storage import Part, StoredTensors, copy_bytes, reading
 from llmq.checkpoint.weights import INDEX
 from llmq.errors import ConfigError, StorageError
+from llmq.report.record import PROVENANCE_FILE
 
 CONFIG = "config.json"
 
@@ -130,9 +131,10 @@ class Writer:
         documents    name -> text of files to write, config.json among them
         shard_bytes  the most that a shard may hold
 
-        With `overwrite`, old safetensors files, their index, and files of the same names go before the new ones come;
-        nothing else is touched.  Raises StorageError if something cannot be written and CheckpointError if something
-        cannot be read, the blocks being kept; ConfigError if something that may not go has the name of a new file.
+        With `overwrite`, old safetensors files, their index, .gguf files of llmq's, and files of the same names go
+        before the new ones come; nothing else is touched.  Raises StorageError if something cannot be written and
+        CheckpointError if something cannot be read, the blocks being kept; ConfigError if something that may not go has
+        the name of a new file.
         """
         with self.finishing() as final:
             self.assemble(final, rest, files, documents, shard_bytes)
@@ -160,6 +162,7 @@ class Writer:
                 target.parent.mkdir(exist_ok=True)
                 (staging.final / name).rename(target)
                 sync_folder(target.parent)
+            sync_folder(self.folder)  # the names of new folders in it, before what they were made of goes
             staging.remove()
             sync_folder(self.folder)
 
@@ -247,9 +250,16 @@ def _remove_old_models(folder: Path, names: Sequence[str]) -> None:
     for path in map(PurePosixPath, names):
         new.setdefault(folder / path.parent, []).append(path.name)
     for place, own in new.items():
-        old = {entry.name for entry in place.glob("*.safetensors")} | {INDEX, *own}
-        if own or (place / INDEX).exists() or len(old) > 1:
-            _remove(place, old | {CONFIG})
+        old = {entry.name for entry in place.glob("*.safetensors")} | _own_gguf(place, folder)
+        if own or old or (place / INDEX).exists():
+            _remove(place, {*old, *own, INDEX, CONFIG})
+
+
+def _own_gguf(place: Path, out: Path) -> set[str]:
+    """The .gguf files that an earlier run wrote: by their name, or by the record that it left.  Others are not ours."""
+    recorded = read_or_empty(place / PROVENANCE_FILE).get("checksums")
+    ours = {f"{out.resolve().name}.gguf", *(recorded if isinstance(recorded, dict) else ())}
+    return {entry.name for entry in place.glob("*.gguf")} & ours
 
 
 def _remove(folder: Path, names: Collection[str]) -> None:

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import TaskID
 from typer import Argument, Option
 
 from llmq.cli import options
-from llmq.cli.terminal import megabytes, messages, print_json, print_notes, print_table, quiet_transformers
+from llmq.cli.terminal import bars, megabytes, messages, print_json, print_notes, print_table, quiet_transformers
 from llmq.config import CONVERTIBLE
 from llmq.errors import ConfigError, Interrupted
 from llmq.report.record import ConvertStep
@@ -23,7 +23,7 @@ LINES = 10  # that a conversion prints where there is no terminal
 
 
 def command(
-    path: Annotated[str, Argument(help="A quantized model: a folder, a Hub id, or a .gguf file.", metavar="PATH")],
+    path: Annotated[str, Argument(help="A quantized model: a folder, a Hub id or a .gguf file.", metavar="PATH")],
     out: Annotated[Path, Argument(help="The output folder.", metavar="OUT")],
     to: Annotated[str, Option("--to", help=" | ".join(CONVERTIBLE) + ".")],
     allow_requantize: Annotated[
@@ -53,16 +53,16 @@ def command(
     Example:  llmq convert out/ out-gptq/ --to gptq
     """
     from llmq.checkpoint import hub
+    from llmq.checkpoint.weights import gguf_file
     from llmq.convert import Converter
     from llmq.gguf_source import GgufConverter
 
     quiet_transformers()
     converter: Converter | GgufConverter
-    if path.endswith(".gguf"):
+    file = gguf_file(Path(path))
+    if file is not None:
         like = None if source is None else hub.locate(source)
-        converter = GgufConverter(
-            Path(path), out, to, like=like, allow_requantize=allow_requantize, overwrite=overwrite
-        )
+        converter = GgufConverter(file, out, to, like=like, allow_requantize=allow_requantize, overwrite=overwrite)
     else:
         if source is not None:
             raise ConfigError("--source is for .gguf files", hint="leave it out: all of it is in the folder")
@@ -89,16 +89,12 @@ def _show(work: Iterator[ConvertStep]) -> None:
             if step.done == step.total or step.done % max(1, step.total // LINES) == 0:
                 print(f"{step.doing} {step.done}/{step.total}  {step.module}", file=sys.stderr, flush=True)
         return
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("ETA"),
-        TimeRemainingColumn(), TextColumn("{task.fields[module]}"),
-    )  # fmt: skip
-    with Progress(*columns, console=console) as progress:
-        tasks: dict[str, int] = {}
+    with bars(console) as progress:
+        tasks: dict[str, TaskID] = {}
         for step in work:
             if step.doing not in tasks:
-                tasks[step.doing] = progress.add_task(step.doing, total=step.total, module="")
-            progress.update(tasks[step.doing], completed=step.done, module=step.module)  # type: ignore[arg-type]
+                tasks[step.doing] = progress.add_task("", total=step.total, doing=step.doing, unit="weights")
+            progress.update(tasks[step.doing], completed=step.done, description=step.module)
 
 
 def _print(report: "Conversion") -> None:

@@ -77,7 +77,7 @@ def command(
         _print_plan(job, as_json=json)
         return
     try:
-        show(_announced(job), job.blocks)
+        show(_announced(job), job.commits)
     except KeyboardInterrupt:
         hint = "give the same command again: it continues after the last finished block"
         raise Interrupted("interrupted", hint=hint) from None

@@ -79,17 +79,22 @@ def print_json(document: Any) -> None:
     print(json.dumps(document, indent=2))
 
 
+def bars(console: Console) -> Progress:
+    """Bars with ETA; a task has the fields `doing` and `unit`, and as its description what is at hand."""
+    return Progress(
+        TextColumn("{task.fields[doing]}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[unit]}"),
+        TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.description}"),
+        console=console,
+    )  # fmt: skip
+
+
 def show(work: Iterator[Step], total: int) -> None:
     """Do the work and show how far it is: bars with ETA, or a plain line a block where there is no terminal."""
     console = messages()
     if not console.is_terminal:
         _print_lines(work, total)
         return
-    columns = (
-        TextColumn("{task.fields[doing]}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[unit]}"),
-        TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.description}"),
-    )  # fmt: skip
-    with Progress(*columns, console=console) as progress:
+    with bars(console) as progress:
         blocks = progress.add_task("reading the text", total=total, doing="quantizing", unit="blocks")
         steps: TaskID | None = None
         for done in work:

@@ -4,11 +4,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from typer import Option
 
 from llmq.cli import options
-from llmq.cli.terminal import megabytes, messages, print_json, print_notes, print_table, quiet_transformers
+from llmq.cli.terminal import bars, megabytes, messages, print_json, print_notes, print_table, quiet_transformers
 from llmq.errors import CheckpointError, ConfigError, QualityError
 
 if TYPE_CHECKING:
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
     from llmq.serving import Finding, Verdict
 
 SHOWN = 8  # problems of one model
+MODEL_FILES = ("config.json", "*.safetensors", "*.gguf")
 
 
 def command(
@@ -24,8 +24,8 @@ def command(
         list[str] | None,
         Option(
             "--for",
-            help="vllm | sglang | transformers | llama.cpp, on 4 GPUs vllm:4: exit with 8 if it is refused.  "
-            "Repeatable.",
+            help="vllm | sglang | transformers | llama.cpp, on 4 GPUs vllm:4: exit with 8 if it is refused, or if that "
+            "is not known.  Repeatable.",
         ),
     ] = None,
     quick: Annotated[bool, Option("--quick", help="Headers and configuration only; no weight is read.")] = False,
@@ -45,12 +45,12 @@ def command(
 
     asked = [_engine(name, serving.ENGINES) for name in for_ or ()]
     quiet_transformers()
-    folder = hub.locate(path, None, remote_code=trust_remote_code)
-    folder = folder.parent if folder.suffix == ".gguf" else folder
+    model = hub.locate(path, None, remote_code=trust_remote_code)
+    _require_model(model)
     found = Integrity()
     if not quick:
-        _examine(folder, found, trust_remote_code=trust_remote_code)
-    findings = [] if found.problems else serving.check(folder)
+        _examine(model, found, trust_remote_code=trust_remote_code)
+    findings = [] if found.problems else serving.check(model)
     verdicts = serving.verdicts(findings)
     if json:
         integrity = None if quick else found.to_dict()
@@ -65,12 +65,30 @@ def command(
     if found.problems:
         more = f" (and {len(found.problems) - SHOWN} more)" if len(found.problems) > SHOWN else ""
         raise CheckpointError(f"{path} is broken: {'; '.join(found.problems[:SHOWN])}{more}")
-    gpus = {verdict.engine: verdict.gpus for verdict in verdicts}
-    refusing = [
-        f"{engine} on {size} GPU{'s' if size > 1 else ''}" for engine, size in asked if size not in gpus[engine]
-    ]
-    if refusing:
-        raise QualityError(f"{path} would not be served by {' and '.join(refusing)}", hint="what is above says why")
+    _require_served(path, asked, verdicts)
+
+
+def _require_served(path: str, asked: "Iterable[tuple[str, int]]", verdicts: "Iterable[Verdict]") -> None:
+    """Raise QualityError where an engine that was asked for refuses, or may."""
+    by_engine = {verdict.engine: verdict for verdict in verdicts}
+    failing = [(engine, size) for engine, size in asked if size not in by_engine[engine].gpus]
+    if failing:
+        told = " and ".join(f"{engine} on {size} GPU{'s' if size > 1 else ''}" for engine, size in failing)
+        unknown = all(by_engine[engine].loads is None for engine, _ in failing)
+        verb = "is not known to be" if unknown else "would not be"
+        raise QualityError(f"{path} {verb} served by {told}", hint="what is above says why")
+
+
+def _require_model(path: Path) -> None:
+    """Raise CheckpointError for a folder of folders, one for each format of a run."""
+    if path.is_file() or any(entry.is_file() for pattern in MODEL_FILES for entry in path.glob(pattern)):
+        return
+    inner = sorted({str(file.parent) for pattern in MODEL_FILES for file in path.glob(f"*/{pattern}")})
+    if inner:
+        raise CheckpointError(
+            f"{path} holds no model itself, but {len(inner)} folders of models",
+            hint=f"give one of them: {', '.join(inner[:SHOWN])}",
+        )
 
 
 def _engine(text: str, engines: Sequence[str]) -> tuple[str, int]:
@@ -83,21 +101,17 @@ def _engine(text: str, engines: Sequence[str]) -> tuple[str, int]:
     return found, int(size or 1)
 
 
-def _examine(folder: Path, found: "Integrity", *, trust_remote_code: bool) -> None:
+def _examine(model: Path, found: "Integrity", *, trust_remote_code: bool) -> None:
     from llmq.integrity import examine
 
     console = messages()
-    steps = examine(folder, found, remote_code=trust_remote_code)
+    steps = examine(model, found, remote_code=trust_remote_code)
     if not console.is_terminal:
         for _ in steps:
             pass
         return
-    columns = (
-        TextColumn("reading"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("ETA"),
-        TimeRemainingColumn(), TextColumn("{task.description}"),
-    )  # fmt: skip
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=None)
+    with bars(console) as progress:
+        task = progress.add_task("", total=None, doing="reading", unit="tensors")
         for step in steps:
             progress.update(task, completed=step.done, total=step.total, description=step.name)
 
@@ -118,9 +132,9 @@ def print_serving(verdicts: "Iterable[Verdict]", title: str = "serving") -> None
 
 
 def serving_row(verdict: "Verdict") -> tuple[str, str, str]:
-    """Engine, yes or no, on how many GPUs."""
+    """Engine, yes, no or unknown, on how many GPUs."""
     gpus = ", ".join(map(str, verdict.gpus)) or "-"
-    return verdict.engine, "yes" if verdict.loads else "no", gpus
+    return verdict.engine, {True: "yes", False: "no", None: "unknown"}[verdict.loads], gpus
 
 
 def print_findings(findings: "Iterable[Finding]", *, sources: bool = True) -> None:

@@ -86,21 +86,10 @@ def pack_q4_0(codes: Codes, d: Halves) -> Bytes:
     return _joined(N, _bytes(d), _nibbles(blocks))
 
 
-def pack_q4_1(codes: Codes, d: Halves, m: Halves) -> Bytes:
-    """Codes 0..15, w = d * codes + m; (N, K), (N, K/32) twice -> (N, K/32 * 20)."""
-    return _joined(len(codes), _bytes(d), _bytes(m), _nibbles(_blocks(codes, 15)))
-
-
 def pack_q5_0(codes: Codes, d: Halves) -> Bytes:
     """Codes 0..31, w = d * (codes - 16); (N, K) and (N, K/32) -> (N, K/32 * 22)."""
     blocks = _blocks(codes, 31)
     return _joined(len(codes), _bytes(d), _fifth(blocks), _nibbles(blocks & 15))
-
-
-def pack_q5_1(codes: Codes, d: Halves, m: Halves) -> Bytes:
-    """Codes 0..31, w = d * codes + m; (N, K), (N, K/32) twice -> (N, K/32 * 24)."""
-    blocks = _blocks(codes, 31)
-    return _joined(len(codes), _bytes(d), _bytes(m), _fifth(blocks), _nibbles(blocks & 15))
 
 
 def pack_q8_0(codes: NDArray[np.int8], d: Halves) -> Bytes:

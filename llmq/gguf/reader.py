@@ -152,8 +152,8 @@ def _translate(path: Path, folder: Path) -> None:
             hint="put the original's config.json and tokenizer beside the file, or give the original with --against",
         )
     try:
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     except Exception as error:  # an architecture, a tokenizer or a key that transformers does not know
         raise UnsupportedModelError(
             f"transformers cannot tell from {path} what model it holds: {error}",

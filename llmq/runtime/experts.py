@@ -96,14 +96,14 @@ class PackedStack(nn.Module):
 class PackedExperts(nn.Module):
     """The experts of one layer, called as transformers calls its own.
 
-    `experts` is transformers' module; its weights and their biases are not used.  `up` and `down` take the place of
-    those.  Raises FormatError for a module that `form_of` does not know.
+    `experts` is transformers' module, and `form` what `form_of` says of it; its weights and their biases are not used.
+    `up` and `down` take the place of those.
     """
 
-    def __init__(self, experts: nn.Module, up: PackedStack, down: PackedStack) -> None:
+    def __init__(self, experts: nn.Module, form: Form, up: PackedStack, down: PackedStack) -> None:
         super().__init__()
-        self.form = _require_form(experts)
-        self.experts = without(experts, self.form.parameters)
+        self.form = form
+        self.experts = without(experts, form.parameters)
         self.up = up
         self.down = down
 
@@ -158,7 +158,7 @@ def pack_experts(
     device: torch.device,
 ) -> PackedExperts:
     """What takes the place of the experts at `path`, a module on meta; what it holds beside the weights is filled."""
-    form = _require_form(experts)
+    form = require_form(experts)
     rest = without(experts, form.parameters)
     weights.fill(path, rest, device)
     stacks = []
@@ -167,8 +167,7 @@ def pack_experts(
         stack = PackedStack(stacking, read, bias, device)
         _require_shape(f"{path}.{name}", (*stack.words.shape[:2], stack.in_features), form.shape(experts, name))
         stacks.append(stack)
-    rest._parameters.update({name: experts._parameters[name] for name in form.parameters})
-    return PackedExperts(rest, *stacks)
+    return PackedExperts(rest, form, *stacks)
 
 
 def fill_experts(
@@ -179,7 +178,7 @@ def fill_experts(
     device: torch.device,
 ) -> None:
     """Give a module of experts on meta the floats that the checkpoint holds one by one."""
-    form = _require_form(experts)
+    form = require_form(experts)
     rest = without(experts, form.parameters)
     weights.fill(path, rest, device)
     filled: dict[str, Tensor] = {}
@@ -212,14 +211,20 @@ def _bias(
     parameter = experts.get_parameter(f"{name}_bias")
     if weights.stored_name(f"{path}.{name}_bias") is not None:
         return weights.original(f"{path}.{name}_bias").to(device, parameter.dtype)
-    bias = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+    return stacked_bias(stacking, parameter, device, lambda part: weights.original(f"{part}.bias"))
+
+
+def stacked_bias(stacking: Stacking, like: Tensor, device: torch.device, read: Callable[[str], Tensor]) -> Tensor:
+    """(E, N) in the shape and dtype of `like`, from those of the parts, which `read` gives by their names."""
+    bias = torch.empty(like.shape, dtype=like.dtype, device=device)
     for e, names in enumerate(stacking.names):
         for part, rows in zip(names, stacking.rows, strict=True):
-            bias[e][rows.to(device)] = weights.original(f"{part}.bias").to(device, parameter.dtype)
+            bias[e][rows.to(device)] = read(part).to(device, like.dtype)
     return bias
 
 
-def _require_form(experts: nn.Module) -> Form:
+def require_form(experts: nn.Module) -> Form:
+    """Raises FormatError for a module that `form_of` does not know; `experts` is to be on meta still."""
     form = form_of(experts)
     if form is None:
         raise FormatError(f"{type(experts).__name__} stacks experts in a way that llmq does not run packed")

@@ -25,7 +25,7 @@ def place_stored(model: nn.Module, source: Source) -> None:
     """
     weights = ModelWeights(model, source.checkpoint.tensor, source.checkpoint.__contains__)
     waiting = set(source.modules)
-    modules = [*source.files.modules, *source.checkpoint.modules_with("weight")]
+    modules = dict.fromkeys([*source.files.modules, *source.checkpoint.modules_with("weight")])
     stackings = find_stackings(model, weights, modules, partial(shape_of, source.checkpoint, source.files))
     place_of = names_in_model(model)
     for path, module in list(model.named_modules()):
@@ -51,23 +51,32 @@ def cast_as_planned(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:
 
 
 def run_packed(model: nn.Module) -> list[str]:
-    """Put what runs in the place of the loaded tensors; gives the paths of the modules that have to stay."""
-    left: list[str] = []
-    experts = {path: module for path, module in model.named_modules() if isinstance(module, StoredExperts)}
-    inside = {part for module in experts.values() for part in module.modules()}
-    linears = {path: m for path, m in model.named_modules() if isinstance(m, StoredLinear) and m not in inside}
-    stored: dict[str, StoredLinear | StoredExperts] = {**linears, **experts}
-    for path, module in stored.items():
-        packed = module.packed()
-        if packed is None:
-            left.append(path)
-            _keep_dtypes(module)
-        else:
-            _replace(model, path, module, packed)
+    """Put what runs in the place of the loaded tensors; gives the paths of the modules that have to stay.
+
+    Loaded tensors go as soon as their module is packed, so that one module at a time is there twice, and not the model.
+    """
+    experts = [path for path, module in model.named_modules() if isinstance(module, StoredExperts)]
+    inside = tuple(f"{path}." for path in experts)
+    stored = (path for path, module in model.named_modules() if isinstance(module, StoredLinear))
+    linears = [path for path in stored if not path.startswith(inside)]
+    left = [path for path in (*linears, *experts) if not _run_packed_at(model, path)]
     for rows in model.modules():
         if isinstance(rows, PackedRows):
             rows.prepare()
     return left
+
+
+def _run_packed_at(model: nn.Module, path: str) -> bool:
+    """The same at one path, and whether it could be done; a function, so that nothing holds the loaded tensors on."""
+    module = model.get_submodule(path)
+    if not isinstance(module, StoredLinear | StoredExperts):
+        raise TypeError(f"{path} is a {type(module).__name__}, expected a StoredLinear or StoredExperts")
+    packed = module.packed()
+    if packed is None:
+        _keep_dtypes(module)
+        return False
+    _replace(model, path, module, packed)
+    return True
 
 
 def _keep_dtypes(module: nn.Module) -> None:
@@ -114,6 +123,11 @@ def _replace(model: nn.Module, path: str, old: nn.Module, new: nn.Module) -> Non
         from accelerate.hooks import add_hook_to_module
 
         add_hook_to_module(new, hook)
+    kept = set(new.modules())
+    for part in old.modules():  # a hooked module holds itself by these, and so its tensors until garbage is collected
+        if part not in kept:
+            part.__dict__.pop("forward", None)
+            part.__dict__.pop("_old_forward", None)
 
 
 def _is_linear(module: nn.Module) -> bool:

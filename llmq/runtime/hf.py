@@ -28,8 +28,9 @@ from llmq import formats
 from llmq.checkpoint.reader import Checkpoint
 from llmq.errors import FormatError
 from llmq.runtime.filling import cast_as_planned, place_stored, run_packed
+from llmq.runtime.packed_weights import required_settings
 from llmq.runtime.saving import stored_state
-from llmq.runtime.stored import Source
+from llmq.runtime.stored import Source, StoredLinear
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,8 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
             )
         super().__init__(quantization_config, **kwargs)
         self._source: Source | None = None
+        self._dtypes: dict[str, torch.dtype] = {}  # of the parameters, as they are to be loaded
+        self._codes: list[str] = []  # those of them that hold codes, and are called as floats are
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restored_quantizer, (self.quantization_config.to_dict(), self._source)
@@ -80,7 +83,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
     @staticmethod
     def for_saving(checkpoint: Checkpoint) -> "PackedQuantizer":
         """For a model that was loaded without transformers' loading, so that it can be saved with its saving."""
-        return _restored_quantizer(checkpoint.config["quantization_config"], Source(checkpoint))
+        return _restored_quantizer(required_settings(checkpoint), Source(checkpoint))
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse, before anything is built, what llmq cannot read."""
@@ -100,14 +103,33 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
             for note in self._source.files.notes():
                 logger.warning("%s", note)
         self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+        stored = (path for path, module in model.named_modules() if isinstance(module, StoredLinear))
+        self._codes = [name for name in (f"{path}.weight" for path in stored) if name in self._dtypes]
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
-        """Keep transformers from stacking an expert's `weight_packed`, whose name begins as `weight` does."""
+        """Keep transformers from stacking an expert's `weight_packed`, whose name begins as `weight` does, or codes."""
+        kept: list[Any] = []
         for conversion in weight_conversions:
             if isinstance(conversion, WeightConverter):
                 conversion.compiled_sources = re.compile(f"(?:{conversion.compiled_sources.pattern})(?!_)")
-        updated: list[Any] = super().update_weight_conversions(weight_conversions, *model)
+            if not (isinstance(conversion, WeightConverter) and self._takes_codes(conversion)):
+                kept.append(conversion)
+        updated: list[Any] = super().update_weight_conversions(kept, *model)
         return updated
+
+    def _takes_codes(self, conversion: Any) -> bool:
+        """Whether it would stack the codes of experts, where these are called `weight` as floats are."""
+        codes = next((name for name in self._codes if conversion.compiled_sources.search(name)), None)
+        if codes is None:
+            return False
+        floats = (name for name in self._dtypes for end in conversion.target_patterns if name.endswith(end))
+        stacked = next(floats, None)
+        if stacked is not None:
+            raise FormatError(
+                f"{codes} holds codes, and {stacked} is put together from floats of such names",
+                hint="llmq.load tells them apart",
+            )
+        return True
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         if not hasattr(HfQuantizer, "get_new_dtype"):  # before 5.2x, parameters that were renamed were not cast

@@ -16,6 +16,7 @@ from torch import nn
 
 from llmq.checkpoint import hub
 from llmq.checkpoint.reader import Checkpoint
+from llmq.checkpoint.weights import refuse_gguf
 from llmq.errors import BackendError, CheckpointError, FormatError
 from llmq.model import module_tree
 from llmq.model.block import is_plain_linear
@@ -25,10 +26,11 @@ from llmq.model.weights import ModelWeights
 from llmq.runtime.experts import fill_experts, pack_experts
 from llmq.runtime.fuse import fuse_rows, shared_inputs
 from llmq.runtime.linear import PackedLinear, PackedRows
-from llmq.runtime.packed_weights import PackedWeights, quantization_settings, shape_of
+from llmq.runtime.packed_weights import PackedWeights, quantization_settings, required_settings, shape_of
 
 logger = logging.getLogger(__name__)
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 MODEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -49,6 +51,7 @@ def load(
     FormatError and UnsupportedModelError.
     """
     folder = hub.locate(str(path), revision, remote_code=trust_remote_code)
+    refuse_gguf(folder)  # which may lack a tokenizer too, but that is not what is wrong
     tokenizer = load_tokenizer(folder, remote_code=trust_remote_code)
     model = load_model(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code, fuse=fuse)
     return model, tokenizer
@@ -84,15 +87,17 @@ def load_tokenizer(folder: Path, *, remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
     hint = "copy tokenizer.json and tokenizer_config.json from the original model into the folder"
-    if not any(
-        (folder / name).is_file()
-        for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-    ):
+    if not has_tokenizer(folder):
         raise CheckpointError(f"{folder} has no tokenizer", hint=hint)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=remote_code)
     except Exception as error:  # every tokenizer class fails in its own way
         raise CheckpointError(f"the tokenizer in {folder} cannot be read: {error}", hint=hint) from error
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether any file of a tokenizer is in the folder."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def choose_device(asked: str | torch.device) -> torch.device:
@@ -150,11 +155,21 @@ def _fill_packed(model: nn.Module, checkpoint: Checkpoint, device: torch.device,
         raise FormatError(
             f"the model has no linear layer for {sorted(waiting)[0]} ({len(waiting)} packed weights left over)"
         )
+    _refuse_tied(model, checkpoint)
     tie: Callable[[], None] = model.tie_weights  # type: ignore[assignment]
     tie()
     empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if empty:  # torch computes garbage with those, without a word
         raise CheckpointError(f"no tensor of the checkpoint is for {empty[0]} ({len(empty)} in all)")
+
+
+def _refuse_tied(model: Any, checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError for a packed head that is to be the embedding too, which is a float one."""
+    if isinstance(model.get_output_embeddings(), PackedLinear) and model.config.get_text_config().tie_word_embeddings:
+        raise CheckpointError(
+            f"the head in {checkpoint.folder} is packed, and config.json ties it to the embedding",
+            hint="set tie_word_embeddings to false in config.json: the packed head has a weight of its own",
+        )
 
 
 def _fill_experts(
@@ -186,9 +201,11 @@ def _groups_by_last(model: nn.Module, weights: ModelWeights, packed: Collection[
 
 
 def _make_savable(model: Any, checkpoint: Checkpoint) -> None:
-    """Let `save_pretrained` write the checkpoint's tensors again, whatever runs in their place."""
+    """Let `save_pretrained` write the checkpoint's tensors again, whatever runs in their place, and what they are."""
     from llmq.runtime.hf import PackedQuantizer
 
+    if getattr(model.config, "quantization_config", None) is None:  # a file of its own would not be written
+        model.config.quantization_config = required_settings(checkpoint)
     model.hf_quantizer = PackedQuantizer.for_saving(checkpoint)
 
 

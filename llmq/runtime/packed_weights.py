@@ -23,9 +23,7 @@ class PackedWeights:
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        settings = quantization_settings(checkpoint)
-        if settings is None:
-            raise FormatError(f"{checkpoint.folder} is not quantized: its config.json has no quantization_config")
+        settings = required_settings(checkpoint)
         self._checkpoint = checkpoint
         self._layout = formats.detect(settings)
         self._reading = _reader(self._layout, settings)
@@ -33,6 +31,7 @@ class PackedWeights:
         found = ((name, ending) for name in checkpoint.names() for ending in endings if name.endswith(ending))
         self.modules = list(dict.fromkeys(name.removesuffix(ending) for name, ending in found))
         self._by_weight = {self.weight_name(module): module for module in self.modules}
+        self._shapes: dict[str, tuple[int, int]] = {}  # as asked for: some layouts have each in a tensor of its own
 
     def read(self, module: str) -> QuantizedTensor:
         """One module's weight, by its name in the checkpoint; raises FormatError where it is no integer grid's."""
@@ -84,15 +83,19 @@ class PackedWeights:
         except (ConfigError, FormatError) as error:
             raise FormatError(f"{module} cannot be packed: {error}", hint=error.hint) from error
 
-    @property
-    def suffixes(self) -> tuple[str, ...]:
-        """The ends of the names of the tensors that a packed weight may have."""
-        return self._layout.SUFFIXES
-
     def is_affine(self, module: str) -> bool:
-        """Whether the weight lies on an integer grid in equal groups, so that what `read` gives runs packed."""
+        """Whether the weight lies on an integer grid in equal groups, so that what `read` gives runs packed.
+
+        Groups of a size that llmq does not have run where they can be cut into smaller ones, which needs their columns
+        to lie side by side.
+        """
         reading = self._how(module)
-        return reading.decode is None and reading.legal_group(self.shape(module)[1]) is not None
+        if reading.decode is not None:
+            return False
+        K = self.shape(module)[1]
+        if reading.needs_group_index and 0 < reading.stored_group < K:
+            return False
+        return reading.legal_group(K) is not None
 
     def weight_name(self, module: str) -> str:
         """The name that the weight has in the float model."""
@@ -127,6 +130,11 @@ class PackedWeights:
 
     def shape(self, module: str) -> tuple[int, int]:
         """(N, K) of a module's weight, packed or not, without reading it; rows of stacked experts are all counted."""
+        if module not in self._shapes:
+            self._shapes[module] = self._read_shape(module)
+        return self._shapes[module]
+
+    def _read_shape(self, module: str) -> tuple[int, int]:
         names = self._stored(module)
         if self.weight_name(module) not in self._by_weight:
             N, K = self._checkpoint.info(f"{module}.weight").shape
@@ -195,6 +203,14 @@ def quantization_settings(checkpoint: Checkpoint) -> dict[str, Any] | None:
         if (checkpoint.folder / name).is_file() and checkpoint.modules_with("qweight"):
             return {"quant_method": method, **read_json_object(checkpoint.folder / name)}
     return None
+
+
+def required_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The same of a checkpoint that must be quantized; raises FormatError where it is not."""
+    settings = quantization_settings(checkpoint)
+    if settings is None:
+        raise FormatError(f"{checkpoint.folder} is not quantized: its config.json has no quantization_config")
+    return settings
 
 
 def shape_of(checkpoint: Checkpoint, packed: PackedWeights | None, module: str) -> tuple[int, ...]:

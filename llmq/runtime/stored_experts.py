@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmq.errors import FormatError
-from llmq.model.stacking import Stacking, activate, form_of
+from llmq.model.stacking import Stacking, activate
 from llmq.quantized import QuantizedTensor
-from llmq.runtime.experts import PackedExperts, PackedStack, without
+from llmq.runtime.experts import PackedExperts, PackedStack, require_form, stacked_bias, without
 from llmq.runtime.stored import Source, StoredLinear
 
 
@@ -24,10 +23,8 @@ class StoredExperts(nn.Module):
         self, fused: nn.Module, stackings: Sequence[Stacking], source: Source, place_of: Callable[[str], str]
     ) -> None:
         super().__init__()
-        form = form_of(fused)
-        if form is None:
-            raise FormatError(f"{type(fused).__name__} stacks experts in a way that llmq does not run packed")
-        self.form, self.stackings = form, tuple(stackings)
+        self.form = form = require_form(fused)
+        self.stackings = tuple(stackings)
         self._fused = (fused,)  # in a tuple, as it is no module of ours: it says how to activate
         biased = form.biased and f"{stackings[0].names[0][0]}.bias" in source.checkpoint
         left_out = form.parameters if biased else form.stacked
@@ -74,11 +71,13 @@ class StoredExperts(nn.Module):
         if not all(part.is_loaded and part.is_affine for part in parts):
             return None
         stacks = [self._stack(name, stacking) for name, stacking in zip(self.form.stacked, self.stackings, strict=True)]
-        return PackedExperts(self._like_fused(), *stacks)
+        return PackedExperts(self._like_fused(), self.form, *stacks)
 
     def _stack(self, name: str, stacking: Stacking) -> PackedStack:
-        bias, device = self._bias(name, stacking), next(self.part(stacking.names[0][0]).parameters()).device
-        return PackedStack(stacking, self._read, bias, device)
+        return PackedStack(stacking, self._read, self._bias(name, stacking), self._device(stacking))
+
+    def _device(self, stacking: Stacking) -> torch.device:
+        return next(self.part(stacking.names[0][0]).parameters()).device
 
     def _read(self, name: str) -> QuantizedTensor:
         return self.part(name).quantized()
@@ -89,12 +88,8 @@ class StoredExperts(nn.Module):
             return self.get_parameter(f"{name}_bias").detach()
         if not self.form.biased:
             return None
-        like, first = self._fused[0].get_parameter(f"{name}_bias"), self.part(stacking.names[0][0])
-        bias = torch.empty(like.shape, dtype=like.dtype, device=first.get_parameter("bias").device)
-        for e, names in enumerate(stacking.names):
-            for part, rows in zip(names, stacking.rows, strict=True):
-                bias[e][rows.to(bias.device)] = self.part(part).get_parameter("bias").to(bias.dtype)
-        return bias
+        like, device = self._fused[0].get_parameter(f"{name}_bias"), self._device(stacking)
+        return stacked_bias(stacking, like, device, lambda part: self.part(part).get_parameter("bias").detach())
 
     def _like_fused(self) -> Any:
         """transformers' module with what is loaded here; its stacked weights are on meta still."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from llmq.serving import parallel, subject
 from llmq.serving.predicates import runs_marlin
-from llmq.serving.rules import ENGINES, IN_THE_WAY, REFUSES, RULES, SERVERS, SGLANG
+from llmq.serving.rules import ENGINES, IN_THE_WAY, REFUSES, RULES, SERVERS, SGLANG, UNKNOWN
 from llmq.serving.subject import Linear, Subject
 
 __all__ = ["ENGINES", "Finding", "Linear", "Subject", "Verdict", "check", "judge", "verdicts"]
@@ -34,7 +34,7 @@ TILES = (
 class Finding:
     """What one rule has against a checkpoint.
 
-    outcome  refuses, wrong (it loads, and computes something else), slower, or note
+    outcome  refuses, wrong (it loads, and computes something else), unknown (whether it loads), slower, or note
     found    one text for each thing that is against it
     gpus     the sizes of tensor parallelism that it is about; empty for all
     """
@@ -57,7 +57,8 @@ class Finding:
     def text(self) -> str:
         """Everything but the engine's name."""
         more = f" (and {len(self.found) - SHOWN} more)" if len(self.found) > SHOWN else ""
-        on = f"on {' or '.join(map(str, self.gpus))} GPUs, " if self.gpus else ""
+        plural = "" if self.gpus == (1,) else "s"
+        on = f"on {' or '.join(map(str, self.gpus))} GPU{plural}, " if self.gpus else ""
         remedy = f"; {self.remedy}" if self.remedy else ""
         return f"{on}{self.outcome}: {'; '.join(self.found[:SHOWN])}{more}{remedy}"
 
@@ -67,17 +68,24 @@ class Finding:
 
 @dataclass(frozen=True)
 class Verdict:
-    """An engine on a checkpoint: whether it serves it, on how many GPUs each, and what is to be known."""
+    """An engine on a checkpoint: whether it serves it, on how many GPUs each, and what is to be known.
+
+    loads  None where llmq does not know
+    gpus   empty unless it loads
+    """
 
     engine: str
-    loads: bool
+    loads: bool | None
     gpus: tuple[int, ...]
     findings: tuple[Finding, ...]
 
 
-def check(folder: str | Path) -> list[Finding]:
-    """What the engines have against the model in a folder.  Raises CheckpointError and FormatError for a broken one."""
-    return judge(subject.read(Path(folder)))
+def check(model: str | Path) -> list[Finding]:
+    """What the engines have against the model in a folder, or a .gguf file.
+
+    Raises CheckpointError and FormatError for a broken one.
+    """
+    return judge(subject.read(Path(model)))
 
 
 def judge(found: Subject) -> list[Finding]:
@@ -86,7 +94,7 @@ def judge(found: Subject) -> list[Finding]:
     for rule in RULES:
         if texts := tuple(rule.question(found)):
             findings += [
-                Finding(engine, rule.name, rule.outcome, rule.asks, texts, rule.remedy, rule.source)
+                Finding(engine, rule.name, rule.outcome, rule.asks, texts, rule.advice(found), rule.source)
                 for engine in rule.engines
             ]
     return findings + _not_spread(found)
@@ -100,7 +108,9 @@ def verdicts(findings: Iterable[Finding]) -> list[Verdict]:
         own = tuple(finding for finding in listed if finding.engine == engine)
         blocked = {size for finding in own for size in finding.gpus}
         sizes = [size for size in parallel.SIZES if size not in blocked] if engine in SERVERS else [1]
-        loads = bool(sizes) and not any(finding.in_the_way for finding in own)
+        loads: bool | None = bool(sizes) and not any(finding.in_the_way for finding in own)
+        if loads and any(finding.outcome == UNKNOWN for finding in own):
+            loads = None
         found.append(Verdict(engine, loads, tuple(sizes) if loads else (), own))
     return found
 

@@ -3,6 +3,7 @@
 `rules.py` says which engine asks which question, and where that is written down.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from llmq.serving import parallel
@@ -10,17 +11,47 @@ from llmq.serving.subject import Linear, Subject
 
 CT = "compressed-tensors"
 MARLIN_GROUPS = (32, 64, 128)
+EXPERT = re.compile(r"\.experts\.\d+\.")
+STACKED_EXPERTS = frozenset(
+    {"aria_text", "dbrx", "gemma4_text", "gpt_oss", "granitemoe", "granitemoehybrid", "granitemoeshared",
+     "llama4", "llama4_text", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_vl_moe", "qwen3_vl_moe_text"}
+)  # fmt: skip
+"""`model_type` of models whose own checkpoints hold all experts of a layer in one tensor."""
 
 Found = Iterable[str]
 Question = Callable[[Subject], Found]
 
 
 def is_gptq(subject: Subject) -> bool:
-    return (subject.method or "").lower().replace("-", "_") in ("gptq", "gptq_marlin", "auto_gptq", "gptqmodel")
+    return method(subject) in ("gptq", "gptq-marlin", "auto-gptq", "gptqmodel")
 
 
 def is_awq(subject: Subject) -> bool:
-    return (subject.method or "").lower() in ("awq", "awq_marlin", "auto_awq", "auto-awq")
+    return method(subject) in ("awq", "awq-marlin", "auto-awq")
+
+
+def is_auto_round(subject: Subject) -> bool:
+    return method(subject) in ("auto-round", "autoround", "intel/auto-round")
+
+
+def method(subject: Subject) -> str:
+    """`quant_method` in one spelling."""
+    return (subject.method or "").lower().replace("_", "-")
+
+
+def auto_round_packing(subject: Subject) -> str | None:
+    """Whose tensors a file of AutoRound's holds, where engines have rules for them: gptq's or awq's."""
+    declared = str(subject.settings.get("packing_format") or "auto_round:auto_gptq").lower()
+    return next((name for name in ("awq", "gptq") if is_auto_round(subject) and name in declared), None)
+
+
+def packed_as_gptq(subject: Subject) -> bool:
+    """Whether the tensors are gptq's, whatever the configuration is called."""
+    return is_gptq(subject) or auto_round_packing(subject) == "gptq"
+
+
+def packed_as_awq(subject: Subject) -> bool:
+    return is_awq(subject) or auto_round_packing(subject) == "awq"
 
 
 def is_ct(subject: Subject) -> bool:
@@ -64,6 +95,28 @@ def marlin_group(linear: Linear) -> str | None:
     if scheme is None or scheme.group_size in ("channel", "tensor", *MARLIN_GROUPS):
         return None
     return f"groups of {scheme.group_size}, and only 32, 64, 128 and a whole row are read"
+
+
+def ct_groups_of(subject: Subject, *, experts: bool, exllama: bool | None = None) -> Found:
+    """Groups that Marlin does not take, of experts or of all others, with 4 and 8 bits.
+
+    exllama   whether Exllama, which takes any groups but only float16 and no zeros, would run them; None: either way
+    """
+
+    def against(linear: Linear) -> str | None:
+        scheme = linear.scheme
+        if scheme is None or scheme.bits not in (4, 8) or (".experts." in linear.name) != experts:
+            return None
+        if exllama is not None and exllama != (scheme.symmetric and is_float16(subject)):
+            return None
+        return marlin_group(linear)
+
+    return layers(subject, against) if is_ct(subject) else ()
+
+
+def is_float16(subject: Subject) -> bool:
+    config = subject.text_config
+    return (config.get("dtype") or config.get("torch_dtype") or subject.config.get("torch_dtype")) == "float16"
 
 
 def tiles(linear: Linear) -> str | None:
@@ -187,8 +240,21 @@ def tokenizers_backend(subject: Subject) -> Iterator[str]:
         yield "tokenizer_config.json says tokenizer_class TokenizersBackend"
 
 
-def method_is(*methods: str | None) -> Question:
-    return lambda subject: (f"the format is {subject.method or 'a float one'}",) if subject.method in methods else ()
+def format_is(applies: Callable[[Subject], bool]) -> Question:
+    return lambda subject: (f"the format is {subject.method or 'a float one'}",) if applies(subject) else ()
+
+
+def is_float(subject: Subject) -> bool:
+    return subject.method is None
+
+
+def is_gguf(subject: Subject) -> bool:
+    return subject.method == "gguf"
+
+
+def is_other(subject: Subject) -> bool:
+    """Packed in none of the formats that llmq writes."""
+    return not any(applies(subject) for applies in (is_float, is_gguf, is_gptq, is_awq, is_ct))
 
 
 def when(applies: Callable[[Subject], bool], find: Question) -> Question:
@@ -212,15 +278,23 @@ def off_tiles(subject: Subject) -> Iterator[str]:
 
 
 def unknown_method(subject: Subject) -> Iterator[str]:
-    known = subject.method in (None, "gguf", CT) or is_gptq(subject) or is_awq(subject)
+    known = subject.method in (None, "gguf", CT) or packed_as_gptq(subject) or packed_as_awq(subject)
     if not known:
         yield f"the format is {subject.method!r}"
 
 
+def experts_apart(subject: Subject) -> Iterator[str]:
+    """Packed experts one by one, of a model whose own files hold them stacked."""
+    kind = subject.text_config.get("model_type") or subject.config.get("model_type")
+    names = [linear.name for linear in subject.packed if EXPERT.search(linear.name)]
+    if names and kind in STACKED_EXPERTS:
+        yield parallel.summary(names, f"one expert, and {kind} is published with all experts of a layer in one tensor")
+
+
 def runs_marlin(subject: Subject) -> bool:
     """Whether every packed layer has a grid that Marlin runs: SGLang takes another kernel for the others."""
-    if is_gptq(subject):
+    if packed_as_gptq(subject):
         return not any(gptq_grid(linear) or marlin_group(linear) for linear in subject.packed)
-    if is_awq(subject):
+    if packed_as_awq(subject):
         return not any(marlin_group(linear) for linear in subject.packed)
     return is_ct(subject)

@@ -3,12 +3,26 @@
 The engines were not run for this: the rules are taken from their sources and their issues, at the versions named.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from llmq.serving import predicates as ask
-from llmq.serving.predicates import CT, Question, is_awq, is_ct, is_gptq, method_is, missing, unless, when
+from llmq.serving.predicates import (
+    Question,
+    format_is,
+    is_awq,
+    is_ct,
+    is_gptq,
+    missing,
+    packed_as_awq,
+    packed_as_gptq,
+    unless,
+    when,
+)
+from llmq.serving.remedies import ANEW, CONVERT, another_grid, to_gguf
+from llmq.serving.subject import Subject
 
-REFUSES, WRONG, SLOWER, NOTE = "refuses", "wrong", "slower", "note"
+REFUSES, WRONG, UNKNOWN, SLOWER, NOTE = "refuses", "wrong", "unknown", "slower", "note"
 IN_THE_WAY = (REFUSES, WRONG)  # of serving; the other outcomes are to be known
 
 VLLM, SGLANG, TRANSFORMERS, LLAMA_CPP = "vLLM", "SGLang", "transformers", "llama.cpp"
@@ -21,12 +35,15 @@ AWQ = "vLLM 0.33, quantization/auto_awq.py"
 WNA16 = "compressed_tensors_wNa16.py, WNA16_SUPPORTED_TYPES_MAP"
 SGL = "SGLang 0.5.23, srt/layers/quantization"
 OURS = "llmq.enable_transformers()"
-CONVERT = "llmq convert PATH OUT --to"
+MARLIN = "MARLIN_SUPPORTED_GROUP_SIZES = [-1, 32, 64, 128]"
 
 
 @dataclass(frozen=True)
 class Rule:
-    """`engines` ask for `asks`; `question` finds what is against it; `outcome` is what follows then."""
+    """`engines` ask for `asks`; `question` finds what is against it; `outcome` is what follows then.
+
+    `remedy` is what to do about it, or gives that for a model.
+    """
 
     name: str
     engines: tuple[str, ...]
@@ -34,7 +51,11 @@ class Rule:
     outcome: str
     source: str
     question: Question
-    remedy: str = ""
+    remedy: str | Callable[[Subject], str] = ""
+
+    def advice(self, subject: Subject) -> str:
+        """What to do about it."""
+        return self.remedy if isinstance(self.remedy, str) else self.remedy(subject)
 
 
 GPTQ_KEYS = {key: (key,) for key in ("bits", "group_size", "desc_act", "sym")}
@@ -50,6 +71,9 @@ RULES = (
          "layers that are run as one (q, k, v; gate, up; the experts of a layer) are packed alike, or all left",
          REFUSES, "vllm#11354, vllm#47507: `Found a different quantization schemes`; FusedMoE has one scheme a layer",
          ask.mixed_fusion, "quantize them alike: one --override or --skip pattern for all of them"),
+    Rule("experts as they were published", SERVERS, "experts stacked as in the original, where those are", UNKNOWN,
+         "no report is known of packed experts, one by one, being read for an architecture that is published stacked",
+         ask.experts_apart, "try it; or leave the experts as they are: --skip '*.experts.*'"),
     Rule("tied head", LOADERS, "a head that is tied to the embedding is not packed", WRONG,
          "transformers 5.23, tie_weights: the embedding's weight takes the head's place", ask.tied_head,
          "quantize with --quantize-head, which unties it"),
@@ -69,55 +93,67 @@ RULES = (
     Rule("gptq keys", SERVERS, "quantization_config has bits, group_size, desc_act and sym", REFUSES,
          f"{GPTQ}, get_from_keys; {SGL}/gptq.py", missing(is_gptq, GPTQ_KEYS)),
     Rule("gptq grids", (VLLM,), "4 or 8 bits, symmetric", REFUSES, f"{GPTQ}: Unsupported quantization config",
-         unless(is_gptq, ask.gptq_grid), f"{CONVERT} compressed-tensors, or awq where there are 4 bits"),
+         unless(packed_as_gptq, ask.gptq_grid), another_grid),
     Rule("gptq groups", (VLLM,), "groups of 32, 64, 128 or a whole row", REFUSES, GPTQ,
-         unless(is_gptq, ask.marlin_group), f"--group-size 32, 64 or 128, or {CONVERT} compressed-tensors"),
+         unless(packed_as_gptq, ask.marlin_group), f"{ANEW} with --group-size 32, 64 or 128"),
     Rule("gptq fast kernel", (SGLANG,), "4 or 8 bits, symmetric, in groups of 32, 64, 128 or a whole row", SLOWER,
          f"{SGL}/gptq.py: otherwise the plain kernel in place of Marlin",
-         unless(is_gptq, lambda linear: ask.gptq_grid(linear) or ask.marlin_group(linear))),
+         unless(packed_as_gptq, lambda linear: ask.gptq_grid(linear) or ask.marlin_group(linear))),
     Rule("no desc_act", (VLLM,), "desc_act is false, in `dynamic` too, unless a group is a whole row", REFUSES,
          f"{GPTQ}, pull request 54809, RFC 48148", when(is_gptq, ask.desc_act),
-         f"{CONVERT} gptq --allow-requantize, or quantize the original model again"),
+         f"{CONVERT} gptq --allow-requantize, or {ANEW}"),
     Rule("no g_idx", (VLLM,), "g_idx says no more than k // group_size", WRONG,
          f"{GPTQ}: the weight mapper drops every g_idx", when(is_gptq, ask.silently_ordered),
-         "set desc_act to true, so that it is refused, or quantize the original model again"),
+         f"set desc_act to true, so that it is refused, or {ANEW}"),
     Rule("gptq with act-order on CPUs", (SGLANG,), "desc_act is false, for CPUs", NOTE, f"{SGL}/gptq.py: CUDA only",
          when(is_gptq, ask.desc_act)),
     Rule("gptq in transformers", (TRANSFORMERS,), f"optimum 1.24 and gptqmodel 1.4.3, or {OURS}", NOTE,
-         "transformers 5.23, quantizers/quantizer_gptq.py", method_is("gptq")),
+         "transformers 5.23, quantizers/quantizer_gptq.py", format_is(is_gptq)),
     Rule("gptq in llama.cpp", (LLAMA_CPP,), "a .gguf file", REFUSES,
-         "convert_hf_to_gguf.py of llama.cpp reads gptq, but into floats", method_is("gptq"),
-         f"{CONVERT} gguf keeps the codes"),
+         "convert_hf_to_gguf.py of llama.cpp reads gptq, but into floats", format_is(is_gptq), to_gguf),
     # ---- awq
     Rule("awq keys", SERVERS, "quantization_config has bits, group_size and zero_point", REFUSES, AWQ,
          missing(is_awq, AWQ_KEYS)),
     Rule("awq keys of AutoAWQ", (TRANSFORMERS,), "bits and group_size, not w_bit and q_group_size", REFUSES,
          "transformers 5.23, AwqConfig", missing(is_awq, AWQ_OWN_KEYS), f"{CONVERT} awq writes the keys anew"),
-    Rule("awq bits", LOADERS, "4 bits", REFUSES, AWQ, unless(is_awq, ask.awq_bits)),
+    Rule("awq bits", LOADERS, "4 bits", REFUSES, AWQ, unless(packed_as_awq, ask.awq_bits)),
     Rule("awq fast kernel", SERVERS, "groups of 32, 64, 128 or a whole row", SLOWER, f"{AWQ}: otherwise Triton",
-         unless(is_awq, ask.marlin_group)),
+         unless(packed_as_awq, ask.marlin_group)),
     Rule("awq names", SERVERS, "no entry of modules_to_not_convert is part of a packed layer's name", REFUSES,
          f"{AWQ}: entries are substrings", when(is_awq, ask.substring), f"{CONVERT} compressed-tensors"),
     Rule("awq in transformers", (TRANSFORMERS,), f"gptqmodel and accelerate, or {OURS}", NOTE,
-         "transformers 5.23, quantizers/quantizer_awq.py; transformers#41567", method_is("awq")),
+         "transformers 5.23, quantizers/quantizer_awq.py; transformers#41567", format_is(is_awq)),
     Rule("awq head", (TRANSFORMERS,), "the head is not packed", WRONG,
          "transformers 5.23, AwqQuantizer never converts it (add_default_skips)", when(is_awq, ask.packed_head),
          f"{CONVERT} compressed-tensors"),
     Rule("awq in llama.cpp", (LLAMA_CPP,), "a .gguf file", REFUSES,
          "convert_hf_to_gguf.py of llama.cpp: `Quant method is not yet supported: 'awq'`",
-         method_is("awq"), f"{CONVERT} gguf keeps the codes"),
+         format_is(is_awq), to_gguf),
     # ---- compressed-tensors
     Rule("no actorder", LOADERS, "actorder is static or none", REFUSES,
          "compressed-tensors 0.19, pull request 840; vLLM 0.33 raises too", ask.ct_actorder,
-         f"{CONVERT} compressed-tensors --allow-requantize, or quantize the original model again"),
+         f"{CONVERT} compressed-tensors --allow-requantize, or {ANEW}"),
     Rule("compressed-tensors bits", (SGLANG,), "4 or 8 bits", REFUSES, f"SGLang 0.5.23, {WNA16}",
          unless(is_ct, ask.other_bits), "--bits 4 or 8"),
     Rule("compressed-tensors bits", (VLLM,), "4 or 8 bits, for versions before 2, 3 and 5 to 7 came", NOTE,
          f"vLLM, {WNA16}", unless(is_ct, ask.other_bits)),
+    Rule("compressed-tensors groups", (VLLM,), "groups of 32, 64, 128 or a whole row", REFUSES,
+         f"vLLM, kernels/linear/mixed_precision: {MARLIN}; Machete takes 64, 128 and a row; Exllama any, but float16 "
+         "alone and no zeros", lambda subject: ask.ct_groups_of(subject, experts=False, exllama=False),
+         f"{ANEW} with --group-size 32, 64 or 128; a symmetric grid may be run with --dtype float16"),
+    Rule("compressed-tensors fast kernel", (VLLM,), "groups of 32, 64, 128 or a whole row, in float16 too", SLOWER,
+         f"vLLM, kernels/linear/mixed_precision: {MARLIN}; otherwise Exllama",
+         lambda subject: ask.ct_groups_of(subject, experts=False, exllama=True)),
+    Rule("compressed-tensors groups of experts", (VLLM,), "groups of 32, 64, 128 or a whole row", UNKNOWN,
+         f"vLLM: {MARLIN}; what runs experts with other groups is not known here",
+         lambda subject: ask.ct_groups_of(subject, experts=True), f"{ANEW} with --group-size 32, 64 or 128"),
+    Rule("compressed-tensors groups", (SGLANG,), "groups of 32, 64, 128 or a whole row", REFUSES,
+         f"SGLang, compressed_tensors_wNa16.py: runs Marlin alone; {MARLIN}",
+         unless(is_ct, ask.marlin_group), f"{ANEW} with --group-size 32, 64 or 128"),
     Rule("compressed-tensors zeros", (VLLM,), "zeros with 4 and 8 bits only", REFUSES,
          f"vLLM, {WNA16.replace('SUPPORTED', 'ZP_SUPPORTED')}", unless(is_ct, ask.other_zeros), "--symmetric"),
     Rule("compressed-tensors in transformers", (TRANSFORMERS,), f"compressed-tensors 0.15, or {OURS}",
-         NOTE, "transformers 5.23, quantizers/quantizer_compressed_tensors.py", method_is(CT)),
+         NOTE, "transformers 5.23, quantizers/quantizer_compressed_tensors.py", format_is(is_ct)),
     Rule("zeros in the packed route", (TRANSFORMERS,),
          f"no zeros, or CompressedTensorsConfig(dequantize=True), or {OURS}", NOTE,
          "found with transformers 5.23 and compressed-tensors 0.20: a size mismatch of weight_zero_point",
@@ -126,8 +162,8 @@ RULES = (
          REFUSES, "found with transformers 5.23 and compressed-tensors 0.20: dequantize=True takes one dense scheme",
          when(is_ct, ask.zeros_and_grids), "--symmetric, or one grid"),
     Rule("compressed-tensors in llama.cpp", (LLAMA_CPP,), "a .gguf file", REFUSES,
-         "convert_hf_to_gguf.py of llama.cpp makes floats of it, and ignores weight_g_idx", method_is(CT),
-         f"{CONVERT} gguf keeps the codes"),
+         "convert_hf_to_gguf.py of llama.cpp makes floats of it, and ignores weight_g_idx", format_is(is_ct),
+         to_gguf),
     # ---- speed
     Rule("tiles", (VLLM,), "N a multiple of 64 and K of 128, or of 128 and 64", SLOWER,
          f"{GPTQ}: zero-padded for dense layers", ask.off_tiles),
@@ -135,12 +171,19 @@ RULES = (
          f"{GPTQ}: otherwise moe_wna16 in place of Marlin", ask.experts_hidden),
     # ---- gguf, and no packing at all
     Rule("gguf", (VLLM,), "safetensors, or the plugin for GGUF", REFUSES,
-         "vLLM 0.33 moved GGUF into a plugin out of its tree", method_is("gguf"),
+         "vLLM 0.33 moved GGUF into a plugin out of its tree", format_is(ask.is_gguf),
          "pip install the plugin, or serve one of the other formats"),
     Rule("gguf in SGLang", (SGLANG,), "safetensors, or --load-format gguf for the architectures that it knows", NOTE,
-         "SGLang 0.5.23, --load-format", method_is("gguf")),
+         "SGLang 0.5.23, --load-format", format_is(ask.is_gguf)),
     Rule("floats in llama.cpp", (LLAMA_CPP,), "a .gguf file", REFUSES, "llama.cpp reads GGUF alone",
-         method_is(None), "convert_hf_to_gguf.py of llama.cpp"),
-    Rule("unknown format", (VLLM, SGLANG, LLAMA_CPP), "one of gptq, awq, compressed-tensors, gguf", NOTE,
+         format_is(ask.is_float), "convert_hf_to_gguf.py of llama.cpp"),
+    Rule("other formats in llama.cpp", (LLAMA_CPP,), "a .gguf file", REFUSES, "llama.cpp reads GGUF alone",
+         format_is(ask.is_other), to_gguf),
+    Rule("auto-round", SERVERS, "gptq's or awq's own configuration", NOTE,
+         "its tensors are judged by the rules of gptq or awq; what engines make of its configuration is not known here",
+         format_is(lambda subject: ask.auto_round_packing(subject) is not None)),
+    Rule("auto-round in transformers", (TRANSFORMERS,), f"auto-round, or {OURS}", NOTE,
+         "transformers 5.23, quantizers/quantizer_auto_round.py", format_is(ask.is_auto_round)),
+    Rule("unknown format", SERVERS, "one of gptq, awq, compressed-tensors, gguf", UNKNOWN,
          "llmq knows the rules of these formats only", ask.unknown_method),
 )  # fmt: skip

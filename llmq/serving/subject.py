@@ -77,10 +77,11 @@ class Subject:
         return inner if isinstance(inner, Mapping) else self.config
 
 
-def read(folder: Path) -> Subject:
-    """The model in a folder.  Raises CheckpointError and FormatError for what cannot be understood."""
-    gguf = sorted(folder.glob("*.gguf"))
-    if gguf and not list(folder.glob("*.safetensors")):
+def read(model: Path) -> Subject:
+    """The model in a folder, or a .gguf file.  Raises CheckpointError and FormatError for what cannot be understood."""
+    alone = model.suffix == ".gguf"
+    folder = model.parent if alone else model
+    if alone or (list(folder.glob("*.gguf")) and not list(folder.glob("*.safetensors"))):
         config = read_json_object(folder / "config.json") if (folder / "config.json").is_file() else {}
         return Subject("gguf", config, {}, (), tokenizer(folder))
     checkpoint = Checkpoint.open(folder)

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,15 @@ from tests.command_line import llmq as command
 from tests.runs import tensors_of
 
 Checkpoints = Callable[..., Path]
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
 SAFETENSORS = ("compressed-tensors", "gptq", "awq", "gptq_v2")
 
 
@@ -157,6 +167,34 @@ def test_several_take_the_place_of_one_and_back_again(model: Path, tmp_path: Pat
     assert {"awq", "gptq", "notes.txt"} <= top and not {"config.json", "model.safetensors"} & top
     llmq.quantize(str(model), tmp_path / "out", format="gptq", overwrite=True, **settings)
     assert (tmp_path / "out" / "config.json").is_file() and (tmp_path / "out" / "notes.txt").is_file()
+
+
+def test_an_old_gguf_file_does_not_stay_beside_what_takes_its_place(model: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"method": "rtn", "scales": "minmax", "group_size": 32}
+    llmq.quantize(str(model), tmp_path / "out", format="gguf", **settings)
+    (tmp_path / "out" / "own.gguf").write_bytes(b"mine")
+    (tmp_path / "out").rename(tmp_path / "moved")  # only the record knows who made out.gguf
+    llmq.quantize(str(model), tmp_path / "moved", format="gptq", overwrite=True, **settings)
+    assert {file.name for file in (tmp_path / "moved").glob("*.gguf")} == {"own.gguf"}
+
+
+def test_code_of_the_models_own_is_run_for_every_format(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("transformers.dynamic_module_utils", "transformers.utils.hub"):
+        monkeypatch.setattr(f"{module}.HF_MODULES_CACHE", str(tmp_path / "modules"), raising=False)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    shutil.copytree(model, tmp_path / "own")
+    (tmp_path / "own" / "modeling_own.py").write_text(OWN_CODE)
+    code = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    builders.change_json(
+        tmp_path / "own" / "config.json", model_type="own", auto_map=code, architectures=["OwnForCausalLM"]
+    )
+    settings: dict[str, Any] = {"method": "rtn", "scales": "minmax", "group_size": 32, "format": "gptq,awq"}
+    report = llmq.quantize(str(tmp_path / "own"), tmp_path / "out", trust_remote_code=True, **settings)
+    assert [note for note in report.notes if "does not build" in note] == []
+    made = json.loads((tmp_path / "out" / "awq" / "config.json").read_text())["quantization_config"]
+    assert made["modules_to_not_convert"] == ["lm_head"]
 
 
 # ---- convert
@@ -347,4 +385,4 @@ def test_a_mixture_in_several_formats_and_converted(tmp_path: Path) -> None:
     back = json.loads((tmp_path / "back" / "config.json").read_text())["quantization_config"]
     assert back["ignore"] == ignored
     rules = {each.rule for each in serving.check(tmp_path / "back") if each.engine == "vLLM" and each.in_the_way}
-    assert rules == set()
+    assert rules == {"compressed-tensors groups"}  # of 16

@@ -192,7 +192,7 @@ def packed_in_memory(experts: nn.Module, scheme: Scheme) -> PackedExperts:
         stacks.append(PackedStack(stacking, quantized.__getitem__, bias, torch.device("cpu")))
         for name_and_weight in stacks[-1].quantized():
             assert_same(name_and_weight[1], quantized[name_and_weight[0]])
-    return PackedExperts(experts, *stacks)
+    return PackedExperts(experts, form, *stacks)
 
 
 @pytest.mark.parametrize("scheme", [Scheme(4, 32), Scheme(4, "channel", symmetric=False)], ids=str)

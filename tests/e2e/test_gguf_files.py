@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from llmq.checkpoint.reader import Checkpoint
 from llmq.errors import CheckpointError, FormatError, LlmqError, UnsupportedModelError
 from llmq.gguf import export
 from llmq.gguf.container import Container
-from llmq.gguf.reader import Weights
+from llmq.gguf.reader import Weights, described
 from llmq.measure import measure
 from llmq.streaming import open_source
 
@@ -70,6 +71,19 @@ def test_weights_come_back_under_their_hugging_face_names(file: Path, packed: Pa
     assert "model.layers.7.mlp.up_proj.weight" not in weights
 
 
+def test_what_lies_beside_a_file_is_never_run(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def from_pretrained(*_: object, trust_remote_code: bool | None = None, **__: object) -> SimpleNamespace:
+        asked.append(trust_remote_code)
+        return SimpleNamespace(save_pretrained=lambda folder: None)
+
+    for name in ("AutoConfig", "AutoTokenizer"):
+        monkeypatch.setattr(f"transformers.{name}.from_pretrained", from_pretrained)
+    with described(file):
+        assert asked == [False, False]  # None would ask at the terminal
+
+
 def test_a_file_evaluates_to_what_its_checkpoint_does(file: Path, packed: Path, model: Path, text: Path) -> None:
     of_file = measure(file, model, text, seqlen=48, limit=4)
     of_folder = measure(packed, model, text, seqlen=48, limit=4)
@@ -84,6 +98,15 @@ def test_a_file_alone_says_what_it_is(tmp_path: Path, text: Path) -> None:
     alone = export.export(bundled, tmp_path / "bundled.gguf").file
     found, expected = (measure(path, None, text, seqlen=48, limit=2).model.perplexity for path in (alone, bundled))
     assert found == pytest.approx(expected, rel=1e-4)  # bfloat16 to float16, but for the smallest values
+
+
+@TRANSLATED
+def test_a_token_that_transformers_adds_to_a_file_alone_is_not_looked_up(tmp_path: Path) -> None:
+    """Its tokenizers have a token that ends texts, whether or not the file does; the embedding has no row for it."""
+    alone = export.export(ROOT / "eval" / "models" / "tiny-python-qwen3", tmp_path / "bundled.gguf").file
+    (tmp_path / "text.txt").write_text("def f(n):\n    return n + 1\n<|endoftext|>" * 40)
+    with pytest.raises(CheckpointError, match="the tokenizer made the id 2048, and the model has .* 2048 tokens"):
+        measure(alone, None, tmp_path / "text.txt", seqlen=48, limit=1)
 
 
 def test_a_file_of_another_architecture_is_no_model_of_this_one(

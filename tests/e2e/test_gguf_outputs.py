@@ -1,6 +1,7 @@
 """A .gguf file beside other formats, made of them, and as a source: the same floats each time, or a refusal."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,10 @@ from torch import Tensor
 
 import llmq
 from llmq.checkpoint.staging import STAGING
-from llmq.errors import FormatError
+from llmq.errors import CheckpointError, ConfigError, FormatError, UnsupportedModelError
 from llmq.gguf_source import GgufConverter
+from llmq.inspection import inspect
+from llmq.measure import measure
 from tests.command_line import llmq as command
 from tests.runs import tensors_of
 
@@ -154,6 +157,54 @@ def test_a_lone_file_needs_the_model_that_it_was_made_from(model: Path, both: An
     assert_same_weights(tmp_path / "out", both(True) / "compressed-tensors")
 
 
+@pytest.mark.parametrize("missing", ["config.json", "tokenizer*", "*.json"])
+def test_what_a_file_says_of_its_model_is_not_enough_to_publish_one(both: Any, tmp_path: Path, missing: str) -> None:
+    """transformers can often read that, but then there is no class, no dtype, and a token too many."""
+    shutil.copytree(both(True) / "gguf", tmp_path / "lone")
+    for file in (tmp_path / "lone").glob(missing):
+        file.unlink()
+    with pytest.raises(UnsupportedModelError, match=r"has no config\.json and tokenizer beside it") as refused:
+        GgufConverter(tmp_path / "lone" / "out.gguf", tmp_path / "out", "awq")
+    assert "--source" in refused.value.hint
+
+
+def test_a_folder_with_a_file_alone_means_the_file(both: Any, model: Path, text: Path, tmp_path: Path) -> None:
+    folder = both(True) / "gguf"
+    assert_same_weights(folder, folder / "out.gguf")
+    of_folder, of_file = (measure(each, model, text, seqlen=16, limit=1) for each in (folder, folder / "out.gguf"))
+    assert of_folder.model == of_file.model and of_folder.size == of_file.size
+    assert command("verify", folder, "--for", "llama.cpp").exit_code == 0
+    assert command("convert", folder, tmp_path / "out", "--to", "gptq").exit_code == 0
+    assert_same_weights(tmp_path / "out", both(True) / "compressed-tensors")
+    found = inspect(folder)
+    assert (found.format, found.bits_per_weight) == ("gguf", 4.5)
+    assert sum(layer.scheme == "Q4_0" for layer in found.layers) == LINEARS
+
+
+@pytest.mark.parametrize("name", ["", "out.gguf"])
+def test_what_runs_a_file_is_said(both: Any, name: str) -> None:
+    with pytest.raises(CheckpointError, match=r"out\.gguf is a \.gguf file, which llmq does not run") as refused:
+        llmq.load(both(True) / "gguf" / name)
+    assert all(word in refused.value.hint for word in ("llama.cpp", "llmq eval", "llmq convert"))
+
+
+def test_a_file_is_not_replaced_by_what_is_made_of_it(both: Any) -> None:
+    folder = both(True) / "gguf"
+    with pytest.raises(ConfigError, match=r"is the folder of out\.gguf"):
+        GgufConverter(folder / "out.gguf", folder, "awq", overwrite=True)
+
+
+def test_an_output_is_a_folder(both: Any, model: Path, tmp_path: Path) -> None:
+    for arguments in (
+        ("convert", both(True) / "compressed-tensors", tmp_path / "x.gguf", "--to", "gguf"),
+        ("convert", both(True) / "gguf" / "out.gguf", tmp_path / "x.gguf", "--to", "awq"),
+        ("quantize", model, tmp_path / "x.gguf", "--method", "rtn", "--group-size", "32", "--format", "gguf"),
+    ):
+        done = command(*arguments)
+        assert done.exit_code == 2 and "the output is a folder" in done.stderr, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "words"),
     [
@@ -201,6 +252,27 @@ def test_nothing_is_left_of_an_interrupted_one(both: Any, tmp_path: Path) -> Non
     assert torch.is_grad_enabled()
 
 
+def test_an_interrupted_one_goes_on_where_weights_were_finished(both: Any, tmp_path: Path) -> None:
+    file, out = both(True) / "gguf" / "out.gguf", tmp_path / "out"
+    steps = GgufConverter(file, out, "awq").run()
+    assert next(step for step in steps if step.doing == "compared")
+    steps.close()  # type: ignore[attr-defined]
+    assert [entry.name for entry in out.iterdir()] == [STAGING]
+    converted = [step for step in GgufConverter(file, out, "awq").run() if step.doing == "converted"]
+    assert len(converted) == 1  # for the finished chunk, and not one a weight
+    assert_same_weights(out, both(True) / "compressed-tensors")
+
+
+def test_finished_weights_of_another_file_are_not_taken(both: Any, tmp_path: Path) -> None:
+    shutil.copytree(both(True) / "gguf", tmp_path / "file")
+    steps = GgufConverter(tmp_path / "file" / "out.gguf", tmp_path / "out", "awq").run()
+    assert next(step for step in steps if step.doing == "compared")
+    steps.close()  # type: ignore[attr-defined]
+    os.utime(tmp_path / "file" / "out.gguf", (1, 1))
+    with pytest.raises(ConfigError, match="finished blocks of a run with other settings"):
+        list(GgufConverter(tmp_path / "file" / "out.gguf", tmp_path / "out", "awq").run())
+
+
 def test_a_model_that_llama_cpp_does_not_know_is_refused_before_any_work(
     checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -225,6 +297,7 @@ def test_a_format_that_fails_after_all_costs_none_of_the_others(
     )
     assert done.exit_code == 3
     assert "no room for it" in done.stderr and "awq, gptq are finished" in done.stderr
+    assert f"llmq convert {tmp_path / 'out/awq'} {tmp_path / 'out/gguf'} --to gguf" in done.stderr
     assert {entry.name for entry in (tmp_path / "out").iterdir()} == {"awq", "gptq"}
     assert_same_weights(tmp_path / "out" / "awq", tmp_path / "out" / "gptq")
     assert "gguf was not written: no room for it" in str(

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import llmq
-from llmq.errors import ConfigError
+from llmq.convert import Converter
+from llmq.errors import CheckpointError, ConfigError
+from llmq.job import FLOAT_HEAD
 from llmq.measure import measure
 from llmq.runtime.linear import PackedLinear
 from tests import builders
@@ -84,13 +86,44 @@ def test_a_run_that_was_stopped_at_the_head_goes_on_to_the_same_bytes(
         if getattr(done, "path", None) == f"model.layers.{stopped.blocks - 1}":
             break
     records.close()  # type: ignore[attr-defined]
+    assert stopped.commits == stopped.blocks + 1
     report = quantize(model, tmp_path / "out", text, **settings)
+    assert f"continued: {stopped.blocks} of {stopped.commits} blocks were finished earlier" in report.notes
     assert [block.resumed for block in report.blocks] == [True] * stopped.blocks + [False]
     whole, out = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "out")
     assert whole.keys() == out.keys() and all(torch.equal(whole[name], out[name]) for name in whole)
+
+
+@pytest.mark.parametrize("quantize_head", [True, False])
+def test_that_the_tuning_does_not_see_its_rounding_is_said(
+    checkpoint: Checkpoints, text: Path, tmp_path: Path, quantize_head: bool
+) -> None:
+    model = checkpoint("llama")
+    tuned = job(model, tmp_path / "out", text, method="balanced", quantize_head=quantize_head)
+    assert (FLOAT_HEAD in tuned.report.notes) == quantize_head
+    plain = job(model, tmp_path / "out", text, method="gptq", quantize_head=quantize_head)
+    assert FLOAT_HEAD not in plain.report.notes
 
 
 @pytest.mark.parametrize("format_", ["awq", "gguf:q4_k_m"])
 def test_formats_that_cannot_hold_it_refuse(checkpoint: Checkpoints, text: Path, tmp_path: Path, format_: str) -> None:
     with pytest.raises(ConfigError, match="cannot hold a head"):
         quantize(checkpoint("llama"), tmp_path / "out", text, method="rtn", format=format_, quantize_head=True)
+
+
+def test_a_conversion_refuses_it_as_a_run_does(checkpoint: Checkpoints, text: Path, tmp_path: Path) -> None:
+    quantize(checkpoint("llama"), tmp_path / "out", text, method="rtn", format="gptq", quantize_head=True)
+    with pytest.raises(ConfigError, match="awq cannot hold the quantized head lm_head"):
+        Converter(tmp_path / "out", tmp_path / "awq", "awq")
+
+
+def test_a_packed_head_that_the_configuration_ties_is_refused(
+    checkpoint: Checkpoints, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    quantize(checkpoint("llama", tie_word_embeddings=True), out, text, method="rtn", format="gptq", quantize_head=True)
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    with pytest.raises(CheckpointError, match="is packed, and config.json ties it") as refused:
+        llmq.load(out, device="cpu")
+    assert "tie_word_embeddings to false" in refused.value.hint

@@ -7,6 +7,7 @@ scale costs a thousand times as much.
 """
 
 import gc
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import llmq
+from llmq.checkpoint.reader import Checkpoint
 from llmq.config import BITS
 from llmq.errors import CheckpointError, FormatError
 from llmq.runtime.linear import PackedLinear
-from tests import builders
+from llmq.runtime.packed_weights import PackedWeights
+from tests import architectures, builders, foreign
 
 Checkpoints = Callable[..., Path]
 ROUNDING = 4  # how many times the twin's rounding the packed model's may be
@@ -265,6 +268,88 @@ def test_foreign_weights_are_dequantized_to_the_bit(shared: Path, name: str) -> 
     for key in compared:
         assert weights[key].dtype == torch.float32
         assert weights[key].to(expected[key].dtype).equal(expected[key]), key
+
+
+def move_settings(folder: Path, place: str) -> None:
+    """Take the quantization_config out of config.json, to where another writer has it."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    settings = config.pop("quantization_config")
+    if place.endswith(".json"):
+        (folder / place).write_text(json.dumps(settings), encoding="utf-8")
+    elif place == "text_config":
+        config["text_config"]["quantization_config"] = settings
+    else:
+        config[place] = settings
+    path.write_text(json.dumps(config), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("layout", "place"),
+    [
+        ("gptq", "quantize_config.json"),
+        ("awq", "quant_config.json"),
+        ("compressed-tensors", "compression_config"),
+        ("gptq", "text_config"),
+    ],
+)
+def test_settings_that_lie_elsewhere(layout: str, place: str, checkpoint: Checkpoints, tmp_path: Path) -> None:
+    """And what is saved has them in config.json."""
+    model, tokens = checkpoint("llama", num_hidden_layers=1), builders.tokens(1, 8)
+    if place == "text_config":  # that of the language model inside a model that sees pictures
+        model = builders.save_model(tmp_path / "llava", builders.causal_model(architectures.tiny("llava")))
+    quantized = quantize(model, tmp_path / "out", format=layout, symmetric=layout != "awq")
+    expected = logits(llmq.load(quantized)[0], tokens)
+    for name in ("quantize_config.json", "quant_config.json"):
+        (quantized / name).unlink(missing_ok=True)
+    move_settings(quantized, place)
+    loaded, tokenizer = llmq.load(quantized)
+    assert logits(loaded, tokens).equal(expected)
+    for part in (loaded, tokenizer):
+        part.save_pretrained(tmp_path / "saved")
+    assert logits(llmq.load(tmp_path / "saved")[0], tokens).equal(expected)
+
+
+@pytest.mark.parametrize(("in_order", "packed"), [(True, 7), (False, 0)])
+def test_uneven_groups_in_an_order_of_their_own_run_dequantized(
+    in_order: bool, packed: int, checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    """Groups of 96 are cut into three of 32 where their columns lie side by side; scattered ones cannot be."""
+    source = checkpoint("llama", num_hidden_layers=1, hidden_size=192, intermediate_size=192)
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": 96, "sym": False, "desc_act": not in_order}
+
+    def pack(name: str, shape: tuple[int, ...]) -> tuple[dict[str, Tensor], Tensor] | None:
+        if not name.endswith("_proj.weight"):
+            return None
+        weight = foreign.weight(4, (shape[0], shape[1]), 96, shuffled=not in_order)
+        module = name.removesuffix(".weight")
+        return {f"{module}.{suffix}": t for suffix, t in foreign.gptq(weight, 1).items()}, weight.exact
+
+    folder, floats = foreign.replaced(source, tmp_path, settings, pack)
+    loaded, _ = llmq.load(folder, fuse=False)
+    assert sum(isinstance(module, PackedLinear) for module in loaded.modules()) == packed
+    tokens = builders.tokens(1, 8)
+    expected = logits(AutoModelForCausalLM.from_pretrained(floats, dtype=torch.float32), tokens)
+    assert torch.allclose(logits(loaded, tokens), expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_a_shape_that_a_tensor_holds_is_read_once(
+    checkpoint: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    quantized = quantize(checkpoint("llama", num_hidden_layers=1), tmp_path / "out")
+    weights = PackedWeights(Checkpoint.open(quantized))
+    original = Checkpoint.tensor
+
+    def noted(self: Checkpoint, name: str) -> Tensor:
+        read.append(name)
+        return original(self, name)
+
+    monkeypatch.setattr(Checkpoint, "tensor", noted)
+    for module in weights.modules:
+        assert weights.is_affine(module)
+        assert weights.shape(module) == weights.shape(module)
+    assert sorted(read) == sorted(f"{module}.weight_shape" for module in weights.modules)
 
 
 # ---- files that do not fit

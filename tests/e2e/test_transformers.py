@@ -4,10 +4,12 @@ What a model computes is held against `llmq.load`, which other tests hold agains
 """
 
 import copy
+import gc
 import io
 import json
 import shutil
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from transformers.quantizers import auto
 
 import llmq
 from llmq.errors import FormatError, UnsupportedModelError
+from llmq.model.stacking import Form, form_of
+from llmq.runtime import experts, filling, hf
 from llmq.runtime.experts import PackedExperts
 from llmq.runtime.fuse import FusedLinear
 from llmq.runtime.linear import PackedLinear
@@ -54,7 +58,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Quantize:
             folder = tmp_path_factory.mktemp(name)
             builders.save_model(folder / "model", builders.causal_model(config, dtype=dtype))
             made[key] = folder / "out"
-            settings = {"method": "rtn", "scales": "minmax", "group_size": 16}
+            settings: dict[str, Any] = {"method": "rtn", "scales": "minmax", "group_size": 16}
             llmq.quantize(str(folder / "model"), made[key], format=layout, symmetric=symmetric, **settings)
         return made[key]
 
@@ -273,6 +277,94 @@ def test_offloading(name: str, quantized: Quantize, tmp_path: Path, caplog: pyte
             assert_saved_again(model, source, tmp_path / "saved")
 
 
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_stored_layers_go_as_soon_as_they_are_packed(
+    name: str, hooked: bool, quantized: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The packed model is not held twice while it takes its shape, and no garbage has to be collected for that."""
+    made: weakref.WeakSet[StoredLinear] = weakref.WeakSet()
+    alive: list[int] = []  # as each module is packed
+    make, pack = StoredLinear.__init__, filling._run_packed_at
+
+    def noted(self: StoredLinear, *arguments: Any, **settings: Any) -> None:
+        make(self, *arguments, **settings)
+        made.add(self)
+
+    def counted(model: nn.Module, path: str) -> bool:
+        alive.append(len(made))
+        return pack(model, path)
+
+    monkeypatch.setattr(StoredLinear, "__init__", noted)
+    monkeypatch.setattr(filling, "_run_packed_at", counted)
+    device_map = {"model": "cpu", "lm_head": "disk"} if hooked else None
+    gc.collect()
+    gc.disable()
+    try:
+        model = read(quantized(name, GPTQ), device_map=device_map, offload_folder=str(tmp_path))
+        assert len(made) == 0
+    finally:
+        gc.enable()
+    dense = 14 if name == "llama" else 8
+    assert alive[:dense] == list(range(alive[0], alive[0] - dense, -1))
+    assert count(model, PackedLinear) == dense
+
+
+def test_what_form_experts_have_is_asked_before_they_are_loaded(
+    quantized: Quantize, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is tried out with a tensor on the CPU, and modules that are loaded may be elsewhere."""
+    asked: list[str] = []
+    run_packed = filling.run_packed
+
+    def noted(module: nn.Module) -> Form | None:
+        asked.append(type(module).__name__)
+        return form_of(module)
+
+    def run_noted(model: nn.Module) -> list[str]:
+        monkeypatch.setattr(experts, "form_of", noted)
+        return run_packed(model)
+
+    monkeypatch.setattr(hf, "run_packed", run_noted)
+    assert count(read(quantized("mixtral", GPTQ)), PackedExperts) == 2
+    assert asked == []
+
+
+def bytes_for_codes(source: Path, where: Path, left: str = "lm_head") -> tuple[Path, Path]:
+    """A checkpoint whose codes stand in `.weight`, as floats would, and one with the floats that they stand for."""
+    weights = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
+    settings = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": ["lm_head"],
+    }
+
+    def pack(name: str, shape: tuple[int, ...]) -> tuple[dict[str, Tensor], Tensor] | None:
+        if (
+            left in name
+            or len(shape) != 2
+            or not name.endswith(("_proj.weight", ".w1.weight", ".w2.weight", ".w3.weight"))
+        ):
+            return None
+        w = foreign.weight(8, (shape[0], shape[1]), shape[1], symmetric=True)
+        return {name: torch.from_numpy((w.codes - 128).astype("int8")), f"{name}_scale": w.scales}, w.exact
+
+    return foreign.replaced(source, where, settings, pack)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_a_byte_a_code(name: str, tmp_path: Path) -> None:
+    config = mixtures.CONFIGS[name]() if name == "mixtral" else builders.llama(num_hidden_layers=2)
+    source = builders.save_model(tmp_path / "source", builders.causal_model(config))
+    packed, floats = bytes_for_codes(source, tmp_path)
+    model, expected = read(packed, dtype=torch.float32), logits(read(floats, dtype=torch.float32))
+    assert count(model, PackedExperts) == (2 if name == "mixtral" else 0)
+    assert count(model, StoredLinear) == 0
+    assert torch.allclose(logits(model), expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+    assert_saved_again(model, packed, tmp_path / "saved")
+
+
 def test_it_compiles_as_one_graph(quantized: Quantize) -> None:
     model = read(quantized("llama", GPTQ), dtype=torch.float32)
     del model.model.layers[1:]  # one says as much, in half the time
@@ -357,6 +449,15 @@ def test_what_llmq_load_dequantized_is_saved_only_where_it_can_be(tmp_path: Path
 # ---- what is refused
 
 
+def test_experts_of_codes_beside_experts_of_floats_by_the_same_names(tmp_path: Path) -> None:
+    source = builders.save_model(tmp_path / "source", builders.causal_model(mixtures.CONFIGS["mixtral"]()))
+    packed, _ = bytes_for_codes(source, tmp_path, left="layers.1.")
+    with pytest.raises(FormatError, match=r"layers\.0\..* holds codes, and .*layers\.1\.") as caught:
+        read(packed)
+    assert "llmq.load" in caught.value.hint
+    assert count(llmq.load(packed)[0], PackedExperts) == 1
+
+
 def test_nothing_is_quantized_while_loading(checkpoint: Callable[..., Path]) -> None:
     asked = transformers.AutoRoundConfig(bits=4)
     with pytest.raises(FormatError, match="not quantized, and auto-round is asked for") as caught:
@@ -399,6 +500,7 @@ def test_tensors_without_a_file_are_refused(quantized: Quantize) -> None:
 def test_a_weight_can_be_read_and_not_written(quantized: Quantize) -> None:
     layer = read(quantized("llama", GPTQ), dtype=torch.float32).get_submodule("model.layers.0.mlp.down_proj")
     assert isinstance(layer, nn.Linear)
+    assert isinstance(layer, PackedLinear)
     assert (layer.weight.shape, layer.weight.dtype) == ((32, 64), torch.float32)
     expected = layer.quantized().dequantize()
     assert (layer.weight + 0).equal(expected)

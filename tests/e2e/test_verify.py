@@ -6,13 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import llmq
 from llmq import serving
-from tests import builders
+from llmq.integrity import Integrity, examine
+from llmq.quantized import QuantizedTensor
+from llmq.runtime.packed_weights import PackedWeights
+from tests import builders, mixtures
 from tests.command_line import llmq as command
 
 CHECKPOINT, QUALITY = 3, 8
@@ -46,6 +51,20 @@ def test_a_finished_model_is_whole(packed: Path) -> None:
     for text in ("14, unpacked without error", "1 files are what was written", "SGLang", "llama.cpp"):
         assert text in done.stdout
     assert "\x1b" not in done.stdout + done.stderr
+
+
+def test_every_weight_is_unpacked_once(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    plain = PackedWeights.read
+
+    def counted(self: PackedWeights, module: str) -> QuantizedTensor:
+        read.append(module)
+        return plain(self, module)
+
+    monkeypatch.setattr(PackedWeights, "read", counted)
+    found = Integrity()
+    list(examine(packed, found))
+    assert not found.problems and len(read) == len(set(read)) == found.packed
 
 
 def test_as_json(packed: Path) -> None:
@@ -171,3 +190,66 @@ def test_a_format_that_llmq_does_not_read_is_not_called_broken(copy: Path) -> No
     done = command("verify", copy)
     assert done.exit_code == CHECKPOINT
     assert "quant_method is 'fp8'" in done.stderr and "broken" not in done.stderr
+
+
+def test_a_packed_mixture_with_biases_is_whole(tmp_path: Path) -> None:
+    """transformers has the experts' biases in one matrix, the file has one for each expert."""
+    model = builders.save_model(tmp_path / "model", builders.causal_model(mixtures.gpt_oss()))
+    llmq.quantize(str(model), tmp_path / "out", method="rtn", scales="minmax", group_size=16)
+    found = Integrity()
+    list(examine(tmp_path / "out", found))
+    assert not found.problems
+    done = command("verify", tmp_path / "out", "--quick", "--for", "vllm")
+    assert done.exit_code == QUALITY
+
+
+def test_biases_of_stacked_experts_must_be_there(tmp_path: Path) -> None:
+    model = builders.save_model(tmp_path / "model", builders.causal_model(mixtures.gpt_oss()))
+    change_file = load_file(model / "model.safetensors")
+    del change_file["model.layers.1.mlp.experts.down_proj_bias"]
+    save_file(change_file, model / "model.safetensors", metadata={"format": "pt"})
+    found = Integrity()
+    list(examine(model, found))
+    assert any("model.layers.1.mlp.experts.down_proj_bias" in problem for problem in found.problems)
+
+
+def test_what_is_not_known_is_not_promised(copy: Path) -> None:
+    builders.change_json(copy / "config.json", quantization_config={
+        "quant_method": "auto-round", "bits": 4, "group_size": 16, "sym": True, "packing_format": "auto_round",
+    })  # fmt: skip
+    done = command("verify", copy, "--quick", "--for", "vllm")
+    assert done.exit_code == QUALITY
+    assert "is not known to be served by vLLM on 1 GPU" in done.stderr and "unknown" in done.stdout
+    assert json.loads(command("verify", copy, "--quick", "--json").stdout)["engines"]["vLLM"]["loads"] is None
+
+
+def test_a_folder_of_several_formats(packed: Path, tmp_path: Path) -> None:
+    for name in ("awq", "gptq"):
+        shutil.copytree(packed, tmp_path / name)
+    done = command("verify", tmp_path)
+    assert done.exit_code == CHECKPOINT and "broken" not in done.stderr
+    flat = "".join(done.stderr.split())
+    assert str(tmp_path / "awq") in flat and str(tmp_path / "gptq") in flat
+
+
+def test_only_the_gguf_file_that_was_asked_for(packed: Path, tmp_path: Path) -> None:
+    file = tmp_path / "good.gguf"
+    write_gguf(file)
+    (tmp_path / "bad.gguf").write_bytes(b"no GGUF at all")
+    found = Integrity()
+    list(examine(file, found))
+    assert not found.problems and found.tensors == 1
+    shutil.copy(packed / "model.safetensors", tmp_path)
+    assert serving.subject.read(file).method == "gguf"
+    assert command("verify", file, "--for", "llama.cpp").exit_code == 0
+    assert command("verify", tmp_path / "bad.gguf").exit_code == CHECKPOINT
+
+
+def write_gguf(file: Path) -> None:
+    """One with one tensor."""
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_tensor("output_norm.weight", np.ones(32, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

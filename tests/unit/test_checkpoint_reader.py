@@ -13,6 +13,7 @@ from torch import Tensor
 from llmq.checkpoint.reader import Checkpoint
 from llmq.checkpoint.staging import STAGING
 from llmq.checkpoint.storage import TensorInfo
+from llmq.checkpoint.weights import gguf_file
 from llmq.errors import CheckpointError
 
 TENSORS = {
@@ -176,6 +177,31 @@ def test_a_path_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist") as caught:
         Checkpoint.open(tmp_path / "absent")
     assert caught.value.exit_code == 3
+
+
+def test_a_file_whose_folder_is_no_model_does_not_lead_there(tmp_path: Path) -> None:
+    (tmp_path / "weights.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="is a file") as caught:
+        Checkpoint.open(tmp_path / "weights.bin")
+    assert str(tmp_path) not in caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["", "model.gguf"])
+@pytest.mark.parametrize("configured", [True, False])
+def test_a_gguf_file_is_sent_to_what_reads_it(tmp_path: Path, name: str, configured: bool) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    if configured:
+        (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"model\.gguf is a \.gguf file") as caught:
+        Checkpoint.open(tmp_path / name)
+    assert all(word in caught.value.hint for word in ("llama.cpp", "llmq eval", "llmq convert"))
+
+
+def test_a_gguf_file_beside_safetensors_is_not_what_the_folder_means(tmp_path: Path) -> None:
+    folder = model(tmp_path, {"model.safetensors": TENSORS})
+    (folder / "model.gguf").write_bytes(b"GGUF")
+    assert gguf_file(folder) is None
+    assert gguf_file(folder / "model.gguf") == folder / "model.gguf"
 
 
 def test_a_file_instead_of_a_folder(tmp_path: Path) -> None:

@@ -202,6 +202,31 @@ def test_overwriting_replaces_the_model_and_nothing_else(tmp_path: Path) -> None
     assert (out / "config.json").read_text() == DOCUMENTS["config.json"]
 
 
+def test_overwriting_removes_ggufs_of_ours_alone(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / "awq").mkdir(parents=True)
+    for name in ("out.gguf", "renamed.gguf", "own.gguf", "awq/out.gguf"):
+        (out / name).write_bytes(b"old")
+    (out / "llmq.json").write_text('{"checksums": {"renamed.gguf": "", "../own.gguf": ""}}')
+    with open_writer(out, overwrite=True).finishing() as final:
+        (final / "awq").mkdir()
+        (final / "awq" / "config.json").write_text("{}")
+    assert {file.relative_to(out).as_posix() for file in out.rglob("*.gguf")} == {"own.gguf"}
+
+
+def test_new_folders_are_on_the_disk_before_the_blocks_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, seen = tmp_path / "out", []
+
+    def sync(folder: Path) -> None:
+        seen.append((folder, (out / "awq" / "config.json").exists(), (out / STAGING / "identity.json").exists()))
+
+    monkeypatch.setattr("llmq.checkpoint.writer.sync_folder", sync)
+    with open_writer(out).finishing() as final:
+        (final / "awq").mkdir()
+        (final / "awq" / "config.json").write_text("{}")
+    assert (out, True, True) in seen
+
+
 def test_the_old_model_stands_until_the_new_one_is_whole(tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(out, tmp_path / "source", shard_bytes=40)

@@ -1,5 +1,7 @@
 """Several formats as one layout: what decides the codes is what all of them allow."""
 
+import copy
+
 import pytest
 import torch
 
@@ -80,6 +82,15 @@ def test_staged_scales_have_the_dtype_of_the_file_and_come_back_as_they_were() -
     assert reading is not None
     back = layout.unpack(packed, reading)
     assert back.scales.dtype is F16 and back.scales.equal(q.scales)
+
+
+def test_it_can_be_copied_and_has_what_its_first_format_has() -> None:
+    layout, first = outputs.layout_of(["gptq", "awq"], F16), formats.load("gptq")
+    again = copy.copy(layout)
+    assert (again.SUFFIXES, again.CODES, again.CONFIG_COPY) == (first.SUFFIXES, first.CODES, first.CONFIG_COPY)
+    assert again.weight_shape is first.weight_shape
+    with pytest.raises(AttributeError):
+        again.absent  # type: ignore[attr-defined]  # noqa: B018
 
 
 def test_gptq_in_its_second_version_is_a_format_of_its_own() -> None:

@@ -12,7 +12,7 @@ from llmq.serving.rules import ENGINES, RULES
 G128, G32, ASYMMETRIC = Scheme(4, 128), Scheme(4, 32), Scheme(4, 128, symmetric=False)
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 1024, "num_attention_heads": 8,
-    "num_key_value_heads": 4,
+    "num_key_value_heads": 4, "hidden_act": "silu",
 }  # fmt: skip
 GPTQ: dict[str, Any] = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
 AWQ: dict[str, Any] = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
@@ -45,6 +45,11 @@ def found(subject: Subject, engine: str, rule: str) -> tuple[str, ...]:
 def serves(subject: Subject) -> dict[str, tuple[int, ...]]:
     """Engine -> on how many GPUs."""
     return {verdict.engine: verdict.gpus for verdict in verdicts(judge(subject))}
+
+
+def loads(subject: Subject) -> dict[str, bool | None]:
+    """Engine -> whether it serves it; None where that is not known."""
+    return {verdict.engine: verdict.loads for verdict in verdicts(judge(subject))}
 
 
 @pytest.mark.parametrize("settings", [GPTQ, AWQ, CT], ids=lambda settings: settings["quant_method"])
@@ -161,6 +166,91 @@ def test_zeros_in_transformers() -> None:
     assert serves(model(two))["transformers"] == (1,)
 
 
+@pytest.mark.parametrize(("size", "served"), [(16, False), (32, True), (256, False), (1024, False), ("channel", True)])
+def test_groups_of_compressed_tensors(size: Any, served: bool) -> None:
+    for engine in ("vLLM", "SGLang"):
+        assert bool(serves(model(CT, Scheme(4, size)))[engine]) == served
+        assert bool(found(model(CT, Scheme(4, size)), engine, "compressed-tensors groups")) != served
+
+
+def test_odd_groups_in_float16_run_on_a_slower_kernel_of_vllm() -> None:
+    half = {**CONFIG, "dtype": "float16"}
+    assert found(model(CT, Scheme(4, 16), config=half), "vLLM", "compressed-tensors fast kernel")
+    assert loads(model(CT, Scheme(4, 16), config=half))["vLLM"] is True
+    assert loads(model(CT, Scheme(4, 16, symmetric=False), config=half))["vLLM"] is False
+
+
+def test_odd_groups_of_experts_are_not_known() -> None:
+    experts = tuple(Linear(f"x.mlp.experts.0.{name}", 1024, 1024, Scheme(4, 16)) for name in ("up_proj", "down_proj"))
+    assert loads(model(CT, linears=experts)) == {
+        "vLLM": None, "SGLang": False, "transformers": True, "llama.cpp": False
+    }  # fmt: skip
+
+
+# ---- formats that llmq does not write
+
+
+def test_a_format_without_rules_is_not_known() -> None:
+    foreign = model({"quant_method": "hqq"})
+    assert loads(foreign) == {"vLLM": None, "SGLang": None, "transformers": True, "llama.cpp": False}
+    assert serves(foreign)["vLLM"] == ()
+
+
+@pytest.mark.parametrize(
+    ("packing", "scheme", "expected"),
+    [
+        ("auto_round:auto_gptq", G128, True),
+        ("auto_round:auto_gptq", ASYMMETRIC, False),
+        ("auto_round:auto_awq", ASYMMETRIC, True),
+        ("auto_round:auto_awq", Scheme(8, 128), False),
+        ("auto_round:llm_compressor", G128, None),
+        ("auto_round", G128, None),
+    ],
+)
+def test_files_of_auto_round_are_judged_by_their_tensors(packing: str, scheme: Scheme, expected: bool | None) -> None:
+    settings = {"quant_method": "auto-round", "bits": 4, "group_size": 128, "packing_format": packing}
+    assert loads(model(settings, scheme))["vLLM"] is expected
+
+
+@pytest.mark.parametrize("method", ["gptq_marlin", "auto-round", "mxfp4"])
+def test_llama_cpp_reads_nothing_but_gguf(method: str) -> None:
+    assert loads(model({**GPTQ, "quant_method": method}))["llama.cpp"] is False
+
+
+# ---- what to do about it
+
+
+def remedy(subject: Subject, rule: str) -> str:
+    return next(each.remedy for each in judge(subject) if each.rule == rule)
+
+
+def in_an_order(subject: Subject) -> Subject:
+    return dataclasses.replace(
+        subject, linears=tuple(dataclasses.replace(each, ordered=each.packed) for each in subject.linears)
+    )
+
+
+def test_gguf_keeps_the_codes_only_where_it_does() -> None:
+    keeps = "llmq convert PATH OUT --to gguf keeps the codes"
+    assert remedy(model(GPTQ), "gptq in llama.cpp") == keeps
+    for other in (in_an_order(model(GPTQ)), model(GPTQ, Scheme(8, 128, symmetric=False))):
+        assert "--to gguf --allow-requantize" in remedy(other, "gptq in llama.cpp")
+    strange = model(GPTQ, config={**CONFIG, "model_type": "gpt_oss"})
+    assert "llmq writes no .gguf file of this architecture" in remedy(strange, "gptq in llama.cpp")
+
+
+def test_another_format_is_named_only_where_it_holds_the_grid() -> None:
+    assert remedy(model(GPTQ, ASYMMETRIC), "gptq grids") == "llmq convert PATH OUT --to compressed-tensors, or awq"
+    assert "--allow-requantize" in remedy(in_an_order(model(GPTQ, ASYMMETRIC)), "gptq grids")
+    assert remedy(model(GPTQ, Scheme(3, 128, symmetric=False)), "gptq grids").endswith("with --symmetric")
+
+
+def test_one_gpu_is_no_plural() -> None:
+    odd = dataclasses.replace(model(GPTQ), linears=(Linear("x.down_proj", 72, 128, G32),))
+    texts = [each.text for each in judge(odd) if each.rule == "tiles of each part"]
+    assert texts[0].startswith("on 1 GPU, refuses")
+
+
 # ---- any format
 
 
@@ -199,6 +289,13 @@ def test_experts_of_a_layer_are_one() -> None:
     ]
     odd = dataclasses.replace(mixed, config={**CONFIG, "hidden_size": 1000})
     assert found(odd, "vLLM", "experts' tiles") and not found(mixed, "vLLM", "experts' tiles")
+
+
+def test_experts_one_by_one_of_a_model_that_is_published_stacked_are_not_known() -> None:
+    experts = tuple(Linear(f"model.layers.0.mlp.experts.{e}.down_proj", 1024, 1024, G128) for e in range(2))
+    stacked = model(CT, linears=experts, config={**CONFIG, "model_type": "gpt_oss"})
+    assert loads(stacked)["vLLM"] is None and serves(stacked)["vLLM"] == ()
+    assert loads(model(CT, linears=experts, config={**CONFIG, "model_type": "mixtral"}))["vLLM"] is True
 
 
 def test_a_packed_head_that_is_tied() -> None:

@@ -1,0 +1,34 @@
+"""What to do about it, where that depends on the model: a command is named only where it would work."""
+
+from llmq import outputs
+from llmq.errors import UnsupportedModelError
+from llmq.gguf.architectures import architecture
+from llmq.serving.subject import Subject
+
+CONVERT = "llmq convert PATH OUT --to"
+ANEW = "quantize the original model again"
+
+
+def to_gguf(subject: Subject) -> str:
+    """A .gguf file of it: with the same codes, with others, or none at all."""
+    try:
+        architecture(subject.config)
+    except (UnsupportedModelError, KeyError):  # KeyError: its sizes are those of a part of it
+        return "llmq writes no .gguf file of this architecture; llama.cpp's convert_hf_to_gguf.py may, of the original"
+    if any(linear.ordered or linear.scheme is None for linear in subject.packed) or any(
+        linear.scheme is not None and outputs.gguf_refusal(linear.scheme, linear.in_features)
+        for linear in subject.packed
+    ):
+        return f"{ANEW} with --format gguf; {CONVERT} gguf --allow-requantize rounds what is here anew"
+    return f"{CONVERT} gguf keeps the codes"
+
+
+def another_grid(subject: Subject) -> str:
+    """Where gptq has a grid that engines do not read."""
+    schemes = {linear.scheme for linear in subject.packed if linear.scheme is not None}
+    if any(not scheme.symmetric and scheme.bits not in (4, 8) for scheme in schemes):
+        return f"{ANEW} with --symmetric"  # no other format is read with such zeros either
+    formats = "compressed-tensors" + (", or awq" if all(scheme.bits == 4 for scheme in schemes) else "")
+    if any(linear.ordered for linear in subject.packed):
+        return f"{ANEW}; {CONVERT} {formats} --allow-requantize rounds what is here anew"
+    return f"{CONVERT} {formats}"
