@@ -23,7 +23,7 @@ from typing import Any
 
 import llmq
 from llmq.cli.terminal import quiet_transformers
-from llmq.measure import measure, measure_many
+from llmq.evaluation.measure import measure, measure_many
 from llmq.methods import METHODS, Method, Tuning
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llmq.cli.evaluate import number
 from llmq.cli.terminal import print_json, print_notes, print_table, quiet_transformers
-from llmq.measure import Figures, Measurement, measure_many
+from llmq.evaluation.measure import Figures, Measurement, measure_many
 
 COLUMNS = (
     "model", "bits/weight", "perplexity", "ratio", "KL mean", "95 %", "KL median", "KL 99 %", "KL 99.9 %",

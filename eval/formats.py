@@ -18,7 +18,7 @@ import torch
 
 import llmq
 from llmq.cli.terminal import quiet_transformers
-from llmq.measure import measure_many
+from llmq.evaluation.measure import measure_many
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "eval"))

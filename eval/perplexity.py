@@ -10,7 +10,7 @@ import argparse
 
 from llmq.cli.evaluate import WIKITEXT
 from llmq.cli.terminal import quiet_transformers
-from llmq.measure import measure
+from llmq.evaluation.measure import measure
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("path")

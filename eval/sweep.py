@@ -22,9 +22,10 @@ from typing import Any
 
 import llmq
 from llmq.cli.terminal import quiet_transformers
-from llmq.config import BITS, GroupSize, parse_group_size
-from llmq.measure import measure
+from llmq.config import BITS, GroupSize
+from llmq.evaluation.measure import measure
 from llmq.methods import METHODS
+from llmq.settings import parse_group_size
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "eval"))

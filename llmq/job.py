@@ -15,23 +15,27 @@ from typing import Any
 
 import torch
 
-from llmq import finishing, head, memory, outputs, pipeline, sensitivity, spending, token_weights, tuning
+from llmq import head, memory, pipeline, token_weights, tuning
 from llmq._version import __version__
+from llmq.allocation import sensitivity, spending
+from llmq.allocation.sensitivity import Question
 from llmq.calibration import CalibrationSet
 from llmq.checkpoint.staging import STAGING
 from llmq.checkpoint.writer import Writer
-from llmq.config import QuantConfig, Scheme, config_to, merged
+from llmq.config import QuantConfig, Scheme
+from llmq.conversion import finishing
 from llmq.errors import ConfigError
 from llmq.methods import Method
 from llmq.model.stops import TokenWeights
 from llmq.model.stream import Stream
 from llmq.model.weights import require_finite
+from llmq.outputs import layouts
 from llmq.plan import Plan
 from llmq.report import record
 from llmq.report.effects import Sensitivity
 from llmq.report.record import BlockReport, ConvertStep, LayerReport, MeasuringStep, Report, TuningStep
 from llmq.run_text import RunText
-from llmq.sensitivity import Question
+from llmq.settings import config_to, merged
 
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 32_768}
 FLOAT_HEAD = "the tuning's predictions are those of the float head: what rounding the head costs is not tuned against"
@@ -61,7 +65,7 @@ class Job:
         if asked.target_bits is not None:
             self._question()  # which says whether there is an answer
         self.out = Path(out) if out is not None else default_output(str(model), asked)
-        outputs.require_folder_name(self.out)
+        layouts.require_folder_name(self.out)
         if self.out.resolve() == self.plan.checkpoint.folder.resolve():
             raise ConfigError(
                 f"{self.out} is the model itself, which is not overwritten", hint="give another output folder"

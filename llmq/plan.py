@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmq import outputs, schemes, unquantized
+from llmq import schemes
 from llmq.algorithms import Options
 from llmq.checkpoint import hub
 from llmq.checkpoint.reader import Checkpoint
@@ -21,9 +21,10 @@ from llmq.config import GGUF_GRIDS, QuantConfig, Scheme
 from llmq.errors import UnsupportedModelError
 from llmq.formats import Layout
 from llmq.gguf import recipes
-from llmq.linear_names import holds_matrix
 from llmq.methods import Method
 from llmq.model.skeleton import Skeleton
+from llmq.outputs import layouts, unquantized
+from llmq.outputs.linear_names import holds_matrix
 from llmq.patterns import matches
 from llmq.runtime.load import choose_device, stored_dtype
 from llmq.runtime.packed_weights import quantization_settings
@@ -65,10 +66,10 @@ class Plan:
         """Raises CheckpointError, UnsupportedModelError, ConfigError and BackendError."""
         checkpoint = Checkpoint.open(hub.locate(str(model), revision, remote_code=remote_code))
         _refuse_quantized(checkpoint)
-        outputs.require_writable(settings.formats, checkpoint, checkpoint.names())
+        layouts.require_writable(settings.formats, checkpoint, checkpoint.names())
         chosen, method = choose_device(device), stages or settings.stages
         dtype = stored_dtype(checkpoint)
-        layout = outputs.layout_of(settings.formats, dtype)
+        layout = layouts.layout_of(settings.formats, dtype)
         exact = chosen.type == "cpu" or method.transforms  # foldings are found in float32
         skeleton = open_skeleton(checkpoint, chosen, torch.float32 if exact else dtype, remote_code=remote_code)
         layers = _plan_layers(skeleton, settings, layout, checkpoint.config)
@@ -82,7 +83,7 @@ class Plan:
     @property
     def options(self) -> Options:
         settings = self.settings
-        values = outputs.scale_values(self.layout, self.model_dtype)
+        values = layouts.scale_values(self.layout, self.model_dtype)
         return Options(values, settings.order, settings.scales, settings.damping)
 
     @property

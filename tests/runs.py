@@ -9,9 +9,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import llmq
-from llmq.config import QuantConfig, merged
+from llmq.config import QuantConfig
 from llmq.job import Job
 from llmq.methods import Method
+from llmq.settings import merged
 
 WINDOWS: dict[str, Any] = {"samples": 4, "seqlen": 48}
 QUICK: dict[str, Any] = {"group_size": 16, "scales": "minmax", **WINDOWS}

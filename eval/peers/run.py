@@ -126,7 +126,7 @@ def run_llmq(method: str, model: Model, grid: str, seed: int, fingerprint: str, 
 
 def contend(name: str, model: Model, grid: str, seed: int, scratch: Path) -> dict[str, Any]:
     """One row: what the process took and what it left, or why it left nothing."""
-    from llmq.measure import measure
+    from llmq.evaluation.measure import measure
 
     peer, method = PEERS.get(name), name.removeprefix("llmq ")
     own = peer.own_grid if peer else "scale and minimum" if set(IN_Q4_K_M) <= set(LLMQ[method]) else None

@@ -16,7 +16,7 @@ from llmq.errors import ConfigError, Interrupted
 from llmq.report.record import ConvertStep
 
 if TYPE_CHECKING:
-    from llmq.convert import Conversion
+    from llmq.conversion.convert import Conversion
 
 SHOWN = 12
 LINES = 10  # that a conversion prints where there is no terminal
@@ -54,8 +54,8 @@ def command(
     """
     from llmq.checkpoint import hub
     from llmq.checkpoint.weights import gguf_file
-    from llmq.convert import Converter
-    from llmq.gguf_source import GgufConverter
+    from llmq.conversion.convert import Converter
+    from llmq.conversion.gguf_source import GgufConverter
 
     quiet_transformers()
     converter: Converter | GgufConverter

@@ -10,8 +10,8 @@ from llmq.cli.terminal import megabytes, print_json, print_notes, print_table, q
 from llmq.errors import ConfigError
 
 if TYPE_CHECKING:
-    from llmq.evaluation import Evaluation
-    from llmq.measure import Figures, Measurement, Size
+    from llmq.evaluation.measure import Figures, Measurement, Size
+    from llmq.evaluation.scoring import Evaluation
 
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1:test:text"
 LIMITS = "For scripts"
@@ -65,7 +65,7 @@ def command(
     increase = None if max_ppl_increase is None else per_cent(max_ppl_increase)
     if against is None and (max_kl is not None or increase is not None):
         raise ConfigError("limits on quality compare with an original, and none was given", hint="add --against")
-    from llmq.measure import measure, require
+    from llmq.evaluation.measure import measure, require
 
     quiet_transformers()
     result = measure(

@@ -10,9 +10,10 @@ from llmq.cli import options
 from llmq.cli.manifest import print_manifest
 from llmq.cli.terminal import Step, megabytes, messages, print_json, print_notes, print_table, quiet_transformers, show
 from llmq.cli.verify import print_findings, print_serving
-from llmq.config import QuantConfig, config_from, config_to, merged, read_toml
+from llmq.config import QuantConfig
 from llmq.errors import Interrupted, LlmqError
 from llmq.report.record import OUTSIDE_THE_BLOCKS, experts_summary
+from llmq.settings import config_from, config_to, merged, read_toml
 
 if TYPE_CHECKING:
     from llmq.job import Job

@@ -9,14 +9,15 @@ from typer import Option
 from llmq.cli import options
 from llmq.cli.manifest import print_manifest
 from llmq.cli.terminal import messages, print_json, print_notes, print_table, quiet_transformers, show_measuring
-from llmq.config import GroupSize, QuantConfig, Scheme, config_from, merged, parse_group_size, read_toml
+from llmq.config import GroupSize, QuantConfig, Scheme
 from llmq.errors import ConfigError, Interrupted
 from llmq.report.record import MeasuringStep
+from llmq.settings import config_from, merged, parse_group_size, read_toml
 
 if TYPE_CHECKING:
+    from llmq.allocation.spending import Spending
     from llmq.job import Job
     from llmq.report.effects import Sensitivity
-    from llmq.spending import Spending
 
 GRIDS = ("3:128", "4:128", "4:32", "8:128")
 
@@ -68,7 +69,7 @@ def command(
 
         heat_map.require_drawable(plot)  # before hours are spent
     tried = [_scheme(text, settings) for text in grids or (GRIDS if settings.target_bits is None else ())]
-    from llmq import spending
+    from llmq.allocation import spending
     from llmq.job import Job
 
     quiet_transformers()

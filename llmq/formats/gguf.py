@@ -3,8 +3,8 @@
     gguf_q4_k   uint8 (N, bytes of a row)     the suffix says the type
     gguf_q6_k   …
 
-What is staged is what will be written, so an interrupted run continues in the same bytes; `finishing.py` puts the
-file together.  No engine reads this layout, and its block of settings never reaches a config.json.
+What is staged is what will be written, so an interrupted run continues in the same bytes; `conversion/finishing.py`
+puts the file together.  No engine reads this layout, and its block of settings never reaches a config.json.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What was found about how much each layer suffers from each grid; see `sensitivity.py`, which finds it out."""
+"""How much each layer suffers from each grid, as `allocation/sensitivity.py` finds it out."""
 
 from dataclasses import dataclass
 from typing import Any

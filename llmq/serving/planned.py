@@ -1,6 +1,6 @@
 """A model that is not there yet, as serving engines would find it: what `--dry-run` asks them about."""
 
-from llmq import outputs
+from llmq.outputs import layouts
 from llmq.plan import Plan
 from llmq.serving import subject
 from llmq.serving.subject import Linear, Subject
@@ -14,10 +14,10 @@ def planned(plan: Plan) -> dict[str, Subject]:
     floats = [linear for linear in subject.floats(plan.checkpoint) if linear.name not in chosen]
     found = {}
     for name in plan.settings.formats:
-        if name.startswith(outputs.GGUF):
+        if name.startswith(layouts.GGUF):
             found[name] = Subject("gguf", plan.checkpoint.config, {}, (), tokenizer)
             continue
-        settings = plan.quantization_config(layout=outputs.single(name))
+        settings = plan.quantization_config(layout=layouts.single(name))
         method = str(settings["quant_method"])
         linears = (*packed, *subject.declared(floats, settings))
         found[name] = Subject(method, plan.checkpoint.config, settings, linears, tokenizer)

@@ -1,8 +1,8 @@
 """What to do about it, where that depends on the model: a command is named only where it would work."""
 
-from llmq import outputs
 from llmq.errors import UnsupportedModelError
 from llmq.gguf.architectures import architecture
+from llmq.outputs import layouts
 from llmq.serving.subject import Subject
 
 CONVERT = "llmq convert PATH OUT --to"
@@ -16,7 +16,7 @@ def to_gguf(subject: Subject) -> str:
     except (UnsupportedModelError, KeyError):  # KeyError: its sizes are those of a part of it
         return "llmq writes no .gguf file of this architecture; llama.cpp's convert_hf_to_gguf.py may, of the original"
     if any(linear.ordered or linear.scheme is None for linear in subject.packed) or any(
-        linear.scheme is not None and outputs.gguf_refusal(linear.scheme, linear.in_features)
+        linear.scheme is not None and layouts.gguf_refusal(linear.scheme, linear.in_features)
         for linear in subject.packed
     ):
         return f"{ANEW} with --format gguf; {CONVERT} gguf --allow-requantize rounds what is here anew"

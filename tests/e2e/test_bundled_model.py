@@ -8,7 +8,7 @@ from transformers import AutoConfig
 
 import llmq
 from llmq.checkpoint.reader import Checkpoint
-from llmq.measure import measure
+from llmq.evaluation.measure import measure
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "eval" / "models" / "tiny-python-llama"

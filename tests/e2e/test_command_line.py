@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from llmq import __version__
 from llmq.cli import terminal
-from llmq.config import QuantConfig, Scheme, config_from
+from llmq.config import QuantConfig, Scheme
+from llmq.settings import config_from
 from tests import builders
 from tests.command_line import ROOT, llmq, llmq_process
 

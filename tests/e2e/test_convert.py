@@ -17,7 +17,7 @@ from torch import Tensor
 import llmq
 from llmq import serving
 from llmq.checkpoint.staging import STAGING
-from llmq.convert import Converter
+from llmq.conversion.convert import Converter
 from llmq.errors import ConfigError, FormatError
 from tests import builders, mixtures
 from tests.command_line import llmq as command
@@ -125,7 +125,7 @@ def test_a_run_killed_between_its_formats_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("llmq.convert.Converter._finish", killed)
+        patch.setattr("llmq.conversion.convert.Converter._finish", killed)
         llmq.quantize(str(model), tmp_path / "out", **settings)
     assert [entry.name for entry in (tmp_path / "out").iterdir()] == [STAGING]  # no half of it
     report = llmq.quantize(str(model), tmp_path / "out", **settings)
@@ -277,7 +277,7 @@ def test_scales_that_the_format_does_not_hold_are_refused(packed: Any, tmp_path:
 
 
 def test_an_interrupted_conversion_goes_on(packed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmq.convert.CHUNK_BYTES", 3000)
+    monkeypatch.setattr("llmq.conversion.convert.CHUNK_BYTES", 3000)
     convert(packed("awq"), tmp_path / "whole", "gptq")
     steps = Converter(packed("awq"), tmp_path / "out", "gptq").run()
     for _ in range(8):

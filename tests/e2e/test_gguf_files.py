@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 import llmq
 from llmq.checkpoint.reader import Checkpoint
 from llmq.errors import CheckpointError, FormatError, LlmqError, UnsupportedModelError
+from llmq.evaluation.measure import measure
+from llmq.evaluation.streaming import open_source
 from llmq.gguf import export
 from llmq.gguf.container import Container
 from llmq.gguf.reader import Weights, described
-from llmq.measure import measure
-from llmq.streaming import open_source
 
 pytest.importorskip("gguf")
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 import llmq
-from llmq.config import QuantConfig, merged
+from llmq.config import QuantConfig
 from llmq.job import Job
 from llmq.methods import Method, Tuning
 from llmq.report.record import BlockReport
+from llmq.settings import merged
 from tests.runs import tensors_of
 
 pytest.importorskip("gguf")

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import llmq
-from llmq.convert import Converter
+from llmq.conversion.convert import Converter
 from llmq.errors import CheckpointError, ConfigError
+from llmq.evaluation.measure import measure
 from llmq.job import FLOAT_HEAD
-from llmq.measure import measure
 from llmq.runtime.linear import PackedLinear
 from tests import builders
 from tests.runs import float_equivalent, float_model, job, logits, quantize, relative, tensors_of, windows_of

@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import llmq
-from llmq import formats, unquantized
+from llmq import formats
 from llmq.errors import UnsupportedModelError
 from llmq.methods import Method, Tuning
 from llmq.model import meta_run, skeleton
+from llmq.outputs import unquantized
 from tests import builders
 from tests.architectures import examine, tiny
 from tests.runs import float_equivalent, float_model, job, logits, quantize, relative, tensors_of

@@ -14,10 +14,11 @@ from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import llmq
-from llmq import memory, streaming
+from llmq import memory
 from llmq.errors import QualityError
-from llmq.evaluation import Evaluation, evaluate, logits_of, read_windows
-from llmq.measure import measure, measure_many, require
+from llmq.evaluation import streaming
+from llmq.evaluation.measure import measure, measure_many, require
+from llmq.evaluation.scoring import Evaluation, evaluate, logits_of, read_windows
 from llmq.model.walk import hidden_states
 from llmq.runtime.unpacked import open_skeleton
 from tests import builders
@@ -85,7 +86,7 @@ def test_batches_and_heads_of_any_size_give_the_same_figures(
     llama: Path, packed: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = measure(packed, llama, text, **SIZE).model
-    monkeypatch.setattr("llmq.evaluation.TOKENS_PER_BATCH", 4 * 32)  # six windows: four and two
+    monkeypatch.setattr("llmq.evaluation.scoring.TOKENS_PER_BATCH", 4 * 32)  # six windows: four and two
     monkeypatch.setattr(streaming, "LOGITS_BYTES", 3 * 32 * 4 * builders.VOCABULARY)  # of the four: three and one
     agree(measure(packed, llama, text, **SIZE).model, expected)
 
@@ -127,8 +128,8 @@ def recorded_runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         runs.append((folders[id(skeleton)], sum(map(len, batches))))
         return hidden_states(skeleton, batches)
 
-    monkeypatch.setattr("llmq.streaming.open_skeleton", opened)
-    monkeypatch.setattr("llmq.streaming.hidden_states", walked)
+    monkeypatch.setattr("llmq.evaluation.streaming.open_skeleton", opened)
+    monkeypatch.setattr("llmq.evaluation.streaming.hidden_states", walked)
     return runs
 
 
@@ -158,7 +159,7 @@ def test_one_model_at_a_time_is_in_memory(
         opened.append(weakref.ref(skeleton))
         return skeleton
 
-    monkeypatch.setattr("llmq.streaming.open_skeleton", watched)
+    monkeypatch.setattr("llmq.evaluation.streaming.open_skeleton", watched)
     measure_many(llama, [packed, packed, packed], text, **SIZE)
     assert len(opened) == 4
 
@@ -279,7 +280,7 @@ PROGRAM = """
 import json, resource, sys
 from pathlib import Path
 import torch
-from llmq.measure import measure
+from llmq.evaluation.measure import measure
 torch.set_num_threads(1)
 tiny, many, text, allowed = *sys.argv[1:4], int(sys.argv[4])
 measure(tiny, tiny, text, seqlen=32, limit=2, device="cpu")  # imports whatever is imported late

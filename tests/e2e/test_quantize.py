@@ -13,12 +13,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import llmq
-from llmq.config import QuantConfig, config_from, config_to, merged
+from llmq.config import QuantConfig
 from llmq.formats import load as load_format
 from llmq.methods import METHODS, Method
 from llmq.model import observe
 from llmq.runtime.fuse import FusedLinear
 from llmq.runtime.linear import PackedLinear
+from llmq.settings import config_from, config_to, merged
 from tests.builders import change_json
 from tests.runs import (
     QUICK,

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 import llmq
-from llmq import memory, tuning
+from llmq import divergence, memory, tuning
 from llmq.checkpoint.revision import Revision
-from llmq.config import QuantConfig, merged
+from llmq.config import QuantConfig
 from llmq.errors import CalibrationError, LlmqError
-from llmq.evaluation import divergence
 from llmq.job import Job
 from llmq.methods import Method, Tuning
 from llmq.report.record import BlockReport, Report, StageGain, TuningStep
+from llmq.settings import merged
 from llmq.tuning import Session, blocks
 from llmq.tuning.blocks import _transformed
 from tests.runs import float_model, logits, tensors_of

@@ -32,7 +32,8 @@ import json, os, resource, signal, sys
 from pathlib import Path
 import torch
 from llmq import tuning
-from llmq.config import QuantConfig, merged
+from llmq.config import QuantConfig
+from llmq.settings import merged
 from llmq.job import Job
 from llmq.methods import Method, Tuning
 from llmq.report.record import TuningStep

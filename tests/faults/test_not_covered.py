@@ -10,7 +10,7 @@ from transformers import LongcatFlashConfig, LongcatFlashForCausalLM
 
 import llmq
 from llmq.errors import CheckpointError, UnsupportedModelError
-from llmq.measure import measure
+from llmq.evaluation.measure import measure
 from tests import builders
 
 Checkpoints = Callable[..., Path]

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmq import allocation
-from llmq.allocation import Choice, allocate
+from llmq.allocation import knapsack
+from llmq.allocation.knapsack import Choice, allocate
 from llmq.errors import ConfigError
 
 choices = st.builds(Choice, bits=st.integers(0, 60), loss=st.floats(0, 1, allow_nan=False))
@@ -47,7 +47,7 @@ def test_of_equal_plans_the_cheapest_is_taken() -> None:
 def test_long_steps_cost_little_and_never_exceed_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     units = [[Choice(1000 + 7 * u, 9.0 - u), Choice(2000 + 13 * u, 4.0), Choice(4001 + u, 0.0)] for u in range(5)]
     exact = allocate(units, 11_003)
-    monkeypatch.setattr(allocation, "STEPS", 500)
+    monkeypatch.setattr(knapsack, "STEPS", 500)
     coarse = allocate(units, 11_003)
     bits, losses = ([sum(getattr(u[i], f) for u, i in zip(units, plan, strict=True)) for plan in (exact, coarse)]
                     for f in ("bits", "loss"))  # fmt: skip

@@ -9,21 +9,11 @@ from typing import Any
 import pytest
 import tomli_w
 
-from llmq.config import (
-    Calibration,
-    Override,
-    QuantConfig,
-    Scheme,
-    config_from,
-    config_to,
-    merged,
-    parse_group_size,
-    parse_override,
-    read_toml,
-)
+from llmq.config import Calibration, Override, QuantConfig, Scheme
 from llmq.errors import ConfigError
 from llmq.methods import METHODS
 from llmq.patterns import matches
+from llmq.settings import config_from, config_to, merged, parse_group_size, parse_override, read_toml
 
 FULL = QuantConfig(
     method="awq",

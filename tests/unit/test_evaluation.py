@@ -11,10 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llmq import calibration, evaluation
+from llmq import calibration
 from llmq.calibration import sources
 from llmq.errors import CalibrationError
-from llmq.evaluation import (
+from llmq.evaluation import scoring
+from llmq.evaluation.scoring import (
     Comparison,
     Interval,
     Logits,
@@ -144,7 +145,7 @@ def test_figures_do_not_depend_on_how_windows_are_batched(monkeypatch: pytest.Mo
         sizes.append(len(tokens))
         return bigrams(0)[tokens]
 
-    monkeypatch.setattr(evaluation, "TOKENS_PER_BATCH", 48)
+    monkeypatch.setattr(scoring, "TOKENS_PER_BATCH", 48)
     found = evaluate(watched, windows(), against=model(bigrams(1)))
     monkeypatch.undo()
     assert sizes == [2, 2, 1]
@@ -152,7 +153,7 @@ def test_figures_do_not_depend_on_how_windows_are_batched(monkeypatch: pytest.Mo
 
 
 def test_a_window_longer_than_a_batch_is_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "TOKENS_PER_BATCH", 4)
+    monkeypatch.setattr(scoring, "TOKENS_PER_BATCH", 4)
     assert evaluate(model(bigrams(0)), windows()).tokens == 5 * 23
 
 
@@ -186,7 +187,7 @@ def test_perplexities_of_both_and_their_ratio_come_from_the_same_logits() -> Non
 def test_figures_do_not_depend_on_how_many_tokens_are_compared_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     quantized, original = model(bigrams(0) + 0.3 * bigrams(1)), model(bigrams(0))
     expected = evaluate(quantized, windows(), against=original)
-    monkeypatch.setattr(evaluation, "ENTRIES_AT_ONCE", 7 * VOCABULARY)  # 120 tokens are no multiple of 7
+    monkeypatch.setattr(scoring, "ENTRIES_AT_ONCE", 7 * VOCABULARY)  # 120 tokens are no multiple of 7
     assert evaluate(quantized, windows(), against=original) == expected
 
 

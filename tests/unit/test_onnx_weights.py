@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from llmq.config import Scheme
+from llmq.conversion.onnx_weights import MatMulNBits, matmul_nbits
 from llmq.errors import FormatError
-from llmq.onnx_weights import MatMulNBits, matmul_nbits
 from llmq.quantized import QuantizedTensor
 
 

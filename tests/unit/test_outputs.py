@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 
-from llmq import formats, outputs
+from llmq import formats
 from llmq.config import Scheme
 from llmq.errors import ConfigError
 from llmq.formats import Layout
 from llmq.grid import Bounded
+from llmq.outputs import layouts
 from tests.weights import random_weight
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -20,7 +21,7 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
     [([F16], F16), ([BF16], BF16), ([F32, F16], F16), ([F16, F16], F16), ([BF16, F16], Bounded(BF16, 6.2e-5))],
 )
 def test_scales_are_rounded_to_what_all_dtypes_hold(dtypes: list[torch.dtype], expected: object) -> None:
-    assert outputs.common_values(dtypes) == expected
+    assert layouts.common_values(dtypes) == expected
 
 
 def test_every_bounded_bfloat16_is_a_float16() -> None:
@@ -31,8 +32,8 @@ def test_every_bounded_bfloat16_is_a_float16() -> None:
 
 
 def test_one_format_is_its_own_layout() -> None:
-    assert outputs.layout_of(["gptq"], BF16) is formats.load("gptq")
-    assert outputs.scale_values(formats.load("compressed-tensors"), BF16) is BF16
+    assert layouts.layout_of(["gptq"], BF16) is formats.load("gptq")
+    assert layouts.scale_values(formats.load("compressed-tensors"), BF16) is BF16
 
 
 @pytest.mark.parametrize(
@@ -45,7 +46,7 @@ def test_one_format_is_its_own_layout() -> None:
     ],
 )
 def test_blocks_are_staged_in_the_first_format_of_safetensors(names: tuple[str, ...], staged: str) -> None:
-    assert outputs.staged_format(names) == staged
+    assert layouts.staged_format(names) == staged
 
 
 @pytest.mark.parametrize(
@@ -59,21 +60,21 @@ def test_blocks_are_staged_in_the_first_format_of_safetensors(names: tuple[str, 
     ],
 )
 def test_what_one_refuses_all_refuse(names: tuple[str, ...], scheme: Scheme, words: str | None) -> None:
-    refusal = outputs.layout_of(names, BF16).refusal(scheme, 64, 64)
+    refusal = layouts.layout_of(names, BF16).refusal(scheme, 64, 64)
     assert (words is None) == (refusal is None)
     assert words is None or words in str(refusal)
 
 
 def test_one_grid_where_one_of_them_wants_it() -> None:
-    assert outputs.layout_of(["gptq", "awq"], BF16).ONE_GRID
-    assert not outputs.layout_of(["gptq", "compressed-tensors"], BF16).ONE_GRID
+    assert layouts.layout_of(["gptq", "awq"], BF16).ONE_GRID
+    assert not layouts.layout_of(["gptq", "compressed-tensors"], BF16).ONE_GRID
     mixed = {"a": Scheme(4, 32), "b": Scheme(4, 64)}
     with pytest.raises(ConfigError, match="awq file holds one grid"):
-        outputs.layout_of(["gptq", "awq"], BF16).quantization_config(mixed, [])
+        layouts.layout_of(["gptq", "awq"], BF16).quantization_config(mixed, [])
 
 
 def test_staged_scales_have_the_dtype_of_the_file_and_come_back_as_they_were() -> None:
-    layout: Layout = outputs.layout_of(["compressed-tensors", "gptq"], F32)
+    layout: Layout = layouts.layout_of(["compressed-tensors", "gptq"], F32)
     q = random_weight(Scheme(4, 32), 8, 64, scale_dtype=F16)
     packed = layout.pack(q)
     assert packed["weight_scale"].dtype is F32
@@ -85,7 +86,7 @@ def test_staged_scales_have_the_dtype_of_the_file_and_come_back_as_they_were() -
 
 
 def test_it_can_be_copied_and_has_what_its_first_format_has() -> None:
-    layout, first = outputs.layout_of(["gptq", "awq"], F16), formats.load("gptq")
+    layout, first = layouts.layout_of(["gptq", "awq"], F16), formats.load("gptq")
     again = copy.copy(layout)
     assert (again.SUFFIXES, again.CODES, again.CONFIG_COPY) == (first.SUFFIXES, first.CODES, first.CONFIG_COPY)
     assert again.weight_shape is first.weight_shape
@@ -94,4 +95,4 @@ def test_it_can_be_copied_and_has_what_its_first_format_has() -> None:
 
 
 def test_gptq_in_its_second_version_is_a_format_of_its_own() -> None:
-    assert outputs.single("gptq_v2").quantization_config({"a": Scheme(4, 32)}, [])["checkpoint_format"] == "gptq_v2"
+    assert layouts.single("gptq_v2").quantization_config({"a": Scheme(4, 32)}, [])["checkpoint_format"] == "gptq_v2"

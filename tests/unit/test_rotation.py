@@ -12,7 +12,7 @@ from torch import Tensor
 from llmq import pipeline
 from llmq.algorithms import Options, rotation, rtn
 from llmq.basis import columns, inverse, repeated, rows, scaling
-from llmq.config import QuantConfig, Scheme, config_from, config_to, merged
+from llmq.config import QuantConfig, Scheme
 from llmq.methods import METHODS, Method
 from llmq.model import fold, observe
 from llmq.model.block import Block
@@ -20,6 +20,7 @@ from llmq.model.fold import FoldSite
 from llmq.model.stream import Stream
 from llmq.report.record import StageGain
 from llmq.schemes import LayerPlan
+from llmq.settings import config_from, config_to, merged
 from llmq.stats import InputStats
 from tests.builders import skeleton_of, tokens
 

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from llmq import memory, sensitivity
+from llmq import memory
 from llmq.algorithms import Options
+from llmq.allocation import sensitivity
+from llmq.allocation.sensitivity import Candidate, Layer, Question
 from llmq.config import Scheme
 from llmq.errors import CalibrationError
 from llmq.model.observe import InputGroup
 from llmq.report.effects import Sensitivity, Unit
-from llmq.sensitivity import Candidate, Layer, Question
 from tests import builders
 
 SCHEMES = (Scheme(3, 16), Scheme(4, "channel", symmetric=False))

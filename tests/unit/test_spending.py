@@ -5,10 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from llmq import formats, spending
-from llmq.config import Override, QuantConfig, Scheme, config_from, config_to
+from llmq import formats
+from llmq.allocation import spending
+from llmq.config import Override, QuantConfig, Scheme
 from llmq.errors import ConfigError
 from llmq.report.effects import Effect, Sensitivity, Unit
+from llmq.settings import config_from, config_to
 
 SCHEMES = spending.schemes_to_try(Scheme())
 SHAPES = {f"x.{name}": (name, 256, 256) for name in ("a.q", "a.k", "b.down")}

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq import outputs
 from llmq._version import __version__
 from llmq.checkpoint import hub
 from llmq.checkpoint.atomic import write_text
@@ -27,15 +26,16 @@ from llmq.checkpoint.reader import Checkpoint
 from llmq.checkpoint.storage import Part
 from llmq.checkpoint.writer import CONFIG, Writer
 from llmq.config import Scheme
+from llmq.conversion.gguf_output import export_gguf
+from llmq.conversion.recode import Recoded, nearest, on_grid, recode, requantize, symmetric, widened_scheme
 from llmq.errors import ConfigError, FormatError
 from llmq.formats import tensor_name
 from llmq.gguf.reader import Weights
-from llmq.gguf_output import export_gguf
 from llmq.inspection import read_record
 from llmq.integrity import checksums
 from llmq.json_text import json_text
-from llmq.linear_names import linear_names
-from llmq.recode import Recoded, nearest, on_grid, recode, requantize, symmetric, widened_scheme
+from llmq.outputs import layouts
+from llmq.outputs.linear_names import linear_names
 from llmq.report.record import PROVENANCE_FILE, ConvertStep
 from llmq.runtime.load import stored_dtype
 from llmq.runtime.packed_weights import PackedWeights, quantization_settings
@@ -87,20 +87,20 @@ class Converter:
 
         `identity` then says what that is, by plain values, so that an interrupted conversion of it can be repeated.
         """
-        outputs.require_known(to)
-        outputs.require_folder_name(out)
+        layouts.require_known(to)
+        layouts.require_folder_name(out)
         self._checkpoint = Checkpoint.open(hub.locate(str(source), None, remote_code=remote_code))
         if out.resolve() == self._checkpoint.folder.resolve():
             raise ConfigError(f"{out} is the checkpoint itself, which stays as it is", hint="give another folder")
         self._packed = PackedWeights(self._checkpoint)
-        outputs.refuse_packed_head(to, self._packed.modules)
+        layouts.refuse_packed_head(to, self._packed.modules)
         weights = [f"{module}.weight" for module in self._packed.modules]
-        outputs.require_writable([to], self._checkpoint, [*weights, *(name for _, name, _ in self._rest())])
+        layouts.require_writable([to], self._checkpoint, [*weights, *(name for _, name, _ in self._rest())])
         self._out, self._to = out, to
         self._source = identity or self._checkpoint.fingerprint()
         self._allowed, self._overwrite = allow_requantize, overwrite
         self._model_dtype = stored_dtype(self._checkpoint)
-        self._layout = outputs.layout_of([to], self._model_dtype)
+        self._layout = layouts.layout_of([to], self._model_dtype)
         self._names = linear_names(self._checkpoint, self._packed.modules, remote_code=remote_code)
         self._symmetric = False  # whether every zero is in the middle, though the file has room for others
         self._targets: dict[str, Scheme] = {}
@@ -124,7 +124,7 @@ class Converter:
             "source": self._source,
             "requantize": self._allowed,
         }
-        needed = (3 if self._to == outputs.GGUF else 2) * self._checkpoint.nbytes
+        needed = (3 if self._to == layouts.GGUF else 2) * self._checkpoint.nbytes
         writer = Writer.open(self._out, identity=identity, overwrite=self._overwrite, needed_bytes=needed)
         try:
             yield from self._convert(writer)
@@ -247,7 +247,7 @@ class Converter:
         documents = {CONFIG: json_text({**self._checkpoint.config, "quantization_config": settings})}
         if self._layout.CONFIG_COPY:
             documents[self._layout.CONFIG_COPY] = json_text(settings)
-        if self._to == outputs.GGUF:
+        if self._to == layouts.GGUF:
             between = writer.scratch()
             writer.assemble(between, self._rest(), files, documents)
             file = export_gguf(between, final, self._out).file

@@ -19,13 +19,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from llmq import formats, outputs
+from llmq import formats
 from llmq.checkpoint.companions import companion_files
 from llmq.checkpoint.reader import Checkpoint
 from llmq.checkpoint.weights import locate_tensors, read_json_object
 from llmq.checkpoint.writer import CONFIG, Writer
 from llmq.config import Scheme
-from llmq.convert import Conversion, Converter
+from llmq.conversion.convert import Conversion, Converter
+from llmq.conversion.recode import requantize
 from llmq.errors import ConfigError, FormatError, UnsupportedModelError
 from llmq.formats import tensor_name
 from llmq.gguf import reader
@@ -34,11 +35,11 @@ from llmq.gguf.reader import Weights
 from llmq.inspection import read_record
 from llmq.integrity import checksum
 from llmq.json_text import json_text
-from llmq.linear_names import linear_names
 from llmq.model import skeleton
 from llmq.model.weights import ModelWeights
+from llmq.outputs import layouts
+from llmq.outputs.linear_names import linear_names
 from llmq.quantized import QuantizedTensor
-from llmq.recode import requantize
 from llmq.report.record import PROVENANCE_FILE, ConvertStep
 from llmq.runtime.load import has_tokenizer
 
@@ -67,9 +68,9 @@ class GgufConverter:
         allow_requantize: bool = False,
         overwrite: bool = False,
     ) -> None:
-        outputs.require_known(to)
-        outputs.require_folder_name(out)
-        if to == outputs.GGUF:
+        layouts.require_known(to)
+        layouts.require_folder_name(out)
+        if to == layouts.GGUF:
             raise ConfigError(f"{source} is a .gguf file already", hint="give another format with --to")
         if out.resolve() == source.parent.resolve():
             raise ConfigError(f"{out} is the folder of {source.name}, which stays as it is", hint="give another folder")
@@ -78,7 +79,7 @@ class GgufConverter:
         self._unpacking = GgufSource(source, like, allow_requantize=allow_requantize)
         self._source, self._out, self._to = source, out, to
         self._options = {"allow_requantize": allow_requantize, "overwrite": overwrite}
-        self.report = Conversion(str(source), str(out), outputs.GGUF, to)
+        self.report = Conversion(str(source), str(out), layouts.GGUF, to)
 
     def run(self) -> Iterator[ConvertStep]:
         """See `Converter.run`."""

@@ -2,8 +2,8 @@
 
 One format of safetensors is its own layout.  Several share the codes, so they share whatever decides these: a grid is
 refused where one of them refuses it, and scales are rounded to values that all of them hold exactly.  The blocks are
-staged in the first one; the others are made from it when it is finished (`convert.py`).  A .gguf file is always made
-that way, unless it has a grid of its own.
+staged in the first one; the others are made from it when it is finished (`conversion/convert.py`).  A .gguf file is
+always made that way, unless it has a grid of its own.
 """
 
 import dataclasses

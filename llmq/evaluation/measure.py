@@ -1,8 +1,8 @@
 """Open models from disk and evaluate them: what `llmq eval` and the scripts in eval/ call.
 
-Models are read block by block (`streaming.py`), so one that does not fit into memory is measured all the same.  The
-original runs once over a text, however many models are compared with it: its hidden states in front of the head are
-kept, and where they do not fit, the text is taken in several parts.
+Models are read block by block (`evaluation/streaming.py`), so one that does not fit into memory is measured all the
+same.  The original runs once over a text, however many models are compared with it: its hidden states in front of the
+head are kept, and where they do not fit, the text is taken in several parts.
 """
 
 import gc
@@ -19,12 +19,12 @@ from llmq.checkpoint import hub
 from llmq.checkpoint.reader import Checkpoint
 from llmq.checkpoint.weights import gguf_file
 from llmq.errors import CheckpointError, ConfigError, QualityError, UnsupportedModelError
-from llmq.evaluation import Evaluation, Scores, read_windows, score, summary, summary_of_original
+from llmq.evaluation.scoring import Evaluation, Scores, read_windows, score, summary, summary_of_original
+from llmq.evaluation.streaming import Source, open_source, windows_together
 from llmq.gguf.container import Container
 from llmq.gguf.reader import described, is_file
 from llmq.runtime.load import choose_device, load_tokenizer
 from llmq.runtime.packed_weights import PackedWeights, quantization_settings
-from llmq.streaming import Source, open_source, windows_together
 
 DEFAULT_SEQLEN = 2048
 

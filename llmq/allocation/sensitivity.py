@@ -28,10 +28,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from llmq import algorithms, evaluation, memory
+from llmq import algorithms, memory
 from llmq.algorithms import Factor, Options, gptq, output_error
 from llmq.config import Scheme
 from llmq.errors import CalibrationError
+from llmq.evaluation import scoring
+from llmq.evaluation.streaming import windows_together
 from llmq.model import observe
 from llmq.model.block import Block
 from llmq.model.experts import SeparateExperts
@@ -41,7 +43,6 @@ from llmq.model.stream import Stream
 from llmq.report.effects import Effect, Sensitivity, Unit
 from llmq.report.record import MeasuringStep
 from llmq.stats import InputStats
-from llmq.streaming import windows_together
 
 PROBE_TOKENS = 64  # as in `pipeline.py`: what does not run on these is not rounded
 WINDOWS = 8  # on which the KL is measured, by default
@@ -241,7 +242,7 @@ def _score(skeleton: Skeleton, batches: Sequence[Tensor], hidden: Sequence[Tenso
     for index, (tokens, state) in enumerate(zip(batches, hidden, strict=True)):
         expected = skeleton.logits(tokens, state)
         for variant in variants:
-            scores = evaluation.score(skeleton.logits(tokens, variant.hidden[index]), tokens, expected)
+            scores = scoring.score(skeleton.logits(tokens, variant.hidden[index]), tokens, expected)
             assert scores.beside is not None, "compared with the float model's logits"
             variant.kl += float(scores.beside.divergence.sum(dtype=torch.float64)) / total
 

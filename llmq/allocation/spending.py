@@ -2,10 +2,10 @@
 
     minimise  Σ_u ε_u,c(u)    where    Σ_u bits_u,c(u) ≤ target · Σ_u weights_u
 
-over one choice c(u) for each unit u of layers that must be alike (`sensitivity.py` finds the units, and measures ε as
-the KL divergence that the choice alone causes; `allocation.py` solves it).  Choices are 4 bits in groups of 128 or of
-32, 8 bits in groups of 128, the grid that the run asks for, and to leave the unit as it is, at no loss.  All of them
-are what serving engines load, side by side in one file: fused layers share their grid.
+over one choice c(u) for each unit u of layers that must be alike (`allocation/sensitivity.py` finds the units, and
+measures ε as the KL divergence that the choice alone causes; `allocation/knapsack.py` solves it).  Choices are 4 bits
+in groups of 128 or of 32, 8 bits in groups of 128, the grid that the run asks for, and to leave the unit as it is, at
+no loss.  All of them are what serving engines load, side by side in one file: fused layers share their grid.
 
 Bits are all that the format writes for a weight (codes, scales, zeros, and what else it wants), averaged over the
 layers that the run would quantize; a layer that is left as it is counts with all of its bits.  Layers that a `--skip`
@@ -26,7 +26,8 @@ from typing import Any
 import torch
 
 from llmq.algorithms import Options
-from llmq.allocation import Choice, allocate
+from llmq.allocation.knapsack import Choice, allocate
+from llmq.allocation.sensitivity import Candidate, Layer, Question
 from llmq.checkpoint.reader import Checkpoint
 from llmq.config import Override, QuantConfig, Scheme
 from llmq.errors import ConfigError
@@ -38,7 +39,6 @@ from llmq.quantized import QuantizedTensor
 from llmq.report.effects import Sensitivity, Unit
 from llmq.runtime.unpacked import stored_bytes
 from llmq.schemes import alike, plan_layers
-from llmq.sensitivity import Candidate, Layer, Question
 
 LEFT = "as it is"
 MANY = 8  # layers of one unit

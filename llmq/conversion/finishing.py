@@ -13,24 +13,24 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from llmq import outputs
 from llmq.checkpoint.atomic import write_text
 from llmq.checkpoint.companions import companion_files
 from llmq.checkpoint.writer import CONFIG, Writer
 from llmq.config import GGUF_GRIDS
-from llmq.convert import Converter
+from llmq.conversion.convert import Converter
+from llmq.conversion.gguf_output import blocks_to_gguf, export_gguf
 from llmq.errors import CheckpointError, ConfigError, LlmqError, UnsupportedModelError
-from llmq.gguf_output import blocks_to_gguf, export_gguf
 from llmq.inspection import read_record
 from llmq.integrity import checksums
 from llmq.json_text import json_text
+from llmq.outputs import layouts
 from llmq.plan import Plan
 from llmq.report.record import PROVENANCE_FILE, ConvertStep, Report
 
 
 def copies(formats: Sequence[str]) -> int:
     """How many times the weights are on the disk at the end of a run: the blocks, and what is made of them."""
-    made = 1 + len(formats) - (outputs.staged_format(formats) in formats)
+    made = 1 + len(formats) - (layouts.staged_format(formats) in formats)
     between = 2 if len(formats) > 1 else 0  # a format that is made of another one is staged on its own
     return 1 + made + between
 
@@ -56,14 +56,14 @@ def finish(writer: Writer, plan: Plan, report: Report, quantized: set[str]) -> I
     files = companion_files(plan.checkpoint.folder)
     locations = {name: plan.checkpoint.location(name) for name in plan.outside()}
     rest = [(location.file, name, location.info) for name, location in locations.items()]
-    if formats == (outputs.staged_format(formats),):
+    if formats == (layouts.staged_format(formats),):
         with writer.finishing() as final:
             writer.assemble(final, rest, files, documents)
             report.checksums = checksums(final)
             write_text(final / PROVENANCE_FILE, json_text(report.to_dict()))
         return
     with writer.finishing() as final:
-        staged = outputs.staged_format(formats)
+        staged = layouts.staged_format(formats)
         folders = {name: final / name if len(formats) > 1 else final for name in formats}
         first = folders.get(staged) or writer.scratch()
         first.mkdir(exist_ok=True)
@@ -96,7 +96,7 @@ def _way_on(out: Path, staged: str, finished: Sequence[str], failed: Sequence[st
 
 def _make(source: Path, folder: Path, to: str, out: Path, plan: Plan, report: Report) -> Iterator[ConvertStep]:
     """The model in `source` once more in another format, compared with it; `out` is what the user named."""
-    if to == outputs.GGUF:
+    if to == layouts.GGUF:
         folder.mkdir(exist_ok=True)
         summary = export_gguf(source, folder, out)
         report.notes += [*summary.notes, f"{to}: {len(summary.exact)} weights compared, 0 differ"]

@@ -13,9 +13,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from llmq import evaluation, memory
+from llmq import memory
 from llmq.checkpoint.reader import Checkpoint
 from llmq.errors import UnsupportedModelError
+from llmq.evaluation import scoring
 from llmq.gguf import reader
 from llmq.model.skeleton import Skeleton
 from llmq.model.walk import hidden_states
@@ -67,7 +68,7 @@ class Streamed:
 
     def run(self, windows: Tensor) -> None:
         self._hidden = []  # those of other windows go first
-        self._batches = tuple(evaluation.batches(windows))
+        self._batches = tuple(scoring.batches(windows))
         self._hidden = hidden_states(self._skeleton, self._batches)
 
     def logits(self, together: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -84,9 +85,9 @@ class Streamed:
         outside = [p for p in self._skeleton.model.parameters() if id(p) not in inside]
         still = sum(p.nbytes for p in outside if p.is_meta) + (sides - 1) * sum(p.nbytes for p in outside)
         block = BLOCK_COPIES * max(block.float_bytes for block in blocks)
-        tokens = max(length, min(evaluation.TOKENS_PER_BATCH, LOGITS_BYTES // (4 * self.vocabulary)))
+        tokens = max(length, min(scoring.TOKENS_PER_BATCH, LOGITS_BYTES // (4 * self.vocabulary)))
         entries = tokens * self.vocabulary
-        compared = SCORE_COPIES * min(entries, evaluation.ENTRIES_AT_ONCE)
+        compared = SCORE_COPIES * min(entries, scoring.ENTRIES_AT_ONCE)
         return still + block + 4 * (sides * LOGITS_COPIES * entries + compared)
 
 
@@ -107,7 +108,7 @@ class Whole:
         self._windows = windows
 
     def logits(self, together: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in evaluation.batches(self._windows):
+        for batch in scoring.batches(self._windows):
             for tokens in batch.split(together):
                 with torch.no_grad():
                     logits = self._model(input_ids=tokens.to(self._model.device), use_cache=False).logits
