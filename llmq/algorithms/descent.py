@@ -11,6 +11,14 @@ Nair and Suggala 2024, arXiv:2406.17542; QuantEase, Behdin et al. 2023, arXiv:23
 
 Rows are independent and go together.  Columns go in blocks of 128: inside a block g is kept up to date at once, behind
 it by one matrix product a block.  One sweep: further ones lower the loss on the calibration text and not on other text.
+
+**Inside a block this is GPTQ's loop.**  Let L be the lower triangle of the block of H, D its diagonal, c the parabola's
+minimum when a column's turn comes, ŵ' what c is rounded to and e = c - ŵ'.  The columns before have moved by ŵ' - ŵ, so
+
+    D (c - ŵ) = g - (L - D)(ŵ' - ŵ)        hence        c = ŵ + L⁻¹ g - (A - 1) e        with  A = L⁻¹ D
+
+where A is lower triangular with ones on its diagonal: a start, and a feedback of the errors to the columns to come.
+That is `llmq_kernels.gptq_block` with Aᵀ in the place of U.
 """
 
 import dataclasses
@@ -20,6 +28,7 @@ from torch import Tensor
 
 from llmq.algorithms import Options, output_error
 from llmq.quantized import QuantizedTensor
+from llmq_kernels.gptq_block import op as gptq_block
 
 COLUMNS = 128
 
@@ -28,7 +37,7 @@ def refine(target: Tensor, quantized: QuantizedTensor, hessian: Tensor, options:
     """See `RefinementStage`."""
     before = quantized.dequantize()
     codes = _sweep(target, before, quantized, hessian)
-    moved = dataclasses.replace(quantized, codes=codes.T.contiguous().to(torch.uint8))
+    moved = dataclasses.replace(quantized, codes=codes.T.contiguous())
     # Every step is one down in exact numbers; in float32 a row at its minimum may go up by a last bit.
     worse = output_error(target, moved.dequantize(), hessian) > output_error(target, before, hessian)
     moved.codes[worse] = quantized.codes[worse]
@@ -36,23 +45,33 @@ def refine(target: Tensor, quantized: QuantizedTensor, hessian: Tensor, options:
 
 
 def _sweep(target: Tensor, rounded: Tensor, quantized: QuantizedTensor, hessian: Tensor) -> Tensor:
-    """Codes (K, N) float32 after one pass over the columns."""
-    groups = quantized.column_groups().tolist()  # on a GPU an index that is a tensor waits for it
+    """Codes (K, N) uint8 after one pass over the columns."""
+    groups = quantized.column_groups()
     scales = quantized.scales.to(torch.float32).T.contiguous()  # (G, N)
-    codes = quantized.codes.T.to(torch.float32)  # (K, N): a column is contiguous
-    gradient = hessian @ (target - rounded).T  # (K, N)
-    diagonal = hessian.diagonal()
-    for start in range(0, len(codes), COLUMNS):
-        stop = min(start + COLUMNS, len(codes))
-        inside = hessian[start:stop, start:stop]
-        moves = torch.zeros_like(codes[start:stop])
-        for column in range(start, stop):
-            scale = scales[groups[column]]
-            best = (codes[column] + gradient[column] / (scale * diagonal[column])).round_()
-            best.clamp_(0, quantized.scheme.levels)
-            move = (best - codes[column]) * scale
-            codes[column] = best
-            moves[column - start] = move
-            gradient[start:stop].addr_(inside[column - start], move, alpha=-1)
-        gradient[stop:].addmm_(hessian[stop:, start:stop], moves, alpha=-1)
+    zeros = torch.full_like(scales, float(quantized.scheme.middle))
+    if quantized.zeros is not None:
+        zeros = quantized.zeros.to(torch.float32).T.contiguous()
+    values = rounded.T.contiguous()  # (K, N): a column is contiguous
+    gradient = hessian @ (target.T - values)  # (K, N)
+    old = quantized.codes.T.to(torch.float32)
+    codes = torch.empty(old.shape, dtype=torch.uint8, device=old.device)
+    for start in range(0, len(values), COLUMNS):
+        block = slice(start, min(start + COLUMNS, len(values)))
+        inverse = _inverse_of_lower(hessian[block, block])
+        feedback = (inverse * hessian[block, block].diagonal()).T.contiguous()
+        begin = values[block] + inverse @ gradient[block]
+        own = groups[block].to(torch.int32)
+        found = gptq_block.compensate(
+            begin[None], feedback[None], scales[None], zeros[None], own[None], quantized.scheme.levels
+        )
+        codes[block] = found[0]
+        moves = (found[0].to(torch.float32) - old[block]).mul_(scales[own])
+        gradient[block.stop :].addmm_(hessian[block.stop :, block], moves, alpha=-1)
     return codes
+
+
+def _inverse_of_lower(block: Tensor) -> Tensor:
+    """The inverse (B, B) of the lower triangle of `block`, found in float64: correlated inputs ask for it."""
+    identity = torch.eye(len(block), dtype=torch.float64, device=block.device)
+    inverse = torch.linalg.solve_triangular(block.to(torch.float64), identity, upper=False)
+    return inverse.to(block.dtype)

@@ -90,7 +90,7 @@ def test_a_sweep_takes_the_best_code_of_each_entry_in_turn(symmetric: bool, monk
 def test_a_row_that_would_end_up_worse_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, hessian = random(6, 32), hessian_of(32)
     start = nearest(weight, Scheme(4, 16))
-    spoilt = start.codes.T.float()
+    spoilt = start.codes.T.contiguous()
     spoilt[:, 2] = 15 - spoilt[:, 2]
     monkeypatch.setattr(descent, "_sweep", lambda *_: spoilt)
     assert torch.equal(descent.refine(weight, start, hessian, OPTIONS).codes, start.codes)
