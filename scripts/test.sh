@@ -58,9 +58,12 @@ output=$(mktemp)
 second_half >"$output" 2>&1 &
 beside=$!
 trap 'kill "$beside" 2>/dev/null || true; rm -f "$output"' EXIT
-"$python" -m pytest -m "not interop" --ignore=tests/kernels --ignore="$architectures"
+status=0
+"$python" -m pytest -m "not interop" --ignore=tests/kernels --ignore="$architectures" || status=$?
 if wait "$beside"; then
     grep -E "^(the |not run)|(passed|failed).* in " "$output"
 else
-    cat "$output" && exit 1
+    status=$?
+    cat "$output"
 fi
+exit "$status"
