@@ -62,7 +62,7 @@ METHODS: Mapping[str, Method] = {
     "rtn": Method(rounding="rtn", needs_calibration=False),
     "gptq": Method(rounding="gptq"),
     "awq": Method(transforms=("awq",), rounding="clip"),
-    "fast": Method(rounding="gptq", alphas=(1.0,), held_out=0.1),
+    "fast": Method(rounding="gptq", alphas=(1.0,), refinements=("descent",), held_out=0.1),
     "balanced": Method(
         token_weights=True,
         rounding="gptq",

@@ -89,8 +89,9 @@ def test_fast_is_closer_to_the_float_model_than_gptq(
     model = checkpoint(name)
     settings = {"samples": 64, "bits": 4, "scales": "searched"}  # with less text chance decides, on random weights
     reports = {m: quantize(model, tmp_path / m, text, method=m, **settings) for m in ("gptq", "fast")}
-    (target,) = reports["fast"].stages
+    target, descent = reports["fast"].stages
     assert target.stage == "target" and target.kept >= target.layers / 2 and -1 < target.change < 0
+    assert descent.stage == "descent" and descent.kept >= descent.layers / 2
     assert not reports["gptq"].stages
     windows = builders.tokens(8, 48, seed=9)
     expected = logits(float_model(model, {}), windows)
