@@ -76,7 +76,8 @@ METHODS: Mapping[str, Method] = {
         rounding="gptq",
         alphas=(1.0, 0.5),
         refinements=("descent", "refit"),
-        tuning=Tuning(steps=480, scales=1e-3, rounding=1e-3, tokens=1024, written=3),
+        block_tuning=Tuning(steps=100, scales=0.0, rounding=1e-3, tokens=1024),
+        tuning=Tuning(steps=400, scales=1e-3, rounding=1e-3, tokens=1024, written=3),
         held_out=0.1,
     ),
 }
