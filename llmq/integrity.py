@@ -58,7 +58,7 @@ def examine(model: Path, found: Integrity, *, remote_code: bool = False) -> Iter
 
     Raises FormatError for a format that llmq does not read, which says nothing of the model.
     """
-    alone = model.suffix == ".gguf"
+    alone = model.suffix == ".gguf" and not model.is_dir()
     folder = model.parent if alone else model
     gguf = [model] if alone else sorted(folder.glob("*.gguf"))
     if (folder / CONFIG).is_file() and not gguf:

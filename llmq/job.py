@@ -66,9 +66,11 @@ class Job:
             self._question()  # which says whether there is an answer
         self.out = Path(out) if out is not None else default_output(str(model), asked)
         layouts.require_folder_name(self.out)
-        if self.out.resolve() == self.plan.checkpoint.folder.resolve():
+        places = [self.out, *(self.out / name for name in asked.formats if len(asked.formats) > 1)]
+        if self.plan.checkpoint.folder.resolve() in [place.resolve() for place in places]:
             raise ConfigError(
-                f"{self.out} is the model itself, which is not overwritten", hint="give another output folder"
+                f"{self.plan.checkpoint.folder} is the model itself, which is not overwritten",
+                hint="give another output folder",
             )
         model_id = self.plan.checkpoint.fingerprint()
         self._text = RunText(self.out / STAGING, model_id, remote_code=trust_remote_code)
@@ -208,7 +210,7 @@ class Job:
         return pipeline.Run(plan.skeleton, stream, plan.layers, plan.stages, plan.options, plan.layout, reader, writer)
 
     def _token_weights(self, text: CalibrationSet, writer: Writer) -> TokenWeights | None:
-        if not self.plan.stages.token_weights or writer.resumed_blocks >= self.blocks:  # the head may be one more
+        if not self.plan.stages.token_weights or all(writer.has(index) for index in range(self.blocks)):
             return None
         return token_weights.measure(self.plan.skeleton, text.windows, self.plan.settings.seed)
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Tuning:
-    """End-to-end tuning against the float model's predictions, after all blocks were rounded.
+    """Tuning, of a block against what the float block puts out, or end to end against the float model's predictions.
 
     `scales` and `rounding` are step sizes of Adam, falling linearly to zero over the `steps`; 0 leaves that part as it
-    is.  A step sees `tokens` tokens.  For each window of the text the model writes `written` more itself, which are
-    tuned on as well: any text will do to learn the float model's predictions from, and the more of it, the less is
-    learnt by heart.
+    is.  A step sees `tokens` tokens.  End to end, the model writes `written` windows itself for each one of the text,
+    which are tuned on as well: any text will do to learn the float model's predictions from, and the more of it, the
+    less is learnt by heart.
     """
 
     steps: int

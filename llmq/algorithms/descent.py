@@ -73,5 +73,5 @@ def _sweep(target: Tensor, rounded: Tensor, quantized: QuantizedTensor, hessian:
 def _inverse_of_lower(block: Tensor) -> Tensor:
     """The inverse (B, B) of the lower triangle of `block`, found in float64: correlated inputs ask for it."""
     identity = torch.eye(len(block), dtype=torch.float64, device=block.device)
-    inverse = torch.linalg.solve_triangular(block.to(torch.float64), identity, upper=False)
+    inverse: Tensor = torch.linalg.solve_triangular(block.to(torch.float64), identity, upper=False)
     return inverse.to(block.dtype)

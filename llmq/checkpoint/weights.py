@@ -45,11 +45,11 @@ def locate_tensors(folder: Path) -> dict[str, Location]:
 
 
 def gguf_file(path: Path) -> Path | None:
-    """The .gguf file that a path means: itself, or the only one in a folder that has no safetensors."""
+    """The .gguf file that a path means: itself, or the only one in a folder that has no other weights."""
     if path.suffix == GGUF and not path.is_dir():
         return path
     with reading(path):
-        if not path.is_dir() or any(path.glob("*.safetensors")):
+        if not path.is_dir() or any(path.glob("*.safetensors")) or any(e.suffix in PICKLES for e in path.iterdir()):
             return None
         found = list(path.glob(f"*{GGUF}"))
     return found[0] if len(found) == 1 else None

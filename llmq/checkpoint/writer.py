@@ -253,10 +253,13 @@ def _remove_old_models(folder: Path, names: Sequence[str]) -> None:
         old = {entry.name for entry in place.glob("*.safetensors")} | _own_gguf(place, folder)
         if own or old or (place / INDEX).exists():
             _remove(place, {*old, *own, INDEX, CONFIG})
+            _remove(place, {PROVENANCE_FILE})  # the last to go: it says which files are llmq's
 
 
 def _own_gguf(place: Path, out: Path) -> set[str]:
-    """The .gguf files that an earlier run wrote: by their name, or by the record that it left.  Others are not ours."""
+    """The .gguf files that an earlier run wrote: where it left its record, by their name or as listed there."""
+    if not (place / PROVENANCE_FILE).is_file():
+        return set()
     recorded = read_or_empty(place / PROVENANCE_FILE).get("checksums")
     ours = {f"{out.resolve().name}.gguf", *(recorded if isinstance(recorded, dict) else ())}
     return {entry.name for entry in place.glob("*.gguf")} & ours

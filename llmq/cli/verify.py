@@ -83,10 +83,11 @@ def _require_model(path: Path) -> None:
     """Raise CheckpointError for a folder of folders, one for each format of a run."""
     if path.is_file() or any(entry.is_file() for pattern in MODEL_FILES for entry in path.glob(pattern)):
         return
-    inner = sorted({str(file.parent) for pattern in MODEL_FILES for file in path.glob(f"*/{pattern}")})
+    files = [file for pattern in MODEL_FILES for file in path.glob(f"*/{pattern}")]
+    inner = sorted({str(file.parent) for file in files if not file.parent.name.startswith(".")})
     if inner:
         raise CheckpointError(
-            f"{path} holds no model itself, but {len(inner)} folders of models",
+            f"{path} holds no model itself, but folders of models",
             hint=f"give one of them: {', '.join(inner[:SHOWN])}",
         )
 

@@ -9,6 +9,7 @@
 Everything is made inside the staging and moved out at the very end.
 """
 
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -85,12 +86,13 @@ def finish(writer: Writer, plan: Plan, report: Report, quantized: set[str]) -> I
         _tell_sizes(folders, report)
     if failed:
         last = list(failed.values())[-1]
-        raise type(last)(str(last), hint=_way_on(writer.folder, staged, list(folders), list(failed))) from last
+        way_on = _way_on(writer.folder, staged, list(folders), list(failed))
+        raise type(last)(str(last), hint=f"{last.hint}; {way_on}" if last.hint else way_on) from last
 
 
 def _way_on(out: Path, staged: str, finished: Sequence[str], failed: Sequence[str]) -> str:
     """What there is, and how the rest is made of it."""
-    commands = [f"llmq convert {out / staged} {out / name} --to {name}" for name in failed]
+    commands = [shlex.join(["llmq", "convert", str(out / staged), str(out / name), "--to", name]) for name in failed]
     return f"{', '.join(finished)} are finished, in {out}; without quantizing again: {' and '.join(commands)}"
 
 

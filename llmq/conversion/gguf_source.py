@@ -76,6 +76,8 @@ class GgufConverter:
             raise ConfigError(f"{out} is the folder of {source.name}, which stays as it is", hint="give another folder")
         if like is None:
             _require_described(source)
+        elif out.resolve() == like.resolve():
+            raise ConfigError(f"{out} is the original model, which stays as it is", hint="give another folder")
         self._unpacking = GgufSource(source, like, allow_requantize=allow_requantize)
         self._source, self._out, self._to = source, out, to
         self._options = {"allow_requantize": allow_requantize, "overwrite": overwrite}

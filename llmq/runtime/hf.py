@@ -70,7 +70,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
             method = quantization_config.quant_method
             raise FormatError(
                 f"the model is not quantized, and {getattr(method, 'value', method)} is asked for while loading it",
-                hint="quantize it first: llmq quantize MODEL --out OUT; then load OUT without a quantization_config",
+                hint="quantize it first: llmq quantize MODEL OUT; then load OUT without a quantization_config",
             )
         super().__init__(quantization_config, **kwargs)
         self._source: Source | None = None

@@ -165,7 +165,8 @@ def _fill_packed(model: nn.Module, checkpoint: Checkpoint, device: torch.device,
 
 def _refuse_tied(model: Any, checkpoint: Checkpoint) -> None:
     """Raise CheckpointError for a packed head that is to be the embedding too, which is a float one."""
-    if isinstance(model.get_output_embeddings(), PackedLinear) and model.config.get_text_config().tie_word_embeddings:
+    tied = getattr(model.config, "tie_word_embeddings", False)  # transformers asks the top level
+    if tied and isinstance(model.get_output_embeddings(), PackedLinear):
         raise CheckpointError(
             f"the head in {checkpoint.folder} is packed, and config.json ties it to the embedding",
             hint="set tie_word_embeddings to false in config.json: the packed head has a weight of its own",

@@ -115,8 +115,8 @@ def ct_groups_of(subject: Subject, *, experts: bool, exllama: bool | None = None
 
 
 def is_float16(subject: Subject) -> bool:
-    config = subject.text_config
-    return (config.get("dtype") or config.get("torch_dtype") or subject.config.get("torch_dtype")) == "float16"
+    names = (config.get(key) for config in (subject.text_config, subject.config) for key in ("dtype", "torch_dtype"))
+    return next((name for name in names if name), None) == "float16"
 
 
 def tiles(linear: Linear) -> str | None:

@@ -7,6 +7,7 @@ from llmq.serving.subject import Subject
 
 CONVERT = "llmq convert PATH OUT --to"
 ANEW = "quantize the original model again"
+SERVED_GROUPS = (32, 64, 128, "channel")  # of compressed-tensors files, see the rules
 
 
 def to_gguf(subject: Subject) -> str:
@@ -20,7 +21,7 @@ def to_gguf(subject: Subject) -> str:
         for linear in subject.packed
     ):
         return f"{ANEW} with --format gguf; {CONVERT} gguf --allow-requantize rounds what is here anew"
-    return f"{CONVERT} gguf keeps the codes"
+    return f"{CONVERT} gguf keeps the codes" if subject.packed else f"{ANEW} with --format gguf"
 
 
 def another_grid(subject: Subject) -> str:
@@ -28,7 +29,9 @@ def another_grid(subject: Subject) -> str:
     schemes = {linear.scheme for linear in subject.packed if linear.scheme is not None}
     if any(not scheme.symmetric and scheme.bits not in (4, 8) for scheme in schemes):
         return f"{ANEW} with --symmetric"  # no other format is read with such zeros either
-    formats = "compressed-tensors" + (", or awq" if all(scheme.bits == 4 for scheme in schemes) else "")
+    if any(scheme.group_size not in SERVED_GROUPS for scheme in schemes):
+        return f"{ANEW} with --symmetric, or in groups of 32, 64 or 128"
     if any(linear.ordered for linear in subject.packed):
-        return f"{ANEW}; {CONVERT} {formats} --allow-requantize rounds what is here anew"
-    return f"{CONVERT} {formats}"
+        return f"{ANEW}; {CONVERT} compressed-tensors --allow-requantize rounds what is here anew"
+    awq = len(schemes) == 1 and all(scheme.bits == 4 for scheme in schemes)
+    return f"{CONVERT} compressed-tensors{', or --to awq' if awq else ''}"

@@ -79,7 +79,7 @@ class Subject:
 
 def read(model: Path) -> Subject:
     """The model in a folder, or a .gguf file.  Raises CheckpointError and FormatError for what cannot be understood."""
-    alone = model.suffix == ".gguf"
+    alone = model.suffix == ".gguf" and not model.is_dir()
     folder = model.parent if alone else model
     if alone or (list(folder.glob("*.gguf")) and not list(folder.glob("*.safetensors"))):
         config = read_json_object(folder / "config.json") if (folder / "config.json").is_file() else {}

@@ -188,8 +188,10 @@ def test_what_runs_a_file_is_said(both: Any, name: str) -> None:
     assert all(word in refused.value.hint for word in ("llama.cpp", "llmq eval", "llmq convert"))
 
 
-def test_a_file_is_not_replaced_by_what_is_made_of_it(both: Any) -> None:
+def test_a_file_is_not_replaced_by_what_is_made_of_it(both: Any, model: Path) -> None:
     folder = both(True) / "gguf"
+    with pytest.raises(ConfigError, match="is the original model, which stays"):
+        GgufConverter(folder / "out.gguf", model, "awq", like=model, overwrite=True)
     with pytest.raises(ConfigError, match=r"is the folder of out\.gguf"):
         GgufConverter(folder / "out.gguf", folder, "awq", overwrite=True)
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import llmq
 from llmq import serving
+from llmq.checkpoint.staging import STAGING
 from llmq.integrity import Integrity, examine
 from llmq.quantized import QuantizedTensor
 from llmq.runtime.packed_weights import PackedWeights
@@ -221,6 +222,13 @@ def test_what_is_not_known_is_not_promised(copy: Path) -> None:
     assert done.exit_code == QUALITY
     assert "is not known to be served by vLLM on 1 GPU" in done.stderr and "unknown" in done.stdout
     assert json.loads(command("verify", copy, "--quick", "--json").stdout)["engines"]["vLLM"]["loads"] is None
+
+
+def test_an_unfinished_run_is_called_that(tmp_path: Path) -> None:
+    (tmp_path / "out" / STAGING).mkdir(parents=True)
+    (tmp_path / "out" / STAGING / "00000.safetensors").touch()
+    done = command("verify", tmp_path / "out")
+    assert done.exit_code != 0 and "holds an unfinished run of llmq" in done.stderr
 
 
 def test_a_folder_of_several_formats(packed: Path, tmp_path: Path) -> None:

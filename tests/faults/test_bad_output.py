@@ -47,6 +47,16 @@ def test_the_output_is_the_model(alias: str, option: tuple[str, ...], model: Pat
     assert contents(model) == before
 
 
+def test_one_of_several_outputs_is_the_model(model: Path) -> None:
+    source = model.rename(model.parent / "gptq")
+    before = contents(source)
+    refused(
+        quantize(source, source.parent, "--format", "awq,gptq", "--overwrite"),
+        CONFIG, "is the model itself", "another output folder",
+    )  # fmt: skip
+    assert contents(source) == before
+
+
 def test_a_disk_that_says_it_is_full(model: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10**9, used=10**9, free=1000))
     refused(quantize(model, out), STORAGE, "has 0.000 GB free, and the run needs", "another disk")

@@ -204,14 +204,19 @@ def test_overwriting_replaces_the_model_and_nothing_else(tmp_path: Path) -> None
 
 def test_overwriting_removes_ggufs_of_ours_alone(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    (out / "awq").mkdir(parents=True)
-    for name in ("out.gguf", "renamed.gguf", "own.gguf", "awq/out.gguf"):
+    for folder in ("awq", "gptq"):
+        (out / folder).mkdir(parents=True)
+    for name in ("out.gguf", "renamed.gguf", "own.gguf", "awq/out.gguf", "gptq/out.gguf"):
         (out / name).write_bytes(b"old")
     (out / "llmq.json").write_text('{"checksums": {"renamed.gguf": "", "../own.gguf": ""}}')
+    (out / "awq" / "llmq.json").write_text("{}")
     with open_writer(out, overwrite=True).finishing() as final:
-        (final / "awq").mkdir()
-        (final / "awq" / "config.json").write_text("{}")
-    assert {file.relative_to(out).as_posix() for file in out.rglob("*.gguf")} == {"own.gguf"}
+        for folder in ("awq", "gptq"):
+            (final / folder).mkdir()
+            (final / folder / "config.json").write_text("{}")
+    left = {file.relative_to(out).as_posix() for file in out.rglob("*.gguf")}
+    assert left == {"own.gguf", "gptq/out.gguf"}  # without a record nobody knows whose the last one is
+    assert not list(out.rglob("llmq.json"))  # a record of files that are gone
 
 
 def test_new_folders_are_on_the_disk_before_the_blocks_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

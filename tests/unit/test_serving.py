@@ -7,6 +7,7 @@ import pytest
 
 from llmq.config import Scheme
 from llmq.serving import Linear, Subject, judge, verdicts
+from llmq.serving.predicates import is_float16
 from llmq.serving.rules import ENGINES, RULES
 
 G128, G32, ASYMMETRIC = Scheme(4, 128), Scheme(4, 32), Scheme(4, 128, symmetric=False)
@@ -175,6 +176,8 @@ def test_groups_of_compressed_tensors(size: Any, served: bool) -> None:
 
 def test_odd_groups_in_float16_run_on_a_slower_kernel_of_vllm() -> None:
     half = {**CONFIG, "dtype": "float16"}
+    inside = {"dtype": "float16", "text_config": CONFIG}
+    assert not is_float16(model(CT)) and all(is_float16(model(CT, config=each)) for each in (half, inside))
     assert found(model(CT, Scheme(4, 16), config=half), "vLLM", "compressed-tensors fast kernel")
     assert loads(model(CT, Scheme(4, 16), config=half))["vLLM"] is True
     assert loads(model(CT, Scheme(4, 16, symmetric=False), config=half))["vLLM"] is False
@@ -240,7 +243,11 @@ def test_gguf_keeps_the_codes_only_where_it_does() -> None:
 
 
 def test_another_format_is_named_only_where_it_holds_the_grid() -> None:
-    assert remedy(model(GPTQ, ASYMMETRIC), "gptq grids") == "llmq convert PATH OUT --to compressed-tensors, or awq"
+    assert remedy(model(GPTQ, ASYMMETRIC), "gptq grids") == "llmq convert PATH OUT --to compressed-tensors, or --to awq"
+    several = model(GPTQ, ASYMMETRIC, v_proj=Scheme(4, 32, symmetric=False))
+    assert remedy(several, "gptq grids") == "llmq convert PATH OUT --to compressed-tensors"
+    narrow = remedy(model(GPTQ, Scheme(4, 16, symmetric=False)), "gptq grids")
+    assert "convert" not in narrow and "in groups of 32" in narrow
     assert "--allow-requantize" in remedy(in_an_order(model(GPTQ, ASYMMETRIC)), "gptq grids")
     assert remedy(model(GPTQ, Scheme(3, 128, symmetric=False)), "gptq grids").endswith("with --symmetric")
 
