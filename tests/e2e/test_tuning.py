@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 import llmq
-from llmq import divergence, memory, tuning
+from llmq import memory, tuning
 from llmq.checkpoint.revision import Revision
 from llmq.config import QuantConfig
 from llmq.errors import CalibrationError, LlmqError
+from llmq.evaluation.scoring import divergence
 from llmq.job import Job
 from llmq.methods import Method, Tuning
 from llmq.report.record import BlockReport, Report, StageGain, TuningStep
