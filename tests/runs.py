@@ -40,6 +40,18 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
+def weights(folder: Path) -> dict[str, Tensor]:
+    """Every quantized weight of a folder or a .gguf file as floats."""
+    return dict(llmq.dequantize(folder))
+
+
+def assert_same_weights(found: Path, expected: Path) -> None:
+    """Bit for bit, and there are some."""
+    ours, theirs = weights(found), weights(expected)
+    assert ours.keys() == theirs.keys() and ours
+    assert [name for name in ours if not ours[name].equal(theirs[name])] == []
+
+
 def float_equivalent(out: Path, model: Path) -> dict[str, Tensor]:
     """What a quantized checkpoint holds, under the names that `model` has: packed weights as plain float32 ones."""
     kept = {name: tensor for name, tensor in tensors_of(out).items() if name in tensors_of(model)}

@@ -6,9 +6,9 @@ Let B (G, K) hold q - z of a row, group g's in row g and zero elsewhere, so that
 
     s = (b + μ D s⁰) (A + μ diag D)⁻¹        A = B H Bᵀ (G, G),  b = w* H Bᵀ
 
-The ridge μ keeps scales near the old ones s⁰ where the codes hardly tell.  Groups of one row are solved together: what
-one group cannot represent another may make up for.  Scales are rounded to the dtype of the file before a row is judged,
-and a row is accepted only where its loss falls.  A scale shared by a whole tensor is left as it is.
+The ridge μ (`ridge.py`) keeps scales near the old ones s⁰ where the codes hardly tell.  Groups of one row are solved
+together: what one group cannot represent another may make up for.  Scales are rounded to the dtype of the file before a
+row is judged, and a row is accepted only where its loss falls.  A scale shared by a whole tensor is left as it is.
 
 Two-level grids are refitted in `superblock_refit.py`.
 """
@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from llmq import grid
-from llmq.algorithms import Options, output_error, superblock_refit
+from llmq.algorithms import Options, output_error, ridge, superblock_refit
 from llmq.quantized import QuantizedTensor
 
-RIDGE = 1e-3
 ELEMENTS_AT_ONCE = 1 << 24  # of the systems (G, G) and of the products (K,) of the rows that are solved together
 
 
@@ -45,15 +44,7 @@ def _refit(target: Tensor, quantized: QuantizedTensor, hessian: Tensor, scale_dt
     steps = _steps(quantized)  # (N, K), q - z
     old = quantized.scales.to(torch.float32)
     A, b = _normal_equations(steps, target, hessian, G)
-    D = A.diagonal(dim1=1, dim2=2).clone()  # (N, G)
-    unused = D <= 0  # every code of the group is its zero: any scale fits
-    D[unused] = 1
-    A.diagonal(dim1=1, dim2=2).add_(RIDGE * D + unused)
-    b += RIDGE * D * old + unused * old
-    root = D.sqrt()
-    scaled = A / (root[:, :, None] * root[:, None, :])  # diagonal 1: float32 is enough
-    solution, _ = torch.linalg.solve_ex(scaled, b / root)
-    fitted = solution / root
+    fitted = ridge.solve(A, b, old)  # a group whose codes all are its zero keeps its scale
     usable = torch.isfinite(fitted) & (fitted * old > 0)
     fitted = grid.storable(torch.where(usable, fitted, old), scale_dtype)
     changed = dataclasses.replace(quantized, scales=fitted)

@@ -16,12 +16,11 @@ to float16 before a row is judged.  A row is accepted only where its loss falls,
 import torch
 from torch import Tensor
 
-from llmq.algorithms import Options, output_error
+from llmq.algorithms import Options, output_error, ridge
 from llmq.block_types import SUPERBLOCK
 from llmq.quantized import QuantizedTensor, Superblocks, where
 from llmq.superblocks import LARGEST, LARGEST_SIGNED, LOWEST_SIGNED
 
-RIDGE = 1e-3
 ELEMENTS_AT_ONCE = 1 << 24  # of the systems (P, P) and of the products (K,) of the rows that are solved together
 
 
@@ -97,15 +96,7 @@ def _solved(target: Tensor, quantized: QuantizedTensor, hessian: Tensor) -> Tens
     if grid.m is not None:
         bases.append(-grid.m.to(torch.float32)[:, groups])
     A, b = _normal_equations(bases, target, hessian)
-    D = A.diagonal(dim1=1, dim2=2).clone()  # (N, P)
-    unused = D <= 0  # every code, or every m, is zero: any number fits
-    D[unused] = 1
-    A.diagonal(dim1=1, dim2=2).add_(RIDGE * D + unused)
-    b += RIDGE * D * old + unused * old
-    root = D.sqrt()
-    scaled = A / (root[:, :, None] * root[:, None, :])  # diagonal 1: float32 is enough
-    solution, _ = torch.linalg.solve_ex(scaled, b / root)
-    fitted = solution / root
+    fitted = ridge.solve(A, b, old)  # where every code, or every m, is zero, the old number
     return torch.where(torch.isfinite(fitted) & (fitted > 0), fitted, old)
 
 

@@ -6,7 +6,7 @@ many of them (experts: where do tokens go?) cannot run there; such a module is p
 
 import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -28,17 +28,19 @@ PRODUCTS = {
 }  # fmt: skip
 
 
-def run(model: nn.Module) -> dict[str, Exception]:
+def run(model: nn.Module, *, guess: bool = True) -> dict[str, Exception]:
     """Run `model`, which is on meta but for its buffers, on a few tokens; the modules that failed, by path.
 
-    The model stays as it is.  Whoever wants to see something sets hooks beforehand.
+    The model stays as it is.  Whoever wants to see something sets hooks beforehand.  Without `guess` nobody answers for
+    a value, and what asks for one fails: what has run then runs so whatever the values are.
     """
     tokens = torch.zeros(1, TOKENS, dtype=torch.int64, device="meta")
     buffers = {name: buffer.to("meta") for name, buffer in model.named_buffers()}
     failures: dict[str, Exception] = {}
     try:
-        with _tolerant(model, failures), torch.no_grad(), _Zeros():  # type: ignore[no-untyped-call]
-            torch.func.functional_call(model, buffers, kwargs={"input_ids": tokens, "use_cache": False})
+        with _tolerant(model, failures), torch.no_grad(), _Zeros() if guess else nullcontext():  # type: ignore[no-untyped-call]
+            # Without a cache transformers looks for packed sequences in the values of positions.
+            torch.func.functional_call(model, buffers, kwargs={"input_ids": tokens, "use_cache": not guess})
     except Exception as error:  # a model may do anything
         failures[""] = error
     return failures

@@ -23,24 +23,21 @@ layer's own weight, code for code.
 Not here: sharing across modules that run with other layers between them, and use by several threads at once.
 """
 
-import functools
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from llmq.model import meta_run
 from llmq.quantized import QuantizedTensor
 from llmq.runtime.linear import PackedLinear, PackedRows
 from llmq.runtime.weight_view import WeightView
 from llmq_kernels.w4a16 import op as packed
 
 logger = logging.getLogger(__name__)
-
-TOKENS = 4  # of the meta run
 
 
 class Waiting(NamedTuple):
@@ -259,48 +256,9 @@ def _watch(
         return seen
 
     hooks = [layer.register_forward_hook(hook(path)) for path, layer in layers.items()]
-    tokens = torch.zeros(1, TOKENS, dtype=torch.int64, device="meta")
-    buffers = {name: buffer.to("meta") for name, buffer in model.named_buffers()}
     try:
-        with _tolerant(model) as failures, torch.no_grad():
-            # With a cache, because without one transformers looks for packed sequences in the *values* of positions.
-            arguments = {"input_ids": tokens, "use_cache": True}
-            torch.func.functional_call(model, buffers, kwargs=arguments)
-    except Exception as error:  # a model may do anything
-        failures[""] = error
+        failures = meta_run.run(model, guess=False)
     finally:
         for handle in hooks:
             handle.remove()
     return calls, failures
-
-
-@contextmanager
-def _tolerant(model: nn.Module) -> Iterator[dict[str, Exception]]:
-    """While open, a module that fails puts out a tensor like the first that it was given; which failed, by path.
-
-    The experts of a mixture fail, because where tokens go depends on values; what is around them runs.
-    """
-    failures: dict[str, Exception] = {}
-
-    def guarded(path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(forward)
-        def run(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return forward(*args, **kwargs)
-            except Exception as error:  # a model may do anything
-                first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-                if first is None:
-                    raise
-                failures[path] = error
-                return torch.empty_like(first)
-
-        return run
-
-    modules = {path: module for path, module in model.named_modules() if path and "forward" not in vars(module)}
-    for path, module in modules.items():
-        module.forward = guarded(path, module.forward)
-    try:
-        yield failures
-    finally:
-        for module in modules.values():
-            del module.forward  # the class's own shows again

@@ -21,7 +21,7 @@ from llmq.conversion.convert import Converter
 from llmq.errors import ConfigError, FormatError
 from tests import builders, mixtures
 from tests.command_line import llmq as command
-from tests.runs import tensors_of
+from tests.runs import assert_same_weights, tensors_of, weights
 
 Checkpoints = Callable[..., Path]
 OWN_CODE = """
@@ -34,16 +34,6 @@ class OwnForCausalLM(LlamaForCausalLM):
     config_class = OwnConfig
 """
 SAFETENSORS = ("compressed-tensors", "gptq", "awq", "gptq_v2")
-
-
-def weights(folder: Path) -> dict[str, Tensor]:
-    return dict(llmq.dequantize(folder))
-
-
-def assert_same_weights(found: Path, expected: Path) -> None:
-    ours, theirs = weights(found), weights(expected)
-    assert ours.keys() == theirs.keys() and ours
-    assert [name for name in ours if not ours[name].equal(theirs[name])] == []
 
 
 def convert(source: Path, out: Path, to: str, **options: Any) -> Converter:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 import llmq
 from llmq.checkpoint.staging import STAGING
@@ -19,21 +18,11 @@ from llmq.errors import CheckpointError, ConfigError, FormatError, UnsupportedMo
 from llmq.evaluation.measure import measure
 from llmq.inspection import inspect
 from tests.command_line import llmq as command
-from tests.runs import tensors_of
+from tests.runs import assert_same_weights, tensors_of, weights
 
 gguf = pytest.importorskip("gguf", reason="needs the package gguf")
 
 LINEARS = 14
-
-
-def weights(folder: Path) -> dict[str, Tensor]:
-    return dict(llmq.dequantize(folder))
-
-
-def assert_same_weights(found: Path, expected: Path) -> None:
-    ours, theirs = weights(found), weights(expected)
-    assert ours.keys() == theirs.keys() and ours
-    assert [name for name in ours if not ours[name].equal(theirs[name])] == []
 
 
 @pytest.fixture(scope="module")

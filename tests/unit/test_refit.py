@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llmq import grid
 from llmq.algorithms import Options, output_error, refit
+from llmq.algorithms.ridge import RIDGE
 from llmq.config import Scheme
 from llmq.quantized import QuantizedTensor
 
@@ -42,7 +43,7 @@ def by_least_squares(weight: Tensor, quantized: QuantizedTensor, hessian: Tensor
         for k in range(K):
             design[k, k // GROUP] = steps[n, k]
         left = L.T @ design
-        roots = (refit.RIDGE * left.square().sum(0)).sqrt()
+        roots = (RIDGE * left.square().sum(0)).sqrt()
         right = torch.cat([L.T @ weight[n].double(), roots * quantized.scales[n].double()])
         fitted.append(torch.linalg.lstsq(torch.cat([left, torch.diag(roots)]), right).solution)
     return torch.stack(fitted)

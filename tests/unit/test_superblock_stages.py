@@ -10,6 +10,7 @@ from torch import Tensor
 from llmq import grid
 from llmq.algorithms import Options, clip, descent, gptq, kl_tuning, output_error, refit, rtn, superblock_refit
 from llmq.algorithms.kl_tuning import Rates
+from llmq.algorithms.ridge import RIDGE
 from llmq.config import Scheme
 from llmq.methods import METHODS
 from llmq.quantized import QuantizedTensor, Superblocks
@@ -144,7 +145,7 @@ def test_shared_numbers_are_those_of_a_dense_solver(kind: str) -> None:
             for k in range(K):
                 design[k, number * (K // 256) + k // 256] = column[k]
         left = L.T @ design
-        roots = (superblock_refit.RIDGE * left.square().sum(0)).sqrt()
+        roots = (RIDGE * left.square().sum(0)).sqrt()
         right = torch.cat([L.T @ target[row].double(), roots * grid.shared()[row].double()])
         expected = torch.linalg.lstsq(torch.cat([left, torch.diag(roots)]), right).solution
         torch.testing.assert_close(found[row].double(), expected, rtol=1e-3, atol=0)
