@@ -1,9 +1,10 @@
-# Sourced by demo.sh and test.sh: makes, once, a virtual environment that holds llmq, and says what it does.
+# Sourced by demo.sh and test.sh: makes, once, a virtual environment that holds llmq, and reports what it does.
 #
 #   PYTHON            the interpreter to use; by default the first of python3, python3.13, 3.12, 3.11 that is 3.11–3.13
-#   LLMQ_TORCH        what to ask the package index for; by default torch==2.13.0 without a GPU (some indexes offer a
-#                     CPU build of it), torch>=2.8 with one
+#   LLMQ_TORCH        the torch requirement; by default torch==2.13.0 without a GPU (some indexes offer a CPU build of
+#                     it), torch>=2.8 with one
 #   LLMQ_ENVIRONMENT  where the environment goes; by default .venv in the checkout
+#   LLMQ_LOCKED       0 installs the newest version of every package instead of those in tests/locked/
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 environment=${LLMQ_ENVIRONMENT:-$root/.venv}
@@ -21,15 +22,35 @@ find_python() {
     exit 1
 }
 
-# install NAME ARGUMENTS…: pip install, unless the environment already has what pyproject.toml asked for last time.
+has_gpu() {
+    command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1
+}
+
+# locked NAME: the versions for pip that tests/locked/NAME.txt holds.  Another torch than the default brings its own
+# Triton and CUDA packages, so Triton is left open then.
+locked() {
+    local file=$root/tests/locked/$1.txt
+    if [ "${LLMQ_LOCKED:-1}" = 0 ] || [ ! -f "$file" ]; then
+        return
+    elif [ -n "${LLMQ_TORCH:-}" ] || has_gpu; then
+        grep -v "^triton==" "$file"
+    else
+        cat "$file"
+    fi
+}
+
+# install NAME LOCK ARGUMENTS…: pip install within the versions of tests/locked/LOCK.txt, unless the environment already
+# has what pyproject.toml and the lock asked for last time.
 install() {
-    local stamp=$environment/.installed-$1
-    shift
-    if [ -f "$stamp" ] && cmp -s "$stamp" "$root/pyproject.toml"; then
+    local stamp=$environment/.installed-$1 wanted=$environment/.wanted versions=$environment/.locked-$1.txt
+    locked "$2" >"$versions"
+    cat "$root/pyproject.toml" "$versions" >"$wanted"
+    shift 2
+    if [ -f "$stamp" ] && cmp -s "$stamp" "$wanted"; then
         return
     fi
-    "$environment/bin/python" -m pip install --quiet "$@"
-    cp "$root/pyproject.toml" "$stamp"
+    "$environment/bin/python" -m pip install --quiet --constraint "$versions" "$@"
+    mv "$wanted" "$stamp"
 }
 
 make_environment() {
@@ -40,10 +61,10 @@ make_environment() {
         "$python" -m venv "$environment"
     fi
     local torch="torch==2.13.0"
-    if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1; then
+    if has_gpu; then
         torch="torch>=2.8"
     fi
-    install pip --upgrade "pip>=25.1"
-    install torch "${LLMQ_TORCH:-$torch}"
-    install llmq --editable "$root"
+    install pip main --upgrade "pip>=25.1"
+    install torch main "${LLMQ_TORCH:-$torch}"
+    install llmq main --editable "$root"
 }

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # The tests, all of them, from any folder: bash scripts/test.sh [arguments for pytest]
-# Makes what it needs on the first run: an environment for llmq, and two more that see the first one's packages behind
-# their own: one for the packages of other tools, which are held against what llmq writes, and one for the oldest Triton
-# that the kernels are for.
+# Makes what it needs on the first run: an environment for llmq, and two more that see its packages behind their own:
+# one for the packages of other tools, which are compared with what llmq writes, and one for the oldest supported Triton.
+# Versions are those in tests/locked/; `bash scripts/test_latest.sh` tests the newest.
+# Every part runs, whatever failed before it, and the last lines sum up all of them.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 make_environment
 cd "$root"
-install test --group test --group lint
+install test main --group test --group lint
 python=$environment/bin/python
 
 # make_beside NAME: makes $environment-NAME, whose own packages, those of the dependency group NAME, come before the
@@ -20,7 +21,7 @@ make_beside() {
         own=$("$beside/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
         echo "import site; site.addsitedir('$packages')" >"$own/llmq-environment.pth"
     fi
-    (environment=$beside && install pip --upgrade "pip>=25.1" && install "$1" --group "$1")
+    (environment=$beside && install pip main --upgrade "pip>=25.1" && install "$1" "$1" --group "$1")
 }
 
 make_beside interop
@@ -35,35 +36,48 @@ if [ $# -gt 0 ]; then
     exec "$python" -m pytest "$@"
 fi
 
-"$python" -m ruff check .
-"$python" -m ruff format --check .
-"$python" -m mypy
-# On a second core, beside the others, about half of the work: the kernels' tests, with the oldest Triton too (its
-# interpreter makes numbers of arrays in a way that NumPy has deprecated), other tools' packages, and the architectures.
+results=$(mktemp -d)
+trap 'kill $(jobs -p) 2>/dev/null || true; rm -rf "$results"' EXIT
+
+# part NUMBER NAME COMMAND…: runs a part of the tests and notes its exit code and its last line.
+part() {
+    local number=$1 name=$2 status=0
+    shift 2
+    echo "== $name"
+    "$@" 2>&1 | tee "$results/$number.log" || status=${PIPESTATUS[0]}
+    if [ "$status" = 0 ]; then
+        printf 'passed  %s: %s\n' "$name" "$(tail -n 1 "$results/$number.log" | tr -d '=')" >"$results/$number.result"
+    else
+        printf 'FAILED  %s: %s\n' "$name" "$(tail -n 1 "$results/$number.log" | tr -d '=')" >"$results/$number.result"
+    fi
+}
+
+# On a second core, about half of the work.  Triton 3.6's interpreter makes numbers of arrays in a way that NumPy has
+# deprecated.
 architectures=tests/e2e/test_architectures.py
 second_half() {
     if [ -n "$triton36" ]; then
         local deprecated="ignore:Conversion of an array with ndim > 0:DeprecationWarning"
-        echo "the kernels' tests with Triton 3.6.0:"
-        "$triton36/bin/python" -m pytest -m "not gpu" -W "$deprecated" tests/kernels || return
+        part 5 "kernels with Triton 3.6.0" \
+            "$triton36/bin/python" -m pytest -m "not gpu" -W "$deprecated" tests/kernels
     else
-        echo "not run: the kernels' tests with Triton 3.6.0, because there is no Triton for this machine" >&2
+        echo "not run  kernels with Triton 3.6.0: no Triton for this machine" >"$results/5.result"
     fi
-    echo "the tests with other tools' packages:"
-    "$environment-interop/bin/python" -m pytest -p no:cacheprovider -m interop tests/interop || return
-    echo "the kernels' tests, and the architectures:"
-    "$python" -m pytest -p no:cacheprovider tests/kernels "$architectures"
+    part 6 "other tools' packages" "$environment-interop/bin/python" -m pytest -p no:cacheprovider -m interop tests/interop
+    part 7 "kernels and architectures" "$python" -m pytest -p no:cacheprovider tests/kernels "$architectures"
 }
-output=$(mktemp)
-second_half >"$output" 2>&1 &
-beside=$!
-trap 'kill "$beside" 2>/dev/null || true; rm -f "$output"' EXIT
-status=0
-"$python" -m pytest -m "not interop" --ignore=tests/kernels --ignore="$architectures" || status=$?
-if wait "$beside"; then
-    grep -E "^(the |not run)|(passed|failed).* in " "$output"
-else
-    status=$?
-    cat "$output"
+second_half >"$results/second_half.log" 2>&1 &
+second=$!
+part 1 "ruff check" "$python" -m ruff check .
+part 2 "ruff format" "$python" -m ruff format --check .
+part 3 "mypy" "$python" -m mypy
+part 4 "everything else" "$python" -m pytest -m "not interop" --ignore=tests/kernels --ignore="$architectures"
+wait "$second" || true
+if grep -q "^FAILED" "$results"/[567].result; then
+    cat "$results/second_half.log"
 fi
-exit "$status"
+echo "== all parts"
+cat "$results"/*.result
+if [ "$(cat "$results"/*.result | wc -l)" -lt 7 ] || grep -q "^FAILED" "$results"/*.result; then
+    exit 1
+fi

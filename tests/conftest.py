@@ -16,7 +16,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # on tiny tensors, threads that w
 
 import pytest
 
+from tests.warning_rule import errors_for_our_warnings
+
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def warnings_that_we_cause() -> Iterator[None]:
+    """A warning that llmq raises, or causes in another package, fails the test."""
+    with errors_for_our_warnings():
+        yield
 
 
 @pytest.fixture(autouse=True)

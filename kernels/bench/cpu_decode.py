@@ -25,6 +25,7 @@ import llmq
 from bench.cpu import stamp
 from bench.timing import Spread
 from llmq.cli.terminal import quiet_transformers
+from llmq.model.whole import cache_argument, returned_cache
 from llmq.runtime.load import load_model
 from llmq_kernels.w4a16 import int4pack
 
@@ -57,11 +58,13 @@ def make_models(folder: Path) -> dict[str, Any]:
 def seconds_of_steps(model: Any, prompt: Tensor) -> list[tuple[float, float]]:
     """Prompt (1, T) int64 -> (wall, CPU) seconds of each of `STEPS` single-token steps after it."""
     taken = []
+    name = cache_argument(model)
+    assert name is not None, "the model keeps no keys and values"
     out = model(prompt, use_cache=True)
     for step in range(WARM_UP + STEPS):
         wall, cpu = time.perf_counter(), time.process_time()
         token = out.logits[:, -1:].argmax(dim=-1)  # (1, 1)
-        out = model(token, past_key_values=out.past_key_values, use_cache=True)
+        out = model(token, **{name: returned_cache(out)}, use_cache=True)
         if step >= WARM_UP:
             taken.append((time.perf_counter() - wall, time.process_time() - cpu))
     return taken

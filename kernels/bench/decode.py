@@ -23,6 +23,7 @@ from bench.session import Result, Session
 from bench.timing import Spread, now
 from llmq.config import QuantConfig
 from llmq.model.block import is_plain_linear
+from llmq.model.whole import cache_argument
 from llmq.quantized import QuantizedTensor
 from llmq.runtime import fuse
 from llmq.runtime.linear import PackedLinear
@@ -149,15 +150,15 @@ def distinct_tensors(model: nn.Module) -> list[Tensor]:
 
 def prepare(plan: Plan, model: Any, batch: int, device: torch.device) -> Callable[[], Tensor]:
     """One decode step: returns the tokens (B, 1) that it wrote over its own input."""
-    cache = Cache(layers=[LastPlace(plan.context) for _ in range(plan.llama.blocks)])
+    name = cache_argument(model)
+    assert name is not None, "the model keeps no keys and values"
+    kept = {name: Cache(layers=[LastPlace(plan.context) for _ in range(plan.llama.blocks)])}
     tokens = torch.randint(plan.llama.vocabulary, (batch, 1), device=device)
     position = torch.full((batch, 1), plan.context - 1, device=device)
     sees_all = torch.ones(batch, 1, 1, plan.context, dtype=torch.bool, device=device)
 
     def step() -> Tensor:
-        output = model(
-            input_ids=tokens, position_ids=position, attention_mask=sees_all, past_key_values=cache, use_cache=True
-        )
+        output = model(input_ids=tokens, position_ids=position, attention_mask=sees_all, use_cache=True, **kept)
         tokens.copy_(output.logits[:, -1].argmax(-1, keepdim=True))
         return tokens
 

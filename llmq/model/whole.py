@@ -1,7 +1,9 @@
 """The whole model in memory for a while, for what cannot be done block by block in reasonable time: writing text."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,22 +44,37 @@ def cache_bytes(skeleton: Skeleton) -> int:
     return int(2 * len(skeleton.blocks) * shared * width * itemsize)
 
 
+CACHE_NAMES = ("cache", "past_key_values")  # transformers 5.24 renamed the argument; other models' own code may lag
+
+
+def cache_argument(model: nn.Module) -> str | None:
+    """The name by which `model` takes keys and values of earlier tokens; None if it takes none."""
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in CACHE_NAMES if name in parameters), None)
+
+
+def returned_cache(output: Any) -> object | None:
+    """The keys and values in what a model returned, whatever their name; None if there are none."""
+    return next((output[name] for name in CACHE_NAMES if output.get(name) is not None), None)
+
+
 class Continuation:
     """A model as a function of the tokens so far, (B, t) int64 that grows, to the next ones' logits, (B, V).
 
-    Keys and values of what was seen are kept where the model has a cache; without one it reads all of it again.
+    Keys and values of earlier tokens are kept where the model has a cache; without one it reads all tokens again.
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self._model = model
         self._device = device
-        self._past: dict[str, object] = {}
+        self._name = cache_argument(model)
+        self._cache: object | None = None
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:
-        unseen = tokens[:, -1:] if self._past else tokens
-        output = self._model(input_ids=unseen.to(self._device), use_cache=True, **self._past)
-        past = getattr(output, "past_key_values", None)
-        self._past = {} if past is None else {"past_key_values": past}
+        cached = {} if self._name is None or self._cache is None else {self._name: self._cache}
+        unseen = tokens[:, -1:] if cached else tokens
+        output = self._model(input_ids=unseen.to(self._device), use_cache=True, **cached)
+        self._cache = returned_cache(output)
         logits: Tensor = output.logits[:, -1]
         return logits

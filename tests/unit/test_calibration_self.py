@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers.utils import ModelOutput
 
 from llmq.calibration import self_written
 from llmq.calibration.self_written import SelfAuthor, Voice, draw, write_rows
 from llmq.errors import UnsupportedModelError
-from llmq.model.whole import cache_bytes, in_memory, weight_bytes
+from llmq.model.whole import Continuation, cache_argument, cache_bytes, in_memory, weight_bytes
 from tests import builders
 from tests.builders import SPECIAL, VOCABULARY
 
@@ -113,6 +114,48 @@ def test_memory_decides_how_many_rows_are_written_at_once(tokenizer: Any, checkp
 def test_weights_that_are_tied_count_where_they_are_used(checkpoint: Checkpoints) -> None:
     free, tied = (builders.skeleton_of(checkpoint("llama", tie_word_embeddings=tie)) for tie in (False, True))
     assert weight_bytes(tied) == weight_bytes(free) == 4 * sum(p.numel() for p in free.model.parameters())
+
+
+class Counting(torch.nn.Module):
+    """A model that predicts how many tokens it has read; it keeps that count under the name that `forward` gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: list[int] = []
+
+    def count(self, input_ids: Tensor, known: Any, name: str) -> ModelOutput:
+        self.read.append(input_ids.shape[1])
+        total = (known or 0) + input_ids.shape[1]
+        logits = torch.nn.functional.one_hot(torch.full_like(input_ids, total), VOCABULARY).float()
+        return ModelOutput({"logits": logits, name: total} if name else {"logits": logits})
+
+
+class Newer(Counting):
+    def forward(self, input_ids: Tensor, cache: Any = None, use_cache: bool = False) -> ModelOutput:
+        return self.count(input_ids, cache, "cache")
+
+
+class Older(Counting):
+    def forward(self, input_ids: Tensor, past_key_values: Any = None, use_cache: bool = False) -> ModelOutput:
+        return self.count(input_ids, past_key_values, "past_key_values")
+
+
+class Without(Counting):
+    def forward(self, input_ids: Tensor, use_cache: bool = False) -> ModelOutput:
+        return self.count(input_ids, None, "")
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "read"),
+    [(Newer(), "cache", [2, 1, 1]), (Older(), "past_key_values", [2, 1, 1]), (Without(), None, [2, 3, 4])],
+    ids=["cache", "past_key_values", "no cache"],
+)
+def test_a_cache_is_passed_by_the_name_in_the_signature(model: Counting, name: str | None, read: list[int]) -> None:
+    assert cache_argument(model) == name
+    step = Continuation(model, torch.device("cpu"))
+    tokens = torch.zeros(1, 4, dtype=torch.int64)
+    assert [int(step(tokens[:, :length]).argmax()) for length in (2, 3, 4)] == [2, 3, 4]
+    assert model.read == read
 
 
 # ---- what a text is made of

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# The tests with the newest version of every package that pyproject.toml allows: bash scripts/test_latest.sh [--lock]
+# It reports and does not fail: what it finds is work for later, not a reason to stop a change.  With --lock, the
+# versions are written to tests/locked/ if all tests pass with them; this is how the locked versions are renewed.
+set -uo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+export LLMQ_LOCKED=0 LLMQ_ENVIRONMENT=${LLMQ_ENVIRONMENT:-$root/.venv-latest}
+rm -rf "$LLMQ_ENVIRONMENT" "$LLMQ_ENVIRONMENT-interop" "$LLMQ_ENVIRONMENT-triton36"
+status=0
+bash "$root/scripts/test.sh" || status=$?
+
+versions=$(mktemp -d)
+trap 'rm -rf "$versions"' EXIT
+# torch comes by LLMQ_TORCH, and the packages for CUDA come with it.
+others='^(torch|nvidia-.*|llmq|setuptools)( |=|@)'
+"$LLMQ_ENVIRONMENT/bin/python" -m pip freeze --exclude-editable --all | grep -vE "$others" >"$versions/main.txt"
+for name in interop triton36; do
+    if [ -x "$LLMQ_ENVIRONMENT-$name/bin/python" ]; then
+        "$LLMQ_ENVIRONMENT-$name/bin/python" -m pip freeze --exclude-editable --local --all |
+            grep -vE "$others" >"$versions/$name.txt"
+    fi
+done
+echo "== newest versions compared with tests/locked/"
+diff --unified=0 "$root/tests/locked" "$versions" && echo "no difference"
+if [ "$status" != 0 ]; then
+    echo "the newest versions do not pass all tests; the locked ones stay"
+elif [ "${1:-}" = --lock ]; then
+    mkdir -p "$root/tests/locked"
+    cp "$versions"/*.txt "$root/tests/locked/"
+    echo "tests/locked/ holds the newest versions now"
+fi
+exit 0
