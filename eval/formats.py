@@ -1,6 +1,6 @@
 """One quantization, every file: what each format of one run takes, and the KL of what is read back from it.
 
-    python eval/formats.py                       the bundled Llama: eval/formats.json and eval/FORMATS.md
+    python eval/formats.py                       the bundled Llama: eval/results/formats.json and eval/results/formats.md
     python eval/formats.py --model tiny-python-qwen3
     python eval/formats.py --render
 
@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT / "eval"))
 from rows import Row, append, read  # noqa: E402
 from subjects import MODELS, SAMPLES, SEQLEN, WINDOWS, stamp, table_row, texts  # noqa: E402
 
-JSON, MARKDOWN = ROOT / "eval" / "formats.json", ROOT / "eval" / "FORMATS.md"
+JSON, MARKDOWN = ROOT / "eval" / "results" / "formats.json", ROOT / "eval" / "results" / "formats.md"
 TOGETHER = ("compressed-tensors", "gptq", "gptq_v2", "awq", "gguf")
 ALONE = ("gguf:q4_k_m",)
 METHOD, GROUP = "fast", 32

@@ -12,24 +12,25 @@ from typing import TYPE_CHECKING, Any
 from llmq._version import __version__
 
 if TYPE_CHECKING:
-    from llmq.config import QuantConfig, Scheme
-    from llmq.dequantized import dequantize
+    from llmq.config import QuantConfig
     from llmq.errors import LlmqError
+    from llmq.export.dequantize import dequantize
     from llmq.job import quantize
-    from llmq.quantized import QuantizedTensor
+    from llmq.numerics.quantized_tensor import QuantizedTensor
+    from llmq.numerics.scheme import Scheme
     from llmq.report.record import Report
-    from llmq.runtime.hf import disable_transformers, enable_transformers
     from llmq.runtime.load import load
+    from llmq.runtime.transformers.quantizer import disable_transformers, enable_transformers
 
 _HOMES = {
     "LlmqError": "llmq.errors",
     "QuantConfig": "llmq.config",
-    "QuantizedTensor": "llmq.quantized",
+    "QuantizedTensor": "llmq.numerics.quantized_tensor",
     "Report": "llmq.report.record",
     "Scheme": "llmq.config",
-    "dequantize": "llmq.dequantized",
-    "disable_transformers": "llmq.runtime.hf",
-    "enable_transformers": "llmq.runtime.hf",
+    "dequantize": "llmq.export.dequantize",
+    "disable_transformers": "llmq.runtime.transformers.quantizer",
+    "enable_transformers": "llmq.runtime.transformers.quantizer",
     "load": "llmq.runtime.load",
     "quantize": "llmq.job",
 }

@@ -9,83 +9,18 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
 
-from llmq.block_types import BLOCK_TYPES
-from llmq.errors import ConfigError
+from llmq.errors import ConfigError, listed
 from llmq.methods import METHODS, Method
+from llmq.numerics.scheme import GroupSize, Scheme
 from llmq.patterns import matches, require_pattern
 
-GroupSize = int | Literal["channel", "tensor"]
-
-BITS = (2, 3, 4, 8)
-GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)  # 16 * 2**n: what packed layouts and kernels tile by
 ORDERS = ("activation", "natural")
 SCALES = ("searched", "minmax")
 GGUF_GRIDS = ("gguf:q4_k", "gguf:q5_k", "gguf:q6_k", "gguf:q4_k_m", "gguf:q5_k_m")  # no other file can hold them
 CONVERTIBLE = ("compressed-tensors", "gptq", "awq", "gptq_v2", "gguf")  # formats that share their codes
 WITHOUT_HEAD = ("awq", *GGUF_GRIDS)
 FORMATS = (*CONVERTIBLE, *GGUF_GRIDS)
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """The affine grid of one weight: w = scale * (code - zero), codes in [0, 2**bits - 1].
-
-    `group_size` columns of a row share a scale; "channel" is one scale a row, "tensor" one for the whole weight.
-    A symmetric grid has the zero fixed at 2**(bits - 1), an asymmetric one has a zero for each group.
-    `block_type` names the block type of GGUF (`block_types.py`) whose grid it is; the other fields are that one's.
-    """
-
-    bits: int = 4
-    group_size: GroupSize = 128
-    symmetric: bool = True
-    block_type: str | None = None
-
-    @classmethod
-    def of_blocks(cls, block_type: str) -> "Scheme":
-        """The grid of a block type: `q4_k`, …"""
-        kind = BLOCK_TYPES[block_type]
-        return cls(kind.bits, kind.group, kind.symmetric, block_type)
-
-    def __post_init__(self) -> None:
-        if self.block_type is not None:
-            kind = BLOCK_TYPES.get(self.block_type)
-            if kind is None or (self.bits, self.group_size, self.symmetric) != (kind.bits, kind.group, kind.symmetric):
-                raise ConfigError(f"there is no grid {self!r}", hint=f"block types are {listed(BLOCK_TYPES)}")
-            return
-        if type(self.bits) is not int or self.bits not in BITS:  # 4.0 is in BITS too, and shifts nothing
-            raise ConfigError(f"bits is {self.bits!r}, expected one of {listed(BITS)}", hint="4 is the usual choice")
-        if type(self.group_size) not in (int, str) or self.group_size not in (*GROUP_SIZES, "channel", "tensor"):
-            raise ConfigError(
-                f"group size is {self.group_size!r}, which is no legal one",
-                hint=f"use one of {listed(GROUP_SIZES)}, channel (one scale a row) or tensor (one scale in all)",
-            )
-        if type(self.symmetric) is not bool:
-            raise ConfigError(f"symmetric is {self.symmetric!r}, expected true or false")
-
-    @property
-    def levels(self) -> int:
-        """The largest code, 2**bits - 1."""
-        return (1 << self.bits) - 1
-
-    @property
-    def middle(self) -> int:
-        """The zero of a symmetric grid, 2**(bits - 1)."""
-        return 1 << (self.bits - 1)
-
-    def columns_per_group(self, in_features: int) -> int:
-        """How many input columns share a scale in a weight with this many."""
-        return self.group_size if isinstance(self.group_size, int) else in_features
-
-    @property
-    def two_level(self) -> bool:
-        """Whether scales are themselves small integers times a number that they share (`quantized.Superblocks`)."""
-        return self.block_type is not None and BLOCK_TYPES[self.block_type].two_level
-
-    def __str__(self) -> str:
-        grouping = f"g{self.group_size}" if isinstance(self.group_size, int) else self.group_size
-        return self.block_type or f"int{self.bits} {grouping} {'symmetric' if self.symmetric else 'asymmetric'}"
 
 
 @dataclass(frozen=True)
@@ -131,7 +66,7 @@ class QuantConfig:
     seed: int = 0
     rotate: bool = False
     quantize_head: bool = False  # the layer that makes logits, too
-    target_bits: float | None = None  # a weight on average; `allocation/spending.py` turns it into overrides
+    target_bits: float | None = None  # a weight on average; `mixed_precision/assign.py` turns it into overrides
 
     def __post_init__(self) -> None:
         names = parse_formats(self.format)
@@ -199,8 +134,3 @@ def _require_compatible(formats: tuple[str, ...]) -> None:
                 f"{name} has a grid of its own, so no other format can carry its codes",
                 hint="give it alone, or --format gguf, which holds the codes that the other formats hold",
             )
-
-
-def listed(values: Iterable[object]) -> str:
-    """`a, b, c`"""
-    return ", ".join(str(value) for value in values)

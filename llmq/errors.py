@@ -14,6 +14,8 @@
 A message says what was found and what was expected; `hint` says what to try.
 """
 
+from collections.abc import Iterable
+
 
 class LlmqError(Exception):
     """Base of everything below; `str(error)` is the finding, `error.hint` the way out (may be empty)."""
@@ -59,3 +61,8 @@ class QualityError(LlmqError):
 
 class Interrupted(LlmqError):  # noqa: N818  (it is no error of anybody's)
     exit_code = 130
+
+
+def listed(values: Iterable[object]) -> str:
+    """`a, b, c`"""
+    return ", ".join(str(value) for value in values)

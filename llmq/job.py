@@ -15,27 +15,29 @@ from typing import Any
 
 import torch
 
-from llmq import head, memory, pipeline, token_weights, tuning
+from llmq import memory, pipeline
 from llmq._version import __version__
-from llmq.allocation import sensitivity, spending
-from llmq.allocation.sensitivity import Question
 from llmq.calibration import CalibrationSet
 from llmq.checkpoint.staging import STAGING
 from llmq.checkpoint.writer import Writer
-from llmq.config import QuantConfig, Scheme
-from llmq.conversion import finishing
+from llmq.config import QuantConfig
+from llmq.config_files import config_to, merged
 from llmq.errors import ConfigError
+from llmq.export import save
 from llmq.methods import Method
-from llmq.model.stops import TokenWeights
-from llmq.model.stream import Stream
-from llmq.model.weights import require_finite
-from llmq.outputs import layouts
+from llmq.mixed_precision import assign, sensitivity
+from llmq.mixed_precision.sensitivity import Question
+from llmq.model.build.checkpoint_names import require_finite
+from llmq.model.passes.hidden_states import Stream
+from llmq.model.passes.statistics import TokenWeights
+from llmq.numerics.scheme import Scheme
 from llmq.plan import Plan
 from llmq.report import record
-from llmq.report.effects import Sensitivity
 from llmq.report.record import BlockReport, ConvertStep, LayerReport, MeasuringStep, Report, TuningStep
+from llmq.report.sensitivity import Sensitivity
 from llmq.run_text import RunText
-from llmq.settings import config_to, merged
+from llmq.steps import end_to_end, lm_head, output_layout, token_weights
+from llmq.steps.run import Run
 
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 32_768}
 FLOAT_HEAD = "the tuning's predictions are those of the float head: what rounding the head costs is not tuned against"
@@ -65,7 +67,7 @@ class Job:
         if asked.target_bits is not None:
             self._question()  # which says whether there is an answer
         self.out = Path(out) if out is not None else default_output(str(model), asked)
-        layouts.require_folder_name(self.out)
+        output_layout.require_folder_name(self.out)
         places = [self.out, *(self.out / name for name in asked.formats if len(asked.formats) > 1)]
         if self.plan.checkpoint.folder.resolve() in [place.resolve() for place in places]:
             raise ConfigError(
@@ -119,13 +121,15 @@ class Job:
         try:
             self._text.save()
             run = self._pipeline_run(text, writer)
-            for done in itertools.chain(pipeline.quantize_blocks(run), head.quantize_head(run)):
+            for done in itertools.chain(pipeline.quantize_blocks(run), lm_head.quantize_head(run)):
                 if isinstance(done, BlockReport):
                     self.report.blocks.append(done)
                 yield done
             if text is not None and self._text.tuned_on is not None:
-                judged = tuning.held_out(stages, text.windows)
-                self.report.tuning = yield from tuning.tune(run, self._text.tuned_on, judged, self.plan.settings.seed)
+                judged = end_to_end.held_out(stages, text.windows)
+                self.report.tuning = yield from end_to_end.tune(
+                    run, self._text.tuned_on, judged, self.plan.settings.seed
+                )
             if run.stream is not None:
                 self.report.notes += run.stream.notes
             yield from self._finish(writer, start)
@@ -153,15 +157,15 @@ class Job:
 
     def _question(self, tried: Sequence[Scheme] = ()) -> Question:
         plan = self.plan
-        return spending.ask(
+        return assign.ask(
             plan.skeleton, plan.checkpoint, plan.settings, plan.stages.rounding, plan.layout, plan.options, tried
         )
 
     def _spend(self, text: CalibrationSet, target: float) -> Generator[MeasuringStep, None, None]:
         """Find out which layers get more bits, and go on as if the settings had said so."""
         found = yield from self._measured(text, self._question())
-        spent = spending.spend(found, target)
-        self.plan = self.plan.with_settings(spending.settled(self.plan.settings, spent))
+        spent = assign.spend(found, target)
+        self.plan = self.plan.with_settings(assign.settled(self.plan.settings, spent))
         self.report.settings, self.report.left = config_to(self.plan.settings), self.plan.left()
         self.report.notes += [*found.notes, str(spent)]
 
@@ -178,9 +182,11 @@ class Job:
             "stages": dataclasses.asdict(plan.stages),
             "device": plan.device.type,
         }
-        needed = finishing.copies(plan.settings.formats) * plan.expected_bytes
+        needed = save.copies(plan.settings.formats) * plan.expected_bytes
         if self._text.tuned_on is not None and plan.stages.tuning is not None:
-            needed += tuning.disk_bytes(plan.skeleton, plan.layers.values(), plan.stages.tuning, self._text.tuned_on)
+            needed += end_to_end.disk_bytes(
+                plan.skeleton, plan.layers.values(), plan.stages.tuning, self._text.tuned_on
+            )
         writer = Writer.open(self.out, identity=identity, overwrite=self._overwrite, needed_bytes=needed)
         if writer.resumed_blocks:
             self.report.notes.append(
@@ -192,7 +198,7 @@ class Job:
             self.report.notes.append("an unfinished run with other settings was in the output folder; it was discarded")
         return writer
 
-    def _pipeline_run(self, text: CalibrationSet | None, writer: Writer) -> pipeline.Run:
+    def _pipeline_run(self, text: CalibrationSet | None, writer: Writer) -> Run:
         plan, stream = self.plan, None
         if text is not None:
             stream = Stream(
@@ -207,7 +213,7 @@ class Job:
                 to_the_head=plan.settings.quantize_head,
             )
         reader = plan.layout.read_config(plan.quantization_config())
-        return pipeline.Run(plan.skeleton, stream, plan.layers, plan.stages, plan.options, plan.layout, reader, writer)
+        return Run(plan.skeleton, stream, plan.layers, plan.stages, plan.options, plan.layout, reader, writer)
 
     def _token_weights(self, text: CalibrationSet, writer: Writer) -> TokenWeights | None:
         if not self.plan.stages.token_weights or all(writer.has(index) for index in range(self.blocks)):
@@ -240,7 +246,7 @@ class Job:
         report.stages = [*record.summaries(report.layers), *record.block_summaries(report.blocks)]
         report.seconds = time.monotonic() - start
         report.peak_memory_bytes = record.peak_memory()
-        yield from finishing.finish(writer, plan, report, set(quantized))
+        yield from save.finish(writer, plan, report, set(quantized))
 
 
 def quantize(

@@ -31,14 +31,15 @@ class Method:
     """A quantization method as its stages; each names a file in `llmq/algorithms/`.
 
     transforms    rewrite the float block into an equal one that rounds better
-    token_weights whether tokens count by what an error costs the model's loss there (algorithms/token_weights.py)
+    token_weights whether tokens count by what an error costs the model's loss there (algorithms/fisher_weights.py)
     alphas        strengths of the asymmetric target to choose from (see algorithms/target.py); none: plain weights
     rounding      turns weights into codes
     refinements   lower the loss of the codes, weight by weight
     block_tuning  lowers the loss of a block as a whole, when all of its weights are rounded
     tuning        lowers the model's loss, after all blocks
     held_out      part of the calibration windows that no stage is fitted on, by which stages are judged
-    expert_tokens how many tokens an expert of a mixture sees at least, for each input of its layers (model/stops.py)
+    expert_tokens how many tokens an expert of a mixture sees at least, for each input of its layers
+    (model/passes/statistics.py)
     """
 
     rounding: str

@@ -12,50 +12,31 @@ same bytes.  What tunes all blocks together comes when they are all there: `tuni
 import dataclasses
 import time
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from llmq import algorithms, block_tuning
-from llmq.algorithms import Options
-from llmq.basis import columns, inverse
-from llmq.checkpoint.writer import Writer
+from llmq import algorithms
 from llmq.errors import FormatError
-from llmq.formats import Layout, Reader
-from llmq.methods import Method
-from llmq.model import fold, observe
-from llmq.model.block import Block
-from llmq.model.flow import Flow
-from llmq.model.fold import FoldSite
-from llmq.model.observe import InputGroup
-from llmq.model.skeleton import Call, Skeleton
-from llmq.model.stream import Stream
+from llmq.model.analyse import fold, input_groups
+from llmq.model.analyse.fold import FoldSite
+from llmq.model.analyse.input_groups import InputGroup
+from llmq.model.build.block import Block
+from llmq.model.build.skeleton import Call
+from llmq.model.passes.sequential import Flow
+from llmq.numerics.block_diagonal import columns, inverse
+from llmq.numerics.input_stats import InputStats
+from llmq.report.layer_metrics import as_experts, layer_report
 from llmq.report.record import BlockReport, LayerReport, StageGain
-from llmq.report.scoring import as_experts, layer_report
-from llmq.rounding import Rounded, round_group
-from llmq.schemes import LayerPlan
-from llmq.stats import InputStats
+from llmq.steps import block_tuning
+from llmq.steps.quantize_group import Rounded, round_group
+from llmq.steps.run import Run
 
 PROBE_TOKENS = 64  # what it takes to see which weights share an input, and what makes it
 LOSS_TOKENS = 1024  # on which a transformation is chosen and proved
 
 Observed = dict[InputGroup, InputStats]
-
-
-@dataclass(frozen=True)
-class Run:
-    """Everything that stays the same from block to block; `plans` by the layer's path in the model."""
-
-    skeleton: Skeleton
-    stream: Stream | None  # the calibration text on its way through the blocks; None where a method needs none
-    plans: Mapping[str, LayerPlan]
-    method: Method
-    options: Options
-    layout: Layout
-    reader: Reader  # reads back what `layout` packs
-    writer: Writer
 
 
 def quantize_blocks(run: Run) -> Iterator[LayerReport | BlockReport]:
@@ -117,7 +98,7 @@ def group_weights(run: Run, block: Block) -> list[InputGroup]:
     """Which weights share an input, in the order in which they run; without text each weight stands alone."""
     if run.stream is None:
         return [InputGroup((path,), linear.in_features) for path, linear in block.linears.items()]
-    return observe.input_groups(block, run.stream.sample(PROBE_TOKENS))
+    return input_groups.input_groups(block, run.stream.sample(PROBE_TOKENS))
 
 
 def leave_block(
@@ -150,7 +131,7 @@ def transform_block(run: Run, block: Block, groups: Sequence[InputGroup]) -> tup
     """
     assert run.stream is not None, "a method that transforms needs calibration"
     shared = [group for group in groups if not block.is_experts(group.names[0])]  # experts are left out, which is noted
-    observed = observe.statistics(block, shared, run.stream.fitted_calls())
+    observed = input_groups.statistics(block, shared, run.stream.fitted_calls())
     told = [each for stage in run.method.transforms for each in transform(run, stage, block, observed)]
     packed = {f"{run.plans[path].name}.weight" for path in block.linears if run.plans[path].scheme is not None}
     kept = {name: tensor for name, tensor in block.stored_parameters().items() if name not in packed}

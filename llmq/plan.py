@@ -13,23 +13,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmq import schemes
 from llmq.algorithms import Options
 from llmq.checkpoint import hub
 from llmq.checkpoint.reader import Checkpoint
-from llmq.config import GGUF_GRIDS, QuantConfig, Scheme
+from llmq.config import GGUF_GRIDS, QuantConfig
 from llmq.errors import UnsupportedModelError
-from llmq.formats import Layout
+from llmq.formats import Layout, layer_plan
+from llmq.formats.layer_plan import LayerPlan
 from llmq.gguf import recipes
 from llmq.methods import Method
-from llmq.model.skeleton import Skeleton
-from llmq.outputs import layouts, unquantized
-from llmq.outputs.linear_names import holds_matrix
+from llmq.model.build.skeleton import Skeleton
+from llmq.numerics.scheme import Scheme
 from llmq.patterns import matches
+from llmq.runtime.checkpoint_weights import quantization_settings
 from llmq.runtime.load import choose_device, stored_dtype
-from llmq.runtime.packed_weights import quantization_settings
-from llmq.runtime.unpacked import open_skeleton, stored_bytes
-from llmq.schemes import LayerPlan
+from llmq.runtime.open_skeleton import open_skeleton, stored_bytes
+from llmq.steps import left_in_float, output_layout
+from llmq.steps.linear_names import holds_matrix
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,10 @@ class Plan:
         """Raises CheckpointError, UnsupportedModelError, ConfigError and BackendError."""
         checkpoint = Checkpoint.open(hub.locate(str(model), revision, remote_code=remote_code))
         _refuse_quantized(checkpoint)
-        layouts.require_writable(settings.formats, checkpoint, checkpoint.names())
+        output_layout.require_writable(settings.formats, checkpoint, checkpoint.names())
         chosen, method = choose_device(device), stages or settings.stages
         dtype = stored_dtype(checkpoint)
-        layout = layouts.layout_of(settings.formats, dtype)
+        layout = output_layout.layout_of(settings.formats, dtype)
         exact = chosen.type == "cpu" or method.transforms  # foldings are found in float32
         skeleton = open_skeleton(checkpoint, chosen, torch.float32 if exact else dtype, remote_code=remote_code)
         layers = _plan_layers(skeleton, settings, layout, checkpoint.config)
@@ -83,7 +83,7 @@ class Plan:
     @property
     def options(self) -> Options:
         settings = self.settings
-        values = layouts.scale_values(self.layout, self.model_dtype)
+        values = output_layout.scale_values(self.layout, self.model_dtype)
         return Options(values, settings.order, settings.scales, settings.damping)
 
     @property
@@ -118,7 +118,7 @@ class Plan:
 
     def left(self) -> dict[str, str]:
         """Every weight of two dimensions or more that stays as it is, with the reason."""
-        return unquantized.reasons(self.skeleton, self.checkpoint, self.layers, self._packed_outside())
+        return left_in_float.reasons(self.skeleton, self.checkpoint, self.layers, self._packed_outside())
 
     def _packed_outside(self) -> set[str]:
         """Modules outside the blocks that a GGUF recipe packs when the file is written: embedding and head."""
@@ -154,7 +154,7 @@ class Plan:
         `layout` is another one than the blocks are staged in.
         """
         chosen: dict[str, Scheme] = {}
-        floats = unquantized.unused_modules(self.skeleton, self.checkpoint)
+        floats = left_in_float.unused_modules(self.skeleton, self.checkpoint)
         for path, module in self.skeleton.model.named_modules():
             if not holds_matrix(module):
                 continue
@@ -177,8 +177,8 @@ def _plan_layers(
     shapes = [(name(path), module.out_features, module.in_features) for path, module in linears.items()]
     if settings.format in GGUF_GRIDS:
         return dict(zip(linears, recipes.plan_layers(shapes, settings, config), strict=True))
-    plans = dict(zip(linears, schemes.plan_layers(shapes, settings, layout), strict=True))
-    return schemes.alike(plans, skeleton.alike(), settings, layout)
+    plans = dict(zip(linears, layer_plan.plan_layers(shapes, settings, layout), strict=True))
+    return layer_plan.alike(plans, skeleton.alike(), settings, layout)
 
 
 def _head(skeleton: Skeleton) -> dict[str, nn.Linear]:

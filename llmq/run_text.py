@@ -4,12 +4,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from llmq import calibration, tuning
+from llmq import calibration
 from llmq.calibration import CalibrationSet, OwnText, SelfAuthor
 from llmq.errors import CheckpointError
 from llmq.plan import Plan
 from llmq.report.record import Report
 from llmq.runtime.load import load_tokenizer
+from llmq.steps import end_to_end
 
 TOKENS_PER_INPUT = 50  # below that, what is measured on the text says little about other text
 TUNING_SEED = 1 << 32  # what the model writes to be tuned on is not what it may have written for calibration
@@ -41,7 +42,7 @@ class RunText:
         _check_tokens(text, plan, report)
         if plan.stages.tuning is not None:
             writer = SelfAuthor(plan.skeleton, tokenizer, self._tuning)
-            self.tuned_on = tuning.text(plan.stages, text.windows, writer, plan.settings.seed + TUNING_SEED)
+            self.tuned_on = end_to_end.text(plan.stages, text.windows, writer, plan.settings.seed + TUNING_SEED)
             report.notes += writer.notes
         return text
 

@@ -1,4 +1,4 @@
-"""Write docs/ARCHITECTURES.md: what becomes of a tiny random model of every architecture in tests/architectures.py.
+"""Write docs/MODELS.md: what becomes of a tiny random model of every architecture in tests/architectures.py.
 
     python scripts/architectures.py [JOBS]
 
@@ -16,7 +16,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "ARCHITECTURES.md"
+PAGE = ROOT / "docs" / "MODELS.md"
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # this checkout, and the tests' builders with it
 

@@ -10,9 +10,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from llmq.serving import PARALLEL, TILES  # noqa: E402
-from llmq.serving.parallel import FUSED, ROW_PARALLEL  # noqa: E402
-from llmq.serving.rules import ENGINES, REFUSES, RULES, SERVERS, SGLANG  # noqa: E402
+from llmq.verify.engines import PARALLEL, TILES  # noqa: E402
+from llmq.verify.engines.rules import ENGINES, REFUSES, RULES, SERVERS, SGLANG  # noqa: E402
+from llmq.verify.engines.tensor_parallel import FUSED, ROW_PARALLEL  # noqa: E402
 
 PAGE = ROOT / "docs" / "SERVING.md"
 BEGIN, END = "<!-- begin: rules -->", "<!-- end: rules -->"

@@ -1,5 +1,5 @@
 """Tiny random models of many architectures, and what llmq makes of each: `tests/e2e/test_architectures.py` asks that
-all is well, `scripts/architectures.py` writes the table in docs/ARCHITECTURES.md.
+all is well, `scripts/architectures.py` writes the table in docs/MODELS.md.
 
 The list names types of transformers' mapping of causal language models.  One table of small sizes serves all of them:
 a configuration takes those that it has a field for.  What stands beside a name in the list is what makes the
@@ -24,8 +24,8 @@ from transformers.pytorch_utils import Conv1D
 
 import llmq
 from llmq.checkpoint.reader import Checkpoint
-from llmq.model.walk import hidden_states
-from llmq.runtime.unpacked import open_skeleton
+from llmq.model.passes.forward import hidden_states
+from llmq.runtime.open_skeleton import open_skeleton
 from tests import builders
 from tests.runs import float_equivalent, logits, relative, tensors_of
 

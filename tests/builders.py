@@ -17,9 +17,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
 
 from llmq.checkpoint.reader import Checkpoint
-from llmq.model import module_tree, skeleton
-from llmq.model.skeleton import Skeleton
-from llmq.model.weights import ModelWeights
+from llmq.model.build import module_tree, skeleton
+from llmq.model.build.checkpoint_names import ModelWeights
+from llmq.model.build.skeleton import Skeleton
 
 VOCABULARY = 264
 SPECIAL = ("<pad>", "<s>", "</s>")

@@ -2,8 +2,8 @@
 
 import torch
 
-from llmq.config import Scheme
-from llmq.quantized import QuantizedTensor
+from llmq.numerics.quantized_tensor import QuantizedTensor
+from llmq.numerics.scheme import Scheme
 
 
 def random_weight(

@@ -25,7 +25,7 @@ import llmq
 from bench.cpu import stamp
 from bench.timing import Spread
 from llmq.cli.terminal import quiet_transformers
-from llmq.model.whole import cache_argument, returned_cache
+from llmq.model.passes.generate import cache_argument, returned_cache
 from llmq.runtime.load import load_model
 from llmq_kernels.w4a16 import int4pack
 

@@ -22,11 +22,11 @@ from bench.plan import Plan
 from bench.session import Result, Session
 from bench.timing import Spread, now
 from llmq.config import QuantConfig
-from llmq.model.block import is_plain_linear
-from llmq.model.whole import cache_argument
-from llmq.quantized import QuantizedTensor
-from llmq.runtime import fuse
-from llmq.runtime.linear import PackedLinear
+from llmq.model.build.block import is_plain_linear
+from llmq.model.passes.generate import cache_argument
+from llmq.numerics.quantized_tensor import QuantizedTensor
+from llmq.runtime import fused_linear
+from llmq.runtime.packed_linear import PackedLinear
 
 ROUNDS = 5  # of `plan.steps` steps, for the spread
 PACKED, FLOAT = "packed", "bf16"
@@ -118,7 +118,7 @@ def build(plan: Plan, dtype: torch.dtype, device: torch.device, *, packed: bool)
     model: nn.Module = random_model.on_meta(random_model.configuration(plan.llama, plan.llama.blocks), dtype, device)
     read = random_model.RandomTensors(model, device).read
     linears = {path for path, module in model.named_modules() if ".layers." in path and is_plain_linear(module)}
-    groups = fuse.shared_inputs(model, linears) if packed else []
+    groups = fused_linear.shared_inputs(model, linears) if packed else []
     for path, module in list(model.named_modules()):
         if packed and path in linears:
             model.set_submodule(path, random_packed_linear(module.out_features, module.in_features, dtype, device))
@@ -128,7 +128,7 @@ def build(plan: Plan, dtype: torch.dtype, device: torch.device, *, packed: bool)
                 tensor = read(f"{path}.{name}" if path else name)
                 module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
     for group in groups:
-        fuse.fuse_rows(model, group)
+        fused_linear.fuse_rows(model, group)
     return model
 
 

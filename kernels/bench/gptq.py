@@ -21,22 +21,22 @@ from bench.plan import Plan
 from bench.session import Result, Session
 from bench.stopwatch import Stopwatch, watching
 from bench.timing import now
-from llmq import algorithms, formats, pipeline, schemes
+from llmq import algorithms, formats, pipeline
 from llmq.checkpoint.writer import Writer
 from llmq.config import QuantConfig
-from llmq.formats import Layout
-from llmq.model.skeleton import Skeleton
-from llmq.model.stream import Stream
-from llmq.model.weights import ModelWeights
+from llmq.formats import Layout, layer_plan
+from llmq.model.build.checkpoint_names import ModelWeights
+from llmq.model.build.skeleton import Skeleton
+from llmq.model.passes.hidden_states import Stream
 from llmq.report.record import BlockReport
 
 # (label, what is charged to it).  A label may have several; what none of them covers is charged to `rest`.
 STEPS = (
-    ("make weights", "llmq.model.block:Block.load"),
-    ("forward", "llmq.model.block:Block.run"),
-    ("hessian", "llmq.stats:InputStats.update"),
+    ("make weights", "llmq.model.build.block:Block.load"),
+    ("forward", "llmq.model.build.block:Block.run"),
+    ("hessian", "llmq.numerics.input_stats:InputStats.update"),
     ("factorize", "llmq.algorithms.gptq:factorize"),
-    ("search scales", "llmq.grid:fit_searched"),
+    ("search scales", "llmq.numerics.affine_grid:fit_searched"),
     ("round", "llmq.algorithms.gptq:compensate"),
     ("compare with nearest", "llmq.algorithms.gptq:without_worse_rows"),
     ("report", "llmq.pipeline:layer_report"),
@@ -117,7 +117,7 @@ def pipeline_run(plan: Plan, folder: Path, blocks: int, device: torch.device) ->
     linears = {path: linear for block in skeleton.blocks for path, linear in block.linears.items()}
     layout = formats.load(settings.formats[0])
     shapes = [(path, linear.out_features, linear.in_features) for path, linear in linears.items()]
-    plans = dict(zip(linears, schemes.plan_layers(shapes, settings, layout), strict=True))
+    plans = dict(zip(linears, layer_plan.plan_layers(shapes, settings, layout), strict=True))
     windows = torch.randint(plan.llama.vocabulary, (plan.windows, plan.tokens))
     batch = max(1, TOKENS_PER_BATCH // plan.tokens)
     stream = Stream(skeleton, windows, batch, _memory(device) if _can_hold() else 0)

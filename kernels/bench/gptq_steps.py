@@ -10,7 +10,7 @@ from bench.timing import events
 from llmq import algorithms
 from llmq.algorithms import gptq
 from llmq.config import QuantConfig
-from llmq.stats import InputStats
+from llmq.numerics.input_stats import InputStats
 from llmq_kernels.gptq_block import op as gptq_block
 
 REPEATS = 3

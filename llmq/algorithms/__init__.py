@@ -18,10 +18,10 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from llmq.config import Scheme
-from llmq.grid import ScaleDtype
-from llmq.quantized import QuantizedTensor
-from llmq.stats import InputStats
+from llmq.numerics.affine_grid import ScaleDtype
+from llmq.numerics.input_stats import InputStats
+from llmq.numerics.quantized_tensor import QuantizedTensor
+from llmq.numerics.scheme import Scheme
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,8 @@ class TransformStage(Protocol):
     def basis(
         self, stats: InputStats, source: Tensor, width: Callable[[], int], loss: Callable[[Tensor], float]
     ) -> Tensor | None:
-        """A basis (K/d, d, d) for the weights that see these inputs (see `llmq/basis.py`), or None where none helps.
+        """A basis (K/d, d, d) for the weights that see these inputs (see `llmq/numerics/block_diagonal.py`), or None
+        where none helps.
 
         source  (K,) int64, which channel of what makes the input each column comes from: columns with the same
                 number must be treated alike; -1 means: leave it as it is

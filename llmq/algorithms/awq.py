@@ -17,8 +17,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from llmq.basis import scaling
-from llmq.stats import InputStats
+from llmq.numerics.block_diagonal import scaling
+from llmq.numerics.input_stats import InputStats
 
 EXPONENTS = 20
 

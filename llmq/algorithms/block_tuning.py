@@ -22,7 +22,7 @@ from torch import Tensor
 
 from llmq.algorithms import kl_tuning
 from llmq.algorithms.kl_tuning import Rates
-from llmq.quantized import QuantizedTensor
+from llmq.numerics.quantized_tensor import QuantizedTensor
 
 JUDGED = 5  # times that the held-out loss is looked at, beside the first
 

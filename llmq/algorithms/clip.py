@@ -10,10 +10,10 @@ import math
 
 from torch import Tensor
 
-from llmq import grid
 from llmq.algorithms import Factor, Options, Rounding, rtn
-from llmq.config import Scheme
-from llmq.stats import InputStats
+from llmq.numerics import affine_grid
+from llmq.numerics.input_stats import InputStats
+from llmq.numerics.scheme import Scheme
 
 
 def round_weight(
@@ -26,5 +26,5 @@ def round_weight(
     if not 0 < mean < math.inf:
         return rtn.round_weight(weight, stats, scheme, options)
     floor = 1e-6 * mean  # channels that were silent in calibration keep a voice
-    chosen = grid.fit_searched(weight, scheme, options.scale_dtype, stats.mean_square + floor)
+    chosen = affine_grid.fit_searched(weight, scheme, options.scale_dtype, stats.mean_square + floor)
     return Rounding(chosen.quantized(chosen.encode(weight)))

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from llmq.algorithms import Options, output_error
-from llmq.quantized import QuantizedTensor
+from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq_kernels.gptq_block import op as gptq_block
 
 COLUMNS = 128

@@ -30,11 +30,11 @@ import math
 import torch
 from torch import Tensor
 
-from llmq import grid
 from llmq.algorithms import Factor, Options, Rounding, clip, output_error
-from llmq.config import Scheme
-from llmq.grid import Grid
-from llmq.stats import InputStats
+from llmq.numerics import affine_grid
+from llmq.numerics.affine_grid import Grid
+from llmq.numerics.input_stats import InputStats
+from llmq.numerics.scheme import Scheme
 from llmq_kernels.gptq_block import op as gptq_block
 
 HIGHEST_DAMPING = 0.1
@@ -61,9 +61,9 @@ def round_weight(
         chosen, codes = compensate_with_growing_grid(weight, factor, scheme, options.scale_dtype)
     else:
         if options.scales == "searched":
-            chosen = grid.fit_searched(weight, scheme, options.scale_dtype, factor.price)
+            chosen = affine_grid.fit_searched(weight, scheme, options.scale_dtype, factor.price)
         else:
-            chosen = grid.fit_minmax(weight, scheme, options.scale_dtype)
+            chosen = affine_grid.fit_minmax(weight, scheme, options.scale_dtype)
         codes = compensate(weight, factor, chosen)
     codes, kept = without_worse_rows(weight, chosen, codes, hessian)
     if kept:
@@ -161,14 +161,14 @@ def _by_group(chosen: Grid) -> tuple[Tensor, Tensor]:
 
 
 def compensate_with_growing_grid(
-    weight: Tensor, factor: Factor, scheme: Scheme, scale_dtype: grid.ScaleDtype
+    weight: Tensor, factor: Factor, scheme: Scheme, scale_dtype: affine_grid.ScaleDtype
 ) -> tuple[Grid, Tensor]:
     """The paper's order: a group's min-max range is taken once the columns before it are compensated for.
 
     Blocks end where groups end, so a group is never judged while updates to its tail are still pending.
     """
     if scheme.group_size == "tensor":  # one group, from the first column on
-        chosen = grid.fit_minmax(weight, scheme, scale_dtype)
+        chosen = affine_grid.fit_minmax(weight, scheme, scale_dtype)
         return chosen, compensate(weight, factor, chosen)
     columns = weight.T.clone()  # (K, N)
     codes = torch.empty(columns.shape, dtype=torch.uint8, device=weight.device)
@@ -176,7 +176,7 @@ def compensate_with_growing_grid(
     width = scheme.columns_per_group(len(columns))
     grids = []
     for start in range(0, len(columns), width):
-        group = grid.fit_minmax(columns[start : start + width].T.contiguous(), scheme, scale_dtype)
+        group = affine_grid.fit_minmax(columns[start : start + width].T.contiguous(), scheme, scale_dtype)
         scales, zeros = _by_group(group)  # (1, N) each
         gptq_block.round_columns(
             columns[None], codes[None], factor.upper[None], scales[None], zeros[None], group_of,

@@ -11,7 +11,7 @@ does not lower it has learnt the calibration text by heart, and is undone.
 from torch import Tensor
 
 from llmq.algorithms import output_error
-from llmq.stats import InputStats
+from llmq.numerics.input_stats import InputStats
 
 
 def held_out_loss(weight: Tensor, rounded: Tensor, judge: InputStats) -> Tensor:

@@ -28,8 +28,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmq import grid
-from llmq.quantized import QuantizedTensor
+from llmq.numerics import affine_grid
+from llmq.numerics.quantized_tensor import QuantizedTensor
 
 WARM_UP = 10  # steps
 MEAN_DECAY, SQUARE_DECAY = 0.9, 0.95
@@ -208,9 +208,9 @@ def _stored(scales: Tensor, factor: Tensor) -> Tensor:
 
     Scales that float16 holds go on to be such: the same codes may go into a file that has that dtype.
     """
-    smallest, half = grid.SMALLEST_SCALE.get(scales.dtype, grid.SMALLEST_SCALE_ELSEWHERE), torch.float16
-    if scales.numel() and float(scales.abs().min()) >= grid.SMALLEST_SCALE[half]:
-        smallest = grid.SMALLEST_SCALE[half]
+    smallest, half = affine_grid.SMALLEST_SCALE.get(scales.dtype, affine_grid.SMALLEST_SCALE_ELSEWHERE), torch.float16
+    if scales.numel() and float(scales.abs().min()) >= affine_grid.SMALLEST_SCALE[half]:
+        smallest = affine_grid.SMALLEST_SCALE[half]
     stretched = scales.to(torch.float32) * factor
     size = stretched.abs().clamp_(smallest, torch.finfo(scales.dtype).max).to(scales.dtype)
     return torch.where(stretched < 0, -size, size)

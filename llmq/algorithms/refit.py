@@ -10,7 +10,7 @@ The ridge μ (`ridge.py`) keeps scales near the old ones s⁰ where the codes ha
 together: what one group cannot represent another may make up for.  Scales are rounded to the dtype of the file before a
 row is judged, and a row is accepted only where its loss falls.  A scale shared by a whole tensor is left as it is.
 
-Two-level grids are refitted in `superblock_refit.py`.
+Two-level grids are refitted in `algorithms/refit_k_quants.py`.
 """
 
 import dataclasses
@@ -18,9 +18,9 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from llmq import grid
-from llmq.algorithms import Options, output_error, ridge, superblock_refit
-from llmq.quantized import QuantizedTensor
+from llmq.algorithms import Options, output_error, refit_k_quants, ridge
+from llmq.numerics import affine_grid
+from llmq.numerics.quantized_tensor import QuantizedTensor
 
 ELEMENTS_AT_ONCE = 1 << 24  # of the systems (G, G) and of the products (K,) of the rows that are solved together
 
@@ -30,7 +30,7 @@ def refine(target: Tensor, quantized: QuantizedTensor, hessian: Tensor, options:
     if quantized.scheme.group_size == "tensor":
         return quantized
     if quantized.superblocks is not None:
-        return superblock_refit.refine(target, quantized, hessian, options)
+        return refit_k_quants.refine(target, quantized, hessian, options)
     K, G = quantized.shape[1], quantized.scales.shape[1]
     rows = max(1, ELEMENTS_AT_ONCE // max(G * G, K))
     pieces = [(start, start + rows) for start in range(0, len(target), rows)]
@@ -38,7 +38,7 @@ def refine(target: Tensor, quantized: QuantizedTensor, hessian: Tensor, options:
     return dataclasses.replace(quantized, scales=scales)
 
 
-def _refit(target: Tensor, quantized: QuantizedTensor, hessian: Tensor, scale_dtype: grid.ScaleDtype) -> Tensor:
+def _refit(target: Tensor, quantized: QuantizedTensor, hessian: Tensor, scale_dtype: affine_grid.ScaleDtype) -> Tensor:
     """Scales (N, G) in their storage dtype: the new ones in the rows that they improve."""
     G = quantized.scales.shape[1]
     steps = _steps(quantized)  # (N, K), q - z
@@ -46,7 +46,7 @@ def _refit(target: Tensor, quantized: QuantizedTensor, hessian: Tensor, scale_dt
     A, b = _normal_equations(steps, target, hessian, G)
     fitted = ridge.solve(A, b, old)  # a group whose codes all are its zero keeps its scale
     usable = torch.isfinite(fitted) & (fitted * old > 0)
-    fitted = grid.storable(torch.where(usable, fitted, old), scale_dtype)
+    fitted = affine_grid.storable(torch.where(usable, fitted, old), scale_dtype)
     changed = dataclasses.replace(quantized, scales=fitted)
     loss, old_loss = (output_error(target, each.dequantize(), hessian) for each in (changed, quantized))
     return torch.where((loss < old_loss)[:, None], fitted, quantized.scales)

@@ -18,8 +18,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from llmq.basis import repeated
-from llmq.stats import InputStats
+from llmq.numerics.block_diagonal import repeated
+from llmq.numerics.input_stats import InputStats
 
 SEED = 0
 

@@ -5,16 +5,16 @@ The yardstick for everything else.  The grid is min-max, or searched for the lea
 
 from torch import Tensor
 
-from llmq import grid
 from llmq.algorithms import Factor, Options, Rounding
-from llmq.config import Scheme
-from llmq.stats import InputStats
+from llmq.numerics import affine_grid
+from llmq.numerics.input_stats import InputStats
+from llmq.numerics.scheme import Scheme
 
 
 def round_weight(
     weight: Tensor, stats: InputStats | None, scheme: Scheme, options: Options, factor: Factor | None = None
 ) -> Rounding:
     """See `RoundingStage`; only `weight` is looked at."""
-    fit = grid.fit_searched if options.scales == "searched" else grid.fit_minmax
+    fit = affine_grid.fit_searched if options.scales == "searched" else affine_grid.fit_minmax
     chosen = fit(weight, scheme, options.scale_dtype)
     return Rounding(chosen.quantized(chosen.encode(weight)))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from llmq.algorithms import Factor, output_error
-from llmq.stats import InputStats
+from llmq.numerics.input_stats import InputStats
 
 LONGEST_STEP = 0.5  # of ‖w‖
 

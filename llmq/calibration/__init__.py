@@ -5,17 +5,17 @@ hand.  Several are mixed by weight.  The way of a text:
 
     sources.py        how a source is written, and its documents (files.py reads local ones, chats.py knows chats)
     packing.py        documents into windows: tokenized as in serving, joined, cut, never padded
-    self_written.py   the model's own text (own_text.py keeps it until the run is over)
+    self_written.py   the model's own text (calibration/cache.py keeps it until the run is over)
     mixture.py        windows of all sources, by their weights: `load`
     manifest.py       what was read, and what became of it
 """
 
+from llmq.calibration.cache import OwnText
 from llmq.calibration.files import LOCAL_SUFFIXES, paragraphs, read_text
 from llmq.calibration.manifest import CalibrationSet, SourceRecord, sha256_of
 from llmq.calibration.mixture import Author, load
-from llmq.calibration.own_text import OwnText
-from llmq.calibration.packing import cut
 from llmq.calibration.self_written import SelfAuthor
+from llmq.calibration.sequences import cut
 from llmq.calibration.sources import DEFAULT_SOURCES, read_documents, read_hub_rows
 
 __all__ = [

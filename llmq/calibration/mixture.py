@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llmq.calibration.manifest import CalibrationSet, SourceRecord, scripts_of, sha256_of
-from llmq.calibration.packing import TextWindows
+from llmq.calibration.sequences import TextWindows
 from llmq.calibration.sources import SELF, Source, parse_sources
 from llmq.config import Calibration
 from llmq.errors import CalibrationError

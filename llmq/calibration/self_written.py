@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 from llmq import memory
-from llmq.calibration.own_text import OwnText
+from llmq.calibration.cache import OwnText
 from llmq.errors import UnsupportedModelError
-from llmq.model.skeleton import Skeleton
-from llmq.model.walk import hidden_states
-from llmq.model.whole import Continuation, cache_bytes, in_memory, weight_bytes
+from llmq.model.build.skeleton import Skeleton
+from llmq.model.passes.forward import hidden_states
+from llmq.model.passes.generate import Continuation, cache_bytes, in_memory, weight_bytes
 
 HOT, FALLING = 2.0, 10  # the first token's temperature; over so many tokens it falls to 1
 ROWS = 64  # written at once, where their keys and values fit

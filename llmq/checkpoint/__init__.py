@@ -1,7 +1,7 @@
 """Checkpoints on disk: found, read one tensor at a time, and written so that no crash costs a finished block.
 
-    storage.py   one safetensors file: header, one tensor, many tensors streamed into a new file
-    weights.py   which file of a folder holds which tensor
+    safetensors_files.py  one safetensors file: header, one tensor, many tensors streamed into a new file
+    index.py      which file of a folder holds which tensor
     reader.py    `Checkpoint`, a model folder as the rest of llmq sees it
     hub.py       a folder or a Hub id -> a folder
     atomic.py    files that appear whole or not at all
@@ -11,3 +11,5 @@
 
 Importing this package imports nothing; its modules need torch.
 """
+
+PROVENANCE_FILE = "llmq.json"

@@ -8,7 +8,7 @@ copies are fetched.  Python files are fetched only for those who asked to run a 
 import re
 from pathlib import Path
 
-from llmq.checkpoint.storage import reading
+from llmq.checkpoint.safetensors_files import reading
 from llmq.errors import CheckpointError, ConfigError
 
 WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md")

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from llmq.checkpoint.index import Location, locate_tensors, read_json_object, refuse_gguf
+from llmq.checkpoint.safetensors_files import TensorInfo, read_header_bytes, read_tensor, reading
 from llmq.checkpoint.staging import STAGING
-from llmq.checkpoint.storage import TensorInfo, read_header_bytes, read_tensor, reading
-from llmq.checkpoint.weights import Location, locate_tensors, read_json_object, refuse_gguf
 from llmq.errors import CheckpointError
 
 CONFIG = "config.json"

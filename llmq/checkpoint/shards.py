@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llmq.checkpoint.atomic import write_text
-from llmq.checkpoint.storage import Part, concatenate
-from llmq.checkpoint.weights import INDEX, SINGLE
+from llmq.checkpoint.index import INDEX, SINGLE
+from llmq.checkpoint.safetensors_files import Part, concatenate
 from llmq.errors import CheckpointError
 
 SHARD_BYTES = 5 * 10**9

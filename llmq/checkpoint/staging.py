@@ -21,9 +21,9 @@ from typing import Any
 from torch import Tensor
 
 from llmq.checkpoint.atomic import PARTIAL, sync_folder, write_text
-from llmq.checkpoint.revision import Revision
-from llmq.checkpoint.storage import Part, StoredTensors, read_header, write_tensors
-from llmq.checkpoint.weights import read_json_object
+from llmq.checkpoint.index import read_json_object
+from llmq.checkpoint.safetensors_files import Part, StoredTensors, read_header, write_tensors
+from llmq.checkpoint.tuned_version import Revision
 from llmq.errors import CheckpointError
 
 STAGING = ".llmq-partial"

@@ -20,14 +20,14 @@ from typing import Any
 
 from torch import Tensor
 
+from llmq.checkpoint import PROVENANCE_FILE
 from llmq.checkpoint.atomic import replacing, storing, sync_folder, write_text
-from llmq.checkpoint.revision import Revision
+from llmq.checkpoint.index import INDEX
+from llmq.checkpoint.safetensors_files import Part, StoredTensors, copy_bytes, reading
 from llmq.checkpoint.shards import SHARD_BYTES, write_shards
 from llmq.checkpoint.staging import STAGING, Staging, read_or_empty
-from llmq.checkpoint.storage import Part, StoredTensors, copy_bytes, reading
-from llmq.checkpoint.weights import INDEX
+from llmq.checkpoint.tuned_version import Revision
 from llmq.errors import ConfigError, StorageError
-from llmq.report.record import PROVENANCE_FILE
 
 CONFIG = "config.json"
 

@@ -16,7 +16,7 @@ from llmq.errors import ConfigError, Interrupted
 from llmq.report.record import ConvertStep
 
 if TYPE_CHECKING:
-    from llmq.conversion.convert import Conversion
+    from llmq.export.convert import Conversion
 
 SHOWN = 12
 LINES = 10  # that a conversion prints where there is no terminal
@@ -53,9 +53,9 @@ def command(
     Example:  llmq convert out/ out-gptq/ --to gptq
     """
     from llmq.checkpoint import hub
-    from llmq.checkpoint.weights import gguf_file
-    from llmq.conversion.convert import Converter
-    from llmq.conversion.gguf_source import GgufConverter
+    from llmq.checkpoint.index import gguf_file
+    from llmq.export.convert import Converter
+    from llmq.export.from_gguf import GgufConverter
 
     quiet_transformers()
     converter: Converter | GgufConverter

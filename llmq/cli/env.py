@@ -7,7 +7,7 @@ from llmq.cli import options
 from llmq.cli.terminal import megabytes, print_json, print_table
 
 if TYPE_CHECKING:
-    from llmq.environment import Device, Environment
+    from llmq.runtime.environment import Device, Environment
 
 
 def command(json: options.Json = False) -> None:
@@ -15,7 +15,7 @@ def command(json: options.Json = False) -> None:
 
     LLMQ_BACKEND=torch keeps the Triton kernels off; auto, the default, uses them where they work.
     """
-    from llmq.environment import environment
+    from llmq.runtime.environment import environment
 
     found = environment()
     if json:

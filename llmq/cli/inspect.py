@@ -9,7 +9,7 @@ from llmq.cli.terminal import megabytes, print_json, print_table
 
 def command(path: options.Path_, json: options.Json = False) -> None:
     """Show what a checkpoint holds: layers, grids, sizes, the errors recorded when it was made, and the text used."""
-    from llmq.inspection import inspect
+    from llmq.verify.inspection import inspect
 
     found = inspect(path)
     if json:

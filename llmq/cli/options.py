@@ -5,8 +5,9 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from llmq.config import BITS, FORMATS, GROUP_SIZES, ORDERS, SCALES
+from llmq.config import FORMATS, ORDERS, SCALES
 from llmq.methods import METHODS
+from llmq.numerics.scheme import BITS, GROUP_SIZES
 
 WHAT, TEXT, RUN = "What to make", "Calibration", "The run"
 

@@ -11,9 +11,9 @@ from llmq.cli.manifest import print_manifest
 from llmq.cli.terminal import Step, megabytes, messages, print_json, print_notes, print_table, quiet_transformers, show
 from llmq.cli.verify import print_findings, print_serving
 from llmq.config import QuantConfig
+from llmq.config_files import config_from, config_to, merged, read_toml
 from llmq.errors import Interrupted, LlmqError
 from llmq.report.record import OUTSIDE_THE_BLOCKS, experts_summary
-from llmq.settings import config_from, config_to, merged, read_toml
 
 if TYPE_CHECKING:
     from llmq.job import Job
@@ -90,10 +90,10 @@ def _print_plan(job: "Job", *, as_json: bool) -> None:
     if as_json:
         layers = [{"name": p.name, "shape": [p.out_features, p.in_features], "scheme": p.scheme and str(p.scheme),
                    "reason": p.reason} for p in plans]  # fmt: skip
-        from llmq import serving
-        from llmq.serving.planned import planned
+        from llmq.verify import engines
+        from llmq.verify.engines.planned_run import planned
 
-        findings = {name: serving.judge(subject) for name, subject in planned(job.plan).items()}
+        findings = {name: engines.judge(subject) for name, subject in planned(job.plan).items()}
         print_json(
             {"output": str(job.out), "bytes": job.plan.expected_bytes, "layers": layers, "left": job.report.left,
              "serving": {name: [each.to_dict() for each in found] for name, found in findings.items()}}
@@ -117,23 +117,23 @@ def _alike(rows: list[tuple[str, str, str, str]]) -> list[tuple[str, str, str, s
 
 def _print_planned_serving(job: "Job") -> None:
     """Which engines would serve it, and why not, while it can still be changed."""
-    from llmq import serving
-    from llmq.serving.planned import planned
+    from llmq.verify import engines
+    from llmq.verify.engines.planned_run import planned
 
     for name, subject in planned(job.plan).items():
-        findings = serving.judge(subject)
-        print_serving(serving.verdicts(findings), f"serving, as {name}")
+        findings = engines.judge(subject)
+        print_serving(engines.verdicts(findings), f"serving, as {name}")
         print_findings([each for each in findings if each.in_the_way or each.gpus], sources=False)
 
 
 def _print_serving(job: "Job") -> None:
     """The same of what was made, in short; `llmq verify` says more."""
-    from llmq import serving
+    from llmq.verify import engines
 
     several = len(job.plan.settings.formats) > 1
     rows = []
     for name in job.plan.settings.formats:
-        verdicts = serving.verdicts(serving.check(job.out / name if several else job.out))
+        verdicts = engines.verdicts(engines.check(job.out / name if several else job.out))
         told = [f"{v.engine} ({', '.join(map(str, v.gpus))} GPUs)" for v in verdicts if v.loads and len(v.gpus) > 1]
         told += [v.engine for v in verdicts if v.loads and len(v.gpus) == 1]
         rows.append((name, ", ".join(told) or "no engine"))

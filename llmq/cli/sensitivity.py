@@ -9,15 +9,16 @@ from typer import Option
 from llmq.cli import options
 from llmq.cli.manifest import print_manifest
 from llmq.cli.terminal import messages, print_json, print_notes, print_table, quiet_transformers, show_measuring
-from llmq.config import GroupSize, QuantConfig, Scheme
+from llmq.config import QuantConfig
+from llmq.config_files import config_from, merged, parse_group_size, read_toml
 from llmq.errors import ConfigError, Interrupted
+from llmq.numerics.scheme import GroupSize, Scheme
 from llmq.report.record import MeasuringStep
-from llmq.settings import config_from, merged, parse_group_size, read_toml
 
 if TYPE_CHECKING:
-    from llmq.allocation.spending import Spending
     from llmq.job import Job
-    from llmq.report.effects import Sensitivity
+    from llmq.mixed_precision.assign import Spending
+    from llmq.report.sensitivity import Sensitivity
 
 GRIDS = ("3:128", "4:128", "4:32", "8:128")
 
@@ -69,8 +70,8 @@ def command(
 
         heat_map.require_drawable(plot)  # before hours are spent
     tried = [_scheme(text, settings) for text in grids or (GRIDS if settings.target_bits is None else ())]
-    from llmq.allocation import spending
     from llmq.job import Job
+    from llmq.mixed_precision import assign
 
     quiet_transformers()
     job = Job(model, None, settings, device=device, revision=revision, trust_remote_code=trust_remote_code)
@@ -78,7 +79,7 @@ def command(
         found = _measured(job, tried, windows)
     except KeyboardInterrupt:
         raise Interrupted("interrupted", hint="fewer --windows take less time") from None
-    plan = None if settings.target_bits is None else spending.spend(found, settings.target_bits)
+    plan = None if settings.target_bits is None else assign.spend(found, settings.target_bits)
     if plot is not None:
         heat_map.draw(found, plot)
     if json:

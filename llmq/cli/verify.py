@@ -11,8 +11,8 @@ from llmq.cli.terminal import bars, megabytes, messages, print_json, print_notes
 from llmq.errors import CheckpointError, ConfigError, QualityError
 
 if TYPE_CHECKING:
-    from llmq.integrity import Integrity
-    from llmq.serving import Finding, Verdict
+    from llmq.verify.engines import Finding, Verdict
+    from llmq.verify.integrity import Integrity
 
 SHOWN = 8  # problems of one model
 MODEL_FILES = ("config.json", "*.safetensors", "*.gguf")
@@ -39,9 +39,9 @@ def command(
 
     Example:  llmq verify out/ --for vllm
     """
-    from llmq import serving
     from llmq.checkpoint import hub
-    from llmq.integrity import Integrity
+    from llmq.verify import engines as serving
+    from llmq.verify.integrity import Integrity
 
     asked = [_engine(name, serving.ENGINES) for name in for_ or ()]
     quiet_transformers()
@@ -103,7 +103,7 @@ def _engine(text: str, engines: Sequence[str]) -> tuple[str, int]:
 
 
 def _examine(model: Path, found: "Integrity", *, trust_remote_code: bool) -> None:
-    from llmq.integrity import examine
+    from llmq.verify.integrity import examine
 
     console = messages()
     steps = examine(model, found, remote_code=trust_remote_code)

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from llmq.checkpoint import hub
+from llmq.checkpoint.index import gguf_file
 from llmq.checkpoint.reader import Checkpoint
-from llmq.checkpoint.weights import gguf_file
 from llmq.errors import CheckpointError, ConfigError, QualityError, UnsupportedModelError
 from llmq.evaluation.scoring import Evaluation, Scores, read_windows, score, summary, summary_of_original
 from llmq.evaluation.streaming import Source, open_source, windows_together
 from llmq.gguf.container import Container
 from llmq.gguf.reader import described, is_file
+from llmq.runtime.checkpoint_weights import PackedWeights, quantization_settings
 from llmq.runtime.load import choose_device, load_tokenizer
-from llmq.runtime.packed_weights import PackedWeights, quantization_settings
 
 DEFAULT_SEQLEN = 2048
 

@@ -1,9 +1,9 @@
 """The logits of a model on disk for windows of text, whether or not the model fits into memory.
 
-`Streamed` reads one block at a time and runs all windows through it (`model/walk.py`): in memory are the embedding, the
-head, one block, and the hidden states of the text.  Packed weights are dequantized as a block is read, so what is
-measured is what the file says and not what a kernel makes of it.  `Whole` is for the few models whose blocks cannot be
-run one by one: the model as `llmq.load` gives it.
+`Streamed` reads one block at a time and runs all windows through it (`model/passes/forward.py`): in memory are the
+embedding, the head, one block, and the hidden states of the text.  Packed weights are dequantized as a block is read,
+so what is measured is what the file says and not what a kernel makes of it.  `Whole` is for the few models whose
+blocks cannot be run one by one: the model as `llmq.load` gives it.
 """
 
 from collections.abc import Iterator
@@ -18,10 +18,10 @@ from llmq.checkpoint.reader import Checkpoint
 from llmq.errors import UnsupportedModelError
 from llmq.evaluation import scoring
 from llmq.gguf import reader
-from llmq.model.skeleton import Skeleton
-from llmq.model.walk import hidden_states
+from llmq.model.build.skeleton import Skeleton
+from llmq.model.passes.forward import hidden_states
 from llmq.runtime.load import load_model, stored_dtype
-from llmq.runtime.unpacked import open_skeleton
+from llmq.runtime.open_skeleton import open_skeleton
 
 LOGITS_BYTES = 2**28  # of one batch that goes through a head; a window that has more goes alone
 LOGITS_COPIES = 2  # its own dtype, and a copy where the head computes on (scaling, capping)

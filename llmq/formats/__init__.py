@@ -27,11 +27,12 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from llmq.config import GROUP_SIZES, GroupSize, Scheme
 from llmq.errors import ConfigError, FormatError
-from llmq.quantized import QuantizedTensor
+from llmq.numerics.quantized_tensor import QuantizedTensor
+from llmq.numerics.scheme import GROUP_SIZES, GroupSize, Scheme
 
-SHARED = ("awq_variants", "bits", "checks", "fp4")  # what layouts have in common; every other file here is one
+# What layouts have in common; every other file here is one.
+SHARED = ("awq_variants", "bit_packing", "checks", "fp4", "gguf_blocks", "gguf_k_quants", "layer_plan")
 READ_ONLY = ("auto-round", "mxfp4")
 STAGED_ONLY = ("gguf",)  # no checkpoint has it
 ALIASES = {  # what else a checkpoint may say for its quant_method

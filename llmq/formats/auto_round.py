@@ -20,10 +20,10 @@ from typing import Any
 
 from torch import Tensor
 
-from llmq.config import Scheme
 from llmq.errors import FormatError
 from llmq.formats import Reader, Reading, awq, checks, compressed_tensors, fp4, gptq
-from llmq.quantized import QuantizedTensor
+from llmq.numerics.quantized_tensor import QuantizedTensor
+from llmq.numerics.scheme import Scheme
 
 NAME = "auto-round"
 SUFFIXES: tuple[str, ...] = tuple(dict.fromkeys((*gptq.SUFFIXES, *compressed_tensors.SUFFIXES)))

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq.config import Scheme
 from llmq.errors import ConfigError, FormatError
-from llmq.formats import Reader, Reading, awq_variants, bits, checks
-from llmq.quantized import QuantizedTensor
+from llmq.formats import Reader, Reading, awq_variants, bit_packing, checks
+from llmq.numerics.quantized_tensor import QuantizedTensor
+from llmq.numerics.scheme import Scheme
 
 NAME = "awq"
 SUFFIXES: tuple[str, ...] = ("qweight", "qzeros", "scales", "scaled_zeros")
@@ -153,12 +153,12 @@ def _packing(config: Mapping[str, Any]) -> str:
 
 def _packed(rows: Tensor) -> Tensor:
     """uint8 (N, columns) -> int32 (columns, N / 8)"""
-    return bits.pack(_reordered(rows, ORDER), BITS, dim=0).T.contiguous()
+    return bit_packing.pack(_reordered(rows, ORDER), BITS, dim=0).T.contiguous()
 
 
 def _unpacked(words: Tensor, width: int) -> Tensor:
     """int32 (columns, words) -> uint8 (N, columns)"""
-    rows = bits.unpack(words.T, width, words.shape[1] * 32 // width, dim=0)
+    rows = bit_packing.unpack(words.T, width, words.shape[1] * 32 // width, dim=0)
     return _reordered(rows, INVERSE) if width == BITS else rows
 
 

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from llmq.errors import FormatError
-from llmq.formats import Reading, bits, checks
-from llmq.quantized import QuantizedTensor
+from llmq.formats import Reading, bit_packing, checks
+from llmq.numerics.quantized_tensor import QuantizedTensor
 
 GEMV, GEMV_FAST, LLM_AWQ = "gemv", "gemv_fast", "llm_awq"
 BITS, LEVELS = 4, 15
@@ -44,8 +44,8 @@ def unpack(tensors: Mapping[str, Tensor], reading: Reading) -> QuantizedTensor:
     if reading.packing == GEMV:
         scales = _first(checks.stored(tensors, "scales", checks.SCALE_DTYPES, (N, None)), "scales", G)
         qzeros = checks.stored(tensors, "qzeros", (torch.int32,), (N, None))
-        zeros = _first(bits.unpack(qzeros, BITS, qzeros.shape[1] * 8), "qzeros", G)
-        return checks.affine(bits.unpack(qweight, BITS, K), scales, zeros.to(torch.int16), reading)
+        zeros = _first(bit_packing.unpack(qzeros, BITS, qzeros.shape[1] * 8), "qzeros", G)
+        return checks.affine(bit_packing.unpack(qweight, BITS, K), scales, zeros.to(torch.int16), reading)
     if N % ROWS or K % STRIDE:
         raise FormatError(f"a weight ({N}, {K}) cannot be in the form {reading.packing}")
     name = "scaled_zeros" if "scaled_zeros" in tensors else "qzeros"

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq.config import BITS, GROUP_SIZES, Scheme
 from llmq.errors import ConfigError, FormatError
 from llmq.formats import Reading
-from llmq.quantized import QuantizedTensor
+from llmq.numerics.quantized_tensor import QuantizedTensor
+from llmq.numerics.scheme import BITS, GROUP_SIZES, Scheme
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

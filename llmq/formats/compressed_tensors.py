@@ -28,10 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq.config import Scheme
 from llmq.errors import FormatError
-from llmq.formats import Reader, Reading, bits, checks, fp4
-from llmq.quantized import QuantizedTensor
+from llmq.formats import Reader, Reading, bit_packing, checks, fp4
+from llmq.numerics.quantized_tensor import QuantizedTensor
+from llmq.numerics.scheme import Scheme
 
 NAME = "compressed-tensors"
 SUFFIXES: tuple[str, ...] = (
@@ -61,12 +61,12 @@ def pack(q: QuantizedTensor) -> dict[str, Tensor]:
     """See `Layout.pack`."""
     checks.require_packable(q, refusal(q.scheme, *q.shape))
     tensors = {
-        "weight_packed": bits.pack(q.codes, q.scheme.bits),
+        "weight_packed": bit_packing.pack(q.codes, q.scheme.bits),
         "weight_scale": q.scales.contiguous(),
         "weight_shape": torch.tensor(q.shape, dtype=torch.int64, device=q.codes.device),
     }
     if q.zeros is not None:
-        tensors["weight_zero_point"] = bits.pack(q.zeros.to(torch.uint8), q.scheme.bits, dim=0)
+        tensors["weight_zero_point"] = bit_packing.pack(q.zeros.to(torch.uint8), q.scheme.bits, dim=0)
     return tensors
 
 
@@ -173,11 +173,11 @@ def read_config(config: Mapping[str, Any]) -> Reader:
 def _unpacked(words: Tensor, bits_per_code: int, length: int, dim: int, what: str) -> Tensor:
     """Dense or padded words -> uint8 codes, told apart by their number."""
     found = words.shape[dim]
-    dense, padded = bits.words_for(length, bits_per_code), bits.padded_words_for(length, bits_per_code)
+    dense, padded = bit_packing.words_for(length, bits_per_code), bit_packing.padded_words_for(length, bits_per_code)
     if found == dense:
-        return bits.unpack(words, bits_per_code, length, dim)
+        return bit_packing.unpack(words, bits_per_code, length, dim)
     if found == padded:
-        return bits.unpack_padded(words, bits_per_code, length, dim)
+        return bit_packing.unpack_padded(words, bits_per_code, length, dim)
     expected = str(dense) if dense == padded else f"{dense} (or {padded}, padded)"
     raise FormatError(f"{what} has {found} words for {length} codes of {bits_per_code} bits, expected {expected}")
 

@@ -3,7 +3,7 @@
     gguf_q4_k   uint8 (N, bytes of a row)     the suffix says the type
     gguf_q6_k   …
 
-What is staged is what will be written, so an interrupted run continues in the same bytes; `conversion/finishing.py`
+What is staged is what will be written, so an interrupted run continues in the same bytes; `export/save.py`
 puts the file together.  No engine reads this layout, and its block of settings never reaches a config.json.
 """
 
@@ -15,12 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llmq.block_types import BLOCK_TYPES
-from llmq.config import Scheme
 from llmq.errors import FormatError
-from llmq.formats import Reader, Reading, checks
-from llmq.gguf import blocks, k_quants
-from llmq.quantized import QuantizedTensor, Superblocks
+from llmq.formats import Reader, Reading, checks, gguf_blocks, gguf_k_quants
+from llmq.numerics.gguf_types import BLOCK_TYPES
+from llmq.numerics.quantized_tensor import QuantizedTensor, Superblocks
+from llmq.numerics.scheme import Scheme
 
 NAME = "gguf"
 PREFIX = "gguf_"
@@ -44,12 +43,12 @@ def pack_blocks(q: QuantizedTensor) -> NDArray[np.uint8]:
     if parts is None:
         halves = q.scales.to(torch.float16).cpu().numpy()
         if q.scheme.block_type == "q5_0":
-            return blocks.pack_q5_0(codes, halves)
-        return blocks.pack_q8_0((codes.astype(np.int16) - q.scheme.middle).astype(np.int8), halves)
+            return gguf_blocks.pack_q5_0(codes, halves)
+        return gguf_blocks.pack_q8_0((codes.astype(np.int16) - q.scheme.middle).astype(np.int8), halves)
     d, sc = parts.d.cpu().numpy(), parts.sc.cpu().numpy()
     if parts.dmin is None or parts.m is None:
-        return k_quants.pack_q6_k(codes, d, sc)
-    pack_minima = k_quants.pack_q4_k if q.scheme.block_type == "q4_k" else k_quants.pack_q5_k
+        return gguf_k_quants.pack_q6_k(codes, d, sc)
+    pack_minima = gguf_k_quants.pack_q4_k if q.scheme.block_type == "q4_k" else gguf_k_quants.pack_q5_k
     return pack_minima(codes, d, parts.dmin.cpu().numpy(), sc, parts.m.cpu().numpy())
 
 
@@ -61,17 +60,17 @@ def unpack(tensors: Mapping[str, Tensor], reading: Reading) -> QuantizedTensor:
         raise FormatError(f"the staged blocks are declared as {scheme}, expected one of {', '.join(BLOCK_TYPES)}")
     raw = checks.stored(tensors, f"{PREFIX}{kind}", (torch.uint8,), (None, None)).cpu().numpy()
     if kind in ("q4_k", "q5_k"):
-        minima = (k_quants.unpack_q4_k if kind == "q4_k" else k_quants.unpack_q5_k)(raw)
+        minima = (gguf_k_quants.unpack_q4_k if kind == "q4_k" else gguf_k_quants.unpack_q5_k)(raw)
         parts = Superblocks(*map(_tensor, (minima.d, minima.sc, minima.dmin, minima.m)))
         return QuantizedTensor.of_superblocks(_tensor(minima.codes), parts, scheme)
     if kind == "q6_k":
-        centred = k_quants.unpack_q6_k(raw)
+        centred = gguf_k_quants.unpack_q6_k(raw)
         parts = Superblocks(_tensor(centred.d), _tensor(centred.sc))
         return QuantizedTensor.of_superblocks(_tensor(centred.codes), parts, scheme)
     if kind == "q5_0":
-        codes, scales = blocks.unpack_q5_0(raw)
+        codes, scales = gguf_blocks.unpack_q5_0(raw)
     else:
-        signed, scales = blocks.unpack_q8_0(raw)
+        signed, scales = gguf_blocks.unpack_q8_0(raw)
         codes = (signed.astype(np.int16) + scheme.middle).astype(np.uint8)
     return QuantizedTensor(_tensor(codes), _tensor(scales), None, scheme)
 

@@ -30,10 +30,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq.config import Scheme
 from llmq.errors import ConfigError, FormatError
-from llmq.formats import Reader, Reading, bits, checks
-from llmq.quantized import QuantizedTensor
+from llmq.formats import Reader, Reading, bit_packing, checks
+from llmq.numerics.quantized_tensor import QuantizedTensor
+from llmq.numerics.scheme import Scheme
 
 NAME = "gptq"
 SUFFIXES: tuple[str, ...] = ("qweight", "qzeros", "scales", "g_idx")
@@ -54,9 +54,9 @@ def pack(q: QuantizedTensor, version: str | None = None) -> dict[str, Tensor]:
     checks.require_packable(q, refusal(q.scheme, *q.shape))
     scheme = q.scheme
     zeros = torch.full_like(q.scales, scheme.middle, dtype=torch.uint8) if q.zeros is None else q.zeros  # (N, G)
-    words = bits.pack(zeros.to(torch.uint8), scheme.bits, dim=0).T  # (G, N * bits / 32)
+    words = bit_packing.pack(zeros.to(torch.uint8), scheme.bits, dim=0).T  # (G, N * bits / 32)
     return {
-        "qweight": bits.pack(q.codes, scheme.bits).T.contiguous(),
+        "qweight": bit_packing.pack(q.codes, scheme.bits).T.contiguous(),
         "qzeros": _shifted(words, scheme.bits, -VERSIONS[version or _version(scheme)]).contiguous(),
         "scales": q.scales.T.contiguous(),
         "g_idx": checks.plain_index(scheme, q.shape[1], q.codes.device),
@@ -69,7 +69,7 @@ def unpack(tensors: Mapping[str, Tensor], reading: Reading) -> QuantizedTensor:
     N, K = weight_shape({"qweight": tuple(qweight.shape)}, reading, tensors.__getitem__)
     G = checks.groups_of(reading, K, cut=True)
     scales = checks.stored(tensors, "scales", checks.SCALE_DTYPES, (G, N))
-    words = checks.stored(tensors, "qzeros", (torch.int32,), (G, bits.words_for(N, reading.bits)))
+    words = checks.stored(tensors, "qzeros", (torch.int32,), (G, bit_packing.words_for(N, reading.bits)))
     index = None
     if "g_idx" in tensors or reading.needs_group_index:
         index = checks.stored(tensors, "g_idx", (torch.int32, torch.int64), (K,))
@@ -163,7 +163,7 @@ def read_config(config: Mapping[str, Any]) -> Reader:
 
 def _unpacked(words: Tensor, reading: Reading, length: int) -> Tensor:
     """int32 (…, words) -> uint8 (…, length)"""
-    unpack_words = bits.unpack_planes if reading.packing == PLANAR else bits.unpack
+    unpack_words = bit_packing.unpack_planes if reading.packing == PLANAR else bit_packing.unpack
     return unpack_words(words, reading.bits, length)
 
 

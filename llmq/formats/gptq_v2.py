@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from llmq.config import Scheme
 from llmq.formats import gptq
 from llmq.formats.gptq import CODES, CONFIG_COPY, ONE_GRID, SUFFIXES, read_config, refusal, scale_dtype, unpack
 from llmq.formats.gptq import weight_shape as weight_shape
-from llmq.quantized import QuantizedTensor
+from llmq.numerics.quantized_tensor import QuantizedTensor
+from llmq.numerics.scheme import Scheme
 
 __all__ = [
     "CODES", "CONFIG_COPY", "NAME", "ONE_GRID", "SUFFIXES",

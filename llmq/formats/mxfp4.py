@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq.config import Scheme
 from llmq.errors import FormatError
 from llmq.formats import Reader, Reading, checks, fp4
-from llmq.quantized import QuantizedTensor
+from llmq.numerics.quantized_tensor import QuantizedTensor
+from llmq.numerics.scheme import Scheme
 
 NAME = "mxfp4"
 SUFFIXES: tuple[str, ...] = ("_blocks", "_scales")

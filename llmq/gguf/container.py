@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llmq.checkpoint.storage import reading
+from llmq.checkpoint.safetensors_files import reading
 from llmq.errors import CheckpointError, FormatError
-from llmq.gguf import blocks
+from llmq.formats import gguf_blocks
 
 # What the package gguf says to a file that is none, is cut short or has a type that it does not know.
 BROKEN = (ValueError, IndexError, KeyError, OverflowError, MemoryError, struct.error, UnicodeDecodeError)
@@ -110,8 +110,8 @@ class Container:
 
 def decode(kind: str, rows: NDArray[np.uint8]) -> NDArray[np.float32]:
     """(N, bytes of a row) -> (N, K), by llmq's own code, for the types that it lacks by the package gguf's."""
-    if kind in blocks.SIZES:
-        return blocks.decode(kind, rows)
+    if kind in gguf_blocks.SIZES:
+        return gguf_blocks.decode(kind, rows)
     import gguf
 
     try:

@@ -30,12 +30,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmq.checkpoint.reader import Checkpoint
-from llmq.config import Scheme
 from llmq.errors import FormatError
-from llmq.gguf import blocks, k_quants
+from llmq.formats import gguf_blocks, gguf_k_quants
 from llmq.gguf.writer import Stored, write
-from llmq.quantized import QuantizedTensor
-from llmq.runtime.packed_weights import PackedWeights, quantization_settings
+from llmq.numerics.quantized_tensor import QuantizedTensor
+from llmq.numerics.scheme import Scheme
+from llmq.runtime.checkpoint_weights import PackedWeights, quantization_settings
 
 AUTO = "auto"
 EXACT = ("Q4_0", "Q4_K", "Q5_K", "Q5_0", "Q8_0")  # the smallest first; Q4_K has as many bits as Q4_0
@@ -118,7 +118,7 @@ def best(scheme: Scheme, columns: int) -> str | None:
 
 def refusal(kind: str, scheme: Scheme, columns: int) -> str | None:
     """Why a type cannot hold such a grid for rows of so many weights; None where it can, scales permitting."""
-    weights, _ = blocks.SIZES[kind]
+    weights, _ = gguf_blocks.SIZES[kind]
     if columns % weights:
         return f"{kind} wants rows of a multiple of {weights} weights, these have {columns}"
     if (group := scheme.columns_per_group(columns)) % weights:
@@ -146,7 +146,7 @@ def pack(kind: str, q: QuantizedTensor) -> NDArray[np.uint8]:
 
 def _proved(kind: str, q: QuantizedTensor) -> NDArray[np.uint8]:
     stored = _PACKERS[kind](q)
-    if not np.array_equal(blocks.decode(kind, stored), q.dequantize().numpy()):  # +0 and -0 are the same weight
+    if not np.array_equal(gguf_blocks.decode(kind, stored), q.dequantize().numpy()):  # +0 and -0 are the same weight
         raise FormatError(f"{kind} would change it: {_why(q)}")
     return stored
 
@@ -204,7 +204,7 @@ class _Packed:
                 message = f"{module} cannot go into a GGUF file as it is: {error}"
                 raise FormatError(message, hint=error.hint or REMEDY) from error
             stored = self._rounded(module, kind)
-        self._stored += 8 * blocks.row_bytes(kind, self._weights.shape(module)[1]) * len(stored)
+        self._stored += 8 * gguf_blocks.row_bytes(kind, self._weights.shape(module)[1]) * len(stored)
         self._count += math.prod(self._weights.shape(module))
         return stored
 
@@ -219,8 +219,8 @@ class _Packed:
         if raw is None and kind not in (*NEAREST, "F16"):
             raise FormatError(f"{module} has scales beyond those of fp16", hint="kind='Q8_0' rounds it as a whole")
         if raw is None:
-            raw = blocks.pack_float(kind, weight.numpy()) if kind == "F16" else nearest(kind, weight)
-        decoded = blocks.decode(kind, raw)
+            raw = gguf_blocks.pack_float(kind, weight.numpy()) if kind == "F16" else nearest(kind, weight)
+        decoded = gguf_blocks.decode(kind, raw)
         if not np.isfinite(decoded).all():
             raise FormatError(f"{module} has weights or scales beyond those of fp16")
         self.rounded[f"{module}.weight"] = float(np.abs(decoded - weight.numpy()).max())
@@ -270,26 +270,26 @@ def _within(centred: NDArray[np.int16], lowest: int, highest: int) -> NDArray[np
 
 
 def _pack_q4_0(q: QuantizedTensor) -> NDArray[np.uint8]:
-    return blocks.pack_q4_0((_within(_centred(q), -8, 7) + 8).astype(np.uint8), _scales(q, 32))
+    return gguf_blocks.pack_q4_0((_within(_centred(q), -8, 7) + 8).astype(np.uint8), _scales(q, 32))
 
 
 def _pack_q5_0(q: QuantizedTensor) -> NDArray[np.uint8]:
-    return blocks.pack_q5_0((_within(_centred(q), -16, 15) + 16).astype(np.uint8), _scales(q, 32))
+    return gguf_blocks.pack_q5_0((_within(_centred(q), -16, 15) + 16).astype(np.uint8), _scales(q, 32))
 
 
 def _pack_q8_0(q: QuantizedTensor) -> NDArray[np.uint8]:
-    return blocks.pack_q8_0(_within(_centred(q), -128, 127).astype(np.int8), _scales(q, 32))
+    return gguf_blocks.pack_q8_0(_within(_centred(q), -128, 127).astype(np.int8), _scales(q, 32))
 
 
 def _pack_k(q: QuantizedTensor) -> NDArray[np.uint8]:
     """Q4_K or Q5_K: (d * 1) * code - (d * zero), where both products of a code and of a zero are exact in float32."""
-    d, groups = _scales(q, k_quants.WEIGHTS), q.column_groups()[::32]
+    d, groups = _scales(q, gguf_k_quants.WEIGHTS), q.column_groups()[::32]
     zeros = torch.full((1, 1), q.scheme.middle) if q.zeros is None else q.zeros
     m = np.broadcast_to(zeros.expand(q.shape[0], q.scales.shape[1])[:, groups].numpy(), (q.shape[0], len(groups)))
     if m.size and (int(m.min()) < 0 or int(m.max()) > 63):
         raise FormatError(f"its zeros reach from {m.min()} to {m.max()}, 0 to 63 fit")
     sc = np.ones(m.shape, dtype=np.uint8)
-    pack_codes = k_quants.pack_q4_k if q.scheme.bits <= 4 else k_quants.pack_q5_k
+    pack_codes = gguf_k_quants.pack_q4_k if q.scheme.bits <= 4 else gguf_k_quants.pack_q5_k
     return pack_codes(q.codes.numpy(), d, d, sc, m.astype(np.uint8))
 
 

@@ -22,10 +22,10 @@ from llmq.gguf.architectures import architecture
 from llmq.gguf.container import Container, dequantize
 from llmq.gguf.names import Names, separate_halves
 from llmq.gguf.writer import rotated_heads
-from llmq.model import skeleton
-from llmq.model.experts import separate
-from llmq.model.skeleton import Skeleton
-from llmq.model.weights import ModelWeights
+from llmq.model.build import skeleton
+from llmq.model.build.checkpoint_names import ModelWeights
+from llmq.model.build.skeleton import Skeleton
+from llmq.model.experts.separate import separate
 
 __all__ = ["Container", "Weights", "dequantize", "described", "is_file", "open_skeleton"]
 

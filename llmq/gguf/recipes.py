@@ -17,12 +17,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llmq.block_types import BLOCK_TYPES
-from llmq.config import QuantConfig, Scheme
+from llmq.config import QuantConfig
 from llmq.errors import ConfigError
+from llmq.formats.layer_plan import LayerPlan
 from llmq.gguf.architectures import architecture
 from llmq.gguf.names import Names
-from llmq.schemes import LayerPlan
+from llmq.numerics.gguf_types import BLOCK_TYPES
+from llmq.numerics.scheme import Scheme
 
 SMALLEST_BLOCK = 32
 HEAD, EMBEDDING = "output.weight", "token_embd.weight"

@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 
 from llmq.checkpoint.atomic import PARTIAL, storing, sync_file, sync_folder
 from llmq.errors import FormatError
-from llmq.gguf import blocks
+from llmq.formats import gguf_blocks
 from llmq.gguf.architectures import Architecture, architecture
 from llmq.gguf.metadata import add_general, add_sizes
 from llmq.gguf.names import ROUTER, Names, interleave_halves
 from llmq.gguf.tokenizer import add_tokenizer
-from llmq.model.skeleton import load_config
+from llmq.model.build.skeleton import load_config
 
 Array = NDArray[Any]
 
@@ -86,7 +86,7 @@ class _Entry:
     @property
     def bytes_shape(self) -> tuple[int, ...]:
         *outer, columns = self.shape
-        return (*outer, blocks.row_bytes(self.kind, columns))
+        return (*outer, gguf_blocks.row_bytes(self.kind, columns))
 
 
 def write(file: Path, folder: Path, tensors: Iterable[Stored]) -> Written:
@@ -189,12 +189,12 @@ def _rows(entry: _Entry, part: Stored, arch: Architecture, config: Mapping[str, 
     rows = part.read()
     if arch.interleaved and (heads := rotated_heads(entry.name, config)):
         rows = interleave_halves(rows, heads)
-    if entry.kind in blocks.QUANTIZED:
+    if entry.kind in gguf_blocks.QUANTIZED:
         return np.ascontiguousarray(rows)
     weight = np.asarray(rows, dtype=np.float32)
     if entry.name.endswith("_norm.weight"):
         weight = weight + np.float32(arch.norm_offset)
-    packed = blocks.pack_float(entry.kind, weight.reshape(-1, weight.shape[-1]))
+    packed = gguf_blocks.pack_float(entry.kind, weight.reshape(-1, weight.shape[-1]))
     if entry.kind == "F16":
         _check_halves(part.name, weight, packed, moved)
     return packed
@@ -232,7 +232,7 @@ def _file_type(entries: Iterable[_Entry]) -> int:
 
     weights: Counter[str] = Counter()
     for entry in entries:
-        if entry.kind in blocks.QUANTIZED:
+        if entry.kind in gguf_blocks.QUANTIZED:
             weights[entry.kind] += math.prod(entry.shape)
     most = max(weights, key=lambda kind: weights[kind], default="F16")
     return int(gguf.LlamaFileType[FILE_TYPES.get(most, f"MOSTLY_{most}")])

@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 
 from llmq.errors import ConfigError, StorageError
-from llmq.report.effects import Sensitivity
+from llmq.report.sensitivity import Sensitivity
 
 CELL_INCHES, LABEL_INCHES, MARGIN_INCHES = 0.28, 4.2, 1.2
 SMALLEST = 1e-9  # of what is told apart from nothing: the logarithm of 0 has no colour

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-PROVENANCE_FILE = "llmq.json"
 OUTSIDE_THE_BLOCKS = "outside the blocks"  # why embeddings and heads stay as they are: expected, not worth a note
 
 

@@ -2,7 +2,7 @@
 
 The module tree is built on meta; each linear layer that the file holds packed is replaced by a `PackedLinear`, packed
 experts by `PackedExperts`, and the rest is read as it is.  At no time is there a full-precision copy of more than one
-layer.  Layers that are fed the same tensor run as one (`fuse.py`).
+layer.  Layers that are fed the same tensor run as one (`runtime/fused_linear.py`).
 """
 
 import logging
@@ -15,18 +15,18 @@ import torch
 from torch import nn
 
 from llmq.checkpoint import hub
+from llmq.checkpoint.index import refuse_gguf
 from llmq.checkpoint.reader import Checkpoint
-from llmq.checkpoint.weights import refuse_gguf
 from llmq.errors import BackendError, CheckpointError, FormatError
-from llmq.model import module_tree
-from llmq.model.block import is_plain_linear
-from llmq.model.merging import merge
-from llmq.model.stacking import Stacking, all_packed, find_stackings, stackings_of
-from llmq.model.weights import ModelWeights
-from llmq.runtime.experts import fill_experts, pack_experts
-from llmq.runtime.fuse import fuse_rows, shared_inputs
-from llmq.runtime.linear import PackedLinear, PackedRows
-from llmq.runtime.packed_weights import PackedWeights, quantization_settings, required_settings, shape_of
+from llmq.model.build import module_tree
+from llmq.model.build.block import is_plain_linear
+from llmq.model.build.checkpoint_names import ModelWeights
+from llmq.model.build.merged_tensors import merge
+from llmq.model.experts.stacking import Stacking, all_packed, find_stackings, stackings_of
+from llmq.runtime.checkpoint_weights import PackedWeights, quantization_settings, required_settings, shape_of
+from llmq.runtime.fused_linear import fuse_rows, shared_inputs
+from llmq.runtime.packed_experts import fill_experts, pack_experts
+from llmq.runtime.packed_linear import PackedLinear, PackedRows
 
 logger = logging.getLogger(__name__)
 
@@ -203,7 +203,7 @@ def _groups_by_last(model: nn.Module, weights: ModelWeights, packed: Collection[
 
 def _make_savable(model: Any, checkpoint: Checkpoint) -> None:
     """Let `save_pretrained` write the checkpoint's tensors again, whatever runs in their place, and what they are."""
-    from llmq.runtime.hf import PackedQuantizer
+    from llmq.runtime.transformers.quantizer import PackedQuantizer
 
     if getattr(model.config, "quantization_config", None) is None:  # a file of its own would not be written
         model.config.quantization_config = required_settings(checkpoint)

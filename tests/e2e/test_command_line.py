@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 from llmq import __version__
 from llmq.cli import terminal
-from llmq.config import QuantConfig, Scheme
-from llmq.settings import config_from
+from llmq.config import QuantConfig
+from llmq.config_files import config_from
+from llmq.numerics.scheme import Scheme
 from tests import builders
 from tests.command_line import ROOT, llmq, llmq_process
 

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import llmq
-from llmq import serving
 from llmq.checkpoint.staging import STAGING
-from llmq.conversion.convert import Converter
 from llmq.errors import ConfigError, FormatError
+from llmq.export.convert import Converter
+from llmq.verify import engines
 from tests import builders, mixtures
 from tests.command_line import llmq as command
 from tests.runs import assert_same_weights, tensors_of, weights
@@ -115,7 +115,7 @@ def test_a_run_killed_between_its_formats_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("llmq.conversion.convert.Converter._finish", killed)
+        patch.setattr("llmq.export.convert.Converter._finish", killed)
         llmq.quantize(str(model), tmp_path / "out", **settings)
     assert [entry.name for entry in (tmp_path / "out").iterdir()] == [STAGING]  # no half of it
     report = llmq.quantize(str(model), tmp_path / "out", **settings)
@@ -267,7 +267,7 @@ def test_scales_that_the_format_does_not_hold_are_refused(packed: Any, tmp_path:
 
 
 def test_an_interrupted_conversion_goes_on(packed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmq.conversion.convert.CHUNK_BYTES", 3000)
+    monkeypatch.setattr("llmq.export.convert.CHUNK_BYTES", 3000)
     convert(packed("awq"), tmp_path / "whole", "gptq")
     steps = Converter(packed("awq"), tmp_path / "out", "gptq").run()
     for _ in range(8):
@@ -374,5 +374,5 @@ def test_a_mixture_in_several_formats_and_converted(tmp_path: Path) -> None:
     convert(tmp_path / "awq", tmp_path / "back", "compressed-tensors")
     back = json.loads((tmp_path / "back" / "config.json").read_text())["quantization_config"]
     assert back["ignore"] == ignored
-    rules = {each.rule for each in serving.check(tmp_path / "back") if each.engine == "vLLM" and each.in_the_way}
+    rules = {each.rule for each in engines.check(tmp_path / "back") if each.engine == "vLLM" and each.in_the_way}
     assert rules == {"compressed-tensors groups"}  # of 16

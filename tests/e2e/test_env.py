@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmq import __version__, environment
+from llmq import __version__
 from llmq.cli import env
-from llmq.environment import Device, Environment, Tiles
+from llmq.runtime import environment
+from llmq.runtime.environment import Device, Environment, Tiles
 from tests.command_line import environment as variables
 from tests.command_line import llmq, llmq_process
 

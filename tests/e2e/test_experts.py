@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import llmq
-from llmq import formats, grid
-from llmq.config import Scheme
+from llmq import formats
 from llmq.errors import FormatError
-from llmq.model.stacking import Stacking, form_of
-from llmq.quantized import QuantizedTensor
-from llmq.runtime.experts import PackedExperts, PackedStack
+from llmq.model.experts.stacking import Stacking, form_of
+from llmq.numerics import affine_grid
+from llmq.numerics.quantized_tensor import QuantizedTensor
+from llmq.numerics.scheme import Scheme
+from llmq.runtime.packed_experts import PackedExperts, PackedStack
 from tests import builders
 from tests.weights import assert_same
 
@@ -81,7 +82,7 @@ def write(folder: Path, config: Any, layout_name: str, scheme: Scheme) -> tuple[
     for name, tensor in tensors.items():
         if is_packed(name, tensor):
             module = name.removesuffix(".weight")
-            fitted = grid.fit_minmax(tensor, scheme, torch.float32)
+            fitted = affine_grid.fit_minmax(tensor, scheme, torch.float32)
             q = fitted.quantized(fitted.encode(tensor))
             packed |= {f"{module}.{suffix}": value for suffix, value in layout.pack(q).items()}
             twin[name], schemes[module] = q.dequantize(), scheme
@@ -183,7 +184,7 @@ def packed_in_memory(experts: nn.Module, scheme: Scheme) -> PackedExperts:
         quantized: dict[str, QuantizedTensor] = {}
         for e in range(parameter.shape[0]):
             W = parameter[e].T if form.transposed else parameter[e]  # (N, K)
-            fitted = grid.fit_minmax(W.contiguous(), scheme, torch.float32)
+            fitted = affine_grid.fit_minmax(W.contiguous(), scheme, torch.float32)
             quantized[f"{e}.{name}"] = fitted.quantized(fitted.encode(W))
             exact = quantized[f"{e}.{name}"].dequantize()
             parameter.data[e] = exact.T if form.transposed else exact

@@ -15,10 +15,10 @@ from torch import Tensor
 
 import llmq
 from llmq.checkpoint.reader import Checkpoint
-from llmq.inspection import inspect
-from llmq.runtime.linear import PackedLinear
 from llmq.runtime.load import load_model
-from llmq.runtime.unpacked import open_skeleton
+from llmq.runtime.open_skeleton import open_skeleton
+from llmq.runtime.packed_linear import PackedLinear
+from llmq.verify.inspection import inspect
 from tests import builders, foreign, mixtures
 from tests.builders import tokens
 

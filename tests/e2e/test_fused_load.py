@@ -13,8 +13,8 @@ from torch import nn
 from transformers import LlamaConfig
 
 import llmq
-from llmq.runtime.fuse import FusedLinear
-from llmq.runtime.linear import PackedLinear, PackedRows
+from llmq.runtime.fused_linear import FusedLinear
+from llmq.runtime.packed_linear import PackedLinear, PackedRows
 from tests import builders
 
 Checkpoints = Callable[..., Path]

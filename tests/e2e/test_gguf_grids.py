@@ -9,10 +9,10 @@ import pytest
 
 import llmq
 from llmq.config import QuantConfig
+from llmq.config_files import merged
 from llmq.job import Job
 from llmq.methods import Method, Tuning
 from llmq.report.record import BlockReport
-from llmq.settings import merged
 from tests.runs import tensors_of
 
 pytest.importorskip("gguf")

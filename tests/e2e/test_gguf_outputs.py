@@ -13,10 +13,10 @@ import torch
 
 import llmq
 from llmq.checkpoint.staging import STAGING
-from llmq.conversion.gguf_source import GgufConverter
 from llmq.errors import CheckpointError, ConfigError, FormatError, UnsupportedModelError
 from llmq.evaluation.measure import measure
-from llmq.inspection import inspect
+from llmq.export.from_gguf import GgufConverter
+from llmq.verify.inspection import inspect
 from tests.command_line import llmq as command
 from tests.runs import assert_same_weights, tensors_of, weights
 
@@ -125,7 +125,7 @@ def test_groups_that_no_block_holds_are_refused_or_rounded(model: Path, tmp_path
 def test_blocks_with_offsets_are_refused_or_rounded(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmq.conversion.gguf_source.EXACT", ("Q8_0",))  # as if Q4_0 were one of them
+    monkeypatch.setattr("llmq.export.from_gguf.EXACT", ("Q8_0",))  # as if Q4_0 were one of them
     llmq.quantize(str(model), tmp_path / "file", method="rtn", scales="minmax", group_size=32, format="gguf")
     file = tmp_path / "file" / "file.gguf"
     done = command("convert", file, tmp_path / "out", "--to", "awq")
@@ -282,7 +282,7 @@ def test_a_format_that_fails_after_all_costs_none_of_the_others(
     def fail(*_: Any) -> None:
         raise FormatError("no room for it")
 
-    monkeypatch.setattr("llmq.conversion.finishing.export_gguf", fail)
+    monkeypatch.setattr("llmq.export.save.export_gguf", fail)
     done = command(
         "quantize", model, tmp_path / "out", "--method", "rtn", "--group-size", "32", "--format", "gguf,awq,gptq"
     )

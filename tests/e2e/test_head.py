@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import llmq
-from llmq.conversion.convert import Converter
 from llmq.errors import CheckpointError, ConfigError
 from llmq.evaluation.measure import measure
+from llmq.export.convert import Converter
 from llmq.job import FLOAT_HEAD
-from llmq.runtime.linear import PackedLinear
+from llmq.runtime.packed_linear import PackedLinear
 from tests import builders
 from tests.runs import float_equivalent, float_model, job, logits, quantize, relative, tensors_of, windows_of
 

@@ -15,8 +15,9 @@ import llmq
 from llmq import formats
 from llmq.errors import UnsupportedModelError
 from llmq.methods import Method, Tuning
-from llmq.model import meta_run, skeleton
-from llmq.outputs import unquantized
+from llmq.model.analyse import meta_run
+from llmq.model.build import skeleton
+from llmq.steps import left_in_float
 from tests import builders
 from tests.architectures import examine, tiny
 from tests.runs import float_equivalent, float_model, job, logits, quantize, relative, tensors_of
@@ -42,7 +43,7 @@ def test_heads_for_further_tokens_are_copied(checkpoint: Checkpoints, text: Path
     written = tensors_of(out)
     assert all(torch.equal(written[name], tensor) for name, tensor in extra.items())
     matrices = {name.removesuffix(".weight") for name, tensor in extra.items() if tensor.dim() == 2}
-    assert matrices == {name for name, reason in report.left.items() if reason == unquantized.NOT_USED}
+    assert matrices == {name for name, reason in report.left.items() if reason == left_in_float.NOT_USED}
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     reader = formats.detect(config).read_config(config)
     assert not any(reader(name) for name in matrices) and reader("model.layers.0.mlp.up_proj")

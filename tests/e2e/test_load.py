@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import llmq
 from llmq.checkpoint.reader import Checkpoint
-from llmq.config import BITS
 from llmq.errors import CheckpointError, FormatError
-from llmq.runtime.linear import PackedLinear
-from llmq.runtime.packed_weights import PackedWeights
+from llmq.numerics.scheme import BITS
+from llmq.runtime.checkpoint_weights import PackedWeights
+from llmq.runtime.packed_linear import PackedLinear
 from tests import architectures, builders, foreign
 
 Checkpoints = Callable[..., Path]

@@ -19,8 +19,8 @@ from llmq.errors import QualityError
 from llmq.evaluation import streaming
 from llmq.evaluation.measure import measure, measure_many, require
 from llmq.evaluation.scoring import Evaluation, evaluate, logits_of, read_windows
-from llmq.model.walk import hidden_states
-from llmq.runtime.unpacked import open_skeleton
+from llmq.model.passes.forward import hidden_states
+from llmq.runtime.open_skeleton import open_skeleton
 from tests import builders
 from tests.command_line import ROOT, Outcome, environment
 from tests.command_line import llmq as run_llmq

@@ -16,14 +16,14 @@ from transformers import AutoModelForCausalLM
 
 import llmq
 from llmq.checkpoint.reader import Checkpoint
-from llmq.config import Scheme
 from llmq.errors import ConfigError
 from llmq.methods import METHODS
-from llmq.model.experts import SeparateExperts
-from llmq.model.walk import hidden_states
+from llmq.model.experts.separate import SeparateExperts
+from llmq.model.passes.forward import hidden_states
+from llmq.numerics.scheme import Scheme
 from llmq.report.record import BlockReport, experts_summary
-from llmq.runtime.experts import PackedExperts
-from llmq.runtime.unpacked import open_skeleton
+from llmq.runtime.open_skeleton import open_skeleton
+from llmq.runtime.packed_experts import PackedExperts
 from tests import builders, command_line, mixtures, runs
 from tests.runs import quantize, tensors_of
 

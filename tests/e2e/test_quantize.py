@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM
 
 import llmq
 from llmq.config import QuantConfig
+from llmq.config_files import config_from, config_to, merged
 from llmq.formats import load as load_format
 from llmq.methods import METHODS, Method
-from llmq.model import observe
-from llmq.runtime.fuse import FusedLinear
-from llmq.runtime.linear import PackedLinear
-from llmq.settings import config_from, config_to, merged
+from llmq.model.analyse import input_groups
+from llmq.runtime.fused_linear import FusedLinear
+from llmq.runtime.packed_linear import PackedLinear
 from tests.builders import change_json
 from tests.runs import (
     QUICK,
@@ -192,12 +192,12 @@ def test_a_group_size_that_does_not_divide_falls_back_and_is_reported(
 def test_a_layer_that_never_ran_stays_float(
     model: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = observe.input_groups
+    found = input_groups.input_groups
 
-    def without_one(*arguments: Any) -> list[observe.InputGroup]:
+    def without_one(*arguments: Any) -> list[input_groups.InputGroup]:
         return [group for group in found(*arguments) if group.names != ("model.layers.0.mlp.down_proj",)]
 
-    monkeypatch.setattr(observe, "input_groups", without_one)
+    monkeypatch.setattr(input_groups, "input_groups", without_one)
     report = quantize(model, tmp_path / "out", text, method="gptq")
     name = "model.layers.0.mlp.down_proj"
     assert report.left[name] == "it did not run on the first 64 calibration tokens"

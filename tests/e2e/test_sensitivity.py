@@ -58,8 +58,8 @@ def test_its_settings_make_the_same_model_without_measuring(
     quantize(model, tmp_path / "out", text, **TARGET)
     settings = json.loads((tmp_path / "out" / "llmq.json").read_text())["settings"]
     assert settings["overrides"] and "target_bits" not in settings
-    from llmq.allocation import sensitivity
-    from llmq.settings import config_from
+    from llmq.config_files import config_from
+    from llmq.mixed_precision import sensitivity
 
     monkeypatch.setattr(sensitivity, "measure", None)
     llmq.quantize(str(model), tmp_path / "again", config=config_from(settings), device="cpu")

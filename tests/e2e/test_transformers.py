@@ -24,12 +24,13 @@ from transformers.quantizers import auto
 
 import llmq
 from llmq.errors import FormatError, UnsupportedModelError
-from llmq.model.stacking import Form, form_of
-from llmq.runtime import experts, filling, hf
-from llmq.runtime.experts import PackedExperts
-from llmq.runtime.fuse import FusedLinear
-from llmq.runtime.linear import PackedLinear
-from llmq.runtime.stored import StoredLinear
+from llmq.model.experts.stacking import Form, form_of
+from llmq.runtime import packed_experts
+from llmq.runtime.fused_linear import FusedLinear
+from llmq.runtime.packed_experts import PackedExperts
+from llmq.runtime.packed_linear import PackedLinear
+from llmq.runtime.transformers import placement, quantizer
+from llmq.runtime.transformers.stored_linear import StoredLinear
 from tests import builders, foreign, mixtures
 from tests.runs import tensors_of
 
@@ -285,7 +286,7 @@ def test_stored_layers_go_as_soon_as_they_are_packed(
     """The packed model is not held twice while it takes its shape, and no garbage has to be collected for that."""
     made: weakref.WeakSet[StoredLinear] = weakref.WeakSet()
     alive: list[int] = []  # as each module is packed
-    make, pack = StoredLinear.__init__, filling._run_packed_at
+    make, pack = StoredLinear.__init__, placement._run_packed_at
 
     def noted(self: StoredLinear, *arguments: Any, **settings: Any) -> None:
         make(self, *arguments, **settings)
@@ -296,7 +297,7 @@ def test_stored_layers_go_as_soon_as_they_are_packed(
         return pack(model, path)
 
     monkeypatch.setattr(StoredLinear, "__init__", noted)
-    monkeypatch.setattr(filling, "_run_packed_at", counted)
+    monkeypatch.setattr(placement, "_run_packed_at", counted)
     device_map = {"model": "cpu", "lm_head": "disk"} if hooked else None
     gc.collect()
     gc.disable()
@@ -315,17 +316,17 @@ def test_what_form_experts_have_is_asked_before_they_are_loaded(
 ) -> None:
     """It is tried out with a tensor on the CPU, and modules that are loaded may be elsewhere."""
     asked: list[str] = []
-    run_packed = filling.run_packed
+    run_packed = placement.run_packed
 
     def noted(module: nn.Module) -> Form | None:
         asked.append(type(module).__name__)
         return form_of(module)
 
     def run_noted(model: nn.Module) -> list[str]:
-        monkeypatch.setattr(experts, "form_of", noted)
+        monkeypatch.setattr(packed_experts, "form_of", noted)
         return run_packed(model)
 
-    monkeypatch.setattr(hf, "run_packed", run_noted)
+    monkeypatch.setattr(quantizer, "run_packed", run_noted)
     assert count(read(quantized("mixtral", GPTQ)), PackedExperts) == 2
     assert asked == []
 

@@ -11,17 +11,18 @@ import torch
 from torch import Tensor
 
 import llmq
-from llmq import memory, tuning
-from llmq.checkpoint.revision import Revision
+from llmq import memory
+from llmq.checkpoint.tuned_version import Revision
 from llmq.config import QuantConfig
+from llmq.config_files import merged
 from llmq.errors import CalibrationError, LlmqError
 from llmq.evaluation.scoring import divergence
 from llmq.job import Job
 from llmq.methods import Method, Tuning
 from llmq.report.record import BlockReport, Report, StageGain, TuningStep
-from llmq.settings import merged
-from llmq.tuning import Session, blocks
-from llmq.tuning.blocks import _transformed
+from llmq.steps import end_to_end
+from llmq.steps.end_to_end import Session, tuned_blocks
+from llmq.steps.end_to_end.tuned_blocks import _transformed
 from tests.runs import float_model, logits, tensors_of
 
 Checkpoints = Callable[..., Path]
@@ -47,8 +48,8 @@ def model(checkpoint: Checkpoints) -> Path:
 @pytest.fixture
 def saved_always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Progress is saved in front of every step."""
-    monkeypatch.setattr(tuning, "SAVED_EVERY", 0.0)
-    monkeypatch.setattr(tuning, "SAVED_SHARE", 0.0)
+    monkeypatch.setattr(end_to_end, "SAVED_EVERY", 0.0)
+    monkeypatch.setattr(end_to_end, "SAVED_SHARE", 0.0)
 
 
 def job(model: Path, out: Path, text: Path, method: Method = TUNED, **settings: Any) -> Job:
@@ -136,15 +137,15 @@ def test_no_more_than_one_block_has_weights_where_memory_is_short(
     no_memory(monkeypatch)
     running = job(model, tmp_path / "out", text)
     loaded = []
-    update = blocks.TunedBlocks.update
+    update = tuned_blocks.TunedBlocks.update
 
-    def watch(self: blocks.TunedBlocks, *arguments: Any) -> None:
+    def watch(self: tuned_blocks.TunedBlocks, *arguments: Any) -> None:
         modules = [block.module for block in running.plan.skeleton.blocks]
         loaded.append([not next(module.parameters()).is_meta for module in modules])
         assert not self._states
         update(self, *arguments)
 
-    monkeypatch.setattr(blocks.TunedBlocks, "update", watch)
+    monkeypatch.setattr(tuned_blocks.TunedBlocks, "update", watch)
     for _ in running.run():
         pass
     assert loaded == [[False, True], [True, False]] * STEPS
@@ -179,8 +180,8 @@ def counting(descend: Callable[[Session], float], into: list[int]) -> Callable[[
 
 # Where a process may end: in the middle of a step, while states or the best blocks are written, around each mark.
 ENDS = [
-    (blocks.TunedBlocks, "update", 5, "before", "resident"),
-    (blocks.TunedBlocks, "update", 5, "after", "streamed"),
+    (tuned_blocks.TunedBlocks, "update", 5, "before", "resident"),
+    (tuned_blocks.TunedBlocks, "update", 5, "after", "streamed"),
     (Revision, "write_state", 10, "after", "resident"),
     (Revision, "write_state", 10, "before", "streamed"),
     (Revision, "write_block", 3, "after", "resident"),
@@ -269,14 +270,14 @@ def test_the_best_moment_is_kept_and_not_the_last(
     """Held-out losses are made up: the third is the lowest.  A run of so many steps alone would be elsewhere."""
     losses = iter([9.0, 5.0, 4.0, 6.0, 4.5])
     taken: dict[int, dict[str, Tensor]] = {}
-    write = blocks.TunedBlocks.write_blocks
+    write = tuned_blocks.TunedBlocks.write_blocks
 
-    def keep(self: blocks.TunedBlocks, step: int) -> float:
+    def keep(self: tuned_blocks.TunedBlocks, step: int) -> float:
         taken[step] = {name: self._now(i, name).dequantize() for i, n in enumerate(self.names) for name in n.values()}
         return write(self, step)
 
     monkeypatch.setattr(Session, "_held_out_loss", lambda _: next(losses))
-    monkeypatch.setattr(blocks.TunedBlocks, "write_blocks", keep)
+    monkeypatch.setattr(tuned_blocks.TunedBlocks, "write_blocks", keep)
     report = quantize(model, tmp_path / "out", text).tuning
     assert report is not None and report.best == 2 and list(taken) == [1, 2]
     stored = {name.removesuffix(".weight"): weight for name, weight in llmq.dequantize(tmp_path / "out")}
@@ -312,12 +313,12 @@ def test_one_window_is_too_few(model: Path, text: Path, tmp_path: Path) -> None:
 
 
 def test_every_window_is_drawn_once_before_any_is_drawn_again() -> None:
-    found = [tuning.drawn(step, 4, 18, seed=3) for step in range(9)]
+    found = [end_to_end.drawn(step, 4, 18, seed=3) for step in range(9)]
     flat = [window for batch in found for window in batch]
     assert sorted(flat[:18]) == sorted(flat[18:]) == list(range(18))
     assert flat[:18] != flat[18:]
-    assert found == [tuning.drawn(step, 4, 18, seed=3) for step in range(9)]
-    assert found != [tuning.drawn(step, 4, 18, seed=4) for step in range(9)]
+    assert found == [end_to_end.drawn(step, 4, 18, seed=3) for step in range(9)]
+    assert found != [end_to_end.drawn(step, 4, 18, seed=4) for step in range(9)]
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ from pathlib import Path
 import torch
 from llmq import tuning
 from llmq.config import QuantConfig
-from llmq.settings import merged
+from llmq.config_files import merged
 from llmq.job import Job
 from llmq.methods import Method, Tuning
 from llmq.report.record import TuningStep

@@ -8,7 +8,7 @@ import torch
 
 import llmq
 from llmq.checkpoint.reader import Checkpoint
-from llmq.runtime.unpacked import open_skeleton
+from llmq.runtime.open_skeleton import open_skeleton
 from tests.builders import skeleton_of, tokens
 
 

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import llmq
-from llmq import serving
 from llmq.checkpoint.staging import STAGING
-from llmq.integrity import Integrity, examine
-from llmq.quantized import QuantizedTensor
-from llmq.runtime.packed_weights import PackedWeights
+from llmq.numerics.quantized_tensor import QuantizedTensor
+from llmq.runtime.checkpoint_weights import PackedWeights
+from llmq.verify import engines as serving
+from llmq.verify.integrity import Integrity, examine
 from tests import builders, mixtures
 from tests.command_line import llmq as command
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
 from llmq.checkpoint.reader import Checkpoint
-from llmq.checkpoint.storage import read_header, read_tensor
+from llmq.checkpoint.safetensors_files import read_header, read_tensor
 from llmq.checkpoint.writer import Writer
 from llmq.errors import CheckpointError
 
@@ -30,7 +30,7 @@ PREAMBLE = """
 import json, os, resource, signal, sys
 from pathlib import Path
 import torch
-from llmq.checkpoint.storage import read_header, read_tensor
+from llmq.checkpoint.safetensors_files import read_header, read_tensor
 from llmq.checkpoint.writer import Writer
 from llmq.errors import LlmqError
 

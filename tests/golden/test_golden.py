@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llmq import formats
-from llmq.config import Scheme
-from llmq.formats import Layout, Reading, awq, bits, compressed_tensors, gptq
-from llmq.quantized import QuantizedTensor
+from llmq.formats import Layout, Reading, awq, bit_packing, compressed_tensors, gptq
+from llmq.numerics.quantized_tensor import QuantizedTensor
+from llmq.numerics.scheme import Scheme
 
 FOLDERS = ("gptqmodel-gptq-sym-g128", "gptqmodel-awq-gemm-asym-g32", "llmcompressor-ct-w4a16-sym-g128")
 
@@ -50,7 +50,7 @@ SYMMETRIC, ASYMMETRIC = Scheme(4, "channel"), Scheme(4, "channel", symmetric=Fal
     ],
 )
 def test_streams_of_bits(bits_per_code: int, codes: list[int], words: list[str]) -> None:
-    assert unsigned(bits.pack(torch.tensor(codes, dtype=torch.uint8), bits_per_code)) == words
+    assert unsigned(bit_packing.pack(torch.tensor(codes, dtype=torch.uint8), bits_per_code)) == words
 
 
 def test_compressed_tensors_words() -> None:

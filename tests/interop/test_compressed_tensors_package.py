@@ -12,9 +12,9 @@ from compressed_tensors.compressors.pack_quantized.helpers import (  # type: ign
 )
 from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus  # type: ignore[import-untyped]
 
-from llmq.config import BITS, Scheme
 from llmq.formats import compressed_tensors
-from llmq.quantized import QuantizedTensor
+from llmq.numerics.quantized_tensor import QuantizedTensor
+from llmq.numerics.scheme import BITS, Scheme
 
 pytestmark = pytest.mark.interop
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmq import grid
 from llmq.algorithms import Options, gptq, output_error
-from llmq.config import Scheme
 from llmq.formats import gguf as layout
-from llmq.quantized import QuantizedTensor
-from llmq.stats import InputStats
+from llmq.numerics import affine_grid
+from llmq.numerics.input_stats import InputStats
+from llmq.numerics.quantized_tensor import QuantizedTensor
+from llmq.numerics.scheme import Scheme
 
 pytestmark = pytest.mark.interop
 TYPES = {"q4_k": 12, "q5_k": 13, "q6_k": 14, "q5_0": 6, "q8_0": 8}  # enum ggml_type
@@ -56,7 +56,7 @@ def rounded_by_ggml(ggml: ctypes.CDLL, kind: str, weight: Tensor, importance: Te
 
 
 def nearest(weight: Tensor, kind: str, importance: Tensor | None = None) -> QuantizedTensor:
-    chosen = grid.fit_searched(weight, Scheme.of_blocks(kind), torch.float16, importance)
+    chosen = affine_grid.fit_searched(weight, Scheme.of_blocks(kind), torch.float16, importance)
     return chosen.quantized(chosen.encode(weight))
 
 

@@ -12,8 +12,8 @@ import torch
 
 import llmq
 from llmq import formats
-from llmq.config import Scheme
-from llmq.quantized import QuantizedTensor
+from llmq.numerics.quantized_tensor import QuantizedTensor
+from llmq.numerics.scheme import Scheme
 from llmq_kernels import files
 from tests import foreign
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmq.config import Scheme
-from llmq.runtime.fuse import FusedLinear, fuse_rows
-from llmq.runtime.linear import PackedLinear
+from llmq.numerics.scheme import Scheme
+from llmq.runtime.fused_linear import FusedLinear, fuse_rows
+from llmq.runtime.packed_linear import PackedLinear
 from tests.weights import random_weight
 
 pytestmark = [

@@ -167,8 +167,8 @@ def test_no_second_array_is_made(backend_name: str) -> None:
 
 def test_a_weight_is_rounded_as_well_as_on_the_cpu(backend_name: str) -> None:
     from llmq.algorithms import Options, gptq, output_error
-    from llmq.config import Scheme
-    from llmq.stats import InputStats
+    from llmq.numerics.input_stats import InputStats
+    from llmq.numerics.scheme import Scheme
 
     generator = torch.Generator().manual_seed(0)
     W = torch.randn(48, 400, generator=generator)

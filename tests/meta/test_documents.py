@@ -55,7 +55,7 @@ def test_the_rules_of_serving_engines_are_those_that_verify_goes_by(monkeypatch:
 def test_the_page_of_architectures_has_a_row_for_each() -> None:
     from tests.architectures import ARCHITECTURES, LEFT_OUT
 
-    page = (ROOT / "docs" / "ARCHITECTURES.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "MODELS.md").read_text(encoding="utf-8")
     rows = [line.split("`")[1] for line in page.splitlines() if line.startswith("| `")]
     assert rows == [*ARCHITECTURES, *LEFT_OUT]
 

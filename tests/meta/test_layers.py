@@ -12,22 +12,19 @@ ROOT = Path(__file__).resolve().parents[2]
 # Every file or folder directly in llmq/, lowest first.  A room imports from its own layer and the ones below; rooms of
 # the layer in KEPT_APART import none of their neighbours, so that each can be read, tested and replaced alone.
 LAYERS = (
-    ("errors", "_version"),
-    ("methods", "block_types", "json_text", "patterns"),
-    ("config", "settings"),
-    ("gguf.blocks", "gguf.k_quants", "basis", "grid", "quantized", "superblocks", "stats", "memory"),
+    ("errors", "memory", "checkpoint", "_version"),
+    ("numerics", "methods", "patterns"),
+    ("config", "config_files"),
     ("algorithms", "formats", "model"),
-    ("schemes", "calibration", "checkpoint", "runtime", "report"),
-    ("divergence", "environment", "gguf", "rounding"),
-    ("block_tuning", "dequantized", "evaluation", "inspection", "integrity", "outputs", "token_weights"),
-    ("allocation", "pipeline", "plan"),
-    ("conversion", "head", "run_text", "serving", "tuning"),
-    ("job",),
+    ("runtime", "calibration", "report", "gguf"),
+    ("steps", "evaluation"),
+    ("mixed_precision", "pipeline", "plan"),
+    ("export", "verify", "run_text", "job"),
     ("cli",),
     ("__init__", "__main__"),  # the two doors
 )
-KEPT_APART = 4
-MODEL_MAY_IMPORT = {"basis", "errors", "stats"}  # and itself: blocks know nothing of grids, codes or settings
+KEPT_APART = 3
+MODEL_MAY_IMPORT = {"checkpoint", "errors", "numerics"}  # and itself: blocks know nothing of codes or settings
 
 LAYER_OF = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}
 

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llmq import grid
-from llmq.config import BITS, Scheme
+from llmq.numerics import affine_grid
+from llmq.numerics.scheme import BITS, Scheme
 
 EPSILON = 2.0**-23  # of float32
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -39,7 +39,7 @@ def weights(draw: st.DrawFn) -> Tensor:
 def test_points_of_the_grid_are_their_own_nearest(
     weight: Tensor, scheme: Scheme, dtype: torch.dtype, searched: bool
 ) -> None:
-    fitted = (grid.fit_searched if searched else grid.fit_minmax)(weight, scheme, dtype)
+    fitted = (affine_grid.fit_searched if searched else affine_grid.fit_minmax)(weight, scheme, dtype)
     codes = fitted.encode(weight)
     assert torch.equal(fitted.encode(fitted.quantized(codes).dequantize()), codes)
 
@@ -49,7 +49,7 @@ def test_points_of_the_grid_are_their_own_nearest(
 def test_scales_and_zeros_are_what_the_file_can_hold(
     weight: Tensor, scheme: Scheme, dtype: torch.dtype, searched: bool
 ) -> None:
-    fitted = (grid.fit_searched if searched else grid.fit_minmax)(weight, scheme, dtype)
+    fitted = (affine_grid.fit_searched if searched else affine_grid.fit_minmax)(weight, scheme, dtype)
     assert fitted.scales.dtype == dtype
     assert bool(fitted.scales.isfinite().all()) and float(fitted.scales.abs().min()) > 0
     assert (fitted.zeros is None) == scheme.symmetric
@@ -70,8 +70,8 @@ def test_a_search_never_loses_to_min_max(
     importance = torch.exp(spread * torch.randn(32, generator=torch.Generator().manual_seed(seed)))
     errors = []
     for fitted in (
-        grid.fit_searched(weight, scheme, dtype, importance),
-        grid.fit_minmax(weight, scheme, dtype),
+        affine_grid.fit_searched(weight, scheme, dtype, importance),
+        affine_grid.fit_minmax(weight, scheme, dtype),
     ):
         decoded = fitted.quantized(fitted.encode(weight)).dequantize().double()
         errors.append(float(((decoded - weight.double()).square() * importance.double()).sum()))
@@ -85,8 +85,8 @@ def test_min_max_wins_where_nothing_beats_it(scheme: Scheme) -> None:
     """Weights that lie on their own min-max grid, which no factor of the search hits exactly."""
     codes = torch.arange(16)[None] * scheme.levels // 15
     weight = (codes - (scheme.levels / 2 if scheme.symmetric else 0)).float() / 3
-    minmax = grid.fit_minmax(weight, scheme, torch.float32)
-    searched = grid.fit_searched(weight, scheme, torch.float32)
+    minmax = affine_grid.fit_minmax(weight, scheme, torch.float32)
+    searched = affine_grid.fit_searched(weight, scheme, torch.float32)
     if not scheme.symmetric:  # no error at all
         assert torch.equal(searched.scales, minmax.scales)
     decoded = [g.quantized(g.encode(weight)).dequantize() for g in (searched, minmax)]

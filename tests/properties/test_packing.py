@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmq import formats
-from llmq.config import BITS, Scheme
-from llmq.formats import Layout, Reading, bits
-from llmq.quantized import QuantizedTensor
+from llmq.formats import Layout, Reading, bit_packing
+from llmq.numerics.quantized_tensor import QuantizedTensor
+from llmq.numerics.scheme import BITS, Scheme
 
 LAYOUTS = tuple(formats.load(name) for name in formats.names())
 quick = settings(max_examples=60, deadline=None)  # the first call of an operation in a process is slow
@@ -59,7 +59,7 @@ def unsigned(words: Tensor) -> list[list[int]]:
 @given(code_rows())
 def test_words_are_the_stream_of_bits(example: tuple[int, list[list[int]]]) -> None:
     bits_per_code, rows = example
-    words = bits.pack(torch.tensor(rows, dtype=torch.uint8), bits_per_code)
+    words = bit_packing.pack(torch.tensor(rows, dtype=torch.uint8), bits_per_code)
     assert words.dtype == torch.int32
     assert unsigned(words) == [stream_words(row, bits_per_code) for row in rows]
 
@@ -70,8 +70,8 @@ def test_unpacking_is_the_inverse_along_either_dimension(example: tuple[int, lis
     bits_per_code, rows = example
     codes = torch.tensor(rows, dtype=torch.uint8)
     codes = codes if dim == 1 else codes.T
-    words = bits.pack(codes, bits_per_code, dim)
-    back = bits.unpack(words, bits_per_code, codes.shape[dim], dim)
+    words = bit_packing.pack(codes, bits_per_code, dim)
+    back = bit_packing.unpack(words, bits_per_code, codes.shape[dim], dim)
     assert words.is_contiguous() and back.is_contiguous()
     assert torch.equal(back, codes)
 
@@ -85,8 +85,8 @@ def test_padded_words_hold_whole_codes(example: tuple[int, list[list[int]]]) -> 
     cut = [[row[i : i + per_word] for i in range(0, length, per_word)] for row in rows]
     words = [[stream_words(chunk, bits_per_code)[0] for chunk in row] for row in cut]
     as_tensor = torch.tensor(words, dtype=torch.int64).to(torch.int32)
-    assert as_tensor.shape[1] == bits.padded_words_for(length, bits_per_code)
-    assert bits.unpack_padded(as_tensor, bits_per_code, length).tolist() == rows
+    assert as_tensor.shape[1] == bit_packing.padded_words_for(length, bits_per_code)
+    assert bit_packing.unpack_padded(as_tensor, bits_per_code, length).tolist() == rows
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.NAME)

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import tomli_w
 
-from llmq.config import Calibration, Override, QuantConfig, Scheme
+from llmq.config import Calibration, Override, QuantConfig
+from llmq.config_files import config_from, config_to, merged, parse_group_size, parse_override, read_toml
 from llmq.errors import ConfigError
 from llmq.methods import METHODS
+from llmq.numerics.scheme import Scheme
 from llmq.patterns import matches
-from llmq.settings import config_from, config_to, merged, parse_group_size, parse_override, read_toml
 
 FULL = QuantConfig(
     method="awq",

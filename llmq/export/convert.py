@@ -1,0 +1,308 @@
+"""A quantized checkpoint from one format into another.
+
+    packed weight ──► QuantizedTensor ──► packed weight of the other format ──► read back, compared float for float
+    every other tensor, tokenizer, licence ───────────────────────────────────► copied byte for byte
+
+One weight is in memory at a time.  What is done is kept in the output folder's staging, as in a run of `quantize`: an
+interrupted conversion goes on when it is repeated, and nothing appears in the folder before it is whole and proved.
+A weight that the other format cannot hold as it is ends the conversion, unless it may be rounded anew.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmq._version import __version__
+from llmq.checkpoint import PROVENANCE_FILE, hub
+from llmq.checkpoint.atomic import write_text
+from llmq.checkpoint.json_text import json_text
+from llmq.checkpoint.reader import Checkpoint
+from llmq.checkpoint.safetensors_files import Part
+from llmq.checkpoint.side_files import companion_files
+from llmq.checkpoint.writer import CONFIG, Writer
+from llmq.errors import ConfigError, FormatError
+from llmq.export.recode import Recoded, nearest, on_grid, recode, requantize, symmetric, widened_scheme
+from llmq.export.to_gguf import export_gguf
+from llmq.formats import tensor_name
+from llmq.gguf.reader import Weights
+from llmq.numerics.scheme import Scheme
+from llmq.report.record import ConvertStep
+from llmq.runtime.checkpoint_weights import PackedWeights, quantization_settings
+from llmq.runtime.load import stored_dtype
+from llmq.steps import output_layout
+from llmq.steps.linear_names import linear_names
+from llmq.verify.inspection import read_record
+from llmq.verify.integrity import checksums
+
+CHUNK_BYTES = 256 << 20  # of packed weights that are put on the disk together
+ANY_SCALES = ("compressed-tensors",)  # formats whose readers take scales of any dtype
+ANEW = "--allow-requantize rounds such weights anew, which costs accuracy; quantizing the original model costs less"
+
+
+@dataclass
+class Conversion:
+    """What came of it.
+
+    compared, differ  weights whose floats were compared bit for bit with those of the source, and how many are others
+    requantized       ‖W - Ŵ‖ / ‖W‖ of each weight that was rounded anew
+    """
+
+    source: str
+    output: str
+    source_format: str
+    format: str
+    compared: int = 0
+    differ: int = 0
+    requantized: dict[str, float] = field(default_factory=dict)
+    source_bytes: int = 0
+    output_bytes: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+class Converter:
+    """One conversion; `run` does it, and `report` says what came of it."""
+
+    def __init__(
+        self,
+        source: str | Path,
+        out: Path,
+        to: str,
+        *,
+        allow_requantize: bool = False,
+        overwrite: bool = False,
+        remote_code: bool = False,
+        origin: Conversion | None = None,
+        identity: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`origin` is the report to go on with, where `source` was made from something else on the way.
+
+        `identity` then says what that is, by plain values, so that an interrupted conversion of it can be repeated.
+        """
+        output_layout.require_known(to)
+        output_layout.require_folder_name(out)
+        self._checkpoint = Checkpoint.open(hub.locate(str(source), None, remote_code=remote_code))
+        if out.resolve() == self._checkpoint.folder.resolve():
+            raise ConfigError(f"{out} is the checkpoint itself, which stays as it is", hint="give another folder")
+        self._packed = PackedWeights(self._checkpoint)
+        output_layout.refuse_packed_head(to, self._packed.modules)
+        weights = [f"{module}.weight" for module in self._packed.modules]
+        output_layout.require_writable([to], self._checkpoint, [*weights, *(name for _, name, _ in self._rest())])
+        self._out, self._to = out, to
+        self._source = identity or self._checkpoint.fingerprint()
+        self._allowed, self._overwrite = allow_requantize, overwrite
+        self._model_dtype = stored_dtype(self._checkpoint)
+        self._layout = output_layout.layout_of([to], self._model_dtype)
+        self._names = linear_names(self._checkpoint, self._packed.modules, remote_code=remote_code)
+        self._symmetric = False  # whether every zero is in the middle, though the file has room for others
+        self._targets: dict[str, Scheme] = {}
+        settings = quantization_settings(self._checkpoint) or {}
+        self.report = origin or Conversion(str(source), str(out), str(settings.get("quant_method")), to)
+        self.report.source_bytes = self._checkpoint.nbytes
+        self.report.notes += self._names.notes
+
+    def run(self) -> Iterator[ConvertStep]:
+        """Do it.  The finished folder appears at the end.
+
+        Raises ConfigError for weights that the format cannot hold as they are and that may not be rounded anew.
+        """
+        if not self._overwrite:
+            Writer.require_free(self._out)
+        self._symmetric = self._is_symmetric()
+        self._targets = self._planned()
+        identity = {
+            "llmq": __version__,
+            "convert": self._to,
+            "source": self._source,
+            "requantize": self._allowed,
+        }
+        needed = (3 if self._to == output_layout.GGUF else 2) * self._checkpoint.nbytes
+        writer = Writer.open(self._out, identity=identity, overwrite=self._overwrite, needed_bytes=needed)
+        try:
+            yield from self._convert(writer)
+            with writer.finishing() as final:
+                yield from self._finish(writer, final)
+        except BaseException:
+            writer.abandon()
+            raise
+
+    def _is_symmetric(self) -> bool:
+        """Whether every weight is symmetric or could be; ends at the first that is not."""
+        affine = [module for module in self._packed.modules if self._packed.is_affine(module)]
+        asymmetric = [module for module in affine if not self._packed.scheme(module).symmetric]
+        return all(symmetric(self._packed.read(module)) is not None for module in asymmetric)
+
+    def _planned(self) -> dict[str, Scheme]:
+        """The grid that each weight gets; raises ConfigError where that takes a rounding that is not allowed."""
+        targets: dict[str, Scheme] = {}
+        refused: dict[str, str] = {}
+        for module in self._packed.modules:
+            shape = self._packed.shape(module)
+            scheme = self._source_scheme(module)
+            held = next(
+                (s for s in (scheme, widened_scheme(scheme)) if s and not self._layout.refusal(s, *shape)), None
+            )
+            if scheme is None:
+                refused[module] = "it lies on no integer grid"
+            elif held is None:
+                refused[module] = str(self._layout.refusal(scheme, *shape))
+            found = held or nearest(scheme, self._layout, *shape)
+            if found is None:
+                raise ConfigError(f"{module}: {self._layout.NAME} has no grid for it: {refused[module]}")
+            targets[module] = found
+        if refused and not self._allowed:
+            raise _refusal(refused, self._to)
+        return self._side_by_side(targets)
+
+    def _source_scheme(self, module: str) -> Scheme | None:
+        if not self._packed.is_affine(module):
+            return None
+        scheme = self._packed.scheme(module)
+        return dataclasses.replace(scheme, symmetric=True) if self._symmetric else scheme
+
+    def _side_by_side(self, targets: dict[str, Scheme]) -> dict[str, Scheme]:
+        """The same, on one grid where the format cannot hold these together."""
+        try:
+            self._settings(targets)
+        except ConfigError:
+            if not self._allowed:
+                raise
+            common = Counter(targets.values()).most_common(1)[0][0]
+            targets = dict.fromkeys(targets, common)
+            for module in targets:
+                if refusal := self._layout.refusal(common, *self._packed.shape(module)):
+                    raise ConfigError(f"{module} cannot have the grid {common} of the others: {refusal}") from None
+            self._settings(targets)
+        return targets
+
+    def _convert(self, writer: Writer) -> Iterator[ConvertStep]:
+        """Put every packed weight into the staging, some at a time."""
+        done, total = 0, len(self._packed.modules)
+        for index, modules in enumerate(self._chunks()):
+            if writer.has(index):
+                done += len(modules)
+                yield ConvertStep(modules[-1], "converted", done, total)
+            else:
+                tensors: dict[str, Tensor] = {}
+                schemes, errors = dict[str, list[Any]](), dict[str, float]()
+                for module in modules:
+                    recoded = self._recoded(module)
+                    q = recoded.quantized
+                    tensors |= {tensor_name(module, each): value for each, value in self._layout.pack(q).items()}
+                    schemes[module] = list(dataclasses.astuple(q.scheme))
+                    if recoded.error is not None:
+                        errors[module] = recoded.error
+                    done += 1
+                    yield ConvertStep(module, "converted", done, total)
+                writer.commit(index, tensors, {"schemes": schemes, "requantized": errors})
+            record = writer.read(index)[1]
+            self.report.requantized |= record["requantized"]
+            self._targets |= {module: Scheme(*scheme) for module, scheme in record["schemes"].items()}
+
+    def _chunks(self) -> Iterator[list[str]]:
+        modules: list[str] = []
+        filled = 0
+        for module in self._packed.modules:
+            nbytes = self._packed.stored_bytes(module)
+            if modules and filled + nbytes > CHUNK_BYTES:
+                yield modules
+                modules, filled = [], 0
+            modules.append(module)
+            filled += nbytes
+        if modules:
+            yield modules
+
+    def _recoded(self, module: str) -> Recoded:
+        """One weight for the other format; raises ConfigError where that takes a rounding that is not allowed."""
+        target, dtype = self._targets[module], self._layout.scale_dtype(self._model_dtype)
+        why = "it lies on no integer grid"
+        if self._packed.is_affine(module):
+            q = self._packed.read(module)
+            q = (symmetric(q) or q) if self._symmetric else q
+            found = recode(q, self._layout, dtype)
+            if isinstance(found, str) and self._to in ANY_SCALES:
+                found = recode(q, self._layout, q.scales.dtype)
+            if isinstance(found, Recoded) and (same := on_grid(found.quantized, target)) is not None:
+                return Recoded(same)
+            if isinstance(found, Recoded) and not self._layout.ONE_GRID:
+                return found
+            why = (
+                found if isinstance(found, str) else f"{self._to} holds one grid for all layers, and most are {target}"
+            )
+        if not self._allowed:
+            raise _refusal({module: why}, self._to)
+        return requantize(self._packed.weight(module), target, dtype)
+
+    def _finish(self, writer: Writer, final: Path) -> Iterator[ConvertStep]:
+        """Put the model together in `final`, and prove it."""
+        files, settings = companion_files(self._checkpoint.folder), self._settings(self._targets)
+        documents = {CONFIG: json_text({**self._checkpoint.config, "quantization_config": settings})}
+        if self._layout.CONFIG_COPY:
+            documents[self._layout.CONFIG_COPY] = json_text(settings)
+        if self._to == output_layout.GGUF:
+            between = writer.scratch()
+            writer.assemble(between, self._rest(), files, documents)
+            file = export_gguf(between, final, self._out).file
+            self.report.output_bytes = file.stat().st_size
+            yield from self._compare(Weights(file, final))
+        else:
+            writer.assemble(final, self._rest(), files, documents)
+            made = Checkpoint.open(final)
+            self.report.output_bytes = made.nbytes
+            yield from self._compare(PackedWeights(made))
+        write_text(final / PROVENANCE_FILE, json_text({**self._record(), "checksums": checksums(final)}))
+
+    def _rest(self) -> list[Part]:
+        """Every tensor that is no part of a packed weight."""
+        packed = {name for module in self._packed.modules for name in self._packed.tensor_names(module)}
+        locations = {name: self._checkpoint.location(name) for name in self._checkpoint.names() if name not in packed}
+        return [(location.file, name, location.info) for name, location in locations.items()]
+
+    def _settings(self, targets: Mapping[str, Scheme]) -> dict[str, Any]:
+        """The block for config.json."""
+        schemes = {name: targets[module] for name, module in self._names.packed.items()}
+        return self._layout.quantization_config(schemes, self._names.plain)
+
+    def _compare(self, made: PackedWeights | Weights) -> Iterator[ConvertStep]:
+        """Every weight that was not rounded anew must be, float for float, what it was."""
+        modules = [module for module in self._packed.modules if module not in self.report.requantized]
+        wrong = []
+        for done, module in enumerate(modules, 1):
+            if not torch.equal(self._packed.weight(module), made.weight(module)):
+                wrong.append(module)
+            yield ConvertStep(module, "compared", done, len(modules))
+        self.report.compared, self.report.differ = len(modules), len(wrong)
+        if wrong:
+            raise FormatError(
+                f"{len(wrong)} of {len(modules)} weights are not what they were, the first is {wrong[0]}; nothing was "
+                "written",
+                hint="this is a fault of llmq's: please report it with the name of the model",
+            )
+
+    def _record(self) -> dict[str, Any]:
+        """The record of the run that quantized the model, if llmq did, and what was done to it since."""
+        report = self.report
+        done = {
+            "from": report.source_format,
+            "to": report.format,
+            "source": report.source,
+            "llmq": __version__,
+            "compared": report.compared,
+            "requantized": report.requantized,
+        }
+        record = read_record(self._checkpoint.folder)
+        return {**record, "conversions": [*record.get("conversions", ()), done]}
+
+
+def _refusal(refused: Mapping[str, str], to: str) -> ConfigError:
+    module, why = next(iter(refused.items()))
+    more = f" ({len(refused) - 1} more weights)" if len(refused) > 1 else ""
+    return ConfigError(f"{to} cannot hold {module}{more} as it is: {why}", hint=ANEW)

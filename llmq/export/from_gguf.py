@@ -1,0 +1,279 @@
+"""A .gguf file -> a packed checkpoint that means the same, from which any other format can be made.
+
+    Q4_0   symmetric, 4 bits, groups of 32
+    Q5_0   4 bits with a zero for each group of 32, where its codes fit into them; else 8 bits
+    Q8_0   symmetric, 8 bits, groups of 32
+
+These are integer grids with a scale for each group, so their codes are taken over.  All other block types have offsets
+or scales of scales that no such grid holds: a linear layer in one of them is refused, unless it may be rounded anew.
+Embeddings, head and norms become floats again, in the model's dtype where that holds them exactly, else in float32.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from llmq import formats
+from llmq.checkpoint import PROVENANCE_FILE
+from llmq.checkpoint.index import locate_tensors, read_json_object
+from llmq.checkpoint.json_text import json_text
+from llmq.checkpoint.reader import Checkpoint
+from llmq.checkpoint.side_files import companion_files
+from llmq.checkpoint.writer import CONFIG, Writer
+from llmq.errors import ConfigError, FormatError, UnsupportedModelError
+from llmq.export.convert import Conversion, Converter
+from llmq.export.recode import requantize
+from llmq.formats import tensor_name
+from llmq.formats.gguf_blocks import unpack_q5_0, unpack_q8_0
+from llmq.gguf import reader
+from llmq.gguf.reader import Weights
+from llmq.model.build import skeleton
+from llmq.model.build.checkpoint_names import ModelWeights
+from llmq.numerics.quantized_tensor import QuantizedTensor
+from llmq.numerics.scheme import Scheme
+from llmq.report.record import ConvertStep
+from llmq.runtime.load import has_tokenizer
+from llmq.steps import output_layout
+from llmq.steps.linear_names import linear_names
+from llmq.verify.inspection import read_record
+from llmq.verify.integrity import checksum
+
+LAYOUT = "compressed-tensors"
+GROUP = 32
+EXACT = ("Q4_0", "Q5_0", "Q8_0")
+FLOATS = ("F32", "F16", "BF16")
+SOURCE_HINT = "give the model that the file was made from with --source: its configuration and tokenizer are needed"
+CHUNK_BYTES = 256 << 20
+
+
+class GgufConverter:
+    """A conversion of a .gguf file; otherwise as `Converter`.
+
+    `like` is the folder of the model that it was made from.  Of an interrupted one the finished weights are kept, but
+    not what was unpacked of the file.
+    """
+
+    def __init__(
+        self,
+        source: Path,
+        out: Path,
+        to: str,
+        *,
+        like: Path | None = None,
+        allow_requantize: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        output_layout.require_known(to)
+        output_layout.require_folder_name(out)
+        if to == output_layout.GGUF:
+            raise ConfigError(f"{source} is a .gguf file already", hint="give another format with --to")
+        if out.resolve() == source.parent.resolve():
+            raise ConfigError(f"{out} is the folder of {source.name}, which stays as it is", hint="give another folder")
+        if like is None:
+            _require_described(source)
+        elif out.resolve() == like.resolve():
+            raise ConfigError(f"{out} is the original model, which stays as it is", hint="give another folder")
+        self._unpacking = GgufSource(source, like, allow_requantize=allow_requantize)
+        self._source, self._out, self._to = source, out, to
+        self._options = {"allow_requantize": allow_requantize, "overwrite": overwrite}
+        self.report = Conversion(str(source), str(out), output_layout.GGUF, to)
+
+    def run(self) -> Iterator[ConvertStep]:
+        """See `Converter.run`."""
+        if not self._options["overwrite"]:
+            Writer.require_free(self._out)
+        self._out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self._out.parent, prefix=f".{self._out.name}-") as between:
+            folder = Path(between) / "unpacked"
+            try:
+                yield from self._unpacking.unpack(folder)
+            except UnsupportedModelError as error:
+                raise UnsupportedModelError(str(error), hint=SOURCE_HINT) from error
+            identity = self._unpacking.identity
+            converter = Converter(folder, self._out, self._to, **self._options, origin=self.report, identity=identity)
+            converter.report.notes += self._unpacking.notes
+            converter.report.requantized |= self._unpacking.requantized
+            self.report = converter.report
+            yield from converter.run()
+
+
+class GgufSource:
+    """One file on its way to a checkpoint.
+
+    identity     what makes two conversions the same, known when it is unpacked
+    requantized  ‖W - Ŵ‖ / ‖W‖ of each linear layer that was rounded anew
+    """
+
+    def __init__(self, file: Path, like: Path | None, *, allow_requantize: bool) -> None:
+        self.file = file
+        self.identity: dict[str, Any] = {}
+        self.requantized: dict[str, float] = {}
+        self.notes: list[str] = []
+        self._like = like
+        self._allowed = allow_requantize
+
+    def unpack(self, folder: Path) -> Iterator[ConvertStep]:
+        """Write the checkpoint into `folder`.
+
+        Raises ConfigError for blocks that no integer grid holds, UnsupportedModelError where the file does not say
+        enough of its model.
+        """
+        with reader.described(self.file, self._like) as model:
+            weights = Weights(self.file, model)
+            self.identity = _identity(self.file, model)
+            names = _names(model, weights)
+            layers = _linear_layers(model, weights, names)
+            writer = Writer.open(folder, identity={"gguf": str(self.file)}, overwrite=False, needed_bytes=0)
+            schemes: dict[str, Scheme] = {}
+            tensors: dict[str, Tensor] = {}
+            chunks = 0
+            dtype = _dtype(model)
+            for done, name in enumerate(names, 1):
+                tensors |= self._tensors(name, weights, dtype, schemes, packable=name in layers)
+                if sum(tensor.nbytes for tensor in tensors.values()) > CHUNK_BYTES:
+                    writer.commit(chunks, tensors, {})
+                    tensors, chunks = {}, chunks + 1
+                yield ConvertStep(name, "unpacked", done, len(names))
+            writer.commit(chunks, tensors, {})
+            self._finish(writer, model, schemes)
+
+    def _tensors(
+        self, name: str, weights: Weights, dtype: torch.dtype, schemes: dict[str, Scheme], *, packable: bool
+    ) -> dict[str, Tensor]:
+        """What stands for one tensor of the model."""
+        kind = weights.kind(name)
+        module = name.removesuffix(".weight")
+        if not packable or kind in FLOATS:
+            return {name: self._float(name, weights.tensor(name), dtype)}
+        if kind in EXACT:
+            q = _unpacked(kind, weights.rows(name))
+            if not torch.equal(q.dequantize(), weights.tensor(name)):
+                raise FormatError(
+                    f"{name} is not what its blocks say", hint="this is a fault of llmq's: please report it"
+                )
+        elif self._allowed:
+            recoded = requantize(weights.tensor(name), Scheme(8 if kind[1] in "5678" else 4, GROUP), torch.float16)
+            q, self.requantized[module] = recoded.quantized, recoded.error or 0.0
+        else:
+            raise ConfigError(
+                f"{name} is {kind}, whose blocks no integer grid holds; {', '.join(EXACT)} can be converted",
+                hint="--allow-requantize rounds such weights anew, which costs accuracy",
+            )
+        schemes[module] = q.scheme
+        return {tensor_name(module, suffix): tensor for suffix, tensor in formats.load(LAYOUT).pack(q).items()}
+
+    def _float(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        stored = tensor.to(dtype)
+        if torch.equal(stored.to(torch.float32), tensor):
+            return stored
+        self.notes.append(
+            f"{name} is stored as float32, as {str(dtype).removeprefix('torch.')} does not hold it exactly"
+        )
+        return tensor
+
+    def _finish(self, writer: Writer, model: Path, schemes: dict[str, Scheme]) -> None:
+        if not schemes:
+            raise ConfigError(f"{self.file} holds no quantized linear layer", hint="it is a float model")
+        config = read_json_object(model / CONFIG)
+        layout = formats.load(LAYOUT)
+        documents = {CONFIG: json_text({**config, "quantization_config": layout.quantization_config(schemes, [])})}
+        if record := read_record(self.file.parent):
+            documents[PROVENANCE_FILE] = json_text(record)
+        writer.finish([], companion_files(model), documents)
+        checkpoint = Checkpoint.open(writer.folder)
+        found = linear_names(checkpoint, schemes)
+        chosen = {name: schemes[module] for name, module in found.packed.items()}
+        config["quantization_config"] = layout.quantization_config(chosen, found.plain)
+        (writer.folder / CONFIG).write_text(json_text(config), encoding="utf-8")
+
+
+def _require_described(file: Path) -> None:
+    """Raise UnsupportedModelError where no configuration and tokenizer lie beside a file.
+
+    What transformers makes of the file's own words is enough to compute, but no model to publish: it names no class
+    and no dtype, and its tokenizer may have tokens that the embedding lacks.
+    """
+    if file.is_file() and not ((file.parent / CONFIG).is_file() and has_tokenizer(file.parent)):
+        raise UnsupportedModelError(f"{file} has no {CONFIG} and tokenizer beside it", hint=SOURCE_HINT)
+
+
+def _identity(file: Path, model: Path) -> dict[str, Any]:
+    """The file by name, size and time of change, and the model that says what it is; not where it is unpacked."""
+    status = file.stat()
+    weights = any(model.glob("*.safetensors"))
+    like = Checkpoint.open(model).fingerprint() if weights else checksum(model / CONFIG)
+    return {"file": file.name, "size": status.st_size, "changed": status.st_mtime_ns, "like": like}
+
+
+def _names(model: Path, weights: Weights) -> list[str]:
+    """The tensors of the model as the Hub has them: those of the original, where its weights are there.
+
+    Otherwise what transformers calls them, which is the same but for experts.
+    """
+    if any(model.glob("*.safetensors")):
+        return [name for name in locate_tensors(model) if name in weights]
+    built = skeleton.build(model, dtype=torch.float32, remote_code=False)
+    known = ModelWeights(built, weights.tensor, weights.__contains__)
+    found = []
+    for name, parameter in built.named_parameters():
+        if parameter.dim() > 2:
+            raise UnsupportedModelError(f"{name} holds the experts of a layer in one tensor", hint=SOURCE_HINT)
+        found.append(known.tensor_name(name))
+    return found
+
+
+def _linear_layers(model: Path, weights: Weights, names: list[str]) -> set[str]:
+    """The weights of linear layers inside of the blocks."""
+    built = skeleton.build(model, dtype=torch.float32, remote_code=False)
+    known = ModelWeights(built, weights.tensor, weights.__contains__)
+    head: nn.Module | None = built.get_output_embeddings()  # type: ignore[operator]
+    plain: set[str] = set()
+    for path, module in built.named_modules():
+        if module._parameters.get("weight") is not None and (not isinstance(module, nn.Linear) or module is head):
+            plain.update(f"{candidate}.weight" for candidate in known.candidates(path))
+    return {name for name in names if name.endswith(".weight") and name not in plain}
+
+
+def _dtype(model: Path) -> torch.dtype:
+    config = read_json_object(model / CONFIG)
+    named = config.get("dtype") or config.get("torch_dtype")
+    found = getattr(torch, named, torch.float16) if isinstance(named, str) else torch.float16
+    return found if isinstance(found, torch.dtype) else torch.float16
+
+
+def _unpacked(kind: str, rows: NDArray[np.uint8]) -> QuantizedTensor:
+    """(N, bytes of a row) of one of `EXACT` -> its codes."""
+    if kind == "Q8_0":
+        signed, d = unpack_q8_0(rows)
+        return _affine(signed.astype(np.int16) + 128, d, Scheme(8, GROUP))
+    if kind == "Q4_0":
+        codes, d = _unpack_q4_0(rows)
+        return _affine(codes, d, Scheme(4, GROUP))
+    codes, d = unpack_q5_0(rows)
+    centred = codes.astype(np.int16).reshape(len(rows), -1, GROUP) - 16
+    zeros = np.clip(-centred.min(-1), 0, 15)  # (N, G)
+    shifted = centred + zeros[..., None]
+    if shifted.min() < 0 or shifted.max() > 15:
+        return _affine((centred + 128).reshape(len(rows), -1), d, Scheme(8, GROUP))
+    scheme = Scheme(4, GROUP, symmetric=False)
+    return _affine(shifted.reshape(len(rows), -1), d, scheme, torch.from_numpy(zeros.astype(np.int16)))
+
+
+def _affine(
+    codes: NDArray[np.integer], d: NDArray[np.float16], scheme: Scheme, zeros: Tensor | None = None
+) -> QuantizedTensor:
+    return QuantizedTensor(torch.from_numpy(codes.astype(np.uint8)), torch.from_numpy(d.copy()), zeros, scheme)
+
+
+def _unpack_q4_0(rows: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
+    """(N, K) codes and (N, K / 32) scales; byte j of a block holds code j below code j + 16."""
+    blocks = rows.reshape(len(rows), -1, 18)  # (N, K / 32, bytes)
+    d = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0]
+    codes = np.concatenate([blocks[..., 2:] & 15, blocks[..., 2:] >> 4], axis=-1)
+    return codes.reshape(len(rows), -1), d

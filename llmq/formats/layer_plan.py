@@ -1,0 +1,148 @@
+"""Which grid each weight gets: overrides, skips, and what to do where a group size does not divide.
+
+The rule for in_features that the group size does not divide (172 and 128, say): the largest smaller size of 16 * 2**n
+that divides, else one scale a row, else, where the format cannot pack that, the weight stays as it is.  Every step is
+listed with its reason; `strict` makes it an error.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from llmq.config import QuantConfig
+from llmq.errors import ConfigError
+from llmq.formats import Layout
+from llmq.numerics.gguf_types import BLOCK_TYPES
+from llmq.numerics.scheme import GROUP_SIZES, GroupSize, Scheme
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What becomes of one linear layer: `scheme` is None where it stays as it is; `reason` tells why not as asked."""
+
+    name: str
+    out_features: int
+    in_features: int
+    scheme: Scheme | None
+    reason: str = ""
+
+    @property
+    def weights(self) -> int:
+        return self.out_features * self.in_features
+
+    def packed_bytes(self, scale_bytes: int) -> int:
+        """What the packed weight takes: codes, scales of `scale_bytes` each, zeros where there are any."""
+        assert self.scheme is not None, "only a weight that is to be packed has a packed size"
+        if self.scheme.block_type is not None:
+            kind = BLOCK_TYPES[self.scheme.block_type]
+            return self.weights // kind.columns * kind.nbytes
+        groups = self.out_features * -(-self.in_features // self.scheme.columns_per_group(self.in_features))
+        zeros = 0 if self.scheme.symmetric else groups * self.scheme.bits // 8
+        return self.weights * self.scheme.bits // 8 + groups * scale_bytes + zeros
+
+
+def plan_layers(shapes: Iterable[tuple[str, int, int]], config: QuantConfig, layout: Layout) -> list[LayerPlan]:
+    """A plan for each (name, out_features, in_features); raises ConfigError for what the format can never hold."""
+    plans = [_plan(name, rows, columns, config, layout) for name, rows, columns in shapes]
+    if layout.ONE_GRID and not config.overrides:
+        plans = _on_one_grid(plans, layout)
+    if not any(plan.scheme for plan in plans):
+        reasons = "; ".join(sorted({plan.reason for plan in plans if plan.reason})) or "no linear layer in any block"
+        raise ConfigError(f"nothing is left to quantize: {reasons}", hint="see --skip, --override and --format")
+    return plans
+
+
+def alike(
+    plans: Mapping[str, LayerPlan], units: Iterable[Sequence[str]], config: QuantConfig, layout: Layout
+) -> dict[str, LayerPlan]:
+    """`plans` with one grid for the layers of each unit, such as the experts of a layer: engines run them as one.
+
+    That is the grid of most bits and, of these, the largest groups which every one of them can have; where one of them
+    stays as it is, all do.  Raises ConfigError where that is not as asked and `strict` allows no fallback.
+    """
+    result = dict(plans)
+    for unit in units:
+        asked = {plans[key].scheme for key in unit}
+        if len(asked) < 2:
+            continue
+        common = _common_scheme([plans[key] for key in unit], layout)
+        for key in unit:
+            if plans[key].scheme != common:
+                changed = result[key] = _as_the_others(plans[key], common, [plans[key] for key in unit])
+                if config.strict:
+                    raise ConfigError(f"{changed.name}: {changed.reason}", hint="leave --strict out to allow this")
+    return result
+
+
+def _common_scheme(plans: Sequence[LayerPlan], layout: Layout) -> Scheme | None:
+    schemes = {plan.scheme for plan in plans}
+    found = [scheme for scheme in schemes if scheme is not None]
+    if len(found) < len(schemes):
+        return None
+    found.sort(key=lambda s: (-s.bits, -s.group_size if isinstance(s.group_size, int) else 0, str(s)))
+
+    def fits(scheme: Scheme) -> bool:
+        return all(layout.refusal(scheme, plan.out_features, plan.in_features) is None for plan in plans)
+
+    return next((scheme for scheme in found if fits(scheme)), None)
+
+
+def _as_the_others(plan: LayerPlan, scheme: Scheme | None, unit: Sequence[LayerPlan]) -> LayerPlan:
+    if scheme is not None:
+        reason = f"{scheme} instead of {plan.scheme}: the experts of a layer share a grid"
+        return dataclasses.replace(plan, scheme=scheme, reason=reason)
+    kept = next((other for other in unit if other.scheme is None), None)
+    why = f"{kept.name} stays as it is ({kept.reason})" if kept else "there is none that all of them can have"
+    return dataclasses.replace(plan, scheme=None, reason=f"the experts of a layer share a grid, and {why}")
+
+
+def _on_one_grid(plans: list[LayerPlan], layout: Layout) -> list[LayerPlan]:
+    """The plans with the grid that covers most weights; layers that fell back to another one stay as they are."""
+    covered: dict[Scheme, int] = {}
+    for plan in plans:
+        if plan.scheme is not None:
+            covered[plan.scheme] = covered.get(plan.scheme, 0) + plan.weights
+    if len(covered) < 2:
+        return plans
+    common = max(covered, key=lambda scheme: covered[scheme])
+    reason = f"kept as it is: {layout.NAME} holds one grid for all layers, and most are {common}"
+    return [
+        plan if plan.scheme in (None, common) else dataclasses.replace(plan, scheme=None, reason=reason)
+        for plan in plans
+    ]
+
+
+def _plan(name: str, out_features: int, in_features: int, config: QuantConfig, layout: Layout) -> LayerPlan:
+    asked = config.scheme_for(name)
+    if asked is None:
+        return LayerPlan(name, out_features, in_features, None, "skipped on request")
+    impossible = layout.refusal(asked, 1024, 1024)
+    if impossible:
+        raise ConfigError(f"{layout.NAME} cannot hold {asked}, asked for {name}: {impossible}")
+    candidates = [asked, *_smaller(asked, in_features)]
+    refusals = []
+    for scheme in candidates:
+        refusal = layout.refusal(scheme, out_features, in_features)
+        if refusal is None:
+            break
+        refusals.append(refusal)
+    else:
+        scheme = None
+    if not refusals:
+        return LayerPlan(name, out_features, in_features, asked)
+    outcome = f"{scheme.group_size} instead of {asked.group_size}" if scheme else "kept as it is"
+    reason = f"{outcome}: {refusals[0] if scheme else refusals[-1]}"
+    if config.strict:
+        raise ConfigError(f"{name} ({out_features} x {in_features}): {reason}", hint="leave --strict out to allow this")
+    return LayerPlan(name, out_features, in_features, scheme, reason)
+
+
+def _smaller(scheme: Scheme, in_features: int) -> list[Scheme]:
+    """What to fall back to, best first: the smaller group sizes that divide, then one scale a row."""
+    if not isinstance(scheme.group_size, int):
+        return []
+    sizes: list[GroupSize] = [
+        size for size in reversed(GROUP_SIZES) if size < scheme.group_size and in_features % size == 0
+    ]
+    fallbacks: list[GroupSize] = [*sizes[:1], "channel"]
+    return [dataclasses.replace(scheme, group_size=size) for size in fallbacks]

@@ -1,0 +1,71 @@
+"""The .gguf file of a run with a GGUF grid of its own: staged blocks as they are, embedding and head rounded here.
+
+Nothing is known about what an embedding or a head is fed, so their grids are searched for the least squared error and
+codes are the nearest.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from llmq.checkpoint.reader import Checkpoint
+from llmq.checkpoint.safetensors_files import Part, TensorInfo, read_tensor
+from llmq.config import QuantConfig
+from llmq.formats import gguf as staged
+from llmq.formats import gguf_blocks
+from llmq.gguf import recipes
+from llmq.gguf.writer import Stored, Written, write
+from llmq.numerics import affine_grid
+from llmq.numerics.scheme import Scheme
+
+ROWS_AT_ONCE = 1 << 22  # weights of an embedding that are rounded together
+
+
+def assemble(
+    file: Path, source: Checkpoint, parts: Sequence[Part], outside: Sequence[str], settings: QuantConfig,
+    device: torch.device,
+) -> Written:  # fmt: skip
+    """Write `file` from the staged `parts` and, of the `source`, the tensors `outside` of the blocks.
+
+    Raises what `writer.write` raises.
+    """
+    grids = recipes.outside({name: source.info(name).shape for name in outside}, settings, source.config)
+    tensors = [_staged(*part) for part in parts]
+    tensors += [_outside(name, source, grids.get(name), device) for name in outside]
+    written = write(file, source.folder, tensors)
+    notes = (f"{name} is rounded to the nearest codes of {scheme}" for name, scheme in grids.items())
+    return dataclasses.replace(written, notes=(*written.notes, *notes))
+
+
+def _staged(path: Path, name: str, info: TensorInfo) -> Stored:
+    module, _, suffix = name.rpartition(".")
+    if suffix not in staged.SUFFIXES:
+        return Stored(name, None, info.shape, _floats(lambda: read_tensor(path, info)))
+    kind = suffix.removeprefix(staged.PREFIX).upper()
+    shape = (info.shape[0], gguf_blocks.row_weights(kind, info.shape[1]))
+    return Stored(f"{module}.weight", kind, shape, lambda: read_tensor(path, info).numpy())
+
+
+def _outside(name: str, source: Checkpoint, scheme: Scheme | None, device: torch.device) -> Stored:
+    shape = source.info(name).shape
+    if scheme is None:
+        return Stored(name, None, shape, _floats(lambda: source.tensor(name)))
+    return Stored(name, str(scheme).upper(), shape, lambda: rounded(source.tensor(name), scheme, device))
+
+
+def rounded(weight: torch.Tensor, scheme: Scheme, device: torch.device) -> NDArray[np.uint8]:
+    """(N, bytes of a row): the nearest codes of `weight` (N, K) on the grid of least squared error."""
+    pieces = []
+    for rows in weight.split(max(1, ROWS_AT_ONCE // weight.shape[1])):
+        part = rows.to(device, torch.float32)
+        chosen = affine_grid.fit_searched(part, scheme, torch.float16)
+        pieces.append(staged.pack_blocks(chosen.quantized(chosen.encode(part))))
+    return np.concatenate(pieces)
+
+
+def _floats(read: Callable[[], torch.Tensor]) -> Callable[[], NDArray[np.float32]]:
+    return lambda: read().to(torch.float32).numpy()

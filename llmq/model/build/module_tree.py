@@ -1,0 +1,76 @@
+"""From config.json to transformers' module tree on meta."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmq.errors import UnsupportedModelError
+from llmq.model.build import conv1d
+
+
+def build(folder: Path, *, dtype: torch.dtype, remote_code: bool) -> nn.Module:
+    """The causal language model of a checkpoint's config.json, every parameter on meta; buffers are real.
+
+    In the form that `normal_form` gives it.
+    """
+    from accelerate import init_empty_weights
+
+    config = load_config(folder, remote_code=remote_code)
+    try:
+        with init_empty_weights(include_buffers=False):
+            model: nn.Module = auto_class(config, remote_code=remote_code).from_config(
+                config, dtype=dtype, trust_remote_code=remote_code
+            )
+    except Exception as error:  # a wrong value in config.json fails wherever the model first uses it
+        raise UnsupportedModelError(
+            f"transformers cannot build the model that {folder / 'config.json'} describes: {_first_line(error)}",
+            hint="is config.json complete, and of a version that this transformers knows?",
+        ) from error
+    conv1d.apply(model)
+    return model.eval().requires_grad_(False)
+
+
+def load_config(folder: Path, *, remote_code: bool) -> Any:
+    """The transformers configuration of a checkpoint; refuses what is no causal language model."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=remote_code)
+    except Exception as error:  # strict validation, missing code and unknown types each raise something of their own
+        needs_code = "trust_remote_code" in str(error)
+        hint = "pass --trust-remote-code if you trust its author" if needs_code else "a newer transformers may know it"
+        raise UnsupportedModelError(
+            f"transformers cannot read the configuration in {folder}: {error}", hint=hint
+        ) from error
+    if auto_class(config, remote_code=remote_code) is None or getattr(config, "is_encoder_decoder", False):
+        found = ", ".join(config.architectures or ()) or config.model_type
+        raise UnsupportedModelError(
+            f"{folder} holds {found}, which is no causal language model",
+            hint="llmq quantizes decoders that generate text (…ForCausalLM, or …ForConditionalGeneration of models "
+            "that see pictures as well); encoders and encoder-decoders it does not",
+        )
+    return config
+
+
+def auto_class(config: Any, *, remote_code: bool) -> Any:
+    """The Auto class of transformers that makes a configuration's model; None where it makes no text after text."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto import modeling_auto
+
+    if remote_code and getattr(config, "auto_map", None):
+        return AutoModelForCausalLM  # the author's own code
+    for kind, mapping in (
+        (AutoModelForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+        (AutoModelForImageTextToText, modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
+    ):
+        names = mapping.get(config.model_type, ())
+        known = {names} if isinstance(names, str) else set(names)
+        if known & set(config.architectures or known):
+            return kind
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,259 @@
+"""A causal language model whose weights stay on disk: one block at a time has any.
+
+transformers builds the module tree on the meta device; parameters are read when their turn comes.  What a block is
+called with (masks, rotary tables, per-layer inputs) is the model's own business, so it is *recorded*: pass-through
+recorders stand in for the blocks while the model runs its own forward, which touches the embedding and little else.
+No model is named anywhere: the decoder blocks are the module list with the most parameters that text runs through.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmq.errors import UnsupportedModelError
+from llmq.model.analyse import meta_run
+from llmq.model.build.block import Block, is_plain_linear
+from llmq.model.build.module_tree import build as build
+from llmq.model.build.module_tree import load_config as load_config
+from llmq.model.build.checkpoint_names import ModelWeights
+
+SHARED = "its weight is shared with another layer"
+MOST_RETURNED = 3  # how many values blocks return, at most
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a block is called with: its hidden state (B, T, D) is the first of `args`, or `kwargs["hidden_states"]`."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def hidden(self) -> Tensor:
+        hidden: Tensor = self.args[0] if self.args else self.kwargs["hidden_states"]
+        return hidden
+
+    def with_hidden(self, hidden: Tensor) -> "Call":
+        """The same call on another hidden state."""
+        if self.args:
+            return Call((hidden, *self.args[1:]), self.kwargs)
+        return Call((), {**self.kwargs, "hidden_states": hidden})
+
+
+class _Reached(Exception):  # noqa: N818  (it ends a forward, nothing went wrong)
+    """Ends the model's forward at the block that is being recorded."""
+
+
+class Skeleton:
+    """The model on meta, its blocks, and a recorder of what each block is called with.
+
+    special_layers  path -> reason, of linear layers in the blocks that nobody may pack; no block has them in `linears`
+    """
+
+    def __init__(self, model: nn.Module, weights: ModelWeights, device: torch.device) -> None:
+        self.model = model
+        self.weights = weights
+        self.device = device
+        config = getattr(model, "config", None)
+        if getattr(config, "output_router_logits", False):  # for a loss of their own, of blocks that do not run then
+            model.config.output_router_logits = False  # type: ignore[union-attr]
+        path, modules = largest_module_list(model)
+        self.blocks = [Block(f"{path}.{i}", module, self) for i, module in enumerate(modules)]
+        for name, parameter in modules.named_parameters():
+            weights.refuse_stacked(f"{path}.{name}", parameter)
+        linears = {path: linear for block in self.blocks for path, linear in block.linears.items()}
+        self.special_layers = meta_run.special_layers(model, linears)  # before anything is read: see `_filler`
+        self.special_layers |= {path: SHARED for path in linears if weights.is_shared(f"{path}.weight")}
+        for block in self.blocks:
+            block.leave(self.special_layers)
+        self._returned: int | None = None  # what blocks return; not known before the first recording
+        inside = {module for block in modules for module in block.modules()}
+        for name, module in model.named_modules():
+            if module not in inside and module._parameters:
+                module.register_forward_pre_hook(self._filler(name))
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The longest text that the model was made for, if its configuration says."""
+        config: Any = self.model.config
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        longest: int | None = getattr(text, "max_position_embeddings", None)
+        return longest if longest and longest > 0 else None
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the model has embeddings for."""
+        embedding: nn.Module = self.model.get_input_embeddings()  # type: ignore[operator]
+        return int(embedding.get_parameter("weight").shape[0])
+
+    def alike(self) -> list[list[str]]:
+        """The paths of linear layers that engines run as one, module by module: all experts of a layer."""
+        return [
+            [linear for linear in block.linears if linear.startswith(f"{path}.")]
+            for block in self.blocks
+            for path in block.experts
+        ]
+
+    def record(self, index: int, tokens: Tensor) -> Call:
+        """What block `index` is called with for `tokens` (B, T) int64, had the blocks before it changed nothing."""
+        return self._record(index, tokens)[index]
+
+    def record_all(self, tokens: Tensor) -> list[Call]:
+        """What each block is called with for `tokens` (B, T) int64; all of them on the first one's hidden state."""
+        calls = self._record(len(self.blocks) - 1, tokens)
+        return [calls[index] for index in range(len(self.blocks))]
+
+    def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """The model's logits (B, T, V) for `tokens` (B, T) int64, had its last block put out `hidden` (B, T, D).
+
+        Differentiable in `hidden`, in whatever mode torch is in.
+        """
+        if self._returned is None:
+            self._probe()
+        with self._recorders(last_output=hidden):
+            logits: Tensor = self.model(input_ids=tokens.to(self.device), use_cache=False).logits
+        return logits
+
+    @functools.cached_property
+    def head_path(self) -> str | None:
+        """Where the layer is that makes logits; None where that is no plain linear layer, or inside a block."""
+        find: Callable[[], nn.Module | None] = self.model.get_output_embeddings  # type: ignore[assignment]
+        head = find()
+        path = next((name for name, module in self.model.named_modules() if module is head), None)
+        inside = path is not None and any(path.startswith(f"{block.path}.") for block in self.blocks)
+        return path if head is not None and is_plain_linear(head) and not inside else None
+
+    def head_weight(self) -> Tensor:
+        """(V, D) float32, the weight of that layer."""
+        assert self.head_path is not None, "the model has no such head"
+        return self.weights.original(f"{self.head_path}.weight").to(self.device, torch.float32)
+
+    @torch.no_grad()
+    def head_input(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """What the head is fed (B, T, D) for `tokens`, had the last block put out `hidden` (B, T, D)."""
+        assert self.head_path is not None, "the model has no such head"
+        found: list[Tensor] = []
+
+        def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            found.append(args[0])
+            raise _Reached
+
+        handle = self.model.get_submodule(self.head_path).register_forward_pre_hook(stop, prepend=True)
+        try:
+            self.logits(tokens, hidden)
+        except _Reached:
+            return found[0]
+        finally:
+            handle.remove()
+        raise UnsupportedModelError(f"{type(self.model).__name__} never ran its head, {self.head_path}")
+
+    def _record(self, index: int, tokens: Tensor) -> dict[int, Call]:
+        if self._returned is None:
+            self._probe()
+        with self._recorders() as calls, torch.no_grad():
+            self._forward(tokens, stop_after=index)
+        return calls
+
+    def _forward(self, tokens: Tensor, stop_after: int) -> None:
+        self._stop_after = stop_after
+        try:
+            self.model(input_ids=tokens.to(self.device), use_cache=False)
+        except _Reached:
+            return
+        raise UnsupportedModelError(f"{type(self.model).__name__} never ran its block {stop_after}")
+
+    @contextmanager
+    def _recorders(self, last_output: Tensor | None = None) -> Iterator[dict[int, Call]]:
+        """While open, blocks pass their hidden state through and note what they were called with.
+
+        With `last_output` the last block puts that out, and none ends the forward.
+        """
+        calls: dict[int, Call] = {}
+
+        def recorder(index: int) -> Callable[..., Any]:
+            def passthrough(*args: Any, **kwargs: Any) -> Any:
+                calls[index] = Call(args, kwargs)
+                if last_output is None and index == self._stop_after:
+                    raise _Reached
+                replaced = last_output is not None and index == len(self.blocks) - 1
+                hidden = last_output if replaced else calls[index].hidden
+                return (hidden, *[None] * (self._returned - 1)) if self._returned else hidden
+
+            return passthrough
+
+        for index, block in enumerate(self.blocks):
+            block.module.forward = recorder(index)
+        try:
+            yield calls
+        finally:
+            for block in self.blocks:
+                del block.module.forward  # the class's own forward shows again
+
+    def _probe(self) -> None:
+        """Find out what blocks return: the hidden state (0), or a tuple of so many, of which it is the first.
+
+        Raises UnsupportedModelError for a model whose blocks cannot be run one by one.
+        """
+        _refuse_shared_keys(self.model)
+        last = len(self.blocks) - 1
+        tokens = torch.zeros(1, 4, dtype=torch.int64)
+        failure: Exception | None = None
+        for self._returned in range(MOST_RETURNED + 1):
+            with self._recorders() as calls, torch.no_grad():
+                try:
+                    self._forward(tokens, stop_after=last)
+                except (LookupError, TypeError, RuntimeError, ValueError, AttributeError) as error:
+                    failure = failure or error
+                    continue
+            if len(calls) == len(self.blocks) and all(calls[i].hidden is calls[0].hidden for i in calls):
+                return
+            failure = UnsupportedModelError("the hidden state changes between blocks")
+        self._returned = None
+        raise UnsupportedModelError(
+            f"{type(self.model).__name__} cannot be replayed block by block: {failure}",
+            hint="please report the architecture; rtn needs no replay",
+        ) from failure
+
+    def _filler(self, path: str) -> Callable[[nn.Module, Any], None]:
+        """A hook that reads a module's own parameters when it is first run."""
+
+        def fill_now(module: nn.Module, _: Any) -> None:
+            if any(p is not None and p.is_meta for p in module._parameters.values()):
+                self.weights.fill(path, module, self.device)
+
+        return fill_now
+
+
+def _refuse_shared_keys(model: nn.Module) -> None:
+    """Some blocks (of Gemma 3n, say) attend to keys and values of earlier ones, which replay does not carry along."""
+    config = getattr(model, "config", None)
+    config = getattr(config, "text_config", None) or config
+    sharing = getattr(config, "num_kv_shared_layers", 0)
+    if sharing:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be replayed block by block: its last {sharing} blocks share the keys and "
+            "values of earlier ones",
+            hint="rtn needs no replay",
+        )
+
+
+def largest_module_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The decoder blocks: of the module lists that run on text, the one that holds the most parameters."""
+    lists = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+    ]
+    if not lists:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no list of blocks", hint="only decoder stacks can be quantized"
+        )
+    lists.sort(key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    largest, _ = lists[-1]
+    if all(name.startswith(largest) for name, _ in lists):
+        return lists[-1]
+    ran = meta_run.modules_run(model)  # a picture's encoder may be the larger one
+    return next((item for item in reversed(lists) if all(id(module) in ran for module in item[1])), lists[-1])

@@ -1,0 +1,165 @@
+"""The affine grid: choose scales and zeros, encode, decode.
+
+    w  ≈  scale * (code - zero),     code in [0, 2**bits - 1]
+
+Columns of a row are cut into groups; each group has its own scale and zero (Jacob et al. 2018, arXiv:1712.05877,
+equation 1).  A symmetric grid fixes the zero in the middle, so that a min-max scale is max|w| / (levels / 2).
+
+Min-max spends levels on the rarest weights.  `fit_searched` shrinks (or stretches) the range instead, by whatever
+lowers the error  sum_j importance_j * (w_j - ŵ_j)²  of the group: 60 factors, then 16 finer ones around the best; an
+asymmetric grid also tries zeros up to two steps away.  Min-max is the first candidate, so no search loses to it.
+Scales are rounded to the dtype that the file will store *before* the error is computed, so that what was chosen is
+what is read back.  A symmetric grid has one code more below zero than above; where the largest weight is positive the
+scale is negative, so that this code serves it ("full range").
+
+Not here: error compensation between columns (algorithms/gptq.py).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmq.numerics import k_quant_grid
+from llmq.numerics.quantized_tensor import QuantizedTensor, Superblocks, affine
+from llmq.numerics.scheme import Scheme
+from llmq_kernels.grid_search import op as grid_search
+from llmq_kernels.grid_search.torch_path import stored
+
+COARSE_STEPS, FINE_STEPS, ZERO_STEPS = 60, 16, 2
+LOWEST_FACTOR, HIGHEST_FACTOR = 0.5, 1.08
+LOWEST_FACTOR_2_BITS = 0.25  # four levels: the best range is often under half of the largest weight
+SMALLEST_SCALE = {torch.float16: 6.2e-5}  # below lie float16's subnormals, which engines flush to zero
+SMALLEST_SCALE_ELSEWHERE = 1e-9
+
+
+@dataclass(frozen=True)
+class Bounded:
+    """Scales of a dtype, none smaller than `smallest`: what several files, each with a dtype of its own, hold alike."""
+
+    dtype: torch.dtype
+    smallest: float
+
+
+ScaleDtype = torch.dtype | Bounded
+
+
+@dataclass(frozen=True)
+class Grid:
+    """scales (N, G) in their storage dtype; zeros (N, G) int16, or None where symmetric.
+
+    In a two-level grid they follow from `superblocks`, and both are float32.
+    """
+
+    scheme: Scheme
+    scales: Tensor
+    zeros: Tensor | None
+    superblocks: Superblocks | None = None
+
+    def by_column(self, in_features: int) -> tuple[Tensor, Tensor]:
+        """float32 scales and zeros of every column, (N, K) each."""
+        groups = torch.arange(in_features, device=self.scales.device) // self.scheme.columns_per_group(in_features)
+        scales = self.scales.to(torch.float32)[:, groups]
+        if self.zeros is None:
+            return scales, torch.full((1, 1), float(self.scheme.middle), device=scales.device).expand_as(scales)
+        return scales, self.zeros.to(torch.float32)[:, groups]
+
+    def encode(self, weight: Tensor) -> Tensor:
+        """The nearest codes, (N, K) uint8, of a float32 weight (N, K)."""
+        scales, zeros = self.by_column(weight.shape[1])
+        return (weight / scales).add_(zeros).round_().clamp_(0, self.scheme.levels).to(torch.uint8)
+
+    def quantized(self, codes: Tensor) -> QuantizedTensor:
+        return QuantizedTensor(codes, self.scales, self.zeros, self.scheme, superblocks=self.superblocks)
+
+
+def fit_minmax(weight: Tensor, scheme: Scheme, scale_dtype: ScaleDtype) -> Grid:
+    """The grid whose range is that of each group of `weight` (N, K) float32."""
+    if scheme.two_level:  # its scales depend on each other, so there is no such thing
+        return fit_searched(weight, scheme, scale_dtype)
+    return _assemble(weight.shape[0], scheme, scale_dtype, *_minmax(_grouped(weight, scheme), scheme, scale_dtype))
+
+
+def fit_searched(weight: Tensor, scheme: Scheme, scale_dtype: ScaleDtype, importance: Tensor | None = None) -> Grid:
+    """The grid of least error for each group of `weight` (N, K) float32; `importance` (K,) weighs the columns."""
+    if scheme.two_level:
+        found = k_quant_grid.fit(weight, scheme, importance)
+        return Grid(scheme, *affine(found), found)
+    groups = _grouped(weight, scheme)  # (R, G, g)
+    signs = _signs(groups) if scheme.symmetric else None
+    groups = groups if signs is None else groups * signs[..., None]
+    costs = torch.ones(weight.shape[1], device=weight.device) if importance is None else importance.to(torch.float32)
+    costs = (
+        costs.expand(weight.shape).reshape(groups.shape)
+        if scheme.group_size == "tensor"
+        else costs.reshape(groups.shape[1:])
+    )
+    widest, zeros = _minmax(groups, scheme, torch.float32)
+    first = _minmax(groups, scheme, scale_dtype)
+    scales, zeros = grid_search.search(groups, costs, first, widest, zeros, _candidates(scheme, scale_dtype))
+    scales = scales if signs is None else scales * signs
+    return _assemble(weight.shape[0], scheme, scale_dtype, scales, zeros)
+
+
+def storable(scales: Tensor, scale_dtype: ScaleDtype) -> Tensor:
+    """`scales` (N, G) float32 in the dtype of the file, none too small for it; signs are kept."""
+    return _stored(scales.abs(), scale_dtype).copysign(scales).to(dtype_of(scale_dtype))
+
+
+def dtype_of(scale_dtype: ScaleDtype) -> torch.dtype:
+    return scale_dtype.dtype if isinstance(scale_dtype, Bounded) else scale_dtype
+
+
+def _candidates(scheme: Scheme, scale_dtype: ScaleDtype) -> grid_search.Candidates:
+    lowest = LOWEST_FACTOR_2_BITS if scheme.bits == 2 else LOWEST_FACTOR
+    factors = torch.linspace(lowest, HIGHEST_FACTOR, COARSE_STEPS).tolist()
+    step = factors[1] - factors[0]
+    offsets = torch.linspace(-step, step, FINE_STEPS).tolist()
+    shifts = (0,) if scheme.symmetric else tuple(range(-ZERO_STEPS, ZERO_STEPS + 1))
+    return grid_search.Candidates(
+        scheme.levels,
+        scheme.symmetric,
+        tuple(factors),
+        tuple(offsets),
+        shifts,
+        _smallest(scale_dtype),
+        dtype_of(scale_dtype),
+    )
+
+
+def _grouped(weight: Tensor, scheme: Scheme) -> Tensor:
+    """(N, K) -> (N, G, g); a per-tensor grid sees one group (1, 1, N * K)."""
+    if scheme.group_size == "tensor":
+        return weight.reshape(1, 1, -1)
+    return weight.reshape(weight.shape[0], -1, scheme.columns_per_group(weight.shape[1]))
+
+
+def _signs(groups: Tensor) -> Tensor:
+    """(R, G) float32: -1 where the largest weight of a group of (R, G, g) is positive, and 1 elsewhere."""
+    return torch.where(groups.amax(-1) > -groups.amin(-1), -1.0, 1.0)
+
+
+def _minmax(groups: Tensor, scheme: Scheme, scale_dtype: ScaleDtype) -> tuple[Tensor, Tensor]:
+    """Scales and zeros (R, G) float32 from the range of each group of (R, G, g), zero always inside the range."""
+    if scheme.symmetric:
+        scales = groups.abs().amax(-1) * (2 / scheme.levels)
+        return _stored(scales, scale_dtype), torch.full_like(scales, scheme.middle)
+    low, high = groups.amin(-1).clamp_(max=0), groups.amax(-1).clamp_(min=0)
+    scales = _stored((high - low) / scheme.levels, scale_dtype)
+    return scales, (-low / scales).round_().clamp_(0, scheme.levels)
+
+
+def _smallest(scale_dtype: ScaleDtype) -> float:
+    if isinstance(scale_dtype, Bounded):
+        return scale_dtype.smallest
+    return SMALLEST_SCALE.get(scale_dtype, SMALLEST_SCALE_ELSEWHERE)
+
+
+def _stored(scales: Tensor, scale_dtype: ScaleDtype) -> Tensor:
+    return stored(scales, dtype_of(scale_dtype), _smallest(scale_dtype))
+
+
+def _assemble(rows: int, scheme: Scheme, scale_dtype: ScaleDtype, scales: Tensor, zeros: Tensor) -> Grid:
+    """(R, G) float32 parts -> a `Grid`; a per-tensor scale is repeated for every row."""
+    scales, zeros = (part.expand(rows, -1).contiguous() for part in (scales, zeros))
+    return Grid(scheme, scales.to(dtype_of(scale_dtype)), None if scheme.symmetric else zeros.to(torch.int16))

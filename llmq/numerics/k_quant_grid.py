@@ -1,0 +1,253 @@
+"""Two-level grids: scales and offsets that are small integers times a number shared by 256 columns.
+
+    w  ≈  (d · sc_i) q  -  dmin · m_i         i one of the 8 sub-blocks of 32 columns; sc, m in 0 … 63;  Q4_K, Q5_K
+    w  ≈  (d · sc_i) (q - 32)                 i one of 16 sub-blocks of 16 columns; sc in -128 … 127;    Q6_K
+
+A sub-block by itself has the ordinary affine grid, with a real offset.  The question is which d, dmin, sc and m of a
+superblock together leave the least  Σ_j c_j (ŵ_j - w_j)².  With the codes fixed that error is a quadratic form in scale
+and offset of each sub-block, six sums of which say all, so that many d and dmin can be tried at a price that does not
+depend on the number of columns; and with the grid fixed the nearest codes are the best.  Each step below takes one of
+the two, and none raises the error:
+
+    1. polish   scale and offset of each sub-block by least squares, from several shrunken ranges
+    2. share    the pair (d, dmin) among some around (max scale, max offset) / 63, with the best sc and m for each
+    3. settle   sc and m some steps up and down, codes anew for each; then d and dmin by least squares; once more
+
+d and dmin are rounded to fp16 before anything is judged by them.  sc = 0 is never chosen: with it codes mean nothing,
+and neither GPTQ nor tuning could move them.  The offset is -min ≥ 0, as everywhere in llama.cpp.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from llmq.numerics.gguf_types import SUPERBLOCK
+from llmq.numerics.quantized_tensor import SMALLEST_SHARED, Superblocks
+from llmq.numerics.scheme import Scheme
+
+LARGEST = 63  # of 6 bits
+LOWEST_SIGNED, LARGEST_SIGNED = -128, 127
+SHRUNKEN = (0.68, 0.75, 0.82, 0.89, 0.96, 1.03)  # both ends of a range, by each of these
+SHRUNKEN_SYMMETRIC = tuple(0.75 + step / 96 for step in range(32))  # one end, and many levels to be put well
+POLISHED, SETTLED, NEAR = 3, 2, 3
+SHARED_FACTORS = (0.9, 0.95, *(1 + step / 32 for step in range(12)))
+ELEMENTS_AT_ONCE = {"cpu": 1 << 18}  # what stays in its cache
+ELEMENTS_AT_ONCE_ELSEWHERE = 1 << 24
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Σ over the columns of each sub-block, (R, B): what the error of fixed codes depends on."""
+
+    c: Tensor
+    cq: Tensor
+    cqq: Tensor
+    cx: Tensor
+    cqx: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, cost: Tensor, q: Tensor) -> "_Sums":
+        cq = cost * q
+        return cls(cost.expand_as(x).sum(-1), cq.sum(-1), (cq * q).sum(-1), (cost * x).sum(-1), (cq * x).sum(-1))
+
+    def error(self, s: Tensor, o: Tensor) -> Tensor:
+        """Σ c (s q - o - x)², less what no scale or offset changes."""
+        return s * (s * self.cqq - 2 * o * self.cq - 2 * self.cqx) + o * (o * self.c + 2 * self.cx)
+
+
+def fit(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) -> Superblocks:
+    """The two-level grid of least error for `weight` (N, K) float32, K a multiple of 256.
+
+    importance  (K,) float32, c above; 1 where not given
+    """
+    N, K = weight.shape
+    costs = torch.ones(K, device=weight.device) if importance is None else importance.to(torch.float32)
+    costs = costs / costs.mean().clamp_min(torch.finfo(torch.float32).tiny)
+    cost = costs.reshape(K // SUPERBLOCK, -1, scheme.columns_per_group(K))  # (S, B, g)
+    pieces = []
+    for rows in weight.split(max(1, ELEMENTS_AT_ONCE.get(weight.device.type, ELEMENTS_AT_ONCE_ELSEWHERE) // K)):
+        x = rows.reshape(len(rows), *cost.shape).flatten(0, 1)  # (R, B, g), R = rows * S
+        find = _fit_symmetric if scheme.symmetric else _fit_affine
+        pieces.append(find(x, cost.repeat(len(rows), 1, 1), scheme))
+    d, sc, *rest = (torch.cat(parts).reshape(N, -1) for parts in zip(*pieces, strict=True))
+    return Superblocks(d, sc, *rest)
+
+
+def _fit_affine(x: Tensor, cost: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """d (R,), sc (R, B), dmin (R,) and m (R, B) for x and cost (R, B, g)."""
+    s, o = _polished(x, cost, *_widest(x, scheme.levels), scheme.levels)
+    least = _error(x, cost, s, o, scheme.levels)
+    for low, high in product(SHRUNKEN, repeat=2):
+        tried = _polished(x, cost, *_widest(x, scheme.levels, low, high), scheme.levels)
+        error = _error(x, cost, *tried, scheme.levels)
+        better = error < least
+        least, s, o = (torch.where(better, *pair) for pair in ((error, least), (tried[0], s), (tried[1], o)))
+    for _ in range(POLISHED):
+        s, o = _polished(x, cost, s, o, scheme.levels)
+    d, sc, dmin, m = _share(_Sums.of(x, cost, _nearest(x, s, o, scheme.levels)), s, o)
+    for _ in range(SETTLED):
+        sc, m = _settled(x, cost, d, sc, dmin, m, scheme.levels)
+        d, dmin = _shared_by_least_squares(x, cost, d, sc, dmin, m, scheme.levels)
+    return d.to(torch.float16), sc.to(torch.uint8), dmin.to(torch.float16), m.to(torch.uint8)
+
+
+def _widest(x: Tensor, levels: int, low: float = 1.0, high: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Scale and offset (R, B) of the range of x (R, B, g), its ends drawn in by factors."""
+    o = -low * x.amin(-1).clamp_(max=0)
+    s = (high * x.amax(-1).clamp_(min=0) + o) / levels
+    return s.clamp_(min=SMALLEST_SHARED), o
+
+
+def _nearest(x: Tensor, s: Tensor, o: Tensor, levels: int) -> Tensor:
+    """Codes (R, B, g) float32."""
+    return ((x + o[..., None]) / s[..., None]).round_().clamp_(0, levels)
+
+
+def _error(x: Tensor, cost: Tensor, s: Tensor, o: Tensor, levels: int) -> Tensor:
+    """(R, B): Σ c (ŵ - w)² with the nearest codes."""
+    q = _nearest(x, s, o, levels)
+    return q.mul_(s[..., None]).sub_(o[..., None]).sub_(x).square_().mul_(cost).sum(-1)
+
+
+def _polished(x: Tensor, cost: Tensor, s: Tensor, o: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    sums = _Sums.of(x, cost, _nearest(x, s, o, levels))
+    slope = (sums.c * sums.cqx - sums.cq * sums.cx) / (sums.c * sums.cqq - sums.cq.square())
+    offset = (slope * sums.cq - sums.cx) / sums.c
+    through_zero = sums.cqx / sums.cqq  # the best slope where the offset may not be negative
+    fitted = torch.where(offset < 0, through_zero, slope)
+    usable = torch.isfinite(fitted) & torch.isfinite(offset) & (fitted > 0)
+    fitted, offset = torch.where(usable, fitted, s), torch.where(usable, offset.clamp(min=0), o)
+    better = _error(x, cost, fitted, offset, levels) < _error(x, cost, s, o, levels)
+    return torch.where(better, fitted, s), torch.where(better, offset, o)
+
+
+def _share(sums: _Sums, s: Tensor, o: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The best of some pairs (d, dmin), with the sc and m that go with it: for codes that stay as they are."""
+    best = None
+    for d in _candidates(s):
+        for dmin in _candidates(o):
+            error, sc, m = _best_integers(sums, s, d, dmin)
+            total = error.sum(1)
+            if best is None:
+                best = (total, d, sc, dmin, m)
+                continue
+            better = total < best[0]
+            new = (total, d, sc, dmin, m)
+            best = tuple(
+                torch.where(better if now.dim() == 1 else better[:, None], now, old)
+                for now, old in zip(new, best, strict=True)
+            )  # type: ignore[assignment]
+    assert best is not None
+    return best[1:]
+
+
+def _candidates(values: Tensor, largest: int = LARGEST) -> Iterator[Tensor]:
+    """(R,) each: what the values (R, B) may be multiples of, as fp16 holds it."""
+    unit = values.abs().amax(1) / largest
+    for factor in SHARED_FACTORS:
+        yield _half(unit * factor)
+
+
+def _half(values: Tensor) -> Tensor:
+    """As fp16 holds them, and not zero."""
+    largest = torch.finfo(torch.float16).max
+    return values.clamp(SMALLEST_SHARED, largest).to(torch.float16).to(torch.float32)
+
+
+def _best_integers(sums: _Sums, s: Tensor, d: Tensor, dmin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The error (R, B), sc and m of the best of three sc, each with the m that fits it best."""
+    nearest = (s / d[:, None]).round_()
+    found = []
+    for step in (-1, 0, 1):
+        sc = (nearest + step).clamp_(1, LARGEST)
+        scale = d[:, None] * sc
+        m = ((scale * sums.cq - sums.cx) / sums.c / dmin[:, None]).round_().nan_to_num_().clamp_(0, LARGEST)
+        found.append((sums.error(scale, dmin[:, None] * m), sc, m))
+    errors, scs, ms = (torch.stack(parts) for parts in zip(*found, strict=True))
+    error, index = errors.min(0, keepdim=True)
+    return error[0], scs.gather(0, index)[0], ms.gather(0, index)[0]
+
+
+def _settled(
+    x: Tensor, cost: Tensor, d: Tensor, sc: Tensor, dmin: Tensor, m: Tensor, levels: int
+) -> tuple[Tensor, Tensor]:
+    """sc and m of least error among those near, every time with the nearest codes."""
+    least = _error(x, cost, d[:, None] * sc, dmin[:, None] * m, levels)
+    best_sc, best_m = sc, m
+    for up in range(-NEAR, NEAR + 1):
+        for over in range(-NEAR, NEAR + 1):
+            tried, tried_m = (sc + up).clamp(1, LARGEST), (m + over).clamp(0, LARGEST)
+            error = _error(x, cost, d[:, None] * tried, dmin[:, None] * tried_m, levels)
+            better = error < least
+            least = torch.where(better, error, least)
+            best_sc, best_m = torch.where(better, tried, best_sc), torch.where(better, tried_m, best_m)
+    return best_sc, best_m
+
+
+def _shared_by_least_squares(
+    x: Tensor, cost: Tensor, d: Tensor, sc: Tensor, dmin: Tensor, m: Tensor, levels: int
+) -> tuple[Tensor, Tensor]:
+    """d and dmin (R,) of least error for the nearest codes; as they were where that is no better."""
+    sums = _Sums.of(x, cost, _nearest(x, d[:, None] * sc, dmin[:, None] * m, levels))
+    a, b, c = (sc * sc * sums.cqq).sum(1), (sc * m * sums.cq).sum(1), (m * m * sums.c).sum(1)
+    right, down = (sc * sums.cqx).sum(1), (m * sums.cx).sum(1)  # of d, and of -dmin
+    determinant = a * c - b * b
+    fitted, fitted_min = (c * right - b * down) / determinant, (b * right - a * down) / determinant
+    usable = torch.isfinite(fitted) & torch.isfinite(fitted_min) & (fitted > 0) & (fitted_min > 0)
+    new, new_min = (_half(torch.where(usable, now, was)) for now, was in ((fitted, d), (fitted_min, dmin)))
+    errors = [
+        _error(x, cost, each[:, None] * sc, offset[:, None] * m, levels).sum(1)
+        for each, offset in ((new, new_min), (d, dmin))
+    ]
+    better = errors[0] < errors[1]
+    return torch.where(better, new, d), torch.where(better, new_min, dmin)
+
+
+def _fit_symmetric(x: Tensor, cost: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """d (R,) and sc (R, B) for x and cost (R, B, g).
+
+    The same with the offset s * middle, so that the best scale for codes that stay is a number by itself.
+    """
+    levels, middle = scheme.levels, scheme.middle
+
+    def error(scales: Tensor) -> Tensor:
+        return _error(x, cost, scales, scales * middle, levels)
+
+    def sums(scales: Tensor) -> _Sums:
+        return _Sums.of(x, cost, _nearest(x, scales, scales * middle, levels) - middle)
+
+    def polished(scales: Tensor) -> Tensor:
+        now = sums(scales)
+        fitted = now.cqx / now.cqq
+        better = torch.isfinite(fitted) & (fitted != 0) & (error(fitted) < error(scales))
+        return torch.where(better, fitted, scales)
+
+    widest = (x.abs().amax(-1) / middle).clamp_(min=SMALLEST_SHARED)
+    starts = torch.stack([polished(sign * factor * widest) for factor in SHRUNKEN_SYMMETRIC for sign in (-1, 1)])
+    s = starts.gather(0, torch.stack([error(start) for start in starts]).argmin(0, keepdim=True))[0]
+    for _ in range(POLISHED):
+        s = polished(s)
+    now, zero = sums(s), torch.zeros_like(s)
+    tried = torch.stack(list(_candidates(s, LARGEST_SIGNED)))  # (T, R)
+    integers = _signed(s / tried[..., None], s)
+    errors = [now.error(d[:, None] * sc, zero).sum(1) for d, sc in zip(tried, integers, strict=True)]
+    best = torch.stack(errors).argmin(0)
+    d, sc = tried.gather(0, best[None])[0], integers[best, torch.arange(len(s), device=s.device)]
+    for _ in range(SETTLED):
+        steps = torch.stack([_signed(sc + step, sc) for step in range(-NEAR, NEAR + 1)])
+        chosen = torch.stack([error(d[:, None] * step) for step in steps]).argmin(0)
+        sc = steps.gather(0, chosen[None])[0]
+        now = sums(d[:, None] * sc)
+        fitted = (sc * now.cqx).sum(1) / (sc * sc * now.cqq).sum(1)
+        fitted = _half(torch.where(torch.isfinite(fitted), fitted, d))
+        d = torch.where(error(fitted[:, None] * sc).sum(1) < error(d[:, None] * sc).sum(1), fitted, d)
+    return d.to(torch.float16), sc.to(torch.int8)
+
+
+def _signed(values: Tensor, like: Tensor) -> Tensor:
+    """Whole numbers of 8 bits, none of them zero; in a zero's place 1, of the sign that `like` has."""
+    whole = values.round().clamp_(LOWEST_SIGNED, LARGEST_SIGNED)
+    return torch.where(whole == 0, torch.ones_like(whole).copysign(like), whole)

@@ -1,0 +1,147 @@
+"""`QuantizedTensor`: the only thing that passes between algorithms, formats and kernels."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmq.numerics.scheme import Scheme
+
+SMALLEST_SHARED = 2.0**-24  # in float16: llama.cpp reads subnormal numbers, and scales of scales often are
+
+
+@dataclass(frozen=True)
+class Superblocks:
+    """A two-level grid: group g of superblock b has the scale d_b * sc_g and, asymmetric, the offset dmin_b * m_g.
+
+    d     (N, S) float16     S = K / 256 superblocks a row
+    sc    (N, G) uint8 of 6 bits, or int8 in a symmetric grid
+    dmin  (N, S) float16, or None in a symmetric grid
+    m     (N, G) uint8 of 6 bits, or None in a symmetric grid
+
+    w = (d * sc) * q - dmin * m, or (d * sc) * (q - middle), in float32 and in this order, as llama.cpp computes it.
+    """
+
+    d: Tensor
+    sc: Tensor
+    dmin: Tensor | None = None
+    m: Tensor | None = None
+
+    def scales(self) -> Tensor:
+        """(N, G) float32."""
+        return _spread(self.d, self.sc) * self.sc
+
+    def offsets(self) -> Tensor | None:
+        """(N, G) float32."""
+        return None if self.dmin is None or self.m is None else _spread(self.dmin, self.m) * self.m
+
+    def shared(self) -> Tensor:
+        """(N, S) or (N, 2 S) float32: what is no integer, d and then dmin."""
+        return torch.cat([part.to(torch.float32) for part in (self.d, self.dmin) if part is not None], dim=1)
+
+    def with_shared(self, values: Tensor) -> "Superblocks":
+        """With others in the place of `shared`, rounded to float16, and none of them zero."""
+        largest = torch.finfo(torch.float16).max
+        halves = values.clamp(SMALLEST_SHARED, largest).to(torch.float16)
+        d, *dmin = halves.split(self.d.shape[1], dim=1)
+        return Superblocks(d, self.sc, dmin[0] if dmin else None, self.m)
+
+    def stretched(self, factors: Tensor) -> "Superblocks":
+        """With `shared` times `factors`."""
+        return self.with_shared(self.shared() * factors)
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> "Superblocks":
+        """With each of the tensors changed."""
+        dmin, m = (None if part is None else change(part) for part in (self.dmin, self.m))
+        return Superblocks(change(self.d), change(self.sc), dmin, m)
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """A weight on its grid: w[n, k] = scales[n, g] * (codes[n, k] - zeros[n, g]), g the group of column k.
+
+    codes        (N, K) uint8, in [0, 2**bits - 1]
+    scales       (N, G) in the dtype that the file stores; any finite value, negative ones too
+    zeros        (N, G) int16, or None where every zero is 2**(bits - 1)
+    group_index  (K,) int32 group of each column, or None where it is k // columns_per_group
+    scheme       bits, group size, symmetry
+    superblocks  what scales and zeros follow from in a two-level grid; both are float32 there: zeros are real numbers
+
+    N out_features, K in_features, G groups.  "channel" has G = 1; so has "tensor", its one scale repeated N times.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    scheme: Scheme
+    group_index: Tensor | None = None
+    superblocks: Superblocks | None = None
+
+    @classmethod
+    def of_superblocks(cls, codes: Tensor, superblocks: Superblocks, scheme: Scheme) -> "QuantizedTensor":
+        """Codes on a two-level grid."""
+        return cls(codes, *affine(superblocks), scheme, superblocks=superblocks)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.codes.shape[1]
+
+    def column_groups(self) -> Tensor:
+        """(K,) int64: the group of each column."""
+        if self.group_index is not None:
+            return self.group_index.long()
+        per_group = self.scheme.columns_per_group(self.codes.shape[1])
+        return torch.arange(self.codes.shape[1], device=self.codes.device) // per_group
+
+    def dequantize(self) -> Tensor:
+        """(N, K) float32, computed in float32 from the stored scales: what every reader of the file computes."""
+        groups = self.column_groups()
+        centred = self.codes.to(torch.float32)  # (N, K)
+        offsets = None if self.superblocks is None else self.superblocks.offsets()
+        if offsets is not None:
+            return centred.mul_(self.scales[:, groups]).sub_(offsets[:, groups])
+        if self.zeros is None:
+            centred -= self.scheme.middle
+        else:
+            centred -= self.zeros.to(torch.float32)[:, groups]
+        return centred.mul_(self.scales.to(torch.float32)[:, groups])
+
+    def rows(self, start: int, stop: int) -> "QuantizedTensor":
+        """The out_features from `start` to `stop`, sharing memory."""
+        return self._mapped(lambda part: part[start:stop], self.group_index)
+
+    def to(self, device: torch.device) -> "QuantizedTensor":
+        """The same on another device."""
+        index = None if self.group_index is None else self.group_index.to(device)
+        return self._mapped(lambda part: part.to(device), index)
+
+    def _mapped(self, change: Callable[[Tensor], Tensor], group_index: Tensor | None) -> "QuantizedTensor":
+        """With each of the tensors that have a row for an out_feature changed."""
+        zeros = None if self.zeros is None else change(self.zeros)
+        superblocks = None if self.superblocks is None else self.superblocks.mapped(change)
+        return QuantizedTensor(change(self.codes), change(self.scales), zeros, self.scheme, group_index, superblocks)
+
+
+def affine(superblocks: Superblocks) -> tuple[Tensor, Tensor | None]:
+    """Scales and zeros (N, G) float32 of a two-level grid; zeros None where it is symmetric."""
+    scales, offsets = superblocks.scales(), superblocks.offsets()
+    return scales, None if offsets is None else offsets / scales
+
+
+def where(keep: Tensor, one: QuantizedTensor, other: QuantizedTensor) -> QuantizedTensor:
+    """Rows of `one` where `keep` (N, 1) bool says so, else of `other`; both of one scheme, and of the same zeros."""
+    codes = torch.where(keep, one.codes, other.codes)
+    if one.superblocks is None or other.superblocks is None:
+        return dataclasses.replace(one, codes=codes, scales=torch.where(keep, one.scales, other.scales))
+    a, b = one.superblocks, other.superblocks
+    dmin = None if a.dmin is None or b.dmin is None else torch.where(keep, a.dmin, b.dmin)
+    m = None if a.m is None or b.m is None else torch.where(keep, a.m, b.m)
+    chosen = Superblocks(torch.where(keep, a.d, b.d), torch.where(keep, a.sc, b.sc), dmin, m)
+    return QuantizedTensor.of_superblocks(codes, chosen, one.scheme)
+
+
+def _spread(shared: Tensor, groups: Tensor) -> Tensor:
+    """(N, S) -> (N, G) float32: what a superblock has, for each of its groups."""
+    return shared.to(torch.float32).repeat_interleave(groups.shape[1] // shared.shape[1], dim=1)

@@ -1,0 +1,73 @@
+"""`Scheme`: the grid of one weight."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from llmq.errors import ConfigError, listed
+from llmq.numerics.gguf_types import BLOCK_TYPES
+
+GroupSize = int | Literal["channel", "tensor"]
+
+BITS = (2, 3, 4, 8)
+GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)  # 16 * 2**n: what packed layouts and kernels tile by
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """The affine grid of one weight: w = scale * (code - zero), codes in [0, 2**bits - 1].
+
+    `group_size` columns of a row share a scale; "channel" is one scale a row, "tensor" one for the whole weight.
+    A symmetric grid has the zero fixed at 2**(bits - 1), an asymmetric one has a zero for each group.
+    `block_type` names the block type of GGUF (`numerics/gguf_types.py`) whose grid it is; the other fields are that
+    one's.
+    """
+
+    bits: int = 4
+    group_size: GroupSize = 128
+    symmetric: bool = True
+    block_type: str | None = None
+
+    @classmethod
+    def of_blocks(cls, block_type: str) -> "Scheme":
+        """The grid of a block type: `q4_k`, …"""
+        kind = BLOCK_TYPES[block_type]
+        return cls(kind.bits, kind.group, kind.symmetric, block_type)
+
+    def __post_init__(self) -> None:
+        if self.block_type is not None:
+            kind = BLOCK_TYPES.get(self.block_type)
+            if kind is None or (self.bits, self.group_size, self.symmetric) != (kind.bits, kind.group, kind.symmetric):
+                raise ConfigError(f"there is no grid {self!r}", hint=f"block types are {listed(BLOCK_TYPES)}")
+            return
+        if type(self.bits) is not int or self.bits not in BITS:  # 4.0 is in BITS too, and shifts nothing
+            raise ConfigError(f"bits is {self.bits!r}, expected one of {listed(BITS)}", hint="4 is the usual choice")
+        if type(self.group_size) not in (int, str) or self.group_size not in (*GROUP_SIZES, "channel", "tensor"):
+            raise ConfigError(
+                f"group size is {self.group_size!r}, which is no legal one",
+                hint=f"use one of {listed(GROUP_SIZES)}, channel (one scale a row) or tensor (one scale in all)",
+            )
+        if type(self.symmetric) is not bool:
+            raise ConfigError(f"symmetric is {self.symmetric!r}, expected true or false")
+
+    @property
+    def levels(self) -> int:
+        """The largest code, 2**bits - 1."""
+        return (1 << self.bits) - 1
+
+    @property
+    def middle(self) -> int:
+        """The zero of a symmetric grid, 2**(bits - 1)."""
+        return 1 << (self.bits - 1)
+
+    def columns_per_group(self, in_features: int) -> int:
+        """How many input columns share a scale in a weight with this many."""
+        return self.group_size if isinstance(self.group_size, int) else in_features
+
+    @property
+    def two_level(self) -> bool:
+        """Whether scales are themselves small integers times a number that they share (`quantized.Superblocks`)."""
+        return self.block_type is not None and BLOCK_TYPES[self.block_type].two_level
+
+    def __str__(self) -> str:
+        grouping = f"g{self.group_size}" if isinstance(self.group_size, int) else self.group_size
+        return self.block_type or f"int{self.bits} {grouping} {'symmetric' if self.symmetric else 'asymmetric'}"

@@ -1,1 +1,0 @@
-"""What `--format` asks for: the layout that blocks are staged in, the names and the layers that it is about."""

@@ -1,0 +1,219 @@
+"""The packed weights of a checkpoint, one at a time: as codes on a grid, or as plain floats."""
+
+from typing import Any
+
+from torch import Tensor
+
+from llmq import formats
+from llmq.checkpoint.index import read_json_object
+from llmq.checkpoint.reader import Checkpoint
+from llmq.errors import ConfigError, FormatError
+from llmq.formats import Readable, Reader, Reading, gptq
+from llmq.numerics.quantized_tensor import QuantizedTensor
+from llmq.numerics.scheme import Scheme
+
+OWN_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "quantization_config.json": "auto-round"}
+EXCLUSIONS = ("ignore", "modules_in_block_to_quantize", "modules_to_not_convert")
+
+
+class PackedWeights:
+    """The packed weights of a checkpoint, read one at a time.
+
+    modules  their names in the checkpoint; of experts that one tensor holds, the name of that tensor
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        settings = required_settings(checkpoint)
+        self._checkpoint = checkpoint
+        self._layout = formats.detect(settings)
+        self._reading = _reader(self._layout, settings)
+        endings = {formats.tensor_name("", suffix) for suffix in self._layout.CODES}
+        found = ((name, ending) for name in checkpoint.names() for ending in endings if name.endswith(ending))
+        self.modules = list(dict.fromkeys(name.removesuffix(ending) for name, ending in found))
+        self._by_weight = {self.weight_name(module): module for module in self.modules}
+        self._shapes: dict[str, tuple[int, int]] = {}  # as asked for: some layouts have each in a tensor of its own
+
+    def read(self, module: str) -> QuantizedTensor:
+        """One module's weight, by its name in the checkpoint; raises FormatError where it is no integer grid's."""
+        reading = self._how(module)
+        if reading.decode is not None:
+            raise FormatError(f"{module} is stored as {reading.packing}, which lies on no integer grid")
+        try:
+            return self._layout.unpack(self._tensors(module), reading)
+        except FormatError as error:
+            raise FormatError(f"{module}: {error}", hint=error.hint) from error
+
+    def weight(self, module: str) -> Tensor:
+        """One module's weight, (N, K) float32, whatever it is stored as; of stacked experts (E, K, N)."""
+        reading = self._how(module)
+        if reading.decode is None:
+            return self.read(module).dequantize()
+        try:
+            return reading.decode(self._tensors(module))
+        except FormatError as error:
+            raise FormatError(f"{module}: {error}", hint=error.hint) from error
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor by its name in the float model: dequantized where it is packed, or else as it is stored."""
+        module = self._by_weight.get(name)
+        return self._checkpoint.tensor(name) if module is None else self.weight(module)
+
+    def member(self, name: str, index: int) -> Tensor:
+        """One of the tensors that are stacked in `tensor(name)`, along its first dimension."""
+        module = self._by_weight.get(name)
+        if module is None:
+            return self._checkpoint.member(name, index)
+        decode = self._how(module).decode
+        if decode is None:
+            return self.weight(module)[index]
+        stored = self._stored(module).items()
+        alone = {suffix: self._checkpoint.member(each, index)[None] for suffix, each in stored}
+        return decode(alone)[0]
+
+    def __contains__(self, name: object) -> bool:
+        """Whether `tensor` gives this one."""
+        return name in self._by_weight or name in self._checkpoint
+
+    def pack(self, module: str, weight: QuantizedTensor) -> dict[str, Tensor]:
+        """The tensors, by the ends of their names, that this layout has for a weight in the place of `module`'s."""
+        try:
+            if self._layout.NAME == gptq.NAME:
+                return gptq.pack(weight, version="gptq" if self._how(module).zeros_offset else "gptq_v2")
+            return formats.load(self._layout.NAME).pack(weight)
+        except (ConfigError, FormatError) as error:
+            raise FormatError(f"{module} cannot be packed: {error}", hint=error.hint) from error
+
+    def is_affine(self, module: str) -> bool:
+        """Whether the weight lies on an integer grid in equal groups, so that what `read` gives runs packed.
+
+        Groups of a size that llmq does not have run where they can be cut into smaller ones, which needs their columns
+        to lie side by side.
+        """
+        reading = self._how(module)
+        if reading.decode is not None:
+            return False
+        K = self.shape(module)[1]
+        if reading.needs_group_index and 0 < reading.stored_group < K:
+            return False
+        return reading.legal_group(K) is not None
+
+    def weight_name(self, module: str) -> str:
+        """The name that the weight has in the float model."""
+        stacked = all(suffix.startswith("_") for suffix in self._layout.CODES)
+        return module if stacked else f"{module}.weight"
+
+    def weight_names(self) -> list[str]:
+        """The names that packed weights have in the float model, each once."""
+        return list(self._by_weight)
+
+    def grid(self, module: str) -> str:
+        """What the weight is stored as, in a word or two."""
+        reading = self._how(module)
+        return reading.packing if reading.decode is not None else str(reading.scheme)
+
+    def notes(self) -> list[str]:
+        """What a user should know who runs the model."""
+        readings = [self._how(module) for module in self.modules]
+        asked = dict.fromkeys(reading.note for reading in readings if reading.note)
+        notes = [f"the checkpoint asks for {note}; llmq quantizes nothing but weights" for note in asked]
+        floats = [module for module in self.modules if not self.is_affine(module)]
+        if floats:
+            notes.append(
+                f"{len(floats)} weights are stored as {self.grid(floats[0])}, which llmq has no kernel for: they run "
+                "dequantized, in full size"
+            )
+        return notes
+
+    def scheme(self, module: str) -> Scheme:
+        """The grid of a module's weight, from config.json alone."""
+        return self._how(module).scheme
+
+    def shape(self, module: str) -> tuple[int, int]:
+        """(N, K) of a module's weight, packed or not, without reading it; rows of stacked experts are all counted."""
+        if module not in self._shapes:
+            self._shapes[module] = self._read_shape(module)
+        return self._shapes[module]
+
+    def _read_shape(self, module: str) -> tuple[int, int]:
+        names = self._stored(module)
+        if self.weight_name(module) not in self._by_weight:
+            N, K = self._checkpoint.info(f"{module}.weight").shape
+            return N, K
+        shapes = {suffix: self._checkpoint.info(name).shape for suffix, name in names.items()}
+        return self._layout.weight_shape(
+            shapes, self._how(module), lambda suffix: self._checkpoint.tensor(names[suffix])
+        )
+
+    def suffixes_of(self, module: str) -> list[str]:
+        """The ends of the names of the tensors that stand for the module's weight."""
+        return list(self._stored(module))
+
+    def tensor_names(self, module: str) -> list[str]:
+        """The tensors of the checkpoint that stand for the module's weight."""
+        return list(self._stored(module).values())
+
+    def stored_bytes(self, module: str) -> int:
+        """What the module's weight takes on disk, scales and zeros and the rest of it counted."""
+        infos = [self._checkpoint.info(name) for name in self.tensor_names(module)]
+        return sum(info.stop - info.start for info in infos)
+
+    def _how(self, module: str) -> Reading:
+        """How a packed module is read."""
+        reading = self._reading(module)
+        if reading is None:
+            raise FormatError(f"{module} is packed, but config.json says that it is not quantized")
+        return reading
+
+    def _stored(self, module: str) -> dict[str, str]:
+        """Suffix -> name, of the tensors that stand for the module's weight."""
+        reading = self._reading(module)
+        suffixes = (*self._layout.SUFFIXES, *(["weight"] if reading is not None and reading.in_place else []))
+        names = {suffix: formats.tensor_name(module, suffix) for suffix in suffixes}
+        return {suffix: name for suffix, name in names.items() if name in self._checkpoint}
+
+    def _tensors(self, module: str) -> dict[str, Tensor]:
+        return {suffix: self._checkpoint.tensor(name) for suffix, name in self._stored(module).items()}
+
+
+def _reader(layout: Readable, settings: dict[str, Any]) -> Reader:
+    """How packed modules are read.
+
+    Writers list what they left alone by parts of names, or by patterns, and some of these fit more than was left.  That
+    a module is packed is known by its tensors, so for those such a list is passed over.
+    """
+    declared = layout.read_config(settings)
+    without_lists = {key: value for key, value in settings.items() if key not in EXCLUSIONS}
+    anyway = layout.read_config(without_lists | {"lm_head": True})
+    return lambda module: declared(module) or anyway(module)
+
+
+def quantization_settings(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """The block that tells how a checkpoint is quantized, or None where it is a float one.
+
+    It is in config.json, or in that of the language model inside; older writers left it in a file of its own.
+    """
+    config = checkpoint.config
+    inner = config.get("text_config")
+    for holder in (config, inner if isinstance(inner, dict) else {}):
+        for key in ("quantization_config", "compression_config"):
+            settings = holder.get(key)
+            if isinstance(settings, dict):
+                return {"quant_method": "compressed-tensors", **settings} if key == "compression_config" else settings
+    for name, method in OWN_FILES.items():
+        if (checkpoint.folder / name).is_file() and checkpoint.modules_with("qweight"):
+            return {"quant_method": method, **read_json_object(checkpoint.folder / name)}
+    return None
+
+
+def required_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The same of a checkpoint that must be quantized; raises FormatError where it is not."""
+    settings = quantization_settings(checkpoint)
+    if settings is None:
+        raise FormatError(f"{checkpoint.folder} is not quantized: its config.json has no quantization_config")
+    return settings
+
+
+def shape_of(checkpoint: Checkpoint, packed: PackedWeights | None, module: str) -> tuple[int, ...]:
+    """That of a module's weight, packed or not, without reading it."""
+    name = f"{module}.weight"
+    return packed.shape(module) if packed and name not in checkpoint else checkpoint.info(name).shape

@@ -1,0 +1,264 @@
+"""Layers that are fed one and the same tensor multiply it once: q, k and v; gate and up.
+
+One product with the rows of all is quicker than one for each: the launches are fewer, and a GPU is filled better.
+Nothing here knows names.  Which layers share an input is seen by running the model on meta, where a run costs nothing
+(`shared_inputs`).  Their rows are then put into one `PackedLinear` (`fuse_rows`), and each layer becomes a
+`FusedLinear`: the first that is run multiplies x with all rows, and when the others are called with the same x, they
+find their product waiting.
+
+**A wrong guess costs time, never the result.**  What the meta run saw decides what is stacked; what x *is* decides, at
+every call, whether the waiting product is taken: the same object, not modified since, in the same mode of autograd.
+Otherwise a layer multiplies x with its own rows.  The product is let go with its last reader; one that is never fetched
+stays, with its x, until the first layer runs again.
+
+`torch.compile(fullgraph=True)` follows the handing over, because it is attributes of a module and `is`; the graph has
+one product for each group.  Inference mode and torch.compile have no version counter that could tell whether x was
+modified between two layers.  There the meta run is the proof: had the model's own code done it, the layers would not
+have been stacked.  A hook that modifies x *in place* between q and k, in one of these two modes, is not noticed.
+
+In a `state_dict` the rows of a group are under the name of each of its layers (`….q_proj.stack.rows.words`,
+`….k_proj.stack.rows.words`), one tensor in memory, as tied weights are.  `FusedLinear.quantized` gives back each
+layer's own weight, code for code.
+
+Not here: sharing across modules that run with other layers between them, and use by several threads at once.
+"""
+
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from llmq.model.analyse import meta_run
+from llmq.numerics.quantized_tensor import QuantizedTensor
+from llmq.runtime.packed_linear import PackedLinear, PackedRows
+from llmq.runtime.weight_view import WeightView
+from llmq_kernels.w4a16 import op as packed
+
+logger = logging.getLogger(__name__)
+
+
+class Waiting(NamedTuple):
+    """The product of x (..., K) with all rows of a stack; the layers, by position, that have yet to fetch theirs."""
+
+    x: Tensor
+    state: tuple[Any, ...]
+    product: Tensor
+    positions: tuple[int, ...]
+
+
+class Stack(nn.Module):
+    """The rows of several layers, and the product that waits for some of them."""
+
+    def __init__(self, rows: PackedRows, members: int) -> None:
+        super().__init__()
+        self.rows = rows
+        self._others = tuple(range(1, members))
+        self._waiting: Waiting | None = None
+
+    def start(self, x: Tensor) -> Tensor:
+        """The product of x (..., K) with all rows, (..., N of all), which now waits for every other layer."""
+        product: Tensor = self.rows(x)
+        self._waiting = Waiting(x, _state(x), product, self._others)
+        return product
+
+    def take(self, position: int, x: Tensor) -> Tensor | None:
+        """The waiting product, once for each layer; None where there is none for this x."""
+        found = self._waiting
+        if found is None or found.x is not x or position not in found.positions or found.state != _state(x):
+            return None
+        left = tuple(other for other in found.positions if other != position)
+        self._waiting = Waiting(x, found.state, found.product, left) if left else None
+        return found.product
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or a file, starts with nothing waiting."""
+        return {**self.__dict__, "_waiting": None}
+
+
+class FusedLinear(nn.Linear):
+    """y = x Wᵀ + bias with W the rows `start` to `stop` of a stack: takes the place of the `PackedLinear` it was."""
+
+    def __init__(self, layer: PackedLinear, stack: Stack, position: int, start: int) -> None:
+        nn.Module.__init__(self)  # not nn.Linear's, which makes a weight
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.scheme, self.columns_per_group = layer.scheme, layer.columns_per_group
+        self.stack = stack
+        self.start, self.stop = start, start + layer.out_features
+        self._position = position
+        self._has_zeros, self._has_bias = layer.zeros is not None, layer.bias is not None
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """As `PackedLinear.weight`."""
+        return WeightView.of(self)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """As `PackedLinear.compute_dtype`."""
+        return self.stack.rows.compute_dtype
+
+    @property
+    def bias(self) -> Tensor | None:  # type: ignore[override]
+        """(N,), this layer's part."""
+        bias = self.stack.rows.bias
+        return bias[self.start : self.stop] if self._has_bias and bias is not None else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = self.stack.start(x) if self._position == 0 else self.stack.take(self._position, x)
+        return self._alone(x) if product is None else product[..., self.start : self.stop]
+
+    def _alone(self, x: Tensor) -> Tensor:
+        """The product with this layer's rows only.  Theirs are a run of words, but strided columns of the scales."""
+        rows, own = self.stack.rows, slice(self.start, self.stop)
+        zeros = rows.zeros[:, own].contiguous() if self._has_zeros and rows.zeros is not None else None
+        return packed.linear(
+            x, rows.words[own], rows.scales[:, own].contiguous(), zeros, self.bias, rows.column_order,
+            rows.scheme.bits, rows.in_features, rows.columns_per_group,
+        )  # fmt: skip
+
+    def quantized(self) -> QuantizedTensor:
+        """The weight that the layer was made from, code for code."""
+        own = self.stack.rows.quantized(slice(self.start, self.stop))
+        return replace(own, scheme=self.scheme, zeros=own.zeros if self._has_zeros else None)
+
+    def extra_repr(self) -> str:
+        shape = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{shape}, {self.scheme}, rows {self.start} to {self.stop}"
+
+
+def _state(x: Tensor) -> tuple[Any, ...]:
+    """What must not change between two layers for them to share a product of x."""
+    autograd = (torch.is_grad_enabled(), x.requires_grad)
+    if torch.compiler.is_compiling():
+        return autograd
+    return (*autograd, torch.is_inference_mode_enabled(), None if x.is_inference() else x._version)
+
+
+def fuse_rows(model: nn.Module, paths: Sequence[str]) -> None:
+    """Stack those of the packed layers at `paths`, which share an input, that agree in their grids.
+
+    Two layers do whose bits, columns in a group, dtype of scales and order of columns are the same.  While the rows are
+    copied, those of the layers at `paths` are in memory twice.
+    """
+    alike: list[list[str]] = []
+    for path in paths:
+        group = next((group for group in alike if _agree(_packed(model, group[0]), _packed(model, path))), None)
+        if group is None:
+            alike.append([path])
+        else:
+            group.append(path)
+    for group in alike:
+        if len(group) > 1:
+            _fuse_alike(model, group)
+
+
+def _fuse_alike(model: nn.Module, paths: Sequence[str]) -> None:
+    layers = [_packed(model, path) for path in paths]
+    stack, start = Stack(PackedRows.stacked(layers), len(layers)), 0
+    for position, (path, layer) in enumerate(zip(paths, layers, strict=True)):
+        model.set_submodule(path, FusedLinear(layer, stack, position, start))
+        start += layer.out_features
+
+
+def _packed(model: nn.Module, path: str) -> PackedLinear:
+    layer = model.get_submodule(path)
+    if not isinstance(layer, PackedLinear):
+        raise TypeError(f"{path} is a {type(layer).__name__}, expected a PackedLinear")
+    return layer
+
+
+def _agree(a: PackedLinear, b: PackedLinear) -> bool:
+    one, other = a.column_order, b.column_order
+    if _grid(a) != _grid(b) or (one is None) != (other is None):
+        return False
+    return one is None or other is None or torch.equal(one, other)
+
+
+def _grid(layer: PackedLinear) -> tuple[Any, ...]:
+    return layer.scheme.bits, layer.in_features, layer.columns_per_group, layer.scales.dtype, layer.words.device
+
+
+# ---- which layers share an input
+
+
+@dataclass(frozen=True)
+class _Seen:
+    path: str
+    x: Tensor  # alive until the end, so that no later tensor is taken for it
+    version: int
+    out_features: int
+
+
+def shared_inputs(model: nn.Module, paths: Collection[str]) -> list[list[str]]:
+    """The layers of `paths` that are run one after the other on one tensor: groups of two and more, in that order.
+
+    `model` is on meta but for its buffers, and stays as it is.  It is run twice on a few tokens, the second time with
+    outputs that are columns of a wider tensor, as fused layers give them: a group whose model cannot take those is left
+    out.  A module that does not run on meta is passed over; layers that were not reached are in no group, and a warning
+    is logged.
+    """
+    layers = {path: model.get_submodule(path) for path in paths}
+    calls, failures = _watch(model, layers, {})
+    missed = set(paths) - {call.path for call in calls}
+    if missed and failures:
+        path, error = next(iter(failures.items()))
+        logger.warning(
+            "%d of %d layers are not fused: %s does not run on the meta device (%s)",
+            len(missed), len(layers), path or type(model).__name__, str(error).partition("\n")[0],
+        )  # fmt: skip
+    groups = _groups(calls)
+    features = {call.path: call.out_features for call in calls}
+    widths = {path: sum(features[member] for member in group) for group in groups for path in group}
+    _, with_slices = _watch(model, layers, widths)
+    refused = with_slices.keys() - failures.keys()
+    return [group for group in groups if not any(_inside(path, group) for path in refused)]
+
+
+def _groups(calls: Sequence[_Seen]) -> list[list[str]]:
+    groups: list[list[str]] = []
+    placed: set[str] = set()
+    last: _Seen | None = None
+    for call in calls:
+        if call.path in placed:
+            continue
+        placed.add(call.path)
+        if last is not None and call.x is last.x and call.version == last.version:
+            groups[-1].append(call.path)
+        else:
+            groups.append([call.path])
+        last = call
+    return [group for group in groups if len(group) > 1]
+
+
+def _inside(path: str, group: Sequence[str]) -> bool:
+    return not path or any(member.startswith(f"{path}.") for member in group)
+
+
+def _watch(
+    model: nn.Module, layers: Mapping[str, nn.Module], widths: Mapping[str, int]
+) -> tuple[list[_Seen], dict[str, Exception]]:
+    """Run the model on meta: the calls of `layers` in their order, and the modules that failed.
+
+    A layer in `widths` puts out columns of a tensor that is so wide.
+    """
+    calls: list[_Seen] = []
+
+    def hook(path: str) -> Callable[..., Tensor | None]:
+        def seen(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            calls.append(_Seen(path, args[0], args[0]._version, output.shape[-1]))
+            if path not in widths:
+                return None
+            return output.new_empty(*output.shape[:-1], widths[path])[..., : output.shape[-1]]
+
+        return seen
+
+    hooks = [layer.register_forward_hook(hook(path)) for path, layer in layers.items()]
+    try:
+        failures = meta_run.run(model, guess=False)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return calls, failures

@@ -1,0 +1,48 @@
+"""A checkpoint, float or packed, as a model whose blocks are read one at a time, in float.
+
+What a block of a packed checkpoint computes is what its file says, dequantized: so a model that is larger than memory
+can be evaluated, or tuned, block by block.  `load.py` is for models that run packed, as a whole.
+"""
+
+from functools import partial
+
+import torch
+
+from llmq.checkpoint.reader import Checkpoint
+from llmq.model.build import module_tree
+from llmq.model.build.checkpoint_names import ModelWeights
+from llmq.model.build.merged_tensors import merge
+from llmq.model.build.skeleton import Skeleton
+from llmq.model.experts.separate import separate
+from llmq.runtime.checkpoint_weights import PackedWeights, quantization_settings, shape_of
+
+
+def open_skeleton(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, *, remote_code: bool = False
+) -> Skeleton:
+    """The model of a checkpoint, its blocks computing in `dtype` on `device`; packed weights are dequantized when read.
+
+    Raises UnsupportedModelError where transformers or llmq cannot build it, FormatError for an unknown packing.
+    """
+    model = module_tree.build(checkpoint.folder, dtype=dtype, remote_code=remote_code)
+    floats = checkpoint.modules_with("weight")
+    if quantization_settings(checkpoint) is None:
+        weights = ModelWeights(model, checkpoint.tensor, checkpoint.__contains__)
+        separate(model, weights, floats, partial(shape_of, checkpoint, None), checkpoint.member)
+        merge(model, weights, checkpoint.names())
+        return Skeleton(model, weights, device)
+    packed = PackedWeights(checkpoint)
+    weights = ModelWeights(model, packed.tensor, packed.__contains__, frozenset(packed.weight_names()))
+    modules = dict.fromkeys([*packed.modules, *floats])
+    separate(model, weights, modules, partial(shape_of, checkpoint, packed), packed.member)
+    merge(model, weights, checkpoint.names())
+    return Skeleton(model, weights, device)
+
+
+def stored_bytes(skeleton: Skeleton, checkpoint: Checkpoint, name: str) -> int:
+    """What a tensor takes in a float checkpoint, which may hold it as a part of a stacked one."""
+    stacked = skeleton.weights.stacked_in
+    if name not in stacked:
+        return checkpoint.info(name).nbytes
+    sharing = skeleton.weights.parts_of(stacked[name])
+    return checkpoint.info(stacked[name]).nbytes // sharing

@@ -1,0 +1,1 @@
+"""transformers' `from_pretrained` and `save_pretrained` with llmq's kernels."""

@@ -1,0 +1,126 @@
+"""Layers that hold a weight as its checkpoint does, tensor for tensor, under the names that these have on disk.
+
+transformers loads a model by names: what its modules call their parameters is looked for in the files, put on the
+device that is asked for, or left on disk.  So while it loads, a `StoredLinear` stands where a packed layer goes, and
+when it is done `PackedLinear` takes its place.  Where that cannot be, because accelerate keeps the tensors elsewhere
+and brings them for each call, or because the weight is on no integer grid, the `StoredLinear` stays, and runs by
+dequantizing: right, and slow.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from llmq.checkpoint.reader import Checkpoint
+from llmq.errors import CheckpointError
+from llmq.numerics.quantized_tensor import QuantizedTensor
+from llmq.runtime.checkpoint_weights import PackedWeights
+from llmq.runtime.packed_linear import PackedLinear
+
+
+@dataclass(frozen=True)
+class _Overlaid(Checkpoint):
+    """A checkpoint some of whose tensors are at hand, on whatever device; the others are read from its files."""
+
+    at_hand: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    def tensor(self, name: str) -> Tensor:
+        return self.at_hand[name] if name in self.at_hand else super().tensor(name)
+
+
+class Source:
+    """The checkpoint that a model comes from, and a reader for weights of it that are loaded already.
+
+    Raises FormatError where the quantization_config is not one that llmq reads.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.files = PackedWeights(checkpoint)
+        self._overlaid = _Overlaid(checkpoint.folder, checkpoint.config, checkpoint.files, checkpoint._tensors)
+        self._at_hand = PackedWeights(self._overlaid)
+        self.modules = frozenset(self.files.modules)
+
+    def __deepcopy__(self, memo: object) -> "Source":
+        return self  # files are not copied with a model
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Source, (self.checkpoint,)
+
+    @contextmanager
+    def at_hand(self, name: str, tensors: Mapping[str, Tensor]) -> Iterator[PackedWeights]:
+        """The packed weights, of which module `name` has these tensors, by the ends of their names."""
+        self._overlaid.at_hand.update({f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()})
+        try:
+            yield self._at_hand
+        finally:
+            self._overlaid.at_hand.clear()
+
+    def suffixes(self, name: str) -> list[str]:
+        """The ends of the names of a packed module's tensors, in the checkpoint's order; a bias is none of them."""
+        return self.files.suffixes_of(name)
+
+
+class StoredLinear(nn.Module):
+    """y = x Wᵀ + bias with W (N, K) as the tensors that stand for it in the checkpoint; on meta until they are loaded.
+
+    name  the module's in the checkpoint
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, source: Source, name: str, *, bias: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.name = name
+        self.compute_dtype = dtype
+        self.out_features, self.in_features = source.files.shape(name)
+        self._source = source
+        self._suffixes = source.suffixes(name)
+        stored = [*self._suffixes, "bias"] if bias else self._suffixes
+        for suffix in stored:
+            if f"{name}.{suffix}" not in source.checkpoint:
+                raise CheckpointError(f"the checkpoint has no {name}.{suffix}", hint="is it complete?")
+            info = source.checkpoint.info(f"{name}.{suffix}")
+            empty = torch.empty(info.shape, dtype=info.dtype, device="meta")
+            self.register_parameter(suffix, nn.Parameter(empty, requires_grad=False))
+        if not bias:
+            self.register_parameter("bias", None)
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the tensors are here, and not brought for each call."""
+        return not any(parameter.is_meta for parameter in self.parameters())
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self._source.at_hand(self.name, self._tensors()) as packed:
+            weight = packed.weight(self.name).to(x.dtype)  # (N, K)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return functional.linear(x, weight, bias)
+
+    @property
+    def is_affine(self) -> bool:
+        """Whether the weight lies on an integer grid."""
+        return self._source.files.is_affine(self.name)
+
+    def quantized(self) -> QuantizedTensor:
+        """The weight, once it is loaded; raises FormatError where it is not affine."""
+        with self._source.at_hand(self.name, self._tensors()) as packed:
+            return packed.read(self.name)
+
+    def packed(self) -> PackedLinear | None:
+        """What runs in its place, or None where its weight is on no integer grid, or brought for each call."""
+        if not (self.is_loaded and self.is_affine):
+            return None
+        return PackedLinear(self.quantized(), self.bias, self.compute_dtype)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {suffix: self.get_parameter(suffix).detach() for suffix in self._suffixes}
+
+    def extra_repr(self) -> str:
+        shape = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{shape}, stored as {', '.join(self._suffixes)}"

@@ -1,0 +1,1 @@
+"""Stages run on a model: what joins `model/` and `algorithms/`."""

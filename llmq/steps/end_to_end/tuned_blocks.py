@@ -1,0 +1,170 @@
+"""The committed blocks while they are tuned: in memory, or one at a time from the disk.
+
+What is tuned of a weight takes 12 bytes a code beside the code itself.  Where that, and all blocks in float, fit into
+memory they stay there.  Where not, a block is put together from what was committed and from its states in the staging
+folder whenever its turn comes, and no more than one block and one weight's state are in memory.  Both ways compute the
+same numbers.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from llmq.algorithms import kl_tuning
+from llmq.algorithms.kl_tuning import Rates, State
+from llmq.errors import FormatError
+from llmq.methods import Method
+from llmq.model.build.block import Block
+from llmq.numerics.quantized_tensor import QuantizedTensor
+from llmq.report.record import BlockReport
+from llmq.steps.run import Run
+
+
+class TunedBlocks:
+    """`names[index]` maps the path of each weight of a block that is tuned to its name in the checkpoint."""
+
+    def __init__(self, run: Run, *, resident: bool) -> None:
+        self._run = run
+        self._resident = resident
+        self._states: dict[str, State] = {}  # by name; of all weights if they stay in memory
+        self._step: dict[str, int] = {}  # in front of which a weight's state is now
+        paths = {plan.name: path for path, plan in run.plans.items()}
+        reports = [BlockReport.from_dict(run.writer.read(i)[1], resumed=True) for i in range(len(run.skeleton.blocks))]
+        self.names = [{paths[layer.name]: layer.name for layer in report.layers} for report in reports]
+        pairs = zip(self.names, reports, strict=True)
+        self._transformed = {path for names, report in pairs if _transformed(report, run.method) for path in names}
+
+    @property
+    def paths(self) -> list[str]:
+        return [path for names in self.names for path in names]
+
+    def start(self, rates: Rates) -> None:
+        """From the committed codes; v from the float weights, unless a transformation put others in their place."""
+        read = self._run.skeleton.weights.original
+
+        def start(path: str, origin: QuantizedTensor) -> State:
+            known = path not in self._transformed
+            reference = read(f"{path}.weight").to(origin.codes.device, torch.float32) if known else None
+            return kl_tuning.start(origin, reference, rates)
+
+        self._make(0, start)
+
+    def resume(self, step: int) -> None:
+        """From what was saved in front of `step`."""
+        paths = {path: name for names in self.names for path, name in names.items()}
+        revision = self._run.writer.revision
+        self._make(step, lambda path, origin: kl_tuning.restored(origin, revision.read_state(paths[path], step)))
+
+    def _make(self, step: int, state: Callable[[str, QuantizedTensor], State]) -> None:
+        for index, names in enumerate(self.names):
+            for path, name in names.items():
+                self._step[name] = step
+                made = state(path, self._origin(index, name))
+                if self._resident:
+                    self._states[name] = made
+                else:
+                    self._run.writer.revision.write_state(name, step, kl_tuning.tensors(made))
+            if self._resident:
+                self._fill(index)
+
+    @contextmanager
+    def ready(self, index: int) -> Iterator[Block]:
+        """A context in which a block has the weights that its states say."""
+        block = self._run.skeleton.blocks[index]
+        if self._resident:
+            yield block
+            return
+        self._fill(index)
+        try:
+            yield block
+        finally:
+            block.free()
+
+    def update(self, index: int, block: Block, rates: Rates, step: int) -> None:
+        """Step number `step` for a block that has gradients."""
+        for path, name in self.names[index].items():
+            weight = block.linears[path].weight
+            gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad  # None: it was not run
+            state = self._state(index, name)
+            kl_tuning.update(state, gradient, rates, step)
+            self._step[name] = step + 1
+            if self._resident:
+                block.set_weight(path, kl_tuning.result(state).dequantize())
+                continue
+            self._run.writer.revision.write_state(name, step + 1, kl_tuning.tensors(state))
+            self._run.writer.revision.drop_state(name, step)
+            del state  # before the next is read
+
+    def write_states(self, step: int) -> None:
+        """See to it that all states in front of `step` are on the disk."""
+        for name, state in self._states.items():
+            self._run.writer.revision.write_state(name, step, kl_tuning.tensors(state))
+
+    def write_blocks(self, step: int) -> float:
+        """Write what all blocks have come to, packed; returns which part of all codes has moved."""
+        moved = codes = 0
+        for index, names in enumerate(self.names):
+            packed: dict[str, Tensor] = {}
+            for name in names.values():
+                origin, now = self._origin(index, name), self._now(index, name)
+                moved += int((origin.codes != now.codes).sum())
+                codes += now.codes.numel()
+                packed |= {f"{name}.{suffix}": tensor for suffix, tensor in self._run.layout.pack(now).items()}
+            self._run.writer.revision.write_block(index, step, packed)
+        return moved / max(1, codes)
+
+    def free(self) -> None:
+        """Give all memory back."""
+        self._states = {}
+        for block in self._run.skeleton.blocks:
+            block.free()
+
+    def _fill(self, index: int) -> None:
+        tensors, _ = self._run.writer.read(index)
+        tuned = {f"{name}.weight": name for name in self.names[index].values()}
+
+        def read(stored: str) -> Tensor:
+            if stored in tuned:
+                return self._now(index, tuned[stored]).dequantize()
+            return tensors[stored] if stored in tensors else self._run.skeleton.weights.stored_tensor(stored)
+
+        self._run.skeleton.blocks[index].fill(read, tuned)
+
+    def _origin(self, index: int, name: str) -> QuantizedTensor:
+        """A weight as it was committed."""
+        if name in self._states:
+            return self._states[name].origin
+        tensors, _ = self._run.writer.read(index)
+        reading = self._run.reader(name)
+        if reading is None:
+            raise FormatError(f"{name} was committed packed, but is not to be quantized now")
+        packed = {key.removeprefix(f"{name}."): tensors[key] for key in tensors if key.startswith(f"{name}.")}
+        return self._run.layout.unpack(packed, reading).to(self._run.skeleton.device)
+
+    def _state(self, index: int, name: str) -> State:
+        if name in self._states:
+            return self._states[name]
+        kept = self._run.writer.revision.read_state(name, self._step[name])
+        return kl_tuning.restored(self._origin(index, name), kept)
+
+    def _now(self, index: int, name: str) -> QuantizedTensor:
+        """A weight as it is now; of its state no more is read than that takes."""
+        if name in self._states:
+            return kl_tuning.result(self._states[name])
+        kept = self._run.writer.revision.read_state(name, self._step[name])
+        return kl_tuning.quantized(self._origin(index, name), *_values(kept, self._run.skeleton.device))
+
+
+def _values(kept: Mapping[str, Tensor], device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """v and θ of a state on the disk."""
+    keys = (f"{part}.value" for part in kl_tuning.PARTS)
+    rounding, scales = (kept[key].to(device) if key in kept else None for key in keys)
+    return rounding, scales
+
+
+def _transformed(report: BlockReport, method: Method) -> bool:
+    """Whether a block's float weights are no longer the checkpoint's; where nothing is held out no report says so."""
+    kept = any(gain.kept and gain.stage in method.transforms for gain in report.gains)
+    return bool(method.transforms) and (kept or not method.held_out)

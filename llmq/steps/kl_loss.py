@@ -1,0 +1,70 @@
+"""KL(float ‖ quantized) over the whole vocabulary, from the last hidden states of both models.
+
+Both have the same head, in 16 bits or more, so hidden states are all that has to be kept of the float model.  Logits
+are made for a few tokens at a time: what follows the blocks (a norm, the head, a soft cap) treats each token alone.
+"""
+
+from collections.abc import Callable, Iterator
+from types import EllipsisType
+
+import torch
+from torch import Tensor
+
+from llmq.algorithms import kl_tuning
+from llmq.model.build.skeleton import Skeleton
+
+LOGITS_AT_ONCE = 2**24  # entries; some six copies are held in float32.  Not what is free: it must change no bit
+
+Part = tuple[slice, slice]  # rows and columns of (B, T) tokens
+States = tuple[EllipsisType, slice, slice, slice]  # the same of their hidden states (…, B, T, D)
+
+
+def divergence(skeleton: Skeleton, tokens: Tensor, expected: Tensor, hidden: Tensor) -> tuple[float, Tensor]:
+    """The mean over all tokens in nats, and its gradient (…, B, T, D) in `hidden`.
+
+    tokens    (B, T) int64
+    expected  (…, B, T, D) the float model's last hidden states
+    hidden    (…, B, T, D) the quantized model's
+    """
+    total = 0.0
+
+    def slope(predicted: Tensor, part: Part) -> Tensor:
+        nonlocal total
+        with torch.no_grad():
+            target = skeleton.logits(tokens[part], expected[_states(part)])
+        losses, found = kl_tuning.divergence(target, predicted)
+        total += float(losses.sum(dtype=torch.float64))
+        return found.div_(tokens.numel())
+
+    gradient = through_the_head(skeleton, tokens, hidden, slope)
+    return total / tokens.numel(), gradient
+
+
+def through_the_head(
+    skeleton: Skeleton, tokens: Tensor, hidden: Tensor, slope: Callable[[Tensor, Part], Tensor]
+) -> Tensor:
+    """The gradient of a loss in `hidden` (…, B, T, D), the last hidden states for `tokens` (B, T).
+
+    `slope` gets the logits (…, V) of a part of the tokens, and gives the loss's gradient in these.
+    """
+    gradient = torch.empty_like(hidden)
+    for part in _parts(tokens, max(1, LOGITS_AT_ONCE // skeleton.vocabulary)):
+        fed = hidden[_states(part)].detach().requires_grad_(True)
+        with torch.enable_grad():
+            logits = skeleton.logits(tokens[part], fed)
+        (found,) = torch.autograd.grad(logits, fed, slope(logits.detach(), part).to(logits.dtype))
+        gradient[_states(part)] = found
+    return gradient
+
+
+def _states(part: Part) -> States:
+    return (..., *part, slice(None))
+
+
+def _parts(tokens: Tensor, at_once: int) -> Iterator[Part]:
+    """Rows and columns of `tokens` (B, T): whole windows where `at_once` tokens hold one, or parts of one."""
+    B, T = tokens.shape
+    height, width = max(1, at_once // T), min(T, at_once)
+    for row in range(0, B, height):
+        for column in range(0, T, width):
+            yield slice(row, row + height), slice(column, column + width)

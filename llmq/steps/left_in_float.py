@@ -1,0 +1,53 @@
+"""What stays as it is, and why: every matrix of a checkpoint that is not packed has a reason that a user can read."""
+
+from collections.abc import Container, Mapping
+
+from llmq.checkpoint.reader import Checkpoint
+from llmq.formats.layer_plan import LayerPlan
+from llmq.model.build.skeleton import Skeleton
+from llmq.report.record import OUTSIDE_THE_BLOCKS
+
+NO_LINEAR_LAYER = "not a linear layer"
+NOT_USED = "transformers' model does not use it, as it is with heads that predict further tokens"
+
+
+def reasons(
+    skeleton: Skeleton, checkpoint: Checkpoint, layers: Mapping[str, LayerPlan], packed_outside: Container[str]
+) -> dict[str, str]:
+    """Module of the checkpoint (or its tensor, where that is no weight) -> why it stays as it is.
+
+    packed_outside  modules outside the blocks that are packed all the same
+    """
+    left = {plan.name: plan.reason for plan in layers.values() if plan.scheme is None}
+    planned = {plan.name for plan in layers.values()}
+    inside = tuple(f"{block.path}." for block in skeleton.blocks)
+    users, stacked = _users(skeleton), set(skeleton.weights.stacked_in.values())  # experts have plans of their own
+    in_model_order = [name for name in users if name in checkpoint]
+    for name in dict.fromkeys([*in_model_order, *checkpoint.names()]):
+        module = name.removesuffix(".weight")
+        few = len(checkpoint.info(name).shape) < 2
+        if few or name in stacked or module in planned or module in packed_outside:
+            continue
+        user = users.get(name)
+        if user is None:
+            left[module] = NOT_USED
+        elif user.startswith(inside):
+            left[module] = skeleton.special_layers.get(user.removesuffix(".weight"), NO_LINEAR_LAYER)
+        else:
+            left[module] = OUTSIDE_THE_BLOCKS
+    return left
+
+
+def unused_modules(skeleton: Skeleton, checkpoint: Checkpoint) -> list[str]:
+    """Modules of the checkpoint with a weight matrix that the model has no place for."""
+    known = {*_users(skeleton), *skeleton.weights.stacked_in.values()}
+    modules = [module for module in checkpoint.modules_with("weight") if f"{module}.weight" not in known]
+    return [module for module in modules if len(checkpoint.info(f"{module}.weight").shape) == 2]
+
+
+def _users(skeleton: Skeleton) -> dict[str, str]:
+    """The checkpoint's name of a tensor -> that of the parameter or buffer in the model."""
+    model, weights = skeleton.model, skeleton.weights
+    names = [name for name, _ in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]]
+    stored = ((weights.stored_name(name), name) for name in names)
+    return {found: name for found, name in stored if found is not None} | weights.merged_into

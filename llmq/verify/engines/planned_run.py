@@ -1,0 +1,24 @@
+"""A model that is not there yet, as serving engines would find it: what `--dry-run` asks them about."""
+
+from llmq.plan import Plan
+from llmq.steps import output_layout
+from llmq.verify.engines import checkpoint_facts
+from llmq.verify.engines.checkpoint_facts import Linear, Subject
+
+
+def planned(plan: Plan) -> dict[str, Subject]:
+    """What each format of a plan would be."""
+    tokenizer = checkpoint_facts.tokenizer(plan.checkpoint.folder)
+    chosen = {layer.name: layer for layer in plan.layers.values()}
+    packed = [Linear(layer.name, layer.out_features, layer.in_features, layer.scheme) for layer in chosen.values()]
+    floats = [linear for linear in checkpoint_facts.floats(plan.checkpoint) if linear.name not in chosen]
+    found = {}
+    for name in plan.settings.formats:
+        if name.startswith(output_layout.GGUF):
+            found[name] = Subject("gguf", plan.checkpoint.config, {}, (), tokenizer)
+            continue
+        settings = plan.quantization_config(layout=output_layout.single(name))
+        method = str(settings["quant_method"])
+        linears = (*packed, *checkpoint_facts.declared(floats, settings))
+        found[name] = Subject(method, plan.checkpoint.config, settings, linears, tokenizer)
+    return found

@@ -1,0 +1,144 @@
+"""What a checkpoint holds, from its headers and the record beside it; no weight is read."""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llmq.checkpoint import PROVENANCE_FILE, hub
+from llmq.checkpoint.index import gguf_file
+from llmq.checkpoint.reader import Checkpoint
+from llmq.errors import CheckpointError
+from llmq.gguf.container import FLOATS, Container
+from llmq.runtime.checkpoint_weights import PackedWeights, quantization_settings
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """One weight of two dimensions or more: packed on a grid (`scheme`), or in a float `dtype`."""
+
+    name: str
+    out_features: int
+    in_features: int
+    scheme: str | None
+    dtype: str
+    nbytes: int
+    bits_per_weight: float
+    error: float | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    format: str | None
+    file_bytes: int
+    bits_per_weight: float | None
+    provenance: dict[str, Any]
+    calibration: dict[str, Any] | None  # the manifest of the text that it was fitted to
+    layers: tuple[StoredWeight, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def inspect(path: str | Path) -> Inspection:
+    """The weights of a checkpoint and where they come from; raises CheckpointError and FormatError.
+
+    Those of a .gguf file, or of a folder with one, are under GGUF's names and without errors.
+    """
+    folder = hub.locate(str(path))
+    if (file := gguf_file(folder)) is not None:
+        return _inspect_gguf(file)
+    checkpoint = Checkpoint.open(folder)
+    record = read_record(checkpoint.folder)
+    settings = quantization_settings(checkpoint)
+    packed = PackedWeights(checkpoint) if settings is not None else None
+    errors = {
+        layer["name"]: layer["weight_error"] if layer["output_error"] is None else layer["output_error"]
+        for block in record.get("blocks", ())
+        for layer in block["layers"]
+    }
+    layers = [_packed_weight(packed, module, errors.get(module)) for module in packed.modules] if packed else []
+    bits = sum(layer.nbytes * 8 for layer in layers)
+    weights = sum(layer.out_features * layer.in_features for layer in layers)
+    for name in checkpoint.names():
+        info = checkpoint.info(name)
+        if len(info.shape) >= 2 and info.dtype.is_floating_point and name.endswith(".weight"):
+            rows, columns = info.shape[0], info.nbytes // info.dtype.itemsize // max(1, info.shape[0])
+            dtype = str(info.dtype).removeprefix("torch.")
+            layers.append(
+                StoredWeight(
+                    name.removesuffix(".weight"), rows, columns, None, dtype, info.nbytes, 8 * info.dtype.itemsize, None
+                )
+            )
+    return Inspection(
+        format=settings.get("quant_method") if settings else None,
+        file_bytes=checkpoint.nbytes,
+        bits_per_weight=bits / weights if weights else None,
+        provenance=_provenance(record),
+        calibration=record.get("calibration"),
+        layers=tuple(sorted(layers, key=lambda layer: _natural(layer.name))),
+    )
+
+
+def _inspect_gguf(file: Path) -> Inspection:
+    container, record = Container(file), read_record(file.parent)
+    layers = []
+    for name, info in container.tensors.items():
+        if len(info.shape) >= 2:
+            weights = math.prod(info.shape)
+            rows, scheme = weights // info.shape[-1], None if info.kind in FLOATS else info.kind
+            bits = 8 * info.nbytes / weights
+            module = name.removesuffix(".weight")
+            layers.append(StoredWeight(module, rows, info.shape[-1], scheme, info.kind, info.nbytes, bits, None))
+    file_bytes, bits_per_weight = container.size()
+    return Inspection(
+        format="gguf",
+        file_bytes=file_bytes,
+        bits_per_weight=bits_per_weight,
+        provenance=_provenance(record),
+        calibration=record.get("calibration"),
+        layers=tuple(sorted(layers, key=lambda layer: _natural(layer.name))),
+    )
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The record that llmq leaves beside the weights; empty where another tool made them."""
+    path = folder / PROVENANCE_FILE
+    if not path.is_file():
+        return {}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error}", hint="it is not needed to run the model: remove it"
+        ) from None
+    return record if isinstance(record, dict) else {}
+
+
+def _packed_weight(packed: PackedWeights, module: str, error: float | None) -> StoredWeight:
+    rows, columns = packed.shape(module)
+    nbytes = packed.stored_bytes(module)
+    return StoredWeight(
+        module, rows, columns, packed.grid(module), "packed", nbytes, 8 * nbytes / (rows * columns), error
+    )
+
+
+def _provenance(record: dict[str, Any]) -> dict[str, Any]:
+    if not record:
+        return {}
+    text = record.get("calibration") or {}
+    return {
+        "made from": record.get("source"),
+        "by": f"llmq {record.get('versions', {}).get('llmq')}",
+        "method": record.get("settings", {}).get("method"),
+        "calibration": f"{text['samples']} x {text['seqlen']} tokens of {', '.join(text['sources'])}"
+        if text
+        else "none",
+        "calibration sha256": text.get("sha256", "-"),
+    }
+
+
+def _natural(name: str) -> list[Any]:
+    """Sorts `layers.10` after `layers.9`."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]

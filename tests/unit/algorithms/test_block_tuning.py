@@ -1,0 +1,180 @@
+"""Block tuning: what it begins with, what it keeps, and that its slopes are those of the block's loss."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from llmq.algorithms import block_tuning
+from llmq.algorithms.kl_tuning import Rates
+from llmq.methods import Method, Tuning
+from llmq.model.passes.hidden_states import Stream
+from llmq.numerics.affine_grid import fit_minmax
+from llmq.numerics.quantized_tensor import QuantizedTensor
+from llmq.numerics.scheme import Scheme
+from llmq.steps.block_tuning import BlockProblem
+from tests.builders import WINDOW, skeleton_of, tokens
+from tests.runs import quantize, tensors_of
+
+Checkpoints = Callable[..., Path]
+SCHEME = Scheme(bits=4, group_size=16, symmetric=False)
+LENGTH = 3 * WINDOW
+RATES = Rates(rounding=0.05, scales=0.002)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def nearest(weight: Tensor) -> QuantizedTensor:
+    grid = fit_minmax(weight, SCHEME, torch.float16)
+    return grid.quantized(grid.encode(weight))
+
+
+class TwoLayers:
+    """‖V (W x)₊ - y‖² for two weights; `told` is what is said of the held-out loss instead, look by look."""
+
+    def __init__(self, told: list[float] | None = None) -> None:
+        self.weights = {"W": random(12, 32, seed=1), "V": random(6, 16, seed=2)}
+        mix = random(6, 32, seed=5)  # inputs that leave codes some freedom
+        self.inputs, self.judging = (random(200, 6, seed=seed) @ mix for seed in (3, 4))
+        self.now: dict[str, QuantizedTensor] = {}
+        self.told = told
+
+    def put(self, weights: Mapping[str, QuantizedTensor]) -> None:
+        self.now = dict(weights)
+
+    def loss(self, inputs: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        def output(each: Mapping[str, Tensor]) -> Tensor:
+            hidden = torch.nn.functional.pad(inputs @ each["W"].T, (0, 4)).relu()
+            return hidden @ each["V"].T
+
+        return (output(weights) - output(self.weights)).square().sum(1).mean()
+
+    def gradients(self, step: int) -> dict[str, Tensor]:
+        leaves = {name: each.dequantize().requires_grad_(True) for name, each in self.now.items()}
+        found = torch.autograd.grad(self.loss(self.inputs, leaves), list(leaves.values()))
+        return dict(zip(leaves, found, strict=True))
+
+    def held_out_loss(self) -> float:
+        if self.told is not None:
+            return self.told.pop(0)
+        return self.loss(self.judging, {name: each.dequantize() for name, each in self.now.items()}).item()
+
+
+def same(a: Mapping[str, QuantizedTensor], b: Mapping[str, QuantizedTensor]) -> bool:
+    return all(torch.equal(a[n].codes, b[n].codes) and torch.equal(a[n].scales, b[n].scales) for n in a)
+
+
+def tuned(problem: TwoLayers, steps: int) -> tuple[dict[str, QuantizedTensor], block_tuning.Tuned]:
+    given = {name: nearest(weight) for name, weight in problem.weights.items()}
+    return given, block_tuning.tune(given, problem.weights, problem, RATES, steps)
+
+
+def test_no_steps_leave_the_codes_that_were_given() -> None:
+    problem = TwoLayers()
+    given, found = tuned(problem, 0)
+    assert same(found.weights, given) and same(problem.now, given) and found.step == 0 and found.after == found.before
+
+
+def test_both_weights_move_and_the_held_out_loss_falls() -> None:
+    problem = TwoLayers()
+    given, found = tuned(problem, 60)
+    assert found.after < 0.8 * found.before
+    assert found.before == pytest.approx(problem.loss(problem.judging, {n: q.dequantize() for n, q in given.items()}))
+    assert found.after == pytest.approx(problem.held_out_loss())  # the problem ends with what is returned
+    assert same(problem.now, found.weights)
+    assert all(not torch.equal(found.weights[name].codes, given[name].codes) for name in given)
+
+
+def test_what_is_not_better_is_undone() -> None:
+    problem = TwoLayers([1.0, 1.0, 1.2, 1.1, 1.0, 3.0])
+    given, found = tuned(problem, 10)
+    assert problem.told == [] and found.step == 0 and same(found.weights, given) and same(problem.now, given)
+
+
+def test_the_best_on_the_way_is_kept() -> None:
+    at_best = TwoLayers([1.0, 0.9, 0.8, 0.9, 0.9, 0.85])
+    _, found = tuned(at_best, 10)
+    assert (found.step, found.after) == (4, 0.8)
+    early = TwoLayers([1.0, 0.9, 0.8, float("nan")])  # and no step is taken behind a loss that is none
+    assert same(tuned(early, 10)[1].weights, found.weights)
+    other = TwoLayers([1.0, 0.9, 0.9, 0.9, 0.9, 0.8])
+    assert not same(tuned(other, 10)[1].weights, found.weights)
+
+
+def test_a_block_without_a_loss_is_left_alone() -> None:
+    problem = TwoLayers([0.0])
+    given, found = tuned(problem, 10)
+    assert same(found.weights, given) and problem.told == []
+
+
+@pytest.mark.parametrize("index", [1, 2])
+def test_gradients_are_those_of_the_output_s_distance_or_of_the_predictions(
+    checkpoint: Checkpoints, index: int
+) -> None:
+    """Against transformers' own model: block `index` of three has rounded weights, those before it moved the stream."""
+    folder, windows = checkpoint("llama"), tokens(5, LENGTH)
+    walked = skeleton_of(folder)
+    stream = Stream(walked, windows, 2, 0, originals=True, held_out=2)
+    for block in walked.blocks[:index]:
+        block.load()
+        stream.enter(block)
+        for path in block.linears:
+            block.set_weight(path, nearest(block.weight(path)).dequantize())
+        stream.advance(block)
+    block = walked.blocks[index]
+    block.load()
+    stream.enter(block)
+    stream.know_originals(block, None)
+    problem = BlockProblem(walked, stream, block, tokens=3 * LENGTH)
+    problem.put({path: nearest(block.weight(path)) for path in block.linears})
+
+    original, moved = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval() for _ in range(2))
+    for rounded in walked.blocks[: index + 1]:
+        for path in rounded.linears:
+            weight = moved.get_submodule(path).weight
+            weight.data.copy_(nearest(weight.detach()).dequantize())
+
+    def loss(rows: slice) -> Tensor:
+        ends = []
+        for model in (moved, original):
+            states = model(input_ids=windows[rows], use_cache=False, output_hidden_states=True)
+            ends.append(states.logits.log_softmax(-1) if index == 2 else states.hidden_states[index + 1])
+        if index == 2:
+            return (ends[1].exp() * (ends[1] - ends[0])).sum(-1).mean()
+        return (ends[0] - ends[1]).square().sum() / len(windows[rows])
+
+    loss(slice(0, 3)).backward()
+    found = problem.gradients(0)
+    assert found.keys() == block.linears.keys()
+    for path, gradient in found.items():
+        expected = moved.get_submodule(path).weight.grad
+        assert (gradient - expected).abs().max() <= 1e-3 * expected.abs().max() > 0, path
+    assert problem.held_out_loss() == pytest.approx(loss(slice(3, 5)).item(), rel=1e-4)
+    assert not any(parameter.requires_grad for parameter in block.module.parameters())
+
+
+def test_a_run_keeps_what_is_better_and_says_so(checkpoint: Checkpoints, text: Path, tmp_path: Path) -> None:
+    plain = Method("rtn", held_out=0.25)  # leaves much to do
+    moved = dataclasses.replace(plain, block_tuning=Tuning(steps=10, scales=0.0, rounding=0.02, tokens=96))
+    still = dataclasses.replace(plain, block_tuning=Tuning(steps=10, scales=0.0, rounding=1e-9, tokens=96))
+    reports = {
+        name: quantize(checkpoint("llama"), tmp_path / name, text, stages=method, samples=16)
+        for name, method in (("plain", plain), ("moved", moved), ("still", still))
+    }
+    files = {name: tensors_of(tmp_path / name) for name in reports}
+    assert all(torch.equal(files["still"][name], tensor) for name, tensor in files["plain"].items())
+    assert not any(block.gains for block in reports["plain"].blocks)
+    gains = [gain for block in reports["moved"].blocks for gain in block.gains]
+    assert any(gain.kept and gain.after < gain.before for gain in gains)
+    assert not any(gain.kept for block in reports["still"].blocks for gain in block.gains)
+    (summary,) = reports["moved"].stages
+    kept = [gain for gain in gains if gain.kept]
+    assert (summary.stage, summary.kept, summary.layers) == ("block_tuning", len(kept), 3)
+    assert summary.change == pytest.approx(sum(gain.after / gain.before - 1 for gain in kept) / 3)
+    assert any(not torch.equal(files["moved"][name], tensor) for name, tensor in files["plain"].items())

@@ -1,0 +1,92 @@
+"""The factorisation works in place and by strips: same numbers as in one piece, no second copy, no questions asked."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from llmq.algorithms import Options, gptq
+from llmq.numerics.input_stats import InputStats
+from llmq.numerics.scheme import Scheme
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def seen(K: int) -> InputStats:
+    stats = InputStats(K, torch.device("cpu"))
+    stats.update(random(3 * K, K) @ random(K, K, seed=1) * torch.linspace(0.2, 3, K))
+    return stats
+
+
+def in_one_piece(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """U and 1 / the diagonal of the inverse, in visiting order, with a copy for every step."""
+    H = hessian.double()[order][:, order]
+    H.diagonal().add_(damping * H.diagonal().mean())
+    R = torch.linalg.cholesky(H.flip(0, 1)).flip(0, 1)
+    U = torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=torch.float64), upper=True)
+    return U, 1 / U.square().sum(0)
+
+
+@pytest.mark.parametrize(("K", "strip"), [(64, 1024), (65, 16), (64, 63), (9, 1), (1, 4)])
+@pytest.mark.parametrize("order", ["activation", "natural"])
+def test_strips_change_nothing(K: int, strip: int, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gptq, "STRIP", strip)
+    monkeypatch.setattr(gptq, "ELEMENTS_AT_ONCE", 100)
+    hessian = seen(K).hessian
+    factor = gptq.factorize(hessian, Options(order=order, damping=0.01))
+    assert factor is not None
+    upper, price = in_one_piece(hessian, factor.order, 0.01)
+    # float64 all the way, and then one rounding to float32, of which that of the other may be the neighbour.
+    size = upper.abs().amax(1, keepdim=True)
+    assert bool(((factor.upper - upper).abs() <= 2.0**-23 * size).all())
+    np.testing.assert_allclose(factor.price[factor.order], price, rtol=2.0**-22)
+    assert not bool(factor.upper.tril(-1).any())
+
+
+def test_one_strip_gives_the_very_bits_of_one_piece() -> None:
+    hessian = seen(200).hessian
+    factor = gptq.factorize(hessian, Options())
+    assert factor is not None
+    upper, price = in_one_piece(hessian, factor.order, 0.01)
+    assert torch.equal(factor.upper, upper.float())
+    assert torch.equal(factor.price[factor.order], price.float())
+
+
+class Watch(TorchDispatchMode):
+    """Counts the values that the host asks for, and the elements of new float64 arrays."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.questions = 0
+        self.storages: dict[int, int] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.questions += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        for tensor in result if isinstance(result, tuple) else (result,):
+            if isinstance(tensor, Tensor) and tensor.dtype == torch.float64:
+                self.storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // 8
+        return result
+
+
+def test_there_is_one_array_in_double_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gptq, "STRIP", 16)
+    monkeypatch.setattr(gptq, "ELEMENTS_AT_ONCE", 256)
+    K, hessian = 128, seen(128).hessian
+    with Watch() as watch:
+        gptq.factorize(hessian, Options())
+    assert [size for size in watch.storages.values() if size >= K * K] == [K * K]
+
+
+@pytest.mark.parametrize(("order", "scales"), [("activation", "searched"), ("natural", "minmax")])
+def test_a_weight_asks_the_device_three_questions(order: str, scales: str) -> None:
+    """How large is H, could it be factored, was a row made worse: each waits for a GPU.  None within the columns."""
+    weight, stats = random(8, 160), seen(160)
+    with Watch() as watch:
+        gptq.round_weight(weight, stats, Scheme(4, 16), Options(order=order, scales=scales))
+    assert watch.questions == 3

@@ -1,0 +1,216 @@
+"""What GPTQ promises besides its codes: damping, silent columns, stacked weights, and never worse than nearest."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmq.algorithms import Options, clip, gptq, output_error, rtn
+from llmq.numerics import affine_grid
+from llmq.numerics.input_stats import InputStats
+from llmq.numerics.scheme import BITS, Scheme
+
+CPU = torch.device("cpu")
+G16 = Scheme(4, 16)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def seen(X: Tensor) -> InputStats:
+    stats = InputStats(X.shape[1], CPU)
+    stats.update(X)
+    return stats
+
+
+def inputs(T: int = 256, K: int = 64, seed: int = 1) -> Tensor:
+    """(T, K) correlated, of unlike size."""
+    return random(T, K, seed=seed) @ random(K, K, seed=seed + 1) * torch.linspace(0.2, 3, K)
+
+
+def with_hessian(hessian: Tensor) -> InputStats:
+    """Statistics of one token that claim to have added up to `hessian`, which no real inputs may give."""
+    stats = InputStats(len(hessian), CPU)
+    stats.tokens = 1
+    stats._gram.copy_(hessian)
+    return stats
+
+
+def indefinite(lowest: float, K: int = 32) -> Tensor:
+    """(K, K) with a mean diagonal of 1 and the smallest eigenvalue `lowest`."""
+    values = torch.full((K,), (K - lowest) / (K - 1), dtype=torch.float64)
+    values[0] = lowest
+    basis, _ = torch.linalg.qr(random(K, K).double())
+    hessian: Tensor = (basis * values) @ basis.T
+    return hessian.float()
+
+
+# ---- damping
+
+
+@pytest.mark.parametrize(
+    ("lowest", "first", "needed"),
+    [(0.0, 0.01, 0.01), (-0.05, 0.01, 0.1), (-0.005, 0.001, 0.01), (-0.05, 0.03, 0.1), (-0.2, 0.3, 0.3)],
+)
+def test_damping_grows_until_the_hessian_can_be_factored(lowest: float, first: float, needed: float) -> None:
+    found = gptq.round_weight(random(4, 32), with_hessian(indefinite(lowest)), G16, Options(damping=first))
+    assert found.damping == pytest.approx(needed, rel=1e-9)
+    assert (f"damping raised to {needed:g}" in found.notes) == (needed != first)
+
+
+def test_damping_that_was_raised_is_the_damping_that_was_reported() -> None:
+    """And not what all attempts add up to."""
+    stats = with_hessian(indefinite(-0.05))
+    raised, direct = (gptq.factorize(stats.hessian, Options(damping=first)) for first in (0.01, 0.1))
+    assert raised is not None and direct is not None
+    torch.testing.assert_close(raised.price, direct.price, rtol=2**-22, atol=0)
+    torch.testing.assert_close(raised.upper, direct.upper, rtol=2**-22, atol=1e-12)
+
+
+@pytest.mark.parametrize(("first", "tried"), [(0.01, "0.1"), (0.04, "0.1"), (0.3, "0.3")])
+def test_a_hessian_that_cannot_be_factored_is_reported_and_clipped_instead(first: float, tried: str) -> None:
+    weight, stats = random(4, 32), with_hessian(indefinite(-0.5))
+    found = gptq.round_weight(weight, stats, G16, Options(damping=first))
+    clipped = clip.round_weight(weight, stats, G16, Options())
+    assert found.damping is None
+    assert len(found.notes) == 1 and found.notes[0].endswith(f"cannot be factored, even with a damping of {tried}")
+    assert torch.equal(found.quantized.codes, clipped.quantized.codes)
+    assert torch.equal(found.quantized.scales, clipped.quantized.scales)
+
+
+@pytest.mark.parametrize("spoiled", [0.0, float("inf"), float("nan")])
+def test_inputs_that_were_silent_or_overflowed_leave_plain_rounding(spoiled: float) -> None:
+    weight, stats = random(4, 32), with_hessian(torch.full((32, 32), spoiled))
+    found = gptq.round_weight(weight, stats, G16, Options())
+    plain = rtn.round_weight(weight, None, G16, Options())
+    assert found.damping is None and "cannot be factored" in found.notes[0]
+    assert torch.equal(found.quantized.dequantize(), plain.quantized.dequantize())
+
+
+def test_statistics_of_no_token_are_an_error_of_the_caller() -> None:
+    with pytest.raises(ValueError, match="at least one token"):
+        gptq.round_weight(random(4, 32), InputStats(32, CPU), G16, Options())
+    with pytest.raises(ValueError, match="at least one token"):
+        gptq.round_weight(random(4, 32), None, G16, Options())
+
+
+# ---- columns that never saw an input
+
+SILENT = torch.tensor([0, 7, 8, 30, 63])
+
+
+def with_silence() -> InputStats:
+    X = inputs()
+    X[:, SILENT] = 0
+    return seen(X)
+
+
+@pytest.mark.parametrize(
+    ("order", "scales"), [("activation", "searched"), ("natural", "searched"), ("natural", "minmax")]
+)
+def test_a_silent_column_keeps_its_nearest_codes(order: str, scales: str) -> None:
+    weight = random(8, 64)
+    q = gptq.round_weight(weight, with_silence(), G16, Options(order=order, scales=scales)).quantized
+    nearest = affine_grid.Grid(G16, q.scales, q.zeros).encode(weight)
+    assert torch.equal(q.codes[:, SILENT], nearest[:, SILENT])
+    assert not torch.equal(q.codes, nearest)  # the others were compensated for
+
+
+@pytest.mark.parametrize("order", ["activation", "natural"])
+def test_a_silent_column_does_not_disturb_the_others(order: str) -> None:
+    """On a grid that is fixed, they round as if it were not there."""
+    weight, stats = random(8, 64), with_silence()
+    factor = gptq.factorize(stats.hessian, Options(order=order, damping=0.01))
+    assert factor is not None
+    chosen = affine_grid.fit_minmax(weight, Scheme(4, "channel"), torch.float32)
+    codes = gptq.compensate(weight, factor, chosen)
+    loud = torch.tensor([k for k in range(64) if k not in SILENT])
+    same_damping = Options(order=order, damping=0.01 * len(loud) / 64)  # a fraction of another mean
+    alone = gptq.factorize(stats.hessian[loud][:, loud], same_damping)
+    assert alone is not None
+    assert torch.equal(gptq.compensate(weight[:, loud], alone, chosen), codes[:, loud])
+
+
+def test_the_price_of_a_silent_column_is_the_damping_and_no_more() -> None:
+    """At the mean of the others it would outbid them all in the search for scales: compensation makes them cheap."""
+    stats = with_silence()
+    factor = gptq.factorize(stats.hessian, Options(damping=0.01))
+    assert factor is not None
+    expected = 0.01 * stats.mean_square.mean().expand(len(SILENT))
+    torch.testing.assert_close(factor.price[SILENT], expected, rtol=2**-20, atol=0)
+    assert float(factor.price.min()) == pytest.approx(float(expected[0]), rel=2**-20)
+
+
+# ---- rows
+
+
+@pytest.mark.parametrize("scheme", [Scheme(4, 16), Scheme(3, 32, symmetric=False), Scheme(4, "channel")], ids=str)
+@pytest.mark.parametrize(("order", "scales"), [("activation", "searched"), ("natural", "minmax")])
+def test_weights_stacked_along_rows_round_as_they_do_alone(scheme: Scheme, order: str, scales: str) -> None:
+    """Within one block of columns all arithmetic is by element, so not a bit may differ."""
+    stats, parts = seen(inputs()), [random(rows, 64, seed=rows) for rows in (8, 4, 5)]
+    options = Options(order=order, scales=scales)
+    together = gptq.round_weight(torch.cat(parts), stats, scheme, options)
+    start = 0
+    for part in parts:
+        alone, rows = gptq.round_weight(part, stats, scheme, options), together.rows(start, start + len(part))
+        start += len(part)
+        assert torch.equal(rows.quantized.codes, alone.quantized.codes)
+        assert torch.equal(rows.quantized.scales, alone.quantized.scales)
+        assert torch.equal(rows.quantized.dequantize(), alone.quantized.dequantize())
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("grouping", [16, "channel", "tensor"])
+@pytest.mark.parametrize(
+    ("order", "scales"), [("activation", "searched"), ("natural", "searched"), ("natural", "minmax")]
+)
+def test_no_row_is_worse_than_its_nearest_codes(bits: int, grouping: int | str, order: str, scales: str) -> None:
+    weight, stats = random(48, 32), seen(inputs(K=32) + 4)
+    scheme = Scheme(bits, grouping, symmetric=False)  # type: ignore[arg-type]
+    q = gptq.round_weight(weight, stats, scheme, Options(order=order, scales=scales)).quantized
+    nearest = affine_grid.Grid(scheme, q.scales, q.zeros).quantized(
+        affine_grid.Grid(scheme, q.scales, q.zeros).encode(weight)
+    )
+    H = stats.hessian.double()
+    loss, yardstick = (output_error(weight.double(), r.dequantize().double(), H) for r in (q, nearest))
+    # The choice was made in float32: K² products, each rounded, of differences that cancel.
+    size = (weight.double() - nearest.dequantize()).square().sum(1) * torch.linalg.eigvalsh(H)[-1]
+    assert bool((loss <= yardstick + 32 * 2.0**-23 * size).all())
+    assert float(loss.sum()) < float(yardstick.sum())
+
+
+def test_a_row_that_compensation_made_worse_is_rounded_to_nearest_and_reported() -> None:
+    """Inputs that share one large part, four levels: a weight at the end of its range makes up for nothing."""
+    weight, stats = random(64, 16, seed=3), seen(random(64, 16) + 10)
+    scheme = Scheme(2, 16)
+    found = gptq.round_weight(weight, stats, scheme, Options())
+    assert "some rows rounded to nearest, compensation made them worse" in found.notes
+    factor = gptq.factorize(stats.hessian, Options())
+    assert factor is not None
+    chosen = affine_grid.fit_searched(weight, scheme, torch.float32, factor.price)
+    raw, nearest = gptq.compensate(weight, factor, chosen), chosen.encode(weight)
+    loss = {name: output_error(weight, chosen.quantized(codes).dequantize(), stats.hessian)
+            for name, codes in (("raw", raw), ("nearest", nearest))}  # fmt: skip
+    worse = loss["raw"] > loss["nearest"]
+    assert 0 < int(worse.sum()) < 64
+    assert torch.equal(found.quantized.codes[worse], nearest[worse])
+    assert torch.equal(found.quantized.codes[~worse], raw[~worse])
+
+
+def test_compensation_is_worth_it() -> None:
+    weight, stats = random(16, 64), seen(inputs())
+    error = {}
+    for name, stage in (("rtn", rtn), ("clip", clip), ("gptq", gptq)):
+        rounded = stage.round_weight(weight, stats, G16, Options()).quantized.dequantize()
+        error[name] = float(output_error(weight, rounded, stats.hessian).sum())
+    assert error["gptq"] < 0.7 * error["clip"] < 0.7 * error["rtn"]
+
+
+def test_the_same_request_gives_the_same_bits_and_changes_nothing() -> None:
+    weight, stats = random(8, 64), seen(inputs())
+    before, hessian = weight.clone(), stats.hessian.clone()
+    for options in (Options(), Options(order="natural", scales="minmax")):
+        first, second = (gptq.round_weight(weight, stats, G16, options).quantized for _ in range(2))
+        assert torch.equal(first.codes, second.codes) and torch.equal(first.scales, second.scales)
+    assert torch.equal(weight, before) and torch.equal(stats.hessian, hessian)

@@ -1,0 +1,241 @@
+"""The stages on two-level grids, each against a slow twin."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from tests.unit.algorithms.test_gptq import check_static
+from torch import Tensor
+
+from llmq.algorithms import Options, clip, descent, gptq, kl_tuning, output_error, refit, refit_k_quants, rtn
+from llmq.algorithms.kl_tuning import Rates
+from llmq.algorithms.ridge import RIDGE
+from llmq.methods import METHODS
+from llmq.numerics import affine_grid
+from llmq.numerics.input_stats import InputStats
+from llmq.numerics.quantized_tensor import QuantizedTensor, Superblocks
+from llmq.numerics.scheme import Scheme
+from llmq.steps.quantize_group import round_group
+
+TWO_LEVEL = ("q4_k", "q5_k", "q6_k")
+RATES = Rates(rounding=0.02, scales=0.01)
+N, K = 5, 512
+OPTIONS = Options(torch.float16)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def statistics(columns: int = K, tokens: int = 1024, *, held_out: bool = False) -> InputStats:
+    """Of correlated inputs of unlike size."""
+    mixing = random(columns, columns, seed=1) / columns**0.5 + torch.eye(columns)
+    X = random(tokens, columns, seed=2) @ mixing * (torch.linspace(-1, 1, columns).exp())
+    stats = InputStats(columns, torch.device("cpu"))
+    stats.update(X)
+    if held_out:
+        stats.hold_out().update(random(tokens, columns, seed=3) @ mixing * (torch.linspace(-1, 1, columns).exp()))
+    return stats
+
+
+def parts(q: QuantizedTensor) -> Superblocks:
+    assert q.superblocks is not None
+    return q.superblocks
+
+
+def nearest(weight: Tensor, kind: str) -> QuantizedTensor:
+    chosen = affine_grid.fit_searched(weight, Scheme.of_blocks(kind), torch.float16)
+    return chosen.quantized(chosen.encode(weight))
+
+
+def consistent(q: QuantizedTensor) -> bool:
+    """Whether scales and zeros are those that follow from the superblocks."""
+    again = QuantizedTensor.of_superblocks(q.codes, parts(q), q.scheme)
+    zeros = again.zeros is q.zeros or torch.equal(again.zeros, q.zeros)  # type: ignore[arg-type]
+    return zeros and torch.equal(again.scales, q.scales)
+
+
+# ---- rounding
+
+
+@pytest.mark.parametrize("kind", TWO_LEVEL)
+def test_gptq_matches_the_slow_twin(kind: str) -> None:
+    stats = statistics(256)
+    check_static(random(6, 256), stats, Scheme.of_blocks(kind), "activation", "searched", enough=0.3)
+
+
+@pytest.mark.parametrize("kind", TWO_LEVEL)
+def test_no_row_of_gptq_is_worse_than_nearest_codes_and_most_are_far_better(kind: str) -> None:
+    weight, stats = random(N, K), statistics()
+    scheme = Scheme.of_blocks(kind)
+    found = gptq.round_weight(weight, stats, scheme, OPTIONS)
+    loss, plain, clipped = (
+        output_error(weight, stage.quantized.dequantize(), stats.hessian)
+        for stage in (
+            found,
+            rtn.round_weight(weight, stats, scheme, OPTIONS),
+            clip.round_weight(weight, stats, scheme, OPTIONS),
+        )
+    )
+    assert consistent(found.quantized)
+    assert float(loss.sum()) < 0.7 * min(float(plain.sum()), float(clipped.sum()))
+
+
+# ---- refinement
+
+
+def coordinate_by_coordinate(target: Tensor, q: QuantizedTensor, hessian: Tensor) -> tuple[Tensor, Tensor | None]:
+    """sc and m of each row after one pass in which each is put to the best of all its values, by trying them."""
+    grid, width = parts(q), q.scheme.columns_per_group(K)
+    sc, m = grid.sc.double(), None if grid.m is None else grid.m.double()
+    codes = q.codes.double() - (q.scheme.middle if q.scheme.symmetric else 0)
+    d = grid.d.double().repeat_interleave(256 // width, 1)
+    dmin = None if grid.dmin is None else grid.dmin.double().repeat_interleave(256 // width, 1)
+    H, w = hessian.double(), target.double()
+
+    def loss() -> Tensor:
+        made = (d * sc).repeat_interleave(width, 1) * codes
+        if m is not None and dmin is not None:
+            made = made - (dmin * m).repeat_interleave(width, 1)
+        return ((w - made) @ H * (w - made)).sum(1)
+
+    def put(numbers: Tensor, group: int, values: list[int]) -> None:
+        best, least = numbers[:, group].clone(), loss()
+        for value in values:
+            numbers[:, group] = value
+            now = loss()
+            best = torch.where(now < least, torch.full_like(best, value), best)
+            least = torch.minimum(now, least)
+        numbers[:, group] = best
+
+    for group in range(sc.shape[1]):
+        put(sc, group, [v for v in (range(-128, 128) if m is None else range(1, 64)) if v])
+        if m is not None:
+            put(m, group, list(range(64)))
+    return sc, m
+
+
+@pytest.mark.parametrize("kind", ["q4_k", "q6_k"])
+def test_small_integers_are_the_best_of_all_their_values_in_turn(kind: str) -> None:
+    target, hessian = random(2, K), statistics().hessian
+    start = nearest(target, kind)
+    moved = refit_k_quants._with_other_integers(target, start, hessian)
+    sc, m = coordinate_by_coordinate(target, start, hessian)
+    assert torch.equal(parts(moved).sc.double(), sc)
+    if m is not None:
+        assert torch.equal(parts(moved).m.double(), m)  # type: ignore[union-attr]
+    assert not torch.equal(parts(moved).sc, parts(start).sc)
+    assert torch.equal(moved.codes, start.codes) and consistent(moved)
+
+
+@pytest.mark.parametrize("kind", TWO_LEVEL)
+def test_shared_numbers_are_those_of_a_dense_solver(kind: str) -> None:
+    target, hessian = random(3, K), statistics().hessian
+    q = nearest(target, kind)
+    L = torch.linalg.cholesky(hessian.double() + 1e-6 * torch.eye(K))
+    found = refit_k_quants._solved(target, q, hessian)
+    grid, groups = parts(q), q.column_groups()
+    codes = q.codes.double() - (q.scheme.middle if q.scheme.symmetric else 0)
+    for row in range(len(target)):
+        columns = [codes[row] * grid.sc[row, groups].double()]
+        columns += [] if grid.m is None else [-grid.m[row, groups].double()]
+        design = torch.zeros(K, found.shape[1], dtype=torch.float64)
+        for number, column in enumerate(columns):
+            for k in range(K):
+                design[k, number * (K // 256) + k // 256] = column[k]
+        left = L.T @ design
+        roots = (RIDGE * left.square().sum(0)).sqrt()
+        right = torch.cat([L.T @ target[row].double(), roots * grid.shared()[row].double()])
+        expected = torch.linalg.lstsq(torch.cat([left, torch.diag(roots)]), right).solution
+        torch.testing.assert_close(found[row].double(), expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("kind", TWO_LEVEL)
+def test_no_row_gets_worse_by_a_refinement(kind: str) -> None:
+    weight, stats = random(N, K), statistics()
+    q = gptq.round_weight(weight, stats, Scheme.of_blocks(kind), OPTIONS).quantized
+    for stage in (descent, refit):
+        refined = stage.refine(weight, q, stats.hessian, OPTIONS)
+        before, after = (output_error(weight, each.dequantize(), stats.hessian) for each in (q, refined))
+        assert bool((after <= before).all()) and float(after.sum()) < float(before.sum())
+        assert consistent(refined)
+        q = refined
+
+
+def test_a_judge_undoes_rows_as_a_whole() -> None:
+    """What the rounding of a group puts together of two candidates is on one grid or on the other, row by row."""
+    weight, stats = random(N, K), statistics(held_out=True)
+    method = dataclasses.replace(METHODS["balanced"], tuning=None, alphas=())
+    weights = {"one": weight, "other": weight + 0.1 * random(N, K, seed=4)}
+    schemes = {"one": Scheme.of_blocks("q4_k"), "other": Scheme.of_blocks("q6_k")}
+    layers = list(round_group(weights, schemes, stats, method, OPTIONS))
+    assert [str(layer.rounding.quantized.scheme) for layer in layers] == ["q4_k", "q6_k"]
+    for layer in layers:
+        assert [gain.stage for gain in layer.gains] == ["descent", "refit"]
+        assert consistent(layer.rounding.quantized)
+
+
+# ---- tuning
+
+
+@pytest.mark.parametrize("kind", TWO_LEVEL)
+def test_tuning_starts_at_exactly_what_was_given(kind: str) -> None:
+    weight = random(4, 256) * torch.tensor([1e-6, 1e-3, 1.0, 0.0])[:, None]
+    origin = nearest(weight + 0.3 * random(4, 256, seed=9) * weight.abs().mean(1, keepdim=True), kind)
+    for reference in (weight, 100 * weight, None):
+        found = kl_tuning.result(kl_tuning.start(origin, reference, RATES))
+        assert torch.equal(found.codes, origin.codes)
+        assert torch.equal(found.dequantize(), origin.dequantize())
+
+
+def straight(x: Tensor, y: Tensor) -> Tensor:
+    return y.detach() + (x - x.detach())
+
+
+@pytest.mark.parametrize("kind", TWO_LEVEL)
+def test_tuning_goes_where_autograd_and_adam_go(kind: str) -> None:
+    origin = nearest(random(3, K), kind)
+    grid, groups = parts(origin), origin.column_groups()
+    aim, steps = origin.dequantize() + 0.05 * random(3, K, seed=5), 8
+    state = kl_tuning.start(origin, None, RATES)
+    v, theta = torch.zeros(3, K, requires_grad=True), torch.zeros(grid.shared().shape, requires_grad=True)
+    adam = torch.optim.Adam([{"params": [v]}, {"params": [theta]}], betas=(0.9, 0.95), eps=1e-12)
+
+    def weight() -> Tensor:
+        place = v + origin.codes
+        codes = straight(place, place.detach().round().clamp(0, origin.scheme.levels))
+        stretched = grid.shared() * (1 + theta)
+        d, *dmin = straight(stretched, stretched.detach().half().float()).split(K // 256, 1)
+        scales = d.repeat_interleave(256 // (K // grid.sc.shape[1]), 1) * grid.sc
+        if grid.m is None:
+            return torch.mul(codes - origin.scheme.middle, scales[:, groups])
+        offsets = dmin[0].repeat_interleave(8, 1) * grid.m
+        return torch.sub(codes * scales[:, groups], offsets[:, groups])
+
+    for step in range(steps):
+        rates = RATES.at(step, steps)
+        found = kl_tuning.result(state).dequantize()
+        torch.testing.assert_close(found, weight().detach(), rtol=0, atol=2e-2)  # d is fp16: a last bit, times 63 * 15
+        kl_tuning.update(state, 2 * (found - aim), rates, step)
+        for group, rate in zip(adam.param_groups, (rates.rounding, rates.scales), strict=True):
+            group["lr"] = rate
+        adam.zero_grad()
+        (weight() - aim).square().sum().backward()
+        adam.step()
+        assert state.rounding is not None and state.scales is not None
+        torch.testing.assert_close(state.scales.value, theta.detach(), rtol=0, atol=1e-3)
+    assert not torch.equal(parts(kl_tuning.result(state)).d, grid.d)
+    assert consistent(kl_tuning.result(state))
+    loss, before = (float((each.dequantize() - aim).square().sum()) for each in (kl_tuning.result(state), origin))
+    assert loss < before
+
+
+def test_a_state_on_the_disk_is_the_same_state() -> None:
+    origin = nearest(random(3, 256), "q4_k")
+    state = kl_tuning.start(origin, random(3, 256, seed=6), RATES)
+    kl_tuning.update(state, random(3, 256, seed=7), RATES, 0)
+    kept = {name: tensor.clone() for name, tensor in kl_tuning.tensors(state).items()}
+    again = kl_tuning.restored(origin, kept)
+    assert torch.equal(kl_tuning.result(again).dequantize(), kl_tuning.result(state).dequantize())
+    assert not np.array_equal(kl_tuning.result(state).dequantize(), origin.dequantize())

@@ -1,0 +1,213 @@
+"""Tuning of one weight: against autograd through the same function, and torch's own Adam."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmq.algorithms import kl_tuning
+from llmq.algorithms.kl_tuning import Rates, State
+from llmq.numerics.affine_grid import SMALLEST_SCALE, fit_minmax
+from llmq.numerics.quantized_tensor import QuantizedTensor
+from llmq.numerics.scheme import Scheme
+
+RATES = Rates(rounding=0.02, scales=0.01)
+SCHEMES = [
+    Scheme(bits=4, group_size=16, symmetric=True),
+    Scheme(bits=2, group_size=16, symmetric=False),
+    Scheme(bits=3, group_size="channel", symmetric=False),
+]
+STEPS = 12
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rounded(weight: Tensor, scheme: Scheme, dtype: torch.dtype = torch.float16) -> QuantizedTensor:
+    """Codes that are not the nearest: such as an error-compensating method finds."""
+    grid = fit_minmax(weight, scheme, dtype)
+    return grid.quantized(grid.encode(weight + 0.3 * weight.std() * random(*weight.shape, seed=9)))
+
+
+def straight(x: Tensor, y: Tensor) -> Tensor:
+    """y to the last bit, with the gradient of x."""
+    return y.detach() + (x - x.detach())
+
+
+class Twin:
+    """The same written down as autograd and torch's optimizer have it; one step of it is one of `update`."""
+
+    def __init__(self, origin: QuantizedTensor, v: Tensor) -> None:
+        self.origin = origin
+        self.v = v.clone().requires_grad_(True)
+        self.theta = torch.zeros(origin.scales.shape, requires_grad=True)
+        parts = [{"params": [self.v], "lr": 1.0}, {"params": [self.theta], "lr": 1.0}]
+        self.adam = torch.optim.Adam(parts, betas=(0.9, 0.95), eps=1e-12)
+
+    def weight(self) -> Tensor:
+        origin, groups = self.origin, self.origin.column_groups()
+        zeros = origin.scheme.middle if origin.zeros is None else origin.zeros.float()[:, groups]
+        place = self.v + origin.codes
+        codes = straight(place, place.detach().round().clamp(0, origin.scheme.levels))
+        stretched = origin.scales.float() * (1 + self.theta)
+        scales = straight(stretched, stretched.detach().to(origin.scales.dtype).float())
+        product: Tensor = scales[:, groups] * (codes - zeros)
+        return product
+
+    def step(self, loss: Callable[[Tensor], Tensor], rates: Rates) -> None:
+        self.adam.param_groups[0]["lr"], self.adam.param_groups[1]["lr"] = rates.rounding, rates.scales
+        self.adam.zero_grad()
+        loss(self.weight()).backward()
+        assert self.v.grad is not None
+        place = self.v.detach() + self.origin.codes
+        self.v.grad[(place > self.origin.scheme.levels) & (self.v.grad < 0)] = 0
+        self.v.grad[(place < 0) & (self.v.grad > 0)] = 0
+        self.adam.step()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_steps_are_those_of_autograd_and_adam(scheme: Scheme) -> None:
+    weight, target = random(6, 32), random(6, 32, seed=1)
+    inputs = random(20, 32, seed=2)
+    origin = rounded(weight, scheme)
+
+    def loss(found: Tensor) -> Tensor:
+        return (inputs @ (found - target).T).square().mean()
+
+    state = kl_tuning.start(origin, weight, RATES)
+    assert state.rounding is not None and state.scales is not None
+    twin = Twin(origin, state.rounding.value)
+    for step in range(STEPS):
+        found = kl_tuning.result(state).dequantize()
+        # Both are rounded to the storage dtype from numbers that differ in their last float32 bits.
+        torch.testing.assert_close(found, twin.weight().detach(), rtol=2e-3, atol=0)
+        leaf = found.requires_grad_(True)
+        (gradient,) = torch.autograd.grad(loss(leaf), leaf)
+        kl_tuning.update(state, gradient, RATES.at(step, STEPS), step)
+        twin.step(loss, RATES.at(step, STEPS))
+        torch.testing.assert_close(state.rounding.value, twin.v.detach(), rtol=0, atol=1e-4)
+        torch.testing.assert_close(state.scales.value, twin.theta.detach(), rtol=0, atol=1e-4)
+    assert (kl_tuning.result(state).codes != origin.codes).any()
+    assert not torch.equal(kl_tuning.result(state).scales, origin.scales)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_start_is_exactly_what_was_given(scheme: Scheme, dtype: torch.dtype) -> None:
+    weight = random(8, 64)
+    weight[0] = 0  # the smallest scale that there is
+    weight[1] *= 1e-6
+    origin = rounded(weight, scheme, dtype)
+    for reference in (weight, 100 * weight, None):
+        state = kl_tuning.start(origin, reference, RATES)
+        found = kl_tuning.result(state)
+        assert torch.equal(found.codes, origin.codes)
+        assert torch.equal(found.scales, origin.scales)
+        assert torch.equal(found.dequantize(), origin.dequantize())
+
+
+def test_v_starts_where_the_weight_lies_in_its_cell() -> None:
+    scheme = Scheme(bits=4, group_size="channel", symmetric=False)
+    origin = QuantizedTensor(
+        torch.tensor([[3, 3, 3, 3]], dtype=torch.uint8), torch.tensor([[0.5]]), torch.tensor([[1]]).short(), scheme
+    )
+    state = kl_tuning.start(origin, torch.tensor([[1.0, 1.1, 0.9, 7.0]]), RATES)
+    assert state.rounding is not None
+    torch.testing.assert_close(state.rounding.value, torch.tensor([[0.0, 0.2, -0.2, 0.49]]))
+
+
+def test_scales_that_float16_holds_go_on_to_be_such() -> None:
+    scales = torch.tensor([[1e-4], [-1e-4]], dtype=torch.bfloat16)
+    origin = QuantizedTensor(torch.ones(2, 4, dtype=torch.uint8), scales, None, Scheme(4, "channel"))
+    found = kl_tuning.quantized(origin, None, torch.tensor([[-0.9], [-0.9]]))
+    assert torch.equal(found.scales.to(torch.float16).to(torch.bfloat16), found.scales)
+    assert float(found.scales.abs().min()) >= torch.finfo(torch.float16).smallest_normal
+    assert found.scales[1] < 0
+
+
+def test_scales_keep_their_sign_and_what_engines_take() -> None:
+    scheme = Scheme(bits=4, group_size="channel", symmetric=True)
+    codes = torch.full((2, 4), 9, dtype=torch.uint8)
+    origin = QuantizedTensor(codes, torch.tensor([[-0.25], [7e-5]], dtype=torch.float16), None, scheme)
+    found = kl_tuning.quantized(origin, None, torch.tensor([[0.5], [-0.9]]))
+    assert found.scales.dtype == torch.float16
+    assert found.scales[0].item() == -0.375
+    assert found.scales[1].item() >= 0.999 * SMALLEST_SCALE[torch.float16]
+
+
+def test_a_code_at_the_end_of_the_range_is_not_pushed_further_and_comes_back() -> None:
+    scheme = Scheme(bits=2, group_size="channel", symmetric=True)
+    origin = QuantizedTensor(torch.tensor([[3, 0]], dtype=torch.uint8), torch.ones(1, 1), None, scheme)
+    state = kl_tuning.start(origin, None, Rates(rounding=0.3, scales=0))
+    outward = torch.tensor([[-1.0, 1.0]])
+    for step in range(20):
+        kl_tuning.update(state, outward, Rates(0.3, 0), step)
+    assert state.rounding is not None
+    # What was begun inside the range runs out: without the rule it would be 20 steps of 0.3.
+    assert state.rounding.value.abs().max() < 3
+    assert kl_tuning.result(state).codes.tolist() == [[3, 0]]
+    for step in range(20, 60):
+        kl_tuning.update(state, -outward, Rates(0.3, 0), step)
+    assert kl_tuning.result(state).codes.tolist() == [[0, 3]]
+
+
+@pytest.mark.parametrize(("rates", "moves"), [(Rates(0.1, 0), "codes"), (Rates(0, 0.1), "scales")])
+def test_a_rate_of_zero_leaves_its_part_alone(rates: Rates, moves: str) -> None:
+    origin = rounded(random(4, 32), SCHEMES[0])
+    state = kl_tuning.start(origin, None, rates)
+    for step in range(10):
+        kl_tuning.update(state, random(4, 32, seed=3), rates, step)
+    found = kl_tuning.result(state)
+    assert torch.equal(found.codes, origin.codes) == (moves != "codes")
+    assert torch.equal(found.scales, origin.scales) == (moves != "scales")
+    assert len(kl_tuning.tensors(state)) == 3
+
+
+def test_rates_rise_over_ten_steps_and_fall_to_zero() -> None:
+    rates = [Rates(2.0, 1.0).at(step, 100) for step in range(101)]
+    assert [round(rate.rounding, 6) for rate in rates[:2]] == [0.2, 2 * 0.2 * 0.99]
+    assert rates[50] == Rates(1.0, 0.5)
+    assert rates[100] == Rates(0, 0)
+    assert max(rates, key=lambda rate: rate.scales) == rates[9]
+
+
+def test_a_state_comes_back_as_it_was_kept() -> None:
+    origin = rounded(random(4, 32), SCHEMES[1])
+    whole = kl_tuning.start(origin, random(4, 32), RATES)
+    kl_tuning.update(whole, random(4, 32, seed=4), RATES, 0)
+    copied = {name: tensor.clone() for name, tensor in kl_tuning.tensors(whole).items()}
+    again = kl_tuning.restored(origin, copied)
+    for state in (whole, again):
+        kl_tuning.update(state, random(4, 32, seed=5), RATES, 1)
+    assert same(whole, again)
+
+
+def same(one: State, other: State) -> bool:
+    first, second = kl_tuning.tensors(one), kl_tuning.tensors(other)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_columns_may_be_grouped_in_an_order_of_their_own() -> None:
+    plain = rounded(random(4, 32), SCHEMES[0])
+    listed = QuantizedTensor(plain.codes, plain.scales, plain.zeros, plain.scheme, plain.column_groups().int())
+    states = [kl_tuning.start(origin, None, RATES) for origin in (plain, listed)]
+    for state in states:
+        kl_tuning.update(state, random(4, 32, seed=6), RATES, 0)
+    torch.testing.assert_close(states[0].scales.value, states[1].scales.value)  # type: ignore[union-attr]
+
+
+def test_divergence_is_that_of_torch_and_so_is_its_gradient() -> None:
+    expected, predicted = random(3, 5, 11), random(3, 5, 11, seed=1).requires_grad_(True)
+    expected[..., 2] = -torch.inf  # a token that the model never says
+    target = torch.log_softmax(expected, -1)
+    assumed = torch.log_softmax(predicted, -1)
+    slow = torch.nn.functional.kl_div(assumed, target, reduction="none", log_target=True).nan_to_num(0).sum(-1)
+    finite = expected != -torch.inf
+    explicit = torch.where(finite, target.exp() * (torch.where(finite, target, 0) - assumed), 0).sum(-1)
+    (slope,) = torch.autograd.grad(explicit.sum(), predicted)
+    loss, gradient = kl_tuning.divergence(expected, predicted.detach())
+    torch.testing.assert_close(loss, slow.detach())
+    torch.testing.assert_close(gradient, slope)
+    assert (loss > 0).all()

@@ -1,0 +1,336 @@
+"""The output folder of a run: committed, continued, finished, given up."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from llmq.checkpoint.reader import Checkpoint
+from llmq.checkpoint.safetensors_files import Part, read_header
+from llmq.checkpoint.staging import STAGING
+from llmq.checkpoint.writer import Writer
+from llmq.errors import CheckpointError, ConfigError, StorageError
+
+RUN = {"source": "abc", "config": {"bits": 4, "skip": ("lm_head",)}}
+DOCUMENTS = {"config.json": '{"model_type": "toy"}', "quantize_config.json": "{}"}
+
+
+def open_writer(
+    out: Path, identity: Mapping[str, Any] = RUN, *, overwrite: bool = False, needed_bytes: int = 0
+) -> Writer:
+    return Writer.open(out, identity=identity, overwrite=overwrite, needed_bytes=needed_bytes)
+
+
+def block(index: int) -> dict[str, Tensor]:
+    """4 int32 and 2 half-precision values: 20 bytes."""
+    return {f"layers.{index}.qweight": torch.arange(4, dtype=torch.int32) + index,
+            f"layers.{index}.scales": torch.full((2,), float(index), dtype=torch.float16)}  # fmt: skip
+
+
+def source(folder: Path) -> tuple[list[Part], list[Path]]:
+    """Tensors and a tokenizer of the model that is quantized."""
+    folder.mkdir(exist_ok=True)
+    save_file({"embed.weight": torch.arange(6.0)}, folder / "model.safetensors")
+    (folder / "tokenizer.json").write_bytes(b"\x00 any bytes \xff")
+    parts = [
+        (folder / "model.safetensors", name, info) for name, info in read_header(folder / "model.safetensors").items()
+    ]
+    return parts, [folder / "tokenizer.json"]
+
+
+def run(out: Path, source_folder: Path, *, blocks: int = 3, shard_bytes: int = 5 * 10**9, **options: Any) -> Writer:
+    """A whole run."""
+    writer = open_writer(out, **options)
+    for index in range(blocks):
+        if not writer.has(index):
+            writer.commit(index, block(index), {"error": index / 10})
+    rest, files = source(source_folder)
+    writer.finish(rest, files, DOCUMENTS, shard_bytes)
+    return writer
+
+
+def names_in(folder: Path) -> set[str]:
+    return {entry.name for entry in folder.iterdir()}
+
+
+def test_a_run_ends_in_one_file_in_order(tmp_path: Path) -> None:
+    run(tmp_path / "out", tmp_path / "source")
+    assert names_in(tmp_path / "out") == {"model.safetensors", "tokenizer.json", *DOCUMENTS}
+    assert list(read_header(tmp_path / "out" / "model.safetensors")) == [
+        *block(0),
+        *block(1),
+        *block(2),
+        "embed.weight",
+    ]
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == b"\x00 any bytes \xff"
+    assert (tmp_path / "out" / "config.json").read_text() == DOCUMENTS["config.json"]
+    expected = {**block(0), **block(1), **block(2), "embed.weight": torch.arange(6.0)}
+    loaded = load_file(tmp_path / "out" / "model.safetensors")
+    assert loaded.keys() == expected.keys()
+    assert all(loaded[name].equal(tensor) for name, tensor in expected.items())
+
+
+def test_a_committed_block_is_read_back_one_tensor_at_a_time(tmp_path: Path) -> None:
+    writer = open_writer(tmp_path / "out")
+    writer.commit(7, block(7), {"error": 0.5, "layers": [1, 2]})
+    tensors, record = writer.read(7)
+    assert record == {"error": 0.5, "layers": [1, 2]}
+    assert set(tensors) == set(block(7))
+    assert "layers.7.scales" in tensors
+    assert "layers.8.scales" not in tensors
+    assert all(tensors[name].equal(tensor) for name, tensor in block(7).items())
+    assert writer.has(7)
+    assert not writer.has(0)
+    with pytest.raises(CheckpointError):
+        writer.read(0)
+
+
+def test_the_same_command_continues(tmp_path: Path) -> None:
+    first = open_writer(tmp_path / "out")
+    first.commit(0, block(0), {"error": 0.0})
+    second = open_writer(tmp_path / "out", dict(reversed(RUN.items())))
+    assert (first.resumed_blocks, second.resumed_blocks, second.discarded) == (0, 1, False)
+    assert second.has(0)
+    assert not second.has(1)
+
+
+def test_a_continued_run_ends_in_the_same_bytes(tmp_path: Path) -> None:
+    run(tmp_path / "straight", tmp_path / "source")
+    open_writer(tmp_path / "out").commit(0, block(0), {"error": 0.0})
+    run(tmp_path / "out", tmp_path / "source")
+    for name in names_in(tmp_path / "straight"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+
+
+def test_a_block_may_be_committed_again(tmp_path: Path) -> None:
+    writer = open_writer(tmp_path / "out")
+    writer.commit(0, block(0), {"round": 1})
+    writer.commit(0, block(5), {"round": 2})
+    tensors, record = writer.read(0)
+    assert (set(tensors), record) == (set(block(5)), {"round": 2})
+
+
+def test_finished_blocks_of_another_run_are_not_thrown_away_unasked(tmp_path: Path) -> None:
+    open_writer(tmp_path / "out").commit(0, block(0), {})
+    with pytest.raises(ConfigError, match="1 finished blocks of a run with other settings"):
+        open_writer(tmp_path / "out", {**RUN, "source": "changed"})
+    assert open_writer(tmp_path / "out").resumed_blocks == 1
+
+
+def test_another_run_starts_afresh_when_told_to_and_says_so(tmp_path: Path) -> None:
+    open_writer(tmp_path / "out").commit(0, block(0), {})
+    other = open_writer(tmp_path / "out", {**RUN, "source": "changed"}, overwrite=True)
+    assert (other.discarded, other.resumed_blocks, other.has(0)) == (True, 0, False)
+
+
+def test_another_run_takes_over_where_no_block_was_finished(tmp_path: Path) -> None:
+    open_writer(tmp_path / "out")
+    assert open_writer(tmp_path / "out", {**RUN, "source": "changed"}).discarded
+
+
+def test_a_damaged_block_is_done_again(tmp_path: Path) -> None:
+    writer = open_writer(tmp_path / "out")
+    for index in range(3):
+        writer.commit(index, block(index), {})
+    file = tmp_path / "out" / STAGING / "00001.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    again = open_writer(tmp_path / "out")
+    assert (again.damaged_blocks, again.resumed_blocks) == ((1,), 2)
+    assert [again.has(index) for index in range(3)] == [True, False, True]
+
+
+def test_a_block_damaged_during_the_run_is_not_left_out_of_the_model(tmp_path: Path) -> None:
+    writer = open_writer(tmp_path / "out")
+    writer.commit(0, block(0), {})
+    (tmp_path / "out" / STAGING / "00000.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError):
+        writer.finish([], [], DOCUMENTS)
+    assert names_in(tmp_path / "out") == {STAGING}
+
+
+@pytest.mark.parametrize("identity", ["", "{", "[]", '{"identity": null}'])
+def test_a_staging_without_a_readable_identity_belongs_to_nobody(identity: str, tmp_path: Path) -> None:
+    open_writer(tmp_path / "out").commit(0, block(0), {})
+    (tmp_path / "out" / STAGING / "identity.json").write_text(identity)
+    assert open_writer(tmp_path / "out", overwrite=True).discarded
+
+
+def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
+    assert open_writer(tmp_path).resumed_blocks == 0
+
+
+def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"thesis\.txt") as caught:
+        open_writer(tmp_path)
+    assert "--overwrite" in caught.value.hint
+    assert caught.value.exit_code == 2
+    assert names_in(tmp_path) == {"thesis.txt"}
+
+
+def test_other_files_beside_the_blocks_are_refused_and_the_blocks_kept(tmp_path: Path) -> None:
+    open_writer(tmp_path).commit(0, block(0), {})
+    (tmp_path / "thesis.txt").write_text("mine")
+    for identity in (RUN, {}):
+        with pytest.raises(ConfigError, match=r"thesis\.txt"):
+            open_writer(tmp_path, identity)
+    assert open_writer(tmp_path, overwrite=True).resumed_blocks == 1
+
+
+def test_a_file_as_output_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("")
+    with pytest.raises(ConfigError, match="is a file"):
+        open_writer(tmp_path / "out", overwrite=True)
+
+
+def test_overwriting_replaces_the_model_and_nothing_else(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(out, tmp_path / "source", shard_bytes=40)
+    (out / "thesis.txt").write_text("mine")
+    (out / "pytorch_model.bin").write_bytes(b"old")
+    (out / "folder.safetensors").mkdir()
+    (out / "config.json").write_text("old")
+    run(out, tmp_path / "source", overwrite=True)
+    kept = {"thesis.txt", "pytorch_model.bin", "folder.safetensors"}
+    assert names_in(out) == {"model.safetensors", "tokenizer.json", *DOCUMENTS, *kept}
+    assert (out / "config.json").read_text() == DOCUMENTS["config.json"]
+
+
+def test_overwriting_removes_ggufs_of_ours_alone(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for folder in ("awq", "gptq"):
+        (out / folder).mkdir(parents=True)
+    for name in ("out.gguf", "renamed.gguf", "own.gguf", "awq/out.gguf", "gptq/out.gguf"):
+        (out / name).write_bytes(b"old")
+    (out / "llmq.json").write_text('{"checksums": {"renamed.gguf": "", "../own.gguf": ""}}')
+    (out / "awq" / "llmq.json").write_text("{}")
+    with open_writer(out, overwrite=True).finishing() as final:
+        for folder in ("awq", "gptq"):
+            (final / folder).mkdir()
+            (final / folder / "config.json").write_text("{}")
+    left = {file.relative_to(out).as_posix() for file in out.rglob("*.gguf")}
+    assert left == {"own.gguf", "gptq/out.gguf"}  # without a record nobody knows whose the last one is
+    assert not list(out.rglob("llmq.json"))  # a record of files that are gone
+
+
+def test_new_folders_are_on_the_disk_before_the_blocks_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, seen = tmp_path / "out", []
+
+    def sync(folder: Path) -> None:
+        seen.append((folder, (out / "awq" / "config.json").exists(), (out / STAGING / "identity.json").exists()))
+
+    monkeypatch.setattr("llmq.checkpoint.writer.sync_folder", sync)
+    with open_writer(out).finishing() as final:
+        (final / "awq").mkdir()
+        (final / "awq" / "config.json").write_text("{}")
+    assert (out, True, True) in seen
+
+
+def test_the_old_model_stands_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(out, tmp_path / "source", shard_bytes=40)
+    before = {entry.name: entry.read_bytes() for entry in out.iterdir()}
+    writer = open_writer(out, overwrite=True)
+    writer.commit(0, block(0), {})
+    rest, _ = source(tmp_path / "source")
+    with pytest.raises(CheckpointError, match="absent"):
+        writer.finish(rest, [tmp_path / "absent"], DOCUMENTS)
+    assert {entry.name: entry.read_bytes() for entry in out.iterdir() if entry.is_file()} == before
+
+
+def test_a_file_that_came_during_the_run_is_not_overwritten(tmp_path: Path) -> None:
+    writer = open_writer(tmp_path)
+    writer.commit(0, block(0), {})
+    (tmp_path / "config.json").write_text("mine")
+    with pytest.raises(ConfigError, match=r"config\.json is in the way"):
+        writer.finish([], [], DOCUMENTS)
+    assert (tmp_path / "config.json").read_text() == "mine"
+    (tmp_path / "config.json").unlink()
+    assert open_writer(tmp_path).resumed_blocks == 1
+
+
+def test_a_folder_in_the_way_is_noticed_before_the_old_model_goes(tmp_path: Path) -> None:
+    (tmp_path / "config.json").mkdir()
+    (tmp_path / "model.safetensors").write_bytes(b"old")
+    with pytest.raises(ConfigError, match=r"config\.json is in the way"):
+        open_writer(tmp_path, overwrite=True).finish([], [], DOCUMENTS)
+    assert (tmp_path / "model.safetensors").read_bytes() == b"old"
+
+
+def test_a_file_written_twice_is_a_mistake_of_the_caller(tmp_path: Path) -> None:
+    _, files = source(tmp_path / "source")
+    with pytest.raises(ValueError, match="two files of one name"):
+        open_writer(tmp_path / "out").finish([], files, {"tokenizer.json": ""})
+
+
+def test_finish_can_be_tried_again_by_the_same_writer(tmp_path: Path) -> None:
+    writer = open_writer(tmp_path / "out")
+    writer.commit(0, block(0), {})
+    rest, files = source(tmp_path / "source")
+    with pytest.raises(CheckpointError):
+        writer.finish(rest, [tmp_path / "absent"], DOCUMENTS)
+    writer.finish(rest, files, DOCUMENTS)
+    assert set(Checkpoint.open(tmp_path / "out").names()) == {*block(0), "embed.weight"}
+
+
+def disk_with(free: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+
+
+def test_too_little_space_is_said_before_anything_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk_with(1_049_999_999, monkeypatch)
+    with pytest.raises(StorageError, match=r"1\.050 GB free, and the run needs 1\.050 GB") as caught:
+        open_writer(tmp_path / "new" / "out", needed_bytes=10**9)
+    assert caught.value.exit_code == 7
+    assert names_in(tmp_path) == set()
+    disk_with(1_050_000_000, monkeypatch)
+    open_writer(tmp_path / "new" / "out", needed_bytes=10**9)
+
+
+def test_the_space_that_the_blocks_take_already_counts_as_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_writer(tmp_path).commit(0, {"x": torch.zeros(10_000, dtype=torch.uint8)}, {})
+    disk_with(100_000, monkeypatch)
+    assert open_writer(tmp_path, needed_bytes=104_000).resumed_blocks == 1  # 109,200 needed, 10,000 there
+    with pytest.raises(StorageError):
+        open_writer(tmp_path, {"another": "run"}, needed_bytes=120_000)
+    assert open_writer(tmp_path).resumed_blocks == 1  # the refusal cost nothing
+
+
+def test_giving_up_without_a_block_leaves_no_trace(tmp_path: Path) -> None:
+    assert open_writer(tmp_path / "out").abandon() is False
+    assert names_in(tmp_path) == set()
+
+
+def test_giving_up_leaves_a_folder_that_was_there(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    assert open_writer(tmp_path / "out").abandon() is False
+    assert names_in(tmp_path / "out") == set()
+
+
+def test_who_made_the_folder_is_remembered_across_processes(tmp_path: Path) -> None:
+    open_writer(tmp_path / "out")
+    open_writer(tmp_path / "out")
+    assert open_writer(tmp_path / "out", {"another": "run"}).abandon() is False
+    assert names_in(tmp_path) == set()
+
+
+def test_giving_up_keeps_what_can_be_continued(tmp_path: Path) -> None:
+    writer = open_writer(tmp_path / "out")
+    writer.commit(0, block(0), {})
+    assert writer.abandon() is True
+    assert open_writer(tmp_path / "out").resumed_blocks == 1
+
+
+def test_giving_up_after_the_end_harms_nothing(tmp_path: Path) -> None:
+    writer = open_writer(tmp_path / "out")
+    writer.finish([], [], DOCUMENTS)
+    assert writer.abandon() is False
+    assert names_in(tmp_path / "out") == {"model.safetensors", *DOCUMENTS}

@@ -1,0 +1,255 @@
+"""The comparison with peers: what a script hands over, how it is measured and how it is shown; no peer is installed."""
+
+import argparse
+import importlib
+import json
+import site
+import time
+import venv
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+PEERS = Path(__file__).resolve().parents[3] / "eval" / "peers"
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Import a module of eval/peers; they are no package, since each also runs in environments without llmq."""
+    monkeypatch.syspath_prepend(str(PEERS))
+    yield lambda name: importlib.import_module(name)
+
+
+# ---- plain.py
+
+
+@pytest.fixture
+def original(tmp_path: Path) -> Path:
+    """A checkpoint of one block in bfloat16, with one linear layer that has a bias."""
+    folder = tmp_path / "original"
+    folder.mkdir()
+    torch.manual_seed(0)
+    tensors = {
+        "model.embed_tokens.weight": torch.randn(6, 4),
+        "model.layers.0.up.weight": torch.randn(3, 4),
+        "model.layers.0.up.bias": torch.randn(3),
+        "model.layers.0.norm.weight": torch.randn(4),
+        "lm_head.weight": torch.randn(6, 4),
+    }
+    save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"model_type": "x", "dtype": "bfloat16"}))
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def test_only_the_blocks_matrices_are_replaced(load: Any, original: Path, tmp_path: Path) -> None:
+    plain = load("plain")
+    assert plain.linears(original) == ["model.layers.0.up"]
+    plain.write_plain(original, {"model.layers.0.up.weight": torch.full((3, 4), 0.5)}, tmp_path / "out")
+    before, after = load_file(original / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in after.values()} == {torch.float32}
+    assert (after.pop("model.layers.0.up.weight") == 0.5).all()
+    assert all(torch.equal(tensor, before[name].float()) for name, tensor in after.items())
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [{}, {"model.layers.0.up.weight": torch.zeros(4, 3)}, {"model.layers.0.up.weight": torch.full((3, 4), torch.nan)}],
+    ids=["missing", "transposed", "not finite"],
+)
+def test_a_peer_that_hands_over_something_else_is_refused(
+    load: Any, original: Path, tmp_path: Path, weights: dict[str, torch.Tensor]
+) -> None:
+    with pytest.raises(ValueError, match=r"layers\.0\.up"):
+        load("plain").write_plain(original, weights, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_weight_is_read_out_of_the_layer_and_not_out_of_its_storage(load: Any, original: Path) -> None:
+    class Packed(torch.nn.Module):
+        """Half the weight is what it stores."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.stored, self.bias = (
+                torch.nn.Parameter(torch.arange(12.0).view(3, 4)),
+                torch.nn.Parameter(torch.ones(3)),
+            )
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ (2 * self.stored).T + self.bias
+
+    model = torch.nn.Module()
+    model.model = torch.nn.Module()
+    model.model.layers = torch.nn.ModuleList([torch.nn.ModuleDict({"up": Packed()})])
+    found = load("plain").read_out(model, original)
+    assert torch.equal(found["model.layers.0.up.weight"], 2 * torch.arange(12.0).view(3, 4))
+
+
+# ---- peer.py: the contract, in a process of its own
+
+SCRIPT = """
+import sys, time
+sys.path.insert(0, {peers!r})
+from pathlib import Path
+from peer import main, windows
+
+def quantize(asked, packed):
+    if asked.fail:
+        raise KeyError("no such grid")
+    Path("log of a peer").write_text("it writes where it runs")
+    packed.mkdir()
+    (packed / "scale").write_text(str(len(windows(asked.tokens)) + asked.asymmetric))
+
+def weights(asked, packed):
+    import torch
+    time.sleep(1)
+    return {{"model.layers.0.up.weight": torch.full((3, 4), float((packed / "scale").read_text()))}}
+
+if __name__ == "__main__":
+    main("pretended", [], __file__, quantize, weights, [("--fail", {{"action": "store_true"}})])
+"""
+
+
+@pytest.fixture
+def pretended(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A peer that is installed: its environment sees the packages of this one."""
+    monkeypatch.setattr(load("environment"), "ENVIRONMENTS", tmp_path)
+    venv.create(tmp_path / "pretended", symlinks=True)
+    packages = next((tmp_path / "pretended" / "lib").glob("python*/site-packages"))
+    (packages / "outer.pth").write_text("\n".join(site.getsitepackages()))
+    (tmp_path / "pretended" / "requirements.json").write_text("[]")
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(peers=str(PEERS)))
+    return script
+
+
+def test_a_peer_works_in_its_environment_and_unpacking_is_not_counted(
+    load: Any, pretended: Path, original: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "tokens.json").write_text("[[1, 2], [3, 4]]")
+    arguments = [str(original), str(tmp_path / "tokens.json"), str(tmp_path / "out"), "--asymmetric"]
+    before, start = set(Path.cwd().iterdir()), time.monotonic()
+    taken = load("peer").time_peer("pretended", [], pretended, arguments)
+    whole, spent = time.monotonic() - start, json.loads((tmp_path / "out" / "unpacking.json").read_text())
+    assert (load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.up.weight"] == 3).all()
+    assert spent["wall_seconds"] >= 1 and 0 < taken.wall_seconds <= whole - spent["wall_seconds"]
+    assert taken.cpu_seconds > 0 and taken.peak_megabytes > 10
+    assert set(Path.cwd().iterdir()) == before
+
+
+def test_a_peer_that_fails_gives_its_own_words(load: Any, pretended: Path, original: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokens.json").write_text("[[1, 2]]")
+    arguments = [str(original), str(tmp_path / "tokens.json"), str(tmp_path / "out"), "--fail"]
+    with pytest.raises(load("peer").PeerError, match="^KeyError: 'no such grid'$"):
+        load("peer").time_peer("pretended", [], pretended, arguments)
+
+
+# ---- table.py
+
+
+def row(name: str, seed: int, kl: float, **changes: Any) -> dict[str, Any]:
+    figures = {"perplexity": 2.0 + kl, "same_top_1": 0.9, "wall_seconds": 9, "cpu_seconds": 5, "peak_megabytes": 100}
+    about = {"name": name, "asked": "symmetric", "grid": "symmetric", "seed": seed, "version": "1", "settings": "s"}
+    return about | {"kl_mean": kl} | figures | changes
+
+
+def failed(name: str, seed: int, error: str) -> dict[str, Any]:
+    return {key: value for key, value in row(name, seed, 0.0).items() if key in ("name", "asked", "grid", "seed")} | {
+        "settings": "s",
+        "error": error,
+    }
+
+
+def test_a_row_is_made_anew_in_its_place(load: Any) -> None:
+    table = load("table")
+    rows = [row("a", 0, 0.1), row("a", 1, 0.2), row("b", 0, 0.3)]
+    assert table.merged(rows, row("a", 1, 0.7)) == [rows[0], row("a", 1, 0.7), rows[2]]
+    assert table.merged(rows, row("a", 1, 0.7, asked="asymmetric"))[:3] == rows
+
+
+def test_draws_are_averaged_and_shown(load: Any) -> None:
+    line = load("table").cells([row("a", 0, 0.01), row("a", 1, 0.02), row("a", 2, 0.06)])
+    assert line[4:7] == ["0.03000", "0.01000, 0.02000, 0.06000", "2.0300"]
+
+
+def test_a_draw_that_failed_is_not_averaged_but_shown(load: Any) -> None:
+    line = load("table").cells([row("a", 0, 0.01), failed("a", 1, "E")])
+    assert line[4:6] == ["0.01000", "0.01000, failed"]
+
+
+def test_a_peer_that_does_not_run_is_a_line_with_its_words(load: Any) -> None:
+    line = load("table").cells([failed("a", 0, "AssertionError: CUDA | only")])
+    assert line[4] == "seed 0: AssertionError: CUDA \\| only"
+    assert len(line) == len(load("table").COLUMNS)
+
+
+def test_the_document_orders_by_divergence_within_each_grid(load: Any) -> None:
+    rows = [
+        failed("broken", 0, "E"),
+        row("good", 0, 0.01),
+        row("bad", 0, 0.09),
+        row("good", 0, 0.005, asked="asymmetric"),
+    ]
+    about = {"model": "m", "settings": "S.", "float_perplexity": 2.0, "cpu": "c", "date": "d", "commit": "x"}
+    document = load("table").render({"about": about, "rows": rows})
+    symmetric, asymmetric = document.split("## Asymmetric")
+    names = [line.split(" | ")[0].strip("| ") for line in symmetric.splitlines() if line.startswith("|")]
+    assert names[2:] == ["good", "bad", "broken"]
+    assert "0.00500" in asymmetric and "bad" not in asymmetric
+
+
+# ---- run.py
+
+
+def test_what_is_there_is_not_made_again_and_what_reads_no_text_runs_once(load: Any) -> None:
+    run: ModuleType = load("run")
+    arguments = argparse.Namespace(
+        again=False, grid=["symmetric"], seeds=[0, 1], llmq=["rtn", "gptq"], peers=["HQQ", "AutoRound 200"]
+    )
+    rows = [row("AutoRound 200", 0, 0.1), row("llmq gptq", 1, 0.1)]
+    assert run.wanted(arguments, rows) == [
+        ("llmq rtn", "symmetric", 0),
+        ("llmq gptq", "symmetric", 0),
+        ("HQQ", "symmetric", 0),
+        ("AutoRound 200", "symmetric", 1),
+    ]
+    arguments.again = True
+    assert len(run.wanted(arguments, rows)) == 6
+
+
+def test_every_peer_has_its_script_and_the_options_that_the_script_takes(load: Any) -> None:
+    for peer in load("run").PEERS.values():
+        flags = [flag for flag, _ in getattr(peer.script, "OPTIONS", [])]
+        assert all(option in flags for option in peer.options if option.startswith("--"))
+        assert peer.script.NAME and peer.script.PACKAGE
+        assert any(line.startswith(f"{peer.script.PACKAGE.lower()}==") for line in peer.script.REQUIREMENTS)
+
+
+def test_a_peer_that_cannot_be_installed_is_a_row(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = load("run")
+
+    def refuse(*_: Any) -> None:
+        raise load("environment").InstallError("no wheel")
+
+    monkeypatch.setattr(run, "run_peer", refuse)
+    monkeypatch.setattr(run, "write_tokens", lambda *_: "sha")
+    model = SimpleNamespace(folder=tmp_path, calibration=tmp_path)
+    found = run.contend("HQQ", model, "symmetric", 0, tmp_path)
+    assert found["error"] == "cannot be installed: no wheel"
+    assert (found["asked"], found["grid"]) == ("symmetric", "float zero")
+
+
+def test_the_layers_that_llama_cpp_gives_six_bits(load: Any) -> None:
+    kind = load("llama_cpp_blocks").kind
+    generous = [layer for layer in range(16) if kind(f"model.layers.{layer}.self_attn.v_proj", "Q4_K_M", 16) == "Q6_K"]
+    assert generous == [0, 1, 4, 7, 10, 13, 14, 15]  # an eighth at either end, every third between
+    assert kind("model.layers.0.self_attn.q_proj", "Q4_K_M", 16) == "Q4_K"
+    assert kind("model.layers.0.mlp.down_proj", "Q4_0", 16) == "Q4_0"

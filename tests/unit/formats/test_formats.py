@@ -1,0 +1,307 @@
+"""What each layout can hold, what it writes into config.json, and what it understands of other writers' config.json."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmq import formats
+from llmq.config import FORMATS
+from llmq.errors import ConfigError, FormatError
+from llmq.formats import Layout, Reading, awq, compressed_tensors, gptq
+from llmq.numerics.quantized_tensor import QuantizedTensor
+from llmq.numerics.scheme import BITS, Scheme
+
+LAYOUTS: tuple[Layout, ...] = (awq, compressed_tensors, gptq)
+Q, K, HEAD = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj", "lm_head"
+G32, ASYMMETRIC = Scheme(4, 32), Scheme(4, 32, symmetric=False)
+
+
+def example(
+    scheme: Scheme = G32, shape: tuple[int, int] = (16, 64), dtype: torch.dtype = torch.float16
+) -> QuantizedTensor:
+    draw = torch.Generator().manual_seed(0)
+    N, G = shape[0], shape[1] // scheme.columns_per_group(shape[1])
+    codes = torch.randint(0, scheme.levels + 1, shape, dtype=torch.uint8, generator=draw)
+    zeros = torch.randint(0, scheme.levels + 1, (N, G), dtype=torch.int16, generator=draw)
+    scales = torch.randn(N, G, generator=draw).to(dtype)
+    return QuantizedTensor(codes, scales, None if scheme.symmetric else zeros, scheme)
+
+
+def compressed(weights: dict[str, object], **group: object) -> dict[str, object]:
+    full = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32, **weights}
+    return {"format": "pack-quantized", "config_groups": {"group_0": {"targets": ["Linear"], "weights": full, **group}}}
+
+
+# ---- finding a layout
+
+
+def test_every_layout_that_the_settings_offer_has_a_file() -> None:
+    assert set(formats.names()) == {name for name in FORMATS if not name.startswith("gguf")}
+    assert [formats.load(name).NAME for name in formats.names()] == list(formats.names())
+
+
+@pytest.mark.parametrize("name", formats.names())
+def test_a_layout_is_found_by_name_and_by_quant_method(name: str) -> None:
+    layout = formats.load(name)
+    block = layout.quantization_config({Q: G32}, [])
+    assert layout.NAME == name
+    assert set(layout.CODES) <= set(layout.SUFFIXES)
+    assert formats.detect(block) is (gptq if name == "gptq_v2" else layout)
+
+
+def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"'bits'.*awq, compressed-tensors, gptq"):
+        formats.load("bits")
+
+
+@pytest.mark.parametrize("block", [{"quant_method": "fp8"}, {}])
+def test_an_unknown_quant_method_is_answered_with_the_known_ones(block: dict[str, str]) -> None:
+    with pytest.raises(FormatError, match=r"awq, compressed-tensors, gptq"):
+        formats.detect(block)
+
+
+# ---- what a layout can hold
+
+
+@pytest.mark.parametrize(
+    ("layout", "scheme", "shape", "words"),
+    [
+        (awq, Scheme(8), (64, 128), "awq holds 4 bits only, not 8; compressed-tensors holds 2, 3, 4 and 8"),
+        (awq, G32, (12, 64), "12 .*compressed-tensors holds any number"),
+        (gptq, Scheme(3), (64, 128), "4 and 8 bits only, not 3; compressed-tensors holds"),
+        (gptq, Scheme(2), (64, 128), "4 and 8 bits only, not 2; compressed-tensors holds"),
+        (gptq, G32, (12, 64), "8 output features.*12.*compressed-tensors"),
+        (gptq, Scheme(4, "channel"), (16, 60), "8 input features.*60.*compressed-tensors"),
+        (gptq, Scheme(8, "channel"), (6, 64), "4 output features.*6 .*compressed-tensors"),
+        *((layout, Scheme(4, 128), (64, 192), "group size of 128 does not divide 192") for layout in LAYOUTS),
+    ],
+)
+def test_a_grid_that_does_not_fit_is_refused_with_its_reason(
+    layout: Layout, scheme: Scheme, shape: tuple[int, int], words: str
+) -> None:
+    refusal = layout.refusal(scheme, *shape)
+    assert refusal is not None
+    assert re.search(words, refusal)
+    with pytest.raises(FormatError, match=re.escape(refusal)):
+        layout.pack(example(scheme, shape))
+
+
+@pytest.mark.parametrize(
+    ("layout", "scheme", "shape"),
+    [
+        (awq, Scheme(4, "channel"), (8, 60)),
+        (gptq, Scheme(8, "tensor", symmetric=False), (4, 60)),
+        (compressed_tensors, Scheme(3, "channel"), (5, 7)),
+        *((compressed_tensors, Scheme(bits, 16, symmetric=False), (5, 48)) for bits in BITS),
+    ],
+)
+def test_a_grid_that_fits_is_not_refused(layout: Layout, scheme: Scheme, shape: tuple[int, int]) -> None:
+    assert layout.refusal(scheme, *shape) is None
+    layout.pack(example(scheme, shape))
+
+
+def test_scales_are_rounded_to_what_readers_expect() -> None:
+    assert compressed_tensors.scale_dtype(torch.bfloat16) == torch.bfloat16
+    assert awq.scale_dtype(torch.bfloat16) == gptq.scale_dtype(torch.bfloat16) == torch.float16
+
+
+# ---- what a layout declares
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.NAME)
+@pytest.mark.parametrize("scheme", [G32, ASYMMETRIC, Scheme(4, "channel"), Scheme(4, "tensor")], ids=str)
+def test_a_declaration_is_read_back(layout: Layout, scheme: Scheme) -> None:
+    read = layout.read_config(layout.quantization_config({Q: scheme, K: scheme}, ["model.layers.1.mlp.gate", HEAD]))
+    stored = scheme if scheme.group_size != "tensor" else dataclasses.replace(scheme, group_size="channel")
+    if layout is awq:  # whose zeros are always there
+        stored = dataclasses.replace(stored, symmetric=False)
+    assert [getattr(read(name), "scheme", None) for name in (Q, K, HEAD)] == [stored, stored, None]
+    assert read("model.layers.1.mlp.gate") is None
+
+
+def test_compressed_tensors_targets_every_linear_where_there_is_one_grid() -> None:
+    block = compressed_tensors.quantization_config({Q: G32, K: G32}, [HEAD])
+    (group,) = block["config_groups"].values()
+    assert (group["targets"], block["ignore"]) == (["Linear"], [HEAD])
+
+
+@pytest.mark.parametrize("layout", [compressed_tensors, gptq], ids=lambda layout: layout.NAME)
+def test_grids_beside_each_other_are_told_apart_by_module(layout: Layout) -> None:
+    schemes = {Q: Scheme(8, 64), K: G32, f"{K}2": G32, "a.b": Scheme(4, "channel")}
+    read = layout.read_config(layout.quantization_config(schemes, ["a.c", HEAD]))
+    assert {name: read(name).scheme for name in schemes} == schemes  # type: ignore[union-attr]
+    assert read("a.c") is read(HEAD) is None
+
+
+def test_gptq_declares_what_engines_require() -> None:
+    assert gptq.quantization_config({Q: G32}, [HEAD]) == {
+        "quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False,
+        "checkpoint_format": "gptq", "pack_dtype": "int32", "lm_head": False,
+    }  # fmt: skip
+
+
+def test_gptq_exceptions_are_whole_names_not_patterns() -> None:
+    block = gptq.quantization_config({"a.b": G32, "a.c": G32, "a.d": Scheme(8, "channel")}, ["x.y"])
+    assert block["dynamic"] == {r"-:^x\.y$": {}, r"+:^a\.d$": {"bits": 8, "group_size": -1, "sym": True}}
+    read = gptq.read_config(block)
+    assert read("axd.q") == read("x.y.z") == Reading(G32, zeros_offset=1)
+
+
+def test_gptq_zeros_are_of_one_version_in_a_file() -> None:
+    assert gptq.quantization_config({Q: ASYMMETRIC}, [])["checkpoint_format"] == "gptq_v2"
+    with pytest.raises(ConfigError, match="symmetric and asymmetric") as caught:
+        gptq.quantization_config({Q: ASYMMETRIC, K: G32}, [])
+    assert "compressed-tensors" in caught.value.hint
+
+
+def test_awq_holds_one_grid() -> None:
+    with pytest.raises(ConfigError, match="int4 channel symmetric, int4 g32 symmetric"):
+        awq.quantization_config({Q: G32, K: Scheme(4, "channel")}, [])
+
+
+def test_awq_names_that_readers_would_confuse_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"a\.gate_proj.*a\.gate,"):
+        awq.quantization_config({"a.gate_proj": G32}, ["a.gate"])
+
+
+@pytest.mark.parametrize("layout", [awq, gptq], ids=lambda layout: layout.NAME)
+def test_a_quantized_head_is_declared(layout: Layout) -> None:
+    block = layout.quantization_config({Q: G32, HEAD: G32}, [])
+    assert block["lm_head"] is True
+    assert layout.read_config(block)(HEAD) is not None
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.NAME)
+def test_nothing_quantized_is_no_quantized_checkpoint(layout: Layout) -> None:
+    with pytest.raises(ConfigError, match="no module is quantized"):
+        layout.quantization_config({}, [Q])
+
+
+# ---- declarations of other writers
+
+
+def test_compressed_tensors_name_goes_before_pattern_before_class() -> None:
+    def group(bits: int, *targets: str) -> dict[str, object]:
+        weights = {"num_bits": bits, "strategy": "channel"}
+        return {"targets": list(targets), "weights": weights, "format": "pack-quantized"}
+
+    groups = {"a": group(4, "Linear"), "b": group(8, r"re:.*\.mlp\..*"), "c": group(2, "x.mlp.up")}
+    block = {"format": "mixed-precision", "config_groups": groups, "ignore": [HEAD, "re:.*router"]}
+    read = compressed_tensors.read_config(block)
+    found = {name: reading.scheme.bits for name in ("x.q", "x.mlp.down", "x.mlp.up") if (reading := read(name))}
+    assert found == {"x.q": 4, "x.mlp.down": 8, "x.mlp.up": 2}
+    assert read(HEAD) is read("x.mlp.router") is None
+
+
+@pytest.mark.parametrize(
+    ("weights", "group_size"),
+    [
+        ({"strategy": "channel", "group_size": None}, "channel"),
+        ({"strategy": "tensor", "group_size": None}, "tensor"),
+        ({"strategy": None, "group_size": -1}, "channel"),
+        ({"strategy": None, "group_size": 64}, 64),
+    ],
+)
+def test_compressed_tensors_strategies(weights: dict[str, object], group_size: object) -> None:
+    assert compressed_tensors.read_config(compressed(weights))(Q) == Reading(Scheme(4, group_size))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("actorder", "needed"), [("group", True), ("static", False), (None, False)])
+def test_compressed_tensors_once_stored_an_order_of_columns(actorder: str | None, needed: bool) -> None:
+    block = compressed({"actorder": actorder})
+    assert compressed_tensors.read_config(block)(Q) == Reading(G32, needs_group_index=needed)
+
+
+def test_gptq_of_the_first_writers_says_little_and_means_version_one() -> None:
+    read = gptq.read_config({"bits": 4, "group_size": -1, "desc_act": True})
+    assert read(Q) == Reading(Scheme(4, "channel"), zeros_offset=1, needs_group_index=True)
+    assert read(HEAD) is None
+
+
+def test_gptq_the_first_matching_pattern_decides() -> None:
+    dynamic = {r"-:.*\.mlp\.": {}, r".*layers\.1\.": {"bits": 8}, r"+:.*": {"group_size": 64, "sym": False}}
+    read = gptq.read_config({"bits": 4, "group_size": 32, "format": "gptq_v2", "dynamic": dynamic})
+    assert read("model.layers.1.mlp.up_proj") is None
+    assert read("model.layers.1.self_attn.q_proj") == Reading(Scheme(8, 32))
+    assert read("model.layers.2.self_attn.q_proj") == Reading(Scheme(4, 64, symmetric=False))
+
+
+def test_gptq_modules_in_block_leave_the_others_out() -> None:
+    listed = [["self_attn.q_proj", "self_attn.v_proj"], ["proj"]]
+    read = gptq.read_config({"bits": 4, "group_size": 32, "modules_in_block_to_quantize": listed})
+    assert read(Q) == Reading(G32, zeros_offset=1)
+    assert read(K) is None
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"bits": 4, "group_size": 32, "zero_point": True, "version": "gemm", "modules_to_not_convert": ["gate"]},
+        {"w_bit": 4, "q_group_size": 32, "zero_point": True, "version": "GEMM", "modules_to_not_convert": ["gate"]},
+    ],
+)
+def test_awq_both_families_of_names(block: dict[str, object]) -> None:
+    read = awq.read_config(block)
+    assert read(Q) == Reading(ASYMMETRIC)
+    assert read("model.layers.0.mlp.gate.up") is None
+
+
+def test_awq_without_zero_point_is_symmetric() -> None:
+    assert awq.read_config({"bits": 4, "group_size": 32, "zero_point": False})(Q) == Reading(G32)
+
+
+@pytest.mark.parametrize(
+    ("layout", "block", "words"),
+    [
+        (compressed_tensors, compressed({"num_bits": 1}), "1 bits, expected one of 2, 3, 4, 5, 6, 7, 8"),
+        (compressed_tensors, compressed({"type": "float"}), "type 'float', expected 'int'"),
+        (compressed_tensors, compressed({"dynamic": True}), "dynamic True"),
+        (compressed_tensors, compressed({"strategy": "block"}), "by 'block'"),
+        (compressed_tensors, compressed({"group_size": 40}), "group size is 40, which is no legal one"),
+        (compressed_tensors, compressed({}, format="marlin-24"), "format 'marlin-24', expected one of pack-quantized"),
+        (compressed_tensors, compressed({}, format="float-quantized"), "'float-quantized'"),
+        (compressed_tensors, compressed({}) | {"format": "mxfp8-quantized"}, "'mxfp8-quantized'"),
+        (compressed_tensors, compressed({}, format="nvfp4-pack-quantized"), "floats of 4 bits by 16"),
+        (compressed_tensors, compressed({}) | {"transform_config": {"config_groups": {}}}, "transform_config"),
+        (compressed_tensors, compressed({}) | {"sparsity_config": {"format": "sparse-24"}}, "sparse-24"),
+        (compressed_tensors, {"config_groups": {"W4A16": ["Linear"]}}, "W4A16"),
+        (compressed_tensors, compressed({}) | {"ignore": ["re:("]}, "'\\('"),
+        (compressed_tensors, {}, "no config_groups"),
+        (gptq, {"bits": 1, "group_size": 32}, "1 bits, expected one of 2, 3, 4, 5, 6, 7, 8"),
+        (gptq, {"bits": 4}, "no group_size"),
+        (gptq, {"bits": 4, "group_size": 100}, "100"),
+        (gptq, {"bits": 4, "group_size": 32, "sym": "yes"}, "'yes'"),
+        (gptq, {"bits": 4, "group_size": 32, "checkpoint_format": "marlin"}, "'marlin', expected gptq or gptq_v2"),
+        (gptq, {"bits": 4, "group_size": 32, "pack_dtype": "int16"}, "'int16'"),
+        (gptq, {"bits": 4, "group_size": 32, "dynamic": {"+:a": {"bits": 9}}}, "9 bits"),
+        (gptq, {"bits": 4, "group_size": 32, "dynamic": {"+:(": {}}}, "'\\('"),
+        (awq, {"bits": 4, "group_size": 32, "version": "marlin"}, "'marlin', expected one of gemm, gemv"),
+        (awq, {"bits": 8, "group_size": 32, "version": "gemv"}, "8 bits in the form gemv, expected 4"),
+        (awq, {"bits": 4}, "no group_size or q_group_size"),
+        (awq, {"bits": 4, "group_size": 32, "modules_to_not_convert": "gate"}, "'gate'"),
+    ],
+)
+def test_what_is_declared_but_not_supported_is_named(layout: Layout, block: dict[str, object], words: str) -> None:
+    with pytest.raises(FormatError, match=words):
+        layout.read_config(block)
+
+
+@pytest.mark.parametrize("empty", [None, {}, {"format": "dense", "targets": []}])
+def test_compressed_tensors_blocks_that_ask_for_nothing_are_fine(empty: object) -> None:
+    assert compressed_tensors.read_config(compressed({}) | {"sparsity_config": empty})(Q) == Reading(G32)
+
+
+# ---- the page
+
+
+def test_the_page_names_everything_that_is_written_and_read() -> None:
+    page = (Path(__file__).resolve().parents[3] / "docs" / "FORMATS.md").read_text(encoding="utf-8")
+    read = {
+        *formats.names(), *formats.READ_ONLY, *gptq.VERSIONS, *FORMATS,
+        "gemm", "gemv", "gemv_fast", "llm-awq",
+        compressed_tensors.PACKING, *compressed_tensors.PLAIN, *compressed_tensors.FLOATS,
+    }  # fmt: skip
+    assert sorted(name for name in read if f"`{name}`" not in page) == []

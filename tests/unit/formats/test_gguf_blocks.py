@@ -1,0 +1,67 @@
+"""Blocks against the package of the format's owner, and against each other."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmq.errors import FormatError
+from llmq.formats import gguf_blocks, gguf_k_quants
+
+gguf = pytest.importorskip("gguf")
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def _same(found: np.ndarray, expected: np.ndarray) -> None:
+    assert found.dtype == np.float32 and found.shape == expected.shape
+    number = ~np.isnan(expected)  # which of its bits a NaN has is the processor's affair
+    assert np.array_equal(np.isnan(found), ~number)
+    assert np.array_equal(found[number].view(np.uint32), expected[number].view(np.uint32))
+
+
+@pytest.mark.parametrize("kind", gguf_blocks.SIZES)
+@given(seed=SEEDS)
+def test_random_bytes_decode_as_the_owner_decodes_them(kind: str, seed: int) -> None:
+    raw = np.random.default_rng(seed).integers(0, 256, (3, gguf_blocks.row_bytes(kind, 512)), dtype=np.uint8)
+    with np.errstate(invalid="ignore"):
+        expected = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind])
+    _same(gguf_blocks.decode(kind, raw), expected)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q5_0", "Q8_0", "BF16", "F16"])
+@given(seed=SEEDS)
+def test_packing_makes_the_bytes_that_the_owner_makes(kind: str, seed: int) -> None:
+    weight = np.random.default_rng(seed).standard_normal((3, 96)).astype(np.float32)
+    stored = gguf.quants.quantize(weight, gguf.GGMLQuantizationType[kind]).view(np.uint8)
+    if kind in {"BF16", "F16"}:
+        assert np.array_equal(gguf_blocks.pack_float(kind, weight), stored)
+        return
+    d = stored.reshape(-1, gguf_blocks.SIZES[kind][1])[:, :2]
+    scales = np.ascontiguousarray(d).view(np.float16).reshape(3, -1)
+    decoded = gguf_blocks.decode(kind, stored).reshape(3, -1, 32)
+    codes = np.rint(decoded / scales.astype(np.float32)[..., None]).reshape(3, 96)
+    codes += {"Q4_0": 8, "Q5_0": 16}.get(kind, 0)
+    pack = getattr(gguf_blocks, f"pack_{kind.lower()}")
+    assert np.array_equal(pack(codes.astype(np.int8 if kind == "Q8_0" else np.uint8), scales), stored)
+
+
+@pytest.mark.parametrize("kind", gguf_k_quants.SIZES)
+@given(seed=SEEDS)
+def test_superblocks_come_back_as_the_bytes_that_they_were(kind: str, seed: int) -> None:
+    raw = np.random.default_rng(seed).integers(0, 256, (3, gguf_blocks.row_bytes(kind, 512)), dtype=np.uint8)
+    parts = getattr(gguf_k_quants, f"unpack_{kind.lower()}")(raw)
+    again = getattr(gguf_k_quants, f"pack_{kind.lower()}")(**vars(parts))
+    assert np.array_equal(again, raw)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    codes, d = np.full((1, 32), 16, dtype=np.uint8), np.ones((1, 1), dtype=np.float16)
+    with pytest.raises(FormatError, match="16, this type holds 0 to 15"):
+        gguf_blocks.pack_q4_0(codes, d)
+    with pytest.raises(FormatError, match="multiple of 256"):
+        gguf_blocks.row_bytes("Q4_K", 128)
+    with pytest.raises(FormatError, match="IQ2_XS"):
+        gguf_blocks.decode("IQ2_XS", codes)
+    sc = np.full((1, 8), 64, dtype=np.uint8)
+    with pytest.raises(FormatError, match="six bits"):
+        gguf_k_quants.pack_q4_k(np.zeros((1, 256), dtype=np.uint8), d, d, sc, sc)

@@ -1,0 +1,169 @@
+"""Tensors on their way in and out: damaged ones are found, variants of other writers are read.
+
+The bits themselves are in golden/ and properties/.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+
+from llmq.errors import FormatError
+from llmq.formats import Layout, Reading, awq, compressed_tensors, gptq
+from llmq.numerics.quantized_tensor import QuantizedTensor
+from llmq.numerics.scheme import Scheme
+
+LAYOUTS: tuple[Layout, ...] = (awq, compressed_tensors, gptq)
+G32, ASYMMETRIC = Scheme(4, 32), Scheme(4, 32, symmetric=False)
+
+
+def example(
+    scheme: Scheme = G32, shape: tuple[int, int] = (16, 64), dtype: torch.dtype = torch.float16
+) -> QuantizedTensor:
+    draw = torch.Generator().manual_seed(0)
+    N, G = shape[0], shape[1] // scheme.columns_per_group(shape[1])
+    codes = torch.randint(0, scheme.levels + 1, shape, dtype=torch.uint8, generator=draw)
+    zeros = torch.randint(0, scheme.levels + 1, (N, G), dtype=torch.int16, generator=draw)
+    scales = torch.randn(N, G, generator=draw).to(dtype)
+    return QuantizedTensor(codes, scales, None if scheme.symmetric else zeros, scheme)
+
+
+def reading_of(layout: Layout, scheme: Scheme) -> Reading:
+    reading = layout.read_config(layout.quantization_config({"a": scheme}, []))("a")
+    assert reading is not None
+    return reading
+
+
+# ---- tensors that do not fit
+
+
+@pytest.mark.parametrize(
+    ("layout", "suffix", "damage", "words"),
+    [
+        (compressed_tensors, "weight_packed", None, r"missing, expected int32 \(16, any\); .* weight_scale"),
+        (compressed_tensors, "weight_packed", lambda t: t[:, 1:], "7 words for 64 codes of 4 bits, expected 8"),
+        (compressed_tensors, "weight_packed", lambda t: t[1:], r"int32 \(15, 8\), expected int32 \(16, any\)"),
+        (compressed_tensors, "weight_scale", lambda t: t[:, 1:], r"float16 \(16, 1\), expected .*\(16, 2\)"),
+        (compressed_tensors, "weight_scale", lambda t: t.long(), "weight_scale is int64"),
+        (compressed_tensors, "weight_shape", lambda t: t * torch.tensor([1, 0]), "8 words for 0 codes"),
+        (compressed_tensors, "weight_zero_point", None, "weight_zero_point is missing"),
+        (compressed_tensors, "weight_zero_point", lambda t: t[1:], "1 words for 16 codes"),
+        (gptq, "qweight", lambda t: t.short(), "qweight is int16"),
+        (gptq, "qweight", lambda t: t[:, 1:], r"\(2, 16\), expected .*\(2, 15\)"),
+        (gptq, "qweight", lambda t: t[:0], "no input features"),
+        (gptq, "qweight", lambda t: t[1:], r"int32 \(64\), expected int32 or int64 \(56\)"),
+        (gptq, "qzeros", lambda t: t[:, 1:], r"int32 \(2, 1\), expected int32 \(2, 2\)"),
+        (gptq, "scales", lambda t: t[1:], r"float16 \(1, 16\), expected .*\(2, 16\)"),
+        (gptq, "g_idx", lambda t: t + 1, "1 to 2, expected 0 to 1"),
+        (gptq, "g_idx", lambda t: t[1:], r"int32 \(63\), expected int32 or int64 \(64\)"),
+        (awq, "qweight", lambda t: t[0], r"int32 \(2\), expected int32 \(any, any\)"),
+        (awq, "qzeros", None, "qzeros is missing"),
+        (awq, "scales", lambda t: t.double(), "scales is float64"),
+    ],
+)
+def test_a_damaged_tensor_is_found(layout: Layout, suffix: str, damage, words: str) -> None:  # type: ignore[no-untyped-def]
+    tensors = layout.pack(example(ASYMMETRIC))
+    original = tensors.pop(suffix)
+    if damage is not None:
+        tensors[suffix] = damage(original)
+    with pytest.raises(FormatError, match=words):
+        layout.unpack(tensors, reading_of(layout, ASYMMETRIC))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.NAME)
+def test_zeros_of_a_file_that_is_called_symmetric_are_what_they_are(layout: Layout) -> None:
+    q = example(ASYMMETRIC)
+    back = layout.unpack(layout.pack(q), Reading(G32))
+    assert back.scheme == ASYMMETRIC
+    assert torch.equal(back.dequantize(), q.dequantize())
+
+
+def test_a_declared_order_of_columns_must_be_in_the_file() -> None:
+    tensors = gptq.pack(example())
+    del tensors["g_idx"]
+    assert gptq.unpack(tensors, Reading(G32, zeros_offset=1)).group_index is None
+    with pytest.raises(FormatError, match="g_idx is missing"):
+        gptq.unpack(tensors, Reading(G32, zeros_offset=1, needs_group_index=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.NAME)
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda q: {"codes": q.codes + 1}, "a code is 16, expected at most 15"),
+        (lambda q: {"codes": q.codes.int()}, "codes is int32"),
+        (lambda q: {"zeros": q.zeros + 1}, "1 to 16, expected 0 to 15"),
+        (lambda q: {"zeros": q.zeros[:, 1:]}, r"zeros is int16 \(16, 1\)"),
+        (lambda q: {"zeros": None}, "no zeros"),
+        (lambda q: {"scales": q.scales * float("nan")}, "not finite"),
+        (lambda q: {"scales": q.scales[1:]}, r"\(15, 2\), expected .*\(16, 2\)"),
+        (lambda q: {"group_index": torch.zeros(64, dtype=torch.int32)}, "order of their own"),
+    ],
+)
+def test_a_damaged_result_is_not_written(layout: Layout, change, words: str) -> None:  # type: ignore[no-untyped-def]
+    q = example(ASYMMETRIC)
+    with pytest.raises(FormatError, match=words):
+        layout.pack(dataclasses.replace(q, **change(q)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.NAME)
+def test_the_shape_of_a_weight_is_known_without_its_codes(layout: Layout) -> None:
+    tensors = layout.pack(example())
+    shapes = {suffix: tuple(tensor.shape) for suffix, tensor in tensors.items()}
+    for suffix in layout.CODES:
+        del tensors[suffix]
+    assert layout.weight_shape(shapes, reading_of(layout, G32), tensors.__getitem__) == (16, 64)
+
+
+# ---- variants of other writers
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.NAME)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_scales_keep_dtype_and_sign(layout: Layout, dtype: torch.dtype) -> None:
+    q = example(ASYMMETRIC, dtype=dtype)
+    assert bool((q.scales < 0).any())
+    back = layout.unpack(layout.pack(q), reading_of(layout, ASYMMETRIC))
+    assert back.scales.dtype == dtype
+    assert torch.equal(back.scales, q.scales)
+
+
+def test_an_order_of_columns_is_kept() -> None:
+    index = torch.arange(64, dtype=torch.int32) % 2
+    q = dataclasses.replace(example(), group_index=index)
+    for layout, suffix in ((gptq, "g_idx"), (compressed_tensors, "weight_g_idx")):
+        tensors = layout.pack(example()) | {suffix: index}
+        back = layout.unpack(tensors, dataclasses.replace(reading_of(layout, G32), needs_group_index=True))
+        assert torch.equal(back.dequantize(), q.dequantize())
+
+
+@pytest.mark.parametrize(("layout", "suffix", "fill"), [(gptq, "g_idx", 0), (compressed_tensors, "weight_g_idx", -1)])
+def test_an_index_that_was_never_set_is_the_plain_order(layout: Layout, suffix: str, fill: int) -> None:
+    index = torch.full((64,), fill, dtype=torch.int32)
+    assert layout.unpack(layout.pack(example()) | {suffix: index}, reading_of(layout, G32)).group_index is None
+
+
+def test_compressed_tensors_one_scale_for_the_whole_weight() -> None:
+    q = example(Scheme(4, "tensor", symmetric=False), shape=(6, 20))
+    one = dataclasses.replace(q, scales=q.scales[:1].expand(6, 1), zeros=torch.full((6, 1), 5, dtype=torch.int16))
+    tensors = compressed_tensors.pack(one)
+    tensors |= {"weight_scale": one.scales[0], "weight_zero_point": torch.tensor([5 - 8], dtype=torch.int8)}
+    back = compressed_tensors.unpack(tensors, Reading(one.scheme))
+    assert torch.equal(back.dequantize(), one.dequantize())
+
+
+def test_compressed_tensors_plain_zeros() -> None:
+    q = example(ASYMMETRIC)
+    assert q.zeros is not None
+    tensors = compressed_tensors.pack(q) | {"weight_zero_point": (q.zeros - 8).to(torch.int8)}
+    assert torch.equal(compressed_tensors.unpack(tensors, Reading(ASYMMETRIC)).dequantize(), q.dequantize())
+
+
+@pytest.mark.parametrize("label", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("word", [0x77777777, 0x88888888 - (1 << 32)])
+def test_gptq_symmetric_zeros_are_clear_under_either_label(label: str, word: int) -> None:
+    q = example()
+    tensors = gptq.pack(q) | {"qzeros": torch.full((2, 2), word, dtype=torch.int32)}
+    reading = gptq.read_config({"bits": 4, "group_size": 32, "sym": True, "checkpoint_format": label})("a")
+    assert reading is not None
+    assert torch.equal(gptq.unpack(tensors, reading).dequantize(), q.dequantize())

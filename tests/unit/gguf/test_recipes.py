@@ -1,0 +1,129 @@
+"""Which block type each weight gets, and what that leaves no room for."""
+
+from typing import Any
+
+import pytest
+
+from llmq.config import GGUF_GRIDS, Override, QuantConfig
+from llmq.errors import ConfigError, UnsupportedModelError
+from llmq.formats.layer_plan import LayerPlan
+from llmq.numerics.scheme import Scheme
+
+pytest.importorskip("gguf")
+from llmq.gguf import recipes
+
+LINEARS = {
+    "self_attn.q_proj": (512, 512),
+    "self_attn.v_proj": (256, 512),
+    "self_attn.o_proj": (512, 512),
+    "mlp.up_proj": (1024, 512),
+    "mlp.down_proj": (512, 1024),
+}
+
+
+def llama(layers: int = 32, **changes: Any) -> dict[str, Any]:
+    sizes = {"hidden_size": 512, "num_attention_heads": 8, "num_hidden_layers": layers}
+    return {"model_type": "llama", "hidden_act": "silu", **sizes, **changes}
+
+
+def shapes(layers: int, linears: dict[str, tuple[int, int]] = LINEARS) -> list[tuple[str, int, int]]:
+    return [(f"model.layers.{i}.{name}", *shape) for i in range(layers) for name, shape in linears.items()]
+
+
+def settings(recipe: str = "gguf:q4_k_m", **changes: Any) -> QuantConfig:
+    return QuantConfig(format=recipe, **changes)
+
+
+def types(plans: list[LayerPlan]) -> dict[str, str]:
+    return {plan.name: str(plan.scheme) for plan in plans}
+
+
+@pytest.mark.parametrize("usual", ["q4_k", "q5_k"])
+def test_the_mixture_is_that_of_llama_cpp(usual: str) -> None:
+    """Its rule for 32 layers, written out: the first four, the last four, and every third between."""
+    generous = {0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31}
+    found = types(recipes.plan_layers(shapes(32), settings(f"gguf:{usual}_m"), llama()))
+    for layer in range(32):
+        for name in LINEARS:
+            more = layer in generous and name in ("self_attn.v_proj", "mlp.down_proj")
+            assert found[f"model.layers.{layer}.{name}"] == ("q6_k" if more else usual), (layer, name)
+
+
+def test_every_recipe_can_be_asked_for() -> None:
+    assert set(recipes.RECIPES) == set(GGUF_GRIDS)
+
+
+@pytest.mark.parametrize("kind", ["q4_k", "q5_k", "q6_k"])
+def test_a_plain_recipe_has_one_type(kind: str) -> None:
+    assert set(types(recipes.plan_layers(shapes(8), settings(f"gguf:{kind}"), llama(8))).values()) == {kind}
+
+
+def test_q_k_and_v_in_one_weight_get_more() -> None:
+    linears = {"self_attn.qkv_proj": (768, 512), "mlp.gate_up_proj": (2048, 512)}
+    found = types(recipes.plan_layers(shapes(1, linears), settings(), llama(1, model_type="phi3")))
+    assert found == {"model.layers.0.self_attn.qkv_proj": "q5_k", "model.layers.0.mlp.gate_up_proj": "q4_k"}
+
+
+@pytest.mark.parametrize(
+    ("columns", "recipe", "given"),
+    [
+        (512, "gguf:q4_k", "q4_k"),
+        (288, "gguf:q4_k", "q5_0"),
+        (288, "gguf:q5_k", "q8_0"),
+        (288, "gguf:q6_k", "q8_0"),
+        (172, "gguf:q4_k", None),
+    ],
+)
+def test_rows_that_no_superblock_fills_get_finer_blocks(columns: int, recipe: str, given: str | None) -> None:
+    linears = {"self_attn.q_proj": (512, 512), "mlp.down_proj": (512, columns)}
+    _, plan = recipes.plan_layers(shapes(1, linears), settings(recipe), llama(1))
+    assert plan.scheme == (None if given is None else Scheme.of_blocks(given))
+    assert bool(plan.reason) == (columns != 512) and (given is None) == plan.reason.startswith("kept as it is")
+    if plan.reason:
+        with pytest.raises(ConfigError, match=str(columns)):
+            recipes.plan_layers(shapes(1, linears), settings(recipe, strict=True), llama(1))
+
+
+@pytest.mark.parametrize(("type_", "nbytes"), [("q4_k", 144), ("q5_k", 176), ("q6_k", 210), ("q8_0", 8 * 34)])
+def test_a_plan_knows_its_bytes(type_: str, nbytes: int) -> None:
+    plan = LayerPlan("q_proj", 3, 512, Scheme.of_blocks(type_))
+    assert plan.packed_bytes(scale_bytes=2) == 3 * 2 * nbytes
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_embedding_and_head_are_packed_as_llama_cpp_packs_them(tied: bool) -> None:
+    there = {"model.embed_tokens.weight": (2048, 512), "model.norm.weight": (512,), "lm_head.weight": (2048, 512)}
+    if tied:
+        del there["lm_head.weight"]
+    found = recipes.outside(there, settings(), llama(tie_word_embeddings=tied))
+    expected = {"model.embed_tokens.weight": "q6_k"} if tied else {
+        "model.embed_tokens.weight": "q4_k", "lm_head.weight": "q6_k"
+    }  # fmt: skip
+    assert {name: str(scheme) for name, scheme in found.items()} == expected
+    assert recipes.outside(there, settings(skip=("embed_tokens", "lm_head")), llama()) == {}
+
+
+def test_what_is_skipped_stays_as_it_is() -> None:
+    plans = recipes.plan_layers(shapes(2), settings(skip=("down_proj",)), llama(2))
+    assert {plan.name for plan in plans if plan.scheme is None} == {f"model.layers.{i}.mlp.down_proj" for i in (0, 1)}
+    with pytest.raises(ConfigError, match="nothing is left"):
+        recipes.plan_layers(shapes(1), settings(skip=("*",)), llama(1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "option"),
+    [
+        ({"scheme": Scheme(8)}, "--bits"),
+        ({"overrides": (Override("down_proj", bits=8),)}, "--override"),
+        ({"target_bits": 4.5}, "--target-bits"),
+        ({"scales": "minmax"}, "--scales minmax"),
+    ],
+)
+def test_a_recipe_leaves_no_room_for_other_grids(changes: dict[str, Any], option: str) -> None:
+    with pytest.raises(ConfigError, match=option):
+        recipes.plan_layers(shapes(1), settings(**changes), llama(1))
+
+
+def test_a_model_that_llama_cpp_does_not_have_is_refused_before_anything_is_done() -> None:
+    with pytest.raises(UnsupportedModelError, match="another"):
+        recipes.plan_layers(shapes(1), settings(), llama(model_type="another"))

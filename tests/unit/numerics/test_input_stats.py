@@ -1,0 +1,170 @@
+"""`InputStats`: sums over tokens against NumPy in float64."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from llmq.numerics import input_stats
+from llmq.numerics.block_diagonal import scaling
+from llmq.numerics.input_stats import InputStats
+
+CPU = torch.device("cpu")
+EPSILON = 2.0**-23  # of float32
+
+
+def inputs(T: int = 50, K: int = 8) -> Tensor:
+    return torch.randn(T, K, generator=torch.Generator().manual_seed(0)) + 0.5
+
+
+def seen(*batches: Tensor) -> InputStats:
+    running = InputStats(batches[0].shape[-1], CPU)
+    for batch in batches:
+        running.update(batch)
+    return running
+
+
+def test_moments_are_means_over_tokens() -> None:
+    X = inputs().double().numpy()
+    found = seen(inputs())
+    assert found.tokens == 50
+    # A float32 sum of 50 products is off by at most 50 epsilons of the sum of their magnitudes.
+    hessian, bound = X.T @ X / 50, np.abs(X).T @ np.abs(X) / 50 * 50 * EPSILON
+    assert (np.abs(found.hessian.numpy() - hessian) <= bound).all()
+    assert (np.abs(found.mean_square.numpy() - np.diag(hessian)) <= np.diag(bound)).all()
+    np.testing.assert_allclose(found.mean_absolute.numpy(), np.abs(X).mean(0), rtol=50 * EPSILON)
+
+
+def test_batches_and_leading_dimensions_add_up() -> None:
+    X = inputs(48)
+    whole, parts = seen(X), seen(X[:10], X[10:].reshape(2, 19, 8))
+    assert parts.tokens == whole.tokens == 48
+    torch.testing.assert_close(parts.hessian, whole.hessian, rtol=48 * EPSILON, atol=48 * EPSILON)
+    torch.testing.assert_close(parts.mean_absolute, whole.mean_absolute, rtol=48 * EPSILON, atol=0)
+
+
+def test_long_batches_are_taken_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    X = inputs(50)
+    whole = seen(X)
+    monkeypatch.setattr(input_stats, "TOKENS_AT_ONCE", 7)
+    parts = seen(X)
+    assert parts.tokens == 50
+    torch.testing.assert_close(parts.hessian, whole.hessian, rtol=50 * EPSILON, atol=50 * EPSILON)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sums_of_half_precision_inputs_are_in_float32(dtype: torch.dtype) -> None:
+    """4096 tokens of 10 add up to 409,600 for each product: beyond float16, and beyond the 8 bits of bfloat16."""
+    found = seen(torch.full((4096, 2), 10.0, dtype=dtype), torch.full((1, 2), 10.0, dtype=dtype))
+    assert found.hessian.dtype == torch.float32
+    assert found.hessian.tolist() == [[100.0, 100.0], [100.0, 100.0]]
+
+
+def pairs(T: int = 50, K: int = 8) -> tuple[Tensor, Tensor]:
+    """What the float model feeds and what the rounded one does, (T, K) each."""
+    moved = inputs(T, K)
+    return moved * 1.1 + 0.1 * torch.randn(T, K, generator=torch.Generator().manual_seed(1)), moved
+
+
+@pytest.mark.parametrize("chunk", [16_384, 7])
+def test_cross_moments_of_what_the_inputs_have_moved_by(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(input_stats, "TOKENS_AT_ONCE", chunk)
+    original, moved = pairs()
+    found = InputStats(8, CPU)
+    held_out = found.hold_out()
+    assert found.cross is None and held_out.drift is None
+    for running in (found, held_out):
+        running.update(moved[:20].reshape(2, 10, 8), original[:20].reshape(2, 10, 8))
+        running.update(moved[20:], original[20:])
+    D, X = (original - moved).double(), moved.double()
+    for running in (found, held_out):
+        assert running.cross is not None
+        torch.testing.assert_close(running.cross.double(), D.T @ X / 50, rtol=0, atol=1e-6)
+    assert held_out.drift is not None and found.drift is None  # which only judges are asked for
+    torch.testing.assert_close(held_out.drift.double(), D.T @ D / 50, rtol=0, atol=1e-7)
+    assert torch.equal(held_out.drift, held_out.drift.T)
+
+
+def test_a_token_without_its_original_leaves_the_cross_moments_unknown() -> None:
+    original, moved = pairs()
+    found = InputStats(8, CPU)
+    held_out = found.hold_out()
+    for running in (found, held_out):
+        running.update(moved, original)
+        running.update(moved[:1])
+        assert running.tokens == 51 and running.cross is None and running.drift is None
+
+
+def test_what_is_held_out_is_counted_apart() -> None:
+    X = inputs(50)
+    found = InputStats(8, CPU)
+    assert found.held_out is None
+    found.hold_out().update(X[30:])
+    found.update(X[:30])
+    assert torch.equal(found.hessian, seen(X[:30]).hessian)
+    assert found.held_out is not None
+    assert torch.equal(found.held_out.hessian, seen(X[30:]).hessian)
+
+
+def test_a_token_of_weight_three_counts_three_times() -> None:
+    original, moved = pairs()
+    weights = torch.arange(50) % 4
+    weighted, repeated = InputStats(8, CPU), InputStats(8, CPU)
+    for running in (weighted, repeated):
+        running.judges = True
+    weighted.update(moved[:30], original[:30], weights[:30])
+    weighted.update(moved[30:], original[30:], weights[30:].float())
+    repeated.update(moved.repeat_interleave(weights, 0), original.repeat_interleave(weights, 0))
+    assert weighted.tokens == 50 and repeated.tokens == int(weights.sum())
+    for name in ("hessian", "cross", "drift", "mean_square"):
+        torch.testing.assert_close(getattr(weighted, name), getattr(repeated, name), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(weighted.mean_absolute, seen(moved).mean_absolute, rtol=50 * EPSILON, atol=0)
+
+
+def test_half_of_a_symmetric_sum_is_enough() -> None:
+    """As on a GPU: what lies below the diagonal is mirrored when it is asked for, also between updates."""
+    X = inputs(48)
+    whole, half = InputStats(8, CPU), InputStats(8, CPU)
+    half._gram[torch.ones(8, 8).tril(-1).bool()] = float("nan")
+    for batch in X.split(16):
+        for running in (whole, half):
+            running.update(batch)
+        torch.testing.assert_close(half.hessian, whole.hessian, rtol=48 * EPSILON, atol=48 * EPSILON)
+        assert torch.equal(half.hessian, half.hessian.T)
+    scales = torch.linspace(0.5, 2, 8)
+    divided, expected = half.in_basis(scaling(scales)), whole.in_basis(scaling(scales))
+    torch.testing.assert_close(divided.hessian, expected.hessian, rtol=50 * EPSILON, atol=200 * EPSILON)
+    torch.testing.assert_close(half.mean_square, whole.mean_square, rtol=48 * EPSILON, atol=0)
+
+
+def test_nothing_seen_is_zero_and_not_nan() -> None:
+    found = InputStats(4, CPU)
+    found.update(torch.empty(0, 4))
+    assert found.tokens == 0
+    assert not found.hessian.any() and not found.mean_square.any() and not found.mean_absolute.any()
+
+
+def test_dividing_divides_all_moments_and_those_held_out() -> None:
+    original, moved = pairs()
+    scales = torch.tensor([0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 0.1, 7.0])
+    before, after = InputStats(8, CPU), InputStats(8, CPU)
+    for running, divisor in ((before, torch.ones(8)), (after, scales)):
+        for half in (running, running.hold_out()):
+            half.update(moved / divisor, original / divisor, torch.arange(50))
+    found = before.in_basis(scaling(scales))
+    assert found.held_out is not None and after.held_out is not None
+    for divided, expected in ((found, after), (found.held_out, after.held_out)):
+        for name in ("hessian", "cross") if divided is found else ("hessian", "cross", "drift"):
+            torch.testing.assert_close(getattr(divided, name), getattr(expected, name), rtol=1e-4, atol=1e-4)
+
+
+def test_dividing_the_statistics_is_dividing_the_inputs() -> None:
+    X, scales = inputs(), torch.tensor([0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 0.1, 7.0])
+    before = seen(X)
+    found, expected = before.in_basis(scaling(scales)), seen(X / scales)
+    assert found.tokens == 50
+    # Each entry is rounded once more; sums that cancel are measured by the size of their terms.
+    size = expected.mean_square.sqrt()
+    assert bool(((found.hessian - expected.hessian).abs() <= 100 * EPSILON * size[:, None] * size).all())
+    torch.testing.assert_close(found.mean_absolute, expected.mean_absolute, rtol=100 * EPSILON, atol=0)
+    assert torch.equal(before.hessian, seen(X).hessian)  # what was there is left alone

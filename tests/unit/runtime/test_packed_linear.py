@@ -1,0 +1,184 @@
+"""`PackedLinear` against plain matrix products: the same weight, code for code, and the same numbers out."""
+
+import copy
+import io
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from llmq.errors import FormatError
+from llmq.numerics.quantized_tensor import QuantizedTensor
+from llmq.numerics.scheme import BITS, GroupSize, Scheme
+from llmq.runtime.packed_linear import PackedLinear
+from llmq_kernels.w4a16 import int4pack
+from tests.weights import assert_same, random_weight
+
+SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@st.composite
+def weights(draw: st.DrawFn) -> QuantizedTensor:
+    bits, symmetric = draw(st.sampled_from(BITS)), draw(st.booleans())
+    group_size: GroupSize = draw(st.sampled_from((16, 32, 64, 128, "channel")))
+    groups = draw(st.integers(1, 4))
+    K = draw(st.integers(1, 200)) if group_size == "channel" else int(group_size) * groups
+    return random_weight(
+        Scheme(bits, group_size, symmetric),
+        draw(st.integers(1, 40)),
+        K,
+        scale_dtype=draw(st.sampled_from(SCALE_DTYPES)),
+        shuffled=draw(st.booleans()) and group_size != "channel" and groups > 1,
+        seed=draw(st.integers(0, 1000)),
+    )
+
+
+@given(weight=weights())
+@settings(max_examples=120, deadline=None)
+def test_the_weight_comes_back_code_for_code(weight: QuantizedTensor) -> None:
+    assert_same(PackedLinear(weight, None).quantized(), weight)
+
+
+def rounding_of_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What two float32 sums of the same K products may differ by, elementwise.
+
+    Each of the two is within K u Σ|x||w| of the exact sum, u = 2**-24 (Higham 2002, equation 3.5); one more u for
+    the product with the scale, which may round differently by where the parentheses are.
+    """
+    K, unit = x.shape[-1], 2.0**-24
+    magnitude = x.abs().double() @ weight.abs().double().T
+    if bias is not None:
+        magnitude = magnitude + bias.abs().double()
+    return 2 * (K + 3) * unit * magnitude
+
+
+@pytest.mark.parametrize("shuffled", [False, True], ids=["plain", "g_idx"])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("bits", BITS)
+def test_forward_is_the_product_with_the_dequantized_weight(bits: int, symmetric: bool, shuffled: bool) -> None:
+    weight = random_weight(Scheme(bits, 32, symmetric), 24, 160, shuffled=shuffled)
+    bias = torch.randn(24, generator=torch.Generator().manual_seed(2))
+    x = torch.randn(2, 5, 160, generator=torch.Generator().manual_seed(1))
+    found = PackedLinear(weight, bias)(x)
+    dense = weight.dequantize()
+    expected = x.double() @ dense.double().T + bias.double()
+    assert found.dtype == torch.float32
+    assert found.shape == (2, 5, 24)
+    assert bool(((found.double() - expected).abs() <= rounding_of_product(x, dense, bias)).all())
+
+
+def test_the_order_of_columns_matters_to_the_product() -> None:
+    """The guard of the test above: with the group index left out the product is far off."""
+    weight = random_weight(Scheme(4, 32), 24, 160, shuffled=True)
+    plain = QuantizedTensor(weight.codes, weight.scales, weight.zeros, weight.scheme)
+    x = torch.randn(3, 160, generator=torch.Generator().manual_seed(1))
+    assert float((PackedLinear(weight, None)(x) - PackedLinear(plain, None)(x)).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_float32_rounded_once(dtype: torch.dtype) -> None:
+    weight = random_weight(Scheme(4, 32), 24, 160)
+    x = torch.randn(5, 160, generator=torch.Generator().manual_seed(1)).to(dtype)
+    found = PackedLinear(weight, None)(x)
+    dense = weight.dequantize()
+    exact = x.double() @ dense.double().T
+    half_step = exact.abs() * torch.finfo(dtype).eps / 2
+    assert found.dtype == dtype
+    bound = rounding_of_product(x.float(), dense, None)
+    assert bool(((found.double() - exact).abs() <= half_step * (1 + 2**-10) + bound).all())
+
+
+def test_it_holds_no_float_copy_of_the_weight() -> None:
+    weight = random_weight(Scheme(3, 64, symmetric=False), 32, 256, scale_dtype=torch.float16)
+    layer = PackedLinear(weight, None)
+    held = sum(tensor.nbytes for tensor in layer.state_dict().values())
+    assert held == 32 * 256 * 3 // 8 + 2 * 32 * 4 + 2 * 32 * 4  # codes, float16 scales, int16 zeros of 4 groups a row
+    assert [name for name, _ in layer.named_parameters()] == []
+
+
+def test_a_group_index_in_plain_order_costs_nothing_at_run_time() -> None:
+    index = torch.arange(128, dtype=torch.int32) // 32
+    weight = random_weight(Scheme(4, 32), 8, 128)
+    layer = PackedLinear(QuantizedTensor(weight.codes, weight.scales, None, weight.scheme, index), None)
+    assert layer.column_order is None
+    assert layer.quantized().dequantize().equal(weight.dequantize())
+
+
+def test_groups_of_unequal_size_are_refused() -> None:
+    index = torch.arange(64, dtype=torch.int32) // 32
+    index[0] = 1
+    weight = random_weight(Scheme(4, 32), 8, 64)
+    with pytest.raises(FormatError, match="every group 32 columns"):
+        PackedLinear(QuantizedTensor(weight.codes, weight.scales, None, weight.scheme, index), None)
+
+
+def test_it_says_what_it_is() -> None:
+    layer = PackedLinear(random_weight(Scheme(3, 32, symmetric=False), 8, 64), None)
+    assert "in_features=64, out_features=8, int3 g32 asymmetric" in repr(layer)
+
+
+@pytest.fixture
+def with_pair(monkeypatch: pytest.MonkeyPatch) -> PackedLinear:
+    """A layer of which torch's int4 product has a second copy."""
+    monkeypatch.setenv(int4pack.VARIABLE, "on")
+    if not int4pack.choose().rows:
+        pytest.skip(int4pack.describe())
+    layer = PackedLinear(random_weight(Scheme(4, 32), 32, 128, scale_dtype=torch.float16), None)
+    assert layer.int4_words is None, "made on demand"
+    layer.prepare()
+    assert layer.int4_words is not None
+    return layer
+
+
+def test_few_rows_run_in_bfloat16_and_many_exactly(with_pair: PackedLinear) -> None:
+    x = torch.randn(17, 128, generator=torch.Generator().manual_seed(1))
+    dense = with_pair.quantized().dequantize()
+    exact = x.double() @ dense.double().T
+    few, many = with_pair(x[:1]).double(), with_pair(x).double()
+    assert bool(((many - exact).abs() <= rounding_of_product(x, dense, None)).all())
+    difference = float((few - exact[:1]).norm() / exact[:1].norm())
+    assert 2.0**-12 < difference < 3 * 2.0**-8  # roundings of x, scale and y in bfloat16
+
+
+def test_the_second_copy_is_never_saved(with_pair: PackedLinear) -> None:
+    assert set(with_pair.state_dict()) == {"words", "scales"}
+    written = io.BytesIO()
+    torch.save(with_pair, written)
+    held = sum(tensor.nbytes for tensor in with_pair.state_dict().values())
+    with_pair.int4_words = with_pair.int4_grid = None
+    without = io.BytesIO()
+    torch.save(with_pair, without)
+    assert written.tell() == without.tell() > held
+
+
+def test_a_copy_has_a_pair_of_its_own(with_pair: PackedLinear) -> None:
+    copied = copy.deepcopy(with_pair)
+    assert copied.int4_words is not None and with_pair.int4_words is not None
+    assert copied.int4_words.equal(with_pair.int4_words)
+    assert copied.int4_words.data_ptr() != with_pair.int4_words.data_ptr()
+
+
+def test_other_devices_have_no_pair(with_pair: PackedLinear) -> None:
+    assert copy.deepcopy(with_pair).to("meta").int4_words is None
+
+
+def test_staying_where_it_is_keeps_the_pair(with_pair: PackedLinear) -> None:
+    before = with_pair.int4_words
+    assert with_pair.to("cpu").int4_words is before
+
+
+def test_a_cast_leaves_the_pair_in_its_dtype(with_pair: PackedLinear) -> None:
+    layer = with_pair.double().to(torch.float32)
+    assert layer.int4_grid is not None
+    assert layer.int4_grid.dtype == torch.bfloat16
+    assert layer(torch.ones(1, 128)).shape == (1, 32)
+
+
+def test_other_weights_loaded_into_it_make_another_pair(with_pair: PackedLinear) -> None:
+    other = PackedLinear(random_weight(Scheme(4, 32), 32, 128, scale_dtype=torch.float16, seed=5), None)
+    with_pair.load_state_dict(other.state_dict())
+    other.prepare()
+    assert with_pair.int4_words is not None and other.int4_words is not None
+    assert with_pair.int4_words.equal(other.int4_words)

@@ -1,0 +1,136 @@
+"""target → round → refine for weights that share an input: what is put together, and what is undone."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmq import algorithms
+from llmq.algorithms import Options, descent, gptq, output_error, refit
+from llmq.algorithms.guard import held_out_loss
+from llmq.methods import Method
+from llmq.numerics.input_stats import InputStats
+from llmq.numerics.quantized_tensor import QuantizedTensor
+from llmq.numerics.scheme import Scheme
+from llmq.steps.quantize_group import Rounded, round_group
+
+K = 32
+SCHEME, OTHER = Scheme(3, 16), Scheme(4, 16)
+OPTIONS = Options()
+CPU = torch.device("cpu")
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def observed(*, originals: bool = True, held_out: bool = True) -> InputStats:
+    stats = InputStats(K, CPU)
+    for seed, running in ((1, stats), *(((2, stats.hold_out()),) if held_out else ())):
+        X = random(200, K, seed=seed) @ random(K, K, seed=3)
+        running.update(0.9 * X + 0.5 * random(200, K, seed=seed + 9), X if originals else None)
+    return stats
+
+
+def weights() -> dict[str, Tensor]:
+    return {"q": random(8, K, seed=4), "left": random(3, K, seed=5), "k": random(4, K, seed=6), "other": random(4, K)}
+
+
+def rounded(stats: InputStats | None, method: Method) -> dict[str, Rounded]:
+    schemes = {"q": SCHEME, "left": None, "k": SCHEME, "other": OTHER}
+    return {each.path: each for each in round_group(weights(), schemes, stats, method, OPTIONS)}
+
+
+def test_a_method_of_one_stage_is_that_stage() -> None:
+    found = rounded(observed(), Method(rounding="gptq"))
+    assert list(found) == ["q", "k", "other"]
+    for path, each in found.items():
+        alone = gptq.round_weight(weights()[path], observed(), OTHER if path == "other" else SCHEME, OPTIONS)
+        assert torch.equal(each.rounding.quantized.dequantize(), alone.quantized.dequantize())
+        assert torch.equal(each.weight, weights()[path]) and not each.gains
+
+
+def test_the_target_is_rounded_in_the_place_of_the_weight() -> None:
+    stats = observed()
+    plain, found = rounded(stats, Method(rounding="gptq")), rounded(stats, Method(rounding="gptq", alphas=(1.0,)))
+    H, C = stats.hessian.double(), stats.cross
+    assert C is not None
+    H += 0.01 * H.diagonal().mean() * torch.eye(K)
+    for path, each in found.items():
+        W = weights()[path]
+        target = (W.double() + W.double() @ C.double() @ torch.linalg.inv(H)).float()
+        alone = gptq.round_weight(target, stats, each.rounding.quantized.scheme, OPTIONS)
+        assert torch.equal(each.rounding.quantized.codes, alone.quantized.codes)
+        assert torch.equal(each.weight, W)
+        assert [gain.stage for gain in each.gains] == ["target"] and each.gains[0].kept
+        assert stats.held_out is not None
+        losses = [held_out_loss(W, one[path].rounding.quantized.dequantize(), stats.held_out) for one in (found, plain)]
+        assert float(losses[0].sum()) < float(losses[1].sum())
+
+
+def test_without_the_float_model_s_inputs_the_weight_itself_is_rounded_and_it_is_said() -> None:
+    found = rounded(observed(originals=False), Method(rounding="gptq", alphas=(1.0,)))
+    plain = rounded(observed(originals=False), Method(rounding="gptq"))
+    for path, each in found.items():
+        assert torch.equal(each.rounding.quantized.codes, plain[path].rounding.quantized.codes)
+        assert each.rounding.notes[-1].startswith("the target is left out, the float model's inputs are not known")
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_refinements_lower_the_loss_of_the_target(held_out: bool) -> None:
+    stats = observed(held_out=held_out)
+    before = rounded(stats, Method(rounding="rtn", alphas=(1.0,)))
+    after = rounded(stats, Method(rounding="rtn", alphas=(1.0,), refinements=("descent", "refit")))
+    factor = gptq.factorize(stats.hessian, OPTIONS)
+    assert factor is not None
+    H = stats.hessian
+    H.diagonal().add_(factor.damping * H.diagonal().mean())
+    W = weights()["other"]
+    assert stats.cross is not None
+    target = W + algorithms.target.step(W, stats.cross, factor)
+    quantized = before["other"].rounding.quantized
+    for stage in (descent, refit):
+        quantized = stage.refine(target, quantized, H, OPTIONS)  # each is kept, here
+    found = after["other"].rounding.quantized
+    assert torch.equal(found.codes, quantized.codes)
+    torch.testing.assert_close(found.scales, quantized.scales, rtol=1e-4, atol=0)
+    losses = [output_error(target, each["other"].rounding.quantized.dequantize(), H).sum() for each in (after, before)]
+    assert float(losses[0]) < float(losses[1])
+    assert [gain.stage for gain in after["q"].gains] == (["target", "descent", "refit"] if held_out else [])
+
+
+class Spoiler:
+    """A refinement that ruins the first weight of the stack and leaves the others better."""
+
+    def refine(self, target: Tensor, quantized: QuantizedTensor, hessian: Tensor, options: Options) -> QuantizedTensor:
+        better = descent.refine(target, quantized, hessian, options)
+        better.codes[:8] = 7 - better.codes[:8]
+        return QuantizedTensor(better.codes, better.scales, better.zeros, better.scheme)
+
+
+def test_a_refinement_is_undone_for_each_weight_that_it_makes_worse(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refinement(name: str) -> Any:
+        return Spoiler() if name == "spoiler" else descent
+
+    monkeypatch.setattr(algorithms, "refinement", refinement)
+    stats = observed()
+    plain = rounded(stats, Method(rounding="rtn"))
+    spoilt = rounded(stats, Method(rounding="rtn", refinements=("spoiler",)))
+    descended = rounded(stats, Method(rounding="rtn", refinements=("descent",)))
+    assert torch.equal(spoilt["q"].rounding.quantized.codes, plain["q"].rounding.quantized.codes)
+    assert torch.equal(spoilt["k"].rounding.quantized.codes, descended["k"].rounding.quantized.codes)
+    assert not torch.equal(spoilt["k"].rounding.quantized.codes, plain["k"].rounding.quantized.codes)
+    assert [spoilt[path].gains[0].kept for path in ("q", "k")] == [False, True]
+    for path in ("q", "k"):
+        (gain,) = spoilt[path].gains
+        assert stats.held_out is not None
+        now = held_out_loss(weights()[path], spoilt[path].rounding.quantized.dequantize(), stats.held_out).sum()
+        assert float(now) == pytest.approx(gain.after if gain.kept else gain.before, rel=1e-5)
+
+
+def test_a_hessian_that_cannot_be_factored_leaves_only_the_rounding() -> None:
+    stats = InputStats(K, CPU)
+    stats.update(torch.full((4, K), float("inf")), torch.zeros(4, K))
+    found = rounded(stats, Method(rounding="gptq", alphas=(1.0,), refinements=("descent",)))
+    assert all("cannot be factored" in each.rounding.notes[0] for each in found.values())
