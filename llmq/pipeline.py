@@ -22,8 +22,7 @@ from llmq.errors import FormatError
 from llmq.model.analyse import fold, input_groups
 from llmq.model.analyse.fold import FoldSite
 from llmq.model.analyse.input_groups import InputGroup
-from llmq.model.build.block import Block
-from llmq.model.build.skeleton import Call
+from llmq.model.build.block import Block, Call
 from llmq.model.passes.sequential import Flow
 from llmq.numerics.block_diagonal import columns, inverse
 from llmq.numerics.input_stats import InputStats

@@ -35,8 +35,8 @@ from llmq.evaluation import scoring
 from llmq.evaluation.streaming import windows_together
 from llmq.model.analyse import input_groups
 from llmq.model.analyse.input_groups import InputGroup
-from llmq.model.build.block import Block
-from llmq.model.build.skeleton import Call, Skeleton
+from llmq.model.build.block import Block, Call
+from llmq.model.build.skeleton import Skeleton
 from llmq.model.experts.separate import SeparateExperts
 from llmq.model.passes.hidden_states import Stream
 from llmq.numerics.input_stats import InputStats

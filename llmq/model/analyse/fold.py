@@ -23,8 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq.model.analyse.input_groups import InputGroup, inputs_of
-from llmq.model.build.block import Block
-from llmq.model.build.skeleton import Call
+from llmq.model.build.block import Block, Call
 from llmq.numerics.block_diagonal import columns, inverse, repeated, rows, scaling
 
 FACTOR_TOLERANCE = 2e-5  # of a ratio measured in float32; neighbouring factors of 4096 channels lie 3e-4 apart

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from llmq.model.build.block import Block
-from llmq.model.build.skeleton import Call
+from llmq.model.build.block import Block, Call
 from llmq.numerics.input_stats import InputStats
 
 MATMULS = {

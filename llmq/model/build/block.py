@@ -2,16 +2,14 @@
 
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeGuard
+from dataclasses import dataclass
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
+from llmq.model.build.checkpoint_names import ModelWeights, require_finite
 from llmq.model.experts.separate import SeparateExperts
-from llmq.model.build.checkpoint_names import require_finite
-
-if TYPE_CHECKING:
-    from llmq.model.build.skeleton import Call, Skeleton
 
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
@@ -26,17 +24,38 @@ def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     return isinstance(output, Tensor) and output.shape == (1, module.out_features)
 
 
+@dataclass(frozen=True)
+class Call:
+    """What a block is called with: its hidden state (B, T, D) is the first of `args`, or `kwargs["hidden_states"]`."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def hidden(self) -> Tensor:
+        hidden: Tensor = self.args[0] if self.args else self.kwargs["hidden_states"]
+        return hidden
+
+    def with_hidden(self, hidden: Tensor) -> Call:
+        """The same call on another hidden state."""
+        if self.args:
+            return Call((hidden, *self.args[1:]), self.kwargs)
+        return Call((), {**self.kwargs, "hidden_states": hidden})
+
+
 class Block:
-    """A block of a `Skeleton`; `path` is where it is in the model, such as `model.layers.3`.
+    """Block number `index` of a `Skeleton`; `path` is where it is in the model, such as `model.layers.3`.
 
     `linears` maps the path of each linear layer that may be quantized, such as `model.layers.3.mlp.up_proj`, to its
     module; `experts` those of modules of experts, whose weights are among the linear layers.
     """
 
-    def __init__(self, path: str, module: nn.Module, skeleton: "Skeleton") -> None:
+    def __init__(self, index: int, path: str, module: nn.Module, weights: ModelWeights, device: torch.device) -> None:
+        self.index = index
         self.path = path
         self.module = module
-        self._skeleton = skeleton
+        self._weights = weights
+        self._device = device
         self._originals: dict[str, Tensor] = {}
         self.linears = {f"{path}.{name}": m for name, m in module.named_modules() if is_plain_linear(m)}
         self.experts = {f"{path}.{name}": m for name, m in module.named_modules() if isinstance(m, SeparateExperts)}
@@ -56,9 +75,8 @@ class Block:
 
     def load(self) -> None:
         """Read every parameter of the block from the checkpoint; raises CheckpointError for one with NaN or Inf."""
-        weights, device = self._skeleton.weights, self._skeleton.device
         for name, module in self.module.named_modules():
-            weights.fill(f"{self.path}.{name}" if name else self.path, module, device)
+            self._weights.fill(f"{self.path}.{name}" if name else self.path, module, self._device)
         for name, parameter in self.module.named_parameters():
             require_finite(f"{self.path}.{name}", parameter)
 
@@ -73,7 +91,7 @@ class Block:
                 if parameter is not None:
                     name = f"{path}.{key}" if path else key
                     tensor = self._read(name, read, unpacked)
-                    real = tensor.to(self._skeleton.device, parameter.dtype)
+                    real = tensor.to(self._device, parameter.dtype)
                     module._parameters[key] = nn.Parameter(real, requires_grad=False)
 
     def free(self) -> None:
@@ -85,11 +103,11 @@ class Block:
                     module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
     @torch.no_grad()
-    def run(self, call: "Call") -> Tensor:
+    def run(self, call: Call) -> Tensor:
         """The block's hidden state (B, T, D) for one recorded call."""
         return self.forward(call)
 
-    def forward(self, call: "Call") -> Tensor:
+    def forward(self, call: Call) -> Tensor:
         """The same in whatever mode torch is in, so that there may be gradients."""
         output = self.module(*call.args, **call.kwargs)
         hidden: Tensor = output[0] if isinstance(output, tuple | list) else output
@@ -121,7 +139,7 @@ class Block:
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """The dtype that the checkpoint stores a parameter in; `name` as below the block: `input_layernorm.weight`."""
-        return self._skeleton.weights.stored_dtypes[f"{self.path}.{name}"]
+        return self._weights.stored_dtypes[f"{self.path}.{name}"]
 
     def stored_names(self) -> list[str]:
         """The checkpoint's name of each parameter of the block's own."""
@@ -133,7 +151,7 @@ class Block:
         for name, parameter in self._own_parameters():
             dtype = self.stored_dtype(name)
             if parameter.dtype.itemsize < dtype.itemsize:  # a block that runs in fewer bits is never rewritten
-                tensor = self._skeleton.weights.original(f"{self.path}.{name}")
+                tensor = self._weights.original(f"{self.path}.{name}")
             else:
                 tensor = parameter.detach().to(dtype)
             stored[self._stored_name(name)] = self._turned(name, tensor)
@@ -147,18 +165,18 @@ class Block:
 
     def _own_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Those that the checkpoint holds by themselves, for this block."""
-        borrowed = self._skeleton.weights.is_borrowed
+        borrowed = self._weights.is_borrowed
         return [(name, p) for name, p in self.module.named_parameters() if not borrowed(f"{self.path}.{name}")]
 
     def _read(self, name: str, read: Callable[[str], Tensor], unpacked: Container[str]) -> Tensor:
-        weights, full = self._skeleton.weights, f"{self.path}.{name}"
+        weights, full = self._weights, f"{self.path}.{name}"
         if weights.is_borrowed(full):
             return weights.original(full)
         stored = self._stored_name(name)
         return read(stored) if stored in unpacked else self._turned(name, read(stored))
 
     def _stored_name(self, name: str) -> str:
-        return self._skeleton.weights.tensor_name(f"{self.path}.{name}")
+        return self._weights.tensor_name(f"{self.path}.{name}")
 
     def _turned(self, name: str, tensor: Tensor) -> Tensor:
-        return self._skeleton.weights.turned(f"{self.path}.{name}", tensor)
+        return self._weights.turned(f"{self.path}.{name}", tensor)

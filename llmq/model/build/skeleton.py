@@ -9,7 +9,6 @@ No model is named anywhere: the decoder blocks are the module list with the most
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,32 +16,13 @@ from torch import Tensor, nn
 
 from llmq.errors import UnsupportedModelError
 from llmq.model.analyse import meta_run
-from llmq.model.build.block import Block, is_plain_linear
+from llmq.model.build.block import Block, Call, is_plain_linear
 from llmq.model.build.module_tree import build as build
 from llmq.model.build.module_tree import load_config as load_config
 from llmq.model.build.checkpoint_names import ModelWeights
 
 SHARED = "its weight is shared with another layer"
 MOST_RETURNED = 3  # how many values blocks return, at most
-
-
-@dataclass(frozen=True)
-class Call:
-    """What a block is called with: its hidden state (B, T, D) is the first of `args`, or `kwargs["hidden_states"]`."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    @property
-    def hidden(self) -> Tensor:
-        hidden: Tensor = self.args[0] if self.args else self.kwargs["hidden_states"]
-        return hidden
-
-    def with_hidden(self, hidden: Tensor) -> "Call":
-        """The same call on another hidden state."""
-        if self.args:
-            return Call((hidden, *self.args[1:]), self.kwargs)
-        return Call((), {**self.kwargs, "hidden_states": hidden})
 
 
 class _Reached(Exception):  # noqa: N818  (it ends a forward, nothing went wrong)
@@ -63,7 +43,7 @@ class Skeleton:
         if getattr(config, "output_router_logits", False):  # for a loss of their own, of blocks that do not run then
             model.config.output_router_logits = False  # type: ignore[union-attr]
         path, modules = largest_module_list(model)
-        self.blocks = [Block(f"{path}.{i}", module, self) for i, module in enumerate(modules)]
+        self.blocks = [Block(i, f"{path}.{i}", module, weights, device) for i, module in enumerate(modules)]
         for name, parameter in modules.named_parameters():
             weights.refuse_stacked(f"{path}.{name}", parameter)
         linears = {path: linear for block in self.blocks for path, linear in block.linears.items()}

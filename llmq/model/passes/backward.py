@@ -18,8 +18,8 @@ from collections.abc import Collection, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from llmq.model.build.block import Block
-from llmq.model.build.skeleton import Call, Skeleton
+from llmq.model.build.block import Block, Call
+from llmq.model.build.skeleton import Skeleton
 from llmq.model.passes.forward import Ready
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from llmq.model.analyse.input_groups import InputGroup
-from llmq.model.build.block import Block
-from llmq.model.build.skeleton import Call, Skeleton
+from llmq.model.build.block import Block, Call
+from llmq.model.build.skeleton import Skeleton
 from llmq.model.passes.sequential import Flow, held_bytes, why_not_held
 from llmq.model.passes.statistics import TokenWeights
 from llmq.numerics.input_stats import InputStats

@@ -31,8 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq.model.analyse.input_groups import InputGroup
-from llmq.model.build.block import Block
-from llmq.model.build.skeleton import Call
+from llmq.model.build.block import Block, Call
 from llmq.model.passes.statistics import Arrival, Fed, Stop, Summation, TokenWeights, stops_of
 from llmq.numerics.input_stats import InputStats
 

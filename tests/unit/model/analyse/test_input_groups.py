@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from llmq.model.analyse import input_groups
 from llmq.model.analyse.input_groups import MatmulWatcher
-from llmq.model.build.block import Block
-from llmq.model.build.skeleton import Call, Skeleton
+from llmq.model.build.block import Block, Call
+from llmq.model.build.skeleton import Skeleton
 from llmq.model.passes.hidden_states import Stream
 from tests.builders import skeleton_in_memory, skeleton_of, tokens
 

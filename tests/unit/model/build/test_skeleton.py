@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, BertConfig, T5Config
 
 from llmq.errors import CheckpointError, UnsupportedModelError
 from llmq.model.build import skeleton
-from llmq.model.build.skeleton import Call, Skeleton
+from llmq.model.build.block import Call
+from llmq.model.build.skeleton import Skeleton
 from llmq.model.passes.hidden_states import Stream
 from tests.builders import (
     CONFIGS,

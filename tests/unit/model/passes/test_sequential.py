@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from llmq.model.analyse import input_groups
-from llmq.model.build.block import Block
-from llmq.model.build.skeleton import Call, Skeleton
+from llmq.model.build.block import Block, Call
+from llmq.model.build.skeleton import Skeleton
 from llmq.model.passes.hidden_states import BLOCK_COPIES, CROSS_BYTES, HELD_OUT_BYTES, SOLVER_BYTES, Stream
 from llmq.model.passes.sequential import Flow, held_bytes
 from llmq.numerics.input_stats import InputStats
