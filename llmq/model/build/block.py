@@ -36,7 +36,7 @@ class Call:
         hidden: Tensor = self.args[0] if self.args else self.kwargs["hidden_states"]
         return hidden
 
-    def with_hidden(self, hidden: Tensor) -> Call:
+    def with_hidden(self, hidden: Tensor) -> "Call":
         """The same call on another hidden state."""
         if self.args:
             return Call((hidden, *self.args[1:]), self.kwargs)
