@@ -7,8 +7,8 @@
     python eval/ablation.py --render                 the tables again, from ablation.json and domains.json
 
 Rows are appended to ablation.json and domains.json in eval/results/ as they are done, and rows that are there are not
-made again.  KL is KL(float ‖ quantized) in nats per token on held-out text, of the file read back.  Seconds are CPU-seconds
-inside the process, imports and measuring left out.
+made again.  KL is KL(float ‖ quantized) in nats per token on held-out text, of the file read back.  Seconds are
+CPU-seconds inside the process, imports and measuring left out.
 """
 
 import argparse
