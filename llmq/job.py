@@ -1,15 +1,14 @@
 """From a model's name to a finished folder: everything around the page in `pipeline.py`.
 
 A `Job` is made of a request; making it raises for whatever can be known to go wrong before hours are spent (`plan.py`).
-`run` does the work and yields a record after each layer and block; `report` fills up.
+`run` does the work and reports events; `report` fills up.
 """
 
 import dataclasses
-import itertools
 import math
 import platform
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +27,27 @@ from llmq.methods import Method
 from llmq.mixed_precision import assign, sensitivity
 from llmq.mixed_precision.sensitivity import Question
 from llmq.model.build.checkpoint_names import require_finite
-from llmq.model.passes.hidden_states import Stream
+from llmq.model.passes.hidden_states import Storage
+from llmq.model.passes.recorded_calls import RecordedCalls
+from llmq.model.passes.sequential import Streams
 from llmq.model.passes.statistics import TokenWeights
+from llmq.model.passes.streams import Stream, Text
 from llmq.numerics.scheme import Scheme
 from llmq.plan import Plan
 from llmq.report import record
-from llmq.report.record import BlockReport, ConvertStep, LayerReport, MeasuringStep, Report, TuningStep
+from llmq.report.events import Event, OnEvent, ignore
+from llmq.report.record import BlockReport, Report, TuningReport
 from llmq.report.sensitivity import Sensitivity
 from llmq.run_text import RunText
-from llmq.steps import end_to_end, lm_head, output_layout, token_weights
-from llmq.steps.run import Run
+from llmq.steps import output_layout, token_weights
+from llmq.steps.end_to_end.memory_plan import disk_bytes
+from llmq.steps.run import Run, TuningRun
+from llmq.steps.transforms import PROBE_TOKENS
 
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 32_768}
-FLOAT_HEAD = "the tuning's predictions are those of the float head: what rounding the head costs is not tuned against"
+FLOAT_HEAD = (
+    "tuning minimizes the KL divergence with the float head: the error of the quantized head is not tuned against"
+)
 
 
 class Job:
@@ -104,56 +111,38 @@ class Job:
         head = self.plan.layers.get(self.plan.skeleton.head_path or "")
         return self.blocks + (head is not None and head.scheme is not None)
 
-    def run(self) -> Iterator[CalibrationSet | MeasuringStep | LayerReport | BlockReport | TuningStep | ConvertStep]:
-        """Do it; yields the text, then a record after each layer and block.  The finished folder appears at the end."""
+    def run(self, on_event: OnEvent = ignore) -> Report:
+        """Do it, and report every event.  The finished folder appears at the end."""
         start = time.monotonic()
         if not self._overwrite:
             Writer.require_free(self.out)  # known now, and not after the text was read
         for name in self.plan.outside():  # a block's own are looked at when it is read
             require_finite(name, self.plan.checkpoint.tensor(name))
-        stages, target = self.plan.stages, self.plan.settings.target_bits
-        text = self._calibration_set() if stages.needs_calibration or target is not None else None
-        if text is not None:
-            yield text
-            if target is not None:
-                yield from self._spend(text, target)
+        text = self._read_text(on_event)
+        if text is not None and self.plan.settings.target_bits is not None:
+            self._assign_bits(text, self.plan.settings.target_bits, on_event)
         writer = self._open_writer(text)
         try:
             self._text.save()
-            run = self._pipeline_run(text, writer)
-            for done in itertools.chain(pipeline.quantize_blocks(run), lm_head.quantize_head(run)):
-                if isinstance(done, BlockReport):
-                    self.report.blocks.append(done)
-                yield done
-            if text is not None and self._text.tuned_on is not None:
-                judged = end_to_end.held_out(stages, text.windows)
-                self.report.tuning = yield from end_to_end.tune(
-                    run, self._text.tuned_on, judged, self.plan.settings.seed
-                )
-            if run.stream is not None:
-                self.report.notes += run.stream.notes
-            yield from self._finish(writer, start)
+            run = self._prepare(text, writer, on_event)
+            pipeline.quantize_model(run, save=lambda: self._finish(run, start))
         except BaseException:
             writer.abandon()
             raise
+        return self.report
 
     def measure_layers(
-        self, tried: Sequence[Scheme] = (), windows: int = sensitivity.WINDOWS
-    ) -> Generator[CalibrationSet | MeasuringStep, None, Sensitivity]:
-        """What every layer suffers on each of the grids `tried`, by default those that --target-bits chooses from.
-
-        Yields the text, then a record after each block.
-        """
+        self, tried: Sequence[Scheme] = (), windows: int = sensitivity.WINDOWS, on_event: OnEvent = ignore
+    ) -> Sensitivity:
+        """What every layer loses on each of the grids `tried`, by default those that --target-bits chooses from."""
         question = self._question(tried)
-        text = self._calibration_set()
-        yield text
-        return (yield from self._measured(text, question, windows))
+        return self._measured(self._text.load(self.plan, self.report, on_event), question, windows, on_event)
 
-    def _measured(
-        self, text: CalibrationSet, question: Question, windows: int = sensitivity.WINDOWS
-    ) -> Generator[MeasuringStep, None, Sensitivity]:
-        batch = self._windows_at_once(text)
-        return (yield from sensitivity.measure(self.plan.skeleton, text.windows, question, batch=batch, judged=windows))
+    def _measured(self, text: CalibrationSet, question: Question, windows: int, on_event: OnEvent) -> Sensitivity:
+        batch = self._sequences_at_once(text)
+        return sensitivity.measure(
+            self.plan.skeleton, text.windows, question, batch=batch, judged=windows, on_event=on_event
+        )
 
     def _question(self, tried: Sequence[Scheme] = ()) -> Question:
         plan = self.plan
@@ -161,16 +150,18 @@ class Job:
             plan.skeleton, plan.checkpoint, plan.settings, plan.stages.rounding, plan.layout, plan.options, tried
         )
 
-    def _spend(self, text: CalibrationSet, target: float) -> Generator[MeasuringStep, None, None]:
-        """Find out which layers get more bits, and go on as if the settings had said so."""
-        found = yield from self._measured(text, self._question())
-        spent = assign.spend(found, target)
-        self.plan = self.plan.with_settings(assign.settled(self.plan.settings, spent))
-        self.report.settings, self.report.left = config_to(self.plan.settings), self.plan.left()
-        self.report.notes += [*found.notes, str(spent)]
+    def _read_text(self, on_event: OnEvent) -> CalibrationSet | None:
+        """The calibration text, where anything needs one."""
+        needed = self.plan.stages.needs_calibration or self.plan.settings.target_bits is not None
+        return self._text.load(self.plan, self.report, on_event) if needed else None
 
-    def _calibration_set(self) -> CalibrationSet:
-        return self._text.load(self.plan, self.report)
+    def _assign_bits(self, text: CalibrationSet, target: float, on_event: OnEvent) -> None:
+        """Measure which layers need more bits, and go on as if the settings had said so."""
+        measured = self._measured(text, self._question(), sensitivity.WINDOWS, on_event)
+        assignment = assign.spend(measured, target)
+        self.plan = self.plan.with_settings(assign.settled(self.plan.settings, assignment))
+        self.report.settings, self.report.left = config_to(self.plan.settings), self.plan.left()
+        self.report.notes += [*measured.notes, str(assignment)]
 
     def _open_writer(self, text: CalibrationSet | None) -> Writer:
         plan = self.plan
@@ -183,61 +174,91 @@ class Job:
             "device": plan.device.type,
         }
         needed = save.copies(plan.settings.formats) * plan.expected_bytes
-        if self._text.tuned_on is not None and plan.stages.tuning is not None:
-            needed += end_to_end.disk_bytes(
-                plan.skeleton, plan.layers.values(), plan.stages.tuning, self._text.tuned_on
-            )
+        if self._text.tuning is not None and plan.stages.tuning is not None:
+            needed += disk_bytes(plan.skeleton, plan.layers.values(), plan.stages.tuning, self._text.tuning)
         writer = Writer.open(self.out, identity=identity, overwrite=self._overwrite, needed_bytes=needed)
         if writer.resumed_blocks:
             self.report.notes.append(
                 f"continued: {writer.resumed_blocks} of {self.commits} blocks were finished earlier"
             )
         if writer.damaged_blocks:
-            self.report.notes.append(f"blocks {writer.damaged_blocks} of an earlier run were damaged and are made anew")
+            self.report.notes.append(f"blocks {writer.damaged_blocks} of an earlier run were damaged and are repeated")
         if writer.discarded:
             self.report.notes.append("an unfinished run with other settings was in the output folder; it was discarded")
         return writer
 
-    def _pipeline_run(self, text: CalibrationSet | None, writer: Writer) -> Run:
-        plan, stream = self.plan, None
-        if text is not None:
-            stream = Stream(
-                plan.skeleton,
-                text.windows,
-                self._windows_at_once(text),
-                memory.spare(plan.device),
-                originals=bool(plan.stages.alphas) or plan.stages.block_tuning is not None,
-                held_out=self._held_out(len(text.windows)),
-                weights=self._token_weights(text, writer),
-                tokens_per_input=plan.stages.expert_tokens,
-                to_the_head=plan.settings.quantize_head,
-            )
-        reader = plan.layout.read_config(plan.quantization_config())
-        return Run(plan.skeleton, stream, plan.layers, plan.stages, plan.options, plan.layout, reader, writer)
+    def _prepare(self, text: CalibrationSet | None, writer: Writer, on_event: OnEvent) -> Run:
+        """Everything that stays the same from block to block."""
 
-    def _token_weights(self, text: CalibrationSet, writer: Writer) -> TokenWeights | None:
+        def collect(event: Event) -> None:
+            if isinstance(event, BlockReport):
+                self.report.blocks.append(event)
+            elif isinstance(event, TuningReport):
+                self.report.tuning = event
+            on_event(event)
+
+        plan, streams, tuning = self.plan, None, None
+        if text is not None:
+            calls = RecordedCalls(plan.skeleton)
+            streams = self._streams(text, writer, calls, on_event)
+            if self._text.tuning is not None:
+                tuning = TuningRun(self._text.tuning, calls, plan.settings.seed)
+        return Run(
+            skeleton=plan.skeleton,
+            streams=streams,
+            tuning=tuning,
+            plans=plan.layers,
+            method=plan.stages,
+            options=plan.options,
+            layout=plan.layout,
+            reader=plan.layout.read_config(plan.quantization_config()),
+            writer=writer,
+            on_event=collect,
+        )
+
+    def _streams(self, text: CalibrationSet, writer: Writer, calls: RecordedCalls, on_event: OnEvent) -> Streams:
+        plan, method = self.plan, self.plan.stages
+        tokens = Text(text.windows, self._sequences_at_once(text), self._validation(len(text.windows)))
+        compares = bool(method.alphas) or method.block_tuning is not None
+        state = plan.skeleton.record(0, text.windows[:1]).hidden.nbytes * tokens.sequences
+        storage = Storage.choose((1 + compares) * state, plan.device, writer.activations)
+        tunes = method.tuning is not None or method.block_tuning is not None
+        head = plan.settings.quantize_head
+        return Streams(
+            quantized=Stream(plan.skeleton, tokens, calls, storage, "quantized", to_the_end=head),
+            floats=Stream(plan.skeleton, tokens, calls, storage, "float", to_the_end=tunes) if compares else None,
+            weights=self._token_weights(text, writer, calls, on_event),
+            tokens_per_input=method.expert_tokens,
+            memory=memory.spare(plan.device),
+        )
+
+    def _token_weights(
+        self, text: CalibrationSet, writer: Writer, calls: RecordedCalls, on_event: OnEvent
+    ) -> TokenWeights | None:
         if not self.plan.stages.token_weights or all(writer.has(index) for index in range(self.blocks)):
             return None
-        return token_weights.measure(self.plan.skeleton, text.windows, self.plan.settings.seed)
+        return token_weights.measure(self.plan.skeleton, text.windows, self.plan.settings.seed, calls, on_event)
 
-    def _windows_at_once(self, text: CalibrationSet) -> int:
+    def _sequences_at_once(self, text: CalibrationSet) -> int:
         return max(1, TOKENS_PER_BATCH.get(self.plan.device.type, 4096) // text.windows.shape[1])
 
-    def _held_out(self, windows: int) -> int:
-        """How many of the calibration windows nothing is fitted on."""
+    def _validation(self, sequences: int) -> int:
+        """How many of the calibration sequences nothing is fitted on."""
         share = self.plan.stages.held_out
-        held_out = min(math.ceil(share * windows), windows - 1)
-        if share and not held_out:
-            self.report.notes.append("one calibration window is too few to hold any out: no stage could be judged")
-        return held_out
+        validation = min(math.ceil(share * sequences), sequences - 1)
+        if share and not validation:
+            self.report.notes.append("one calibration sequence is too few to hold any out: no stage could be judged")
+        return validation
 
-    def _finish(self, writer: Writer, start: float) -> Iterator[ConvertStep]:
+    def _finish(self, run: Run, start: float) -> None:
         """Put the folder together: packed blocks, everything else as it was, configuration and provenance."""
         report, plan = self.report, self.plan
+        if run.streams is not None:
+            report.notes += run.streams.notes
         quantized = {layer.name: layer for layer in report.layers}
         for layer in plan.layers.values():
             if layer.scheme is not None and layer.name not in quantized:
-                report.left[layer.name] = f"it did not run on the first {pipeline.PROBE_TOKENS} calibration tokens"
+                report.left[layer.name] = f"it did not run on the first {PROBE_TOKENS} calibration tokens"
         sizes = {layer.name: layer.weights for layer in plan.layers.values()}
         stored_bits = sum(sizes[name] * layer.bits_per_weight for name, layer in quantized.items())
         report.bits_per_weight = stored_bits / max(1, sum(sizes[name] for name in quantized))
@@ -246,7 +267,7 @@ class Job:
         report.stages = [*record.summaries(report.layers), *record.block_summaries(report.blocks)]
         report.seconds = time.monotonic() - start
         report.peak_memory_bytes = record.peak_memory()
-        yield from save.finish(writer, plan, report, set(quantized))
+        save.finish(run.writer, plan, report, set(quantized), run.on_event)
 
 
 def quantize(
@@ -259,13 +280,15 @@ def quantize(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     stages: Method | None = None,
+    on_event: OnEvent = ignore,
     **settings: Any,
 ) -> Report:
     """Quantize `model`, a folder or Hub id, into the folder `out`.
 
     Settings are those of `QuantConfig`, by name (`method="gptq"`, `bits=4`, `group_size=128`,
-    `calibration=["text.txt"]`), on top of `config`; `stages` replace those of the method, for experiments.  An
-    interrupted call continues when it is repeated.  Raises the errors of `llmq.errors`.
+    `calibration=["text.txt"]`), on top of `config`; `stages` replace those of the method, for experiments.  `on_event`
+    is called with whatever happens (`llmq.report.events`).  An interrupted call continues when it is repeated.  Raises
+    the errors of `llmq.errors`.
     """
     job = Job(
         model,
@@ -277,9 +300,7 @@ def quantize(
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
     )
-    for _ in job.run():
-        pass
-    return job.report
+    return job.run(on_event)
 
 
 def default_output(model: str, settings: QuantConfig) -> Path:

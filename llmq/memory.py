@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import torch
 
+HOST = torch.device("cpu")
 CGROUPS = Path("/sys/fs/cgroup")
 # Below the mount point: the limit, what is used of it, and how the statistics call file pages that would be given up.
 VERSIONS = (

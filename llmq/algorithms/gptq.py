@@ -48,7 +48,7 @@ def round_weight(
     """See `RoundingStage`."""
     if stats is None or stats.tokens == 0:
         raise ValueError("gptq needs the statistics of at least one token")
-    hessian = stats.hessian
+    hessian = stats.second_moment()
     factor = factor or factorize(hessian, options)
     if factor is None:
         nearest = clip.round_weight(weight, stats, scheme, options)

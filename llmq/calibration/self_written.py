@@ -17,7 +17,9 @@ A model that fits into memory is loaded for this and freed again.  One that does
 pass over the whole checkpoint for each token: slow, so the texts are short and all are written at once.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -27,8 +29,10 @@ from llmq import memory
 from llmq.calibration.cache import OwnText
 from llmq.errors import UnsupportedModelError
 from llmq.model.build.skeleton import Skeleton
-from llmq.model.passes.forward import hidden_states
+from llmq.model.passes.forward import run_through
 from llmq.model.passes.generate import Continuation, cache_bytes, in_memory, weight_bytes
+from llmq.model.passes.hidden_states import Place, Storage
+from llmq.model.passes.streams import Text
 
 HOT, FALLING = 2.0, 10  # the first token's temperature; over so many tokens it falls to 1
 ROWS = 64  # written at once, where their keys and values fit
@@ -90,7 +94,9 @@ def draw(logits: Tensor, temperature: Tensor, voice: Voice, numbers: Tensor) -> 
     return found.squeeze(1).cpu()
 
 
-def write_rows(next_logits: NextLogits, numbers: Tensor, voice: Voice) -> Tensor:
+def write_rows(
+    next_logits: NextLogits, numbers: Tensor, voice: Voice, on_position: Callable[[int], None] = lambda position: None
+) -> Tensor:
     """(B, T) int64: a row of text for each row of `numbers` (B, T), which are uniform in [0, 1 - 2**-24]."""
     B, T = numbers.shape
     tokens = torch.empty(B, T, dtype=torch.int64)
@@ -107,18 +113,26 @@ def write_rows(next_logits: NextLogits, numbers: Tensor, voice: Voice) -> Tensor
         again = ended & (tokens[:, position] == (-1 if voice.begin is None else voice.begin))  # one token for both
         age = torch.where(starting | again, 0, age + 1)
         starting = ended & ~again
+        on_position(position + 1)
     return tokens
 
 
 class SelfAuthor:
     """A model as the author of its own calibration text, which may use `free` bytes, by default all that are free.
 
-    What is in `kept` is not written again, and what is written goes there.
+    What is in `kept` is not written again, and what is written goes there.  After each position `on_progress` gets how
+    many tokens are done, and of how many.
     """
 
     def __init__(
-        self, skeleton: Skeleton, tokenizer: Any, kept: OwnText | None = None, free: int | None = None
+        self,
+        skeleton: Skeleton,
+        tokenizer: Any,
+        kept: OwnText | None = None,
+        free: int | None = None,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
+        self._on_progress = on_progress
         self._skeleton = skeleton
         self._tokenizer = tokenizer
         self._kept = kept
@@ -149,17 +163,23 @@ class SelfAuthor:
         generator = torch.Generator().manual_seed(seed)
         numbers = torch.rand(texts, length, generator=generator).double()  # of 24 bits: none rounds up to 1
         if rows:
+            written: list[Tensor] = []
             with in_memory(self._skeleton) as model:
-                parts = numbers.split(rows)
-                written = [write_rows(Continuation(model, self._skeleton.device), part, voice) for part in parts]
+                for part in numbers.split(rows):
+                    done, B = sum(earlier.numel() for earlier in written), len(part)
+                    step = Continuation(model, self._skeleton.device)
+                    written.append(write_rows(step, part, voice, partial(self._progress, done, B, numbers.numel())))
         else:
             needed = f"{weight_bytes(self._skeleton) / 1e9:.1f} GB, free are {free / 1e9:.1f}"
             self.notes.append(
                 f"self: texts of {length} tokens, written block by block, a pass over the checkpoint for each token, "
                 f"as the model does not fit into memory ({needed})"
             )
-            written = [write_rows(self._streamed, numbers, voice)]
+            written = [write_rows(self._streamed, numbers, voice, partial(self._progress, 0, texts, numbers.numel()))]
         return torch.cat(written).flatten()[: windows * seqlen].view(windows, seqlen)
+
+    def _progress(self, done: int, rows: int, total: int, position: int) -> None:
+        self._on_progress(done + rows * position, total)
 
     def _rows_at_once(self, seqlen: int, free: int) -> int:
         """How many rows of the whole model's text fit into memory at once; 0 where the model does not."""
@@ -170,11 +190,10 @@ class SelfAuthor:
     @torch.no_grad()
     def _streamed(self, tokens: Tensor) -> Tensor:
         """The next logits, each block read from the checkpoint in its turn."""
-        batches = tokens.split(STREAMED_ROWS)
-        last = [hidden[..., -1:, :] for hidden in hidden_states(self._skeleton, batches)]
-        device = self._skeleton.device
+        text = Text(tokens, STREAMED_ROWS)
+        passed = run_through(self._skeleton, text, Storage(self._skeleton.device, Place.HOST))
         logits = [
-            self._skeleton.logits(batch[:, -1:], hidden.to(device))[:, -1]
-            for batch, hidden in zip(batches, last, strict=True)
+            self._skeleton.logits(text.of(batch)[:, -1:], passed.last(batch)[..., -1:, :])[:, -1]
+            for batch in text.batches()
         ]
         return torch.cat(logits)

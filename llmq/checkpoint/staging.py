@@ -7,6 +7,7 @@
         revision/           a second version of all blocks, in the making (see revision.py)
         final/              the model while it is put together
         scratch/            a model that the one in final/ is made from, and that nobody asked for
+        activations/        hidden states of the calibration text that do not fit into memory
         moving.json         the files of final/ that may already be in OUT; written before the first of them is moved
 
 It lies inside OUT because OUT may be a mount point, and a rename is atomic only within a file system.
@@ -40,6 +41,7 @@ class Staging:
         self.folder = out / STAGING
         self.final = self.folder / "final"
         self.scratch = self.folder / "scratch"
+        self.activations = self.folder / "activations"
         self.revision = Revision(self.folder / "revision")
         self._identity = self.folder / "identity.json"
         self._moving = self.folder / "moving.json"
@@ -74,7 +76,7 @@ class Staging:
             if moved.parent != self.out and moved.parent.is_dir() and not any(moved.parent.iterdir()):
                 moved.parent.rmdir()
         self._moving.unlink(missing_ok=True)
-        for made in (self.final, self.scratch):
+        for made in (self.final, self.scratch, self.activations):
             if made.exists():
                 shutil.rmtree(made)
 

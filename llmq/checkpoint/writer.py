@@ -99,6 +99,11 @@ class Writer:
         """Where a second version of the committed blocks is made; `finish` takes it where it was adopted."""
         return self._staging.revision
 
+    @property
+    def activations(self) -> Path:
+        """A folder for hidden states that do not fit into memory; may not exist, and is emptied between runs."""
+        return self._staging.activations
+
     def has(self, index: int) -> bool:
         """Whether a block is committed."""
         return index in self._committed

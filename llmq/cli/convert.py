@@ -1,19 +1,16 @@
 """`llmq convert PATH OUT --to FORMAT`"""
 
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from rich.markup import escape
-from rich.progress import TaskID
 from typer import Argument, Option
 
 from llmq.cli import options
-from llmq.cli.terminal import bars, megabytes, messages, print_json, print_notes, print_table, quiet_transformers
+from llmq.cli.progress import ProgressDisplay
+from llmq.cli.terminal import megabytes, messages, print_json, print_notes, print_table, quiet_transformers
 from llmq.config import CONVERTIBLE
 from llmq.errors import ConfigError, Interrupted
-from llmq.report.record import ConvertStep
 
 if TYPE_CHECKING:
     from llmq.export.convert import Conversion
@@ -70,7 +67,8 @@ def command(
             path, out, to, allow_requantize=allow_requantize, overwrite=overwrite, remote_code=trust_remote_code
         )
     try:
-        _show(converter.run())
+        with ProgressDisplay() as display:
+            converter.run(display)
     except KeyboardInterrupt:
         hint = "give the same command again: it continues where it stopped"
         raise Interrupted("interrupted", hint=hint) from None
@@ -80,21 +78,6 @@ def command(
         print_json(converter.report.to_dict())
     else:
         _print(converter.report)
-
-
-def _show(work: Iterator[ConvertStep]) -> None:
-    console = messages()
-    if not console.is_terminal:
-        for step in work:
-            if step.done == step.total or step.done % max(1, step.total // LINES) == 0:
-                print(f"{step.doing} {step.done}/{step.total}  {step.module}", file=sys.stderr, flush=True)
-        return
-    with bars(console) as progress:
-        tasks: dict[str, TaskID] = {}
-        for step in work:
-            if step.doing not in tasks:
-                tasks[step.doing] = progress.add_task("", total=step.total, doing=step.doing, unit="weights")
-            progress.update(tasks[step.doing], completed=step.done, description=step.module)
 
 
 def _print(report: "Conversion") -> None:

@@ -1,14 +1,13 @@
 """`llmq quantize MODEL [OUT]`"""
 
 import re
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
 from llmq.cli import options
-from llmq.cli.manifest import print_manifest
-from llmq.cli.terminal import Step, megabytes, messages, print_json, print_notes, print_table, quiet_transformers, show
+from llmq.cli.progress import ProgressDisplay
+from llmq.cli.terminal import megabytes, messages, print_json, print_notes, print_table, quiet_transformers
 from llmq.cli.verify import print_findings, print_serving
 from llmq.config import QuantConfig
 from llmq.config_files import config_from, config_to, merged, read_toml
@@ -78,7 +77,8 @@ def command(
         _print_plan(job, as_json=json)
         return
     try:
-        show(_announced(job), job.commits)
+        with ProgressDisplay(job.commits) as display:
+            job.run(display)
     except KeyboardInterrupt:
         hint = "give the same command again: it continues after the last finished block"
         raise Interrupted("interrupted", hint=hint) from None
@@ -138,16 +138,6 @@ def _print_serving(job: "Job") -> None:
         told += [v.engine for v in verdicts if v.loads and len(v.gpus) == 1]
         rows.append((name, ", ".join(told) or "no engine"))
     print_table("served by", ("format", "engines; llmq verify says why not"), rows)
-
-
-def _announced(job: "Job") -> Iterator[Step]:
-    """The work of a job; what it reads is shown on stderr before it starts."""
-    for done in job.run():
-        if isinstance(done, Step):
-            yield done
-        else:
-            print_manifest(done.to_dict(), messages())
-            print_notes(done.notes)
 
 
 def _print_result(job: "Job", *, as_json: bool) -> None:

@@ -1,22 +1,19 @@
 """`llmq sensitivity MODEL`"""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
 from llmq.cli import options
-from llmq.cli.manifest import print_manifest
-from llmq.cli.terminal import messages, print_json, print_notes, print_table, quiet_transformers, show_measuring
+from llmq.cli.progress import ProgressDisplay
+from llmq.cli.terminal import print_json, print_notes, print_table, quiet_transformers
 from llmq.config import QuantConfig
 from llmq.config_files import config_from, merged, parse_group_size, read_toml
 from llmq.errors import ConfigError, Interrupted
 from llmq.numerics.scheme import GroupSize, Scheme
-from llmq.report.record import MeasuringStep
 
 if TYPE_CHECKING:
-    from llmq.job import Job
     from llmq.mixed_precision.assign import Spending
     from llmq.report.sensitivity import Sensitivity
 
@@ -76,7 +73,8 @@ def command(
     quiet_transformers()
     job = Job(model, None, settings, device=device, revision=revision, trust_remote_code=trust_remote_code)
     try:
-        found = _measured(job, tried, windows)
+        with ProgressDisplay() as display:
+            found = job.measure_layers(tried, windows, display)
     except KeyboardInterrupt:
         raise Interrupted("interrupted", hint="fewer --windows take less time") from None
     plan = None if settings.target_bits is None else assign.spend(found, settings.target_bits)
@@ -96,28 +94,6 @@ def _scheme(text: str, settings: QuantConfig) -> Scheme:
         raise ConfigError(f"grid {text!r} is not understood", hint="give BITS or BITS:GROUP, such as 4:32")
     group: GroupSize = parse_group_size(size) if size else settings.scheme.group_size
     return Scheme(int(bits), group, settings.scheme.symmetric)
-
-
-def _measured(job: "Job", tried: list[Scheme], windows: int) -> "Sensitivity":
-    """Do the work, with what it reads and how far it is on stderr."""
-    found: list[Sensitivity] = []
-
-    def work() -> Iterator[MeasuringStep]:
-        steps = job.measure_layers(tried, windows)
-        while True:
-            try:
-                done = next(steps)
-            except StopIteration as end:
-                found.append(end.value)
-                return
-            if isinstance(done, MeasuringStep):
-                yield done
-            else:
-                print_manifest(done.to_dict(), messages())
-                print_notes(done.notes)
-
-    show_measuring(work(), job.blocks)
-    return found[0]
 
 
 def _print(model: str, found: "Sensitivity", plan: "Spending | None") -> None:

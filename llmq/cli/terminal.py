@@ -1,30 +1,17 @@
 """What a person sees: tables on stdout; progress, messages and errors on stderr."""
 
 import json
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-    track,
-)
 from rich.table import Table
 
 from llmq.errors import LlmqError
-from llmq.report.record import BlockReport, ConvertStep, LayerReport, MeasuringStep, TuningStep
 from llmq_kernels.errors import KernelWarning
 
 MAX_NOTES = 12
-Step = LayerReport | BlockReport | MeasuringStep | TuningStep | ConvertStep  # of the work, as it is done
 
 
 def messages() -> Console:
@@ -39,9 +26,9 @@ def print_error(error: LlmqError) -> None:
         console.print(f"[bold]try:[/]   {escape(error.hint)}", soft_wrap=True)
 
 
-def print_notes(notes: Iterable[str]) -> None:
-    """What a user should know, on stderr; a long list is cut, the record beside the weights has all of it."""
-    console, listed = messages(), list(notes)
+def print_notes(notes: Iterable[str], console: Console | None = None) -> None:
+    """What a user should know, on stderr; a long list is cut, llmq.json has all of it."""
+    console, listed = console or messages(), list(notes)
     for note in listed[:MAX_NOTES]:
         console.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
     if len(listed) > MAX_NOTES:
@@ -79,73 +66,6 @@ def print_json(document: Any) -> None:
     print(json.dumps(document, indent=2))
 
 
-def bars(console: Console) -> Progress:
-    """Bars with ETA; a task has the fields `doing` and `unit`, and as its description what is at hand."""
-    return Progress(
-        TextColumn("{task.fields[doing]}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[unit]}"),
-        TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.description}"),
-        console=console,
-    )  # fmt: skip
-
-
-def show(work: Iterator[Step], total: int) -> None:
-    """Do the work and show how far it is: bars with ETA, or a plain line a block where there is no terminal."""
-    console = messages()
-    if not console.is_terminal:
-        _print_lines(work, total)
-        return
-    with bars(console) as progress:
-        blocks = progress.add_task("reading the text", total=total, doing="quantizing", unit="blocks")
-        steps: TaskID | None = None
-        for done in work:
-            if isinstance(done, BlockReport):
-                progress.advance(blocks)
-            elif isinstance(done, LayerReport):
-                progress.update(blocks, description=f"{done.name}  error {done.error:.2%}")
-            elif isinstance(done, MeasuringStep):
-                progress.update(blocks, description=_measured(done))
-            elif isinstance(done, ConvertStep):
-                progress.update(blocks, description=f"{done.doing} {done.done}/{done.total} weights")
-            else:
-                if steps is None:
-                    steps = progress.add_task("", total=done.steps, doing="tuning", unit="steps", completed=done.step)
-                told = {} if done.held_out is None else {"description": _judged(done)}
-                progress.update(steps, completed=done.step, **told)  # type: ignore[arg-type]
-
-
-def show_measuring(work: Iterator[MeasuringStep], total: int) -> None:
-    """The same for a measurement of every layer."""
-    console = messages()
-    if console.is_terminal:
-        for _ in track(work, "measuring", total=total, console=console):
-            pass
-    else:
-        for step in work:
-            print(_measured(step), file=sys.stderr, flush=True)
-
-
-def _print_lines(work: Iterator[Step], total: int) -> None:
-    blocks = 0
-    for done in work:
-        if isinstance(done, BlockReport):
-            blocks += 1
-            print(f"block {blocks}/{total}  {done.path}  {_outcome(done)}", file=sys.stderr, flush=True)
-        elif isinstance(done, MeasuringStep):
-            print(_measured(done), file=sys.stderr, flush=True)
-        elif isinstance(done, ConvertStep) and done.done == done.total:
-            print(f"{done.doing} {done.total} weights", file=sys.stderr, flush=True)
-        elif isinstance(done, TuningStep) and done.held_out is not None:
-            print(f"tuning {done.step}/{done.steps}  {_judged(done)}", file=sys.stderr, flush=True)
-
-
-def _measured(step: MeasuringStep) -> str:
-    return f"measured {step.block}/{step.blocks} blocks"
-
-
-def _judged(step: TuningStep) -> str:
-    return f"held-out KL {step.held_out:.4g}"
-
-
 def megabytes(count: int) -> str:
     return f"{count / 1e6:.2f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
 
@@ -156,12 +76,3 @@ def quiet_transformers() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-
-def _outcome(block: BlockReport) -> str:
-    if block.resumed:
-        return "finished earlier"
-    if not block.layers:
-        return "left as it is"
-    worst = max(block.layers, key=lambda layer: layer.error)
-    return f"{block.seconds:.1f} s, worst error {worst.error:.2%} in {worst.name.removeprefix(block.path + '.')}"

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from llmq.cli import options
-from llmq.cli.terminal import bars, megabytes, messages, print_json, print_notes, print_table, quiet_transformers
+from llmq.cli.progress import ProgressDisplay
+from llmq.cli.terminal import megabytes, print_json, print_notes, print_table, quiet_transformers
 from llmq.errors import CheckpointError, ConfigError, QualityError
 
 if TYPE_CHECKING:
     from llmq.verify.engines import Finding, Verdict
-    from llmq.verify.integrity import Integrity
+    from llmq.verify.integrity import Integrity, examine
 
 SHOWN = 8  # problems of one model
 MODEL_FILES = ("config.json", "*.safetensors", "*.gguf")
@@ -49,7 +50,8 @@ def command(
     _require_model(model)
     found = Integrity()
     if not quick:
-        _examine(model, found, trust_remote_code=trust_remote_code)
+        with ProgressDisplay() as display:
+            found = examine(model, remote_code=trust_remote_code, on_event=display)
     findings = [] if found.problems else serving.check(model)
     verdicts = serving.verdicts(findings)
     if json:
@@ -100,21 +102,6 @@ def _engine(text: str, engines: Sequence[str]) -> tuple[str, int]:
         known = ", ".join(engine.lower() for engine in engines)
         raise ConfigError(f"engine is {text!r}, expected one of {known}", hint="on several GPUs for example vllm:4")
     return found, int(size or 1)
-
-
-def _examine(model: Path, found: "Integrity", *, trust_remote_code: bool) -> None:
-    from llmq.verify.integrity import examine
-
-    console = messages()
-    steps = examine(model, found, remote_code=trust_remote_code)
-    if not console.is_terminal:
-        for _ in steps:
-            pass
-        return
-    with bars(console) as progress:
-        task = progress.add_task("", total=None, doing="reading", unit="tensors")
-        for step in steps:
-            progress.update(task, completed=step.done, total=step.total, description=step.name)
 
 
 def _print_integrity(found: "Integrity") -> None:

@@ -241,8 +241,13 @@ def logits_of(model: Any) -> Logits:
 
 def batches(windows: Tensor) -> Sequence[Tensor]:
     """`windows` (S, T) in parts of about `TOKENS_PER_BATCH` tokens."""
-    parts: tuple[Tensor, ...] = windows.split(max(1, TOKENS_PER_BATCH // windows.shape[1]))
+    parts: tuple[Tensor, ...] = windows.split(windows_per_batch(windows))
     return parts
+
+
+def windows_per_batch(windows: Tensor) -> int:
+    """How many of the `windows` (S, T) run together."""
+    return max(1, TOKENS_PER_BATCH // windows.shape[1])
 
 
 def _finite(loss: Tensor, whose: str) -> Tensor:

@@ -19,7 +19,9 @@ from llmq.errors import UnsupportedModelError
 from llmq.evaluation import scoring
 from llmq.gguf import reader
 from llmq.model.build.skeleton import Skeleton
-from llmq.model.passes.forward import hidden_states
+from llmq.model.passes.forward import run_through
+from llmq.model.passes.hidden_states import Place, Storage
+from llmq.model.passes.streams import Stream, Text
 from llmq.runtime.load import load_model, stored_dtype
 from llmq.runtime.open_skeleton import open_skeleton
 
@@ -53,8 +55,7 @@ class Streamed:
 
     def __init__(self, skeleton: Skeleton) -> None:
         self._skeleton = skeleton
-        self._batches: tuple[Tensor, ...] = ()
-        self._hidden: list[Tensor] = []  # (…, B, T, D) for each batch, in main memory
+        self._passed: Stream | None = None  # a text behind the last block, its hidden states in main memory
         self.vocabulary = skeleton.vocabulary
         self.max_tokens = skeleton.max_tokens
         # Whether the blocks can be run one by one is found out here, and not when the text has been read.
@@ -67,16 +68,20 @@ class Streamed:
         return max(1, free // (sides * self._token_bytes * length))
 
     def run(self, windows: Tensor) -> None:
-        self._hidden = []  # those of other windows go first
-        self._batches = tuple(scoring.batches(windows))
-        self._hidden = hidden_states(self._skeleton, self._batches)
+        if self._passed is not None:  # the hidden states of another text go first
+            self._passed.clear()
+        text = Text(windows, scoring.windows_per_batch(windows))
+        self._passed = run_through(self._skeleton, text, Storage(self._skeleton.device, Place.HOST))
 
     def logits(self, together: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch, states in zip(self._batches, self._hidden, strict=True):
-            for tokens, hidden in zip(batch.split(together), states.split(together, dim=-3), strict=True):
+        passed = self._passed
+        assert passed is not None, "no text was run"
+        for batch in passed.text.batches():
+            tokens, states = passed.text.of(batch), passed.last(batch)
+            for part, hidden in zip(tokens.split(together), states.split(together, dim=-3), strict=True):
                 with torch.no_grad():  # and not around the yield: the mode is the whole thread's
-                    logits = self._skeleton.logits(tokens, hidden.to(self._skeleton.device))
-                yield tokens, logits
+                    logits = self._skeleton.logits(part, hidden)
+                yield part, logits
 
     def _working_bytes(self, length: int, sides: int) -> int:
         """What is needed beside the hidden states: the rest of the models, one block, a batch of logits compared."""

@@ -32,7 +32,7 @@ from llmq.export.to_gguf import export_gguf
 from llmq.formats import tensor_name
 from llmq.gguf.reader import Weights
 from llmq.numerics.scheme import Scheme
-from llmq.report.record import ConvertStep
+from llmq.report.events import OnEvent, Progress, ignore
 from llmq.runtime.checkpoint_weights import PackedWeights, quantization_settings
 from llmq.runtime.load import stored_dtype
 from llmq.steps import output_layout
@@ -109,8 +109,8 @@ class Converter:
         self.report.source_bytes = self._checkpoint.nbytes
         self.report.notes += self._names.notes
 
-    def run(self) -> Iterator[ConvertStep]:
-        """Do it.  The finished folder appears at the end.
+    def run(self, on_event: OnEvent = ignore) -> None:
+        """Do it, and report how far it is.  The finished folder appears at the end.
 
         Raises ConfigError for weights that the format cannot hold as they are and that may not be rounded anew.
         """
@@ -127,9 +127,9 @@ class Converter:
         needed = (3 if self._to == output_layout.GGUF else 2) * self._checkpoint.nbytes
         writer = Writer.open(self._out, identity=identity, overwrite=self._overwrite, needed_bytes=needed)
         try:
-            yield from self._convert(writer)
+            self._convert(writer, on_event)
             with writer.finishing() as final:
-                yield from self._finish(writer, final)
+                self._finish(writer, final, on_event)
         except BaseException:
             writer.abandon()
             raise
@@ -183,13 +183,13 @@ class Converter:
             self._settings(targets)
         return targets
 
-    def _convert(self, writer: Writer) -> Iterator[ConvertStep]:
+    def _convert(self, writer: Writer, on_event: OnEvent) -> None:
         """Put every packed weight into the staging, some at a time."""
         done, total = 0, len(self._packed.modules)
         for index, modules in enumerate(self._chunks()):
             if writer.has(index):
                 done += len(modules)
-                yield ConvertStep(modules[-1], "converted", done, total)
+                on_event(Progress("converted", done, total, "weights", modules[-1]))
             else:
                 tensors: dict[str, Tensor] = {}
                 schemes, errors = dict[str, list[Any]](), dict[str, float]()
@@ -201,7 +201,7 @@ class Converter:
                     if recoded.error is not None:
                         errors[module] = recoded.error
                     done += 1
-                    yield ConvertStep(module, "converted", done, total)
+                    on_event(Progress("converted", done, total, "weights", module))
                 writer.commit(index, tensors, {"schemes": schemes, "requantized": errors})
             record = writer.read(index)[1]
             self.report.requantized |= record["requantized"]
@@ -241,7 +241,7 @@ class Converter:
             raise _refusal({module: why}, self._to)
         return requantize(self._packed.weight(module), target, dtype)
 
-    def _finish(self, writer: Writer, final: Path) -> Iterator[ConvertStep]:
+    def _finish(self, writer: Writer, final: Path, on_event: OnEvent) -> None:
         """Put the model together in `final`, and prove it."""
         files, settings = companion_files(self._checkpoint.folder), self._settings(self._targets)
         documents = {CONFIG: json_text({**self._checkpoint.config, "quantization_config": settings})}
@@ -252,12 +252,12 @@ class Converter:
             writer.assemble(between, self._rest(), files, documents)
             file = export_gguf(between, final, self._out).file
             self.report.output_bytes = file.stat().st_size
-            yield from self._compare(Weights(file, final))
+            self._compare(Weights(file, final), on_event)
         else:
             writer.assemble(final, self._rest(), files, documents)
             made = Checkpoint.open(final)
             self.report.output_bytes = made.nbytes
-            yield from self._compare(PackedWeights(made))
+            self._compare(PackedWeights(made), on_event)
         write_text(final / PROVENANCE_FILE, json_text({**self._record(), "checksums": checksums(final)}))
 
     def _rest(self) -> list[Part]:
@@ -271,14 +271,14 @@ class Converter:
         schemes = {name: targets[module] for name, module in self._names.packed.items()}
         return self._layout.quantization_config(schemes, self._names.plain)
 
-    def _compare(self, made: PackedWeights | Weights) -> Iterator[ConvertStep]:
+    def _compare(self, made: PackedWeights | Weights, on_event: OnEvent) -> None:
         """Every weight that was not rounded anew must be, float for float, what it was."""
         modules = [module for module in self._packed.modules if module not in self.report.requantized]
         wrong = []
         for done, module in enumerate(modules, 1):
             if not torch.equal(self._packed.weight(module), made.weight(module)):
                 wrong.append(module)
-            yield ConvertStep(module, "compared", done, len(modules))
+            on_event(Progress("compared", done, len(modules), "weights", module))
         self.report.compared, self.report.differ = len(modules), len(wrong)
         if wrong:
             raise FormatError(

@@ -10,7 +10,6 @@ Embeddings, head and norms become floats again, in the model's dtype where that 
 """
 
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ from llmq.model.build import skeleton
 from llmq.model.build.checkpoint_names import ModelWeights
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import Scheme
-from llmq.report.record import ConvertStep
+from llmq.report.events import OnEvent, Progress, ignore
 from llmq.runtime.load import has_tokenizer
 from llmq.steps import output_layout
 from llmq.steps.linear_names import linear_names
@@ -84,7 +83,7 @@ class GgufConverter:
         self._options = {"allow_requantize": allow_requantize, "overwrite": overwrite}
         self.report = Conversion(str(source), str(out), output_layout.GGUF, to)
 
-    def run(self) -> Iterator[ConvertStep]:
+    def run(self, on_event: OnEvent = ignore) -> None:
         """See `Converter.run`."""
         if not self._options["overwrite"]:
             Writer.require_free(self._out)
@@ -92,7 +91,7 @@ class GgufConverter:
         with tempfile.TemporaryDirectory(dir=self._out.parent, prefix=f".{self._out.name}-") as between:
             folder = Path(between) / "unpacked"
             try:
-                yield from self._unpacking.unpack(folder)
+                self._unpacking.unpack(folder, on_event)
             except UnsupportedModelError as error:
                 raise UnsupportedModelError(str(error), hint=SOURCE_HINT) from error
             identity = self._unpacking.identity
@@ -100,7 +99,7 @@ class GgufConverter:
             converter.report.notes += self._unpacking.notes
             converter.report.requantized |= self._unpacking.requantized
             self.report = converter.report
-            yield from converter.run()
+            converter.run(on_event)
 
 
 class GgufSource:
@@ -118,7 +117,7 @@ class GgufSource:
         self._like = like
         self._allowed = allow_requantize
 
-    def unpack(self, folder: Path) -> Iterator[ConvertStep]:
+    def unpack(self, folder: Path, on_event: OnEvent = ignore) -> None:
         """Write the checkpoint into `folder`.
 
         Raises ConfigError for blocks that no integer grid holds, UnsupportedModelError where the file does not say
@@ -139,7 +138,7 @@ class GgufSource:
                 if sum(tensor.nbytes for tensor in tensors.values()) > CHUNK_BYTES:
                     writer.commit(chunks, tensors, {})
                     tensors, chunks = {}, chunks + 1
-                yield ConvertStep(name, "unpacked", done, len(names))
+                on_event(Progress("unpacked", done, len(names), "weights", name))
             writer.commit(chunks, tensors, {})
             self._finish(writer, model, schemes)
 

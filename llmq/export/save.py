@@ -11,7 +11,7 @@ Everything is made inside the staging and moved out at the very end.
 
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llmq.checkpoint import PROVENANCE_FILE
@@ -24,7 +24,8 @@ from llmq.errors import CheckpointError, ConfigError, LlmqError, UnsupportedMode
 from llmq.export.convert import Converter
 from llmq.export.to_gguf import blocks_to_gguf, export_gguf
 from llmq.plan import Plan
-from llmq.report.record import ConvertStep, Report
+from llmq.report.events import OnEvent
+from llmq.report.record import Report
 from llmq.steps import output_layout
 from llmq.verify.inspection import read_record
 from llmq.verify.integrity import checksums
@@ -37,7 +38,7 @@ def copies(formats: Sequence[str]) -> int:
     return 1 + made + between
 
 
-def finish(writer: Writer, plan: Plan, report: Report, quantized: set[str]) -> Iterator[ConvertStep]:
+def finish(writer: Writer, plan: Plan, report: Report, quantized: set[str], on_event: OnEvent) -> None:
     """Make what was asked for of the blocks; `quantized` are the layers that are packed in them.
 
     Where one of several formats cannot be written, the others are, and then its error is raised.
@@ -76,7 +77,7 @@ def finish(writer: Writer, plan: Plan, report: Report, quantized: set[str]) -> I
             if name == staged:
                 continue
             try:
-                yield from _make(first, folder, name, writer.folder, plan, report)
+                _make(first, folder, name, writer.folder, plan, report, on_event)
             except (CheckpointError, ConfigError, UnsupportedModelError) as error:
                 if len(folders) == 1:
                     raise
@@ -97,7 +98,7 @@ def _way_on(out: Path, staged: str, finished: Sequence[str], failed: Sequence[st
     return f"{', '.join(finished)} are finished, in {out}; without quantizing again: {' and '.join(commands)}"
 
 
-def _make(source: Path, folder: Path, to: str, out: Path, plan: Plan, report: Report) -> Iterator[ConvertStep]:
+def _make(source: Path, folder: Path, to: str, out: Path, plan: Plan, report: Report, on_event: OnEvent) -> None:
     """The model in `source` once more in another format, compared with it; `out` is what the user named."""
     if to == output_layout.GGUF:
         folder.mkdir(exist_ok=True)
@@ -106,7 +107,7 @@ def _make(source: Path, folder: Path, to: str, out: Path, plan: Plan, report: Re
         write_text(folder / PROVENANCE_FILE, json_text(read_record(source)))
         return
     converter = Converter(source, folder, to, remote_code=plan.remote_code)
-    yield from converter.run()
+    converter.run(on_event)
     report.notes.append(f"{to}: {converter.report.compared} weights compared, {converter.report.differ} differ")
 
 

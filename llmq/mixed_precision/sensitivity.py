@@ -22,7 +22,7 @@ units x grids x half the model.  For a model of many blocks only the coarsest gr
 which is the same expansion in one direction: the KL grows as the square of the error that a unit's output has.
 """
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -38,10 +38,13 @@ from llmq.model.analyse.input_groups import InputGroup
 from llmq.model.build.block import Block, Call
 from llmq.model.build.skeleton import Skeleton
 from llmq.model.experts.separate import SeparateExperts
-from llmq.model.passes.hidden_states import Stream
+from llmq.model.passes.forward import forward
+from llmq.model.passes.hidden_states import Storage
+from llmq.model.passes.recorded_calls import RecordedCalls
+from llmq.model.passes.streams import Stream, Text
 from llmq.numerics.input_stats import InputStats
 from llmq.numerics.scheme import Scheme
-from llmq.report.record import MeasuringStep
+from llmq.report.events import OnEvent, Progress, ignore
 from llmq.report.sensitivity import Effect, Sensitivity, Unit
 
 PROBE_TOKENS = 64  # as in `pipeline.py`: what does not run on these is not rounded
@@ -111,8 +114,9 @@ def measure(
     batch: int,
     judged: int = WINDOWS,
     exact: bool | None = None,
-) -> Generator[MeasuringStep, None, Sensitivity]:
-    """Run the model for every unit; yields after each block.
+    on_event: OnEvent = ignore,
+) -> Sensitivity:
+    """Run the model for every unit.
 
     `windows` (S, T) int64: the last `judged` of them measure, the others are what roundings are fitted on, `batch` at a
     time.  `exact` runs every grid, which is the default where there are few blocks.
@@ -121,20 +125,21 @@ def measure(
     variants = len(question.layers) * (len(question.grids) if exact else 1)
     judged, notes = _affordable(skeleton, windows, judged, variants)
     tokens = windows[len(windows) - judged :]
-    batches = tokens.split(min(windows_together(tokens.shape[1], skeleton.vocabulary), judged))
-    stream = Stream(skeleton, windows[: len(windows) - judged] if len(windows) > judged else windows, batch)
-    hidden: list[Tensor] = []
-    trials: list[_Trial] = []
-    for index, block in enumerate(skeleton.blocks):
-        block.load()
-        calls = [skeleton.record(index, part) for part in batches]
-        calls = [call.with_hidden(state) for call, state in zip(calls, hidden, strict=True)] if hidden else calls
-        hidden = _through(block, calls, stream, question, trials, exact)
-        stream.advance(block)
-        block.free()
-        yield MeasuringStep(index + 1, len(skeleton.blocks))
-    _score(skeleton, batches, hidden, [variant for trial in trials for variant in trial.variants.values()])
-    units = tuple(_unit(trial, question.grids) for trial in trials)
+    measured = Text(tokens, min(windows_together(tokens.shape[1], skeleton.vocabulary), judged))
+    fitted = Text(windows[: len(windows) - judged] if len(windows) > judged else windows, batch)
+    calls, storage = RecordedCalls(skeleton), Storage(skeleton.device)
+    measuring = _Measuring(
+        question, exact, Stream(skeleton, measured, calls, storage), Stream(skeleton, fitted, calls, storage)
+    )
+
+    def visit(block: Block) -> None:
+        measuring.visit(block)
+        on_event(Progress("layers measured", block.index + 1, len(skeleton.blocks)))
+
+    forward(skeleton, visit)
+    variants_run = [variant for trial in measuring.trials for variant in trial.variants.values()]
+    _score(skeleton, measuring.floats, variants_run)
+    units = tuple(_unit(trial, question.grids) for trial in measuring.trials)
     return Sensitivity(question.grids, units, judged, tokens.numel(), notes)
 
 
@@ -157,36 +162,49 @@ def _affordable(skeleton: Skeleton, windows: Tensor, asked: int, variants: int) 
     return asked, ()
 
 
-def _through(
-    block: Block, calls: Sequence[Call], stream: Stream, question: Question, trials: list[_Trial], exact: bool
-) -> list[Tensor]:
-    """Run the float model and all variants through a loaded block, and add its own units to `trials`.
+class _Measuring:
+    """The float model's text, that of all variants, and the text that roundings are fitted on, block by block."""
 
-    Returns the float model's hidden states.
-    """
-    for trial in trials:
-        for variant in trial.variants.values():
-            pairs = zip(calls, variant.hidden, strict=True)
-            variant.hidden = [block.run(call.with_hidden(state)) for call, state in pairs]
-    groups = input_groups.input_groups(block, stream.sample(PROBE_TOKENS))
-    observed = input_groups.statistics(block, groups, stream.calls())
-    for unit in units_of(block, groups):
-        # An expert that no token reached is stored like the others of its layer, and costs nothing here.
-        seen = {g: observed[g] for g in unit if observed[g].tokens or block.is_experts(g.names[0])}
+    def __init__(self, question: Question, exact: bool, floats: Stream, fitted: Stream) -> None:
+        self.floats = floats
+        self.trials: list[_Trial] = []
+        self._question = question
+        self._exact = exact
+        self._fitted = fitted
+
+    @torch.no_grad()
+    def visit(self, block: Block) -> None:
+        """Run the float model and all variants through a loaded block, and add its own units to the trials."""
+        calls = list(self.floats.calls())
+        for trial in self.trials:
+            for variant in trial.variants.values():
+                pairs = zip(calls, variant.hidden, strict=True)
+                variant.hidden = [block.run(call.with_hidden(state)) for call, state in pairs]
+        groups = input_groups.input_groups(block, self._fitted.sample(PROBE_TOKENS))
+        observed = input_groups.statistics(block, groups, self._fitted.calls())
+        for unit in units_of(block, groups):
+            # An expert that no token reached is stored like the others of its layer, and costs nothing here.
+            seen = {g: observed[g] for g in unit if observed[g].tokens or block.is_experts(g.names[0])}
+            self._try(block, seen, calls)
+        self.floats.past(block)
+        self._fitted.past(block)
+
+    def _try(self, block: Block, seen: Mapping[InputGroup, InputStats], calls: Sequence[Call]) -> None:
+        """Put a unit on each grid, and start a variant of the model for each that is measured."""
+        question = self._question
         paths = [path for group in seen for path in group.names if path in question.layers]
         if not paths:
-            continue
+            return
         trial = _Trial(block.path, tuple(question.layers[path] for path in paths))
         factors = {group: _factor(stats, question) for group, stats in seen.items()}
         originals = {path: block.weight(path) for path in paths}
         for grid in range(len(question.grids)):
             trial.errors.append(sum(_round(block, g, grid, seen[g], factors[g], question) for g in seen))
-            if exact or grid == trial.coarsest:
+            if self._exact or grid == trial.coarsest:
                 trial.variants[grid] = _Variant([block.run(call) for call in calls])
             for path, weight in originals.items():
                 block.set_weight(path, weight)
-        trials.append(trial)
-    return [block.run(call) for call in calls]
+        self.trials.append(trial)
 
 
 def units_of(block: Block, groups: Sequence[InputGroup]) -> list[list[InputGroup]]:
@@ -211,7 +229,7 @@ def _list_around(block: Block, path: str) -> str | None:
 def _factor(stats: InputStats, question: Question) -> Factor | None:
     """Made once for all grids, where the rounding asks for one."""
     wanted = question.rounding == "gptq" and stats.tokens > 0
-    return gptq.factorize(stats.hessian, question.options) if wanted else None
+    return gptq.factorize(stats.second_moment(), question.options) if wanted else None
 
 
 def _round(
@@ -229,18 +247,19 @@ def _round(
         stage = algorithms.rounding(question.rounding if stats.tokens else "rtn")
         rounding = stage.round_weight(torch.cat(weights), stats, scheme, question.options, factor)
         rounded = rounding.quantized.dequantize()
-        error += float(output_error(torch.cat(weights), rounded, stats.hessian).sum(dtype=torch.float64))
+        error += float(output_error(torch.cat(weights), rounded, stats.second_moment()).sum(dtype=torch.float64))
         for path, rows in zip(paths, rounded.split([len(weight) for weight in weights]), strict=True):
             block.set_weight(path, rows)
     return error
 
 
 @torch.no_grad()
-def _score(skeleton: Skeleton, batches: Sequence[Tensor], hidden: Sequence[Tensor], variants: list[_Variant]) -> None:
+def _score(skeleton: Skeleton, floats: Stream, variants: list[_Variant]) -> None:
     """The mean KL of each variant, from its last hidden states and the float model's."""
-    total = sum(tokens.numel() for tokens in batches)
-    for index, (tokens, state) in enumerate(zip(batches, hidden, strict=True)):
-        expected = skeleton.logits(tokens, state)
+    total = floats.text.tokens.numel()
+    for index, batch in enumerate(floats.text.batches()):
+        tokens = floats.text.of(batch)
+        expected = skeleton.logits(tokens, floats.last(batch))
         for variant in variants:
             scores = scoring.score(skeleton.logits(tokens, variant.hidden[index]), tokens, expected)
             assert scores.beside is not None, "compared with the float model's logits"

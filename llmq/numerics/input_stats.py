@@ -79,21 +79,18 @@ class InputStats:
             self._drift = torch.zeros_like(self._gram) if self._drift is None else self._drift
             gram.update(self._drift, D, upper_only=True)
 
-    @property
-    def hessian(self) -> Tensor:
-        """(K, K) float32, X̂ᵀX̂ / T."""
+    def second_moment(self) -> Tensor:
+        """(K, K) float32, H = X̂ᵀX̂ / T; made anew by each call."""
         gram.mirror(self._gram)
         return self._gram / self._count
 
-    @property
-    def cross(self) -> Tensor | None:
+    def cross_moment(self) -> Tensor | None:
         """(K, K) float32, C = (X - X̂)ᵀX̂ / T; None unless the original of every token is known."""
         if self._cross is None or self._paired != self.tokens:
             return None
         return self._cross / self._count
 
-    @property
-    def drift(self) -> Tensor | None:
+    def drift_moment(self) -> Tensor | None:
         """(K, K) float32, (X - X̂)ᵀ(X - X̂) / T, for `held_out` alone; None unless every original is known."""
         if self._drift is None or self._paired != self.tokens:
             return None

@@ -128,24 +128,6 @@ class TuningStep:
 
 
 @dataclass(frozen=True)
-class MeasuringStep:
-    """How far a measurement of every layer is: after so many of all blocks."""
-
-    block: int
-    blocks: int
-
-
-@dataclass(frozen=True)
-class ConvertStep:
-    """How far a conversion is: `done` of `total` weights are converted, or `compared` with what they were."""
-
-    module: str
-    doing: str
-    done: int
-    total: int
-
-
-@dataclass(frozen=True)
 class TuningReport:
     """What end-to-end tuning bought, on windows that it was not fitted on.
 

@@ -4,10 +4,12 @@ What a block of a packed checkpoint computes is what its file says, dequantized:
 can be evaluated, or tuned, block by block.  `load.py` is for models that run packed, as a whole.
 """
 
+from collections.abc import Iterable
 from functools import partial
 
 import torch
 
+from llmq.checkpoint.read_ahead import ReadAhead
 from llmq.checkpoint.reader import Checkpoint
 from llmq.model.build import module_tree
 from llmq.model.build.checkpoint_names import ModelWeights
@@ -27,7 +29,12 @@ def open_skeleton(
     model = module_tree.build(checkpoint.folder, dtype=dtype, remote_code=remote_code)
     floats = checkpoint.modules_with("weight")
     if quantization_settings(checkpoint) is None:
-        weights = ModelWeights(model, checkpoint.tensor, checkpoint.__contains__)
+        read = ReadAhead(checkpoint.tensor, lambda name: checkpoint.info(name).nbytes, pin=device.type == "cuda")
+
+        def expect(names: Iterable[str]) -> None:
+            read.expect([name for name in names if name in checkpoint])  # parts of stacked tensors are read one by one
+
+        weights = ModelWeights(model, read, checkpoint.__contains__, expect=expect)
         separate(model, weights, floats, partial(shape_of, checkpoint, None), checkpoint.member)
         merge(model, weights, checkpoint.names())
         return Skeleton(model, weights, device)

@@ -50,7 +50,7 @@ def round_group(
             together.setdefault(scheme, {})[path] = weight
     factor = None
     if stats is not None and stats.tokens and (method.alphas or method.refinements):
-        factor = gptq.factorize(stats.hessian, options)
+        factor = gptq.factorize(stats.second_moment(), options)
     for scheme, stacked in together.items():
         yield from _round_stacked(stacked, scheme, stats, factor, method, options)
 
@@ -71,7 +71,7 @@ def _round_stacked(
     rounding = stage.round_weight(stack, stats, scheme, options, factor)
     refined, gains = rounding.quantized, {path: _target_gain(each) for path, each in targets.items()}
     if stats is not None and factor is not None and method.refinements:
-        damped = _damped(stats.hessian, factor)
+        damped = _damped(stats.second_moment(), factor)
         for name in method.refinements:
             tried = algorithms.refinement(name).refine(stack, refined, damped, options)
             refined = _judge(name, weights, refined, tried, stats.held_out, gains)
@@ -88,7 +88,7 @@ def _targets(
     weights: Mapping[str, Tensor], stats: InputStats, factor: Factor, method: Method
 ) -> dict[str, target.Target]:
     """For each weight what is rounded in its place; itself where the float model's inputs are not known."""
-    cross = stats.cross
+    cross = stats.cross_moment()
     if cross is None:
         note = ("the target is left out, the float model's inputs are not known token by token",)
         return {path: target.Target(weight, 0.0, notes=note) for path, weight in weights.items()}

@@ -3,24 +3,64 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from llmq.algorithms import Options
 from llmq.checkpoint.writer import Writer
+from llmq.errors import FormatError
 from llmq.formats import Layout, Reader
 from llmq.formats.layer_plan import LayerPlan
 from llmq.methods import Method
 from llmq.model.build.skeleton import Skeleton
-from llmq.model.passes.hidden_states import Stream
+from llmq.model.passes.recorded_calls import RecordedCalls
+from llmq.model.passes.sequential import Streams
+from llmq.model.passes.streams import Text
+from llmq.numerics.quantized_tensor import QuantizedTensor
+from llmq.report.events import OnEvent, ignore
+
+
+@dataclass(frozen=True)
+class TuningRun:
+    """What end-to-end tuning works on: its text, the calls that are recorded of it, and a seed."""
+
+    text: Text
+    calls: RecordedCalls
+    seed: int
 
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that stays the same from block to block; `plans` by the layer's path in the model."""
+    """Everything that stays the same from block to block.
+
+    streams  the calibration text on its way through the blocks; None where a method needs none
+    tuning   what end-to-end tuning works on; None where there is none
+    plans    what becomes of each linear layer, by its path in the model
+    reader   reads back what `layout` packs
+    """
 
     skeleton: Skeleton
-    stream: Stream | None  # the calibration text on its way through the blocks; None where a method needs none
+    streams: Streams | None
+    tuning: TuningRun | None
     plans: Mapping[str, LayerPlan]
     method: Method
     options: Options
     layout: Layout
-    reader: Reader  # reads back what `layout` packs
+    reader: Reader
     writer: Writer
+    on_event: OnEvent = ignore
+
+    def pack(self, path: str, quantized: QuantizedTensor) -> dict[str, Tensor]:
+        """The tensors of a quantized weight, by their names in the checkpoint."""
+        name = self.plans[path].name
+        return {f"{name}.{suffix}": tensor for suffix, tensor in self.layout.pack(quantized).items()}
+
+    def unpack(self, name: str, tensors: Mapping[str, Tensor]) -> QuantizedTensor:
+        """A committed weight by its name in the checkpoint, from the tensors of its block."""
+        reading = self.reader(name)
+        if reading is None:
+            raise FormatError(
+                f"{name} was quantized in the interrupted run, but the current settings keep it in float",
+                hint="repeat the original command, or --overwrite to start over",
+            )
+        packed = {key.removeprefix(f"{name}."): tensors[key] for key in tensors if key.startswith(f"{name}.")}
+        return self.layout.unpack(packed, reading)

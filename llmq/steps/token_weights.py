@@ -1,42 +1,55 @@
-"""How much each calibration token counts in the statistics of each layer, taken from the float model before any block.
+"""How much each calibration token counts in the statistics of each layer, measured on the float model before any block.
 
-    windows ─► float model ─► logits ─► a label drawn for each token ─► back ─► γ of each layer and token ─► weights
+    sequences ─► float model ─► logits ─► a label drawn for each token ─► back ─► γ of each layer and token ─► weights
+                                                                           └ Σ_i (∂ℓ/∂y_ti)², for each linear layer
 
 One pass forward and back over the text.  Nothing of it is kept: a run that is continued computes the same once more,
-because the labels are drawn from numbers that belong to the seed and to the window, and what fits into memory at once
-changes no bit.
+because the labels are drawn from numbers that belong to the seed and to the sequence, and what fits into memory at once
+changes no bit.  Weights get no gradients, so the way back costs about as much as the way there.
 
-Not here: why these weights (algorithms/fisher_weights.py), the way through the blocks
-(model/passes/squared_gradients.py).
+Not here: why these weights (algorithms/fisher_weights.py), the passes (model/passes/backward.py).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmq import memory
 from llmq.algorithms import fisher_weights
+from llmq.model.build.block import Block
 from llmq.model.build.skeleton import Skeleton
-from llmq.model.passes.squared_gradients import squared_gradients
+from llmq.model.passes.backward import Tape, backward
+from llmq.model.passes.hidden_states import Storage
+from llmq.model.passes.recorded_calls import RecordedCalls
 from llmq.model.passes.statistics import TokenWeights
+from llmq.model.passes.streams import Text
+from llmq.report.events import OnEvent, Progress, ignore
 from llmq.steps.kl_loss import Part, through_the_head
 
 TOKENS_PER_BATCH = 4096
-MEMORY_SHARE = 4  # of what is free, the part that hidden states may take
+MEMORY_SHARE = 2  # of what is free, the part that hidden states may take: little else is in memory
+
+Slope = Callable[[Tensor, Tensor], Tensor]
+"""Numbers of sequences (B,), and the last hidden states (…, B, T, D) -> the loss's gradient in these."""
 
 
-def measure(skeleton: Skeleton, windows: Tensor, seed: int) -> TokenWeights:
-    """Run the float model over `windows` (S, T) int64, there and back; its blocks hold no weights before and after."""
+def measure(
+    skeleton: Skeleton, tokens: Tensor, seed: int, calls: RecordedCalls, on_event: OnEvent = ignore
+) -> TokenWeights:
+    """Run the float model over `tokens` (S, T) int64, there and back; its blocks hold no weights before and after."""
     generator = torch.Generator().manual_seed(seed)
-    chances = torch.rand(windows.shape, generator=generator)
+    chances = torch.rand(tokens.shape, generator=generator)
 
     def slope(chosen: Tensor, hidden: Tensor) -> Tensor:
-        return drawn_slope(skeleton, windows[chosen], hidden, chances[chosen])
+        return drawn_slope(skeleton, tokens[chosen], hidden, chances[chosen])
 
-    batch = max(1, TOKENS_PER_BATCH // windows.shape[1])
-    at_once = memory.spare(skeleton.device) // (MEMORY_SHARE * _state_bytes(skeleton, windows))
-    gamma = squared_gradients(skeleton, windows, slope, batch=batch, at_once=max(batch, at_once))
+    batch = max(1, TOKENS_PER_BATCH // tokens.shape[1])
+    state = (len(skeleton.blocks) + 1) * skeleton.record(0, tokens[:1]).hidden.nbytes  # of one sequence, all blocks
+    at_once = max(batch, memory.spare(memory.HOST) // (MEMORY_SHARE * state))
+    gamma = squared_gradients(skeleton, tokens, slope, calls, batch=batch, at_once=at_once, on_event=on_event)
     return lambda paths: _shared(gamma, paths)
 
 
@@ -49,12 +62,91 @@ def drawn_slope(skeleton: Skeleton, tokens: Tensor, hidden: Tensor, chances: Ten
     return through_the_head(skeleton, tokens, hidden, slope)
 
 
+def squared_gradients(
+    skeleton: Skeleton,
+    tokens: Tensor,
+    slope: Slope,
+    calls: RecordedCalls,
+    *,
+    batch: int,
+    at_once: int,
+    on_event: OnEvent = ignore,
+) -> dict[str, Tensor]:
+    """For the path of each linear layer, (S, T) float32 on the CPU: the sum over its outputs, for `tokens` (S, T).
+
+    batch    sequences that run together; another number may change bits
+    at_once  sequences whose hidden states are held, which changes none
+
+    A layer that does not see every token in its place, such as an expert's, or whose gradients overflow, is left out.
+    """
+    collected = _Collected(tokens.shape)
+    parts = torch.arange(len(tokens)).split(max(1, at_once // batch) * batch)
+    for number, part in enumerate(parts):
+        text = Text(tokens[part], batch)
+        block_bytes = skeleton.record(0, text.tokens[:1]).hidden.nbytes * len(part)
+        storage = Storage.choose((len(skeleton.blocks) + 1) * block_bytes, skeleton.device)
+        tape = Tape(skeleton, text, calls, storage)
+        outputs = tape.forward()
+        gradients = [slope(part[list(own)], hidden) for own, hidden in zip(text.batches(), outputs, strict=True)]
+        del outputs
+
+        def visit(block: Block, own: range, part: Tensor = part, number: int = number) -> None:
+            collected.take(part[list(own)])
+            done = (number + 1) * len(skeleton.blocks) - block.index
+            on_event(Progress("token weights", done, len(parts) * len(skeleton.blocks)))
+
+        with collected.watching(skeleton):
+            backward(skeleton, tape, gradients, visit)
+    return collected.result()
+
+
+class _Collected:
+    """Squared gradients in the outputs of linear layers, summed over the outputs; of `shape` (S, T) for each layer."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        self._shape = shape
+        self._sums: dict[str, Tensor] = {}
+        self._left_out: set[str] = set()
+        self._seen: dict[str, list[Tensor]] = {}  # of the batch that goes back now
+
+    @contextmanager
+    def watching(self, skeleton: Skeleton) -> Iterator[None]:
+        """While open, gradients are noted wherever a linear layer of a block is gone back through."""
+        linears = [(path, linear) for block in skeleton.blocks for path, linear in block.linears.items()]
+        handles = [linear.register_forward_hook(self._hook(path)) for path, linear in linears]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def take(self, sequences: Tensor) -> None:
+        """What was noted belongs to these sequences (B,)."""
+        for path, noted in self._seen.items():
+            sums = self._sums.setdefault(path, torch.zeros(self._shape, dtype=torch.float32))
+            for squares in noted:
+                if squares.numel() != len(sequences) * self._shape[1] or not torch.isfinite(squares).all():
+                    self._left_out.add(path)
+                else:
+                    sums[sequences] += squares.reshape(-1, self._shape[1]).cpu()
+        self._seen = {}
+
+    def result(self) -> dict[str, Tensor]:
+        """Path -> (S, T) float32."""
+        return {path: sums for path, sums in self._sums.items() if path not in self._left_out}
+
+    def _hook(self, path: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def note(gradient: Tensor) -> None:
+            self._seen.setdefault(path, []).append(gradient.to(torch.float32).square().sum(-1))
+
+        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
+            if output.requires_grad:  # it depends on the hidden state
+                output.register_hook(note)
+
+        return hook
+
+
 def _shared(gamma: Mapping[str, Tensor], paths: Sequence[str]) -> Tensor | None:
     if not all(path in gamma for path in paths):
         return None
     return fisher_weights.weights(torch.stack([gamma[path] for path in paths]).sum(0))
-
-
-def _state_bytes(skeleton: Skeleton, windows: Tensor) -> int:
-    """Of one window: its hidden states in front of all blocks, and behind them."""
-    return (len(skeleton.blocks) + 1) * skeleton.record(0, windows[:1]).hidden.nbytes

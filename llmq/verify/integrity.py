@@ -5,7 +5,6 @@ here is what loading, or worse, computing would have found.
 """
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from llmq.checkpoint.writer import CONFIG
 from llmq.errors import CheckpointError, UnsupportedModelError
 from llmq.model.build import skeleton
 from llmq.model.build.checkpoint_names import ModelWeights, require_finite
+from llmq.report.events import OnEvent, Progress, ignore
 from llmq.runtime.checkpoint_weights import PackedWeights, quantization_settings
 from llmq.verify.inspection import read_record
 
@@ -44,20 +44,12 @@ class Integrity:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class ReadStep:
-    """How far the reading is."""
+def examine(model: Path, *, remote_code: bool = False, on_event: OnEvent = ignore) -> Integrity:
+    """Read a model, a folder or one .gguf file, every tensor of it.
 
-    name: str
-    done: int
-    total: int
-
-
-def examine(model: Path, found: Integrity, *, remote_code: bool = False) -> Iterator[ReadStep]:
-    """Read a model, a folder or one .gguf file, and fill `found`; yields after each tensor.
-
-    Raises FormatError for a format that llmq does not read, which says nothing of the model.
+    Raises FormatError for a format that llmq does not read: nothing is known of the model then.
     """
+    integrity = Integrity()
     alone = model.suffix == ".gguf" and not model.is_dir()
     folder = model.parent if alone else model
     gguf = [model] if alone else sorted(folder.glob("*.gguf"))
@@ -67,12 +59,13 @@ def examine(model: Path, found: Integrity, *, remote_code: bool = False) -> Iter
             formats.detect(settings)
     try:
         if gguf and (alone or not list(folder.glob("*.safetensors"))):
-            yield from _examine_gguf(gguf, found)
+            _examine_gguf(gguf, integrity, on_event)
         else:
-            yield from _examine(Checkpoint.open(folder), found, remote_code=remote_code)
-        _compare_checksums(folder, found, only=model.name if alone else None)
+            _examine(Checkpoint.open(folder), integrity, on_event, remote_code=remote_code)
+        _compare_checksums(folder, integrity, only=model.name if alone else None)
     except CheckpointError as error:
-        found.problems.append(str(error))
+        integrity.problems.append(str(error))
+    return integrity
 
 
 def checksum(file: Path) -> str:
@@ -87,7 +80,7 @@ def checksums(folder: Path) -> dict[str, str]:
     return {file.name: checksum(file) for file in files}
 
 
-def _examine(checkpoint: Checkpoint, found: Integrity, *, remote_code: bool) -> Iterator[ReadStep]:
+def _examine(checkpoint: Checkpoint, found: Integrity, on_event: OnEvent, *, remote_code: bool) -> None:
     packed = None if quantization_settings(checkpoint) is None else PackedWeights(checkpoint)
     modules = packed.modules if packed else []
     in_packed = {name for module in modules for name in packed.tensor_names(module)} if packed else set[str]()
@@ -100,14 +93,14 @@ def _examine(checkpoint: Checkpoint, found: Integrity, *, remote_code: bool) -> 
         with _collecting(found):
             _require_sound(module, packed)
         done += 1
-        yield ReadStep(module, done, total)
+        on_event(Progress("reading", done, total, "tensors", module))
     for name in rest:
         with _collecting(found):
             tensor = checkpoint.tensor(name)
             if tensor.is_floating_point():
                 require_finite(name, tensor)
         done += 1
-        yield ReadStep(name, done, total)
+        on_event(Progress("reading", done, total, "tensors", name))
     found.tensors, found.packed, found.nbytes = len(rest), len(modules), checkpoint.nbytes
     _require_complete(checkpoint, modules, found, remote_code=remote_code)
 
@@ -165,7 +158,7 @@ def _require_complete(checkpoint: Checkpoint, modules: list[str], found: Integri
         found.problems.append(f"no tensor is there for {absent[0]} ({len(absent)} parameters in all)")
 
 
-def _examine_gguf(files: list[Path], found: Integrity) -> Iterator[ReadStep]:
+def _examine_gguf(files: list[Path], found: Integrity, on_event: OnEvent) -> None:
     from llmq.gguf.container import Container
 
     for file in files:
@@ -177,7 +170,7 @@ def _examine_gguf(files: list[Path], found: Integrity) -> Iterator[ReadStep]:
                 found.tensors += 1
             else:
                 found.packed += 1
-            yield ReadStep(name, done, len(container.tensors))
+            on_event(Progress("reading", done, len(container.tensors), "tensors", name))
         found.nbytes += sum(info.nbytes for info in container.tensors.values())
 
 

@@ -17,7 +17,7 @@ from llmq.checkpoint.staging import STAGING
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.runtime.checkpoint_weights import PackedWeights
 from llmq.verify import engines as serving
-from llmq.verify.integrity import Integrity, examine
+from llmq.verify.integrity import examine
 from tests import builders, mixtures
 from tests.command_line import llmq as command
 
@@ -63,8 +63,7 @@ def test_every_weight_is_unpacked_once(packed: Path, monkeypatch: pytest.MonkeyP
         return plain(self, module)
 
     monkeypatch.setattr(PackedWeights, "read", counted)
-    found = Integrity()
-    list(examine(packed, found))
+    found = examine(packed)
     assert not found.problems and len(read) == len(set(read)) == found.packed
 
 
@@ -197,8 +196,7 @@ def test_a_packed_mixture_with_biases_is_whole(tmp_path: Path) -> None:
     """transformers has the experts' biases in one matrix, the file has one for each expert."""
     model = builders.save_model(tmp_path / "model", builders.causal_model(mixtures.gpt_oss()))
     llmq.quantize(str(model), tmp_path / "out", method="rtn", scales="minmax", group_size=16)
-    found = Integrity()
-    list(examine(tmp_path / "out", found))
+    found = examine(tmp_path / "out")
     assert not found.problems
     done = command("verify", tmp_path / "out", "--quick", "--for", "vllm")
     assert done.exit_code == QUALITY
@@ -209,8 +207,7 @@ def test_biases_of_stacked_experts_must_be_there(tmp_path: Path) -> None:
     change_file = load_file(model / "model.safetensors")
     del change_file["model.layers.1.mlp.experts.down_proj_bias"]
     save_file(change_file, model / "model.safetensors", metadata={"format": "pt"})
-    found = Integrity()
-    list(examine(model, found))
+    found = examine(model)
     assert any("model.layers.1.mlp.experts.down_proj_bias" in problem for problem in found.problems)
 
 
@@ -244,8 +241,7 @@ def test_only_the_gguf_file_that_was_asked_for(packed: Path, tmp_path: Path) -> 
     file = tmp_path / "good.gguf"
     write_gguf(file)
     (tmp_path / "bad.gguf").write_bytes(b"no GGUF at all")
-    found = Integrity()
-    list(examine(file, found))
+    found = examine(file)
     assert not found.problems and found.tensors == 1
     shutil.copy(packed / "model.safetensors", tmp_path)
     assert serving.subject.read(file).method == "gguf"

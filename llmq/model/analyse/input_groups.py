@@ -1,31 +1,18 @@
-"""Watch a block run: which weight is multiplied by which activation.
+"""Which linear layers of a block share an input.
 
-A `TorchFunctionMode` sees every matrix product of the block's own forward, whichever module or function makes it.  An
-operand that is a watched weight tells, with no names, what that weight's input is; weights that got the same input
-form one *input group* (q, k, v; gate, up) and share their statistics.
+A hook in front of every linear layer sees what the layer is fed.  Layers that get one and the same tensor form one
+*input group* (q, k, v; gate, up) and share their statistics.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from llmq.model.build.block import Block, Call
 from llmq.numerics.input_stats import InputStats
-
-MATMULS = {
-    torch.nn.functional.linear,
-    torch.addmm,
-    torch.matmul,
-    torch.mm,
-    Tensor.addmm,
-    Tensor.matmul,
-    Tensor.mm,
-    Tensor.__matmul__,
-}
 
 
 @dataclass(frozen=True)
@@ -36,26 +23,19 @@ class InputGroup:
     in_features: int
 
 
-class MatmulWatcher(TorchFunctionMode):
-    """While entered, calls `seen(name, input)` for each product with one of `weights` (name -> parameter)."""
+@contextmanager
+def watching(linears: Mapping[str, nn.Linear], seen: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """While open, `seen(name, input)` is called in front of each of these linear layers."""
 
-    def __init__(self, weights: Mapping[str, Tensor], seen: Callable[[str, Tensor], None]) -> None:
-        super().__init__()
-        self._names = {weight.untyped_storage().data_ptr(): name for name, weight in weights.items()}
-        self._seen = seen
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        return lambda _, args, kwargs: seen(name, args[0] if args else kwargs["input"])
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in MATMULS:
-            tensors = [value for value in (*args, *(kwargs or {}).values()) if isinstance(value, Tensor)]
-            for position, tensor in enumerate(tensors):
-                name = self._names.get(tensor.untyped_storage().data_ptr())
-                if name is not None and position > 0:
-                    self._seen(
-                        name, tensors[position - 1]
-                    )  # (input, weight) for linear and matmul, (bias, input, weight)
-        return func(*args, **(kwargs or {}))
+    handles = [linear.register_forward_pre_hook(hook(name), with_kwargs=True) for name, linear in linears.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def input_groups(block: Block, call: Call) -> list[InputGroup]:
@@ -76,7 +56,7 @@ def input_groups(block: Block, call: Call) -> list[InputGroup]:
         key = (where, inputs.numel(), inputs.shape[-1], inputs._version)
         first.setdefault(key, []).append(name)
 
-    with MatmulWatcher(_weights(block.linears), seen):
+    with watching(block.linears, seen):
         block.run(call)
     return [InputGroup(tuple(names), block.linears[names[0]].in_features) for names in first.values()]
 
@@ -86,9 +66,7 @@ def statistics(block: Block, groups: Sequence[InputGroup], calls: Iterable[Call]
     device = {group: block.linears[group.names[0]].weight.device for group in groups}
     stats = {group: InputStats(group.in_features, device[group]) for group in groups}
     leaders = {group.names[0]: stats[group] for group in groups}  # one weight of a group sees what all see
-    with MatmulWatcher(
-        _weights({name: block.linears[name] for name in leaders}), lambda name, x: leaders[name].update(x)
-    ):
+    with watching({name: block.linears[name] for name in leaders}, lambda name, x: leaders[name].update(x)):
         for call in calls:
             block.run(call)
     return stats
@@ -102,10 +80,6 @@ def inputs_of(block: Block, groups: Sequence[InputGroup], call: Call) -> tuple[d
     def seen(name: str, x: Tensor) -> None:
         inputs[leaders[name]] = x.clone()
 
-    with MatmulWatcher(_weights({name: block.linears[name] for name in leaders}), seen):
+    with watching({name: block.linears[name] for name in leaders}, seen):
         output = block.run(call)
     return inputs, output
-
-
-def _weights(linears: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
-    return {name: linear.weight for name, linear in linears.items()}

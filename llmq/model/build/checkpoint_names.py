@@ -16,7 +16,7 @@ class ModelWeights:
 
     The checkpoint may use the same names, leave out (or have) the base model's prefix, or use the names that
     transformers knows it by; tied parameters are stored once.  `read` gives a tensor by its name in the checkpoint,
-    `stored` says whether it holds that name.  Weights that the checkpoint stores as (K, N) are (N, K) here; those in
+    `stored` says whether it holds that name; `expect` may begin to read tensors that come next.  Weights that the checkpoint stores as (K, N) are (N, K) here; those in
     `unpacked`, names in the checkpoint, `read` gives as (N, K) already.
     """
 
@@ -26,7 +26,9 @@ class ModelWeights:
         read: Callable[[str], Tensor],
         stored: Callable[[str], bool],
         unpacked: Container[str] = (),
+        expect: Callable[[Iterable[str]], None] | None = None,
     ) -> None:
+        self._expect = expect
         self.stored_dtypes: dict[str, torch.dtype] = {}  # of every parameter that was filled, by its name in the model
         self._read = read
         self._stored = stored
@@ -40,6 +42,11 @@ class ModelWeights:
         self._places: dict[str, str] = {}
         self.stacked_in: dict[str, str] = {}  # by the name of an expert's tensor, the stored one that it is a part of
         self._parts: Counter[str] = Counter()
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Tensors that will be read next, by their names in the checkpoint."""
+        if self._expect is not None:
+            self._expect(names)
 
     def place(self, names: Mapping[str, str]) -> None:
         """Say what the checkpoint calls the modules at some paths."""
@@ -129,7 +136,7 @@ class ModelWeights:
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 tensor = self._checked(f"{path}.{key}" if path else key, parameter)
-                module._parameters[key] = nn.Parameter(tensor.to(device, parameter.dtype), requires_grad=False)
+                module._parameters[key] = nn.Parameter(tensor.to(device, parameter.dtype, non_blocking=True), requires_grad=False)
         for key, buffer in module._buffers.items():
             if buffer is not None:
                 name = next((c for c in self.candidates(f"{path}.{key}") if self._stored(c)), None)

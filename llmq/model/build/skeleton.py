@@ -79,6 +79,11 @@ class Skeleton:
             for path in block.experts
         ]
 
+    def read_ahead(self, index: int) -> None:
+        """Begin to read block `index`, if there is one, while another is at work."""
+        if 0 <= index < len(self.blocks):
+            self.weights.expect(self.blocks[index].stored_names())
+
     def record(self, index: int, tokens: Tensor) -> Call:
         """What block `index` is called with for `tokens` (B, T) int64, had the blocks before it changed nothing."""
         return self._record(index, tokens)[index]

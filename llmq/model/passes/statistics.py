@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from llmq.model.analyse.input_groups import InputGroup
 from llmq.model.build.block import Block
 from llmq.model.experts.separate import Routed, SeparateExperts
+from llmq.model.passes.replay import Arrival
 from llmq.numerics.input_stats import InputStats
 
-Arrival = Tensor | Routed
-Fed = tuple[Sequence[Arrival | None], int]  # what arrived in each stream, and how many tokens the batch has
+Arrived = tuple[Sequence[Arrival | None], int]  # what arrived of a batch in each stream, and how many tokens it has
 TokenWeights = Callable[[Sequence[str]], Tensor | None]  # the layers of a group -> (S, T), None where all count alike
 
 
@@ -117,7 +117,7 @@ class Summation:
         """Whether `count` has to come before `sums`."""
         return stop.experts is not None and stop.experts not in self._counted
 
-    def count(self, stop: Stop, batches: Iterable[Fed]) -> None:
+    def count(self, stop: Stop, batches: Iterable[Arrived]) -> None:
         """Count the tokens that each expert sees, and those of the layer."""
         assert stop.experts is not None
         counts = Counts([0] * stop.experts.experts, [0] * stop.experts.experts)
@@ -126,7 +126,7 @@ class Summation:
                 counts.add(arrived, fits=self._fits(batch))
         self._counted[stop.experts] = counts
 
-    def sums(self, stop: Stop, groups: Sequence[InputGroup], batches: Iterable[Fed]) -> list[InputStats]:
+    def sums(self, stop: Stop, groups: Sequence[InputGroup], batches: Iterable[Arrived]) -> list[InputStats]:
         """The statistics of some of a stop's groups, from one pass over the batches."""
         found = [InputStats(g.in_features, self._block.linears[g.names[0]].weight.device) for g in groups]
         judges = found if self._fitted is None else [stats.hold_out() for stats in found]

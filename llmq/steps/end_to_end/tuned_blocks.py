@@ -14,7 +14,6 @@ from torch import Tensor
 
 from llmq.algorithms import kl_tuning
 from llmq.algorithms.kl_tuning import Rates, State
-from llmq.errors import FormatError
 from llmq.methods import Method
 from llmq.model.build.block import Block
 from llmq.numerics.quantized_tensor import QuantizedTensor
@@ -70,24 +69,23 @@ class TunedBlocks:
                 self._fill(index)
 
     @contextmanager
-    def ready(self, index: int) -> Iterator[Block]:
+    def ready(self, block: Block) -> Iterator[None]:
         """A context in which a block has the weights that its states say."""
-        block = self._run.skeleton.blocks[index]
         if self._resident:
-            yield block
+            yield
             return
-        self._fill(index)
+        self._fill(block.index)
         try:
-            yield block
+            yield
         finally:
             block.free()
 
-    def update(self, index: int, block: Block, rates: Rates, step: int) -> None:
+    def update(self, block: Block, rates: Rates, step: int) -> None:
         """Step number `step` for a block that has gradients."""
-        for path, name in self.names[index].items():
+        for path, name in self.names[block.index].items():
             weight = block.linears[path].weight
             gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad  # None: it was not run
-            state = self._state(index, name)
+            state = self._state(block.index, name)
             kl_tuning.update(state, gradient, rates, step)
             self._step[name] = step + 1
             if self._resident:
@@ -107,11 +105,11 @@ class TunedBlocks:
         moved = codes = 0
         for index, names in enumerate(self.names):
             packed: dict[str, Tensor] = {}
-            for name in names.values():
+            for path, name in names.items():
                 origin, now = self._origin(index, name), self._now(index, name)
                 moved += int((origin.codes != now.codes).sum())
                 codes += now.codes.numel()
-                packed |= {f"{name}.{suffix}": tensor for suffix, tensor in self._run.layout.pack(now).items()}
+                packed |= self._run.pack(path, now)
             self._run.writer.revision.write_block(index, step, packed)
         return moved / max(1, codes)
 
@@ -137,11 +135,7 @@ class TunedBlocks:
         if name in self._states:
             return self._states[name].origin
         tensors, _ = self._run.writer.read(index)
-        reading = self._run.reader(name)
-        if reading is None:
-            raise FormatError(f"{name} was committed packed, but is not to be quantized now")
-        packed = {key.removeprefix(f"{name}."): tensors[key] for key in tensors if key.startswith(f"{name}.")}
-        return self._run.layout.unpack(packed, reading).to(self._run.skeleton.device)
+        return self._run.unpack(name, tensors).to(self._run.skeleton.device)
 
     def _state(self, index: int, name: str) -> State:
         if name in self._states:

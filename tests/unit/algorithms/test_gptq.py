@@ -44,7 +44,7 @@ def problem(N: int = 12, K: int = 64, T: int = 256, seed: int = 0) -> tuple[Tens
 
 def damped(stats: InputStats) -> Array:
     """(K, K) float64: H with its damping."""
-    H = stats.hessian.double().numpy()
+    H = stats.second_moment().double().numpy()
     return H + DAMPING * np.mean(np.diag(H)) * np.eye(len(H))
 
 
@@ -84,7 +84,7 @@ def margins(values: Array, levels: int) -> Array:
 def losses(weight: Tensor, decoded: Array, stats: InputStats) -> Array:
     """(N,) float64: mean squared change of each row's output."""
     difference = weight.double().numpy() - decoded
-    return np.asarray(np.einsum("nk,kj,nj->n", difference, stats.hessian.double().numpy(), difference))
+    return np.asarray(np.einsum("nk,kj,nj->n", difference, stats.second_moment().double().numpy(), difference))
 
 
 def with_nearest_where_better(twin: Twin, weight: Tensor, stats: InputStats, columns: Array, levels: int) -> Twin:
@@ -107,7 +107,7 @@ def check_against(
     assert np.mean(twin.clear) >= enough, "too many rows near a tie for the test to say much"
     np.testing.assert_array_equal(found.quantized.codes.numpy()[twin.clear], twin.codes[twin.clear])
     # Triangle inequality: |sqrt(a) - sqrt(b)| is at most the size of what lies between the two decoded weights.
-    largest = np.linalg.eigvalsh(stats.hessian.double().numpy())[-1]
+    largest = np.linalg.eigvalsh(stats.second_moment().double().numpy())[-1]
     tolerance = scale_error * np.sqrt(largest) * np.linalg.norm(twin.decoded, axis=1)
     fast = np.sqrt(losses(weight, found.quantized.dequantize().double().numpy(), stats))
     slow = np.sqrt(losses(weight, twin.decoded, stats))
@@ -126,7 +126,7 @@ def check_static(
     group = np.arange(K) // scheme.columns_per_group(K)
     scale = q.scales.double().numpy()[:, group]
     zero = np.full((N, K), 2.0 ** (scheme.bits - 1)) if q.zeros is None else q.zeros.double().numpy()[:, group]
-    diagonal = np.diag(stats.hessian.numpy())
+    diagonal = np.diag(stats.second_moment().numpy())
     visits = np.argsort(-diagonal, kind="stable") if order == "activation" else np.arange(K)
     levels = 2**scheme.bits - 1
     twin = optimal_brain_quantizer(weight, damped(stats), visits, levels, lambda j, _: (scale[:, j], zero[:, j]))
@@ -219,7 +219,7 @@ def test_gptq_as_in_the_paper_sees_the_whole_of_a_group_larger_than_a_block() ->
 @pytest.mark.parametrize("order", ["activation", "natural"])
 def test_the_factor_is_that_of_the_inverse_in_visiting_order(order: str) -> None:
     _, stats = problem(K=48)
-    factor = gptq.factorize(stats.hessian, Options(order=order, damping=DAMPING))
+    factor = gptq.factorize(stats.second_moment(), Options(order=order, damping=DAMPING))
     assert factor is not None and factor.damping == DAMPING
     visits = factor.order.numpy()
     inverse = np.linalg.inv(damped(stats)[np.ix_(visits, visits)])
@@ -236,7 +236,7 @@ def test_the_factor_is_that_of_the_inverse_in_visiting_order(order: str) -> None
 @pytest.mark.parametrize("order", ["activation", "natural"])
 def test_the_price_of_a_column_is_in_the_order_of_memory(order: str) -> None:
     _, stats = problem(K=48)
-    factor = gptq.factorize(stats.hessian, Options(order=order, damping=DAMPING))
+    factor = gptq.factorize(stats.second_moment(), Options(order=order, damping=DAMPING))
     assert factor is not None
     expected = 1 / np.diag(np.linalg.inv(damped(stats)))
     np.testing.assert_allclose(factor.price.numpy(), expected, rtol=2.0**-22)
@@ -245,7 +245,7 @@ def test_the_price_of_a_column_is_in_the_order_of_memory(order: str) -> None:
 def test_scales_are_searched_with_that_price() -> None:
     weight, stats = problem()
     scheme, options = Scheme(3, 32), Options(scale_dtype=torch.bfloat16)
-    factor = gptq.factorize(stats.hessian, options)
+    factor = gptq.factorize(stats.second_moment(), options)
     assert factor is not None
     chosen = affine_grid.fit_searched(weight, scheme, torch.bfloat16, factor.price)
     found = gptq.round_weight(weight, stats, scheme, options).quantized

@@ -37,7 +37,7 @@ def in_one_piece(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tensor
 def test_strips_change_nothing(K: int, strip: int, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gptq, "STRIP", strip)
     monkeypatch.setattr(gptq, "ELEMENTS_AT_ONCE", 100)
-    hessian = seen(K).hessian
+    hessian = seen(K).second_moment()
     factor = gptq.factorize(hessian, Options(order=order, damping=0.01))
     assert factor is not None
     upper, price = in_one_piece(hessian, factor.order, 0.01)
@@ -49,7 +49,7 @@ def test_strips_change_nothing(K: int, strip: int, order: str, monkeypatch: pyte
 
 
 def test_one_strip_gives_the_very_bits_of_one_piece() -> None:
-    hessian = seen(200).hessian
+    hessian = seen(200).second_moment()
     factor = gptq.factorize(hessian, Options())
     assert factor is not None
     upper, price = in_one_piece(hessian, factor.order, 0.01)
@@ -77,7 +77,7 @@ class Watch(TorchDispatchMode):
 def test_there_is_one_array_in_double_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gptq, "STRIP", 16)
     monkeypatch.setattr(gptq, "ELEMENTS_AT_ONCE", 256)
-    K, hessian = 128, seen(128).hessian
+    K, hessian = 128, seen(128).second_moment()
     with Watch() as watch:
         gptq.factorize(hessian, Options())
     assert [size for size in watch.storages.values() if size >= K * K] == [K * K]

@@ -61,7 +61,7 @@ def test_damping_grows_until_the_hessian_can_be_factored(lowest: float, first: f
 def test_damping_that_was_raised_is_the_damping_that_was_reported() -> None:
     """And not what all attempts add up to."""
     stats = with_hessian(indefinite(-0.05))
-    raised, direct = (gptq.factorize(stats.hessian, Options(damping=first)) for first in (0.01, 0.1))
+    raised, direct = (gptq.factorize(stats.second_moment(), Options(damping=first)) for first in (0.01, 0.1))
     assert raised is not None and direct is not None
     torch.testing.assert_close(raised.price, direct.price, rtol=2**-22, atol=0)
     torch.testing.assert_close(raised.upper, direct.upper, rtol=2**-22, atol=1e-12)
@@ -120,13 +120,13 @@ def test_a_silent_column_keeps_its_nearest_codes(order: str, scales: str) -> Non
 def test_a_silent_column_does_not_disturb_the_others(order: str) -> None:
     """On a grid that is fixed, they round as if it were not there."""
     weight, stats = random(8, 64), with_silence()
-    factor = gptq.factorize(stats.hessian, Options(order=order, damping=0.01))
+    factor = gptq.factorize(stats.second_moment(), Options(order=order, damping=0.01))
     assert factor is not None
     chosen = affine_grid.fit_minmax(weight, Scheme(4, "channel"), torch.float32)
     codes = gptq.compensate(weight, factor, chosen)
     loud = torch.tensor([k for k in range(64) if k not in SILENT])
     same_damping = Options(order=order, damping=0.01 * len(loud) / 64)  # a fraction of another mean
-    alone = gptq.factorize(stats.hessian[loud][:, loud], same_damping)
+    alone = gptq.factorize(stats.second_moment()[loud][:, loud], same_damping)
     assert alone is not None
     assert torch.equal(gptq.compensate(weight[:, loud], alone, chosen), codes[:, loud])
 
@@ -134,7 +134,7 @@ def test_a_silent_column_does_not_disturb_the_others(order: str) -> None:
 def test_the_price_of_a_silent_column_is_the_damping_and_no_more() -> None:
     """At the mean of the others it would outbid them all in the search for scales: compensation makes them cheap."""
     stats = with_silence()
-    factor = gptq.factorize(stats.hessian, Options(damping=0.01))
+    factor = gptq.factorize(stats.second_moment(), Options(damping=0.01))
     assert factor is not None
     expected = 0.01 * stats.mean_square.mean().expand(len(SILENT))
     torch.testing.assert_close(factor.price[SILENT], expected, rtol=2**-20, atol=0)
@@ -172,7 +172,7 @@ def test_no_row_is_worse_than_its_nearest_codes(bits: int, grouping: int | str, 
     nearest = affine_grid.Grid(scheme, q.scales, q.zeros).quantized(
         affine_grid.Grid(scheme, q.scales, q.zeros).encode(weight)
     )
-    H = stats.hessian.double()
+    H = stats.second_moment().double()
     loss, yardstick = (output_error(weight.double(), r.dequantize().double(), H) for r in (q, nearest))
     # The choice was made in float32: K² products, each rounded, of differences that cancel.
     size = (weight.double() - nearest.dequantize()).square().sum(1) * torch.linalg.eigvalsh(H)[-1]
@@ -186,11 +186,11 @@ def test_a_row_that_compensation_made_worse_is_rounded_to_nearest_and_reported()
     scheme = Scheme(2, 16)
     found = gptq.round_weight(weight, stats, scheme, Options())
     assert "some rows rounded to nearest, compensation made them worse" in found.notes
-    factor = gptq.factorize(stats.hessian, Options())
+    factor = gptq.factorize(stats.second_moment(), Options())
     assert factor is not None
     chosen = affine_grid.fit_searched(weight, scheme, torch.float32, factor.price)
     raw, nearest = gptq.compensate(weight, factor, chosen), chosen.encode(weight)
-    loss = {name: output_error(weight, chosen.quantized(codes).dequantize(), stats.hessian)
+    loss = {name: output_error(weight, chosen.quantized(codes).dequantize(), stats.second_moment())
             for name, codes in (("raw", raw), ("nearest", nearest))}  # fmt: skip
     worse = loss["raw"] > loss["nearest"]
     assert 0 < int(worse.sum()) < 64
@@ -203,14 +203,14 @@ def test_compensation_is_worth_it() -> None:
     error = {}
     for name, stage in (("rtn", rtn), ("clip", clip), ("gptq", gptq)):
         rounded = stage.round_weight(weight, stats, G16, Options()).quantized.dequantize()
-        error[name] = float(output_error(weight, rounded, stats.hessian).sum())
+        error[name] = float(output_error(weight, rounded, stats.second_moment()).sum())
     assert error["gptq"] < 0.7 * error["clip"] < 0.7 * error["rtn"]
 
 
 def test_the_same_request_gives_the_same_bits_and_changes_nothing() -> None:
     weight, stats = random(8, 64), seen(inputs())
-    before, hessian = weight.clone(), stats.hessian.clone()
+    before, hessian = weight.clone(), stats.second_moment().clone()
     for options in (Options(), Options(order="natural", scales="minmax")):
         first, second = (gptq.round_weight(weight, stats, G16, options).quantized for _ in range(2))
         assert torch.equal(first.codes, second.codes) and torch.equal(first.scales, second.scales)
-    assert torch.equal(weight, before) and torch.equal(stats.hessian, hessian)
+    assert torch.equal(weight, before) and torch.equal(stats.second_moment(), hessian)

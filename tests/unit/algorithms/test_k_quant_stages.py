@@ -71,7 +71,7 @@ def test_no_row_of_gptq_is_worse_than_nearest_codes_and_most_are_far_better(kind
     scheme = Scheme.of_blocks(kind)
     found = gptq.round_weight(weight, stats, scheme, OPTIONS)
     loss, plain, clipped = (
-        output_error(weight, stage.quantized.dequantize(), stats.hessian)
+        output_error(weight, stage.quantized.dequantize(), stats.second_moment())
         for stage in (
             found,
             rtn.round_weight(weight, stats, scheme, OPTIONS),
@@ -118,7 +118,7 @@ def coordinate_by_coordinate(target: Tensor, q: QuantizedTensor, hessian: Tensor
 
 @pytest.mark.parametrize("kind", ["q4_k", "q6_k"])
 def test_small_integers_are_the_best_of_all_their_values_in_turn(kind: str) -> None:
-    target, hessian = random(2, K), statistics().hessian
+    target, hessian = random(2, K), statistics().second_moment()
     start = nearest(target, kind)
     moved = refit_k_quants._with_other_integers(target, start, hessian)
     sc, m = coordinate_by_coordinate(target, start, hessian)
@@ -131,7 +131,7 @@ def test_small_integers_are_the_best_of_all_their_values_in_turn(kind: str) -> N
 
 @pytest.mark.parametrize("kind", TWO_LEVEL)
 def test_shared_numbers_are_those_of_a_dense_solver(kind: str) -> None:
-    target, hessian = random(3, K), statistics().hessian
+    target, hessian = random(3, K), statistics().second_moment()
     q = nearest(target, kind)
     L = torch.linalg.cholesky(hessian.double() + 1e-6 * torch.eye(K))
     found = refit_k_quants._solved(target, q, hessian)
@@ -156,8 +156,8 @@ def test_no_row_gets_worse_by_a_refinement(kind: str) -> None:
     weight, stats = random(N, K), statistics()
     q = gptq.round_weight(weight, stats, Scheme.of_blocks(kind), OPTIONS).quantized
     for stage in (descent, refit):
-        refined = stage.refine(weight, q, stats.hessian, OPTIONS)
-        before, after = (output_error(weight, each.dequantize(), stats.hessian) for each in (q, refined))
+        refined = stage.refine(weight, q, stats.second_moment(), OPTIONS)
+        before, after = (output_error(weight, each.dequantize(), stats.second_moment()) for each in (q, refined))
         assert bool((after <= before).all()) and float(after.sum()) < float(before.sum())
         assert consistent(refined)
         q = refined

@@ -54,7 +54,7 @@ def test_a_method_of_one_stage_is_that_stage() -> None:
 def test_the_target_is_rounded_in_the_place_of_the_weight() -> None:
     stats = observed()
     plain, found = rounded(stats, Method(rounding="gptq")), rounded(stats, Method(rounding="gptq", alphas=(1.0,)))
-    H, C = stats.hessian.double(), stats.cross
+    H, C = stats.second_moment().double(), stats.cross_moment()
     assert C is not None
     H += 0.01 * H.diagonal().mean() * torch.eye(K)
     for path, each in found.items():
@@ -82,13 +82,13 @@ def test_refinements_lower_the_loss_of_the_target(held_out: bool) -> None:
     stats = observed(held_out=held_out)
     before = rounded(stats, Method(rounding="rtn", alphas=(1.0,)))
     after = rounded(stats, Method(rounding="rtn", alphas=(1.0,), refinements=("descent", "refit")))
-    factor = gptq.factorize(stats.hessian, OPTIONS)
+    factor = gptq.factorize(stats.second_moment(), OPTIONS)
     assert factor is not None
-    H = stats.hessian
+    H = stats.second_moment()
     H.diagonal().add_(factor.damping * H.diagonal().mean())
     W = weights()["other"]
-    assert stats.cross is not None
-    target = W + algorithms.target.step(W, stats.cross, factor)
+    assert stats.cross_moment() is not None
+    target = W + algorithms.target.step(W, stats.cross_moment(), factor)
     quantized = before["other"].rounding.quantized
     for stage in (descent, refit):
         quantized = stage.refine(target, quantized, H, OPTIONS)  # each is kept, here

@@ -1,0 +1,81 @@
+"""How far a command is, on stderr: a bar for each stage with its ETA, or plain lines where there is no terminal."""
+
+import sys
+
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+
+from llmq.cli.manifest import print_manifest
+from llmq.cli.terminal import messages, print_notes
+from llmq.report.events import Event, Progress, TextRead
+from llmq.report.record import BlockReport, LayerReport, TuningReport, TuningStep
+
+LINES = 20  # of one stage, where there is no terminal
+
+
+class ProgressDisplay:
+    """Shows events; a context, so that bars are gone when it ends.
+
+    commits  how many blocks are quantized, the head counting as one
+    """
+
+    def __init__(self, commits: int = 0) -> None:
+        self._commits = commits
+        self._blocks = 0
+        self._console = messages()
+        self._tasks: dict[str, TaskID] = {}
+        self._bars = Bars(
+            TextColumn("{task.fields[stage]}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[unit]}"),
+            TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.description}"),
+            console=self._console, disable=not self._console.is_terminal,
+        )  # fmt: skip
+
+    def __enter__(self) -> "ProgressDisplay":
+        self._bars.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bars.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+        if isinstance(event, TextRead):
+            print_manifest(event.manifest, self._bars.console)
+            print_notes(event.notes, self._bars.console)
+        elif isinstance(event, Progress):
+            line = f"{event.stage} {event.done}/{event.total} {event.unit}  {event.detail}".rstrip()
+            sparse = event.done % max(1, event.total // LINES) == 0 or event.done == event.total
+            self._show(event.stage, event.done, event.total, event.unit, event.detail, line if sparse else None)
+        elif isinstance(event, BlockReport):
+            self._blocks += 1
+            line = f"block {self._blocks}/{self._commits}  {event.path}  {outcome(event)}"
+            self._show("quantizing", self._blocks, self._commits, "blocks", None, line)
+        elif isinstance(event, LayerReport):
+            detail = f"{event.name}  error {event.error:.2%}"
+            self._show("quantizing", self._blocks, self._commits, "blocks", detail, None)
+        elif isinstance(event, TuningStep):
+            judged = None if event.held_out is None else f"validation KL {event.held_out:.4g}"
+            note = None if judged is None else f"tuning {event.step}/{event.steps}  {judged}"
+            self._show("tuning", event.step, event.steps, "steps", judged, note)
+        else:
+            assert isinstance(event, TuningReport)  # the result shows it
+
+    def _show(self, stage: str, done: int, total: int, unit: str, detail: str | None, line: str | None) -> None:
+        if not self._console.is_terminal:
+            if line is not None:
+                print(line, file=sys.stderr, flush=True)
+            return
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bars.add_task("", total=total, stage=stage, unit=unit)
+        described = {} if detail is None else {"description": detail}
+        self._bars.update(self._tasks[stage], completed=done, **described)  # type: ignore[arg-type]
+
+
+def outcome(block: BlockReport) -> str:
+    """What became of a block, in a few words."""
+    if block.resumed:
+        return "finished earlier"
+    if not block.layers:
+        return "kept in float"
+    worst = max(block.layers, key=lambda layer: layer.error)
+    return f"{block.seconds:.1f} s, largest error {worst.error:.2%} in {worst.name.removeprefix(block.path + '.')}"

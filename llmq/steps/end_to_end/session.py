@@ -1,0 +1,228 @@
+"""Tune the codes and scales of all blocks together, against the predictions of the float model.
+
+    float blocks ──► last hidden states of every sequence ──► head ──► p ─┐
+    committed blocks ─► forward ─► head ─► p̂ ─► KL(p ‖ p̂), gradient ◄─────┘
+         ▲                                          │
+         └── codes, scales ◄── backward, block by block       once per step, on `tokens` tokens
+
+It runs when all blocks are committed, and works on a second version of them (`checkpoint/tuned_version.py`): these stay
+valid until one is adopted as a whole.  So a run may end at any point, and the same command continues to the same bits.
+The float model's hidden states are those with which the float stream left the last block; only text that the stream did
+not hold is run through the float model again.  What is held in memory and what on the disk depends on what is free
+(`memory_plan.py`), and changes no bit.
+
+The guard: every so often the loss is taken on validation sequences.  The blocks that were best there are adopted; if
+those are the ones that tuning began with, nothing is.  The sequences of a step are drawn without repetition from the
+others, in an order that depends on the seed and the step alone.
+
+Not here: the maths of one weight (algorithms/kl_tuning.py), the way through the model (model/passes/).
+"""
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmq.algorithms.kl_tuning import Rates, drawn
+from llmq.errors import CalibrationError
+from llmq.methods import Method, Tuning
+from llmq.model.build.block import Block
+from llmq.model.passes.backward import Tape, backward
+from llmq.model.passes.forward import run_through
+from llmq.model.passes.hidden_states import HiddenStates, Storage
+from llmq.model.passes.streams import Text
+from llmq.report.events import Progress
+from llmq.report.record import TuningReport, TuningStep
+from llmq.steps.end_to_end import memory_plan
+from llmq.steps.end_to_end.tuned_blocks import TunedBlocks
+from llmq.steps.kl_loss import divergence
+from llmq.steps.run import Run, TuningRun
+
+JUDGED = 8  # times that the validation loss is taken, in addition to the first
+SAVED_EVERY = 60.0  # seconds, and never less than SAVED_SHARE times as long as it takes
+SAVED_SHARE = 20
+UNTOUCHED: Mapping[str, Any] = {"step": 0, "best": None, "moved": 0.0, "history": (), "seconds": 0.0}
+
+
+def tuning_text(method: Method, written: Tensor, tokens: Tensor) -> Text:
+    """What to tune on and, at the end, to judge by: `tokens` (S, T), in front of them what the model has written.
+
+    Raises CalibrationError for too few.
+    """
+    assert method.tuning is not None
+    if len(tokens) < 2:
+        raise CalibrationError(
+            "the calibration text makes one sequence, and tuning takes two or more: one to tune on, one to validate",
+            hint="give more text, a shorter --seqlen, or a method that does not tune",
+        )
+    validation = min(len(tokens) - 1, max(1, math.ceil(method.held_out * len(tokens))))
+    together = torch.cat([written, tokens])
+    batch = min(len(together) - validation, max(1, method.tuning.tokens // tokens.shape[1]))
+    return Text(together, batch, validation)
+
+
+def tune_end_to_end(run: Run) -> None:
+    """Tune the committed blocks as `run.method.tuning` says, if it does; reports each step, and the outcome."""
+    tuning = run.tuning
+    if tuning is None or run.method.tuning is None:
+        return
+    done = run.writer.revision.adopted
+    if done is not None:  # an earlier run got this far
+        run.on_event(TuningReport.from_dict(done["report"]))
+        return
+    session = Session(run, run.method.tuning, tuning)
+    try:
+        session.run_steps()
+        run.on_event(session.adopt())
+    finally:
+        session.free()
+
+
+class Session:
+    """One run of tuning, from where an earlier one was saved."""
+
+    def __init__(self, run: Run, tuning: Tuning, text: TuningRun) -> None:
+        self._began = time.monotonic()
+        self._run, self._tuning, self._text, self._seed = run, tuning, text.text, text.seed
+        self._calls = text.calls
+        self._rates = Rates(tuning.rounding, tuning.scales)
+        self._places = memory_plan.choose(run, self._text, self._rates)
+        run.writer.revision.begin()
+        self._storage = Storage(run.skeleton.device, self._places.states, run.writer.revision.folder)
+        self._teacher = self._teacher_states()
+        self._blocks = TunedBlocks(run, resident=self._places.resident)
+
+        progress = run.writer.revision.progress or UNTOUCHED
+        self._step: int = progress["step"]
+        self._best: int | None = progress["best"]  # the step in front of which the blocks were best
+        self._moved: float = progress["moved"]
+        self._history = {int(step): float(loss) for step, loss in progress["history"]}
+        self._earlier: float = progress["seconds"]
+
+    def run_steps(self) -> None:
+        """Take all steps that are left."""
+        if self._history:
+            self._blocks.resume(self._step)
+        else:
+            self._blocks.start(self._rates)
+        loss, last = None, self._tuning.steps
+        saved, took = time.monotonic(), 0.0
+        while True:
+            judged = self._judge() if self._step % max(1, last // JUDGED) == 0 or self._step == last else None
+            self._run.on_event(TuningStep(self._step, last, loss, judged))
+            if self._step == last or not math.isfinite(loss or 0.0):
+                return
+            if time.monotonic() - saved >= max(SAVED_EVERY, SAVED_SHARE * took):
+                began = time.monotonic()
+                self._save()
+                saved, took = time.monotonic(), time.monotonic() - began
+            loss = self._descend()
+            self._step += 1
+
+    def adopt(self) -> TuningReport:
+        """Put the best blocks in the place of the committed ones, if they are better."""
+        report = TuningReport(
+            steps=self._step,
+            best=self._best or 0,
+            history=tuple(self._history.items()),
+            moved=self._moved,
+            seconds=self._seconds(),
+            notes=self._notes(),
+        )
+        self._run.writer.revision.adopt({"best": self._best, "report": report.to_dict()}, self._indices())
+        return report
+
+    def free(self) -> None:
+        """Give all memory back."""
+        self._blocks.free()
+
+    def _teacher_states(self) -> HiddenStates:
+        """The float model's last hidden states of the whole text.
+
+        The calibration text comes last; where the float stream has it already, only the rest is run.
+        """
+        teacher, streams = HiddenStates(self._storage, "teacher"), self._run.streams
+        known = streams.floats if streams is not None else None
+        start = self._text.sequences if known is None else self._text.sequences - known.text.sequences
+        if start:
+            batch = self._text.batch if known is None else known.text.batch
+            part = Text(self._text.tokens[:start], batch)
+            self._run.on_event(Progress("float predictions", 0, 1, "passes"))
+            passed = run_through(self._run.skeleton, part, self._storage, self._calls)
+            for own in part.batches():
+                teacher.write(own, passed.last(own))
+            passed.clear()
+        if known is not None:
+            for own in known.text.batches():
+                teacher.write(range(start + own.start, start + own.stop), known.last(own))
+            known.clear()
+        return teacher
+
+    def _descend(self) -> float:
+        """One step; returns the loss that it began with."""
+        skeleton, rates = self._run.skeleton, self._rates.at(self._step, self._tuning.steps)
+        chosen = drawn(self._step, self._text.batch, self._text.fitted, self._seed)
+        text = Text(self._text.of(chosen), len(chosen))
+        storage = Storage(skeleton.device)
+        paths, keep = self._blocks.paths, self._places.graphs
+        tape = Tape(skeleton, text, self._calls, storage, weights=paths, keep=keep, seen=True)
+        [hidden] = tape.forward(self._blocks.ready)
+        loss, gradient = divergence(skeleton, text.tokens, self._teacher.read(chosen), hidden)
+        del hidden
+
+        def update(block: Block, _: range) -> None:
+            self._blocks.update(block, rates, self._step)
+
+        backward(skeleton, tape, [gradient], update, ready=self._blocks.ready)
+        return loss
+
+    def _judge(self) -> float:
+        """The loss on validation text, if it is not known; writes the blocks where it is the lowest so far."""
+        if self._step in self._history:  # before the run was interrupted
+            return self._history[self._step]
+        loss = self._validation_loss()
+        if self._history and loss < min(self._history.values()):
+            moved = self._blocks.write_blocks(self._step)
+            if self._best is not None:
+                self._run.writer.revision.drop_blocks(self._indices(), self._best)
+            self._best, self._moved = self._step, moved
+        self._history[self._step] = loss
+        return loss
+
+    def _validation_loss(self) -> float:
+        skeleton, start = self._run.skeleton, self._text.fitted
+        text = Text(self._text.tokens[start:], self._text.batch)
+        passed = run_through(skeleton, text, self._storage, self._calls, ready=self._blocks.ready)
+        total = 0.0
+        for own in text.batches():
+            expected = self._teacher.read(range(start + own.start, start + own.stop))
+            mean, _ = divergence(skeleton, text.of(own), expected, passed.last(own))
+            total += mean * len(own)
+        passed.clear()
+        return total / text.sequences
+
+    def _save(self) -> None:
+        self._blocks.write_states(self._step)
+        record = {
+            "step": self._step,
+            "best": self._best,
+            "moved": self._moved,
+            "history": list(self._history.items()),
+            "seconds": self._seconds(),
+        }
+        names = [name for names in self._blocks.names for name in names.values()]
+        self._run.writer.revision.save(record, names, self._indices())
+
+    def _indices(self) -> range:
+        return range(len(self._run.skeleton.blocks))
+
+    def _seconds(self) -> float:
+        return self._earlier + time.monotonic() - self._began
+
+    def _notes(self) -> tuple[str, ...]:
+        if self._places.resident:
+            return ()
+        return ("the model and its tuning state did not fit into memory, so each step read and wrote them",)

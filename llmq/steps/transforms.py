@@ -1,0 +1,150 @@
+"""Transforms on a model: rewrite a float block into an equal one that is quantized with less error.
+
+A transform names a basis for the weights that share an input (algorithms/awq.py, rotation.py); its inverse is folded
+into whatever makes that input (model/analyse/fold.py).  Every rewrite is proved by running the block before and after,
+and undone where it moves the output or does not lower the error of the quantized block on validation text.
+"""
+
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from llmq import algorithms
+from llmq.model.analyse import fold, input_groups
+from llmq.model.analyse.fold import FoldSite
+from llmq.model.analyse.input_groups import InputGroup
+from llmq.model.build.block import Block, Call
+from llmq.model.passes.sequential import Streams
+from llmq.numerics.block_diagonal import columns, inverse
+from llmq.numerics.input_stats import InputStats
+from llmq.report.record import StageGain
+from llmq.steps.quantize_group import Rounded, round_group
+from llmq.steps.run import Run
+
+PROBE_TOKENS = 64  # enough to see which weights share an input, and what makes it
+LOSS_TOKENS = 1024  # on which a transformation is chosen and proved
+
+Observed = dict[InputGroup, InputStats]
+
+
+def transform_block(run: Run, block: Block, groups: Sequence[InputGroup]) -> tuple[list[str], list[StageGain]]:
+    """Rewrite the float block by each transform of the method, on statistics of the float block.
+
+    Returns notes for the user, and what each rewrite gained.
+    """
+    streams = run.streams
+    assert streams is not None, "a method that transforms needs calibration"
+    transforms = BlockTransforms(run, streams, block, groups)
+    for stage in run.method.transforms:
+        transforms.apply(stage)
+    packed = {f"{run.plans[path].name}.weight" for path in block.linears if run.plans[path].scheme is not None}
+    kept = {name: tensor for name, tensor in block.stored_parameters().items() if name not in packed}
+    block.set_stored_parameters(kept)  # what a transform changed, in as few bits as the file holds it
+    streams.transformed(block)
+    return transforms.notes, transforms.gains
+
+
+class BlockTransforms:
+    """A block that is being rewritten; `observed` are the statistics of its inputs as its weights see them now."""
+
+    def __init__(self, run: Run, streams: Streams, block: Block, groups: Sequence[InputGroup]) -> None:
+        self._run = run
+        self._block = block
+        stream = streams.quantized
+        self._probe, self._call = stream.sample(PROBE_TOKENS), stream.sample(LOSS_TOKENS)
+        self._validation = stream.validation_sample(LOSS_TOKENS)
+        shared = [group for group in groups if not block.is_experts(group.names[0])]  # experts are not transformed
+        self.observed: Observed = input_groups.statistics(block, shared, stream.fitted_calls())
+        self.notes: list[str] = []
+        self.gains: list[StageGain] = []
+
+    def apply(self, stage: str) -> None:
+        """Rewrite the block by one transform, in one place after the other."""
+        sites, before = self._sites(), self._block.run(self._call)
+        for group, stats in self.observed.items():
+            if not all(self._run.plans[path].scheme for path in group.names):
+                continue  # a layer that is kept in float is not rewritten either
+            if group not in sites:
+                self.notes.append(
+                    f"{', '.join(group.names)}: {stage} left out, nothing was found that makes their input"
+                )
+                continue
+            site = sites[group]
+            width = partial(fold.mixing_width, self._block, site, self._probe)
+            loss = partial(self._loss_in_basis, group, stats, before)
+            basis = algorithms.transform(stage).basis(stats, site.source, width, loss)
+            if basis is not None:
+                self._rewrite(stage, site, basis)
+
+    def _sites(self) -> dict[InputGroup, FoldSite]:
+        """For each group, what makes its input; without those whose producer is kept in float or cannot be changed."""
+        weights = self._run.skeleton.weights
+        kept = {path for path, plan in self._run.plans.items() if plan.scheme is None}
+        sites = fold.discover(self._block, list(self.observed), self._probe)
+        producers = [(site, f"{self._block.path}.{site.producer}") for site in sites]
+        return {s.group: s for s, path in producers if path not in kept and not weights.is_fixed(f"{path}.weight")}
+
+    def _rewrite(self, stage: str, site: FoldSite, basis: Tensor) -> None:
+        """Fold a basis into its site.
+
+        Undone, bit for bit, if it moves the block's output, or if the output with the weights on both sides quantized
+        is no better for it, on validation text where there is any.
+        """
+        block, before = self._block, self._block.run(self._call)
+        paths = {*site.group.names, f"{block.path}.{site.producer}"}
+        call = self._validation or self._call
+        expected = block.run(call) if self._validation else before
+        plain = self._quantized_loss(paths, call, expected, self.observed)
+        undo, folded = fold.apply(block, site, basis)
+        change = fold.moved(self._call.hidden, before, block.run(self._call))
+        if change > fold.OUTPUT_TOLERANCE:
+            undo()
+            self.notes.append(
+                f"{', '.join(site.group.names)}: {stage} undone, it moved the block's output by {change:.1e}"
+            )
+            return
+        rewritten = {**self.observed, site.group: self.observed[site.group].in_basis(folded)}
+        loss = self._quantized_loss(paths, call, expected, rewritten)
+        if loss < plain:
+            self.observed[site.group] = rewritten[site.group]
+        else:
+            undo()
+        if self._validation:
+            self.gains.append(StageGain(stage, plain, loss, loss < plain))
+
+    def _quantized_loss(self, paths: Collection[str], call: Call, expected: Tensor, observed: Observed) -> float:
+        """Squared error per token of the block's output when the layers in `paths` are quantized."""
+        quantized: dict[str, Tensor] = {}
+        for group, stats in observed.items():
+            weights = {path: self._block.weight(path) for path in group.names if path in paths}
+            layers = round_plainly(self._run, weights, stats)
+            quantized |= {layer.path: layer.rounding.quantized.dequantize() for layer in layers}
+        return output_loss(self._block, quantized, call, expected)
+
+    def _loss_in_basis(self, group: InputGroup, stats: InputStats, expected: Tensor, basis: Tensor) -> float:
+        """The same with the group's weights quantized in another basis, and brought back from it."""
+        weights = {path: columns(self._block.weight(path), basis) for path in group.names}
+        layers = round_plainly(self._run, weights, stats.in_basis(basis))
+        back = inverse(basis)
+        quantized = {layer.path: columns(layer.rounding.quantized.dequantize(), back) for layer in layers}
+        return output_loss(self._block, quantized, self._call, expected)
+
+
+def round_plainly(run: Run, weights: Mapping[str, Tensor], stats: InputStats) -> Iterator[Rounded]:
+    """Quantize as the method does, by its rounding stage alone."""
+    plain = dataclasses.replace(run.method, alphas=(), refinements=())
+    return round_group(weights, {path: run.plans[path].scheme for path in weights}, stats, plain, run.options)
+
+
+def output_loss(block: Block, weights: Mapping[str, Tensor], call: Call, expected: Tensor) -> float:
+    """‖f(x; Ŵ) - f(x; W)‖² per token, the latter being `expected`; the block has its own weights again afterwards."""
+    originals = {path: block.weight(path) for path in weights}
+    for path, weight in weights.items():
+        block.set_weight(path, weight)
+    loss = float((block.run(call) - expected).to(torch.float32).square().sum()) / call.hidden[..., 0].numel()
+    for path, weight in originals.items():
+        block.set_weight(path, weight)
+    return loss
