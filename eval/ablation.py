@@ -31,7 +31,9 @@ sys.path.insert(0, str(ROOT / "eval"))
 from rows import Row, append, read  # noqa: E402
 from subjects import MODELS, SAMPLES, SEQLEN, SHARED, WINDOWS, stamp, table_row, texts  # noqa: E402
 
-JSON, DOMAINS_JSON, MARKDOWN = (ROOT / "eval" / "results" / name for name in ("ablation.json", "domains.json", "ablation.md"))
+JSON, DOMAINS_JSON, MARKDOWN = (
+    ROOT / "eval" / "results" / name for name in ("ablation.json", "domains.json", "ablation.md")
+)
 ZEROS = ("symmetric", "asymmetric")
 GPTQ, BALANCED, BEST = METHODS["gptq"], METHODS["balanced"], METHODS["best"]
 TUNING = BALANCED.tuning

@@ -31,7 +31,6 @@ from torch import Tensor
 from llmq import calibration
 from llmq.errors import CalibrationError, UnsupportedModelError
 
-Logits = Callable[[Tensor], Tensor]  # (B, T) int64 -> (B, T, V) float32
 Interval = tuple[float, float]
 TOKENS_PER_BATCH = 2048
 ENTRIES_AT_ONCE = 2**24  # of logits that are compared, in float32: what holds a few copies of them
@@ -137,13 +136,6 @@ def wikitext_rows(text: str) -> str:
     return "\n\n".join(line if line.strip() else "" for line in io.StringIO(text))  # a line ends with "\n" only
 
 
-def evaluate(logits: Logits, windows: Tensor, *, against: Logits | None = None) -> Evaluation:
-    """Perplexity of a model in memory on `windows` (S, T), and how far it is from `against`."""
-    with torch.inference_mode():
-        parts = [score(logits(batch), batch, None if against is None else against(batch)) for batch in batches(windows)]
-    return summary(Scores.joined(parts))
-
-
 @torch.no_grad()
 def score(predicted: Tensor, tokens: Tensor, expected: Tensor | None = None) -> Scores:
     """Each token's figures from the logits (B, T, V) of a model, and from those of the original, for `tokens` (B, T).
@@ -232,11 +224,6 @@ def draws(sizes: Sequence[int]) -> Tensor:
     generator = np.random.default_rng(SEED)
     counts = [generator.multinomial(size, np.full(size, 1 / size), size=DRAWS) for size in sizes]
     return torch.from_numpy(np.concatenate(counts, axis=1) / sum(sizes))
-
-
-def logits_of(model: Any) -> Logits:
-    """What `evaluate` takes, from a transformers model."""
-    return lambda tokens: model(input_ids=tokens.to(model.device), use_cache=False).logits
 
 
 def batches(windows: Tensor) -> Sequence[Tensor]:

@@ -185,7 +185,8 @@ class GgufSource:
         documents = {CONFIG: json_text({**config, "quantization_config": layout.quantization_config(schemes, [])})}
         if record := read_record(self.file.parent):
             documents[PROVENANCE_FILE] = json_text(record)
-        writer.finish([], companion_files(model), documents)
+        with writer.finishing() as final:
+            writer.assemble(final, [], companion_files(model), documents)
         checkpoint = Checkpoint.open(writer.folder)
         found = linear_names(checkpoint, schemes)
         chosen = {name: schemes[module] for name, module in found.packed.items()}

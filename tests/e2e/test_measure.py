@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -18,7 +19,7 @@ from llmq import memory
 from llmq.errors import QualityError
 from llmq.evaluation import streaming
 from llmq.evaluation.measure import measure, measure_many, require
-from llmq.evaluation.scoring import Evaluation, evaluate, logits_of, read_windows
+from llmq.evaluation.scoring import Evaluation, read_windows, score, summary
 from llmq.model.passes.forward import hidden_states
 from llmq.runtime.open_skeleton import open_skeleton
 from tests import builders
@@ -56,7 +57,9 @@ def as_a_whole(path: Path, original: Path, text: Path) -> Evaluation:
     """The same figures from models that are in memory, as `llmq.load` gives them."""
     (model, tokenizer), (reference, _) = (llmq.load(each, device="cpu") for each in (path, original))
     windows = read_windows(str(text), tokenizer, SIZE["seqlen"], limit=SIZE["limit"])
-    return evaluate(logits_of(model), windows, against=logits_of(reference))
+    with torch.inference_mode():
+        predicted, expected = (network(input_ids=windows).logits for network in (model, reference))
+    return summary(score(predicted, windows, expected))
 
 
 def agree(found: Evaluation, expected: Evaluation) -> None:

@@ -5,7 +5,6 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from tests.unit.algorithms.test_gptq import check_static
 from torch import Tensor
 
 from llmq.algorithms import Options, clip, descent, gptq, kl_tuning, output_error, refit, refit_k_quants, rtn
@@ -17,6 +16,7 @@ from llmq.numerics.input_stats import InputStats
 from llmq.numerics.quantized_tensor import QuantizedTensor, Superblocks
 from llmq.numerics.scheme import Scheme
 from llmq.steps.quantize_group import round_group
+from tests.unit.algorithms.test_gptq import check_static
 
 TWO_LEVEL = ("q4_k", "q5_k", "q6_k")
 RATES = Rates(rounding=0.02, scales=0.01)

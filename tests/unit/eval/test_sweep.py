@@ -112,7 +112,9 @@ def test_what_is_published_is_rendered_from_the_figures() -> None:
     try:
         import sweep as published  # type: ignore[import-not-found]
 
-        assert (folder / "results" / "sweep.md").read_text(encoding="utf-8") == published.render(published.read(published.JSON))
+        assert (folder / "results" / "sweep.md").read_text(encoding="utf-8") == published.render(
+            published.read(published.JSON)
+        )
     finally:
         sys.path.remove(str(folder))
         for name in ("sweep", "results", "rows", "stdlib_text"):
