@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from llmq import calibration
+from llmq.algorithms.kl_divergence import kl_divergence
 from llmq.errors import CalibrationError, UnsupportedModelError
 
 Interval = tuple[float, float]
@@ -159,7 +160,7 @@ def score(predicted: Tensor, tokens: Tensor, expected: Tensor | None = None) -> 
         if theirs is not None:
             logp_0 = torch.log_softmax(theirs.to(torch.float32), dim=-1)
             original_losses.append(-logp_0.gather(-1, token[:, None])[:, 0].cpu())
-            divergences.append(divergence(logp_0, logp).clamp(min=0).cpu())
+            divergences.append(kl_divergence(logp_0, logp).clamp(min=0).cpu())
             agreements.append((logp_0.argmax(-1) == logp.argmax(-1)).cpu())
 
     def windows(parts: list[Tensor]) -> Tensor:
@@ -212,11 +213,6 @@ def summary(scores: Scores, sizes: Sequence[int] | None = None) -> Evaluation:
 def summary_of_original(scores: Scores, sizes: Sequence[int] | None = None) -> Evaluation | None:
     """The original's own figures, where scores hold it."""
     return None if scores.beside is None else summary(Scores(scores.beside.original_loss), sizes)
-
-
-def divergence(expected: Tensor, predicted: Tensor) -> Tensor:
-    """KL(expected ‖ predicted) in nats, (…,), of log-probabilities (…, V); what has probability 0 adds nothing."""
-    return torch.where(expected == -torch.inf, 0.0, expected.exp() * (expected - predicted)).sum(-1)
 
 
 def draws(sizes: Sequence[int]) -> Tensor:

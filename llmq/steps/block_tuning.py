@@ -23,7 +23,7 @@ from llmq.model.build.skeleton import Skeleton
 from llmq.model.passes import backward
 from llmq.model.passes.hidden_states import Stream
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.steps.kl_loss import divergence
+from llmq.steps.kl_loss import kl_loss
 
 
 def tune(
@@ -87,7 +87,7 @@ class BlockProblem:
         """The loss of the block's `output` (…, B, T, D) for those windows, and its gradient in that."""
         target = self._stream.original_outputs(windows)
         if self._last:
-            return divergence(self._skeleton, self._stream.tokens_of(windows), target, output)
+            return kl_loss(self._skeleton, self._stream.tokens_of(windows), target, output)
         difference = output.to(torch.float32) - target.to(torch.float32)
         loss = float(difference.square().sum(dtype=torch.float64)) / len(windows)
         return loss, difference.mul_(2 / len(windows)).to(output.dtype)

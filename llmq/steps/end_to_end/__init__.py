@@ -36,7 +36,7 @@ from llmq.report.record import TuningReport, TuningStep
 from llmq.steps.end_to_end import memory_plan
 from llmq.steps.end_to_end.memory_plan import disk_bytes
 from llmq.steps.end_to_end.tuned_blocks import TunedBlocks
-from llmq.steps.kl_loss import divergence
+from llmq.steps.kl_loss import kl_loss
 from llmq.steps.run import Run
 
 __all__ = ["Session", "disk_bytes", "drawn", "held_out", "text", "tune"]
@@ -151,7 +151,7 @@ class Session:
         tokens = self._windows[chosen]
         forward = Chain(skeleton, self._blocks.ready, tokens, self._blocks.paths, keep=self._places.graphs)
         expected = self._teacher.read(chosen).to(skeleton.device)
-        loss, gradient = divergence(skeleton, tokens, expected, forward.hidden)
+        loss, gradient = kl_loss(skeleton, tokens, expected, forward.hidden)
         for index, block in forward.backward(gradient):
             self._blocks.update(index, block, rates, self._step)
         return loss
@@ -175,7 +175,7 @@ class Session:
         total = 0.0
         for chosen in torch.arange(len(windows)).split(self._batch):
             expected, hidden = self._teacher.read((chosen + self._fitted).tolist()), states.read(chosen.tolist())
-            mean, _ = divergence(skeleton, windows[chosen], expected.to(skeleton.device), hidden.to(skeleton.device))
+            mean, _ = kl_loss(skeleton, windows[chosen], expected.to(skeleton.device), hidden.to(skeleton.device))
             total += mean * len(chosen)
         return total / len(windows)
 
