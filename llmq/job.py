@@ -39,7 +39,6 @@ from llmq.run_text import RunText
 from llmq.steps import end_to_end, lm_head, output_layout, token_weights
 from llmq.steps.run import Run
 
-TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 32_768}
 FLOAT_HEAD = "the tuning's predictions are those of the float head: what rounding the head costs is not tuned against"
 
 
@@ -221,7 +220,7 @@ class Job:
         return token_weights.measure(self.plan.skeleton, text.windows, self.plan.settings.seed)
 
     def _windows_at_once(self, text: CalibrationSet) -> int:
-        return max(1, TOKENS_PER_BATCH.get(self.plan.device.type, 4096) // text.windows.shape[1])
+        return max(1, memory.TOKENS_PER_BATCH_TO_QUANTIZE.get(self.plan.device.type, 4096) // text.windows.shape[1])
 
     def _held_out(self, windows: int) -> int:
         """How many of the calibration windows nothing is fitted on."""
@@ -237,7 +236,7 @@ class Job:
         quantized = {layer.name: layer for layer in report.layers}
         for layer in plan.layers.values():
             if layer.scheme is not None and layer.name not in quantized:
-                report.left[layer.name] = f"it did not run on the first {pipeline.PROBE_TOKENS} calibration tokens"
+                report.left[layer.name] = f"it did not run on the first {memory.PROBE_TOKENS} calibration tokens"
         sizes = {layer.name: layer.weights for layer in plan.layers.values()}
         stored_bits = sum(sizes[name] * layer.bits_per_weight for name, layer in quantized.items())
         report.bits_per_weight = stored_bits / max(1, sum(sizes[name] for name in quantized))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from llmq import algorithms
 from llmq.errors import FormatError
+from llmq.memory import PROBE_TOKENS
 from llmq.model.analyse import fold, input_groups
 from llmq.model.analyse.fold import FoldSite
 from llmq.model.analyse.input_groups import InputGroup
@@ -33,7 +34,6 @@ from llmq.steps import block_tuning
 from llmq.steps.quantize_group import Rounded, round_group
 from llmq.steps.run import Run
 
-PROBE_TOKENS = 64  # what it takes to see which weights share an input, and what makes it
 LOSS_TOKENS = 1024  # on which a transformation is chosen and proved
 
 Observed = dict[InputGroup, InputStats]

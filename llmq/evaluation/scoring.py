@@ -28,12 +28,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmq import calibration
+from llmq import calibration, memory
 from llmq.algorithms.kl_divergence import kl_divergence
 from llmq.errors import CalibrationError, UnsupportedModelError
 
 Interval = tuple[float, float]
-TOKENS_PER_BATCH = 2048
 ENTRIES_AT_ONCE = 2**24  # of logits that are compared, in float32: what holds a few copies of them
 HUB_ROWS = 50_000  # of a data set, blank ones too; WikiText-2's test text has 4358
 DRAWS, SEED = 1000, 0
@@ -223,8 +222,8 @@ def draws(sizes: Sequence[int]) -> Tensor:
 
 
 def batches(windows: Tensor) -> Sequence[Tensor]:
-    """`windows` (S, T) in parts of about `TOKENS_PER_BATCH` tokens."""
-    parts: tuple[Tensor, ...] = windows.split(max(1, TOKENS_PER_BATCH // windows.shape[1]))
+    """`windows` (S, T) in parts of about `TOKENS_PER_BATCH_TO_EVALUATE` tokens."""
+    parts: tuple[Tensor, ...] = windows.split(max(1, memory.TOKENS_PER_BATCH_TO_EVALUATE // windows.shape[1]))
     return parts
 
 

@@ -27,7 +27,7 @@ from llmq.checkpoint.reader import Checkpoint
 from llmq.checkpoint.side_files import companion_files
 from llmq.checkpoint.writer import CONFIG, Writer
 from llmq.errors import ConfigError, FormatError, UnsupportedModelError
-from llmq.export.convert import Conversion, Converter
+from llmq.export.convert import CHUNK_BYTES, Conversion, Converter
 from llmq.export.recode import requantize
 from llmq.formats import tensor_name
 from llmq.formats.gguf_blocks import unpack_q5_0, unpack_q8_0
@@ -49,7 +49,6 @@ GROUP = 32
 EXACT = ("Q4_0", "Q5_0", "Q8_0")
 FLOATS = ("F32", "F16", "BF16")
 SOURCE_HINT = "give the model that the file was made from with --source: its configuration and tokenizer are needed"
-CHUNK_BYTES = 256 << 20
 
 
 class GgufConverter:

@@ -44,10 +44,8 @@ from llmq.numerics.scheme import Scheme
 from llmq.report.record import MeasuringStep
 from llmq.report.sensitivity import Effect, Sensitivity, Unit
 
-PROBE_TOKENS = 64  # as in `pipeline.py`: what does not run on these is not rounded
 WINDOWS = 8  # on which the KL is measured, by default
 MEASURED_BLOCKS = 16  # up to so many blocks, every grid is measured by itself
-BLOCK_COPIES = 3
 
 
 @dataclass(frozen=True)
@@ -144,7 +142,7 @@ def _affordable(skeleton: Skeleton, windows: Tensor, asked: int, variants: int) 
         return 1, ("there is one window of text, and the layers were measured on what their rounding was fitted on",)
     asked = min(asked, len(windows) - 1)
     window = skeleton.record(0, windows[:1]).hidden.nbytes
-    blocks = BLOCK_COPIES * max(block.float_bytes for block in skeleton.blocks)
+    blocks = memory.BLOCK_COPIES_TO_QUANTIZE * max(block.float_bytes for block in skeleton.blocks)
     fits = (memory.spare(skeleton.device) // 2 - blocks) // (window * (variants + 1))
     if fits < 1:
         raise CalibrationError(
@@ -168,7 +166,7 @@ def _through(
         for variant in trial.variants.values():
             pairs = zip(calls, variant.hidden, strict=True)
             variant.hidden = [block.run(call.with_hidden(state)) for call, state in pairs]
-    groups = input_groups.input_groups(block, stream.sample(PROBE_TOKENS))
+    groups = input_groups.input_groups(block, stream.sample(memory.PROBE_TOKENS))
     observed = input_groups.statistics(block, groups, stream.calls())
     for unit in units_of(block, groups):
         # An expert that no token reached is stored like the others of its layer, and costs nothing here.

@@ -22,7 +22,6 @@ from llmq.model.passes.squared_gradients import squared_gradients
 from llmq.model.passes.statistics import TokenWeights
 from llmq.steps.kl_loss import Part, through_the_head
 
-TOKENS_PER_BATCH = 4096
 MEMORY_SHARE = 4  # of what is free, the part that hidden states may take
 
 
@@ -34,7 +33,7 @@ def measure(skeleton: Skeleton, windows: Tensor, seed: int) -> TokenWeights:
     def slope(chosen: Tensor, hidden: Tensor) -> Tensor:
         return drawn_slope(skeleton, windows[chosen], hidden, chances[chosen])
 
-    batch = max(1, TOKENS_PER_BATCH // windows.shape[1])
+    batch = max(1, memory.TOKENS_PER_BATCH_TO_WEIGH // windows.shape[1])
     at_once = memory.spare(skeleton.device) // (MEMORY_SHARE * _state_bytes(skeleton, windows))
     gamma = squared_gradients(skeleton, windows, slope, batch=batch, at_once=max(batch, at_once))
     return lambda paths: _shared(gamma, paths)

@@ -89,7 +89,7 @@ def test_batches_and_heads_of_any_size_give_the_same_figures(
     llama: Path, packed: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = measure(packed, llama, text, **SIZE).model
-    monkeypatch.setattr("llmq.evaluation.scoring.TOKENS_PER_BATCH", 4 * 32)  # six windows: four and two
+    monkeypatch.setattr(memory, "TOKENS_PER_BATCH_TO_EVALUATE", 4 * 32)  # six windows: four and two
     monkeypatch.setattr(streaming, "LOGITS_BYTES", 3 * 32 * 4 * builders.VOCABULARY)  # of the four: three and one
     agree(measure(packed, llama, text, **SIZE).model, expected)
 

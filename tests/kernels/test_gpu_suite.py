@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from bench import results
 from bench.gptq_steps import TOKENS_PER_BATCH
-from llmq import job
+from llmq import memory
 
 ROOT = Path(__file__).resolve().parents[2]
 SUITE = ROOT / "scripts" / "gpu_suite.py"
@@ -98,7 +98,7 @@ def test_published_figures_come_from_a_gpu(tmp_path: Path) -> None:
 
 
 def test_batches_are_those_of_the_command() -> None:
-    assert job.TOKENS_PER_BATCH["cuda"] == TOKENS_PER_BATCH
+    assert memory.TOKENS_PER_BATCH_TO_QUANTIZE["cuda"] == TOKENS_PER_BATCH
 
 
 # ---- what goes wrong

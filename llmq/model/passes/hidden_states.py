@@ -12,6 +12,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from llmq.memory import BLOCK_COPIES_TO_QUANTIZE
 from llmq.model.analyse.input_groups import InputGroup
 from llmq.model.build.block import Block
 from llmq.model.build.skeleton import Call, Skeleton
@@ -23,7 +24,6 @@ SOLVER_BYTES = 24  # for each entry of a Hessian: its sum, the mean, the factor 
 GRAM_BYTES = 4  # of these, the sum
 CROSS_BYTES = 12  # of what the float stream adds: a sum, its mean, a product with it
 HELD_OUT_BYTES = 24  # of held-out statistics: three sums, of which one is looked at at a time, with its mean
-BLOCK_COPIES = 3  # a block's weights in float32 as they are loaded, rounded and compared
 
 
 class Stream:
@@ -180,7 +180,7 @@ class Stream:
         streams = 1 if self._originals is None else 2
         widest = max((group.in_features for group in groups), default=0)
         solver = SOLVER_BYTES * widest**2 + self._sums_bytes(groups) - GRAM_BYTES * widest**2
-        return self._memory - solver - (BLOCK_COPIES + streams - 1) * block.float_bytes
+        return self._memory - solver - (BLOCK_COPIES_TO_QUANTIZE + streams - 1) * block.float_bytes
 
     def _fits(self, block: Block, groups: Sequence[InputGroup], free: int) -> bool:
         """Whether all activations fit into what is free; found on one window, as long as all are."""

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llmq import calibration
+from llmq import calibration, memory
 from llmq.calibration import sources
 from llmq.errors import CalibrationError
 from llmq.evaluation import scoring
@@ -134,7 +134,7 @@ def test_half_precision_logits_are_taken_in_float32() -> None:
 
 
 def test_figures_do_not_depend_on_how_windows_are_batched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "TOKENS_PER_BATCH", 48)
+    monkeypatch.setattr(memory, "TOKENS_PER_BATCH_TO_EVALUATE", 48)
     batches = scoring.batches(windows())
     assert [len(batch) for batch in batches] == [2, 2, 1]
     scores = Scores.joined([score(bigrams(0)[batch], batch, bigrams(1)[batch]) for batch in batches])
@@ -142,7 +142,7 @@ def test_figures_do_not_depend_on_how_windows_are_batched(monkeypatch: pytest.Mo
 
 
 def test_a_window_longer_than_a_batch_is_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "TOKENS_PER_BATCH", 4)
+    monkeypatch.setattr(memory, "TOKENS_PER_BATCH_TO_EVALUATE", 4)
     assert [len(batch) for batch in scoring.batches(windows())] == [1] * 5
 
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from llmq.memory import BLOCK_COPIES_TO_QUANTIZE
 from llmq.model.analyse import input_groups
 from llmq.model.build.block import Block
 from llmq.model.build.skeleton import Call, Skeleton
-from llmq.model.passes.hidden_states import BLOCK_COPIES, CROSS_BYTES, HELD_OUT_BYTES, SOLVER_BYTES, Stream
+from llmq.model.passes.hidden_states import CROSS_BYTES, HELD_OUT_BYTES, SOLVER_BYTES, Stream
 from llmq.model.passes.sequential import Flow, held_bytes
 from llmq.numerics.input_stats import InputStats
 from tests.builders import skeleton_in_memory, skeleton_of, tokens
@@ -364,7 +365,8 @@ def test_forwards_are_held_where_they_fit(checkpoint: Checkpoints) -> None:
     block.load()
     groups = input_groups.input_groups(block, Stream(walked, tokens(5, 24), 2).sample(24))
     held_by_all = 5 * held_bytes(block, groups, Stream(walked, tokens(5, 24), 2).sample(24))
-    needed = held_by_all + SOLVER_BYTES * 64**2 + BLOCK_COPIES * block.float_bytes  # 64 inputs are the most: down_proj
+    blocks = BLOCK_COPIES_TO_QUANTIZE * block.float_bytes
+    needed = held_by_all + SOLVER_BYTES * 64**2 + blocks  # 64 inputs are the most: down_proj
     for memory, held in ((needed - 1, False), (needed, True)):
         stream = Stream(walked, tokens(5, 24), 2, memory)
         assert stream.flow(block, groups)._held is held
