@@ -1,6 +1,6 @@
 """One quantization, every file: what each format of one run takes, and the KL of what is read back from it.
 
-    python eval/formats.py                       the bundled Llama: eval/results/formats.json and eval/results/formats.md
+    python eval/formats.py                       the bundled Llama: formats.json and formats.md in eval/results/
     python eval/formats.py --model tiny-python-qwen3
     python eval/formats.py --render
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from llmq.model.experts.separate import SeparateExperts
 from llmq.model.build.checkpoint_names import require_finite
+from llmq.model.experts.separate import SeparateExperts
 
 if TYPE_CHECKING:
     from llmq.model.build.skeleton import Call, Skeleton
