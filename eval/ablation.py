@@ -29,7 +29,7 @@ from llmq.methods import METHODS, Method, Tuning
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "eval"))
 from rows import Row, append, read  # noqa: E402
-from subjects import MODELS, SAMPLES, SEQLEN, SHARED, WINDOWS, stamp, table_row, texts  # noqa: E402
+from subjects import MODELS, SAMPLES, SEQLEN, SHARED, WINDOWS, folder_of, stamp, table_row, texts  # noqa: E402
 
 JSON, DOMAINS_JSON, MARKDOWN = (
     ROOT / "eval" / "results" / name for name in ("ablation.json", "domains.json", "ablation.md")
@@ -95,7 +95,7 @@ def ablate(model: str, stages: str, zeros: str, seed: int) -> Row:
     method, settings = STAGES[stages]
     with tempfile.TemporaryDirectory() as scratch:
         calibration, evaluation = texts(model, Path(scratch) / "text")
-        out, path = Path(scratch) / "out", MODELS[model]
+        out, path = Path(scratch) / "out", folder_of(model)
         began = time.process_time()
         report = llmq.quantize(
             str(path), out, stages=method, calibration=[str(calibration)], samples=SAMPLES, seqlen=SEQLEN, seed=seed,
@@ -115,7 +115,7 @@ def ablate(model: str, stages: str, zeros: str, seed: int) -> Row:
 def domain_rows(model: str, scratch: Path) -> Iterator[Row]:
     """For each method the KL on the model's own domain and on two others, all calibrated on its own alone."""
     calibration, evaluation = texts(model, scratch / "text")
-    path = MODELS[model]
+    path = folder_of(model)
     others = {name: file for name, file in DOMAINS.items() if file != evaluation and file.exists()}
     sources = {"its own": evaluation, **{name: _as_text(file, scratch) for name, file in list(others.items())[:2]}}
     outs = {method: scratch / method for method in DOMAIN_METHODS}

@@ -9,6 +9,7 @@ COLUMNS = ("", "version", "settings", "grid", "KL, mean", "KL of each draw", "pe
 Row = dict[str, Any]
 # Of the README's table.
 MODELS = ("tiny-python-llama", "tiny-python-qwen3", "babyllama-tok361-pad384")
+BUNDLED = MODELS[:2]
 CONTENDERS = ("llmq rtn-minmax", "llmq rtn", "llmq gptq-paper", "llm-compressor GPTQ", "GPTQModel GPTQ", "llmq gptq",
               "llmq fast", "AutoRound 200", "llmq balanced", "llmq best")  # fmt: skip
 
@@ -47,7 +48,7 @@ def render(results: dict[str, Any]) -> str:
 
 
 def summary(results: Mapping[str, dict[str, Any]], grid: str = "symmetric") -> str:
-    """KL at 4 bits, one column per model; means over the draws of calibration text, and how many there were."""
+    """KL at 4 bits, one column per model: means over the draws of calibration text, their number, what is bundled."""
     lines = [line(["KL to float, 4 bits", *results]), line(["---"] * (len(results) + 1))]
     for name in CONTENDERS:
         row = []
@@ -57,7 +58,12 @@ def summary(results: Mapping[str, dict[str, Any]], grid: str = "symmetric") -> s
             row.append(f"{mean(draws):.5f} ({len(draws)})" if draws else "")
         lines.append(line([name, *row]))
     perplexity = (f"{result['about']['float_perplexity']:.3f}" for result in results.values())
-    return "\n".join([*lines, line(["float perplexity", *perplexity])])
+    lines.append(line(["float perplexity", *perplexity]))
+    others = " and ".join(name for name in results if name not in BUNDLED)
+    lines += ["", f"Reproducible from this repository: {' and '.join(BUNDLED)}, which are bundled."]
+    if others:
+        lines.append(f"Not reproducible: {others}, a model that is not published.")
+    return "\n".join(lines)
 
 
 def grouped(rows: Iterable[Row]) -> list[list[Row]]:
