@@ -20,7 +20,7 @@ perplexities has a narrower interval than the two of which it is made.
 import io
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +60,6 @@ class Evaluation:
     same_top_1_interval: Interval | None = None
     rms_dp: float | None = None
     rms_dp_interval: Interval | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -146,11 +146,6 @@ def test_a_window_longer_than_a_batch_is_a_batch(monkeypatch: pytest.MonkeyPatch
     assert [len(batch) for batch in scoring.batches(windows())] == [1] * 5
 
 
-def test_figures_can_be_written_as_json() -> None:
-    found = evaluate(model(bigrams(0)), windows(), against=model(bigrams(1)))
-    assert json.loads(json.dumps(found.to_dict()))["kl_mean"] == found.kl_mean
-
-
 def test_the_change_of_the_next_tokens_probability_is_that_of_a_plain_loop() -> None:
     original, quantized, tokens = bigrams(0), bigrams(0) + 0.3 * bigrams(1), windows()
     p, q = np.exp(log_softmax(original[tokens])), np.exp(log_softmax(quantized[tokens]))
