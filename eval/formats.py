@@ -23,7 +23,7 @@ from llmq.evaluation.measure import measure_many
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "eval"))
 from rows import Row, append, read  # noqa: E402
-from subjects import MODELS, SAMPLES, SEQLEN, WINDOWS, stamp, table_row, texts  # noqa: E402
+from subjects import MODELS, SAMPLES, SEQLEN, WINDOWS, folder_of, stamp, table_row, texts  # noqa: E402
 
 JSON, MARKDOWN = ROOT / "eval" / "results" / "formats.json", ROOT / "eval" / "results" / "formats.md"
 TOGETHER = ("compressed-tensors", "gptq", "gptq_v2", "awq", "gguf")
@@ -53,7 +53,7 @@ def differing(first: Path, other: Path) -> tuple[int, int]:
 def run(model: str, formats: tuple[str, ...], scratch: Path) -> list[Row]:
     """One run that writes `formats`, and a row for each."""
     calibration, evaluation = texts(model, scratch / "text")
-    out, path = scratch / "-".join(formats).replace(":", "-"), MODELS[model]
+    out, path = scratch / "-".join(formats).replace(":", "-"), folder_of(model)
     own_grid = {} if ":" in formats[0] else {"group_size": GROUP}
     report = llmq.quantize(
         str(path), out, method=METHOD, calibration=[str(calibration)], samples=SAMPLES, seqlen=SEQLEN,

@@ -17,8 +17,8 @@ SAMPLES, SEQLEN, WINDOWS = 128, 256, 64
 sys.path.insert(0, str(ROOT / "scripts"))
 from stdlib_text import write_texts  # noqa: E402
 
-# The bundled ones read the standard library, its evaluation files kept apart by rule.  The others lie beside a
-# developer's checkout and nowhere else; they read stories.
+# The bundled ones read the standard library, its evaluation files kept apart by rule.  babyllama reads stories; model
+# and texts are expected in a folder `shared` next to the checkout, and are not published with it.
 MODELS = {
     "tiny-python-llama": BUNDLED / "tiny-python-llama",
     "tiny-python-qwen3": BUNDLED / "tiny-python-qwen3",
@@ -26,11 +26,27 @@ MODELS = {
 }
 
 
+def folder_of(model: str) -> Path:
+    """The folder of one of `MODELS`; ends the program with a message where it is absent."""
+    return _present(MODELS[model], model)
+
+
 def texts(model: str, folder: Path) -> tuple[Path, Path]:
     """Calibration and evaluation text for a model; `folder` is for what has to be written."""
     if MODELS[model].parent == BUNDLED:
         return write_texts(folder)
-    return SHARED / "data" / "tinystories.calib.jsonl", SHARED / "data" / "tinystories.eval.jsonl"
+    calibration, evaluation = (SHARED / "data" / f"tinystories.{part}.jsonl" for part in ("calib", "eval"))
+    return _present(calibration, model), _present(evaluation, model)
+
+
+def _present(path: Path, model: str) -> Path:
+    if not path.exists():
+        bundled = [name for name, folder in MODELS.items() if folder.parent == BUNDLED]
+        raise SystemExit(
+            f"error: {path} does not exist, and {model} is measured with it; it is not part of this repository\n"
+            f"try:   --model or --models with a bundled model: {', '.join(bundled)}"
+        )
+    return path
 
 
 def stamp() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Tasks of lm-eval on models as llmq loads them: accuracy where `compare.py` has divergence.
+"""Tasks of lm-eval on models as llmq loads them: accuracy where `llmq eval` has divergence.
 
     pip install "lm-eval[hf]"
     python eval/zeroshot.py MODEL… --tasks hellaswag,arc_easy [--limit 200] [--include-path FOLDER] [--json]

@@ -42,9 +42,7 @@ from llmq.run_text import RunText
 from llmq.steps import output_layout, token_weights
 from llmq.steps.end_to_end.memory_plan import disk_bytes
 from llmq.steps.run import Run, TuningRun
-from llmq.steps.transforms import PROBE_TOKENS
 
-TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 32_768}
 FLOAT_HEAD = (
     "tuning minimizes the KL divergence with the float head: the error of the quantized head is not tuned against"
 )
@@ -240,7 +238,7 @@ class Job:
         return token_weights.measure(self.plan.skeleton, text.windows, self.plan.settings.seed, calls, on_event)
 
     def _sequences_at_once(self, text: CalibrationSet) -> int:
-        return max(1, TOKENS_PER_BATCH.get(self.plan.device.type, 4096) // text.windows.shape[1])
+        return max(1, memory.TOKENS_PER_BATCH_TO_QUANTIZE.get(self.plan.device.type, 4096) // text.windows.shape[1])
 
     def _validation(self, sequences: int) -> int:
         """How many of the calibration sequences nothing is fitted on."""
@@ -258,7 +256,7 @@ class Job:
         quantized = {layer.name: layer for layer in report.layers}
         for layer in plan.layers.values():
             if layer.scheme is not None and layer.name not in quantized:
-                report.left[layer.name] = f"it did not run on the first {PROBE_TOKENS} calibration tokens"
+                report.left[layer.name] = f"it did not run on the first {memory.PROBE_TOKENS} calibration tokens"
         sizes = {layer.name: layer.weights for layer in plan.layers.values()}
         stored_bits = sum(sizes[name] * layer.bits_per_weight for name, layer in quantized.items())
         report.bits_per_weight = stored_bits / max(1, sum(sizes[name] for name in quantized))

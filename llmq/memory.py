@@ -1,4 +1,4 @@
-"""How much memory is free where a model computes: of the machine, and of what this process may have of it.
+"""How much memory is free where a model computes, and the sizes by which passes over a model plan theirs.
 
 In a container or a batch system that is less than the machine has, and psutil does not say so: a process that takes
 more than its control group is allowed is killed without a word.
@@ -10,6 +10,19 @@ from pathlib import Path
 
 import psutil
 import torch
+
+# Copies of one block's weights in float32 that are in memory at once.
+BLOCK_COPIES_TO_EVALUATE = 2  # the block as it is read, and what it makes of a batch
+BLOCK_COPIES_TO_QUANTIZE = 3  # its weights as they are loaded, rounded and compared; also to measure layers
+BLOCK_COPIES_TO_TUNE = 4  # its weights, their gradients, and one weight's state while it is changed
+
+# Tokens that go through a block together.  They decide in which order floats are summed, so results depend on them in
+# the last bits, and none of them depends on what is free.
+TOKENS_PER_BATCH_TO_EVALUATE = 2048
+TOKENS_PER_BATCH_TO_WEIGH = 4096  # for token weights, with the block's graph
+TOKENS_PER_BATCH_TO_QUANTIZE = {"cpu": 4096, "cuda": 32_768}  # by device type
+
+PROBE_TOKENS = 64  # they show which weights share an input, and what makes it; a layer that sees none stays in float
 
 HOST = torch.device("cpu")
 CGROUPS = Path("/sys/fs/cgroup")

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from llmq.memory import PROBE_TOKENS
 from llmq.model.analyse import input_groups
 from llmq.model.analyse.input_groups import InputGroup
 from llmq.model.build.block import Block
@@ -31,7 +32,7 @@ from llmq.steps.end_to_end import tune_end_to_end
 from llmq.steps.lm_head import quantize_head
 from llmq.steps.quantize_group import Rounded, round_group
 from llmq.steps.run import Run
-from llmq.steps.transforms import PROBE_TOKENS, transform_block
+from llmq.steps.transforms import transform_block
 
 
 def quantize_model(run: Run, save: Callable[[], None]) -> None:

@@ -8,7 +8,7 @@
 
 Needs torch, triton, transformers, safetensors and numpy, and no network.  Each section runs in a process of its own:
 one that hangs or loses the GPU is ended and goes on after the case that did it.  Results are in <gpu>-<date>.json as
-soon as they are there.  The exit code is 1 where anything was wrong.  `scripts/kernel_tables.py` makes tables of them.
+soon as they are there.  The exit code is 1 where anything was wrong.  `scripts/docs.py` makes tables of them.
 """
 
 import argparse

@@ -1,5 +1,5 @@
 """Tiny random models of many architectures, and what llmq makes of each: `tests/e2e/test_architectures.py` asks that
-all is well, `scripts/architectures.py` writes the table in docs/MODELS.md.
+all is well, `scripts/docs.py models` writes the table in docs/MODELS.md.
 
 The list names types of transformers' mapping of causal language models.  One table of small sizes serves all of them:
 a configuration takes those that it has a field for.  What stands beside a name in the list is what makes the

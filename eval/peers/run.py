@@ -44,7 +44,7 @@ Other jobs ran on the machine, so compare CPU-seconds.
 """
 
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "eval")]
-from subjects import MODELS, WINDOWS, texts  # noqa: E402
+from subjects import MODELS, WINDOWS, folder_of, texts  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Model:
 
 def find_model(name: str, scratch: Path) -> Model:
     """One of the models of eval/subjects.py with its texts."""
-    return Model(MODELS[name], *texts(name, scratch / "text"))
+    return Model(folder_of(name), *texts(name, scratch / "text"))
 
 
 def run_peer(peer: Peer, model: Model, grid: str, tokens: Path, out: Path) -> tuple[Measured, str]:

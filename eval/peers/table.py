@@ -1,12 +1,17 @@
 """What came out beside the peers, as one table: rows of figures in, Markdown out."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from statistics import mean
 from typing import Any
 
 COLUMNS = ("", "version", "settings", "grid", "KL, mean", "KL of each draw", "perplexity", "same top-1",
            "wall, s", "CPU, s", "peak memory, MB")  # fmt: skip
 Row = dict[str, Any]
+# Of the README's table.
+MODELS = ("tiny-python-llama", "tiny-python-qwen3", "babyllama-tok361-pad384")
+BUNDLED = MODELS[:2]
+CONTENDERS = ("llmq rtn-minmax", "llmq rtn", "llmq gptq-paper", "llm-compressor GPTQ", "GPTQModel GPTQ", "llmq gptq",
+              "llmq fast", "AutoRound 200", "llmq balanced", "llmq best")  # fmt: skip
 
 
 def key(row: Row) -> tuple[str, str, int]:
@@ -40,6 +45,25 @@ def render(results: dict[str, Any]) -> str:
             lines += ["", f"## {grid.capitalize()}", "", line(COLUMNS), line("---" for _ in COLUMNS)]
             lines += [line(cells(rows)) for rows in groups]
     return "\n".join(lines) + "\n"
+
+
+def summary(results: Mapping[str, dict[str, Any]], grid: str = "symmetric") -> str:
+    """KL at 4 bits, one column per model: means over the draws of calibration text, their number, what is bundled."""
+    lines = [line(["KL to float, 4 bits", *results]), line(["---"] * (len(results) + 1))]
+    for name in CONTENDERS:
+        row = []
+        for result in results.values():
+            draws = [row["kl_mean"] for row in result["rows"]
+                     if (row["name"], row["asked"]) == (name, grid) and "error" not in row]  # fmt: skip
+            row.append(f"{mean(draws):.5f} ({len(draws)})" if draws else "")
+        lines.append(line([name, *row]))
+    perplexity = (f"{result['about']['float_perplexity']:.3f}" for result in results.values())
+    lines.append(line(["float perplexity", *perplexity]))
+    others = " and ".join(name for name in results if name not in BUNDLED)
+    lines += ["", f"Reproducible from this repository: {' and '.join(BUNDLED)}, which are bundled."]
+    if others:
+        lines.append(f"Not reproducible: {others}, a model that is not published.")
+    return "\n".join(lines)
 
 
 def grouped(rows: Iterable[Row]) -> list[list[Row]]:

@@ -21,7 +21,6 @@ In a two-level grid (`quantized.Superblocks`) θ stretches what is a real number
 the small integers that they are multiplied with stay.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -151,20 +150,6 @@ def restored(origin: QuantizedTensor, kept: Mapping[str, Tensor]) -> State:
 
     rounding, scales = map(moving, PARTS)
     return State(origin, rounding, scales)
-
-
-@torch.no_grad()
-def divergence(expected: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(expected ‖ predicted) in nats of each token, (…,) float32, and its gradient (…, V) in the logits `predicted`.
-
-    Both are logits (…, V); with p and p̂ their softmax the gradient is p̂ - p.
-    """
-    log_p = torch.log_softmax(expected.to(torch.float32), dim=-1)
-    log_q = torch.log_softmax(predicted.to(torch.float32), dim=-1)
-    p = log_p.exp()
-    impossible = log_p == -math.inf  # adds nothing
-    loss = (log_p - log_q).masked_fill_(impossible, 0).mul_(p).sum(-1)
-    return loss, log_q.exp_().sub_(p)
 
 
 def drawn(step: int, count: int, windows: int, seed: int) -> list[int]:

@@ -136,7 +136,7 @@ class Staging:
         write_text(self._moving, json.dumps({"files": names}))
 
     def moved(self) -> list[str]:
-        """The files of OUT that an interrupted `finish` may have moved there."""
+        """The files of OUT that an interrupted `Writer.finishing` may have moved there."""
         return list(read_or_empty(self._moving).get("files", []))
 
     def _tensors(self, index: int) -> Path:

@@ -1,6 +1,6 @@
 """`Writer`: the output folder of a run, which no crash, kill or full disk costs a finished block.
 
-    open ──► commit block 0 ──► commit block 1 ──► … ──► finish
+    open ──► commit block 0 ──► commit block 1 ──► … ──► finishing
       ▲                                                    │ put the model together inside the staging folder,
       └── killed at any point: the same command            │ move it out, config.json last, drop the staging
           continues after the last committed block         ▼
@@ -96,7 +96,7 @@ class Writer:
 
     @property
     def revision(self) -> Revision:
-        """Where a second version of the committed blocks is made; `finish` takes it where it was adopted."""
+        """Where a second version of the committed blocks is made; `assemble` takes it where it was adopted."""
         return self._staging.revision
 
     @property
@@ -122,34 +122,15 @@ class Writer:
         """A committed block, each tensor read when it is asked for, and its record.  Raises CheckpointError."""
         return self._staging.read(index)
 
-    def finish(
-        self,
-        rest: Sequence[Part],
-        files: Sequence[Path],
-        documents: Mapping[str, str],
-        shard_bytes: int = SHARD_BYTES,
-    ) -> None:
-        """Turn the committed blocks into the finished model, and drop the staging.
-
-        rest         tensors to copy from other files, after the blocks
-        files        files to copy byte for byte
-        documents    name -> text of files to write, config.json among them
-        shard_bytes  the most that a shard may hold
-
-        With `overwrite`, old safetensors files, their index, .gguf files of llmq's, and files of the same names go
-        before the new ones come; nothing else is touched.  Raises StorageError if something cannot be written and
-        CheckpointError if something cannot be read, the blocks being kept; ConfigError if something that may not go has
-        the name of a new file.
-        """
-        with self.finishing() as final:
-            self.assemble(final, rest, files, documents, shard_bytes)
-
     @contextmanager
     def finishing(self) -> Iterator[Path]:
         """An empty folder for the finished model, or for folders with one each.
 
-        All that lies in it at the end becomes the output, every config.json last, and the staging goes.  Otherwise as
-        `finish`.
+        All that lies in it at the end becomes the output, every config.json last, and the staging goes.  With
+        `overwrite`, old safetensors files, their index, .gguf files of llmq's, and files of the same names go before
+        the new ones come; nothing else is touched.  Raises StorageError if something cannot be written and
+        CheckpointError if something cannot be read, the blocks being kept; ConfigError if something that may not go has
+        the name of a new file.
         """
         staging = self._staging
         with storing(self.folder):
@@ -179,7 +160,13 @@ class Writer:
         documents: Mapping[str, str],
         shard_bytes: int = SHARD_BYTES,
     ) -> None:
-        """Put a model together in `folder`, out of the committed blocks and what `finish` says."""
+        """Put a model together in `folder`, out of the committed blocks.
+
+        rest         tensors to copy from other files, after the blocks
+        files        files to copy byte for byte
+        documents    name -> text of files to write, config.json among them
+        shard_bytes  the most that a shard may hold
+        """
         written = write_shards(folder, self.parts(rest), shard_bytes)
         names = [*(file.name for file in files), *documents, *written]
         if len(set(names)) < len(names):
@@ -201,7 +188,7 @@ class Writer:
             return True
         with storing(self.folder):
             created = self._staging.created_out
-            if self._staging.exists():  # it does not after `finish`
+            if self._staging.exists():  # it does not after `finishing`
                 self._staging.sweep()
                 self._staging.remove()
             if created and not any(self.folder.iterdir()):

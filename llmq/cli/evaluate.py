@@ -1,4 +1,4 @@
-"""`llmq eval PATH [--against ORIGINAL]`"""
+"""`llmq eval PATH… [--against ORIGINAL]`"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,7 +18,7 @@ LIMITS = "For scripts"
 
 
 def command(
-    path: options.Path_,
+    paths: options.Paths,
     against: Annotated[str | None, Option("--against", help="The original model, to compare with.")] = None,
     text: Annotated[
         list[str] | None,
@@ -55,22 +55,24 @@ def command(
     trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = False,
 ) -> None:  # fmt: skip
-    """Measure a model: perplexity; with --against also KL divergence and agreement with the original.
+    """Measure models: perplexity; with --against also KL divergence and agreement with the original.
 
-    Both are read block by block, so neither has to fit into memory.  Intervals hold 95 % of what other windows of the
-    same texts would give.
+    All are read block by block, so none has to fit into memory, and the original runs once for all.  Intervals hold
+    95 % of what other windows of the same texts would give.
 
     Example:  llmq eval out/ --against Qwen/Qwen3-8B --text held-out.txt --text code.jsonl --max-kl 0.02
+    Example:  llmq eval out-4bit/ out-3bit/ --against Qwen/Qwen3-8B --text held-out.txt
     """
     increase = None if max_ppl_increase is None else per_cent(max_ppl_increase)
     if against is None and (max_kl is not None or increase is not None):
         raise ConfigError("limits on quality compare with an original, and none was given", hint="add --against")
-    from llmq.evaluation.measure import measure, require
+    from llmq.evaluation.measure import measure_many, require
 
     quiet_transformers()
-    result = measure(
-        path,
+    models = list(dict.fromkeys(paths))
+    results = measure_many(
         against,
+        models,
         text or [WIKITEXT],
         wikitext=wikitext,
         seqlen=seqlen,
@@ -78,13 +80,16 @@ def command(
         device=device,
         remote_code=trust_remote_code,
     )
-    if json:
-        print_json(result.to_dict())
+    measured = dict(zip(models, results, strict=True))
+    if not json:
+        _print(measured, against)
+    elif len(results) == 1:
+        print_json(results[0].to_dict())
     else:
-        _print(path, against, result)
-    print_notes(result.notes)
+        print_json({"models": [{"path": path, **result.to_dict()} for path, result in measured.items()]})
+    print_notes(dict.fromkeys(note for result in results for note in result.notes))
     if against is not None:
-        require(result, max_kl=max_kl, max_ppl_increase=increase)
+        require(measured, max_kl=max_kl, max_ppl_increase=increase)
 
 
 def per_cent(text: str) -> float:
@@ -98,17 +103,29 @@ def per_cent(text: str) -> float:
     return value
 
 
-def _print(path: str, against: str | None, result: "Measurement") -> None:
-    sizes = [(path, result.size)]
-    if against is not None and result.original_size is not None:
-        sizes.insert(0, (against, result.original_size))
+def _print(measured: dict[str, "Measurement"], against: str | None) -> None:
+    """Sizes, then figures: of one model a column per text, of several a table per text and a column per model."""
+    first = next(iter(measured.values()))
+    sizes = [(path, result.size) for path, result in measured.items()]
+    if against is not None and first.original_size is not None:
+        sizes.insert(0, (against, first.original_size))
     print_table("", ("model", "size", "bits/weight"), [(name, *_size(size)) for name, size in sizes])
-    shown = [*result.texts, result.total] if len(result.texts) > 1 else [result.total]
-    rows = zip(*(_column(figures) for figures in shown), strict=True)
-    labels = LABELS if result.original is not None else LABELS[:2]
-    title = f"windows of {result.seqlen} tokens; in brackets, 95 % intervals"
-    columns = ("", *(Path(figures.text).name for figures in shown))
-    print_table(title, columns, [(label, *cells) for label, cells in zip(labels, rows, strict=False)])
+    title = f"windows of {first.seqlen} tokens; in brackets, 95 % intervals"
+    if len(measured) == 1:
+        tables = [(title, [(Path(figures.text).name, figures) for figures in _shown(first)])]
+    else:
+        by_text = zip(*(_shown(result) for result in measured.values()), strict=True)
+        tables = [(f"{Path(row[0].text).name}, {title}", list(zip(measured, row, strict=True))) for row in by_text]
+    labels = LABELS if against is not None else LABELS[:2]
+    for caption, columns in tables:
+        rows = zip(*(_column(figures) for _, figures in columns), strict=True)
+        names = [name for name, _ in columns]
+        print_table(caption, ("", *names), [(label, *cells) for label, cells in zip(labels, rows, strict=False)])
+
+
+def _shown(result: "Measurement") -> "list[Figures]":
+    """Those of each text, and of all together where there are several."""
+    return [*result.texts, result.total] if len(result.texts) > 1 else [result.total]
 
 
 LABELS = (

@@ -18,6 +18,7 @@ def _choice(values: object) -> str:
 
 Model = Annotated[str, Argument(help="A folder with safetensors, or a Hub id such as Qwen/Qwen3-8B.", metavar="MODEL")]
 Path_ = Annotated[str, Argument(help="A folder, or a Hub id.", metavar="PATH")]
+Paths = Annotated[list[str], Argument(help="A folder, or a Hub id.  Several are shown side by side.", metavar="PATH")]
 Out = Annotated[Path | None, Argument(help="The output folder.  Default: MODEL-METHOD-BITSbit.", metavar="OUT")]
 
 Method = Annotated[

@@ -7,7 +7,7 @@ head are kept, and where they do not fit, the text is taken in several parts.
 
 import gc
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -144,24 +144,25 @@ def measure_many(
     ]
 
 
-def require(found: Measurement, *, max_kl: float | None = None, max_ppl_increase: float | None = None) -> None:
-    """Raise QualityError where a text, each on its own, is beyond what is allowed.
+def require(
+    measured: Mapping[str, Measurement], *, max_kl: float | None = None, max_ppl_increase: float | None = None
+) -> None:
+    """Raise QualityError where a model (name -> measurement) is beyond what is allowed, on each text by itself.
 
     `max_kl` limits the mean KL divergence in nats per token, `max_ppl_increase` by how many per cent the perplexity is
     higher than the original's.  Figures are taken as they are, not the ends of their intervals.
     """
     broken = []
-    for figures in found.texts:
+    for name, figures in ((name, figures) for name, result in measured.items() for figures in result.texts):
+        where = figures.text if len(measured) == 1 else f"{name} on {figures.text}"
         kl, ratio = figures.model.kl_mean, figures.model.perplexity_ratio
         if kl is None or ratio is None:
             raise ConfigError("limits on quality compare with an original, and none was given", hint="add --against")
         if max_kl is not None and not kl <= max_kl:
-            broken.append(f"{figures.text}: the mean KL divergence is {kl:.5f}, allowed are {max_kl:g}")
+            broken.append(f"{where}: the mean KL divergence is {kl:.5f}, allowed are {max_kl:g}")
         increase = 100 * (ratio - 1)
         if max_ppl_increase is not None and not increase <= max_ppl_increase:
-            broken.append(
-                f"{figures.text}: the perplexity rose by {increase:.2f} %, allowed are {max_ppl_increase:g} %"
-            )
+            broken.append(f"{where}: the perplexity rose by {increase:.2f} %, allowed are {max_ppl_increase:g} %")
     if broken:
         raise QualityError("; ".join(broken), hint="more bits, smaller groups, or a better method; else a higher limit")
 

@@ -20,7 +20,7 @@ perplexities has a narrower interval than the two of which it is made.
 import io
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmq import calibration
+from llmq import calibration, memory
+from llmq.algorithms.kl_divergence import kl_divergence
 from llmq.errors import CalibrationError, UnsupportedModelError
 
-Logits = Callable[[Tensor], Tensor]  # (B, T) int64 -> (B, T, V) float32
 Interval = tuple[float, float]
-TOKENS_PER_BATCH = 2048
 ENTRIES_AT_ONCE = 2**24  # of logits that are compared, in float32: what holds a few copies of them
 HUB_ROWS = 50_000  # of a data set, blank ones too; WikiText-2's test text has 4358
 DRAWS, SEED = 1000, 0
@@ -61,9 +60,6 @@ class Evaluation:
     same_top_1_interval: Interval | None = None
     rms_dp: float | None = None
     rms_dp_interval: Interval | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -137,13 +133,6 @@ def wikitext_rows(text: str) -> str:
     return "\n\n".join(line if line.strip() else "" for line in io.StringIO(text))  # a line ends with "\n" only
 
 
-def evaluate(logits: Logits, windows: Tensor, *, against: Logits | None = None) -> Evaluation:
-    """Perplexity of a model in memory on `windows` (S, T), and how far it is from `against`."""
-    with torch.inference_mode():
-        parts = [score(logits(batch), batch, None if against is None else against(batch)) for batch in batches(windows)]
-    return summary(Scores.joined(parts))
-
-
 @torch.no_grad()
 def score(predicted: Tensor, tokens: Tensor, expected: Tensor | None = None) -> Scores:
     """Each token's figures from the logits (B, T, V) of a model, and from those of the original, for `tokens` (B, T).
@@ -167,7 +156,7 @@ def score(predicted: Tensor, tokens: Tensor, expected: Tensor | None = None) -> 
         if theirs is not None:
             logp_0 = torch.log_softmax(theirs.to(torch.float32), dim=-1)
             original_losses.append(-logp_0.gather(-1, token[:, None])[:, 0].cpu())
-            divergences.append(divergence(logp_0, logp).clamp(min=0).cpu())
+            divergences.append(kl_divergence(logp_0, logp).clamp(min=0).cpu())
             agreements.append((logp_0.argmax(-1) == logp.argmax(-1)).cpu())
 
     def windows(parts: list[Tensor]) -> Tensor:
@@ -222,11 +211,6 @@ def summary_of_original(scores: Scores, sizes: Sequence[int] | None = None) -> E
     return None if scores.beside is None else summary(Scores(scores.beside.original_loss), sizes)
 
 
-def divergence(expected: Tensor, predicted: Tensor) -> Tensor:
-    """KL(expected ‖ predicted) in nats, (…,), of log-probabilities (…, V); what has probability 0 adds nothing."""
-    return torch.where(expected == -torch.inf, 0.0, expected.exp() * (expected - predicted)).sum(-1)
-
-
 def draws(sizes: Sequence[int]) -> Tensor:
     """(DRAWS, S) float64 weights, each row summing to 1: how often each window is drawn, text by text."""
     generator = np.random.default_rng(SEED)
@@ -234,20 +218,15 @@ def draws(sizes: Sequence[int]) -> Tensor:
     return torch.from_numpy(np.concatenate(counts, axis=1) / sum(sizes))
 
 
-def logits_of(model: Any) -> Logits:
-    """What `evaluate` takes, from a transformers model."""
-    return lambda tokens: model(input_ids=tokens.to(model.device), use_cache=False).logits
-
-
 def batches(windows: Tensor) -> Sequence[Tensor]:
-    """`windows` (S, T) in parts of about `TOKENS_PER_BATCH` tokens."""
+    """`windows` (S, T) in parts of about `TOKENS_PER_BATCH_TO_EVALUATE` tokens."""
     parts: tuple[Tensor, ...] = windows.split(windows_per_batch(windows))
     return parts
 
 
 def windows_per_batch(windows: Tensor) -> int:
     """How many of the `windows` (S, T) run together."""
-    return max(1, TOKENS_PER_BATCH // windows.shape[1])
+    return max(1, memory.TOKENS_PER_BATCH_TO_EVALUATE // windows.shape[1])
 
 
 def _finite(loss: Tensor, whose: str) -> Tensor:

@@ -28,7 +28,6 @@ from llmq.runtime.open_skeleton import open_skeleton
 LOGITS_BYTES = 2**28  # of one batch that goes through a head; a window that has more goes alone
 LOGITS_COPIES = 2  # its own dtype, and a copy where the head computes on (scaling, capping)
 SCORE_COPIES = 4  # log-probabilities of both, and what becomes of them
-BLOCK_COPIES = 2  # a block as it is read, and what it makes of a batch
 
 
 class Source(Protocol):
@@ -89,8 +88,8 @@ class Streamed:
         inside = {id(parameter) for block in blocks for parameter in block.module.parameters()}
         outside = [p for p in self._skeleton.model.parameters() if id(p) not in inside]
         still = sum(p.nbytes for p in outside if p.is_meta) + (sides - 1) * sum(p.nbytes for p in outside)
-        block = BLOCK_COPIES * max(block.float_bytes for block in blocks)
-        tokens = max(length, min(scoring.TOKENS_PER_BATCH, LOGITS_BYTES // (4 * self.vocabulary)))
+        block = memory.BLOCK_COPIES_TO_EVALUATE * max(block.float_bytes for block in blocks)
+        tokens = max(length, min(memory.TOKENS_PER_BATCH_TO_EVALUATE, LOGITS_BYTES // (4 * self.vocabulary)))
         entries = tokens * self.vocabulary
         compared = SCORE_COPIES * min(entries, scoring.ENTRIES_AT_ONCE)
         return still + block + 4 * (sides * LOGITS_COPIES * entries + compared)

@@ -26,7 +26,7 @@ from llmq.checkpoint.reader import Checkpoint
 from llmq.checkpoint.side_files import companion_files
 from llmq.checkpoint.writer import CONFIG, Writer
 from llmq.errors import ConfigError, FormatError, UnsupportedModelError
-from llmq.export.convert import Conversion, Converter
+from llmq.export.convert import CHUNK_BYTES, Conversion, Converter
 from llmq.export.recode import requantize
 from llmq.formats import tensor_name
 from llmq.formats.gguf_blocks import unpack_q5_0, unpack_q8_0
@@ -48,7 +48,6 @@ GROUP = 32
 EXACT = ("Q4_0", "Q5_0", "Q8_0")
 FLOATS = ("F32", "F16", "BF16")
 SOURCE_HINT = "give the model that the file was made from with --source: its configuration and tokenizer are needed"
-CHUNK_BYTES = 256 << 20
 
 
 class GgufConverter:
@@ -184,7 +183,8 @@ class GgufSource:
         documents = {CONFIG: json_text({**config, "quantization_config": layout.quantization_config(schemes, [])})}
         if record := read_record(self.file.parent):
             documents[PROVENANCE_FILE] = json_text(record)
-        writer.finish([], companion_files(model), documents)
+        with writer.finishing() as final:
+            writer.assemble(final, [], companion_files(model), documents)
         checkpoint = Checkpoint.open(writer.folder)
         found = linear_names(checkpoint, schemes)
         chosen = {name: schemes[module] for name, module in found.packed.items()}

@@ -41,9 +41,7 @@ ALIASES = {  # what else a checkpoint may say for its quant_method
     "autoround": "auto-round",
     "awq-marlin": "awq",
     "gptq-marlin": "gptq",
-    "gptqmodel": "gptq",
     "intel/auto-round": "auto-round",
-    "llm-awq": "awq",
 }
 
 

@@ -47,10 +47,8 @@ from llmq.numerics.scheme import Scheme
 from llmq.report.events import OnEvent, Progress, ignore
 from llmq.report.sensitivity import Effect, Sensitivity, Unit
 
-PROBE_TOKENS = 64  # as in `pipeline.py`: what does not run on these is not rounded
 WINDOWS = 8  # on which the KL is measured, by default
 MEASURED_BLOCKS = 16  # up to so many blocks, every grid is measured by itself
-BLOCK_COPIES = 3
 
 
 @dataclass(frozen=True)
@@ -149,7 +147,7 @@ def _affordable(skeleton: Skeleton, windows: Tensor, asked: int, variants: int) 
         return 1, ("there is one window of text, and the layers were measured on what their rounding was fitted on",)
     asked = min(asked, len(windows) - 1)
     window = skeleton.record(0, windows[:1]).hidden.nbytes
-    blocks = BLOCK_COPIES * max(block.float_bytes for block in skeleton.blocks)
+    blocks = memory.BLOCK_COPIES_TO_QUANTIZE * max(block.float_bytes for block in skeleton.blocks)
     fits = (memory.spare(skeleton.device) // 2 - blocks) // (window * (variants + 1))
     if fits < 1:
         raise CalibrationError(
@@ -180,7 +178,7 @@ class _Measuring:
             for variant in trial.variants.values():
                 pairs = zip(calls, variant.hidden, strict=True)
                 variant.hidden = [block.run(call.with_hidden(state)) for call, state in pairs]
-        groups = input_groups.input_groups(block, self._fitted.sample(PROBE_TOKENS))
+        groups = input_groups.input_groups(block, self._fitted.sample(memory.PROBE_TOKENS))
         observed = input_groups.statistics(block, groups, self._fitted.calls())
         for unit in units_of(block, groups):
             # An expert that no token reached is stored like the others of its layer, and costs nothing here.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from llmq.errors import FormatError
 from llmq.model.build.checkpoint_names import ModelWeights
+from llmq.model.experts.routed import RoutedExperts
 from llmq.model.experts.stacking import Form, Stacking, activate, form_of
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq_kernels.w4a16 import layout
@@ -93,7 +94,7 @@ class PackedStack(nn.Module):
         return f"experts={E}, in_features={self.in_features}, out_features={N}, {self.scheme}"
 
 
-class PackedExperts(nn.Module):
+class PackedExperts(RoutedExperts):
     """The experts of one layer, called as transformers calls its own.
 
     `experts` is transformers' module, and `form` what `form_of` says of it; its weights and their biases are not used.
@@ -101,36 +102,13 @@ class PackedExperts(nn.Module):
     """
 
     def __init__(self, experts: nn.Module, form: Form, up: PackedStack, down: PackedStack) -> None:
-        super().__init__()
-        self.form = form
+        super().__init__(form, len(up.words))
         self.experts = without(experts, form.parameters)
         self.up = up
         self.down = down
 
-    def forward(
-        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
-    ) -> Tensor:
-        """hidden_states (M, K), top_k_index and top_k_weights (M, top_k): which experts, how much of each -> (M, K).
-
-        Without the latter two hidden_states are (E * M, K); see `Form.routed`.
-        """
-        if top_k_index is None or top_k_weights is None:
-            return self._on_own_rows(hidden_states)
-        M, top_k = top_k_index.shape
-        expert = top_k_index.flatten().contiguous()  # (P,), P = M * top_k
-        outer = self._run(hidden_states, torch.arange(M * top_k, device=expert.device) // top_k, expert)
-        weighted = outer * top_k_weights.reshape(-1, 1)
-        mixed: Tensor = weighted.view(M, top_k, outer.shape[1]).sum(1)
-        return mixed.to(hidden_states.dtype)
-
-    def _on_own_rows(self, hidden_states: Tensor) -> Tensor:
-        """Rows of zeros are for others; no bias makes anything of them."""
-        rows = hidden_states.any(-1).nonzero().flatten()
-        outer = self._run(hidden_states, rows, rows // (len(hidden_states) // len(self.up.words)))
-        return hidden_states.new_zeros(len(hidden_states), outer.shape[1]).index_copy(0, rows, outer)
-
-    def _run(self, hidden: Tensor, token: Tensor, expert: Tensor) -> Tensor:
-        """What expert[p] (P,) makes of row token[p] (P,) of hidden -> (P, K)."""
+    def run(self, hidden: Tensor, token: Tensor, expert: Tensor) -> Tensor:
+        """See `RoutedExperts.run`."""
         experts: Any = self.experts
         inner = activate(experts, self.form, self.up(hidden, token, expert))  # (P, N)
         outer: Tensor = self.down(inner, torch.arange(len(expert), device=expert.device), expert)  # (P, K)

@@ -23,7 +23,7 @@ from llmq.model.build.skeleton import Skeleton
 from llmq.model.passes.backward import differentiable
 from llmq.model.passes.sequential import Streams
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.steps.kl_loss import divergence
+from llmq.steps.kl_loss import kl_loss
 from llmq.steps.quantize_group import Rounded
 
 
@@ -82,7 +82,7 @@ class BlockProblem:
         """The loss of the block's `output` (…, B, T, D) for those sequences, and its gradient in that."""
         target = self._floats.outputs(sequences)
         if self._last:
-            return divergence(self._skeleton, self._text.of(sequences), target, output)
+            return kl_loss(self._skeleton, self._text.of(sequences), target, output)
         difference = output.to(torch.float32) - target.to(torch.float32)
         loss = float(difference.square().sum(dtype=torch.float64)) / len(sequences)
         return loss, difference.mul_(2 / len(sequences)).to(output.dtype)

@@ -10,7 +10,7 @@ from types import EllipsisType
 import torch
 from torch import Tensor
 
-from llmq.algorithms import kl_tuning
+from llmq.algorithms.kl_divergence import kl_and_gradient
 from llmq.model.build.skeleton import Skeleton
 
 LOGITS_AT_ONCE = 2**24  # entries; some six copies are held in float32.  Not what is free: it must change no bit
@@ -19,7 +19,7 @@ Part = tuple[slice, slice]  # rows and columns of (B, T) tokens
 States = tuple[EllipsisType, slice, slice, slice]  # the same of their hidden states (…, B, T, D)
 
 
-def divergence(skeleton: Skeleton, tokens: Tensor, expected: Tensor, hidden: Tensor) -> tuple[float, Tensor]:
+def kl_loss(skeleton: Skeleton, tokens: Tensor, expected: Tensor, hidden: Tensor) -> tuple[float, Tensor]:
     """The mean over all tokens in nats, and its gradient (…, B, T, D) in `hidden`.
 
     tokens    (B, T) int64
@@ -32,9 +32,9 @@ def divergence(skeleton: Skeleton, tokens: Tensor, expected: Tensor, hidden: Ten
         nonlocal total
         with torch.no_grad():
             target = skeleton.logits(tokens[part], expected[_states(part)])
-        losses, found = kl_tuning.divergence(target, predicted)
+        losses, in_logits = kl_and_gradient(target, predicted)
         total += float(losses.sum(dtype=torch.float64))
-        return found.div_(tokens.numel())
+        return in_logits.div_(tokens.numel())
 
     gradient = through_the_head(skeleton, tokens, hidden, slope)
     return total / tokens.numel(), gradient

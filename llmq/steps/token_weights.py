@@ -29,7 +29,6 @@ from llmq.model.passes.streams import Text
 from llmq.report.events import OnEvent, Progress, ignore
 from llmq.steps.kl_loss import Part, through_the_head
 
-TOKENS_PER_BATCH = 4096
 MEMORY_SHARE = 2  # of what is free, the part that hidden states may take: little else is in memory
 
 Slope = Callable[[Tensor, Tensor], Tensor]
@@ -46,7 +45,7 @@ def measure(
     def slope(chosen: Tensor, hidden: Tensor) -> Tensor:
         return drawn_slope(skeleton, tokens[chosen], hidden, chances[chosen])
 
-    batch = max(1, TOKENS_PER_BATCH // tokens.shape[1])
+    batch = max(1, memory.TOKENS_PER_BATCH_TO_WEIGH // tokens.shape[1])
     state = (len(skeleton.blocks) + 1) * skeleton.record(0, tokens[:1]).hidden.nbytes  # of one sequence, all blocks
     at_once = max(batch, memory.spare(memory.HOST) // (MEMORY_SHARE * state))
     gamma = squared_gradients(skeleton, tokens, slope, calls, batch=batch, at_once=at_once, on_event=on_event)

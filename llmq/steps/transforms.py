@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llmq import algorithms
+from llmq.memory import PROBE_TOKENS
 from llmq.model.analyse import fold, input_groups
 from llmq.model.analyse.fold import FoldSite
 from llmq.model.analyse.input_groups import InputGroup
@@ -24,7 +25,6 @@ from llmq.report.record import StageGain
 from llmq.steps.quantize_group import Rounded, round_group
 from llmq.steps.run import Run
 
-PROBE_TOKENS = 64  # enough to see which weights share an input, and what makes it
 LOSS_TOKENS = 1024  # on which a transformation is chosen and proved
 
 Observed = dict[InputGroup, InputStats]

@@ -33,7 +33,6 @@ def test_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
     found = json.loads(done.stdout)
     assert found["llmq"] == __version__
     assert found["packages"]["torch"] == metadata.version("torch")
-    assert found["packages"].keys() == {"torch", "transformers", "triton", "safetensors", "numpy", "greenlet"}
     assert found["variables"]["LLMQ_BACKEND"] == "torch"
     assert found["cpu_threads"] == torch.get_num_threads()
     cpu = found["devices"][0]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -18,7 +19,7 @@ from llmq import memory
 from llmq.errors import QualityError
 from llmq.evaluation import streaming
 from llmq.evaluation.measure import measure, measure_many, require
-from llmq.evaluation.scoring import Evaluation, evaluate, logits_of, read_windows
+from llmq.evaluation.scoring import Evaluation, read_windows, score, summary
 from llmq.model.passes.forward import hidden_states
 from llmq.runtime.open_skeleton import open_skeleton
 from tests import builders
@@ -56,7 +57,9 @@ def as_a_whole(path: Path, original: Path, text: Path) -> Evaluation:
     """The same figures from models that are in memory, as `llmq.load` gives them."""
     (model, tokenizer), (reference, _) = (llmq.load(each, device="cpu") for each in (path, original))
     windows = read_windows(str(text), tokenizer, SIZE["seqlen"], limit=SIZE["limit"])
-    return evaluate(logits_of(model), windows, against=logits_of(reference))
+    with torch.inference_mode():
+        predicted, expected = (network(input_ids=windows).logits for network in (model, reference))
+    return summary(score(predicted, windows, expected))
 
 
 def agree(found: Evaluation, expected: Evaluation) -> None:
@@ -86,7 +89,7 @@ def test_batches_and_heads_of_any_size_give_the_same_figures(
     llama: Path, packed: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = measure(packed, llama, text, **SIZE).model
-    monkeypatch.setattr("llmq.evaluation.scoring.TOKENS_PER_BATCH", 4 * 32)  # six windows: four and two
+    monkeypatch.setattr(memory, "TOKENS_PER_BATCH_TO_EVALUATE", 4 * 32)  # six windows: four and two
     monkeypatch.setattr(streaming, "LOGITS_BYTES", 3 * 32 * 4 * builders.VOCABULARY)  # of the four: three and one
     agree(measure(packed, llama, text, **SIZE).model, expected)
 
@@ -212,10 +215,10 @@ def test_limits_hold_for_each_text(llama: Path, packed: Path, text: Path, other_
     kl = [figures.model.kl_mean or 0 for figures in found.texts]
     rise = [100 * ((figures.model.perplexity_ratio or 0) - 1) for figures in found.texts]
     assert max(kl) != min(kl) and max(rise) != min(rise)
-    require(found, max_kl=max(kl), max_ppl_increase=max(rise))
+    require({"out": found}, max_kl=max(kl), max_ppl_increase=max(rise))
     for limits in ({"max_kl": (min(kl) + max(kl)) / 2}, {"max_ppl_increase": (min(rise) + max(rise)) / 2}):
         with pytest.raises(QualityError) as caught:
-            require(found, **limits)
+            require({"out": found}, **limits)
         assert (str(text) in str(caught.value)) != (str(other_text) in str(caught.value))
 
 
@@ -236,6 +239,23 @@ def test_a_limit_that_is_exceeded_has_an_exit_code_after_the_report(llama: Path,
 def test_limits_that_are_kept_pass_in_silence(llama: Path, packed: Path, text: Path) -> None:
     done = command(packed, llama, "--text", text, "--max-kl", "50", "--max-ppl-increase", "1000%")
     assert (done.exit_code, done.stderr) == (0, "")
+
+
+def test_several_models_are_shown_side_by_side(
+    llama: Path, packed: Path, text: Path, other_text: Path, tmp_path: Path
+) -> None:
+    coarse = rtn(llama, tmp_path / "coarse", bits=2)
+    done = command(packed, llama, coarse, "--text", text, "--text", other_text)
+    assert done.exit_code == 0
+    for shown in (text.name, other_text.name, "2 texts"):
+        assert f"{shown}, windows of 32 tokens" in " ".join(done.stdout.split())
+    done = command(packed, llama, coarse, "--text", text, "--max-kl", "1e-9", "--json")
+    models = json.loads(done.stdout)["models"]
+    assert [model["path"] for model in models] == [str(packed), str(coarse)]
+    assert done.exit_code == 8 and f"{coarse} on {text}" in done.stderr
+    alone = json.loads(command(coarse, llama, "--text", text, "--json").stdout)
+    assert models[1] == {"path": str(coarse), **alone}
+    assert models[0]["model"]["kl_mean"] < models[1]["model"]["kl_mean"]
 
 
 @pytest.mark.parametrize("limit", [("--max-kl", "1"), ("--max-ppl-increase", "2")])

@@ -12,11 +12,11 @@ from torch import Tensor
 
 import llmq
 from llmq import memory
+from llmq.algorithms.kl_divergence import kl_divergence
 from llmq.checkpoint.tuned_version import Revision
 from llmq.config import QuantConfig
 from llmq.config_files import merged
 from llmq.errors import CalibrationError, LlmqError
-from llmq.evaluation.scoring import divergence
 from llmq.job import Job
 from llmq.methods import Method, Tuning
 from llmq.report.record import BlockReport, Report, StageGain, TuningStep
@@ -86,7 +86,7 @@ def interrupt(model: Path, out: Path, text: Path, step: int) -> None:
 def held_out_divergence(model: Path, out: Path, windows: Tensor) -> float:
     expected = logits(float_model(model, {}), windows).log_softmax(-1)
     found = logits(llmq.load(out, device="cpu")[0], windows).log_softmax(-1)
-    return float(divergence(expected, found).mean())
+    return float(kl_divergence(expected, found).mean())
 
 
 def test_tuning_lowers_the_loss_of_the_file_on_held_out_text(model: Path, text: Path, tmp_path: Path) -> None:

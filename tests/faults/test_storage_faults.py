@@ -50,7 +50,8 @@ def run(out, overwrite=False):
     source = folder / "source" / "model.safetensors"
     rest = [(source, name, info) for name, info in read_header(source).items()]
     documents = {"config.json": json.dumps({"new": True}), "card.md": "# new"}
-    writer.finish(rest, [folder / "source" / "tokenizer.json"], documents, shard_bytes=9000)
+    with writer.finishing() as final:
+        writer.assemble(final, rest, [folder / "source" / "tokenizer.json"], documents, shard_bytes=9000)
 """
 
 
@@ -86,7 +87,8 @@ except LlmqError as error:
     errors.append([type(error).__name__, error.exit_code, str(error), error.hint])
 staged = sorted(path.name for path in (folder / "out" / ".llmq-partial").iterdir())
 try:
-    writer.finish([], [], {"config.json": "x" * 10_000})
+    with writer.finishing() as final:
+        writer.assemble(final, [], [], {"config.json": "x" * 10_000})
 except LlmqError as error:
     errors.append([type(error).__name__, error.exit_code, str(error), error.hint])
 print(json.dumps({"errors": errors, "has": [writer.has(0), writer.has(1)], "staged": staged}))

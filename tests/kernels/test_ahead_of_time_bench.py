@@ -42,9 +42,3 @@ def compiled() -> dict[str, Compiled]:
 def test_it_compiles(compiled: dict[str, Compiled], name: str) -> None:
     assert compiled[name].error is None
     assert compiled[name].instructions
-
-
-@pytest.mark.slow
-def test_it_is_naive(compiled: dict[str, Compiled]) -> None:
-    """What the real kernel is held against: codes are converted one by one."""
-    assert compiled["linear, few rows, bf16, sm_90"].instructions.get("I2FP", 0) >= 16

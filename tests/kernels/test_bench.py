@@ -1,9 +1,7 @@
 """What the measurements are made of: sessions, clocks, contenders, and tables of what was found."""
 
 import contextlib
-import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -13,58 +11,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench import competitors, correctness, results, tables, timing, triton_naive, weights
-from bench.plan import PLANS
-from bench.session import ContextLostError, Session, read_records, results_of
+from bench import competitors, correctness, results, tables, timing, weights
 from bench.stopwatch import REST, Stopwatch, watching
 from bench.timing import Contender, Spread, interleaved
 from llmq_kernels.w4a16 import reference
 
 CPU = torch.device("cpu")
-
-# ---- a session
-
-
-def test_a_failing_case_is_recorded_and_the_next_one_runs(tmp_path: Path) -> None:
-    session = Session("x", tmp_path / "records", 60, time.time())
-
-    def fails() -> dict[str, object]:
-        raise ValueError("first line\nsecond line")
-
-    assert session.run("bad", fails) is None
-    assert session.run("good", lambda: {"value": 1}) == {"value": 1}
-    records = read_records(tmp_path / "records")
-    assert [record for record in records if record["kind"] == "error"] == [
-        {"kind": "error", "case": "bad", "error": "ValueError: first line"}
-    ]
-    assert results_of(records) == {"good": {"value": 1}}
-
-
-def test_a_new_process_skips_what_has_begun(tmp_path: Path) -> None:
-    path = tmp_path / "records"
-    path.write_text('{"kind": "begin", "case": "killer"}\n{"kind": "begin", "case": "unfin')  # cut in the middle
-    session = Session("x", path, 60, time.time())
-    assert session.run("next", lambda: {"value": 1}) == {"value": 1}
-    assert results_of(read_records(path)) == {"next": {"value": 1}}
-    assert session.run("killer", lambda: pytest.fail("was run again")) is None
-
-
-def test_what_does_not_fit_into_the_time_is_said(tmp_path: Path) -> None:
-    session = Session("x", tmp_path / "records", 1.0, time.time())
-    assert session.run("long", lambda: pytest.fail("was begun"), needs=2.0) is None
-    assert [record["kind"] for record in read_records(tmp_path / "records")] == ["left out"]
-
-
-def test_a_lost_device_asks_for_a_new_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def lost() -> None:
-        raise RuntimeError("an illegal memory access was encountered")
-
-    monkeypatch.setattr("bench.session._finish_device_work", lost)
-    session = Session("x", tmp_path / "records", 60, time.time())
-    with pytest.raises(ContextLostError):
-        session.run("case", dict)
-    assert [record["kind"] for record in read_records(tmp_path / "records")] == ["begin", "error"]
-
 
 # ---- measuring
 
@@ -131,25 +83,6 @@ def test_self_time_stops_while_a_watched_function_is_called() -> None:
     assert module.outer is not original
 
 
-def test_a_suspended_function_is_not_charged() -> None:
-    greenlet = pytest.importorskip("greenlet")
-    module = ModuleType("suspended_program")
-    clock = iter(range(100))
-    main = greenlet.getcurrent()
-    vars(module)["work"] = lambda: main.switch()
-    sys.modules[module.__name__] = module
-    stopwatch = Stopwatch(lambda: float(next(clock)))
-    with watching(stopwatch, (("work", "suspended_program:work"),)):
-        other = greenlet.greenlet(lambda: module.work())
-        other.switch()
-        stopwatch.charge()  # here, with `work` standing still
-        before = stopwatch.seconds["work"]
-        stopwatch.charge()
-        assert stopwatch.seconds["work"] == before
-        other.switch()
-    assert stopwatch.taken()["work"] > before
-
-
 def test_the_exact_product_is_the_definition() -> None:
     packed = weights.random_packed(9, 160, group=32, dtype=torch.float16, asymmetric=True, copies=2, device=CPU)
     x = torch.randn(3, 160, dtype=torch.float16)
@@ -178,11 +111,6 @@ def test_tinygemm_multiplies_with_the_same_weight() -> None:
     assert weights.relative_error(prepared.multiply(0, x), weights.exact_product(x, packed)) < 2e-2
 
 
-def test_gptq_words_are_nibbles_from_the_lowest() -> None:
-    codes = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 15]], dtype=torch.uint8)
-    assert triton_naive.pack(codes).item() & 0xFFFFFFFF == 0xF7654321
-
-
 def test_copies_outgrow_the_cache() -> None:
     assert [weights.copies_for(nbytes, 100) for nbytes in (200, 50, 30, 1)] == [2, 2, 4, 100]
 
@@ -204,13 +132,6 @@ def test_outcomes_are_read_from_pytest_alone_and_in_parallel(line: str) -> None:
         {"test": "tests/kernels/test_gpu_x.py::test_a[1-float16]", "reason": "AssertionError: wrong by 1"}
     ]
     assert found["wrong"]
-
-
-def test_tests_that_pass_or_run_out_of_time_are_not_wrong() -> None:
-    lines = ["a.py::test_a PASSED [ 10%]", "a.py::test_b SKIPPED (no reason) [ 20%]"]
-    assert not correctness.judged(lines, 0)["wrong"]
-    assert "out of time" in correctness.judged(lines, None)["summary"]
-    assert correctness.judged(["ImportError"], 2)["last_lines"] == ["ImportError"]
 
 
 # ---- tables
@@ -235,21 +156,6 @@ def test_ratios_are_of_sums_over_the_layers() -> None:
     assert (row["x naive Triton"], row["GB/s"], row["of copy"]) == ("–", "133", "3%")
 
 
-def test_the_full_plan_covers_what_is_aimed_at() -> None:
-    main = [
-        c for c in PLANS["full"].campaigns if (c.model, c.dtype, c.group, c.asymmetric) == ("8B", "bfloat16", 128, True)
-    ]
-    assert set(tables.TARGETS) <= {M for campaign in main for M in campaign.rows}
-    assert sorted(M for campaign in main for M in campaign.rows) == [2**i for i in range(12)]
-
-
-def test_a_result_file_survives_the_way_through_json(tmp_path: Path) -> None:
-    path = tmp_path / "x-2026-01-01.json"
-    results.merge(path, "x", "2026-01-01", "w4a16", {"status": "done", "records": []})
-    assert json.loads(path.read_text())["sections"]["w4a16"]["status"] == "done"
-    assert "not" not in tables.report(results.read(path))
-
-
 def test_what_was_left_out_is_shown(tmp_path: Path) -> None:
     path = tmp_path / "x-2026-01-01.json"
     records = [
@@ -263,17 +169,3 @@ def test_what_was_left_out_is_shown(tmp_path: Path) -> None:
     assert "FAILED: streams" in shown
     assert results.problems(results.read(path), "w4a16") == []
     assert results.problems(results.read(path), "correctness") == ["streams: RuntimeError: no"]
-
-
-def test_a_cpu_is_shown_by_what_was_written_of_it() -> None:
-    about = {"cpu": "Some CPU", "date": "2026-01-02", "threads": 2, "note": "idle"}
-    times = {"llmq": {"median": 12.4}, "torch fp32": {"median": 30.0}}
-    linear = {"N": 8, "K": 16, "M": 1, "microseconds": times, "ratios": {"packed_to_float": 0.41}}
-    shown = tables.cpu({**about, "cases": [linear]})
-    assert "### Some CPU, 2026-01-02, threads: 2" in shown
-    assert "| 8 x 16 | 1 | 12       | 30             | 0.41            |" in shown
-    shape = {"num_hidden_layers": 2, "hidden_size": 64}
-    models = {"packed": {"tokens_per_second": 51.25, "step_microseconds": {"median": 19512.0}}}
-    decoded = tables.cpu({**about, "shape": shape, "models": models})
-    assert "a random Llama of 2 layers, 64 wide" in decoded
-    assert "| packed | 51.2            | 19.5      |" in decoded

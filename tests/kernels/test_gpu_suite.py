@@ -1,10 +1,9 @@
-"""The suite that measures on a GPU, run without one: every section in the interpreter, and all that can go wrong."""
+"""The suite that measures on a GPU, run without one: every section in the interpreter."""
 
 import importlib.util
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import ModuleType
 
@@ -14,7 +13,7 @@ pytest.importorskip("triton")
 
 from bench import results
 from bench.gptq_steps import TOKENS_PER_BATCH
-from llmq import job
+from llmq import memory
 
 ROOT = Path(__file__).resolve().parents[2]
 SUITE = ROOT / "scripts" / "gpu_suite.py"
@@ -32,9 +31,6 @@ def load(path: Path) -> ModuleType:
 @pytest.fixture(scope="module")
 def suite() -> ModuleType:
     return load(SUITE)
-
-
-# ---- every section, end to end
 
 
 @pytest.fixture(scope="module")
@@ -63,26 +59,6 @@ def test_every_section_ends_and_nothing_is_wrong(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("section", "expected"),
-    [
-        ("environment", {"machine", "copy", "matmul"}),
-        (
-            "correctness",
-            {"rounding", "float16 second moment", "float16 experts", "tests", "memcheck", "racecheck", "initcheck"},
-        ),
-        ("w4a16", {"tiny o float16 g32 M=1", "tiny down bfloat16 g128 sym M=2"}),
-        ("gptq", {"hessian K=64", "factorize K=128", "round gate_up", "few blocks", "whole model"}),
-        ("decode", {"bf16 memory", "packed memory", "bf16 batch 1 eager", "packed batch 2 eager"}),
-    ],
-)
-def test_a_section_leaves_its_cases(
-    interpreted: tuple["subprocess.CompletedProcess[str]", dict[str, object]], section: str, expected: set[str]
-) -> None:
-    assert expected <= results.cases(interpreted[1], section).keys()
-
-
-@pytest.mark.slow
 def test_gptq_watches_functions_that_are_there(
     interpreted: tuple["subprocess.CompletedProcess[str]", dict[str, object]],
 ) -> None:
@@ -98,90 +74,7 @@ def test_published_figures_come_from_a_gpu(tmp_path: Path) -> None:
 
 
 def test_batches_are_those_of_the_command() -> None:
-    assert job.TOKENS_PER_BATCH["cuda"] == TOKENS_PER_BATCH
-
-
-# ---- what goes wrong
-
-FAKE = """
-import argparse, json, os, sys, time
-parser = argparse.ArgumentParser()
-parser.add_argument("section")
-for name in ("plan", "seconds", "records", "started"):
-    parser.add_argument("--" + name)
-arguments = parser.parse_args()
-seen = open(arguments.records).read() if os.path.exists(arguments.records) else ""
-def write(kind, case, **values):
-    with open(arguments.records, "a") as file:
-        file.write(json.dumps({"kind": kind, "case": case, **values}) + "\\n")
-def case(name, trouble=None):
-    if name in seen:
-        return
-    write("begin", name)
-    if trouble == "hang":
-        time.sleep(60)
-    if trouble == "die":
-        os._exit(11)
-    write("result", name, result={"name": "a device"})
-case("machine")
-case("second", os.environ.get("TROUBLE"))
-case("third")
-if os.environ.get("TROUBLE") == "early":
-    sys.exit("no such module")
-"""
-
-
-def run_fake(
-    suite: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: str, seconds: float = 30.0
-) -> dict[str, object]:
-    program = tmp_path / "fake.py"
-    program.write_text(FAKE)
-    monkeypatch.setenv("TROUBLE", trouble)
-    monkeypatch.setattr(suite, "SILENCE", 2.0)
-    monkeypatch.setattr(suite, "TICK", 0.02)
-    call = suite.Suite("full", tmp_path, time.monotonic() + 60, program=(sys.executable, str(program)))
-    call.run("environment", seconds)
-    content = results.read(call.path)
-    assert call.path.name == f"a-device-{call.date}.json"
-    return content
-
-
-@pytest.mark.parametrize(("trouble", "said"), [("hang", "hung"), ("die", "ended with 11")])
-def test_a_case_that_takes_the_process_along_is_named_and_skipped(
-    suite: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: str, said: str
-) -> None:
-    content = run_fake(suite, tmp_path, monkeypatch, trouble)
-    assert results.cases(content, "environment").keys() == {"machine", "third"}
-    (problem,) = results.problems(content, "environment")
-    assert problem.startswith("second: ") and said in problem
-
-
-def test_a_section_that_overruns_its_time_is_ended_and_keeps_what_it_has(
-    suite: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(suite, "GRACE", 0.5)
-    content = run_fake(suite, tmp_path, monkeypatch, "hang", seconds=0.5)
-    assert content["sections"]["environment"]["status"] == "out of time"  # type: ignore[index]
-    assert results.cases(content, "environment").keys() == {"machine"}
-    assert results.problems(content, "environment") == []
-
-
-def test_a_section_that_always_fails_is_not_begun_again_and_again(
-    suite: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    content = run_fake(suite, tmp_path, monkeypatch, "early")
-    assert results.cases(content, "environment").keys() == {"machine", "second", "third"}
-    assert any("no such module" in problem for problem in results.problems(content, "environment"))
-
-
-def test_other_sections_of_the_file_are_kept(tmp_path: Path) -> None:
-    path = tmp_path / "a-gpu-2026-01-02.json"
-    first, second = ({"status": "done", "records": [{"kind": "result", "case": c, "result": {}}]} for c in "ab")
-    results.merge(path, "a GPU", "2026-01-02", "w4a16", first)
-    results.merge(path, "a GPU", "2026-01-02", "decode", second)
-    results.merge(path, "a GPU", "2026-01-02", "w4a16", second)
-    content = results.read(path)
-    assert results.cases(content, "w4a16") == results.cases(content, "decode") == {"b": {}}
+    assert memory.TOKENS_PER_BATCH_TO_QUANTIZE["cuda"] == TOKENS_PER_BATCH
 
 
 def test_only_the_newest_full_file_of_a_gpu_is_shown(tmp_path: Path) -> None:

@@ -4,16 +4,16 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = {"torch", "transformers", "numpy", "typer", "click", "rich", "safetensors", "huggingface_hub"}
-SECONDS, ATTEMPTS = 0.3, 5
+MODULES = 20  # that `import llmq` may load on top of what Python has loaded itself; 7 as this is written
 
 LOADED = "import json; print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})), file=sys.stderr)"
+COUNTED = "import sys; before = len(sys.modules); import llmq; print(len(sys.modules) - before)"
 
 
 def python(program: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -22,23 +22,13 @@ def python(program: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
 
 
-def fastest(program: str) -> float:
-    """Seconds of the fastest of several runs: what else the machine does only ever adds to them."""
-    seconds = []
-    for _ in range(ATTEMPTS):
-        start = time.perf_counter()
-        python(program)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
-
-
 def test_importing_llmq_loads_nothing_heavy() -> None:
     done = python(f"import sys, llmq; dir(llmq); llmq.__version__; {LOADED}")
     assert HEAVY & set(json.loads(done.stderr)) == set()
 
 
-def test_importing_llmq_takes_no_time() -> None:
-    assert fastest("import llmq") - fastest("pass") < SECONDS
+def test_importing_llmq_loads_few_modules() -> None:
+    assert int(python(COUNTED).stdout) <= MODULES
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""Documents that are generated say what the figures say."""
+"""Generated pages, and generated parts of pages, say what the code and the figures say."""
 
 import importlib.util
-import json
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -9,47 +9,42 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-EVAL = ROOT / "eval"
 
 
-def module(file: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A program beside its neighbours, which it imports by their bare names."""
-    for folder in (EVAL, EVAL / "peers"):
-        monkeypatch.syspath_prepend(str(folder))
-    spec = importlib.util.spec_from_file_location(f"document_{file.stem}", file)
+@pytest.fixture(scope="module")
+def docs() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generated_documents", ROOT / "scripts" / "docs.py")
     assert spec is not None and spec.loader is not None
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    for name in ("subjects", "rows", "table"):
-        sys.modules.pop(name, None)
-    return found
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def test_readme_shows_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    shown = module(EVAL / "peers" / "readme_table.py", monkeypatch)
-    readme = shown.README.read_text(encoding="utf-8")
-    assert f"{shown.BEGIN}\n{shown.table(shown.read())}\n{shown.END}" in readme
+def test_generated_pages_are_up_to_date() -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "docs.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("name", ["tiny-python-llama", "tiny-python-qwen3", "babyllama-tok361-pad384"])
-def test_tables_beside_the_peers_are_rendered_from_the_figures(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    table = module(EVAL / "peers" / "table.py", monkeypatch)
-    figures = json.loads((EVAL / "peers" / "results" / f"{name}.json").read_text(encoding="utf-8"))
-    page = EVAL / "peers" / "results" / f"{name}.md"
-    assert page.read_text(encoding="utf-8") == table.render(figures)
+def test_a_page_that_says_something_else_is_stale(docs: ModuleType, tmp_path: Path) -> None:
+    page, wanted = tmp_path / "page.md", "a\n<!-- begin: x -->\nnew\n<!-- end: x -->\nb\n"
+    page.write_text(wanted.replace("new", "old"))
+    assert docs.replaced(page.read_text(), "x", "new") == wanted
+    assert docs.stale(iter([(page, wanted)])) == [(page, wanted)]
+    page.write_text(wanted)
+    assert docs.stale(iter([(page, wanted)])) == []
 
 
-def test_the_ablation_is_rendered_from_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    ablation = module(EVAL / "ablation.py", monkeypatch)
-    rows, domains = ablation.read(ablation.JSON), ablation.read(ablation.DOMAINS_JSON)
-    assert rows
-    assert ablation.MARKDOWN.read_text(encoding="utf-8") == ablation.render(rows, domains)
+def test_a_page_without_markers_is_refused(docs: ModuleType) -> None:
+    with pytest.raises(ValueError, match="no lines <!-- begin: x -->"):
+        docs.replaced("a page\n<!-- end: x -->\n", "x", "new")
 
 
-def test_the_rules_of_serving_engines_are_those_that_verify_goes_by(monkeypatch: pytest.MonkeyPatch) -> None:
-    rules = module(ROOT / "scripts" / "serving_rules.py", monkeypatch)
-    page = rules.PAGE.read_text(encoding="utf-8")
-    assert f"{rules.BEGIN}\n{rules.render()}\n{rules.END}" in page, "run python scripts/serving_rules.py"
+def test_the_tree_has_a_sentence_for_every_file(docs: ModuleType) -> None:
+    entries = list(docs.tree_entries(ROOT / "llmq", 0))
+    files = [name.strip() for name, _ in entries if name.endswith(".py")]
+    assert sorted(files) == sorted(f.name for f in (ROOT / "llmq").rglob("*.py") if f.name != "__init__.py")
+    assert [name.strip() for name, sentence in entries if not sentence] == []
 
 
 def test_the_page_of_architectures_has_a_row_for_each() -> None:
@@ -60,19 +55,14 @@ def test_the_page_of_architectures_has_a_row_for_each() -> None:
     assert rows == [*ARCHITECTURES, *LEFT_OUT]
 
 
-def test_the_formats_are_rendered_from_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    formats = module(EVAL / "formats.py", monkeypatch)
-    assert formats.MARKDOWN.read_text(encoding="utf-8") == formats.render(formats.read(formats.JSON))
+def test_kernels_that_were_not_measured_are_marked(docs: ModuleType, tmp_path: Path) -> None:
+    assert docs.kernels(tmp_path).count("not measured yet") == 2
 
 
-def test_every_named_document_is_there() -> None:
-    for name in (
-        "LICENSE",
-        "CHANGELOG.md",
-        "CONTRIBUTING.md",
-        "docs/ARCHITECTURE.md",
-        "docs/FORMATS.md",
-        "docs/SERVING.md",
-        "eval/LOG.md",
-    ):
-        assert (ROOT / name).is_file(), name
+def test_kernel_tables_show_hardware_and_date(docs: ModuleType, tmp_path: Path) -> None:
+    from bench import results
+
+    machine = {"kind": "result", "case": "machine", "result": {"name": "Some GPU", "driver_version": "1.2"}}
+    section = {"status": "done", "records": [machine]}
+    results.merge(tmp_path / "some-gpu-2026-01-02.json", "Some GPU", "2026-01-02", "environment", section)
+    assert "### Some GPU, 2026-01-02, driver 1.2" in docs.kernels(tmp_path)

@@ -24,7 +24,7 @@ LAYERS = (
     ("__init__", "__main__"),  # the two doors
 )
 KEPT_APART = 3
-MODEL_MAY_IMPORT = {"checkpoint", "errors", "numerics"}  # and itself: blocks know nothing of codes or settings
+MODEL_MAY_IMPORT = {"checkpoint", "errors", "memory", "numerics"}  # and itself: nothing of codes or settings
 
 LAYER_OF = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}
 

@@ -1,4 +1,4 @@
-"""What no file may hold: swallowed errors, notes to self, pickles, paths of somebody's machine."""
+"""What no file may hold: swallowed errors, pickles, paths of somebody's machine."""
 
 import ast
 import re
@@ -14,7 +14,6 @@ CODE = ("llmq", "kernels", "scripts", "eval", "tests")
 SHIPPED = ("llmq", "kernels", "scripts", "eval")
 PEERS = "eval/peers/"  # run in environments of their own, and read back what they have just written themselves
 
-NOTES_TO_SELF = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b")
 # A home folder or a mount that only some machine has, or where this checkout lies; not a part of a URL or of a path
 # that is relative to something.
 PLACES = ("/home", "/root", "/Users", "/mnt", "/scratch", "/workspace", str(ROOT.parent).rstrip("/"))
@@ -78,10 +77,6 @@ def test_nothing_unpickles() -> None:
         if names & modules and not place.startswith(PEERS):
             places.append(place)
     assert places == []
-
-
-def test_no_notes_to_self(tracked: list[Path]) -> None:
-    assert _lines_with(NOTES_TO_SELF, tracked) == []
 
 
 def test_no_path_of_somebodys_machine(tracked: list[Path]) -> None:

@@ -1,4 +1,4 @@
-"""Small files and short functions: what can be read in one go is read."""
+"""Files and functions that can be read in one go.  One linear story is better than five functions called once."""
 
 import ast
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("llmq", "kernels", "scripts", "eval")
-FILE_LINES, FUNCTION_LINES = 320, 70  # the aim is 300 and 25
+FILE_LINES, FUNCTION_LINES = 320, 100  # more than 60 only where a function tells a linear story
 
 
 def files() -> list[Path]:
@@ -22,10 +22,6 @@ def functions(source: str) -> Iterator[tuple[str, int]]:
             first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
             assert node.end_lineno is not None
             yield node.name, node.end_lineno - first + 1
-
-
-def test_there_is_something_to_measure() -> None:
-    assert {file.relative_to(ROOT).parts[0] for file in files()} >= {"llmq", "kernels", "scripts"}
 
 
 @pytest.mark.parametrize("file", files(), ids=lambda file: str(file.relative_to(ROOT)))

@@ -16,8 +16,9 @@ class ModelWeights:
 
     The checkpoint may use the same names, leave out (or have) the base model's prefix, or use the names that
     transformers knows it by; tied parameters are stored once.  `read` gives a tensor by its name in the checkpoint,
-    `stored` says whether it holds that name; `expect` may begin to read tensors that come next.  Weights that the checkpoint stores as (K, N) are (N, K) here; those in
-    `unpacked`, names in the checkpoint, `read` gives as (N, K) already.
+    `stored` says whether it holds that name; `expect` may begin to read tensors that come next.  Weights that the
+    checkpoint stores as (K, N) are (N, K) here; those in `unpacked`, names in the checkpoint, `read` gives as (N, K)
+    already.
     """
 
     def __init__(
@@ -136,7 +137,9 @@ class ModelWeights:
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 tensor = self._checked(f"{path}.{key}" if path else key, parameter)
-                module._parameters[key] = nn.Parameter(tensor.to(device, parameter.dtype, non_blocking=True), requires_grad=False)
+                module._parameters[key] = nn.Parameter(
+                    tensor.to(device, parameter.dtype, non_blocking=True), requires_grad=False
+                )
         for key, buffer in module._buffers.items():
             if buffer is not None:
                 name = next((c for c in self.candidates(f"{path}.{key}") if self._stored(c)), None)

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from llmq.errors import UnsupportedModelError
 from llmq.model.analyse import meta_run
 from llmq.model.build.block import Block, Call, is_plain_linear
+from llmq.model.build.checkpoint_names import ModelWeights
 from llmq.model.build.module_tree import build as build
 from llmq.model.build.module_tree import load_config as load_config
-from llmq.model.build.checkpoint_names import ModelWeights
 
 SHARED = "its weight is shared with another layer"
 MOST_RETURNED = 3  # how many values blocks return, at most

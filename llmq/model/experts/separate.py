@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq.model.build.checkpoint_names import ModelWeights
+from llmq.model.experts.routed import RoutedExperts
 from llmq.model.experts.stacking import (
     DOWN,
     Form,
@@ -76,7 +77,7 @@ class _Unset(nn.Linear):
         """What it holds comes from a checkpoint."""
 
 
-class SeparateExperts(nn.Module):
+class SeparateExperts(RoutedExperts):
     """The experts of one layer; `fused` is the module whose place it takes, on meta.
 
     `parts[side]` names the linear layers of each expert in its first and its second projection; which rows of the
@@ -84,20 +85,18 @@ class SeparateExperts(nn.Module):
     """
 
     def __init__(self, fused: nn.Module, form: Form, stackings: Sequence[Stacking]) -> None:
-        super().__init__()
-        self.form = form
+        super().__init__(form, form.shape(fused, form.up)[0])
         self.parts = tuple(
             form.parts(name) if len(form.parts(name)) == len(stacking.rows) else (name,)
             for name, stacking in zip(form.stacked, stackings, strict=True)
         )
         self.rows = stackings[0].rows
-        self.experts, _, _ = form.shape(fused, form.up)
         for name, child in fused.named_children():
             self.add_module(name, child)
         self._parameters.update({n: p for n, p in fused._parameters.items() if n not in form.parameters})
         self._buffers.update(fused._buffers)
         self._fused = (_sharing(fused, self),)  # in a tuple, as it is no module of ours: it says how to activate
-        for e in range(self.experts):
+        for e in range(self.expert_count):
             expert = nn.Module()
             for name, parts, stacking in zip(form.stacked, self.parts, stackings, strict=True):
                 like = fused.get_parameter(name)
@@ -112,36 +111,17 @@ class SeparateExperts(nn.Module):
     def expert(self, e: int) -> nn.Module:
         return self.get_submodule(str(e))
 
-    def forward(
-        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
-    ) -> Tensor:
-        """hidden_states (M, K), top_k_index and top_k_weights (M, top_k): which experts, how much of each -> (M, K).
-
-        Without the latter two hidden_states are (E * M, K); see `Form.routed`.
-        """
-        if top_k_index is None or top_k_weights is None:
-            return self._on_own_rows(hidden_states)
-        M, top_k = top_k_index.shape
-        expert = top_k_index.flatten()  # (P,), P = M * top_k; a number that is no expert's means: none
+    def run(self, hidden: Tensor, token: Tensor, expert: Tensor) -> Tensor:
+        """See `RoutedExperts.run`; pairs are sorted by expert, and each expert runs once on all of its rows."""
         order = torch.argsort(expert, stable=True)
-        counts = torch.bincount(expert, minlength=self.experts)[: self.experts].tolist()
-        rows = [pairs // top_k for pairs in order[: sum(counts)].split(counts)]
-        outer = torch.cat(self._run(hidden_states, rows, M))  # (≤ P, K), by expert
+        counts = torch.bincount(expert, minlength=self.expert_count)[: self.expert_count].tolist()
+        rows = token[order[: sum(counts)]].split(counts)
+        tokens = len(hidden) if self.form.routed else len(hidden) // self.expert_count
+        outer = torch.cat(self._by_expert(hidden, rows, tokens))  # (≤ P, K)
         nobody = outer.new_zeros(len(order) - len(outer), outer.shape[1])
-        by_pair = torch.cat([outer, nobody])[torch.argsort(order)]  # (P, K)
-        weighted = by_pair * top_k_weights.reshape(-1, 1)
-        mixed: Tensor = weighted.view(M, top_k, outer.shape[1]).sum(1)
-        return mixed.to(hidden_states.dtype)
+        return torch.cat([outer, nobody])[torch.argsort(order)]
 
-    def _on_own_rows(self, hidden_states: Tensor) -> Tensor:
-        """Rows of zeros are for others; no bias makes anything of them."""
-        M = len(hidden_states) // self.experts
-        chosen = hidden_states.detach().any(-1).view(self.experts, M)
-        rows = [e * M + chosen[e].nonzero().flatten() for e in range(self.experts)]
-        outer = torch.cat(self._run(hidden_states, rows, M))
-        return hidden_states.new_zeros(len(hidden_states), outer.shape[1]).index_copy(0, torch.cat(rows), outer)
-
-    def _run(self, hidden: Tensor, rows: Sequence[Tensor], tokens: int) -> list[Tensor]:
+    def _by_expert(self, hidden: Tensor, rows: Sequence[Tensor], tokens: int) -> list[Tensor]:
         self.before_up(Routed(hidden, rows, tokens))
         inner = [self.inner(e, hidden[chosen]) for e, chosen in enumerate(rows)]
         self.before_down(Routed(hidden, rows, tokens, inner))

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
+from llmq import memory
 from llmq.model.analyse.input_groups import InputGroup
 from llmq.model.build.block import Block, Call
 from llmq.model.passes.replay import Arrival, Replay, tensors_in
@@ -26,7 +27,6 @@ SOLVER_BYTES = 24  # for each entry of a Hessian: its sum, the mean, the factor 
 GRAM_BYTES = 4  # of these, the sum
 CROSS_BYTES = 12  # of what the float stream adds: a sum, its mean, a product with it
 VALIDATION_BYTES = 24  # of validation statistics: three sums, of which one is looked at at a time, with its mean
-BLOCK_COPIES = 3  # a block's weights in float32 as they are loaded, quantized and compared
 REPEATED = (
     "{blocks} blocks took about twice the time, computing the same numbers again: the activations of all the text did "
     "not fit into memory at once"
@@ -183,7 +183,9 @@ def _free_bytes(block: Block, groups: Sequence[InputGroup], streams: Streams) ->
     """What the block and the solver of its widest weights leave of the memory."""
     widest = max((group.in_features for group in groups), default=0)
     solver = (SOLVER_BYTES - GRAM_BYTES) * widest**2 + _sums_bytes(groups, streams)
-    return streams.memory - solver - (BLOCK_COPIES + (streams.floats is not None)) * block.float_bytes
+    return (
+        streams.memory - solver - (memory.BLOCK_COPIES_TO_QUANTIZE + (streams.floats is not None)) * block.float_bytes
+    )
 
 
 def _fits(block: Block, stops: Sequence[Stop], streams: Streams, free: int) -> bool:

@@ -52,7 +52,7 @@ def stops_of(block: Block, groups: Sequence[InputGroup]) -> list[Stop]:
         f"{path}.{e}.{part}": (experts, side, e)
         for path, experts in block.experts.items()
         for side, parts in enumerate(experts.parts)
-        for e in range(experts.experts)
+        for e in range(experts.expert_count)
         for part in parts
     }
     together: dict[tuple[int, ...], list[InputGroup]] = {}
@@ -120,7 +120,7 @@ class Summation:
     def count(self, stop: Stop, batches: Iterable[Arrived]) -> None:
         """Count the tokens that each expert sees, and those of the layer."""
         assert stop.experts is not None
-        counts = Counts([0] * stop.experts.experts, [0] * stop.experts.experts)
+        counts = Counts([0] * stop.experts.expert_count, [0] * stop.experts.expert_count)
         for batch, ((arrived, *_), _) in enumerate(batches):
             if isinstance(arrived, Routed):
                 counts.add(arrived, fits=self._fits(batch))

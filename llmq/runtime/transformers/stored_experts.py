@@ -53,7 +53,7 @@ class StoredExperts(nn.Module):
     def forward(
         self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
     ) -> Tensor:
-        """See `PackedExperts.forward`."""
+        """See `RoutedExperts.forward`."""
         if top_k_index is None or top_k_weights is None:
             each = hidden_states.view(len(self.stackings[0].names), -1, hidden_states.shape[-1])  # (E, M, K)
             return torch.cat([self._run(e, x) for e, x in enumerate(each)])

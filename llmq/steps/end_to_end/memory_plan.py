@@ -21,7 +21,6 @@ from llmq.steps.kl_loss import LOGITS_AT_ONCE
 from llmq.steps.run import Run
 
 STATE_BYTES = 13  # per weight: its code, v, and Adam's two means of it
-BLOCK_COPIES = 4  # of a block in float32: its weights, their gradients, and one weight's state while it is changed
 LOGIT_COPIES = 6
 SAFETY = 5 / 4  # on what stays in memory: allocators, records, graphs that differ from block to block
 REVISIONS = 3  # of the packed blocks: what was saved as the best, what is the best, what is being written
@@ -46,7 +45,8 @@ def choose(run: Run, text: Text, rates: Rates) -> Places:
     block.free()
     logits = min(LOGITS_AT_ONCE, text.batch * text.length * skeleton.vocabulary)
     largest = max(block.float_bytes for block in skeleton.blocks)
-    step = BLOCK_COPIES * largest + (len(skeleton.blocks) + 2) * call.hidden.nbytes + graphs // len(skeleton.blocks)
+    step = memory.BLOCK_COPIES_TO_TUNE * largest
+    step += (len(skeleton.blocks) + 2) * call.hidden.nbytes + graphs // len(skeleton.blocks)
     step += LOGIT_COPIES * 4 * logits
     left = memory.spare(skeleton.device) - step
 

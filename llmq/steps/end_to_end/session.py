@@ -38,7 +38,7 @@ from llmq.report.events import Progress
 from llmq.report.record import TuningReport, TuningStep
 from llmq.steps.end_to_end import memory_plan
 from llmq.steps.end_to_end.tuned_blocks import TunedBlocks
-from llmq.steps.kl_loss import divergence
+from llmq.steps.kl_loss import kl_loss
 from llmq.steps.run import Run, TuningRun
 
 JUDGED = 8  # times that the validation loss is taken, in addition to the first
@@ -170,7 +170,7 @@ class Session:
         paths, keep = self._blocks.paths, self._places.graphs
         tape = Tape(skeleton, text, self._calls, storage, weights=paths, keep=keep, seen=True)
         [hidden] = tape.forward(self._blocks.ready)
-        loss, gradient = divergence(skeleton, text.tokens, self._teacher.read(chosen), hidden)
+        loss, gradient = kl_loss(skeleton, text.tokens, self._teacher.read(chosen), hidden)
         del hidden
 
         def update(block: Block, _: range) -> None:
@@ -199,7 +199,7 @@ class Session:
         total = 0.0
         for own in text.batches():
             expected = self._teacher.read(range(start + own.start, start + own.stop))
-            mean, _ = divergence(skeleton, text.of(own), expected, passed.last(own))
+            mean, _ = kl_loss(skeleton, text.of(own), expected, passed.last(own))
             total += mean * len(own)
         passed.clear()
         return total / text.sequences

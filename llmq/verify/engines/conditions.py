@@ -23,7 +23,7 @@ Question = Callable[[Subject], Found]
 
 
 def is_gptq(subject: Subject) -> bool:
-    return method(subject) in ("gptq", "gptq-marlin", "auto-gptq", "gptqmodel")
+    return method(subject) in ("gptq", "gptq-marlin", "auto-gptq")
 
 
 def is_awq(subject: Subject) -> bool:

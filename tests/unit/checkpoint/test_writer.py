@@ -1,7 +1,7 @@
 """The output folder of a run: committed, continued, finished, given up."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,8 +51,20 @@ def run(out: Path, source_folder: Path, *, blocks: int = 3, shard_bytes: int = 5
         if not writer.has(index):
             writer.commit(index, block(index), {"error": index / 10})
     rest, files = source(source_folder)
-    writer.finish(rest, files, DOCUMENTS, shard_bytes)
+    finish(writer, rest, files, DOCUMENTS, shard_bytes)
     return writer
+
+
+def finish(
+    writer: Writer,
+    rest: Sequence[Part],
+    files: Sequence[Path],
+    documents: Mapping[str, str],
+    shard_bytes: int = 5 * 10**9,
+) -> None:
+    """The end of a run that makes one model."""
+    with writer.finishing() as final:
+        writer.assemble(final, rest, files, documents, shard_bytes)
 
 
 def names_in(folder: Path) -> set[str]:
@@ -150,7 +162,7 @@ def test_a_block_damaged_during_the_run_is_not_left_out_of_the_model(tmp_path: P
     writer.commit(0, block(0), {})
     (tmp_path / "out" / STAGING / "00000.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError):
-        writer.finish([], [], DOCUMENTS)
+        finish(writer, [], [], DOCUMENTS)
     assert names_in(tmp_path / "out") == {STAGING}
 
 
@@ -240,7 +252,7 @@ def test_the_old_model_stands_until_the_new_one_is_whole(tmp_path: Path) -> None
     writer.commit(0, block(0), {})
     rest, _ = source(tmp_path / "source")
     with pytest.raises(CheckpointError, match="absent"):
-        writer.finish(rest, [tmp_path / "absent"], DOCUMENTS)
+        finish(writer, rest, [tmp_path / "absent"], DOCUMENTS)
     assert {entry.name: entry.read_bytes() for entry in out.iterdir() if entry.is_file()} == before
 
 
@@ -249,7 +261,7 @@ def test_a_file_that_came_during_the_run_is_not_overwritten(tmp_path: Path) -> N
     writer.commit(0, block(0), {})
     (tmp_path / "config.json").write_text("mine")
     with pytest.raises(ConfigError, match=r"config\.json is in the way"):
-        writer.finish([], [], DOCUMENTS)
+        finish(writer, [], [], DOCUMENTS)
     assert (tmp_path / "config.json").read_text() == "mine"
     (tmp_path / "config.json").unlink()
     assert open_writer(tmp_path).resumed_blocks == 1
@@ -259,14 +271,14 @@ def test_a_folder_in_the_way_is_noticed_before_the_old_model_goes(tmp_path: Path
     (tmp_path / "config.json").mkdir()
     (tmp_path / "model.safetensors").write_bytes(b"old")
     with pytest.raises(ConfigError, match=r"config\.json is in the way"):
-        open_writer(tmp_path, overwrite=True).finish([], [], DOCUMENTS)
+        finish(open_writer(tmp_path, overwrite=True), [], [], DOCUMENTS)
     assert (tmp_path / "model.safetensors").read_bytes() == b"old"
 
 
 def test_a_file_written_twice_is_a_mistake_of_the_caller(tmp_path: Path) -> None:
     _, files = source(tmp_path / "source")
     with pytest.raises(ValueError, match="two files of one name"):
-        open_writer(tmp_path / "out").finish([], files, {"tokenizer.json": ""})
+        finish(open_writer(tmp_path / "out"), [], files, {"tokenizer.json": ""})
 
 
 def test_finish_can_be_tried_again_by_the_same_writer(tmp_path: Path) -> None:
@@ -274,8 +286,8 @@ def test_finish_can_be_tried_again_by_the_same_writer(tmp_path: Path) -> None:
     writer.commit(0, block(0), {})
     rest, files = source(tmp_path / "source")
     with pytest.raises(CheckpointError):
-        writer.finish(rest, [tmp_path / "absent"], DOCUMENTS)
-    writer.finish(rest, files, DOCUMENTS)
+        finish(writer, rest, [tmp_path / "absent"], DOCUMENTS)
+    finish(writer, rest, files, DOCUMENTS)
     assert set(Checkpoint.open(tmp_path / "out").names()) == {*block(0), "embed.weight"}
 
 
@@ -331,6 +343,6 @@ def test_giving_up_keeps_what_can_be_continued(tmp_path: Path) -> None:
 
 def test_giving_up_after_the_end_harms_nothing(tmp_path: Path) -> None:
     writer = open_writer(tmp_path / "out")
-    writer.finish([], [], DOCUMENTS)
+    finish(writer, [], [], DOCUMENTS)
     assert writer.abandon() is False
     assert names_in(tmp_path / "out") == {"model.safetensors", *DOCUMENTS}

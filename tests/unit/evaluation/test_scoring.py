@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llmq import calibration
+from llmq import calibration, memory
 from llmq.calibration import sources
 from llmq.errors import CalibrationError
 from llmq.evaluation import scoring
 from llmq.evaluation.scoring import (
     Comparison,
+    Evaluation,
     Interval,
-    Logits,
     Scores,
-    evaluate,
-    logits_of,
     read_windows,
     score,
     summary,
@@ -32,6 +31,8 @@ from llmq.evaluation.scoring import (
 BOS = 1
 VOCABULARY = 40
 EPSILON = 2.0**-23  # of float32
+
+Logits = Callable[[Tensor], Tensor]  # (B, T) int64 -> (B, T, V) float32
 
 
 def bigrams(seed: int, spread: float = 2.0) -> Tensor:
@@ -45,6 +46,11 @@ def model(table: Tensor) -> Logits:
 
 def windows(S: int = 5, T: int = 24) -> Tensor:
     return torch.randint(0, VOCABULARY, (S, T), generator=torch.Generator().manual_seed(9))
+
+
+def evaluate(logits: Logits, tokens: Tensor, *, against: Logits | None = None) -> Evaluation:
+    """The figures from the logits of all of `tokens` (S, T) at once."""
+    return summary(score(logits(tokens), tokens, None if against is None else against(tokens)))
 
 
 def log_softmax(logits: Tensor) -> NDArray[np.float64]:
@@ -73,17 +79,6 @@ def test_perplexity_is_that_of_a_plain_loop() -> None:
     # A log-probability of up to 20 is off by a few epsilons of it, and so is the perplexity, relatively.
     assert found.perplexity == pytest.approx(perplexity_by_hand(model(bigrams(0)), windows()), rel=100 * EPSILON)
     assert found.kl_mean is None and found.same_top_1 is None
-
-
-def test_perplexity_of_a_transformer_is_that_of_a_plain_loop() -> None:
-    from tests import builders
-
-    network = builders.causal_model(builders.llama(num_hidden_layers=1))
-    tokens = builders.tokens(3, 12)
-    with torch.inference_mode():
-        by_hand = perplexity_by_hand(lambda window: network(window).logits, tokens)
-    # A batch is multiplied in another order than a window alone: some hundred roundings of float32.
-    assert evaluate(logits_of(network), tokens).perplexity == pytest.approx(by_hand, rel=1e-4)
 
 
 def test_guessing_has_the_perplexity_of_the_vocabulary() -> None:
@@ -139,27 +134,16 @@ def test_half_precision_logits_are_taken_in_float32() -> None:
 
 
 def test_figures_do_not_depend_on_how_windows_are_batched(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes: list[int] = []
-
-    def watched(tokens: Tensor) -> Tensor:
-        sizes.append(len(tokens))
-        return bigrams(0)[tokens]
-
-    monkeypatch.setattr(scoring, "TOKENS_PER_BATCH", 48)
-    found = evaluate(watched, windows(), against=model(bigrams(1)))
-    monkeypatch.undo()
-    assert sizes == [2, 2, 1]
-    assert found == evaluate(model(bigrams(0)), windows(), against=model(bigrams(1)))
+    monkeypatch.setattr(memory, "TOKENS_PER_BATCH_TO_EVALUATE", 48)
+    batches = scoring.batches(windows())
+    assert [len(batch) for batch in batches] == [2, 2, 1]
+    scores = Scores.joined([score(bigrams(0)[batch], batch, bigrams(1)[batch]) for batch in batches])
+    assert summary(scores) == evaluate(model(bigrams(0)), windows(), against=model(bigrams(1)))
 
 
 def test_a_window_longer_than_a_batch_is_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "TOKENS_PER_BATCH", 4)
-    assert evaluate(model(bigrams(0)), windows()).tokens == 5 * 23
-
-
-def test_figures_can_be_written_as_json() -> None:
-    found = evaluate(model(bigrams(0)), windows(), against=model(bigrams(1)))
-    assert json.loads(json.dumps(found.to_dict()))["kl_mean"] == found.kl_mean
+    monkeypatch.setattr(memory, "TOKENS_PER_BATCH_TO_EVALUATE", 4)
+    assert [len(batch) for batch in scoring.batches(windows())] == [1] * 5
 
 
 def test_the_change_of_the_next_tokens_probability_is_that_of_a_plain_loop() -> None:

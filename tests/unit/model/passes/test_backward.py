@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from llmq.model.passes.stored_states import StoredWindows
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -15,7 +16,6 @@ from llmq.model.passes import backward
 from llmq.model.passes import forward as walk
 from llmq.model.passes.backward import Chain
 from llmq.model.passes.forward import Ready
-from llmq.model.passes.stored_states import StoredWindows
 from llmq.steps import kl_loss as loss
 from tests.builders import CONFIGS, WINDOW, skeleton_of, tokens
 
@@ -166,7 +166,7 @@ def test_the_loss_of_parts_is_that_of_the_whole(checkpoint: Checkpoints, monkeyp
     walked, ids = skeleton_of(checkpoint("llama")), tokens(3, LENGTH)
     generator = torch.Generator().manual_seed(0)
     expected, hidden = (torch.randn(3, LENGTH, 32, generator=generator) for _ in range(2))
-    once, slope = loss.divergence(walked, ids, expected, hidden)
+    once, slope = loss.kl_loss(walked, ids, expected, hidden)
     leaf = hidden.clone().requires_grad_(True)
     target, predicted = walked.logits(ids, expected), walked.logits(ids, leaf)
     slow = torch.nn.functional.kl_div(
@@ -177,7 +177,7 @@ def test_the_loss_of_parts_is_that_of_the_whole(checkpoint: Checkpoints, monkeyp
     torch.testing.assert_close(slope, torch.autograd.grad(slow, leaf)[0], rtol=1e-3, atol=1e-7)
     for at_once in (2 * LENGTH, LENGTH - 7):  # two windows and one; parts of a window
         monkeypatch.setattr(loss, "LOGITS_AT_ONCE", at_once * walked.vocabulary)
-        total, gradient = loss.divergence(walked, ids, expected, hidden)
+        total, gradient = loss.kl_loss(walked, ids, expected, hidden)
         assert total == pytest.approx(once, rel=1e-5)
         torch.testing.assert_close(gradient, slope, rtol=1e-3, atol=1e-7)
 

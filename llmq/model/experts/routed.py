@@ -1,0 +1,48 @@
+"""What stands in for a module of stacked experts: called as transformers calls it, and mixing as it does.
+
+`model/experts/separate.py` (one linear layer for each expert, to quantize) and `runtime/packed_experts.py` (packed
+weights, to run) differ only in how the experts' products are computed.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from llmq.model.experts.stacking import Form
+
+
+class RoutedExperts(nn.Module):
+    """The experts of one layer; a subclass computes them in `run`."""
+
+    def __init__(self, form: Form, expert_count: int) -> None:
+        super().__init__()
+        self.form = form
+        self.expert_count = expert_count
+
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
+    ) -> Tensor:
+        """hidden_states (M, K), top_k_index and top_k_weights (M, top_k): which experts, how much of each -> (M, K).
+
+        Without the latter two hidden_states are (E * M, K); see `Form.routed`.
+        """
+        if top_k_index is None or top_k_weights is None:
+            return self._on_own_rows(hidden_states)
+        M, top_k = top_k_index.shape
+        expert = top_k_index.flatten().contiguous()  # (P,), P = M * top_k
+        outer = self.run(hidden_states, torch.arange(M * top_k, device=expert.device) // top_k, expert)
+        weighted = outer * top_k_weights.reshape(-1, 1)
+        mixed: Tensor = weighted.view(M, top_k, outer.shape[1]).sum(1)
+        return mixed.to(hidden_states.dtype)
+
+    def _on_own_rows(self, hidden_states: Tensor) -> Tensor:
+        """Rows of zeros are for others; no bias makes anything of them."""
+        rows = hidden_states.detach().any(-1).nonzero().flatten()
+        outer = self.run(hidden_states, rows, rows // (len(hidden_states) // self.expert_count))
+        return hidden_states.new_zeros(len(hidden_states), outer.shape[1]).index_copy(0, rows, outer)
+
+    def run(self, hidden: Tensor, token: Tensor, expert: Tensor) -> Tensor:
+        """What expert[p] (P,) makes of row token[p] (P,) of hidden (R, K) -> (P, K).
+
+        A number in `expert` that is no expert's means: none, and makes zeros.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say how its experts are run")

@@ -1,0 +1,268 @@
+"""Write the generated pages and the generated parts of pages.
+
+python scripts/docs.py                      all that need no long run
+python scripts/docs.py --check              write nothing; exit with 1 where one of these is stale
+python scripts/docs.py models [--jobs N]    docs/MODELS.md, from a tiny model of every architecture in
+                                            tests/architectures.py: minutes on one core
+python scripts/docs.py kernels FILE…        print the tables of result files of scripts/gpu_suite.py
+"""
+
+import argparse
+import ast
+import json
+import os
+import re
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+ROOT = Path(__file__).resolve().parents[1]
+README, ARCHITECTURE, MODELS = ROOT / "README.md", ROOT / "docs" / "ARCHITECTURE.md", ROOT / "docs" / "MODELS.md"
+SERVING, KERNELS = ROOT / "docs" / "SERVING.md", ROOT / "kernels" / "README.md"
+PEERS = ROOT / "eval" / "peers" / "results"
+# This checkout, the tests' builders with it; the programs of eval/ import each other by their bare names.
+sys.path[:0] = [str(ROOT / part) for part in (".", "kernels", "eval", "eval/peers")]
+
+if TYPE_CHECKING:
+    from tests.architectures import Outcome
+
+# ---- parts of pages
+
+
+def replaced(text: str, name: str, part: str) -> str:
+    """A page with `part` between the lines `<!-- begin: name -->` and `<!-- end: name -->`."""
+    begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
+    before, begun, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not begun or not closed:
+        raise ValueError(f"a page has no lines {begin} and {end}, between which the generated part goes")
+    return f"{before}{begin}\n{part}\n{end}{after}"
+
+
+def results() -> str:
+    """The README's table of KL, from the figures in eval/peers/results."""
+    import table
+
+    return table.summary({name: read_json(PEERS / f"{name}.json") for name in table.MODELS})
+
+
+def serving() -> str:
+    """The rules that `llmq verify --for` goes by, as a table, and what engines fuse and cut."""
+    from llmq.verify.engines import PARALLEL, TILES
+    from llmq.verify.engines.rules import ENGINES, REFUSES, RULES, SERVERS, SGLANG
+    from llmq.verify.engines.tensor_parallel import FUSED, ROW_PARALLEL
+
+    def row(name: str, engines: Sequence[str], asks: str, outcome: str, source: str) -> str:
+        shown = ", ".join(engine for engine in ENGINES if engine in engines)
+        return f"| {' | '.join(cell.replace('|', '/') for cell in (name, shown, asks, outcome, source))} |"
+
+    lines = ["| rule | engines | asks for | otherwise | known from |", "|---|---|---|---|---|"]
+    lines += [row(rule.name, rule.engines, rule.asks, rule.outcome, rule.source) for rule in RULES]
+    for engines, (name, asks, _, source) in ((SERVERS, PARALLEL), ((SGLANG,), TILES)):
+        lines.append(row(name, engines, asks, f"{REFUSES}, on so many GPUs", source))
+    fused = "; ".join(
+        f"`{name}` = {' + '.join(f'`{member}`' for member in members)}" for name, members in FUSED.items()
+    )
+    rows = ", ".join(f"`{name}`" for name in sorted(ROW_PARALLEL))
+    lines += [
+        "",
+        f"Run as one layer: {fused}; and all experts of a layer.  Cut between inputs when the model is spread over",
+        f"several GPUs: {rows}.  All others are cut between outputs.",
+    ]
+    return "\n".join(lines)
+
+
+def kernels(folder: Path | None = None) -> str:
+    """GPUs, then CPUs, each with hardware and date, or that nothing was measured; from kernels/bench/results."""
+    from bench import results, tables
+
+    folder, missing = folder or results.FOLDER, "not measured yet"
+    gpus = [tables.report(results.read(path)) for path in results.gpu_files(folder)]
+    cpus = [tables.cpu(read_json(path)) for path in results.cpu_files(folder)]
+    return "\n\n".join([*(gpus or [f"### GPU\n\n{missing}"]), *(cpus or [f"### CPU\n\n{missing}"])])
+
+
+def tree(package: Path = ROOT / "llmq") -> str:
+    """Every folder and module of a package, with the first sentence of its docstring."""
+    entries = list(tree_entries(package, 0))
+    width = max(len(name) for name, _ in entries) + 2
+    return "\n".join(["```text", *(f"{name:{width}}{sentence}".rstrip() for name, sentence in entries), "```"])
+
+
+def tree_entries(folder: Path, depth: int) -> Iterator[tuple[str, str]]:
+    """(indented name, sentence): a folder, its modules, then the folders in it."""
+    yield f"{'  ' * depth}{folder.name}/", first_sentence(folder / "__init__.py")
+    for file in sorted(folder.glob("*.py")):
+        if file.name != "__init__.py":
+            yield f"{'  ' * (depth + 1)}{file.name}", first_sentence(file)
+    for inner in sorted(path for path in folder.iterdir() if path.is_dir() and any(path.rglob("*.py"))):
+        yield from tree_entries(inner, depth + 1)
+
+
+def first_sentence(file: Path) -> str:
+    """That of a module's docstring, on one line and without its period; nothing where there is none."""
+    text = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "") if file.is_file() else ""
+    return re.split(r"(?<=[.!?])\s", " ".join(text.split("\n\n")[0].split()))[0].removesuffix(".")
+
+
+PARTS: dict[str, tuple[Path, Callable[[], str]]] = {
+    "results": (README, results),
+    "rules": (SERVING, serving),
+    "kernels": (KERNELS, kernels),
+    "tree": (ARCHITECTURE, tree),
+}
+
+# ---- whole pages
+
+
+def experiments() -> Iterator[tuple[Path, str]]:
+    """The pages of eval/, each rendered by its own program from the figures next to it."""
+    import ablation
+    import formats
+    import sweep
+    import table
+
+    yield ablation.MARKDOWN, ablation.render(ablation.read(ablation.JSON), ablation.read(ablation.DOMAINS_JSON))
+    yield formats.MARKDOWN, formats.render(formats.read(formats.JSON))
+    yield sweep.MARKDOWN, sweep.render(sweep.read(sweep.JSON))
+    for name in table.MODELS:
+        yield PEERS / f"{name}.md", table.render(read_json(PEERS / f"{name}.json"))
+
+
+def pages() -> Iterator[tuple[Path, str]]:
+    """Every page that needs no long run, and what it should say."""
+    for name, (page, part) in PARTS.items():
+        yield page, replaced(page.read_text(encoding="utf-8"), name, part())
+    yield from experiments()
+
+
+def read_json(file: Path) -> dict[str, object]:
+    content: dict[str, object] = json.loads(file.read_text(encoding="utf-8"))
+    return content
+
+
+# ---- docs/MODELS.md
+
+MODELS_HEAD = """\
+# Architectures
+
+Written by `python scripts/docs.py models`: each row is a tiny model with random weights, quantized with GPTQ, saved,
+loaded again and run.  No line of llmq names any of these; `tests/e2e/test_architectures.py` asks the same of every one.
+
+* **layers**: how many linear layers were packed, of how many blocks; an expert's count one by one.
+* **left**: matrices inside the blocks that stay as they are, with the reason.  Outside of the blocks embeddings, heads
+  (`--quantize-head` takes those, too) and pictures' encoders always stay.
+* **loads**: `llmq.load` gives the logits of the float model with the same weights: ‖difference‖ / ‖logits‖.
+* **in blocks**: the float model read block by block, as quantizing and measuring do, against the model as a whole.
+
+Every one of these models makes {worst:.0e} or less of each.
+"""
+MODELS_SECTIONS = {
+    "Dense": "Linear layers and GPT-2's Conv1D, q, k, v and gate, up in one weight or apart, norms of all kinds.",
+    "Hybrids and recurrent models": "Linear layers are quantized; convolutions, and the parameters of state spaces, "
+    "stay.",
+    "Mixtures of experts": "Every expert is quantized by itself; routers and gates stay.",
+    "Models that see pictures": "The part that reads text is quantized, on text; the rest stays.",
+}
+MODELS_COLUMNS = "| architecture | class | layers | left, and why | loads | in blocks |\n|---|---|---:|---|---:|---:|"
+
+
+def models(jobs: int) -> str:
+    """The page, from quantizing a tiny model of every architecture in `jobs` processes."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    from tests.architectures import DENSE, EXPERTS, HYBRID, LEFT_OUT, VISION
+
+    sections = dict(zip(MODELS_SECTIONS, (DENSE, HYBRID, EXPERTS, VISION), strict=True))
+    names = [name for section in sections.values() for name in section]
+    outcomes: dict[str, Outcome] = {}
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        for name, outcome in zip(names, pool.map(examined, names), strict=True):
+            outcomes[name] = outcome
+            print(models_row(name, outcome), flush=True)
+    return models_page(sections, outcomes, LEFT_OUT)
+
+
+def examined(name: str) -> "Outcome":
+    """One architecture in a folder of its own."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import transformers
+
+    from tests import builders
+    from tests.architectures import examine
+
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        (work := Path(folder) / "work").mkdir()
+        return examine(name, work, builders.write_text(Path(folder) / "text.txt"))
+
+
+def models_page(
+    sections: Mapping[str, Sequence[str]], outcomes: "Mapping[str, Outcome]", left_out: Mapping[str, str]
+) -> str:
+    figures = [figure or 0.0 for outcome in outcomes.values() for figure in (outcome.difference, outcome.replayed)]
+    parts = [MODELS_HEAD.format(worst=max(figures))]
+    for title, names in sections.items():
+        rows = "\n".join(models_row(name, outcomes[name]) for name in names)
+        parts.append(f"## {title}\n\n{MODELS_SECTIONS[title]}\n\n{MODELS_COLUMNS}\n{rows}\n")
+    rows = "\n".join(f"| `{name}` | {reason} |" for name, reason in left_out.items())
+    parts.append(f"## Not covered\n\n| architecture | why |\n|---|---|\n{rows}\n")
+    return "\n".join(parts)
+
+
+def models_row(name: str, outcome: "Outcome") -> str:
+    from llmq.report.record import OUTSIDE_THE_BLOCKS
+    from tests.architectures import counted
+
+    inside = {layer: reason for layer, reason in outcome.left.items() if reason != OUTSIDE_THE_BLOCKS}
+    by_reason: dict[str, list[str]] = {}
+    for (layer, reason), _ in sorted(counted(inside).items()):
+        by_reason.setdefault(reason, []).append(f"`{layer.rpartition('.N.')[2]}`")
+    left = "; ".join(f"{', '.join(sorted(set(layers)))}: {reason}" for reason, layers in by_reason.items())
+    loads, blocks = (
+        "as a whole" if figure is None else "0" if figure == 0 else f"{figure:.0e}"
+        for figure in (outcome.difference, outcome.replayed)
+    )
+    layers = f"{len(outcome.packed)} of {outcome.blocks} blocks"
+    return f"| `{name}` | {outcome.model_class} | {layers} | {left or '–'} | {loads} | {blocks} |"
+
+
+# ---- the command
+
+
+def stale(wanted: Iterator[tuple[Path, str]]) -> list[tuple[Path, str]]:
+    """The pages that do not say what they should."""
+    return [(page, text) for page, text in wanted if not page.is_file() or page.read_text(encoding="utf-8") != text]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    commands = parser.add_subparsers(dest="command")
+    commands.add_parser("models").add_argument("--jobs", type=int, default=1)
+    commands.add_parser("kernels").add_argument("files", type=Path, nargs="+", metavar="FILE")
+    arguments = parser.parse_args()
+    if arguments.command == "kernels":
+        from bench import results, tables
+
+        print("\n\n".join(tables.report(results.read(file)) for file in arguments.files))
+        return 0
+    if arguments.command == "models":
+        MODELS.write_text(models(arguments.jobs), encoding="utf-8")
+        return 0
+    outdated = stale(pages())
+    for page, text in outdated:
+        print(f"{page.relative_to(ROOT)} {'is stale: run python scripts/docs.py' if arguments.check else 'written'}")
+        if not arguments.check:
+            page.write_text(text, encoding="utf-8")
+    return int(arguments.check and bool(outdated))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
