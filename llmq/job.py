@@ -30,7 +30,7 @@ from llmq.mixed_precision.sensitivity import Question
 from llmq.model.build.checkpoint_names import require_finite
 from llmq.model.passes.hidden_states import Stream
 from llmq.model.passes.statistics import TokenWeights
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 from llmq.plan import Plan
 from llmq.report import record
 from llmq.report.record import BlockReport, ConvertStep, LayerReport, MeasuringStep, Report, TuningStep
@@ -102,7 +102,7 @@ class Job:
     def commits(self) -> int:
         """How many `BlockReport`s a run yields: the head counts as one more block where it is quantized."""
         head = self.plan.layers.get(self.plan.skeleton.head_path or "")
-        return self.blocks + (head is not None and head.scheme is not None)
+        return self.blocks + (head is not None and head.scheme.weights is not None)
 
     def run(self) -> Iterator[CalibrationSet | MeasuringStep | LayerReport | BlockReport | TuningStep | ConvertStep]:
         """Do it; yields the text, then a record after each layer and block.  The finished folder appears at the end."""
@@ -138,7 +138,7 @@ class Job:
             raise
 
     def measure_layers(
-        self, tried: Sequence[Scheme] = (), windows: int = sensitivity.WINDOWS
+        self, tried: Sequence[WeightScheme] = (), windows: int = sensitivity.WINDOWS
     ) -> Generator[CalibrationSet | MeasuringStep, None, Sensitivity]:
         """What every layer suffers on each of the grids `tried`, by default those that --target-bits chooses from.
 
@@ -155,7 +155,7 @@ class Job:
         batch = self._windows_at_once(text)
         return (yield from sensitivity.measure(self.plan.skeleton, text.windows, question, batch=batch, judged=windows))
 
-    def _question(self, tried: Sequence[Scheme] = ()) -> Question:
+    def _question(self, tried: Sequence[WeightScheme] = ()) -> Question:
         plan = self.plan
         return assign.ask(
             plan.skeleton, plan.checkpoint, plan.settings, plan.stages.rounding, plan.layout, plan.options, tried
@@ -236,7 +236,7 @@ class Job:
         report, plan = self.report, self.plan
         quantized = {layer.name: layer for layer in report.layers}
         for layer in plan.layers.values():
-            if layer.scheme is not None and layer.name not in quantized:
+            if layer.scheme.weights is not None and layer.name not in quantized:
                 report.left[layer.name] = f"it did not run on the first {pipeline.PROBE_TOKENS} calibration tokens"
         sizes = {layer.name: layer.weights for layer in plan.layers.values()}
         stored_bits = sum(sizes[name] * layer.bits_per_weight for name, layer in quantized.items())

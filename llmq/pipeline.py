@@ -60,7 +60,7 @@ def quantize_block(run: Run, index: int, block: Block, start: float) -> Generato
     """observe → transform → round → pack → commit, for one block whose float weights are loaded."""
     groups = group_weights(run, block)
     notes, gains = transform_block(run, block, groups) if run.method.transforms else ([], [])
-    schemes = {path: run.plans[path].scheme for path in block.linears}
+    schemes = {path: run.plans[path].scheme.weights for path in block.linears}
     tensors: dict[str, Tensor] = {}
     layers: list[LayerReport] = []
     to_tune: dict[str, Rounded] = {}
@@ -133,7 +133,7 @@ def transform_block(run: Run, block: Block, groups: Sequence[InputGroup]) -> tup
     shared = [group for group in groups if not block.is_experts(group.names[0])]  # experts are left out, which is noted
     observed = input_groups.statistics(block, shared, run.stream.fitted_calls())
     told = [each for stage in run.method.transforms for each in transform(run, stage, block, observed)]
-    packed = {f"{run.plans[path].name}.weight" for path in block.linears if run.plans[path].scheme is not None}
+    packed = {f"{run.plans[path].name}.weight" for path in block.linears if run.plans[path].scheme.weights is not None}
     kept = {name: tensor for name, tensor in block.stored_parameters().items() if name not in packed}
     block.set_stored_parameters(kept)  # what a transform changed, in as few bits as the file holds it
     run.stream.transformed(block)
@@ -146,14 +146,14 @@ def transform(run: Run, stage: str, block: Block, observed: Observed) -> Iterato
     Updates the statistics in `observed` to what the weights see now.
     """
     assert run.stream is not None, "a method that transforms needs calibration"
-    kept = {path for path, plan in run.plans.items() if plan.scheme is None}
+    kept = {path for path, plan in run.plans.items() if plan.scheme.weights is None}
     probe, call = run.stream.sample(PROBE_TOKENS), run.stream.sample(LOSS_TOKENS)
     found = fold.discover(block, list(observed), probe)
     kept |= {path for path in made_by(found, block) if run.skeleton.weights.is_fixed(f"{path}.weight")}
     sites = {site.group: site for site, path in zip(found, made_by(found, block), strict=True) if path not in kept}
     before = block.run(call)
     for group, stats in observed.items():
-        if not all(run.plans[path].scheme for path in group.names):
+        if not all(run.plans[path].scheme.weights for path in group.names):
             continue  # a layer that is to stay as it is is not rewritten either
         if group not in sites:
             yield f"{', '.join(group.names)}: {stage} left out, nothing was found that makes their input"
@@ -224,7 +224,7 @@ def loss_in_basis(
 def round_plainly(run: Run, weights: Mapping[str, Tensor], stats: InputStats) -> Iterator[Rounded]:
     """Round as the method does, by its rounding stage alone."""
     plain = dataclasses.replace(run.method, alphas=(), refinements=())
-    return round_group(weights, {path: run.plans[path].scheme for path in weights}, stats, plain, run.options)
+    return round_group(weights, {path: run.plans[path].scheme.weights for path in weights}, stats, plain, run.options)
 
 
 def output_loss(block: Block, weights: Mapping[str, Tensor], call: Call, before: Tensor) -> float:

@@ -40,7 +40,7 @@ from llmq.model.build.skeleton import Call, Skeleton
 from llmq.model.experts.separate import SeparateExperts
 from llmq.model.passes.hidden_states import Stream
 from llmq.numerics.input_stats import InputStats
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 from llmq.report.record import MeasuringStep
 from llmq.report.sensitivity import Effect, Sensitivity, Unit
 
@@ -54,7 +54,7 @@ BLOCK_COPIES = 3
 class Candidate:
     """A way to store one layer: `scheme` None leaves it as it is; `bits` that it takes, scales and zeros counted."""
 
-    scheme: Scheme | None
+    scheme: WeightScheme | None
     bits: int
 
 
@@ -218,7 +218,7 @@ def _round(
     block: Block, group: InputGroup, grid: int, stats: InputStats, factor: Factor | None, question: Question
 ) -> float:
     """Put a group's weights on a grid; returns  Σ (w - ŵ) H (w - ŵ)ᵀ."""
-    together: dict[Scheme, list[str]] = {}
+    together: dict[WeightScheme, list[str]] = {}
     for path in group.names:
         scheme = question.layers[path].candidates[grid].scheme if path in question.layers else None
         if scheme is not None:

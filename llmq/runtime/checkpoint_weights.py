@@ -10,7 +10,7 @@ from llmq.checkpoint.reader import Checkpoint
 from llmq.errors import ConfigError, FormatError
 from llmq.formats import Readable, Reader, Reading, gptq
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 
 OWN_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "quantization_config.json": "auto-round"}
 EXCLUSIONS = ("ignore", "modules_in_block_to_quantize", "modules_to_not_convert")
@@ -124,7 +124,7 @@ class PackedWeights:
             )
         return notes
 
-    def scheme(self, module: str) -> Scheme:
+    def scheme(self, module: str) -> WeightScheme:
         """The grid of a module's weight, from config.json alone."""
         return self._how(module).scheme
 

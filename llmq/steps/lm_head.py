@@ -18,7 +18,7 @@ def quantize_head(run: Run) -> Iterator[LayerReport | BlockReport]:
     """Round and commit the head, if that is planned; the blocks are done by then."""
     path, index, start = run.skeleton.head_path, len(run.skeleton.blocks), time.monotonic()
     plan = run.plans.get(path) if path is not None else None
-    if path is None or plan is None or plan.scheme is None:
+    if path is None or plan is None or plan.scheme.weights is None:
         return
     if run.writer.has(index):
         _, record = run.writer.read(index)
@@ -26,7 +26,7 @@ def quantize_head(run: Run) -> Iterator[LayerReport | BlockReport]:
         return
     stats = None if run.stream is None else run.stream.head_statistics()
     weight = run.skeleton.head_weight()  # (V, K)
-    (layer,) = round_group({path: weight}, {path: plan.scheme}, stats, run.method, run.options)
+    (layer,) = round_group({path: weight}, {path: plan.scheme.weights}, stats, run.method, run.options)
     packed = run.layout.pack(layer.rounding.quantized)
     rounded = layer.rounding.quantized.dequantize()
     report = layer_report(plan.name, weight, rounded, layer.rounding, packed, stats, layer.gains)

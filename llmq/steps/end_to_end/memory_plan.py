@@ -54,7 +54,7 @@ def choose(run: Run, windows: Tensor, batch: int, rates: Rates) -> Places:
     teacher = SAFETY * hidden <= (left if on_device else memory.spare(torch.device("cpu"))) / 2
     left -= round(SAFETY * hidden) if teacher and on_device else 0
 
-    weights = sum(plan.weights for plan in run.plans.values() if plan.scheme is not None)
+    weights = sum(plan.weights for plan in run.plans.values() if plan.scheme.weights is not None)
     floats = sum(block.float_bytes for block in skeleton.blocks)
     states = SAFETY * (floats + weights * (STATE_BYTES if rates.rounding else 1))
     return Places(teacher, states <= left, states + SAFETY * graphs <= left)
@@ -62,7 +62,7 @@ def choose(run: Run, windows: Tensor, batch: int, rates: Rates) -> Places:
 
 def disk_bytes(skeleton: Skeleton, plans: Iterable[LayerPlan], tuning: Tuning, windows: Tensor) -> int:
     """The most that tuning on `windows` (S, T) has on the disk beside the committed blocks."""
-    packed = [plan for plan in plans if plan.scheme is not None]
+    packed = [plan for plan in plans if plan.scheme.weights is not None]
     states = sum(plan.weights for plan in packed) * (STATE_BYTES if tuning.rounding else 1)
     blocks = sum(plan.packed_bytes(scale_bytes=4) for plan in packed)
     width: int = skeleton.model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
