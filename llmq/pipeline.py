@@ -151,7 +151,8 @@ def transform(run: Run, stage: str, block: Block, observed: Observed) -> Iterato
     found = fold.discover(block, list(observed), probe)
     kept |= {path for path in made_by(found, block) if run.skeleton.weights.is_fixed(f"{path}.weight")}
     sites = {site.group: site for site, path in zip(found, made_by(found, block), strict=True) if path not in kept}
-    before = block.run(call)
+    with block.float_inputs():
+        before = block.run(call)
     for group, stats in observed.items():
         if not all(run.plans[path].scheme.weights for path in group.names):
             continue  # a layer that is to stay as it is is not rewritten either
@@ -180,12 +181,15 @@ def rewrite(
     """
     assert run.stream is not None, "a method that transforms needs calibration"
     call, judged = run.stream.sample(LOSS_TOKENS), run.stream.held_out_sample(LOSS_TOKENS)
-    before = block.run(call)
+    with block.float_inputs():  # what to come close to is the float model's
+        before = block.run(call)
+        target = block.run(judged) if judged else before
     paths = {*site.group.names, f"{block.path}.{site.producer}"}
-    loss = partial(rounded_loss, run, block, paths, judged or call, block.run(judged) if judged else before)
+    loss = partial(rounded_loss, run, block, paths, judged or call, target)
     plain = loss(observed)
     undo, folded = fold.apply(block, site, basis)
-    change = fold.moved(call.hidden, before, block.run(call))
+    with block.float_inputs():
+        change = fold.moved(call.hidden, before, block.run(call))
     if change > fold.OUTPUT_TOLERANCE:
         undo()
         yield f"{', '.join(site.group.names)}: {stage} undone, it moved the block's output by {change:.1e}"

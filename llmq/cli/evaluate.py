@@ -36,6 +36,14 @@ def command(
     windows: Annotated[
         int | None, Option("--windows", min=1, help="Stop after this many of each text.  Default: the whole text.")
     ] = None,
+    activations: Annotated[
+        str,
+        Option(
+            "--activations", metavar="none|int8",
+            help="Round the inputs of the model's quantized linear layers (in a float model: of all) to 8 bits, "
+            "dynamic per token, as W8A8 and W4A8 engines do.",
+        ),
+    ] = "none",
     max_kl: Annotated[
         float | None,
         Option(
@@ -77,6 +85,7 @@ def command(
         limit=windows,
         device=device,
         remote_code=trust_remote_code,
+        activations=activations,
     )
     if json:
         print_json(result.to_dict())
@@ -106,7 +115,8 @@ def _print(path: str, against: str | None, result: "Measurement") -> None:
     shown = [*result.texts, result.total] if len(result.texts) > 1 else [result.total]
     rows = zip(*(_column(figures) for figures in shown), strict=True)
     labels = LABELS if result.original is not None else LABELS[:2]
-    title = f"windows of {result.seqlen} tokens; in brackets, 95 % intervals"
+    rounded = "" if result.activations == "none" else f"; inputs in {result.activations}, dynamic per token"
+    title = f"windows of {result.seqlen} tokens{rounded}; in brackets, 95 % intervals"
     columns = ("", *(Path(figures.text).name for figures in shown))
     print_table(title, columns, [(label, *cells) for label, cells in zip(labels, rows, strict=False)])
 

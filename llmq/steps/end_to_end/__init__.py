@@ -108,7 +108,8 @@ class Session:
 
     def steps(self) -> Iterator[TuningStep]:
         """Take all steps that are left."""
-        self._run_through(walk.loaded(self._run.skeleton), self._windows, self._teacher)
+        with self._run.skeleton.float_inputs():
+            self._run_through(walk.loaded(self._run.skeleton), self._windows, self._teacher)
         if self._history:
             self._blocks.resume(self._step)
         else:
