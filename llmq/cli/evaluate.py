@@ -15,6 +15,15 @@ if TYPE_CHECKING:
 
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1:test:text"
 LIMITS = "For scripts"
+Activations = Annotated[
+    str,
+    Option(
+        "--activations",
+        metavar="none|int8",
+        help="Round the inputs of the model's quantized linear layers (of all linear layers in a float model) to 8 bits, "
+        "dynamic per token, as W8A8 and W4A8 engines do.",
+    ),
+]
 
 
 def command(
@@ -36,14 +45,7 @@ def command(
     windows: Annotated[
         int | None, Option("--windows", min=1, help="Stop after this many of each text.  Default: the whole text.")
     ] = None,
-    activations: Annotated[
-        str,
-        Option(
-            "--activations", metavar="none|int8",
-            help="Round the inputs of the model's quantized linear layers (in a float model: of all) to 8 bits, "
-            "dynamic per token, as W8A8 and W4A8 engines do.",
-        ),
-    ] = "none",
+    activations: Activations = "none",
     max_kl: Annotated[
         float | None,
         Option(

@@ -10,9 +10,16 @@ from compressed_tensors.compressors.pack_quantized.helpers import (  # type: ign
     pack_to_int32,
     unpack_from_int32,
 )
-from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus  # type: ignore[import-untyped]
+from compressed_tensors.quantization import (  # type: ignore[import-untyped]
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationStatus,
+)
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize  # type: ignore[import-untyped]
+from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp  # type: ignore[import-untyped]
 
 from llmq.formats import compressed_tensors
+from llmq.numerics.fake_quantize import int8_per_token
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import BITS, WeightScheme
 
@@ -88,3 +95,11 @@ def test_a_configuration_of_several_grids_is_valid() -> None:
     assert {name: (w.num_bits, w.strategy, w.symmetric) for name, w in found.items()} == {
         "a.q": (4, "group", True), "a.k": (3, "channel", False), "a.v": (4, "channel", True),
     }  # fmt: skip
+
+
+def test_inputs_are_rounded_as_the_package_rounds_them() -> None:
+    arguments = QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="token", dynamic=True)
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 40, 96, generator=draw) * 10 ** torch.randn(3, 40, 1, generator=draw)
+    scale, zero = compute_dynamic_scales_and_zp(x, arguments, torch.nn.Linear(96, 8))
+    assert torch.equal(int8_per_token(x), fake_quantize(x, scale, zero, arguments))
