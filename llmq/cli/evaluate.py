@@ -20,7 +20,7 @@ Activations = Annotated[
     Option(
         "--activations",
         metavar="none|int8",
-        help="Round the inputs of the model's quantized linear layers (of all linear layers in a float model) to 8 bits, "
+        help="Round the inputs of the model's quantized linear layers (of all, in a float model) to 8 bits, "
         "dynamic per token, as W8A8 and W4A8 engines do.",
     ),
 ]
