@@ -17,17 +17,19 @@ if TYPE_CHECKING:
     from llmq.export.dequantize import dequantize
     from llmq.job import quantize
     from llmq.numerics.quantized_tensor import QuantizedTensor
-    from llmq.numerics.scheme import Scheme
+    from llmq.numerics.scheme import InputScheme, Scheme, WeightScheme
     from llmq.report.record import Report
     from llmq.runtime.load import load
     from llmq.runtime.transformers.quantizer import disable_transformers, enable_transformers
 
 _HOMES = {
+    "InputScheme": "llmq.numerics.scheme",
     "LlmqError": "llmq.errors",
     "QuantConfig": "llmq.config",
     "QuantizedTensor": "llmq.numerics.quantized_tensor",
     "Report": "llmq.report.record",
-    "Scheme": "llmq.config",
+    "Scheme": "llmq.numerics.scheme",
+    "WeightScheme": "llmq.numerics.scheme",
     "dequantize": "llmq.export.dequantize",
     "disable_transformers": "llmq.runtime.transformers.quantizer",
     "enable_transformers": "llmq.runtime.transformers.quantizer",
@@ -36,11 +38,13 @@ _HOMES = {
 }
 
 __all__ = [
+    "InputScheme",
     "LlmqError",
     "QuantConfig",
     "QuantizedTensor",
     "Report",
     "Scheme",
+    "WeightScheme",
     "__version__",
     "dequantize",
     "disable_transformers",

@@ -32,7 +32,7 @@ from llmq.model.passes.recorded_calls import RecordedCalls
 from llmq.model.passes.sequential import Streams
 from llmq.model.passes.statistics import TokenWeights
 from llmq.model.passes.streams import Stream, Text
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 from llmq.plan import Plan
 from llmq.report import record
 from llmq.report.events import Event, OnEvent, ignore
@@ -107,7 +107,7 @@ class Job:
     def commits(self) -> int:
         """How many `BlockReport`s a run yields: the head counts as one more block where it is quantized."""
         head = self.plan.layers.get(self.plan.skeleton.head_path or "")
-        return self.blocks + (head is not None and head.scheme is not None)
+        return self.blocks + (head is not None and head.scheme.weights is not None)
 
     def run(self, on_event: OnEvent = ignore) -> Report:
         """Do it, and report every event.  The finished folder appears at the end."""
@@ -130,7 +130,7 @@ class Job:
         return self.report
 
     def measure_layers(
-        self, tried: Sequence[Scheme] = (), windows: int = sensitivity.WINDOWS, on_event: OnEvent = ignore
+        self, tried: Sequence[WeightScheme] = (), windows: int = sensitivity.WINDOWS, on_event: OnEvent = ignore
     ) -> Sensitivity:
         """What every layer loses on each of the grids `tried`, by default those that --target-bits chooses from."""
         question = self._question(tried)
@@ -142,7 +142,7 @@ class Job:
             self.plan.skeleton, text.windows, question, batch=batch, judged=windows, on_event=on_event
         )
 
-    def _question(self, tried: Sequence[Scheme] = ()) -> Question:
+    def _question(self, tried: Sequence[WeightScheme] = ()) -> Question:
         plan = self.plan
         return assign.ask(
             plan.skeleton, plan.checkpoint, plan.settings, plan.stages.rounding, plan.layout, plan.options, tried
@@ -255,7 +255,7 @@ class Job:
             report.notes += run.streams.notes
         quantized = {layer.name: layer for layer in report.layers}
         for layer in plan.layers.values():
-            if layer.scheme is not None and layer.name not in quantized:
+            if layer.scheme.weights is not None and layer.name not in quantized:
                 report.left[layer.name] = f"it did not run on the first {memory.PROBE_TOKENS} calibration tokens"
         sizes = {layer.name: layer.weights for layer in plan.layers.values()}
         stored_bits = sum(sizes[name] * layer.bits_per_weight for name, layer in quantized.items())

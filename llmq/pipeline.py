@@ -95,7 +95,7 @@ def quantize_group(run: Run, block: Block, work: Work, group: InputGroup, stats:
         work.notes.append(f"{', '.join(group.names)}: kept in float, no calibration token reached them")
         return
     weights = {path: block.weight(path) for path in group.names}
-    schemes = {path: run.plans[path].scheme for path in group.names}
+    schemes = {path: run.plans[path].scheme.weights for path in group.names}
     for layer in round_group(weights, schemes, stats, run.method, run.options):
         rounded = layer.rounding.quantized.dequantize()
         block.set_weight(layer.path, rounded)

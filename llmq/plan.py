@@ -23,7 +23,7 @@ from llmq.formats.layer_plan import LayerPlan
 from llmq.gguf import recipes
 from llmq.methods import Method
 from llmq.model.build.skeleton import Skeleton
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 from llmq.patterns import matches
 from llmq.runtime.checkpoint_weights import quantization_settings
 from llmq.runtime.load import choose_device, stored_dtype
@@ -90,7 +90,7 @@ class Plan:
     def expected_bytes(self) -> int:
         """About what the finished weights will take."""
         itemsize = self.layout.scale_dtype(self.model_dtype).itemsize
-        packed = [plan for plan in self.layers.values() if plan.scheme is not None]
+        packed = [plan for plan in self.layers.values() if plan.scheme.weights is not None]
         before = sum(self.float_bytes(plan.name) for plan in packed)
         return self.checkpoint.nbytes - before + sum(plan.packed_bytes(itemsize) for plan in packed)
 
@@ -140,7 +140,10 @@ class Plan:
 
         And stacked experts that are not packed.
         """
-        weights, packed = self.skeleton.weights, {plan.name for plan in self.layers.values() if plan.scheme is not None}
+        weights, packed = (
+            self.skeleton.weights,
+            {plan.name for plan in self.layers.values() if plan.scheme.weights is not None},
+        )
         inside = {name for block in self.skeleton.blocks for name in block.stored_names()}
         inside |= {stacked for name, stacked in weights.stacked_in.items() if not weights.left_stacked(name, packed)}
         head = f"{self.skeleton.head_path}"
@@ -153,15 +156,15 @@ class Plan:
 
         `layout` is another one than the blocks are staged in.
         """
-        chosen: dict[str, Scheme] = {}
+        chosen: dict[str, WeightScheme] = {}
         floats = left_in_float.unused_modules(self.skeleton, self.checkpoint)
         for path, module in self.skeleton.model.named_modules():
             if not holds_matrix(module):
                 continue
             names = dict.fromkeys((path, self.skeleton.weights.module_name(path)))  # readers look for either
             plan = self.layers.get(path)
-            if plan is not None and plan.scheme is not None and (quantized is None or plan.name in quantized):
-                chosen |= dict.fromkeys(names, plan.scheme)
+            if plan is not None and plan.scheme.weights is not None and (quantized is None or plan.name in quantized):
+                chosen |= dict.fromkeys(names, plan.scheme.weights)
             else:
                 floats += names
         return (layout or self.layout).quantization_config(chosen, floats)

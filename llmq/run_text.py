@@ -76,7 +76,7 @@ def _check_tokens(text: CalibrationSet, plan: Plan, report: Report) -> None:
             f"the tokenizer made the id {largest}, and the model has embeddings for {known} tokens",
             hint="is the tokenizer the one that belongs to the model?",
         )
-    widest = max(layer.in_features for layer in plan.layers.values() if layer.scheme is not None)
+    widest = max(layer.in_features for layer in plan.layers.values() if layer.scheme.weights is not None)
     if text.windows.numel() < TOKENS_PER_INPUT * widest:
         report.notes.append(
             f"{text.windows.numel()} calibration tokens are few for layers of {widest} inputs, "

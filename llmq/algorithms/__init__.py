@@ -21,7 +21,7 @@ from torch import Tensor
 from llmq.numerics.affine_grid import ScaleDtype
 from llmq.numerics.input_stats import InputStats
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class RoundingStage(Protocol):
         self,
         weight: Tensor,
         stats: InputStats | None,
-        scheme: Scheme,
+        scheme: WeightScheme,
         options: Options,
         factor: Factor | None = None,
     ) -> Rounding:

@@ -13,11 +13,11 @@ from torch import Tensor
 from llmq.algorithms import Factor, Options, Rounding, rtn
 from llmq.numerics import affine_grid
 from llmq.numerics.input_stats import InputStats
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 
 
 def round_weight(
-    weight: Tensor, stats: InputStats | None, scheme: Scheme, options: Options, factor: Factor | None = None
+    weight: Tensor, stats: InputStats | None, scheme: WeightScheme, options: Options, factor: Factor | None = None
 ) -> Rounding:
     """See `RoundingStage`."""
     if stats is None or options.scales == "minmax":

@@ -34,7 +34,7 @@ from llmq.algorithms import Factor, Options, Rounding, clip, output_error
 from llmq.numerics import affine_grid
 from llmq.numerics.affine_grid import Grid
 from llmq.numerics.input_stats import InputStats
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 from llmq_kernels.gptq_block import op as gptq_block
 
 HIGHEST_DAMPING = 0.1
@@ -43,7 +43,7 @@ ELEMENTS_AT_ONCE = 1 << 20
 
 
 def round_weight(
-    weight: Tensor, stats: InputStats | None, scheme: Scheme, options: Options, factor: Factor | None = None
+    weight: Tensor, stats: InputStats | None, scheme: WeightScheme, options: Options, factor: Factor | None = None
 ) -> Rounding:
     """See `RoundingStage`."""
     if stats is None or stats.tokens == 0:
@@ -161,7 +161,7 @@ def _by_group(chosen: Grid) -> tuple[Tensor, Tensor]:
 
 
 def compensate_with_growing_grid(
-    weight: Tensor, factor: Factor, scheme: Scheme, scale_dtype: affine_grid.ScaleDtype
+    weight: Tensor, factor: Factor, scheme: WeightScheme, scale_dtype: affine_grid.ScaleDtype
 ) -> tuple[Grid, Tensor]:
     """The paper's order: a group's min-max range is taken once the columns before it are compensated for.
 

@@ -15,6 +15,15 @@ if TYPE_CHECKING:
 
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1:test:text"
 LIMITS = "For scripts"
+Activations = Annotated[
+    str,
+    Option(
+        "--activations",
+        metavar="none|int8",
+        help="Round the inputs of the model's quantized linear layers (of all, in a float model) to 8 bits, "
+        "dynamic per token, as W8A8 and W4A8 engines do.",
+    ),
+]
 
 
 def command(
@@ -36,6 +45,7 @@ def command(
     windows: Annotated[
         int | None, Option("--windows", min=1, help="Stop after this many of each text.  Default: the whole text.")
     ] = None,
+    activations: Activations = "none",
     max_kl: Annotated[
         float | None,
         Option(
@@ -79,6 +89,7 @@ def command(
         limit=windows,
         device=device,
         remote_code=trust_remote_code,
+        activations=activations,
     )
     measured = dict(zip(models, results, strict=True))
     if not json:
@@ -110,7 +121,8 @@ def _print(measured: dict[str, "Measurement"], against: str | None) -> None:
     if against is not None and first.original_size is not None:
         sizes.insert(0, (against, first.original_size))
     print_table("", ("model", "size", "bits/weight"), [(name, *_size(size)) for name, size in sizes])
-    title = f"windows of {first.seqlen} tokens; in brackets, 95 % intervals"
+    rounded = "" if first.activations == "none" else f"; inputs in {first.activations}, dynamic per token"
+    title = f"windows of {first.seqlen} tokens{rounded}; in brackets, 95 % intervals"
     if len(measured) == 1:
         tables = [(title, [(Path(figures.text).name, figures) for figures in _shown(first)])]
     else:

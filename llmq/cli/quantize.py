@@ -88,8 +88,15 @@ def command(
 def _print_plan(job: "Job", *, as_json: bool) -> None:
     plans = job.plan.layers.values()
     if as_json:
-        layers = [{"name": p.name, "shape": [p.out_features, p.in_features], "scheme": p.scheme and str(p.scheme),
-                   "reason": p.reason} for p in plans]  # fmt: skip
+        layers = [
+            {
+                "name": plan.name,
+                "shape": [plan.out_features, plan.in_features],
+                "scheme": str(plan.scheme) if plan.scheme.weights else None,
+                "reason": plan.reason,
+            }
+            for plan in plans
+        ]
         from llmq.verify import engines
         from llmq.verify.engines.planned_run import planned
 
@@ -99,7 +106,12 @@ def _print_plan(job: "Job", *, as_json: bool) -> None:
              "serving": {name: [each.to_dict() for each in found] for name, found in findings.items()}}
         )  # fmt: skip
         return
-    rows = _alike([(p.name, f"{p.out_features} x {p.in_features}", str(p.scheme or "-"), p.reason) for p in plans])
+    rows = _alike(
+        [
+            (p.name, f"{p.out_features} x {p.in_features}", str(p.scheme if p.scheme.weights else "-"), p.reason)
+            for p in plans
+        ]
+    )
     print_table(f"{job.report.source} would become {job.out}", ("layer", "shape", "grid", "remark"), rows)
     outside = [name for name in job.report.left if name not in {plan.name for plan in plans}]
     print(f"left as they are: {', '.join(outside) or 'nothing else'}")
@@ -175,7 +187,7 @@ def _print_result(job: "Job", *, as_json: bool) -> None:
 def _layer_notes(job: "Job") -> list[str]:
     """What happened to single layers, one line for all that it happened to."""
     told = [(f"left as it is, {why}", name) for name, why in job.report.left.items() if why != OUTSIDE_THE_BLOCKS]
-    told += [(plan.reason, plan.name) for plan in job.plan.layers.values() if plan.scheme and plan.reason]
+    told += [(plan.reason, plan.name) for plan in job.plan.layers.values() if plan.scheme.weights and plan.reason]
     told += [(note, layer.name) for layer in job.report.layers for note in layer.notes]
     names: dict[str, list[str]] = {}
     for note, name in told:

@@ -19,6 +19,7 @@ from llmq.checkpoint import hub
 from llmq.checkpoint.index import gguf_file
 from llmq.checkpoint.reader import Checkpoint
 from llmq.errors import CheckpointError, ConfigError, QualityError, UnsupportedModelError
+from llmq.evaluation.activations import input_scheme
 from llmq.evaluation.scoring import Evaluation, Scores, read_windows, score, summary, summary_of_original
 from llmq.evaluation.streaming import Source, open_source, windows_together
 from llmq.gguf.container import Container
@@ -57,6 +58,7 @@ class Measurement:
     size: Size
     original_size: Size | None = None
     notes: tuple[str, ...] = ()
+    activations: str = "none"  # what the model's inputs were rounded to; the original's never are
 
     @property
     def model(self) -> Evaluation:
@@ -69,7 +71,7 @@ class Measurement:
         return self.total.original
 
     def to_dict(self) -> dict[str, Any]:
-        """The total's entries beside the others: text, windows, model, original, texts, seqlen, sizes, notes."""
+        """The total's entries (text, windows, model, original) and the rest: texts, seqlen, activations, notes."""
         found = asdict(self)
         return {**found.pop("total"), **found}
 
@@ -85,14 +87,15 @@ def measure(
     device: str = "auto",
     dtype: torch.dtype | None = None,
     remote_code: bool = False,
+    activations: str = "none",
 ) -> Measurement:
     """Perplexity of the model at `path` on texts, and with `against` also how far it is from that one.
 
     The options are those of `measure_many`.
     """
     [found] = measure_many(
-        against, [path], text,
-        wikitext=wikitext, seqlen=seqlen, limit=limit, device=device, dtype=dtype, remote_code=remote_code,
+        against, [path], text, wikitext=wikitext, seqlen=seqlen, limit=limit, device=device, dtype=dtype,
+        remote_code=remote_code, activations=activations,
     )  # fmt: skip
     return found
 
@@ -108,21 +111,25 @@ def measure_many(
     device: str = "auto",
     dtype: torch.dtype | None = None,
     remote_code: bool = False,
+    activations: str = "none",
 ) -> list[Measurement]:
     """Each of `models` on `texts`, beside one original if there is one.
 
     `limit` is the most windows of a text to look at; `dtype` what the models compute in, by default the checkpoint's
-    own, but float32 on a CPU; the rest as in `evaluation.read_windows`.  Beside an original, one model at a time is in
-    memory.  Raises CheckpointError, FormatError, UnsupportedModelError, CalibrationError, BackendError.
+    own, but float32 on a CPU; `activations` what the inputs of the models' quantized layers are rounded to, "none" or
+    "int8", while the original's stay float; the rest as in `evaluation.read_windows`.  Beside an original, one model at
+    a time is in memory.  Raises CheckpointError, ConfigError, FormatError, UnsupportedModelError, CalibrationError,
+    BackendError.
     """
+    inputs = input_scheme(activations)
     chosen = choose_device(device)
     folders = [_located(model, remote_code=remote_code) for model in models]
     base = None if original is None else _located(original, remote_code=remote_code)
 
     def opened(folder: Path) -> Source:
-        return open_source(folder, chosen, dtype, remote_code=remote_code, like=base)
+        return open_source(folder, chosen, dtype, remote_code=remote_code, like=base, activations=inputs)
 
-    first = opened(base or folders[0])
+    first = opened(folders[0]) if base is None else open_source(base, chosen, dtype, remote_code=remote_code, like=base)
     with described(base or folders[0]) as folder:
         tokenizer = load_tokenizer(folder, remote_code=remote_code)
     length = min(seqlen or DEFAULT_SEQLEN, first.max_tokens or DEFAULT_SEQLEN)
@@ -138,7 +145,13 @@ def measure_many(
     original_size = None if original is None else size_of(str(original))
     return [
         Measurement(
-            _by_text(run.scores, sizes), _total(run.scores, sizes), length, size_of(folder), original_size, run.notes
+            _by_text(run.scores, sizes),
+            _total(run.scores, sizes),
+            length,
+            size_of(folder),
+            original_size,
+            run.notes,
+            activations,
         )
         for folder, run in zip(folders, runs, strict=True)
     ]

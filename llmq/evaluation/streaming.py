@@ -17,11 +17,13 @@ from llmq import memory
 from llmq.checkpoint.reader import Checkpoint
 from llmq.errors import UnsupportedModelError
 from llmq.evaluation import scoring
+from llmq.evaluation.activations import not_applied, quantize_inputs
 from llmq.gguf import reader
 from llmq.model.build.skeleton import Skeleton
 from llmq.model.passes.forward import run_through
 from llmq.model.passes.hidden_states import Place, Storage
 from llmq.model.passes.streams import Stream, Text
+from llmq.numerics.scheme import InputScheme
 from llmq.runtime.load import load_model, stored_dtype
 from llmq.runtime.open_skeleton import open_skeleton
 
@@ -52,7 +54,8 @@ class Streamed:
 
     note: str | None = None
 
-    def __init__(self, skeleton: Skeleton) -> None:
+    def __init__(self, skeleton: Skeleton, activations: InputScheme | None = None) -> None:
+        quantize_inputs(skeleton, activations)
         self._skeleton = skeleton
         self._passed: Stream | None = None  # a text behind the last block, its hidden states in main memory
         self.vocabulary = skeleton.vocabulary
@@ -126,23 +129,31 @@ def open_source(
     *,
     remote_code: bool = False,
     like: Path | None = None,
+    activations: InputScheme | None = None,
 ) -> Source:
     """The model of a local checkpoint or .gguf file, block by block where that can be done.
 
     `dtype` is what it computes in: by default the checkpoint's own (a .gguf's is bfloat16), but float32 on a CPU;
-    `like` is the folder of the model that a .gguf file was made from, where it is known.  Raises CheckpointError,
-    FormatError, UnsupportedModelError.
+    `like` is the folder of the model that a .gguf file was made from, where it is known; `activations` is how the
+    inputs of its quantized layers are rounded.  Raises CheckpointError, FormatError, UnsupportedModelError.
     """
     if reader.is_file(folder):
         own = torch.float32 if device.type == "cpu" else torch.bfloat16
-        return Streamed(reader.open_skeleton(folder, device, dtype or own, like))
+        return Streamed(reader.open_skeleton(folder, device, dtype or own, like), activations)
     checkpoint = Checkpoint.open(folder)
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else stored_dtype(checkpoint)
     try:
-        return Streamed(open_skeleton(checkpoint, device, dtype, remote_code=remote_code))
+        source = Streamed(open_skeleton(checkpoint, device, dtype, remote_code=remote_code), activations)
+        source.note = not_applied(checkpoint, activations)
+        return source
     except UnsupportedModelError as error:
         why = str(error)
+    if activations is not None:
+        raise UnsupportedModelError(
+            f"{folder} cannot be evaluated with inputs in {activations}, as it can only be run as a whole: {why}",
+            hint="leave --activations out to measure it with float inputs",
+        )
     return Whole(folder, device, dtype, remote_code=remote_code, why=why)
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from llmq.errors import ConfigError, FormatError
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import GROUP_SIZES, GroupSize, Scheme
+from llmq.numerics.scheme import GROUP_SIZES, GroupSize, WeightScheme
 
 # What layouts have in common; every other file here is one.
 SHARED = ("awq_variants", "bit_packing", "checks", "fp4", "gguf_blocks", "gguf_k_quants", "layer_plan")
@@ -62,7 +62,7 @@ class Reading:
     note               what else the file asks for, and llmq does not do
     """
 
-    scheme: Scheme
+    scheme: WeightScheme
     zeros_offset: int = 0
     needs_group_index: bool = False
     stored_bits: int = 0
@@ -143,13 +143,13 @@ class Layout(Readable, Protocol):
         Raises `FormatError` for a tensor that is damaged or that the layout cannot hold; ask `refusal` beforehand.
         """
 
-    def refusal(self, scheme: Scheme, out_features: int, in_features: int) -> str | None:
+    def refusal(self, scheme: WeightScheme, out_features: int, in_features: int) -> str | None:
         """Why the layout cannot hold such a grid for such a weight, and which one can; None where it can."""
 
     def scale_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
         """The dtype that readers expect scales in; round to it before choosing codes."""
 
-    def quantization_config(self, schemes: Mapping[str, Scheme], unquantized: Sequence[str]) -> dict[str, Any]:
+    def quantization_config(self, schemes: Mapping[str, WeightScheme], unquantized: Sequence[str]) -> dict[str, Any]:
         """The block for config.json: module `name` has the grid `schemes[name]`, `unquantized` stayed float.
 
         Raises `ConfigError` where one file of this layout cannot hold these grids side by side.

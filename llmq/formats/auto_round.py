@@ -23,7 +23,7 @@ from torch import Tensor
 from llmq.errors import FormatError
 from llmq.formats import Reader, Reading, awq, checks, compressed_tensors, fp4, gptq
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 
 NAME = "auto-round"
 SUFFIXES: tuple[str, ...] = tuple(dict.fromkeys((*gptq.SUFFIXES, *compressed_tensors.SUFFIXES)))
@@ -87,7 +87,7 @@ def _reading(config: Mapping[str, Any]) -> Reading | None:
             declared = f"{kind!r} of {bits} bits by {group_size} as {config.get('packing_format')!r}"
             raise FormatError(f"the checkpoint declares weights of type {declared}, which llmq does not read")
         size, decode = FLOATS[start]
-        return Reading(Scheme(4, size), packing=decode.__name__, decode=decode, note=note)
+        return Reading(WeightScheme(4, size), packing=decode.__name__, decode=decode, note=note)
     symmetric = config.get("sym")
     allowed = (awq.BITS,) if packing == AWQ else gptq.BITS_READ
     grid = checks.declared_grid(bits, group_size, True if symmetric is None else symmetric, allowed)

@@ -13,7 +13,7 @@ from llmq.formats import gptq
 from llmq.formats.gptq import CODES, CONFIG_COPY, ONE_GRID, SUFFIXES, read_config, refusal, scale_dtype, unpack
 from llmq.formats.gptq import weight_shape as weight_shape
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 
 __all__ = [
     "CODES", "CONFIG_COPY", "NAME", "ONE_GRID", "SUFFIXES",
@@ -28,6 +28,6 @@ def pack(q: QuantizedTensor) -> dict[str, Tensor]:
     return gptq.pack(q, version=NAME)
 
 
-def quantization_config(schemes: Mapping[str, Scheme], unquantized: Sequence[str]) -> dict[str, Any]:
+def quantization_config(schemes: Mapping[str, WeightScheme], unquantized: Sequence[str]) -> dict[str, Any]:
     """See `Layout.quantization_config`; the `quant_method` is gptq's."""
     return gptq.quantization_config(schemes, unquantized, version=NAME)

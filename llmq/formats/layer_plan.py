@@ -13,17 +13,21 @@ from llmq.config import QuantConfig
 from llmq.errors import ConfigError
 from llmq.formats import Layout
 from llmq.numerics.gguf_types import BLOCK_TYPES
-from llmq.numerics.scheme import GROUP_SIZES, GroupSize, Scheme
+from llmq.numerics.scheme import GROUP_SIZES, GroupSize, Scheme, WeightScheme
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What becomes of one linear layer: `scheme` is None where it stays as it is; `reason` tells why not as asked."""
+    """What becomes of one linear layer.
+
+    scheme  of its weights and of its inputs; `scheme.weights` is None where the weights stay as they are
+    reason  why the scheme is not the one that was asked for
+    """
 
     name: str
     out_features: int
     in_features: int
-    scheme: Scheme | None
+    scheme: Scheme
     reason: str = ""
 
     @property
@@ -32,13 +36,18 @@ class LayerPlan:
 
     def packed_bytes(self, scale_bytes: int) -> int:
         """What the packed weight takes: codes, scales of `scale_bytes` each, zeros where there are any."""
-        assert self.scheme is not None, "only a weight that is to be packed has a packed size"
-        if self.scheme.block_type is not None:
-            kind = BLOCK_TYPES[self.scheme.block_type]
+        grid = self.scheme.weights
+        assert grid is not None, "only a weight that is to be packed has a packed size"
+        if grid.block_type is not None:
+            kind = BLOCK_TYPES[grid.block_type]
             return self.weights // kind.columns * kind.nbytes
-        groups = self.out_features * -(-self.in_features // self.scheme.columns_per_group(self.in_features))
-        zeros = 0 if self.scheme.symmetric else groups * self.scheme.bits // 8
-        return self.weights * self.scheme.bits // 8 + groups * scale_bytes + zeros
+        groups = self.out_features * -(-self.in_features // grid.columns_per_group(self.in_features))
+        zeros = 0 if grid.symmetric else groups * grid.bits // 8
+        return self.weights * grid.bits // 8 + groups * scale_bytes + zeros
+
+    def with_weights(self, grid: WeightScheme | None, reason: str) -> "LayerPlan":
+        """The same plan with another grid for the weights; `reason` tells why."""
+        return dataclasses.replace(self, scheme=dataclasses.replace(self.scheme, weights=grid), reason=reason)
 
 
 def plan_layers(shapes: Iterable[tuple[str, int, int]], config: QuantConfig, layout: Layout) -> list[LayerPlan]:
@@ -46,7 +55,7 @@ def plan_layers(shapes: Iterable[tuple[str, int, int]], config: QuantConfig, lay
     plans = [_plan(name, rows, columns, config, layout) for name, rows, columns in shapes]
     if layout.ONE_GRID and not config.overrides:
         plans = _on_one_grid(plans, layout)
-    if not any(plan.scheme for plan in plans):
+    if not any(plan.scheme.weights for plan in plans):
         reasons = "; ".join(sorted({plan.reason for plan in plans if plan.reason})) or "no linear layer in any block"
         raise ConfigError(f"nothing is left to quantize: {reasons}", hint="see --skip, --override and --format")
     return plans
@@ -62,60 +71,57 @@ def alike(
     """
     result = dict(plans)
     for unit in units:
-        asked = {plans[key].scheme for key in unit}
+        asked = {plans[key].scheme.weights for key in unit}
         if len(asked) < 2:
             continue
         common = _common_scheme([plans[key] for key in unit], layout)
         for key in unit:
-            if plans[key].scheme != common:
+            if plans[key].scheme.weights != common:
                 changed = result[key] = _as_the_others(plans[key], common, [plans[key] for key in unit])
                 if config.strict:
                     raise ConfigError(f"{changed.name}: {changed.reason}", hint="leave --strict out to allow this")
     return result
 
 
-def _common_scheme(plans: Sequence[LayerPlan], layout: Layout) -> Scheme | None:
-    schemes = {plan.scheme for plan in plans}
+def _common_scheme(plans: Sequence[LayerPlan], layout: Layout) -> WeightScheme | None:
+    schemes = {plan.scheme.weights for plan in plans}
     found = [scheme for scheme in schemes if scheme is not None]
     if len(found) < len(schemes):
         return None
     found.sort(key=lambda s: (-s.bits, -s.group_size if isinstance(s.group_size, int) else 0, str(s)))
 
-    def fits(scheme: Scheme) -> bool:
+    def fits(scheme: WeightScheme) -> bool:
         return all(layout.refusal(scheme, plan.out_features, plan.in_features) is None for plan in plans)
 
     return next((scheme for scheme in found if fits(scheme)), None)
 
 
-def _as_the_others(plan: LayerPlan, scheme: Scheme | None, unit: Sequence[LayerPlan]) -> LayerPlan:
+def _as_the_others(plan: LayerPlan, scheme: WeightScheme | None, unit: Sequence[LayerPlan]) -> LayerPlan:
     if scheme is not None:
-        reason = f"{scheme} instead of {plan.scheme}: the experts of a layer share a grid"
-        return dataclasses.replace(plan, scheme=scheme, reason=reason)
-    kept = next((other for other in unit if other.scheme is None), None)
+        reason = f"{scheme} instead of {plan.scheme.weights}: the experts of a layer share a grid"
+        return plan.with_weights(scheme, reason)
+    kept = next((other for other in unit if other.scheme.weights is None), None)
     why = f"{kept.name} stays as it is ({kept.reason})" if kept else "there is none that all of them can have"
-    return dataclasses.replace(plan, scheme=None, reason=f"the experts of a layer share a grid, and {why}")
+    return plan.with_weights(None, f"the experts of a layer share a grid, and {why}")
 
 
 def _on_one_grid(plans: list[LayerPlan], layout: Layout) -> list[LayerPlan]:
     """The plans with the grid that covers most weights; layers that fell back to another one stay as they are."""
-    covered: dict[Scheme, int] = {}
+    covered: dict[WeightScheme, int] = {}
     for plan in plans:
-        if plan.scheme is not None:
-            covered[plan.scheme] = covered.get(plan.scheme, 0) + plan.weights
+        if plan.scheme.weights is not None:
+            covered[plan.scheme.weights] = covered.get(plan.scheme.weights, 0) + plan.weights
     if len(covered) < 2:
         return plans
     common = max(covered, key=lambda scheme: covered[scheme])
     reason = f"kept as it is: {layout.NAME} holds one grid for all layers, and most are {common}"
-    return [
-        plan if plan.scheme in (None, common) else dataclasses.replace(plan, scheme=None, reason=reason)
-        for plan in plans
-    ]
+    return [plan if plan.scheme.weights in (None, common) else plan.with_weights(None, reason) for plan in plans]
 
 
 def _plan(name: str, out_features: int, in_features: int, config: QuantConfig, layout: Layout) -> LayerPlan:
     asked = config.scheme_for(name)
     if asked is None:
-        return LayerPlan(name, out_features, in_features, None, "skipped on request")
+        return LayerPlan(name, out_features, in_features, Scheme(), "skipped on request")
     impossible = layout.refusal(asked, 1024, 1024)
     if impossible:
         raise ConfigError(f"{layout.NAME} cannot hold {asked}, asked for {name}: {impossible}")
@@ -129,15 +135,15 @@ def _plan(name: str, out_features: int, in_features: int, config: QuantConfig, l
     else:
         scheme = None
     if not refusals:
-        return LayerPlan(name, out_features, in_features, asked)
+        return LayerPlan(name, out_features, in_features, Scheme(asked))
     outcome = f"{scheme.group_size} instead of {asked.group_size}" if scheme else "kept as it is"
     reason = f"{outcome}: {refusals[0] if scheme else refusals[-1]}"
     if config.strict:
         raise ConfigError(f"{name} ({out_features} x {in_features}): {reason}", hint="leave --strict out to allow this")
-    return LayerPlan(name, out_features, in_features, scheme, reason)
+    return LayerPlan(name, out_features, in_features, Scheme(scheme), reason)
 
 
-def _smaller(scheme: Scheme, in_features: int) -> list[Scheme]:
+def _smaller(scheme: WeightScheme, in_features: int) -> list[WeightScheme]:
     """What to fall back to, best first: the smaller group sizes that divide, then one scale a row."""
     if not isinstance(scheme.group_size, int):
         return []

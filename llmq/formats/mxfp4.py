@@ -19,7 +19,7 @@ from torch import Tensor
 from llmq.errors import FormatError
 from llmq.formats import Reader, Reading, checks, fp4
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 
 NAME = "mxfp4"
 SUFFIXES: tuple[str, ...] = ("_blocks", "_scales")
@@ -50,5 +50,5 @@ def weight_shape(
 
 def read_config(config: Mapping[str, Any]) -> Reader:
     """See `Readable.read_config`.  What is packed is known by its tensors alone."""
-    reading = Reading(Scheme(4, fp4.MXFP4_GROUP), packing=NAME, decode=decode)
+    reading = Reading(WeightScheme(4, fp4.MXFP4_GROUP), packing=NAME, decode=decode)
     return lambda module: reading

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from llmq.errors import FormatError, UnsupportedModelError
 from llmq.gguf.architectures import architecture
-from llmq.gguf.container import Container, dequantize
+from llmq.gguf.container import FLOATS, Container, dequantize
 from llmq.gguf.names import Names, separate_halves
 from llmq.gguf.writer import rotated_heads
 from llmq.model.build import skeleton
@@ -76,6 +76,10 @@ class Weights:
         place = self._names.place(name)
         return self.container.info(place.name if place else name).kind
 
+    def is_quantized(self, name: str) -> bool:
+        """Whether a tensor is stored as codes and not in float."""
+        return self.kind(name) not in FLOATS
+
     def rows(self, name: str) -> NDArray[np.uint8]:
         """(N, bytes of a row) of a tensor, rows in the order in which transformers wants them."""
         place = self._names.place(name)
@@ -114,7 +118,7 @@ def open_skeleton(path: Path, device: torch.device, dtype: torch.dtype, like: Pa
     with described(path, like) as folder:
         stored = Weights(path, folder)
         model = skeleton.build(folder, dtype=dtype, remote_code=False)
-    weights = ModelWeights(model, stored.tensor, stored.__contains__)
+    weights = ModelWeights(model, stored.tensor, stored.__contains__, quantized=stored.is_quantized)
     separate(model, weights, stored.experts(), stored.shape, _no_member)
     return Skeleton(model, weights, device)
 

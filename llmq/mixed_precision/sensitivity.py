@@ -43,7 +43,7 @@ from llmq.model.passes.hidden_states import Storage
 from llmq.model.passes.recorded_calls import RecordedCalls
 from llmq.model.passes.streams import Stream, Text
 from llmq.numerics.input_stats import InputStats
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 from llmq.report.events import OnEvent, Progress, ignore
 from llmq.report.sensitivity import Effect, Sensitivity, Unit
 
@@ -55,7 +55,7 @@ MEASURED_BLOCKS = 16  # up to so many blocks, every grid is measured by itself
 class Candidate:
     """A way to store one layer: `scheme` None leaves it as it is; `bits` that it takes, scales and zeros counted."""
 
-    scheme: Scheme | None
+    scheme: WeightScheme | None
     bits: int
 
 
@@ -234,7 +234,7 @@ def _round(
     block: Block, group: InputGroup, grid: int, stats: InputStats, factor: Factor | None, question: Question
 ) -> float:
     """Put a group's weights on a grid; returns  Σ (w - ŵ) H (w - ŵ)ᵀ."""
-    together: dict[Scheme, list[str]] = {}
+    together: dict[WeightScheme, list[str]] = {}
     for path in group.names:
         scheme = question.layers[path].candidates[grid].scheme if path in question.layers else None
         if scheme is not None:

@@ -1,4 +1,8 @@
-"""`Scheme`: the grid of one weight."""
+"""What is quantized about a linear layer: `Scheme`, of a `WeightScheme` and an `InputScheme`.
+
+A name such as W8A8 or W4A16 says both: the bits of the weights, and those of the inputs ("activations"), where 16
+stands for float.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,10 +14,12 @@ GroupSize = int | Literal["channel", "tensor"]
 
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)  # 16 * 2**n: what packed layouts and kernels tile by
+INPUT_DTYPES = ("int8", "fp8")
+INPUT_SCALES = ("dynamic", "static")
 
 
 @dataclass(frozen=True)
-class Scheme:
+class WeightScheme:
     """The affine grid of one weight: w = scale * (code - zero), codes in [0, 2**bits - 1].
 
     `group_size` columns of a row share a scale; "channel" is one scale a row, "tensor" one for the whole weight.
@@ -28,7 +34,7 @@ class Scheme:
     block_type: str | None = None
 
     @classmethod
-    def of_blocks(cls, block_type: str) -> "Scheme":
+    def of_blocks(cls, block_type: str) -> "WeightScheme":
         """The grid of a block type: `q4_k`, …"""
         kind = BLOCK_TYPES[block_type]
         return cls(kind.bits, kind.group, kind.symmetric, block_type)
@@ -71,3 +77,54 @@ class Scheme:
     def __str__(self) -> str:
         grouping = f"g{self.group_size}" if isinstance(self.group_size, int) else self.group_size
         return self.block_type or f"int{self.bits} {grouping} {'symmetric' if self.symmetric else 'asymmetric'}"
+
+
+@dataclass(frozen=True)
+class InputScheme:
+    """How the inputs of a linear layer are quantized before they are multiplied by its weights.
+
+    dtype   "int8" or "fp8" (float8_e4m3fn), symmetric around zero in either case
+    scales  "dynamic": one scale per token, computed from the token when it arrives; "static": one scale for the whole
+            tensor, fixed by calibration
+    """
+
+    dtype: Literal["int8", "fp8"] = "int8"
+    scales: Literal["dynamic", "static"] = "dynamic"
+
+    def __post_init__(self) -> None:
+        for field, allowed in (("dtype", INPUT_DTYPES), ("scales", INPUT_SCALES)):
+            value = getattr(self, field)
+            if value not in allowed:
+                raise ConfigError(
+                    f"{field} of an input scheme is {value!r}, expected one of {listed(allowed)}",
+                    hint="InputScheme('int8', 'dynamic') is the usual choice",
+                )
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {self.scales} {'per token' if self.scales == 'dynamic' else 'per tensor'}"
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What is quantized about a linear layer: its weights, its inputs, both, or nothing.
+
+    None stands for float.  W4A16 is `Scheme(WeightScheme(4))`, W8A8 is `Scheme(WeightScheme(8, "channel"),
+    InputScheme("int8"))`.
+    """
+
+    weights: WeightScheme | None = None
+    inputs: InputScheme | None = None
+
+    def __post_init__(self) -> None:
+        for field, kind in (("weights", WeightScheme), ("inputs", InputScheme)):
+            value = getattr(self, field)
+            if value is not None and not isinstance(value, kind):
+                raise ConfigError(
+                    f"{field} of a scheme is {value!r}, expected {kind.__name__} or None",
+                    hint="for example Scheme(WeightScheme(8, 'channel'), InputScheme('int8', 'dynamic'))",
+                )
+
+    def __str__(self) -> str:
+        if self.inputs is None:
+            return str(self.weights or "float")
+        return f"{self.weights or 'float'}, inputs {self.inputs}"

@@ -10,7 +10,7 @@ from llmq.checkpoint.reader import Checkpoint
 from llmq.errors import ConfigError, FormatError
 from llmq.formats import Readable, Reader, Reading, gptq
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 
 OWN_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "quantization_config.json": "auto-round"}
 EXCLUSIONS = ("ignore", "modules_in_block_to_quantize", "modules_to_not_convert")
@@ -113,9 +113,7 @@ class PackedWeights:
 
     def notes(self) -> list[str]:
         """What a user should know who runs the model."""
-        readings = [self._how(module) for module in self.modules]
-        asked = dict.fromkeys(reading.note for reading in readings if reading.note)
-        notes = [f"the checkpoint asks for {note}; llmq quantizes nothing but weights" for note in asked]
+        notes = self.not_applied()
         floats = [module for module in self.modules if not self.is_affine(module)]
         if floats:
             notes.append(
@@ -124,7 +122,16 @@ class PackedWeights:
             )
         return notes
 
-    def scheme(self, module: str) -> Scheme:
+    def not_applied(self) -> list[str]:
+        """A sentence about each thing that the checkpoint declares quantized beside its weights."""
+        declared = dict.fromkeys(self._how(module).note for module in self.modules)
+        return [
+            f"the checkpoint declares {what}, which llmq does not apply: only its weights are quantized here"
+            for what in declared
+            if what
+        ]
+
+    def scheme(self, module: str) -> WeightScheme:
         """The grid of a module's weight, from config.json alone."""
         return self._how(module).scheme
 

@@ -18,7 +18,7 @@ def reasons(
 
     packed_outside  modules outside the blocks that are packed all the same
     """
-    left = {plan.name: plan.reason for plan in layers.values() if plan.scheme is None}
+    left = {plan.name: plan.reason for plan in layers.values() if plan.scheme.weights is None}
     planned = {plan.name for plan in layers.values()}
     inside = tuple(f"{block.path}." for block in skeleton.blocks)
     users, stacked = _users(skeleton), set(skeleton.weights.stacked_in.values())  # experts have plans of their own

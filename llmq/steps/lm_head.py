@@ -20,7 +20,7 @@ def quantize_head(run: Run) -> None:
     """Quantize and commit the head, if that is planned; the blocks are done by then."""
     path, index, start = run.skeleton.head_path, len(run.skeleton.blocks), time.monotonic()
     plan = run.plans.get(path) if path is not None else None
-    if path is None or plan is None or plan.scheme is None:
+    if path is None or plan is None or plan.scheme.weights is None:
         return
     if run.writer.has(index):
         _, record = run.writer.read(index)
@@ -28,7 +28,7 @@ def quantize_head(run: Run) -> None:
         return
     stats = None if run.streams is None else head_statistics(run.skeleton, run.streams.quantized)
     weight = run.skeleton.head_weight()  # (V, K)
-    (layer,) = round_group({path: weight}, {path: plan.scheme}, stats, run.method, run.options)
+    (layer,) = round_group({path: weight}, {path: plan.scheme.weights}, stats, run.method, run.options)
     packed = run.pack(path, layer.rounding.quantized)
     rounded = layer.rounding.quantized.dequantize()
     report = layer_report(plan.name, weight, rounded, layer.rounding, packed, stats, layer.gains)

@@ -28,7 +28,7 @@ from llmq.gguf.tokenizer import add_tokenizer
 from llmq.model.build import skeleton
 from llmq.numerics.affine_grid import SMALLEST_SCALE, Bounded, ScaleDtype, dtype_of
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 
 GGUF = "gguf"
 STAGED_FOR_GGUF = "compressed-tensors"
@@ -81,7 +81,7 @@ class Together:
         """Scales in the dtype that they were rounded to, so that what tunes them keeps to it."""
         return _with_scales(self._base.unpack(tensors, reading), dtype_of(self.values))
 
-    def refusal(self, scheme: Scheme, out_features: int, in_features: int) -> str | None:
+    def refusal(self, scheme: WeightScheme, out_features: int, in_features: int) -> str | None:
         refusals = (layout.refusal(scheme, out_features, in_features) for layout in (self._base, *self._others))
         found = next((refusal for refusal in refusals if refusal), None)
         return gguf_refusal(scheme, in_features) if found is None and self._gguf else found
@@ -90,7 +90,7 @@ class Together:
         """What the staged file holds."""
         return self._stored
 
-    def quantization_config(self, schemes: Mapping[str, Scheme], unquantized: Sequence[str]) -> dict[str, Any]:
+    def quantization_config(self, schemes: Mapping[str, WeightScheme], unquantized: Sequence[str]) -> dict[str, Any]:
         """The first one's; raises ConfigError where one of them cannot hold these grids side by side."""
         for layout in self._others:
             layout.quantization_config(schemes, unquantized)
@@ -114,7 +114,7 @@ def common_values(dtypes: Sequence[torch.dtype]) -> ScaleDtype:
     return by_digits[0]
 
 
-def gguf_refusal(scheme: Scheme, in_features: int) -> str | None:
+def gguf_refusal(scheme: WeightScheme, in_features: int) -> str | None:
     """Why no block type of GGUF holds these codes exactly for a weight with so many inputs, or None."""
     if export.best(scheme, in_features) is not None:
         return None

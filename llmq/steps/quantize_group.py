@@ -21,7 +21,7 @@ from llmq.algorithms.guard import held_out_loss
 from llmq.methods import Method
 from llmq.numerics.input_stats import InputStats
 from llmq.numerics.quantized_tensor import QuantizedTensor, where
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 from llmq.report.record import StageGain
 
 
@@ -37,13 +37,13 @@ class Rounded:
 
 def round_group(
     weights: Mapping[str, Tensor],
-    schemes: Mapping[str, Scheme | None],
+    schemes: Mapping[str, WeightScheme | None],
     stats: InputStats | None,
     method: Method,
     options: Options,
 ) -> Iterator[Rounded]:
     """Weights (N, K) that share an input, by their paths; those of one scheme are solved together, None is left out."""
-    together: dict[Scheme, dict[str, Tensor]] = {}
+    together: dict[WeightScheme, dict[str, Tensor]] = {}
     for path, weight in weights.items():
         scheme = schemes[path]
         if scheme is not None:
@@ -57,7 +57,7 @@ def round_group(
 
 def _round_stacked(
     weights: Mapping[str, Tensor],
-    scheme: Scheme,
+    scheme: WeightScheme,
     stats: InputStats | None,
     factor: Factor | None,
     method: Method,

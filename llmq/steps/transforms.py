@@ -40,7 +40,7 @@ def transform_block(run: Run, block: Block, groups: Sequence[InputGroup]) -> tup
     transforms = BlockTransforms(run, streams, block, groups)
     for stage in run.method.transforms:
         transforms.apply(stage)
-    packed = {f"{run.plans[path].name}.weight" for path in block.linears if run.plans[path].scheme is not None}
+    packed = {f"{run.plans[path].name}.weight" for path in block.linears if run.plans[path].scheme.weights is not None}
     kept = {name: tensor for name, tensor in block.stored_parameters().items() if name not in packed}
     block.set_stored_parameters(kept)  # what a transform changed, in as few bits as the file holds it
     streams.transformed(block)
@@ -63,9 +63,11 @@ class BlockTransforms:
 
     def apply(self, stage: str) -> None:
         """Rewrite the block by one transform, in one place after the other."""
-        sites, before = self._sites(), self._block.run(self._call)
+        sites = self._sites()
+        with self._block.float_inputs():
+            before = self._block.run(self._call)
         for group, stats in self.observed.items():
-            if not all(self._run.plans[path].scheme for path in group.names):
+            if not all(self._run.plans[path].scheme.weights for path in group.names):
                 continue  # a layer that is kept in float is not rewritten either
             if group not in sites:
                 self.notes.append(
@@ -82,7 +84,7 @@ class BlockTransforms:
     def _sites(self) -> dict[InputGroup, FoldSite]:
         """For each group, what makes its input; without those whose producer is kept in float or cannot be changed."""
         weights = self._run.skeleton.weights
-        kept = {path for path, plan in self._run.plans.items() if plan.scheme is None}
+        kept = {path for path, plan in self._run.plans.items() if plan.scheme.weights is None}
         sites = fold.discover(self._block, list(self.observed), self._probe)
         producers = [(site, f"{self._block.path}.{site.producer}") for site in sites]
         return {s.group: s for s, path in producers if path not in kept and not weights.is_fixed(f"{path}.weight")}
@@ -93,13 +95,15 @@ class BlockTransforms:
         Undone, bit for bit, if it moves the block's output, or if the output with the weights on both sides quantized
         is no better for it, on validation text where there is any.
         """
-        block, before = self._block, self._block.run(self._call)
+        block, call = self._block, self._validation or self._call
         paths = {*site.group.names, f"{block.path}.{site.producer}"}
-        call = self._validation or self._call
-        expected = block.run(call) if self._validation else before
+        with block.float_inputs():  # the float model's outputs are the target
+            before = block.run(self._call)
+            expected = block.run(call) if self._validation else before
         plain = self._quantized_loss(paths, call, expected, self.observed)
         undo, folded = fold.apply(block, site, basis)
-        change = fold.moved(self._call.hidden, before, block.run(self._call))
+        with block.float_inputs():
+            change = fold.moved(self._call.hidden, before, block.run(self._call))
         if change > fold.OUTPUT_TOLERANCE:
             undo()
             self.notes.append(
@@ -136,7 +140,7 @@ class BlockTransforms:
 def round_plainly(run: Run, weights: Mapping[str, Tensor], stats: InputStats) -> Iterator[Rounded]:
     """Quantize as the method does, by its rounding stage alone."""
     plain = dataclasses.replace(run.method, alphas=(), refinements=())
-    return round_group(weights, {path: run.plans[path].scheme for path in weights}, stats, plain, run.options)
+    return round_group(weights, {path: run.plans[path].scheme.weights for path in weights}, stats, plain, run.options)
 
 
 def output_loss(block: Block, weights: Mapping[str, Tensor], call: Call, expected: Tensor) -> float:

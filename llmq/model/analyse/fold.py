@@ -46,7 +46,15 @@ class FoldSite:
 
 
 def discover(block: Block, groups: Sequence[InputGroup], call: Call) -> list[FoldSite]:
-    """Try every norm and linear layer of the block as the maker of every group's input; at most one site a group."""
+    """Try every norm and linear layer of the block as the maker of every group's input; at most one site a group.
+
+    Inputs are not rounded meanwhile: factors are compared to seven digits.
+    """
+    with block.float_inputs():
+        return _discover(block, groups, call)
+
+
+def _discover(block: Block, groups: Sequence[InputGroup], call: Call) -> list[FoldSite]:
     before, _ = inputs_of(block, groups, call)
     sites: dict[InputGroup, FoldSite] = {}
     experts = {module for each in block.experts.values() for module in each.modules()}  # hundreds: they are not tried
@@ -74,7 +82,7 @@ def mixing_width(block: Block, site: FoldSite, call: Call) -> int:
     producer = _weight(block.module.get_submodule(site.producer))
     if producer is None or producer.dim() == 1 or bool((site.source < 0).any()):
         return 1
-    before, width = block.run(call), 1
+    width = 1
 
     def legal(wider: int) -> bool:
         mixed = repeated(_orthogonal(wider).to(site.source.device), len(site.source))
@@ -83,11 +91,13 @@ def mixing_width(block: Block, site: FoldSite, call: Call) -> int:
         undo()
         return change <= OUTPUT_TOLERANCE
 
-    for prime, power in _prime_powers(math.gcd(len(producer), _side_by_side(site.source))):
-        for _ in range(power):
-            if not legal(width * prime):
-                break
-            width *= prime
+    with block.float_inputs():
+        before = block.run(call)
+        for prime, power in _prime_powers(math.gcd(len(producer), _side_by_side(site.source))):
+            for _ in range(power):
+                if not legal(width * prime):
+                    break
+                width *= prime
     return width
 
 

@@ -41,7 +41,8 @@ def watching(linears: Mapping[str, nn.Linear], seen: Callable[[str, Tensor], Non
 def input_groups(block: Block, call: Call) -> list[InputGroup]:
     """The block's linear layers by the input that they share, in the order in which they are first run.
 
-    A linear layer that does not run for this call is in no group; one that runs twice is where it was first.
+    A linear layer that does not run for this call is in no group; one that runs twice is where it was first.  Inputs
+    are not rounded here: layers that share one would each get a rounded copy.
     """
     first: dict[tuple[Any, ...], list[str]] = {}
     placed: set[str] = set()
@@ -56,7 +57,7 @@ def input_groups(block: Block, call: Call) -> list[InputGroup]:
         key = (where, inputs.numel(), inputs.shape[-1], inputs._version)
         first.setdefault(key, []).append(name)
 
-    with watching(block.linears, seen):
+    with watching(block.linears, seen), block.float_inputs():
         block.run(call)
     return [InputGroup(tuple(names), block.linears[names[0]].in_features) for names in first.values()]
 

@@ -1,7 +1,7 @@
 """One decoder block: its parameters come from disk for its turn and go when it is done."""
 
 from collections.abc import Callable, Container, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from llmq.model.build.checkpoint_names import ModelWeights, require_finite
+from llmq.model.build.input_rounding import InputRounding
 from llmq.model.experts.separate import SeparateExperts
+from llmq.numerics.scheme import InputScheme
 
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
@@ -47,7 +49,8 @@ class Block:
     """Block number `index` of a `Skeleton`; `path` is where it is in the model, such as `model.layers.3`.
 
     `linears` maps the path of each linear layer that may be quantized, such as `model.layers.3.mlp.up_proj`, to its
-    module; `experts` those of modules of experts, whose weights are among the linear layers.
+    module; `experts` those of modules of experts, whose weights are among the linear layers.  `inputs` says which of
+    them get rounded inputs (`quantize_inputs`); every pass runs the block through `forward`, so every pass sees them.
     """
 
     def __init__(self, index: int, path: str, module: nn.Module, weights: ModelWeights, device: torch.device) -> None:
@@ -59,6 +62,7 @@ class Block:
         self._originals: dict[str, Tensor] = {}
         self.linears = {f"{path}.{name}": m for name, m in module.named_modules() if is_plain_linear(m)}
         self.experts = {f"{path}.{name}": m for name, m in module.named_modules() if isinstance(m, SeparateExperts)}
+        self.inputs = InputRounding()
 
     def leave(self, paths: Container[str]) -> None:
         """Forget these linear layers: they are parameters like any other now."""
@@ -67,6 +71,21 @@ class Block:
     def is_experts(self, linear: str) -> bool:
         """Whether a linear layer, by its path, belongs to an expert."""
         return linear.startswith(tuple(f"{path}." for path in self.experts))
+
+    def quantize_inputs(self, schemes: Mapping[str, InputScheme]) -> None:
+        """Round the inputs of these linear layers, by path, from now on; those of all others are float.
+
+        Raises ConfigError for a scheme that cannot be simulated, and for experts of one layer that differ in it.
+        """
+        self.inputs.apply(schemes, self.linears, self.experts)
+
+    def as_fed(self, path: str, inputs: Tensor) -> Tensor:
+        """What the linear layer at `path` multiplies where `inputs` (…, K) arrive: rounded, if it has a scheme."""
+        return self.inputs.as_fed(path, inputs)
+
+    def float_inputs(self) -> AbstractContextManager[None]:
+        """While open, no input is rounded: for the float model, and to find out how the block is built."""
+        return self.inputs.off()
 
     @property
     def float_bytes(self) -> int:
@@ -108,7 +127,10 @@ class Block:
         return self.forward(call)
 
     def forward(self, call: Call) -> Tensor:
-        """The same in whatever mode torch is in, so that there may be gradients."""
+        """The same in whatever mode torch is in, so that there may be gradients.
+
+        The one place where a block runs: inputs that have a scheme are rounded here, by hooks on the linear layers.
+        """
         output = self.module(*call.args, **call.kwargs)
         hidden: Tensor = output[0] if isinstance(output, tuple | list) else output
         return hidden
@@ -127,12 +149,16 @@ class Block:
 
     @contextmanager
     def originals(self) -> Iterator[None]:
-        """While open, the block has the parameters that `keep_originals` found, and nothing may change them."""
+        """While open, the block is the float model's: the parameters that `keep_originals` found, and float inputs.
+
+        Nothing may change the parameters meanwhile.
+        """
         exchanged = [(p, p.data, self._originals[name]) for name, p in self.module.named_parameters()]
         for parameter, _, original in exchanged:
             parameter.data = original
         try:
-            yield
+            with self.float_inputs():
+                yield
         finally:
             for parameter, current, _ in exchanged:
                 parameter.data = current

@@ -16,9 +16,9 @@ class ModelWeights:
 
     The checkpoint may use the same names, leave out (or have) the base model's prefix, or use the names that
     transformers knows it by; tied parameters are stored once.  `read` gives a tensor by its name in the checkpoint,
-    `stored` says whether it holds that name; `expect` may begin to read tensors that come next.  Weights that the
-    checkpoint stores as (K, N) are (N, K) here; those in `unpacked`, names in the checkpoint, `read` gives as (N, K)
-    already.
+    `stored` says whether it holds that name, `quantized` whether it holds it as codes and not in float; `expect` may
+    begin to read tensors that come next.  Weights that the checkpoint stores as (K, N) are (N, K) here; those in
+    `unpacked`, names in the checkpoint, `read` gives as (N, K) already.
     """
 
     def __init__(
@@ -28,6 +28,7 @@ class ModelWeights:
         stored: Callable[[str], bool],
         unpacked: Container[str] = (),
         expect: Callable[[Iterable[str]], None] | None = None,
+        quantized: Callable[[str], bool] = lambda name: False,
     ) -> None:
         self._expect = expect
         self.stored_dtypes: dict[str, torch.dtype] = {}  # of every parameter that was filled, by its name in the model
@@ -38,6 +39,7 @@ class ModelWeights:
         self._renamings = _renamings(model)
         self._transposed = conv1d.transposed_names(model)
         self._unpacked = unpacked
+        self._quantized = quantized
         self.merged_into: dict[str, str] = {}  # by its name in the checkpoint, the parameter that a tensor is part of
         self._merged: dict[str, Callable[[], Tensor]] = {}
         self._places: dict[str, str] = {}
@@ -109,6 +111,13 @@ class ModelWeights:
     def is_borrowed(self, name: str) -> bool:
         """Whether the checkpoint holds the parameter, but not by itself: as another's, or as parts of it."""
         return name in self._merged or self.is_tied(name)
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether the checkpoint holds the parameter, or what it is made of, as codes and not in float."""
+        if name in self._merged:
+            return any(self._quantized(source) for source, merged in self.merged_into.items() if merged == name)
+        stored = self.tensor_name(name)
+        return self._quantized(self.stacked_in.get(stored, stored))
 
     def is_shared(self, name: str) -> bool:
         """Whether the parameter is tied to another, whichever of them is stored."""

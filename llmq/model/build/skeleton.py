@@ -7,19 +7,20 @@ No model is named anywhere: the decoder blocks are the module list with the most
 """
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llmq.errors import UnsupportedModelError
+from llmq.errors import ConfigError, UnsupportedModelError
 from llmq.model.analyse import meta_run
 from llmq.model.build.block import Block, Call, is_plain_linear
 from llmq.model.build.checkpoint_names import ModelWeights
 from llmq.model.build.module_tree import build as build
 from llmq.model.build.module_tree import load_config as load_config
+from llmq.numerics.scheme import InputScheme
 
 SHARED = "its weight is shared with another layer"
 MOST_RETURNED = 3  # how many values blocks return, at most
@@ -83,6 +84,29 @@ class Skeleton:
         """Begin to read block `index`, if there is one, while another is at work."""
         if 0 <= index < len(self.blocks):
             self.weights.expect(self.blocks[index].stored_names())
+
+    def quantize_inputs(self, schemes: Mapping[str, InputScheme]) -> None:
+        """Round the inputs of these linear layers of the blocks, by path, in every pass from now on; no others.
+
+        Raises ConfigError for a path that is none of a linear layer in a block, a scheme that cannot be simulated, and
+        experts of one layer that differ in it.
+        """
+        unknown = sorted(set(schemes).difference(*(block.linears for block in self.blocks)))
+        if unknown:
+            raise ConfigError(
+                f"{unknown[0]} is not a linear layer of a block, so its inputs cannot be quantized",
+                hint=f"paths look like {next((path for block in self.blocks for path in block.linears), 'none here')}",
+            )
+        for block in self.blocks:
+            block.quantize_inputs({path: scheme for path, scheme in schemes.items() if path in block.linears})
+
+    @contextmanager
+    def float_inputs(self) -> Iterator[None]:
+        """While open, no input is rounded in any block: the model is the float model, if its weights are."""
+        with ExitStack() as stack:
+            for block in self.blocks:
+                stack.enter_context(block.float_inputs())
+            yield
 
     def record(self, index: int, tokens: Tensor) -> Call:
         """What block `index` is called with for `tokens` (B, T) int64, had the blocks before it changed nothing."""

@@ -172,7 +172,7 @@ class Summation:
             original = unrouted.hidden[extra] if known and unrouted is not None else None
             if routed.inner is not None:
                 with torch.no_grad():
-                    inputs = experts.inner(e, inputs)
+                    inputs = self._block.as_fed(group.names[0], experts.inner(e, inputs))
             if unrouted is not None and original is None:
                 original = inputs
             stats.update(inputs, original, _of_rows(counts, routed, extra))

@@ -55,7 +55,7 @@ def choose(run: Run, text: Text, rates: Rates) -> Places:
     fits = SAFETY * hidden <= (left if on_host else memory.spare(memory.HOST)) / 2
     left -= round(SAFETY * hidden) if fits and on_host else 0
 
-    weights = sum(plan.weights for plan in run.plans.values() if plan.scheme is not None)
+    weights = sum(plan.weights for plan in run.plans.values() if plan.scheme.weights is not None)
     floats = sum(block.float_bytes for block in skeleton.blocks)
     states = SAFETY * (floats + weights * (STATE_BYTES if rates.rounding else 1))
     return Places(Place.HOST if fits else Place.FILE, states <= left, states + SAFETY * graphs <= left)
@@ -63,7 +63,7 @@ def choose(run: Run, text: Text, rates: Rates) -> Places:
 
 def disk_bytes(skeleton: Skeleton, plans: Iterable[LayerPlan], tuning: Tuning, text: Text) -> int:
     """The most that tuning has on the disk in addition to the committed blocks."""
-    packed = [plan for plan in plans if plan.scheme is not None]
+    packed = [plan for plan in plans if plan.scheme.weights is not None]
     states = sum(plan.weights for plan in packed) * (STATE_BYTES if tuning.rounding else 1)
     blocks = sum(plan.packed_bytes(scale_bytes=4) for plan in packed)
     width: int = skeleton.model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]

@@ -151,7 +151,8 @@ class Session:
             batch = self._text.batch if known is None else known.text.batch
             part = Text(self._text.tokens[:start], batch)
             self._run.on_event(Progress("float predictions", 0, 1, "passes"))
-            passed = run_through(self._run.skeleton, part, self._storage, self._calls)
+            with self._run.skeleton.float_inputs():
+                passed = run_through(self._run.skeleton, part, self._storage, self._calls)
             for own in part.batches():
                 teacher.write(own, passed.last(own))
             passed.clear()

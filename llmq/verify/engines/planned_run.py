@@ -10,7 +10,9 @@ def planned(plan: Plan) -> dict[str, Subject]:
     """What each format of a plan would be."""
     tokenizer = checkpoint_facts.tokenizer(plan.checkpoint.folder)
     chosen = {layer.name: layer for layer in plan.layers.values()}
-    packed = [Linear(layer.name, layer.out_features, layer.in_features, layer.scheme) for layer in chosen.values()]
+    packed = [
+        Linear(layer.name, layer.out_features, layer.in_features, layer.scheme.weights) for layer in chosen.values()
+    ]
     floats = [linear for linear in checkpoint_facts.floats(plan.checkpoint) if linear.name not in chosen]
     found = {}
     for name in plan.settings.formats:

@@ -19,7 +19,7 @@ from torch import Tensor
 from llmq.algorithms import Options, Rounding, gptq
 from llmq.numerics import affine_grid
 from llmq.numerics.input_stats import InputStats
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 
 Array = NDArray[Any]
 DAMPING = 0.01
@@ -118,7 +118,7 @@ def check_against(
 
 
 def check_static(
-    weight: Tensor, stats: InputStats, scheme: Scheme, order: str, scales: str, enough: float = ENOUGH
+    weight: Tensor, stats: InputStats, scheme: WeightScheme, order: str, scales: str, enough: float = ENOUGH
 ) -> None:
     found = gptq.round_weight(weight, stats, scheme, Options(order=order, scales=scales, damping=DAMPING))
     N, K = weight.shape
@@ -139,25 +139,25 @@ def check_static(
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 def test_gptq_matches_the_slow_twin(order: str, scales: str, grouping: int | str, symmetric: bool) -> None:
     weight, stats = problem()
-    check_static(weight, stats, Scheme(4, grouping, symmetric), order, scales)  # type: ignore[arg-type]
+    check_static(weight, stats, WeightScheme(4, grouping, symmetric), order, scales)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("bits", [2, 3, 8])
 def test_gptq_matches_the_slow_twin_at_other_bits(bits: int) -> None:
     weight, stats = problem(seed=bits)
     # At 8 bits the same weight is 16 times as many steps away from zero, and so are its roundings.
-    check_static(weight, stats, Scheme(bits, 32, symmetric=False), "activation", "searched")
+    check_static(weight, stats, WeightScheme(bits, 32, symmetric=False), "activation", "searched")
 
 
 def test_gptq_matches_the_slow_twin_beyond_a_block_of_columns() -> None:
     weight, stats = problem(K=160, T=512)  # a whole block of 128, and one that is not full
-    check_static(weight, stats, Scheme(4, 32), "activation", "searched")
+    check_static(weight, stats, WeightScheme(4, 32), "activation", "searched")
 
 
 # ---- the paper's grid, which grows while columns are rounded
 
 
-def growing_steps(scheme: Scheme, K: int) -> Callable[[int, Array], tuple[Array, Array]]:
+def growing_steps(scheme: WeightScheme, K: int) -> Callable[[int, Array], tuple[Array, Array]]:
     """Min-max of a group's weights when its first column is reached; of all weights at once where one scale is all."""
     width, levels = scheme.columns_per_group(K), 2**scheme.bits - 1
     current: list[Array] = []
@@ -178,7 +178,7 @@ def growing_steps(scheme: Scheme, K: int) -> Callable[[int, Array], tuple[Array,
     return steps
 
 
-def check_growing(weight: Tensor, stats: InputStats, scheme: Scheme) -> None:
+def check_growing(weight: Tensor, stats: InputStats, scheme: WeightScheme) -> None:
     options = Options(order="natural", scales="minmax", damping=DAMPING)
     found = gptq.round_weight(weight, stats, scheme, options)
     K, levels = weight.shape[1], 2**scheme.bits - 1
@@ -204,13 +204,13 @@ def check_growing(weight: Tensor, stats: InputStats, scheme: Scheme) -> None:
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 def test_gptq_as_in_the_paper_matches_the_slow_twin(grouping: int | str, symmetric: bool) -> None:
     weight, stats = problem()
-    check_growing(weight, stats, Scheme(4, grouping, symmetric))  # type: ignore[arg-type]
+    check_growing(weight, stats, WeightScheme(4, grouping, symmetric))  # type: ignore[arg-type]
 
 
 def test_gptq_as_in_the_paper_sees_the_whole_of_a_group_larger_than_a_block() -> None:
     """Two groups of 256 columns: the range of the second one must wait for all updates of the first."""
     weight, stats = problem(N=4, K=512, T=1024)
-    check_growing(weight, stats, Scheme(4, 256))
+    check_growing(weight, stats, WeightScheme(4, 256))
 
 
 # ---- the factorisation
@@ -244,7 +244,7 @@ def test_the_price_of_a_column_is_in_the_order_of_memory(order: str) -> None:
 
 def test_scales_are_searched_with_that_price() -> None:
     weight, stats = problem()
-    scheme, options = Scheme(3, 32), Options(scale_dtype=torch.bfloat16)
+    scheme, options = WeightScheme(3, 32), Options(scale_dtype=torch.bfloat16)
     factor = gptq.factorize(stats.second_moment(), options)
     assert factor is not None
     chosen = affine_grid.fit_searched(weight, scheme, torch.bfloat16, factor.price)

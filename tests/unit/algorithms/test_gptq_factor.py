@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmq.algorithms import Options, gptq
 from llmq.numerics.input_stats import InputStats
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -88,5 +88,5 @@ def test_a_weight_asks_the_device_three_questions(order: str, scales: str) -> No
     """How large is H, could it be factored, was a row made worse: each waits for a GPU.  None within the columns."""
     weight, stats = random(8, 160), seen(160)
     with Watch() as watch:
-        gptq.round_weight(weight, stats, Scheme(4, 16), Options(order=order, scales=scales))
+        gptq.round_weight(weight, stats, WeightScheme(4, 16), Options(order=order, scales=scales))
     assert watch.questions == 3

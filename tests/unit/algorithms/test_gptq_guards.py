@@ -7,10 +7,10 @@ from torch import Tensor
 from llmq.algorithms import Options, clip, gptq, output_error, rtn
 from llmq.numerics import affine_grid
 from llmq.numerics.input_stats import InputStats
-from llmq.numerics.scheme import BITS, Scheme
+from llmq.numerics.scheme import BITS, WeightScheme
 
 CPU = torch.device("cpu")
-G16 = Scheme(4, 16)
+G16 = WeightScheme(4, 16)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -122,7 +122,7 @@ def test_a_silent_column_does_not_disturb_the_others(order: str) -> None:
     weight, stats = random(8, 64), with_silence()
     factor = gptq.factorize(stats.second_moment(), Options(order=order, damping=0.01))
     assert factor is not None
-    chosen = affine_grid.fit_minmax(weight, Scheme(4, "channel"), torch.float32)
+    chosen = affine_grid.fit_minmax(weight, WeightScheme(4, "channel"), torch.float32)
     codes = gptq.compensate(weight, factor, chosen)
     loud = torch.tensor([k for k in range(64) if k not in SILENT])
     same_damping = Options(order=order, damping=0.01 * len(loud) / 64)  # a fraction of another mean
@@ -144,9 +144,11 @@ def test_the_price_of_a_silent_column_is_the_damping_and_no_more() -> None:
 # ---- rows
 
 
-@pytest.mark.parametrize("scheme", [Scheme(4, 16), Scheme(3, 32, symmetric=False), Scheme(4, "channel")], ids=str)
+@pytest.mark.parametrize(
+    "scheme", [WeightScheme(4, 16), WeightScheme(3, 32, symmetric=False), WeightScheme(4, "channel")], ids=str
+)
 @pytest.mark.parametrize(("order", "scales"), [("activation", "searched"), ("natural", "minmax")])
-def test_weights_stacked_along_rows_round_as_they_do_alone(scheme: Scheme, order: str, scales: str) -> None:
+def test_weights_stacked_along_rows_round_as_they_do_alone(scheme: WeightScheme, order: str, scales: str) -> None:
     """Within one block of columns all arithmetic is by element, so not a bit may differ."""
     stats, parts = seen(inputs()), [random(rows, 64, seed=rows) for rows in (8, 4, 5)]
     options = Options(order=order, scales=scales)
@@ -167,7 +169,7 @@ def test_weights_stacked_along_rows_round_as_they_do_alone(scheme: Scheme, order
 )
 def test_no_row_is_worse_than_its_nearest_codes(bits: int, grouping: int | str, order: str, scales: str) -> None:
     weight, stats = random(48, 32), seen(inputs(K=32) + 4)
-    scheme = Scheme(bits, grouping, symmetric=False)  # type: ignore[arg-type]
+    scheme = WeightScheme(bits, grouping, symmetric=False)  # type: ignore[arg-type]
     q = gptq.round_weight(weight, stats, scheme, Options(order=order, scales=scales)).quantized
     nearest = affine_grid.Grid(scheme, q.scales, q.zeros).quantized(
         affine_grid.Grid(scheme, q.scales, q.zeros).encode(weight)
@@ -183,7 +185,7 @@ def test_no_row_is_worse_than_its_nearest_codes(bits: int, grouping: int | str, 
 def test_a_row_that_compensation_made_worse_is_rounded_to_nearest_and_reported() -> None:
     """Inputs that share one large part, four levels: a weight at the end of its range makes up for nothing."""
     weight, stats = random(64, 16, seed=3), seen(random(64, 16) + 10)
-    scheme = Scheme(2, 16)
+    scheme = WeightScheme(2, 16)
     found = gptq.round_weight(weight, stats, scheme, Options())
     assert "some rows rounded to nearest, compensation made them worse" in found.notes
     factor = gptq.factorize(stats.second_moment(), Options())

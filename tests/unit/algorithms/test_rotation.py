@@ -21,7 +21,7 @@ from llmq.model.build.block import Block
 from llmq.model.passes.hidden_states import Stream
 from llmq.numerics.block_diagonal import columns, inverse, repeated, rows, scaling
 from llmq.numerics.input_stats import InputStats
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import Scheme, WeightScheme
 from llmq.report.record import StageGain
 from tests.builders import skeleton_of, tokens
 
@@ -221,7 +221,9 @@ class Rewritten:
         walked = skeleton_of(folder)
         self.block = walked.blocks[0]
         plans = {
-            path: LayerPlan(path, m.out_features, m.in_features, None if path.endswith(left) else Scheme(4, 16))
+            path: LayerPlan(
+                path, m.out_features, m.in_features, Scheme(None if path.endswith(left) else WeightScheme(4, 16))
+            )
             for path, m in self.block.linears.items()
         }
         self.stream = Stream(walked, tokens(6, 24), batch=2, held_out=held_out)
@@ -268,7 +270,7 @@ def test_what_is_said_to_be_won_is_the_error_on_held_out_text(checkpoint: Checkp
     for weights in (found.before, rotated):
         put(found.block, weights)
         exact = found.block.run(call)
-        sides = {side: rtn.round_weight(weights[side], None, Scheme(4, 16), Options()) for side in SIDES}
+        sides = {side: rtn.round_weight(weights[side], None, WeightScheme(4, 16), Options()) for side in SIDES}
         put(found.block, weights | {side: each.quantized.dequantize() for side, each in sides.items()})
         losses.append(float((found.block.run(call) - exact).double().square().sum()) / 48)
     assert (gain.before, gain.after) == pytest.approx(losses, rel=1e-3)

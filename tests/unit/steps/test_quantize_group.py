@@ -12,11 +12,11 @@ from llmq.algorithms.guard import held_out_loss
 from llmq.methods import Method
 from llmq.numerics.input_stats import InputStats
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 from llmq.steps.quantize_group import Rounded, round_group
 
 K = 32
-SCHEME, OTHER = Scheme(3, 16), Scheme(4, 16)
+SCHEME, OTHER = WeightScheme(3, 16), WeightScheme(4, 16)
 OPTIONS = Options()
 CPU = torch.device("cpu")
 

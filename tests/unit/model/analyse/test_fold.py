@@ -18,7 +18,7 @@ from llmq.model.analyse.input_groups import InputGroup
 from llmq.model.build.block import Block
 from llmq.model.passes.hidden_states import Stream
 from llmq.numerics.block_diagonal import scaling
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import Scheme, WeightScheme
 from tests.builders import skeleton_in_memory, skeleton_of, tokens
 
 Checkpoints = Callable[..., Path]
@@ -212,7 +212,7 @@ def transformed(
 ) -> tuple[Block, Stream, dict[str, Tensor], pipeline.Observed, pipeline.Observed, list[str]]:
     """The first block after the pipeline's AWQ step, how it was before, and what was observed before and after."""
     walked = skeleton_in_memory(NormedModel(leak))
-    scheme = Scheme(3, 16)
+    scheme = Scheme(WeightScheme(3, 16))
     plans = {path: LayerPlan(path, 32, 32, scheme) for block in walked.blocks for path in block.linears}
     stream = Stream(walked, tokens(4, 16), batch=2)
     nothing = cast(Any, None)

@@ -1,0 +1,110 @@
+"""Rounds what the linear layers of a block are fed, in every pass that runs the block.
+
+Each layer with an input scheme has a forward pre-hook.  It runs before hooks that passes add later, so statistics see
+the inputs that the weights will be multiplied by.  The `Station`s of experts, where statistics are taken, have the same.
+
+Off for the float model: while a block has its original weights, and where a pass finds out how a block is built.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from llmq.errors import ConfigError
+from llmq.model.experts.separate import Routed, SeparateExperts
+from llmq.numerics.fake_quantize import Rounding, rounding_for
+from llmq.numerics.scheme import InputScheme
+
+
+class InputRounding:
+    """The input schemes of one block, and the hooks that apply them.
+
+    schemes  by the paths of linear layers
+    active   whether inputs are rounded now; see `off`
+    """
+
+    def __init__(self) -> None:
+        self.schemes: dict[str, InputScheme] = {}
+        self._handles: list[RemovableHandle] = []
+        self.active = True
+
+    def apply(
+        self,
+        schemes: Mapping[str, InputScheme],
+        linears: Mapping[str, nn.Linear],
+        experts: Mapping[str, SeparateExperts],
+    ) -> None:
+        """Replace the schemes; `linears` and `experts` are those of the block.
+
+        Raises ConfigError for a scheme that cannot be simulated, and for experts of one layer that differ in it.
+        """
+        roundings = {path: rounding_for(scheme) for path, scheme in schemes.items()}
+        stations = [hooked for path, module in experts.items() for hooked in _stations(path, module, schemes)]
+        for handle in self._handles:
+            handle.remove()
+        self.schemes = dict(schemes)
+        self._handles = [
+            linears[path].register_forward_pre_hook(self._of_linear(rounding), prepend=True, with_kwargs=True)
+            for path, rounding in roundings.items()
+        ]
+        self._handles += [
+            station.register_forward_pre_hook(self._of_station(rounding_for(scheme)), prepend=True)
+            for station, scheme in stations
+        ]
+
+    def as_fed(self, path: str, inputs: Tensor) -> Tensor:
+        """What the layer at `path` multiplies where `inputs` (…, K) arrive."""
+        scheme = self.schemes.get(path)
+        return inputs if scheme is None or not self.active else rounding_for(scheme)(inputs)
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """While open, inputs stay as they arrive."""
+        before, self.active = self.active, False
+        try:
+            yield
+        finally:
+            self.active = before
+
+    def _of_linear(self, rounding: Rounding) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if not self.active:
+                return None
+            if args:
+                return (rounding(args[0]), *args[1:]), kwargs
+            return args, {**kwargs, "input": rounding(kwargs["input"])}
+
+        return hook
+
+    def _of_station(self, rounding: Rounding) -> Callable[[nn.Module, tuple[Routed]], Any]:
+        def hook(_: nn.Module, args: tuple[Routed]) -> Any:
+            (routed,) = args
+            if not self.active:
+                return None
+            if routed.inner is None:
+                return replace(routed, hidden=rounding(routed.hidden))
+            return replace(routed, inner=[rounding(x) for x in routed.inner])
+
+        return hook
+
+
+def _stations(
+    path: str, experts: SeparateExperts, schemes: Mapping[str, InputScheme]
+) -> Iterator[tuple[nn.Module, InputScheme]]:
+    """The stations of a layer of experts whose inputs are rounded, with the scheme."""
+    for station, parts in zip((experts.before_up, experts.before_down), experts.parts, strict=True):
+        linears = [f"{path}.{e}.{part}" for e in range(experts.experts) for part in parts]
+        asked = {schemes.get(linear) for linear in linears}
+        if len(asked) > 1:
+            listed = " and ".join(sorted(str(scheme or "float") for scheme in asked))
+            raise ConfigError(
+                f"the experts of {path} would have inputs in {listed}, expected the same for all",
+                hint="engines run the experts of a layer as one: give all of them the same input scheme, or none",
+            )
+        for scheme in asked - {None}:
+            assert scheme is not None
+            yield station, scheme

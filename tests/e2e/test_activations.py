@@ -1,0 +1,143 @@
+"""`llmq eval --activations int8` beside transformers with a hook in front of each linear layer, and what is refused."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import llmq
+from llmq.checkpoint.reader import Checkpoint
+from llmq.errors import ConfigError, UnsupportedModelError
+from llmq.evaluation import streaming
+from llmq.evaluation.activations import quantize_inputs
+from llmq.evaluation.measure import measure
+from llmq.gguf import reader
+from llmq.numerics.scheme import InputScheme
+from llmq.runtime.open_skeleton import open_skeleton
+from tests import builders
+from tests.command_line import ROOT
+from tests.command_line import llmq as run_llmq
+from tests.faults.refusals import CONFIG, refused
+
+MODEL = ROOT / "eval" / "models" / "tiny-python-llama"
+INT8 = InputScheme("int8", "dynamic")
+SIZE: dict[str, Any] = {"seqlen": 32, "limit": 4, "device": "cpu"}
+Checkpoints = Callable[..., Path]
+
+
+def by_hand(model: nn.Module, wanted: Callable[[str], bool]) -> None:
+    """Round the inputs of the linear layers that are wanted, as W8A8 engines do."""
+
+    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        scale = args[0].abs().max(dim=-1, keepdim=True).values / 127.5
+        return (torch.clamp(torch.round(args[0] / scale), -128, 127) * scale,)
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name != "lm_head" and wanted(name):
+            module.register_forward_pre_hook(hook)
+
+
+def log_probabilities(folder: Path, windows: Tensor, activations: InputScheme | None) -> Tensor:
+    source = streaming.open_source(folder, torch.device("cpu"), activations=activations)
+    source.run(windows)
+    return torch.cat([logits for _, logits in source.logits(len(windows))]).log_softmax(-1)
+
+
+@torch.no_grad()
+def test_the_bundled_model_computes_what_transformers_computes_with_rounded_inputs() -> None:
+    windows = builders.tokens(2, 48)
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    plain = model(input_ids=windows, use_cache=False).logits.log_softmax(-1)
+    by_hand(model, lambda name: True)
+    expected = model(input_ids=windows, use_cache=False).logits.log_softmax(-1)
+    found = log_probabilities(MODEL, windows, INT8)
+    assert (found - expected).abs().max() < 1e-4 < 1e-2 < (found - plain).abs().max()
+    assert (log_probabilities(MODEL, windows, None) - plain).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_of_a_quantized_model_the_inputs_of_quantized_layers_are_rounded(
+    checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    """And those of layers that the file holds in float are not."""
+    out, windows = tmp_path / "out", builders.tokens(2, 24)
+    llmq.quantize(
+        checkpoint("llama"), out, method="rtn", bits=8, group_size="channel", skip=["down_proj"], device="cpu"
+    )
+    model = AutoModelForCausalLM.from_pretrained(checkpoint("llama"), dtype=torch.float32).eval()
+    model.load_state_dict(dict(llmq.dequantize(out)), strict=False)
+    by_hand(model, lambda name: not name.endswith("down_proj"))
+    expected = model(input_ids=windows, use_cache=False).logits.log_softmax(-1)
+    assert (log_probabilities(out, windows, INT8) - expected).abs().max() < 1e-4
+
+
+def test_the_layers_are_those_that_the_file_holds_quantized(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    """Also in a .gguf file; of a float model, all."""
+    model, out = checkpoint("llama"), tmp_path / "out"
+    llmq.quantize(
+        model, out, method="rtn", group_size=32, scales="minmax", device="cpu", skip=["down_proj"],
+        format="compressed-tensors,gguf",
+    )  # fmt: skip
+    device = torch.device("cpu")
+    packed = open_skeleton(Checkpoint.open(out / "compressed-tensors"), device, torch.float32)
+    in_file = reader.open_skeleton(out / "gguf" / "out.gguf", device, torch.float32, None)
+    plain = open_skeleton(Checkpoint.open(model), device, torch.float32)
+    for skeleton in (packed, in_file, plain):
+        quantize_inputs(skeleton, INT8)
+        paths = {path for block in skeleton.blocks for path in block.linears}
+        wanted = paths if skeleton is plain else {path for path in paths if not path.endswith("down_proj")}
+        assert {path for block in skeleton.blocks for path in block.inputs.schemes} == wanted
+
+
+def test_the_original_keeps_float_inputs(checkpoint: Checkpoints, text: Path) -> None:
+    model = checkpoint("llama")
+    plain, rounded = measure(model, model, text, **SIZE), measure(model, model, text, **SIZE, activations="int8")
+    assert (plain.activations, rounded.activations) == ("none", "int8")
+    assert plain.original == rounded.original
+    assert plain.model.kl_mean == 0 and rounded.model.kl_mean is not None and rounded.model.kl_mean > 1e-6
+    alone = measure(model, None, text, **SIZE, activations="int8")
+    assert alone.model.perplexity == rounded.model.perplexity != plain.model.perplexity
+
+
+def test_the_command_states_what_was_rounded(checkpoint: Checkpoints, text: Path) -> None:
+    request = ("eval", checkpoint("llama"), "--text", text, "--seqlen", "32", "--windows", "2")
+    done = run_llmq(*request, "--activations", "int8")
+    assert done.exit_code == 0 and "inputs in int8, dynamic per token" in " ".join(done.stdout.split())
+    assert "int8" not in run_llmq(*request).stdout
+    assert json.loads(run_llmq(*request, "--activations", "int8", "--json").stdout)["activations"] == "int8"
+    assert json.loads(run_llmq(*request, "--json").stdout)["activations"] == "none"
+    refused(run_llmq(*request, "--activations", "fp8"), CONFIG, "activations is 'fp8', expected one of", "")
+
+
+def test_activations_that_do_not_exist(checkpoint: Checkpoints, text: Path) -> None:
+    with pytest.raises(ConfigError, match="activations is 'int4', expected one of"):
+        measure(checkpoint("llama"), None, text, **SIZE, activations="int4")
+
+
+def test_a_model_that_runs_as_a_whole_is_refused(checkpoint: Checkpoints, text: Path) -> None:
+    sharing = checkpoint("gemma3n", num_kv_shared_layers=1)
+    with pytest.raises(UnsupportedModelError, match="inputs in int8 dynamic per token, as it .* as a whole") as caught:
+        measure(sharing, None, text, **SIZE, activations="int8")
+    assert "leave --activations out" in caught.value.hint
+
+
+def test_declared_activations_that_are_not_applied_are_noted(
+    checkpoint: Checkpoints, text: Path, tmp_path: Path
+) -> None:
+    """A W8A8 checkpoint that is measured with float inputs says so."""
+    llmq.quantize(checkpoint("llama"), tmp_path / "out", method="rtn", bits=8, group_size="channel", device="cpu")
+    folder = shutil.copytree(tmp_path / "out", tmp_path / "w8a8")
+    settings = json.loads((folder / "config.json").read_text())["quantization_config"]
+    for group in settings["config_groups"].values():
+        group["input_activations"] = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
+    builders.change_json(folder / "config.json", quantization_config=settings)
+    [note] = measure(folder, None, text, **SIZE).notes
+    assert note.startswith("the checkpoint declares quantized activations, which llmq does not apply")
+    assert measure(folder, None, text, **SIZE, activations="int8").notes == ()
+    assert measure(tmp_path / "out", None, text, **SIZE).notes == ()

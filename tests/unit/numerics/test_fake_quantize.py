@@ -1,0 +1,72 @@
+"""Fake quantization of inputs, against the definition written out one value at a time in NumPy."""
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llmq.errors import ConfigError
+from llmq.numerics.fake_quantize import int8_per_token, rounding_for
+from llmq.numerics.scheme import InputScheme
+
+
+def slow(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(T, K) float32"""
+    rounded = np.zeros_like(x)
+    for t, row in enumerate(x):
+        scale = np.max(np.abs(row)) / np.float32(127.5)
+        for k, value in enumerate(row):
+            if scale > 0:
+                code = min(127.0, max(-128.0, np.rint(value / scale)))  # rint rounds half to even
+                rounded[t, k] = np.float32(code) * scale
+    return rounded
+
+
+def inputs(*shape: int, seed: int = 0) -> Tensor:
+    """Tokens of very different sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator) * 10 ** torch.randn(*shape[:-1], 1, generator=generator)
+
+
+def test_it_is_the_definition() -> None:
+    x = inputs(40, 96)
+    x[3] = 0  # a token of zeros
+    x[4, 5] = 1e4  # and one with an outlier
+    x[5, 7] = -1e4
+    assert np.array_equal(int8_per_token(x).numpy(), slow(x.numpy()))
+
+
+def test_halves_go_to_even_and_the_largest_code_is_127() -> None:
+    x = torch.tensor([[127.5, 0.5, 1.5, 2.5, -0.5, -2.5], [-127.5, 0.5, 1.5, 2.5, -0.5, -2.5]])
+    assert int8_per_token(x).tolist() == [[127, 0, 2, 2, 0, -2], [-128, 0, 2, 2, 0, -2]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_leading_dimensions_and_the_dtype_stay(dtype: torch.dtype) -> None:
+    x = inputs(2, 3, 5, 64).to(dtype)
+    rounded = int8_per_token(x)
+    assert rounded.dtype == dtype and rounded.shape == x.shape
+    expected = torch.from_numpy(slow(x.float().reshape(-1, 64).numpy())).reshape(x.shape).to(dtype)
+    assert torch.equal(rounded, expected)
+    assert all(len(row.unique()) <= 256 for row in rounded.reshape(-1, 64))
+
+
+def test_no_rows_are_no_error() -> None:
+    assert int8_per_token(torch.empty(0, 16)).shape == (0, 16)
+
+
+def test_the_gradient_passes_straight_through() -> None:
+    x = inputs(7, 32).requires_grad_(True)
+    weight, upstream = inputs(5, 32, seed=1), inputs(7, 5, seed=2)
+    (gradient,) = torch.autograd.grad(int8_per_token(x) @ weight.T, x, upstream)
+    assert torch.equal(gradient, upstream @ weight)
+    assert not torch.equal(int8_per_token(x), x)
+
+
+@pytest.mark.parametrize("scheme", [InputScheme("int8", "static"), InputScheme("fp8"), InputScheme("fp8", "static")])
+def test_what_cannot_be_simulated_yet_is_refused(scheme: InputScheme) -> None:
+    with pytest.raises(ConfigError, match=f"{scheme} cannot be simulated, expected int8 dynamic per token") as caught:
+        rounding_for(scheme)
+    assert "InputScheme('int8', 'dynamic')" in caught.value.hint
+    assert rounding_for(InputScheme("int8", "dynamic")) is int8_per_token
