@@ -14,12 +14,12 @@ import llmq
 from llmq import memory
 from llmq.checkpoint.tuned_version import Revision
 from llmq.config import QuantConfig
-from llmq.config_files import merged
 from llmq.errors import CalibrationError, LlmqError
 from llmq.evaluation.scoring import divergence
 from llmq.job import Job
 from llmq.methods import Method, Tuning
 from llmq.report.record import BlockReport, Report, StageGain, TuningStep
+from llmq.settings import merged
 from llmq.steps import end_to_end
 from llmq.steps.end_to_end import Session, tuned_blocks
 from llmq.steps.end_to_end.tuned_blocks import _transformed

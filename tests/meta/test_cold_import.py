@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-HEAVY = {"torch", "transformers", "numpy", "typer", "click", "rich", "safetensors", "huggingface_hub"}
+HEAVY = {"torch", "transformers", "numpy", "pydantic", "typer", "click", "rich", "safetensors", "huggingface_hub"}
 SECONDS, ATTEMPTS = 0.3, 5
 
 LOADED = "import json; print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})), file=sys.stderr)"
