@@ -23,7 +23,7 @@ from typing import Any
 
 import llmq
 from llmq.cli.terminal import quiet_transformers
-from llmq.config_files import parse_group_size
+from llmq.config import parse_group_size
 from llmq.evaluation.measure import measure
 from llmq.methods import METHODS
 from llmq.numerics.scheme import BITS, GroupSize

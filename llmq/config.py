@@ -1,101 +1,240 @@
-"""What to do: the grid of a weight, the method, and everything a run is asked for.
+"""The one list of quantization settings: `QuantConfig` and the tables in it.
 
-One frozen `QuantConfig` is built from defaults, then a TOML file, then flags or Python arguments; it is what the
-pipeline gets, what `--print-config` writes, and what is stored beside the quantized weights.  Nothing here imports
-torch, so that `llmq --help` is instant.
+Each setting is one field: its type, its default, and a description that `--help` shows. TOML keys, command-line flags,
+Python keywords and error messages are derived from the fields (`settings.py`, `cli/options.py`), so a new setting is
+one new field here. Nothing here imports torch, so that `llmq --help` is instant.
 """
 
 import dataclasses
-import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BeforeValidator, Field, field_serializer, field_validator, model_validator
 
 from llmq.errors import ConfigError, listed
 from llmq.methods import METHODS, Method
-from llmq.numerics.scheme import GroupSize, WeightScheme
+from llmq.numerics.scheme import BITS, GROUP_SIZES, GroupSize, WeightScheme
 from llmq.patterns import matches, require_pattern
+from llmq.settings import Setting, Settings, Strings
 
-ORDERS = ("activation", "natural")
-SCALES = ("searched", "minmax")
 GGUF_GRIDS = ("gguf:q4_k", "gguf:q5_k", "gguf:q6_k", "gguf:q4_k_m", "gguf:q5_k_m")  # no other file can hold them
 CONVERTIBLE = ("compressed-tensors", "gptq", "awq", "gptq_v2", "gguf")  # formats that share their codes
 WITHOUT_HEAD = ("awq", *GGUF_GRIDS)
 FORMATS = (*CONVERTIBLE, *GGUF_GRIDS)
 
 
-@dataclass(frozen=True)
-class Override:
-    """A grid for the modules whose name matches `pattern`; None keeps what the run asks for elsewhere."""
+def parse_group_size(given: Any) -> Any:
+    """`"128"` as 128; everything else unchanged: a field or `WeightScheme` refuses what is not valid."""
+    return int(given) if isinstance(given, str) and given.isdecimal() else given
 
-    pattern: str
-    bits: int | None = None
-    group_size: GroupSize | None = None
+
+def parse_sources(given: Any) -> Any:
+    """One calibration source or several, as strings or paths."""
+    return [str(source) for source in ([given] if isinstance(given, str | Path) else given)]
+
+
+def parse_overrides(given: Any) -> Any:
+    """One override or several, as text or as `Override`."""
+    overrides = [given] if isinstance(given, str | Override) else given
+    return [parse_override(override) if isinstance(override, str) else override for override in overrides]
+
+
+def parse_override(text: str) -> "Override":
+    """`PATTERN:bits=8,group_size=32,symmetric=false` as the command line spells an override."""
+    pattern, separator, assignments = text.rpartition(":")
+    if not separator or not pattern or "=" not in assignments:
+        raise ConfigError(f"override {text!r} is not understood", hint="for example '*.down_proj:bits=8,group_size=32'")
+    fields: dict[str, Any] = {"pattern": pattern}
+    for assignment in assignments.split(","):
+        key, _, value = (part.strip() for part in assignment.partition("="))
+        fields[key] = {"true": True, "false": False}.get(value.lower(), int(value) if value.isdecimal() else value)
+    return Override(**fields)
+
+
+def parse_formats(given: Any) -> Any:
+    """`gptq`, `gptq,gguf` or a list of either: the name of a format, or a tuple of several, each once."""
+    texts = [given] if isinstance(given, str) else given
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        return given  # the field refuses its type
+    names = tuple(dict.fromkeys(name.strip() for text in texts for name in text.split(",") if name.strip()))
+    if not names:
+        raise ConfigError("no format is given", hint=f"known are {listed(FORMATS)}")
+    return names[0] if len(names) == 1 else names  # one way to say one thing
+
+
+Bits = Setting(choices=BITS)
+Size = Setting(choices=(*GROUP_SIZES, "channel", "tensor"), metavar="SIZE")
+
+
+class SchemeSettings(Settings):
+    """The table [scheme]: how weights are quantized, unless an override says otherwise."""
+
+    KEY: ClassVar[str] = "key of [scheme]"
+
+    bits: Annotated[int, Bits] = Field(
+        default=WeightScheme().bits,
+        description="Bits per weight. Use 8 if 4 loses too much quality, 3 or 2 only to fit into memory.",
+    )
+    group_size: Annotated[GroupSize, BeforeValidator(parse_group_size), Size] = Field(
+        default=WeightScheme().group_size,
+        description="Weights of a row that share a scale: 16, 32, 64, 128, 256, 512 or 1024; channel (one scale per "
+        "row) or tensor (one in all). Smaller groups lose less quality; 32 takes about 0.4 bits per weight more than "
+        "128.",
+    )
+    symmetric: Annotated[bool, Setting(flag="--symmetric/--asymmetric")] = Field(
+        default=WeightScheme().symmetric,
+        description="Symmetric (fixed zero point) or asymmetric (one zero point per group). Try asymmetric for 2 or 3 "
+        "bits; --dry-run shows which engines support it.",
+    )
+
+    def scheme(self) -> WeightScheme:
+        return WeightScheme(**dict(self))
+
+
+class Override(Settings):
+    """Other settings for the layers whose name matches `pattern`; None keeps those of the run."""
+
+    KEY: ClassVar[str] = "key of an override"
+
+    pattern: str = Field(description="give the layers that the override is for, such as pattern = '*.down_proj'")
+    bits: Annotated[int | None, Bits] = None
+    group_size: Annotated[GroupSize | None, BeforeValidator(parse_group_size), Size] = None
     symmetric: bool | None = None
 
     def applied_to(self, scheme: WeightScheme) -> WeightScheme:
-        fields = {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
-        return dataclasses.replace(scheme, **{k: v for k, v in fields.items() if v is not None})  # type: ignore[arg-type]
+        changes = self.model_dump(exclude={"pattern"}, exclude_none=True)
+        return dataclasses.replace(scheme, **changes)
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """Which text the model reads while it is watched: `samples` windows of `seqlen` tokens."""
+class Calibration(Settings):
+    """The table [calibration]: the text that the model reads while statistics of its layers are collected."""
 
-    sources: tuple[str, ...] = ()
-    samples: int = 128
-    seqlen: int = 2048
+    KEY: ClassVar[str] = "key of [calibration]"
+    PANEL: ClassVar[str] = "Calibration"
+
+    sources: Annotated[
+        Strings,
+        Setting(name="calibration", metavar="SOURCE", parse=parse_sources, keyword="str | Path | Sequence[str | Path]"),
+    ] = Field(
+        default=(),
+        description="Calibration data: a .txt, .jsonl, .json or .parquet file (FILE:COLUMN selects a column), a Hub "
+        "dataset NAME[:CONFIG][:SPLIT][:COLUMN], or `self` to let the model generate it. Append :WEIGHT to mix "
+        "sources. Default: a mixed set from the Hub; use your own text if the model serves a narrow domain.",
+    )
+    samples: Annotated[int, Setting(expected="a whole number, at least 1")] = Field(
+        default=128, ge=1, description="Number of calibration sequences. More sequences take more time and rarely hurt."
+    )
+    seqlen: Annotated[int, Setting(expected="a whole number, at least 1")] = Field(
+        default=2048,
+        ge=1,
+        description="Tokens per calibration sequence, at most the model's context. Lower it to save memory.",
+    )
 
 
-@dataclass(frozen=True)
-class QuantConfig:
-    """One run: the same object from flags, from TOML and from Python.
+class QuantConfig(Settings):
+    """The settings of one run: the same object from flags, from TOML and from Python.
 
-    `format` is a name, or several that all get the same codes; `formats` has them as a tuple in either case.
+    `format` is a name, or several that share the same quantized values; `formats` has them as a tuple in either case.
     """
 
-    method: str = "balanced"
-    scheme: WeightScheme = WeightScheme()
-    format: str | tuple[str, ...] = "compressed-tensors"
+    method: Annotated[str, Setting(choices=tuple(METHODS))] = Field(
+        default="balanced",
+        description="Quantization method. fast, balanced and best are GPTQ with further stages, each kept only where "
+        "it lowers the error on held-out text. Use fast for a first try, best if quality matters more than time, rtn "
+        "if there is no text; gptq and awq are the published methods.",
+    )
+    scheme: Annotated[WeightScheme, Setting(table=SchemeSettings)] = WeightScheme()
+    target_bits: Annotated[float | None, Setting(expected="bits per weight on average, such as 4.5")] = Field(
+        default=None, gt=1, allow_inf_nan=False,
+        description="Average bits per weight, including scales (e.g. 4.5). Layers are measured, and each gets 4 bits "
+        "(group 128 or 32), 8 bits or float, whichever helps most.",
+    )  # fmt: skip
+    format: Annotated[
+        str | Strings, BeforeValidator(parse_formats), Setting(choices=FORMATS, metavar="FORMAT")
+    ] = Field(
+        default="compressed-tensors",
+        description=f"File format: {listed(FORMATS)}. Several, also separated by commas, share the same quantized "
+        "values, each in a separate folder. Choose by engine: --dry-run shows which engines load the result.",
+    )  # fmt: skip
+    skip: Annotated[Strings, Setting(metavar="PATTERN")] = Field(
+        default=(),
+        description=r"Layers to keep in float: 'down_proj', 'layers.0.*', 're:layers\.0\.'. Use it for layers with a "
+        "large error.",
+    )
+    overrides: Annotated[
+        tuple[Override, ...],
+        Setting(
+            flag="--override", metavar="PATTERN:KEY=VALUE", parse=parse_overrides, expected="a list of tables",
+            keyword="str | Override | Sequence[str | Override | Mapping[str, Any]]",
+        ),
+    ] = Field(
+        default=(), strict=False,
+        description="Other bits or group size for some layers: 'PATTERN:bits=8,group_size=32'. The last match wins.",
+    )  # fmt: skip
+    strict: bool = Field(
+        default=False,
+        description="Error out if the group size does not divide a layer's input size (default: use a smaller one).",
+    )
+    order: Literal["activation", "natural"] = Field(
+        default="activation",
+        description="Column order for GPTQ: activation (act-order) or natural. Use natural only to reproduce other "
+        "results.",
+    )
+    scales: Literal["searched", "minmax"] = Field(
+        default="searched",
+        description="How scales are chosen: searched (least squared error) or minmax. minmax is faster and less "
+        "accurate; use it to compare with other tools.",
+    )
+    damping: Annotated[float, Setting(expected="a fraction of the Hessian's mean diagonal, such as 0.01")] = Field(
+        default=0.01, gt=0, lt=1,
+        description="Added to the diagonal of GPTQ's Hessian, as a fraction of its mean. Raise it to 0.05 if there is "
+        "little calibration text.",
+    )  # fmt: skip
+    rotate: bool = Field(
+        default=False,
+        description="Rotate the channels of each attention head to remove outliers. Each block keeps its rotation only "
+        "if that lowers the error on held-out text, so it is safe to try.",
+    )
+    quantize_head: bool = Field(
+        default=False,
+        description="Quantize the output head as well (formats gptq and compressed-tensors). A head that is tied to "
+        "the embedding gets a separate weight. Use it for small models with a large vocabulary.",
+    )
     calibration: Calibration = Calibration()
-    order: str = "activation"
-    scales: str = "searched"
-    damping: float = 0.01
-    skip: tuple[str, ...] = ()
-    overrides: tuple[Override, ...] = ()
-    strict: bool = False
-    seed: int = 0
-    rotate: bool = False
-    quantize_head: bool = False  # the layer that makes logits, too
-    target_bits: float | None = None  # a weight on average; `mixed_precision/assign.py` turns it into overrides
+    seed: Annotated[int, Setting(panel="Calibration")] = Field(
+        default=0,
+        description="Random seed for the choice of text. Change it to see how much results vary between runs.",
+    )
 
-    def __post_init__(self) -> None:
-        names = parse_formats(self.format)
-        object.__setattr__(self, "format", names[0] if len(names) == 1 else names)  # one way to say one thing
-        _require_compatible(names)
-        without = [name for name in names if name in WITHOUT_HEAD]
-        if self.quantize_head and without:
-            raise ConfigError(
-                f"{without[0]} cannot hold a head that is quantized on request",
-                hint="gptq and compressed-tensors can; readers of awq keep it in 16 bits, and the mixtures of GGUF "
-                "have a grid for it already",
-            )
-        for field, allowed in (("method", METHODS), ("order", ORDERS), ("scales", SCALES)):
-            value = getattr(self, field)
-            if value not in allowed:
-                raise ConfigError(f"{field} is {value!r}, expected one of {listed(allowed)}")
-        if not 0 < self.damping < 1:
-            raise ConfigError(
-                f"damping is {self.damping}, expected a fraction of the Hessian's mean diagonal, such as 0.01"
-            )
-        for field in ("samples", "seqlen"):
-            if getattr(self.calibration, field) < 1:
-                raise ConfigError(f"{field} is {getattr(self.calibration, field)}, expected at least 1")
-        if self.target_bits is not None and not 1 < self.target_bits < math.inf:
-            raise ConfigError(f"target_bits is {self.target_bits:g}, expected bits a weight on average, such as 4.5")
+    @field_validator("scheme", mode="before")
+    @classmethod
+    def _scheme_from_table(cls, given: Any) -> Any:
+        return SchemeSettings(**given).scheme() if isinstance(given, Mapping) else given
+
+    @field_serializer("scheme")
+    def _scheme_to_table(self, scheme: WeightScheme) -> dict[str, Any]:
+        return {key: getattr(scheme, key) for key in SchemeSettings.model_fields}
+
+    @model_validator(mode="after")
+    def _require_compatible(self) -> Self:
+        for name in self.formats:
+            if name in GGUF_GRIDS and len(self.formats) > 1:
+                raise ConfigError(
+                    f"{name} has a separate grid, so it cannot share quantized values with another format",
+                    hint="give it alone, or use --format gguf, which holds the quantized values of the other formats",
+                )
+            if name in WITHOUT_HEAD and self.quantize_head:
+                raise ConfigError(
+                    f"{name} cannot hold a head that is quantized on request",
+                    hint="use gptq or compressed-tensors; readers of awq expect a 16-bit head, and the mixtures of "
+                    "GGUF quantize it already",
+                )
         for override in self.overrides:
-            override.applied_to(self.scheme)  # raises for a grid that does not exist
+            override.applied_to(self.scheme)  # raises for a scheme that does not exist
         for pattern in (*self.skip, *(override.pattern for override in self.overrides)):
             require_pattern(pattern)
+        return self
 
     @property
     def formats(self) -> tuple[str, ...]:
@@ -106,7 +245,7 @@ class QuantConfig:
         return METHODS[self.method].rotated() if self.rotate else METHODS[self.method]
 
     def scheme_for(self, module: str) -> WeightScheme | None:
-        """The grid asked for the module, or None where a skip pattern matches; the last matching override wins."""
+        """The scheme for a module, or None where a skip pattern matches; the last matching override wins."""
         if any(matches(pattern, module) for pattern in self.skip):
             return None
         scheme = self.scheme
@@ -114,23 +253,3 @@ class QuantConfig:
             if matches(override.pattern, module):
                 scheme = override.applied_to(scheme)
         return scheme
-
-
-def parse_formats(given: str | Iterable[str]) -> tuple[str, ...]:
-    """`gptq`, `gptq,gguf` or a list of either as the names of formats, each once."""
-    texts = [given] if isinstance(given, str) else given
-    names = [name.strip() for text in texts for name in text.split(",")]
-    return tuple(dict.fromkeys(name for name in names if name))
-
-
-def _require_compatible(formats: tuple[str, ...]) -> None:
-    if not formats:
-        raise ConfigError("no format is given", hint=f"known are {listed(FORMATS)}")
-    for name in formats:
-        if name not in FORMATS:
-            raise ConfigError(f"format is {name!r}, expected one of {listed(FORMATS)}")
-        if name in GGUF_GRIDS and len(formats) > 1:
-            raise ConfigError(
-                f"{name} has a grid of its own, so no other format can carry its codes",
-                hint="give it alone, or --format gguf, which holds the codes that the other formats hold",
-            )

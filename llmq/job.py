@@ -10,17 +10,17 @@ import platform
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import torch
 
 from llmq import memory, pipeline
+from llmq._keywords import Keywords
 from llmq._version import __version__
 from llmq.calibration import CalibrationSet
 from llmq.checkpoint.staging import STAGING
 from llmq.checkpoint.writer import Writer
 from llmq.config import QuantConfig
-from llmq.config_files import config_to, merged
 from llmq.errors import ConfigError
 from llmq.export import save
 from llmq.methods import Method
@@ -39,6 +39,7 @@ from llmq.report.events import Event, OnEvent, ignore
 from llmq.report.record import BlockReport, Report, TuningReport
 from llmq.report.sensitivity import Sensitivity
 from llmq.run_text import RunText
+from llmq.settings import config_to, merged
 from llmq.steps import output_layout, token_weights
 from llmq.steps.end_to_end.memory_plan import disk_bytes
 from llmq.steps.run import Run, TuningRun
@@ -279,14 +280,16 @@ def quantize(
     trust_remote_code: bool = False,
     stages: Method | None = None,
     on_event: OnEvent = ignore,
-    **settings: Any,
+    **settings: Unpack[Keywords],
 ) -> Report:
-    """Quantize `model`, a folder or Hub id, into the folder `out`.
+    """Quantize `model`, a folder or Hub id, into the folder `out`, and return the report.
 
-    Settings are those of `QuantConfig`, by name (`method="gptq"`, `bits=4`, `group_size=128`,
-    `calibration=["text.txt"]`), on top of `config`; `stages` replace those of the method, for experiments.  `on_event`
-    is called with whatever happens (`llmq.report.events`).  An interrupted call continues when it is repeated.  Raises
-    the errors of `llmq.errors`.
+        llmq.quantize("Qwen/Qwen3-8B", "out", method="gptq", bits=4, group_size=128, calibration="text.jsonl")
+
+    The settings are those of `llmq quantize --help`, by the same names; they override those of `config`. `stages`
+    replace the stages of the method, for experiments. `on_event` is called with everything that happens (see
+    `llmq.report.events`). An interrupted call continues when it is repeated. Raises the
+    errors of `llmq.errors`: ConfigError for a setting that does not exist or has a wrong value.
     """
     job = Job(
         model,

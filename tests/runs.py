@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 
 import llmq
 from llmq.config import QuantConfig
-from llmq.config_files import merged
 from llmq.job import Job
 from llmq.methods import Method
+from llmq.settings import merged
 
 WINDOWS: dict[str, Any] = {"samples": 4, "seqlen": 48}
 QUICK: dict[str, Any] = {"group_size": 16, "scales": "minmax", **WINDOWS}

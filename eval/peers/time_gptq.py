@@ -59,7 +59,7 @@ def write_tokens(model: Path, text: Path, tokens: Path, seed: int = SEED) -> str
     from llmq.config import Calibration
     from llmq.runtime.load import load_tokenizer
 
-    settings = Calibration((str(text),), SAMPLES, SEQLEN)
+    settings = Calibration(sources=(str(text),), samples=SAMPLES, seqlen=SEQLEN)
     found = calibration.load(settings, load_tokenizer(model, remote_code=False), seed=seed, max_tokens=None)
     tokens.write_text(json.dumps(found.windows.tolist()))
     return found.sha256

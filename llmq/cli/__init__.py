@@ -16,9 +16,9 @@ from llmq.errors import LlmqError
 
 app = typer.Typer(
     name="llmq",
-    help="4-bit language models from Hugging Face checkpoints: quantize, measure, run.",
+    help="Quantize Hugging Face language models to 4 bits, measure what is lost, and run them.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -33,20 +33,20 @@ def _version(asked: bool) -> None:
 @app.callback()
 def _root(
     version: bool = typer.Option(
-        False, "--version", callback=_version, is_eager=True, help="Print the version and leave."
+        False, "--version", callback=_version, is_eager=True, help="Print the version and exit."
     ),
 ) -> None:
     pass
 
 
-MAKE, LOOK, RUN = "Make", "Look at", "Run"
+QUANTIZATION, INSPECT, RUN = "Quantization", "Inspect", "Run"
 
-app.command("quantize", rich_help_panel=MAKE)(quantize.command)
-app.command("convert", rich_help_panel=MAKE)(convert.command)
-app.command("eval", rich_help_panel=LOOK)(evaluate.command)
-app.command("verify", rich_help_panel=LOOK)(verify.command)
-app.command("inspect", rich_help_panel=LOOK)(inspect.command)
-app.command("sensitivity", rich_help_panel=LOOK)(sensitivity.command)
+app.command("quantize", rich_help_panel=QUANTIZATION)(quantize.command)
+app.command("convert", rich_help_panel=QUANTIZATION)(convert.command)
+app.command("eval", rich_help_panel=INSPECT)(evaluate.command)
+app.command("verify", rich_help_panel=INSPECT)(verify.command)
+app.command("inspect", rich_help_panel=INSPECT)(inspect.command)
+app.command("sensitivity", rich_help_panel=INSPECT)(sensitivity.command)
 app.command("generate", rich_help_panel=RUN)(generate.command)
 app.command("env", rich_help_panel=RUN)(env.command)
 

@@ -22,32 +22,43 @@ LINES = 10  # that a conversion prints where there is no terminal
 def command(
     path: Annotated[str, Argument(help="A quantized model: a folder, a Hub id or a .gguf file.", metavar="PATH")],
     out: Annotated[Path, Argument(help="The output folder.", metavar="OUT")],
-    to: Annotated[str, Option("--to", help=" | ".join(CONVERTIBLE) + ".")],
+    to: Annotated[str, options.choice("--to", CONVERTIBLE, "The format to write.")],
     allow_requantize: Annotated[
         bool,
         Option(
             "--allow-requantize",
-            help="Round weights anew that the format cannot hold as they are; the error of each is shown.",
+            help="Re-quantize weights that the format cannot hold unchanged; the error of each is shown.",
         ),
     ] = False,
     source: Annotated[
         str | None,
         Option(
             "--source",
-            help="For a .gguf file: the model that it was made from, whose configuration and tokenizer are used.  "
-            "Default: those beside the file.",
+            help="For a .gguf file: the original model, whose configuration and tokenizer are used. Default: those in "
+            "the folder of the file.",
         ),
     ] = None,
     overwrite: options.Overwrite = False,
     trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = False,
 ) -> None:
-    """Write a quantized model in another format, without rounding anything again.
+    """Write a quantized model in another format, without quantizing again.
 
-    Every weight is read back and compared with what it was.  What the format cannot hold is refused, unless
-    --allow-requantize is given.  An interrupted conversion continues when the same command is given again.
+    Every weight is read back and compared with the original. A weight that
+    the format cannot hold is an error, unless --allow-requantize is given.
+    An interrupted conversion continues when the same command is given again.
 
-    Example:  llmq convert out/ out-gptq/ --to gptq
+    Example:
+      llmq convert out/ out-gptq/ --to gptq
+
+    Exit codes:
+      0  success                   4    unsupported model
+      2  invalid options, or       7    output cannot be written
+         format cannot hold it     130  interrupted
+      3  unreadable model
+
+    See also:
+      llmq quantize --format gptq,gguf  several formats at once
     """
     from llmq.checkpoint import hub
     from llmq.checkpoint.index import gguf_file

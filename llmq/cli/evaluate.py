@@ -14,7 +14,22 @@ if TYPE_CHECKING:
     from llmq.evaluation.scoring import Evaluation
 
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1:test:text"
-LIMITS = "For scripts"
+LIMITS = "Limits for scripts"
+MaxKl = Annotated[
+    float | None,
+    Option(
+        "--max-kl", min=0, help="Exit code 8 if the mean KL divergence on any text is higher.", rich_help_panel=LIMITS
+    ),
+]
+MaxPplIncrease = Annotated[
+    str | None,
+    Option(
+        "--max-ppl-increase", metavar="PERCENT", rich_help_panel=LIMITS,
+        help="Exit code 8 if the perplexity on any text exceeds the original's by more, such as 2 or 2%.",
+    ),
+]  # fmt: skip
+
+
 Activations = Annotated[
     str,
     Option(
@@ -28,50 +43,49 @@ Activations = Annotated[
 
 def command(
     paths: options.Paths,
-    against: Annotated[str | None, Option("--against", help="The original model, to compare with.")] = None,
+    against: Annotated[str | None, Option("--against", help="The original model to compare with.")] = None,
     text: Annotated[
         list[str] | None,
         Option(
             "--text",
-            help="A .txt, .jsonl, .json or .parquet file, or a Hub data set.  Repeatable.  Default: WikiText-2's.",
+            help="Evaluation text: a .txt, .jsonl, .json or .parquet file, or a Hub dataset NAME[:CONFIG][:SPLIT]"
+            "[:COLUMN]. Repeatable. Default: the test split of WikiText-2.",
         ),
     ] = None,
     wikitext: Annotated[
-        bool, Option("--wikitext", help="TEXT is WikiText's raw file: join its lines as the data set's rows.")
+        bool, Option("--wikitext", help="The text is WikiText's raw file: join its lines as the dataset does.")
     ] = False,
     seqlen: Annotated[
-        int | None, Option("--seqlen", min=2, help="Tokens in a window.  Default: 2048, or the context.")
+        int | None, Option("--seqlen", min=2, help="Tokens per sequence. Default: 2048, or the model's context.")
     ] = None,
     windows: Annotated[
-        int | None, Option("--windows", min=1, help="Stop after this many of each text.  Default: the whole text.")
+        int | None, Option("--windows", min=1, help="Evaluate only the first sequences of each text. Default: all.")
     ] = None,
     activations: Activations = "none",
-    max_kl: Annotated[
-        float | None,
-        Option(
-            "--max-kl", min=0, help="Exit with 8 where the mean KL divergence on a text is higher.",
-            rich_help_panel=LIMITS,
-        ),
-    ] = None,
-    max_ppl_increase: Annotated[
-        str | None,
-        Option(
-            "--max-ppl-increase", metavar="PERCENT",
-            help="Exit with 8 where the perplexity on a text is higher than the original's by more: 2, or 2%.",
-            rich_help_panel=LIMITS,
-        ),
-    ] = None,
+    max_kl: MaxKl = None,
+    max_ppl_increase: MaxPplIncrease = None,
     device: options.Device = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = False,
 ) -> None:  # fmt: skip
-    """Measure models: perplexity; with --against also KL divergence and agreement with the original.
+    """Measure models: perplexity; with --against also KL divergence.
 
-    All are read block by block, so none has to fit into memory, and the original runs once for all.  Intervals hold
-    95 % of what other windows of the same texts would give.
+    All models are read block by block, so none has to fit into memory.
+    Brackets hold 95 % bootstrap intervals over sequences.
 
-    Example:  llmq eval out/ --against Qwen/Qwen3-8B --text held-out.txt --text code.jsonl --max-kl 0.02
-    Example:  llmq eval out-4bit/ out-3bit/ --against Qwen/Qwen3-8B --text held-out.txt
+    Examples:
+      llmq eval out/ --against Qwen/Qwen3-8B
+      llmq eval out/ --against Qwen/Qwen3-8B --text held-out.txt --max-kl 0.02
+      llmq eval out-4bit/ out-3bit/ --against Qwen/Qwen3-8B
+
+    Exit codes:
+      0  success                   5  unusable text
+      2  invalid options           6  device not available
+      3  unreadable model          8  worse than --max-kl or
+      4  unsupported model            --max-ppl-increase allow
+
+    See also:
+      llmq sensitivity  which layers cause the loss
     """
     increase = None if max_ppl_increase is None else per_cent(max_ppl_increase)
     if against is None and (max_kl is not None or increase is not None):

@@ -12,19 +12,20 @@ from llmq.errors import ConfigError
 
 def command(
     path: options.Path_,
-    prompt: Annotated[str, Option("--prompt", "-p", help="What to continue, or to answer.")],
-    max_tokens: Annotated[int, Option("--max-tokens", min=1, help="The most tokens to write.")] = 128,
-    temperature: Annotated[float, Option("--temperature", min=0, help="0 takes the likeliest token each time.")] = 0.0,
-    seed: Annotated[int, Option("--seed", help="For temperatures above 0.")] = 0,
-    raw: Annotated[bool, Option("--raw", help="Leave out the chat template that the model has.")] = False,
+    prompt: Annotated[str, Option("--prompt", "-p", help="Text to continue; for a chat model, the message to answer.")],
+    max_tokens: Annotated[int, Option("--max-tokens", min=1, help="Maximum number of new tokens.")] = 128,
+    temperature: Annotated[float, Option("--temperature", min=0, help="0 always takes the most likely token.")] = 0.0,
+    seed: Annotated[int, Option("--seed", help="Random seed for temperatures above 0.")] = 0,
+    raw: Annotated[bool, Option("--raw", help="Do not use the chat template of the model.")] = False,
     device: options.Device = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Let a model, quantized or not, write text; it appears as it is made.
+    """Generate text with a model, quantized or not, and print it as it appears.
 
-    A model with a chat template is asked as a chat, unless --raw is given.
+    The prompt goes through the chat template, if the model has one.
 
-    Example:  llmq generate out/ --prompt "def fibonacci(n):" --raw
+    Example:
+      llmq generate out/ --prompt "def fibonacci(n):" --raw
     """
     import torch
     from transformers import TextStreamer

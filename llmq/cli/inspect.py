@@ -8,7 +8,13 @@ from llmq.cli.terminal import megabytes, print_json, print_table
 
 
 def command(path: options.Path_, json: options.Json = False) -> None:
-    """Show what a checkpoint holds: layers, grids, sizes, the errors recorded when it was made, and the text used."""
+    """Show the contents of a model: layers, bits, sizes, quantization errors.
+
+    The errors and the calibration text are those recorded by llmq quantize.
+
+    Example:
+      llmq inspect out/
+    """
     from llmq.verify.inspection import inspect
 
     found = inspect(path)

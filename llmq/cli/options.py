@@ -1,132 +1,128 @@
-"""The options of `llmq quantize`, and those that several commands have: name, type, help."""
+"""The options of the commands: those of the settings, made from the fields in `llmq/config.py`, and all others."""
 
+import functools
+import inspect
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_origin
 
+from rich.markup import escape
 from typer import Argument, Option
 
-from llmq.config import FORMATS, ORDERS, SCALES
-from llmq.methods import METHODS
-from llmq.numerics.scheme import BITS, GROUP_SIZES
+from llmq.config import QuantConfig
+from llmq.settings import NamedSetting, merged, read_toml, settings_of
 
-WHAT, TEXT, RUN = "What to make", "Calibration", "The run"
-
-
-def _choice(values: object) -> str:
-    return " | ".join(str(value) for value in values)  # type: ignore[attr-defined]
+GENERAL = "General"
 
 
-Model = Annotated[str, Argument(help="A folder with safetensors, or a Hub id such as Qwen/Qwen3-8B.", metavar="MODEL")]
+def choice(flag: str, choices: Sequence[Any], description: str, *, panel: str | None = None, metavar: str = "") -> Any:
+    """An option whose values are listed in `--help` and completed by the shell; what receives them checks them."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [str(value) for value in choices if str(value).startswith(incomplete)]
+
+    shown = metavar or f"[{'|'.join(map(str, choices))}]"
+    return Option(flag, metavar=shown, autocompletion=complete, help=description, rich_help_panel=panel)
+
+
+Model = Annotated[
+    str, Argument(help="A folder with safetensors files, or a Hub id such as Qwen/Qwen3-8B.", metavar="MODEL")
+]
 Path_ = Annotated[str, Argument(help="A folder, or a Hub id.", metavar="PATH")]
-Paths = Annotated[list[str], Argument(help="A folder, or a Hub id.  Several are shown side by side.", metavar="PATH")]
-Out = Annotated[Path | None, Argument(help="The output folder.  Default: MODEL-METHOD-BITSbit.", metavar="OUT")]
+Paths = Annotated[list[str], Argument(help="A folder, or a Hub id. Several models share one table.", metavar="PATH")]
+Out = Annotated[
+    Path | None, Argument(help="The output folder. Default: MODEL-METHOD-BITSbit, such as Qwen3-8B-balanced-4bit.",
+                          metavar="OUT"),
+]  # fmt: skip
 
-Method = Annotated[
-    str | None, Option("--method", help=f"{_choice(METHODS)}.  Default: balanced.", rich_help_panel=WHAT)
-]
-Bits = Annotated[int | None, Option("--bits", help=f"{_choice(BITS)}.  Default: 4.", rich_help_panel=WHAT)]
-GroupSize = Annotated[
-    str | None,
+Config = Annotated[
+    Path | None,
     Option(
-        "--group-size",
-        help=f"Columns that share a scale: {_choice(GROUP_SIZES)} | channel | tensor.  Default: 128.",
-        rich_help_panel=WHAT,
+        "--config", help="Read settings from a TOML file (see --print-config). Options of the command line win.",
+        rich_help_panel=GENERAL,
     ),
-]
-TargetBits = Annotated[
-    float | None,
-    Option(
-        "--target-bits",
-        help="Spend so many bits a weight, scales counted, where they help most: 4 bits in groups of 128 or 32, 8 "
-        "bits, or a layer as it is.",
-        rich_help_panel=WHAT,
-    ),
-]
-Symmetric = Annotated[
-    bool | None,
-    Option(
-        "--symmetric/--asymmetric",
-        help="A fixed zero, or one for each group.  Default: symmetric.",
-        rich_help_panel=WHAT,
-    ),
-]
-Format = Annotated[
-    list[str] | None,
-    Option(
-        "--format",
-        help=f"{_choice(FORMATS)}.  Repeatable, or with commas: all get the same codes, each in a folder of its own.  "
-        "Default: compressed-tensors.",
-        rich_help_panel=WHAT,
-    ),
-]
-Skip = Annotated[
-    list[str] | None,
-    Option("--skip", help=r"Leave layers alone: 'down_proj', 're:layers\.0\.'.  Repeatable.", rich_help_panel=WHAT),
-]
-Overrides = Annotated[
-    list[str] | None,
-    Option(
-        "--override", help="Another grid for some: 'PATTERN:bits=8,group_size=32'.  Repeatable.", rich_help_panel=WHAT
-    ),
-]
-Strict = Annotated[
-    bool | None,
-    Option("--strict", help="Fail where a group size does not divide, instead of falling back.", rich_help_panel=WHAT),
-]
-Rotate = Annotated[
-    bool | None,
-    Option(
-        "--rotate",
-        help="Try to mix the channels of each attention head, so that none is loud.  It may help or not: each block "
-        "keeps it only where that lowers its error on text held out.",
-        rich_help_panel=WHAT,
-    ),
-]
-QuantizeHead = Annotated[
-    bool | None,
-    Option(
-        "--quantize-head",
-        help="Quantize the layer that makes logits as well (gptq, compressed-tensors); where it is tied to the "
-        "embedding it gets a weight of its own.",
-        rich_help_panel=WHAT,
-    ),
-]
-Order = Annotated[
-    str | None,
-    Option("--order", help=f"Of gptq's columns: {_choice(ORDERS)}.  Default: activation.", rich_help_panel=WHAT),
-]
-Scales = Annotated[str | None, Option("--scales", help=f"{_choice(SCALES)}.  Default: searched.", rich_help_panel=WHAT)]
-
-Calibration = Annotated[
-    list[str] | None,
-    Option(
-        "--calibration",
-        help="The text that the model is watched on: a .txt, .jsonl, .json or .parquet file, of rows also "
-        "FILE:COLUMN; a Hub data set as NAME[:CONFIG][:SPLIT][:COLUMN]; or self: the model writes it.  Rows hold texts "
-        "or chats.  Repeatable; a number at the end is a weight: a.jsonl:0.8.  Default: a mixed set from the Hub.",
-        rich_help_panel=TEXT,
-    ),
-]
-Samples = Annotated[int | None, Option("--samples", help="Windows of text.  Default: 128.", rich_help_panel=TEXT)]
-Seqlen = Annotated[
-    int | None,
-    Option("--seqlen", help="Tokens in a window.  Default: 2048, or the model's context.", rich_help_panel=TEXT),
-]
-Seed = Annotated[int | None, Option("--seed", help="Decides which text is drawn.  Default: 0.", rich_help_panel=TEXT)]
-
-Config = Annotated[Path | None, Option("--config", help="Settings from a TOML file; flags win.", rich_help_panel=RUN)]
+]  # fmt: skip
 PrintConfig = Annotated[
-    bool, Option("--print-config", help="Print the settings as TOML and leave.", rich_help_panel=RUN)
+    bool, Option("--print-config", help="Print all settings as TOML and exit.", rich_help_panel=GENERAL)
 ]
-Device = Annotated[str, Option("--device", help="auto | cpu | cuda[:N].", rich_help_panel=RUN)]
+Device = Annotated[
+    str,
+    choice(
+        "--device", ("auto", "cpu", "cuda"), "Where to compute. auto is the first GPU if there is one, else the CPU.",
+        panel=GENERAL, metavar="[auto|cpu|cuda[:N]]",
+    ),
+]  # fmt: skip
 Revision = Annotated[
-    str | None, Option("--revision", help="A branch, tag or commit of a Hub model.", rich_help_panel=RUN)
+    str | None, Option("--revision", help="Branch, tag or commit of a Hub model.", rich_help_panel=GENERAL)
 ]
-Overwrite = Annotated[bool, Option("--overwrite", help="Replace the model in OUT.", rich_help_panel=RUN)]
+Overwrite = Annotated[
+    bool,
+    Option("--overwrite", help="Replace a model or an unfinished run in the output folder.", rich_help_panel=GENERAL),
+]
 TrustRemoteCode = Annotated[
-    bool, Option("--trust-remote-code", help="Run Python code that comes with the model.", rich_help_panel=RUN)
-]
+    bool,
+    Option(
+        "--trust-remote-code", help="Run the Python code that comes with the model. Only for models that you trust.",
+        rich_help_panel=GENERAL,
+    ),
+]  # fmt: skip
 DryRun = Annotated[
-    bool, Option("--dry-run", help="Show what would become of each layer, from headers alone.", rich_help_panel=RUN)
-]
-Json = Annotated[bool, Option("--json", help="The result as JSON.", rich_help_panel=RUN)]
+    bool,
+    Option(
+        "--dry-run", help="Show the plan for each layer and which engines would load the result; read no weights.",
+        rich_help_panel=GENERAL,
+    ),
+]  # fmt: skip
+Json = Annotated[bool, Option("--json", help="Print the result as JSON.", rich_help_panel=GENERAL)]
+
+
+def with_settings(
+    *, model: type[QuantConfig] = QuantConfig, without: Collection[str] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command one option per setting, and `--config`; the command receives the result as `settings`.
+
+    typer makes options from the parameters of a function. The decorated function therefore has a signature in which
+    the parameters of all settings, except those in `without`, replace the parameter `settings` of the command.
+    """
+    named = {name: setting for name, setting in settings_of(model).items() if name not in without}
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def run(*, config: Path | None, **values: Any) -> None:
+            given = {name: values.pop(name) for name in named}
+            below = model.model_validate(read_toml(config)) if config else model()
+            command(settings=merged(below, given), **values)
+
+        shown = {**{name: _option(setting) for name, setting in named.items()}, "config": Config}
+        parameters: list[inspect.Parameter] = []
+        for parameter in inspect.signature(command).parameters.values():
+            if parameter.name == "settings":
+                parameters += (
+                    inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+                    for name, annotation in shown.items()
+                )
+            else:
+                parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return decorate
+
+
+def _option(setting: NamedSetting) -> Any:
+    """The parameter of a setting, as typer takes it; None is its default, because a TOML file may set it."""
+    about, default = setting.about, setting.field.default
+    flag = about.flag or "--" + setting.name.replace("_", "-")
+    help_ = escape(setting.field.description or "")
+    kind: Any = setting.types[0] if setting.types in ((bool,), (int,), (float,)) else str
+    if kind is bool:
+        default = flag.partition("/")[0].removeprefix("--") if default else None
+    if any(get_origin(given) is tuple for given in setting.types):
+        kind, help_ = list[str], f"{help_} Repeatable."
+    if default not in (None, ()):
+        help_ += rf" [dim]\[default: {default}][/dim]"  # as typer shows the defaults of other options
+    panel, metavar = setting.panel, about.metavar
+    if setting.choices:
+        return Annotated[kind | None, choice(flag, setting.choices, help_, panel=panel, metavar=metavar)]
+    return Annotated[kind | None, Option(flag, metavar=metavar or None, help=help_, rich_help_panel=panel)]

@@ -10,9 +10,9 @@ from llmq.cli.progress import ProgressDisplay
 from llmq.cli.terminal import megabytes, messages, print_json, print_notes, print_table, quiet_transformers
 from llmq.cli.verify import print_findings, print_serving
 from llmq.config import QuantConfig
-from llmq.config_files import config_from, config_to, merged, read_toml
 from llmq.errors import Interrupted, LlmqError
 from llmq.report.record import OUTSIDE_THE_BLOCKS, experts_summary
+from llmq.settings import config_to
 
 if TYPE_CHECKING:
     from llmq.job import Job
@@ -20,27 +20,12 @@ if TYPE_CHECKING:
 LAYERS_SHOWN = 6
 
 
+@options.with_settings()
 def command(
     model: options.Model,
     out: options.Out = None,
-    method: options.Method = None,
-    bits: options.Bits = None,
-    group_size: options.GroupSize = None,
-    target_bits: options.TargetBits = None,
-    symmetric: options.Symmetric = None,
-    format_: options.Format = None,
-    skip: options.Skip = None,
-    overrides: options.Overrides = None,
-    strict: options.Strict = None,
-    order: options.Order = None,
-    scales: options.Scales = None,
-    rotate: options.Rotate = None,
-    quantize_head: options.QuantizeHead = None,
-    calibration: options.Calibration = None,
-    samples: options.Samples = None,
-    seqlen: options.Seqlen = None,
-    seed: options.Seed = None,
-    config: options.Config = None,
+    *,
+    settings: QuantConfig,
     print_config: options.PrintConfig = False,
     device: options.Device = "auto",
     revision: options.Revision = None,
@@ -49,19 +34,31 @@ def command(
     dry_run: options.DryRun = False,
     json: options.Json = False,
 ) -> None:
-    """Quantize a model, block by block.
+    """Quantize a model to 4 bits (or 2, 3 or 8), one block at a time.
 
-    An interrupted run continues when the same command is given again.  Nothing appears in OUT before it is whole.
+    The defaults are a good start: 4 bits, groups of 128, method balanced,
+    calibrated on a mixed set of text from the Hub.
 
-    Example:  llmq quantize Qwen/Qwen3-8B --calibration text.jsonl
+    An interrupted run continues when the same command is given again.
+    The model appears in OUT when it is complete.
+
+    Examples:
+      llmq quantize Qwen/Qwen3-8B out/ --calibration text.jsonl
+      llmq quantize Qwen/Qwen3-8B --method gptq --format gptq --dry-run
+      llmq quantize Qwen/Qwen3-8B --target-bits 4.5 --skip lm_head
+      llmq quantize Qwen/Qwen3-8B --bits 3 --print-config > llmq.toml
+
+    Exit codes:
+      0  success                   5    unusable calibration text
+      2  invalid settings          6    device not available
+      3  unreadable model          7    output cannot be written
+      4  unsupported model         130  interrupted
+
+    See also:
+      llmq sensitivity  which layers need more bits
+      llmq eval         how much quality was lost
+      llmq verify       which engines load the result
     """
-    given = {
-        "method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric, "format": format_,
-        "skip": skip, "overrides": overrides, "strict": strict, "order": order, "scales": scales,
-        "calibration": calibration, "samples": samples, "seqlen": seqlen, "seed": seed,
-        "target_bits": target_bits, "rotate": rotate, "quantize_head": quantize_head,
-    }  # fmt: skip
-    settings = merged(config_from(read_toml(config)) if config else QuantConfig(), given)
     if print_config:
         import tomli_w
 

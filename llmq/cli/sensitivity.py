@@ -8,8 +8,7 @@ from typer import Option
 from llmq.cli import options
 from llmq.cli.progress import ProgressDisplay
 from llmq.cli.terminal import print_json, print_notes, print_table, quiet_transformers
-from llmq.config import QuantConfig
-from llmq.config_files import config_from, merged, parse_group_size, read_toml
+from llmq.config import QuantConfig, parse_group_size
 from llmq.errors import ConfigError, Interrupted
 from llmq.numerics.scheme import GroupSize, WeightScheme
 
@@ -18,50 +17,54 @@ if TYPE_CHECKING:
     from llmq.report.sensitivity import Sensitivity
 
 GRIDS = ("3:128", "4:128", "4:32", "8:128")
+NOT_MEASURED = ("bits", "group_size", "overrides", "strict", "damping", "rotate", "quantize_head")
 
 
+@options.with_settings(without=NOT_MEASURED)
 def command(
     model: options.Model,
     grids: Annotated[
         list[str] | None,
         Option(
             "--grid", metavar="BITS[:GROUP]",
-            help=f"A grid to try.  Repeatable.  Default: {', '.join(GRIDS)}; with --target-bits those it chooses from.",
+            help="Bits and group size to measure, such as 4:32 or 8:channel. Repeatable. "
+            f"Default: {', '.join(GRIDS)}; with --target-bits those that it chooses from.",
+            rich_help_panel="Quantization",
         ),
     ] = None,
-    windows: Annotated[int, Option("--windows", min=1, help="Windows of text that the KL is measured on.")] = 8,
-    target_bits: options.TargetBits = None,
+    windows: Annotated[
+        int,
+        Option(
+            "--windows", min=1, help="Sequences that the KL divergence is measured on. More reduce the noise.",
+            rich_help_panel="Calibration",
+        ),
+    ] = 8,
+    *,
+    settings: QuantConfig,
     plot: Annotated[
-        Path | None, Option("--plot", help="Draw a heat map into this file, such as map.png.")
+        Path | None,
+        Option("--plot", help="Draw a heat map into this file, such as map.png.", rich_help_panel=options.GENERAL),
     ] = None,
-    method: options.Method = None,
-    symmetric: options.Symmetric = None,
-    format_: options.Format = None,
-    skip: options.Skip = None,
-    order: options.Order = None,
-    scales: options.Scales = None,
-    calibration: options.Calibration = None,
-    samples: options.Samples = None,
-    seqlen: options.Seqlen = None,
-    seed: options.Seed = None,
-    config: options.Config = None,
     device: options.Device = "auto",
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = False,
 ) -> None:  # fmt: skip
-    """Measure how much the model suffers from each layer on each grid: KL divergence in nats per token.
+    """Measure how sensitive each layer is to quantization.
 
-    Layers that serving engines run as one are rounded together, everything else stays as it is.  With --target-bits it
-    also shows how `llmq quantize --target-bits` would spend so many bits.
+    Each layer alone is quantized; the table shows the KL divergence to the
+    original model in nats per token. Layers that serving engines fuse are
+    quantized together. With --target-bits the table also shows which bits
+    llmq quantize --target-bits would give each layer.
 
-    Example:  llmq sensitivity Qwen/Qwen3-8B --calibration text.jsonl --target-bits 4.5 --plot map.png
+    Example:
+      llmq sensitivity Qwen/Qwen3-8B --target-bits 4.5 --plot map.png
+
+    Exit codes: those of llmq quantize.
+
+    See also:
+      llmq quantize  --target-bits, --override and --skip use the result
     """
-    given = {
-        "method": method, "symmetric": symmetric, "format": format_, "skip": skip, "order": order, "scales": scales,
-        "calibration": calibration, "samples": samples, "seqlen": seqlen, "seed": seed, "target_bits": target_bits,
-    }  # fmt: skip
-    settings = merged(config_from(read_toml(config)) if config else QuantConfig(), given)
     if plot is not None:
         from llmq.report import heat_map
 

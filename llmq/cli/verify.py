@@ -23,22 +23,31 @@ def command(
     path: options.Path_,
     for_: Annotated[
         list[str] | None,
-        Option(
+        options.choice(
             "--for",
-            help="vllm | sglang | transformers | llama.cpp, on 4 GPUs vllm:4: exit with 8 if it is refused, or if that "
-            "is not known.  Repeatable.",
+            ("vllm", "sglang", "transformers", "llama.cpp"),
+            "Engine to check, optionally with a GPU count (vllm:4). Exit code 8 if it would not load or is unknown. "
+            "Repeatable.",
         ),
     ] = None,
-    quick: Annotated[bool, Option("--quick", help="Headers and configuration only; no weight is read.")] = False,
+    quick: Annotated[bool, Option("--quick", help="Read only headers and the configuration, no weights.")] = False,
     trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = False,
 ) -> None:
-    """Check that a model is whole, and which engines serve it, on how many GPUs, and why not.
+    """Check that a model is complete, and which engines load it.
 
-    Every tensor is read; a model that is broken ends in exit code 3.  Engines are not run: what they ask is known from
-    their sources, see docs/SERVING.md.
+    Every tensor is read. Engines are not run: their requirements are known
+    from their sources (docs/SERVING.md). The result lists for each engine
+    on how many GPUs it would load the model, or why it would not.
 
-    Example:  llmq verify out/ --for vllm
+    Example:
+      llmq verify out/ --for vllm:4
+
+    Exit codes:
+      0  success
+      2  invalid options
+      3  broken or unreadable model
+      8  an engine given with --for would not load it, or is unknown
     """
     from llmq.checkpoint import hub
     from llmq.verify import engines as serving

@@ -15,7 +15,6 @@ The plan becomes overrides and skips of the run's own settings.  They are stored
 be made again from them without measuring; nothing is drawn at random, so a repeated command comes to the same plan.
 """
 
-import dataclasses
 import functools
 import math
 import os.path
@@ -132,7 +131,7 @@ def candidates(
 
     by_scheme = []
     for scheme in schemes:
-        plain = dataclasses.replace(settings, scheme=scheme, overrides=(), target_bits=None)
+        plain = settings.replace(scheme=scheme, overrides=(), target_bits=None)
         plans = dict(zip(free, plan_layers(free.values(), plain, layout), strict=True))
         by_scheme.append(alike(plans, units, plain, layout))
     found = {}
@@ -185,14 +184,19 @@ def settled(settings: QuantConfig, plan: Spending) -> QuantConfig:
         shared = effect.schemes[0]
         if shared is not None and all(scheme == shared for scheme in effect.schemes):
             if shared != settings.scheme:
-                overrides += (Override(name, shared.bits, shared.group_size) for name in _patterns(unit, plan.units))
+                patterns = _patterns(unit, plan.units)
+                overrides += (_override(pattern, shared) for pattern in patterns)
             continue
         for name, scheme in zip(unit.names, effect.schemes, strict=True):
             if scheme is None:
                 skip.append(name)
             elif scheme != settings.scheme:
-                overrides.append(Override(name, scheme.bits, scheme.group_size))
-    return dataclasses.replace(settings, overrides=tuple(overrides), skip=tuple(skip), target_bits=None)
+                overrides.append(_override(name, scheme))
+    return settings.replace(overrides=tuple(overrides), skip=tuple(skip), target_bits=None)
+
+
+def _override(pattern: str, scheme: WeightScheme) -> Override:
+    return Override(pattern=pattern, bits=scheme.bits, group_size=scheme.group_size)
 
 
 def _patterns(unit: Unit, units: Iterable[Unit]) -> tuple[str, ...]:

@@ -3,6 +3,8 @@
 import io
 import json
 import re
+import subprocess
+import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +17,9 @@ from safetensors.torch import load_file
 from llmq import __version__
 from llmq.cli import terminal
 from llmq.config import QuantConfig
-from llmq.config_files import config_from
 from llmq.numerics.scheme import WeightScheme
 from tests import builders
-from tests.command_line import ROOT, llmq, llmq_process
+from tests.command_line import ROOT, environment, llmq, llmq_process
 
 LINEARS = 7  # in a block of a Llama
 BLOCKS = 2
@@ -190,7 +191,7 @@ def test_print_config_is_a_file_that_config_reads(tmp_path: Path) -> None:
     )  # fmt: skip
     first = llmq("quantize", "model", *options, "--print-config")
     assert (first.exit_code, first.stderr) == (0, "")
-    settings = config_from(tomllib.loads(first.stdout))
+    settings = QuantConfig.model_validate(tomllib.loads(first.stdout))
     assert settings.scheme == WeightScheme(3, "channel", symmetric=False)
     assert settings.calibration.sources == ("a.txt", "b.txt")
     assert (settings.skip, settings.strict, settings.seed) == (("lm_head",), True, 7)
@@ -200,7 +201,8 @@ def test_print_config_is_a_file_that_config_reads(tmp_path: Path) -> None:
 
 
 def test_print_config_without_options_is_the_defaults() -> None:
-    assert config_from(tomllib.loads(llmq("quantize", "model", "--print-config").stdout)) == QuantConfig()
+    printed = llmq("quantize", "model", "--print-config").stdout
+    assert QuantConfig.model_validate(tomllib.loads(printed)) == QuantConfig()
 
 
 PRECEDENCE: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
@@ -297,8 +299,8 @@ def test_inspect_of_a_float_model(model: Path) -> None:
 
 QUANTIZE_OPTIONS = (
     "--method", "--bits", "--group-size", "--symmetric", "--asymmetric", "--format", "--calibration", "--samples",
-    "--seqlen", "--order", "--scales", "--strict", "--rotate", "--seed", "--skip", "--override", "--config",
-    "--print-config", "--device", "--dry-run", "--revision", "--trust-remote-code", "--overwrite", "--json",
+    "--seqlen", "--order", "--scales", "--damping", "--strict", "--rotate", "--seed", "--skip", "--override",
+    "--config", "--print-config", "--device", "--dry-run", "--revision", "--trust-remote-code", "--overwrite", "--json",
 )  # fmt: skip
 
 
@@ -319,6 +321,32 @@ def test_help_lists_the_commands() -> None:
 def test_help_of_quantize_has_every_option(option: str) -> None:
     words = llmq("quantize", "--help").stdout.replace(",", " ").replace("/", " ").split()
     assert option in words
+
+
+@pytest.mark.usefixtures("wide")
+def test_help_of_quantize_teaches() -> None:
+    shown = llmq("quantize", "--help").stdout
+    for part in (
+        "[rtn|gptq|awq|fast|balanced|best]", "[2|3|4|8]", "[auto|cpu|cuda[:N]]", "default: balanced", "Examples:",
+        "Exit codes:", "See also:", "Quantization", "Calibration", "General",
+    ):  # fmt: skip
+        assert part in shown, part
+    assert "Exit codes:" in llmq("sensitivity", "--help").stdout
+
+
+def test_the_shell_completes_options_and_their_choices() -> None:
+    def completed(words: str) -> set[str]:
+        asked = {"_LLMQ_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        program = "from llmq.cli import app; app(prog_name='llmq')"
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment(**asked), capture_output=True, text=True, timeout=120
+        )
+        return set(done.stdout.split())
+
+    assert completed("llmq quantize model --method ba") == {"balanced"}
+    assert completed("llmq quantize model --group-size 1") == {"16", "128", "1024"}
+    assert "--target-bits" in completed("llmq quantize model --ta")
+    assert "--install-completion" in llmq("--help").stdout
 
 
 @pytest.mark.usefixtures("wide")

@@ -9,7 +9,6 @@ import pytest
 
 import llmq
 from llmq.config import QuantConfig
-from llmq.config_files import merged
 from llmq.job import Job
 from llmq.methods import Method, Tuning
 from llmq.report.record import BlockReport
@@ -17,6 +16,7 @@ from tests.runs import tensors_of
 
 pytest.importorskip("gguf")
 from llmq.gguf.reader import Container, Weights
+from llmq.settings import merged
 
 Checkpoints = Callable[..., Path]
 TUNED = Method(

@@ -13,11 +13,11 @@ from torch import Tensor
 import llmq
 from llmq import plan as plan_module
 from llmq.config import QuantConfig
-from llmq.config_files import merged
 from llmq.job import Job
 from llmq.methods import METHODS, Method
 from llmq.model.passes.hidden_states import Stream
 from llmq.report.record import BlockReport
+from llmq.settings import merged
 from tests import builders
 from tests.builders import skeleton_of
 from tests.runs import float_equivalent, float_model, logits, quantize, relative, tensors_of, windows_of

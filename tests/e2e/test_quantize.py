@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM
 
 import llmq
 from llmq.config import QuantConfig
-from llmq.config_files import config_from, config_to, merged
 from llmq.formats import load as load_format
 from llmq.methods import METHODS, Method
 from llmq.model.analyse import input_groups
 from llmq.runtime.fused_linear import FusedLinear
 from llmq.runtime.packed_linear import PackedLinear
+from llmq.settings import config_to, merged
 from tests.builders import change_json
 from tests.runs import (
     QUICK,
@@ -131,7 +131,7 @@ def test_provenance(model: Path, tmp_path: Path, text: Path) -> None:
     written = json.loads((tmp_path / "out" / "llmq.json").read_text())
     assert written["versions"]["llmq"] == llmq.__version__
     asked = merged(QuantConfig(), {**QUICK, "method": "gptq", "seed": 3, "calibration": [text]})
-    assert config_from(written["settings"]) == asked
+    assert QuantConfig.model_validate(written["settings"]) == asked
     assert written["settings"] == json.loads(json.dumps(config_to(asked)))
     windows = job(model, tmp_path / "other", text, seed=3)._calibration_set().windows
     ids = windows.numpy().astype("<i8").tobytes()

@@ -58,11 +58,11 @@ def test_its_settings_make_the_same_model_without_measuring(
     quantize(model, tmp_path / "out", text, **TARGET)
     settings = json.loads((tmp_path / "out" / "llmq.json").read_text())["settings"]
     assert settings["overrides"] and "target_bits" not in settings
-    from llmq.config_files import config_from
+    from llmq.config import QuantConfig
     from llmq.mixed_precision import sensitivity
 
     monkeypatch.setattr(sensitivity, "measure", None)
-    llmq.quantize(str(model), tmp_path / "again", config=config_from(settings), device="cpu")
+    llmq.quantize(str(model), tmp_path / "again", config=QuantConfig.model_validate(settings), device="cpu")
     for file in (tmp_path / "out").glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
 

@@ -15,11 +15,11 @@ from llmq import memory
 from llmq.algorithms.kl_divergence import kl_divergence
 from llmq.checkpoint.tuned_version import Revision
 from llmq.config import QuantConfig
-from llmq.config_files import merged
 from llmq.errors import CalibrationError, LlmqError
 from llmq.job import Job
 from llmq.methods import Method, Tuning
 from llmq.report.record import BlockReport, Report, StageGain, TuningStep
+from llmq.settings import merged
 from llmq.steps import end_to_end
 from llmq.steps.end_to_end import Session, tuned_blocks
 from llmq.steps.end_to_end.tuned_blocks import _transformed

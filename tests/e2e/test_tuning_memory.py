@@ -33,10 +33,10 @@ from pathlib import Path
 import torch
 from llmq import tuning
 from llmq.config import QuantConfig
-from llmq.config_files import merged
 from llmq.job import Job
 from llmq.methods import Method, Tuning
 from llmq.report.record import TuningStep
+from llmq.settings import merged
 torch.set_num_threads(1)  # every thread has a stack and an arena that count against the limit
 tiny, model, out, text, steps, allowed, end = *sys.argv[1:5], *map(int, sys.argv[5:8])
 tuning.SAVED_EVERY = tuning.SAVED_SHARE = 0

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-HEAVY = {"torch", "transformers", "numpy", "typer", "click", "rich", "safetensors", "huggingface_hub"}
+HEAVY = {"torch", "transformers", "numpy", "pydantic", "typer", "click", "rich", "safetensors", "huggingface_hub"}
 MODULES = 20  # that `import llmq` may load on top of what Python has loaded itself; 7 as this is written
 
 LOADED = "import json; print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})), file=sys.stderr)"

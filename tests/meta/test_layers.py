@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS = (
     ("errors", "memory", "checkpoint", "_version"),
     ("numerics", "methods", "patterns"),
-    ("config", "config_files"),
+    ("settings", "config", "_keywords"),
     ("algorithms", "formats", "model"),
     ("runtime", "calibration", "report", "gguf"),
     ("steps", "evaluation"),

@@ -1,31 +1,39 @@
 """Settings: which wins, which are refused and with what words, and that what is written can be read again."""
 
-import dataclasses
+import importlib.util
+import inspect
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, Unpack
 
 import pytest
 import tomli_w
+import typer
+from pydantic import Field
 
-from llmq.config import Calibration, Override, QuantConfig
-from llmq.config_files import config_from, config_to, merged, parse_group_size, parse_override, read_toml
+import llmq
+from llmq._keywords import Keywords
+from llmq.cli import options
+from llmq.config import Calibration, Override, QuantConfig, parse_group_size, parse_override
 from llmq.errors import ConfigError
-from llmq.methods import METHODS
 from llmq.numerics.scheme import WeightScheme
 from llmq.patterns import matches
+from llmq.settings import config_to, merged, read_toml, settings_of
+
+ROOT = Path(__file__).resolve().parents[2]
 
 FULL = QuantConfig(
     method="awq",
     scheme=WeightScheme(3, "channel", symmetric=False),
     format="gptq",
-    calibration=Calibration(("a.txt", "owner/name:en:train:text"), 7, 64),
+    calibration=Calibration(sources=("a.txt", "owner/name:en:train:text"), samples=7, seqlen=64),
     order="natural",
     scales="minmax",
     damping=0.05,
     skip=("lm_head", r"re:layers\.[01]\."),
-    overrides=(Override("*.down_proj", bits=8), Override("k_proj", group_size=32, symmetric=True)),
+    overrides=(Override(pattern="*.down_proj", bits=8), Override(pattern="k_proj", group_size=32, symmetric=True)),
     strict=True,
     seed=3,
     target_bits=4.5,
@@ -77,18 +85,18 @@ def test_symmetry_is_true_or_false(symmetric: Any) -> None:
 def test_what_is_written_is_read_again(config: QuantConfig, tmp_path: Path) -> None:
     file = tmp_path / "llmq.toml"
     file.write_text(tomli_w.dumps(config_to(config)), encoding="utf-8")
-    assert config_from(config_to(config)) == config
-    assert config_from(read_toml(file)) == config
+    assert QuantConfig.model_validate(config_to(config)) == config
+    assert QuantConfig.model_validate(read_toml(file)) == config
 
 
 def test_the_example_above_leaves_no_field_at_its_default() -> None:
-    for field in dataclasses.fields(QuantConfig):
-        assert getattr(FULL, field.name) != getattr(QuantConfig(), field.name)
+    for name in QuantConfig.model_fields:
+        assert getattr(FULL, name) != getattr(QuantConfig(), name)
 
 
 def test_a_setting_that_is_not_given_keeps_its_default() -> None:
-    config = config_from({"scheme": {"bits": 8}, "calibration": {"sources": ["x.txt"]}})
-    assert config == QuantConfig(scheme=WeightScheme(8), calibration=Calibration(("x.txt",)))
+    config = QuantConfig.model_validate({"scheme": {"bits": 8}, "calibration": {"sources": ["x.txt"]}})
+    assert config == QuantConfig(scheme=WeightScheme(8), calibration=Calibration(sources=("x.txt",)))
 
 
 @pytest.mark.parametrize(
@@ -122,20 +130,20 @@ def test_a_file_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
         ({"damping": 1.0}, "damping is 1.0, expected a fraction"),
         ({"damping": -0.1}, "damping is -0.1, expected a fraction"),
         ({"damping": float("nan")}, "damping is nan, expected a fraction"),
-        ({"calibration": {"samples": 0}}, "samples is 0, expected at least 1"),
-        ({"calibration": {"seqlen": -5}}, "seqlen is -5, expected at least 1"),
+        ({"calibration": {"samples": 0}}, "samples is 0, expected a whole number, at least 1"),
+        ({"calibration": {"seqlen": -5}}, "seqlen is -5, expected a whole number, at least 1"),
         ({"scheme": {"bits": 5}}, "bits is 5, expected one of"),
-        ({"scheme": {"group_size": "row"}}, "group size is 'row', expected a number, channel or tensor"),
+        ({"scheme": {"group_size": "row"}}, "group_size is 'row', expected one of 16, 32"),
         ({"overrides": [{"pattern": "x", "bits": 5}]}, "bits is 5, expected one of"),
-        ({"overrides": [{"pattern": "x", "bits": "many"}]}, "bits is 'many', expected a whole number"),
+        ({"overrides": [{"pattern": "x", "bits": "many"}]}, "bits is 'many', expected one of 2, 3, 4, 8"),
         ({"skip": ["re:("]}, "'re:(' is no regular expression"),
         ({"overrides": [{"pattern": "re:[", "bits": 8}]}, "'re:[' is no regular expression"),
-        ({"overrides": [{"bits": 8}]}, "an override has no pattern"),
+        ({"overrides": [{"bits": 8}]}, "missing key of an override: 'pattern'"),
     ],
 )
 def test_a_bad_value_is_refused_with_what_was_expected(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(words)):
-        config_from(settings)
+        QuantConfig.model_validate(settings)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +163,7 @@ def test_a_bad_value_is_refused_with_what_was_expected(settings: dict[str, Any],
 )  # fmt: skip
 def test_a_value_of_the_wrong_type_is_refused_and_never_guessed_at(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="expected"):
-        config_from(settings)
+        QuantConfig.model_validate(settings)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +178,7 @@ def test_a_value_of_the_wrong_type_is_refused_and_never_guessed_at(settings: dic
 )
 def test_an_unknown_key_is_refused_with_the_known_ones(settings: dict[str, Any], known: str) -> None:
     with pytest.raises(ConfigError, match="unknown") as caught:
-        config_from(settings)
+        QuantConfig.model_validate(settings)
     assert known in caught.value.hint
 
 
@@ -180,28 +188,33 @@ def test_an_unknown_key_is_refused_with_the_known_ones(settings: dict[str, Any],
 def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
     file = tmp_path / "llmq.toml"
     file.write_text('method = "rtn"\nseed = 5\n[scheme]\nbits = 8\ngroup_size = 64\n[calibration]\nsamples = 9\n')
-    config = merged(config_from(read_toml(file)), {"bits": 3, "method": None, "seqlen": 16, "group_size": None})
+    config = merged(
+        QuantConfig.model_validate(read_toml(file)), {"bits": 3, "method": None, "seqlen": 16, "group_size": None}
+    )
     assert config.method == "rtn" and config.seed == 5
     assert config.scheme == WeightScheme(3, 64)  # a flag, and beside it what the file says
-    assert config.calibration == Calibration((), 9, 16)
+    assert config.calibration == Calibration(samples=9, seqlen=16)
     assert config.order == "activation"
 
 
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"bits": 8}, dataclasses.replace(FULL, scheme=WeightScheme(8, "channel", symmetric=False))),
-        ({"group_size": "64"}, dataclasses.replace(FULL, scheme=WeightScheme(3, 64, symmetric=False))),
-        ({"group_size": "tensor"}, dataclasses.replace(FULL, scheme=WeightScheme(3, "tensor", symmetric=False))),
-        ({"symmetric": True}, dataclasses.replace(FULL, scheme=WeightScheme(3, "channel"))),
-        ({"strict": False}, dataclasses.replace(FULL, strict=False)),
-        ({"skip": []}, dataclasses.replace(FULL, skip=())),
-        ({"skip": ["a", "b"]}, dataclasses.replace(FULL, skip=("a", "b"))),
-        ({"calibration": "x.txt"}, dataclasses.replace(FULL, calibration=Calibration(("x.txt",), 7, 64))),
-        ({"calibration": [Path("x.txt")]}, dataclasses.replace(FULL, calibration=Calibration(("x.txt",), 7, 64))),
-        ({"overrides": ["q_proj:bits=4"]}, dataclasses.replace(FULL, overrides=(Override("q_proj", bits=4),))),
-        ({"overrides": [Override("x", bits=4)]}, dataclasses.replace(FULL, overrides=(Override("x", bits=4),))),
-        ({"overrides": [{"pattern": "x", "bits": 4}]}, dataclasses.replace(FULL, overrides=(Override("x", bits=4),))),
+        ({"bits": 8}, FULL.replace(scheme=WeightScheme(8, "channel", symmetric=False))),
+        ({"group_size": "64"}, FULL.replace(scheme=WeightScheme(3, 64, symmetric=False))),
+        ({"group_size": "tensor"}, FULL.replace(scheme=WeightScheme(3, "tensor", symmetric=False))),
+        ({"symmetric": True}, FULL.replace(scheme=WeightScheme(3, "channel"))),
+        ({"strict": False}, FULL.replace(strict=False)),
+        ({"skip": []}, FULL.replace(skip=())),
+        ({"skip": ["a", "b"]}, FULL.replace(skip=("a", "b"))),
+        ({"calibration": "x.txt"}, FULL.replace(calibration=Calibration(sources=("x.txt",), samples=7, seqlen=64))),
+        (
+            {"calibration": [Path("x.txt")]},
+            FULL.replace(calibration=Calibration(sources=("x.txt",), samples=7, seqlen=64)),
+        ),
+        ({"overrides": ["q_proj:bits=4"]}, FULL.replace(overrides=(Override(pattern="q_proj", bits=4),))),
+        ({"overrides": [Override(pattern="x", bits=4)]}, FULL.replace(overrides=(Override(pattern="x", bits=4),))),
+        ({"overrides": [{"pattern": "x", "bits": 4}]}, FULL.replace(overrides=(Override(pattern="x", bits=4),))),
         ({}, FULL),
     ],
     ids=str,
@@ -241,7 +254,11 @@ def test_a_pattern_covers_no_part_of_a_word_and_no_head(pattern: str) -> None:
 def test_the_last_override_that_matches_wins_and_keeps_what_it_does_not_say() -> None:
     config = QuantConfig(
         scheme=WeightScheme(4, 128, symmetric=False),
-        overrides=(Override("mlp.*", bits=8), Override("down_proj", group_size=32), Override("q_proj", bits=2)),
+        overrides=(
+            Override(pattern="mlp.*", bits=8),
+            Override(pattern="down_proj", group_size=32),
+            Override(pattern="q_proj", bits=2),
+        ),
         skip=("lm_head",),
     )
     assert config.scheme_for(NAME) == WeightScheme(8, 32, symmetric=False)
@@ -251,18 +268,18 @@ def test_the_last_override_that_matches_wins_and_keeps_what_it_does_not_say() ->
 
 
 def test_skipping_wins_over_an_override() -> None:
-    config = QuantConfig(overrides=(Override("down_proj", bits=8),), skip=("layers.10.*",))
+    config = QuantConfig(overrides=(Override(pattern="down_proj", bits=8),), skip=("layers.10.*",))
     assert config.scheme_for(NAME) is None
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("*.down_proj:bits=8,group_size=32", Override("*.down_proj", 8, 32)),
-        ("k_proj:symmetric=false", Override("k_proj", symmetric=False)),
-        ("k_proj: bits = 2 , symmetric = True", Override("k_proj", 2, symmetric=True)),
-        ("x:group_size=channel", Override("x", group_size="channel")),
-        (r"re:layers\.(0|1):bits=8", Override(r"re:layers\.(0|1)", 8)),
+        ("*.down_proj:bits=8,group_size=32", Override(pattern="*.down_proj", bits=8, group_size=32)),
+        ("k_proj:symmetric=false", Override(pattern="k_proj", symmetric=False)),
+        ("k_proj: bits = 2 , symmetric = True", Override(pattern="k_proj", bits=2, symmetric=True)),
+        ("x:group_size=channel", Override(pattern="x", group_size="channel")),
+        (r"re:layers\.(0|1):bits=8", Override(pattern=r"re:layers\.(0|1)", bits=8)),
     ],
 )
 def test_an_override_is_read_from_a_flag(text: str, expected: Override) -> None:
@@ -284,17 +301,11 @@ def test_a_group_size_is_a_number_or_a_word() -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: QuantConfig(overrides=(Override("x", bits=5),)), lambda: QuantConfig(damping=2)]
+    "make", [lambda: QuantConfig(overrides=(Override(pattern="x", bits=5),)), lambda: QuantConfig(damping=2)]
 )
 def test_settings_made_in_python_are_checked_too(make: Callable[[], QuantConfig]) -> None:
     with pytest.raises(ConfigError, match="expected"):
         make()
-
-
-def test_every_method_says_whether_it_needs_text() -> None:
-    assert {name: method.needs_calibration for name, method in METHODS.items()} == {
-        "rtn": False, "gptq": True, "awq": True, "fast": True, "balanced": True, "best": True,
-    }  # fmt: skip
 
 
 # ---- several formats
@@ -315,7 +326,7 @@ def test_several_formats_are_written_and_read_again(tmp_path: Path) -> None:
     config = QuantConfig(format=("awq", "compressed-tensors"))
     file = tmp_path / "llmq.toml"
     file.write_text(tomli_w.dumps(config_to(config)), encoding="utf-8")
-    assert config_from(read_toml(file)) == config
+    assert QuantConfig.model_validate(read_toml(file)) == config
 
 
 @pytest.mark.parametrize(
@@ -324,9 +335,96 @@ def test_several_formats_are_written_and_read_again(tmp_path: Path) -> None:
         ("gptq,onnx", "format is 'onnx', expected one of compressed-tensors"),
         ("", "no format is given"),
         ([], "no format is given"),
-        ("gguf:q4_k,gptq", "gguf:q4_k has a grid of its own"),
+        ("gguf:q4_k,gptq", "gguf:q4_k has a separate grid"),
     ],
 )
 def test_formats_that_do_not_exist_or_not_together(given: Any, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         QuantConfig(format=given)
+
+
+# ---- one field is one setting everywhere
+
+
+class OneMore(QuantConfig):
+    """The settings and one more: nothing else has to change for it."""
+
+    patience: int = Field(default=3, ge=1, description="Steps without progress before a stage ends.")
+
+
+def command_line(model: type[QuantConfig], *arguments: str) -> list[QuantConfig]:
+    """What a command with an option for each setting of a model receives."""
+    received: list[QuantConfig] = []
+
+    @options.with_settings(model=model)
+    def command(*, settings: QuantConfig) -> None:
+        received.append(settings)
+
+    app = typer.Typer()
+    app.command()(command)
+    app(list(arguments), standalone_mode=False)
+    return received
+
+
+def test_a_new_field_is_a_flag_with_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line(OneMore, "--patience", "5") == [OneMore(patience=5)]
+    command_line(OneMore, "--help")
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "--patience" in shown and "Steps without progress" in shown and "default: 3" in shown
+
+
+def test_a_new_field_is_a_toml_key(tmp_path: Path) -> None:
+    file = tmp_path / "llmq.toml"
+    file.write_text("patience = 7\n[scheme]\nbits = 3\n")
+    assert command_line(OneMore, "--config", str(file)) == [OneMore(patience=7, scheme=WeightScheme(3))]
+    assert tomli_w.dumps(config_to(OneMore(patience=7))).count("patience = 7") == 1
+    with pytest.raises(ConfigError, match="patience is '7', expected a whole number"):
+        OneMore.model_validate({"patience": "7"})
+
+
+def test_a_new_field_is_a_keyword_of_python() -> None:
+    assert merged(OneMore(), {"patience": 9}) == OneMore(patience=9)
+    assert "    patience: int | None\n" in keyword_page().render(OneMore)
+
+
+def keyword_page() -> ModuleType:
+    """The program that writes `llmq/_keywords.py`."""
+    spec = importlib.util.spec_from_file_location("setting_keywords", ROOT / "scripts" / "setting_keywords.py")
+    assert spec is not None and spec.loader is not None
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    return program
+
+
+def test_the_keywords_of_quantize_are_the_settings() -> None:
+    program = keyword_page()
+    assert program.PAGE.read_text(encoding="utf-8") == program.render(), "run python scripts/setting_keywords.py"
+    keywords = inspect.signature(llmq.quantize).parameters["settings"].annotation
+    assert keywords == Unpack[Keywords]
+    assert set(Keywords.__annotations__) == set(settings_of(QuantConfig))
+
+
+def test_a_misspelt_keyword_of_quantize_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="unknown setting: 'metod'") as caught:
+        llmq.quantize("model", "out", metod="gptq")  # type: ignore[call-arg]
+    assert "bits" in caught.value.hint and "method" in caught.value.hint
+
+
+def test_every_setting_is_described() -> None:
+    for name, setting in settings_of(QuantConfig).items():
+        assert len((setting.field.description or "").split()) >= 8, name
+
+
+def test_an_error_never_shows_the_words_of_pydantic() -> None:
+    for settings in ({"method": 4}, {"scheme": 4}, {"metod": 4}, {"overrides": [{}]}, {"skip": [1]}):
+        with pytest.raises(ConfigError) as caught:
+            QuantConfig.model_validate(settings)
+        told = f"{caught.value} {caught.value.hint}"
+        assert "pydantic" not in told and "Input should" not in told and "https:" not in told
+
+
+def test_equal_settings_are_one_key_and_cannot_be_changed() -> None:
+    again = QuantConfig.model_validate(config_to(FULL))
+    assert {FULL: "made once"}[again] == "made once"
+    with pytest.raises(ValueError, match="frozen"):
+        FULL.seed = 4  # type: ignore[misc]

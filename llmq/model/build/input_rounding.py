@@ -1,7 +1,8 @@
 """Rounds what the linear layers of a block are fed, in every pass that runs the block.
 
 Each layer with an input scheme has a forward pre-hook.  It runs before hooks that passes add later, so statistics see
-the inputs that the weights will be multiplied by.  The `Station`s of experts, where statistics are taken, have the same.
+the inputs that the weights will be multiplied by.  The `Station`s of experts, where statistics are taken, have the
+same.
 
 Off for the float model: while a block has its original weights, and where a pass finds out how a block is built.
 """
@@ -97,7 +98,7 @@ def _stations(
 ) -> Iterator[tuple[nn.Module, InputScheme]]:
     """The stations of a layer of experts whose inputs are rounded, with the scheme."""
     for station, parts in zip((experts.before_up, experts.before_down), experts.parts, strict=True):
-        linears = [f"{path}.{e}.{part}" for e in range(experts.experts) for part in parts]
+        linears = [f"{path}.{e}.{part}" for e in range(experts.expert_count) for part in parts]
         asked = {schemes.get(linear) for linear in linears}
         if len(asked) > 1:
             listed = " and ".join(sorted(str(scheme or "float") for scheme in asked))

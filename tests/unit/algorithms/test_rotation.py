@@ -12,7 +12,6 @@ from torch import Tensor
 from llmq import pipeline
 from llmq.algorithms import Options, rotation, rtn
 from llmq.config import QuantConfig
-from llmq.config_files import config_from, config_to, merged
 from llmq.formats.layer_plan import LayerPlan
 from llmq.methods import METHODS, Method
 from llmq.model.analyse import fold, input_groups
@@ -23,6 +22,7 @@ from llmq.numerics.block_diagonal import columns, inverse, repeated, rows, scali
 from llmq.numerics.input_stats import InputStats
 from llmq.numerics.scheme import Scheme, WeightScheme
 from llmq.report.record import StageGain
+from llmq.settings import config_to, merged
 from tests.builders import skeleton_of, tokens
 
 Checkpoints = Callable[..., Path]
@@ -321,5 +321,5 @@ def test_any_method_can_rotate_and_then_holds_text_out(method: str) -> None:
 
 def test_the_setting_survives_toml_and_merging() -> None:
     asked = merged(QuantConfig(), {"rotate": True})
-    assert asked.rotate and config_from(config_to(asked)) == asked
+    assert asked.rotate and QuantConfig.model_validate(config_to(asked)) == asked
     assert merged(asked, {"rotate": None}).rotate

@@ -25,7 +25,8 @@ def write_rows(file: Path, rows: list[Any]) -> str:
 
 
 def load(tokenizer: Any, *sources: str, samples: int = 100, seqlen: int = 8) -> CalibrationSet:
-    return calibration.load(Calibration(sources, samples, seqlen), tokenizer, seed=0, max_tokens=None)
+    settings = Calibration(sources=sources, samples=samples, seqlen=seqlen)
+    return calibration.load(settings, tokenizer, seed=0, max_tokens=None)
 
 
 def only(found: CalibrationSet) -> SourceRecord:

@@ -38,7 +38,7 @@ def letters(folder: Path, letter: str, documents: int, *, column: str = "text") 
 
 
 def load(tokenizer: Any, *sources: str, samples: int, author: Any = None, seed: int = 0) -> CalibrationSet:
-    settings = Calibration(sources, samples, 16)
+    settings = Calibration(sources=sources, samples=samples, seqlen=16)
     return calibration.load(settings, tokenizer, seed=seed, max_tokens=None, author=author)
 
 

@@ -27,7 +27,7 @@ def json_lines(folder: Path, texts: list[str], column: str | None = "text", name
 
 
 def load(tokenizer: Any, *files: Path, samples: int = 1000, seqlen: int = 16, seed: int = 0) -> CalibrationSet:
-    settings = Calibration(tuple(str(file) for file in files), samples, seqlen)
+    settings = Calibration(sources=tuple(str(file) for file in files), samples=samples, seqlen=seqlen)
     return calibration.load(settings, tokenizer, seed=seed, max_tokens=None)
 
 
@@ -259,7 +259,7 @@ def test_as_many_windows_as_asked_for_and_no_more_text_than_that_is_tokenized(to
 
 
 def test_a_window_is_not_longer_than_the_context(tokenizer: Any, tmp_path: Path) -> None:
-    settings = Calibration((str(json_lines(tmp_path, TEXTS)),), 4, 64)
+    settings = Calibration(sources=(str(json_lines(tmp_path, TEXTS)),), samples=4, seqlen=64)
     found = calibration.load(settings, tokenizer, seed=0, max_tokens=16)
     assert found.windows.shape == (4, 16)
     assert found.notes == ("windows of 16 tokens instead of 64: the model's context ends there",)

@@ -67,11 +67,11 @@ def test_a_grid_that_the_format_never_holds_is_an_error_and_no_reason_to_keep_la
     with pytest.raises(ConfigError, match=rf"awq cannot hold int8 g128 symmetric, asked for {DOWN}: .* 4 bits only"):
         plan_layers([(DOWN, 64, 256)], QuantConfig(scheme=WeightScheme(8)), AWQ)
     with pytest.raises(ConfigError, match="gptq cannot hold int3 g64"):
-        plan_layers([(Q, 64, 256)], QuantConfig(overrides=(Override("q_proj", bits=3, group_size=64),)), GPTQ)
+        plan_layers([(Q, 64, 256)], QuantConfig(overrides=(Override(pattern="q_proj", bits=3, group_size=64),)), GPTQ)
 
 
 def test_overrides_and_skips_apply_to_the_layers_they_name() -> None:
-    config = QuantConfig(overrides=(Override("down_proj", bits=8, group_size=32),), skip=("k_proj",))
+    config = QuantConfig(overrides=(Override(pattern="down_proj", bits=8, group_size=32),), skip=("k_proj",))
     shapes = [(Q, 64, 256), ("model.layers.0.self_attn.k_proj", 64, 256), (DOWN, 64, 256)]
     first, skipped, other = plan_layers(shapes, config, COMPRESSED)
     assert first == LayerPlan(Q, 64, 256, Scheme(WeightScheme()))

@@ -116,7 +116,7 @@ def test_what_is_skipped_stays_as_it_is() -> None:
     ("changes", "option"),
     [
         ({"scheme": WeightScheme(8)}, "--bits"),
-        ({"overrides": (Override("down_proj", bits=8),)}, "--override"),
+        ({"overrides": (Override(pattern="down_proj", bits=8),)}, "--override"),
         ({"target_bits": 4.5}, "--target-bits"),
         ({"scales": "minmax"}, "--scales minmax"),
     ],

@@ -1,17 +1,15 @@
 """From what was measured to the settings of a run: which layers get which grid, and what can be asked for at all."""
 
-import dataclasses
-
 import pytest
 import torch
 
 from llmq import formats
 from llmq.config import Override, QuantConfig
-from llmq.config_files import config_from, config_to
 from llmq.errors import ConfigError
 from llmq.mixed_precision import assign
 from llmq.numerics.scheme import WeightScheme
 from llmq.report.sensitivity import Effect, Sensitivity, Unit
+from llmq.settings import config_to
 
 SCHEMES = assign.schemes_to_try(WeightScheme())
 SHAPES = {f"x.{name}": (name, 256, 256) for name in ("a.q", "a.k", "b.down")}
@@ -68,7 +66,7 @@ def test_the_settings_carry_the_plan_out() -> None:
     plan = assign.spend(FOUND, 5.5)
     assert plan.grids == ("int4 g128 symmetric", "int8 g128 symmetric")
     made = assign.settled(settings, plan)
-    assert made == dataclasses.replace(settings, overrides=(Override("b.down", 8, 128),), target_bits=None)
+    assert made == settings.replace(overrides=(Override(pattern="b.down", bits=8, group_size=128),), target_bits=None)
     assert made.scheme_for("a.k") == WeightScheme(4, 128) and made.scheme_for("b.down") == WeightScheme(8, 128)
 
 
@@ -79,7 +77,7 @@ def test_layers_that_stay_are_skipped() -> None:
 
 
 def test_a_layer_that_the_user_has_settled_is_left_out() -> None:
-    assert list(layers(QuantConfig(skip=("down",), overrides=(Override("a.k", 8),)))) == ["x.a.q"]
+    assert list(layers(QuantConfig(skip=("down",), overrides=(Override(pattern="a.k", bits=8),)))) == ["x.a.q"]
     with pytest.raises(ConfigError, match="no layer is left"):
         layers(QuantConfig(skip=("*",)))
 
@@ -91,7 +89,7 @@ def test_too_few_bits_are_refused_before_anything_is_measured() -> None:
 
 
 def test_a_target_is_kept_in_files_and_checked() -> None:
-    assert config_from(config_to(QuantConfig(target_bits=4.5))).target_bits == 4.5
+    assert QuantConfig.model_validate(config_to(QuantConfig(target_bits=4.5))).target_bits == 4.5
     assert "target_bits" not in config_to(QuantConfig())
-    with pytest.raises(ConfigError, match="expected bits a weight"):
+    with pytest.raises(ConfigError, match="expected bits per weight"):
         QuantConfig(target_bits=0.5)

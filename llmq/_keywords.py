@@ -1,0 +1,31 @@
+"""The settings of `llmq.quantize` as typed keywords, for type checkers and editors; None means not given.
+
+Generated from the fields in `llmq/config.py`: change them there, then run `python scripts/setting_keywords.py`.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+from llmq.config import Override
+
+
+class Keywords(TypedDict, total=False):
+    method: Literal["rtn", "gptq", "awq", "fast", "balanced", "best"] | None
+    bits: Literal[2, 3, 4, 8] | None
+    group_size: Literal[16, 32, 64, 128, 256, 512, 1024, "channel", "tensor"] | None
+    symmetric: bool | None
+    target_bits: float | None
+    format: str | Sequence[str] | None
+    skip: Sequence[str] | None
+    overrides: str | Override | Sequence[str | Override | Mapping[str, Any]] | None
+    strict: bool | None
+    order: Literal["activation", "natural"] | None
+    scales: Literal["searched", "minmax"] | None
+    damping: float | None
+    rotate: bool | None
+    quantize_head: bool | None
+    calibration: str | Path | Sequence[str | Path] | None
+    samples: int | None
+    seqlen: int | None
+    seed: int | None

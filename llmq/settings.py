@@ -1,0 +1,198 @@
+"""What a setting is: how the fields of a pydantic model become TOML keys, Python keywords, flags and error messages.
+
+The settings themselves are listed in `config.py`; flags are made of them in `cli/options.py`.
+"""
+
+import tomllib
+import types
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+from pydantic.functional_validators import ModelWrapValidatorHandler
+from pydantic_core import CoreSchema, PydanticCustomError
+from pydantic_core.core_schema import no_info_after_validator_function
+
+from llmq.errors import ConfigError, listed
+
+WORDS: Mapping[Any, str] = {
+    str: "a string",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    tuple[str, ...]: "a list of strings",
+}
+
+Strings = Annotated[tuple[str, ...], Field(strict=False)]  # accepts lists, which TOML and JSON have
+Table = TypeVar("Table", bound="Settings")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Metadata of a field, for what its name, type, default and description do not say; every part is optional.
+
+    name      Python keyword, and flag, if not the TOML key
+    flag      command-line flags, if not `--name`
+    metavar   placeholder of the value in `--help`
+    panel     panel of `--help`, if not that of the table
+    choices   the allowed values: checked, shown in `--help`, completed by the shell
+    expected  the allowed values in words, for error messages
+    parse     turns what flags and Python keywords give into what TOML gives
+    keyword   type of the Python keyword, if `parse` accepts more than the field
+    table     the settings that the TOML table consists of, if the field's own class is not a `Settings`
+    """
+
+    name: str = ""
+    flag: str = ""
+    metavar: str = ""
+    panel: str = ""
+    choices: Collection[Any] = ()
+    expected: str = ""
+    parse: Callable[[Any], Any] | None = None
+    keyword: str = ""
+    table: "type[Settings] | None" = None
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return no_info_after_validator_function(self._require_choice, handler(source))
+
+    def _require_choice(self, value: Any) -> Any:
+        for chosen in value if isinstance(value, tuple) else (value,):
+            if self.choices and chosen is not None and chosen not in self.choices:
+                raise PydanticCustomError("choice", "not one of the choices", {"value": chosen})
+        return value
+
+
+class Settings(BaseModel):
+    """A table of settings: cannot be changed, converts no types, and raises ConfigError for a wrong key or value."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    KEY: ClassVar[str] = "setting"  # what error messages call a key of the table
+    PANEL: ClassVar[str] = "Quantization"  # of --help
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _raise_config_errors(cls, given: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return validate(given)
+        except ValidationError as error:
+            if not isinstance(given, Mapping):
+                raise  # the table around this one knows the key of the value
+            raise _config_error(cls, given, error) from None
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with other values, which are checked."""
+        return type(self)(**{**dict(self), **changes})
+
+
+@dataclass(frozen=True)
+class NamedSetting:
+    """A setting and its places: `name` for Python keywords and flags; `key`, perhaps in a `table`, for TOML."""
+
+    name: str
+    key: str
+    table: str
+    panel: str
+    field: FieldInfo
+
+    @property
+    def about(self) -> Setting:
+        return _about(self.field)
+
+    @property
+    def choices(self) -> tuple[Any, ...]:
+        return _choices(self.field)
+
+    @property
+    def types(self) -> tuple[Any, ...]:
+        """The types of its values without None, such as (str, tuple[str, ...])."""
+        return _types(self.field.annotation)
+
+
+def settings_of(model: type[Settings], table: str = "") -> dict[str, NamedSetting]:
+    """Every setting of a model and of the tables in it, by its name for Python keywords and flags."""
+    named: dict[str, NamedSetting] = {}
+    for key, field in model.model_fields.items():
+        about, kind = _about(field), field.annotation
+        inner = about.table or (kind if isinstance(kind, type) and issubclass(kind, Settings) else None)
+        if inner is not None:
+            named |= settings_of(inner, key)
+        else:
+            name = about.name or key
+            named[name] = NamedSetting(name, key, table, about.panel or model.PANEL, field)
+    return named
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The settings of a `--config` file, for `model_validate`."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error}") from None
+
+
+def config_to(config: Settings) -> dict[str, Any]:
+    """The settings as plain values that TOML and JSON can hold; `model_validate` reads them again."""
+    return config.model_dump(mode="json", exclude_none=True)  # TOML has no word for None
+
+
+def merged(config: Table, given: Mapping[str, Any]) -> Table:
+    """`config` with flags or Python keywords on top, by their names in `settings_of`; None means not given."""
+    known = settings_of(type(config))
+    values = config_to(config)
+    for name, value in given.items():
+        if name not in known:
+            raise ConfigError(f"unknown setting: {name!r}", hint=f"known are {listed(sorted(known))}")
+        if value is not None:
+            setting = known[name]
+            table = values[setting.table] if setting.table else values
+            table[setting.key] = setting.about.parse(value) if setting.about.parse else value
+    return type(config).model_validate(values)
+
+
+def _about(field: FieldInfo) -> Setting:
+    return next((extra for extra in field.metadata if isinstance(extra, Setting)), Setting())
+
+
+def _choices(field: FieldInfo) -> tuple[Any, ...]:
+    literal = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    return tuple(_about(field).choices) or literal
+
+
+def _types(annotation: Any) -> tuple[Any, ...]:
+    origin = get_origin(annotation)
+    if origin in (Union, types.UnionType):
+        return tuple(kind for part in get_args(annotation) for kind in _types(part))
+    if origin is Annotated:
+        return _types(get_args(annotation)[0])
+    return () if annotation is type(None) else (annotation,)
+
+
+def _config_error(table: type[Settings], given: Mapping[str, Any], error: ValidationError) -> ConfigError:
+    """The first finding of pydantic in llmq's words: the value, what was expected, and the default as the hint."""
+    first = error.errors(include_url=False)[0]
+    key = str(first["loc"][0])
+    if first["type"] == "extra_forbidden":
+        return ConfigError(f"unknown {table.KEY}: {key!r}", hint=f"known are {listed(sorted(table.model_fields))}")
+    field = table.model_fields[key]
+    if first["type"] == "missing":
+        return ConfigError(f"missing {table.KEY}: {key!r}", hint=field.description or "")
+    value = first.get("ctx", {}).get("value", given[key])
+    hint = f"the default is {field.default}" if type(field.default) in (str, int, float) else ""
+    return ConfigError(f"{key} is {value!r}, expected {_expected(field)}", hint=hint)
+
+
+def _expected(field: FieldInfo) -> str:
+    if choices := _choices(field):
+        return f"one of {listed(choices)}"
+    return _about(field).expected or " or ".join(WORDS.get(kind, "a table") for kind in _types(field.annotation))
