@@ -10,16 +10,16 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from llmq import formats
 from llmq.errors import ConfigError, listed
 from llmq.methods import METHODS, Method
+from llmq.numerics.gguf_types import GGUF_GRIDS
 from llmq.numerics.scheme import GroupSize, Scheme
 from llmq.patterns import matches, require_pattern
 
 ORDERS = ("activation", "natural")
 SCALES = ("searched", "minmax")
-GGUF_GRIDS = ("gguf:q4_k", "gguf:q5_k", "gguf:q6_k", "gguf:q4_k_m", "gguf:q5_k_m")  # no other file can hold them
-CONVERTIBLE = ("compressed-tensors", "gptq", "awq", "gptq_v2", "gguf")  # formats that share their codes
-WITHOUT_HEAD = ("awq", *GGUF_GRIDS)
+CONVERTIBLE = formats.names()  # they share their codes
 FORMATS = (*CONVERTIBLE, *GGUF_GRIDS)
 
 
@@ -72,13 +72,6 @@ class QuantConfig:
         names = parse_formats(self.format)
         object.__setattr__(self, "format", names[0] if len(names) == 1 else names)  # one way to say one thing
         _require_compatible(names)
-        without = [name for name in names if name in WITHOUT_HEAD]
-        if self.quantize_head and without:
-            raise ConfigError(
-                f"{without[0]} cannot hold a head that is quantized on request",
-                hint="gptq and compressed-tensors can; readers of awq keep it in 16 bits, and the mixtures of GGUF "
-                "have a grid for it already",
-            )
         for field, allowed in (("method", METHODS), ("order", ORDERS), ("scales", SCALES)):
             value = getattr(self, field)
             if value not in allowed:
@@ -123,13 +116,13 @@ def parse_formats(given: str | Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name in names if name))
 
 
-def _require_compatible(formats: tuple[str, ...]) -> None:
-    if not formats:
+def _require_compatible(names: tuple[str, ...]) -> None:
+    if not names:
         raise ConfigError("no format is given", hint=f"known are {listed(FORMATS)}")
-    for name in formats:
+    for name in names:
         if name not in FORMATS:
             raise ConfigError(f"format is {name!r}, expected one of {listed(FORMATS)}")
-        if name in GGUF_GRIDS and len(formats) > 1:
+        if name in GGUF_GRIDS and len(names) > 1:
             raise ConfigError(
                 f"{name} has a grid of its own, so no other format can carry its codes",
                 hint="give it alone, or --format gguf, which holds the codes that the other formats hold",

@@ -24,11 +24,12 @@ from bench.timing import now
 from llmq import algorithms, formats, pipeline
 from llmq.checkpoint.writer import Writer
 from llmq.config import QuantConfig
-from llmq.formats import Layout, layer_plan
+from llmq.formats.base import Layout
 from llmq.model.build.checkpoint_names import ModelWeights
 from llmq.model.build.skeleton import Skeleton
 from llmq.model.passes.hidden_states import Stream
 from llmq.report.record import BlockReport
+from llmq.steps import layer_plans
 
 # (label, what is charged to it).  A label may have several; what none of them covers is charged to `rest`.
 STEPS = (
@@ -117,7 +118,7 @@ def pipeline_run(plan: Plan, folder: Path, blocks: int, device: torch.device) ->
     linears = {path: linear for block in skeleton.blocks for path, linear in block.linears.items()}
     layout = formats.load(settings.formats[0])
     shapes = [(path, linear.out_features, linear.in_features) for path, linear in linears.items()]
-    plans = dict(zip(linears, layer_plan.plan_layers(shapes, settings, layout), strict=True))
+    plans = dict(zip(linears, layer_plans.plan_layers(shapes, settings, layout), strict=True))
     windows = torch.randint(plan.llama.vocabulary, (plan.windows, plan.tokens))
     batch = max(1, TOKENS_PER_BATCH // plan.tokens)
     stream = Stream(skeleton, windows, batch, _memory(device) if _can_hold() else 0)

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 from llmq.algorithms import Options
 from llmq.checkpoint.writer import Writer
-from llmq.formats import Layout, Reader
-from llmq.formats.layer_plan import LayerPlan
+from llmq.formats.base import Layout, Reader
 from llmq.methods import Method
 from llmq.model.build.skeleton import Skeleton
 from llmq.model.passes.hidden_states import Stream
+from llmq.numerics.layer_plan import LayerPlan
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from llmq import memory
 from llmq.algorithms.kl_tuning import Rates
-from llmq.formats.layer_plan import LayerPlan
 from llmq.methods import Tuning
 from llmq.model.build.skeleton import Skeleton
 from llmq.model.passes import backward
+from llmq.numerics.layer_plan import LayerPlan
 from llmq.steps.kl_loss import LOGITS_AT_ONCE
 from llmq.steps.run import Run
 

@@ -13,7 +13,6 @@ from llmq import pipeline
 from llmq.algorithms import Options, rotation, rtn
 from llmq.config import QuantConfig
 from llmq.config_files import config_from, config_to, merged
-from llmq.formats.layer_plan import LayerPlan
 from llmq.methods import METHODS, Method
 from llmq.model.analyse import fold, input_groups
 from llmq.model.analyse.fold import FoldSite
@@ -21,6 +20,7 @@ from llmq.model.build.block import Block
 from llmq.model.passes.hidden_states import Stream
 from llmq.numerics.block_diagonal import columns, inverse, repeated, rows, scaling
 from llmq.numerics.input_stats import InputStats
+from llmq.numerics.layer_plan import LayerPlan
 from llmq.numerics.scheme import Scheme
 from llmq.report.record import StageGain
 from tests.builders import skeleton_of, tokens
