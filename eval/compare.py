@@ -8,7 +8,7 @@ The original runs once, and of the models one block at a time is in memory.
 import argparse
 from pathlib import Path
 
-from llmq.cli.evaluate import number
+from llmq.cli.eval import number
 from llmq.cli.terminal import print_json, print_notes, print_table, quiet_transformers
 from llmq.evaluation.measure import Figures, Measurement, measure_many
 

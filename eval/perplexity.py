@@ -8,7 +8,7 @@ Hub; with --wikitext, FILE is its raw form.
 
 import argparse
 
-from llmq.cli.evaluate import WIKITEXT
+from llmq.cli.eval import WIKITEXT
 from llmq.cli.terminal import quiet_transformers
 from llmq.evaluation.measure import measure
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 LAYERS_SHOWN = 6
 
+PANEL, ORDER = "Quantization", 1
+
 
 def command(
     model: options.Model,

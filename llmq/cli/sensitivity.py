@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 GRIDS = ("3:128", "4:128", "4:32", "8:128")
 
+PANEL, ORDER = "Inspect", 4
+
 
 def command(
     model: options.Model,

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1:test:text"
 LIMITS = "For scripts"
 
+PANEL, ORDER = "Inspect", 1
+
 
 def command(
     path: options.Path_,
