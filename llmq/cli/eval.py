@@ -26,7 +26,7 @@ def command(
         list[str] | None,
         Option(
             "--text",
-            help="A .txt, .jsonl, .json or .parquet file, or a Hub data set.  Repeatable.  Default: WikiText-2's.",
+            help="A text, as for --calibration: a file, or a Hub data set.  Repeatable.  Default: WikiText-2's.",
         ),
     ] = None,
     wikitext: Annotated[
