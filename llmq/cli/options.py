@@ -102,7 +102,7 @@ Calibration = Annotated[
         "--calibration",
         help="The text that the model is watched on: a text file (.txt), a file of rows such as .jsonl or .parquet, "
         "also FILE:COLUMN; a Hub data set as NAME[:CONFIG][:SPLIT][:COLUMN]; or self: the model writes it.  Rows hold "
-        "texts or chats.  Repeatable; a number at the end is a weight: a.jsonl:0.8.  Default: a mixed set from the Hub.",
+        "texts or chats.  Repeatable; a number at the end is a weight: a.jsonl:0.8.  Default: a mix from the Hub.",
         rich_help_panel=TEXT,
     ),
 ]
