@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from llmq.export.dequantize import dequantize
     from llmq.job import quantize
     from llmq.numerics.quantized_tensor import QuantizedTensor
-    from llmq.numerics.scheme import Scheme
+    from llmq.numerics.scheme import WeightScheme
     from llmq.report.record import Report
     from llmq.runtime.load import load
     from llmq.runtime.transformers.quantizer import disable_transformers, enable_transformers

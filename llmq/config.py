@@ -14,7 +14,7 @@ from llmq import formats
 from llmq.errors import ConfigError, listed
 from llmq.methods import METHODS, Method
 from llmq.numerics.gguf_types import GGUF_GRIDS
-from llmq.numerics.scheme import GroupSize, Scheme
+from llmq.numerics.scheme import GroupSize, WeightScheme
 from llmq.patterns import matches, require_pattern
 
 ORDERS = ("activation", "natural")
@@ -32,7 +32,7 @@ class Override:
     group_size: GroupSize | None = None
     symmetric: bool | None = None
 
-    def applied_to(self, scheme: Scheme) -> Scheme:
+    def applied_to(self, scheme: WeightScheme) -> WeightScheme:
         fields = {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
         return dataclasses.replace(scheme, **{k: v for k, v in fields.items() if v is not None})  # type: ignore[arg-type]
 
@@ -54,7 +54,7 @@ class QuantConfig:
     """
 
     method: str = "balanced"
-    scheme: Scheme = Scheme()
+    scheme: WeightScheme = WeightScheme()
     format: str | tuple[str, ...] = "compressed-tensors"
     calibration: Calibration = Calibration()
     order: str = "activation"
@@ -98,7 +98,7 @@ class QuantConfig:
     def stages(self) -> Method:
         return METHODS[self.method].rotated() if self.rotate else METHODS[self.method]
 
-    def scheme_for(self, module: str) -> Scheme | None:
+    def scheme_for(self, module: str) -> WeightScheme | None:
         """The grid asked for the module, or None where a skip pattern matches; the last matching override wins."""
         if any(matches(pattern, module) for pattern in self.skip):
             return None

@@ -8,7 +8,7 @@ from typing import Any
 
 from llmq.config import Calibration, Override, QuantConfig
 from llmq.errors import ConfigError, listed
-from llmq.numerics.scheme import GroupSize, Scheme
+from llmq.numerics.scheme import GroupSize, WeightScheme
 
 KINDS: Mapping[str, Callable[[Any], bool]] = {
     "a text": lambda value: isinstance(value, str),
@@ -81,7 +81,7 @@ def config_from(settings: Mapping[str, Any]) -> QuantConfig:
         require_known("key of [scheme]", scheme, _SCHEME)
         if "group_size" in scheme:
             scheme["group_size"] = parse_group_size(scheme["group_size"])
-        values["scheme"] = Scheme(**scheme)
+        values["scheme"] = WeightScheme(**scheme)
     if "calibration" in values:
         calibration = dict(values["calibration"])
         require_known("key of [calibration]", calibration, _CALIBRATION)

@@ -30,7 +30,7 @@ from llmq.mixed_precision.sensitivity import Question
 from llmq.model.build.checkpoint_names import require_finite
 from llmq.model.passes.hidden_states import Stream
 from llmq.model.passes.statistics import TokenWeights
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 from llmq.plan import Plan
 from llmq.report import record
 from llmq.report.record import BlockReport, ConvertStep, LayerReport, MeasuringStep, Report, TuningStep
@@ -138,7 +138,7 @@ class Job:
             raise
 
     def measure_layers(
-        self, tried: Sequence[Scheme] = (), windows: int = sensitivity.WINDOWS
+        self, tried: Sequence[WeightScheme] = (), windows: int = sensitivity.WINDOWS
     ) -> Generator[CalibrationSet | MeasuringStep, None, Sensitivity]:
         """What every layer suffers on each of the grids `tried`, by default those that --target-bits chooses from.
 
@@ -155,7 +155,7 @@ class Job:
         batch = self._windows_at_once(text)
         return (yield from sensitivity.measure(self.plan.skeleton, text.windows, question, batch=batch, judged=windows))
 
-    def _question(self, tried: Sequence[Scheme] = ()) -> Question:
+    def _question(self, tried: Sequence[WeightScheme] = ()) -> Question:
         plan = self.plan
         return assign.ask(
             plan.skeleton, plan.checkpoint, plan.settings, plan.stages.rounding, plan.layout, plan.options, tried

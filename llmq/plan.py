@@ -24,7 +24,7 @@ from llmq.methods import Method
 from llmq.model.build.skeleton import Skeleton
 from llmq.numerics.gguf_types import GGUF_GRIDS
 from llmq.numerics.layer_plan import LayerPlan
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 from llmq.patterns import matches
 from llmq.runtime.checkpoint_weights import quantization_settings
 from llmq.runtime.load import choose_device, stored_dtype
@@ -155,7 +155,7 @@ class Plan:
 
         `layout` is another one than the blocks are staged in.
         """
-        chosen: dict[str, Scheme] = {}
+        chosen: dict[str, WeightScheme] = {}
         floats = left_in_float.unused_modules(self.skeleton, self.checkpoint)
         for path, module in self.skeleton.model.named_modules():
             if not holds_matrix(module):

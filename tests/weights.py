@@ -3,11 +3,17 @@
 import torch
 
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 
 
 def random_weight(
-    scheme: Scheme, N: int, K: int, *, scale_dtype: torch.dtype = torch.float32, shuffled: bool = False, seed: int = 0
+    scheme: WeightScheme,
+    N: int,
+    K: int,
+    *,
+    scale_dtype: torch.dtype = torch.float32,
+    shuffled: bool = False,
+    seed: int = 0,
 ) -> QuantizedTensor:
     """Any codes, any zeros, scales of both signs; `shuffled` groups the columns in an order of their own."""
     generator = torch.Generator().manual_seed(seed)

@@ -22,7 +22,7 @@ from llmq.algorithms.factor import Factor
 from llmq.numerics.affine_grid import ScaleDtype
 from llmq.numerics.input_stats import InputStats
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class RoundingStage(Protocol):
         self,
         weight: Tensor,
         stats: InputStats | None,
-        scheme: Scheme,
+        scheme: WeightScheme,
         options: Options,
         factor: Factor | None = None,
     ) -> Rounding:

@@ -14,13 +14,13 @@ from llmq.algorithms import Options, Rounding, rtn
 from llmq.algorithms.factor import Factor
 from llmq.numerics import affine_grid
 from llmq.numerics.input_stats import InputStats
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 
 NEEDS_FACTOR = False
 
 
 def round_weight(
-    weight: Tensor, stats: InputStats | None, scheme: Scheme, options: Options, factor: Factor | None = None
+    weight: Tensor, stats: InputStats | None, scheme: WeightScheme, options: Options, factor: Factor | None = None
 ) -> Rounding:
     """See `RoundingStage`."""
     if stats is None or options.scales == "minmax":

@@ -32,19 +32,19 @@ from llmq.algorithms.factor import HIGHEST_DAMPING, Factor, factorize
 from llmq.numerics import affine_grid
 from llmq.numerics.affine_grid import Grid
 from llmq.numerics.input_stats import InputStats
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 from llmq_kernels.gptq_block import op as gptq_block
 
 NEEDS_FACTOR = True
 
 
 def round_weight(
-    weight: Tensor, stats: InputStats | None, scheme: Scheme, options: Options, factor: Factor | None = None
+    weight: Tensor, stats: InputStats | None, scheme: WeightScheme, options: Options, factor: Factor | None = None
 ) -> Rounding:
     """See `RoundingStage`."""
     if stats is None or stats.tokens == 0:
         raise ValueError("gptq needs the statistics of at least one token")
-    hessian = stats.hessian
+    hessian = stats.second_moment()
     factor = factor or factorize(hessian, options.order, options.damping)
     if factor is None:
         nearest = clip.round_weight(weight, stats, scheme, options)
@@ -90,7 +90,7 @@ def _by_group(chosen: Grid) -> tuple[Tensor, Tensor]:
 
 
 def compensate_with_growing_grid(
-    weight: Tensor, factor: Factor, scheme: Scheme, scale_dtype: affine_grid.ScaleDtype
+    weight: Tensor, factor: Factor, scheme: WeightScheme, scale_dtype: affine_grid.ScaleDtype
 ) -> tuple[Grid, Tensor]:
     """The paper's order: a group's min-max range is taken once the columns before it are compensated for.
 

@@ -19,8 +19,8 @@ def held_out_loss(weight: Tensor, rounded: Tensor, judge: InputStats) -> Tensor:
 
     judge  the statistics of the held-out tokens
     """
-    loss = output_error(weight, rounded, judge.hessian)
-    cross, drift = judge.cross, judge.drift
+    loss = output_error(weight, rounded, judge.second_moment())
+    cross, drift = judge.cross_moment(), judge.drift_moment()
     if cross is not None and drift is not None:
         loss += 2 * (weight @ cross).mul_(weight - rounded).sum(1)
         loss += (weight @ drift).mul_(weight).sum(1)

@@ -9,13 +9,13 @@ from llmq.algorithms import Options, Rounding
 from llmq.algorithms.factor import Factor
 from llmq.numerics import affine_grid
 from llmq.numerics.input_stats import InputStats
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 
 NEEDS_FACTOR = False
 
 
 def round_weight(
-    weight: Tensor, stats: InputStats | None, scheme: Scheme, options: Options, factor: Factor | None = None
+    weight: Tensor, stats: InputStats | None, scheme: WeightScheme, options: Options, factor: Factor | None = None
 ) -> Rounding:
     """See `RoundingStage`; only `weight` is looked at."""
     fit = affine_grid.fit_searched if options.scales == "searched" else affine_grid.fit_minmax

@@ -56,12 +56,12 @@ def choose(weight: Tensor, V: Tensor, alphas: Sequence[float], judge: InputStats
     length, allowed = float(V.norm()), LONGEST_STEP * float(weight.norm())
     possible = [alpha for alpha in alphas if math.isfinite(length) and alpha * length <= allowed]
     notes = () if possible else ("the target is left out, it is further than half the weight away",)
-    cross = None if judge is None else judge.cross
-    drift = None if judge is None else judge.drift
+    cross = None if judge is None else judge.cross_moment()
+    drift = None if judge is None else judge.drift_moment()
     if judge is None or cross is None or drift is None:
         alpha = max(possible, default=0.0)
         return Target(weight + alpha * V if alpha else weight, alpha, notes=notes)
-    curvature = float(output_error(V, torch.zeros_like(V), judge.hessian).double().sum())
+    curvature = float(output_error(V, torch.zeros_like(V), judge.second_moment()).double().sum())
     slope = float((weight @ cross).mul_(V).sum(dtype=torch.float64))
     before = float((weight @ drift).mul_(weight).sum(dtype=torch.float64))
     change = {alpha: alpha**2 * curvature - 2 * alpha * slope for alpha in possible}

@@ -12,7 +12,7 @@ from llmq.cli.terminal import messages, print_json, print_notes, print_table, qu
 from llmq.config import QuantConfig
 from llmq.config_files import config_from, merged, parse_group_size, read_toml
 from llmq.errors import ConfigError, Interrupted
-from llmq.numerics.scheme import GroupSize, Scheme
+from llmq.numerics.scheme import GroupSize, WeightScheme
 from llmq.report.record import MeasuringStep
 
 if TYPE_CHECKING:
@@ -91,16 +91,16 @@ def command(
     print_notes(found.notes)
 
 
-def _scheme(text: str, settings: QuantConfig) -> Scheme:
+def _scheme(text: str, settings: QuantConfig) -> WeightScheme:
     """`4`, `4:32` or `8:channel` as a grid with the zeros of the run."""
     bits, _, size = text.partition(":")
     if not bits.isdecimal():
         raise ConfigError(f"grid {text!r} is not understood", hint="give BITS or BITS:GROUP, such as 4:32")
     group: GroupSize = parse_group_size(size) if size else settings.scheme.group_size
-    return Scheme(int(bits), group, settings.scheme.symmetric)
+    return WeightScheme(int(bits), group, settings.scheme.symmetric)
 
 
-def _measured(job: "Job", tried: list[Scheme], windows: int) -> "Sensitivity":
+def _measured(job: "Job", tried: list[WeightScheme], windows: int) -> "Sensitivity":
     """Do the work, with what it reads and how far it is on stderr."""
     found: list[Sensitivity] = []
 

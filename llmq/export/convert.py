@@ -32,7 +32,7 @@ from llmq.export.to_gguf import export_gguf
 from llmq.formats import tensor_name
 from llmq.gguf.reader import Weights
 from llmq.numerics.gguf_types import GGUF
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 from llmq.report.record import ConvertStep
 from llmq.runtime.checkpoint_weights import PackedWeights, quantization_settings
 from llmq.runtime.load import stored_dtype
@@ -103,7 +103,7 @@ class Converter:
         self._layout = output_layout.layout_of([to], self._model_dtype)
         self._names = linear_names(self._checkpoint, self._packed.modules, remote_code=remote_code)
         self._symmetric = False  # whether every zero is in the middle, though the file has room for others
-        self._targets: dict[str, Scheme] = {}
+        self._targets: dict[str, WeightScheme] = {}
         settings = quantization_settings(self._checkpoint) or {}
         self.report = origin or Conversion(str(source), str(out), str(settings.get("quant_method")), to)
         self.report.source_bytes = self._checkpoint.nbytes
@@ -140,9 +140,9 @@ class Converter:
         asymmetric = [module for module in affine if not self._packed.scheme(module).symmetric]
         return all(symmetric(self._packed.read(module)) is not None for module in asymmetric)
 
-    def _planned(self) -> dict[str, Scheme]:
+    def _planned(self) -> dict[str, WeightScheme]:
         """The grid that each weight gets; raises ConfigError where that takes a rounding that is not allowed."""
-        targets: dict[str, Scheme] = {}
+        targets: dict[str, WeightScheme] = {}
         refused: dict[str, str] = {}
         for module in self._packed.modules:
             shape = self._packed.shape(module)
@@ -162,13 +162,13 @@ class Converter:
             raise _refusal(refused, self._to)
         return self._side_by_side(targets)
 
-    def _source_scheme(self, module: str) -> Scheme | None:
+    def _source_scheme(self, module: str) -> WeightScheme | None:
         if not self._packed.is_affine(module):
             return None
         scheme = self._packed.scheme(module)
         return dataclasses.replace(scheme, symmetric=True) if self._symmetric else scheme
 
-    def _side_by_side(self, targets: dict[str, Scheme]) -> dict[str, Scheme]:
+    def _side_by_side(self, targets: dict[str, WeightScheme]) -> dict[str, WeightScheme]:
         """The same, on one grid where the format cannot hold these together."""
         try:
             self._settings(targets)
@@ -205,7 +205,7 @@ class Converter:
                 writer.commit(index, tensors, {"schemes": schemes, "requantized": errors})
             record = writer.read(index)[1]
             self.report.requantized |= record["requantized"]
-            self._targets |= {module: Scheme(*scheme) for module, scheme in record["schemes"].items()}
+            self._targets |= {module: WeightScheme(*scheme) for module, scheme in record["schemes"].items()}
 
     def _chunks(self) -> Iterator[list[str]]:
         modules: list[str] = []
@@ -266,7 +266,7 @@ class Converter:
         locations = {name: self._checkpoint.location(name) for name in self._checkpoint.names() if name not in packed}
         return [(location.file, name, location.info) for name, location in locations.items()]
 
-    def _settings(self, targets: Mapping[str, Scheme]) -> dict[str, Any]:
+    def _settings(self, targets: Mapping[str, WeightScheme]) -> dict[str, Any]:
         """The block for config.json."""
         schemes = {name: targets[module] for name, module in self._names.packed.items()}
         return self._layout.quantization_config(schemes, self._names.plain)

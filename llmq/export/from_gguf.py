@@ -37,7 +37,7 @@ from llmq.model.build import skeleton
 from llmq.model.build.checkpoint_names import ModelWeights
 from llmq.numerics.gguf_types import GGUF
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 from llmq.report.record import ConvertStep
 from llmq.runtime.load import has_tokenizer
 from llmq.steps import output_layout
@@ -130,7 +130,7 @@ class GgufSource:
             names = _names(model, weights)
             layers = _linear_layers(model, weights, names)
             writer = Writer.open(folder, identity={"gguf": str(self.file)}, overwrite=False, needed_bytes=0)
-            schemes: dict[str, Scheme] = {}
+            schemes: dict[str, WeightScheme] = {}
             tensors: dict[str, Tensor] = {}
             chunks = 0
             dtype = _dtype(model)
@@ -144,7 +144,7 @@ class GgufSource:
             self._finish(writer, model, schemes)
 
     def _tensors(
-        self, name: str, weights: Weights, dtype: torch.dtype, schemes: dict[str, Scheme], *, packable: bool
+        self, name: str, weights: Weights, dtype: torch.dtype, schemes: dict[str, WeightScheme], *, packable: bool
     ) -> dict[str, Tensor]:
         """What stands for one tensor of the model."""
         kind = weights.kind(name)
@@ -158,7 +158,9 @@ class GgufSource:
                     f"{name} is not what its blocks say", hint="this is a fault of llmq's: please report it"
                 )
         elif self._allowed:
-            recoded = requantize(weights.tensor(name), Scheme(8 if kind[1] in "5678" else 4, GROUP), torch.float16)
+            recoded = requantize(
+                weights.tensor(name), WeightScheme(8 if kind[1] in "5678" else 4, GROUP), torch.float16
+            )
             q, self.requantized[module] = recoded.quantized, recoded.error or 0.0
         else:
             raise ConfigError(
@@ -180,7 +182,7 @@ class GgufSource:
         )
         return tensor
 
-    def _finish(self, writer: Writer, model: Path, schemes: dict[str, Scheme]) -> None:
+    def _finish(self, writer: Writer, model: Path, schemes: dict[str, WeightScheme]) -> None:
         if not schemes:
             raise ConfigError(f"{self.file} holds no quantized linear layer", hint="it is a float model")
         config = read_json_object(model / CONFIG)
@@ -254,22 +256,22 @@ def _unpacked(kind: str, rows: NDArray[np.uint8]) -> QuantizedTensor:
     """(N, bytes of a row) of one of `EXACT` -> its codes."""
     if kind == "Q8_0":
         signed, d = unpack_q8_0(rows)
-        return _affine(signed.astype(np.int16) + 128, d, Scheme(8, GROUP))
+        return _affine(signed.astype(np.int16) + 128, d, WeightScheme(8, GROUP))
     if kind == "Q4_0":
         codes, d = _unpack_q4_0(rows)
-        return _affine(codes, d, Scheme(4, GROUP))
+        return _affine(codes, d, WeightScheme(4, GROUP))
     codes, d = unpack_q5_0(rows)
     centred = codes.astype(np.int16).reshape(len(rows), -1, GROUP) - 16
     zeros = np.clip(-centred.min(-1), 0, 15)  # (N, G)
     shifted = centred + zeros[..., None]
     if shifted.min() < 0 or shifted.max() > 15:
-        return _affine((centred + 128).reshape(len(rows), -1), d, Scheme(8, GROUP))
-    scheme = Scheme(4, GROUP, symmetric=False)
+        return _affine((centred + 128).reshape(len(rows), -1), d, WeightScheme(8, GROUP))
+    scheme = WeightScheme(4, GROUP, symmetric=False)
     return _affine(shifted.reshape(len(rows), -1), d, scheme, torch.from_numpy(zeros.astype(np.int16)))
 
 
 def _affine(
-    codes: NDArray[np.integer], d: NDArray[np.float16], scheme: Scheme, zeros: Tensor | None = None
+    codes: NDArray[np.integer], d: NDArray[np.float16], scheme: WeightScheme, zeros: Tensor | None = None
 ) -> QuantizedTensor:
     return QuantizedTensor(torch.from_numpy(codes.astype(np.uint8)), torch.from_numpy(d.copy()), zeros, scheme)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from llmq.formats.base import Layout
 from llmq.numerics import affine_grid
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import BITS, Scheme
+from llmq.numerics.scheme import BITS, WeightScheme
 
 WIDE = 4  # bits of the narrowest grid of formats that do not have 2 and 3
 
@@ -46,7 +46,7 @@ def recode(q: QuantizedTensor, layout: Layout, dtype: torch.dtype) -> Recoded | 
     return Recoded(dataclasses.replace(found, scales=scales))
 
 
-def requantize(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> Recoded:
+def requantize(weight: Tensor, scheme: WeightScheme, dtype: torch.dtype) -> Recoded:
     """The nearest codes for `weight` (N, K) float32 on another grid."""
     chosen = affine_grid.fit_searched(weight, scheme, dtype)
     q = chosen.quantized(chosen.encode(weight))
@@ -63,7 +63,7 @@ def symmetric(q: QuantizedTensor) -> QuantizedTensor | None:
     return dataclasses.replace(q, zeros=None, scheme=dataclasses.replace(q.scheme, symmetric=True))
 
 
-def on_grid(q: QuantizedTensor, scheme: Scheme) -> QuantizedTensor | None:
+def on_grid(q: QuantizedTensor, scheme: WeightScheme) -> QuantizedTensor | None:
     """The weight as one of `scheme`, where that is another word for its own: one group a row has two names."""
     K = q.shape[1]
     same = (q.scheme.bits, q.scheme.symmetric) == (scheme.bits, scheme.symmetric)
@@ -72,19 +72,19 @@ def on_grid(q: QuantizedTensor, scheme: Scheme) -> QuantizedTensor | None:
     return dataclasses.replace(q, scheme=scheme)
 
 
-def nearest(near: Scheme | None, layout: Layout, out_features: int, in_features: int) -> Scheme | None:
+def nearest(near: WeightScheme | None, layout: Layout, out_features: int, in_features: int) -> WeightScheme | None:
     """The grid of a layout for such a weight that is nearest to `near`: more bits before fewer, then other groups."""
-    asked = near or Scheme(4, 32)
+    asked = near or WeightScheme(4, 32)
     for group_size in dict.fromkeys((asked.group_size, 128, 64, 32, 16, "channel")):
         for bits in sorted(BITS, key=lambda bits: (bits < asked.bits, abs(bits - asked.bits))):
             for without_zeros in dict.fromkeys((asked.symmetric, True)):
-                scheme = Scheme(bits, group_size, without_zeros)
+                scheme = WeightScheme(bits, group_size, without_zeros)
                 if layout.refusal(scheme, out_features, in_features) is None:
                     return scheme
     return None
 
 
-def widened_scheme(scheme: Scheme | None) -> Scheme | None:
+def widened_scheme(scheme: WeightScheme | None) -> WeightScheme | None:
     """A grid of 2 or 3 bits as one of 4 that holds all that it holds; None for wider ones."""
     return None if scheme is None or scheme.bits >= WIDE else dataclasses.replace(scheme, bits=WIDE)
 

@@ -27,7 +27,7 @@ from llmq.errors import ConfigError, FormatError
 from llmq.formats.base import Layout, Reader, Reading
 from llmq.formats.codecs import awq_variants, bit_packing, checks
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 
 NAME = "awq"
 BITS = 4
@@ -72,7 +72,7 @@ def weight_shape(
     return words * 32 // reading.bits, K
 
 
-def refusal(scheme: Scheme, out_features: int, in_features: int) -> str | None:
+def refusal(scheme: WeightScheme, out_features: int, in_features: int) -> str | None:
     """See `Layout.refusal`."""
     if scheme.bits != BITS:
         return f"awq holds 4 bits only, not {scheme.bits}; compressed-tensors holds 2, 3, 4 and 8"
@@ -89,7 +89,7 @@ def scale_dtype(model_dtype: torch.dtype) -> torch.dtype:
     return torch.float16
 
 
-def quantization_config(schemes: Mapping[str, Scheme], unquantized: Sequence[str]) -> dict[str, Any]:
+def quantization_config(schemes: Mapping[str, WeightScheme], unquantized: Sequence[str]) -> dict[str, Any]:
     """See `Layout.quantization_config`.  One grid for all modules."""
     grids = sorted({str(scheme) for scheme in checks.as_stored(schemes).values()})
     if len(grids) > 1:

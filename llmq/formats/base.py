@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llmq.numerics.affine_grid import ScaleDtype
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import GROUP_SIZES, GroupSize, Scheme
+from llmq.numerics.scheme import GROUP_SIZES, GroupSize, WeightScheme
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Reading:
     note               what else the file asks for, and llmq does not do
     """
 
-    scheme: Scheme
+    scheme: WeightScheme
     zeros_offset: int = 0
     needs_group_index: bool = False
     stored_bits: int = 0
@@ -135,9 +135,9 @@ class Layout(Readable):
     """
 
     pack: Callable[[QuantizedTensor], dict[str, Tensor]]
-    refusal: Callable[[Scheme, int, int], str | None]
+    refusal: Callable[[WeightScheme, int, int], str | None]
     scale_dtype: Callable[[torch.dtype], torch.dtype]
-    quantization_config: Callable[[Mapping[str, Scheme], Sequence[str]], dict[str, Any]]
+    quantization_config: Callable[[Mapping[str, WeightScheme], Sequence[str]], dict[str, Any]]
     pack_like: Callable[[QuantizedTensor, Reading], dict[str, Tensor]] | None = None
     scale_values: ScaleDtype | None = None
     one_grid: bool = False

@@ -32,7 +32,7 @@ from llmq.errors import FormatError
 from llmq.formats.base import Layout, Reader, Reading
 from llmq.formats.codecs import bit_packing, checks, fp4
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 
 NAME = "compressed-tensors"
 PACKING = "pack-quantized"
@@ -92,7 +92,7 @@ def weight_shape(
     return int(rows), int(columns)
 
 
-def refusal(scheme: Scheme, out_features: int, in_features: int) -> str | None:
+def refusal(scheme: WeightScheme, out_features: int, in_features: int) -> str | None:
     """See `Layout.refusal`: only a group size that does not divide in_features is refused."""
     return checks.grouping_refusal(scheme, in_features)
 
@@ -102,12 +102,12 @@ def scale_dtype(model_dtype: torch.dtype) -> torch.dtype:
     return model_dtype
 
 
-def quantization_config(schemes: Mapping[str, Scheme], unquantized: Sequence[str]) -> dict[str, Any]:
+def quantization_config(schemes: Mapping[str, WeightScheme], unquantized: Sequence[str]) -> dict[str, Any]:
     """See `Layout.quantization_config`.
 
     Only keys that every version of the format knows, as several readers refuse a group with a key that is new to them.
     """
-    modules: dict[Scheme, list[str]] = {}
+    modules: dict[WeightScheme, list[str]] = {}
     for name, scheme in checks.as_stored(schemes).items():
         modules.setdefault(scheme, []).append(name)
     groups = {
@@ -208,7 +208,7 @@ def _group_index(tensors: Mapping[str, Tensor], reading: Reading, K: int) -> Ten
     return checks.group_index_for(reading, index, K)
 
 
-def _weights_block(scheme: Scheme) -> dict[str, Any]:
+def _weights_block(scheme: WeightScheme) -> dict[str, Any]:
     grouped = isinstance(scheme.group_size, int)
     return {
         "num_bits": scheme.bits,
@@ -235,7 +235,7 @@ def _group_reading(group: Mapping[str, Any], file_format: object, note: str) -> 
         found = {key: weights.get(key, value) for key, value in expected_grid.items()}
         if found != expected_grid:
             raise FormatError(f"the checkpoint declares {packing} with {found}, expected floats of 4 bits by {size}")
-        return Reading(Scheme(4, size), packing=packing, decode=decode, note=notes)
+        return Reading(WeightScheme(4, size), packing=packing, decode=decode, note=notes)
     if packing not in (PACKING, *PLAIN):
         expected = ", ".join((PACKING, *PLAIN, *FLOATS))
         raise FormatError(f"the checkpoint declares weights of format {packing!r}, expected one of {expected}")

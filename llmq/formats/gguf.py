@@ -20,7 +20,7 @@ from llmq.formats.base import Layout, Reader, Reading
 from llmq.formats.codecs import checks, gguf_blocks, gguf_k_quants
 from llmq.numerics.gguf_types import BLOCK_TYPES
 from llmq.numerics.quantized_tensor import QuantizedTensor, Superblocks
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 
 NAME = "gguf"
 PREFIX = "gguf_"
@@ -82,7 +82,7 @@ def weight_shape(
     return N, row // kind.nbytes * kind.columns
 
 
-def refusal(scheme: Scheme, out_features: int, in_features: int) -> str | None:
+def refusal(scheme: WeightScheme, out_features: int, in_features: int) -> str | None:
     """See `Layout.refusal`."""
     if scheme.block_type is None:
         return f"blocks of GGUF have grids of their own, and {scheme} is none of them"
@@ -97,7 +97,7 @@ def scale_dtype(model_dtype: torch.dtype) -> torch.dtype:
     return torch.float16
 
 
-def quantization_config(schemes: Mapping[str, Scheme], unquantized: Sequence[str]) -> dict[str, Any]:
+def quantization_config(schemes: Mapping[str, WeightScheme], unquantized: Sequence[str]) -> dict[str, Any]:
     """See `Layout.quantization_config`; for llmq's own use while a run is not over."""
     return {"quant_method": NAME, "block_types": {name: str(scheme) for name, scheme in schemes.items()}}
 
@@ -105,7 +105,7 @@ def quantization_config(schemes: Mapping[str, Scheme], unquantized: Sequence[str
 def read_config(config: Mapping[str, Any]) -> Reader:
     """See `Layout.read_config`."""
     declared = checks.mapping(checks.declared(config, "block_types"), "block_types")
-    readings = {name: Reading(Scheme.of_blocks(kind)) for name, kind in declared.items()}
+    readings = {name: Reading(WeightScheme.of_blocks(kind)) for name, kind in declared.items()}
     return readings.get
 
 

@@ -34,7 +34,7 @@ from llmq.errors import ConfigError, FormatError
 from llmq.formats.base import Layout, Reader, Reading
 from llmq.formats.codecs import bit_packing, checks
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 
 NAME = "gptq"
 COPY = "quantize_config.json"
@@ -90,7 +90,7 @@ def weight_shape(
     return N, rows * 32 // reading.bits
 
 
-def refusal(scheme: Scheme, out_features: int, in_features: int) -> str | None:
+def refusal(scheme: WeightScheme, out_features: int, in_features: int) -> str | None:
     """See `Layout.refusal`."""
     if scheme.bits not in BITS_WRITTEN:
         return f"gptq is written with 4 and 8 bits only, not {scheme.bits}; compressed-tensors holds 2, 3, 4 and 8"
@@ -110,7 +110,7 @@ def scale_dtype(model_dtype: torch.dtype) -> torch.dtype:
 
 
 def quantization_config(
-    schemes: Mapping[str, Scheme], unquantized: Sequence[str], version: str | None = None
+    schemes: Mapping[str, WeightScheme], unquantized: Sequence[str], version: str | None = None
 ) -> dict[str, Any]:
     """See `Layout.quantization_config`.  The commonest grid is the file's; the key `dynamic` holds the exceptions."""
     stored = checks.as_stored(schemes)
@@ -188,11 +188,11 @@ def _shifted(words: Tensor, width: int, amount: int) -> Tensor:
     return (words.to(torch.int64) + amount * ones).to(torch.int32)  # the conversion drops all above 32 bits
 
 
-def _version(scheme: Scheme) -> str:
+def _version(scheme: WeightScheme) -> str:
     return "gptq" if scheme.symmetric else "gptq_v2"
 
 
-def _grid(scheme: Scheme) -> dict[str, Any]:
+def _grid(scheme: WeightScheme) -> dict[str, Any]:
     group_size = scheme.group_size if isinstance(scheme.group_size, int) else -1
     return {"bits": scheme.bits, "group_size": group_size, "sym": scheme.symmetric}
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llmq.formats import gptq
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 
 NAME = "gptq_v2"
 
@@ -22,7 +22,7 @@ def pack(q: QuantizedTensor) -> dict[str, Tensor]:
     return gptq.pack(q, version=NAME)
 
 
-def quantization_config(schemes: Mapping[str, Scheme], unquantized: Sequence[str]) -> dict[str, Any]:
+def quantization_config(schemes: Mapping[str, WeightScheme], unquantized: Sequence[str]) -> dict[str, Any]:
     """See `Layout.quantization_config`; the `quant_method` is that of gptq."""
     return gptq.quantization_config(schemes, unquantized, version=NAME)
 

@@ -34,7 +34,7 @@ from llmq.errors import FormatError
 from llmq.formats.codecs import gguf_blocks, gguf_k_quants
 from llmq.gguf.writer import Stored, write
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 from llmq.runtime.checkpoint_weights import PackedWeights, quantization_settings
 
 AUTO = "auto"
@@ -111,12 +111,12 @@ def _floats(checkpoint: Checkpoint, name: str) -> NDArray[np.float32]:
     return found
 
 
-def best(scheme: Scheme, columns: int) -> str | None:
+def best(scheme: WeightScheme, columns: int) -> str | None:
     """The smallest type that holds such a grid exactly, as far as the grid says; None where none does."""
     return next((kind for kind in EXACT if refusal(kind, scheme, columns) is None), None)
 
 
-def refusal(kind: str, scheme: Scheme, columns: int) -> str | None:
+def refusal(kind: str, scheme: WeightScheme, columns: int) -> str | None:
     """Why a type cannot hold such a grid for rows of so many weights; None where it can, scales permitting."""
     weights, _ = gguf_blocks.SIZES[kind]
     if columns % weights:

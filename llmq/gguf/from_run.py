@@ -20,7 +20,7 @@ from llmq.formats.codecs import gguf_blocks
 from llmq.gguf import recipes
 from llmq.gguf.writer import Stored, Written, write
 from llmq.numerics import affine_grid
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 
 ROWS_AT_ONCE = 1 << 22  # weights of an embedding that are rounded together
 
@@ -50,14 +50,14 @@ def _staged(path: Path, name: str, info: TensorInfo) -> Stored:
     return Stored(f"{module}.weight", kind, shape, lambda: read_tensor(path, info).numpy())
 
 
-def _outside(name: str, source: Checkpoint, scheme: Scheme | None, device: torch.device) -> Stored:
+def _outside(name: str, source: Checkpoint, scheme: WeightScheme | None, device: torch.device) -> Stored:
     shape = source.info(name).shape
     if scheme is None:
         return Stored(name, None, shape, _floats(lambda: source.tensor(name)))
     return Stored(name, str(scheme).upper(), shape, lambda: rounded(source.tensor(name), scheme, device))
 
 
-def rounded(weight: torch.Tensor, scheme: Scheme, device: torch.device) -> NDArray[np.uint8]:
+def rounded(weight: torch.Tensor, scheme: WeightScheme, device: torch.device) -> NDArray[np.uint8]:
     """(N, bytes of a row): the nearest codes of `weight` (N, K) on the grid of least squared error."""
     pieces = []
     for rows in weight.split(max(1, ROWS_AT_ONCE // weight.shape[1])):

@@ -23,7 +23,7 @@ from llmq.gguf.architectures import architecture
 from llmq.gguf.names import Names
 from llmq.numerics.gguf_types import BLOCK_TYPES, RECIPES, Recipe
 from llmq.numerics.layer_plan import LayerPlan
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 
 SMALLEST_BLOCK = 32
 HEAD, EMBEDDING = "output.weight", "token_embd.weight"
@@ -51,7 +51,7 @@ def plan_layers(
 
 def outside(
     shapes: Mapping[str, tuple[int, ...]], settings: QuantConfig, config: Mapping[str, Any]
-) -> dict[str, Scheme]:
+) -> dict[str, WeightScheme]:
     """The grids of embedding and head, by the name of the tensor; `shapes` are those of all tensors outside the blocks.
 
     What is not named here stays as it is: norms, what is skipped on request, rows that no block fits.
@@ -65,7 +65,7 @@ def outside(
         serves_as_head = place == HEAD or HEAD not in placed.values() or config.get("tie_word_embeddings")
         chosen = fitting(recipe.head if serves_as_head else recipe.usual, shapes[tensor][-1])
         if chosen is not None:
-            found[tensor] = Scheme.of_blocks(chosen)
+            found[tensor] = WeightScheme.of_blocks(chosen)
     return found
 
 
@@ -129,13 +129,13 @@ def _plan(name: str, out_features: int, in_features: int, wanted: str, settings:
         return LayerPlan(name, out_features, in_features, None, "skipped on request")
     chosen = fitting(wanted, in_features)
     if chosen == wanted:
-        return LayerPlan(name, out_features, in_features, Scheme.of_blocks(wanted))
+        return LayerPlan(name, out_features, in_features, WeightScheme.of_blocks(wanted))
     outcome = "kept as it is" if chosen is None else f"{chosen} instead of {wanted}"
     columns = BLOCK_TYPES[wanted].columns if chosen else SMALLEST_BLOCK
     reason = f"{outcome}: {in_features} input features are no multiple of {columns}"
     if settings.strict:
         raise ConfigError(f"{name} ({out_features} x {in_features}): {reason}", hint="leave --strict out to allow this")
-    return LayerPlan(name, out_features, in_features, Scheme.of_blocks(chosen) if chosen else None, reason)
+    return LayerPlan(name, out_features, in_features, WeightScheme.of_blocks(chosen) if chosen else None, reason)
 
 
 def fitting(wanted: str, in_features: int) -> str | None:

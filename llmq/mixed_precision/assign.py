@@ -35,7 +35,7 @@ from llmq.mixed_precision.sensitivity import Candidate, Layer, Question
 from llmq.model.build.skeleton import Skeleton
 from llmq.numerics.affine_grid import dtype_of
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 from llmq.patterns import matches
 from llmq.report.sensitivity import Sensitivity, Unit
 from llmq.runtime.open_skeleton import stored_bytes
@@ -70,9 +70,9 @@ class Spending:
         return f"{self.bits:.3f} of {self.asked:g} bits: {parts}; predicted KL {self.kl:.4g}"
 
 
-def schemes_to_try(asked: Scheme, grids: Iterable[tuple[int, int]] = GRIDS) -> list[Scheme]:
+def schemes_to_try(asked: WeightScheme, grids: Iterable[tuple[int, int]] = GRIDS) -> list[WeightScheme]:
     """The grids to choose from, with zeros as the run has them; the one that it asks for is among them."""
-    tried = [Scheme(bits, size, asked.symmetric) for bits, size in grids]
+    tried = [WeightScheme(bits, size, asked.symmetric) for bits, size in grids]
     return list(dict.fromkeys([*tried, asked]))
 
 
@@ -83,7 +83,7 @@ def ask(
     rounding: str,
     layout: Layout,
     options: Options,
-    schemes: Sequence[Scheme] = (),
+    schemes: Sequence[WeightScheme] = (),
 ) -> Question:
     """What is to be measured on `schemes`, by default those to choose from: every layer that the run would quantize.
 
@@ -108,7 +108,7 @@ def ask(
 def candidates(
     shapes: Mapping[str, tuple[str, int, int]],
     stored_bits: Mapping[str, int],
-    schemes: Iterable[Scheme],
+    schemes: Iterable[WeightScheme],
     settings: QuantConfig,
     layout: Layout,
     scale_dtype: torch.dtype,
@@ -127,7 +127,7 @@ def candidates(
         raise ConfigError("no layer is left to spend bits on", hint="see --skip and --override")
 
     @functools.cache
-    def packed_bits(rows: int, columns: int, scheme: Scheme) -> int:
+    def packed_bits(rows: int, columns: int, scheme: WeightScheme) -> int:
         return _packed_bits(rows, columns, scheme, layout, scale_dtype)
 
     by_scheme = []
@@ -209,7 +209,7 @@ def _settled(name: str, settings: QuantConfig) -> bool:
     return any(matches(pattern, name) for pattern in (*settings.skip, *(o.pattern for o in settings.overrides)))
 
 
-def _packed_bits(rows: int, columns: int, scheme: Scheme, layout: Layout, scale_dtype: torch.dtype) -> int:
+def _packed_bits(rows: int, columns: int, scheme: WeightScheme, layout: Layout, scale_dtype: torch.dtype) -> int:
     """What the format takes for such a weight, found by packing an empty one: some files hold more than they must."""
     groups = columns // scheme.columns_per_group(columns)
     zeros = None if scheme.symmetric else torch.zeros(rows, groups, dtype=torch.int16)

@@ -41,7 +41,7 @@ from llmq.model.build.skeleton import Skeleton
 from llmq.model.experts.separate import SeparateExperts
 from llmq.model.passes.hidden_states import Stream
 from llmq.numerics.input_stats import InputStats
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 from llmq.report.record import MeasuringStep
 from llmq.report.sensitivity import Effect, Sensitivity, Unit
 
@@ -55,7 +55,7 @@ BLOCK_COPIES = 3
 class Candidate:
     """A way to store one layer: `scheme` None leaves it as it is; `bits` that it takes, scales and zeros counted."""
 
-    scheme: Scheme | None
+    scheme: WeightScheme | None
     bits: int
 
 
@@ -212,14 +212,14 @@ def _list_around(block: Block, path: str) -> str | None:
 def _factor(stats: InputStats, question: Question) -> Factor | None:
     """Made once for all grids, where the rounding asks for one."""
     needed = algorithms.rounding(question.rounding).NEEDS_FACTOR and stats.tokens > 0
-    return factorize(stats.hessian, question.options.order, question.options.damping) if needed else None
+    return factorize(stats.second_moment(), question.options.order, question.options.damping) if needed else None
 
 
 def _round(
     block: Block, group: InputGroup, grid: int, stats: InputStats, factor: Factor | None, question: Question
 ) -> float:
     """Put a group's weights on a grid; returns  Σ (w - ŵ) H (w - ŵ)ᵀ."""
-    together: dict[Scheme, list[str]] = {}
+    together: dict[WeightScheme, list[str]] = {}
     for path in group.names:
         scheme = question.layers[path].candidates[grid].scheme if path in question.layers else None
         if scheme is not None:
@@ -230,7 +230,7 @@ def _round(
         stage = algorithms.rounding(question.rounding if stats.tokens else "rtn")
         rounding = stage.round_weight(torch.cat(weights), stats, scheme, question.options, factor)
         rounded = rounding.quantized.dequantize()
-        error += float(output_error(torch.cat(weights), rounded, stats.hessian).sum(dtype=torch.float64))
+        error += float(output_error(torch.cat(weights), rounded, stats.second_moment()).sum(dtype=torch.float64))
         for path, rows in zip(paths, rounded.split([len(weight) for weight in weights]), strict=True):
             block.set_weight(path, rows)
     return error

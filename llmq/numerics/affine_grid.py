@@ -22,7 +22,7 @@ from torch import Tensor
 
 from llmq.numerics import k_quant_grid
 from llmq.numerics.quantized_tensor import QuantizedTensor, Superblocks, affine
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 from llmq_kernels.grid_search import op as grid_search
 from llmq_kernels.grid_search.torch_path import stored
 
@@ -51,7 +51,7 @@ class Grid:
     In a two-level grid they follow from `superblocks`, and both are float32.
     """
 
-    scheme: Scheme
+    scheme: WeightScheme
     scales: Tensor
     zeros: Tensor | None
     superblocks: Superblocks | None = None
@@ -73,14 +73,16 @@ class Grid:
         return QuantizedTensor(codes, self.scales, self.zeros, self.scheme, superblocks=self.superblocks)
 
 
-def fit_minmax(weight: Tensor, scheme: Scheme, scale_dtype: ScaleDtype) -> Grid:
+def fit_minmax(weight: Tensor, scheme: WeightScheme, scale_dtype: ScaleDtype) -> Grid:
     """The grid whose range is that of each group of `weight` (N, K) float32."""
     if scheme.two_level:  # its scales depend on each other, so there is no such thing
         return fit_searched(weight, scheme, scale_dtype)
     return _assemble(weight.shape[0], scheme, scale_dtype, *_minmax(_grouped(weight, scheme), scheme, scale_dtype))
 
 
-def fit_searched(weight: Tensor, scheme: Scheme, scale_dtype: ScaleDtype, importance: Tensor | None = None) -> Grid:
+def fit_searched(
+    weight: Tensor, scheme: WeightScheme, scale_dtype: ScaleDtype, importance: Tensor | None = None
+) -> Grid:
     """The grid of least error for each group of `weight` (N, K) float32; `importance` (K,) weighs the columns."""
     if scheme.two_level:
         found = k_quant_grid.fit(weight, scheme, importance)
@@ -110,7 +112,7 @@ def dtype_of(scale_dtype: ScaleDtype) -> torch.dtype:
     return scale_dtype.dtype if isinstance(scale_dtype, Bounded) else scale_dtype
 
 
-def _candidates(scheme: Scheme, scale_dtype: ScaleDtype) -> grid_search.Candidates:
+def _candidates(scheme: WeightScheme, scale_dtype: ScaleDtype) -> grid_search.Candidates:
     lowest = LOWEST_FACTOR_2_BITS if scheme.bits == 2 else LOWEST_FACTOR
     factors = torch.linspace(lowest, HIGHEST_FACTOR, COARSE_STEPS).tolist()
     step = factors[1] - factors[0]
@@ -127,7 +129,7 @@ def _candidates(scheme: Scheme, scale_dtype: ScaleDtype) -> grid_search.Candidat
     )
 
 
-def _grouped(weight: Tensor, scheme: Scheme) -> Tensor:
+def _grouped(weight: Tensor, scheme: WeightScheme) -> Tensor:
     """(N, K) -> (N, G, g); a per-tensor grid sees one group (1, 1, N * K)."""
     if scheme.group_size == "tensor":
         return weight.reshape(1, 1, -1)
@@ -139,7 +141,7 @@ def _signs(groups: Tensor) -> Tensor:
     return torch.where(groups.amax(-1) > -groups.amin(-1), -1.0, 1.0)
 
 
-def _minmax(groups: Tensor, scheme: Scheme, scale_dtype: ScaleDtype) -> tuple[Tensor, Tensor]:
+def _minmax(groups: Tensor, scheme: WeightScheme, scale_dtype: ScaleDtype) -> tuple[Tensor, Tensor]:
     """Scales and zeros (R, G) float32 from the range of each group of (R, G, g), zero always inside the range."""
     if scheme.symmetric:
         scales = groups.abs().amax(-1) * (2 / scheme.levels)
@@ -159,7 +161,7 @@ def _stored(scales: Tensor, scale_dtype: ScaleDtype) -> Tensor:
     return stored(scales, dtype_of(scale_dtype), _smallest(scale_dtype))
 
 
-def _assemble(rows: int, scheme: Scheme, scale_dtype: ScaleDtype, scales: Tensor, zeros: Tensor) -> Grid:
+def _assemble(rows: int, scheme: WeightScheme, scale_dtype: ScaleDtype, scales: Tensor, zeros: Tensor) -> Grid:
     """(R, G) float32 parts -> a `Grid`; a per-tensor scale is repeated for every row."""
     scales, zeros = (part.expand(rows, -1).contiguous() for part in (scales, zeros))
     return Grid(scheme, scales.to(dtype_of(scale_dtype)), None if scheme.symmetric else zeros.to(torch.int16))

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from llmq.numerics.gguf_types import SUPERBLOCK
 from llmq.numerics.quantized_tensor import SMALLEST_SHARED, Superblocks
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 
 LARGEST = 63  # of 6 bits
 LOWEST_SIGNED, LARGEST_SIGNED = -128, 127
@@ -58,7 +58,7 @@ class _Sums:
         return s * (s * self.cqq - 2 * o * self.cq - 2 * self.cqx) + o * (o * self.c + 2 * self.cx)
 
 
-def fit(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) -> Superblocks:
+def fit(weight: Tensor, scheme: WeightScheme, importance: Tensor | None = None) -> Superblocks:
     """The two-level grid of least error for `weight` (N, K) float32, K a multiple of 256.
 
     importance  (K,) float32, c above; 1 where not given
@@ -76,7 +76,7 @@ def fit(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) -> Sup
     return Superblocks(d, sc, *rest)
 
 
-def _fit_affine(x: Tensor, cost: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fit_affine(x: Tensor, cost: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """d (R,), sc (R, B), dmin (R,) and m (R, B) for x and cost (R, B, g)."""
     s, o = _polished(x, cost, *_widest(x, scheme.levels), scheme.levels)
     least = _error(x, cost, s, o, scheme.levels)
@@ -206,7 +206,7 @@ def _shared_by_least_squares(
     return torch.where(better, new, d), torch.where(better, new_min, dmin)
 
 
-def _fit_symmetric(x: Tensor, cost: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+def _fit_symmetric(x: Tensor, cost: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tensor]:
     """d (R,) and sc (R, B) for x and cost (R, B, g).
 
     The same with the offset s * middle, so that the best scale for codes that stay is a number by itself.

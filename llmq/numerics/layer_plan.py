@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from llmq.numerics.gguf_types import BLOCK_TYPES
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,7 @@ class LayerPlan:
     name: str
     out_features: int
     in_features: int
-    scheme: Scheme | None
+    scheme: WeightScheme | None
     reason: str = ""
 
     @property

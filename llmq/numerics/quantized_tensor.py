@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 
 SMALLEST_SHARED = 2.0**-24  # in float16: llama.cpp reads subnormal numbers, and scales of scales often are
 
@@ -75,12 +75,12 @@ class QuantizedTensor:
     codes: Tensor
     scales: Tensor
     zeros: Tensor | None
-    scheme: Scheme
+    scheme: WeightScheme
     group_index: Tensor | None = None
     superblocks: Superblocks | None = None
 
     @classmethod
-    def of_superblocks(cls, codes: Tensor, superblocks: Superblocks, scheme: Scheme) -> "QuantizedTensor":
+    def of_superblocks(cls, codes: Tensor, superblocks: Superblocks, scheme: WeightScheme) -> "QuantizedTensor":
         """Codes on a two-level grid."""
         return cls(codes, *affine(superblocks), scheme, superblocks=superblocks)
 

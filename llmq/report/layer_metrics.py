@@ -22,7 +22,7 @@ def layer_report(
     """How far `rounded` (N, K) is from `weight` (N, K), float32, and what its `packed` tensors take."""
     output = None
     if stats is not None and stats.tokens:
-        hessian = stats.hessian
+        hessian = stats.second_moment()
         signal = float(output_error(weight, weight * 0, hessian).double().sum())
         output = (float(output_error(weight, rounded, hessian).double().sum()) / signal) ** 0.5 if signal > 0 else 0.0
     stored_bits = 8 * sum(tensor.numel() * tensor.element_size() for tensor in packed.values())

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Effect:
     """
 
     grid: str
-    schemes: tuple[Scheme | None, ...]
+    schemes: tuple[WeightScheme | None, ...]
     bits: int
     error: float
     kl: float

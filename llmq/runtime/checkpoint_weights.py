@@ -10,7 +10,7 @@ from llmq.checkpoint.reader import Checkpoint
 from llmq.errors import FormatError
 from llmq.formats.base import Layout, Readable, Reader, Reading
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 
 
 class PackedWeights:
@@ -122,7 +122,7 @@ class PackedWeights:
             )
         return notes
 
-    def scheme(self, module: str) -> Scheme:
+    def scheme(self, module: str) -> WeightScheme:
         """The grid of a module's weight, from config.json alone."""
         return self._how(module).scheme
 

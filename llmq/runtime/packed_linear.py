@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from llmq.errors import FormatError
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 from llmq.runtime.weight_view import WeightView
 from llmq_kernels.w4a16 import int4pack, layout
 from llmq_kernels.w4a16 import op as packed
@@ -68,7 +68,7 @@ class PackedRows(nn.Module):
 
     def _hold(
         self,
-        scheme: Scheme,
+        scheme: WeightScheme,
         in_features: int,
         words: Tensor,
         scales: Tensor,

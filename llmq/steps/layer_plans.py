@@ -12,7 +12,7 @@ from llmq.config import QuantConfig
 from llmq.errors import ConfigError
 from llmq.formats.base import Layout
 from llmq.numerics.layer_plan import LayerPlan
-from llmq.numerics.scheme import GROUP_SIZES, GroupSize, Scheme
+from llmq.numerics.scheme import GROUP_SIZES, GroupSize, WeightScheme
 
 
 def plan_layers(shapes: Iterable[tuple[str, int, int]], config: QuantConfig, layout: Layout) -> list[LayerPlan]:
@@ -48,20 +48,20 @@ def alike(
     return result
 
 
-def _common_scheme(plans: Sequence[LayerPlan], layout: Layout) -> Scheme | None:
+def _common_scheme(plans: Sequence[LayerPlan], layout: Layout) -> WeightScheme | None:
     schemes = {plan.scheme for plan in plans}
     found = [scheme for scheme in schemes if scheme is not None]
     if len(found) < len(schemes):
         return None
     found.sort(key=lambda s: (-s.bits, -s.group_size if isinstance(s.group_size, int) else 0, str(s)))
 
-    def fits(scheme: Scheme) -> bool:
+    def fits(scheme: WeightScheme) -> bool:
         return all(layout.refusal(scheme, plan.out_features, plan.in_features) is None for plan in plans)
 
     return next((scheme for scheme in found if fits(scheme)), None)
 
 
-def _as_the_others(plan: LayerPlan, scheme: Scheme | None, unit: Sequence[LayerPlan]) -> LayerPlan:
+def _as_the_others(plan: LayerPlan, scheme: WeightScheme | None, unit: Sequence[LayerPlan]) -> LayerPlan:
     if scheme is not None:
         reason = f"{scheme} instead of {plan.scheme}: the experts of a layer share a grid"
         return dataclasses.replace(plan, scheme=scheme, reason=reason)
@@ -72,7 +72,7 @@ def _as_the_others(plan: LayerPlan, scheme: Scheme | None, unit: Sequence[LayerP
 
 def _on_one_grid(plans: list[LayerPlan], layout: Layout) -> list[LayerPlan]:
     """The plans with the grid that covers most weights; layers that fell back to another one stay as they are."""
-    covered: dict[Scheme, int] = {}
+    covered: dict[WeightScheme, int] = {}
     for plan in plans:
         if plan.scheme is not None:
             covered[plan.scheme] = covered.get(plan.scheme, 0) + plan.weights
@@ -111,7 +111,7 @@ def _plan(name: str, out_features: int, in_features: int, config: QuantConfig, l
     return LayerPlan(name, out_features, in_features, scheme, reason)
 
 
-def _smaller(scheme: Scheme, in_features: int) -> list[Scheme]:
+def _smaller(scheme: WeightScheme, in_features: int) -> list[WeightScheme]:
     """What to fall back to, best first: the smaller group sizes that divide, then one scale a row."""
     if not isinstance(scheme.group_size, int):
         return []

@@ -29,7 +29,7 @@ from llmq.model.build import skeleton
 from llmq.numerics.affine_grid import SMALLEST_SCALE, Bounded, ScaleDtype, dtype_of
 from llmq.numerics.gguf_types import GGUF, GGUF_GRIDS
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 
 STAGED_FOR_GGUF = "compressed-tensors"  # holds every grid
 GGUF_SCALES = torch.float16
@@ -65,13 +65,13 @@ def _together(names: Sequence[str], model_dtype: torch.dtype) -> Layout:
         """Scales in the dtype that they were rounded to, so that what tunes them keeps to it."""
         return _with_scales(first.unpack(tensors, reading), dtype_of(values))
 
-    def refusal(scheme: Scheme, out_features: int, in_features: int) -> str | None:
+    def refusal(scheme: WeightScheme, out_features: int, in_features: int) -> str | None:
         for layout in (first, *others):
             if (reason := layout.refusal(scheme, out_features, in_features)) is not None:
                 return reason
         return gguf_refusal(scheme, in_features) if GGUF in names else None
 
-    def quantization_config(schemes: Mapping[str, Scheme], unquantized: Sequence[str]) -> dict[str, Any]:
+    def quantization_config(schemes: Mapping[str, WeightScheme], unquantized: Sequence[str]) -> dict[str, Any]:
         """The first one's; raises ConfigError where one of them cannot hold these grids together."""
         for layout in others:
             layout.quantization_config(schemes, unquantized)
@@ -110,7 +110,7 @@ def common_values(dtypes: Sequence[torch.dtype]) -> ScaleDtype:
     return by_digits[0]
 
 
-def gguf_refusal(scheme: Scheme, in_features: int) -> str | None:
+def gguf_refusal(scheme: WeightScheme, in_features: int) -> str | None:
     """Why no block type of GGUF holds these codes exactly for a weight with so many inputs, or None."""
     if export.best(scheme, in_features) is not None:
         return None

@@ -22,7 +22,7 @@ from llmq.algorithms.guard import held_out_loss
 from llmq.methods import Method
 from llmq.numerics.input_stats import InputStats
 from llmq.numerics.quantized_tensor import QuantizedTensor, where
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 from llmq.report.record import StageGain
 
 
@@ -38,13 +38,13 @@ class Rounded:
 
 def round_group(
     weights: Mapping[str, Tensor],
-    schemes: Mapping[str, Scheme | None],
+    schemes: Mapping[str, WeightScheme | None],
     stats: InputStats | None,
     method: Method,
     options: Options,
 ) -> Iterator[Rounded]:
     """Weights (N, K) that share an input, by their paths; those of one scheme are solved together, None is left out."""
-    together: dict[Scheme, dict[str, Tensor]] = {}
+    together: dict[WeightScheme, dict[str, Tensor]] = {}
     for path, weight in weights.items():
         scheme = schemes[path]
         if scheme is not None:
@@ -52,14 +52,14 @@ def round_group(
     factor = None
     needed = method.alphas or method.refinements or algorithms.rounding(method.rounding).NEEDS_FACTOR
     if stats is not None and stats.tokens and needed:
-        factor = factorize(stats.hessian, options.order, options.damping)
+        factor = factorize(stats.second_moment(), options.order, options.damping)
     for scheme, stacked in together.items():
         yield from _round_stacked(stacked, scheme, stats, factor, method, options)
 
 
 def _round_stacked(
     weights: Mapping[str, Tensor],
-    scheme: Scheme,
+    scheme: WeightScheme,
     stats: InputStats | None,
     factor: Factor | None,
     method: Method,
@@ -73,7 +73,7 @@ def _round_stacked(
     rounding = stage.round_weight(stack, stats, scheme, options, factor)
     refined, gains = rounding.quantized, {path: _target_gain(each) for path, each in targets.items()}
     if stats is not None and factor is not None and method.refinements:
-        damped = _damped(stats.hessian, factor)
+        damped = _damped(stats.second_moment(), factor)
         for name in method.refinements:
             tried = algorithms.refinement(name).refine(stack, refined, damped, options)
             refined = _judge(name, weights, refined, tried, stats.held_out, gains)
@@ -90,7 +90,7 @@ def _targets(
     weights: Mapping[str, Tensor], stats: InputStats, factor: Factor, method: Method
 ) -> dict[str, target.Target]:
     """For each weight what is rounded in its place; itself where the float model's inputs are not known."""
-    cross = stats.cross
+    cross = stats.cross_moment()
     if cross is None:
         note = ("the target is left out, the float model's inputs are not known token by token",)
         return {path: target.Target(weight, 0.0, notes=note) for path, weight in weights.items()}

@@ -16,7 +16,7 @@ from llmq import __version__
 from llmq.cli import terminal
 from llmq.config import QuantConfig
 from llmq.config_files import config_from
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 from tests import builders
 from tests.command_line import ROOT, llmq, llmq_process
 
@@ -191,7 +191,7 @@ def test_print_config_is_a_file_that_config_reads(tmp_path: Path) -> None:
     first = llmq("quantize", "model", *options, "--print-config")
     assert (first.exit_code, first.stderr) == (0, "")
     settings = config_from(tomllib.loads(first.stdout))
-    assert settings.scheme == Scheme(3, "channel", symmetric=False)
+    assert settings.scheme == WeightScheme(3, "channel", symmetric=False)
     assert settings.calibration.sources == ("a.txt", "b.txt")
     assert (settings.skip, settings.strict, settings.seed) == (("lm_head",), True, 7)
     (tmp_path / "quant.toml").write_text(first.stdout)

@@ -23,7 +23,7 @@ from llmq.errors import FormatError
 from llmq.model.experts.stacking import Stacking, form_of
 from llmq.numerics import affine_grid
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 from llmq.runtime.packed_experts import PackedExperts, PackedStack
 from tests import builders
 from tests.weights import assert_same
@@ -73,7 +73,7 @@ def is_packed(name: str, tensor: Tensor) -> bool:
     return tensor.dim() == 2 and not any(part in name for part in ("embed", "lm_head", ".gate.weight"))
 
 
-def write(folder: Path, config: Any, layout_name: str, scheme: Scheme) -> tuple[Path, Path]:
+def write(folder: Path, config: Any, layout_name: str, scheme: WeightScheme) -> tuple[Path, Path]:
     """The packed checkpoint and its twin."""
     layout = formats.load(layout_name)
     source = builders.save_model(folder / "float", builders.causal_model(config))
@@ -123,7 +123,7 @@ def experts_of(model: nn.Module) -> list[PackedExperts]:
 @pytest.mark.parametrize("layout", [GPTQ, PACKED])
 @pytest.mark.parametrize("config", CONFIGS)
 def test_logits_and_generation(config: str, layout: str, tmp_path: Path) -> None:
-    packed, twin = write(tmp_path, CONFIGS[config](), layout, Scheme(4, 32, symmetric=layout == GPTQ))
+    packed, twin = write(tmp_path, CONFIGS[config](), layout, WeightScheme(4, 32, symmetric=layout == GPTQ))
     model, _ = llmq.load(packed)
     assert len(experts_of(model)) == 2
     same = twin_model(twin, torch.float32)
@@ -136,14 +136,14 @@ def test_logits_and_generation(config: str, layout: str, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("config", "layout", "scheme"),
     [
-        (mixtral, PACKED, Scheme(3, "channel", symmetric=False)),
-        (mixtral, PACKED, Scheme(8, 32, symmetric=True)),
-        (mixtral, AWQ, Scheme(4, 32, symmetric=False)),
-        (nemotron_h, PACKED, Scheme(4, 32, symmetric=True)),
+        (mixtral, PACKED, WeightScheme(3, "channel", symmetric=False)),
+        (mixtral, PACKED, WeightScheme(8, 32, symmetric=True)),
+        (mixtral, AWQ, WeightScheme(4, 32, symmetric=False)),
+        (nemotron_h, PACKED, WeightScheme(4, 32, symmetric=True)),
     ],
     ids=lambda value: value.__name__ if callable(value) else str(value),
 )
-def test_other_grids_and_kinds(config: Callable[[], Any], layout: str, scheme: Scheme, tmp_path: Path) -> None:
+def test_other_grids_and_kinds(config: Callable[[], Any], layout: str, scheme: WeightScheme, tmp_path: Path) -> None:
     packed, twin = write(tmp_path, config(), layout, scheme)
     model, _ = llmq.load(packed)
     assert experts_of(model)
@@ -151,7 +151,7 @@ def test_other_grids_and_kinds(config: Callable[[], Any], layout: str, scheme: S
 
 
 def test_no_float_copy_of_the_experts_remains(tmp_path: Path) -> None:
-    packed, _ = write(tmp_path, mixtral(), PACKED, Scheme(4, 32))
+    packed, _ = write(tmp_path, mixtral(), PACKED, WeightScheme(4, 32))
     model, _ = llmq.load(packed)
     assert all(parameter.dim() <= 2 for parameter in model.parameters())
     for experts in experts_of(model):
@@ -162,7 +162,7 @@ def test_no_float_copy_of_the_experts_remains(tmp_path: Path) -> None:
 
 
 def test_every_expert_comes_back_as_it_was_stored(tmp_path: Path) -> None:
-    packed, _ = write(tmp_path, mixtral(), GPTQ, Scheme(4, 32, symmetric=False))
+    packed, _ = write(tmp_path, mixtral(), GPTQ, WeightScheme(4, 32, symmetric=False))
     model, _ = llmq.load(packed)
     returned = {name: weight for experts in experts_of(model) for name, weight in experts.quantized()}
     stored = load_file(packed / "model.safetensors")
@@ -174,7 +174,7 @@ def test_every_expert_comes_back_as_it_was_stored(tmp_path: Path) -> None:
     assert not any(".experts." in name for name in stored)
 
 
-def packed_in_memory(experts: nn.Module, scheme: Scheme) -> PackedExperts:
+def packed_in_memory(experts: nn.Module, scheme: WeightScheme) -> PackedExperts:
     """Packed from transformers' own stacked parameters, which take the values that the codes stand for."""
     stacks = []
     form = form_of(experts)
@@ -196,8 +196,8 @@ def packed_in_memory(experts: nn.Module, scheme: Scheme) -> PackedExperts:
     return PackedExperts(experts, form, *stacks)
 
 
-@pytest.mark.parametrize("scheme", [Scheme(4, 32), Scheme(4, "channel", symmetric=False)], ids=str)
-def test_gpt_oss_in_memory(scheme: Scheme) -> None:
+@pytest.mark.parametrize("scheme", [WeightScheme(4, 32), WeightScheme(4, "channel", symmetric=False)], ids=str)
+def test_gpt_oss_in_memory(scheme: WeightScheme) -> None:
     """There is no settled form on disk of its experts in 4 bits."""
     same = builders.causal_model(gpt_oss())
     same.set_experts_implementation("eager")
@@ -218,7 +218,7 @@ def change(folder: Path, edit: Callable[[dict[str, Tensor]], dict[str, Tensor]])
 
 
 def test_a_missing_expert_is_named(tmp_path: Path) -> None:
-    packed, _ = write(tmp_path, qwen3_moe(), GPTQ, Scheme(4, 32))
+    packed, _ = write(tmp_path, qwen3_moe(), GPTQ, WeightScheme(4, 32))
     gone = "model.layers.1.mlp.experts.2.up_proj."
     change(packed, lambda tensors: {n: t for n, t in tensors.items() if not n.startswith(gone)})
     with pytest.raises(FormatError, match=r"layers\.1\.mlp\.experts\.gate_up_proj .* 3 of them, and not number 2"):
@@ -226,7 +226,7 @@ def test_a_missing_expert_is_named(tmp_path: Path) -> None:
 
 
 def test_a_missing_projection_is_named(tmp_path: Path) -> None:
-    packed, _ = write(tmp_path, qwen3_moe(), GPTQ, Scheme(4, 32))
+    packed, _ = write(tmp_path, qwen3_moe(), GPTQ, WeightScheme(4, 32))
     change(packed, lambda tensors: {n: t for n, t in tensors.items() if "layers.1" not in n or "down_proj" not in n})
     with pytest.raises(FormatError, match=r"none of the experts of model\.layers\.1\.mlp\.experts\.down_proj"):
         llmq.load(packed)
@@ -239,7 +239,7 @@ def unpacked(twin: Path, prefix: str) -> Callable[[dict[str, Tensor]], dict[str,
 
 
 def test_a_layer_of_float_experts_among_packed_ones(tmp_path: Path) -> None:
-    packed, twin = write(tmp_path, mixtral(), PACKED, Scheme(4, 32))
+    packed, twin = write(tmp_path, mixtral(), PACKED, WeightScheme(4, 32))
     change(packed, unpacked(twin, "model.layers.1.block_sparse_moe.experts."))
     model, _ = llmq.load(packed)
     assert len(experts_of(model)) == 1
@@ -247,7 +247,7 @@ def test_a_layer_of_float_experts_among_packed_ones(tmp_path: Path) -> None:
 
 
 def test_packed_and_float_experts_in_one_layer_are_refused(tmp_path: Path) -> None:
-    packed, twin = write(tmp_path, mixtral(), PACKED, Scheme(4, 32))
+    packed, twin = write(tmp_path, mixtral(), PACKED, WeightScheme(4, 32))
     change(packed, unpacked(twin, "model.layers.1.block_sparse_moe.experts.3."))
     message = r"12 weights of model\.layers\.1\.mlp\.experts, 3 are not packed, .*experts\.3\.w"
     with pytest.raises(FormatError, match=message):
@@ -255,7 +255,7 @@ def test_packed_and_float_experts_in_one_layer_are_refused(tmp_path: Path) -> No
 
 
 def test_experts_on_different_grids_are_refused(tmp_path: Path) -> None:
-    packed, _ = write(tmp_path, mixtral(), PACKED, Scheme(4, 32))
+    packed, _ = write(tmp_path, mixtral(), PACKED, WeightScheme(4, 32))
     other = "model.layers.0.block_sparse_moe.experts.1.w3.weight_scale"
     change(packed, lambda tensors: {n: t.half() if n == other else t for n, t in tensors.items()})
     with pytest.raises(FormatError, match=r"experts\.1\.w3 has scales of torch\.float16, .*experts\.0\.w1 .*float32"):
@@ -263,7 +263,7 @@ def test_experts_on_different_grids_are_refused(tmp_path: Path) -> None:
 
 
 def test_experts_in_the_order_of_activations_are_refused(tmp_path: Path) -> None:
-    packed, _ = write(tmp_path, mixtral(), GPTQ, Scheme(4, 32))
+    packed, _ = write(tmp_path, mixtral(), GPTQ, WeightScheme(4, 32))
     index = "model.layers.0.block_sparse_moe.experts.1.w2.g_idx"
     change(packed, lambda tensors: tensors | {index: tensors[index].flip(0)})
     with pytest.raises(FormatError, match=r"experts\.1\.w2 is grouped in the order of its activations"):
@@ -272,7 +272,7 @@ def test_experts_in_the_order_of_activations_are_refused(tmp_path: Path) -> None
 
 def test_a_compiled_layer_is_one_graph_and_takes_no_tokens_too() -> None:
     experts = builders.causal_model(mixtral()).model.layers[0].mlp.experts
-    packed = packed_in_memory(experts, Scheme(4, 32))
+    packed = packed_in_memory(experts, WeightScheme(4, 32))
     compiled = torch.compile(packed, fullgraph=True, backend="aot_eager")
     for tokens in (5, 0):
         index = torch.arange(2 * tokens).view(tokens, 2) % EXPERTS

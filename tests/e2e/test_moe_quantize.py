@@ -20,7 +20,7 @@ from llmq.errors import ConfigError
 from llmq.methods import METHODS
 from llmq.model.experts.separate import SeparateExperts
 from llmq.model.passes.forward import hidden_states
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 from llmq.report.record import BlockReport, experts_summary
 from llmq.runtime.open_skeleton import open_skeleton
 from llmq.runtime.packed_experts import PackedExperts
@@ -172,7 +172,10 @@ def test_the_experts_of_a_layer_share_a_grid(saved: Saved, tmp_path: Path, text:
     overrides = ["layers.0*experts.1.w2:bits=8", "layers.1*.w3:group_size=32"]
     job = runs.job(saved("mixtral"), tmp_path / "out", text, method="rtn", overrides=overrides)
     schemes = {(path.split(".")[2], plan.scheme) for path, plan in job.plan.layers.items() if ".experts." in path}
-    assert schemes == {("0", Scheme(8, 16)), ("1", Scheme(4, 16))}  # groups of 32 do not divide down's 48 inputs
+    assert schemes == {
+        ("0", WeightScheme(8, 16)),
+        ("1", WeightScheme(4, 16)),
+    }  # groups of 32 do not divide down's 48 inputs
     reasons = {plan.reason for path, plan in job.plan.layers.items() if "experts" in path and plan.reason}
     assert len(reasons) == 2 and all("the experts of a layer share a grid" in reason for reason in reasons)
     strict = {"method": "rtn", "overrides": overrides, "strict": True}

@@ -13,7 +13,7 @@ from llmq.formats import awq, compressed_tensors, gptq
 from llmq.formats.base import Layout, Reader, Reading
 from llmq.formats.codecs import bit_packing
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 
 FOLDERS = ("gptqmodel-gptq-sym-g128", "gptqmodel-awq-gemm-asym-g32", "llmcompressor-ct-w4a16-sym-g128")
 
@@ -23,7 +23,7 @@ def unsigned(words: Tensor) -> list[str]:
     return [f"{word & 0xFFFFFFFF:08x}" for word in words.flatten().tolist()]
 
 
-def stairs(scheme: Scheme, zeros: list[int] | None = None) -> QuantizedTensor:
+def stairs(scheme: WeightScheme, zeros: list[int] | None = None) -> QuantizedTensor:
     """(8, 8), one group a row: code [n, k] = n + k, zero of row n as given."""
     codes = (torch.arange(8)[:, None] + torch.arange(8)).to(torch.uint8)
     column = None if zeros is None else torch.tensor([zeros], dtype=torch.int16).T
@@ -32,7 +32,7 @@ def stairs(scheme: Scheme, zeros: list[int] | None = None) -> QuantizedTensor:
 
 # ---- by hand
 
-SYMMETRIC, ASYMMETRIC = Scheme(4, "channel"), Scheme(4, "channel", symmetric=False)
+SYMMETRIC, ASYMMETRIC = WeightScheme(4, "channel"), WeightScheme(4, "channel", symmetric=False)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_gptq_asymmetric_zeros_mean_themselves() -> None:
 def test_gptq_eight_bits() -> None:
     # Four codes a word, two digits each; inputs 0 … 3 in the first row of words, 4 … 7 in the second.
     # Symmetric: 128 is stored as 127 = 0x7f.
-    tensors = gptq.pack(stairs(Scheme(8, "channel")))
+    tensors = gptq.pack(stairs(WeightScheme(8, "channel")))
     assert unsigned(tensors["qweight"][:, 0]) == ["03020100", "07060504"]
     assert unsigned(tensors["qzeros"]) == ["7f7f7f7f"] * 2
 
@@ -117,7 +117,7 @@ def test_gptq_two_bits_are_read() -> None:
         "qzeros": torch.tensor([[0x8F8F8F8F - (1 << 32)]], dtype=torch.int32),
         "scales": torch.ones(1, 16),
     }
-    q = gptq.unpack(tensors, Reading(Scheme(2, 16, symmetric=False), zeros_offset=1))
+    q = gptq.unpack(tensors, Reading(WeightScheme(2, 16, symmetric=False), zeros_offset=1))
     assert q.codes.tolist() == [[0, 1, 2, 3] * 4] * 16
     assert q.zeros.flatten().tolist() == [0, 1, 2, 3] * 4  # type: ignore[union-attr]
 

@@ -14,12 +14,12 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationStat
 
 from llmq.formats import compressed_tensors
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import BITS, Scheme
+from llmq.numerics.scheme import BITS, WeightScheme
 
 pytestmark = pytest.mark.interop
 
 
-def example(scheme: Scheme, N: int = 24, K: int = 96) -> QuantizedTensor:
+def example(scheme: WeightScheme, N: int = 24, K: int = 96) -> QuantizedTensor:
     draw = torch.Generator().manual_seed(0)
     G = K // scheme.columns_per_group(K)
     codes = torch.randint(0, scheme.levels + 1, (N, K), dtype=torch.uint8, generator=draw)
@@ -30,7 +30,7 @@ def example(scheme: Scheme, N: int = 24, K: int = 96) -> QuantizedTensor:
 
 @pytest.mark.parametrize("bits", BITS)
 def test_codes_are_read(bits: int) -> None:
-    q = example(Scheme(bits, 32))
+    q = example(WeightScheme(bits, 32))
     words = compressed_tensors.pack(q)["weight_packed"]
     signed = unpack_from_int32(words, bits, torch.Size(q.shape))
     assert torch.equal(signed.to(torch.int16) + q.scheme.middle, q.codes.to(torch.int16))
@@ -38,7 +38,7 @@ def test_codes_are_read(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", BITS)
 def test_zeros_are_read(bits: int) -> None:
-    q = example(Scheme(bits, 32, symmetric=False))
+    q = example(WeightScheme(bits, 32, symmetric=False))
     assert q.zeros is not None
     words = compressed_tensors.pack(q)["weight_zero_point"]
     signed = unpack_from_int32(words, bits, q.zeros.shape, packed_dim=0)
@@ -48,7 +48,7 @@ def test_zeros_are_read(bits: int) -> None:
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("K", [7, 32, 50, 96])
 def test_words_are_the_same(bits: int, K: int) -> None:
-    q = example(Scheme(bits, "channel"), K=K)
+    q = example(WeightScheme(bits, "channel"), K=K)
     signed = (q.codes.to(torch.int16) - q.scheme.middle).to(torch.int8)
     assert torch.equal(compressed_tensors.pack(q)["weight_packed"], pack_to_int32(signed, bits))
 
@@ -58,7 +58,7 @@ def test_words_are_the_same(bits: int, K: int) -> None:
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_weights_are_decompressed_to_the_bit(bits: int, group_size: int, symmetric: bool) -> None:
     # float16 times an integer below 2**8 is exact in float32, so both sides round once, to the same number.
-    q = example(Scheme(bits, group_size, symmetric))
+    q = example(WeightScheme(bits, group_size, symmetric))
     declared = QuantizationConfig.model_validate(compressed_tensors.quantization_config({"a": q.scheme}, []))
     (group,) = declared.config_groups.values()
     compressor = BaseCompressor.get_value_from_registry(declared.format)
@@ -67,7 +67,9 @@ def test_weights_are_decompressed_to_the_bit(bits: int, group_size: int, symmetr
 
 
 def test_the_configuration_is_valid() -> None:
-    block = compressed_tensors.quantization_config({"a.q": Scheme(4, 128), "a.k": Scheme(4, 128)}, ["lm_head"])
+    block = compressed_tensors.quantization_config(
+        {"a.q": WeightScheme(4, 128), "a.k": WeightScheme(4, 128)}, ["lm_head"]
+    )
     declared = QuantizationConfig.model_validate(block)
     (group,) = declared.config_groups.values()
     assert declared.quantization_status == QuantizationStatus.COMPRESSED
@@ -76,7 +78,11 @@ def test_the_configuration_is_valid() -> None:
 
 
 def test_a_configuration_of_several_grids_is_valid() -> None:
-    schemes = {"a.q": Scheme(4, 128), "a.k": Scheme(3, "channel", symmetric=False), "a.v": Scheme(4, "tensor")}
+    schemes = {
+        "a.q": WeightScheme(4, 128),
+        "a.k": WeightScheme(3, "channel", symmetric=False),
+        "a.v": WeightScheme(4, "tensor"),
+    }
     declared = QuantizationConfig.model_validate(compressed_tensors.quantization_config(schemes, ["lm_head"]))
     found = {target: group.weights for group in declared.config_groups.values() for target in group.targets}
     assert {name: (w.num_bits, w.strategy, w.symmetric) for name, w in found.items()} == {

@@ -16,7 +16,7 @@ from llmq.formats import gguf as layout
 from llmq.numerics import affine_grid
 from llmq.numerics.input_stats import InputStats
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 
 pytestmark = pytest.mark.interop
 TYPES = {"q4_k": 12, "q5_k": 13, "q6_k": 14, "q5_0": 6, "q8_0": 8}  # enum ggml_type
@@ -56,7 +56,7 @@ def rounded_by_ggml(ggml: ctypes.CDLL, kind: str, weight: Tensor, importance: Te
 
 
 def nearest(weight: Tensor, kind: str, importance: Tensor | None = None) -> QuantizedTensor:
-    chosen = affine_grid.fit_searched(weight, Scheme.of_blocks(kind), torch.float16, importance)
+    chosen = affine_grid.fit_searched(weight, WeightScheme.of_blocks(kind), torch.float16, importance)
     return chosen.quantized(chosen.encode(weight))
 
 
@@ -90,7 +90,7 @@ def test_gptq_loses_far_less_than_an_importance_matrix_saves(ggml: ctypes.CDLL, 
     stats = InputStats(K, torch.device("cpu"))
     stats.update(torch.randn(2048, K, generator=draw) @ mixing)
     weight = weight_of(4)
-    ours = gptq.round_weight(weight, stats, Scheme.of_blocks(kind), Options(torch.float16)).quantized.dequantize()
+    ours = gptq.round_weight(weight, stats, WeightScheme.of_blocks(kind), Options(torch.float16)).quantized.dequantize()
     theirs = rounded_by_ggml(ggml, kind, weight, stats.mean_square.contiguous())
-    losses = [float(output_error(weight, found, stats.hessian).sum()) for found in (ours, theirs)]
+    losses = [float(output_error(weight, found, stats.second_moment()).sum()) for found in (ours, theirs)]
     assert losses[0] < 0.8 * losses[1]

@@ -13,7 +13,7 @@ import torch
 import llmq
 from llmq import formats
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 from llmq_kernels import files
 from tests import foreign
 
@@ -32,7 +32,7 @@ assert sys.modules["torch"] is None
 """
 
 
-def example(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype, seed: int) -> QuantizedTensor:
+def example(scheme: WeightScheme, shape: tuple[int, int], dtype: torch.dtype, seed: int) -> QuantizedTensor:
     draw = torch.Generator().manual_seed(seed)
     N, G = shape[0], shape[1] // scheme.columns_per_group(shape[1])
     codes = torch.randint(0, scheme.levels + 1, shape, dtype=torch.uint8, generator=draw)
@@ -41,7 +41,7 @@ def example(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype, seed: in
     return QuantizedTensor(codes, scales, None if scheme.symmetric else zeros, scheme)
 
 
-def written(folder: Path, name: str, *schemes: Scheme, dtype: torch.dtype = torch.float16) -> Path:
+def written(folder: Path, name: str, *schemes: WeightScheme, dtype: torch.dtype = torch.float16) -> Path:
     layout = formats.load(name)
     weights = {m: example(s, (32, 160 * 8), dtype, i) for i, (m, s) in enumerate(zip(NAMES, schemes, strict=True))}
     settings = layout.quantization_config({m: q.scheme for m, q in weights.items()}, ["lm_head"])
@@ -50,21 +50,23 @@ def written(folder: Path, name: str, *schemes: Scheme, dtype: torch.dtype = torc
 
 CASES: dict[str, Callable[[Path], Path]] = {
     "compressed-tensors 4 bits, bf16": lambda path: written(
-        path, "compressed-tensors", Scheme(4, 128), Scheme(4, 128), dtype=torch.bfloat16
+        path, "compressed-tensors", WeightScheme(4, 128), WeightScheme(4, 128), dtype=torch.bfloat16
     ),
     "compressed-tensors mixed": lambda path: written(
-        path, "compressed-tensors", Scheme(3, 32, symmetric=False), Scheme(8, "channel")
+        path, "compressed-tensors", WeightScheme(3, 32, symmetric=False), WeightScheme(8, "channel")
     ),
     "compressed-tensors 2 bits": lambda path: written(
-        path, "compressed-tensors", Scheme(2, 16, symmetric=False), Scheme(2, "channel", symmetric=False)
+        path, "compressed-tensors", WeightScheme(2, 16, symmetric=False), WeightScheme(2, "channel", symmetric=False)
     ),
-    "gptq": lambda path: written(path, "gptq", Scheme(4, 64), Scheme(8, 128)),
+    "gptq": lambda path: written(path, "gptq", WeightScheme(4, 64), WeightScheme(8, 128)),
     "gptq asymmetric": lambda path: written(
-        path, "gptq", Scheme(4, 64, symmetric=False), Scheme(8, 128, symmetric=False)
+        path, "gptq", WeightScheme(4, 64, symmetric=False), WeightScheme(8, 128, symmetric=False)
     ),
-    "gptq_v2": lambda path: written(path, "gptq_v2", Scheme(4, 64), Scheme(4, 32, symmetric=False)),
-    "awq": lambda path: written(path, "awq", Scheme(4, 128, symmetric=False), Scheme(4, 128, symmetric=False)),
-    "awq symmetric": lambda path: written(path, "awq", Scheme(4, 256), Scheme(4, 256)),
+    "gptq_v2": lambda path: written(path, "gptq_v2", WeightScheme(4, 64), WeightScheme(4, 32, symmetric=False)),
+    "awq": lambda path: written(
+        path, "awq", WeightScheme(4, 128, symmetric=False), WeightScheme(4, 128, symmetric=False)
+    ),
+    "awq symmetric": lambda path: written(path, "awq", WeightScheme(4, 256), WeightScheme(4, 256)),
 }
 
 
@@ -97,7 +99,7 @@ def test_what_is_none_of_llmqs_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_few_columns_are_read_with_the_bits_that_are_declared(bits: int, tmp_path: Path) -> None:
-    quantized = example(Scheme(bits, "channel"), (4, 8), torch.float16, bits)
+    quantized = example(WeightScheme(bits, "channel"), (4, 8), torch.float16, bits)
     layout = formats.load("compressed-tensors")
     settings = layout.quantization_config({NAMES[0]: quantized.scheme}, [])
     folder = foreign.folder(tmp_path, settings, {NAMES[0]: layout.pack(quantized)})
@@ -106,7 +108,7 @@ def test_few_columns_are_read_with_the_bits_that_are_declared(bits: int, tmp_pat
 
 
 def test_shapes_that_fit_several_widths_are_refused() -> None:
-    parts = formats.load("compressed-tensors").pack(example(Scheme(4, "channel"), (4, 8), torch.float16, 0))
+    parts = formats.load("compressed-tensors").pack(example(WeightScheme(4, "channel"), (4, 8), torch.float16, 0))
     with pytest.raises(ValueError, match="are \\[2, 3, 4\\] of the bits"):
         files.compressed_tensors({name: tensor.numpy() for name, tensor in parts.items()})
 

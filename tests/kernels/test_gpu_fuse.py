@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 from llmq.runtime.fused_linear import FusedLinear, fuse_rows
 from llmq.runtime.packed_linear import PackedLinear
 from tests.weights import random_weight
@@ -20,7 +20,7 @@ K, ROWS = 1024, (512, 128, 128)
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        layers = [PackedLinear(random_weight(Scheme(4, 128), N, K, seed=N + i), None) for i, N in enumerate(ROWS)]
+        layers = [PackedLinear(random_weight(WeightScheme(4, 128), N, K, seed=N + i), None) for i, N in enumerate(ROWS)]
         self.q, self.k, self.v = layers
 
     def forward(self, x: Tensor) -> Tensor:

@@ -168,7 +168,7 @@ def test_no_second_array_is_made(backend_name: str) -> None:
 def test_a_weight_is_rounded_as_well_as_on_the_cpu(backend_name: str) -> None:
     from llmq.algorithms import Options, gptq, output_error
     from llmq.numerics.input_stats import InputStats
-    from llmq.numerics.scheme import Scheme
+    from llmq.numerics.scheme import WeightScheme
 
     generator = torch.Generator().manual_seed(0)
     W = torch.randn(48, 400, generator=generator)
@@ -178,8 +178,8 @@ def test_a_weight_is_rounded_as_well_as_on_the_cpu(backend_name: str) -> None:
         stats = InputStats(400, torch.device(device))
         stats.update(X.to(device))
         for options in (Options(), Options(order="natural", scales="minmax")):
-            found = gptq.round_weight(W.to(device), stats, Scheme(4, 16), options)
-            error = output_error(W.to(device), found.quantized.dequantize(), stats.hessian)
+            found = gptq.round_weight(W.to(device), stats, WeightScheme(4, 16), options)
+            error = output_error(W.to(device), found.quantized.dequantize(), stats.second_moment())
             loss[device, options.order] = float(error.sum())
     for order in ("activation", "natural"):
         assert loss["cuda", order] == pytest.approx(loss["cpu", order], rel=0.02)

@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmq.numerics import affine_grid
-from llmq.numerics.scheme import BITS, Scheme
+from llmq.numerics.scheme import BITS, WeightScheme
 
 EPSILON = 2.0**-23  # of float32
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 quick = settings(max_examples=40, deadline=None)  # the first call of an operation in a process is slow
 
-schemes = st.builds(Scheme, st.sampled_from(BITS), st.sampled_from((16, 32, "channel", "tensor")), st.booleans())
+schemes = st.builds(WeightScheme, st.sampled_from(BITS), st.sampled_from((16, 32, "channel", "tensor")), st.booleans())
 
 
 @st.composite
@@ -37,7 +37,7 @@ def weights(draw: st.DrawFn) -> Tensor:
 @quick
 @given(weights(), schemes, st.sampled_from(DTYPES), st.booleans())
 def test_points_of_the_grid_are_their_own_nearest(
-    weight: Tensor, scheme: Scheme, dtype: torch.dtype, searched: bool
+    weight: Tensor, scheme: WeightScheme, dtype: torch.dtype, searched: bool
 ) -> None:
     fitted = (affine_grid.fit_searched if searched else affine_grid.fit_minmax)(weight, scheme, dtype)
     codes = fitted.encode(weight)
@@ -47,7 +47,7 @@ def test_points_of_the_grid_are_their_own_nearest(
 @quick
 @given(weights(), schemes, st.sampled_from(DTYPES), st.booleans())
 def test_scales_and_zeros_are_what_the_file_can_hold(
-    weight: Tensor, scheme: Scheme, dtype: torch.dtype, searched: bool
+    weight: Tensor, scheme: WeightScheme, dtype: torch.dtype, searched: bool
 ) -> None:
     fitted = (affine_grid.fit_searched if searched else affine_grid.fit_minmax)(weight, scheme, dtype)
     assert fitted.scales.dtype == dtype
@@ -60,7 +60,7 @@ def test_scales_and_zeros_are_what_the_file_can_hold(
 @quick
 @given(weights(), schemes, st.sampled_from(DTYPES), st.integers(0, 1 << 30), st.sampled_from((0.0, 1.0, 3.0)))
 def test_a_search_never_loses_to_min_max(
-    weight: Tensor, scheme: Scheme, dtype: torch.dtype, seed: int, spread: float
+    weight: Tensor, scheme: WeightScheme, dtype: torch.dtype, seed: int, spread: float
 ) -> None:
     """Min-max is a candidate, so only rounding in the sum of the errors can make a difference.
 
@@ -80,8 +80,8 @@ def test_a_search_never_loses_to_min_max(
     assert errors[0] <= errors[1] + slack
 
 
-@pytest.mark.parametrize("scheme", [Scheme(2, 16), Scheme(8, 16, symmetric=False)], ids=str)
-def test_min_max_wins_where_nothing_beats_it(scheme: Scheme) -> None:
+@pytest.mark.parametrize("scheme", [WeightScheme(2, 16), WeightScheme(8, 16, symmetric=False)], ids=str)
+def test_min_max_wins_where_nothing_beats_it(scheme: WeightScheme) -> None:
     """Weights that lie on their own min-max grid, which no factor of the search hits exactly."""
     codes = torch.arange(16)[None] * scheme.levels // 15
     weight = (codes - (scheme.levels / 2 if scheme.symmetric else 0)).float() / 3

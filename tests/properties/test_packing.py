@@ -12,7 +12,7 @@ from llmq import formats
 from llmq.formats.base import Layout, Reading
 from llmq.formats.codecs import bit_packing
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import BITS, Scheme
+from llmq.numerics.scheme import BITS, WeightScheme
 
 LAYOUTS = tuple(formats.load(name) for name in formats.names() if name != "gguf")
 quick = settings(max_examples=60, deadline=None)  # the first call of an operation in a process is slow
@@ -30,7 +30,7 @@ def code_rows(draw: st.DrawFn) -> tuple[int, list[list[int]]]:
 def quantized(draw: st.DrawFn, layout: Layout) -> QuantizedTensor:
     """Any tensor that the layout can hold."""
     group_size = draw(st.sampled_from((16, 32, 64, "channel", "tensor")))
-    scheme = Scheme(draw(st.sampled_from(BITS)), group_size, draw(st.booleans()))  # type: ignore[arg-type]
+    scheme = WeightScheme(draw(st.sampled_from(BITS)), group_size, draw(st.booleans()))  # type: ignore[arg-type]
     per_group = group_size if isinstance(group_size, int) else 1
     N, K = draw(st.integers(1, 40)), per_group * draw(st.integers(1, 80 // min(per_group, 40)))
     if layout.refusal(scheme, N, K) is not None:
@@ -127,7 +127,7 @@ def test_compressed_tensors_reads_padded_and_dense_alike(data: st.DataObject) ->
     layout = formats.load("compressed-tensors")
     N, K = data.draw(st.sampled_from((96, 112, 128))), data.draw(st.sampled_from((96, 128, 176)))  # widths differ here
     random = torch.Generator().manual_seed(data.draw(st.integers(0, 1 << 30)))
-    scheme = Scheme(3, 16, symmetric=False)
+    scheme = WeightScheme(3, 16, symmetric=False)
     codes = torch.randint(0, 8, (N, K), dtype=torch.uint8, generator=random)
     zeros = torch.randint(0, 8, (N, K // 16), dtype=torch.int16, generator=random)
     q = QuantizedTensor(codes, torch.randn(N, K // 16, generator=random), zeros, scheme)

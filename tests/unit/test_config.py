@@ -13,12 +13,12 @@ from llmq.config import Calibration, Override, QuantConfig
 from llmq.config_files import config_from, config_to, merged, parse_group_size, parse_override, read_toml
 from llmq.errors import ConfigError
 from llmq.methods import METHODS
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 from llmq.patterns import matches
 
 FULL = QuantConfig(
     method="awq",
-    scheme=Scheme(3, "channel", symmetric=False),
+    scheme=WeightScheme(3, "channel", symmetric=False),
     format="gptq",
     calibration=Calibration(("a.txt", "owner/name:en:train:text"), 7, 64),
     order="natural",
@@ -38,36 +38,36 @@ FULL = QuantConfig(
 
 
 def test_a_scheme_knows_its_levels() -> None:
-    assert [Scheme(bits).levels for bits in (2, 3, 4, 8)] == [3, 7, 15, 255]
-    assert [Scheme(bits).middle for bits in (2, 3, 4, 8)] == [2, 4, 8, 128]
+    assert [WeightScheme(bits).levels for bits in (2, 3, 4, 8)] == [3, 7, 15, 255]
+    assert [WeightScheme(bits).middle for bits in (2, 3, 4, 8)] == [2, 4, 8, 128]
 
 
 def test_a_scheme_knows_how_many_columns_share_a_scale() -> None:
-    assert [Scheme(4, size).columns_per_group(96) for size in (32, "channel", "tensor")] == [32, 96, 96]
+    assert [WeightScheme(4, size).columns_per_group(96) for size in (32, "channel", "tensor")] == [32, 96, 96]
 
 
 def test_a_scheme_reads_well() -> None:
-    assert str(Scheme()) == "int4 g128 symmetric"
-    assert str(Scheme(3, "channel", symmetric=False)) == "int3 channel asymmetric"
+    assert str(WeightScheme()) == "int4 g128 symmetric"
+    assert str(WeightScheme(3, "channel", symmetric=False)) == "int3 channel asymmetric"
 
 
 @pytest.mark.parametrize("bits", [0, 1, 5, 16, -4, 4.0, "4", True, None])
 def test_other_bits_are_refused_with_the_legal_ones(bits: Any) -> None:
     with pytest.raises(ConfigError, match=re.escape(f"bits is {bits!r}, expected one of 2, 3, 4, 8")):
-        Scheme(bits)
+        WeightScheme(bits)
 
 
 @pytest.mark.parametrize("size", [0, 1, 8, 48, 100, 2048, -1, 128.0, "128", "row", None, True])
 def test_other_group_sizes_are_refused_with_the_legal_ones(size: Any) -> None:
     with pytest.raises(ConfigError, match="group size is") as caught:
-        Scheme(4, size)
+        WeightScheme(4, size)
     assert "16, 32, 64, 128, 256, 512, 1024, channel" in caught.value.hint and "tensor" in caught.value.hint
 
 
 @pytest.mark.parametrize("symmetric", ["false", 1, None])
 def test_symmetry_is_true_or_false(symmetric: Any) -> None:
     with pytest.raises(ConfigError, match="expected true or false"):
-        Scheme(4, 128, symmetric)
+        WeightScheme(4, 128, symmetric)
 
 
 # ---- writing and reading
@@ -88,7 +88,7 @@ def test_the_example_above_leaves_no_field_at_its_default() -> None:
 
 def test_a_setting_that_is_not_given_keeps_its_default() -> None:
     config = config_from({"scheme": {"bits": 8}, "calibration": {"sources": ["x.txt"]}})
-    assert config == QuantConfig(scheme=Scheme(8), calibration=Calibration(("x.txt",)))
+    assert config == QuantConfig(scheme=WeightScheme(8), calibration=Calibration(("x.txt",)))
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> N
     file.write_text('method = "rtn"\nseed = 5\n[scheme]\nbits = 8\ngroup_size = 64\n[calibration]\nsamples = 9\n')
     config = merged(config_from(read_toml(file)), {"bits": 3, "method": None, "seqlen": 16, "group_size": None})
     assert config.method == "rtn" and config.seed == 5
-    assert config.scheme == Scheme(3, 64)  # a flag, and beside it what the file says
+    assert config.scheme == WeightScheme(3, 64)  # a flag, and beside it what the file says
     assert config.calibration == Calibration((), 9, 16)
     assert config.order == "activation"
 
@@ -190,10 +190,10 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"bits": 8}, dataclasses.replace(FULL, scheme=Scheme(8, "channel", symmetric=False))),
-        ({"group_size": "64"}, dataclasses.replace(FULL, scheme=Scheme(3, 64, symmetric=False))),
-        ({"group_size": "tensor"}, dataclasses.replace(FULL, scheme=Scheme(3, "tensor", symmetric=False))),
-        ({"symmetric": True}, dataclasses.replace(FULL, scheme=Scheme(3, "channel"))),
+        ({"bits": 8}, dataclasses.replace(FULL, scheme=WeightScheme(8, "channel", symmetric=False))),
+        ({"group_size": "64"}, dataclasses.replace(FULL, scheme=WeightScheme(3, 64, symmetric=False))),
+        ({"group_size": "tensor"}, dataclasses.replace(FULL, scheme=WeightScheme(3, "tensor", symmetric=False))),
+        ({"symmetric": True}, dataclasses.replace(FULL, scheme=WeightScheme(3, "channel"))),
         ({"strict": False}, dataclasses.replace(FULL, strict=False)),
         ({"skip": []}, dataclasses.replace(FULL, skip=())),
         ({"skip": ["a", "b"]}, dataclasses.replace(FULL, skip=("a", "b"))),
@@ -240,12 +240,12 @@ def test_a_pattern_covers_no_part_of_a_word_and_no_head(pattern: str) -> None:
 
 def test_the_last_override_that_matches_wins_and_keeps_what_it_does_not_say() -> None:
     config = QuantConfig(
-        scheme=Scheme(4, 128, symmetric=False),
+        scheme=WeightScheme(4, 128, symmetric=False),
         overrides=(Override("mlp.*", bits=8), Override("down_proj", group_size=32), Override("q_proj", bits=2)),
         skip=("lm_head",),
     )
-    assert config.scheme_for(NAME) == Scheme(8, 32, symmetric=False)
-    assert config.scheme_for("model.layers.0.mlp.up_proj") == Scheme(8, 128, symmetric=False)
+    assert config.scheme_for(NAME) == WeightScheme(8, 32, symmetric=False)
+    assert config.scheme_for("model.layers.0.mlp.up_proj") == WeightScheme(8, 128, symmetric=False)
     assert config.scheme_for("model.layers.0.self_attn.k_proj") == config.scheme
     assert config.scheme_for("lm_head") is None
 

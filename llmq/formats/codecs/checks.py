@@ -14,7 +14,7 @@ from torch import Tensor
 from llmq.errors import ConfigError, FormatError
 from llmq.formats.base import Reading
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import BITS, GROUP_SIZES, Scheme
+from llmq.numerics.scheme import BITS, GROUP_SIZES, WeightScheme
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -37,7 +37,7 @@ def stored(
     return tensor
 
 
-def groups_for(scheme: Scheme, in_features: int) -> int:
+def groups_for(scheme: WeightScheme, in_features: int) -> int:
     """G; a group size must divide in_features."""
     if in_features < 1:
         raise FormatError("a weight has no input features, expected at least one")
@@ -47,7 +47,7 @@ def groups_for(scheme: Scheme, in_features: int) -> int:
     return in_features // scheme.columns_per_group(in_features)
 
 
-def grouping_refusal(scheme: Scheme, in_features: int) -> str | None:
+def grouping_refusal(scheme: WeightScheme, in_features: int) -> str | None:
     """Why no layout holds groups of such a size for such a weight, or None."""
     if in_features % scheme.columns_per_group(in_features) == 0:
         return None
@@ -114,7 +114,7 @@ def group_index_for(reading: Reading, index: Tensor | None, in_features: int) ->
     return None if torch.equal(index, plain) else index.contiguous()
 
 
-def plain_index(scheme: Scheme, in_features: int, device: torch.device) -> Tensor:
+def plain_index(scheme: WeightScheme, in_features: int, device: torch.device) -> Tensor:
     """int32 (K,): the group of each column where columns are grouped as they stand."""
     return torch.arange(in_features, dtype=torch.int32, device=device) // scheme.columns_per_group(in_features)
 
@@ -196,14 +196,14 @@ def declared_grid(bits: Any, group_size: Any, symmetric: Any, allowed_bits: Sequ
         stored, size = size, max((legal for legal in GROUP_SIZES if size > 0 and size % legal == 0), default=size)
     try:
         if bits in BITS:
-            return Reading(Scheme(bits, size, symmetric), stored_group=stored)
-        wider = Scheme(8, size, symmetric=False)
+            return Reading(WeightScheme(bits, size, symmetric), stored_group=stored)
+        wider = WeightScheme(8, size, symmetric=False)
         return Reading(wider, stored_group=stored, stored_bits=bits, stored_symmetric=symmetric)
     except ConfigError as error:
         raise FormatError(f"the configuration declares a grid that llmq does not have: {error}") from None
 
 
-def as_stored(schemes: Mapping[str, Scheme]) -> dict[str, Scheme]:
+def as_stored(schemes: Mapping[str, WeightScheme]) -> dict[str, WeightScheme]:
     """The grids that the file will show: "tensor" is written as one scale a row, the same one in each."""
     if not schemes:
         raise ConfigError("no module is quantized, so there is no quantized checkpoint to describe")

@@ -24,7 +24,7 @@ from llmq.formats import awq, compressed_tensors, gptq
 from llmq.formats.base import Layout, Readable, Reader, Reading
 from llmq.formats.codecs import checks, fp4
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 
 NAME = "auto-round"
 GPTQ, GPTQ_V2, AWQ, FLOAT = "gptq", "gptq_v2", "awq", "llm_compressor"
@@ -82,7 +82,7 @@ def _reading(config: Mapping[str, Any]) -> Reading | None:
             declared = f"{kind!r} of {bits} bits by {group_size} as {config.get('packing_format')!r}"
             raise FormatError(f"the checkpoint declares weights of type {declared}, which llmq does not read")
         size, decode = FLOATS[start]
-        return Reading(Scheme(4, size), packing=decode.__name__, decode=decode, note=note)
+        return Reading(WeightScheme(4, size), packing=decode.__name__, decode=decode, note=note)
     symmetric = config.get("sym")
     allowed = (awq.BITS,) if packing == AWQ else gptq.BITS_READ
     grid = checks.declared_grid(bits, group_size, True if symmetric is None else symmetric, allowed)

@@ -20,7 +20,7 @@ from llmq.errors import FormatError
 from llmq.formats.base import Readable, Reader, Reading
 from llmq.formats.codecs import checks, fp4
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 
 NAME = "mxfp4"
 BYTES = 16  # of a group
@@ -49,7 +49,7 @@ def weight_shape(
 
 def read_config(config: Mapping[str, Any]) -> Reader:
     """See `Readable.read_config`.  What is packed is known by its tensors alone."""
-    reading = Reading(Scheme(4, fp4.MXFP4_GROUP), packing=NAME, decode=decode)
+    reading = Reading(WeightScheme(4, fp4.MXFP4_GROUP), packing=NAME, decode=decode)
     return lambda module: reading
 
 

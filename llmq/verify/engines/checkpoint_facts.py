@@ -10,7 +10,7 @@ from llmq import formats
 from llmq.checkpoint.index import INDEX, SINGLE, read_json_object
 from llmq.checkpoint.reader import Checkpoint
 from llmq.errors import CheckpointError
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 from llmq.runtime.checkpoint_weights import PackedWeights, quantization_settings
 
 GROUP_INDEX = ("g_idx", "weight_g_idx")
@@ -29,7 +29,7 @@ class Linear:
     name: str
     out_features: int
     in_features: int
-    scheme: Scheme | None
+    scheme: WeightScheme | None
     affine: bool = True
     ordered: bool = False
     declared: bool = False
@@ -105,7 +105,7 @@ def _packed(checkpoint: Checkpoint, packed: PackedWeights) -> list[Linear]:
     return found
 
 
-def _ordered(checkpoint: Checkpoint, module: str, scheme: Scheme, in_features: int) -> bool:
+def _ordered(checkpoint: Checkpoint, module: str, scheme: WeightScheme, in_features: int) -> bool:
     """Whether the file holds a group index that says more than k // group size."""
     for suffix in GROUP_INDEX:
         if f"{module}.{suffix}" in checkpoint:

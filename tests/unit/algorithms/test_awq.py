@@ -10,7 +10,7 @@ from torch import Tensor
 from llmq.algorithms import Options, awq, clip
 from llmq.numerics.block_diagonal import scaling
 from llmq.numerics.input_stats import InputStats
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 
 K = 64
 FREE = torch.arange(K)  # every column has a channel of its own
@@ -31,7 +31,7 @@ def rounding_loss(weight: Tensor, X: Tensor, stats: InputStats) -> Callable[[Ten
     """What the pipeline hands in: squared error of the output, with the weight scaled, rounded and scaled back."""
 
     def loss(scales: Tensor) -> float:
-        rounding = clip.round_weight(weight * scales, stats.in_basis(scaling(scales)), Scheme(4, 32), Options())
+        rounding = clip.round_weight(weight * scales, stats.in_basis(scaling(scales)), WeightScheme(4, 32), Options())
         return float((X @ (rounding.quantized.dequantize() / scales - weight).T).square().sum())
 
     return loss

@@ -15,13 +15,13 @@ from llmq.methods import Method, Tuning
 from llmq.model.passes.hidden_states import Stream
 from llmq.numerics.affine_grid import fit_minmax
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 from llmq.steps.block_tuning import BlockProblem
 from tests.builders import WINDOW, skeleton_of, tokens
 from tests.runs import quantize, tensors_of
 
 Checkpoints = Callable[..., Path]
-SCHEME = Scheme(bits=4, group_size=16, symmetric=False)
+SCHEME = WeightScheme(bits=4, group_size=16, symmetric=False)
 LENGTH = 3 * WINDOW
 RATES = Rates(rounding=0.05, scales=0.002)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from llmq.algorithms import Options, descent, output_error
 from llmq.numerics import affine_grid
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 
 OPTIONS = Options()
 
@@ -25,7 +25,7 @@ def hessian_of(K: int) -> Tensor:
     return X.T @ X / len(X) + 0.01 * torch.eye(K)
 
 
-def nearest(weight: Tensor, scheme: Scheme) -> QuantizedTensor:
+def nearest(weight: Tensor, scheme: WeightScheme) -> QuantizedTensor:
     chosen = affine_grid.fit_minmax(weight, scheme, torch.float32)
     return chosen.quantized(chosen.encode(weight))
 
@@ -37,7 +37,7 @@ def losses(weight: Tensor, quantized: QuantizedTensor, hessian: Tensor) -> Tenso
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_four_codes_of_two_bits_end_in_a_local_minimum_and_not_below_the_least_of_all(symmetric: bool) -> None:
     weight, hessian = random(64, 4), hessian_of(4)
-    start = nearest(weight, Scheme(2, "channel", symmetric))
+    start = nearest(weight, WeightScheme(2, "channel", symmetric))
     found = start
     while True:  # until nothing moves
         last, found = found, descent.refine(weight, found, hessian, OPTIONS)
@@ -80,7 +80,7 @@ def entry_by_entry(weight: Tensor, quantized: QuantizedTensor, hessian: Tensor) 
 def test_a_sweep_takes_the_best_code_of_each_entry_in_turn(symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(descent, "COLUMNS", 7)  # blocks that end inside of groups, and a short last one
     weight, hessian = random(6, 32), hessian_of(32)
-    start = nearest(weight, Scheme(3, 16, symmetric))
+    start = nearest(weight, WeightScheme(3, 16, symmetric))
     found = descent.refine(weight, start, hessian, OPTIONS)
     assert found.codes.tolist() == entry_by_entry(weight, start, hessian)
     assert not torch.equal(found.codes, start.codes)
@@ -89,7 +89,7 @@ def test_a_sweep_takes_the_best_code_of_each_entry_in_turn(symmetric: bool, monk
 
 def test_a_row_that_would_end_up_worse_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, hessian = random(6, 32), hessian_of(32)
-    start = nearest(weight, Scheme(4, 16))
+    start = nearest(weight, WeightScheme(4, 16))
     spoilt = start.codes.T.contiguous()
     spoilt[:, 2] = 15 - spoilt[:, 2]
     monkeypatch.setattr(descent, "_sweep", lambda *_: spoilt)

@@ -20,7 +20,7 @@ from llmq.algorithms import Options, Rounding, gptq
 from llmq.algorithms.factor import factorize
 from llmq.numerics import affine_grid
 from llmq.numerics.input_stats import InputStats
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 
 Array = NDArray[Any]
 DAMPING = 0.01
@@ -45,7 +45,7 @@ def problem(N: int = 12, K: int = 64, T: int = 256, seed: int = 0) -> tuple[Tens
 
 def damped(stats: InputStats) -> Array:
     """(K, K) float64: H with its damping."""
-    H = stats.hessian.double().numpy()
+    H = stats.second_moment().double().numpy()
     return H + DAMPING * np.mean(np.diag(H)) * np.eye(len(H))
 
 
@@ -85,7 +85,7 @@ def margins(values: Array, levels: int) -> Array:
 def losses(weight: Tensor, decoded: Array, stats: InputStats) -> Array:
     """(N,) float64: mean squared change of each row's output."""
     difference = weight.double().numpy() - decoded
-    return np.asarray(np.einsum("nk,kj,nj->n", difference, stats.hessian.double().numpy(), difference))
+    return np.asarray(np.einsum("nk,kj,nj->n", difference, stats.second_moment().double().numpy(), difference))
 
 
 def with_nearest_where_better(twin: Twin, weight: Tensor, stats: InputStats, columns: Array, levels: int) -> Twin:
@@ -108,7 +108,7 @@ def check_against(
     assert np.mean(twin.clear) >= enough, "too many rows near a tie for the test to say much"
     np.testing.assert_array_equal(found.quantized.codes.numpy()[twin.clear], twin.codes[twin.clear])
     # Triangle inequality: |sqrt(a) - sqrt(b)| is at most the size of what lies between the two decoded weights.
-    largest = np.linalg.eigvalsh(stats.hessian.double().numpy())[-1]
+    largest = np.linalg.eigvalsh(stats.second_moment().double().numpy())[-1]
     tolerance = scale_error * np.sqrt(largest) * np.linalg.norm(twin.decoded, axis=1)
     fast = np.sqrt(losses(weight, found.quantized.dequantize().double().numpy(), stats))
     slow = np.sqrt(losses(weight, twin.decoded, stats))
@@ -119,7 +119,7 @@ def check_against(
 
 
 def check_static(
-    weight: Tensor, stats: InputStats, scheme: Scheme, order: str, scales: str, enough: float = ENOUGH
+    weight: Tensor, stats: InputStats, scheme: WeightScheme, order: str, scales: str, enough: float = ENOUGH
 ) -> None:
     found = gptq.round_weight(weight, stats, scheme, Options(order=order, scales=scales, damping=DAMPING))
     N, K = weight.shape
@@ -127,7 +127,7 @@ def check_static(
     group = np.arange(K) // scheme.columns_per_group(K)
     scale = q.scales.double().numpy()[:, group]
     zero = np.full((N, K), 2.0 ** (scheme.bits - 1)) if q.zeros is None else q.zeros.double().numpy()[:, group]
-    diagonal = np.diag(stats.hessian.numpy())
+    diagonal = np.diag(stats.second_moment().numpy())
     visits = np.argsort(-diagonal, kind="stable") if order == "activation" else np.arange(K)
     levels = 2**scheme.bits - 1
     twin = optimal_brain_quantizer(weight, damped(stats), visits, levels, lambda j, _: (scale[:, j], zero[:, j]))
@@ -140,25 +140,25 @@ def check_static(
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 def test_gptq_matches_the_slow_twin(order: str, scales: str, grouping: int | str, symmetric: bool) -> None:
     weight, stats = problem()
-    check_static(weight, stats, Scheme(4, grouping, symmetric), order, scales)  # type: ignore[arg-type]
+    check_static(weight, stats, WeightScheme(4, grouping, symmetric), order, scales)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("bits", [2, 3, 8])
 def test_gptq_matches_the_slow_twin_at_other_bits(bits: int) -> None:
     weight, stats = problem(seed=bits)
     # At 8 bits the same weight is 16 times as many steps away from zero, and so are its roundings.
-    check_static(weight, stats, Scheme(bits, 32, symmetric=False), "activation", "searched")
+    check_static(weight, stats, WeightScheme(bits, 32, symmetric=False), "activation", "searched")
 
 
 def test_gptq_matches_the_slow_twin_beyond_a_block_of_columns() -> None:
     weight, stats = problem(K=160, T=512)  # a whole block of 128, and one that is not full
-    check_static(weight, stats, Scheme(4, 32), "activation", "searched")
+    check_static(weight, stats, WeightScheme(4, 32), "activation", "searched")
 
 
 # ---- the paper's grid, which grows while columns are rounded
 
 
-def growing_steps(scheme: Scheme, K: int) -> Callable[[int, Array], tuple[Array, Array]]:
+def growing_steps(scheme: WeightScheme, K: int) -> Callable[[int, Array], tuple[Array, Array]]:
     """Min-max of a group's weights when its first column is reached; of all weights at once where one scale is all."""
     width, levels = scheme.columns_per_group(K), 2**scheme.bits - 1
     current: list[Array] = []
@@ -179,7 +179,7 @@ def growing_steps(scheme: Scheme, K: int) -> Callable[[int, Array], tuple[Array,
     return steps
 
 
-def check_growing(weight: Tensor, stats: InputStats, scheme: Scheme) -> None:
+def check_growing(weight: Tensor, stats: InputStats, scheme: WeightScheme) -> None:
     options = Options(order="natural", scales="minmax", damping=DAMPING)
     found = gptq.round_weight(weight, stats, scheme, options)
     K, levels = weight.shape[1], 2**scheme.bits - 1
@@ -205,13 +205,13 @@ def check_growing(weight: Tensor, stats: InputStats, scheme: Scheme) -> None:
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 def test_gptq_as_in_the_paper_matches_the_slow_twin(grouping: int | str, symmetric: bool) -> None:
     weight, stats = problem()
-    check_growing(weight, stats, Scheme(4, grouping, symmetric))  # type: ignore[arg-type]
+    check_growing(weight, stats, WeightScheme(4, grouping, symmetric))  # type: ignore[arg-type]
 
 
 def test_gptq_as_in_the_paper_sees_the_whole_of_a_group_larger_than_a_block() -> None:
     """Two groups of 256 columns: the range of the second one must wait for all updates of the first."""
     weight, stats = problem(N=4, K=512, T=1024)
-    check_growing(weight, stats, Scheme(4, 256))
+    check_growing(weight, stats, WeightScheme(4, 256))
 
 
 # ---- the factorisation
@@ -220,7 +220,7 @@ def test_gptq_as_in_the_paper_sees_the_whole_of_a_group_larger_than_a_block() ->
 @pytest.mark.parametrize("order", ["activation", "natural"])
 def test_the_factor_is_that_of_the_inverse_in_visiting_order(order: str) -> None:
     _, stats = problem(K=48)
-    factor = factorize(stats.hessian, order, DAMPING)
+    factor = factorize(stats.second_moment(), order, DAMPING)
     assert factor is not None and factor.damping == DAMPING
     visits = factor.order.numpy()
     inverse = np.linalg.inv(damped(stats)[np.ix_(visits, visits)])
@@ -237,7 +237,7 @@ def test_the_factor_is_that_of_the_inverse_in_visiting_order(order: str) -> None
 @pytest.mark.parametrize("order", ["activation", "natural"])
 def test_the_price_of_a_column_is_in_the_order_of_memory(order: str) -> None:
     _, stats = problem(K=48)
-    factor = factorize(stats.hessian, order, DAMPING)
+    factor = factorize(stats.second_moment(), order, DAMPING)
     assert factor is not None
     expected = 1 / np.diag(np.linalg.inv(damped(stats)))
     np.testing.assert_allclose(factor.price.numpy(), expected, rtol=2.0**-22)
@@ -245,8 +245,8 @@ def test_the_price_of_a_column_is_in_the_order_of_memory(order: str) -> None:
 
 def test_scales_are_searched_with_that_price() -> None:
     weight, stats = problem()
-    scheme, options = Scheme(3, 32), Options(scale_dtype=torch.bfloat16)
-    factor = factorize(stats.hessian, options.order, options.damping)
+    scheme, options = WeightScheme(3, 32), Options(scale_dtype=torch.bfloat16)
+    factor = factorize(stats.second_moment(), options.order, options.damping)
     assert factor is not None
     chosen = affine_grid.fit_searched(weight, scheme, torch.bfloat16, factor.price)
     found = gptq.round_weight(weight, stats, scheme, options).quantized

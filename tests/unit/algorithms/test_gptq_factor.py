@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llmq.algorithms import Options, gptq
 from llmq.algorithms.factor import factorize
 from llmq.numerics.input_stats import InputStats
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -38,7 +38,7 @@ def in_one_piece(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tensor
 def test_strips_change_nothing(K: int, strip: int, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmq.algorithms.factor.STRIP", strip)
     monkeypatch.setattr("llmq.algorithms.factor.ELEMENTS_AT_ONCE", 100)
-    hessian = seen(K).hessian
+    hessian = seen(K).second_moment()
     factor = factorize(hessian, order, 0.01)
     assert factor is not None
     upper, price = in_one_piece(hessian, factor.order, 0.01)
@@ -50,7 +50,7 @@ def test_strips_change_nothing(K: int, strip: int, order: str, monkeypatch: pyte
 
 
 def test_one_strip_gives_the_very_bits_of_one_piece() -> None:
-    hessian = seen(200).hessian
+    hessian = seen(200).second_moment()
     factor = factorize(hessian, "activation", 0.01)
     assert factor is not None
     upper, price = in_one_piece(hessian, factor.order, 0.01)
@@ -78,7 +78,7 @@ class Watch(TorchDispatchMode):
 def test_there_is_one_array_in_double_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmq.algorithms.factor.STRIP", 16)
     monkeypatch.setattr("llmq.algorithms.factor.ELEMENTS_AT_ONCE", 256)
-    K, hessian = 128, seen(128).hessian
+    K, hessian = 128, seen(128).second_moment()
     with Watch() as watch:
         factorize(hessian, "activation", 0.01)
     assert [size for size in watch.storages.values() if size >= K * K] == [K * K]
@@ -89,5 +89,5 @@ def test_a_weight_asks_the_device_three_questions(order: str, scales: str) -> No
     """How large is H, could it be factored, was a row made worse: each waits for a GPU.  None within the columns."""
     weight, stats = random(8, 160), seen(160)
     with Watch() as watch:
-        gptq.round_weight(weight, stats, Scheme(4, 16), Options(order=order, scales=scales))
+        gptq.round_weight(weight, stats, WeightScheme(4, 16), Options(order=order, scales=scales))
     assert watch.questions == 3

@@ -8,10 +8,10 @@ from llmq.algorithms import Options, clip, gptq, output_error, rtn
 from llmq.algorithms.factor import factorize
 from llmq.numerics import affine_grid
 from llmq.numerics.input_stats import InputStats
-from llmq.numerics.scheme import BITS, Scheme
+from llmq.numerics.scheme import BITS, WeightScheme
 
 CPU = torch.device("cpu")
-G16 = Scheme(4, 16)
+G16 = WeightScheme(4, 16)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -62,7 +62,7 @@ def test_damping_grows_until_the_hessian_can_be_factored(lowest: float, first: f
 def test_damping_that_was_raised_is_the_damping_that_was_reported() -> None:
     """And not what all attempts add up to."""
     stats = with_hessian(indefinite(-0.05))
-    raised, direct = (factorize(stats.hessian, "activation", first) for first in (0.01, 0.1))
+    raised, direct = (factorize(stats.second_moment(), "activation", first) for first in (0.01, 0.1))
     assert raised is not None and direct is not None
     torch.testing.assert_close(raised.price, direct.price, rtol=2**-22, atol=0)
     torch.testing.assert_close(raised.upper, direct.upper, rtol=2**-22, atol=1e-12)
@@ -121,13 +121,13 @@ def test_a_silent_column_keeps_its_nearest_codes(order: str, scales: str) -> Non
 def test_a_silent_column_does_not_disturb_the_others(order: str) -> None:
     """On a grid that is fixed, they round as if it were not there."""
     weight, stats = random(8, 64), with_silence()
-    factor = factorize(stats.hessian, order, 0.01)
+    factor = factorize(stats.second_moment(), order, 0.01)
     assert factor is not None
-    chosen = affine_grid.fit_minmax(weight, Scheme(4, "channel"), torch.float32)
+    chosen = affine_grid.fit_minmax(weight, WeightScheme(4, "channel"), torch.float32)
     codes = gptq.compensate(weight, factor, chosen)
     loud = torch.tensor([k for k in range(64) if k not in SILENT])
     same_damping = Options(order=order, damping=0.01 * len(loud) / 64)  # a fraction of another mean
-    alone = factorize(stats.hessian[loud][:, loud], same_damping.order, same_damping.damping)
+    alone = factorize(stats.second_moment()[loud][:, loud], same_damping.order, same_damping.damping)
     assert alone is not None
     assert torch.equal(gptq.compensate(weight[:, loud], alone, chosen), codes[:, loud])
 
@@ -135,7 +135,7 @@ def test_a_silent_column_does_not_disturb_the_others(order: str) -> None:
 def test_the_price_of_a_silent_column_is_the_damping_and_no_more() -> None:
     """At the mean of the others it would outbid them all in the search for scales: compensation makes them cheap."""
     stats = with_silence()
-    factor = factorize(stats.hessian, "activation", 0.01)
+    factor = factorize(stats.second_moment(), "activation", 0.01)
     assert factor is not None
     expected = 0.01 * stats.mean_square.mean().expand(len(SILENT))
     torch.testing.assert_close(factor.price[SILENT], expected, rtol=2**-20, atol=0)
@@ -145,9 +145,11 @@ def test_the_price_of_a_silent_column_is_the_damping_and_no_more() -> None:
 # ---- rows
 
 
-@pytest.mark.parametrize("scheme", [Scheme(4, 16), Scheme(3, 32, symmetric=False), Scheme(4, "channel")], ids=str)
+@pytest.mark.parametrize(
+    "scheme", [WeightScheme(4, 16), WeightScheme(3, 32, symmetric=False), WeightScheme(4, "channel")], ids=str
+)
 @pytest.mark.parametrize(("order", "scales"), [("activation", "searched"), ("natural", "minmax")])
-def test_weights_stacked_along_rows_round_as_they_do_alone(scheme: Scheme, order: str, scales: str) -> None:
+def test_weights_stacked_along_rows_round_as_they_do_alone(scheme: WeightScheme, order: str, scales: str) -> None:
     """Within one block of columns all arithmetic is by element, so not a bit may differ."""
     stats, parts = seen(inputs()), [random(rows, 64, seed=rows) for rows in (8, 4, 5)]
     options = Options(order=order, scales=scales)
@@ -168,12 +170,12 @@ def test_weights_stacked_along_rows_round_as_they_do_alone(scheme: Scheme, order
 )
 def test_no_row_is_worse_than_its_nearest_codes(bits: int, grouping: int | str, order: str, scales: str) -> None:
     weight, stats = random(48, 32), seen(inputs(K=32) + 4)
-    scheme = Scheme(bits, grouping, symmetric=False)  # type: ignore[arg-type]
+    scheme = WeightScheme(bits, grouping, symmetric=False)  # type: ignore[arg-type]
     q = gptq.round_weight(weight, stats, scheme, Options(order=order, scales=scales)).quantized
     nearest = affine_grid.Grid(scheme, q.scales, q.zeros).quantized(
         affine_grid.Grid(scheme, q.scales, q.zeros).encode(weight)
     )
-    H = stats.hessian.double()
+    H = stats.second_moment().double()
     loss, yardstick = (output_error(weight.double(), r.dequantize().double(), H) for r in (q, nearest))
     # The choice was made in float32: K² products, each rounded, of differences that cancel.
     size = (weight.double() - nearest.dequantize()).square().sum(1) * torch.linalg.eigvalsh(H)[-1]
@@ -184,14 +186,14 @@ def test_no_row_is_worse_than_its_nearest_codes(bits: int, grouping: int | str, 
 def test_a_row_that_compensation_made_worse_is_rounded_to_nearest_and_reported() -> None:
     """Inputs that share one large part, four levels: a weight at the end of its range makes up for nothing."""
     weight, stats = random(64, 16, seed=3), seen(random(64, 16) + 10)
-    scheme = Scheme(2, 16)
+    scheme = WeightScheme(2, 16)
     found = gptq.round_weight(weight, stats, scheme, Options())
     assert "some rows rounded to nearest, compensation made them worse" in found.notes
-    factor = factorize(stats.hessian, "activation", 0.01)
+    factor = factorize(stats.second_moment(), "activation", 0.01)
     assert factor is not None
     chosen = affine_grid.fit_searched(weight, scheme, torch.float32, factor.price)
     raw, nearest = gptq.compensate(weight, factor, chosen), chosen.encode(weight)
-    loss = {name: output_error(weight, chosen.quantized(codes).dequantize(), stats.hessian)
+    loss = {name: output_error(weight, chosen.quantized(codes).dequantize(), stats.second_moment())
             for name, codes in (("raw", raw), ("nearest", nearest))}  # fmt: skip
     worse = loss["raw"] > loss["nearest"]
     assert 0 < int(worse.sum()) < 64
@@ -204,14 +206,14 @@ def test_compensation_is_worth_it() -> None:
     error = {}
     for name, stage in (("rtn", rtn), ("clip", clip), ("gptq", gptq)):
         rounded = stage.round_weight(weight, stats, G16, Options()).quantized.dequantize()
-        error[name] = float(output_error(weight, rounded, stats.hessian).sum())
+        error[name] = float(output_error(weight, rounded, stats.second_moment()).sum())
     assert error["gptq"] < 0.7 * error["clip"] < 0.7 * error["rtn"]
 
 
 def test_the_same_request_gives_the_same_bits_and_changes_nothing() -> None:
     weight, stats = random(8, 64), seen(inputs())
-    before, hessian = weight.clone(), stats.hessian.clone()
+    before, hessian = weight.clone(), stats.second_moment().clone()
     for options in (Options(), Options(order="natural", scales="minmax")):
         first, second = (gptq.round_weight(weight, stats, G16, options).quantized for _ in range(2))
         assert torch.equal(first.codes, second.codes) and torch.equal(first.scales, second.scales)
-    assert torch.equal(weight, before) and torch.equal(stats.hessian, hessian)
+    assert torch.equal(weight, before) and torch.equal(stats.second_moment(), hessian)

@@ -14,7 +14,7 @@ from llmq.methods import METHODS
 from llmq.numerics import affine_grid
 from llmq.numerics.input_stats import InputStats
 from llmq.numerics.quantized_tensor import QuantizedTensor, Superblocks
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 from llmq.steps.quantize_group import round_group
 from tests.unit.algorithms.test_gptq import check_static
 
@@ -45,7 +45,7 @@ def parts(q: QuantizedTensor) -> Superblocks:
 
 
 def nearest(weight: Tensor, kind: str) -> QuantizedTensor:
-    chosen = affine_grid.fit_searched(weight, Scheme.of_blocks(kind), torch.float16)
+    chosen = affine_grid.fit_searched(weight, WeightScheme.of_blocks(kind), torch.float16)
     return chosen.quantized(chosen.encode(weight))
 
 
@@ -62,16 +62,16 @@ def consistent(q: QuantizedTensor) -> bool:
 @pytest.mark.parametrize("kind", TWO_LEVEL)
 def test_gptq_matches_the_slow_twin(kind: str) -> None:
     stats = statistics(256)
-    check_static(random(6, 256), stats, Scheme.of_blocks(kind), "activation", "searched", enough=0.3)
+    check_static(random(6, 256), stats, WeightScheme.of_blocks(kind), "activation", "searched", enough=0.3)
 
 
 @pytest.mark.parametrize("kind", TWO_LEVEL)
 def test_no_row_of_gptq_is_worse_than_nearest_codes_and_most_are_far_better(kind: str) -> None:
     weight, stats = random(N, K), statistics()
-    scheme = Scheme.of_blocks(kind)
+    scheme = WeightScheme.of_blocks(kind)
     found = gptq.round_weight(weight, stats, scheme, OPTIONS)
     loss, plain, clipped = (
-        output_error(weight, stage.quantized.dequantize(), stats.hessian)
+        output_error(weight, stage.quantized.dequantize(), stats.second_moment())
         for stage in (
             found,
             rtn.round_weight(weight, stats, scheme, OPTIONS),
@@ -118,7 +118,7 @@ def coordinate_by_coordinate(target: Tensor, q: QuantizedTensor, hessian: Tensor
 
 @pytest.mark.parametrize("kind", ["q4_k", "q6_k"])
 def test_small_integers_are_the_best_of_all_their_values_in_turn(kind: str) -> None:
-    target, hessian = random(2, K), statistics().hessian
+    target, hessian = random(2, K), statistics().second_moment()
     start = nearest(target, kind)
     moved = refit_k_quants._with_other_integers(target, start, hessian)
     sc, m = coordinate_by_coordinate(target, start, hessian)
@@ -131,7 +131,7 @@ def test_small_integers_are_the_best_of_all_their_values_in_turn(kind: str) -> N
 
 @pytest.mark.parametrize("kind", TWO_LEVEL)
 def test_shared_numbers_are_those_of_a_dense_solver(kind: str) -> None:
-    target, hessian = random(3, K), statistics().hessian
+    target, hessian = random(3, K), statistics().second_moment()
     q = nearest(target, kind)
     L = torch.linalg.cholesky(hessian.double() + 1e-6 * torch.eye(K))
     found = refit_k_quants._solved(target, q, hessian)
@@ -154,10 +154,10 @@ def test_shared_numbers_are_those_of_a_dense_solver(kind: str) -> None:
 @pytest.mark.parametrize("kind", TWO_LEVEL)
 def test_no_row_gets_worse_by_a_refinement(kind: str) -> None:
     weight, stats = random(N, K), statistics()
-    q = gptq.round_weight(weight, stats, Scheme.of_blocks(kind), OPTIONS).quantized
+    q = gptq.round_weight(weight, stats, WeightScheme.of_blocks(kind), OPTIONS).quantized
     for stage in (descent, refit):
-        refined = stage.refine(weight, q, stats.hessian, OPTIONS)
-        before, after = (output_error(weight, each.dequantize(), stats.hessian) for each in (q, refined))
+        refined = stage.refine(weight, q, stats.second_moment(), OPTIONS)
+        before, after = (output_error(weight, each.dequantize(), stats.second_moment()) for each in (q, refined))
         assert bool((after <= before).all()) and float(after.sum()) < float(before.sum())
         assert consistent(refined)
         q = refined
@@ -168,7 +168,7 @@ def test_a_judge_undoes_rows_as_a_whole() -> None:
     weight, stats = random(N, K), statistics(held_out=True)
     method = dataclasses.replace(METHODS["balanced"], tuning=None, alphas=())
     weights = {"one": weight, "other": weight + 0.1 * random(N, K, seed=4)}
-    schemes = {"one": Scheme.of_blocks("q4_k"), "other": Scheme.of_blocks("q6_k")}
+    schemes = {"one": WeightScheme.of_blocks("q4_k"), "other": WeightScheme.of_blocks("q6_k")}
     layers = list(round_group(weights, schemes, stats, method, OPTIONS))
     assert [str(layer.rounding.quantized.scheme) for layer in layers] == ["q4_k", "q6_k"]
     for layer in layers:

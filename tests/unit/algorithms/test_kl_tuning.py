@@ -10,13 +10,13 @@ from llmq.algorithms import kl_tuning
 from llmq.algorithms.kl_tuning import Rates, State
 from llmq.numerics.affine_grid import SMALLEST_SCALE, fit_minmax
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 
 RATES = Rates(rounding=0.02, scales=0.01)
 SCHEMES = [
-    Scheme(bits=4, group_size=16, symmetric=True),
-    Scheme(bits=2, group_size=16, symmetric=False),
-    Scheme(bits=3, group_size="channel", symmetric=False),
+    WeightScheme(bits=4, group_size=16, symmetric=True),
+    WeightScheme(bits=2, group_size=16, symmetric=False),
+    WeightScheme(bits=3, group_size="channel", symmetric=False),
 ]
 STEPS = 12
 
@@ -25,7 +25,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def rounded(weight: Tensor, scheme: Scheme, dtype: torch.dtype = torch.float16) -> QuantizedTensor:
+def rounded(weight: Tensor, scheme: WeightScheme, dtype: torch.dtype = torch.float16) -> QuantizedTensor:
     """Codes that are not the nearest: such as an error-compensating method finds."""
     grid = fit_minmax(weight, scheme, dtype)
     return grid.quantized(grid.encode(weight + 0.3 * weight.std() * random(*weight.shape, seed=9)))
@@ -68,7 +68,7 @@ class Twin:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-def test_steps_are_those_of_autograd_and_adam(scheme: Scheme) -> None:
+def test_steps_are_those_of_autograd_and_adam(scheme: WeightScheme) -> None:
     weight, target = random(6, 32), random(6, 32, seed=1)
     inputs = random(20, 32, seed=2)
     origin = rounded(weight, scheme)
@@ -95,7 +95,7 @@ def test_steps_are_those_of_autograd_and_adam(scheme: Scheme) -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_the_start_is_exactly_what_was_given(scheme: Scheme, dtype: torch.dtype) -> None:
+def test_the_start_is_exactly_what_was_given(scheme: WeightScheme, dtype: torch.dtype) -> None:
     weight = random(8, 64)
     weight[0] = 0  # the smallest scale that there is
     weight[1] *= 1e-6
@@ -109,7 +109,7 @@ def test_the_start_is_exactly_what_was_given(scheme: Scheme, dtype: torch.dtype)
 
 
 def test_v_starts_where_the_weight_lies_in_its_cell() -> None:
-    scheme = Scheme(bits=4, group_size="channel", symmetric=False)
+    scheme = WeightScheme(bits=4, group_size="channel", symmetric=False)
     origin = QuantizedTensor(
         torch.tensor([[3, 3, 3, 3]], dtype=torch.uint8), torch.tensor([[0.5]]), torch.tensor([[1]]).short(), scheme
     )
@@ -120,7 +120,7 @@ def test_v_starts_where_the_weight_lies_in_its_cell() -> None:
 
 def test_scales_that_float16_holds_go_on_to_be_such() -> None:
     scales = torch.tensor([[1e-4], [-1e-4]], dtype=torch.bfloat16)
-    origin = QuantizedTensor(torch.ones(2, 4, dtype=torch.uint8), scales, None, Scheme(4, "channel"))
+    origin = QuantizedTensor(torch.ones(2, 4, dtype=torch.uint8), scales, None, WeightScheme(4, "channel"))
     found = kl_tuning.quantized(origin, None, torch.tensor([[-0.9], [-0.9]]))
     assert torch.equal(found.scales.to(torch.float16).to(torch.bfloat16), found.scales)
     assert float(found.scales.abs().min()) >= torch.finfo(torch.float16).smallest_normal
@@ -128,7 +128,7 @@ def test_scales_that_float16_holds_go_on_to_be_such() -> None:
 
 
 def test_scales_keep_their_sign_and_what_engines_take() -> None:
-    scheme = Scheme(bits=4, group_size="channel", symmetric=True)
+    scheme = WeightScheme(bits=4, group_size="channel", symmetric=True)
     codes = torch.full((2, 4), 9, dtype=torch.uint8)
     origin = QuantizedTensor(codes, torch.tensor([[-0.25], [7e-5]], dtype=torch.float16), None, scheme)
     found = kl_tuning.quantized(origin, None, torch.tensor([[0.5], [-0.9]]))
@@ -138,7 +138,7 @@ def test_scales_keep_their_sign_and_what_engines_take() -> None:
 
 
 def test_a_code_at_the_end_of_the_range_is_not_pushed_further_and_comes_back() -> None:
-    scheme = Scheme(bits=2, group_size="channel", symmetric=True)
+    scheme = WeightScheme(bits=2, group_size="channel", symmetric=True)
     origin = QuantizedTensor(torch.tensor([[3, 0]], dtype=torch.uint8), torch.ones(1, 1), None, scheme)
     state = kl_tuning.start(origin, None, Rates(rounding=0.3, scales=0))
     outward = torch.tensor([[-1.0, 1.0]])

@@ -11,7 +11,7 @@ from llmq.algorithms import Options, output_error, refit
 from llmq.algorithms.ridge import RIDGE
 from llmq.numerics import affine_grid
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 
 K, N, GROUP = 64, 6, 16
 G = K // GROUP
@@ -26,7 +26,7 @@ def hessian_of(width: int) -> Tensor:
     return X.T @ X / len(X) + 0.01 * torch.eye(width)
 
 
-def nearest(weight: Tensor, scheme: Scheme, dtype: torch.dtype = torch.float32) -> QuantizedTensor:
+def nearest(weight: Tensor, scheme: WeightScheme, dtype: torch.dtype = torch.float32) -> QuantizedTensor:
     chosen = affine_grid.fit_minmax(weight, scheme, dtype)
     return chosen.quantized(chosen.encode(weight))
 
@@ -53,7 +53,7 @@ def by_least_squares(weight: Tensor, quantized: QuantizedTensor, hessian: Tensor
 def test_scales_are_those_of_a_dense_solver(symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(refit, "ELEMENTS_AT_ONCE", 4 * K)  # four rows at once, and two are left
     weight, hessian = random(N, K), hessian_of(K)
-    start = nearest(weight, Scheme(3, GROUP, symmetric))
+    start = nearest(weight, WeightScheme(3, GROUP, symmetric))
     found = refit.refine(weight, start, hessian, Options(torch.float32))
     torch.testing.assert_close(found.scales.double(), by_least_squares(weight, start, hessian), rtol=1e-4, atol=0)
     assert torch.equal(found.codes, start.codes)
@@ -64,7 +64,7 @@ def test_scales_are_those_of_a_dense_solver(symmetric: bool, monkeypatch: pytest
 def test_a_row_is_accepted_only_where_its_loss_falls() -> None:
     """Scales of eight bits of mantissa: one that is least squares already only moves by its rounding."""
     weight, hessian = random(40, K), hessian_of(K)
-    start = nearest(weight, Scheme(3, GROUP), torch.bfloat16)
+    start = nearest(weight, WeightScheme(3, GROUP), torch.bfloat16)
     once = refit.refine(weight, start, hessian, Options(torch.bfloat16))
     twice = refit.refine(weight, once, hessian, Options(torch.bfloat16))
     losses = [output_error(weight, each.dequantize(), hessian) for each in (start, once, twice)]
@@ -79,7 +79,7 @@ def test_a_row_is_accepted_only_where_its_loss_falls() -> None:
 
 def test_groups_of_zeros_keep_their_scale_and_no_scale_leaves_what_the_file_can_hold() -> None:
     weight, hessian = random(N, K) * 1e-3, hessian_of(K)
-    start = nearest(weight, Scheme(4, GROUP), torch.float16)
+    start = nearest(weight, WeightScheme(4, GROUP), torch.float16)
     start.codes[:, :GROUP] = start.scheme.middle
     found = refit.refine(weight, start, hessian, Options(torch.float16))
     assert torch.equal(found.scales[:, 0], start.scales[:, 0])
@@ -89,7 +89,7 @@ def test_groups_of_zeros_keep_their_scale_and_no_scale_leaves_what_the_file_can_
 
 def test_a_scale_does_not_change_its_sign_and_stays_a_number() -> None:
     weight, hessian = random(N, K), hessian_of(K)
-    start = nearest(weight, Scheme(4, GROUP))
+    start = nearest(weight, WeightScheme(4, GROUP))
     turned = refit.refine(-weight, dataclasses.replace(start, scales=-start.scales), hessian, Options(torch.float32))
     straight = refit.refine(weight, start, hessian, Options(torch.float32))
     assert torch.equal(turned.scales, -straight.scales) and bool((straight.scales > 0).all())
@@ -102,6 +102,6 @@ def test_a_scale_does_not_change_its_sign_and_stays_a_number() -> None:
 @pytest.mark.parametrize(("group_size", "changes"), [("channel", True), ("tensor", False)])
 def test_one_scale_for_all_rows_is_left_alone(group_size: str, changes: bool) -> None:
     weight, hessian = random(N, K), hessian_of(K)
-    start = nearest(weight, Scheme(3, group_size))  # type: ignore[arg-type]
+    start = nearest(weight, WeightScheme(3, group_size))  # type: ignore[arg-type]
     found = refit.refine(weight, start, hessian, Options(torch.float32))
     assert torch.equal(found.scales, start.scales) is not changes

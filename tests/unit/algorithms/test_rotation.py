@@ -21,7 +21,7 @@ from llmq.model.passes.hidden_states import Stream
 from llmq.numerics.block_diagonal import columns, inverse, repeated, rows, scaling
 from llmq.numerics.input_stats import InputStats
 from llmq.numerics.layer_plan import LayerPlan
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 from llmq.report.record import StageGain
 from tests.builders import skeleton_of, tokens
 
@@ -221,7 +221,7 @@ class Rewritten:
         walked = skeleton_of(folder)
         self.block = walked.blocks[0]
         plans = {
-            path: LayerPlan(path, m.out_features, m.in_features, None if path.endswith(left) else Scheme(4, 16))
+            path: LayerPlan(path, m.out_features, m.in_features, None if path.endswith(left) else WeightScheme(4, 16))
             for path, m in self.block.linears.items()
         }
         self.stream = Stream(walked, tokens(6, 24), batch=2, held_out=held_out)
@@ -268,7 +268,7 @@ def test_what_is_said_to_be_won_is_the_error_on_held_out_text(checkpoint: Checkp
     for weights in (found.before, rotated):
         put(found.block, weights)
         exact = found.block.run(call)
-        sides = {side: rtn.round_weight(weights[side], None, Scheme(4, 16), Options()) for side in SIDES}
+        sides = {side: rtn.round_weight(weights[side], None, WeightScheme(4, 16), Options()) for side in SIDES}
         put(found.block, weights | {side: each.quantized.dequantize() for side, each in sides.items()})
         losses.append(float((found.block.run(call) - exact).double().square().sum()) / 48)
     assert (gain.before, gain.after) == pytest.approx(losses, rel=1e-3)
@@ -279,7 +279,7 @@ def test_the_statistics_are_those_of_the_rotated_block(checkpoint: Checkpoints) 
     assert found.changed
     fresh = input_groups.statistics(found.block, list(found.observed), found.stream.fitted_calls())
     for group, stats in found.observed.items():
-        torch.testing.assert_close(stats.hessian, fresh[group].hessian, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(stats.second_moment(), fresh[group].second_moment(), rtol=1e-4, atol=1e-4)
 
 
 def test_without_held_out_text_the_calibration_text_decides_and_no_gain_is_claimed(checkpoint: Checkpoints) -> None:

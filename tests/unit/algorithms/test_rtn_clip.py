@@ -10,9 +10,9 @@ from llmq.algorithms import Options, Rounding, clip, output_error, rtn
 from llmq.methods import METHODS
 from llmq.numerics import affine_grid
 from llmq.numerics.input_stats import InputStats
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 
-G16 = Scheme(4, 16)
+G16 = WeightScheme(4, 16)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -28,7 +28,7 @@ def loud_stats(K: int = 32) -> InputStats:
     return stats
 
 
-def nearest_by_hand(weight: Tensor, found: Rounding, scheme: Scheme) -> np.ndarray:
+def nearest_by_hand(weight: Tensor, found: Rounding, scheme: WeightScheme) -> np.ndarray:
     """(N, K) codes: for each weight the code whose decoded value is closest, by looking at all of them."""
     q, per_group = found.quantized, scheme.columns_per_group(weight.shape[1])
     codes = np.zeros(weight.shape, int)
@@ -40,8 +40,10 @@ def nearest_by_hand(weight: Tensor, found: Rounding, scheme: Scheme) -> np.ndarr
 
 
 @pytest.mark.parametrize("scales", ["searched", "minmax"])
-@pytest.mark.parametrize("scheme", [Scheme(4, 16), Scheme(3, "channel", symmetric=False), Scheme(2, "tensor")], ids=str)
-def test_rtn_takes_the_nearest_point_of_its_grid(scales: str, scheme: Scheme) -> None:
+@pytest.mark.parametrize(
+    "scheme", [WeightScheme(4, 16), WeightScheme(3, "channel", symmetric=False), WeightScheme(2, "tensor")], ids=str
+)
+def test_rtn_takes_the_nearest_point_of_its_grid(scales: str, scheme: WeightScheme) -> None:
     weight = random(4, 32)
     found = rtn.round_weight(weight, None, scheme, Options(scales=scales))
     np.testing.assert_array_equal(found.quantized.codes.numpy(), nearest_by_hand(weight, found, scheme))
@@ -104,7 +106,7 @@ def test_every_stage_that_a_method_names_has_a_file() -> None:
 @pytest.mark.parametrize("name", sorted({method.rounding for method in METHODS.values()}))
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_rounding_stage_gives_what_the_layouts_take(name: str, dtype: torch.dtype) -> None:
-    scheme = Scheme(4, 16, symmetric=False)
+    scheme = WeightScheme(4, 16, symmetric=False)
     found = algorithms.rounding(name).round_weight(random(8, 32), loud_stats(), scheme, Options(dtype))
     q = found.quantized
     assert q.codes.dtype == torch.uint8 and q.codes.shape == (8, 32) and int(q.codes.max()) <= 15

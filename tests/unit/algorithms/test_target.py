@@ -37,7 +37,7 @@ def judge(X: Tensor, moved: Tensor) -> InputStats:
 
 
 def factor_of(stats: InputStats, options: Options) -> Factor:
-    factor = factorize(stats.hessian, options.order, options.damping)
+    factor = factorize(stats.second_moment(), options.order, options.damping)
     assert factor is not None
     return factor
 
@@ -53,7 +53,7 @@ def test_the_whole_step_ends_at_the_least_squares_solution(order: str) -> None:
     (X, moved), weight = streams(0), random(N, K, seed=5)
     stats = seen(X, moved)
     factor = factor_of(stats, Options(order=order))
-    cross = stats.cross
+    cross = stats.cross_moment()
     assert cross is not None
     found = weight + target.step(weight, cross, factor)
     damping = factor.damping * float((moved.double() ** 2).sum() / T / K)
@@ -67,7 +67,7 @@ def test_the_whole_step_ends_at_the_least_squares_solution(order: str) -> None:
 def test_the_strength_is_chosen_by_the_loss_on_held_out_tokens() -> None:
     (X, moved), weight = streams(0), random(N, K, seed=5)
     stats = seen(X, moved)
-    cross = stats.cross
+    cross = stats.cross_moment()
     assert cross is not None
     V = target.step(weight, cross, factor_of(stats, Options()))
     bend = torch.linalg.lstsq(X, moved).solution - torch.eye(K)  # X̂ ≈ X + X bend

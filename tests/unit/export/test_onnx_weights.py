@@ -9,10 +9,10 @@ import torch
 from llmq.errors import FormatError
 from llmq.export.onnx_weights import MatMulNBits, matmul_nbits
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 
 
-def example(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype = torch.float16) -> QuantizedTensor:
+def example(scheme: WeightScheme, shape: tuple[int, int], dtype: torch.dtype = torch.float16) -> QuantizedTensor:
     draw = torch.Generator().manual_seed(0)
     N, G = shape[0], shape[1] // scheme.columns_per_group(shape[1])
     codes = torch.randint(0, scheme.levels + 1, shape, dtype=torch.uint8, generator=draw)
@@ -41,15 +41,15 @@ def defined(node: MatMulNBits) -> np.ndarray:
 @pytest.mark.parametrize(
     ("scheme", "shape", "block"),
     [
-        (Scheme(4, 32), (3, 96), 32),
-        (Scheme(4, 32, symmetric=False), (3, 96), 32),  # three blocks: half a byte of zeros is left
-        (Scheme(8, 128, symmetric=False), (2, 256), 128),
-        (Scheme(2, 16, symmetric=False), (2, 80), 16),
-        (Scheme(4, 512, symmetric=False), (2, 1024), 256),
-        (Scheme(4, "channel", symmetric=False), (2, 48), 16),
+        (WeightScheme(4, 32), (3, 96), 32),
+        (WeightScheme(4, 32, symmetric=False), (3, 96), 32),  # three blocks: half a byte of zeros is left
+        (WeightScheme(8, 128, symmetric=False), (2, 256), 128),
+        (WeightScheme(2, 16, symmetric=False), (2, 80), 16),
+        (WeightScheme(4, 512, symmetric=False), (2, 1024), 256),
+        (WeightScheme(4, "channel", symmetric=False), (2, 48), 16),
     ],
 )
-def test_nothing_is_lost(scheme: Scheme, shape: tuple[int, int], block: int, dtype: torch.dtype) -> None:
+def test_nothing_is_lost(scheme: WeightScheme, shape: tuple[int, int], block: int, dtype: torch.dtype) -> None:
     q = example(scheme, shape, dtype)
     node = matmul_nbits(q)
     assert node.attributes == {"K": shape[1], "N": shape[0], "bits": scheme.bits, "block_size": block}
@@ -60,10 +60,12 @@ def test_nothing_is_lost(scheme: Scheme, shape: tuple[int, int], block: int, dty
 @pytest.mark.parametrize(
     ("q", "words"),
     [
-        (example(Scheme(3, 32), (2, 64)), "a grid int3 g32 symmetric"),
-        (example(Scheme(4, "channel"), (2, 40)), "blocks of 16 columns and more, which 40"),
+        (example(WeightScheme(3, 32), (2, 64)), "a grid int3 g32 symmetric"),
+        (example(WeightScheme(4, "channel"), (2, 40)), "blocks of 16 columns and more, which 40"),
         (
-            dataclasses.replace(example(Scheme(4, 32), (2, 64)), group_index=torch.arange(64, dtype=torch.int32) % 2),
+            dataclasses.replace(
+                example(WeightScheme(4, 32), (2, 64)), group_index=torch.arange(64, dtype=torch.int32) % 2
+            ),
             "an order of their own",
         ),
     ],

@@ -13,15 +13,15 @@ from llmq.errors import ConfigError, FormatError
 from llmq.formats import awq, compressed_tensors, gptq
 from llmq.formats.base import Layout, Reading
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import BITS, Scheme
+from llmq.numerics.scheme import BITS, WeightScheme
 
 LAYOUTS: tuple[Layout, ...] = (awq.LAYOUT, compressed_tensors.LAYOUT, gptq.LAYOUT)
 Q, K, HEAD = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj", "lm_head"
-G32, ASYMMETRIC = Scheme(4, 32), Scheme(4, 32, symmetric=False)
+G32, ASYMMETRIC = WeightScheme(4, 32), WeightScheme(4, 32, symmetric=False)
 
 
 def example(
-    scheme: Scheme = G32, shape: tuple[int, int] = (16, 64), dtype: torch.dtype = torch.float16
+    scheme: WeightScheme = G32, shape: tuple[int, int] = (16, 64), dtype: torch.dtype = torch.float16
 ) -> QuantizedTensor:
     draw = torch.Generator().manual_seed(0)
     N, G = shape[0], shape[1] // scheme.columns_per_group(shape[1])
@@ -70,18 +70,23 @@ def test_an_unknown_quant_method_is_answered_with_the_known_ones(block: dict[str
 @pytest.mark.parametrize(
     ("layout", "scheme", "shape", "words"),
     [
-        (awq.LAYOUT, Scheme(8), (64, 128), "awq holds 4 bits only, not 8; compressed-tensors holds 2, 3, 4 and 8"),
+        (
+            awq.LAYOUT,
+            WeightScheme(8),
+            (64, 128),
+            "awq holds 4 bits only, not 8; compressed-tensors holds 2, 3, 4 and 8",
+        ),
         (awq.LAYOUT, G32, (12, 64), "12 .*compressed-tensors holds any number"),
-        (gptq.LAYOUT, Scheme(3), (64, 128), "4 and 8 bits only, not 3; compressed-tensors holds"),
-        (gptq.LAYOUT, Scheme(2), (64, 128), "4 and 8 bits only, not 2; compressed-tensors holds"),
+        (gptq.LAYOUT, WeightScheme(3), (64, 128), "4 and 8 bits only, not 3; compressed-tensors holds"),
+        (gptq.LAYOUT, WeightScheme(2), (64, 128), "4 and 8 bits only, not 2; compressed-tensors holds"),
         (gptq.LAYOUT, G32, (12, 64), "8 output features.*12.*compressed-tensors"),
-        (gptq.LAYOUT, Scheme(4, "channel"), (16, 60), "8 input features.*60.*compressed-tensors"),
-        (gptq.LAYOUT, Scheme(8, "channel"), (6, 64), "4 output features.*6 .*compressed-tensors"),
-        *((layout, Scheme(4, 128), (64, 192), "group size of 128 does not divide 192") for layout in LAYOUTS),
+        (gptq.LAYOUT, WeightScheme(4, "channel"), (16, 60), "8 input features.*60.*compressed-tensors"),
+        (gptq.LAYOUT, WeightScheme(8, "channel"), (6, 64), "4 output features.*6 .*compressed-tensors"),
+        *((layout, WeightScheme(4, 128), (64, 192), "group size of 128 does not divide 192") for layout in LAYOUTS),
     ],
 )
 def test_a_grid_that_does_not_fit_is_refused_with_its_reason(
-    layout: Layout, scheme: Scheme, shape: tuple[int, int], words: str
+    layout: Layout, scheme: WeightScheme, shape: tuple[int, int], words: str
 ) -> None:
     refusal = layout.refusal(scheme, *shape)
     assert refusal is not None
@@ -93,13 +98,13 @@ def test_a_grid_that_does_not_fit_is_refused_with_its_reason(
 @pytest.mark.parametrize(
     ("layout", "scheme", "shape"),
     [
-        (awq.LAYOUT, Scheme(4, "channel"), (8, 60)),
-        (gptq.LAYOUT, Scheme(8, "tensor", symmetric=False), (4, 60)),
-        (compressed_tensors.LAYOUT, Scheme(3, "channel"), (5, 7)),
-        *((compressed_tensors.LAYOUT, Scheme(bits, 16, symmetric=False), (5, 48)) for bits in BITS),
+        (awq.LAYOUT, WeightScheme(4, "channel"), (8, 60)),
+        (gptq.LAYOUT, WeightScheme(8, "tensor", symmetric=False), (4, 60)),
+        (compressed_tensors.LAYOUT, WeightScheme(3, "channel"), (5, 7)),
+        *((compressed_tensors.LAYOUT, WeightScheme(bits, 16, symmetric=False), (5, 48)) for bits in BITS),
     ],
 )
-def test_a_grid_that_fits_is_not_refused(layout: Layout, scheme: Scheme, shape: tuple[int, int]) -> None:
+def test_a_grid_that_fits_is_not_refused(layout: Layout, scheme: WeightScheme, shape: tuple[int, int]) -> None:
     assert layout.refusal(scheme, *shape) is None
     layout.pack(example(scheme, shape))
 
@@ -113,8 +118,8 @@ def test_scales_are_rounded_to_what_readers_expect() -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
-@pytest.mark.parametrize("scheme", [G32, ASYMMETRIC, Scheme(4, "channel"), Scheme(4, "tensor")], ids=str)
-def test_a_declaration_is_read_back(layout: Layout, scheme: Scheme) -> None:
+@pytest.mark.parametrize("scheme", [G32, ASYMMETRIC, WeightScheme(4, "channel"), WeightScheme(4, "tensor")], ids=str)
+def test_a_declaration_is_read_back(layout: Layout, scheme: WeightScheme) -> None:
     read = layout.read_config(layout.quantization_config({Q: scheme, K: scheme}, ["model.layers.1.mlp.gate", HEAD]))
     stored = scheme if scheme.group_size != "tensor" else dataclasses.replace(scheme, group_size="channel")
     if layout is awq.LAYOUT:  # whose zeros are always there
@@ -131,7 +136,7 @@ def test_compressed_tensors_targets_every_linear_where_there_is_one_grid() -> No
 
 @pytest.mark.parametrize("layout", [compressed_tensors.LAYOUT, gptq.LAYOUT], ids=lambda layout: layout.name)
 def test_grids_beside_each_other_are_told_apart_by_module(layout: Layout) -> None:
-    schemes = {Q: Scheme(8, 64), K: G32, f"{K}2": G32, "a.b": Scheme(4, "channel")}
+    schemes = {Q: WeightScheme(8, 64), K: G32, f"{K}2": G32, "a.b": WeightScheme(4, "channel")}
     read = layout.read_config(layout.quantization_config(schemes, ["a.c", HEAD]))
     assert {name: read(name).scheme for name in schemes} == schemes  # type: ignore[union-attr]
     assert read("a.c") is read(HEAD) is None
@@ -145,7 +150,7 @@ def test_gptq_declares_what_engines_require() -> None:
 
 
 def test_gptq_exceptions_are_whole_names_not_patterns() -> None:
-    block = gptq.quantization_config({"a.b": G32, "a.c": G32, "a.d": Scheme(8, "channel")}, ["x.y"])
+    block = gptq.quantization_config({"a.b": G32, "a.c": G32, "a.d": WeightScheme(8, "channel")}, ["x.y"])
     assert block["dynamic"] == {r"-:^x\.y$": {}, r"+:^a\.d$": {"bits": 8, "group_size": -1, "sym": True}}
     read = gptq.read_config(block)
     assert read("axd.q") == read("x.y.z") == Reading(G32, zeros_offset=1)
@@ -160,7 +165,7 @@ def test_gptq_zeros_are_of_one_version_in_a_file() -> None:
 
 def test_awq_holds_one_grid() -> None:
     with pytest.raises(ConfigError, match="int4 channel symmetric, int4 g32 symmetric"):
-        awq.quantization_config({Q: G32, K: Scheme(4, "channel")}, [])
+        awq.quantization_config({Q: G32, K: WeightScheme(4, "channel")}, [])
 
 
 def test_awq_names_that_readers_would_confuse_are_refused() -> None:
@@ -207,7 +212,7 @@ def test_compressed_tensors_name_goes_before_pattern_before_class() -> None:
     ],
 )
 def test_compressed_tensors_strategies(weights: dict[str, object], group_size: object) -> None:
-    assert compressed_tensors.read_config(compressed(weights))(Q) == Reading(Scheme(4, group_size))  # type: ignore[arg-type]
+    assert compressed_tensors.read_config(compressed(weights))(Q) == Reading(WeightScheme(4, group_size))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("actorder", "needed"), [("group", True), ("static", False), (None, False)])
@@ -218,7 +223,7 @@ def test_compressed_tensors_once_stored_an_order_of_columns(actorder: str | None
 
 def test_gptq_of_the_first_writers_says_little_and_means_version_one() -> None:
     read = gptq.read_config({"bits": 4, "group_size": -1, "desc_act": True})
-    assert read(Q) == Reading(Scheme(4, "channel"), zeros_offset=1, needs_group_index=True)
+    assert read(Q) == Reading(WeightScheme(4, "channel"), zeros_offset=1, needs_group_index=True)
     assert read(HEAD) is None
 
 
@@ -226,8 +231,8 @@ def test_gptq_the_first_matching_pattern_decides() -> None:
     dynamic = {r"-:.*\.mlp\.": {}, r".*layers\.1\.": {"bits": 8}, r"+:.*": {"group_size": 64, "sym": False}}
     read = gptq.read_config({"bits": 4, "group_size": 32, "format": "gptq_v2", "dynamic": dynamic})
     assert read("model.layers.1.mlp.up_proj") is None
-    assert read("model.layers.1.self_attn.q_proj") == Reading(Scheme(8, 32))
-    assert read("model.layers.2.self_attn.q_proj") == Reading(Scheme(4, 64, symmetric=False))
+    assert read("model.layers.1.self_attn.q_proj") == Reading(WeightScheme(8, 32))
+    assert read("model.layers.2.self_attn.q_proj") == Reading(WeightScheme(4, 64, symmetric=False))
 
 
 def test_gptq_modules_in_block_leave_the_others_out() -> None:

@@ -12,14 +12,14 @@ from llmq.errors import FormatError
 from llmq.formats import awq, compressed_tensors, gptq
 from llmq.formats.base import Layout, Reading
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 
 LAYOUTS: tuple[Layout, ...] = (awq.LAYOUT, compressed_tensors.LAYOUT, gptq.LAYOUT)
-G32, ASYMMETRIC = Scheme(4, 32), Scheme(4, 32, symmetric=False)
+G32, ASYMMETRIC = WeightScheme(4, 32), WeightScheme(4, 32, symmetric=False)
 
 
 def example(
-    scheme: Scheme = G32, shape: tuple[int, int] = (16, 64), dtype: torch.dtype = torch.float16
+    scheme: WeightScheme = G32, shape: tuple[int, int] = (16, 64), dtype: torch.dtype = torch.float16
 ) -> QuantizedTensor:
     draw = torch.Generator().manual_seed(0)
     N, G = shape[0], shape[1] // scheme.columns_per_group(shape[1])
@@ -29,7 +29,7 @@ def example(
     return QuantizedTensor(codes, scales, None if scheme.symmetric else zeros, scheme)
 
 
-def reading_of(layout: Layout, scheme: Scheme) -> Reading:
+def reading_of(layout: Layout, scheme: WeightScheme) -> Reading:
     reading = layout.read_config(layout.quantization_config({"a": scheme}, []))("a")
     assert reading is not None
     return reading
@@ -148,7 +148,7 @@ def test_an_index_that_was_never_set_is_the_plain_order(layout: Layout, suffix: 
 
 
 def test_compressed_tensors_one_scale_for_the_whole_weight() -> None:
-    q = example(Scheme(4, "tensor", symmetric=False), shape=(6, 20))
+    q = example(WeightScheme(4, "tensor", symmetric=False), shape=(6, 20))
     one = dataclasses.replace(q, scales=q.scales[:1].expand(6, 1), zeros=torch.full((6, 1), 5, dtype=torch.int16))
     tensors = compressed_tensors.pack(one)
     tensors |= {"weight_scale": one.scales[0], "weight_zero_point": torch.tensor([5 - 8], dtype=torch.int8)}

@@ -13,17 +13,17 @@ from llmq.errors import FormatError
 from llmq.formats.codecs import gguf_blocks
 from llmq.gguf import export
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 
 GRIDS = st.builds(
-    Scheme,
+    WeightScheme,
     bits=st.sampled_from([2, 3, 4, 8]),
     group_size=st.sampled_from([32, 64, 128, 256, "channel", "tensor"]),
     symmetric=st.booleans(),
 )
 
 
-def random_tensor(scheme: Scheme, N: int, K: int, seed: int) -> QuantizedTensor:
+def random_tensor(scheme: WeightScheme, N: int, K: int, seed: int) -> QuantizedTensor:
     """Any codes, any zeros, fp16 scales of either sign."""
     draw = np.random.default_rng(seed)
     G = K // scheme.columns_per_group(K)
@@ -34,7 +34,7 @@ def random_tensor(scheme: Scheme, N: int, K: int, seed: int) -> QuantizedTensor:
 
 
 @given(scheme=GRIDS, seed=st.integers(0, 2**32 - 1))
-def test_what_is_packed_decodes_to_the_very_weights(scheme: Scheme, seed: int) -> None:
+def test_what_is_packed_decodes_to_the_very_weights(scheme: WeightScheme, seed: int) -> None:
     q = random_tensor(scheme, 3, 512, seed)
     kind = export.best(scheme, 512)
     if scheme.bits == 8 and not scheme.symmetric:
@@ -47,25 +47,25 @@ def test_what_is_packed_decodes_to_the_very_weights(scheme: Scheme, seed: int) -
 @pytest.mark.parametrize(
     ("scheme", "columns", "kind"),
     [
-        (Scheme(4, 32, True), 96, "Q4_0"),
-        (Scheme(4, 128, True), 256, "Q4_0"),
-        (Scheme(3, 32, False), 96, "Q4_0"),  # code - zero has a sign, and four bits hold it
-        (Scheme(4, 32, False), 256, "Q5_0"),
-        (Scheme(4, 256, False), 512, "Q4_K"),
-        (Scheme(4, "channel", False), 512, "Q4_K"),
-        (Scheme(4, "channel", False), 96, "Q5_0"),
-        (Scheme(8, 32, True), 96, "Q8_0"),
-        (Scheme(8, 32, False), 96, None),
-        (Scheme(4, 16, True), 96, None),
-        (Scheme(4, "channel", True), 100, None),
+        (WeightScheme(4, 32, True), 96, "Q4_0"),
+        (WeightScheme(4, 128, True), 256, "Q4_0"),
+        (WeightScheme(3, 32, False), 96, "Q4_0"),  # code - zero has a sign, and four bits hold it
+        (WeightScheme(4, 32, False), 256, "Q5_0"),
+        (WeightScheme(4, 256, False), 512, "Q4_K"),
+        (WeightScheme(4, "channel", False), 512, "Q4_K"),
+        (WeightScheme(4, "channel", False), 96, "Q5_0"),
+        (WeightScheme(8, 32, True), 96, "Q8_0"),
+        (WeightScheme(8, 32, False), 96, None),
+        (WeightScheme(4, 16, True), 96, None),
+        (WeightScheme(4, "channel", True), 100, None),
     ],
 )
-def test_the_smallest_type_that_is_exact_is_taken(scheme: Scheme, columns: int, kind: str | None) -> None:
+def test_the_smallest_type_that_is_exact_is_taken(scheme: WeightScheme, columns: int, kind: str | None) -> None:
     assert export.best(scheme, columns) == kind
 
 
 def test_scales_that_fp16_does_not_hold_are_refused() -> None:
-    q = random_tensor(Scheme(4, 32, True), 2, 64, seed=0)
+    q = random_tensor(WeightScheme(4, 32, True), 2, 64, seed=0)
     small = q.scales.to(torch.bfloat16) * 2**-24
     with pytest.raises(FormatError, match="of its 4 scales are no fp16 numbers"):
         export.pack("Q4_0", dataclasses.replace(q, scales=small))
@@ -79,12 +79,12 @@ def test_scales_that_fp16_does_not_hold_are_refused() -> None:
     ],
 )
 def test_what_the_grid_does_not_show_is_refused_when_packed(changes: dict[str, Any], message: str) -> None:
-    q = random_tensor(Scheme(4, 32, False), 2, 64, seed=0)
+    q = random_tensor(WeightScheme(4, 32, False), 2, 64, seed=0)
     with pytest.raises(FormatError, match=message):
         export.pack("Q5_0", dataclasses.replace(q, **changes))
 
 
 def test_columns_in_an_order_that_is_the_usual_one_are_no_obstacle() -> None:
-    q = random_tensor(Scheme(4, 32, False), 2, 64, seed=0)
+    q = random_tensor(WeightScheme(4, 32, False), 2, 64, seed=0)
     ordered = dataclasses.replace(q, group_index=torch.arange(64, dtype=torch.int32) // 32)
     assert np.array_equal(export.pack("Q5_0", ordered), export.pack("Q5_0", q))

@@ -7,7 +7,7 @@ import pytest
 from llmq.config import GGUF_GRIDS, Override, QuantConfig
 from llmq.errors import ConfigError, UnsupportedModelError
 from llmq.numerics.layer_plan import LayerPlan
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 
 pytest.importorskip("gguf")
 from llmq.gguf import recipes
@@ -77,7 +77,7 @@ def test_q_k_and_v_in_one_weight_get_more() -> None:
 def test_rows_that_no_superblock_fills_get_finer_blocks(columns: int, recipe: str, given: str | None) -> None:
     linears = {"self_attn.q_proj": (512, 512), "mlp.down_proj": (512, columns)}
     _, plan = recipes.plan_layers(shapes(1, linears), settings(recipe), llama(1))
-    assert plan.scheme == (None if given is None else Scheme.of_blocks(given))
+    assert plan.scheme == (None if given is None else WeightScheme.of_blocks(given))
     assert bool(plan.reason) == (columns != 512) and (given is None) == plan.reason.startswith("kept as it is")
     if plan.reason:
         with pytest.raises(ConfigError, match=str(columns)):
@@ -86,7 +86,7 @@ def test_rows_that_no_superblock_fills_get_finer_blocks(columns: int, recipe: st
 
 @pytest.mark.parametrize(("type_", "nbytes"), [("q4_k", 144), ("q5_k", 176), ("q6_k", 210), ("q8_0", 8 * 34)])
 def test_a_plan_knows_its_bytes(type_: str, nbytes: int) -> None:
-    plan = LayerPlan("q_proj", 3, 512, Scheme.of_blocks(type_))
+    plan = LayerPlan("q_proj", 3, 512, WeightScheme.of_blocks(type_))
     assert plan.packed_bytes(scale_bytes=2) == 3 * 2 * nbytes
 
 
@@ -113,7 +113,7 @@ def test_what_is_skipped_stays_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("changes", "option"),
     [
-        ({"scheme": Scheme(8)}, "--bits"),
+        ({"scheme": WeightScheme(8)}, "--bits"),
         ({"overrides": (Override("down_proj", bits=8),)}, "--override"),
         ({"target_bits": 4.5}, "--target-bits"),
         ({"scales": "minmax"}, "--scales minmax"),

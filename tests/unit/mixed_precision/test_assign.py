@@ -10,10 +10,10 @@ from llmq.config import Override, QuantConfig
 from llmq.config_files import config_from, config_to
 from llmq.errors import ConfigError
 from llmq.mixed_precision import assign
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 from llmq.report.sensitivity import Effect, Sensitivity, Unit
 
-SCHEMES = assign.schemes_to_try(Scheme())
+SCHEMES = assign.schemes_to_try(WeightScheme())
 SHAPES = {f"x.{name}": (name, 256, 256) for name in ("a.q", "a.k", "b.down")}
 STORED = dict.fromkeys(SHAPES, 16 * 256 * 256)
 LAYOUT = formats.load("compressed-tensors")
@@ -47,8 +47,8 @@ def test_bits_are_what_the_file_takes() -> None:
 
 
 def test_the_grid_of_the_run_is_among_those_to_choose_from() -> None:
-    assert assign.schemes_to_try(Scheme(3, 64, False))[-1] == Scheme(3, 64, False)
-    assert len(assign.schemes_to_try(Scheme(4, 32))) == len(assign.GRIDS)
+    assert assign.schemes_to_try(WeightScheme(3, 64, False))[-1] == WeightScheme(3, 64, False)
+    assert len(assign.schemes_to_try(WeightScheme(4, 32))) == len(assign.GRIDS)
 
 
 @pytest.mark.parametrize("target", [4.127, 4.25, 4.3, 4.51, 5.5, 6.8, 8.13, 11.0, 16.0])
@@ -69,7 +69,7 @@ def test_the_settings_carry_the_plan_out() -> None:
     assert plan.grids == ("int4 g128 symmetric", "int8 g128 symmetric")
     made = assign.settled(settings, plan)
     assert made == dataclasses.replace(settings, overrides=(Override("b.down", 8, 128),), target_bits=None)
-    assert made.scheme_for("a.k") == Scheme(4, 128) and made.scheme_for("b.down") == Scheme(8, 128)
+    assert made.scheme_for("a.k") == WeightScheme(4, 128) and made.scheme_for("b.down") == WeightScheme(8, 128)
 
 
 def test_layers_that_stay_are_skipped() -> None:

@@ -15,11 +15,11 @@ from llmq.errors import CalibrationError
 from llmq.mixed_precision import sensitivity
 from llmq.mixed_precision.sensitivity import Candidate, Layer, Question
 from llmq.model.analyse.input_groups import InputGroup
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 from llmq.report.sensitivity import Sensitivity, Unit
 from tests import builders
 
-SCHEMES = (Scheme(3, 16), Scheme(4, "channel", symmetric=False))
+SCHEMES = (WeightScheme(3, 16), WeightScheme(4, "channel", symmetric=False))
 BITS = (3 + 16 / 16, 4 + 16 / 32)
 WINDOWS = builders.tokens(6, 16)
 
@@ -50,7 +50,7 @@ def measured(folder: Path, windows: Tensor = WINDOWS, rounding: str = "rtn", **h
     return drained(sensitivity.measure(skeleton, windows, question, batch=2, **{"judged": 2, **how}))
 
 
-def rounded(weight: Tensor, scheme: Scheme) -> Tensor:
+def rounded(weight: Tensor, scheme: WeightScheme) -> Tensor:
     """Min-max rounding, spelled out."""
     groups = weight.reshape(len(weight), -1, scheme.columns_per_group(weight.shape[1]))
     if scheme.symmetric:
@@ -65,7 +65,7 @@ def rounded(weight: Tensor, scheme: Scheme) -> Tensor:
 
 
 @torch.no_grad()
-def divergence(folder: Path, names: tuple[str, ...], scheme: Scheme, windows: Tensor) -> float:
+def divergence(folder: Path, names: tuple[str, ...], scheme: WeightScheme, windows: Tensor) -> float:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     before = model(input_ids=windows).logits.log_softmax(-1)
     for name in names:

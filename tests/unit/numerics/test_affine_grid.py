@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llmq.numerics import affine_grid
 from llmq.numerics.affine_grid import Grid
-from llmq.numerics.scheme import BITS, Scheme
+from llmq.numerics.scheme import BITS, WeightScheme
 from llmq_kernels.grid_search import torch_path
 
 FLOAT32 = torch.float32
@@ -31,7 +31,7 @@ def weighted_error(weight: Tensor, fitted: Grid, importance: Tensor) -> Tensor:
 def test_a_symmetric_scale_is_the_largest_weight_over_half_the_levels() -> None:
     weight = torch.zeros(2, 32)
     weight[0, 3], weight[0, 20], weight[1, 5] = -3.0, 0.75, 1.5
-    fitted = affine_grid.fit_minmax(weight, Scheme(4, 16), FLOAT32)
+    fitted = affine_grid.fit_minmax(weight, WeightScheme(4, 16), FLOAT32)
     by_hand = torch.tensor(
         [[0.4, 0.1], [0.2, affine_grid.SMALLEST_SCALE_ELSEWHERE]]
     )  # 3 / 7.5, 0.75 / 7.5, 1.5 / 7.5, none
@@ -41,7 +41,7 @@ def test_a_symmetric_scale_is_the_largest_weight_over_half_the_levels() -> None:
 
 def test_an_asymmetric_range_goes_from_the_smallest_to_the_largest_weight() -> None:
     weight = torch.tensor([[-1.0, 2.0, 0.5, 0.0] * 4, [3.0, 1.0, 2.0, 1.5] * 4, [-6.0, -2.0, -3.0, -1.0] * 4])
-    fitted = affine_grid.fit_minmax(weight, Scheme(4, 16, symmetric=False), FLOAT32)
+    fitted = affine_grid.fit_minmax(weight, WeightScheme(4, 16, symmetric=False), FLOAT32)
     by_hand = torch.tensor([[3 / 15], [3 / 15], [6 / 15]])  # zero is always inside the range
     torch.testing.assert_close(fitted.scales, by_hand, rtol=EPSILON, atol=0)
     assert fitted.zeros is not None and fitted.zeros.dtype == torch.int16
@@ -49,7 +49,7 @@ def test_an_asymmetric_range_goes_from_the_smallest_to_the_largest_weight() -> N
 
 
 def test_codes_are_the_nearest_points_of_the_grid() -> None:
-    fitted = Grid(Scheme(4, 16), torch.tensor([[0.5]]), None)
+    fitted = Grid(WeightScheme(4, 16), torch.tensor([[0.5]]), None)
     weight = torch.tensor([[-9.0, -4.0, -3.8, -3.7, -0.3, -0.2, 0.0, 0.2, 0.3, 1.0, 3.2, 3.3, 3.5, 3.7, 9.0, 99.0]])
     assert fitted.encode(weight).tolist() == [[0, 0, 0, 1, 7, 8, 8, 8, 9, 10, 14, 15, 15, 15, 15, 15]]
 
@@ -59,7 +59,7 @@ def test_codes_are_the_nearest_points_of_the_grid() -> None:
 def test_min_max_errs_by_half_a_step_at_most(bits: int, symmetric: bool) -> None:
     """But for the symmetric extreme on the side that has one code less: half a level beyond the last one, too."""
     weight = weights(8, 64)
-    fitted = affine_grid.fit_minmax(weight, Scheme(bits, 32, symmetric), FLOAT32)
+    fitted = affine_grid.fit_minmax(weight, WeightScheme(bits, 32, symmetric), FLOAT32)
     codes = fitted.encode(weight)
     scales, _ = fitted.by_column(64)
     steps = (fitted.quantized(codes).dequantize() - weight).abs() / scales
@@ -71,7 +71,7 @@ def test_min_max_errs_by_half_a_step_at_most(bits: int, symmetric: bool) -> None
 # ---- the search
 
 
-def searched_by_hand(group: Tensor, costs: Tensor, scheme: Scheme) -> float:
+def searched_by_hand(group: Tensor, costs: Tensor, scheme: WeightScheme) -> float:
     """The least error of one group (g,) over the documented candidates, one by one in float64."""
     w, c = group.double().numpy(), costs.double().numpy()
     if scheme.symmetric and w.max() > -w.min():
@@ -103,7 +103,7 @@ def searched_by_hand(group: Tensor, costs: Tensor, scheme: Scheme) -> float:
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("seed", [20, 47])  # in which some rows want a zero that is two steps away
 def test_the_search_is_as_good_as_trying_every_candidate_by_hand(bits: int, symmetric: bool, seed: int) -> None:
-    scheme = Scheme(bits, 16, symmetric)
+    scheme = WeightScheme(bits, 16, symmetric)
     weight, importance = weights(12, 16, seed=seed) ** 3, weights(16, seed=seed + 500).square()
     found = weighted_error(weight, affine_grid.fit_searched(weight, scheme, FLOAT32, importance), importance)
     expected = torch.tensor([searched_by_hand(row, importance, scheme) for row in weight])
@@ -116,7 +116,7 @@ def test_the_search_is_as_good_as_trying_every_candidate_by_hand(bits: int, symm
 @pytest.mark.parametrize("grouping", GROUPINGS)
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_the_search_lowers_the_weighted_error(bits: int, grouping: int | str, symmetric: bool) -> None:
-    scheme = Scheme(bits, grouping, symmetric)  # type: ignore[arg-type]
+    scheme = WeightScheme(bits, grouping, symmetric)  # type: ignore[arg-type]
     weight, importance = weights(6, 96), weights(96, seed=1).square()
     searched, minmax = (
         affine_grid.fit_searched(weight, scheme, FLOAT32, importance),
@@ -129,14 +129,14 @@ def test_the_search_lowers_the_weighted_error(bits: int, grouping: int | str, sy
 
 def test_the_search_leaves_a_grid_alone_that_min_max_hits_exactly() -> None:
     exact = torch.arange(16.0)[None] / 4  # 0 to 15 steps: min-max has no error at all
-    fitted = affine_grid.fit_searched(exact, Scheme(4, 16, symmetric=False), FLOAT32)
+    fitted = affine_grid.fit_searched(exact, WeightScheme(4, 16, symmetric=False), FLOAT32)
     assert torch.equal(fitted.quantized(fitted.encode(exact)).dequantize(), exact)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_symmetric_grid_is_turned_to_where_the_largest_weight_is(dtype: torch.dtype) -> None:
     """-8 … 7 steps: an extreme of eight steps is met on either side, and what fits on one fits turned around."""
-    scheme, exact = Scheme(4, 16), torch.arange(-8.0, 8.0)[None] / 4
+    scheme, exact = WeightScheme(4, 16), torch.arange(-8.0, 8.0)[None] / 4
     for weight in (exact, -exact):
         fitted = affine_grid.fit_searched(weight, scheme, dtype)
         found = weighted_error(weight, fitted, torch.ones(16))
@@ -159,7 +159,7 @@ def test_importance_decides_which_weights_are_met() -> None:
     weight = torch.tensor([[*[0.1] * 15, -1.0]])
     loud, quiet = torch.ones(16), torch.ones(16)
     loud[15], quiet[15] = 1e4, 1e-4
-    scheme = Scheme(2, 16)
+    scheme = WeightScheme(2, 16)
     met = affine_grid.fit_searched(weight, scheme, FLOAT32, loud)
     left = affine_grid.fit_searched(weight, scheme, FLOAT32, quiet)
     assert abs(float(met.quantized(met.encode(weight)).dequantize()[0, 15]) + 1.0) < 0.01
@@ -167,7 +167,7 @@ def test_importance_decides_which_weights_are_met() -> None:
 
 
 def test_a_large_weight_is_searched_in_pieces_that_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, scheme = weights(7, 64), Scheme(4, 32, symmetric=False)
+    weight, scheme = weights(7, 64), WeightScheme(4, 32, symmetric=False)
     whole = affine_grid.fit_searched(weight, scheme, FLOAT32)
     monkeypatch.setattr(torch_path, "ELEMENTS_AT_ONCE", {"cpu": 128})  # two rows at a time, and one left over
     pieces = affine_grid.fit_searched(weight, scheme, FLOAT32)
@@ -181,18 +181,18 @@ def test_a_large_weight_is_searched_in_pieces_that_do_not_show(monkeypatch: pyte
 @pytest.mark.parametrize("fit", [affine_grid.fit_minmax, affine_grid.fit_searched])
 def test_a_channel_grid_is_one_group_a_row(fit: object) -> None:
     weight = weights(5, 48)
-    fitted = fit(weight, Scheme(4, "channel"), FLOAT32)  # type: ignore[operator]
+    fitted = fit(weight, WeightScheme(4, "channel"), FLOAT32)  # type: ignore[operator]
     assert fitted.scales.shape == (5, 1)
     for row in range(5):
-        alone = fit(weight[row : row + 1], Scheme(4, "channel"), FLOAT32)  # type: ignore[operator]
+        alone = fit(weight[row : row + 1], WeightScheme(4, "channel"), FLOAT32)  # type: ignore[operator]
         assert torch.equal(alone.scales[0], fitted.scales[row])
 
 
 @pytest.mark.parametrize("fit", [affine_grid.fit_minmax, affine_grid.fit_searched])
 def test_a_tensor_grid_is_one_scale_for_all_rows(fit: object) -> None:
     weight = weights(5, 48)
-    fitted = fit(weight, Scheme(4, "tensor", symmetric=False), FLOAT32)  # type: ignore[operator]
-    flat = fit(weight.reshape(1, -1), Scheme(4, "channel", symmetric=False), FLOAT32)  # type: ignore[operator]
+    fitted = fit(weight, WeightScheme(4, "tensor", symmetric=False), FLOAT32)  # type: ignore[operator]
+    flat = fit(weight.reshape(1, -1), WeightScheme(4, "channel", symmetric=False), FLOAT32)  # type: ignore[operator]
     assert fitted.scales.shape == fitted.zeros.shape == (5, 1)
     assert fitted.scales.unique().tolist() == flat.scales.flatten().tolist()
     assert fitted.zeros.unique().tolist() == flat.zeros.flatten().tolist()
@@ -200,8 +200,8 @@ def test_a_tensor_grid_is_one_scale_for_all_rows(fit: object) -> None:
 
 def test_importance_counts_for_the_columns_of_every_row_of_a_tensor_grid() -> None:
     weight, importance = weights(4, 32), weights(32, seed=1).square()
-    fitted = affine_grid.fit_searched(weight, Scheme(3, "tensor"), FLOAT32, importance)
-    flat = affine_grid.fit_searched(weight.reshape(1, -1), Scheme(3, "channel"), FLOAT32, importance.repeat(4))
+    fitted = affine_grid.fit_searched(weight, WeightScheme(3, "tensor"), FLOAT32, importance)
+    flat = affine_grid.fit_searched(weight.reshape(1, -1), WeightScheme(3, "channel"), FLOAT32, importance.repeat(4))
     assert fitted.scales.unique().tolist() == flat.scales.flatten().tolist()
 
 
@@ -211,13 +211,13 @@ def test_importance_counts_for_the_columns_of_every_row_of_a_tensor_grid() -> No
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("fit", [affine_grid.fit_minmax, affine_grid.fit_searched])
 def test_scales_come_in_the_dtype_of_the_file(fit: object, dtype: torch.dtype) -> None:
-    assert fit(weights(4, 32), Scheme(4, 16), dtype).scales.dtype == dtype  # type: ignore[operator]
+    assert fit(weights(4, 32), WeightScheme(4, 16), dtype).scales.dtype == dtype  # type: ignore[operator]
 
 
 def test_the_search_judges_scales_as_the_file_will_round_them() -> None:
     """bfloat16 keeps 8 bits of a scale, so choosing in float32 and rounding afterwards is another choice, and worse."""
     weight, one = weights(64, 32), torch.ones(32)
-    scheme = Scheme(8, 32)
+    scheme = WeightScheme(8, 32)
     judged = affine_grid.fit_searched(weight, scheme, torch.bfloat16)
     exact = affine_grid.fit_searched(weight, scheme, FLOAT32)
     rounded = Grid(scheme, exact.scales.to(torch.bfloat16), None)
@@ -227,7 +227,7 @@ def test_the_search_judges_scales_as_the_file_will_round_them() -> None:
 @pytest.mark.parametrize("fit", [affine_grid.fit_minmax, affine_grid.fit_searched])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_no_float16_scale_is_subnormal(fit: object, symmetric: bool) -> None:
-    fitted = fit(weights(4, 32) * 1e-6, Scheme(4, 16, symmetric), torch.float16)  # type: ignore[operator]
+    fitted = fit(weights(4, 32) * 1e-6, WeightScheme(4, 16, symmetric), torch.float16)  # type: ignore[operator]
     assert float(fitted.scales.abs().min()) >= 6.1e-5
     assert torch.equal(fitted.quantized(fitted.encode(torch.zeros(4, 32))).dequantize(), torch.zeros(4, 32))
 
@@ -238,7 +238,7 @@ def test_no_float16_scale_is_subnormal(fit: object, symmetric: bool) -> None:
 def test_a_group_of_zeros_stays_zero(fit: object, symmetric: bool, dtype: torch.dtype) -> None:
     weight = weights(2, 32)
     weight[:, :16] = 0
-    fitted = fit(weight, Scheme(4, 16, symmetric), dtype)  # type: ignore[operator]
+    fitted = fit(weight, WeightScheme(4, 16, symmetric), dtype)  # type: ignore[operator]
     decoded = fitted.quantized(fitted.encode(weight)).dequantize()
     assert float(fitted.scales.abs().min()) > 0 and bool(fitted.scales.isfinite().all())
     assert torch.equal(decoded[:, :16], torch.zeros(2, 16))
@@ -250,7 +250,7 @@ def test_a_group_of_zeros_stays_zero(fit: object, symmetric: bool, dtype: torch.
 def test_a_huge_outlier_spoils_its_own_group_only(fit: object, symmetric: bool, outlier: float) -> None:
     """At 1e30 the right scale is beyond float16, which then holds its largest value and not infinity."""
     weight = weights(1, 32)
-    scheme = Scheme(4, 16, symmetric)
+    scheme = WeightScheme(4, 16, symmetric)
     calm = fit(weight, scheme, torch.float16)  # type: ignore[operator]
     weight[0, 3] = outlier
     fitted = fit(weight, scheme, torch.float16)  # type: ignore[operator]

@@ -30,7 +30,7 @@ def test_moments_are_means_over_tokens() -> None:
     assert found.tokens == 50
     # A float32 sum of 50 products is off by at most 50 epsilons of the sum of their magnitudes.
     hessian, bound = X.T @ X / 50, np.abs(X).T @ np.abs(X) / 50 * 50 * EPSILON
-    assert (np.abs(found.hessian.numpy() - hessian) <= bound).all()
+    assert (np.abs(found.second_moment().numpy() - hessian) <= bound).all()
     assert (np.abs(found.mean_square.numpy() - np.diag(hessian)) <= np.diag(bound)).all()
     np.testing.assert_allclose(found.mean_absolute.numpy(), np.abs(X).mean(0), rtol=50 * EPSILON)
 
@@ -39,7 +39,7 @@ def test_batches_and_leading_dimensions_add_up() -> None:
     X = inputs(48)
     whole, parts = seen(X), seen(X[:10], X[10:].reshape(2, 19, 8))
     assert parts.tokens == whole.tokens == 48
-    torch.testing.assert_close(parts.hessian, whole.hessian, rtol=48 * EPSILON, atol=48 * EPSILON)
+    torch.testing.assert_close(parts.second_moment(), whole.second_moment(), rtol=48 * EPSILON, atol=48 * EPSILON)
     torch.testing.assert_close(parts.mean_absolute, whole.mean_absolute, rtol=48 * EPSILON, atol=0)
 
 
@@ -49,15 +49,15 @@ def test_long_batches_are_taken_in_chunks(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(input_stats, "TOKENS_AT_ONCE", 7)
     parts = seen(X)
     assert parts.tokens == 50
-    torch.testing.assert_close(parts.hessian, whole.hessian, rtol=50 * EPSILON, atol=50 * EPSILON)
+    torch.testing.assert_close(parts.second_moment(), whole.second_moment(), rtol=50 * EPSILON, atol=50 * EPSILON)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_sums_of_half_precision_inputs_are_in_float32(dtype: torch.dtype) -> None:
     """4096 tokens of 10 add up to 409,600 for each product: beyond float16, and beyond the 8 bits of bfloat16."""
     found = seen(torch.full((4096, 2), 10.0, dtype=dtype), torch.full((1, 2), 10.0, dtype=dtype))
-    assert found.hessian.dtype == torch.float32
-    assert found.hessian.tolist() == [[100.0, 100.0], [100.0, 100.0]]
+    assert found.second_moment().dtype == torch.float32
+    assert found.second_moment().tolist() == [[100.0, 100.0], [100.0, 100.0]]
 
 
 def pairs(T: int = 50, K: int = 8) -> tuple[Tensor, Tensor]:
@@ -72,17 +72,17 @@ def test_cross_moments_of_what_the_inputs_have_moved_by(monkeypatch: pytest.Monk
     original, moved = pairs()
     found = InputStats(8, CPU)
     held_out = found.hold_out()
-    assert found.cross is None and held_out.drift is None
+    assert found.cross_moment() is None and held_out.drift_moment() is None
     for running in (found, held_out):
         running.update(moved[:20].reshape(2, 10, 8), original[:20].reshape(2, 10, 8))
         running.update(moved[20:], original[20:])
     D, X = (original - moved).double(), moved.double()
     for running in (found, held_out):
-        assert running.cross is not None
-        torch.testing.assert_close(running.cross.double(), D.T @ X / 50, rtol=0, atol=1e-6)
-    assert held_out.drift is not None and found.drift is None  # which only judges are asked for
-    torch.testing.assert_close(held_out.drift.double(), D.T @ D / 50, rtol=0, atol=1e-7)
-    assert torch.equal(held_out.drift, held_out.drift.T)
+        assert running.cross_moment() is not None
+        torch.testing.assert_close(running.cross_moment().double(), D.T @ X / 50, rtol=0, atol=1e-6)
+    assert held_out.drift_moment() is not None and found.drift_moment() is None  # which only judges are asked for
+    torch.testing.assert_close(held_out.drift_moment().double(), D.T @ D / 50, rtol=0, atol=1e-7)
+    assert torch.equal(held_out.drift_moment(), held_out.drift_moment().T)
 
 
 def test_a_token_without_its_original_leaves_the_cross_moments_unknown() -> None:
@@ -92,7 +92,7 @@ def test_a_token_without_its_original_leaves_the_cross_moments_unknown() -> None
     for running in (found, held_out):
         running.update(moved, original)
         running.update(moved[:1])
-        assert running.tokens == 51 and running.cross is None and running.drift is None
+        assert running.tokens == 51 and running.cross_moment() is None and running.drift_moment() is None
 
 
 def test_what_is_held_out_is_counted_apart() -> None:
@@ -101,9 +101,9 @@ def test_what_is_held_out_is_counted_apart() -> None:
     assert found.held_out is None
     found.hold_out().update(X[30:])
     found.update(X[:30])
-    assert torch.equal(found.hessian, seen(X[:30]).hessian)
+    assert torch.equal(found.second_moment(), seen(X[:30]).second_moment())
     assert found.held_out is not None
-    assert torch.equal(found.held_out.hessian, seen(X[30:]).hessian)
+    assert torch.equal(found.held_out.second_moment(), seen(X[30:]).second_moment())
 
 
 def test_a_token_of_weight_three_counts_three_times() -> None:
@@ -129,11 +129,11 @@ def test_half_of_a_symmetric_sum_is_enough() -> None:
     for batch in X.split(16):
         for running in (whole, half):
             running.update(batch)
-        torch.testing.assert_close(half.hessian, whole.hessian, rtol=48 * EPSILON, atol=48 * EPSILON)
-        assert torch.equal(half.hessian, half.hessian.T)
+        torch.testing.assert_close(half.second_moment(), whole.second_moment(), rtol=48 * EPSILON, atol=48 * EPSILON)
+        assert torch.equal(half.second_moment(), half.second_moment().T)
     scales = torch.linspace(0.5, 2, 8)
     divided, expected = half.in_basis(scaling(scales)), whole.in_basis(scaling(scales))
-    torch.testing.assert_close(divided.hessian, expected.hessian, rtol=50 * EPSILON, atol=200 * EPSILON)
+    torch.testing.assert_close(divided.second_moment(), expected.second_moment(), rtol=50 * EPSILON, atol=200 * EPSILON)
     torch.testing.assert_close(half.mean_square, whole.mean_square, rtol=48 * EPSILON, atol=0)
 
 
@@ -141,7 +141,7 @@ def test_nothing_seen_is_zero_and_not_nan() -> None:
     found = InputStats(4, CPU)
     found.update(torch.empty(0, 4))
     assert found.tokens == 0
-    assert not found.hessian.any() and not found.mean_square.any() and not found.mean_absolute.any()
+    assert not found.second_moment().any() and not found.mean_square.any() and not found.mean_absolute.any()
 
 
 def test_dividing_divides_all_moments_and_those_held_out() -> None:
@@ -165,6 +165,8 @@ def test_dividing_the_statistics_is_dividing_the_inputs() -> None:
     assert found.tokens == 50
     # Each entry is rounded once more; sums that cancel are measured by the size of their terms.
     size = expected.mean_square.sqrt()
-    assert bool(((found.hessian - expected.hessian).abs() <= 100 * EPSILON * size[:, None] * size).all())
+    assert bool(
+        ((found.second_moment() - expected.second_moment()).abs() <= 100 * EPSILON * size[:, None] * size).all()
+    )
     torch.testing.assert_close(found.mean_absolute, expected.mean_absolute, rtol=100 * EPSILON, atol=0)
-    assert torch.equal(before.hessian, seen(X).hessian)  # what was there is left alone
+    assert torch.equal(before.second_moment(), seen(X).second_moment())  # what was there is left alone

@@ -18,7 +18,7 @@ from llmq.formats.codecs import gguf_blocks
 from llmq.numerics import affine_grid, k_quant_grid
 from llmq.numerics.gguf_types import BLOCK_TYPES
 from llmq.numerics.quantized_tensor import QuantizedTensor, where
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 
 TWO_LEVEL = ("q4_k", "q5_k", "q6_k")
 Array = NDArray[Any]
@@ -29,7 +29,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def rounded(weight: Tensor, kind: str, importance: Tensor | None = None) -> QuantizedTensor:
-    chosen = affine_grid.fit_searched(weight, Scheme.of_blocks(kind), torch.float16, importance)
+    chosen = affine_grid.fit_searched(weight, WeightScheme.of_blocks(kind), torch.float16, importance)
     return chosen.quantized(chosen.encode(weight))
 
 
@@ -169,7 +169,7 @@ def test_packed_and_unpacked_it_is_the_same(kind: str, seed: int) -> None:
     draw = np.random.default_rng(seed)
     raw = draw.integers(0, 256, (3, 2 * BLOCK_TYPES[kind].nbytes * (256 // BLOCK_TYPES[kind].columns)), dtype=np.uint8)
     suffix = f"{layout.PREFIX}{kind}"
-    reading = Reading(Scheme.of_blocks(kind))
+    reading = Reading(WeightScheme.of_blocks(kind))
     found = layout.unpack({suffix: torch.from_numpy(raw)}, reading)
     assert found.shape == (3, 512) == layout.weight_shape({suffix: raw.shape}, reading, lambda _: torch.empty(0))
     assert torch.equal(layout.pack(found)[suffix], torch.from_numpy(raw))
@@ -196,7 +196,7 @@ def test_rows_and_choices_of_rows_keep_what_they_are(kind: str) -> None:
 
 
 def test_a_block_type_has_one_grid() -> None:
-    assert str(Scheme.of_blocks("q4_k")) == "q4_k"
+    assert str(WeightScheme.of_blocks("q4_k")) == "q4_k"
     for wrong in ({"bits": 8, "block_type": "q4_k"}, {"block_type": "q4_k"}, {"block_type": "q9_z"}):
         with pytest.raises(ConfigError, match="no grid"):
-            Scheme(**wrong)
+            WeightScheme(**wrong)

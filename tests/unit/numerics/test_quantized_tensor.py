@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import BITS, Scheme
+from llmq.numerics.scheme import BITS, WeightScheme
 
 
-def example(scheme: Scheme, N: int = 3, K: int = 32, dtype: torch.dtype = torch.float16) -> QuantizedTensor:
+def example(scheme: WeightScheme, N: int = 3, K: int = 32, dtype: torch.dtype = torch.float16) -> QuantizedTensor:
     draw = torch.Generator().manual_seed(0)
     G = K // scheme.columns_per_group(K)
     codes = torch.randint(0, scheme.levels + 1, (N, K), dtype=torch.uint8, generator=draw)
@@ -20,7 +20,7 @@ def example(scheme: Scheme, N: int = 3, K: int = 32, dtype: torch.dtype = torch.
 @pytest.mark.parametrize("grouping", [16, 32, "channel", "tensor"])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_a_weight_is_its_scale_times_its_code_less_the_zero(bits: int, grouping: int | str, symmetric: bool) -> None:
-    q = example(Scheme(bits, grouping, symmetric))  # type: ignore[arg-type]
+    q = example(WeightScheme(bits, grouping, symmetric))  # type: ignore[arg-type]
     per_group = grouping if isinstance(grouping, int) else 32
     for n in range(3):
         for k in range(32):
@@ -31,14 +31,14 @@ def test_a_weight_is_its_scale_times_its_code_less_the_zero(bits: int, grouping:
 
 
 def test_a_weight_is_decoded_in_float32_whatever_the_scale_is_stored_in() -> None:
-    q = example(Scheme(8, 16), dtype=torch.bfloat16)
+    q = example(WeightScheme(8, 16), dtype=torch.bfloat16)
     again = QuantizedTensor(q.codes, q.scales.float(), None, q.scheme)
     assert q.dequantize().dtype == torch.float32
     assert torch.equal(q.dequantize(), again.dequantize())
 
 
 def test_a_group_index_says_which_scale_a_column_has() -> None:
-    q = example(Scheme(4, 16, symmetric=False))
+    q = example(WeightScheme(4, 16, symmetric=False))
     assert q.zeros is not None
     index = torch.arange(32, dtype=torch.int32) % 2
     scattered = QuantizedTensor(q.codes, q.scales, q.zeros, q.scheme, index)
@@ -49,7 +49,7 @@ def test_a_group_index_says_which_scale_a_column_has() -> None:
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_rows_are_a_tensor_of_their_own_that_shares_memory(symmetric: bool) -> None:
-    q = example(Scheme(4, 16, symmetric))
+    q = example(WeightScheme(4, 16, symmetric))
     part = q.rows(1, 3)
     assert q.shape == (3, 32) and part.shape == (2, 32)
     assert torch.equal(part.dequantize(), q.dequantize()[1:])

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import BITS, Scheme
+from llmq.numerics.scheme import BITS, WeightScheme
 from llmq.runtime.fused_linear import FusedLinear, fuse_rows, shared_inputs
 from llmq.runtime.packed_linear import PackedLinear
 from tests.weights import assert_same, random_weight
@@ -53,7 +53,7 @@ class Attention(nn.Module):
 
 
 def some_weights(bits: int = 4, asymmetric: Sequence[bool] = (False, False, False)) -> list[QuantizedTensor]:
-    schemes = [Scheme(bits, 32, symmetric=not zeros) for zeros in asymmetric]
+    schemes = [WeightScheme(bits, 32, symmetric=not zeros) for zeros in asymmetric]
     return [random_weight(scheme, N, K, seed=N) for scheme, N in zip(schemes, ROWS.values(), strict=True)]
 
 
@@ -302,7 +302,7 @@ def test_it_can_be_written_and_read() -> None:
 
 def test_a_state_dict_fits_another_of_its_kind() -> None:
     apart, fused = pair()
-    _, other = pair([random_weight(Scheme(4, 32), N, K, seed=N + 100) for N in ROWS.values()])
+    _, other = pair([random_weight(WeightScheme(4, 32), N, K, seed=N + 100) for N in ROWS.values()])
     state = fused.state_dict()
     assert {key.partition(".")[2] for key in state} == {"stack.rows.words", "stack.rows.scales"}
     assert len({tensor.data_ptr() for tensor in state.values()}) == 2
@@ -330,7 +330,7 @@ def groups_of_weights(draw: st.DrawFn) -> list[QuantizedTensor]:
     dtype = draw(st.sampled_from((torch.float16, torch.bfloat16, torch.float32)))
     weights = []
     for seed in range(draw(st.integers(2, 4))):
-        scheme = Scheme(bits, 32, symmetric=draw(st.booleans()))
+        scheme = WeightScheme(bits, 32, symmetric=draw(st.booleans()))
         weight = random_weight(scheme, draw(st.integers(1, 20)), K, scale_dtype=dtype, shuffled=shuffled, seed=seed)
         index = weights[0].group_index if weights else weight.group_index
         weights.append(QuantizedTensor(weight.codes, weight.scales, weight.zeros, scheme, index))
@@ -358,10 +358,10 @@ def test_zeros_that_a_symmetric_file_writes_out_come_back() -> None:
 
 
 OTHERS = {
-    "bits": random_weight(Scheme(8, 32), 8, K),
-    "group size": random_weight(Scheme(4, 16), 8, K),
-    "dtype of scales": random_weight(Scheme(4, 32), 8, K, scale_dtype=torch.float16),
-    "order of columns": random_weight(Scheme(4, 32), 8, K, shuffled=True),
+    "bits": random_weight(WeightScheme(8, 32), 8, K),
+    "group size": random_weight(WeightScheme(4, 16), 8, K),
+    "dtype of scales": random_weight(WeightScheme(4, 32), 8, K, scale_dtype=torch.float16),
+    "order of columns": random_weight(WeightScheme(4, 32), 8, K, shuffled=True),
 }
 
 
@@ -379,7 +379,7 @@ def test_what_does_not_agree_stays_apart(odd: QuantizedTensor) -> None:
 
 
 def test_two_orders_of_columns_stay_apart() -> None:
-    weights = [random_weight(Scheme(4, 32), 8, K, shuffled=True, seed=seed) for seed in range(3)]
+    weights = [random_weight(WeightScheme(4, 32), 8, K, shuffled=True, seed=seed) for seed in range(3)]
     model = Attention([PackedLinear(weight, None) for weight in weights])
     fuse_rows(model, NAMES)
     assert all(isinstance(layer, PackedLinear) for layer in model.children())

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmq.errors import FormatError
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import BITS, GroupSize, Scheme
+from llmq.numerics.scheme import BITS, GroupSize, WeightScheme
 from llmq.runtime.packed_linear import PackedLinear
 from llmq_kernels.w4a16 import int4pack
 from tests.weights import assert_same, random_weight
@@ -26,7 +26,7 @@ def weights(draw: st.DrawFn) -> QuantizedTensor:
     groups = draw(st.integers(1, 4))
     K = draw(st.integers(1, 200)) if group_size == "channel" else int(group_size) * groups
     return random_weight(
-        Scheme(bits, group_size, symmetric),
+        WeightScheme(bits, group_size, symmetric),
         draw(st.integers(1, 40)),
         K,
         scale_dtype=draw(st.sampled_from(SCALE_DTYPES)),
@@ -58,7 +58,7 @@ def rounding_of_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 @pytest.mark.parametrize("bits", BITS)
 def test_forward_is_the_product_with_the_dequantized_weight(bits: int, symmetric: bool, shuffled: bool) -> None:
-    weight = random_weight(Scheme(bits, 32, symmetric), 24, 160, shuffled=shuffled)
+    weight = random_weight(WeightScheme(bits, 32, symmetric), 24, 160, shuffled=shuffled)
     bias = torch.randn(24, generator=torch.Generator().manual_seed(2))
     x = torch.randn(2, 5, 160, generator=torch.Generator().manual_seed(1))
     found = PackedLinear(weight, bias)(x)
@@ -71,7 +71,7 @@ def test_forward_is_the_product_with_the_dequantized_weight(bits: int, symmetric
 
 def test_the_order_of_columns_matters_to_the_product() -> None:
     """The guard of the test above: with the group index left out the product is far off."""
-    weight = random_weight(Scheme(4, 32), 24, 160, shuffled=True)
+    weight = random_weight(WeightScheme(4, 32), 24, 160, shuffled=True)
     plain = QuantizedTensor(weight.codes, weight.scales, weight.zeros, weight.scheme)
     x = torch.randn(3, 160, generator=torch.Generator().manual_seed(1))
     assert float((PackedLinear(weight, None)(x) - PackedLinear(plain, None)(x)).abs().max()) > 0.1
@@ -79,7 +79,7 @@ def test_the_order_of_columns_matters_to_the_product() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_float32_rounded_once(dtype: torch.dtype) -> None:
-    weight = random_weight(Scheme(4, 32), 24, 160)
+    weight = random_weight(WeightScheme(4, 32), 24, 160)
     x = torch.randn(5, 160, generator=torch.Generator().manual_seed(1)).to(dtype)
     found = PackedLinear(weight, None)(x)
     dense = weight.dequantize()
@@ -91,7 +91,7 @@ def test_half_precision_is_float32_rounded_once(dtype: torch.dtype) -> None:
 
 
 def test_it_holds_no_float_copy_of_the_weight() -> None:
-    weight = random_weight(Scheme(3, 64, symmetric=False), 32, 256, scale_dtype=torch.float16)
+    weight = random_weight(WeightScheme(3, 64, symmetric=False), 32, 256, scale_dtype=torch.float16)
     layer = PackedLinear(weight, None)
     held = sum(tensor.nbytes for tensor in layer.state_dict().values())
     assert held == 32 * 256 * 3 // 8 + 2 * 32 * 4 + 2 * 32 * 4  # codes, float16 scales, int16 zeros of 4 groups a row
@@ -100,7 +100,7 @@ def test_it_holds_no_float_copy_of_the_weight() -> None:
 
 def test_a_group_index_in_plain_order_costs_nothing_at_run_time() -> None:
     index = torch.arange(128, dtype=torch.int32) // 32
-    weight = random_weight(Scheme(4, 32), 8, 128)
+    weight = random_weight(WeightScheme(4, 32), 8, 128)
     layer = PackedLinear(QuantizedTensor(weight.codes, weight.scales, None, weight.scheme, index), None)
     assert layer.column_order is None
     assert layer.quantized().dequantize().equal(weight.dequantize())
@@ -109,13 +109,13 @@ def test_a_group_index_in_plain_order_costs_nothing_at_run_time() -> None:
 def test_groups_of_unequal_size_are_refused() -> None:
     index = torch.arange(64, dtype=torch.int32) // 32
     index[0] = 1
-    weight = random_weight(Scheme(4, 32), 8, 64)
+    weight = random_weight(WeightScheme(4, 32), 8, 64)
     with pytest.raises(FormatError, match="every group 32 columns"):
         PackedLinear(QuantizedTensor(weight.codes, weight.scales, None, weight.scheme, index), None)
 
 
 def test_it_says_what_it_is() -> None:
-    layer = PackedLinear(random_weight(Scheme(3, 32, symmetric=False), 8, 64), None)
+    layer = PackedLinear(random_weight(WeightScheme(3, 32, symmetric=False), 8, 64), None)
     assert "in_features=64, out_features=8, int3 g32 asymmetric" in repr(layer)
 
 
@@ -125,7 +125,7 @@ def with_pair(monkeypatch: pytest.MonkeyPatch) -> PackedLinear:
     monkeypatch.setenv(int4pack.VARIABLE, "on")
     if not int4pack.choose().rows:
         pytest.skip(int4pack.describe())
-    layer = PackedLinear(random_weight(Scheme(4, 32), 32, 128, scale_dtype=torch.float16), None)
+    layer = PackedLinear(random_weight(WeightScheme(4, 32), 32, 128, scale_dtype=torch.float16), None)
     assert layer.int4_words is None, "made on demand"
     layer.prepare()
     assert layer.int4_words is not None
@@ -177,7 +177,7 @@ def test_a_cast_leaves_the_pair_in_its_dtype(with_pair: PackedLinear) -> None:
 
 
 def test_other_weights_loaded_into_it_make_another_pair(with_pair: PackedLinear) -> None:
-    other = PackedLinear(random_weight(Scheme(4, 32), 32, 128, scale_dtype=torch.float16, seed=5), None)
+    other = PackedLinear(random_weight(WeightScheme(4, 32), 32, 128, scale_dtype=torch.float16, seed=5), None)
     with_pair.load_state_dict(other.state_dict())
     other.prepare()
     assert with_pair.int4_words is not None and other.int4_words is not None

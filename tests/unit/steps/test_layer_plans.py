@@ -6,7 +6,7 @@ from llmq import formats
 from llmq.config import Override, QuantConfig
 from llmq.errors import ConfigError
 from llmq.numerics.layer_plan import LayerPlan
-from llmq.numerics.scheme import GroupSize, Scheme
+from llmq.numerics.scheme import GroupSize, WeightScheme
 from llmq.steps.layer_plans import plan_layers
 
 COMPRESSED, GPTQ, AWQ = (formats.load(name) for name in ("compressed-tensors", "gptq", "awq"))
@@ -37,8 +37,8 @@ def plan(in_features: int, config: QuantConfig) -> LayerPlan:
 def test_the_largest_smaller_group_that_divides_else_one_scale_a_row(
     in_features: int, asked: GroupSize, given: GroupSize
 ) -> None:
-    found = plan(in_features, QuantConfig(scheme=Scheme(4, asked, symmetric=False)))
-    assert found.scheme == Scheme(4, given, symmetric=False)
+    found = plan(in_features, QuantConfig(scheme=WeightScheme(4, asked, symmetric=False)))
+    assert found.scheme == WeightScheme(4, given, symmetric=False)
     if asked == given:
         assert found.reason == ""
     else:
@@ -49,7 +49,7 @@ def test_the_largest_smaller_group_that_divides_else_one_scale_a_row(
 def test_a_layer_that_no_grid_of_the_format_fits_is_kept_with_the_reason() -> None:
     """gptq packs 8 codes of 4 bits along in_features: 172 is no multiple of that, so one scale a row does not help."""
     fits, odd = plan_layers([(Q, 64, 256), (DOWN, 64, 172)], QuantConfig(), GPTQ)
-    assert fits.scheme == Scheme()
+    assert fits.scheme == WeightScheme()
     assert odd.scheme is None
     assert odd.reason.startswith("kept as it is: ") and "172" in odd.reason
 
@@ -61,12 +61,12 @@ def test_strict_makes_an_error_of_either() -> None:
     assert "--strict" in caught.value.hint
     with pytest.raises(ConfigError, match=rf"{DOWN} \(64 x 172\): kept as it is"):
         plan_layers([(Q, 64, 256), (DOWN, 64, 172)], strict, GPTQ)
-    assert plan(256, strict).scheme == Scheme()  # what fits is no error
+    assert plan(256, strict).scheme == WeightScheme()  # what fits is no error
 
 
 def test_a_grid_that_the_format_never_holds_is_an_error_and_no_reason_to_keep_layers() -> None:
     with pytest.raises(ConfigError, match=rf"awq cannot hold int8 g128 symmetric, asked for {DOWN}: .* 4 bits only"):
-        plan_layers([(DOWN, 64, 256)], QuantConfig(scheme=Scheme(8)), AWQ)
+        plan_layers([(DOWN, 64, 256)], QuantConfig(scheme=WeightScheme(8)), AWQ)
     with pytest.raises(ConfigError, match="gptq cannot hold int3 g64"):
         plan_layers([(Q, 64, 256)], QuantConfig(overrides=(Override("q_proj", bits=3, group_size=64),)), GPTQ)
 
@@ -75,9 +75,9 @@ def test_overrides_and_skips_apply_to_the_layers_they_name() -> None:
     config = QuantConfig(overrides=(Override("down_proj", bits=8, group_size=32),), skip=("k_proj",))
     shapes = [(Q, 64, 256), ("model.layers.0.self_attn.k_proj", 64, 256), (DOWN, 64, 256)]
     first, skipped, other = plan_layers(shapes, config, COMPRESSED)
-    assert first == LayerPlan(Q, 64, 256, Scheme())
+    assert first == LayerPlan(Q, 64, 256, WeightScheme())
     assert skipped.scheme is None and skipped.reason == "skipped on request"
-    assert other.scheme == Scheme(8, 32)
+    assert other.scheme == WeightScheme(8, 32)
 
 
 @pytest.mark.parametrize(
@@ -100,14 +100,14 @@ def test_nothing_left_to_quantize_is_an_error(
 @pytest.mark.parametrize(
     ("scheme", "expected"),
     [
-        (Scheme(4, 32), 64 * 256 // 2 + 64 * 8 * 2),  # codes and float16 scales
-        (Scheme(4, 32, symmetric=False), 64 * 256 // 2 + 64 * 8 * 2 + 64 * 8 // 2),  # and zeros of 4 bits
-        (Scheme(3, "channel"), 64 * 256 * 3 // 8 + 64 * 2),
-        (Scheme(8, "tensor"), 64 * 256 + 64 * 2),  # stored as one scale a row
+        (WeightScheme(4, 32), 64 * 256 // 2 + 64 * 8 * 2),  # codes and float16 scales
+        (WeightScheme(4, 32, symmetric=False), 64 * 256 // 2 + 64 * 8 * 2 + 64 * 8 // 2),  # and zeros of 4 bits
+        (WeightScheme(3, "channel"), 64 * 256 * 3 // 8 + 64 * 2),
+        (WeightScheme(8, "tensor"), 64 * 256 + 64 * 2),  # stored as one scale a row
     ],
     ids=str,
 )
-def test_the_packed_size_counts_codes_scales_and_zeros(scheme: Scheme, expected: int) -> None:
+def test_the_packed_size_counts_codes_scales_and_zeros(scheme: WeightScheme, expected: int) -> None:
     found = LayerPlan(DOWN, 64, 256, scheme)
     assert found.weights == 64 * 256
     assert found.packed_bytes(scale_bytes=2) == expected

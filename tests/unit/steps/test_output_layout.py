@@ -9,7 +9,7 @@ from llmq import formats
 from llmq.errors import ConfigError
 from llmq.formats.base import Layout
 from llmq.numerics.affine_grid import Bounded
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 from llmq.steps import output_layout
 from tests.weights import random_weight
 
@@ -52,14 +52,14 @@ def test_blocks_are_staged_in_the_first_format_of_safetensors(names: tuple[str, 
 @pytest.mark.parametrize(
     ("names", "scheme", "words"),
     [
-        (("compressed-tensors", "awq"), Scheme(8, 32), "awq holds 4 bits only"),
-        (("awq", "gptq"), Scheme(3, 32), "holds 4 bits only"),
-        (("compressed-tensors", "gguf"), Scheme(4, 16), "the groups have 16"),
-        (("gguf",), Scheme(8, 32, symmetric=False), "Q8_0 holds"),
-        (("gguf", "gptq"), Scheme(4, 32), None),
+        (("compressed-tensors", "awq"), WeightScheme(8, 32), "awq holds 4 bits only"),
+        (("awq", "gptq"), WeightScheme(3, 32), "holds 4 bits only"),
+        (("compressed-tensors", "gguf"), WeightScheme(4, 16), "the groups have 16"),
+        (("gguf",), WeightScheme(8, 32, symmetric=False), "Q8_0 holds"),
+        (("gguf", "gptq"), WeightScheme(4, 32), None),
     ],
 )
-def test_what_one_refuses_all_refuse(names: tuple[str, ...], scheme: Scheme, words: str | None) -> None:
+def test_what_one_refuses_all_refuse(names: tuple[str, ...], scheme: WeightScheme, words: str | None) -> None:
     refusal = output_layout.layout_of(names, BF16).refusal(scheme, 64, 64)
     assert (words is None) == (refusal is None)
     assert words is None or words in str(refusal)
@@ -68,14 +68,14 @@ def test_what_one_refuses_all_refuse(names: tuple[str, ...], scheme: Scheme, wor
 def test_one_grid_where_one_of_them_wants_it() -> None:
     assert output_layout.layout_of(["gptq", "awq"], BF16).one_grid
     assert not output_layout.layout_of(["gptq", "compressed-tensors"], BF16).one_grid
-    mixed = {"a": Scheme(4, 32), "b": Scheme(4, 64)}
+    mixed = {"a": WeightScheme(4, 32), "b": WeightScheme(4, 64)}
     with pytest.raises(ConfigError, match="awq file holds one grid"):
         output_layout.layout_of(["gptq", "awq"], BF16).quantization_config(mixed, [])
 
 
 def test_staged_scales_have_the_dtype_of_the_file_and_come_back_as_they_were() -> None:
     layout: Layout = output_layout.layout_of(["compressed-tensors", "gptq"], F32)
-    q = random_weight(Scheme(4, 32), 8, 64, scale_dtype=F16)
+    q = random_weight(WeightScheme(4, 32), 8, 64, scale_dtype=F16)
     packed = layout.pack(q)
     assert packed["weight_scale"].dtype is F32
     reader = layout.read_config(layout.quantization_config({"a": q.scheme}, []))
@@ -94,5 +94,6 @@ def test_it_can_be_copied_and_has_what_its_first_format_has() -> None:
 
 def test_gptq_in_its_second_version_is_a_format_of_its_own() -> None:
     assert (
-        output_layout.single("gptq_v2").quantization_config({"a": Scheme(4, 32)}, [])["checkpoint_format"] == "gptq_v2"
+        output_layout.single("gptq_v2").quantization_config({"a": WeightScheme(4, 32)}, [])["checkpoint_format"]
+        == "gptq_v2"
     )

@@ -13,11 +13,11 @@ from llmq.algorithms.guard import held_out_loss
 from llmq.methods import Method
 from llmq.numerics.input_stats import InputStats
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 from llmq.steps.quantize_group import Rounded, round_group
 
 K = 32
-SCHEME, OTHER = Scheme(3, 16), Scheme(4, 16)
+SCHEME, OTHER = WeightScheme(3, 16), WeightScheme(4, 16)
 OPTIONS = Options()
 CPU = torch.device("cpu")
 
@@ -55,7 +55,7 @@ def test_a_method_of_one_stage_is_that_stage() -> None:
 def test_the_target_is_rounded_in_the_place_of_the_weight() -> None:
     stats = observed()
     plain, found = rounded(stats, Method(rounding="gptq")), rounded(stats, Method(rounding="gptq", alphas=(1.0,)))
-    H, C = stats.hessian.double(), stats.cross
+    H, C = stats.second_moment().double(), stats.cross_moment()
     assert C is not None
     H += 0.01 * H.diagonal().mean() * torch.eye(K)
     for path, each in found.items():
@@ -83,13 +83,13 @@ def test_refinements_lower_the_loss_of_the_target(held_out: bool) -> None:
     stats = observed(held_out=held_out)
     before = rounded(stats, Method(rounding="rtn", alphas=(1.0,)))
     after = rounded(stats, Method(rounding="rtn", alphas=(1.0,), refinements=("descent", "refit")))
-    factor = factorize(stats.hessian, OPTIONS.order, OPTIONS.damping)
+    factor = factorize(stats.second_moment(), OPTIONS.order, OPTIONS.damping)
     assert factor is not None
-    H = stats.hessian
+    H = stats.second_moment()
     H.diagonal().add_(factor.damping * H.diagonal().mean())
     W = weights()["other"]
-    assert stats.cross is not None
-    target = W + algorithms.target.step(W, stats.cross, factor)
+    assert stats.cross_moment() is not None
+    target = W + algorithms.target.step(W, stats.cross_moment(), factor)
     quantized = before["other"].rounding.quantized
     for stage in (descent, refit):
         quantized = stage.refine(target, quantized, H, OPTIONS)  # each is kept, here

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 from llmq.verify.engines import Linear, Subject, judge, verdicts
 from llmq.verify.engines.conditions import is_float16
 from llmq.verify.engines.rules import ENGINES, RULES
 
-G128, G32, ASYMMETRIC = Scheme(4, 128), Scheme(4, 32), Scheme(4, 128, symmetric=False)
+G128, G32, ASYMMETRIC = WeightScheme(4, 128), WeightScheme(4, 32), WeightScheme(4, 128, symmetric=False)
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 1024, "num_attention_heads": 8,
     "num_key_value_heads": 4, "hidden_act": "silu",
@@ -25,7 +25,7 @@ SHAPES = {
 }  # fmt: skip
 
 
-def model(settings: dict[str, Any], scheme: Scheme | None = G128, **changes: Any) -> Subject:
+def model(settings: dict[str, Any], scheme: WeightScheme | None = G128, **changes: Any) -> Subject:
     """A block of a Llama; `changes` are a layer's scheme by its last name, or fields of the subject."""
     linears = [
         Linear(f"model.layers.0.{name}", N, K, changes.pop(name.rpartition(".")[2], scheme))
@@ -87,9 +87,9 @@ def test_gptq_without_one_of_its_keys(key: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "scheme", [ASYMMETRIC, Scheme(8, 128, symmetric=False), Scheme(2, 128), Scheme(3, 128)], ids=str
+    "scheme", [ASYMMETRIC, WeightScheme(8, 128, symmetric=False), WeightScheme(2, 128), WeightScheme(3, 128)], ids=str
 )
-def test_gptq_grids_that_vllm_does_not_read(scheme: Scheme) -> None:
+def test_gptq_grids_that_vllm_does_not_read(scheme: WeightScheme) -> None:
     assert "only 4 and 8 bits without zeros" in found(model(GPTQ, scheme), "vLLM", "gptq grids")[0]
     assert serves(model(GPTQ, scheme))["vLLM"] == ()
     assert serves(model(GPTQ, scheme))["SGLang"] != ()  # which has a slower kernel
@@ -97,7 +97,7 @@ def test_gptq_grids_that_vllm_does_not_read(scheme: Scheme) -> None:
 
 @pytest.mark.parametrize(("size", "refused"), [(16, True), (32, False), (256, True), ("channel", False)])
 def test_gptq_groups(size: Any, refused: bool) -> None:
-    assert bool(found(model(GPTQ, Scheme(4, size)), "vLLM", "gptq groups")) == refused
+    assert bool(found(model(GPTQ, WeightScheme(4, size)), "vLLM", "gptq groups")) == refused
 
 
 @pytest.mark.parametrize(
@@ -155,9 +155,9 @@ def test_activation_order_in_compressed_tensors() -> None:
 
 
 def test_bits_of_compressed_tensors() -> None:
-    assert serves(model(CT, Scheme(3, 128)))["SGLang"] == ()
-    assert serves(model(CT, Scheme(3, 128)))["vLLM"] != ()
-    assert serves(model(CT, Scheme(3, 128, symmetric=False)))["vLLM"] == ()
+    assert serves(model(CT, WeightScheme(3, 128)))["SGLang"] == ()
+    assert serves(model(CT, WeightScheme(3, 128)))["vLLM"] != ()
+    assert serves(model(CT, WeightScheme(3, 128, symmetric=False)))["vLLM"] == ()
 
 
 def test_zeros_in_transformers() -> None:
@@ -170,21 +170,23 @@ def test_zeros_in_transformers() -> None:
 @pytest.mark.parametrize(("size", "served"), [(16, False), (32, True), (256, False), (1024, False), ("channel", True)])
 def test_groups_of_compressed_tensors(size: Any, served: bool) -> None:
     for engine in ("vLLM", "SGLang"):
-        assert bool(serves(model(CT, Scheme(4, size)))[engine]) == served
-        assert bool(found(model(CT, Scheme(4, size)), engine, "compressed-tensors groups")) != served
+        assert bool(serves(model(CT, WeightScheme(4, size)))[engine]) == served
+        assert bool(found(model(CT, WeightScheme(4, size)), engine, "compressed-tensors groups")) != served
 
 
 def test_odd_groups_in_float16_run_on_a_slower_kernel_of_vllm() -> None:
     half = {**CONFIG, "dtype": "float16"}
     inside = {"dtype": "float16", "text_config": CONFIG}
     assert not is_float16(model(CT)) and all(is_float16(model(CT, config=each)) for each in (half, inside))
-    assert found(model(CT, Scheme(4, 16), config=half), "vLLM", "compressed-tensors fast kernel")
-    assert loads(model(CT, Scheme(4, 16), config=half))["vLLM"] is True
-    assert loads(model(CT, Scheme(4, 16, symmetric=False), config=half))["vLLM"] is False
+    assert found(model(CT, WeightScheme(4, 16), config=half), "vLLM", "compressed-tensors fast kernel")
+    assert loads(model(CT, WeightScheme(4, 16), config=half))["vLLM"] is True
+    assert loads(model(CT, WeightScheme(4, 16, symmetric=False), config=half))["vLLM"] is False
 
 
 def test_odd_groups_of_experts_are_not_known() -> None:
-    experts = tuple(Linear(f"x.mlp.experts.0.{name}", 1024, 1024, Scheme(4, 16)) for name in ("up_proj", "down_proj"))
+    experts = tuple(
+        Linear(f"x.mlp.experts.0.{name}", 1024, 1024, WeightScheme(4, 16)) for name in ("up_proj", "down_proj")
+    )
     assert loads(model(CT, linears=experts)) == {
         "vLLM": None, "SGLang": False, "transformers": True, "llama.cpp": False
     }  # fmt: skip
@@ -205,12 +207,14 @@ def test_a_format_without_rules_is_not_known() -> None:
         ("auto_round:auto_gptq", G128, True),
         ("auto_round:auto_gptq", ASYMMETRIC, False),
         ("auto_round:auto_awq", ASYMMETRIC, True),
-        ("auto_round:auto_awq", Scheme(8, 128), False),
+        ("auto_round:auto_awq", WeightScheme(8, 128), False),
         ("auto_round:llm_compressor", G128, None),
         ("auto_round", G128, None),
     ],
 )
-def test_files_of_auto_round_are_judged_by_their_tensors(packing: str, scheme: Scheme, expected: bool | None) -> None:
+def test_files_of_auto_round_are_judged_by_their_tensors(
+    packing: str, scheme: WeightScheme, expected: bool | None
+) -> None:
     settings = {"quant_method": "auto-round", "bits": 4, "group_size": 128, "packing_format": packing}
     assert loads(model(settings, scheme))["vLLM"] is expected
 
@@ -236,7 +240,7 @@ def in_an_order(subject: Subject) -> Subject:
 def test_gguf_keeps_the_codes_only_where_it_does() -> None:
     keeps = "llmq convert PATH OUT --to gguf keeps the codes"
     assert remedy(model(GPTQ), "gptq in llama.cpp") == keeps
-    for other in (in_an_order(model(GPTQ)), model(GPTQ, Scheme(8, 128, symmetric=False))):
+    for other in (in_an_order(model(GPTQ)), model(GPTQ, WeightScheme(8, 128, symmetric=False))):
         assert "--to gguf --allow-requantize" in remedy(other, "gptq in llama.cpp")
     strange = model(GPTQ, config={**CONFIG, "model_type": "gpt_oss"})
     assert "llmq writes no .gguf file of this architecture" in remedy(strange, "gptq in llama.cpp")
@@ -244,12 +248,12 @@ def test_gguf_keeps_the_codes_only_where_it_does() -> None:
 
 def test_another_format_is_named_only_where_it_holds_the_grid() -> None:
     assert remedy(model(GPTQ, ASYMMETRIC), "gptq grids") == "llmq convert PATH OUT --to compressed-tensors, or --to awq"
-    several = model(GPTQ, ASYMMETRIC, v_proj=Scheme(4, 32, symmetric=False))
+    several = model(GPTQ, ASYMMETRIC, v_proj=WeightScheme(4, 32, symmetric=False))
     assert remedy(several, "gptq grids") == "llmq convert PATH OUT --to compressed-tensors"
-    narrow = remedy(model(GPTQ, Scheme(4, 16, symmetric=False)), "gptq grids")
+    narrow = remedy(model(GPTQ, WeightScheme(4, 16, symmetric=False)), "gptq grids")
     assert "convert" not in narrow and "in groups of 32" in narrow
     assert "--allow-requantize" in remedy(in_an_order(model(GPTQ, ASYMMETRIC)), "gptq grids")
-    assert remedy(model(GPTQ, Scheme(3, 128, symmetric=False)), "gptq grids").endswith("with --symmetric")
+    assert remedy(model(GPTQ, WeightScheme(3, 128, symmetric=False)), "gptq grids").endswith("with --symmetric")
 
 
 def test_one_gpu_is_no_plural() -> None:
@@ -355,7 +359,7 @@ def test_a_group_that_would_be_cut() -> None:
 
 
 def test_a_scale_a_row_is_cut_anywhere() -> None:
-    row = dataclasses.replace(model(GPTQ), linears=(Linear("x.down_proj", 1024, 1408, Scheme(4, "channel")),))
+    row = dataclasses.replace(model(GPTQ), linears=(Linear("x.down_proj", 1024, 1408, WeightScheme(4, "channel")),))
     assert serves(row)["vLLM"] == (1, 2, 4, 8)
 
 

@@ -18,7 +18,7 @@ from llmq.model.build.block import Block
 from llmq.model.passes.hidden_states import Stream
 from llmq.numerics.block_diagonal import scaling
 from llmq.numerics.layer_plan import LayerPlan
-from llmq.numerics.scheme import Scheme
+from llmq.numerics.scheme import WeightScheme
 from tests.builders import skeleton_in_memory, skeleton_of, tokens
 
 Checkpoints = Callable[..., Path]
@@ -212,7 +212,7 @@ def transformed(
 ) -> tuple[Block, Stream, dict[str, Tensor], pipeline.Observed, pipeline.Observed, list[str]]:
     """The first block after the pipeline's AWQ step, how it was before, and what was observed before and after."""
     walked = skeleton_in_memory(NormedModel(leak))
-    scheme = Scheme(3, 16)
+    scheme = WeightScheme(3, 16)
     plans = {path: LayerPlan(path, 32, 32, scheme) for block in walked.blocks for path in block.linears}
     stream = Stream(walked, tokens(4, 16), batch=2)
     nothing = cast(Any, None)
@@ -244,8 +244,8 @@ def test_the_same_folding_stays_where_nobody_else_uses_the_norm() -> None:
     old, new = was[group], observed[group]
     assert old is not None and new is not None
     scales = after["linear.weight"] / before["linear.weight"]  # (N, K), the same in every row
-    expected = old.hessian / (scales[0][:, None] * scales[0][None, :])
-    torch.testing.assert_close(new.hessian, expected, rtol=1e-5, atol=0)
+    expected = old.second_moment() / (scales[0][:, None] * scales[0][None, :])
+    torch.testing.assert_close(new.second_moment(), expected, rtol=1e-5, atol=0)
     fresh = input_groups.statistics(block, [group], stream.calls())[group]
     torch.testing.assert_close(new.mean_absolute, fresh.mean_absolute, rtol=1e-5, atol=0)
 

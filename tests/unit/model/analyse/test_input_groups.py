@@ -71,11 +71,11 @@ def test_statistics_are_sums_over_what_each_module_is_fed(checkpoint: Checkpoint
             # A sum of T rounded products in float32 is off by T ε of the sum of their sizes at most.
             bound = T * torch.finfo(torch.float32).eps
             sizes = X.abs().T @ X.abs() / T
-            assert bool(((stats[group].hessian.double() - X.T @ X / T).abs() <= bound * sizes).all())
+            assert bool(((stats[group].second_moment().double() - X.T @ X / T).abs() <= bound * sizes).all())
             assert bool(
                 ((stats[group].mean_absolute.double() - X.abs().mean(0)).abs() <= bound * X.abs().mean(0)).all()
             )
-            assert torch.equal(stats[group].mean_square, stats[group].hessian.diagonal())
+            assert torch.equal(stats[group].mean_square, stats[group].second_moment().diagonal())
 
 
 class Odd(nn.Module):

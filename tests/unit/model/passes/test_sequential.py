@@ -60,7 +60,7 @@ def test_each_group_sees_what_those_before_it_became(checkpoint: Checkpoints, na
         X = torch.cat(inputs).double()
         stats = found[group.names[0]]
         assert stats.tokens == len(X)
-        torch.testing.assert_close(stats.hessian.double(), X.T @ X / len(X), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(stats.second_moment().double(), X.T @ X / len(X), rtol=1e-5, atol=1e-6)
         spoil(block, group.names)
     for output, call in zip(outputs, stream.calls(), strict=True):
         assert torch.equal(output, block.run(call))
@@ -72,7 +72,7 @@ def test_held_and_repeated_give_the_same_bits(checkpoint: Checkpoints, name: str
     (held, held_outputs), (repeated, repeated_outputs) = (walk(walked, memory) for memory in WAYS.values())
     assert list(held) == list(repeated)
     for leader, stats in held.items():
-        assert torch.equal(stats.hessian, repeated[leader].hessian)
+        assert torch.equal(stats.second_moment(), repeated[leader].second_moment())
         assert torch.equal(stats.mean_absolute, repeated[leader].mean_absolute)
     assert all(torch.equal(a, b) for a, b in zip(held_outputs, repeated_outputs, strict=True))
 
@@ -117,7 +117,7 @@ def test_the_float_stream_is_what_the_float_model_does(checkpoint: Checkpoints, 
             for call in quantized.calls():
                 block.run(call)
             moved, original = torch.cat(kept[group.names[0]]).double(), X[group.names[0]]
-            cross = found[group.names[0]].cross
+            cross = found[group.names[0]].cross_moment()
             assert cross is not None
             torch.testing.assert_close(
                 cross.double(),
@@ -162,12 +162,12 @@ def test_the_last_windows_are_fitted_on_by_nothing(checkpoint: Checkpoints, held
     stream = Stream(walked, tokens(5, 24), batch=2, memory=WAYS["held"], held_out=held_out)
     ((_, found), *_) = stream.flow(block, groups).statistics()
     judge = found.held_out
-    assert judge is not None and judge.cross is None
+    assert judge is not None and judge.cross_moment() is None
     for stats, windows in ((found, tokens(5, 24)[: 5 - held_out]), (judge, tokens(5, 24)[5 - held_out :])):
         alone = input_groups.statistics(block, groups, Stream(walked, windows, batch=2).calls())[groups[0]]
-        assert stats.tokens == windows.numel() and torch.equal(stats.hessian, alone.hessian)
+        assert stats.tokens == windows.numel() and torch.equal(stats.second_moment(), alone.second_moment())
     again = input_groups.statistics(block, groups, stream.fitted_calls())[groups[0]]
-    assert torch.equal(again.hessian, found.hessian)
+    assert torch.equal(again.second_moment(), found.second_moment())
 
 
 def test_a_float_stream_is_carried_past_a_block_that_was_finished_earlier(checkpoint: Checkpoints) -> None:
@@ -271,7 +271,7 @@ def test_tokens_that_may_have_gone_elsewhere_are_not_paired(held: bool) -> None:
     groups = input_groups.input_groups(block, calls[0])
     flow = Flow(block, groups, lambda: calls, lambda: calls, held=held)
     stats = [found for _, found in flow.statistics()]  # nothing is rounded, so the very same tokens come along
-    assert [found.cross is None for found in stats] == [False, True]
+    assert [found.cross_moment() is None for found in stats] == [False, True]
     assert 0 < stats[1].tokens < 18
 
 

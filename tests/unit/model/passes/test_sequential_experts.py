@@ -83,11 +83,13 @@ def test_held_and_repeated_give_the_same_bits(opened: Open, name: str, at_once: 
     for leader, stats in held.items():
         other = repeated[leader]
         assert (stats.tokens, stats.borrowed) == (other.tokens, other.borrowed)
-        assert stats.cross is not None and other.cross is not None
-        assert torch.equal(stats.hessian, other.hessian) and torch.equal(stats.cross, other.cross)
+        assert stats.cross_moment() is not None and other.cross_moment() is not None
+        assert torch.equal(stats.second_moment(), other.second_moment()) and torch.equal(
+            stats.cross_moment(), other.cross_moment()
+        )
         assert stats.held_out is not None and other.held_out is not None
-        assert torch.equal(stats.held_out.hessian, other.held_out.hessian)
-        assert stats.held_out.drift is not None
+        assert torch.equal(stats.held_out.second_moment(), other.held_out.second_moment())
+        assert stats.held_out.drift_moment() is not None
 
 
 def seen_of(block: Block, stream: Stream) -> list[tuple[Routed, Routed]]:
@@ -128,7 +130,7 @@ def test_statistics_are_of_own_tokens_and_of_others_where_asked(opened: Open, na
             X = expected(experts, e, int("down_proj" in group.names[0]), seen, wanted).double()
             own = sum(len(up.rows[e]) for up, _ in seen)
             assert stats.tokens == len(X) and stats.borrowed == len(X) - own
-            torch.testing.assert_close(stats.hessian.double(), X.T @ X / max(1, len(X)), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(stats.second_moment().double(), X.T @ X / max(1, len(X)), rtol=1e-5, atol=1e-6)
         spoil(block, group)
 
 
@@ -159,8 +161,8 @@ def test_the_float_stream_is_paired_token_by_token(opened: Open, name: str) -> N
                 for row, x in by_token(ours[side], e).items():
                     cross += torch.outer(original.get(row, x) - x, x)
             stats = found[group.names[0]]
-            assert stats.cross is not None
-            torch.testing.assert_close(stats.cross.double(), cross / stats.tokens, rtol=1e-3, atol=1e-5)
+            assert stats.cross_moment() is not None
+            torch.testing.assert_close(stats.cross_moment().double(), cross / stats.tokens, rtol=1e-3, atol=1e-5)
             moved += int(bool(cross.any()))
         spoil(block, group)
     assert moved == 2 * mixtures.EXPERTS
@@ -203,7 +205,7 @@ def test_in_front_of_anything_rounded_the_float_stream_is_the_same(opened: Open)
     stream.enter(block)
     flow = stream.flow(block, input_groups.input_groups(block, stream.sample(24)))
     for _, stats in flow.statistics():
-        assert stats.cross is not None and not stats.cross.any()
+        assert stats.cross_moment() is not None and not stats.cross_moment().any()
 
 
 def test_a_stop_for_each_projection_of_all_experts(opened: Open) -> None:
