@@ -12,15 +12,15 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_serializer, field_validator, model_validator
 
+from llmq import formats
 from llmq.errors import ConfigError, listed
 from llmq.methods import METHODS, Method
+from llmq.numerics.gguf_types import GGUF_GRIDS
 from llmq.numerics.scheme import BITS, GROUP_SIZES, GroupSize, WeightScheme
 from llmq.patterns import matches, require_pattern
 from llmq.settings import Setting, Settings, Strings
 
-GGUF_GRIDS = ("gguf:q4_k", "gguf:q5_k", "gguf:q6_k", "gguf:q4_k_m", "gguf:q5_k_m")  # no other file can hold them
-CONVERTIBLE = ("compressed-tensors", "gptq", "awq", "gptq_v2", "gguf")  # formats that share their codes
-WITHOUT_HEAD = ("awq", *GGUF_GRIDS)
+CONVERTIBLE = formats.names()  # they share their quantized values
 FORMATS = (*CONVERTIBLE, *GGUF_GRIDS)
 
 
@@ -223,12 +223,6 @@ class QuantConfig(Settings):
                 raise ConfigError(
                     f"{name} has a separate grid, so it cannot share quantized values with another format",
                     hint="give it alone, or use --format gguf, which holds the quantized values of the other formats",
-                )
-            if name in WITHOUT_HEAD and self.quantize_head:
-                raise ConfigError(
-                    f"{name} cannot hold a head that is quantized on request",
-                    hint="use gptq or compressed-tensors; readers of awq expect a 16-bit head, and the mixtures of "
-                    "GGUF quantize it already",
                 )
         for override in self.overrides:
             override.applied_to(self.scheme)  # raises for a scheme that does not exist

@@ -16,19 +16,20 @@ from torch import nn
 from llmq.algorithms import Options
 from llmq.checkpoint import hub
 from llmq.checkpoint.reader import Checkpoint
-from llmq.config import GGUF_GRIDS, QuantConfig
+from llmq.config import QuantConfig
 from llmq.errors import UnsupportedModelError
-from llmq.formats import Layout, layer_plan
-from llmq.formats.layer_plan import LayerPlan
+from llmq.formats.base import Layout
 from llmq.gguf import recipes
 from llmq.methods import Method
 from llmq.model.build.skeleton import Skeleton
+from llmq.numerics.gguf_types import GGUF_GRIDS
+from llmq.numerics.layer_plan import LayerPlan
 from llmq.numerics.scheme import WeightScheme
 from llmq.patterns import matches
 from llmq.runtime.checkpoint_weights import quantization_settings
 from llmq.runtime.load import choose_device, stored_dtype
 from llmq.runtime.open_skeleton import open_skeleton, stored_bytes
-from llmq.steps import left_in_float, output_layout
+from llmq.steps import layer_plans, left_in_float, output_layout
 from llmq.steps.linear_names import holds_matrix
 
 
@@ -66,6 +67,7 @@ class Plan:
         """Raises CheckpointError, UnsupportedModelError, ConfigError and BackendError."""
         checkpoint = Checkpoint.open(hub.locate(str(model), revision, remote_code=remote_code))
         _refuse_quantized(checkpoint)
+        output_layout.require_head(settings)
         output_layout.require_writable(settings.formats, checkpoint, checkpoint.names())
         chosen, method = choose_device(device), stages or settings.stages
         dtype = stored_dtype(checkpoint)
@@ -180,8 +182,8 @@ def _plan_layers(
     shapes = [(name(path), module.out_features, module.in_features) for path, module in linears.items()]
     if settings.format in GGUF_GRIDS:
         return dict(zip(linears, recipes.plan_layers(shapes, settings, config), strict=True))
-    plans = dict(zip(linears, layer_plan.plan_layers(shapes, settings, layout), strict=True))
-    return layer_plan.alike(plans, skeleton.alike(), settings, layout)
+    plans = dict(zip(linears, layer_plans.plan_layers(shapes, settings, layout), strict=True))
+    return layer_plans.alike(plans, skeleton.alike(), settings, layout)
 
 
 def _head(skeleton: Skeleton) -> dict[str, nn.Linear]:

@@ -11,7 +11,6 @@ import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 import torch
 
@@ -24,18 +23,18 @@ from bench.timing import now
 from llmq import algorithms, formats, pipeline
 from llmq.checkpoint.writer import Writer
 from llmq.config import QuantConfig
-from llmq.formats import Layout, layer_plan
 from llmq.model.build.checkpoint_names import ModelWeights
 from llmq.model.build.skeleton import Skeleton
 from llmq.model.passes.hidden_states import Stream
 from llmq.report.record import BlockReport
+from llmq.steps import layer_plans
 
 # (label, what is charged to it).  A label may have several; what none of them covers is charged to `rest`.
 STEPS = (
     ("make weights", "llmq.model.build.block:Block.load"),
     ("forward", "llmq.model.build.block:Block.run"),
     ("hessian", "llmq.numerics.input_stats:InputStats.update"),
-    ("factorize", "llmq.algorithms.gptq:factorize"),
+    ("factorize", "llmq.steps.quantize_group:factorize"),
     ("search scales", "llmq.numerics.affine_grid:fit_searched"),
     ("round", "llmq.algorithms.gptq:compensate"),
     ("compare with nearest", "llmq.algorithms.gptq:without_worse_rows"),
@@ -65,7 +64,7 @@ def few_blocks(plan: Plan, session: Session, device: torch.device) -> Result:
     stopwatch = Stopwatch(partial(now, device))
     with tempfile.TemporaryDirectory() as folder:
         run = pipeline_run(plan, Path(folder), plan.few_blocks, device)
-        points = (*STEPS, (PACK, f"{_module_name(run.layout)}:pack"))
+        points = (*STEPS, (PACK, "llmq.formats.codecs.bit_packing:pack"))
         blocks: list[Mapping[str, float]] = []
         with watching(stopwatch, points) as missing:
             for done in pipeline.quantize_blocks(run):
@@ -117,7 +116,7 @@ def pipeline_run(plan: Plan, folder: Path, blocks: int, device: torch.device) ->
     linears = {path: linear for block in skeleton.blocks for path, linear in block.linears.items()}
     layout = formats.load(settings.formats[0])
     shapes = [(path, linear.out_features, linear.in_features) for path, linear in linears.items()]
-    plans = dict(zip(linears, layer_plan.plan_layers(shapes, settings, layout), strict=True))
+    plans = dict(zip(linears, layer_plans.plan_layers(shapes, settings, layout), strict=True))
     windows = torch.randint(plan.llama.vocabulary, (plan.windows, plan.tokens))
     batch = max(1, TOKENS_PER_BATCH // plan.tokens)
     stream = Stream(skeleton, windows, batch, _memory(device) if _can_hold() else 0)
@@ -134,8 +133,3 @@ def _can_hold() -> bool:
 def _memory(device: torch.device) -> int:
     """Bytes of activations that may be held, by the rule of `llmq quantize`."""
     return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 1 << 30
-
-
-def _module_name(layout: Layout) -> str:
-    assert isinstance(layout, ModuleType), "every layout is a file"
-    return layout.__name__

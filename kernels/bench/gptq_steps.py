@@ -7,8 +7,7 @@ import torch
 from bench.plan import Llama, Plan
 from bench.session import Result, Session
 from bench.timing import events
-from llmq import algorithms
-from llmq.algorithms import gptq
+from llmq.algorithms.factor import factorize
 from llmq.config import QuantConfig
 from llmq.numerics.input_stats import InputStats
 from llmq_kernels.gptq_block import op as gptq_block
@@ -59,11 +58,11 @@ def time_hessian(plan: Plan, K: int, device: torch.device) -> Result:
 
 
 def time_factorize(K: int, device: torch.device) -> Result:
-    """`gptq.factorize` on the Hessian of random activations."""
+    """`factorize` on the Hessian of random activations."""
     stats = InputStats(K, device)
     stats.update(torch.randn(2 * K, K, device=device).to(activation_dtype(device)))
-    hessian, options = stats.second_moment(), algorithms.Options()
-    seconds = events(lambda: gptq.factorize(hessian, options), repeats=REPEATS - 1, device=device).median
+    hessian = stats.second_moment()
+    seconds = events(lambda: factorize(hessian, "activation", 0.01), repeats=REPEATS - 1, device=device).median
     return {"K": K, "step_seconds": seconds, "summary": f"{1e3 * seconds:.1f} ms"}
 
 

@@ -18,6 +18,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
+from llmq.algorithms.factor import Factor
 from llmq.numerics.affine_grid import ScaleDtype
 from llmq.numerics.input_stats import InputStats
 from llmq.numerics.quantized_tensor import QuantizedTensor
@@ -35,22 +36,6 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Factor:
-    """H⁻¹ = UᵀU of a damped Hessian.
-
-    upper    U (K, K) float32, upper triangular, in visiting order
-    price    (K,) float32, 1/[H⁻¹]_jj, in memory order
-    order    (K,) int64, the column that is visited first, second, …
-    damping  λ, in parts of the mean diagonal
-    """
-
-    upper: Tensor
-    price: Tensor
-    order: Tensor
-    damping: float
-
-
-@dataclass(frozen=True)
 class Rounding:
     """A rounded weight; `damping` that was needed (None: no factorisation), and what a user should be told."""
 
@@ -64,6 +49,8 @@ class Rounding:
 
 
 class RoundingStage(Protocol):
+    NEEDS_FACTOR: bool  # whether `round_weight` uses the factor of the Hessian
+
     def round_weight(
         self,
         weight: Tensor,
@@ -72,9 +59,10 @@ class RoundingStage(Protocol):
         options: Options,
         factor: Factor | None = None,
     ) -> Rounding:
-        """Round `weight` (N, K) float32; rows are independent, so weights that share inputs are stacked.
+        """Quantize `weight` (N, K) float32; rows are independent, so weights that share inputs are stacked.
 
-        `factor` is that of the statistics' Hessian, where somebody has made it already.
+        stats   of the inputs; None where the method needs no calibration text
+        factor  of the statistics' Hessian, if the stage needs one; None if it cannot be factored or was not made yet
         """
 
 

@@ -10,10 +10,13 @@ import math
 
 from torch import Tensor
 
-from llmq.algorithms import Factor, Options, Rounding, rtn
+from llmq.algorithms import Options, Rounding, rtn
+from llmq.algorithms.factor import Factor
 from llmq.numerics import affine_grid
 from llmq.numerics.input_stats import InputStats
 from llmq.numerics.scheme import WeightScheme
+
+NEEDS_FACTOR = False
 
 
 def round_weight(

@@ -12,8 +12,7 @@ matrix product a block; that loop is `llmq_kernels.gptq_block`.  What differs fr
 * **Static grids.** Scales are fixed before rounding, searched with the price 1/[H⁻¹]_jj that an error in column j has
   after the others have made up for it.  So columns may be visited in any order, and are by default in descending
   H_jj ("activation order"), while groups stay where they are in memory: nothing to pay at run time.
-* **One factorisation, no inverse.** Flipped in both directions, the Cholesky factor of H gives H = RRᵀ with R upper
-  triangular, and U = R⁻¹.
+* **One factorisation, no inverse**: `factor.py`.
 * Columns that never saw an input (H_jj = 0) are rounded to nearest, not zeroed: text unlike the calibration set may
   use them.  Nothing couples to them, and the damping is their price in the search for scales.
 * A row that compensation made worse under H (rounding is not convex) keeps its nearest codes.
@@ -25,21 +24,18 @@ When H + λI cannot be factored λ grows tenfold, up to a tenth of the mean diag
 nearest on clipped ranges, and the report says so.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
-from llmq.algorithms import Factor, Options, Rounding, clip, output_error
+from llmq.algorithms import Options, Rounding, clip, output_error
+from llmq.algorithms.factor import HIGHEST_DAMPING, Factor, factorize
 from llmq.numerics import affine_grid
 from llmq.numerics.affine_grid import Grid
 from llmq.numerics.input_stats import InputStats
 from llmq.numerics.scheme import WeightScheme
 from llmq_kernels.gptq_block import op as gptq_block
 
-HIGHEST_DAMPING = 0.1
-STRIP = 1024  # columns of the factor that are inverted at once
-ELEMENTS_AT_ONCE = 1 << 20
+NEEDS_FACTOR = True
 
 
 def round_weight(
@@ -49,7 +45,7 @@ def round_weight(
     if stats is None or stats.tokens == 0:
         raise ValueError("gptq needs the statistics of at least one token")
     hessian = stats.second_moment()
-    factor = factor or factorize(hessian, options)
+    factor = factor or factorize(hessian, options.order, options.damping)
     if factor is None:
         nearest = clip.round_weight(weight, stats, scheme, options)
         tried = max(HIGHEST_DAMPING, options.damping)
@@ -69,73 +65,6 @@ def round_weight(
     if kept:
         notes.append("some rows rounded to nearest, compensation made them worse")
     return Rounding(chosen.quantized(codes), factor.damping, tuple(notes))
-
-
-def factorize(hessian: Tensor, options: Options) -> Factor | None:
-    """Factor H (K, K) float32, in float64, with as little damping as it takes; None where none is enough."""
-    diagonal = hessian.diagonal().to(torch.float64)
-    mean = float(diagonal.mean())
-    if not 0 < mean < math.inf:  # of numbers, not all of them zero
-        return None
-    activation = torch.argsort(diagonal, descending=True, stable=True)
-    order = activation if options.order == "activation" else torch.arange(len(hessian), device=hessian.device)
-    flipped = order.flip(0)
-    damped = diagonal[flipped]
-    # Column-major, so that LAPACK works in place: (K, K) float64 are 1.6 GB at K = 14336, and there is but one.
-    work = torch.empty(hessian.shape, dtype=torch.float64, device=hessian.device).T
-    damping, previous = options.damping, 0.0
-    while True:
-        damped += (damping - previous) * mean
-        work.copy_(hessian[flipped[:, None], flipped]).diagonal().copy_(damped)
-        failed = torch.empty((), dtype=torch.int32, device=work.device)
-        torch.linalg.cholesky_ex(work, out=(work, failed))
-        if not failed:
-            return _factor(work, order, damping)
-        if damping >= HIGHEST_DAMPING:
-            return None
-        damping, previous = min(10 * damping, HIGHEST_DAMPING), damping
-
-
-def _factor(lower: Tensor, order: Tensor, damping: float) -> Factor:
-    """`lower` (K, K) float64, column-major: the Cholesky factor of the flipped H, used up."""
-    _reverse(lower.T.view(-1))  # flipped in both directions, which is R: upper triangular, R Rᵀ = H
-    squares = _invert_upper(lower)
-    price = torch.empty_like(squares, dtype=torch.float32)
-    price[order] = (1 / squares).to(torch.float32)
-    # A kernel reads rows of U, so there they are laid side by side; on a CPU either way takes the same time.
-    layout = torch.contiguous_format if lower.is_cuda else torch.preserve_format
-    return Factor(lower.to(torch.float32, memory_format=layout), price, order, damping)
-
-
-def _reverse(values: Tensor) -> None:
-    """Turn `values` (n,) end to end, in place."""
-    n = len(values)
-    for start in range(0, n // 2, ELEMENTS_AT_ONCE):
-        stop = min(start + ELEMENTS_AT_ONCE, n // 2)
-        front = values[start:stop].flip(0)
-        values[start:stop] = values[n - stop : n - start].flip(0)
-        values[n - stop : n - start] = front
-
-
-def _invert_upper(R: Tensor) -> Tensor:
-    """Replace R (K, K) by its inverse; returns the squared length (K,) of each of its columns.
-
-    By strips of columns, from the left.  Where A is inverted already, the next strip is
-
-        ( A  B )⁻¹     ( A⁻¹   -A⁻¹ B D⁻¹ )
-        (    D )    =  (            D⁻¹   )
-    """
-    squares = torch.empty(len(R), dtype=R.dtype, device=R.device)
-    for start in range(0, len(R), STRIP):
-        stop = min(start + STRIP, len(R))
-        corner = R[start:stop, start:stop]
-        identity = torch.eye(stop - start, dtype=R.dtype, device=R.device)
-        inverse = torch.linalg.solve_triangular(corner, identity, upper=True)
-        corner.copy_(inverse)
-        above = R[:start, start:stop]
-        above.copy_(R[:start, :start] @ (above @ inverse)).neg_()
-        squares[start:stop] = R[:stop, start:stop].square().sum(0)
-    return squares
 
 
 def compensate(weight: Tensor, factor: Factor, chosen: Grid) -> Tensor:

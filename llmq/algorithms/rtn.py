@@ -5,10 +5,13 @@ The yardstick for everything else.  The grid is min-max, or searched for the lea
 
 from torch import Tensor
 
-from llmq.algorithms import Factor, Options, Rounding
+from llmq.algorithms import Options, Rounding
+from llmq.algorithms.factor import Factor
 from llmq.numerics import affine_grid
 from llmq.numerics.input_stats import InputStats
 from llmq.numerics.scheme import WeightScheme
+
+NEEDS_FACTOR = False
 
 
 def round_weight(

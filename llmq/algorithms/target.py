@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmq.algorithms import Factor, output_error
+from llmq.algorithms import output_error
+from llmq.algorithms.factor import Factor
 from llmq.numerics.input_stats import InputStats
 
 LONGEST_STEP = 0.5  # of ‖w‖

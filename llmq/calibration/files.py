@@ -1,32 +1,40 @@
-"""Local files as rows: a .txt file cut into documents, .json, .jsonl and .parquet as they are."""
+"""Local files: which sources name one, and their text."""
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from llmq.calibration import readers
 from llmq.errors import CalibrationError
 
-LOCAL_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 PARAGRAPHS_AT_LEAST = 2_000  # characters: a .txt file is cut at blank lines into documents of this size
 
 
-def read_rows(path: Path) -> list[Any]:
-    """What a file holds, a text or an object a row; raises CalibrationError where it cannot be read."""
+def is_file_name(source: str, suffixes: Sequence[str]) -> bool:
+    """Whether a source is written as FILE or FILE:COLUMN with one of these suffixes, whether or not the file exists.
+
+    A name with a colon and without such a FILE in front of it is one on the Hub.
+    """
+    path, column = split_column(source, suffixes)
+    return path.suffix in suffixes and (path.exists() or column is not None or ":" not in source)
+
+
+def split_column(source: str, suffixes: Sequence[str]) -> tuple[Path, str | None]:
+    """`rows.jsonl:column` in two; a file with a colon in its name is a file."""
+    head, _, column = source.rpartition(":")
+    if Path(source).exists() or Path(head).suffix not in suffixes or not column:
+        return Path(source), None
+    return Path(head), column
+
+
+def require_file(path: Path) -> None:
+    """Raise CalibrationError where there is no such file."""
     if not path.is_file():
-        raise CalibrationError(f"{path} is not a file", hint=f"expected one that ends in {', '.join(LOCAL_SUFFIXES)}")
-    if path.suffix == ".parquet":
-        return _parquet_rows(path)
-    text = read_text(path)
-    if path.suffix == ".txt":
-        return paragraphs(text)
-    rows = _json_lines(text, path) if path.suffix == ".jsonl" else _json(text, str(path))
-    if not isinstance(rows, list):
-        raise CalibrationError(f"{path} holds a JSON {type(rows).__name__}, expected a list of texts or of objects")
-    return rows
+        raise CalibrationError(f"{path} is not a file", hint=f"expected one that ends in {readers.suffixes()}")
 
 
 def read_text(path: Path) -> str:
     """A file as text; raises CalibrationError where it cannot be read or is not UTF-8."""
+    require_file(path)
     try:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
@@ -50,28 +58,3 @@ def paragraphs(text: str) -> list[str]:
     if gathered:
         documents.append("\n\n".join(gathered))
     return documents
-
-
-def _json_lines(text: str, path: Path) -> list[Any]:
-    """The value of each line that is not blank; only "\n" ends a line, as JSON strings may hold U+2028 and its like."""
-    lines = enumerate(text.split("\n"), start=1)
-    return [_json(line, f"line {number} of {path}") for number, line in lines if line.strip()]
-
-
-def _json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise CalibrationError(f"{where} is not valid JSON: {error}") from None
-
-
-def _parquet_rows(path: Path) -> list[Any]:
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise CalibrationError(f"{path} needs pyarrow to be read", hint="pip install pyarrow") from None
-    try:
-        rows: list[Any] = pyarrow.parquet.read_table(path).to_pylist()
-    except (OSError, ValueError) as error:
-        raise CalibrationError(f"{path} cannot be read as parquet: {error}") from None
-    return rows

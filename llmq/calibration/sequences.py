@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from llmq.calibration.chats import Chat, has_template
+from llmq.calibration.documents import Document, is_blank
 from llmq.calibration.manifest import SourceRecord, scripts_of, sha256_of
-from llmq.calibration.sources import Document, Source, is_blank, read_source
+from llmq.calibration.sources import Source, read_source
 
 
 def cut(ids: Tensor, seqlen: int) -> Tensor:
@@ -50,7 +51,7 @@ class TextWindows:
     seen: set[bytes] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        documents = read_source(self.source.name, explicit=self.source.explicit)
+        documents = read_source(self.source.name, explicit=self.source.explicit).documents
         self.refusal = ""  # what the template said of the first chat that it did not take
         self._found = len(documents)
         self._counts = _Counts()

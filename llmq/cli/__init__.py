@@ -1,18 +1,27 @@
-"""The command line: one file a command, each thin.
+"""The command line: one file per command, found by its file name.
+
+A file of this folder that has a function `command` is a command.  It also has
+
+    PANEL   the panel of `llmq --help` that lists it, one of `PANELS`
+    ORDER   its position in that panel
 
 stdout carries the result and nothing else; progress and messages go to stderr.  torch and transformers are imported
-inside the commands, so that `llmq --help` is instant.
+inside the functions, so that `llmq --help` is fast.
 """
 
+import importlib
+import pkgutil
 import sys
 import warnings
+from types import ModuleType
 
 import typer
 
 from llmq._version import __version__
-from llmq.cli import convert, env, evaluate, generate, inspect, quantize, sensitivity, verify
 from llmq.cli.terminal import print_error, warning_printer
 from llmq.errors import LlmqError
+
+PANELS = ("Quantization", "Inspect", "Run")
 
 app = typer.Typer(
     name="llmq",
@@ -39,16 +48,16 @@ def _root(
     pass
 
 
-QUANTIZATION, INSPECT, RUN = "Quantization", "Inspect", "Run"
+def _commands() -> list[ModuleType]:
+    """The files with a function `command`, in the order of `llmq --help`."""
+    files = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
+    commands = [file for file in files if hasattr(file, "command")]
+    return sorted(commands, key=lambda file: (PANELS.index(file.PANEL), file.ORDER, file.__name__))
 
-app.command("quantize", rich_help_panel=QUANTIZATION)(quantize.command)
-app.command("convert", rich_help_panel=QUANTIZATION)(convert.command)
-app.command("eval", rich_help_panel=INSPECT)(evaluate.command)
-app.command("verify", rich_help_panel=INSPECT)(verify.command)
-app.command("inspect", rich_help_panel=INSPECT)(inspect.command)
-app.command("sensitivity", rich_help_panel=INSPECT)(sensitivity.command)
-app.command("generate", rich_help_panel=RUN)(generate.command)
-app.command("env", rich_help_panel=RUN)(env.command)
+
+for _file in _commands():
+    _name = _file.__name__.rpartition(".")[2].replace("_", "-")
+    app.command(_name, rich_help_panel=_file.PANEL)(_file.command)
 
 
 def main() -> None:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 SHOWN = 12
 LINES = 10  # that a conversion prints where there is no terminal
 
+PANEL, ORDER = "Quantization", 2
+
 
 def command(
     path: Annotated[str, Argument(help="A quantized model: a folder, a Hub id or a .gguf file.", metavar="PATH")],

@@ -9,6 +9,8 @@ from llmq.cli.terminal import megabytes, print_json, print_table
 if TYPE_CHECKING:
     from llmq.runtime.environment import Device, Environment
 
+PANEL, ORDER = "Run", 2
+
 
 def command(json: options.Json = False) -> None:
     """Show versions and devices, and which kernels each device gets, and why.

@@ -9,6 +9,8 @@ from llmq.cli import options
 from llmq.cli.terminal import messages, quiet_transformers
 from llmq.errors import ConfigError
 
+PANEL, ORDER = "Run", 1
+
 
 def command(
     path: options.Path_,

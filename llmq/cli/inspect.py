@@ -6,6 +6,8 @@ from llmq.cli import options
 from llmq.cli.manifest import print_manifest
 from llmq.cli.terminal import megabytes, print_json, print_table
 
+PANEL, ORDER = "Inspect", 3
+
 
 def command(path: options.Path_, json: options.Json = False) -> None:
     """Show the contents of a model: layers, bits, sizes, quantization errors.

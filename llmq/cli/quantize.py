@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 LAYERS_SHOWN = 6
 
+PANEL, ORDER = "Quantization", 1
+
 
 @options.with_settings()
 def command(

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 GRIDS = ("3:128", "4:128", "4:32", "8:128")
 NOT_MEASURED = ("bits", "group_size", "overrides", "strict", "damping", "rotate", "quantize_head")
 
+PANEL, ORDER = "Inspect", 4
+
 
 @options.with_settings(without=NOT_MEASURED)
 def command(

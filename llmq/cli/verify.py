@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 SHOWN = 8  # problems of one model
 MODEL_FILES = ("config.json", "*.safetensors", "*.gguf")
 
+PANEL, ORDER = "Inspect", 2
+
 
 def command(
     path: options.Path_,

@@ -107,19 +107,18 @@ class Scores:
 def read_windows(
     source: str, tokenizer: Any, seqlen: int, *, wikitext: bool = False, limit: int | None = None
 ) -> Tensor:
-    """(S, seqlen) int64 windows of an evaluation text: a file, or a Hub data set as in `--calibration`.
+    """(S, seqlen) int64 windows of an evaluation text: any source of `--calibration` but `self`.
 
-    `wikitext` treats the lines of a .txt file as the rows of the WikiText data set: blank ones are emptied, all are
-    joined with blank lines.  A Hub data set is always read so.
+    `wikitext` treats the lines of a .txt file as the rows of the WikiText data set: blank lines are emptied, all are
+    joined with blank lines.  The rows of a Hub data set are always joined in this way.
     """
-    path = Path(source)
-    if path.suffix == ".txt" and path.is_file():
-        text = calibration.read_text(path)
-        ids = _tokenize(wikitext_rows(text) if wikitext else text, tokenizer)
-    elif path.suffix in calibration.LOCAL_SUFFIXES:
-        ids = [token for text in calibration.read_documents(source) for token in _tokenize(text, tokenizer)]
+    contents = calibration.read_source(source, limit=HUB_ROWS)
+    texts = calibration.texts_only(contents.documents, source)
+    if contents.continuous:
+        text = "\n\n".join(texts)
+        ids = _tokenize(wikitext_rows(text) if wikitext and Path(source).is_file() else text, tokenizer)
     else:
-        ids = _tokenize("\n\n".join(calibration.read_hub_rows(source, HUB_ROWS)), tokenizer)
+        ids = [token for text in texts if text.strip() for token in _tokenize(text, tokenizer)]
     windows = calibration.cut(torch.tensor(ids, dtype=torch.int64), seqlen)[:limit]
     if len(windows) == 0:
         raise CalibrationError(

@@ -31,6 +31,7 @@ from llmq.export.recode import Recoded, nearest, on_grid, recode, requantize, sy
 from llmq.export.to_gguf import export_gguf
 from llmq.formats import tensor_name
 from llmq.gguf.reader import Weights
+from llmq.numerics.gguf_types import GGUF
 from llmq.numerics.scheme import WeightScheme
 from llmq.report.events import OnEvent, Progress, ignore
 from llmq.runtime.checkpoint_weights import PackedWeights, quantization_settings
@@ -41,7 +42,6 @@ from llmq.verify.inspection import read_record
 from llmq.verify.integrity import checksums
 
 CHUNK_BYTES = 256 << 20  # of packed weights that are put on the disk together
-ANY_SCALES = ("compressed-tensors",)  # formats whose readers take scales of any dtype
 ANEW = "--allow-requantize rounds such weights anew, which costs accuracy; quantizing the original model costs less"
 
 
@@ -124,7 +124,7 @@ class Converter:
             "source": self._source,
             "requantize": self._allowed,
         }
-        needed = (3 if self._to == output_layout.GGUF else 2) * self._checkpoint.nbytes
+        needed = (3 if self._to == GGUF else 2) * self._checkpoint.nbytes
         writer = Writer.open(self._out, identity=identity, overwrite=self._overwrite, needed_bytes=needed)
         try:
             self._convert(writer, on_event)
@@ -156,7 +156,7 @@ class Converter:
                 refused[module] = str(self._layout.refusal(scheme, *shape))
             found = held or nearest(scheme, self._layout, *shape)
             if found is None:
-                raise ConfigError(f"{module}: {self._layout.NAME} has no grid for it: {refused[module]}")
+                raise ConfigError(f"{module}: {self._layout.name} has no grid for it: {refused[module]}")
             targets[module] = found
         if refused and not self._allowed:
             raise _refusal(refused, self._to)
@@ -228,11 +228,11 @@ class Converter:
             q = self._packed.read(module)
             q = (symmetric(q) or q) if self._symmetric else q
             found = recode(q, self._layout, dtype)
-            if isinstance(found, str) and self._to in ANY_SCALES:
+            if isinstance(found, str) and self._layout.any_scale_dtype:
                 found = recode(q, self._layout, q.scales.dtype)
             if isinstance(found, Recoded) and (same := on_grid(found.quantized, target)) is not None:
                 return Recoded(same)
-            if isinstance(found, Recoded) and not self._layout.ONE_GRID:
+            if isinstance(found, Recoded) and not self._layout.one_grid:
                 return found
             why = (
                 found if isinstance(found, str) else f"{self._to} holds one grid for all layers, and most are {target}"
@@ -245,9 +245,9 @@ class Converter:
         """Put the model together in `final`, and prove it."""
         files, settings = companion_files(self._checkpoint.folder), self._settings(self._targets)
         documents = {CONFIG: json_text({**self._checkpoint.config, "quantization_config": settings})}
-        if self._layout.CONFIG_COPY:
-            documents[self._layout.CONFIG_COPY] = json_text(settings)
-        if self._to == output_layout.GGUF:
+        if self._layout.config_copy:
+            documents[self._layout.config_copy] = json_text(settings)
+        if self._to == GGUF:
             between = writer.scratch()
             writer.assemble(between, self._rest(), files, documents)
             file = export_gguf(between, final, self._out).file

@@ -29,11 +29,12 @@ from llmq.errors import ConfigError, FormatError, UnsupportedModelError
 from llmq.export.convert import CHUNK_BYTES, Conversion, Converter
 from llmq.export.recode import requantize
 from llmq.formats import tensor_name
-from llmq.formats.gguf_blocks import unpack_q5_0, unpack_q8_0
+from llmq.formats.codecs.gguf_blocks import unpack_q5_0, unpack_q8_0
 from llmq.gguf import reader
 from llmq.gguf.reader import Weights
 from llmq.model.build import skeleton
 from llmq.model.build.checkpoint_names import ModelWeights
+from llmq.numerics.gguf_types import GGUF
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import WeightScheme
 from llmq.report.events import OnEvent, Progress, ignore
@@ -43,7 +44,6 @@ from llmq.steps.linear_names import linear_names
 from llmq.verify.inspection import read_record
 from llmq.verify.integrity import checksum
 
-LAYOUT = "compressed-tensors"
 GROUP = 32
 EXACT = ("Q4_0", "Q5_0", "Q8_0")
 FLOATS = ("F32", "F16", "BF16")
@@ -69,7 +69,7 @@ class GgufConverter:
     ) -> None:
         output_layout.require_known(to)
         output_layout.require_folder_name(out)
-        if to == output_layout.GGUF:
+        if to == GGUF:
             raise ConfigError(f"{source} is a .gguf file already", hint="give another format with --to")
         if out.resolve() == source.parent.resolve():
             raise ConfigError(f"{out} is the folder of {source.name}, which stays as it is", hint="give another folder")
@@ -80,7 +80,7 @@ class GgufConverter:
         self._unpacking = GgufSource(source, like, allow_requantize=allow_requantize)
         self._source, self._out, self._to = source, out, to
         self._options = {"allow_requantize": allow_requantize, "overwrite": overwrite}
-        self.report = Conversion(str(source), str(out), output_layout.GGUF, to)
+        self.report = Conversion(str(source), str(out), GGUF, to)
 
     def run(self, on_event: OnEvent = ignore) -> None:
         """See `Converter.run`."""
@@ -166,7 +166,10 @@ class GgufSource:
                 hint="--allow-requantize rounds such weights anew, which costs accuracy",
             )
         schemes[module] = q.scheme
-        return {tensor_name(module, suffix): tensor for suffix, tensor in formats.load(LAYOUT).pack(q).items()}
+        return {
+            tensor_name(module, suffix): tensor
+            for suffix, tensor in formats.load(output_layout.STAGED_FOR_GGUF).pack(q).items()
+        }
 
     def _float(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         stored = tensor.to(dtype)
@@ -181,7 +184,7 @@ class GgufSource:
         if not schemes:
             raise ConfigError(f"{self.file} holds no quantized linear layer", hint="it is a float model")
         config = read_json_object(model / CONFIG)
-        layout = formats.load(LAYOUT)
+        layout = formats.load(output_layout.STAGED_FOR_GGUF)
         documents = {CONFIG: json_text({**config, "quantization_config": layout.quantization_config(schemes, [])})}
         if record := read_record(self.file.parent):
             documents[PROVENANCE_FILE] = json_text(record)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmq.formats import Layout
+from llmq.formats.base import Layout
 from llmq.numerics import affine_grid
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import BITS, WeightScheme

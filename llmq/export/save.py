@@ -19,10 +19,10 @@ from llmq.checkpoint.atomic import write_text
 from llmq.checkpoint.json_text import json_text
 from llmq.checkpoint.side_files import companion_files
 from llmq.checkpoint.writer import CONFIG, Writer
-from llmq.config import GGUF_GRIDS
 from llmq.errors import CheckpointError, ConfigError, LlmqError, UnsupportedModelError
 from llmq.export.convert import Converter
 from llmq.export.to_gguf import blocks_to_gguf, export_gguf
+from llmq.numerics.gguf_types import GGUF, GGUF_GRIDS
 from llmq.plan import Plan
 from llmq.report.events import OnEvent
 from llmq.report.record import Report
@@ -54,8 +54,8 @@ def finish(writer: Writer, plan: Plan, report: Report, quantized: set[str], on_e
         return
     settings = plan.quantization_config(quantized)
     documents = {CONFIG: json_text({**plan.config_json(quantized), "quantization_config": settings})}
-    if plan.layout.CONFIG_COPY:
-        documents[plan.layout.CONFIG_COPY] = json_text(settings)
+    if plan.layout.config_copy:
+        documents[plan.layout.config_copy] = json_text(settings)
     files = companion_files(plan.checkpoint.folder)
     locations = {name: plan.checkpoint.location(name) for name in plan.outside()}
     rest = [(location.file, name, location.info) for name, location in locations.items()]
@@ -100,7 +100,7 @@ def _way_on(out: Path, staged: str, finished: Sequence[str], failed: Sequence[st
 
 def _make(source: Path, folder: Path, to: str, out: Path, plan: Plan, report: Report, on_event: OnEvent) -> None:
     """The model in `source` once more in another format, compared with it; `out` is what the user named."""
-    if to == output_layout.GGUF:
+    if to == GGUF:
         folder.mkdir(exist_ok=True)
         summary = export_gguf(source, folder, out)
         report.notes += [*summary.notes, f"{to}: {len(summary.exact)} weights compared, 0 differ"]

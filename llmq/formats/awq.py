@@ -24,16 +24,12 @@ import torch
 from torch import Tensor
 
 from llmq.errors import ConfigError, FormatError
-from llmq.formats import Reader, Reading, awq_variants, bit_packing, checks
+from llmq.formats.base import Layout, Reader, Reading
+from llmq.formats.codecs import awq_variants, bit_packing, checks
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import WeightScheme
 
 NAME = "awq"
-SUFFIXES: tuple[str, ...] = ("qweight", "qzeros", "scales", "scaled_zeros")
-CODES: tuple[str, ...] = ("qweight",)
-ONE_GRID = True
-CONFIG_COPY: str | None = None
-
 BITS = 4
 BITS_READ = (2, 3, 4, 5, 6, 7, 8)
 GEMM = ("gemm", "exllama", "exllamav2", "ipex")  # the last three are kernels that read the first
@@ -165,3 +161,23 @@ def _unpacked(words: Tensor, width: int) -> Tensor:
 def _reordered(rows: Tensor, order: tuple[int, ...]) -> Tensor:
     """(N, columns) with its rows permuted within every eight: whole rows move, which is far cheaper than nibbles."""
     return rows.reshape(rows.shape[0] // PER_WORD, PER_WORD, rows.shape[1])[:, order].flatten(0, 1)
+
+
+LAYOUT = Layout(
+    name=NAME,
+    suffixes=("qweight", "qzeros", "scales", "scaled_zeros"),
+    codes=("qweight",),
+    pack=pack,
+    unpack=unpack,
+    weight_shape=weight_shape,
+    refusal=refusal,
+    scale_dtype=scale_dtype,
+    quantization_config=quantization_config,
+    read_config=read_config,
+    quant_methods=("awq", "auto-awq", "awq-marlin", "llm-awq"),
+    implied_by=("zero_point", "w_bit"),
+    own_files=("quant_config.json",),
+    exclusions=("modules_to_not_convert",),
+    one_grid=True,
+    holds_head=False,  # readers keep the head in 16 bits
+)

@@ -29,22 +29,12 @@ import torch
 from torch import Tensor
 
 from llmq.errors import FormatError
-from llmq.formats import Reader, Reading, bit_packing, checks, fp4
+from llmq.formats.base import Layout, Reader, Reading
+from llmq.formats.codecs import bit_packing, checks, fp4
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import WeightScheme
 
 NAME = "compressed-tensors"
-SUFFIXES: tuple[str, ...] = (
-    "weight_packed",
-    "weight_scale",
-    "weight_shape",
-    "weight_zero_point",
-    "weight_g_idx",
-    "weight_global_scale",
-)
-CODES: tuple[str, ...] = ("weight_scale",)  # what all packings have
-ONE_GRID = False
-CONFIG_COPY: str | None = None
 PACKING = "pack-quantized"
 PLAIN = ("int-quantized", "naive-quantized")
 FLOATS = {  # format -> group size, how it is read
@@ -272,3 +262,29 @@ def _group_size(weights: Mapping[str, Any]) -> Any:
     if strategy not in ("group", "channel", "tensor"):
         raise FormatError(f"the checkpoint scales weights by {strategy!r}, expected by group, channel or tensor")
     return group_size if strategy == "group" else strategy
+
+
+LAYOUT = Layout(
+    name=NAME,
+    suffixes=(
+        "weight_packed",
+        "weight_scale",
+        "weight_shape",
+        "weight_zero_point",
+        "weight_g_idx",
+        "weight_global_scale",
+    ),
+    codes=("weight_scale",),  # what all packings have
+    pack=pack,
+    unpack=unpack,
+    weight_shape=weight_shape,
+    refusal=refusal,
+    scale_dtype=scale_dtype,
+    quantization_config=quantization_config,
+    read_config=read_config,
+    quant_methods=(NAME,),
+    implied_by=("config_groups",),
+    own_keys=("compression_config",),
+    exclusions=("ignore",),
+    any_scale_dtype=True,
+)

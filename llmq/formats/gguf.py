@@ -16,17 +16,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmq.errors import FormatError
-from llmq.formats import Reader, Reading, checks, gguf_blocks, gguf_k_quants
+from llmq.formats.base import Layout, Reader, Reading
+from llmq.formats.codecs import checks, gguf_blocks, gguf_k_quants
 from llmq.numerics.gguf_types import BLOCK_TYPES
 from llmq.numerics.quantized_tensor import QuantizedTensor, Superblocks
 from llmq.numerics.scheme import WeightScheme
 
 NAME = "gguf"
 PREFIX = "gguf_"
-SUFFIXES: tuple[str, ...] = tuple(f"{PREFIX}{name}" for name in BLOCK_TYPES)
-CODES = SUFFIXES
-ONE_GRID = False
-CONFIG_COPY: str | None = None
+SUFFIXES = tuple(f"{PREFIX}{name}" for name in BLOCK_TYPES)
 
 
 def pack(q: QuantizedTensor) -> dict[str, Tensor]:
@@ -113,3 +111,17 @@ def read_config(config: Mapping[str, Any]) -> Reader:
 
 def _tensor(array: NDArray[Any]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array))
+
+
+LAYOUT = Layout(
+    name=NAME,
+    suffixes=SUFFIXES,
+    codes=SUFFIXES,
+    pack=pack,
+    unpack=unpack,
+    weight_shape=weight_shape,
+    refusal=refusal,
+    scale_dtype=scale_dtype,
+    quantization_config=quantization_config,
+    read_config=read_config,
+)

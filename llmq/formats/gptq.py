@@ -31,16 +31,13 @@ import torch
 from torch import Tensor
 
 from llmq.errors import ConfigError, FormatError
-from llmq.formats import Reader, Reading, bit_packing, checks
+from llmq.formats.base import Layout, Reader, Reading
+from llmq.formats.codecs import bit_packing, checks
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import WeightScheme
 
 NAME = "gptq"
-SUFFIXES: tuple[str, ...] = ("qweight", "qzeros", "scales", "g_idx")
-CODES: tuple[str, ...] = ("qweight",)
-ONE_GRID = False
-CONFIG_COPY: str | None = "quantize_config.json"
-
+COPY = "quantize_config.json"
 BITS_WRITTEN = (4, 8)
 BITS_READ = (2, 3, 4, 5, 6, 7, 8)
 WHOLE_IN_WORDS = (2, 4, 8)  # numbers of these sizes never lie in two words
@@ -61,6 +58,11 @@ def pack(q: QuantizedTensor, version: str | None = None) -> dict[str, Tensor]:
         "scales": q.scales.T.contiguous(),
         "g_idx": checks.plain_index(scheme, q.shape[1], q.codes.device),
     }
+
+
+def pack_like(q: QuantizedTensor, reading: Reading) -> dict[str, Tensor]:
+    """See `Layout.pack_like`: in the version of the file."""
+    return pack(q, version="gptq" if reading.zeros_offset else "gptq_v2")
 
 
 def unpack(tensors: Mapping[str, Tensor], reading: Reading) -> QuantizedTensor:
@@ -220,3 +222,23 @@ def _flat(entries: Sequence[Any]) -> Sequence[str]:
     """[[a, b], [c]] or [a, b, c] -> [a, b, c]"""
     flat = [name for entry in entries for name in (entry if isinstance(entry, list) else [entry])]
     return checks.names_in(flat, "modules_in_block_to_quantize")
+
+
+LAYOUT = Layout(
+    name=NAME,
+    suffixes=("qweight", "qzeros", "scales", "g_idx"),
+    codes=("qweight",),
+    pack=pack,
+    pack_like=pack_like,
+    unpack=unpack,
+    weight_shape=weight_shape,
+    refusal=refusal,
+    scale_dtype=scale_dtype,
+    quantization_config=quantization_config,
+    read_config=read_config,
+    quant_methods=("gptq", "auto-gptq", "gptq-marlin", "gptqmodel"),
+    implied_by=("desc_act",),
+    own_files=(COPY,),
+    exclusions=("modules_in_block_to_quantize",),
+    config_copy=COPY,
+)

@@ -1,24 +1,18 @@
-"""GPTQ with every zero stored as it is, whatever the grid: `gptq.py` says the rest.
+"""GPTQ with every zero point stored as it is, whatever the grid; `gptq.py` has the rest.
 
-`gptq` writes symmetric grids in the first version, which everything reads.  This is for readers that want the second,
-and for files with symmetric and asymmetric grids side by side.
+`gptq` writes symmetric grids in the first version, which everything reads.  This format is for readers that want the
+second version, and for files with symmetric and asymmetric grids together.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from llmq.formats import gptq
-from llmq.formats.gptq import CODES, CONFIG_COPY, ONE_GRID, SUFFIXES, read_config, refusal, scale_dtype, unpack
-from llmq.formats.gptq import weight_shape as weight_shape
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import WeightScheme
-
-__all__ = [
-    "CODES", "CONFIG_COPY", "NAME", "ONE_GRID", "SUFFIXES",
-    "pack", "quantization_config", "read_config", "refusal", "scale_dtype", "unpack", "weight_shape",
-]  # fmt: skip
 
 NAME = "gptq_v2"
 
@@ -29,5 +23,16 @@ def pack(q: QuantizedTensor) -> dict[str, Tensor]:
 
 
 def quantization_config(schemes: Mapping[str, WeightScheme], unquantized: Sequence[str]) -> dict[str, Any]:
-    """See `Layout.quantization_config`; the `quant_method` is gptq's."""
+    """See `Layout.quantization_config`; the `quant_method` is that of gptq."""
     return gptq.quantization_config(schemes, unquantized, version=NAME)
+
+
+LAYOUT = dataclasses.replace(
+    gptq.LAYOUT,
+    name=NAME,
+    pack=pack,
+    quantization_config=quantization_config,
+    quant_methods=(),  # such a checkpoint is read as gptq: its config.json states the version
+    implied_by=(),
+    own_files=(),
+)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llmq.checkpoint.safetensors_files import reading
 from llmq.errors import CheckpointError, FormatError
-from llmq.formats import gguf_blocks
+from llmq.formats.codecs import gguf_blocks
 
 # What the package gguf says to a file that is none, is cut short or has a type that it does not know.
 BROKEN = (ValueError, IndexError, KeyError, OverflowError, MemoryError, struct.error, UnicodeDecodeError)

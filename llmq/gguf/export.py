@@ -31,7 +31,7 @@ from torch import Tensor
 
 from llmq.checkpoint.reader import Checkpoint
 from llmq.errors import FormatError
-from llmq.formats import gguf_blocks, gguf_k_quants
+from llmq.formats.codecs import gguf_blocks, gguf_k_quants
 from llmq.gguf.writer import Stored, write
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import WeightScheme

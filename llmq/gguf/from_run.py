@@ -16,7 +16,7 @@ from llmq.checkpoint.reader import Checkpoint
 from llmq.checkpoint.safetensors_files import Part, TensorInfo, read_tensor
 from llmq.config import QuantConfig
 from llmq.formats import gguf as staged
-from llmq.formats import gguf_blocks
+from llmq.formats.codecs import gguf_blocks
 from llmq.gguf import recipes
 from llmq.gguf.writer import Stored, Written, write
 from llmq.numerics import affine_grid

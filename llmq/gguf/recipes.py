@@ -19,35 +19,16 @@ from typing import Any
 
 from llmq.config import QuantConfig
 from llmq.errors import ConfigError
-from llmq.formats.layer_plan import LayerPlan
 from llmq.gguf.architectures import architecture
 from llmq.gguf.names import Names
-from llmq.numerics.gguf_types import BLOCK_TYPES
+from llmq.numerics.gguf_types import BLOCK_TYPES, RECIPES, Recipe
+from llmq.numerics.layer_plan import LayerPlan
 from llmq.numerics.scheme import Scheme, WeightScheme
 
 SMALLEST_BLOCK = 32
 HEAD, EMBEDDING = "output.weight", "token_embd.weight"
 GENEROUS = ("attn_v", "ffn_down", "ffn_down_exps", "ffn_down_shexp")
 _LAYER = re.compile(r"blk\.(\d+)\.(.+)")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Types by the role of a weight: most, those that `GENEROUS` and its rule pick, q, k and v as one, and the head."""
-
-    usual: str
-    generous: str
-    fused: str
-    head: str
-
-
-RECIPES: Mapping[str, Recipe] = {
-    "gguf:q4_k_m": Recipe("q4_k", "q6_k", "q5_k", "q6_k"),
-    "gguf:q5_k_m": Recipe("q5_k", "q6_k", "q6_k", "q6_k"),
-    "gguf:q4_k": Recipe("q4_k", "q4_k", "q4_k", "q6_k"),
-    "gguf:q5_k": Recipe("q5_k", "q5_k", "q5_k", "q6_k"),
-    "gguf:q6_k": Recipe("q6_k", "q6_k", "q6_k", "q6_k"),
-}
 
 
 def plan_layers(

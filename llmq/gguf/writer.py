@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from llmq.checkpoint.atomic import PARTIAL, storing, sync_file, sync_folder
 from llmq.errors import FormatError
-from llmq.formats import gguf_blocks
+from llmq.formats.codecs import gguf_blocks
 from llmq.gguf.architectures import Architecture, architecture
 from llmq.gguf.metadata import add_general, add_sizes
 from llmq.gguf.names import ROUTER, Names, interleave_halves

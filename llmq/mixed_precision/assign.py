@@ -28,8 +28,7 @@ from llmq.algorithms import Options
 from llmq.checkpoint.reader import Checkpoint
 from llmq.config import Override, QuantConfig
 from llmq.errors import ConfigError
-from llmq.formats import Layout
-from llmq.formats.layer_plan import alike, plan_layers
+from llmq.formats.base import Layout
 from llmq.mixed_precision.knapsack import Choice, allocate
 from llmq.mixed_precision.sensitivity import Candidate, Layer, Question
 from llmq.model.build.skeleton import Skeleton
@@ -39,6 +38,7 @@ from llmq.numerics.scheme import WeightScheme
 from llmq.patterns import matches
 from llmq.report.sensitivity import Sensitivity, Unit
 from llmq.runtime.open_skeleton import stored_bytes
+from llmq.steps.layer_plans import alike, plan_layers
 
 LEFT = "as it is"
 MANY = 8  # layers of one unit
@@ -93,9 +93,9 @@ def ask(
     shapes = {path: (name(path), module.out_features, module.in_features) for path, module in linears.items()}
     stored_bits = {path: 8 * stored_bytes(skeleton, checkpoint, f"{name(path)}.weight") for path in linears}
     tried = schemes or schemes_to_try(settings.scheme)
-    if settings.target_bits is not None and layout.ONE_GRID:
+    if settings.target_bits is not None and layout.one_grid:
         raise ConfigError(
-            f"{layout.NAME} files have one grid for all layers, and --target-bits chooses one for each",
+            f"{layout.name} files have one grid for all layers, and --target-bits chooses one for each",
             hint="use --format compressed-tensors, or gptq",
         )
     layers = candidates(shapes, stored_bits, tried, settings, layout, dtype_of(options.scale_dtype), skeleton.alike())

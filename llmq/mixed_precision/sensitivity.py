@@ -29,7 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from llmq import algorithms, memory
-from llmq.algorithms import Factor, Options, gptq, output_error
+from llmq.algorithms import Options, output_error
+from llmq.algorithms.factor import Factor, factorize
 from llmq.errors import CalibrationError
 from llmq.evaluation import scoring
 from llmq.evaluation.streaming import windows_together
@@ -226,8 +227,8 @@ def _list_around(block: Block, path: str) -> str | None:
 
 def _factor(stats: InputStats, question: Question) -> Factor | None:
     """Made once for all grids, where the rounding asks for one."""
-    wanted = question.rounding == "gptq" and stats.tokens > 0
-    return gptq.factorize(stats.second_moment(), question.options) if wanted else None
+    needed = algorithms.rounding(question.rounding).NEEDS_FACTOR and stats.tokens > 0
+    return factorize(stats.second_moment(), question.options.order, question.options.damping) if needed else None
 
 
 def _round(

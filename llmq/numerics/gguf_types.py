@@ -1,4 +1,6 @@
-"""The block types of GGUF that llmq rounds in: grids whose form the file fixes, with no bit of freedom beside.
+"""The block types of GGUF that llmq quantizes to, and the recipes that choose among them.
+
+The file fixes the grid of a block type completely.
 
 A *superblock* of 256 columns has sub-blocks whose scales (and offsets) are small integers times one fp16 number that
 they share, so that a scale costs a quarter of a bit a weight and not a whole one.  The others are plain affine grids.
@@ -43,3 +45,29 @@ BLOCK_TYPES: Mapping[str, BlockType] = {
     "q5_0": BlockType(5, 32, True, 32, 22),
     "q8_0": BlockType(8, 32, True, 32, 34),
 }
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Block types by the role of a weight (`gguf/recipes.py`): most weights, those that its rule favours, q, k and v
+    stored as one weight, and the head."""
+
+    usual: str
+    generous: str
+    fused: str
+    head: str
+
+
+RECIPES: Mapping[str, Recipe] = {
+    "gguf:q4_k": Recipe("q4_k", "q4_k", "q4_k", "q6_k"),
+    "gguf:q5_k": Recipe("q5_k", "q5_k", "q5_k", "q6_k"),
+    "gguf:q6_k": Recipe("q6_k", "q6_k", "q6_k", "q6_k"),
+    "gguf:q4_k_m": Recipe("q4_k", "q6_k", "q5_k", "q6_k"),
+    "gguf:q5_k_m": Recipe("q5_k", "q6_k", "q6_k", "q6_k"),
+}
+
+GGUF = "gguf"
+"""The format of .gguf files that hold the quantized values of the other formats."""
+
+GGUF_GRIDS = tuple(RECIPES)
+"""Formats of .gguf files with grids that no other format can hold."""

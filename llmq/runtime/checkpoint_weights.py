@@ -7,13 +7,10 @@ from torch import Tensor
 from llmq import formats
 from llmq.checkpoint.index import read_json_object
 from llmq.checkpoint.reader import Checkpoint
-from llmq.errors import ConfigError, FormatError
-from llmq.formats import Readable, Reader, Reading, gptq
+from llmq.errors import FormatError
+from llmq.formats.base import Layout, Readable, Reader, Reading
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import WeightScheme
-
-OWN_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "quantization_config.json": "auto-round"}
-EXCLUSIONS = ("ignore", "modules_in_block_to_quantize", "modules_to_not_convert")
 
 
 class PackedWeights:
@@ -27,7 +24,7 @@ class PackedWeights:
         self._checkpoint = checkpoint
         self._layout = formats.detect(settings)
         self._reading = _reader(self._layout, settings)
-        endings = {formats.tensor_name("", suffix) for suffix in self._layout.CODES}
+        endings = {formats.tensor_name("", suffix) for suffix in self._layout.codes}
         found = ((name, ending) for name in checkpoint.names() for ending in endings if name.endswith(ending))
         self.modules = list(dict.fromkeys(name.removesuffix(ending) for name, ending in found))
         self._by_weight = {self.weight_name(module): module for module in self.modules}
@@ -76,11 +73,12 @@ class PackedWeights:
 
     def pack(self, module: str, weight: QuantizedTensor) -> dict[str, Tensor]:
         """The tensors, by the ends of their names, that this layout has for a weight in the place of `module`'s."""
+        layout = self._layout
         try:
-            if self._layout.NAME == gptq.NAME:
-                return gptq.pack(weight, version="gptq" if self._how(module).zeros_offset else "gptq_v2")
-            return formats.load(self._layout.NAME).pack(weight)
-        except (ConfigError, FormatError) as error:
+            if not isinstance(layout, Layout):
+                raise FormatError(f"the format {layout.name} is only read, not written")
+            return layout.pack_like(weight, self._how(module)) if layout.pack_like else layout.pack(weight)
+        except FormatError as error:
             raise FormatError(f"{module} cannot be packed: {error}", hint=error.hint) from error
 
     def is_affine(self, module: str) -> bool:
@@ -99,7 +97,7 @@ class PackedWeights:
 
     def weight_name(self, module: str) -> str:
         """The name that the weight has in the float model."""
-        stacked = all(suffix.startswith("_") for suffix in self._layout.CODES)
+        stacked = all(suffix.startswith("_") for suffix in self._layout.codes)
         return module if stacked else f"{module}.weight"
 
     def weight_names(self) -> list[str]:
@@ -174,7 +172,7 @@ class PackedWeights:
     def _stored(self, module: str) -> dict[str, str]:
         """Suffix -> name, of the tensors that stand for the module's weight."""
         reading = self._reading(module)
-        suffixes = (*self._layout.SUFFIXES, *(["weight"] if reading is not None and reading.in_place else []))
+        suffixes = (*self._layout.suffixes, *(["weight"] if reading is not None and reading.in_place else []))
         names = {suffix: formats.tensor_name(module, suffix) for suffix in suffixes}
         return {suffix: name for suffix, name in names.items() if name in self._checkpoint}
 
@@ -189,7 +187,7 @@ def _reader(layout: Readable, settings: dict[str, Any]) -> Reader:
     a module is packed is known by its tensors, so for those such a list is passed over.
     """
     declared = layout.read_config(settings)
-    without_lists = {key: value for key, value in settings.items() if key not in EXCLUSIONS}
+    without_lists = {key: value for key, value in settings.items() if key not in layout.exclusions}
     anyway = layout.read_config(without_lists | {"lm_head": True})
     return lambda module: declared(module) or anyway(module)
 
@@ -202,13 +200,17 @@ def quantization_settings(checkpoint: Checkpoint) -> dict[str, Any] | None:
     config = checkpoint.config
     inner = config.get("text_config")
     for holder in (config, inner if isinstance(inner, dict) else {}):
-        for key in ("quantization_config", "compression_config"):
-            settings = holder.get(key)
-            if isinstance(settings, dict):
-                return {"quant_method": "compressed-tensors", **settings} if key == "compression_config" else settings
-    for name, method in OWN_FILES.items():
-        if (checkpoint.folder / name).is_file() and checkpoint.modules_with("qweight"):
-            return {"quant_method": method, **read_json_object(checkpoint.folder / name)}
+        settings = holder.get("quantization_config")
+        if isinstance(settings, dict):
+            return settings
+        for layout in formats.readable():
+            for key in layout.own_keys:
+                if isinstance(holder.get(key), dict):
+                    return {"quant_method": layout.quant_methods[0], **holder[key]}
+    for layout in formats.readable():
+        for name in layout.own_files:
+            if (checkpoint.folder / name).is_file() and any(map(checkpoint.modules_with, layout.codes)):
+                return {"quant_method": layout.quant_methods[0], **read_json_object(checkpoint.folder / name)}
     return None
 
 

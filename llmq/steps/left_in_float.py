@@ -3,8 +3,8 @@
 from collections.abc import Container, Mapping
 
 from llmq.checkpoint.reader import Checkpoint
-from llmq.formats.layer_plan import LayerPlan
 from llmq.model.build.skeleton import Skeleton
+from llmq.numerics.layer_plan import LayerPlan
 from llmq.report.record import OUTSIDE_THE_BLOCKS
 
 NO_LINEAR_LAYER = "not a linear layer"

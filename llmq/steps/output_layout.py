@@ -9,17 +9,17 @@ always made that way, unless it has a grid of its own.
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmq import formats
 from llmq.checkpoint.reader import Checkpoint
-from llmq.config import CONVERTIBLE, GGUF_GRIDS
+from llmq.config import CONVERTIBLE, QuantConfig
 from llmq.errors import ConfigError, UnsupportedModelError
-from llmq.formats import Layout, Reading
-from llmq.formats.checks import is_head
+from llmq.formats.base import Layout, Reading
+from llmq.formats.codecs.checks import is_head
 from llmq.gguf import export
 from llmq.gguf.architectures import architecture
 from llmq.gguf.metadata import add_sizes
@@ -27,11 +27,11 @@ from llmq.gguf.names import Names
 from llmq.gguf.tokenizer import add_tokenizer
 from llmq.model.build import skeleton
 from llmq.numerics.affine_grid import SMALLEST_SCALE, Bounded, ScaleDtype, dtype_of
+from llmq.numerics.gguf_types import GGUF, GGUF_GRIDS
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import WeightScheme
 
-GGUF = "gguf"
-STAGED_FOR_GGUF = "compressed-tensors"
+STAGED_FOR_GGUF = "compressed-tensors"  # holds every grid
 GGUF_SCALES = torch.float16
 
 
@@ -44,7 +44,7 @@ def layout_of(names: Sequence[str], model_dtype: torch.dtype) -> Layout:
     """The layout that a run with these formats is rounded for."""
     if len(names) == 1 and names[0] != GGUF:
         return single(names[0])
-    return cast(Layout, Together(names, model_dtype))
+    return _together(names, model_dtype)
 
 
 def single(name: str) -> Layout:
@@ -52,54 +52,50 @@ def single(name: str) -> Layout:
     return formats.load(GGUF if name in GGUF_GRIDS else name)
 
 
-class Together:
-    """Several formats as one: packs as the first of them, and holds what all of them hold.
+def _together(names: Sequence[str], model_dtype: torch.dtype) -> Layout:
+    """Several formats as one layout: it packs as the first of them, and holds what all of them hold."""
+    first = single(staged_format(names))
+    others = [single(name) for name in names if name not in (GGUF, staged_format(names))]
+    published = [first, *others] if staged_format(names) in names else []
+    dtypes = [layout.scale_dtype(model_dtype) for layout in published]
+    values = common_values([*dtypes, *([GGUF_SCALES] if GGUF in names else [])])
+    stored = first.scale_dtype(model_dtype) if published else dtype_of(values)
 
-    NAME     all of their names, for messages
-    values   what scales are rounded to
-    """
-
-    def __init__(self, names: Sequence[str], model_dtype: torch.dtype) -> None:
-        self._base = single(staged_format(names))
-        self._others = [single(name) for name in names if name not in (GGUF, staged_format(names))]
-        self._gguf = GGUF in names
-        published = [self._base, *self._others] if staged_format(names) in names else []
-        self.values = common_values(
-            [*(layout.scale_dtype(model_dtype) for layout in published), *([GGUF_SCALES] if self._gguf else [])]
-        )
-        self._stored = self._base.scale_dtype(model_dtype) if published else dtype_of(self.values)
-        self.NAME = " with ".join(names)
-        self.ONE_GRID = any(layout.ONE_GRID for layout in (self._base, *self._others))
-        base = self._base  # what follows is as in the first one
-        self.SUFFIXES, self.CODES, self.CONFIG_COPY = base.SUFFIXES, base.CODES, base.CONFIG_COPY
-        self.weight_shape, self.read_config = base.weight_shape, base.read_config
-
-    def pack(self, q: QuantizedTensor) -> dict[str, Tensor]:
-        return self._base.pack(_with_scales(q, self._stored))
-
-    def unpack(self, tensors: Mapping[str, Tensor], reading: Reading) -> QuantizedTensor:
+    def unpack(tensors: Mapping[str, Tensor], reading: Reading) -> QuantizedTensor:
         """Scales in the dtype that they were rounded to, so that what tunes them keeps to it."""
-        return _with_scales(self._base.unpack(tensors, reading), dtype_of(self.values))
+        return _with_scales(first.unpack(tensors, reading), dtype_of(values))
 
-    def refusal(self, scheme: WeightScheme, out_features: int, in_features: int) -> str | None:
-        refusals = (layout.refusal(scheme, out_features, in_features) for layout in (self._base, *self._others))
-        found = next((refusal for refusal in refusals if refusal), None)
-        return gguf_refusal(scheme, in_features) if found is None and self._gguf else found
+    def refusal(scheme: WeightScheme, out_features: int, in_features: int) -> str | None:
+        for layout in (first, *others):
+            if (reason := layout.refusal(scheme, out_features, in_features)) is not None:
+                return reason
+        return gguf_refusal(scheme, in_features) if GGUF in names else None
 
-    def scale_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
-        """What the staged file holds."""
-        return self._stored
-
-    def quantization_config(self, schemes: Mapping[str, WeightScheme], unquantized: Sequence[str]) -> dict[str, Any]:
-        """The first one's; raises ConfigError where one of them cannot hold these grids side by side."""
-        for layout in self._others:
+    def quantization_config(schemes: Mapping[str, WeightScheme], unquantized: Sequence[str]) -> dict[str, Any]:
+        """The first one's; raises ConfigError where one of them cannot hold these grids together."""
+        for layout in others:
             layout.quantization_config(schemes, unquantized)
-        return self._base.quantization_config(schemes, unquantized)
+        return first.quantization_config(schemes, unquantized)
+
+    return dataclasses.replace(
+        first,
+        name=" with ".join(names),
+        pack=lambda q: first.pack(_with_scales(q, stored)),
+        pack_like=None,
+        unpack=unpack,
+        refusal=refusal,
+        scale_dtype=lambda model_dtype: stored,
+        quantization_config=quantization_config,
+        scale_values=values,
+        one_grid=any(layout.one_grid for layout in (first, *others)),
+        holds_head=all(layout.holds_head for layout in (first, *others)),
+        any_scale_dtype=False,
+    )
 
 
 def scale_values(layout: Layout, model_dtype: torch.dtype) -> ScaleDtype:
-    """What scales are to be rounded to for a layout of `layout_of`."""
-    return layout.values if isinstance(layout, Together) else layout.scale_dtype(model_dtype)
+    """What scales are rounded to for a layout of `layout_of`."""
+    return layout.scale_dtype(model_dtype) if layout.scale_values is None else layout.scale_values
 
 
 def common_values(dtypes: Sequence[torch.dtype]) -> ScaleDtype:
@@ -169,14 +165,35 @@ def require_folder_name(out: Path) -> None:
         )
 
 
+def require_head(settings: QuantConfig) -> None:
+    """Raise ConfigError where a format of the run cannot hold the head that the user wants to quantize."""
+    if not settings.quantize_head:
+        return
+    for name in settings.formats:
+        if name in GGUF_GRIDS:
+            raise ConfigError(
+                f"{name} chooses a block type for the head itself, so --quantize-head has no effect",
+                hint="leave --quantize-head out",
+            )
+        if not single(name).holds_head:
+            raise ConfigError(
+                f"{name} cannot hold a head that is quantized on request: its readers expect a float head",
+                hint=f"give --format {' or '.join(_with_head())}, or leave --quantize-head out",
+            )
+
+
 def refuse_packed_head(to: str, modules: Iterable[str]) -> None:
     """Raise ConfigError where a format would be made of a quantized head that its readers do not look for."""
     head = next((module for module in modules if is_head(module)), None)
-    if head is not None and to == "awq":
+    if head is not None and not single(to).holds_head:
         raise ConfigError(
-            f"awq cannot hold the quantized head {head}: readers of awq files expect a float one",
-            hint="use --to gptq or --to compressed-tensors, or quantize without --quantize-head",
+            f"{to} cannot hold the quantized head {head}: readers of {to} files expect a float one",
+            hint=f"use --to {' or '.join(_with_head())}, or quantize without --quantize-head",
         )
+
+
+def _with_head() -> list[str]:
+    return [name for name in formats.names() if formats.load(name).holds_head]
 
 
 def _with_scales(q: QuantizedTensor, dtype: torch.dtype) -> QuantizedTensor:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from llmq import algorithms
-from llmq.algorithms import Factor, Options, Rounding, gptq, target
+from llmq.algorithms import Options, Rounding, target
+from llmq.algorithms.factor import Factor, factorize
 from llmq.algorithms.guard import held_out_loss
 from llmq.methods import Method
 from llmq.numerics.input_stats import InputStats
@@ -49,8 +50,9 @@ def round_group(
         if scheme is not None:
             together.setdefault(scheme, {})[path] = weight
     factor = None
-    if stats is not None and stats.tokens and (method.alphas or method.refinements):
-        factor = gptq.factorize(stats.second_moment(), options)
+    needed = method.alphas or method.refinements or algorithms.rounding(method.rounding).NEEDS_FACTOR
+    if stats is not None and stats.tokens and needed:
+        factor = factorize(stats.second_moment(), options.order, options.damping)
     for scheme, stacked in together.items():
         yield from _round_stacked(stacked, scheme, stats, factor, method, options)
 

@@ -8,13 +8,13 @@ from torch import Tensor
 from llmq.algorithms import Options
 from llmq.checkpoint.writer import Writer
 from llmq.errors import FormatError
-from llmq.formats import Layout, Reader
-from llmq.formats.layer_plan import LayerPlan
+from llmq.formats.base import Layout, Reader
 from llmq.methods import Method
 from llmq.model.build.skeleton import Skeleton
 from llmq.model.passes.recorded_calls import RecordedCalls
 from llmq.model.passes.sequential import Streams
 from llmq.model.passes.streams import Text
+from llmq.numerics.layer_plan import LayerPlan
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.report.events import OnEvent, ignore
 

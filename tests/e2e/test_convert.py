@@ -1,5 +1,6 @@
 """Several formats of one run, and conversions: the same floats in each, and a refusal where they could not be."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -285,14 +286,12 @@ def test_a_difference_is_found_and_nothing_is_written(
 ) -> None:
     from llmq.formats import gptq
 
-    pack = gptq.pack
-
-    def wrong(q: Any, *rest: Any) -> dict[str, Tensor]:
-        tensors = pack(q, *rest)
+    def wrong(q: Any) -> dict[str, Tensor]:
+        tensors = gptq.pack(q)
         tensors["qweight"][0, 0] ^= 1
         return tensors
 
-    monkeypatch.setattr(gptq, "pack", wrong)
+    monkeypatch.setattr(gptq, "LAYOUT", dataclasses.replace(gptq.LAYOUT, pack=wrong))
     with pytest.raises(FormatError, match="14 of 14 weights are not what they were"):
         convert(packed("awq"), tmp_path / "out", "gptq")
     assert not list((tmp_path / "out").glob("*.safetensors"))
@@ -320,7 +319,7 @@ def test_the_command_shows_what_rounding_anew_costs(packed: Any, tmp_path: Path)
 @pytest.mark.parametrize(
     ("options", "words", "hint"),
     [
-        (("--to", "onnx"), "format is 'onnx', expected one of compressed-tensors", ""),
+        (("--to", "onnx"), "format is 'onnx', expected one of awq, compressed-tensors", ""),
         (("--to", "gguf:q4_k"), "format is 'gguf:q4_k', expected one of", ""),
         (("--to", "awq"), "is not empty", "--overwrite"),
     ],

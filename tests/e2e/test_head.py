@@ -105,9 +105,14 @@ def test_that_the_tuning_does_not_see_its_rounding_is_said(
     assert FLOAT_HEAD not in plain.report.notes
 
 
-@pytest.mark.parametrize("format_", ["awq", "gguf:q4_k_m"])
-def test_formats_that_cannot_hold_it_refuse(checkpoint: Checkpoints, text: Path, tmp_path: Path, format_: str) -> None:
-    with pytest.raises(ConfigError, match="cannot hold a head"):
+@pytest.mark.parametrize(
+    ("format_", "words"),
+    [("awq", "awq cannot hold a head"), ("gguf:q4_k_m", "chooses a block type for the head itself")],
+)
+def test_formats_that_cannot_hold_it_refuse(
+    checkpoint: Checkpoints, text: Path, tmp_path: Path, format_: str, words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
         quantize(checkpoint("llama"), tmp_path / "out", text, method="rtn", format=format_, quantize_head=True)
 
 

@@ -47,7 +47,7 @@ def test_a_grid_that_the_format_cannot_hold(layout: str, bits: int, model: Path,
 
 @pytest.mark.parametrize(
     ("option", "expected"),
-    [("--method", "rtn, gptq, awq, fast"), ("--format", "compressed-tensors, gptq, awq"),
+    [("--method", "rtn, gptq, awq, fast"), ("--format", "awq, compressed-tensors, gguf, gptq"),
      ("--order", "activation, natural"), ("--scales", "searched, minmax")],
 )  # fmt: skip
 def test_a_name_that_does_not_exist(option: str, expected: str, model: Path, out: Path) -> None:

@@ -9,7 +9,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llmq import formats
-from llmq.formats import Layout, Reading, awq, bit_packing, compressed_tensors, gptq
+from llmq.formats import awq, compressed_tensors, gptq
+from llmq.formats.base import Layout, Reader, Reading
+from llmq.formats.codecs import bit_packing
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import WeightScheme
 
@@ -133,14 +135,14 @@ def test_awq_words() -> None:
 # ---- by other tools
 
 
-def checkpoint(folder: Path) -> tuple[Layout, formats.Reader, dict[str, dict[str, Tensor]]]:
+def checkpoint(folder: Path) -> tuple[Layout, Reader, dict[str, dict[str, Tensor]]]:
     """Layout, reader of the configuration, and module name -> suffix -> tensor for the quantized modules of layer 0."""
     block = json.loads((folder / "config.json").read_text())["quantization_config"]
     layout = formats.detect(block)
     modules: dict[str, dict[str, Tensor]] = {}
     for name, tensor in load_file(folder / "model.safetensors").items():
         module, _, suffix = name.rpartition(".")
-        if module.startswith("model.layers.0.") and suffix in layout.SUFFIXES:
+        if module.startswith("model.layers.0.") and suffix in layout.suffixes:
             modules.setdefault(module, {})[suffix] = tensor
     return layout, layout.read_config(block), modules
 

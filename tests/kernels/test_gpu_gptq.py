@@ -186,17 +186,17 @@ def test_a_weight_is_rounded_as_well_as_on_the_cpu(backend_name: str) -> None:
 
 
 def test_the_factorisation_holds_one_array_in_double_precision() -> None:
-    from llmq.algorithms import Options, gptq
+    from llmq.algorithms.factor import factorize
 
     K = 4096
     x = torch.randn(2 * K, K, device="cuda")
     with without_tf32():
         hessian = x.T @ x
     del x
-    gptq.factorize(hessian, Options())  # the libraries' own workspaces
+    factorize(hessian, "activation", 0.01)  # the libraries' own workspaces
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    gptq.factorize(hessian, Options())
+    factorize(hessian, "activation", 0.01)
     units = (torch.cuda.max_memory_allocated() - before) / (8 * K * K)
     assert units <= 2.2  # one, half of one for float32, and strips of a quarter or less

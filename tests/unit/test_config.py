@@ -123,7 +123,7 @@ def test_a_file_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
     ("settings", "words"),
     [
         ({"method": "magic"}, "method is 'magic', expected one of rtn, gptq, awq"),
-        ({"format": "pickle"}, "format is 'pickle', expected one of compressed-tensors, gptq, awq"),
+        ({"format": "pickle"}, "format is 'pickle', expected one of awq, compressed-tensors, "),
         ({"order": "random"}, "order is 'random', expected one of activation, natural"),
         ({"scales": "best"}, "scales is 'best', expected one of searched, minmax"),
         ({"damping": 0}, "damping is 0, expected a fraction"),
@@ -332,7 +332,7 @@ def test_several_formats_are_written_and_read_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ("gptq,onnx", "format is 'onnx', expected one of compressed-tensors"),
+        ("gptq,onnx", "format is 'onnx', expected one of awq, compressed-tensors"),
         ("", "no format is given"),
         ([], "no format is given"),
         ("gguf:q4_k,gptq", "gguf:q4_k has a separate grid"),

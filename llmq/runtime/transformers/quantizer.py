@@ -34,9 +34,6 @@ from llmq.runtime.transformers.stored_linear import Source, StoredLinear
 
 logger = logging.getLogger(__name__)
 
-METHODS = ("auto-round", "awq", "compressed-tensors", "gptq")
-"""What `quant_method` may be for llmq to load it: those of its readers that transformers knows by the same name."""
-
 
 class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """A `quantization_config` as it stands in config.json, every key of it."""
@@ -167,7 +164,7 @@ def enable_transformers() -> None:
     From then on `from_pretrained` needs none of gptqmodel, autoawq, compressed-tensors, auto-round and optimum; where
     they are installed they are not used.  Calling it again changes nothing; `disable_transformers` undoes it.
     """
-    for method in METHODS:
+    for method in sorted(layout.quant_methods[0] for layout in formats.readable() if layout.in_transformers):
         for table, ours in (
             (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, PackedConfig),
             (auto.AUTO_QUANTIZER_MAPPING, PackedQuantizer),

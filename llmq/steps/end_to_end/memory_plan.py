@@ -11,12 +11,12 @@ import torch
 
 from llmq import memory
 from llmq.algorithms.kl_tuning import Rates
-from llmq.formats.layer_plan import LayerPlan
 from llmq.methods import Tuning
 from llmq.model.build.skeleton import Skeleton
 from llmq.model.passes.backward import graph_bytes
 from llmq.model.passes.hidden_states import Place
 from llmq.model.passes.streams import Text
+from llmq.numerics.layer_plan import LayerPlan
 from llmq.steps.kl_loss import LOGITS_AT_ONCE
 from llmq.steps.run import Run
 

@@ -1,5 +1,6 @@
 """A model that is not there yet, as serving engines would find it: what `--dry-run` asks them about."""
 
+from llmq.numerics.gguf_types import GGUF
 from llmq.plan import Plan
 from llmq.steps import output_layout
 from llmq.verify.engines import checkpoint_facts
@@ -16,8 +17,8 @@ def planned(plan: Plan) -> dict[str, Subject]:
     floats = [linear for linear in checkpoint_facts.floats(plan.checkpoint) if linear.name not in chosen]
     found = {}
     for name in plan.settings.formats:
-        if name.startswith(output_layout.GGUF):
-            found[name] = Subject("gguf", plan.checkpoint.config, {}, (), tokenizer)
+        if name.startswith(GGUF):
+            found[name] = Subject(GGUF, plan.checkpoint.config, {}, (), tokenizer)
             continue
         settings = plan.quantization_config(layout=output_layout.single(name))
         method = str(settings["quant_method"])

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmq.algorithms import Options, Rounding, gptq
+from llmq.algorithms.factor import factorize
 from llmq.numerics import affine_grid
 from llmq.numerics.input_stats import InputStats
 from llmq.numerics.scheme import WeightScheme
@@ -219,7 +220,7 @@ def test_gptq_as_in_the_paper_sees_the_whole_of_a_group_larger_than_a_block() ->
 @pytest.mark.parametrize("order", ["activation", "natural"])
 def test_the_factor_is_that_of_the_inverse_in_visiting_order(order: str) -> None:
     _, stats = problem(K=48)
-    factor = gptq.factorize(stats.second_moment(), Options(order=order, damping=DAMPING))
+    factor = factorize(stats.second_moment(), order, DAMPING)
     assert factor is not None and factor.damping == DAMPING
     visits = factor.order.numpy()
     inverse = np.linalg.inv(damped(stats)[np.ix_(visits, visits)])
@@ -236,7 +237,7 @@ def test_the_factor_is_that_of_the_inverse_in_visiting_order(order: str) -> None
 @pytest.mark.parametrize("order", ["activation", "natural"])
 def test_the_price_of_a_column_is_in_the_order_of_memory(order: str) -> None:
     _, stats = problem(K=48)
-    factor = gptq.factorize(stats.second_moment(), Options(order=order, damping=DAMPING))
+    factor = factorize(stats.second_moment(), order, DAMPING)
     assert factor is not None
     expected = 1 / np.diag(np.linalg.inv(damped(stats)))
     np.testing.assert_allclose(factor.price.numpy(), expected, rtol=2.0**-22)
@@ -245,7 +246,7 @@ def test_the_price_of_a_column_is_in_the_order_of_memory(order: str) -> None:
 def test_scales_are_searched_with_that_price() -> None:
     weight, stats = problem()
     scheme, options = WeightScheme(3, 32), Options(scale_dtype=torch.bfloat16)
-    factor = gptq.factorize(stats.second_moment(), options)
+    factor = factorize(stats.second_moment(), options.order, options.damping)
     assert factor is not None
     chosen = affine_grid.fit_searched(weight, scheme, torch.bfloat16, factor.price)
     found = gptq.round_weight(weight, stats, scheme, options).quantized

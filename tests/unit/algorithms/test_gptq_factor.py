@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmq.algorithms import Options, gptq
+from llmq.algorithms.factor import factorize
 from llmq.numerics.input_stats import InputStats
 from llmq.numerics.scheme import WeightScheme
 
@@ -35,10 +36,10 @@ def in_one_piece(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tensor
 @pytest.mark.parametrize(("K", "strip"), [(64, 1024), (65, 16), (64, 63), (9, 1), (1, 4)])
 @pytest.mark.parametrize("order", ["activation", "natural"])
 def test_strips_change_nothing(K: int, strip: int, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gptq, "STRIP", strip)
-    monkeypatch.setattr(gptq, "ELEMENTS_AT_ONCE", 100)
+    monkeypatch.setattr("llmq.algorithms.factor.STRIP", strip)
+    monkeypatch.setattr("llmq.algorithms.factor.ELEMENTS_AT_ONCE", 100)
     hessian = seen(K).second_moment()
-    factor = gptq.factorize(hessian, Options(order=order, damping=0.01))
+    factor = factorize(hessian, order, 0.01)
     assert factor is not None
     upper, price = in_one_piece(hessian, factor.order, 0.01)
     # float64 all the way, and then one rounding to float32, of which that of the other may be the neighbour.
@@ -50,7 +51,7 @@ def test_strips_change_nothing(K: int, strip: int, order: str, monkeypatch: pyte
 
 def test_one_strip_gives_the_very_bits_of_one_piece() -> None:
     hessian = seen(200).second_moment()
-    factor = gptq.factorize(hessian, Options())
+    factor = factorize(hessian, "activation", 0.01)
     assert factor is not None
     upper, price = in_one_piece(hessian, factor.order, 0.01)
     assert torch.equal(factor.upper, upper.float())
@@ -75,11 +76,11 @@ class Watch(TorchDispatchMode):
 
 
 def test_there_is_one_array_in_double_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gptq, "STRIP", 16)
-    monkeypatch.setattr(gptq, "ELEMENTS_AT_ONCE", 256)
+    monkeypatch.setattr("llmq.algorithms.factor.STRIP", 16)
+    monkeypatch.setattr("llmq.algorithms.factor.ELEMENTS_AT_ONCE", 256)
     K, hessian = 128, seen(128).second_moment()
     with Watch() as watch:
-        gptq.factorize(hessian, Options())
+        factorize(hessian, "activation", 0.01)
     assert [size for size in watch.storages.values() if size >= K * K] == [K * K]
 
 

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from llmq.algorithms import Options, clip, gptq, output_error, rtn
+from llmq.algorithms.factor import factorize
 from llmq.numerics import affine_grid
 from llmq.numerics.input_stats import InputStats
 from llmq.numerics.scheme import BITS, WeightScheme
@@ -61,7 +62,7 @@ def test_damping_grows_until_the_hessian_can_be_factored(lowest: float, first: f
 def test_damping_that_was_raised_is_the_damping_that_was_reported() -> None:
     """And not what all attempts add up to."""
     stats = with_hessian(indefinite(-0.05))
-    raised, direct = (gptq.factorize(stats.second_moment(), Options(damping=first)) for first in (0.01, 0.1))
+    raised, direct = (factorize(stats.second_moment(), "activation", first) for first in (0.01, 0.1))
     assert raised is not None and direct is not None
     torch.testing.assert_close(raised.price, direct.price, rtol=2**-22, atol=0)
     torch.testing.assert_close(raised.upper, direct.upper, rtol=2**-22, atol=1e-12)
@@ -120,13 +121,13 @@ def test_a_silent_column_keeps_its_nearest_codes(order: str, scales: str) -> Non
 def test_a_silent_column_does_not_disturb_the_others(order: str) -> None:
     """On a grid that is fixed, they round as if it were not there."""
     weight, stats = random(8, 64), with_silence()
-    factor = gptq.factorize(stats.second_moment(), Options(order=order, damping=0.01))
+    factor = factorize(stats.second_moment(), order, 0.01)
     assert factor is not None
     chosen = affine_grid.fit_minmax(weight, WeightScheme(4, "channel"), torch.float32)
     codes = gptq.compensate(weight, factor, chosen)
     loud = torch.tensor([k for k in range(64) if k not in SILENT])
     same_damping = Options(order=order, damping=0.01 * len(loud) / 64)  # a fraction of another mean
-    alone = gptq.factorize(stats.second_moment()[loud][:, loud], same_damping)
+    alone = factorize(stats.second_moment()[loud][:, loud], same_damping.order, same_damping.damping)
     assert alone is not None
     assert torch.equal(gptq.compensate(weight[:, loud], alone, chosen), codes[:, loud])
 
@@ -134,7 +135,7 @@ def test_a_silent_column_does_not_disturb_the_others(order: str) -> None:
 def test_the_price_of_a_silent_column_is_the_damping_and_no_more() -> None:
     """At the mean of the others it would outbid them all in the search for scales: compensation makes them cheap."""
     stats = with_silence()
-    factor = gptq.factorize(stats.second_moment(), Options(damping=0.01))
+    factor = factorize(stats.second_moment(), "activation", 0.01)
     assert factor is not None
     expected = 0.01 * stats.mean_square.mean().expand(len(SILENT))
     torch.testing.assert_close(factor.price[SILENT], expected, rtol=2**-20, atol=0)
@@ -188,7 +189,7 @@ def test_a_row_that_compensation_made_worse_is_rounded_to_nearest_and_reported()
     scheme = WeightScheme(2, 16)
     found = gptq.round_weight(weight, stats, scheme, Options())
     assert "some rows rounded to nearest, compensation made them worse" in found.notes
-    factor = gptq.factorize(stats.second_moment(), Options())
+    factor = factorize(stats.second_moment(), "activation", 0.01)
     assert factor is not None
     chosen = affine_grid.fit_searched(weight, scheme, torch.float32, factor.price)
     raw, nearest = gptq.compensate(weight, factor, chosen), chosen.encode(weight)

@@ -12,7 +12,6 @@ from torch import Tensor
 from llmq import pipeline
 from llmq.algorithms import Options, rotation, rtn
 from llmq.config import QuantConfig
-from llmq.formats.layer_plan import LayerPlan
 from llmq.methods import METHODS, Method
 from llmq.model.analyse import fold, input_groups
 from llmq.model.analyse.fold import FoldSite
@@ -20,6 +19,7 @@ from llmq.model.build.block import Block
 from llmq.model.passes.hidden_states import Stream
 from llmq.numerics.block_diagonal import columns, inverse, repeated, rows, scaling
 from llmq.numerics.input_stats import InputStats
+from llmq.numerics.layer_plan import LayerPlan
 from llmq.numerics.scheme import Scheme, WeightScheme
 from llmq.report.record import StageGain
 from llmq.settings import config_to, merged

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmq.algorithms import Factor, Options, gptq, target
+from llmq.algorithms import Options, target
+from llmq.algorithms.factor import Factor, factorize
 from llmq.numerics.input_stats import InputStats
 
 T, K, N = 60, 12, 5
@@ -36,7 +37,7 @@ def judge(X: Tensor, moved: Tensor) -> InputStats:
 
 
 def factor_of(stats: InputStats, options: Options) -> Factor:
-    factor = gptq.factorize(stats.second_moment(), options)
+    factor = factorize(stats.second_moment(), options.order, options.damping)
     assert factor is not None
     return factor
 

@@ -177,8 +177,8 @@ def test_a_data_set_is_named_with_its_configuration_split_and_column(
 
 
 def test_rows_of_a_data_set_come_with_the_blank_ones_up_to_a_limit(data_set: Path) -> None:
-    assert calibration.read_hub_rows(f"{data_set}:::story", 10) == ["one", "", "two", "three"]
-    assert calibration.read_hub_rows(f"{data_set}:::story", 2) == ["one", ""]
+    assert calibration.read_source(f"{data_set}:::story", limit=10).documents == ["one", "", "two", "three"]
+    assert calibration.read_source(f"{data_set}:::story", limit=2).documents == ["one", ""]
 
 
 @pytest.mark.parametrize(

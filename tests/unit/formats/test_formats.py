@@ -10,11 +10,12 @@ import torch
 from llmq import formats
 from llmq.config import FORMATS
 from llmq.errors import ConfigError, FormatError
-from llmq.formats import Layout, Reading, awq, compressed_tensors, gptq
+from llmq.formats import awq, compressed_tensors, gptq
+from llmq.formats.base import Layout, Reading
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import BITS, WeightScheme
 
-LAYOUTS: tuple[Layout, ...] = (awq, compressed_tensors, gptq)
+LAYOUTS: tuple[Layout, ...] = (awq.LAYOUT, compressed_tensors.LAYOUT, gptq.LAYOUT)
 Q, K, HEAD = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj", "lm_head"
 G32, ASYMMETRIC = WeightScheme(4, 32), WeightScheme(4, 32, symmetric=False)
 
@@ -39,21 +40,21 @@ def compressed(weights: dict[str, object], **group: object) -> dict[str, object]
 
 
 def test_every_layout_that_the_settings_offer_has_a_file() -> None:
-    assert set(formats.names()) == {name for name in FORMATS if not name.startswith("gguf")}
-    assert [formats.load(name).NAME for name in formats.names()] == list(formats.names())
+    assert set(formats.names()) == {name for name in FORMATS if not name.startswith("gguf:")}
+    assert [formats.load(name).name for name in formats.names()] == list(formats.names())
 
 
-@pytest.mark.parametrize("name", formats.names())
+@pytest.mark.parametrize("name", [name for name in formats.names() if name != "gguf"])
 def test_a_layout_is_found_by_name_and_by_quant_method(name: str) -> None:
     layout = formats.load(name)
     block = layout.quantization_config({Q: G32}, [])
-    assert layout.NAME == name
-    assert set(layout.CODES) <= set(layout.SUFFIXES)
-    assert formats.detect(block) is (gptq if name == "gptq_v2" else layout)
+    assert layout.name == name
+    assert set(layout.codes) <= set(layout.suffixes)
+    assert formats.detect(block) is (gptq.LAYOUT if name == "gptq_v2" else layout)
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"'bits'.*awq, compressed-tensors, gptq"):
+    with pytest.raises(ConfigError, match=r"'bits'.*awq, compressed-tensors, gguf, gptq"):
         formats.load("bits")
 
 
@@ -69,13 +70,18 @@ def test_an_unknown_quant_method_is_answered_with_the_known_ones(block: dict[str
 @pytest.mark.parametrize(
     ("layout", "scheme", "shape", "words"),
     [
-        (awq, WeightScheme(8), (64, 128), "awq holds 4 bits only, not 8; compressed-tensors holds 2, 3, 4 and 8"),
-        (awq, G32, (12, 64), "12 .*compressed-tensors holds any number"),
-        (gptq, WeightScheme(3), (64, 128), "4 and 8 bits only, not 3; compressed-tensors holds"),
-        (gptq, WeightScheme(2), (64, 128), "4 and 8 bits only, not 2; compressed-tensors holds"),
-        (gptq, G32, (12, 64), "8 output features.*12.*compressed-tensors"),
-        (gptq, WeightScheme(4, "channel"), (16, 60), "8 input features.*60.*compressed-tensors"),
-        (gptq, WeightScheme(8, "channel"), (6, 64), "4 output features.*6 .*compressed-tensors"),
+        (
+            awq.LAYOUT,
+            WeightScheme(8),
+            (64, 128),
+            "awq holds 4 bits only, not 8; compressed-tensors holds 2, 3, 4 and 8",
+        ),
+        (awq.LAYOUT, G32, (12, 64), "12 .*compressed-tensors holds any number"),
+        (gptq.LAYOUT, WeightScheme(3), (64, 128), "4 and 8 bits only, not 3; compressed-tensors holds"),
+        (gptq.LAYOUT, WeightScheme(2), (64, 128), "4 and 8 bits only, not 2; compressed-tensors holds"),
+        (gptq.LAYOUT, G32, (12, 64), "8 output features.*12.*compressed-tensors"),
+        (gptq.LAYOUT, WeightScheme(4, "channel"), (16, 60), "8 input features.*60.*compressed-tensors"),
+        (gptq.LAYOUT, WeightScheme(8, "channel"), (6, 64), "4 output features.*6 .*compressed-tensors"),
         *((layout, WeightScheme(4, 128), (64, 192), "group size of 128 does not divide 192") for layout in LAYOUTS),
     ],
 )
@@ -92,10 +98,10 @@ def test_a_grid_that_does_not_fit_is_refused_with_its_reason(
 @pytest.mark.parametrize(
     ("layout", "scheme", "shape"),
     [
-        (awq, WeightScheme(4, "channel"), (8, 60)),
-        (gptq, WeightScheme(8, "tensor", symmetric=False), (4, 60)),
-        (compressed_tensors, WeightScheme(3, "channel"), (5, 7)),
-        *((compressed_tensors, WeightScheme(bits, 16, symmetric=False), (5, 48)) for bits in BITS),
+        (awq.LAYOUT, WeightScheme(4, "channel"), (8, 60)),
+        (gptq.LAYOUT, WeightScheme(8, "tensor", symmetric=False), (4, 60)),
+        (compressed_tensors.LAYOUT, WeightScheme(3, "channel"), (5, 7)),
+        *((compressed_tensors.LAYOUT, WeightScheme(bits, 16, symmetric=False), (5, 48)) for bits in BITS),
     ],
 )
 def test_a_grid_that_fits_is_not_refused(layout: Layout, scheme: WeightScheme, shape: tuple[int, int]) -> None:
@@ -111,12 +117,12 @@ def test_scales_are_rounded_to_what_readers_expect() -> None:
 # ---- what a layout declares
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.NAME)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 @pytest.mark.parametrize("scheme", [G32, ASYMMETRIC, WeightScheme(4, "channel"), WeightScheme(4, "tensor")], ids=str)
 def test_a_declaration_is_read_back(layout: Layout, scheme: WeightScheme) -> None:
     read = layout.read_config(layout.quantization_config({Q: scheme, K: scheme}, ["model.layers.1.mlp.gate", HEAD]))
     stored = scheme if scheme.group_size != "tensor" else dataclasses.replace(scheme, group_size="channel")
-    if layout is awq:  # whose zeros are always there
+    if layout is awq.LAYOUT:  # whose zeros are always there
         stored = dataclasses.replace(stored, symmetric=False)
     assert [getattr(read(name), "scheme", None) for name in (Q, K, HEAD)] == [stored, stored, None]
     assert read("model.layers.1.mlp.gate") is None
@@ -128,7 +134,7 @@ def test_compressed_tensors_targets_every_linear_where_there_is_one_grid() -> No
     assert (group["targets"], block["ignore"]) == (["Linear"], [HEAD])
 
 
-@pytest.mark.parametrize("layout", [compressed_tensors, gptq], ids=lambda layout: layout.NAME)
+@pytest.mark.parametrize("layout", [compressed_tensors.LAYOUT, gptq.LAYOUT], ids=lambda layout: layout.name)
 def test_grids_beside_each_other_are_told_apart_by_module(layout: Layout) -> None:
     schemes = {Q: WeightScheme(8, 64), K: G32, f"{K}2": G32, "a.b": WeightScheme(4, "channel")}
     read = layout.read_config(layout.quantization_config(schemes, ["a.c", HEAD]))
@@ -167,14 +173,14 @@ def test_awq_names_that_readers_would_confuse_are_refused() -> None:
         awq.quantization_config({"a.gate_proj": G32}, ["a.gate"])
 
 
-@pytest.mark.parametrize("layout", [awq, gptq], ids=lambda layout: layout.NAME)
+@pytest.mark.parametrize("layout", [awq.LAYOUT, gptq.LAYOUT], ids=lambda layout: layout.name)
 def test_a_quantized_head_is_declared(layout: Layout) -> None:
     block = layout.quantization_config({Q: G32, HEAD: G32}, [])
     assert block["lm_head"] is True
     assert layout.read_config(block)(HEAD) is not None
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.NAME)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 def test_nothing_quantized_is_no_quantized_checkpoint(layout: Layout) -> None:
     with pytest.raises(ConfigError, match="no module is quantized"):
         layout.quantization_config({}, [Q])
@@ -256,32 +262,32 @@ def test_awq_without_zero_point_is_symmetric() -> None:
 @pytest.mark.parametrize(
     ("layout", "block", "words"),
     [
-        (compressed_tensors, compressed({"num_bits": 1}), "1 bits, expected one of 2, 3, 4, 5, 6, 7, 8"),
-        (compressed_tensors, compressed({"type": "float"}), "type 'float', expected 'int'"),
-        (compressed_tensors, compressed({"dynamic": True}), "dynamic True"),
-        (compressed_tensors, compressed({"strategy": "block"}), "by 'block'"),
-        (compressed_tensors, compressed({"group_size": 40}), "group size is 40, which is no legal one"),
-        (compressed_tensors, compressed({}, format="marlin-24"), "format 'marlin-24', expected one of pack-quantized"),
-        (compressed_tensors, compressed({}, format="float-quantized"), "'float-quantized'"),
-        (compressed_tensors, compressed({}) | {"format": "mxfp8-quantized"}, "'mxfp8-quantized'"),
-        (compressed_tensors, compressed({}, format="nvfp4-pack-quantized"), "floats of 4 bits by 16"),
-        (compressed_tensors, compressed({}) | {"transform_config": {"config_groups": {}}}, "transform_config"),
-        (compressed_tensors, compressed({}) | {"sparsity_config": {"format": "sparse-24"}}, "sparse-24"),
-        (compressed_tensors, {"config_groups": {"W4A16": ["Linear"]}}, "W4A16"),
-        (compressed_tensors, compressed({}) | {"ignore": ["re:("]}, "'\\('"),
-        (compressed_tensors, {}, "no config_groups"),
-        (gptq, {"bits": 1, "group_size": 32}, "1 bits, expected one of 2, 3, 4, 5, 6, 7, 8"),
-        (gptq, {"bits": 4}, "no group_size"),
-        (gptq, {"bits": 4, "group_size": 100}, "100"),
-        (gptq, {"bits": 4, "group_size": 32, "sym": "yes"}, "'yes'"),
-        (gptq, {"bits": 4, "group_size": 32, "checkpoint_format": "marlin"}, "'marlin', expected gptq or gptq_v2"),
-        (gptq, {"bits": 4, "group_size": 32, "pack_dtype": "int16"}, "'int16'"),
-        (gptq, {"bits": 4, "group_size": 32, "dynamic": {"+:a": {"bits": 9}}}, "9 bits"),
-        (gptq, {"bits": 4, "group_size": 32, "dynamic": {"+:(": {}}}, "'\\('"),
-        (awq, {"bits": 4, "group_size": 32, "version": "marlin"}, "'marlin', expected one of gemm, gemv"),
-        (awq, {"bits": 8, "group_size": 32, "version": "gemv"}, "8 bits in the form gemv, expected 4"),
-        (awq, {"bits": 4}, "no group_size or q_group_size"),
-        (awq, {"bits": 4, "group_size": 32, "modules_to_not_convert": "gate"}, "'gate'"),
+        (compressed_tensors.LAYOUT, compressed({"num_bits": 1}), "1 bits, expected one of 2, 3, 4, 5, 6, 7, 8"),
+        (compressed_tensors.LAYOUT, compressed({"type": "float"}), "type 'float', expected 'int'"),
+        (compressed_tensors.LAYOUT, compressed({"dynamic": True}), "dynamic True"),
+        (compressed_tensors.LAYOUT, compressed({"strategy": "block"}), "by 'block'"),
+        (compressed_tensors.LAYOUT, compressed({"group_size": 40}), "group size is 40, which is no legal one"),
+        (compressed_tensors.LAYOUT, compressed({}, format="marlin-24"), "'marlin-24', expected one of pack-quantized"),
+        (compressed_tensors.LAYOUT, compressed({}, format="float-quantized"), "'float-quantized'"),
+        (compressed_tensors.LAYOUT, compressed({}) | {"format": "mxfp8-quantized"}, "'mxfp8-quantized'"),
+        (compressed_tensors.LAYOUT, compressed({}, format="nvfp4-pack-quantized"), "floats of 4 bits by 16"),
+        (compressed_tensors.LAYOUT, compressed({}) | {"transform_config": {"config_groups": {}}}, "transform_config"),
+        (compressed_tensors.LAYOUT, compressed({}) | {"sparsity_config": {"format": "sparse-24"}}, "sparse-24"),
+        (compressed_tensors.LAYOUT, {"config_groups": {"W4A16": ["Linear"]}}, "W4A16"),
+        (compressed_tensors.LAYOUT, compressed({}) | {"ignore": ["re:("]}, "'\\('"),
+        (compressed_tensors.LAYOUT, {}, "no config_groups"),
+        (gptq.LAYOUT, {"bits": 1, "group_size": 32}, "1 bits, expected one of 2, 3, 4, 5, 6, 7, 8"),
+        (gptq.LAYOUT, {"bits": 4}, "no group_size"),
+        (gptq.LAYOUT, {"bits": 4, "group_size": 100}, "100"),
+        (gptq.LAYOUT, {"bits": 4, "group_size": 32, "sym": "yes"}, "'yes'"),
+        (gptq.LAYOUT, {"bits": 4, "group_size": 32, "checkpoint_format": "marlin"}, "expected gptq or gptq_v2"),
+        (gptq.LAYOUT, {"bits": 4, "group_size": 32, "pack_dtype": "int16"}, "'int16'"),
+        (gptq.LAYOUT, {"bits": 4, "group_size": 32, "dynamic": {"+:a": {"bits": 9}}}, "9 bits"),
+        (gptq.LAYOUT, {"bits": 4, "group_size": 32, "dynamic": {"+:(": {}}}, "'\\('"),
+        (awq.LAYOUT, {"bits": 4, "group_size": 32, "version": "marlin"}, "'marlin', expected one of gemm, gemv"),
+        (awq.LAYOUT, {"bits": 8, "group_size": 32, "version": "gemv"}, "8 bits in the form gemv, expected 4"),
+        (awq.LAYOUT, {"bits": 4}, "no group_size or q_group_size"),
+        (awq.LAYOUT, {"bits": 4, "group_size": 32, "modules_to_not_convert": "gate"}, "'gate'"),
     ],
 )
 def test_what_is_declared_but_not_supported_is_named(layout: Layout, block: dict[str, object], words: str) -> None:
@@ -300,7 +306,7 @@ def test_compressed_tensors_blocks_that_ask_for_nothing_are_fine(empty: object) 
 def test_the_page_names_everything_that_is_written_and_read() -> None:
     page = (Path(__file__).resolve().parents[3] / "docs" / "FORMATS.md").read_text(encoding="utf-8")
     read = {
-        *formats.names(), *formats.READ_ONLY, *gptq.VERSIONS, *FORMATS,
+        *formats.names(), *(layout.name for layout in formats.readable()), *gptq.VERSIONS, *FORMATS,
         "gemm", "gemv", "gemv_fast", "llm-awq",
         compressed_tensors.PACKING, *compressed_tensors.PLAIN, *compressed_tensors.FLOATS,
     }  # fmt: skip

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmq.errors import FormatError
-from llmq.formats import gguf_blocks, gguf_k_quants
+from llmq.formats.codecs import gguf_blocks, gguf_k_quants
 
 gguf = pytest.importorskip("gguf")
 SEEDS = st.integers(0, 2**32 - 1)

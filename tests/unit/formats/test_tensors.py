@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from llmq.errors import FormatError
-from llmq.formats import Layout, Reading, awq, compressed_tensors, gptq
+from llmq.formats import awq, compressed_tensors, gptq
+from llmq.formats.base import Layout, Reading
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import WeightScheme
 
-LAYOUTS: tuple[Layout, ...] = (awq, compressed_tensors, gptq)
+LAYOUTS: tuple[Layout, ...] = (awq.LAYOUT, compressed_tensors.LAYOUT, gptq.LAYOUT)
 G32, ASYMMETRIC = WeightScheme(4, 32), WeightScheme(4, 32, symmetric=False)
 
 
@@ -40,25 +41,25 @@ def reading_of(layout: Layout, scheme: WeightScheme) -> Reading:
 @pytest.mark.parametrize(
     ("layout", "suffix", "damage", "words"),
     [
-        (compressed_tensors, "weight_packed", None, r"missing, expected int32 \(16, any\); .* weight_scale"),
-        (compressed_tensors, "weight_packed", lambda t: t[:, 1:], "7 words for 64 codes of 4 bits, expected 8"),
-        (compressed_tensors, "weight_packed", lambda t: t[1:], r"int32 \(15, 8\), expected int32 \(16, any\)"),
-        (compressed_tensors, "weight_scale", lambda t: t[:, 1:], r"float16 \(16, 1\), expected .*\(16, 2\)"),
-        (compressed_tensors, "weight_scale", lambda t: t.long(), "weight_scale is int64"),
-        (compressed_tensors, "weight_shape", lambda t: t * torch.tensor([1, 0]), "8 words for 0 codes"),
-        (compressed_tensors, "weight_zero_point", None, "weight_zero_point is missing"),
-        (compressed_tensors, "weight_zero_point", lambda t: t[1:], "1 words for 16 codes"),
-        (gptq, "qweight", lambda t: t.short(), "qweight is int16"),
-        (gptq, "qweight", lambda t: t[:, 1:], r"\(2, 16\), expected .*\(2, 15\)"),
-        (gptq, "qweight", lambda t: t[:0], "no input features"),
-        (gptq, "qweight", lambda t: t[1:], r"int32 \(64\), expected int32 or int64 \(56\)"),
-        (gptq, "qzeros", lambda t: t[:, 1:], r"int32 \(2, 1\), expected int32 \(2, 2\)"),
-        (gptq, "scales", lambda t: t[1:], r"float16 \(1, 16\), expected .*\(2, 16\)"),
-        (gptq, "g_idx", lambda t: t + 1, "1 to 2, expected 0 to 1"),
-        (gptq, "g_idx", lambda t: t[1:], r"int32 \(63\), expected int32 or int64 \(64\)"),
-        (awq, "qweight", lambda t: t[0], r"int32 \(2\), expected int32 \(any, any\)"),
-        (awq, "qzeros", None, "qzeros is missing"),
-        (awq, "scales", lambda t: t.double(), "scales is float64"),
+        (compressed_tensors.LAYOUT, "weight_packed", None, r"missing, expected int32 \(16, any\); .* weight_scale"),
+        (compressed_tensors.LAYOUT, "weight_packed", lambda t: t[:, 1:], "7 words for 64 codes of 4 bits, expected 8"),
+        (compressed_tensors.LAYOUT, "weight_packed", lambda t: t[1:], r"int32 \(15, 8\), expected int32 \(16, any\)"),
+        (compressed_tensors.LAYOUT, "weight_scale", lambda t: t[:, 1:], r"float16 \(16, 1\), expected .*\(16, 2\)"),
+        (compressed_tensors.LAYOUT, "weight_scale", lambda t: t.long(), "weight_scale is int64"),
+        (compressed_tensors.LAYOUT, "weight_shape", lambda t: t * torch.tensor([1, 0]), "8 words for 0 codes"),
+        (compressed_tensors.LAYOUT, "weight_zero_point", None, "weight_zero_point is missing"),
+        (compressed_tensors.LAYOUT, "weight_zero_point", lambda t: t[1:], "1 words for 16 codes"),
+        (gptq.LAYOUT, "qweight", lambda t: t.short(), "qweight is int16"),
+        (gptq.LAYOUT, "qweight", lambda t: t[:, 1:], r"\(2, 16\), expected .*\(2, 15\)"),
+        (gptq.LAYOUT, "qweight", lambda t: t[:0], "no input features"),
+        (gptq.LAYOUT, "qweight", lambda t: t[1:], r"int32 \(64\), expected int32 or int64 \(56\)"),
+        (gptq.LAYOUT, "qzeros", lambda t: t[:, 1:], r"int32 \(2, 1\), expected int32 \(2, 2\)"),
+        (gptq.LAYOUT, "scales", lambda t: t[1:], r"float16 \(1, 16\), expected .*\(2, 16\)"),
+        (gptq.LAYOUT, "g_idx", lambda t: t + 1, "1 to 2, expected 0 to 1"),
+        (gptq.LAYOUT, "g_idx", lambda t: t[1:], r"int32 \(63\), expected int32 or int64 \(64\)"),
+        (awq.LAYOUT, "qweight", lambda t: t[0], r"int32 \(2\), expected int32 \(any, any\)"),
+        (awq.LAYOUT, "qzeros", None, "qzeros is missing"),
+        (awq.LAYOUT, "scales", lambda t: t.double(), "scales is float64"),
     ],
 )
 def test_a_damaged_tensor_is_found(layout: Layout, suffix: str, damage, words: str) -> None:  # type: ignore[no-untyped-def]
@@ -70,7 +71,7 @@ def test_a_damaged_tensor_is_found(layout: Layout, suffix: str, damage, words: s
         layout.unpack(tensors, reading_of(layout, ASYMMETRIC))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.NAME)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 def test_zeros_of_a_file_that_is_called_symmetric_are_what_they_are(layout: Layout) -> None:
     q = example(ASYMMETRIC)
     back = layout.unpack(layout.pack(q), Reading(G32))
@@ -86,7 +87,7 @@ def test_a_declared_order_of_columns_must_be_in_the_file() -> None:
         gptq.unpack(tensors, Reading(G32, zeros_offset=1, needs_group_index=True))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.NAME)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -106,11 +107,11 @@ def test_a_damaged_result_is_not_written(layout: Layout, change, words: str) -> 
         layout.pack(dataclasses.replace(q, **change(q)))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.NAME)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 def test_the_shape_of_a_weight_is_known_without_its_codes(layout: Layout) -> None:
     tensors = layout.pack(example())
     shapes = {suffix: tuple(tensor.shape) for suffix, tensor in tensors.items()}
-    for suffix in layout.CODES:
+    for suffix in layout.codes:
         del tensors[suffix]
     assert layout.weight_shape(shapes, reading_of(layout, G32), tensors.__getitem__) == (16, 64)
 
@@ -118,7 +119,7 @@ def test_the_shape_of_a_weight_is_known_without_its_codes(layout: Layout) -> Non
 # ---- variants of other writers
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.NAME)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_scales_keep_dtype_and_sign(layout: Layout, dtype: torch.dtype) -> None:
     q = example(ASYMMETRIC, dtype=dtype)
@@ -131,13 +132,16 @@ def test_scales_keep_dtype_and_sign(layout: Layout, dtype: torch.dtype) -> None:
 def test_an_order_of_columns_is_kept() -> None:
     index = torch.arange(64, dtype=torch.int32) % 2
     q = dataclasses.replace(example(), group_index=index)
-    for layout, suffix in ((gptq, "g_idx"), (compressed_tensors, "weight_g_idx")):
+    for layout, suffix in ((gptq.LAYOUT, "g_idx"), (compressed_tensors.LAYOUT, "weight_g_idx")):
         tensors = layout.pack(example()) | {suffix: index}
         back = layout.unpack(tensors, dataclasses.replace(reading_of(layout, G32), needs_group_index=True))
         assert torch.equal(back.dequantize(), q.dequantize())
 
 
-@pytest.mark.parametrize(("layout", "suffix", "fill"), [(gptq, "g_idx", 0), (compressed_tensors, "weight_g_idx", -1)])
+@pytest.mark.parametrize(
+    ("layout", "suffix", "fill"),
+    [(gptq.LAYOUT, "g_idx", 0), (compressed_tensors.LAYOUT, "weight_g_idx", -1)],
+)
 def test_an_index_that_was_never_set_is_the_plain_order(layout: Layout, suffix: str, fill: int) -> None:
     index = torch.full((64,), fill, dtype=torch.int32)
     assert layout.unpack(layout.pack(example()) | {suffix: index}, reading_of(layout, G32)).group_index is None

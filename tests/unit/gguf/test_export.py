@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmq.errors import FormatError
-from llmq.formats import gguf_blocks
+from llmq.formats.codecs import gguf_blocks
 from llmq.gguf import export
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import WeightScheme

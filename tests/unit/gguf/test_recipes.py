@@ -6,7 +6,7 @@ import pytest
 
 from llmq.config import GGUF_GRIDS, Override, QuantConfig
 from llmq.errors import ConfigError, UnsupportedModelError
-from llmq.formats.layer_plan import LayerPlan
+from llmq.numerics.layer_plan import LayerPlan
 from llmq.numerics.scheme import Scheme, WeightScheme
 
 pytest.importorskip("gguf")

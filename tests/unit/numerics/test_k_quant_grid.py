@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmq.errors import ConfigError
-from llmq.formats import Reading, gguf_blocks
 from llmq.formats import gguf as layout
+from llmq.formats.base import Reading
+from llmq.formats.codecs import gguf_blocks
 from llmq.numerics import affine_grid, k_quant_grid
 from llmq.numerics.gguf_types import BLOCK_TYPES
 from llmq.numerics.quantized_tensor import QuantizedTensor, where

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from llmq import algorithms
 from llmq.algorithms import Options, descent, gptq, output_error, refit
+from llmq.algorithms.factor import factorize
 from llmq.algorithms.guard import held_out_loss
 from llmq.methods import Method
 from llmq.numerics.input_stats import InputStats
@@ -82,7 +83,7 @@ def test_refinements_lower_the_loss_of_the_target(held_out: bool) -> None:
     stats = observed(held_out=held_out)
     before = rounded(stats, Method(rounding="rtn", alphas=(1.0,)))
     after = rounded(stats, Method(rounding="rtn", alphas=(1.0,), refinements=("descent", "refit")))
-    factor = gptq.factorize(stats.second_moment(), OPTIONS)
+    factor = factorize(stats.second_moment(), OPTIONS.order, OPTIONS.damping)
     assert factor is not None
     H = stats.second_moment()
     H.diagonal().add_(factor.damping * H.diagonal().mean())

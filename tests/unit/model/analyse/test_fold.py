@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from llmq import pipeline
 from llmq.algorithms import Options
-from llmq.formats.layer_plan import LayerPlan
 from llmq.methods import METHODS
 from llmq.model.analyse import fold, input_groups
 from llmq.model.analyse.fold import FoldSite
@@ -18,6 +17,7 @@ from llmq.model.analyse.input_groups import InputGroup
 from llmq.model.build.block import Block
 from llmq.model.passes.hidden_states import Stream
 from llmq.numerics.block_diagonal import scaling
+from llmq.numerics.layer_plan import LayerPlan
 from llmq.numerics.scheme import Scheme, WeightScheme
 from tests.builders import skeleton_in_memory, skeleton_of, tokens
 

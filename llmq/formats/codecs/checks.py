@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llmq.errors import ConfigError, FormatError
-from llmq.formats import Reading
+from llmq.formats.base import Reading
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import BITS, GROUP_SIZES, WeightScheme
 

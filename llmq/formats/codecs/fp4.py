@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from llmq.errors import FormatError
-from llmq.formats import checks
+from llmq.formats.codecs import checks
 
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 NVFP4_GROUP, MXFP4_GROUP = 16, 32

@@ -15,19 +15,18 @@ Source: github.com/intel/auto-round, auto_round/inference/convert_model.py and e
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
-from types import ModuleType
 from typing import Any
 
 from torch import Tensor
 
 from llmq.errors import FormatError
-from llmq.formats import Reader, Reading, awq, checks, compressed_tensors, fp4, gptq
+from llmq.formats import awq, compressed_tensors, gptq
+from llmq.formats.base import Layout, Readable, Reader, Reading
+from llmq.formats.codecs import checks, fp4
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import WeightScheme
 
 NAME = "auto-round"
-SUFFIXES: tuple[str, ...] = tuple(dict.fromkeys((*gptq.SUFFIXES, *compressed_tensors.SUFFIXES)))
-CODES: tuple[str, ...] = ("qweight", "weight_packed")
 GPTQ, GPTQ_V2, AWQ, FLOAT = "gptq", "gptq_v2", "awq", "llm_compressor"
 NOT_READ = ("fake", "mlx", "fp8", "e5m3")
 FLOATS = {"nv_fp": (fp4.NVFP4_GROUP, fp4.nvfp4), "mx_fp": (fp4.MXFP4_GROUP, fp4.mxfp4)}  # by the start of data_type
@@ -36,18 +35,14 @@ FLOAT_BITS = 16
 
 def unpack(tensors: Mapping[str, Tensor], reading: Reading) -> QuantizedTensor:
     """See `Readable.unpack`."""
-    home: Any = _home(reading)
-    quantized: QuantizedTensor = home.unpack(tensors, dataclasses.replace(reading, packing=""))
-    return quantized
+    return _home(reading).unpack(tensors, dataclasses.replace(reading, packing=""))
 
 
 def weight_shape(
     shapes: Mapping[str, tuple[int, ...]], reading: Reading, read: Callable[[str], Tensor]
 ) -> tuple[int, int]:
     """See `Readable.weight_shape`."""
-    home: Any = _home(reading)
-    N, K = home.weight_shape(shapes, dataclasses.replace(reading, packing=""), read)
-    return N, K
+    return _home(reading).weight_shape(shapes, dataclasses.replace(reading, packing=""), read)
 
 
 def read_config(config: Mapping[str, Any]) -> Reader:
@@ -106,11 +101,11 @@ def _packing(config: Mapping[str, Any]) -> str:
     return GPTQ if declared == "auto" or ("gptq" in declared and "gptqmodel" not in declared) else GPTQ_V2
 
 
-def _home(reading: Reading) -> ModuleType:
+def _home(reading: Reading) -> Layout:
     """The layout whose tensors these are."""
     if reading.decode is not None:
-        return compressed_tensors
-    return awq if reading.packing == AWQ else gptq
+        return compressed_tensors.LAYOUT
+    return awq.LAYOUT if reading.packing == AWQ else gptq.LAYOUT
 
 
 def _pattern(name: str) -> re.Pattern[str] | None:
@@ -119,3 +114,17 @@ def _pattern(name: str) -> re.Pattern[str] | None:
         return re.compile(name)
     except re.error:
         return None
+
+
+LAYOUT = Readable(
+    name=NAME,
+    suffixes=tuple(dict.fromkeys((*gptq.LAYOUT.suffixes, *compressed_tensors.LAYOUT.suffixes))),
+    codes=("qweight", "weight_packed"),
+    unpack=unpack,
+    weight_shape=weight_shape,
+    read_config=read_config,
+    quant_methods=(NAME, "autoround", "intel/auto-round"),
+    implied_by=("autoround_version",),
+    own_files=("quantization_config.json",),
+    exclusions=("modules_to_not_convert",),
+)

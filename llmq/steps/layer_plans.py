@@ -7,53 +7,18 @@ listed with its reason; `strict` makes it an error.
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 from llmq.config import QuantConfig
 from llmq.errors import ConfigError
-from llmq.formats import Layout
-from llmq.numerics.gguf_types import BLOCK_TYPES
+from llmq.formats.base import Layout
+from llmq.numerics.layer_plan import LayerPlan
 from llmq.numerics.scheme import GROUP_SIZES, GroupSize, Scheme, WeightScheme
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """What becomes of one linear layer.
-
-    scheme  of its weights and of its inputs; `scheme.weights` is None where the weights stay as they are
-    reason  why the scheme is not the one that was asked for
-    """
-
-    name: str
-    out_features: int
-    in_features: int
-    scheme: Scheme
-    reason: str = ""
-
-    @property
-    def weights(self) -> int:
-        return self.out_features * self.in_features
-
-    def packed_bytes(self, scale_bytes: int) -> int:
-        """What the packed weight takes: codes, scales of `scale_bytes` each, zeros where there are any."""
-        grid = self.scheme.weights
-        assert grid is not None, "only a weight that is to be packed has a packed size"
-        if grid.block_type is not None:
-            kind = BLOCK_TYPES[grid.block_type]
-            return self.weights // kind.columns * kind.nbytes
-        groups = self.out_features * -(-self.in_features // grid.columns_per_group(self.in_features))
-        zeros = 0 if grid.symmetric else groups * grid.bits // 8
-        return self.weights * grid.bits // 8 + groups * scale_bytes + zeros
-
-    def with_weights(self, grid: WeightScheme | None, reason: str) -> "LayerPlan":
-        """The same plan with another grid for the weights; `reason` tells why."""
-        return dataclasses.replace(self, scheme=dataclasses.replace(self.scheme, weights=grid), reason=reason)
 
 
 def plan_layers(shapes: Iterable[tuple[str, int, int]], config: QuantConfig, layout: Layout) -> list[LayerPlan]:
     """A plan for each (name, out_features, in_features); raises ConfigError for what the format can never hold."""
     plans = [_plan(name, rows, columns, config, layout) for name, rows, columns in shapes]
-    if layout.ONE_GRID and not config.overrides:
+    if layout.one_grid and not config.overrides:
         plans = _on_one_grid(plans, layout)
     if not any(plan.scheme.weights for plan in plans):
         reasons = "; ".join(sorted({plan.reason for plan in plans if plan.reason})) or "no linear layer in any block"
@@ -114,7 +79,7 @@ def _on_one_grid(plans: list[LayerPlan], layout: Layout) -> list[LayerPlan]:
     if len(covered) < 2:
         return plans
     common = max(covered, key=lambda scheme: covered[scheme])
-    reason = f"kept as it is: {layout.NAME} holds one grid for all layers, and most are {common}"
+    reason = f"kept as it is: {layout.name} holds one grid for all layers, and most are {common}"
     return [plan if plan.scheme.weights in (None, common) else plan.with_weights(None, reason) for plan in plans]
 
 
@@ -124,7 +89,7 @@ def _plan(name: str, out_features: int, in_features: int, config: QuantConfig, l
         return LayerPlan(name, out_features, in_features, Scheme(), "skipped on request")
     impossible = layout.refusal(asked, 1024, 1024)
     if impossible:
-        raise ConfigError(f"{layout.NAME} cannot hold {asked}, asked for {name}: {impossible}")
+        raise ConfigError(f"{layout.name} cannot hold {asked}, asked for {name}: {impossible}")
     candidates = [asked, *_smaller(asked, in_features)]
     refusals = []
     for scheme in candidates:

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from llmq.errors import FormatError
-from llmq.formats import Reading, bit_packing, checks
+from llmq.formats.base import Reading
+from llmq.formats.codecs import bit_packing, checks
 from llmq.numerics.quantized_tensor import QuantizedTensor
 
 GEMV, GEMV_FAST, LLM_AWQ = "gemv", "gemv_fast", "llm_awq"

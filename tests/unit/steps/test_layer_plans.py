@@ -5,8 +5,9 @@ import pytest
 from llmq import formats
 from llmq.config import Override, QuantConfig
 from llmq.errors import ConfigError
-from llmq.formats.layer_plan import LayerPlan, plan_layers
+from llmq.numerics.layer_plan import LayerPlan
 from llmq.numerics.scheme import GroupSize, Scheme, WeightScheme
+from llmq.steps.layer_plans import plan_layers
 
 COMPRESSED, GPTQ, AWQ = (formats.load(name) for name in ("compressed-tensors", "gptq", "awq"))
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"

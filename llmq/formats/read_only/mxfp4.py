@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 
 from llmq.errors import FormatError
-from llmq.formats import Reader, Reading, checks, fp4
+from llmq.formats.base import Readable, Reader, Reading
+from llmq.formats.codecs import checks, fp4
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import WeightScheme
 
 NAME = "mxfp4"
-SUFFIXES: tuple[str, ...] = ("_blocks", "_scales")
-CODES: tuple[str, ...] = ("_blocks",)
 BYTES = 16  # of a group
 
 
@@ -52,3 +51,15 @@ def read_config(config: Mapping[str, Any]) -> Reader:
     """See `Readable.read_config`.  What is packed is known by its tensors alone."""
     reading = Reading(WeightScheme(4, fp4.MXFP4_GROUP), packing=NAME, decode=decode)
     return lambda module: reading
+
+
+LAYOUT = Readable(
+    name=NAME,
+    suffixes=("_blocks", "_scales"),
+    codes=("_blocks",),
+    unpack=unpack,
+    weight_shape=weight_shape,
+    read_config=read_config,
+    quant_methods=(NAME,),
+    in_transformers=False,  # whose own loader reads it
+)

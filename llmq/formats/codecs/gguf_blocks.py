@@ -6,7 +6,7 @@
     Q5_0   22        fp16 d, 32 fifth bits, nibbles                       w = d * (q - 16)
     Q5_1   24        fp16 d, fp16 m, fifth bits, nibbles                  w = d * q + m
     Q8_0   34        fp16 d, 32 bytes of signed codes                     w = d * q
-    Q4_K, Q5_K, Q6_K  256 weights a block: `formats/gguf_k_quants.py`
+    Q4_K, Q5_K, Q6_K  256 weights a block: `formats/codecs/gguf_k_quants.py`
 
 Byte j of the nibbles holds weight j in its low half and weight j + 16 in its high half; the fifth bits are one
 little-endian number whose bit j belongs to weight j.  Everything is computed in float32, in the order of operations of
@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmq.errors import FormatError
-from llmq.formats import gguf_k_quants
+from llmq.formats.codecs import gguf_k_quants
 
 Bytes = NDArray[Any]  # (N, bytes of a row) uint8; NumPy's types take `bytes & 15` for something wider
 Codes = NDArray[Any]  # (N, K) uint8

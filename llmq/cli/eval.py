@@ -40,6 +40,8 @@ Activations = Annotated[
     ),
 ]
 
+PANEL, ORDER = "Inspect", 1
+
 
 def command(
     paths: options.Paths,
@@ -48,8 +50,8 @@ def command(
         list[str] | None,
         Option(
             "--text",
-            help="Evaluation text: a .txt, .jsonl, .json or .parquet file, or a Hub dataset NAME[:CONFIG][:SPLIT]"
-            "[:COLUMN]. Repeatable. Default: the test split of WikiText-2.",
+            help="Evaluation text: a file or a Hub dataset, as for --calibration. Repeatable. Default: the test split "
+            "of WikiText-2.",
         ),
     ] = None,
     wikitext: Annotated[

@@ -1,0 +1,1 @@
+"""Formats that llmq reads and does not write: each file ends with a `Readable`."""

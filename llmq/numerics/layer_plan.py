@@ -1,0 +1,43 @@
+"""What a run does with one linear layer: a value that planning makes and everything after it reads."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from llmq.numerics.gguf_types import BLOCK_TYPES
+from llmq.numerics.scheme import Scheme, WeightScheme
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What becomes of one linear layer.
+
+    scheme  of its weights and of its inputs; `scheme.weights` is None where the weights are kept in float
+    reason  why the scheme is not the requested one
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    scheme: Scheme
+    reason: str = ""
+
+    @property
+    def weights(self) -> int:
+        return self.out_features * self.in_features
+
+    def packed_bytes(self, scale_bytes: int) -> int:
+        """Bytes of the packed weight: quantized values, scales of `scale_bytes` each, zero points where there are
+        any.
+        """
+        grid = self.scheme.weights
+        assert grid is not None, "only a weight that is packed has a packed size"
+        if grid.block_type is not None:
+            kind = BLOCK_TYPES[grid.block_type]
+            return self.weights // kind.columns * kind.nbytes
+        groups = self.out_features * -(-self.in_features // grid.columns_per_group(self.in_features))
+        zeros = 0 if grid.symmetric else groups * grid.bits // 8
+        return self.weights * grid.bits // 8 + groups * scale_bytes + zeros
+
+    def with_weights(self, grid: WeightScheme | None, reason: str) -> "LayerPlan":
+        """The same plan with another grid for the weights; `reason` tells why."""
+        return dataclasses.replace(self, scheme=dataclasses.replace(self.scheme, weights=grid), reason=reason)
