@@ -1,4 +1,4 @@
-"""Writes the table of `docs/SERVING.md` anew, from the rules that `llmq verify` goes by.
+"""Write the table of `docs/SERVING.md` from the rules that `llmq verify` checks.
 
 python scripts/serving_rules.py
 """
@@ -20,18 +20,18 @@ BEGIN, END = "<!-- begin: rules -->", "<!-- end: rules -->"
 
 def render() -> str:
     """The rules as a table, and what engines fuse and cut."""
-    lines = ["| rule | engines | asks for | otherwise | known from |", "|---|---|---|---|---|"]
+    lines = ["| rule | engines | requirement | otherwise | source |", "|---|---|---|---|---|"]
     lines += [_row(rule.name, rule.engines, rule.asks, rule.outcome, rule.source) for rule in RULES]
     for engines, (name, asks, _, source) in ((SERVERS, PARALLEL), ((SGLANG,), TILES)):
-        lines.append(_row(name, engines, asks, f"{REFUSES}, on so many GPUs", source))
+        lines.append(_row(name, engines, asks, f"{REFUSES}, for that number of GPUs", source))
     fused = "; ".join(
         f"`{name}` = {' + '.join(f'`{member}`' for member in members)}" for name, members in FUSED.items()
     )
     rows = ", ".join(f"`{name}`" for name in sorted(ROW_PARALLEL))
     lines += [
         "",
-        f"Run as one layer: {fused}; and all experts of a layer.  Cut between inputs when the model is spread over",
-        f"several GPUs: {rows}.  All others are cut between outputs.",
+        f"Run as one layer: {fused}; and all experts of a layer. Split between inputs on",
+        f"several GPUs: {rows}. All other layers are split between outputs.",
     ]
     return "\n".join(lines)
 
