@@ -128,14 +128,14 @@ HYBRID: dict[str, dict[str, Any]] = {
     "zamba": {"num_hidden_layers": 4, "layer_types": ["hybrid", "mamba", "hybrid", "mamba"]},
 }
 LEFT_OUT = {
-    "bart": "and the like, pegasus, marian, whisper, …: decoders of encoder-decoder models",
-    "bert": "and the like: encoders that a configuration can turn into decoders; nobody generates text with them",
-    "blt": "transformers' own class needs patches of bytes beside the text",
-    "dbrx": "transformers cannot build it from a configuration of its own",
-    "hrm_text": "two lists of blocks, each run several times for a token",
-    "longcat_flash": "experts without weights are counted among those with",
+    "bart": "and similar (pegasus, marian, whisper, …): decoders of encoder-decoder models",
+    "bert": "and similar: encoders that a configuration can turn into decoders; they are not used to generate text",
+    "blt": "its class in transformers needs byte patches in addition to the text",
+    "dbrx": "transformers cannot build it from its own configuration",
+    "hrm_text": "two lists of blocks, each run several times per token",
+    "longcat_flash": "experts without weights are counted like experts with weights",
     "xlm": "its blocks are spread over several lists: attention in one, MLPs in another",
-    "zamba2": "transformers cannot run it at toy size; its sibling Zamba is in the list",
+    "zamba2": "transformers cannot run it at toy size; the related Zamba is in the list",
 }
 EXPERTS: dict[str, dict[str, Any]] = {
     "afmoe": {},
