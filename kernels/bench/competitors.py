@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bench.weights import Packed, codes, copies_for
+from llmq_kernels.w4a16 import op as _op  # noqa: F401  (registers llmq::w4a16_linear)
 
 INNER_TILES = 8  # of tinygemm's layout
 FEW_ROWS = 256  # nobody would run tinygemm or the naive kernel above, and the time is better spent
@@ -36,6 +37,18 @@ class NotAvailableError(Exception):
 
 
 Maker = Callable[[Packed, torch.dtype, int], Prepared]
+
+
+def ours(packed: Packed) -> Prepared:
+    """The op as a model calls it."""
+
+    def multiply(i: int, x: Tensor) -> Tensor:
+        product: Tensor = torch.ops.llmq.w4a16_linear(
+            x, packed.words[i], packed.scales[i], packed.zeros_of(i), None, None, 4, packed.in_features, packed.group
+        )
+        return product
+
+    return Prepared(multiply, packed.copies)
 
 
 def cublas(packed: Packed, dtype: torch.dtype, cache: int) -> Prepared:

@@ -13,8 +13,8 @@ import torch
 from bench.checks import Shape, make_weight, multiply
 from llmq_kernels.gptq_block import triton_kernel as block_kernel
 from llmq_kernels.gram import triton_kernel as gram_kernel
-from llmq_kernels.grid_search import op as grid_search
 from llmq_kernels.grid_search import triton_kernel as grid_kernel
+from llmq_kernels.grid_search.candidates import Candidates
 
 SHAPES = (Shape(1, 96, 2048, 128), Shape(20, 70, 1000, 32), Shape(80, 64, 512, 128), Shape(3, 64, 512, 128, bits=3))
 
@@ -31,7 +31,7 @@ def main() -> None:
     block_kernel.round_columns(columns, codes, torch.eye(K, device=device)[None], ones, ones, groups, 15, 0, K)
     gram_kernel.update(torch.zeros(64, 64, device=device), torch.randn(96, 64, device=device).half(), upper_only=True)
     some, costs = torch.rand(20, 2, device=device) + 1, torch.ones(2, 32, device=device)
-    tried = grid_search.Candidates(15, False, (0.8, 1.0), (-0.1, 0.1), (-1, 0, 1), 1e-9, torch.float16)
+    tried = Candidates(15, False, (0.8, 1.0), (-0.1, 0.1), (-1, 0, 1), 1e-9, torch.float16)
     groups = torch.randn(20, 2, 32, device=device)
     grid_kernel.search(groups, costs, (some, some.round()), some, some.round(), tried)
     if device.type == "cuda":

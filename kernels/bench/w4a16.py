@@ -19,7 +19,6 @@ from bench.session import Result, Session, first_line
 from bench.timing import Contender, interleaved
 from bench.weights import TOLERANCES, Packed, copies_for, exact_product, poison, random_packed, relative_error
 from llmq_kernels.w4a16 import counters, gpu
-from llmq_kernels.w4a16 import op as _op  # noqa: F401  (registers llmq::w4a16_linear)
 
 OURS = "llmq"
 OTHERS_TOLERANCE = 2e-2  # that a contender computes the same function, however roughly
@@ -76,7 +75,7 @@ def prepare(plan: Plan, campaign: Campaign, N: int, K: int) -> tuple[Packed, dic
         N, K, group=campaign.group, dtype=dtype, asymmetric=campaign.asymmetric, device=device,
         copies=copies_for(N * K // 2, cache),
     )  # fmt: skip
-    contenders = {OURS: ours(packed)}
+    contenders = {OURS: competitors.ours(packed)}
     missing = {}
     for name, maker in competitors.ALL.items():
         try:
@@ -84,18 +83,6 @@ def prepare(plan: Plan, campaign: Campaign, N: int, K: int) -> tuple[Packed, dic
         except Exception as error:  # a package of another version fails in its own way; ours is measured all the same
             missing[name] = first_line(error)
     return packed, contenders, missing
-
-
-def ours(packed: Packed) -> Prepared:
-    """The op as a model calls it."""
-
-    def multiply(i: int, x: Tensor) -> Tensor:
-        product: Tensor = torch.ops.llmq.w4a16_linear(
-            x, packed.words[i], packed.scales[i], packed.zeros_of(i), None, None, 4, packed.in_features, packed.group
-        )
-        return product
-
-    return Prepared(multiply, packed.copies)
 
 
 def run_case(

@@ -75,11 +75,9 @@ def tasks(plan: Plan, what: str) -> Iterator[Task]:
 
 def one_product(N: int, K: int, M: int, dtype: str, group: int, asymmetric: bool, device: torch.device) -> None:
     """The op, once."""
-    from bench.w4a16 import ours
-
     kind = getattr(torch, dtype)
     packed = random_packed(N, K, group=group, dtype=kind, asymmetric=asymmetric, copies=1, device=device)
-    ours(packed).multiply(0, torch.randn(M, K, dtype=kind, device=device))
+    competitors.ours(packed).multiply(0, torch.randn(M, K, dtype=kind, device=device))
 
 
 def contender(name: str, N: int, K: int, rows: tuple[int, ...], dtype: str, group: int, device: torch.device) -> None:

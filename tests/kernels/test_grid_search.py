@@ -7,19 +7,20 @@ from torch import Tensor
 
 from llmq_kernels.errors import KernelInputError
 from llmq_kernels.grid_search import op, reference, torch_path
+from llmq_kernels.grid_search.candidates import Candidates
 
 SHAPES = [(5, 2, 32), (3, 3, 16), (2, 1, 40), (17, 1, 128)]  # rows, groups, columns: powers of two and not
 
 
-def candidates(bits: int, symmetric: bool, dtype: torch.dtype = torch.float32) -> op.Candidates:
+def candidates(bits: int, symmetric: bool, dtype: torch.dtype = torch.float32) -> Candidates:
     factors = tuple(torch.linspace(0.5, 1.08, 9).tolist())
     offsets = tuple(torch.linspace(-0.07, 0.07, 5).tolist())
     shifts = (0,) if symmetric else (-2, -1, 0, 1, 2)
-    return op.Candidates(2**bits - 1, symmetric, factors, offsets, shifts, 1e-9, dtype)
+    return Candidates(2**bits - 1, symmetric, factors, offsets, shifts, 1e-9, dtype)
 
 
 def arguments(
-    shape: tuple[int, int, int], tried: op.Candidates, seed: int
+    shape: tuple[int, int, int], tried: Candidates, seed: int
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     groups = torch.randn(shape, generator=generator)

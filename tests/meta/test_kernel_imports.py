@@ -25,6 +25,24 @@ def is_triton(name: str) -> bool:
     return name.rpartition(".")[2].startswith("triton_")
 
 
+def imports_anywhere(file: Path) -> Iterator[str]:
+    """The dotted names that a file imports, those inside functions and under TYPE_CHECKING included."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def module_graph() -> dict[str, set[str]]:
+    """Module -> the modules of kernels/ that it imports."""
+    modules = {named(file): file for file in sorted(KERNELS.rglob("*.py"))}
+    return {
+        module: {part for name in imports_anywhere(file) for part in _prefixes(name) if part in modules} - {module}
+        for module, file in modules.items()
+    }
+
+
 def imports_at_top(file: Path) -> Iterator[str]:
     """The dotted names that importing a file imports: those of all statements outside of functions."""
     waiting: list[ast.AST] = [ast.parse(file.read_text(encoding="utf-8"))]
@@ -68,6 +86,16 @@ def test_files_named_for_triton_are_imported_by_their_like_only() -> None:
         if not is_triton(named(file))
     }
     assert {name: found for name, found in importing.items() if found} == {}
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    """Module by module, not folder by folder: an import inside a function counts, since it is a dependency too."""
+    graph = module_graph()
+    assert len(graph) > len(FILES)  # bench included
+    remaining = dict(graph)
+    while free := {module for module, targets in remaining.items() if not targets & remaining.keys()}:
+        remaining = {module: targets for module, targets in remaining.items() if module not in free}
+    assert {module: sorted(targets & remaining.keys()) for module, targets in remaining.items()} == {}
 
 
 def _prefixes(name: str) -> list[str]:

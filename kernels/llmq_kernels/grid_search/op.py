@@ -14,30 +14,16 @@ zeros + shift, for every offset and, within it, every shift.  Scales are clamped
 gives back before their error is taken.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from llmq_kernels import backend
 from llmq_kernels.errors import KernelInputError
 from llmq_kernels.grid_search import torch_path
+from llmq_kernels.grid_search.candidates import Candidates
 
 LARGEST_GROUP = 1024  # columns that a program can hold; larger groups go through torch
 STORED = (torch.float16, torch.bfloat16, torch.float32)
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """levels is 2**bits - 1; `symmetric` fixes the zero (shifts are then (0,)); `smallest` is the least scale."""
-
-    levels: int
-    symmetric: bool
-    factors: tuple[float, ...]
-    offsets: tuple[float, ...]
-    shifts: tuple[int, ...]
-    smallest: float
-    dtype: torch.dtype
 
 
 def search(

@@ -1,12 +1,9 @@
 """All groups at once, candidate by candidate, in torch for any device."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from llmq_kernels.grid_search.op import Candidates
+from llmq_kernels.grid_search.candidates import Candidates
 
 ELEMENTS_AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 25}  # rows are searched in pieces that stay in cache
 
@@ -19,7 +16,7 @@ def search(
     first: tuple[Tensor, Tensor],
     widest: Tensor,
     zeros: Tensor,
-    candidates: "Candidates",
+    candidates: Candidates,
 ) -> tuple[Tensor, Tensor]:
     """See `op.search`."""
     rows = max(1, ELEMENTS_AT_ONCE.get(groups.device.type, 1 << 20) // max(1, groups[:1].numel()))
@@ -45,7 +42,7 @@ def _search(
     first_zeros: Tensor,
     widest: Tensor,
     zeros: Tensor,
-    candidates: "Candidates",
+    candidates: Candidates,
 ) -> tuple[Tensor, Tensor]:
     def rounded(scales: Tensor) -> Tensor:
         return stored(scales, candidates.dtype, candidates.smallest)
@@ -63,7 +60,7 @@ def _search(
     return best[1], best[2]
 
 
-def _better(best: Best, groups: Tensor, costs: Tensor, scales: Tensor, zeros: Tensor, candidates: "Candidates") -> Best:
+def _better(best: Best, groups: Tensor, costs: Tensor, scales: Tensor, zeros: Tensor, candidates: Candidates) -> Best:
     """`best` with the candidate put in where its error is lower."""
     steps = groups / scales  # from the zero
     codes = torch.round(steps)

@@ -7,15 +7,12 @@ spans the group), products and sums are not fused (`enable_fp_fusion=False`).  O
 another order, so a choice differs from torch's only where two candidates tie to the last bits.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from llmq_kernels.grid_search.op import Candidates
+from llmq_kernels.grid_search.candidates import Candidates
 
 TILE = 2048  # weights a program holds: 16 a thread, so that four programs fit a multiprocessor
 WARPS = 4
@@ -93,7 +90,7 @@ def search(
     first: tuple[Tensor, Tensor],
     widest: Tensor,
     zeros: Tensor,
-    candidates: "Candidates",
+    candidates: Candidates,
 ) -> tuple[Tensor, Tensor]:
     """See `op.search`; costs are (G, g), g at most TILE."""
     R, G, g = groups.shape
