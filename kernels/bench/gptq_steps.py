@@ -12,6 +12,7 @@ from llmq.algorithms import gptq
 from llmq.config import QuantConfig
 from llmq.numerics.input_stats import InputStats
 from llmq_kernels.gptq_block import op as gptq_block
+from llmq_kernels.gptq_block.problem import Problem
 
 REPEATS = 3
 TOKENS_PER_BATCH = 32_768  # of `llmq quantize` on a GPU; its module needs packages that this one does not
@@ -79,12 +80,14 @@ def time_round(N: int, K: int, device: torch.device) -> Result:
     group_of = (torch.arange(K, device=device) // width).to(torch.int32)[None]
     blocks = -(-K // gptq_block.BLOCK)
 
+    problem = Problem(columns, upper, scales, zeros, group_of, scheme.levels)
+
     def every_column() -> None:
-        gptq_block.compensate(columns.copy_(weight), upper, scales, zeros, group_of, scheme.levels)
+        columns.copy_(weight)
+        gptq_block.compensate(problem)
 
     def last_block() -> None:
-        first = (blocks - 1) * gptq_block.BLOCK
-        gptq_block.round_columns(columns, codes, upper, scales, zeros, group_of, scheme.levels, first, K)
+        gptq_block.quantize_columns(problem, codes, (blocks - 1) * gptq_block.BLOCK, K)
 
     whole = events(every_column, repeats=REPEATS, device=device).median
     last = events(last_block, repeats=REPEATS, device=device).median

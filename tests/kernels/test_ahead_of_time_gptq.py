@@ -28,7 +28,7 @@ def block_job(arch: int, *, aligned: bool = True, columns: str = "rows side by s
         del signature["columns_column"]
     everything = [name for name in signature if name != "levels"]
     return Job(
-        "llmq_kernels.gptq_block.triton_kernel:round_block", signature,
+        "llmq_kernels.gptq_block.triton_kernel:quantize_block", signature,
         {**constants, "BLOCK": triton_kernel.BLOCK, "ROWS": triton_kernel.ROWS}, arch, triton_kernel.WARPS,
         aligned=everything if aligned else ["errors", "scales", "zeros"],
     )  # fmt: skip

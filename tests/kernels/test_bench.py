@@ -153,12 +153,7 @@ def test_a_suspended_function_is_not_charged() -> None:
 def test_the_exact_product_is_the_definition() -> None:
     packed = weights.random_packed(9, 160, group=32, dtype=torch.float16, asymmetric=True, copies=2, device=CPU)
     x = torch.randn(3, 160, dtype=torch.float16)
-    zeros = packed.zeros_of(1)
-    assert zeros is not None
-    expected = reference.linear(
-        x.numpy(), packed.words[1].numpy(), packed.scales[1].numpy(), zeros.numpy(), None, None,
-        bits=4, in_features=160, columns_per_group=32,
-    )  # fmt: skip
+    expected = reference.linear(x.numpy(), packed.weight(1).with_arrays(torch.Tensor.numpy), None)
     torch.testing.assert_close(weights.exact_product(x, packed, 1), torch.from_numpy(expected), rtol=1e-12, atol=1e-12)
 
 

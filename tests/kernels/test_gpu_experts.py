@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from llmq_kernels.w4a16_experts import gpu, op
+from tests.kernels.cases import grouped
 from tests.kernels.experts import ROUTINGS, arguments, assert_is_the_definition
 
 pytestmark = [
@@ -16,7 +17,6 @@ pytestmark = [
 
 HALVES = (torch.float16, torch.bfloat16)
 TILES = (gpu.ALONE, *gpu.GROUPED)
-GRID = ("bits", "in_features", "columns_per_group")
 
 
 def on_gpu(case: dict[str, Any]) -> dict[str, Any]:
@@ -27,8 +27,7 @@ def run(case: dict[str, Any], tiles: gpu.Tiles, *, assembly: bool = True) -> Ten
     """The kernel with outputs that start as NaN: the allocator gives the same memory again."""
     P, N = case["token"].shape[0], case["words"].shape[1]
     torch.full((P, N), float("nan"), dtype=case["x"].dtype, device="cuda")
-    tensors = (value for name, value in case.items() if name not in GRID)
-    return gpu.experts(*tensors, **{name: case[name] for name in GRID}, tiles=tiles, assembly=assembly)
+    return gpu.experts(**grouped(case), tiles=tiles, assembly=assembly)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

@@ -1,19 +1,20 @@
 """GPTQ's two kernels compiled, on a GPU: the numbers of the definition, and every time the same bits."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from llmq_kernels import backend
 from llmq_kernels.full_precision import without_tf32
 from llmq_kernels.gptq_block import op as block
+from llmq_kernels.gptq_block.problem import Problem
 from llmq_kernels.gram import op as gram
 from llmq_kernels.gram import reference
-from tests.kernels.test_gptq_block import Problem, assert_equal_but_for_ties, defined, problem
+from tests.kernels.test_gptq_block import Case, assert_equal_but_for_ties, defined, make_case
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,8 +23,8 @@ pytestmark = [
 REPEATS = 20
 
 
-def on_gpu(case: Problem) -> tuple[Any, ...]:
-    return tuple(part.cuda() if isinstance(part, Tensor) else part for part in case.arguments)
+def on_gpu(case: Case) -> Problem:
+    return case.problem("cuda")
 
 
 @pytest.fixture(params=["triton", "torch"])
@@ -49,53 +50,54 @@ def backend_name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     ids=str,
 )
 def test_codes_are_those_of_the_definition_but_for_ties(backend_name: str, settings: dict[str, Any]) -> None:
-    case = problem(**settings)
-    assert_equal_but_for_ties(case, block.compensate(*on_gpu(case)).cpu().numpy())
+    case = make_case(**settings)
+    assert_equal_but_for_ties(case, block.compensate(on_gpu(case)).cpu().numpy())
 
 
 def test_ties_are_rare(backend_name: str) -> None:
     """After the first code that differs a row goes its own way: what is counted is first codes."""
-    case = problem(N=512, K=1024, group=128)
-    codes = block.compensate(*on_gpu(case)).cpu().numpy()
+    case = make_case(N=512, K=1024, group=128)
+    codes = block.compensate(on_gpu(case)).cpu().numpy()
     rows = int((codes != defined(case)[0]).any(1).sum())
     assert rows / codes.size < 1e-4
     assert_equal_but_for_ties(case, codes)
 
 
 def test_columns_and_factor_may_have_any_strides(backend_name: str) -> None:
-    columns, upper, *rest = on_gpu(problem(N=40, K=200))
-    expected = block.compensate(columns.clone(), upper, *rest)
-    turned = block.compensate(columns.mT.contiguous().mT, upper.mT.contiguous().mT, *rest)
+    case = on_gpu(make_case(N=40, K=200))
+    columns, upper = (part.mT.contiguous().mT for part in (case.columns, case.upper))
+    turned = block.compensate(replace(case, columns=columns, upper=upper))
+    expected = block.compensate(case)
     assert (turned != expected).any(1).float().mean() <= 0.1  # cuBLAS adds up in another order: ties
 
 
 def test_rounding_gives_the_same_bits_every_time(backend_name: str) -> None:
-    case = problem(E=2, N=333, K=400)
-    expected = block.compensate(*on_gpu(case))
+    case = make_case(E=2, N=333, K=400)
+    expected = block.compensate(on_gpu(case))
     for _ in range(REPEATS):
         poison = torch.full((1 << 20,), float("nan"), device="cuda")
         del poison  # what the next call's scratch memory holds
-        assert torch.equal(block.compensate(*on_gpu(case)), expected)
+        assert torch.equal(block.compensate(on_gpu(case)), expected)
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # raised, it would leave the mode on for all tests
 def test_rounding_waits_for_nothing(backend_name: str) -> None:
-    arguments = on_gpu(problem(N=40, K=300))
-    block.compensate(*on_gpu(problem(N=40, K=300)))  # compiles
+    case = on_gpu(make_case(N=40, K=300))
+    block.compensate(on_gpu(make_case(N=40, K=300)))  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        block.compensate(*arguments)
+        block.compensate(case)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
 def test_rounding_can_be_captured_and_replayed() -> None:
-    columns, *rest = on_gpu(problem(N=40, K=300))
-    expected = block.compensate(columns.clone(), *rest)  # compiles, too
-    work = columns.clone()
+    case = on_gpu(make_case(N=40, K=300))
+    columns, work = case.columns.clone(), case.columns
+    expected = block.compensate(replace(case, columns=columns.clone()))  # compiles, too
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        codes = block.compensate(work, *rest)
+        codes = block.compensate(case)
     for _ in range(2):
         work.copy_(columns)
         graph.replay()
@@ -105,12 +107,12 @@ def test_rounding_can_be_captured_and_replayed() -> None:
 
 @pytest.mark.filterwarnings("ignore:Please use the new API")  # some versions of torch say so of the older switch
 def test_tf32_of_the_process_is_left_out_and_left_as_it_is(backend_name: str) -> None:
-    case = problem(N=64, K=512)
-    expected = block.compensate(*on_gpu(case))
+    case = make_case(N=64, K=512)
+    expected = block.compensate(on_gpu(case))
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        assert torch.equal(block.compensate(*on_gpu(case)), expected)
+        assert torch.equal(block.compensate(on_gpu(case)), expected)
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(before)

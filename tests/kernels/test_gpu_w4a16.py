@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from llmq_kernels.w4a16 import configs, counters, gpu, op, reference
-from tests.kernels.test_w4a16 import arguments, in_numpy, weight_of
+from tests.kernels.cases import grouped, in_numpy, weight_in
+from tests.kernels.test_w4a16 import arguments, weight_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -32,8 +33,7 @@ def on_gpu(M: int, N: int, K: int, **options: Any) -> dict[str, Any]:
 
 def error(y: Tensor, case: dict[str, Any]) -> float:
     """Relative L2 distance from the definition."""
-    values = in_numpy({name: v.cpu() if isinstance(v, Tensor) else v for name, v in case.items()})
-    expected = reference.linear(**values)
+    expected = reference.linear(**grouped(in_numpy(case)))
     return float(np.linalg.norm(y.double().cpu().numpy() - expected) / np.linalg.norm(expected))
 
 
@@ -44,21 +44,16 @@ def assert_is_the_definition(y: Tensor, case: dict[str, Any]) -> None:
 
 def launcher(case: dict[str, Any], config: configs.Config, *, assembly: bool = True) -> Callable[[], Tensor]:
     """Launches of one plan, each into new memory that is full of NaN."""
-    rows, words, scales, zeros, bias = (case[name] for name in ("x", "words", "scales", "zeros", "bias"))
-    (M, K), N = rows.shape, words.shape[0]
+    rows, weight, bias = case["x"], weight_in(case), case["bias"]
+    M, N = rows.shape[0], weight.words.shape[0]
     true = gpu.machine_of(rows.device)
-    machine = gpu.Machine(true.table, true.processors, assembly)
-    planes = 0 if case["columns_per_group"] >= K else case["columns_per_group"] // 32
-    plan = gpu.plan(
-        config, machine, bits=case["bits"], M=M, N=N, K=K,
-        planes=planes, has_zeros=zeros is not None, has_bias=bias is not None,
-    )  # fmt: skip
+    plan = gpu.plan(config, gpu.Machine(true.table, true.processors, assembly), gpu.Product.of(M, weight, bias))
     counts = torch.zeros(plan.output_tiles, dtype=torch.int32, device=rows.device)
 
     def launch() -> Tensor:
         out = torch.full((M, N), torch.nan, dtype=rows.dtype, device=rows.device)
         workspace = torch.full((plan.splits, M, N), torch.nan, device=rows.device)
-        gpu.run_fused(plan, rows, words, scales, zeros, bias, out, workspace, counts)
+        gpu.run_fused(plan, rows, weight, bias, out, workspace, counts)
         return out
 
     return launch
@@ -123,8 +118,8 @@ def test_a_hundred_runs_are_equal_bit_for_bit(bits: int) -> None:
 def test_dequantizing_is_the_definition_rounded_once(bits: int, dtype: torch.dtype) -> None:
     case = on_gpu(1, 300, 1096, bits=bits, group=32, dtype=dtype)
     out = torch.full((250, 1096), torch.nan, dtype=dtype, device="cuda")
-    gpu.dequantize(case["words"], case["scales"], case["zeros"], out, 50, bits=bits, planes=1)
-    W = weight_of(in_numpy({name: v.cpu() if isinstance(v, Tensor) else v for name, v in case.items()}))
+    gpu.dequantize(weight_in(case), out, 50)
+    W = weight_of(in_numpy(case))
     assert torch.equal(out.cpu(), torch.from_numpy(W[50:]).to(dtype))
 
 

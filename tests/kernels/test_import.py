@@ -24,9 +24,9 @@ def test_the_reference_works_without_torch() -> None:
         "import sys; sys.modules['torch'] = None\n"  # an import of torch now raises
         "import numpy as np\n"
         "from llmq_kernels.w4a16 import reference\n"
+        "from llmq_kernels.w4a16.packed_weight import PackedWeight\n"
         "words = reference.pack(np.full((1, 3), 9, np.uint8), 4)\n"
-        "y = reference.linear(np.ones(3), words, np.full((1, 1), 2.0), None, None, None,\n"
-        "                     bits=4, in_features=3, columns_per_group=128)\n"
+        "y = reference.linear(np.ones(3), PackedWeight(words, np.full((1, 1), 2.0), None, 4, 3, 128), None)\n"
         "assert y == 6.0 and 'triton' not in sys.modules"
     )
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from llmq_kernels.errors import KernelInputError
 from llmq_kernels.w4a16 import cpu, layout, op, reference
+from llmq_kernels.w4a16.packed_weight import PackedWeight
+from tests.kernels.cases import grouped, in_numpy, weight_in
 
 BITS = (2, 3, 4, 8)
 GROUPS = (16, 32, 64, 128, 256, None)  # None: one group a row
@@ -30,7 +32,7 @@ def arguments(
     ordered: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
-    """Random arguments of the op by name; scales have both signs, zeros go one step past the codes on either side."""
+    """Random arguments of the op in its order; scales have both signs, zero points pass the codes by one."""
     generator = torch.Generator().manual_seed(K + bits)
     per_group = group or K
     G = -(-K // per_group)
@@ -38,32 +40,20 @@ def arguments(
     zeros = torch.randint(-1, (1 << bits) + 1, (G, N), generator=generator, dtype=torch.int16)
     return {
         "x": torch.randn(*lead, K, generator=generator).to(dtype),
+        "bias": torch.randn(N, generator=generator).to(dtype) if bias else None,
         "words": layout.pack(codes, bits),
         "scales": torch.randn(G, N, generator=generator).to(dtype),
         "zeros": None if symmetric else zeros,
-        "bias": torch.randn(N, generator=generator).to(dtype) if bias else None,
-        "column_order": torch.randperm(K, generator=generator) if ordered else None,
         "bits": bits,
         "in_features": K,
         "columns_per_group": per_group,
+        "column_order": torch.randperm(K, generator=generator) if ordered else None,
     }
-
-
-def in_numpy(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The same for the reference; NumPy has no bfloat16, and float64 holds every float16, bfloat16 and float32."""
-
-    def converted(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return value.double().numpy() if value.is_floating_point() else value.numpy()
-
-    return {name: converted(value) for name, value in arguments.items()}
 
 
 def weight_of(values: dict[str, Any]) -> NDArray[np.float64]:
     """(N, K) float64 in the natural order of x's columns."""
-    grid = {name: values[name] for name in ("bits", "in_features", "columns_per_group")}
-    W = reference.dequantize(values["words"], values["scales"], values["zeros"], **grid)
+    W = reference.dequantize(weight_in(values))
     return W if values["column_order"] is None else W[:, np.argsort(values["column_order"])]
 
 
@@ -74,7 +64,7 @@ def assert_is_the_definition(y: Tensor, arguments: dict[str, Any]) -> None:
     order; the weight's own rounding and the bias add one u each.  Two more cover the second order, (K u)^2 < 2 u.
     """
     values = in_numpy(arguments)
-    expected = reference.linear(**values)
+    expected = reference.linear(**grouped(values))
     magnitude = np.abs(values["x"]) @ np.abs(weight_of(values)).T
     if values["bias"] is not None:
         magnitude = magnitude + np.abs(values["bias"])
@@ -95,14 +85,13 @@ def assert_is_the_gradient(gradient: Tensor, outgoing: Tensor, arguments: dict[s
 
 def test_the_definition_by_hand() -> None:
     """Two groups of two columns, one row: w = [2 (5 - 3), 2 (1 - 3), -0.5 (0 - 4), -0.5 (7 - 4)] = [4, -4, 2, -1.5]."""
-    grid: dict[str, Any] = {"bits": 3, "in_features": 4, "columns_per_group": 2}
     words = reference.pack(np.array([[5, 1, 0, 7]], np.uint8), 3)
-    scales, zeros = np.array([[2.0], [-0.5]]), np.array([[3], [4]], np.int16)
-    np.testing.assert_array_equal(reference.dequantize(words, scales, zeros, **grid), [[4, -4, 2, -1.5]])
+    weight = PackedWeight(words, np.array([[2.0], [-0.5]]), np.array([[3], [4]], np.int16), 3, 4, 2)
+    np.testing.assert_array_equal(reference.dequantize(weight), [[4, -4, 2, -1.5]])
     x, bias, order = np.array([1.0, 10.0, 100.0, 1000.0]), np.array([0.25]), np.array([3, 0, 2, 1])
-    assert reference.linear(x, words, scales, zeros, bias, None, **grid) == 4 - 40 + 200 - 1500 + 0.25
-    assert reference.linear(x, words, scales, zeros, None, order, **grid) == 4000 - 4 + 200 - 15
-    middle = reference.dequantize(words, scales, None, **grid)  # of three bits: 4
+    assert reference.linear(x, weight, bias) == 4 - 40 + 200 - 1500 + 0.25
+    assert reference.linear(x, weight._replace(column_order=order), None) == 4000 - 4 + 200 - 15
+    middle = reference.dequantize(weight._replace(zeros=None))  # of three bits: 4
     np.testing.assert_array_equal(middle, [[2, -6, 2, -1.5]])
 
 
@@ -160,8 +149,8 @@ def test_pieces_join_and_bound_the_memory(bits: int, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(cpu, "WEIGHTS_AT_ONCE", 5 * 384)
     case = arguments((3,), 47, 352, bits=bits, bias=True)
     with largest_tensor:
-        y = cpu.linear(**case)
-        gradient = cpu.input_gradient(y, **{name: case[name] for name in GRADIENT_TAKES})
+        y = cpu.linear(**grouped(case))
+        gradient = cpu.input_gradient(y, weight_in(case))
     assert_is_the_definition(y, case)
     assert_is_the_gradient(gradient, y, case)
     assert largest_tensor.bytes <= 4 * 5 * 384  # one piece in float32; the whole weight would be nine of them
@@ -171,9 +160,6 @@ def test_x_may_have_any_strides() -> None:
     case = arguments((4, 3), 5, 172)
     case["x"] = case["x"].transpose(0, 1).flip(0).expand(3, 4, 172)
     assert_is_the_definition(op.w4a16_linear(**case), case)
-
-
-GRADIENT_TAKES = ("words", "scales", "zeros", "column_order", "bits", "in_features", "columns_per_group")
 
 
 @pytest.mark.parametrize("ordered", [False, True], ids=["natural", "ordered"])
@@ -228,7 +214,7 @@ def test_torch_accepts_the_op(extras: bool, trained: bool) -> None:
 @pytest.mark.parametrize("ordered", [True, False])
 def test_torch_accepts_the_gradient_op(ordered: bool) -> None:
     case = arguments((), 5, 172, ordered=ordered)  # 172: the last tile is cut, which the strides must not show
-    torch.library.opcheck(op.w4a16_input_gradient, (torch.randn(2, 3, 5), *(case[name] for name in GRADIENT_TAKES)))
+    torch.library.opcheck(op.w4a16_input_gradient, (torch.randn(2, 3, 5), *weight_in(case)[:7]))
 
 
 def test_compiles_as_one_graph() -> None:
@@ -266,7 +252,10 @@ REFUSED = {
     "bias dtype": ({"bias": torch.zeros(5, dtype=torch.int64)}, "bias: found torch.int64"),
     "order shape": ({"column_order": torch.arange(171)}, "column_order: found"),
     "order dtype": ({"column_order": torch.zeros(172)}, "column_order: found torch.float32"),
-    "device": ({"scales": torch.zeros(6, 5, device="meta")}, "scales: found on meta, expected on cpu where x is"),
+    "device": (
+        {"scales": torch.zeros(6, 5, device="meta")},
+        "scales: found on meta, expected on cpu like the other tensors",
+    ),
 }
 
 
@@ -274,7 +263,7 @@ REFUSED = {
 def test_bad_arguments_are_refused_with_what_was_expected(change: dict[str, Any], message: str) -> None:
     case = arguments((2,), 5, 172, bias=True, ordered=True) | change
     with pytest.raises(KernelInputError, match=message):
-        op.check(**case)
+        op.check(**grouped(case))
 
 
 def test_the_op_checks() -> None:
@@ -286,16 +275,16 @@ def test_the_op_checks() -> None:
 def test_autocast_casts_x_as_it_does_for_torchs_linear() -> None:
     given = arguments((3,), 24, 64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = op.linear(**given)
+        y = op.linear(**grouped(given))
         expected = torch.nn.functional.linear(given["x"], torch.zeros(24, 64)).dtype
     assert y.dtype == expected == torch.bfloat16
-    assert torch.equal(y, op.linear(**{**given, "x": given["x"].to(torch.bfloat16)}))
+    assert torch.equal(y, op.linear(**grouped({**given, "x": given["x"].to(torch.bfloat16)})))
 
 
 def test_a_bias_that_asks_for_a_gradient_gets_none_either_way() -> None:
     """The short way round torch's dispatcher would give it one, the op does not."""
     given = arguments((3,), 24, 64, bias=True)
     given["bias"].requires_grad_(True)
-    for y in (op.linear(**given), torch.ops.llmq.w4a16_linear(*given.values())):
+    for y in (op.linear(**grouped(given)), torch.ops.llmq.w4a16_linear(*given.values())):
         y.sum().backward()
         assert given["bias"].grad is None

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from llmq_kernels.errors import KernelInputError
 from llmq_kernels.w4a16 import cpu, int4pack, layout, op, reference
+from llmq_kernels.w4a16.packed_weight import PackedWeight
+from tests.kernels.cases import in_numpy, weight_in
 
 HALF = 2.0**-8  # half a unit in the last place of bfloat16, relative
 
@@ -42,9 +44,14 @@ def weight(N: int, K: int, *, group: int = 32, symmetric: bool = True, dtype: to
 
 
 def prepared(weight: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    pair = int4pack.prepare(**weight)
+    pair = int4pack.prepare(weight_in(weight))
     assert pair is not None
     return pair
+
+
+def with_pair(weight: dict[str, Any]) -> PackedWeight[Any]:
+    codes, grid = prepared(weight)
+    return weight_in(weight)._replace(int4_words=codes, int4_grid=grid)
 
 
 def random_x(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -61,14 +68,10 @@ def assert_is_the_definition_in_bfloat16(y: Tensor, x: Tensor, weight: dict[str,
 
     The weight is (code - 8) * scale + shift, so the roundings of scale and shift are relative to these two summands.
     """
-    arrays = {
-        k: v.double().numpy() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in weight.items()
-    }
-    arrays |= {k: v.numpy() for k, v in arrays.items() if isinstance(v, Tensor)}
-    grid = {name: weight[name] for name in ("bits", "in_features", "columns_per_group")}
+    packed = weight_in(in_numpy(weight))
     X = x.double().numpy() if order is None else x.double().numpy()[..., order.numpy()]
-    W = reference.dequantize(arrays["words"], arrays["scales"], arrays["zeros"], **grid)
-    around_eight = reference.dequantize(arrays["words"], arrays["scales"], None, **grid)  # (code - 8) * scale
+    W = reference.dequantize(packed)
+    around_eight = reference.dequantize(packed._replace(zeros=None))  # (code - 8) * scale
     summands = np.abs(around_eight) + np.abs(W - around_eight)  # (N, K)
     exact = X @ W.T
     bound = HALF * (np.abs(X) @ (2 * np.abs(W) + summands).T + np.abs(exact)) * (1 + 2.0**-6)
@@ -131,21 +134,21 @@ def test_rows_packed_in_pieces_are_rows_packed_at_once(monkeypatch: pytest.Monke
 )  # fmt: skip
 def test_what_the_op_of_torch_cannot_hold_gets_no_pair(N: int, K: int, change: dict[str, Any]) -> None:
     made = weight(N, K, group=change.get("columns_per_group", 32)) | change
-    assert int4pack.prepare(**made) is None
+    assert int4pack.prepare(weight_in(made)) is None
 
 
 def test_other_widths_and_devices_get_no_pair() -> None:
     made = weight(16, 64)
     eight = made | {"bits": 8, "words": layout.pack(torch.zeros(16, 64, dtype=torch.uint8), 8)}
-    assert int4pack.prepare(**eight) is None
+    assert int4pack.prepare(weight_in(eight)) is None
     elsewhere = {name: v.to("meta") if isinstance(v, Tensor) else v for name, v in made.items()}
-    assert int4pack.prepare(**elsewhere) is None
+    assert int4pack.prepare(weight_in(elsewhere)) is None
 
 
 def test_more_rows_than_the_limit_are_exact() -> None:
     made, limit = weight(32, 128), int4pack.choose().rows
     x = random_x(limit + 1, 128)
-    exact = cpu.linear(x=x, bias=None, column_order=None, **made)
+    exact = cpu.linear(x, weight_in(made), None)
     assert run(x, made).equal(exact)
     assert not run(x[:limit], made).equal(exact[:limit]), "the limit itself runs in bfloat16"
 
@@ -162,12 +165,11 @@ def test_gradients_come_from_the_words() -> None:
 @pytest.mark.parametrize("trained", [False, True], ids=["inference", "trained"])
 def test_torch_accepts_the_op_with_a_pair(trained: bool) -> None:
     made, x = weight(16, 64, symmetric=False), random_x(2, 64).requires_grad_(trained)
-    arguments = (x, made["words"], made["scales"], made["zeros"], random_x(16), None, 4, 64, 32, *prepared(made))
-    torch.library.opcheck(op.w4a16_linear, arguments)
+    torch.library.opcheck(op.w4a16_linear, (x, random_x(16), *with_pair(made)))
 
 
 REFUSED = {
-    "one": ({"int4_grid": None}, "found one of them, expected both or none"),
+    "one": ({"int4_grid": None}, "found one of them, expected both or neither"),
     "words": ({"int4_words": torch.zeros(32, 64, dtype=torch.int8)}, "int4_words: found torch.int8"),
     "rows": (
         {"int4_words": torch.zeros(16, 64, dtype=torch.uint8)},
@@ -176,7 +178,7 @@ REFUSED = {
     "grid": ({"int4_grid": torch.zeros(4, 32, 2)}, "int4_grid: found torch.float32"),
     "pieces": (
         {"int4_grid": torch.zeros(3, 32, 2, dtype=torch.bfloat16)},
-        "int4_grid: found 3 pieces of 128 columns, expected 32 to 256 each",
+        "int4_grid: found 3 pieces of 128 columns, expected 32 to 256 columns per piece",
     ),
 }
 
@@ -192,12 +194,12 @@ def test_a_pair_that_does_not_fit_is_refused(change: dict[str, Any], message: st
 def test_the_short_way_is_the_op() -> None:
     """`op.linear` leaves the dispatcher out; with gradients, tracing, modes and other tensors it goes through it."""
     made, x = weight(32, 128), random_x(2, 128)
-    arguments = (made["words"], made["scales"], None, None, None, 4, 128, 32, *prepared(made))
-    assert op.linear(x, *arguments).equal(op.w4a16_linear(x, *arguments))
+    packed = with_pair(made)
+    assert op.linear(x, packed, None).equal(op.w4a16_linear(x, None, *packed))
     compiled = torch.compile(op.linear, fullgraph=True, backend="eager")
-    assert compiled(x, *arguments).equal(op.linear(x, *arguments))
+    assert compiled(x, packed, None).equal(op.linear(x, packed, None))
     trained = x.clone().requires_grad_()
-    op.linear(trained, *arguments).sum().backward()
+    op.linear(trained, packed, None).sum().backward()
     assert trained.grad is not None
 
 
@@ -205,15 +207,15 @@ def test_a_tracer_sees_one_op() -> None:
     from torch.fx.experimental.proxy_tensor import make_fx
 
     made, x = weight(32, 128), random_x(2, 128)
-    arguments = (made["words"], made["scales"], None, None, None, 4, 128, 32, *prepared(made))
-    traced = make_fx(lambda x: op.linear(x, *arguments))(x)
+    packed = with_pair(made)
+    traced = make_fx(lambda x: op.linear(x, packed, None))(x)
     called = [node.target for node in traced.graph.nodes if node.op == "call_function"]
     assert called == [torch.ops.llmq.w4a16_linear.default]
 
 
 def test_off_means_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(int4pack.VARIABLE, "off")
-    assert int4pack.prepare(**weight(16, 64)) is None
+    assert int4pack.prepare(weight_in(weight(16, 64))) is None
     assert int4pack.describe() == "torch's int4 product on CPU: not used (LLMQ_CPU_INT4=off)"
 
 
@@ -235,7 +237,7 @@ def test_another_value_warns_and_means_auto(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_limit_is_the_highest_rung_that_passes_by_a_margin(
     seconds: dict[int, float], rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rungs = iter(int4pack.LADDER)
+    rungs = iter(int4pack.LIMITS)
     monkeypatch.setattr(int4pack, "_best_seconds", lambda *calls: [seconds[next(rungs)], 1.0])
     monkeypatch.setenv(int4pack.VARIABLE, "auto")
     assert int4pack.choose().rows == rows
