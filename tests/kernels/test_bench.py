@@ -14,10 +14,12 @@ import torch
 pytest.importorskip("triton")
 
 from bench import competitors, correctness, results, tables, timing, triton_naive, weights
+from bench.gptq import STEPS, pipeline_run
 from bench.plan import PLANS
 from bench.session import ContextLostError, Session, read_records, results_of
-from bench.stopwatch import REST, Stopwatch, watching
+from bench.stopwatch import REST, Stopwatch, find, watching
 from bench.timing import Contender, Spread, interleaved
+from llmq.config import QuantConfig
 from llmq_kernels.w4a16 import reference
 
 CPU = torch.device("cpu")
@@ -131,23 +133,15 @@ def test_self_time_stops_while_a_watched_function_is_called() -> None:
     assert module.outer is not original
 
 
-def test_a_suspended_function_is_not_charged() -> None:
-    greenlet = pytest.importorskip("greenlet")
-    module = ModuleType("suspended_program")
-    clock = iter(range(100))
-    main = greenlet.getcurrent()
-    vars(module)["work"] = lambda: main.switch()
-    sys.modules[module.__name__] = module
-    stopwatch = Stopwatch(lambda: float(next(clock)))
-    with watching(stopwatch, (("work", "suspended_program:work"),)):
-        other = greenlet.greenlet(lambda: module.work())
-        other.switch()
-        stopwatch.charge()  # here, with `work` standing still
-        before = stopwatch.seconds["work"]
-        stopwatch.charge()
-        assert stopwatch.seconds["work"] == before
-        other.switch()
-    assert stopwatch.taken()["work"] > before
+@pytest.mark.parametrize("point", [point for _, point in STEPS])
+def test_stopwatch_names_functions_that_exist(point: str) -> None:
+    assert find(point) is not None
+
+
+def test_gptq_section_runs_stages_of_gptq(tmp_path: Path) -> None:
+    run = pipeline_run(PLANS["interpret"], tmp_path, 1, CPU)
+    assert run.method == QuantConfig(method="gptq").stages
+    assert find(f"{run.layout.__name__}:pack") is not None  # type: ignore[attr-defined]
 
 
 def test_the_exact_product_is_the_definition() -> None:

@@ -20,7 +20,7 @@ class Problem:
     group_of  (E, K)    int32     the group of each column
     levels                        2**bits - 1, at most 255
 
-    All on one device; scales, zeros and group_of contiguous.  Fast if the rows of a column are contiguous and, on a GPU,
+    All on one device; scales, zeros and group_of contiguous.  Fast if the rows of a column are contiguous and, on GPUs,
     if the factor is.  Raises KernelInputError for anything else; values on the device are not read.
     """
 

@@ -46,7 +46,7 @@ class Fields:
         return 16 // self.count
 
     def ones(self, device: torch.device) -> Tensor:
-        """(F, 1) int32: what a code of 1 in each field adds to a word.  Made on the device: a copy would synchronize."""
+        """(F, 1) int32: what a code of 1 in each field adds to a word.  Made on the device: copies synchronize."""
         shifts = torch.arange(0, 16, self.width, dtype=torch.int32, device=device)
         return torch.bitwise_left_shift(self.unit, shifts).unsqueeze(1)
 
