@@ -1,7 +1,7 @@
 """Write the tables of kernels/README.md from the result files in kernels/bench/results.
 
 python scripts/kernel_tables.py            write them
-python scripts/kernel_tables.py FILE…      show the tables of result files, wherever they are
+python scripts/kernel_tables.py FILE…      show the tables of any result files
 """
 
 import argparse
@@ -20,7 +20,7 @@ NOT_MEASURED = "not measured yet"
 
 
 def render(folder: Path = results.FOLDER) -> str:
-    """What stands between the markers: GPUs, then CPUs, each with hardware and date, or that nothing was measured."""
+    """The text between the markers: GPUs, then CPUs, each with hardware and date, or "not measured yet"."""
     gpus = [tables.report(results.read(path)) for path in results.gpu_files(folder)]
     cpus = [tables.cpu(json.loads(path.read_text(encoding="utf-8"))) for path in results.cpu_files(folder)]
     return "\n\n".join([*(gpus or [f"### GPU\n\n{NOT_MEASURED}"]), *(cpus or [f"### CPU\n\n{NOT_MEASURED}"])])

@@ -70,7 +70,7 @@ def few_blocks(plan: Plan, session: Session, device: torch.device) -> Result:
             for done in pipeline.quantize_blocks(run):
                 if isinstance(done, BlockReport):
                     blocks.append(stopwatch.taken())
-                    session.say(f"block {len(blocks)} of {plan.few_blocks}, {sum(blocks[-1].values()):.2f} s")
+                    session.report(f"block {len(blocks)} of {plan.few_blocks}, {sum(blocks[-1].values()):.2f} s")
     counted = blocks[1:-1] or blocks[-1:]
     times = plan.llama.blocks / len(counted)
     labels = sorted({label for block in counted for label in block})
@@ -96,7 +96,7 @@ def whole_model(plan: Plan, session: Session, device: torch.device) -> Result:
             for done in pipeline.quantize_blocks(run):
                 if isinstance(done, BlockReport):
                     finished += 1
-                    session.say(f"block {finished} of {plan.llama.blocks}, {time.monotonic() - start:.1f} s")
+                    session.report(f"block {finished} of {plan.llama.blocks}, {time.monotonic() - start:.1f} s")
     seconds = stopwatch.taken()
     total = sum(value for label, value in seconds.items() if label not in NOT_COUNTED)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

@@ -39,12 +39,12 @@ def compiled() -> dict[str, Compiled]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", JOBS)
-def test_it_compiles(compiled: dict[str, Compiled], name: str) -> None:
+def test_naive_kernels_compile(compiled: dict[str, Compiled], name: str) -> None:
     assert compiled[name].error is None
     assert compiled[name].instructions
 
 
 @pytest.mark.slow
-def test_it_is_naive(compiled: dict[str, Compiled]) -> None:
+def test_naive_kernels_convert_codes_one_by_one(compiled: dict[str, Compiled]) -> None:
     """What the real kernel is held against: codes are converted one by one."""
     assert compiled["linear, few rows, bf16, sm_90"].instructions.get("I2FP", 0) >= 16

@@ -72,7 +72,7 @@ def test_many_pairs_use_tensor_cores(case: Case) -> None:
     assert compiled()[case].instructions[TENSOR_CORES[case.arch]] > 0
 
 
-def test_one_pair_uses_none() -> None:
+def test_one_pair_uses_no_tensor_cores() -> None:
     """They would multiply seven rows of nothing for each one of x."""
     for case in CASES:
         if case.tiles is gpu.ALONE:

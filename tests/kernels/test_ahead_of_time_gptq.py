@@ -74,14 +74,14 @@ def test_it_compiles_without_spills(name: str, compiled: dict[str, Compiled]) ->
 
 
 @pytest.mark.parametrize("name", [name for name in JOBS if name.startswith("gram")])
-def test_the_second_moment_is_computed_by_tensor_cores(name: str, compiled: dict[str, Compiled]) -> None:
+def test_second_moment_uses_tensor_cores(name: str, compiled: dict[str, Compiled]) -> None:
     instructions = compiled[name].instructions
     assert instructions.get(TENSOR_CORES[JOBS[name][1]["arch"]])
     assert instructions.get("LDGSTS"), "the steps in flight are not copied past the registers"
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_a_block_is_loaded_in_words_of_16_bytes_and_kept_in_registers(arch: int, compiled: dict[str, Compiled]) -> None:
+def test_gptq_block_loads_16_bytes_and_stays_in_registers(arch: int, compiled: dict[str, Compiled]) -> None:
     found = compiled[f"block-{arch}"]
     assert found.shared <= 1024
     assert found.instructions["LDG"] <= 40  # 16 for the tile and as many for a row of U: 64 if the tile came by words

@@ -87,9 +87,7 @@ def test_compiles_without_spills_and_conversions(name: str, compiled: dict[str, 
 
 
 @pytest.mark.parametrize("name", shipped())
-def test_every_shipped_configuration_feeds_tensor_cores_from_registers(
-    name: str, compiled: dict[str, Compiled]
-) -> None:
+def test_shipped_configurations_feed_tensor_cores_from_registers(name: str, compiled: dict[str, Compiled]) -> None:
     job, config = shipped()[name]
     code = compiled[name]
     assert code.shared <= SHARED_LIMIT[job.arch]

@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 # ---- a session
 
 
-def test_a_failing_case_is_recorded_and_the_next_one_runs(tmp_path: Path) -> None:
+def test_session_records_a_failure_and_continues(tmp_path: Path) -> None:
     session = Session("x", tmp_path / "records", 60, time.time())
 
     def fails() -> dict[str, object]:
@@ -42,7 +42,7 @@ def test_a_failing_case_is_recorded_and_the_next_one_runs(tmp_path: Path) -> Non
     assert results_of(records) == {"good": {"value": 1}}
 
 
-def test_a_new_process_skips_what_has_begun(tmp_path: Path) -> None:
+def test_new_process_skips_cases_that_have_begun(tmp_path: Path) -> None:
     path = tmp_path / "records"
     path.write_text('{"kind": "begin", "case": "killer"}\n{"kind": "begin", "case": "unfin')  # cut in the middle
     session = Session("x", path, 60, time.time())
@@ -51,13 +51,13 @@ def test_a_new_process_skips_what_has_begun(tmp_path: Path) -> None:
     assert session.run("killer", lambda: pytest.fail("was run again")) is None
 
 
-def test_what_does_not_fit_into_the_time_is_said(tmp_path: Path) -> None:
+def test_session_records_cases_left_out_for_time(tmp_path: Path) -> None:
     session = Session("x", tmp_path / "records", 1.0, time.time())
     assert session.run("long", lambda: pytest.fail("was begun"), needs=2.0) is None
     assert [record["kind"] for record in read_records(tmp_path / "records")] == ["left out"]
 
 
-def test_a_lost_device_asks_for_a_new_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lost_device_requests_a_new_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def lost() -> None:
         raise RuntimeError("an illegal memory access was encountered")
 
@@ -71,7 +71,7 @@ def test_a_lost_device_asks_for_a_new_process(tmp_path: Path, monkeypatch: pytes
 # ---- measuring
 
 
-def test_contenders_go_round_their_copies_and_failures_are_told_apart() -> None:
+def test_contenders_cycle_copies_and_report_failures() -> None:
     seen: list[int] = []
 
     def fails(_: int) -> None:
@@ -85,7 +85,7 @@ def test_contenders_go_round_their_copies_and_failures_are_told_apart() -> None:
     assert failed == {"bad": "NotImplementedError: no kernel for this"}
 
 
-def test_a_graph_holds_whole_rounds_of_the_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graph_holds_whole_cycles_of_the_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a stand-in for CUDA: what is captured, and that nothing waits between the marks of a replay."""
     log: list[object] = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: log.append("wait"))
@@ -118,7 +118,7 @@ def test_a_spread_is_median_and_deciles() -> None:
     assert Spread.of([float(value) for value in range(11)]) == Spread(5.0, 1.0, 9.0)
 
 
-def test_self_time_stops_while_a_watched_function_is_called() -> None:
+def test_stopwatch_excludes_time_of_watched_callees() -> None:
     module = ModuleType("watched_program")
     clock = iter(range(100))
     exec("def inner(): pass\ndef outer(): inner(); inner()", vars(module))
@@ -144,7 +144,7 @@ def test_gptq_section_runs_stages_of_gptq(tmp_path: Path) -> None:
     assert find(f"{run.layout.__name__}:pack") is not None  # type: ignore[attr-defined]
 
 
-def test_the_exact_product_is_the_definition() -> None:
+def test_exact_product_equals_the_reference() -> None:
     packed = weights.random_packed(9, 160, group=32, dtype=torch.float16, asymmetric=True, copies=2, device=CPU)
     x = torch.randn(3, 160, dtype=torch.float16)
     expected = reference.linear(x.numpy(), packed.weight(1).with_arrays(torch.Tensor.numpy), None)
@@ -152,7 +152,7 @@ def test_the_exact_product_is_the_definition() -> None:
 
 
 @pytest.mark.parametrize("name", ["naive_triton", "dequantize"])
-def test_a_contender_multiplies_with_the_same_weight(name: str) -> None:
+def test_contenders_multiply_with_the_same_weight(name: str) -> None:
     packed = weights.random_packed(24, 128, group=32, dtype=torch.float16, asymmetric=True, copies=1, device=CPU)
     x = torch.randn(3, 128, dtype=torch.float16)
     prepared = competitors.ALL[name](packed, torch.float16, 1)
@@ -172,7 +172,7 @@ def test_gptq_words_are_nibbles_from_the_lowest() -> None:
     assert triton_naive.pack(codes).item() & 0xFFFFFFFF == 0xF7654321
 
 
-def test_copies_outgrow_the_cache() -> None:
+def test_copies_exceed_the_cache() -> None:
     assert [weights.copies_for(nbytes, 100) for nbytes in (200, 50, 30, 1)] == [2, 2, 4, 100]
 
 
@@ -186,7 +186,7 @@ def test_copies_outgrow_the_cache() -> None:
         "[gw3] [ 50%] FAILED tests/kernels/test_gpu_x.py::test_a[1-float16] ",
     ],
 )
-def test_outcomes_are_read_from_pytest_alone_and_in_parallel(line: str) -> None:
+def test_pytest_outcomes_are_parsed_with_and_without_workers(line: str) -> None:
     reason = "FAILED tests/kernels/test_gpu_x.py::test_a[1-float16] - AssertionError: wrong by 1"
     found = correctness.judged([line, reason], 1)
     assert found["failures"] == [
@@ -195,7 +195,7 @@ def test_outcomes_are_read_from_pytest_alone_and_in_parallel(line: str) -> None:
     assert found["wrong"]
 
 
-def test_tests_that_pass_or_run_out_of_time_are_not_wrong() -> None:
+def test_passed_and_unfinished_tests_are_not_wrong() -> None:
     lines = ["a.py::test_a PASSED [ 10%]", "a.py::test_b SKIPPED (no reason) [ 20%]"]
     assert not correctness.judged(lines, 0)["wrong"]
     assert "out of time" in correctness.judged(lines, None)["summary"]
@@ -224,7 +224,7 @@ def test_ratios_are_of_sums_over_the_layers() -> None:
     assert (row["x naive Triton"], row["GB/s"], row["of copy"]) == ("–", "133", "3%")
 
 
-def test_the_full_plan_covers_what_is_aimed_at() -> None:
+def test_full_plan_covers_all_targets() -> None:
     main = [
         c for c in PLANS["full"].campaigns if (c.model, c.dtype, c.group, c.asymmetric) == ("8B", "bfloat16", 128, True)
     ]
@@ -232,14 +232,14 @@ def test_the_full_plan_covers_what_is_aimed_at() -> None:
     assert sorted(M for campaign in main for M in campaign.rows) == [2**i for i in range(12)]
 
 
-def test_a_result_file_survives_the_way_through_json(tmp_path: Path) -> None:
+def test_result_file_round_trips_through_json(tmp_path: Path) -> None:
     path = tmp_path / "x-2026-01-01.json"
     results.merge(path, "x", "2026-01-01", "w4a16", {"status": "done", "records": []})
     assert json.loads(path.read_text())["sections"]["w4a16"]["status"] == "done"
     assert "not" not in tables.report(results.read(path))
 
 
-def test_what_was_left_out_is_shown(tmp_path: Path) -> None:
+def test_tables_show_cases_left_out(tmp_path: Path) -> None:
     path = tmp_path / "x-2026-01-01.json"
     records = [
         {"kind": "left out", "case": "70B o M=1"},
@@ -254,7 +254,7 @@ def test_what_was_left_out_is_shown(tmp_path: Path) -> None:
     assert results.problems(results.read(path), "correctness") == ["streams: RuntimeError: no"]
 
 
-def test_a_cpu_is_shown_by_what_was_written_of_it() -> None:
+def test_cpu_tables_show_the_result_file() -> None:
     about = {"cpu": "Some CPU", "date": "2026-01-02", "threads": 2, "note": "idle"}
     times = {"llmq": {"median": 12.4}, "torch fp32": {"median": 30.0}}
     linear = {"N": 8, "K": 16, "M": 1, "microseconds": times, "ratios": {"packed_to_float": 0.41}}
@@ -265,4 +265,4 @@ def test_a_cpu_is_shown_by_what_was_written_of_it() -> None:
     models = {"packed": {"tokens_per_second": 51.25, "step_microseconds": {"median": 19512.0}}}
     decoded = tables.cpu({**about, "shape": shape, "models": models})
     assert "a random Llama of 2 layers, 64 wide" in decoded
-    assert "| packed | 51.2            | 19.5      |" in decoded
+    assert "| packed | 51.2              | 19.5        |" in decoded

@@ -133,7 +133,7 @@ def test_codes_at_every_width(compensate: Callable[[Case], Tensor], bits: int, s
 
 
 @pytest.mark.parametrize("bits", [4, 6])
-def test_zeros_may_lie_between_codes(compensate: Callable[[Case], Tensor], bits: int) -> None:
+def test_zero_points_may_be_fractions(compensate: Callable[[Case], Tensor], bits: int) -> None:
     case = make_case(K=140, bits=bits, seed=bits)
     shifts = torch.rand(case.zeros.shape, generator=torch.Generator().manual_seed(bits)) - 0.5
     moved = replace(case, zeros=case.zeros + shifts)
@@ -155,7 +155,7 @@ def test_codes_at_awkward_shapes(compensate: Callable[[Case], Tensor], N: int, K
     assert_equal_but_for_ties(case, compensate(case).numpy())
 
 
-def test_experts_have_a_factor_a_grid_and_an_order_each(compensate: Callable[[Case], Tensor]) -> None:
+def test_experts_have_separate_factors_grids_and_orders(compensate: Callable[[Case], Tensor]) -> None:
     case = make_case(E=3, N=17, K=132, seed=5)
     codes = compensate(case)
     assert_equal_but_for_ties(case, codes.numpy())
@@ -164,7 +164,7 @@ def test_experts_have_a_factor_a_grid_and_an_order_each(compensate: Callable[[Ca
     assert torch.equal(compensate(alone)[0], codes[1])
 
 
-def test_without_compensation_the_kernel_gives_the_very_codes_of_torch() -> None:
+def test_kernel_equals_torch_exactly_without_compensation() -> None:
     """No sums, so no order of sums: not one code may differ, and every other weight lies at a tie."""
     case = make_case(N=32, K=64, group=16)
     plain = replace(case, upper=torch.diag_embed(case.upper.diagonal(dim1=1, dim2=2)))
@@ -182,13 +182,13 @@ def one_column(values: Tensor, scales: Tensor) -> Case:
     )  # fmt: skip
 
 
-def test_halves_go_to_the_even_code(compensate: Callable[[Case], Tensor]) -> None:
+def test_ties_go_to_the_even_code(compensate: Callable[[Case], Tensor]) -> None:
     values = torch.tensor([-3.0, -0.5, 0.5, 1.5, 2.5, 3.5, 13.5, 14.5, 15.5, 1e9, 2.4999998, 2.5000002])
     codes = compensate(one_column(values, torch.ones(len(values))))
     assert codes.flatten().tolist() == [0, 0, 0, 2, 2, 4, 14, 14, 15, 15, 2, 3]
 
 
-def test_the_division_by_the_scale_is_correctly_rounded(compensate: Callable[[Case], Tensor]) -> None:
+def test_division_by_the_scale_is_correctly_rounded(compensate: Callable[[Case], Tensor]) -> None:
     """1.5 scales divided by the scale is a tie or just off it; multiplying by 1 / scale gives other sides."""
     scales = torch.linspace(0.5, 1.7, 500)
     quotient = (scales * 1.5).double() / scales.double()
@@ -200,7 +200,7 @@ def test_the_division_by_the_scale_is_correctly_rounded(compensate: Callable[[Ca
 # ---- blocks
 
 
-def test_a_range_leaves_what_is_before_it_and_updates_what_is_behind(compensate: Callable[[Case], Tensor]) -> None:
+def test_range_updates_later_columns_only(compensate: Callable[[Case], Tensor]) -> None:
     case = make_case(N=16, K=96)
     path = kernel() if compensate is by_triton else torch_path
     problem = case.problem()
@@ -217,7 +217,7 @@ def test_columns_and_factor_may_have_any_strides(compensate: Callable[[Case], Te
     assert_equal_but_for_ties(case, compensate(strided).numpy())
 
 
-def test_what_is_below_the_diagonal_is_not_read(compensate: Callable[[Case], Tensor]) -> None:
+def test_factor_below_the_diagonal_is_not_read(compensate: Callable[[Case], Tensor]) -> None:
     case = make_case(N=16, K=130)
     codes = compensate(case)
     below = torch.ones_like(case.upper).tril(-1).bool()
@@ -225,7 +225,7 @@ def test_what_is_below_the_diagonal_is_not_read(compensate: Callable[[Case], Ten
     assert torch.equal(compensate(case), codes)
 
 
-def test_there_may_be_nothing_to_round() -> None:
+def test_empty_weights_are_accepted() -> None:
     for N, K in ((0, 8), (4, 0)):
         shape = (1, K, N)
         group_of = torch.zeros(1, K, dtype=torch.int32)
@@ -250,12 +250,12 @@ WRONG = {
 
 
 @pytest.mark.parametrize("message", WRONG)
-def test_what_cannot_be_rounded_is_refused(message: str) -> None:
+def test_invalid_problem_is_refused(message: str) -> None:
     with pytest.raises(KernelInputError, match=message):
         replace(make_case().problem(), **WRONG[message])
 
 
-def test_a_range_beyond_the_columns_is_refused() -> None:
+def test_range_beyond_the_columns_is_refused() -> None:
     case = make_case()
     codes = torch.empty(case.columns.shape, dtype=torch.uint8)
     with pytest.raises(KernelInputError, match="columns 128 to 256 of 160"):

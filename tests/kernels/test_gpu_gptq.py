@@ -49,7 +49,7 @@ def backend_name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     ],
     ids=str,
 )
-def test_codes_are_those_of_the_definition_but_for_ties(backend_name: str, settings: dict[str, Any]) -> None:
+def test_codes_equal_the_reference_except_at_ties(backend_name: str, settings: dict[str, Any]) -> None:
     case = make_case(**settings)
     assert_equal_but_for_ties(case, block.compensate(on_gpu(case)).cpu().numpy())
 
@@ -71,7 +71,7 @@ def test_columns_and_factor_may_have_any_strides(backend_name: str) -> None:
     assert (turned != expected).any(1).float().mean() <= 0.1  # cuBLAS adds up in another order: ties
 
 
-def test_rounding_gives_the_same_bits_every_time(backend_name: str) -> None:
+def test_quantization_gives_the_same_bits_every_time(backend_name: str) -> None:
     case = make_case(E=2, N=333, K=400)
     expected = block.compensate(on_gpu(case))
     for _ in range(REPEATS):
@@ -81,7 +81,7 @@ def test_rounding_gives_the_same_bits_every_time(backend_name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # raised, it would leave the mode on for all tests
-def test_rounding_waits_for_nothing(backend_name: str) -> None:
+def test_quantization_does_not_synchronize(backend_name: str) -> None:
     case = on_gpu(make_case(N=40, K=300))
     block.compensate(on_gpu(make_case(N=40, K=300)))  # compiles
     torch.cuda.set_sync_debug_mode("error")
@@ -91,7 +91,7 @@ def test_rounding_waits_for_nothing(backend_name: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_rounding_can_be_captured_and_replayed() -> None:
+def test_quantization_can_be_captured_and_replayed() -> None:
     case = on_gpu(make_case(N=40, K=300))
     columns, work = case.columns.clone(), case.columns
     expected = block.compensate(replace(case, columns=columns.clone()))  # compiles, too
@@ -106,7 +106,7 @@ def test_rounding_can_be_captured_and_replayed() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Please use the new API")  # some versions of torch say so of the older switch
-def test_tf32_of_the_process_is_left_out_and_left_as_it_is(backend_name: str) -> None:
+def test_tf32_setting_is_ignored_and_restored(backend_name: str) -> None:
     case = make_case(N=64, K=512)
     expected = block.compensate(on_gpu(case))
     before = torch.get_float32_matmul_precision()
@@ -124,7 +124,7 @@ def test_tf32_of_the_process_is_left_out_and_left_as_it_is(backend_name: str) ->
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("upper_only", [True, False], ids=["upper", "full"])
 @pytest.mark.parametrize(("T", "K"), [(1, 16), (300, 272), (4096, 1040), (77, 131)])
-def test_the_second_moment_is_that_of_the_definition(
+def test_second_moment_equals_the_reference(
     backend_name: str, T: int, K: int, upper_only: bool, dtype: torch.dtype
 ) -> None:
     x = (torch.randn(T, K, generator=torch.Generator().manual_seed(T)) + 0.5).to(dtype)
@@ -142,7 +142,7 @@ def test_the_second_moment_is_that_of_the_definition(
     assert (np.abs(found.double().cpu().numpy() - expected) <= (T + 2) * 2.0**-23 * magnitude).all()
 
 
-def test_the_second_moment_has_the_same_bits_every_time(backend_name: str) -> None:
+def test_second_moment_has_the_same_bits_every_time(backend_name: str) -> None:
     x = torch.randn(3000, 1040, device="cuda").to(torch.bfloat16)
     expected = torch.zeros(1040, 1040, device="cuda")
     gram.update(expected, x, upper_only=True)
@@ -152,7 +152,7 @@ def test_the_second_moment_has_the_same_bits_every_time(backend_name: str) -> No
         assert torch.equal(found.triu(), expected.triu())
 
 
-def test_no_second_array_is_made(backend_name: str) -> None:
+def test_second_moment_needs_no_second_array(backend_name: str) -> None:
     K = 4 * gram.STRIP
     x, total = torch.randn(64, K, device="cuda").to(torch.bfloat16), torch.zeros(K, K, device="cuda")
     gram.update(total, x, upper_only=True)
@@ -167,7 +167,7 @@ def test_no_second_array_is_made(backend_name: str) -> None:
 # ---- both, in llmq
 
 
-def test_a_weight_is_rounded_as_well_as_on_the_cpu(backend_name: str) -> None:
+def test_gpu_error_equals_cpu_error(backend_name: str) -> None:
     from llmq.algorithms import Options, gptq, output_error
     from llmq.numerics.input_stats import InputStats
     from llmq.numerics.scheme import Scheme
@@ -187,7 +187,7 @@ def test_a_weight_is_rounded_as_well_as_on_the_cpu(backend_name: str) -> None:
         assert loss["cuda", order] == pytest.approx(loss["cpu", order], rel=0.02)
 
 
-def test_the_factorisation_holds_one_array_in_double_precision() -> None:
+def test_factorization_holds_one_float64_array() -> None:
     from llmq.algorithms import Options, gptq
 
     K = 4096

@@ -14,7 +14,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_choices_are_torchs_but_for_ties_and_the_same_every_time(symmetric: bool, dtype: torch.dtype) -> None:
+def test_kernel_chooses_as_torch_except_at_ties(symmetric: bool, dtype: torch.dtype) -> None:
     from llmq_kernels.grid_search import triton_kernel
 
     tried = candidates(4, symmetric, dtype)

@@ -51,7 +51,7 @@ def interpreted(
 
 
 @pytest.mark.slow
-def test_every_section_ends_and_nothing_is_wrong(
+def test_suite_finishes_every_section_without_problems(
     suite: ModuleType, interpreted: tuple["subprocess.CompletedProcess[str]", dict[str, dict[str, dict[str, str]]]]
 ) -> None:
     done, content = interpreted
@@ -76,14 +76,14 @@ def test_every_section_ends_and_nothing_is_wrong(
         ("decode", {"bf16 memory", "packed memory", "bf16 batch 1 eager", "packed batch 2 eager"}),
     ],
 )
-def test_a_section_leaves_its_cases(
+def test_section_records_its_cases(
     interpreted: tuple["subprocess.CompletedProcess[str]", dict[str, object]], section: str, expected: set[str]
 ) -> None:
     assert expected <= results.cases(interpreted[1], section).keys()
 
 
 @pytest.mark.slow
-def test_gptq_watches_functions_that_are_there(
+def test_gptq_section_times_every_step(
     interpreted: tuple["subprocess.CompletedProcess[str]", dict[str, object]],
 ) -> None:
     few = results.cases(interpreted[1], "gptq")["few blocks"]
@@ -91,7 +91,7 @@ def test_gptq_watches_functions_that_are_there(
     assert {"forward", "hessian", "factorize", "search scales", "round", "pack", "save"} <= few["steps"].keys()
 
 
-def test_published_figures_come_from_a_gpu(tmp_path: Path) -> None:
+def test_interpreted_figures_are_not_published(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, str(SUITE), "--interpret"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "--out" in done.stderr
@@ -147,7 +147,7 @@ def run_fake(
 
 
 @pytest.mark.parametrize(("trouble", "said"), [("hang", "hung"), ("die", "ended with 11")])
-def test_a_case_that_takes_the_process_along_is_named_and_skipped(
+def test_case_that_ends_the_process_is_named_and_skipped(
     suite: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: str, said: str
 ) -> None:
     content = run_fake(suite, tmp_path, monkeypatch, trouble)
@@ -156,7 +156,7 @@ def test_a_case_that_takes_the_process_along_is_named_and_skipped(
     assert problem.startswith("second: ") and said in problem
 
 
-def test_a_section_that_overruns_its_time_is_ended_and_keeps_what_it_has(
+def test_section_out_of_time_keeps_its_records(
     suite: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(suite, "GRACE", 0.5)
@@ -166,7 +166,7 @@ def test_a_section_that_overruns_its_time_is_ended_and_keeps_what_it_has(
     assert results.problems(content, "environment") == []
 
 
-def test_a_section_that_always_fails_is_not_begun_again_and_again(
+def test_section_that_always_fails_is_not_restarted(
     suite: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = run_fake(suite, tmp_path, monkeypatch, "early")
@@ -184,7 +184,7 @@ def test_other_sections_of_the_file_are_kept(tmp_path: Path) -> None:
     assert results.cases(content, "w4a16") == results.cases(content, "decode") == {"b": {}}
 
 
-def test_only_the_newest_full_file_of_a_gpu_is_shown(tmp_path: Path) -> None:
+def test_newest_full_file_of_a_gpu_is_shown(tmp_path: Path) -> None:
     names = ("x-2026-01-02", "x-2026-02-01", "y-2025-12-31", "x-smoke-2026-03-01", "cpu-2026-04-01")
     for name in names:
         (tmp_path / f"{name}.json").write_text("{}")

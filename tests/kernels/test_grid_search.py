@@ -52,7 +52,7 @@ def errors(groups: Tensor, costs: Tensor, scales: Tensor, zeros: Tensor, levels:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_torch_finds_what_the_definition_finds(shape: tuple[int, int, int], symmetric: bool, bits: int) -> None:
+def test_torch_search_is_as_good_as_the_reference(shape: tuple[int, int, int], symmetric: bool, bits: int) -> None:
     """An error in float32 is off by some 2**-22 of itself, which may turn a close decision, and no more."""
     tried = candidates(bits, symmetric)
     groups, costs, first, widest, zeros = arguments(shape, tried, bits)
@@ -71,9 +71,7 @@ def test_torch_finds_what_the_definition_finds(shape: tuple[int, int, int], symm
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_the_kernel_chooses_as_torch_does(
-    shape: tuple[int, int, int], symmetric: bool, bits: int, dtype: torch.dtype
-) -> None:
+def test_kernel_chooses_as_torch(shape: tuple[int, int, int], symmetric: bool, bits: int, dtype: torch.dtype) -> None:
     """Where it does not, the two candidates tie to the last bits of a float32."""
     from llmq_kernels.grid_search import triton_kernel
 
@@ -87,7 +85,7 @@ def test_the_kernel_chooses_as_torch_does(
     np.testing.assert_allclose(ours, theirs, rtol=2**-18)
 
 
-def test_groups_may_lie_in_a_larger_tensor() -> None:
+def test_groups_may_be_a_view_of_a_larger_tensor() -> None:
     from llmq_kernels.grid_search import triton_kernel
 
     tried = candidates(4, True)

@@ -15,7 +15,7 @@ def run(program: str) -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_the_package_loads_neither_torch_nor_triton_nor_llmq() -> None:
+def test_package_imports_no_torch_triton_or_llmq() -> None:
     run("import sys, llmq_kernels, llmq_kernels.w4a16; assert not {'torch', 'triton', 'llmq'} & set(sys.modules)")
 
 
@@ -31,5 +31,5 @@ def test_the_reference_works_without_torch() -> None:
     )
 
 
-def test_the_op_loads_neither_triton_nor_llmq() -> None:
+def test_op_imports_no_triton_or_llmq() -> None:
     run("import sys, llmq_kernels.w4a16.op; assert not {'triton', 'llmq'} & set(sys.modules)")

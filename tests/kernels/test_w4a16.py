@@ -83,7 +83,7 @@ def assert_is_the_gradient(gradient: Tensor, outgoing: Tensor, arguments: dict[s
     assert np.all(np.abs(gradient.double().numpy() - expected) <= error)
 
 
-def test_the_definition_by_hand() -> None:
+def test_reference_equals_a_hand_computed_example() -> None:
     """Two groups of two columns, one row: w = [2 (5 - 3), 2 (1 - 3), -0.5 (0 - 4), -0.5 (7 - 4)] = [4, -4, 2, -1.5]."""
     words = reference.pack(np.array([[5, 1, 0, 7]], np.uint8), 3)
     weight = PackedWeight(words, np.array([[2.0], [-0.5]]), np.array([[3], [4]], np.int16), 3, 4, 2)
@@ -98,7 +98,7 @@ def test_the_definition_by_hand() -> None:
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("bits", BITS)
-def test_the_op_is_the_definition(bits: int, group: int | None, symmetric: bool) -> None:
+def test_op_equals_the_reference(bits: int, group: int | None, symmetric: bool) -> None:
     for lead, N, K in SHAPES:
         case = arguments(lead, N, K, bits=bits, group=group, symmetric=symmetric)
         assert_is_the_definition(op.w4a16_linear(**case), case)
@@ -116,7 +116,7 @@ def test_bias_and_column_order_in_every_dtype(bits: int, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("scale", ROUNDING, ids=str)
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
-def test_scales_need_not_have_the_dtype_of_x(dtype: torch.dtype, scale: torch.dtype, index: torch.dtype) -> None:
+def test_scales_may_have_another_dtype_than_x(dtype: torch.dtype, scale: torch.dtype, index: torch.dtype) -> None:
     case = arguments((2,), 5, 96, bias=True, ordered=True)
     case |= {name: case[name].to(to) for name, to in (("x", dtype), ("scales", scale), ("column_order", index))}
     assert_is_the_definition(op.w4a16_linear(**case), case)
@@ -130,13 +130,13 @@ def test_groups_of_any_width(per_group: int) -> None:
 
 
 @pytest.mark.parametrize("zero", [-(1 << 15), (1 << 15) - 1])
-def test_zeros_far_outside_the_codes(zero: int) -> None:
+def test_zero_points_far_outside_the_codes(zero: int) -> None:
     case = arguments((3,), 5, 64, bits=8)
     case["zeros"] = torch.full_like(case["zeros"], zero)
     assert_is_the_definition(op.w4a16_linear(**case), case)
 
 
-def test_a_weight_at_its_zero_is_exactly_zero() -> None:
+def test_weight_at_its_zero_point_is_exactly_zero() -> None:
     case = arguments((1,), 5, 128, bits=2)
     case["words"] = layout.pack(torch.full((5, 128), 3, dtype=torch.uint8), 2)
     case["zeros"] = torch.full_like(case["zeros"], 3)
@@ -144,7 +144,7 @@ def test_a_weight_at_its_zero_is_exactly_zero() -> None:
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_pieces_join_and_bound_the_memory(bits: int, monkeypatch: pytest.MonkeyPatch, largest_tensor: Any) -> None:
+def test_pieces_bound_the_memory(bits: int, monkeypatch: pytest.MonkeyPatch, largest_tensor: Any) -> None:
     """47 rows, five at a time: the last piece is a short one.  Inside the op, torch's modes would see nothing."""
     monkeypatch.setattr(cpu, "WEIGHTS_AT_ONCE", 5 * 384)
     case = arguments((3,), 47, 352, bits=bits, bias=True)
@@ -164,7 +164,7 @@ def test_x_may_have_any_strides() -> None:
 
 @pytest.mark.parametrize("ordered", [False, True], ids=["natural", "ordered"])
 @pytest.mark.parametrize("bits", BITS)
-def test_the_gradient_of_x_is_the_outgoing_one_times_the_weight(bits: int, ordered: bool) -> None:
+def test_gradient_of_x_is_outgoing_gradient_times_weight(bits: int, ordered: bool) -> None:
     case = arguments((2, 3), 33, 172, bits=bits, bias=True, ordered=ordered)
     case["x"].requires_grad_()
     y = op.w4a16_linear(**case)
@@ -173,7 +173,7 @@ def test_the_gradient_of_x_is_the_outgoing_one_times_the_weight(bits: int, order
     assert_is_the_gradient(case["x"].grad, outgoing, case)
 
 
-def test_a_column_used_twice_gets_both_gradients() -> None:
+def test_column_used_twice_sums_its_gradients() -> None:
     case = arguments((1,), 1, 2, group=None, symmetric=True)
     case |= {"words": layout.pack(torch.tensor([[9, 11]], dtype=torch.uint8), 4), "scales": torch.ones(1, 1)}
     case["column_order"] = torch.tensor([1, 1])
@@ -183,7 +183,7 @@ def test_a_column_used_twice_gets_both_gradients() -> None:
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_a_trained_x_passes_where_no_gradient_is_kept(mode: Any) -> None:
+def test_trained_x_is_accepted_without_grad_mode(mode: Any) -> None:
     case = arguments((2,), 5, 64)
     case["x"].requires_grad_()
     with mode():
@@ -191,7 +191,7 @@ def test_a_trained_x_passes_where_no_gradient_is_kept(mode: Any) -> None:
     assert not y.requires_grad
 
 
-def test_a_weight_without_rows_gives_no_features() -> None:
+def test_weight_without_rows_gives_no_features() -> None:
     case = arguments((2,), 0, 64)
     assert op.w4a16_linear(**case).shape == (2, 0)
 
@@ -260,19 +260,19 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("change", "message"), REFUSED.values(), ids=REFUSED)
-def test_bad_arguments_are_refused_with_what_was_expected(change: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_name_what_was_expected(change: dict[str, Any], message: str) -> None:
     case = arguments((2,), 5, 172, bias=True, ordered=True) | change
     with pytest.raises(KernelInputError, match=message):
         op.check(**grouped(case))
 
 
-def test_the_op_checks() -> None:
+def test_op_checks_its_arguments() -> None:
     case = arguments((2,), 5, 172)
     with pytest.raises(KernelInputError, match="scales: found strides"):
         op.w4a16_linear(**case | {"scales": torch.zeros(5, 6).t()})
 
 
-def test_autocast_casts_x_as_it_does_for_torchs_linear() -> None:
+def test_autocast_casts_x_as_for_torch_linear() -> None:
     given = arguments((3,), 24, 64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = op.linear(**grouped(given))
@@ -281,7 +281,7 @@ def test_autocast_casts_x_as_it_does_for_torchs_linear() -> None:
     assert torch.equal(y, op.linear(**grouped({**given, "x": given["x"].to(torch.bfloat16)})))
 
 
-def test_a_bias_that_asks_for_a_gradient_gets_none_either_way() -> None:
+def test_trainable_bias_gets_no_gradient() -> None:
     """The short way round torch's dispatcher would give it one, the op does not."""
     given = arguments((3,), 24, 64, bias=True)
     given["bias"].requires_grad_(True)

@@ -86,7 +86,7 @@ def assert_is_the_definition_in_bfloat16(y: Tensor, x: Tensor, weight: dict[str,
 @pytest.mark.parametrize(
     ("N", "K", "group"), [(16, 32, 32), (48, 192, 64), (64, 256, 128), (80, 512, 256), (32, 1024, 512), (16, 96, 96)]
 )
-def test_few_rows_are_the_definition_in_bfloat16(N: int, K: int, group: int, symmetric: bool) -> None:
+def test_few_rows_equal_the_reference_in_bfloat16(N: int, K: int, group: int, symmetric: bool) -> None:
     made = weight(N, K, group=group, symmetric=symmetric)
     for lead in ((1,), (2, 8), ()):
         x = random_x(*lead, K)
@@ -94,13 +94,13 @@ def test_few_rows_are_the_definition_in_bfloat16(N: int, K: int, group: int, sym
 
 
 @pytest.mark.parametrize("K", [128, 160, 384])
-def test_one_scale_a_row_is_repeated(K: int) -> None:
+def test_one_scale_per_row_is_repeated(K: int) -> None:
     made = weight(32, K, group=K, symmetric=False)
     x = random_x(3, K)
     assert_is_the_definition_in_bfloat16(run(x, made), x, made, None, None)
 
 
-def test_a_last_group_cut_short_keeps_its_scale() -> None:
+def test_partial_last_group_keeps_its_scale() -> None:
     made = weight(16, 160, group=128, symmetric=False)
     x = random_x(3, 160)
     assert prepared(made)[1].shape == (5, 16, 2)
@@ -116,7 +116,7 @@ def test_bias_and_column_order_in_every_dtype(dtype: torch.dtype) -> None:
     assert_is_the_definition_in_bfloat16(y, x, made, bias, order)
 
 
-def test_rows_packed_in_pieces_are_rows_packed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packing_in_pieces_equals_packing_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made = weight(208, 64)
     whole = prepared(made)[0]
     monkeypatch.setattr(int4pack, "ROWS_AT_ONCE", 64)
@@ -132,12 +132,12 @@ def test_rows_packed_in_pieces_are_rows_packed_at_once(monkeypatch: pytest.Monke
         (16, 64, {"zeros": torch.full((2, 16), -1, dtype=torch.int16)}),
     ],
 )  # fmt: skip
-def test_what_the_op_of_torch_cannot_hold_gets_no_pair(N: int, K: int, change: dict[str, Any]) -> None:
+def test_unsupported_weights_get_no_int4_copy(N: int, K: int, change: dict[str, Any]) -> None:
     made = weight(N, K, group=change.get("columns_per_group", 32)) | change
     assert int4pack.prepare(weight_in(made)) is None
 
 
-def test_other_widths_and_devices_get_no_pair() -> None:
+def test_other_widths_and_devices_get_no_int4_copy() -> None:
     made = weight(16, 64)
     eight = made | {"bits": 8, "words": layout.pack(torch.zeros(16, 64, dtype=torch.uint8), 8)}
     assert int4pack.prepare(weight_in(eight)) is None
@@ -163,7 +163,7 @@ def test_gradients_come_from_the_words() -> None:
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["inference", "trained"])
-def test_torch_accepts_the_op_with_a_pair(trained: bool) -> None:
+def test_torch_accepts_the_op_with_an_int4_copy(trained: bool) -> None:
     made, x = weight(16, 64, symmetric=False), random_x(2, 64).requires_grad_(trained)
     torch.library.opcheck(op.w4a16_linear, (x, random_x(16), *with_pair(made)))
 
@@ -184,14 +184,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("change", "message"), REFUSED.values(), ids=REFUSED)
-def test_a_pair_that_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
+def test_int4_copy_of_another_shape_is_refused(change: dict[str, Any], message: str) -> None:
     made = weight(32, 128)
     pair = dict(zip(("int4_words", "int4_grid"), prepared(made), strict=True)) | change
     with pytest.raises(KernelInputError, match=message):
         op.w4a16_linear(x=random_x(1, 128), bias=None, column_order=None, **made, **pair)
 
 
-def test_the_short_way_is_the_op() -> None:
+def test_direct_call_equals_the_op() -> None:
     """`op.linear` leaves the dispatcher out; with gradients, tracing, modes and other tensors it goes through it."""
     made, x = weight(32, 128), random_x(2, 128)
     packed = with_pair(made)
@@ -203,7 +203,7 @@ def test_the_short_way_is_the_op() -> None:
     assert trained.grad is not None
 
 
-def test_a_tracer_sees_one_op() -> None:
+def test_tracing_records_one_op() -> None:
     from torch.fx.experimental.proxy_tensor import make_fx
 
     made, x = weight(32, 128), random_x(2, 128)
@@ -213,13 +213,13 @@ def test_a_tracer_sees_one_op() -> None:
     assert called == [torch.ops.llmq.w4a16_linear.default]
 
 
-def test_off_means_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_setting_off_disables_int4(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(int4pack.VARIABLE, "off")
     assert int4pack.prepare(weight_in(weight(16, 64))) is None
     assert int4pack.describe() == "torch's int4 product on CPU: not used (LLMQ_CPU_INT4=off)"
 
 
-def test_another_value_warns_and_means_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_setting_warns_and_means_auto(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(int4pack.VARIABLE, "maybe")
     with pytest.warns(UserWarning, match="LLMQ_CPU_INT4='maybe' is not one of auto, on, off"):
         assert "measured" in int4pack.choose().reason
@@ -234,7 +234,7 @@ def test_another_value_warns_and_means_auto(monkeypatch: pytest.MonkeyPatch) -> 
         ({16: 3, 4: 3, 1: 3}, 0),
     ],
 )
-def test_the_limit_is_the_highest_rung_that_passes_by_a_margin(
+def test_limit_is_the_largest_that_is_faster_by_a_margin(
     seconds: dict[int, float], rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rungs = iter(int4pack.LIMITS)
@@ -244,7 +244,7 @@ def test_the_limit_is_the_highest_rung_that_passes_by_a_margin(
     assert ("up to" in int4pack.describe()) == (rows > 0)
 
 
-def test_a_torch_without_the_op_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_without_the_op_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> None:
         raise AttributeError("'_OpNamespace' 'aten' object has no attribute '_convert_weight_to_int4pack_for_cpu'")
 

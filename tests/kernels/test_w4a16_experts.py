@@ -36,7 +36,7 @@ def run(kernel: str, case: dict[str, Any]) -> Tensor:
     return KERNELS[kernel](**grouped(case))
 
 
-def test_the_definition_takes_each_pair_by_itself() -> None:
+def test_reference_multiplies_pairs_independently() -> None:
     values = in_numpy(arguments(dtype=torch.float32))
     expected = np.einsum("pk,pnk->pn", values["x"][values["token"]], weights_of(values)[values["expert"]])
     found = reference.experts(**grouped(values))
@@ -46,7 +46,7 @@ def test_the_definition_takes_each_pair_by_itself() -> None:
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("group", [16, 32, 128, None])
 @pytest.mark.parametrize("bits", BITS)
-def test_the_op_is_the_definition(bits: int, group: int | None, symmetric: bool) -> None:
+def test_op_equals_the_reference(bits: int, group: int | None, symmetric: bool) -> None:
     for dtype in HALF_UNIT:
         case = arguments(bits=bits, group=group, symmetric=symmetric, bias=symmetric, dtype=dtype)
         assert_is_the_definition(op.w4a16_experts(**case), case)
@@ -72,7 +72,7 @@ def test_any_routing(kernel: str, routing: str) -> None:
     ],
 )
 @pytest.mark.parametrize("kernel", ["alone", "grouped"])
-def test_the_kernels_in_every_grouping(kernel: str, group: int | None, K: int, symmetric: bool, bias: bool) -> None:
+def test_kernels_support_every_grouping(kernel: str, group: int | None, K: int, symmetric: bool, bias: bool) -> None:
     case = arguments(K=K, group=group, symmetric=symmetric, bias=bias)
     assert gpu.covers(case["x"], weight_in(case))
     assert_is_the_definition(run(kernel, case), case)
@@ -86,7 +86,7 @@ def test_rows_of_x_may_have_any_strides(kernel: str) -> None:
         assert run(kernel, case | {"x": strided}).equal(run(kernel, case))
 
 
-def test_what_the_kernels_leave_to_torch() -> None:
+def test_unsupported_weights_are_left_to_torch() -> None:
     half, weight = torch.zeros(1, 64, dtype=torch.float16), weight_in(arguments(K=64))
     assert gpu.covers(half, weight)
     assert not gpu.covers(half, weight._replace(bits=8))
@@ -100,7 +100,7 @@ def test_there_are_always_enough_blocks(counts: list[int], block_m: int) -> None
     assert needed <= gpu.most_blocks(sum(counts), len(counts), block_m)
 
 
-def test_blocks_are_larger_the_more_pairs_there_are() -> None:
+def test_blocks_grow_with_the_number_of_pairs() -> None:
     assert [gpu.tiles_for(P, 8).block_m for P in (1, 8, 9, 128, 129, 256, 257, 10**6)] == [1, 1, 16, 16, 32, 32, 64, 64]
     assert [gpu.tiles_for(P, 128).block_m for P in (8, 64, 65, 2048, 2049)] == [1, 1, 16, 16, 32]
 
@@ -136,13 +136,13 @@ def changed(name: str, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         (changed("expert", lambda e: e - 1), "expert: found -1 to 2, expected 0 to 3"),
     ],
 )
-def test_refusals(case: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_are_refused(case: dict[str, Any], message: str) -> None:
     with pytest.raises(KernelInputError, match=message):
         op.w4a16_experts(**case)
 
 
 @pytest.mark.parametrize("routing", ["spread", "nothing"])
-def test_torch_finds_nothing_wrong(routing: str) -> None:
+def test_torch_accepts_the_op(routing: str) -> None:
     case = arguments(routing, N=8, K=64, dtype=torch.float32)
     case["x"].requires_grad_()
     torch.library.opcheck(op.w4a16_experts, tuple(case.values()))
@@ -161,7 +161,7 @@ def test_one_graph_when_compiled() -> None:
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
-def test_the_gradient_sums_over_the_pairs_of_a_token(routing: str) -> None:
+def test_gradient_sums_over_the_pairs_of_a_token(routing: str) -> None:
     """Within float32's bound for sums over N rows of each pair and over the pairs."""
     case = arguments(routing, dtype=torch.float32)
     case["x"].requires_grad_()

@@ -98,7 +98,7 @@ SHAPES = [
 
 @pytest.mark.parametrize("config", [AFTER, BEFORE], ids=["after", "before"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_four_bits_are_the_definition(shape: tuple[int, int, int, int | None], config: configs.Config) -> None:
+def test_four_bits_equal_the_reference(shape: tuple[int, int, int, int | None], config: configs.Config) -> None:
     case = arguments(*shape)
     y = gpu.linear_on(machine(config), **grouped(case))
     assert_is_the_definition(y, case, rounded_weight=config is BEFORE)
@@ -114,7 +114,7 @@ def test_scaling_after_the_dot_rounds_no_weight() -> None:
 
 @pytest.mark.parametrize("config", [AFTER, BEFORE], ids=["after", "before"])
 @pytest.mark.parametrize("zeros", ["none", "0", "15", "16"])
-def test_zeros_at_both_ends(zeros: str, config: configs.Config) -> None:
+def test_zero_points_at_both_ends(zeros: str, config: configs.Config) -> None:
     case = arguments(2, 33, 160, 32, zeros=zeros)
     assert_is_the_definition(gpu.linear_on(machine(config), **grouped(case)), case, rounded_weight=config is BEFORE)
 
@@ -134,7 +134,7 @@ def test_scales_of_another_dtype_round_the_weight_once(scale: torch.dtype) -> No
 
 @pytest.mark.parametrize("bits", [2, 3, 8])
 @pytest.mark.parametrize("shape", [(3, 33, 300, 32), (17, 7, 256, 64), (1, 20, 272, 128), (2, 9, 200, None)], ids=str)
-def test_other_widths_are_the_definition(shape: tuple[int, int, int, int | None], bits: int) -> None:
+def test_other_widths_equal_the_reference(shape: tuple[int, int, int, int | None], bits: int) -> None:
     for zeros in ("none", "random"):
         case = arguments(*shape, bits=bits, zeros=zeros)
         assert_is_the_definition(gpu.linear_on(machine(), **grouped(case)), case)
@@ -142,7 +142,7 @@ def test_other_widths_are_the_definition(shape: tuple[int, int, int, int | None]
 
 @pytest.mark.parametrize("bits", [3, 4])
 @pytest.mark.parametrize("splits", [1, 2, 3])
-def test_splits_join_in_poisoned_memory_and_leave_the_counters_at_zero(splits: int, bits: int) -> None:
+def test_splits_are_summed_and_counters_reset(splits: int, bits: int) -> None:
     M, N, K = 17, 40, 800  # 2 x 2 output tiles of 7 tiles of columns: no split has as many as another
     case = arguments(M, N, K, 32, bits=bits, extras=True)
     case["column_order"] = None
@@ -162,7 +162,7 @@ def test_splits_join_in_poisoned_memory_and_leave_the_counters_at_zero(splits: i
 
 @pytest.mark.parametrize("group", [32, 96, 128, None])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_dequantizing_is_the_definition_rounded_once(bits: int, group: int | None) -> None:
+def test_dequantize_equals_the_rounded_reference(bits: int, group: int | None) -> None:
     case = arguments(1, 45, 300, group, bits=bits)
     out = torch.full((37, 300), torch.nan, dtype=torch.float16)
     gpu.dequantize(weight_in(case), out, 5)
@@ -186,7 +186,7 @@ def test_many_rows_go_through_chunks_of_dequantized_weight(extras: bool, bits: i
 
 
 @pytest.mark.parametrize(("bits", "M", "chunks"), [(4, 8, 0), (4, 9, 2), (3, 8, 0)])
-def test_the_number_of_rows_decides(bits: int, M: int, chunks: int) -> None:
+def test_number_of_rows_selects_the_kernel(bits: int, M: int, chunks: int) -> None:
     case = arguments(M, 24, 160, 32, bits=bits)
     with Watch() as watch:
         y = gpu.linear_on(machine(crossover=8), **grouped(case))
@@ -204,7 +204,7 @@ def within(tensor: Tensor, *more: int) -> Tensor:
 
 @pytest.mark.parametrize("group", [32, 128])
 @pytest.mark.parametrize("bits", [3, 4])
-def test_nothing_beyond_the_tensors_is_read_or_written(bits: int, group: int) -> None:
+def test_kernels_stay_within_the_tensors(bits: int, group: int) -> None:
     """The last group is cut, the tile behind it has groups that do not exist, and neither M nor N fill a block."""
     M, N, K = 3, 20, 140
     case = arguments(M, N, K, group, bits=bits, extras=True)
@@ -241,13 +241,13 @@ def test_x_of_any_strides_and_leading_shape() -> None:
 
 
 @pytest.mark.parametrize("change", [{"x": torch.float32}, {"group": 16}, {"group": 48}], ids=str)
-def test_what_is_not_covered_goes_to_torch(change: dict[str, Any]) -> None:
+def test_uncovered_weights_use_torch(change: dict[str, Any]) -> None:
     case = arguments(3, 24, 160, change.get("group", 32))
     case["x"] = case["x"].to(change.get("x", torch.float16))
     assert torch.equal(gpu.linear_on(machine(), **grouped(case)), cpu.linear(**grouped(case)))
     assert not gpu.covers(case["x"].dtype, weight_in(case))
 
 
-def test_the_door_takes_what_cpu_linear_takes() -> None:
+def test_gpu_linear_takes_the_arguments_of_cpu_linear() -> None:
     case = arguments(2, 24, 160, 32, extras=True)
     assert_is_the_definition(gpu.linear(**grouped(case)), case)

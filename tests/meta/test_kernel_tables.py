@@ -24,7 +24,7 @@ def test_readme_shows_the_figures(kernel_tables: ModuleType) -> None:
     assert expected in readme, "run python scripts/kernel_tables.py"
 
 
-def test_what_was_not_measured_says_so(kernel_tables: ModuleType, tmp_path: Path) -> None:
+def test_tables_without_results_report_not_measured(kernel_tables: ModuleType, tmp_path: Path) -> None:
     assert kernel_tables.render(tmp_path).count(kernel_tables.NOT_MEASURED) == 2
 
 
