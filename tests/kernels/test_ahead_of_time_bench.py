@@ -1,4 +1,4 @@
-"""The naive kernels compile for GPUs that are not there: the first call on a real one is no time for type errors."""
+"""The naive kernels compile for GPUs, so that type errors show without one."""
 
 import pytest
 
@@ -46,5 +46,5 @@ def test_naive_kernels_compile(compiled: dict[str, Compiled], name: str) -> None
 
 @pytest.mark.slow
 def test_naive_kernels_convert_codes_one_by_one(compiled: dict[str, Compiled]) -> None:
-    """What the real kernel is held against: codes are converted one by one."""
+    """The real kernel is compared with it."""
     assert compiled["linear, few rows, bf16, sm_90"].instructions.get("I2FP", 0) >= 16

@@ -67,10 +67,10 @@ def compiled() -> dict[str, Compiled]:
 
 @pytest.mark.parametrize("name", JOBS)
 def test_it_compiles_without_spills(name: str, compiled: dict[str, Compiled]) -> None:
-    found = compiled[name]
-    assert found.error is None
-    assert found.stack == 0, f"{found.stack} bytes of registers are spilled"
-    assert found.shared <= SHARED[JOBS[name][1]["arch"]]
+    build = compiled[name]
+    assert build.error is None
+    assert build.stack == 0, f"{build.stack} bytes of registers are spilled"
+    assert build.shared <= SHARED[JOBS[name][1]["arch"]]
 
 
 @pytest.mark.parametrize("name", [name for name in JOBS if name.startswith("gram")])
@@ -82,7 +82,7 @@ def test_second_moment_uses_tensor_cores(name: str, compiled: dict[str, Compiled
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_gptq_block_loads_16_bytes_and_stays_in_registers(arch: int, compiled: dict[str, Compiled]) -> None:
-    found = compiled[f"block-{arch}"]
-    assert found.shared <= 1024
-    assert found.instructions["LDG"] <= 40  # 16 for the tile and as many for a row of U: 64 if the tile came by words
-    assert not {"LDL", "STL"} & set(found.instructions)
+    build = compiled[f"block-{arch}"]
+    assert build.shared <= 1024
+    assert build.instructions["LDG"] <= 40  # 16 for the tile and as many for a row of U: 64 if the tile came by words
+    assert not {"LDL", "STL"} & set(build.instructions)

@@ -1,7 +1,7 @@
-"""Which backend is chosen, and that what is missing or broken costs one line and never the run.
+"""Which backend is chosen; a missing or broken Triton gives one warning and never stops a run.
 
-Each case is a process of its own, because choices are made once in a process; a broken Triton is a package of that
-name in front of the real one.
+Each case is a separate process, because choices are made once per process; a broken Triton is a fake package of that
+name earlier on the path.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""What the measurements are made of: sessions, clocks, contenders, and tables of what was found."""
+"""The parts of the measurements: sessions, clocks, contenders and tables."""
 
 import contextlib
 import json
@@ -123,7 +123,7 @@ def test_stopwatch_excludes_time_of_watched_callees() -> None:
     clock = iter(range(100))
     exec("def inner(): pass\ndef outer(): inner(); inner()", vars(module))
     sys.modules[module.__name__] = module
-    stopwatch = Stopwatch(lambda: float(next(clock)))  # every look at the clock is a second later
+    stopwatch = Stopwatch(lambda: float(next(clock)))  # every reading of the clock is one second later
     points = (("out", "watched_program:outer"), ("in", "watched_program:inner"), ("none", "watched_program:gone"))
     with watching(stopwatch, points) as missing:
         original = module.outer
@@ -188,11 +188,11 @@ def test_copies_exceed_the_cache() -> None:
 )
 def test_pytest_outcomes_are_parsed_with_and_without_workers(line: str) -> None:
     reason = "FAILED tests/kernels/test_gpu_x.py::test_a[1-float16] - AssertionError: wrong by 1"
-    found = correctness.judged([line, reason], 1)
-    assert found["failures"] == [
+    outcome = correctness.judged([line, reason], 1)
+    assert outcome["failures"] == [
         {"test": "tests/kernels/test_gpu_x.py::test_a[1-float16]", "reason": "AssertionError: wrong by 1"}
     ]
-    assert found["wrong"]
+    assert outcome["wrong"]
 
 
 def test_passed_and_unfinished_tests_are_not_wrong() -> None:

@@ -1,4 +1,4 @@
-"""llmq's own files are read without torch: NumPy gives the floats that llmq gives."""
+"""Files of llmq are read without torch: NumPy gives the same floats as llmq."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ from tests import foreign
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj")
 
-# runs where torch cannot be imported, and says what was imported of llmq
+# runs where torch, transformers and llmq cannot be imported
 WITHOUT_TORCH = """
 import sys
 for name in ("torch", "transformers", "llmq"):
@@ -72,9 +72,9 @@ CASES: dict[str, Callable[[Path], Path]] = {
 def test_numpy_reads_the_same_floats_as_torch(tmp_path: Path, case: str) -> None:
     folder = CASES[case](tmp_path)
     expected = {name: weight.numpy() for name, weight in llmq.dequantize(folder)}
-    found = dict(files.dequantize(folder))
-    assert found.keys() == expected.keys()
-    for name, weight in found.items():
+    read = dict(files.dequantize(folder))
+    assert read.keys() == expected.keys()
+    for name, weight in read.items():
         assert weight.dtype == np.float32
         np.testing.assert_array_equal(weight, expected[name])
 
@@ -84,9 +84,9 @@ def test_files_are_read_without_torch(tmp_path: Path) -> None:
     path = {"PYTHONPATH": str(ROOT / "kernels"), "PATH": ""}
     out = tmp_path / "weights.npz"
     subprocess.run([sys.executable, "-c", WITHOUT_TORCH, str(folder), str(out)], check=True, env=path)
-    found: Any = np.load(out)
+    read: Any = np.load(out)
     for name, weight in llmq.dequantize(folder):
-        np.testing.assert_array_equal(found[name], weight.numpy())
+        np.testing.assert_array_equal(read[name], weight.numpy())
 
 
 def test_checkpoint_of_another_method_is_refused(tmp_path: Path) -> None:
@@ -119,8 +119,8 @@ def test_gguf_file_is_read_without_torch(checkpoint: Callable[..., Path], tmp_pa
     path = {"PYTHONPATH": str(ROOT / "kernels"), "PATH": ""}
     out = tmp_path / "weights.npz"
     subprocess.run([sys.executable, "-c", WITHOUT_TORCH, str(source), str(out)], check=True, env=path)
-    found: Any = np.load(out)
+    read: Any = np.load(out)
     expected = dict(llmq.dequantize(folder / "out.gguf"))
-    assert set(found) == expected.keys() and expected
+    assert set(read) == expected.keys() and expected
     for name, weight in expected.items():
-        np.testing.assert_array_equal(found[name], weight.numpy())
+        np.testing.assert_array_equal(read[name], weight.numpy())

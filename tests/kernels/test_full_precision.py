@@ -1,4 +1,4 @@
-"""`without_tf32`: off inside, and the process's own choice back afterwards, however it was made."""
+"""`without_tf32` turns TF32 off inside, and restores the setting of the process afterwards."""
 
 import subprocess
 import sys
@@ -40,7 +40,7 @@ if newer or "fp32" not in {choice!r}:
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_without_tf32_restores_the_setting(choice: str) -> None:
-    """In a process of its own, as torch remembers which of its switches was used."""
+    """In a separate process, because torch remembers which of its switches was used."""
     program = PROGRAM.format(path=str(KERNELS), choice=CHOICES[choice])
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr

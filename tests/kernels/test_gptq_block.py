@@ -1,7 +1,7 @@
-"""Rounding with compensation: the definition, the torch path and the kernel, in Triton's interpreter.
+"""Quantization with compensation: the reference, the torch path and the kernel, in Triton's interpreter.
 
-All compute the same sums in different order and precision, so a code may differ where its weight lies closer to the
-middle between two codes than float32 can tell (`TIE` steps); and then so may all that follow in that row.
+All compute the same sums in different order and precision, so a code may differ where its weight is closer to the
+middle between two codes than float32 resolves (`TIE` steps); and then so may all later codes of that row.
 """
 
 import os
@@ -100,21 +100,23 @@ def loss(case: Case, codes: NDArray[Any]) -> NDArray[np.float64]:
     return np.asarray(np.einsum("ekn,ekj,ejn->en", difference, case.H, difference))
 
 
-def assert_equal_but_for_ties(case: Case, found: NDArray[Any]) -> None:
-    """In a row the first code that differs from the definition's lies at a tie; few rows have one.
+def assert_equal_but_for_ties(case: Case, compensated: NDArray[Any]) -> None:
+    """In every row, the first code that differs from the reference is at a tie, and few rows have one.
 
-    The others have the same codes, and so the same loss.
+    The other rows have the same codes, hence the same loss.
     """
     codes, targets = defined(case)
     group = case.group_of.numpy()[:, :, None].astype(int)
     scale, zero = (np.take_along_axis(part.double().numpy(), group, 1) for part in (case.scales, case.zeros))
-    differs = found != codes  # (E, K, N)
+    differs = compensated != codes  # (E, K, N)
     rows = differs.any(1)
-    margin = np.abs(targets / scale + zero - (np.maximum(found, codes) - 0.5))  # from the middle of neighbouring codes
+    margin = np.abs(
+        targets / scale + zero - (np.maximum(compensated, codes) - 0.5)
+    )  # from the middle of neighbouring codes
     first = np.take_along_axis(margin, differs.argmax(1)[:, None], 1)[:, 0]
     assert (first[rows] <= TIE).all(), f"a code differs at {first[rows].max():.1e} steps from a tie"
     assert rows.mean() <= 0.1, "too many rows near a tie for the test to say much"
-    np.testing.assert_allclose(loss(case, found)[~rows], loss(case, codes)[~rows])
+    np.testing.assert_allclose(loss(case, compensated)[~rows], loss(case, codes)[~rows])
 
 
 @pytest.fixture(params=["torch", "triton"])

@@ -1,4 +1,4 @@
-"""GPTQ's two kernels compiled, on a GPU: the numbers of the definition, and every time the same bits."""
+"""GPTQ's two kernels compiled, on a GPU: equal to the reference, with the same bits in every run."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -31,7 +31,7 @@ def on_gpu(case: Case) -> Problem:
 def backend_name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv(backend.VARIABLE, request.param)
     if backend.choose(torch.device("cuda", 0)).name != request.param:
-        pytest.skip(f"the backend {request.param} is not to be had")
+        pytest.skip(f"the backend {request.param} is not available")
     yield request.param
 
 
@@ -55,7 +55,7 @@ def test_codes_equal_the_reference_except_at_ties(backend_name: str, settings: d
 
 
 def test_ties_are_rare(backend_name: str) -> None:
-    """After the first code that differs a row goes its own way: what is counted is first codes."""
+    """Only the first different code of a row counts: later codes of the row depend on it."""
     case = make_case(N=512, K=1024, group=128)
     codes = block.compensate(on_gpu(case)).cpu().numpy()
     rows = int((codes != defined(case)[0]).any(1).sum())
@@ -76,7 +76,7 @@ def test_quantization_gives_the_same_bits_every_time(backend_name: str) -> None:
     expected = block.compensate(on_gpu(case))
     for _ in range(REPEATS):
         poison = torch.full((1 << 20,), float("nan"), device="cuda")
-        del poison  # what the next call's scratch memory holds
+        del poison  # the content of the scratch memory of the next call
         assert torch.equal(block.compensate(on_gpu(case)), expected)
 
 
@@ -105,7 +105,7 @@ def test_quantization_can_be_captured_and_replayed() -> None:
         assert torch.equal(codes, expected)
 
 
-@pytest.mark.filterwarnings("ignore:Please use the new API")  # some versions of torch say so of the older switch
+@pytest.mark.filterwarnings("ignore:Please use the new API")  # some versions of torch warn about the older switch
 def test_tf32_setting_is_ignored_and_restored(backend_name: str) -> None:
     case = make_case(N=64, K=512)
     expected = block.compensate(on_gpu(case))
@@ -128,18 +128,18 @@ def test_second_moment_equals_the_reference(
     backend_name: str, T: int, K: int, upper_only: bool, dtype: torch.dtype
 ) -> None:
     x = (torch.randn(T, K, generator=torch.Generator().manual_seed(T)) + 0.5).to(dtype)
-    found = torch.zeros(K, K, device="cuda")
+    total = torch.zeros(K, K, device="cuda")
     if upper_only:
-        found.masked_fill_(torch.ones_like(found).tril(-1).bool(), float("nan"))
+        total.masked_fill_(torch.ones_like(total).tril(-1).bool(), float("nan"))
     for half in x.cuda().split(-(-T // 2)):
-        gram.update(found, half, upper_only=upper_only)
+        gram.update(total, half, upper_only=upper_only)
     if upper_only:
-        gram.mirror(found)
-        assert torch.equal(found, found.T)
+        gram.mirror(total)
+        assert torch.equal(total, total.T)
     X = x.double().numpy()
     expected, magnitude = reference.second_moment(X), reference.second_moment(np.abs(X))
     # Products are exact; a sum of T of them is off by less than T + 2 roundings, even if each of them cuts off.
-    assert (np.abs(found.double().cpu().numpy() - expected) <= (T + 2) * 2.0**-23 * magnitude).all()
+    assert (np.abs(total.double().cpu().numpy() - expected) <= (T + 2) * 2.0**-23 * magnitude).all()
 
 
 def test_second_moment_has_the_same_bits_every_time(backend_name: str) -> None:
@@ -147,9 +147,9 @@ def test_second_moment_has_the_same_bits_every_time(backend_name: str) -> None:
     expected = torch.zeros(1040, 1040, device="cuda")
     gram.update(expected, x, upper_only=True)
     for _ in range(REPEATS):
-        found = torch.zeros(1040, 1040, device="cuda")
-        gram.update(found, x, upper_only=True)
-        assert torch.equal(found.triu(), expected.triu())
+        total = torch.zeros(1040, 1040, device="cuda")
+        gram.update(total, x, upper_only=True)
+        assert torch.equal(total.triu(), expected.triu())
 
 
 def test_second_moment_needs_no_second_array(backend_name: str) -> None:
@@ -180,8 +180,8 @@ def test_gpu_error_equals_cpu_error(backend_name: str) -> None:
         stats = InputStats(400, torch.device(device))
         stats.update(X.to(device))
         for options in (Options(), Options(order="natural", scales="minmax")):
-            found = gptq.round_weight(W.to(device), stats, Scheme(4, 16), options)
-            error = output_error(W.to(device), found.quantized.dequantize(), stats.hessian)
+            rounding = gptq.round_weight(W.to(device), stats, Scheme(4, 16), options)
+            error = output_error(W.to(device), rounding.quantized.dequantize(), stats.hessian)
             loss[device, options.order] = float(error.sum())
     for order in ("activation", "natural"):
         assert loss["cuda", order] == pytest.approx(loss["cpu", order], rel=0.02)

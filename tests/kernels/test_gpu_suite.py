@@ -1,4 +1,4 @@
-"""The suite that measures on a GPU, run without one: every section in the interpreter, and all that can go wrong."""
+"""The GPU suite without a GPU: every section in the interpreter, and its failures."""
 
 import importlib.util
 import os
@@ -41,7 +41,7 @@ def suite() -> ModuleType:
 def interpreted(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple["subprocess.CompletedProcess[str]", dict[str, object]]:
-    """What the whole suite prints and writes on a CPU."""
+    """The output and the result file of the whole suite on a CPU."""
     out = tmp_path_factory.mktemp("suite")
     command = [sys.executable, str(SUITE), "--interpret", "--out", str(out), "--budget", "400"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -146,14 +146,14 @@ def run_fake(
     return content
 
 
-@pytest.mark.parametrize(("trouble", "said"), [("hang", "hung"), ("die", "ended with 11")])
+@pytest.mark.parametrize(("trouble", "reason"), [("hang", "hung"), ("die", "ended with 11")])
 def test_case_that_ends_the_process_is_named_and_skipped(
-    suite: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: str, said: str
+    suite: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: str, reason: str
 ) -> None:
     content = run_fake(suite, tmp_path, monkeypatch, trouble)
     assert results.cases(content, "environment").keys() == {"machine", "third"}
     (problem,) = results.problems(content, "environment")
-    assert problem.startswith("second: ") and said in problem
+    assert problem.startswith("second: ") and reason in problem
 
 
 def test_section_out_of_time_keeps_its_records(

@@ -155,9 +155,9 @@ def test_graphs_replay_at_the_same_time() -> None:
         for graph, stream in zip(graphs, streams, strict=True):
             with torch.cuda.stream(stream):
                 graph.replay()
-        beside = op.w4a16_linear(**case)
+        eager = op.w4a16_linear(**case)
         torch.cuda.synchronize()
-        assert all(torch.equal(y, expected) for y in (*results[0], *results[1], beside))
+        assert all(torch.equal(y, expected) for y in (*results[0], *results[1], eager))
 
 
 def test_many_rows_are_captured_and_replayed() -> None:

@@ -57,14 +57,14 @@ def test_torch_search_is_as_good_as_the_reference(shape: tuple[int, int, int], s
     tried = candidates(bits, symmetric)
     groups, costs, first, widest, zeros = arguments(shape, tried, bits)
     scales, chosen = torch_path.search(groups, costs, first, widest, zeros, tried)
-    found = errors(groups, costs, scales, chosen, tried.levels)
+    chosen_errors = errors(groups, costs, scales, chosen, tried.levels)
     for r in range(shape[0]):
         for g in range(shape[1]):
             start = (float(first[0][r, g]), float(first[1][r, g]))
             parts = (float(widest[r, g]), float(zeros[r, g]), tried.levels, tried.factors, tried.offsets, tried.shifts)
             best = reference.search(groups[r, g].numpy(), costs[g].numpy(), start, *parts)
             least = reference.error(groups[r, g].numpy(), costs[g].numpy(), *best, tried.levels)
-            assert found[r, g] <= least * (1 + 2**-18)
+            assert chosen_errors[r, g] <= least * (1 + 2**-18)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -81,7 +81,7 @@ def test_kernel_chooses_as_torch(shape: tuple[int, int, int], symmetric: bool, b
     torch_ = torch_path.search(groups, costs, first, widest, zeros, tried)
     same = (kernel[0] == torch_[0]) & (kernel[1] == torch_[1])
     assert same.float().mean() > 0.9
-    ours, theirs = (errors(groups, costs, *found, tried.levels) for found in (kernel, torch_))
+    ours, theirs = (errors(groups, costs, *choice, tried.levels) for choice in (kernel, torch_))
     np.testing.assert_allclose(ours, theirs, rtol=2**-18)
 
 

@@ -1,4 +1,4 @@
-"""What importing costs: a CPU user without triton, and a reader of the reference without torch, must both be served."""
+"""Imports: ops work without triton, and references without torch."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The op against its definition, over widths, groups, zeros and shapes; what it refuses; how it behaves when traced."""
+"""The op against its reference, over widths, groups, zero points and shapes; invalid arguments; tracing."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from llmq_kernels.w4a16.packed_weight import PackedWeight
 from tests.kernels.cases import grouped, in_numpy, weight_in
 
 BITS = (2, 3, 4, 8)
-GROUPS = (16, 32, 64, 128, 256, None)  # None: one group a row
+GROUPS = (16, 32, 64, 128, 256, None)  # None: one group per row
 SHAPES = (((1,), 33, 172), ((17,), 7, 352), ((2, 3), 1, 128), ((0,), 5, 172), ((), 6, 40))  # x's leading shape, N, K
 ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # half a unit in the last place
 SMALLEST = {torch.float32: 2.0**-149, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133}
@@ -124,7 +124,7 @@ def test_scales_may_have_another_dtype_than_x(dtype: torch.dtype, scale: torch.d
 
 @pytest.mark.parametrize("per_group", [1, 24, 100, 172, 344, 1000])
 def test_groups_of_any_width(per_group: int) -> None:
-    """Foreign files have odd groups, and tensor-parallel shards cut them."""
+    """Files of other tools have odd group sizes, and tensor-parallel shards cut groups."""
     case = arguments((3,), 5, 344, group=per_group, symmetric=False)
     assert_is_the_definition(op.w4a16_linear(**case), case)
 
@@ -282,7 +282,7 @@ def test_autocast_casts_x_as_for_torch_linear() -> None:
 
 
 def test_trainable_bias_gets_no_gradient() -> None:
-    """The short way round torch's dispatcher would give it one, the op does not."""
+    """Without torch's dispatcher it would get one."""
     given = arguments((3,), 24, 64, bias=True)
     given["bias"].requires_grad_(True)
     for y in (op.linear(**grouped(given)), torch.ops.llmq.w4a16_linear(*given.values())):

@@ -1,4 +1,4 @@
-"""What surrounds the GPU kernels and needs neither a GPU nor Triton: tables, counters, the search for tile sizes."""
+"""Parts of the GPU path that need neither a GPU nor Triton: tables, counters, the search for tile sizes."""
 
 import json
 import time
@@ -83,7 +83,7 @@ def test_streams_and_captures_have_separate_counters() -> None:
 
 
 def costs(config: configs.Config) -> float | None:
-    """A made-up GPU: quickest at five stages and twice as many programs as it has room for; 128 rows do not fit."""
+    """A synthetic GPU: fastest at five stages and two programs per multiprocessor; 128 rows do not fit."""
     if config.block_n == 128:
         return None
     return 1 + abs(config.stages - 5) + abs(config.ctas_per_sm - 2) + (not config.prefetch)
@@ -113,8 +113,8 @@ def test_every_candidate_is_valid_in_a_table() -> None:
 
 def test_tuned_table_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small, large = tune.Timed(AFTER, 2.5e-6), tune.Timed(BEFORE, 3e-5)
-    found = {"64x128": {1: small, 32: large}, "256x128": {1: large}}
-    text = tune.document(90, tune.table(found, 48, 1024), {"hardware": "none"})
+    tuned = {"64x128": {1: small, 32: large}, "256x128": {1: large}}
+    text = tune.document(90, tune.table(tuned, 48, 1024), {"hardware": "none"})
     (tmp_path / "mine.json").write_text(text)
     monkeypatch.setenv(configs.VARIABLE, str(tmp_path / "mine.json"))
     table = configs.for_architecture(90)

@@ -1,4 +1,4 @@
-"""The int4 product of torch against the definition, within bfloat16; when it is used, and what says so."""
+"""The int4 product of torch against the reference, within bfloat16, and when it is used."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -18,7 +18,7 @@ HALF = 2.0**-8  # half a unit in the last place of bfloat16, relative
 
 @pytest.fixture(autouse=True)
 def on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Without asking the processor: a test's path does not depend on how busy the machine is."""
+    """Without measuring the processor, so that the path of a test does not depend on other load."""
     monkeypatch.setenv(int4pack.VARIABLE, "on")
     if not int4pack.choose().rows:
         pytest.skip(int4pack.describe())
@@ -249,8 +249,8 @@ def test_torch_without_the_op_falls_back(monkeypatch: pytest.MonkeyPatch) -> Non
         raise AttributeError("'_OpNamespace' 'aten' object has no attribute '_convert_weight_to_int4pack_for_cpu'")
 
     monkeypatch.setattr(int4pack.Trial, "make", missing)
-    for asked in ("auto", "on"):
-        monkeypatch.setenv(int4pack.VARIABLE, asked)
+    for setting in ("auto", "on"):
+        monkeypatch.setenv(int4pack.VARIABLE, setting)
         int4pack._choose.cache_clear()
         assert int4pack.choose().rows == 0
         assert "no attribute '_convert_weight_to_int4pack_for_cpu'" in int4pack.describe()

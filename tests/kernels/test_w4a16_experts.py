@@ -1,4 +1,4 @@
-"""The experts' op and both of its kernels against the definition; what it refuses; how it behaves when traced."""
+"""The experts' op and both of its kernels against the reference; invalid arguments; tracing."""
 
 from collections.abc import Callable
 from functools import partial
@@ -39,8 +39,8 @@ def run(kernel: str, case: dict[str, Any]) -> Tensor:
 def test_reference_multiplies_pairs_independently() -> None:
     values = in_numpy(arguments(dtype=torch.float32))
     expected = np.einsum("pk,pnk->pn", values["x"][values["token"]], weights_of(values)[values["expert"]])
-    found = reference.experts(**grouped(values))
-    np.testing.assert_allclose(found, expected + values["bias"][values["expert"]], rtol=0, atol=1e-10)
+    products = reference.experts(**grouped(values))
+    np.testing.assert_allclose(products, expected + values["bias"][values["expert"]], rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
