@@ -21,6 +21,8 @@ from llmq_kernels.errors import KernelInputError
 from llmq_kernels.w4a16 import cpu, gpu, int4pack, layout
 from llmq_kernels.w4a16.packed_weight import PackedWeight
 
+INT16, UINT8, BFLOAT16 = (torch.int16,), (torch.uint8,), (torch.bfloat16,)
+WORDS = {bits: f"words of {bits} bits" for bits in layout.PLANES}  # made once: `check` runs in every call
 AUTOCAST = ("cpu", "cuda")  # other device types have no autocast, or none that torch reports
 
 
@@ -122,8 +124,8 @@ def check(x: Tensor, weight: PackedWeight[Tensor], bias: Tensor | None) -> None:
         require("column_order", column_order, INDICES, (in_features,), device)
     if int4_words is not None and int4_grid is not None:
         pieces = int4_grid.shape[0] if int4_grid.dim() else 0
-        require("int4_words", int4_words, (torch.uint8,), (N, in_features // 2), device)
-        require("int4_grid", int4_grid, (torch.bfloat16,), (pieces, N, 2), device)
+        require("int4_words", int4_words, UINT8, (N, in_features // 2), device)
+        require("int4_grid", int4_grid, BFLOAT16, (pieces, N, 2), device)
         if in_features not in [pieces * group for group in int4pack.GROUPS]:
             raise KernelInputError(
                 f"int4_grid: found {pieces} pieces of {in_features} columns, expected 32 to 256 columns per piece"
@@ -154,10 +156,10 @@ def check_weight(
     else:
         N = words.shape[0] if words.dim() else 0
         rows, packed, grid = (N,), (N, per_row), (G, N)
-    require(f"words of {bits} bits", words, (torch.int16,), packed, device)
+    require(WORDS[bits], words, INT16, packed, device)
     require("scales", scales, FLOATS, grid, device)
     if zeros is not None:
-        require("zeros", zeros, (torch.int16,), grid, device)
+        require("zeros", zeros, INT16, grid, device)
     if bias is not None:
         require("bias", bias, FLOATS, rows, device)
     return rows
