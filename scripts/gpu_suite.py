@@ -1,14 +1,14 @@
-"""Check and measure every kernel on the GPU of this machine, in one call of less than nine minutes.
+"""Check and measure every kernel on the GPU of this machine, in less than nine minutes.
 
     python scripts/gpu_suite.py                      all sections but tune, into kernels/bench/results
-    python scripts/gpu_suite.py --smoke              small and quick: the first contact with a GPU
-    python scripts/gpu_suite.py --only w4a16 decode  some sections; those of the file that are not run again are kept
+    python scripts/gpu_suite.py --smoke              small and fast: for a first try on a GPU
+    python scripts/gpu_suite.py --only w4a16 decode  some sections; the file keeps its other sections
     python scripts/gpu_suite.py --only tune          search tile sizes for this GPU (llmq_kernels/w4a16/tune.py)
     python scripts/gpu_suite.py --interpret --out FOLDER    tiny, in Triton's interpreter: tests the suite, not the GPU
 
-Needs torch, triton, transformers, safetensors and numpy, and no network.  Each section runs in a process of its own:
-one that hangs or loses the GPU is ended and goes on after the case that did it.  Results are in <gpu>-<date>.json as
-soon as they are there.  The exit code is 1 where anything was wrong.  `scripts/docs.py` makes tables of them.
+Needs torch, triton, transformers, safetensors and numpy, and no network.  Each section runs in a separate process: if
+it hangs or loses the GPU, it is restarted after the case that failed.  Results are written to <gpu>-<date>.json as soon
+as they are measured.  The exit code is 1 if anything was wrong.  `scripts/docs.py` makes tables of them.
 """
 
 import argparse
@@ -30,26 +30,26 @@ from bench import results, tables  # noqa: E402
 from bench.__main__ import RESTART  # noqa: E402
 from bench.session import append_record, read_records, results_of  # noqa: E402
 
-# section: its share of the time.  `environment` always runs: it measures what the others are held against.
+# section: its share of the time.  `environment` always runs: the others are compared with its measurements.
 SECTIONS = {"environment": 40.0, "correctness": 130.0, "w4a16": 180.0, "gptq": 95.0, "decode": 75.0}
 ON_REQUEST = {"tune": 300.0}
 BUDGET = 520.0
-TICK = 0.2  # seconds between two looks at a section
-GRACE = 12.0  # seconds for a section to notice that its time is up, before it is ended
-SILENCE = 100.0  # seconds without a word, after which a section counts as hung
+TICK = 0.2  # seconds between two checks of a section
+GRACE = 12.0  # seconds after the end of its time in which a section may stop by itself
+SILENCE = 100.0  # seconds without output, after which a section counts as hung
 RESTARTS = 4
 ENVIRONMENT = "environment"
-OUT_OF_TIME = "out of time, and had to be ended"
+OUT_OF_TIME = "out of time, ended by the suite"
 
 
 @dataclass
 class Suite:
-    """One call: what was asked for, and the file that it fills; `path` is known once the device is."""
+    """One call: its settings and its result file; `path` is known once the device is known."""
 
     plan: str
     out: Path
     end: float
-    program: Sequence[str] = (sys.executable, "-m", "bench")  # what runs a section
+    program: Sequence[str] = (sys.executable, "-m", "bench")  # runs a section
     started: float = field(default_factory=time.time)
     device: str = "unknown"
     date: str = field(default_factory=lambda: datetime.date.today().isoformat())
@@ -59,13 +59,13 @@ class Suite:
         return self.out / results.file_name(self.device, self.plan, self.date)
 
     def keep(self, section: str, status: str, seconds: float, records: Path) -> None:
-        """Put what a section has found so far into the result file."""
+        """Write the records of a section so far into the result file."""
         kept = [record for record in read_records(records) if record["kind"] != "begin"]
-        found = {"status": status, "plan": self.plan, "seconds": round(seconds, 1), "sources": results.sources()}
-        results.merge(self.path, self.device, self.date, section, {**found, "records": kept})
+        entry = {"status": status, "plan": self.plan, "seconds": round(seconds, 1), "sources": results.sources()}
+        results.merge(self.path, self.device, self.date, section, {**entry, "records": kept})
 
     def run(self, section: str, seconds: float) -> None:
-        """One section, in as many processes as it takes."""
+        """One section, in as many processes as necessary."""
         start = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             records = Path(folder) / "records"
@@ -84,7 +84,7 @@ class Suite:
                     (self.out / result["file"]).write_text(result["text"], encoding="utf-8")
 
     def _process(self, section: str, seconds: float, start: float, records: Path) -> str:
-        """done, out of time, failed, or restart: a case took the process along, and others are left."""
+        """done, out of time, failed, or restart: a case ended the process, and other cases are left."""
         command = [*self.program, section, "--plan", self.plan, "--seconds", str(seconds)]
         command += ["--records", str(records), "--started", str(self.started)]
         begun = len(read_records(records))
@@ -95,25 +95,25 @@ class Suite:
             finally:
                 end(process)
             errors.seek(0)
-            said = errors.read().strip().splitlines()
-        found = read_records(records)
+            messages = errors.read().strip().splitlines()
+        written = read_records(records)
         if reason is None and process.returncode == 0:
-            return "out of time" if any(record["kind"] == "left out" for record in found) else "done"
-        reason = reason or f"the process ended with {process.returncode}: {said[-1] if said else 'no message'}"
-        self._print(section, reason, *said[-12:])
-        last = found[-1] if found else None
+            return "out of time" if any(record["kind"] == "left out" for record in written) else "done"
+        reason = reason or f"the process ended with {process.returncode}: {messages[-1] if messages else 'no message'}"
+        self._print(section, reason, *messages[-12:])
+        last = written[-1] if written else None
         unfinished = last["case"] if last is not None and last["kind"] == "begin" else None
         if reason == OUT_OF_TIME:
             append_record(records, {"kind": "left out", "case": unfinished or "the rest", "reason": reason})
             return "out of time"
         if unfinished is not None or process.returncode != RESTART:
             append_record(records, {"kind": "error", "case": unfinished or "the section", "error": reason})
-        return "restart" if len(found) > begun else "failed"
+        return "restart" if len(written) > begun else "failed"
 
     def _watch(
         self, process: subprocess.Popen[bytes], section: str, latest: float, start: float, records: Path
     ) -> str | None:
-        """Wait for the process and keep what it writes; why it has to be ended, None where it ended itself."""
+        """Wait for the process and keep its records; the reason to end it, None if it ended itself."""
         sign, seen = time.monotonic(), 0.0
         while process.poll() is None:
             time.sleep(TICK)
@@ -125,7 +125,7 @@ class Suite:
             if time.monotonic() > latest:
                 return OUT_OF_TIME
             if time.monotonic() - sign > SILENCE:
-                return f"hung: no word for {SILENCE:.0f} s"
+                return f"hung: no output for {SILENCE:.0f} s"
         return None
 
     def _print(self, section: str, *lines: str) -> None:
@@ -134,17 +134,17 @@ class Suite:
 
 
 def environment(plan: str) -> dict[str, str]:
-    """Of a section's process."""
+    """The environment variables of a section's process."""
     paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    found = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
-    found |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    variables |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if plan == "interpret":
-        return {**found, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    return {name: value for name, value in found.items() if name != "TRITON_INTERPRET"}
+        return {**variables, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    return {name: value for name, value in variables.items() if name != "TRITON_INTERPRET"}
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """End a section's process and those that it started: they are a group of their own."""
+    """End a section's process and the processes that it started, which are a process group."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -152,24 +152,24 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 def main() -> int:
     arguments = parse()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))  # so that the section is ended, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))  # so that the section is ended too
     plan = "interpret" if arguments.interpret else "smoke" if arguments.smoke else "full"
     suite = Suite(plan, arguments.out or results.FOLDER, time.monotonic() + arguments.budget)
     suite.out.mkdir(parents=True, exist_ok=True)
     wanted = {ENVIRONMENT, *(arguments.only or SECTIONS)}
     waiting = {name: share for name, share in (SECTIONS | ON_REQUEST).items() if name in wanted}
-    while waiting:  # time that a section does not take goes to those after it
+    while waiting:  # unused time of a section goes to the next ones
         left = suite.end - time.monotonic() - GRACE
         name, share = next(iter(waiting.items()))
         suite.run(name, left * share / sum(waiting.values()))
         del waiting[name]
     content = results.read(suite.path)
     print(f"\n{tables.report(content)}\n")
-    found = [f"{name}: {problem}" for name in SECTIONS | ON_REQUEST if name in wanted
+    problems = [f"{name}: {problem}" for name in SECTIONS | ON_REQUEST if name in wanted
              for problem in results.problems(content, name)]  # fmt: skip
-    print("\n".join(found) if found else "nothing wrong")
+    print("\n".join(problems) if problems else "nothing wrong")
     print(f"{suite.path}, {time.time() - suite.started:.0f} s")
-    return 1 if found else 0
+    return 1 if problems else 0
 
 
 def parse() -> argparse.Namespace:
@@ -181,7 +181,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--interpret", action="store_true", help="on a CPU, in Triton's interpreter; needs --out")
     arguments = parser.parse_args()
     if arguments.interpret and arguments.out is None:
-        parser.error("--interpret measures nothing that may be published: give it a folder with --out")
+        parser.error("--interpret gives no figures for publication: name a folder with --out")
     return arguments
 
 

@@ -1,4 +1,4 @@
-"""One section in this process: what `scripts/gpu_suite.py` starts, so that nothing a kernel does can end the suite."""
+"""Run one section: a process that `scripts/gpu_suite.py` starts, so that a kernel cannot end the suite."""
 
 import argparse
 import importlib
@@ -9,7 +9,7 @@ from pathlib import Path
 from bench.plan import PLANS
 from bench.session import ContextLostError, Session
 
-RESTART = 75  # the exit code that asks for a new process
+RESTART = 75  # the exit code that requests a new process
 
 
 def main() -> int:
@@ -25,7 +25,7 @@ def main() -> int:
     try:
         section.measure(PLANS[arguments.plan], session)
     except ContextLostError as lost:
-        session.say(f"{lost}: the device is lost to this process")
+        session.report(f"{lost}: this process has lost the device")
         return RESTART
     return 0
 

@@ -1,7 +1,7 @@
-"""Is it right, compiled, on this device?  Every kernel against its definition, and the same bits again.
+"""Checks every kernel, compiled, on this device against its definition, and that repeats give the same bits.
 
-A second line behind the tests, for machines without pytest, and for what only a real GPU can show: programs of one
-launch that run at the same time, two streams, replayed graphs.
+They add to the tests: for machines without pytest, and for what only a real GPU can show, such as programs of one
+launch that run at the same time, two streams and replayed graphs.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,36 +16,19 @@ from bench.plan import Plan
 from bench.session import Result, Session
 from bench.weights import TOLERANCES, poison, relative_error
 from llmq_kernels.gptq_block import torch_path
-from llmq_kernels.w4a16 import gpu, layout, reference
-from llmq_kernels.w4a16 import op as _op  # noqa: F401  (registers llmq::w4a16_linear)
+from llmq_kernels.gptq_block.problem import Problem
+from llmq_kernels.w4a16 import gpu, layout, op, reference
+from llmq_kernels.w4a16.packed_weight import PackedWeight
 from llmq_kernels.w4a16_experts import gpu as experts_gpu
 from llmq_kernels.w4a16_experts import reference as experts_reference
 
-LEAST_EQUAL_CODES = 0.999  # ties, and sums in another order, may turn a code
+LEAST_EQUAL_CODES = 0.999  # ties, and sums in another order, may change a code
 GRAM_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
-class Weight:
-    """One packed weight and what else the product takes."""
-
-    words: Tensor
-    scales: Tensor
-    zeros: Tensor | None
-    bias: Tensor | None
-    column_order: Tensor | None
-    bits: int
-    in_features: int
-    columns_per_group: int
-
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return self.words, self.scales, self.zeros, self.bias, self.column_order
-
-
-@dataclass(frozen=True)
 class Shape:
-    """A case of the product: M rows, N x K, group, bits, and which of the optional parts are there."""
+    """A case of the product: M rows, N x K, group, bits, and which of the optional arrays exist."""
 
     M: int
     N: int
@@ -61,7 +44,7 @@ class Shape:
         return " ".join([f"{self.M} x {self.N} x {self.K} g{self.group} {self.bits} bits", *extras])
 
 
-# For a GPU: few rows and many splits, odd sizes, several tiles of rows, above the crossover, every width.
+# For a GPU: few rows and many splits, odd sizes, several tiles of rows, above the crossover, every bit width.
 SHAPES = (
     Shape(1, 192, 4096, 128), Shape(1, 97, 1000, 64, bias=True), Shape(16, 192, 4096, 32), Shape(7, 130, 520, 32),
     Shape(33, 256, 2048, 128, zeros=False), Shape(64, 512, 1024, 1024), Shape(200, 384, 512, 128, order=True),
@@ -95,90 +78,76 @@ def cases(plan: Plan, device: torch.device, repeats: int) -> Iterator[tuple[str,
 
 
 def product(shape: Shape, dtype: torch.dtype, device: torch.device, repeats: int) -> Result:
-    """The error against float64, and whether every repeat gives the same bits; NaN where an output was left out."""
-    weight = make_weight(shape, dtype, device)
+    """The error against float64, and whether every repeat gives the same bits; NaN where an output was not written."""
+    weight, bias = make_weight(shape, dtype, device)
     x = torch.randn(shape.M, shape.K, device=device).to(dtype)
-    exact = reference.linear(
-        numpy(x), *(None if part is None else numpy(part) for part in weight.tensors),  # type: ignore[arg-type]
-        bits=weight.bits, in_features=weight.in_features, columns_per_group=weight.columns_per_group,
-    )  # fmt: skip
+    exact = reference.linear(numpy(x), weight.with_arrays(numpy), None if bias is None else numpy(bias))
     poison(torch.Size(exact.shape), dtype, device)
-    first = multiply(x, weight)
-    same = all_same(first, lambda: multiply(x, weight), repeats)
+    first = multiply(x, weight, bias)
+    same = all_same(first, lambda: multiply(x, weight, bias), repeats)
     error = relative_error(first, torch.from_numpy(exact).to(device))
     return judged(error, TOLERANCES[dtype], same)
 
 
-def multiply(x: Tensor, weight: Weight) -> Tensor:
+def multiply(x: Tensor, weight: PackedWeight[Tensor], bias: Tensor | None) -> Tensor:
     """The op on a GPU; on a CPU the GPU's kernel, interpreted."""
-    if x.is_cuda:
-        on_gpu: Tensor = torch.ops.llmq.w4a16_linear(
-            x, *weight.tensors, weight.bits, weight.in_features, weight.columns_per_group
-        )
-        return on_gpu
-    return gpu.linear(
-        x, *weight.tensors,  # type: ignore[arg-type]
-        bits=weight.bits, in_features=weight.in_features, columns_per_group=weight.columns_per_group,
-    )  # fmt: skip
+    return op.linear(x, weight, bias) if x.is_cuda else gpu.linear(x, weight, bias)
 
 
 def assembly(dtype: torch.dtype, device: torch.device) -> Result:
-    """Unpacking by inline assembly gives the bits of unpacking by shifts; the interpreter, which has only the latter,
-    holds it against itself.
+    """Unpacking by inline assembly gives the same bits as unpacking by shifts.
+
+    The interpreter has only the latter and compares it with itself.
     """
     machine = gpu.machine_of(device)
     plain = replace(machine, assembly=False)
     differing = []
     for shape in ASSEMBLED if device.type == "cuda" else SHAPES_INTERPRETED[:1]:
-        weight, x = make_weight(shape, dtype, device), torch.randn(shape.M, shape.K, device=device).to(dtype)
-        grid = {
-            "bits": weight.bits, "in_features": weight.in_features, "columns_per_group": weight.columns_per_group
-        }  # fmt: skip
-        outputs = [gpu.linear_on(each, x, *weight.tensors, **grid) for each in (machine, plain)]  # type: ignore[arg-type]
-        if not torch.equal(*outputs):
+        (weight, bias), x = make_weight(shape, dtype, device), torch.randn(shape.M, shape.K, device=device).to(dtype)
+        if not torch.equal(gpu.linear_on(machine, x, weight, bias), gpu.linear_on(plain, x, weight, bias)):
             differing.append(str(shape))
     return {"differing": differing, "wrong": bool(differing), "summary": f"differs for {differing or 'no shape'}"}
 
 
 def in_a_graph(repeats: int) -> Result:
-    """Replays of a captured product give the bits of a plain call, on new values in the same x, too."""
+    """Replays of a captured product give the same bits as a plain call, for new values in the same x too."""
     device = torch.device("cuda")
-    weight = make_weight(SHAPES[0], torch.float16, device)
+    weight, bias = make_weight(SHAPES[0], torch.float16, device)
     x = torch.randn(1, weight.in_features, device=device).half()
-    multiply(x, weight)
+    multiply(x, weight, bias)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = multiply(x, weight)
+        captured = multiply(x, weight, bias)
     differing = 0
     for _ in range(repeats):
         x.copy_(torch.randn_like(x))
         captured.fill_(float("nan"))
         graph.replay()
-        differing += not torch.equal(captured, multiply(x, weight))
+        differing += not torch.equal(captured, multiply(x, weight, bias))
     return {"differing": differing, "wrong": differing > 0, "summary": f"{differing} of {repeats} replays differ"}
 
 
 def on_two_streams(repeats: int) -> Result:
     """Products that run at the same time in two streams do not disturb each other's split sums."""
     device = torch.device("cuda")
-    weight = make_weight(SHAPES[0], torch.float16, device)
+    weight, bias = make_weight(SHAPES[0], torch.float16, device)
     inputs = [torch.randn(1, weight.in_features, device=device).half() for _ in range(2)]
-    expected = [multiply(x, weight) for x in inputs]
+    expected = [multiply(x, weight, bias) for x in inputs]
     streams = [torch.cuda.Stream() for _ in inputs]
     torch.cuda.synchronize()
     outputs: list[list[Tensor]] = [[], []]
     for _ in range(repeats):
         for index, stream in enumerate(streams):
             with torch.cuda.stream(stream):
-                outputs[index].append(multiply(inputs[index], weight))
+                outputs[index].append(multiply(inputs[index], weight, bias))
     torch.cuda.synchronize()
     differing = sum(not torch.equal(y, expected[i]) for i in range(2) for y in outputs[i])
     return {"differing": differing, "wrong": differing > 0, "summary": f"{differing} of {2 * repeats} calls differ"}
 
 
 def rounding(device: torch.device, repeats: int) -> Result:
-    """GPTQ's kernel against the torch path: the share of equal codes, and the same codes again."""
+    """GPTQ's kernel against the torch path: the share of equal codes, and whether repeats give the same codes."""
     from llmq_kernels.gptq_block import triton_kernel
 
     K, N = (512, 200) if device.type == "cuda" else (128, 16)
@@ -189,14 +158,15 @@ def rounding(device: torch.device, repeats: int) -> Result:
     groups = (torch.arange(K, device=device) // 64).to(torch.int32)[None]
 
     def codes(by: Callable[..., None]) -> Tensor:
-        columns, found = weight.clone(), torch.full((1, K, N), 255, dtype=torch.uint8, device=device)
+        problem = Problem(weight.clone(), upper, scales, zeros, groups, 15)
+        written = torch.full((1, K, N), 255, dtype=torch.uint8, device=device)
         for start in range(0, K, 128):
-            by(columns, found, upper, scales, zeros, groups, 15, start, start + 128)
-        return found
+            by(problem, written, start, start + 128)
+        return written
 
-    first = codes(triton_kernel.round_columns)
-    same = all_same(first, lambda: codes(triton_kernel.round_columns), min(repeats, 20))
-    equal = float((first == codes(torch_path.round_columns)).float().mean())
+    first = codes(triton_kernel.quantize_columns)
+    same = all_same(first, lambda: codes(triton_kernel.quantize_columns), min(repeats, 20))
+    equal = float((first == codes(torch_path.quantize_columns)).float().mean())
     wrong = equal < LEAST_EQUAL_CODES or not same
     return {"equal_codes": equal, "same_bits": same, "wrong": wrong, "summary": f"{equal:.4%} equal, repeats {same}"}
 
@@ -219,47 +189,39 @@ def second_moment(dtype: torch.dtype, device: torch.device, repeats: int) -> Res
 
 
 def experts(dtype: torch.dtype, device: torch.device, repeats: int) -> Result:
-    """Both kernels of the mixture, few pairs and many, against the definition."""
+    """Both kernels of the experts, for few pairs and for many, against the definition."""
     on_gpu = device.type == "cuda"
     E, N, K, tokens = (8, 192, 512, 40) if on_gpu else (2, 16, 128, 2)
-    weights = [make_weight(Shape(1, N, K, 64), dtype, device) for _ in range(E)]
+    weights = [make_weight(Shape(1, N, K, 64), dtype, device)[0] for _ in range(E)]
     words, scales, zeros = (torch.stack([getattr(w, name) for w in weights]) for name in ("words", "scales", "zeros"))
+    stack = PackedWeight(words, scales, zeros, 4, K, 64)
     worst, same = 0.0, True
     for pairs in (3, 4 * tokens) if on_gpu else (3,):
         x = torch.randn(tokens, K, device=device).to(dtype)
         token, expert = torch.randint(tokens, (pairs,), device=device), torch.randint(E, (pairs,), device=device)
-        run = partial(
-            experts_gpu.experts, x, token, expert, words, scales, zeros, None,
-            bits=4, in_features=K, columns_per_group=64,
-        )  # fmt: skip
+        run = partial(experts_gpu.experts, x, token, expert, stack, None)
         first = run()
-        exact = experts_reference.experts(
-            numpy(x), numpy(token), numpy(expert), numpy(words), numpy(scales), numpy(zeros), None,
-            bits=4, in_features=K, columns_per_group=64,
-        )  # fmt: skip
+        exact = experts_reference.experts(numpy(x), numpy(token), numpy(expert), stack.with_arrays(numpy), None)
         worst = max(worst, relative_error(first, torch.from_numpy(exact).to(device)))
         same = same and all_same(first, run, repeats)
     return judged(worst, TOLERANCES[dtype], same)
 
 
-def make_weight(shape: Shape, dtype: torch.dtype, device: torch.device) -> Weight:
-    """Random codes over all values, scales of either sign."""
+def make_weight(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[PackedWeight[Tensor], Tensor | None]:
+    """A random weight with codes over all values and scales of either sign; its bias (N,), or None."""
     G, N, K = -(-shape.K // shape.group), shape.N, shape.K
     codes = torch.randint(0, 1 << shape.bits, (N, K), dtype=torch.uint8, device=device)
     scales = torch.rand(G, N, device=device) * 0.02 + 0.002
     scales[:, ::5] *= -1
-    return Weight(
-        layout.pack(codes, shape.bits),
-        scales.to(dtype),
-        torch.randint(0, 1 << shape.bits, (G, N), dtype=torch.int16, device=device) if shape.zeros else None,
-        torch.randn(N, device=device).to(dtype) if shape.bias else None,
-        torch.randperm(K, device=device) if shape.order else None,
-        shape.bits, K, shape.group,
-    )  # fmt: skip
+    zeros = torch.randint(0, 1 << shape.bits, (G, N), dtype=torch.int16, device=device) if shape.zeros else None
+    order = torch.randperm(K, device=device) if shape.order else None
+    words = layout.pack(codes, shape.bits)
+    bias = torch.randn(N, device=device).to(dtype) if shape.bias else None
+    return PackedWeight(words, scales.to(dtype), zeros, shape.bits, K, shape.group, order), bias
 
 
 def all_same(first: Tensor, again: Callable[[], Tensor], repeats: int) -> bool:
-    """Whether each of so many repeats has the bits of `first`."""
+    """Whether every repeat has the same bits as `first`."""
     return all(torch.equal(first, again()) for _ in range(repeats))
 
 
@@ -269,10 +231,10 @@ def judged(error: float, tolerance: float, same: bool) -> Result:
     verdict = "WRONG, " if wrong else ""
     return {
         "error": error, "tolerance": tolerance, "same_bits": same, "wrong": wrong,
-        "summary": f"{verdict}error {error:.1e} of {tolerance:.0e}, the same bits again: {same}",
+        "summary": f"{verdict}error {error:.1e} of {tolerance:.0e}, same bits in every repeat: {same}",
     }  # fmt: skip
 
 
 def numpy(tensor: Tensor) -> np.ndarray:
-    """On the host; bf16, which NumPy has not, as float32."""
+    """On the host; bf16, which NumPy does not have, as float32."""
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy()

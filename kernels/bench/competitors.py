@@ -1,10 +1,10 @@
-"""The same product by other means: each is prepared from the same codes, or refuses with a reason.
+"""The product by our op and by others: each contender is prepared from the same codes, or refuses with a reason.
 
 cublas        torch.mm on a 16-bit weight: what a model that is not quantized runs
 tinygemm      torch's own int4 product, bf16 only.  Its weight is (code - 8) s + z, so z = (8 - zero) s
 naive_triton  `triton_naive.linear`
-dequantize    `triton_naive.dequantize` into a buffer, then cuBLAS, each call anew
-gemlite       the fastest in Triton that is published, where it is installed
+dequantize    `triton_naive.dequantize` into a buffer, then cuBLAS, in each call
+gemlite       the fastest published Triton kernel, where it is installed
 """
 
 import importlib.util
@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 
 from bench.weights import Packed, codes, copies_for
+from llmq_kernels.w4a16 import op as _op  # noqa: F401  (registers llmq::w4a16_linear)
 
 INNER_TILES = 8  # of tinygemm's layout
-FEW_ROWS = 256  # nobody would run tinygemm or the naive kernel above, and the time is better spent
+FEW_ROWS = 256  # above, tinygemm and the naive kernel are not useful, and take long
 ANY_ROWS = 1 << 30
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """`multiply(i, x)` is x (M, K) times copy i of the weight, (M, N); `exact` where it is the packed weight's."""
+    """`multiply(i, x)` is x (M, K) times copy i of the weight, (M, N); `exact` if it is the packed weight."""
 
     multiply: Callable[[int, Tensor], Tensor]
     copies: int
@@ -38,6 +39,16 @@ class NotAvailableError(Exception):
 Maker = Callable[[Packed, torch.dtype, int], Prepared]
 
 
+def ours(packed: Packed) -> Prepared:
+    """The op as a model calls it."""
+
+    def multiply(i: int, x: Tensor) -> Tensor:
+        product: Tensor = torch.ops.llmq.w4a16_linear(x, None, *packed.weight(i))
+        return product
+
+    return Prepared(multiply, packed.copies)
+
+
 def cublas(packed: Packed, dtype: torch.dtype, cache: int) -> Prepared:
     """x Wᵀ with a random W (N, K) in 16 bits."""
     (_, N, _), K = packed.words.shape, packed.in_features
@@ -47,7 +58,7 @@ def cublas(packed: Packed, dtype: torch.dtype, cache: int) -> Prepared:
 
 
 def tinygemm(packed: Packed, dtype: torch.dtype, cache: int) -> Prepared:
-    """`torch._weight_int4pack_mm`, weights in its own tiled layout."""
+    """`torch._weight_int4pack_mm`, weights in its tiled layout."""
     if dtype != torch.bfloat16:
         raise NotAvailableError("bf16 only")
     one = codes(packed)  # (N, K)
@@ -67,7 +78,7 @@ def tinygemm(packed: Packed, dtype: torch.dtype, cache: int) -> Prepared:
 
 
 def naive_triton(packed: Packed, dtype: torch.dtype, cache: int) -> Prepared:
-    """The first version that one would write."""
+    """The simplest Triton kernel."""
     from bench import triton_naive
 
     weights, scales, zeros = _rows_of_words(packed, cache)
@@ -78,7 +89,7 @@ def naive_triton(packed: Packed, dtype: torch.dtype, cache: int) -> Prepared:
 
 
 def dequantize(packed: Packed, dtype: torch.dtype, cache: int) -> Prepared:
-    """The whole weight in 16 bits, each call anew, then cuBLAS."""
+    """The whole weight dequantized to 16 bits in each call, then cuBLAS."""
     from bench import triton_naive
 
     weights, scales, zeros = _rows_of_words(packed, cache)
@@ -90,7 +101,7 @@ def dequantize(packed: Packed, dtype: torch.dtype, cache: int) -> Prepared:
 
 
 def gemlite(packed: Packed, dtype: torch.dtype, cache: int) -> Prepared:
-    """GemLite's layer, with the configurations that it ships."""
+    """GemLite's layer with the configurations that it ships."""
     if importlib.util.find_spec("gemlite") is None:
         raise NotAvailableError("not installed")
     if packed.words.device.type == "cpu":

@@ -19,7 +19,7 @@ from bench.plan import Plan
 from bench.results import ROOT
 from bench.session import Result, Session
 
-SHARE_OF_TESTS = {True: 0.6, False: 0.95}  # of the section's time, with a sanitizer to come and without
+SHARE_OF_TESTS = {True: 0.6, False: 0.95}  # of the section's time, with a sanitizer to run afterwards and without
 SANITIZER_SECONDS = 30.0
 LEAST_SECONDS = 10.0
 # `path::test PASSED [ 5%]`, or from parallel workers `[gw3] [ 5%] PASSED path::test`
@@ -31,7 +31,7 @@ TOOLS = ("memcheck", "racecheck", "initcheck")
 
 
 def measure(plan: Plan, session: Session) -> None:
-    """Cases: compile, those of `checks`, tests, and one for each of the TOOLS."""
+    """Cases: compile, those of `checks`, tests, and one for each of TOOLS."""
     sanitizer = shutil.which(SANITIZER) is not None
     end_of_tests = time.monotonic() + SHARE_OF_TESTS[sanitizer] * session.seconds_left
     with running_tests() as tests:  # while the checks run, on other cores
@@ -46,7 +46,7 @@ def measure(plan: Plan, session: Session) -> None:
 
 @dataclass(frozen=True)
 class Tests:
-    """pytest on its way: the process and what it prints; `missing` says why there is none."""
+    """Running tests: the process of pytest and its output; `missing` is the reason if there is none."""
 
     process: subprocess.Popen[str] | None
     output: Path
@@ -55,7 +55,7 @@ class Tests:
 
 @contextmanager
 def running_tests() -> Iterator[Tests]:
-    """`pytest -m gpu` on the tests that are made for it; ended when the block is left."""
+    """`pytest -m gpu` on the tests for GPUs; killed when the block is left."""
     files = sorted(str(file.relative_to(ROOT)) for file in (ROOT / "tests" / "kernels").glob("test_gpu_*.py"))
     files = [file for file in files if not file.endswith("test_gpu_suite.py")]
     missing = "" if files else "no test needs a GPU"
@@ -66,7 +66,7 @@ def running_tests() -> Iterator[Tests]:
         if missing:
             yield Tests(None, output, missing)
             return
-        # The project's settings name an option of a plugin that may not be there, and make warnings errors.
+        # The settings of the project name an option of a plugin that may be missing, and make warnings errors.
         command = [sys.executable, "-m", "pytest", "-v", "--tb=line", "-m", "gpu", "-p", "no:cacheprovider"]
         command += ["-W", "ignore::pytest.PytestConfigWarning"]
         if importlib.util.find_spec("xdist") is not None:
@@ -81,23 +81,23 @@ def running_tests() -> Iterator[Tests]:
 
 
 def judge_tests(tests: Tests, session: Session, end: float) -> Result:
-    """Wait for the tests; what ran before the time was up counts."""
+    """Wait for the tests; those that ran in time count."""
     if tests.process is None:
         return {"available": False, "wrong": False, "summary": tests.missing}
-    said = 0
+    reported = 0
     while tests.process.poll() is None and time.monotonic() < end:
         time.sleep(0.5)
         lines = tests.output.read_text(encoding="utf-8").splitlines()
-        if len(lines) > said:
-            said = len(lines)
-            session.say(f"tests: {lines[-1][:110]}")
+        if len(lines) > reported:
+            reported = len(lines)
+            session.report(f"tests: {lines[-1][:110]}")
     return judged(tests.output.read_text(encoding="utf-8").splitlines(), tests.process.poll())
 
 
 def judged(lines: Sequence[str], code: int | None) -> Result:
-    """The outcome of each test, by pytest's own lines; `code` is None where it did not end."""
-    outcomes = {found[2] or found[3]: found[1] or found[4] for line in lines if (found := OUTCOME.match(line))}
-    reasons = {found[1]: found[2][:300] for line in lines if (found := REASON.match(line))}
+    """The outcome of each test, read from the output of pytest; `code` is its exit code, None if it did not end."""
+    outcomes = {match[2] or match[3]: match[1] or match[4] for line in lines if (match := OUTCOME.match(line))}
+    reasons = {match[1]: match[2][:300] for line in lines if (match := REASON.match(line))}
     count = {kind: sum(outcome == kind for outcome in outcomes.values()) for kind in set(outcomes.values())}
     failures = [
         {"test": name, "reason": reasons.get(name, "")} for name, o in outcomes.items() if o in ("FAILED", "ERROR")
@@ -116,13 +116,13 @@ SANITIZER = "compute-sanitizer"
 
 
 def sanitize(tool: str, seconds: float) -> Result:
-    """`sanitized.py` under one of the sanitizer's tools."""
+    """`sanitized.py` under one tool of the sanitizer."""
     if shutil.which(SANITIZER) is None:
         return {"available": False, "wrong": False, "summary": f"{SANITIZER} is not installed"}
-    # Without PyTorch's allocator every tensor is an allocation of its own, whose ends the tool knows.
+    # Without PyTorch's allocator every tensor is a separate allocation, whose bounds the tool knows.
     from bench import sanitized
 
-    sanitized.main()  # compiles: the watched program finds it done
+    sanitized.main()  # compiles, so that the checked program does not
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     options = ["--tool", tool, "--report-api-errors", "no", "--error-exitcode", "9"]
     command = [SANITIZER, *options, sys.executable, "-m", "bench.sanitized"]
@@ -131,7 +131,7 @@ def sanitize(tool: str, seconds: float) -> Result:
             command, cwd=Path(ROOT), env=environment, capture_output=True, text=True, timeout=seconds, check=False
         )
     except subprocess.TimeoutExpired:
-        return {"available": True, "wrong": False, "finished": False, "summary": f"not done after {seconds:.0f} s"}
+        return {"available": True, "wrong": False, "finished": False, "summary": f"not finished after {seconds:.0f} s"}
     text = done.stdout + done.stderr
     summary = ERRORS_FOUND.findall(text)
     ran = bool(summary) and "done" in done.stdout.split()

@@ -1,11 +1,11 @@
-"""The packed product on this machine's CPU against float32 and against dequantising the weight at every call.
+"""The packed product on this machine's CPU against float32 and against dequantizing the weight in every call.
 
     PYTHONPATH=.:kernels python -m bench.cpu --out kernels/bench/results/cpu-DATE.json
 
 For each size and number of rows, in one run and in turns: torch's float32 linear on a float weight; the packed layer as
-a model runs it; the same without its int4 copy, by pieces; and what the pieces are there to beat, the whole weight
-dequantised and then multiplied.  Every contender goes round among so many copies of its weight that none is in the
-cache when its turn comes.  The ratios count; what else the machine does, it does to all of them.
+a model runs it; the same without its int4 copy, by pieces; and, for comparison with the pieces, the whole weight
+dequantized and then multiplied.  Every contender cycles through enough copies of its weight that none is in the cache
+at its next call.  The ratios matter: other load on the machine affects all contenders.
 """
 
 import argparse
@@ -25,12 +25,13 @@ from torch import Tensor
 from bench.environment import machine
 from bench.timing import Contender, Spread, interleaved
 from llmq_kernels.w4a16 import int4pack, layout, op
+from llmq_kernels.w4a16.packed_weight import PackedWeight
 
 SIZES = (1024, 4096)
 ROWS = (1, 4, 16, 64, 256, 1024)
 GROUP = 128
 BEYOND_CACHE = 96 << 20  # bytes of all copies of a weight together, three times a large L3 slice
-SECONDS = 0.4  # for one contender and one case
+SECONDS = 0.4  # per contender and case
 FEWEST, MOST = 5, 101  # replays
 FLOAT, PACKED, PIECES, WHOLE = "torch fp32", "llmq", "llmq by pieces", "dequantize, then torch"
 COLUMNS = ("N x K", "M", FLOAT, PACKED, PIECES, WHOLE, f"{PACKED} / {FLOAT}", f"{PIECES} / {WHOLE}")
@@ -43,27 +44,26 @@ class Weights:
         self.N, self.K = N, K
         copies = max(2, BEYOND_CACHE // (N * K // 2))
         self.scales = torch.rand(K // GROUP, N) * 0.01
-        self.words = [torch.randint(-(1 << 15), 1 << 15, (N, K // 4), dtype=torch.int16) for _ in range(copies)]
-        grid = {"bits": 4, "in_features": K, "columns_per_group": GROUP}
-        self.pairs = [int4pack.prepare(words, self.scales, None, **grid) or (None, None) for words in self.words]
+        words = [torch.randint(-(1 << 15), 1 << 15, (N, K // 4), dtype=torch.int16) for _ in range(copies)]
+        self.plain = [PackedWeight(copy, self.scales, None, 4, K, GROUP) for copy in words]
+        pairs = [int4pack.prepare(weight) or (None, None) for weight in self.plain]
+        self.packed = [
+            weight._replace(int4_words=codes, int4_grid=grid)
+            for weight, (codes, grid) in zip(self.plain, pairs, strict=True)
+        ]
         self.floats = [torch.randn(N, K) for _ in range(max(2, BEYOND_CACHE // (4 * N * K)))]
 
     def contenders(self, x: Tensor) -> dict[str, Contender]:
         """By name; x (M, K) float32."""
         return {
             FLOAT: Contender(lambda i: F.linear(x, self.floats[i]), len(self.floats)),
-            PACKED: Contender(lambda i: self.packed(x, i, *self.pairs[i]), len(self.words)),
-            PIECES: Contender(lambda i: self.packed(x, i, None, None), len(self.words)),
-            WHOLE: Contender(partial(self.whole, x), len(self.words)),
+            PACKED: Contender(lambda i: op.linear(x, self.packed[i], None), len(self.packed)),
+            PIECES: Contender(lambda i: op.linear(x, self.plain[i], None), len(self.plain)),
+            WHOLE: Contender(partial(self.whole, x), len(self.plain)),
         }
 
-    def packed(self, x: Tensor, i: int, int4_words: Tensor | None, int4_grid: Tensor | None) -> Tensor:
-        return op.linear(
-            x, self.words[i], self.scales, None, None, None, 4, self.K, GROUP, int4_words, int4_grid
-        )  # fmt: skip
-
     def whole(self, x: Tensor, i: int) -> Tensor:
-        codes = layout.unpack(self.words[i], 4, self.K).to(torch.float32).sub_(8)  # (N, K)
+        codes = layout.unpack(self.plain[i].words, 4, self.K).to(torch.float32).sub_(8)  # (N, K)
         groups = codes.view(self.N, -1, GROUP).mul_(self.scales.t().unsqueeze(2))  # (N, G, 128)
         return F.linear(x, groups.view(self.N, self.K))
 
@@ -86,7 +86,7 @@ def measure(size: int, rows: Iterable[int]) -> list[dict[str, Any]]:
 
 
 def _turned(contenders: dict[str, Contender]) -> dict[str, Contender]:
-    """The same, each going on to its next copy at every call, however few calls a replay has."""
+    """The same contenders, each using its next copy in every call, for any number of calls per replay."""
 
     def turning(contender: Contender) -> Contender:
         calls = iter(range(1 << 62))
@@ -110,7 +110,7 @@ def cells(case: dict[str, Any]) -> list[str]:
 
 
 def stamp(note: str) -> dict[str, Any]:
-    """When, where and with what; `note` says what else the machine did."""
+    """Date, hardware and software; `note` describes other load on the machine."""
     return {
         "date": datetime.date.today().isoformat(),
         "cpu": _model_name(),
@@ -124,7 +124,7 @@ def stamp(note: str) -> dict[str, Any]:
 
 
 def _model_name() -> str:
-    """As the processor calls itself, where Linux tells."""
+    """The name of the processor, where Linux reports it."""
     described = Path("/proc/cpuinfo")
     lines = described.read_text().splitlines() if described.exists() else []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
-    parser.add_argument("--note", default="", help="what else the machine did meanwhile, for the record")
+    parser.add_argument("--note", default="", help="other load on the machine, for the record")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     print("  ".join(f"{column:>16}" for column in COLUMNS))

@@ -1,13 +1,13 @@
-"""Tokens a second of a small model on this machine's CPU: float32 by transformers, and the same in 4 bits by llmq.
+"""Tokens per second of a small model on this machine's CPU: float32 by transformers, and the same in 4 bits by llmq.
 
     PYTHONPATH=.:kernels python -m bench.cpu_decode --out kernels/bench/results/cpu-decode-DATE.json
 
-A random Llama of 12 layers, 512 wide, is saved, quantized (rtn: speed does not depend on which codes they are) and
+A random Llama of 12 layers, 512 wide, is saved, quantized (by rtn, since speed does not depend on the codes) and
 loaded as a user loads it.
 
-Batch 1, greedy: after a short prompt, each step feeds one token through the whole model with a cache, and times it.
-The models take turns of a few steps each, so that what else the machine does falls on all of them; the CPU time of a
-step, of all threads, hardly counts what others do.  `by pieces` is llmq without torch's int4 product.
+Batch 1, greedy: after a short prompt, each step runs one token through the whole model with a cache, and is timed.  The
+models take turns of a few steps, so that other load on the machine affects all of them; the CPU time of a step, of all
+threads, hardly includes other load.  `by pieces` is llmq without torch's int4 product.
 """
 
 import argparse
@@ -34,11 +34,11 @@ TOKENIZER = ROOT / "eval" / "models" / "tiny-python-llama"
 SHAPE = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 12, "num_attention_heads": 8,
          "num_key_value_heads": 8, "vocab_size": 4096, "max_position_embeddings": 512}  # fmt: skip
 FLOAT, PACKED, PIECES = "transformers fp32", "llmq", "llmq by pieces"
-PROMPT, WARM_UP, STEPS = 32, 2, 8  # tokens; steps of a turn that are not timed, and that are
+PROMPT, WARM_UP, STEPS = 32, 2, 8  # tokens; steps per turn that are not timed; timed steps per turn
 
 
 def make_models(folder: Path) -> dict[str, Any]:
-    """The three, from one set of random weights."""
+    """The three models, from one set of random weights."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(folder / "float")
@@ -46,17 +46,17 @@ def make_models(folder: Path) -> dict[str, Any]:
     llmq.quantize(str(folder / "float"), folder / "packed", method="rtn", scales="minmax")
     models = {FLOAT: AutoModelForCausalLM.from_pretrained(folder / "float", dtype=torch.float32).eval()}
     models[PACKED] = load_model(folder / "packed", device="cpu")
-    asked = os.environ.get(int4pack.VARIABLE)
+    setting = os.environ.get(int4pack.VARIABLE)
     os.environ[int4pack.VARIABLE] = "off"
-    models[PIECES] = load_model(folder / "packed", device="cpu")  # has no pair, whatever the variable says later
+    models[PIECES] = load_model(folder / "packed", device="cpu")  # has no int4 copy, whatever the variable is later
     del os.environ[int4pack.VARIABLE]
-    if asked is not None:
-        os.environ[int4pack.VARIABLE] = asked
+    if setting is not None:
+        os.environ[int4pack.VARIABLE] = setting
     return models
 
 
 def seconds_of_steps(model: Any, prompt: Tensor) -> list[tuple[float, float]]:
-    """Prompt (1, T) int64 -> (wall, CPU) seconds of each of `STEPS` single-token steps after it."""
+    """Prompt (1, T) int64 -> (wall, CPU) seconds of each of the `STEPS` single-token steps after it."""
     taken = []
     name = cache_argument(model)
     assert name is not None, "the model keeps no keys and values"
@@ -71,7 +71,7 @@ def seconds_of_steps(model: Any, prompt: Tensor) -> list[tuple[float, float]]:
 
 
 def measure(turns: int) -> dict[str, Any]:
-    """Name -> tokens a second by the median step, and the spread of the steps."""
+    """Name -> tokens per second of the median step, and the spread of the steps."""
     prompt = torch.randint(0, SHAPE["vocab_size"], (1, PROMPT))
     seconds: dict[str, list[tuple[float, float]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -98,27 +98,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--turns", type=int, default=12)
-    parser.add_argument("--note", default="", help="what else the machine did meanwhile, for the record")
+    parser.add_argument("--note", default="", help="other load on the machine, for the record")
     arguments = parser.parse_args()
     quiet_transformers()
     torch.manual_seed(0)
-    found = measure(arguments.turns)
+    measured = measure(arguments.turns)
+    packed, unquantized = measured[PACKED], measured[FLOAT]
     ratios = {
-        "tokens_per_second": found[PACKED]["tokens_per_second"] / found[FLOAT]["tokens_per_second"],
-        "cpu": found[FLOAT]["step_cpu_microseconds"]["median"] / found[PACKED]["step_cpu_microseconds"]["median"],
+        "tokens_per_second": packed["tokens_per_second"] / unquantized["tokens_per_second"],
+        "cpu": unquantized["step_cpu_microseconds"]["median"] / packed["step_cpu_microseconds"]["median"],
     }
-    for name, figures in found.items():
+    for name, figures in measured.items():
         spread = figures["step_microseconds"]
-        steps = f"{spread['median']:.0f} µs a step (p10 {spread['p10']:.0f}, p90 {spread['p90']:.0f})"
+        steps = f"{spread['median']:.0f} µs per step (p10 {spread['p10']:.0f}, p90 {spread['p90']:.0f})"
         steps += f", CPU {figures['step_cpu_microseconds']['median']:.0f} µs"
         print(f"{name:>18}  {figures['tokens_per_second']:7.1f} tokens/s  {steps}")
-    print(
-        f"{PACKED} to {FLOAT}: {ratios['tokens_per_second']:.2f} times the tokens a second, by CPU {ratios['cpu']:.2f}"
-    )
+    print(f"{PACKED} to {FLOAT}: {ratios['tokens_per_second']:.2f} times the tokens per second")
+    print(f"by CPU time: {ratios['cpu']:.2f} times")
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         ratios = {name: round(ratio, 3) for name, ratio in ratios.items()}
-        record = {**stamp(arguments.note), "shape": SHAPE, "prompt": PROMPT, "models": found, "ratios": ratios}
+        record = {**stamp(arguments.note), "shape": SHAPE, "prompt": PROMPT, "models": measured, "ratios": ratios}
         arguments.out.write_text(json.dumps(record, indent=1) + "\n")
 
 

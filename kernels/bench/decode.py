@@ -1,10 +1,10 @@
-"""Tokens a second of a random Llama 3.1 8B, packed in 4 bits and in bf16, by eager calls and by a CUDA graph.
+"""Tokens per second of a random Llama 3.1 8B, packed in 4 bits and in bf16, by eager calls and by a CUDA graph.
 
-One decode step: a token for each sequence goes through the whole model, and the most likely next token takes its
-place.  It writes its keys and values at the last place of a full cache again and again, so that every step is the
-same work and one captured graph serves all of them.
+One decoding step: one token per sequence goes through the whole model and is replaced by the most likely next token.
+It always writes its keys and values to the last place of a full cache, so that every step is the same work and one
+captured graph serves all steps.
 
-The packed model is made packed: no 16-bit copy of more than one layer is ever there, as in loading a checkpoint.
+The packed model is built packed: at no time is there a 16-bit copy of more than one layer, as in loading a checkpoint.
 """
 
 import gc
@@ -30,14 +30,14 @@ from llmq.runtime.packed_linear import PackedLinear
 
 ROUNDS = 5  # of `plan.steps` steps, for the spread
 PACKED, FLOAT = "packed", "bf16"
-CODE_SPREAD = 4.6  # of 16 codes, each as likely
-TARGET = 2.5  # times bf16's tokens a second, batch 1, graphs
+CODE_SPREAD = 4.6  # standard deviation of 16 equally likely codes
+TARGET = 2.5  # times the tokens per second of bf16, batch 1, graphs
 MEMORY_TARGET = 1.05
 BUILD_SECONDS = 15.0
 
 
 class LastPlace(CacheLayerMixin):  # type: ignore[misc]
-    """A full cache of one layer whose last place every token is written to."""
+    """A full cache of one layer; every token is written to its last place."""
 
     is_sliding = False
 
@@ -46,7 +46,7 @@ class LastPlace(CacheLayerMixin):  # type: ignore[misc]
         self.context = context
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Random keys and values (B, heads, context, width): attention to zeros is no attention."""
+        """Random keys and values (B, heads, context, width), since attention to zeros would be trivial."""
         shape = (*key_states.shape[:2], self.context, key_states.shape[-1])
         self.keys = torch.randn(shape, dtype=key_states.dtype, device=key_states.device)
         self.values = torch.randn(shape, dtype=key_states.dtype, device=key_states.device)
@@ -97,24 +97,24 @@ def measure(plan: Plan, session: Session) -> None:
 
 
 def build_case(plan: Plan, kind: str, built: list[Any], device: torch.device) -> Result:
-    """Make the model; what it takes of the device's memory, and what its tensors add up to."""
+    """Make the model; the device memory that it uses, and the sum of its tensors."""
     before = allocated(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     built.append(build(plan, dtype, device, packed=kind == PACKED))
-    gc.collect()  # what making it left behind is not the model's
+    gc.collect()  # garbage of the construction does not count
     expected = sum(tensor.untyped_storage().nbytes() for tensor in distinct_tensors(built[0]))
     used = allocated(device) - before if device.type == "cuda" else expected
-    found = {"kind": kind, "used_bytes": used, "tensor_bytes": expected, "ratio": used / expected}
+    result = {"kind": kind, "used_bytes": used, "tensor_bytes": expected, "ratio": used / expected}
     if device.type == "cuda":
-        found["peak_bytes"] = torch.cuda.max_memory_allocated(device) - before
+        result["peak_bytes"] = torch.cuda.max_memory_allocated(device) - before
     over = used > MEMORY_TARGET * expected
-    return {**found, "wrong": over, "summary": f"{used / 1e9:.2f} GB, tensors alone {expected / 1e9:.2f} GB"}
+    return {**result, "wrong": over, "summary": f"{used / 1e9:.2f} GB, tensors alone {expected / 1e9:.2f} GB"}
 
 
 def build(plan: Plan, dtype: torch.dtype, device: torch.device, *, packed: bool) -> nn.Module:
-    """The model with random weights, its linear layers of the blocks packed and fused if asked."""
+    """The model with random weights; with `packed`, the linear layers of its blocks are packed and fused."""
     model: nn.Module = random_model.on_meta(random_model.configuration(plan.llama, plan.llama.blocks), dtype, device)
     read = random_model.RandomTensors(model, device).read
     linears = {path for path, module in model.named_modules() if ".layers." in path and is_plain_linear(module)}
@@ -133,7 +133,7 @@ def build(plan: Plan, dtype: torch.dtype, device: torch.device, *, packed: bool)
 
 
 def random_packed_linear(N: int, K: int, dtype: torch.dtype, device: torch.device) -> PackedLinear:
-    """A layer as a checkpoint would give it, on the default grid."""
+    """A layer as loaded from a checkpoint, with the default scheme."""
     scheme = QuantConfig().scheme
     codes = torch.randint(0, 1 << scheme.bits, (N, K), dtype=torch.uint8, device=device)
     groups = -(-K // scheme.columns_per_group(K))
@@ -143,13 +143,13 @@ def random_packed_linear(N: int, K: int, dtype: torch.dtype, device: torch.devic
 
 
 def distinct_tensors(model: nn.Module) -> list[Tensor]:
-    """Parameters and buffers, those that share memory once."""
-    found = {tensor.untyped_storage().data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return list(found.values())
+    """Parameters and buffers; of those that share memory, one."""
+    by_address = {tensor.untyped_storage().data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return list(by_address.values())
 
 
 def prepare(plan: Plan, model: Any, batch: int, device: torch.device) -> Callable[[], Tensor]:
-    """One decode step: returns the tokens (B, 1) that it wrote over its own input."""
+    """One decoding step: returns the tokens (B, 1) that it wrote over its input."""
     name = cache_argument(model)
     assert name is not None, "the model keeps no keys and values"
     kept = {name: Cache(layers=[LastPlace(plan.context) for _ in range(plan.llama.blocks)])}
@@ -166,7 +166,7 @@ def prepare(plan: Plan, model: Any, batch: int, device: torch.device) -> Callabl
 
 
 def eager(plan: Plan, kind: str, batch: int, step: Callable[[], Tensor], device: torch.device) -> Result:
-    """As transformers runs it."""
+    """The step as transformers runs it."""
     return timed(plan, kind, batch, "eager", step, device)
 
 
@@ -186,7 +186,7 @@ def graphs(plan: Plan, kind: str, batch: int, step: Callable[[], Tensor], device
 
 
 def timed(plan: Plan, kind: str, batch: int, mode: str, step: Callable[[], object], device: torch.device) -> Result:
-    """Tokens a second over rounds of steps."""
+    """Tokens per second over rounds of steps."""
     for _ in range(3):
         step()
     seconds = []
@@ -200,7 +200,7 @@ def timed(plan: Plan, kind: str, batch: int, mode: str, step: Callable[[], objec
     return {
         "kind": kind, "batch": batch, "mode": mode, "context": plan.context, "tokens_per_second": rate,
         "microseconds": spread.microseconds(), "peak_memory_bytes": allocated(device),
-        "summary": f"{rate:.1f} tokens/s, {1e3 * spread.median:.2f} ms a step",
+        "summary": f"{rate:.1f} tokens/s, {1e3 * spread.median:.2f} ms per step",
     }  # fmt: skip
 
 

@@ -1,6 +1,6 @@
-"""Which machine, which software, and the two ceilings that everything is held against.
+"""The machine, its software, and the two ceilings that all results are compared with.
 
-The ceilings are measured: bytes a second of a copy within the device's memory (read plus written), and operations a
+The ceilings are measured: bytes per second of a copy within the device's memory (read plus written), and operations per
 second of a large bf16 matrix product of random data.
 """
 
@@ -33,7 +33,7 @@ def measure(plan: Plan, session: Session) -> None:
 
 def machine(device: torch.device) -> Result:
     """Names and versions."""
-    found: Result = {
+    about: Result = {
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := _version(name)) is not None},
         "cuda": torch.version.cuda,
@@ -42,7 +42,7 @@ def machine(device: torch.device) -> Result:
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        found |= {
+        about |= {
             "name": properties.name,
             "capability": f"{properties.major}.{properties.minor}",
             "multiprocessors": properties.multi_processor_count,
@@ -50,17 +50,17 @@ def machine(device: torch.device) -> Result:
             "memory_bytes": properties.total_memory,
         }
         for field in ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit"):
-            found[field] = _output("nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader", "-i", "0")
+            about[field] = _output("nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader", "-i", "0")
     else:
-        found |= {"name": f"{platform.machine()} cpu, interpreter", "cores": os.cpu_count(), "l2_bytes": 0}
+        about |= {"name": f"{platform.machine()} cpu, interpreter", "cores": os.cpu_count(), "l2_bytes": 0}
     choice = backend.choose(device)
-    found |= {"backend": choice.name, "reason": choice.reason}
-    found["wrong"] = device.type == "cuda" and choice.name != "triton"  # all that follows would measure something else
-    return {**found, "summary": f"{found['name']}, torch {torch.__version__}, sources {found['sources']}"}
+    about |= {"backend": choice.name, "reason": choice.reason}
+    about["wrong"] = device.type == "cuda" and choice.name != "triton"  # all other sections would measure torch
+    return {**about, "summary": f"{about['name']}, torch {torch.__version__}, sources {about['sources']}"}
 
 
 def copy_bandwidth(device: torch.device, nbytes: int) -> Result:
-    """Bytes a second, read plus written."""
+    """Bytes per second, read plus written."""
     source = torch.randint(0, 127, (nbytes,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     spread = events(lambda: target.copy_(source), repeats=REPEATS, device=device)
@@ -69,7 +69,7 @@ def copy_bandwidth(device: torch.device, nbytes: int) -> Result:
 
 
 def matmul_rate(device: torch.device, size: int) -> Result:
-    """Operations a second of a square bf16 product."""
+    """Operations per second of a square bf16 product."""
     x, w = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
     spread = events(lambda: torch.mm(x, w), repeats=REPEATS, device=device)
     rate = 2 * size**3 / spread.median
@@ -89,7 +89,7 @@ def _version(package: str) -> str | None:
 
 
 def _output(*command: str) -> str | None:
-    """The first line that a program prints, None where it is not there or fails."""
+    """The first line that a program prints; None if it is missing or fails."""
     if shutil.which(command[0]) is None:
         return None
     try:

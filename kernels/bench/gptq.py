@@ -1,11 +1,10 @@
-"""GPTQ of a model with the dimensions of Llama 3.1 8B, step by step, by the project's own pipeline.
+"""GPTQ of a model with the dimensions of Llama 3.1 8B, step by step, by the pipeline of llmq.
 
-Weights and text are random, made on the device when they are read, so loading is not in the figures; nor is saving,
-which is shown apart.  A few blocks are run with every step timed, and their seconds are multiplied up to the whole
-model, which the record says; then the whole model is run, if the time allows, without any stopwatch.
+Weights and text are random, made on the device when they are read, so the figures do not include loading; saving is
+shown separately.  A few blocks are run with every step timed, and their seconds are extrapolated to the whole model,
+which the record states; then, if there is time, the whole model is run without the stopwatch.
 """
 
-import importlib.util
 import tempfile
 import time
 from collections.abc import Mapping
@@ -29,7 +28,7 @@ from llmq.model.passes.hidden_states import Stream
 from llmq.report.record import BlockReport
 from llmq.steps import layer_plans
 
-# (label, what is charged to it).  A label may have several; what none of them covers is charged to `rest`.
+# (label, function whose time it gets).  A label may have several functions; time in none of them goes to `rest`.
 STEPS = (
     ("make weights", "llmq.model.build.block:Block.load"),
     ("forward", "llmq.model.build.block:Block.run"),
@@ -43,11 +42,11 @@ STEPS = (
 )
 NOT_COUNTED = ("make weights", "save")
 # Seconds for the whole of Llama 3.1 8B, 128 x 2048 tokens, on one H200 (790 TFLOP/s bf16, 4.3 TB/s): arithmetic.
-# `round` is the block kernel, 0.4, and the products for the columns behind a block, 1.0; `gptq_steps` tells them apart.
+# `round` is the block kernel, 0.4, and the products for the columns after a block, 1.0; `gptq_steps` times both.
 FLOORS = {"forward": 11.5, "hessian": 3.3, "factorize": 2.0, "round": 1.4}
 PACK = "pack"
 TARGET_SECONDS = 60.0
-MARGIN = 1.2  # of the expected time, before the whole model is begun
+MARGIN = 1.2  # of the expected time must be left before the whole model is started
 
 
 def measure(plan: Plan, session: Session) -> None:
@@ -60,7 +59,7 @@ def measure(plan: Plan, session: Session) -> None:
 
 
 def few_blocks(plan: Plan, session: Session, device: torch.device) -> Result:
-    """Every step on a few blocks.  The first warms up; the last is never followed by a forward: neither is counted."""
+    """Every step on a few blocks, without the first, a warm-up, and the last, which no forward follows."""
     stopwatch = Stopwatch(partial(now, device))
     with tempfile.TemporaryDirectory() as folder:
         run = pipeline_run(plan, Path(folder), plan.few_blocks, device)
@@ -70,7 +69,7 @@ def few_blocks(plan: Plan, session: Session, device: torch.device) -> Result:
             for done in pipeline.quantize_blocks(run):
                 if isinstance(done, BlockReport):
                     blocks.append(stopwatch.taken())
-                    session.say(f"block {len(blocks)} of {plan.few_blocks}, {sum(blocks[-1].values()):.2f} s")
+                    session.report(f"block {len(blocks)} of {plan.few_blocks}, {sum(blocks[-1].values()):.2f} s")
     counted = blocks[1:-1] or blocks[-1:]
     times = plan.llama.blocks / len(counted)
     labels = sorted({label for block in counted for label in block})
@@ -80,13 +79,13 @@ def few_blocks(plan: Plan, session: Session, device: torch.device) -> Result:
     return {
         "extrapolated": True, "blocks": len(blocks), "counted_blocks": len(counted), "of_blocks": plan.llama.blocks,
         "tokens": plan.windows * plan.tokens, "steps": steps, "floors": floors, "first_block": dict(blocks[0]),
-        "not_watched": missing, "held": _can_hold(), "seconds": total, "expected_seconds": sum(steps.values()),
+        "not_watched": missing, "seconds": total, "expected_seconds": sum(steps.values()),
         "summary": f"{total:.1f} s for {plan.llama.blocks} blocks, extrapolated from {len(counted)}",
     }  # fmt: skip
 
 
 def whole_model(plan: Plan, session: Session, device: torch.device) -> Result:
-    """All blocks; only making the weights and saving are watched, to be taken off."""
+    """All blocks; only making the weights and saving are timed, to subtract them."""
     stopwatch = Stopwatch(partial(now, device))
     watched = [point for point in STEPS if point[0] in NOT_COUNTED]
     with tempfile.TemporaryDirectory() as folder:
@@ -96,7 +95,7 @@ def whole_model(plan: Plan, session: Session, device: torch.device) -> Result:
             for done in pipeline.quantize_blocks(run):
                 if isinstance(done, BlockReport):
                     finished += 1
-                    session.say(f"block {finished} of {plan.llama.blocks}, {time.monotonic() - start:.1f} s")
+                    session.report(f"block {finished} of {plan.llama.blocks}, {time.monotonic() - start:.1f} s")
     seconds = stopwatch.taken()
     total = sum(value for label, value in seconds.items() if label not in NOT_COUNTED)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
@@ -109,7 +108,7 @@ def whole_model(plan: Plan, session: Session, device: torch.device) -> Result:
 
 def pipeline_run(plan: Plan, folder: Path, blocks: int, device: torch.device) -> pipeline.Run:
     """What `llmq quantize --method gptq` runs, on random weights and tokens."""
-    dtype, settings = activation_dtype(device), QuantConfig()
+    dtype, settings = activation_dtype(device), QuantConfig(method="gptq")
     model = random_model.on_meta(random_model.configuration(plan.llama, blocks), dtype, device)
     tensors = random_model.RandomTensors(model, device)
     skeleton = Skeleton(model, ModelWeights(model, tensors.read, tensors.__contains__), device)
@@ -119,15 +118,10 @@ def pipeline_run(plan: Plan, folder: Path, blocks: int, device: torch.device) ->
     plans = dict(zip(linears, layer_plans.plan_layers(shapes, settings, layout), strict=True))
     windows = torch.randint(plan.llama.vocabulary, (plan.windows, plan.tokens))
     batch = max(1, TOKENS_PER_BATCH // plan.tokens)
-    stream = Stream(skeleton, windows, batch, _memory(device) if _can_hold() else 0)
+    stream = Stream(skeleton, windows, batch, _memory(device))
     options = algorithms.Options(layout.scale_dtype(dtype), settings.order, settings.scales, settings.damping)
     writer = Writer.open(folder / "out", identity={"random": True}, overwrite=True, needed_bytes=0)
     return pipeline.Run(skeleton, stream, plans, settings.stages, options, layout, lambda name: None, writer)
-
-
-def _can_hold() -> bool:
-    """Whether forwards can be suspended, which needs greenlet; without it they are repeated."""
-    return importlib.util.find_spec("greenlet") is not None
 
 
 def _memory(device: torch.device) -> int:

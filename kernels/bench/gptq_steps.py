@@ -1,4 +1,4 @@
-"""GPTQ's steps alone, at the sizes of one block: what each costs without the rest of the pipeline around it."""
+"""The steps of GPTQ alone, at the sizes of one block, without the rest of the pipeline."""
 
 from functools import partial
 
@@ -11,9 +11,10 @@ from llmq.algorithms.factor import factorize
 from llmq.config import QuantConfig
 from llmq.numerics.input_stats import InputStats
 from llmq_kernels.gptq_block import op as gptq_block
+from llmq_kernels.gptq_block.problem import Problem
 
 REPEATS = 3
-TOKENS_PER_BATCH = 32_768  # of `llmq quantize` on a GPU; its module needs packages that this one does not
+TOKENS_PER_BATCH = 32_768  # of `llmq quantize` on a GPU, whose module needs more packages than this one
 
 
 def measure(plan: Plan, session: Session) -> None:
@@ -27,7 +28,7 @@ def measure(plan: Plan, session: Session) -> None:
 
 
 def input_groups(llama: Llama) -> dict[str, tuple[int, int]]:
-    """What is rounded together in a block: name -> (N, K)."""
+    """The weights of a block that are quantized together: name -> (N, K)."""
     width = llama.hidden // llama.heads
     return {
         "qkv": (llama.hidden + 2 * llama.key_heads * width, llama.hidden),
@@ -38,7 +39,7 @@ def input_groups(llama: Llama) -> dict[str, tuple[int, int]]:
 
 
 def time_hessian(plan: Plan, K: int, device: torch.device) -> Result:
-    """`InputStats.update` on one batch of activations, beside a float32 product of the same size."""
+    """`InputStats.update` on one batch of activations, compared with a float32 product of the same size."""
     tokens = min(TOKENS_PER_BATCH, plan.windows * plan.tokens)
     x = torch.randn(tokens, K, device=device).to(activation_dtype(device))
     stats, gram = InputStats(K, device), torch.zeros(K, K, device=device)
@@ -52,9 +53,9 @@ def time_hessian(plan: Plan, K: int, device: torch.device) -> Result:
     x, exact = x.double(), torch.zeros(K, K, dtype=torch.float64, device=device)
     exact.addmm_(x.T, x).div_(len(x))
     error = float((stats.second_moment().double() - exact).norm() / exact.norm())
-    found = {"K": K, "tokens": tokens, "step_seconds": ours, "float32_seconds": float32, "error": error}
-    found |= {"operations_per_second": 2 * tokens * K * K / ours, "wrong": not error < 1e-4}
-    return {**found, "summary": f"{1e3 * ours:.2f} ms for {tokens} tokens, in float32 {1e3 * float32:.2f} ms"}
+    result = {"K": K, "tokens": tokens, "step_seconds": ours, "float32_seconds": float32, "error": error}
+    result |= {"operations_per_second": 2 * tokens * K * K / ours, "wrong": not error < 1e-4}
+    return {**result, "summary": f"{1e3 * ours:.2f} ms for {tokens} tokens, in float32 {1e3 * float32:.2f} ms"}
 
 
 def time_factorize(K: int, device: torch.device) -> Result:
@@ -67,7 +68,7 @@ def time_factorize(K: int, device: torch.device) -> Result:
 
 
 def time_round(N: int, K: int, device: torch.device) -> Result:
-    """All columns of a weight; and its last block alone, behind which there is nothing to update."""
+    """All columns of a weight; and its last block alone, after which there is nothing to update."""
     scheme = QuantConfig().scheme
     width = scheme.columns_per_group(K)
     weight = torch.randn(1, K, N, device=device)
@@ -78,19 +79,21 @@ def time_round(N: int, K: int, device: torch.device) -> Result:
     group_of = (torch.arange(K, device=device) // width).to(torch.int32)[None]
     blocks = -(-K // gptq_block.BLOCK)
 
+    problem = Problem(columns, upper, scales, zeros, group_of, scheme.levels)
+
     def every_column() -> None:
-        gptq_block.compensate(columns.copy_(weight), upper, scales, zeros, group_of, scheme.levels)
+        columns.copy_(weight)
+        gptq_block.compensate(problem)
 
     def last_block() -> None:
-        first = (blocks - 1) * gptq_block.BLOCK
-        gptq_block.round_columns(columns, codes, upper, scales, zeros, group_of, scheme.levels, first, K)
+        gptq_block.quantize_columns(problem, codes, (blocks - 1) * gptq_block.BLOCK, K)
 
     whole = events(every_column, repeats=REPEATS, device=device).median
     last = events(last_block, repeats=REPEATS, device=device).median
-    found = {"N": N, "K": K, "step_seconds": whole, "block_kernel_seconds": blocks * last}
-    return {**found, "summary": f"{1e3 * whole:.2f} ms, its {blocks} block kernels {1e3 * blocks * last:.2f} ms"}
+    result = {"N": N, "K": K, "step_seconds": whole, "block_kernel_seconds": blocks * last}
+    return {**result, "summary": f"{1e3 * whole:.2f} ms, its {blocks} block kernels {1e3 * blocks * last:.2f} ms"}
 
 
 def activation_dtype(device: torch.device) -> torch.dtype:
-    """bf16, but float32 where the suite is only tested."""
+    """bf16; float32 on a CPU, where the suite is only tested."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32

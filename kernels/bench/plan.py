@@ -1,8 +1,8 @@
-"""What is measured, as data: shapes, rows, repeats.  One `Plan` a purpose.
+"""What is measured, as data: shapes, rows, repeats.  One `Plan` per purpose.
 
-full       what is published: the layers of Llama 3.1 8B and 70B, the protocol with all its repeats
-smoke      the same code on a GPU within two minutes, few repeats: for the first contact
-interpret  the same code on a CPU, kernels in Triton's interpreter: that the suite works is tested without a GPU
+full       for publication: the layers of Llama 3.1 8B and 70B, with all repeats
+smoke      the same code on a GPU within two minutes, few repeats: for a first try
+interpret  the same code on a CPU, kernels in Triton's interpreter: tests the suite without a GPU
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ TINY: Layers = {"o": (48, 128), "down": (32, 256)}
 
 @dataclass(frozen=True)
 class Campaign:
-    """One grid of cases: every layer of a model with every number of rows."""
+    """A set of cases: every layer of a model with every number of rows."""
 
     model: str
     layers: Layers
@@ -43,10 +43,10 @@ class Llama:
 class Plan:
     """Sizes and repeats of every section.
 
-    calls       in one CUDA graph, at least, for few rows; half as many where a call takes longer
+    calls       in one CUDA graph, at least, for few rows; half as many for many rows
     replays     of that graph
-    caches      the copies of a weight take so many times the L2 cache together
-    few_blocks  of the GPTQ model, of which the first warms up and the last is not run forward
+    caches      total size of the copies of a weight, in multiples of the L2 cache
+    few_blocks  of the GPTQ model; the first warms up, and no forward follows the last
     """
 
     name: str
@@ -59,8 +59,8 @@ class Plan:
     caches: int
     llama: Llama
     few_blocks: int
-    windows: int
-    tokens: int  # of a window
+    windows: int  # number of calibration sequences
+    tokens: int  # per sequence
     batches: tuple[int, ...]  # of decoding
     context: int
     steps: int
@@ -75,7 +75,7 @@ DIMENSIONS_TINY = Llama(hidden=64, intermediate=128, heads=4, key_heads=2, vocab
 FULL = Plan(
     name="full",
     device="cuda",
-    campaigns=(  # what matters most comes first: a section that runs out of time leaves the end out
+    campaigns=(  # most important first: a section that runs out of time leaves out the last ones
         Campaign("8B", LLAMA_8B, BFLOAT, 128, FIRST),
         Campaign("8B", LLAMA_8B, BFLOAT, 128, REST),
         Campaign("8B", LLAMA_8B, HALF, 128, FIRST),

@@ -1,7 +1,7 @@
-"""A Llama of given dimensions with random weights: no download, and no file either.
+"""A Llama of given dimensions with random weights, without a download or a file.
 
-Tensors are made when they are asked for, on the device, each from its own seed, so that a model of 16 GB costs a few
-launches and every block is another.
+Tensors are made when they are read, on the device, each from a separate seed, so that a model of 16 GB takes a few
+launches and all blocks are different.
 """
 
 import json
@@ -38,7 +38,7 @@ def configuration(dimensions: Llama, blocks: int) -> Any:
 
 
 def on_meta(config: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """The model with every parameter on meta; the rotary tables, which no file holds, are real."""
+    """The model with every parameter on meta; the rotary tables, which are in no checkpoint, are real."""
     from transformers import AutoModelForCausalLM
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -49,7 +49,7 @@ def on_meta(config: Any, dtype: torch.dtype, device: torch.device) -> Any:
 
 
 class RandomTensors:
-    """The tensors of a model by name, as a checkpoint would give them."""
+    """The tensors of a model by name, as in a checkpoint."""
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self._shapes = {name: (parameter.shape, parameter.dtype) for name, parameter in model.named_parameters()}
@@ -59,7 +59,7 @@ class RandomTensors:
         return name in self._shapes
 
     def read(self, name: str) -> Tensor:
-        """Ones for a norm, else normal with a spread of 0.02; the same for a name each time."""
+        """Ones for a norm, else normal with standard deviation 0.02; always the same for one name."""
         shape, dtype = self._shapes[name]
         if len(shape) == 1:
             return torch.ones(shape, dtype=dtype, device=self._device)
@@ -68,5 +68,5 @@ class RandomTensors:
 
 
 def write_config(folder: Path, config: Any) -> None:
-    """config.json, for what wants to read it from a folder."""
+    """config.json, for code that reads it from a folder."""
     (folder / "config.json").write_text(json.dumps(config.to_dict()), encoding="utf-8")

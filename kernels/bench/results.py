@@ -1,9 +1,9 @@
-"""The result file of a GPU and a day: sections merged, written whole and at once, read by the tables.
+"""The result file of one GPU and day: sections merged, written atomically, read by the tables.
 
     {"format": 1, "name": "NVIDIA H200", "date": "2026-11-23",
      "sections": {"w4a16": {"status": "done", "plan": "full", "seconds": 188.2, "sources": "…", "records": [...]}}}
 
-`status` is done, out of time or failed; the records of a section that did not end are there all the same.
+`status` is done, out of time or failed; records of a section that did not end are kept.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from typing import Any
 from bench.session import Result
 
 FORMAT = 1
-PUBLISHED = "full"  # the plan whose figures are shown
+PUBLISHED = "full"  # the plan whose figures are published
 TRIALS = ("-smoke", "-interpret")
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path(__file__).resolve().parent / "results"
@@ -28,12 +28,12 @@ def file_name(device: str, plan: str, date: str) -> str:
     return f"{slug}-{date}.json" if plan == PUBLISHED else f"{slug}-{plan}-{date}.json"
 
 
-def merge(path: Path, device: str, date: str, section: str, found: Result) -> None:
-    """Put a section into the file, in place of what it held of it; the file is never half written."""
+def merge(path: Path, device: str, date: str, section: str, entry: Result) -> None:
+    """Write a section into the file, replacing the same section; the file is never half written."""
     content: dict[str, Any] = {"format": FORMAT, "name": device, "date": date, "sections": {}}
     if path.is_file():
         content = read(path)
-    content["sections"][section] = found
+    content["sections"][section] = entry
     new = path.with_suffix(".new")
     new.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     new.replace(path)
@@ -48,7 +48,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def gpu_files(folder: Path = FOLDER) -> list[Path]:
-    """The newest result file of each GPU, by name; trials and CPUs left out."""
+    """The newest result file of each GPU, by name, without trials and CPUs."""
     newest: dict[str, Path] = {}
     for path in sorted(folder.glob("*.json"), key=lambda path: path.stem[-10:]):
         device = path.stem[:-11]
@@ -58,12 +58,12 @@ def gpu_files(folder: Path = FOLDER) -> list[Path]:
 
 
 def cpu_files(folder: Path = FOLDER) -> list[Path]:
-    """The result files of CPUs, which `bench.cpu` and `bench.cpu_decode` write."""
+    """The result files that `bench.cpu` and `bench.cpu_decode` write."""
     return sorted(folder.glob("cpu-*.json"))
 
 
 def sources() -> str:
-    """Twelve digits that tell the kernels' files from other versions of them, where there is no git to ask."""
+    """Twelve hexadecimal digits that identify the version of the kernels, where git is not available."""
     digest = hashlib.sha256()
     for file in sorted((ROOT / "kernels" / "llmq_kernels").rglob("*.py")):
         digest.update(file.read_bytes())
@@ -71,24 +71,24 @@ def sources() -> str:
 
 
 def cases(content: Mapping[str, Any], section: str) -> dict[str, Result]:
-    """case -> result of a section; empty where it was not run."""
+    """case -> result of a section; empty if it was not run."""
     records = content["sections"].get(section, {}).get("records", [])
     return {record["case"]: record["result"] for record in records if record["kind"] == "result"}
 
 
 def errors(content: Mapping[str, Any], section: str) -> list[Result]:
-    """The records of the cases that raised something, or ended the process."""
+    """The records of cases that raised an error or ended the process."""
     return [record for record in content["sections"].get(section, {}).get("records", []) if record["kind"] == "error"]
 
 
 def problems(content: Mapping[str, Any], section: str) -> list[str]:
-    """What is wrong in a section: wrong results, errors, and a process that died or hung."""
+    """The problems of a section: wrong results, errors, and a process that died or hung."""
     entry = content["sections"].get(section)
     if entry is None:
         return []
-    found = [] if entry["status"] in ("done", "out of time") else [f"the section {entry['status']}"]
-    found += [f"{record['case']}: {record['error']}" for record in errors(content, section)]
+    problems = [] if entry["status"] in ("done", "out of time") else [f"the section {entry['status']}"]
+    problems += [f"{record['case']}: {record['error']}" for record in errors(content, section)]
     for case, result in cases(content, section).items():
         if result.get("wrong"):
-            found.append(f"{case}: {result.get('summary', 'wrong')}")
-    return found
+            problems.append(f"{case}: {result.get('summary', 'wrong')}")
+    return problems

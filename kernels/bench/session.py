@@ -1,7 +1,7 @@
-"""What a section writes down: each case on disk the moment it is there, so that nothing is lost with the process.
+"""The records of a section: each case is written to disk as soon as it is measured, so a crash loses nothing.
 
-The file is JSON, one record a line.  `begin` is written before a case, so that one that kills or hangs the process is
-known by name; the process that takes over skips every case that has begun.
+The file is JSON, one record per line.  `begin` is written before a case, so that a case that kills or hangs the process
+is known by name; the next process skips every case that has begun.
 """
 
 import json
@@ -14,11 +14,11 @@ Result = dict[str, Any]
 
 
 class ContextLostError(Exception):
-    """The device answers nothing any more; only a new process can go on."""
+    """The device does not respond any more; only a new process can continue."""
 
 
 class Session:
-    """One section in one process: `seconds` to spend, `path` to write to, `started` for what is printed."""
+    """One section in one process: `seconds` to spend, `path` of the records, `started` for the printed times."""
 
     def __init__(self, section: str, path: Path, seconds: float, started: float) -> None:
         self._section, self._path, self._started = section, path, started
@@ -31,9 +31,9 @@ class Session:
         return self._end - time.monotonic()
 
     def run(self, case: str, measure: Callable[[], Result], *, needs: float = 0.0) -> Result | None:
-        """Measure a case that is expected to take `needs` seconds; None where it failed, was known or is left out.
+        """Measure a case that is expected to take `needs` seconds; None if it failed, has begun before or is left out.
 
-        Raises ContextLostError where its failure took the device along.
+        Raises ContextLostError if its failure lost the device.
         """
         if case in self._begun:
             return None
@@ -44,40 +44,40 @@ class Session:
         start = time.monotonic()
         try:
             result = measure()
-            json.dumps(result)  # what cannot be written down is an error of this case, not of all
+            json.dumps(result)  # a result that is not JSON is an error of this case only
             _finish_device_work()
-        except Exception as error:  # whatever a kernel, a compiler or a driver raises: the other cases go on
+        except Exception as error:  # kernels, compilers and drivers raise many types; other cases continue
             self.write("error", case, error=first_line(error))
-            self.say(f"{case}: FAILED, {first_line(error)}")
+            self.report(f"{case}: FAILED, {first_line(error)}")
             if _device_is_lost():
                 raise ContextLostError(case) from error
             return None
         self.write("result", case, seconds=round(time.monotonic() - start, 2), result=result)
-        self.say(f"{case}: {result.get('summary', 'done')}")
+        self.report(f"{case}: {result.get('summary', 'done')}")
         return result
 
     def write(self, kind: str, case: str, **values: Any) -> None:
-        """Append one record and push it to the disk."""
+        """Append one record to the file."""
         record = {"kind": kind, "case": case, **values}
         self.records.append(record)
         append_record(self._path, record)
 
-    def say(self, line: str) -> None:
-        """One line of progress, and a sign of life for who watches the file."""
+    def report(self, line: str) -> None:
+        """Print one line of progress and touch the file, whose watcher expects activity."""
         self._path.touch()
         print(f"{time.time() - self._started:7.1f} s  {self._section:<12} {line}", flush=True)
 
 
 def read_records(path: Path) -> list[Result]:
-    """The records of a file, without one that a process was ended in the middle of; none where there is no file."""
+    """The records of a file, without a last one that is incomplete; none if there is no file."""
     if not path.is_file():
         return []
-    found = (_record(line) for line in path.read_text(encoding="utf-8", errors="replace").splitlines())
-    return [record for record in found if record is not None]
+    records = (_record(line) for line in path.read_text(encoding="utf-8", errors="replace").splitlines())
+    return [record for record in records if record is not None]
 
 
 def append_record(path: Path, record: Result) -> None:
-    """Add a record on a line of its own, also after one that was not finished."""
+    """Add a record on a new line, also after an incomplete one."""
     unfinished = path.is_file() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
     with path.open("a", encoding="utf-8") as file:
         file.write(("\n" if unfinished else "") + json.dumps(record) + "\n")

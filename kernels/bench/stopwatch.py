@@ -1,10 +1,7 @@
-"""Where the time of a run goes: named functions of the program are watched, each is charged what it spends itself.
+"""Where the time of a run goes: the seconds that named functions of the program take, each without its watched callees.
 
-A function that calls another watched one stops its own clock meanwhile, so that the charges add up to the whole.  The
-clock waits for the device at every change, which costs a little overlap: the whole is timed once more without.
-
-Calibration may run the forwards of several batches as greenlets, which stop inside a watched function and let others
-go on.  Each greenlet has a stack of its own here, and a switch changes the clock that runs.
+While one watched function calls another, only the inner one is charged, so the charges add up to the whole.  The clock
+synchronizes with the device at every change, which costs a little overlap; so the whole is also timed without it.
 """
 
 import functools
@@ -22,33 +19,26 @@ class Stopwatch:
     def __init__(self, now: Callable[[], float]) -> None:
         self.seconds: dict[str, float] = {}
         self._now = now
-        self._stacks: dict[Any, list[str]] = {}
-        self._current: Any = None
+        self._stack: list[str] = []
         self._since = now()
 
     def charge(self) -> None:
-        """Give the time since the last change to what ran."""
+        """Add the time since the last change to what ran."""
         moment = self._now()
-        stack = self._stacks.get(self._current)
-        label = stack[-1] if stack else REST
+        label = self._stack[-1] if self._stack else REST
         self.seconds[label] = self.seconds.get(label, 0.0) + moment - self._since
         self._since = moment
 
     def enter(self, label: str) -> None:
         self.charge()
-        self._stacks.setdefault(self._current, []).append(label)
+        self._stack.append(label)
 
     def leave(self) -> None:
         self.charge()
-        self._stacks[self._current].pop()
-
-    def switched(self, event: str, ends: tuple[Any, Any]) -> None:
-        """What `greenlet.settrace` calls."""
-        self.charge()
-        self._current = ends[1]
+        self._stack.pop()
 
     def taken(self) -> dict[str, float]:
-        """The seconds so far; starts again at nothing."""
+        """The seconds so far; starts again at 0."""
         self.charge()
         seconds, self.seconds = self.seconds, {}
         return seconds
@@ -56,34 +46,29 @@ class Stopwatch:
 
 @contextmanager
 def watching(stopwatch: Stopwatch, points: Sequence[tuple[str, str]]) -> Iterator[list[str]]:
-    """While open, `stopwatch` is told of every call of `points`, (label, "module:name" or "module:Class.name").
+    """While open, `stopwatch` times every call of `points`, (label, "module:name" or "module:Class.name").
 
-    Gives the points that are not there: the program may have changed since the list was written.
+    Yields the points that do not exist: the program may have changed since the list was written.
     """
     undo: list[tuple[Any, str, Any]] = []
     missing = []
-    greenlet = _greenlet()
     try:
         for label, point in points:
-            found = _find(point)
-            if found is None:
+            place = find(point)
+            if place is None:
                 missing.append(point)
                 continue
-            owner, name = found
+            owner, name = place
             undo.append((owner, name, vars(owner)[name]))
             setattr(owner, name, _watched(stopwatch, label, vars(owner)[name]))
-        if greenlet is not None:
-            stopwatch._current = greenlet.getcurrent()
-            greenlet.settrace(stopwatch.switched)
         yield missing
     finally:
-        if greenlet is not None:
-            greenlet.settrace(None)
         for owner, name, original in reversed(undo):
             setattr(owner, name, original)
 
 
-def _find(point: str) -> tuple[Any, str] | None:
+def find(point: str) -> tuple[Any, str] | None:
+    """(owner, name) of a function, for example (the class Block, "load"); None if it does not exist."""
     module_name, path = point.split(":")
     try:
         owner: Any = importlib.import_module(module_name)
@@ -105,11 +90,3 @@ def _watched(stopwatch: Stopwatch, label: str, function: Callable[..., Any]) -> 
             stopwatch.leave()
 
     return timed
-
-
-def _greenlet() -> Any:
-    """The module, or None where it is not installed and nothing can have used it."""
-    try:
-        return importlib.import_module("greenlet")
-    except ImportError:
-        return None

@@ -1,6 +1,6 @@
 """Result files as tables: for the terminal when the suite ends, and for kernels/README.md.
 
-Every ratio is of times taken in one run, in turns.  A cell that nothing was measured for holds a dash.
+Every ratio compares times of one run, measured in turns.  A cell without a measurement is a dash.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +12,7 @@ from bench import results
 OURS, CUBLAS = "llmq", "cublas"
 RIVALS = ("tinygemm", "gemlite")
 NONE = "–"
-# M -> (times cuBLAS, times the better of tinygemm and gemlite) that are aimed at, over the layers of 8B in bf16
+# M -> (times cuBLAS, times the better of tinygemm and gemlite) that are the target, over the layers of 8B in bf16
 TARGETS: Mapping[int, tuple[float, float | None]] = {
     1: (2.8, 1.3), 16: (2.8, 1.3), 64: (1.5, None), 256: (0.95, None), 512: (0.95, None), 1024: (0.95, None),
     2048: (0.95, None),
@@ -24,7 +24,7 @@ Case = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Table:
-    """A title, the columns' names, and cells."""
+    """A title, the names of the columns, and the cells."""
 
     title: str
     columns: Sequence[str]
@@ -37,15 +37,15 @@ class Table:
 
 
 def report(content: Mapping[str, Any]) -> str:
-    """Everything that a GPU's file holds."""
+    """All tables of a GPU's file."""
     parts = [heading(content), *(table.markdown() for table in gpu_tables(content))]
     return "\n\n".join(parts)
 
 
 def heading(content: Mapping[str, Any]) -> str:
     """Hardware, date, software and the two ceilings."""
-    found = results.cases(content, "environment")
-    machine, copy, matmul = (found.get(case, {}) for case in ("machine", "copy", "matmul"))
+    cases = results.cases(content, "environment")
+    machine, copy, matmul = (cases.get(case, {}) for case in ("machine", "copy", "matmul"))
     packages = ", ".join(f"{name} {version}" for name, version in machine.get("packages", {}).items())
     ceilings = f"copy {copy.get('bytes_per_second', 0) / 1e12:.2f} TB/s (read plus written), "
     ceilings += f"bf16 matmul {matmul.get('operations_per_second', 0) / 1e12:.0f} TFLOP/s"
@@ -54,15 +54,15 @@ def heading(content: Mapping[str, Any]) -> str:
 
 
 def gpu_tables(content: Mapping[str, Any]) -> list[Table]:
-    """The tables of a GPU's file; none for a section that was not run."""
+    """The tables of a GPU's file, without sections that were not run."""
     copy = results.cases(content, "environment").get("copy", {}).get("bytes_per_second")
-    found = [*correctness(content), *w4a16(results.cases(content, "w4a16").values(), copy)]
-    found += [*gptq(results.cases(content, "gptq")), *decode(results.cases(content, "decode"))]
-    return [*found, *incomplete(content)]
+    measured = [*correctness(content), *w4a16(results.cases(content, "w4a16").values(), copy)]
+    measured += [*gptq(results.cases(content, "gptq")), *decode(results.cases(content, "decode"))]
+    return [*measured, *incomplete(content)]
 
 
 def incomplete(content: Mapping[str, Any]) -> list[Table]:
-    """Sections that did not reach their end, and what they left out."""
+    """Sections that did not finish, and what they left out."""
     rows = []
     for name, section in content["sections"].items():
         left = [record["case"] for record in section["records"] if record["kind"] == "left out"]
@@ -74,7 +74,7 @@ def incomplete(content: Mapping[str, Any]) -> list[Table]:
 
 
 def correctness(content: Mapping[str, Any]) -> list[Table]:
-    """What was checked, and what was wrong."""
+    """The checks and their failures."""
     cases = results.cases(content, "correctness")
     if not cases and not results.errors(content, "correctness"):
         return []
@@ -82,7 +82,7 @@ def correctness(content: Mapping[str, Any]) -> list[Table]:
     programs = ("tests", "memcheck", "racecheck", "initcheck")
     checks = [name for name in cases if name not in (*programs, "compile")]
     right = sum(name not in wrong for name in checks)
-    rows = [["checks against the definitions, same bits again", f"{right} of {len(checks)} right"]]
+    rows = [["checks against the definitions, same bits in repeats", f"{right} of {len(checks)} right"]]
     rows += [[name, cases[name]["summary"]] for name in programs if name in cases]
     rows += [[f"WRONG: {name}", cases[name].get("summary", "")] for name in wrong]
     rows += [[f"FAILED: {record['case']}", record["error"]] for record in results.errors(content, "correctness")]
@@ -90,12 +90,12 @@ def correctness(content: Mapping[str, Any]) -> list[Table]:
 
 
 def w4a16(cases: Iterable[Case], copy: float | None) -> list[Table]:
-    """One table for each model, dtype and grid: the layers together, by rows."""
+    """One table per model, dtype and grid: the sum over layers, by rows."""
     campaigns: dict[tuple[str, str, int, bool], list[Case]] = {}
     for case in cases:
         key = (case["model"], case["dtype"], case["group"], case["asymmetric"])
         campaigns.setdefault(key, []).append(case)
-    return [_campaign(key, found, copy) for key, found in campaigns.items()]
+    return [_campaign(key, measured, copy) for key, measured in campaigns.items()]
 
 
 def _campaign(key: tuple[str, str, int, bool], cases: Sequence[Case], copy: float | None) -> Table:
@@ -105,16 +105,16 @@ def _campaign(key: tuple[str, str, int, bool], cases: Sequence[Case], copy: floa
     for M in sorted({case["M"] for case in cases}):
         here = [case for case in cases if case["M"] == M]
         if len(here) == len(layers):
-            aimed = TARGETS.get(M) if (model, dtype, group, asymmetric) == ("8B", "bfloat16", 128, True) else None
-            rows.append(_rows_of(M, here, copy, aimed))
+            target = TARGETS.get(M) if (model, dtype, group, asymmetric) == ("8B", "bfloat16", 128, True) else None
+            rows.append(_rows_of(M, here, copy, target))
     title = f"W4A16 linear, {model} ({', '.join(layers)}), {dtype}, g{group} "
     title += "asymmetric" if asymmetric else "symmetric"
-    columns = ("M", "µs", "x cuBLAS", "aim", "x best of tinygemm, gemlite", "aim", "x naive Triton",
+    columns = ("M", "µs", "x cuBLAS", "target", "x best of tinygemm, gemlite", "target", "x naive Triton",
                "x dequantize + cuBLAS", "GB/s", "of copy", "largest error")  # fmt: skip
     return Table(title, columns, rows)
 
 
-def _rows_of(M: int, cases: Sequence[Case], copy: float | None, aimed: tuple[float, float | None] | None) -> list[str]:
+def _rows_of(M: int, cases: Sequence[Case], copy: float | None, target: tuple[float, float | None] | None) -> list[str]:
     own = sum(case["microseconds"][OURS]["median"] for case in cases)
     rate = sum(case["bytes"] for case in cases) / own * 1e6
     rival = together(cases, RIVALS)
@@ -122,9 +122,9 @@ def _rows_of(M: int, cases: Sequence[Case], copy: float | None, aimed: tuple[flo
         str(M),
         f"{own:.1f}",
         _ratio(together(cases, [CUBLAS]), own),
-        f"{aimed[0]}" if aimed else "",
+        f"{target[0]}" if target else "",
         _ratio(rival, own),
-        f"{aimed[1]}" if aimed and aimed[1] else "",
+        f"{target[1]}" if target and target[1] else "",
         _ratio(together(cases, ["naive_triton"]), own),
         _ratio(together(cases, ["dequantize"]), own),
         f"{rate / 1e9:.0f}",
@@ -134,7 +134,7 @@ def _rows_of(M: int, cases: Sequence[Case], copy: float | None, aimed: tuple[flo
 
 
 def together(cases: Sequence[Case], contenders: Sequence[str]) -> float | None:
-    """Microseconds over all cases, each by the fastest of the contenders; None where one has none of them."""
+    """Microseconds over all cases, each by the fastest of the contenders; None if a case has none of them."""
     best = [
         min((case["microseconds"][name]["median"] for name in contenders if name in case["microseconds"]), default=None)
         for case in cases
@@ -144,8 +144,8 @@ def together(cases: Sequence[Case], contenders: Sequence[str]) -> float | None:
 
 
 def gptq(cases: Mapping[str, Case]) -> list[Table]:
-    """Steps beside their floors, then the whole."""
-    found = []
+    """Steps compared with their floors, then the whole."""
+    measured = []
     few, whole = cases.get("few blocks"), cases.get("whole model")
     if few is not None:
         rows = [
@@ -154,18 +154,18 @@ def gptq(cases: Mapping[str, Case]) -> list[Table]:
         ]
         rows.append(["all but making weights and saving", f"{few['seconds']:.2f}", NONE])
         title = f"GPTQ, {few['of_blocks']} blocks extrapolated from {few['counted_blocks']}, {few['tokens']} tokens"
-        found.append(Table(title, ("step", "s", "floor on an H200, s"), rows))
+        measured.append(Table(title, ("step", "s", "floor on an H200, s"), rows))
     rows = [
         [name, case["summary"]] for name, case in cases.items() if name.startswith(("hessian", "factorize", "round"))
     ]
     if whole is not None:
-        aim = f"aim: {whole['target_seconds']:.0f} s on an H200"
-        rows.append([f"whole model, {whole['of_blocks']} blocks", f"{whole['summary']}; {aim}"])
-    return [*found, Table("GPTQ, apart", ("what", "time"), rows)] if rows else found
+        target = f"target: {whole['target_seconds']:.0f} s on an H200"
+        rows.append([f"whole model, {whole['of_blocks']} blocks", f"{whole['summary']}; {target}"])
+    return [*measured, Table("GPTQ, step by step", ("what", "time"), rows)] if rows else measured
 
 
 def decode(cases: Mapping[str, Case]) -> list[Table]:
-    """Tokens a second, packed beside bf16; memory beside what the tensors add up to."""
+    """Tokens per second, packed compared with bf16; memory compared with the sum of the tensors."""
     speeds = [case for case in cases.values() if "tokens_per_second" in case]
     rows = []
     for batch, mode in dict.fromkeys((case["batch"], case["mode"]) for case in speeds):
@@ -173,17 +173,16 @@ def decode(cases: Mapping[str, Case]) -> list[Table]:
             case["kind"]: case["tokens_per_second"] for case in speeds if (case["batch"], case["mode"]) == (batch, mode)
         }
         packed, plain = rate.get("packed"), rate.get("bf16")
-        aim = f"{DECODE_TARGET}" if (batch, mode) == (1, "graphs") else ""
-        rows.append([str(batch), mode, _number(packed), _number(plain), _ratio(packed, plain), aim])
+        target = f"{DECODE_TARGET}" if (batch, mode) == (1, "graphs") else ""
+        rows.append([str(batch), mode, _number(packed), _number(plain), _ratio(packed, plain), target])
     memory = [[name, case["summary"], f"{case['ratio']:.3f}"] for name, case in cases.items() if "tensor_bytes" in case]
-    found = (
-        [Table("Decoding, tokens a second", ("batch", "mode", "4 bits", "bf16", "ratio", "aim"), rows)] if rows else []
-    )
-    return [*found, Table("Memory in use", ("model", "bytes", "over its tensors"), memory)] if memory else found
+    speed = [Table("Decoding, tokens per second", ("batch", "mode", "4 bits", "bf16", "ratio", "target"), rows)]
+    measured = speed if rows else []
+    return [*measured, Table("Memory in use", ("model", "bytes", "over its tensors"), memory)] if memory else measured
 
 
 def cpu(content: Mapping[str, Any]) -> str:
-    """A CPU's file: the times of `bench.cpu`, or those of `bench.cpu_decode`."""
+    """The table of a CPU's file, from `bench.cpu` or from `bench.cpu_decode`."""
     heading = f"### {content['cpu']}, {content['date']}, threads: {content['threads']}"
     table = _cpu_decode(content) if "models" in content else _cpu_linear(content["cases"])
     note = f"\n\n{content['note']}" if content.get("note") else ""
@@ -210,7 +209,7 @@ def _cpu_decode(content: Mapping[str, Any]) -> Table:
         for name, model in content["models"].items()
     ]
     title = f"Decoding, batch 1: a random Llama of {shape['num_hidden_layers']} layers, {shape['hidden_size']} wide"
-    return Table(title, ["model", "tokens a second", "ms a step"], rows)
+    return Table(title, ["model", "tokens per second", "ms per step"], rows)
 
 
 def _ratio(other: float | None, own: float | None) -> str:

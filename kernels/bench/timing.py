@@ -1,11 +1,11 @@
-"""How long a call takes on a device: many calls in one CUDA graph, the contenders in turn, the median of the replays.
+"""How long a call takes on a device: many calls in one CUDA graph, contenders in turn, the median of the replays.
 
-* Calls go round among copies of the weight that together are several times the L2 cache, so that each finds its weight
-  in memory, as a layer of a model does.
-* One graph holds tens of calls: no launch is waited for, and the clock's resolution does not matter.
+* Calls cycle through copies of the weight that together are several times the L2 cache, so that each call reads its
+  weight from memory, as a layer of a model does.
+* One graph holds tens of calls, so launches and the resolution of the clock do not matter.
 * Contenders replay in turn within one loop, so that clocks and temperatures are the same for all of them.
 
-On a CPU, where the suite is only tested, the host's clock and one call at a time.
+On a CPU, where the suite is only tested, it uses the host's clock and one call at a time.
 """
 
 import time
@@ -45,15 +45,15 @@ class Spread:
         return {name: round(1e6 * value, 3) for name, value in asdict(self).items()}
 
 
-Stamps = Callable[[], float]  # seconds of one call, to be asked once the device is done
+Stamps = Callable[[], float]  # seconds of one call; call it when the device is done
 
 
 def interleaved(
     contenders: Mapping[str, Contender], *, calls: int, replays: int, device: torch.device
 ) -> tuple[dict[str, Spread], dict[str, str]]:
-    """(name -> its times, name -> why it has none); the contenders take turns, each `replays` times.
+    """(name -> its times, name -> why it has none); the contenders take turns, `replays` times.
 
-    The host queues everything before it waits: were the device idle between, the launch would be counted too.
+    The host queues everything before it waits: if the device were idle in between, the launch would be timed too.
     """
     runs: dict[str, Callable[[], Stamps]] = {}
     failed: dict[str, str] = {}
@@ -61,10 +61,10 @@ def interleaved(
     for name, contender in contenders.items():
         try:
             runs[name] = make(contender, calls)
-        except Exception as error:  # a kernel that does not know the shape; the device is looked at by the session
+        except Exception as error:  # a kernel without this shape; the session checks the device
             failed[name] = first_line(error)
     for run in runs.values():
-        run()  # not counted: gives the device work while the host gets ahead
+        run()  # not timed: keeps the device busy while the host queues
     stamps = [(name, run()) for _ in range(replays) for name, run in runs.items()]
     now(device)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -74,7 +74,7 @@ def interleaved(
 
 
 def events(work: Callable[[], object], *, repeats: int, device: torch.device) -> Spread:
-    """Seconds of `work`, launches included, after one run that is not counted."""
+    """Seconds of `work`, launches included, after one run that is not timed."""
     work()
     seconds = []
     for _ in range(repeats):
@@ -85,7 +85,7 @@ def events(work: Callable[[], object], *, repeats: int, device: torch.device) ->
 
 
 def now(device: torch.device) -> float:
-    """The host's clock once the device has done what it was given."""
+    """The host's clock, after the device has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -99,7 +99,7 @@ def _graph_run(contender: Contender, calls: int) -> Callable[[], Stamps]:
         for i in range(WARM_UPS):  # compiling, autotuning and workspaces come before the capture
             contender.call(i % contender.copies)
         torch.cuda.synchronize()
-        graph.capture_begin()  # not `torch.cuda.graph`, which empties the allocator's cache each time
+        graph.capture_begin()  # not `torch.cuda.graph`, which empties the cache of the allocator
         try:
             for i in range(total):
                 contender.call(i % contender.copies)

@@ -1,8 +1,7 @@
-"""The kernel that one writes first: GPTQ's int32 layout, codes unpacked by shifts, converted, scaled, multiplied.
+"""The simplest Triton kernel: GPTQ's int32 layout, codes unpacked by shifts, converted, scaled, multiplied.
 
-The rung of the ladder below `llmq_kernels.w4a16`.  Weights are the right operand, so that they go through registers to
-shared memory and back; every code is converted from an integer; nothing splits K.  `dequantize` writes the whole weight
-for cuBLAS.
+The version before `llmq_kernels.w4a16`.  Weights are the right operand, so they go through registers to shared memory
+and back; every code is converted from an integer; K is not split.  `dequantize` writes the whole weight for cuBLAS.
 
     qweight (K / 8, N) int32: nibble i of word k, n is the code of column 8 k + i of row n
     w[n, k] = scales[g, n] * (code - zeros[g, n]), g = k // group

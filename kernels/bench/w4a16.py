@@ -1,7 +1,7 @@
-"""The W4A16 product against everything else that could run it, over rows, layers, dtypes and group sizes.
+"""The W4A16 product compared with all alternatives, over rows, layers, dtypes and group sizes.
 
-First right, then fast: every case is held against float64, its output made in poisoned memory, and run again for the
-same bits, before it is timed.  Contenders are timed in turn in the same loop (`timing.py`).
+Before a case is timed, it is compared with float64, with the output in memory that held NaN, and must give the same
+bits again.  Contenders are timed in turn in the same loop (`timing.py`).
 """
 
 from collections.abc import Mapping
@@ -19,11 +19,10 @@ from bench.session import Result, Session, first_line
 from bench.timing import Contender, interleaved
 from bench.weights import TOLERANCES, Packed, copies_for, exact_product, poison, random_packed, relative_error
 from llmq_kernels.w4a16 import counters, gpu
-from llmq_kernels.w4a16 import op as _op  # noqa: F401  (registers llmq::w4a16_linear)
 
 OURS = "llmq"
-OTHERS_TOLERANCE = 2e-2  # that a contender computes the same function, however roughly
-EXPECTED_SECONDS = 6.0  # of the slowest case, compiling included
+OTHERS_TOLERANCE = 2e-2  # relative error up to which a contender computes the same function
+EXPECTED_SECONDS = 6.0  # of the slowest case, including compilation
 COMPILE_SECONDS = 75.0
 FEW_ROWS = 64  # where a call takes microseconds
 CACHE_OF_A_CPU = 1 << 12
@@ -45,7 +44,7 @@ def measure(plan: Plan, session: Session) -> None:
 def run_layer(
     plan: Plan, session: Session, campaign: Campaign, layer: str, N: int, K: int, cases: Mapping[str, int]
 ) -> None:
-    """Every number of rows on one weight, which is made once, with the first case that needs it."""
+    """Every number of rows with one weight, which is made once, by the first case."""
     made: list[tuple[Packed, dict[str, Prepared], dict[str, str]]] = []
 
     def case(M: int) -> Result:
@@ -61,7 +60,7 @@ def run_layer(
 
 
 def tiles(M: int, N: int, K: int, device: str) -> Result:
-    """How our kernel runs this shape: its configuration, how often K is split, and whether it is cuBLAS by now."""
+    """How our kernel runs this shape: its configuration, the splits of K, and whether it is fused or cuBLAS."""
     machine = gpu.machine_of(torch.device(device))
     config = machine.table.config(M, N, K)
     splits = config.splits(M, N, K, machine.processors)
@@ -76,26 +75,14 @@ def prepare(plan: Plan, campaign: Campaign, N: int, K: int) -> tuple[Packed, dic
         N, K, group=campaign.group, dtype=dtype, asymmetric=campaign.asymmetric, device=device,
         copies=copies_for(N * K // 2, cache),
     )  # fmt: skip
-    contenders = {OURS: ours(packed)}
+    contenders = {OURS: competitors.ours(packed)}
     missing = {}
     for name, maker in competitors.ALL.items():
         try:
             contenders[name] = maker(packed, dtype, cache)
-        except Exception as error:  # a package of another version fails in its own way; ours is measured all the same
+        except Exception as error:  # packages fail in many ways; ours is measured anyway
             missing[name] = first_line(error)
     return packed, contenders, missing
-
-
-def ours(packed: Packed) -> Prepared:
-    """The op as a model calls it."""
-
-    def multiply(i: int, x: Tensor) -> Tensor:
-        product: Tensor = torch.ops.llmq.w4a16_linear(
-            x, packed.words[i], packed.scales[i], packed.zeros_of(i), None, None, 4, packed.in_features, packed.group
-        )
-        return product
-
-    return Prepared(multiply, packed.copies)
 
 
 def run_case(
@@ -136,7 +123,7 @@ def run_case(
 
 
 def own_error(x: Tensor, prepared: Prepared, exact: Tensor) -> tuple[float, bool]:
-    """The error of our product on poisoned memory, and whether a second run gives the same bits."""
+    """The error of our product in memory that held NaN, and whether a second run gives the same bits."""
     poison(exact.shape, x.dtype, x.device)
     first = prepared.multiply(0, x)
     poison(exact.shape, x.dtype, x.device)
@@ -145,7 +132,7 @@ def own_error(x: Tensor, prepared: Prepared, exact: Tensor) -> tuple[float, bool
 
 
 def others_error(x: Tensor, prepared: Prepared, exact: Tensor) -> tuple[float, str | None]:
-    """A contender's error, and why it is not timed if it is not the same function or cannot run."""
+    """The error of a contender, and the reason not to time it: it cannot run or computes something else."""
     try:
         error = relative_error(prepared.multiply(0, x), exact)
     except Exception as failure:
@@ -154,7 +141,7 @@ def others_error(x: Tensor, prepared: Prepared, exact: Tensor) -> tuple[float, s
 
 
 def forget_counters() -> None:
-    """Start on fresh counters for split sums: captured launches keep theirs for good, and thousands are captured."""
+    """Start with new counters for split sums: captured launches keep theirs, and thousands are captured."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     counters._banks.clear()

@@ -1,6 +1,6 @@
-"""Compile what a section is going to launch, in several processes at once.
+"""Compile the kernels of a section in advance, in several processes.
 
-Triton compiles on one core, and keeps what it compiled on the disk, where the measuring process finds it.
+Triton compiles on one core and caches compiled kernels on disk, where the measuring process finds them.
 
     python -m bench.warm --plan full --what w4a16 --worker 3 --workers 12
 """
@@ -26,7 +26,7 @@ Task = tuple[str, Callable[[], object]]
 
 
 def compile_ahead(plan: Plan, what: str, session: Session, seconds: float) -> Result:
-    """Run the tasks of `what` in as many processes as the machine has cores for; says which of them failed."""
+    """Run the tasks of `what` in parallel processes; the result lists the tasks that failed."""
     workers = max(1, min(MOST_WORKERS, (os.cpu_count() or 2) - 2))
     start = time.monotonic()
     running = [
@@ -46,13 +46,13 @@ def compile_ahead(plan: Plan, what: str, session: Session, seconds: float) -> Re
             output, _ = process.communicate()
             failed.append("a worker did not end in time")
         failed += output.splitlines()
-        session.say(f"compiled ahead by {1 + running.index(process)} of {workers} processes")
+        session.report(f"compiled ahead by {1 + running.index(process)} of {workers} processes")
     taken = time.monotonic() - start
     return {"workers": workers, "failed": failed, "summary": f"{taken:.0f} s, {len(failed)} failed"}
 
 
 def tasks(plan: Plan, what: str) -> Iterator[Task]:
-    """What launches each kernel of a section once, as (name, call)."""
+    """Calls that launch each kernel of a section once, as (name, call)."""
     device = torch.device(plan.device)
     if what == "checks":
         yield from checks.cases(plan, device, repeats=0)
@@ -75,15 +75,13 @@ def tasks(plan: Plan, what: str) -> Iterator[Task]:
 
 def one_product(N: int, K: int, M: int, dtype: str, group: int, asymmetric: bool, device: torch.device) -> None:
     """The op, once."""
-    from bench.w4a16 import ours
-
     kind = getattr(torch, dtype)
     packed = random_packed(N, K, group=group, dtype=kind, asymmetric=asymmetric, copies=1, device=device)
-    ours(packed).multiply(0, torch.randn(M, K, dtype=kind, device=device))
+    competitors.ours(packed).multiply(0, torch.randn(M, K, dtype=kind, device=device))
 
 
 def contender(name: str, N: int, K: int, rows: tuple[int, ...], dtype: str, group: int, device: torch.device) -> None:
-    """Another kernel of ours that Triton compiles, once for few rows and once for many."""
+    """A contender that Triton compiles, once for few rows and once for many."""
     kind = getattr(torch, dtype)
     packed = random_packed(N, K, group=group, dtype=kind, asymmetric=True, copies=1, device=device)
     prepared = competitors.ALL[name](packed, kind, 1)
@@ -103,7 +101,7 @@ def main() -> None:
             continue
         try:
             call()
-        except Exception as error:  # the section itself will meet it again, and record it
+        except Exception as error:  # the section will raise it again, and record it
             print(f"{name}: {first_line(error)}", flush=True)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from llmq_kernels.w4a16 import layout
+from llmq_kernels.w4a16.packed_weight import PackedWeight
 
 REFERENCE_ROWS = 2048  # of W at once in float64
 TOLERANCES = {torch.float16: 5e-4, torch.bfloat16: 4e-3, torch.float32: 5e-4}  # relative, L2; float32 as tf32
@@ -27,18 +28,21 @@ class Packed:
 
     @property
     def nbytes(self) -> int:
-        """Of one copy: codes, scales and zeros."""
+        """Of one copy: codes, scales and zero points."""
         parts = [part for part in (self.words, self.scales, self.zeros) if part is not None]
         return sum(part[0].numel() * part.element_size() for part in parts)
 
     def zeros_of(self, copy: int) -> Tensor | None:
         return None if self.zeros is None else self.zeros[copy]
 
+    def weight(self, copy: int) -> PackedWeight[Tensor]:
+        return PackedWeight(self.words[copy], self.scales[copy], self.zeros_of(copy), 4, self.in_features, self.group)
+
 
 def random_packed(
     N: int, K: int, *, group: int, dtype: torch.dtype, asymmetric: bool, copies: int, device: torch.device
 ) -> Packed:
-    """Codes of every value, scales of either sign, zeros over the whole range."""
+    """Codes of every value, scales of either sign, zero points over the whole range."""
     G = -(-K // group)
     shape = (copies, N, layout.words_per_row(K, 4))
     words = torch.randint(-(1 << 15), 1 << 15, shape, dtype=torch.int16, device=device)
@@ -49,7 +53,7 @@ def random_packed(
 
 
 def copies_for(nbytes: int, cache: int) -> int:
-    """So many copies that a round through them leaves nothing of the first in `cache` bytes; two at least."""
+    """The number of copies, at least two, after which nothing of the first is left in a cache of `cache` bytes."""
     return max(2, -(-cache // max(1, nbytes)))
 
 
@@ -72,15 +76,15 @@ def exact_product(x: Tensor, packed: Packed, copy: int = 0) -> Tensor:
     return product
 
 
-def relative_error(found: Tensor, exact: Tensor) -> float:
-    """‖found − exact‖ / ‖exact‖ in float64; NaN where `found` has one."""
-    return float((found.double() - exact).norm() / exact.norm())
+def relative_error(product: Tensor, exact: Tensor) -> float:
+    """‖product − exact‖ / ‖exact‖ in float64; NaN where `product` has one."""
+    return float((product.double() - exact).norm() / exact.norm())
 
 
 def poison(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
-    """Fill a block of that size with NaN and give it back, so that the next output of its size is made of NaN.
+    """Fill a block of that size with NaN and free it, so that the next output of its size starts as NaN.
 
     The allocator picks the same block again as long as nothing else is freed in between.  In particular no other tensor
-    of that size: it may hold the right values, and a kernel that writes nothing would look right.
+    of that size may be freed: it could hold the right values, and a kernel that writes nothing would look right.
     """
     torch.full(shape, float("nan"), dtype=dtype, device=device)

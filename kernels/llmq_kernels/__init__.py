@@ -1,6 +1,9 @@
 """Kernels for weights of 2 to 8 bits.  Never imports llmq; importing it loads neither torch nor triton.
 
-One folder an op.  Its `reference.py` (NumPy, float64) defines what the op computes; every other file in the folder is
-a faster way to the same numbers, and a test holds it to the reference.  `op.py` is the door: it checks the arguments
-once, is known to torch as a custom op, and calls a backend of the signature that `reference.py` sets.
+One folder per op.  Its `reference.py` (NumPy, float64) defines what the op computes; the other versions in the folder
+compute the same numbers faster, and tests compare them with the reference.  `op.py` is the entry point: it checks the
+arguments once, registers a torch custom op where a model needs one, and calls a backend.
+
+Terms: a *code* is one quantized value, an unsigned integer; a weight is scale * (code - zero point); a *group* is a run
+of columns that share a scale and a zero point.
 """

@@ -1,9 +1,9 @@
-"""What the kernels raise on purpose, and what they warn with."""
+"""The exception that the kernels raise on purpose, and their warning category."""
 
 
 class KernelInputError(ValueError):
-    """An argument that an op cannot take; the message says what was found and what was expected."""
+    """An argument that an op does not accept; the message states what was found and what was expected."""
 
 
 class KernelWarning(UserWarning):
-    """A slower way is taken than the one that was asked for or could be had; the message says why."""
+    """A slower path is used than the one requested or usual; the message states why."""

@@ -1,12 +1,12 @@
-"""Weights of llmq's own files with NumPy alone: no torch, and nothing of llmq itself.
+"""Reads the weights of files that llmq wrote with NumPy only: no torch, and no import of llmq.
 
     from llmq_kernels import files
     for name, weight in files.dequantize("OUT"): ...      # (N, K) float32
 
-This is the shortest account of what is in such a file: a header that says where each tensor lies, codes as one stream
-of bits, and  w = (code - zero) * scale  in float32.  It reads what llmq writes (compressed-tensors, gptq and awq, and
-.gguf through the package gguf, which needs NumPy alone too); other writers have variants beside these, which
-`llmq.dequantize` reads.
+This is the shortest description of such a file: a header with the position of each tensor, codes as one stream of bits,
+and  w = (code - zero) * scale  in float32.  It reads what llmq writes (compressed-tensors, gptq and awq, and .gguf
+through the package gguf, which needs only NumPy too); other tools write variants of these, which `llmq.dequantize`
+reads.
 """
 
 import json
@@ -24,19 +24,19 @@ DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", 
 WIDTHS = (2, 3, 4, 8)
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble that holds output 0, 1, … of eight
 HEADER_BYTES = 8
-FLOATS = ("F32", "F16", "BF16")  # types of GGUF that are not packed
+FLOATS = ("F32", "F16", "BF16")  # GGUF types that are not packed
 
 
 def dequantize(path: str | Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """`(name, weight)` of every packed weight: (N, K) float32, under the name that it had before.
+    """`(name, weight)` of every packed weight: (N, K) float32, under the name in the original model.
 
-    `path` is a folder or a .gguf file, whose names are GGUF's, and experts (E, N, K).  Raises OSError where files are
-    missing, ValueError for a checkpoint that is none of llmq's, ImportError for a .gguf without the package gguf.
+    `path` is a folder or a .gguf file; the latter has GGUF's names and experts (E, N, K).  Raises OSError if files are
+    missing, ValueError for a checkpoint that llmq does not write, ImportError for a .gguf without the package gguf.
     """
     folder = Path(path)
-    found = [folder] if folder.suffix == ".gguf" else sorted(folder.glob("*.gguf"))
-    if len(found) == 1 and not any(folder.glob("*.safetensors")):
-        yield from gguf(found[0])
+    gguf_files = [folder] if folder.suffix == ".gguf" else sorted(folder.glob("*.gguf"))
+    if len(gguf_files) == 1 and not any(folder.glob("*.safetensors")):
+        yield from gguf(gguf_files[0])
         return
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
     method = settings.get("quant_method")
@@ -71,13 +71,15 @@ def gguf(file: Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
 def compressed_tensors(parts: Mapping[str, Array], widths: Sequence[int] = WIDTHS) -> NDArray[np.float32]:
     """(N, K) from weight_packed (N, words), weight_scale (N, G), weight_shape (2,) and perhaps weight_zero_point.
 
-    `widths` are the bits a code that the file declares; raises ValueError where more than one of them fits the shapes.
+    `widths` are the bits per code in the header; raises ValueError unless exactly one of them fits.
     """
     N, K = (int(size) for size in parts["weight_shape"])
     packed, scales = parts["weight_packed"], parts["weight_scale"]
     fitting = [bits for bits in widths if math.ceil(K * bits / 32) == packed.shape[1]]
     if len(fitting) != 1:
-        raise ValueError(f"{packed.shape[1]} words for {K} codes are {fitting or 'none'} of the bits {list(widths)}")
+        raise ValueError(
+            f"{packed.shape[1]} words for {K} codes fit the bit widths {fitting}, expected one of {list(widths)}"
+        )
     (bits,) = fitting
     codes = unpack(packed, bits)[:, :K]
     if "weight_zero_point" in parts:
@@ -91,7 +93,7 @@ def gptq(parts: Mapping[str, Array], version: str = "gptq") -> NDArray[np.float3
     """(N, K) from qweight (K * bits / 32, N), qzeros (G, N * bits / 32), scales (G, N), g_idx (K,)."""
     qweight, words, scales, index = (parts[name] for name in ("qweight", "qzeros", "scales", "g_idx"))
     bits = qweight.shape[0] * 32 // len(index)
-    if version == "gptq":  # less one in every number of a word at once
+    if version == "gptq":  # stored minus one; added to every field of a word at once
         words = (words.view(np.uint32) + np.uint32(0xFFFFFFFF // ((1 << bits) - 1))).view(np.int32)
     zeros, codes = unpack(words, bits), unpack(qweight.T, bits)  # (G, N), (N, K)
     centred = codes.astype(np.float32) - zeros.T.astype(np.float32)[:, index]
@@ -113,7 +115,7 @@ def unpack(words: Array, bits: int) -> NDArray[np.uint8]:
 
 
 class Tensors(Mapping[str, Array]):
-    """The tensors of a folder of safetensors files, by name; each is read when it is asked for."""
+    """The tensors of a folder of safetensors files, by name; each is read when it is used."""
 
     def __init__(self, folder: Path) -> None:
         self._places: dict[str, tuple[Path, int, dict[str, Any]]] = {}
@@ -146,7 +148,7 @@ class Tensors(Mapping[str, Array]):
         return len(self._places)
 
     def of(self, module: str) -> dict[str, Array]:
-        """Those of one module, by the ends of their names."""
+        """The tensors of one module, by the last part of their names."""
         return {end: self[f"{module}.{end}"] for end in self._ends[module]}
 
 

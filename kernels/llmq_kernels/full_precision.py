@@ -1,7 +1,7 @@
-"""Products in float32 that are products in float32.
+"""Float32 products without TF32.
 
-`torch.backends.cuda.matmul` may be set to TF32, ten bits instead of twenty-three: good enough for a network, but an
-error that moves a weight across the middle between two codes is a different model.
+`torch.backends.cuda.matmul` may be set to TF32, with ten bits of mantissa instead of twenty-three: enough to run a
+network, but such an error can move a weight across the middle between two codes, which changes the quantized model.
 """
 
 from collections.abc import Iterator
@@ -12,10 +12,10 @@ import torch
 
 @contextmanager
 def without_tf32() -> Iterator[None]:
-    """Inside, cuBLAS multiplies float32 in float32; what the process had chosen is back afterwards.
+    """Inside, cuBLAS multiplies float32 in float32; afterwards the setting of the process is restored.
 
-    The choice belongs to the process and not to a thread, so another thread's products in the meantime are exact as
-    well.  A product's precision is fixed when it is launched: nothing waits for the GPU.
+    The setting belongs to the process, not to a thread, so products of other threads are exact meanwhile too.  The
+    precision of a product is fixed when it is launched, so nothing synchronizes with the GPU.
     """
     setting = torch.backends.cuda.matmul
     name, exact = ("fp32_precision", "ieee") if hasattr(setting, "fp32_precision") else ("allow_tf32", False)

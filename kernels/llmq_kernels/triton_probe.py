@@ -1,4 +1,4 @@
-"""The smallest Triton kernel: run once a device to see whether Triton works there at all."""
+"""The smallest Triton kernel: run once per device to test whether Triton works."""
 
 import torch
 import triton
@@ -16,6 +16,6 @@ def run(device: torch.device) -> None:
     source = torch.arange(16, dtype=torch.float32, device=device)
     target = torch.full_like(source, float("nan"))
     with torch.cuda.device(device):
-        _double[(1,)](source, target, SIZE=16, enable_fp_fusion=True)  # said, because its default is changing
+        _double[(1,)](source, target, SIZE=16, enable_fp_fusion=True)  # explicit, because its default is changing
     if not torch.equal(target, 2 * source):
         raise RuntimeError("a trivial kernel gave a wrong result")

@@ -29,6 +29,7 @@ from torch import Tensor
 from llmq.algorithms import Options, output_error
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq_kernels.gptq_block import op as gptq_block
+from llmq_kernels.gptq_block.problem import Problem
 
 COLUMNS = 128
 
@@ -62,7 +63,7 @@ def _sweep(target: Tensor, rounded: Tensor, quantized: QuantizedTensor, hessian:
         begin = values[block] + inverse @ gradient[block]
         own = groups[block].to(torch.int32)
         found = gptq_block.compensate(
-            begin[None], feedback[None], scales[None], zeros[None], own[None], quantized.scheme.levels
+            Problem(begin[None], feedback[None], scales[None], zeros[None], own[None], quantized.scheme.levels)
         )
         codes[block] = found[0]
         moves = (found[0].to(torch.float32) - old[block]).mul_(scales[own])

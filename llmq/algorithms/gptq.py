@@ -34,6 +34,7 @@ from llmq.numerics.affine_grid import Grid
 from llmq.numerics.input_stats import InputStats
 from llmq.numerics.scheme import WeightScheme
 from llmq_kernels.gptq_block import op as gptq_block
+from llmq_kernels.gptq_block.problem import Problem
 
 NEEDS_FACTOR = True
 
@@ -74,7 +75,7 @@ def compensate(weight: Tensor, factor: Factor, chosen: Grid) -> Tensor:
     group_of = (factor.order // chosen.scheme.columns_per_group(K)).to(torch.int32)
     scales, zeros = _by_group(chosen)
     codes = gptq_block.compensate(
-        columns[None], factor.upper[None], scales[None], zeros[None], group_of[None], chosen.scheme.levels
+        Problem(columns[None], factor.upper[None], scales[None], zeros[None], group_of[None], chosen.scheme.levels)
     )
     restored = torch.empty_like(codes[0])
     restored[factor.order] = codes[0]
@@ -107,10 +108,8 @@ def compensate_with_growing_grid(
     for start in range(0, len(columns), width):
         group = affine_grid.fit_minmax(columns[start : start + width].T.contiguous(), scheme, scale_dtype)
         scales, zeros = _by_group(group)  # (1, N) each
-        gptq_block.round_columns(
-            columns[None], codes[None], factor.upper[None], scales[None], zeros[None], group_of,
-            scheme.levels, start, start + width,
-        )  # fmt: skip
+        problem = Problem(columns[None], factor.upper[None], scales[None], zeros[None], group_of, scheme.levels)
+        gptq_block.quantize_columns(problem, codes[None], start, start + width)
         grids.append(group)
     scales = torch.cat([group.scales for group in grids], dim=1)
     offsets = [group.zeros for group in grids if group.zeros is not None]

@@ -24,6 +24,7 @@ from llmq.numerics import k_quant_grid
 from llmq.numerics.quantized_tensor import QuantizedTensor, Superblocks, affine
 from llmq.numerics.scheme import WeightScheme
 from llmq_kernels.grid_search import op as grid_search
+from llmq_kernels.grid_search.candidates import Candidates
 from llmq_kernels.grid_search.torch_path import stored
 
 COARSE_STEPS, FINE_STEPS, ZERO_STEPS = 60, 16, 2
@@ -112,13 +113,13 @@ def dtype_of(scale_dtype: ScaleDtype) -> torch.dtype:
     return scale_dtype.dtype if isinstance(scale_dtype, Bounded) else scale_dtype
 
 
-def _candidates(scheme: WeightScheme, scale_dtype: ScaleDtype) -> grid_search.Candidates:
+def _candidates(scheme: WeightScheme, scale_dtype: ScaleDtype) -> Candidates:
     lowest = LOWEST_FACTOR_2_BITS if scheme.bits == 2 else LOWEST_FACTOR
     factors = torch.linspace(lowest, HIGHEST_FACTOR, COARSE_STEPS).tolist()
     step = factors[1] - factors[0]
     offsets = torch.linspace(-step, step, FINE_STEPS).tolist()
     shifts = (0,) if scheme.symmetric else tuple(range(-ZERO_STEPS, ZERO_STEPS + 1))
-    return grid_search.Candidates(
+    return Candidates(
         scheme.levels,
         scheme.symmetric,
         tuple(factors),

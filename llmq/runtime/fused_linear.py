@@ -36,6 +36,7 @@ from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.runtime.packed_linear import PackedLinear, PackedRows
 from llmq.runtime.weight_view import WeightView
 from llmq_kernels.w4a16 import op as packed
+from llmq_kernels.w4a16.packed_weight import PackedWeight
 
 logger = logging.getLogger(__name__)
 
@@ -114,10 +115,11 @@ class FusedLinear(nn.Linear):
         """The product with this layer's rows only.  Theirs are a run of words, but strided columns of the scales."""
         rows, own = self.stack.rows, slice(self.start, self.stop)
         zeros = rows.zeros[:, own].contiguous() if self._has_zeros and rows.zeros is not None else None
-        return packed.linear(
-            x, rows.words[own], rows.scales[:, own].contiguous(), zeros, self.bias, rows.column_order,
-            rows.scheme.bits, rows.in_features, rows.columns_per_group,
+        weight = PackedWeight(
+            rows.words[own], rows.scales[:, own].contiguous(), zeros,
+            rows.scheme.bits, rows.in_features, rows.columns_per_group, rows.column_order,
         )  # fmt: skip
+        return packed.linear(x, weight, self.bias)
 
     def quantized(self) -> QuantizedTensor:
         """The weight that the layer was made from, code for code."""

@@ -59,7 +59,7 @@ class PackedStack(nn.Module):
     def forward(self, x: Tensor, token: Tensor, expert: Tensor) -> Tensor:
         """x (M, K), token (P,) and expert (P,) int -> (P, N)."""
         product: Tensor = torch.ops.llmq.w4a16_experts(
-            x, token, expert, self.words, self.scales, self.zeros, self.bias,
+            x, token, expert, self.bias, self.words, self.scales, self.zeros,
             self.scheme.bits, self.in_features, self.columns_per_group,
         )  # fmt: skip
         return product

@@ -13,6 +13,7 @@ from llmq.numerics.scheme import WeightScheme
 from llmq.runtime.weight_view import WeightView
 from llmq_kernels.w4a16 import int4pack, layout
 from llmq_kernels.w4a16 import op as packed
+from llmq_kernels.w4a16.packed_weight import PackedWeight
 
 
 class PackedRows(nn.Module):
@@ -95,19 +96,19 @@ class PackedRows(nn.Module):
         return torch.full_like(self.scales, self.scheme.middle, dtype=torch.int16)
 
     def forward(self, x: Tensor) -> Tensor:
-        held: Any = self._buffers  # nn.Module's own look-up is slow, seven times a call
-        return packed.linear(
-            x, held["words"], held["scales"], held["zeros"], self.bias, held["column_order"],
-            self.scheme.bits, self.in_features, self.columns_per_group, held["int4_words"], held["int4_grid"],
+        return packed.linear(x, self._packed_weight(), self.bias)
+
+    def _packed_weight(self) -> PackedWeight[Tensor]:
+        held: Any = self._buffers  # the attribute lookup of nn.Module is slow, and this runs in every call
+        return PackedWeight(
+            held["words"], held["scales"], held["zeros"], self.scheme.bits, self.in_features, self.columns_per_group,
+            held["column_order"], held["int4_words"], held["int4_grid"],
         )  # fmt: skip
 
     def prepare(self) -> None:
         """Make what the device runs quicker with, where there is any; loading calls it when all layers are in place."""
         self.prepared = True
-        pair = int4pack.prepare(
-            self.words, self.scales, self.zeros,
-            bits=self.scheme.bits, in_features=self.in_features, columns_per_group=self.columns_per_group,
-        )  # fmt: skip
+        pair = int4pack.prepare(self._packed_weight())
         self.int4_words, self.int4_grid = pair or (None, None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedRows":

@@ -1,8 +1,8 @@
-"""Compile Triton kernels for GPUs that are not there, and read what came out: registers, spills, instructions.
+"""Compile Triton kernels for any GPU, and read the result: registers, spills, instructions.
 
 `ptxas` and `cuobjdump` are part of Triton's wheel.  Tests run with Triton's interpreter, which replaces `triton.jit` at
 import, so compiling happens in worker processes without it: this file is its own worker (`python ahead_of_time.py`
-reads jobs as JSON, one a line, and answers one line each).
+reads jobs as JSON, one per line, and prints one line per job).
 """
 
 import collections
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Job:
-    """One kernel with everything that a launch would fix.
+    """One kernel with everything that a launch determines.
 
     kernel      "module:function"
     signature   argument -> Triton type ("*bf16", "*i16", "i32"), in the kernel's order, constants left out
@@ -44,7 +44,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What came out; `error` is Triton's message where nothing did.  `stack` > 0 bytes are spills."""
+    """The result of a compilation; `error` is Triton's message if it failed.  `stack` > 0 bytes are spills."""
 
     registers: int = 0
     stack: int = 0
@@ -61,7 +61,7 @@ def compile_all(jobs: Sequence[Job]) -> list[Compiled]:
     workers = []
     for share in shares:
         lines = "\n".join(json.dumps(asdict(jobs[index])) for index in share)
-        with tempfile.TemporaryFile("w+") as source:  # the worker has its own handle of it
+        with tempfile.TemporaryFile("w+") as source:  # the worker has a separate handle
             source.write(lines)
             source.seek(0)
             command = [sys.executable, __file__]
@@ -91,7 +91,7 @@ def _compile(job: Job) -> Compiled:
     options = {**fixed, **job.options}
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options=options)
-    except Exception as error:  # every stage of the compiler raises something of its own
+    except Exception as error:  # every stage of the compiler raises other errors
         return Compiled(error=f"{type(error).__name__}: {error}")
     return _read(compiled.asm["cubin"], compiled.metadata.shared)
 
@@ -106,11 +106,11 @@ def _read(cubin: bytes, shared: int) -> Compiled:
         file.flush()
         usage = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True)
         code = subprocess.run([cuobjdump, "-sass", file.name], capture_output=True, text=True, check=True)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)
-    if found is None:
+    usage_line = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)
+    if usage_line is None:
         return Compiled(error=f"no resource usage in {usage.stdout + usage.stderr!r}")
     mnemonics = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9]*)", code.stdout, re.MULTILINE)
-    return Compiled(int(found[1]), int(found[2]), shared, dict(collections.Counter(mnemonics)))
+    return Compiled(int(usage_line[1]), int(usage_line[2]), shared, dict(collections.Counter(mnemonics)))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from torch import Tensor
 from llmq_kernels.w4a16 import layout
 from llmq_kernels.w4a16 import reference as linear_reference
 from llmq_kernels.w4a16_experts import reference
+from tests.kernels.cases import grouped, in_numpy, weight_in
 
 HALF_UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # in the last place
 SMALLEST = {torch.float32: 2.0**-149, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133}
@@ -49,33 +50,21 @@ def arguments(
         "x": torch.randn(M, K, generator=generator).to(dtype),
         "token": token.to(torch.int32),
         "expert": expert.contiguous(),
+        "bias": torch.randn(E, N, generator=generator).to(dtype) if bias else None,
         "words": torch.stack([layout.pack(own, bits) for own in codes]),
         "scales": torch.randn(E, G, N, generator=generator).to(dtype),
         "zeros": None if symmetric else zeros,
-        "bias": torch.randn(E, N, generator=generator).to(dtype) if bias else None,
         "bits": bits,
         "in_features": K,
         "columns_per_group": per_group,
     }
 
 
-def in_numpy(case: dict[str, Any]) -> dict[str, Any]:
-    """float64 holds every float16, bfloat16 and float32."""
-
-    def converted(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return value.double().cpu().numpy() if value.is_floating_point() else value.cpu().numpy()
-
-    return {name: converted(value) for name, value in case.items()}
-
-
 def weights_of(values: dict[str, Any]) -> NDArray[np.float64]:
     """(E, N, K) float64."""
-    grid = {name: values[name] for name in ("bits", "in_features", "columns_per_group")}
-    zeros = values["zeros"] if values["zeros"] is not None else [None] * len(values["words"])
-    grids = zip(values["words"], values["scales"], zeros, strict=True)
-    return np.stack([linear_reference.dequantize(w, s, z, **grid) for w, s, z in grids])
+    stack = weight_in(values)
+    experts = (stack.with_arrays(lambda part, e=e: part[e]) for e in range(len(stack.words)))
+    return np.stack([linear_reference.dequantize(expert) for expert in experts])
 
 
 def assert_is_the_definition(y: Tensor, case: dict[str, Any]) -> None:
@@ -84,7 +73,7 @@ def assert_is_the_definition(y: Tensor, case: dict[str, Any]) -> None:
     Tensor cores cut their sums off instead of rounding them: twice the bound, on a GPU.
     """
     values = in_numpy(case)
-    expected = reference.experts(**values)
+    expected = reference.experts(**grouped(values))
     W = np.abs(weights_of(values))[values["expert"]]  # (P, N, K)
     magnitude = np.einsum("pk,pnk->pn", np.abs(values["x"])[values["token"]], W)
     if values["bias"] is not None:

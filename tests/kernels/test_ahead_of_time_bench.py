@@ -1,4 +1,4 @@
-"""The naive kernels compile for GPUs that are not there: the first call on a real one is no time for type errors."""
+"""The naive kernels compile for GPUs, so that type errors show without one."""
 
 import pytest
 
@@ -39,6 +39,6 @@ def compiled() -> dict[str, Compiled]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", JOBS)
-def test_it_compiles(compiled: dict[str, Compiled], name: str) -> None:
+def test_naive_kernels_compile(compiled: dict[str, Compiled], name: str) -> None:
     assert compiled[name].error is None
     assert compiled[name].instructions

@@ -1,4 +1,4 @@
-"""The experts' kernels, compiled for GPUs that are not there: every tile size that `gpu.py` launches."""
+"""The experts' kernels, compiled for every supported GPU: every tile size that `gpu.py` launches."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -72,8 +72,8 @@ def test_many_pairs_use_tensor_cores(case: Case) -> None:
     assert compiled()[case].instructions[TENSOR_CORES[case.arch]] > 0
 
 
-def test_one_pair_uses_none() -> None:
-    """They would multiply seven rows of nothing for each one of x."""
+def test_one_pair_uses_no_tensor_cores() -> None:
+    """Seven of eight rows of x would be padding."""
     for case in CASES:
         if case.tiles is gpu.ALONE:
             assert not set(TENSOR_CORES.values()) & set(compiled()[case].instructions)

@@ -28,7 +28,7 @@ def block_job(arch: int, *, aligned: bool = True, columns: str = "rows side by s
         del signature["columns_column"]
     everything = [name for name in signature if name != "levels"]
     return Job(
-        "llmq_kernels.gptq_block.triton_kernel:round_block", signature,
+        "llmq_kernels.gptq_block.triton_kernel:quantize_block", signature,
         {**constants, "BLOCK": triton_kernel.BLOCK, "ROWS": triton_kernel.ROWS}, arch, triton_kernel.WARPS,
         aligned=everything if aligned else ["errors", "scales", "zeros"],
     )  # fmt: skip
@@ -67,22 +67,22 @@ def compiled() -> dict[str, Compiled]:
 
 @pytest.mark.parametrize("name", JOBS)
 def test_it_compiles_without_spills(name: str, compiled: dict[str, Compiled]) -> None:
-    found = compiled[name]
-    assert found.error is None
-    assert found.stack == 0, f"{found.stack} bytes of registers are spilled"
-    assert found.shared <= SHARED[JOBS[name][1]["arch"]]
+    build = compiled[name]
+    assert build.error is None
+    assert build.stack == 0, f"{build.stack} bytes of registers are spilled"
+    assert build.shared <= SHARED[JOBS[name][1]["arch"]]
 
 
 @pytest.mark.parametrize("name", [name for name in JOBS if name.startswith("gram")])
-def test_the_second_moment_is_computed_by_tensor_cores(name: str, compiled: dict[str, Compiled]) -> None:
+def test_second_moment_uses_tensor_cores(name: str, compiled: dict[str, Compiled]) -> None:
     instructions = compiled[name].instructions
     assert instructions.get(TENSOR_CORES[JOBS[name][1]["arch"]])
     assert instructions.get("LDGSTS"), "the steps in flight are not copied past the registers"
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_a_block_is_loaded_in_words_of_16_bytes_and_kept_in_registers(arch: int, compiled: dict[str, Compiled]) -> None:
-    found = compiled[f"block-{arch}"]
-    assert found.shared <= 1024
-    assert found.instructions["LDG"] <= 40  # 16 for the tile and as many for a row of U: 64 if the tile came by words
-    assert not {"LDL", "STL"} & set(found.instructions)
+def test_gptq_block_loads_16_bytes_and_stays_in_registers(arch: int, compiled: dict[str, Compiled]) -> None:
+    build = compiled[f"block-{arch}"]
+    assert build.shared <= 1024
+    assert build.instructions["LDG"] <= 40  # 16 for the tile and as many for a row of U: 64 if the tile came by words
+    assert not {"LDL", "STL"} & set(build.instructions)

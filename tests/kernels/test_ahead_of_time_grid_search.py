@@ -1,4 +1,4 @@
-"""The search compiled for GPUs that are not there: no spills, no fused arithmetic."""
+"""The search compiled for every supported GPU: no spills, no fused arithmetic."""
 
 from itertools import product
 

@@ -1,8 +1,8 @@
-"""What the compiler makes of the W4A16 kernels, for GPUs that are not there.
+"""The W4A16 kernels, compiled for every supported GPU.
 
 Covered: every shipped configuration in float16 and bfloat16 for its architecture, with zeros, bias, groups of 128 and
-four splits; on one architecture each also groups of 32, one group a row, symmetric, one split and as many as there can
-be, a last tile that is cut, scales of another dtype; the kernels of other widths and the dequantising one.
+four splits; on one architecture also groups of 32, one group per row, symmetric, one split and the most splits, a
+partial last tile, scales of another dtype; the kernels of other widths and the dequantizing one.
 """
 
 from dataclasses import replace
@@ -61,7 +61,7 @@ def variations() -> dict[str, Job]:
     return {
         "groups of 32": fused(90, "bf16", small, PLANES=1),
         "groups of 32 before": fused(90, "bf16", large, PLANES=1),
-        "one group a row": fused(80, "fp16", medium, PLANES=0),
+        "one group per row": fused(80, "fp16", medium, PLANES=0),
         "symmetric, one split": fused(90, "fp16", small, HAS_ZEROS=False, HAS_BIAS=False, SPLITS=1),
         "cut tile": fused(90, "bf16", small, PLANES=2, EVEN_K=False),
         "scales of another dtype, most splits": fused(90, "fp16", large, scales="fp32", SPLITS=configs.MOST_SPLITS),
@@ -87,21 +87,23 @@ def test_compiles_without_spills_and_conversions(name: str, compiled: dict[str, 
 
 
 @pytest.mark.parametrize("name", shipped())
-def test_every_shipped_configuration_feeds_tensor_cores_from_registers(
-    name: str, compiled: dict[str, Compiled]
-) -> None:
+def test_shipped_configurations_feed_tensor_cores_from_registers(name: str, compiled: dict[str, Compiled]) -> None:
     job, config = shipped()[name]
     code = compiled[name]
     assert code.shared <= SHARED_LIMIT[job.arch]
-    found = code.instructions
-    assert found["LOP3"] >= 16 and found["LDGSTS"] >= 5  # unpacking; asynchronous copies
+    instructions = code.instructions
+    assert instructions["LOP3"] >= 16 and instructions["LDGSTS"] >= 5  # unpacking; asynchronous copies
     if job.arch == 90:
-        assert found["HGMMA"] == 8
-        assert found["LDSM"] == 2  # words alone; an unpacked weight that went through shared memory would add to it
+        assert instructions["HGMMA"] == 8
+        assert (
+            instructions["LDSM"] == 2
+        )  # words alone; an unpacked weight that went through shared memory would add to it
     else:
-        assert found.get("HMMA", 0) + found.get("UTCHMMA", 0) >= 8
+        assert instructions.get("HMMA", 0) + instructions.get("UTCHMMA", 0) >= 8
     if job.arch <= 90 and config.scale == "after":
-        assert found["BAR"] <= 10  # 7 or so; each trip of weights or scales through shared memory costs two a tile
+        assert (
+            instructions["BAR"] <= 10
+        )  # 7 or so; each trip of weights or scales through shared memory costs two a tile
 
 
 def test_other_widths_use_tensor_cores(compiled: dict[str, Compiled]) -> None:

@@ -1,7 +1,7 @@
-"""Which backend is chosen, and that what is missing or broken costs one line and never the run.
+"""Which backend is chosen; a missing or broken Triton gives one warning and never stops a run.
 
-Each case is a process of its own, because choices are made once in a process; a broken Triton is a package of that
-name in front of the real one.
+Each case is a separate process, because choices are made once per process; a broken Triton is a fake package of that
+name earlier on the path.
 """
 
 import os
@@ -47,20 +47,20 @@ def fake_triton(folder: Path, source: str) -> Path:
 
 
 @pytest.mark.parametrize("backend", [None, "", "torch"])
-def test_a_cpu_runs_torch_without_a_word(backend: str | None) -> None:
+def test_cpu_uses_torch_without_warning(backend: str | None) -> None:
     chosen, warned = choices("cpu", backend=backend)
     reason = "LLMQ_BACKEND=torch" if backend == "torch" else "Triton kernels need a CUDA device, this is cpu"
     assert chosen == [["cpu", "torch", reason]] * 3
     assert warned == []
 
 
-def test_triton_on_a_cpu_is_answered_with_torch_and_one_warning() -> None:
+def test_triton_requested_on_cpu_warns_and_uses_torch() -> None:
     chosen, warned = choices("cpu", backend="triton")
     assert [name for _, name, _ in chosen] == ["torch"] * 3
     assert warned == ["LLMQ_BACKEND=triton: Triton kernels need a CUDA device, this is cpu; torch is used"]
 
 
-def test_a_name_that_is_not_known_is_told_once_however_many_devices_ask() -> None:
+def test_unknown_backend_warns_once_for_all_devices() -> None:
     chosen, warned = choices("cpu", "meta", backend="tritton")
     assert {name for _, name, _ in chosen} == {"torch"}
     assert warned == ["LLMQ_BACKEND='tritton' is not one of auto, triton, torch; auto is used"]
@@ -81,7 +81,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("source", "problem"), BROKEN.values(), ids=BROKEN)
-def test_a_broken_triton_is_torch_and_one_warning(source: str, problem: str, tmp_path: Path) -> None:
+def test_broken_triton_warns_and_uses_torch(source: str, problem: str, tmp_path: Path) -> None:
     chosen, warned = choices("cuda:0", "cuda:1", "cpu", path=fake_triton(tmp_path, source))
     assert chosen[:2] == [["cuda:0", "torch", problem], ["cuda:1", "torch", problem]]
     assert chosen == chosen[:3] * 3
@@ -89,13 +89,13 @@ def test_a_broken_triton_is_torch_and_one_warning(source: str, problem: str, tmp
 
 
 @pytest.mark.skipif(not NO_GPU, reason="needs a machine without a GPU")
-def test_a_device_that_does_not_answer_is_torch_and_one_warning() -> None:
+def test_missing_device_warns_and_uses_torch() -> None:
     chosen, warned = choices("cuda:0")
     assert [name for _, name, _ in chosen] == ["torch"] * 3
     assert len(warned) == 1
 
 
-def test_asking_for_torch_does_not_even_look_for_triton(tmp_path: Path) -> None:
+def test_torch_backend_does_not_import_triton(tmp_path: Path) -> None:
     chosen, warned = choices("cuda:0", backend="torch", path=fake_triton(tmp_path, "raise ImportError('broken')"))
     assert chosen == [["cuda:0", "torch", "LLMQ_BACKEND=torch"]] * 3
     assert warned == []
@@ -103,7 +103,7 @@ def test_asking_for_torch_does_not_even_look_for_triton(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(NO_GPU, reason="needs a CUDA device")
-def test_a_working_triton_is_chosen_and_found_out_once() -> None:
+def test_working_triton_is_tested_once_and_chosen() -> None:
     chosen, warned = choices("cuda:0")
     assert [name for _, name, _ in chosen] == ["triton"] * 3
     assert warned == []
@@ -111,7 +111,7 @@ def test_a_working_triton_is_chosen_and_found_out_once() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(NO_GPU, reason="needs a CUDA device")
-def test_a_kernel_that_fails_to_launch_is_torch_and_one_warning(tmp_path: Path) -> None:
+def test_failing_launch_warns_and_uses_torch(tmp_path: Path) -> None:
     source = (
         "class jit:\n"
         "    def __init__(self, function): pass\n"

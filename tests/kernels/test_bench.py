@@ -1,4 +1,4 @@
-"""What the measurements are made of: sessions, clocks, contenders, and tables of what was found."""
+"""The parts of the measurements: sessions, clocks, contenders and tables."""
 
 import contextlib
 import sys
@@ -12,8 +12,11 @@ import torch
 pytest.importorskip("triton")
 
 from bench import competitors, correctness, results, tables, timing, weights
-from bench.stopwatch import REST, Stopwatch, watching
+from bench.gptq import STEPS, pipeline_run
+from bench.plan import PLANS
+from bench.stopwatch import REST, Stopwatch, find, watching
 from bench.timing import Contender, Spread, interleaved
+from llmq.config import QuantConfig
 from llmq_kernels.w4a16 import reference
 
 CPU = torch.device("cpu")
@@ -21,7 +24,7 @@ CPU = torch.device("cpu")
 # ---- measuring
 
 
-def test_contenders_go_round_their_copies_and_failures_are_told_apart() -> None:
+def test_contenders_cycle_copies_and_report_failures() -> None:
     seen: list[int] = []
 
     def fails(_: int) -> None:
@@ -35,7 +38,7 @@ def test_contenders_go_round_their_copies_and_failures_are_told_apart() -> None:
     assert failed == {"bad": "NotImplementedError: no kernel for this"}
 
 
-def test_a_graph_holds_whole_rounds_of_the_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graph_holds_whole_cycles_of_the_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a stand-in for CUDA: what is captured, and that nothing waits between the marks of a replay."""
     log: list[object] = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: log.append("wait"))
@@ -68,12 +71,12 @@ def test_a_spread_is_median_and_deciles() -> None:
     assert Spread.of([float(value) for value in range(11)]) == Spread(5.0, 1.0, 9.0)
 
 
-def test_self_time_stops_while_a_watched_function_is_called() -> None:
+def test_stopwatch_excludes_time_of_watched_callees() -> None:
     module = ModuleType("watched_program")
     clock = iter(range(100))
     exec("def inner(): pass\ndef outer(): inner(); inner()", vars(module))
     sys.modules[module.__name__] = module
-    stopwatch = Stopwatch(lambda: float(next(clock)))  # every look at the clock is a second later
+    stopwatch = Stopwatch(lambda: float(next(clock)))  # every reading of the clock is one second later
     points = (("out", "watched_program:outer"), ("in", "watched_program:inner"), ("none", "watched_program:gone"))
     with watching(stopwatch, points) as missing:
         original = module.outer
@@ -83,20 +86,26 @@ def test_self_time_stops_while_a_watched_function_is_called() -> None:
     assert module.outer is not original
 
 
-def test_the_exact_product_is_the_definition() -> None:
+@pytest.mark.parametrize("point", [point for _, point in STEPS])
+def test_stopwatch_names_functions_that_exist(point: str) -> None:
+    assert find(point) is not None
+
+
+def test_gptq_section_runs_stages_of_gptq(tmp_path: Path) -> None:
+    run = pipeline_run(PLANS["interpret"], tmp_path, 1, CPU)
+    assert run.method == QuantConfig(method="gptq").stages
+    assert find(f"{run.layout.__name__}:pack") is not None  # type: ignore[attr-defined]
+
+
+def test_exact_product_equals_the_reference() -> None:
     packed = weights.random_packed(9, 160, group=32, dtype=torch.float16, asymmetric=True, copies=2, device=CPU)
     x = torch.randn(3, 160, dtype=torch.float16)
-    zeros = packed.zeros_of(1)
-    assert zeros is not None
-    expected = reference.linear(
-        x.numpy(), packed.words[1].numpy(), packed.scales[1].numpy(), zeros.numpy(), None, None,
-        bits=4, in_features=160, columns_per_group=32,
-    )  # fmt: skip
+    expected = reference.linear(x.numpy(), packed.weight(1).with_arrays(torch.Tensor.numpy), None)
     torch.testing.assert_close(weights.exact_product(x, packed, 1), torch.from_numpy(expected), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["naive_triton", "dequantize"])
-def test_a_contender_multiplies_with_the_same_weight(name: str) -> None:
+def test_contenders_multiply_with_the_same_weight(name: str) -> None:
     packed = weights.random_packed(24, 128, group=32, dtype=torch.float16, asymmetric=True, copies=1, device=CPU)
     x = torch.randn(3, 128, dtype=torch.float16)
     prepared = competitors.ALL[name](packed, torch.float16, 1)
@@ -111,7 +120,7 @@ def test_tinygemm_multiplies_with_the_same_weight() -> None:
     assert weights.relative_error(prepared.multiply(0, x), weights.exact_product(x, packed)) < 2e-2
 
 
-def test_copies_outgrow_the_cache() -> None:
+def test_copies_exceed_the_cache() -> None:
     assert [weights.copies_for(nbytes, 100) for nbytes in (200, 50, 30, 1)] == [2, 2, 4, 100]
 
 
@@ -125,13 +134,13 @@ def test_copies_outgrow_the_cache() -> None:
         "[gw3] [ 50%] FAILED tests/kernels/test_gpu_x.py::test_a[1-float16] ",
     ],
 )
-def test_outcomes_are_read_from_pytest_alone_and_in_parallel(line: str) -> None:
+def test_pytest_outcomes_are_parsed_with_and_without_workers(line: str) -> None:
     reason = "FAILED tests/kernels/test_gpu_x.py::test_a[1-float16] - AssertionError: wrong by 1"
-    found = correctness.judged([line, reason], 1)
-    assert found["failures"] == [
+    outcome = correctness.judged([line, reason], 1)
+    assert outcome["failures"] == [
         {"test": "tests/kernels/test_gpu_x.py::test_a[1-float16]", "reason": "AssertionError: wrong by 1"}
     ]
-    assert found["wrong"]
+    assert outcome["wrong"]
 
 
 # ---- tables
@@ -156,7 +165,7 @@ def test_ratios_are_of_sums_over_the_layers() -> None:
     assert (row["x naive Triton"], row["GB/s"], row["of copy"]) == ("–", "133", "3%")
 
 
-def test_what_was_left_out_is_shown(tmp_path: Path) -> None:
+def test_tables_show_cases_left_out(tmp_path: Path) -> None:
     path = tmp_path / "x-2026-01-01.json"
     records = [
         {"kind": "left out", "case": "70B o M=1"},

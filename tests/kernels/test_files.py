@@ -1,4 +1,4 @@
-"""llmq's own files are read without torch: NumPy gives the floats that llmq gives."""
+"""Files of llmq are read without torch: NumPy gives the same floats as llmq."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ from tests import foreign
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj")
 
-# runs where torch cannot be imported, and says what was imported of llmq
+# runs where torch, transformers and llmq cannot be imported
 WITHOUT_TORCH = """
 import sys
 for name in ("torch", "transformers", "llmq"):
@@ -71,34 +71,34 @@ CASES: dict[str, Callable[[Path], Path]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_numpy_gives_the_same_floats(tmp_path: Path, case: str) -> None:
+def test_numpy_reads_the_same_floats_as_torch(tmp_path: Path, case: str) -> None:
     folder = CASES[case](tmp_path)
     expected = {name: weight.numpy() for name, weight in llmq.dequantize(folder)}
-    found = dict(files.dequantize(folder))
-    assert found.keys() == expected.keys()
-    for name, weight in found.items():
+    read = dict(files.dequantize(folder))
+    assert read.keys() == expected.keys()
+    for name, weight in read.items():
         assert weight.dtype == np.float32
         np.testing.assert_array_equal(weight, expected[name])
 
 
-def test_no_torch_is_needed(tmp_path: Path) -> None:
+def test_files_are_read_without_torch(tmp_path: Path) -> None:
     folder = CASES["compressed-tensors mixed"](tmp_path / "model")
     path = {"PYTHONPATH": str(ROOT / "kernels"), "PATH": ""}
     out = tmp_path / "weights.npz"
     subprocess.run([sys.executable, "-c", WITHOUT_TORCH, str(folder), str(out)], check=True, env=path)
-    found: Any = np.load(out)
+    read: Any = np.load(out)
     for name, weight in llmq.dequantize(folder):
-        np.testing.assert_array_equal(found[name], weight.numpy())
+        np.testing.assert_array_equal(read[name], weight.numpy())
 
 
-def test_what_is_none_of_llmqs_is_refused(tmp_path: Path) -> None:
+def test_checkpoint_of_another_method_is_refused(tmp_path: Path) -> None:
     folder = foreign.folder(tmp_path, {"quant_method": "fp8"}, {})
     with pytest.raises(ValueError, match="'fp8', expected compressed-tensors, gptq or awq"):
         list(files.dequantize(folder))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_few_columns_are_read_with_the_bits_that_are_declared(bits: int, tmp_path: Path) -> None:
+def test_ambiguous_shapes_use_the_declared_bits(bits: int, tmp_path: Path) -> None:
     quantized = example(WeightScheme(bits, "channel"), (4, 8), torch.float16, bits)
     layout = formats.load("compressed-tensors")
     settings = layout.quantization_config({NAMES[0]: quantized.scheme}, [])
@@ -109,20 +109,20 @@ def test_few_columns_are_read_with_the_bits_that_are_declared(bits: int, tmp_pat
 
 def test_shapes_that_fit_several_widths_are_refused() -> None:
     parts = formats.load("compressed-tensors").pack(example(WeightScheme(4, "channel"), (4, 8), torch.float16, 0))
-    with pytest.raises(ValueError, match="are \\[2, 3, 4\\] of the bits"):
+    with pytest.raises(ValueError, match="fit the bit widths \\[2, 3, 4\\], expected one"):
         files.compressed_tensors({name: tensor.numpy() for name, tensor in parts.items()})
 
 
 @pytest.mark.parametrize("whole_folder", [True, False])
-def test_a_gguf_file_needs_no_torch_either(checkpoint: Callable[..., Path], tmp_path: Path, whole_folder: bool) -> None:
+def test_gguf_file_is_read_without_torch(checkpoint: Callable[..., Path], tmp_path: Path, whole_folder: bool) -> None:
     folder = tmp_path / "out"
     llmq.quantize(str(checkpoint("llama")), folder, method="rtn", group_size=32, scales="minmax", format="gguf")
     source = folder if whole_folder else folder / "out.gguf"
     path = {"PYTHONPATH": str(ROOT / "kernels"), "PATH": ""}
     out = tmp_path / "weights.npz"
     subprocess.run([sys.executable, "-c", WITHOUT_TORCH, str(source), str(out)], check=True, env=path)
-    found: Any = np.load(out)
+    read: Any = np.load(out)
     expected = dict(llmq.dequantize(folder / "out.gguf"))
-    assert set(found) == expected.keys() and expected
+    assert set(read) == expected.keys() and expected
     for name, weight in expected.items():
-        np.testing.assert_array_equal(found[name], weight.numpy())
+        np.testing.assert_array_equal(read[name], weight.numpy())

@@ -1,4 +1,4 @@
-"""`without_tf32`: off inside, and the process's own choice back afterwards, however it was made."""
+"""`without_tf32` turns TF32 off inside, and restores the setting of the process afterwards."""
 
 import subprocess
 import sys
@@ -39,14 +39,14 @@ if newer or "fp32" not in {choice!r}:
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_the_choice_of_the_process_is_back_afterwards(choice: str) -> None:
-    """In a process of its own, as torch remembers which of its switches was used."""
+def test_without_tf32_restores_the_setting(choice: str) -> None:
+    """In a separate process, because torch remembers which of its switches was used."""
     program = PROGRAM.format(path=str(KERNELS), choice=CHOICES[choice])
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
 
 
-def test_the_doors_do_not_load_triton() -> None:
+def test_entry_points_do_not_import_triton() -> None:
     program = (
         f"import sys; sys.path.insert(0, {str(KERNELS)!r})\n"
         "import llmq_kernels.gptq_block, llmq_kernels.gram\n"

@@ -1,7 +1,7 @@
-"""Rounding with compensation: the definition, the torch path and the kernel, in Triton's interpreter.
+"""Quantization with compensation: the reference, the torch path and the kernel, in Triton's interpreter.
 
-All compute the same sums in different order and precision, so a code may differ where its weight lies closer to the
-middle between two codes than float32 can tell (`TIE` steps); and then so may all that follow in that row.
+All compute the same sums in different order and precision, so a code may differ where its weight is closer to the
+middle between two codes than float32 resolves (`TIE` steps); and then so may all later codes of that row.
 """
 
 import os
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llmq_kernels.errors import KernelInputError
 from llmq_kernels.gptq_block import op, reference, torch_path
+from llmq_kernels.gptq_block.problem import Problem
 
 # A weight of up to 2**bits steps is updated at most K times, each time rounded by 2**-24 of itself.  The roundings of K
 # updates cancel like a random walk, so 300 of them come to less than 20: 20 * 256 * 2**-24 = 3e-4 steps at 8 bits.
@@ -24,8 +25,8 @@ TIE = 3e-4
 
 
 @dataclass(frozen=True)
-class Problem:
-    """E weights with a factor, a grid and a visiting order each; H (E, K, K) float64 in visiting order."""
+class Case:
+    """E weights with a factor, a grid and a column order each; H (E, K, K) float64 in that order."""
 
     columns: Tensor
     upper: Tensor
@@ -35,17 +36,17 @@ class Problem:
     levels: int
     H: NDArray[np.float64]
 
-    @property
-    def arguments(self) -> tuple[Any, ...]:
-        """As every path takes them; the columns are a copy."""
-        return self.columns.clone(), self.upper, self.scales, self.zeros, self.group_of, self.levels
+    def problem(self, device: str = "cpu") -> Problem:
+        """As every path takes it; the columns are a copy."""
+        arrays = (self.columns.clone(), self.upper, self.scales, self.zeros, self.group_of)
+        return Problem(*(array.to(device) for array in arrays), self.levels)
 
 
-def problem(
+def make_case(
     E: int = 1, N: int = 21, K: int = 160, *, bits: int = 4, group: int | None = 32, symmetric: bool = False,
     shuffled: bool = True, seed: int = 0,
-) -> Problem:  # fmt: skip
-    """Correlated inputs of unlike size, so that compensation matters; scales of both signs."""
+) -> Case:  # fmt: skip
+    """Correlated inputs of different size, so that compensation matters; scales of both signs."""
     draw = np.random.default_rng(seed)
     X = draw.standard_normal((E, 2 * K, K)) @ (draw.standard_normal((E, K, K)) / np.sqrt(K) + np.eye(K))
     H = X.mT @ X / (2 * K) + 0.01 * np.eye(K)
@@ -54,7 +55,7 @@ def problem(
     orders = np.stack([draw.permutation(K) if shuffled else np.arange(K) for _ in range(E)])
     zeros = draw.integers(0, levels + 1, (E, G, N)) if not symmetric else np.full((E, G, N), (levels + 1) // 2)
     scales = draw.uniform(0.7, 1.3, (E, G, N)) * 6 / levels * draw.choice([-1, 1], (E, G, N))
-    return Problem(
+    return Case(
         torch.tensor(draw.standard_normal((E, K, N)), dtype=torch.float32),
         torch.tensor(upper, dtype=torch.float32).contiguous(),
         torch.tensor(scales, dtype=torch.float32),
@@ -65,16 +66,15 @@ def problem(
     )
 
 
-def defined(case: Problem) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+def defined(case: Case) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
     arrays = (case.columns, case.upper, case.scales, case.zeros, case.group_of)
     return reference.compensate(*(array.numpy() for array in arrays), case.levels)
 
 
-def by_triton(case: Problem) -> Tensor:
+def by_triton(case: Case) -> Tensor:
     """Codes by the kernel's host code, which no CPU tensor would be sent to."""
-    columns, *rest = case.arguments
-    codes = torch.full(columns.shape, 77, dtype=torch.uint8)
-    kernel().round_columns(columns, codes, *rest, 0, columns.shape[1])
+    codes = torch.full(case.columns.shape, 77, dtype=torch.uint8)
+    kernel().quantize_columns(case.problem(), codes, 0, case.columns.shape[1])
     return codes
 
 
@@ -87,39 +87,41 @@ def kernel() -> Any:
     return triton_kernel
 
 
-def decoded(case: Problem, codes: NDArray[Any]) -> NDArray[np.float64]:
+def decoded(case: Case, codes: NDArray[Any]) -> NDArray[np.float64]:
     """(E, K, N) float64."""
     group = case.group_of.numpy()[:, :, None].astype(int)
     scale, zero = (np.take_along_axis(part.double().numpy(), group, 1) for part in (case.scales, case.zeros))
     return np.asarray(scale * (codes - zero))
 
 
-def loss(case: Problem, codes: NDArray[Any]) -> NDArray[np.float64]:
+def loss(case: Case, codes: NDArray[Any]) -> NDArray[np.float64]:
     """(E, N) under H."""
     difference = case.columns.double().numpy() - decoded(case, codes)
     return np.asarray(np.einsum("ekn,ekj,ejn->en", difference, case.H, difference))
 
 
-def assert_equal_but_for_ties(case: Problem, found: NDArray[Any]) -> None:
-    """In a row the first code that differs from the definition's lies at a tie; few rows have one.
+def assert_equal_but_for_ties(case: Case, compensated: NDArray[Any]) -> None:
+    """In every row, the first code that differs from the reference is at a tie, and few rows have one.
 
-    The others have the same codes, and so the same loss.
+    The other rows have the same codes, hence the same loss.
     """
     codes, targets = defined(case)
     group = case.group_of.numpy()[:, :, None].astype(int)
     scale, zero = (np.take_along_axis(part.double().numpy(), group, 1) for part in (case.scales, case.zeros))
-    differs = found != codes  # (E, K, N)
+    differs = compensated != codes  # (E, K, N)
     rows = differs.any(1)
-    margin = np.abs(targets / scale + zero - (np.maximum(found, codes) - 0.5))  # from the middle of neighbouring codes
+    margin = np.abs(
+        targets / scale + zero - (np.maximum(compensated, codes) - 0.5)
+    )  # from the middle of neighbouring codes
     first = np.take_along_axis(margin, differs.argmax(1)[:, None], 1)[:, 0]
     assert (first[rows] <= TIE).all(), f"a code differs at {first[rows].max():.1e} steps from a tie"
     assert rows.mean() <= 0.1, "too many rows near a tie for the test to say much"
-    np.testing.assert_allclose(loss(case, found)[~rows], loss(case, codes)[~rows])
+    np.testing.assert_allclose(loss(case, compensated)[~rows], loss(case, codes)[~rows])
 
 
 @pytest.fixture(params=["torch", "triton"])
-def compensate(request: pytest.FixtureRequest) -> Callable[[Problem], Tensor]:
-    return by_triton if request.param == "triton" else lambda case: op.compensate(*case.arguments)
+def compensate(request: pytest.FixtureRequest) -> Callable[[Case], Tensor]:
+    return by_triton if request.param == "triton" else lambda case: op.compensate(case.problem())
 
 
 # ---- the three agree
@@ -127,14 +129,14 @@ def compensate(request: pytest.FixtureRequest) -> Callable[[Problem], Tensor]:
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
-def test_codes_at_every_width(compensate: Callable[[Problem], Tensor], bits: int, symmetric: bool) -> None:
-    case = problem(K=40, bits=bits, symmetric=symmetric, seed=bits)
+def test_codes_at_every_width(compensate: Callable[[Case], Tensor], bits: int, symmetric: bool) -> None:
+    case = make_case(K=40, bits=bits, symmetric=symmetric, seed=bits)
     assert_equal_but_for_ties(case, compensate(case).numpy())
 
 
 @pytest.mark.parametrize("bits", [4, 6])
-def test_zeros_may_lie_between_codes(compensate: Callable[[Problem], Tensor], bits: int) -> None:
-    case = problem(K=140, bits=bits, seed=bits)
+def test_zero_points_may_be_fractions(compensate: Callable[[Case], Tensor], bits: int) -> None:
+    case = make_case(K=140, bits=bits, seed=bits)
     shifts = torch.rand(case.zeros.shape, generator=torch.Generator().manual_seed(bits)) - 0.5
     moved = replace(case, zeros=case.zeros + shifts)
     assert_equal_but_for_ties(moved, compensate(moved).numpy())
@@ -143,52 +145,52 @@ def test_zeros_may_lie_between_codes(compensate: Callable[[Problem], Tensor], bi
 @pytest.mark.parametrize("group", [32, 64, 128, None])
 @pytest.mark.parametrize("shuffled", [True, False], ids=["shuffled", "natural"])
 def test_codes_with_every_grouping_in_either_order(
-    compensate: Callable[[Problem], Tensor], group: int | None, shuffled: bool
+    compensate: Callable[[Case], Tensor], group: int | None, shuffled: bool
 ) -> None:
-    case = problem(N=18, K=150, group=group, shuffled=shuffled)  # a block, and one that is not full
+    case = make_case(N=18, K=150, group=group, shuffled=shuffled)  # a block, and one that is not full
     assert_equal_but_for_ties(case, compensate(case).numpy())
 
 
 @pytest.mark.parametrize(("N", "K"), [(1, 1), (1, 129), (16, 128), (33, 20), (5, 300)])
-def test_codes_at_awkward_shapes(compensate: Callable[[Problem], Tensor], N: int, K: int) -> None:
-    case = problem(N=N, K=K, group=16)
+def test_codes_at_awkward_shapes(compensate: Callable[[Case], Tensor], N: int, K: int) -> None:
+    case = make_case(N=N, K=K, group=16)
     assert_equal_but_for_ties(case, compensate(case).numpy())
 
 
-def test_experts_have_a_factor_a_grid_and_an_order_each(compensate: Callable[[Problem], Tensor]) -> None:
-    case = problem(E=3, N=17, K=132, seed=5)
+def test_experts_have_separate_factors_grids_and_orders(compensate: Callable[[Case], Tensor]) -> None:
+    case = make_case(E=3, N=17, K=132, seed=5)
     codes = compensate(case)
     assert_equal_but_for_ties(case, codes.numpy())
     parts = (case.columns, case.upper, case.scales, case.zeros, case.group_of)
-    alone = Problem(*(part[1:2] for part in parts), case.levels, case.H[1:2])
+    alone = Case(*(part[1:2] for part in parts), case.levels, case.H[1:2])
     assert torch.equal(compensate(alone)[0], codes[1])
 
 
-def test_without_compensation_the_kernel_gives_the_very_codes_of_torch() -> None:
+def test_kernel_equals_torch_exactly_without_compensation() -> None:
     """No sums, so no order of sums: not one code may differ, and every other weight lies at a tie."""
-    case = problem(N=32, K=64, group=16)
+    case = make_case(N=32, K=64, group=16)
     plain = replace(case, upper=torch.diag_embed(case.upper.diagonal(dim1=1, dim2=2)))
     scale, zero = (part[0][case.group_of[0].long()] for part in (case.scales, case.zeros))  # (K, N)
     code = torch.randint(-2, 17, (64, 32), generator=torch.Generator().manual_seed(0))
     plain.columns[0, ::2] = ((code + 0.5 - zero) * scale)[::2]  # which the division may or may not give back
-    assert torch.equal(by_triton(plain), op.compensate(*plain.arguments))
+    assert torch.equal(by_triton(plain), op.compensate(plain.problem()))
 
 
-def one_column(values: Tensor, scales: Tensor) -> Problem:
+def one_column(values: Tensor, scales: Tensor) -> Case:
     """Weights (N,) on the grid of each one's own scale, zero 0, levels 0..15."""
-    return Problem(
+    return Case(
         values[None, None], torch.ones(1, 1, 1), scales[None, None], torch.zeros(1, 1, len(values)),
         torch.zeros(1, 1, dtype=torch.int32), 15, np.ones((1, 1, 1)),
     )  # fmt: skip
 
 
-def test_halves_go_to_the_even_code(compensate: Callable[[Problem], Tensor]) -> None:
+def test_ties_go_to_the_even_code(compensate: Callable[[Case], Tensor]) -> None:
     values = torch.tensor([-3.0, -0.5, 0.5, 1.5, 2.5, 3.5, 13.5, 14.5, 15.5, 1e9, 2.4999998, 2.5000002])
     codes = compensate(one_column(values, torch.ones(len(values))))
     assert codes.flatten().tolist() == [0, 0, 0, 2, 2, 4, 14, 14, 15, 15, 2, 3]
 
 
-def test_the_division_by_the_scale_is_correctly_rounded(compensate: Callable[[Problem], Tensor]) -> None:
+def test_division_by_the_scale_is_correctly_rounded(compensate: Callable[[Case], Tensor]) -> None:
     """1.5 scales divided by the scale is a tie or just off it; multiplying by 1 / scale gives other sides."""
     scales = torch.linspace(0.5, 1.7, 500)
     quotient = (scales * 1.5).double() / scales.double()
@@ -200,37 +202,39 @@ def test_the_division_by_the_scale_is_correctly_rounded(compensate: Callable[[Pr
 # ---- blocks
 
 
-def test_a_range_leaves_what_is_before_it_and_updates_what_is_behind(compensate: Callable[[Problem], Tensor]) -> None:
-    case = problem(N=16, K=96)
+def test_range_updates_later_columns_only(compensate: Callable[[Case], Tensor]) -> None:
+    case = make_case(N=16, K=96)
     path = kernel() if compensate is by_triton else torch_path
-    columns, *rest = case.arguments
-    codes = torch.full(columns.shape, 77, dtype=torch.uint8)
+    problem = case.problem()
+    codes = torch.full(case.columns.shape, 77, dtype=torch.uint8)
     for start, stop in ((0, 32), (32, 96)):
         assert bool((codes[:, start:] == 77).all())
-        path.round_columns(columns, codes, *rest, start, stop)
+        path.quantize_columns(problem, codes, start, stop)
     assert_equal_but_for_ties(case, codes.numpy())
 
 
-def test_columns_and_factor_may_have_any_strides(compensate: Callable[[Problem], Tensor]) -> None:
-    case = problem(N=16, K=140)
+def test_columns_and_factor_may_have_any_strides(compensate: Callable[[Case], Tensor]) -> None:
+    case = make_case(N=16, K=140)
     strided = replace(case, columns=case.columns.mT.contiguous().mT, upper=case.upper.mT.contiguous().mT)
     assert_equal_but_for_ties(case, compensate(strided).numpy())
 
 
-def test_what_is_below_the_diagonal_is_not_read(compensate: Callable[[Problem], Tensor]) -> None:
-    case = problem(N=16, K=130)
+def test_factor_below_the_diagonal_is_not_read(compensate: Callable[[Case], Tensor]) -> None:
+    case = make_case(N=16, K=130)
     codes = compensate(case)
     below = torch.ones_like(case.upper).tril(-1).bool()
     case.upper[below] = float("nan")
     assert torch.equal(compensate(case), codes)
 
 
-def test_there_may_be_nothing_to_round() -> None:
+def test_empty_weights_are_accepted() -> None:
     for N, K in ((0, 8), (4, 0)):
         shape = (1, K, N)
-        codes = op.compensate(torch.zeros(shape), torch.zeros(1, K, K), torch.ones(1, 1, N), torch.zeros(1, 1, N),
-                              torch.zeros(1, K, dtype=torch.int32), 15)  # fmt: skip
-        assert codes.shape == shape
+        group_of = torch.zeros(1, K, dtype=torch.int32)
+        problem = Problem(
+            torch.zeros(shape), torch.zeros(1, K, K), torch.ones(1, 1, N), torch.zeros(1, 1, N), group_of, 15
+        )
+        assert op.compensate(problem).shape == shape
 
 
 # ---- what is refused
@@ -248,15 +252,19 @@ WRONG = {
 
 
 @pytest.mark.parametrize("message", WRONG)
-def test_what_cannot_be_rounded_is_refused(message: str) -> None:
-    names = ("columns", "upper", "scales", "zeros", "group_of", "levels")
-    arguments = dict(zip(names, problem().arguments, strict=True)) | WRONG[message]
+def test_invalid_problem_is_refused(message: str) -> None:
     with pytest.raises(KernelInputError, match=message):
-        op.compensate(**arguments)
+        replace(make_case().problem(), **WRONG[message])
 
 
-def test_a_range_beyond_the_columns_is_refused() -> None:
-    case = problem()
-    columns, *rest = case.arguments
+def test_range_beyond_the_columns_is_refused() -> None:
+    case = make_case()
+    codes = torch.empty(case.columns.shape, dtype=torch.uint8)
     with pytest.raises(KernelInputError, match="columns 128 to 256 of 160"):
-        op.round_columns(columns, torch.empty(columns.shape, dtype=torch.uint8), *rest, 128, 256)
+        op.quantize_columns(case.problem(), codes, 128, 256)
+
+
+def test_codes_of_another_shape_are_refused() -> None:
+    case = make_case()
+    with pytest.raises(KernelInputError, match="codes: found"):
+        op.quantize_columns(case.problem(), torch.empty(1, 160, 20, dtype=torch.uint8), 0, 128)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from llmq_kernels.w4a16_experts import gpu, op
+from tests.kernels.cases import grouped
 from tests.kernels.experts import ROUTINGS, arguments, assert_is_the_definition
 
 pytestmark = [
@@ -16,7 +17,6 @@ pytestmark = [
 
 HALVES = (torch.float16, torch.bfloat16)
 TILES = (gpu.ALONE, *gpu.GROUPED)
-GRID = ("bits", "in_features", "columns_per_group")
 
 
 def on_gpu(case: dict[str, Any]) -> dict[str, Any]:
@@ -27,13 +27,12 @@ def run(case: dict[str, Any], tiles: gpu.Tiles, *, assembly: bool = True) -> Ten
     """The kernel with outputs that start as NaN: the allocator gives the same memory again."""
     P, N = case["token"].shape[0], case["words"].shape[1]
     torch.full((P, N), float("nan"), dtype=case["x"].dtype, device="cuda")
-    tensors = (value for name, value in case.items() if name not in GRID)
-    return gpu.experts(*tensors, **{name: case[name] for name in GRID}, tiles=tiles, assembly=assembly)
+    return gpu.experts(**grouped(case), tiles=tiles, assembly=assembly)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("tiles", TILES, ids=str)
-def test_is_the_definition(tiles: gpu.Tiles, dtype: torch.dtype) -> None:
+def test_experts_equal_the_reference(tiles: gpu.Tiles, dtype: torch.dtype) -> None:
     for group, K in ((32, 172), (64, 320), (96, 192), (128, 1024), (None, 200)):
         for symmetric in (True, False):
             case = on_gpu(arguments(N=200, K=K, group=group, symmetric=symmetric, bias=symmetric, dtype=dtype))
@@ -49,20 +48,20 @@ def test_any_routing(tiles: gpu.Tiles, routing: str) -> None:
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("tiles", TILES, ids=str)
-def test_assembly_and_plain_unpacking_agree_bit_for_bit(tiles: gpu.Tiles, dtype: torch.dtype) -> None:
+def test_assembly_equals_plain_unpacking(tiles: gpu.Tiles, dtype: torch.dtype) -> None:
     case = on_gpu(arguments("all in one", N=200, K=640, dtype=dtype))
     assert run(case, tiles).equal(run(case, tiles, assembly=False))
 
 
 @pytest.mark.parametrize("tiles", TILES, ids=str)
-def test_the_same_bits_a_hundred_times(tiles: gpu.Tiles) -> None:
+def test_hundred_runs_give_the_same_bits(tiles: gpu.Tiles) -> None:
     case = on_gpu(arguments(N=1024, K=1024, group=128, dtype=torch.bfloat16))
     first = run(case, tiles)
     assert all(run(case, tiles).equal(first) for _ in range(100))
 
 
 @pytest.mark.parametrize("pairs", [gpu.PAIRS_ALONE, 200], ids=["alone", "grouped"])
-def test_a_cuda_graph_follows_the_routing(pairs: int) -> None:
+def test_cuda_graph_follows_the_routing(pairs: int) -> None:
     """Captured once, replayed with other experts: nothing of the routing may be known to the host."""
     case = on_gpu(arguments(N=256, K=512, group=128, dtype=torch.bfloat16))
     generator = torch.Generator().manual_seed(0)

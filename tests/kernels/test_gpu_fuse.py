@@ -37,7 +37,7 @@ def fused() -> Attention:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 16])
-def test_a_captured_graph_replays_what_runs_without_one(fused: Attention, rows: int, dtype: torch.dtype) -> None:
+def test_captured_graph_equals_eager_run(fused: Attention, rows: int, dtype: torch.dtype) -> None:
     x = torch.randn(rows, K, device="cuda", dtype=dtype)
     with torch.no_grad():
         side = torch.cuda.Stream()

@@ -14,7 +14,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_choices_are_torchs_but_for_ties_and_the_same_every_time(symmetric: bool, dtype: torch.dtype) -> None:
+def test_kernel_chooses_as_torch_except_at_ties(symmetric: bool, dtype: torch.dtype) -> None:
     from llmq_kernels.grid_search import triton_kernel
 
     tried = candidates(4, symmetric, dtype)
@@ -23,8 +23,8 @@ def test_choices_are_torchs_but_for_ties_and_the_same_every_time(symmetric: bool
     moved = (groups.to(device), costs.to(device), (first[0].to(device), first[1].to(device)))
     rest = (widest.to(device), zeros.to(device), tried)
     expected = torch_path.search(*moved, *rest)
-    found = triton_kernel.search(*moved, *rest)
-    same = (found[0] == expected[0]) & (found[1] == expected[1])
+    kernel_choice = triton_kernel.search(*moved, *rest)
+    same = (kernel_choice[0] == expected[0]) & (kernel_choice[1] == expected[1])
     assert same.float().mean() > 0.99
     for _ in range(20):
         again = op.search(*moved, *rest)

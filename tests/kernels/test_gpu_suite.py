@@ -1,4 +1,4 @@
-"""The suite that measures on a GPU, run without one: every section in the interpreter."""
+"""The GPU suite without a GPU: every section in the interpreter, and its failures."""
 
 import importlib.util
 import os
@@ -37,7 +37,7 @@ def suite() -> ModuleType:
 def interpreted(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple["subprocess.CompletedProcess[str]", dict[str, object]]:
-    """What the whole suite prints and writes on a CPU."""
+    """The output and the result file of the whole suite on a CPU."""
     out = tmp_path_factory.mktemp("suite")
     command = [sys.executable, str(SUITE), "--interpret", "--out", str(out), "--budget", "400"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -47,7 +47,7 @@ def interpreted(
 
 
 @pytest.mark.slow
-def test_every_section_ends_and_nothing_is_wrong(
+def test_suite_finishes_every_section_without_problems(
     suite: ModuleType, interpreted: tuple["subprocess.CompletedProcess[str]", dict[str, dict[str, dict[str, str]]]]
 ) -> None:
     done, content = interpreted
@@ -59,7 +59,7 @@ def test_every_section_ends_and_nothing_is_wrong(
 
 
 @pytest.mark.slow
-def test_gptq_watches_functions_that_are_there(
+def test_gptq_section_times_every_step(
     interpreted: tuple["subprocess.CompletedProcess[str]", dict[str, object]],
 ) -> None:
     few = results.cases(interpreted[1], "gptq")["few blocks"]
@@ -67,7 +67,7 @@ def test_gptq_watches_functions_that_are_there(
     assert {"forward", "hessian", "factorize", "search scales", "round", "pack", "save"} <= few["steps"].keys()
 
 
-def test_published_figures_come_from_a_gpu(tmp_path: Path) -> None:
+def test_interpreted_figures_are_not_published(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, str(SUITE), "--interpret"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "--out" in done.stderr
@@ -77,7 +77,7 @@ def test_batches_are_those_of_the_command() -> None:
     assert memory.TOKENS_PER_BATCH_TO_QUANTIZE["cuda"] == TOKENS_PER_BATCH
 
 
-def test_only_the_newest_full_file_of_a_gpu_is_shown(tmp_path: Path) -> None:
+def test_newest_full_file_of_a_gpu_is_shown(tmp_path: Path) -> None:
     names = ("x-2026-01-02", "x-2026-02-01", "y-2025-12-31", "x-smoke-2026-03-01", "cpu-2026-04-01")
     for name in names:
         (tmp_path / f"{name}.json").write_text("{}")

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from llmq_kernels.w4a16 import configs, counters, gpu, op, reference
-from tests.kernels.test_w4a16 import arguments, in_numpy, weight_of
+from tests.kernels.cases import grouped, in_numpy, weight_in
+from tests.kernels.test_w4a16 import arguments, weight_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -32,8 +33,7 @@ def on_gpu(M: int, N: int, K: int, **options: Any) -> dict[str, Any]:
 
 def error(y: Tensor, case: dict[str, Any]) -> float:
     """Relative L2 distance from the definition."""
-    values = in_numpy({name: v.cpu() if isinstance(v, Tensor) else v for name, v in case.items()})
-    expected = reference.linear(**values)
+    expected = reference.linear(**grouped(in_numpy(case)))
     return float(np.linalg.norm(y.double().cpu().numpy() - expected) / np.linalg.norm(expected))
 
 
@@ -44,21 +44,16 @@ def assert_is_the_definition(y: Tensor, case: dict[str, Any]) -> None:
 
 def launcher(case: dict[str, Any], config: configs.Config, *, assembly: bool = True) -> Callable[[], Tensor]:
     """Launches of one plan, each into new memory that is full of NaN."""
-    rows, words, scales, zeros, bias = (case[name] for name in ("x", "words", "scales", "zeros", "bias"))
-    (M, K), N = rows.shape, words.shape[0]
+    rows, weight, bias = case["x"], weight_in(case), case["bias"]
+    M, N = rows.shape[0], weight.words.shape[0]
     true = gpu.machine_of(rows.device)
-    machine = gpu.Machine(true.table, true.processors, assembly)
-    planes = 0 if case["columns_per_group"] >= K else case["columns_per_group"] // 32
-    plan = gpu.plan(
-        config, machine, bits=case["bits"], M=M, N=N, K=K,
-        planes=planes, has_zeros=zeros is not None, has_bias=bias is not None,
-    )  # fmt: skip
+    plan = gpu.plan(config, gpu.Machine(true.table, true.processors, assembly), gpu.Product.of(M, weight, bias))
     counts = torch.zeros(plan.output_tiles, dtype=torch.int32, device=rows.device)
 
     def launch() -> Tensor:
         out = torch.full((M, N), torch.nan, dtype=rows.dtype, device=rows.device)
         workspace = torch.full((plan.splits, M, N), torch.nan, device=rows.device)
-        gpu.run_fused(plan, rows, words, scales, zeros, bias, out, workspace, counts)
+        gpu.run_fused(plan, rows, weight, bias, out, workspace, counts)
         return out
 
     return launch
@@ -67,7 +62,7 @@ def launcher(case: dict[str, Any], config: configs.Config, *, assembly: bool = T
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("group", [32, 64, 96, 128, 256, None])
 @pytest.mark.parametrize("M", [1, 8, 17, 64, 65, 300])
-def test_four_bits_are_the_definition(M: int, group: int | None, dtype: torch.dtype) -> None:
+def test_four_bits_equal_the_reference(M: int, group: int | None, dtype: torch.dtype) -> None:
     for N, K in ((1001, 1096), (256, 2048)):
         for symmetric in (False, True):
             case = on_gpu(M, N, K, group=group, symmetric=symmetric, bias=symmetric, ordered=symmetric, dtype=dtype)
@@ -77,7 +72,7 @@ def test_four_bits_are_the_definition(M: int, group: int | None, dtype: torch.dt
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("bits", [2, 3, 8])
 @pytest.mark.parametrize("M", [1, 40, 65])
-def test_other_widths_are_the_definition(M: int, bits: int, dtype: torch.dtype) -> None:
+def test_other_widths_equal_the_reference(M: int, bits: int, dtype: torch.dtype) -> None:
     for group in (32, 128, None):
         case = on_gpu(M, 333, 1096, bits=bits, group=group, bias=True, dtype=dtype)
         assert_is_the_definition(op.w4a16_linear(**case), case)
@@ -85,7 +80,7 @@ def test_other_widths_are_the_definition(M: int, bits: int, dtype: torch.dtype) 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("M", [1025, 8192])
-def test_many_rows(M: int, dtype: torch.dtype) -> None:
+def test_many_rows_equal_the_reference(M: int, dtype: torch.dtype) -> None:
     case = on_gpu(M, 777, 512, group=128, bias=True, dtype=dtype)
     assert_is_the_definition(op.w4a16_linear(**case), case)
 
@@ -102,14 +97,14 @@ def test_every_shipped_configuration_runs(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("config", [AFTER, BEFORE], ids=["after", "before"])
-def test_assembly_and_plain_arithmetic_agree_bit_for_bit(config: configs.Config, dtype: torch.dtype) -> None:
+def test_assembly_equals_plain_arithmetic(config: configs.Config, dtype: torch.dtype) -> None:
     for group, K in ((32, 1096), (128, 2048), (None, 1096)):
         case = on_gpu(13, 333, K, group=group, dtype=dtype)
         assert torch.equal(launcher(case, config)(), launcher(case, config, assembly=False)())
 
 
 @pytest.mark.parametrize("bits", [3, 4])
-def test_a_hundred_runs_are_equal_bit_for_bit(bits: int) -> None:
+def test_hundred_runs_give_the_same_bits(bits: int) -> None:
     """Eight splits or so over poisoned memory: an early reader, or a sum in order of arrival, would show."""
     case = on_gpu(16, 1024, 4096, bits=bits, group=128, bias=True, dtype=torch.bfloat16)
     launch = launcher(case, AFTER)
@@ -120,11 +115,11 @@ def test_a_hundred_runs_are_equal_bit_for_bit(bits: int) -> None:
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_dequantizing_is_the_definition_rounded_once(bits: int, dtype: torch.dtype) -> None:
+def test_dequantize_equals_the_rounded_reference(bits: int, dtype: torch.dtype) -> None:
     case = on_gpu(1, 300, 1096, bits=bits, group=32, dtype=dtype)
     out = torch.full((250, 1096), torch.nan, dtype=dtype, device="cuda")
-    gpu.dequantize(case["words"], case["scales"], case["zeros"], out, 50, bits=bits, planes=1)
-    W = weight_of(in_numpy({name: v.cpu() if isinstance(v, Tensor) else v for name, v in case.items()}))
+    gpu.dequantize(weight_in(case), out, 50)
+    W = weight_of(in_numpy(case))
     assert torch.equal(out.cpu(), torch.from_numpy(W[50:]).to(dtype))
 
 
@@ -142,7 +137,7 @@ def test_two_streams_do_not_disturb_each_other() -> None:
     assert all(torch.equal(y, expected) for y in results)
 
 
-def test_a_graph_is_captured_and_replayed_beside_others() -> None:
+def test_graphs_replay_at_the_same_time() -> None:
     case = on_gpu(1, 1024, 4096, group=128, dtype=torch.bfloat16)
     expected = op.w4a16_linear(**case)  # compiles, and makes the counters, which a capture may not
     torch.cuda.synchronize()
@@ -160,9 +155,9 @@ def test_a_graph_is_captured_and_replayed_beside_others() -> None:
         for graph, stream in zip(graphs, streams, strict=True):
             with torch.cuda.stream(stream):
                 graph.replay()
-        beside = op.w4a16_linear(**case)
+        eager = op.w4a16_linear(**case)
         torch.cuda.synchronize()
-        assert all(torch.equal(y, expected) for y in (*results[0], *results[1], beside))
+        assert all(torch.equal(y, expected) for y in (*results[0], *results[1], eager))
 
 
 def test_many_rows_are_captured_and_replayed() -> None:
@@ -178,7 +173,7 @@ def test_many_rows_are_captured_and_replayed() -> None:
         assert_is_the_definition(y, case)
 
 
-def test_a_capture_without_counters_makes_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_capture_without_counters_makes_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     case = on_gpu(4, 1024, 4096, group=128, dtype=torch.float16)
     expected = op.w4a16_linear(**case)
     torch.cuda.synchronize()

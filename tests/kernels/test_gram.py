@@ -52,28 +52,28 @@ def by_triton(gram: Tensor, x: Tensor, *, upper_only: bool) -> None:
 
 @pytest.mark.parametrize("upper_only", [True, False], ids=["upper", "full"])
 @pytest.mark.parametrize(("T", "K"), SHAPES)
-def test_the_kernel_adds_up_the_second_moment(T: int, K: int, upper_only: bool) -> None:
+def test_kernel_sums_the_second_moment(T: int, K: int, upper_only: bool) -> None:
     assert_adds_up(by_triton, inputs(T, K, torch.float16), upper_only)
 
 
 @pytest.mark.parametrize("upper_only", [True, False], ids=["upper", "full"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("T", "K"), SHAPES)
-def test_the_torch_path_adds_up_the_second_moment(
+def test_torch_path_sums_the_second_moment(
     T: int, K: int, dtype: torch.dtype, upper_only: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(op, "STRIP", 48)
     assert_adds_up(op.update, inputs(T, K, dtype), upper_only)
 
 
-def test_half_the_tiles_are_left_alone() -> None:
+def test_tiles_below_the_diagonal_are_not_written() -> None:
     gram = torch.full((300, 300), 7.0)
     by_triton(gram, inputs(8, 300, torch.float16), upper_only=True)
     assert bool((gram[128:, :128] == 7).all() and (gram[256:, :256] == 7).all())
     assert not bool((gram[:128, 128:] == 7).any())
 
 
-def test_many_tiles_are_each_visited_once() -> None:
+def test_every_tile_is_computed_once() -> None:
     """More rows of tiles than are visited together, and a last lot that is not full."""
     from llmq_kernels.gram import triton_kernel
 
@@ -85,7 +85,7 @@ def test_many_tiles_are_each_visited_once() -> None:
     assert torch.equal(gram, x.T.float() @ x.float())  # one product each, exact
 
 
-def test_rows_may_lie_apart_or_be_transposed() -> None:
+def test_inputs_may_be_strided_or_transposed() -> None:
     x = inputs(40, 150, torch.float16)
     expected, wide, turned = torch.zeros(150, 150), torch.zeros(150, 150), torch.zeros(150, 150)
     by_triton(expected, x, upper_only=False)
@@ -103,7 +103,7 @@ def test_mirroring_copies_the_upper_triangle(strip: int, monkeypatch: pytest.Mon
     assert torch.equal(gram, upper + upper.triu(1).T)
 
 
-def test_no_second_array_is_made(largest_tensor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_moment_needs_no_second_array(largest_tensor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(op, "STRIP", 64)
     gram, x = torch.zeros(256, 256), torch.zeros(1, 256)
     with largest_tensor:
@@ -122,12 +122,12 @@ WRONG = {
 
 
 @pytest.mark.parametrize("message", WRONG)
-def test_what_cannot_be_added_is_refused(message: str) -> None:
+def test_invalid_inputs_are_refused(message: str) -> None:
     with pytest.raises(KernelInputError, match=message):
         op.update(*WRONG[message], upper_only=True)
 
 
-def test_no_token_adds_nothing() -> None:
+def test_zero_tokens_add_nothing() -> None:
     gram = torch.ones(3, 3)
     op.update(gram, torch.empty(0, 3), upper_only=False)
     assert torch.equal(gram, torch.ones(3, 3))

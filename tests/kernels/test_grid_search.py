@@ -7,19 +7,20 @@ from torch import Tensor
 
 from llmq_kernels.errors import KernelInputError
 from llmq_kernels.grid_search import op, reference, torch_path
+from llmq_kernels.grid_search.candidates import Candidates
 
 SHAPES = [(5, 2, 32), (3, 3, 16), (2, 1, 40), (17, 1, 128)]  # rows, groups, columns: powers of two and not
 
 
-def candidates(bits: int, symmetric: bool, dtype: torch.dtype = torch.float32) -> op.Candidates:
+def candidates(bits: int, symmetric: bool, dtype: torch.dtype = torch.float32) -> Candidates:
     factors = tuple(torch.linspace(0.5, 1.08, 9).tolist())
     offsets = tuple(torch.linspace(-0.07, 0.07, 5).tolist())
     shifts = (0,) if symmetric else (-2, -1, 0, 1, 2)
-    return op.Candidates(2**bits - 1, symmetric, factors, offsets, shifts, 1e-9, dtype)
+    return Candidates(2**bits - 1, symmetric, factors, offsets, shifts, 1e-9, dtype)
 
 
 def arguments(
-    shape: tuple[int, int, int], tried: op.Candidates, seed: int
+    shape: tuple[int, int, int], tried: Candidates, seed: int
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     groups = torch.randn(shape, generator=generator)
@@ -51,28 +52,26 @@ def errors(groups: Tensor, costs: Tensor, scales: Tensor, zeros: Tensor, levels:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_torch_finds_what_the_definition_finds(shape: tuple[int, int, int], symmetric: bool, bits: int) -> None:
+def test_torch_search_is_as_good_as_the_reference(shape: tuple[int, int, int], symmetric: bool, bits: int) -> None:
     """An error in float32 is off by some 2**-22 of itself, which may turn a close decision, and no more."""
     tried = candidates(bits, symmetric)
     groups, costs, first, widest, zeros = arguments(shape, tried, bits)
     scales, chosen = torch_path.search(groups, costs, first, widest, zeros, tried)
-    found = errors(groups, costs, scales, chosen, tried.levels)
+    chosen_errors = errors(groups, costs, scales, chosen, tried.levels)
     for r in range(shape[0]):
         for g in range(shape[1]):
             start = (float(first[0][r, g]), float(first[1][r, g]))
             parts = (float(widest[r, g]), float(zeros[r, g]), tried.levels, tried.factors, tried.offsets, tried.shifts)
             best = reference.search(groups[r, g].numpy(), costs[g].numpy(), start, *parts)
             least = reference.error(groups[r, g].numpy(), costs[g].numpy(), *best, tried.levels)
-            assert found[r, g] <= least * (1 + 2**-18)
+            assert chosen_errors[r, g] <= least * (1 + 2**-18)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_the_kernel_chooses_as_torch_does(
-    shape: tuple[int, int, int], symmetric: bool, bits: int, dtype: torch.dtype
-) -> None:
+def test_kernel_chooses_as_torch(shape: tuple[int, int, int], symmetric: bool, bits: int, dtype: torch.dtype) -> None:
     """Where it does not, the two candidates tie to the last bits of a float32."""
     from llmq_kernels.grid_search import triton_kernel
 
@@ -82,11 +81,11 @@ def test_the_kernel_chooses_as_torch_does(
     torch_ = torch_path.search(groups, costs, first, widest, zeros, tried)
     same = (kernel[0] == torch_[0]) & (kernel[1] == torch_[1])
     assert same.float().mean() > 0.9
-    ours, theirs = (errors(groups, costs, *found, tried.levels) for found in (kernel, torch_))
+    ours, theirs = (errors(groups, costs, *choice, tried.levels) for choice in (kernel, torch_))
     np.testing.assert_allclose(ours, theirs, rtol=2**-18)
 
 
-def test_groups_may_lie_in_a_larger_tensor() -> None:
+def test_groups_may_be_a_view_of_a_larger_tensor() -> None:
     from llmq_kernels.grid_search import triton_kernel
 
     tried = candidates(4, True)

@@ -46,7 +46,7 @@ def random_codes(N: int, K: int, bits: int, seed: int = 0) -> NDArray[np.uint8]:
 
 @pytest.mark.parametrize("tile", [0, 1])
 @pytest.mark.parametrize("bits", BITS)
-def test_words_are_those_of_the_diagram(bits: int, tile: int) -> None:
+def test_words_match_the_diagram(bits: int, tile: int) -> None:
     by_column, by_word = HAND_PACKED[bits]
     codes = np.zeros((1, 256), np.uint8)
     words = np.zeros((1, 16 * bits), np.uint16)
@@ -75,7 +75,7 @@ def test_reference_round_trip(bits: int, N: int, K: int, seed: int) -> None:
 
 
 @given(st.sampled_from(BITS), st.integers(1, 5), st.integers(1, 300), st.integers(0, 2**32 - 1))
-def test_torch_layout_is_the_reference_bit_for_bit(bits: int, N: int, K: int, seed: int) -> None:
+def test_torch_layout_equals_the_reference(bits: int, N: int, K: int, seed: int) -> None:
     codes = random_codes(N, K, bits, seed)
     expected = reference.pack(codes, bits)
     words = layout.pack(torch.from_numpy(codes), bits)
@@ -84,14 +84,14 @@ def test_torch_layout_is_the_reference_bit_for_bit(bits: int, N: int, K: int, se
 
 
 @given(st.sampled_from(BITS), st.integers(0, 2**32 - 1))
-def test_every_word_is_a_legal_one(bits: int, seed: int) -> None:
+def test_any_words_unpack_and_pack_again(bits: int, seed: int) -> None:
     """The layout is dense: any words at all unpack, and pack to themselves."""
     words = np.random.default_rng(seed).integers(-(1 << 15), 1 << 15, (3, 16 * bits), dtype=np.int16)
     np.testing.assert_array_equal(layout.pack(layout.unpack(torch.from_numpy(words), bits, 256), bits).numpy(), words)
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_pieces_join_and_bound_the_memory(bits: int, monkeypatch: pytest.MonkeyPatch, largest_tensor: Any) -> None:
+def test_pieces_bound_the_memory(bits: int, monkeypatch: pytest.MonkeyPatch, largest_tensor: Any) -> None:
     monkeypatch.setattr(layout, "CODES_AT_ONCE", 3 * 256)
     codes = random_codes(200, 250, bits)
     with largest_tensor:

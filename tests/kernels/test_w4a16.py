@@ -1,4 +1,4 @@
-"""The op against its definition, over widths, groups, zeros and shapes; what it refuses; how it behaves when traced."""
+"""The op against its reference, over widths, groups, zero points and shapes; invalid arguments; tracing."""
 
 from typing import Any
 
@@ -10,9 +10,11 @@ from torch import Tensor
 
 from llmq_kernels.errors import KernelInputError
 from llmq_kernels.w4a16 import cpu, layout, op, reference
+from llmq_kernels.w4a16.packed_weight import PackedWeight
+from tests.kernels.cases import grouped, in_numpy, weight_in
 
 BITS = (2, 3, 4, 8)
-GROUPS = (16, 32, 64, 128, 256, None)  # None: one group a row
+GROUPS = (16, 32, 64, 128, 256, None)  # None: one group per row
 SHAPES = (((1,), 33, 172), ((17,), 7, 352), ((2, 3), 1, 128), ((0,), 5, 172), ((), 6, 40))  # x's leading shape, N, K
 ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # half a unit in the last place
 SMALLEST = {torch.float32: 2.0**-149, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133}
@@ -30,7 +32,7 @@ def arguments(
     ordered: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
-    """Random arguments of the op by name; scales have both signs, zeros go one step past the codes on either side."""
+    """Random arguments of the op in its order; scales have both signs, zero points pass the codes by one."""
     generator = torch.Generator().manual_seed(K + bits)
     per_group = group or K
     G = -(-K // per_group)
@@ -38,32 +40,20 @@ def arguments(
     zeros = torch.randint(-1, (1 << bits) + 1, (G, N), generator=generator, dtype=torch.int16)
     return {
         "x": torch.randn(*lead, K, generator=generator).to(dtype),
+        "bias": torch.randn(N, generator=generator).to(dtype) if bias else None,
         "words": layout.pack(codes, bits),
         "scales": torch.randn(G, N, generator=generator).to(dtype),
         "zeros": None if symmetric else zeros,
-        "bias": torch.randn(N, generator=generator).to(dtype) if bias else None,
-        "column_order": torch.randperm(K, generator=generator) if ordered else None,
         "bits": bits,
         "in_features": K,
         "columns_per_group": per_group,
+        "column_order": torch.randperm(K, generator=generator) if ordered else None,
     }
-
-
-def in_numpy(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The same for the reference; NumPy has no bfloat16, and float64 holds every float16, bfloat16 and float32."""
-
-    def converted(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return value.double().numpy() if value.is_floating_point() else value.numpy()
-
-    return {name: converted(value) for name, value in arguments.items()}
 
 
 def weight_of(values: dict[str, Any]) -> NDArray[np.float64]:
     """(N, K) float64 in the natural order of x's columns."""
-    grid = {name: values[name] for name in ("bits", "in_features", "columns_per_group")}
-    W = reference.dequantize(values["words"], values["scales"], values["zeros"], **grid)
+    W = reference.dequantize(weight_in(values))
     return W if values["column_order"] is None else W[:, np.argsort(values["column_order"])]
 
 
@@ -74,7 +64,7 @@ def assert_is_the_definition(y: Tensor, arguments: dict[str, Any]) -> None:
     order; the weight's own rounding and the bias add one u each.  Two more cover the second order, (K u)^2 < 2 u.
     """
     values = in_numpy(arguments)
-    expected = reference.linear(**values)
+    expected = reference.linear(**grouped(values))
     magnitude = np.abs(values["x"]) @ np.abs(weight_of(values)).T
     if values["bias"] is not None:
         magnitude = magnitude + np.abs(values["bias"])
@@ -93,23 +83,22 @@ def assert_is_the_gradient(gradient: Tensor, outgoing: Tensor, arguments: dict[s
     assert np.all(np.abs(gradient.double().numpy() - expected) <= error)
 
 
-def test_the_definition_by_hand() -> None:
+def test_reference_equals_a_hand_computed_example() -> None:
     """Two groups of two columns, one row: w = [2 (5 - 3), 2 (1 - 3), -0.5 (0 - 4), -0.5 (7 - 4)] = [4, -4, 2, -1.5]."""
-    grid: dict[str, Any] = {"bits": 3, "in_features": 4, "columns_per_group": 2}
     words = reference.pack(np.array([[5, 1, 0, 7]], np.uint8), 3)
-    scales, zeros = np.array([[2.0], [-0.5]]), np.array([[3], [4]], np.int16)
-    np.testing.assert_array_equal(reference.dequantize(words, scales, zeros, **grid), [[4, -4, 2, -1.5]])
+    weight = PackedWeight(words, np.array([[2.0], [-0.5]]), np.array([[3], [4]], np.int16), 3, 4, 2)
+    np.testing.assert_array_equal(reference.dequantize(weight), [[4, -4, 2, -1.5]])
     x, bias, order = np.array([1.0, 10.0, 100.0, 1000.0]), np.array([0.25]), np.array([3, 0, 2, 1])
-    assert reference.linear(x, words, scales, zeros, bias, None, **grid) == 4 - 40 + 200 - 1500 + 0.25
-    assert reference.linear(x, words, scales, zeros, None, order, **grid) == 4000 - 4 + 200 - 15
-    middle = reference.dequantize(words, scales, None, **grid)  # of three bits: 4
+    assert reference.linear(x, weight, bias) == 4 - 40 + 200 - 1500 + 0.25
+    assert reference.linear(x, weight._replace(column_order=order), None) == 4000 - 4 + 200 - 15
+    middle = reference.dequantize(weight._replace(zeros=None))  # of three bits: 4
     np.testing.assert_array_equal(middle, [[2, -6, 2, -1.5]])
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("bits", BITS)
-def test_the_op_is_the_definition(bits: int, group: int | None, symmetric: bool) -> None:
+def test_op_equals_the_reference(bits: int, group: int | None, symmetric: bool) -> None:
     for lead, N, K in SHAPES:
         case = arguments(lead, N, K, bits=bits, group=group, symmetric=symmetric)
         assert_is_the_definition(op.w4a16_linear(**case), case)
@@ -127,7 +116,7 @@ def test_bias_and_column_order_in_every_dtype(bits: int, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("scale", ROUNDING, ids=str)
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
-def test_scales_need_not_have_the_dtype_of_x(dtype: torch.dtype, scale: torch.dtype, index: torch.dtype) -> None:
+def test_scales_may_have_another_dtype_than_x(dtype: torch.dtype, scale: torch.dtype, index: torch.dtype) -> None:
     case = arguments((2,), 5, 96, bias=True, ordered=True)
     case |= {name: case[name].to(to) for name, to in (("x", dtype), ("scales", scale), ("column_order", index))}
     assert_is_the_definition(op.w4a16_linear(**case), case)
@@ -135,19 +124,19 @@ def test_scales_need_not_have_the_dtype_of_x(dtype: torch.dtype, scale: torch.dt
 
 @pytest.mark.parametrize("per_group", [1, 24, 100, 172, 344, 1000])
 def test_groups_of_any_width(per_group: int) -> None:
-    """Foreign files have odd groups, and tensor-parallel shards cut them."""
+    """Files of other tools have odd group sizes, and tensor-parallel shards cut groups."""
     case = arguments((3,), 5, 344, group=per_group, symmetric=False)
     assert_is_the_definition(op.w4a16_linear(**case), case)
 
 
 @pytest.mark.parametrize("zero", [-(1 << 15), (1 << 15) - 1])
-def test_zeros_far_outside_the_codes(zero: int) -> None:
+def test_zero_points_far_outside_the_codes(zero: int) -> None:
     case = arguments((3,), 5, 64, bits=8)
     case["zeros"] = torch.full_like(case["zeros"], zero)
     assert_is_the_definition(op.w4a16_linear(**case), case)
 
 
-def test_a_weight_at_its_zero_is_exactly_zero() -> None:
+def test_weight_at_its_zero_point_is_exactly_zero() -> None:
     case = arguments((1,), 5, 128, bits=2)
     case["words"] = layout.pack(torch.full((5, 128), 3, dtype=torch.uint8), 2)
     case["zeros"] = torch.full_like(case["zeros"], 3)
@@ -155,13 +144,13 @@ def test_a_weight_at_its_zero_is_exactly_zero() -> None:
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_pieces_join_and_bound_the_memory(bits: int, monkeypatch: pytest.MonkeyPatch, largest_tensor: Any) -> None:
+def test_pieces_bound_the_memory(bits: int, monkeypatch: pytest.MonkeyPatch, largest_tensor: Any) -> None:
     """47 rows, five at a time: the last piece is a short one.  Inside the op, torch's modes would see nothing."""
     monkeypatch.setattr(cpu, "WEIGHTS_AT_ONCE", 5 * 384)
     case = arguments((3,), 47, 352, bits=bits, bias=True)
     with largest_tensor:
-        y = cpu.linear(**case)
-        gradient = cpu.input_gradient(y, **{name: case[name] for name in GRADIENT_TAKES})
+        y = cpu.linear(**grouped(case))
+        gradient = cpu.input_gradient(y, weight_in(case))
     assert_is_the_definition(y, case)
     assert_is_the_gradient(gradient, y, case)
     assert largest_tensor.bytes <= 4 * 5 * 384  # one piece in float32; the whole weight would be nine of them
@@ -173,12 +162,9 @@ def test_x_may_have_any_strides() -> None:
     assert_is_the_definition(op.w4a16_linear(**case), case)
 
 
-GRADIENT_TAKES = ("words", "scales", "zeros", "column_order", "bits", "in_features", "columns_per_group")
-
-
 @pytest.mark.parametrize("ordered", [False, True], ids=["natural", "ordered"])
 @pytest.mark.parametrize("bits", BITS)
-def test_the_gradient_of_x_is_the_outgoing_one_times_the_weight(bits: int, ordered: bool) -> None:
+def test_gradient_of_x_is_outgoing_gradient_times_weight(bits: int, ordered: bool) -> None:
     case = arguments((2, 3), 33, 172, bits=bits, bias=True, ordered=ordered)
     case["x"].requires_grad_()
     y = op.w4a16_linear(**case)
@@ -187,7 +173,7 @@ def test_the_gradient_of_x_is_the_outgoing_one_times_the_weight(bits: int, order
     assert_is_the_gradient(case["x"].grad, outgoing, case)
 
 
-def test_a_column_used_twice_gets_both_gradients() -> None:
+def test_column_used_twice_sums_its_gradients() -> None:
     case = arguments((1,), 1, 2, group=None, symmetric=True)
     case |= {"words": layout.pack(torch.tensor([[9, 11]], dtype=torch.uint8), 4), "scales": torch.ones(1, 1)}
     case["column_order"] = torch.tensor([1, 1])
@@ -197,7 +183,7 @@ def test_a_column_used_twice_gets_both_gradients() -> None:
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_a_trained_x_passes_where_no_gradient_is_kept(mode: Any) -> None:
+def test_trained_x_is_accepted_without_grad_mode(mode: Any) -> None:
     case = arguments((2,), 5, 64)
     case["x"].requires_grad_()
     with mode():
@@ -205,7 +191,7 @@ def test_a_trained_x_passes_where_no_gradient_is_kept(mode: Any) -> None:
     assert not y.requires_grad
 
 
-def test_a_weight_without_rows_gives_no_features() -> None:
+def test_weight_without_rows_gives_no_features() -> None:
     case = arguments((2,), 0, 64)
     assert op.w4a16_linear(**case).shape == (2, 0)
 
@@ -228,7 +214,7 @@ def test_torch_accepts_the_op(extras: bool, trained: bool) -> None:
 @pytest.mark.parametrize("ordered", [True, False])
 def test_torch_accepts_the_gradient_op(ordered: bool) -> None:
     case = arguments((), 5, 172, ordered=ordered)  # 172: the last tile is cut, which the strides must not show
-    torch.library.opcheck(op.w4a16_input_gradient, (torch.randn(2, 3, 5), *(case[name] for name in GRADIENT_TAKES)))
+    torch.library.opcheck(op.w4a16_input_gradient, (torch.randn(2, 3, 5), *weight_in(case)[:7]))
 
 
 def test_compiles_as_one_graph() -> None:
@@ -266,36 +252,39 @@ REFUSED = {
     "bias dtype": ({"bias": torch.zeros(5, dtype=torch.int64)}, "bias: found torch.int64"),
     "order shape": ({"column_order": torch.arange(171)}, "column_order: found"),
     "order dtype": ({"column_order": torch.zeros(172)}, "column_order: found torch.float32"),
-    "device": ({"scales": torch.zeros(6, 5, device="meta")}, "scales: found on meta, expected on cpu where x is"),
+    "device": (
+        {"scales": torch.zeros(6, 5, device="meta")},
+        "scales: found on meta, expected on cpu like the other tensors",
+    ),
 }
 
 
 @pytest.mark.parametrize(("change", "message"), REFUSED.values(), ids=REFUSED)
-def test_bad_arguments_are_refused_with_what_was_expected(change: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_name_what_was_expected(change: dict[str, Any], message: str) -> None:
     case = arguments((2,), 5, 172, bias=True, ordered=True) | change
     with pytest.raises(KernelInputError, match=message):
-        op.check(**case)
+        op.check(**grouped(case))
 
 
-def test_the_op_checks() -> None:
+def test_op_checks_its_arguments() -> None:
     case = arguments((2,), 5, 172)
     with pytest.raises(KernelInputError, match="scales: found strides"):
         op.w4a16_linear(**case | {"scales": torch.zeros(5, 6).t()})
 
 
-def test_autocast_casts_x_as_it_does_for_torchs_linear() -> None:
+def test_autocast_casts_x_as_for_torch_linear() -> None:
     given = arguments((3,), 24, 64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = op.linear(**given)
+        y = op.linear(**grouped(given))
         expected = torch.nn.functional.linear(given["x"], torch.zeros(24, 64)).dtype
     assert y.dtype == expected == torch.bfloat16
-    assert torch.equal(y, op.linear(**{**given, "x": given["x"].to(torch.bfloat16)}))
+    assert torch.equal(y, op.linear(**grouped({**given, "x": given["x"].to(torch.bfloat16)})))
 
 
-def test_a_bias_that_asks_for_a_gradient_gets_none_either_way() -> None:
-    """The short way round torch's dispatcher would give it one, the op does not."""
+def test_trainable_bias_gets_no_gradient() -> None:
+    """Without torch's dispatcher it would get one."""
     given = arguments((3,), 24, 64, bias=True)
     given["bias"].requires_grad_(True)
-    for y in (op.linear(**given), torch.ops.llmq.w4a16_linear(*given.values())):
+    for y in (op.linear(**grouped(given)), torch.ops.llmq.w4a16_linear(*given.values())):
         y.sum().backward()
         assert given["bias"].grad is None

@@ -1,4 +1,4 @@
-"""What surrounds the GPU kernels and needs neither a GPU nor Triton: tables, counters, the search for tile sizes."""
+"""Parts of the GPU path that need neither a GPU nor Triton: tables, counters, the search for tile sizes."""
 
 import json
 import time
@@ -14,7 +14,7 @@ AFTER = configs.Config(16, 32, 4, 2, ctas_per_sm=0, scale="after")
 BEFORE = configs.Config(16, 32, 4, 2, ctas_per_sm=0, scale="before")
 
 
-def test_more_splits_than_tiles_is_never_planned() -> None:
+def test_splits_never_exceed_tiles() -> None:
     greedy = configs.Config(16, 32, 4, 2, ctas_per_sm=100, scale="after")
     assert greedy.splits(1, 32, 128, 100) == 1
     assert greedy.splits(1, 32, 1024, 100) == 4
@@ -38,7 +38,7 @@ def test_every_architecture_has_a_table() -> None:
     assert configs.for_architecture(103).default == tables[100].default
 
 
-def test_a_users_file_takes_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_file_takes_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (
         '{"format": 1, "measured": {}, "architectures": {"90": {"crossover": 7, "chunk_bytes": 5, "shapes": {}, '
         '"default": [{"max_rows": 7, "block_m": 16, "block_n": 64, "warps": 4, "stages": 3, "ctas_per_sm": 1.5, '
@@ -64,14 +64,14 @@ GOOD = '{"max_rows": 8, "block_m": 16, "block_n": 64, "warps": 4, "stages": 3, "
         ("", "max_rows does not ascend"),
     ],
 )
-def test_a_file_that_is_wrong_says_so(choices: str, message: str) -> None:
+def test_invalid_file_names_the_problem(choices: str, message: str) -> None:
     table = f'{{"crossover": 7, "chunk_bytes": 5, "shapes": {{}}, "default": [{choices}]}}'
     text = f'{{"format": 1, "architectures": {{"90": {table}}}}}'
     with pytest.raises(KernelInputError, match=f"mine.json.*{message}"):
         configs.read(text, "mine.json")
 
 
-def test_counters_are_private_to_a_stream_and_to_a_captured_launch() -> None:
+def test_streams_and_captures_have_separate_counters() -> None:
     bank = counters.Bank(torch.arange(2 * counters.PER_STREAM + 2 * counters.LINE, dtype=torch.int32))
     one, other = bank.of_stream(1), bank.of_stream(2)
     assert one is not None and other is not None and bank.of_stream(1) is one
@@ -83,26 +83,26 @@ def test_counters_are_private_to_a_stream_and_to_a_captured_launch() -> None:
 
 
 def costs(config: configs.Config) -> float | None:
-    """A made-up GPU: quickest at five stages and twice as many programs as it has room for; 128 rows do not fit."""
+    """A synthetic GPU: fastest at five stages and two programs per multiprocessor; 128 rows do not fit."""
     if config.block_n == 128:
         return None
     return 1 + abs(config.stages - 5) + abs(config.ctas_per_sm - 2) + (not config.prefetch)
 
 
-def test_the_search_finds_the_quickest_field_by_field() -> None:
+def test_search_finds_the_fastest_field_by_field() -> None:
     best = tune.search(AFTER, 16, costs, time.monotonic() + 60)
     assert best is not None and best.seconds == 1
     assert (best.config.stages, best.config.ctas_per_sm, best.config.prefetch) == (5, 2, True)
 
 
-def test_the_search_tries_nothing_twice_and_stops_in_time() -> None:
+def test_search_repeats_nothing_and_stops_in_time() -> None:
     seen: list[configs.Config] = []
     tune.search(AFTER, 512, lambda config: seen.append(config), time.monotonic() + 60)
     assert len(seen) == len(set(seen)) > 15
     assert tune.search(AFTER, 16, costs, time.monotonic() - 1) is None
 
 
-def test_every_candidate_is_one_that_a_table_may_hold() -> None:
+def test_every_candidate_is_valid_in_a_table() -> None:
     for rows in tune.ROWS:
         for changes in tune.variants(AFTER, rows):
             for change in changes:
@@ -111,10 +111,10 @@ def test_every_candidate_is_one_that_a_table_may_hold() -> None:
                 configs.read(tune.document(90, entry, {}), "candidate")
 
 
-def test_what_is_found_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tuned_table_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small, large = tune.Timed(AFTER, 2.5e-6), tune.Timed(BEFORE, 3e-5)
-    found = {"64x128": {1: small, 32: large}, "256x128": {1: large}}
-    text = tune.document(90, tune.table(found, 48, 1024), {"hardware": "none"})
+    tuned = {"64x128": {1: small, 32: large}, "256x128": {1: large}}
+    text = tune.document(90, tune.table(tuned, 48, 1024), {"hardware": "none"})
     (tmp_path / "mine.json").write_text(text)
     monkeypatch.setenv(configs.VARIABLE, str(tmp_path / "mine.json"))
     table = configs.for_architecture(90)
@@ -124,20 +124,20 @@ def test_what_is_found_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert json.loads(text)["architectures"]["90"]["shapes"]["64x128"][0]["microseconds"] == 2.5
 
 
-def test_the_crossover_is_where_the_kernel_first_loses() -> None:
+def test_crossover_is_where_the_kernel_becomes_slower() -> None:
     fused = [(1, 1.0), (64, 2.0), (128, 5.0), (256, 6.0)]
     assert tune.crossover(fused, [(1, 3.0), (64, 3.0), (128, 4.0), (256, 9.0)]) == 64
     assert tune.crossover(fused, [(rows, 9.0) for rows, _ in fused]) == 256
 
 
-def test_without_a_gpu_tuning_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tuning_without_gpu_reports_it(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
         tune.main(["--output", "x.json"])
     assert "no CUDA device" in capsys.readouterr().err
 
 
-def test_a_file_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_user_file_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(configs.VARIABLE, str(tmp_path / "none.json"))
     with pytest.raises(KernelInputError, match=r"LLMQ_W4A16_CONFIGS names a file that cannot be read: .*none.json"):
         configs.for_architecture(90)

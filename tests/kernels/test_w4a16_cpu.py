@@ -1,4 +1,4 @@
-"""The int4 product of torch against the definition, within bfloat16; when it is used, and what says so."""
+"""The int4 product of torch against the reference, within bfloat16, and when it is used."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,13 +10,15 @@ from torch import Tensor
 
 from llmq_kernels.errors import KernelInputError
 from llmq_kernels.w4a16 import cpu, int4pack, layout, op, reference
+from llmq_kernels.w4a16.packed_weight import PackedWeight
+from tests.kernels.cases import in_numpy, weight_in
 
 HALF = 2.0**-8  # half a unit in the last place of bfloat16, relative
 
 
 @pytest.fixture(autouse=True)
 def on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Without asking the processor: a test's path does not depend on how busy the machine is."""
+    """Without measuring the processor, so that the path of a test does not depend on other load."""
     monkeypatch.setenv(int4pack.VARIABLE, "on")
     if not int4pack.choose().rows:
         pytest.skip(int4pack.describe())
@@ -42,9 +44,14 @@ def weight(N: int, K: int, *, group: int = 32, symmetric: bool = True, dtype: to
 
 
 def prepared(weight: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    pair = int4pack.prepare(**weight)
+    pair = int4pack.prepare(weight_in(weight))
     assert pair is not None
     return pair
+
+
+def with_pair(weight: dict[str, Any]) -> PackedWeight[Any]:
+    codes, grid = prepared(weight)
+    return weight_in(weight)._replace(int4_words=codes, int4_grid=grid)
 
 
 def random_x(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -61,14 +68,10 @@ def assert_is_the_definition_in_bfloat16(y: Tensor, x: Tensor, weight: dict[str,
 
     The weight is (code - 8) * scale + shift, so the roundings of scale and shift are relative to these two summands.
     """
-    arrays = {
-        k: v.double().numpy() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in weight.items()
-    }
-    arrays |= {k: v.numpy() for k, v in arrays.items() if isinstance(v, Tensor)}
-    grid = {name: weight[name] for name in ("bits", "in_features", "columns_per_group")}
+    packed = weight_in(in_numpy(weight))
     X = x.double().numpy() if order is None else x.double().numpy()[..., order.numpy()]
-    W = reference.dequantize(arrays["words"], arrays["scales"], arrays["zeros"], **grid)
-    around_eight = reference.dequantize(arrays["words"], arrays["scales"], None, **grid)  # (code - 8) * scale
+    W = reference.dequantize(packed)
+    around_eight = reference.dequantize(packed._replace(zeros=None))  # (code - 8) * scale
     summands = np.abs(around_eight) + np.abs(W - around_eight)  # (N, K)
     exact = X @ W.T
     bound = HALF * (np.abs(X) @ (2 * np.abs(W) + summands).T + np.abs(exact)) * (1 + 2.0**-6)
@@ -83,7 +86,7 @@ def assert_is_the_definition_in_bfloat16(y: Tensor, x: Tensor, weight: dict[str,
 @pytest.mark.parametrize(
     ("N", "K", "group"), [(16, 32, 32), (48, 192, 64), (64, 256, 128), (80, 512, 256), (32, 1024, 512), (16, 96, 96)]
 )
-def test_few_rows_are_the_definition_in_bfloat16(N: int, K: int, group: int, symmetric: bool) -> None:
+def test_few_rows_equal_the_reference_in_bfloat16(N: int, K: int, group: int, symmetric: bool) -> None:
     made = weight(N, K, group=group, symmetric=symmetric)
     for lead in ((1,), (2, 8), ()):
         x = random_x(*lead, K)
@@ -91,13 +94,13 @@ def test_few_rows_are_the_definition_in_bfloat16(N: int, K: int, group: int, sym
 
 
 @pytest.mark.parametrize("K", [128, 160, 384])
-def test_one_scale_a_row_is_repeated(K: int) -> None:
+def test_one_scale_per_row_is_repeated(K: int) -> None:
     made = weight(32, K, group=K, symmetric=False)
     x = random_x(3, K)
     assert_is_the_definition_in_bfloat16(run(x, made), x, made, None, None)
 
 
-def test_a_last_group_cut_short_keeps_its_scale() -> None:
+def test_partial_last_group_keeps_its_scale() -> None:
     made = weight(16, 160, group=128, symmetric=False)
     x = random_x(3, 160)
     assert prepared(made)[1].shape == (5, 16, 2)
@@ -113,7 +116,7 @@ def test_bias_and_column_order_in_every_dtype(dtype: torch.dtype) -> None:
     assert_is_the_definition_in_bfloat16(y, x, made, bias, order)
 
 
-def test_rows_packed_in_pieces_are_rows_packed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packing_in_pieces_equals_packing_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made = weight(208, 64)
     whole = prepared(made)[0]
     monkeypatch.setattr(int4pack, "ROWS_AT_ONCE", 64)
@@ -129,23 +132,23 @@ def test_rows_packed_in_pieces_are_rows_packed_at_once(monkeypatch: pytest.Monke
         (16, 64, {"zeros": torch.full((2, 16), -1, dtype=torch.int16)}),
     ],
 )  # fmt: skip
-def test_what_the_op_of_torch_cannot_hold_gets_no_pair(N: int, K: int, change: dict[str, Any]) -> None:
+def test_unsupported_weights_get_no_int4_copy(N: int, K: int, change: dict[str, Any]) -> None:
     made = weight(N, K, group=change.get("columns_per_group", 32)) | change
-    assert int4pack.prepare(**made) is None
+    assert int4pack.prepare(weight_in(made)) is None
 
 
-def test_other_widths_and_devices_get_no_pair() -> None:
+def test_other_widths_and_devices_get_no_int4_copy() -> None:
     made = weight(16, 64)
     eight = made | {"bits": 8, "words": layout.pack(torch.zeros(16, 64, dtype=torch.uint8), 8)}
-    assert int4pack.prepare(**eight) is None
+    assert int4pack.prepare(weight_in(eight)) is None
     elsewhere = {name: v.to("meta") if isinstance(v, Tensor) else v for name, v in made.items()}
-    assert int4pack.prepare(**elsewhere) is None
+    assert int4pack.prepare(weight_in(elsewhere)) is None
 
 
 def test_more_rows_than_the_limit_are_exact() -> None:
     made, limit = weight(32, 128), int4pack.choose().rows
     x = random_x(limit + 1, 128)
-    exact = cpu.linear(x=x, bias=None, column_order=None, **made)
+    exact = cpu.linear(x, weight_in(made), None)
     assert run(x, made).equal(exact)
     assert not run(x[:limit], made).equal(exact[:limit]), "the limit itself runs in bfloat16"
 
@@ -160,14 +163,13 @@ def test_gradients_come_from_the_words() -> None:
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["inference", "trained"])
-def test_torch_accepts_the_op_with_a_pair(trained: bool) -> None:
+def test_torch_accepts_the_op_with_an_int4_copy(trained: bool) -> None:
     made, x = weight(16, 64, symmetric=False), random_x(2, 64).requires_grad_(trained)
-    arguments = (x, made["words"], made["scales"], made["zeros"], random_x(16), None, 4, 64, 32, *prepared(made))
-    torch.library.opcheck(op.w4a16_linear, arguments)
+    torch.library.opcheck(op.w4a16_linear, (x, random_x(16), *with_pair(made)))
 
 
 REFUSED = {
-    "one": ({"int4_grid": None}, "found one of them, expected both or none"),
+    "one": ({"int4_grid": None}, "found one of them, expected both or neither"),
     "words": ({"int4_words": torch.zeros(32, 64, dtype=torch.int8)}, "int4_words: found torch.int8"),
     "rows": (
         {"int4_words": torch.zeros(16, 64, dtype=torch.uint8)},
@@ -176,48 +178,48 @@ REFUSED = {
     "grid": ({"int4_grid": torch.zeros(4, 32, 2)}, "int4_grid: found torch.float32"),
     "pieces": (
         {"int4_grid": torch.zeros(3, 32, 2, dtype=torch.bfloat16)},
-        "int4_grid: found 3 pieces of 128 columns, expected 32 to 256 each",
+        "int4_grid: found 3 pieces of 128 columns, expected 32 to 256 columns per piece",
     ),
 }
 
 
 @pytest.mark.parametrize(("change", "message"), REFUSED.values(), ids=REFUSED)
-def test_a_pair_that_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
+def test_int4_copy_of_another_shape_is_refused(change: dict[str, Any], message: str) -> None:
     made = weight(32, 128)
     pair = dict(zip(("int4_words", "int4_grid"), prepared(made), strict=True)) | change
     with pytest.raises(KernelInputError, match=message):
         op.w4a16_linear(x=random_x(1, 128), bias=None, column_order=None, **made, **pair)
 
 
-def test_the_short_way_is_the_op() -> None:
+def test_direct_call_equals_the_op() -> None:
     """`op.linear` leaves the dispatcher out; with gradients, tracing, modes and other tensors it goes through it."""
     made, x = weight(32, 128), random_x(2, 128)
-    arguments = (made["words"], made["scales"], None, None, None, 4, 128, 32, *prepared(made))
-    assert op.linear(x, *arguments).equal(op.w4a16_linear(x, *arguments))
+    packed = with_pair(made)
+    assert op.linear(x, packed, None).equal(op.w4a16_linear(x, None, *packed))
     compiled = torch.compile(op.linear, fullgraph=True, backend="eager")
-    assert compiled(x, *arguments).equal(op.linear(x, *arguments))
+    assert compiled(x, packed, None).equal(op.linear(x, packed, None))
     trained = x.clone().requires_grad_()
-    op.linear(trained, *arguments).sum().backward()
+    op.linear(trained, packed, None).sum().backward()
     assert trained.grad is not None
 
 
-def test_a_tracer_sees_one_op() -> None:
+def test_tracing_records_one_op() -> None:
     from torch.fx.experimental.proxy_tensor import make_fx
 
     made, x = weight(32, 128), random_x(2, 128)
-    arguments = (made["words"], made["scales"], None, None, None, 4, 128, 32, *prepared(made))
-    traced = make_fx(lambda x: op.linear(x, *arguments))(x)
+    packed = with_pair(made)
+    traced = make_fx(lambda x: op.linear(x, packed, None))(x)
     called = [node.target for node in traced.graph.nodes if node.op == "call_function"]
     assert called == [torch.ops.llmq.w4a16_linear.default]
 
 
-def test_off_means_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_setting_off_disables_int4(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(int4pack.VARIABLE, "off")
-    assert int4pack.prepare(**weight(16, 64)) is None
+    assert int4pack.prepare(weight_in(weight(16, 64))) is None
     assert int4pack.describe() == "torch's int4 product on CPU: not used (LLMQ_CPU_INT4=off)"
 
 
-def test_another_value_warns_and_means_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_setting_warns_and_means_auto(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(int4pack.VARIABLE, "maybe")
     with pytest.warns(UserWarning, match="LLMQ_CPU_INT4='maybe' is not one of auto, on, off"):
         assert "measured" in int4pack.choose().reason
@@ -232,23 +234,23 @@ def test_another_value_warns_and_means_auto(monkeypatch: pytest.MonkeyPatch) -> 
         ({16: 3, 4: 3, 1: 3}, 0),
     ],
 )
-def test_the_limit_is_the_highest_rung_that_passes_by_a_margin(
+def test_limit_is_the_largest_that_is_faster_by_a_margin(
     seconds: dict[int, float], rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rungs = iter(int4pack.LADDER)
+    rungs = iter(int4pack.LIMITS)
     monkeypatch.setattr(int4pack, "_best_seconds", lambda *calls: [seconds[next(rungs)], 1.0])
     monkeypatch.setenv(int4pack.VARIABLE, "auto")
     assert int4pack.choose().rows == rows
     assert ("up to" in int4pack.describe()) == (rows > 0)
 
 
-def test_a_torch_without_the_op_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_without_the_op_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> None:
         raise AttributeError("'_OpNamespace' 'aten' object has no attribute '_convert_weight_to_int4pack_for_cpu'")
 
     monkeypatch.setattr(int4pack.Trial, "make", missing)
-    for asked in ("auto", "on"):
-        monkeypatch.setenv(int4pack.VARIABLE, asked)
+    for setting in ("auto", "on"):
+        monkeypatch.setenv(int4pack.VARIABLE, setting)
         int4pack._choose.cache_clear()
         assert int4pack.choose().rows == 0
         assert "no attribute '_convert_weight_to_int4pack_for_cpu'" in int4pack.describe()

@@ -1,6 +1,7 @@
-"""The experts' op and both of its kernels against the definition; what it refuses; how it behaves when traced."""
+"""The experts' op and both of its kernels against the reference; invalid arguments; tracing."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,12 @@ from torch import Tensor
 
 from llmq_kernels.errors import KernelInputError
 from llmq_kernels.w4a16_experts import cpu, gpu, op, reference
+from tests.kernels.cases import grouped, in_numpy, weight_in
 from tests.kernels.experts import (
     HALF_UNIT,
     ROUTINGS,
     arguments,
     assert_is_the_definition,
-    in_numpy,
     weights_of,
 )
 
@@ -25,28 +26,27 @@ BITS = (2, 3, 4, 8)
 TINY = gpu.Tiles(16, 32, 4, 2)
 KERNELS: dict[str, Callable[..., Tensor]] = {
     "torch": cpu.experts,
-    "alone": lambda *arguments, **grid: gpu.experts(*arguments, **grid, tiles=gpu.ALONE),
-    "grouped": lambda *arguments, **grid: gpu.experts(*arguments, **grid, tiles=TINY),
+    "alone": partial(gpu.experts, tiles=gpu.ALONE),
+    "grouped": partial(gpu.experts, tiles=TINY),
 }
 
 
 def run(kernel: str, case: dict[str, Any]) -> Tensor:
     """One of the implementations, past the op."""
-    grid = {name: case[name] for name in ("bits", "in_features", "columns_per_group")}
-    return KERNELS[kernel](*(value for name, value in case.items() if name not in grid), **grid)
+    return KERNELS[kernel](**grouped(case))
 
 
-def test_the_definition_takes_each_pair_by_itself() -> None:
+def test_reference_multiplies_pairs_independently() -> None:
     values = in_numpy(arguments(dtype=torch.float32))
     expected = np.einsum("pk,pnk->pn", values["x"][values["token"]], weights_of(values)[values["expert"]])
-    found = reference.experts(**values)
-    np.testing.assert_allclose(found, expected + values["bias"][values["expert"]], rtol=0, atol=1e-10)
+    products = reference.experts(**grouped(values))
+    np.testing.assert_allclose(products, expected + values["bias"][values["expert"]], rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("group", [16, 32, 128, None])
 @pytest.mark.parametrize("bits", BITS)
-def test_the_op_is_the_definition(bits: int, group: int | None, symmetric: bool) -> None:
+def test_op_equals_the_reference(bits: int, group: int | None, symmetric: bool) -> None:
     for dtype in HALF_UNIT:
         case = arguments(bits=bits, group=group, symmetric=symmetric, bias=symmetric, dtype=dtype)
         assert_is_the_definition(op.w4a16_experts(**case), case)
@@ -72,9 +72,9 @@ def test_any_routing(kernel: str, routing: str) -> None:
     ],
 )
 @pytest.mark.parametrize("kernel", ["alone", "grouped"])
-def test_the_kernels_in_every_grouping(kernel: str, group: int | None, K: int, symmetric: bool, bias: bool) -> None:
+def test_kernels_support_every_grouping(kernel: str, group: int | None, K: int, symmetric: bool, bias: bool) -> None:
     case = arguments(K=K, group=group, symmetric=symmetric, bias=bias)
-    assert gpu.covers(case["x"], bits=4, in_features=K, columns_per_group=case["columns_per_group"])
+    assert gpu.covers(case["x"], weight_in(case))
     assert_is_the_definition(run(kernel, case), case)
 
 
@@ -86,11 +86,12 @@ def test_rows_of_x_may_have_any_strides(kernel: str) -> None:
         assert run(kernel, case | {"x": strided}).equal(run(kernel, case))
 
 
-def test_what_the_kernels_leave_to_torch() -> None:
-    half = torch.zeros(1, 64, dtype=torch.float16)
-    assert not gpu.covers(half, bits=8, in_features=64, columns_per_group=32)
-    assert not gpu.covers(half, bits=4, in_features=64, columns_per_group=16)
-    assert not gpu.covers(half.float(), bits=4, in_features=64, columns_per_group=32)
+def test_unsupported_weights_are_left_to_torch() -> None:
+    half, weight = torch.zeros(1, 64, dtype=torch.float16), weight_in(arguments(K=64))
+    assert gpu.covers(half, weight)
+    assert not gpu.covers(half, weight._replace(bits=8))
+    assert not gpu.covers(half, weight._replace(columns_per_group=16))
+    assert not gpu.covers(half.float(), weight)
 
 
 @given(counts=st.lists(st.integers(0, 40), min_size=1, max_size=12), block_m=st.sampled_from((16, 32, 64)))
@@ -99,7 +100,7 @@ def test_there_are_always_enough_blocks(counts: list[int], block_m: int) -> None
     assert needed <= gpu.most_blocks(sum(counts), len(counts), block_m)
 
 
-def test_blocks_are_larger_the_more_pairs_there_are() -> None:
+def test_blocks_grow_with_the_number_of_pairs() -> None:
     assert [gpu.tiles_for(P, 8).block_m for P in (1, 8, 9, 128, 129, 256, 257, 10**6)] == [1, 1, 16, 16, 32, 32, 64, 64]
     assert [gpu.tiles_for(P, 128).block_m for P in (8, 64, 65, 2048, 2049)] == [1, 1, 16, 16, 32]
 
@@ -135,13 +136,13 @@ def changed(name: str, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         (changed("expert", lambda e: e - 1), "expert: found -1 to 2, expected 0 to 3"),
     ],
 )
-def test_refusals(case: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_are_refused(case: dict[str, Any], message: str) -> None:
     with pytest.raises(KernelInputError, match=message):
         op.w4a16_experts(**case)
 
 
 @pytest.mark.parametrize("routing", ["spread", "nothing"])
-def test_torch_finds_nothing_wrong(routing: str) -> None:
+def test_torch_accepts_the_op(routing: str) -> None:
     case = arguments(routing, N=8, K=64, dtype=torch.float32)
     case["x"].requires_grad_()
     torch.library.opcheck(op.w4a16_experts, tuple(case.values()))
@@ -160,14 +161,14 @@ def test_one_graph_when_compiled() -> None:
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
-def test_the_gradient_sums_over_the_pairs_of_a_token(routing: str) -> None:
+def test_gradient_sums_over_the_pairs_of_a_token(routing: str) -> None:
     """Within float32's bound for sums over N rows of each pair and over the pairs."""
     case = arguments(routing, dtype=torch.float32)
     case["x"].requires_grad_()
     y = op.w4a16_experts(**case)
     outgoing = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
     y.backward(outgoing)
-    values = in_numpy({name: v.detach() if isinstance(v, Tensor) else v for name, v in case.items()})
+    values = in_numpy(case)
     W, g = weights_of(values)[values["expert"]], outgoing.double().numpy()
     expected, magnitude = np.zeros_like(values["x"]), np.zeros_like(values["x"])
     np.add.at(expected, values["token"], np.einsum("pn,pnk->pk", g, W))

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton")
 
 from llmq_kernels.w4a16 import configs, cpu, gpu, layout, reference
+from tests.kernels.cases import grouped, in_numpy, weight_in
 
 if torch.cuda.is_available():
     pytest.skip("with a GPU the kernels are compiled: test_gpu_w4a16.py", allow_module_level=True)
@@ -38,14 +39,14 @@ def arguments(
     }
     return {
         "x": torch.randn(M, K, generator=generator).to(torch.float16),
+        "bias": torch.randn(N, generator=generator) if extras else None,
         "words": layout.pack(torch.randint(0, 1 << bits, (N, K), generator=generator, dtype=torch.uint8), bits),
         "scales": (torch.randn(G, N, generator=generator) / 64).to(torch.float16),
         "zeros": given[zeros] if zeros in given else torch.full((G, N), int(zeros), dtype=torch.int16),
-        "bias": torch.randn(N, generator=generator) if extras else None,
-        "column_order": torch.randperm(K, generator=generator) if extras else None,
         "bits": bits,
         "in_features": K,
         "columns_per_group": per_group,
+        "column_order": torch.randperm(K, generator=generator) if extras else None,
     }
 
 
@@ -55,19 +56,12 @@ def assert_is_the_definition(y: Tensor, case: dict[str, Any], *, rounded_weight:
     Eight more than K: scaling of groups, splits, bias, and the second order.  A float16 W is off by at most half a unit
     of its own, 2**-11 |w|, or half the smallest subnormal.
     """
-
-    def converted(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return value.double().numpy() if value.is_floating_point() else value.numpy()
-
-    values = {name: converted(value) for name, value in case.items()}
-    expected = reference.linear(**values)
-    grid = {name: values[name] for name in ("bits", "in_features", "columns_per_group")}
-    W = np.abs(reference.dequantize(values["words"], values["scales"], values["zeros"], **grid))
+    values = in_numpy(case)
+    expected = reference.linear(**grouped(values))
+    W = np.abs(reference.dequantize(weight_in(values)))
     x = np.abs(values["x"] if values["column_order"] is None else values["x"][..., values["column_order"]])
     bias = 0.0 if values["bias"] is None else np.abs(values["bias"])
-    error = (grid["in_features"] + 8) * SINGLE * (x @ W.T + bias)
+    error = (values["in_features"] + 8) * SINGLE * (x @ W.T + bias)
     if rounded_weight:
         error = error + x @ (HALF * W + 2.0**-25).T
     error = error + HALF * (np.abs(expected) + error) + 2.0**-25
@@ -104,81 +98,75 @@ SHAPES = [
 
 @pytest.mark.parametrize("config", [AFTER, BEFORE], ids=["after", "before"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_four_bits_are_the_definition(shape: tuple[int, int, int, int | None], config: configs.Config) -> None:
+def test_four_bits_equal_the_reference(shape: tuple[int, int, int, int | None], config: configs.Config) -> None:
     case = arguments(*shape)
-    y = gpu.linear_on(machine(config), **case)
+    y = gpu.linear_on(machine(config), **grouped(case))
     assert_is_the_definition(y, case, rounded_weight=config is BEFORE)
 
 
 def test_scaling_after_the_dot_rounds_no_weight() -> None:
     """One column, so that the sum is one product: float32's product of x, an exact integer and the scale, rounded."""
     case = arguments(2, 40, 1, None, zeros="none")
-    y = gpu.linear_on(machine(), **case)
+    y = gpu.linear_on(machine(), **grouped(case))
     codes = layout.unpack(case["words"], 4, 1)[:, 0].float()
     assert torch.equal(y, (case["x"].float() * (codes - 8) * case["scales"][0].float()).half())
 
 
 @pytest.mark.parametrize("config", [AFTER, BEFORE], ids=["after", "before"])
 @pytest.mark.parametrize("zeros", ["none", "0", "15", "16"])
-def test_zeros_at_both_ends(zeros: str, config: configs.Config) -> None:
+def test_zero_points_at_both_ends(zeros: str, config: configs.Config) -> None:
     case = arguments(2, 33, 160, 32, zeros=zeros)
-    assert_is_the_definition(gpu.linear_on(machine(config), **case), case, rounded_weight=config is BEFORE)
+    assert_is_the_definition(gpu.linear_on(machine(config), **grouped(case)), case, rounded_weight=config is BEFORE)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_bias_and_column_order(bits: int) -> None:
     case = arguments(3, 33, 160, 32, bits=bits, extras=True)
-    assert_is_the_definition(gpu.linear_on(machine(), **case), case)
+    assert_is_the_definition(gpu.linear_on(machine(), **grouped(case)), case)
 
 
 @pytest.mark.parametrize("scale", [torch.float16, torch.float32], ids=str)
 def test_scales_of_another_dtype_round_the_weight_once(scale: torch.dtype) -> None:
     case = arguments(3, 33, 160, 32)
     case["scales"] = case["scales"].to(scale) * (1 if scale == torch.float16 else 1 + 2.0**-12)
-    assert_is_the_definition(gpu.linear_on(machine(BEFORE), **case), case, rounded_weight=True)
+    assert_is_the_definition(gpu.linear_on(machine(BEFORE), **grouped(case)), case, rounded_weight=True)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 8])
 @pytest.mark.parametrize("shape", [(3, 33, 300, 32), (17, 7, 256, 64), (1, 20, 272, 128), (2, 9, 200, None)], ids=str)
-def test_other_widths_are_the_definition(shape: tuple[int, int, int, int | None], bits: int) -> None:
+def test_other_widths_equal_the_reference(shape: tuple[int, int, int, int | None], bits: int) -> None:
     for zeros in ("none", "random"):
         case = arguments(*shape, bits=bits, zeros=zeros)
-        assert_is_the_definition(gpu.linear_on(machine(), **case), case)
+        assert_is_the_definition(gpu.linear_on(machine(), **grouped(case)), case)
 
 
 @pytest.mark.parametrize("bits", [3, 4])
 @pytest.mark.parametrize("splits", [1, 2, 3])
-def test_splits_join_in_poisoned_memory_and_leave_the_counters_at_zero(splits: int, bits: int) -> None:
+def test_splits_are_summed_and_counters_reset(splits: int, bits: int) -> None:
     M, N, K = 17, 40, 800  # 2 x 2 output tiles of 7 tiles of columns: no split has as many as another
     case = arguments(M, N, K, 32, bits=bits, extras=True)
     case["column_order"] = None
     config = configs.Config(16, 32, 4, 2, ctas_per_sm=splits, scale="after")
-    plan = gpu.plan(
-        config, machine(config, processors=4), bits=bits, M=M, N=N, K=K, planes=1, has_zeros=True, has_bias=True
-    )
+    weight, x, bias = weight_in(case), case["x"], case["bias"]
+    plan = gpu.plan(config, machine(config, processors=4), gpu.Product.of(M, weight, bias))
     assert plan.splits == splits and plan.grid == (2, 2, splits)
     out = torch.full((M, N), torch.nan, dtype=torch.float16)
     workspace, counts = torch.full((splits, M, N), torch.nan), torch.zeros(4, dtype=torch.int32)
-    x, words, scales, zeros, bias = (case[name] for name in ("x", "words", "scales", "zeros", "bias"))
-    gpu.run_fused(plan, x, words, scales, zeros, bias, out, workspace, counts)
+    gpu.run_fused(plan, x, weight, bias, out, workspace, counts)
     assert_is_the_definition(out, case)
     assert not counts.any()
     again = torch.full_like(out, torch.nan)
-    gpu.run_fused(plan, x, words, scales, zeros, bias, again, workspace.fill_(torch.nan), counts)
+    gpu.run_fused(plan, x, weight, bias, again, workspace.fill_(torch.nan), counts)
     assert torch.equal(again, out)
 
 
 @pytest.mark.parametrize("group", [32, 96, 128, None])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_dequantizing_is_the_definition_rounded_once(bits: int, group: int | None) -> None:
+def test_dequantize_equals_the_rounded_reference(bits: int, group: int | None) -> None:
     case = arguments(1, 45, 300, group, bits=bits)
-    planes = 0 if group is None else group // 32
     out = torch.full((37, 300), torch.nan, dtype=torch.float16)
-    gpu.dequantize(case["words"], case["scales"], case["zeros"], out, 5, bits=bits, planes=planes)
-    W = reference.dequantize(
-        case["words"].numpy(), case["scales"].double().numpy(), case["zeros"].numpy(),
-        bits=bits, in_features=300, columns_per_group=group or 300,
-    )  # fmt: skip
+    gpu.dequantize(weight_in(case), out, 5)
+    W = reference.dequantize(weight_in(in_numpy(case)))
     np.testing.assert_array_equal(out.numpy(), W[5:42].astype(np.float16))
 
 
@@ -191,18 +179,17 @@ def test_many_rows_go_through_chunks_of_dequantized_weight(extras: bool, bits: i
         case["bias"] = case["bias"].half()
     rows = case["x"] if case["column_order"] is None else case["x"].index_select(1, case["column_order"])
     out = torch.full((9, 100), torch.nan, dtype=torch.float16)
-    words, scales, zeros, bias = (case[name] for name in ("words", "scales", "zeros", "bias"))
     with Watch() as watch:
-        gpu.run_dequantized(machine(), rows, words, scales, zeros, bias, out, bits=bits, planes=1)
+        gpu.run_dequantized(machine(), rows, weight_in(case), case["bias"], out)
     assert len(watch.products) == 7
     assert_is_the_definition(out, case, rounded_weight=True)
 
 
 @pytest.mark.parametrize(("bits", "M", "chunks"), [(4, 8, 0), (4, 9, 2), (3, 8, 0)])
-def test_the_number_of_rows_decides(bits: int, M: int, chunks: int) -> None:
+def test_number_of_rows_selects_the_kernel(bits: int, M: int, chunks: int) -> None:
     case = arguments(M, 24, 160, 32, bits=bits)
     with Watch() as watch:
-        y = gpu.linear_on(machine(crossover=8), **case)
+        y = gpu.linear_on(machine(crossover=8), **grouped(case))
     assert len(watch.products) == chunks
     assert_is_the_definition(y, case, rounded_weight=chunks > 0)
 
@@ -217,27 +204,26 @@ def within(tensor: Tensor, *more: int) -> Tensor:
 
 @pytest.mark.parametrize("group", [32, 128])
 @pytest.mark.parametrize("bits", [3, 4])
-def test_nothing_beyond_the_tensors_is_read_or_written(bits: int, group: int) -> None:
+def test_kernels_stay_within_the_tensors(bits: int, group: int) -> None:
     """The last group is cut, the tile behind it has groups that do not exist, and neither M nor N fill a block."""
     M, N, K = 3, 20, 140
     case = arguments(M, N, K, group, bits=bits, extras=True)
-    x, scales, bias = within(case["x"], 20, 200), within(case["scales"], 8, 0), within(case["bias"], 50)
-    zeros, out = within(case["zeros"], 8, 0), within(torch.zeros(M, N, dtype=torch.float16), 20, 0)
-    plan = gpu.plan(AFTER, machine(), bits=bits, M=M, N=N, K=K, planes=group // 32, has_zeros=True, has_bias=True)
-    gpu.run_fused(plan, x, case["words"], scales, zeros, bias, out)
+    x, bias, out = within(case["x"], 20, 200), within(case["bias"], 50), within(torch.zeros(M, N).half(), 20, 0)
+    weight = weight_in(case)._replace(scales=within(case["scales"], 8, 0), zeros=within(case["zeros"], 8, 0))
+    gpu.run_fused(gpu.plan(AFTER, machine(), gpu.Product.of(M, weight, bias)), x, weight, bias, out)
     case["column_order"] = None
     assert_is_the_definition(out, case)
     assert out._base is not None and out._base[M:].isnan().all()
     W = within(torch.zeros(15, K, dtype=torch.float16), 40, 0)
-    gpu.dequantize(case["words"], scales, zeros, W, 5, bits=bits, planes=group // 32)
+    gpu.dequantize(weight, W, 5)
     assert W.isfinite().all() and W._base is not None and W._base[15:].isnan().all()
 
 
 def test_no_rows_and_no_features() -> None:
     case = arguments(0, 24, 160, 32)
-    assert gpu.linear_on(machine(), **case).shape == (0, 24)
+    assert gpu.linear_on(machine(), **grouped(case)).shape == (0, 24)
     case = arguments(2, 0, 160, 32)
-    assert gpu.linear_on(machine(), **case).shape == (2, 0)
+    assert gpu.linear_on(machine(), **grouped(case)).shape == (2, 0)
 
 
 def test_x_of_any_strides_and_leading_shape() -> None:
@@ -251,17 +237,17 @@ def test_x_of_any_strides_and_leading_shape() -> None:
         x[0],
     ):
         case["x"] = strided
-        assert_is_the_definition(gpu.linear_on(machine(), **case), case)
+        assert_is_the_definition(gpu.linear_on(machine(), **grouped(case)), case)
 
 
 @pytest.mark.parametrize("change", [{"x": torch.float32}, {"group": 16}, {"group": 48}], ids=str)
-def test_what_is_not_covered_goes_to_torch(change: dict[str, Any]) -> None:
+def test_uncovered_weights_use_torch(change: dict[str, Any]) -> None:
     case = arguments(3, 24, 160, change.get("group", 32))
     case["x"] = case["x"].to(change.get("x", torch.float16))
-    assert torch.equal(gpu.linear_on(machine(), **case), cpu.linear(**case))
-    assert not gpu.covers(case["x"].dtype, case["words"], 160, case["columns_per_group"])
+    assert torch.equal(gpu.linear_on(machine(), **grouped(case)), cpu.linear(**grouped(case)))
+    assert not gpu.covers(case["x"].dtype, weight_in(case))
 
 
-def test_the_door_takes_what_cpu_linear_takes() -> None:
+def test_gpu_linear_takes_the_arguments_of_cpu_linear() -> None:
     case = arguments(2, 24, 160, 32, extras=True)
-    assert_is_the_definition(gpu.linear(**case), case)
+    assert_is_the_definition(gpu.linear(**grouped(case)), case)

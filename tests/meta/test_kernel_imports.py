@@ -25,6 +25,24 @@ def is_triton(name: str) -> bool:
     return name.rpartition(".")[2].startswith("triton_")
 
 
+def imports_anywhere(file: Path) -> Iterator[str]:
+    """The dotted names that a file imports, those inside functions and under TYPE_CHECKING included."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def module_graph() -> dict[str, set[str]]:
+    """Module -> the modules of kernels/ that it imports."""
+    modules = {named(file): file for file in sorted(KERNELS.rglob("*.py"))}
+    return {
+        module: {part for name in imports_anywhere(file) for part in _prefixes(name) if part in modules} - {module}
+        for module, file in modules.items()
+    }
+
+
 def imports_at_top(file: Path) -> Iterator[str]:
     """The dotted names that importing a file imports: those of all statements outside of functions."""
     waiting: list[ast.AST] = [ast.parse(file.read_text(encoding="utf-8"))]
@@ -51,7 +69,7 @@ def run(program: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_there_are_ops_and_each_has_its_definition() -> None:
+def test_every_op_has_a_reference() -> None:
     assert {folder.name for folder in OPS} >= {"w4a16", "w4a16_experts", "gptq_block", "gram"}
     assert [folder.name for folder in OPS if not (folder / "reference.py").is_file()] == []
 
@@ -60,7 +78,7 @@ def test_only_files_named_for_triton_import_it() -> None:
     assert [named(file) for file in FILES if "triton" in packages(file) and not is_triton(named(file))] == []
 
 
-def test_files_named_for_triton_are_imported_by_their_like_only() -> None:
+def test_triton_files_are_imported_by_triton_files_only() -> None:
     """Everybody else imports them inside the function that launches."""
     importing = {
         named(file): [name for name in imports_at_top(file) if any(is_triton(part) for part in _prefixes(name))]
@@ -70,17 +88,27 @@ def test_files_named_for_triton_are_imported_by_their_like_only() -> None:
     assert {name: found for name, found in importing.items() if found} == {}
 
 
+def test_modules_do_not_import_in_circles() -> None:
+    """Module by module, not folder by folder: an import inside a function counts, since it is a dependency too."""
+    graph = module_graph()
+    assert len(graph) > len(FILES)  # bench included
+    remaining = dict(graph)
+    while free := {module for module, targets in remaining.items() if not targets & remaining.keys()}:
+        remaining = {module: targets for module, targets in remaining.items() if module not in free}
+    assert {module: sorted(targets & remaining.keys()) for module, targets in remaining.items()} == {}
+
+
 def _prefixes(name: str) -> list[str]:
     parts = name.split(".")
     return [".".join(parts[: stop + 1]) for stop in range(len(parts))]
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if f.name in ("__init__.py", "reference.py")], ids=named)
-def test_packages_and_definitions_need_numpy_at_most(file: Path) -> None:
+def test_packages_and_references_need_numpy_at_most(file: Path) -> None:
     assert packages(file) <= {"numpy", "llmq_kernels"} | sys.stdlib_module_names
 
 
-def test_definitions_can_be_imported_without_torch() -> None:
+def test_references_can_be_imported_without_torch() -> None:
     modules = ["llmq_kernels", *(named(file) for file in FILES if file.name == "reference.py")]
     run(
         "import sys; sys.modules['torch'] = sys.modules['triton'] = None\n"  # an import of either now raises

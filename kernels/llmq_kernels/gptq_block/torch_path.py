@@ -1,4 +1,4 @@
-"""Blocks of columns in torch, for any device: inside a block at once, behind it by one matrix product.
+"""Blocks of columns in torch, for any device: column by column inside a block, one matrix product after it.
 
 Nothing is read back from the device.
 """
@@ -6,35 +6,28 @@ Nothing is read back from the device.
 import torch
 from torch import Tensor
 
+from llmq_kernels.gptq_block.problem import Problem
 
-def round_columns(
-    columns: Tensor,
-    codes: Tensor,
-    upper: Tensor,
-    scales: Tensor,
-    zeros: Tensor,
-    group_of: Tensor,
-    levels: int,
-    start: int,
-    stop: int,
-) -> None:
-    """See `op.round_columns`; start..stop is one block, whatever its width."""
-    experts = zip(columns, codes, upper, scales, zeros, group_of[:, start:stop], strict=True)
+
+def quantize_columns(problem: Problem, codes: Tensor, start: int, stop: int) -> None:
+    """See `op.quantize_columns`; start..stop is one block of any width."""
+    experts = zip(
+        problem.columns, codes, problem.upper, problem.scales, problem.zeros, problem.group_of[:, start:stop],
+        strict=True,
+    )  # fmt: skip
     for W, C, U, scale, zero, groups in experts:
-        _round_columns(W, C, U, scale.index_select(0, groups), zero.index_select(0, groups), levels, start, stop)
+        scales, zeros = scale.index_select(0, groups), zero.index_select(0, groups)  # (B, N)
+        errors = _quantize_block(W[start:stop], C[start:stop], U[start:stop, start:stop], scales, zeros, problem.levels)
+        W[stop:].addmm_(U[start:stop, stop:].T, errors, alpha=-1)
 
 
-def _round_columns(
-    W: Tensor, codes: Tensor, U: Tensor, scales: Tensor, zeros: Tensor, levels: int, start: int, stop: int
-) -> None:
-    """One expert; scales and zeros (B, N) are those of the block's columns."""
-    block = W[start:stop]  # (B, N), a view
-    inner = U[start:stop, start:stop]
+def _quantize_block(block: Tensor, codes: Tensor, inner: Tensor, scales: Tensor, zeros: Tensor, levels: int) -> Tensor:
+    """The errors (B, N) of one block of columns (B, N) of one expert; `inner` (B, B) is its part of the factor."""
     errors = torch.empty_like(block)
     for i, pivot in enumerate(inner.diagonal()):
         scale, zero = scales[i], zeros[i]
         code = (block[i] / scale).add_(zero).round_().clamp_(0, levels)
-        codes[start + i] = code
+        codes[i] = code
         torch.sub(block[i], code.sub_(zero).mul_(scale), out=errors[i]).div_(pivot)
         block[i + 1 :].addr_(inner[i, i + 1 :], errors[i], alpha=-1)
-    W[stop:].addmm_(U[start:stop, stop:].T, errors, alpha=-1)
+    return errors

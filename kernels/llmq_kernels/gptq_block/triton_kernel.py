@@ -1,24 +1,23 @@
-"""128 columns a launch.  A program holds 16 rows of W x 128 columns in registers and visits the columns in turn.
+"""128 columns per launch.  A program holds 16 rows of W x 128 columns in registers and quantizes column after column.
 
-Rows are independent, so programs share nothing and write what nobody else reads or writes: no atomics, no order
-between programs, the same bits on every run.  The columns behind the block follow by one product of the errors with
-the factor (`torch.baddbmm`, in stream order), once a block.  Nothing is read back by the host, so a whole weight is
-queued without a stop.
+Rows are independent, so programs share nothing and write to separate memory: no atomics, no order between programs, the
+same bits on every run.  All columns after the block are updated by one product of the errors with the factor
+(`torch.baddbmm`, in stream order) per block.  The host reads nothing back, so a whole weight is queued without a stop.
 
 Inside a program
 
 * **one warp.**  The tile is (128 columns, 16 rows), rows innermost: a load of four neighbouring rows is one word of
-  16 bytes, and each thread has 16 columns of 4 rows.  The column whose turn it is is picked out by a sum over a mask,
+  16 bytes, and each thread has 16 columns of 4 rows.  The current column is selected by a sum over a mask, which is
   exact because all other terms are zero; within a warp it takes three shuffles and no barrier.
-* **the next column's row of U, scale, zero and pivot are loaded while this one is computed**, as they do not depend on
-  it; what comes out, codes and errors, is stored at once and costs no registers.
-* **a code is the same as torch's, bit for bit, for the same target**: the division is correctly rounded (`div_rn`);
-  halves go to the even code because adding 2**23 to a float32 in [0, 255] leaves no fraction, and rounds to nearest
-  even.  That sum has no product beside it, so it cannot be fused.  Clamping first changes nothing: rounding keeps
-  order, and both ends are integers.
+* **the row of U, scale, zero point and pivot of the next column are loaded while this column is computed**, as they do
+  not depend on it; codes and errors are stored at once and take no registers.
+* **a code is the same as in torch, bit for bit, for the same target**: the division is correctly rounded (`div_rn`);
+  ties go to the even code because adding 2**23 to a float32 in [0, 255] leaves no fraction and rounds to nearest even.
+  That sum has no product next to it, so it cannot be fused.  Clamping first gives the same code: rounding is monotonic,
+  and both ends are integers.
 
-Targets differ from torch's in their last bits, because sums are fused and ordered differently there.  So a code differs
-only where a target lies that close to the middle between two codes.
+Targets differ from those of torch in their last bits, because sums are fused and ordered differently there.  So a code
+differs only where a target lies that close to the middle between two codes.
 """
 
 from contextlib import nullcontext
@@ -28,21 +27,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 128  # columns a launch
-ROWS = 16  # rows of W a program
+from llmq_kernels.gptq_block.problem import Problem
+
+BLOCK = 128  # columns per launch
+ROWS = 16  # rows of W per program
 WARPS = 1
 
 
 @triton.jit
 def _nearest_code(value, levels):
-    """round(value), halves to even, clamped to [0, levels]; levels <= 255."""
+    """round(value), ties to even, clamped to [0, levels]; levels <= 255."""
     magic = 8388608.0  # 2**23
     return (tl.minimum(tl.maximum(value, 0.0), levels) + magic) - magic
 
 
 @triton.jit
 def _load_column(upper, scales, zeros, group_of, i, upper_row, upper_column, N, row, inside, position, width):
-    """Of column i: U_i,: behind the diagonal (BLOCK,), else 0; U_ii; scale and zero (ROWS,)."""
+    """Of column i: U_i,: after the diagonal (BLOCK,), else 0; U_ii; scale and zero point (ROWS,)."""
     U_i = upper + i * upper_row
     behind = tl.load(U_i + position * upper_column, mask=(position > i) & (position < width), other=0.0)
     pivot = tl.load(U_i + i * upper_column)
@@ -53,7 +54,7 @@ def _load_column(upper, scales, zeros, group_of, i, upper_row, upper_column, N, 
 
 
 @triton.jit
-def round_block(
+def quantize_block(
     columns,
     codes,
     errors,
@@ -77,10 +78,10 @@ def round_block(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Round `width` columns; the pointers are at the block's first column.
+    """Quantize `width` columns; the pointers are at the block's first column.
 
     columns (E, K, N) float32 are read, codes (E, K, N) uint8 and errors (E, BLOCK, N) float32 written.
-    ARRAY_AXIS are strides in elements; what has none for an axis is contiguous.
+    Arguments named ARRAY_AXIS are strides in elements; an axis without one is contiguous.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # of W
     expert = tl.program_id(1).to(tl.int64)
@@ -114,30 +115,21 @@ def round_block(
         behind, pivot, scale, zero = next_behind, next_pivot, next_scale, next_zero
 
 
-def round_columns(
-    columns: Tensor,
-    codes: Tensor,
-    upper: Tensor,
-    scales: Tensor,
-    zeros: Tensor,
-    group_of: Tensor,
-    levels: int,
-    start: int,
-    stop: int,
-) -> None:
-    """See `op.round_columns`; a range wider than a block goes block by block."""
+def quantize_columns(problem: Problem, codes: Tensor, start: int, stop: int) -> None:
+    """See `op.quantize_columns`; a range wider than a block goes block by block."""
+    columns, upper, scales, group_of = problem.columns, problem.upper, problem.scales, problem.group_of
     E, K, N = columns.shape
     errors = torch.empty(E, BLOCK, N, dtype=torch.float32, device=columns.device)
-    launch = round_block[(triton.cdiv(N, ROWS), E)]
+    launch = quantize_block[(triton.cdiv(N, ROWS), E)]
     with torch.cuda.device(columns.device) if columns.is_cuda else nullcontext():
         for first in range(start, stop, BLOCK):
             last = min(first + BLOCK, stop)
             launch(
-                columns[:, first:], codes[:, first:], errors, upper[:, first:, first:], scales, zeros,
-                group_of[:, first:], N, float(levels), last - first,
+                columns[:, first:], codes[:, first:], errors, upper[:, first:, first:], scales, problem.zeros,
+                group_of[:, first:], N, float(problem.levels), last - first,
                 *columns.stride(), codes.stride(0), errors.stride(0), *upper.stride(), scales.stride(0),
                 group_of.stride(0), BLOCK=BLOCK, ROWS=ROWS, num_warps=WARPS, enable_fp_fusion=True,
             )  # fmt: skip
             if last < K:
-                reach = upper[:, first:last, last:].mT  # (E, K - last, B)
-                columns[:, last:].baddbmm_(reach, errors[:, : last - first], alpha=-1)
+                later = upper[:, first:last, last:].mT  # (E, K - last, B)
+                columns[:, last:].baddbmm_(later, errors[:, : last - first], alpha=-1)

@@ -1,12 +1,12 @@
-"""gram += XᵀX, in place and in float32, and only half of it where that pays.
+"""gram += XᵀX, in place and in float32; only the upper half where that is faster.
 
-    x float16, bfloat16, on CUDA     products exact (11 or 8 bits each, 24 to hold them), sums in float32 in the tensor
-                                     cores: Triton's tiles, or cuBLAS by strips where there is none
+    x float16, bfloat16, on CUDA     exact products (11 or 8 bits each, 24 to hold them), sums in float32 in the tensor
+                                     cores: Triton's tiles, or cuBLAS by strips without Triton
     anything else                    float32 products; never TF32 (`full_precision.py`)
 
-XᵀX is symmetric.  With `upper_only` what lies below the diagonal is left undefined, and about half the work undone,
-until `mirror` copies it over, once for all updates.  Then no path takes more than (STRIP, K) besides its arguments.
-Sums come in the same order on every run.
+XᵀX is symmetric.  With `upper_only` the part below the diagonal is undefined, which saves about half the work, until
+`mirror` copies it, once after all updates.  Then no path needs more memory than (STRIP, K) besides its arguments.
+Sums have the same order on every run.
 """
 
 from contextlib import nullcontext
@@ -19,7 +19,7 @@ from llmq_kernels.errors import KernelInputError
 from llmq_kernels.full_precision import without_tf32
 
 HALVES = (torch.float16, torch.bfloat16)
-ALIGNMENT = 16  # of the width for Triton's tiles; any other goes by strips
+ALIGNMENT = 16  # of the width for Triton's tiles; other widths are computed by strips
 STRIP = 256  # rows of the result at once
 
 
@@ -44,7 +44,7 @@ def update(gram: Tensor, x: Tensor, *, upper_only: bool) -> None:
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total (R, C) float32 += leftᵀ right, of left (T, R) and right (T, C): both float32, or halves on CUDA."""
+    """total (R, C) float32 += leftᵀ right, of left (T, R) and right (T, C): both float32, or half precision on CUDA."""
     if right.dtype in HALVES:
         for start in range(0, len(total), STRIP):
             stop = start + STRIP
@@ -55,7 +55,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def mirror(gram: Tensor) -> None:
-    """Copy what is above the diagonal of `gram` (K, K) to below it, in place."""
+    """Copy the part above the diagonal of `gram` (K, K) below it, in place."""
     for start in range(0, len(gram), STRIP):
         stop = start + STRIP
         corner = gram[start:stop, start:stop]
@@ -64,7 +64,7 @@ def mirror(gram: Tensor) -> None:
 
 
 def check(gram: Tensor, x: Tensor) -> None:
-    """Raise KernelInputError unless `update` can take the arguments."""
+    """Raise KernelInputError unless the arguments are those that `update` documents."""
     if x.dim() != 2 or x.dtype not in (*HALVES, torch.float32):
         raise KernelInputError(
             f"x is {x.dtype} {tuple(x.shape)}, expected torch.float16, torch.bfloat16 or torch.float32 (T, K)"
@@ -76,4 +76,4 @@ def check(gram: Tensor, x: Tensor) -> None:
             f"expected torch.float32 ({K}, {K}) contiguous"
         )
     if gram.device != x.device:
-        raise KernelInputError(f"gram: found on {gram.device}, expected on {x.device} where x is")
+        raise KernelInputError(f"gram: found on {gram.device}, expected on {x.device} like x")

@@ -1,4 +1,4 @@
-"""XᵀX: the definition.  NumPy and float64."""
+"""The definition of XᵀX: NumPy and float64."""
 
 import numpy as np
 from numpy.typing import NDArray

@@ -1,18 +1,18 @@
-"""gram += XᵀX for float16 and bfloat16, a tile of 128 x 128 a program, on tensor cores.
+"""gram += XᵀX for float16 and bfloat16, one tile of 128 x 128 per program, on tensor cores.
 
 Both operands of a tile are strips of the same X (T, K).  The left one is addressed transposed, so that it is copied
-along its rows as it lies, and the tensor cores read it from shared memory the other way round.  Products are exact in
-float32, which is what they are summed in.
+along its rows in memory, and the tensor cores read it transposed from shared memory.  Products are exact in float32,
+and are summed in float32.
 
-* A program owns its tile and walks T from front to back: no atomics, no splits, the same bits on every run.
-* `UPPER_ONLY` programs below the diagonal return at once; the tiles on it are computed whole.
-* Programs that run at the same time should share strips of X, which are read from DRAM once and from L2 after that:
-  eight rows of tiles are visited together, column by column.
-* A width that is not a multiple of 16 is right but slow, loaded element by element with registers spilled: `op.py`
+* A program owns its tile and goes through T from front to back: no atomics, no splits, the same bits on every run.
+* With `UPPER_ONLY`, programs below the diagonal return immediately; the tiles on it are computed whole.
+* Programs that run at the same time should share strips of X, which are then read from DRAM once and from L2 after
+  that: eight rows of tiles are processed together, column by column.
+* A width that is not a multiple of 16 is correct but slow, loaded element by element with registers spilled: `op.py`
   sends such X to cuBLAS.
-* The sum starts at zero and joins `gram` at the end.  Tensor cores may cut off what float32 cannot hold instead of
-  rounding it; a call's T / 16 steps lose 2**-23 each at most, so with 16,384 tokens a call the moment is low by at
-  most 1.3e-4 of itself, beside a relative step of 4e-3 in bfloat16 inputs.
+* The sum starts at zero and is added to `gram` at the end.  Tensor cores may truncate sums to float32 instead of
+  rounding them; the T / 16 steps of a call lose at most 2**-23 each, so with 16,384 tokens per call the second moment
+  is low by at most 1.3e-4 relative, compared with a relative step of 4e-3 in bfloat16 inputs.
 """
 
 from contextlib import nullcontext
@@ -30,7 +30,7 @@ ALIGNMENT = 16  # of rows, in elements: Triton copies 16 bytes at once only then
 
 @dataclass(frozen=True)
 class Config:
-    """tokens of X a step, steps in flight, warps a program."""
+    """Tokens of X per step, steps in flight, warps per program."""
 
     step: int
     stages: int
@@ -38,7 +38,7 @@ class Config:
 
 
 HOPPER = Config(step=64, stages=4, warps=8)  # 128 KB of shared memory; two warpgroups, 64 rows of a tile each
-AMPERE = Config(step=32, stages=4, warps=8)  # 48 KB, of the 99 that sm_86 and sm_89 give
+AMPERE = Config(step=32, stages=4, warps=8)  # 48 KB, of the 99 KB of sm_86 and sm_89
 
 
 def config_for(capability: tuple[int, int]) -> Config:

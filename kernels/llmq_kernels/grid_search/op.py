@@ -1,43 +1,29 @@
-"""The door to the search for scales.
+"""The entry point of the search for scales.
 
-Shapes: R rows, G groups of a row, g columns of a group.
+R rows, G groups per row, g columns per group.
 
     groups   (R, G, g) float32   the weight
-    costs    (G, g)    float32   what an error in each column costs; or (R, G, g)
-    first    scales and zeros (R, G) float32: the candidate that the others have to beat
-    widest   (R, G)    float32   the scale that a factor of 1 stands for
-    zeros    (R, G)    float32   the zero that a shift of 0 stands for, an integer in [0, levels]
+    costs    (G, g)    float32   the cost of an error in each column; or (R, G, g)
+    first    scales and zero points (R, G) float32: the candidate to start from
+    widest   (R, G)    float32   the scale for a factor of 1
+    zeros    (R, G)    float32   the zero point for a shift of 0, an integer in [0, levels]
 
-All on one device.  Candidates, each replacing the best so far only where its error is lower: `first`; scale
-widest * factor with `zeros`, for every factor; then, around the best scale by then, best + widest * offset with
-zeros + shift, for every offset and, within it, every shift.  Scales are clamped and rounded to what a file of `dtype`
-gives back before their error is taken.
+All on one device.  A candidate replaces the best so far only where its error is lower.  In order: `first`;
+scale widest * factor with `zeros`, for every factor; then, around the best scale so far, best + widest * offset with
+zeros + shift, for every offset and, within it, every shift.  Before its error is computed, a scale is clamped and
+rounded to the value that a file of `dtype` would store.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from llmq_kernels import backend
+from llmq_kernels.arguments import FLOATS, listed
 from llmq_kernels.errors import KernelInputError
 from llmq_kernels.grid_search import torch_path
+from llmq_kernels.grid_search.candidates import Candidates
 
-LARGEST_GROUP = 1024  # columns that a program can hold; larger groups go through torch
-STORED = (torch.float16, torch.bfloat16, torch.float32)
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """levels is 2**bits - 1; `symmetric` fixes the zero (shifts are then (0,)); `smallest` is the least scale."""
-
-    levels: int
-    symmetric: bool
-    factors: tuple[float, ...]
-    offsets: tuple[float, ...]
-    shifts: tuple[int, ...]
-    smallest: float
-    dtype: torch.dtype
+LARGEST_GROUP = 1024  # columns that a program can hold; larger groups use torch
 
 
 def search(
@@ -48,9 +34,9 @@ def search(
     zeros: Tensor,
     candidates: Candidates,
 ) -> tuple[Tensor, Tensor]:
-    """Scales and zeros (R, G) float32 of the least error among the candidates, see above.
+    """Scales and zero points (R, G) float32 of least error among the candidates.
 
-    Raises KernelInputError unless the arguments are as the head of this file says.
+    Raises KernelInputError unless the arguments are those described at the top of this file.
     """
     check(groups, costs, first, widest, zeros, candidates)
     narrow = groups.shape[2] <= LARGEST_GROUP and costs.dim() == 2
@@ -64,7 +50,7 @@ def search(
 def check(
     groups: Tensor, costs: Tensor, first: tuple[Tensor, Tensor], widest: Tensor, zeros: Tensor, candidates: Candidates
 ) -> None:
-    """Raise KernelInputError unless `search` can take the arguments.  Values are not read."""
+    """Raise KernelInputError unless the arguments are those that `search` accepts.  Values are not read."""
     if groups.dim() != 3 or costs.shape not in (groups.shape, groups.shape[1:]):
         raise KernelInputError(
             f"groups are {tuple(groups.shape)} and costs {tuple(costs.shape)}, expected (R, G, g) and (G, g)"
@@ -78,5 +64,5 @@ def check(
             raise KernelInputError(
                 f"{name}: found {tensor.dtype} on {tensor.device}, expected torch.float32 on {groups.device}"
             )
-    if candidates.dtype not in STORED:
-        raise KernelInputError(f"scales cannot be stored in {candidates.dtype}")
+    if candidates.dtype not in FLOATS:
+        raise KernelInputError(f"scales cannot be stored in {candidates.dtype}, expected {listed(FLOATS)}")

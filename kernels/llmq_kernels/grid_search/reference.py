@@ -1,4 +1,4 @@
-"""The search for one group, one candidate after the other: the definition.  NumPy; errors in float64."""
+"""The definition of the search, for one group, one candidate after the other: NumPy, errors in float64."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 
 def error(group: NDArray[np.float32], costs: NDArray[np.float32], scale: float, zero: float, levels: int) -> float:
-    """Σ_j cost_j (ŵ_j - w_j)² of a group (g,) rounded to scale * (code - zero), in float64."""
+    """Σ_j cost_j (ŵ_j - w_j)² of a group (g,) quantized to scale * (code - zero), in float64."""
     w = group.astype(np.float64)
     code = np.clip(np.round(w / scale) + zero, 0, levels)
     return float((costs.astype(np.float64) * (scale * (code - zero) - w) ** 2).sum())
@@ -29,9 +29,9 @@ def search(
 
     def consider(scale: np.float32, candidate: float) -> None:
         nonlocal best, best_error
-        found = error(group, costs, float(scale), candidate, levels)
-        if found < best_error:
-            best, best_error = (float(scale), candidate), found
+        candidate_error = error(group, costs, float(scale), candidate, levels)
+        if candidate_error < best_error:
+            best, best_error = (float(scale), candidate), candidate_error
 
     for factor in factors:
         consider(np.float32(widest) * np.float32(factor), zero)

@@ -1,16 +1,13 @@
 """All groups at once, candidate by candidate, in torch for any device."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from llmq_kernels.grid_search.op import Candidates
+from llmq_kernels.grid_search.candidates import Candidates
 
 ELEMENTS_AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 25}  # rows are searched in pieces that stay in cache
 
-Best = tuple[Tensor, Tensor, Tensor]  # error, scales, zeros, (R, G, 1) each
+Best = tuple[Tensor, Tensor, Tensor]  # error, scales, zero points, all (R, G, 1)
 
 
 def search(
@@ -19,22 +16,22 @@ def search(
     first: tuple[Tensor, Tensor],
     widest: Tensor,
     zeros: Tensor,
-    candidates: "Candidates",
+    candidates: Candidates,
 ) -> tuple[Tensor, Tensor]:
     """See `op.search`."""
     rows = max(1, ELEMENTS_AT_ONCE.get(groups.device.type, 1 << 20) // max(1, groups[:1].numel()))
-    found = []
+    results = []
     for start in range(0, len(groups), rows):
         piece = slice(start, start + rows)
-        paid = costs if costs.dim() == 2 else costs[piece]
+        piece_costs = costs if costs.dim() == 2 else costs[piece]
         scale, zero, span, origin = (part[piece, :, None] for part in (*first, widest, zeros))
-        found.append(_search(groups[piece], paid, scale, zero, span, origin, candidates))
-    scales, chosen = (torch.cat(part) for part in zip(*found, strict=True))
+        results.append(_search(groups[piece], piece_costs, scale, zero, span, origin, candidates))
+    scales, chosen = (torch.cat(part) for part in zip(*results, strict=True))
     return scales.squeeze(-1), chosen.squeeze(-1)
 
 
 def stored(scales: Tensor, dtype: torch.dtype, smallest: float) -> Tensor:
-    """`scales` as a file of `dtype` gives them back: rounded, after a clamp to what it can hold; float32."""
+    """`scales` as a file of `dtype` stores them: clamped to its range, then rounded; float32."""
     return scales.clamp(min=smallest, max=torch.finfo(dtype).max).to(dtype).to(torch.float32)
 
 
@@ -45,7 +42,7 @@ def _search(
     first_zeros: Tensor,
     widest: Tensor,
     zeros: Tensor,
-    candidates: "Candidates",
+    candidates: Candidates,
 ) -> tuple[Tensor, Tensor]:
     def rounded(scales: Tensor) -> Tensor:
         return stored(scales, candidates.dtype, candidates.smallest)
@@ -63,9 +60,9 @@ def _search(
     return best[1], best[2]
 
 
-def _better(best: Best, groups: Tensor, costs: Tensor, scales: Tensor, zeros: Tensor, candidates: "Candidates") -> Best:
-    """`best` with the candidate put in where its error is lower."""
-    steps = groups / scales  # from the zero
+def _better(best: Best, groups: Tensor, costs: Tensor, scales: Tensor, zeros: Tensor, candidates: Candidates) -> Best:
+    """`best`, replaced by the candidate where its error is lower."""
+    steps = groups / scales  # from the zero point
     codes = torch.round(steps)
     if candidates.symmetric:
         middle = (candidates.levels + 1) // 2

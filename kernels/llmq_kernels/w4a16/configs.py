@@ -1,17 +1,17 @@
-"""Tile sizes of the GPU kernel for how many rows and which weight: data, in `configs.json` or a user's file.
+"""Tile sizes of the GPU kernel by number of rows and shape of the weight: data, in `configs.json` or a user's file.
 
     {"format": 1, "measured": null,
-     "same_as": {"120": "89"},                   an architecture that runs another one's table
+     "same_as": {"120": "89"},                   an architecture that uses the table of another one
      "architectures": {"90": {
-        "crossover": 768,                        more rows than this: dequantise, then cuBLAS
-        "chunk_bytes": 16777216,                 of dequantised weight at a time
+        "crossover": 768,                        above this many rows: dequantize, then cuBLAS
+        "chunk_bytes": 16777216,                 of dequantized weight at a time
         "default": [{"max_rows": 8, "block_m": 8, ...}, ..., {"max_rows": 768, ...}],
         "shapes": {"4096x4096": [...]}}}}        out_features x in_features, measured; `default` for all others
 
-"measured" is null for what was chosen by reasoning; `tune.py` writes hardware, date and versions there, and its
-microseconds into each choice.  A GPU whose
-architecture has no table runs that of the nearest lower one.  LLMQ_W4A16_CONFIGS names a file whose architectures take
-precedence over the shipped ones.  Nothing is ever tuned while a model runs.
+"measured" is null for tables chosen by reasoning; `tune.py` writes hardware, date and versions there, and microseconds
+into each choice.  A GPU whose architecture has no table uses that of the nearest lower architecture.
+LLMQ_W4A16_CONFIGS names a file whose architectures take precedence over the shipped ones.  Nothing is tuned while a
+model runs.
 """
 
 import json
@@ -28,7 +28,7 @@ VARIABLE = "LLMQ_W4A16_CONFIGS"
 FORMAT = 1
 SCALE = ("after", "before")
 MOST_SPLITS = 16
-TILES_PER_SPLIT = 2  # tiles of 128 columns, at least: below, a program is all ramp and tail
+TILES_PER_SPLIT = 2  # tiles of 128 columns, at least: with fewer, start and end dominate a program
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Config:
     """One way to run the fused kernel.
 
     block_m, block_n  rows of x and rows of W in an output tile
-    warps, stages     of a program; stages is how many tiles of 128 columns are under way
-    ctas_per_sm       K is split until there are about so many programs for each multiprocessor; 0 never splits
-    scale             "after" the dot (exact integers in it), or "before" (the weight rounded once to x's dtype)
-    prefetch          scales and zeros are asked for some tiles ahead
+    warps, stages     of a program; stages is how many tiles of 128 columns are in flight
+    ctas_per_sm       K is split until there are about this many programs per multiprocessor; 0 never splits
+    scale             "after" the dot (of exact integers), or "before" (the weight rounded once to x's dtype)
+    prefetch          scales and zero points are prefetched some tiles ahead
     """
 
     block_m: int
@@ -51,7 +51,7 @@ class Config:
     prefetch: bool = True
 
     def splits(self, M: int, N: int, K: int, processors: int) -> int:
-        """How many programs share an output tile of an M x N x K product on so many multiprocessors."""
+        """How many programs share an output tile of an M x N x K product on this number of multiprocessors."""
         output_tiles = max(1, -(-M // self.block_m) * -(-N // self.block_n))
         wanted = int(self.ctas_per_sm * processors / output_tiles + 0.5)
         return max(1, min(wanted, -(-K // 128) // TILES_PER_SPLIT, MOST_SPLITS))
@@ -59,13 +59,13 @@ class Config:
 
 @dataclass(frozen=True)
 class Choice:
-    """`config` serves up to `max_rows` rows of x."""
+    """`config` is for up to `max_rows` rows of x."""
 
     max_rows: int
     config: Config
 
 
-@dataclass(frozen=True, eq=False)  # compared by identity, so that it is a cheap key of a cache
+@dataclass(frozen=True, eq=False)  # compared by identity, so that hashing it is cheap
 class Table:
     """The configurations of one architecture; choices ascend in max_rows."""
 
@@ -75,23 +75,23 @@ class Table:
     shapes: Mapping[tuple[int, int], tuple[Choice, ...]]
 
     def config(self, M: int, N: int, K: int) -> Config:
-        """For M rows; the last choice serves all above it."""
+        """For M rows; above the last choice, the last choice."""
         choices = self.shapes.get((N, K), self.default)
         return next((choice.config for choice in choices if M <= choice.max_rows), choices[-1].config)
 
 
 def for_architecture(architecture: int) -> Table:
-    """The table for compute capability major * 10 + minor: the user's where there is one, else the shipped."""
+    """The table for compute capability major * 10 + minor: the user's if there is one, else the shipped one."""
     path = os.environ.get(VARIABLE)
     if path:
         try:
-            theirs = read(Path(path).read_text(encoding="utf-8"), path)
+            from_user = read(Path(path).read_text(encoding="utf-8"), path)
         except OSError as error:
             raise KernelInputError(f"{VARIABLE} names a file that cannot be read: {error}") from error
-        if architecture in theirs:
-            return theirs[architecture]
-    ours = shipped()
-    return ours[architecture] if architecture in ours else ours[_nearest(architecture, list(ours))]
+        if architecture in from_user:
+            return from_user[architecture]
+    tables = shipped()
+    return tables[architecture] if architecture in tables else tables[_nearest(architecture, list(tables))]
 
 
 def shipped() -> dict[int, Table]:
@@ -101,7 +101,7 @@ def shipped() -> dict[int, Table]:
 
 
 def read(text: str, name: str) -> dict[int, Table]:
-    """The tables by architecture in a JSON text; raises KernelInputError, which says `name`, for anything else."""
+    """The tables by architecture in a JSON text; raises KernelInputError with `name` for anything else."""
     try:
         content = json.loads(text)
         if content["format"] != FORMAT:

@@ -1,21 +1,22 @@
-"""The product in plain torch, for a tensor on any device: a few rows of W at a time, so that W is never all there.
+"""The product in plain torch, on any device: a few rows of W are dequantized at a time, never all of W.
 
-Three things make it quick.
+Three things make it fast.
 
-* **A field is masked, never shifted.**  Field j of a word, masked where it lies, is its code times 2**(w j), w bits a
-  field; less the middle times the same, in int16 arithmetic that wraps around, it is exactly 2**(w j) (code - middle),
-  the topmost field included, whose highest bit is the sign.  The scale is divided by the power of two, which rounds
-  nothing.  That leaves four passes over the weights, all of them vectorised: mask, subtract, to float32, times scale.
-  Zeros are a fifth.
+* **A field is masked, never shifted.**  Field j of a word, masked in place, is its code times 2**(w j), with w bits per
+  field.  Subtracting the middle code times 2**(w j), in int16 arithmetic that wraps around, gives exactly
+  2**(w j) (code - middle), for the topmost field too, whose highest bit is the sign.  The scale is divided by the power
+  of two, which is exact.  That leaves four passes over the weights, all of them vectorized: mask, subtract, convert to
+  float32, multiply by the scale.  Zero points add a fifth.
 * **x is reordered, not W.**  Masking whole rows of words gives the columns of field 0 of every tile, then those of
   field 1, and so on (*field order* below): long contiguous runs, about three times faster to write than the natural
-  order.  A product does not care about the order of its columns as long as x has the same.
+  order.  The product is the same for any order of columns, as long as x has the same order.
 * **The piece of W stays in cache** between its passes and the product.
 
-Every weight is the definition's scale * (code - zero), the difference exact and the product rounded once to float32;
-the sum is float32's.  `kernels/bench/cpu.py` measures it; few rows of x go through `int4pack.py` where that is quicker.
+Every weight is scale * (code - zero point), as in the definition: the difference is exact, the product is rounded once
+to float32, and sums are in float32.  `kernels/bench/cpu.py` measures it.  Small batches use `int4pack.py` where that is
+faster.
 
-Not here: the gradients of anything but x.
+Only x gets a gradient.
 """
 
 import math
@@ -26,15 +27,16 @@ import torch
 from torch import Tensor
 
 from llmq_kernels.w4a16.layout import TILE
+from llmq_kernels.w4a16.packed_weight import PackedWeight
 
-# 4 MB of float32.  Half of that costs a tenth more time, in dispatch; twice as much costs as much, out of the cache.
+# 4 MB of float32.  Half of it takes 10 % longer, for more dispatches; twice as much does too, for cache misses.
 WEIGHTS_AT_ONCE = 1 << 20
-WEIGHTS_AT_ONCE_ELSEWHERE = 1 << 26  # on a GPU, launches cost more than memory: 256 MB
+WEIGHTS_AT_ONCE_ELSEWHERE = 1 << 26  # on a GPU launches cost more than memory: 256 MB
 
 
 @dataclass(frozen=True)
 class Fields:
-    """How one width lies in int16 words: `count` fields a word, each holding the code times `unit`."""
+    """How codes of one width lie in int16 words: `count` fields per word, each holding the code times `unit`."""
 
     count: int
     unit: int = 1
@@ -44,7 +46,7 @@ class Fields:
         return 16 // self.count
 
     def ones(self, device: torch.device) -> Tensor:
-        """(F, 1) int32: what each field adds to a word for a code of 1.  Made on the device: a copy would wait."""
+        """(F, 1) int32: what a code of 1 in each field adds to a word.  Made on the device: copies synchronize."""
         shifts = torch.arange(0, 16, self.width, dtype=torch.int32, device=device)
         return torch.bitwise_left_shift(self.unit, shifts).unsqueeze(1)
 
@@ -53,31 +55,20 @@ class Fields:
 FIELDS = {2: Fields(8), 3: Fields(4, unit=2), 4: Fields(4), 8: Fields(2)}
 
 
-def linear(
-    x: Tensor,
-    words: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    column_order: Tensor | None,
-    *,
-    bits: int,
-    in_features: int,
-    columns_per_group: int,
-) -> Tensor:
-    """`reference.linear` with float32 sums: x (..., K) -> (..., N) in x's dtype.  `op.check` has seen the arguments."""
-    lead, N = x.shape[:-1], words.shape[0]
-    rows = x.reshape(-1, in_features)  # (M, K)
+def linear(x: Tensor, weight: PackedWeight[Tensor], bias: Tensor | None) -> Tensor:
+    """`reference.linear` with float32 sums: x (..., K) -> (..., N) in x's dtype.  `op.check` accepted the arguments."""
+    lead, N = x.shape[:-1], weight.words.shape[0]
+    rows = x.reshape(-1, weight.in_features)  # (M, K)
     if rows.shape[0] == 0:
         return x.new_empty(*lead, N)
-    if column_order is not None:
-        rows = rows.index_select(1, column_order)
-    X = _to_field_order(rows.to(torch.float32), FIELDS[bits].count)  # (M, Kp)
-    output = torch.empty(*lead, N, dtype=x.dtype, device=x.device)  # no view: autograd lets users write into it
+    if weight.column_order is not None:
+        rows = rows.index_select(1, weight.column_order)
+    X = _to_field_order(rows.to(torch.float32), FIELDS[weight.bits].count)  # (M, Kp)
+    output = torch.empty(*lead, N, dtype=x.dtype, device=x.device)  # not a view: autograd lets users write into it
     product = output.view(rows.shape[0], N)
     if x.dtype != torch.float32:
         product = torch.empty_like(product, dtype=torch.float32)  # (M, N)
-    for n, W in _pieces(words, scales, zeros, bits, in_features, columns_per_group):  # (R, Kp)
+    for n, W in _pieces(weight):  # (R, Kp)
         torch.mm(X, W.t(), out=product[:, n])
     if bias is not None:
         product += bias
@@ -86,36 +77,25 @@ def linear(
     return output
 
 
-def input_gradient(
-    gradient: Tensor,
-    words: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    column_order: Tensor | None,
-    *,
-    bits: int,
-    in_features: int,
-    columns_per_group: int,
-) -> Tensor:
-    """The gradient with respect to x, gradient (..., N) times W -> (..., K) in the dtype of `gradient`."""
-    lead, N = gradient.shape[:-1], words.shape[0]
+def input_gradient(gradient: Tensor, weight: PackedWeight[Tensor]) -> Tensor:
+    """The gradient with respect to x: gradient (..., N) times W -> (..., K) in the dtype of `gradient`."""
+    lead, N, in_features = gradient.shape[:-1], weight.words.shape[0], weight.in_features
     Y = gradient.reshape(-1, N).to(torch.float32)  # (M, N)
-    count, M = FIELDS[bits].count, Y.shape[0]
+    count, M = FIELDS[weight.bits].count, Y.shape[0]
     if M == 0:
         return gradient.new_empty(*lead, in_features)
     total = torch.zeros(M, _padded(in_features), dtype=torch.float32, device=Y.device)  # field order
-    for n, W in _pieces(words, scales, zeros, bits, in_features, columns_per_group):  # (R, Kp)
+    for n, W in _pieces(weight):  # (R, Kp)
         total.addmm_(Y[:, n], W)
     packed = total.view(M, count, -1, TILE // count).transpose(1, 2).reshape(M, -1)[:, :in_features]
-    if column_order is not None:
-        packed = torch.zeros_like(packed).index_add_(1, column_order, packed)
-    return packed.to(gradient.dtype).reshape(*lead, in_features).contiguous()  # of a cut tile it is a view
+    if weight.column_order is not None:
+        packed = torch.zeros_like(packed).index_add_(1, weight.column_order, packed)
+    return packed.to(gradient.dtype).reshape(*lead, in_features).contiguous()  # of a partial tile it is a view
 
 
-def _pieces(
-    words: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, in_features: int, columns_per_group: int
-) -> Iterator[tuple[slice, Tensor]]:
-    """W by pieces: which R rows, and those as (R, Kp) float32 in field order, in a buffer that the next overwrites."""
+def _pieces(weight: PackedWeight[Tensor]) -> Iterator[tuple[slice, Tensor]]:
+    """W in pieces: which R rows, and these as (R, Kp) float32 in field order, in a buffer that the next overwrites."""
+    words, scales, zeros, bits, in_features, columns_per_group, *_ = weight
     N, Kp, layout = words.shape[0], _padded(in_features), FIELDS[bits]
     at_once = WEIGHTS_AT_ONCE if words.device.type == "cpu" else WEIGHTS_AT_ONCE_ELSEWHERE
     rows = max(1, min(at_once // Kp, N))
@@ -144,9 +124,9 @@ def _pieces(
 
 @dataclass(frozen=True)
 class Blocks:
-    """The longest runs of columns that no group boundary cuts in field order: B of them a field, equal in F / P fields.
+    """The longest runs of columns without a group boundary, in field order: B per field, equal in F / P fields.
 
-    `group` (P * B,) int64 says to which group each belongs; None where the order of groups says it: `parts` to a tile.
+    `group` (P * B,) int64 is the group of each run; None where the runs are in the order of groups, `parts` per tile.
     """
 
     parts: int
@@ -171,7 +151,7 @@ def _blocks(G: int, Kp: int, count: int, columns_per_group: int, device: torch.d
             return Blocks(TILE // columns_per_group, None)
     run = math.gcd(columns_per_group, width)
     group = torch.arange(0, Kp, run, device=device).div_(columns_per_group, rounding_mode="floor")
-    group.clamp_(max=G - 1)  # blocks of nothing but padding
+    group.clamp_(max=G - 1)  # blocks that are only padding
     return Blocks(count, group.view(-1, count, width // run).transpose(0, 1).reshape(-1))  # (T, F, .) -> (F, T, .)
 
 
@@ -181,7 +161,7 @@ def _nibbles_of_three(words: Tensor) -> Tensor:
     The planes nest: of nibble words 0 .. 15 and 16 .. 31 the low bits are the 2-bit plane shifted down by 0 and by 2,
     every second field; of nibble words 8 i .. 8 i + 7 the highest bit is the 1-bit plane shifted by i, every fourth.
     """
-    shifted = [words.view(words.shape[0], -1, 24) >> i for i in range(4)]  # (R, T, 24) each: whole rows are quicker
+    shifted = [words.view(words.shape[0], -1, 24) >> i for i in range(4)]  # (R, T, 24) each: whole rows are faster
     two = torch.cat([shifted[0][..., :16], shifted[2][..., :16]], dim=2) & 0x3333  # (R, T, 32)
     one = torch.cat([tiles[..., 16:] for tiles in shifted], dim=2) & 0x1111  # (R, T, 32)
     return (two << 1 | one << 3).flatten(1)

@@ -1,48 +1,66 @@
-"""The product on a GPU: which kernel for how many rows, what it needs besides its arguments, and the launch.
+"""The product on a GPU: which kernel for how many rows, its workspaces, and the launch.
 
     rows M                   what runs
     0                        nothing
     up to the crossover      one launch of `triton_kernel.fused4` (4 bits) or `fused_planes` (2, 3, 8 bits)
-    above                    W is dequantised by chunks that stay in the L2 cache, each multiplied by cuBLAS
+    above                    W is dequantized in chunks that stay in the L2 cache, each multiplied by cuBLAS
 
-At few rows, time is that of reading the codes; at many, that of the tensor cores, which cuBLAS keeps busier than a
-kernel that also unpacks.  Tile sizes and the crossover come from `configs.py`.  No value is read, nothing waits for
-the GPU, and for shapes seen before the way from the op to the launch is a dictionary look-up.
+For few rows the time is that of reading the codes; for many, that of the tensor cores, which cuBLAS keeps busier than a
+kernel that also unpacks.  Tile sizes and the crossover come from `configs.py`.  No value is read and nothing
+synchronizes with the GPU; for shapes seen before, finding the launch is one dictionary lookup.
 
-A table's crossover is for 4 bits; other widths go to cuBLAS above PLAIN_ROWS.
+The crossover of a table is for 4 bits; other widths use cuBLAS above PLAIN_ROWS.
 
-Not covered here, and run by `cpu.linear` (torch, on any device): float32 x, groups that are neither a multiple of 32
-columns nor the whole row, and weights of 2**31 words.
+Not covered here, and computed by `cpu.linear` (torch, on any device): float32 x, groups that are neither a multiple of
+32 columns nor the whole row, and weights of 2**31 words.
 
 **Memory.**  Outputs and workspaces come from PyTorch's allocator, which gives a block to one stream at a time and to
-a CUDA graph from the graph's own memory, so several streams and captured graphs never share one; neither needs zeroing.
-Counters, which do, are the matter of `counters.py`.  Results are the same bits at every run: sums have a fixed order
-(see `triton_kernel.py`), and above the crossover cuBLAS repeats itself on one GPU and version.
+a CUDA graph from the graph's own memory, so streams and captured graphs never share one; neither needs zeroing.
+Counters do, see `counters.py`.  Results have the same bits on every run: sums have a fixed order (see
+`triton_kernel.py`), and above the crossover cuBLAS is deterministic on one GPU and version.
 """
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from llmq_kernels.w4a16 import configs, counters, cpu
 from llmq_kernels.w4a16.layout import TILE
+from llmq_kernels.w4a16.packed_weight import PackedWeight
 
 PLAIN_ROWS = 64
-DEQUANTIZED_ROWS = 32  # of W, by one program
+DEQUANTIZED_ROWS = 32  # of W, per program
 GEMM_TILE = (128, 256)  # of cuBLAS, rows of x by rows of W; a chunk gives every multiprocessor at least one
 INDEX_LIMIT = 2**31
 
 
-@dataclass(frozen=True, eq=False)  # compared by identity, so that it is a cheap key of a cache
+@dataclass(frozen=True, eq=False)  # compared by identity, so that hashing it is cheap
 class Machine:
     """What launches depend on besides their arguments; `assembly` is false in Triton's interpreter."""
 
     table: configs.Table
     processors: int
     assembly: bool
+
+
+class Product(NamedTuple):
+    """What the launch of x (M, K) times W (N, K) depends on; `planes` as in `PackedWeight.planes`."""
+
+    bits: int
+    M: int
+    N: int
+    K: int
+    planes: int
+    has_zeros: bool
+    has_bias: bool
+
+    @classmethod
+    def of(cls, M: int, weight: PackedWeight[Tensor], bias: Tensor | None) -> "Product":
+        N, K = weight.words.shape[0], weight.in_features
+        return cls(weight.bits, M, N, K, weight.planes, weight.zeros is not None, bias is not None)
 
 
 @dataclass(frozen=True)
@@ -56,23 +74,9 @@ class Plan:
     output_tiles: int
 
 
-def linear(
-    x: Tensor,
-    words: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    column_order: Tensor | None,
-    *,
-    bits: int,
-    in_features: int,
-    columns_per_group: int,
-) -> Tensor:
-    """`reference.linear` on x's device: x (..., K) -> (..., N) in x's dtype.  `op.check` has seen the arguments."""
-    return linear_on(
-        machine_of(x.device), x, words, scales, zeros, bias, column_order,
-        bits=bits, in_features=in_features, columns_per_group=columns_per_group,
-    )  # fmt: skip
+def linear(x: Tensor, weight: PackedWeight[Tensor], bias: Tensor | None) -> Tensor:
+    """`reference.linear` on x's device: x (..., K) -> (..., N) in x's dtype.  `op.check` has checked the arguments."""
+    return linear_on(machine_of(x.device), x, weight, bias)
 
 
 @functools.cache
@@ -85,79 +89,46 @@ def machine_of(device: torch.device) -> Machine:
     return Machine(table, properties.multi_processor_count, assembly=True)
 
 
-def linear_on(
-    machine: Machine,
-    x: Tensor,
-    words: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    column_order: Tensor | None,
-    *,
-    bits: int,
-    in_features: int,
-    columns_per_group: int,
-) -> Tensor:
+def linear_on(machine: Machine, x: Tensor, weight: PackedWeight[Tensor], bias: Tensor | None) -> Tensor:
     """`linear` with the table of `machine`."""
-    N, K = words.shape[0], in_features
-    if not covers(x.dtype, words, K, columns_per_group):
-        return cpu.linear(
-            x, words, scales, zeros, bias, column_order,
-            bits=bits, in_features=K, columns_per_group=columns_per_group,
-        )  # fmt: skip
+    N, K = weight.words.shape[0], weight.in_features
+    if not covers(x.dtype, weight):
+        return cpu.linear(x, weight, bias)
     if x.is_cuda and x.device.index != torch.cuda.current_device():  # Triton launches on the current device
         with torch.cuda.device(x.device):
-            return linear_on(
-                machine, x, words, scales, zeros, bias, column_order,
-                bits=bits, in_features=K, columns_per_group=columns_per_group,
-            )  # fmt: skip
+            return linear_on(machine, x, weight, bias)
     rows = x.reshape(-1, K)  # (M, K)
     M = rows.shape[0]
-    output = torch.empty(*x.shape[:-1], N, dtype=x.dtype, device=x.device)  # no view: autograd lets users write into it
+    output = torch.empty(*x.shape[:-1], N, dtype=x.dtype, device=x.device)  # not a view: autograd lets users write it
     out = output.view(M, N)
     if M and N:
-        if column_order is not None:
-            rows = rows.index_select(1, column_order)
+        if weight.column_order is not None:
+            rows = rows.index_select(1, weight.column_order)
         elif rows.stride(1) != 1 or M * rows.stride(0) >= INDEX_LIMIT:
             rows = rows.contiguous()
-        planes = 0 if columns_per_group >= K else columns_per_group // 32
-        if M <= (machine.table.crossover if bits == 4 else PLAIN_ROWS):
-            plan = _plan(machine, bits, M, N, K, planes, zeros is not None, bias is not None)
-            run_fused(plan, rows, words, scales, zeros, bias, out)
+        if M <= (machine.table.crossover if weight.bits == 4 else PLAIN_ROWS):
+            run_fused(_plan(machine, Product.of(M, weight, bias)), rows, weight, bias, out)
         else:
-            run_dequantized(machine, rows, words, scales, zeros, bias, out, bits=bits, planes=planes)
+            run_dequantized(machine, rows, weight, bias, out)
     return output
 
 
-def covers(dtype: torch.dtype, words: Tensor, in_features: int, columns_per_group: int) -> bool:
-    """Whether the kernels take it; `cpu.linear` takes everything."""
-    grouped = columns_per_group % 32 == 0 or columns_per_group >= in_features
-    return dtype != torch.float32 and grouped and words.numel() < INDEX_LIMIT
+def covers(dtype: torch.dtype, weight: PackedWeight[Tensor]) -> bool:
+    """Whether the kernels can run it; `cpu.linear` can run everything."""
+    grouped = weight.columns_per_group % 32 == 0 or weight.columns_per_group >= weight.in_features
+    return dtype != torch.float32 and grouped and weight.words.numel() < INDEX_LIMIT
 
 
 @functools.lru_cache(maxsize=1 << 14)
-def _plan(machine: Machine, bits: int, M: int, N: int, K: int, planes: int, has_zeros: bool, has_bias: bool) -> Plan:
-    return plan(
-        machine.table.config(M, N, K), machine, bits=bits, M=M, N=N, K=K,
-        planes=planes, has_zeros=has_zeros, has_bias=has_bias,
-    )  # fmt: skip
+def _plan(machine: Machine, product: Product) -> Plan:
+    return plan(machine.table.config(product.M, product.N, product.K), machine, product)
 
 
-def plan(
-    config: configs.Config,
-    machine: Machine,
-    *,
-    bits: int,
-    M: int,
-    N: int,
-    K: int,
-    planes: int,
-    has_zeros: bool,
-    has_bias: bool,
-) -> Plan:
-    """The launch of `config`: x (M, K) and W (N, K) in groups of 32 `planes` columns, 0 for one group a row."""
+def plan(config: configs.Config, machine: Machine, product: Product) -> Plan:
+    """The launch of `config` for this product."""
     from llmq_kernels.w4a16 import triton_kernel
 
+    bits, M, N, K, planes, has_zeros, has_bias = product
     splits = config.splits(M, N, K, machine.processors)
     grid = (-(-M // config.block_m), -(-N // config.block_n), splits)
     constants: dict[str, Any] = {
@@ -178,15 +149,13 @@ def plan(
 def run_fused(
     plan: Plan,
     rows: Tensor,
-    words: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
+    weight: PackedWeight[Tensor],
     bias: Tensor | None,
     out: Tensor,
     workspace: Tensor | None = None,
     counts: Tensor | None = None,
 ) -> None:
-    """rows (M, K) of contiguous columns -> out (M, N), contiguous; tensors that the plan does not use are stand-ins.
+    """rows (M, K) of contiguous columns -> out (M, N), contiguous.
 
     workspace (splits, M, N) float32 and counts (output tiles,) int32, all zero, are made where they are not given.
     """
@@ -197,26 +166,18 @@ def run_fused(
             workspace = torch.empty(plan.splits, M, N, dtype=torch.float32, device=rows.device)
         if counts is None:
             counts = counters.zeroed(plan.output_tiles, rows.device)
-    plan.kernel[plan.grid](
-        rows, words, scales, words if zeros is None else zeros, out if bias is None else bias, out,
+    words, zeros = weight.words, weight.zeros
+    plan.kernel[plan.grid](  # where there is no tensor, one that the kernel does not read takes its place
+        rows, words, weight.scales, words if zeros is None else zeros, out if bias is None else bias, out,
         out if workspace is None else workspace, words if counts is None else counts,
         M, N, K, rows.stride(0), **plan.constants,
     )  # fmt: skip
 
 
 def run_dequantized(
-    machine: Machine,
-    rows: Tensor,
-    words: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    out: Tensor,
-    *,
-    bits: int,
-    planes: int,
+    machine: Machine, rows: Tensor, weight: PackedWeight[Tensor], bias: Tensor | None, out: Tensor
 ) -> None:
-    """rows (M, K) times W by chunks of rows of W, each rounded to x's dtype -> out (M, N)."""
+    """rows (M, K) times W, in chunks of rows of W, each rounded to x's dtype -> out (M, N)."""
     M, K = rows.shape
     N = out.shape[1]
     chunk = min(N, _chunk_rows(machine, M, K * rows.element_size()))
@@ -224,31 +185,29 @@ def run_dequantized(
     for start in range(0, N, chunk):
         n = slice(start, min(start + chunk, N))
         piece = W[: n.stop - start]
-        dequantize(words, scales, zeros, piece, start, bits=bits, planes=planes)
+        dequantize(weight, piece, start)
         if bias is None:
             torch.mm(rows, piece.t(), out=out[:, n])
         else:
             torch.addmm(bias[n].to(rows.dtype), rows, piece.t(), out=out[:, n])
 
 
-def dequantize(
-    words: Tensor, scales: Tensor, zeros: Tensor | None, out: Tensor, first_row: int, *, bits: int, planes: int
-) -> None:
+def dequantize(weight: PackedWeight[Tensor], out: Tensor, first_row: int) -> None:
     """Rows first_row, ... of W -> out (R, K) float16, bfloat16 or float32, contiguous."""
     from llmq_kernels.w4a16 import triton_kernel
 
-    R, K = out.shape
+    (R, K), words, zeros = out.shape, weight.words, weight.zeros
     triton_kernel.dequantize[(-(-R // DEQUANTIZED_ROWS), -(-K // TILE))](
-        words, scales, words if zeros is None else zeros, out, first_row, R, words.shape[0], K,
-        PLANES=planes, HAS_ZEROS=zeros is not None, BITS=bits, BLOCK_N=DEQUANTIZED_ROWS,
+        words, weight.scales, words if zeros is None else zeros, out, first_row, R, words.shape[0], K,
+        PLANES=weight.planes, HAS_ZEROS=zeros is not None, BITS=weight.bits, BLOCK_N=DEQUANTIZED_ROWS,
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
 
 
 def _chunk_rows(machine: Machine, M: int, row_bytes: int) -> int:
-    """Rows of W at a time: what the L2 cache holds, or up to four times that to keep every multiprocessor busy."""
+    """Rows of W per chunk: what the L2 cache holds, or up to four times that to keep every multiprocessor busy."""
     resident = machine.table.chunk_bytes // row_bytes
     busy = machine.processors * GEMM_TILE[1] // -(-M // GEMM_TILE[0])
     rows = max(resident, min(busy, 4 * resident), 1)
-    whole = 256 if rows > 256 else 16  # what tiles of matrix products divide
+    whole = 256 if rows > 256 else 16  # which the tiles of matrix products divide
     return -(-rows // whole) * whole

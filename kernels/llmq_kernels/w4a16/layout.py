@@ -1,10 +1,10 @@
-"""Codes to words and back in torch, on any device: what loading a checkpoint calls.  `reference.py` draws the layout.
+"""Codes to words and back in torch, on any device, for loading checkpoints.  `reference.py` draws the layout.
 
-The planes nest, and that is all this file uses.  Column 64 + i lies eight bits above column i; within a byte, column
-32 + i lies four bits above column i; and so on with halves of halves.  So packing *folds* a tile: lay its right half
-over its left half, shifted by 8, then by 4, 2 and 1, until 8 b words are left for a plane of b bits.  Unpacking
-unfolds.  All but the first fold stay within bytes, so temporaries are uint8, and rows go through in pieces: the memory
-taken besides codes and words does not grow with the weight.
+The planes are nested.  Column 64 + i lies eight bits above column i; within a byte, column 32 + i lies four bits above
+column i; and so on for each half.  So packing *folds* a tile: its right half is put over its left half, shifted by 8,
+then by 4, 2 and 1, until 8 b words are left for a plane of b bits.  Unpacking unfolds.  All but the first fold stay
+within bytes, so temporaries are uint8, and rows are processed in pieces: the memory used besides codes and words does
+not grow with the weight.
 """
 
 from functools import reduce
@@ -16,7 +16,7 @@ from llmq_kernels.errors import KernelInputError
 
 TILE = 128
 
-# bits: the planes of a tile in their order, each as (lowest bit of the code that it holds, bits a column)
+# bits: the planes of a tile in their order, each as (lowest bit of the code that it holds, bits per column)
 PLANES = {2: ((0, 2),), 3: ((0, 2), (2, 1)), 4: ((0, 4),), 8: ((0, 8),)}
 
 LOW_FIELDS = {1: 0x55, 2: 0x33, 4: 0x0F}  # the lower of each two fields of this many bits in a byte
@@ -25,7 +25,7 @@ CODES_AT_ONCE = 1 << 20  # a few temporaries of 1 MB
 
 
 def words_per_row(in_features: int, bits: int) -> int:
-    """Words of one packed row, Kp / 16 * bits.  Raises KernelInputError for a width that has no layout."""
+    """Words of one packed row, Kp / 16 * bits.  Raises KernelInputError for a width without a layout."""
     if bits not in PLANES:
         raise KernelInputError(f"bits is {bits!r}, expected one of {', '.join(map(str, PLANES))}")
     return -(-in_features // TILE) * 8 * bits
@@ -34,7 +34,7 @@ def words_per_row(in_features: int, bits: int) -> int:
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Codes (N, K) uint8 in [0, 2**bits - 1] -> words (N, Kp / 16 * bits) int16 on the same device.
 
-    Raises KernelInputError for a width that has no layout, another dtype or rank, or a code that does not fit.
+    Raises KernelInputError for a width without a layout, another dtype or rank, or a code that does not fit.
     """
     if codes.dtype != torch.uint8 or codes.dim() != 2:
         raise KernelInputError(f"codes are {codes.dtype} {tuple(codes.shape)}, expected torch.uint8 (N, K)")
@@ -52,7 +52,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 def unpack(words: Tensor, bits: int, in_features: int) -> Tensor:
     """Words (N, Kp / 16 * bits) int16 -> codes (N, K) uint8 on the same device: the inverse of `pack`.
 
-    Raises KernelInputError for a width that has no layout, or words that are not of this shape and dtype.
+    Raises KernelInputError for a width without a layout, or words of another shape or dtype.
     """
     width_of_row = words_per_row(in_features, bits)
     if words.dtype != torch.int16 or words.dim() != 2 or words.shape[1] != width_of_row:
@@ -93,7 +93,7 @@ def _unfold(words: Tensor, width: int) -> Tensor:
 
 
 def _refuse_large(codes: Tensor, bits: int) -> None:
-    """One code too large would spill into its neighbours' bits."""
+    """A code that is too large would change the bits of its neighbours."""
     largest = int(codes.max()) if codes.numel() else 0
     if largest >= 1 << bits:
         raise KernelInputError(f"a code is {largest}, expected at most {(1 << bits) - 1} for {bits} bits")

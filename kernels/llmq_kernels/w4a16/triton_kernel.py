@@ -1,32 +1,32 @@
 """The product on a GPU: weights go from memory through registers into the tensor cores and are never stored unpacked.
 
-`reference.py` draws the layout and defines the result; `gpu.py` launches what is here.
+`reference.py` draws the layout and defines the result; `gpu.py` launches the kernels.
 
-**Weights are the left operand of every dot**, out = (W xᵀ)ᵀ: tensor cores take the left operand from registers, where
-unpacking leaves it.  A tile of 128 columns of 4 bits is 32 words a row.  One `lop3` puts code c of two neighbouring
+**Weights are the left operand of every dot**, out = (W xᵀ)ᵀ: tensor cores read the left operand from registers, where
+unpacking leaves it.  A tile of 128 columns of 4 bits is 32 words per row.  One `lop3` puts code c of two neighbouring
 columns under the exponent of 1024 (float16: 1024 + c, or 1024 + 16 c for the odd fields, which saves their shift) or
-of 128 (bfloat16).  Subtracting 1024 + zero leaves c - zero, a small integer and exact.  No integer is converted.
+of 128 (bfloat16).  Subtracting 1024 + zero gives c - zero, a small integer and exact.  No integer is converted.
 
-**Scales after or before the dot.**  After: the dot multiplies exact integers, and its float32 product of each group is
-scaled; more accurate than any dequantised weight, and right for few rows.  Before: the weight is scaled and rounded
-once to x's dtype; one operation a weight instead of one a product, right for many rows.
+**Scales after or before the dot.**  After: the dot multiplies exact integers, and the float32 product of each group is
+scaled; more accurate than any dequantized weight, and best for few rows.  Before: the weight is scaled and rounded once
+to x's dtype; one operation per weight instead of one per product, best for many rows.
 
-**Split K, the same bits on every run.**  SPLITS programs share an output tile.  Each writes its float32 sum to its own
-slice of a workspace, passes a barrier and counts itself in.  The one that counts last adds the slices from first to
-last, so the order of arrival does not show, and sets the counter back to 0 for the next launch.  Why nothing races:
+**Split K, the same bits on every run.**  SPLITS programs share an output tile.  Each writes its float32 sum to a
+separate slice of a workspace, passes a barrier and increments a counter.  The last one adds the slices from first to
+last, so the order of arrival does not matter, and sets the counter to 0 for the next launch.  Why there is no race:
 
 * Each thread's stores to the slice precede the barrier of its program; the barrier orders them before the atomic of
-  the thread that counts (without it, other warps' stores might still be under way); the atomic releases them at the
-  scope of the GPU.  Release is cumulative: it covers all that the thread has observed, so the whole slice.
-* The last one's atomic acquires, hence sees what every earlier one released: atomics on one counter form one release
-  sequence.  Its own threads get the count through shared memory and a barrier, which orders their loads behind it.
+  the thread that counts (without it, stores of other warps might still be in flight); the atomic releases them at GPU
+  scope.  Release is cumulative: it covers everything that the thread has observed, so the whole slice.
+* The atomic of the last program acquires, hence sees what every earlier one released: atomics on one counter form one
+  release sequence.  Its threads get the count through shared memory and a barrier, which orders their loads after it.
 * Slices are read with `.cg`, from L2: L1 is not coherent, and may hold lines of an earlier launch's workspace.
-* All but the last are finished with the counter when it is reset; the next launch in the stream starts after this one.
+* All other programs are done with the counter when it is reset; the next launch in the stream starts after this one.
 
-Rows beyond N read the words and scales of row 0, and their sums are not stored: cheaper than a mask.  Columns beyond K
-hold code 0 and meet zeros of x.  Zeros of 0 .. 2**bits, which is all that any format writes, are exact; others as long
-as 128 + zero (bfloat16) or 1024 + zero (float16) is.  `ASSEMBLY` false is for Triton's interpreter, which has no inline
-assembly: the same values by plain arithmetic.
+Rows beyond N read the words and scales of row 0, and their sums are not stored, which is cheaper than a mask.  Columns
+beyond K hold code 0 and are multiplied by zeros in x.  Zero points 0 .. 2**bits, which cover every format, are exact;
+others are if 128 + zero (bfloat16) or 1024 + zero (float16) is.  `ASSEMBLY` false is for Triton's interpreter, which
+has no inline assembly: the same values by plain arithmetic.
 """
 
 import triton
@@ -37,7 +37,7 @@ import triton.language as tl
 def _fields(words, BFLOAT: tl.constexpr, ASSEMBLY: tl.constexpr):
     """Words (R, 32) int16 -> field 0 .. 3 of each as (R, 32): 1024 + c, 1024 + 16 c, 1024 + c, 1024 + 16 c; or 128 + c.
 
-    Table 0xEA of lop3 is (a & b) | c; `pack=2` hands over two neighbouring words in one register.
+    Table 0xEA of lop3 is (a & b) | c; `pack=2` passes two neighbouring words in one register.
     """
     if ASSEMBLY and BFLOAT:
         return tl.inline_asm_elementwise(
@@ -73,7 +73,7 @@ def _fields(words, BFLOAT: tl.constexpr, ASSEMBLY: tl.constexpr):
 
 @triton.jit
 def _prefetch(scales, zeros, t, row, N, K, PLANES: tl.constexpr, HAS_ZEROS: tl.constexpr):
-    """Bring scales and zeros of tile t toward L1: too narrow for asynchronous copies, they would stall on a miss."""
+    """Prefetch scales and zero points of tile t to L1: too narrow for asynchronous copies, they stall on a miss."""
     CODE: tl.constexpr = "prefetch.global.L1 [$1]; mov.u32 $0, 0;"
     for j in tl.static_range(0, 4, 4 if PLANES % 4 == 0 else (2 if PLANES % 2 == 0 else 1)):
         place = tl.minimum(t * 4 + j, (K - 1) // 32) // PLANES * N + row
@@ -84,7 +84,7 @@ def _prefetch(scales, zeros, t, row, N, K, PLANES: tl.constexpr, HAS_ZEROS: tl.c
 
 @triton.jit
 def _grid(scales, zeros, group, n, N, HAS_ZEROS: tl.constexpr, MIDDLE: tl.constexpr):
-    """Scale and zero of rows n (R,) in one group, (R,) each; the zero float32, made by adding bits and not by I2F."""
+    """Scale and zero point of rows n (R,) in one group, (R,) each; the zero as float32 by adding bits, not by I2F."""
     scale = tl.load(scales + group * N + n)
     if HAS_ZEROS:
         bits = tl.load(zeros + group * N + n).to(tl.int32) + 0x4B400000  # 3 * 2**22 + zero
@@ -96,7 +96,7 @@ def _grid(scales, zeros, group, n, N, HAS_ZEROS: tl.constexpr, MIDDLE: tl.conste
 
 @triton.jit
 def _centred(field, zero, ODD: tl.constexpr):
-    """Field of `_fields` -> code - zero (R, 32) in the same dtype, exact; one operation for two columns."""
+    """Field of `_fields` -> code - zero (R, 32) in the same dtype, exact; one operation per two columns."""
     if field.dtype == tl.bfloat16:
         return field - (128.0 + zero)[:, None].to(tl.bfloat16)
     elif ODD:
@@ -143,7 +143,7 @@ def _finish(total, bias, out, workspace, counters, m, n, M, N, HAS_BIAS: tl.cons
         counter = counters + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
         if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
             joined = tl.zeros(total.shape, tl.float32)
-            if total.shape[1] <= 32:  # all loads at once; of more rows that would take too many registers
+            if total.shape[1] <= 32:  # all loads at once; for more rows that would take too many registers
                 for split in tl.static_range(SPLITS):
                     joined += tl.load(workspace + split * M * N + place, mask=inside, other=0.0, cache_modifier=".cg")
             else:
@@ -164,7 +164,7 @@ def fused4(
 
     PLANES   columns of a group / 32, or 0 where one group is the whole row
     EVEN_K   K is a multiple of 128
-    Grid: (blocks of M, blocks of N, SPLITS); blocks of M run side by side, so that their weights come from L2.
+    Grid: (blocks of M, blocks of N, SPLITS); blocks of M run next to each other, so that their weights come from L2.
     """
     BFLOAT: tl.constexpr = x.dtype.element_ty == tl.bfloat16
     JOINT: tl.constexpr = 4 if PLANES % 4 == 0 else (2 if PLANES % 2 == 0 else 1)  # planes of a tile with one scale
@@ -245,7 +245,7 @@ def fused_planes(
     PLANES: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, BITS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`fused4` for 2, 3 and 8 bits, plainly: every 32 columns are scaled after their dot."""
+    """`fused4` for 2, 3 and 8 bits, in a simpler way: every 32 columns are scaled after their dot."""
     RUN: tl.constexpr = 32 if BITS == 8 else 16  # columns of a piece
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -3,12 +3,13 @@
     python -m llmq_kernels.w4a16.tune --output my_gpu.json --shapes 6144x4096 4096x4096 28672x4096 4096x14336
     LLMQ_W4A16_CONFIGS=my_gpu.json llmq generate ...
 
-Every shape (out_features x in_features) and every number of rows starts from what is used now and changes one field at
-a time, keeping what is quicker.  Times are those of a cold cache, as in a model, where a layer's weight was last read a
-token ago: calls rotate through copies of the weight that together hold three times the L2 cache, in one CUDA graph; the
-figure is the median of its replays.  A candidate that does not compile, does not fit or is wrong is left out, and said.
+For every shape (out_features x in_features) and number of rows, the search starts from the current configuration and
+changes one field at a time, keeping what is faster.  Times are those of a cold cache, as in a model, where a layer's
+weight was last read one token ago: calls rotate through copies of the weight that together hold three times the L2
+cache, in one CUDA graph; the figure is the median of its replays.  A candidate that does not compile, does not fit or
+is wrong is left out and reported.
 
-Above some number of rows dequantising and cuBLAS win; that is measured too, and becomes the table's crossover.
+Above some number of rows, dequantizing and cuBLAS are faster; that is measured too, and becomes the table's crossover.
 """
 
 import argparse
@@ -28,12 +29,13 @@ import torch
 from torch import Tensor
 
 from llmq_kernels.w4a16 import configs, gpu, layout
+from llmq_kernels.w4a16.packed_weight import PackedWeight
 
 ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
 SHAPES = ("6144x4096", "4096x4096", "28672x4096", "4096x14336")  # qkv, o, gate and up, down of an 8B Llama
 CALLS, REPLAYS = 20, 30
 L2_TIMES = 3
-WORST_ERROR = 1e-2  # relative L2 against the dequantised weight in float32; bfloat16 rounds to 4e-3
+WORST_ERROR = 1e-2  # relative L2 against the dequantized weight in float32; bfloat16 rounds to 4e-3
 
 Seconds = Callable[[configs.Config], float | None]
 
@@ -47,9 +49,9 @@ class Timed:
 
 
 def variants(config: configs.Config, rows: int) -> list[list[dict[str, Any]]]:
-    """Changes to try, one list a field; fields that belong together change together."""
+    """Changes to try, one list per field; fields that belong together change together."""
     blocks = [8, 16, 32, 64, 128, 256]
-    enough = next((block for block in blocks if block >= rows), blocks[-1])  # the least that holds all rows
+    enough = next((block for block in blocks if block >= rows), blocks[-1])  # the smallest that holds all rows
     return [
         [{"ctas_per_sm": value} for value in (0, 1, 2, 3, 4, 6, 8)],
         [{"block_n": features, "warps": warps} for features, warps in ((32, 2), (64, 4), (128, 4), (128, 8))],
@@ -61,7 +63,7 @@ def variants(config: configs.Config, rows: int) -> list[list[dict[str, Any]]]:
 
 
 def search(start: configs.Config, rows: int, seconds: Seconds, deadline: float) -> Timed | None:
-    """The quickest that one pass over the fields finds from `start`; None where nothing ran in time."""
+    """The fastest that one pass over the fields finds from `start`; None where nothing ran in time."""
     best: Timed | None = None
     tried: set[configs.Config] = set()
     nothing: list[dict[str, Any]] = [{}]
@@ -78,19 +80,19 @@ def search(start: configs.Config, rows: int, seconds: Seconds, deadline: float) 
     return best
 
 
-class Problem:
-    """One weight, in as many copies as outgrow the L2 cache, and rows to multiply."""
+class Case:
+    """One weight, in enough copies to exceed the L2 cache, and rows to multiply."""
 
     def __init__(self, N: int, K: int, group: int, dtype: torch.dtype, device: torch.device) -> None:
         self.N, self.K, self.machine = N, K, gpu.machine_of(device)
-        self.planes = 0 if group >= K else group // 32
         G = -(-K // group)
         cache = torch.cuda.get_device_properties(device).L2_cache_size
-        self.copies = math.ceil(L2_TIMES * cache / (N * K // 2)) + 1
+        copies = math.ceil(L2_TIMES * cache / (N * K // 2)) + 1
         codes = torch.randint(0, 16, (N, K), dtype=torch.uint8, device=device)
-        self.words = [layout.pack(codes, 4).clone() for _ in range(self.copies)]
-        self.scales = torch.rand(G, N, device=device).add_(0.5).mul_(0.01).to(dtype)
-        self.zeros = torch.randint(0, 16, (G, N), dtype=torch.int16, device=device)
+        words = [layout.pack(codes, 4).clone() for _ in range(copies)]
+        scales = torch.rand(G, N, device=device).add_(0.5).mul_(0.01).to(dtype)
+        zeros = torch.randint(0, 16, (G, N), dtype=torch.int16, device=device)
+        self.weights = [PackedWeight(copy, scales, zeros, 4, K, group) for copy in words]
         self.dtype, self.device = dtype, device
 
     def rows(self, M: int) -> Tensor:
@@ -99,45 +101,38 @@ class Problem:
     def fused(self, M: int, config: configs.Config) -> float | None:
         """Seconds of one call, or None, with the reason on stderr, where the configuration cannot be used."""
         X, out = self.rows(M), torch.empty(M, self.N, dtype=self.dtype, device=self.device)
-        plan = gpu.plan(
-            config, self.machine, bits=4, M=M, N=self.N, K=self.K,
-            planes=self.planes, has_zeros=True, has_bias=False,
-        )  # fmt: skip
+        plan = gpu.plan(config, self.machine, gpu.Product.of(M, self.weights[0], None))
 
-        # Its own counters: of those that captured launches are given for good, a search would use up all.
+        # Separate counters: captured launches keep theirs, and a search would use up all of the shared ones.
         counts = torch.zeros(plan.output_tiles, dtype=torch.int32, device=self.device) if plan.splits > 1 else None
 
         def call(index: int) -> None:
-            words = self.words[index % self.copies]
-            gpu.run_fused(plan, X, words, self.scales, self.zeros, None, out, counts=counts)
+            gpu.run_fused(plan, X, self.weights[index % len(self.weights)], None, out, counts=counts)
 
         try:
             call(0)
             expected = torch.empty_like(out)
-            gpu.run_dequantized(
-                self.machine, X, self.words[0], self.scales, self.zeros, None, expected, bits=4, planes=self.planes
-            )
-            error = float((out.float() - expected.float()).norm() / expected.float().norm())
-            if not error < WORST_ERROR:
-                raise ArithmeticError(f"wrong by {error:.1e}")
+            gpu.run_dequantized(self.machine, X, self.weights[0], None, expected)
+            difference = float((out.float() - expected.float()).norm() / expected.float().norm())
+            if not difference < WORST_ERROR:
+                raise ArithmeticError(f"wrong by {difference:.1e}")
             return self.seconds(call)
-        except Exception as problem:  # compilers and drivers have an error of their own for each thing that is too much
-            print(f"  left out: {config}: {str(problem).splitlines()[:1]}", file=sys.stderr)
+        except Exception as error:  # compilers and drivers raise different errors for each limit
+            print(f"  left out: {config}: {str(error).splitlines()[:1]}", file=sys.stderr)
             return None
 
     def dequantized(self, M: int) -> float:
         X, out = self.rows(M), torch.empty(M, self.N, dtype=self.dtype, device=self.device)
 
         def call(index: int) -> None:
-            words = self.words[index % self.copies]
-            gpu.run_dequantized(self.machine, X, words, self.scales, self.zeros, None, out, bits=4, planes=self.planes)
+            gpu.run_dequantized(self.machine, X, self.weights[index % len(self.weights)], None, out)
 
         return self.seconds(call)
 
     def seconds(self, call: Callable[[int], None]) -> float:
-        """Median over replays of a graph of at least CALLS calls, for one of them."""
-        calls = max(CALLS, self.copies)
-        call(0)  # compiles, and makes what may not be made under capture
+        """Seconds per call: the median over replays of a graph of at least CALLS calls."""
+        calls = max(CALLS, len(self.weights))
+        call(0)  # compiles, and allocates what a capture must not
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -164,23 +159,23 @@ def crossover(fused: Sequence[tuple[int, float]], dequantized: Sequence[tuple[in
     return last
 
 
-def table(found: dict[str, dict[int, Timed]], most_rows: int, chunk_bytes: int) -> dict[str, Any]:
-    """The JSON of one architecture; `default` is that of the largest weight."""
+def table(timed: dict[str, dict[int, Timed]], most_rows: int, chunk_bytes: int) -> dict[str, Any]:
+    """The JSON of one architecture; `default` holds the choices of the largest weight."""
 
     def choices(by_rows: dict[int, Timed]) -> list[dict[str, Any]]:
         return [
-            {"max_rows": rows, **asdict(timed.config), "microseconds": round(1e6 * timed.seconds, 2)}
-            for rows, timed in sorted(by_rows.items())
+            {"max_rows": rows, **asdict(best.config), "microseconds": round(1e6 * best.seconds, 2)}
+            for rows, best in sorted(by_rows.items())
         ]
 
-    if not found:
+    if not timed:
         raise RuntimeError("no configuration ran; the reasons are above")
-    largest = max(found, key=lambda shape: math.prod(map(int, shape.split("x"))))
+    largest = max(timed, key=lambda shape: math.prod(map(int, shape.split("x"))))
     return {
         "crossover": most_rows,
         "chunk_bytes": chunk_bytes,
-        "default": choices(found[largest]),
-        "shapes": {shape: choices(by_rows) for shape, by_rows in found.items()},
+        "default": choices(timed[largest]),
+        "shapes": {shape: choices(by_rows) for shape, by_rows in timed.items()},
     }
 
 
@@ -194,20 +189,20 @@ def run(shapes: Sequence[str], rows: Sequence[int], group: int, dtype: torch.dty
     device = torch.device("cuda", torch.cuda.current_device())
     properties = torch.cuda.get_device_properties(device)
     deadline = time.monotonic() + 60 * minutes
-    found: dict[str, dict[int, Timed]] = {}
+    timed: dict[str, dict[int, Timed]] = {}
     fused, dequantized = dict.fromkeys(rows, 0.0), dict.fromkeys(rows, 0.0)
     for done, shape in enumerate(shapes):
         N, K = map(int, shape.split("x"))
-        problem = Problem(N, K, group, dtype, device)
+        case = Case(N, K, group, dtype, device)
         until = time.monotonic() + (deadline - time.monotonic()) / (len(shapes) - done)
         for index, M in enumerate(rows):
             share = time.monotonic() + (until - time.monotonic()) / (len(rows) - index)
-            start = problem.machine.table.config(M, N, K)
-            best = search(start, M, functools.partial(problem.fused, M), share)
-            dequantized[M] += problem.dequantized(M)
+            start = case.machine.table.config(M, N, K)
+            best = search(start, M, functools.partial(case.fused, M), share)
+            dequantized[M] += case.dequantized(M)
             fused[M] += math.inf if best is None else best.seconds
             if best is not None:
-                found.setdefault(shape, {})[M] = best
+                timed.setdefault(shape, {})[M] = best
                 print(f"{shape} {M:5} rows: {1e6 * best.seconds:8.1f} us  {best.config}", file=sys.stderr)
     measured = {
         "hardware": properties.name,
@@ -218,7 +213,7 @@ def run(shapes: Sequence[str], rows: Sequence[int], group: int, dtype: torch.dty
     }
     most_rows = crossover(sorted(fused.items()), sorted(dequantized.items()))
     chunk_bytes = gpu.machine_of(device).table.chunk_bytes
-    return document(properties.major * 10 + properties.minor, table(found, most_rows, chunk_bytes), measured)
+    return document(properties.major * 10 + properties.minor, table(timed, most_rows, chunk_bytes), measured)
 
 
 def _triton_version() -> str:
@@ -234,9 +229,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="out_features x in_features, as 4096x14336")
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS, help="numbers of rows of x")
-    parser.add_argument("--group", type=int, default=128, help="columns of a group")
+    parser.add_argument("--group", type=int, default=128, help="columns per group")
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
-    parser.add_argument("--minutes", type=float, default=30, help="stop searching after so long")
+    parser.add_argument("--minutes", type=float, default=30, help="stop searching after this many minutes")
     chosen = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error("no CUDA device was found; tile sizes are measured on the GPU that will run them")

@@ -1,7 +1,7 @@
-"""The op `llmq::w4a16_experts`: rows of x, each times the packed weight of one expert, as `reference.experts` says.
+"""The op `llmq::w4a16_experts`: rows of x, each times the packed weight of one expert, as `reference.experts` defines.
 
-Arguments are checked once, here; a backend may rely on all that `check` says.  On CUDA, 4-bit weights of the groupings
-that `gpu.covers` names run in Triton; everything else runs in torch (`cpu.py`), on whatever device it lies.
+Arguments are checked once, here; a backend may rely on everything that `check` ensures.  On CUDA, the 4-bit weights
+that `gpu.covers` accepts run in Triton; everything else runs in torch (`cpu.py`), on any device.
 
 x gets a gradient, the weights and the bias get none.
 """
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from llmq_kernels import backend
+from llmq_kernels.arguments import FLOATS, INDICES, described, listed, require
 from llmq_kernels.errors import KernelInputError
-from llmq_kernels.w4a16 import layout
-from llmq_kernels.w4a16.op import FLOATS, INDICES, described, listed, require
+from llmq_kernels.w4a16.op import check_weight
+from llmq_kernels.w4a16.packed_weight import PackedWeight
 from llmq_kernels.w4a16_experts import cpu, gpu
 
 
@@ -23,10 +24,10 @@ def w4a16_experts(
     x: Tensor,
     token: Tensor,
     expert: Tensor,
+    bias: Tensor | None,
     words: Tensor,
     scales: Tensor,
     zeros: Tensor | None,
-    bias: Tensor | None,
     bits: int,
     in_features: int,
     columns_per_group: int,
@@ -35,25 +36,19 @@ def w4a16_experts(
 
     token   (P,) int32 or int64 in [0, M)
     expert  (P,) int32 or int64 in [0, E)
-    words   (E, N, Kp / 16 * bits) int16, each expert's from `w4a16.layout.pack`
-    scales  (E, G, N) float16, bfloat16 or float32, of any sign, G = ceil(K / columns_per_group)
-    zeros   (E, G, N) int16, or None where every zero is 2**(bits - 1)
     bias    (E, N) float, or None
 
-    Raises KernelInputError where `check` does, and on a CPU for an index out of range.
+    The other arguments are those of a stacked `PackedWeight`.  Raises KernelInputError where `check` does, and on a CPU
+    for an index out of range.
     """
-    check(x, token, expert, words, scales, zeros, bias, bits, in_features, columns_per_group)
+    weight = PackedWeight(words, scales, zeros, bits, in_features, columns_per_group)
+    check(x, token, expert, weight, bias)
     if x.device.type == "cpu":  # elsewhere, reading values would stop the queue
         _require_below("token", token, x.shape[0])
         _require_below("expert", expert, words.shape[0])
-    on_gpu = backend.choose(x.device).name == "triton" and gpu.covers(
-        x, bits=bits, in_features=in_features, columns_per_group=columns_per_group
-    )
-    run = gpu.experts if on_gpu else cpu.experts
-    return run(
-        x, token, expert, words, scales, zeros, bias,
-        bits=bits, in_features=in_features, columns_per_group=columns_per_group,
-    )  # fmt: skip
+    if backend.choose(x.device).name == "triton" and gpu.covers(x, weight):
+        return gpu.experts(x, token, expert, weight, bias)
+    return cpu.experts(x, token, expert, weight, bias)
 
 
 @torch.library.custom_op("llmq::w4a16_experts_input_gradient", mutates_args=())
@@ -61,55 +56,31 @@ def w4a16_experts_input_gradient(
     gradient: Tensor,
     token: Tensor,
     expert: Tensor,
+    rows: int,
     words: Tensor,
     scales: Tensor,
     zeros: Tensor | None,
-    rows: int,
     bits: int,
     in_features: int,
     columns_per_group: int,
 ) -> Tensor:
     """The gradient of `w4a16_experts` with respect to x (M = rows, K), from that of its result, (P, N)."""
-    return cpu.input_gradient(
-        gradient, token, expert, words, scales, zeros,
-        rows=rows, bits=bits, in_features=in_features, columns_per_group=columns_per_group,
-    )  # fmt: skip
+    weight = PackedWeight(words, scales, zeros, bits, in_features, columns_per_group)
+    return cpu.input_gradient(gradient, token, expert, weight, rows)
 
 
-def check(
-    x: Tensor,
-    token: Tensor,
-    expert: Tensor,
-    words: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    in_features: int,
-    columns_per_group: int,
-) -> None:
+def check(x: Tensor, token: Tensor, expert: Tensor, weight: PackedWeight[Tensor], bias: Tensor | None) -> None:
     """Raise KernelInputError unless the arguments are what `w4a16_experts` documents.
 
     All tensors are on x's device; all but x, which may have any strides, are contiguous.  Values are not read.
     """
-    if in_features < 1 or columns_per_group < 1:
-        raise KernelInputError(
-            f"in_features is {in_features} and columns_per_group {columns_per_group}, expected at least 1 each"
-        )
-    if x.dtype not in FLOATS or x.dim() != 2 or x.shape[1] != in_features:
-        raise KernelInputError(f"x is {described(x)}, expected {listed(FLOATS)} (M, {in_features})")
+    check_weight(weight, bias, x.device, stacked=True)
+    if x.dtype not in FLOATS or x.dim() != 2 or x.shape[1] != weight.in_features:
+        raise KernelInputError(f"x is {described(x)}, expected {listed(FLOATS)} (M, {weight.in_features})")
     if token.dim() != 1:
         raise KernelInputError(f"token is {described(token)}, expected {listed(INDICES)} (P,)")
-    per_row, G = layout.words_per_row(in_features, bits), -(-in_features // columns_per_group)
-    E, N = words.shape[:2] if words.dim() == 3 else (0, 0)
     require("token", token, INDICES, (token.shape[0],), x.device)
     require("expert", expert, INDICES, (token.shape[0],), x.device)
-    require(f"words of {bits} bits", words, (torch.int16,), (E, N, per_row), x.device)
-    require("scales", scales, FLOATS, (E, G, N), x.device)
-    if zeros is not None:
-        require("zeros", zeros, (torch.int16,), (E, G, N), x.device)
-    if bias is not None:
-        require("bias", bias, FLOATS, (E, N), x.device)
 
 
 def _require_below(name: str, index: Tensor, limit: int) -> None:
@@ -120,40 +91,20 @@ def _require_below(name: str, index: Tensor, limit: int) -> None:
 
 
 @w4a16_experts.register_fake
-def _shape_of_experts(
-    x: Tensor,
-    token: Tensor,
-    expert: Tensor,
-    words: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    in_features: int,
-    columns_per_group: int,
-) -> Tensor:
-    check(x, token, expert, words, scales, zeros, bias, bits, in_features, columns_per_group)
-    return x.new_empty(token.shape[0], words.shape[1])
+def _shape_of_experts(x: Tensor, token: Tensor, expert: Tensor, bias: Tensor | None, *fields: Any) -> Tensor:
+    weight: PackedWeight[Tensor] = PackedWeight(*fields)
+    check(x, token, expert, weight, bias)
+    return x.new_empty(token.shape[0], weight.words.shape[1])
 
 
 @w4a16_experts_input_gradient.register_fake
-def _shape_of_gradient(
-    gradient: Tensor,
-    token: Tensor,
-    expert: Tensor,
-    words: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    rows: int,
-    bits: int,
-    in_features: int,
-    columns_per_group: int,
-) -> Tensor:
-    return gradient.new_empty(rows, in_features)
+def _shape_of_gradient(gradient: Tensor, token: Tensor, expert: Tensor, rows: int, *fields: Any) -> Tensor:
+    weight: PackedWeight[Tensor] = PackedWeight(*fields)
+    return gradient.new_empty(rows, weight.in_features)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, token, expert, words, scales, zeros, _, *ctx.grid = inputs
+    x, token, expert, _, words, scales, zeros, *ctx.sizes = inputs
     ctx.rows = x.shape[0]
     ctx.save_for_backward(token, expert, words, scales, zeros)
 
@@ -161,7 +112,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     if not ctx.needs_input_grad[0]:
         return (None,) * 10
-    return w4a16_experts_input_gradient(gradient, *ctx.saved_tensors, ctx.rows, *ctx.grid), *[None] * 9
+    token, expert, *weight = ctx.saved_tensors
+    return w4a16_experts_input_gradient(gradient, token, expert, ctx.rows, *weight, *ctx.sizes), *[None] * 9
 
 
 w4a16_experts.register_autograd(_backward, setup_context=_keep)

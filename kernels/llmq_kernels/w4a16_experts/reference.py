@@ -1,37 +1,33 @@
-"""y[p] = x[token[p]] W[expert[p]]ᵀ + bias[expert[p]], each W[e] packed as in `w4a16.reference`: the definition.
+"""The definition of y[p] = x[token[p]] W[expert[p]]ᵀ + bias[expert[p]], each W[e] packed as in `w4a16.reference`.
 
-A router sends each token to a few of E experts; each such *pair* of token and expert is one row of the result.  A
-layer's first product has one row of x for each token, its second one for each pair.
+A router sends each token to a few of E experts; each *pair* of token and expert is one row of the result.  The first
+product of a layer has one row of x per token, the second one per pair.
 
 P pairs, E experts, M rows of x, N out_features, K in_features, G groups.
 """
+
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmq_kernels.w4a16 import reference
+from llmq_kernels.w4a16.packed_weight import PackedWeight
+
+Array = NDArray[Any]
 
 
 def experts(
-    x: NDArray[np.floating],
-    token: NDArray[np.integer],
-    expert: NDArray[np.integer],
-    words: NDArray[np.int16],
-    scales: NDArray[np.floating],
-    zeros: NDArray[np.int16] | None,
-    bias: NDArray[np.floating] | None,
-    *,
-    bits: int,
-    in_features: int,
-    columns_per_group: int,
+    x: Array, token: Array, expert: Array, weight: PackedWeight[Array], bias: Array | None
 ) -> NDArray[np.float64]:
-    """The products (P, N) float64 of x (M, K), token (P,), expert (P,), words (E, N, Kp / 16 * bits) int16,
-    scales (E, G, N), zeros (E, G, N) or None for 2**(bits - 1), bias (E, N) or None.
+    """The products (P, N) float64 of float x (M, K), integer token (P,) and expert (P,), a stack of weights, and float
+    bias (E, N) or None.
     """
-    y = np.empty((len(token), words.shape[1]))
+    y = np.empty((len(token), weight.words.shape[1]))
     for pair, (t, e) in enumerate(zip(token, expert, strict=True)):
-        y[pair] = reference.linear(
-            x[t], words[e], scales[e], None if zeros is None else zeros[e], None if bias is None else bias[e], None,
-            bits=bits, in_features=in_features, columns_per_group=columns_per_group,
-        )  # fmt: skip
+        y[pair] = reference.linear(x[t], _expert(weight, e), None if bias is None else bias[e])
     return y
+
+
+def _expert(weight: PackedWeight[Array], e: int) -> PackedWeight[Array]:
+    return weight.with_arrays(lambda stack: stack[e])

@@ -1,24 +1,23 @@
 """4-bit experts in Triton: one kernel for few pairs of token and expert, one for many.
 
-Unpacking and grid are those of `w4a16.triton_kernel`, which explains them: codes become small exact integers in half
-precision without being converted.  They go into the product as they are, and the float32 sum of each group is scaled,
-so that no weight is ever rounded.
+Unpacking and zero points are those of `w4a16.triton_kernel`, which explains them: codes become small exact integers in
+half precision without a conversion.  The product uses these integers, and the float32 sum of each group is scaled, so
+that no weight is ever rounded.
 
-`alone`: one program for each pair and each run of rows of its expert's weight.  One row of x keeps no tensor core
-busy, so it multiplies in float32 registers.  Pairs lie along the fastest axis of the grid: two that share an expert
-read its rows at about the same time, the second from L2.
+`alone`: one program per pair and run of rows of its expert's weight.  One row of x cannot fill a tensor core, so it
+multiplies in float32 registers.  Pairs lie along the fastest axis of the grid: two that share an expert read its rows
+at about the same time, the second from L2.
 
-`grouped`: pairs come sorted by expert and are cut into blocks of BLOCK_M that each belong to one expert.  How many
-blocks an expert has is known to the device alone; the grid has as many as there can be at most, each program finds its
-expert from `first_pair`, and the programs that are left over end at once.  Nothing waits for the host, so a CUDA graph
-can hold it.  The weight is the *left* operand of the product: it goes from registers to the tensor core and never back
-to shared memory.
+`grouped`: pairs are sorted by expert and divided into blocks of BLOCK_M, each of one expert.  Only the device knows how
+many blocks an expert has; the grid has the largest possible number, each program finds its expert from `first_pair`,
+and unused programs end immediately.  Nothing synchronizes with the host, so a CUDA graph can capture it.  The weight is
+the *left* operand of the product: it goes from registers to the tensor core, never back to shared memory.
 
 Every output belongs to exactly one program and every sum has a fixed order, without atomics: the same bits on every
-run, and no races.  Which pairs share a block moves with the routing of other tokens; a pair's own sum does not, because
-a column of the product depends on no other column.
+run, and no races.  Which pairs share a block depends on the routing of other tokens; the sum of a pair does not,
+because a column of the product depends on no other column.
 
-Rows beyond N are the last row again, and their sums are not stored: cheaper than a mask.
+Rows beyond N repeat the last row, and their sums are not stored, which is cheaper than a mask.
 """
 
 import triton
@@ -29,10 +28,10 @@ from llmq_kernels.w4a16.triton_kernel import _centred, _fields, _grid
 
 @triton.jit
 def _own_block(first_pair, block, E, BLOCK_M: tl.constexpr, EXPERTS: tl.constexpr):
-    """Whose block number `block` is, its first place among the sorted pairs, and where its expert's places end.
+    """The expert of block number `block`, the first of its sorted pairs, and the end of the pairs of that expert.
 
-    `first_pair` (E + 1,) is where each expert's pairs begin; EXPERTS is a power of two, E or more.  The expert is E or
-    more for a block that nobody has.
+    `first_pair` (E + 1,) is where the pairs of each expert begin; EXPERTS is a power of two, at least E.  The expert is
+    E or more for an unused block.
     """
     e = tl.arange(0, EXPERTS)
     begin = tl.load(first_pair + e, mask=e < E, other=0)
@@ -92,9 +91,9 @@ def grouped(
     PLANES: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr, ASSEMBLY: tl.constexpr,
     EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`alone` for many pairs: `pairs` (P,) int64 are all of them in the order of their experts, see `_own_block`.
+    """`alone` for many pairs: `pairs` (P,) int64 are all pairs in the order of their experts, see `_own_block`.
 
-    Grid: (as many blocks of pairs as there can be, blocks of N).
+    Grid: (largest possible number of blocks of pairs, blocks of N).
     """
     owner, first, end = _own_block(first_pair, tl.program_id(0), E, BLOCK_M, EXPERTS)
     if owner >= E:
