@@ -24,9 +24,15 @@ from llmq.checkpoint.writer import Writer
 from llmq.config import QuantConfig
 from llmq.model.build.checkpoint_names import ModelWeights
 from llmq.model.build.skeleton import Skeleton
-from llmq.model.passes.hidden_states import Stream
+from llmq.model.passes.forward import forward
+from llmq.model.passes.hidden_states import Storage
+from llmq.model.passes.recorded_calls import RecordedCalls
+from llmq.model.passes.sequential import Streams
+from llmq.model.passes.streams import Stream, Text
+from llmq.report.events import Event, OnEvent, ignore
 from llmq.report.record import BlockReport
 from llmq.steps import layer_plans
+from llmq.steps.run import Run
 
 # (label, function whose time it gets).  A label may have several functions; time in none of them goes to `rest`.
 STEPS = (
@@ -62,14 +68,17 @@ def few_blocks(plan: Plan, session: Session, device: torch.device) -> Result:
     """Every step on a few blocks, without the first, a warm-up, and the last, which no forward follows."""
     stopwatch = Stopwatch(partial(now, device))
     with tempfile.TemporaryDirectory() as folder:
-        run = pipeline_run(plan, Path(folder), plan.few_blocks, device)
-        points = (*STEPS, (PACK, "llmq.formats.codecs.bit_packing:pack"))
         blocks: list[Mapping[str, float]] = []
+
+        def note(event: Event) -> None:
+            if isinstance(event, BlockReport):
+                blocks.append(stopwatch.taken())
+                session.report(f"block {len(blocks)} of {plan.few_blocks}, {sum(blocks[-1].values()):.2f} s")
+
+        run = pipeline_run(plan, Path(folder), plan.few_blocks, device, note)
+        points = (*STEPS, (PACK, "llmq.formats.codecs.bit_packing:pack"))
         with watching(stopwatch, points) as missing:
-            for done in pipeline.quantize_blocks(run):
-                if isinstance(done, BlockReport):
-                    blocks.append(stopwatch.taken())
-                    session.report(f"block {len(blocks)} of {plan.few_blocks}, {sum(blocks[-1].values()):.2f} s")
+            forward(run.skeleton, partial(pipeline.visit_block, run))
     counted = blocks[1:-1] or blocks[-1:]
     times = plan.llama.blocks / len(counted)
     labels = sorted({label for block in counted for label in block})
@@ -89,13 +98,17 @@ def whole_model(plan: Plan, session: Session, device: torch.device) -> Result:
     stopwatch = Stopwatch(partial(now, device))
     watched = [point for point in STEPS if point[0] in NOT_COUNTED]
     with tempfile.TemporaryDirectory() as folder:
-        run = pipeline_run(plan, Path(folder), plan.llama.blocks, device)
         start, finished = time.monotonic(), 0
+
+        def note(event: Event) -> None:
+            nonlocal finished
+            if isinstance(event, BlockReport):
+                finished += 1
+                session.report(f"block {finished} of {plan.llama.blocks}, {time.monotonic() - start:.1f} s")
+
+        run = pipeline_run(plan, Path(folder), plan.llama.blocks, device, note)
         with watching(stopwatch, watched):
-            for done in pipeline.quantize_blocks(run):
-                if isinstance(done, BlockReport):
-                    finished += 1
-                    session.report(f"block {finished} of {plan.llama.blocks}, {time.monotonic() - start:.1f} s")
+            forward(run.skeleton, partial(pipeline.visit_block, run))
     seconds = stopwatch.taken()
     total = sum(value for label, value in seconds.items() if label not in NOT_COUNTED)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
@@ -106,7 +119,7 @@ def whole_model(plan: Plan, session: Session, device: torch.device) -> Result:
     }  # fmt: skip
 
 
-def pipeline_run(plan: Plan, folder: Path, blocks: int, device: torch.device) -> pipeline.Run:
+def pipeline_run(plan: Plan, folder: Path, blocks: int, device: torch.device, on_event: OnEvent = ignore) -> Run:
     """What `llmq quantize --method gptq` runs, on random weights and tokens."""
     dtype, settings = activation_dtype(device), QuantConfig(method="gptq")
     model = random_model.on_meta(random_model.configuration(plan.llama, blocks), dtype, device)
@@ -116,12 +129,23 @@ def pipeline_run(plan: Plan, folder: Path, blocks: int, device: torch.device) ->
     layout = formats.load(settings.formats[0])
     shapes = [(path, linear.out_features, linear.in_features) for path, linear in linears.items()]
     plans = dict(zip(linears, layer_plans.plan_layers(shapes, settings, layout), strict=True))
-    windows = torch.randint(plan.llama.vocabulary, (plan.windows, plan.tokens))
-    batch = max(1, TOKENS_PER_BATCH // plan.tokens)
-    stream = Stream(skeleton, windows, batch, _memory(device))
+    tokens = torch.randint(plan.llama.vocabulary, (plan.windows, plan.tokens))
+    text = Text(tokens, max(1, TOKENS_PER_BATCH // plan.tokens))
+    stream = Stream(skeleton, text, RecordedCalls(skeleton), Storage(device), to_the_end=False)
     options = algorithms.Options(layout.scale_dtype(dtype), settings.order, settings.scales, settings.damping)
     writer = Writer.open(folder / "out", identity={"random": True}, overwrite=True, needed_bytes=0)
-    return pipeline.Run(skeleton, stream, plans, settings.stages, options, layout, lambda name: None, writer)
+    return Run(
+        skeleton=skeleton,
+        streams=Streams(stream, memory=_memory(device)),
+        tuning=None,
+        plans=plans,
+        method=settings.stages,
+        options=options,
+        layout=layout,
+        reader=lambda name: None,
+        writer=writer,
+        on_event=on_event,
+    )
 
 
 def _memory(device: torch.device) -> int:
