@@ -200,7 +200,7 @@ def test_a_layer_that_never_ran_stays_float(
     monkeypatch.setattr(input_groups, "input_groups", without_one)
     report = quantize(model, tmp_path / "out", text, method="gptq")
     name = "model.layers.0.mlp.down_proj"
-    assert report.left[name] == "it did not run on the first 64 calibration tokens"
+    assert report.left[name] == "it was not run for the first 64 calibration tokens"
     assert torch.equal(tensors_of(tmp_path / "out")[f"{name}.weight"], tensors_of(model)[f"{name}.weight"])
     loaded, _ = llmq.load(tmp_path / "out", device="cpu")
     assert isinstance(loaded.get_submodule(name), torch.nn.Linear)

@@ -90,7 +90,7 @@ def test_a_settings_file_that_is_not_there(model: Path, out: Path) -> None:
 
 @pytest.mark.parametrize("option", [("--override", "re:(:bits=4"), ("--skip", "re:(")], ids=lambda option: option[0])
 def test_a_pattern_that_is_none(option: tuple[str, str], model: Path, out: Path) -> None:
-    refused(quantize(model, out, *option), CONFIG, "'re:(' is no regular expression")
+    refused(quantize(model, out, *option), CONFIG, "'re:(' is not a valid regular expression")
     assert not out.exists()
 
 

@@ -136,8 +136,8 @@ def test_a_file_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
         ({"scheme": {"group_size": "row"}}, "group_size is 'row', expected one of 16, 32"),
         ({"overrides": [{"pattern": "x", "bits": 5}]}, "bits is 5, expected one of"),
         ({"overrides": [{"pattern": "x", "bits": "many"}]}, "bits is 'many', expected one of 2, 3, 4, 8"),
-        ({"skip": ["re:("]}, "'re:(' is no regular expression"),
-        ({"overrides": [{"pattern": "re:[", "bits": 8}]}, "'re:[' is no regular expression"),
+        ({"skip": ["re:("]}, "'re:(' is not a valid regular expression"),
+        ({"overrides": [{"pattern": "re:[", "bits": 8}]}, "'re:[' is not a valid regular expression"),
         ({"overrides": [{"bits": 8}]}, "missing key of an override: 'pattern'"),
     ],
 )
