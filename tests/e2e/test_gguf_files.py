@@ -105,7 +105,7 @@ def test_a_token_that_transformers_adds_to_a_file_alone_is_not_looked_up(tmp_pat
     """Its tokenizers have a token that ends texts, whether or not the file does; the embedding has no row for it."""
     alone = export.export(ROOT / "eval" / "models" / "tiny-python-qwen3", tmp_path / "bundled.gguf").file
     (tmp_path / "text.txt").write_text("def f(n):\n    return n + 1\n<|endoftext|>" * 40)
-    with pytest.raises(CheckpointError, match="the tokenizer produced the token id 2048, but the model has .* 2048 tokens"):
+    with pytest.raises(CheckpointError, match="produced the token id 2048, but the model has .* 2048 tokens"):
         measure(alone, None, tmp_path / "text.txt", seqlen=48, limit=1)
 
 

@@ -303,8 +303,8 @@ def test_what_a_stage_says_is_legal_is_proved_all_the_same(
     monkeypatch.setattr(fold, "mixing_width", lambda block, site, probe: 16 if "proj" in site.producer else 1)
     found = Rewritten(checkpoint("llama", num_key_value_heads=4), HELPS)
     told = [each for each in found.told if isinstance(each, str)]
-    assert any("down_proj: rotation undone, it moved" in note for note in told)
-    assert any("o_proj: rotation undone, it moved" in note for note in told)
+    assert any("down_proj: rotation was undone, it changed" in note for note in told)
+    assert any("o_proj: rotation was undone, it changed" in note for note in told)
     assert not found.changed and not any(isinstance(each, StageGain) for each in found.told)
 
 

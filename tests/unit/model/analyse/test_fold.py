@@ -232,7 +232,7 @@ def test_a_folding_that_moves_the_output_is_undone_and_said() -> None:
     assert all(torch.equal(before[name], now) for name, now in parameters_of(block).items())
     assert observed == was  # the very same statistics
     (note,) = notes
-    assert note.startswith("blocks.0.linear: awq undone, it moved the block's output by ")
+    assert note.startswith("blocks.0.linear: awq was undone, it changed the block's output by ")
 
 
 def test_the_same_folding_stays_where_nobody_else_uses_the_norm() -> None:
