@@ -104,9 +104,7 @@ def _targets(
 
 
 def _target_gain(chosen: target.Target) -> list[StageGain]:
-    if (
-        not chosen.before or chosen.after is None
-    ):  # the first layers have the inputs of the float model
+    if not chosen.before or chosen.after is None:  # the first layers have the inputs of the float model
         return []
     return [StageGain("target", chosen.before, chosen.after, chosen.alpha > 0)]
 

@@ -231,7 +231,7 @@ def test_the_blocks_are_the_list_with_the_most_parameters() -> None:
 def test_what_is_no_decoder_is_refused(tmp_path: Path, config: Any) -> None:
     config.architectures = ["BertModel" if config.model_type == "bert" else "T5ForConditionalGeneration"]
     config.save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModelError, match="no causal language model"):
+    with pytest.raises(UnsupportedModelError, match="expected a causal language model"):
         skeleton.build(tmp_path, dtype=torch.float32, remote_code=False)
 
 
