@@ -105,7 +105,7 @@ def test_where_hidden_states_do_not_fit_the_text_is_taken_in_parts(
     found = measure(packed, llama, text, **SIZE)
     assert runs == [(llama.name, 4), ("out", 4), (llama.name, 2), ("out", 2)]
     [note] = found.notes
-    assert "6 windows do not fit" in note and "2 times" in note
+    assert "6 sequences do not fit" in note and "2 times" in note
     agree(found.model, expected.model)
 
 

@@ -73,7 +73,7 @@ def test_the_settings_carry_the_plan_out() -> None:
 def test_layers_that_stay_are_skipped() -> None:
     plan = assign.spend(FOUND, 16)
     assert assign.settled(QuantConfig(), plan).skip == ("a.q", "a.k", "b.down")
-    assert "3 layers as it is" in str(plan)
+    assert "3 layers float" in str(plan)
 
 
 def test_a_layer_that_the_user_has_settled_is_left_out() -> None:

@@ -128,7 +128,7 @@ def test_windows_that_do_not_fit_into_memory_are_left_out(folder: Path, monkeypa
     blocks = 3 * max(block.float_bytes for block in skeleton.blocks)
     monkeypatch.setattr(memory, "spare", lambda device: 2 * (blocks + window))
     found = measured(folder)
-    assert found.windows == 1 and "measured on 1 windows instead of 2" in found.notes[0]
+    assert found.windows == 1 and "measured on 1 sequences instead of 2" in found.notes[0]
     monkeypatch.setattr(memory, "spare", lambda device: 2 * (blocks + window) - 2)
     with pytest.raises(CalibrationError, match="do not fit into memory"):
         measured(folder)
@@ -136,7 +136,7 @@ def test_windows_that_do_not_fit_into_memory_are_left_out(folder: Path, monkeypa
 
 def test_one_window_has_to_do_for_both(folder: Path) -> None:
     found = measured(folder, WINDOWS[:1])
-    assert found.windows == 1 and "one window of text" in found.notes[0]
+    assert found.windows == 1 and "one sequence of text" in found.notes[0]
 
 
 class Experts(nn.Module):
