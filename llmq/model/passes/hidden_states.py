@@ -21,7 +21,7 @@ from llmq.checkpoint.atomic import storing
 from llmq.checkpoint.safetensors_files import reading
 from llmq.memory import HOST
 
-DEVICE_SHARE, HOST_SHARE = 4, 2  # hidden states may take 1/4 of a GPU's free memory, 1/2 of the host's free memory
+DEVICE_SHARE, HOST_SHARE = 4, 2  # hidden states may take a quarter of free GPU memory, half of free host memory
 
 
 class Place(enum.Enum):
