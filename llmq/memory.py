@@ -25,6 +25,7 @@ TOKENS_PER_BATCH_TO_QUANTIZE = {"cpu": 4096, "cuda": 32_768}  # by device type
 PROBE_TOKENS = 64  # they show which weights share an input, and which layer makes it; layers not run are kept in float
 
 HOST = torch.device("cpu")
+AMPLE_BYTES = 2**30  # free memory; with less, nothing is read ahead, and blocks are written without a thread
 CGROUPS = Path("/sys/fs/cgroup")
 # Per version of control groups: the folder below the mount point, the files with the limit and the usage, and the name
 # of the reclaimable file pages in memory.stat.

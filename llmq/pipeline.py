@@ -48,27 +48,10 @@ from llmq.steps.transforms import transform_block
 
 def quantize_model(run: Run, save: Callable[[], None]) -> None:
     """Quantize and commit every block, then the head; tune all blocks together; save the finished model."""
-    forward(run.skeleton, lambda block: visit_block(run, block))
+    forward(run.skeleton, lambda block: quantize_block(run, block))
     quantize_head(run)
     tune_end_to_end(run)
     save()
-
-
-def visit_block(run: Run, block: Block) -> None:
-    """Quantize a loaded block, or restore it if an interrupted run has committed it; advance the text past the block.
-
-    It emits the block's report as an event.
-    """
-    start = time.monotonic()
-    if run.streams is not None:
-        run.streams.enter(block)  # keeps a copy of the float weights for the float stream
-    if run.writer.has(block.index):
-        report = restore_block(run, block)
-        if run.streams is not None:
-            run.streams.past(block)
-    else:
-        report = quantize_block(run, block, start)
-    run.on_event(report)
 
 
 @dataclass
@@ -89,9 +72,17 @@ class BlockResult:
     gains: list[StageGain] = field(default_factory=list)
 
 
-def quantize_block(run: Run, block: Block, start: float) -> BlockReport:
-    """observe → transform → quantize → tune → pack → commit, for one block whose float weights are loaded."""
-    result = BlockResult()
+def quantize_block(run: Run, block: Block) -> None:
+    """observe → transform → quantize → tune → pack → commit, for one block whose float weights are loaded.
+
+    A block that an interrupted run committed is restored instead. In both cases the text is advanced past the block.
+    """
+    start, result = time.monotonic(), BlockResult()
+    if run.streams is not None:
+        run.streams.enter(block)  # keeps a copy of the float weights for the float stream
+    if run.writer.has(block.index):
+        restore_block(run, block)
+        return
     if run.streams is None:  # no calibration text: every layer is a separate group, without statistics
         for path, linear in block.linears.items():
             quantize_group(run, block, result, InputGroup((path,), linear.in_features), None)
@@ -106,7 +97,7 @@ def quantize_block(run: Run, block: Block, start: float) -> BlockReport:
     seconds = time.monotonic() - start
     report = BlockReport(block.path, tuple(result.reports), tuple(result.notes), seconds, gains=tuple(result.gains))
     run.writer.commit(block.index, tensors, report.to_dict())
-    return report
+    run.on_event(report)
 
 
 def quantize_group(run: Run, block: Block, result: BlockResult, group: InputGroup, stats: InputStats | None) -> None:
@@ -159,12 +150,14 @@ def kept_in_float(run: Run, block: Block, result: BlockResult) -> dict[str, Tens
     return {n: tensor for n, tensor in stored.items() if n not in replaced and not left_stacked(n, packed)}
 
 
-def restore_block(run: Run, block: Block) -> BlockReport:
-    """Put the weights that an interrupted run committed into the loaded block."""
+def restore_block(run: Run, block: Block) -> None:
+    """Put the weights that an interrupted run committed into the loaded block, and advance the text past it."""
     tensors, record = run.writer.read(block.index)
     report = BlockReport.from_dict(record, resumed=True)
     paths = {plan.name: path for path, plan in run.plans.items()}
     for layer in report.layers:
         block.set_weight(paths[layer.name], run.unpack(layer.name, tensors).dequantize())
     block.set_stored_parameters(tensors)
-    return report
+    if run.streams is not None:
+        run.streams.past(block)
+    run.on_event(report)

@@ -9,7 +9,7 @@ The codes are the quantized values, the zeros the zero points. The Hessian is fa
 steps. A method without targets and refinements has the rounding stage only.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -42,51 +42,44 @@ def round_group(
     stats: InputStats | None,
     method: Method,
     options: Options,
-) -> Iterator[Rounded]:
-    """Quantize weights (N, K) that share an input, by path.
+) -> list[Rounded]:
+    """Quantize weights (N, K) that share an input, by path; those with the scheme None are skipped.
 
-    Weights with the same scheme are stacked and solved together; those with the scheme None are skipped.
+    The Hessian is factored once for all of them. Weights with the same scheme are stacked along their rows and solved
+    together.
     """
-    by_scheme: dict[WeightScheme, dict[str, Tensor]] = {}
-    for path, weight in weights.items():
-        scheme = schemes[path]
-        if scheme is not None:
-            by_scheme.setdefault(scheme, {})[path] = weight
-    factor = None
-    needed = method.alphas or method.refinements or algorithms.rounding(method.rounding).NEEDS_FACTOR
-    if stats is not None and stats.tokens and needed:
-        factor = factorize(stats.second_moment(), options.order, options.damping)
-    for scheme, same_scheme in by_scheme.items():
-        yield from _round_stacked(same_scheme, scheme, stats, factor, method, options)
-
-
-def _round_stacked(
-    weights: Mapping[str, Tensor],
-    scheme: WeightScheme,
-    stats: InputStats | None,
-    factor: Factor | None,
-    method: Method,
-    options: Options,
-) -> Iterator[Rounded]:
-    targets = {path: target.Target(weight, 0.0) for path, weight in weights.items()}
-    if stats is not None and factor is not None and method.alphas:
-        targets = _targets(weights, stats, factor, method)
-    stack = torch.cat([chosen.weight for chosen in targets.values()])
     stage = algorithms.rounding(method.rounding)
-    rounding = stage.round_weight(stack, stats, scheme, options, factor)
-    refined, gains = rounding.quantized, {path: _target_gain(chosen) for path, chosen in targets.items()}
-    if stats is not None and factor is not None and method.refinements:
-        damped = _damped(stats.second_moment(), factor)
-        for name in method.refinements:
-            candidate = algorithms.refinement(name).refine(stack, refined, damped, options)
-            refined = _keep_better(name, weights, refined, candidate, stats.held_out, gains)
-    start = 0
-    for path, weight in weights.items():
-        stop = start + len(weight)
-        notes = (*rounding.notes, *targets[path].notes)
-        rounding_of_weight = Rounding(refined.rows(start, stop), rounding.damping, notes)
-        yield Rounded(path, weight, rounding_of_weight, tuple(gains[path]))
-        start = stop
+    factor = None
+    if stats is not None and stats.tokens and (method.alphas or method.refinements or stage.NEEDS_FACTOR):
+        factor = factorize(stats.second_moment(), options.order, options.damping)
+    layers: list[Rounded] = []
+    for scheme in dict.fromkeys(scheme for scheme in map(schemes.get, weights) if scheme is not None):
+        same_scheme = {path: weight for path, weight in weights.items() if schemes[path] == scheme}
+
+        # target: what is quantized in the place of each weight
+        targets = {path: target.Target(weight, 0.0) for path, weight in same_scheme.items()}
+        if stats is not None and factor is not None and method.alphas:
+            targets = _targets(same_scheme, stats, factor, method)
+        stack = torch.cat([chosen.weight for chosen in targets.values()])
+        gains = {path: _target_gain(chosen) for path, chosen in targets.items()}
+
+        # rounding, then refinements
+        rounding = stage.round_weight(stack, stats, scheme, options, factor)
+        quantized = rounding.quantized
+        if stats is not None and factor is not None and method.refinements:
+            damped = _damped(stats.second_moment(), factor)
+            for name in method.refinements:
+                refined = algorithms.refinement(name).refine(stack, quantized, damped, options)
+                quantized = _keep_better(name, same_scheme, quantized, refined, stats.held_out, gains)
+
+        start = 0
+        for path, weight in same_scheme.items():
+            stop = start + len(weight)
+            notes = (*rounding.notes, *targets[path].notes)
+            rows = Rounding(quantized.rows(start, stop), rounding.damping, notes)
+            layers.append(Rounded(path, weight, rows, tuple(gains[path])))
+            start = stop
+    return layers
 
 
 def _targets(

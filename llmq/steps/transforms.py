@@ -6,7 +6,7 @@ after. It is undone if it changes the output, or does not lower the error of the
 """
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -137,7 +137,7 @@ class BlockTransforms:
         return output_loss(self._block, quantized, self._call, expected)
 
 
-def round_plainly(run: Run, weights: Mapping[str, Tensor], stats: InputStats) -> Iterator[Rounded]:
+def round_plainly(run: Run, weights: Mapping[str, Tensor], stats: InputStats) -> list[Rounded]:
     """Quantize weights with the rounding stage of the method, without targets and refinements."""
     plain = dataclasses.replace(run.method, alphas=(), refinements=())
     return round_group(weights, {path: run.plans[path].scheme.weights for path in weights}, stats, plain, run.options)
