@@ -155,7 +155,7 @@ def test_an_encoder_and_decoder(command: str, tmp_path: Path, out: Path) -> None
     builders.save_model(tmp_path / "t5", transformers.T5ForConditionalGeneration(config))
     more = {"quantize": (out,), "generate": ("--prompt", "x")}[command]
     found = "holds T5ForConditionalGeneration, expected a causal language model"
-    refused(llmq(command, tmp_path / "t5", *more), UNSUPPORTED, found, "encoder-decoders it does not")
+    refused(llmq(command, tmp_path / "t5", *more), UNSUPPORTED, found, "encoder-decoders are not supported")
     assert not out.exists()
 
 
