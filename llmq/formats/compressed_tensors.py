@@ -73,7 +73,7 @@ def unpack(tensors: Mapping[str, Tensor], reading: Reading) -> QuantizedTensor:
     else:
         N, K = (int(size) for size in checks.stored(tensors, "weight_shape", (torch.int64, torch.int32), (2,)))
         packed = checks.stored(tensors, "weight_packed", (torch.int32,), (N, None))
-        codes = _unpacked(packed, reading.bits, K, dim=1, what="weight_packed")
+        codes = _unpacked(packed, reading.bits, K, dim=1, suffix="weight_packed")
     N, K = codes.shape
     G = checks.groups_of(reading, K)
     shape = (1,) if scheme.group_size == "tensor" else (N, G)
@@ -164,7 +164,7 @@ def read_config(config: Mapping[str, Any]) -> Reader:
     return read
 
 
-def _unpacked(words: Tensor, bits_per_code: int, length: int, dim: int, what: str) -> Tensor:
+def _unpacked(words: Tensor, bits_per_code: int, length: int, dim: int, suffix: str) -> Tensor:
     """Dense or padded words -> uint8 codes; the number of words shows which form it is."""
     stored = words.shape[dim]
     dense, padded = bit_packing.words_for(length, bits_per_code), bit_packing.padded_words_for(length, bits_per_code)
@@ -173,7 +173,7 @@ def _unpacked(words: Tensor, bits_per_code: int, length: int, dim: int, what: st
     if stored == padded:
         return bit_packing.unpack_padded(words, bits_per_code, length, dim)
     expected = str(dense) if dense == padded else f"{dense} (or {padded}, padded)"
-    raise FormatError(f"{what} has {stored} words for {length} codes of {bits_per_code} bits, expected {expected}")
+    raise FormatError(f"{suffix} has {stored} words for {length} codes of {bits_per_code} bits, expected {expected}")
 
 
 def _reshaped(tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Mapping[str, Tensor]:
@@ -200,7 +200,7 @@ def _zeros(tensors: Mapping[str, Tensor], reading: Reading, N: int, G: int) -> T
         plain = checks.stored({"weight_zero_point": signed}, "weight_zero_point", (torch.int8,), shape)
         return _by_row(plain, N, G).to(torch.int16) + middle
     packed = checks.stored(tensors, "weight_zero_point", (torch.int32,), (None, G))
-    return _unpacked(packed, reading.bits, N, dim=0, what="weight_zero_point").to(torch.int16)  # (N, G)
+    return _unpacked(packed, reading.bits, N, dim=0, suffix="weight_zero_point").to(torch.int16)  # (N, G)
 
 
 def _group_index(tensors: Mapping[str, Tensor], reading: Reading, K: int) -> Tensor | None:

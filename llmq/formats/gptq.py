@@ -101,10 +101,10 @@ def refusal(scheme: WeightScheme, out_features: int, in_features: int) -> str | 
     if scheme.bits not in BITS_WRITTEN:
         return f"gptq is written with 4 and 8 bits only, not {scheme.bits}; compressed-tensors holds 2, 3, 4 and 8"
     per_word = 32 // scheme.bits
-    for what, features in (("output", out_features), ("input", in_features)):
+    for side, features in (("output", out_features), ("input", in_features)):
         if features % per_word:
             return (
-                f"gptq packs {per_word} {what} features into a word at {scheme.bits} bits and {features} is not a"
+                f"gptq packs {per_word} {side} features into a word at {scheme.bits} bits and {features} is not a"
                 f" multiple of {per_word}; compressed-tensors holds any number"
             )
     return checks.grouping_refusal(scheme, in_features)

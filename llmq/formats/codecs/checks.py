@@ -160,19 +160,19 @@ def declared(config: Mapping[str, Any], *names: str) -> Any:
     raise FormatError(f"quantization_config has no {' or '.join(names)}; found {present}")
 
 
-def mapping(value: Any, what: str) -> Mapping[str, Any]:
-    """`value`, checked to be a block of keys; `what` names it in the error."""
+def mapping(value: Any, key: str) -> Mapping[str, Any]:
+    """`value`, checked to be a block of keys; `key` names it in the error."""
     if not isinstance(value, Mapping):
-        raise FormatError(f"quantization_config holds {value!r} for {what}, expected a block of keys")
+        raise FormatError(f"quantization_config holds {value!r} for {key}, expected a block of keys")
     return value
 
 
-def names_in(value: Any, what: str) -> Sequence[str]:
-    """`value`, checked to be a list of names; None is an empty list.  `what` names it in the error."""
+def names_in(value: Any, key: str) -> Sequence[str]:
+    """`value`, checked to be a list of names; None is an empty list.  `key` names it in the error."""
     if value is None:
         return ()
     if not isinstance(value, Sequence) or not all(isinstance(entry, str) for entry in value) or isinstance(value, str):
-        raise FormatError(f"quantization_config holds {value!r} for {what}, expected a list of names")
+        raise FormatError(f"quantization_config holds {value!r} for {key}, expected a list of names")
     return value
 
 
