@@ -50,7 +50,7 @@ class WeightScheme:
             raise ConfigError(f"bits is {self.bits!r}, expected one of {listed(BITS)}", hint="the usual choice is 4")
         if type(self.group_size) not in (int, str) or self.group_size not in (*GROUP_SIZES, "channel", "tensor"):
             raise ConfigError(
-                f"invalid group size {self.group_size!r}, expected one of {listed(GROUP_SIZES)}, channel or tensor",
+                f"group size is {self.group_size!r}, expected one of {listed(GROUP_SIZES)}, channel or tensor",
                 hint="the usual choice is 128; channel is one scale per row, tensor one scale per weight",
             )
         if type(self.symmetric) is not bool:
