@@ -57,9 +57,7 @@ def test_codes_are_the_nearest_values_of_the_grid() -> None:
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_min_max_errors_are_at_most_half_a_step(bits: int, symmetric: bool) -> None:
-    """The symmetric extreme on the side with one code less is half a step beyond the last code, so its error is the
-    same.
-    """
+    """This includes a symmetric extreme on the side with one code less: it is half a step beyond the last code."""
     weight = weights(8, 64)
     fitted = affine_grid.fit_minmax(weight, WeightScheme(bits, 32, symmetric), FLOAT32)
     codes = fitted.encode(weight)
