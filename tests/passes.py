@@ -1,11 +1,14 @@
 """Text on its way through a skeleton, set up as a job does it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from llmq.algorithms import Options
 from llmq.memory import HOST
+from llmq.methods import Method
 from llmq.model.analyse.input_groups import InputGroup, input_groups
 from llmq.model.build.block import Block
 from llmq.model.build.skeleton import Skeleton
@@ -15,6 +18,9 @@ from llmq.model.passes.sequential import Sequential, Streams
 from llmq.model.passes.statistics import TokenWeights
 from llmq.model.passes.streams import Stream, Text
 from llmq.numerics.input_stats import InputStats
+from llmq.numerics.layer_plan import LayerPlan
+from llmq.numerics.scheme import Scheme, WeightScheme
+from llmq.steps.run import Run
 
 REMEMBERED, REPEATED = 1 << 40, 0  # bytes of memory for what forwards keep
 CPU_MEMORY = Storage(HOST)
@@ -92,6 +98,22 @@ def run_block(
         forwards.finish(streams.quantized)
     streams.advance()
     return seen
+
+
+def plans_of(block: Block, scheme: WeightScheme, kept: str = "none") -> dict[str, LayerPlan]:
+    """Every linear layer of a block on one grid, but for those whose path ends in `kept`, which stay in float."""
+    return {
+        path: LayerPlan(path, m.out_features, m.in_features, Scheme(None if path.endswith(kept) else scheme))
+        for path, m in block.linears.items()
+    }
+
+
+def run_without_output(
+    skeleton: Skeleton, streams: Streams, plans: Mapping[str, LayerPlan], method: Method
+) -> Run:
+    """A run of which nothing is packed or written."""
+    nothing = cast(Any, None)
+    return Run(skeleton, streams, None, plans, method, Options(), nothing, nothing, nothing)
 
 
 class Stack(nn.Module):

@@ -16,7 +16,6 @@ from llmq.errors import CheckpointError, UnsupportedModelError
 from llmq.model.build import skeleton
 from llmq.model.build.block import Call
 from llmq.model.build.skeleton import Skeleton
-from llmq.model.passes.hidden_states import Stream
 from tests.builders import (
     CONFIGS,
     VOCABULARY,
@@ -26,6 +25,7 @@ from tests.builders import (
     skeleton_of,
     tokens,
 )
+from tests.passes import states_of, stream_over
 
 LENGTH = 3 * WINDOW  # longer than the window of a sliding layer
 
@@ -283,12 +283,12 @@ def test_the_stream_carries_what_each_block_puts_out(checkpoint: Checkpoints, na
     walked = skeleton_of(checkpoint(name))
     ids = tokens(4, LENGTH)
     expected = list(replayed(walked, ids))  # (…, 4, T, D) each
-    stream = Stream(walked, ids, batch)
+    stream = stream_over(walked, ids, batch)
     for index, block in enumerate(walked.blocks):
         block.load()
-        outputs = torch.cat([block.run(call) for call in stream.calls()], dim=-3)
         sample = block.run(stream.sample(LENGTH - 5))
-        stream.advance(block)
+        stream.past(block)
+        outputs = torch.cat(states_of(stream), dim=-3)
         block.free()
         tolerance = 1e-5 * float(expected[index].abs().max())  # matrices of other sizes are summed in another order
         torch.testing.assert_close(outputs, expected[index], rtol=0, atol=tolerance)
