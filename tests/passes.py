@@ -108,9 +108,7 @@ def plans_of(block: Block, scheme: WeightScheme, kept: str = "none") -> dict[str
     }
 
 
-def run_without_output(
-    skeleton: Skeleton, streams: Streams, plans: Mapping[str, LayerPlan], method: Method
-) -> Run:
+def run_without_output(skeleton: Skeleton, streams: Streams, plans: Mapping[str, LayerPlan], method: Method) -> Run:
     """A run of which nothing is packed or written."""
     nothing = cast(Any, None)
     return Run(skeleton, streams, None, plans, method, Options(), nothing, nothing, nothing)

@@ -1,4 +1,4 @@
-"""Two loops over blocks, and two ways of looking into a forward: hooks, and a `forward` that is replaced for a while."""
+"""Two loops over blocks; two ways of looking into a forward: hooks, and `forward`s that are replaced for a while."""
 
 import ast
 from collections.abc import Iterator

@@ -114,9 +114,7 @@ def test_a_block_without_loss_is_not_tuned() -> None:
 
 
 @pytest.mark.parametrize("index", [1, 2])
-def test_gradients_equal_those_of_the_whole_model(
-    checkpoint: Checkpoints, index: int
-) -> None:
+def test_gradients_equal_those_of_the_whole_model(checkpoint: Checkpoints, index: int) -> None:
     """Against transformers' own model: block `index` of three has rounded weights, those before it moved the stream."""
     folder, windows = checkpoint("llama"), tokens(5, LENGTH)
     walked = skeleton_of(folder)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from llmq import memory
-from llmq.checkpoint.read_ahead import AMPLE_BYTES, COMING_SHARE, KEPT_SHARE, ReadAhead
+from llmq.checkpoint import read_ahead
+from llmq.checkpoint.read_ahead import COMING_SHARE, KEPT_SHARE, ReadAhead
 from llmq.checkpoint.reader import Checkpoint
 from llmq.errors import CheckpointError
 from llmq.runtime.open_skeleton import open_skeleton
@@ -53,14 +54,12 @@ def disk() -> Iterator[Disk]:
 
 @pytest.fixture
 def made(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> Made:
-    """A reader with room for some tensors that are kept, or with some free memory."""
+    """A reader with room for some tensors that are kept, while memory is ample."""
 
-    def make(kept: int = 0, *, free: int | None = None) -> ReadAhead:
-        monkeypatch.setattr(memory, "spare", lambda device: AMPLE_BYTES if free is None else free)
-        read = ReadAhead(disk.read, lambda name: NBYTES)
-        if free is None:
-            read._room = kept * NBYTES
-        return read
+    def make(kept: int = 0) -> ReadAhead:
+        monkeypatch.setattr(memory, "spare", lambda device: memory.AMPLE_BYTES)
+        monkeypatch.setattr(read_ahead, "KEPT_SHARE", memory.AMPLE_BYTES // (kept * NBYTES) if kept else 1 << 60)
+        return ReadAhead(disk.read, lambda name: NBYTES)
 
     return make
 
@@ -123,12 +122,13 @@ def test_the_least_recently_used_tensors_go_first(made: Made, disk: Disk) -> Non
     assert read.reads == {"a": 1, "b": 2, "c": 1} and list(read._kept) == ["a", "b"]
 
 
-def test_tensors_larger_than_the_room_are_not_kept(made: Made, disk: Disk) -> None:
-    read = made(kept=0)
-    read._room = NBYTES - 1
-    assert torch.equal(read("a"), TENSORS["a"]) and not read._kept
-    read("a")
-    assert read.reads == {"a": 2}
+def test_tensors_larger_than_the_room_are_not_kept(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    for room, reads in ((NBYTES - 1, 2), (NBYTES, 1)):
+        monkeypatch.setattr(memory, "AMPLE_BYTES", 0)
+        monkeypatch.setattr(memory, "spare", lambda device, room=room: room * KEPT_SHARE)
+        read = ReadAhead(disk.read, lambda name: NBYTES)
+        assert torch.equal(read("a"), TENSORS["a"]) and torch.equal(read("a"), TENSORS["a"])
+        assert read.reads == {"a": reads}
 
 
 @pytest.mark.parametrize("ahead", [False, True])
@@ -143,24 +143,24 @@ def test_errors_surface_at_the_call(made: Made, disk: Disk, ahead: bool) -> None
     assert torch.equal(read("b"), TENSORS["b"])
 
 
-def test_nothing_is_read_ahead_under_little_memory(made: Made, disk: Disk) -> None:
-    read = made(free=AMPLE_BYTES - 1)
+def test_nothing_is_read_ahead_under_little_memory(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "spare", lambda device: memory.AMPLE_BYTES - 1)
+    read = ReadAhead(disk.read, lambda name: NBYTES)
     read.expect("abc")
     assert torch.equal(read("a"), TENSORS["a"]) and torch.equal(read("a"), TENSORS["a"])
     assert disk.by_main() == ["a", "a"] and not disk.ahead()
     assert not read._kept and read._thread is None
 
 
-def test_shares_of_free_memory_are_used(
-    made: Made, disk: Disk, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert made(free=8 * AMPLE_BYTES)._room == 8 * AMPLE_BYTES // KEPT_SHARE
-    read = made(free=8 * AMPLE_BYTES)
-    monkeypatch.setattr(memory, "spare", lambda device: 2 * NBYTES * COMING_SHARE)  # since then it became less
+def test_only_what_fits_is_read_ahead(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "AMPLE_BYTES", 0)
+    monkeypatch.setattr(memory, "spare", lambda device: 2 * NBYTES * COMING_SHARE)
+    read = ReadAhead(disk.read, lambda name: NBYTES)
     read.expect("abc")
     assert read._thread is None and not disk.threads, "three do not fit"
     read.expect("ab")
     assert torch.equal(read("a"), TENSORS["a"]) and disk.ahead()[0] == "a"
+    assert torch.equal(read("a"), TENSORS["a"]) and read.reads["a"] == 1, "there is room to keep one"
     read.expect("abc")
     assert torch.equal(read("c"), TENSORS["c"]) and "c" in disk.ahead(), "a is kept and takes nothing more"
 

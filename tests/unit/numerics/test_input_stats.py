@@ -86,7 +86,7 @@ def test_cross_moments_of_what_the_inputs_have_moved_by(monkeypatch: pytest.Monk
     assert torch.equal(held_out.drift_moment(), held_out.drift_moment().T)
 
 
-def test_a_token_without_its_original_leaves_the_cross_moments_unknown() -> None:
+def test_an_unpaired_token_leaves_cross_moments_unknown() -> None:
     original, moved = pairs()
     found = InputStats(8, CPU)
     held_out = found.hold_out()

@@ -13,7 +13,6 @@ from torch import Tensor
 from llmq.checkpoint.read_ahead import ReadAhead
 from llmq.checkpoint.reader import Checkpoint
 from llmq.methods import METHODS, Method, Tuning
-from llmq.model.build.block import Block
 from llmq.model.passes.hidden_states import HiddenStates
 from llmq.model.passes.streams import Stream, Text
 from llmq.report.events import Event, Progress

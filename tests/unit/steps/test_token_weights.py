@@ -126,7 +126,9 @@ def test_statistics_are_weighted_by_tokens(checkpoint: Checkpoints) -> None:
     assert all(parameter.is_meta for block in walked.blocks for parameter in block.module.parameters())
     block, streams = walked.blocks[0], streams_over(walked, windows, validation=2, weights=weights)
     names: dict[str, tuple[str, ...]] = {}
-    for leader, stats in run_block(streams, block, lambda _, group: names.update({group.names[0]: group.names})).items():
+    for leader, stats in run_block(
+        streams, block, lambda _, group: names.update({group.names[0]: group.names})
+    ).items():
         fed: list[Tensor] = []
         hook = block.linears[leader].register_forward_pre_hook(lambda _, args, fed=fed: fed.append(args[0]))
         block.run(walked.record(0, windows))

@@ -214,7 +214,7 @@ def test_a_folding_that_moves_the_output_is_undone() -> None:
     assert all(torch.equal(result.before[name], now) for name, now in parameters_of(result.block).items())
     assert result.observed == result.observed_before  # the same statistics, not equal ones
     (note,) = result.notes
-    assert note.startswith("blocks.0.linear: awq undone, it moved the block's output by ")
+    assert note.startswith("blocks.0.linear: awq") and "undone" in note
 
 
 def test_a_folding_stays_where_nothing_else_uses_the_norm() -> None:

@@ -209,7 +209,7 @@ def test_blocks_that_are_called_in_an_unknown_way_are_refused() -> None:
         skeleton_in_memory(model).record(0, tokens(1, 5))
 
 
-def test_blocks_that_need_the_keys_and_values_of_others_are_refused(checkpoint: Checkpoints) -> None:
+def test_blocks_that_share_keys_and_values_are_refused(checkpoint: Checkpoints) -> None:
     walked = skeleton_of(checkpoint("gemma3n", num_hidden_layers=4, num_kv_shared_layers=2))
     with pytest.raises(UnsupportedModelError, match="its last 2 blocks share the keys and values of earlier ones"):
         walked.record(0, tokens(1, 5))
@@ -279,7 +279,7 @@ def test_a_weight_that_is_no_number_is_named(checkpoint: Checkpoints, tmp_path: 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3n"])
 @pytest.mark.parametrize("batch", [1, 2, 4])
-def test_the_stream_carries_what_each_block_puts_out(checkpoint: Checkpoints, name: str, batch: int) -> None:
+def test_a_stream_carries_the_outputs_of_each_block(checkpoint: Checkpoints, name: str, batch: int) -> None:
     walked = skeleton_of(checkpoint(name))
     ids = tokens(4, LENGTH)
     expected = list(replayed(walked, ids))  # (…, 4, T, D) each

@@ -158,9 +158,7 @@ def test_hooks_see_gradients_of_outputs(checkpoint: Checkpoints) -> None:
         assert (of_output - expected[path]).abs().max() <= TOLERANCE * expected[path].abs().max(), path
 
 
-def test_known_tokens_are_recorded_by_the_first_block(
-    checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_known_tokens_are_recorded_by_the_first_block(checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step of tuning takes tokens that were compared before: nothing but their embedding is recorded."""
     walked, text = skeleton_of(checkpoint("llama")), Text(tokens(2, LENGTH), 2)
     calls = RecordedCalls(walked)

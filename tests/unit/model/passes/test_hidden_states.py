@@ -85,7 +85,7 @@ def test_a_file_that_is_cut_short_is_an_error(tmp_path: Path, left: int) -> None
     states.write(range(3), random(3, 4, 8))
     with (tmp_path / "text").open("rb+") as file:
         file.truncate(left)
-    with pytest.raises(CheckpointError, match="text: it ends before sequence 2 does"):
+    with pytest.raises(CheckpointError, match="text: .* sequence 2"):
         states.read([2])
 
 

@@ -125,7 +125,11 @@ DEPENDENT: dict[str, Callable[[Tensor], tuple[Tensor, float, Any]]] = {
     "a tensor": lambda ids: ((ids > 130).float(), 1.0, None),
     "a number": lambda ids: (torch.ones(ids.shape), float(ids.sum()), None),
     "a shape": lambda ids: (torch.ones(ids.shape), 1.0, torch.ones(int(ids[0, 0]))),
-    "a dtype": lambda ids: (torch.ones(ids.shape), 1.0, torch.ones(1).to([torch.float, torch.half][int(ids[0, 0]) % 2])),
+    "a dtype": lambda ids: (
+        torch.ones(ids.shape),
+        1.0,
+        torch.ones(1).to([torch.float, torch.half][int(ids[0, 0]) % 2]),
+    ),
     "a tensor in a tuple": lambda ids: (torch.ones(ids.shape), 1.0, (None, [ids])),
     "a tensor in a dictionary": lambda ids: (torch.ones(ids.shape), 1.0, {"a": {"b": ids}}),
     "a kind": lambda ids: (torch.ones(ids.shape), 1.0, "1" if int(ids[0, 0]) % 2 else 1),

@@ -122,7 +122,10 @@ def test_float_stream_equals_the_float_model(checkpoint: Checkpoints, name: str)
             hook.remove()
         quantized.past(block)
         alone.advance()
-    for ours, theirs in ((float_states(streams), states_of(alone)), (states_of(streams.quantized), states_of(quantized))):
+    for ours, theirs in (
+        (float_states(streams), states_of(alone)),
+        (states_of(streams.quantized), states_of(quantized)),
+    ):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
@@ -138,7 +141,10 @@ def test_both_streams_agree_bitwise_in_both_ways(checkpoint: Checkpoints, valida
             assert ours is not None and theirs is not None
             for moment in ("second_moment", "cross_moment", *(("drift_moment",) if ours is judges[0] else ())):
                 assert torch.equal(getattr(ours, moment)(), getattr(theirs, moment)())
-    for ours, theirs in ((float_states(one), float_states(other)), (states_of(one.quantized), states_of(other.quantized))):
+    for ours, theirs in (
+        (float_states(one), float_states(other)),
+        (states_of(one.quantized), states_of(other.quantized)),
+    ):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     assert one.notes == [] and other.notes == [REPEATED_NOTE.format(blocks=2)]
 
@@ -148,7 +154,10 @@ def test_states_in_files_change_no_bit(checkpoint: Checkpoints, tmp_path: Path) 
     files = Storage(HOST, Place.FILE, tmp_path / "states")
     (kept, one), (again, other) = (run_both(walked, REMEMBERED, storage=storage) for storage in (None, files))
     assert all(torch.equal(kept[leader].second_moment(), again[leader].second_moment()) for leader in kept)
-    for ours, theirs in ((float_states(one), float_states(other)), (states_of(one.quantized), states_of(other.quantized))):
+    for ours, theirs in (
+        (float_states(one), float_states(other)),
+        (states_of(one.quantized), states_of(other.quantized)),
+    ):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     assert sorted(file.name for file in (tmp_path / "states").iterdir()) == ["float-0", "quantized-0"]
 
