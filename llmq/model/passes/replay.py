@@ -70,11 +70,13 @@ class Replay:
 
     def run_to(self, key: Hashable, call: Call, module: nn.Module) -> Arrival | None:
         """The input of `module` when the block is run on `call`; None if the module is not run."""
+        before = list(self._finished.get(key, ()))
         with in_front_of(module, _leave):
             try:
                 self._run(key, call)
             except _Reached as reached:
                 return reached.arrival
+        self._finished[key] = before  # this one ran to its end, through weights that are still to change
         return None
 
     def finish(self, key: Hashable, call: Call) -> Tensor:

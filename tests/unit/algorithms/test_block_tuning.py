@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM
 from llmq.algorithms import block_tuning
 from llmq.algorithms.kl_tuning import Rates
 from llmq.methods import Method, Tuning
-from llmq.model.passes.hidden_states import Stream
 from llmq.numerics.affine_grid import fit_minmax
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import WeightScheme
 from llmq.steps.block_tuning import BlockProblem
 from tests.builders import WINDOW, skeleton_of, tokens
+from tests.passes import streams_over
 from tests.runs import quantize, tensors_of
 
 Checkpoints = Callable[..., Path]
@@ -75,13 +75,13 @@ def tuned(problem: TwoLayers, steps: int) -> tuple[dict[str, QuantizedTensor], b
     return given, block_tuning.tune(given, problem.weights, problem, RATES, steps)
 
 
-def test_no_steps_leave_the_codes_that_were_given() -> None:
+def test_no_steps_leave_the_given_codes() -> None:
     problem = TwoLayers()
     given, best = tuned(problem, 0)
     assert same(best.weights, given) and same(problem.current, given) and best.step == 0 and best.after == best.before
 
 
-def test_both_weights_move_and_the_held_out_loss_falls() -> None:
+def test_both_weights_move_and_the_validation_loss_falls() -> None:
     problem = TwoLayers()
     given, best = tuned(problem, 60)
     assert best.after < 0.8 * best.before
@@ -91,13 +91,13 @@ def test_both_weights_move_and_the_held_out_loss_falls() -> None:
     assert all(not torch.equal(best.weights[name].codes, given[name].codes) for name in given)
 
 
-def test_what_is_not_better_is_undone() -> None:
+def test_steps_that_do_not_help_are_undone() -> None:
     problem = TwoLayers([1.0, 1.0, 1.2, 1.1, 1.0, 3.0])
     given, best = tuned(problem, 10)
     assert problem.losses == [] and best.step == 0 and same(best.weights, given) and same(problem.current, given)
 
 
-def test_the_best_on_the_way_is_kept() -> None:
+def test_the_best_step_is_kept() -> None:
     at_best = TwoLayers([1.0, 0.9, 0.8, 0.9, 0.9, 0.85])
     _, best = tuned(at_best, 10)
     assert (best.step, best.after) == (4, 0.8)
@@ -107,31 +107,29 @@ def test_the_best_on_the_way_is_kept() -> None:
     assert not same(tuned(other, 10)[1].weights, best.weights)
 
 
-def test_a_block_without_a_loss_is_left_alone() -> None:
+def test_a_block_without_loss_is_not_tuned() -> None:
     problem = TwoLayers([0.0])
     given, best = tuned(problem, 10)
     assert same(best.weights, given) and problem.losses == []
 
 
 @pytest.mark.parametrize("index", [1, 2])
-def test_gradients_are_those_of_the_output_s_distance_or_of_the_predictions(
-    checkpoint: Checkpoints, index: int
-) -> None:
+def test_gradients_equal_those_of_the_whole_model(checkpoint: Checkpoints, index: int) -> None:
     """Compared with the model of transformers: block `index` of three and all blocks before it are quantized."""
     folder, windows = checkpoint("llama"), tokens(5, LENGTH)
     walked = skeleton_of(folder)
-    stream = Stream(walked, windows, 2, 0, originals=True, held_out=2)
+    streams = streams_over(walked, windows, floats=True, validation=2)
     for block in walked.blocks[:index]:
         block.load()
-        stream.enter(block)
+        streams.enter(block)
         for path in block.linears:
             block.set_weight(path, nearest(block.weight(path)).dequantize())
-        stream.advance(block)
+        streams.past(block)
     block = walked.blocks[index]
     block.load()
-    stream.enter(block)
-    stream.know_originals(block, None)
-    problem = BlockProblem(walked, stream, block, tokens=3 * LENGTH)
+    streams.enter(block)
+    streams.run_floats(block)
+    problem = BlockProblem(walked, streams, block, tokens=3 * LENGTH)
     problem.put({path: nearest(block.weight(path)) for path in block.linears})
 
     original, moved = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval() for _ in range(2))
@@ -159,7 +157,7 @@ def test_gradients_are_those_of_the_output_s_distance_or_of_the_predictions(
     assert not any(parameter.requires_grad for parameter in block.module.parameters())
 
 
-def test_a_run_keeps_what_is_better_and_says_so(checkpoint: Checkpoints, text: Path, tmp_path: Path) -> None:
+def test_a_run_keeps_tuned_blocks_that_are_better(checkpoint: Checkpoints, text: Path, tmp_path: Path) -> None:
     plain = Method("rtn", held_out=0.25)  # leaves much to do
     moved = dataclasses.replace(plain, block_tuning=Tuning(steps=10, scales=0.0, rounding=0.02, tokens=96))
     still = dataclasses.replace(plain, block_tuning=Tuning(steps=10, scales=0.0, rounding=1e-9, tokens=96))
