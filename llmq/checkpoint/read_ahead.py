@@ -14,7 +14,6 @@ from llmq import memory
 
 KEPT_SHARE = 8  # of the free memory, the part that tensors may take which are read again in a later pass
 COMING_SHARE = 4  # the part that the next block may take, while it is read ahead
-AMPLE_BYTES = 2**30  # of free memory; below it nothing is read ahead and nothing kept
 
 
 class ReadAhead:
@@ -31,7 +30,7 @@ class ReadAhead:
         self._nbytes = nbytes
         self._pin = pin
         free = memory.spare(memory.HOST)
-        self._ample = free >= AMPLE_BYTES
+        self._ample = free >= memory.AMPLE_BYTES
         self._room = free // KEPT_SHARE if self._ample else 0
         self._kept: OrderedDict[str, Tensor] = OrderedDict()  # the last one used comes last
         self._kept_bytes = 0

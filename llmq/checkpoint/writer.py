@@ -9,17 +9,22 @@ A folder without config.json does not look like a model to any engine, so one th
 The finished model is put together by copying bytes from file to file: memory does not depend on its size.  Until the
 staging goes, the blocks are on the disk twice.
 
+A block is written in a thread while the next one is computed.  It is on the disk before the next one is written, and
+before anything else is read or written here, so the order of commits is the order of blocks.
+
 One process per output folder: two at once are not kept apart.
 """
 
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from torch import Tensor
 
+from llmq import memory
 from llmq.checkpoint import PROVENANCE_FILE
 from llmq.checkpoint.atomic import replacing, storing, sync_folder, write_text
 from llmq.checkpoint.index import INDEX
@@ -48,6 +53,8 @@ class Writer:
         self._staging = staging
         self._overwrite = overwrite
         self._committed = set(staging.blocks())
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="llmq-write")
+        self._pending: tuple[int, Future[None]] | None = None  # the block that is being written
         self.resumed_blocks = len(self._committed)
 
     @classmethod
@@ -97,6 +104,7 @@ class Writer:
     @property
     def revision(self) -> Revision:
         """Where a second version of the committed blocks is made; `assemble` takes it where it was adopted."""
+        self.settle()
         return self._staging.revision
 
     @property
@@ -109,17 +117,38 @@ class Writer:
         return index in self._committed
 
     def commit(self, index: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """Put a block on the disk for good: its tensors under their final names, and a record that JSON can hold.
+        """Begin to put a block on the disk for good: its tensors under their final names, and a record that JSON can
+        hold.
 
-        Raises StorageError if it cannot be written; the blocks before it stand.
+        The tensors must not change any more.  Raises StorageError if this block, or the one before it, cannot be
+        written; the blocks before that stand.
         """
-        with storing(self._staging.folder):
+        self.settle()
+        self._committed.discard(index)
+        if memory.spare(memory.HOST) < memory.AMPLE_BYTES:
+            self._write(index, tensors, record)
+        else:
+            self._pending = index, self._thread.submit(self._write, index, tensors, record)
+        self._committed.add(index)
+
+    def settle(self) -> None:
+        """Wait until every committed block is on the disk.  Raises StorageError if the last one could not be
+        written.
+        """
+        if self._pending is not None:
+            index, writing = self._pending
+            self._pending = None
             self._committed.discard(index)
-            self._staging.commit(index, tensors, record)
+            writing.result()
             self._committed.add(index)
+
+    def _write(self, index: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        with storing(self._staging.folder):
+            self._staging.commit(index, tensors, record)
 
     def read(self, index: int) -> tuple[StoredTensors, dict[str, Any]]:
         """A committed block, each tensor read when it is asked for, and its record.  Raises CheckpointError."""
+        self.settle()
         return self._staging.read(index)
 
     @contextmanager
@@ -132,6 +161,7 @@ class Writer:
         CheckpointError if something cannot be read, the blocks being kept; ConfigError if something that may not go has
         the name of a new file.
         """
+        self.settle()
         staging = self._staging
         with storing(self.folder):
             staging.sweep()  # an earlier attempt of this very writer may have failed half way
@@ -180,10 +210,17 @@ class Writer:
 
     def parts(self, rest: Sequence[Part] = ()) -> list[Part]:
         """Where every tensor of the finished model lies: those of the committed blocks, and `rest`."""
+        self.settle()
         return [*self._staging.parts(sorted(self._committed)), *rest]
 
     def abandon(self) -> bool:
         """Leave without a model.  Returns whether there is anything to continue; if not, nothing is left behind."""
+        if self._pending is not None:
+            index, writing = self._pending
+            wait([writing])
+            if writing.exception() is not None:  # an earlier error ended the run, and is reported
+                self._committed.discard(index)
+            self._pending = None
         if self._committed:
             return True
         with storing(self.folder):

@@ -47,6 +47,7 @@ def run(out, overwrite=False):
     for index in range(3):
         if not writer.has(index):
             writer.commit(index, block(index), {"index": index})
+            writer.settle()
     source = folder / "source" / "model.safetensors"
     rest = [(source, name, info) for name, info in read_header(source).items()]
     documents = {"config.json": json.dumps({"new": True}), "card.md": "# new"}
@@ -79,10 +80,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 FULL_DISK = """
 writer = open_writer(folder / "out")
 writer.commit(0, block(0), {})
+writer.settle()
 resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))
 errors = []
 try:
     writer.commit(1, block(1, values=4096), {})  # 16 kB
+    writer.settle()
 except LlmqError as error:
     errors.append([type(error).__name__, error.exit_code, str(error), error.hint])
 staged = sorted(path.name for path in (folder / "out" / ".llmq-partial").iterdir())
@@ -203,6 +206,7 @@ if child == 0:
     writer = open_writer(folder / "out")
     writer.commit(0, block(0), {"index": 0})
     writer.commit(1, block(1), {"index": 1})
+    writer.settle()
     os.kill(os.getpid(), signal.SIGKILL)
 signalled = os.waitpid(child, 0)[1]
 resumed = open_writer(folder / "out").resumed_blocks
