@@ -233,7 +233,7 @@ def test_a_file_that_is_none(tmp_path: Path, model: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"GGUF" + bytes(20))
     done = command("convert", tmp_path / "x.gguf", tmp_path / "out", "--to", "awq", "--source", model)
     assert done.exit_code == 3
-    assert "is no GGUF file" in done.stderr
+    assert "is not a complete GGUF file" in done.stderr
 
 
 def is_compared(event: Event) -> bool:

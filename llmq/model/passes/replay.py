@@ -57,7 +57,8 @@ class Replay:
 
     def __enter__(self) -> "Replay":
         modules = [m for m in self._block.module.modules() if m is not self._block.module and "forward" not in vars(m)]
-        self._replaced = modules if self._remember else []
+        # A module without parameters, such as an activation, is cheaper to run again than to remember.
+        self._replaced = [m for m in modules if next(m.parameters(), None) is not None] if self._remember else []
         for module in self._replaced:
             module.forward = self._replayed(module, module.forward)
         return self
