@@ -14,6 +14,7 @@ from llmq import memory
 
 KEPT_SHARE = 8  # of the free memory, the part that tensors may take which are read again in a later pass
 COMING_SHARE = 4  # the part that the next block may take, while it is read ahead
+UNKNOWN = -1  # memory is looked at when the first tensor is read, as a job may be made long before it runs
 
 
 class ReadAhead:
@@ -29,9 +30,7 @@ class ReadAhead:
         self._read = read
         self._nbytes = nbytes
         self._pin = pin
-        free = memory.spare(memory.HOST)
-        self._ample = free >= memory.AMPLE_BYTES
-        self._room = free // KEPT_SHARE if self._ample else 0
+        self._room = UNKNOWN  # bytes that kept tensors may take
         self._kept: OrderedDict[str, Tensor] = OrderedDict()  # the last one used comes last
         self._kept_bytes = 0
         self._coming: dict[str, Future[Tensor]] = {}
@@ -50,8 +49,9 @@ class ReadAhead:
 
     def expect(self, names: Iterable[str]) -> None:
         """Begin to read tensors that will be asked for next, where there is memory for them."""
+        free = self._look()
         wanted = [name for name in names if name not in self._kept]
-        if not self._ample or sum(map(self._nbytes, wanted)) > memory.spare(memory.HOST) // COMING_SHARE:
+        if free < memory.AMPLE_BYTES or sum(map(self._nbytes, wanted)) > free // COMING_SHARE:
             return
         for future in self._coming.values():  # what was expected and never asked for
             future.cancel()
@@ -65,12 +65,25 @@ class ReadAhead:
         tensor = self._read(name)
         return tensor.pin_memory() if self._pin else tensor
 
+    def _look(self) -> int:
+        """Bytes of memory that are free now; what may be kept follows from it."""
+        free = memory.spare(memory.HOST)
+        self._room = (free + self._kept_bytes) // KEPT_SHARE if free >= memory.AMPLE_BYTES else 0
+        self._give_back()
+        return free
+
     def _keep(self, name: str, tensor: Tensor) -> Tensor:
+        if self._room == UNKNOWN:
+            self._look()
         if tensor.nbytes > self._room:
             return tensor
         self._kept[name] = tensor
         self._kept_bytes += tensor.nbytes
+        self._give_back()
+        return tensor.clone()
+
+    def _give_back(self) -> None:
+        """Give back those that were not used for longest, until what is kept fits."""
         while self._kept_bytes > self._room:
             _, oldest = self._kept.popitem(last=False)
             self._kept_bytes -= oldest.nbytes
-        return tensor.clone()

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from llmq import plan as plan_module
 from llmq.config import QuantConfig
 from llmq.job import Job
 from llmq.methods import METHODS, Method
-from llmq.model.passes.hidden_states import Stream
+from llmq.model.analyse.input_groups import InputGroup
+from llmq.model.build.block import Block
+from llmq.model.passes.sequential import Sequential, Streams
 from llmq.report.record import BlockReport
 from llmq.settings import merged
 from tests import builders
@@ -138,13 +140,13 @@ def test_every_block_is_observed_behind_the_quantized_ones(
 ) -> None:
     model = checkpoint("llama", num_hidden_layers=2)
     seen: list[Tensor] = []
-    original = Stream.flow
 
-    def spy(stream: Stream, block: Any, groups: Any) -> Any:
-        seen.append(torch.cat([call.hidden for call in stream.calls()]))
-        return original(stream, block, groups)
+    class Spy(Sequential):
+        def __init__(self, block: Block, groups: Sequence[InputGroup], streams: Streams) -> None:
+            seen.append(torch.cat([call.hidden for call in streams.quantized.calls()]))
+            super().__init__(block, groups, streams)
 
-    monkeypatch.setattr(Stream, "flow", spy)
+    monkeypatch.setattr("llmq.pipeline.Sequential", Spy)
     quantize(model, tmp_path / "out", text, method=method)
     with torch.no_grad():
         before, behind = (

@@ -29,6 +29,7 @@ from tests.runs import (
     job,
     logits,
     quantize,
+    read_text,
     relative,
     tensors_of,
     windows_of,
@@ -133,7 +134,7 @@ def test_provenance(model: Path, tmp_path: Path, text: Path) -> None:
     asked = merged(QuantConfig(), {**QUICK, "method": "gptq", "seed": 3, "calibration": [text]})
     assert QuantConfig.model_validate(written["settings"]) == asked
     assert written["settings"] == json.loads(json.dumps(config_to(asked)))
-    windows = job(model, tmp_path / "other", text, seed=3)._calibration_set().windows
+    windows = read_text(job(model, tmp_path / "other", text, seed=3)).windows
     ids = windows.numpy().astype("<i8").tobytes()
     assert written["calibration"]["sha256"] == hashlib.sha256(ids).hexdigest()
     assert written["calibration"]["tokens"] == WINDOWS["samples"] * WINDOWS["seqlen"]

@@ -156,9 +156,11 @@ def test_other_architectures(name: str, quantized: Quantize, tmp_path: Path) -> 
     ("name", "layout"), [("mixtral", GPTQ), ("mixtral", PACKED), ("qwen3_moe", PACKED), ("gpt_oss", GPTQ)]
 )
 def test_mixtures(name: str, layout: str, quantized: Quantize, tmp_path: Path) -> None:
+    """Compared without fused layers: their outputs are slices, of whose 48 channels torch's SiLU takes 32 at once on a
+    CPU with AVX-512 and the others one by one, which differ in the last bits."""
     source = quantized(name, layout)
     model = read(source, dtype=torch.float32)
-    loaded = llmq.load(source)[0]
+    loaded = llmq.load(source, fuse=False)[0]
     assert count(model, PackedExperts) == count(loaded, PackedExperts) > 0
     assert logits(model).equal(logits(loaded))
     assert_saved_again(model, source, tmp_path / "saved")

@@ -244,7 +244,7 @@ def test_only_the_gguf_file_that_was_asked_for(packed: Path, tmp_path: Path) -> 
     found = examine(file)
     assert not found.problems and found.tensors == 1
     shutil.copy(packed / "model.safetensors", tmp_path)
-    assert serving.subject.read(file).method == "gguf"
+    assert serving.checkpoint_facts.read(file).method == "gguf"
     assert command("verify", file, "--for", "llama.cpp").exit_code == 0
     assert command("verify", tmp_path / "bad.gguf").exit_code == CHECKPOINT
 

@@ -1,6 +1,6 @@
 """Will it load, in which engine, on how many GPUs, and if not, why not: said before hours are spent, and after.
 
-`rules.py` is the table; `subject.py` what the rules look at; `parallel.py` what engines cut and fuse.
+`rules.py` is the table; `checkpoint_facts.py` what the rules look at; `tensor_parallel.py` what engines cut and fuse.
 """
 
 from collections.abc import Iterable
