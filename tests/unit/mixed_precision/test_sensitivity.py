@@ -1,6 +1,6 @@
-"""How much each layer suffers: compared with the whole model in transformers, one weight replaced at a time."""
+"""The sensitivity of each layer, compared with the whole model in transformers with one weight replaced."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,6 @@ def folder(checkpoint: Callable[..., Path]) -> Path:
     return checkpoint("llama", num_hidden_layers=2)
 
 
-def drained(steps: Generator[Any, None, Sensitivity]) -> Sensitivity:
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            found: Sensitivity = end.value
-            return found
-
-
 def measured(folder: Path, windows: Tensor = WINDOWS, rounding: str = "rtn", **how: Any) -> Sensitivity:
     skeleton = builders.skeleton_of(folder)
     layers = {
@@ -47,14 +38,14 @@ def measured(folder: Path, windows: Tensor = WINDOWS, rounding: str = "rtn", **h
         for block in skeleton.blocks for path, linear in block.linears.items()
     }  # fmt: skip
     question = Question(layers, ("coarse", "fine"), rounding, Options(scales="minmax"))
-    return drained(sensitivity.measure(skeleton, windows, question, batch=2, **{"judged": 2, **how}))
+    return sensitivity.measure(skeleton, windows, question, batch=2, **{"judged": 2, **how})
 
 
 def rounded(weight: Tensor, scheme: WeightScheme) -> Tensor:
-    """Min-max rounding, spelled out."""
+    """Min-max quantization, written out."""
     groups = weight.reshape(len(weight), -1, scheme.columns_per_group(weight.shape[1]))
     if scheme.symmetric:
-        scale = groups.abs().amax(-1, keepdim=True) * (2 / (2**scheme.bits - 1))  # its last bit decides at the ends
+        scale = groups.abs().amax(-1, keepdim=True) * (2 / (2**scheme.bits - 1))  # the last bit matters at the ends
         zero = torch.full_like(scale, 2 ** (scheme.bits - 1))
     else:
         low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
@@ -75,25 +66,23 @@ def divergence(folder: Path, names: tuple[str, ...], scheme: WeightScheme, windo
     return float((before.exp() * (before - after)).sum(-1).mean())
 
 
-def test_every_unit_and_grid_is_what_the_whole_model_says(folder: Path) -> None:
-    found = measured(folder)
-    assert found.windows == 2 and found.tokens == 32
-    for unit in found.units:
+def test_every_unit_and_grid_equals_the_whole_model(folder: Path) -> None:
+    measurement = measured(folder)
+    assert measurement.windows == 2 and measurement.tokens == 32
+    for unit in measurement.units:
         for effect, scheme in zip(unit.effects, SCHEMES, strict=True):
             expected = divergence(folder, unit.names, scheme, WINDOWS[-2:])
-            # Log-probabilities are about 10 in size and carry 2**-24 of that; the KL is a sum of their differences.
+            # Log-probabilities are about 10 with a relative error of 2**-24; KL is a sum of their differences.
             assert effect.measured and effect.kl == pytest.approx(expected, rel=1e-3, abs=2e-6)
 
 
-def test_layers_that_share_an_input_are_one_unit(folder: Path) -> None:
+def test_layers_with_the_same_input_are_one_unit(folder: Path) -> None:
     labels = [unit.label for unit in measured(folder).units if unit.block == "model.layers.1"]
     assert labels == ["self_attn: q_proj, k_proj, v_proj", "self_attn: o_proj", "mlp: gate_proj, up_proj",
                       "mlp: down_proj"]  # fmt: skip
 
 
-def test_only_the_coarsest_grid_is_run_where_there_are_many_blocks(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_the_coarsest_grid_runs_with_many_blocks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     every = measured(folder)
     monkeypatch.setattr(sensitivity, "MEASURED_BLOCKS", 1)
     scaled = measured(folder)
@@ -104,8 +93,8 @@ def test_only_the_coarsest_grid_is_run_where_there_are_many_blocks(
         assert fine.kl == pytest.approx(coarse.kl * full.effects[1].error / full.effects[0].error)
 
 
-def test_the_error_is_that_of_the_outputs(folder: Path) -> None:
-    """E = mean over the fitted tokens of ‖(W - Ŵ)x‖², for the first layer of the model, whose input is easily had."""
+def test_error_is_that_of_the_outputs(folder: Path) -> None:
+    """E = mean over the calibration tokens of ‖(W - Ŵ)x‖², for the first layer, whose input is known."""
     unit = measured(folder).units[0]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
@@ -115,28 +104,28 @@ def test_the_error_is_that_of_the_outputs(folder: Path) -> None:
     assert unit.effects[0].error == pytest.approx(expected, rel=1e-4)
 
 
-def test_gptq_is_told_what_the_float_model_feeds(folder: Path) -> None:
+def test_gptq_gets_the_inputs_of_the_float_model(folder: Path) -> None:
     nearest, compensated = (measured(folder, builders.tokens(40, 16), rounding) for rounding in ("rtn", "gptq"))
     for a, b in zip(nearest.units, compensated.units, strict=True):
         assert b.effects[0].error <= a.effects[0].error * (1 + 1e-5)
 
 
-def test_windows_that_do_not_fit_into_memory_are_left_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sequences_beyond_memory_are_left_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     skeleton = builders.skeleton_of(folder)
     variants = 2 * sum(len(block.linears) for block in skeleton.blocks)
     window = 16 * 32 * 4 * (variants + 1)
     blocks = 3 * max(block.float_bytes for block in skeleton.blocks)
     monkeypatch.setattr(memory, "spare", lambda device: 2 * (blocks + window))
-    found = measured(folder)
-    assert found.windows == 1 and "measured on 1 windows instead of 2" in found.notes[0]
+    measurement = measured(folder)
+    assert measurement.windows == 1 and "measured on 1 windows instead of 2" in measurement.notes[0]
     monkeypatch.setattr(memory, "spare", lambda device: 2 * (blocks + window) - 2)
     with pytest.raises(CalibrationError, match="do not fit into memory"):
         measured(folder)
 
 
-def test_one_window_has_to_do_for_both(folder: Path) -> None:
-    found = measured(folder, WINDOWS[:1])
-    assert found.windows == 1 and "one window of text" in found.notes[0]
+def test_one_sequence_is_used_for_both(folder: Path) -> None:
+    measurement = measured(folder, WINDOWS[:1])
+    assert measurement.windows == 1 and "one window of text" in measurement.notes[0]
 
 
 class Experts(nn.Module):
@@ -147,7 +136,7 @@ class Experts(nn.Module):
         self.router = nn.Linear(4, 3)
 
 
-def test_all_of_one_list_of_modules_are_alike() -> None:
+def test_modules_of_one_list_have_the_same_grid() -> None:
     class Stub:
         path, module = "m.0", Experts()
 
