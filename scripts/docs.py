@@ -1,7 +1,7 @@
 """Write the generated pages and the generated parts of pages.
 
-python scripts/docs.py                      all that need no long run
-python scripts/docs.py --check              write nothing; exit with 1 where one of these is stale
+python scripts/docs.py                      all pages and parts that do not need a long run
+python scripts/docs.py --check              write nothing; exit with 1 if one of these is stale
 python scripts/docs.py models [--jobs N]    docs/MODELS.md, from a tiny model of every architecture in
                                             tests/architectures.py: minutes on one core
 python scripts/docs.py kernels FILE…        print the tables of result files of scripts/gpu_suite.py
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README, ARCHITECTURE, MODELS = ROOT / "README.md", ROOT / "docs" / "ARCHITECTURE.md", ROOT / "docs" / "MODELS.md"
 SERVING, KERNELS = ROOT / "docs" / "SERVING.md", ROOT / "kernels" / "README.md"
 PEERS = ROOT / "eval" / "peers" / "results"
-# This checkout, the tests' builders with it; the programs of eval/ import each other by their bare names.
+# This checkout, for the builders of the tests; the programs of eval/ import each other by their names.
 sys.path[:0] = [str(ROOT / part) for part in (".", "kernels", "eval", "eval/peers")]
 
 if TYPE_CHECKING:
@@ -35,24 +35,24 @@ if TYPE_CHECKING:
 
 
 def replaced(text: str, name: str, part: str) -> str:
-    """A page with `part` between the lines `<!-- begin: name -->` and `<!-- end: name -->`."""
+    """Return a page with `part` between the lines `<!-- begin: name -->` and `<!-- end: name -->`."""
     begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
     before, begun, rest = text.partition(begin)
     _, closed, after = rest.partition(end)
     if not begun or not closed:
-        raise ValueError(f"a page has no lines {begin} and {end}, between which the generated part goes")
+        raise ValueError(f"a page has no lines {begin} and {end}, expected both around the generated part")
     return f"{before}{begin}\n{part}\n{end}{after}"
 
 
 def results() -> str:
-    """The README's table of KL, from the figures in eval/peers/results."""
+    """The table of KL divergences in the README, from the figures in eval/peers/results."""
     import table
 
     return table.summary({name: read_json(PEERS / f"{name}.json") for name in table.MODELS})
 
 
 def serving() -> str:
-    """The rules that `llmq verify --for` goes by, as a table, and what engines fuse and cut."""
+    """The rules of `llmq verify --for` as a table, and the layers that engines fuse and split."""
     from llmq.verify.engines import PARALLEL, TILES
     from llmq.verify.engines.rules import ENGINES, REFUSES, RULES, SERVERS, SGLANG
     from llmq.verify.engines.tensor_parallel import FUSED, ROW_PARALLEL
@@ -61,24 +61,24 @@ def serving() -> str:
         shown = ", ".join(engine for engine in ENGINES if engine in engines)
         return f"| {' | '.join(cell.replace('|', '/') for cell in (name, shown, asks, outcome, source))} |"
 
-    lines = ["| rule | engines | asks for | otherwise | known from |", "|---|---|---|---|---|"]
+    lines = ["| rule | engines | requirement | otherwise | source |", "|---|---|---|---|---|"]
     lines += [row(rule.name, rule.engines, rule.asks, rule.outcome, rule.source) for rule in RULES]
     for engines, (name, asks, _, source) in ((SERVERS, PARALLEL), ((SGLANG,), TILES)):
-        lines.append(row(name, engines, asks, f"{REFUSES}, on so many GPUs", source))
+        lines.append(row(name, engines, asks, f"{REFUSES}, on this number of GPUs", source))
     fused = "; ".join(
         f"`{name}` = {' + '.join(f'`{member}`' for member in members)}" for name, members in FUSED.items()
     )
     rows = ", ".join(f"`{name}`" for name in sorted(ROW_PARALLEL))
     lines += [
         "",
-        f"Run as one layer: {fused}; and all experts of a layer.  Cut between inputs when the model is spread over",
-        f"several GPUs: {rows}.  All others are cut between outputs.",
+        f"Fused layers: {fused}; and all experts of a layer. With several GPUs, these layers are split by inputs:",
+        f"{rows}. All other layers are split by outputs.",
     ]
     return "\n".join(lines)
 
 
 def kernels(folder: Path | None = None) -> str:
-    """GPUs, then CPUs, each with hardware and date, or that nothing was measured; from kernels/bench/results."""
+    """The tables of GPUs, then CPUs, each with hardware and date; from kernels/bench/results."""
     from bench import results, tables
 
     folder, missing = folder or results.FOLDER, "not measured yet"
@@ -105,7 +105,7 @@ def tree_entries(folder: Path, depth: int) -> Iterator[tuple[str, str]]:
 
 
 def first_sentence(file: Path) -> str:
-    """That of a module's docstring, on one line and without its period; nothing where there is none."""
+    """The first sentence of a module docstring on one line, without its period; empty without a docstring."""
     text = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "") if file.is_file() else ""
     return re.split(r"(?<=[.!?])\s", " ".join(text.split("\n\n")[0].split()))[0].removesuffix(".")
 
@@ -121,7 +121,7 @@ PARTS: dict[str, tuple[Path, Callable[[], str]]] = {
 
 
 def experiments() -> Iterator[tuple[Path, str]]:
-    """The pages of eval/, each rendered by its own program from the figures next to it."""
+    """The pages of eval/, each rendered by its program from the figures next to it."""
     import ablation
     import formats
     import sweep
@@ -135,7 +135,7 @@ def experiments() -> Iterator[tuple[Path, str]]:
 
 
 def pages() -> Iterator[tuple[Path, str]]:
-    """Every page that needs no long run, and what it should say."""
+    """Every page that does not need a long run, with its current text."""
     for name, (page, part) in PARTS.items():
         yield page, replaced(page.read_text(encoding="utf-8"), name, part())
     yield from experiments()
@@ -151,25 +151,28 @@ def read_json(file: Path) -> dict[str, object]:
 MODELS_HEAD = """\
 # Architectures
 
-Written by `python scripts/docs.py models`: each row is a tiny model with random weights, quantized with GPTQ, saved,
-loaded again and run.  No line of llmq names any of these; `tests/e2e/test_architectures.py` asks the same of every one.
+Written by `python scripts/docs.py models`: each row is a tiny model with random weights that was quantized with GPTQ,
+saved, loaded and run. No code of llmq names any of these models. `tests/e2e/test_architectures.py` makes the same
+checks.
 
-* **layers**: how many linear layers were packed, of how many blocks; an expert's count one by one.
-* **left**: matrices inside the blocks that stay as they are, with the reason.  Outside of the blocks embeddings, heads
-  (`--quantize-head` takes those, too) and pictures' encoders always stay.
-* **loads**: `llmq.load` gives the logits of the float model with the same weights: ‖difference‖ / ‖logits‖.
-* **in blocks**: the float model read block by block, as quantizing and measuring do, against the model as a whole.
+* **layers**: the number of packed linear layers and of blocks; the layers of each expert are counted.
+* **kept in float**: matrices inside the blocks that are kept in float, with the reason. Outside the blocks, embeddings,
+  heads (unless `--quantize-head` is given) and image encoders are always kept in float.
+* **loads**: the logits of `llmq.load` against a float model with the same weights: ‖difference‖ / ‖logits‖.
+* **in blocks**: the float model read block by block, as in quantization and evaluation, against the complete model.
 
-Every one of these models makes {worst:.0e} or less of each.
+The largest difference of all models is {worst:.0e}.
 """
 MODELS_SECTIONS = {
-    "Dense": "Linear layers and GPT-2's Conv1D, q, k, v and gate, up in one weight or apart, norms of all kinds.",
-    "Hybrids and recurrent models": "Linear layers are quantized; convolutions, and the parameters of state spaces, "
-    "stay.",
-    "Mixtures of experts": "Every expert is quantized by itself; routers and gates stay.",
-    "Models that see pictures": "The part that reads text is quantized, on text; the rest stays.",
+    "Dense": "Linear layers and the Conv1D of GPT-2; q, k, v and gate, up fused or separate; norms of all kinds.",
+    "Hybrids and recurrent models": "Linear layers are quantized; convolutions and state space parameters are kept "
+    "in float.",
+    "Mixtures of experts": "Every expert is quantized separately; routers and gates are kept in float.",
+    "Vision-language models": "The language model is quantized, calibrated on text; the rest is kept in float.",
 }
-MODELS_COLUMNS = "| architecture | class | layers | left, and why | loads | in blocks |\n|---|---|---:|---|---:|---:|"
+MODELS_COLUMNS = (
+    "| architecture | class | layers | kept in float, reason | loads | in blocks |\n|---|---|---:|---|---:|---:|"
+)
 
 
 def models(jobs: int) -> str:
@@ -188,7 +191,7 @@ def models(jobs: int) -> str:
 
 
 def examined(name: str) -> "Outcome":
-    """One architecture in a folder of its own."""
+    """Examine one architecture in a separate folder."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     import transformers
 
@@ -212,7 +215,7 @@ def models_page(
         rows = "\n".join(models_row(name, outcomes[name]) for name in names)
         parts.append(f"## {title}\n\n{MODELS_SECTIONS[title]}\n\n{MODELS_COLUMNS}\n{rows}\n")
     rows = "\n".join(f"| `{name}` | {reason} |" for name, reason in left_out.items())
-    parts.append(f"## Not covered\n\n| architecture | why |\n|---|---|\n{rows}\n")
+    parts.append(f"## Not covered\n\n| architecture | reason |\n|---|---|\n{rows}\n")
     return "\n".join(parts)
 
 
@@ -236,9 +239,9 @@ def models_row(name: str, outcome: "Outcome") -> str:
 # ---- the command
 
 
-def stale(wanted: Iterator[tuple[Path, str]]) -> list[tuple[Path, str]]:
-    """The pages that do not say what they should."""
-    return [(page, text) for page, text in wanted if not page.is_file() or page.read_text(encoding="utf-8") != text]
+def stale(current: Iterator[tuple[Path, str]]) -> list[tuple[Path, str]]:
+    """The pages whose text has changed."""
+    return [(page, text) for page, text in current if not page.is_file() or page.read_text(encoding="utf-8") != text]
 
 
 def main() -> int:
