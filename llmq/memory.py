@@ -25,6 +25,7 @@ TOKENS_PER_BATCH_TO_QUANTIZE = {"cpu": 4096, "cuda": 32_768}  # by device type
 PROBE_TOKENS = 64  # they show which weights share an input, and what makes it; a layer that sees none stays in float
 
 HOST = torch.device("cpu")
+AMPLE_BYTES = 2**30  # of free memory; with less, nothing is read ahead, and nothing written while other work goes on
 CGROUPS = Path("/sys/fs/cgroup")
 # Below the mount point: the limit, what is used of it, and how the statistics call file pages that would be given up.
 VERSIONS = (

@@ -37,24 +37,10 @@ from llmq.steps.transforms import transform_block
 
 def quantize_model(run: Run, save: Callable[[], None]) -> None:
     """Quantize every block and commit it, then the head; tune all of them together; save the finished model."""
-    forward(run.skeleton, lambda block: visit_block(run, block))
+    forward(run.skeleton, lambda block: quantize_block(run, block))
     quantize_head(run)
     tune_end_to_end(run)
     save()
-
-
-def visit_block(run: Run, block: Block) -> None:
-    """Quantize a loaded block, or take over what an earlier run committed for it; the text is behind it at the end."""
-    start = time.monotonic()
-    if run.streams is not None:
-        run.streams.enter(block)
-    if run.writer.has(block.index):
-        report = restore(run, block)
-        if run.streams is not None:
-            run.streams.past(block)
-    else:
-        report = quantize_block(run, block, start)
-    run.on_event(report)
 
 
 @dataclass
@@ -68,9 +54,17 @@ class Work:
     gains: list[StageGain] = field(default_factory=list)
 
 
-def quantize_block(run: Run, block: Block, start: float) -> BlockReport:
-    """observe → transform → quantize → tune → pack → commit, for one block whose float weights are loaded."""
-    work = Work()
+def quantize_block(run: Run, block: Block) -> None:
+    """observe → transform → quantize → tune → pack → commit, for one block whose float weights are loaded.
+
+    A block that an earlier run committed is taken over.  The calibration text is behind the block at the end.
+    """
+    start, work = time.monotonic(), Work()
+    if run.streams is not None:
+        run.streams.enter(block)
+    if run.writer.has(block.index):
+        restore(run, block)
+        return
     if run.streams is None:  # without text each weight stands alone
         for path, linear in block.linears.items():
             quantize_group(run, block, work, InputGroup((path,), linear.in_features), None)
@@ -82,11 +76,10 @@ def quantize_block(run: Run, block: Block, start: float) -> BlockReport:
             forwards.run(lambda group, stats: quantize_group(run, block, work, group, stats))
             leave_block(run, block, forwards, work)
     tensors = work.tensors | kept_in_float(run, block, work)
-    report = BlockReport(
-        block.path, tuple(work.reports), tuple(work.notes), time.monotonic() - start, gains=tuple(work.gains)
-    )
+    seconds = time.monotonic() - start
+    report = BlockReport(block.path, tuple(work.reports), tuple(work.notes), seconds, gains=tuple(work.gains))
     run.writer.commit(block.index, tensors, report.to_dict())
-    return report
+    run.on_event(report)
 
 
 def quantize_group(run: Run, block: Block, work: Work, group: InputGroup, stats: InputStats | None) -> None:
@@ -139,12 +132,14 @@ def kept_in_float(run: Run, block: Block, work: Work) -> dict[str, Tensor]:
     return {n: tensor for n, tensor in stored.items() if n not in replaced and not left_stacked(n, packed)}
 
 
-def restore(run: Run, block: Block) -> BlockReport:
-    """Give a loaded block the weights that an earlier run committed for it."""
+def restore(run: Run, block: Block) -> None:
+    """Give a loaded block the weights that an earlier run committed for it, and take the text past it."""
     tensors, record = run.writer.read(block.index)
     report = BlockReport.from_dict(record, resumed=True)
     paths = {plan.name: path for path, plan in run.plans.items()}
     for layer in report.layers:
         block.set_weight(paths[layer.name], run.unpack(layer.name, tensors).dequantize())
     block.set_stored_parameters(tensors)
-    return report
+    if run.streams is not None:
+        run.streams.past(block)
+    run.on_event(report)

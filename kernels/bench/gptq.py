@@ -78,7 +78,7 @@ def few_blocks(plan: Plan, session: Session, device: torch.device) -> Result:
         run = pipeline_run(plan, Path(folder), plan.few_blocks, device, note)
         points = (*STEPS, (PACK, "llmq.formats.codecs.bit_packing:pack"))
         with watching(stopwatch, points) as missing:
-            forward(run.skeleton, partial(pipeline.visit_block, run))
+            forward(run.skeleton, partial(pipeline.quantize_block, run))
     counted = blocks[1:-1] or blocks[-1:]
     times = plan.llama.blocks / len(counted)
     labels = sorted({label for block in counted for label in block})
@@ -108,7 +108,7 @@ def whole_model(plan: Plan, session: Session, device: torch.device) -> Result:
 
         run = pipeline_run(plan, Path(folder), plan.llama.blocks, device, note)
         with watching(stopwatch, watched):
-            forward(run.skeleton, partial(pipeline.visit_block, run))
+            forward(run.skeleton, partial(pipeline.quantize_block, run))
     seconds = stopwatch.taken()
     total = sum(value for label, value in seconds.items() if label not in NOT_COUNTED)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

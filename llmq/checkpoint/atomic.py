@@ -37,7 +37,7 @@ def storing(path: Path) -> Iterator[None]:
         remedy = _REMEDIES.get(error.errno or 0, "remove the cause")
         raise StorageError(
             f"cannot write {path}: {error.strerror or error}",
-            hint=f"{remedy} and give the same command again: the run continues after the last finished block",
+            hint=f"{remedy} and repeat the command: finished blocks are kept",
         ) from error
 
 

@@ -14,7 +14,6 @@ from llmq import memory
 
 KEPT_SHARE = 8  # 1/8 of the free memory is the cache for tensors that a later pass reads again
 COMING_SHARE = 4  # the next block is read ahead if it fits into 1/4 of the free memory
-AMPLE_BYTES = 2**30  # with less free memory nothing is read ahead and nothing is cached
 
 
 class ReadAhead:
@@ -31,7 +30,7 @@ class ReadAhead:
         self._nbytes = nbytes
         self._pin = pin
         free = memory.spare(memory.HOST)
-        self._ample = free >= AMPLE_BYTES
+        self._ample = free >= memory.AMPLE_BYTES
         self._room = free // KEPT_SHARE if self._ample else 0
         self._kept: OrderedDict[str, Tensor] = OrderedDict()  # the most recently used tensor is last
         self._kept_bytes = 0

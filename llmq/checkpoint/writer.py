@@ -2,24 +2,29 @@
 
     open ──► commit block 0 ──► commit block 1 ──► … ──► finishing
       ▲                                                    │ assemble the model inside the staging folder,
-      └── killed at any point: the same command            │ move it out, config.json last, delete the staging folder
+      └── killed at any point: the same command            │ move it out, config.json last, delete the staging
           continues after the last committed block         ▼
 
 Engines do not recognize a folder without config.json as a model, so a half-moved model is never loaded. The model is
 assembled by copying bytes from file to file: memory does not depend on its size. Until the staging folder is deleted,
 the blocks are on disk twice.
 
+A block is written in a thread while the next block is computed. The write is finished before the next block is written,
+and before any other read or write, so blocks are committed in order.
+
 Only one process may use an output folder at a time; this is not checked.
 """
 
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from torch import Tensor
 
+from llmq import memory
 from llmq.checkpoint import PROVENANCE_FILE
 from llmq.checkpoint.atomic import replacing, storing, sync_folder, write_text
 from llmq.checkpoint.index import INDEX
@@ -48,6 +53,8 @@ class Writer:
         self._staging = staging
         self._overwrite = overwrite
         self._committed = set(staging.blocks())
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="llmq-write")
+        self._pending: tuple[int, Future[None]] | None = None  # the block in the thread
         self.resumed_blocks = len(self._committed)
 
     @classmethod
@@ -96,6 +103,7 @@ class Writer:
     @property
     def revision(self) -> Revision:
         """The tuned version of the committed blocks; `assemble` uses it if it was adopted."""
+        self.settle()
         return self._staging.revision
 
     @property
@@ -108,17 +116,35 @@ class Writer:
         return index in self._committed
 
     def commit(self, index: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """Write a finished block: its tensors under their final names, and a record that JSON can hold.
+        """Start to write a finished block: its tensors under their final names, and a record that JSON can hold.
 
-        Raises StorageError if it cannot be written; earlier blocks are kept.
+        The tensors must not change afterwards. Raises StorageError if this block or the previous block cannot be
+        written; earlier blocks are kept.
         """
-        with storing(self._staging.folder):
+        self.settle()
+        self._committed.discard(index)
+        if memory.spare(memory.HOST) < memory.AMPLE_BYTES:
+            self._write(index, tensors, record)
+        else:
+            self._pending = index, self._thread.submit(self._write, index, tensors, record)
+        self._committed.add(index)
+
+    def settle(self) -> None:
+        """Wait until every committed block is on disk. Raises StorageError if the last one could not be written."""
+        if self._pending is not None:
+            index, writing = self._pending
+            self._pending = None
             self._committed.discard(index)
-            self._staging.commit(index, tensors, record)
+            writing.result()
             self._committed.add(index)
+
+    def _write(self, index: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        with storing(self._staging.folder):
+            self._staging.commit(index, tensors, record)
 
     def read(self, index: int) -> tuple[StoredTensors, dict[str, Any]]:
         """Open a committed block and its record; each access to a tensor reads from disk. Raises CheckpointError."""
+        self.settle()
         return self._staging.read(index)
 
     @contextmanager
@@ -131,6 +157,7 @@ class Writer:
         written and CheckpointError if a file cannot be read, and keeps the blocks; ConfigError if a file that must be
         kept has the name of a new file.
         """
+        self.settle()
         staging = self._staging
         with storing(self.folder):
             staging.sweep()  # an earlier attempt of this writer may have failed
@@ -179,10 +206,17 @@ class Writer:
 
     def parts(self, rest: Sequence[Part] = ()) -> list[Part]:
         """Where every tensor of the finished model is: those of the committed blocks, and `rest`."""
+        self.settle()
         return [*self._staging.parts(sorted(self._committed)), *rest]
 
     def abandon(self) -> bool:
         """Stop without a model. Returns whether there is a run to continue; if not, all files are deleted."""
+        if self._pending is not None:
+            index, writing = self._pending
+            wait([writing])
+            if writing.exception() is not None:  # an earlier error ended the run, and is reported
+                self._committed.discard(index)
+            self._pending = None
         if self._committed:
             return True
         with storing(self.folder):

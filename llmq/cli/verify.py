@@ -13,7 +13,7 @@ from llmq.errors import CheckpointError, ConfigError, QualityError
 
 if TYPE_CHECKING:
     from llmq.verify.engines import Finding, Verdict
-    from llmq.verify.integrity import Integrity, examine
+    from llmq.verify.integrity import Integrity
 
 SHOWN = 8  # problems per model
 MODEL_FILES = ("config.json", "*.safetensors", "*.gguf")
@@ -53,7 +53,7 @@ def command(
     """
     from llmq.checkpoint import hub
     from llmq.verify import engines as serving
-    from llmq.verify.integrity import Integrity
+    from llmq.verify.integrity import Integrity, examine
 
     requested = [_engine(name, serving.ENGINES) for name in for_ or ()]
     quiet_transformers()

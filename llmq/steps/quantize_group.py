@@ -9,7 +9,7 @@ The Hessian is factored once for all weights and all steps.  A method without ta
 its rounding stage.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -42,48 +42,44 @@ def round_group(
     stats: InputStats | None,
     method: Method,
     options: Options,
-) -> Iterator[Rounded]:
-    """Weights (N, K) that share an input, by their paths; those of one scheme are solved together, None is left out."""
-    together: dict[WeightScheme, dict[str, Tensor]] = {}
-    for path, weight in weights.items():
-        scheme = schemes[path]
-        if scheme is not None:
-            together.setdefault(scheme, {})[path] = weight
-    factor = None
-    needed = method.alphas or method.refinements or algorithms.rounding(method.rounding).NEEDS_FACTOR
-    if stats is not None and stats.tokens and needed:
-        factor = factorize(stats.second_moment(), options.order, options.damping)
-    for scheme, stacked in together.items():
-        yield from _round_stacked(stacked, scheme, stats, factor, method, options)
+) -> list[Rounded]:
+    """Quantize weights (N, K) that share an input, by their paths; those whose scheme is None are left out.
 
-
-def _round_stacked(
-    weights: Mapping[str, Tensor],
-    scheme: WeightScheme,
-    stats: InputStats | None,
-    factor: Factor | None,
-    method: Method,
-    options: Options,
-) -> Iterator[Rounded]:
-    targets = {path: target.Target(weight, 0.0) for path, weight in weights.items()}
-    if stats is not None and factor is not None and method.alphas:
-        targets = _targets(weights, stats, factor, method)
-    stack = torch.cat([each.weight for each in targets.values()])
+    The Hessian is factored once for all of them, and weights of one scheme are solved together, stacked along their
+    rows.
+    """
     stage = algorithms.rounding(method.rounding)
-    rounding = stage.round_weight(stack, stats, scheme, options, factor)
-    refined, gains = rounding.quantized, {path: _target_gain(each) for path, each in targets.items()}
-    if stats is not None and factor is not None and method.refinements:
-        damped = _damped(stats.second_moment(), factor)
-        for name in method.refinements:
-            tried = algorithms.refinement(name).refine(stack, refined, damped, options)
-            refined = _judge(name, weights, refined, tried, stats.held_out, gains)
-    start = 0
-    for path, weight in weights.items():
-        stop = start + len(weight)
-        notes = (*rounding.notes, *targets[path].notes)
-        own = Rounding(refined.rows(start, stop), rounding.damping, notes)
-        yield Rounded(path, weight, own, tuple(gains[path]))
-        start = stop
+    factor = None
+    if stats is not None and stats.tokens and (method.alphas or method.refinements or stage.NEEDS_FACTOR):
+        factor = factorize(stats.second_moment(), options.order, options.damping)
+    layers: list[Rounded] = []
+    for scheme in dict.fromkeys(scheme for scheme in map(schemes.get, weights) if scheme is not None):
+        own = {path: weight for path, weight in weights.items() if schemes[path] == scheme}
+
+        # target: what is quantized in the place of each weight
+        targets = {path: target.Target(weight, 0.0) for path, weight in own.items()}
+        if stats is not None and factor is not None and method.alphas:
+            targets = _targets(own, stats, factor, method)
+        stack = torch.cat([chosen.weight for chosen in targets.values()])
+        gains = {path: _target_gain(chosen) for path, chosen in targets.items()}
+
+        # round, then refine
+        rounding = stage.round_weight(stack, stats, scheme, options, factor)
+        quantized = rounding.quantized
+        if stats is not None and factor is not None and method.refinements:
+            damped = _damped(stats.second_moment(), factor)
+            for name in method.refinements:
+                refined = algorithms.refinement(name).refine(stack, quantized, damped, options)
+                quantized = _judge(name, own, quantized, refined, stats.held_out, gains)
+
+        start = 0
+        for path, weight in own.items():
+            stop = start + len(weight)
+            notes = (*rounding.notes, *targets[path].notes)
+            rows = Rounding(quantized.rows(start, stop), rounding.damping, notes)
+            layers.append(Rounded(path, weight, rows, tuple(gains[path])))
+            start = stop
+    return layers
 
 
 def _targets(

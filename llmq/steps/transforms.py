@@ -6,7 +6,7 @@ and undone where it moves the output or does not lower the error of the quantize
 """
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -137,7 +137,7 @@ class BlockTransforms:
         return output_loss(self._block, quantized, self._call, expected)
 
 
-def round_plainly(run: Run, weights: Mapping[str, Tensor], stats: InputStats) -> Iterator[Rounded]:
+def round_plainly(run: Run, weights: Mapping[str, Tensor], stats: InputStats) -> list[Rounded]:
     """Quantize as the method does, by its rounding stage alone."""
     plain = dataclasses.replace(run.method, alphas=(), refinements=())
     return round_group(weights, {path: run.plans[path].scheme.weights for path in weights}, stats, plain, run.options)

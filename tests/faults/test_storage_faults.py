@@ -47,6 +47,7 @@ def run(out, overwrite=False):
     for index in range(3):
         if not writer.has(index):
             writer.commit(index, block(index), {"index": index})
+            writer.settle()
     source = folder / "source" / "model.safetensors"
     rest = [(source, name, info) for name, info in read_header(source).items()]
     documents = {"config.json": json.dumps({"new": True}), "card.md": "# new"}
@@ -79,10 +80,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 FULL_DISK = """
 writer = open_writer(folder / "out")
 writer.commit(0, block(0), {})
+writer.settle()
 resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))
 errors = []
 try:
     writer.commit(1, block(1, values=4096), {})  # 16 kB
+    writer.settle()
 except LlmqError as error:
     errors.append([type(error).__name__, error.exit_code, str(error), error.hint])
 staged = sorted(path.name for path in (folder / "out" / ".llmq-partial").iterdir())
@@ -203,6 +206,7 @@ if child == 0:
     writer = open_writer(folder / "out")
     writer.commit(0, block(0), {"index": 0})
     writer.commit(1, block(1), {"index": 1})
+    writer.settle()
     os.kill(os.getpid(), signal.SIGKILL)
 signalled = os.waitpid(child, 0)[1]
 resumed = open_writer(folder / "out").resumed_blocks
@@ -263,7 +267,7 @@ def test_a_truncated_shard_is_named_before_any_work(folder: Path) -> None:
     shard = folder / "source" / "model.safetensors"
     size = shard.stat().st_size
     shard.write_bytes(shard.read_bytes()[: size // 2])
-    with pytest.raises(CheckpointError, match=rf"model\.safetensors is cut short: found {size // 2} bytes, expected"):
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors is truncated: found {size // 2} bytes, expected"):
         Checkpoint.open(folder / "source")
 
 
@@ -274,7 +278,7 @@ def test_offsets_that_lie_are_refused(folder: Path) -> None:
     lying = honest.replace(b"[400,600]", b"[399,600]").replace(b"[0,400]", b"[0,399]")
     assert lying != honest
     shard.write_bytes(lying)
-    with pytest.raises(CheckpointError, match="bytes, which is not F32"):
+    with pytest.raises(CheckpointError, match="bytes, which does not match F32"):
         Checkpoint.open(folder / "source")
 
 

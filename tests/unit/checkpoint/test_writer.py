@@ -1,6 +1,8 @@
 """The output folder of a run: commit, continue, finish, abandon."""
 
 import shutil
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +29,12 @@ def open_writer(
     return Writer.open(out, identity=identity, overwrite=overwrite, needed_bytes=needed_bytes)
 
 
+def put(writer: Writer, index: int, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+    """Commit a block, and wait until it is on disk."""
+    writer.commit(index, tensors, record)
+    writer.settle()
+
+
 def block(index: int) -> dict[str, Tensor]:
     """4 int32 and 2 half-precision values: 20 bytes."""
     return {f"layers.{index}.qweight": torch.arange(4, dtype=torch.int32) + index,
@@ -49,7 +57,7 @@ def run(out: Path, source_folder: Path, *, blocks: int = 3, shard_bytes: int = 5
     writer = open_writer(out, **options)
     for index in range(blocks):
         if not writer.has(index):
-            writer.commit(index, block(index), {"error": index / 10})
+            put(writer, index, block(index), {"error": index / 10})
     rest, files = source(source_folder)
     finish(writer, rest, files, DOCUMENTS, shard_bytes)
     return writer
@@ -90,7 +98,7 @@ def test_run_writes_one_file_in_order(tmp_path: Path) -> None:
 
 def test_committed_block_is_read_tensor_by_tensor(tmp_path: Path) -> None:
     writer = open_writer(tmp_path / "out")
-    writer.commit(7, block(7), {"error": 0.5, "layers": [1, 2]})
+    put(writer, 7, block(7), {"error": 0.5, "layers": [1, 2]})
     tensors, record = writer.read(7)
     assert record == {"error": 0.5, "layers": [1, 2]}
     assert set(tensors) == set(block(7))
@@ -105,7 +113,7 @@ def test_committed_block_is_read_tensor_by_tensor(tmp_path: Path) -> None:
 
 def test_same_command_continues(tmp_path: Path) -> None:
     first = open_writer(tmp_path / "out")
-    first.commit(0, block(0), {"error": 0.0})
+    put(first, 0, block(0), {"error": 0.0})
     second = open_writer(tmp_path / "out", dict(reversed(RUN.items())))
     assert (first.resumed_blocks, second.resumed_blocks, second.discarded) == (0, 1, False)
     assert second.has(0)
@@ -114,7 +122,7 @@ def test_same_command_continues(tmp_path: Path) -> None:
 
 def test_continued_run_writes_the_same_bytes(tmp_path: Path) -> None:
     run(tmp_path / "straight", tmp_path / "source")
-    open_writer(tmp_path / "out").commit(0, block(0), {"error": 0.0})
+    put(open_writer(tmp_path / "out"), 0, block(0), {"error": 0.0})
     run(tmp_path / "out", tmp_path / "source")
     for name in names_in(tmp_path / "straight"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
@@ -122,21 +130,21 @@ def test_continued_run_writes_the_same_bytes(tmp_path: Path) -> None:
 
 def test_block_may_be_committed_again(tmp_path: Path) -> None:
     writer = open_writer(tmp_path / "out")
-    writer.commit(0, block(0), {"round": 1})
-    writer.commit(0, block(5), {"round": 2})
+    put(writer, 0, block(0), {"round": 1})
+    put(writer, 0, block(5), {"round": 2})
     tensors, record = writer.read(0)
     assert (set(tensors), record) == (set(block(5)), {"round": 2})
 
 
 def test_finished_blocks_of_another_run_are_kept(tmp_path: Path) -> None:
-    open_writer(tmp_path / "out").commit(0, block(0), {})
+    put(open_writer(tmp_path / "out"), 0, block(0), {})
     with pytest.raises(ConfigError, match="1 finished blocks of a run with other settings"):
         open_writer(tmp_path / "out", {**RUN, "source": "changed"})
     assert open_writer(tmp_path / "out").resumed_blocks == 1
 
 
 def test_overwrite_discards_another_run_and_reports_it(tmp_path: Path) -> None:
-    open_writer(tmp_path / "out").commit(0, block(0), {})
+    put(open_writer(tmp_path / "out"), 0, block(0), {})
     other = open_writer(tmp_path / "out", {**RUN, "source": "changed"}, overwrite=True)
     assert (other.discarded, other.resumed_blocks, other.has(0)) == (True, 0, False)
 
@@ -149,7 +157,7 @@ def test_another_run_replaces_a_run_without_blocks(tmp_path: Path) -> None:
 def test_damaged_block_is_quantized_again(tmp_path: Path) -> None:
     writer = open_writer(tmp_path / "out")
     for index in range(3):
-        writer.commit(index, block(index), {})
+        put(writer, index, block(index), {})
     file = tmp_path / "out" / STAGING / "00001.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     again = open_writer(tmp_path / "out")
@@ -159,7 +167,7 @@ def test_damaged_block_is_quantized_again(tmp_path: Path) -> None:
 
 def test_block_damaged_during_the_run_raises_error(tmp_path: Path) -> None:
     writer = open_writer(tmp_path / "out")
-    writer.commit(0, block(0), {})
+    put(writer, 0, block(0), {})
     (tmp_path / "out" / STAGING / "00000.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError):
         finish(writer, [], [], DOCUMENTS)
@@ -168,7 +176,7 @@ def test_block_damaged_during_the_run_raises_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("identity", ["", "{", "[]", '{"identity": null}'])
 def test_staging_without_identity_belongs_to_no_run(identity: str, tmp_path: Path) -> None:
-    open_writer(tmp_path / "out").commit(0, block(0), {})
+    put(open_writer(tmp_path / "out"), 0, block(0), {})
     (tmp_path / "out" / STAGING / "identity.json").write_text(identity)
     assert open_writer(tmp_path / "out", overwrite=True).discarded
 
@@ -187,7 +195,7 @@ def test_folder_with_other_files_is_refused_unchanged(tmp_path: Path) -> None:
 
 
 def test_other_files_are_refused_and_blocks_kept(tmp_path: Path) -> None:
-    open_writer(tmp_path).commit(0, block(0), {})
+    put(open_writer(tmp_path), 0, block(0), {})
     (tmp_path / "thesis.txt").write_text("mine")
     for identity in (RUN, {}):
         with pytest.raises(ConfigError, match=r"thesis\.txt"):
@@ -249,7 +257,7 @@ def test_old_model_exists_until_the_new_one_is_complete(tmp_path: Path) -> None:
     run(out, tmp_path / "source", shard_bytes=40)
     before = {entry.name: entry.read_bytes() for entry in out.iterdir()}
     writer = open_writer(out, overwrite=True)
-    writer.commit(0, block(0), {})
+    put(writer, 0, block(0), {})
     rest, _ = source(tmp_path / "source")
     with pytest.raises(CheckpointError, match="absent"):
         finish(writer, rest, [tmp_path / "absent"], DOCUMENTS)
@@ -258,7 +266,7 @@ def test_old_model_exists_until_the_new_one_is_complete(tmp_path: Path) -> None:
 
 def test_file_created_during_the_run_is_not_overwritten(tmp_path: Path) -> None:
     writer = open_writer(tmp_path)
-    writer.commit(0, block(0), {})
+    put(writer, 0, block(0), {})
     (tmp_path / "config.json").write_text("mine")
     with pytest.raises(ConfigError, match=r"config\.json exists"):
         finish(writer, [], [], DOCUMENTS)
@@ -283,7 +291,7 @@ def test_duplicate_file_name_raises_value_error(tmp_path: Path) -> None:
 
 def test_same_writer_can_finish_again(tmp_path: Path) -> None:
     writer = open_writer(tmp_path / "out")
-    writer.commit(0, block(0), {})
+    put(writer, 0, block(0), {})
     rest, files = source(tmp_path / "source")
     with pytest.raises(CheckpointError):
         finish(writer, rest, [tmp_path / "absent"], DOCUMENTS)
@@ -306,7 +314,7 @@ def test_too_little_space_is_reported_first(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_existing_blocks_count_as_available_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    open_writer(tmp_path).commit(0, {"x": torch.zeros(10_000, dtype=torch.uint8)}, {})
+    put(open_writer(tmp_path), 0, {"x": torch.zeros(10_000, dtype=torch.uint8)}, {})
     disk_with(100_000, monkeypatch)
     assert open_writer(tmp_path, needed_bytes=104_000).resumed_blocks == 1  # 109,200 needed, 10,000 present
     with pytest.raises(StorageError):
@@ -334,7 +342,7 @@ def test_creator_of_the_folder_is_recorded(tmp_path: Path) -> None:
 
 def test_abandoning_keeps_blocks_to_continue(tmp_path: Path) -> None:
     writer = open_writer(tmp_path / "out")
-    writer.commit(0, block(0), {})
+    put(writer, 0, block(0), {})
     assert writer.abandon() is True
     assert open_writer(tmp_path / "out").resumed_blocks == 1
 
@@ -344,3 +352,54 @@ def test_abandoning_after_the_end_has_no_effect(tmp_path: Path) -> None:
     finish(writer, [], [], DOCUMENTS)
     assert writer.abandon() is False
     assert names_in(tmp_path / "out") == {"model.safetensors", *DOCUMENTS}
+
+
+# ---- writing in a thread
+
+
+def test_block_is_written_in_another_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = open_writer(tmp_path / "out")
+    threads: list[str] = []
+    commit = writer._staging.commit
+
+    def noted(*arguments: Any) -> None:
+        threads.append(threading.current_thread().name)
+        commit(*arguments)
+
+    monkeypatch.setattr(writer._staging, "commit", noted)
+    writer.commit(0, block(0), {})
+    assert writer.has(0)
+    name, tensor = next(iter(block(0).items()))
+    assert writer.read(0)[0][name].equal(tensor)  # reading waits for it
+    monkeypatch.setattr("llmq.memory.spare", lambda device: 0)
+    writer.commit(1, block(1), {})
+    assert [name.startswith("llmq-write") for name in threads] == [True, False]
+
+
+def test_failed_write_is_reported_by_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = open_writer(tmp_path / "out")
+    writer.commit(0, block(0), {})
+    writer.settle()
+
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writer._staging, "commit", full)
+    writer.commit(1, block(1), {})
+    with pytest.raises(StorageError, match="No space left"):
+        writer.commit(2, block(2), {})
+    assert writer.has(0) and not writer.has(1) and not writer.has(2)
+
+
+def test_run_that_ends_keeps_the_block_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = open_writer(tmp_path / "out")
+    commit = writer._staging.commit
+
+    def slow(*arguments: Any) -> None:
+        time.sleep(0.2)
+        commit(*arguments)
+
+    monkeypatch.setattr(writer._staging, "commit", slow)
+    writer.commit(0, block(0), {})
+    assert writer.abandon()
+    assert open_writer(tmp_path / "out").resumed_blocks == 1
