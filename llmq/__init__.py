@@ -3,7 +3,7 @@
     report = llmq.quantize("model", "out", method="gptq", calibration="text.txt")
     model, tokenizer = llmq.load("out")
 
-The names below are loaded when they are first used; importing llmq imports neither torch nor transformers.
+The names below are loaded when they are first used. `import llmq` imports neither torch nor transformers.
 """
 
 import importlib

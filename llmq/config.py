@@ -1,8 +1,8 @@
-"""The one list of quantization settings: `QuantConfig` and the tables in it.
+"""The list of quantization settings: `QuantConfig` and its tables.
 
 Each setting is one field: its type, its default, and a description that `--help` shows. TOML keys, command-line flags,
 Python keywords and error messages are derived from the fields (`settings.py`, `cli/options.py`), so a new setting is
-one new field here. Nothing here imports torch, so that `llmq --help` is instant.
+one new field here. Nothing here imports torch, so `llmq --help` is fast.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ FORMATS = (*CONVERTIBLE, *GGUF_GRIDS)
 
 
 def parse_group_size(given: Any) -> Any:
-    """`"128"` as 128; everything else unchanged: a field or `WeightScheme` refuses what is not valid."""
+    """`"128"` as 128; everything else unchanged. The field and `WeightScheme` reject invalid values."""
     return int(given) if isinstance(given, str) and given.isdecimal() else given
 
 
@@ -44,7 +44,10 @@ def parse_override(text: str) -> "Override":
     """`PATTERN:bits=8,group_size=32,symmetric=false` as the command line spells an override."""
     pattern, separator, assignments = text.rpartition(":")
     if not separator or not pattern or "=" not in assignments:
-        raise ConfigError(f"override {text!r} is not understood", hint="for example '*.down_proj:bits=8,group_size=32'")
+        raise ConfigError(
+            f"invalid override {text!r}, expected PATTERN:KEY=VALUE",
+            hint="for example '*.down_proj:bits=8,group_size=32'",
+        )
     fields: dict[str, Any] = {"pattern": pattern}
     for assignment in assignments.split(","):
         key, _, value = (part.strip() for part in assignment.partition("="))
@@ -53,14 +56,14 @@ def parse_override(text: str) -> "Override":
 
 
 def parse_formats(given: Any) -> Any:
-    """`gptq`, `gptq,gguf` or a list of either: the name of a format, or a tuple of several, each once."""
+    """`gptq`, `gptq,gguf` or a list of such texts, as the name of one format or a tuple of several without repeats."""
     texts = [given] if isinstance(given, str) else given
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
-        return given  # the field refuses its type
+        return given  # the field rejects the type
     names = tuple(dict.fromkeys(name.strip() for text in texts for name in text.split(",") if name.strip()))
     if not names:
         raise ConfigError("no format is given", hint=f"known are {listed(FORMATS)}")
-    return names[0] if len(names) == 1 else names  # one way to say one thing
+    return names[0] if len(names) == 1 else names  # equal settings compare equal
 
 
 Bits = Setting(choices=BITS)
@@ -93,7 +96,7 @@ class SchemeSettings(Settings):
 
 
 class Override(Settings):
-    """Other settings for the layers whose name matches `pattern`; None keeps those of the run."""
+    """Other settings for the layers whose name matches `pattern`; None keeps the setting of the run."""
 
     KEY: ClassVar[str] = "key of an override"
 
@@ -108,7 +111,7 @@ class Override(Settings):
 
 
 class Calibration(Settings):
-    """The table [calibration]: the text that the model reads while statistics of its layers are collected."""
+    """The table [calibration]: the text on which statistics of the layers are collected."""
 
     KEY: ClassVar[str] = "key of [calibration]"
     PANEL: ClassVar[str] = "Calibration"
@@ -133,15 +136,15 @@ class Calibration(Settings):
 
 
 class QuantConfig(Settings):
-    """The settings of one run: the same object from flags, from TOML and from Python.
+    """The settings of one run: the same object for flags, TOML and Python.
 
-    `format` is a name, or several that share the same quantized values; `formats` has them as a tuple in either case.
+    `format` is one name, or several that share the same quantized values; `formats` is always a tuple.
     """
 
     method: Annotated[str, Setting(choices=tuple(METHODS))] = Field(
         default="balanced",
         description="Quantization method. fast, balanced and best are GPTQ with further stages, each kept only where "
-        "it lowers the error on held-out text. Use fast for a first try, best if quality matters more than time, rtn "
+        "it lowers the error on validation text. Use fast for a first try, best if quality matters more than time, rtn "
         "if there is no text; gptq and awq are the published methods.",
     )
     scheme: Annotated[WeightScheme, Setting(table=SchemeSettings)] = WeightScheme()
@@ -194,7 +197,7 @@ class QuantConfig(Settings):
     rotate: bool = Field(
         default=False,
         description="Rotate the channels of each attention head to remove outliers. Each block keeps its rotation only "
-        "if that lowers the error on held-out text, so it is safe to try.",
+        "if that lowers the error on validation text, so it is safe to try.",
     )
     quantize_head: bool = Field(
         default=False,
@@ -225,7 +228,7 @@ class QuantConfig(Settings):
                     hint="give it alone, or use --format gguf, which holds the quantized values of the other formats",
                 )
         for override in self.overrides:
-            override.applied_to(self.scheme)  # raises for a scheme that does not exist
+            override.applied_to(self.scheme)  # raises ConfigError for an invalid scheme
         for pattern in (*self.skip, *(override.pattern for override in self.overrides)):
             require_pattern(pattern)
         return self

@@ -1,15 +1,15 @@
-"""Everything llmq raises on purpose.
+"""The errors that llmq raises, and their exit codes.
 
     LlmqError                                                                   exit 1
-    ├── ConfigError            the request contradicts itself                   exit 2
-    ├── CheckpointError        a file is missing, cut short or corrupt          exit 3
-    │   └── FormatError        tensors do not match the format they claim       exit 3
-    ├── UnsupportedModelError  not a causal language model, or not ours to run  exit 4
+    ├── ConfigError            a setting is wrong, or two contradict            exit 2
+    ├── CheckpointError        a file is missing, truncated or corrupt          exit 3
+    │   └── FormatError        tensors do not match their declared format       exit 3
+    ├── UnsupportedModelError  not a causal language model, or not supported    exit 4
     ├── CalibrationError       calibration or evaluation text is unusable       exit 5
-    ├── BackendError           the device or kernel asked for cannot run here   exit 6
+    ├── BackendError           the requested device or kernel cannot run here   exit 6
     ├── StorageError           the output cannot be written                     exit 7
-    ├── QualityError           a model is worse than was allowed                exit 8
-    └── Interrupted            Ctrl-C; what was finished is kept                exit 130
+    ├── QualityError           a model is worse than the limit                  exit 8
+    └── Interrupted            Ctrl-C; finished work is kept                    exit 130
 
 A message says what was found and what was expected; `hint` says what to try.
 """
@@ -18,7 +18,7 @@ from collections.abc import Iterable
 
 
 class LlmqError(Exception):
-    """Base of everything below; `str(error)` is the finding, `error.hint` the way out (may be empty)."""
+    """The base class: `str(error)` says what was found and expected, `error.hint` what to try (may be empty)."""
 
     exit_code = 1
 
@@ -59,7 +59,7 @@ class QualityError(LlmqError):
     exit_code = 8
 
 
-class Interrupted(LlmqError):  # noqa: N818  (it is no error of anybody's)
+class Interrupted(LlmqError):  # noqa: N818  (the user wanted it, so it is not called an error)
     exit_code = 130
 
 

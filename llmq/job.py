@@ -1,7 +1,7 @@
-"""From a model's name to a finished folder: everything around the page in `pipeline.py`.
+"""From a model's name to a finished folder: everything around `pipeline.py`.
 
-A `Job` is made of a request; making it raises for whatever can be known to go wrong before hours are spent (`plan.py`).
-`run` does the work and reports events; `report` fills up.
+Creating a `Job` checks the request (`plan.py`): it raises for every problem that can be detected before the long
+computation. `Job.run` quantizes the model, calls `on_event`, and fills in `Job.report`.
 """
 
 import dataclasses
@@ -45,14 +45,15 @@ from llmq.steps.end_to_end.memory_plan import disk_bytes
 from llmq.steps.run import Run, TuningRun
 
 FLOAT_HEAD = (
-    "tuning minimizes the KL divergence with the float head: the error of the quantized head is not tuned against"
+    "tuning minimizes the KL divergence with the float head, so it does not compensate for the error of the quantized "
+    "head"
 )
 
 
 class Job:
-    """One request to quantize; `plan` says what is to become of each linear layer of the blocks.
+    """One request to quantize a model; `plan` has the scheme of each linear layer of the blocks.
 
-    `stages` take the place of those of `settings.method`: for experiments.
+    `stages` replace the stages of `settings.method`, for experiments.
     """
 
     def __init__(
@@ -67,17 +68,17 @@ class Job:
         overwrite: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
-        asked = settings or QuantConfig()
+        settings = settings or QuantConfig()
         self._overwrite = overwrite
-        self.plan = Plan.make(model, asked, stages, device=device, revision=revision, remote_code=trust_remote_code)
-        if asked.target_bits is not None:
-            self._question()  # which says whether there is an answer
-        self.out = Path(out) if out is not None else default_output(str(model), asked)
+        self.plan = Plan.make(model, settings, stages, device=device, revision=revision, remote_code=trust_remote_code)
+        if settings.target_bits is not None:
+            self._question()  # raises ConfigError for a target that no choice of grids can reach
+        self.out = Path(out) if out is not None else default_output(str(model), settings)
         output_layout.require_folder_name(self.out)
-        places = [self.out, *(self.out / name for name in asked.formats if len(asked.formats) > 1)]
-        if self.plan.checkpoint.folder.resolve() in [place.resolve() for place in places]:
+        folders = [self.out, *(self.out / name for name in settings.formats if len(settings.formats) > 1)]
+        if self.plan.checkpoint.folder.resolve() in [folder.resolve() for folder in folders]:
             raise ConfigError(
-                f"{self.plan.checkpoint.folder} is the model itself, which is not overwritten",
+                f"the output folder {self.plan.checkpoint.folder} is the model itself, which is not overwritten",
                 hint="give another output folder",
             )
         model_id = self.plan.checkpoint.fingerprint()
@@ -85,7 +86,7 @@ class Job:
         self.report = Report(
             source=str(model),
             output=str(self.out),
-            settings=config_to(asked),
+            settings=config_to(settings),
             versions={
                 "llmq": __version__,
                 "torch": torch.__version__,
@@ -106,16 +107,16 @@ class Job:
 
     @property
     def commits(self) -> int:
-        """How many `BlockReport`s a run yields: the head counts as one more block where it is quantized."""
+        """The number of `BlockReport`s of a run: one per block, and one for the head if it is quantized."""
         head = self.plan.layers.get(self.plan.skeleton.head_path or "")
         return self.blocks + (head is not None and head.scheme.weights is not None)
 
     def run(self, on_event: OnEvent = ignore) -> Report:
-        """Do it, and report every event.  The finished folder appears at the end."""
+        """Quantize the model, and call `on_event` for every event. The finished folder appears at the end."""
         start = time.monotonic()
         if not self._overwrite:
-            Writer.require_free(self.out)  # known now, and not after the text was read
-        for name in self.plan.outside():  # a block's own are looked at when it is read
+            Writer.require_free(self.out)  # checked before the text is read
+        for name in self.plan.outside():  # the tensors of a block are checked when the block is read
             require_finite(name, self.plan.checkpoint.tensor(name))
         text = self._read_text(on_event)
         if text is not None and self.plan.settings.target_bits is not None:
@@ -133,7 +134,7 @@ class Job:
     def measure_layers(
         self, tried: Sequence[WeightScheme] = (), windows: int = sensitivity.WINDOWS, on_event: OnEvent = ignore
     ) -> Sensitivity:
-        """What every layer loses on each of the grids `tried`, by default those that --target-bits chooses from."""
+        """The error of each layer on each of the grids `tried`; by default the grids of --target-bits."""
         question = self._question(tried)
         return self._measured(self._text.load(self.plan, self.report, on_event), question, windows, on_event)
 
@@ -150,12 +151,12 @@ class Job:
         )
 
     def _read_text(self, on_event: OnEvent) -> CalibrationSet | None:
-        """The calibration text, where anything needs one."""
+        """The calibration text; None if neither the method nor --target-bits needs one."""
         needed = self.plan.stages.needs_calibration or self.plan.settings.target_bits is not None
         return self._text.load(self.plan, self.report, on_event) if needed else None
 
     def _assign_bits(self, text: CalibrationSet, target: float, on_event: OnEvent) -> None:
-        """Measure which layers need more bits, and go on as if the settings had said so."""
+        """Measure which layers need more bits, and add the result to the settings as overrides."""
         measured = self._measured(text, self._question(), sensitivity.WINDOWS, on_event)
         assignment = assign.spend(measured, target)
         self.plan = self.plan.with_settings(assign.settled(self.plan.settings, assignment))
@@ -187,7 +188,7 @@ class Job:
         return writer
 
     def _prepare(self, text: CalibrationSet | None, writer: Writer, on_event: OnEvent) -> Run:
-        """Everything that stays the same from block to block."""
+        """Everything that is the same for all blocks."""
 
         def collect(event: Event) -> None:
             if isinstance(event, BlockReport):
@@ -242,22 +243,24 @@ class Job:
         return max(1, memory.TOKENS_PER_BATCH_TO_QUANTIZE.get(self.plan.device.type, 4096) // text.windows.shape[1])
 
     def _validation(self, sequences: int) -> int:
-        """How many of the calibration sequences nothing is fitted on."""
+        """The number of calibration sequences that are used for validation only."""
         share = self.plan.stages.held_out
         validation = min(math.ceil(share * sequences), sequences - 1)
         if share and not validation:
-            self.report.notes.append("one calibration sequence is too few to hold any out: no stage could be judged")
+            self.report.notes.append(
+                "one calibration sequence leaves none for validation: no stage was checked on other text"
+            )
         return validation
 
     def _finish(self, run: Run, start: float) -> None:
-        """Put the folder together: packed blocks, everything else as it was, configuration and provenance."""
+        """Assemble the folder: packed blocks, all other tensors unchanged, configuration and provenance."""
         report, plan = self.report, self.plan
         if run.streams is not None:
             report.notes += run.streams.notes
         quantized = {layer.name: layer for layer in report.layers}
         for layer in plan.layers.values():
             if layer.scheme.weights is not None and layer.name not in quantized:
-                report.left[layer.name] = f"it did not run on the first {memory.PROBE_TOKENS} calibration tokens"
+                report.left[layer.name] = f"it was not run for the first {memory.PROBE_TOKENS} calibration tokens"
         sizes = {layer.name: layer.weights for layer in plan.layers.values()}
         stored_bits = sum(sizes[name] * layer.bits_per_weight for name, layer in quantized.items())
         report.bits_per_weight = stored_bits / max(1, sum(sizes[name] for name in quantized))
@@ -287,9 +290,9 @@ def quantize(
         llmq.quantize("Qwen/Qwen3-8B", "out", method="gptq", bits=4, group_size=128, calibration="text.jsonl")
 
     The settings are those of `llmq quantize --help`, by the same names; they override those of `config`. `stages`
-    replace the stages of the method, for experiments. `on_event` is called with everything that happens (see
-    `llmq.report.events`). An interrupted call continues when it is repeated. Raises the
-    errors of `llmq.errors`: ConfigError for a setting that does not exist or has a wrong value.
+    replace the stages of the method, for experiments. `on_event` is called with every event (see
+    `llmq.report.events`). An interrupted call continues when it is repeated. Raises the errors of `llmq.errors`, such
+    as ConfigError for a setting that does not exist or has a wrong value.
     """
     job = Job(
         model,

@@ -1,7 +1,7 @@
-"""How much memory is free where a model computes, and the sizes by which passes over a model plan theirs.
+"""How much memory is free on the compute device, and the sizes that passes over a model plan with.
 
-In a container or a batch system that is less than the machine has, and psutil does not say so: a process that takes
-more than its control group is allowed is killed without a word.
+In a container or a batch system a process may use less memory than the machine has. psutil does not report this limit,
+and a process that exceeds the limit of its control group is killed without a message.
 """
 
 import resource
@@ -11,23 +11,24 @@ from pathlib import Path
 import psutil
 import torch
 
-# Copies of one block's weights in float32 that are in memory at once.
-BLOCK_COPIES_TO_EVALUATE = 2  # the block as it is read, and what it makes of a batch
-BLOCK_COPIES_TO_QUANTIZE = 3  # its weights as they are loaded, rounded and compared; also to measure layers
-BLOCK_COPIES_TO_TUNE = 4  # its weights, their gradients, and one weight's state while it is changed
+# Copies of one block's weights in float32 that are in memory at the same time.
+BLOCK_COPIES_TO_EVALUATE = 2  # the block as it is read, and its activations for one batch
+BLOCK_COPIES_TO_QUANTIZE = 3  # its weights as loaded, as quantized, and their difference; also to measure layers
+BLOCK_COPIES_TO_TUNE = 4  # its weights, their gradients, and the state of the weight that is updated
 
-# Tokens that go through a block together.  They decide in which order floats are summed, so results depend on them in
-# the last bits, and none of them depends on what is free.
+# Tokens that go through a block together. They decide in which order floats are summed, so results depend on them in
+# the last bits. They must not depend on the free memory.
 TOKENS_PER_BATCH_TO_EVALUATE = 2048
 TOKENS_PER_BATCH_TO_WEIGH = 4096  # for token weights, with the block's graph
 TOKENS_PER_BATCH_TO_QUANTIZE = {"cpu": 4096, "cuda": 32_768}  # by device type
 
-PROBE_TOKENS = 64  # they show which weights share an input, and what makes it; a layer that sees none stays in float
+PROBE_TOKENS = 64  # they show which weights share an input, and which layer makes it; layers not run are kept in float
 
 HOST = torch.device("cpu")
-AMPLE_BYTES = 2**30  # of free memory; with less, nothing is read ahead, and nothing written while other work goes on
+AMPLE_BYTES = 2**30  # free memory; with less, nothing is read ahead, and blocks are written without a thread
 CGROUPS = Path("/sys/fs/cgroup")
-# Below the mount point: the limit, what is used of it, and how the statistics call file pages that would be given up.
+# Per version of control groups: the folder below the mount point, the files with the limit and the usage, and the name
+# of the reclaimable file pages in memory.stat.
 VERSIONS = (
     ("", "memory.max", "memory.current", "inactive_file"),
     ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -35,7 +36,7 @@ VERSIONS = (
 
 
 def spare(device: torch.device) -> int:
-    """Bytes that are free where `device` computes."""
+    """Free bytes in the memory of `device`."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     available = int(psutil.virtual_memory().available)
@@ -49,17 +50,17 @@ def _left_of_address_space() -> Iterator[int]:
 
 
 def left_of_groups(mounted: Path, membership: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
-    """Bytes that each control group above this process, mounted at `mounted`, still has; nothing where none is limited.
+    """Free bytes of each control group of this process that has a limit; the groups are mounted at `mounted`.
 
-    `membership` has a line `number:controllers:path` for each hierarchy; within a container the path may be the host's,
-    and the group is at the mount point.
+    `membership` has a line `number:controllers:path` per hierarchy. In a container the path may be that of the host,
+    while the group is at the mount point.
     """
     lines = membership.read_text(encoding="utf-8").splitlines() if membership.is_file() else []
     for below, limit, usage, reclaimable in VERSIONS:
         paths = [path for _, controllers, path in (line.split(":", 2) for line in lines) if controllers == below]
         root = mounted / below
-        own = [root / path.lstrip("/") for path in paths]
-        folders = dict.fromkeys([root, *(folder for each in own for folder in (each, *each.parents))])
+        groups = [root / path.lstrip("/") for path in paths]
+        folders = dict.fromkeys([root, *(folder for group in groups for folder in (group, *group.parents))])
         for folder in folders:
             if folder.is_relative_to(root) and (folder / limit).is_file() and (folder / usage).is_file():
                 allowed = (folder / limit).read_text(encoding="utf-8").strip()

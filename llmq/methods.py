@@ -1,8 +1,8 @@
 """The methods, each a list of stages; a stage is a file in `llmq/algorithms/`.
 
-`rtn`, `gptq` and `awq` are the published algorithms in their best-known form.  `fast`, `balanced` and `best` are llmq's
-own: in these, a stage is kept only where it lowers the loss on calibration tokens that it was not fitted on.
-docs/ARCHITECTURE.md says how stages are put together, eval/LOG.md what each of them buys.
+`rtn`, `gptq` and `awq` are the published algorithms in their best-known form. `fast`, `balanced` and `best` are
+specific to llmq: they keep the result of a stage only where it lowers the loss on validation tokens.
+docs/ARCHITECTURE.md explains how stages are combined, eval/LOG.md how much each of them gains.
 """
 
 from collections.abc import Mapping
@@ -11,12 +11,14 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Tuning:
-    """Tuning, of a block against what the float block puts out, or end to end against the float model's predictions.
+    """Tuning of one block towards the output of the float block, or of the whole model towards its predictions.
 
-    `scales` and `rounding` are step sizes of Adam, falling linearly to zero over the `steps`; 0 leaves that part as it
-    is.  A step sees `tokens` tokens.  End to end, the model writes `written` windows itself for each one of the text,
-    which are tuned on as well: any text will do to learn the float model's predictions from, and the more of it, the
-    less is learnt by heart.
+    steps     number of steps of Adam
+    scales    step size for the scales, falling linearly to zero over the `steps`; 0: they are not tuned
+    rounding  the same for the quantized values
+    tokens    tokens per step
+    written   sequences that the model generates per calibration sequence, as additional text for end-to-end tuning.
+              Any text shows the predictions of the float model, and more text means less overfitting
     """
 
     steps: int
@@ -30,16 +32,16 @@ class Tuning:
 class Method:
     """A quantization method as its stages; each names a file in `llmq/algorithms/`.
 
-    transforms    rewrite the float block into an equal one that rounds better
-    token_weights whether tokens count by what an error costs the model's loss there (algorithms/fisher_weights.py)
-    alphas        strengths of the asymmetric target to choose from (see algorithms/target.py); none: plain weights
-    rounding      turns weights into codes
-    refinements   lower the loss of the codes, weight by weight
-    block_tuning  lowers the loss of a block as a whole, when all of its weights are rounded
-    tuning        lowers the model's loss, after all blocks
-    held_out      part of the calibration windows that no stage is fitted on, by which stages are judged
-    expert_tokens how many tokens an expert of a mixture sees at least, for each input of its layers
-    (model/passes/statistics.py)
+    transforms     rewrite the float block into an equal one with less quantization error
+    token_weights  whether tokens are weighted by how much an error there costs the model (algorithms/fisher_weights.py)
+    alphas         strengths of the asymmetric target to choose from (algorithms/target.py); empty: the plain weights
+    rounding       turns weights into quantized values, scales and zero points
+    refinements    lower the error of the quantized values, one weight after the other
+    block_tuning   lowers the error of a block's output, when all of its weights are quantized
+    tuning         lowers the loss of the model, when all blocks are quantized
+    held_out       fraction of the calibration sequences that is used for validation only
+    expert_tokens  minimum number of tokens in the statistics of an expert, per input of its layers
+                   (model/passes/statistics.py)
     """
 
     rounding: str
@@ -54,7 +56,7 @@ class Method:
     needs_calibration: bool = True
 
     def rotated(self) -> "Method":
-        """The same with rotations in front, and with held-out text to judge them by."""
+        """This method with rotations as the first transform, and with validation text to check them on."""
         transforms, held_out = ("rotation", *self.transforms), self.held_out or 0.1
         return replace(self, transforms=transforms, held_out=held_out, needs_calibration=True)
 

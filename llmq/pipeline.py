@@ -1,15 +1,26 @@
-"""Quantize a model, one block at a time.  Read this page first.
+"""Quantize a model, one block at a time. Read this page first.
 
     checkpoint ──► skeleton ──► block ──► observe ──► transform ──► quantize ──► tune ──► pack ──► checkpoint
                                   ▲                                                  │
     calibration ──► hidden states ┴───────── of the next block (quantized weights) ◄─┘
 
-then the head, then tuning of all blocks together, then saving.  Only one block, its statistics and its activations are
-in memory, and of these no more than fit.  A finished block is on disk before the one after the next starts, so an
-interrupted run continues at the first block that is missing, and ends in the same bytes.
+`quantize_model` is the whole run: every block, then the head, then tuning of all blocks together, then saving.
+`quantize_block` is the whole story of one block:
 
-Where to look: how text goes through the blocks is in `model/passes/`, the stages run on a model are in `steps/`, their
-maths is in `algorithms/`, what a method consists of is in `methods.py`.
+    observe    run the calibration text and collect statistics of the inputs of each linear layer
+    transform  rewrite the float block into an equal one with less quantization error (scales, rotations)
+    quantize   group by group, in the order in which the block runs them; later groups see the quantized weights
+    tune       adjust all quantized weights of the block together, to lower the error of the block's output
+    pack       convert to the tensors of the file format, and commit the block
+
+Layers that share an input (q, k and v) are one group and share its statistics. The text goes through the blocks in two
+streams: `quantized` has the hidden states of the quantized model, `floats` those of the float model to compare with.
+
+Only one block is in memory, with its statistics and as many of its activations as fit. Block i is on disk before block
+i + 2 is started, so an interrupted run continues at the first missing block and produces the same bytes.
+
+Where to look: `model/passes/` runs the text through the blocks, `steps/` runs the stages on a model, `algorithms/` has
+their maths, `methods.py` says which stages a method consists of.
 """
 
 import time
@@ -36,7 +47,7 @@ from llmq.steps.transforms import transform_block
 
 
 def quantize_model(run: Run, save: Callable[[], None]) -> None:
-    """Quantize every block and commit it, then the head; tune all of them together; save the finished model."""
+    """Quantize and commit every block, then the head; tune all blocks together; save the finished model."""
     forward(run.skeleton, lambda block: quantize_block(run, block))
     quantize_head(run)
     tune_end_to_end(run)
@@ -44,8 +55,15 @@ def quantize_model(run: Run, save: Callable[[], None]) -> None:
 
 
 @dataclass
-class Work:
-    """What becomes of a block: the layers that are quantized, their packed tensors, notes and gains for the report."""
+class BlockResult:
+    """What quantizing a block has produced so far.
+
+    layers   by path, the quantized weights that block tuning will adjust
+    tensors  by name, the packed tensors to commit
+    reports  one per quantized layer
+    notes    what the user should know
+    gains    what transforms and block tuning have gained
+    """
 
     layers: dict[str, Rounded] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -57,83 +75,83 @@ class Work:
 def quantize_block(run: Run, block: Block) -> None:
     """observe → transform → quantize → tune → pack → commit, for one block whose float weights are loaded.
 
-    A block that an earlier run committed is taken over.  The calibration text is behind the block at the end.
+    A block that an interrupted run committed is restored instead. In both cases the text is advanced past the block.
     """
-    start, work = time.monotonic(), Work()
+    start, result = time.monotonic(), BlockResult()
     if run.streams is not None:
-        run.streams.enter(block)
+        run.streams.enter(block)  # keeps a copy of the float weights for the float stream
     if run.writer.has(block.index):
-        restore(run, block)
+        restore_block(run, block)
         return
-    if run.streams is None:  # without text each weight stands alone
+    if run.streams is None:  # no calibration text: every layer is a separate group, without statistics
         for path, linear in block.linears.items():
-            quantize_group(run, block, work, InputGroup((path,), linear.in_features), None)
+            quantize_group(run, block, result, InputGroup((path,), linear.in_features), None)
     else:
         groups = input_groups.input_groups(block, run.streams.quantized.sample(PROBE_TOKENS))
         if run.method.transforms:
-            work.notes, work.gains = transform_block(run, block, groups)
+            result.notes, result.gains = transform_block(run, block, groups)
         with Sequential(block, groups, run.streams) as forwards:
-            forwards.run(lambda group, stats: quantize_group(run, block, work, group, stats))
-            leave_block(run, block, forwards, work)
-    tensors = work.tensors | kept_in_float(run, block, work)
+            forwards.run(lambda group, stats: quantize_group(run, block, result, group, stats))
+            tune_and_advance(run, block, result, forwards)
+    tensors = result.tensors | kept_in_float(run, block, result)
     seconds = time.monotonic() - start
-    report = BlockReport(block.path, tuple(work.reports), tuple(work.notes), seconds, gains=tuple(work.gains))
+    report = BlockReport(block.path, tuple(result.reports), tuple(result.notes), seconds, gains=tuple(result.gains))
     run.writer.commit(block.index, tensors, report.to_dict())
     run.on_event(report)
 
 
-def quantize_group(run: Run, block: Block, work: Work, group: InputGroup, stats: InputStats | None) -> None:
-    """Quantize and pack the weights that share an input; what comes later in the block sees the quantized ones."""
+def quantize_group(run: Run, block: Block, result: BlockResult, group: InputGroup, stats: InputStats | None) -> None:
+    """Quantize and pack the weights that share an input, and put the quantized weights into the block."""
     if stats is not None and stats.tokens == 0:
-        work.notes.append(f"{', '.join(group.names)}: kept in float, no calibration token reached them")
+        result.notes.append(f"{', '.join(group.names)}: kept in float, no calibration token reached them")
         return
     weights = {path: block.weight(path) for path in group.names}
     schemes = {path: run.plans[path].scheme.weights for path in group.names}
     for layer in round_group(weights, schemes, stats, run.method, run.options):
-        rounded = layer.rounding.quantized.dequantize()
-        block.set_weight(layer.path, rounded)
+        dequantized = layer.rounding.quantized.dequantize()
+        block.set_weight(layer.path, dequantized)
         packed = run.pack(layer.path, layer.rounding.quantized)
         name = run.plans[layer.path].name
-        report = layer_report(name, layer.weight, rounded, layer.rounding, packed, stats, layer.gains)
+        report = layer_report(name, layer.weight, dequantized, layer.rounding, packed, stats, layer.gains)
         report = as_experts(report, run.method.transforms) if block.is_experts(layer.path) else report
         run.on_event(report)
-        work.reports.append(report)
-        work.tensors |= packed
+        result.reports.append(report)
+        result.tensors |= packed
         if run.method.block_tuning is not None:
-            work.layers[layer.path] = layer
+            result.layers[layer.path] = layer
 
 
-def leave_block(run: Run, block: Block, forwards: Sequential, work: Work) -> None:
-    """Take the text past the block, whose weights are all quantized by now.
+def tune_and_advance(run: Run, block: Block, result: BlockResult, forwards: Sequential) -> None:
+    """Advance the text past the block, whose weights are all quantized now.
 
-    Where the method says so they are tuned together first, and packed once more.
+    If the method has block tuning, the weights are first tuned together and packed again.
     """
     streams, tuning = run.streams, run.method.block_tuning
     assert streams is not None
     if streams.floats is not None:
         forwards.finish(streams.floats)
-    if tuning is not None and work.layers and streams.text.validation:  # without that text nothing would judge it
-        tuned = block_tuning.tune(run.skeleton, streams, block, work.layers, tuning)
+    if tuning is not None and result.layers and streams.text.validation:  # validation text shows whether it helps
+        tuned = block_tuning.tune(run.skeleton, streams, block, result.layers, tuning)
         for path, quantized in tuned.weights.items():
-            work.tensors |= run.pack(path, quantized)
-        work.gains.append(StageGain("block_tuning", tuned.before, tuned.after, tuned.step > 0))
+            result.tensors |= run.pack(path, quantized)
+        result.gains.append(StageGain("block_tuning", tuned.before, tuned.after, tuned.step > 0))
         streams.quantized.run(block)
     else:
         forwards.finish(streams.quantized)
     streams.advance()
 
 
-def kept_in_float(run: Run, block: Block, work: Work) -> dict[str, Tensor]:
-    """The block's other parameters as the checkpoint names and stores them."""
-    packed = {report.name for report in work.reports}
+def kept_in_float(run: Run, block: Block, result: BlockResult) -> dict[str, Tensor]:
+    """The block's parameters that are not quantized, with the names and dtypes of the checkpoint."""
+    packed = {report.name for report in result.reports}
     replaced = {f"{name}.weight" for name in packed}
     left_stacked = run.skeleton.weights.left_stacked
     stored = block.stored_parameters()
     return {n: tensor for n, tensor in stored.items() if n not in replaced and not left_stacked(n, packed)}
 
 
-def restore(run: Run, block: Block) -> None:
-    """Give a loaded block the weights that an earlier run committed for it, and take the text past it."""
+def restore_block(run: Run, block: Block) -> None:
+    """Put the weights that an interrupted run committed into the loaded block, and advance the text past it."""
     tensors, record = run.writer.read(block.index)
     report = BlockReport.from_dict(record, resumed=True)
     paths = {plan.name: path for path, plan in run.plans.items()}

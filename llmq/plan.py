@@ -1,7 +1,7 @@
-"""Everything about a run that is known before it reads a text or a weight: headers and configuration only.
+"""Everything about a run that is known from headers and configuration, before any text or weight is read.
 
-A `Plan` raises for whatever can be known to go wrong before hours are spent.  With other settings it is made again from
-the same model, which is how `--target-bits` carries out what it has measured.
+Creating a `Plan` raises for every problem that can be detected before the long computation. `Plan.with_settings` makes
+the plan again for other settings of the same model: `--target-bits` uses it to apply what it has measured.
 """
 
 import dataclasses
@@ -35,12 +35,12 @@ from llmq.steps.linear_names import holds_matrix
 
 @dataclass(frozen=True)
 class Plan:
-    """What is asked for, of which model, and what is to become of each linear layer of its blocks.
+    """The settings of a run, the model, and the scheme of each linear layer of its blocks.
 
-    layers      by the layer's path in the model
-    remote_code whether code that comes with the model may run
-    stages      those of `settings.method`, or what takes their place in an experiment
-    model_dtype the dtype that the checkpoint is stored in
+    layers       by the layer's path in the model
+    remote_code  whether code that comes with the model may run
+    stages       the stages of `settings.method`, or those that replace them in an experiment
+    model_dtype  the dtype in which the checkpoint is stored
     """
 
     settings: QuantConfig
@@ -72,13 +72,13 @@ class Plan:
         chosen, method = choose_device(device), stages or settings.stages
         dtype = stored_dtype(checkpoint)
         layout = output_layout.layout_of(settings.formats, dtype)
-        exact = chosen.type == "cpu" or method.transforms  # foldings are found in float32
+        exact = chosen.type == "cpu" or method.transforms  # folding sites are detected in float32
         skeleton = open_skeleton(checkpoint, chosen, torch.float32 if exact else dtype, remote_code=remote_code)
         layers = _plan_layers(skeleton, settings, layout, checkpoint.config)
         return cls(settings, method, checkpoint, chosen, layout, dtype, skeleton, layers, remote_code)
 
     def with_settings(self, settings: QuantConfig) -> "Plan":
-        """The same model under other settings; method, format and device are as they were."""
+        """The plan of the same model for other settings; method, format and device do not change."""
         layers = _plan_layers(self.skeleton, settings, self.layout, self.checkpoint.config)
         return dataclasses.replace(self, settings=settings, layers=layers)
 
@@ -90,27 +90,27 @@ class Plan:
 
     @property
     def expected_bytes(self) -> int:
-        """About what the finished weights will take."""
+        """Approximate size of the finished weights in bytes."""
         itemsize = self.layout.scale_dtype(self.model_dtype).itemsize
         packed = [plan for plan in self.layers.values() if plan.scheme.weights is not None]
         before = sum(self.float_bytes(plan.name) for plan in packed)
         return self.checkpoint.nbytes - before + sum(plan.packed_bytes(itemsize) for plan in packed)
 
     def float_bytes(self, name: str) -> int:
-        """What a layer's weight takes as it is, by its name in the checkpoint; a tied head's takes nothing."""
+        """Bytes of a layer's float weight, by its name in the checkpoint; 0 for a tied head."""
         if name == self.tied_head:
             return 0
         return stored_bytes(self.skeleton, self.checkpoint, f"{name}.weight")
 
     @property
     def tied_head(self) -> str | None:
-        """The head that is to be quantized, if up to now it is the embedding."""
+        """The path of the head if it will be quantized and is tied to the embedding now; else None."""
         path = self.skeleton.head_path
         weights = self.skeleton.weights
         return path if path in self.layers and path is not None and weights.is_tied(f"{path}.weight") else None
 
     def config_json(self, quantized: set[str]) -> dict[str, Any]:
-        """The model's own config.json; where a tied head was quantized, it says that it is tied no more."""
+        """The model's config.json; if a tied head was quantized, `tie_word_embeddings` becomes false."""
         config = dict(self.checkpoint.config)
         if self.tied_head in quantized:
             config["tie_word_embeddings"] = False
@@ -119,7 +119,7 @@ class Plan:
         return config
 
     def left(self) -> dict[str, str]:
-        """Every weight of two dimensions or more that stays as it is, with the reason."""
+        """Every weight with two or more dimensions that is kept in float, and the reason."""
         return left_in_float.reasons(self.skeleton, self.checkpoint, self.layers, self._packed_outside())
 
     def _packed_outside(self) -> set[str]:
@@ -131,16 +131,16 @@ class Plan:
         return {name.removesuffix(".weight") for name in grids}
 
     def idle_patterns(self) -> list[str]:
-        """What a user should know of --skip and --override patterns that no layer fits."""
+        """A note for each --skip or --override pattern that matches no layer."""
         patterns = [*self.settings.skip, *(override.pattern for override in self.settings.overrides)]
         names = [plan.name for plan in self.layers.values()]
         idle = [pattern for pattern in patterns if not any(matches(pattern, name) for name in names)]
         return [f"no layer of the blocks matches the pattern {pattern!r}" for pattern in idle]
 
     def outside(self) -> list[str]:
-        """The tensors that are copied as they are: embeddings, norms and heads outside of the blocks.
+        """The names of the tensors that are copied unchanged.
 
-        And stacked experts that are not packed.
+        These are embeddings, norms and heads outside the blocks, and stacked experts that are not packed.
         """
         weights, packed = (
             self.skeleton.weights,
@@ -154,16 +154,16 @@ class Plan:
         return [name for name in self.checkpoint.names() if name not in inside]
 
     def quantization_config(self, quantized: set[str] | None = None, layout: Layout | None = None) -> dict[str, Any]:
-        """The block for config.json where the linear layers `quantized`, by default all planned, are packed.
+        """The `quantization_config` of config.json, if the linear layers `quantized` are packed (default: all planned).
 
-        `layout` is another one than the blocks are staged in.
+        `layout` is given if it is not the layout in which the blocks are staged.
         """
         chosen: dict[str, WeightScheme] = {}
         floats = left_in_float.unused_modules(self.skeleton, self.checkpoint)
         for path, module in self.skeleton.model.named_modules():
             if not holds_matrix(module):
                 continue
-            names = dict.fromkeys((path, self.skeleton.weights.module_name(path)))  # readers look for either
+            names = dict.fromkeys((path, self.skeleton.weights.module_name(path)))  # readers look for one or the other
             plan = self.layers.get(path)
             if plan is not None and plan.scheme.weights is not None and (quantized is None or plan.name in quantized):
                 chosen |= dict.fromkeys(names, plan.scheme.weights)
@@ -192,7 +192,7 @@ def _head(skeleton: Skeleton) -> dict[str, nn.Linear]:
     if path is None or not isinstance(module, nn.Linear):
         raise UnsupportedModelError(
             f"{type(skeleton.model).__name__} has no head that could be quantized",
-            hint="its logits come from no plain linear layer: leave --quantize-head out",
+            hint="leave --quantize-head out: the layer that makes its logits is not a plain linear layer",
         )
     return {path: module}
 
@@ -203,5 +203,5 @@ def _refuse_quantized(checkpoint: Checkpoint) -> None:
         method = settings.get("quant_method", "its config.json has a quantization_config")
         raise UnsupportedModelError(
             f"{checkpoint.folder} is already quantized ({method})",
-            hint="start from the unquantized model; its name is often in this one's README.md, under base_model",
+            hint="start from the unquantized model; the README.md of the quantized model often names it as base_model",
         )

@@ -1,4 +1,4 @@
-"""The texts of a run: what is fitted on, and what is tuned on where that is another one."""
+"""The texts of a run: the calibration text, and the text of end-to-end tuning."""
 
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,14 @@ from llmq.report.record import Report
 from llmq.runtime.load import load_tokenizer
 from llmq.steps.end_to_end import tuning_text
 
-TOKENS_PER_INPUT = 50  # below that, what is measured on the text says little about other text
-TUNING_SEED = 1 << 32  # what the model writes for tuning differs from what it may have written for calibration
+TOKENS_PER_INPUT = 50  # with fewer tokens, statistics of the text generalize badly to other text
+TUNING_SEED = 1 << 32  # so that the text generated for tuning differs from text generated for calibration
 
 
 class RunText:
-    """Reads the text, or has the model write it; what the model wrote is kept in the run's staging.
+    """Reads the text, or lets the model generate it; generated text is kept in the staging folder of the run.
 
-    tuning  the text of end-to-end tuning, once `load` has seen that there is any
+    tuning  the text of end-to-end tuning; None before `load`, and for methods without tuning
     """
 
     def __init__(self, staging: Path, model_id: str, *, remote_code: bool) -> None:
@@ -31,7 +31,7 @@ class RunText:
         self._remote_code = remote_code
 
     def load(self, plan: Plan, report: Report, on_event: OnEvent) -> CalibrationSet:
-        """The calibration text; what a user should know of it goes into the report."""
+        """The calibration text; notes for the user are added to the report."""
         tokenizer = load_tokenizer(plan.checkpoint.folder, remote_code=self._remote_code)
         text = calibration.load(
             plan.settings.calibration,
@@ -47,16 +47,15 @@ class RunText:
         if plan.stages.tuning is not None:
             author = self._author(plan, tokenizer, self._own_tuning, on_event)
             S, T = text.windows.shape
-            tuning_text(
-                plan.stages, torch.empty(0, T, dtype=torch.int64), text.windows
-            )  # raises before hours are spent
+            nothing_written = torch.empty(0, T, dtype=torch.int64)
+            tuning_text(plan.stages, nothing_written, text.windows)  # raises before text is generated for hours
             written = author.write(plan.stages.tuning.written * S, T, plan.settings.seed + TUNING_SEED)
             self.tuning = tuning_text(plan.stages, written, text.windows)
             report.notes += author.notes
         return text
 
     def save(self) -> None:
-        """Keep what the model wrote; the staging must be there."""
+        """Save the generated text in the staging folder, which must exist."""
         self._own.save()
         self._own_tuning.save()
 
@@ -68,17 +67,17 @@ class RunText:
 
 
 def _check_tokens(text: CalibrationSet, plan: Plan, report: Report) -> None:
-    """Refuse ids that the model has no embedding for; note where the text is short for the widest layer."""
+    """Raise CheckpointError for ids without an embedding; add a note if the text is short for the widest layer."""
     known = plan.skeleton.vocabulary
     largest = int(text.windows.max())
     if largest >= known:
         raise CheckpointError(
-            f"the tokenizer made the id {largest}, and the model has embeddings for {known} tokens",
-            hint="is the tokenizer the one that belongs to the model?",
+            f"the tokenizer produced the token id {largest}, but the model has embeddings for {known} tokens only",
+            hint="check that the tokenizer belongs to the model",
         )
     widest = max(layer.in_features for layer in plan.layers.values() if layer.scheme.weights is not None)
     if text.windows.numel() < TOKENS_PER_INPUT * widest:
         report.notes.append(
-            f"{text.windows.numel()} calibration tokens are few for layers of {widest} inputs, "
-            f"{TOKENS_PER_INPUT * widest} or more tell reliably what matters; see --samples and --seqlen"
+            f"{text.windows.numel()} calibration tokens are few for layers with {widest} inputs, "
+            f"at least {TOKENS_PER_INPUT * widest} are recommended; see --samples and --seqlen"
         )

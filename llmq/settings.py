@@ -1,6 +1,6 @@
-"""What a setting is: how the fields of a pydantic model become TOML keys, Python keywords, flags and error messages.
+"""How the fields of a pydantic model become TOML keys, Python keywords, flags and error messages.
 
-The settings themselves are listed in `config.py`; flags are made of them in `cli/options.py`.
+The settings are listed in `config.py`; `cli/options.py` makes flags of them.
 """
 
 import tomllib
@@ -39,17 +39,17 @@ Table = TypeVar("Table", bound="Settings")
 
 @dataclass(frozen=True)
 class Setting:
-    """Metadata of a field, for what its name, type, default and description do not say; every part is optional.
+    """Metadata of a field in addition to its name, type, default and description; every part is optional.
 
-    name      Python keyword, and flag, if not the TOML key
+    name      Python keyword and flag, if not the TOML key
     flag      command-line flags, if not `--name`
     metavar   placeholder of the value in `--help`
-    panel     panel of `--help`, if not that of the table
+    panel     panel of `--help`, if not the panel of the table
     choices   the allowed values: checked, shown in `--help`, completed by the shell
     expected  the allowed values in words, for error messages
-    parse     turns what flags and Python keywords give into what TOML gives
+    parse     converts the value of a flag or Python keyword to the value that TOML gives
     keyword   type of the Python keyword, if `parse` accepts more than the field
-    table     the settings that the TOML table consists of, if the field's own class is not a `Settings`
+    table     the settings in the TOML table, if the type of the field is not a `Settings`
     """
 
     name: str = ""
@@ -73,11 +73,11 @@ class Setting:
 
 
 class Settings(BaseModel):
-    """A table of settings: cannot be changed, converts no types, and raises ConfigError for a wrong key or value."""
+    """A table of settings: immutable, without type conversion, and a wrong key or value raises ConfigError."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    KEY: ClassVar[str] = "setting"  # what error messages call a key of the table
+    KEY: ClassVar[str] = "setting"  # the name for a key of the table in error messages
     PANEL: ClassVar[str] = "Quantization"  # of --help
 
     @model_validator(mode="wrap")
@@ -87,17 +87,17 @@ class Settings(BaseModel):
             return validate(given)
         except ValidationError as error:
             if not isinstance(given, Mapping):
-                raise  # the table around this one knows the key of the value
+                raise  # the enclosing table knows the key of the value
             raise _config_error(cls, given, error) from None
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with other values, which are checked."""
+        """A copy with some values changed; they are validated."""
         return type(self)(**{**dict(self), **changes})
 
 
 @dataclass(frozen=True)
 class NamedSetting:
-    """A setting and its places: `name` for Python keywords and flags; `key`, perhaps in a `table`, for TOML."""
+    """A setting and where it appears: `name` as Python keyword and flag; `key`, possibly in a `table`, in TOML."""
 
     name: str
     key: str
@@ -115,12 +115,12 @@ class NamedSetting:
 
     @property
     def types(self) -> tuple[Any, ...]:
-        """The types of its values without None, such as (str, tuple[str, ...])."""
+        """The types of its values, without None, such as (str, tuple[str, ...])."""
         return _types(self.field.annotation)
 
 
 def settings_of(model: type[Settings], table: str = "") -> dict[str, NamedSetting]:
-    """Every setting of a model and of the tables in it, by its name for Python keywords and flags."""
+    """Every setting of a pydantic model and of its tables, by the name of its Python keyword and flag."""
     named: dict[str, NamedSetting] = {}
     for key, field in model.model_fields.items():
         about, kind = _about(field), field.annotation
@@ -138,16 +138,16 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error}") from None
+        raise ConfigError(f"cannot read the configuration file {path}: {error}") from None
 
 
 def config_to(config: Settings) -> dict[str, Any]:
-    """The settings as plain values that TOML and JSON can hold; `model_validate` reads them again."""
-    return config.model_dump(mode="json", exclude_none=True)  # TOML has no word for None
+    """The settings as plain values for TOML and JSON; `model_validate` reads them again."""
+    return config.model_dump(mode="json", exclude_none=True)  # TOML has no None
 
 
 def merged(config: Table, given: Mapping[str, Any]) -> Table:
-    """`config` with flags or Python keywords on top, by their names in `settings_of`; None means not given."""
+    """`config` changed by flags or Python keywords, by their names in `settings_of`; None means not given."""
     known = settings_of(type(config))
     values = config_to(config)
     for name, value in given.items():
@@ -179,7 +179,7 @@ def _types(annotation: Any) -> tuple[Any, ...]:
 
 
 def _config_error(table: type[Settings], given: Mapping[str, Any], error: ValidationError) -> ConfigError:
-    """The first finding of pydantic in llmq's words: the value, what was expected, and the default as the hint."""
+    """pydantic's first error as a ConfigError: the value, what was expected, and the default as the hint."""
     first = error.errors(include_url=False)[0]
     key = str(first["loc"][0])
     if first["type"] == "extra_forbidden":

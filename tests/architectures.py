@@ -24,10 +24,9 @@ from transformers.pytorch_utils import Conv1D
 
 import llmq
 from llmq.checkpoint.reader import Checkpoint
-from llmq.model.passes.forward import hidden_states
 from llmq.runtime.open_skeleton import open_skeleton
 from tests import builders
-from tests.runs import float_equivalent, logits, relative, tensors_of
+from tests.runs import float_equivalent, logits, relative, streamed_logits, tensors_of
 
 FIELDS: dict[str, Any] = {
     "vocab_size": builders.VOCABULARY, "vocab_size_per_layer_input": builders.VOCABULARY,
@@ -353,11 +352,9 @@ def _same(tensor: Tensor, other: Tensor | None) -> bool:
 def _replayed(model: Path, expected: Tensor, ids: Tensor) -> float | None:
     try:
         skeleton = open_skeleton(Checkpoint.open(model), builders.CPU, torch.float32)
-        (hidden,) = hidden_states(skeleton, [ids])
+        return relative(streamed_logits(skeleton, ids), expected)
     except llmq.errors.UnsupportedModelError:
         return None
-    with torch.no_grad():
-        return relative(skeleton.logits(ids, hidden), expected)
 
 
 def counted(left: dict[str, str]) -> Counter[tuple[str, str]]:

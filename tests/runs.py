@@ -1,5 +1,6 @@
 """Whole runs on tiny models, and what comes of them looked at with transformers and safetensors alone."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import llmq
+from llmq.calibration import CalibrationSet
 from llmq.config import QuantConfig
 from llmq.job import Job
 from llmq.methods import Method
+from llmq.model.build.skeleton import Skeleton
+from llmq.model.passes.forward import run_through
+from llmq.model.passes.hidden_states import Storage
+from llmq.model.passes.streams import Text
+from llmq.report.events import Event, OnEvent, ignore
+from llmq.report.record import BlockReport, LayerReport
 from llmq.settings import merged
 
 WINDOWS: dict[str, Any] = {"samples": 4, "seqlen": 48}
@@ -29,10 +37,53 @@ def job(model: Path, out: Path, text: Path, *, stages: Method | None = None, **s
     return Job(str(model), out, asked, stages=stages, device="cpu")
 
 
+def read_text(job: Job) -> CalibrationSet:
+    """The calibration text that a job reads."""
+    return job._text.load(job.plan, job.report, ignore)
+
+
 def windows_of(model: Path, text: Path) -> Tensor:
     """The token ids (S, T) that such a run reads."""
-    windows: Tensor = job(model, model / "nowhere", text)._calibration_set().windows
-    return windows
+    return read_text(job(model, model / "nowhere", text)).windows
+
+
+class Stopped(Exception):  # noqa: N818  (nothing went wrong)
+    """Ends a run in the middle of it."""
+
+
+def stop(run: Callable[[OnEvent], object], enough: Callable[[Event], bool]) -> list[Event]:
+    """Begin a run, end it at the first event that is `enough`, and return the events until then."""
+    events: list[Event] = []
+
+    def watch(event: Event) -> None:
+        events.append(event)
+        if enough(event):
+            raise Stopped
+
+    try:
+        run(watch)
+    except Stopped:
+        return events
+    raise AssertionError("the run ended before it could be stopped")
+
+
+def stop_in_block(job: Job, blocks: int) -> list[Event]:
+    """Begin a run, and end it in the block after the first `blocks` of them, where one of its layers is finished."""
+    finished = 0
+
+    def enough(event: Event) -> bool:
+        nonlocal finished
+        finished += isinstance(event, BlockReport)
+        return finished == blocks and isinstance(event, LayerReport)
+
+    return stop(job.run, enough)
+
+
+@torch.no_grad()
+def streamed_logits(skeleton: Skeleton, tokens: Tensor) -> Tensor:
+    """(B, T, V) for `tokens` (B, T), of a model that is read block by block."""
+    passed = run_through(skeleton, Text(tokens, len(tokens)), Storage(skeleton.device))
+    return skeleton.logits(tokens, passed.last(range(len(tokens))))
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:

@@ -1,12 +1,12 @@
-"""The stages, one file each, found by file name.
+"""The stages of the methods, one file per stage.  A stage is loaded by its file name.
 
-A stage is pure: it gets tensors and statistics and returns tensors.  It never sees a model, a file or a name.
+A stage is pure: it takes tensors and statistics and returns tensors.  It never sees a model, a file or a layer name.
 
     transform    basis(stats, source, width, loss) -> Tensor | None                   awq.py rotation.py
     rounding     round_weight(weight, stats, scheme, options, factor) -> Rounding     rtn.py clip.py gptq.py
     refinement   refine(target, quantized, hessian, options) -> QuantizedTensor       descent.py refit.py
 
-`llmq.methods.METHODS` says which stages make up a method.
+`llmq.methods.METHODS` lists the stages of each method.  *Codes* are the quantized values, unsigned integers.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from llmq.numerics.scheme import WeightScheme
 
 @dataclass(frozen=True)
 class Options:
-    """What a stage may be told: the values that scales may have, and the choices of a run."""
+    """What a stage may depend on: the values that scales can take, and the settings of the run."""
 
     scale_dtype: ScaleDtype = torch.float32
     order: str = "activation"
@@ -37,19 +37,23 @@ class Options:
 
 @dataclass(frozen=True)
 class Rounding:
-    """A rounded weight; `damping` that was needed (None: no factorisation), and what a user should be told."""
+    """A quantized weight.
+
+    damping  that the factorisation needed; None where there was no factorisation
+    notes    for the user
+    """
 
     quantized: QuantizedTensor
     damping: float | None = None
     notes: tuple[str, ...] = ()
 
     def rows(self, start: int, stop: int) -> "Rounding":
-        """The out_features from `start` to `stop`: one of several weights that were solved together."""
+        """Rows `start` to `stop` (out_features): one of several weights that were quantized as one stack."""
         return dataclasses.replace(self, quantized=self.quantized.rows(start, stop))
 
 
 class RoundingStage(Protocol):
-    NEEDS_FACTOR: bool  # whether `round_weight` uses the factor of the Hessian
+    NEEDS_FACTOR: bool  # whether `round_weight` uses the Cholesky factor of the Hessian
 
     def round_weight(
         self,
@@ -59,18 +63,19 @@ class RoundingStage(Protocol):
         options: Options,
         factor: Factor | None = None,
     ) -> Rounding:
-        """Quantize `weight` (N, K) float32; rows are independent, so weights that share inputs are stacked.
+        """Quantize `weight` (N, K) float32.  Rows are independent, so weights that share inputs are stacked.
 
-        stats   of the inputs; None where the method needs no calibration text
-        factor  of the statistics' Hessian, if the stage needs one; None if it cannot be factored or was not made yet
+        stats   statistics of the inputs; None where the method needs no calibration text
+        factor  the factor of the Hessian in `stats`; None if the stage needs none, if it was not computed yet, or if
+                the Hessian cannot be factored
         """
 
 
 class RefinementStage(Protocol):
     def refine(self, target: Tensor, quantized: QuantizedTensor, hessian: Tensor, options: Options) -> QuantizedTensor:
-        """`quantized` with codes or scales that are closer to `target` (N, K) float32 under `hessian` (K, K), damped.
+        """Improve the codes or scales of `quantized` towards `target` (N, K) float32 under the damped `hessian` (K, K).
 
-        No row's  (w* - ŵ) H (w* - ŵ)ᵀ  rises, but for what is left in the last bits of float32.
+        (w* - ŵ) H (w* - ŵ)ᵀ  rises in no row, except for float32 rounding errors.
         """
 
 
@@ -78,13 +83,13 @@ class TransformStage(Protocol):
     def basis(
         self, stats: InputStats, source: Tensor, width: Callable[[], int], loss: Callable[[Tensor], float]
     ) -> Tensor | None:
-        """A basis (K/d, d, d) for the weights that see these inputs (see `llmq/numerics/block_diagonal.py`), or None
-        where none helps.
+        """A basis (K/d, d, d) for the weights that share these inputs (see `llmq/numerics/block_diagonal.py`), or None
+        where no basis helps.
 
-        source  (K,) int64, which channel of what makes the input each column comes from: columns with the same
-                number must be treated alike; -1 means: leave it as it is
-        width   finds out how many neighbouring columns may be mixed; d must divide it, and d = 1 always may be
-        loss    the squared error of the block's output once those weights are rounded in the basis that it is given
+        source  (K,) int64, the output channel of the preceding layer that each column comes from.  Columns with the
+                same number must be treated alike; a column with -1 must not change
+        width   computes how many neighbouring columns may be mixed; d must divide it, and d = 1 is always allowed
+        loss    basis -> the squared error of the block's output when those weights are quantized in that basis
         """
 
 

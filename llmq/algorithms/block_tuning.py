@@ -1,16 +1,17 @@
-"""Tune the codes and scales of all weights of a block together, against what the float block puts out.
+"""Tune the codes and scales of all weights of a block together, towards the output of the float block.
 
-Rounding layer by layer knows nothing of what lies between the layers: an error of gate that up makes up for, one of v
-that the softmax leaves out.  Here the weights of a block move together, down the gradient of one loss: the squared
-difference between the quantized block's output on the quantized stream and the float block's on the float one (so it
-makes up for earlier blocks as well), or for the last block the KL of the predictions, which is what counts.
+Quantizing layer by layer ignores what happens between the layers: an error of gate that up compensates for, or an
+error of v that the softmax suppresses.  Here all weights of a block follow the gradient of one loss.  The loss is the
+squared difference between the output of the quantized block on the quantized stream and the output of the float block
+on the float stream, so it also compensates for errors of earlier blocks.  For the last block it is the KL divergence of
+the predictions.  Codes are the quantized values, unsigned integers.
 
-SignRound (Cheng et al. 2023, arXiv:2309.05516) does this from nearest codes, with the sign of the gradient and steps of
-1/iterations of a code.  From codes that GPTQ found such steps lead away: the loss of a first block rose ninefold.  So
-the steps are those of `kl_tuning.py`, small and by Adam; step 0 is exactly the codes that were given.
+SignRound (Cheng et al. 2023, arXiv:2309.05516) does this from the nearest codes, with the sign of the gradient and
+steps of 1/iterations of a code.  From the codes of GPTQ such steps make the result worse: the loss of a first block
+rose ninefold.  So the steps are those of `kl_tuning.py`: small steps of Adam.  Step 0 is exactly the given codes.
 
-The guard: the loss is taken on held-out windows now and then, and the best is kept; the codes as they were, if that is
-they.
+The guard: the validation loss is measured at intervals, and the weights with the lowest one are kept.  These can be the
+original weights.
 """
 
 import math
@@ -24,25 +25,28 @@ from llmq.algorithms import kl_tuning
 from llmq.algorithms.kl_tuning import Rates
 from llmq.numerics.quantized_tensor import QuantizedTensor
 
-JUDGED = 5  # times that the held-out loss is looked at, beside the first
+JUDGED = 5  # measurements of the validation loss, in addition to the one before the first step
 
 
 class Problem(Protocol):
-    """A block and its text; weights by name."""
+    """A block and its calibration sequences; weights by name."""
 
     def put(self, weights: Mapping[str, QuantizedTensor]) -> None:
-        """Give the block these weights."""
+        """Set the weights of the block."""
 
     def gradients(self, step: int) -> Mapping[str, Tensor]:
-        """(N, K) of the loss in each weight as it is now, on the text of that step."""
+        """(N, K) per weight: the gradient of the loss at the current weights, on the sequences of that step."""
 
     def held_out_loss(self) -> float:
-        """The loss on text that no step sees."""
+        """The loss on the validation sequences, which no step uses."""
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """The weights at their best, the held-out loss before and then, and after how many steps that was (0: as given)."""
+    """The weights with the lowest validation loss, and the step after which they were measured.
+
+    `before` and `after` are the validation loss of the given and of these weights.  `step` 0 means the given weights.
+    """
 
     weights: dict[str, QuantizedTensor]
     before: float
@@ -53,26 +57,26 @@ class Tuned:
 def tune(
     weights: Mapping[str, QuantizedTensor], references: Mapping[str, Tensor], problem: Problem, rates: Rates, steps: int
 ) -> Tuned:
-    """Take `steps` steps; `problem` ends with the weights that are returned.
+    """Take `steps` steps.  In the end `problem` holds the weights that are returned.
 
-    references  (N, K) float32, the weights that were rounded: where in the cell of its code each lies
+    references  (N, K) float32 per weight: the float weights, whose place between two quantized values is the start
     """
-    states = {name: kl_tuning.start(each, references[name], rates) for name, each in weights.items()}
-    now = dict(weights)
-    problem.put(now)
+    states = {name: kl_tuning.start(weight, references[name], rates) for name, weight in weights.items()}
+    current = dict(weights)
+    problem.put(current)
     before = problem.held_out_loss()
-    best = Tuned(now, before, before, 0)
+    best = Tuned(current, before, before, 0)
     for step in range(steps if before > 0 else 0):
         gradients = problem.gradients(step)
-        for name, state in states.items():  # by a loss that begins at 1: nothing is then small beside Adam's epsilon
+        for name, state in states.items():  # relative to the first loss, so that gradients are far above Adam's epsilon
             kl_tuning.update(state, gradients[name] / before, rates.at(step, steps), step)
-        now = {name: kl_tuning.result(state) for name, state in states.items()}
-        problem.put(now)
+        current = {name: kl_tuning.result(state) for name, state in states.items()}
+        problem.put(current)
         if (step + 1) % max(1, steps // JUDGED) == 0 or step + 1 == steps:
             loss = problem.held_out_loss()
             if not math.isfinite(loss):
                 break
             if loss < best.after:
-                best = Tuned(now, before, loss, step + 1)
+                best = Tuned(current, before, loss, step + 1)
     problem.put(best.weights)
     return best

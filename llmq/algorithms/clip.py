@@ -1,9 +1,9 @@
-"""Round to nearest on ranges clipped for the inputs that the weight really sees.
+"""Round to nearest, with ranges clipped according to the inputs of the weight.
 
-The second half of AWQ (Lin et al. 2023, arXiv:2306.00978, section 3): a weight that meets a large input matters
-more, so the range of each group is chosen to lower  sum_j E[x_j²] (w_j - ŵ_j)², the output error with inputs taken as
-uncorrelated.  GPTQ falls back to it when a Hessian cannot be factored.  Without statistics, or with inputs that were
-all silent or overflowed, it is plain RTN.
+The second half of AWQ (Lin et al. 2023, arXiv:2306.00978, section 3).  A weight with large inputs matters more, so the
+range of each group is chosen to lower  sum_j E[x_j²] (w_j - ŵ_j)², the output error if inputs were uncorrelated.  GPTQ
+falls back to it when a Hessian cannot be factored.  Without statistics, or with inputs that were all zero or
+overflowed, it is plain RTN.
 """
 
 import math
@@ -28,6 +28,6 @@ def round_weight(
     mean = float(stats.mean_square.mean())
     if not 0 < mean < math.inf:
         return rtn.round_weight(weight, stats, scheme, options)
-    floor = 1e-6 * mean  # channels that were silent in calibration keep a voice
+    floor = 1e-6 * mean  # channels that were zero in calibration still count a little
     chosen = affine_grid.fit_searched(weight, scheme, options.scale_dtype, stats.mean_square + floor)
     return Rounding(chosen.quantized(chosen.encode(weight)))

@@ -1,9 +1,9 @@
-"""The factor of a Hessian, which GPTQ, the asymmetric target and refinements share.
+"""The Cholesky factor of a Hessian, shared by GPTQ, the asymmetric target and the refinements.
 
-Flipped in both directions, the Cholesky factor of H gives H = RRᵀ with R upper triangular, and U = R⁻¹ is the upper
-Cholesky factor of H⁻¹ = UᵀU: one factorisation and no inverse.
+The Cholesky factor of H flipped in both directions gives H = RRᵀ with R upper triangular.  U = R⁻¹ is the upper
+Cholesky factor of H⁻¹ = UᵀU.  So there is one factorisation, and H itself is never inverted.
 
-When H + λI cannot be factored λ grows tenfold, up to a tenth of the mean diagonal.
+When H + λI cannot be factored, λ grows tenfold, up to a tenth of the mean diagonal.
 """
 
 import math
@@ -24,7 +24,7 @@ class Factor:
     upper    U (K, K) float32, upper triangular, in visiting order
     price    (K,) float32, 1/[H⁻¹]_jj, in memory order
     order    (K,) int64, the column that is visited first, second, …
-    damping  λ, in parts of the mean diagonal
+    damping  λ as a fraction of the mean diagonal
     """
 
     upper: Tensor
@@ -34,20 +34,20 @@ class Factor:
 
 
 def factorize(hessian: Tensor, order: str, damping: float) -> Factor | None:
-    """Factor H (K, K) float32, in float64, with as little damping as it takes; None where none is enough.
+    """Factor H (K, K) float32, in float64, with as little damping as possible; None where no damping is enough.
 
-    order    "activation": columns of large H_jj first, or "natural"
-    damping  the first to try, in parts of the mean diagonal
+    order    "activation" (columns with large H_jj first) or "natural"
+    damping  the first value to try, as a fraction of the mean diagonal
     """
     diagonal = hessian.diagonal().to(torch.float64)
     mean = float(diagonal.mean())
-    if not 0 < mean < math.inf:  # of numbers, not all of them zero
+    if not 0 < mean < math.inf:  # not finite, or all zero
         return None
     activation = torch.argsort(diagonal, descending=True, stable=True)
     visited = activation if order == "activation" else torch.arange(len(hessian), device=hessian.device)
     flipped = visited.flip(0)
     damped = diagonal[flipped]
-    # Column-major, so that LAPACK works in place: (K, K) float64 are 1.6 GB at K = 14336, and there is but one.
+    # Column-major, so that LAPACK works in place: (K, K) float64 is 1.6 GB at K = 14336, and only one copy exists.
     work = torch.empty(hessian.shape, dtype=torch.float64, device=hessian.device).T
     previous = 0.0
     while True:
@@ -63,18 +63,18 @@ def factorize(hessian: Tensor, order: str, damping: float) -> Factor | None:
 
 
 def _factor(lower: Tensor, order: Tensor, damping: float) -> Factor:
-    """`lower` (K, K) float64, column-major: the Cholesky factor of the flipped H, used up."""
+    """`lower` (K, K) float64, column-major, is the Cholesky factor of the flipped H; it is overwritten."""
     _reverse(lower.T.view(-1))  # flipped in both directions, which is R: upper triangular, R Rᵀ = H
     squares = _invert_upper(lower)
     price = torch.empty_like(squares, dtype=torch.float32)
     price[order] = (1 / squares).to(torch.float32)
-    # A kernel reads rows of U, so there they are laid side by side; on a CPU either way takes the same time.
+    # The GPU kernel reads rows of U, so they are contiguous there; on a CPU both layouts take the same time.
     layout = torch.contiguous_format if lower.is_cuda else torch.preserve_format
     return Factor(lower.to(torch.float32, memory_format=layout), price, order, damping)
 
 
 def _reverse(values: Tensor) -> None:
-    """Turn `values` (n,) end to end, in place."""
+    """Reverse `values` (n,) in place."""
     n = len(values)
     for start in range(0, n // 2, ELEMENTS_AT_ONCE):
         stop = min(start + ELEMENTS_AT_ONCE, n // 2)
@@ -86,7 +86,7 @@ def _reverse(values: Tensor) -> None:
 def _invert_upper(R: Tensor) -> Tensor:
     """Replace R (K, K) by its inverse; returns the squared length (K,) of each of its columns.
 
-    By strips of columns, from the left.  Where A is inverted already, the next strip is
+    It works on strips of columns, from the left.  When A is inverted already, the next strip is
 
         ( A  B )⁻¹     ( A⁻¹   -A⁻¹ B D⁻¹ )
         (    D )    =  (            D⁻¹   )

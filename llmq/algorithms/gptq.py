@@ -1,27 +1,27 @@
-"""GPTQ: round one column at a time and let the columns to come make up for the error.
+"""GPTQ: quantize one column at a time, and let the later columns compensate for the error.
 
 Frantar et al. 2022 (arXiv:2210.17323).  With H = XᵀX/T + λI and U the upper Cholesky factor of H⁻¹ (H⁻¹ = UᵀU), for
 each column j in order
 
     e = (w_j - ŵ_j) / U_jj        w_{j:} -= e · U_{j,j:}
 
-Rows are independent.  Columns go in blocks of 128: inside a block the update is applied at once, behind it by one
-matrix product a block; that loop is `llmq_kernels.gptq_block`.  What differs from the paper, each measured better
-(docs/DECISIONS.md):
+Rows are independent.  Columns are processed in blocks of 128: the update is applied at once inside a block, and by one
+matrix product per block to the later columns.  That loop is `llmq_kernels.gptq_block`.  *Codes* are the quantized
+values, unsigned integers.  Differences from the paper, each measured as better (docs/DECISIONS.md):
 
-* **Static grids.** Scales are fixed before rounding, searched with the price 1/[H⁻¹]_jj that an error in column j has
-  after the others have made up for it.  So columns may be visited in any order, and are by default in descending
-  H_jj ("activation order"), while groups stay where they are in memory: nothing to pay at run time.
+* **Static grids.** Scales are fixed before rounding.  They are searched with the price 1/[H⁻¹]_jj, the cost of an error
+  in column j after the other columns have compensated for it.  So columns may be visited in any order, by default in
+  descending H_jj ("activation order"), while groups keep their place in memory: no cost at run time.
 * **One factorisation, no inverse**: `factor.py`.
-* Columns that never saw an input (H_jj = 0) are rounded to nearest, not zeroed: text unlike the calibration set may
-  use them.  Nothing couples to them, and the damping is their price in the search for scales.
+* Columns whose input was always zero (H_jj = 0) are rounded to nearest, not set to zero: text unlike the calibration
+  set may use them.  No other column depends on them, and the damping is their price in the search for scales.
 * A row that compensation made worse under H (rounding is not convex) keeps its nearest codes.
 
-`order="natural", scales="minmax"` is the paper's own algorithm: each group's range is taken from the weights as
-compensated so far, when its first column is reached.
+`order="natural", scales="minmax"` is the paper's own algorithm: the range of a group is taken from the partly
+compensated weights, when the first column of the group is reached.
 
-When H + λI cannot be factored λ grows tenfold, up to a tenth of the mean diagonal; then the weight is rounded to
-nearest on clipped ranges, and the report says so.
+When H + λI cannot be factored, λ grows tenfold, up to a tenth of the mean diagonal.  If that fails too, the weight is
+rounded to nearest on clipped ranges, and a note is reported.
 """
 
 import torch
@@ -50,7 +50,7 @@ def round_weight(
     if factor is None:
         nearest = clip.round_weight(weight, stats, scheme, options)
         tried = max(HIGHEST_DAMPING, options.damping)
-        note = f"rounded to nearest: its Hessian cannot be factored, even with a damping of {tried:g}"
+        note = f"rounded to nearest: the Hessian cannot be factored, even with a damping of {tried:g}"
         return Rounding(nearest.quantized, None, (note,))
     notes = [] if factor.damping == options.damping else [f"damping raised to {factor.damping:g}"]
 
@@ -64,12 +64,12 @@ def round_weight(
         codes = compensate(weight, factor, chosen)
     codes, kept = without_worse_rows(weight, chosen, codes, hessian)
     if kept:
-        notes.append("some rows rounded to nearest, compensation made them worse")
+        notes.append("some rows rounded to nearest, because compensation made them worse")
     return Rounding(chosen.quantized(codes), factor.damping, tuple(notes))
 
 
 def compensate(weight: Tensor, factor: Factor, chosen: Grid) -> Tensor:
-    """Codes (N, K) uint8 of `weight` (N, K) on a grid that is fixed."""
+    """Codes (N, K) uint8 of `weight` (N, K) on the fixed grid `chosen`."""
     K = weight.shape[1]
     columns = weight.T[factor.order].contiguous()  # (K, N), visiting order: a column is contiguous
     group_of = (factor.order // chosen.scheme.columns_per_group(K)).to(torch.int32)
@@ -83,7 +83,7 @@ def compensate(weight: Tensor, factor: Factor, chosen: Grid) -> Tensor:
 
 
 def _by_group(chosen: Grid) -> tuple[Tensor, Tensor]:
-    """Scales and zeros (G, N) float32."""
+    """Scales and zero points (G, N) float32."""
     scales = chosen.scales.to(torch.float32).T.contiguous()
     if chosen.zeros is None:
         return scales, torch.full_like(scales, float(chosen.scheme.middle))
@@ -93,16 +93,16 @@ def _by_group(chosen: Grid) -> tuple[Tensor, Tensor]:
 def compensate_with_growing_grid(
     weight: Tensor, factor: Factor, scheme: WeightScheme, scale_dtype: affine_grid.ScaleDtype
 ) -> tuple[Grid, Tensor]:
-    """The paper's order: a group's min-max range is taken once the columns before it are compensated for.
+    """As in the paper: the min-max range of a group is taken once all earlier columns are compensated for.
 
-    Blocks end where groups end, so a group is never judged while updates to its tail are still pending.
+    Blocks end where groups end, so the range of a group is never taken while updates of its columns are pending.
     """
-    if scheme.group_size == "tensor":  # one group, from the first column on
+    if scheme.group_size == "tensor":  # one group, which starts with the first column
         chosen = affine_grid.fit_minmax(weight, scheme, scale_dtype)
         return chosen, compensate(weight, factor, chosen)
     columns = weight.T.clone()  # (K, N)
     codes = torch.empty(columns.shape, dtype=torch.uint8, device=weight.device)
-    group_of = torch.zeros(1, len(columns), dtype=torch.int32, device=weight.device)  # there is one group at a time
+    group_of = torch.zeros(1, len(columns), dtype=torch.int32, device=weight.device)  # one group at a time
     width = scheme.columns_per_group(len(columns))
     grids = []
     for start in range(0, len(columns), width):
@@ -117,7 +117,7 @@ def compensate_with_growing_grid(
 
 
 def without_worse_rows(weight: Tensor, chosen: Grid, codes: Tensor, hessian: Tensor) -> tuple[Tensor, int]:
-    """`codes`, with nearest ones in the rows whose output error they lower; and how many rows those are."""
+    """`codes` with the nearest codes in the rows where these have a lower output error, and the number of such rows."""
     nearest = chosen.encode(weight)
     loss = output_error(weight, chosen.quantized(codes).dequantize(), hessian)
     nearest_loss = output_error(weight, chosen.quantized(nearest).dequantize(), hessian)

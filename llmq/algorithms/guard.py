@@ -1,11 +1,11 @@
-"""What a rounded weight costs on tokens that nothing was fitted on.
+"""The loss of a quantized weight on the validation tokens, which nothing is fitted on.
 
-With δ = w - ŵ and D = X - X̂, what the rounded layers before have moved the inputs by, X = X̂ + D gives
+Let δ = w - ŵ and D = X - X̂, the change of the inputs by the quantized layers before.  X = X̂ + D gives
 
     ‖X wᵀ - X̂ ŵᵀ‖²/T  =  δ H δᵀ  +  2 w C δᵀ  +  w (DᵀD/T) wᵀ        H = X̂ᵀX̂/T,  C = DᵀX̂/T
 
-all three over the held-out tokens.  Where the float model's inputs are not known, only the first term is.  A stage that
-does not lower it has learnt the calibration text by heart, and is undone.
+with all three sums over the validation tokens.  Where the inputs of the float model are not known, only the first term
+is computed.  A stage that does not lower this loss has overfitted to the calibration text, and its result is discarded.
 """
 
 from torch import Tensor
@@ -15,9 +15,9 @@ from llmq.numerics.input_stats import InputStats
 
 
 def held_out_loss(weight: Tensor, rounded: Tensor, judge: InputStats) -> Tensor:
-    """(N,) float32, the loss of each row of `weight` (N, K) that became `rounded` (N, K), both float32.
+    """(N,) float32, the loss per row of `rounded` (N, K) in the place of `weight` (N, K), both float32.
 
-    judge  the statistics of the held-out tokens
+    judge  statistics of the validation tokens
     """
     loss = output_error(weight, rounded, judge.second_moment())
     cross, drift = judge.cross_moment(), judge.drift_moment()

@@ -1,8 +1,8 @@
-"""KL(p ‖ q) in nats over the whole vocabulary, per token: the distance of a quantized model (q) to the float one (p).
+"""KL(p ‖ q) per token in nats over the whole vocabulary: how far a quantized model (q) is from the float model (p).
 
     KL = Σ p (log p - log q)        ∂KL/∂logits_q = q - p
 
-A token that the float model gives probability 0 adds nothing, whatever q is there.
+A vocabulary entry to which the float model gives probability 0 adds nothing, whatever its q is.
 """
 
 import math

@@ -1,24 +1,24 @@
-"""Tune codes and scales end to end: quantization-aware training within the freedom that the grid leaves.
+"""Tune codes and scales end to end: quantization-aware training that moves only quantized values and scales.
 
 The loss is KL(float ‖ quantized) over the whole vocabulary, so its gradient G = ∂L/∂Ŵ (N, K) comes from a pass
-through the whole model; this file knows one weight and its G.  With q₀, s₀, z the codes, scales and zeros that a
-rounding found, what is tuned are v (N, K) and θ (N, G):
+through the whole model.  This file handles one weight and its G.  With q₀, s₀, z the codes (quantized values), scales
+and zero points of a quantized weight, v (N, K) and θ (N, G) are tuned:
 
     ŵ = s (q - z),    q = clip(round(q₀ + v)),    s = s₀ (1 + θ), rounded to the dtype that the file stores
 
-Both roundings are passed straight through (Bengio et al. 2013, arXiv:1308.3432), as in learned step sizes (Esser et al.
-2020, arXiv:1902.08153):
+Gradients pass straight through both roundings (Bengio et al. 2013, arXiv:1308.3432), as in learned step sizes (Esser et
+al. 2020, arXiv:1902.08153):
 
     ∂L/∂v = G s        ∂L/∂θ = Σ over the group of  G (q - z) s₀
 
-but not out of the range of the codes: a v that is clipped is not pushed further.  Adam (Kingma & Ba 2015,
+but not out of the range of the codes: a clipped v is not pushed further.  The optimizer is Adam (Kingma & Ba 2015,
 arXiv:1412.6980) with β = 0.9, 0.95; its rates rise over ten steps and then fall linearly to zero.
 
-v starts where the float weight lies in the cell of its code, or in the middle of the cell; step 0 is exactly the given
-codes.  No float weight is moved, and nothing but codes and scales is kept of the result.
+v starts at the offset of the float weight from its quantized value, in steps of the scale, or at 0 if the float weight
+is not known.  Step 0 is exactly the given codes.  The float weight does not move; the result is codes and scales only.
 
-In a two-level grid (`quantized.Superblocks`) θ stretches what is a real number there, d and dmin of each superblock;
-the small integers that they are multiplied with stay.
+In a two-level grid (`quantized_tensor.Superblocks`) θ stretches its real numbers, d and dmin of each superblock.  Its
+small integers do not change.
 """
 
 from collections.abc import Mapping
@@ -32,14 +32,14 @@ from llmq.numerics.quantized_tensor import QuantizedTensor
 
 WARM_UP = 10  # steps
 MEAN_DECAY, SQUARE_DECAY = 0.9, 0.95
-SMALLEST_GRADIENT = 1e-12  # ε; a mean over tokens and the vocabulary is small itself
+SMALLEST_GRADIENT = 1e-12  # ε; the gradient of a mean over tokens and the vocabulary is small itself
 PARTS = ("rounding", "scales")  # of a state
-EDGE = 0.49  # of the cell of a code; at half a step rounding could go either way
+EDGE = 0.49  # largest |v| at the start; at half a step rounding could go either way
 
 
 @dataclass
 class Moving:
-    """Values that are tuned, with Adam's running means of their gradient and of its square; all alike, float32."""
+    """Values that are tuned, with Adam's running means of their gradient and of its square; float32 of one shape."""
 
     value: Tensor
     mean: Tensor
@@ -60,9 +60,9 @@ class Moving:
 
 @dataclass
 class State:
-    """One weight while it is tuned; `rounding` is v (N, K) and `scales` is θ, None where it stays as it is.
+    """One weight while it is tuned: `rounding` is v (N, K), `scales` is θ; None where that part is not tuned.
 
-    θ is (N, G), in a two-level grid (N, S) for each of its real numbers, side by side.
+    θ is (N, G), or (N, S) for d and then (N, S) for dmin in a two-level grid, concatenated.
     """
 
     origin: QuantizedTensor
@@ -72,19 +72,19 @@ class State:
 
 @dataclass(frozen=True)
 class Rates:
-    """Step sizes of v and θ; 0 leaves that part as it is."""
+    """Step sizes of v and θ; with 0 that part is not tuned."""
 
     rounding: float
     scales: float
 
     def at(self, step: int, steps: int) -> "Rates":
-        """As they are for a step, the first is number 0: rising at first, falling to zero."""
+        """The rates of step number `step`, counted from 0: they rise at first and then fall to zero."""
         factor = min(1.0, (step + 1) / WARM_UP) * (1 - step / steps)
         return Rates(self.rounding * factor, self.scales * factor)
 
 
 def start(quantized: QuantizedTensor, reference: Tensor | None, rates: Rates) -> State:
-    """The state whose weight is `quantized`; `reference` (N, K) float32 is the weight that was rounded, if known."""
+    """The first state of `quantized`; `reference` (N, K) float32 is the float weight, if known."""
     rounding = scales = None
     if rates.rounding:
         v = torch.zeros(quantized.shape, device=quantized.codes.device)
@@ -100,7 +100,7 @@ def start(quantized: QuantizedTensor, reference: Tensor | None, rates: Rates) ->
 
 
 def quantized(origin: QuantizedTensor, v: Tensor | None, theta: Tensor | None) -> QuantizedTensor:
-    """`origin` with its codes moved by v (N, K) and its scales stretched by θ, both as they are stored."""
+    """`origin` with codes moved by v (N, K) and scales stretched by θ, both rounded as they are stored."""
     codes, scales = origin.codes, origin.scales
     if v is not None:
         codes = (v + origin.codes).round_().clamp_(0, origin.scheme.levels).to(torch.uint8)
@@ -113,34 +113,34 @@ def quantized(origin: QuantizedTensor, v: Tensor | None, theta: Tensor | None) -
 
 
 def result(state: State) -> QuantizedTensor:
-    """The codes and scales that the state has come to."""
+    """The weight with the current codes and scales of the state."""
     v, theta = (None if moving is None else moving.value for moving in (state.rounding, state.scales))
     return quantized(state.origin, v, theta)
 
 
 def update(state: State, gradient: Tensor, rates: Rates, step: int) -> None:
-    """One step, in place, against the gradient (N, K) of the loss in the weight `result(state)`."""
-    G, now, groups = gradient.to(torch.float32), result(state), state.origin.column_groups()
+    """One step, in place, against the gradient (N, K) of the loss at the weight `result(state)`."""
+    G, current, groups = gradient.to(torch.float32), result(state), state.origin.column_groups()
     if state.scales is not None:
-        state.scales.descend(_slope_of_scales(state.origin, now.codes, G), rates.scales, step)
+        state.scales.descend(_slope_of_scales(state.origin, current.codes, G), rates.scales, step)
     if state.rounding is not None:
-        slope = G * now.scales.to(torch.float32)[:, groups]
+        slope = G * current.scales.to(torch.float32)[:, groups]
         place = state.rounding.value + state.origin.codes  # before rounding
         outward = ((place > state.origin.scheme.levels) & (slope < 0)) | ((place < 0) & (slope > 0))
         state.rounding.descend(slope.masked_fill_(outward, 0), rates.rounding, step)
 
 
 def tensors(state: State) -> dict[str, Tensor]:
-    """What of a state has to be kept beside its origin, by name."""
-    found: dict[str, Tensor] = {}
+    """The tensors of a state that have to be stored in addition to its origin, by name."""
+    by_name: dict[str, Tensor] = {}
     for part, moving in zip(PARTS, (state.rounding, state.scales), strict=True):
         if moving is not None:
-            found |= {f"{part}.value": moving.value, f"{part}.mean": moving.mean, f"{part}.square": moving.square}
-    return found
+            by_name |= {f"{part}.value": moving.value, f"{part}.mean": moving.mean, f"{part}.square": moving.square}
+    return by_name
 
 
 def restored(origin: QuantizedTensor, kept: Mapping[str, Tensor]) -> State:
-    """The state that `tensors` was given."""
+    """The inverse of `tensors`: the state from its origin and the stored tensors."""
 
     def moving(part: str) -> Moving | None:
         if f"{part}.value" not in kept:
@@ -152,18 +152,21 @@ def restored(origin: QuantizedTensor, kept: Mapping[str, Tensor]) -> State:
     return State(origin, rounding, scales)
 
 
-def drawn(step: int, count: int, windows: int, seed: int) -> list[int]:
-    """The `count` windows of a step: all are used up, in an order of its own each time, before one comes again."""
-    found = []
+def drawn(step: int, count: int, sequences: int, seed: int) -> list[int]:
+    """The indices of the `count` sequences of a step, out of `sequences`.
+
+    No sequence is used again before all others were used; each pass over them has its own random order.
+    """
+    indices = []
     for position in range(step * count, (step + 1) * count):
-        round_, place = divmod(position, windows)
-        order = torch.randperm(windows, generator=torch.Generator().manual_seed(seed + round_))
-        found.append(int(order[place]))
-    return found
+        round_, place = divmod(position, sequences)
+        order = torch.randperm(sequences, generator=torch.Generator().manual_seed(seed + round_))
+        indices.append(int(order[place]))
+    return indices
 
 
 def _slope_of_scales(origin: QuantizedTensor, codes: Tensor, gradient: Tensor) -> Tensor:
-    """∂L/∂θ at the codes (N, K), from the gradient (N, K) in the weight."""
+    """∂L/∂θ at the codes (N, K), from the gradient (N, K) of the weight."""
     if origin.superblocks is None:
         slope = _by_group((codes.to(torch.float32) - _zeros(origin)).mul_(gradient), origin)
         return slope.mul_(origin.scales.to(torch.float32))
@@ -175,7 +178,7 @@ def _slope_of_scales(origin: QuantizedTensor, codes: Tensor, gradient: Tensor) -
 
 
 def _zeros(quantized: QuantizedTensor) -> Tensor | int:
-    """(N, K) float32, or the one number that all zeros are."""
+    """Zero points per column, (N, K) float32, or the one number that they all are."""
     if quantized.zeros is None:
         return quantized.scheme.middle
     return quantized.zeros.to(torch.float32)[:, quantized.column_groups()]
@@ -189,9 +192,9 @@ def _by_group(values: Tensor, origin: QuantizedTensor) -> Tensor:
 
 
 def _stored(scales: Tensor, factor: Tensor) -> Tensor:
-    """Stretched scales (N, G) of either sign as a file holds them, none of them smaller than engines take.
+    """Scales (N, G) of either sign times `factor`, in the dtype of the file, none smaller than engines accept.
 
-    Scales that float16 holds go on to be such: the same codes may go into a file that has that dtype.
+    Scales that were in the range of float16 stay in it, because the same codes may go into a file with that dtype.
     """
     smallest, half = affine_grid.SMALLEST_SCALE.get(scales.dtype, affine_grid.SMALLEST_SCALE_ELSEWHERE), torch.float16
     if scales.numel() and float(scales.abs().min()) >= affine_grid.SMALLEST_SCALE[half]:

@@ -1,14 +1,16 @@
-"""Refit the scales: with the codes fixed, a row is linear in them, and least squares has a closed form.
+"""Refit the scales: with the codes fixed, a row is linear in its scales, so least squares has a closed form.
 
-Let B (G, K) hold q - z of a row, group g's in row g and zero elsewhere, so that ŵ = s B.  Then
+Codes q are the quantized values, z the zero points.  Let B (G, K) hold q - z of a row: the columns of group g in row g,
+zero elsewhere.  So ŵ = s B, and
 
     argmin_s  (w* - s B) H (w* - s B)ᵀ + μ Σ_g D_g (s_g - s⁰_g)²        D = diag(B H Bᵀ)
 
     s = (b + μ D s⁰) (A + μ diag D)⁻¹        A = B H Bᵀ (G, G),  b = w* H Bᵀ
 
-The ridge μ (`ridge.py`) keeps scales near the old ones s⁰ where the codes hardly tell.  Groups of one row are solved
-together: what one group cannot represent another may make up for.  Scales are rounded to the dtype of the file before a
-row is judged, and a row is accepted only where its loss falls.  A scale shared by a whole tensor is left as it is.
+The ridge μ (`ridge.py`) keeps scales near the old scales s⁰ where the codes hardly determine them.  All groups of a row
+are solved together, so that one group can compensate for the error of another.  Scales are rounded to the dtype of the
+file before the loss is computed, and a row is accepted only where its loss falls.  A scale shared by a whole tensor is
+not refitted.
 
 Two-level grids are refitted in `algorithms/refit_k_quants.py`.
 """
@@ -39,21 +41,21 @@ def refine(target: Tensor, quantized: QuantizedTensor, hessian: Tensor, options:
 
 
 def _refit(target: Tensor, quantized: QuantizedTensor, hessian: Tensor, scale_dtype: affine_grid.ScaleDtype) -> Tensor:
-    """Scales (N, G) in their storage dtype: the new ones in the rows that they improve."""
+    """Scales (N, G) in their storage dtype: refitted in the rows that this improves."""
     G = quantized.scales.shape[1]
     steps = _steps(quantized)  # (N, K), q - z
     old = quantized.scales.to(torch.float32)
     A, b = _normal_equations(steps, target, hessian, G)
-    fitted = ridge.solve(A, b, old)  # a group whose codes all are its zero keeps its scale
+    fitted = ridge.solve(A, b, old)  # a group whose codes all equal the zero point keeps its scale
     usable = torch.isfinite(fitted) & (fitted * old > 0)
     fitted = affine_grid.storable(torch.where(usable, fitted, old), scale_dtype)
     changed = dataclasses.replace(quantized, scales=fitted)
-    loss, old_loss = (output_error(target, each.dequantize(), hessian) for each in (changed, quantized))
+    loss, old_loss = (output_error(target, tensor.dequantize(), hessian) for tensor in (changed, quantized))
     return torch.where((loss < old_loss)[:, None], fitted, quantized.scales)
 
 
 def _steps(quantized: QuantizedTensor) -> Tensor:
-    """(N, K) float32, q - z: the weight in steps of its scales."""
+    """(N, K) float32, q - z: the weight in units of its scales."""
     return dataclasses.replace(quantized, scales=torch.ones_like(quantized.scales)).dequantize()
 
 

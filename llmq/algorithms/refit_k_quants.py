@@ -1,16 +1,17 @@
-"""Refit a two-level grid: with the codes fixed, its integers one by one and then its real numbers by least squares.
+"""Refit a two-level grid with fixed codes: its integers one by one, then its real numbers by least squares.
 
-A row of Q4_K is  ŵ = Σ_i sc_i (d q_i) - m_i (dmin 1_i)  over its sub-blocks i: linear in each sc and m, so that, as for
-a code in `descent.py`, the best step of one of them with all others fixed is a whole number that is known at once:
+A row of Q4_K is  ŵ = Σ_i sc_i (d q_i) - m_i (dmin 1_i)  over its sub-blocks i, with q the codes (quantized values).  It
+is linear in each sc and m.  So, as for a code in `descent.py`, the best integer step of one of them, with all others
+fixed, has a closed form:
 
     a = round(g uᵀ / u H uᵀ)        u = d q_i  or  u = -dmin 1_i,   g = (w* - ŵ) H,   then  g -= a u H
 
-It is linear in all d and dmin of a row together too, and these are solved for as scales are in `refit.py`:
+It is also linear in all d and dmin of a row together.  These are solved for like the scales in `refit.py`:
 
     s = (b + μ D s⁰) (A + μ diag D)⁻¹        A = B H Bᵀ (P, P),  b = w* H Bᵀ
 
 with a row of B for each d (sc q, zero outside of its superblock) and each dmin (-m), P = 2 K / 256.  They are rounded
-to float16 before a row is judged.  A row is accepted only where its loss falls, after each of the two steps.
+to float16 before the loss is computed.  A row is accepted only where its loss falls, after both of the steps.
 """
 
 import torch
@@ -31,13 +32,13 @@ def refine(target: Tensor, quantized: QuantizedTensor, hessian: Tensor, options:
 
 
 def _better(target: Tensor, before: QuantizedTensor, after: QuantizedTensor, hessian: Tensor) -> QuantizedTensor:
-    """Row by row, what has the lower loss."""
-    loss, old = (output_error(target, each.dequantize(), hessian) for each in (after, before))
+    """`after` in the rows where its loss is lower, `before` in the others."""
+    loss, old = (output_error(target, tensor.dequantize(), hessian) for tensor in (after, before))
     return where((loss < old)[:, None], after, before)
 
 
 def _with_other_integers(target: Tensor, quantized: QuantizedTensor, hessian: Tensor) -> QuantizedTensor:
-    """One pass over the sub-blocks, in each first sc and then m."""
+    """One pass over the sub-blocks: first the sc and then the m of each."""
     grid, codes = _parts(quantized), _steps(quantized)
     width = quantized.scheme.columns_per_group(codes.shape[1])
     per_superblock = SUPERBLOCK // width
@@ -64,39 +65,43 @@ def _with_other_integers(target: Tensor, quantized: QuantizedTensor, hessian: Te
 
 
 def _best_step(direction: Tensor, gradient: Tensor, inside: Tensor) -> Tensor:
-    """(N,) whole numbers: how often to take a direction (N, g) down the gradient (N, g), H (g, g) being `inside`."""
+    """(N,) integers: how many steps along a direction (N, g) lower the loss most.
+
+    gradient  (N, g), of the columns of the direction
+    inside    H (g, g) of the same columns
+    """
     curvature = (direction @ inside).mul_(direction).sum(1)
     return torch.nan_to_num((gradient * direction).sum(1) / curvature, 0.0, 0.0, 0.0).round_()
 
 
 def _kept(values: Tensor, before: Tensor, *, signed: bool) -> Tensor:
-    """sc within what the file holds; where it would be zero, as it was."""
+    """sc clamped to the range of the file; unchanged where it would become zero."""
     lowest, highest = (LOWEST_SIGNED, LARGEST_SIGNED) if signed else (1, LARGEST)
     clamped = values.clamp(lowest, highest)
     return torch.where(clamped == 0, before, clamped)
 
 
 def _with_other_shared(target: Tensor, quantized: QuantizedTensor, hessian: Tensor) -> QuantizedTensor:
-    """d and dmin by least squares, all of a row together."""
+    """d and dmin by least squares, those of a row together."""
     K, P = quantized.shape[1], _parts(quantized).shared().shape[1]
     rows = max(1, ELEMENTS_AT_ONCE // max(P * P, 2 * K))
     pieces = []
     for start in range(0, len(target), rows):
-        some, part = target[start : start + rows], quantized.rows(start, start + rows)
-        pieces.append(_solved(some, part, hessian))
+        rows_of_target, part = target[start : start + rows], quantized.rows(start, start + rows)
+        pieces.append(_solved(rows_of_target, part, hessian))
     other = _parts(quantized).with_shared(torch.cat(pieces))
     return QuantizedTensor.of_superblocks(quantized.codes, other, quantized.scheme)
 
 
 def _solved(target: Tensor, quantized: QuantizedTensor, hessian: Tensor) -> Tensor:
-    """(N, P) float32; where there is no solution, or not one above zero, what was there."""
+    """New d and dmin, (N, P) float32; the old number where there is no solution above zero."""
     grid, groups = _parts(quantized), quantized.column_groups()
     old = grid.shared()  # (N, P)
     bases = [_steps(quantized) * grid.sc.to(torch.float32)[:, groups]]  # (N, K) each
     if grid.m is not None:
         bases.append(-grid.m.to(torch.float32)[:, groups])
     A, b = _normal_equations(bases, target, hessian)
-    fitted = ridge.solve(A, b, old)  # where every code, or every m, is zero, the old number
+    fitted = ridge.solve(A, b, old)  # the old number where every code, or every m, is zero
     return torch.where(torch.isfinite(fitted) & (fitted > 0), fitted, old)
 
 
@@ -117,7 +122,7 @@ def _normal_equations(bases: list[Tensor], target: Tensor, hessian: Tensor) -> t
 
 
 def _steps(quantized: QuantizedTensor) -> Tensor:
-    """(N, K) float32: what a scale is multiplied with."""
+    """(N, K) float32: the factor of a scale, which is the code or, in a symmetric grid, code - middle."""
     codes = quantized.codes.to(torch.float32)
     return codes - quantized.scheme.middle if quantized.scheme.symmetric else codes
 

@@ -1,6 +1,6 @@
-"""Round to nearest: each weight to the closest point of its grid, blind to the inputs.
+"""Round to nearest: each weight becomes the closest value of its grid, whatever the inputs are.
 
-The yardstick for everything else.  The grid is min-max, or searched for the least squared error of the weights.
+It is the baseline for all other methods.  The grid is min-max, or searched for the least squared error of the weights.
 """
 
 from torch import Tensor
@@ -17,7 +17,7 @@ NEEDS_FACTOR = False
 def round_weight(
     weight: Tensor, stats: InputStats | None, scheme: WeightScheme, options: Options, factor: Factor | None = None
 ) -> Rounding:
-    """See `RoundingStage`; only `weight` is looked at."""
+    """See `RoundingStage`.  Only `weight` is used."""
     fit = affine_grid.fit_searched if options.scales == "searched" else affine_grid.fit_minmax
     chosen = fit(weight, scheme, options.scale_dtype)
     return Rounding(chosen.quantized(chosen.encode(weight)))

@@ -1,17 +1,18 @@
-"""The asymmetric target: round not w, but what makes up for the layers that were rounded before.
+"""The asymmetric target: instead of w, quantize a weight that compensates for the layers quantized before.
 
-A weight is fed X̂ by the rounded layers before it, where the float model would feed it X.  Its output should be X wᵀ
-nevertheless, and the float weight that comes closest to that is
+The quantized layers before a weight give it the inputs X̂; in the float model they are X.  Its output should still be
+X wᵀ.  The float weight that comes closest to that is
 
     argmin_w*  ‖X wᵀ - X̂ w*ᵀ‖²/T  =  w + w C H⁻¹        H = X̂ᵀX̂/T,  C = (X - X̂)ᵀX̂/T
 
-of which a part is taken: w* = w + α w C H⁻¹.  α = 1 is the limit of Qronos (Zhang et al. 2025, arXiv:2505.11695) and
-of QEP (Arai and Ichikawa 2025, arXiv:2504.09629); GPTAQ (Li et al. 2025, arXiv:2504.02692) takes the same step column
-by column.  H⁻¹ = UᵀU, damped, is the factor that rounding needs anyway.
+Only a part of that step is taken: w* = w + α w C H⁻¹.  α = 1 is the limit of Qronos (Zhang et al. 2025,
+arXiv:2505.11695) and of QEP (Arai and Ichikawa 2025, arXiv:2504.09629); GPTAQ (Li et al. 2025, arXiv:2504.02692) takes
+the same step column by column.  The damped H⁻¹ = UᵀU is the factor that GPTQ needs anyway.
 
-With V = w C H⁻¹ the loss is a parabola in α, up to what no α changes: α² V H Vᵀ - 2 α w C Vᵀ.  α is chosen by it on
-tokens that neither C nor H has seen, with 0 among the choices; where none are held out, the largest one is taken.  A
-step longer than half the weight is never taken: it would be fitted to noise.
+With V = w C H⁻¹ the loss is a parabola in α, up to a constant: α² V H Vᵀ - 2 α w C Vᵀ.  α is the candidate with the
+lowest loss on the validation tokens, which are in neither C nor H; 0 is one of the candidates.  Without validation
+tokens the largest candidate is taken.  A step longer than half the weight is never taken, as it would be fitted to
+noise.
 """
 
 import math
@@ -30,10 +31,10 @@ LONGEST_STEP = 0.5  # of ‖w‖
 
 @dataclass(frozen=True)
 class Target:
-    """What to round instead of a weight: w* (N, K) float32.
+    """The weight to quantize instead of w: w* (N, K) float32.
 
-    `before` and `after` are ‖X wᵀ - X̂ wᵀ‖²/T and ‖X wᵀ - X̂ w*ᵀ‖²/T over the held-out tokens; None where there are
-    none.
+    `before` and `after` are ‖X wᵀ - X̂ wᵀ‖²/T and ‖X wᵀ - X̂ w*ᵀ‖²/T over the validation tokens; None where there are
+    no such tokens.
     """
 
     weight: Tensor
@@ -52,10 +53,15 @@ def step(weight: Tensor, cross: Tensor, factor: Factor) -> Tensor:
 
 
 def choose(weight: Tensor, V: Tensor, alphas: Sequence[float], judge: InputStats | None) -> Target:
-    """The target of `weight` (N, K) along its step V, with the best of `alphas` on the statistics of `judge`."""
+    """The target of `weight` (N, K) along its step V, with the best of `alphas`.
+
+    judge  statistics of the validation tokens, if there are any
+    """
     length, allowed = float(V.norm()), LONGEST_STEP * float(weight.norm())
     possible = [alpha for alpha in alphas if math.isfinite(length) and alpha * length <= allowed]
-    notes = () if possible else ("the target is left out, it is further than half the weight away",)
+    notes = (
+        () if possible else ("no asymmetric target: it differs from the weight by more than half of the weight's norm",)
+    )
     cross = None if judge is None else judge.cross_moment()
     drift = None if judge is None else judge.drift_moment()
     if judge is None or cross is None or drift is None:
@@ -65,7 +71,7 @@ def choose(weight: Tensor, V: Tensor, alphas: Sequence[float], judge: InputStats
     slope = float((weight @ cross).mul_(V).sum(dtype=torch.float64))
     before = float((weight @ drift).mul_(weight).sum(dtype=torch.float64))
     change = {alpha: alpha**2 * curvature - 2 * alpha * slope for alpha in possible}
-    alpha = min(possible, key=lambda each: change[each], default=0.0)
+    alpha = min(possible, key=lambda candidate: change[candidate], default=0.0)
     if not change.get(alpha, 0.0) < 0:
         return Target(weight, 0.0, before, before, notes)
     return Target(weight + alpha * V, alpha, before, before + change[alpha], notes)

@@ -14,6 +14,7 @@ from llmq import memory
 
 KEPT_SHARE = 8  # 1/8 of the free memory is the cache for tensors that a later pass reads again
 COMING_SHARE = 4  # the next block is read ahead if it fits into 1/4 of the free memory
+UNKNOWN = -1  # memory is measured at the first read, because a job may be created long before it runs
 
 
 class ReadAhead:
@@ -29,9 +30,7 @@ class ReadAhead:
         self._read = read
         self._nbytes = nbytes
         self._pin = pin
-        free = memory.spare(memory.HOST)
-        self._ample = free >= memory.AMPLE_BYTES
-        self._room = free // KEPT_SHARE if self._ample else 0
+        self._room = UNKNOWN  # bytes for cached tensors
         self._kept: OrderedDict[str, Tensor] = OrderedDict()  # the most recently used tensor is last
         self._kept_bytes = 0
         self._coming: dict[str, Future[Tensor]] = {}
@@ -50,8 +49,9 @@ class ReadAhead:
 
     def expect(self, names: Iterable[str]) -> None:
         """Start to read tensors that are needed next, if there is memory for them."""
+        free = self._measure_memory()
         wanted = [name for name in names if name not in self._kept]
-        if not self._ample or sum(map(self._nbytes, wanted)) > memory.spare(memory.HOST) // COMING_SHARE:
+        if free < memory.AMPLE_BYTES or sum(map(self._nbytes, wanted)) > free // COMING_SHARE:
             return
         for future in self._coming.values():  # expected earlier, but never requested
             future.cancel()
@@ -65,12 +65,25 @@ class ReadAhead:
         tensor = self._read(name)
         return tensor.pin_memory() if self._pin else tensor
 
+    def _measure_memory(self) -> int:
+        """Measure the free memory in bytes, and set the size of the cache."""
+        free = memory.spare(memory.HOST)
+        self._room = (free + self._kept_bytes) // KEPT_SHARE if free >= memory.AMPLE_BYTES else 0
+        self._give_back()
+        return free
+
     def _keep(self, name: str, tensor: Tensor) -> Tensor:
+        if self._room == UNKNOWN:
+            self._measure_memory()
         if tensor.nbytes > self._room:
             return tensor
         self._kept[name] = tensor
         self._kept_bytes += tensor.nbytes
+        self._give_back()
+        return tensor.clone()
+
+    def _give_back(self) -> None:
+        """Drop the least recently used tensors until the cache fits."""
         while self._kept_bytes > self._room:
             _, oldest = self._kept.popitem(last=False)
             self._kept_bytes -= oldest.nbytes
-        return tensor.clone()

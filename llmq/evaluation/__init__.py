@@ -1,1 +1,1 @@
-"""How good a model is: perplexity and KL of logits, of models in memory or read block by block from disk."""
+"""Measure how good a model is: perplexity and KL divergence, for models in memory or read block by block from disk."""

@@ -1,7 +1,7 @@
-"""Evaluate a model as one whose inputs ("activations") are quantized, too: W8A8 and not W8A16.
+"""Evaluate a model with quantized activations (the inputs of linear layers), such as W8A8 instead of W8A16.
 
-The rounding is simulated in float, in front of the linear layers of the blocks (`numerics/fake_quantize.py`): of those
-that the file holds quantized, or of all where the file holds none.  The head and the embedding are left in float.
+Quantization is simulated in float before the linear layers of the blocks (`numerics/fake_quantize.py`): the layers that
+are quantized in the file, or all layers if none is. The inputs of the head and the embedding are kept in float.
 """
 
 from collections.abc import Mapping
@@ -16,21 +16,21 @@ ACTIVATIONS: Mapping[str, InputScheme | None] = {"none": None, "int8": InputSche
 
 
 def input_scheme(name: str) -> InputScheme | None:
-    """The input scheme that `--activations` names; raises ConfigError for a name that is none."""
+    """The input scheme of `--activations`; raises ConfigError for an unknown name."""
     if name not in ACTIVATIONS:
         raise ConfigError(f"activations is {name!r}, expected one of {listed(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
 
 def not_applied(checkpoint: Checkpoint, scheme: InputScheme | None) -> str | None:
-    """What to say of a checkpoint that declares quantized activations, but is evaluated with float inputs."""
+    """A note for a checkpoint that declares quantized activations but is evaluated with float inputs, else None."""
     if scheme is not None or quantization_settings(checkpoint) is None:
         return None
     return "; ".join(PackedWeights(checkpoint).not_applied()) or None
 
 
 def quantize_inputs(skeleton: Skeleton, scheme: InputScheme | None) -> None:
-    """Round the inputs of the quantized linear layers in the blocks; of all of them in a float model."""
+    """Quantize the inputs of the quantized linear layers in the blocks; in a float model, of all linear layers."""
     if scheme is None:
         return
     paths = [path for block in skeleton.blocks for path in block.linears]

@@ -1,8 +1,8 @@
-"""Open models from disk and evaluate them: what `llmq eval` and the scripts in eval/ call.
+"""Open models from disk and evaluate them: called by `llmq eval` and the scripts in eval/.
 
-Models are read block by block (`evaluation/streaming.py`), so one that does not fit into memory is measured all the
-same.  The original runs once over a text, however many models are compared with it: its hidden states in front of the
-head are kept, and where they do not fit, the text is taken in several parts.
+Models are read block by block (`evaluation/streaming.py`), so models that do not fit into memory can be measured, too.
+The original runs once over a text, however many models are compared with it: its last hidden states are kept. If they
+do not fit into memory, the text is split into parts.
 """
 
 import gc
@@ -32,7 +32,7 @@ DEFAULT_SEQLEN = 2048
 
 @dataclass(frozen=True)
 class Size:
-    """Bytes of all tensors; bits per packed weight, scales and zeros counted, None for a float model."""
+    """Bytes of all tensors; bits per packed weight, including scales and zero points, None for a float model."""
 
     file_bytes: int
     bits_per_weight: float | None
@@ -40,7 +40,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Figures:
-    """What was found on one text, or on all together."""
+    """The results for one text, or for all texts together."""
 
     text: str
     windows: int
@@ -50,7 +50,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was found about a model, and about the original that it was compared with."""
+    """The results for a model, and for the original that it was compared with."""
 
     texts: tuple[Figures, ...]
     total: Figures
@@ -58,7 +58,7 @@ class Measurement:
     size: Size
     original_size: Size | None = None
     notes: tuple[str, ...] = ()
-    activations: str = "none"  # what the model's inputs were rounded to; the original's never are
+    activations: str = "none"  # how the model's activations were quantized; those of the original never are
 
     @property
     def model(self) -> Evaluation:
@@ -72,8 +72,8 @@ class Measurement:
 
     def to_dict(self) -> dict[str, Any]:
         """The total's entries (text, windows, model, original) and the rest: texts, seqlen, activations, notes."""
-        found = asdict(self)
-        return {**found.pop("total"), **found}
+        values = asdict(self)
+        return {**values.pop("total"), **values}
 
 
 def measure(
@@ -89,15 +89,15 @@ def measure(
     remote_code: bool = False,
     activations: str = "none",
 ) -> Measurement:
-    """Perplexity of the model at `path` on texts, and with `against` also how far it is from that one.
+    """Perplexity of the model at `path` on texts; with `against`, also its distance from this original.
 
     The options are those of `measure_many`.
     """
-    [found] = measure_many(
+    [measurement] = measure_many(
         against, [path], text, wikitext=wikitext, seqlen=seqlen, limit=limit, device=device, dtype=dtype,
         remote_code=remote_code, activations=activations,
     )  # fmt: skip
-    return found
+    return measurement
 
 
 def measure_many(
@@ -113,13 +113,15 @@ def measure_many(
     remote_code: bool = False,
     activations: str = "none",
 ) -> list[Measurement]:
-    """Each of `models` on `texts`, beside one original if there is one.
+    """Measure each of `models` on `texts`, compared with one original if it is given.
 
-    `limit` is the most windows of a text to look at; `dtype` what the models compute in, by default the checkpoint's
-    own, but float32 on a CPU; `activations` what the inputs of the models' quantized layers are rounded to, "none" or
-    "int8", while the original's stay float; the rest as in `evaluation.read_windows`.  Beside an original, one model at
-    a time is in memory.  Raises CheckpointError, ConfigError, FormatError, UnsupportedModelError, CalibrationError,
-    BackendError.
+    limit        the most sequences of a text
+    dtype        the dtype in which the models compute; default: that of the checkpoint, but float32 on a CPU
+    activations  how the inputs of the models' quantized layers are quantized, "none" or "int8"; those of the original
+                 are float
+
+    The other options are those of `scoring.read_windows`. In addition to the original, one model at a time is in
+    memory. Raises CheckpointError, ConfigError, FormatError, UnsupportedModelError, CalibrationError, BackendError.
     """
     inputs = input_scheme(activations)
     chosen = choose_device(device)
@@ -134,14 +136,14 @@ def measure_many(
         tokenizer = load_tokenizer(folder, remote_code=remote_code)
     length = min(seqlen or DEFAULT_SEQLEN, first.max_tokens or DEFAULT_SEQLEN)
     names = dict.fromkeys([str(texts)] if isinstance(texts, str | Path) else map(str, texts))
-    held = {name: read_windows(name, tokenizer, length, wikitext=wikitext, limit=limit) for name in names}
-    windows = torch.cat(list(held.values()))
+    by_text = {name: read_windows(name, tokenizer, length, wikitext=wikitext, limit=limit) for name in names}
+    windows = torch.cat(list(by_text.values()))
     _check_tokens(windows, first)
     if base is not None:
-        runs = _beside(first, folders, opened, windows)
+        runs = _run_compared(first, folders, opened, windows)
     else:
-        runs = [_alone(first, windows)] + [_alone(opened(folder), windows) for folder in folders[1:]]
-    sizes = {name: len(part) for name, part in held.items()}
+        runs = [_run_alone(first, windows)] + [_run_alone(opened(folder), windows) for folder in folders[1:]]
+    sizes = {name: len(part) for name, part in by_text.items()}
     original_size = None if original is None else size_of(str(original))
     return [
         Measurement(
@@ -160,63 +162,68 @@ def measure_many(
 def require(
     measured: Mapping[str, Measurement], *, max_kl: float | None = None, max_ppl_increase: float | None = None
 ) -> None:
-    """Raise QualityError where a model (name -> measurement) is beyond what is allowed, on each text by itself.
+    """Raise QualityError if a model (name -> measurement) exceeds a limit on one of the texts.
 
-    `max_kl` limits the mean KL divergence in nats per token, `max_ppl_increase` by how many per cent the perplexity is
-    higher than the original's.  Figures are taken as they are, not the ends of their intervals.
+    `max_kl` limits the mean KL divergence in nats per token, `max_ppl_increase` the increase of the perplexity over the
+    original's in per cent. The figures are compared, not the ends of their intervals.
     """
     broken = []
     for name, figures in ((name, figures) for name, result in measured.items() for figures in result.texts):
         where = figures.text if len(measured) == 1 else f"{name} on {figures.text}"
         kl, ratio = figures.model.kl_mean, figures.model.perplexity_ratio
         if kl is None or ratio is None:
-            raise ConfigError("limits on quality compare with an original, and none was given", hint="add --against")
+            raise ConfigError("limits on quality need an original to compare with", hint="add --against")
         if max_kl is not None and not kl <= max_kl:
-            broken.append(f"{where}: the mean KL divergence is {kl:.5f}, allowed are {max_kl:g}")
+            broken.append(f"{where}: the mean KL divergence is {kl:.5f}, the limit is {max_kl:g}")
         increase = 100 * (ratio - 1)
         if max_ppl_increase is not None and not increase <= max_ppl_increase:
-            broken.append(f"{where}: the perplexity rose by {increase:.2f} %, allowed are {max_ppl_increase:g} %")
+            broken.append(f"{where}: the perplexity rose by {increase:.2f} %, the limit is {max_ppl_increase:g} %")
     if broken:
-        raise QualityError("; ".join(broken), hint="more bits, smaller groups, or a better method; else a higher limit")
+        raise QualityError(
+            "; ".join(broken), hint="use more bits, smaller groups, or a better method; or raise the limit"
+        )
 
 
 @dataclass(frozen=True)
 class _Run:
-    """A model's scores on all windows, and what a user should know of how they came about."""
+    """A model's scores on all sequences, and notes for the user."""
 
     scores: Scores
     notes: tuple[str, ...]
 
 
-def _alone(source: Source, windows: Tensor) -> _Run:
+def _run_alone(source: Source, windows: Tensor) -> _Run:
     parts, notes = _parts(windows, source.windows_at_once(windows.shape[1], sides=1))
-    scores = [each for part in parts for each in _scores(source, part)]
+    scores = [batch_scores for part in parts for batch_scores in _scores(source, part)]
     return _Run(Scores.joined(scores), tuple(note for note in (source.note, *notes) if note))
 
 
-def _beside(original: Source, folders: Sequence[Path], opened: Callable[[Path], Source], windows: Tensor) -> list[_Run]:
-    """Every model on a part of the windows, then all on the next, so that the original runs once on each."""
+def _run_compared(
+    original: Source, folders: Sequence[Path], opened: Callable[[Path], Source], windows: Tensor
+) -> list[_Run]:
+    """Run every model on a part of the sequences, then on the next part, so that the original runs once per part."""
     parts, notes = _parts(windows, original.windows_at_once(windows.shape[1], sides=2))
     scores: list[list[Scores]] = [[] for _ in folders]
-    remarks: list[dict[str, None]] = [dict.fromkeys(filter(None, (original.note, *notes))) for _ in folders]
+    notes_by_model: list[dict[str, None]] = [dict.fromkeys(filter(None, (original.note, *notes))) for _ in folders]
     for part in parts:
         original.run(part)
-        for folder, own, remark in zip(folders, scores, remarks, strict=True):
+        for folder, model_scores, model_notes in zip(folders, scores, notes_by_model, strict=True):
             model = opened(folder)
             if model.vocabulary != original.vocabulary:
                 raise UnsupportedModelError(
-                    f"the models have vocabularies of {model.vocabulary} and {original.vocabulary} tokens",
-                    hint="compare a model with the one that it was made from",
+                    f"the models have vocabularies of {model.vocabulary} and {original.vocabulary} tokens, expected "
+                    "the same",
+                    hint="compare a model with the model from which it was made",
                 )
-            own += _scores(model, part, original)
-            remark.update(dict.fromkeys(filter(None, [model.note])))
+            model_scores += _scores(model, part, original)
+            model_notes.update(dict.fromkeys(filter(None, [model.note])))
             del model
-            gc.collect()  # before the next is opened: modules and what watches them refer to each other
-    return [_Run(Scores.joined(own), tuple(remark)) for own, remark in zip(scores, remarks, strict=True)]
+            gc.collect()  # before the next one is opened: modules and their hooks are reference cycles
+    return [_Run(Scores.joined(batches), tuple(notes)) for batches, notes in zip(scores, notes_by_model, strict=True)]
 
 
 def _scores(model: Source, windows: Tensor, original: Source | None = None) -> Iterator[Scores]:
-    """Batch by batch; `original` was run on the same windows before."""
+    """The scores of each batch; `original` was run on the same sequences before."""
     together = windows_together(windows.shape[1], model.vocabulary)
     model.run(windows)
     if original is None:
@@ -227,23 +234,23 @@ def _scores(model: Source, windows: Tensor, original: Source | None = None) -> I
 
 
 def _parts(windows: Tensor, at_once: int | None) -> tuple[Sequence[Tensor], list[str]]:
-    """The windows as they can be run together, and what is to be said of it."""
+    """Split the sequences into parts whose hidden states fit into memory, and return notes for the user."""
     if at_once is None or at_once >= len(windows):
         return [windows], []
     parts = windows.split(at_once)
     return parts, [
-        f"the hidden states of {len(windows)} windows do not fit into memory at once: "
-        f"all blocks were read {len(parts)} times"
+        f"the hidden states of {len(windows)} sequences do not fit into memory together, so all blocks were read "
+        f"{len(parts)} times"
     ]
 
 
 def _by_text(scores: Scores, sizes: dict[str, int]) -> tuple[Figures, ...]:
-    found, start = [], 0
+    figures, start = [], 0
     for name, size in sizes.items():
         part = scores[start : start + size]
-        found.append(Figures(name, size, summary(part), summary_of_original(part)))
+        figures.append(Figures(name, size, summary(part), summary_of_original(part)))
         start += size
-    return tuple(found)
+    return tuple(figures)
 
 
 def _total(scores: Scores, sizes: dict[str, int]) -> Figures:
@@ -253,17 +260,18 @@ def _total(scores: Scores, sizes: dict[str, int]) -> Figures:
 
 
 def _check_tokens(windows: Tensor, model: Source) -> None:
-    """Refuse ids that the model has no embedding for."""
+    """Raise CheckpointError for token ids without an embedding."""
     largest = int(windows.max())
     if largest >= model.vocabulary:
         raise CheckpointError(
-            f"the tokenizer made the id {largest}, and the model has embeddings for {model.vocabulary} tokens",
-            hint="is the tokenizer the one that belongs to the model?",
+            f"the tokenizer produced the token id {largest}, but the model has embeddings for {model.vocabulary} "
+            "tokens only",
+            hint="check that the tokenizer belongs to the model",
         )
 
 
 def size_of(path: str | Path) -> Size:
-    """Size of a checkpoint, from its headers."""
+    """The size of a checkpoint, from its headers."""
     folder = _located(path)
     if is_file(folder):
         return Size(*Container(folder).size())
@@ -277,6 +285,6 @@ def size_of(path: str | Path) -> Size:
 
 
 def _located(model: str | Path, *, remote_code: bool = False) -> Path:
-    """The folder of a model; where it holds a .gguf file and no safetensors, that file."""
+    """The folder of a model; the .gguf file if the folder has one and no safetensors files."""
     folder = hub.locate(str(model), remote_code=remote_code)
     return gguf_file(folder) or folder

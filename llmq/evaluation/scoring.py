@@ -1,20 +1,20 @@
-"""How good a model is, and how far from another: perplexity, KL divergence, agreement.
+"""Scores of a model, and its distance from an original: perplexity, KL divergence, agreement.
 
-**Perplexity** follows the protocol behind the published WikiText figures: the rows of the text joined with blank lines,
-tokenized once, cut into windows that do not overlap; exp of the mean negative log-likelihood of every token of a
-window but its first.  Texts made of documents (.jsonl) are packed like calibration text instead: each tokenized on its
-own, with its beginning-of-text token.
+**Perplexity** follows the protocol of the published WikiText figures: the rows of the text are joined with blank lines,
+tokenized once, and cut into sequences that do not overlap. It is exp of the mean negative log-likelihood of every token
+of a sequence except the first. Texts that consist of documents (.jsonl) are packed like calibration text instead: each
+document is tokenized separately, with a beginning-of-text token.
 
-**KL divergence**, KL(original ‖ quantized) in nats over the whole vocabulary for every position, tells methods apart
-where perplexity cannot: a lower perplexity than the original's is a change too.
+**KL divergence** is KL(original ‖ quantized) in nats over the whole vocabulary, for every position. It distinguishes
+methods that perplexity cannot: a lower perplexity than the original's is a change, too.
 
-**RMS Δp** is sqrt(mean((p − p₀)²)), p and p₀ being the probabilities that the model and the original give to the token
-that really comes next: what llama.cpp's perplexity tool calls so, here a fraction and not per cent, and over every
-token of a window but its first where that tool skips the first half of each.
+**RMS Δp** is sqrt(mean((p − p₀)²)), where p and p₀ are the probabilities that the model and the original give to the
+correct next token. llama.cpp's perplexity tool uses the same name. Here it is a fraction, not per cent, and includes
+every token of a sequence except the first; that tool skips the first half of each sequence.
 
-**Intervals** hold 95 % of 1000 bootstrap draws, basic percentiles.  Tokens of a window depend on each other, so whole
-windows are drawn, as many from each text as it has; both models are drawn on the same windows, so a ratio of
-perplexities has a narrower interval than the two of which it is made.
+**Intervals** contain 95 % of 1000 bootstrap draws (basic percentiles). Tokens of a sequence depend on each other, so
+whole sequences are drawn, from each text as many as it has. Both models are evaluated on the same draws, so the
+interval of a perplexity ratio is narrower than those of the two perplexities.
 """
 
 import io
@@ -33,17 +33,17 @@ from llmq.algorithms.kl_divergence import kl_divergence
 from llmq.errors import CalibrationError, UnsupportedModelError
 
 Interval = tuple[float, float]
-ENTRIES_AT_ONCE = 2**24  # of logits that are compared, in float32: what holds a few copies of them
-HUB_ROWS = 50_000  # of a data set, blank ones too; WikiText-2's test text has 4358
+ENTRIES_AT_ONCE = 2**24  # entries of logits that are compared together in float32, to limit memory
+HUB_ROWS = 50_000  # the most rows of a Hub data set, including blank ones; the test text of WikiText-2 has 4358
 DRAWS, SEED = 1000, 0
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures of one model over `tokens` predicted tokens; all but the perplexity need an original to compare with.
+    """Figures of one model over `tokens` predicted tokens; all except the perplexity need an original to compare with.
 
-    KL in nats per token, `same_top_1` and `rms_dp` as fractions, `perplexity_ratio` to the original's.  An interval is
-    None where each text is one window, or a figure is infinite.
+    The KL is in nats per token, `same_top_1` and `rms_dp` are fractions, `perplexity_ratio` is relative to the
+    original. An interval is None if each text has only one sequence, or if a figure is infinite.
     """
 
     tokens: int
@@ -64,42 +64,42 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is known of each token, float32 on the CPU, window by window."""
+    """The comparison with the original for each token of S sequences, on the CPU."""
 
-    divergence: Tensor  # (S, T) in nats
-    agreement: Tensor  # (S, T) bool: both models hold the same token for the likeliest
-    original_loss: Tensor  # (S, T - 1)
+    divergence: Tensor  # (S, T) float32, KL in nats
+    agreement: Tensor  # (S, T) bool: both models have the same most likely token
+    original_loss: Tensor  # (S, T - 1) float32, negative log-likelihood in nats
 
 
 @dataclass(frozen=True)
 class Scores:
-    """The loss of each token of S windows but their first, and how the original fares there."""
+    """The loss of each token of S sequences except the first, and the comparison with the original if there is one."""
 
     loss: Tensor  # (S, T - 1) float32, negative log-likelihood in nats
-    beside: Comparison | None = None
+    comparison: Comparison | None = None
 
     def __getitem__(self, windows: slice) -> "Scores":
-        if self.beside is None:
+        if self.comparison is None:
             return Scores(self.loss[windows])
-        found = self.beside
+        compared = self.comparison
         return Scores(
             self.loss[windows],
-            Comparison(found.divergence[windows], found.agreement[windows], found.original_loss[windows]),
+            Comparison(compared.divergence[windows], compared.agreement[windows], compared.original_loss[windows]),
         )
 
     @staticmethod
     def joined(parts: Sequence["Scores"]) -> "Scores":
-        """The windows of all parts, one after the other."""
+        """The scores of the sequences of all parts, one after the other."""
         loss = torch.cat([part.loss for part in parts])
-        compared = [part.beside for part in parts if part.beside is not None]
+        compared = [part.comparison for part in parts if part.comparison is not None]
         if not compared:
             return Scores(loss)
         return Scores(
             loss,
             Comparison(
-                torch.cat([each.divergence for each in compared]),
-                torch.cat([each.agreement for each in compared]),
-                torch.cat([each.original_loss for each in compared]),
+                torch.cat([comparison.divergence for comparison in compared]),
+                torch.cat([comparison.agreement for comparison in compared]),
+                torch.cat([comparison.original_loss for comparison in compared]),
             ),
         )
 
@@ -107,10 +107,10 @@ class Scores:
 def read_windows(
     source: str, tokenizer: Any, seqlen: int, *, wikitext: bool = False, limit: int | None = None
 ) -> Tensor:
-    """(S, seqlen) int64 windows of an evaluation text: any source of `--calibration` but `self`.
+    """(S, seqlen) int64 sequences of an evaluation text: any source of `--calibration` except `self`.
 
-    `wikitext` treats the lines of a .txt file as the rows of the WikiText data set: blank lines are emptied, all are
-    joined with blank lines.  The rows of a Hub data set are always joined in this way.
+    `wikitext` treats the lines of a .txt file as the rows of the WikiText data set: blank lines are emptied, and all
+    are joined with blank lines. The rows of a Hub data set are always joined in this way.
     """
     contents = calibration.read_source(source, limit=HUB_ROWS)
     texts = calibration.texts_only(contents.documents, source)
@@ -122,38 +122,38 @@ def read_windows(
     windows = calibration.cut(torch.tensor(ids, dtype=torch.int64), seqlen)[:limit]
     if len(windows) == 0:
         raise CalibrationError(
-            f"{source} holds {len(ids)} tokens, fewer than one window of {seqlen}", hint="lower --seqlen"
+            f"{source} holds {len(ids)} tokens, fewer than one sequence of {seqlen}", hint="lower --seqlen"
         )
     return windows
 
 
 def wikitext_rows(text: str) -> str:
-    """The raw WikiText file as the data set's rows give it: blank lines emptied, rows joined with blank lines."""
+    """The raw WikiText file like the joined rows of the data set: blank lines emptied, rows joined with blank lines."""
     return "\n\n".join(line if line.strip() else "" for line in io.StringIO(text))  # a line ends with "\n" only
 
 
 @torch.no_grad()
 def score(predicted: Tensor, tokens: Tensor, expected: Tensor | None = None) -> Scores:
-    """Each token's figures from the logits (B, T, V) of a model, and from those of the original, for `tokens` (B, T).
+    """The scores of `tokens` (B, T) from the logits (B, T, V) of a model, compared with the original's if given.
 
-    A few copies of `ENTRIES_AT_ONCE` logits are made beyond what is given.
+    This allocates a few copies of `ENTRIES_AT_ONCE` logits.
     """
     vocabulary, shape = predicted.shape[-1], tokens.shape
     if expected is not None and expected.shape != predicted.shape:
         raise UnsupportedModelError(
-            f"the models have vocabularies of {vocabulary} and {expected.shape[-1]} tokens",
-            hint="compare a model with the one that it was made from",
+            f"the models have vocabularies of {vocabulary} and {expected.shape[-1]} tokens, expected the same",
+            hint="compare a model with the model from which it was made",
         )
     rows = max(1, ENTRIES_AT_ONCE // vocabulary)
-    following = tokens.roll(-1, dims=1).flatten().to(predicted.device).split(rows)  # the last of a window has none
+    following = tokens.roll(-1, dims=1).flatten().to(predicted.device).split(rows)  # the last of a sequence is dropped
     losses, original_losses, divergences, agreements = [], [], [], []
     flat = predicted.reshape(-1, vocabulary).split(rows)
-    others = [None] * len(flat) if expected is None else expected.reshape(-1, vocabulary).split(rows)
-    for mine, theirs, token in zip(flat, others, following, strict=True):
-        logp = torch.log_softmax(mine.to(torch.float32), dim=-1)
+    flat_expected = [None] * len(flat) if expected is None else expected.reshape(-1, vocabulary).split(rows)
+    for logits, original_logits, token in zip(flat, flat_expected, following, strict=True):
+        logp = torch.log_softmax(logits.to(torch.float32), dim=-1)
         losses.append(-logp.gather(-1, token[:, None])[:, 0].cpu())
-        if theirs is not None:
-            logp_0 = torch.log_softmax(theirs.to(torch.float32), dim=-1)
+        if original_logits is not None:
+            logp_0 = torch.log_softmax(original_logits.to(torch.float32), dim=-1)
             original_losses.append(-logp_0.gather(-1, token[:, None])[:, 0].cpu())
             divergences.append(kl_divergence(logp_0, logp).clamp(min=0).cpu())
             agreements.append((logp_0.argmax(-1) == logp.argmax(-1)).cpu())
@@ -168,20 +168,20 @@ def score(predicted: Tensor, tokens: Tensor, expected: Tensor | None = None) -> 
 
 
 def summary(scores: Scores, sizes: Sequence[int] | None = None) -> Evaluation:
-    """The figures of a model; `sizes` says how many windows are of each text, by default all are of one.
+    """The figures of a model; `sizes` are the numbers of sequences of each text, by default all are of one text.
 
-    Raises UnsupportedModelError where the model's logits are no numbers.
+    Raises UnsupportedModelError if logits of the model are NaN or infinite.
     """
     weights = draws(sizes or [len(scores.loss)])
-    # One figure a window, (S,): windows are of one length, so the mean of their means is that of all tokens.
+    # One value per sequence, (S,): all have the same length, so the mean of their means is the mean over all tokens.
     loss = _finite(scores.loss.double(), "model").mean(1)
     perplexity, around = _exp(loss.mean()), _interval(loss, weights, _exp)
-    if scores.beside is None:
+    if scores.comparison is None:
         return Evaluation(scores.loss.numel(), perplexity, around)
-    found = scores.beside
-    rise = loss - _finite(found.original_loss.double(), "original").mean(1)
-    moved = ((-scores.loss.double()).exp() - (-found.original_loss.double()).exp()).square().mean(1)
-    same, kl = found.agreement.double().mean(1), found.divergence.double()
+    compared = scores.comparison
+    rise = loss - _finite(compared.original_loss.double(), "original").mean(1)
+    moved = ((-scores.loss.double()).exp() - (-compared.original_loss.double()).exp()).square().mean(1)
+    same, kl = compared.agreement.double().mean(1), compared.divergence.double()
     ordered = kl.flatten().sort().values
 
     def at(share: float) -> float:
@@ -206,12 +206,12 @@ def summary(scores: Scores, sizes: Sequence[int] | None = None) -> Evaluation:
 
 
 def summary_of_original(scores: Scores, sizes: Sequence[int] | None = None) -> Evaluation | None:
-    """The original's own figures, where scores hold it."""
-    return None if scores.beside is None else summary(Scores(scores.beside.original_loss), sizes)
+    """The figures of the original, if the scores include a comparison."""
+    return None if scores.comparison is None else summary(Scores(scores.comparison.original_loss), sizes)
 
 
 def draws(sizes: Sequence[int]) -> Tensor:
-    """(DRAWS, S) float64 weights, each row summing to 1: how often each window is drawn, text by text."""
+    """(DRAWS, S) float64 weights, each row with the sum 1: how often each sequence is drawn, text by text."""
     generator = np.random.default_rng(SEED)
     counts = [generator.multinomial(size, np.full(size, 1 / size), size=DRAWS) for size in sizes]
     return torch.from_numpy(np.concatenate(counts, axis=1) / sum(sizes))
@@ -224,13 +224,16 @@ def batches(windows: Tensor) -> Sequence[Tensor]:
 
 
 def windows_per_batch(windows: Tensor) -> int:
-    """How many of the `windows` (S, T) run together."""
+    """The number of sequences, of `windows` (S, T), that run together."""
     return max(1, memory.TOKENS_PER_BATCH_TO_EVALUATE // windows.shape[1])
 
 
 def _finite(loss: Tensor, whose: str) -> Tensor:
     if not bool(torch.isfinite(loss).all()):
-        raise UnsupportedModelError(f"the {whose}'s logits are NaN or infinite", hint="the checkpoint is damaged")
+        raise UnsupportedModelError(
+            f"the {whose}'s logits are NaN or infinite, expected finite values",
+            hint="the checkpoint is damaged; get another copy",
+        )
     return loss
 
 
@@ -239,7 +242,7 @@ def _exp(value: Tensor | float) -> float:
 
 
 def _interval(values: Tensor, weights: Tensor, then: Callable[[float], float] = float) -> Interval | None:
-    """Where 95 % of the draws of the mean of `values` (S,) lie, seen through a rising function."""
+    """The interval with 95 % of the draws of the mean of `values` (S,), transformed by an increasing function."""
     if bool((weights == weights[0]).all()) or not bool(torch.isfinite(values).all()):
         return None
     low, high = torch.quantile(weights @ values, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()

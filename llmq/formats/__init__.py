@@ -1,21 +1,21 @@
 """Formats: how a quantized weight is stored in a checkpoint.  One file per format, found by its file name.
 
-A format turns a `QuantizedTensor` into the named tensors that stand in a checkpoint where `<module>.weight` stood, and
-back.  All formats hold the same codes, zero points and scales; they differ in the dimension along which codes are
-packed, in the order of the bits, and in what `config.json` says about them.
+A format turns a `QuantizedTensor` into the named tensors that replace `<module>.weight` in a checkpoint, and back.  All
+formats hold the same codes (the quantized values), zero points and scales.  They differ in the dimension along which
+codes are packed, in the order of the bits, and in the settings in `config.json`.
 
     base.py                 what a format is: `Layout`, `Readable`, `Reading`
     compressed_tensors.py   weight_packed …   packed row by row: vLLM, SGLang, transformers
     gptq.py                 qweight …         packed along in_features: nearly everything
-    gptq_v2.py              qweight …         the same with zero points stored as they are
+    gptq_v2.py              qweight …         as gptq.py, but zero points are stored without an offset
     awq.py                  qweight …         packed along out_features, interleaved: vLLM, SGLang, transformers
-    gguf.py                 gguf_q4_k …       the blocks of a .gguf file, while a run is not finished
+    gguf.py                 gguf_q4_k …       the blocks of a .gguf file, while its run is not finished
     read_only/              formats that llmq reads and does not write
-    codecs/                 what several formats share: packing of bits, block types, checks
+    codecs/                 code that several formats share: packing of bits, block types, checks
 
-Tensors alone do not tell everything (is a zero point stored as it is or minus one?), so reading takes two steps:
-`read_config` turns the block `quantization_config` of config.json into a function that gives for a module name the
-`Reading` that `unpack` needs.
+The tensors alone do not determine a weight.  (Is a zero point stored with an offset of one or not?)  So reading takes
+two steps: `read_config` turns the block `quantization_config` of config.json into a function that returns, for a module
+name, the `Reading` that `unpack` needs.
 
 Nothing here imports torch until a format is loaded, so that `llmq --help` can list the names.
 """
@@ -36,12 +36,12 @@ BASE = "base"
 
 
 def names() -> tuple[str, ...]:
-    """Every format that can be written, sorted: `awq`, `compressed-tensors`, …"""
+    """The names of all formats that can be written, sorted: `awq`, `compressed-tensors`, …"""
     return tuple(sorted(_files()))
 
 
 def load(name: str) -> "Layout":
-    """The format called `name`, to be written."""
+    """The format called `name`, one of those that can be written."""
     files = _files()
     if name not in files:
         raise ConfigError(f"format is {name!r}, expected one of {', '.join(sorted(files))}")
@@ -50,7 +50,7 @@ def load(name: str) -> "Layout":
 
 
 def readable() -> "list[Readable]":
-    """Every format that a checkpoint may have, those that are not written included."""
+    """All formats that a checkpoint can have, also those that llmq only reads."""
     modules = pkgutil.iter_modules(read_only.__path__, f"{read_only.__name__}.")
     only_read: list[Readable] = [importlib.import_module(module.name).LAYOUT for module in modules]
     layouts = [*only_read, *(load(name) for name in names())]
@@ -74,12 +74,12 @@ def detect(quantization_config: Mapping[str, Any]) -> "Readable":
 
 
 def tensor_name(module: str, suffix: str) -> str:
-    """`a.b`, `qweight` -> `a.b.qweight`; a suffix that starts with an underscore continues the name: `a.b_blocks`"""
+    """`a.b`, `qweight` -> `a.b.qweight`.  A suffix that starts with an underscore continues the name: `a.b_blocks`"""
     return module + suffix if suffix.startswith("_") else f"{module}.{suffix}"
 
 
 def _files() -> dict[str, str]:
-    """Name -> file of every format that is written: compressed-tensors -> compressed_tensors, gptq_v2 -> gptq_v2.
+    """Name -> file of all formats that can be written: compressed-tensors -> compressed_tensors, gptq_v2 -> gptq_v2.
 
     An underscore in a file name stands for a hyphen, unless a version follows.
     """

@@ -1,17 +1,18 @@
-"""AWQ in its GEMM form: four bits, packed along out_features, in an order that suited its first kernel.
+"""AWQ in its GEMM form: four bits, packed along out_features, in the order that its first kernel needed.
 
-    qweight  int32 (K, N / 8)   word c of row k holds outputs 8c … 8c + 7 of input k
-    qzeros   int32 (G, N / 8)   the same of the zeros, stored as they are
+    qweight  int32 (K, N / 8)   word c of row k holds the codes (quantized values) of outputs 8c … 8c + 7 of input k
+    qzeros   int32 (G, N / 8)   the zero points, packed in the same way, without an offset
     scales   float (G, N)       float16; other writers use the model's dtype
 
     bit     31..28  27..24  23..20  19..16  15..12  11..8   7..4    3..0
     output    7       5       3       1       6       4      2       0      of the eight in a word
 
-A symmetric grid is written with a zero of 8 everywhere and declared as `zero_point: true`: the file holds zeros either
-way, and the fast kernels of serving engines are made for the declared kind alone.
+A symmetric grid is written with the zero point 8 everywhere and declared as `zero_point: true`: the file holds zero
+points in any case, and the fast kernels of serving engines support only files with this declaration.
 
-Other numbers of bits, 2 to 8, are read as GPTQModel writes them: one stream along N, outputs in their order.  The forms
-gemv, gemv_fast and llm-awq are read too (`awq_variants.py`); no engine but their own runs those.
+Other numbers of bits, 2 to 8, are read as GPTQModel writes them: one stream along N, outputs in their natural order.
+The forms gemv, gemv_fast and llm-awq are read too (`awq_variants.py`); each of them runs only in the engine that it was
+made for.
 
 Source: github.com/casper-hansen/AutoAWQ, awq/modules/linear/gemm.py; github.com/ModelCloud/GPTQModel.
 """
@@ -32,9 +33,9 @@ from llmq.numerics.scheme import WeightScheme
 NAME = "awq"
 BITS = 4
 BITS_READ = (2, 3, 4, 5, 6, 7, 8)
-GEMM = ("gemm", "exllama", "exllamav2", "ipex")  # the last three are kernels that read the first
+GEMM = ("gemm", "exllama", "exllamav2", "ipex")  # the last three are kernels that read the gemm form
 PER_WORD = 8
-ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight outputs lies in nibble 0, 1, …
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight outputs is in nibble 0, 1, …
 INVERSE = tuple(ORDER.index(output) for output in range(PER_WORD))
 
 
@@ -78,30 +79,30 @@ def refusal(scheme: WeightScheme, out_features: int, in_features: int) -> str | 
         return f"awq holds 4 bits only, not {scheme.bits}; compressed-tensors holds 2, 3, 4 and 8"
     if out_features % PER_WORD:
         return (
-            f"awq packs 8 output features into a word and {out_features} is no multiple of that;"
+            f"awq packs 8 output features into a word and {out_features} is not a multiple of 8;"
             " compressed-tensors holds any number"
         )
     return checks.grouping_refusal(scheme, in_features)
 
 
 def scale_dtype(model_dtype: torch.dtype) -> torch.dtype:
-    """See `Layout.scale_dtype`: kernels for this layout take float16, whatever the model's dtype."""
+    """See `Layout.scale_dtype`: kernels for this layout need float16, whatever the dtype of the model."""
     return torch.float16
 
 
 def quantization_config(schemes: Mapping[str, WeightScheme], unquantized: Sequence[str]) -> dict[str, Any]:
-    """See `Layout.quantization_config`.  One grid for all modules."""
+    """See `Layout.quantization_config`.  All modules have the same grid."""
     grids = sorted({str(scheme) for scheme in checks.as_stored(schemes).values()})
     if len(grids) > 1:
         raise ConfigError(
-            f"an awq file holds one grid for all its modules, found {', '.join(grids)}",
-            hint="leave the overrides out, or use --format compressed-tensors",
+            f"an awq file holds one grid for all modules, found {', '.join(grids)}",
+            hint="remove the overrides, or use --format compressed-tensors",
         )
     for name in unquantized:
         mistaken = next((module for module in schemes if name in module), None)
         if mistaken is not None:
             raise ConfigError(
-                f"awq readers would leave {mistaken} out too: its name contains that of {name}, which is to stay",
+                f"awq readers would treat {mistaken} as float: its name contains {name}, which is kept in float",
                 hint="use --format compressed-tensors",
             )
     scheme = next(iter(schemes.values()))
@@ -117,7 +118,7 @@ def quantization_config(schemes: Mapping[str, WeightScheme], unquantized: Sequen
 
 
 def read_config(config: Mapping[str, Any]) -> Reader:
-    """See `Layout.read_config`.  A module is left out if an entry of the list is any part of its name."""
+    """See `Layout.read_config`.  A module is kept in float if an entry of the list is any part of its name."""
     group_size = checks.declared(config, "group_size", "q_group_size")
     symmetric = not config.get("zero_point", not config.get("sym", False))
     grid = checks.declared_grid(checks.declared(config, "bits", "w_bit"), group_size, symmetric, BITS_READ)
@@ -135,7 +136,7 @@ def read_config(config: Mapping[str, Any]) -> Reader:
 
 
 def _packing(config: Mapping[str, Any]) -> str:
-    """Which form the tensors have: "" for gemm."""
+    """The form of the tensors; "" is gemm."""
     named = config.get("version") or config.get("checkpoint_format") or config.get("format") or "gemm"
     version = str(named).lower().replace("-", "_")
     if str(config.get("backend", "")).lower() == "llm-awq" or version == "llm_awq":
@@ -159,7 +160,7 @@ def _unpacked(words: Tensor, width: int) -> Tensor:
 
 
 def _reordered(rows: Tensor, order: tuple[int, ...]) -> Tensor:
-    """(N, columns) with its rows permuted within every eight: whole rows move, which is far cheaper than nibbles."""
+    """(N, columns) with rows permuted within every eight; moving whole rows is far cheaper than moving nibbles."""
     return rows.reshape(rows.shape[0] // PER_WORD, PER_WORD, rows.shape[1])[:, order].flatten(0, 1)
 
 

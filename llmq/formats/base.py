@@ -1,7 +1,9 @@
-"""What a format is: `Layout` for one that is written and read, `Readable` for one that is only read.
+"""The interface of a format: `Layout` for formats that llmq writes and reads, `Readable` for those that it only reads.
 
-A file of this folder ends with the value `LAYOUT`, which holds the functions of the file and everything that llmq has
-to know of the format.  Fields with a default are left out where the default holds.
+A file of this folder ends with the value `LAYOUT`.  It holds the functions of the file and everything that llmq has to
+know about the format.  Fields with a default are left out where the default is right.
+
+*Codes* are the quantized values, unsigned integers; *zeros* are the zero points.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,19 +20,19 @@ from llmq.numerics.scheme import GROUP_SIZES, GroupSize, WeightScheme
 
 @dataclass(frozen=True)
 class Reading:
-    """How to read the tensors of one module: its grid, and what the tensors alone do not tell.
+    """How to read the tensors of one module: its grid, and settings that the tensors alone do not show.
 
-    scheme             the grid that `unpack` gives, but for groups cut off at the end of a row.  Codes of 5, 6 and 7
-                       bits come back on a grid of 8 bits that has zeros, which is the same weight
-    zeros_offset       what was subtracted from every zero before packing: 1 in gptq's first version, else 0
-    needs_group_index  the columns are grouped in an order of their own, so the file must hold that order
-    stored_bits        of a code in the file, where they are not the grid's
-    stored_group       columns that share a scale in the file, where llmq has no grid with as many
-    stored_symmetric   whether the file calls the grid symmetric, where `stored_bits` has one with zeros take its place
-    packing            which one, where a layout has several ways to lay tensors out; "" is its first
-    in_place           the codes stand in `<module>.weight` itself, which belongs to the module's tensors then
-    decode             gives (N, K) float32 from suffix -> tensor, for a weight that lies on no integer grid
-    note               what else the file asks for, and llmq does not do
+    scheme             the grid of the result of `unpack`, except for incomplete groups at the end of a row.  Codes of
+                       5, 6 and 7 bits are read onto a grid of 8 bits with zero points, which is the same weight
+    zeros_offset       what was subtracted from every zero point before packing: 1 in gptq's first version, else 0
+    needs_group_index  whether columns are grouped in a separate order (activation order), which the file must hold
+    stored_bits        bits per code in the file, where they differ from those of the grid
+    stored_group       columns that share a scale in the file, where llmq has no grid with this group size
+    stored_symmetric   whether the file declares the grid as symmetric, where `stored_bits` requires an asymmetric grid
+    packing            the variant, where a layout has several ways to arrange its tensors; "" is the first one
+    in_place           whether the codes are in `<module>.weight` itself, which is then one of the packed tensors
+    decode             suffix -> tensor gives (N, K) float32, for a weight without an integer grid
+    note               what else the file declares that llmq does not do
     """
 
     scheme: WeightScheme
@@ -46,18 +48,18 @@ class Reading:
 
     @property
     def bits(self) -> int:
-        """Bits of a code in the file."""
+        """Bits per code in the file."""
         return self.stored_bits or self.scheme.bits
 
     @property
     def group(self) -> GroupSize:
-        """Columns that share a scale in the file; "channel" and "tensor" are all of them."""
+        """Columns that share a scale in the file; "channel" and "tensor" mean all columns."""
         return self.stored_group or self.scheme.group_size
 
     def legal_group(self, in_features: int) -> int | None:
-        """The most columns that share a scale, in a row of so many and a grid of llmq's; None where none has such.
+        """The largest group size of a grid of llmq for rows of `in_features` columns; None where there is none.
 
-        They are as many as in the file where that divides the row, and a divisor of both where not.
+        It is the group size of the file where that divides the row, else the largest common divisor that llmq has.
         """
         size = self.group
         if not isinstance(size, int) or size >= in_features:
@@ -67,36 +69,36 @@ class Reading:
 
     @property
     def symmetric(self) -> bool:
-        """Whether the file may leave out zeros, all of them being in the middle."""
+        """Whether the file may omit zero points, because all of them are in the middle."""
         return self.stored_symmetric or self.scheme.symmetric
 
 
 Reader = Callable[[str], Reading | None]
-"""Module name (`model.layers.0.mlp.down_proj`) -> how to read it, or None where the file keeps it unquantized."""
+"""Module name (`model.layers.0.mlp.down_proj`) -> how to read it, or None where the file keeps it in float."""
 
 Tensors = Mapping[str, Tensor]
-"""Suffix -> tensor, of the tensors that stand in a checkpoint where `<module>.weight` stood."""
+"""Suffix -> tensor, of the tensors that replace `<module>.weight` in a checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Readable:
     """A format that can be read.
 
-    name            as `--format`, messages and reports call it
+    name            the name in `--format`, messages and reports
     suffixes        of the tensors that replace `<module>.weight`; see `formats.tensor_name`
-    codes           those of them whose presence marks a module as quantized
-    unpack          tensors, reading -> the weight: the exact inverse of `pack`, except that the group size "tensor"
-                    comes back as "channel", which is how it is stored.  Suffixes of other tensors (bias) are ignored.
+    codes           the suffixes whose presence marks a module as quantized
+    unpack          (tensors, reading) -> the weight: the exact inverse of `pack`, except that the group size "tensor"
+                    is returned as "channel", as it is stored.  Suffixes of other tensors (bias) are ignored.
                     Raises FormatError for a tensor that is missing or has a wrong shape or dtype
-    weight_shape    suffix -> shape, reading, read -> (N, K) of a weight; `read` gives a small tensor by its suffix,
-                    where shapes do not tell
+    weight_shape    (suffix -> shape, reading, read) -> (N, K) of a weight; `read` loads a small tensor by its suffix,
+                    where shapes are not enough
     read_config     the block `quantization_config` of config.json, of any writer -> how each module is read.  Raises
-                    FormatError naming what is declared and not supported
+                    FormatError with what is declared but not supported
     quant_methods   values of `quant_method` in that block that mean this format, in lower case with hyphens
-    implied_by      keys of a block without `quant_method` that mean this format
-    own_files       files in which older writers kept the block
+    implied_by      keys that mean this format in a block without `quant_method`
+    own_files       files in which older writers stored the block
     own_keys        keys of config.json, other than `quantization_config`, that hold the block
-    exclusions      keys of the block that list modules which stay float
+    exclusions      keys of the block that list modules kept in float
     in_transformers whether `llmq.enable_transformers` may load such a checkpoint
     """
 
@@ -118,20 +120,20 @@ class Readable:
 class Layout(Readable):
     """A format that can also be written.
 
-    pack                 the weight -> suffix -> contiguous tensor, scales in the dtype that they have.  Raises
-                         FormatError for a weight that is damaged or that the format cannot hold; ask `refusal` first
-    refusal              scheme, out_features, in_features -> why the format cannot hold such a grid for such a weight,
-                         and which format can; None where it can
-    scale_dtype          dtype of the model -> the dtype that readers expect scales in
-    quantization_config  module -> scheme, names of the modules that stay float -> the block for config.json.  Raises
-                         ConfigError where one file of this format cannot hold these grids together
-    pack_like            the weight, reading -> the same as `pack`, for a file whose other weights are read in this way;
-                         None where `pack` does it
-    scale_values         what scales are rounded to, where that is not `scale_dtype` of the model's dtype
+    pack                 the weight -> suffix -> contiguous tensor; scales keep their dtype.  Raises FormatError for a
+                         weight that is damaged or that the format cannot hold; call `refusal` first
+    refusal              (scheme, out_features, in_features) -> why the format cannot hold such a grid for such a
+                         weight, and which format can; None where it can
+    scale_dtype          dtype of the model -> the dtype in which readers expect scales
+    quantization_config  (module -> scheme, names of the modules kept in float) -> the block for config.json.  Raises
+                         ConfigError where one file of this format cannot hold all these grids
+    pack_like            (the weight, reading) -> as `pack`, for a file whose other weights are read in this way; None
+                         where `pack` is enough
+    scale_values         the values that scales are rounded to, where these differ from `scale_dtype` of the model
     one_grid             whether all packed modules of a file must have the same grid
     holds_head           whether readers accept a quantized lm_head
     any_scale_dtype      whether readers accept scales of any dtype
-    config_copy          a file that repeats the block of config.json, for readers that look there
+    config_copy          a file with a copy of the block of config.json, for readers that need it
     """
 
     pack: Callable[[QuantizedTensor], dict[str, Tensor]]

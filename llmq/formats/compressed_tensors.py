@@ -1,19 +1,23 @@
-"""compressed-tensors, `pack-quantized`: the layout of vLLM's own tools, and the only one that holds every grid of ours.
+"""compressed-tensors, `pack-quantized`: the layout of vLLM's tools, and the only format that holds every grid of llmq.
 
-    weight_packed      int32 (N, ceil(K * bits / 32))   a row's codes as one stream of bits along K (see bits.py)
+    weight_packed      int32 (N, ceil(K * bits / 32))   a row's codes as one stream of bits along K (`bit_packing.py`)
     weight_scale       float (N, G)                     the model's dtype
-    weight_shape       int64 (2,)                       N, K: the packed width alone does not tell K
+    weight_shape       int64 (2,)                       N, K: the packed width alone does not determine K
     weight_zero_point  int32 (ceil(N * bits / 32), G)   asymmetric only; a stream along N, of the same unsigned numbers
-    weight_g_idx       int32 (K,)                       read only: files from before this was dropped
+    weight_g_idx       int32 (K,)                       read only: written by older versions
 
-The format speaks of signed codes and zeros, q - 2**(bits - 1), and packs them with 2**(bits - 1) added: which is our
-unsigned code and zero as they are.
+Codes are the quantized values.  The format defines signed codes and zero points, q - 2**(bits - 1), and packs them with
+2**(bits - 1) added.  The packed numbers are the unsigned codes and zero points of llmq.
 
-Also read: 5, 6 and 7 bits, which are streams like the others; 3 bits padded to ten codes a word (older versions), known
-by the packed width.  Some lengths up to 150, none a multiple of 32, have the same width in both forms; those are taken
-as dense.  Zeros as plain int8 (older versions, and the strategy "tensor", which packs none).  `int-quantized` and
-`naive-quantized`, a byte a code in `weight` itself, signed.  Floats of four bits (`fp4.py`).  Where the file asks for
-quantized activations too, or a quantized cache, the weights are read and the rest is noted.
+Also read:
+
+* 5, 6 and 7 bits, which are streams like the others.
+* 3 bits padded to ten codes per word (older versions).  The packed width shows which form it is.  Some lengths up to
+  150, none a multiple of 32, have the same width in both forms; these are read as dense.
+* Zero points as plain int8 (older versions, and the strategy "tensor", which packs none).
+* `int-quantized` and `naive-quantized`: one signed byte per code in `weight` itself.
+* Floats of four bits (`fp4.py`).
+* Files that declare quantized activations or a quantized cache: the weights are read, and a note lists the rest.
 
 Not covered: sparsity, transforms, weights of float8, mxfp6 and mxfp8, scales of blocks.
 
@@ -69,7 +73,7 @@ def unpack(tensors: Mapping[str, Tensor], reading: Reading) -> QuantizedTensor:
     else:
         N, K = (int(size) for size in checks.stored(tensors, "weight_shape", (torch.int64, torch.int32), (2,)))
         packed = checks.stored(tensors, "weight_packed", (torch.int32,), (N, None))
-        codes = _unpacked(packed, reading.bits, K, dim=1, what="weight_packed")
+        codes = _unpacked(packed, reading.bits, K, dim=1, suffix="weight_packed")
     N, K = codes.shape
     G = checks.groups_of(reading, K)
     shape = (1,) if scheme.group_size == "tensor" else (N, G)
@@ -105,7 +109,7 @@ def scale_dtype(model_dtype: torch.dtype) -> torch.dtype:
 def quantization_config(schemes: Mapping[str, WeightScheme], unquantized: Sequence[str]) -> dict[str, Any]:
     """See `Layout.quantization_config`.
 
-    Only keys that every version of the format knows, as several readers refuse a group with a key that is new to them.
+    It has only keys that every version of the format knows: several readers refuse groups with unknown keys.
     """
     modules: dict[WeightScheme, list[str]] = {}
     for name, scheme in checks.as_stored(schemes).items():
@@ -130,13 +134,13 @@ def quantization_config(schemes: Mapping[str, WeightScheme], unquantized: Sequen
 
 
 def read_config(config: Mapping[str, Any]) -> Reader:
-    """See `Layout.read_config`.  A module's own name goes before a pattern, a pattern before its class.
+    """See `Layout.read_config`.  The name of a module has priority over a pattern, and a pattern over its class.
 
-    A packed module that no target fits has the grid of the file, if there is only one.
+    A packed module that matches no target has the grid of the file, if there is only one.
     """
     for block in BLOCKS_NOT_READ:
         value = config.get(block) or {}
-        if value and checks.mapping(value, block).get("format") != "dense":  # which some wrote for "not sparse"
+        if value and checks.mapping(value, block).get("format") != "dense":  # "dense" means not sparse
             raise FormatError(f"the checkpoint declares {block} {value!r}, which llmq does not read; expected none")
     note = "a quantized cache of keys and values" if config.get("kv_cache_scheme") else ""
     targets: dict[str, Reading | None] = {}
@@ -160,20 +164,20 @@ def read_config(config: Mapping[str, Any]) -> Reader:
     return read
 
 
-def _unpacked(words: Tensor, bits_per_code: int, length: int, dim: int, what: str) -> Tensor:
-    """Dense or padded words -> uint8 codes, told apart by their number."""
-    found = words.shape[dim]
+def _unpacked(words: Tensor, bits_per_code: int, length: int, dim: int, suffix: str) -> Tensor:
+    """Dense or padded words -> uint8 codes; the number of words shows which form it is."""
+    stored = words.shape[dim]
     dense, padded = bit_packing.words_for(length, bits_per_code), bit_packing.padded_words_for(length, bits_per_code)
-    if found == dense:
+    if stored == dense:
         return bit_packing.unpack(words, bits_per_code, length, dim)
-    if found == padded:
+    if stored == padded:
         return bit_packing.unpack_padded(words, bits_per_code, length, dim)
     expected = str(dense) if dense == padded else f"{dense} (or {padded}, padded)"
-    raise FormatError(f"{what} has {found} words for {length} codes of {bits_per_code} bits, expected {expected}")
+    raise FormatError(f"{suffix} has {stored} words for {length} codes of {bits_per_code} bits, expected {expected}")
 
 
 def _reshaped(tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Mapping[str, Tensor]:
-    """With the scales in the shape that is expected, where only dimensions of size 1 differ."""
+    """`tensors` with the scales in the expected shape, where only dimensions of size 1 differ."""
     scale = tensors.get("weight_scale")
     if scale is None or [size for size in scale.shape if size != 1] != [size for size in shape if size != 1]:
         return tensors
@@ -186,24 +190,24 @@ def _by_row(parts: Tensor, N: int, G: int) -> Tensor:
 
 
 def _zeros(tensors: Mapping[str, Tensor], reading: Reading, N: int, G: int) -> Tensor | None:
-    """int16 (N, G), or None for a symmetric grid, which may leave them out."""
+    """Zero points, int16 (N, G), or None for a symmetric grid, which may omit them."""
     zeros, middle = tensors.get("weight_zero_point"), 1 << (reading.bits - 1)
     if zeros is None and reading.symmetric:
         return None
-    if zeros is not None and zeros.dtype == torch.int8:  # signed, one a byte
+    if zeros is not None and zeros.dtype == torch.int8:  # signed, one per byte
         shape = (1,) if reading.scheme.group_size == "tensor" else (N, G)
         signed = zeros.reshape(shape) if zeros.numel() == math.prod(shape) else zeros
         plain = checks.stored({"weight_zero_point": signed}, "weight_zero_point", (torch.int8,), shape)
         return _by_row(plain, N, G).to(torch.int16) + middle
     packed = checks.stored(tensors, "weight_zero_point", (torch.int32,), (None, G))
-    return _unpacked(packed, reading.bits, N, dim=0, what="weight_zero_point").to(torch.int16)  # (N, G)
+    return _unpacked(packed, reading.bits, N, dim=0, suffix="weight_zero_point").to(torch.int16)  # (N, G)
 
 
 def _group_index(tensors: Mapping[str, Tensor], reading: Reading, K: int) -> Tensor | None:
     if "weight_g_idx" not in tensors and not reading.needs_group_index:
         return None
     index = checks.stored(tensors, "weight_g_idx", (torch.int32, torch.int64), (K,))
-    if bool((index == -1).all()):  # how the format's own tools mark an index that was never set
+    if bool((index == -1).all()):  # the tools of the format mark an unset index in this way
         return None
     return checks.group_index_for(reading, index, K)
 
@@ -222,7 +226,7 @@ def _weights_block(scheme: WeightScheme) -> dict[str, Any]:
 
 
 def _group_reading(group: Mapping[str, Any], file_format: object, note: str) -> Reading | None:
-    """One of `config_groups` -> how its modules are read, None if it leaves weights alone."""
+    """One of `config_groups` -> how its modules are read; None if it does not quantize weights."""
     if group.get("weights") is None:
         return None
     weights = checks.mapping(group["weights"], "weights")
@@ -232,16 +236,18 @@ def _group_reading(group: Mapping[str, Any], file_format: object, note: str) -> 
     if packing in FLOATS:
         size, decode = FLOATS[packing]
         expected_grid = {"num_bits": 4, "type": "float", "group_size": size}
-        found = {key: weights.get(key, value) for key, value in expected_grid.items()}
-        if found != expected_grid:
-            raise FormatError(f"the checkpoint declares {packing} with {found}, expected floats of 4 bits by {size}")
+        declared_grid = {key: weights.get(key, value) for key, value in expected_grid.items()}
+        if declared_grid != expected_grid:
+            raise FormatError(
+                f"the checkpoint declares {packing} with {declared_grid}, expected 4-bit floats in groups of {size}"
+            )
         return Reading(WeightScheme(4, size), packing=packing, decode=decode, note=notes)
     if packing not in (PACKING, *PLAIN):
         expected = ", ".join((PACKING, *PLAIN, *FLOATS))
         raise FormatError(f"the checkpoint declares weights of format {packing!r}, expected one of {expected}")
     for key, default in {"type": "int", "dynamic": False}.items():
         if weights.get(key, default) != default:
-            raise FormatError(f"the checkpoint declares weights of {key} {weights[key]!r}, expected {default!r}")
+            raise FormatError(f"the checkpoint declares weights with {key} {weights[key]!r}, expected {default!r}")
     grid = checks.declared_grid(
         checks.declared(weights, "num_bits"), _group_size(weights), weights.get("symmetric", True), BITS_READ
     )
@@ -255,12 +261,15 @@ def _group_reading(group: Mapping[str, Any], file_format: object, note: str) -> 
 
 
 def _group_size(weights: Mapping[str, Any]) -> Any:
-    """The strategy may be left to follow from the group size: none is one scale in all, -1 one a row."""
+    """The group size in the terms of llmq.
+
+    Without a strategy the group size implies one: none means one scale per tensor, -1 means one scale per row.
+    """
     group_size = weights.get("group_size")
     implied = "tensor" if group_size is None else "channel" if group_size == -1 else "group"
     strategy = weights.get("strategy") or implied
     if strategy not in ("group", "channel", "tensor"):
-        raise FormatError(f"the checkpoint scales weights by {strategy!r}, expected by group, channel or tensor")
+        raise FormatError(f"the checkpoint declares scales per {strategy!r}, expected per group, channel or tensor")
     return group_size if strategy == "group" else strategy
 
 

@@ -1,10 +1,10 @@
-"""The layout in which a run with a GGUF grid of its own stages its blocks: each weight as the bytes of the final file.
+"""The layout of staged blocks in a run with a native GGUF grid: each weight as the bytes of the final file.
 
-    gguf_q4_k   uint8 (N, bytes of a row)     the suffix says the type
+    gguf_q4_k   uint8 (N, bytes of a row)     the suffix is the block type
     gguf_q6_k   …
 
-What is staged is what will be written, so an interrupted run continues in the same bytes; `export/save.py`
-puts the file together.  No engine reads this layout, and its block of settings never reaches a config.json.
+The staged bytes are those of the final file, so an interrupted run continues to the same file; `export/save.py`
+assembles it.  No engine reads this layout, and its settings are never written to a config.json.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,12 +31,12 @@ def pack(q: QuantizedTensor) -> dict[str, Tensor]:
     """See `Layout.pack`."""
     kind = q.scheme.block_type
     if kind is None:
-        raise FormatError(f"a tensor on a grid {q.scheme} is none of {', '.join(BLOCK_TYPES)}")
+        raise FormatError(f"the grid of a tensor is {q.scheme}, expected one of {', '.join(BLOCK_TYPES)}")
     return {f"{PREFIX}{kind}": torch.from_numpy(pack_blocks(q))}
 
 
 def pack_blocks(q: QuantizedTensor) -> NDArray[np.uint8]:
-    """(N, bytes of a row) of a weight on the grid of a block type."""
+    """A weight on the grid of a block type -> uint8 (N, bytes of a row)."""
     codes, parts = q.codes.cpu().numpy(), q.superblocks
     if parts is None:
         halves = q.scales.to(torch.float16).cpu().numpy()
@@ -85,10 +85,10 @@ def weight_shape(
 def refusal(scheme: WeightScheme, out_features: int, in_features: int) -> str | None:
     """See `Layout.refusal`."""
     if scheme.block_type is None:
-        return f"blocks of GGUF have grids of their own, and {scheme} is none of them"
+        return f"{scheme} is not the grid of a GGUF block type; these are {', '.join(BLOCK_TYPES)}"
     columns = BLOCK_TYPES[scheme.block_type].columns
     if in_features % columns:
-        return f"{scheme} has blocks of {columns} weights of a row, which {in_features} input features do not fill"
+        return f"{scheme} needs rows of a multiple of {columns} weights, and there are {in_features} input features"
     return None
 
 
@@ -98,7 +98,7 @@ def scale_dtype(model_dtype: torch.dtype) -> torch.dtype:
 
 
 def quantization_config(schemes: Mapping[str, WeightScheme], unquantized: Sequence[str]) -> dict[str, Any]:
-    """See `Layout.quantization_config`; for llmq's own use while a run is not over."""
+    """See `Layout.quantization_config`.  Only llmq reads it, while the run is not finished."""
     return {"quant_method": NAME, "block_types": {name: str(scheme) for name, scheme in schemes.items()}}
 
 

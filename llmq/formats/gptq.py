@@ -1,20 +1,24 @@
-"""GPTQ, as AutoGPTQ began it and GPTQModel goes on: the layout that most programs read.
+"""GPTQ, as AutoGPTQ introduced it and GPTQModel develops it: the layout that most programs read.
 
     qweight  int32 (K * bits / 32, N)   word r of column n holds inputs r*P … r*P + P - 1, P = 32 / bits, lowest first
-    qzeros   int32 (G, N * bits / 32)   zeros, packed along N in the same way
+    qzeros   int32 (G, N * bits / 32)   zero points, packed along N in the same way
     scales   float (G, N)               float16; other writers use bfloat16, float32 and negative values too
-    g_idx    int32 (K,)                 the group of each input; k // group size in every file of ours
+    g_idx    int32 (K,)                 the group of each input; k // group size in every file that llmq writes
 
-Two versions differ in qzeros alone.  v1 (`gptq`) stores zeros less one, v2 (`gptq_v2`) as they are.  The one is
-subtracted from the whole *word*, so a zero of 0 borrows from its neighbour, and only adding to the whole word undoes
-that; readers that add one to each number by itself are off there.  Hence symmetric grids are written as v1, which all
-read, and asymmetric ones as v2, where every zero means itself to everybody.
+The packed numbers in qweight are the codes (quantized values).  There are two versions, which differ only in qzeros.
+v1 (`gptq`) stores each zero point minus one, v2 (`gptq_v2`) stores it unchanged.  v1 subtracts from the whole *word*,
+so a zero point of 0 borrows from its neighbour, and only an addition to the whole word restores it.  Readers that add
+one to each number separately get such words wrong.  Hence llmq writes symmetric grids as v1, which all programs read,
+and asymmetric grids as v2, which all readers interpret in the same way.
 
-Other writers' files are read with 2 to 8 bits.  3 bits run through the words as one stream (`bits.py`), and there v1 is
-less one in each number by itself, modulo 8: no constant added to words is right for numbers that lie in two of them.
-5, 6 and 7 bits lie in planes (`bits.unpack_planes`), but as one stream in AutoRound's files; in GPTQModel's variant
-`gptq_p`, whose zeros are as they are, 3 bits do so too.  Groups may be cut off at the end of a row, and columns may be
-grouped in an order of their own (`desc_act`): both are read and never written, as engines dropped them.
+Files of other writers are read with 2 to 8 bits:
+
+* 3 bits are one stream through the words (`bit_packing.py`).  There v1 subtracts one from each number separately,
+  modulo 8, because a constant added to words would be wrong for numbers that cross words.
+* 5, 6 and 7 bits are in planes (`bit_packing.unpack_planes`), but one stream in files of AutoRound.
+* GPTQModel's variant `gptq_p` stores 3 bits in planes too, and zero points unchanged.
+* The last group of a row may be incomplete, and columns may be grouped in activation order (`desc_act`).  Both are read
+  but never written, because engines dropped them.
 
 Not covered: the variants marlin and bitblas, and words of other sizes than 32 bits.
 
@@ -40,14 +44,14 @@ NAME = "gptq"
 COPY = "quantize_config.json"
 BITS_WRITTEN = (4, 8)
 BITS_READ = (2, 3, 4, 5, 6, 7, 8)
-WHOLE_IN_WORDS = (2, 4, 8)  # numbers of these sizes never lie in two words
+WHOLE_IN_WORDS = (2, 4, 8)  # numbers of these sizes never cross words
 PLANAR = "gptq_p"
-VERSIONS = {"gptq": 1, "gptq_v2": 0, PLANAR: 0}  # checkpoint_format -> what is subtracted from a zero
+VERSIONS = {"gptq": 1, "gptq_v2": 0, PLANAR: 0}  # checkpoint_format -> what is subtracted from a zero point
 OTHER_NAMES = {"gemm": "gptq", "exllama": "gptq", "exllamav2": "gptq"}  # of kernels that read v1, in older files
 
 
 def pack(q: QuantizedTensor, version: str | None = None) -> dict[str, Tensor]:
-    """See `Layout.pack`.  Symmetric is v1, asymmetric v2, as `quantization_config` declares, or `version`."""
+    """See `Layout.pack`.  In `version`, or else v1 for symmetric and v2 for asymmetric grids."""
     checks.require_packable(q, refusal(q.scheme, *q.shape))
     scheme = q.scheme
     zeros = torch.full_like(q.scales, scheme.middle, dtype=torch.uint8) if q.zeros is None else q.zeros  # (N, G)
@@ -61,7 +65,7 @@ def pack(q: QuantizedTensor, version: str | None = None) -> dict[str, Tensor]:
 
 
 def pack_like(q: QuantizedTensor, reading: Reading) -> dict[str, Tensor]:
-    """See `Layout.pack_like`: in the version of the file."""
+    """See `Layout.pack_like`: it uses the version of the file."""
     return pack(q, version="gptq" if reading.zeros_offset else "gptq_v2")
 
 
@@ -86,7 +90,9 @@ def weight_shape(
     """See `Layout.weight_shape`."""
     rows, N = shapes["qweight"]
     if rows * 32 % reading.bits:
-        raise FormatError(f"qweight has {rows} rows of words, expected a multiple of {reading.bits} at that many bits")
+        raise FormatError(
+            f"qweight has {rows} rows of words, expected a multiple of {reading.bits} at {reading.bits} bits"
+        )
     return N, rows * 32 // reading.bits
 
 
@@ -95,34 +101,34 @@ def refusal(scheme: WeightScheme, out_features: int, in_features: int) -> str | 
     if scheme.bits not in BITS_WRITTEN:
         return f"gptq is written with 4 and 8 bits only, not {scheme.bits}; compressed-tensors holds 2, 3, 4 and 8"
     per_word = 32 // scheme.bits
-    for what, features in (("output", out_features), ("input", in_features)):
+    for side, features in (("output", out_features), ("input", in_features)):
         if features % per_word:
             return (
-                f"gptq packs {per_word} {what} features into a word at {scheme.bits} bits and {features} is no multiple"
-                " of that; compressed-tensors holds any number"
+                f"gptq packs {per_word} {side} features into a word at {scheme.bits} bits and {features} is not a"
+                f" multiple of {per_word}; compressed-tensors holds any number"
             )
     return checks.grouping_refusal(scheme, in_features)
 
 
 def scale_dtype(model_dtype: torch.dtype) -> torch.dtype:
-    """See `Layout.scale_dtype`: kernels for this layout take float16, whatever the model's dtype."""
+    """See `Layout.scale_dtype`: kernels for this layout need float16, whatever the dtype of the model."""
     return torch.float16
 
 
 def quantization_config(
     schemes: Mapping[str, WeightScheme], unquantized: Sequence[str], version: str | None = None
 ) -> dict[str, Any]:
-    """See `Layout.quantization_config`.  The commonest grid is the file's; the key `dynamic` holds the exceptions."""
+    """See `Layout.quantization_config`.  The most common grid is declared for all; `dynamic` lists the exceptions."""
     stored = checks.as_stored(schemes)
     versions = {version or _version(scheme) for scheme in stored.values()}
     if len(versions) > 1:
         raise ConfigError(
-            "a gptq file stores its zeros in one way, so it cannot hold symmetric and asymmetric grids together",
+            "a gptq file has one version of zero points, so it cannot hold symmetric and asymmetric grids together",
             hint="use --format gptq_v2, which holds both, or compressed-tensors",
         )
     common = Counter(stored.values()).most_common(1)[0][0]
     head = any(checks.is_head(name) for name in stored)
-    excluded = [name for name in unquantized if head or not checks.is_head(name)]  # `lm_head` tells of the head
+    excluded = [name for name in unquantized if head or not checks.is_head(name)]  # the key `lm_head` declares the head
     dynamic: dict[str, dict[str, Any]] = {f"-:{_exactly(name)}": {} for name in excluded}
     dynamic |= {f"+:{_exactly(name)}": _grid(scheme) for name, scheme in stored.items() if scheme != common}
     config = {
@@ -137,7 +143,7 @@ def quantization_config(
 
 
 def read_config(config: Mapping[str, Any]) -> Reader:
-    """See `Layout.read_config`.  Of the patterns in `dynamic` the first that matches a module's name decides."""
+    """See `Layout.read_config`.  The first pattern in `dynamic` that matches the name of a module decides."""
     version = str(config.get("checkpoint_format") or config.get("format") or "gptq").lower()
     version = OTHER_NAMES.get(version, version)
     pack_dtype = str(config.get("pack_dtype") or "int32").removeprefix("torch.")
@@ -148,9 +154,9 @@ def read_config(config: Mapping[str, Any]) -> Reader:
     common = _reading(config, version)
     rules: list[tuple[re.Pattern[str], Reading | None]] = []
     for key, overrides in checks.mapping(config.get("dynamic") or {}, "dynamic").items():
-        own = None if key.startswith("-:") else {**config, **checks.mapping(overrides, key)}
+        settings = None if key.startswith("-:") else {**config, **checks.mapping(overrides, key)}
         rule = checks.pattern(key.removeprefix("-:").removeprefix("+:"))
-        rules.append((rule, None if own is None else _reading(own, version)))
+        rules.append((rule, None if settings is None else _reading(settings, version)))
     listed = _flat(config.get("modules_in_block_to_quantize") or ())
 
     def read(module: str) -> Reading | None:
@@ -170,10 +176,10 @@ def _unpacked(words: Tensor, reading: Reading, length: int) -> Tensor:
 
 
 def _zeros(words: Tensor, reading: Reading, N: int) -> Tensor | None:
-    """int32 (G, words) -> int16 (N, G), or None where a symmetric grid has them all in the middle."""
+    """Zero points: int32 (G, words) -> int16 (N, G), or None where the grid is symmetric and all are in the middle."""
     width, middle = reading.bits, 1 << (reading.bits - 1)
     stored = _unpacked(words, reading, words.shape[1] * 32 // width)[:, :N]  # (G, N)
-    # some files hold the other version's zeros than they declare; in a symmetric grid both mean the middle
+    # some files declare one version and store zero points of the other; in a symmetric grid both mean the middle
     if reading.symmetric and any(bool((stored == middle - offset).all()) for offset in (0, 1)):
         return None
     if width in WHOLE_IN_WORDS:
@@ -183,9 +189,9 @@ def _zeros(words: Tensor, reading: Reading, N: int) -> Tensor | None:
 
 
 def _shifted(words: Tensor, width: int, amount: int) -> Tensor:
-    """int32 words plus `amount` in each of their numbers, as one sum modulo 2**32: carries cross the numbers."""
+    """int32 words with `amount` added to each packed number, as one sum modulo 2**32: carries cross the numbers."""
     ones = 0xFFFFFFFF // ((1 << width) - 1)  # 0x11111111 at 4 bits
-    return (words.to(torch.int64) + amount * ones).to(torch.int32)  # the conversion drops all above 32 bits
+    return (words.to(torch.int64) + amount * ones).to(torch.int32)  # the conversion drops the bits above 32
 
 
 def _version(scheme: WeightScheme) -> str:
@@ -198,7 +204,7 @@ def _grid(scheme: WeightScheme) -> dict[str, Any]:
 
 
 def _reading(config: Mapping[str, Any], version: str) -> Reading:
-    """One grid of a file."""
+    """How to read modules with these settings."""
     symmetric = config.get("sym")
     grid = checks.declared_grid(
         checks.declared(config, "bits"),

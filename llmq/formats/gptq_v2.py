@@ -1,7 +1,7 @@
-"""GPTQ with every zero point stored as it is, whatever the grid; `gptq.py` has the rest.
+"""GPTQ in its second version for every grid: zero points are stored without an offset.  See `gptq.py`.
 
-`gptq` writes symmetric grids in the first version, which everything reads.  This format is for readers that want the
-second version, and for files with symmetric and asymmetric grids together.
+`gptq` writes symmetric grids in the first version, which all programs read.  This format is for readers that need the
+second version, and for files with both symmetric and asymmetric grids.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ def pack(q: QuantizedTensor) -> dict[str, Tensor]:
 
 
 def quantization_config(schemes: Mapping[str, WeightScheme], unquantized: Sequence[str]) -> dict[str, Any]:
-    """See `Layout.quantization_config`; the `quant_method` is that of gptq."""
+    """See `Layout.quantization_config`.  The `quant_method` is that of gptq."""
     return gptq.quantization_config(schemes, unquantized, version=NAME)
 
 

@@ -1,8 +1,8 @@
-"""What llama.cpp computes for a model, as far as its file does not say so: one row of a table for each `model_type`.
+"""The architectures of llama.cpp, as far as a GGUF file does not describe them: one table row per `model_type`.
 
-llama.cpp has its own code for every architecture, so a file can be written only for those whose code is known to
-compute what transformers computes; every row has been run (tests/interop/test_llama_cpp.py).  Where a configuration
-asks for something that this code does not do, the file is refused.
+llama.cpp has separate code for every architecture.  So llmq writes files only for architectures whose code is known to
+compute the same as transformers; every row was tested (tests/interop/test_llama_cpp.py).  Where a configuration
+needs something that this code does not do, no file is written.
 """
 
 from collections.abc import Mapping
@@ -18,14 +18,15 @@ TANH_GELU = ("gelu_pytorch_tanh",)
 
 @dataclass(frozen=True)
 class Architecture:
-    """One of llama.cpp's.
+    """An architecture of llama.cpp.
 
-    name          as GGUF calls it
-    interleaved   q and k rotate neighbouring rows, so theirs are reordered (`names.interleave_halves`)
+    name          its name in GGUF
+    interleaved   whether neighbouring rows of q and k are rotated together, so that their rows must be reordered
+                  (`names.interleave_halves`)
     norm_offset   what is added to the weight of every norm: 1 where the model computes x * (1 + w)
-    sliding       `attention.sliding_window` is written; 0 where there is none
-    activation    the activations that the code has
-    expects       other entries of config.json, and the one value that the code is made for; absent is fine
+    sliding       whether `attention.sliding_window` is written; 0 where there is none
+    activation    the activation functions that the code supports
+    expects       other entries of config.json, each with the one value that the code supports; they may be absent
     """
 
     name: str
@@ -57,49 +58,49 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
 """`model_type` of config.json -> architecture."""
 
 ALTERNATING: Mapping[str, int] = MappingProxyType({"gemma2": 2, "gemma3": 6})
-"""Every so many layers llama.cpp attends to the whole text, in the others through a window."""
+"""n, where every n-th layer of llama.cpp attends to the whole text, and the other layers through a window."""
 
 
 def architecture(config: Mapping[str, Any]) -> Architecture:
-    """The row for a configuration; raises UnsupportedModelError where there is none or it asks for something else."""
+    """The row for a configuration; raises UnsupportedModelError where there is none or where llama.cpp differs."""
     kind = str(config.get("model_type"))
     if kind not in ARCHITECTURES:
         raise UnsupportedModelError(
-            f"no GGUF file can be written for a model of type {kind!r}: llmq knows {', '.join(ARCHITECTURES)}",
-            hint="the safetensors formats hold any model; llama.cpp's convert_hf_to_gguf.py may know the float one",
+            f"no GGUF file can be written for a model of type {kind!r}, expected one of {', '.join(ARCHITECTURES)}",
+            hint="use a safetensors format; for the float model try llama.cpp's convert_hf_to_gguf.py",
         )
-    found = ARCHITECTURES[kind]
-    for entry, value in found.expects.items():
+    arch = ARCHITECTURES[kind]
+    for entry, value in arch.expects.items():
         if entry in config and (config[entry] or value) != value:
-            raise _different(found, entry, config[entry], value)
+            raise _different(arch, entry, config[entry], value)
     activation = config.get("hidden_activation") or config.get("hidden_act")
-    if activation not in found.activation:
-        raise _different(found, "hidden_act", activation, " or ".join(found.activation))
-    _check_layers(found, config)
-    _check_scale(found, config)
-    return found
+    if activation not in arch.activation:
+        raise _different(arch, "hidden_act", activation, " or ".join(arch.activation))
+    _check_layers(arch, config)
+    _check_scale(arch, config)
+    return arch
 
 
-def _check_layers(found: Architecture, config: Mapping[str, Any]) -> None:
-    """Which layers have a window is no entry of the file but llama.cpp's code."""
-    every, kinds = ALTERNATING.get(found.name), config.get("layer_types")
+def _check_layers(arch: Architecture, config: Mapping[str, Any]) -> None:
+    """The layers with a window are fixed in the code of llama.cpp; the file does not list them."""
+    every, kinds = ALTERNATING.get(arch.name), config.get("layer_types")
     if every is None or not kinds:
         return
     expected = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(len(kinds))]
     if list(kinds) != expected:
-        raise _different(found, "layer_types", kinds, f"a full layer after every {every - 1} with a window")
+        raise _different(arch, "layer_types", kinds, f"a full layer after every {every - 1} with a window")
 
 
-def _check_scale(found: Architecture, config: Mapping[str, Any]) -> None:
-    """Attention is scaled by the size of a head, in the largest models by the model's width for each head."""
+def _check_scale(arch: Architecture, config: Mapping[str, Any]) -> None:
+    """llama.cpp scales attention by the head size, in the largest models by hidden size / number of heads."""
     scale = config.get("query_pre_attn_scalar")
     usual = (config.get("head_dim"), config["hidden_size"] / config["num_attention_heads"])
     if scale is not None and scale not in usual:
-        raise _different(found, "query_pre_attn_scalar", scale, usual[0])
+        raise _different(arch, "query_pre_attn_scalar", scale, usual[0])
 
 
-def _different(found: Architecture, entry: str, value: Any, expected: Any) -> UnsupportedModelError:
+def _different(arch: Architecture, entry: str, value: Any, expected: Any) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"config.json has {entry} = {value!r}, and llama.cpp's {found.name} computes with {expected!r}",
-        hint="the safetensors formats hold any model",
+        f"config.json has {entry} = {value!r}, and llama.cpp's {arch.name} computes with {expected!r}",
+        hint="use a safetensors format, which can hold any model",
     )

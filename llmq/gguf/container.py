@@ -1,4 +1,4 @@
-"""A GGUF file as it lies on disk: its keys, and its tensors by their names there, one read at a time."""
+"""A GGUF file: its keys, and its tensors by their names in the file.  Tensors are read one at a time."""
 
 import math
 import struct
@@ -16,7 +16,7 @@ from llmq.checkpoint.safetensors_files import reading
 from llmq.errors import CheckpointError, FormatError
 from llmq.formats.codecs import gguf_blocks
 
-# What the package gguf says to a file that is none, is cut short or has a type that it does not know.
+# What the package gguf raises for a file that is not GGUF, is truncated or has an unknown type.
 BROKEN = (ValueError, IndexError, KeyError, OverflowError, MemoryError, struct.error, UnicodeDecodeError)
 
 FLOATS = ("F32", "F16", "BF16")
@@ -24,7 +24,7 @@ FLOATS = ("F32", "F16", "BF16")
 
 @dataclass(frozen=True)
 class Info:
-    """A tensor of the file: GGUF type, shape with the rows' length last, and where its bytes are."""
+    """A tensor of the file: GGUF type, shape (the length of a row last), and the place of its bytes."""
 
     kind: str
     shape: tuple[int, ...]
@@ -35,10 +35,10 @@ class Info:
 class Container:
     """An open file.
 
-    path     where it lies
-    tensors  name -> `Info`, in the order in which they lie
+    path     of the file
+    tensors  name -> `Info`, in the order of the file
 
-    Raises CheckpointError where it is no GGUF file or is cut short.
+    Raises CheckpointError where it is not a GGUF file or is truncated.
     """
 
     def __init__(self, path: Path) -> None:
@@ -53,50 +53,50 @@ class Container:
                 raise _damaged(path, error) from error
         self._fields = opened.fields
         self.tensors = {
-            each.name: Info(
-                each.tensor_type.name,
-                tuple(int(n) for n in reversed(each.shape.tolist())),
-                int(each.data_offset),
-                int(each.n_bytes),
+            tensor.name: Info(
+                tensor.tensor_type.name,
+                tuple(int(n) for n in reversed(tensor.shape.tolist())),
+                int(tensor.data_offset),
+                int(tensor.n_bytes),
             )
-            for each in opened.tensors
+            for tensor in opened.tensors
         }
         if any(info.offset + info.nbytes > size for info in self.tensors.values()):
-            raise _damaged(path, "its tensors reach beyond its end")
+            raise _damaged(path, "its tensors extend beyond the end of the file")
 
     def value(self, key: str) -> Any:
-        """What stands under a key; None where there is none."""
+        """The value of a key; None where there is none."""
         field = self._fields.get(key)
         return None if field is None else field.contents()
 
     @property
     def architecture(self) -> str:
         """`general.architecture`."""
-        found = self.value("general.architecture")
-        if not isinstance(found, str):
-            raise _damaged(self.path, "it does not name its architecture")
-        return found
+        name = self.value("general.architecture")
+        if not isinstance(name, str):
+            raise _damaged(self.path, "the key general.architecture is missing")
+        return name
 
     def size(self) -> tuple[int, float | None]:
-        """Bytes of all tensors together, and bits per quantized weight; None where none is quantized."""
+        """Bytes of all tensors together, and bits per quantized weight (None where no weight is quantized)."""
         packed = [info for info in self.tensors.values() if info.kind not in FLOATS]
         weights = sum(math.prod(info.shape) for info in packed)
         bits = 8 * sum(info.nbytes for info in packed) / weights if weights else None
         return sum(info.nbytes for info in self.tensors.values()), bits
 
     def rows(self, name: str, part: int | None = None) -> NDArray[np.uint8]:
-        """(N, bytes of a row) of a tensor; of a stack of them, the one numbered `part`, or all below each other."""
+        """(N, bytes of a row) of a tensor; of a stack of matrices, number `part`, or all of them concatenated."""
         info = self.info(name)
         count = 1 if part is None else info.shape[0]
         nbytes = info.nbytes // count
         with reading(self.path):
-            found = np.fromfile(self.path, np.uint8, nbytes, offset=info.offset + (part or 0) * nbytes)
-        if len(found) != nbytes:
-            raise _damaged(self.path, f"{name} is cut short")
-        return found.reshape(math.prod(info.shape[(part is not None) : -1]), -1)
+            raw = np.fromfile(self.path, np.uint8, nbytes, offset=info.offset + (part or 0) * nbytes)
+        if len(raw) != nbytes:
+            raise _damaged(self.path, f"{name} is truncated")
+        return raw.reshape(math.prod(info.shape[(part is not None) : -1]), -1)
 
     def floats(self, name: str, part: int | None = None) -> Tensor:
-        """A tensor as float32, dequantized where it is packed."""
+        """A tensor in float32, dequantized if it is packed."""
         info, rows = self.info(name), self.rows(name, part)
         shape = info.shape if part is None else info.shape[1:]
         return torch.from_numpy(decode(info.kind, rows)).reshape(shape)
@@ -109,22 +109,26 @@ class Container:
 
 
 def decode(kind: str, rows: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """(N, bytes of a row) -> (N, K), by llmq's own code, for the types that it lacks by the package gguf's."""
+    """(N, bytes of a row) uint8 -> (N, K) float32.
+
+    Types that llmq does not implement are decoded by the package gguf.
+    """
     if kind in gguf_blocks.SIZES:
         return gguf_blocks.decode(kind, rows)
     import gguf
 
     try:
-        found: NDArray[np.float32] = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[kind])
+        weight: NDArray[np.float32] = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[kind])
     except NotImplementedError as error:
         raise FormatError(
-            f"GGUF type {kind} cannot be read", hint="llama.cpp's `llama-quantize --allow-requantize` makes another"
+            f"GGUF type {kind} cannot be read",
+            hint="convert the file to another type with llama.cpp's `llama-quantize --allow-requantize`",
         ) from error
-    return found
+    return weight
 
 
 def dequantize(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """`(name, weight)` for every quantized tensor, under its name in the file: (N, K) float32, experts (E, N, K)."""
+    """`(name, weight)` for every quantized tensor, with its name in the file: (N, K) float32, experts (E, N, K)."""
     container = Container(path)
     for name, info in container.tensors.items():
         if info.kind not in FLOATS:
@@ -132,4 +136,4 @@ def dequantize(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _damaged(path: Path, why: object) -> CheckpointError:
-    return CheckpointError(f"{path} is no GGUF file, or not all of it: {why}", hint="copy or download it again")
+    return CheckpointError(f"{path} is not a complete GGUF file: {why}", hint="copy or download it again")

@@ -1,17 +1,17 @@
-"""A quantized checkpoint as a GGUF file, without rounding anything again.
+"""Convert a quantized checkpoint to a GGUF file without a second quantization.
 
-Codes stay what they are; only the way to write them differs.  What holds which grid, bit for bit:
+The codes (quantized values) do not change, only their layout.  These types hold a grid exactly, bit for bit:
 
-    symmetric to 4 bits, asymmetric to 3, g a         Q4_0   d = scale, repeated for each 32 weights
+    up to 4 bits symmetric, 3 asymmetric, g a         Q4_0   d = scale, repeated for each 32 weights
         multiple of 32
     any, 5 bits or fewer, K a multiple of 256, g of   Q4_K   d = dmin = scale, every sub-block's sc = 1 and m = zero
-        256, or a scale a row                         Q5_K   (4 and 5 bits)
-    one bit more than Q4_0 holds, g a multiple of 32  Q5_0   code - zero + 16 lies in 0..31
-    symmetric to 8 bits, asymmetric to 7, likewise    Q8_0   d = scale
+        256, or one scale per row                     Q5_K   (4 and 5 bits)
+    one bit more than Q4_0, g a multiple of 32        Q5_0   code - zero + 16 is in 0..31
+    up to 8 bits symmetric, 7 asymmetric, likewise    Q8_0   d = scale
 
-The smallest that holds a weight exactly is taken.  "Exactly" is not believed but seen: what was packed is decoded and
-compared with what the checkpoint means, bit for bit.  Scales are fp16 in GGUF; one that is not an fp16 number, or a
-grid that no type holds, is refused, unless rounding was asked for.
+The smallest type that holds a weight exactly is used.  This is checked for every weight: the packed blocks are decoded
+and compared bit for bit with the weight of the checkpoint.  Scales are fp16 in GGUF.  A scale that is not an fp16
+number, or a grid that no type holds, is an error, unless requantization was requested.
 """
 
 import dataclasses
@@ -38,25 +38,25 @@ from llmq.numerics.scheme import WeightScheme
 from llmq.runtime.checkpoint_weights import PackedWeights, quantization_settings
 
 AUTO = "auto"
-EXACT = ("Q4_0", "Q4_K", "Q5_K", "Q5_0", "Q8_0")  # the smallest first; Q4_K has as many bits as Q4_0
+EXACT = ("Q4_0", "Q4_K", "Q5_K", "Q5_0", "Q8_0")  # sorted by size; Q4_K has as many bits as Q4_0
 BITS = {"Q4_0": (4, True), "Q4_K": (4, False), "Q5_K": (5, False), "Q5_0": (5, True), "Q8_0": (8, True)}
-"""Type -> bits of its codes, and whether these are code - zero; K-quants have a place for the zero."""
-NEAREST = ("Q4_0", "Q5_0", "Q8_0")  # what a weight is rounded to, where that was asked for
+"""Type -> bits of its codes, and whether these are code - zero; K-quants store the zero point separately."""
+NEAREST = ("Q4_0", "Q5_0", "Q8_0")  # what a weight is requantized to, if that was requested
 SMALLEST_BLOCK = 32
 WEIGHTS_AT_ONCE = 1 << 22  # that are packed, decoded and compared together
-REMEDY = "quantize with groups of 32 and symmetric (Q4_0), or convert with --allow-requantize, which rounds again"
+REMEDY = "quantize with groups of 32 and symmetric (Q4_0), or convert with --allow-requantize, which loses precision"
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What is in the file.
+    """The content of the file.
 
     kinds    GGUF name -> type, of every tensor
     exact    Hugging Face names of the quantized weights that are in the file bit for bit
-    rounded  the same of those that were rounded again -> the largest difference of a weight
-    bits     bits per quantized weight, scales counted
+    rounded  Hugging Face name of each requantized weight -> the largest difference of a weight
+    bits     bits per quantized weight, including scales
     skipped  tensors that the file does not need
-    notes    what a user should know
+    notes    for the user
     """
 
     file: Path
@@ -69,22 +69,22 @@ class Summary:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Type -> how many tensors have it."""
+        """Type -> the number of tensors of this type."""
         return dict(Counter(self.kinds.values()))
 
 
 def export(folder: Path, file: Path, *, kind: str = AUTO, requantize: bool = False) -> Summary:
-    """The checkpoint in `folder` as `file`.
+    """Write the checkpoint in `folder` to `file`.
 
-    kind        "auto", or one of `EXACT` for every quantized weight ("Q8_0", say)
-    requantize  round what no type holds exactly: a grid to the nearest of Q4_0 (4 bits or fewer) or Q8_0, scales that
-                are no fp16 numbers to those, rows that no block fills to F16
+    kind        "auto", or one of `EXACT` for every quantized weight (for example "Q8_0")
+    requantize  round what no type holds exactly: a grid to Q4_0 (4 bits or fewer) or Q8_0, scales to fp16, rows that
+                are not a multiple of a block to F16
 
     Raises FormatError where something would have to be rounded, UnsupportedModelError where llama.cpp cannot run the
     model, StorageError where the file cannot be written.
     """
     if kind not in (AUTO, *EXACT):
-        raise FormatError(f"there is no GGUF type {kind!r} to export to", hint=f"one of {AUTO}, {', '.join(EXACT)}")
+        raise FormatError(f"there is no GGUF type {kind!r} to export to", hint=f"use one of {AUTO}, {', '.join(EXACT)}")
     checkpoint = Checkpoint.open(folder)
     if quantization_settings(checkpoint) is None:
         written = write(file, folder, _others(checkpoint, ()))
@@ -98,7 +98,7 @@ def export(folder: Path, file: Path, *, kind: str = AUTO, requantize: bool = Fal
 
 
 def _others(checkpoint: Checkpoint, packed: Collection[str]) -> Iterator[Stored]:
-    """What is not quantized; all tensors of a packed module but its bias are its packing."""
+    """The tensors that are not quantized.  Of a packed module this is only the bias."""
     modules = frozenset(packed)
     for name in checkpoint.names():
         module, _, suffix = name.rpartition(".")
@@ -107,37 +107,37 @@ def _others(checkpoint: Checkpoint, packed: Collection[str]) -> Iterator[Stored]
 
 
 def _floats(checkpoint: Checkpoint, name: str) -> NDArray[np.float32]:
-    found: NDArray[np.float32] = checkpoint.tensor(name).to(torch.float32).numpy()
-    return found
+    values: NDArray[np.float32] = checkpoint.tensor(name).to(torch.float32).numpy()
+    return values
 
 
 def best(scheme: WeightScheme, columns: int) -> str | None:
-    """The smallest type that holds such a grid exactly, as far as the grid says; None where none does."""
+    """The smallest type that can hold such a grid exactly, if the scales fit too; None where there is none."""
     return next((kind for kind in EXACT if refusal(kind, scheme, columns) is None), None)
 
 
 def refusal(kind: str, scheme: WeightScheme, columns: int) -> str | None:
-    """Why a type cannot hold such a grid for rows of so many weights; None where it can, scales permitting."""
+    """Why a type cannot hold such a grid for rows of `columns` weights; None where it can, if the scales fit too."""
     weights, _ = gguf_blocks.SIZES[kind]
     if columns % weights:
-        return f"{kind} wants rows of a multiple of {weights} weights, these have {columns}"
+        return f"{kind} needs rows of a multiple of {weights} weights, these have {columns}"
     if (group := scheme.columns_per_group(columns)) % weights:
-        return f"{kind} has a scale for each {weights} weights, the groups have {group}"
+        return f"{kind} has one scale per {weights} weights, the groups have {group}"
     largest, centred = BITS[kind]
-    if centred and not scheme.symmetric:  # code - zero has a sign, and that takes a bit
+    if centred and not scheme.symmetric:  # code - zero has a sign, which takes one bit
         largest -= 1
     if scheme.bits > largest:
-        return f"{kind} holds {'symmetric' if scheme.symmetric else 'asymmetric'} codes of {largest} bits"
+        return f"{kind} holds {'symmetric' if scheme.symmetric else 'asymmetric'} codes of at most {largest} bits"
     return None
 
 
 def pack(kind: str, q: QuantizedTensor) -> NDArray[np.uint8]:
-    """(N, bytes of a row): the blocks of a weight, proved to say what the weight says.
+    """(N, bytes of a row) uint8: the blocks of a weight, checked to be exactly equal to it.
 
     Raises FormatError where the type cannot hold it; nothing is rounded.
     """
     if not _in_order(q):
-        raise FormatError(f"{kind} has scales in the order of the columns, these follow g_idx")
+        raise FormatError(f"{kind} has groups in natural order, these are in activation order (g_idx)")
     if (why := refusal(kind, q.scheme, q.shape[1])) is not None:
         raise FormatError(why)
     step = max(1, WEIGHTS_AT_ONCE // q.shape[1])
@@ -147,12 +147,12 @@ def pack(kind: str, q: QuantizedTensor) -> NDArray[np.uint8]:
 def _proved(kind: str, q: QuantizedTensor) -> NDArray[np.uint8]:
     stored = _PACKERS[kind](q)
     if not np.array_equal(gguf_blocks.decode(kind, stored), q.dequantize().numpy()):  # +0 and -0 are the same weight
-        raise FormatError(f"{kind} would change it: {_why(q)}")
+        raise FormatError(f"{kind} would change the weight: {_why(q)}")
     return stored
 
 
 def nearest(kind: str, weight: Tensor) -> NDArray[np.uint8]:
-    """(N, K) float32 -> blocks of `NEAREST`, as llama.cpp rounds them."""
+    """(N, K) float32 -> blocks of one of `NEAREST`, quantized as llama.cpp does it."""
     import gguf
 
     stored = gguf.quants.quantize(weight.numpy(), gguf.GGMLQuantizationType[kind])
@@ -160,7 +160,7 @@ def nearest(kind: str, weight: Tensor) -> NDArray[np.uint8]:
 
 
 class _Packed:
-    """The quantized weights of one export, and what became of them while they were read."""
+    """The quantized weights of one export; it records how each of them was stored."""
 
     def __init__(self, weights: PackedWeights, kind: str, requantize: bool) -> None:
         self._weights, self._kind, self._requantize = weights, kind, requantize
@@ -179,15 +179,15 @@ class _Packed:
             yield Stored(f"{module}.weight", kind, shape, partial(self._read, module, kind))
 
     def _choice(self, module: str, columns: int) -> str:
-        """The type of a weight, from its grid; what its scales say about it shows when it is packed."""
+        """The type of a weight, chosen by its grid.  Whether the scales fit is checked when it is packed."""
         scheme = self._weights.scheme(module) if self._weights.is_affine(module) else None
-        asked = EXACT if self._kind == AUTO else (self._kind,)
-        whys = [] if scheme is None else [refusal(kind, scheme, columns) for kind in asked]
-        if None in whys:
-            return asked[whys.index(None)]
+        candidates = EXACT if self._kind == AUTO else (self._kind,)
+        refusals = [] if scheme is None else [refusal(kind, scheme, columns) for kind in candidates]
+        if None in refusals:
+            return candidates[refusals.index(None)]
         if not self._requantize:
-            why = "it is on no integer grid" if scheme is None else "; ".join(filter(None, whys))
-            raise FormatError(f"{module} cannot go into a GGUF file as it is: {why}", hint=REMEDY)
+            why = "it has no integer grid" if scheme is None else "; ".join(filter(None, refusals))
+            raise FormatError(f"{module} cannot be stored exactly in a GGUF file: {why}", hint=REMEDY)
         if columns % SMALLEST_BLOCK:
             return "F16"
         if self._kind in NEAREST:
@@ -195,13 +195,13 @@ class _Packed:
         return "Q4_0" if scheme is not None and scheme.bits <= 4 else "Q8_0"
 
     def _read(self, module: str, kind: str) -> NDArray[Any]:
-        """The blocks of a weight; of one that becomes F16 its floats."""
+        """The blocks of a weight, or its floats if it becomes F16."""
         try:
             stored: NDArray[Any] = self._exactly(module, kind)
             self.exact.append(f"{module}.weight")
         except FormatError as error:
             if not self._requantize:
-                message = f"{module} cannot go into a GGUF file as it is: {error}"
+                message = f"{module} cannot be stored exactly in a GGUF file: {error}"
                 raise FormatError(message, hint=error.hint or REMEDY) from error
             stored = self._rounded(module, kind)
         self._stored += 8 * gguf_blocks.row_bytes(kind, self._weights.shape(module)[1]) * len(stored)
@@ -210,24 +210,26 @@ class _Packed:
 
     def _exactly(self, module: str, kind: str) -> NDArray[np.uint8]:
         if kind not in EXACT or not self._weights.is_affine(module):
-            raise FormatError("it is on no integer grid that a type of GGUF holds")
+            raise FormatError("it has no integer grid that a type of GGUF can hold")
         return pack(kind, self._weights.read(module))
 
     def _rounded(self, module: str, kind: str) -> NDArray[Any]:
         weight = self._weights.weight(module)
         raw = self._with_other_scales(module, kind)
         if raw is None and kind not in (*NEAREST, "F16"):
-            raise FormatError(f"{module} has scales beyond those of fp16", hint="kind='Q8_0' rounds it as a whole")
+            raise FormatError(
+                f"{module} has scales beyond the range of fp16", hint="use kind='Q8_0', which requantizes the weight"
+            )
         if raw is None:
             raw = gguf_blocks.pack_float(kind, weight.numpy()) if kind == "F16" else nearest(kind, weight)
         decoded = gguf_blocks.decode(kind, raw)
         if not np.isfinite(decoded).all():
-            raise FormatError(f"{module} has weights or scales beyond those of fp16")
+            raise FormatError(f"{module} has weights or scales beyond the range of fp16")
         self.rounded[f"{module}.weight"] = float(np.abs(decoded - weight.numpy()).max())
         return decoded if kind == "F16" else raw
 
     def _with_other_scales(self, module: str, kind: str) -> NDArray[np.uint8] | None:
-        """The same codes with scales rounded to fp16; None where it is the grid that does not fit."""
+        """The same codes with scales rounded to fp16; None where the grid itself does not fit."""
         q = self._weights.read(module) if self._weights.is_affine(module) else None
         if q is None or kind not in EXACT or refusal(kind, q.scheme, q.shape[1]) is not None or not _in_order(q):
             return None
@@ -245,27 +247,27 @@ def _in_order(q: QuantizedTensor) -> bool:
 def _why(q: QuantizedTensor) -> str:
     scales = q.scales.to(torch.float32)
     moved = int((scales.to(torch.float16).to(torch.float32) != scales).sum())
-    return f"{moved} of its {scales.numel()} scales are no fp16 numbers" if moved else "its grid is wider"
+    return f"{moved} of its {scales.numel()} scales are not fp16 numbers" if moved else "its grid is wider"
 
 
 def _scales(q: QuantizedTensor, weights: int) -> NDArray[np.float16]:
     """(N, K / weights) fp16: the scale of each block."""
     groups = q.column_groups()[::weights]
-    found: NDArray[np.float16] = q.scales.to(torch.float16)[:, groups].numpy()
-    return found
+    scales: NDArray[np.float16] = q.scales.to(torch.float16)[:, groups].numpy()
+    return scales
 
 
 def _centred(q: QuantizedTensor) -> NDArray[np.int16]:
-    """(N, K): code - zero."""
+    """(N, K) int16: code - zero."""
     zeros = q.scheme.middle if q.zeros is None else q.zeros[:, q.column_groups()]
-    found: NDArray[np.int16] = (q.codes.to(torch.int16) - zeros).numpy()
-    return found
+    difference: NDArray[np.int16] = (q.codes.to(torch.int16) - zeros).numpy()
+    return difference
 
 
 def _within(centred: NDArray[np.int16], lowest: int, highest: int) -> NDArray[np.int16]:
-    """Refuse what a damaged file may hold: a zero outside of its grid."""
+    """`centred`, checked to fit the type: a damaged file may hold a zero point outside of its grid."""
     if centred.size and (int(centred.min()) < lowest or int(centred.max()) > highest):
-        raise FormatError(f"code - zero reaches from {centred.min()} to {centred.max()}, {lowest} to {highest} fit")
+        raise FormatError(f"code - zero is {centred.min()} to {centred.max()}, expected {lowest} to {highest}")
     return centred
 
 
@@ -282,12 +284,12 @@ def _pack_q8_0(q: QuantizedTensor) -> NDArray[np.uint8]:
 
 
 def _pack_k(q: QuantizedTensor) -> NDArray[np.uint8]:
-    """Q4_K or Q5_K: (d * 1) * code - (d * zero), where both products of a code and of a zero are exact in float32."""
+    """Q4_K or Q5_K: (d * 1) * code - (d * zero).  Both products are exact in float32."""
     d, groups = _scales(q, gguf_k_quants.WEIGHTS), q.column_groups()[::32]
     zeros = torch.full((1, 1), q.scheme.middle) if q.zeros is None else q.zeros
     m = np.broadcast_to(zeros.expand(q.shape[0], q.scales.shape[1])[:, groups].numpy(), (q.shape[0], len(groups)))
     if m.size and (int(m.min()) < 0 or int(m.max()) > 63):
-        raise FormatError(f"its zeros reach from {m.min()} to {m.max()}, 0 to 63 fit")
+        raise FormatError(f"its zero points are {m.min()} to {m.max()}, expected 0 to 63")
     sc = np.ones(m.shape, dtype=np.uint8)
     pack_codes = gguf_k_quants.pack_q4_k if q.scheme.bits <= 4 else gguf_k_quants.pack_q5_k
     return pack_codes(q.codes.numpy(), d, d, sc, m.astype(np.uint8))

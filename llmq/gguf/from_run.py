@@ -1,7 +1,7 @@
-"""The .gguf file of a run with a GGUF grid of its own: staged blocks as they are, embedding and head rounded here.
+"""Assemble the .gguf file of a run with a native GGUF grid: staged blocks unchanged, embedding and head quantized here.
 
-Nothing is known about what an embedding or a head is fed, so their grids are searched for the least squared error and
-codes are the nearest.
+There are no statistics of the inputs of embedding and head.  So their grids are searched for the least squared error,
+and their weights are rounded to nearest.
 """
 
 import dataclasses
@@ -22,22 +22,22 @@ from llmq.gguf.writer import Stored, Written, write
 from llmq.numerics import affine_grid
 from llmq.numerics.scheme import WeightScheme
 
-ROWS_AT_ONCE = 1 << 22  # weights of an embedding that are rounded together
+ROWS_AT_ONCE = 1 << 22  # weights of an embedding that are quantized together
 
 
 def assemble(
     file: Path, source: Checkpoint, parts: Sequence[Part], outside: Sequence[str], settings: QuantConfig,
     device: torch.device,
 ) -> Written:  # fmt: skip
-    """Write `file` from the staged `parts` and, of the `source`, the tensors `outside` of the blocks.
+    """Write `file` from the staged `parts` and the tensors `outside` of the blocks, read from `source`.
 
-    Raises what `writer.write` raises.
+    Raises the same errors as `writer.write`.
     """
     grids = recipes.outside({name: source.info(name).shape for name in outside}, settings, source.config)
     tensors = [_staged(*part) for part in parts]
     tensors += [_outside(name, source, grids.get(name), device) for name in outside]
     written = write(file, source.folder, tensors)
-    notes = (f"{name} is rounded to the nearest codes of {scheme}" for name, scheme in grids.items())
+    notes = (f"{name} is rounded to nearest in {scheme}" for name, scheme in grids.items())
     return dataclasses.replace(written, notes=(*written.notes, *notes))
 
 
@@ -58,7 +58,7 @@ def _outside(name: str, source: Checkpoint, scheme: WeightScheme | None, device:
 
 
 def rounded(weight: torch.Tensor, scheme: WeightScheme, device: torch.device) -> NDArray[np.uint8]:
-    """(N, bytes of a row): the nearest codes of `weight` (N, K) on the grid of least squared error."""
+    """`weight` (N, K) rounded to nearest on the grid of least squared error -> uint8 (N, bytes of a row)."""
     pieces = []
     for rows in weight.split(max(1, ROWS_AT_ONCE // weight.shape[1])):
         part = rows.to(device, torch.float32)

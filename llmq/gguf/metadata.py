@@ -1,6 +1,6 @@
-"""The key-value part of a file, but for the tokenizer: what the model is called, its sizes, its rotation.
+"""The keys of a file without those of the tokenizer: name, sizes and rotary embedding of the model.
 
-Sizes come from the configuration as transformers reads it, so that defaults that config.json leaves out are there.
+Sizes come from the configuration as transformers reads it, which includes defaults that config.json leaves out.
 """
 
 import math
@@ -20,12 +20,12 @@ from llmq.gguf.architectures import Architecture
 FULL = "full_attention"
 PHI3_NAME = re.compile("phi-?3", re.IGNORECASE)
 PHI3_TOKENS = {"<unk>", "<s>", "<|endoftext|>"}
-"""llama.cpp refuses a model that has Phi-3 in its name and lacks one of these."""
+"""llama.cpp refuses a model with Phi-3 in its name that lacks one of these tokens."""
 
 
 @dataclass(frozen=True)
 class Extra:
-    """What a configuration asks for beside keys: tensors of its rotation, and remarks for the user."""
+    """What a configuration needs in addition to keys: tensors of the rotary embedding, and notes for the user."""
 
     tensors: dict[str, NDArray[np.float32]]
     notes: tuple[str, ...]
@@ -34,19 +34,19 @@ class Extra:
 def add_general(
     writer: Any, folder: Path, name: str, parameters: int, file_type: int, tokens: Collection[str]
 ) -> tuple[str, ...]:
-    """`general.*`: what `name` and the model's card and settings in `folder` tell, and what is stored.
+    """Write `general.*`, from `name`, from the model card and settings in `folder`, and from what is stored.
 
-    Returns remarks for the user.
+    Returns notes for the user.
     """
     import gguf
 
     card, notes = _card(folder)
     settings = gguf.Metadata.load_hf_parameters(folder)
-    found = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), card, settings, Path(name), parameters)
-    found.quantized_by = f"llmq {__version__}"
-    if found.name and not PHI3_TOKENS <= set(tokens):  # by such a name llama.cpp would look for tokens of Phi-3's
-        found.name = PHI3_NAME.sub("Phi 3", found.name)
-    found.set_gguf_meta_model(writer)
+    metadata = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), card, settings, Path(name), parameters)
+    metadata.quantized_by = f"llmq {__version__}"
+    if metadata.name and not PHI3_TOKENS <= set(tokens):  # such a name makes llama.cpp look for the tokens of Phi-3
+        metadata.name = PHI3_NAME.sub("Phi 3", metadata.name)
+    metadata.set_gguf_meta_model(writer)
     writer.add_type("model")
     writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -54,18 +54,18 @@ def add_general(
 
 
 def _card(folder: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """What stands in front of the model's README.md."""
+    """The metadata at the top of the model's README.md, and notes for the user."""
     import gguf
     import yaml
 
     try:
         return gguf.Metadata.load_model_card(folder), ()
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        return {}, (f"licence and origin are not in the file: {folder / 'README.md'} cannot be read: {error}",)
+        return {}, (f"the file has no licence and origin: {folder / 'README.md'} cannot be read: {error}",)
 
 
 def add_sizes(writer: Any, config: Mapping[str, Any], arch: Architecture) -> Extra:
-    """`{arch}.*`.  Raises UnsupportedModelError for a rotation that llama.cpp does not compute."""
+    """Write `{arch}.*`.  Raises UnsupportedModelError for a rotary embedding that llama.cpp does not support."""
     heads, width = config["num_attention_heads"], config["hidden_size"]
     head = config.get("head_dim") or width // heads
     rotation = _rotation(config)
@@ -165,7 +165,7 @@ def _add_rotation(
 
 
 def _llama3_factors(rotation: Mapping[str, Any], rotated: int) -> NDArray[np.float32]:
-    """(D/2,) by what each frequency is divided: 1 where waves are short, `factor` where they are long."""
+    """(D/2,) float32, the divisor of each frequency: 1 for short waves, `factor` for long ones."""
     waves = 2 * math.pi * rotation["rope_theta"] ** (np.arange(0, rotated, 2, dtype=np.float64) / rotated)
     low, high, factor = rotation["low_freq_factor"], rotation["high_freq_factor"], rotation["factor"]
     smooth = (rotation["original_max_position_embeddings"] / waves - low) / (high - low)  # 1 at the short end
@@ -175,6 +175,6 @@ def _llama3_factors(rotation: Mapping[str, Any], rotated: int) -> NDArray[np.flo
 
 def _unknown_rotation(kind: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"the model rotates positions by {kind!r}, which cannot be written for llama.cpp",
-        hint="known are default, linear, llama3, longrope and yarn; the safetensors formats hold any model",
+        f"the rotary embedding has the type {kind!r}, expected one of default, linear, llama3, longrope and yarn",
+        hint="use a safetensors format, which can hold any model",
     )

@@ -1,8 +1,8 @@
-"""Where a Hugging Face tensor stands in a GGUF file.
+"""The place of a Hugging Face tensor in a GGUF file.
 
-The names are the package `gguf`'s: its TensorNameMap knows what an architecture calls each tensor, and on disk nothing
-else is needed.  Two things are not names: the experts of a layer are one tensor there, stacked, and some architectures
-turn q and k's heads another way.
+The names come from the package `gguf`: its TensorNameMap lists the names of an architecture.  There are two more
+differences: in GGUF the experts of a layer are stacked in one tensor, and some architectures have another order of the
+rows of q and k.
 """
 
 import re
@@ -20,14 +20,14 @@ ROUTER = ".ffn_gate_inp."
 
 @dataclass(frozen=True)
 class Place:
-    """A tensor's name in the file, and which of the stacked experts it is, if it is one."""
+    """The name of a tensor in the file, and its number if it is one of several stacked experts."""
 
     name: str
     expert: int | None = None
 
 
 class Names:
-    """The names of one model; `arch` is GGUF's name of the architecture."""
+    """The names of one model; `arch` is the name of its architecture in GGUF."""
 
     def __init__(self, arch: str, blocks: int) -> None:
         import gguf
@@ -35,28 +35,29 @@ class Names:
         kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
         if arch not in kinds:
             raise UnsupportedModelError(
-                f"the package gguf knows no architecture {arch!r}", hint="a newer one may: pip install -U gguf"
+                f"the package gguf does not know the architecture {arch!r}",
+                hint="try a newer version: pip install -U gguf",
             )
         self._map = gguf.get_tensor_name_map(kinds[arch], blocks)
 
     def place(self, name: str) -> Place | None:
         """Where `model.layers.0.self_attn.q_proj.weight` goes; None where the architecture has no such tensor."""
-        found = _EXPERT.search(name)
-        merged = name if found is None else _EXPERT.sub(".experts.", name, count=1)
+        number = _EXPERT.search(name)
+        merged = name if number is None else _EXPERT.sub(".experts.", name, count=1)
         place = self._map.get_name(merged, try_suffixes=_SUFFIXES)
         if place is None:
             return None
-        return Place(place, None if found is None else int(found.group(1)))
+        return Place(place, None if number is None else int(number.group(1)))
 
     def expert_modules(self, name: str, experts: int) -> list[str]:
-        """What a checkpoint may call the modules that `blk.0.ffn_up_exps.weight` is a stack of, one for each expert."""
+        """All names that checkpoints use for the experts stacked in `blk.0.ffn_up_exps.weight`."""
         wanted = name.removesuffix(".weight")
         known = (alias for alias, (_, place) in self._map.mapping.items() if place == wanted and ".experts." in alias)
         return [alias.replace(".experts.", f".experts.{e}.") for alias in known for e in range(experts)]
 
 
 def interleave_halves(rows: NDArray[np.generic], heads: int) -> NDArray[np.generic]:
-    """Rows (N, …) of q or k as `transformers` rotates them -> as llama.cpp's "NORM" rotation wants them.
+    """Rows (N, …) of q or k in the order of `transformers` -> in the order of llama.cpp's "NORM" rotation.
 
     transformers rotates row i of a head with row i + D/2, llama.cpp rows 2 i and 2 i + 1.
     """

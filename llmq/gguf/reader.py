@@ -1,10 +1,10 @@
-"""A GGUF file as a model: its tensors under Hugging Face names, one block after the other.
+"""Read a GGUF file as a model: its tensors with Hugging Face names, one block after the other.
 
-What the writer changes is changed back: names, the order of q's and k's rows, norms stored as 1 + w, stacked experts.
-So the same code that evaluates a folder evaluates a file, in float, from what the file says.
+The changes of the writer are reversed: names, the order of the rows of q and k, norms stored as 1 + w, stacked experts.
+So the code that evaluates a folder can also evaluate a file, dequantized to float.
 
-A file does say what its model is, in words of its own; transformers translates them for the architectures that it
-knows.  The folder of the original says it better, as does a config.json beside the file.
+A file describes its model with keys of GGUF, which transformers translates for the architectures that it knows.  The
+folder of the original model is a better description, and so is a config.json next to the file.
 """
 
 import tempfile
@@ -38,9 +38,9 @@ def is_file(path: Path) -> bool:
 
 
 class Weights:
-    """The tensors of a file by the names that they have in a Hugging Face checkpoint of the same model.
+    """The tensors of a file by their names in a Hugging Face checkpoint of the same model.
 
-    `folder` holds the config.json of the model.  Raises UnsupportedModelError where the file is another architecture's.
+    `folder` holds the config.json of the model.  Raises UnsupportedModelError where the file has another architecture.
     """
 
     def __init__(self, path: Path, folder: Path) -> None:
@@ -51,7 +51,7 @@ class Weights:
             raise UnsupportedModelError(
                 f"{path} holds a model of llama.cpp's architecture {self.container.architecture}, and {folder} "
                 f"describes one of {self._arch.name}",
-                hint="compare a file with the model that it was made from",
+                hint="give the model from which the file was made",
             )
         self._names = Names(self._arch.name, self._config["num_hidden_layers"])
 
@@ -60,16 +60,16 @@ class Weights:
         return place is not None and place.name in self.container.tensors
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor, float32, as transformers wants it."""
+        """A tensor, float32, as transformers expects it."""
         place = self._names.place(name)
-        found = self.container.floats(place.name if place else name, place.expert if place else None)
+        values = self.container.floats(place.name if place else name, place.expert if place else None)
         if place is None:
-            return found
+            return values
         if self._arch.interleaved and (heads := rotated_heads(place.name, self._config)):
-            found = torch.from_numpy(separate_halves(found.numpy(), heads)).contiguous()
+            values = torch.from_numpy(separate_halves(values.numpy(), heads)).contiguous()
         if place.name.endswith("_norm.weight"):
-            found = found - self._arch.norm_offset
-        return found
+            values = values - self._arch.norm_offset
+        return values
 
     def kind(self, name: str) -> str:
         """The GGUF type of a tensor."""
@@ -77,23 +77,23 @@ class Weights:
         return self.container.info(place.name if place else name).kind
 
     def is_quantized(self, name: str) -> bool:
-        """Whether a tensor is stored as codes and not in float."""
+        """Whether a tensor is stored as quantized values and not in float."""
         return self.kind(name) not in FLOATS
 
     def rows(self, name: str) -> NDArray[np.uint8]:
-        """(N, bytes of a row) of a tensor, rows in the order in which transformers wants them."""
+        """(N, bytes of a row) uint8 of a tensor, rows in the order that transformers expects."""
         place = self._names.place(name)
-        found = self.container.rows(place.name if place else name, place.expert if place else None)
+        raw = self.container.rows(place.name if place else name, place.expert if place else None)
         if place and self._arch.interleaved and (heads := rotated_heads(place.name, self._config)):
-            return np.ascontiguousarray(separate_halves(found, heads)).view(np.uint8)
-        return found
+            return np.ascontiguousarray(separate_halves(raw, heads)).view(np.uint8)
+        return raw
 
     def weight(self, module: str) -> Tensor:
-        """(N, K) float32 of a module."""
+        """The weight of a module, (N, K) float32."""
         return self.tensor(f"{module}.weight")
 
     def shape(self, module: str) -> tuple[int, ...]:
-        """That of a module's weight, without reading it."""
+        """The shape of a module's weight, without reading it."""
         place = self._names.place(f"{module}.weight")
         if place is None:
             raise FormatError(f"{self.container.path} has no place for {module}.weight")
@@ -101,7 +101,7 @@ class Weights:
         return shape if place.expert is None else shape[1:]
 
     def experts(self) -> list[str]:
-        """The modules that the stacked experts may be in a checkpoint: by all the names that are in use for them."""
+        """The modules of all stacked experts, by all names that checkpoints use for them."""
         return [
             module
             for name, info in self.container.tensors.items()
@@ -111,7 +111,7 @@ class Weights:
 
 
 def open_skeleton(path: Path, device: torch.device, dtype: torch.dtype, like: Path | None) -> Skeleton:
-    """The model in a file, its blocks read and computed one at a time; `like` is the folder of its original, if known.
+    """The model in a file, its blocks read and computed one at a time; `like` is the folder of the original, if known.
 
     Raises CheckpointError, FormatError, UnsupportedModelError.
     """
@@ -125,10 +125,10 @@ def open_skeleton(path: Path, device: torch.device, dtype: torch.dtype, like: Pa
 
 @contextmanager
 def described(path: Path, like: Path | None = None) -> Iterator[Path]:
-    """A folder with the config.json and the tokenizer of the model in a file, for as long as the block lasts.
+    """A folder with the config.json and the tokenizer of the model in `path`, available inside the `with` block.
 
-    It is the original's; else the one that the file lies in, if it has a config.json; else one that transformers makes
-    of what the file says.  The folder of a model is its own.
+    It is the folder `like` of the original model; else the folder of the file, if that has a config.json; else a
+    temporary folder that transformers creates from the keys of the file.  If `path` is a folder, it is returned.
     """
     if not is_file(path):
         yield path
@@ -143,27 +143,27 @@ def described(path: Path, like: Path | None = None) -> Iterator[Path]:
 
 
 def _no_member(name: str, expert: int) -> Tensor:
-    raise FormatError(f"{name} is read expert by expert from a GGUF file")
+    raise FormatError(f"{name} can be read only as a whole expert from a GGUF file")
 
 
 def _translate(path: Path, folder: Path) -> None:
     from transformers import AutoConfig, AutoTokenizer
 
-    container = Container(path)  # which says what is wrong with a file better than transformers does
+    container = Container(path)  # its errors for a damaged file are clearer than those of transformers
     if any(name.startswith("rope_") for name in container.tensors):
         raise UnsupportedModelError(
-            f"{path} has factors of its rotation, and nothing says what made them",
-            hint="put the original's config.json and tokenizer beside the file, or give the original with --against",
+            f"{path} has factors of a rotary embedding, but no settings from which they were computed",
+            hint="put config.json and tokenizer of the original next to the file, or give the original with --against",
         )
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     except Exception as error:  # an architecture, a tokenizer or a key that transformers does not know
         raise UnsupportedModelError(
-            f"transformers cannot tell from {path} what model it holds: {error}",
-            hint="put the original's config.json and tokenizer beside the file, or give the original with --against",
+            f"transformers cannot read from {path} which model it holds: {error}",
+            hint="put config.json and tokenizer of the original next to the file, or give the original with --against",
         ) from error
     if head := container.value(f"{container.architecture}.attention.key_length"):
-        config.head_dim = head  # transformers takes its own default for some architectures
+        config.head_dim = head  # transformers uses a default instead for some architectures
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -1,13 +1,13 @@
-"""Which block type each weight gets: `--format gguf:q4_k_m` and its like.
+"""Which block type each weight gets: `--format gguf:q4_k_m` and similar formats.
 
-A plain recipe (`gguf:q4_k`) has one type for the linear layers of the blocks.  `q4_k_m` is llama.cpp's own mixture of
-that name, so that both have the same bits: Q6_K for v and down in the layers that its rule picks (the first and the
-last eighth, and every third between them), Q5_K where q, k and v are one weight, Q4_K elsewhere; so is `q5_k_m`.
-Embedding and head are packed too, as llama.cpp does: the head, or the embedding that serves as one, in Q6_K.  What it
-does besides for models of 70B or of eight experts, Q5_K or Q8_0 for v and k, is not done.
+A plain recipe (`gguf:q4_k`) has one type for the linear layers of the blocks.  `q4_k_m` is llama.cpp's mixture of the
+same name, with the same bits: Q6_K for v and down in the layers selected by its rule (the first and the last eighth,
+and every third layer between them), Q5_K where q, k and v are one weight, and Q4_K elsewhere.  `q5_k_m` is the same
+with Q5_K and Q6_K.  Embedding and head are packed too, as in llama.cpp: the head, or an embedding that is also the
+head, in Q6_K.  llama.cpp also uses Q5_K or Q8_0 for v and k in models of 70B or with eight experts; llmq does not.
 
-A weight whose rows no superblock of 256 fills gets a finer type of blocks of 32, and one that those do not fill
-either stays as it is; both are said.
+A weight whose rows are not a multiple of 256 gets a finer type with blocks of 32.  If its rows are not a multiple of 32
+either, it is kept in float.  Both cases are reported.
 
 Source: github.com/ggml-org/llama.cpp, src/llama-quant.cpp.
 """
@@ -34,10 +34,10 @@ _LAYER = re.compile(r"blk\.(\d+)\.(.+)")
 def plan_layers(
     shapes: Iterable[tuple[str, int, int]], settings: QuantConfig, config: Mapping[str, Any]
 ) -> list[LayerPlan]:
-    """A plan for each (name, out_features, in_features) of the blocks of a model with that config.json.
+    """A plan for each (name, out_features, in_features) of the blocks of a model with this config.json.
 
-    Raises ConfigError for settings that a recipe leaves no room for, UnsupportedModelError where llama.cpp cannot run
-    the model.
+    Raises ConfigError for settings that a recipe does not allow, UnsupportedModelError where llama.cpp cannot run the
+    model.
     """
     _require_compatible(settings)
     (name,) = settings.formats
@@ -52,42 +52,42 @@ def plan_layers(
 def outside(
     shapes: Mapping[str, tuple[int, ...]], settings: QuantConfig, config: Mapping[str, Any]
 ) -> dict[str, WeightScheme]:
-    """The grids of embedding and head, by the name of the tensor; `shapes` are those of all tensors outside the blocks.
+    """The grids of embedding and head, by the name of the tensor; `shapes` has all tensors outside the blocks.
 
-    What is not named here stays as it is: norms, what is skipped on request, rows that no block fits.
+    All other tensors are kept in float: norms, those that are skipped on request, rows that are not a multiple of 32.
     """
     (name,) = settings.formats
-    recipe, places, found = RECIPES[name], Names(architecture(config).name, config["num_hidden_layers"]), {}
-    placed = {tensor: there.name for tensor in shapes if (there := places.place(tensor)) is not None}
+    recipe, places, grids = RECIPES[name], Names(architecture(config).name, config["num_hidden_layers"]), {}
+    placed = {tensor: known.name for tensor in shapes if (known := places.place(tensor)) is not None}
     for tensor, place in placed.items():
         if place not in (HEAD, EMBEDDING) or settings.scheme_for(tensor.removesuffix(".weight")) is None:
             continue
         serves_as_head = place == HEAD or HEAD not in placed.values() or config.get("tie_word_embeddings")
         chosen = fitting(recipe.head if serves_as_head else recipe.usual, shapes[tensor][-1])
         if chosen is not None:
-            found[tensor] = WeightScheme.of_blocks(chosen)
-    return found
+            grids[tensor] = WeightScheme.of_blocks(chosen)
+    return grids
 
 
 def _require_compatible(settings: QuantConfig) -> None:
     plain = QuantConfig()
-    asked = {
+    incompatible = {
         "--bits, --group-size and --asymmetric": settings.scheme != plain.scheme,
         "--override": bool(settings.overrides),
         "--target-bits": settings.target_bits is not None,
         "--scales minmax": settings.scales == "minmax",
     }
-    for option, given in asked.items():
+    for option, given in incompatible.items():
         if given:
             raise ConfigError(
-                f"{settings.formats[0]} says the grid of every weight, so {option} has no place beside it",
-                hint="leave it out, or use --format gguf, which holds the grids of the other formats",
+                f"{settings.formats[0]} fixes the grid of every weight, so it cannot be combined with {option}",
+                hint="remove the option, or use --format gguf, which holds the grids of the other formats",
             )
 
 
 @dataclass(frozen=True)
 class _Role:
-    """What a weight is in a GGUF file: its kind (`attn_v`), and the layer that it is in."""
+    """The role of a weight in a GGUF file: its kind (`attn_v`) and its layer."""
 
     kind: str
     layer: int
@@ -95,16 +95,16 @@ class _Role:
 
 def _roles(names: Iterable[str], config: Mapping[str, Any]) -> dict[str, _Role]:
     places = Names(architecture(config).name, config["num_hidden_layers"])
-    found = {}
+    roles = {}
     for name in names:
         place = places.place(f"{name}.weight")
         if place is None:
-            found[name] = _Role("", 0)  # writing the file will say that it has no place for it
+            roles[name] = _Role("", 0)  # the writer will raise an error for it
         elif (match := _LAYER.match(place.name)) is not None:
-            found[name] = _Role(match[2].removesuffix(".weight"), int(match[1]))
+            roles[name] = _Role(match[2].removesuffix(".weight"), int(match[1]))
         else:
-            found[name] = _Role(place.name, 0)
-    return found
+            roles[name] = _Role(place.name, 0)
+    return roles
 
 
 def _type(recipe: Recipe, role: _Role, roles: Mapping[str, _Role]) -> str:
@@ -114,12 +114,12 @@ def _type(recipe: Recipe, role: _Role, roles: Mapping[str, _Role]) -> str:
         return recipe.fused
     if role.kind not in GENEROUS:
         return recipe.usual
-    layers = sorted({each.layer for each in roles.values() if each.kind == role.kind})
+    layers = sorted({other.layer for other in roles.values() if other.kind == role.kind})
     return recipe.generous if uses_more_bits(layers.index(role.layer), len(layers)) else recipe.usual
 
 
 def uses_more_bits(layer: int, layers: int) -> bool:
-    """llama.cpp's rule: the first eighth, the last, and every third between."""
+    """llama.cpp's rule: the first and the last eighth of the layers, and every third layer between them."""
     eighth = layers // 8
     return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
 
@@ -130,17 +130,17 @@ def _plan(name: str, out_features: int, in_features: int, wanted: str, settings:
     chosen = fitting(wanted, in_features)
     if chosen == wanted:
         return LayerPlan(name, out_features, in_features, Scheme(WeightScheme.of_blocks(wanted)))
-    outcome = "kept as it is" if chosen is None else f"{chosen} instead of {wanted}"
+    outcome = "kept in float" if chosen is None else f"{chosen} instead of {wanted}"
     columns = BLOCK_TYPES[wanted].columns if chosen else SMALLEST_BLOCK
-    reason = f"{outcome}: {in_features} input features are no multiple of {columns}"
+    reason = f"{outcome}: {in_features} input features are not a multiple of {columns}"
     if settings.strict:
-        raise ConfigError(f"{name} ({out_features} x {in_features}): {reason}", hint="leave --strict out to allow this")
+        raise ConfigError(f"{name} ({out_features} x {in_features}): {reason}", hint="remove --strict to allow this")
     scheme = Scheme(WeightScheme.of_blocks(chosen)) if chosen else Scheme()
     return LayerPlan(name, out_features, in_features, scheme, reason)
 
 
 def fitting(wanted: str, in_features: int) -> str | None:
-    """The type, or the finer one that llmq falls back to, for rows of so many weights; None where none fits."""
+    """The wanted type, or the finer type that replaces it for rows of `in_features` weights; None where none fits."""
     chosen: str | None = wanted
     while chosen is not None and in_features % BLOCK_TYPES[chosen].columns:
         chosen = BLOCK_TYPES[chosen].fallback

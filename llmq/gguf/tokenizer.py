@@ -1,15 +1,15 @@
-"""The vocabulary of a model, as llama.cpp reads it.
+"""The tokenizer of a model in the form that llama.cpp reads.
 
-llama.cpp has tokenizers of its own.  Two of them serve here: "gpt2", byte-level BPE with merges, and "llama", where the
-pair with the highest score is joined first (SentencePiece's BPE).  tokenizer.json says which of them a model has.
+llama.cpp has its own tokenizers.  Two of them are used here: "gpt2", byte-level BPE with merges, and "llama", which
+joins the pair with the highest score first (SentencePiece's BPE).  tokenizer.json shows which of them a model has.
 
-How byte-level BPE cuts a text into words before merging is a regular expression in tokenizer.json, and a *name* in
-GGUF (`tokenizer.ggml.pre`), behind which llama.cpp has the expression.  Its own converter recognizes names by a hash of
-what a tokenizer makes of a test text, so it knows only vocabularies that somebody has listed.  Here the expressions
-themselves are compared: an expression that llama.cpp has is enough, whatever the vocabulary.
+Byte-level BPE splits a text into words before merging.  The rule is a regular expression in tokenizer.json, but in GGUF
+it is a *name* (`tokenizer.ggml.pre`) of an expression in llama.cpp.  llama.cpp's converter finds the name by a hash of
+a tokenized test text, so it supports only listed vocabularies.  llmq compares the expressions themselves, so it
+supports every vocabulary with an expression that llama.cpp has.
 
-A "llama" tokenizer without its SentencePiece file has no scores, but merges in the order of their priority; minus the
-rank of the first merge that makes a token orders them in the same way.
+A "llama" tokenizer without its SentencePiece file has no scores, but a list of merges sorted by priority.  The score of
+a token is then minus the rank of the first merge that produces it, which gives the same order.
 """
 
 import json
@@ -25,8 +25,8 @@ from llmq.errors import CheckpointError, FormatError
 from llmq.runtime.load import load_tokenizer
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's mark for a space
-NEVER = "[NEVER]"  # a part of no text, as merging starts from single characters
-UNMERGED, ADDED = -10000.0, -1000.0  # scores of what no merge makes
+NEVER = "[NEVER]"  # never occurs, because merging starts from single characters
+UNMERGED, ADDED = -10000.0, -1000.0  # scores of tokens that no merge produces
 
 _GPT2 = "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"
 _SUFFIX = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -51,22 +51,22 @@ PRE: Mapping[tuple[str, ...], str] = MappingProxyType(
         ): "gpt-4o",
     }
 )
-"""What cuts a text, one after the other -> llama.cpp's name for it."""
+"""The regular expressions that split a text, in their order -> llama.cpp's name for them."""
 
 WITHOUT_MERGING = frozenset({"llama-bpe", "tekken"})
-"""Where llama.cpp takes a word that is in the vocabulary as it is, without asking the merges (`ignore_merges`)."""
+"""The names for which llama.cpp looks a word up in the vocabulary before it tries merges (`ignore_merges`)."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Tokens by id, and how texts become them.
+    """Tokens by id, and how a text is tokenized.
 
     model   GGUF's tokenizer: "gpt2" or "llama"
-    pre     its way to cut a text into words
+    pre     the name of the rule that splits a text into words
     types   `gguf.TokenType`
-    scores  of "llama"; empty for "gpt2"
+    scores  for "llama"; empty for "gpt2"
     space_prefix  whether a space is put in front of a text ("llama")
-    notes   what differs from the tokenizer that the model came with
+    notes   differences from the tokenizer of the original model
     """
 
     model: str
@@ -79,35 +79,35 @@ class Vocabulary:
 
 
 def add_tokenizer(writer: Any, folder: Path, rows: int) -> Vocabulary:
-    """`tokenizer.*` for a model with so many rows in its embedding; returns what was written.
+    """Write `tokenizer.*` for a model with `rows` rows in its embedding; returns what was written.
 
-    Raises CheckpointError where there is no tokenizer, FormatError where llama.cpp has none that does the same.
+    Raises CheckpointError where there is no tokenizer, FormatError where llama.cpp has no equivalent one.
     """
     import gguf
 
     tokenizer = load_tokenizer(folder, remote_code=False)
-    found = read(_description(folder, tokenizer), rows)
-    writer.add_tokenizer_model(found.model)
-    writer.add_tokenizer_pre(found.pre)
-    writer.add_token_list(list(found.tokens))
-    writer.add_token_types(list(found.types))
-    if found.model == "llama":
-        writer.add_token_scores(list(found.scores))
-        writer.add_add_space_prefix(found.space_prefix)
-    with _silent("gguf.vocab"):  # its remarks are guesses about what is asked of the tokenizer itself below
-        special = gguf.SpecialVocab(folder, load_merges=found.model == "gpt2", n_vocab=rows)
-    if found.model == "gpt2" and not special.merges:  # llama.cpp wants some; this one can never apply
+    vocabulary = read(_description(folder, tokenizer), rows)
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(list(vocabulary.tokens))
+    writer.add_token_types(list(vocabulary.types))
+    if vocabulary.model == "llama":
+        writer.add_token_scores(list(vocabulary.scores))
+        writer.add_add_space_prefix(vocabulary.space_prefix)
+    with _silent("gguf.vocab"):  # it logs guesses about settings that are read from the tokenizer itself below
+        special = gguf.SpecialVocab(folder, load_merges=vocabulary.model == "gpt2", n_vocab=rows)
+    if vocabulary.model == "gpt2" and not special.merges:  # llama.cpp needs at least one; this one never applies
         special.merges = [f"{NEVER} {NEVER}"]
-    for kind in ("bos", "eos"):  # what the tokenizer does counts, and not what one of its files says about it
+    for kind in ("bos", "eos"):  # the behaviour of the tokenizer decides, not the settings in its files
         special.add_special_token[kind] = _adds(tokenizer, kind)
         if (known := getattr(tokenizer, f"{kind}_token_id")) is not None:
             special.special_token_ids[kind] = known
     special.add_to_gguf(writer, quiet=True)
-    return found
+    return vocabulary
 
 
 def read(described: Mapping[str, Any], rows: int) -> Vocabulary:
-    """A tokenizer.json's content as GGUF's vocabulary of so many tokens; raises FormatError where there is none."""
+    """The content of a tokenizer.json as a vocabulary of `rows` tokens; raises FormatError where GGUF has none."""
     model = described["model"]
     if model.get("type") != "BPE":
         raise _unknown(f"its model is {model.get('type')!r}")
@@ -116,13 +116,13 @@ def read(described: Mapping[str, Any], rows: int) -> Vocabulary:
     pre = PRE.get(tuple(_splits(described.get("pre_tokenizer"))))
     if pre is None:
         shown = json.dumps(described.get("pre_tokenizer"), ensure_ascii=False)
-        raise _unknown(f"it cuts texts by {shown}, and llama.cpp's ways are {', '.join(PRE.values())}")
+        raise _unknown(f"it splits texts by {shown}, expected one of {', '.join(PRE.values())}")
     notes = []
     if bool(model.get("ignore_merges")) != (pre in WITHOUT_MERGING):
         notes.append(
             f"llama.cpp's tokenizer {pre!r} looks words up "
-            f"{'before merging' if pre in WITHOUT_MERGING else 'only by merging'}, the model's does not: "
-            "a few words may become other tokens"
+            f"{'before merging' if pre in WITHOUT_MERGING else 'only by merging'}, the tokenizer of the model does "
+            "not: a few words may be tokenized differently"
         )
     tokens, types, left = _tokens(described, rows)
     return Vocabulary("gpt2", pre, tokens, types, notes=(*notes, *left))
@@ -145,7 +145,7 @@ def _sentence_piece(described: Mapping[str, Any], rows: int) -> Vocabulary:
 
 
 def _tokens(described: Mapping[str, Any], rows: int) -> tuple[tuple[str, ...], tuple[int, ...], tuple[str, ...]]:
-    """Tokens and types of the ids 0 to `rows`; llama.cpp wants one for each row of the embedding."""
+    """Tokens and types of the ids 0 to `rows` - 1, and notes; llama.cpp needs one token per row of the embedding."""
     import gguf
 
     model = described["model"]
@@ -166,25 +166,25 @@ def _tokens(described: Mapping[str, Any], rows: int) -> tuple[tuple[str, ...], t
         elif entry.get("special"):
             unknown = token == model.get("unk_token")
             tokens[index], types[index] = token, int(gguf.TokenType.UNKNOWN if unknown else gguf.TokenType.CONTROL)
-        else:  # looked for in the text as it is, spaces and all
+        else:  # matched in the text before any change, including spaces
             tokens[index], types[index] = token.replace(SPACE, " "), int(gguf.TokenType.USER_DEFINED)
-    notes = () if not outside else (f"the model has no embedding for {len(outside)} tokens, left out: {outside[:5]}",)
+    notes = () if not outside else (f"{len(outside)} tokens are left out, they have no embedding: {outside[:5]}",)
     return tuple(tokens), tuple(types), notes
 
 
 def _splits(pre: Mapping[str, Any] | None) -> list[str]:
-    """The regular expressions that cut a text, in their order; what is none stands as its description."""
+    """The regular expressions that split a text, in their order; any other rule is given as JSON."""
     if pre is None:
         return []
     kind = pre["type"]
     if kind == "Sequence":
-        return [each for part in pre["pretokenizers"] for each in _splits(part)]
+        return [expression for part in pre["pretokenizers"] for expression in _splits(part)]
     if kind == "ByteLevel" and not pre.get("add_prefix_space"):
         return [_GPT2] if pre.get("use_regex", True) else []
     if kind == "Digits":
         return ["\\p{N}" if pre.get("individual_digits") else "\\p{N}+"]
     if kind == "Split" and "Regex" in pre["pattern"] and pre["behavior"] in {"Isolated", "Removed"}:
-        if (pre["behavior"] == "Removed") == bool(pre.get("invert")):  # "remove what is between the words"
+        if (pre["behavior"] == "Removed") == bool(pre.get("invert")):  # it removes what is between the words
             return [str(pre["pattern"]["Regex"])]
     return [json.dumps(pre)]
 
@@ -216,27 +216,27 @@ def _silent(name: str) -> Iterator[None]:
 
 
 def _adds(tokenizer: Any, kind: str) -> bool:
-    """Whether a text's ids begin (bos) or end (eos) with a special token that the text alone does not have."""
+    """Whether the tokenizer adds the special token at the beginning (bos) or the end (eos) of a text."""
     wanted = getattr(tokenizer, f"{kind}_token_id")
     ids, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
     return wanted is not None and len(ids) > len(bare) and ids[0 if kind == "bos" else -1] == wanted
 
 
 def _description(folder: Path, tokenizer: Any) -> dict[str, Any]:
-    """The content of tokenizer.json, or what transformers makes of the files that are there in its place."""
+    """The content of tokenizer.json, or of an equivalent one that transformers builds from other files."""
     file = folder / "tokenizer.json"
     try:
         if file.is_file():
             return dict(json.loads(file.read_text(encoding="utf-8")))
     except ValueError as error:
-        raise CheckpointError(f"{file} is no JSON: {error}", hint="copy it from the original model") from error
+        raise CheckpointError(f"{file} is not valid JSON: {error}", hint="copy it from the original model") from error
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is None:
-        raise _unknown(f"it is Python code ({type(tokenizer).__name__}) and no tokenizer.json")
+        raise _unknown(f"it is Python code ({type(tokenizer).__name__}), expected a tokenizer.json")
     return dict(json.loads(backend.to_str()))
 
 
 def _unknown(why: str) -> FormatError:
     return FormatError(
-        f"llama.cpp has no tokenizer that does what the model's does: {why}",
-        hint="the safetensors formats keep the tokenizer as it is",
+        f"llama.cpp has no tokenizer equivalent to that of the model: {why}",
+        hint="use a safetensors format, which keeps the tokenizer unchanged",
     )

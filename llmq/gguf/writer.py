@@ -1,10 +1,11 @@
-"""A GGUF file from a model's folder and the tensors that shall be in it.
+"""Write a GGUF file from the folder of a model and a list of tensors.
 
-Tensors come with their Hugging Face names and are read one at a time, when their turn comes; what changes on the way is
-what llama.cpp's own converter changes: names, the order of q's and k's rows where its rotation is another, norms that
-the model applies as 1 + w, experts stacked into one tensor.  None of that rounds a block: rows stay whole.
+Tensors are given with their Hugging Face names and are read one at a time, when they are written.  The writer makes the
+same changes as llama.cpp's converter: names, the order of the rows of q and k where llama.cpp's rotation needs it,
+norms that the model applies as 1 + w, and experts stacked in one tensor.  Rows are moved as a whole, so blocks do not
+change.
 
-The file appears under its name when it is complete.
+The file gets its final name when it is complete.
 """
 
 import math
@@ -30,17 +31,17 @@ from llmq.model.build.skeleton import load_config
 Array = NDArray[Any]
 
 FILE_TYPES: Mapping[str, str] = MappingProxyType({"Q4_K": "MOSTLY_Q4_K_M", "Q5_K": "MOSTLY_Q5_K_M"})
-"""Most common type -> `general.file_type`, where it is not MOSTLY_ and the type's name."""
+"""Most common type -> `general.file_type`, where that differs from MOSTLY_ + the name of the type."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor that shall be in the file.
+    """A tensor to write.
 
     name   its Hugging Face name
     kind   GGUF type; None where it is not quantized: then F32 for norms and other small tensors, F16 for the rest
     shape  of the weight, not of its bytes
-    read   gives (N, bytes of a row) uint8 for a quantized type, else floats of that shape; called once
+    read   returns uint8 (N, bytes of a row) for a quantized type, else floats of this shape; called once
     """
 
     name: str
@@ -51,11 +52,11 @@ class Stored:
 
 @dataclass(frozen=True)
 class Written:
-    """What has become of it.
+    """The content of the written file.
 
     kinds    GGUF name -> type
-    skipped  Hugging Face names that a GGUF file of this architecture has no place for, or does not need
-    notes    what a user should know
+    skipped  Hugging Face names of tensors that a GGUF file of this architecture does not hold or does not need
+    notes    for the user
     """
 
     file: Path
@@ -65,13 +66,13 @@ class Written:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Type -> how many tensors have it."""
+        """Type -> the number of tensors of this type."""
         return dict(Counter(self.kinds.values()))
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """A tensor of the file: one of the model's, or the experts of a layer, in their order."""
+    """A tensor of the file: one tensor of the model, or the experts of a layer in their order."""
 
     name: str
     kind: str
@@ -90,9 +91,9 @@ class _Entry:
 
 
 def write(file: Path, folder: Path, tensors: Iterable[Stored]) -> Written:
-    """Write `file`; config, tokenizer and the rest of what describes the model are those in `folder`.
+    """Write `file`; `folder` holds config, tokenizer and all other files that describe the model.
 
-    Raises UnsupportedModelError and FormatError for what llama.cpp cannot run, StorageError for what the system says.
+    Raises UnsupportedModelError and FormatError for a model that llama.cpp cannot run, StorageError if writing fails.
     """
     import gguf
 
@@ -125,7 +126,7 @@ def write(file: Path, folder: Path, tensors: Iterable[Stored]) -> Written:
             writer.close()
             sync_file(partial)
             partial.replace(file)
-        except BaseException:  # Ctrl-C too: a full disk gets its space back
+        except BaseException:  # also for Ctrl-C: the partial file must not take up space
             writer.close()
             partial.unlink(missing_ok=True)
             raise
@@ -133,15 +134,15 @@ def write(file: Path, folder: Path, tensors: Iterable[Stored]) -> Written:
     if moved:
         most = max(moved, key=lambda name: moved[name])
         notes.append(
-            f"{len(moved)} tensors are stored as F16, which moves their values by at most {moved[most]:.1e} ({most})"
+            f"{len(moved)} tensors are stored as F16, which changes their values by at most {moved[most]:.1e} ({most})"
         )
     kinds = {**{entry.name: entry.kind for entry in entries}, **dict.fromkeys(extra.tensors, "F32")}
     return Written(file, kinds, tuple(skipped), tuple(notes))
 
 
 def _entries(tensors: Iterable[Stored], names: Names, config: Mapping[str, Any]) -> tuple[list[_Entry], list[str]]:
-    """The tensors by their places, in the order in which they came."""
-    found: dict[str, dict[int | None, Stored]] = {}
+    """The tensors of the file, in the given order, and the names of those that are skipped."""
+    by_place: dict[str, dict[int | None, Stored]] = {}
     skipped, unknown = [], []
     for tensor in tensors:
         place = names.place(tensor.name)
@@ -151,26 +152,26 @@ def _entries(tensors: Iterable[Stored], names: Names, config: Mapping[str, Any])
         elif place is None:
             unknown.append(tensor.name)
         else:
-            found.setdefault(place.name, {})[place.expert] = tensor
+            by_place.setdefault(place.name, {})[place.expert] = tensor
     if unknown:
         raise FormatError(
             f"llama.cpp's architecture has no tensor for {', '.join(unknown[:4])}"
             + (f" and {len(unknown) - 4} more" if len(unknown) > 4 else ""),
-            hint="the safetensors formats hold any model",
+            hint="use a safetensors format, which can hold any model",
         )
-    return [_entry(name, parts) for name, parts in found.items()], skipped
+    return [_entry(name, parts) for name, parts in by_place.items()], skipped
 
 
 def _entry(name: str, parts: Mapping[int | None, Stored]) -> _Entry:
     stacked = None not in parts
     ordered = tuple(parts[i] for i in sorted(parts, key=lambda expert: -1 if expert is None else expert))
     if stacked and sorted(parts, key=str) != sorted(range(len(parts)), key=str):
-        raise FormatError(f"{name} is to be made of the experts {sorted(map(str, parts))}, some are missing")
+        raise FormatError(f"some experts of {name} are missing, it has only {sorted(map(str, parts))}")
     kinds, shapes = {part.kind for part in ordered}, {part.shape for part in ordered}
     if len(kinds) > 1 or len(shapes) > 1:
         raise FormatError(
-            f"{name} holds all experts of a layer in one type, these have {sorted(map(str, kinds))}",
-            hint="quantize all experts of a layer alike",
+            f"{name} holds all experts of a layer in one type, but these have {sorted(map(str, kinds))}",
+            hint="quantize all experts of a layer with the same settings",
         )
     kind = ordered[0].kind
     if kind is None:
@@ -180,7 +181,7 @@ def _entry(name: str, parts: Mapping[int | None, Stored]) -> _Entry:
 
 
 def _data(entry: _Entry, arch: Architecture, config: Mapping[str, Any], moved: dict[str, float]) -> Array:
-    """The bytes of a tensor, as they stand in the file."""
+    """The bytes of a tensor as in the file."""
     rows = [_rows(entry, part, arch, config, moved) for part in entry.parts]
     return (np.stack(rows) if entry.stacked else rows[0]).reshape(entry.bytes_shape)
 
@@ -201,7 +202,7 @@ def _rows(entry: _Entry, part: Stored, arch: Architecture, config: Mapping[str, 
 
 
 def rotated_heads(name: str, config: Mapping[str, Any]) -> int | None:
-    """How many heads a tensor of the file has that is rotated: those of q or of k; None for every other."""
+    """The number of heads if the tensor is rotated, which is q or k; None for all other tensors."""
     if ".attn_q." in name:
         return int(config["num_attention_heads"])
     if ".attn_k." in name:
@@ -214,7 +215,7 @@ def _check_halves(name: str, weight: Array, packed: Array, moved: dict[str, floa
     for one, other in zip(weight, halves, strict=True):  # a row at a time: an embedding is large
         error = max(error, float(np.abs(one - other.astype(np.float32)).max(initial=0.0)))
     if not math.isfinite(error):
-        raise FormatError(f"{name} has values beyond those of F16, which ends at {np.finfo(np.float16).max:g}")
+        raise FormatError(f"{name} has values beyond the range of F16, expected at most {np.finfo(np.float16).max:g}")
     if error:
         moved[name] = error
 
@@ -227,7 +228,7 @@ def _vocabulary(entries: Iterable[_Entry]) -> int:
 
 
 def _file_type(entries: Iterable[_Entry]) -> int:
-    """The one of `general.file_type` that says what most weights are."""
+    """The value of `general.file_type` for the type of most weights."""
     import gguf
 
     weights: Counter[str] = Counter()

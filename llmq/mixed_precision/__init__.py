@@ -1,1 +1,1 @@
-"""`--target-bits`: what each layer costs on each grid, a knapsack over that, and the overrides that follow."""
+"""`--target-bits`: the error of each layer on each grid, a knapsack problem over these, and the resulting overrides."""

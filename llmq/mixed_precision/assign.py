@@ -1,18 +1,18 @@
-"""`--target-bits`: which layers get more bits than others, so that the model suffers least.
+"""`--target-bits`: choose which layers get more bits, so that the loss of the model is as low as possible.
 
     minimise  Σ_u ε_u,c(u)    where    Σ_u bits_u,c(u) ≤ target · Σ_u weights_u
 
-over one choice c(u) for each unit u of layers that must be alike (`mixed_precision/sensitivity.py` finds the units, and
-measures ε as the KL divergence that the choice alone causes; `mixed_precision/knapsack.py` solves it).  Choices are 4
-bits in groups of 128 or of 32, 8 bits in groups of 128, the grid that the run asks for, and to leave the unit as it
-is, at no loss.  All of them are what serving engines load, side by side in one file: fused layers share their grid.
+over one choice c(u) for each unit u, a set of layers that must have the same grid. `mixed_precision/sensitivity.py`
+finds the units and measures ε, the KL divergence that the choice alone causes; `mixed_precision/knapsack.py` solves the
+problem. The choices are 4 bits in groups of 128 or of 32, 8 bits in groups of 128, the grid of the settings, and float,
+which causes no loss. Serving engines load all of these grids in one file, because fused layers share their grid.
 
-Bits are all that the format writes for a weight (codes, scales, zeros, and what else it wants), averaged over the
-layers that the run would quantize; a layer that is left as it is counts with all of its bits.  Layers that a `--skip`
-or an `--override` names are not touched.
+Bits include everything that the format writes for a weight (quantized values, scales, zero points and other tensors),
+averaged over the layers that the run would quantize; a layer that is kept in float counts with its bits in float.
+Layers that match a `--skip` or an `--override` are not changed.
 
-The plan becomes overrides and skips of the run's own settings.  They are stored with the model, so the same model can
-be made again from them without measuring; nothing is drawn at random, so a repeated command comes to the same plan.
+The assignment becomes overrides and skips in the settings of the run. They are stored with the model, so the same model
+can be made again from them without measuring. Nothing is random, so a repeated command makes the same choices.
 """
 
 import functools
@@ -40,39 +40,45 @@ from llmq.report.sensitivity import Sensitivity, Unit
 from llmq.runtime.open_skeleton import stored_bytes
 from llmq.steps.layer_plans import alike, plan_layers
 
-LEFT = "as it is"
-MANY = 8  # layers of one unit
+LEFT = "float"
+MANY = 8  # units with at least this many layers get one pattern
 GRIDS = ((4, 128), (4, 32), (8, 128))  # bits, group size
 
 
 @dataclass(frozen=True)
 class Spending:
-    """A plan: each unit's grid, None where it stays as it is; bits on average; the KL that it should cost."""
+    """An assignment of grids to units.
 
-    asked: float
+    target  the requested bits per weight
+    bits    the bits per weight of the assignment
+    kl      the predicted KL divergence
+    grids   one per unit, None for float
+    """
+
+    target: float
     bits: float
     kl: float
     grids: tuple[str | None, ...]
     units: tuple[Unit, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values: what each layer gets, by its name."""
+        """Plain values, with the grid of each layer by its name."""
         pairs = zip(self.grids, self.units, strict=True)
         layers = {name: grid or LEFT for grid, unit in pairs for name in unit.names}
-        return {"asked": self.asked, "bits_per_weight": self.bits, "predicted_kl": self.kl, "layers": layers}
+        return {"asked": self.target, "bits_per_weight": self.bits, "predicted_kl": self.kl, "layers": layers}
 
     def __str__(self) -> str:
         layers: dict[str, int] = {}
         for grid, unit in zip(self.grids, self.units, strict=True):
             layers[grid or LEFT] = layers.get(grid or LEFT, 0) + len(unit.names)
         parts = ", ".join(f"{layers[grid]} layers {grid}" for grid in sorted(layers))
-        return f"{self.bits:.3f} of {self.asked:g} bits: {parts}; predicted KL {self.kl:.4g}"
+        return f"{self.bits:.3f} of {self.target:g} bits: {parts}; predicted KL {self.kl:.4g}"
 
 
-def schemes_to_try(asked: WeightScheme, grids: Iterable[tuple[int, int]] = GRIDS) -> list[WeightScheme]:
-    """The grids to choose from, with zeros as the run has them; the one that it asks for is among them."""
-    tried = [WeightScheme(bits, size, asked.symmetric) for bits, size in grids]
-    return list(dict.fromkeys([*tried, asked]))
+def schemes_to_try(scheme: WeightScheme, grids: Iterable[tuple[int, int]] = GRIDS) -> list[WeightScheme]:
+    """The schemes to choose from, symmetric or not like the `scheme` of the settings, which is one of them."""
+    tried = [WeightScheme(bits, size, scheme.symmetric) for bits, size in grids]
+    return list(dict.fromkeys([*tried, scheme]))
 
 
 def ask(
@@ -84,9 +90,9 @@ def ask(
     options: Options,
     schemes: Sequence[WeightScheme] = (),
 ) -> Question:
-    """What is to be measured on `schemes`, by default those to choose from: every layer that the run would quantize.
+    """The layers to measure, those that the run would quantize, on `schemes`; default: the schemes to choose from.
 
-    Raises ConfigError where the format or the target of the settings rules every plan out.
+    Raises ConfigError if the format or the target of the settings makes every assignment impossible.
     """
     name = skeleton.weights.module_name
     linears = {path: module for block in skeleton.blocks for path, module in block.linears.items()}
@@ -95,7 +101,7 @@ def ask(
     tried = schemes or schemes_to_try(settings.scheme)
     if settings.target_bits is not None and layout.one_grid:
         raise ConfigError(
-            f"{layout.name} files have one grid for all layers, and --target-bits chooses one for each",
+            f"{layout.name} files have one grid for all layers, but --target-bits chooses one for each layer",
             hint="use --format compressed-tensors, or gptq",
         )
     layers = candidates(shapes, stored_bits, tried, settings, layout, dtype_of(options.scale_dtype), skeleton.alike())
@@ -113,17 +119,20 @@ def candidates(
     scale_dtype: torch.dtype,
     units: Sequence[Sequence[str]] = (),
 ) -> dict[str, Layer]:
-    """By its path, each layer of `shapes` (name, out_features, in_features) that may be given any of `schemes`.
+    """By path, each layer of `shapes` (name, out_features, in_features) that can have one of `schemes`.
 
-    `stored_bits` is what each takes as it is; the layers of each of the `units` are alike.  Raises ConfigError for a
-    scheme that the format can never hold.
+    `stored_bits` is the size of each layer in float; the layers of each of the `units` get the same scheme. Raises
+    ConfigError for a scheme that the format cannot hold.
     """
-    settled = {path for path, shape in shapes.items() if _settled(shape[0], settings)}
-    settled.update(path for unit in units if settled.intersection(unit) for path in unit)
-    free = {path: shape for path, shape in shapes.items() if path not in settled}
-    units = [unit for unit in units if not settled.intersection(unit)]
+    fixed = {path for path, shape in shapes.items() if _fixed_by_user(shape[0], settings)}
+    fixed.update(path for unit in units if fixed.intersection(unit) for path in unit)
+    free = {path: shape for path, shape in shapes.items() if path not in fixed}
+    units = [unit for unit in units if not fixed.intersection(unit)]
     if not free:
-        raise ConfigError("no layer is left to spend bits on", hint="see --skip and --override")
+        raise ConfigError(
+            "no layer is left for --target-bits: --skip and --override match all of them",
+            hint="use fewer --skip and --override patterns",
+        )
 
     @functools.cache
     def packed_bits(rows: int, columns: int, scheme: WeightScheme) -> int:
@@ -134,46 +143,47 @@ def candidates(
         plain = settings.replace(scheme=scheme, overrides=(), target_bits=None)
         plans = dict(zip(free, plan_layers(free.values(), plain, layout), strict=True))
         by_scheme.append(alike(plans, units, plain, layout))
-    found = {}
+    layers = {}
     for path, (name, rows, columns) in free.items():
-        each = [plans[path] for plans in by_scheme]
-        ways = tuple(
-            Candidate(grid, packed_bits(rows, columns, grid) if grid else stored_bits[path])
-            for grid in (plan.scheme.weights for plan in each)
+        schemes_of_layer = [plans[path].scheme.weights for plans in by_scheme]
+        choices = tuple(
+            Candidate(scheme, packed_bits(rows, columns, scheme) if scheme else stored_bits[path])
+            for scheme in schemes_of_layer
         )
-        if any(way.scheme is not None for way in ways):
-            found[path] = Layer(name, rows * columns, stored_bits[path], ways)
-    return found
+        if any(choice.scheme is not None for choice in choices):
+            layers[path] = Layer(name, rows * columns, stored_bits[path], choices)
+    return layers
 
 
 def _require_reachable(layers: Iterable[Layer], target: float) -> None:
-    """Refuse a target below what the smallest grids take."""
-    listed = list(layers)
-    least = sum(min(way.bits for way in layer.candidates) for layer in listed) / sum(layer.weights for layer in listed)
+    """Raise ConfigError for a target below the size of the smallest grids."""
+    measured = list(layers)
+    smallest = sum(min(choice.bits for choice in layer.candidates) for layer in measured)
+    least = smallest / sum(layer.weights for layer in measured)
     if least > target:
         raise ConfigError(
-            f"{target:g} bits a weight are asked for, and the smallest grids take {least:.3f}, scales counted",
-            hint=f"ask for {math.ceil(100 * least) / 100:.2f} or more, or add a smaller grid: --bits 3",
+            f"the target is {target:g} bits per weight, but the smallest grids take {least:.3f}, including scales",
+            hint=f"give {math.ceil(100 * least) / 100:.2f} or more, or add a smaller grid: --bits 3",
         )
 
 
-def spend(found: Sensitivity, target: float) -> Spending:
-    """The plan of least predicted KL within `target` bits a weight; raises ConfigError where there is none."""
-    weights = sum(unit.weights for unit in found.units)
+def spend(measured: Sensitivity, target: float) -> Spending:
+    """The assignment with the least predicted KL and at most `target` bits per weight; ConfigError if impossible."""
+    weights = sum(unit.weights for unit in measured.units)
     choices = [
         [*(Choice(effect.bits, effect.kl) for effect in unit.effects), Choice(unit.float_bits, 0.0)]
-        for unit in found.units
+        for unit in measured.units
     ]
-    taken = allocate(choices, int(target * weights))
-    spent = [each[index] for each, index in zip(choices, taken, strict=True)]
-    grids = tuple(None if index == len(found.grids) else found.grids[index] for index in taken)
-    return Spending(target, sum(s.bits for s in spent) / weights, sum(s.loss for s in spent), grids, found.units)
+    indices = allocate(choices, int(target * weights))
+    spent = [choices_of_unit[index] for choices_of_unit, index in zip(choices, indices, strict=True)]
+    grids = tuple(None if index == len(measured.grids) else measured.grids[index] for index in indices)
+    return Spending(target, sum(s.bits for s in spent) / weights, sum(s.loss for s in spent), grids, measured.units)
 
 
 def settled(settings: QuantConfig, plan: Spending) -> QuantConfig:
-    """The settings that carry a plan out: an override or a skip for each layer that gets something else than the rest.
+    """The settings with the assignment: an override or a skip for each layer that differs from `settings.scheme`.
 
-    They ask for no target any more.
+    Their `target_bits` is None.
     """
     overrides, skip = list(settings.overrides), list(settings.skip)
     for grid, unit in zip(plan.grids, plan.units, strict=True):
@@ -200,7 +210,7 @@ def _override(pattern: str, scheme: WeightScheme) -> Override:
 
 
 def _patterns(unit: Unit, units: Iterable[Unit]) -> tuple[str, ...]:
-    """What fits the layers of a unit and no others: their names, but one pattern for the many of a layer's experts."""
+    """Patterns that match only the layers of a unit: their names, or one pattern for the experts of a layer."""
     if len(unit.names) < MANY:
         return unit.names
     prefix = os.path.commonprefix(unit.names).rpartition(".")[0]
@@ -208,13 +218,13 @@ def _patterns(unit: Unit, units: Iterable[Unit]) -> tuple[str, ...]:
     return unit.names if not prefix or any(name.startswith(f"{prefix}.") for name in others) else (f"{prefix}.*",)
 
 
-def _settled(name: str, settings: QuantConfig) -> bool:
-    """Whether the user has said what is to become of a layer."""
+def _fixed_by_user(name: str, settings: QuantConfig) -> bool:
+    """Whether a --skip or an --override matches a layer."""
     return any(matches(pattern, name) for pattern in (*settings.skip, *(o.pattern for o in settings.overrides)))
 
 
 def _packed_bits(rows: int, columns: int, scheme: WeightScheme, layout: Layout, scale_dtype: torch.dtype) -> int:
-    """What the format takes for such a weight, found by packing an empty one: some files hold more than they must."""
+    """The size of a weight in the format, found by packing an empty one: some formats add further tensors."""
     groups = columns // scheme.columns_per_group(columns)
     zeros = None if scheme.symmetric else torch.zeros(rows, groups, dtype=torch.int16)
     codes, scales = torch.zeros(rows, columns, dtype=torch.uint8), torch.ones(rows, groups, dtype=scale_dtype)

@@ -1,25 +1,25 @@
-"""How much each layer suffers from each grid, in the KL divergence of the whole model.
+"""The sensitivity of each layer to each grid, as the KL divergence of the whole model.
 
-Layers that must be alike, because serving engines run them as one, make a *unit*: those that see one input (q, k and
-v; gate and up), and all of one list of modules inside a block (experts).  Neither is found by name.  For each unit and
-grid the model is run with that unit alone rounded, everything else as it was, on windows that the rounding was not
-fitted on:
+Layers that must have the same grid, because serving engines run them as one, are a *unit*: layers that share an input
+(q, k and v; gate and up), and all layers in one list of modules inside a block (experts). Units are not found by name.
+For each unit and grid the model is run with only this unit quantized, on validation sequences, on which the
+quantization was not fitted:
 
     ε_u,g = KL(float ‖ float with unit u on grid g)        nats per token
 
-A loss has no slope at the float model, so to second order the KL of a whole plan is a quadratic form in what is done
-to the units; with the errors of different units uncorrelated its cross terms vanish, and Σ_u ε_u,g(u) predicts it (the
-same assumption as in HAWQ-V2, Dong et al. 2019, arXiv:1911.03852, measured and not taken from a Hessian).
-eval/LOG.md says how far that holds.
+The KL divergence has a minimum at the float model, so to second order the KL of a whole assignment is a quadratic form
+in the changes of the units. If the errors of different units are uncorrelated, its cross terms vanish, and Σ_u ε_u,g(u)
+predicts it. This is the assumption of HAWQ-V2 (Dong et al. 2019, arXiv:1911.03852), but ε is measured and not derived
+from a Hessian. eval/LOG.md shows how well it holds.
 
-All variants are on their way through the blocks side by side: in front of block i there are the float model's hidden
-states and, for each unit before i and each grid, those of the model that was changed there.  So each block is read
-once, and what lives across blocks are hidden states of a few windows.  The time is that of
-units x grids x half the model.  For a model of many blocks only the coarsest grid is run; the others are scaled:
+All variants go through the blocks together: before block i there are the hidden states of the float model and, for each
+unit before i and each grid, those of the model in which this unit is quantized. So each block is read once, and only
+hidden states of a few sequences are kept from one block to the next. The time is that of units x grids x half the
+model. For models with many blocks only the coarsest grid g₀ is run; the values of the others are scaled:
 
     ε_u,g = ε_u,g₀ · E_u(g) / E_u(g₀)       E_u(g) = Σ_rows (w - ŵ) H (w - ŵ)ᵀ
 
-which is the same expansion in one direction: the KL grows as the square of the error that a unit's output has.
+This is the same expansion in one direction: the KL grows with the square of the error of a unit's output.
 """
 
 from collections.abc import Mapping, Sequence
@@ -48,13 +48,13 @@ from llmq.numerics.scheme import WeightScheme
 from llmq.report.events import OnEvent, Progress, ignore
 from llmq.report.sensitivity import Effect, Sensitivity, Unit
 
-WINDOWS = 8  # on which the KL is measured, by default
-MEASURED_BLOCKS = 16  # up to so many blocks, every grid is measured by itself
+WINDOWS = 8  # default number of sequences on which the KL is measured
+MEASURED_BLOCKS = 16  # in models with at most this many blocks, every grid is measured
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to store one layer: `scheme` None leaves it as it is; `bits` that it takes, scales and zeros counted."""
+    """A way to store one layer: `scheme` (None: float) and the total `bits`, including scales and zero points."""
 
     scheme: WeightScheme | None
     bits: int
@@ -62,7 +62,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer in question: its name in the checkpoint, its size, what it takes now, and a candidate for each grid."""
+    """A layer to measure: its name in the checkpoint, number of weights, bits in float, and one candidate per grid."""
 
     name: str
     weights: int
@@ -72,7 +72,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked: `layers` by their paths in the model, the names of the `grids`, and how layers are rounded."""
+    """What to measure: `layers` by path in the model, the names of the `grids`, and the rounding stage with options."""
 
     layers: Mapping[str, Layer]
     grids: tuple[str, ...]
@@ -82,15 +82,15 @@ class Question:
 
 @dataclass
 class _Variant:
-    """A model of which one unit is rounded: its hidden states (…, B, T, D), a tensor a batch."""
+    """A model in which one unit is quantized: its hidden states, one tensor (…, B, T, D) per batch."""
 
     hidden: list[Tensor]
-    kl: float = 0.0  # once the head was run
+    kl: float = 0.0  # set when the head has been run
 
 
 @dataclass
 class _Trial:
-    """A unit on its way: an error for each grid, and a variant for each that is measured."""
+    """A unit while it is measured: the error of each grid, and a variant for each grid that is run."""
 
     block: str
     layers: tuple[Layer, ...]
@@ -117,8 +117,10 @@ def measure(
 ) -> Sensitivity:
     """Run the model for every unit.
 
-    `windows` (S, T) int64: the last `judged` of them measure, the others are what roundings are fitted on, `batch` at a
-    time.  `exact` runs every grid, which is the default where there are few blocks.
+    windows  (S, T) int64, sequences
+    judged   number of sequences, the last ones, on which the KL is measured; quantization is fitted on the others
+    batch    number of sequences that run together for fitting
+    exact    run every grid; default: only in models with few blocks
     """
     exact = len(skeleton.blocks) <= MEASURED_BLOCKS if exact is None else exact
     variants = len(question.layers) * (len(question.grids) if exact else 1)
@@ -142,27 +144,27 @@ def measure(
     return Sensitivity(question.grids, units, judged, tokens.numel(), notes)
 
 
-def _affordable(skeleton: Skeleton, windows: Tensor, asked: int, variants: int) -> tuple[int, tuple[str, ...]]:
-    """How many windows can be measured on: some must be left to fit on, and memory must hold every variant's."""
+def _affordable(skeleton: Skeleton, windows: Tensor, requested: int, variants: int) -> tuple[int, tuple[str, ...]]:
+    """The number of sequences to measure on, and notes: one is needed for fitting, and all variants must fit."""
     if len(windows) == 1:
-        return 1, ("there is one window of text, and the layers were measured on what their rounding was fitted on",)
-    asked = min(asked, len(windows) - 1)
-    window = skeleton.record(0, windows[:1]).hidden.nbytes
+        return 1, ("there is one sequence of text, so the layers were measured on the text that they were fitted on",)
+    requested = min(requested, len(windows) - 1)
+    sequence = skeleton.record(0, windows[:1]).hidden.nbytes
     blocks = memory.BLOCK_COPIES_TO_QUANTIZE * max(block.float_bytes for block in skeleton.blocks)
-    fits = (memory.spare(skeleton.device) // 2 - blocks) // (window * (variants + 1))
+    fits = (memory.spare(skeleton.device) // 2 - blocks) // (sequence * (variants + 1))
     if fits < 1:
         raise CalibrationError(
             f"the hidden states of {variants} variants of the model do not fit into memory, not even those of one "
-            f"window of {windows.shape[1]} tokens",
+            f"sequence of {windows.shape[1]} tokens",
             hint="lower --seqlen",
         )
-    if fits < asked:
-        return fits, (f"measured on {fits} windows instead of {asked}, as more do not fit into memory",)
-    return asked, ()
+    if fits < requested:
+        return fits, (f"measured on {fits} sequences instead of {requested}, more do not fit into memory",)
+    return requested, ()
 
 
 class _Measuring:
-    """The float model's text, that of all variants, and the text that roundings are fitted on, block by block."""
+    """The streams of the float model, of all variants, and of the fitted text, block by block."""
 
     def __init__(self, question: Question, exact: bool, floats: Stream, fitted: Stream) -> None:
         self.floats = floats
@@ -173,7 +175,7 @@ class _Measuring:
 
     @torch.no_grad()
     def visit(self, block: Block) -> None:
-        """Run the float model and all variants through a loaded block, and add its own units to the trials."""
+        """Run the float model and all variants through a loaded block, and add the units of the block to the trials."""
         calls = list(self.floats.calls())
         for trial in self.trials:
             for variant in trial.variants.values():
@@ -182,23 +184,23 @@ class _Measuring:
         groups = input_groups.input_groups(block, self._fitted.sample(memory.PROBE_TOKENS))
         observed = input_groups.statistics(block, groups, self._fitted.calls())
         for unit in units_of(block, groups):
-            # An expert that no token reached is stored like the others of its layer, and costs nothing here.
-            seen = {g: observed[g] for g in unit if observed[g].tokens or block.is_experts(g.names[0])}
-            self._try(block, seen, calls)
+            # An expert that no token reached is stored like the other experts of its layer, and has no error here.
+            stats = {g: observed[g] for g in unit if observed[g].tokens or block.is_experts(g.names[0])}
+            self._try(block, stats, calls)
         self.floats.past(block)
         self._fitted.past(block)
 
-    def _try(self, block: Block, seen: Mapping[InputGroup, InputStats], calls: Sequence[Call]) -> None:
-        """Put a unit on each grid, and start a variant of the model for each that is measured."""
+    def _try(self, block: Block, unit: Mapping[InputGroup, InputStats], calls: Sequence[Call]) -> None:
+        """Quantize a unit on each grid, and start a variant of the model for each grid that is run."""
         question = self._question
-        paths = [path for group in seen for path in group.names if path in question.layers]
+        paths = [path for group in unit for path in group.names if path in question.layers]
         if not paths:
             return
         trial = _Trial(block.path, tuple(question.layers[path] for path in paths))
-        factors = {group: _factor(stats, question) for group, stats in seen.items()}
+        factors = {group: _factor(stats, question) for group, stats in unit.items()}
         originals = {path: block.weight(path) for path in paths}
         for grid in range(len(question.grids)):
-            trial.errors.append(sum(_round(block, g, grid, seen[g], factors[g], question) for g in seen))
+            trial.errors.append(sum(_round(block, g, grid, unit[g], factors[g], question) for g in unit))
             if self._exact or grid == trial.coarsest:
                 trial.variants[grid] = _Variant([block.run(call) for call in calls])
             for path, weight in originals.items():
@@ -207,16 +209,16 @@ class _Measuring:
 
 
 def units_of(block: Block, groups: Sequence[InputGroup]) -> list[list[InputGroup]]:
-    """The groups that must be alike: each alone, but for experts, and those inside of one list of modules."""
+    """The groups of each unit: a single group, or all groups inside a list of modules or a layer of experts."""
     units: dict[str, list[InputGroup]] = {}
     for group in groups:
-        home = _list_around(block, group.names[0])
-        units.setdefault(group.names[0] if home is None else home, []).append(group)
+        module_list = _list_around(block, group.names[0])
+        units.setdefault(group.names[0] if module_list is None else module_list, []).append(group)
     return list(units.values())
 
 
 def _list_around(block: Block, path: str) -> str | None:
-    """The first module list of the block, on the way to `path`, that has several members."""
+    """The outermost module list with several members, or layer of experts, that contains the layer at `path`."""
     inside = path.removeprefix(f"{block.path}.").split(".")
     for depth in range(1, len(inside)):
         module = block.module.get_submodule(".".join(inside[:depth]))
@@ -226,7 +228,7 @@ def _list_around(block: Block, path: str) -> str | None:
 
 
 def _factor(stats: InputStats, question: Question) -> Factor | None:
-    """Made once for all grids, where the rounding asks for one."""
+    """The factor of the Hessian, shared by all grids; None if the rounding stage does not use it."""
     needed = algorithms.rounding(question.rounding).NEEDS_FACTOR and stats.tokens > 0
     return factorize(stats.second_moment(), question.options.order, question.options.damping) if needed else None
 
@@ -234,39 +236,39 @@ def _factor(stats: InputStats, question: Question) -> Factor | None:
 def _round(
     block: Block, group: InputGroup, grid: int, stats: InputStats, factor: Factor | None, question: Question
 ) -> float:
-    """Put a group's weights on a grid; returns  Σ (w - ŵ) H (w - ŵ)ᵀ."""
-    together: dict[WeightScheme, list[str]] = {}
+    """Quantize a group's weights on a grid; returns  Σ (w - ŵ) H (w - ŵ)ᵀ."""
+    by_scheme: dict[WeightScheme, list[str]] = {}
     for path in group.names:
         scheme = question.layers[path].candidates[grid].scheme if path in question.layers else None
         if scheme is not None:
-            together.setdefault(scheme, []).append(path)
+            by_scheme.setdefault(scheme, []).append(path)
     error = 0.0
-    for scheme, paths in together.items():
+    for scheme, paths in by_scheme.items():
         weights = [block.weight(path) for path in paths]
         stage = algorithms.rounding(question.rounding if stats.tokens else "rtn")
         rounding = stage.round_weight(torch.cat(weights), stats, scheme, question.options, factor)
-        rounded = rounding.quantized.dequantize()
-        error += float(output_error(torch.cat(weights), rounded, stats.second_moment()).sum(dtype=torch.float64))
-        for path, rows in zip(paths, rounded.split([len(weight) for weight in weights]), strict=True):
+        dequantized = rounding.quantized.dequantize()
+        error += float(output_error(torch.cat(weights), dequantized, stats.second_moment()).sum(dtype=torch.float64))
+        for path, rows in zip(paths, dequantized.split([len(weight) for weight in weights]), strict=True):
             block.set_weight(path, rows)
     return error
 
 
 @torch.no_grad()
 def _score(skeleton: Skeleton, floats: Stream, variants: list[_Variant]) -> None:
-    """The mean KL of each variant, from its last hidden states and the float model's."""
+    """Compute the mean KL of each variant, from its last hidden states and those of the float model."""
     total = floats.text.tokens.numel()
     for index, batch in enumerate(floats.text.batches()):
         tokens = floats.text.of(batch)
         expected = skeleton.logits(tokens, floats.last(batch))
         for variant in variants:
             scores = scoring.score(skeleton.logits(tokens, variant.hidden[index]), tokens, expected)
-            assert scores.beside is not None, "compared with the float model's logits"
-            variant.kl += float(scores.beside.divergence.sum(dtype=torch.float64)) / total
+            assert scores.comparison is not None, "compared with the float model's logits"
+            variant.kl += float(scores.comparison.divergence.sum(dtype=torch.float64)) / total
 
 
 def _unit(trial: _Trial, grids: Sequence[str]) -> Unit:
-    """A trial that has come to its end."""
+    """The result of a finished trial."""
     base = trial.coarsest
     per_error = trial.variants[base].kl / trial.errors[base] if trial.errors[base] > 0 else 0.0
     effects = []

@@ -1,1 +1,1 @@
-"""Models without model definitions: build on the meta device, record, replay block by block, watch the matmuls."""
+"""Any causal language model: built on the meta device, run block by block, its linear layers observed with hooks."""

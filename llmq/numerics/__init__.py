@@ -1,1 +1,1 @@
-"""The values that everything passes on: schemes, grids, quantized tensors, statistics of inputs."""
+"""The data types that all parts of llmq share: schemes, grids, quantized tensors, statistics of inputs."""

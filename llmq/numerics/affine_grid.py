@@ -1,16 +1,17 @@
-"""The affine grid: choose scales and zeros, encode, decode.
+"""The affine grid: choose scales and zero points, and quantize weights with them.
 
     w  ≈  scale * (code - zero),     code in [0, 2**bits - 1]
 
-Columns of a row are cut into groups; each group has its own scale and zero (Jacob et al. 2018, arXiv:1712.05877,
-equation 1).  A symmetric grid fixes the zero in the middle, so that a min-max scale is max|w| / (levels / 2).
+Codes are the quantized values, unsigned integers; "zero" is the zero point.  The columns of a row are cut into groups,
+and each group has its own scale and zero point (Jacob et al. 2018, arXiv:1712.05877, equation 1).  A symmetric grid
+fixes the zero point in the middle, so that a min-max scale is max|w| / (levels / 2).
 
-Min-max spends levels on the rarest weights.  `fit_searched` shrinks (or stretches) the range instead, by whatever
-lowers the error  sum_j importance_j * (w_j - ŵ_j)²  of the group: 60 factors, then 16 finer ones around the best; an
-asymmetric grid also tries zeros up to two steps away.  Min-max is the first candidate, so no search loses to it.
-Scales are rounded to the dtype that the file will store *before* the error is computed, so that what was chosen is
-what is read back.  A symmetric grid has one code more below zero than above; where the largest weight is positive the
-scale is negative, so that this code serves it ("full range").
+Min-max uses up levels for the rarest weights.  `fit_searched` shrinks (or stretches) the range instead, by the factor
+that gives the lowest error  sum_j importance_j * (w_j - ŵ_j)²  of the group: 60 factors, then 16 finer ones around the
+best.  An asymmetric grid also tries zero points up to two steps away.  Min-max is the first candidate, so the search is
+never worse.  Scales are rounded to the dtype of the file *before* the error is computed, so that the file holds exactly
+the scales that were chosen.  A symmetric grid has one code more below zero than above.  Where the largest weight is
+positive, the scale is negative, so that this code is used for it ("full range").
 
 Not here: error compensation between columns (algorithms/gptq.py).
 """
@@ -29,14 +30,14 @@ from llmq_kernels.grid_search.torch_path import stored
 
 COARSE_STEPS, FINE_STEPS, ZERO_STEPS = 60, 16, 2
 LOWEST_FACTOR, HIGHEST_FACTOR = 0.5, 1.08
-LOWEST_FACTOR_2_BITS = 0.25  # four levels: the best range is often under half of the largest weight
-SMALLEST_SCALE = {torch.float16: 6.2e-5}  # below lie float16's subnormals, which engines flush to zero
+LOWEST_FACTOR_2_BITS = 0.25  # with four levels the best range is often under half of the largest weight
+SMALLEST_SCALE = {torch.float16: 6.2e-5}  # smaller ones are float16 subnormals, which engines flush to zero
 SMALLEST_SCALE_ELSEWHERE = 1e-9
 
 
 @dataclass(frozen=True)
 class Bounded:
-    """Scales of a dtype, none smaller than `smallest`: what several files, each with a dtype of its own, hold alike."""
+    """Scales of a dtype, none smaller than `smallest`: they fit in several files with different dtypes of scales."""
 
     dtype: torch.dtype
     smallest: float
@@ -47,9 +48,9 @@ ScaleDtype = torch.dtype | Bounded
 
 @dataclass(frozen=True)
 class Grid:
-    """scales (N, G) in their storage dtype; zeros (N, G) int16, or None where symmetric.
+    """scales (N, G) in their storage dtype; zeros (N, G) int16, the zero points, or None where symmetric.
 
-    In a two-level grid they follow from `superblocks`, and both are float32.
+    In a two-level grid both are float32 and are computed from `superblocks`.
     """
 
     scheme: WeightScheme
@@ -58,7 +59,7 @@ class Grid:
     superblocks: Superblocks | None = None
 
     def by_column(self, in_features: int) -> tuple[Tensor, Tensor]:
-        """float32 scales and zeros of every column, (N, K) each."""
+        """float32 scales and zero points of every column, (N, K) each."""
         groups = torch.arange(in_features, device=self.scales.device) // self.scheme.columns_per_group(in_features)
         scales = self.scales.to(torch.float32)[:, groups]
         if self.zeros is None:
@@ -75,8 +76,8 @@ class Grid:
 
 
 def fit_minmax(weight: Tensor, scheme: WeightScheme, scale_dtype: ScaleDtype) -> Grid:
-    """The grid whose range is that of each group of `weight` (N, K) float32."""
-    if scheme.two_level:  # its scales depend on each other, so there is no such thing
+    """The grid that covers exactly the range of each group of `weight` (N, K) float32."""
+    if scheme.two_level:  # scales depend on each other, so there is no min-max grid
         return fit_searched(weight, scheme, scale_dtype)
     return _assemble(weight.shape[0], scheme, scale_dtype, *_minmax(_grouped(weight, scheme), scheme, scale_dtype))
 
@@ -86,8 +87,8 @@ def fit_searched(
 ) -> Grid:
     """The grid of least error for each group of `weight` (N, K) float32; `importance` (K,) weighs the columns."""
     if scheme.two_level:
-        found = k_quant_grid.fit(weight, scheme, importance)
-        return Grid(scheme, *affine(found), found)
+        superblocks = k_quant_grid.fit(weight, scheme, importance)
+        return Grid(scheme, *affine(superblocks), superblocks)
     groups = _grouped(weight, scheme)  # (R, G, g)
     signs = _signs(groups) if scheme.symmetric else None
     groups = groups if signs is None else groups * signs[..., None]
@@ -105,7 +106,7 @@ def fit_searched(
 
 
 def storable(scales: Tensor, scale_dtype: ScaleDtype) -> Tensor:
-    """`scales` (N, G) float32 in the dtype of the file, none too small for it; signs are kept."""
+    """`scales` (N, G) float32 in the dtype of the file, raised to the smallest allowed scale; signs are kept."""
     return _stored(scales.abs(), scale_dtype).copysign(scales).to(dtype_of(scale_dtype))
 
 
@@ -131,7 +132,7 @@ def _candidates(scheme: WeightScheme, scale_dtype: ScaleDtype) -> Candidates:
 
 
 def _grouped(weight: Tensor, scheme: WeightScheme) -> Tensor:
-    """(N, K) -> (N, G, g); a per-tensor grid sees one group (1, 1, N * K)."""
+    """(N, K) -> (N, G, g); for a per-tensor grid one group (1, 1, N * K)."""
     if scheme.group_size == "tensor":
         return weight.reshape(1, 1, -1)
     return weight.reshape(weight.shape[0], -1, scheme.columns_per_group(weight.shape[1]))
@@ -143,7 +144,7 @@ def _signs(groups: Tensor) -> Tensor:
 
 
 def _minmax(groups: Tensor, scheme: WeightScheme, scale_dtype: ScaleDtype) -> tuple[Tensor, Tensor]:
-    """Scales and zeros (R, G) float32 from the range of each group of (R, G, g), zero always inside the range."""
+    """Scales and zero points (R, G) float32 from the range of each group of (R, G, g), extended to include zero."""
     if scheme.symmetric:
         scales = groups.abs().amax(-1) * (2 / scheme.levels)
         return _stored(scales, scale_dtype), torch.full_like(scales, scheme.middle)
@@ -163,6 +164,6 @@ def _stored(scales: Tensor, scale_dtype: ScaleDtype) -> Tensor:
 
 
 def _assemble(rows: int, scheme: WeightScheme, scale_dtype: ScaleDtype, scales: Tensor, zeros: Tensor) -> Grid:
-    """(R, G) float32 parts -> a `Grid`; a per-tensor scale is repeated for every row."""
+    """(R, G) float32 scales and zero points -> a `Grid`; a per-tensor scale is repeated for every row."""
     scales, zeros = (part.expand(rows, -1).contiguous() for part in (scales, zeros))
     return Grid(scheme, scales.to(dtype_of(scale_dtype)), None if scheme.symmetric else zeros.to(torch.int16))

@@ -1,7 +1,7 @@
-"""Another basis for what a layer is fed: W x = (W A)(A⁻¹ x), where A⁻¹ goes into whatever makes x.
+"""A change of basis for the inputs of a layer: W x = (W A)(A⁻¹ x), where A⁻¹ is folded into the layer that computes x.
 
-A *basis* is the tensor (K/d, d, d) float32 of the blocks along the diagonal of A, all else of which is zero.  With
-d = 1 these are scales, one for each column; with larger d, neighbouring columns are mixed.
+A is block-diagonal.  A *basis* is the tensor (K/d, d, d) float32 of its blocks.  With d = 1 these are scales, one per
+column; with larger d, neighbouring columns are mixed.
 """
 
 import torch
@@ -14,12 +14,12 @@ def scaling(scales: Tensor) -> Tensor:
 
 
 def repeated(matrix: Tensor, features: int) -> Tensor:
-    """The basis (features/d, d, d) that has `matrix` (d, d) all along its diagonal."""
+    """The basis (features/d, d, d) whose blocks all are `matrix` (d, d)."""
     return matrix.expand(features // len(matrix), -1, -1)
 
 
 def inverse(basis: Tensor) -> Tensor:
-    """A⁻¹, in float64 on the way."""
+    """A⁻¹ in the dtype of `basis`, computed in float64."""
     return 1 / basis if basis.shape[-1] == 1 else basis.double().inverse().to(basis.dtype)
 
 

@@ -1,9 +1,10 @@
 """The block types of GGUF that llmq quantizes to, and the recipes that choose among them.
 
-The file fixes the grid of a block type completely.
+A block type fixes the grid completely.
 
-A *superblock* of 256 columns has sub-blocks whose scales (and offsets) are small integers times one fp16 number that
-they share, so that a scale costs a quarter of a bit a weight and not a whole one.  The others are plain affine grids.
+A *superblock* has 256 columns in sub-blocks.  The scales (and offsets) of the sub-blocks are small integers times an
+fp16 number that all of them share, so that scales cost a quarter of a bit per weight instead of one bit.  Block types
+without superblocks are plain affine grids.
 
 Source: github.com/ggml-org/llama.cpp, ggml/src/ggml-common.h.
 """
@@ -16,14 +17,14 @@ SUPERBLOCK = 256  # columns
 
 @dataclass(frozen=True)
 class BlockType:
-    """One type: its grid, and what `columns` columns of a row take in the file.
+    """A block type: its grid, and the size of a block in the file.
 
-    bits       of a code
+    bits       bits per code (quantized value)
     group      columns that share a scale
-    symmetric  whether the zero is fixed in the middle; if not, a sub-block has an offset of its own
-    columns    of a block: what a row is a multiple of
-    nbytes     of a block
-    fallback   what takes its place where `columns` does not divide a row: finer, never coarser
+    symmetric  whether the zero point is fixed in the middle; if not, every sub-block has an offset
+    columns    columns of a block; the length of a row is a multiple of it
+    nbytes     bytes of a block
+    fallback   the type to use where `columns` does not divide a row; it has more bits, never fewer
     """
 
     bits: int
@@ -49,8 +50,13 @@ BLOCK_TYPES: Mapping[str, BlockType] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """Block types by the role of a weight (`gguf/recipes.py`): most weights, those that its rule favours, q, k and v
-    stored as one weight, and the head."""
+    """Block types by the role of a weight (`gguf/recipes.py`).
+
+    usual     most weights
+    generous  weights that get more bits by the rule of the recipe
+    fused     q, k and v stored as one weight
+    head      the lm_head, and an embedding that is also the lm_head
+    """
 
     usual: str
     generous: str
@@ -70,4 +76,4 @@ GGUF = "gguf"
 """The format of .gguf files that hold the quantized values of the other formats."""
 
 GGUF_GRIDS = tuple(RECIPES)
-"""Formats of .gguf files with grids that no other format can hold."""
+"""Formats of .gguf files whose grids no other format can hold."""

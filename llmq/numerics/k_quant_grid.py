@@ -3,18 +3,18 @@
     w  ≈  (d · sc_i) q  -  dmin · m_i         i one of the 8 sub-blocks of 32 columns; sc, m in 0 … 63;  Q4_K, Q5_K
     w  ≈  (d · sc_i) (q - 32)                 i one of 16 sub-blocks of 16 columns; sc in -128 … 127;    Q6_K
 
-A sub-block by itself has the ordinary affine grid, with a real offset.  The question is which d, dmin, sc and m of a
-superblock together leave the least  Σ_j c_j (ŵ_j - w_j)².  With the codes fixed that error is a quadratic form in scale
-and offset of each sub-block, six sums of which say all, so that many d and dmin can be tried at a price that does not
-depend on the number of columns; and with the grid fixed the nearest codes are the best.  Each step below takes one of
-the two, and none raises the error:
+q are the codes (quantized values).  A sub-block alone has an affine grid with a real offset.  The task is to find the
+d, dmin, sc and m of a superblock with the least  Σ_j c_j (ŵ_j - w_j)².  With fixed codes that error is a quadratic form
+in scale and offset of each sub-block.  It is determined by a few sums, so that many pairs of d and dmin can be tried
+at a cost that does not depend on the number of columns.  With a fixed grid the nearest codes are the best.  Each step
+below uses one of the two facts, and no step raises the error:
 
     1. polish   scale and offset of each sub-block by least squares, from several shrunken ranges
-    2. share    the pair (d, dmin) among some around (max scale, max offset) / 63, with the best sc and m for each
-    3. settle   sc and m some steps up and down, codes anew for each; then d and dmin by least squares; once more
+    2. share    the best of several pairs (d, dmin) around (max scale, max offset) / 63, with the best sc and m for each
+    3. settle   sc and m some steps up and down, with new codes for each; then d and dmin by least squares; twice
 
-d and dmin are rounded to fp16 before anything is judged by them.  sc = 0 is never chosen: with it codes mean nothing,
-and neither GPTQ nor tuning could move them.  The offset is -min ≥ 0, as everywhere in llama.cpp.
+d and dmin are rounded to fp16 before any error is computed with them.  sc = 0 is never chosen: all codes would have the
+same value, and neither GPTQ nor tuning could move them.  The offset is -min ≥ 0, as everywhere in llama.cpp.
 """
 
 from collections.abc import Iterator
@@ -30,17 +30,17 @@ from llmq.numerics.scheme import WeightScheme
 
 LARGEST = 63  # of 6 bits
 LOWEST_SIGNED, LARGEST_SIGNED = -128, 127
-SHRUNKEN = (0.68, 0.75, 0.82, 0.89, 0.96, 1.03)  # both ends of a range, by each of these
-SHRUNKEN_SYMMETRIC = tuple(0.75 + step / 96 for step in range(32))  # one end, and many levels to be put well
+SHRUNKEN = (0.68, 0.75, 0.82, 0.89, 0.96, 1.03)  # factors for each of the two ends of a range
+SHRUNKEN_SYMMETRIC = tuple(0.75 + step / 96 for step in range(32))  # one end only, but finer, as there are 64 levels
 POLISHED, SETTLED, NEAR = 3, 2, 3
 SHARED_FACTORS = (0.9, 0.95, *(1 + step / 32 for step in range(12)))
-ELEMENTS_AT_ONCE = {"cpu": 1 << 18}  # what stays in its cache
+ELEMENTS_AT_ONCE = {"cpu": 1 << 18}  # fits into its cache
 ELEMENTS_AT_ONCE_ELSEWHERE = 1 << 24
 
 
 @dataclass(frozen=True)
 class _Sums:
-    """Σ over the columns of each sub-block, (R, B): what the error of fixed codes depends on."""
+    """Sums over the columns of each sub-block, (R, B), that determine the error for fixed codes."""
 
     c: Tensor
     cq: Tensor
@@ -54,14 +54,14 @@ class _Sums:
         return cls(cost.expand_as(x).sum(-1), cq.sum(-1), (cq * q).sum(-1), (cost * x).sum(-1), (cq * x).sum(-1))
 
     def error(self, s: Tensor, o: Tensor) -> Tensor:
-        """Σ c (s q - o - x)², less what no scale or offset changes."""
+        """Σ c (s q - o - x)², without the terms that do not depend on s and o."""
         return s * (s * self.cqq - 2 * o * self.cq - 2 * self.cqx) + o * (o * self.c + 2 * self.cx)
 
 
 def fit(weight: Tensor, scheme: WeightScheme, importance: Tensor | None = None) -> Superblocks:
     """The two-level grid of least error for `weight` (N, K) float32, K a multiple of 256.
 
-    importance  (K,) float32, c above; 1 where not given
+    importance  (K,) float32, the c_j above; 1 where not given
     """
     N, K = weight.shape
     costs = torch.ones(K, device=weight.device) if importance is None else importance.to(torch.float32)
@@ -95,14 +95,14 @@ def _fit_affine(x: Tensor, cost: Tensor, scheme: WeightScheme) -> tuple[Tensor, 
 
 
 def _widest(x: Tensor, levels: int, low: float = 1.0, high: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Scale and offset (R, B) of the range of x (R, B, g), its ends drawn in by factors."""
+    """Scale and offset (R, B) of the range of x (R, B, g), its ends multiplied by `low` and `high`."""
     o = -low * x.amin(-1).clamp_(max=0)
     s = (high * x.amax(-1).clamp_(min=0) + o) / levels
     return s.clamp_(min=SMALLEST_SHARED), o
 
 
 def _nearest(x: Tensor, s: Tensor, o: Tensor, levels: int) -> Tensor:
-    """Codes (R, B, g) float32."""
+    """The nearest codes (R, B, g) float32."""
     return ((x + o[..., None]) / s[..., None]).round_().clamp_(0, levels)
 
 
@@ -125,7 +125,7 @@ def _polished(x: Tensor, cost: Tensor, s: Tensor, o: Tensor, levels: int) -> tup
 
 
 def _share(sums: _Sums, s: Tensor, o: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The best of some pairs (d, dmin), with the sc and m that go with it: for codes that stay as they are."""
+    """The best of several pairs (d, dmin) for fixed codes, with the sc and m that go with it."""
     best = None
     for d in _candidates(s):
         for dmin in _candidates(o):
@@ -137,22 +137,22 @@ def _share(sums: _Sums, s: Tensor, o: Tensor) -> tuple[Tensor, Tensor, Tensor, T
             better = total < best[0]
             new = (total, d, sc, dmin, m)
             best = tuple(
-                torch.where(better if now.dim() == 1 else better[:, None], now, old)
-                for now, old in zip(new, best, strict=True)
+                torch.where(better if tried.dim() == 1 else better[:, None], tried, old)
+                for tried, old in zip(new, best, strict=True)
             )  # type: ignore[assignment]
     assert best is not None
     return best[1:]
 
 
 def _candidates(values: Tensor, largest: int = LARGEST) -> Iterator[Tensor]:
-    """(R,) each: what the values (R, B) may be multiples of, as fp16 holds it."""
+    """Candidates (R,) for the number whose multiples are the values (R, B), rounded to fp16."""
     unit = values.abs().amax(1) / largest
     for factor in SHARED_FACTORS:
         yield _half(unit * factor)
 
 
 def _half(values: Tensor) -> Tensor:
-    """As fp16 holds them, and not zero."""
+    """Rounded to fp16, but never to zero; float32."""
     largest = torch.finfo(torch.float16).max
     return values.clamp(SMALLEST_SHARED, largest).to(torch.float16).to(torch.float32)
 
@@ -160,13 +160,13 @@ def _half(values: Tensor) -> Tensor:
 def _best_integers(sums: _Sums, s: Tensor, d: Tensor, dmin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The error (R, B), sc and m of the best of three sc, each with the m that fits it best."""
     nearest = (s / d[:, None]).round_()
-    found = []
+    candidates = []
     for step in (-1, 0, 1):
         sc = (nearest + step).clamp_(1, LARGEST)
         scale = d[:, None] * sc
         m = ((scale * sums.cq - sums.cx) / sums.c / dmin[:, None]).round_().nan_to_num_().clamp_(0, LARGEST)
-        found.append((sums.error(scale, dmin[:, None] * m), sc, m))
-    errors, scs, ms = (torch.stack(parts) for parts in zip(*found, strict=True))
+        candidates.append((sums.error(scale, dmin[:, None] * m), sc, m))
+    errors, scs, ms = (torch.stack(parts) for parts in zip(*candidates, strict=True))
     error, index = errors.min(0, keepdim=True)
     return error[0], scs.gather(0, index)[0], ms.gather(0, index)[0]
 
@@ -174,7 +174,7 @@ def _best_integers(sums: _Sums, s: Tensor, d: Tensor, dmin: Tensor) -> tuple[Ten
 def _settled(
     x: Tensor, cost: Tensor, d: Tensor, sc: Tensor, dmin: Tensor, m: Tensor, levels: int
 ) -> tuple[Tensor, Tensor]:
-    """sc and m of least error among those near, every time with the nearest codes."""
+    """sc and m of least error in the neighbourhood of the given ones, each with the nearest codes."""
     least = _error(x, cost, d[:, None] * sc, dmin[:, None] * m, levels)
     best_sc, best_m = sc, m
     for up in range(-NEAR, NEAR + 1):
@@ -190,17 +190,17 @@ def _settled(
 def _shared_by_least_squares(
     x: Tensor, cost: Tensor, d: Tensor, sc: Tensor, dmin: Tensor, m: Tensor, levels: int
 ) -> tuple[Tensor, Tensor]:
-    """d and dmin (R,) of least error for the nearest codes; as they were where that is no better."""
+    """d and dmin (R,) of least error for the nearest codes; the old ones where these are at least as good."""
     sums = _Sums.of(x, cost, _nearest(x, d[:, None] * sc, dmin[:, None] * m, levels))
     a, b, c = (sc * sc * sums.cqq).sum(1), (sc * m * sums.cq).sum(1), (m * m * sums.c).sum(1)
     right, down = (sc * sums.cqx).sum(1), (m * sums.cx).sum(1)  # of d, and of -dmin
     determinant = a * c - b * b
     fitted, fitted_min = (c * right - b * down) / determinant, (b * right - a * down) / determinant
     usable = torch.isfinite(fitted) & torch.isfinite(fitted_min) & (fitted > 0) & (fitted_min > 0)
-    new, new_min = (_half(torch.where(usable, now, was)) for now, was in ((fitted, d), (fitted_min, dmin)))
+    new, new_min = (_half(torch.where(usable, fit_, old)) for fit_, old in ((fitted, d), (fitted_min, dmin)))
     errors = [
-        _error(x, cost, each[:, None] * sc, offset[:, None] * m, levels).sum(1)
-        for each, offset in ((new, new_min), (d, dmin))
+        _error(x, cost, scale[:, None] * sc, offset[:, None] * m, levels).sum(1)
+        for scale, offset in ((new, new_min), (d, dmin))
     ]
     better = errors[0] < errors[1]
     return torch.where(better, new, d), torch.where(better, new_min, dmin)
@@ -209,7 +209,7 @@ def _shared_by_least_squares(
 def _fit_symmetric(x: Tensor, cost: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tensor]:
     """d (R,) and sc (R, B) for x and cost (R, B, g).
 
-    The same with the offset s * middle, so that the best scale for codes that stay is a number by itself.
+    The offset is s * middle, so the best scale for fixed codes is one number with a closed form.
     """
     levels, middle = scheme.levels, scheme.middle
 
@@ -220,8 +220,8 @@ def _fit_symmetric(x: Tensor, cost: Tensor, scheme: WeightScheme) -> tuple[Tenso
         return _Sums.of(x, cost, _nearest(x, scales, scales * middle, levels) - middle)
 
     def polished(scales: Tensor) -> Tensor:
-        now = sums(scales)
-        fitted = now.cqx / now.cqq
+        current = sums(scales)
+        fitted = current.cqx / current.cqq
         better = torch.isfinite(fitted) & (fitted != 0) & (error(fitted) < error(scales))
         return torch.where(better, fitted, scales)
 
@@ -230,24 +230,24 @@ def _fit_symmetric(x: Tensor, cost: Tensor, scheme: WeightScheme) -> tuple[Tenso
     s = starts.gather(0, torch.stack([error(start) for start in starts]).argmin(0, keepdim=True))[0]
     for _ in range(POLISHED):
         s = polished(s)
-    now, zero = sums(s), torch.zeros_like(s)
+    current, zero = sums(s), torch.zeros_like(s)
     tried = torch.stack(list(_candidates(s, LARGEST_SIGNED)))  # (T, R)
     integers = _signed(s / tried[..., None], s)
-    errors = [now.error(d[:, None] * sc, zero).sum(1) for d, sc in zip(tried, integers, strict=True)]
+    errors = [current.error(d[:, None] * sc, zero).sum(1) for d, sc in zip(tried, integers, strict=True)]
     best = torch.stack(errors).argmin(0)
     d, sc = tried.gather(0, best[None])[0], integers[best, torch.arange(len(s), device=s.device)]
     for _ in range(SETTLED):
         steps = torch.stack([_signed(sc + step, sc) for step in range(-NEAR, NEAR + 1)])
         chosen = torch.stack([error(d[:, None] * step) for step in steps]).argmin(0)
         sc = steps.gather(0, chosen[None])[0]
-        now = sums(d[:, None] * sc)
-        fitted = (sc * now.cqx).sum(1) / (sc * sc * now.cqq).sum(1)
+        current = sums(d[:, None] * sc)
+        fitted = (sc * current.cqx).sum(1) / (sc * sc * current.cqq).sum(1)
         fitted = _half(torch.where(torch.isfinite(fitted), fitted, d))
         d = torch.where(error(fitted[:, None] * sc).sum(1) < error(d[:, None] * sc).sum(1), fitted, d)
     return d.to(torch.float16), sc.to(torch.int8)
 
 
 def _signed(values: Tensor, like: Tensor) -> Tensor:
-    """Whole numbers of 8 bits, none of them zero; in a zero's place 1, of the sign that `like` has."""
+    """Rounded to integers of 8 bits; instead of zero 1 with the sign of `like`."""
     whole = values.round().clamp_(LOWEST_SIGNED, LARGEST_SIGNED)
     return torch.where(whole == 0, torch.ones_like(whole).copysign(like), whole)

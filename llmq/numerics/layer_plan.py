@@ -1,4 +1,4 @@
-"""What a run does with one linear layer: a value that planning makes and everything after it reads."""
+"""`LayerPlan`: what a run does with one linear layer.  Planning creates it, and all later steps read it."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ from llmq.numerics.scheme import Scheme, WeightScheme
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What becomes of one linear layer.
+    """The plan of one linear layer.
 
     scheme  of its weights and of its inputs; `scheme.weights` is None where the weights are kept in float
-    reason  why the scheme is not the requested one
+    reason  why the scheme differs from the requested one; empty where it does not
     """
 
     name: str
@@ -26,11 +26,9 @@ class LayerPlan:
         return self.out_features * self.in_features
 
     def packed_bytes(self, scale_bytes: int) -> int:
-        """Bytes of the packed weight: quantized values, scales of `scale_bytes` each, zero points where there are
-        any.
-        """
+        """Bytes of the packed weight: quantized values, scales of `scale_bytes` each, and zero points if asymmetric."""
         grid = self.scheme.weights
-        assert grid is not None, "only a weight that is packed has a packed size"
+        assert grid is not None, "only a packed weight has a packed size"
         if grid.block_type is not None:
             kind = BLOCK_TYPES[grid.block_type]
             return self.weights // kind.columns * kind.nbytes
@@ -39,5 +37,5 @@ class LayerPlan:
         return self.weights * grid.bits // 8 + groups * scale_bytes + zeros
 
     def with_weights(self, grid: WeightScheme | None, reason: str) -> "LayerPlan":
-        """The same plan with another grid for the weights; `reason` tells why."""
+        """The same plan with another grid for the weights, for this `reason`."""
         return dataclasses.replace(self, scheme=dataclasses.replace(self.scheme, weights=grid), reason=reason)

@@ -1,4 +1,7 @@
-"""`QuantizedTensor`: the only thing that passes between algorithms, formats and kernels."""
+"""`QuantizedTensor`: a quantized weight, as algorithms, formats and kernels pass it on.
+
+*Codes* are its quantized values, unsigned integers; *zeros* are its zero points.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,14 +12,14 @@ from torch import Tensor
 
 from llmq.numerics.scheme import WeightScheme
 
-SMALLEST_SHARED = 2.0**-24  # in float16: llama.cpp reads subnormal numbers, and scales of scales often are
+SMALLEST_SHARED = 2.0**-24  # in float16; llama.cpp reads subnormal numbers, and d and dmin often are subnormal
 
 
 @dataclass(frozen=True)
 class Superblocks:
     """A two-level grid: group g of superblock b has the scale d_b * sc_g and, asymmetric, the offset dmin_b * m_g.
 
-    d     (N, S) float16     S = K / 256 superblocks a row
+    d     (N, S) float16     S = K / 256 superblocks per row
     sc    (N, G) uint8 of 6 bits, or int8 in a symmetric grid
     dmin  (N, S) float16, or None in a symmetric grid
     m     (N, G) uint8 of 6 bits, or None in a symmetric grid
@@ -38,22 +41,22 @@ class Superblocks:
         return None if self.dmin is None or self.m is None else _spread(self.dmin, self.m) * self.m
 
     def shared(self) -> Tensor:
-        """(N, S) or (N, 2 S) float32: what is no integer, d and then dmin."""
+        """(N, S) or (N, 2 S) float32: the real numbers of the grid, d and then dmin."""
         return torch.cat([part.to(torch.float32) for part in (self.d, self.dmin) if part is not None], dim=1)
 
     def with_shared(self, values: Tensor) -> "Superblocks":
-        """With others in the place of `shared`, rounded to float16, and none of them zero."""
+        """The same grid with new `shared` values, rounded to float16 but never to zero."""
         largest = torch.finfo(torch.float16).max
         halves = values.clamp(SMALLEST_SHARED, largest).to(torch.float16)
         d, *dmin = halves.split(self.d.shape[1], dim=1)
         return Superblocks(d, self.sc, dmin[0] if dmin else None, self.m)
 
     def stretched(self, factors: Tensor) -> "Superblocks":
-        """With `shared` times `factors`."""
+        """The same grid with `shared` times `factors`."""
         return self.with_shared(self.shared() * factors)
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "Superblocks":
-        """With each of the tensors changed."""
+        """The same grid with `change` applied to each of its tensors."""
         dmin, m = (None if part is None else change(part) for part in (self.dmin, self.m))
         return Superblocks(change(self.d), change(self.sc), dmin, m)
 
@@ -63,13 +66,15 @@ class QuantizedTensor:
     """A weight on its grid: w[n, k] = scales[n, g] * (codes[n, k] - zeros[n, g]), g the group of column k.
 
     codes        (N, K) uint8, in [0, 2**bits - 1]
-    scales       (N, G) in the dtype that the file stores; any finite value, negative ones too
-    zeros        (N, G) int16, or None where every zero is 2**(bits - 1)
+    scales       (N, G) in the dtype of the file; any finite value, also negative
+    zeros        (N, G) int16, or None where every zero point is 2**(bits - 1)
     group_index  (K,) int32 group of each column, or None where it is k // columns_per_group
     scheme       bits, group size, symmetry
-    superblocks  what scales and zeros follow from in a two-level grid; both are float32 there: zeros are real numbers
+    superblocks  in a two-level grid: its integers and real numbers, from which scales and zeros are computed.  Both are
+                 float32 there, and zeros are not integers
 
-    N out_features, K in_features, G groups.  "channel" has G = 1; so has "tensor", its one scale repeated N times.
+    N out_features, K in_features, G groups.  "channel" has G = 1.  "tensor" has G = 1 too, its one scale repeated N
+    times.
     """
 
     codes: Tensor
@@ -81,7 +86,7 @@ class QuantizedTensor:
 
     @classmethod
     def of_superblocks(cls, codes: Tensor, superblocks: Superblocks, scheme: WeightScheme) -> "QuantizedTensor":
-        """Codes on a two-level grid."""
+        """A weight on a two-level grid."""
         return cls(codes, *affine(superblocks), scheme, superblocks=superblocks)
 
     @property
@@ -96,7 +101,7 @@ class QuantizedTensor:
         return torch.arange(self.codes.shape[1], device=self.codes.device) // per_group
 
     def dequantize(self) -> Tensor:
-        """(N, K) float32, computed in float32 from the stored scales: what every reader of the file computes."""
+        """(N, K) float32, computed in float32 from the stored scales, as every reader of the file does."""
         groups = self.column_groups()
         centred = self.codes.to(torch.float32)  # (N, K)
         offsets = None if self.superblocks is None else self.superblocks.offsets()
@@ -109,29 +114,29 @@ class QuantizedTensor:
         return centred.mul_(self.scales.to(torch.float32)[:, groups])
 
     def rows(self, start: int, stop: int) -> "QuantizedTensor":
-        """The out_features from `start` to `stop`, sharing memory."""
+        """Rows `start` to `stop` (out_features), in the same memory."""
         return self._mapped(lambda part: part[start:stop], self.group_index)
 
     def to(self, device: torch.device) -> "QuantizedTensor":
-        """The same on another device."""
+        """The same weight on another device."""
         index = None if self.group_index is None else self.group_index.to(device)
         return self._mapped(lambda part: part.to(device), index)
 
     def _mapped(self, change: Callable[[Tensor], Tensor], group_index: Tensor | None) -> "QuantizedTensor":
-        """With each of the tensors that have a row for an out_feature changed."""
+        """The same weight with `change` applied to each tensor that has one row per out_feature."""
         zeros = None if self.zeros is None else change(self.zeros)
         superblocks = None if self.superblocks is None else self.superblocks.mapped(change)
         return QuantizedTensor(change(self.codes), change(self.scales), zeros, self.scheme, group_index, superblocks)
 
 
 def affine(superblocks: Superblocks) -> tuple[Tensor, Tensor | None]:
-    """Scales and zeros (N, G) float32 of a two-level grid; zeros None where it is symmetric."""
+    """Scales and zero points (N, G) float32 of a two-level grid; no zero points (None) where it is symmetric."""
     scales, offsets = superblocks.scales(), superblocks.offsets()
     return scales, None if offsets is None else offsets / scales
 
 
 def where(keep: Tensor, one: QuantizedTensor, other: QuantizedTensor) -> QuantizedTensor:
-    """Rows of `one` where `keep` (N, 1) bool says so, else of `other`; both of one scheme, and of the same zeros."""
+    """Rows of `one` where `keep` (N, 1) bool is true, else of `other`; both have the same scheme and zero points."""
     codes = torch.where(keep, one.codes, other.codes)
     if one.superblocks is None or other.superblocks is None:
         return dataclasses.replace(one, codes=codes, scales=torch.where(keep, one.scales, other.scales))
@@ -143,5 +148,5 @@ def where(keep: Tensor, one: QuantizedTensor, other: QuantizedTensor) -> Quantiz
 
 
 def _spread(shared: Tensor, groups: Tensor) -> Tensor:
-    """(N, S) -> (N, G) float32: what a superblock has, for each of its groups."""
+    """(N, S) -> (N, G) float32: the value of a superblock, repeated for each of its groups."""
     return shared.to(torch.float32).repeat_interleave(groups.shape[1] // shared.shape[1], dim=1)

@@ -1,7 +1,6 @@
-"""What is quantized about a linear layer: `Scheme`, of a `WeightScheme` and an `InputScheme`.
+"""How a linear layer is quantized: `Scheme`, made of a `WeightScheme` and an `InputScheme`.
 
-A name such as W8A8 or W4A16 says both: the bits of the weights, and those of the inputs ("activations"), where 16
-stands for float.
+A name such as W8A8 or W4A16 gives the bits of the weights and of the inputs ("activations"); 16 stands for float.
 """
 
 from dataclasses import dataclass
@@ -20,12 +19,11 @@ INPUT_SCALES = ("dynamic", "static")
 
 @dataclass(frozen=True)
 class WeightScheme:
-    """The affine grid of one weight: w = scale * (code - zero), codes in [0, 2**bits - 1].
+    """The affine grid of one weight: w = scale * (code - zero), codes (quantized values) in [0, 2**bits - 1].
 
-    `group_size` columns of a row share a scale; "channel" is one scale a row, "tensor" one for the whole weight.
-    A symmetric grid has the zero fixed at 2**(bits - 1), an asymmetric one has a zero for each group.
-    `block_type` names the block type of GGUF (`numerics/gguf_types.py`) whose grid it is; the other fields are that
-    one's.
+    `group_size` columns of a row share a scale; "channel" is one scale per row, "tensor" one for the whole weight.
+    A symmetric grid has its zero point fixed at 2**(bits - 1); an asymmetric grid has one zero point per group.
+    `block_type` is set for the grid of a block type of GGUF (`numerics/gguf_types.py`), which fixes the other fields.
     """
 
     bits: int = 4
@@ -43,14 +41,17 @@ class WeightScheme:
         if self.block_type is not None:
             kind = BLOCK_TYPES.get(self.block_type)
             if kind is None or (self.bits, self.group_size, self.symmetric) != (kind.bits, kind.group, kind.symmetric):
-                raise ConfigError(f"there is no grid {self!r}", hint=f"block types are {listed(BLOCK_TYPES)}")
+                raise ConfigError(
+                    f"{self!r} is not the grid of a block type",
+                    hint=f"use WeightScheme.of_blocks with one of {listed(BLOCK_TYPES)}",
+                )
             return
-        if type(self.bits) is not int or self.bits not in BITS:  # 4.0 is in BITS too, and shifts nothing
-            raise ConfigError(f"bits is {self.bits!r}, expected one of {listed(BITS)}", hint="4 is the usual choice")
+        if type(self.bits) is not int or self.bits not in BITS:  # 4.0 is in BITS too, but not an int
+            raise ConfigError(f"bits is {self.bits!r}, expected one of {listed(BITS)}", hint="the usual choice is 4")
         if type(self.group_size) not in (int, str) or self.group_size not in (*GROUP_SIZES, "channel", "tensor"):
             raise ConfigError(
-                f"group size is {self.group_size!r}, which is no legal one",
-                hint=f"use one of {listed(GROUP_SIZES)}, channel (one scale a row) or tensor (one scale in all)",
+                f"group size is {self.group_size!r}, expected one of {listed(GROUP_SIZES)}, channel or tensor",
+                hint="the usual choice is 128; channel is one scale per row, tensor one scale per weight",
             )
         if type(self.symmetric) is not bool:
             raise ConfigError(f"symmetric is {self.symmetric!r}, expected true or false")
@@ -62,16 +63,16 @@ class WeightScheme:
 
     @property
     def middle(self) -> int:
-        """The zero of a symmetric grid, 2**(bits - 1)."""
+        """The zero point of a symmetric grid, 2**(bits - 1)."""
         return 1 << (self.bits - 1)
 
     def columns_per_group(self, in_features: int) -> int:
-        """How many input columns share a scale in a weight with this many."""
+        """How many input columns share a scale, in a weight with `in_features` columns."""
         return self.group_size if isinstance(self.group_size, int) else in_features
 
     @property
     def two_level(self) -> bool:
-        """Whether scales are themselves small integers times a number that they share (`quantized.Superblocks`)."""
+        """Whether scales are small integers times a shared number (`quantized_tensor.Superblocks`)."""
         return self.block_type is not None and BLOCK_TYPES[self.block_type].two_level
 
     def __str__(self) -> str:
@@ -83,9 +84,9 @@ class WeightScheme:
 class InputScheme:
     """How the inputs of a linear layer are quantized before they are multiplied by its weights.
 
-    dtype   "int8" or "fp8" (float8_e4m3fn), symmetric around zero in either case
-    scales  "dynamic": one scale per token, computed from the token when it arrives; "static": one scale for the whole
-            tensor, fixed by calibration
+    dtype   "int8" or "fp8" (float8_e4m3fn), both symmetric around zero
+    scales  "dynamic": one scale per token, computed at run time; "static": one scale for the whole tensor, fixed by
+            calibration
     """
 
     dtype: Literal["int8", "fp8"] = "int8"
@@ -106,7 +107,7 @@ class InputScheme:
 
 @dataclass(frozen=True)
 class Scheme:
-    """What is quantized about a linear layer: its weights, its inputs, both, or nothing.
+    """What of a linear layer is quantized: its weights, its inputs, both, or nothing.
 
     None stands for float.  W4A16 is `Scheme(WeightScheme(4))`, W8A8 is `Scheme(WeightScheme(8, "channel"),
     InputScheme("int8"))`.

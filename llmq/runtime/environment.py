@@ -15,7 +15,7 @@ from llmq_kernels import backend
 from llmq_kernels.errors import KernelInputError
 from llmq_kernels.w4a16 import configs, int4pack
 
-PACKAGES = ("torch", "transformers", "triton", "safetensors", "numpy", "greenlet")
+PACKAGES = ("torch", "transformers", "triton", "safetensors", "numpy", "pydantic")
 VARIABLES = (backend.VARIABLE, configs.VARIABLE, int4pack.VARIABLE)
 
 

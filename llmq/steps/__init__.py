@@ -1,1 +1,1 @@
-"""Stages run on a model: what joins `model/` and `algorithms/`."""
+"""The stages of a method, applied to a model: they connect `model/` and `algorithms/`."""

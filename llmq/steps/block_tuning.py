@@ -1,12 +1,13 @@
-"""Tune a block's codes and scales when all of its weights are quantized, before it is committed.
+"""Tune a block's quantized values and scales when all of its weights are quantized, before it is committed.
 
     quantized stream ─► block with quantized weights ─► output ─┐
-    float stream ─────► block as it was ──────────────► output ─┴─► squared difference; behind the last block, KL
+    float stream ─────► block with float weights ─────► output ─┴─► squared difference; after the last block, KL
 
-The sequences of a step are drawn from those that are fitted on, in an order that depends on the block and the step
-alone; the validation sequences judge.
+The sequences of a step are drawn from the fitted ones, in an order that depends only on the block and the step. The
+best version on the validation sequences is kept.
 
-Not here: how codes move and what is kept (algorithms/block_tuning.py), the streams (model/passes/sequential.py).
+Not here: how quantized values change and what is kept (algorithms/block_tuning.py), the streams
+(model/passes/sequential.py).
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,9 +29,9 @@ from llmq.steps.quantize_group import Rounded
 
 
 def tune(skeleton: Skeleton, streams: Streams, block: Block, layers: Mapping[str, Rounded], tuning: Tuning) -> Tuned:
-    """Tune the quantized weights of the block that the streams stand in front of; it has the best at the end.
+    """Tune the quantized weights of the block whose inputs the streams hold; the best version is put into the block.
 
-    The float stream must know what the block, as it was, puts out.
+    The float stream must have the outputs of the float block already.
     """
     problem = BlockProblem(skeleton, streams, block, tuning.tokens)
     weights = {path: layer.rounding.quantized for path, layer in layers.items()}
@@ -39,7 +40,7 @@ def tune(skeleton: Skeleton, streams: Streams, block: Block, layers: Mapping[str
 
 
 class BlockProblem:
-    """See `block_tuning.Problem`; `tokens` is how many a step sees."""
+    """Implements `block_tuning.Problem`; a step uses `tokens` tokens."""
 
     def __init__(self, skeleton: Skeleton, streams: Streams, block: Block, tokens: int) -> None:
         assert streams.floats is not None, "there is no float stream"
@@ -61,14 +62,14 @@ class BlockProblem:
         sequences = drawn(step, min(self._sequences, fitted), fitted, seed=self._block.index)
         parameters = [self._block.linears[path].weight for path in self._paths]
         _, output = differentiable(self._block, self._quantized.call(sequences), parameters)
-        _, slope = self._loss(sequences, output.detach())
+        _, output_gradient = self._loss(sequences, output.detach())
         for parameter in parameters:
             parameter.requires_grad_(True)
-        gradients = torch.autograd.grad(output, parameters, slope, allow_unused=True)
+        gradients = torch.autograd.grad(output, parameters, output_gradient, allow_unused=True)
         for parameter in parameters:
             parameter.requires_grad_(False)
         layers = zip(self._paths, parameters, gradients, strict=True)
-        return {path: torch.zeros_like(weight) if slope is None else slope for path, weight, slope in layers}
+        return {path: torch.zeros_like(weight) if gradient is None else gradient for path, weight, gradient in layers}
 
     def held_out_loss(self) -> float:
         text, total = self._text, 0.0
@@ -79,7 +80,7 @@ class BlockProblem:
         return total / text.validation
 
     def _loss(self, sequences: Sequence[int], output: Tensor) -> tuple[float, Tensor]:
-        """The loss of the block's `output` (…, B, T, D) for those sequences, and its gradient in that."""
+        """The loss of the block's `output` (…, B, T, D) for these sequences, and its gradient with respect to it."""
         target = self._floats.outputs(sequences)
         if self._last:
             return kl_loss(self._skeleton, self._text.of(sequences), target, output)

@@ -1,7 +1,7 @@
 """KL(float ‖ quantized) over the whole vocabulary, from the last hidden states of both models.
 
-Both have the same head, in 16 bits or more, so hidden states are all that has to be kept of the float model.  Logits
-are made for a few tokens at a time: what follows the blocks (a norm, the head, a soft cap) treats each token alone.
+Both models have the same head, in 16 bits or more, so only hidden states of the float model are stored. Logits are
+computed for a few tokens at a time, because everything after the blocks (a norm, the head, a soft cap) works per token.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,18 +13,18 @@ from torch import Tensor
 from llmq.algorithms.kl_divergence import kl_and_gradient
 from llmq.model.build.skeleton import Skeleton
 
-LOGITS_AT_ONCE = 2**24  # entries; some six copies are held in float32.  Not what is free: it must change no bit
+LOGITS_AT_ONCE = 2**24  # entries, about six float32 copies. Independent of the free memory, so results are reproducible
 
-Part = tuple[slice, slice]  # rows and columns of (B, T) tokens
-States = tuple[EllipsisType, slice, slice, slice]  # the same of their hidden states (…, B, T, D)
+Part = tuple[slice, slice]  # rows and columns of tokens (B, T)
+States = tuple[EllipsisType, slice, slice, slice]  # the index of their hidden states (…, B, T, D)
 
 
 def kl_loss(skeleton: Skeleton, tokens: Tensor, expected: Tensor, hidden: Tensor) -> tuple[float, Tensor]:
-    """The mean over all tokens in nats, and its gradient (…, B, T, D) in `hidden`.
+    """The mean over all tokens in nats, and its gradient (…, B, T, D) with respect to `hidden`.
 
     tokens    (B, T) int64
-    expected  (…, B, T, D) the float model's last hidden states
-    hidden    (…, B, T, D) the quantized model's
+    expected  (…, B, T, D) the last hidden states of the float model
+    hidden    (…, B, T, D) the last hidden states of the quantized model
     """
     total = 0.0
 
@@ -43,17 +43,17 @@ def kl_loss(skeleton: Skeleton, tokens: Tensor, expected: Tensor, hidden: Tensor
 def through_the_head(
     skeleton: Skeleton, tokens: Tensor, hidden: Tensor, slope: Callable[[Tensor, Part], Tensor]
 ) -> Tensor:
-    """The gradient of a loss in `hidden` (…, B, T, D), the last hidden states for `tokens` (B, T).
+    """The gradient of a loss with respect to `hidden` (…, B, T, D), the last hidden states for `tokens` (B, T).
 
-    `slope` gets the logits (…, V) of a part of the tokens, and gives the loss's gradient in these.
+    `slope` maps the logits (…, V) of a part of the tokens to the gradient of the loss with respect to these logits.
     """
     gradient = torch.empty_like(hidden)
     for part in _parts(tokens, max(1, LOGITS_AT_ONCE // skeleton.vocabulary)):
-        fed = hidden[_states(part)].detach().requires_grad_(True)
+        leaf = hidden[_states(part)].detach().requires_grad_(True)
         with torch.enable_grad():
-            logits = skeleton.logits(tokens[part], fed)
-        (found,) = torch.autograd.grad(logits, fed, slope(logits.detach(), part).to(logits.dtype))
-        gradient[_states(part)] = found
+            logits = skeleton.logits(tokens[part], leaf)
+        (gradient_of_part,) = torch.autograd.grad(logits, leaf, slope(logits.detach(), part).to(logits.dtype))
+        gradient[_states(part)] = gradient_of_part
     return gradient
 
 
@@ -62,7 +62,7 @@ def _states(part: Part) -> States:
 
 
 def _parts(tokens: Tensor, at_once: int) -> Iterator[Part]:
-    """Rows and columns of `tokens` (B, T): whole windows where `at_once` tokens hold one, or parts of one."""
+    """Rows and columns of parts of `tokens` (B, T) with at most `at_once` tokens: whole sequences, or pieces of one."""
     B, T = tokens.shape
     height, width = max(1, at_once // T), min(T, at_once)
     for row in range(0, B, height):

@@ -1,4 +1,4 @@
-"""What stays as it is, and why: every matrix of a checkpoint that is not packed has a reason that a user can read."""
+"""The weights that are kept in float: every matrix of a checkpoint that is not packed is reported with a reason."""
 
 from collections.abc import Container, Mapping
 
@@ -8,25 +8,25 @@ from llmq.numerics.layer_plan import LayerPlan
 from llmq.report.record import OUTSIDE_THE_BLOCKS
 
 NO_LINEAR_LAYER = "not a linear layer"
-NOT_USED = "transformers' model does not use it, as it is with heads that predict further tokens"
+NOT_USED = "the model of transformers does not use it; heads for multi-token prediction are an example"
 
 
 def reasons(
     skeleton: Skeleton, checkpoint: Checkpoint, layers: Mapping[str, LayerPlan], packed_outside: Container[str]
 ) -> dict[str, str]:
-    """Module of the checkpoint (or its tensor, where that is no weight) -> why it stays as it is.
+    """Module of the checkpoint (or the tensor, if it is not called `weight`) -> why it is kept in float.
 
-    packed_outside  modules outside the blocks that are packed all the same
+    packed_outside  modules outside the blocks that are packed
     """
     left = {plan.name: plan.reason for plan in layers.values() if plan.scheme.weights is None}
     planned = {plan.name for plan in layers.values()}
     inside = tuple(f"{block.path}." for block in skeleton.blocks)
-    users, stacked = _users(skeleton), set(skeleton.weights.stacked_in.values())  # experts have plans of their own
+    users, stacked = _users(skeleton), set(skeleton.weights.stacked_in.values())  # each expert has a plan
     in_model_order = [name for name in users if name in checkpoint]
     for name in dict.fromkeys([*in_model_order, *checkpoint.names()]):
         module = name.removesuffix(".weight")
-        few = len(checkpoint.info(name).shape) < 2
-        if few or name in stacked or module in planned or module in packed_outside:
+        is_matrix = len(checkpoint.info(name).shape) >= 2
+        if not is_matrix or name in stacked or module in planned or module in packed_outside:
             continue
         user = users.get(name)
         if user is None:
@@ -39,15 +39,15 @@ def reasons(
 
 
 def unused_modules(skeleton: Skeleton, checkpoint: Checkpoint) -> list[str]:
-    """Modules of the checkpoint with a weight matrix that the model has no place for."""
+    """Modules of the checkpoint with a weight matrix that the model does not use."""
     known = {*_users(skeleton), *skeleton.weights.stacked_in.values()}
     modules = [module for module in checkpoint.modules_with("weight") if f"{module}.weight" not in known]
     return [module for module in modules if len(checkpoint.info(f"{module}.weight").shape) == 2]
 
 
 def _users(skeleton: Skeleton) -> dict[str, str]:
-    """The checkpoint's name of a tensor -> that of the parameter or buffer in the model."""
+    """Name of a tensor in the checkpoint -> name of the parameter or buffer in the model."""
     model, weights = skeleton.model, skeleton.weights
     names = [name for name, _ in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]]
     stored = ((weights.stored_name(name), name) for name in names)
-    return {found: name for found, name in stored if found is not None} | weights.merged_into
+    return {stored_name: name for stored_name, name in stored if stored_name is not None} | weights.merged_into

@@ -1,8 +1,8 @@
-"""`--quantize-head`: the layer that makes logits, quantized after the blocks as if it were one more.
+"""`--quantize-head`: quantize the head, the layer that makes logits, after the blocks and like one more block.
 
-It is fed what the final norm makes of the last block's output, so the model's own forward is run from there.  Stages
-that tune blocks leave it alone: they come after it, or look at one block at a time.  A head that was tied to the
-embedding has a weight of its own from then on, and the embedding stays in float.
+Its input is the output of the last block after the final norm, so the model's forward is run from there. Block tuning
+and end-to-end tuning do not change it. A head that was tied to the embedding gets a separate weight, and the embedding
+is kept in float.
 """
 
 import time
@@ -17,7 +17,7 @@ from llmq.steps.run import Run
 
 
 def quantize_head(run: Run) -> None:
-    """Quantize and commit the head, if that is planned; the blocks are done by then."""
+    """Quantize and commit the head, if the plan includes it, after all blocks."""
     path, index, start = run.skeleton.head_path, len(run.skeleton.blocks), time.monotonic()
     plan = run.plans.get(path) if path is not None else None
     if path is None or plan is None or plan.scheme.weights is None:
@@ -30,22 +30,22 @@ def quantize_head(run: Run) -> None:
     weight = run.skeleton.head_weight()  # (V, K)
     (layer,) = round_group({path: weight}, {path: plan.scheme.weights}, stats, run.method, run.options)
     packed = run.pack(path, layer.rounding.quantized)
-    rounded = layer.rounding.quantized.dequantize()
-    report = layer_report(plan.name, weight, rounded, layer.rounding, packed, stats, layer.gains)
+    dequantized = layer.rounding.quantized.dequantize()
+    report = layer_report(plan.name, weight, dequantized, layer.rounding, packed, stats, layer.gains)
     run.on_event(report)
-    done = BlockReport(path, (report,), (), time.monotonic() - start)
-    run.writer.commit(index, packed, done.to_dict())
-    run.on_event(done)
+    block_report = BlockReport(path, (report,), (), time.monotonic() - start)
+    run.writer.commit(index, packed, block_report.to_dict())
+    run.on_event(block_report)
 
 
 def head_statistics(skeleton: Skeleton, stream: Stream) -> InputStats:
-    """The statistics of what the head is fed, for a text that is behind all blocks."""
+    """The statistics of the head's input, for a text that has passed all blocks."""
     text, stats = stream.text, None
     for number, batch in enumerate(text.batches()):
         inputs = skeleton.head_input(text.of(batch), stream.last(batch))
         if stats is None:
             stats = InputStats(inputs.shape[-1], inputs.device)
-            judge = stats.hold_out() if text.validation else stats
-        (stats if number < text.fitted_batches else judge).update(inputs)
+            validation = stats.hold_out() if text.validation else stats
+        (stats if number < text.fitted_batches else validation).update(inputs)
     assert stats is not None, "the text is empty"
     return stats

@@ -1,9 +1,9 @@
-"""What `--format` asks for, as the one layout that a run rounds for and stages its blocks in.
+"""The formats of `--format` as one layout, in which a run quantizes and stages its blocks.
 
-One format of safetensors is its own layout.  Several share the codes, so they share whatever decides these: a grid is
-refused where one of them refuses it, and scales are rounded to values that all of them hold exactly.  The blocks are
-staged in the first one; the others are made from it when it is finished (`export/convert.py`).  A .gguf file is
-always made that way, unless it has a grid of its own.
+A single safetensors format is its own layout. Several formats share the quantized values, so they share everything that
+determines these: a scheme is refused if one of the formats refuses it, and scales are rounded to values that all of
+them hold exactly. The blocks are staged in the first format; the others are converted from it at the end
+(`export/convert.py`). A .gguf file is always converted, unless its block types have a separate grid.
 """
 
 import dataclasses
@@ -31,17 +31,17 @@ from llmq.numerics.gguf_types import GGUF, GGUF_GRIDS
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import WeightScheme
 
-STAGED_FOR_GGUF = "compressed-tensors"  # holds every grid
+STAGED_FOR_GGUF = "compressed-tensors"  # it holds every scheme
 GGUF_SCALES = torch.float16
 
 
 def staged_format(names: Sequence[str]) -> str:
-    """The first of the formats that is one of safetensors, in which the blocks of a run are kept until it is over."""
+    """The first safetensors format of `names`, in which the blocks of a run are staged."""
     return next((name for name in names if name != GGUF), STAGED_FOR_GGUF)
 
 
 def layout_of(names: Sequence[str], model_dtype: torch.dtype) -> Layout:
-    """The layout that a run with these formats is rounded for."""
+    """The layout of a run with these formats."""
     if len(names) == 1 and names[0] != GGUF:
         return single(names[0])
     return _together(names, model_dtype)
@@ -53,7 +53,7 @@ def single(name: str) -> Layout:
 
 
 def _together(names: Sequence[str], model_dtype: torch.dtype) -> Layout:
-    """Several formats as one layout: it packs as the first of them, and holds what all of them hold."""
+    """Several formats as one layout: it packs like the first, and holds only what all of them can hold."""
     first = single(staged_format(names))
     others = [single(name) for name in names if name not in (GGUF, staged_format(names))]
     published = [first, *others] if staged_format(names) in names else []
@@ -62,7 +62,7 @@ def _together(names: Sequence[str], model_dtype: torch.dtype) -> Layout:
     stored = first.scale_dtype(model_dtype) if published else dtype_of(values)
 
     def unpack(tensors: Mapping[str, Tensor], reading: Reading) -> QuantizedTensor:
-        """Scales in the dtype that they were rounded to, so that what tunes them keeps to it."""
+        """Scales get the dtype to which they were rounded, so that tuning rounds them to the same dtype."""
         return _with_scales(first.unpack(tensors, reading), dtype_of(values))
 
     def refusal(scheme: WeightScheme, out_features: int, in_features: int) -> str | None:
@@ -72,7 +72,7 @@ def _together(names: Sequence[str], model_dtype: torch.dtype) -> Layout:
         return gguf_refusal(scheme, in_features) if GGUF in names else None
 
     def quantization_config(schemes: Mapping[str, WeightScheme], unquantized: Sequence[str]) -> dict[str, Any]:
-        """The first one's; raises ConfigError where one of them cannot hold these grids together."""
+        """That of the first format; raises ConfigError if one of the formats cannot hold these schemes together."""
         for layout in others:
             layout.quantization_config(schemes, unquantized)
         return first.quantization_config(schemes, unquantized)
@@ -94,14 +94,14 @@ def _together(names: Sequence[str], model_dtype: torch.dtype) -> Layout:
 
 
 def scale_values(layout: Layout, model_dtype: torch.dtype) -> ScaleDtype:
-    """What scales are rounded to for a layout of `layout_of`."""
+    """The values to which scales are rounded, for a layout of `layout_of`."""
     return layout.scale_dtype(model_dtype) if layout.scale_values is None else layout.scale_values
 
 
 def common_values(dtypes: Sequence[torch.dtype]) -> ScaleDtype:
     """The scales that all of these dtypes hold exactly.
 
-    A bfloat16 has fewer digits than a float16, so float16 holds it exactly where it is not too small.
+    A bfloat16 has fewer digits than a float16, so float16 holds it exactly unless it is too small.
     """
     by_digits = sorted(set(dtypes), key=lambda dtype: -torch.finfo(dtype).eps)
     least = max(SMALLEST_SCALE.get(dtype, 0.0) for dtype in by_digits)
@@ -111,17 +111,17 @@ def common_values(dtypes: Sequence[torch.dtype]) -> ScaleDtype:
 
 
 def gguf_refusal(scheme: WeightScheme, in_features: int) -> str | None:
-    """Why no block type of GGUF holds these codes exactly for a weight with so many inputs, or None."""
+    """Why no GGUF block type holds these quantized values exactly for a weight with `in_features` inputs, or None."""
     if export.best(scheme, in_features) is not None:
         return None
     return "; ".join(filter(None, (export.refusal(kind, scheme, in_features) for kind in export.EXACT)))
 
 
 def require_writable(names: Sequence[str], checkpoint: Checkpoint, tensors: Iterable[str]) -> None:
-    """Raise for a .gguf file that could not be written of this model: its architecture, tokenizer, or a tensor of it.
+    """Raise if no .gguf file can be written for this model because of its architecture, tokenizer or tensors.
 
-    `tensors` are the names that they have, or had before they were packed.  The rest is found out by a writer that
-    writes nothing.
+    `tensors` are the names of its tensors before packing. Sizes and tokenizer are checked with a writer that writes no
+    file.
     """
     if not any(name.startswith(GGUF) for name in names):
         return
@@ -138,7 +138,7 @@ def require_writable(names: Sequence[str], checkpoint: Checkpoint, tensors: Iter
     if unknown:
         raise UnsupportedModelError(
             f"llama.cpp's architecture {arch.name} has no tensor for {unknown[0]} ({len(unknown)} in all)",
-            hint="the safetensors formats hold any model",
+            hint="use a safetensors format: they hold any model",
         )
     writer = gguf.GGUFWriter(None, arch.name)
     add_sizes(writer, config, arch)
@@ -146,27 +146,27 @@ def require_writable(names: Sequence[str], checkpoint: Checkpoint, tensors: Iter
 
 
 def _stacked(checkpoint: Checkpoint, name: str) -> bool:
-    """Whether a tensor holds all experts of a layer, which have names of their own in the end."""
+    """Whether a tensor holds all experts of a layer; in the output each expert has a name."""
     return name in checkpoint and len(checkpoint.info(name).shape) > 2
 
 
 def require_known(name: str) -> None:
-    """Raise ConfigError for what `llmq convert` cannot make."""
+    """Raise ConfigError for a format that `llmq convert` cannot write."""
     if name not in CONVERTIBLE:
         raise ConfigError(f"format is {name!r}, expected one of {', '.join(CONVERTIBLE)}")
 
 
 def require_folder_name(out: Path) -> None:
-    """Raise ConfigError for an output that is named like a file: every format is a folder."""
+    """Raise ConfigError for an output with the suffix .gguf: the output of every format is a folder."""
     if out.suffix == ".gguf":
         raise ConfigError(
-            f"{out} is named like a file, and the output is a folder",
-            hint=f"give {out.with_suffix('')}: a .gguf file in it is named after the folder",
+            f"the output {out} is named like a file, expected the name of a folder",
+            hint=f"give {out.with_suffix('')}: the .gguf file in it is named after the folder",
         )
 
 
 def require_head(settings: QuantConfig) -> None:
-    """Raise ConfigError where a format of the run cannot hold the head that the user wants to quantize."""
+    """Raise ConfigError if --quantize-head is set and a format of the run cannot hold a quantized head."""
     if not settings.quantize_head:
         return
     for name in settings.formats:
@@ -177,17 +177,17 @@ def require_head(settings: QuantConfig) -> None:
             )
         if not single(name).holds_head:
             raise ConfigError(
-                f"{name} cannot hold a head that is quantized on request: its readers expect a float head",
+                f"{name} cannot hold a quantized head: its readers expect a float head",
                 hint=f"give --format {' or '.join(_with_head())}, or leave --quantize-head out",
             )
 
 
 def refuse_packed_head(to: str, modules: Iterable[str]) -> None:
-    """Raise ConfigError where a format would be made of a quantized head that its readers do not look for."""
+    """Raise ConfigError if a format is made from a model with a quantized head, and its readers expect a float head."""
     head = next((module for module in modules if is_head(module)), None)
     if head is not None and not single(to).holds_head:
         raise ConfigError(
-            f"{to} cannot hold the quantized head {head}: readers of {to} files expect a float one",
+            f"{to} cannot hold the quantized head {head}: readers of {to} files expect a float head",
             hint=f"use --to {' or '.join(_with_head())}, or quantize without --quantize-head",
         )
 

@@ -1,12 +1,12 @@
-"""Round the weights that share an input: target → round → refine, each step judged on tokens that it was not fitted on.
+"""Quantize the weights that share an input: target → rounding → refinement, each checked on validation tokens.
 
     W ──► target W* ──► codes, scales, zeros ──► refined codes, scales
              ▲                 ▲                        ▲
           C, H⁻¹            H, H⁻¹                      H             of the fitted tokens
-             ╰──────── guard ──────────────────────── guard           of the held-out ones
+             ╰──────── guard ──────────────────────── guard           of the validation tokens
 
-The Hessian is factored once for all weights and all steps.  A method without targets and refinements goes straight to
-its rounding stage.
+The codes are the quantized values, the zeros the zero points. The Hessian is factored once for all weights and all
+steps. A method without targets and refinements has the rounding stage only.
 """
 
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ from llmq.report.record import StageGain
 
 @dataclass(frozen=True)
 class Rounded:
-    """A layer's `weight` (N, K) float32 as it was, what became of it, and what each stage bought."""
+    """A quantized layer: its original `weight` (N, K) float32, the `rounding`, and what each stage gained."""
 
     path: str
     weight: Tensor
@@ -43,10 +43,10 @@ def round_group(
     method: Method,
     options: Options,
 ) -> list[Rounded]:
-    """Quantize weights (N, K) that share an input, by their paths; those whose scheme is None are left out.
+    """Quantize weights (N, K) that share an input, by path; those with the scheme None are skipped.
 
-    The Hessian is factored once for all of them, and weights of one scheme are solved together, stacked along their
-    rows.
+    The Hessian is factored once for all of them. Weights with the same scheme are stacked along their rows and solved
+    together.
     """
     stage = algorithms.rounding(method.rounding)
     factor = None
@@ -54,26 +54,26 @@ def round_group(
         factor = factorize(stats.second_moment(), options.order, options.damping)
     layers: list[Rounded] = []
     for scheme in dict.fromkeys(scheme for scheme in map(schemes.get, weights) if scheme is not None):
-        own = {path: weight for path, weight in weights.items() if schemes[path] == scheme}
+        same_scheme = {path: weight for path, weight in weights.items() if schemes[path] == scheme}
 
         # target: what is quantized in the place of each weight
-        targets = {path: target.Target(weight, 0.0) for path, weight in own.items()}
+        targets = {path: target.Target(weight, 0.0) for path, weight in same_scheme.items()}
         if stats is not None and factor is not None and method.alphas:
-            targets = _targets(own, stats, factor, method)
+            targets = _targets(same_scheme, stats, factor, method)
         stack = torch.cat([chosen.weight for chosen in targets.values()])
         gains = {path: _target_gain(chosen) for path, chosen in targets.items()}
 
-        # round, then refine
+        # rounding, then refinements
         rounding = stage.round_weight(stack, stats, scheme, options, factor)
         quantized = rounding.quantized
         if stats is not None and factor is not None and method.refinements:
             damped = _damped(stats.second_moment(), factor)
             for name in method.refinements:
                 refined = algorithms.refinement(name).refine(stack, quantized, damped, options)
-                quantized = _judge(name, own, quantized, refined, stats.held_out, gains)
+                quantized = _keep_better(name, same_scheme, quantized, refined, stats.held_out, gains)
 
         start = 0
-        for path, weight in own.items():
+        for path, weight in same_scheme.items():
             stop = start + len(weight)
             notes = (*rounding.notes, *targets[path].notes)
             rows = Rounding(quantized.rows(start, stop), rounding.damping, notes)
@@ -85,10 +85,10 @@ def round_group(
 def _targets(
     weights: Mapping[str, Tensor], stats: InputStats, factor: Factor, method: Method
 ) -> dict[str, target.Target]:
-    """For each weight what is rounded in its place; itself where the float model's inputs are not known."""
+    """The target of each weight, which is quantized in its place; the weight itself if the float inputs are unknown."""
     cross = stats.cross_moment()
     if cross is None:
-        note = ("the target is left out, the float model's inputs are not known token by token",)
+        note = ("the target is left out, the float model's inputs are not known for each token",)
         return {path: target.Target(weight, 0.0, notes=note) for path, weight in weights.items()}
     return {
         path: target.choose(weight, target.step(weight, cross, factor), method.alphas, stats.held_out)
@@ -97,39 +97,39 @@ def _targets(
 
 
 def _target_gain(chosen: target.Target) -> list[StageGain]:
-    if not chosen.before or chosen.after is None:  # in front of the first rounded layer nothing has moved
+    if not chosen.before or chosen.after is None:  # the first layers have the inputs of the float model
         return []
     return [StageGain("target", chosen.before, chosen.after, chosen.alpha > 0)]
 
 
 def _damped(hessian: Tensor, factor: Factor) -> Tensor:
-    """H + λI (K, K), as it was factored; `hessian` is used up."""
+    """H + λI (K, K), with the damping of the factorization; `hessian` is overwritten."""
     hessian.diagonal().add_(factor.damping * hessian.diagonal().mean())
     return hessian
 
 
-def _judge(
+def _keep_better(
     stage: str,
     weights: Mapping[str, Tensor],
     before: QuantizedTensor,
     after: QuantizedTensor,
-    judge: InputStats | None,
+    validation: InputStats | None,
     gains: dict[str, list[StageGain]],
 ) -> QuantizedTensor:
-    """`after`, with the rows of each weight as they were `before` where that is better on the held-out tokens.
+    """For each weight, its rows of `before` or `after`, whichever has the lower loss on the validation tokens.
 
-    Notes what was won in `gains`.  Without such tokens nothing speaks against a refinement.
+    The losses are added to `gains`. Without validation tokens the result is `after`.
     """
-    if judge is None or judge.tokens == 0:
+    if validation is None or validation.tokens == 0:
         return after
-    whole = torch.cat(list(weights.values()))
-    losses = [held_out_loss(whole, each.dequantize(), judge) for each in (before, after)]
-    keep = torch.zeros(len(whole), 1, dtype=torch.bool, device=whole.device)
+    stack = torch.cat(list(weights.values()))
+    losses = [held_out_loss(stack, quantized.dequantize(), validation) for quantized in (before, after)]
+    keep = torch.zeros(len(stack), 1, dtype=torch.bool, device=stack.device)
     start = 0
     for path, weight in weights.items():
         rows = slice(start, start + len(weight))
-        was, now = (float(loss[rows].sum(dtype=torch.float64)) for loss in losses)
-        keep[rows] = now < was
-        gains[path].append(StageGain(stage, was, now, now < was))
+        loss_before, loss_after = (float(loss[rows].sum(dtype=torch.float64)) for loss in losses)
+        keep[rows] = loss_after < loss_before
+        gains[path].append(StageGain(stage, loss_before, loss_after, loss_after < loss_before))
         start = rows.stop
     return where(keep, after, before)

@@ -1,4 +1,4 @@
-"""`Run`: what stays the same from block to block."""
+"""`Run`: everything that is the same for all blocks of a run."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from llmq.report.events import OnEvent, ignore
 
 @dataclass(frozen=True)
 class TuningRun:
-    """What end-to-end tuning works on: its text, the calls that are recorded of it, and a seed."""
+    """The input of end-to-end tuning: its text, the recorded calls of the blocks for it, and a seed."""
 
     text: Text
     calls: RecordedCalls
@@ -30,12 +30,12 @@ class TuningRun:
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that stays the same from block to block.
+    """Everything that is the same for all blocks of a run.
 
-    streams  the calibration text on its way through the blocks; None where a method needs none
-    tuning   what end-to-end tuning works on; None where there is none
-    plans    what becomes of each linear layer, by its path in the model
-    reader   reads back what `layout` packs
+    streams  the calibration text on its way through the blocks; None for methods without calibration
+    tuning   the input of end-to-end tuning; None for methods without it
+    plans    the plan of each linear layer, by its path in the model
+    reader   reads the tensors that `layout` packs
     """
 
     skeleton: Skeleton

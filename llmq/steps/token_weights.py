@@ -1,11 +1,11 @@
-"""How much each calibration token counts in the statistics of each layer, measured on the float model before any block.
+"""The weight of each calibration token in the statistics of each layer, measured on the float model before any block.
 
-    sequences ─► float model ─► logits ─► a label drawn for each token ─► back ─► γ of each layer and token ─► weights
-                                                                           └ Σ_i (∂ℓ/∂y_ti)², for each linear layer
+    sequences ─► float model ─► logits ─► a label drawn for each token ─► backward ─► γ per layer and token ─► weights
+                                                                              └ Σ_i (∂ℓ/∂y_ti)², per linear layer
 
-One pass forward and back over the text.  Nothing of it is kept: a run that is continued computes the same once more,
-because the labels are drawn from numbers that belong to the seed and to the sequence, and what fits into memory at once
-changes no bit.  Weights get no gradients, so the way back costs about as much as the way there.
+This is one forward and one backward pass over the text. Nothing of it is saved: a resumed run repeats it and gets the
+same bits, because the labels are drawn from numbers that depend only on the seed and the sequence, and the amount of
+free memory changes no result. Weights get no gradients, so the backward pass costs about as much as the forward pass.
 
 Not here: why these weights (algorithms/fisher_weights.py), the passes (model/passes/backward.py).
 """
@@ -29,16 +29,16 @@ from llmq.model.passes.streams import Text
 from llmq.report.events import OnEvent, Progress, ignore
 from llmq.steps.kl_loss import Part, through_the_head
 
-MEMORY_SHARE = 2  # of what is free, the part that hidden states may take: little else is in memory
+MEMORY_SHARE = 2  # hidden states may take half of the free memory: little else is in memory
 
 Slope = Callable[[Tensor, Tensor], Tensor]
-"""Numbers of sequences (B,), and the last hidden states (…, B, T, D) -> the loss's gradient in these."""
+"""Numbers of sequences (B,), and the last hidden states (…, B, T, D) -> the gradient of the loss in these states."""
 
 
 def measure(
     skeleton: Skeleton, tokens: Tensor, seed: int, calls: RecordedCalls, on_event: OnEvent = ignore
 ) -> TokenWeights:
-    """Run the float model over `tokens` (S, T) int64, there and back; its blocks hold no weights before and after."""
+    """Run the float model over `tokens` (S, T) int64, forward and backward; no block is loaded before and after."""
     generator = torch.Generator().manual_seed(seed)
     chances = torch.rand(tokens.shape, generator=generator)
 
@@ -46,14 +46,14 @@ def measure(
         return drawn_slope(skeleton, tokens[chosen], hidden, chances[chosen])
 
     batch = max(1, memory.TOKENS_PER_BATCH_TO_WEIGH // tokens.shape[1])
-    state = (len(skeleton.blocks) + 1) * skeleton.record(0, tokens[:1]).hidden.nbytes  # of one sequence, all blocks
+    state = (len(skeleton.blocks) + 1) * skeleton.record(0, tokens[:1]).hidden.nbytes  # one sequence, all blocks
     at_once = max(batch, memory.spare(memory.HOST) // (MEMORY_SHARE * state))
     gamma = squared_gradients(skeleton, tokens, slope, calls, batch=batch, at_once=at_once, on_event=on_event)
     return lambda paths: _shared(gamma, paths)
 
 
 def drawn_slope(skeleton: Skeleton, tokens: Tensor, hidden: Tensor, chances: Tensor) -> Tensor:
-    """The gradient in `hidden` (…, B, T, D) of the summed cross-entropy against labels drawn from the model itself."""
+    """The gradient in `hidden` (…, B, T, D) of the summed cross-entropy to labels drawn from its predictions."""
 
     def slope(logits: Tensor, part: Part) -> Tensor:
         return fisher_weights.drawn_slope(logits, chances[part].to(logits.device))
@@ -71,12 +71,13 @@ def squared_gradients(
     at_once: int,
     on_event: OnEvent = ignore,
 ) -> dict[str, Tensor]:
-    """For the path of each linear layer, (S, T) float32 on the CPU: the sum over its outputs, for `tokens` (S, T).
+    """For each linear layer, by path, (S, T) float32 on the CPU: γ, the sum over its outputs, for `tokens` (S, T).
 
-    batch    sequences that run together; another number may change bits
-    at_once  sequences whose hidden states are held, which changes none
+    batch    sequences that run together; another number may change the last bits
+    at_once  sequences whose hidden states are in memory; this changes no result
 
-    A layer that does not see every token in its place, such as an expert's, or whose gradients overflow, is left out.
+    Layers that do not see every token in its place, such as those of experts, and layers whose gradients overflow are
+    not in the result.
     """
     collected = _Collected(tokens.shape)
     parts = torch.arange(len(tokens)).split(max(1, at_once // batch) * batch)
@@ -86,31 +87,31 @@ def squared_gradients(
         storage = Storage.choose((len(skeleton.blocks) + 1) * block_bytes, skeleton.device)
         tape = Tape(skeleton, text, calls, storage)
         outputs = tape.forward()
-        gradients = [slope(part[list(own)], hidden) for own, hidden in zip(text.batches(), outputs, strict=True)]
+        gradients = [slope(part[list(rows)], hidden) for rows, hidden in zip(text.batches(), outputs, strict=True)]
         del outputs
 
-        def visit(block: Block, own: range, part: Tensor = part, number: int = number) -> None:
-            collected.take(part[list(own)])
+        def visit(block: Block, rows: range, part: Tensor = part, number: int = number) -> None:
+            collected.take(part[list(rows)])
             done = (number + 1) * len(skeleton.blocks) - block.index
             on_event(Progress("token weights", done, len(parts) * len(skeleton.blocks)))
 
-        with collected.watching(skeleton):
+        with collected.hooks(skeleton):
             backward(skeleton, tape, gradients, visit)
     return collected.result()
 
 
 class _Collected:
-    """Squared gradients in the outputs of linear layers, summed over the outputs; of `shape` (S, T) for each layer."""
+    """Squared gradients of the outputs of linear layers, summed over the outputs: `shape` (S, T) per layer."""
 
     def __init__(self, shape: torch.Size) -> None:
         self._shape = shape
         self._sums: dict[str, Tensor] = {}
         self._left_out: set[str] = set()
-        self._seen: dict[str, list[Tensor]] = {}  # of the batch that goes back now
+        self._seen: dict[str, list[Tensor]] = {}  # of the current batch
 
     @contextmanager
-    def watching(self, skeleton: Skeleton) -> Iterator[None]:
-        """While open, gradients are noted wherever a linear layer of a block is gone back through."""
+    def hooks(self, skeleton: Skeleton) -> Iterator[None]:
+        """While open, hooks record the gradient of the output of each linear layer in the blocks."""
         linears = [(path, linear) for block in skeleton.blocks for path, linear in block.linears.items()]
         handles = [linear.register_forward_hook(self._hook(path)) for path, linear in linears]
         try:
@@ -120,10 +121,10 @@ class _Collected:
                 handle.remove()
 
     def take(self, sequences: Tensor) -> None:
-        """What was noted belongs to these sequences (B,)."""
-        for path, noted in self._seen.items():
+        """Add what was recorded since the last call to the sums of these sequences (B,)."""
+        for path, recorded in self._seen.items():
             sums = self._sums.setdefault(path, torch.zeros(self._shape, dtype=torch.float32))
-            for squares in noted:
+            for squares in recorded:
                 if squares.numel() != len(sequences) * self._shape[1] or not torch.isfinite(squares).all():
                     self._left_out.add(path)
                 else:
@@ -135,12 +136,12 @@ class _Collected:
         return {path: sums for path, sums in self._sums.items() if path not in self._left_out}
 
     def _hook(self, path: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def note(gradient: Tensor) -> None:
+        def record(gradient: Tensor) -> None:
             self._seen.setdefault(path, []).append(gradient.to(torch.float32).square().sum(-1))
 
         def hook(_: nn.Module, __: Any, output: Tensor) -> None:
             if output.requires_grad:  # it depends on the hidden state
-                output.register_hook(note)
+                output.register_hook(record)
 
         return hook
 

@@ -1,8 +1,8 @@
-"""Transforms on a model: rewrite a float block into an equal one that is quantized with less error.
+"""Apply transforms to a model: rewrite a float block into an equal one that is quantized with less error.
 
-A transform names a basis for the weights that share an input (algorithms/awq.py, rotation.py); its inverse is folded
-into whatever makes that input (model/analyse/fold.py).  Every rewrite is proved by running the block before and after,
-and undone where it moves the output or does not lower the error of the quantized block on validation text.
+A transform chooses a basis for the weights that share an input (algorithms/awq.py, rotation.py); its inverse is folded
+into the module that makes this input (model/analyse/fold.py). Every rewrite is checked by running the block before and
+after. It is undone if it changes the output, or does not lower the error of the quantized block on validation text.
 """
 
 import dataclasses
@@ -25,15 +25,15 @@ from llmq.report.record import StageGain
 from llmq.steps.quantize_group import Rounded, round_group
 from llmq.steps.run import Run
 
-LOSS_TOKENS = 1024  # on which a transformation is chosen and proved
+LOSS_TOKENS = 1024  # to choose a basis and to check a rewrite
 
 Observed = dict[InputGroup, InputStats]
 
 
 def transform_block(run: Run, block: Block, groups: Sequence[InputGroup]) -> tuple[list[str], list[StageGain]]:
-    """Rewrite the float block by each transform of the method, on statistics of the float block.
+    """Apply each transform of the method to the float block, with statistics of the float block.
 
-    Returns notes for the user, and what each rewrite gained.
+    Returns notes for the user, and the gain of each rewrite.
     """
     streams = run.streams
     assert streams is not None, "a method that transforms needs calibration"
@@ -42,13 +42,13 @@ def transform_block(run: Run, block: Block, groups: Sequence[InputGroup]) -> tup
         transforms.apply(stage)
     packed = {f"{run.plans[path].name}.weight" for path in block.linears if run.plans[path].scheme.weights is not None}
     kept = {name: tensor for name, tensor in block.stored_parameters().items() if name not in packed}
-    block.set_stored_parameters(kept)  # what a transform changed, in as few bits as the file holds it
+    block.set_stored_parameters(kept)  # rounds changed parameters to the dtype in which the file stores them
     streams.transformed(block)
     return transforms.notes, transforms.gains
 
 
 class BlockTransforms:
-    """A block that is being rewritten; `observed` are the statistics of its inputs as its weights see them now."""
+    """A block that is being rewritten; `observed` has the statistics of the inputs of its weights in their basis."""
 
     def __init__(self, run: Run, streams: Streams, block: Block, groups: Sequence[InputGroup]) -> None:
         self._run = run
@@ -62,16 +62,16 @@ class BlockTransforms:
         self.gains: list[StageGain] = []
 
     def apply(self, stage: str) -> None:
-        """Rewrite the block by one transform, in one place after the other."""
+        """Apply one transform to each group of the block, one after the other."""
         sites = self._sites()
         with self._block.float_inputs():
             before = self._block.run(self._call)
         for group, stats in self.observed.items():
             if not all(self._run.plans[path].scheme.weights for path in group.names):
-                continue  # a layer that is kept in float is not rewritten either
+                continue  # a layer that is kept in float is not rewritten
             if group not in sites:
                 self.notes.append(
-                    f"{', '.join(group.names)}: {stage} left out, nothing was found that makes their input"
+                    f"{', '.join(group.names)}: {stage} was not applied, no module was found that makes their input"
                 )
                 continue
             site = sites[group]
@@ -82,7 +82,7 @@ class BlockTransforms:
                 self._rewrite(stage, site, basis)
 
     def _sites(self) -> dict[InputGroup, FoldSite]:
-        """For each group, what makes its input; without those whose producer is kept in float or cannot be changed."""
+        """The fold site of each group, except where the producer is kept in float or cannot be changed."""
         weights = self._run.skeleton.weights
         kept = {path for path, plan in self._run.plans.items() if plan.scheme.weights is None}
         sites = fold.discover(self._block, list(self.observed), self._probe)
@@ -92,8 +92,8 @@ class BlockTransforms:
     def _rewrite(self, stage: str, site: FoldSite, basis: Tensor) -> None:
         """Fold a basis into its site.
 
-        Undone, bit for bit, if it moves the block's output, or if the output with the weights on both sides quantized
-        is no better for it, on validation text where there is any.
+        It is undone, bit for bit, if it changes the block's output, or if it does not lower the error of the output
+        with the weights on both sides quantized. The error is taken on validation text if there is any.
         """
         block, call = self._block, self._validation or self._call
         paths = {*site.group.names, f"{block.path}.{site.producer}"}
@@ -107,7 +107,7 @@ class BlockTransforms:
         if change > fold.OUTPUT_TOLERANCE:
             undo()
             self.notes.append(
-                f"{', '.join(site.group.names)}: {stage} undone, it moved the block's output by {change:.1e}"
+                f"{', '.join(site.group.names)}: {stage} was undone, it changed the block's output by {change:.1e}"
             )
             return
         rewritten = {**self.observed, site.group: self.observed[site.group].in_basis(folded)}
@@ -129,7 +129,7 @@ class BlockTransforms:
         return output_loss(self._block, quantized, call, expected)
 
     def _loss_in_basis(self, group: InputGroup, stats: InputStats, expected: Tensor, basis: Tensor) -> float:
-        """The same with the group's weights quantized in another basis, and brought back from it."""
+        """Squared error per token of the block's output when the group's weights are quantized in another basis."""
         weights = {path: columns(self._block.weight(path), basis) for path in group.names}
         layers = round_plainly(self._run, weights, stats.in_basis(basis))
         back = inverse(basis)
@@ -138,13 +138,13 @@ class BlockTransforms:
 
 
 def round_plainly(run: Run, weights: Mapping[str, Tensor], stats: InputStats) -> list[Rounded]:
-    """Quantize as the method does, by its rounding stage alone."""
+    """Quantize weights with the rounding stage of the method, without targets and refinements."""
     plain = dataclasses.replace(run.method, alphas=(), refinements=())
     return round_group(weights, {path: run.plans[path].scheme.weights for path in weights}, stats, plain, run.options)
 
 
 def output_loss(block: Block, weights: Mapping[str, Tensor], call: Call, expected: Tensor) -> float:
-    """‖f(x; Ŵ) - f(x; W)‖² per token, the latter being `expected`; the block has its own weights again afterwards."""
+    """‖f(x; Ŵ) - f(x; W)‖² per token, where f(x; W) is `expected`; the block's weights are restored afterwards."""
     originals = {path: block.weight(path) for path in weights}
     for path, weight in weights.items():
         block.set_weight(path, weight)

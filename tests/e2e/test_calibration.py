@@ -1,19 +1,18 @@
 """`--calibration` as a user gives it: the model's own text, mixtures, and the manifest before and after a run."""
 
-import contextlib
 import json
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 
-from llmq.calibration import CalibrationSet, self_written
+from llmq.calibration import self_written
 from llmq.checkpoint.staging import STAGING
-from llmq.report.record import BlockReport
+from llmq.report.events import TextRead
 from tests.command_line import llmq
-from tests.runs import job, quantize
+from tests.runs import job, quantize, read_text, stop_in_block
 
 OWN = {"method": "gptq", "calibration": ["self"]}
 
@@ -23,15 +22,11 @@ def model(checkpoint: Callable[..., Path]) -> Path:
     return checkpoint("llama", num_hidden_layers=2)
 
 
-def interrupted(model: Path, out: Path, text: Path, **settings: Any) -> CalibrationSet:
-    """A run that ends in its second block; returns what it read."""
-    with contextlib.closing(cast(Generator[object, None, None], job(model, out, text, **settings).run())) as run:
-        read = next(run)
-        while not isinstance(next(run), BlockReport):
-            pass
-        next(run)
-    assert isinstance(read, CalibrationSet)
-    return read
+def interrupted(model: Path, out: Path, text: Path, **settings: Any) -> str:
+    """A run that ends in its second block; returns the checksum of the text that it read."""
+    events = stop_in_block(job(model, out, text, **settings), 1)
+    [read] = (event for event in events if isinstance(event, TextRead))
+    return str(read.manifest["sha256"])
 
 
 def test_a_mixture_is_shown_before_the_work_and_by_inspect_afterwards(model: Path, text: Path, tmp_path: Path) -> None:
@@ -77,7 +72,7 @@ def test_an_interrupted_run_goes_on_with_the_text_that_it_wrote(
 ) -> None:
     out, settings = tmp_path / "out", {**OWN, "calibration": [f"{text}:1", "self:1"]}
     whole = quantize(model, tmp_path / "whole", text, **settings)
-    read = interrupted(model, out, text, **settings)
+    checksum = interrupted(model, out, text, **settings)
 
     def not_again(*arguments: Any) -> None:
         raise AssertionError("the text is written a second time")
@@ -85,7 +80,7 @@ def test_an_interrupted_run_goes_on_with_the_text_that_it_wrote(
     monkeypatch.setattr(self_written, "write_rows", not_again)
     continued = quantize(model, out, text, **settings)
     assert [block.resumed for block in continued.blocks] == [True, False]
-    assert (continued.calibration or {})["sha256"] == (whole.calibration or {})["sha256"] == read.sha256
+    assert (continued.calibration or {})["sha256"] == (whole.calibration or {})["sha256"] == checksum
     assert any("is used again" in note for note in continued.notes)
     files = [(folder / "model.safetensors").read_bytes() for folder in (out, tmp_path / "whole")]
     assert files[0] == files[1]
@@ -93,11 +88,12 @@ def test_an_interrupted_run_goes_on_with_the_text_that_it_wrote(
 
 def test_a_text_of_another_seed_or_cut_short_is_written_anew(model: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    read = interrupted(model, out, text, **OWN)
+    checksum = interrupted(model, out, text, **OWN)
     kept = out / STAGING / "self.json"
-    assert json.loads(kept.read_text())["windows"] == read.windows.tolist()
-    other = job(model, out, text, **OWN, seed=1)._calibration_set()
-    assert not torch.equal(other.windows, read.windows)
+    first = read_text(job(model, out, text, **OWN))
+    assert first.sha256 == checksum and json.loads(kept.read_text())["windows"] == first.windows.tolist()
+    other = read_text(job(model, out, text, **OWN, seed=1))
+    assert not torch.equal(other.windows, first.windows)
     kept.write_text(kept.read_text()[:-20])
-    again = job(model, out, text, **OWN)._calibration_set()
-    assert torch.equal(again.windows, read.windows) and not again.notes
+    again = read_text(job(model, out, text, **OWN))
+    assert torch.equal(again.windows, first.windows) and not again.notes

@@ -15,7 +15,6 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from llmq import __version__
-from llmq.cli import terminal
 from llmq.config import QuantConfig
 from llmq.numerics.scheme import WeightScheme
 from tests import builders
@@ -57,7 +56,7 @@ def test_quantize_prints_the_result_on_stdout_and_a_line_a_block_on_stderr(
     assert done.exit_code == 0
     progress = [line for line in done.stderr.splitlines() if line.startswith("block ")]
     assert [line.split()[1:3] for line in progress] == [["1/2", "model.layers.0"], ["2/2", "model.layers.1"]]
-    assert all("worst error" in line for line in progress)
+    assert all("largest error" in line for line in progress)
     assert done.stderr.splitlines()[-1].startswith("done in ")
     assert "\x1b" not in done.stderr + done.stdout  # neither colours nor a cursor that moves
     assert "block " not in done.stdout
@@ -70,7 +69,7 @@ def test_a_terminal_gets_a_bar_with_the_loss_of_the_layer_just_done(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     screen = io.StringIO()
-    monkeypatch.setattr(terminal, "messages", lambda: Console(file=screen, force_terminal=True, width=160))
+    monkeypatch.setattr("llmq.cli.progress.messages", lambda: Console(file=screen, force_terminal=True, width=160))
     done = llmq("quantize", model, tmp_path / "out", "--method", "rtn", "--group-size", "32", "--json")
     assert json.loads(done.stdout)
     assert "ETA" in screen.getvalue()

@@ -19,10 +19,11 @@ import llmq
 from llmq.checkpoint.staging import STAGING
 from llmq.errors import ConfigError, FormatError
 from llmq.export.convert import Converter
+from llmq.report.events import Event, Progress
 from llmq.verify import engines
 from tests import builders, mixtures
 from tests.command_line import llmq as command
-from tests.runs import assert_same_weights, tensors_of, weights
+from tests.runs import assert_same_weights, stop, tensors_of, weights
 
 Checkpoints = Callable[..., Path]
 OWN_CODE = """
@@ -39,8 +40,7 @@ SAFETENSORS = ("compressed-tensors", "gptq", "awq", "gptq_v2")
 
 def convert(source: Path, out: Path, to: str, **options: Any) -> Converter:
     converter = Converter(source, out, to, **options)
-    for _ in converter.run():
-        pass
+    converter.run()
     return converter
 
 
@@ -225,7 +225,7 @@ def test_codes_of_three_bits_fit_into_four(packed: Any, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_held_is_refused_and_leaves_nothing(packed: Any, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"awq cannot hold .* \(13 more weights\) as it is: awq holds 4 bits"):
+    with pytest.raises(ConfigError, match=r"awq cannot hold .* \(13 more weights\) unchanged: awq holds 4 bits"):
         convert(packed("gptq", bits=8), tmp_path / "out", "awq")
     assert not (tmp_path / "out").exists()
 
@@ -263,20 +263,19 @@ def test_scales_that_the_format_does_not_hold_are_refused(packed: Any, tmp_path:
     tensors = tensors_of(source)
     tensors["model.layers.1.mlp.up_proj.weight_scale"] *= 1e-9
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ConfigError, match="scales are no float16 numbers"):
+    with pytest.raises(ConfigError, match="scales are not exact in float16"):
         convert(source, tmp_path / "out", "gptq")
 
 
 def test_an_interrupted_conversion_goes_on(packed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmq.export.convert.CHUNK_BYTES", 3000)
     convert(packed("awq"), tmp_path / "whole", "gptq")
-    steps = Converter(packed("awq"), tmp_path / "out", "gptq").run()
-    for _ in range(8):
-        next(steps)
-    steps.close()  # type: ignore[attr-defined]
+    converter = Converter(packed("awq"), tmp_path / "out", "gptq")
+    stop(converter.run, lambda event: isinstance(event, Progress) and event.done == 8)
     assert [entry.name for entry in (tmp_path / "out").iterdir()] == [STAGING]
-    doing = [step.done for step in Converter(packed("awq"), tmp_path / "out", "gptq").run()]
-    assert len(doing) < 28  # finished chunks are one step
+    events: list[Event] = []
+    Converter(packed("awq"), tmp_path / "out", "gptq").run(events.append)
+    assert len(events) < 28  # finished chunks are one step
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 

@@ -105,7 +105,7 @@ def test_a_token_that_transformers_adds_to_a_file_alone_is_not_looked_up(tmp_pat
     """Its tokenizers have a token that ends texts, whether or not the file does; the embedding has no row for it."""
     alone = export.export(ROOT / "eval" / "models" / "tiny-python-qwen3", tmp_path / "bundled.gguf").file
     (tmp_path / "text.txt").write_text("def f(n):\n    return n + 1\n<|endoftext|>" * 40)
-    with pytest.raises(CheckpointError, match="the tokenizer made the id 2048, and the model has .* 2048 tokens"):
+    with pytest.raises(CheckpointError, match="produced the token id 2048, but the model has .* 2048 tokens"):
         measure(alone, None, tmp_path / "text.txt", seqlen=48, limit=1)
 
 
@@ -119,7 +119,7 @@ def test_a_file_of_another_architecture_is_no_model_of_this_one(
 @pytest.mark.parametrize("kept", [0, 3, 100, 3000, -40])
 def test_a_file_cut_short_is_refused(file: Path, tmp_path: Path, kept: int) -> None:
     (tmp_path / "cut.gguf").write_bytes(file.read_bytes()[:kept])
-    with pytest.raises(CheckpointError, match="no GGUF file, or not all of it"):
+    with pytest.raises(CheckpointError, match="is not a complete GGUF file"):
         list(llmq.dequantize(tmp_path / "cut.gguf"))
 
 
@@ -138,7 +138,7 @@ def test_what_fits_no_block_is_refused_or_rounded_again(model: Path, tmp_path: P
 
 def test_scales_that_are_no_fp16_numbers_are_rounded_and_codes_kept(checkpoint: Checkpoints, tmp_path: Path) -> None:
     llmq.quantize(str(checkpoint("llama", **SIZES)), tmp_path / "g32", method="rtn", group_size=32, device="cpu")
-    with pytest.raises(FormatError, match="scales are no fp16 numbers"):
+    with pytest.raises(FormatError, match="scales are not fp16 numbers"):
         export.export(tmp_path / "g32", tmp_path / "no.gguf")
     summary = export.export(tmp_path / "g32", tmp_path / "yes.gguf", requantize=True)
     weights, expected = Weights(tmp_path / "yes.gguf", tmp_path / "g32"), dict(llmq.dequantize(tmp_path / "g32"))
@@ -173,7 +173,7 @@ def test_floats_beyond_fp16_are_refused(checkpoint: Checkpoints, tmp_path: Path)
     tensors = load_file(tmp_path / "large" / "model.safetensors")
     tensors["model.embed_tokens.weight"][5, 7] = 7e4
     save_file(tensors, tmp_path / "large" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(FormatError, match="embed_tokens.weight has values beyond those of F16"):
+    with pytest.raises(FormatError, match="embed_tokens.weight has values beyond the range of F16"):
         export.export(tmp_path / "large", tmp_path / "large.gguf")
 
 

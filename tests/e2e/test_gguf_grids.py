@@ -11,8 +11,7 @@ import llmq
 from llmq.config import QuantConfig
 from llmq.job import Job
 from llmq.methods import Method, Tuning
-from llmq.report.record import BlockReport
-from tests.runs import tensors_of
+from tests.runs import stop_in_block, tensors_of
 
 pytest.importorskip("gguf")
 from llmq.gguf.reader import Container, Weights
@@ -45,9 +44,7 @@ def job(model: Path, out: Path, text: Path, method: Method | None = None, **sett
 def finished(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, llmq.Report]:
     out = tmp_path_factory.mktemp("gguf") / "tiny"
     running = job(model, out, text, TUNED)
-    for _ in running.run():
-        pass
-    return out, running.report
+    return out, running.run()
 
 
 def test_the_file_has_the_types_of_the_recipe(finished: tuple[Path, llmq.Report]) -> None:
@@ -82,11 +79,8 @@ def test_a_run_that_was_stopped_ends_in_the_same_bytes(
     finished: tuple[Path, llmq.Report], model: Path, text: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "tiny"
-    for done in job(model, out, text, TUNED).run():
-        if isinstance(done, BlockReport):
-            break  # as a kill would
-    again = job(model, out, text, TUNED)
-    blocks = [done for done in again.run() if isinstance(done, BlockReport)]
+    stop_in_block(job(model, out, text, TUNED), 1)
+    blocks = job(model, out, text, TUNED).run().blocks
     assert [block.resumed for block in blocks] == [True, False]
     assert (out / "tiny.gguf").read_bytes() == (finished[0] / "tiny.gguf").read_bytes()
     shutil.rmtree(out)
@@ -95,8 +89,7 @@ def test_a_run_that_was_stopped_ends_in_the_same_bytes(
 def test_what_is_skipped_is_float_in_the_file(model: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "tiny"
     skip = ["embed_tokens", "lm_head", "*.down_proj"]
-    for _ in job(model, out, text, Method(rounding="rtn", needs_calibration=False), skip=skip).run():
-        pass
+    job(model, out, text, Method(rounding="rtn", needs_calibration=False), skip=skip).run()
     tensors = Container(out / "tiny.gguf").tensors
     floats = {name for name, tensor in tensors.items() if tensor.kind == "F16"}
     assert floats == {"token_embd.weight", "output.weight", "blk.0.ffn_down.weight", "blk.1.ffn_down.weight"}

@@ -16,9 +16,10 @@ from llmq.checkpoint.staging import STAGING
 from llmq.errors import CheckpointError, ConfigError, FormatError, UnsupportedModelError
 from llmq.evaluation.measure import measure
 from llmq.export.from_gguf import GgufConverter
+from llmq.report.events import Event, Progress
 from llmq.verify.inspection import inspect
 from tests.command_line import llmq as command
-from tests.runs import assert_same_weights, tensors_of, weights
+from tests.runs import assert_same_weights, stop, tensors_of, weights
 
 gguf = pytest.importorskip("gguf", reason="needs the package gguf")
 
@@ -232,36 +233,36 @@ def test_a_file_that_is_none(tmp_path: Path, model: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"GGUF" + bytes(20))
     done = command("convert", tmp_path / "x.gguf", tmp_path / "out", "--to", "awq", "--source", model)
     assert done.exit_code == 3
-    assert "is no GGUF file" in done.stderr
+    assert "is not a complete GGUF file" in done.stderr
+
+
+def is_compared(event: Event) -> bool:
+    return isinstance(event, Progress) and event.stage == "compared"
 
 
 def test_nothing_is_left_of_an_interrupted_one(both: Any, tmp_path: Path) -> None:
-    steps = GgufConverter(both(True) / "gguf" / "out.gguf", tmp_path / "out", "awq").run()
-    next(steps)
-    steps.close()  # type: ignore[attr-defined]
+    stop(GgufConverter(both(True) / "gguf" / "out.gguf", tmp_path / "out", "awq").run, lambda _: True)
     assert list(tmp_path.iterdir()) == []
     assert torch.is_grad_enabled()
 
 
 def test_an_interrupted_one_goes_on_where_weights_were_finished(both: Any, tmp_path: Path) -> None:
     file, out = both(True) / "gguf" / "out.gguf", tmp_path / "out"
-    steps = GgufConverter(file, out, "awq").run()
-    assert next(step for step in steps if step.doing == "compared")
-    steps.close()  # type: ignore[attr-defined]
+    stop(GgufConverter(file, out, "awq").run, is_compared)
     assert [entry.name for entry in out.iterdir()] == [STAGING]
-    converted = [step for step in GgufConverter(file, out, "awq").run() if step.doing == "converted"]
+    events: list[Event] = []
+    GgufConverter(file, out, "awq").run(events.append)
+    converted = [event for event in events if isinstance(event, Progress) and event.stage == "converted"]
     assert len(converted) == 1  # for the finished chunk, and not one a weight
     assert_same_weights(out, both(True) / "compressed-tensors")
 
 
 def test_finished_weights_of_another_file_are_not_taken(both: Any, tmp_path: Path) -> None:
     shutil.copytree(both(True) / "gguf", tmp_path / "file")
-    steps = GgufConverter(tmp_path / "file" / "out.gguf", tmp_path / "out", "awq").run()
-    assert next(step for step in steps if step.doing == "compared")
-    steps.close()  # type: ignore[attr-defined]
+    stop(GgufConverter(tmp_path / "file" / "out.gguf", tmp_path / "out", "awq").run, is_compared)
     os.utime(tmp_path / "file" / "out.gguf", (1, 1))
     with pytest.raises(ConfigError, match="finished blocks of a run with other settings"):
-        list(GgufConverter(tmp_path / "file" / "out.gguf", tmp_path / "out", "awq").run())
+        GgufConverter(tmp_path / "file" / "out.gguf", tmp_path / "out", "awq").run()
 
 
 def test_a_model_that_llama_cpp_does_not_know_is_refused_before_any_work(

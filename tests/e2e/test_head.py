@@ -14,7 +14,17 @@ from llmq.export.convert import Converter
 from llmq.job import FLOAT_HEAD
 from llmq.runtime.packed_linear import PackedLinear
 from tests import builders
-from tests.runs import float_equivalent, float_model, job, logits, quantize, relative, tensors_of, windows_of
+from tests.runs import (
+    float_equivalent,
+    float_model,
+    job,
+    logits,
+    quantize,
+    relative,
+    stop_in_block,
+    tensors_of,
+    windows_of,
+)
 
 Checkpoints = Callable[..., Path]
 HEAD = "lm_head"
@@ -81,11 +91,7 @@ def test_a_run_that_was_stopped_at_the_head_goes_on_to_the_same_bytes(
     model, settings = checkpoint("llama"), {"method": "gptq", "quantize_head": True}
     quantize(model, tmp_path / "whole", text, **settings)
     stopped = job(model, tmp_path / "out", text, **settings)
-    records = stopped.run()
-    for done in records:
-        if getattr(done, "path", None) == f"model.layers.{stopped.blocks - 1}":
-            break
-    records.close()  # type: ignore[attr-defined]
+    stop_in_block(stopped, stopped.blocks)
     assert stopped.commits == stopped.blocks + 1
     report = quantize(model, tmp_path / "out", text, **settings)
     assert f"continued: {stopped.blocks} of {stopped.commits} blocks were finished earlier" in report.notes

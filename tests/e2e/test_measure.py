@@ -5,13 +5,12 @@ import math
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import llmq
@@ -20,7 +19,9 @@ from llmq.errors import QualityError
 from llmq.evaluation import streaming
 from llmq.evaluation.measure import measure, measure_many, require
 from llmq.evaluation.scoring import Evaluation, read_windows, score, summary
-from llmq.model.passes.forward import hidden_states
+from llmq.model.passes.forward import run_through
+from llmq.model.passes.hidden_states import Storage
+from llmq.model.passes.streams import Stream, Text
 from llmq.runtime.open_skeleton import open_skeleton
 from tests import builders
 from tests.command_line import ROOT, Outcome, environment
@@ -105,7 +106,7 @@ def test_where_hidden_states_do_not_fit_the_text_is_taken_in_parts(
     found = measure(packed, llama, text, **SIZE)
     assert runs == [(llama.name, 4), ("out", 4), (llama.name, 2), ("out", 2)]
     [note] = found.notes
-    assert "6 windows do not fit" in note and "2 times" in note
+    assert "6 sequences do not fit" in note and "2 times" in note
     agree(found.model, expected.model)
 
 
@@ -127,12 +128,12 @@ def recorded_runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         folders[id(skeleton)] = checkpoint.folder.name
         return skeleton
 
-    def walked(skeleton: Any, batches: Sequence[Tensor]) -> list[Tensor]:
-        runs.append((folders[id(skeleton)], sum(map(len, batches))))
-        return hidden_states(skeleton, batches)
+    def walked(skeleton: Any, text: Text, storage: Storage) -> Stream:
+        runs.append((folders[id(skeleton)], text.sequences))
+        return run_through(skeleton, text, storage)
 
     monkeypatch.setattr("llmq.evaluation.streaming.open_skeleton", opened)
-    monkeypatch.setattr("llmq.evaluation.streaming.hidden_states", walked)
+    monkeypatch.setattr("llmq.evaluation.streaming.run_through", walked)
     return runs
 
 

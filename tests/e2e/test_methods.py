@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from llmq import plan as plan_module
 from llmq.config import QuantConfig
 from llmq.job import Job
 from llmq.methods import METHODS, Method
-from llmq.model.passes.hidden_states import Stream
+from llmq.model.analyse.input_groups import InputGroup
+from llmq.model.build.block import Block
+from llmq.model.passes.sequential import Sequential, Streams
 from llmq.report.record import BlockReport
 from llmq.settings import merged
 from tests import builders
@@ -119,7 +121,7 @@ def test_what_each_stage_bought_is_in_the_record(checkpoint: Checkpoints, tmp_pa
 
 def test_one_window_is_fitted_on_and_the_user_is_told(checkpoint: Checkpoints, tmp_path: Path, text: Path) -> None:
     report = quantize(checkpoint("llama"), tmp_path / "out", text, method="fast", samples=1)
-    assert any("too few to hold any out" in note for note in report.notes)
+    assert any("leaves none for validation" in note for note in report.notes)
     assert not report.stages and len(report.layers) == 21
 
 
@@ -138,13 +140,13 @@ def test_every_block_is_observed_behind_the_quantized_ones(
 ) -> None:
     model = checkpoint("llama", num_hidden_layers=2)
     seen: list[Tensor] = []
-    original = Stream.flow
 
-    def spy(stream: Stream, block: Any, groups: Any) -> Any:
-        seen.append(torch.cat([call.hidden for call in stream.calls()]))
-        return original(stream, block, groups)
+    class Spy(Sequential):
+        def __init__(self, block: Block, groups: Sequence[InputGroup], streams: Streams) -> None:
+            seen.append(torch.cat([call.hidden for call in streams.quantized.calls()]))
+            super().__init__(block, groups, streams)
 
-    monkeypatch.setattr(Stream, "flow", spy)
+    monkeypatch.setattr("llmq.pipeline.Sequential", Spy)
     quantize(model, tmp_path / "out", text, method=method)
     with torch.no_grad():
         before, behind = (

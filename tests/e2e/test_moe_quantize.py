@@ -1,11 +1,10 @@
 """Mixtures of experts from floats to a packed file, and back: every family, and what is told of experts."""
 
-import contextlib
 import math
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +18,8 @@ from llmq.checkpoint.reader import Checkpoint
 from llmq.errors import ConfigError
 from llmq.methods import METHODS
 from llmq.model.experts.separate import SeparateExperts
-from llmq.model.passes.forward import hidden_states
 from llmq.numerics.scheme import WeightScheme
-from llmq.report.record import BlockReport, experts_summary
+from llmq.report.record import experts_summary
 from llmq.runtime.open_skeleton import open_skeleton
 from llmq.runtime.packed_experts import PackedExperts
 from tests import builders, command_line, mixtures, runs
@@ -53,8 +51,7 @@ def streamed_logits(folder: Path, tokens: Tensor) -> Tensor:
     """Those of the checkpoint's blocks with separate experts."""
     skeleton = open_skeleton(Checkpoint.open(folder), torch.device("cpu"), torch.float32)
     assert any(isinstance(module, SeparateExperts) for module in skeleton.model.modules())
-    with torch.no_grad():
-        return skeleton.logits(tokens, hidden_states(skeleton, [tokens])[0])
+    return runs.streamed_logits(skeleton, tokens)
 
 
 def logits(model: Any, tokens: Tensor) -> Tensor:
@@ -227,17 +224,10 @@ def test_an_interrupted_run_ends_in_the_same_bytes(
         stages = replace(
             stages, block_tuning=replace(stages.block_tuning, **short), tuning=replace(stages.tuning, **short)
         )
-    for _ in runs.job(saved(name), tmp_path / "whole", text, stages=stages).run():
-        pass
-    interrupted = runs.job(saved(name), tmp_path / "out", text, stages=stages).run()
-    with contextlib.closing(cast(Generator[object, None, None], interrupted)) as run:
-        while not isinstance(next(run), BlockReport):
-            pass
-        next(run)
-    continued = runs.job(saved(name), tmp_path / "out", text, stages=stages)
-    for _ in continued.run():
-        pass
-    assert [block.resumed for block in continued.report.blocks] == [True, False]
+    runs.job(saved(name), tmp_path / "whole", text, stages=stages).run()
+    runs.stop_in_block(runs.job(saved(name), tmp_path / "out", text, stages=stages), 1)
+    continued = runs.job(saved(name), tmp_path / "out", text, stages=stages).run()
+    assert [block.resumed for block in continued.blocks] == [True, False]
     whole, found = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "out")
     assert whole.keys() == found.keys() and all(torch.equal(whole[key], found[key]) for key in whole)
 

@@ -29,6 +29,7 @@ from tests.runs import (
     job,
     logits,
     quantize,
+    read_text,
     relative,
     tensors_of,
     windows_of,
@@ -133,7 +134,7 @@ def test_provenance(model: Path, tmp_path: Path, text: Path) -> None:
     asked = merged(QuantConfig(), {**QUICK, "method": "gptq", "seed": 3, "calibration": [text]})
     assert QuantConfig.model_validate(written["settings"]) == asked
     assert written["settings"] == json.loads(json.dumps(config_to(asked)))
-    windows = job(model, tmp_path / "other", text, seed=3)._calibration_set().windows
+    windows = read_text(job(model, tmp_path / "other", text, seed=3)).windows
     ids = windows.numpy().astype("<i8").tobytes()
     assert written["calibration"]["sha256"] == hashlib.sha256(ids).hexdigest()
     assert written["calibration"]["tokens"] == WINDOWS["samples"] * WINDOWS["seqlen"]
@@ -200,7 +201,7 @@ def test_a_layer_that_never_ran_stays_float(
     monkeypatch.setattr(input_groups, "input_groups", without_one)
     report = quantize(model, tmp_path / "out", text, method="gptq")
     name = "model.layers.0.mlp.down_proj"
-    assert report.left[name] == "it did not run on the first 64 calibration tokens"
+    assert report.left[name] == "it was not run for the first 64 calibration tokens"
     assert torch.equal(tensors_of(tmp_path / "out")[f"{name}.weight"], tensors_of(model)[f"{name}.weight"])
     loaded, _ = llmq.load(tmp_path / "out", device="cpu")
     assert isinstance(loaded.get_submodule(name), torch.nn.Linear)

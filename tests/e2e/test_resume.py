@@ -1,17 +1,17 @@
 """The same bytes again: in a second run, and in one that was interrupted and continued."""
 
-import contextlib
 import json
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
 from llmq.errors import ConfigError
 from llmq.methods import METHODS, Method, Tuning
-from llmq.report.record import BlockReport
-from tests.runs import job, quantize
+from llmq.report.events import Event
+from llmq.report.record import LayerReport
+from tests.runs import job, quantize, stop, stop_in_block
 
 Checkpoints = Callable[..., Path]
 
@@ -25,11 +25,8 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def interrupt(model: Path, out: Path, text: Path, *, blocks: int, **settings: Any) -> None:
-    """Begin a run and end it after so many blocks, a few layers into the next one."""
-    with contextlib.closing(cast(Generator[object, None, None], job(model, out, text, **settings).run())) as run:
-        while blocks:
-            blocks -= isinstance(next(run), BlockReport)
-        next(run)
+    """Begin a run and end it after this many blocks, one layer into the next one."""
+    stop_in_block(job(model, out, text, **settings), blocks)
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
@@ -109,10 +106,9 @@ def test_a_run_that_ends_before_its_first_block_leaves_nothing(
     checkpoint: Checkpoints, tmp_path: Path, text: Path
 ) -> None:
     out = tmp_path / "out"
-    with contextlib.closing(
-        cast(Generator[object, None, None], job(checkpoint("llama"), out, text, method="gptq").run())
-    ) as run:
-        next(run)  # the text
-        next(run)  # the first layer of the first block
-        assert out.exists()
+
+    def first_layer(event: Event) -> bool:
+        return isinstance(event, LayerReport) and out.exists()
+
+    stop(job(checkpoint("llama"), out, text, method="gptq").run, first_layer)
     assert not out.exists()

@@ -1,19 +1,17 @@
 """`llmq sensitivity`, and `--target-bits` from the command to the finished folder."""
 
-import contextlib
 import importlib.util
 import json
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from safetensors import safe_open
 
 import llmq
-from llmq.report.record import BlockReport
 from tests import command_line
-from tests.runs import job, quantize
+from tests.runs import job, quantize, stop_in_block
 
 Checkpoints = Callable[..., Path]
 TEXT = ("--samples", "4", "--seqlen", "48", "--windows", "1")
@@ -69,11 +67,7 @@ def test_its_settings_make_the_same_model_without_measuring(
 
 def test_an_interrupted_run_continues_with_the_same_plan(model: Path, tmp_path: Path, text: Path) -> None:
     whole = quantize(model, tmp_path / "whole", text, **TARGET)
-    with contextlib.closing(
-        cast(Generator[object, None, None], job(model, tmp_path / "out", text, **TARGET).run())
-    ) as run:
-        while not isinstance(next(run), BlockReport):
-            pass
+    stop_in_block(job(model, tmp_path / "out", text, **TARGET), 1)
     continued = quantize(model, tmp_path / "out", text, **TARGET)
     assert [block.resumed for block in continued.blocks] == [True, False]
     assert continued.layers == whole.layers

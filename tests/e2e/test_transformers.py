@@ -156,9 +156,11 @@ def test_other_architectures(name: str, quantized: Quantize, tmp_path: Path) -> 
     ("name", "layout"), [("mixtral", GPTQ), ("mixtral", PACKED), ("qwen3_moe", PACKED), ("gpt_oss", GPTQ)]
 )
 def test_mixtures(name: str, layout: str, quantized: Quantize, tmp_path: Path) -> None:
+    """Compared without fused layers: their outputs are slices, of whose 48 channels torch's SiLU takes 32 at once on a
+    CPU with AVX-512 and the others one by one, which differ in the last bits."""
     source = quantized(name, layout)
     model = read(source, dtype=torch.float32)
-    loaded = llmq.load(source)[0]
+    loaded = llmq.load(source, fuse=False)[0]
     assert count(model, PackedExperts) == count(loaded, PackedExperts) > 0
     assert logits(model).equal(logits(loaded))
     assert_saved_again(model, source, tmp_path / "saved")
@@ -485,7 +487,7 @@ def test_what_llmq_does_not_read_is_refused_before_anything_is_built(quantized: 
 def test_packed_weights_without_a_place_are_refused(quantized: Quantize, tmp_path: Path) -> None:
     folder = shutil.copytree(quantized("llama", GPTQ), tmp_path / "copy")
     builders.change_json(folder / "config.json", num_hidden_layers=1)
-    with pytest.raises(FormatError, match=r"no linear layer for model\.layers\.1.*7 packed weights left over"):
+    with pytest.raises(FormatError, match=r"no linear layer for model\.layers\.1.*7 packed weights in total"):
         read(folder)
 
 

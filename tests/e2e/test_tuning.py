@@ -1,10 +1,9 @@
 """End-to-end tuning: a lower loss on text it did not see, the same bits whatever happens, and nothing left of it."""
 
-import contextlib
 import json
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -13,17 +12,19 @@ from torch import Tensor
 import llmq
 from llmq import memory
 from llmq.algorithms.kl_divergence import kl_divergence
+from llmq.algorithms.kl_tuning import drawn
 from llmq.checkpoint.tuned_version import Revision
 from llmq.config import QuantConfig
 from llmq.errors import CalibrationError, LlmqError
 from llmq.job import Job
 from llmq.methods import Method, Tuning
+from llmq.report.events import Event
 from llmq.report.record import BlockReport, Report, StageGain, TuningStep
 from llmq.settings import merged
-from llmq.steps import end_to_end
-from llmq.steps.end_to_end import Session, tuned_blocks
+from llmq.steps.end_to_end import session, tuned_blocks
+from llmq.steps.end_to_end.session import Session
 from llmq.steps.end_to_end.tuned_blocks import _transformed
-from tests.runs import float_model, logits, tensors_of
+from tests.runs import Stopped, float_model, logits, read_text, stop, tensors_of
 
 Checkpoints = Callable[..., Path]
 
@@ -36,10 +37,6 @@ UNTUNED = Method(rounding="rtn", held_out=HELD_OUT / SAMPLES)
 TUNED = Method(rounding="rtn", held_out=HELD_OUT / SAMPLES, tuning=TUNING)
 
 
-class Stopped(Exception):  # noqa: N818  (nothing went wrong)
-    """Ends a run in the middle of it."""
-
-
 @pytest.fixture
 def model(checkpoint: Checkpoints) -> Path:
     return checkpoint("llama", num_hidden_layers=2)
@@ -48,8 +45,8 @@ def model(checkpoint: Checkpoints) -> Path:
 @pytest.fixture
 def saved_always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Progress is saved in front of every step."""
-    monkeypatch.setattr(end_to_end, "SAVED_EVERY", 0.0)
-    monkeypatch.setattr(end_to_end, "SAVED_SHARE", 0.0)
+    monkeypatch.setattr(session, "SAVED_EVERY", 0.0)
+    monkeypatch.setattr(session, "SAVED_SHARE", 0.0)
 
 
 def job(model: Path, out: Path, text: Path, method: Method = TUNED, **settings: Any) -> Job:
@@ -58,10 +55,7 @@ def job(model: Path, out: Path, text: Path, method: Method = TUNED, **settings: 
 
 
 def quantize(model: Path, out: Path, text: Path, method: Method = TUNED, **settings: Any) -> Report:
-    running = job(model, out, text, method, **settings)
-    for _ in running.run():
-        pass
-    return running.report
+    return job(model, out, text, method, **settings).run()
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -76,11 +70,11 @@ def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def interrupt(model: Path, out: Path, text: Path, step: int) -> None:
     """Begin a run and end it in front of a step of the tuning."""
-    with contextlib.closing(cast(Generator[object, None, None], job(model, out, text).run())) as run:
-        for done in run:
-            if isinstance(done, TuningStep) and done.step == step:
-                return
-    raise AssertionError("it ended by itself")
+
+    def reached(event: Event) -> bool:
+        return isinstance(event, TuningStep) and event.step == step
+
+    stop(job(model, out, text).run, reached)
 
 
 def held_out_divergence(model: Path, out: Path, windows: Tensor) -> float:
@@ -92,7 +86,7 @@ def held_out_divergence(model: Path, out: Path, windows: Tensor) -> float:
 def test_tuning_lowers_the_loss_of_the_file_on_held_out_text(model: Path, text: Path, tmp_path: Path) -> None:
     report = quantize(model, tmp_path / "tuned", text).tuning
     quantize(model, tmp_path / "plain", text, UNTUNED)
-    windows = job(model, tmp_path / "none", text)._calibration_set().windows[-HELD_OUT:]
+    windows = read_text(job(model, tmp_path / "none", text)).windows[-HELD_OUT:]
     before, after = (held_out_divergence(model, tmp_path / name, windows) for name in ("plain", "tuned"))
     assert report is not None
     assert after < 0.9 * before
@@ -146,8 +140,7 @@ def test_no_more_than_one_block_has_weights_where_memory_is_short(
         update(self, *arguments)
 
     monkeypatch.setattr(tuned_blocks.TunedBlocks, "update", watch)
-    for _ in running.run():
-        pass
+    running.run()
     assert loaded == [[False, True], [True, False]] * STEPS
 
 
@@ -231,13 +224,13 @@ def reference(checkpoint: Checkpoints, text: Path, tmp_path_factory: pytest.Temp
 def test_what_was_adopted_is_not_tuned_again(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: Path
 ) -> None:
-    def stop(*_: Any) -> None:
+    def refuse(*_: Any) -> None:
         raise Stopped
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(Job, "_finish", stop)
+        patch.setattr(Job, "_finish", refuse)
         quantize(model, tmp_path / "out", text)
-    monkeypatch.setattr(Session, "steps", stop)
+    monkeypatch.setattr(Session, "run_steps", refuse)
     report = quantize(model, tmp_path / "out", text).tuning
     assert report is not None and report.best > 0 and len(report.history) == STEPS + 1
     assert files_of(tmp_path / "out") == files_of(reference)
@@ -276,7 +269,7 @@ def test_the_best_moment_is_kept_and_not_the_last(
         taken[step] = {name: self._now(i, name).dequantize() for i, n in enumerate(self.names) for name in n.values()}
         return write(self, step)
 
-    monkeypatch.setattr(Session, "_held_out_loss", lambda _: next(losses))
+    monkeypatch.setattr(Session, "_validation_loss", lambda _: next(losses))
     monkeypatch.setattr(tuned_blocks.TunedBlocks, "write_blocks", keep)
     report = quantize(model, tmp_path / "out", text).tuning
     assert report is not None and report.best == 2 and list(taken) == [1, 2]
@@ -300,7 +293,7 @@ def test_a_model_that_a_transformation_changed_is_tuned_as_it_is(model: Path, te
     folding = Method(transforms=("awq",), rounding="clip", held_out=0.25, tuning=TUNING)
     report = quantize(model, tmp_path / "out", text, folding).tuning
     assert report is not None and report.best > 0
-    windows = job(model, tmp_path / "none", text)._calibration_set().windows[-HELD_OUT:]
+    windows = read_text(job(model, tmp_path / "none", text)).windows[-HELD_OUT:]
     after = held_out_divergence(model, tmp_path / "out", windows)
     assert dict(report.history)[report.best] == pytest.approx(after, rel=1e-4)
 
@@ -313,12 +306,12 @@ def test_one_window_is_too_few(model: Path, text: Path, tmp_path: Path) -> None:
 
 
 def test_every_window_is_drawn_once_before_any_is_drawn_again() -> None:
-    found = [end_to_end.drawn(step, 4, 18, seed=3) for step in range(9)]
+    found = [drawn(step, 4, 18, seed=3) for step in range(9)]
     flat = [window for batch in found for window in batch]
     assert sorted(flat[:18]) == sorted(flat[18:]) == list(range(18))
     assert flat[:18] != flat[18:]
-    assert found == [end_to_end.drawn(step, 4, 18, seed=3) for step in range(9)]
-    assert found != [end_to_end.drawn(step, 4, 18, seed=4) for step in range(9)]
+    assert found == [drawn(step, 4, 18, seed=3) for step in range(9)]
+    assert found != [drawn(step, 4, 18, seed=4) for step in range(9)]
 
 
 @pytest.mark.parametrize(

@@ -31,22 +31,21 @@ PROGRAM = """
 import json, os, resource, signal, sys
 from pathlib import Path
 import torch
-from llmq import tuning
 from llmq.config import QuantConfig
 from llmq.job import Job
 from llmq.methods import Method, Tuning
 from llmq.report.record import TuningStep
 from llmq.settings import merged
+from llmq.steps.end_to_end import session
 torch.set_num_threads(1)  # every thread has a stack and an arena that count against the limit
 tiny, model, out, text, steps, allowed, end = *sys.argv[1:5], *map(int, sys.argv[5:8])
-tuning.SAVED_EVERY = tuning.SAVED_SHARE = 0
-judged = tuning.Session._held_out_loss
-tuning.Session._held_out_loss = lambda self: judged(self) - self._step  # the last step is taken for the best
+session.SAVED_EVERY = session.SAVED_SHARE = 0
+judged = session.Session._validation_loss
+session.Session._validation_loss = lambda self: judged(self) - self._step  # the last step is taken for the best
 method = Method(rounding="rtn", held_out=0.25, tuning=Tuning(steps=steps, scales=1e-2, rounding=0.1, tokens=128))
 settings = {"samples": 8, "seqlen": 32, "bits": 3, "scales": "minmax", "group_size": 128, "calibration": [text]}
 first = Job(tiny, f"{out}-tiny", merged(QuantConfig(), settings), stages=method, device="cpu", overwrite=True)
-for _ in first.run():  # imports whatever is imported late
-    pass
+first.run()  # imports whatever is imported late
 job = Job(model, out, merged(QuantConfig(), settings), stages=method, device="cpu")
 if allowed:
     mapped = next(int(l.split()[1]) for l in Path("/proc/self/status").read_text().splitlines() if "VmSize" in l)
@@ -58,12 +57,12 @@ if allowed:
     except RuntimeError:
         pass
 seen = []
-for done in job.run():
-    if isinstance(done, TuningStep):
-        seen.append(done.step)
-        if done.step == end:
+def watch(event):
+    if isinstance(event, TuningStep):
+        seen.append(event.step)
+        if event.step == end:
             os.kill(os.getpid(), signal.SIGKILL)
-report = job.report.tuning
+report = job.run(watch).tuning
 print(json.dumps({"steps": seen, "notes": len(report.notes), "history": report.history, "best": report.best}))
 """
 

@@ -107,7 +107,7 @@ def test_an_engine_that_is_not_known(packed: Path, engine: str) -> None:
         (lambda t: t["model.norm.weight"].fill_(torch.inf), "model.norm.weight has 32 values that are NaN or infinite"),
         (lambda t: t.update({"model.layers.1.mlp.up_proj.scales": torch.ones(3, 64)}), "scales is float32 (3, 64)"),
         (lambda t: t.pop("model.layers.1.mlp.up_proj.qzeros"), "qzeros is missing"),
-        (lambda t: t.pop("model.norm.weight"), "no tensor is there for model.norm.weight"),
+        (lambda t: t.pop("model.norm.weight"), "model.norm.weight has no tensor"),
         (lambda t: t["model.layers.1.mlp.down_proj.g_idx"].fill_(9), "the group index holds 9 to 9"),
     ],
     ids=["scales", "norm", "shape", "zeros", "tensor", "index"],
@@ -169,7 +169,7 @@ def test_a_dry_run_says_who_would_serve_it(checkpoint: Callable[..., Path], tmp_
     done = command(*arguments, "--format", "gptq,awq", "--group-size", "16")
     assert done.exit_code == 0
     assert "engines for gptq" in done.stdout and "engines for awq" in done.stdout
-    assert "groups of 16, and only 32, 64, 128 and a whole row are read" in done.stdout
+    assert "groups of 16, but only 32, 64, 128 and one group per row are supported" in done.stdout
     found = json.loads(command(*arguments, "--format", "gptq", "--asymmetric", "--json").stdout)["serving"]
     assert any(each["rule"] == "gptq grids" and each["engine"] == "vLLM" for each in found["gptq"])
     assert not (tmp_path / "out").exists()
@@ -244,7 +244,7 @@ def test_only_the_gguf_file_that_was_asked_for(packed: Path, tmp_path: Path) -> 
     found = examine(file)
     assert not found.problems and found.tensors == 1
     shutil.copy(packed / "model.safetensors", tmp_path)
-    assert serving.subject.read(file).method == "gguf"
+    assert serving.checkpoint_facts.read(file).method == "gguf"
     assert command("verify", file, "--for", "llama.cpp").exit_code == 0
     assert command("verify", tmp_path / "bad.gguf").exit_code == CHECKPOINT
 

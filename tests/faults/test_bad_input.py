@@ -100,7 +100,7 @@ def test_an_index_that_leaves_the_folder(model: Path, checkpoint: Llama, out: Pa
 @pytest.mark.parametrize("name", [DOWN, "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"])
 def test_a_weight_that_is_no_number(name: str, value: str, model: Path, out: Path) -> None:
     change_weights(model, name, float(value))
-    found = f"{name} has 1 values that are NaN or infinite, expected finite ones"
+    found = f"{name} has 1 values that are NaN or infinite, expected finite values"
     refused(quantize(model, out), CHECKPOINT, found, "the checkpoint is damaged")
     assert not out.exists()
 
@@ -114,14 +114,14 @@ def test_nan_in_a_later_block_leaves_no_model(checkpoint: Llama, tmp_path: Path,
 
 def test_weights_and_config_of_different_models(model: Path, out: Path) -> None:
     builders.change_json(model / "config.json", intermediate_size=96)
-    refused(quantize(model, out), CHECKPOINT, "has the shape (64, 32), the configuration asks for (96, 32)", "config")
+    refused(quantize(model, out), CHECKPOINT, "has the shape (64, 32), expected (96, 32)", "config")
     assert not out.exists()
 
 
 def test_a_config_with_more_layers_than_weights(model: Path, out: Path) -> None:
     builders.change_json(model / "config.json", num_hidden_layers=2)
     found = "needs the tensor model.layers.1.self_attn.q_proj.weight, which the checkpoint does not hold"
-    refused(quantize(model, out), CHECKPOINT, found, "is the checkpoint complete")
+    refused(quantize(model, out), CHECKPOINT, found, "check that the checkpoint is complete")
     assert not out.exists()
 
 
@@ -147,8 +147,8 @@ def test_an_encoder(command: str, tmp_path: Path, out: Path) -> None:
     config = transformers.BertConfig(hidden_size=32, intermediate_size=64, **SMALL)
     builders.save_model(tmp_path / "bert", transformers.BertForMaskedLM(config))
     more = {"quantize": (out,), "generate": ("--prompt", "x")}[command]
-    found = "holds BertForMaskedLM, which is no causal language model"
-    refused(llmq(command, tmp_path / "bert", *more), UNSUPPORTED, found, "decoders that generate text")
+    found = "holds BertForMaskedLM, expected a causal language model"
+    refused(llmq(command, tmp_path / "bert", *more), UNSUPPORTED, found, "a decoder that generates text")
     assert not out.exists()
 
 
@@ -157,8 +157,8 @@ def test_an_encoder_and_decoder(command: str, tmp_path: Path, out: Path) -> None
     config = transformers.T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=1, **SMALL)
     builders.save_model(tmp_path / "t5", transformers.T5ForConditionalGeneration(config))
     more = {"quantize": (out,), "generate": ("--prompt", "x")}[command]
-    found = "holds T5ForConditionalGeneration, which is no causal language model"
-    refused(llmq(command, tmp_path / "t5", *more), UNSUPPORTED, found, "encoder-decoders it does not")
+    found = "holds T5ForConditionalGeneration, expected a causal language model"
+    refused(llmq(command, tmp_path / "t5", *more), UNSUPPORTED, found, "encoder-decoders are not supported")
     assert not out.exists()
 
 

@@ -90,7 +90,7 @@ def test_a_settings_file_that_is_not_there(model: Path, out: Path) -> None:
 
 @pytest.mark.parametrize("option", [("--override", "re:(:bits=4"), ("--skip", "re:(")], ids=lambda option: option[0])
 def test_a_pattern_that_is_none(option: tuple[str, str], model: Path, out: Path) -> None:
-    refused(quantize(model, out, *option), CONFIG, "'re:(' is no regular expression")
+    refused(quantize(model, out, *option), CONFIG, "'re:(' is not a valid regular expression")
     assert not out.exists()
 
 
@@ -103,7 +103,7 @@ def test_an_override_that_is_not_understood(override: str, model: Path, out: Pat
 
 
 def test_nothing_left_to_quantize(model: Path, out: Path) -> None:
-    refused(quantize(model, out, "--skip", "*"), CONFIG, "nothing is left to quantize: skipped on request", "--skip")
+    refused(quantize(model, out, "--skip", "*"), CONFIG, "no layer can be quantized: skipped on request", "--skip")
     assert not out.exists()
 
 
@@ -165,7 +165,8 @@ def test_no_calibration_text_and_no_hub(model: Path, out: Path) -> None:
 
 def test_no_evaluation_text_and_no_hub(model: Path) -> None:
     outcome = llmq("eval", model)
-    refused(outcome, CALIBRATION, "the dataset Salesforce/wikitext", "give a file that ends in .txt")
+    refused(outcome, CALIBRATION, "the dataset Salesforce/wikitext", "give a file that ends in")
+    assert ".txt" in outcome.stderr
     assert "--calibration" not in outcome.stderr
 
 

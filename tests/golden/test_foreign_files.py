@@ -1,4 +1,4 @@
-"""Files as other writers make them, built from the descriptions of their formats, are dequantized to the bit."""
+"""Files of other writers, built from the descriptions of their formats, are dequantized bit for bit."""
 
 import dataclasses
 import json
@@ -19,11 +19,11 @@ Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 
 
 def check(folder: Path, expected: dict[str, Tensor]) -> None:
-    found = dict(llmq.dequantize(folder))
-    assert found.keys() == {f"{name}.weight" for name in expected}
+    weights = dict(llmq.dequantize(folder))
+    assert weights.keys() == {f"{name}.weight" for name in expected}
     for name, weight in expected.items():
-        assert found[f"{name}.weight"].dtype == torch.float32
-        assert torch.equal(found[f"{name}.weight"], weight), name
+        assert weights[f"{name}.weight"].dtype == torch.float32
+        assert torch.equal(weights[f"{name}.weight"], weight), name
 
 
 # ---- gptq
@@ -33,14 +33,14 @@ GPTQ: dict[str, Any] = {"quant_method": "gptq", "desc_act": False, "sym": False}
 
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
-def test_gptq_of_all_widths(tmp_path: Path, bits: int, version: int) -> None:
+def test_gptq_reads_all_widths(tmp_path: Path, bits: int, version: int) -> None:
     w = foreign.weight(bits, (64, 96), 32)
     settings = GPTQ | {"bits": bits, "group_size": 32, "checkpoint_format": "gptq" if version == 1 else "gptq_v2"}
     check(foreign.folder(tmp_path, settings, {Q: foreign.gptq(w, version, planar=bits in (5, 6, 7))}), {Q: w.exact})
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
-def test_gptq_in_planes(tmp_path: Path, bits: int) -> None:
+def test_gptq_reads_planes(tmp_path: Path, bits: int) -> None:
     w = foreign.weight(bits, (32, 64), 32)
     settings = GPTQ | {"bits": bits, "group_size": 32, "checkpoint_format": "gptq_p", "format": "gptq_p"}
     check(foreign.folder(tmp_path, settings, {Q: foreign.gptq(w, 2, planar=True)}), {Q: w.exact})
@@ -48,7 +48,7 @@ def test_gptq_in_planes(tmp_path: Path, bits: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_gptq_in_an_order_of_its_own(tmp_path: Path, symmetric: bool, dtype: torch.dtype) -> None:
+def test_gptq_reads_activation_order(tmp_path: Path, symmetric: bool, dtype: torch.dtype) -> None:
     w = foreign.weight(4, (16, 128), 32, symmetric=symmetric, shuffled=True, dtype=dtype)
     settings = GPTQ | {"bits": 4, "group_size": 32, "desc_act": True, "sym": symmetric}
     check(foreign.folder(tmp_path, settings, {Q: foreign.gptq(w, 1)}), {Q: w.exact})
@@ -56,7 +56,7 @@ def test_gptq_in_an_order_of_its_own(tmp_path: Path, symmetric: bool, dtype: tor
 
 @pytest.mark.parametrize("group", [64, 96])
 @pytest.mark.parametrize("K", [32, 72, 96, 160, 192])
-def test_gptq_groups_may_be_cut_off_or_wider_than_the_row(tmp_path: Path, K: int, group: int) -> None:
+def test_gptq_groups_may_be_incomplete_or_wider_than_the_row(tmp_path: Path, K: int, group: int) -> None:
     w = foreign.weight(4, (8, K), group)
     settings = GPTQ | {"bits": 4, "group_size": group}
     for index in (True, False):
@@ -64,7 +64,7 @@ def test_gptq_groups_may_be_cut_off_or_wider_than_the_row(tmp_path: Path, K: int
 
 
 @pytest.mark.parametrize("where", ["quantize_config.json", "config.json", "inner"])
-def test_gptq_says_little_and_in_several_places(tmp_path: Path, where: str) -> None:
+def test_gptq_reads_configurations_in_several_places(tmp_path: Path, where: str) -> None:
     w = foreign.weight(4, (8, 64), 32)
     settings = {"bits": 4, "group_size": 32, "desc_act": False, "damp_percent": 0.1, "true_sequential": True}
     documents = {
@@ -76,7 +76,7 @@ def test_gptq_says_little_and_in_several_places(tmp_path: Path, where: str) -> N
     check(folder, {Q: w.exact})
 
 
-def test_gptq_with_exceptions_and_keys_that_nobody_knows(tmp_path: Path) -> None:
+def test_gptq_reads_exceptions_and_ignores_unknown_keys(tmp_path: Path) -> None:
     four, eight = foreign.weight(4, (16, 64), 32, symmetric=True), foreign.weight(8, (16, 64), 64, symmetric=True)
     settings = GPTQ | {
         "bits": 4, "group_size": 32, "sym": True, "format": "gptq", "method": "gptq", "pack_dtype": "int32",
@@ -87,13 +87,13 @@ def test_gptq_with_exceptions_and_keys_that_nobody_knows(tmp_path: Path) -> None
     check(foreign.folder(tmp_path, settings, modules), {Q: four.exact, DOWN: eight.exact})
 
 
-def test_shards_with_an_index(tmp_path: Path) -> None:
+def test_shards_with_an_index_are_read(tmp_path: Path) -> None:
     w, other = foreign.weight(4, (8, 64), 32), foreign.weight(4, (8, 64), 32, seed=1)
     folder = foreign.folder(tmp_path, GPTQ | {"bits": 4, "group_size": 32}, {Q: foreign.gptq(w, 1)})
     (folder / "model.safetensors").unlink()
     shards = {"model-00001-of-00002.safetensors": [], "model-00002-of-00002.safetensors": []}
-    for name, each in ((Q, w), (DOWN, other)):
-        for suffix, tensor in foreign.gptq(each, 1).items():  # a module's tensors need not be in one shard
+    for name, packed in ((Q, w), (DOWN, other)):
+        for suffix, tensor in foreign.gptq(packed, 1).items():  # the tensors of a module may be in several shards
             shards[f"model-0000{1 + (suffix == 'scales')}-of-00002.safetensors"].append((f"{name}.{suffix}", tensor))
     for file, tensors in shards.items():
         save_file(dict(tensors), folder / file)
@@ -106,14 +106,14 @@ def test_shards_with_an_index(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
-def test_awq_gemm(tmp_path: Path, bits: int) -> None:
+def test_awq_reads_gemm(tmp_path: Path, bits: int) -> None:
     w = foreign.weight(bits, (32, 64), 32, dtype=torch.bfloat16)
     settings = {"quant_method": "awq", "bits": bits, "group_size": 32, "zero_point": True, "version": "gemm"}
     check(foreign.folder(tmp_path, settings, {Q: foreign.awq_gemm(w)}), {Q: w.exact})
 
 
 @pytest.mark.parametrize("group", [-1, 32])
-def test_awq_in_autoawqs_own_words(tmp_path: Path, group: int) -> None:
+def test_awq_reads_the_keys_of_autoawq(tmp_path: Path, group: int) -> None:
     w = foreign.weight(4, (16, 64), 64 if group == -1 else group)
     settings = {
         "w_bit": 4,
@@ -126,8 +126,8 @@ def test_awq_in_autoawqs_own_words(tmp_path: Path, group: int) -> None:
     check(folder, {Q: w.exact})
 
 
-def test_a_list_of_what_was_left_alone_does_not_hide_what_is_packed(tmp_path: Path) -> None:
-    """`gate` is the router, and a part of `gate_proj`; the head is packed, and not announced."""
+def test_an_exclusion_list_does_not_hide_packed_modules(tmp_path: Path) -> None:
+    """`gate` is the router, and also a part of the name `gate_proj`; the head is packed but not declared."""
     w = foreign.weight(4, (16, 64), 32)
     names = ("model.layers.0.mlp.gate_proj", "lm_head")
     settings = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
@@ -137,7 +137,7 @@ def test_a_list_of_what_was_left_alone_does_not_hide_what_is_packed(tmp_path: Pa
 
 
 @pytest.mark.parametrize("group", [32, 64, 128])
-def test_awq_gemv(tmp_path: Path, group: int) -> None:
+def test_awq_reads_gemv(tmp_path: Path, group: int) -> None:
     w = foreign.weight(4, (8, 384), group)
     settings = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "GEMV"}
     check(foreign.folder(tmp_path, settings, {Q: foreign.awq_gemv(w, 32)}), {Q: w.exact})
@@ -145,18 +145,18 @@ def test_awq_gemv(tmp_path: Path, group: int) -> None:
 
 @pytest.mark.parametrize("zeros", ["qzeros", "scaled_zeros"])
 @pytest.mark.parametrize("group", [32, 64])
-def test_awq_gemv_fast_and_llm_awq(tmp_path: Path, group: int, zeros: str) -> None:
+def test_awq_reads_gemv_fast_and_llm_awq(tmp_path: Path, group: int, zeros: str) -> None:
     w = foreign.weight(4, (8, 256), group)
     version = "gemv_fast" if zeros == "qzeros" else "llm-awq"
     settings = {"quant_method": "awq", "w_bit": 4, "q_group_size": group, "zero_point": True, "version": version}
     check(foreign.folder(tmp_path, settings, {Q: foreign.awq_gemv_fast(w, 16, zeros)}), {Q: w.exact})
 
 
-def test_awq_gemv_fast_zeros_that_are_no_whole_numbers_are_refused(tmp_path: Path) -> None:
+def test_awq_gemv_fast_refuses_fractional_zeros(tmp_path: Path) -> None:
     tensors = foreign.awq_gemv_fast(foreign.weight(4, (8, 64), 32), 8)
     tensors["qzeros"] += tensors["scales"] / 2
     settings = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemv_fast"}
-    with pytest.raises(FormatError, match=f"{Q}: the zeros, divided by the scales, are no whole numbers"):
+    with pytest.raises(FormatError, match=f"{Q}: the zero points, qzeros divided by scales, are not integers"):
         dict(llmq.dequantize(foreign.folder(tmp_path, settings, {Q: tensors})))
 
 
@@ -173,14 +173,14 @@ AUTO_ROUND: dict[str, Any] = {
     [("auto_round:auto_gptq", 1), ("auto_round:gptq", 1), ("auto_round", 2), ("auto_round:gptqmodel", 2)],
 )
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
-def test_auto_round_in_gptqs_layout(tmp_path: Path, packing: str, version: int, bits: int) -> None:
+def test_auto_round_reads_the_layout_of_gptq(tmp_path: Path, packing: str, version: int, bits: int) -> None:
     w = foreign.weight(bits, (32, 96), 32)
     settings = AUTO_ROUND | {"packing_format": packing, "bits": bits}
     tensors = foreign.gptq(w, version, index="gptqmodel" in packing)
     check(foreign.folder(tmp_path, settings, {Q: tensors}), {Q: w.exact})
 
 
-def test_auto_round_in_awqs_layout(tmp_path: Path) -> None:
+def test_auto_round_reads_the_layout_of_awq(tmp_path: Path) -> None:
     w = foreign.weight(4, (16, 64), 32)
     settings = AUTO_ROUND | {"packing_format": "auto_round:auto_awq"}
     check(foreign.folder(tmp_path, settings, {Q: foreign.awq_gemm(w)}), {Q: w.exact})
@@ -203,12 +203,12 @@ def test_auto_round_exceptions_are_names_or_patterns(tmp_path: Path) -> None:
     [
         ({"packing_format": "auto_round:fake"}, "fake"),
         ({"packing_format": "mlx"}, "mlx"),
-        ({"packing_format": "auto_round:llm_compressor", "data_type": "mx_fp", "bits": 8}, "'mx_fp' of 8 bits"),
+        ({"packing_format": "auto_round:llm_compressor", "data_type": "mx_fp", "bits": 8}, "'mx_fp' with 8 bits"),
         ({"packing_format": "auto_round", "rotation_config": {"a": 1}}, "rotation_config"),
         ({"packing_format": "auto_round:auto_awq", "bits": 8}, "8 bits"),
     ],
 )
-def test_auto_round_what_is_not_read_is_named(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+def test_auto_round_names_unsupported_settings(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     w = foreign.weight(4, (16, 64), 32)
     with pytest.raises(FormatError, match=words):
         dict(llmq.dequantize(foreign.folder(tmp_path, AUTO_ROUND | changes, {Q: foreign.gptq(w, 1)})))
@@ -237,20 +237,20 @@ def compressed(packing: str = "pack-quantized", **weights: Any) -> dict[str, Any
 
 @pytest.mark.parametrize("shape", [(5, 96), (40, 32)])
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
-def test_compressed_tensors_of_all_widths(tmp_path: Path, bits: int, shape: tuple[int, int]) -> None:
+def test_compressed_tensors_reads_all_widths(tmp_path: Path, bits: int, shape: tuple[int, int]) -> None:
     w = foreign.weight(bits, shape, 32, dtype=torch.bfloat16)
     check(foreign.folder(tmp_path, compressed(num_bits=bits), {Q: foreign.compressed(w)}), {Q: w.exact})
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [3, 4, 6])
-def test_compressed_tensors_a_scale_a_row_and_odd_rows(tmp_path: Path, bits: int, symmetric: bool) -> None:
+def test_compressed_tensors_reads_channels_and_odd_rows(tmp_path: Path, bits: int, symmetric: bool) -> None:
     w = foreign.weight(bits, (7, 333), 333, symmetric=symmetric)
     settings = compressed(num_bits=bits, strategy="channel", group_size=None, symmetric=symmetric)
     check(foreign.folder(tmp_path, settings, {Q: foreign.compressed(w, zeros=not symmetric)}), {Q: w.exact})
 
 
-def test_compressed_tensors_in_an_order_of_its_own(tmp_path: Path) -> None:
+def test_compressed_tensors_reads_activation_order(tmp_path: Path) -> None:
     w = foreign.weight(4, (8, 128), 32, shuffled=True)
     settings = compressed(actorder="group")
     check(foreign.folder(tmp_path, settings, {Q: foreign.compressed(w, index=True)}), {Q: w.exact})
@@ -258,7 +258,7 @@ def test_compressed_tensors_in_an_order_of_its_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("packing", ["int-quantized", "naive-quantized"])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_compressed_tensors_a_byte_a_code(tmp_path: Path, packing: str, symmetric: bool) -> None:
+def test_compressed_tensors_reads_one_byte_per_code(tmp_path: Path, packing: str, symmetric: bool) -> None:
     w = foreign.weight(8, (6, 40), 40, symmetric=symmetric)
     tensors = {"weight": torch.from_numpy((w.codes - 128).astype(np.int8)), "weight_scale": w.scales}
     if not symmetric:
@@ -268,7 +268,7 @@ def test_compressed_tensors_a_byte_a_code(tmp_path: Path, packing: str, symmetri
     check(foreign.folder(tmp_path, settings, {Q: tensors}), {Q: w.exact})
 
 
-def test_compressed_tensors_packings_beside_each_other(tmp_path: Path) -> None:
+def test_compressed_tensors_reads_several_packings_in_one_file(tmp_path: Path) -> None:
     four, eight = foreign.weight(4, (8, 64), 32), foreign.weight(8, (8, 64), 64, symmetric=True)
     floats, exact = foreign.fp4("nvfp4", (8, 64))
     settings = compressed() | {"format": "mixed-precision"}
@@ -300,7 +300,7 @@ def test_compressed_tensors_packings_beside_each_other(tmp_path: Path) -> None:
     ("packing", "strategy", "group"),
     [("nvfp4-pack-quantized", "tensor_group", 16), ("mxfp4-pack-quantized", "group", 32)],
 )
-def test_floats_of_four_bits(tmp_path: Path, packing: str, strategy: str, group: int) -> None:
+def test_floats_of_four_bits_are_read(tmp_path: Path, packing: str, strategy: str, group: int) -> None:
     tensors, exact = foreign.fp4(packing[:5], (6, 96))
     settings = compressed(packing, type="float", strategy=strategy, group_size=group, symmetric=True)
     settings["config_groups"]["group_0"]["input_activations"] = {"num_bits": 4, "type": "float", "dynamic": "local"}
@@ -309,13 +309,13 @@ def test_floats_of_four_bits(tmp_path: Path, packing: str, strategy: str, group:
 
 
 @pytest.mark.parametrize(("kind", "packing", "group"), [("nv_fp", "nvfp4", 16), ("mx_fp", "mxfp4", 32)])
-def test_floats_of_four_bits_from_auto_round(tmp_path: Path, kind: str, packing: str, group: int) -> None:
+def test_floats_of_four_bits_from_auto_round_are_read(tmp_path: Path, kind: str, packing: str, group: int) -> None:
     tensors, exact = foreign.fp4(packing, (4, 64))
     changes = {"packing_format": "auto_round:llm_compressor", "data_type": kind, "group_size": group, "act_bits": 4}
     check(foreign.folder(tmp_path, AUTO_ROUND | changes, {Q: tensors}), {Q: exact})
 
 
-def test_the_experts_of_gpt_oss(tmp_path: Path) -> None:
+def test_the_experts_of_gpt_oss_are_read(tmp_path: Path) -> None:
     draw = np.random.default_rng(0)
     E, N, K = 2, 6, 64
     codes, exponents = draw.integers(0, 16, (E, N, K)), draw.integers(110, 130, (E, N, K // 32))
@@ -329,13 +329,13 @@ def test_the_experts_of_gpt_oss(tmp_path: Path) -> None:
         f"{name}_bias": torch.zeros(E, N),
     }
     save_file(tensors, folder / "model.safetensors")
-    ((found, weight),) = llmq.dequantize(folder)
-    assert found == name
-    assert torch.equal(weight, torch.from_numpy(exact).mT)  # as the float parameter is: inputs before outputs
+    ((read_name, weight),) = llmq.dequantize(folder)
+    assert read_name == name
+    assert torch.equal(weight, torch.from_numpy(exact).mT)  # inputs before outputs, as in the float parameter
 
 
-def test_the_foreign_writers_know_what_a_borrow_is() -> None:
-    # Zeros 0 0 15 14 0 0 0 1 are the word 0x1000ef00; less 0x11111111 that is 0xfeefddef modulo 2**32.
+def test_the_test_writer_of_version_one_borrows() -> None:
+    # Zero points 0 0 15 14 0 0 0 1 are the word 0x1000ef00; minus 0x11111111 that is 0xfeefddef modulo 2**32.
     w = dataclasses.replace(foreign.weight(4, (8, 32), 32), zeros=np.array([[0, 0, 15, 14, 0, 0, 0, 1]]).T)
     (word,) = foreign.gptq(w, 1)["qzeros"].flatten().tolist()
     assert word & 0xFFFFFFFF == 0xFEEFDDEF

@@ -1,4 +1,4 @@
-"""Exact bytes: words worked out on paper, and checkpoints that other tools wrote."""
+"""Exact bytes: words computed by hand, and checkpoints written by other tools."""
 
 import json
 from pathlib import Path
@@ -19,12 +19,12 @@ FOLDERS = ("gptqmodel-gptq-sym-g128", "gptqmodel-awq-gemm-asym-g32", "llmcompres
 
 
 def unsigned(words: Tensor) -> list[str]:
-    """int32 words as they are written by hand: eight hexadecimal digits, the highest nibble first."""
+    """int32 words as eight hexadecimal digits, the highest nibble first."""
     return [f"{word & 0xFFFFFFFF:08x}" for word in words.flatten().tolist()]
 
 
 def stairs(scheme: WeightScheme, zeros: list[int] | None = None) -> QuantizedTensor:
-    """(8, 8), one group a row: code [n, k] = n + k, zero of row n as given."""
+    """(8, 8), one group per row: code [n, k] = n + k, the zero point of row n is zeros[n]."""
     codes = (torch.arange(8)[:, None] + torch.arange(8)).to(torch.uint8)
     column = None if zeros is None else torch.tensor([zeros], dtype=torch.int16).T
     return QuantizedTensor(codes, torch.ones(8, 1), column, scheme)
@@ -51,12 +51,12 @@ SYMMETRIC, ASYMMETRIC = WeightScheme(4, "channel"), WeightScheme(4, "channel", s
         (3, [7] * 32, ["ffffffff"] * 3),
     ],
 )
-def test_streams_of_bits(bits_per_code: int, codes: list[int], words: list[str]) -> None:
+def test_streams_of_bits_match_words_by_hand(bits_per_code: int, codes: list[int], words: list[str]) -> None:
     assert unsigned(bit_packing.pack(torch.tensor(codes, dtype=torch.uint8), bits_per_code)) == words
 
 
-def test_compressed_tensors_words() -> None:
-    # Row n holds n, n + 1, … n + 7 from its lowest nibble on.  Zeros run along N: nibble n is the zero of row n.
+def test_compressed_tensors_words_match_words_by_hand() -> None:
+    # Row n holds n, n + 1, … n + 7, the lowest nibble first.  Zero points run along N: nibble n is that of row n.
     tensors = compressed_tensors.pack(stairs(ASYMMETRIC, zeros=[0, 1, 2, 3, 4, 5, 6, 15]))
     assert unsigned(tensors["weight_packed"]) == [
         "76543210", "87654321", "98765432", "a9876543", "ba987654", "cba98765", "dcba9876", "edcba987",
@@ -66,8 +66,8 @@ def test_compressed_tensors_words() -> None:
     assert tensors["weight_scale"].shape == (8, 1)
 
 
-def test_gptq_words() -> None:
-    # Column n of the one row of words holds inputs 0 … 7 of output n: the same numbers, laid side by side.
+def test_gptq_words_match_words_by_hand() -> None:
+    # Column n of the only row of words holds inputs 0 … 7 of output n: the same numbers next to each other.
     # Symmetric is v1: 8 is stored as 7, in every nibble.
     tensors = gptq.pack(stairs(SYMMETRIC))
     assert tensors["qweight"].shape == tensors["scales"].shape == (1, 8)
@@ -76,24 +76,24 @@ def test_gptq_words() -> None:
     assert tensors["g_idx"].tolist() == [0] * 8
 
 
-def test_gptq_asymmetric_zeros_mean_themselves() -> None:
-    # v2: nibble n is the zero of output n.
+def test_gptq_asymmetric_zeros_are_stored_unchanged() -> None:
+    # v2: nibble n is the zero point of output n.
     assert unsigned(gptq.pack(stairs(ASYMMETRIC, zeros=[0, 1, 2, 3, 4, 5, 6, 15]))["qzeros"]) == ["f6543210"]
 
 
-def test_gptq_eight_bits() -> None:
-    # Four codes a word, two digits each; inputs 0 … 3 in the first row of words, 4 … 7 in the second.
+def test_gptq_words_of_eight_bits() -> None:
+    # Four codes per word, two digits each; inputs 0 … 3 in the first row of words, 4 … 7 in the second.
     # Symmetric: 128 is stored as 127 = 0x7f.
     tensors = gptq.pack(stairs(WeightScheme(8, "channel")))
     assert unsigned(tensors["qweight"][:, 0]) == ["03020100", "07060504"]
     assert unsigned(tensors["qzeros"]) == ["7f7f7f7f"] * 2
 
 
-def test_gptq_version_one_borrows() -> None:
-    # Zeros 0 1 2 3 4 5 6 7 are the word 0x76543210.  Less one in each nibble, as a writer of v1 computes it:
+def test_gptq_version_one_borrows_inside_the_word() -> None:
+    # Zero points 0 1 2 3 4 5 6 7 are the word 0x76543210.  A writer of v1 subtracts one from each nibble:
     #   0x76543210 - 0x11111111 = 0x654320ff
     # 0 - 1 borrows, so nibble 0 is f; nibble 1 is 1 - 1 - 1 = -1 = f, which borrows again; nibble 2 is 2 - 1 - 1 = 0.
-    # Adding one to each nibble by itself would read 16 16 1 3 4 5 6 7.
+    # Adding one to each nibble separately would read 16 16 1 3 4 5 6 7.
     zeros = list(range(8))
     tensors = gptq.pack(stairs(ASYMMETRIC, zeros)) | {"qzeros": torch.tensor([[0x654320FF]], dtype=torch.int32)}
     reading = gptq.read_config({"bits": 4, "group_size": -1, "sym": False})("a")
@@ -102,7 +102,7 @@ def test_gptq_version_one_borrows() -> None:
 
 
 def test_gptq_version_one_borrows_out_of_the_word() -> None:
-    # All zeros 0: 0 - 0x11111111 = 0xeeeeeeef modulo 2**32.
+    # All zero points are 0: 0 - 0x11111111 = 0xeeeeeeef modulo 2**32.
     word = torch.tensor([[0xEEEEEEEF - (1 << 32)]], dtype=torch.int32)
     tensors = gptq.pack(stairs(ASYMMETRIC, [0] * 8)) | {"qzeros": word}
     q = gptq.unpack(tensors, Reading(ASYMMETRIC, zeros_offset=1))
@@ -110,8 +110,8 @@ def test_gptq_version_one_borrows_out_of_the_word() -> None:
 
 
 def test_gptq_two_bits_are_read() -> None:
-    # Sixteen codes a word: 0 1 2 3 again and again is 0xe4e4e4e4.  Zeros 0 … 3 twice for each word of sixteen outputs,
-    # v1: 0xe4e4e4e4 - 0x55555555 = 0x8f8f8f8f.
+    # Sixteen codes per word: 0 1 2 3 repeated is 0xe4e4e4e4.  A word holds the zero points 0 … 3 of sixteen outputs,
+    # repeated too; v1: 0xe4e4e4e4 - 0x55555555 = 0x8f8f8f8f.
     tensors = {
         "qweight": torch.full((1, 16), 0xE4E4E4E4 - (1 << 32), dtype=torch.int32),
         "qzeros": torch.tensor([[0x8F8F8F8F - (1 << 32)]], dtype=torch.int32),
@@ -122,9 +122,9 @@ def test_gptq_two_bits_are_read() -> None:
     assert q.zeros.flatten().tolist() == [0, 1, 2, 3] * 4  # type: ignore[union-attr]
 
 
-def test_awq_words() -> None:
-    # Input 0 of the eight outputs is 0 … 7.  Nibbles from the lowest: outputs 0 2 4 6 1 3 5 7, so written from the
-    # highest: 7 5 3 1 6 4 2 0.  Input 1 is one more in each nibble; the zeros 0 … 7 are in the order of input 0.
+def test_awq_words_match_words_by_hand() -> None:
+    # Input 0 of the eight outputs is 0 … 7.  Nibbles, lowest first, are outputs 0 2 4 6 1 3 5 7, so highest first they
+    # are 7 5 3 1 6 4 2 0.  Input 1 is one more in each nibble; the zero points 0 … 7 have the order of input 0.
     tensors = awq.pack(stairs(ASYMMETRIC, zeros=list(range(8))))
     assert tensors["qweight"].shape == (8, 1)
     assert unsigned(tensors["qweight"])[:2] == ["75316420", "86427531"]
@@ -136,7 +136,7 @@ def test_awq_words() -> None:
 
 
 def checkpoint(folder: Path) -> tuple[Layout, Reader, dict[str, dict[str, Tensor]]]:
-    """Layout, reader of the configuration, and module name -> suffix -> tensor for the quantized modules of layer 0."""
+    """The layout, how to read modules, and module name -> suffix -> tensor of the quantized modules of layer 0."""
     block = json.loads((folder / "config.json").read_text())["quantization_config"]
     layout = formats.detect(block)
     modules: dict[str, dict[str, Tensor]] = {}
@@ -148,7 +148,7 @@ def checkpoint(folder: Path) -> tuple[Layout, Reader, dict[str, dict[str, Tensor
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_foreign_weights_are_read_to_the_bit(shared: Path, folder: str) -> None:
+def test_foreign_weights_are_read_bit_for_bit(shared: Path, folder: str) -> None:
     layout, read, modules = checkpoint(shared / "golden" / folder)
     expected = load_file(shared / "golden" / folder / "expected.safetensors")
     assert {f"{module}.weight" for module in modules} == {name for name in expected if name.endswith(".weight")}
@@ -160,7 +160,7 @@ def test_foreign_weights_are_read_to_the_bit(shared: Path, folder: str) -> None:
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_foreign_weights_are_written_back_to_the_byte(shared: Path, folder: str) -> None:
+def test_foreign_weights_are_written_to_the_same_bytes(shared: Path, folder: str) -> None:
     layout, read, modules = checkpoint(shared / "golden" / folder)
     assert modules
     for module, tensors in modules.items():
@@ -174,6 +174,6 @@ def test_foreign_weights_are_written_back_to_the_byte(shared: Path, folder: str)
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_foreign_configurations_leave_the_head_out(shared: Path, folder: str) -> None:
+def test_foreign_configurations_keep_the_head_in_float(shared: Path, folder: str) -> None:
     _, read, _ = checkpoint(shared / "golden" / folder)
     assert read("lm_head") is None

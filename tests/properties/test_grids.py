@@ -1,4 +1,4 @@
-"""Whatever the weights: a grid gives back its own points, and a search never loses to min-max."""
+"""For random weights: values of a grid are quantized to themselves, and a search is never worse than min-max."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ schemes = st.builds(WeightScheme, st.sampled_from(BITS), st.sampled_from((16, 32
 
 @st.composite
 def weights(draw: st.DrawFn) -> Tensor:
-    """(N, 32) float32: random, with some values of every size, of few different ones, or none but zeros."""
+    """(N, 32) float32: random, with outliers, with few different values, positive, or all zero."""
     rows = draw(st.integers(1, 4))
     random = torch.Generator().manual_seed(draw(st.integers(0, 1 << 30)))
     weight = torch.randn(rows, 32, generator=random) * 10.0 ** draw(st.integers(-6, 3))
@@ -36,7 +36,7 @@ def weights(draw: st.DrawFn) -> Tensor:
 
 @quick
 @given(weights(), schemes, st.sampled_from(DTYPES), st.booleans())
-def test_points_of_the_grid_are_their_own_nearest(
+def test_values_of_the_grid_are_quantized_to_themselves(
     weight: Tensor, scheme: WeightScheme, dtype: torch.dtype, searched: bool
 ) -> None:
     fitted = (affine_grid.fit_searched if searched else affine_grid.fit_minmax)(weight, scheme, dtype)
@@ -46,7 +46,7 @@ def test_points_of_the_grid_are_their_own_nearest(
 
 @quick
 @given(weights(), schemes, st.sampled_from(DTYPES), st.booleans())
-def test_scales_and_zeros_are_what_the_file_can_hold(
+def test_scales_and_zeros_fit_the_file(
     weight: Tensor, scheme: WeightScheme, dtype: torch.dtype, searched: bool
 ) -> None:
     fitted = (affine_grid.fit_searched if searched else affine_grid.fit_minmax)(weight, scheme, dtype)
@@ -59,13 +59,14 @@ def test_scales_and_zeros_are_what_the_file_can_hold(
 
 @quick
 @given(weights(), schemes, st.sampled_from(DTYPES), st.integers(0, 1 << 30), st.sampled_from((0.0, 1.0, 3.0)))
-def test_a_search_never_loses_to_min_max(
+def test_a_search_is_never_worse_than_min_max(
     weight: Tensor, scheme: WeightScheme, dtype: torch.dtype, seed: int, spread: float
 ) -> None:
-    """Min-max is a candidate, so only rounding in the sum of the errors can make a difference.
+    """Min-max is a candidate, so only rounding errors in the sum of the errors can make a difference.
 
-    A decoded weight is off by an epsilon of itself, 2 |w| e of an error e; by Cauchy-Schwarz the weighted sum of that
-    is below 2 epsilons of sqrt(sum c w² · sum c e²).  The sum itself adds an epsilon for each of its terms.
+    A decoded weight has a relative error of one epsilon, which changes a squared error e² by 2 |w| e epsilons.  By
+    Cauchy-Schwarz the weighted sum of that is below 2 epsilons times sqrt(sum c w² · sum c e²).  The sum itself adds an
+    epsilon for each of its terms.
     """
     importance = torch.exp(spread * torch.randn(32, generator=torch.Generator().manual_seed(seed)))
     errors = []
@@ -81,8 +82,8 @@ def test_a_search_never_loses_to_min_max(
 
 
 @pytest.mark.parametrize("scheme", [WeightScheme(2, 16), WeightScheme(8, 16, symmetric=False)], ids=str)
-def test_min_max_wins_where_nothing_beats_it(scheme: WeightScheme) -> None:
-    """Weights that lie on their own min-max grid, which no factor of the search hits exactly."""
+def test_min_max_is_kept_where_it_is_best(scheme: WeightScheme) -> None:
+    """Weights on their own min-max grid, which no factor of the search gives exactly."""
     codes = torch.arange(16)[None] * scheme.levels // 15
     weight = (codes - (scheme.levels / 2 if scheme.symmetric else 0)).float() / 3
     minmax = affine_grid.fit_minmax(weight, scheme, torch.float32)

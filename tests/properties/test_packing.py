@@ -1,4 +1,4 @@
-"""Packing loses nothing, whatever the bits, shapes and grids; the slow twin is one big Python integer."""
+"""Packing is lossless for all bits, shapes and grids; the slow reference is one big Python integer."""
 
 import dataclasses
 
@@ -28,7 +28,7 @@ def code_rows(draw: st.DrawFn) -> tuple[int, list[list[int]]]:
 
 @st.composite
 def quantized(draw: st.DrawFn, layout: Layout) -> QuantizedTensor:
-    """Any tensor that the layout can hold."""
+    """A random tensor that the layout can hold."""
     group_size = draw(st.sampled_from((16, 32, 64, "channel", "tensor")))
     scheme = WeightScheme(draw(st.sampled_from(BITS)), group_size, draw(st.booleans()))  # type: ignore[arg-type]
     per_group = group_size if isinstance(group_size, int) else 1
@@ -93,7 +93,7 @@ def test_padded_words_hold_whole_codes(example: tuple[int, list[list[int]]]) -> 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 @given(data=st.data())
 @quick
-def test_a_layout_gives_back_what_it_was_given(layout: Layout, data: st.DataObject) -> None:
+def test_unpacking_is_the_inverse_of_packing(layout: Layout, data: st.DataObject) -> None:
     q = data.draw(quantized(layout))
     scheme = dataclasses.replace(q.scheme, group_size="channel") if q.scheme.group_size == "tensor" else q.scheme
     reading = layout.read_config(layout.quantization_config({"a": q.scheme}, []))("a")
@@ -114,7 +114,7 @@ def test_a_layout_gives_back_what_it_was_given(layout: Layout, data: st.DataObje
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 @given(data=st.data())
 @quick
-def test_what_the_configuration_says_is_enough_to_read_it(layout: Layout, data: st.DataObject) -> None:
+def test_the_configuration_is_enough_to_read_a_weight(layout: Layout, data: st.DataObject) -> None:
     q = data.draw(quantized(layout))
     reading = layout.read_config(layout.quantization_config({"a": q.scheme}, ["b"]))("a")
     assert reading is not None
@@ -138,7 +138,7 @@ def test_compressed_tensors_reads_padded_and_dense_alike(data: st.DataObject) ->
 
 
 def _padded(codes: Tensor) -> Tensor:
-    """uint8 (rows, L) of 3 bits -> int32 (rows, ceil(L / 10)), ten to a word"""
+    """uint8 (rows, L) of 3 bits -> int32 (rows, ceil(L / 10)), ten per word"""
     whole = torch.nn.functional.pad(codes.to(torch.int32), (0, -codes.shape[1] % 10))
     shifts = torch.arange(0, 30, 3, dtype=torch.int32)
     return (whole.reshape(codes.shape[0], -1, 10) << shifts).sum(-1, dtype=torch.int32)

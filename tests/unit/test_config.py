@@ -69,7 +69,7 @@ def test_other_bits_are_refused_with_the_legal_ones(bits: Any) -> None:
 def test_other_group_sizes_are_refused_with_the_legal_ones(size: Any) -> None:
     with pytest.raises(ConfigError, match="group size is") as caught:
         WeightScheme(4, size)
-    assert "16, 32, 64, 128, 256, 512, 1024, channel" in caught.value.hint and "tensor" in caught.value.hint
+    assert "expected one of 16, 32, 64, 128, 256, 512, 1024, channel or tensor" in str(caught.value)
 
 
 @pytest.mark.parametrize("symmetric", ["false", 1, None])
@@ -136,8 +136,8 @@ def test_a_file_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
         ({"scheme": {"group_size": "row"}}, "group_size is 'row', expected one of 16, 32"),
         ({"overrides": [{"pattern": "x", "bits": 5}]}, "bits is 5, expected one of"),
         ({"overrides": [{"pattern": "x", "bits": "many"}]}, "bits is 'many', expected one of 2, 3, 4, 8"),
-        ({"skip": ["re:("]}, "'re:(' is no regular expression"),
-        ({"overrides": [{"pattern": "re:[", "bits": 8}]}, "'re:[' is no regular expression"),
+        ({"skip": ["re:("]}, "'re:(' is not a valid regular expression"),
+        ({"overrides": [{"pattern": "re:[", "bits": 8}]}, "'re:[' is not a valid regular expression"),
         ({"overrides": [{"bits": 8}]}, "missing key of an override: 'pattern'"),
     ],
 )

@@ -1,1 +1,1 @@
-"""What several formats share: how codes become words and bytes, and checks of what a file declares and holds."""
+"""Code that several formats share: packing of quantized values, and checks of the settings and tensors of a file."""

@@ -1,20 +1,21 @@
-"""The forms of AWQ that were made for one kernel each, read only: four bits, packed along K.
+"""The forms of AWQ that were each made for one kernel, read only: four bits, packed along K.
 
-gemv: eight inputs of an output in a word, lowest first; scales and zeros padded to whole words.
+gemv: a word holds eight inputs of an output, lowest first; scales and zero points are padded to whole words.
 
     qweight  int32 (N, K / 8)
-    qzeros   int32 (N, W)        zeros along G, eight in a word; W >= G / 8
+    qzeros   int32 (N, W)        zero points along G, eight per word; W >= G / 8
     scales   float (N, 8 W)
 
-gemv_fast and llm-awq: four inputs of an output in a word of 16 bits, after three changes of order.  Of every 32 inputs,
-pairs are taken from the four eights in turn (0 1, 8 9, 16 17, 24 25, 2 3, …); of every eight of those the even come
-before the odd; and the words of 64 inputs are followed by those of the same inputs of the next three outputs.
+gemv_fast and llm-awq: a word of 16 bits holds four inputs of an output, after three changes of order.  Of every 32
+inputs, pairs are taken from the four eights in turn (0 1, 8 9, 16 17, 24 25, 2 3, …).  Of every eight of those, the
+even ones come before the odd ones.  The words of 64 inputs are followed by those of the same inputs of the next three
+outputs.
 
     qweight  int16 (N / 4, K)
     scales   float (8 W, N)
     qzeros   float (8 W, N)      -scale * zero, rounded; llm-awq calls it scaled_zeros
 
-There a zero is what the product was made of, the nearest whole number to -qzeros / scales.
+In these two forms the zero point is the nearest integer to -qzeros / scales.
 
 Source: github.com/casper-hansen/AutoAWQ, awq/modules/linear/gemv.py and gemv_fast.py; github.com/mit-han-lab/llm-awq,
 awq/quantize/qmodule.py.
@@ -32,8 +33,8 @@ from llmq.numerics.quantized_tensor import QuantizedTensor
 
 GEMV, GEMV_FAST, LLM_AWQ = "gemv", "gemv_fast", "llm_awq"
 BITS, LEVELS = 4, 15
-ROWS, STRIDE = 4, 64  # outputs that share a row of words, inputs of one that lie side by side in it
-FAR_FROM_WHOLE = 0.2  # rounding -s * z to 11 bits moves z <= 15 by less than 0.01
+ROWS, STRIDE = 4, 64  # outputs that share a row of words, consecutive inputs of an output in it
+FAR_FROM_WHOLE = 0.2  # rounding -s * z to 11 bits changes z <= 15 by less than 0.01
 
 
 def unpack(tensors: Mapping[str, Tensor], reading: Reading) -> QuantizedTensor:
@@ -51,7 +52,8 @@ def unpack(tensors: Mapping[str, Tensor], reading: Reading) -> QuantizedTensor:
         raise FormatError(f"a weight ({N}, {K}) cannot be in the form {reading.packing}")
     name = "scaled_zeros" if "scaled_zeros" in tensors else "qzeros"
     scales, scaled = (
-        _first(checks.stored(tensors, each, checks.SCALE_DTYPES, (None, N)).T, each, G) for each in ("scales", name)
+        _first(checks.stored(tensors, suffix, checks.SCALE_DTYPES, (None, N)).T, suffix, G)
+        for suffix in ("scales", name)
     )
     return checks.affine(_deinterleaved(qweight), scales, _whole_zeros(scales, scaled), reading)
 
@@ -78,7 +80,7 @@ def _whole_zeros(scales: Tensor, scaled: Tensor) -> Tensor:
     quotient = torch.where(scales == 0, 0.0, -scaled.to(torch.float32) / scales.to(torch.float32))
     zeros = quotient.round()
     if bool(((quotient - zeros).abs() > FAR_FROM_WHOLE).any()) or bool(((zeros < 0) | (zeros > LEVELS)).any()):
-        raise FormatError("the zeros, divided by the scales, are no whole numbers from 0 to 15")
+        raise FormatError("the zero points, qzeros divided by scales, are not integers from 0 to 15")
     return zeros.to(torch.int16)
 
 

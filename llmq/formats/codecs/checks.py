@@ -1,6 +1,7 @@
-"""What the layouts check alike: tensors found in a file, tensors about to be written, grids declared in config.json.
+"""Checks that the layouts share: of tensors in a file, of tensors before they are written, of grids in config.json.
 
-All of it raises `FormatError` with what was found and what was expected.
+All checks raise `FormatError` with what was found and what was expected.  Codes are the quantized values, zeros the
+zero points.
 """
 
 import dataclasses
@@ -22,23 +23,23 @@ SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 def stored(
     tensors: Mapping[str, Tensor], suffix: str, dtypes: Sequence[torch.dtype], shape: tuple[int | None, ...]
 ) -> Tensor:
-    """The tensor called `suffix`, of one of the dtypes and the shape (None: any size)."""
+    """The tensor called `suffix`, checked to have one of the `dtypes` and the `shape` (None: any size)."""
     expected = f"{' or '.join(_dtype_name(dtype) for dtype in dtypes)} {_shape_text(shape)}"
     tensor = tensors.get(suffix)
     if tensor is None:
         present = ", ".join(sorted(tensors)) or "nothing"
         raise FormatError(f"{suffix} is missing, expected {expected}; the module has {present}")
     fits = len(tensor.shape) == len(shape) and all(
-        size in (None, found) for size, found in zip(shape, tensor.shape, strict=True)
+        size in (None, stored_size) for size, stored_size in zip(shape, tensor.shape, strict=True)
     )
     if tensor.dtype not in dtypes or not fits:
-        found = f"{_dtype_name(tensor.dtype)} {_shape_text(tuple(tensor.shape))}"
-        raise FormatError(f"{suffix} is {found}, expected {expected}")
+        present = f"{_dtype_name(tensor.dtype)} {_shape_text(tuple(tensor.shape))}"
+        raise FormatError(f"{suffix} is {present}, expected {expected}")
     return tensor
 
 
 def groups_for(scheme: WeightScheme, in_features: int) -> int:
-    """G; a group size must divide in_features."""
+    """G; the group size must divide in_features."""
     if in_features < 1:
         raise FormatError("a weight has no input features, expected at least one")
     reason = grouping_refusal(scheme, in_features)
@@ -48,7 +49,7 @@ def groups_for(scheme: WeightScheme, in_features: int) -> int:
 
 
 def grouping_refusal(scheme: WeightScheme, in_features: int) -> str | None:
-    """Why no layout holds groups of such a size for such a weight, or None."""
+    """Why no layout holds groups of this size for this weight, or None."""
     if in_features % scheme.columns_per_group(in_features) == 0:
         return None
     return _indivisible(scheme.group_size, in_features)
@@ -57,11 +58,10 @@ def grouping_refusal(scheme: WeightScheme, in_features: int) -> str | None:
 def affine(
     codes: Tensor, scales: Tensor, zeros: Tensor | None, reading: Reading, index: Tensor | None = None
 ) -> QuantizedTensor:
-    """The weight as read: codes (N, K), scales (N, G), zeros int16 (N, G) or None where they are all in the middle.
+    """The weight from codes (N, K), scales (N, G), zeros int16 (N, G) or None where they are all in the middle.
 
-    Zeros that are all in the middle are left out of a symmetric grid; others are what the file says, whatever its
-    configuration calls the grid.  Groups of a size that llmq does not have, or that is cut off at the end of the row,
-    are cut into smaller ones with the same scale.
+    If a symmetric grid was declared and not all zero points are in the middle, the result is asymmetric.  A group size
+    that llmq does not have becomes a smaller one with the same scales, or a group index where no size divides the row.
     """
     scheme, middle = reading.scheme, 1 << (reading.bits - 1)
     if zeros is None and not scheme.symmetric:
@@ -87,7 +87,7 @@ def affine(
 
 
 def groups_of(reading: Reading, in_features: int, *, cut: bool = False) -> int:
-    """G of a file; with `cut` the last group may have fewer columns than the others."""
+    """G of a file; with `cut` the last group may be incomplete."""
     if in_features < 1:
         raise FormatError("a weight has no input features, expected at least one")
     size = reading.group if isinstance(reading.group, int) else in_features
@@ -97,10 +97,10 @@ def groups_of(reading: Reading, in_features: int, *, cut: bool = False) -> int:
 
 
 def group_index_for(reading: Reading, index: Tensor | None, in_features: int) -> Tensor | None:
-    """(K,) as read -> int32 (K,), or None where it says no more than k // group size.
+    """The group index (K,) of a file -> int32 (K,), or None where it is k // group size.
 
-    All zeros with several groups is a placeholder of early writers, and read by others as the plain order too.
-    Negative groups count from the end, as in Python.
+    Early writers used an index of zeros as a placeholder; other readers also take it as the natural order.  Negative
+    groups count from the end, as in Python.
     """
     if index is None or not bool(index.any()):
         return None
@@ -115,19 +115,19 @@ def group_index_for(reading: Reading, index: Tensor | None, in_features: int) ->
 
 
 def plain_index(scheme: WeightScheme, in_features: int, device: torch.device) -> Tensor:
-    """int32 (K,): the group of each column where columns are grouped as they stand."""
+    """int32 (K,): the group of each column where columns are grouped in natural order."""
     return torch.arange(in_features, dtype=torch.int32, device=device) // scheme.columns_per_group(in_features)
 
 
 def require_packable(q: QuantizedTensor, refusal: str | None) -> None:
-    """Stop a tensor that would be written as something else than it is."""
+    """Raise FormatError for a tensor that the file could not represent exactly."""
     N, K = q.shape
     if refusal is not None:
         raise FormatError(refusal)
     if q.group_index is not None and not torch.equal(q.group_index, plain_index(q.scheme, K, q.codes.device)):
         raise FormatError(
-            "the columns are grouped in an order of their own, which serving engines drop or refuse",
-            hint="quantize the original model; activation order does not need it here",
+            "the columns are grouped in activation order, which serving engines ignore or refuse",
+            hint="quantize the original model; llmq's activation order keeps the groups in natural order",
         )
     fields = {"codes": q.codes, "scales": q.scales}
     stored(fields, "codes", (torch.uint8,), (N, K))
@@ -141,37 +141,38 @@ def require_packable(q: QuantizedTensor, refusal: str | None) -> None:
 
 def _require_zeros(q: QuantizedTensor) -> None:
     if (q.zeros is None) != q.scheme.symmetric:
-        raise FormatError(f"a tensor on a grid {q.scheme} has {'no zeros' if q.zeros is None else 'zeros'}")
+        mistake = "no zero points, expected some" if q.zeros is None else "zero points, expected none"
+        raise FormatError(f"a tensor on a grid {q.scheme} has {mistake}")
     if q.zeros is None:
         return
     stored({"zeros": q.zeros}, "zeros", (torch.int16,), tuple(q.scales.shape))
     low, high = int(q.zeros.min()), int(q.zeros.max())
     if low < 0 or high > q.scheme.levels:
-        raise FormatError(f"zeros are {low} to {high}, expected 0 to {q.scheme.levels}: nothing else can be packed")
+        raise FormatError(f"zero points are {low} to {high}, expected 0 to {q.scheme.levels}")
 
 
 def declared(config: Mapping[str, Any], *names: str) -> Any:
-    """The value of the first of these keys that config.json has; writers spell them differently."""
+    """The value of the first of these keys in `config`; writers use different names."""
     for name in names:
         if name in config:
             return config[name]
-    found = ", ".join(sorted(config)) or "nothing"
-    raise FormatError(f"quantization_config has no {' or '.join(names)}; found {found}")
+    present = ", ".join(sorted(config)) or "nothing"
+    raise FormatError(f"quantization_config has no {' or '.join(names)}; found {present}")
 
 
-def mapping(value: Any, what: str) -> Mapping[str, Any]:
-    """The value itself, if it is a block of keys as `what` should be."""
+def mapping(value: Any, key: str) -> Mapping[str, Any]:
+    """`value`, checked to be a block of keys; `key` names it in the error."""
     if not isinstance(value, Mapping):
-        raise FormatError(f"quantization_config holds {value!r} for {what}, expected a block of keys")
+        raise FormatError(f"quantization_config holds {value!r} for {key}, expected a block of keys")
     return value
 
 
-def names_in(value: Any, what: str) -> Sequence[str]:
-    """The value itself, if it is a list of names as `what` should be; none at all is an empty one."""
+def names_in(value: Any, key: str) -> Sequence[str]:
+    """`value`, checked to be a list of names; None is an empty list.  `key` names it in the error."""
     if value is None:
         return ()
     if not isinstance(value, Sequence) or not all(isinstance(entry, str) for entry in value) or isinstance(value, str):
-        raise FormatError(f"quantization_config holds {value!r} for {what}, expected a list of names")
+        raise FormatError(f"quantization_config holds {value!r} for {key}, expected a list of names")
     return value
 
 
@@ -180,11 +181,11 @@ def pattern(text: str) -> re.Pattern[str]:
     try:
         return re.compile(text)
     except re.error as error:
-        raise FormatError(f"quantization_config holds the pattern {text!r}, which is none: {error}") from None
+        raise FormatError(f"quantization_config holds {text!r}, expected a regular expression: {error}") from None
 
 
 def declared_grid(bits: Any, group_size: Any, symmetric: Any, allowed_bits: Sequence[int]) -> Reading:
-    """The grid that a configuration declares; group size -1 is one group a row."""
+    """The grid that a configuration declares; group size -1 is one group per row."""
     if type(bits) is not int or bits not in allowed_bits:
         allowed = ", ".join(str(b) for b in allowed_bits)
         raise FormatError(f"the configuration declares {bits!r} bits, expected one of {allowed}")
@@ -204,7 +205,7 @@ def declared_grid(bits: Any, group_size: Any, symmetric: Any, allowed_bits: Sequ
 
 
 def as_stored(schemes: Mapping[str, WeightScheme]) -> dict[str, WeightScheme]:
-    """The grids that the file will show: "tensor" is written as one scale a row, the same one in each."""
+    """The grids as the file stores them: "tensor" becomes "channel", with the same scale in every row."""
     if not schemes:
         raise ConfigError("no module is quantized, so there is no quantized checkpoint to describe")
     return {
@@ -214,7 +215,7 @@ def as_stored(schemes: Mapping[str, WeightScheme]) -> dict[str, WeightScheme]:
 
 
 def is_head(module: str) -> bool:
-    """Whether gptq and awq files tell by their key `lm_head` if the module is quantized."""
+    """Whether the module is the lm_head, for which gptq and awq files have the separate key `lm_head`."""
     return module.rpartition(".")[2] == "lm_head"
 
 

@@ -1,16 +1,17 @@
-"""Weights of four bits that are floats: E2M1, one bit of sign, two of exponent, one of fraction.
+"""Weights that are floats of four bits: E2M1, one sign bit, two exponent bits, one fraction bit.
 
     code    0    1    2    3    4    5    6    7       8 to 15: the same, negative
     value   0   .5    1  1.5    2    3    4    6
 
-Two codes lie in a byte, the even input in the low half.  Groups of inputs share a scale: 16 a float8 (E4M3) in nvfp4,
-which one float32 divides for the whole weight; 32 a power of two (E8M0: 2 ** (byte - 127)) in mxfp4.
+A byte holds two codes, the even input in the low half.  Groups of inputs share a scale.  In nvfp4, 16 inputs share a
+float8 (E4M3), which is divided by one float32 for the whole weight.  In mxfp4, 32 inputs share a power of two (E8M0:
+2 ** (byte - 127)).
 
     weight_packed        uint8 (N, K / 2)
     weight_scale         float8_e4m3fn (N, K / 16), or uint8 (N, K / 32)
     weight_global_scale  float32 (1,)                                      nvfp4 only
 
-Such a weight lies on no integer grid, so it is read as floats; nothing here is written.
+Such a weight has no integer grid, so it is read as floats.  These formats are never written.
 
 Source: github.com/vllm-project/compressed-tensors, compressors/nvfp4 and mxfp4; OCP Microscaling Formats 1.0.
 """
@@ -57,7 +58,7 @@ def _read(tensors: Mapping[str, Tensor], dtypes: tuple[torch.dtype, ...], group:
     packed = checks.stored(tensors, "weight_packed", (torch.uint8,), (None, None))
     N, K = packed.shape[0], 2 * packed.shape[1]
     if K % group:
-        raise FormatError(f"a weight of {K} input features has no whole groups of {group}")
+        raise FormatError(f"a weight has {K} input features, expected a multiple of the group size {group}")
     return values_of(packed), checks.stored(tensors, "weight_scale", dtypes, (N, K // group))
 
 

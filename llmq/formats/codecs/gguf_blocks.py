@@ -1,18 +1,19 @@
-"""GGUF's blocks: 32 weights of a row with their scale, one after the other along K.
+"""The blocks of GGUF: 32 weights of a row with their scale, one block after the other along K.
 
-    F32, F16, BF16   a weight, 4 or 2 bytes
+    F32, F16, BF16   one weight, 4 or 2 bytes
     Q4_0   18 bytes  fp16 d, 16 bytes of nibbles                          w = d * (q - 8)
     Q4_1   20        fp16 d, fp16 m, nibbles                              w = d * q + m
     Q5_0   22        fp16 d, 32 fifth bits, nibbles                       w = d * (q - 16)
     Q5_1   24        fp16 d, fp16 m, fifth bits, nibbles                  w = d * q + m
     Q8_0   34        fp16 d, 32 bytes of signed codes                     w = d * q
-    Q4_K, Q5_K, Q6_K  256 weights a block: `formats/codecs/gguf_k_quants.py`
+    Q4_K, Q5_K, Q6_K  256 weights per block: `formats/codecs/gguf_k_quants.py`
 
-Byte j of the nibbles holds weight j in its low half and weight j + 16 in its high half; the fifth bits are one
-little-endian number whose bit j belongs to weight j.  Everything is computed in float32, in the order of operations of
-the format's owner (`ggml-quants.c`, and `gguf.quants`, which the tests compare with bit for bit).
+q are the codes (quantized values).  Byte j of the nibbles holds weight j in its low half and weight j + 16 in its high
+half.  The fifth bits are one little-endian number whose bit j belongs to weight j.  Everything is computed in float32,
+in the same order of operations as in llama.cpp (`ggml-quants.c`, and `gguf.quants`, with which the tests compare bit
+for bit).
 
-Arrays are rows of bytes, (N, bytes of a row) uint8, as they stand in the file.
+Arrays are rows of bytes, (N, bytes of a row) uint8, as in the file.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 from llmq.errors import FormatError
 from llmq.formats.codecs import gguf_k_quants
 
-Bytes = NDArray[Any]  # (N, bytes of a row) uint8; NumPy's types take `bytes & 15` for something wider
+Bytes = NDArray[Any]  # (N, bytes of a row) uint8; in NumPy's type hints `bytes & 15` is wider than uint8
 Codes = NDArray[Any]  # (N, K) uint8
 Halves = NDArray[np.float16]  # (N, blocks of a row)
 Floats = NDArray[np.float32]  # (N, K)
@@ -43,24 +44,24 @@ SIZES: Mapping[str, tuple[int, int]] = MappingProxyType(
         **gguf_k_quants.SIZES,
     }
 )
-"""Type -> weights of a block, bytes of a block."""
+"""Type -> weights per block, bytes per block."""
 
 QUANTIZED = frozenset(SIZES) - {"F32", "F16", "BF16"}
 
 
 def row_bytes(kind: str, columns: int) -> int:
-    """How many bytes a row of so many weights takes.  Raises FormatError for an unknown type or a broken block."""
+    """Bytes of a row of `columns` weights.  Raises FormatError for an unknown type or an incomplete block."""
     weights, size = _size(kind)
     if columns % weights:
         raise FormatError(
-            f"{kind} holds rows of a multiple of {weights} weights, these have {columns}",
+            f"{kind} needs rows of a multiple of {weights} weights, these have {columns}",
             hint="Q4_0, Q5_0 and Q8_0 need multiples of 32; F16 takes any",
         )
     return columns // weights * size
 
 
 def row_weights(kind: str, stored: int) -> int:
-    """The inverse: how many weights are in a row of so many bytes."""
+    """The inverse of `row_bytes`: weights in a row of `stored` bytes."""
     weights, size = _size(kind)
     if stored % size:
         raise FormatError(f"{kind} has blocks of {size} bytes, a row has {stored}", hint="is the file complete?")
@@ -76,7 +77,7 @@ def decode(kind: str, raw: Bytes) -> Floats:
     if kind in _PLAIN:
         return _PLAIN[kind](rows)
     blocks = rows.reshape(-1, SIZES[kind][1])  # (B, bytes)
-    with np.errstate(invalid="ignore"):  # a file may hold NaN; what it says is what comes out
+    with np.errstate(invalid="ignore"):  # a file may hold NaN, which is passed on
         return _BLOCKS[kind](blocks).reshape(len(rows), columns)
 
 
@@ -111,10 +112,10 @@ def unpack_q8_0(raw: Bytes) -> tuple[NDArray[np.int8], Halves]:
 
 
 def pack_float(kind: str, weight: Floats) -> Bytes:
-    """(N, K) float32 as F32, F16 or BF16, to nearest; the caller checks F16's range."""
+    """(N, K) float32 -> F32, F16 or BF16, rounded to nearest; the caller checks the range of F16."""
     if kind == "BF16":
         return _nearest_bfloat16(weight).view(np.uint8)
-    with np.errstate(over="ignore"):  # becomes infinite, as it does for every reader
+    with np.errstate(over="ignore"):  # too large values become infinite
         return np.ascontiguousarray(weight.astype({"F32": np.float32, "F16": np.float16}[kind])).view(np.uint8)
 
 
@@ -122,7 +123,7 @@ def _size(kind: str) -> tuple[int, int]:
     if kind not in SIZES:
         raise FormatError(
             f"GGUF type {kind} is not among {', '.join(SIZES)}",
-            hint="llama.cpp's own `llama-quantize --allow-requantize` turns it into one of these",
+            hint="llama.cpp's `llama-quantize --allow-requantize` converts it to one of these",
         )
     return SIZES[kind]
 

@@ -1,4 +1,4 @@
-"""GGUF's K-quants: 256 weights of a row in sub-blocks whose scales are small integers times one fp16 number.
+"""The K-quants of GGUF: 256 weights of a row in sub-blocks whose scales are small integers times one fp16 number.
 
     Q4_K   144 bytes  fp16 d, fp16 dmin, 12 bytes: sc and m of 8 sub-blocks of 32, 128 of nibbles
     Q5_K   176        the same with 32 bytes of fifth bits in front of the nibbles
@@ -6,10 +6,11 @@
     Q6_K   210        128 low nibbles, 64 of high pairs of bits, sc of 16 sub-blocks of 16 (int8), fp16 d
                       w = (d * sc[i]) * (q - 32),  q in 0..63
 
-The 12 bytes of Q4_K and Q5_K hold 16 numbers of 6 bits: byte i and i + 4 (i < 4) the low six bits of sc[i] and m[i];
-their top two bits are the top bits of sc[i + 4] and m[i + 4], whose low four are the halves of byte i + 8.
+q are the codes (quantized values).  The 12 bytes of Q4_K and Q5_K hold 16 numbers of 6 bits.  The low six bits of bytes
+i and i + 4 (i < 4) are sc[i] and m[i].  Their top two bits are the top bits of sc[i + 4] and m[i + 4]; the low four
+bits of these are the halves of byte i + 8.
 
-Weights of a block, in its order, t = 0..3 in chunks of 64 (Q4_K, Q5_K) and t = 0..1 in chunks of 128 (Q6_K):
+The order of the weights of a block, in chunks of 64 with t = 0..3 (Q4_K, Q5_K), of 128 with t = 0..1 (Q6_K):
 
     Q4_K   byte 32 t + l: low half weight 64 t + l, high half weight 64 t + 32 + l        (l < 32)
     Q5_K   fifth bits of those: bits 2 t and 2 t + 1 of byte l
@@ -32,7 +33,7 @@ SIZES: Mapping[str, tuple[int, int]] = MappingProxyType(
     {"Q4_K": (WEIGHTS, 144), "Q5_K": (WEIGHTS, 176), "Q6_K": (WEIGHTS, 210)}
 )
 
-Bytes = NDArray[Any]  # uint8; NumPy's types take `bytes & 15` for something wider
+Bytes = NDArray[Any]  # uint8; in NumPy's type hints `bytes & 15` is wider than uint8
 Codes = NDArray[Any]  # uint8
 Halves = NDArray[np.float16]
 Floats = NDArray[np.float32]
@@ -40,7 +41,7 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Minima:
-    """A weight in Q4_K or Q5_K: w = (d * sc) * codes - (dmin * m), S = K/256 blocks a row.
+    """A weight in Q4_K or Q5_K: w = (d * sc) * codes - (dmin * m), S = K/256 blocks per row.
 
     codes (N, K) uint8; d, dmin (N, S) float16; sc, m (N, 8 S) uint8, at most 63
     """
@@ -112,7 +113,7 @@ def unpack_q6_k(raw: Bytes) -> Centred:
 def decode_minima(w: Minima) -> Floats:
     """(N, K) float32."""
     N, K = w.codes.shape
-    with np.errstate(invalid="ignore"):  # a file may hold NaN; what it says is what comes out
+    with np.errstate(invalid="ignore"):  # a file may hold NaN, which is passed on
         scale = w.d.astype(np.float32)[:, :, None] * w.sc.reshape(N, -1, 8).astype(np.float32)  # (N, S, 8)
         least = w.dmin.astype(np.float32)[:, :, None] * w.m.reshape(N, -1, 8).astype(np.float32)
         codes = w.codes.reshape(N, K // WEIGHTS, 8, 32).astype(np.float32)
@@ -174,7 +175,7 @@ def _halves(rows: int, pairs: Bytes) -> Halves:
 
 
 def _pack_nibbles(codes: Codes, run: int) -> Bytes:
-    """Codes below 16 -> (B, 128): each run of so many weights in the low halves, the next one in the high halves."""
+    """Codes below 16 -> (B, 128): each run of `run` weights in the low halves, the next run in the high halves."""
     runs = codes.reshape(-1, WEIGHTS // (2 * run), 2, run)
     packed: Bytes = runs[:, :, 0] | (runs[:, :, 1] << 4)
     return packed.reshape(-1, WEIGHTS // 2)
@@ -188,7 +189,7 @@ def _unpack_nibbles(stored: Bytes, run: int) -> Codes:
 def _pack_six(sc: Codes, m: Codes) -> Bytes:
     """(N, K/32) twice, 0..63 -> (B, 12)."""
     if max(int(sc.max(initial=0)), int(m.max(initial=0))) > 63:
-        raise FormatError("the scale or the minimum of a sub-block is above 63, it has six bits")
+        raise FormatError("the scale or the minimum of a sub-block is above 63, expected six bits (0 to 63)")
     s, t = sc.astype(np.uint8).reshape(-1, 8), m.astype(np.uint8).reshape(-1, 8)
     low = (s[:, 4:] & 15) | ((t[:, 4:] & 15) << 4)
     return np.concatenate([s[:, :4] | ((s[:, 4:] >> 4) << 6), t[:, :4] | ((t[:, 4:] >> 4) << 6), low], axis=1)

@@ -1,1 +1,1 @@
-"""Formats that llmq reads and does not write: each file ends with a `Readable`."""
+"""Formats that llmq reads but does not write.  Each file ends with a `Readable`."""

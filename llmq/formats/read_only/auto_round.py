@@ -1,13 +1,14 @@
-"""AutoRound's own files, read only: the tensors of another layout, under a configuration of its own.
+"""AutoRound's format, read only: the tensors of another layout with a separate configuration.
 
     packing_format              tensors
     auto_round:auto_gptq        as in `gptq.py`, v1, without g_idx       (also auto_round:gptq, gptq)
     auto_round:auto_awq         as in `awq.py`                           (also auto_round:awq, awq)
-    auto_round                  as in `gptq.py`, v2: zeros as they are   (also auto_round:gptqmodel, :exllamav2 …)
+    auto_round                  as in `gptq.py`, v2                      (also auto_round:gptqmodel, :exllamav2 …)
     auto_round:llm_compressor   weight_packed, floats of four bits, as in `fp4.py`
 
-`extra_config` holds exceptions: a module's name, or else a pattern found anywhere in it, to the keys that differ; 16
-bits are a module that stays float.  What is quantized at all is in `block_name_to_quantize`; here the tensors tell it.
+`extra_config` holds exceptions: it maps the name of a module, or a pattern that matches anywhere in the name, to the
+keys that differ.  16 bits mean that the module is kept in float.  `block_name_to_quantize` lists what is quantized;
+llmq does not need it, because the tensors show it.
 
 Source: github.com/intel/auto-round, auto_round/inference/convert_model.py and export/export_to_autoround.
 """
@@ -49,7 +50,10 @@ def read_config(config: Mapping[str, Any]) -> Reader:
     """See `Readable.read_config`."""
     for key in ("rotation_config", "spinquant_config"):
         if config.get(key):
-            raise FormatError(f"the checkpoint declares {key}, inputs rotated at run time, which llmq does not do")
+            raise FormatError(
+                f"the checkpoint declares {key}, which rotates inputs at run time; llmq does not support this",
+                hint="use a checkpoint without it, or the original model",
+            )
     common = _reading(config)
     exceptions = {
         name: _reading({**config, **checks.mapping(overrides, name)})
@@ -69,7 +73,7 @@ def read_config(config: Mapping[str, Any]) -> Reader:
 
 
 def _reading(config: Mapping[str, Any]) -> Reading | None:
-    """How the modules with these settings are read, None where they stay float."""
+    """How modules with these settings are read; None where they are kept in float."""
     bits, group_size = checks.declared(config, "bits"), checks.declared(config, "group_size")
     if isinstance(bits, int) and bits >= FLOAT_BITS:
         return None
@@ -79,7 +83,7 @@ def _reading(config: Mapping[str, Any]) -> Reading | None:
     if packing == FLOAT or not kind.startswith("int"):
         start = next((start for start in FLOATS if kind.startswith(start)), None)
         if start is None or packing != FLOAT or (bits, group_size) != (4, FLOATS[start][0]):
-            declared = f"{kind!r} of {bits} bits by {group_size} as {config.get('packing_format')!r}"
+            declared = f"{kind!r} with {bits} bits in groups of {group_size} as {config.get('packing_format')!r}"
             raise FormatError(f"the checkpoint declares weights of type {declared}, which llmq does not read")
         size, decode = FLOATS[start]
         return Reading(WeightScheme(4, size), packing=decode.__name__, decode=decode, note=note)
@@ -90,7 +94,7 @@ def _reading(config: Mapping[str, Any]) -> Reading | None:
 
 
 def _packing(config: Mapping[str, Any]) -> str:
-    """Which layout the tensors have."""
+    """The layout of the tensors."""
     declared = str(config.get("packing_format") or config.get("backend") or "auto_round:auto_gptq").lower()
     if any(word in declared for word in NOT_READ):
         raise FormatError(f"the checkpoint's packing_format is {declared!r}, which llmq does not read")
@@ -102,14 +106,14 @@ def _packing(config: Mapping[str, Any]) -> str:
 
 
 def _home(reading: Reading) -> Layout:
-    """The layout whose tensors these are."""
+    """The layout that reads these tensors."""
     if reading.decode is not None:
         return compressed_tensors.LAYOUT
     return awq.LAYOUT if reading.packing == AWQ else gptq.LAYOUT
 
 
 def _pattern(name: str) -> re.Pattern[str] | None:
-    """A name that is no regular expression is looked for as it is, as AutoRound does."""
+    """`name` as a regular expression; None if it is not a valid one, which AutoRound compares as a plain name."""
     try:
         return re.compile(name)
     except re.error:

@@ -1,11 +1,11 @@
-"""gpt-oss as it was published: the experts of a layer stacked in one tensor of mxfp4 (`fp4.py`), all else as floats.
+"""gpt-oss as published: the experts of a layer stacked in one mxfp4 tensor (`fp4.py`), everything else in float.
 
-    gate_up_proj_blocks  uint8 (E, 2I, K / 32, 16)   32 codes along K, the even one in the low half of a byte
-    gate_up_proj_scales  uint8 (E, 2I, K / 32)       the exponent of their power of two, plus 127
+    gate_up_proj_blocks  uint8 (E, 2I, K / 32, 16)   32 codes (floats of 4 bits) along K, even ones in low halves
+    gate_up_proj_scales  uint8 (E, 2I, K / 32)       the exponent of the scale, a power of two, plus 127
     down_proj_…          the same with (E, N, …)
 
-Rows of gate and up alternate.  What comes out is the parameter as float checkpoints of these models hold it, inputs
-before outputs, (E, K, 2I), under its own name, `…experts.gate_up_proj`.
+Rows of gate and up alternate.  The result is the parameter as float checkpoints of these models hold it: inputs before
+outputs, (E, K, 2I), named `…experts.gate_up_proj`.
 
 Source: github.com/huggingface/transformers, integrations/mxfp4.py, convert_moe_packed_tensors.
 """
@@ -27,8 +27,8 @@ BYTES = 16  # of a group
 
 
 def unpack(tensors: Mapping[str, Tensor], reading: Reading) -> QuantizedTensor:
-    """See `Readable.unpack`: there is no integer grid."""
-    raise FormatError("a weight of mxfp4 lies on no integer grid; it can be read as floats only")
+    """See `Readable.unpack`: always fails, as mxfp4 has no integer grid."""
+    raise FormatError("a weight in mxfp4 has no integer grid, so it can be read only as floats")
 
 
 def decode(tensors: Mapping[str, Tensor]) -> Tensor:
@@ -42,13 +42,13 @@ def decode(tensors: Mapping[str, Tensor]) -> Tensor:
 def weight_shape(
     shapes: Mapping[str, tuple[int, ...]], reading: Reading, read: Callable[[str], Tensor]
 ) -> tuple[int, int]:
-    """See `Readable.weight_shape`; rows of all experts are counted."""
+    """See `Readable.weight_shape`; N counts the rows of all experts."""
     E, N, groups, _ = shapes["_blocks"]
     return E * N, groups * fp4.MXFP4_GROUP
 
 
 def read_config(config: Mapping[str, Any]) -> Reader:
-    """See `Readable.read_config`.  What is packed is known by its tensors alone."""
+    """See `Readable.read_config`.  The tensors alone show what is packed."""
     reading = Reading(WeightScheme(4, fp4.MXFP4_GROUP), packing=NAME, decode=decode)
     return lambda module: reading
 
@@ -61,5 +61,5 @@ LAYOUT = Readable(
     weight_shape=weight_shape,
     read_config=read_config,
     quant_methods=(NAME,),
-    in_transformers=False,  # whose own loader reads it
+    in_transformers=False,  # transformers has its own loader for it
 )

@@ -1,1 +1,1 @@
-"""What a model does with its layers, found by running it: inputs that layers share, where scales can be folded."""
+"""Detect by running a model how its layers are connected: inputs that layers share, places to fold scales into."""

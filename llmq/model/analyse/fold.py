@@ -1,18 +1,19 @@
-"""Folding: multiply the columns of some weights by A and by A⁻¹ whatever makes their input
+"""Folding: multiply the columns of some weights by A, and the module that makes their input by A⁻¹
 (`llmq/numerics/block_diagonal.py`).
 
-Nothing says in advance what makes an input: a norm (weight, or 1 + weight, with or without bias), the linear layer
-before it (through attention, where a row of v serves several heads; through a gate's product).  So each candidate is
-*tried*: its parameters are multiplied by a different factor per channel, the block is run, and the inputs of each
-group are compared with what they were.  Where every channel is a multiple of its old self by one of the factors, the
-candidate makes that input, and the factors tell which of its channels makes which column.
+Which module makes an input is not known in advance. It may be a norm (weight, or 1 + weight, with or without bias) or
+an earlier linear layer (through attention, where a row of v serves several heads; through the product with a gate). So
+every candidate is *tried*: its parameters are multiplied by a different factor per channel, the block is run, and the
+inputs of each group are compared with those before. If every channel was multiplied by one of the factors, the
+candidate makes this input, and the factors show which of its channels makes which column.
 
-A folding that looks right may still be wrong (somebody else uses the norm's output).  So each is *proved*: the block
-is run before and after on real activations, and the folding is taken back where the output moved.
+A folding found in this way may still be wrong, for example if another module uses the norm's output as well. So every
+folding is *checked*: the block is run before and after on real activations, and the folding is undone if the output
+changed.
 
-Scales may be folded wherever channels are found.  To mix channels with each other, all on the way must treat them
-alike, as attention does with those of a head and a gate's product does not: `mixing_width` tries, and needs no word of
-heads.
+Scales can be folded at every such site. Mixing channels with each other is only possible if everything between
+producer and input treats them alike. Attention does so for the channels of a head, the product with a gate does not.
+`mixing_width` finds out by trying, without knowledge of heads.
 """
 
 import math
@@ -26,17 +27,17 @@ from llmq.model.analyse.input_groups import InputGroup, inputs_of
 from llmq.model.build.block import Block, Call
 from llmq.numerics.block_diagonal import columns, inverse, repeated, rows, scaling
 
-FACTOR_TOLERANCE = 2e-5  # of a ratio measured in float32; neighbouring factors of 4096 channels lie 3e-4 apart
-INPUT_TOLERANCE = 1e-3  # relative, of an input against its old self times the factors
-OUTPUT_TOLERANCE = 1e-3  # relative, of the block's output after a folding
+FACTOR_TOLERANCE = 2e-5  # of a ratio measured in float32; neighbouring factors of 4096 channels differ by 3e-4
+INPUT_TOLERANCE = 1e-3  # relative difference between an input and the input before times the factors
+OUTPUT_TOLERANCE = 1e-3  # relative change of the block's output after a folding
 
 
 @dataclass(frozen=True)
 class FoldSite:
-    """Channels of `producer` (a module path below the block) make the input of `group`.
+    """The channels of `producer` (a module path relative to the block) make the input of `group`.
 
-    source (K,) int64 says which channel of the producer makes which column, -1 where none was seen (dead columns);
-    `offset` is 1 for norms that multiply by 1 + weight.
+    source  (K,) int64: the channel of the producer that makes each column; -1 for columns that are always 0
+    offset  1 for norms that multiply by 1 + weight, else 0
     """
 
     group: InputGroup
@@ -46,9 +47,9 @@ class FoldSite:
 
 
 def discover(block: Block, groups: Sequence[InputGroup], call: Call) -> list[FoldSite]:
-    """Try every norm and linear layer of the block as the maker of every group's input; at most one site a group.
+    """Try every norm and linear layer of the block as the producer of every group's input; at most one site per group.
 
-    Inputs are not rounded meanwhile: factors are compared to seven digits.
+    Inputs are not quantized meanwhile, because factors are compared to seven digits.
     """
     with block.float_inputs():
         return _discover(block, groups, call)
@@ -57,7 +58,7 @@ def discover(block: Block, groups: Sequence[InputGroup], call: Call) -> list[Fol
 def _discover(block: Block, groups: Sequence[InputGroup], call: Call) -> list[FoldSite]:
     before, _ = inputs_of(block, groups, call)
     sites: dict[InputGroup, FoldSite] = {}
-    experts = {module for each in block.experts.values() for module in each.modules()}  # hundreds: they are not tried
+    experts = {module for layer in block.experts.values() for module in layer.modules()}  # too many to try
     for path, module in block.module.named_modules():
         weight = _weight(module)
         if weight is None or module in experts:
@@ -74,17 +75,17 @@ def _discover(block: Block, groups: Sequence[InputGroup], call: Call) -> list[Fo
 
 
 def mixing_width(block: Block, site: FoldSite, call: Call) -> int:
-    """How many neighbouring channels of the producer may be mixed with each other; 1 where each must stay alone.
+    """How many neighbouring channels of the producer may be mixed with each other; 1 if they must not be mixed.
 
-    Heads of d channels may be mixed as a whole, or in equal parts of d.  So parts are made as large as the block's
-    output allows, which is d without anybody having said so.
+    The channels of a head can be mixed, all d of them or in equal parts. So the largest width that does not change the
+    block's output is searched; it is d, and d need not be known.
     """
     producer = _weight(block.module.get_submodule(site.producer))
     if producer is None or producer.dim() == 1 or bool((site.source < 0).any()):
         return 1
     width = 1
 
-    def legal(wider: int) -> bool:
+    def unchanged(wider: int) -> bool:
         mixed = repeated(_orthogonal(wider).to(site.source.device), len(site.source))
         undo, _ = apply(block, site, mixed)
         change = moved(call.hidden, before, block.run(call))
@@ -95,7 +96,7 @@ def mixing_width(block: Block, site: FoldSite, call: Call) -> int:
         before = block.run(call)
         for prime, power in _prime_powers(math.gcd(len(producer), _side_by_side(site.source))):
             for _ in range(power):
-                if not legal(width * prime):
+                if not unchanged(width * prime):
                     break
                 width *= prime
     return width
@@ -104,9 +105,9 @@ def mixing_width(block: Block, site: FoldSite, call: Call) -> int:
 def apply(block: Block, site: FoldSite, basis: Tensor) -> tuple[Callable[[], None], Tensor]:
     """Fold `basis` (K/d, d, d) into the site: columns times A, producer times A⁻¹.
 
-    Columns with the same source have the same blocks.  Returns what undoes it, bit for bit, and the basis that was
-    folded: a norm is stored in few bits, so its scales are the exact ratio between what it was and what it can be
-    stored as, near those that were asked for.
+    Columns with the same source have the same blocks. Returns a function that undoes the folding, bit for bit, and the
+    basis that was really folded. A norm is stored in few bits, so its new weight is rounded to them first; the folded
+    scales are the exact ratio of the old and the new weight, close to the scales in `basis`.
     """
     producer = block.module.get_submodule(site.producer)
     consumers = [block.linears[name] for name in site.group.names]
@@ -119,16 +120,16 @@ def apply(block: Block, site: FoldSite, basis: Tensor) -> tuple[Callable[[], Non
 
     weight, width = _weight(producer), basis.shape[-1]
     assert weight is not None, "a site's producer has a weight"
-    first = site.source[::width]  # (K/d,) the channel that a block begins with
-    seen, places = first >= 0, first.clamp(min=0) // width
-    nothing = torch.eye(width, device=basis.device)
-    channels = repeated(nothing, len(weight)).clone()  # (C/d, d, d)
-    channels[places[seen]] = basis[seen]
+    first = site.source[::width]  # (K/d,) the first channel of each block
+    known, places = first >= 0, first.clamp(min=0) // width
+    identity = torch.eye(width, device=basis.device)
+    channels = repeated(identity, len(weight)).clone()  # (C/d, d, d)
+    channels[places[known]] = basis[known]
     if weight.dim() == 1:
         dtype = block.stored_dtype(f"{site.producer}.weight")
         channels = scaling(_storable(weight, channels.flatten(), site.offset, dtype))
     _multiply(producer, inverse(channels), site.offset)
-    folded = torch.where(seen[:, None, None], channels[places], nothing)  # (K/d, d, d)
+    folded = torch.where(known[:, None, None], channels[places], identity)  # (K/d, d, d)
     for consumer in consumers:
         consumer.weight.data.copy_(columns(consumer.weight, folded))
     return undo, folded
@@ -143,10 +144,11 @@ def _storable(weight: Tensor, scales: Tensor, offset: float, dtype: torch.dtype)
 
 
 def moved(hidden: Tensor, before: Tensor, after: Tensor) -> float:
-    """How far a block's output (…, T, D) moved, relative to what the block adds to its input `hidden`; token by token.
+    """How much a block's output (…, T, D) changed, relative to what the block adds to its input `hidden`, per token.
 
-    The 90th percentile of the tokens: a single token can be so loud that it drowns all others in a common norm, and a
-    token to which the block adds next to nothing shows rounding alone.  Infinite where anything is no number.
+    This is the 90th percentile over the tokens: in a norm over all tokens, a single token with large activations would
+    dominate, and for a token to which the block adds almost nothing the change is only rounding error. The result is
+    infinite if anything is NaN or infinite.
     """
     added = (before - hidden).norm(dim=-1).float().clamp(min=1e-12)
     change = (after - before).norm(dim=-1).float() / added
@@ -160,7 +162,7 @@ def _weight(module: nn.Module) -> Tensor | None:
 
 
 def _multiply(module: nn.Module, basis: Tensor, offset: float) -> None:
-    """Multiply what the module makes by `basis` (C/d, d, d), in place."""
+    """Multiply the output channels of the module by `basis` (C/d, d, d), in place."""
     weight, bias = module.get_parameter("weight").data, module._parameters.get("bias")
     weight.copy_(rows(basis, weight.add_(offset))).sub_(offset)
     if bias is not None:
@@ -168,7 +170,7 @@ def _multiply(module: nn.Module, basis: Tensor, offset: float) -> None:
 
 
 class _scaled:
-    """While entered, the module makes its channels multiplied by `factors`."""
+    """While entered, the output channels of the module are multiplied by `factors`."""
 
     def __init__(self, module: nn.Module, factors: Tensor, offset: float) -> None:
         self._module, self._factors, self._offset = module, factors, offset
@@ -183,13 +185,13 @@ class _scaled:
 
 
 def _distinct_factors(channels: int, device: torch.device) -> Tensor:
-    """(channels,) float32: all different, between 1/2 and 2, in an order that neighbours do not share."""
+    """(channels,) float32: different factors between 1/2 and 2, in random order."""
     order = torch.randperm(channels, generator=torch.Generator().manual_seed(0))
     return torch.logspace(-1, 1, channels, base=2.0)[order].to(device)
 
 
 def _matching_channels(before: Tensor, after: Tensor, factors: Tensor) -> Tensor | None:
-    """The channel (K,) whose factor turned each column of `before` (..., K) into `after`, or None if not all fit."""
+    """The channel (K,) whose factor turned each column of `before` (..., K) into `after`; None if not all match."""
     old, new = before.reshape(-1, before.shape[-1]).double(), after.reshape(-1, before.shape[-1]).double()
     energy = old.square().sum(0)  # (K,)
     alive = energy > 0
@@ -210,13 +212,13 @@ def _matching_channels(before: Tensor, after: Tensor, factors: Tensor) -> Tensor
 
 
 def _side_by_side(source: Tensor) -> int:
-    """The largest d such that columns in blocks of d come from channels in blocks of d; a multiple of the head size."""
+    """The largest d such that each block of d columns comes from a block of d channels; a multiple of the head size."""
     starts = torch.cat([torch.zeros_like(source[:1]), (source.diff() != 1).nonzero().flatten() + 1])
     return math.gcd(len(source), *starts.tolist(), *source[starts].tolist())
 
 
 def _prime_powers(number: int) -> Iterator[tuple[int, int]]:
-    """12 is (2, 2), (3, 1)"""
+    """The prime factors with their powers: (2, 2), (3, 1) for 12."""
     prime = 2
     while number > 1:
         power = 0
@@ -228,7 +230,7 @@ def _prime_powers(number: int) -> Iterator[tuple[int, int]]:
 
 
 def _orthogonal(size: int) -> Tensor:
-    """Some orthogonal matrix (size, size) that mixes everything."""
+    """A fixed dense orthogonal matrix (size, size)."""
     drawn = torch.randn(size, size, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
     Q, _ = torch.linalg.qr(drawn)
     orthogonal: Tensor = Q.to(torch.float32)

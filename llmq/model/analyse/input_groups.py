@@ -1,7 +1,7 @@
 """Which linear layers of a block share an input.
 
-A hook in front of every linear layer sees what the layer is fed.  Layers that get one and the same tensor form one
-*input group* (q, k, v; gate, up) and share their statistics.
+A hook on every linear layer records its input. Layers that get the same tensor form an *input group* (q, k, v; gate,
+up) and share their statistics.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ from llmq.numerics.input_stats import InputStats
 
 @dataclass(frozen=True)
 class InputGroup:
-    """The linear layers `names` (as in `Block.linears`) that multiply one and the same input (..., in_features)."""
+    """The linear layers `names` (as in `Block.linears`) that multiply the same input (..., in_features)."""
 
     names: tuple[str, ...]
     in_features: int
@@ -25,7 +25,7 @@ class InputGroup:
 
 @contextmanager
 def watching(linears: Mapping[str, nn.Linear], seen: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """While open, `seen(name, input)` is called in front of each of these linear layers."""
+    """While open, `seen(name, input)` is called before each of these linear layers is run."""
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         return lambda _, args, kwargs: seen(name, args[0] if args else kwargs["input"])
@@ -39,22 +39,22 @@ def watching(linears: Mapping[str, nn.Linear], seen: Callable[[str, Tensor], Non
 
 
 def input_groups(block: Block, call: Call) -> list[InputGroup]:
-    """The block's linear layers by the input that they share, in the order in which they are first run.
+    """The block's linear layers, grouped by their input, in the order in which they are first run.
 
-    A linear layer that does not run for this call is in no group; one that runs twice is where it was first.  Inputs
-    are not rounded here: layers that share one would each get a rounded copy.
+    A layer that is not run for this call is in no group; for a layer that is run twice the first time counts. Inputs
+    are not quantized here: layers that share an input would each get a quantized copy.
     """
     first: dict[tuple[Any, ...], list[str]] = {}
     placed: set[str] = set()
-    kept: list[Tensor] = []  # alive until the end, so that no later tensor can be given the address of an earlier one
+    kept: list[Tensor] = []  # alive until the end, so that no later tensor gets the address of an earlier one
 
     def seen(name: str, inputs: Tensor) -> None:
         if name in placed:
             return
         placed.add(name)
         kept.append(inputs)
-        where = inputs.data_ptr() if inputs.numel() else id(inputs)  # tensors of no rows have no address
-        key = (where, inputs.numel(), inputs.shape[-1], inputs._version)
+        address = inputs.data_ptr() if inputs.numel() else id(inputs)  # tensors without rows have no address
+        key = (address, inputs.numel(), inputs.shape[-1], inputs._version)
         first.setdefault(key, []).append(name)
 
     with watching(block.linears, seen), block.float_inputs():
@@ -63,10 +63,10 @@ def input_groups(block: Block, call: Call) -> list[InputGroup]:
 
 
 def statistics(block: Block, groups: Sequence[InputGroup], calls: Iterable[Call]) -> dict[InputGroup, InputStats]:
-    """Run the block on every call and sum up what each group's weights are fed."""
+    """Run the block on every call and collect the statistics of each group's input."""
     device = {group: block.linears[group.names[0]].weight.device for group in groups}
     stats = {group: InputStats(group.in_features, device[group]) for group in groups}
-    leaders = {group.names[0]: stats[group] for group in groups}  # one weight of a group sees what all see
+    leaders = {group.names[0]: stats[group] for group in groups}  # all layers of a group have the same input
     with watching({name: block.linears[name] for name in leaders}, lambda name, x: leaders[name].update(x)):
         for call in calls:
             block.run(call)
@@ -74,7 +74,7 @@ def statistics(block: Block, groups: Sequence[InputGroup], calls: Iterable[Call]
 
 
 def inputs_of(block: Block, groups: Sequence[InputGroup], call: Call) -> tuple[dict[InputGroup, Tensor], Tensor]:
-    """The very inputs (..., K) of each group for one call, and the block's output."""
+    """A copy of the input (..., K) of each group for one call, and the block's output."""
     leaders = {group.names[0]: group for group in groups}
     inputs: dict[InputGroup, Tensor] = {}
 

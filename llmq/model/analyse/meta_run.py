@@ -1,7 +1,7 @@
-"""Run a model on meta, where a run costs nothing, to see what it does with its layers.
+"""Run a model on the meta device, which costs nothing, to record how it uses its layers.
 
-Where the code asks for a value (is this token padding?) the answer is zero, or no.  What a module does that depends on
-many of them (experts: where do tokens go?) cannot run there; such a module is passed over, and what is around it runs.
+If the code needs the value of a tensor (is this token padding?), it gets zero. Modules that depend on many values
+(experts: where do the tokens go?) cannot run on meta; such a module is skipped, and everything around it runs.
 """
 
 import functools
@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 TOKENS = 4
-GATE_OUTPUTS = 8  # layers with fewer are gates; no kernel tiles so few, and little would be saved
+GATE_OUTPUTS = 8  # layers with fewer outputs are gates; no kernel supports so few, and quantizing them saves little
 
 CHOOSING = {torch.topk, Tensor.topk, torch.argmax, Tensor.argmax}
 ROUTER = "a router: its largest outputs are chosen"
@@ -29,25 +29,26 @@ PRODUCTS = {
 
 
 def run(model: nn.Module, *, guess: bool = True) -> dict[str, Exception]:
-    """Run `model`, which is on meta but for its buffers, on a few tokens; the modules that failed, by path.
+    """Run `model`, which is on meta except for its buffers, on a few tokens; returns the modules that failed, by path.
 
-    The model stays as it is.  Whoever wants to see something sets hooks beforehand.  Without `guess` nobody answers for
-    a value, and what asks for one fails: what has run then runs so whatever the values are.
+    The model is not changed. Callers register hooks beforehand to record something. With `guess`, a value that the code
+    needs is zero. Without it, the module that needs the value fails, so everything that has run is independent of
+    values.
     """
     tokens = torch.zeros(1, TOKENS, dtype=torch.int64, device="meta")
     buffers = {name: buffer.to("meta") for name, buffer in model.named_buffers()}
     failures: dict[str, Exception] = {}
     try:
         with _tolerant(model, failures), torch.no_grad(), _Zeros() if guess else nullcontext():  # type: ignore[no-untyped-call]
-            # Without a cache transformers looks for packed sequences in the values of positions.
+            # Without a cache, transformers reads the values of positions to detect packed sequences.
             torch.func.functional_call(model, buffers, kwargs={"input_ids": tokens, "use_cache": not guess})
-    except Exception as error:  # a model may do anything
+    except Exception as error:  # a model may raise anything
         failures[""] = error
     return failures
 
 
 def modules_run(model: nn.Module) -> set[int]:
-    """The `id` of every module that runs on text."""
+    """The `id` of every module that is run on text."""
     ran: set[int] = set()
     handles = [module.register_forward_pre_hook(lambda module, _: ran.add(id(module))) for module in model.modules()]
     run(model)
@@ -69,14 +70,14 @@ class _Zeros(TorchDispatchMode):
 
 @contextmanager
 def _tolerant(model: nn.Module, failures: dict[str, Exception]) -> Iterator[None]:
-    """While open, a module that fails puts out a tensor like the first that it was given, and is noted."""
+    """While open, the output of a module that fails is a tensor like its first input, and the error is recorded."""
 
     def guarded(path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(forward)
         def run(*args: Any, **kwargs: Any) -> Any:
             try:
                 return forward(*args, **kwargs)
-            except Exception as error:  # a model may do anything
+            except Exception as error:  # a model may raise anything
                 first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
                 if first is None:
                     raise
@@ -92,24 +93,24 @@ def _tolerant(model: nn.Module, failures: dict[str, Exception]) -> Iterator[None
         yield
     finally:
         for module in modules.values():
-            del module.forward  # the class's own shows again
+            del module.forward  # makes the forward of the class visible again
 
 
 def special_layers(model: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, str]:
-    """Those linear layers that have to stay as they are, with the reason; routers that are no linear layers as well.
+    """Path -> reason, of linear layers that must be kept in float, and of routers that are not linear layers.
 
-    A packed layer has no weight that a model's code could use by itself.  And what decides where a token goes is left
-    in 16 bits by every engine: a layer with very few outputs, a gate; and one whose outputs, or an elementwise function
-    of them, are ranked, a router.
+    A layer is special if the model's code uses its weight directly, because a packed layer has no such weight. Engines
+    also keep everything in 16 bits that decides where a token goes: gates, which are layers with very few outputs, and
+    routers, which are layers whose outputs, or an elementwise function of them, are ranked.
     """
-    found = {path: _gate(linear) for path, linear in linears.items() if linear.out_features < GATE_OUTPUTS}
-    watcher = _Watcher(model, linears)
-    with watcher:
+    reasons = {path: _gate(linear) for path, linear in linears.items() if linear.out_features < GATE_OUTPUTS}
+    recorder = _UseRecorder(model, linears)
+    with recorder:
         run(model)
-    for paths, reason in ((watcher.ranked, ROUTER), (watcher.used, USED_ELSEWHERE)):
-        kinds = {_kind(model, path) for path in paths}  # a run may not get to all layers of a kind
-        found |= {path: reason for path in dict.fromkeys([*linears, *paths]) if _kind(model, path) in kinds}
-    return found
+    for paths, reason in ((recorder.ranked, ROUTER), (recorder.used, USED_ELSEWHERE)):
+        kinds = {_kind(model, path) for path in paths}  # the run may not reach all layers of a kind
+        reasons |= {path: reason for path in dict.fromkeys([*linears, *paths]) if _kind(model, path) in kinds}
+    return reasons
 
 
 def _gate(linear: nn.Linear) -> str:
@@ -117,15 +118,17 @@ def _gate(linear: nn.Linear) -> str:
 
 
 def _kind(model: nn.Module, path: str) -> tuple[type, str]:
-    """The class of the module that a layer is in, and its name there."""
+    """The class of the module that contains a layer, and the name of the layer in it."""
     parent, _, name = path.rpartition(".")
     return type(model.get_submodule(parent)), name
 
 
-class _Watcher(TorchFunctionMode):
-    """While entered: whose weights, of `linears`, others use (`used`), and products with which matrices are `ranked`.
+class _UseRecorder(TorchFunctionMode):
+    """While entered, records how weights are used.
 
-    A matrix is named as the module that has it as its weight, or as the parameter that it is.
+    used    paths of `linears` whose weight is used outside the layer
+    ranked  names of matrices whose products are ranked. The name is that of the module whose weight the matrix is, or
+            else that of the parameter
     """
 
     def __init__(self, model: nn.Module, linears: Mapping[str, nn.Linear]) -> None:
@@ -140,7 +143,7 @@ class _Watcher(TorchFunctionMode):
         self._products = _Origins(())
         self._handles: list[Any] = []
 
-    def __enter__(self) -> "_Watcher":
+    def __enter__(self) -> "_UseRecorder":
         for path, linear in self._linears.items():
             self._handles.append(linear.register_forward_pre_hook(lambda *_, path=path: self._running.append(path)))
             leave = linear.register_forward_hook(lambda *_, path=path: self._running.remove(path), always_call=True)
@@ -157,28 +160,28 @@ class _Watcher(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        operands, made = _tensors([*args, *(kwargs or {}).values()]), _tensors([result])
-        if made:  # and not a question about a dtype or a shape
-            used = {self._weights[id(each)] for each in operands if id(each) in self._weights}
+        operands, outputs = _tensors([*args, *(kwargs or {}).values()]), _tensors([result])
+        if outputs:  # a query of a dtype or a shape has none
+            used = {self._weights[id(operand)] for operand in operands if id(operand) in self._weights}
             self.used |= used - set(self._running)
         if func in PRODUCTS:
-            self._products.add(made, self._matrices.of(operands))
+            self._products.add(outputs, self._matrices.of(operands))
         elif func in CHOOSING:
             self.ranked |= self._products.of(operands)
         else:
-            self._products.add(made, self._products.of(operands))
-            self._matrices.add(made, self._matrices.of(operands))
+            self._products.add(outputs, self._products.of(operands))
+            self._matrices.add(outputs, self._matrices.of(operands))
         return result
 
 
 class _Origins:
-    """Tensors, kept alive so that none takes the place of another, and the names of what they were made of."""
+    """Tensors and the names of the matrices that they depend on; tensors are kept alive, so that an id is unique."""
 
     def __init__(self, known: Iterable[tuple[Tensor, frozenset[str]]]) -> None:
         self._known = {id(tensor): (tensor, names) for tensor, names in known}
 
     def of(self, tensors: Iterable[Tensor]) -> frozenset[str]:
-        return frozenset().union(*(self._known[id(each)][1] for each in tensors if id(each) in self._known))
+        return frozenset().union(*(self._known[id(tensor)][1] for tensor in tensors if id(tensor) in self._known))
 
     def add(self, tensors: Iterable[Tensor], names: frozenset[str]) -> None:
         if names:
@@ -186,11 +189,11 @@ class _Origins:
 
 
 def _tensors(values: Collection[Any]) -> list[Tensor]:
-    """Those among `values`, and in the lists and tuples among them."""
-    found: list[Tensor] = []
+    """The tensors in `values`, and in lists and tuples in it."""
+    tensors: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
-            found.append(value)
+            tensors.append(value)
         elif isinstance(value, list | tuple):
-            found += _tensors(value)
-    return found
+            tensors += _tensors(value)
+    return tensors

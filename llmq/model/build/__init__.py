@@ -1,1 +1,1 @@
-"""The transformers model without weights, its blocks, and the checkpoint's names for their tensors."""
+"""The transformers model without weights, its blocks, and the names of their tensors in the checkpoint."""

@@ -1,4 +1,4 @@
-"""One decoder block: its parameters come from disk for its turn and go when it is done."""
+"""One decoder block, whose parameters are in memory only while it is processed."""
 
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -15,20 +15,20 @@ from llmq.numerics.scheme import InputScheme
 
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a module is a linear layer and no more; a router may be a subclass that returns something else."""
+    """Whether a module behaves like `nn.Linear`; a router may be a subclass that returns something else."""
     if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
         return isinstance(module, nn.Linear)
-    weight = module.weight  # a forward of its own: see what it makes, on meta, where that costs nothing
+    weight = module.weight  # it overrides forward: look at its output, on meta, where this costs nothing
     try:
         output = module(torch.empty(1, module.in_features, device=weight.device, dtype=weight.dtype))
-    except Exception:  # it may do anything, and wants something else
+    except Exception:  # an unknown forward may raise anything, for example if it takes other arguments
         return False
     return isinstance(output, Tensor) and output.shape == (1, module.out_features)
 
 
 @dataclass(frozen=True)
 class Call:
-    """What a block is called with: its hidden state (B, T, D) is the first of `args`, or `kwargs["hidden_states"]`."""
+    """The arguments of a block: its hidden state (B, T, D) is the first of `args`, or `kwargs["hidden_states"]`."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -39,18 +39,19 @@ class Call:
         return hidden
 
     def with_hidden(self, hidden: Tensor) -> "Call":
-        """The same call on another hidden state."""
+        """The same call with another hidden state."""
         if self.args:
             return Call((hidden, *self.args[1:]), self.kwargs)
         return Call((), {**self.kwargs, "hidden_states": hidden})
 
 
 class Block:
-    """Block number `index` of a `Skeleton`; `path` is where it is in the model, such as `model.layers.3`.
+    """Block number `index` of a `Skeleton`; `path` is its path in the model, such as `model.layers.3`.
 
-    `linears` maps the path of each linear layer that may be quantized, such as `model.layers.3.mlp.up_proj`, to its
-    module; `experts` those of modules of experts, whose weights are among the linear layers.  `inputs` says which of
-    them get rounded inputs (`quantize_inputs`); every pass runs the block through `forward`, so every pass sees them.
+    linears  path -> module, of each linear layer that may be quantized, such as `model.layers.3.mlp.up_proj`
+    experts  path -> module, of each layer of experts; their linear layers are in `linears`, too
+    inputs   which linear layers get quantized inputs (`quantize_inputs`). Every pass runs the block with `forward`, so
+             every pass uses them
     """
 
     def __init__(self, index: int, path: str, module: nn.Module, weights: ModelWeights, device: torch.device) -> None:
@@ -65,7 +66,7 @@ class Block:
         self.inputs = InputRounding()
 
     def leave(self, paths: Container[str]) -> None:
-        """Forget these linear layers: they are parameters like any other now."""
+        """Remove these linear layers from `linears`: they will not be quantized."""
         self.linears = {path: linear for path, linear in self.linears.items() if path not in paths}
 
     def is_experts(self, linear: str) -> bool:
@@ -73,23 +74,23 @@ class Block:
         return linear.startswith(tuple(f"{path}." for path in self.experts))
 
     def quantize_inputs(self, schemes: Mapping[str, InputScheme]) -> None:
-        """Round the inputs of these linear layers, by path, from now on; those of all others are float.
+        """From now on, quantize the inputs of these linear layers, by path; all other inputs are float.
 
-        Raises ConfigError for a scheme that cannot be simulated, and for experts of one layer that differ in it.
+        Raises ConfigError for a scheme that cannot be simulated, and for experts of one layer with different schemes.
         """
         self.inputs.apply(schemes, self.linears, self.experts)
 
     def as_fed(self, path: str, inputs: Tensor) -> Tensor:
-        """What the linear layer at `path` multiplies where `inputs` (…, K) arrive: rounded, if it has a scheme."""
+        """`inputs` (…, K) as the linear layer at `path` multiplies them: quantized, if it has an input scheme."""
         return self.inputs.as_fed(path, inputs)
 
     def float_inputs(self) -> AbstractContextManager[None]:
-        """While open, no input is rounded: for the float model, and to find out how the block is built."""
+        """While open, no input is quantized: for the float model, and to analyse the block."""
         return self.inputs.off()
 
     @property
     def float_bytes(self) -> int:
-        """What the parameters of the block take in float32."""
+        """Bytes of the block's parameters in float32."""
         return sum(4 * parameter.numel() for parameter in self.module.parameters())
 
     def load(self) -> None:
@@ -100,10 +101,10 @@ class Block:
             require_finite(f"{self.path}.{name}", parameter)
 
     def fill(self, read: Callable[[str], Tensor], unpacked: Container[str] = ()) -> None:
-        """Put what `read` gives for its name in the checkpoint behind every parameter of the block's own.
+        """Fill every parameter that the checkpoint stores for this block alone with `read(name in the checkpoint)`.
 
-        What it shares with others, or is made of several tensors, is read from the model's checkpoint as ever.  Those
-        in `unpacked` it gives as (N, K), the others as the checkpoint stores them.
+        Parameters that are shared with other modules, or merged from several tensors, are read from the checkpoint.
+        `read` returns the tensors in `unpacked` as (N, K), and all others as the checkpoint stores them.
         """
         for path, module in self.module.named_modules():
             for key, parameter in module._parameters.items():
@@ -114,7 +115,7 @@ class Block:
                     module._parameters[key] = nn.Parameter(real, requires_grad=False)
 
     def free(self) -> None:
-        """Give the memory of the block's parameters back."""
+        """Free the memory of the block's parameters."""
         self._originals = {}
         for module in self.module.modules():
             for name, parameter in module._parameters.items():
@@ -123,20 +124,20 @@ class Block:
 
     @torch.no_grad()
     def run(self, call: Call) -> Tensor:
-        """The block's hidden state (B, T, D) for one recorded call."""
+        """The output of the block (B, T, D) for one recorded call, without gradients."""
         return self.forward(call)
 
     def forward(self, call: Call) -> Tensor:
-        """The same in whatever mode torch is in, so that there may be gradients.
+        """The output of the block (B, T, D) for one recorded call, with gradients if torch's grad mode is on.
 
-        The one place where a block runs: inputs that have a scheme are rounded here, by hooks on the linear layers.
+        Blocks are run only here, so hooks on the linear layers quantize inputs in every pass.
         """
         output = self.module(*call.args, **call.kwargs)
         hidden: Tensor = output[0] if isinstance(output, tuple | list) else output
         return hidden
 
     def weight(self, path: str) -> Tensor:
-        """The weight of a linear layer, (N, K) float32, a copy."""
+        """A float32 copy of the weight (N, K) of a linear layer."""
         return self.linears[path].weight.detach().to(torch.float32, copy=True)
 
     def set_weight(self, path: str, weight: Tensor) -> None:
@@ -144,14 +145,14 @@ class Block:
         self.linears[path].weight.data.copy_(weight)
 
     def keep_originals(self) -> None:
-        """Remember every parameter as it is now; see `originals`."""
+        """Save a copy of every parameter, for `originals`."""
         self._originals = {name: parameter.detach().clone() for name, parameter in self.module.named_parameters()}
 
     @contextmanager
     def originals(self) -> Iterator[None]:
-        """While open, the block is the float model's: the parameters that `keep_originals` found, and float inputs.
+        """While open, the block is the float block: with the parameters that `keep_originals` saved, and float inputs.
 
-        Nothing may change the parameters meanwhile.
+        The parameters must not be changed while it is open.
         """
         exchanged = [(p, p.data, self._originals[name]) for name, p in self.module.named_parameters()]
         for parameter, _, original in exchanged:
@@ -164,19 +165,19 @@ class Block:
                 parameter.data = current
 
     def stored_dtype(self, name: str) -> torch.dtype:
-        """The dtype that the checkpoint stores a parameter in; `name` as below the block: `input_layernorm.weight`."""
+        """The dtype of a parameter in the checkpoint; `name` is relative to the block: `input_layernorm.weight`."""
         return self._weights.stored_dtypes[f"{self.path}.{name}"]
 
     def stored_names(self) -> list[str]:
-        """The checkpoint's name of each parameter of the block's own."""
+        """The name in the checkpoint of each parameter that is stored for this block alone."""
         return [self._stored_name(name) for name, _ in self._own_parameters()]
 
     def stored_parameters(self) -> dict[str, Tensor]:
-        """Every parameter of the block's own as the checkpoint names and stores it."""
+        """Every parameter that is stored for this block alone, with the name, shape and dtype of the checkpoint."""
         stored = {}
         for name, parameter in self._own_parameters():
             dtype = self.stored_dtype(name)
-            if parameter.dtype.itemsize < dtype.itemsize:  # a block that runs in fewer bits is never rewritten
+            if parameter.dtype.itemsize < dtype.itemsize:  # no transform changes a block that runs in fewer bits
                 tensor = self._weights.original(f"{self.path}.{name}")
             else:
                 tensor = parameter.detach().to(dtype)
@@ -184,13 +185,13 @@ class Block:
         return stored
 
     def set_stored_parameters(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over those of `tensors` (by their names in the checkpoint) that are parameters of the block."""
+        """Copy those of `tensors`, by their names in the checkpoint, that are parameters of this block."""
         for name, parameter in self._own_parameters():
             if self._stored_name(name) in tensors:
                 parameter.data.copy_(self._turned(name, tensors[self._stored_name(name)]))
 
     def _own_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Those that the checkpoint holds by themselves, for this block."""
+        """The parameters that the checkpoint stores as separate tensors for this block."""
         borrowed = self._weights.is_borrowed
         return [(name, p) for name, p in self.module.named_parameters() if not borrowed(f"{self.path}.{name}")]
 

@@ -1,9 +1,9 @@
-"""One form for every model: what multiplies by a weight and adds a bias is an `nn.Linear`.
+"""Replace `Conv1D` by `nn.Linear`, so that all linear layers have the same class.
 
-transformers writes GPT-2 with a `Conv1D`, x W + b with W (K, N), which is a linear layer whose weight lies transposed.
-Here it becomes an `nn.Linear` with (N, K), so that nothing behind the skeleton knows of it.  `ModelWeights` turns the
-tensors as it reads them, and turns what is written as a float back, so a file that is not quantized keeps its bytes.
-Packed weights need no turning: the layouts of the world hold (N, K) for these models as well.
+transformers implements GPT-2 with `Conv1D`, x W + b with W (K, N): a linear layer whose weight is transposed. It is
+replaced by an `nn.Linear` with (N, K), so no other code has to distinguish them. `ModelWeights` transposes the tensors
+when it reads them, and transposes float tensors back when they are written, so float tensors keep their bytes. Packed
+weights are not transposed: the known file formats hold (N, K) for these models, too.
 """
 
 from torch import nn
@@ -14,7 +14,7 @@ class TransposedLinear(nn.Linear):
 
 
 def apply(model: nn.Module) -> None:
-    """Put a `TransposedLinear` on meta in the place of every `Conv1D`."""
+    """Replace every `Conv1D` of a model by a `TransposedLinear` on meta."""
     from transformers.pytorch_utils import Conv1D
 
     for path, module in list(model.named_modules()):

@@ -1,10 +1,10 @@
-"""Rounds what the linear layers of a block are fed, in every pass that runs the block.
+"""Quantize the inputs of the linear layers of a block, in every pass that runs the block.
 
-Each layer with an input scheme has a forward pre-hook.  It runs before hooks that passes add later, so statistics see
-the inputs that the weights will be multiplied by.  The `Station`s of experts, where statistics are taken, have the
-same.
+Each layer with an input scheme has a forward pre-hook. It runs before hooks that passes add later, so statistics are
+collected on the inputs that the weights will be multiplied by. The `Station`s of experts, where their statistics are
+collected, have the same hook.
 
-Off for the float model: while a block has its original weights, and where a pass finds out how a block is built.
+It is switched off for the float model, that is while a block has its original weights, and while a block is analysed.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +25,7 @@ class InputRounding:
     """The input schemes of one block, and the hooks that apply them.
 
     schemes  by the paths of linear layers
-    active   whether inputs are rounded now; see `off`
+    active   whether inputs are quantized now; see `off`
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class InputRounding:
     ) -> None:
         """Replace the schemes; `linears` and `experts` are those of the block.
 
-        Raises ConfigError for a scheme that cannot be simulated, and for experts of one layer that differ in it.
+        Raises ConfigError for a scheme that cannot be simulated, and for experts of one layer with different schemes.
         """
         roundings = {path: rounding_for(scheme) for path, scheme in schemes.items()}
         stations = [hooked for path, module in experts.items() for hooked in _stations(path, module, schemes)]
@@ -58,13 +58,13 @@ class InputRounding:
         ]
 
     def as_fed(self, path: str, inputs: Tensor) -> Tensor:
-        """What the layer at `path` multiplies where `inputs` (…, K) arrive."""
+        """`inputs` (…, K) as the layer at `path` multiplies them."""
         scheme = self.schemes.get(path)
         return inputs if scheme is None or not self.active else rounding_for(scheme)(inputs)
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """While open, inputs stay as they arrive."""
+        """While open, inputs are not quantized."""
         before, self.active = self.active, False
         try:
             yield
@@ -96,16 +96,16 @@ class InputRounding:
 def _stations(
     path: str, experts: SeparateExperts, schemes: Mapping[str, InputScheme]
 ) -> Iterator[tuple[nn.Module, InputScheme]]:
-    """The stations of a layer of experts whose inputs are rounded, with the scheme."""
+    """The stations of a layer of experts whose inputs are quantized, with their schemes."""
     for station, parts in zip((experts.before_up, experts.before_down), experts.parts, strict=True):
         linears = [f"{path}.{e}.{part}" for e in range(experts.expert_count) for part in parts]
-        asked = {schemes.get(linear) for linear in linears}
-        if len(asked) > 1:
-            listed = " and ".join(sorted(str(scheme or "float") for scheme in asked))
+        schemes_of_experts = {schemes.get(linear) for linear in linears}
+        if len(schemes_of_experts) > 1:
+            listed = " and ".join(sorted(str(scheme or "float") for scheme in schemes_of_experts))
             raise ConfigError(
                 f"the experts of {path} would have inputs in {listed}, expected the same for all",
                 hint="engines run the experts of a layer as one: give all of them the same input scheme, or none",
             )
-        for scheme in asked - {None}:
+        for scheme in schemes_of_experts - {None}:
             assert scheme is not None
             yield station, scheme

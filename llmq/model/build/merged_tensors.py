@@ -1,7 +1,7 @@
-"""Parameters that the checkpoint holds in several tensors: the convolutions over q, k and v of some hybrids, for one.
+"""Parameters that the checkpoint stores in several tensors, such as the convolutions over q, k and v of some hybrids.
 
-How they are put together is transformers' own knowledge, and its converters are run on the tensors.  Experts that are
-stacked are `stacking.py`'s.  A merged parameter is read and never written: its tensors are copied as they are.
+transformers knows how they are merged, so its converters are run on the tensors. Stacked experts are handled in
+`experts/stacking.py`. A merged parameter is never written: the tensors of the checkpoint are copied unchanged.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,7 +14,7 @@ from llmq.model.build.checkpoint_names import ModelWeights
 
 
 def merge(model: Any, weights: ModelWeights, names: Iterable[str]) -> None:
-    """Let `weights` read the parameters that are made of several of the tensors `names`."""
+    """Make `weights` read the parameters that are merged from several of the tensors `names`."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -25,16 +25,16 @@ def merge(model: Any, weights: ModelWeights, names: Iterable[str]) -> None:
     steps = get_model_conversion_mapping(model, add_legacy=False)
     renamings = [step for step in steps if isinstance(step, WeightRenaming)]
     converters = [step for step in steps if isinstance(step, WeightConverter)]
-    found: dict[str, dict[str, list[str]]] = {}  # parameter -> source pattern -> tensors
+    tensors: dict[str, dict[str, list[str]]] = {}  # parameter -> source pattern -> tensors
     for name in names:
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, lacking)
         if pattern is not None and target in lacking:
-            found.setdefault(target, {}).setdefault(pattern, []).append(name)
-    for target, by_pattern in found.items():
-        if any(len(each) > 1 for each in by_pattern.values()):
+            tensors.setdefault(target, {}).setdefault(pattern, []).append(name)
+    for target, by_pattern in tensors.items():
+        if any(len(same_pattern) > 1 for same_pattern in by_pattern.values()):
             continue  # experts
         sources = {pattern: name for pattern, (name,) in by_pattern.items()}
-        converter = next((each for each in converters if set(each.source_patterns) == set(sources)), None)
+        converter = next((step for step in converters if set(step.source_patterns) == set(sources)), None)
         if converter is not None:
             read = partial(_convert, model, converter, target, sources, weights.stored_tensor)
             weights.merge(target, sources.values(), read)

@@ -1,4 +1,4 @@
-"""From config.json to transformers' module tree on meta."""
+"""Build the module tree of transformers on meta, from config.json."""
 
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,9 @@ from llmq.model.build import conv1d
 
 
 def build(folder: Path, *, dtype: torch.dtype, remote_code: bool) -> nn.Module:
-    """The causal language model of a checkpoint's config.json, every parameter on meta; buffers are real.
+    """The causal language model of a checkpoint's config.json, with all parameters on meta and real buffers.
 
-    In the form that `normal_form` gives it.
+    Every `Conv1D` is an `nn.Linear` (`conv1d.py`).
     """
     from accelerate import init_empty_weights
 
@@ -26,36 +26,36 @@ def build(folder: Path, *, dtype: torch.dtype, remote_code: bool) -> nn.Module:
     except Exception as error:  # a wrong value in config.json fails wherever the model first uses it
         raise UnsupportedModelError(
             f"transformers cannot build the model that {folder / 'config.json'} describes: {_first_line(error)}",
-            hint="is config.json complete, and of a version that this transformers knows?",
+            hint="check that config.json is complete; a newer transformers may know the model",
         ) from error
     conv1d.apply(model)
     return model.eval().requires_grad_(False)
 
 
 def load_config(folder: Path, *, remote_code: bool) -> Any:
-    """The transformers configuration of a checkpoint; refuses what is no causal language model."""
+    """The transformers configuration of a checkpoint; raises UnsupportedModelError if it is not a causal LM."""
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=remote_code)
-    except Exception as error:  # strict validation, missing code and unknown types each raise something of their own
+    except Exception as error:  # strict validation, missing code and unknown types raise different exceptions
         needs_code = "trust_remote_code" in str(error)
         hint = "pass --trust-remote-code if you trust its author" if needs_code else "a newer transformers may know it"
         raise UnsupportedModelError(
             f"transformers cannot read the configuration in {folder}: {error}", hint=hint
         ) from error
     if auto_class(config, remote_code=remote_code) is None or getattr(config, "is_encoder_decoder", False):
-        found = ", ".join(config.architectures or ()) or config.model_type
+        architecture = ", ".join(config.architectures or ()) or config.model_type
         raise UnsupportedModelError(
-            f"{folder} holds {found}, which is no causal language model",
-            hint="llmq quantizes decoders that generate text (…ForCausalLM, or …ForConditionalGeneration of models "
-            "that see pictures as well); encoders and encoder-decoders it does not",
+            f"{folder} holds {architecture}, expected a causal language model",
+            hint="use a decoder that generates text (…ForCausalLM, or …ForConditionalGeneration of models that also "
+            "take images); encoders and encoder-decoders are not supported",
         )
     return config
 
 
 def auto_class(config: Any, *, remote_code: bool) -> Any:
-    """The Auto class of transformers that makes a configuration's model; None where it makes no text after text."""
+    """The Auto class of transformers for a configuration; None if the model does not generate text from text."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto import modeling_auto
 

@@ -1,9 +1,10 @@
-"""A causal language model whose weights stay on disk: one block at a time has any.
+"""A causal language model whose weights are on disk: only one block at a time is loaded.
 
-transformers builds the module tree on the meta device; parameters are read when their turn comes.  What a block is
-called with (masks, rotary tables, per-layer inputs) is the model's own business, so it is *recorded*: pass-through
-recorders stand in for the blocks while the model runs its own forward, which touches the embedding and little else.
-No model is named anywhere: the decoder blocks are the module list with the most parameters that text runs through.
+transformers builds the module tree on the meta device; parameters are read when they are needed. The arguments of a
+block (masks, rotary tables, per-layer inputs) depend on the model, so they are *recorded*: the forwards of all blocks
+are replaced by recorders that pass the hidden state through, and the model's own forward is run, which needs little
+more than the embedding. There is no list of models: the decoder blocks are the module list with the most parameters
+that text runs through.
 """
 
 import functools
@@ -23,17 +24,17 @@ from llmq.model.build.module_tree import load_config as load_config
 from llmq.numerics.scheme import InputScheme
 
 SHARED = "its weight is shared with another layer"
-MOST_RETURNED = 3  # how many values blocks return, at most
+MOST_RETURNED = 3  # the most values that a block returns
 
 
-class _Reached(Exception):  # noqa: N818  (it ends a forward, nothing went wrong)
-    """Ends the model's forward at the block that is being recorded."""
+class _Reached(Exception):  # noqa: N818  (it ends a forward and is not an error)
+    """Ends the model's forward at the block that is recorded, or at the head."""
 
 
 class Skeleton:
-    """The model on meta, its blocks, and a recorder of what each block is called with.
+    """The model on meta, its blocks, and a recorder of the arguments of each block.
 
-    special_layers  path -> reason, of linear layers in the blocks that nobody may pack; no block has them in `linears`
+    special_layers  path -> reason, of linear layers in the blocks that must not be packed; they are in no `linears`
     """
 
     def __init__(self, model: nn.Module, weights: ModelWeights, device: torch.device) -> None:
@@ -41,18 +42,18 @@ class Skeleton:
         self.weights = weights
         self.device = device
         config = getattr(model, "config", None)
-        if getattr(config, "output_router_logits", False):  # for a loss of their own, of blocks that do not run then
+        if getattr(config, "output_router_logits", False):  # for an auxiliary loss; recorded blocks make no such logits
             model.config.output_router_logits = False  # type: ignore[union-attr]
         path, modules = largest_module_list(model)
         self.blocks = [Block(i, f"{path}.{i}", module, weights, device) for i, module in enumerate(modules)]
         for name, parameter in modules.named_parameters():
             weights.refuse_stacked(f"{path}.{name}", parameter)
         linears = {path: linear for block in self.blocks for path, linear in block.linears.items()}
-        self.special_layers = meta_run.special_layers(model, linears)  # before anything is read: see `_filler`
+        self.special_layers = meta_run.special_layers(model, linears)  # before hooks read parameters: see `_filler`
         self.special_layers |= {path: SHARED for path in linears if weights.is_shared(f"{path}.weight")}
         for block in self.blocks:
             block.leave(self.special_layers)
-        self._returned: int | None = None  # what blocks return; not known before the first recording
+        self._returned: int | None = None  # see `_probe`; unknown before the first recording
         inside = {module for block in modules for module in block.modules()}
         for name, module in model.named_modules():
             if module not in inside and module._parameters:
@@ -60,7 +61,7 @@ class Skeleton:
 
     @property
     def max_tokens(self) -> int | None:
-        """The longest text that the model was made for, if its configuration says."""
+        """The maximum context length in tokens, if the configuration has one."""
         config: Any = self.model.config
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         longest: int | None = getattr(text, "max_position_embeddings", None)
@@ -68,12 +69,12 @@ class Skeleton:
 
     @property
     def vocabulary(self) -> int:
-        """How many tokens the model has embeddings for."""
+        """The number of tokens that have an embedding."""
         embedding: nn.Module = self.model.get_input_embeddings()  # type: ignore[operator]
         return int(embedding.get_parameter("weight").shape[0])
 
     def alike(self) -> list[list[str]]:
-        """The paths of linear layers that engines run as one, module by module: all experts of a layer."""
+        """Lists of paths of linear layers that engines run as one: one list per layer of experts."""
         return [
             [linear for linear in block.linears if linear.startswith(f"{path}.")]
             for block in self.blocks
@@ -81,15 +82,15 @@ class Skeleton:
         ]
 
     def read_ahead(self, index: int) -> None:
-        """Begin to read block `index`, if there is one, while another is at work."""
+        """Start to read block `index`, if it exists, while another block is processed."""
         if 0 <= index < len(self.blocks):
             self.weights.expect(self.blocks[index].stored_names())
 
     def quantize_inputs(self, schemes: Mapping[str, InputScheme]) -> None:
-        """Round the inputs of these linear layers of the blocks, by path, in every pass from now on; no others.
+        """From now on, quantize the inputs of these linear layers of the blocks, by path, in every pass; no others.
 
-        Raises ConfigError for a path that is none of a linear layer in a block, a scheme that cannot be simulated, and
-        experts of one layer that differ in it.
+        Raises ConfigError for a path that does not belong to a linear layer in a block, for a scheme that cannot be
+        simulated, and for experts of one layer with different schemes.
         """
         unknown = sorted(set(schemes).difference(*(block.linears for block in self.blocks)))
         if unknown:
@@ -102,25 +103,28 @@ class Skeleton:
 
     @contextmanager
     def float_inputs(self) -> Iterator[None]:
-        """While open, no input is rounded in any block: the model is the float model, if its weights are."""
+        """While open, no input is quantized in any block."""
         with ExitStack() as stack:
             for block in self.blocks:
                 stack.enter_context(block.float_inputs())
             yield
 
     def record(self, index: int, tokens: Tensor) -> Call:
-        """What block `index` is called with for `tokens` (B, T) int64, had the blocks before it changed nothing."""
+        """Record the arguments of block `index` for `tokens` (B, T) int64.
+
+        Earlier blocks pass the hidden state through, so it is the embedding; `Call.with_hidden` sets another one.
+        """
         return self._record(index, tokens)[index]
 
     def record_all(self, tokens: Tensor) -> list[Call]:
-        """What each block is called with for `tokens` (B, T) int64; all of them on the first one's hidden state."""
+        """Record the arguments of every block for `tokens` (B, T) int64; all have the embedding as hidden state."""
         calls = self._record(len(self.blocks) - 1, tokens)
         return [calls[index] for index in range(len(self.blocks))]
 
     def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """The model's logits (B, T, V) for `tokens` (B, T) int64, had its last block put out `hidden` (B, T, D).
+        """The logits (B, T, V) for `tokens` (B, T) int64, if the output of the last block is `hidden` (B, T, D).
 
-        Differentiable in `hidden`, in whatever mode torch is in.
+        They are differentiable in `hidden` if torch's grad mode is on.
         """
         if self._returned is None:
             self._probe()
@@ -130,7 +134,7 @@ class Skeleton:
 
     @functools.cached_property
     def head_path(self) -> str | None:
-        """Where the layer is that makes logits; None where that is no plain linear layer, or inside a block."""
+        """The path of the layer that makes logits; None if it is not a plain linear layer, or is inside a block."""
         find: Callable[[], nn.Module | None] = self.model.get_output_embeddings  # type: ignore[assignment]
         head = find()
         path = next((name for name, module in self.model.named_modules() if module is head), None)
@@ -138,28 +142,28 @@ class Skeleton:
         return path if head is not None and is_plain_linear(head) and not inside else None
 
     def head_weight(self) -> Tensor:
-        """(V, D) float32, the weight of that layer."""
+        """(V, D) float32, the weight of the layer at `head_path`."""
         assert self.head_path is not None, "the model has no such head"
         return self.weights.original(f"{self.head_path}.weight").to(self.device, torch.float32)
 
     @torch.no_grad()
     def head_input(self, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """What the head is fed (B, T, D) for `tokens`, had the last block put out `hidden` (B, T, D)."""
+        """The input of the head (B, T, D) for `tokens`, if the output of the last block is `hidden` (B, T, D)."""
         assert self.head_path is not None, "the model has no such head"
-        found: list[Tensor] = []
+        inputs: list[Tensor] = []
 
         def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            found.append(args[0])
+            inputs.append(args[0])
             raise _Reached
 
         handle = self.model.get_submodule(self.head_path).register_forward_pre_hook(stop, prepend=True)
         try:
             self.logits(tokens, hidden)
         except _Reached:
-            return found[0]
+            return inputs[0]
         finally:
             handle.remove()
-        raise UnsupportedModelError(f"{type(self.model).__name__} never ran its head, {self.head_path}")
+        raise UnsupportedModelError(f"{type(self.model).__name__} did not run its head {self.head_path}")
 
     def _record(self, index: int, tokens: Tensor) -> dict[int, Call]:
         if self._returned is None:
@@ -174,13 +178,13 @@ class Skeleton:
             self.model(input_ids=tokens.to(self.device), use_cache=False)
         except _Reached:
             return
-        raise UnsupportedModelError(f"{type(self.model).__name__} never ran its block {stop_after}")
+        raise UnsupportedModelError(f"{type(self.model).__name__} did not run its block {stop_after}")
 
     @contextmanager
     def _recorders(self, last_output: Tensor | None = None) -> Iterator[dict[int, Call]]:
-        """While open, blocks pass their hidden state through and note what they were called with.
+        """While open, blocks pass their hidden state through and record their arguments.
 
-        With `last_output` the last block puts that out, and none ends the forward.
+        With `last_output`, this is the output of the last block, and no block ends the forward.
         """
         calls: dict[int, Call] = {}
 
@@ -201,10 +205,10 @@ class Skeleton:
             yield calls
         finally:
             for block in self.blocks:
-                del block.module.forward  # the class's own forward shows again
+                del block.module.forward  # makes the forward of the class visible again
 
     def _probe(self) -> None:
-        """Find out what blocks return: the hidden state (0), or a tuple of so many, of which it is the first.
+        """Find out what blocks return: the hidden state alone (0), or a tuple that starts with it (its length).
 
         Raises UnsupportedModelError for a model whose blocks cannot be run one by one.
         """
@@ -229,7 +233,7 @@ class Skeleton:
         ) from failure
 
     def _filler(self, path: str) -> Callable[[nn.Module, Any], None]:
-        """A hook that reads a module's own parameters when it is first run."""
+        """A hook that reads the direct parameters of a module when it is first run."""
 
         def fill_now(module: nn.Module, _: Any) -> None:
             if any(p is not None and p.is_meta for p in module._parameters.values()):
@@ -239,30 +243,31 @@ class Skeleton:
 
 
 def _refuse_shared_keys(model: nn.Module) -> None:
-    """Some blocks (of Gemma 3n, say) attend to keys and values of earlier ones, which replay does not carry along."""
+    """Raise UnsupportedModelError for blocks that use keys and values of earlier blocks, as some of Gemma 3n do."""
     config = getattr(model, "config", None)
     config = getattr(config, "text_config", None) or config
     sharing = getattr(config, "num_kv_shared_layers", 0)
     if sharing:
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be replayed block by block: its last {sharing} blocks share the keys and "
-            "values of earlier ones",
+            "values of earlier blocks",
             hint="rtn needs no replay",
         )
 
 
 def largest_module_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The decoder blocks: of the module lists that run on text, the one that holds the most parameters."""
+    """The decoder blocks: the module list with the most parameters of those that run on text."""
     lists = [
         (name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
     ]
     if not lists:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no list of blocks", hint="only decoder stacks can be quantized"
+            f"{type(model).__name__} has no list of blocks",
+            hint="use a model with a list of decoder blocks",
         )
     lists.sort(key=lambda item: sum(p.numel() for p in item[1].parameters()))
     largest, _ = lists[-1]
     if all(name.startswith(largest) for name, _ in lists):
         return lists[-1]
-    ran = meta_run.modules_run(model)  # a picture's encoder may be the larger one
+    ran = meta_run.modules_run(model)  # an image encoder may be larger than the decoder
     return next((item for item in reversed(lists) if all(id(module) in ran for module in item[1])), lists[-1])

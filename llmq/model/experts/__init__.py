@@ -1,1 +1,1 @@
-"""Experts of a mixture as separate linear layers."""
+"""The experts of a mixture-of-experts model as separate linear layers."""

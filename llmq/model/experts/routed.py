@@ -1,7 +1,7 @@
-"""What stands in for a module of stacked experts: called as transformers calls it, and mixing as it does.
+"""The base class of modules that replace a module of stacked experts: with the same arguments and the same mixing.
 
-`model/experts/separate.py` (one linear layer for each expert, to quantize) and `runtime/packed_experts.py` (packed
-weights, to run) differ only in how the experts' products are computed.
+The subclasses differ in how the products of the experts are computed: `model/experts/separate.py` has linear layers per
+expert, for quantization; `runtime/packed_experts.py` has packed weights, for inference.
 """
 
 import torch
@@ -11,7 +11,7 @@ from llmq.model.experts.stacking import Form
 
 
 class RoutedExperts(nn.Module):
-    """The experts of one layer; a subclass computes them in `run`."""
+    """The experts of one layer; a subclass implements `run`."""
 
     def __init__(self, form: Form, expert_count: int) -> None:
         super().__init__()
@@ -21,9 +21,9 @@ class RoutedExperts(nn.Module):
     def forward(
         self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
     ) -> Tensor:
-        """hidden_states (M, K), top_k_index and top_k_weights (M, top_k): which experts, how much of each -> (M, K).
+        """hidden_states (M, K), top_k_index and top_k_weights (M, top_k): the experts and their weights -> (M, K).
 
-        Without the latter two hidden_states are (E * M, K); see `Form.routed`.
+        Without the latter two, hidden_states are (E * M, K); see `Form.routed`.
         """
         if top_k_index is None or top_k_weights is None:
             return self._on_own_rows(hidden_states)
@@ -35,14 +35,14 @@ class RoutedExperts(nn.Module):
         return mixed.to(hidden_states.dtype)
 
     def _on_own_rows(self, hidden_states: Tensor) -> Tensor:
-        """Rows of zeros are for others; no bias makes anything of them."""
+        """Rows of zeros do not belong to the expert; there is no bias, so their output is zero."""
         rows = hidden_states.detach().any(-1).nonzero().flatten()
         outer = self.run(hidden_states, rows, rows // (len(hidden_states) // self.expert_count))
         return hidden_states.new_zeros(len(hidden_states), outer.shape[1]).index_copy(0, rows, outer)
 
     def run(self, hidden: Tensor, token: Tensor, expert: Tensor) -> Tensor:
-        """What expert[p] (P,) makes of row token[p] (P,) of hidden (R, K) -> (P, K).
+        """The output of expert[p] for row token[p] of hidden (R, K), for P pairs: token (P,), expert (P,) -> (P, K).
 
-        A number in `expert` that is no expert's means: none, and makes zeros.
+        If expert[p] is not the number of an expert, the output is zero.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say how its experts are run")
+        raise NotImplementedError(f"{type(self).__name__} does not implement run")

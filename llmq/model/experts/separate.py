@@ -1,14 +1,14 @@
-"""The experts of a layer as plain linear layers, so that everything behind the skeleton treats them as any other.
+"""The experts of a layer as plain linear layers, so that all other code treats them like any linear layer.
 
     experts.gate_up_proj (E, 2N, K) ──►  experts.0.gate_proj  experts.0.up_proj  experts.0.down_proj
     experts.down_proj    (E, K, N)       experts.1.gate_proj  …
 
-`SeparateExperts` takes the place of the module that `stacking.form_of` knows, is called as it was, and computes the
-same.  Every expert runs for every batch, on no tokens if none go there: first gate and up of all, then all that comes
-down.  In front of either half there is a `Station`, which is told where all tokens went: there a forward can be stopped
-and looked at before any weight of that half is used.
+`SeparateExperts` replaces the module that `stacking.form_of` recognizes, takes the same arguments, and computes the
+same. Every expert runs for every batch, possibly on no tokens: first the gate and up projections of all experts, then
+all down projections. Before each half there is a `Station`, a module whose input says where all tokens went. A hook on
+it can stop the forward before any weight of this half is used.
 
-A checkpoint that has the tensors stacked is read one expert at a time, and what is left as it is stays stacked there.
+A checkpoint with stacked tensors is read one expert at a time. Experts that are kept in float are written stacked.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,17 +33,17 @@ from llmq.model.experts.stacking import (
 )
 
 ReadMember = Callable[[str, int], Tensor]
-"""A stacked tensor's name in the checkpoint, and the number of an expert -> that expert's part of it."""
+"""The name of a stacked tensor in the checkpoint, the number of an expert -> the part of this expert."""
 
 
 @dataclass(frozen=True)
 class Routed:
     """Where the tokens of a batch went.
 
-    hidden  (R, K) what the experts are fed; a row a token, but for each expert again where it is not `Form.routed`
-    rows    rows[e] (n_e,) int64: those of them that are for expert e
-    tokens  of the batch
-    inner   inner[e] (n_e, N) what expert e feeds its second projection; None in front of the first
+    hidden  (R, K) the input of the experts: one row per token; one per token and expert if `Form.routed` is false
+    rows    rows[e] (n_e,) int64: the rows that go to expert e
+    tokens  the number of tokens in the batch
+    inner   inner[e] (n_e, N): the input of the second projection of expert e; None before the first projection
     """
 
     hidden: Tensor
@@ -53,35 +53,35 @@ class Routed:
 
     @property
     def all_rows(self) -> Tensor:
-        """Rows of `hidden` that are tokens, whatever expert they are for."""
+        """The rows of `hidden` that contain tokens, for all experts."""
         if len(self.hidden) == self.tokens:
             return torch.arange(self.tokens, device=self.hidden.device)
         return torch.cat(list(self.rows))
 
     def inputs(self, expert: int) -> Tensor:
-        """(n_e, …) what an expert's weights are about to be fed."""
+        """(n_e, …) the input of the next projection of an expert."""
         return self.hidden[self.rows[expert]] if self.inner is None else self.inner[expert]
 
 
 class Station(nn.Module):
-    """A place in a forward; hooks may stop it here."""
+    """A place in a forward where hooks may stop it."""
 
     def forward(self, routed: Routed) -> None:
-        """Nothing happens."""
+        """Does nothing."""
 
 
 class _Unset(nn.Linear):
-    """A linear layer on meta; a mixture has tens of thousands, and drawing weights for nobody would take a minute."""
+    """A linear layer on meta without random weights: drawing them for tens of thousands of experts takes a minute."""
 
     def reset_parameters(self) -> None:
-        """What it holds comes from a checkpoint."""
+        """Does nothing: the parameters are read from a checkpoint."""
 
 
 class SeparateExperts(RoutedExperts):
-    """The experts of one layer; `fused` is the module whose place it takes, on meta.
+    """The experts of one layer; `fused` is the module on meta that it replaces.
 
-    `parts[side]` names the linear layers of each expert in its first and its second projection; which rows of the
-    first one's output each makes is in `rows`.
+    parts  parts[side]: the names of the linear layers of each expert in its first and its second projection
+    rows   rows[i] (N_i,) int64: the rows of the first projection that linear layer i of it makes
     """
 
     def __init__(self, fused: nn.Module, form: Form, stackings: Sequence[Stacking]) -> None:
@@ -95,7 +95,7 @@ class SeparateExperts(RoutedExperts):
             self.add_module(name, child)
         self._parameters.update({n: p for n, p in fused._parameters.items() if n not in form.parameters})
         self._buffers.update(fused._buffers)
-        self._fused = (_sharing(fused, self),)  # in a tuple, as it is no module of ours: it says how to activate
+        self._fused = (_sharing(fused, self),)  # only for `activate`; in a tuple, so that it is not a submodule
         for e in range(self.expert_count):
             expert = nn.Module()
             for name, parts, stacking in zip(form.stacked, self.parts, stackings, strict=True):
@@ -118,12 +118,12 @@ class SeparateExperts(RoutedExperts):
         rows = token[order[: sum(counts)]].split(counts)
         tokens = len(hidden) if self.form.routed else len(hidden) // self.expert_count
         outer = torch.cat(self._by_expert(hidden, rows, tokens))  # (≤ P, K)
-        nobody = outer.new_zeros(len(order) - len(outer), outer.shape[1])
-        return torch.cat([outer, nobody])[torch.argsort(order)]
+        without_expert = outer.new_zeros(len(order) - len(outer), outer.shape[1])
+        return torch.cat([outer, without_expert])[torch.argsort(order)]
 
     def _by_expert(self, hidden: Tensor, rows: Sequence[Tensor], tokens: int) -> list[Tensor]:
         self.before_up(Routed(hidden, rows, tokens))
-        inner = [self.inner(e, hidden[chosen]) for e, chosen in enumerate(rows)]
+        inner = [self.inner(e, hidden[rows_of_expert]) for e, rows_of_expert in enumerate(rows)]
         self.before_down(Routed(hidden, rows, tokens, inner))
         outer = [self.expert(e).get_submodule(DOWN)(x) for e, x in enumerate(inner)]
         if getattr(self._fused[0], "has_post_expert_norm", False):
@@ -132,14 +132,14 @@ class SeparateExperts(RoutedExperts):
         return outer
 
     def inner(self, e: int, x: Tensor) -> Tensor:
-        """What expert e makes of x (n, K) before its second projection, (n, N)."""
-        made = [self.expert(e).get_submodule(part)(x) for part in self.parts[0]]
-        together = made[0]
-        if len(made) > 1:  # in the order in which the fused module has them
-            together = torch.cat(made, -1)
+        """The input (n, N) of the second projection of expert e, for the input x (n, K) of the first."""
+        outputs = [self.expert(e).get_submodule(part)(x) for part in self.parts[0]]
+        joined = outputs[0]
+        if len(outputs) > 1:  # in the order of the fused module
+            joined = torch.cat(outputs, -1)
             if self.form.interleaved:
-                together = together[:, torch.argsort(torch.cat(list(self.rows))).to(x.device)]
-        return activate(self._fused[0], self.form, together)
+                joined = joined[:, torch.argsort(torch.cat(list(self.rows))).to(x.device)]
+        return activate(self._fused[0], self.form, joined)
 
 
 def separate(
@@ -149,28 +149,29 @@ def separate(
     shape: Callable[[str], tuple[int, ...]],
     read_member: ReadMember,
 ) -> None:
-    """Put `SeparateExperts` in the place of all stacked experts of a model on meta; tells `weights` where theirs are.
+    """Replace all stacked experts of a model on meta by `SeparateExperts`, and register their tensors in `weights`.
 
-    `modules` and `shape` as in `find_stackings`.  What the checkpoint has in a way that is not understood is left.
+    `modules` and `shape` are those of `find_stackings`. Experts that the checkpoint stores in an unknown way are not
+    replaced.
     """
     stackings = find_stackings(model, weights, modules, shape)
     for path, (fused, form) in fused_experts(model).items():
-        found = stackings_of(path, fused, stackings)
+        projections = stackings_of(path, fused, stackings)
         places: dict[str, str] = {}
-        if found:
-            separated = SeparateExperts(fused, form, found)
-            for names, stacking in zip(separated.parts, found, strict=True):
+        if projections:
+            separated = SeparateExperts(fused, form, projections)
+            for names, stacking in zip(separated.parts, projections, strict=True):
                 places |= _places(path, names, stacking)
         else:
             stored = [weights.stored_name(f"{path}.{name}") for name in form.parameters]
             if None in stored:
                 continue
             prefix = next((s.removesuffix(f".{form.up}") for s in stored if s and s.endswith(f".{form.up}")), path)
-            found = [plain_stacking(prefix, fused, form, name) for name in form.stacked]
-            separated = SeparateExperts(fused, form, found)
-            for names, stacking in zip(separated.parts, found, strict=True):
+            projections = [plain_stacking(prefix, fused, form, name) for name in form.stacked]
+            separated = SeparateExperts(fused, form, projections)
+            for names, stacking in zip(separated.parts, projections, strict=True):
                 places |= _places(path, names, stacking)
-            weights.provide(*_members(form, found, dict(zip(form.parameters, stored, strict=True)), read_member))
+            weights.provide(*_members(form, projections, dict(zip(form.parameters, stored, strict=True)), read_member))
         weights.place(places)
         model.set_submodule(path, separated)
 
@@ -187,7 +188,7 @@ def _places(path: str, parts: Sequence[str], stacking: Stacking) -> dict[str, st
 def _members(
     form: Form, stackings: Sequence[Stacking], stored: Mapping[str, Any], read_member: ReadMember
 ) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
-    """For the name of each expert's tensor, how to read it, and in which stacked one it is."""
+    """For the name of each expert's tensor: a function that reads it, and the stacked tensor that contains it."""
     read: dict[str, Callable[[], Tensor]] = {}
     source: dict[str, str] = {}
 
@@ -210,7 +211,7 @@ def _members(
 
 
 def _sharing(fused: nn.Module, owner: nn.Module) -> Any:
-    """A copy that has the parameters, buffers and modules of another; what else it has is its own."""
+    """A copy of `fused` with the parameters, buffers and modules of `owner`."""
     copied = fused.__class__.__new__(fused.__class__)
     copied.__dict__.update(fused.__dict__)
     copied._parameters, copied._buffers, copied._modules = owner._parameters, owner._buffers, owner._modules

@@ -1,1 +1,1 @@
-"""How text goes through a model that is read block by block, forward and backward."""
+"""Passes of text through a model that is read block by block, forward and backward."""

@@ -1,15 +1,15 @@
-"""Backward through the blocks of a model that are read one at a time: the only loop from the last block to the first.
+"""Backward pass through the blocks, which are read one at a time: the only loop from the last block to the first.
 
-    tokens ─► block 0 ─► block 1 ─► … ─► hidden ─► head, loss      a tape keeps what each block was fed
+    tokens ─► block 0 ─► block 1 ─► … ─► hidden ─► head, loss      a tape keeps the input of each block
                  ◄────── ◄───────── … ◄─ gradient ◄──┘              one block's graph, its weights' gradients
 
-On the way back a block is run again for its graph, the gradient of its output goes in, those of its weights and of its
-input come out, and a visitor may change the block before the next is read (gradient checkpointing, Chen et al. 2016,
-arXiv:1604.06174, with blocks as segments).  Where there is memory for all graphs they are kept, and no block runs
-twice; both ways run the same operations, so they give the same bits.
+In the backward pass a block is run again to build its graph; the gradient of its output is propagated to its weights
+and its input. A visitor may then change the block before the next one is read. This is gradient checkpointing (Chen et
+al. 2016, arXiv:1604.06174) with blocks as segments. If there is memory for the graphs of all blocks, they are kept, and
+no block is run twice. Both ways run the same operations, so they give the same bits.
 
-How a block gets its weights is the caller's business (`forward.Ready`).  Hooks that such a context sets see the forward
-pass, and the gradients of the backward one.
+The caller decides how a block gets its weights (`forward.Ready`). Hooks registered in this context are called in the
+forward pass, and for the gradients of the backward pass.
 """
 
 from collections.abc import Callable, Collection, Iterable
@@ -25,15 +25,15 @@ from llmq.model.passes.recorded_calls import RecordedCalls
 from llmq.model.passes.streams import Text
 
 Graph = tuple[Tensor, Tensor]
-"""A block's input, a leaf, and its output, with the graph between them."""
+"""The input of a block, which is a leaf, and its output, with the graph between them."""
 
 
 class Tape:
-    """A text on its way through the blocks and back, with what every block was fed.
+    """A text on its way through the blocks and back, with the input of every block.
 
     weights  paths of the linear layers whose weights get a gradient
-    keep     keep the graphs of all blocks; `ready` may then not take a block's weights away between the two passes
-    seen     whether the calls of these very tokens were recorded before
+    keep     keep the graphs of all blocks; `ready` must then not free a block's weights between the two passes
+    seen     whether the calls for the same tokens were recorded before
     """
 
     def __init__(
@@ -50,11 +50,11 @@ class Tape:
         self.text = text
         self._skeleton, self._calls, self._storage = skeleton, calls, storage
         self._weights, self._keep, self._seen = weights, keep, seen
-        self._inputs: list[HiddenStates] = []  # of each block; one more than blocks, the last one's outputs
+        self._inputs: list[HiddenStates] = []  # by block, and at the end the outputs of the last block
         self._graphs: dict[tuple[int, int], Graph] = {}  # by block and batch
 
     def forward(self, ready: Ready = loaded) -> list[Tensor]:
-        """(…, B, T, D) what the last block puts out for each batch."""
+        """The output (…, B, T, D) of the last block for each batch."""
         self._inputs.append(self._new_states(0))
         for batch in self.text.batches():
             embedded = self._calls.first(self.text.of(batch), seen=self._seen).hidden
@@ -64,25 +64,27 @@ class Tape:
         return [outputs.read(batch) for batch in self.text.batches()]
 
     def retreat(self, block: Block, number: int, batch: range, gradient: Tensor) -> Tensor:
-        """Back through one block with one batch; returns the gradient of its input."""
+        """Propagate the gradient of a block's output back, for one batch; returns the gradient of its input."""
         parameters = self._parameters(block)
         graph = self._graphs.pop((block.index, number), None) or self._run(block, batch, parameters)
         for parameter in parameters:
             parameter.requires_grad_(True)
-        of_input, *of_weights = torch.autograd.grad(graph[1], [graph[0], *parameters], gradient, allow_unused=True)
-        for parameter, of_weight in zip(parameters, of_weights, strict=True):
+        input_gradient, *weight_gradients = torch.autograd.grad(
+            graph[1], [graph[0], *parameters], gradient, allow_unused=True
+        )
+        for parameter, weight_gradient in zip(parameters, weight_gradients, strict=True):
             parameter.requires_grad_(False)
-            parameter.grad = of_weight
-        return of_input
+            parameter.grad = weight_gradient
+        return input_gradient
 
     def forget(self, block: Block) -> None:
-        """Give back what is kept of a block that is behind."""
+        """Free the inputs and gradients of a block that the backward pass has finished."""
         self._inputs.pop().clear()
         for parameter in block.module.parameters():
             parameter.grad = None
 
     def _pass(self, block: Block) -> None:
-        """Through one block.  A function of its own: no name may hold the block's graph, or weights, beyond it."""
+        """Run one block on all batches. In a separate function, so that no local keeps its graph or weights alive."""
         outputs = self._new_states(block.index + 1)
         for number, batch in enumerate(self.text.batches()):
             if self._weights:
@@ -116,9 +118,9 @@ def backward(
     *,
     ready: Ready = loaded,
 ) -> None:
-    """Visit every block, the last one first, after each batch, with the gradients of its weights in their `grad`.
+    """Visit every block, the last one first, after each batch; the gradients of its weights are in their `grad`.
 
-    `gradients` (…, B, T, D) are those of the loss in what the last block put out, batch by batch; they are used up.
+    `gradients` (…, B, T, D) are those of the loss in the output of the last block, per batch; they are overwritten.
     A visitor may change the block's weights.
     """
     for block in reversed(skeleton.blocks):
@@ -132,33 +134,31 @@ def backward(
 
 
 def differentiable(block: Block, call: Call, weights: Iterable[Tensor] = ()) -> Graph:
-    """The hidden state (…, B, T, D) of `call` as a leaf, and what the block makes of it.
+    """The hidden state (…, B, T, D) of `call` as a leaf, and the output of the block, with the graph between them.
 
-    Between them lies the graph, which goes through `weights` as well.
+    The graph includes `weights`.
     """
     parameters = list(weights)
     with torch.enable_grad():
-        fed = call.hidden.detach().requires_grad_(True)
+        leaf = call.hidden.detach().requires_grad_(True)
         for parameter in parameters:
             parameter.requires_grad_(True)
-        output = block.forward(call.with_hidden(fed))
+        output = block.forward(call.with_hidden(leaf))
         for parameter in parameters:
             parameter.requires_grad_(False)
-    return fed, output
+    return leaf, output
 
 
 def graph_bytes(block: Block, call: Call, weights: Iterable[Tensor]) -> int:
-    """What `differentiable` keeps in memory for the way back, the block's parameters not counted; found by running
-    it.
-    """
+    """Bytes that the graph of `differentiable` keeps in memory, without the block's parameters; measured by a run."""
     storages: dict[int, int] = {}
 
-    def note(tensor: Tensor) -> Tensor:
+    def record(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         _, output = differentiable(block, call, weights)
     for parameter in block.module.parameters():
         storages.pop(parameter.untyped_storage().data_ptr(), None)

@@ -1,7 +1,7 @@
-"""Forward through the blocks of a model that are read one at a time: the only loop from the first block to the last.
+"""Forward pass through the blocks, which are read one at a time: the only loop from the first block to the last.
 
-What happens at a block is a visitor's business: `Stream.past` takes a text past it, the pipeline quantizes it first.
-Each block is read once for all of the text, and the next one is read while this one is at work.
+A visitor decides what happens at a block: `Stream.past` runs a text through it, the pipeline quantizes it first. Each
+block is read once for the whole text, and the next one is read while this one is processed.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,12 +16,12 @@ from llmq.model.passes.recorded_calls import RecordedCalls
 from llmq.model.passes.streams import Stream, Text
 
 Ready = Callable[[Block], AbstractContextManager[None]]
-"""A block -> a context in which it has its weights."""
+"""A block -> a context in which the block has its weights."""
 
 
 @contextmanager
 def loaded(block: Block) -> Iterator[None]:
-    """While open, a block has the weights of its checkpoint."""
+    """While open, a block has the weights of the checkpoint."""
     block.load()
     try:
         yield
@@ -42,7 +42,7 @@ def forward(skeleton: Skeleton, visit: Callable[[Block], None], *, ready: Ready 
 def run_through(
     skeleton: Skeleton, text: Text, storage: Storage, calls: RecordedCalls | None = None, *, ready: Ready = loaded
 ) -> Stream:
-    """A text behind the last block; `Stream.last` gives its hidden states there."""
+    """Run a text through all blocks; `Stream.last` gives its last hidden states."""
     stream = Stream(skeleton, text, calls or RecordedCalls(skeleton), storage)
     forward(skeleton, stream.past, ready=ready)
     return stream

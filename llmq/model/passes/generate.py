@@ -1,4 +1,4 @@
-"""The whole model in memory for a while, for what cannot be done block by block in reasonable time: writing text."""
+"""The whole model in memory, to generate text, which would take too long block by block."""
 
 import inspect
 from collections.abc import Iterator
@@ -13,9 +13,9 @@ from llmq.model.build.skeleton import Skeleton
 
 @contextmanager
 def in_memory(skeleton: Skeleton) -> Iterator[nn.Module]:
-    """The skeleton's model with all of its weights, on its device; they are gone from memory afterwards.
+    """The skeleton's model with all of its weights, on its device; afterwards the weights are freed.
 
-    What lies outside the blocks is read when it is first run, here as always.
+    Modules outside the blocks are read when they are first run, as always.
     """
     try:
         for block in skeleton.blocks:
@@ -29,13 +29,13 @@ def in_memory(skeleton: Skeleton) -> Iterator[nn.Module]:
 
 
 def weight_bytes(skeleton: Skeleton) -> int:
-    """What the weights take in memory, those that are tied once for each place where they are used."""
+    """Bytes of the weights in memory; a tied weight counts once for each place where it is used."""
     parameters = skeleton.model.named_parameters(remove_duplicate=False)
     return sum(parameter.numel() * parameter.element_size() for _, parameter in parameters)
 
 
 def cache_bytes(skeleton: Skeleton) -> int:
-    """About what keys and values of one token take: full attention in every block."""
+    """Approximate bytes of the keys and values of one token, for full attention in every block."""
     config = skeleton.model.config.get_text_config()  # type: ignore[union-attr, operator]
     heads = getattr(config, "num_attention_heads", None) or 1
     shared = getattr(config, "num_key_value_heads", None) or heads
@@ -44,24 +44,24 @@ def cache_bytes(skeleton: Skeleton) -> int:
     return int(2 * len(skeleton.blocks) * shared * width * itemsize)
 
 
-CACHE_NAMES = ("cache", "past_key_values")  # transformers 5.24 renamed the argument; other models' own code may lag
+CACHE_NAMES = ("cache", "past_key_values")  # transformers 5.24 renamed the argument; remote code may use the old name
 
 
 def cache_argument(model: nn.Module) -> str | None:
-    """The name by which `model` takes keys and values of earlier tokens; None if it takes none."""
+    """The name of the argument of `model` for keys and values of earlier tokens; None if there is none."""
     parameters = inspect.signature(model.forward).parameters
     return next((name for name in CACHE_NAMES if name in parameters), None)
 
 
 def returned_cache(output: Any) -> object | None:
-    """The keys and values in what a model returned, whatever their name; None if there are none."""
+    """The keys and values in the output of a model, under any of their names; None if there are none."""
     return next((output[name] for name in CACHE_NAMES if output.get(name) is not None), None)
 
 
 class Continuation:
-    """A model as a function of the tokens so far, (B, t) int64 that grows, to the next ones' logits, (B, V).
+    """A model as a function from the tokens so far, (B, t) int64 with growing t, to the logits of the next, (B, V).
 
-    Keys and values of earlier tokens are kept where the model has a cache; without one it reads all tokens again.
+    If the model has a cache, keys and values of earlier tokens are kept; else all tokens are run again each time.
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:

@@ -1,10 +1,10 @@
-"""Hidden states of many sequences between two blocks: one store, and one policy for where they lie.
+"""Hidden states of many sequences between two blocks: one store, and one policy for where they are kept.
 
     device  ──does not fit──►  main memory (pinned for a GPU)  ──does not fit──►  a file in the staging folder
 
-Where they lie changes no bit.  In a file every sequence has its place, one after the other, as raw values: sequences
-are read in any order, and only those are in memory.  (A memory map would count in full against a limit on address
-space.)
+The place changes no bit. A file contains the raw values of all sequences, one after the other; sequences can be read in
+any order, and only those that are read are in memory. (A memory map is not used, because all of it would count against
+a limit on address space.)
 """
 
 import enum
@@ -21,11 +21,11 @@ from llmq.checkpoint.atomic import storing
 from llmq.checkpoint.safetensors_files import reading
 from llmq.memory import HOST
 
-DEVICE_SHARE, HOST_SHARE = 4, 2  # hidden states may take a quarter of the free memory of a GPU, half of the host's
+DEVICE_SHARE, HOST_SHARE = 4, 2  # hidden states may take a quarter of free GPU memory, half of free host memory
 
 
 class Place(enum.Enum):
-    """Where hidden states lie."""
+    """A place for hidden states."""
 
     DEVICE = "the compute device"
     HOST = "main memory"
@@ -34,7 +34,7 @@ class Place(enum.Enum):
 
 @dataclass(frozen=True)
 class Storage:
-    """Where hidden states lie: on `device`, in main memory, or in files of `folder`."""
+    """Where hidden states are kept: on `device`, in main memory, or in files in `folder`."""
 
     device: torch.device
     place: Place = Place.DEVICE
@@ -42,7 +42,7 @@ class Storage:
 
     @classmethod
     def choose(cls, nbytes: int, device: torch.device, folder: Path | None = None) -> "Storage":
-        """For `nbytes` of hidden states; without a folder those that do not fit elsewhere stay in main memory."""
+        """The storage for `nbytes` of hidden states; without a folder the last choice is main memory."""
         if device.type != HOST.type and nbytes <= memory.spare(device) // DEVICE_SHARE:
             return cls(device, Place.DEVICE, folder)
         if nbytes <= memory.spare(HOST) // HOST_SHARE or folder is None:
@@ -51,23 +51,23 @@ class Storage:
 
 
 class HiddenStates:
-    """(…, S, T, D): the hidden states of S sequences, written and read by the numbers of sequences.
+    """(…, S, T, D): the hidden states of S sequences, written and read by the numbers of the sequences.
 
-    name  of the file, where they lie in one
+    name  the name of the file, if they are kept in one
     """
 
     def __init__(self, storage: Storage, name: str) -> None:
         self._storage = storage
         self._file = storage.folder / name if storage.place is Place.FILE and storage.folder is not None else None
-        self._parts: dict[int, tuple[Tensor, int]] = {}  # by sequence: a tensor of several, and its row in that
-        self._empty: Tensor | None = None  # on meta: shape (…, 1, T, D) and dtype of one sequence
+        self._parts: dict[int, tuple[Tensor, int]] = {}  # by sequence: a tensor of several sequences, and the row in it
+        self._empty: Tensor | None = None  # (…, 1, T, D) on meta: shape and dtype of one sequence
 
     def __bool__(self) -> bool:
         """Whether anything was written."""
         return self._empty is not None
 
     def write(self, sequences: Sequence[int], hidden: Tensor) -> None:
-        """Keep `hidden` (…, B, T, D) for B sequences.  Raises StorageError."""
+        """Store `hidden` (…, B, T, D) for B sequences. Raises StorageError."""
         hidden = hidden.detach()
         self._empty = hidden.narrow(-3, 0, 1).to("meta")
         if self._file is not None:
@@ -78,7 +78,7 @@ class HiddenStates:
         self._parts.update({sequence: (hidden, row) for row, sequence in enumerate(sequences)})
 
     def read(self, sequences: Sequence[int]) -> Tensor:
-        """(…, B, T, D) of B sequences that were written, on the compute device.  Raises CheckpointError."""
+        """(…, B, T, D) of B stored sequences, on the compute device. Raises CheckpointError."""
         if self._file is not None:
             parts = [self._read_file(sequence) for sequence in sequences]
         else:
@@ -87,13 +87,13 @@ class HiddenStates:
         return hidden.to(self._storage.device, non_blocking=True)
 
     def clear(self) -> None:
-        """Give the memory, or the file, back."""
+        """Free the memory, or delete the file."""
         self._parts, self._empty = {}, None
         if self._file is not None:
             self._file.unlink(missing_ok=True)
 
     def _runs(self, sequences: Sequence[int]) -> Iterator[Tensor]:
-        """Rows that lie next to each other in one tensor come as one."""
+        """Parts of the result; consecutive rows of one tensor are one part."""
         places = [self._parts[sequence] for sequence in sequences]
         ordered = [(tensor, row, row - position) for position, (tensor, row) in enumerate(places)]
         for _, run in itertools.groupby(ordered, key=lambda place: (id(place[0]), place[2])):
@@ -116,5 +116,5 @@ class HiddenStates:
         with reading(self._file), self._file.open("rb") as file:
             file.seek(sequence * len(data))
             if file.readinto(data.numpy().data) != len(data):
-                raise OSError(f"it ends before sequence {sequence} does")
+                raise OSError(f"the file ends before the end of sequence {sequence}")
         return data.view(self._empty.dtype).reshape(self._empty.shape)

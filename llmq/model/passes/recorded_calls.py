@@ -1,8 +1,8 @@
-"""What blocks are called with besides their hidden state: recorded once for each shape of batches.
+"""The arguments of blocks in addition to their hidden state: recorded once per batch shape.
 
-Masks, rotary tables and the like mostly follow from the shape of a batch alone.  Whether they do is not assumed but
-compared: every batch is recorded in full on its way into the first block, and so are the same tokens shifted by one.
-Where anything differs, calls are recorded again for each block and batch, and nothing is kept.
+Masks, rotary tables and the like usually depend only on the shape of a batch. This is checked: the calls of every batch
+are recorded when it enters the first block, and for the first batch of a shape also with all token ids shifted by one.
+If anything differs, the calls are recorded again for each block and batch, and nothing is kept.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,7 +14,7 @@ from torch import Tensor
 from llmq.model.build.block import Call
 from llmq.model.build.skeleton import Skeleton
 
-KEPT_BYTES = 2**28  # of masks and tables of one shape; a model that makes more of them is recorded again each time
+KEPT_BYTES = 2**28  # limit for masks and tables of one shape; models with more are recorded again each time
 
 
 class RecordedCalls:
@@ -26,16 +26,16 @@ class RecordedCalls:
         self._depend_on_tokens = False
 
     def first(self, tokens: Tensor, *, seen: bool = False) -> Call:
-        """What the first block is called with; the hidden state is the embedding of `tokens`.
+        """The call of the first block; the hidden state is the embedding of `tokens`.
 
-        seen  these very tokens came by before, so there is nothing new to compare
+        seen  whether the same tokens were recorded before, so that nothing has to be compared
         """
         if self._depend_on_tokens or (seen and tuple(tokens.shape) in self._by_shape):
             return self._skeleton.record(0, tokens)
         return self._learn(tokens)[0]
 
     def call(self, index: int, tokens: Tensor, hidden: Tensor) -> Call:
-        """What block `index` is called with for `tokens`, on `hidden` (…, B, T, D)."""
+        """The call of block `index` for `tokens`, with the hidden state `hidden` (…, B, T, D)."""
         if not self._depend_on_tokens and tuple(tokens.shape) not in self._by_shape:
             self._learn(tokens)
         if self._depend_on_tokens:
@@ -43,7 +43,7 @@ class RecordedCalls:
         return self._by_shape[tuple(tokens.shape)][index].with_hidden(hidden)
 
     def _learn(self, tokens: Tensor) -> list[Call]:
-        """Record all blocks for these tokens, and compare with what their shape is known to give."""
+        """Record the calls of all blocks for these tokens, and compare them with the known calls for this shape."""
         calls = self._skeleton.record_all(tokens)
         shape = tuple(tokens.shape)
         known = self._by_shape.get(shape)
@@ -51,7 +51,7 @@ class RecordedCalls:
             shifted = self._skeleton.record_all((tokens + 1) % self._skeleton.vocabulary)
             known = _shared([_without_hidden(call) for call in shifted])
             self._by_shape[shape] = known
-        same = all(_same(_values(ours), _values(theirs)) for ours, theirs in zip(calls, known, strict=True))
+        same = all(_same(_values(call), _values(expected)) for call, expected in zip(calls, known, strict=True))
         if not same or _nbytes(known) > KEPT_BYTES:
             self._depend_on_tokens = True
             self._by_shape = {}
@@ -63,12 +63,12 @@ def _without_hidden(call: Call) -> Call:
 
 
 def _values(call: Call) -> tuple[Any, ...]:
-    """All but the hidden state."""
+    """All arguments except the hidden state."""
     return (call.args[1:], {name: value for name, value in call.kwargs.items() if name != "hidden_states"})
 
 
 def _same(value: Any, other: Any) -> bool:
-    """Whether two values are equal, tensors bit by bit; what cannot be compared is not."""
+    """Whether two values are equal, tensors bit for bit; values of unknown types are not."""
     if value is other:
         return True
     if isinstance(value, Tensor) and isinstance(other, Tensor):
@@ -84,20 +84,20 @@ def _same(value: Any, other: Any) -> bool:
 
 
 def _shared(calls: list[Call]) -> list[Call]:
-    """The same calls with equal tensors as one: memory does not grow with the number of blocks."""
+    """The same calls, where equal tensors are the same object, so memory does not grow with the number of blocks."""
     tensors: list[Tensor] = []
 
-    def one(value: Any) -> Any:
+    def deduplicated(value: Any) -> Any:
         if isinstance(value, Tensor) and not value.is_meta:
             match = next((tensor for tensor in tensors if _same(tensor, value)), None)
             if match is None:
                 tensors.append(value)
             return value if match is None else match
         if type(value) in (tuple, list):
-            return type(value)(map(one, value))
-        return {key: one(item) for key, item in value.items()} if type(value) is dict else value
+            return type(value)(map(deduplicated, value))
+        return {key: deduplicated(item) for key, item in value.items()} if type(value) is dict else value
 
-    return [Call(one(call.args), one(call.kwargs)) for call in calls]
+    return [Call(deduplicated(call.args), deduplicated(call.kwargs)) for call in calls]
 
 
 def _nbytes(calls: list[Call]) -> int:

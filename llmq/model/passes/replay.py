@@ -1,14 +1,14 @@
-"""Run the forward of a block as far as some layer, and later on from there.
+"""Run the forward of a block up to a layer, and continue it later.
 
-A forward ends in front of a layer whose weight is not settled yet, with what the layer is about to be fed.  The next
-time it starts again at the top of the block, but a module that returned before is not run again: it holds no weight
-that was still to change, so what it put out is final.  Between such modules lies what a block's own code computes:
-sums with the residual, products of activations.  So a forward that is continued does its matrix products once, and its
-numbers are those of one plain forward, bit by bit.
+A forward ends before a layer whose weight is not quantized yet, and returns the input of this layer. To continue, the
+forward starts again at the top of the block, but modules that returned before are not run again: their weights do not
+change any more, so their outputs are final and were kept. Only the block's code between modules is repeated: sums with
+the residual, products of activations. So every matrix product is computed once, and the results are those of one plain
+forward, bit for bit.
 
-A module whose output was changed in place after it returned, or which changes its own input, is run again: its effects
-are part of the forward.  Where there is no memory for outputs, `remember=False` runs everything again each time, to the
-same bits.
+A module whose output was changed in place after it returned, or which changes its input, is run again, because its side
+effects are part of the forward. If there is no memory for the outputs, `remember=False` runs everything again each
+time, with the same bits.
 """
 
 from collections.abc import Callable, Hashable, Iterator
@@ -22,11 +22,11 @@ from llmq.model.build.block import Block, Call
 from llmq.model.experts.separate import Routed
 
 Arrival = Tensor | Routed
-"""What a layer, or all experts of a layer, are about to be fed."""
+"""The input of a layer, or of all experts of a layer."""
 
 
-class _Reached(Exception):  # noqa: N818  (it ends a forward, nothing went wrong)
-    """Ends a forward in front of a module."""
+class _Reached(Exception):  # noqa: N818  (it ends a forward and is not an error)
+    """Ends a forward before a module is run."""
 
     def __init__(self, arrival: Arrival) -> None:
         self.arrival = arrival
@@ -34,7 +34,7 @@ class _Reached(Exception):  # noqa: N818  (it ends a forward, nothing went wrong
 
 @dataclass(frozen=True)
 class _Finished:
-    """One call of a module that returned: what it put out, and the versions of the tensors in that."""
+    """One call of a module that returned: its output, and the versions of the tensors in the output."""
 
     module: nn.Module
     output: Any
@@ -45,19 +45,20 @@ class _Finished:
 
 
 class Replay:
-    """The forwards of one block, each under a key of the caller's; a context in which they can be continued."""
+    """The forwards of one block, by keys that the caller chooses; a context in which they can be continued."""
 
     def __init__(self, block: Block, *, remember: bool) -> None:
         self._block = block
         self._remember = remember
-        self._finished: dict[Hashable, list[_Finished]] = {}  # of each forward: its outermost finished calls, in order
-        self._log: list[_Finished] | None = None  # of the forward that runs now
-        self._next = 0  # the place in it
+        self._finished: dict[Hashable, list[_Finished]] = {}  # per forward, its outermost finished calls, in order
+        self._log: list[_Finished] | None = None  # those of the forward that is running
+        self._next = 0  # the position in the log
         self._replaced: list[nn.Module] = []
 
     def __enter__(self) -> "Replay":
         modules = [m for m in self._block.module.modules() if m is not self._block.module and "forward" not in vars(m)]
-        self._replaced = modules if self._remember else []
+        # A module without parameters, such as an activation, is cheaper to run again than to remember.
+        self._replaced = [m for m in modules if next(m.parameters(), None) is not None] if self._remember else []
         for module in self._replaced:
             module.forward = self._replayed(module, module.forward)
         return self
@@ -65,26 +66,28 @@ class Replay:
     def __exit__(self, *error: object) -> None:
         self._finished = {}
         for module in self._replaced:
-            del module.forward  # the class's own shows again
+            del module.forward  # makes the forward of the class visible again
 
     def run_to(self, key: Hashable, call: Call, module: nn.Module) -> Arrival | None:
-        """What arrives at `module` when the block is run on `call`; None if the forward never comes there."""
+        """The input of `module` when the block is run on `call`; None if the module is not run."""
+        before = list(self._finished.get(key, ()))
         with in_front_of(module, _leave):
             try:
                 self._run(key, call)
             except _Reached as reached:
                 return reached.arrival
+        self._finished[key] = before  # this one ran to its end, through weights that are still to change
         return None
 
     def finish(self, key: Hashable, call: Call) -> Tensor:
-        """What the block puts out for `call`; the forward is forgotten."""
+        """The output of the block for `call`; what was kept of the forward is freed."""
         output = self._run(key, call)
         self._finished.pop(key, None)
         return output
 
     def nbytes(self, key: Hashable) -> int:
         """Bytes that a forward keeps."""
-        tensors = [tensor for done in self._finished.get(key, ()) for tensor in tensors_in(done.output)]
+        tensors = [tensor for finished in self._finished.get(key, ()) for tensor in tensors_in(finished.output)]
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
     def _run(self, key: Hashable, call: Call) -> Tensor:
@@ -97,7 +100,7 @@ class Replay:
     def _replayed(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             log = self._log
-            if log is None:  # a module that is used by itself, and not as a part of the block's forward
+            if log is None:  # the module is called directly and not in the block's forward
                 return forward(*args, **kwargs)
             start = self._next
             if start < len(log) and log[start].module is module and log[start].is_final():
@@ -105,10 +108,10 @@ class Replay:
                 return log[start].output
             if start < len(log) and not log[start].is_final():
                 del log[start:]
-            fed = (args, tuple(kwargs.values()))
-            before = _versions(fed)
+            inputs = (args, tuple(kwargs.values()))
+            before = _versions(inputs)
             output = forward(*args, **kwargs)
-            if before == _versions(fed):  # what finished inside of it is part of this output
+            if before == _versions(inputs):  # replaces the calls that finished inside of this one
                 log[start:] = [_Finished(module, output, _versions(output))]
                 self._next = start + 1
             return output
@@ -122,7 +125,7 @@ def _leave(arrival: Arrival) -> None:
 
 @contextmanager
 def in_front_of(module: nn.Module, arrived: Callable[[Arrival], None]) -> Iterator[None]:
-    """While open, `arrived` is called with what `module` is about to be fed."""
+    """While open, `arrived` is called with the input of `module` before the module is run."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arrived(args[0] if args else kwargs["input"])
@@ -135,7 +138,7 @@ def in_front_of(module: nn.Module, arrived: Callable[[Arrival], None]) -> Iterat
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in a value that modules pass on: in tuples, lists, dicts and `Routed`."""
+    """The tensors in a value that modules return: in tuples, lists, dicts and `Routed`."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple | list):

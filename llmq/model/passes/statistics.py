@@ -1,22 +1,21 @@
-"""Where the forwards of a block stop, and the sums over what its weights are fed there.
+"""Where the forwards of a block are suspended, and the statistics of the inputs there.
 
-A stop is in front of a group of weights that share an input; or, for experts, in front of one projection of all experts
-of a layer, because how many tokens each of them sees is only known when all tokens of all batches have been routed.
+A stop is before a group of weights that share an input. For experts it is before one projection of all experts of a
+layer, because the number of tokens of each expert is only known when all tokens of all batches have been routed.
 
-**Starved experts.**  Below a number of tokens a Hessian says little of an expert's inputs; below its K it is singular,
-and an expert that no token reaches has none.  Such an expert gets other tokens of its layer, evenly spaced, as many as
-it lacks (`Method.expert_tokens`; why two for each input: eval/LOG.md): they go through it *for statistics only*, and
-what the block puts out does not change.  With n_e tokens of
-its own and n₀ others
+**Under-sampled experts.** With few tokens a Hessian describes an expert's inputs badly; with fewer than K it is
+singular, and an expert that no token reaches has none. Such an expert is padded with other tokens of its layer, evenly
+spaced, up to a minimum (`Method.expert_tokens`; eval/LOG.md shows why two per input). They are run through the expert
+*for statistics only*; the output of the block does not change. With n_e routed tokens and n₀ others
 
     H_e  =  (n_e H_own + n₀ H_other) / (n_e + n₀)
 
-For the first projection H_other is the layer's input; for the second, what this very expert makes of that.  (What other
-experts feed their second projections would not do: channel j of one expert has nothing to do with channel j of
-another.)
+For the first projection, H_other is that of the layer's input; for the second, that of the inner activations of the
+same expert. (The inner activations of other experts would be useless: channel j of one expert is unrelated to channel j
+of another.)
 
-In the float stream a token may go to other experts.  Of the first projection it is known all the same what the float
-model would have fed it; of the second only where the token went to the same expert, and it counts as unmoved elsewhere.
+In the float stream a token may go to other experts. The float input of the first projection is known anyway. The float
+input of the second is known only if the token went to the same expert; otherwise it is assumed to be equal.
 """
 
 import math
@@ -32,13 +31,13 @@ from llmq.model.experts.separate import Routed, SeparateExperts
 from llmq.model.passes.replay import Arrival
 from llmq.numerics.input_stats import InputStats
 
-Arrived = tuple[Sequence[Arrival | None], int]  # what arrived of a batch in each stream, and how many tokens it has
-TokenWeights = Callable[[Sequence[str]], Tensor | None]  # the layers of a group -> (S, T), None where all count alike
+Arrived = tuple[Sequence[Arrival | None], int]  # the inputs of a batch in each stream, and its number of tokens
+TokenWeights = Callable[[Sequence[str]], Tensor | None]  # the layers of a group -> (S, T), or None for equal weights
 
 
 @dataclass(frozen=True)
 class Stop:
-    """In front of `module`, where the inputs of `groups` are known; `numbers` are those of their experts."""
+    """A place before `module`, where the inputs of `groups` are known; `numbers` are the numbers of their experts."""
 
     groups: tuple[InputGroup, ...]
     module: nn.Module
@@ -47,7 +46,7 @@ class Stop:
 
 
 def stops_of(block: Block, groups: Sequence[InputGroup]) -> list[Stop]:
-    """All stops for these groups, in the order in which a forward comes to them."""
+    """All stops for these groups, in the order in which a forward reaches them."""
     places = {
         f"{path}.{e}.{part}": (experts, side, e)
         for path, experts in block.experts.items()
@@ -55,12 +54,12 @@ def stops_of(block: Block, groups: Sequence[InputGroup]) -> list[Stop]:
         for e in range(experts.expert_count)
         for part in parts
     }
-    together: dict[tuple[int, ...], list[InputGroup]] = {}
+    by_stop: dict[tuple[int, ...], list[InputGroup]] = {}
     for index, group in enumerate(groups):
         place = places.get(group.names[0])
-        together.setdefault((index,) if place is None else (-id(place[0]), place[1]), []).append(group)
+        by_stop.setdefault((index,) if place is None else (-id(place[0]), place[1]), []).append(group)
     stops = []
-    for members in together.values():
+    for members in by_stop.values():
         place = places.get(members[0].names[0])
         if place is None:
             stops.append(Stop(tuple(members), block.linears[members[0].names[0]]))
@@ -74,34 +73,37 @@ def stops_of(block: Block, groups: Sequence[InputGroup]) -> list[Stop]:
 
 @dataclass
 class Counts:
-    """How many tokens each expert sees in the batches that are fitted on and in the others; and the layer in all."""
+    """Number of tokens of each expert, and of the whole layer, in fitted batches and in validation batches."""
 
     fitted: list[int]
-    judging: list[int]
+    validation: list[int]
     layer_fitted: int = 0
-    layer_judging: int = 0
+    layer_validation: int = 0
 
     def add(self, routed: Routed, *, fits: bool) -> None:
-        """One batch more."""
-        seen = self.fitted if fits else self.judging
+        """Count one batch."""
+        counts = self.fitted if fits else self.validation
         for e, rows in enumerate(routed.rows):
-            seen[e] += len(rows)
+            counts[e] += len(rows)
         self.layer_fitted += len(routed.all_rows) * fits
-        self.layer_judging += len(routed.all_rows) * (not fits)
+        self.layer_validation += len(routed.all_rows) * (not fits)
 
-    def share(self, e: int, wanted: int, *, judges: bool) -> float:
-        """Which part of the layer's tokens expert e is to see beside its own; judges want as much fewer as they are."""
-        layer = self.layer_judging if judges else self.layer_fitted
-        lacking = wanted * layer / max(1, self.layer_fitted) - (self.judging if judges else self.fitted)[e]
+    def share(self, e: int, wanted: int, *, validates: bool) -> float:
+        """The fraction of the layer's tokens with which expert e is padded, to have `wanted` tokens in fitted batches.
+
+        In validation batches the wanted number is lower, in proportion to the tokens of the layer.
+        """
+        layer = self.layer_validation if validates else self.layer_fitted
+        lacking = wanted * layer / max(1, self.layer_fitted) - (self.validation if validates else self.fitted)[e]
         return max(0.0, lacking / layer) if layer else 0.0
 
 
 class Summation:
-    """Sums over batches, the same for every stop of a block.
+    """Sums statistics over batches, for all stops of a block.
 
-    fitted            how many batches statistics are for; those behind them go to `InputStats.held_out`
-    weights           how much each token of all batches counts
-    tokens_per_input  how many tokens an expert's statistics take for each of its inputs
+    fitted            number of fitted batches; the batches after them go to `InputStats.held_out`. None: all are fitted
+    weights           the weight of each token
+    tokens_per_input  minimum number of tokens in the statistics of an expert, per input of its layers
     """
 
     def __init__(
@@ -114,11 +116,11 @@ class Summation:
         self._counted: dict[SeparateExperts, Counts] = {}
 
     def needs_counting(self, stop: Stop) -> bool:
-        """Whether `count` has to come before `sums`."""
+        """Whether `count` has to be called before `sums`."""
         return stop.experts is not None and stop.experts not in self._counted
 
     def count(self, stop: Stop, batches: Iterable[Arrived]) -> None:
-        """Count the tokens that each expert sees, and those of the layer."""
+        """Count the tokens of each expert and of the layer."""
         assert stop.experts is not None
         counts = Counts([0] * stop.experts.expert_count, [0] * stop.experts.expert_count)
         for batch, ((arrived, *_), _) in enumerate(batches):
@@ -128,8 +130,8 @@ class Summation:
 
     def sums(self, stop: Stop, groups: Sequence[InputGroup], batches: Iterable[Arrived]) -> list[InputStats]:
         """The statistics of some of a stop's groups, from one pass over the batches."""
-        found = [InputStats(g.in_features, self._block.linears[g.names[0]].weight.device) for g in groups]
-        judges = found if self._fitted is None else [stats.hold_out() for stats in found]
+        fitted = [InputStats(g.in_features, self._block.linears[g.names[0]].weight.device) for g in groups]
+        validation = fitted if self._fitted is None else [stats.hold_out() for stats in fitted]
         weights = [None if self._weights is None else self._weights(group.names) for group in groups]
         end = 0
         for batch, ((arrived, *others), tokens) in enumerate(batches):
@@ -137,13 +139,14 @@ class Summation:
             if arrived is None:
                 continue
             original = others[0] if others else None
-            for group, own, stats in zip(groups, weights, found if self._fits(batch) else judges, strict=True):
-                counts = None if own is None else own.flatten()[start:end]
+            batch_stats = fitted if self._fits(batch) else validation
+            for group, group_weights, stats in zip(groups, weights, batch_stats, strict=True):
+                token_weights = None if group_weights is None else group_weights.flatten()[start:end]
                 if isinstance(arrived, Routed):
-                    self._add_routed(stop, group, stats, arrived, original, counts)
+                    self._add_routed(stop, group, stats, arrived, original, token_weights)
                 else:
-                    _add(stats, arrived, original, counts, tokens)
-        return found
+                    _add(stats, arrived, original, token_weights, tokens)
+        return fitted
 
     def _fits(self, batch: int) -> bool:
         return self._fitted is None or batch < self._fitted
@@ -154,65 +157,68 @@ class Summation:
         group: InputGroup,
         stats: InputStats,
         routed: Routed,
-        other: Arrival | None,
-        counts: Tensor | None,
+        float_arrival: Arrival | None,
+        token_weights: Tensor | None,
     ) -> None:
         experts, e = stop.experts, stop.numbers[stop.groups.index(group)]
         assert experts is not None
-        unrouted = other if isinstance(other, Routed) else None
+        float_routed = float_arrival if isinstance(float_arrival, Routed) else None
         inputs, rows = routed.inputs(e), routed.rows[e]
         if len(rows):
-            original = None if unrouted is None else _paired(routed, unrouted, e, rows, inputs)
-            stats.update(inputs, original, _of_rows(counts, routed, rows))
+            original = None if float_routed is None else _float_inputs(routed, float_routed, e, rows, inputs)
+            stats.update(inputs, original, _of_rows(token_weights, routed, rows))
         wanted = max(1, math.ceil(self._tokens_per_input * group.in_features))
-        extra = _spread(routed, e, self._counted[experts].share(e, wanted, judges=stats.judges))
-        if len(extra):
-            inputs = routed.hidden[extra]
-            known = unrouted is not None and routed.inner is None and len(routed.hidden) == routed.tokens
-            original = unrouted.hidden[extra] if known and unrouted is not None else None
+        padding = _padding_rows(routed, e, self._counted[experts].share(e, wanted, validates=stats.judges))
+        if len(padding):
+            inputs = routed.hidden[padding]
+            known = float_routed is not None and routed.inner is None and len(routed.hidden) == routed.tokens
+            original = float_routed.hidden[padding] if known and float_routed is not None else None
             if routed.inner is not None:
                 with torch.no_grad():
                     inputs = self._block.as_fed(group.names[0], experts.inner(e, inputs))
-            if unrouted is not None and original is None:
+            if float_routed is not None and original is None:
                 original = inputs
-            stats.update(inputs, original, _of_rows(counts, routed, extra))
-            stats.borrowed += len(extra)
+            stats.update(inputs, original, _of_rows(token_weights, routed, padding))
+            stats.borrowed += len(padding)
 
 
-def _add(stats: InputStats, inputs: Tensor, original: Arrival | None, counts: Tensor | None, tokens: int) -> None:
-    """What a batch feeds a group of weights, each token in its place; or parts of the tokens, which have no weights."""
+def _add(stats: InputStats, inputs: Tensor, original: Arrival | None, weights: Tensor | None, tokens: int) -> None:
+    """Add the input of a group of weights, with all tokens of a batch in their places.
+
+    If only part of the tokens arrive, their places are unknown, so they get no weights and no float inputs: the float
+    model may have sent other tokens.
+    """
     in_place = inputs[..., 0].numel() == tokens
     paired = isinstance(original, Tensor) and inputs.shape == original.shape and in_place
-    # Where part of the tokens arrive, they may be others in the float model.
-    theirs = original if paired and isinstance(original, Tensor) else None
-    stats.update(inputs, theirs, counts.to(inputs.device) if counts is not None and in_place else None)
+    float_inputs = original if paired and isinstance(original, Tensor) else None
+    stats.update(inputs, float_inputs, weights.to(inputs.device) if weights is not None and in_place else None)
 
 
-def _paired(routed: Routed, unrouted: Routed, e: int, rows: Tensor, inputs: Tensor) -> Tensor:
-    """What the float stream feeds expert e for the same tokens; its own inputs where that is not known."""
+def _float_inputs(routed: Routed, float_routed: Routed, e: int, rows: Tensor, inputs: Tensor) -> Tensor:
+    """The inputs of expert e in the float stream for the same tokens; where they are not known, `inputs`."""
     if routed.inner is None and len(routed.hidden) == routed.tokens:
-        return unrouted.hidden[rows]
-    theirs = unrouted.inputs(e)
-    place = rows.new_full((len(routed.hidden),), -1)
-    place[unrouted.rows[e]] = torch.arange(len(theirs), device=rows.device)
-    found = place[rows]
+        return float_routed.hidden[rows]
+    known_inputs = float_routed.inputs(e)
+    position = rows.new_full((len(routed.hidden),), -1)
+    position[float_routed.rows[e]] = torch.arange(len(known_inputs), device=rows.device)
+    position_of_row = position[rows]
     original = inputs.clone()
-    original[found >= 0] = theirs[found[found >= 0]]
+    original[position_of_row >= 0] = known_inputs[position_of_row[position_of_row >= 0]]
     return original
 
 
-def _of_rows(counts: Tensor | None, routed: Routed, rows: Tensor) -> Tensor | None:
-    """The weights of tokens, (B·T,), for some rows of `hidden`."""
-    return None if counts is None else counts.to(rows.device)[rows % routed.tokens]
+def _of_rows(weights: Tensor | None, routed: Routed, rows: Tensor) -> Tensor | None:
+    """The weights of the tokens, (B·T,), for some rows of `hidden`."""
+    return None if weights is None else weights.to(rows.device)[rows % routed.tokens]
 
 
-def _spread(routed: Routed, e: int, share: float) -> Tensor:
-    """Rows of tokens that are not for expert e, evenly spaced: so many as are the `share` of all, if there are."""
+def _padding_rows(routed: Routed, e: int, share: float) -> Tensor:
+    """Rows of tokens that do not go to expert e, evenly spaced: the fraction `share` of all rows, or all there are."""
     if share == 0:
         return routed.rows[e][:0]
     rows = routed.all_rows
-    others = torch.ones(len(routed.hidden), dtype=torch.bool, device=rows.device)
-    others[routed.rows[e]] = False
-    left = rows[others[rows]]
-    wanted = min(len(left), math.ceil(share * len(rows)))
-    return left[torch.arange(wanted, device=rows.device) * len(left) // max(1, wanted)]
+    is_other = torch.ones(len(routed.hidden), dtype=torch.bool, device=rows.device)
+    is_other[routed.rows[e]] = False
+    others = rows[is_other[rows]]
+    count = min(len(others), math.ceil(share * len(rows)))
+    return others[torch.arange(count, device=rows.device) * len(others) // max(1, count)]

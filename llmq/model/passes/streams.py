@@ -1,9 +1,9 @@
-"""The calibration text on its way through the blocks: the only thing that lives across them.
+"""The calibration text on its way through the blocks: the only data that is kept from one block to the next.
 
-After block i was quantized and run, a stream holds the hidden states in front of block i + 1: those that the quantized
-blocks make, and, where a stage compares the two, those of the float model next to them.  What else a block is called
-with is recorded (`recorded_calls.py`), and where hidden states lie is decided once (`hidden_states.py`), so memory does
-not grow with the number of blocks.
+After block i was quantized and run, a stream holds the hidden states before block i + 1. There is one stream with those
+of the quantized blocks, and, if a stage compares the two, a second one with those of the float model. All other
+arguments of a block are recorded (`recorded_calls.py`), and one policy decides where hidden states are kept
+(`hidden_states.py`), so memory does not grow with the number of blocks.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,8 +22,8 @@ class Text:
     """Sequences of tokens, and how they are used.
 
     tokens      (S, T) int64
-    batch       how many sequences run together; another number may change bits
-    validation  how many of the last sequences nothing is fitted on
+    batch       number of sequences that run together; another number may change the last bits
+    validation  number of sequences, the last ones, on which nothing is fitted
     """
 
     tokens: Tensor
@@ -36,7 +36,7 @@ class Text:
 
     @property
     def fitted(self) -> int:
-        """How many sequences, the first ones, stages may be fitted on."""
+        """The number of sequences, the first ones, on which stages may be fitted."""
         return len(self.tokens) - self.validation
 
     @property
@@ -44,7 +44,7 @@ class Text:
         return int(self.tokens.shape[1])
 
     def batches(self) -> list[range]:
-        """The sequences of each batch; no batch holds both fitted and validation sequences."""
+        """The sequences of each batch; no batch has both fitted and validation sequences."""
         parts = ((0, self.fitted), (self.fitted, self.sequences))
         return [
             range(start, min(start + self.batch, end))
@@ -64,10 +64,10 @@ class Text:
 
 
 class Stream:
-    """A text in front of block number `position`, as the blocks before that have left it.
+    """A text before block number `position`: its hidden states after the earlier blocks.
 
-    name        of the files in which its hidden states lie, if they lie in files
-    to_the_end  whether anybody needs what the last block puts out
+    name        name of the files with the hidden states, if they are kept in files
+    to_the_end  whether the outputs of the last block are needed
     """
 
     def __init__(
@@ -86,27 +86,27 @@ class Stream:
         self._skeleton = skeleton
         self._calls = calls
         self._new_states: Callable[[int], HiddenStates] = lambda number: HiddenStates(storage, f"{name}-{number}")
-        self._states = self._new_states(0)  # not used in front of the first block, whose hidden state is recorded
-        self._next: HiddenStates | None = None  # behind the block, as far as it was run
-        self._number = 0  # of the files of `_states`
+        self._states = self._new_states(0)  # not used before the first block, whose hidden state is recorded
+        self._next: HiddenStates | None = None  # the outputs of the block, for the batches that were run
+        self._number = 0  # the number in the file name of `_states`
 
     def call(self, sequences: Sequence[int]) -> Call:
-        """What the block at `position` is called with for these sequences."""
+        """The call of the block at `position` for these sequences."""
         tokens = self.text.of(sequences)
         if self.position == 0:
             return self._calls.first(tokens)
         return self._calls.call(self.position, tokens, self._states.read(sequences))
 
     def calls(self) -> Iterator[Call]:
-        """The same for each batch."""
+        """The call of the block at `position` for each batch."""
         return map(self.call, self.text.batches())
 
     def fitted_calls(self) -> Iterator[Call]:
-        """The same for each batch that stages may be fitted on."""
+        """The call of the block at `position` for each fitted batch."""
         return map(self.call, self.text.batches()[: self.text.fitted_batches])
 
     def sample(self, tokens: int) -> Call:
-        """A call on about this many tokens, for probing: the first sequences, cut if the first one is longer."""
+        """A call for probing with about this many tokens: the first sequences; the first one is cut if it is longer."""
         rows = range(min(-(-tokens // self.text.length), len(self.text.batches()[0])))
         part = self.text.of(rows)[:, :tokens]
         if self.position == 0:
@@ -114,44 +114,44 @@ class Stream:
         return self._calls.call(self.position, part, self._states.read(rows)[..., :tokens, :])
 
     def validation_sample(self, tokens: int) -> Call | None:
-        """A call on the first validation sequences, whole, of about this many tokens; None where there are none."""
+        """A call with about this many tokens: whole validation sequences, the first ones; None if there are none."""
         text = self.text
         stop = min(text.sequences, text.fitted + -(-tokens // text.length))
         return self.call(range(text.fitted, stop)) if text.validation else None
 
     def keep_inputs(self) -> None:
-        """From now on `write` leaves what the block is fed readable, until the next block."""
+        """From now on, and until `advance`, `write` keeps the inputs of the block readable."""
         if self._next is None:
             self._next = self._new_states(1 - self._number)
 
     def write(self, sequences: Sequence[int], output: Tensor) -> None:
-        """Note what the block put out (…, B, T, D); unless `keep_inputs` came first it takes the place of its input."""
+        """Store the output of the block (…, B, T, D); it overwrites the input unless `keep_inputs` was called."""
         if self._next is None:
             self._next = self._states
         self._next.write(sequences, output)
 
     def outputs(self, sequences: Sequence[int]) -> Tensor:
-        """(…, B, T, D) what the block put out, as `write` or `run` noted it."""
+        """(…, B, T, D) the output of the block that `write` or `run` has stored."""
         assert self._next is not None, "the block was not run"
         return self._next.read(sequences)
 
     @property
     def has_outputs(self) -> bool:
-        """Whether the block was run already."""
+        """Whether outputs of the block are stored."""
         return self._next is not None and bool(self._next)
 
     @property
     def needs_outputs(self) -> bool:
-        """Whether anybody needs what the block at `position` puts out."""
+        """Whether the outputs of the block at `position` are needed."""
         return self._to_the_end or self.position + 1 < len(self._skeleton.blocks)
 
     def run(self, block: Block) -> None:
-        """Run a block on every batch, and note what it puts out, if that is needed."""
+        """Run a block on every batch and store its outputs, if they are needed."""
         for batch in self.text.batches() if self.needs_outputs else ():
             self.write(batch, block.run(self.call(batch)))
 
     def advance(self) -> None:
-        """Stand in front of the next block, with what this one put out."""
+        """Move to the next block; the outputs of this one become its inputs."""
         if self._next is not None and self._next is not self._states:
             self._states.clear()
             self._states, self._number = self._next, 1 - self._number
@@ -159,17 +159,17 @@ class Stream:
         self.position += 1
 
     def past(self, block: Block) -> None:
-        """Run a block, and stand in front of the next one."""
+        """Run a block, and move to the next one."""
         self.run(block)
         self.advance()
 
     def last(self, sequences: Sequence[int]) -> Tensor:
-        """(…, B, T, D) the last hidden states, when all blocks are behind."""
-        assert self._to_the_end and self.position == len(self._skeleton.blocks), "the text is not there yet"
+        """(…, B, T, D) the last hidden states, when the text has passed all blocks."""
+        assert self._to_the_end and self.position == len(self._skeleton.blocks), "the text has not passed all blocks"
         return self._states.read(sequences)
 
     def clear(self) -> None:
-        """Give the memory of all hidden states back."""
+        """Free the memory, or delete the files, of all hidden states."""
         self._states.clear()
         if self._next is not None:
             self._next.clear()

@@ -1,4 +1,4 @@
-"""End-to-end tuning: codes and scales of all blocks together, against the predictions of the float model."""
+"""End-to-end tuning: the quantized values and scales of all blocks, towards the predictions of the float model."""
 
 from llmq.steps.end_to_end.session import tune_end_to_end, tuning_text
 

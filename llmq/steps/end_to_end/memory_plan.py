@@ -1,7 +1,7 @@
-"""What is held in memory while a model is tuned, and what lies on the disk.
+"""What is kept in memory during end-to-end tuning, and what is kept on disk.
 
-First of all the float model's hidden states, then the blocks with their tuning state, then the graphs of the forward
-pass; each where it fits next to what one step takes anyway.
+In order of priority, these are kept in memory if they fit in addition to what one step needs: the hidden states of the
+float model, the blocks with their tuning state, the graphs of the forward pass.
 """
 
 from collections.abc import Iterable
@@ -20,15 +20,15 @@ from llmq.numerics.layer_plan import LayerPlan
 from llmq.steps.kl_loss import LOGITS_AT_ONCE
 from llmq.steps.run import Run
 
-STATE_BYTES = 13  # per weight: its code, v, and Adam's two means of it
+STATE_BYTES = 13  # per weight: its quantized value, v, and Adam's two means of v
 LOGIT_COPIES = 6
-SAFETY = 5 / 4  # on what stays in memory: allocators, records, graphs that differ from block to block
-REVISIONS = 3  # of the packed blocks: what was saved as the best, what is the best, what is being written
+SAFETY = 5 / 4  # margin for allocators, records, and graphs that differ between blocks
+REVISIONS = 3  # versions of the packed blocks on disk: the saved best, the current best, the one that is being written
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where hidden states lie; whether all blocks and their states, and all graphs of a step, are in memory."""
+    """Where hidden states are stored; whether all blocks and their states, and all graphs of a step, are in memory."""
 
     states: Place
     resident: bool
@@ -37,7 +37,7 @@ class Places:
 
 @torch.no_grad()
 def choose(run: Run, text: Text, rates: Rates) -> Places:
-    """What fits, for steps of `text.batch` sequences; finds out by running the first block."""
+    """The places for steps of `text.batch` sequences; runs the first block to measure the size of a graph."""
     skeleton = run.skeleton
     block, call = skeleton.blocks[0], skeleton.record(0, text.tokens[: text.batch])
     block.load()
@@ -62,7 +62,7 @@ def choose(run: Run, text: Text, rates: Rates) -> Places:
 
 
 def disk_bytes(skeleton: Skeleton, plans: Iterable[LayerPlan], tuning: Tuning, text: Text) -> int:
-    """The most that tuning has on the disk in addition to the committed blocks."""
+    """The most bytes that tuning stores on disk in addition to the committed blocks."""
     packed = [plan for plan in plans if plan.scheme.weights is not None]
     states = sum(plan.weights for plan in packed) * (STATE_BYTES if tuning.rounding else 1)
     blocks = sum(plan.packed_bytes(scale_bytes=4) for plan in packed)

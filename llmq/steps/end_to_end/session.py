@@ -1,21 +1,21 @@
-"""Tune the codes and scales of all blocks together, against the predictions of the float model.
+"""Tune the quantized values and scales of all blocks together, towards the predictions of the float model.
 
     float blocks ──► last hidden states of every sequence ──► head ──► p ─┐
     committed blocks ─► forward ─► head ─► p̂ ─► KL(p ‖ p̂), gradient ◄─────┘
          ▲                                          │
          └── codes, scales ◄── backward, block by block       once per step, on `tokens` tokens
 
-It runs when all blocks are committed, and works on a second version of them (`checkpoint/tuned_version.py`): these stay
-valid until one is adopted as a whole.  So a run may end at any point, and the same command continues to the same bits.
-The float model's hidden states are those with which the float stream left the last block; only text that the stream did
-not hold is run through the float model again.  What is held in memory and what on the disk depends on what is free
-(`memory_plan.py`), and changes no bit.
+It runs when all blocks are committed, and changes a second version of them (`checkpoint/tuned_version.py`). The
+committed blocks stay valid until the second version is adopted as a whole, so a run may be interrupted at any point,
+and the same command continues and produces the same bits. The last hidden states of the float model are those of the
+float stream; only text that the stream does not have is run through the float model again. The free memory decides what
+is kept in memory and what on disk (`memory_plan.py`); this changes no bit.
 
-The guard: every so often the loss is taken on validation sequences.  The blocks that were best there are adopted; if
-those are the ones that tuning began with, nothing is.  The sequences of a step are drawn without repetition from the
-others, in an order that depends on the seed and the step alone.
+The guard: at regular steps the loss is computed on validation sequences. The blocks with the lowest loss are adopted;
+if these are the committed blocks, nothing is. The sequences of a step are drawn without repetition from the other
+sequences, in an order that depends only on the seed and the step.
 
-Not here: the maths of one weight (algorithms/kl_tuning.py), the way through the model (model/passes/).
+Not here: the maths of one weight (algorithms/kl_tuning.py), the passes through the model (model/passes/).
 """
 
 import math
@@ -41,22 +41,22 @@ from llmq.steps.end_to_end.tuned_blocks import TunedBlocks
 from llmq.steps.kl_loss import kl_loss
 from llmq.steps.run import Run, TuningRun
 
-JUDGED = 8  # times that the validation loss is taken, in addition to the first
-SAVED_EVERY = 60.0  # seconds, and never less than SAVED_SHARE times as long as it takes
+VALIDATIONS = 8  # how often the validation loss is computed, in addition to the first time
+SAVED_EVERY = 60.0  # seconds, and at least SAVED_SHARE times the duration of saving
 SAVED_SHARE = 20
 UNTOUCHED: Mapping[str, Any] = {"step": 0, "best": None, "moved": 0.0, "history": (), "seconds": 0.0}
 
 
 def tuning_text(method: Method, written: Tensor, tokens: Tensor) -> Text:
-    """What to tune on and, at the end, to judge by: `tokens` (S, T), in front of them what the model has written.
+    """The text of tuning: `written` sequences that the model generated, then `tokens` (S, T), the last for validation.
 
-    Raises CalibrationError for too few.
+    Raises CalibrationError for fewer than two sequences of `tokens`.
     """
     assert method.tuning is not None
     if len(tokens) < 2:
         raise CalibrationError(
-            "the calibration text makes one sequence, and tuning takes two or more: one to tune on, one to validate",
-            hint="give more text, a shorter --seqlen, or a method that does not tune",
+            "the calibration text has one sequence, but tuning needs at least two: one to tune on, one for validation",
+            hint="give more text, a shorter --seqlen, or a method without tuning",
         )
     validation = min(len(tokens) - 1, max(1, math.ceil(method.held_out * len(tokens))))
     together = torch.cat([written, tokens])
@@ -65,12 +65,12 @@ def tuning_text(method: Method, written: Tensor, tokens: Tensor) -> Text:
 
 
 def tune_end_to_end(run: Run) -> None:
-    """Tune the committed blocks as `run.method.tuning` says, if it does; reports each step, and the outcome."""
+    """Tune the committed blocks if the method does so; emits an event for each step and for the result."""
     tuning = run.tuning
     if tuning is None or run.method.tuning is None:
         return
     done = run.writer.revision.adopted
-    if done is not None:  # an earlier run got this far
+    if done is not None:  # an interrupted run has finished tuning
         run.on_event(TuningReport.from_dict(done["report"]))
         return
     session = Session(run, run.method.tuning, tuning)
@@ -82,7 +82,7 @@ def tune_end_to_end(run: Run) -> None:
 
 
 class Session:
-    """One run of tuning, from where an earlier one was saved."""
+    """End-to-end tuning, started new or resumed from the saved state of an interrupted run."""
 
     def __init__(self, run: Run, tuning: Tuning, text: TuningRun) -> None:
         self._began = time.monotonic()
@@ -97,33 +97,33 @@ class Session:
 
         progress = run.writer.revision.progress or UNTOUCHED
         self._step: int = progress["step"]
-        self._best: int | None = progress["best"]  # the step in front of which the blocks were best
+        self._best: int | None = progress["best"]  # the step before which the blocks were best
         self._moved: float = progress["moved"]
         self._history = {int(step): float(loss) for step, loss in progress["history"]}
         self._earlier: float = progress["seconds"]
 
     def run_steps(self) -> None:
-        """Take all steps that are left."""
+        """Run all remaining steps."""
         if self._history:
             self._blocks.resume(self._step)
         else:
             self._blocks.start(self._rates)
         loss, last = None, self._tuning.steps
-        saved, took = time.monotonic(), 0.0
+        last_save, duration = time.monotonic(), 0.0
         while True:
-            judged = self._judge() if self._step % max(1, last // JUDGED) == 0 or self._step == last else None
-            self._run.on_event(TuningStep(self._step, last, loss, judged))
+            due = self._step % max(1, last // VALIDATIONS) == 0 or self._step == last
+            self._run.on_event(TuningStep(self._step, last, loss, self._validate() if due else None))
             if self._step == last or not math.isfinite(loss or 0.0):
                 return
-            if time.monotonic() - saved >= max(SAVED_EVERY, SAVED_SHARE * took):
+            if time.monotonic() - last_save >= max(SAVED_EVERY, SAVED_SHARE * duration):
                 began = time.monotonic()
                 self._save()
-                saved, took = time.monotonic(), time.monotonic() - began
+                last_save, duration = time.monotonic(), time.monotonic() - began
             loss = self._descend()
             self._step += 1
 
     def adopt(self) -> TuningReport:
-        """Put the best blocks in the place of the committed ones, if they are better."""
+        """Replace the committed blocks by the best tuned blocks, if they are better."""
         report = TuningReport(
             steps=self._step,
             best=self._best or 0,
@@ -136,13 +136,13 @@ class Session:
         return report
 
     def free(self) -> None:
-        """Give all memory back."""
+        """Free all memory."""
         self._blocks.free()
 
     def _teacher_states(self) -> HiddenStates:
-        """The float model's last hidden states of the whole text.
+        """The last hidden states of the float model for the whole text.
 
-        The calibration text comes last; where the float stream has it already, only the rest is run.
+        The calibration text comes last in it; if the float stream has its states, only the rest is run.
         """
         teacher, streams = HiddenStates(self._storage, "teacher"), self._run.streams
         known = streams.floats if streams is not None else None
@@ -153,17 +153,18 @@ class Session:
             self._run.on_event(Progress("float predictions", 0, 1, "passes"))
             with self._run.skeleton.float_inputs():
                 passed = run_through(self._run.skeleton, part, self._storage, self._calls)
-            for own in part.batches():
-                teacher.write(own, passed.last(own))
+            for batch_range in part.batches():
+                teacher.write(batch_range, passed.last(batch_range))
             passed.clear()
         if known is not None:
-            for own in known.text.batches():
-                teacher.write(range(start + own.start, start + own.stop), known.last(own))
+            for batch_range in known.text.batches():
+                sequences = range(start + batch_range.start, start + batch_range.stop)
+                teacher.write(sequences, known.last(batch_range))
             known.clear()
         return teacher
 
     def _descend(self) -> float:
-        """One step; returns the loss that it began with."""
+        """One step; returns the loss before the update."""
         skeleton, rates = self._run.skeleton, self._rates.at(self._step, self._tuning.steps)
         chosen = drawn(self._step, self._text.batch, self._text.fitted, self._seed)
         text = Text(self._text.of(chosen), len(chosen))
@@ -180,9 +181,9 @@ class Session:
         backward(skeleton, tape, [gradient], update, ready=self._blocks.ready)
         return loss
 
-    def _judge(self) -> float:
-        """The loss on validation text, if it is not known; writes the blocks where it is the lowest so far."""
-        if self._step in self._history:  # before the run was interrupted
+    def _validate(self) -> float:
+        """The loss on validation text; writes the blocks if it is the lowest so far."""
+        if self._step in self._history:  # computed before the run was interrupted
             return self._history[self._step]
         loss = self._validation_loss()
         if self._history and loss < min(self._history.values()):
@@ -198,10 +199,10 @@ class Session:
         text = Text(self._text.tokens[start:], self._text.batch)
         passed = run_through(skeleton, text, self._storage, self._calls, ready=self._blocks.ready)
         total = 0.0
-        for own in text.batches():
-            expected = self._teacher.read(range(start + own.start, start + own.stop))
-            mean, _ = kl_loss(skeleton, text.of(own), expected, passed.last(own))
-            total += mean * len(own)
+        for batch in text.batches():
+            expected = self._teacher.read(range(start + batch.start, start + batch.stop))
+            mean, _ = kl_loss(skeleton, text.of(batch), expected, passed.last(batch))
+            total += mean * len(batch)
         passed.clear()
         return total / text.sequences
 
@@ -226,4 +227,4 @@ class Session:
     def _notes(self) -> tuple[str, ...]:
         if self._places.resident:
             return ()
-        return ("the model and its tuning state did not fit into memory, so each step read and wrote them",)
+        return ("the model and its tuning state did not fit into memory, so each step read and wrote them on disk",)

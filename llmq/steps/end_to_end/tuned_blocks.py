@@ -1,9 +1,9 @@
-"""The committed blocks while they are tuned: in memory, or one at a time from the disk.
+"""The committed blocks while they are tuned: in memory, or one at a time from disk.
 
-What is tuned of a weight takes 12 bytes a code beside the code itself.  Where that, and all blocks in float, fit into
-memory they stay there.  Where not, a block is put together from what was committed and from its states in the staging
-folder whenever its turn comes, and no more than one block and one weight's state are in memory.  Both ways compute the
-same numbers.
+The tuning state of a weight takes 12 bytes per quantized value, in addition to the value. If the states of all weights
+and all blocks in float fit into memory, they are kept there. Otherwise a block is assembled from its committed tensors
+and from its states in the staging folder whenever it is needed, and only one block and the state of one weight are in
+memory. Both ways compute the same numbers.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -22,13 +22,13 @@ from llmq.steps.run import Run
 
 
 class TunedBlocks:
-    """`names[index]` maps the path of each weight of a block that is tuned to its name in the checkpoint."""
+    """`names[index]` maps the path of each tuned weight of block `index` to its name in the checkpoint."""
 
     def __init__(self, run: Run, *, resident: bool) -> None:
         self._run = run
         self._resident = resident
-        self._states: dict[str, State] = {}  # by name; of all weights if they stay in memory
-        self._step: dict[str, int] = {}  # in front of which a weight's state is now
+        self._states: dict[str, State] = {}  # by name; of all weights if they are kept in memory
+        self._step: dict[str, int] = {}  # by name, the next step of a weight
         paths = {plan.name: path for path, plan in run.plans.items()}
         reports = [BlockReport.from_dict(run.writer.read(i)[1], resumed=True) for i in range(len(run.skeleton.blocks))]
         self.names = [{paths[layer.name]: layer.name for layer in report.layers} for report in reports]
@@ -40,7 +40,7 @@ class TunedBlocks:
         return [path for names in self.names for path in names]
 
     def start(self, rates: Rates) -> None:
-        """From the committed codes; v from the float weights, unless a transformation put others in their place."""
+        """Start from the committed values; v comes from the float weights, unless a transform has changed them."""
         read = self._run.skeleton.weights.original
 
         def start(path: str, origin: QuantizedTensor) -> State:
@@ -51,7 +51,7 @@ class TunedBlocks:
         self._make(0, start)
 
     def resume(self, step: int) -> None:
-        """From what was saved in front of `step`."""
+        """Continue with the states that were saved before `step`."""
         paths = {path: name for names in self.names for path, name in names.items()}
         revision = self._run.writer.revision
         self._make(step, lambda path, origin: kl_tuning.restored(origin, revision.read_state(paths[path], step)))
@@ -60,17 +60,17 @@ class TunedBlocks:
         for index, names in enumerate(self.names):
             for path, name in names.items():
                 self._step[name] = step
-                made = state(path, self._origin(index, name))
+                first = state(path, self._origin(index, name))
                 if self._resident:
-                    self._states[name] = made
+                    self._states[name] = first
                 else:
-                    self._run.writer.revision.write_state(name, step, kl_tuning.tensors(made))
+                    self._run.writer.revision.write_state(name, step, kl_tuning.tensors(first))
             if self._resident:
                 self._fill(index)
 
     @contextmanager
     def ready(self, block: Block) -> Iterator[None]:
-        """A context in which a block has the weights that its states say."""
+        """While open, the block has its tuned weights."""
         if self._resident:
             yield
             return
@@ -81,10 +81,10 @@ class TunedBlocks:
             block.free()
 
     def update(self, block: Block, rates: Rates, step: int) -> None:
-        """Step number `step` for a block that has gradients."""
+        """Update the weights of a block from their gradients, in step number `step`."""
         for path, name in self.names[block.index].items():
             weight = block.linears[path].weight
-            gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad  # None: it was not run
+            gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad  # None: the layer was not run
             state = self._state(block.index, name)
             kl_tuning.update(state, gradient, rates, step)
             self._step[name] = step + 1
@@ -93,15 +93,15 @@ class TunedBlocks:
                 continue
             self._run.writer.revision.write_state(name, step + 1, kl_tuning.tensors(state))
             self._run.writer.revision.drop_state(name, step)
-            del state  # before the next is read
+            del state  # before the next one is read
 
     def write_states(self, step: int) -> None:
-        """See to it that all states in front of `step` are on the disk."""
+        """Write the states that are kept in memory to disk, as those before `step`."""
         for name, state in self._states.items():
             self._run.writer.revision.write_state(name, step, kl_tuning.tensors(state))
 
     def write_blocks(self, step: int) -> float:
-        """Write what all blocks have come to, packed; returns which part of all codes has moved."""
+        """Write all blocks in their current version, packed; returns the fraction of quantized values that changed."""
         moved = codes = 0
         for index, names in enumerate(self.names):
             packed: dict[str, Tensor] = {}
@@ -114,7 +114,7 @@ class TunedBlocks:
         return moved / max(1, codes)
 
     def free(self) -> None:
-        """Give all memory back."""
+        """Free all memory."""
         self._states = {}
         for block in self._run.skeleton.blocks:
             block.free()
@@ -140,25 +140,25 @@ class TunedBlocks:
     def _state(self, index: int, name: str) -> State:
         if name in self._states:
             return self._states[name]
-        kept = self._run.writer.revision.read_state(name, self._step[name])
-        return kl_tuning.restored(self._origin(index, name), kept)
+        stored = self._run.writer.revision.read_state(name, self._step[name])
+        return kl_tuning.restored(self._origin(index, name), stored)
 
     def _now(self, index: int, name: str) -> QuantizedTensor:
-        """A weight as it is now; of its state no more is read than that takes."""
+        """The current version of a weight; only the parts of its state that this needs are read."""
         if name in self._states:
             return kl_tuning.result(self._states[name])
-        kept = self._run.writer.revision.read_state(name, self._step[name])
-        return kl_tuning.quantized(self._origin(index, name), *_values(kept, self._run.skeleton.device))
+        stored = self._run.writer.revision.read_state(name, self._step[name])
+        return kl_tuning.quantized(self._origin(index, name), *_values(stored, self._run.skeleton.device))
 
 
-def _values(kept: Mapping[str, Tensor], device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-    """v and θ of a state on the disk."""
+def _values(stored: Mapping[str, Tensor], device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """v and θ of a state on disk."""
     keys = (f"{part}.value" for part in kl_tuning.PARTS)
-    rounding, scales = (kept[key].to(device) if key in kept else None for key in keys)
+    rounding, scales = (stored[key].to(device) if key in stored else None for key in keys)
     return rounding, scales
 
 
 def _transformed(report: BlockReport, method: Method) -> bool:
-    """Whether a block's float weights are no longer the checkpoint's; where nothing is held out no report says so."""
+    """Whether a transform changed the block's float weights; without validation, reports do not show it: assume so."""
     kept = any(gain.kept and gain.stage in method.transforms for gain in report.gains)
     return bool(method.transforms) and (kept or not method.held_out)

@@ -1,4 +1,4 @@
-"""Block tuning: what it begins with, what it keeps, and that its slopes are those of the block's loss."""
+"""Block tuning: its start, the weights that it keeps, and the gradients of the block's loss."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM
 from llmq.algorithms import block_tuning
 from llmq.algorithms.kl_tuning import Rates
 from llmq.methods import Method, Tuning
-from llmq.model.passes.hidden_states import Stream
 from llmq.numerics.affine_grid import fit_minmax
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import WeightScheme
 from llmq.steps.block_tuning import BlockProblem
 from tests.builders import WINDOW, skeleton_of, tokens
+from tests.passes import streams_over
 from tests.runs import quantize, tensors_of
 
 Checkpoints = Callable[..., Path]
@@ -36,34 +36,34 @@ def nearest(weight: Tensor) -> QuantizedTensor:
 
 
 class TwoLayers:
-    """‖V (W x)₊ - y‖² for two weights; `told` is what is said of the held-out loss instead, look by look."""
+    """‖V (W x)₊ - y‖² for two weights; `losses` replaces the validation losses, one by one."""
 
-    def __init__(self, told: list[float] | None = None) -> None:
+    def __init__(self, losses: list[float] | None = None) -> None:
         self.weights = {"W": random(12, 32, seed=1), "V": random(6, 16, seed=2)}
-        mix = random(6, 32, seed=5)  # inputs that leave codes some freedom
+        mix = random(6, 32, seed=5)  # correlated inputs, so that different codes give similar outputs
         self.inputs, self.judging = (random(200, 6, seed=seed) @ mix for seed in (3, 4))
-        self.now: dict[str, QuantizedTensor] = {}
-        self.told = told
+        self.current: dict[str, QuantizedTensor] = {}
+        self.losses = losses
 
     def put(self, weights: Mapping[str, QuantizedTensor]) -> None:
-        self.now = dict(weights)
+        self.current = dict(weights)
 
     def loss(self, inputs: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-        def output(each: Mapping[str, Tensor]) -> Tensor:
-            hidden = torch.nn.functional.pad(inputs @ each["W"].T, (0, 4)).relu()
-            return hidden @ each["V"].T
+        def output(by_name: Mapping[str, Tensor]) -> Tensor:
+            hidden = torch.nn.functional.pad(inputs @ by_name["W"].T, (0, 4)).relu()
+            return hidden @ by_name["V"].T
 
         return (output(weights) - output(self.weights)).square().sum(1).mean()
 
     def gradients(self, step: int) -> dict[str, Tensor]:
-        leaves = {name: each.dequantize().requires_grad_(True) for name, each in self.now.items()}
-        found = torch.autograd.grad(self.loss(self.inputs, leaves), list(leaves.values()))
-        return dict(zip(leaves, found, strict=True))
+        leaves = {name: weight.dequantize().requires_grad_(True) for name, weight in self.current.items()}
+        slopes = torch.autograd.grad(self.loss(self.inputs, leaves), list(leaves.values()))
+        return dict(zip(leaves, slopes, strict=True))
 
     def held_out_loss(self) -> float:
-        if self.told is not None:
-            return self.told.pop(0)
-        return self.loss(self.judging, {name: each.dequantize() for name, each in self.now.items()}).item()
+        if self.losses is not None:
+            return self.losses.pop(0)
+        return self.loss(self.judging, {name: weight.dequantize() for name, weight in self.current.items()}).item()
 
 
 def same(a: Mapping[str, QuantizedTensor], b: Mapping[str, QuantizedTensor]) -> bool:
@@ -75,63 +75,61 @@ def tuned(problem: TwoLayers, steps: int) -> tuple[dict[str, QuantizedTensor], b
     return given, block_tuning.tune(given, problem.weights, problem, RATES, steps)
 
 
-def test_no_steps_leave_the_codes_that_were_given() -> None:
+def test_no_steps_leave_the_given_codes() -> None:
     problem = TwoLayers()
-    given, found = tuned(problem, 0)
-    assert same(found.weights, given) and same(problem.now, given) and found.step == 0 and found.after == found.before
+    given, best = tuned(problem, 0)
+    assert same(best.weights, given) and same(problem.current, given) and best.step == 0 and best.after == best.before
 
 
-def test_both_weights_move_and_the_held_out_loss_falls() -> None:
+def test_both_weights_move_and_the_validation_loss_falls() -> None:
     problem = TwoLayers()
-    given, found = tuned(problem, 60)
-    assert found.after < 0.8 * found.before
-    assert found.before == pytest.approx(problem.loss(problem.judging, {n: q.dequantize() for n, q in given.items()}))
-    assert found.after == pytest.approx(problem.held_out_loss())  # the problem ends with what is returned
-    assert same(problem.now, found.weights)
-    assert all(not torch.equal(found.weights[name].codes, given[name].codes) for name in given)
+    given, best = tuned(problem, 60)
+    assert best.after < 0.8 * best.before
+    assert best.before == pytest.approx(problem.loss(problem.judging, {n: q.dequantize() for n, q in given.items()}))
+    assert best.after == pytest.approx(problem.held_out_loss())  # the problem ends with the returned weights
+    assert same(problem.current, best.weights)
+    assert all(not torch.equal(best.weights[name].codes, given[name].codes) for name in given)
 
 
-def test_what_is_not_better_is_undone() -> None:
+def test_steps_that_do_not_help_are_undone() -> None:
     problem = TwoLayers([1.0, 1.0, 1.2, 1.1, 1.0, 3.0])
-    given, found = tuned(problem, 10)
-    assert problem.told == [] and found.step == 0 and same(found.weights, given) and same(problem.now, given)
+    given, best = tuned(problem, 10)
+    assert problem.losses == [] and best.step == 0 and same(best.weights, given) and same(problem.current, given)
 
 
-def test_the_best_on_the_way_is_kept() -> None:
+def test_the_best_step_is_kept() -> None:
     at_best = TwoLayers([1.0, 0.9, 0.8, 0.9, 0.9, 0.85])
-    _, found = tuned(at_best, 10)
-    assert (found.step, found.after) == (4, 0.8)
-    early = TwoLayers([1.0, 0.9, 0.8, float("nan")])  # and no step is taken behind a loss that is none
-    assert same(tuned(early, 10)[1].weights, found.weights)
+    _, best = tuned(at_best, 10)
+    assert (best.step, best.after) == (4, 0.8)
+    early = TwoLayers([1.0, 0.9, 0.8, float("nan")])  # and no step is taken after a loss of NaN
+    assert same(tuned(early, 10)[1].weights, best.weights)
     other = TwoLayers([1.0, 0.9, 0.9, 0.9, 0.9, 0.8])
-    assert not same(tuned(other, 10)[1].weights, found.weights)
+    assert not same(tuned(other, 10)[1].weights, best.weights)
 
 
-def test_a_block_without_a_loss_is_left_alone() -> None:
+def test_a_block_without_loss_is_not_tuned() -> None:
     problem = TwoLayers([0.0])
-    given, found = tuned(problem, 10)
-    assert same(found.weights, given) and problem.told == []
+    given, best = tuned(problem, 10)
+    assert same(best.weights, given) and problem.losses == []
 
 
 @pytest.mark.parametrize("index", [1, 2])
-def test_gradients_are_those_of_the_output_s_distance_or_of_the_predictions(
-    checkpoint: Checkpoints, index: int
-) -> None:
-    """Against transformers' own model: block `index` of three has rounded weights, those before it moved the stream."""
+def test_gradients_equal_those_of_the_whole_model(checkpoint: Checkpoints, index: int) -> None:
+    """Compared with the model of transformers: block `index` of three and all blocks before it are quantized."""
     folder, windows = checkpoint("llama"), tokens(5, LENGTH)
     walked = skeleton_of(folder)
-    stream = Stream(walked, windows, 2, 0, originals=True, held_out=2)
+    streams = streams_over(walked, windows, floats=True, validation=2)
     for block in walked.blocks[:index]:
         block.load()
-        stream.enter(block)
+        streams.enter(block)
         for path in block.linears:
             block.set_weight(path, nearest(block.weight(path)).dequantize())
-        stream.advance(block)
+        streams.past(block)
     block = walked.blocks[index]
     block.load()
-    stream.enter(block)
-    stream.know_originals(block, None)
-    problem = BlockProblem(walked, stream, block, tokens=3 * LENGTH)
+    streams.enter(block)
+    streams.run_floats(block)
+    problem = BlockProblem(walked, streams, block, tokens=3 * LENGTH)
     problem.put({path: nearest(block.weight(path)) for path in block.linears})
 
     original, moved = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval() for _ in range(2))
@@ -150,16 +148,16 @@ def test_gradients_are_those_of_the_output_s_distance_or_of_the_predictions(
         return (ends[0] - ends[1]).square().sum() / len(windows[rows])
 
     loss(slice(0, 3)).backward()
-    found = problem.gradients(0)
-    assert found.keys() == block.linears.keys()
-    for path, gradient in found.items():
+    gradients = problem.gradients(0)
+    assert gradients.keys() == block.linears.keys()
+    for path, gradient in gradients.items():
         expected = moved.get_submodule(path).weight.grad
         assert (gradient - expected).abs().max() <= 1e-3 * expected.abs().max() > 0, path
     assert problem.held_out_loss() == pytest.approx(loss(slice(3, 5)).item(), rel=1e-4)
     assert not any(parameter.requires_grad for parameter in block.module.parameters())
 
 
-def test_a_run_keeps_what_is_better_and_says_so(checkpoint: Checkpoints, text: Path, tmp_path: Path) -> None:
+def test_a_run_keeps_tuned_blocks_that_are_better(checkpoint: Checkpoints, text: Path, tmp_path: Path) -> None:
     plain = Method("rtn", held_out=0.25)  # leaves much to do
     moved = dataclasses.replace(plain, block_tuning=Tuning(steps=10, scales=0.0, rounding=0.02, tokens=96))
     still = dataclasses.replace(plain, block_tuning=Tuning(steps=10, scales=0.0, rounding=1e-9, tokens=96))

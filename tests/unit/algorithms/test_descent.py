@@ -1,4 +1,4 @@
-"""Coordinate descent against all codes of a tiny row, and against a loop over single entries."""
+"""Coordinate descent compared with all codes of a tiny row, and with a loop over single entries."""
 
 import dataclasses
 import itertools
@@ -35,30 +35,30 @@ def losses(weight: Tensor, quantized: QuantizedTensor, hessian: Tensor) -> Tenso
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_four_codes_of_two_bits_end_in_a_local_minimum_and_not_below_the_least_of_all(symmetric: bool) -> None:
+def test_descent_ends_in_a_local_minimum(symmetric: bool) -> None:
     weight, hessian = random(64, 4), hessian_of(4)
     start = nearest(weight, WeightScheme(2, "channel", symmetric))
-    found = start
-    while True:  # until nothing moves
-        last, found = found, descent.refine(weight, found, hessian, OPTIONS)
-        assert bool((losses(weight, found, hessian) <= losses(weight, last, hessian)).all())
-        if torch.equal(found.codes, last.codes):
+    refined = start
+    while True:  # until no code changes
+        last, refined = refined, descent.refine(weight, refined, hessian, OPTIONS)
+        assert bool((losses(weight, refined, hessian) <= losses(weight, last, hessian)).all())
+        if torch.equal(refined.codes, last.codes):
             break
-    reached = losses(weight, found, hessian)
+    reached = losses(weight, refined, hessian)
     assert bool((reached < losses(weight, start, hessian)).any())
-    everything = []
+    candidates = []
     for codes in itertools.product(range(4), repeat=4):
         candidate = torch.tensor(codes, dtype=torch.uint8).expand(64, 4)
-        everything.append((candidate, losses(weight, dataclasses.replace(found, codes=candidate), hessian)))
-    least = torch.stack([loss for _, loss in everything]).amin(0)
+        candidates.append((candidate, losses(weight, dataclasses.replace(refined, codes=candidate), hessian)))
+    least = torch.stack([loss for _, loss in candidates]).amin(0)
     assert bool((reached >= least - 1e-9).all())
-    for candidate, loss in everything:  # no neighbour that differs in one code is lower
-        neighbour = (candidate != found.codes).sum(1) == 1
+    for candidate, loss in candidates:  # no candidate that differs in one code has a lower loss
+        neighbour = (candidate != refined.codes).sum(1) == 1
         assert bool((loss[neighbour] >= reached[neighbour] - 1e-5 * reached[neighbour]).all())
 
 
 def entry_by_entry(weight: Tensor, quantized: QuantizedTensor, hessian: Tensor) -> list[list[int]]:
-    """The slow twin: every code of every entry is tried, with the whole loss each time."""
+    """The slow reference: every code of every entry is tried, with the whole loss each time."""
     codes = quantized.codes.tolist()
     scales, zeros = quantized.scales.double().tolist(), quantized.zeros
     K, groups = weight.shape[1], quantized.column_groups().tolist()
@@ -81,16 +81,16 @@ def test_a_sweep_takes_the_best_code_of_each_entry_in_turn(symmetric: bool, monk
     monkeypatch.setattr(descent, "COLUMNS", 7)  # blocks that end inside of groups, and a short last one
     weight, hessian = random(6, 32), hessian_of(32)
     start = nearest(weight, WeightScheme(3, 16, symmetric))
-    found = descent.refine(weight, start, hessian, OPTIONS)
-    assert found.codes.tolist() == entry_by_entry(weight, start, hessian)
-    assert not torch.equal(found.codes, start.codes)
-    assert found.codes.dtype == torch.uint8 and found.scales is start.scales
+    refined = descent.refine(weight, start, hessian, OPTIONS)
+    assert refined.codes.tolist() == entry_by_entry(weight, start, hessian)
+    assert not torch.equal(refined.codes, start.codes)
+    assert refined.codes.dtype == torch.uint8 and refined.scales is start.scales
 
 
-def test_a_row_that_would_end_up_worse_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_that_would_get_worse_is_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, hessian = random(6, 32), hessian_of(32)
     start = nearest(weight, WeightScheme(4, 16))
-    spoilt = start.codes.T.contiguous()
-    spoilt[:, 2] = 15 - spoilt[:, 2]
-    monkeypatch.setattr(descent, "_sweep", lambda *_: spoilt)
+    worse_codes = start.codes.T.contiguous()
+    worse_codes[:, 2] = 15 - worse_codes[:, 2]
+    monkeypatch.setattr(descent, "_sweep", lambda *_: worse_codes)
     assert torch.equal(descent.refine(weight, start, hessian, OPTIONS).codes, start.codes)

@@ -1,4 +1,4 @@
-"""The loss on held-out tokens against the outputs themselves, in float64."""
+"""The loss on validation tokens compared with the outputs themselves, in float64."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("originals", [True, False])
-def test_it_is_the_mean_squared_error_of_each_output(originals: bool) -> None:
+def test_the_loss_is_the_mean_squared_error_of_each_output(originals: bool) -> None:
     moved, weight = random(T, K) + 0.5, random(N, K, seed=1)
     X = moved + 0.3 * random(T, K, seed=2) if originals else moved
     rounded = weight + 0.1 * random(N, K, seed=3)

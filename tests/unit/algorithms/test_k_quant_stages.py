@@ -1,4 +1,4 @@
-"""The stages on two-level grids, each against a slow twin."""
+"""The stages on two-level grids, each compared with a slow reference."""
 
 import dataclasses
 
@@ -29,7 +29,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def statistics(columns: int = K, tokens: int = 1024, *, held_out: bool = False) -> InputStats:
-    """Of correlated inputs of unlike size."""
+    """Statistics of correlated inputs with channels of different sizes."""
     mixing = random(columns, columns, seed=1) / columns**0.5 + torch.eye(columns)
     X = random(tokens, columns, seed=2) @ mixing * (torch.linspace(-1, 1, columns).exp())
     stats = InputStats(columns, torch.device("cpu"))
@@ -50,7 +50,7 @@ def nearest(weight: Tensor, kind: str) -> QuantizedTensor:
 
 
 def consistent(q: QuantizedTensor) -> bool:
-    """Whether scales and zeros are those that follow from the superblocks."""
+    """Whether scales and zero points are equal to those computed from the superblocks."""
     again = QuantizedTensor.of_superblocks(q.codes, parts(q), q.scheme)
     zeros = again.zeros is q.zeros or torch.equal(again.zeros, q.zeros)  # type: ignore[arg-type]
     return zeros and torch.equal(again.scales, q.scales)
@@ -60,25 +60,25 @@ def consistent(q: QuantizedTensor) -> bool:
 
 
 @pytest.mark.parametrize("kind", TWO_LEVEL)
-def test_gptq_matches_the_slow_twin(kind: str) -> None:
+def test_gptq_matches_the_reference(kind: str) -> None:
     stats = statistics(256)
     check_static(random(6, 256), stats, WeightScheme.of_blocks(kind), "activation", "searched", enough=0.3)
 
 
 @pytest.mark.parametrize("kind", TWO_LEVEL)
-def test_no_row_of_gptq_is_worse_than_nearest_codes_and_most_are_far_better(kind: str) -> None:
+def test_gptq_is_far_better_than_rounding_to_nearest(kind: str) -> None:
     weight, stats = random(N, K), statistics()
     scheme = WeightScheme.of_blocks(kind)
-    found = gptq.round_weight(weight, stats, scheme, OPTIONS)
+    compensated = gptq.round_weight(weight, stats, scheme, OPTIONS)
     loss, plain, clipped = (
         output_error(weight, stage.quantized.dequantize(), stats.second_moment())
         for stage in (
-            found,
+            compensated,
             rtn.round_weight(weight, stats, scheme, OPTIONS),
             clip.round_weight(weight, stats, scheme, OPTIONS),
         )
     )
-    assert consistent(found.quantized)
+    assert consistent(compensated.quantized)
     assert float(loss.sum()) < 0.7 * min(float(plain.sum()), float(clipped.sum()))
 
 
@@ -86,7 +86,7 @@ def test_no_row_of_gptq_is_worse_than_nearest_codes_and_most_are_far_better(kind
 
 
 def coordinate_by_coordinate(target: Tensor, q: QuantizedTensor, hessian: Tensor) -> tuple[Tensor, Tensor | None]:
-    """sc and m of each row after one pass in which each is put to the best of all its values, by trying them."""
+    """sc and m of each row after one pass in which each is set to its best value, by trying all values."""
     grid, width = parts(q), q.scheme.columns_per_group(K)
     sc, m = grid.sc.double(), None if grid.m is None else grid.m.double()
     codes = q.codes.double() - (q.scheme.middle if q.scheme.symmetric else 0)
@@ -95,18 +95,18 @@ def coordinate_by_coordinate(target: Tensor, q: QuantizedTensor, hessian: Tensor
     H, w = hessian.double(), target.double()
 
     def loss() -> Tensor:
-        made = (d * sc).repeat_interleave(width, 1) * codes
+        decoded = (d * sc).repeat_interleave(width, 1) * codes
         if m is not None and dmin is not None:
-            made = made - (dmin * m).repeat_interleave(width, 1)
-        return ((w - made) @ H * (w - made)).sum(1)
+            decoded = decoded - (dmin * m).repeat_interleave(width, 1)
+        return ((w - decoded) @ H * (w - decoded)).sum(1)
 
     def put(numbers: Tensor, group: int, values: list[int]) -> None:
         best, least = numbers[:, group].clone(), loss()
         for value in values:
             numbers[:, group] = value
-            now = loss()
-            best = torch.where(now < least, torch.full_like(best, value), best)
-            least = torch.minimum(now, least)
+            current = loss()
+            best = torch.where(current < least, torch.full_like(best, value), best)
+            least = torch.minimum(current, least)
         numbers[:, group] = best
 
     for group in range(sc.shape[1]):
@@ -117,7 +117,7 @@ def coordinate_by_coordinate(target: Tensor, q: QuantizedTensor, hessian: Tensor
 
 
 @pytest.mark.parametrize("kind", ["q4_k", "q6_k"])
-def test_small_integers_are_the_best_of_all_their_values_in_turn(kind: str) -> None:
+def test_small_integers_get_their_best_values_in_turn(kind: str) -> None:
     target, hessian = random(2, K), statistics().second_moment()
     start = nearest(target, kind)
     moved = refit_k_quants._with_other_integers(target, start, hessian)
@@ -134,13 +134,13 @@ def test_shared_numbers_are_those_of_a_dense_solver(kind: str) -> None:
     target, hessian = random(3, K), statistics().second_moment()
     q = nearest(target, kind)
     L = torch.linalg.cholesky(hessian.double() + 1e-6 * torch.eye(K))
-    found = refit_k_quants._solved(target, q, hessian)
+    fitted = refit_k_quants._solved(target, q, hessian)
     grid, groups = parts(q), q.column_groups()
     codes = q.codes.double() - (q.scheme.middle if q.scheme.symmetric else 0)
     for row in range(len(target)):
         columns = [codes[row] * grid.sc[row, groups].double()]
         columns += [] if grid.m is None else [-grid.m[row, groups].double()]
-        design = torch.zeros(K, found.shape[1], dtype=torch.float64)
+        design = torch.zeros(K, fitted.shape[1], dtype=torch.float64)
         for number, column in enumerate(columns):
             for k in range(K):
                 design[k, number * (K // 256) + k // 256] = column[k]
@@ -148,23 +148,23 @@ def test_shared_numbers_are_those_of_a_dense_solver(kind: str) -> None:
         roots = (RIDGE * left.square().sum(0)).sqrt()
         right = torch.cat([L.T @ target[row].double(), roots * grid.shared()[row].double()])
         expected = torch.linalg.lstsq(torch.cat([left, torch.diag(roots)]), right).solution
-        torch.testing.assert_close(found[row].double(), expected, rtol=1e-3, atol=0)
+        torch.testing.assert_close(fitted[row].double(), expected, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("kind", TWO_LEVEL)
-def test_no_row_gets_worse_by_a_refinement(kind: str) -> None:
+def test_no_refinement_makes_a_row_worse(kind: str) -> None:
     weight, stats = random(N, K), statistics()
     q = gptq.round_weight(weight, stats, WeightScheme.of_blocks(kind), OPTIONS).quantized
     for stage in (descent, refit):
         refined = stage.refine(weight, q, stats.second_moment(), OPTIONS)
-        before, after = (output_error(weight, each.dequantize(), stats.second_moment()) for each in (q, refined))
+        before, after = (output_error(weight, tensor.dequantize(), stats.second_moment()) for tensor in (q, refined))
         assert bool((after <= before).all()) and float(after.sum()) < float(before.sum())
         assert consistent(refined)
         q = refined
 
 
-def test_a_judge_undoes_rows_as_a_whole() -> None:
-    """What the rounding of a group puts together of two candidates is on one grid or on the other, row by row."""
+def test_validation_undoes_rows_as_a_whole() -> None:
+    """A combination of two candidates takes each row from one of their grids."""
     weight, stats = random(N, K), statistics(held_out=True)
     method = dataclasses.replace(METHODS["balanced"], tuning=None, alphas=())
     weights = {"one": weight, "other": weight + 0.1 * random(N, K, seed=4)}
@@ -180,13 +180,13 @@ def test_a_judge_undoes_rows_as_a_whole() -> None:
 
 
 @pytest.mark.parametrize("kind", TWO_LEVEL)
-def test_tuning_starts_at_exactly_what_was_given(kind: str) -> None:
+def test_tuning_starts_at_exactly_the_given_weight(kind: str) -> None:
     weight = random(4, 256) * torch.tensor([1e-6, 1e-3, 1.0, 0.0])[:, None]
     origin = nearest(weight + 0.3 * random(4, 256, seed=9) * weight.abs().mean(1, keepdim=True), kind)
     for reference in (weight, 100 * weight, None):
-        found = kl_tuning.result(kl_tuning.start(origin, reference, RATES))
-        assert torch.equal(found.codes, origin.codes)
-        assert torch.equal(found.dequantize(), origin.dequantize())
+        first = kl_tuning.result(kl_tuning.start(origin, reference, RATES))
+        assert torch.equal(first.codes, origin.codes)
+        assert torch.equal(first.dequantize(), origin.dequantize())
 
 
 def straight(x: Tensor, y: Tensor) -> Tensor:
@@ -194,7 +194,7 @@ def straight(x: Tensor, y: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", TWO_LEVEL)
-def test_tuning_goes_where_autograd_and_adam_go(kind: str) -> None:
+def test_tuning_matches_autograd_and_adam(kind: str) -> None:
     origin = nearest(random(3, K), kind)
     grid, groups = parts(origin), origin.column_groups()
     aim, steps = origin.dequantize() + 0.05 * random(3, K, seed=5), 8
@@ -215,9 +215,11 @@ def test_tuning_goes_where_autograd_and_adam_go(kind: str) -> None:
 
     for step in range(steps):
         rates = RATES.at(step, steps)
-        found = kl_tuning.result(state).dequantize()
-        torch.testing.assert_close(found, weight().detach(), rtol=0, atol=2e-2)  # d is fp16: a last bit, times 63 * 15
-        kl_tuning.update(state, 2 * (found - aim), rates, step)
+        tuned = kl_tuning.result(state).dequantize()
+        torch.testing.assert_close(
+            tuned, weight().detach(), rtol=0, atol=2e-2
+        )  # d is fp16: one unit in its last place, times 63 * 15
+        kl_tuning.update(state, 2 * (tuned - aim), rates, step)
         for group, rate in zip(adam.param_groups, (rates.rounding, rates.scales), strict=True):
             group["lr"] = rate
         adam.zero_grad()
@@ -227,11 +229,11 @@ def test_tuning_goes_where_autograd_and_adam_go(kind: str) -> None:
         torch.testing.assert_close(state.scales.value, theta.detach(), rtol=0, atol=1e-3)
     assert not torch.equal(parts(kl_tuning.result(state)).d, grid.d)
     assert consistent(kl_tuning.result(state))
-    loss, before = (float((each.dequantize() - aim).square().sum()) for each in (kl_tuning.result(state), origin))
+    loss, before = (float((tensor.dequantize() - aim).square().sum()) for tensor in (kl_tuning.result(state), origin))
     assert loss < before
 
 
-def test_a_state_on_the_disk_is_the_same_state() -> None:
+def test_a_restored_state_is_the_same_state() -> None:
     origin = nearest(random(3, 256), "q4_k")
     state = kl_tuning.start(origin, random(3, 256, seed=6), RATES)
     kl_tuning.update(state, random(3, 256, seed=7), RATES, 0)

@@ -1,4 +1,4 @@
-"""Tuning of one weight: against autograd through the same function, and torch's own Adam."""
+"""Tuning of one weight compared with autograd through the same function and torch's Adam."""
 
 from collections.abc import Callable
 
@@ -26,18 +26,18 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def rounded(weight: Tensor, scheme: WeightScheme, dtype: torch.dtype = torch.float16) -> QuantizedTensor:
-    """Codes that are not the nearest: such as an error-compensating method finds."""
+    """Codes that are not the nearest ones, as from an error-compensating method."""
     grid = fit_minmax(weight, scheme, dtype)
     return grid.quantized(grid.encode(weight + 0.3 * weight.std() * random(*weight.shape, seed=9)))
 
 
 def straight(x: Tensor, y: Tensor) -> Tensor:
-    """y to the last bit, with the gradient of x."""
+    """Exactly y, with the gradient of x."""
     return y.detach() + (x - x.detach())
 
 
-class Twin:
-    """The same written down as autograd and torch's optimizer have it; one step of it is one of `update`."""
+class Reference:
+    """The same tuning with autograd and torch's optimizer; `step` corresponds to `update`."""
 
     def __init__(self, origin: QuantizedTensor, v: Tensor) -> None:
         self.origin = origin
@@ -73,42 +73,42 @@ def test_steps_are_those_of_autograd_and_adam(scheme: WeightScheme) -> None:
     inputs = random(20, 32, seed=2)
     origin = rounded(weight, scheme)
 
-    def loss(found: Tensor) -> Tensor:
-        return (inputs @ (found - target).T).square().mean()
+    def loss(decoded: Tensor) -> Tensor:
+        return (inputs @ (decoded - target).T).square().mean()
 
     state = kl_tuning.start(origin, weight, RATES)
     assert state.rounding is not None and state.scales is not None
-    twin = Twin(origin, state.rounding.value)
+    reference = Reference(origin, state.rounding.value)
     for step in range(STEPS):
-        found = kl_tuning.result(state).dequantize()
-        # Both are rounded to the storage dtype from numbers that differ in their last float32 bits.
-        torch.testing.assert_close(found, twin.weight().detach(), rtol=2e-3, atol=0)
-        leaf = found.requires_grad_(True)
+        decoded = kl_tuning.result(state).dequantize()
+        # Both are rounded to the storage dtype from numbers that differ by float32 rounding errors.
+        torch.testing.assert_close(decoded, reference.weight().detach(), rtol=2e-3, atol=0)
+        leaf = decoded.requires_grad_(True)
         (gradient,) = torch.autograd.grad(loss(leaf), leaf)
         kl_tuning.update(state, gradient, RATES.at(step, STEPS), step)
-        twin.step(loss, RATES.at(step, STEPS))
-        torch.testing.assert_close(state.rounding.value, twin.v.detach(), rtol=0, atol=1e-4)
-        torch.testing.assert_close(state.scales.value, twin.theta.detach(), rtol=0, atol=1e-4)
+        reference.step(loss, RATES.at(step, STEPS))
+        torch.testing.assert_close(state.rounding.value, reference.v.detach(), rtol=0, atol=1e-4)
+        torch.testing.assert_close(state.scales.value, reference.theta.detach(), rtol=0, atol=1e-4)
     assert (kl_tuning.result(state).codes != origin.codes).any()
     assert not torch.equal(kl_tuning.result(state).scales, origin.scales)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_the_start_is_exactly_what_was_given(scheme: WeightScheme, dtype: torch.dtype) -> None:
+def test_tuning_starts_at_exactly_the_given_weight(scheme: WeightScheme, dtype: torch.dtype) -> None:
     weight = random(8, 64)
-    weight[0] = 0  # the smallest scale that there is
+    weight[0] = 0  # gives the smallest scale
     weight[1] *= 1e-6
     origin = rounded(weight, scheme, dtype)
     for reference in (weight, 100 * weight, None):
         state = kl_tuning.start(origin, reference, RATES)
-        found = kl_tuning.result(state)
-        assert torch.equal(found.codes, origin.codes)
-        assert torch.equal(found.scales, origin.scales)
-        assert torch.equal(found.dequantize(), origin.dequantize())
+        first = kl_tuning.result(state)
+        assert torch.equal(first.codes, origin.codes)
+        assert torch.equal(first.scales, origin.scales)
+        assert torch.equal(first.dequantize(), origin.dequantize())
 
 
-def test_v_starts_where_the_weight_lies_in_its_cell() -> None:
+def test_v_starts_at_the_offset_of_the_float_weight() -> None:
     scheme = WeightScheme(bits=4, group_size="channel", symmetric=False)
     origin = QuantizedTensor(
         torch.tensor([[3, 3, 3, 3]], dtype=torch.uint8), torch.tensor([[0.5]]), torch.tensor([[1]]).short(), scheme
@@ -118,26 +118,26 @@ def test_v_starts_where_the_weight_lies_in_its_cell() -> None:
     torch.testing.assert_close(state.rounding.value, torch.tensor([[0.0, 0.2, -0.2, 0.49]]))
 
 
-def test_scales_that_float16_holds_go_on_to_be_such() -> None:
+def test_scales_in_the_range_of_float16_stay_in_it() -> None:
     scales = torch.tensor([[1e-4], [-1e-4]], dtype=torch.bfloat16)
     origin = QuantizedTensor(torch.ones(2, 4, dtype=torch.uint8), scales, None, WeightScheme(4, "channel"))
-    found = kl_tuning.quantized(origin, None, torch.tensor([[-0.9], [-0.9]]))
-    assert torch.equal(found.scales.to(torch.float16).to(torch.bfloat16), found.scales)
-    assert float(found.scales.abs().min()) >= torch.finfo(torch.float16).smallest_normal
-    assert found.scales[1] < 0
+    tuned = kl_tuning.quantized(origin, None, torch.tensor([[-0.9], [-0.9]]))
+    assert torch.equal(tuned.scales.to(torch.float16).to(torch.bfloat16), tuned.scales)
+    assert float(tuned.scales.abs().min()) >= torch.finfo(torch.float16).smallest_normal
+    assert tuned.scales[1] < 0
 
 
-def test_scales_keep_their_sign_and_what_engines_take() -> None:
+def test_scales_keep_their_sign_and_the_smallest_size() -> None:
     scheme = WeightScheme(bits=4, group_size="channel", symmetric=True)
     codes = torch.full((2, 4), 9, dtype=torch.uint8)
     origin = QuantizedTensor(codes, torch.tensor([[-0.25], [7e-5]], dtype=torch.float16), None, scheme)
-    found = kl_tuning.quantized(origin, None, torch.tensor([[0.5], [-0.9]]))
-    assert found.scales.dtype == torch.float16
-    assert found.scales[0].item() == -0.375
-    assert found.scales[1].item() >= 0.999 * SMALLEST_SCALE[torch.float16]
+    tuned = kl_tuning.quantized(origin, None, torch.tensor([[0.5], [-0.9]]))
+    assert tuned.scales.dtype == torch.float16
+    assert tuned.scales[0].item() == -0.375
+    assert tuned.scales[1].item() >= 0.999 * SMALLEST_SCALE[torch.float16]
 
 
-def test_a_code_at_the_end_of_the_range_is_not_pushed_further_and_comes_back() -> None:
+def test_a_code_at_its_limit_is_not_pushed_further() -> None:
     scheme = WeightScheme(bits=2, group_size="channel", symmetric=True)
     origin = QuantizedTensor(torch.tensor([[3, 0]], dtype=torch.uint8), torch.ones(1, 1), None, scheme)
     state = kl_tuning.start(origin, None, Rates(rounding=0.3, scales=0))
@@ -145,7 +145,7 @@ def test_a_code_at_the_end_of_the_range_is_not_pushed_further_and_comes_back() -
     for step in range(20):
         kl_tuning.update(state, outward, Rates(0.3, 0), step)
     assert state.rounding is not None
-    # What was begun inside the range runs out: without the rule it would be 20 steps of 0.3.
+    # Only the momentum from inside the range is left: without the rule it would be 20 steps of 0.3.
     assert state.rounding.value.abs().max() < 3
     assert kl_tuning.result(state).codes.tolist() == [[3, 0]]
     for step in range(20, 60):
@@ -154,14 +154,14 @@ def test_a_code_at_the_end_of_the_range_is_not_pushed_further_and_comes_back() -
 
 
 @pytest.mark.parametrize(("rates", "moves"), [(Rates(0.1, 0), "codes"), (Rates(0, 0.1), "scales")])
-def test_a_rate_of_zero_leaves_its_part_alone(rates: Rates, moves: str) -> None:
+def test_a_rate_of_zero_changes_nothing(rates: Rates, moves: str) -> None:
     origin = rounded(random(4, 32), SCHEMES[0])
     state = kl_tuning.start(origin, None, rates)
     for step in range(10):
         kl_tuning.update(state, random(4, 32, seed=3), rates, step)
-    found = kl_tuning.result(state)
-    assert torch.equal(found.codes, origin.codes) == (moves != "codes")
-    assert torch.equal(found.scales, origin.scales) == (moves != "scales")
+    tuned = kl_tuning.result(state)
+    assert torch.equal(tuned.codes, origin.codes) == (moves != "codes")
+    assert torch.equal(tuned.scales, origin.scales) == (moves != "scales")
     assert len(kl_tuning.tensors(state)) == 3
 
 
@@ -173,7 +173,7 @@ def test_rates_rise_over_ten_steps_and_fall_to_zero() -> None:
     assert max(rates, key=lambda rate: rate.scales) == rates[9]
 
 
-def test_a_state_comes_back_as_it_was_kept() -> None:
+def test_a_restored_state_continues_equally() -> None:
     origin = rounded(random(4, 32), SCHEMES[1])
     whole = kl_tuning.start(origin, random(4, 32), RATES)
     kl_tuning.update(whole, random(4, 32, seed=4), RATES, 0)
@@ -189,7 +189,7 @@ def same(one: State, other: State) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_columns_may_be_grouped_in_an_order_of_their_own() -> None:
+def test_columns_may_have_a_group_index() -> None:
     plain = rounded(random(4, 32), SCHEMES[0])
     listed = QuantizedTensor(plain.codes, plain.scales, plain.zeros, plain.scheme, plain.column_groups().int())
     states = [kl_tuning.start(origin, None, RATES) for origin in (plain, listed)]

@@ -1,4 +1,4 @@
-"""Refitted scales against a dense least-squares solver on a design matrix that is written out."""
+"""Refitted scales compared with a dense least-squares solver on an explicit design matrix."""
 
 import dataclasses
 import math
@@ -32,7 +32,7 @@ def nearest(weight: Tensor, scheme: WeightScheme, dtype: torch.dtype = torch.flo
 
 
 def by_least_squares(weight: Tensor, quantized: QuantizedTensor, hessian: Tensor) -> Tensor:
-    """(N, G) float64.  H = LLᵀ, so a row's loss is ‖Lᵀ(w - Bᵀs)‖²; the ridge is a row √(μ D_g) a group below."""
+    """(N, G) float64.  H = LLᵀ, so a row's loss is ‖Lᵀ(w - Bᵀs)‖²; the ridge adds one row √(μ D_g) per group."""
     L = torch.linalg.cholesky(hessian.double())
     steps = quantized.codes.double() - (
         quantized.scheme.middle if quantized.zeros is None else quantized.zeros.double()[:, quantized.column_groups()]
@@ -51,23 +51,23 @@ def by_least_squares(weight: Tensor, quantized: QuantizedTensor, hessian: Tensor
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_scales_are_those_of_a_dense_solver(symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(refit, "ELEMENTS_AT_ONCE", 4 * K)  # four rows at once, and two are left
+    monkeypatch.setattr(refit, "ELEMENTS_AT_ONCE", 4 * K)  # four rows at once, then the last two
     weight, hessian = random(N, K), hessian_of(K)
     start = nearest(weight, WeightScheme(3, GROUP, symmetric))
-    found = refit.refine(weight, start, hessian, Options(torch.float32))
-    torch.testing.assert_close(found.scales.double(), by_least_squares(weight, start, hessian), rtol=1e-4, atol=0)
-    assert torch.equal(found.codes, start.codes)
-    loss, before = (output_error(weight, each.dequantize(), hessian) for each in (found, start))
+    refitted = refit.refine(weight, start, hessian, Options(torch.float32))
+    torch.testing.assert_close(refitted.scales.double(), by_least_squares(weight, start, hessian), rtol=1e-4, atol=0)
+    assert torch.equal(refitted.codes, start.codes)
+    loss, before = (output_error(weight, tensor.dequantize(), hessian) for tensor in (refitted, start))
     assert bool((loss < before).all())
 
 
 def test_a_row_is_accepted_only_where_its_loss_falls() -> None:
-    """Scales of eight bits of mantissa: one that is least squares already only moves by its rounding."""
+    """bfloat16 scales have eight bits: scales that are already optimal change only by rounding errors."""
     weight, hessian = random(40, K), hessian_of(K)
     start = nearest(weight, WeightScheme(3, GROUP), torch.bfloat16)
     once = refit.refine(weight, start, hessian, Options(torch.bfloat16))
     twice = refit.refine(weight, once, hessian, Options(torch.bfloat16))
-    losses = [output_error(weight, each.dequantize(), hessian) for each in (start, once, twice)]
+    losses = [output_error(weight, tensor.dequantize(), hessian) for tensor in (start, once, twice)]
     assert bool((losses[1] <= losses[0]).all()) and bool((losses[2] <= losses[1]).all())
     kept = (twice.scales == once.scales).all(1)
     assert bool(kept.any()) and once.scales.dtype == torch.bfloat16
@@ -77,17 +77,17 @@ def test_a_row_is_accepted_only_where_its_loss_falls() -> None:
     assert bool(worse.any()) and torch.equal(twice.scales[worse], once.scales[worse])
 
 
-def test_groups_of_zeros_keep_their_scale_and_no_scale_leaves_what_the_file_can_hold() -> None:
+def test_zero_groups_keep_their_scale_and_scales_fit_the_file() -> None:
     weight, hessian = random(N, K) * 1e-3, hessian_of(K)
     start = nearest(weight, WeightScheme(4, GROUP), torch.float16)
     start.codes[:, :GROUP] = start.scheme.middle
-    found = refit.refine(weight, start, hessian, Options(torch.float16))
-    assert torch.equal(found.scales[:, 0], start.scales[:, 0])
-    assert not torch.equal(found.scales[:, 1:], start.scales[:, 1:])
-    assert float(found.scales.min()) >= 6.1e-5
+    refitted = refit.refine(weight, start, hessian, Options(torch.float16))
+    assert torch.equal(refitted.scales[:, 0], start.scales[:, 0])
+    assert not torch.equal(refitted.scales[:, 1:], start.scales[:, 1:])
+    assert float(refitted.scales.min()) >= 6.1e-5
 
 
-def test_a_scale_does_not_change_its_sign_and_stays_a_number() -> None:
+def test_a_scale_keeps_its_sign_and_stays_finite() -> None:
     weight, hessian = random(N, K), hessian_of(K)
     start = nearest(weight, WeightScheme(4, GROUP))
     turned = refit.refine(-weight, dataclasses.replace(start, scales=-start.scales), hessian, Options(torch.float32))
@@ -100,8 +100,8 @@ def test_a_scale_does_not_change_its_sign_and_stays_a_number() -> None:
 
 
 @pytest.mark.parametrize(("group_size", "changes"), [("channel", True), ("tensor", False)])
-def test_one_scale_for_all_rows_is_left_alone(group_size: str, changes: bool) -> None:
+def test_a_scale_for_all_rows_is_not_refitted(group_size: str, changes: bool) -> None:
     weight, hessian = random(N, K), hessian_of(K)
     start = nearest(weight, WeightScheme(3, group_size))  # type: ignore[arg-type]
-    found = refit.refine(weight, start, hessian, Options(torch.float32))
-    assert torch.equal(found.scales, start.scales) is not changes
+    refitted = refit.refine(weight, start, hessian, Options(torch.float32))
+    assert torch.equal(refitted.scales, start.scales) is not changes

@@ -9,21 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmq import pipeline
 from llmq.algorithms import Options, rotation, rtn
 from llmq.config import QuantConfig
 from llmq.methods import METHODS, Method
 from llmq.model.analyse import fold, input_groups
 from llmq.model.analyse.fold import FoldSite
 from llmq.model.build.block import Block
-from llmq.model.passes.hidden_states import Stream
 from llmq.numerics.block_diagonal import columns, inverse, repeated, rows, scaling
 from llmq.numerics.input_stats import InputStats
-from llmq.numerics.layer_plan import LayerPlan
-from llmq.numerics.scheme import Scheme, WeightScheme
-from llmq.report.record import StageGain
+from llmq.numerics.scheme import WeightScheme
 from llmq.settings import config_to, merged
+from llmq.steps.transforms import BlockTransforms
 from tests.builders import skeleton_of, tokens
+from tests.passes import plans_of, run_without_output, streams_over
 
 Checkpoints = Callable[..., Path]
 EPSILON = 2.0**-24
@@ -34,7 +32,7 @@ SIZES = [1, 2, 8, 16, 128, 3, 12, 80]
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_the_matrix_is_orthogonal_and_the_seed_decides_it(size: int) -> None:
+def test_the_matrix_is_orthogonal_and_drawn_by_its_seed(size: int) -> None:
     R = rotation.orthogonal(size, seed=1)
     np.testing.assert_allclose((R.double() @ R.double().T).numpy(), np.eye(size), atol=size * 4 * EPSILON)
     assert torch.equal(R, rotation.orthogonal(size, seed=1))
@@ -42,7 +40,7 @@ def test_the_matrix_is_orthogonal_and_the_seed_decides_it(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 8, 128])
-def test_for_a_power_of_two_all_entries_are_equally_large(size: int) -> None:
+def test_entries_are_equally_large_for_powers_of_two(size: int) -> None:
     R = rotation.orthogonal(size, seed=0)
     torch.testing.assert_close(R.abs(), torch.full((size, size), size**-0.5), rtol=4 * EPSILON, atol=0)
 
@@ -61,7 +59,7 @@ def test_a_loud_channel_is_spread_over_its_head() -> None:
     assert float(turned.abs().mean(0).max() / turned.abs().mean()) < 1.5
 
 
-def test_where_nothing_may_be_mixed_nothing_is_rotated() -> None:
+def test_nothing_is_rotated_where_nothing_may_be_mixed() -> None:
     stats, unasked = InputStats(8, torch.device("cpu")), cast(Any, None)
     assert rotation.basis(stats, torch.arange(8), lambda: 1, unasked) is None
     found = rotation.basis(stats, torch.arange(8), lambda: 4, unasked)
@@ -85,7 +83,7 @@ BASES = {
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_products_with_a_basis_are_those_with_the_whole_matrix(name: str) -> None:
+def test_products_with_a_basis_equal_dense_products(name: str) -> None:
     A, generator = BASES[name], torch.Generator().manual_seed(0)
     W, bias = torch.randn(5, 8, generator=generator), torch.randn(8, generator=generator)
     close: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}  # sums of 8 products in float32
@@ -96,7 +94,7 @@ def test_products_with_a_basis_are_those_with_the_whole_matrix(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_statistics_in_a_basis_are_those_of_inputs_in_it(name: str) -> None:
+def test_statistics_in_a_basis_equal_those_of_its_inputs(name: str) -> None:
     A, generator = BASES[name], torch.Generator().manual_seed(0)
     X, moved = torch.randn(2, 50, 8, generator=generator)
     back = dense(inverse(A)).float()
@@ -107,8 +105,8 @@ def test_statistics_in_a_basis_are_those_of_inputs_in_it(name: str) -> None:
     found = before.in_basis(A)
     assert found.held_out is not None and after.held_out is not None and found.tokens == 50
     for each, expected in ((found, after), (found.held_out, after.held_out)):
-        for moment in ("hessian", "cross") if each is found else ("hessian", "cross", "drift"):
-            torch.testing.assert_close(getattr(each, moment), getattr(expected, moment), rtol=1e-4, atol=1e-3)
+        for moment in ("second_moment", "cross_moment", *(() if each is found else ("drift_moment",))):
+            torch.testing.assert_close(getattr(each, moment)(), getattr(expected, moment)(), rtol=1e-4, atol=1e-3)
 
 
 # ---- where a block allows it
@@ -174,7 +172,7 @@ def test_dead_columns_are_not_mixed(checkpoint: Checkpoints) -> None:
 
 
 @pytest.mark.parametrize("case", HEADS)
-def test_a_rotation_keeps_the_function_and_is_undone_exactly(checkpoint: Checkpoints, case: str) -> None:
+def test_a_rotation_keeps_the_function_and_can_be_undone(checkpoint: Checkpoints, case: str) -> None:
     name, changes, size = HEADS[case]
     loaded = Loaded(checkpoint(name, **changes))
     site, parameters, before = loaded.site("o_proj"), parameters_of(loaded.block), loaded.block.run(loaded.call)
@@ -212,33 +210,28 @@ HARMS = (8.0, 0.25)  # one that W_v makes loud and W_o quiet brings its errors t
 
 
 class Rewritten:
-    """The first block after the pipeline's step for rotations, and how it was before.
+    """The first block after rotations, and how it was before.
 
-    loud  what the first channel of each head is multiplied by, in W_v and in W_o
+    loud        what the first channel of each head is multiplied by, in W_v and in W_o
+    validation  how many sequences judge
+    kept        the end of the paths of layers that are kept in float
     """
 
-    def __init__(self, folder: Path, loud: tuple[float, float], *, held_out: int = 2, left: str = "none") -> None:
+    def __init__(self, folder: Path, loud: tuple[float, float], *, validation: int = 2, kept: str = "none") -> None:
         walked = skeleton_of(folder)
         self.block = walked.blocks[0]
-        plans = {
-            path: LayerPlan(
-                path, m.out_features, m.in_features, Scheme(None if path.endswith(left) else WeightScheme(4, 16))
-            )
-            for path, m in self.block.linears.items()
-        }
-        self.stream = Stream(walked, tokens(6, 24), batch=2, held_out=held_out)
-        nothing = cast(Any, None)
+        self.streams = streams_over(walked, tokens(6, 24), validation=validation)
         method = Method(rounding="rtn", transforms=("rotation",))
-        run = pipeline.Run(walked, self.stream, plans, method, Options(), nothing, nothing, nothing)
+        run = run_without_output(walked, self.streams, plans_of(self.block, WeightScheme(4, 16), kept), method)
         self.block.load()
         value, output = (self.block.module.get_parameter(f"self_attn.{side}_proj.weight").data for side in "vo")
         value[::8] *= loud[0]
         output[:, ::8] *= loud[1]
         self.before = parameters_of(self.block)
-        self.observed = input_groups.statistics(
-            self.block, pipeline.group_weights(run, self.block), self.stream.fitted_calls()
-        )
-        self.told = list(pipeline.transform(run, "rotation", self.block, self.observed))
+        groups = input_groups.input_groups(self.block, self.streams.quantized.sample(24))
+        transforms = BlockTransforms(run, self.streams, self.block, groups)
+        transforms.apply("rotation")
+        self.observed, self.notes, self.gains = transforms.observed, transforms.notes, transforms.gains
 
     @property
     def changed(self) -> set[str]:
@@ -250,76 +243,71 @@ SIDES = {"self_attn.v_proj.weight", "self_attn.o_proj.weight"}
 
 
 @pytest.mark.parametrize(("loud", "wins"), [(HELPS, True), (HARMS, False)])
-def test_a_rotation_is_kept_where_it_wins_and_undone_where_not(
-    checkpoint: Checkpoints, loud: tuple[float, float], wins: bool
-) -> None:
-    found = Rewritten(checkpoint("llama"), loud)
-    (gain,) = found.told
-    assert isinstance(gain, StageGain)
+def test_a_rotation_is_kept_only_where_it_helps(checkpoint: Checkpoints, loud: tuple[float, float], wins: bool) -> None:
+    result = Rewritten(checkpoint("llama"), loud)
+    (gain,) = result.gains
     assert (gain.stage, gain.kept, gain.after < gain.before) == ("rotation", wins, wins)
-    assert found.changed == (SIDES if wins else set())  # undone bit for bit
+    assert result.changed == (SIDES if wins else set())  # undone bit for bit
 
 
-def test_what_is_said_to_be_won_is_the_error_on_held_out_text(checkpoint: Checkpoints) -> None:
+def test_reported_gains_are_errors_on_validation_text(checkpoint: Checkpoints) -> None:
     """Both sides rounded to the nearest by hand, in front of the rotation and behind it."""
-    found = Rewritten(checkpoint("llama"), HELPS)
-    (gain,) = found.told
-    assert isinstance(gain, StageGain)
-    call, losses = found.stream.call_on([4, 5]), []
-    rotated = parameters_of(found.block)
-    for weights in (found.before, rotated):
-        put(found.block, weights)
-        exact = found.block.run(call)
+    result = Rewritten(checkpoint("llama"), HELPS)
+    (gain,) = result.gains
+    call, losses = result.streams.quantized.call([4, 5]), []
+    rotated = parameters_of(result.block)
+    for weights in (result.before, rotated):
+        put(result.block, weights)
+        exact = result.block.run(call)
         sides = {side: rtn.round_weight(weights[side], None, WeightScheme(4, 16), Options()) for side in SIDES}
-        put(found.block, weights | {side: each.quantized.dequantize() for side, each in sides.items()})
-        losses.append(float((found.block.run(call) - exact).double().square().sum()) / 48)
+        rounded = {side: rounding.quantized.dequantize() for side, rounding in sides.items()}
+        put(result.block, weights | rounded)
+        losses.append(float((result.block.run(call) - exact).double().square().sum()) / 48)
     assert (gain.before, gain.after) == pytest.approx(losses, rel=1e-3)
 
 
-def test_the_statistics_are_those_of_the_rotated_block(checkpoint: Checkpoints) -> None:
-    found = Rewritten(checkpoint("llama"), HELPS)
-    assert found.changed
-    fresh = input_groups.statistics(found.block, list(found.observed), found.stream.fitted_calls())
-    for group, stats in found.observed.items():
+def test_statistics_are_those_of_the_rotated_block(checkpoint: Checkpoints) -> None:
+    result = Rewritten(checkpoint("llama"), HELPS)
+    assert result.changed
+    fresh = input_groups.statistics(result.block, list(result.observed), result.streams.quantized.fitted_calls())
+    for group, stats in result.observed.items():
         torch.testing.assert_close(stats.second_moment(), fresh[group].second_moment(), rtol=1e-4, atol=1e-4)
 
 
-def test_without_held_out_text_the_calibration_text_decides_and_no_gain_is_claimed(checkpoint: Checkpoints) -> None:
-    found = [Rewritten(checkpoint("llama"), loud, held_out=0) for loud in (HELPS, HARMS)]
-    assert [each.told for each in found] == [[], []]
-    assert [each.changed for each in found] == [SIDES, set()]
+def test_without_validation_text_no_gain_is_claimed(checkpoint: Checkpoints) -> None:
+    """The calibration text decides."""
+    results = [Rewritten(checkpoint("llama"), loud, validation=0) for loud in (HELPS, HARMS)]
+    assert [result.gains for result in results] == [[], []]
+    assert [result.changed for result in results] == [SIDES, set()]
 
 
-@pytest.mark.parametrize("left", ["v_proj", "o_proj"])
-def test_a_layer_that_is_to_stay_is_not_rotated(checkpoint: Checkpoints, left: str) -> None:
-    found = Rewritten(checkpoint("llama"), HELPS, left=left)
-    assert not found.changed and not any(isinstance(told, StageGain) for told in found.told)
+@pytest.mark.parametrize("kept", ["v_proj", "o_proj"])
+def test_layers_kept_in_float_are_not_rotated(checkpoint: Checkpoints, kept: str) -> None:
+    result = Rewritten(checkpoint("llama"), HELPS, kept=kept)
+    assert not result.changed and not result.gains
 
 
-def test_what_a_stage_says_is_legal_is_proved_all_the_same(
-    checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rotation_that_moves_the_output_is_undone(checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
     """Were the width found wrongly, the MLP's inputs would be mixed, and heads with each other."""
     monkeypatch.setattr(fold, "mixing_width", lambda block, site, probe: 16 if "proj" in site.producer else 1)
-    found = Rewritten(checkpoint("llama", num_key_value_heads=4), HELPS)
-    told = [each for each in found.told if isinstance(each, str)]
-    assert any("down_proj: rotation undone, it moved" in note for note in told)
-    assert any("o_proj: rotation undone, it moved" in note for note in told)
-    assert not found.changed and not any(isinstance(each, StageGain) for each in found.told)
+    result = Rewritten(checkpoint("llama", num_key_value_heads=4), HELPS)
+    undone = [note for note in result.notes if "undone" in note]
+    assert any("down_proj: rotation" in note for note in undone) and any("o_proj: rotation" in note for note in undone)
+    assert not result.changed and not result.gains
 
 
 # ---- who asks
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_any_method_can_rotate_and_then_holds_text_out(method: str) -> None:
+def test_any_method_can_rotate_and_then_validates(method: str) -> None:
     plain, stages = METHODS[method], QuantConfig(method=method, rotate=True).stages
     assert stages.transforms == ("rotation", *plain.transforms)
     assert stages.held_out == (plain.held_out or 0.1) and stages.needs_calibration
     assert QuantConfig(method=method).stages == plain
 
 
-def test_the_setting_survives_toml_and_merging() -> None:
+def test_the_rotate_setting_survives_toml_and_merging() -> None:
     asked = merged(QuantConfig(), {"rotate": True})
     assert asked.rotate and QuantConfig.model_validate(config_to(asked)) == asked
     assert merged(asked, {"rotate": None}).rotate

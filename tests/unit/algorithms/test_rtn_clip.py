@@ -1,4 +1,4 @@
-"""The two stages that round to nearest: blind to the inputs, and with ranges clipped for them."""
+"""The two stages that round to nearest: without statistics, and with ranges clipped for the inputs."""
 
 import numpy as np
 import pytest
@@ -19,8 +19,8 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def loud_stats(K: int = 32) -> InputStats:
-    """Independent inputs, a few of them loud."""
+def outlier_stats(K: int = 32) -> InputStats:
+    """Statistics of independent inputs with a few outlier channels."""
     stats = InputStats(K, torch.device("cpu"))
     X = random(256, K, seed=1)
     X[:, ::8] *= 20
@@ -28,9 +28,9 @@ def loud_stats(K: int = 32) -> InputStats:
     return stats
 
 
-def nearest_by_hand(weight: Tensor, found: Rounding, scheme: WeightScheme) -> np.ndarray:
-    """(N, K) codes: for each weight the code whose decoded value is closest, by looking at all of them."""
-    q, per_group = found.quantized, scheme.columns_per_group(weight.shape[1])
+def nearest_by_hand(weight: Tensor, rounding: Rounding, scheme: WeightScheme) -> np.ndarray:
+    """(N, K) codes: for each weight the code with the closest decoded value, by trying all codes."""
+    q, per_group = rounding.quantized, scheme.columns_per_group(weight.shape[1])
     codes = np.zeros(weight.shape, int)
     for n, k in np.ndindex(*weight.shape):
         zero = scheme.middle if q.zeros is None else int(q.zeros[n, k // per_group])
@@ -43,58 +43,58 @@ def nearest_by_hand(weight: Tensor, found: Rounding, scheme: WeightScheme) -> np
 @pytest.mark.parametrize(
     "scheme", [WeightScheme(4, 16), WeightScheme(3, "channel", symmetric=False), WeightScheme(2, "tensor")], ids=str
 )
-def test_rtn_takes_the_nearest_point_of_its_grid(scales: str, scheme: WeightScheme) -> None:
+def test_rtn_takes_the_nearest_value_of_its_grid(scales: str, scheme: WeightScheme) -> None:
     weight = random(4, 32)
-    found = rtn.round_weight(weight, None, scheme, Options(scales=scales))
-    np.testing.assert_array_equal(found.quantized.codes.numpy(), nearest_by_hand(weight, found, scheme))
-    assert found.damping is None and found.notes == ()
+    rounding = rtn.round_weight(weight, None, scheme, Options(scales=scales))
+    np.testing.assert_array_equal(rounding.quantized.codes.numpy(), nearest_by_hand(weight, rounding, scheme))
+    assert rounding.damping is None and rounding.notes == ()
 
 
-def test_rtn_uses_the_grid_that_was_asked_for() -> None:
+def test_rtn_uses_the_requested_grid() -> None:
     weight = random(4, 32)
     for scales, fit in (("searched", affine_grid.fit_searched), ("minmax", affine_grid.fit_minmax)):
-        found = rtn.round_weight(weight, loud_stats(), G16, Options(torch.float16, scales=scales))
-        assert torch.equal(found.quantized.scales, fit(weight, G16, torch.float16).scales)
+        rounding = rtn.round_weight(weight, outlier_stats(), G16, Options(torch.float16, scales=scales))
+        assert torch.equal(rounding.quantized.scales, fit(weight, G16, torch.float16).scales)
 
 
-def test_clip_takes_the_nearest_point_of_a_grid_chosen_for_the_inputs() -> None:
-    weight, stats = random(4, 32), loud_stats()
-    found = clip.round_weight(weight, stats, G16, Options())
-    np.testing.assert_array_equal(found.quantized.codes.numpy(), nearest_by_hand(weight, found, G16))
+def test_clip_chooses_its_grid_for_the_inputs() -> None:
+    weight, stats = random(4, 32), outlier_stats()
+    clipped = clip.round_weight(weight, stats, G16, Options())
+    np.testing.assert_array_equal(clipped.quantized.codes.numpy(), nearest_by_hand(weight, clipped, G16))
     blind = rtn.round_weight(weight, stats, G16, Options())
     errors = [
         float(output_error(weight, rounding.quantized.dequantize(), torch.diag(stats.mean_square)).sum())
-        for rounding in (found, blind)
+        for rounding in (clipped, blind)
     ]
     assert errors[0] < 0.9 * errors[1]
 
 
-@pytest.mark.parametrize("case", ["no statistics", "min-max asked for", "silent inputs"])
-def test_clip_without_anything_to_clip_for_is_rtn(case: str) -> None:
+@pytest.mark.parametrize("case", ["no statistics", "min-max requested", "zero inputs"])
+def test_clip_without_usable_statistics_is_rtn(case: str) -> None:
     weight = random(4, 32)
-    stats = {"no statistics": None, "min-max asked for": loud_stats()}.get(case, InputStats(32, torch.device("cpu")))
-    options = Options(scales="minmax" if case == "min-max asked for" else "searched")
-    found, plain = clip.round_weight(weight, stats, G16, options), rtn.round_weight(weight, None, G16, options)
-    assert torch.equal(found.quantized.dequantize(), plain.quantized.dequantize())
+    stats = {"no statistics": None, "min-max requested": outlier_stats()}.get(case, InputStats(32, torch.device("cpu")))
+    options = Options(scales="minmax" if case == "min-max requested" else "searched")
+    clipped, plain = clip.round_weight(weight, stats, G16, options), rtn.round_weight(weight, None, G16, options)
+    assert torch.equal(clipped.quantized.dequantize(), plain.quantized.dequantize())
 
 
-def test_a_channel_silent_in_calibration_keeps_a_voice() -> None:
-    """Where a whole group is silent, its scales are chosen as if all its channels were alike."""
-    weight, stats = random(4, 32), loud_stats()
+def test_a_channel_that_was_zero_in_calibration_still_counts() -> None:
+    """Where a whole group was zero, its scales are chosen as if all its channels had equal inputs."""
+    weight, stats = random(4, 32), outlier_stats()
     stats._gram[:16] = stats._gram[:, :16] = 0
-    found = clip.round_weight(weight, stats, G16, Options())
+    clipped = clip.round_weight(weight, stats, G16, Options())
     blind = rtn.round_weight(weight, None, G16, Options())
-    assert torch.equal(found.quantized.scales[:, 0], blind.quantized.scales[:, 0])
+    assert torch.equal(clipped.quantized.scales[:, 0], blind.quantized.scales[:, 0])
 
 
-def test_the_output_error_is_the_mean_square_of_what_the_output_changes_by() -> None:
+def test_the_output_error_is_the_mean_squared_change() -> None:
     weight, rounded, X = random(3, 8), random(3, 8, seed=1), random(40, 8, seed=2)
     change = X.double() @ (weight - rounded).double().T  # (T, N)
-    found = output_error(weight, rounded, X.T @ X / 40)
-    torch.testing.assert_close(found.double(), change.square().mean(0), rtol=1e-5, atol=0)  # 64 float32 products
+    error = output_error(weight, rounded, X.T @ X / 40)
+    torch.testing.assert_close(error.double(), change.square().mean(0), rtol=1e-5, atol=0)  # 64 float32 products
 
 
-def test_every_stage_that_a_method_names_has_a_file() -> None:
+def test_every_stage_of_a_method_has_a_file() -> None:
     for method in METHODS.values():
         assert callable(algorithms.rounding(method.rounding).round_weight)
         for name in method.transforms:
@@ -105,12 +105,12 @@ def test_every_stage_that_a_method_names_has_a_file() -> None:
 
 @pytest.mark.parametrize("name", sorted({method.rounding for method in METHODS.values()}))
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_every_rounding_stage_gives_what_the_layouts_take(name: str, dtype: torch.dtype) -> None:
+def test_every_rounding_stage_gives_dtypes_of_the_layouts(name: str, dtype: torch.dtype) -> None:
     scheme = WeightScheme(4, 16, symmetric=False)
-    found = algorithms.rounding(name).round_weight(random(8, 32), loud_stats(), scheme, Options(dtype))
-    q = found.quantized
+    rounding = algorithms.rounding(name).round_weight(random(8, 32), outlier_stats(), scheme, Options(dtype))
+    q = rounding.quantized
     assert q.codes.dtype == torch.uint8 and q.codes.shape == (8, 32) and int(q.codes.max()) <= 15
     assert q.scales.dtype == dtype and q.scales.shape == (8, 2)
     assert q.zeros is not None and q.zeros.dtype == torch.int16 and q.zeros.shape == (8, 2)
-    part = found.rows(2, 5)
-    assert torch.equal(part.quantized.dequantize(), q.dequantize()[2:5]) and part.notes == found.notes
+    part = rounding.rows(2, 5)
+    assert torch.equal(part.quantized.dequantize(), q.dequantize()[2:5]) and part.notes == rounding.notes

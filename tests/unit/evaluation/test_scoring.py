@@ -328,6 +328,6 @@ def test_number_of_sequences_can_be_limited(tokenizer: Any, tmp_path: Path) -> N
 def test_text_shorter_than_a_sequence_is_refused(tokenizer: Any, tmp_path: Path) -> None:
     file = tmp_path / "text.txt"
     file.write_text("word")
-    with pytest.raises(CalibrationError, match=r"holds 5 tokens, fewer than one window of 50") as caught:
+    with pytest.raises(CalibrationError, match=r"holds 5 tokens, fewer than one sequence of 50") as caught:
         read_windows(str(file), tokenizer, 50)
     assert "--seqlen" in caught.value.hint

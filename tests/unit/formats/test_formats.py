@@ -1,4 +1,4 @@
-"""What each layout can hold, what it writes into config.json, and what it understands of other writers' config.json."""
+"""What each layout can hold, what it writes to config.json, and what it reads from config.json of other writers."""
 
 import dataclasses
 import re
@@ -39,13 +39,13 @@ def compressed(weights: dict[str, object], **group: object) -> dict[str, object]
 # ---- finding a layout
 
 
-def test_every_layout_that_the_settings_offer_has_a_file() -> None:
+def test_every_format_of_the_settings_has_a_file() -> None:
     assert set(formats.names()) == {name for name in FORMATS if not name.startswith("gguf:")}
     assert [formats.load(name).name for name in formats.names()] == list(formats.names())
 
 
 @pytest.mark.parametrize("name", [name for name in formats.names() if name != "gguf"])
-def test_a_layout_is_found_by_name_and_by_quant_method(name: str) -> None:
+def test_a_layout_is_loaded_by_name_and_by_quant_method(name: str) -> None:
     layout = formats.load(name)
     block = layout.quantization_config({Q: G32}, [])
     assert layout.name == name
@@ -53,13 +53,13 @@ def test_a_layout_is_found_by_name_and_by_quant_method(name: str) -> None:
     assert formats.detect(block) is (gptq.LAYOUT if name == "gptq_v2" else layout)
 
 
-def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
+def test_the_error_for_an_unknown_name_lists_the_known_names() -> None:
     with pytest.raises(ConfigError, match=r"'bits'.*awq, compressed-tensors, gguf, gptq"):
         formats.load("bits")
 
 
 @pytest.mark.parametrize("block", [{"quant_method": "fp8"}, {}])
-def test_an_unknown_quant_method_is_answered_with_the_known_ones(block: dict[str, str]) -> None:
+def test_the_error_for_an_unknown_quant_method_lists_formats(block: dict[str, str]) -> None:
     with pytest.raises(FormatError, match=r"awq, compressed-tensors, gptq"):
         formats.detect(block)
 
@@ -119,56 +119,56 @@ def test_scales_are_rounded_to_what_readers_expect() -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 @pytest.mark.parametrize("scheme", [G32, ASYMMETRIC, WeightScheme(4, "channel"), WeightScheme(4, "tensor")], ids=str)
-def test_a_declaration_is_read_back(layout: Layout, scheme: WeightScheme) -> None:
+def test_a_written_configuration_is_read_back(layout: Layout, scheme: WeightScheme) -> None:
     read = layout.read_config(layout.quantization_config({Q: scheme, K: scheme}, ["model.layers.1.mlp.gate", HEAD]))
     stored = scheme if scheme.group_size != "tensor" else dataclasses.replace(scheme, group_size="channel")
-    if layout is awq.LAYOUT:  # whose zeros are always there
+    if layout is awq.LAYOUT:  # it always stores zero points
         stored = dataclasses.replace(stored, symmetric=False)
     assert [getattr(read(name), "scheme", None) for name in (Q, K, HEAD)] == [stored, stored, None]
     assert read("model.layers.1.mlp.gate") is None
 
 
-def test_compressed_tensors_targets_every_linear_where_there_is_one_grid() -> None:
+def test_compressed_tensors_with_one_grid_targets_linear() -> None:
     block = compressed_tensors.quantization_config({Q: G32, K: G32}, [HEAD])
     (group,) = block["config_groups"].values()
     assert (group["targets"], block["ignore"]) == (["Linear"], [HEAD])
 
 
 @pytest.mark.parametrize("layout", [compressed_tensors.LAYOUT, gptq.LAYOUT], ids=lambda layout: layout.name)
-def test_grids_beside_each_other_are_told_apart_by_module(layout: Layout) -> None:
+def test_several_grids_are_declared_by_module(layout: Layout) -> None:
     schemes = {Q: WeightScheme(8, 64), K: G32, f"{K}2": G32, "a.b": WeightScheme(4, "channel")}
     read = layout.read_config(layout.quantization_config(schemes, ["a.c", HEAD]))
     assert {name: read(name).scheme for name in schemes} == schemes  # type: ignore[union-attr]
     assert read("a.c") is read(HEAD) is None
 
 
-def test_gptq_declares_what_engines_require() -> None:
+def test_gptq_declares_the_keys_that_engines_require() -> None:
     assert gptq.quantization_config({Q: G32}, [HEAD]) == {
         "quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False,
         "checkpoint_format": "gptq", "pack_dtype": "int32", "lm_head": False,
     }  # fmt: skip
 
 
-def test_gptq_exceptions_are_whole_names_not_patterns() -> None:
+def test_gptq_exceptions_match_whole_names() -> None:
     block = gptq.quantization_config({"a.b": G32, "a.c": G32, "a.d": WeightScheme(8, "channel")}, ["x.y"])
     assert block["dynamic"] == {r"-:^x\.y$": {}, r"+:^a\.d$": {"bits": 8, "group_size": -1, "sym": True}}
     read = gptq.read_config(block)
     assert read("axd.q") == read("x.y.z") == Reading(G32, zeros_offset=1)
 
 
-def test_gptq_zeros_are_of_one_version_in_a_file() -> None:
+def test_a_gptq_file_has_zeros_of_one_version() -> None:
     assert gptq.quantization_config({Q: ASYMMETRIC}, [])["checkpoint_format"] == "gptq_v2"
     with pytest.raises(ConfigError, match="symmetric and asymmetric") as caught:
         gptq.quantization_config({Q: ASYMMETRIC, K: G32}, [])
     assert "compressed-tensors" in caught.value.hint
 
 
-def test_awq_holds_one_grid() -> None:
+def test_an_awq_file_holds_one_grid() -> None:
     with pytest.raises(ConfigError, match="int4 channel symmetric, int4 g32 symmetric"):
         awq.quantization_config({Q: G32, K: WeightScheme(4, "channel")}, [])
 
 
-def test_awq_names_that_readers_would_confuse_are_refused() -> None:
+def test_awq_refuses_names_that_readers_would_confuse() -> None:
     with pytest.raises(ConfigError, match=r"a\.gate_proj.*a\.gate,"):
         awq.quantization_config({"a.gate_proj": G32}, ["a.gate"])
 
@@ -181,15 +181,15 @@ def test_a_quantized_head_is_declared(layout: Layout) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
-def test_nothing_quantized_is_no_quantized_checkpoint(layout: Layout) -> None:
+def test_a_checkpoint_without_quantized_modules_is_refused(layout: Layout) -> None:
     with pytest.raises(ConfigError, match="no module is quantized"):
         layout.quantization_config({}, [Q])
 
 
-# ---- declarations of other writers
+# ---- configurations of other writers
 
 
-def test_compressed_tensors_name_goes_before_pattern_before_class() -> None:
+def test_compressed_tensors_prefers_name_to_pattern_to_class() -> None:
     def group(bits: int, *targets: str) -> dict[str, object]:
         weights = {"num_bits": bits, "strategy": "channel"}
         return {"targets": list(targets), "weights": weights, "format": "pack-quantized"}
@@ -197,8 +197,8 @@ def test_compressed_tensors_name_goes_before_pattern_before_class() -> None:
     groups = {"a": group(4, "Linear"), "b": group(8, r"re:.*\.mlp\..*"), "c": group(2, "x.mlp.up")}
     block = {"format": "mixed-precision", "config_groups": groups, "ignore": [HEAD, "re:.*router"]}
     read = compressed_tensors.read_config(block)
-    found = {name: reading.scheme.bits for name in ("x.q", "x.mlp.down", "x.mlp.up") if (reading := read(name))}
-    assert found == {"x.q": 4, "x.mlp.down": 8, "x.mlp.up": 2}
+    bits = {name: reading.scheme.bits for name in ("x.q", "x.mlp.down", "x.mlp.up") if (reading := read(name))}
+    assert bits == {"x.q": 4, "x.mlp.down": 8, "x.mlp.up": 2}
     assert read(HEAD) is read("x.mlp.router") is None
 
 
@@ -211,23 +211,23 @@ def test_compressed_tensors_name_goes_before_pattern_before_class() -> None:
         ({"strategy": None, "group_size": 64}, 64),
     ],
 )
-def test_compressed_tensors_strategies(weights: dict[str, object], group_size: object) -> None:
+def test_compressed_tensors_reads_strategies(weights: dict[str, object], group_size: object) -> None:
     assert compressed_tensors.read_config(compressed(weights))(Q) == Reading(WeightScheme(4, group_size))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("actorder", "needed"), [("group", True), ("static", False), (None, False)])
-def test_compressed_tensors_once_stored_an_order_of_columns(actorder: str | None, needed: bool) -> None:
+def test_compressed_tensors_reads_actorder_of_older_files(actorder: str | None, needed: bool) -> None:
     block = compressed({"actorder": actorder})
     assert compressed_tensors.read_config(block)(Q) == Reading(G32, needs_group_index=needed)
 
 
-def test_gptq_of_the_first_writers_says_little_and_means_version_one() -> None:
+def test_gptq_without_a_version_means_version_one() -> None:
     read = gptq.read_config({"bits": 4, "group_size": -1, "desc_act": True})
     assert read(Q) == Reading(WeightScheme(4, "channel"), zeros_offset=1, needs_group_index=True)
     assert read(HEAD) is None
 
 
-def test_gptq_the_first_matching_pattern_decides() -> None:
+def test_gptq_uses_the_first_matching_pattern() -> None:
     dynamic = {r"-:.*\.mlp\.": {}, r".*layers\.1\.": {"bits": 8}, r"+:.*": {"group_size": 64, "sym": False}}
     read = gptq.read_config({"bits": 4, "group_size": 32, "format": "gptq_v2", "dynamic": dynamic})
     assert read("model.layers.1.mlp.up_proj") is None
@@ -235,7 +235,7 @@ def test_gptq_the_first_matching_pattern_decides() -> None:
     assert read("model.layers.2.self_attn.q_proj") == Reading(WeightScheme(4, 64, symmetric=False))
 
 
-def test_gptq_modules_in_block_leave_the_others_out() -> None:
+def test_gptq_modules_in_block_exclude_the_others() -> None:
     listed = [["self_attn.q_proj", "self_attn.v_proj"], ["proj"]]
     read = gptq.read_config({"bits": 4, "group_size": 32, "modules_in_block_to_quantize": listed})
     assert read(Q) == Reading(G32, zeros_offset=1)
@@ -249,7 +249,7 @@ def test_gptq_modules_in_block_leave_the_others_out() -> None:
         {"w_bit": 4, "q_group_size": 32, "zero_point": True, "version": "GEMM", "modules_to_not_convert": ["gate"]},
     ],
 )
-def test_awq_both_families_of_names(block: dict[str, object]) -> None:
+def test_awq_reads_both_families_of_keys(block: dict[str, object]) -> None:
     read = awq.read_config(block)
     assert read(Q) == Reading(ASYMMETRIC)
     assert read("model.layers.0.mlp.gate.up") is None
@@ -265,12 +265,12 @@ def test_awq_without_zero_point_is_symmetric() -> None:
         (compressed_tensors.LAYOUT, compressed({"num_bits": 1}), "1 bits, expected one of 2, 3, 4, 5, 6, 7, 8"),
         (compressed_tensors.LAYOUT, compressed({"type": "float"}), "type 'float', expected 'int'"),
         (compressed_tensors.LAYOUT, compressed({"dynamic": True}), "dynamic True"),
-        (compressed_tensors.LAYOUT, compressed({"strategy": "block"}), "by 'block'"),
-        (compressed_tensors.LAYOUT, compressed({"group_size": 40}), "group size is 40, which is no legal one"),
+        (compressed_tensors.LAYOUT, compressed({"strategy": "block"}), "per 'block'"),
+        (compressed_tensors.LAYOUT, compressed({"group_size": 40}), "group size is 40, expected one of 16"),
         (compressed_tensors.LAYOUT, compressed({}, format="marlin-24"), "'marlin-24', expected one of pack-quantized"),
         (compressed_tensors.LAYOUT, compressed({}, format="float-quantized"), "'float-quantized'"),
         (compressed_tensors.LAYOUT, compressed({}) | {"format": "mxfp8-quantized"}, "'mxfp8-quantized'"),
-        (compressed_tensors.LAYOUT, compressed({}, format="nvfp4-pack-quantized"), "floats of 4 bits by 16"),
+        (compressed_tensors.LAYOUT, compressed({}, format="nvfp4-pack-quantized"), "4-bit floats in groups of 16"),
         (compressed_tensors.LAYOUT, compressed({}) | {"transform_config": {"config_groups": {}}}, "transform_config"),
         (compressed_tensors.LAYOUT, compressed({}) | {"sparsity_config": {"format": "sparse-24"}}, "sparse-24"),
         (compressed_tensors.LAYOUT, {"config_groups": {"W4A16": ["Linear"]}}, "W4A16"),
@@ -290,20 +290,20 @@ def test_awq_without_zero_point_is_symmetric() -> None:
         (awq.LAYOUT, {"bits": 4, "group_size": 32, "modules_to_not_convert": "gate"}, "'gate'"),
     ],
 )
-def test_what_is_declared_but_not_supported_is_named(layout: Layout, block: dict[str, object], words: str) -> None:
+def test_unsupported_declarations_are_named(layout: Layout, block: dict[str, object], words: str) -> None:
     with pytest.raises(FormatError, match=words):
         layout.read_config(block)
 
 
 @pytest.mark.parametrize("empty", [None, {}, {"format": "dense", "targets": []}])
-def test_compressed_tensors_blocks_that_ask_for_nothing_are_fine(empty: object) -> None:
+def test_compressed_tensors_accepts_empty_sparsity_config(empty: object) -> None:
     assert compressed_tensors.read_config(compressed({}) | {"sparsity_config": empty})(Q) == Reading(G32)
 
 
 # ---- the page
 
 
-def test_the_page_names_everything_that_is_written_and_read() -> None:
+def test_the_page_lists_all_formats() -> None:
     page = (Path(__file__).resolve().parents[3] / "docs" / "FORMATS.md").read_text(encoding="utf-8")
     read = {
         *formats.names(), *(layout.name for layout in formats.readable()), *gptq.VERSIONS, *FORMATS,

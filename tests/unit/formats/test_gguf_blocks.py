@@ -1,4 +1,4 @@
-"""Blocks against the package of the format's owner, and against each other."""
+"""GGUF blocks, compared with the package gguf, and packed and unpacked again."""
 
 import numpy as np
 import pytest
@@ -12,16 +12,16 @@ gguf = pytest.importorskip("gguf")
 SEEDS = st.integers(0, 2**32 - 1)
 
 
-def _same(found: np.ndarray, expected: np.ndarray) -> None:
-    assert found.dtype == np.float32 and found.shape == expected.shape
-    number = ~np.isnan(expected)  # which of its bits a NaN has is the processor's affair
-    assert np.array_equal(np.isnan(found), ~number)
-    assert np.array_equal(found[number].view(np.uint32), expected[number].view(np.uint32))
+def _same(actual: np.ndarray, expected: np.ndarray) -> None:
+    assert actual.dtype == np.float32 and actual.shape == expected.shape
+    number = ~np.isnan(expected)  # the bits of a NaN depend on the processor
+    assert np.array_equal(np.isnan(actual), ~number)
+    assert np.array_equal(actual[number].view(np.uint32), expected[number].view(np.uint32))
 
 
 @pytest.mark.parametrize("kind", gguf_blocks.SIZES)
 @given(seed=SEEDS)
-def test_random_bytes_decode_as_the_owner_decodes_them(kind: str, seed: int) -> None:
+def test_random_bytes_decode_as_in_the_package_gguf(kind: str, seed: int) -> None:
     raw = np.random.default_rng(seed).integers(0, 256, (3, gguf_blocks.row_bytes(kind, 512)), dtype=np.uint8)
     with np.errstate(invalid="ignore"):
         expected = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind])
@@ -30,7 +30,7 @@ def test_random_bytes_decode_as_the_owner_decodes_them(kind: str, seed: int) -> 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q5_0", "Q8_0", "BF16", "F16"])
 @given(seed=SEEDS)
-def test_packing_makes_the_bytes_that_the_owner_makes(kind: str, seed: int) -> None:
+def test_packing_gives_the_bytes_of_the_package_gguf(kind: str, seed: int) -> None:
     weight = np.random.default_rng(seed).standard_normal((3, 96)).astype(np.float32)
     stored = gguf.quants.quantize(weight, gguf.GGMLQuantizationType[kind]).view(np.uint8)
     if kind in {"BF16", "F16"}:
@@ -47,14 +47,14 @@ def test_packing_makes_the_bytes_that_the_owner_makes(kind: str, seed: int) -> N
 
 @pytest.mark.parametrize("kind", gguf_k_quants.SIZES)
 @given(seed=SEEDS)
-def test_superblocks_come_back_as_the_bytes_that_they_were(kind: str, seed: int) -> None:
+def test_unpacked_superblocks_are_packed_to_the_same_bytes(kind: str, seed: int) -> None:
     raw = np.random.default_rng(seed).integers(0, 256, (3, gguf_blocks.row_bytes(kind, 512)), dtype=np.uint8)
     parts = getattr(gguf_k_quants, f"unpack_{kind.lower()}")(raw)
     again = getattr(gguf_k_quants, f"pack_{kind.lower()}")(**vars(parts))
     assert np.array_equal(again, raw)
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_values_that_do_not_fit_are_refused() -> None:
     codes, d = np.full((1, 32), 16, dtype=np.uint8), np.ones((1, 1), dtype=np.float16)
     with pytest.raises(FormatError, match="16, this type holds 0 to 15"):
         gguf_blocks.pack_q4_0(codes, d)

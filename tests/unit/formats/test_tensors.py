@@ -1,6 +1,6 @@
-"""Tensors on their way in and out: damaged ones are found, variants of other writers are read.
+"""Packing and unpacking of tensors: damaged tensors are refused, variants of other writers are read.
 
-The bits themselves are in golden/ and properties/.
+The exact bits are tested in golden/ and properties/.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ def reading_of(layout: Layout, scheme: WeightScheme) -> Reading:
     return reading
 
 
-# ---- tensors that do not fit
+# ---- damaged tensors
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def reading_of(layout: Layout, scheme: WeightScheme) -> Reading:
         (awq.LAYOUT, "scales", lambda t: t.double(), "scales is float64"),
     ],
 )
-def test_a_damaged_tensor_is_found(layout: Layout, suffix: str, damage, words: str) -> None:  # type: ignore[no-untyped-def]
+def test_a_damaged_tensor_is_refused(layout: Layout, suffix: str, damage, words: str) -> None:  # type: ignore[no-untyped-def]
     tensors = layout.pack(example(ASYMMETRIC))
     original = tensors.pop(suffix)
     if damage is not None:
@@ -72,14 +72,14 @@ def test_a_damaged_tensor_is_found(layout: Layout, suffix: str, damage, words: s
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
-def test_zeros_of_a_file_that_is_called_symmetric_are_what_they_are(layout: Layout) -> None:
+def test_zeros_of_a_file_declared_symmetric_are_kept(layout: Layout) -> None:
     q = example(ASYMMETRIC)
     back = layout.unpack(layout.pack(q), Reading(G32))
     assert back.scheme == ASYMMETRIC
     assert torch.equal(back.dequantize(), q.dequantize())
 
 
-def test_a_declared_order_of_columns_must_be_in_the_file() -> None:
+def test_a_declared_group_index_must_be_in_the_file() -> None:
     tensors = gptq.pack(example())
     del tensors["g_idx"]
     assert gptq.unpack(tensors, Reading(G32, zeros_offset=1)).group_index is None
@@ -95,20 +95,20 @@ def test_a_declared_order_of_columns_must_be_in_the_file() -> None:
         (lambda q: {"codes": q.codes.int()}, "codes is int32"),
         (lambda q: {"zeros": q.zeros + 1}, "1 to 16, expected 0 to 15"),
         (lambda q: {"zeros": q.zeros[:, 1:]}, r"zeros is int16 \(16, 1\)"),
-        (lambda q: {"zeros": None}, "no zeros"),
+        (lambda q: {"zeros": None}, "no zero points, expected some"),
         (lambda q: {"scales": q.scales * float("nan")}, "not finite"),
         (lambda q: {"scales": q.scales[1:]}, r"\(15, 2\), expected .*\(16, 2\)"),
-        (lambda q: {"group_index": torch.zeros(64, dtype=torch.int32)}, "order of their own"),
+        (lambda q: {"group_index": torch.zeros(64, dtype=torch.int32)}, "grouped in activation order"),
     ],
 )
-def test_a_damaged_result_is_not_written(layout: Layout, change, words: str) -> None:  # type: ignore[no-untyped-def]
+def test_a_damaged_weight_is_not_written(layout: Layout, change, words: str) -> None:  # type: ignore[no-untyped-def]
     q = example(ASYMMETRIC)
     with pytest.raises(FormatError, match=words):
         layout.pack(dataclasses.replace(q, **change(q)))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
-def test_the_shape_of_a_weight_is_known_without_its_codes(layout: Layout) -> None:
+def test_the_shape_of_a_weight_is_read_without_its_codes(layout: Layout) -> None:
     tensors = layout.pack(example())
     shapes = {suffix: tuple(tensor.shape) for suffix, tensor in tensors.items()}
     for suffix in layout.codes:
@@ -129,7 +129,7 @@ def test_scales_keep_dtype_and_sign(layout: Layout, dtype: torch.dtype) -> None:
     assert torch.equal(back.scales, q.scales)
 
 
-def test_an_order_of_columns_is_kept() -> None:
+def test_a_group_index_is_kept() -> None:
     index = torch.arange(64, dtype=torch.int32) % 2
     q = dataclasses.replace(example(), group_index=index)
     for layout, suffix in ((gptq.LAYOUT, "g_idx"), (compressed_tensors.LAYOUT, "weight_g_idx")):
@@ -142,12 +142,12 @@ def test_an_order_of_columns_is_kept() -> None:
     ("layout", "suffix", "fill"),
     [(gptq.LAYOUT, "g_idx", 0), (compressed_tensors.LAYOUT, "weight_g_idx", -1)],
 )
-def test_an_index_that_was_never_set_is_the_plain_order(layout: Layout, suffix: str, fill: int) -> None:
+def test_an_unset_index_means_the_natural_order(layout: Layout, suffix: str, fill: int) -> None:
     index = torch.full((64,), fill, dtype=torch.int32)
     assert layout.unpack(layout.pack(example()) | {suffix: index}, reading_of(layout, G32)).group_index is None
 
 
-def test_compressed_tensors_one_scale_for_the_whole_weight() -> None:
+def test_compressed_tensors_reads_one_scale_per_weight() -> None:
     q = example(WeightScheme(4, "tensor", symmetric=False), shape=(6, 20))
     one = dataclasses.replace(q, scales=q.scales[:1].expand(6, 1), zeros=torch.full((6, 1), 5, dtype=torch.int16))
     tensors = compressed_tensors.pack(one)
@@ -156,7 +156,7 @@ def test_compressed_tensors_one_scale_for_the_whole_weight() -> None:
     assert torch.equal(back.dequantize(), one.dequantize())
 
 
-def test_compressed_tensors_plain_zeros() -> None:
+def test_compressed_tensors_reads_plain_zeros() -> None:
     q = example(ASYMMETRIC)
     assert q.zeros is not None
     tensors = compressed_tensors.pack(q) | {"weight_zero_point": (q.zeros - 8).to(torch.int8)}
@@ -165,7 +165,7 @@ def test_compressed_tensors_plain_zeros() -> None:
 
 @pytest.mark.parametrize("label", ["gptq", "gptq_v2"])
 @pytest.mark.parametrize("word", [0x77777777, 0x88888888 - (1 << 32)])
-def test_gptq_symmetric_zeros_are_clear_under_either_label(label: str, word: int) -> None:
+def test_gptq_reads_symmetric_zeros_of_both_versions(label: str, word: int) -> None:
     q = example()
     tensors = gptq.pack(q) | {"qzeros": torch.full((2, 2), word, dtype=torch.int32)}
     reading = gptq.read_config({"bits": 4, "group_size": 32, "sym": True, "checkpoint_format": label})("a")

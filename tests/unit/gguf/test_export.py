@@ -1,4 +1,4 @@
-"""Codes of an affine grid in GGUF's blocks: the same weights, bit for bit, or a refusal."""
+"""Codes of an affine grid in GGUF blocks: the same weights bit for bit, or an error."""
 
 import dataclasses
 from typing import Any
@@ -24,7 +24,7 @@ GRIDS = st.builds(
 
 
 def random_tensor(scheme: WeightScheme, N: int, K: int, seed: int) -> QuantizedTensor:
-    """Any codes, any zeros, fp16 scales of either sign."""
+    """Random codes and zero points, fp16 scales of both signs."""
     draw = np.random.default_rng(seed)
     G = K // scheme.columns_per_group(K)
     codes = torch.from_numpy(draw.integers(0, scheme.levels + 1, (N, K), dtype=np.uint8))
@@ -34,7 +34,7 @@ def random_tensor(scheme: WeightScheme, N: int, K: int, seed: int) -> QuantizedT
 
 
 @given(scheme=GRIDS, seed=st.integers(0, 2**32 - 1))
-def test_what_is_packed_decodes_to_the_very_weights(scheme: WeightScheme, seed: int) -> None:
+def test_packed_blocks_decode_to_the_same_weights(scheme: WeightScheme, seed: int) -> None:
     q = random_tensor(scheme, 3, 512, seed)
     kind = export.best(scheme, 512)
     if scheme.bits == 8 and not scheme.symmetric:
@@ -49,7 +49,7 @@ def test_what_is_packed_decodes_to_the_very_weights(scheme: WeightScheme, seed: 
     [
         (WeightScheme(4, 32, True), 96, "Q4_0"),
         (WeightScheme(4, 128, True), 256, "Q4_0"),
-        (WeightScheme(3, 32, False), 96, "Q4_0"),  # code - zero has a sign, and four bits hold it
+        (WeightScheme(3, 32, False), 96, "Q4_0"),  # code - zero has a sign, so it needs four bits
         (WeightScheme(4, 32, False), 256, "Q5_0"),
         (WeightScheme(4, 256, False), 512, "Q4_K"),
         (WeightScheme(4, "channel", False), 512, "Q4_K"),
@@ -60,14 +60,14 @@ def test_what_is_packed_decodes_to_the_very_weights(scheme: WeightScheme, seed: 
         (WeightScheme(4, "channel", True), 100, None),
     ],
 )
-def test_the_smallest_type_that_is_exact_is_taken(scheme: WeightScheme, columns: int, kind: str | None) -> None:
+def test_the_smallest_exact_type_is_chosen(scheme: WeightScheme, columns: int, kind: str | None) -> None:
     assert export.best(scheme, columns) == kind
 
 
-def test_scales_that_fp16_does_not_hold_are_refused() -> None:
+def test_scales_that_are_not_fp16_are_refused() -> None:
     q = random_tensor(WeightScheme(4, 32, True), 2, 64, seed=0)
     small = q.scales.to(torch.bfloat16) * 2**-24
-    with pytest.raises(FormatError, match="of its 4 scales are no fp16 numbers"):
+    with pytest.raises(FormatError, match="of its 4 scales are not fp16 numbers"):
         export.pack("Q4_0", dataclasses.replace(q, scales=small))
 
 
@@ -75,16 +75,16 @@ def test_scales_that_fp16_does_not_hold_are_refused() -> None:
     ("changes", "message"),
     [
         ({"group_index": torch.arange(64).flip(0) // 32}, "g_idx"),
-        ({"zeros": torch.full((2, 2), 20, dtype=torch.int16)}, "fit"),  # a damaged file may say so
+        ({"zeros": torch.full((2, 2), 20, dtype=torch.int16)}, "expected -16 to 15"),  # in a damaged file
     ],
 )
-def test_what_the_grid_does_not_show_is_refused_when_packed(changes: dict[str, Any], message: str) -> None:
+def test_other_mismatches_are_refused_when_packing(changes: dict[str, Any], message: str) -> None:
     q = random_tensor(WeightScheme(4, 32, False), 2, 64, seed=0)
     with pytest.raises(FormatError, match=message):
         export.pack("Q5_0", dataclasses.replace(q, **changes))
 
 
-def test_columns_in_an_order_that_is_the_usual_one_are_no_obstacle() -> None:
+def test_a_group_index_in_natural_order_is_accepted() -> None:
     q = random_tensor(WeightScheme(4, 32, False), 2, 64, seed=0)
     ordered = dataclasses.replace(q, group_index=torch.arange(64, dtype=torch.int32) // 32)
     assert np.array_equal(export.pack("Q5_0", ordered), export.pack("Q5_0", q))

@@ -1,4 +1,4 @@
-"""Which block type each weight gets, and what that leaves no room for."""
+"""Which block type each weight gets, and settings that cannot be combined with a recipe."""
 
 from typing import Any
 
@@ -39,17 +39,17 @@ def types(plans: list[LayerPlan]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("usual", ["q4_k", "q5_k"])
-def test_the_mixture_is_that_of_llama_cpp(usual: str) -> None:
-    """Its rule for 32 layers, written out: the first four, the last four, and every third between."""
+def test_the_mixture_matches_llama_cpp(usual: str) -> None:
+    """llama.cpp's rule for 32 layers: the first four, the last four, and every third layer between them."""
     generous = {0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31}
-    found = types(recipes.plan_layers(shapes(32), settings(f"gguf:{usual}_m"), llama()))
+    planned = types(recipes.plan_layers(shapes(32), settings(f"gguf:{usual}_m"), llama()))
     for layer in range(32):
         for name in LINEARS:
             more = layer in generous and name in ("self_attn.v_proj", "mlp.down_proj")
-            assert found[f"model.layers.{layer}.{name}"] == ("q6_k" if more else usual), (layer, name)
+            assert planned[f"model.layers.{layer}.{name}"] == ("q6_k" if more else usual), (layer, name)
 
 
-def test_every_recipe_can_be_asked_for() -> None:
+def test_every_recipe_is_a_format() -> None:
     assert set(recipes.RECIPES) == set(GGUF_GRIDS)
 
 
@@ -58,14 +58,14 @@ def test_a_plain_recipe_has_one_type(kind: str) -> None:
     assert set(types(recipes.plan_layers(shapes(8), settings(f"gguf:{kind}"), llama(8))).values()) == {kind}
 
 
-def test_q_k_and_v_in_one_weight_get_more() -> None:
+def test_a_fused_qkv_weight_gets_more_bits() -> None:
     linears = {"self_attn.qkv_proj": (768, 512), "mlp.gate_up_proj": (2048, 512)}
-    found = types(recipes.plan_layers(shapes(1, linears), settings(), llama(1, model_type="phi3")))
-    assert found == {"model.layers.0.self_attn.qkv_proj": "q5_k", "model.layers.0.mlp.gate_up_proj": "q4_k"}
+    planned = types(recipes.plan_layers(shapes(1, linears), settings(), llama(1, model_type="phi3")))
+    assert planned == {"model.layers.0.self_attn.qkv_proj": "q5_k", "model.layers.0.mlp.gate_up_proj": "q4_k"}
 
 
 @pytest.mark.parametrize(
-    ("columns", "recipe", "given"),
+    ("columns", "recipe", "expected"),
     [
         (512, "gguf:q4_k", "q4_k"),
         (288, "gguf:q4_k", "q5_0"),
@@ -74,36 +74,36 @@ def test_q_k_and_v_in_one_weight_get_more() -> None:
         (172, "gguf:q4_k", None),
     ],
 )
-def test_rows_that_no_superblock_fills_get_finer_blocks(columns: int, recipe: str, given: str | None) -> None:
+def test_rows_without_whole_superblocks_get_finer_blocks(columns: int, recipe: str, expected: str | None) -> None:
     linears = {"self_attn.q_proj": (512, 512), "mlp.down_proj": (512, columns)}
     _, plan = recipes.plan_layers(shapes(1, linears), settings(recipe), llama(1))
-    assert plan.scheme.weights == (None if given is None else WeightScheme.of_blocks(given))
-    assert bool(plan.reason) == (columns != 512) and (given is None) == plan.reason.startswith("kept as it is")
+    assert plan.scheme.weights == (None if expected is None else WeightScheme.of_blocks(expected))
+    assert bool(plan.reason) == (columns != 512) and (expected is None) == plan.reason.startswith("kept in float")
     if plan.reason:
         with pytest.raises(ConfigError, match=str(columns)):
             recipes.plan_layers(shapes(1, linears), settings(recipe, strict=True), llama(1))
 
 
 @pytest.mark.parametrize(("type_", "nbytes"), [("q4_k", 144), ("q5_k", 176), ("q6_k", 210), ("q8_0", 8 * 34)])
-def test_a_plan_knows_its_bytes(type_: str, nbytes: int) -> None:
+def test_a_plan_computes_its_packed_bytes(type_: str, nbytes: int) -> None:
     plan = LayerPlan("q_proj", 3, 512, Scheme(WeightScheme.of_blocks(type_)))
     assert plan.packed_bytes(scale_bytes=2) == 3 * 2 * nbytes
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_embedding_and_head_are_packed_as_llama_cpp_packs_them(tied: bool) -> None:
-    there = {"model.embed_tokens.weight": (2048, 512), "model.norm.weight": (512,), "lm_head.weight": (2048, 512)}
+def test_embedding_and_head_are_packed_as_in_llama_cpp(tied: bool) -> None:
+    outside = {"model.embed_tokens.weight": (2048, 512), "model.norm.weight": (512,), "lm_head.weight": (2048, 512)}
     if tied:
-        del there["lm_head.weight"]
-    found = recipes.outside(there, settings(), llama(tie_word_embeddings=tied))
+        del outside["lm_head.weight"]
+    grids = recipes.outside(outside, settings(), llama(tie_word_embeddings=tied))
     expected = {"model.embed_tokens.weight": "q6_k"} if tied else {
         "model.embed_tokens.weight": "q4_k", "lm_head.weight": "q6_k"
     }  # fmt: skip
-    assert {name: str(scheme) for name, scheme in found.items()} == expected
-    assert recipes.outside(there, settings(skip=("embed_tokens", "lm_head")), llama()) == {}
+    assert {name: str(scheme) for name, scheme in grids.items()} == expected
+    assert recipes.outside(outside, settings(skip=("embed_tokens", "lm_head")), llama()) == {}
 
 
-def test_what_is_skipped_stays_as_it_is() -> None:
+def test_skipped_layers_are_kept_in_float() -> None:
     plans = recipes.plan_layers(shapes(2), settings(skip=("down_proj",)), llama(2))
     assert {plan.name for plan in plans if plan.scheme.weights is None} == {
         f"model.layers.{i}.mlp.down_proj" for i in (0, 1)
@@ -121,11 +121,11 @@ def test_what_is_skipped_stays_as_it_is() -> None:
         ({"scales": "minmax"}, "--scales minmax"),
     ],
 )
-def test_a_recipe_leaves_no_room_for_other_grids(changes: dict[str, Any], option: str) -> None:
+def test_a_recipe_cannot_be_combined_with_other_grids(changes: dict[str, Any], option: str) -> None:
     with pytest.raises(ConfigError, match=option):
         recipes.plan_layers(shapes(1), settings(**changes), llama(1))
 
 
-def test_a_model_that_llama_cpp_does_not_have_is_refused_before_anything_is_done() -> None:
+def test_an_unknown_model_type_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="another"):
         recipes.plan_layers(shapes(1), settings(), llama(model_type="another"))

@@ -1,4 +1,4 @@
-"""Which tokenizer of llama.cpp's does what a tokenizer.json says."""
+"""Which tokenizer of llama.cpp is equivalent to a tokenizer.json."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from llmq.gguf import tokenizer
 gguf = pytest.importorskip("gguf")
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
 WORDS = {**BYTES, "use_regex": True}
-# As they stand in the tokenizer.json of Llama 3 and of Qwen 2.
+# As in the tokenizer.json of Llama 3 and of Qwen 2.
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -44,9 +44,9 @@ def sequence(*steps: Any) -> dict[str, Any]:
         (sequence({"type": "Digits", "individual_digits": True}, WORDS), "smollm"),
     ],
 )
-def test_texts_are_cut_by_the_expression_that_llama_cpp_has_under_a_name(pre: Any, name: str) -> None:
-    found = tokenizer.read(described(pre, ignore_merges=name == "llama-bpe"), 6)
-    assert (found.model, found.pre, found.notes) == ("gpt2", name, ())
+def test_known_expressions_get_their_llama_cpp_name(pre: Any, name: str) -> None:
+    vocabulary = tokenizer.read(described(pre, ignore_merges=name == "llama-bpe"), 6)
+    assert (vocabulary.model, vocabulary.pre, vocabulary.notes) == ("gpt2", name, ())
 
 
 @pytest.mark.parametrize(
@@ -58,40 +58,40 @@ def test_texts_are_cut_by_the_expression_that_llama_cpp_has_under_a_name(pre: An
         {"type": "BertPreTokenizer"},
     ],
 )
-def test_an_unknown_way_to_cut_texts_is_refused(pre: Any) -> None:
-    with pytest.raises(FormatError, match="it cuts texts by"):
+def test_an_unknown_way_to_split_texts_is_refused(pre: Any) -> None:
+    with pytest.raises(FormatError, match="it splits texts by"):
         tokenizer.read(described(pre), 6)
 
 
-def test_a_word_that_is_looked_up_before_merging_is_remarked_upon() -> None:
+def test_a_note_reports_words_looked_up_before_merging() -> None:
     [note] = tokenizer.read(described(WORDS, ignore_merges=True), 6).notes
     assert "only by merging" in note
 
 
-def test_every_row_of_the_embedding_has_a_token_and_a_type() -> None:
-    found = tokenizer.read(described(WORDS), 6)
-    assert found.tokens == ("a", "b", "ab", "<s>", "<tool>", "[PAD5]")
-    kinds = [gguf.TokenType(kind).name for kind in found.types]
+def test_every_embedding_row_has_a_token_and_a_type() -> None:
+    vocabulary = tokenizer.read(described(WORDS), 6)
+    assert vocabulary.tokens == ("a", "b", "ab", "<s>", "<tool>", "[PAD5]")
+    kinds = [gguf.TokenType(kind).name for kind in vocabulary.types]
     assert kinds == ["NORMAL", "NORMAL", "NORMAL", "CONTROL", "USER_DEFINED", "UNUSED"]
 
 
 def test_tokens_without_a_row_are_left_out_and_named() -> None:
-    found = tokenizer.read(described(WORDS), 4)
-    assert len(found.tokens) == 4
-    assert any("<tool>" in note for note in found.notes)
+    vocabulary = tokenizer.read(described(WORDS), 4)
+    assert len(vocabulary.tokens) == 4
+    assert any("<tool>" in note for note in vocabulary.notes)
 
 
-def test_scores_of_sentencepiece_order_tokens_as_merges_do() -> None:
-    vocabulary = {token: i for i, token in enumerate(["<unk>", "<0x0A>", "a", "b", "c", "bc", "ab", "abc"])}
+def test_sentencepiece_scores_order_tokens_like_merges() -> None:
+    ids = {token: i for i, token in enumerate(["<unk>", "<0x0A>", "a", "b", "c", "bc", "ab", "abc"])}
     merges = ["a b", "b c", "ab c", "a bc"]
-    model = {"type": "BPE", "vocab": vocabulary, "merges": merges, "byte_fallback": True, "unk_token": "<unk>"}
+    model = {"type": "BPE", "vocab": ids, "merges": merges, "byte_fallback": True, "unk_token": "<unk>"}
     normalizer = {"type": "Prepend", "prepend": tokenizer.SPACE}
     unknown = [{"id": 0, "content": "<unk>", "special": True}]
-    found = tokenizer.read({"model": model, "normalizer": normalizer, "added_tokens": unknown}, 8)
-    assert (found.model, found.pre, found.space_prefix) == ("llama", "default", True)
-    scores = dict(zip(found.tokens, found.scores, strict=True))
+    vocabulary = tokenizer.read({"model": model, "normalizer": normalizer, "added_tokens": unknown}, 8)
+    assert (vocabulary.model, vocabulary.pre, vocabulary.space_prefix) == ("llama", "default", True)
+    scores = dict(zip(vocabulary.tokens, vocabulary.scores, strict=True))
     assert scores["ab"] > scores["bc"] > scores["abc"] > scores["a"]
-    assert [gguf.TokenType(kind).name for kind in found.types[:3]] == ["UNKNOWN", "BYTE", "NORMAL"]
+    assert [gguf.TokenType(kind).name for kind in vocabulary.types[:3]] == ["UNKNOWN", "BYTE", "NORMAL"]
 
 
 def test_models_other_than_bpe_are_refused() -> None:

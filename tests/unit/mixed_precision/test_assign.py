@@ -73,7 +73,7 @@ def test_settings_contain_the_plan() -> None:
 def test_float_layers_are_skipped() -> None:
     plan = assign.spend(MEASURED, 16)
     assert assign.settled(QuantConfig(), plan).skip == ("a.q", "a.k", "b.down")
-    assert "3 layers as it is" in str(plan)
+    assert "3 layers float" in str(plan)
 
 
 def test_overridden_layer_is_left_out() -> None:

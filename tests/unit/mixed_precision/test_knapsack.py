@@ -26,7 +26,7 @@ def every_plan(units: list[list[Choice]], budget: int) -> list[tuple[float, int]
 def test_no_plan_within_the_budget_is_better(units: list[list[Choice]], budget: int) -> None:
     within = every_plan(units, budget)
     if not within:
-        with pytest.raises(ConfigError, match="the least that can be spent"):
+        with pytest.raises(ConfigError, match="the smallest choices take"):
             allocate(units, budget)
         return
     taken = [unit[index] for unit, index in zip(units, allocate(units, budget), strict=True)]

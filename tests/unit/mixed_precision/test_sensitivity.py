@@ -1,5 +1,6 @@
 """The sensitivity of each layer, compared with the whole model in transformers with one weight replaced."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from llmq.mixed_precision import sensitivity
 from llmq.mixed_precision.sensitivity import Candidate, Layer, Question
 from llmq.model.analyse.input_groups import InputGroup
 from llmq.numerics.scheme import WeightScheme
+from llmq.report.events import Event, Progress
 from llmq.report.sensitivity import Sensitivity, Unit
 from tests import builders
 
@@ -42,10 +44,10 @@ def measured(folder: Path, windows: Tensor = WINDOWS, rounding: str = "rtn", **h
 
 
 def rounded(weight: Tensor, scheme: WeightScheme) -> Tensor:
-    """Min-max quantization, written out."""
+    """Min-max rounding, spelled out."""
     groups = weight.reshape(len(weight), -1, scheme.columns_per_group(weight.shape[1]))
     if scheme.symmetric:
-        scale = groups.abs().amax(-1, keepdim=True) * (2 / (2**scheme.bits - 1))  # the last bit matters at the ends
+        scale = groups.abs().amax(-1, keepdim=True) * (2 / (2**scheme.bits - 1))  # its last bit decides at the ends
         zero = torch.full_like(scale, 2 ** (scheme.bits - 1))
     else:
         low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
@@ -66,23 +68,29 @@ def divergence(folder: Path, names: tuple[str, ...], scheme: WeightScheme, windo
     return float((before.exp() * (before - after)).sum(-1).mean())
 
 
-def test_every_unit_and_grid_equals_the_whole_model(folder: Path) -> None:
+def test_every_unit_and_grid_equals_the_whole_models(folder: Path) -> None:
     measurement = measured(folder)
     assert measurement.windows == 2 and measurement.tokens == 32
     for unit in measurement.units:
         for effect, scheme in zip(unit.effects, SCHEMES, strict=True):
             expected = divergence(folder, unit.names, scheme, WINDOWS[-2:])
-            # Log-probabilities are about 10 with a relative error of 2**-24; KL is a sum of their differences.
+            # Log-probabilities are about 10 in size and carry 2**-24 of that; the KL is a sum of their differences.
             assert effect.measured and effect.kl == pytest.approx(expected, rel=1e-3, abs=2e-6)
 
 
-def test_layers_with_the_same_input_are_one_unit(folder: Path) -> None:
+def test_each_measured_block_is_an_event(folder: Path) -> None:
+    events: list[Event] = []
+    measured(folder, on_event=events.append)
+    assert events == [Progress("layers measured", done, 2) for done in (1, 2)]
+
+
+def test_layers_that_share_an_input_are_one_unit(folder: Path) -> None:
     labels = [unit.label for unit in measured(folder).units if unit.block == "model.layers.1"]
     assert labels == ["self_attn: q_proj, k_proj, v_proj", "self_attn: o_proj", "mlp: gate_proj, up_proj",
                       "mlp: down_proj"]  # fmt: skip
 
 
-def test_only_the_coarsest_grid_runs_with_many_blocks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_coarsest_grid_is_run_with_many_blocks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     every = measured(folder)
     monkeypatch.setattr(sensitivity, "MEASURED_BLOCKS", 1)
     scaled = measured(folder)
@@ -93,8 +101,8 @@ def test_only_the_coarsest_grid_runs_with_many_blocks(folder: Path, monkeypatch:
         assert fine.kl == pytest.approx(coarse.kl * full.effects[1].error / full.effects[0].error)
 
 
-def test_error_is_that_of_the_outputs(folder: Path) -> None:
-    """E = mean over the calibration tokens of ‖(W - Ŵ)x‖², for the first layer, whose input is known."""
+def test_the_error_is_that_of_the_outputs(folder: Path) -> None:
+    """E = mean over the fitted tokens of ‖(W - Ŵ)x‖², for the first layer of the model, whose input is easily had."""
     unit = measured(folder).units[0]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
@@ -104,28 +112,28 @@ def test_error_is_that_of_the_outputs(folder: Path) -> None:
     assert unit.effects[0].error == pytest.approx(expected, rel=1e-4)
 
 
-def test_gptq_gets_the_inputs_of_the_float_model(folder: Path) -> None:
+def test_gptq_is_fitted_on_inputs_of_the_float_model(folder: Path) -> None:
     nearest, compensated = (measured(folder, builders.tokens(40, 16), rounding) for rounding in ("rtn", "gptq"))
     for a, b in zip(nearest.units, compensated.units, strict=True):
         assert b.effects[0].error <= a.effects[0].error * (1 + 1e-5)
 
 
-def test_sequences_beyond_memory_are_left_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sequences_that_do_not_fit_are_left_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     skeleton = builders.skeleton_of(folder)
     variants = 2 * sum(len(block.linears) for block in skeleton.blocks)
     window = 16 * 32 * 4 * (variants + 1)
     blocks = 3 * max(block.float_bytes for block in skeleton.blocks)
     monkeypatch.setattr(memory, "spare", lambda device: 2 * (blocks + window))
     measurement = measured(folder)
-    assert measurement.windows == 1 and "measured on 1 windows instead of 2" in measurement.notes[0]
+    assert measurement.windows == 1 and re.search("measured on 1 .* instead of 2", measurement.notes[0])
     monkeypatch.setattr(memory, "spare", lambda device: 2 * (blocks + window) - 2)
     with pytest.raises(CalibrationError, match="do not fit into memory"):
         measured(folder)
 
 
-def test_one_sequence_is_used_for_both(folder: Path) -> None:
+def test_one_sequence_both_fits_and_measures(folder: Path) -> None:
     measurement = measured(folder, WINDOWS[:1])
-    assert measurement.windows == 1 and "one window of text" in measurement.notes[0]
+    assert measurement.windows == 1 and re.search("one .* of text", measurement.notes[0])
 
 
 class Experts(nn.Module):
@@ -136,7 +144,7 @@ class Experts(nn.Module):
         self.router = nn.Linear(4, 3)
 
 
-def test_modules_of_one_list_have_the_same_grid() -> None:
+def test_modules_of_one_list_form_a_unit() -> None:
     class Stub:
         path, module = "m.0", Experts()
 

@@ -1,4 +1,4 @@
-"""Scales and zeros of each group: min-max against numbers worked out by hand, the search against a slow twin."""
+"""Scales and zero points: min-max compared with numbers by hand, the search with a slow reference."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def weights(*shape: int, seed: int = 0) -> Tensor:
 
 
 def weighted_error(weight: Tensor, fitted: Grid, importance: Tensor) -> Tensor:
-    """(N,) float64: what the search promises to lower, from the codes that the grid gives."""
+    """(N,) float64: the error that the search lowers, of the nearest codes on the grid."""
     decoded = fitted.quantized(fitted.encode(weight)).dequantize().double()
     return ((decoded - weight.double()).square() * importance.double()).sum(1)
 
@@ -28,7 +28,7 @@ def weighted_error(weight: Tensor, fitted: Grid, importance: Tensor) -> Tensor:
 # ---- min-max
 
 
-def test_a_symmetric_scale_is_the_largest_weight_over_half_the_levels() -> None:
+def test_a_symmetric_scale_follows_from_the_largest_weight() -> None:
     weight = torch.zeros(2, 32)
     weight[0, 3], weight[0, 20], weight[1, 5] = -3.0, 0.75, 1.5
     fitted = affine_grid.fit_minmax(weight, WeightScheme(4, 16), FLOAT32)
@@ -39,7 +39,7 @@ def test_a_symmetric_scale_is_the_largest_weight_over_half_the_levels() -> None:
     assert fitted.zeros is None
 
 
-def test_an_asymmetric_range_goes_from_the_smallest_to_the_largest_weight() -> None:
+def test_an_asymmetric_range_is_that_of_the_weights_and_zero() -> None:
     weight = torch.tensor([[-1.0, 2.0, 0.5, 0.0] * 4, [3.0, 1.0, 2.0, 1.5] * 4, [-6.0, -2.0, -3.0, -1.0] * 4])
     fitted = affine_grid.fit_minmax(weight, WeightScheme(4, 16, symmetric=False), FLOAT32)
     by_hand = torch.tensor([[3 / 15], [3 / 15], [6 / 15]])  # zero is always inside the range
@@ -48,7 +48,7 @@ def test_an_asymmetric_range_goes_from_the_smallest_to_the_largest_weight() -> N
     assert fitted.zeros.tolist() == [[5], [0], [15]]
 
 
-def test_codes_are_the_nearest_points_of_the_grid() -> None:
+def test_codes_are_the_nearest_values_of_the_grid() -> None:
     fitted = Grid(WeightScheme(4, 16), torch.tensor([[0.5]]), None)
     weight = torch.tensor([[-9.0, -4.0, -3.8, -3.7, -0.3, -0.2, 0.0, 0.2, 0.3, 1.0, 3.2, 3.3, 3.5, 3.7, 9.0, 99.0]])
     assert fitted.encode(weight).tolist() == [[0, 0, 0, 1, 7, 8, 8, 8, 9, 10, 14, 15, 15, 15, 15, 15]]
@@ -56,14 +56,14 @@ def test_codes_are_the_nearest_points_of_the_grid() -> None:
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_min_max_errs_by_half_a_step_at_most(bits: int, symmetric: bool) -> None:
-    """But for the symmetric extreme on the side that has one code less: half a level beyond the last one, too."""
+def test_min_max_errors_are_at_most_half_a_step(bits: int, symmetric: bool) -> None:
+    """This includes a symmetric extreme on the side with one code less: it is half a step beyond the last code."""
     weight = weights(8, 64)
     fitted = affine_grid.fit_minmax(weight, WeightScheme(bits, 32, symmetric), FLOAT32)
     codes = fitted.encode(weight)
     scales, _ = fitted.by_column(64)
     steps = (fitted.quantized(codes).dequantize() - weight).abs() / scales
-    # An asymmetric zero is rounded, which moves the ends of the range by up to half a step.
+    # An asymmetric zero point is rounded, which moves the ends of the range by up to half a step.
     assert float(steps.max()) <= (0.5 if symmetric else 1.0) + 2**bits * EPSILON
     assert int(codes.min()) <= 1 and int(codes.max()) == 2**bits - 1
 
@@ -75,7 +75,7 @@ def searched_by_hand(group: Tensor, costs: Tensor, scheme: WeightScheme) -> floa
     """The least error of one group (g,) over the documented candidates, one by one in float64."""
     w, c = group.double().numpy(), costs.double().numpy()
     if scheme.symmetric and w.max() > -w.min():
-        w = -w  # a negative scale: the side that has one code more is the side of the largest weight
+        w = -w  # a negative scale: the largest weight is on the side with one code more
     middle, levels = 2 ** (scheme.bits - 1), 2**scheme.bits - 1
     if scheme.symmetric:
         widest, zero = 2 * np.abs(w).max() / levels, middle
@@ -101,15 +101,15 @@ def searched_by_hand(group: Tensor, costs: Tensor, scheme: WeightScheme) -> floa
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("seed", [20, 47])  # in which some rows want a zero that is two steps away
-def test_the_search_is_as_good_as_trying_every_candidate_by_hand(bits: int, symmetric: bool, seed: int) -> None:
+@pytest.mark.parametrize("seed", [20, 47])  # some of their rows need a zero point two steps away
+def test_the_search_is_as_good_as_trying_every_candidate(bits: int, symmetric: bool, seed: int) -> None:
     scheme = WeightScheme(bits, 16, symmetric)
     weight, importance = weights(12, 16, seed=seed) ** 3, weights(16, seed=seed + 500).square()
-    found = weighted_error(weight, affine_grid.fit_searched(weight, scheme, FLOAT32, importance), importance)
+    errors = weighted_error(weight, affine_grid.fit_searched(weight, scheme, FLOAT32, importance), importance)
     expected = torch.tensor([searched_by_hand(row, importance, scheme) for row in weight])
-    # A decoded weight is off by an epsilon of itself, up to 2**bits half steps: of a typical error of a quarter of a
-    # step that is 2**(bits + 2) epsilons, twice of its square, four times for the two rounding steps on the way.
-    torch.testing.assert_close(found, expected.double(), rtol=2 ** (bits + 5) * EPSILON, atol=0)
+    # A decoded weight of up to 2**bits half steps has a relative error of one epsilon.  Relative to a typical error of
+    # a quarter of a step that is 2**(bits + 2) epsilons; twice that for the square, four times for two rounding steps.
+    torch.testing.assert_close(errors, expected.double(), rtol=2 ** (bits + 5) * EPSILON, atol=0)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -127,49 +127,49 @@ def test_the_search_lowers_the_weighted_error(bits: int, grouping: int | str, sy
     )
 
 
-def test_the_search_leaves_a_grid_alone_that_min_max_hits_exactly() -> None:
+def test_the_search_keeps_an_exact_min_max_grid() -> None:
     exact = torch.arange(16.0)[None] / 4  # 0 to 15 steps: min-max has no error at all
     fitted = affine_grid.fit_searched(exact, WeightScheme(4, 16, symmetric=False), FLOAT32)
     assert torch.equal(fitted.quantized(fitted.encode(exact)).dequantize(), exact)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_symmetric_grid_is_turned_to_where_the_largest_weight_is(dtype: torch.dtype) -> None:
-    """-8 … 7 steps: an extreme of eight steps is met on either side, and what fits on one fits turned around."""
+def test_a_symmetric_grid_takes_the_sign_of_the_largest_weight(dtype: torch.dtype) -> None:
+    """-8 … 7 steps: an extreme of eight steps fits on either side, by a scale of the right sign."""
     scheme, exact = WeightScheme(4, 16), torch.arange(-8.0, 8.0)[None] / 4
     for weight in (exact, -exact):
         fitted = affine_grid.fit_searched(weight, scheme, dtype)
-        found = weighted_error(weight, fitted, torch.ones(16))
-        assert float(found) < 0.01 * float(
+        error = weighted_error(weight, fitted, torch.ones(16))
+        assert float(error) < 0.01 * float(
             weighted_error(weight, affine_grid.fit_minmax(weight, scheme, dtype), torch.ones(16))
         )
         assert bool((fitted.scales > 0).all()) is bool(torch.equal(weight, exact))
     weight = weights(40, 64)
-    ahead, turned = (affine_grid.fit_searched(each, scheme, dtype) for each in (weight, -weight))
-    assert torch.equal(ahead.scales, -turned.scales)
+    plain, negated = (affine_grid.fit_searched(signed, scheme, dtype) for signed in (weight, -weight))
+    assert torch.equal(plain.scales, -negated.scales)
 
 
-def test_no_scale_of_either_sign_is_smaller_than_what_engines_read() -> None:
+def test_no_scale_is_smaller_than_engines_accept() -> None:
     scales = torch.tensor([[1e-7, -1e-7, 0.3, -0.3, 0.0]])
-    found = affine_grid.storable(scales, torch.float16).tolist()[0]
-    assert found == pytest.approx([6.2e-5, -6.2e-5, 0.3, -0.3, 6.2e-5], rel=1e-3)
+    stored = affine_grid.storable(scales, torch.float16).tolist()[0]
+    assert stored == pytest.approx([6.2e-5, -6.2e-5, 0.3, -0.3, 6.2e-5], rel=1e-3)
 
 
-def test_importance_decides_which_weights_are_met() -> None:
+def test_importance_decides_which_weights_are_exact() -> None:
     weight = torch.tensor([[*[0.1] * 15, -1.0]])
-    loud, quiet = torch.ones(16), torch.ones(16)
-    loud[15], quiet[15] = 1e4, 1e-4
+    high, low = torch.ones(16), torch.ones(16)
+    high[15], low[15] = 1e4, 1e-4
     scheme = WeightScheme(2, 16)
-    met = affine_grid.fit_searched(weight, scheme, FLOAT32, loud)
-    left = affine_grid.fit_searched(weight, scheme, FLOAT32, quiet)
-    assert abs(float(met.quantized(met.encode(weight)).dequantize()[0, 15]) + 1.0) < 0.01
-    assert float(left.scales) < 0.6 * float(met.scales)
+    kept = affine_grid.fit_searched(weight, scheme, FLOAT32, high)
+    clipped = affine_grid.fit_searched(weight, scheme, FLOAT32, low)
+    assert abs(float(kept.quantized(kept.encode(weight)).dequantize()[0, 15]) + 1.0) < 0.01
+    assert float(clipped.scales) < 0.6 * float(kept.scales)
 
 
-def test_a_large_weight_is_searched_in_pieces_that_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_searching_in_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, scheme = weights(7, 64), WeightScheme(4, 32, symmetric=False)
     whole = affine_grid.fit_searched(weight, scheme, FLOAT32)
-    monkeypatch.setattr(torch_path, "ELEMENTS_AT_ONCE", {"cpu": 128})  # two rows at a time, and one left over
+    monkeypatch.setattr(torch_path, "ELEMENTS_AT_ONCE", {"cpu": 128})  # two rows at a time, then the last one
     pieces = affine_grid.fit_searched(weight, scheme, FLOAT32)
     assert whole.zeros is not None and pieces.zeros is not None
     assert torch.equal(whole.scales, pieces.scales) and torch.equal(whole.zeros, pieces.zeros)
@@ -179,7 +179,7 @@ def test_a_large_weight_is_searched_in_pieces_that_do_not_show(monkeypatch: pyte
 
 
 @pytest.mark.parametrize("fit", [affine_grid.fit_minmax, affine_grid.fit_searched])
-def test_a_channel_grid_is_one_group_a_row(fit: object) -> None:
+def test_a_channel_grid_is_one_group_per_row(fit: object) -> None:
     weight = weights(5, 48)
     fitted = fit(weight, WeightScheme(4, "channel"), FLOAT32)  # type: ignore[operator]
     assert fitted.scales.shape == (5, 1)
@@ -198,14 +198,14 @@ def test_a_tensor_grid_is_one_scale_for_all_rows(fit: object) -> None:
     assert fitted.zeros.unique().tolist() == flat.zeros.flatten().tolist()
 
 
-def test_importance_counts_for_the_columns_of_every_row_of_a_tensor_grid() -> None:
+def test_importance_applies_to_every_row_of_a_tensor_grid() -> None:
     weight, importance = weights(4, 32), weights(32, seed=1).square()
     fitted = affine_grid.fit_searched(weight, WeightScheme(3, "tensor"), FLOAT32, importance)
     flat = affine_grid.fit_searched(weight.reshape(1, -1), WeightScheme(3, "channel"), FLOAT32, importance.repeat(4))
     assert fitted.scales.unique().tolist() == flat.scales.flatten().tolist()
 
 
-# ---- what the file can hold
+# ---- scales and zero points that a file can hold
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -214,14 +214,14 @@ def test_scales_come_in_the_dtype_of_the_file(fit: object, dtype: torch.dtype) -
     assert fit(weights(4, 32), WeightScheme(4, 16), dtype).scales.dtype == dtype  # type: ignore[operator]
 
 
-def test_the_search_judges_scales_as_the_file_will_round_them() -> None:
-    """bfloat16 keeps 8 bits of a scale, so choosing in float32 and rounding afterwards is another choice, and worse."""
+def test_the_search_compares_scales_as_the_file_rounds_them() -> None:
+    """bfloat16 keeps 8 bits of a scale, so choosing in float32 and rounding afterwards gives a worse result."""
     weight, one = weights(64, 32), torch.ones(32)
     scheme = WeightScheme(8, 32)
-    judged = affine_grid.fit_searched(weight, scheme, torch.bfloat16)
+    stored = affine_grid.fit_searched(weight, scheme, torch.bfloat16)
     exact = affine_grid.fit_searched(weight, scheme, FLOAT32)
     rounded = Grid(scheme, exact.scales.to(torch.bfloat16), None)
-    assert float(weighted_error(weight, judged, one).sum()) < float(weighted_error(weight, rounded, one).sum())
+    assert float(weighted_error(weight, stored, one).sum()) < float(weighted_error(weight, rounded, one).sum())
 
 
 @pytest.mark.parametrize("fit", [affine_grid.fit_minmax, affine_grid.fit_searched])
@@ -247,8 +247,8 @@ def test_a_group_of_zeros_stays_zero(fit: object, symmetric: bool, dtype: torch.
 @pytest.mark.parametrize("fit", [affine_grid.fit_minmax, affine_grid.fit_searched])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("outlier", [1e3, -1e30])
-def test_a_huge_outlier_spoils_its_own_group_only(fit: object, symmetric: bool, outlier: float) -> None:
-    """At 1e30 the right scale is beyond float16, which then holds its largest value and not infinity."""
+def test_a_huge_outlier_affects_only_its_own_group(fit: object, symmetric: bool, outlier: float) -> None:
+    """At 1e30 the scale is beyond the range of float16, so it becomes the largest float16 and not infinity."""
     weight = weights(1, 32)
     scheme = WeightScheme(4, 16, symmetric)
     calm = fit(weight, scheme, torch.float16)  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""Fake quantization of inputs, against the definition written out one value at a time in NumPy."""
+"""Fake quantization of inputs, compared with the definition, one value at a time in NumPy."""
 
 import numpy as np
 import pytest
@@ -29,21 +29,21 @@ def inputs(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=generator) * 10 ** torch.randn(*shape[:-1], 1, generator=generator)
 
 
-def test_it_is_the_definition() -> None:
+def test_int8_per_token_matches_the_definition() -> None:
     x = inputs(40, 96)
     x[3] = 0  # a token of zeros
-    x[4, 5] = 1e4  # and one with an outlier
+    x[4, 5] = 1e4  # a token with an outlier
     x[5, 7] = -1e4
     assert np.array_equal(int8_per_token(x).numpy(), slow(x.numpy()))
 
 
-def test_halves_go_to_even_and_the_largest_code_is_127() -> None:
+def test_halves_round_to_even_and_the_largest_code_is_127() -> None:
     x = torch.tensor([[127.5, 0.5, 1.5, 2.5, -0.5, -2.5], [-127.5, 0.5, 1.5, 2.5, -0.5, -2.5]])
     assert int8_per_token(x).tolist() == [[127, 0, 2, 2, 0, -2], [-128, 0, 2, 2, 0, -2]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_leading_dimensions_and_the_dtype_stay(dtype: torch.dtype) -> None:
+def test_leading_dimensions_and_the_dtype_are_kept(dtype: torch.dtype) -> None:
     x = inputs(2, 3, 5, 64).to(dtype)
     rounded = int8_per_token(x)
     assert rounded.dtype == dtype and rounded.shape == x.shape
@@ -52,7 +52,7 @@ def test_leading_dimensions_and_the_dtype_stay(dtype: torch.dtype) -> None:
     assert all(len(row.unique()) <= 256 for row in rounded.reshape(-1, 64))
 
 
-def test_no_rows_are_no_error() -> None:
+def test_an_empty_input_is_allowed() -> None:
     assert int8_per_token(torch.empty(0, 16)).shape == (0, 16)
 
 
@@ -65,7 +65,7 @@ def test_the_gradient_passes_straight_through() -> None:
 
 
 @pytest.mark.parametrize("scheme", [InputScheme("int8", "static"), InputScheme("fp8"), InputScheme("fp8", "static")])
-def test_what_cannot_be_simulated_yet_is_refused(scheme: InputScheme) -> None:
+def test_other_input_schemes_are_refused(scheme: InputScheme) -> None:
     with pytest.raises(ConfigError, match=f"{scheme} cannot be simulated, expected int8 dynamic per token") as caught:
         rounding_for(scheme)
     assert "InputScheme('int8', 'dynamic')" in caught.value.hint

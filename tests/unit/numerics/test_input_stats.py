@@ -1,4 +1,4 @@
-"""`InputStats`: sums over tokens against NumPy in float64."""
+"""`InputStats`: sums over tokens compared with NumPy in float64."""
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ from llmq.numerics.input_stats import InputStats
 
 CPU = torch.device("cpu")
 EPSILON = 2.0**-23  # of float32
+MOMENTS = ("second_moment", "cross_moment", "drift_moment")
 
 
 def inputs(T: int = 50, K: int = 8) -> Tensor:
@@ -26,13 +27,13 @@ def seen(*batches: Tensor) -> InputStats:
 
 def test_moments_are_means_over_tokens() -> None:
     X = inputs().double().numpy()
-    found = seen(inputs())
-    assert found.tokens == 50
-    # A float32 sum of 50 products is off by at most 50 epsilons of the sum of their magnitudes.
+    stats = seen(inputs())
+    assert stats.tokens == 50
+    # The error of a float32 sum of 50 products is at most 50 epsilons of the sum of their magnitudes.
     hessian, bound = X.T @ X / 50, np.abs(X).T @ np.abs(X) / 50 * 50 * EPSILON
-    assert (np.abs(found.second_moment().numpy() - hessian) <= bound).all()
-    assert (np.abs(found.mean_square.numpy() - np.diag(hessian)) <= np.diag(bound)).all()
-    np.testing.assert_allclose(found.mean_absolute.numpy(), np.abs(X).mean(0), rtol=50 * EPSILON)
+    assert (np.abs(stats.second_moment().numpy() - hessian) <= bound).all()
+    assert (np.abs(stats.mean_square.numpy() - np.diag(hessian)) <= np.diag(bound)).all()
+    np.testing.assert_allclose(stats.mean_absolute.numpy(), np.abs(X).mean(0), rtol=50 * EPSILON)
 
 
 def test_batches_and_leading_dimensions_add_up() -> None:
@@ -55,55 +56,55 @@ def test_long_batches_are_taken_in_chunks(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_sums_of_half_precision_inputs_are_in_float32(dtype: torch.dtype) -> None:
     """4096 tokens of 10 add up to 409,600 for each product: beyond float16, and beyond the 8 bits of bfloat16."""
-    found = seen(torch.full((4096, 2), 10.0, dtype=dtype), torch.full((1, 2), 10.0, dtype=dtype))
-    assert found.second_moment().dtype == torch.float32
-    assert found.second_moment().tolist() == [[100.0, 100.0], [100.0, 100.0]]
+    stats = seen(torch.full((4096, 2), 10.0, dtype=dtype), torch.full((1, 2), 10.0, dtype=dtype))
+    assert stats.second_moment().dtype == torch.float32
+    assert stats.second_moment().tolist() == [[100.0, 100.0], [100.0, 100.0]]
 
 
 def pairs(T: int = 50, K: int = 8) -> tuple[Tensor, Tensor]:
-    """What the float model feeds and what the rounded one does, (T, K) each."""
+    """The inputs in the float model and in the quantized model, (T, K) each."""
     moved = inputs(T, K)
     return moved * 1.1 + 0.1 * torch.randn(T, K, generator=torch.Generator().manual_seed(1)), moved
 
 
 @pytest.mark.parametrize("chunk", [16_384, 7])
-def test_cross_moments_of_what_the_inputs_have_moved_by(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+def test_cross_and_drift_moments_match_explicit_products(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     monkeypatch.setattr(input_stats, "TOKENS_AT_ONCE", chunk)
     original, moved = pairs()
-    found = InputStats(8, CPU)
-    held_out = found.hold_out()
-    assert found.cross_moment() is None and held_out.drift_moment() is None
-    for running in (found, held_out):
+    stats = InputStats(8, CPU)
+    held_out = stats.hold_out()
+    assert stats.cross_moment() is None and held_out.drift_moment() is None
+    for running in (stats, held_out):
         running.update(moved[:20].reshape(2, 10, 8), original[:20].reshape(2, 10, 8))
         running.update(moved[20:], original[20:])
     D, X = (original - moved).double(), moved.double()
-    for running in (found, held_out):
+    for running in (stats, held_out):
         assert running.cross_moment() is not None
         torch.testing.assert_close(running.cross_moment().double(), D.T @ X / 50, rtol=0, atol=1e-6)
-    assert held_out.drift_moment() is not None and found.drift_moment() is None  # which only judges are asked for
+    assert held_out.drift_moment() is not None and stats.drift_moment() is None  # computed for validation only
     torch.testing.assert_close(held_out.drift_moment().double(), D.T @ D / 50, rtol=0, atol=1e-7)
     assert torch.equal(held_out.drift_moment(), held_out.drift_moment().T)
 
 
-def test_a_token_without_its_original_leaves_the_cross_moments_unknown() -> None:
+def test_a_token_without_float_inputs_makes_moments_unknown() -> None:
     original, moved = pairs()
-    found = InputStats(8, CPU)
-    held_out = found.hold_out()
-    for running in (found, held_out):
+    stats = InputStats(8, CPU)
+    held_out = stats.hold_out()
+    for running in (stats, held_out):
         running.update(moved, original)
         running.update(moved[:1])
         assert running.tokens == 51 and running.cross_moment() is None and running.drift_moment() is None
 
 
-def test_what_is_held_out_is_counted_apart() -> None:
+def test_validation_tokens_are_counted_separately() -> None:
     X = inputs(50)
-    found = InputStats(8, CPU)
-    assert found.held_out is None
-    found.hold_out().update(X[30:])
-    found.update(X[:30])
-    assert torch.equal(found.second_moment(), seen(X[:30]).second_moment())
-    assert found.held_out is not None
-    assert torch.equal(found.held_out.second_moment(), seen(X[30:]).second_moment())
+    stats = InputStats(8, CPU)
+    assert stats.held_out is None
+    stats.hold_out().update(X[30:])
+    stats.update(X[:30])
+    assert torch.equal(stats.second_moment(), seen(X[:30]).second_moment())
+    assert stats.held_out is not None
+    assert torch.equal(stats.held_out.second_moment(), seen(X[30:]).second_moment())
 
 
 def test_a_token_of_weight_three_counts_three_times() -> None:
@@ -116,13 +117,14 @@ def test_a_token_of_weight_three_counts_three_times() -> None:
     weighted.update(moved[30:], original[30:], weights[30:].float())
     repeated.update(moved.repeat_interleave(weights, 0), original.repeat_interleave(weights, 0))
     assert weighted.tokens == 50 and repeated.tokens == int(weights.sum())
-    for name in ("hessian", "cross", "drift", "mean_square"):
-        torch.testing.assert_close(getattr(weighted, name), getattr(repeated, name), rtol=1e-5, atol=1e-6)
+    for moment in MOMENTS:
+        torch.testing.assert_close(getattr(weighted, moment)(), getattr(repeated, moment)(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(weighted.mean_square, repeated.mean_square, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(weighted.mean_absolute, seen(moved).mean_absolute, rtol=50 * EPSILON, atol=0)
 
 
 def test_half_of_a_symmetric_sum_is_enough() -> None:
-    """As on a GPU: what lies below the diagonal is mirrored when it is asked for, also between updates."""
+    """As on a GPU: the part below the diagonal is mirrored when a moment is read, also between updates."""
     X = inputs(48)
     whole, half = InputStats(8, CPU), InputStats(8, CPU)
     half._gram[torch.ones(8, 8).tril(-1).bool()] = float("nan")
@@ -137,14 +139,14 @@ def test_half_of_a_symmetric_sum_is_enough() -> None:
     torch.testing.assert_close(half.mean_square, whole.mean_square, rtol=48 * EPSILON, atol=0)
 
 
-def test_nothing_seen_is_zero_and_not_nan() -> None:
-    found = InputStats(4, CPU)
-    found.update(torch.empty(0, 4))
-    assert found.tokens == 0
-    assert not found.second_moment().any() and not found.mean_square.any() and not found.mean_absolute.any()
+def test_moments_of_no_tokens_are_zero() -> None:
+    stats = InputStats(4, CPU)
+    stats.update(torch.empty(0, 4))
+    assert stats.tokens == 0
+    assert not stats.second_moment().any() and not stats.mean_square.any() and not stats.mean_absolute.any()
 
 
-def test_dividing_divides_all_moments_and_those_held_out() -> None:
+def test_dividing_divides_all_moments() -> None:
     original, moved = pairs()
     scales = torch.tensor([0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 0.1, 7.0])
     before, after = InputStats(8, CPU), InputStats(8, CPU)
@@ -154,19 +156,19 @@ def test_dividing_divides_all_moments_and_those_held_out() -> None:
     found = before.in_basis(scaling(scales))
     assert found.held_out is not None and after.held_out is not None
     for divided, expected in ((found, after), (found.held_out, after.held_out)):
-        for name in ("hessian", "cross") if divided is found else ("hessian", "cross", "drift"):
-            torch.testing.assert_close(getattr(divided, name), getattr(expected, name), rtol=1e-4, atol=1e-4)
+        for moment in MOMENTS[:2] if divided is found else MOMENTS:
+            torch.testing.assert_close(getattr(divided, moment)(), getattr(expected, moment)(), rtol=1e-4, atol=1e-4)
 
 
-def test_dividing_the_statistics_is_dividing_the_inputs() -> None:
+def test_dividing_statistics_equals_dividing_inputs() -> None:
     X, scales = inputs(), torch.tensor([0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 0.1, 7.0])
     before = seen(X)
-    found, expected = before.in_basis(scaling(scales)), seen(X / scales)
-    assert found.tokens == 50
-    # Each entry is rounded once more; sums that cancel are measured by the size of their terms.
+    divided, expected = before.in_basis(scaling(scales)), seen(X / scales)
+    assert divided.tokens == 50
+    # Each entry is rounded once more; the errors of sums that cancel are relative to the size of their terms.
     size = expected.mean_square.sqrt()
     assert bool(
-        ((found.second_moment() - expected.second_moment()).abs() <= 100 * EPSILON * size[:, None] * size).all()
+        ((divided.second_moment() - expected.second_moment()).abs() <= 100 * EPSILON * size[:, None] * size).all()
     )
-    torch.testing.assert_close(found.mean_absolute, expected.mean_absolute, rtol=100 * EPSILON, atol=0)
-    assert torch.equal(before.second_moment(), seen(X).second_moment())  # what was there is left alone
+    torch.testing.assert_close(divided.mean_absolute, expected.mean_absolute, rtol=100 * EPSILON, atol=0)
+    assert torch.equal(before.second_moment(), seen(X).second_moment())  # the original is not changed

@@ -1,4 +1,4 @@
-"""Two-level grids: against an exhaustive search, and against what the bytes of the file say."""
+"""Two-level grids, compared with an exhaustive search and with the decoded bytes of the file."""
 
 import itertools
 from typing import Any
@@ -47,7 +47,7 @@ def half(value: float) -> float:
 
 
 def exhaustive(x: Array, cost: Array, levels: int, steps: int) -> float:
-    """The least error of a superblock (8, 32): all sc and m, and steps x steps pairs of d and dmin around the range."""
+    """The least error of a superblock (8, 32) over all sc and m, and steps x steps pairs of d and dmin."""
     widest, offset = (x.max(1).clip(0) - x.min(1).clip(None, 0)).max() / levels, -x.min()
     best = np.inf
     s, m = (part.ravel().astype(float) for part in np.meshgrid(np.arange(1, 64), np.arange(64)))
@@ -61,29 +61,29 @@ def exhaustive(x: Array, cost: Array, levels: int, steps: int) -> float:
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_the_fit_comes_close_to_the_best_of_all_small_integers(weighted: bool) -> None:
+def test_the_fit_is_close_to_an_exhaustive_search(weighted: bool) -> None:
     weight = random(2, 256, seed=1)
     importance = torch.rand(256, generator=torch.Generator().manual_seed(2)) + 0.1 if weighted else None
     cost = np.ones((8, 32)) if importance is None else importance.double().numpy().reshape(8, 32)
-    found = errors(weight, rounded(weight, "q4_k", importance), importance)
-    for row, error in zip(weight, found, strict=True):
+    fitted_errors = errors(weight, rounded(weight, "q4_k", importance), importance)
+    for row, error in zip(weight, fitted_errors, strict=True):
         assert float(error) <= 1.03 * exhaustive(row.double().numpy().reshape(8, 32), cost, levels=15, steps=3)
 
 
-def test_least_squares_finds_d_and_dmin_of_a_weight_that_is_on_a_grid() -> None:
+def test_least_squares_recovers_d_and_dmin_of_a_grid() -> None:
     draw = torch.Generator().manual_seed(12)
     sc, m = (torch.randint(30, 64, (4, 8), generator=draw).float() for _ in range(2))
     q = torch.randint(0, 16, (4, 8, 32), generator=draw)
     d, dmin = (torch.full((4,), value).half().float() for value in (0.01, 0.05))
     x = (d[:, None] * sc)[..., None] * q - (dmin[:, None] * m)[..., None]
-    near = (1.002 * d).half().float(), (0.999 * dmin).half().float()  # near enough for the same codes
-    found = k_quant_grid._shared_by_least_squares(x, torch.ones_like(x), near[0], sc, near[1], m, 15)
+    near = (1.002 * d).half().float(), (0.999 * dmin).half().float()  # close enough for the same codes
+    fitted = k_quant_grid._shared_by_least_squares(x, torch.ones_like(x), near[0], sc, near[1], m, 15)
     assert not torch.equal(near[0], d) and not torch.equal(near[1], dmin)
-    assert torch.equal(found[0], d) and torch.equal(found[1], dmin)
+    assert torch.equal(fitted[0], d) and torch.equal(fitted[1], dmin)
 
 
 def by_ranges(weight: Tensor, kind: str) -> Tensor:
-    """What min-max ranges of each sub-block and 6-bit numbers of them give, to nearest: (N, K) float64."""
+    """(N, K) float64: rounded to nearest with the min-max range of each sub-block, stored in 6-bit numbers."""
     scheme = BLOCK_TYPES[kind]
     x = weight.double().reshape(len(weight), -1, 256 // scheme.group, scheme.group)  # (N, S, B, g)
     levels = 2**scheme.bits - 1
@@ -102,17 +102,17 @@ def by_ranges(weight: Tensor, kind: str) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", TWO_LEVEL)
-def test_no_row_is_worse_than_by_ranges(kind: str) -> None:
+def test_no_row_is_worse_than_with_min_max_ranges(kind: str) -> None:
     weight = random(24, 512, seed=3) * torch.logspace(-3, 1, 24)[:, None]
     weight[::4, ::37] *= 8
     naive = (by_ranges(weight, kind) - weight.double()).square().sum(1)
-    found = errors(weight, rounded(weight, kind))
-    assert (found < naive).all()
-    assert float((found / naive).mean()) < 0.9
+    fitted = errors(weight, rounded(weight, kind))
+    assert (fitted < naive).all()
+    assert float((fitted / naive).mean()) < 0.9
 
 
 @pytest.mark.parametrize("kind", TWO_LEVEL)
-def test_importance_says_where_errors_may_be(kind: str) -> None:
+def test_importance_shifts_errors_to_other_columns(kind: str) -> None:
     weight, importance = random(16, 256, seed=4), torch.rand(256, generator=torch.Generator().manual_seed(5)) ** 4
     weighed, plain = rounded(weight, kind, importance), rounded(weight, kind)
     assert float(errors(weight, weighed, importance).sum()) < 0.95 * float(errors(weight, plain, importance).sum())
@@ -120,7 +120,7 @@ def test_importance_says_where_errors_may_be(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", TWO_LEVEL)
-def test_rows_are_fitted_alone(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_fitted_independently(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = random(4, 512, seed=6)
     whole = rounded(weight, kind).dequantize()
     monkeypatch.setattr(k_quant_grid, "ELEMENTS_AT_ONCE", {"cpu": 1536})
@@ -140,21 +140,21 @@ def test_extremes_stay_finite_and_close(kind: str) -> None:
     weight[6, :128] = 0
     weight[7] *= 1e4
     q = rounded(weight, kind)
-    found = q.dequantize()
+    decoded = q.dequantize()
     assert q.superblocks is not None and bool((q.superblocks.sc != 0).all())
-    assert bool(found.isfinite().all())
-    assert not found[0].any()
+    assert bool(decoded.isfinite().all())
+    assert not decoded[0].any()
     for row in (1, 2, 3, 7):
-        assert float((found[row] - weight[row]).norm()) < 0.1 * float(weight[row].norm())
-    # In 15 steps its range of 6e-6 is 4e-7 a step; d, of which a step is a multiple, is the smallest fp16 number, 6e-8.
-    assert float((found[4] - weight[4]).abs().max()) <= 4e-7
+        assert float((decoded[row] - weight[row]).norm()) < 0.1 * float(weight[row].norm())
+    # Its range of 6e-6 in 15 steps is 4e-7 per step, a multiple of d, which is the smallest fp16 number, 6e-8.
+    assert float((decoded[4] - weight[4]).abs().max()) <= 4e-7
 
 
-# ---- the value, and its bytes
+# ---- the tensor and its bytes
 
 
 @pytest.mark.parametrize("kind", BLOCK_TYPES)
-def test_it_says_bit_for_bit_what_the_bytes_say(kind: str) -> None:
+def test_a_tensor_equals_its_decoded_bytes(kind: str) -> None:
     weight = random(6, 512, seed=8) * torch.tensor([1e-4, 1e-2, 1.0, 3.0, 0.0, 100.0])[:, None]
     q = rounded(weight, kind)
     raw = layout.pack_blocks(q)
@@ -165,18 +165,18 @@ def test_it_says_bit_for_bit_what_the_bytes_say(kind: str) -> None:
 @pytest.mark.parametrize("kind", BLOCK_TYPES)
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
-def test_packed_and_unpacked_it_is_the_same(kind: str, seed: int) -> None:
+def test_unpacked_bytes_are_packed_to_the_same_bytes(kind: str, seed: int) -> None:
     draw = np.random.default_rng(seed)
     raw = draw.integers(0, 256, (3, 2 * BLOCK_TYPES[kind].nbytes * (256 // BLOCK_TYPES[kind].columns)), dtype=np.uint8)
     suffix = f"{layout.PREFIX}{kind}"
     reading = Reading(WeightScheme.of_blocks(kind))
-    found = layout.unpack({suffix: torch.from_numpy(raw)}, reading)
-    assert found.shape == (3, 512) == layout.weight_shape({suffix: raw.shape}, reading, lambda _: torch.empty(0))
-    assert torch.equal(layout.pack(found)[suffix], torch.from_numpy(raw))
+    unpacked = layout.unpack({suffix: torch.from_numpy(raw)}, reading)
+    assert unpacked.shape == (3, 512) == layout.weight_shape({suffix: raw.shape}, reading, lambda _: torch.empty(0))
+    assert torch.equal(layout.pack(unpacked)[suffix], torch.from_numpy(raw))
 
 
 @pytest.mark.parametrize("kind", BLOCK_TYPES)
-def test_scales_and_zeros_are_those_of_the_weight(kind: str) -> None:
+def test_scales_and_zeros_describe_the_weight(kind: str) -> None:
     q = rounded(random(4, 256, seed=9), kind)
     groups = q.column_groups()
     zeros = torch.tensor(q.scheme.middle) if q.zeros is None else q.zeros[:, groups]
@@ -185,7 +185,7 @@ def test_scales_and_zeros_are_those_of_the_weight(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", TWO_LEVEL)
-def test_rows_and_choices_of_rows_keep_what_they_are(kind: str) -> None:
+def test_rows_and_choices_of_rows_do_not_change(kind: str) -> None:
     one, other = (rounded(random(6, 256, seed=seed), kind) for seed in (10, 11))
     assert torch.equal(one.rows(2, 5).dequantize(), one.dequantize()[2:5])
     keep = torch.tensor([[True], [False], [True], [True], [False], [False]])
@@ -198,5 +198,5 @@ def test_rows_and_choices_of_rows_keep_what_they_are(kind: str) -> None:
 def test_a_block_type_has_one_grid() -> None:
     assert str(WeightScheme.of_blocks("q4_k")) == "q4_k"
     for wrong in ({"bits": 8, "block_type": "q4_k"}, {"block_type": "q4_k"}, {"block_type": "q9_z"}):
-        with pytest.raises(ConfigError, match="no grid"):
+        with pytest.raises(ConfigError, match="is not the grid of a block type"):
             WeightScheme(**wrong)

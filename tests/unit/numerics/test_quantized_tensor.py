@@ -1,4 +1,4 @@
-"""`QuantizedTensor`: what every reader of a file computes, against loops over single weights."""
+"""`QuantizedTensor`: the weight that every reader of a file computes, compared with loops over single weights."""
 
 import pytest
 import torch
@@ -12,14 +12,14 @@ def example(scheme: WeightScheme, N: int = 3, K: int = 32, dtype: torch.dtype = 
     G = K // scheme.columns_per_group(K)
     codes = torch.randint(0, scheme.levels + 1, (N, K), dtype=torch.uint8, generator=draw)
     zeros = torch.randint(0, scheme.levels + 1, (N, G), dtype=torch.int16, generator=draw)
-    scales = torch.randn(N, G, generator=draw).to(dtype)  # negative ones too
+    scales = torch.randn(N, G, generator=draw).to(dtype)  # of both signs
     return QuantizedTensor(codes, scales, None if scheme.symmetric else zeros, scheme)
 
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("grouping", [16, 32, "channel", "tensor"])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_a_weight_is_its_scale_times_its_code_less_the_zero(bits: int, grouping: int | str, symmetric: bool) -> None:
+def test_a_weight_is_scale_times_code_minus_zero(bits: int, grouping: int | str, symmetric: bool) -> None:
     q = example(WeightScheme(bits, grouping, symmetric))  # type: ignore[arg-type]
     per_group = grouping if isinstance(grouping, int) else 32
     for n in range(3):
@@ -30,14 +30,14 @@ def test_a_weight_is_its_scale_times_its_code_less_the_zero(bits: int, grouping:
             assert float(q.dequantize()[n, k]) == expected
 
 
-def test_a_weight_is_decoded_in_float32_whatever_the_scale_is_stored_in() -> None:
+def test_a_weight_is_decoded_in_float32() -> None:
     q = example(WeightScheme(8, 16), dtype=torch.bfloat16)
     again = QuantizedTensor(q.codes, q.scales.float(), None, q.scheme)
     assert q.dequantize().dtype == torch.float32
     assert torch.equal(q.dequantize(), again.dequantize())
 
 
-def test_a_group_index_says_which_scale_a_column_has() -> None:
+def test_a_group_index_selects_the_scale_of_a_column() -> None:
     q = example(WeightScheme(4, 16, symmetric=False))
     assert q.zeros is not None
     index = torch.arange(32, dtype=torch.int32) % 2
@@ -48,7 +48,7 @@ def test_a_group_index_says_which_scale_a_column_has() -> None:
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_rows_are_a_tensor_of_their_own_that_shares_memory(symmetric: bool) -> None:
+def test_rows_are_a_tensor_in_the_same_memory(symmetric: bool) -> None:
     q = example(WeightScheme(4, 16, symmetric))
     part = q.rows(1, 3)
     assert q.shape == (3, 32) and part.shape == (2, 32)

@@ -1,4 +1,4 @@
-"""What is quantized about a layer: values that say so, and refuse what does not exist."""
+"""Schemes of weights and inputs: their text, and errors for schemes that do not exist."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from llmq.errors import ConfigError
 from llmq.numerics.scheme import InputScheme, Scheme, WeightScheme
 
 
-def test_the_pair_is_public() -> None:
+def test_schemes_are_public() -> None:
     assert (llmq.Scheme, llmq.WeightScheme, llmq.InputScheme) == (Scheme, WeightScheme, InputScheme)
     assert llmq.QuantConfig(scheme=llmq.WeightScheme(8, 32)).scheme.bits == 8
 
@@ -23,12 +23,12 @@ def test_the_pair_is_public() -> None:
         (Scheme(None, InputScheme("fp8", "static")), "float, inputs fp8 static per tensor"),
     ],
 )
-def test_a_scheme_in_words(scheme: Scheme, text: str) -> None:
+def test_a_scheme_is_described_in_words(scheme: Scheme, text: str) -> None:
     assert str(scheme) == text
 
 
 @pytest.mark.parametrize("fields", [("int4", "dynamic"), ("int8", "per token"), (8, "dynamic"), ("int8", None)])
-def test_an_input_scheme_that_does_not_exist(fields: Any) -> None:
+def test_an_unknown_input_scheme_is_refused(fields: Any) -> None:
     with pytest.raises(ConfigError, match=r"of an input scheme is .*, expected one of") as caught:
         InputScheme(*fields)
     assert "InputScheme('int8', 'dynamic')" in caught.value.hint
@@ -37,6 +37,6 @@ def test_an_input_scheme_that_does_not_exist(fields: Any) -> None:
 @pytest.mark.parametrize(
     "fields", [(4, None), (WeightScheme(), "int8"), (InputScheme(), WeightScheme())], ids=["bits", "text", "swapped"]
 )
-def test_a_pair_of_something_else(fields: Any) -> None:
+def test_a_scheme_of_other_types_is_refused(fields: Any) -> None:
     with pytest.raises(ConfigError, match="of a scheme is .*, expected (Weight|Input)Scheme or None"):
         Scheme(*fields)

@@ -51,7 +51,7 @@ def test_a_layer_that_no_grid_of_the_format_fits_is_kept_with_the_reason() -> No
     fits, odd = plan_layers([(Q, 64, 256), (DOWN, 64, 172)], QuantConfig(), GPTQ)
     assert fits.scheme.weights == WeightScheme()
     assert odd.scheme.weights is None
-    assert odd.reason.startswith("kept as it is: ") and "172" in odd.reason
+    assert odd.reason.startswith("kept in float: ") and "172" in odd.reason
 
 
 def test_strict_makes_an_error_of_either() -> None:
@@ -59,13 +59,13 @@ def test_strict_makes_an_error_of_either() -> None:
     with pytest.raises(ConfigError, match=rf"{DOWN} \(64 x 352\): 32 instead of 128") as caught:
         plan(352, strict)
     assert "--strict" in caught.value.hint
-    with pytest.raises(ConfigError, match=rf"{DOWN} \(64 x 172\): kept as it is"):
+    with pytest.raises(ConfigError, match=rf"{DOWN} \(64 x 172\): kept in float"):
         plan_layers([(Q, 64, 256), (DOWN, 64, 172)], strict, GPTQ)
     assert plan(256, strict).scheme.weights == WeightScheme()  # what fits is no error
 
 
 def test_a_grid_that_the_format_never_holds_is_an_error_and_no_reason_to_keep_layers() -> None:
-    with pytest.raises(ConfigError, match=rf"awq cannot hold int8 g128 symmetric, asked for {DOWN}: .* 4 bits only"):
+    with pytest.raises(ConfigError, match=rf"awq cannot hold int8 g128 symmetric, the scheme of {DOWN}: .* 4 bits"):
         plan_layers([(DOWN, 64, 256)], QuantConfig(scheme=WeightScheme(8)), AWQ)
     with pytest.raises(ConfigError, match="gptq cannot hold int3 g64"):
         plan_layers([(Q, 64, 256)], QuantConfig(overrides=(Override(pattern="q_proj", bits=3, group_size=64),)), GPTQ)
@@ -92,7 +92,7 @@ def test_overrides_and_skips_apply_to_the_layers_they_name() -> None:
 def test_nothing_left_to_quantize_is_an_error(
     shapes: list[tuple[str, int, int]], config: QuantConfig, why: str
 ) -> None:
-    with pytest.raises(ConfigError, match=f"nothing is left to quantize: .*{why}") as caught:
+    with pytest.raises(ConfigError, match=f"no layer can be quantized: .*{why}") as caught:
         plan_layers(shapes, config, GPTQ)
     assert "--skip" in caught.value.hint
 

@@ -6,18 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from llmq.model.passes.squared_gradients import squared_gradients as measure_gradients
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from llmq.algorithms import fisher_weights
 from llmq.checkpoint.reader import Checkpoint
 from llmq.methods import Method
-from llmq.model.analyse.input_groups import input_groups
-from llmq.model.passes.hidden_states import Stream
+from llmq.model.build.skeleton import Skeleton
+from llmq.model.passes.recorded_calls import RecordedCalls
+from llmq.report.events import Event, Progress
 from llmq.runtime.checkpoint_weights import PackedWeights
 from llmq.steps import token_weights as measuring
 from tests.builders import WINDOW, skeleton_of, tokens
+from tests.passes import run_block, streams_over
 from tests.runs import quantize
 
 Checkpoints = Callable[..., Path]
@@ -26,7 +27,7 @@ LENGTH = 3 * WINDOW
 TOLERANCE = 1e-3
 
 
-def test_weights_are_clipped_mixed_and_one_on_average() -> None:
+def test_weights_are_clipped_mixed_and_average_to_one() -> None:
     gamma = torch.rand(2000, generator=torch.Generator().manual_seed(0), dtype=torch.float64) ** 4
     gamma[[7, 8, 9]] = 1e6
     found = fisher_weights.weights(gamma.reshape(20, 100)).double()
@@ -38,7 +39,7 @@ def test_weights_are_clipped_mixed_and_one_on_average() -> None:
     torch.testing.assert_close(fisher_weights.weights(gamma * 1e-6), found.flatten().float())  # any scale
 
 
-def test_a_layer_that_reaches_nothing_leaves_all_tokens_alike() -> None:
+def test_layers_without_gradients_weight_all_tokens_alike() -> None:
     assert torch.equal(fisher_weights.weights(torch.zeros(3, 5)), torch.ones(3, 5))
 
 
@@ -57,24 +58,30 @@ def test_labels_are_drawn_as_the_model_predicts() -> None:
     torch.testing.assert_close(slopes.T @ slopes / count, fisher, rtol=0, atol=1e-4)
 
 
-def test_the_first_and_the_last_chance_are_labels_that_are_possible() -> None:
+def test_extreme_chances_draw_possible_labels() -> None:
     never = torch.full((5,), -math.inf)
     logits = torch.cat([never, torch.zeros(1000), never]).expand(2, -1)
     labels = fisher_weights.drawn_slope(logits, torch.tensor([0, 1 - 2**-24])).argmin(1)
     assert labels.tolist() == [5, 1004]
 
 
-def chosen_labels(hidden: Tensor) -> Tensor:
+def chosen_slope(hidden: Tensor) -> Tensor:
     """Some slope of the loss in the last hidden states."""
     return (hidden * 3).sin()
 
 
+def measured(walked: Skeleton, windows: Tensor, at_once: int) -> dict[str, Tensor]:
+    return measuring.squared_gradients(
+        walked, windows, lambda _, hidden: chosen_slope(hidden), RecordedCalls(walked), batch=2, at_once=at_once
+    )
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3", "neox", "falcon"])
-def test_squared_gradients_are_those_of_the_whole_model(checkpoint: Checkpoints, name: str) -> None:
+def test_squared_gradients_equal_the_whole_models(checkpoint: Checkpoints, name: str) -> None:
     """Of a loss whose gradient in the last hidden states is known."""
     folder, windows = checkpoint(name), tokens(5, LENGTH)
     walked = skeleton_of(folder)
-    found = measure_gradients(walked, windows, lambda _, hidden: chosen_labels(hidden), batch=2, at_once=4)
+    found = measured(walked, windows, at_once=4)
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     outputs: dict[str, Tensor] = {}
@@ -94,7 +101,7 @@ def test_squared_gradients_are_those_of_the_whole_model(checkpoint: Checkpoints,
     for path in found:
         model.get_submodule(path).register_forward_hook(keep(path))
     model(input_ids=windows, use_cache=False)
-    last[0].backward(chosen_labels(last[0].detach()))
+    last[0].backward(chosen_slope(last[0].detach()))
     assert found.keys() == {path for block in walked.blocks for path in block.linears}
     for path, squares in found.items():
         gradient = outputs[path].grad
@@ -104,43 +111,39 @@ def test_squared_gradients_are_those_of_the_whole_model(checkpoint: Checkpoints,
         assert squares.max() > 0
 
 
-def test_what_is_held_at_once_changes_no_bit(checkpoint: Checkpoints) -> None:
+def test_memory_changes_no_bit_of_gradients(checkpoint: Checkpoints) -> None:
     windows = tokens(5, LENGTH)
-
-    def measured(at_once: int) -> dict[str, Tensor]:
-        walked = skeleton_of(checkpoint("llama"))
-        return measure_gradients(walked, windows, lambda _, h: chosen_labels(h), batch=2, at_once=at_once)
-
-    whole, parts = measured(100), measured(1)
+    whole, parts = (measured(skeleton_of(checkpoint("llama")), windows, at_once) for at_once in (100, 1))
     assert all(torch.equal(whole[path], parts[path]) for path in whole)
 
 
-def test_the_model_is_measured_before_and_statistics_are_weighted(checkpoint: Checkpoints) -> None:
-    """H of each group is Σ γ x xᵀ / Σ γ of what the block is fed; the same for windows that are held out."""
+def test_statistics_are_weighted_by_tokens(checkpoint: Checkpoints) -> None:
+    """H of each group is Σ γ x xᵀ / Σ γ of what the block is fed; the same for validation sequences."""
     walked, windows = skeleton_of(checkpoint("llama")), tokens(5, LENGTH)
-    weights = measuring.measure(walked, windows, seed=3)
+    events: list[Event] = []
+    weights = measuring.measure(walked, windows, 3, RecordedCalls(walked), events.append)
+    assert [(event.done, event.total) for event in events if isinstance(event, Progress)] == [(1, 3), (2, 3), (3, 3)]
     assert all(parameter.is_meta for block in walked.blocks for parameter in block.module.parameters())
-    stream = Stream(walked, windows, 2, 2**30, held_out=2, weights=weights)
-    block = walked.blocks[0]
-    block.load()
-    groups = input_groups(block, stream.sample(64))
-    for group, stats in stream.flow(block, groups).statistics():
+    block, streams = walked.blocks[0], streams_over(walked, windows, validation=2, weights=weights)
+    names: dict[str, tuple[str, ...]] = {}
+    for leader, stats in run_block(
+        streams, block, lambda _, group: names.update({group.names[0]: group.names})
+    ).items():
         fed: list[Tensor] = []
-        hook = block.linears[group.names[0]].register_forward_pre_hook(lambda _, args, fed=fed: fed.append(args[0]))
+        hook = block.linears[leader].register_forward_pre_hook(lambda _, args, fed=fed: fed.append(args[0]))
         block.run(walked.record(0, windows))
         hook.remove()
-        gamma = weights(group.names)
+        gamma = weights(names[leader])
         assert gamma is not None and gamma.std() > 0.01
         for judge, rows in ((stats, slice(0, 3)), (stats.held_out, slice(3, 5))):
             assert judge is not None
-            X, counts = fed[0][rows].reshape(-1, group.in_features).double(), gamma[rows].flatten().double()
+            X, counts = fed[0][rows].flatten(0, -2).double(), gamma[rows].flatten().double()
             expected = (X * counts[:, None]).T @ X / counts.sum()
-            torch.testing.assert_close(
-                judge.second_moment().double(), expected, rtol=1e-4, atol=1e-4 * float(expected.max())
-            )
+            bound = 1e-4 * float(expected.max())
+            torch.testing.assert_close(judge.second_moment().double(), expected, rtol=1e-4, atol=bound)
 
 
-def test_a_run_with_weights_differs_and_repeats(checkpoint: Checkpoints, text: Path, tmp_path: Path) -> None:
+def test_a_run_with_token_weights_differs_and_repeats(checkpoint: Checkpoints, text: Path, tmp_path: Path) -> None:
     def codes(out: str, method: Method) -> dict[str, Tensor]:
         quantize(checkpoint("llama"), tmp_path / out, text, stages=method)
         packed = PackedWeights(Checkpoint.open(tmp_path / out))

@@ -2,24 +2,22 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from llmq import pipeline
-from llmq.algorithms import Options
 from llmq.methods import METHODS
 from llmq.model.analyse import fold, input_groups
 from llmq.model.analyse.fold import FoldSite
 from llmq.model.analyse.input_groups import InputGroup
 from llmq.model.build.block import Block
-from llmq.model.passes.hidden_states import Stream
+from llmq.model.passes.sequential import Streams
 from llmq.numerics.block_diagonal import scaling
-from llmq.numerics.layer_plan import LayerPlan
-from llmq.numerics.scheme import Scheme, WeightScheme
+from llmq.numerics.scheme import WeightScheme
+from llmq.steps.transforms import BlockTransforms, Observed
 from tests.builders import skeleton_in_memory, skeleton_of, tokens
+from tests.passes import Stack, plans_of, run_without_output, streams_over
 
 Checkpoints = Callable[..., Path]
 
@@ -87,7 +85,7 @@ def parameters_of(block: Block) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", SITES)
-def test_what_makes_each_input_is_found(checkpoint: Checkpoints, name: str) -> None:
+def test_the_producer_of_each_input_is_found(checkpoint: Checkpoints, name: str) -> None:
     found = Loaded(checkpoint(name)).sites()
     assert {group: (site.producer, site.offset) for group, site in found.items()} == SITES[name]
 
@@ -100,7 +98,7 @@ def test_the_sources_of_grouped_heads_repeat(checkpoint: Checkpoints) -> None:
         assert sites[group].source.tolist() == list(range(channels))
 
 
-def test_trying_leaves_every_parameter_as_it_was(checkpoint: Checkpoints) -> None:
+def test_discovery_changes_no_parameter(checkpoint: Checkpoints) -> None:
     loaded = Loaded(checkpoint("gemma3"))
     before = parameters_of(loaded.block)
     loaded.sites()
@@ -109,7 +107,7 @@ def test_trying_leaves_every_parameter_as_it_was(checkpoint: Checkpoints) -> Non
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", SITES)
-def test_the_function_stays_and_undoing_is_exact(checkpoint: Checkpoints, name: str, dtype: str) -> None:
+def test_folding_keeps_the_function_and_undoing_is_exact(checkpoint: Checkpoints, name: str, dtype: str) -> None:
     loaded = Loaded(checkpoint(name, dtype=dtype))
     before, parameters = loaded.output(), parameters_of(loaded.block)
     for site in loaded.sites().values():
@@ -123,7 +121,7 @@ def test_the_function_stays_and_undoing_is_exact(checkpoint: Checkpoints, name: 
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "stablelm"])
-def test_all_foldings_of_a_block_together_keep_its_function(checkpoint: Checkpoints, name: str) -> None:
+def test_all_foldings_together_keep_the_function(checkpoint: Checkpoints, name: str) -> None:
     loaded = Loaded(checkpoint(name))
     before = loaded.output()
     for site in loaded.sites().values():
@@ -132,7 +130,7 @@ def test_all_foldings_of_a_block_together_keep_its_function(checkpoint: Checkpoi
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "stablelm"])
-def test_a_folded_norm_keeps_its_function_in_the_few_bits_it_is_stored_in(checkpoint: Checkpoints, name: str) -> None:
+def test_a_folded_norm_keeps_its_function_in_stored_bits(checkpoint: Checkpoints, name: str) -> None:
     loaded = Loaded(checkpoint(name, dtype="bfloat16"))
     site = next(iter(loaded.sites().values()))
     norm = loaded.block.module.get_submodule(site.producer)
@@ -149,7 +147,7 @@ def test_a_folded_norm_keeps_its_function_in_the_few_bits_it_is_stored_in(checkp
     assert bool(((folded.flatten() / asked - 1).abs() <= room + 2**-22).all())
 
 
-def test_dead_columns_have_no_source_and_stay(checkpoint: Checkpoints) -> None:
+def test_dead_columns_have_no_source_and_are_kept(checkpoint: Checkpoints) -> None:
     loaded = Loaded(checkpoint("llama"))
     norm = loaded.block.module.get_submodule("input_layernorm").get_parameter("weight")
     norm.data[5] = 0
@@ -164,14 +162,14 @@ def test_dead_columns_have_no_source_and_stay(checkpoint: Checkpoints) -> None:
     assert fold.moved(loaded.call.hidden, before, loaded.output()) < UNCHANGED
 
 
-def test_an_output_that_is_no_number_has_moved() -> None:
+def test_an_output_that_is_not_a_number_has_moved() -> None:
     hidden, before = torch.ones(1, 2, 3), torch.full((1, 2, 3), 3.0)  # the block adds 2
     assert fold.moved(hidden, before, before) == 0
     assert fold.moved(hidden, before, before + 1) == pytest.approx(0.5)
     assert fold.moved(hidden, before, before * float("nan")) == float("inf")
 
 
-def test_a_loud_token_does_not_hide_what_moved() -> None:
+def test_a_loud_token_does_not_hide_a_change() -> None:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, 64, 8, generator=generator)
     added = torch.randn(1, 64, 8, generator=generator)
@@ -193,64 +191,47 @@ class Normed(nn.Module):
         return output
 
 
-class NormedModel(nn.Module):
+class Transformed:
+    """The first block after AWQ, how it was before, and what was observed before and after."""
+
     def __init__(self, leak: float) -> None:
-        super().__init__()
         torch.manual_seed(0)
-        self.embed = nn.Embedding(264, 32)
-        self.blocks = nn.ModuleList(Normed(leak) for _ in range(2))
-
-    def forward(self, input_ids: Tensor, use_cache: bool) -> Any:
-        hidden = self.embed(input_ids)
-        for block in self.blocks:
-            hidden = block(hidden)
-        return hidden
-
-
-def transformed(
-    leak: float,
-) -> tuple[Block, Stream, dict[str, Tensor], pipeline.Observed, pipeline.Observed, list[str]]:
-    """The first block after the pipeline's AWQ step, how it was before, and what was observed before and after."""
-    walked = skeleton_in_memory(NormedModel(leak))
-    scheme = Scheme(WeightScheme(3, 16))
-    plans = {path: LayerPlan(path, 32, 32, scheme) for block in walked.blocks for path in block.linears}
-    stream = Stream(walked, tokens(4, 16), batch=2)
-    nothing = cast(Any, None)
-    run = pipeline.Run(walked, stream, plans, METHODS["awq"], Options(), nothing, nothing, nothing)
-    block = walked.blocks[0]
-    block.load()
-    before = parameters_of(block)
-    groups = pipeline.group_weights(run, block)
-    observed = input_groups.statistics(block, groups, stream.calls())
-    was = dict(observed)
-    notes = list(pipeline.transform(run, "awq", block, observed))
-    return block, stream, before, was, observed, notes
+        walked = skeleton_in_memory(Stack(Normed(leak), Normed(leak), vocabulary=264, width=32))
+        self.block: Block = walked.blocks[0]
+        self.streams: Streams = streams_over(walked, tokens(4, 16))
+        run = run_without_output(walked, self.streams, plans_of(self.block, WeightScheme(3, 16)), METHODS["awq"])
+        self.block.load()
+        self.before = parameters_of(self.block)
+        groups = input_groups.input_groups(self.block, self.streams.quantized.sample(16))
+        transforms = BlockTransforms(run, self.streams, self.block, groups)
+        self.observed_before: Observed = dict(transforms.observed)
+        transforms.apply("awq")
+        self.observed, self.notes, self.gains = transforms.observed, transforms.notes, transforms.gains
 
 
-def test_a_folding_that_moves_the_output_is_undone_and_said() -> None:
-    block, _, before, was, observed, notes = transformed(leak=0.5)
-    assert all(torch.equal(before[name], now) for name, now in parameters_of(block).items())
-    assert observed == was  # the very same statistics
-    (note,) = notes
-    assert note.startswith("blocks.0.linear: awq undone, it moved the block's output by ")
+def test_a_folding_that_moves_the_output_is_undone() -> None:
+    result = Transformed(leak=0.5)
+    assert all(torch.equal(result.before[name], now) for name, now in parameters_of(result.block).items())
+    assert result.observed == result.observed_before  # the same statistics, not equal ones
+    (note,) = result.notes
+    assert note.startswith("blocks.0.linear: awq") and "undone" in note
 
 
-def test_the_same_folding_stays_where_nobody_else_uses_the_norm() -> None:
-    block, stream, before, was, observed, notes = transformed(leak=0.0)
-    assert notes == []
-    after = parameters_of(block)
-    assert not torch.equal(before["norm.weight"], after["norm.weight"])
-    (group,) = observed
-    old, new = was[group], observed[group]
-    assert old is not None and new is not None
-    scales = after["linear.weight"] / before["linear.weight"]  # (N, K), the same in every row
+def test_a_folding_stays_where_nothing_else_uses_the_norm() -> None:
+    result = Transformed(leak=0.0)
+    assert result.notes == [] and result.gains == []  # no validation text says what it gained
+    after = parameters_of(result.block)
+    assert not torch.equal(result.before["norm.weight"], after["norm.weight"])
+    (group,) = result.observed
+    old, new = result.observed_before[group], result.observed[group]
+    scales = after["linear.weight"] / result.before["linear.weight"]  # (N, K), the same in every row
     expected = old.second_moment() / (scales[0][:, None] * scales[0][None, :])
     torch.testing.assert_close(new.second_moment(), expected, rtol=1e-5, atol=0)
-    fresh = input_groups.statistics(block, [group], stream.calls())[group]
+    fresh = input_groups.statistics(result.block, [group], result.streams.quantized.calls())[group]
     torch.testing.assert_close(new.mean_absolute, fresh.mean_absolute, rtol=1e-5, atol=0)
 
 
-def test_gemma3n_uses_a_norm_twice_and_is_caught(checkpoint: Checkpoints) -> None:
+def test_a_norm_that_gemma3n_uses_twice_is_caught(checkpoint: Checkpoints) -> None:
     loaded = Loaded(checkpoint("gemma3n"))
     before = loaded.output()
     site = next(site for site in loaded.sites().values() if site.producer == "input_layernorm")

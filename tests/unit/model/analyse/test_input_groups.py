@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from llmq.model.analyse import input_groups
-from llmq.model.analyse.input_groups import MatmulWatcher
 from llmq.model.build.block import Block, Call
 from llmq.model.build.skeleton import Skeleton
-from llmq.model.passes.hidden_states import Stream
 from tests.builders import skeleton_in_memory, skeleton_of, tokens
+from tests.passes import Stack, stream_over
 
 Checkpoints = Callable[..., Path]
 
@@ -36,7 +35,7 @@ def loaded_block(walked: Skeleton, index: int = 0) -> Block:
 
 
 @pytest.mark.parametrize("name", GROUPS)
-def test_weights_are_grouped_by_the_input_that_they_share(checkpoint: Checkpoints, name: str) -> None:
+def test_weights_that_share_an_input_form_a_group(checkpoint: Checkpoints, name: str) -> None:
     walked = skeleton_of(checkpoint(name))
     block = loaded_block(walked)
     groups = input_groups.input_groups(block, walked.record(0, tokens(1, 16)))
@@ -46,7 +45,7 @@ def test_weights_are_grouped_by_the_input_that_they_share(checkpoint: Checkpoint
 
 
 @pytest.mark.parametrize("name", GROUPS)
-def test_statistics_are_sums_over_what_each_module_is_fed(checkpoint: Checkpoints, name: str) -> None:
+def test_statistics_sum_what_each_module_is_fed(checkpoint: Checkpoints, name: str) -> None:
     walked = skeleton_of(checkpoint(name))
     block, ids = loaded_block(walked), tokens(5, 24)
     inputs: dict[str, list[Tensor]] = {path: [] for path in block.linears}
@@ -54,7 +53,7 @@ def test_statistics_are_sums_over_what_each_module_is_fed(checkpoint: Checkpoint
     def hook(path: str) -> Callable[..., None]:
         return lambda _, args: inputs[path].append(args[0].double().flatten(0, -2))
 
-    stream = Stream(walked, ids, batch=2)
+    stream = stream_over(walked, ids)
     groups = input_groups.input_groups(block, stream.sample(24))
     stats = input_groups.statistics(block, groups, stream.calls())
     handles = [module.register_forward_pre_hook(hook(path)) for path, module in block.linears.items()]
@@ -106,7 +105,7 @@ class OddModel(nn.Module):
         return hidden
 
 
-def test_a_weight_is_in_one_group_or_in_none_if_it_never_runs() -> None:
+def test_a_weight_is_in_one_group_or_never_runs() -> None:
     walked = skeleton_in_memory(OddModel())
     block = loaded_block(walked)
     groups = input_groups.input_groups(block, walked.record(0, tokens(1, 4)))
@@ -117,7 +116,7 @@ def test_a_weight_is_in_one_group_or_in_none_if_it_never_runs() -> None:
     ]
 
 
-def test_the_inputs_of_a_call_are_those_of_the_modules(checkpoint: Checkpoints) -> None:
+def test_inputs_of_a_call_equal_those_of_the_modules(checkpoint: Checkpoints) -> None:
     walked = skeleton_of(checkpoint("llama"))
     block, call = loaded_block(walked), walked.record(0, tokens(2, 8))
     groups = input_groups.input_groups(block, call)
@@ -129,32 +128,42 @@ def test_the_inputs_of_a_call_are_those_of_the_modules(checkpoint: Checkpoints) 
     assert all(torch.equal(inputs[group], seen[path]) for group in groups for path in group.names)
 
 
-# name -> a product of x (T, K) and w (N, K), as models spell them
-PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "linear": nn.functional.linear,
-    "linear with a bias": lambda x, w: nn.functional.linear(x, w, torch.ones(len(w))),
-    "linear by keyword": lambda x, w: nn.functional.linear(input=x, weight=w),
-    "matmul": lambda x, w: torch.matmul(x, w.T),
-    "method": lambda x, w: x.matmul(w.t()),
-    "operator": lambda x, w: x @ w.T,
-    "mm": lambda x, w: torch.mm(x, w.T),
-    "addmm": lambda x, w: torch.addmm(torch.ones(len(w)), x, w.T),
-}
+class ByKeyword(nn.Module):
+    """Two layers that are fed one tensor, one of them by keyword; and one that is fed it changed in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = hidden.clone()
+        mixed = self.first(hidden) + self.second(input=hidden)
+        hidden.mul_(2)
+        output: Tensor = mixed + self.third(hidden)
+        return output
 
 
-@pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)
-def test_a_product_is_seen_however_it_is_spelled(product: Callable[[Tensor, Tensor], Tensor]) -> None:
-    x, weight, other = torch.randn(5, 4), torch.randn(3, 4), torch.randn(3, 4)
-    seen: list[tuple[str, Tensor]] = []
-    with MatmulWatcher({"watched": weight}, lambda name, inputs: seen.append((name, inputs))):
-        product(x, weight)
-        product(x, other)
-    product(x, weight)
-    assert [name for name, _ in seen] == ["watched"]
-    assert seen[0][1] is x
+def test_inputs_are_seen_by_keyword_and_after_changes() -> None:
+    block = skeleton_in_memory(Stack(ByKeyword())).blocks[0]
+    block.load()
+    call = Call((torch.randn(1, 4, 8),), {})
+    groups = input_groups.input_groups(block, call)
+    assert [[path.rpartition(".")[2] for path in group.names] for group in groups] == [["first", "second"], ["third"]]
+    stats = input_groups.statistics(block, groups, [call, call])
+    assert [stats[group].tokens for group in groups] == [8, 8]
+    assert not any(module._forward_pre_hooks for module in block.module.modules())
 
 
-def test_a_call_with_another_hidden_state_keeps_everything_else() -> None:
+def test_hooks_are_removed_after_an_error() -> None:
+    block = skeleton_in_memory(Stack(ByKeyword())).blocks[0]
+    block.load()
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        input_groups.input_groups(block, Call((torch.randn(1, 4, 5),), {}))
+    assert not any(module._forward_pre_hooks for module in block.module.modules())
+    assert block.inputs.active
+
+
+def test_a_call_keeps_all_but_its_hidden_state() -> None:
     old, new, mask = torch.zeros(1, 2, 3), torch.ones(1, 2, 3), torch.ones(2)
     for call in (Call((old, mask), {"mask": mask}), Call((), {"hidden_states": old, "mask": mask})):
         changed = call.with_hidden(new)

@@ -18,9 +18,10 @@ from llmq.model.analyse import fold
 from llmq.model.analyse.input_groups import input_groups, statistics
 from llmq.model.build.block import Block
 from llmq.model.build.skeleton import Skeleton
-from llmq.model.passes import forward as walk
-from llmq.model.passes.backward import Chain
-from llmq.model.passes.hidden_states import Stream
+from llmq.model.passes.backward import Tape, backward
+from llmq.model.passes.recorded_calls import RecordedCalls
+from llmq.model.passes.sequential import Sequential
+from llmq.model.passes.streams import Text
 from llmq.numerics.affine_grid import fit_minmax
 from llmq.numerics.fake_quantize import int8_per_token
 from llmq.numerics.scheme import InputScheme, WeightScheme
@@ -29,12 +30,12 @@ from llmq.steps import token_weights
 from llmq.steps.block_tuning import BlockProblem
 from tests import builders, mixtures
 from tests.builders import skeleton_of, tokens
+from tests.passes import CPU_MEMORY, REMEMBERED, REPEATED, run_block, states_of, streams_over
 
 Checkpoints = Callable[..., Path]
 INT8 = InputScheme("int8", "dynamic")
 GRID = WeightScheme(8, 16)
 LENGTH = 24
-HELD, REPEATED = 1 << 40, 0  # bytes that may be held
 
 
 def rounded(folder: Path) -> Skeleton:
@@ -79,7 +80,7 @@ def evaluate(walked: Skeleton) -> None:
 
 
 def weigh_tokens(walked: Skeleton) -> None:
-    token_weights.measure(walked, tokens(3, LENGTH), seed=1)
+    token_weights.measure(walked, tokens(3, LENGTH), 1, RecordedCalls(walked))
 
 
 def measure_sensitivity(walked: Skeleton) -> None:
@@ -88,46 +89,44 @@ def measure_sensitivity(walked: Skeleton) -> None:
         path: Layer(path, linear.weight.numel(), 32 * linear.weight.numel(), (Candidate(WeightScheme(3, 16), 1),))
         for path, linear in linears.items()
     }
-    steps = sensitivity.measure(
-        walked, tokens(4, LENGTH), Question(layers, ("coarse",), "rtn", Options(scales="minmax")), batch=2, judged=1
-    )
-    assert len(list(steps)) == len(walked.blocks)
+    question = Question(layers, ("coarse",), "rtn", Options(scales="minmax"))
+    assert sensitivity.measure(walked, tokens(4, LENGTH), question, batch=2, judged=1).units
 
 
 def there_and_back(walked: Skeleton) -> None:
     paths = [path for block in walked.blocks for path in block.linears]
-    chain = Chain(walked, walk.loaded(walked), tokens(2, LENGTH), paths)
-    for _, block in chain.backward(torch.ones_like(chain.hidden)):
+    tape = Tape(walked, Text(tokens(2, LENGTH), 2), RecordedCalls(walked), CPU_MEMORY, weights=paths)
+
+    def visit(block: Block, _: range) -> None:
         assert all(linear.weight.grad is not None for linear in block.linears.values())
+
+    backward(walked, tape, [torch.ones_like(output) for output in tape.forward()], visit)
 
 
 def take_statistics(walked: Skeleton) -> None:
-    stream = Stream(walked, tokens(3, LENGTH), 2, HELD)
+    streams = streams_over(walked, tokens(3, LENGTH))
     for block in walked.blocks:
-        block.load()
-        groups = input_groups(block, stream.sample(LENGTH))
-        flow = stream.flow(block, groups)
-        assert len(list(flow.statistics())) == len(groups)
-        stream.advance(block, flow.outputs)
+        assert run_block(streams, block)
 
 
 def tune_blocks(walked: Skeleton) -> None:
-    stream = Stream(walked, tokens(4, LENGTH), 2, HELD, originals=True, held_out=1)
+    streams = streams_over(walked, tokens(4, LENGTH), floats=True, validation=1)
     for block in walked.blocks:
         block.load()
-        stream.enter(block)
-        flow = stream.flow(block, input_groups(block, stream.sample(LENGTH)))
+        streams.enter(block)
         weights = {}
-        for group, _ in flow.statistics():
-            for path in group.names:
-                grid = fit_minmax(block.weight(path), GRID, torch.float16)
-                weights[path] = grid.quantized(grid.encode(block.weight(path)))
-        stream.know_originals(block, flow.original_outputs)
-        problem = BlockProblem(walked, stream, block, LENGTH)
+        with Sequential(block, input_groups(block, streams.quantized.sample(LENGTH)), streams) as forwards:
+            forwards.run(lambda *_: None)
+            forwards.finish(streams.floats)
+        for path in block.linears:
+            grid = fit_minmax(block.weight(path), GRID, torch.float16)
+            weights[path] = grid.quantized(grid.encode(block.weight(path)))
+        problem = BlockProblem(walked, streams, block, LENGTH)
         problem.put(weights)
         assert all(slope.any() for slope in problem.gradients(0).values())
         problem.held_out_loss()
-        stream.advance(block)
+        streams.quantized.run(block)
+        streams.advance()
 
 
 PASSES = [evaluate, weigh_tokens, measure_sensitivity, there_and_back, take_statistics, tune_blocks]
@@ -149,7 +148,7 @@ def test_every_pass_sees_rounded_inputs(checkpoint: Checkpoints, name: str, run:
     assert found and not any(was for calls in found.values() for was, _ in calls)
 
 
-def test_rounding_comes_before_hooks_that_were_there_first(checkpoint: Checkpoints) -> None:
+def test_rounding_comes_before_earlier_hooks(checkpoint: Checkpoints) -> None:
     walked = skeleton_of(checkpoint("llama"))
     with seen(walked) as found:
         walked.quantize_inputs({path: INT8 for block in walked.blocks for path in block.linears})
@@ -157,7 +156,7 @@ def test_rounding_comes_before_hooks_that_were_there_first(checkpoint: Checkpoin
     assert all(was for calls in found.values() for was, _ in calls)
 
 
-def test_only_the_layers_that_are_named_and_only_until_the_next_call(checkpoint: Checkpoints) -> None:
+def test_only_named_layers_are_rounded_until_the_next_call(checkpoint: Checkpoints) -> None:
     walked = skeleton_of(checkpoint("llama"))
     down = [path for block in walked.blocks for path in block.linears if path.endswith("down_proj")]
     walked.quantize_inputs(dict.fromkeys(down, INT8))
@@ -170,38 +169,34 @@ def test_only_the_layers_that_are_named_and_only_until_the_next_call(checkpoint:
     assert not any(was for calls in found.values() for was, _ in calls)
 
 
-@pytest.mark.parametrize("memory", [HELD, REPEATED])
-def test_statistics_are_of_rounded_inputs_and_the_float_stream_is_as_it_was(
-    checkpoint: Checkpoints, memory: int
-) -> None:
+@pytest.mark.parametrize("memory", [REMEMBERED, REPEATED])
+def test_statistics_are_of_rounded_inputs(checkpoint: Checkpoints, memory: int) -> None:
+    """And the float stream is that of the float model."""
+
     def passed(walked: Skeleton) -> tuple[dict[str, Tensor], list[Tensor]]:
-        block = walked.blocks[0]
-        block.load()
-        stream = Stream(walked, tokens(4, LENGTH), 2, memory, originals=True)
-        stream.enter(block)
-        flow = stream.flow(block, input_groups(block, stream.sample(LENGTH)))
-        hessians = {group.names[0]: stats.hessian for group, stats in flow.statistics()}
-        stream.know_originals(block, flow.original_outputs)
-        return hessians, [stream.original_outputs([window]) for window in range(4)]
+        streams = streams_over(walked, tokens(4, LENGTH), memory=memory, floats=True)
+        stats = run_block(streams, walked.blocks[0], lambda *_: None)
+        assert streams.floats is not None
+        return {leader: stats[leader].second_moment() for leader in stats}, states_of(streams.floats)
 
     folder = checkpoint("llama")
     walked = rounded(folder)
-    hessians, originals = passed(walked)
+    moments, originals = passed(walked)
     plain, expected = passed(skeleton_of(folder))
-    assert list(hessians) == list(plain), "rounded copies of one input are still one input"
+    assert list(moments) == list(plain), "rounded copies of one input are still one input"
     assert all(torch.equal(a, b) for a, b in zip(originals, expected, strict=True))
 
     block, fed = walked.blocks[0], {}
-    for path in hessians:
+    for path in moments:
         block.linears[path].register_forward_pre_hook(lambda _, args, path=path: fed.update({path: args[0]}))
     block.run(walked.record(0, tokens(4, LENGTH)))
-    for path, hessian in hessians.items():
+    for path, moment in moments.items():
         X = fed[path].reshape(-1, fed[path].shape[-1])
-        torch.testing.assert_close(hessian, X.T @ X / len(X), rtol=1e-4, atol=1e-5)
-        assert not torch.allclose(hessian, plain[path], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(moment, X.T @ X / len(X), rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(moment, plain[path], rtol=1e-5, atol=1e-6)
 
 
-def test_how_a_block_is_built_is_found_as_ever(checkpoint: Checkpoints) -> None:
+def test_rounding_hides_nothing_of_how_a_block_is_built(checkpoint: Checkpoints) -> None:
     def sites(walked: Skeleton) -> list[tuple[str, str, list[int], int]]:
         block = walked.blocks[0]
         block.load()
@@ -217,7 +212,7 @@ def test_how_a_block_is_built_is_found_as_ever(checkpoint: Checkpoints) -> None:
     assert sites(rounded(folder)) == sites(skeleton_of(folder)) != []
 
 
-def test_a_path_that_is_none(checkpoint: Checkpoints) -> None:
+def test_an_unknown_path_is_refused(checkpoint: Checkpoints) -> None:
     walked = skeleton_of(checkpoint("llama"))
     with pytest.raises(ConfigError, match="lm_head is not a linear layer of a block") as caught:
         walked.quantize_inputs({"lm_head": INT8})
@@ -264,27 +259,26 @@ def test_experts_are_fed_rounded_inputs(mixture: Callable[[str], Skeleton], name
     assert all(was for calls in found.values() for was, _ in calls)
 
 
-@pytest.mark.parametrize("memory", [HELD, REPEATED])
+@pytest.mark.parametrize("memory", [REMEMBERED, REPEATED])
 def test_statistics_of_experts_are_of_rounded_inputs(mixture: Callable[[str], Skeleton], memory: int) -> None:
     """Each expert borrows all other tokens of its layer, so its sums are over what all of them would feed it."""
     walked = all_rounded(mixture("mixtral"))
     block = walked.blocks[0]
-    block.load()
-    stream = Stream(walked, tokens(4, LENGTH), 2, memory, tokens_per_input=1e6)
-    flow = stream.flow(block, input_groups(block, stream.sample(LENGTH)))
-    hessians = {group.names[0]: stats.hessian for group, stats in flow.statistics()}
+    streams = streams_over(walked, tokens(4, LENGTH), memory=memory, tokens_per_input=1e6)
+    stats = run_block(streams, block, lambda *_: None)
 
     hidden: list[Tensor] = []
     [(path, experts)] = block.experts.items()
     experts.register_forward_pre_hook(lambda _, args: hidden.append(args[0]))
     block.run(walked.record(0, tokens(4, LENGTH)))
     up, down = (parts[0] for parts in experts.parts)
-    for e in range(experts.experts):
+    for e in range(experts.expert_count):
         with torch.no_grad():
             inner = experts.inner(e, hidden[0])
         for part, arrived in ((up, hidden[0]), (down, inner)):
             X = int8_per_token(arrived)
-            torch.testing.assert_close(hessians[f"{path}.{e}.{part}"], X.T @ X / len(X), rtol=1e-4, atol=1e-5)
+            moment = stats[f"{path}.{e}.{part}"].second_moment()
+            torch.testing.assert_close(moment, X.T @ X / len(X), rtol=1e-4, atol=1e-5)
             assert not torch.allclose(X.T @ X, arrived.T @ arrived, rtol=1e-5, atol=1e-6)
 
 
@@ -307,7 +301,7 @@ def test_groups_see_what_a_rounded_block_multiplies(checkpoint: Checkpoints) -> 
     q = next(group for group in groups if group.names[0].endswith("q_proj"))
     fed: list[Tensor] = []
     block.linears[q.names[0]].register_forward_pre_hook(lambda _, args: fed.append(args[0]))
-    found = statistics(block, groups, [call])[q].hessian
+    found = statistics(block, groups, [call])[q].second_moment()
     X = fed[-1].reshape(-1, q.in_features)
     assert on_grid(X)
     torch.testing.assert_close(found, X.T @ X / len(X), rtol=1e-4, atol=1e-5)

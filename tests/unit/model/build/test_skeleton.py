@@ -16,7 +16,6 @@ from llmq.errors import CheckpointError, UnsupportedModelError
 from llmq.model.build import skeleton
 from llmq.model.build.block import Call
 from llmq.model.build.skeleton import Skeleton
-from llmq.model.passes.hidden_states import Stream
 from tests.builders import (
     CONFIGS,
     VOCABULARY,
@@ -26,6 +25,7 @@ from tests.builders import (
     skeleton_of,
     tokens,
 )
+from tests.passes import states_of, stream_over
 
 LENGTH = 3 * WINDOW  # longer than the window of a sliding layer
 
@@ -209,7 +209,7 @@ def test_blocks_that_are_called_in_an_unknown_way_are_refused() -> None:
         skeleton_in_memory(model).record(0, tokens(1, 5))
 
 
-def test_blocks_that_need_the_keys_and_values_of_others_are_refused(checkpoint: Checkpoints) -> None:
+def test_blocks_that_share_keys_and_values_are_refused(checkpoint: Checkpoints) -> None:
     walked = skeleton_of(checkpoint("gemma3n", num_hidden_layers=4, num_kv_shared_layers=2))
     with pytest.raises(UnsupportedModelError, match="its last 2 blocks share the keys and values of earlier ones"):
         walked.record(0, tokens(1, 5))
@@ -231,7 +231,7 @@ def test_the_blocks_are_the_list_with_the_most_parameters() -> None:
 def test_what_is_no_decoder_is_refused(tmp_path: Path, config: Any) -> None:
     config.architectures = ["BertModel" if config.model_type == "bert" else "T5ForConditionalGeneration"]
     config.save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModelError, match="no causal language model"):
+    with pytest.raises(UnsupportedModelError, match="expected a causal language model"):
         skeleton.build(tmp_path, dtype=torch.float32, remote_code=False)
 
 
@@ -279,16 +279,16 @@ def test_a_weight_that_is_no_number_is_named(checkpoint: Checkpoints, tmp_path: 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3n"])
 @pytest.mark.parametrize("batch", [1, 2, 4])
-def test_the_stream_carries_what_each_block_puts_out(checkpoint: Checkpoints, name: str, batch: int) -> None:
+def test_a_stream_carries_the_outputs_of_each_block(checkpoint: Checkpoints, name: str, batch: int) -> None:
     walked = skeleton_of(checkpoint(name))
     ids = tokens(4, LENGTH)
     expected = list(replayed(walked, ids))  # (…, 4, T, D) each
-    stream = Stream(walked, ids, batch)
+    stream = stream_over(walked, ids, batch)
     for index, block in enumerate(walked.blocks):
         block.load()
-        outputs = torch.cat([block.run(call) for call in stream.calls()], dim=-3)
         sample = block.run(stream.sample(LENGTH - 5))
-        stream.advance(block)
+        stream.past(block)
+        outputs = torch.cat(states_of(stream), dim=-3)
         block.free()
         tolerance = 1e-5 * float(expected[index].abs().max())  # matrices of other sizes are summed in another order
         torch.testing.assert_close(outputs, expected[index], rtol=0, atol=tolerance)

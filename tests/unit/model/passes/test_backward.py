@@ -6,18 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from llmq.model.passes.stored_states import StoredWindows
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from llmq.memory import HOST
 from llmq.model.build.block import Block
 from llmq.model.build.skeleton import Skeleton
-from llmq.model.passes import backward
-from llmq.model.passes import forward as walk
-from llmq.model.passes.backward import Chain
-from llmq.model.passes.forward import Ready
+from llmq.model.passes.backward import Tape, backward, differentiable, graph_bytes
+from llmq.model.passes.forward import Ready, loaded, run_through
+from llmq.model.passes.hidden_states import Place, Storage
+from llmq.model.passes.recorded_calls import RecordedCalls
+from llmq.model.passes.streams import Text
 from llmq.steps import kl_loss as loss
 from tests.builders import CONFIGS, WINDOW, skeleton_of, tokens
+from tests.passes import CPU_MEMORY
 
 Checkpoints = Callable[..., Path]
 LENGTH = 3 * WINDOW  # longer than the window of a sliding layer
@@ -25,16 +27,30 @@ LENGTH = 3 * WINDOW  # longer than the window of a sliding layer
 TOLERANCE = 1e-4
 
 
-def standing(walked: Skeleton) -> Ready:
-    """Blocks that are read at once, and stay."""
+def resident(walked: Skeleton) -> Ready:
+    """Blocks that are read now, and stay."""
     for block in walked.blocks:
         block.load()
 
     @contextmanager
-    def ready(index: int) -> Iterator[Block]:
-        yield walked.blocks[index]
+    def ready(_: Block) -> Iterator[None]:
+        yield
 
     return ready
+
+
+def tape_of(walked: Skeleton, text: Text, storage: Storage = CPU_MEMORY, *, keep: bool = False) -> Tape:
+    paths = [path for block in walked.blocks for path in block.linears]
+    return Tape(walked, text, RecordedCalls(walked), storage, weights=paths, keep=keep)
+
+
+def slopes(walked: Skeleton, text: Text, outputs: list[Tensor]) -> list[Tensor]:
+    """The gradient of the summed `score` of all batches in what the last block put out for each."""
+    gradients = []
+    for batch, hidden in zip(text.batches(), outputs, strict=True):
+        leaf = hidden.detach().requires_grad_(True)
+        gradients += torch.autograd.grad(score(walked.logits(text.of(batch), leaf)), leaf)
+    return gradients
 
 
 def score(logits: Tensor) -> Tensor:
@@ -42,24 +58,28 @@ def score(logits: Tensor) -> Tensor:
     return (logits * torch.linspace(-1, 1, logits.shape[-1])).tanh().square().mean()
 
 
-def gradients(walked: Skeleton, ids: Tensor, *, keep: bool) -> tuple[Tensor, dict[str, Tensor]]:
-    """The hidden state, and the gradient of each linear layer's weight by its path, a block at a time."""
-    ready = standing(walked) if keep else walk.loaded(walked)
-    paths = [path for block in walked.blocks for path in block.linears]
-    forward = Chain(walked, ready, ids, paths, keep=keep)
-    hidden = forward.hidden.requires_grad_(True)
-    (gradient,) = torch.autograd.grad(score(walked.logits(ids, hidden)), hidden)
-    found: dict[str, Tensor] = {}
-    order = []
-    for index, block in forward.backward(gradient):
-        order.append(index)
+def gradients_of(
+    walked: Skeleton, text: Text, storage: Storage = CPU_MEMORY, *, keep: bool = False
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """What the last block puts out, and the summed gradient of each linear layer's weight, by its path."""
+    ready = resident(walked) if keep else loaded
+    tape = tape_of(walked, text, storage, keep=keep)
+    outputs = tape.forward(ready)
+    gradients: dict[str, Tensor] = {}
+    order: list[tuple[int, range]] = []
+
+    def visit(block: Block, batch: range) -> None:
+        order.append((block.index, batch))
         assert not any(linear.weight.requires_grad for linear in block.linears.values())
         for path, linear in block.linears.items():
             assert linear.weight.grad is not None
-            found[path] = linear.weight.grad.clone()
-    assert order == list(reversed(range(len(walked.blocks))))
+            gradients[path] = gradients.get(path, 0) + linear.weight.grad
+
+    backward(walked, tape, slopes(walked, text, outputs), visit, ready=ready)
+    assert order == [(block.index, batch) for block in reversed(walked.blocks) for batch in text.batches()]
     assert all(parameter.grad is None for parameter in walked.model.parameters())
-    return hidden.detach(), found
+    assert not tape._inputs and not tape._graphs
+    return outputs, gradients
 
 
 def whole(folder: Path, paths: list[str], ids: Tensor) -> dict[str, Tensor]:
@@ -70,66 +90,85 @@ def whole(folder: Path, paths: list[str], ids: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_gradients_are_those_of_the_whole_model(checkpoint: Checkpoints, name: str) -> None:
+def test_gradients_equal_those_of_the_whole_model(checkpoint: Checkpoints, name: str) -> None:
     folder, ids = checkpoint(name), tokens(2, LENGTH)
-    _, found = gradients(skeleton_of(folder), ids, keep=False)
-    expected = whole(folder, list(found), ids)
-    for path, gradient in found.items():
+    _, gradients = gradients_of(skeleton_of(folder), Text(ids, 2))
+    expected = whole(folder, list(gradients), ids)
+    for path, gradient in gradients.items():
         assert (gradient - expected[path]).abs().max() <= TOLERANCE * expected[path].abs().max(), path
         assert gradient.abs().max() > 0
 
 
-@pytest.mark.parametrize("name", ["llama", "falcon", "gemma3"])
-def test_kept_graphs_give_the_same_bits(checkpoint: Checkpoints, name: str) -> None:
-    folder, ids = checkpoint(name), tokens(2, LENGTH)
-    kept, again = (gradients(skeleton_of(folder), ids, keep=keep) for keep in (True, False))
-    assert torch.equal(kept[0], again[0])
+@pytest.mark.parametrize("name", ["llama", "falcon", "gemma3", "gemma3n"])
+def test_kept_graphs_change_no_bit(checkpoint: Checkpoints, name: str) -> None:
+    folder, text = checkpoint(name), Text(tokens(3, LENGTH), 2)
+    kept, again = (gradients_of(skeleton_of(folder), text, keep=keep) for keep in (True, False))
+    assert all(torch.equal(a, b) for a, b in zip(kept[0], again[0], strict=True))
     assert all(torch.equal(kept[1][path], again[1][path]) for path in again[1])
 
 
-def test_a_block_may_be_changed_once_its_gradients_are_there(checkpoint: Checkpoints) -> None:
+def test_states_in_files_change_no_gradient(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    folder, text = checkpoint("llama"), Text(tokens(5, LENGTH), 2)
+    files = Storage(HOST, Place.FILE, tmp_path / "states")
+    (outputs, memory), (other, disk) = (gradients_of(skeleton_of(folder), text, place) for place in (CPU_MEMORY, files))
+    assert all(torch.equal(a, b) for a, b in zip(outputs, other, strict=True))
+    assert all(torch.equal(memory[path], disk[path]) for path in memory)
+    assert [file.name for file in (tmp_path / "states").iterdir()] == ["tape-3"], "the others are behind"
+
+
+def test_a_visitor_may_change_the_block(checkpoint: Checkpoints) -> None:
     """What the blocks before it get does not depend on it any more."""
-    folder, ids = checkpoint("llama"), tokens(1, LENGTH)
-    _, expected = gradients(skeleton_of(folder), ids, keep=True)
+    folder, text = checkpoint("llama"), Text(tokens(1, LENGTH), 1)
+    _, expected = gradients_of(skeleton_of(folder), text, keep=True)
     walked = skeleton_of(folder)
-    forward = Chain(walked, standing(walked), ids, expected.keys(), keep=True)
-    hidden = forward.hidden.requires_grad_(True)
-    (gradient,) = torch.autograd.grad(score(walked.logits(ids, hidden)), hidden)
-    for _, block in forward.backward(gradient):
+    ready, tape = resident(walked), tape_of(walked, text, keep=True)
+    gradients = slopes(walked, text, tape.forward(ready))
+
+    def visit(block: Block, _: range) -> None:
         for path, linear in block.linears.items():
             assert linear.weight.grad is not None and torch.equal(linear.weight.grad, expected[path])
             block.set_weight(path, torch.full_like(linear.weight, 7.0))
 
+    backward(walked, tape, gradients, visit, ready=ready)
 
-def test_hooks_see_the_gradients_of_outputs(checkpoint: Checkpoints) -> None:
+
+def test_hooks_see_gradients_of_outputs(checkpoint: Checkpoints) -> None:
     """Of layers whose weights ask for none, in blocks that run a second time."""
-    folder, ids = checkpoint("llama"), tokens(2, LENGTH)
+    folder, text = checkpoint("llama"), Text(tokens(2, LENGTH), 2)
     walked = skeleton_of(folder)
-    found: dict[str, Tensor] = {}
-    load = walk.loaded(walked)
+    of_outputs: dict[str, Tensor] = {}
+    tape = Tape(walked, text, RecordedCalls(walked), CPU_MEMORY)
+    gradients = slopes(walked, text, tape.forward())
+    handles = [hooked(p, linear, of_outputs) for block in walked.blocks for p, linear in block.linears.items()]
 
-    @contextmanager
-    def watched(index: int) -> Iterator[Block]:
-        with load(index) as block:
-            handles = [hooked(path, linear, found) for path, linear in block.linears.items()]
-            yield block
-            for handle in handles:
-                handle.remove()
-
-    forward = Chain(walked, watched, ids)
-    hidden = forward.hidden.requires_grad_(True)
-    (gradient,) = torch.autograd.grad(score(walked.logits(ids, hidden)), hidden)
-    for _, block in forward.backward(gradient):
+    def visit(block: Block, _: range) -> None:
         assert all(linear.weight.grad is None for linear in block.linears.values())
+
+    backward(walked, tape, gradients, visit)
+    for handle in handles:
+        handle.remove()
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     expected: dict[str, Tensor] = {}
-    for path in found:
+    for path in of_outputs:
         hooked(path, model.get_submodule(path), expected)
-    score(model(input_ids=ids, use_cache=False).logits).backward()
-    assert len(found) == sum(len(block.linears) for block in walked.blocks)
-    for path, of_output in found.items():
+    score(model(input_ids=text.tokens, use_cache=False).logits).backward()
+    assert len(of_outputs) == sum(len(block.linears) for block in walked.blocks)
+    for path, of_output in of_outputs.items():
         assert (of_output - expected[path]).abs().max() <= TOLERANCE * expected[path].abs().max(), path
+
+
+def test_known_tokens_are_recorded_by_the_first_block(checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of tuning takes tokens that were compared before: nothing but their embedding is recorded."""
+    walked, text = skeleton_of(checkpoint("llama")), Text(tokens(2, LENGTH), 2)
+    calls = RecordedCalls(walked)
+    before = Tape(walked, text, calls, CPU_MEMORY).forward()
+    recorded: list[int] = []
+    record = walked.record
+    monkeypatch.setattr(walked, "record", lambda index, ids: recorded.append(index) or record(index, ids))
+    monkeypatch.delattr(Skeleton, "record_all")
+    after = Tape(walked, text, calls, CPU_MEMORY, seen=True).forward()
+    assert recorded == [0] and torch.equal(before[0], after[0])
 
 
 def hooked(path: str, linear: nn.Module, into: dict[str, Tensor]) -> torch.utils.hooks.RemovableHandle:
@@ -142,27 +181,27 @@ def hooked(path: str, linear: nn.Module, into: dict[str, Tensor]) -> torch.utils
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize("place", [Place.HOST, Place.FILE])
 def test_a_text_runs_through_to_the_same_logits(
-    checkpoint: Checkpoints, tmp_path: Path, name: str, on_disk: bool
+    checkpoint: Checkpoints, tmp_path: Path, name: str, place: Place
 ) -> None:
-    """Hidden states of windows, read in another order, give the model's logits; also a part at a time."""
+    """Hidden states of sequences, read in another order, give the model's logits; also a part at a time."""
     folder, ids = checkpoint(name), tokens(5, LENGTH)
     walked = skeleton_of(folder)
-    states = StoredWindows(tmp_path / "states" if on_disk else None)
-    numbers = [[0, 1], [2, 3], [4]]
-    read, write = (lambda n: states.read(numbers[n])), (lambda n, hidden: states.write(numbers[n], hidden))
-    walk.through_blocks(walked, walk.loaded(walked), ids.split(2), read, write)
+    passed = run_through(walked, Text(ids, 2), Storage(HOST, place, tmp_path / "states"))
     order = [3, 0, 4]
     with torch.no_grad():
-        found = walked.logits(ids[order], states.read(order))
-        part = walked.logits(ids[3:4, 5:9], states.read([3])[..., 5:9, :])
+        logits = walked.logits(ids[order], passed.last(order))
+        part = walked.logits(ids[3:4, 5:9], passed.last([3])[..., 5:9, :])
         expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(input_ids=ids).logits
-    assert (found - expected[order]).abs().max() <= TOLERANCE * expected.abs().max()
+    assert (logits - expected[order]).abs().max() <= TOLERANCE * expected.abs().max()
     assert (part - expected[3:4, 5:9]).abs().max() <= TOLERANCE * expected.abs().max()
+    assert (tmp_path / "states").exists() == (place is Place.FILE)
+    passed.clear()
+    assert not list(tmp_path.glob("states/*"))
 
 
-def test_the_loss_of_parts_is_that_of_the_whole(checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loss_of_parts_equals_the_loss_of_all(checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
     walked, ids = skeleton_of(checkpoint("llama")), tokens(3, LENGTH)
     generator = torch.Generator().manual_seed(0)
     expected, hidden = (torch.randn(3, LENGTH, 32, generator=generator) for _ in range(2))
@@ -182,7 +221,7 @@ def test_the_loss_of_parts_is_that_of_the_whole(checkpoint: Checkpoints, monkeyp
         torch.testing.assert_close(gradient, slope, rtol=1e-3, atol=1e-7)
 
 
-def test_what_a_graph_holds_is_counted(checkpoint: Checkpoints) -> None:
+def test_the_bytes_of_a_graph_are_counted(checkpoint: Checkpoints) -> None:
     """At least the inputs of all linear layers, and no parameter; as much again for twice the tokens."""
     walked = skeleton_of(checkpoint("llama"))
     block = walked.blocks[0]
@@ -190,7 +229,21 @@ def test_what_a_graph_holds_is_counted(checkpoint: Checkpoints) -> None:
     sizes = []
     for batch in (2, 4):
         call = walked.record(0, tokens(batch, LENGTH))
-        sizes.append(backward.graph_bytes(block, call, [linear.weight for linear in block.linears.values()]))
+        sizes.append(graph_bytes(block, call, [linear.weight for linear in block.linears.values()]))
     inputs = 2 * LENGTH * 4 * (32 + 32 + 32 + 64)  # of q, k, v; o; gate, up; down
     assert inputs <= sizes[0] <= 20 * inputs
     assert sizes[1] == pytest.approx(2 * sizes[0], rel=0.1)
+
+
+def test_a_graph_goes_through_named_weights_alone(checkpoint: Checkpoints) -> None:
+    walked = skeleton_of(checkpoint("llama"))
+    block, call = walked.blocks[0], walked.record(0, tokens(2, LENGTH))
+    block.load()
+    (weight, *others) = (linear.weight for linear in block.linears.values())
+    with torch.no_grad():  # whatever mode the caller is in
+        hidden, output = differentiable(block, call, [weight])
+    assert torch.equal(output.detach(), block.run(call))
+    assert not any(parameter.requires_grad for parameter in [weight, *others])
+    weight.requires_grad_(True)  # what is asked of a graph has to want it
+    of_hidden, of_weight = torch.autograd.grad(output.square().sum(), [hidden, weight])
+    assert of_hidden.abs().max() > 0 and of_weight.abs().max() > 0

@@ -1,55 +1,51 @@
 """Statistics in the order in which a block runs: both ways against full forwards, one for each group, in float64."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from llmq.memory import HOST
 from llmq.model.analyse import input_groups
 from llmq.model.build.block import Block, Call
 from llmq.model.build.skeleton import Skeleton
-from llmq.model.passes.hidden_states import BLOCK_COPIES, CROSS_BYTES, HELD_OUT_BYTES, SOLVER_BYTES, Stream
-from llmq.model.passes.sequential import Flow, held_bytes
+from llmq.model.passes.hidden_states import Place, Storage
+from llmq.model.passes.sequential import REPEATED as REPEATED_NOTE
+from llmq.model.passes.sequential import Sequential, Streams, kept_bytes
+from llmq.model.passes.statistics import stops_of
 from llmq.numerics.input_stats import InputStats
 from tests.builders import skeleton_in_memory, skeleton_of, tokens
+from tests.passes import REMEMBERED, REPEATED, Stack, halve, run_block, states_of, stream_over, streams_over
 
 Checkpoints = Callable[..., Path]
-WAYS = {"held": 1 << 40, "repeated": 0}  # bytes that may be held
 NAMES = ["llama", "gemma3", "phi3", "stablelm", "neox", "falcon"]
+WAYS = pytest.mark.parametrize("memory", [REMEMBERED, REPEATED])
 
 
 def spoil(block: Block, paths: tuple[str, ...]) -> None:
-    """Stands for rounding: what comes later in the block has to see it."""
     for path in paths:
         block.set_weight(path, block.weight(path) * 0.5)
 
 
-def walk(walked: Skeleton, memory: int) -> tuple[dict[str, InputStats], list[Tensor]]:
-    """(leader -> statistics, outputs of each batch) of the first block, each group spoiled when its turn is over."""
-    block = walked.blocks[0]
-    block.load()
-    stream = Stream(walked, tokens(5, 24), batch=2, memory=memory)
-    flow = stream.flow(block, input_groups.input_groups(block, stream.sample(24)))
-    found = {}
-    for group, stats in flow.statistics():
-        found[group.names[0]] = stats
-        spoil(block, group.names)
-    stream.advance(block, flow.outputs)
-    return found, [call.hidden for call in stream.calls()]
+def run_first(walked: Skeleton, memory: int) -> tuple[dict[str, InputStats], list[Tensor]]:
+    """(leader -> statistics, outputs of each batch) of the first block."""
+    streams = streams_over(walked, tokens(5, 24), memory=memory)
+    stats = run_block(streams, walked.blocks[0])
+    return stats, states_of(streams.quantized)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_each_group_sees_what_those_before_it_became(checkpoint: Checkpoints, name: str) -> None:
+def test_each_group_sees_quantized_groups_before_it(checkpoint: Checkpoints, name: str) -> None:
     walked = skeleton_of(checkpoint(name))
-    found, outputs = walk(walked, WAYS["held"])
+    seen, outputs = run_first(walked, REMEMBERED)
     block = walked.blocks[0]
     block.load()  # the float weights again
-    stream = Stream(walked, tokens(5, 24), batch=2)
+    stream = stream_over(walked, tokens(5, 24))
     groups = input_groups.input_groups(block, stream.sample(24))
-    assert [group.names[0] for group in groups] == list(found)
+    assert [group.names[0] for group in groups] == list(seen)
     for group in groups:  # the slow twin: the whole block for every group
         inputs: list[Tensor] = []
         leader = block.linears[group.names[0]]
@@ -58,46 +54,47 @@ def test_each_group_sees_what_those_before_it_became(checkpoint: Checkpoints, na
             block.run(call)
         handle.remove()
         X = torch.cat(inputs).double()
-        stats = found[group.names[0]]
+        stats = seen[group.names[0]]
         assert stats.tokens == len(X)
         torch.testing.assert_close(stats.second_moment().double(), X.T @ X / len(X), rtol=1e-5, atol=1e-6)
-        spoil(block, group.names)
+        halve(block, group)
     for output, call in zip(outputs, stream.calls(), strict=True):
         assert torch.equal(output, block.run(call))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_held_and_repeated_give_the_same_bits(checkpoint: Checkpoints, name: str) -> None:
+def test_remembered_and_repeated_forwards_agree_bitwise(checkpoint: Checkpoints, name: str) -> None:
     walked = skeleton_of(checkpoint(name))
-    (held, held_outputs), (repeated, repeated_outputs) = (walk(walked, memory) for memory in WAYS.values())
-    assert list(held) == list(repeated)
-    for leader, stats in held.items():
-        assert torch.equal(stats.second_moment(), repeated[leader].second_moment())
-        assert torch.equal(stats.mean_absolute, repeated[leader].mean_absolute)
-    assert all(torch.equal(a, b) for a, b in zip(held_outputs, repeated_outputs, strict=True))
+    (kept, outputs), (again, other_outputs) = (run_first(walked, memory) for memory in (REMEMBERED, REPEATED))
+    assert list(kept) == list(again)
+    for leader, stats in kept.items():
+        assert torch.equal(stats.second_moment(), again[leader].second_moment())
+        assert torch.equal(stats.mean_absolute, again[leader].mean_absolute)
+    assert all(torch.equal(a, b) for a, b in zip(outputs, other_outputs, strict=True))
 
 
-def walk_both(walked: Skeleton, memory: int, *, held_out: int = 0) -> tuple[dict[str, InputStats], Stream]:
-    """The first two blocks with the float stream beside, each group spoiled when its turn is over."""
-    stream = Stream(walked, tokens(5, 24), batch=2, memory=memory, originals=True, held_out=held_out)
-    found = {}
+def run_both(
+    walked: Skeleton, memory: int, *, validation: int = 0, storage: Storage | None = None
+) -> tuple[dict[str, InputStats], Streams]:
+    """The first two blocks with the float stream next to the quantized one."""
+    kinds = {} if storage is None else {"storage": storage}
+    streams = streams_over(walked, tokens(5, 24), memory=memory, floats=True, validation=validation, **kinds)
+    seen = {}
     for block in walked.blocks[:2]:
-        block.load()
-        stream.enter(block)
-        flow = stream.flow(block, input_groups.input_groups(block, stream.sample(24)))
-        for group, stats in flow.statistics():
-            found[group.names[0]] = stats
-            spoil(block, group.names)
-        stream.advance(block, flow.outputs, flow.original_outputs)
-    return found, stream
+        seen |= run_block(streams, block)
+    return seen, streams
+
+
+def float_states(streams: Streams) -> list[Tensor]:
+    assert streams.floats is not None
+    return states_of(streams.floats)
 
 
 @pytest.mark.parametrize("name", ["llama", "stablelm", "falcon"])
-def test_the_float_stream_is_what_the_float_model_does(checkpoint: Checkpoints, name: str) -> None:
+def test_float_stream_equals_the_float_model(checkpoint: Checkpoints, name: str) -> None:
     walked = skeleton_of(checkpoint(name))
-    found, stream = walk_both(walked, WAYS["held"])
-    quantized = Stream(walked, tokens(5, 24), batch=2)
-    alone = Stream(walked, tokens(5, 24), batch=2)
+    seen, streams = run_both(walked, REMEMBERED)
+    quantized, alone = (stream_over(walked, tokens(5, 24)) for _ in range(2))
     for block in walked.blocks[:2]:  # the slow twin: whole forwards of the float block, and of the spoilt one
         block.load()
         groups = input_groups.input_groups(block, alone.sample(24))
@@ -108,83 +105,129 @@ def test_the_float_stream_is_what_the_float_model_does(checkpoint: Checkpoints, 
             )
             for leader, here in kept.items()
         ]
-        for call in alone.calls():
-            block.run(call)
+        alone.run(block)
         X = {leader: torch.cat(here).double() for leader, here in kept.items()}
-        alone.advance(block)
         for group in groups:
             kept[group.names[0]].clear()
             for call in quantized.calls():
                 block.run(call)
             moved, original = torch.cat(kept[group.names[0]]).double(), X[group.names[0]]
-            cross = found[group.names[0]].cross_moment()
+            cross = seen[group.names[0]].cross_moment()
             assert cross is not None
-            torch.testing.assert_close(
-                cross.double(),
-                (original - moved).T @ moved / len(moved),
-                rtol=1e-4,
-                atol=1e-5 * float(moved.square().mean()),
-            )
-            spoil(block, group.names)
+            expected = (original - moved).T @ moved / len(moved)
+            bound = 1e-5 * float(moved.square().mean())
+            torch.testing.assert_close(cross.double(), expected, rtol=1e-4, atol=bound)
+            halve(block, group)
         for hook in hooks:
             hook.remove()
-        quantized.advance(block)
-    assert stream._originals is not None
-    for ours, call in zip(stream._originals, alone.calls(), strict=True):
-        assert torch.equal(ours, call.hidden)
-    for ours, call in zip(stream._hidden, quantized.calls(), strict=True):
-        assert torch.equal(ours, call.hidden)
+        quantized.past(block)
+        alone.advance()
+    for ours, theirs in (
+        (float_states(streams), states_of(alone)),
+        (states_of(streams.quantized), states_of(quantized)),
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize("held_out", [0, 1, 2])
-def test_both_streams_held_and_repeated_give_the_same_bits(checkpoint: Checkpoints, held_out: int) -> None:
+@pytest.mark.parametrize("validation", [0, 1, 2])
+def test_both_streams_agree_bitwise_in_both_ways(checkpoint: Checkpoints, validation: int) -> None:
     walked = skeleton_of(checkpoint("llama"))
-    (held, one), (repeated, other) = (walk_both(walked, memory, held_out=held_out) for memory in WAYS.values())
-    assert list(held) == list(repeated)
-    for leader, stats in held.items():
-        judges = (stats.held_out, repeated[leader].held_out)
-        assert all(isinstance(judge, InputStats) is bool(held_out) for judge in judges)
-        for ours, theirs in ((stats, repeated[leader]), judges)[: 1 + bool(held_out)]:
+    (kept, one), (again, other) = (run_both(walked, memory, validation=validation) for memory in (REMEMBERED, REPEATED))
+    assert list(kept) == list(again)
+    for leader, stats in kept.items():
+        judges = (stats.held_out, again[leader].held_out)
+        assert all(isinstance(judge, InputStats) is bool(validation) for judge in judges)
+        for ours, theirs in ((stats, again[leader]), judges)[: 1 + bool(validation)]:
             assert ours is not None and theirs is not None
             for moment in ("second_moment", "cross_moment", *(("drift_moment",) if ours is judges[0] else ())):
                 assert torch.equal(getattr(ours, moment)(), getattr(theirs, moment)())
-    assert one._originals is not None and other._originals is not None
-    assert all(torch.equal(a, b) for a, b in zip(one._originals, other._originals, strict=True))
-    assert not other.notes == one.notes
+    for ours, theirs in (
+        (float_states(one), float_states(other)),
+        (states_of(one.quantized), states_of(other.quantized)),
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert one.notes == [] and other.notes == [REPEATED_NOTE.format(blocks=2)]
 
 
-@pytest.mark.parametrize("held_out", [1, 2, 3])
-def test_the_last_windows_are_fitted_on_by_nothing(checkpoint: Checkpoints, held_out: int) -> None:
+def test_states_in_files_change_no_bit(checkpoint: Checkpoints, tmp_path: Path) -> None:
     walked = skeleton_of(checkpoint("llama"))
+    files = Storage(HOST, Place.FILE, tmp_path / "states")
+    (kept, one), (again, other) = (run_both(walked, REMEMBERED, storage=storage) for storage in (None, files))
+    assert all(torch.equal(kept[leader].second_moment(), again[leader].second_moment()) for leader in kept)
+    for ours, theirs in (
+        (float_states(one), float_states(other)),
+        (states_of(one.quantized), states_of(other.quantized)),
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert sorted(file.name for file in (tmp_path / "states").iterdir()) == ["float-0", "quantized-0"]
+
+
+@pytest.mark.parametrize("validation", [1, 2, 3])
+def test_nothing_is_fitted_on_validation_sequences(checkpoint: Checkpoints, validation: int) -> None:
+    walked = skeleton_of(checkpoint("llama"))
+    streams = streams_over(walked, tokens(5, 24), validation=validation)
     block = walked.blocks[0]
-    block.load()
-    groups = input_groups.input_groups(block, Stream(walked, tokens(5, 24), 2).sample(24))
-    stream = Stream(walked, tokens(5, 24), batch=2, memory=WAYS["held"], held_out=held_out)
-    ((_, found), *_) = stream.flow(block, groups).statistics()
-    judge = found.held_out
+    first, *_ = run_block(streams, block, lambda *_: None).values()
+    judge = first.held_out
     assert judge is not None and judge.cross_moment() is None
-    for stats, windows in ((found, tokens(5, 24)[: 5 - held_out]), (judge, tokens(5, 24)[5 - held_out :])):
-        alone = input_groups.statistics(block, groups, Stream(walked, windows, batch=2).calls())[groups[0]]
-        assert stats.tokens == windows.numel() and torch.equal(stats.second_moment(), alone.second_moment())
+    block.load()
+    stream = stream_over(walked, tokens(5, 24), validation=validation)
+    groups = input_groups.input_groups(block, stream.sample(24))
+    fitted, validated = tokens(5, 24).split([5 - validation, validation])
+    for stats, sequences in ((first, fitted), (judge, validated)):
+        alone = input_groups.statistics(block, groups, stream_over(walked, sequences).calls())[groups[0]]
+        assert stats.tokens == sequences.numel() and torch.equal(stats.second_moment(), alone.second_moment())
     again = input_groups.statistics(block, groups, stream.fitted_calls())[groups[0]]
-    assert torch.equal(again.second_moment(), found.second_moment())
+    assert torch.equal(again.second_moment(), first.second_moment())
 
 
-def test_a_float_stream_is_carried_past_a_block_that_was_finished_earlier(checkpoint: Checkpoints) -> None:
+def test_both_streams_pass_a_restored_block(checkpoint: Checkpoints) -> None:
+    """A block that an earlier run committed leaves the same states as one that is quantized now."""
     walked = skeleton_of(checkpoint("llama"))
-    _, stream = walk_both(walked, WAYS["held"])
-    restored = Stream(walked, tokens(5, 24), batch=2, originals=True)
+    _, quantized_now = run_both(walked, REMEMBERED)
+    restored = streams_over(walked, tokens(5, 24), floats=True)
     for block in walked.blocks[:2]:
         block.load()
         restored.enter(block)
         spoil(block, tuple(block.linears))  # as if it was read back
-        restored.advance(block)
-    for ours, theirs in ((stream._hidden, restored._hidden), (stream._originals, restored._originals)):
-        assert ours and theirs
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        restored.past(block)
+    for ours, theirs in (
+        (states_of(quantized_now.quantized), states_of(restored.quantized)),
+        (float_states(quantized_now), float_states(restored)),
+    ):
+        assert ours and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_originals_are_there_for_a_while_and_gone_with_the_block(checkpoint: Checkpoints) -> None:
+def test_a_rewritten_block_leaves_the_float_states_alone(checkpoint: Checkpoints) -> None:
+    """The float stream goes on with what the block put out before it was rewritten, and compares with the new one."""
+    walked = skeleton_of(checkpoint("llama"))
+    block = walked.blocks[0]
+    _, plain = run_first_with_floats(walked, lambda: None)
+    seen, rewritten = run_first_with_floats(walked, lambda: spoil(block, tuple(block.linears)))
+    assert all(torch.equal(a, b) for a, b in zip(float_states(plain), float_states(rewritten), strict=True))
+    for stats in seen.values():  # nothing was quantized, so the rewritten block feeds both streams the same
+        cross = stats.cross_moment()
+        assert cross is not None and not cross.any()
+
+
+def run_first_with_floats(walked: Skeleton, rewrite: Callable[[], None]) -> tuple[dict[str, InputStats], Streams]:
+    block, streams = walked.blocks[0], streams_over(walked, tokens(5, 24), floats=True)
+    block.load()
+    streams.enter(block)
+    groups = input_groups.input_groups(block, streams.quantized.sample(24))
+    rewrite()
+    streams.transformed(block)
+    seen: dict[str, InputStats] = {}
+    with Sequential(block, groups, streams) as forwards:
+        forwards.run(lambda group, stats: seen.update({group.names[0]: stats}))
+        assert streams.floats is not None and streams.floats.has_outputs
+        forwards.finish(streams.floats)
+        forwards.finish(streams.quantized)
+    streams.advance()
+    return seen, streams
+
+
+def test_originals_are_exchanged_and_freed_with_the_block(checkpoint: Checkpoints) -> None:
     walked = skeleton_of(checkpoint("llama"))
     block = walked.blocks[0]
     block.load()
@@ -201,49 +244,23 @@ def test_originals_are_there_for_a_while_and_gone_with_the_block(checkpoint: Che
     assert not block._originals
 
 
+# ---- blocks that do unusual things
+
+
 class Branching(nn.Module):
-    """Short texts go around the second layer."""
+    """Sequences whose first value is negative go around the second layer."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        around = bool(hidden[0, 0, 0] < 0)
         hidden = self.first(hidden)
-        if hidden.shape[1] > 4:
+        if not around:
             hidden = self.second(input=hidden + 1)  # by name, for once
-        return self.last(hidden * 2)
-
-
-class BranchingModel(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList([Branching()])
-
-
-def branching() -> Block:
-    torch.manual_seed(0)
-    walked = skeleton_in_memory(BranchingModel())
-    walked.blocks[0].load()
-    return walked.blocks[0]
-
-
-def flow_of(block: Block, lengths: list[int], *, held: bool) -> Flow:
-    torch.manual_seed(1)
-    calls = [Call((torch.randn(1, length, 8),), {}) for length in lengths]
-    groups = input_groups.input_groups(block, Call((torch.randn(1, 6, 8),), {}))
-    return Flow(block, groups, lambda: calls, held=held)
-
-
-@pytest.mark.parametrize("held", [True, False])
-def test_batches_that_take_another_way_are_waited_for(held: bool) -> None:
-    flow = flow_of(branching(), [6, 3, 6], held=held)
-    assert [stats.tokens for _, stats in flow.statistics()] == [15, 12, 15]
-    if held:
-        assert flow.outputs is not None
-        assert [output.shape[1] for output in flow.outputs] == [6, 3, 6]
-    else:
-        assert flow.outputs is None, "the block is run batch by batch, and each input let go"
+        output: Tensor = self.last(hidden * 2)
+        return output
 
 
 class Routing(nn.Module):
@@ -259,38 +276,6 @@ class Routing(nn.Module):
         return hidden
 
 
-@pytest.mark.parametrize("held", [True, False])
-def test_tokens_that_may_have_gone_elsewhere_are_not_paired(held: bool) -> None:
-    model = BranchingModel()
-    torch.manual_seed(0)
-    model.blocks[0] = Routing()
-    block = skeleton_in_memory(model).blocks[0]
-    block.load()
-    block.keep_originals()
-    calls = [Call((torch.randn(1, 6, 8),), {}) for _ in range(3)]
-    groups = input_groups.input_groups(block, calls[0])
-    flow = Flow(block, groups, lambda: calls, lambda: calls, held=held)
-    stats = [found for _, found in flow.statistics()]  # nothing is rounded, so the very same tokens come along
-    assert [found.cross_moment() is None for found in stats] == [False, True]
-    assert 0 < stats[1].tokens < 18
-
-
-@pytest.mark.parametrize("held", [True, False])
-def test_a_layer_that_no_batch_reaches_has_seen_no_token(held: bool) -> None:
-    flow = flow_of(branching(), [3, 2], held=held)
-    assert [stats.tokens for _, stats in flow.statistics()] == [5, 0, 5]
-
-
-@pytest.mark.parametrize("held", [True, False])
-def test_a_walk_that_is_broken_off_leaves_the_block_as_it_was(held: bool) -> None:
-    block = branching()
-    walking = flow_of(block, [6, 6], held=held).statistics()
-    next(walking)
-    walking.close()
-    assert not any(module._forward_pre_hooks for module in block.module.modules())
-    assert block.run(Call((torch.randn(1, 6, 8),), {})).shape == (1, 6, 8)
-
-
 class Mixed(nn.Module):
     """The second layer runs in bfloat16, the last does not."""
 
@@ -302,98 +287,163 @@ class Mixed(nn.Module):
         hidden = self.first(hidden)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             hidden = self.second(hidden)
-        return self.last(hidden.float())
+        output: Tensor = self.last(hidden.float())
+        return output
+
+
+def one_block(block: type[nn.Module]) -> Skeleton:
+    """A model of one block; sequences that begin with one of the tokens 0 to 7 go around its second layer."""
+    torch.manual_seed(0)
+    model = Stack(block())
+    signs = torch.tensor([-1.0] * 8 + [1.0] * 8)
+    model.embed.weight.data[:, 0] = model.embed.weight[:, 0].abs() * signs
+    return skeleton_in_memory(model)
+
+
+def around(*sequences: bool) -> Tensor:
+    """(S, 6) tokens of sequences that go around the second layer, or through it."""
+    ids = torch.randint(0, 16, (len(sequences), 6), generator=torch.Generator().manual_seed(2))
+    ids[:, 0] = torch.tensor([0 if goes_around else 8 for goes_around in sequences])
+    return ids
+
+
+def branching_streams(*sequences: bool, memory: int, floats: bool = False) -> tuple[Skeleton, Streams]:
+    walked = one_block(Branching)
+    return walked, streams_over(walked, around(*sequences), batch=1, memory=memory, floats=floats)
+
+
+@WAYS
+def test_batches_may_take_different_branches(memory: int) -> None:
+    walked, streams = branching_streams(False, True, False, memory=memory)
+    block = walked.blocks[0]
+    stats = run_block(streams, block)
+    assert [found.tokens for found in stats.values()] == [18, 12, 18]
+    expected = stream_over(walked, around(False, True, False), batch=1)
+    for output, call in zip(states_of(streams.quantized), expected.calls(), strict=True):
+        assert torch.equal(output, block.run(call)), "what a batch puts out is of the weights at the end"
+
+
+@WAYS
+def test_a_layer_that_no_batch_reaches_has_no_tokens(memory: int) -> None:
+    walked = one_block(Branching)
+    block, streams = walked.blocks[0], streams_over(walked, around(True, True), batch=1, memory=memory)
+    block.load()
+    probe = stream_over(walked, around(False), batch=1).sample(6)
+    groups = input_groups.input_groups(block, probe)
+    counts = []
+    with Sequential(block, groups, streams) as forwards:
+        forwards.run(lambda _, stats: counts.append(stats.tokens))
+    assert counts == [12, 0, 12]
+
+
+@WAYS
+def test_tokens_are_not_paired_where_routing_may_differ(memory: int) -> None:
+    walked = one_block(Routing)
+    streams = streams_over(walked, around(False, True, True), batch=1, memory=memory, floats=True)
+    stats = list(run_block(streams, walked.blocks[0], lambda *_: None).values())
+    # Nothing is quantized, so the same tokens arrive; but of a part of the tokens nobody can know that.
+    assert [found.cross_moment() is None for found in stats] == [False, True]
+    assert 0 < stats[1].tokens < 18
+
+
+@WAYS
+def test_an_interrupted_pass_leaves_the_block_unchanged(memory: int) -> None:
+    walked, streams = branching_streams(False, False, memory=memory)
+    block = walked.blocks[0]
+
+    def interrupt(*_: object) -> None:
+        raise KeyError("anything")
+
+    with pytest.raises(KeyError):
+        run_block(streams, block, interrupt)
+    assert not any(module._forward_pre_hooks for module in block.module.modules())
+    assert not any("forward" in vars(module) for module in block.module.modules())
+    assert block.run(streams.quantized.sample(6)).shape == (1, 6, 8)
 
 
 def modes() -> tuple[bool, bool]:
     return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
 
 
-@pytest.mark.parametrize("broken_off", [False, True])
-def test_forwards_that_stand_still_leave_torch_s_modes_alone(broken_off: bool) -> None:
+@WAYS
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_interrupted_forwards_leave_torch_modes_alone(memory: int, interrupted: bool) -> None:
     """Every forward is in no_grad, and these stop inside an autocast; both belong to the thread."""
-    model = BranchingModel()
-    model.blocks[0] = Mixed()
-    walked = skeleton_in_memory(model)
+    walked = one_block(Mixed)
+    streams = streams_over(walked, around(True, False, True), batch=1, memory=memory)
+    block = walked.blocks[0]
+
+    def check(*_: object) -> None:
+        assert modes() == (True, False)
+        if interrupted:
+            raise KeyError("anything")
+
+    if interrupted:
+        with pytest.raises(KeyError):
+            run_block(streams, block, check)
+    else:
+        run_block(streams, block, check)
+        expected = stream_over(walked, around(True, False, True), batch=1)
+        for output, call in zip(states_of(streams.quantized), expected.calls(), strict=True):
+            assert torch.equal(output, block.run(call))
+    assert modes() == (True, False)
+
+
+@WAYS
+def test_an_error_in_the_block_reaches_the_caller(memory: int) -> None:
+    walked, streams = branching_streams(False, memory=memory)
     block = walked.blocks[0]
     block.load()
-    flow = flow_of(block, [6, 6, 6], held=True)
-    walking = flow.statistics()
-    for _ in walking:
-        assert modes() == (True, False)
-        if broken_off:
-            walking.close()
-    assert modes() == (True, False)
-    if not broken_off:
-        torch.manual_seed(1)
-        assert flow.outputs is not None
-        for output in flow.outputs:
-            assert torch.equal(output, block.run(Call((torch.randn(1, 6, 8),), {})))
+    groups = input_groups.input_groups(block, streams.quantized.sample(6))
+    block.module.second = nn.Linear(5, 8)
+    with pytest.raises(RuntimeError, match="shapes cannot be"), Sequential(block, groups, streams) as forwards:
+        forwards.run(lambda *_: None)
+
+
+# ---- memory
 
 
 class Eager(nn.Module):
-    """Has its attention weights and its mask at hand in front of the last layer."""
+    """Puts out what is kept by two layers and what is not: sums that the block's own code makes."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.first, self.second, self.last = nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 8)
 
-    def forward(self, hidden: Tensor, masks: dict[str, Tensor]) -> Tensor:
-        values = self.first(hidden)  # (1, T, 8)
-        weights = hidden @ hidden.mT + masks["full"]  # (1, T, T)
-        mixed = weights @ values
-        return self.last(mixed) + weights.sum()
+    def forward(self, hidden: Tensor) -> Tensor:
+        output: Tensor = self.last(hidden + self.second(self.first(hidden) * 2))
+        return output
 
 
-def test_all_that_a_forward_has_at_hand_counts_as_held() -> None:
-    model = BranchingModel()
-    model.blocks[0] = Eager()
-    block = skeleton_in_memory(model).blocks[0]
+def test_what_finished_modules_put_out_counts_as_kept() -> None:
+    walked = one_block(Eager)
+    block = walked.blocks[0]
     block.load()
     T = 50
-    mask = torch.zeros(T, T).expand(1, T, T)
-    call = Call((torch.randn(2, T, 8)[:1],), {"masks": {"full": mask, "same": mask[:, :1]}})
-    groups = input_groups.input_groups(block, call)
-    assert held_bytes(block, groups, call) == 4 * (T * T + T * T + 3 * T * 8)  # weights, mask, hidden, values, mixed
-    assert held_bytes(block, groups[:1], call) == 4 * (T * T + T * 8)
+    call = Call((torch.randn(1, T, 8),), {})
+    stops = stops_of(block, input_groups.input_groups(block, call))
+    assert [kept_bytes(block, stops[:number], call) for number in range(4)] == [0, 0, 4 * T * 16, 4 * T * (16 + 8)]
 
 
-def test_forwards_are_held_where_they_fit(checkpoint: Checkpoints) -> None:
+def test_forwards_are_remembered_only_where_they_fit(checkpoint: Checkpoints) -> None:
     walked = skeleton_of(checkpoint("llama"))
-    block = walked.blocks[0]
+    block, ids = walked.blocks[0], tokens(5, 24)
     block.load()
-    groups = input_groups.input_groups(block, Stream(walked, tokens(5, 24), 2).sample(24))
-    held_by_all = 5 * held_bytes(block, groups, Stream(walked, tokens(5, 24), 2).sample(24))
-    needed = held_by_all + SOLVER_BYTES * 64**2 + BLOCK_COPIES * block.float_bytes  # 64 inputs are the most: down_proj
-    for memory, held in ((needed - 1, False), (needed, True)):
-        stream = Stream(walked, tokens(5, 24), 2, memory)
-        assert stream.flow(block, groups)._held is held
-        more = (CROSS_BYTES + HELD_OUT_BYTES) * 64**2 + held_by_all + block.float_bytes
-        both = Stream(walked, tokens(5, 24), 2, memory + more, originals=True, held_out=2)
-        assert both.flow(block, groups)._held is held
-        assert [note.partition(":")[2] for note in stream.notes] == (
-            [] if held else [" the activations of all the text did not fit into memory at once"]
-        )
+    sample = stream_over(walked, ids).sample(24)
+    groups = input_groups.input_groups(block, sample)
+    text = 5 * kept_bytes(block, stops_of(block, groups), sample)
 
+    def least(**settings: Any) -> int:
+        """The least memory in which forwards are remembered."""
+        low, high = 0, 1 << 24
+        while low < high:
+            streams = streams_over(walked, ids, memory=(low + high) // 2, **settings)
+            answer = Sequential(block, groups, streams).remembers
+            assert streams.repeated == (not answer)
+            low, high = (low, streams.memory) if answer else (streams.memory + 1, high)
+        return low
 
-def test_without_greenlet_the_work_is_repeated_and_the_user_is_told(
-    checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "greenlet", None)
-    walked = skeleton_of(checkpoint("llama"))
-    block = walked.blocks[0]
-    block.load()
-    stream = Stream(walked, tokens(5, 24), 2, WAYS["held"])
-    assert not stream.notes
-    assert not stream.flow(block, input_groups.input_groups(block, stream.sample(24)))._held
-    assert ["greenlet" in note for note in stream.notes] == [True]
-    assert len(walk(walked, WAYS["held"])[1]) == 3
-
-
-@pytest.mark.parametrize("held", [True, False])
-def test_an_error_in_the_block_reaches_the_caller(held: bool) -> None:
-    flow = flow_of(branching(), [6], held=held)
-    flow._block.module.second = nn.Linear(5, 8)
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        for _ in flow.statistics():
-            pass
+    alone, both, judged = least(), least(floats=True), least(validation=1)
+    assert alone >= text + 3 * block.float_bytes, "a block and its copies come first"
+    assert both >= alone + text + block.float_bytes, "so do the float block and the float stream"
+    assert judged > alone, "and the sums over validation sequences"

@@ -1,4 +1,4 @@
-"""Statistics of experts: held and repeated forwards alike, own tokens and borrowed ones against sums in float64."""
+"""Statistics of experts: remembered and repeated forwards agree; own and borrowed tokens against sums in float64."""
 
 import math
 from collections.abc import Callable
@@ -10,18 +10,18 @@ from torch import Tensor
 
 from llmq.checkpoint.reader import Checkpoint
 from llmq.model.analyse import input_groups
-from llmq.model.analyse.input_groups import InputGroup
 from llmq.model.build.block import Block
 from llmq.model.build.skeleton import Skeleton
 from llmq.model.experts.separate import Routed, SeparateExperts
-from llmq.model.passes.hidden_states import Stream
 from llmq.model.passes.statistics import stops_of
+from llmq.model.passes.streams import Stream
 from llmq.numerics.input_stats import InputStats
 from llmq.runtime.open_skeleton import open_skeleton
 from tests import builders, mixtures
+from tests.passes import REMEMBERED, REPEATED, halve, run_block, states_of, stream_over, streams_over
 
-HELD, REPEATED = 1 << 40, 0  # bytes that may be held
 ALL, OWN = 1e6, 0.0  # tokens that an expert takes for each of its inputs
+TEXT = builders.tokens(5, 24)
 
 Open = Callable[[str], Skeleton]
 
@@ -40,59 +40,49 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Open:
     return make
 
 
-def spoil(block: Block, group: InputGroup) -> None:
-    """Stands for rounding."""
-    for path in group.names:
-        block.set_weight(path, block.weight(path) * 0.5)
-
-
-def walk(
-    skeleton: Skeleton, memory: int, tokens_per_input: float, *, both: bool = False, held_out: int = 0, at_once: int = 0
+def run_first(
+    skeleton: Skeleton,
+    memory: int,
+    tokens_per_input: float,
+    *,
+    floats: bool = False,
+    validation: int = 0,
+    at_once: int | None = None,
 ) -> tuple[dict[str, InputStats], list[Tensor]]:
-    """(leader -> statistics, outputs of each batch) of the first block, each group spoiled when its turn is over."""
-    block = skeleton.blocks[0]
-    block.load()
-    stream = Stream(
-        skeleton,
-        builders.tokens(5, 24),
-        batch=2,
-        memory=memory,
-        originals=both,
-        held_out=held_out,
-        tokens_per_input=tokens_per_input,
+    """(leader -> statistics, outputs of each batch) of the first block."""
+    streams = streams_over(
+        skeleton, TEXT, memory=memory, floats=floats, validation=validation, tokens_per_input=tokens_per_input
     )
-    stream.enter(block)
-    flow = stream.flow(block, input_groups.input_groups(block, stream.sample(24)))
-    flow._at_once = at_once or flow._at_once
-    found = {}
-    for group, stats in flow.statistics():
-        found[group.names[0]] = stats
-        spoil(block, group)
-    stream.advance(block, flow.outputs, flow.original_outputs)
-    return found, [call.hidden for call in stream.calls()]
+    return run_block(streams, skeleton.blocks[0], at_once=at_once), states_of(streams.quantized)
+
+
+def loaded(skeleton: Skeleton) -> tuple[Block, Stream]:
+    """The first block with its float weights, and text in front of it."""
+    skeleton.blocks[0].load()
+    return skeleton.blocks[0], stream_over(skeleton, TEXT)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "llama4"])
 @pytest.mark.parametrize("at_once", [1, 3])
-def test_held_and_repeated_give_the_same_bits(opened: Open, name: str, at_once: int) -> None:
-    settings = {"both": True, "held_out": 1, "at_once": at_once}
-    held, outputs = walk(opened(name), HELD, 2.0, **settings)  # type: ignore[arg-type]
-    repeated, others = walk(opened(name), REPEATED, 2.0, **settings)  # type: ignore[arg-type]
-    assert list(held) == list(repeated)
-    assert all(torch.equal(a, b) for a, b in zip(outputs, others, strict=True))
-    for leader, stats in held.items():
-        other = repeated[leader]
+def test_remembered_and_repeated_forwards_agree_bitwise(opened: Open, name: str, at_once: int) -> None:
+    (kept, outputs), (again, other_outputs) = (
+        run_first(opened(name), memory, 2.0, floats=True, validation=1, at_once=at_once)
+        for memory in (REMEMBERED, REPEATED)
+    )
+    assert list(kept) == list(again)
+    assert all(torch.equal(a, b) for a, b in zip(outputs, other_outputs, strict=True))
+    for leader, stats in kept.items():
+        other = again[leader]
         assert (stats.tokens, stats.borrowed) == (other.tokens, other.borrowed)
-        assert stats.cross_moment() is not None and other.cross_moment() is not None
-        assert torch.equal(stats.second_moment(), other.second_moment()) and torch.equal(
-            stats.cross_moment(), other.cross_moment()
-        )
         assert stats.held_out is not None and other.held_out is not None
-        assert torch.equal(stats.held_out.second_moment(), other.held_out.second_moment())
+        for ours, theirs in ((stats, other), (stats.held_out, other.held_out)):
+            cross, other_cross = ours.cross_moment(), theirs.cross_moment()
+            assert cross is not None and other_cross is not None and torch.equal(cross, other_cross)
+            assert torch.equal(ours.second_moment(), theirs.second_moment())
         assert stats.held_out.drift_moment() is not None
 
 
-def seen_of(block: Block, stream: Stream) -> list[tuple[Routed, Routed]]:
+def arrivals_at(block: Block, stream: Stream) -> list[tuple[Routed, Routed]]:
     """What comes to the two stations of the block's experts, batch by batch."""
     [experts] = block.experts.values()
     seen: list[Routed] = []
@@ -116,22 +106,20 @@ def expected(experts: SeparateExperts, e: int, side: int, seen: list[tuple[Route
 
 @pytest.mark.parametrize("wanted", [OWN, ALL])
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4"])
-def test_statistics_are_of_own_tokens_and_of_others_where_asked(opened: Open, name: str, wanted: float) -> None:
+def test_experts_see_own_tokens_and_borrowed_ones(opened: Open, name: str, wanted: float) -> None:
     skeleton = opened(name)
-    found, _ = walk(skeleton, HELD, wanted)
-    block = skeleton.blocks[0]
-    block.load()  # the float weights again
-    stream = Stream(skeleton, builders.tokens(5, 24), batch=2)
+    stats_of, _ = run_first(skeleton, REMEMBERED, wanted)
+    block, stream = loaded(skeleton)
     [(path, experts)] = block.experts.items()
     for group in input_groups.input_groups(block, stream.sample(24)):
         if group.names[0].startswith(f"{path}."):
             e = int(group.names[0].removeprefix(f"{path}.").split(".")[0])
-            seen, stats = seen_of(block, stream), found[group.names[0]]
+            seen, stats = arrivals_at(block, stream), stats_of[group.names[0]]
             X = expected(experts, e, int("down_proj" in group.names[0]), seen, wanted).double()
             own = sum(len(up.rows[e]) for up, _ in seen)
             assert stats.tokens == len(X) and stats.borrowed == len(X) - own
             torch.testing.assert_close(stats.second_moment().double(), X.T @ X / max(1, len(X)), rtol=1e-5, atol=1e-6)
-        spoil(block, group)
+        halve(block, group)
 
 
 def by_token(routed: Routed, e: int) -> dict[int, Tensor]:
@@ -143,34 +131,33 @@ def by_token(routed: Routed, e: int) -> dict[int, Tensor]:
 def test_the_float_stream_is_paired_token_by_token(opened: Open, name: str) -> None:
     """A second projection knows the float model's input where the token went to the same expert there."""
     skeleton = opened(name)
-    found, _ = walk(skeleton, HELD, OWN, both=True)
-    block = skeleton.blocks[0]
-    block.load()
-    stream = Stream(skeleton, builders.tokens(5, 24), batch=2)
+    stats_of, _ = run_first(skeleton, REMEMBERED, OWN, floats=True)
+    block, stream = loaded(skeleton)
     [(path, experts)] = block.experts.items()
     groups = input_groups.input_groups(block, stream.sample(24))
-    unrouted, moved = seen_of(block, stream), 0
+    unrouted, moved = arrivals_at(block, stream), 0
     for group in groups:
         if group.names[0].startswith(f"{path}."):
             e, side = int(group.names[0].removeprefix(f"{path}.").split(".")[0]), int("down_proj" in group.names[0])
-            seen, cross = seen_of(block, stream), torch.zeros(group.in_features, group.in_features).double()
+            seen, products = arrivals_at(block, stream), torch.zeros(group.in_features, group.in_features).double()
             for ours, theirs in zip(seen, unrouted, strict=True):
                 original = by_token(theirs[side], e)
                 if experts.form.routed and not side:
                     original = dict(enumerate(theirs[side].hidden.double()))
                 for row, x in by_token(ours[side], e).items():
-                    cross += torch.outer(original.get(row, x) - x, x)
-            stats = found[group.names[0]]
-            assert stats.cross_moment() is not None
-            torch.testing.assert_close(stats.cross_moment().double(), cross / stats.tokens, rtol=1e-3, atol=1e-5)
-            moved += int(bool(cross.any()))
-        spoil(block, group)
+                    products += torch.outer(original.get(row, x) - x, x)
+            stats = stats_of[group.names[0]]
+            cross = stats.cross_moment()
+            assert cross is not None
+            torch.testing.assert_close(cross.double(), products / stats.tokens, rtol=1e-3, atol=1e-5)
+            moved += int(bool(products.any()))
+        halve(block, group)
     assert moved == 2 * mixtures.EXPERTS
 
 
-def test_no_more_is_borrowed_than_is_lacking(opened: Open) -> None:
-    found, _ = walk(opened("mixtral"), HELD, 2.0)
-    several = [(stats, leader) for leader, stats in found.items() if ".experts." in leader]
+def test_experts_borrow_no_more_than_they_lack(opened: Open) -> None:
+    stats_of, _ = run_first(opened("mixtral"), REMEMBERED, 2.0)
+    several = [(stats, leader) for leader, stats in stats_of.items() if ".experts." in leader]
     assert {stats.borrowed > 0 for stats, _ in several} == {True, False}
     for stats, leader in several:
         wanted = 2 * (48 if "down_proj" in leader or "w2" in leader else 32)
@@ -179,10 +166,10 @@ def test_no_more_is_borrowed_than_is_lacking(opened: Open) -> None:
         assert lacking <= stats.borrowed < lacking + 3 or stats.tokens == 5 * 24  # of three batches, each rounds up
 
 
-def test_what_judges_borrows_as_well(opened: Open) -> None:
-    """In proportion to its part of the text: one window of five."""
-    found, _ = walk(opened("mixtral"), HELD, 3.0, held_out=1)
-    for leader, stats in found.items():
+def test_validation_statistics_borrow_in_proportion(opened: Open) -> None:
+    """To their part of the text: one sequence of five."""
+    stats_of, _ = run_first(opened("mixtral"), REMEMBERED, 3.0, validation=1)
+    for leader, stats in stats_of.items():
         if ".experts." in leader:
             assert stats.held_out is not None
             own, wanted = stats.held_out.tokens - stats.held_out.borrowed, 3 * stats.mean_square.numel() / 4
@@ -190,32 +177,24 @@ def test_what_judges_borrows_as_well(opened: Open) -> None:
             assert stats.held_out.borrowed <= max(0, math.ceil(wanted - own))
 
 
-def test_the_block_puts_out_the_same_whatever_is_borrowed(opened: Open) -> None:
-    _, plain = walk(opened("mixtral"), HELD, OWN)
-    _, with_others = walk(opened("mixtral"), HELD, ALL)
+def test_borrowed_tokens_change_no_output(opened: Open) -> None:
+    _, plain = run_first(opened("mixtral"), REMEMBERED, OWN)
+    _, with_others = run_first(opened("mixtral"), REMEMBERED, ALL)
     assert all(torch.equal(a, b) for a, b in zip(plain, with_others, strict=True))
 
 
-def test_in_front_of_anything_rounded_the_float_stream_is_the_same(opened: Open) -> None:
-    """With nothing spoiled yet both streams feed the first projections the same, whatever experts tokens go to."""
+def test_both_streams_agree_in_front_of_float_weights(opened: Open) -> None:
+    """With nothing quantized both streams feed all projections the same, whatever experts tokens go to."""
     skeleton = opened("mixtral")
-    block = skeleton.blocks[0]
-    block.load()
-    stream = Stream(skeleton, builders.tokens(5, 24), batch=2, memory=HELD, originals=True, tokens_per_input=4.0)
-    stream.enter(block)
-    flow = stream.flow(block, input_groups.input_groups(block, stream.sample(24)))
-    for _, stats in flow.statistics():
-        assert stats.cross_moment() is not None and not stats.cross_moment().any()
+    streams = streams_over(skeleton, TEXT, floats=True, tokens_per_input=4.0)
+    for stats in run_block(streams, skeleton.blocks[0], lambda *_: None).values():
+        cross = stats.cross_moment()
+        assert cross is not None and not cross.any()
 
 
-def test_a_stop_for_each_projection_of_all_experts(opened: Open) -> None:
-    skeleton = opened("qwen2_moe")
-    block = skeleton.blocks[0]
-    block.load()
-    stream = Stream(skeleton, builders.tokens(5, 24), batch=2)
-    groups = input_groups.input_groups(
-        block, stream.sample(1)
-    )  # one token: some experts see none, and run all the same
+def test_each_projection_of_all_experts_has_one_stop(opened: Open) -> None:
+    block, stream = loaded(opened("qwen2_moe"))
+    groups = input_groups.input_groups(block, stream.sample(1))  # some experts see no token, and run all the same
     stops = stops_of(block, groups)
     together = [stop for stop in stops if stop.experts is not None]
     assert [len(stop.groups) for stop in together] == [mixtures.EXPERTS] * 2

@@ -1,0 +1,192 @@
+"""Reading ahead: the same tensors as from the disk, read in a thread, and no more of them kept than memory allows."""
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmq import memory
+from llmq.checkpoint import read_ahead
+from llmq.checkpoint.read_ahead import COMING_SHARE, KEPT_SHARE, ReadAhead
+from llmq.checkpoint.reader import Checkpoint
+from llmq.errors import CheckpointError
+from llmq.runtime.open_skeleton import open_skeleton
+
+NBYTES = 1024  # of each tensor below
+TENSORS = {
+    name: torch.randn(NBYTES // 4, generator=torch.Generator().manual_seed(seed)) for seed, name in enumerate("abcdef")
+}
+Made = Callable[..., ReadAhead]
+
+
+class Disk:
+    """Tensors that are read, by which threads; `gate` holds the reading threads back while it is closed."""
+
+    def __init__(self) -> None:
+        self.threads: list[tuple[str, str]] = []
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def read(self, name: str) -> Tensor:
+        self.threads.append((name, threading.current_thread().name))
+        if name not in TENSORS:
+            raise CheckpointError(f"no tensor {name}")
+        if threading.current_thread() is not threading.main_thread():
+            assert self.gate.wait(timeout=60)
+        return TENSORS[name].clone()
+
+    def by_main(self) -> list[str]:
+        return [name for name, thread in self.threads if not thread.startswith("llmq-read")]
+
+    def ahead(self) -> list[str]:
+        return [name for name, thread in self.threads if thread.startswith("llmq-read")]
+
+
+@pytest.fixture
+def disk() -> Iterator[Disk]:
+    disk = Disk()
+    yield disk
+    disk.gate.set()  # no thread is left waiting
+
+
+@pytest.fixture
+def made(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> Made:
+    """A reader with room for some tensors that are kept, while memory is ample."""
+
+    def make(kept: int = 0) -> ReadAhead:
+        monkeypatch.setattr(memory, "spare", lambda device: memory.AMPLE_BYTES)
+        monkeypatch.setattr(read_ahead, "KEPT_SHARE", memory.AMPLE_BYTES // (kept * NBYTES) if kept else 1 << 60)
+        return ReadAhead(disk.read, lambda name: NBYTES)
+
+    return make
+
+
+def test_tensors_equal_those_on_the_disk(made: Made, disk: Disk) -> None:
+    read = made(kept=3)
+    for _ in range(3):
+        read.expect("ab")
+        for name in "abcdef":
+            assert torch.equal(read(name), TENSORS[name])
+
+
+def test_expected_tensors_are_read_in_a_thread(made: Made, disk: Disk) -> None:
+    read = made()
+    read.expect(["a", "b"])
+    assert torch.equal(read("b"), TENSORS["b"]) and torch.equal(read("a"), TENSORS["a"])
+    assert torch.equal(read("c"), TENSORS["c"])
+    assert sorted(disk.ahead()) == ["a", "b"] and disk.by_main() == ["c"]
+    assert read.reads == {"a": 1, "b": 1, "c": 1}
+    assert torch.equal(read("a"), TENSORS["a"]) and read.reads["a"] == 2, "it was not kept, and is read again"
+
+
+def test_reading_ahead_does_not_wait(made: Made, disk: Disk) -> None:
+    read = made()
+    disk.gate.clear()
+    read.expect(["a", "b"])
+    assert torch.equal(read("c"), TENSORS["c"]), "what is not expected is read meanwhile"
+    disk.gate.set()
+    assert torch.equal(read("a"), TENSORS["a"])
+
+
+def test_expectations_that_were_wrong_are_dropped(made: Made, disk: Disk) -> None:
+    read = made()
+    disk.gate.clear()
+    read.expect("abc")
+    read.expect("de")
+    disk.gate.set()
+    assert torch.equal(read("d"), TENSORS["d"]) and torch.equal(read("e"), TENSORS["e"])
+    assert set(disk.ahead()) <= {"a", "d", "e"}, "what was not begun is never read"
+    assert torch.equal(read("b"), TENSORS["b"]) and disk.by_main() == ["b"]
+
+
+def test_kept_tensors_are_copies_that_callers_may_change(made: Made, disk: Disk) -> None:
+    read = made(kept=2)
+    for _ in range(3):
+        tensor = read("a")
+        assert torch.equal(tensor, TENSORS["a"])
+        tensor.zero_()
+    read.expect(["a", "b"])
+    read("b").zero_()
+    assert torch.equal(read("b"), TENSORS["b"])
+    assert read.reads == {"a": 1, "b": 1}, "a kept tensor is not read again, however it is asked for"
+
+
+def test_the_least_recently_used_tensors_go_first(made: Made, disk: Disk) -> None:
+    read = made(kept=2)
+    for name in "abacab":  # b makes room for c, c for b
+        assert torch.equal(read(name), TENSORS[name])
+        assert read._kept_bytes == sum(tensor.nbytes for tensor in read._kept.values()) <= 2 * NBYTES
+    assert read.reads == {"a": 1, "b": 2, "c": 1} and list(read._kept) == ["a", "b"]
+
+
+def test_tensors_larger_than_the_room_are_not_kept(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    for room, reads in ((NBYTES - 1, 2), (NBYTES, 1)):
+        monkeypatch.setattr(memory, "AMPLE_BYTES", 0)
+        monkeypatch.setattr(memory, "spare", lambda device, room=room: room * KEPT_SHARE)
+        read = ReadAhead(disk.read, lambda name: NBYTES)
+        assert torch.equal(read("a"), TENSORS["a"]) and torch.equal(read("a"), TENSORS["a"])
+        assert read.reads == {"a": reads}
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_errors_surface_at_the_call(made: Made, disk: Disk, ahead: bool) -> None:
+    read = made(kept=2)
+    if ahead:
+        read.expect(["a", "missing"])  # which raises nothing
+    assert torch.equal(read("a"), TENSORS["a"])
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="no tensor missing"):
+            read("missing")
+    assert torch.equal(read("b"), TENSORS["b"])
+
+
+def test_nothing_is_read_ahead_under_little_memory(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "spare", lambda device: memory.AMPLE_BYTES - 1)
+    read = ReadAhead(disk.read, lambda name: NBYTES)
+    read.expect("abc")
+    assert torch.equal(read("a"), TENSORS["a"]) and torch.equal(read("a"), TENSORS["a"])
+    assert disk.by_main() == ["a", "a"] and not disk.ahead()
+    assert not read._kept and read._thread is None
+
+
+def test_only_what_fits_is_read_ahead(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "AMPLE_BYTES", 0)
+    monkeypatch.setattr(memory, "spare", lambda device: 2 * NBYTES * COMING_SHARE)
+    read = ReadAhead(disk.read, lambda name: NBYTES)
+    read.expect("abc")
+    assert read._thread is None and not disk.threads, "three do not fit"
+    read.expect("ab")
+    assert torch.equal(read("a"), TENSORS["a"]) and disk.ahead()[0] == "a"
+    assert torch.equal(read("a"), TENSORS["a"]) and read.reads["a"] == 1, "there is room to keep one"
+    read.expect("abc")
+    assert torch.equal(read("c"), TENSORS["c"]) and "c" in disk.ahead(), "a is kept and takes nothing more"
+
+
+def test_a_float_checkpoint_is_read_ahead(checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a block is at work the next one is read, and blocks that come again are kept."""
+    threads: dict[str, list[str]] = {}
+    tensor = Checkpoint.tensor
+
+    def noted(self: Checkpoint, name: str) -> Tensor:
+        threads.setdefault(name, []).append(threading.current_thread().name)
+        return tensor(self, name)
+
+    monkeypatch.setattr(Checkpoint, "tensor", noted)
+    opened = Checkpoint.open(checkpoint("llama"))
+    walked = open_skeleton(opened, torch.device("cpu"), torch.float32)
+    walked.read_ahead(1)
+    walked.read_ahead(3)  # of which there is none
+    walked.read_ahead(-1)
+    for _ in range(2):
+        walked.blocks[1].load()
+    names = walked.blocks[1].stored_names()
+    assert {name: [thread.startswith("llmq-read") for thread in threads[name]] for name in names} == {
+        name: [True] for name in names
+    }
+    assert all(
+        torch.equal(parameter, tensor(opened, f"{walked.blocks[1].path}.{name}"))
+        for name, parameter in walked.blocks[1].module.named_parameters()
+    )

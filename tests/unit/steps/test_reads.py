@@ -1,0 +1,150 @@
+"""How often a run reads the float model, and computes its last hidden states: what takes hours on a large model."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmq.checkpoint.read_ahead import ReadAhead
+from llmq.checkpoint.reader import Checkpoint
+from llmq.methods import METHODS, Method, Tuning
+from llmq.model.passes.hidden_states import HiddenStates
+from llmq.model.passes.streams import Stream, Text
+from llmq.report.events import Event, Progress
+from llmq.steps.end_to_end import session
+from tests import runs
+from tests.builders import skeleton_of
+from tests.passes import stream_over
+
+Checkpoints = Callable[..., Path]
+BALANCED = dataclasses.replace(
+    METHODS["balanced"], tuning=Tuning(steps=3, scales=1e-3, rounding=1e-3, tokens=96), held_out=0.25
+)
+
+
+class Reads:
+    """How often each tensor was read from a model's folder."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.counts: Counter[str] = Counter()
+        tensor = Checkpoint.tensor
+
+        def counted(checkpoint: Checkpoint, name: str) -> Tensor:
+            self.counts[name] += checkpoint.folder == folder
+            return tensor(checkpoint, name)
+
+        monkeypatch.setattr(Checkpoint, "tensor", counted)
+
+    def of_blocks(self) -> list[int]:
+        counts = [count for name, count in self.counts.items() if ".layers." in name]
+        assert len(counts) == 3 * 9, "of three blocks with seven matrices and two norms"
+        return counts
+
+
+def run(model: Path, out: Path, text: Path, method: Method, on_event: Callable[[Event], None] = lambda _: None) -> Any:
+    return runs.job(model, out, text, stages=method, samples=8).run(on_event)
+
+
+def test_balanced_reads_each_block_at_most_twice(
+    checkpoint: Checkpoints, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = checkpoint("llama")
+    reads = Reads(model, monkeypatch)
+    run(model, tmp_path / "out", text, BALANCED)
+    assert set(reads.of_blocks()) <= {1, 2}
+
+
+def test_a_method_of_one_pass_reads_each_block_once(
+    checkpoint: Checkpoints, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where nothing that was read is kept."""
+    model = checkpoint("llama")
+    monkeypatch.setattr(ReadAhead, "_keep", lambda self, name, tensor: tensor)
+    for method in ("gptq", "awq", "fast"):
+        reads = Reads(model, monkeypatch)
+        run(model, tmp_path / method, text, METHODS[method])
+        assert set(reads.of_blocks()) == {1}, method
+        monkeypatch.undo()
+        monkeypatch.setattr(ReadAhead, "_keep", lambda self, name, tensor: tensor)
+
+
+@pytest.fixture
+def teacher(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What tuning takes as the float model's last hidden states, and which texts it runs the float model on."""
+    noted: dict[str, Any] = {"texts": []}
+    states, through = session.Session._teacher_states, session.run_through
+
+    def note_states(self: session.Session) -> HiddenStates:
+        noted["states"] = states(self)
+        noted["text"] = self._text
+        return noted["states"]
+
+    def note_run(skeleton: Any, text: Text, *rest: Any, **ready: Any) -> Stream:
+        if not ready:  # the blocks of the checkpoint, and not those that are tuned
+            noted["texts"].append(text)
+        return through(skeleton, text, *rest, **ready)
+
+    monkeypatch.setattr(session.Session, "_teacher_states", note_states)
+    monkeypatch.setattr(session, "run_through", note_run)
+    return noted
+
+
+def float_states(model: Path, text: Text) -> Tensor:
+    """(S, T, D) the float model's last hidden states of all sequences."""
+    walked = skeleton_of(model)
+    stream = stream_over(walked, text.tokens)
+    for block in walked.blocks:
+        block.load()
+        stream.past(block)
+    return stream.last(range(text.sequences))
+
+
+@pytest.mark.parametrize("transforms", [(), ("awq",)])
+def test_last_states_of_the_float_stream_are_the_teacher(
+    checkpoint: Checkpoints, text: Path, tmp_path: Path, teacher: dict[str, Any], transforms: tuple[str, ...]
+) -> None:
+    """So the float model is run on no text a second time."""
+    method, events = dataclasses.replace(BALANCED, transforms=transforms), []
+    run(checkpoint("llama"), tmp_path / "out", text, method, events.append)
+    assert teacher["texts"] == []
+    assert not any(isinstance(event, Progress) and event.stage == "float predictions" for event in events)
+    found = teacher["states"].read(range(teacher["text"].sequences))
+    expected = float_states(checkpoint("llama"), teacher["text"])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_only_text_without_a_float_stream_is_run_again(
+    checkpoint: Checkpoints, text: Path, tmp_path: Path, teacher: dict[str, Any]
+) -> None:
+    """What the model wrote itself, which lies in front of the calibration text."""
+    assert BALANCED.tuning is not None
+    method = dataclasses.replace(BALANCED, tuning=dataclasses.replace(BALANCED.tuning, written=1))
+    events: list[Event] = []
+    run(checkpoint("llama"), tmp_path / "out", text, method, events.append)
+    whole: Text = teacher["text"]
+    (own,) = teacher["texts"]
+    assert 2 * own.sequences == whole.sequences and torch.equal(own.tokens, whole.tokens[: own.sequences])
+    assert any(isinstance(event, Progress) and event.stage == "float predictions" for event in events)
+    found, expected = teacher["states"].read(range(whole.sequences)), float_states(checkpoint("llama"), whole)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_each_stream_passes_each_block_once(
+    checkpoint: Checkpoints, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody needs what the last block puts out where nothing is tuned."""
+    passed: Counter[int] = Counter()
+    write = Stream.write
+
+    def counted(self: Stream, sequences: Sequence[int], output: Tensor) -> None:
+        passed[self.position] += len(sequences)
+        write(self, sequences, output)
+
+    monkeypatch.setattr(Stream, "write", counted)
+    run(checkpoint("llama"), tmp_path / "out", text, dataclasses.replace(BALANCED, token_weights=False, tuning=None))
+    assert passed == {0: 2 * 8, 1: 2 * 8}
