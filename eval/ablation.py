@@ -1,14 +1,14 @@
-"""What each stage buys, alone and on top of the others; and whether tuning on one domain harms another.
+"""Measure what each stage contributes, alone and with others, and whether tuning on one domain harms another.
 
-    python eval/ablation.py                          every model at hand, draw 0, 4 bits symmetric
+    python eval/ablation.py                          all available models, draw 0, 4 bits symmetric
     python eval/ablation.py --models tiny-python-llama --seeds 0 1 2 --zeros asymmetric
     python eval/ablation.py --only "gptq" "+ target"
-    python eval/ablation.py --domains                KL on texts of three domains, calibrated on the first alone
-    python eval/ablation.py --render                 the tables again, from ablation.json and domains.json
+    python eval/ablation.py --domains                KL on texts of three domains, calibrated on the first only
+    python eval/ablation.py --render                 only the tables, from ablation.json and domains.json
 
-Rows are appended to ablation.json and domains.json in eval/results/ as they are done, and rows that are there are not
-made again.  KL is KL(float ‖ quantized) in nats per token on held-out text, of the file read back.  Seconds are
-CPU-seconds inside the process, imports and measuring left out.
+Finished rows are appended to ablation.json and domains.json in eval/results/, and existing rows are not measured again.
+KL is KL(float ‖ quantized) in nats per token on evaluation text, of the file read back. Seconds are CPU-seconds of the
+process, without imports and evaluation.
 """
 
 import argparse
@@ -41,7 +41,7 @@ assert TUNING is not None, "balanced tunes"
 
 
 def held_out(**stages: object) -> Method:
-    """GPTQ with stages added, and windows to judge them by."""
+    """GPTQ with additional stages, and validation sequences to select by."""
     return dataclasses.replace(GPTQ, held_out=BALANCED.held_out, **stages)  # type: ignore[arg-type]
 
 
@@ -51,7 +51,7 @@ SCALES = dataclasses.replace(TUNING, rounding=0.0)
 ROUNDING = dataclasses.replace(TUNING, scales=0.0)
 BLOCKS = Tuning(steps=100, scales=0.0, rounding=1e-3, tokens=1024)
 
-# Settings beside the stages are those of a run: the paper's GPTQ and plain rounding are choices of an order and scales.
+# Each row: stages and settings of the run; GPTQ as in the paper is a choice of column order and scales.
 STAGES: Mapping[str, tuple[Method, dict[str, Any]]] = {
     "rtn, min-max": (METHODS["rtn"], {"scales": "minmax"}),
     "rtn": (METHODS["rtn"], {}),
@@ -82,7 +82,7 @@ STAGES: Mapping[str, tuple[Method, dict[str, Any]]] = {
     "balanced": (BALANCED, {}),
     "best": (BEST, {}),
 }
-DOMAINS: Mapping[str, Path] = {  # beside the text that a model is calibrated on
+DOMAINS: Mapping[str, Path] = {  # in addition to the calibration domain of a model
     "wikipedia": SHARED / "data" / "wikitext2-raw.test.txt",
     "stories": SHARED / "data" / "tinystories.eval.jsonl",
     "web": SHARED / "data" / "exllamav3_c4.utf8",
@@ -91,7 +91,7 @@ DOMAIN_METHODS = ("rtn", "gptq", "fast", "balanced", "best")
 
 
 def ablate(model: str, stages: str, zeros: str, seed: int) -> Row:
-    """One row: quantize with those stages, and measure."""
+    """Make one row: quantize with these stages, and measure."""
     method, settings = STAGES[stages]
     with tempfile.TemporaryDirectory() as scratch:
         calibration, evaluation = texts(model, Path(scratch) / "text")
@@ -102,18 +102,18 @@ def ablate(model: str, stages: str, zeros: str, seed: int) -> Row:
             symmetric=zeros == "symmetric", **settings,
         )  # fmt: skip
         taken = time.process_time() - began
-        found = measure(out, path, str(evaluation), seqlen=SEQLEN, limit=WINDOWS)
-    assert found.original is not None, "measured against the original"
+        measured = measure(out, path, str(evaluation), seqlen=SEQLEN, limit=WINDOWS)
+    assert measured.original is not None, "measured against the original"
     return {
-        "model": model, "stages": stages, "zeros": zeros, "seed": seed, "kl_mean": found.model.kl_mean,
-        "perplexity": found.model.perplexity, "float_perplexity": found.original.perplexity,
+        "model": model, "stages": stages, "zeros": zeros, "seed": seed, "kl_mean": measured.model.kl_mean,
+        "perplexity": measured.model.perplexity, "float_perplexity": measured.original.perplexity,
         "cpu_seconds": taken, "gains": [f"{stage.stage}: {stage.outcome}" for stage in report.stages],
         "peak_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000, "measured": stamp(),
     }  # fmt: skip
 
 
 def domain_rows(model: str, scratch: Path) -> Iterator[Row]:
-    """For each method the KL on the model's own domain and on two others, all calibrated on its own alone."""
+    """For each method the KL on the domain of the model and on two others; calibrated on the former only."""
     calibration, evaluation = texts(model, scratch / "text")
     path = folder_of(model)
     others = {name: file for name, file in DOMAINS.items() if file != evaluation and file.exists()}
@@ -121,15 +121,15 @@ def domain_rows(model: str, scratch: Path) -> Iterator[Row]:
     outs = {method: scratch / method for method in DOMAIN_METHODS}
     for method, out in outs.items():
         llmq.quantize(str(path), out, method=method, calibration=[str(calibration)], samples=SAMPLES, seqlen=SEQLEN)
-    found = measure_many(path, list(outs.values()), [str(file) for file in sources.values()], seqlen=SEQLEN,
-                         limit=WINDOWS)  # fmt: skip
-    for method, measured in zip(outs, found, strict=True):
+    results = measure_many(path, list(outs.values()), [str(file) for file in sources.values()], seqlen=SEQLEN,
+                           limit=WINDOWS)  # fmt: skip
+    for method, measured in zip(outs, results, strict=True):
         kl = {name: part.model.kl_mean for name, part in zip(sources, measured.texts, strict=True)}
         yield {"model": model, "method": method, "kl": kl, "measured": stamp()}
 
 
 def _as_text(file: Path, scratch: Path) -> Path:
-    """The file under a name that says what it is."""
+    """The file, copied to a name that ends in .txt if necessary."""
     if file.suffix != ".utf8":
         return file
     copy = scratch / f"{file.stem}.txt"
@@ -148,7 +148,7 @@ CPU-seconds in the process without imports, one thread; peak memory is that of t
 DOMAINS_INTRODUCTION = """
 # One domain for calibration, three for evaluation
 
-KL on {windows} x {seqlen} tokens of each text, 4 bits symmetric, draw 0; the first column is the domain of the
+KL on {windows} x {seqlen} tokens of each text, 4 bits symmetric, draw 0. The first column is the domain of the
 calibration text.
 """
 
@@ -160,7 +160,7 @@ def render(rows: Sequence[Row], domains: Sequence[Row]) -> str:
     for model, zeros in dict.fromkeys((row["model"], row["zeros"]) for row in rows):
         own = [row for row in rows if (row["model"], row["zeros"]) == (model, zeros)]
         parts.append(f"\n## {model}, {zeros}\n\nfloat perplexity {own[0]['float_perplexity']:.4f}\n")
-        columns = ("stages", "draws", "KL mean", "of gptq's", "perplexity", "CPU s", "peak MB")
+        columns = ("stages", "draws", "KL mean", "of gptq", "perplexity", "CPU s", "peak MB")
         parts += [table_row(columns), table_row("---" for _ in columns)]
         parts += [table_row(cells) for cells in _cells(own)]
         parts.append("\nMeasured until {date} at {commit}: {hardware}, torch {torch}.".format(**own[-1]["measured"]))
@@ -196,7 +196,7 @@ def main() -> None:
     parser.add_argument("--zeros", nargs="+", choices=ZEROS, default=["symmetric"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--domains", action="store_true")
-    parser.add_argument("--render", action="store_true", help="run nothing")
+    parser.add_argument("--render", action="store_true", help="only write the pages")
     arguments = parser.parse_args()
     quiet_transformers()
     models = [] if arguments.render else [name for name in arguments.models if MODELS[name].is_dir()]

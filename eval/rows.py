@@ -1,4 +1,4 @@
-"""A table that grows row by row in a JSON file: a killed run loses the row it was at, and is continued."""
+"""A table in a JSON file that grows row by row: a killed run loses only the current row, and can be continued."""
 
 import json
 import os
@@ -14,9 +14,9 @@ def read(file: Path) -> list[Row]:
 
 
 def append(file: Path, row: Row) -> None:
-    """All at once or not at all; read anew each time, as another run may be writing."""
+    """Append a row atomically; the file is read again each time, because another run may write to it."""
     rows = [*read(file), row]
     unfinished = file.with_suffix(f".{os.getpid()}")
-    lines = ",\n".join(json.dumps(each) for each in rows)
+    lines = ",\n".join(json.dumps(entry) for entry in rows)
     unfinished.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     unfinished.replace(file)

@@ -1,4 +1,4 @@
-"""The models that are measured, with the text that each is calibrated on and the text that it is judged by."""
+"""The models of the experiments, each with its calibration text and its evaluation text."""
 
 import datetime
 import platform
@@ -17,8 +17,8 @@ SAMPLES, SEQLEN, WINDOWS = 128, 256, 64
 sys.path.insert(0, str(ROOT / "scripts"))
 from stdlib_text import write_texts  # noqa: E402
 
-# The bundled ones read the standard library, its evaluation files kept apart by rule.  babyllama reads stories; model
-# and texts are expected in a folder `shared` next to the checkout, and are not published with it.
+# The text of the bundled models is the standard library, with separate evaluation files. The text of babyllama is
+# stories; model and texts are expected in a folder `shared` next to the checkout, and are not published.
 MODELS = {
     "tiny-python-llama": BUNDLED / "tiny-python-llama",
     "tiny-python-qwen3": BUNDLED / "tiny-python-qwen3",
@@ -27,12 +27,12 @@ MODELS = {
 
 
 def folder_of(model: str) -> Path:
-    """The folder of one of `MODELS`; ends the program with a message where it is absent."""
+    """The folder of one of `MODELS`; ends the program with an error if it is absent."""
     return _present(MODELS[model], model)
 
 
 def texts(model: str, folder: Path) -> tuple[Path, Path]:
-    """Calibration and evaluation text for a model; `folder` is for what has to be written."""
+    """Calibration and evaluation text for a model; generated texts are written to `folder`."""
     if MODELS[model].parent == BUNDLED:
         return write_texts(folder)
     calibration, evaluation = (SHARED / "data" / f"tinystories.{part}.jsonl" for part in ("calib", "eval"))
@@ -43,18 +43,18 @@ def _present(path: Path, model: str) -> Path:
     if not path.exists():
         bundled = [name for name, folder in MODELS.items() if folder.parent == BUNDLED]
         raise SystemExit(
-            f"error: {path} does not exist, and {model} is measured with it; it is not part of this repository\n"
+            f"error: {path} does not exist, but {model} needs it; it is not part of this repository\n"
             f"try:   --model or --models with a bundled model: {', '.join(bundled)}"
         )
     return path
 
 
 def stamp() -> dict[str, str]:
-    """When and with what figures were made."""
+    """Date, commit, versions and hardware of a measurement."""
     import transformers
 
-    asked = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(asked, capture_output=True, text=True, cwd=ROOT, check=False)
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     return {
         "date": datetime.date.today().isoformat(),
         "commit": commit.stdout.strip() or "unknown",

@@ -1,15 +1,15 @@
-"""Methods x bits x group sizes x draws of calibration text: eval/results/sweep.json, eval/results/sweep.md and
-eval/results/pareto.png.
+"""Measure methods x bits x group sizes x draws of calibration text; writes sweep.json, sweep.md and pareto.png.
 
     python eval/sweep.py                             the bundled model; about twenty minutes on one core
     python eval/sweep.py --methods gptq fast --bits 4 --group-sizes 32 64 128 --zeros symmetric asymmetric
     python eval/sweep.py --models babyllama-tok361-pad384
     python eval/sweep.py --models FOLDER --calibration FILE --text FILE
-    python eval/sweep.py --render                    the table and the picture again, from sweep.json
+    python eval/sweep.py --render                    only the table and the picture, from sweep.json
 
-A row is written when it is done, and a row that is there is not made again: a run that was killed goes on where it
-was.  To make rows anew, delete them, or the file.  Calibration and evaluation are those of eval/subjects.py; KL is
-KL(float ‖ quantized) in nats per token, measured on the file that was written.  rtn sees no text, so it has one draw.
+Files are in eval/results/. Finished rows are written at once, and existing rows are not measured again, so a killed run
+continues. Delete rows, or the file, to measure them again. Calibration and evaluation text are those of
+eval/subjects.py; KL is KL(float ‖ quantized) in nats per token, of the written file. rtn needs no text, so it has one
+draw.
 """
 
 import argparse
@@ -35,13 +35,13 @@ from subjects import MODELS, SAMPLES, SEQLEN, WINDOWS, stamp, table_row, texts  
 
 JSON, MARKDOWN, PICTURE = (ROOT / "eval" / "results" / name for name in ("sweep.json", "sweep.md", "pareto.png"))
 DEFAULT_METHODS = ("rtn", "gptq", "fast", "balanced", "best")
-SLOW = ("best",)  # where no methods are named, it is run at 4 bits and on the first draw alone
+SLOW = ("best",)  # without --methods, only at 4 bits and for the first draw
 ZEROS = ("symmetric", "asymmetric")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One run: what tells its row from all others."""
+    """One run: the settings that identify its row."""
 
     model: str
     method: str
@@ -55,7 +55,7 @@ class Case:
 
 
 def cases(arguments: argparse.Namespace) -> Iterator[Case]:
-    """What is asked for, draws last: the first picture is there early."""
+    """The requested runs, one draw after the other, so that a first picture is available early."""
     sizes = [parse_group_size(size) for size in arguments.group_sizes]
     methods = arguments.methods or [method for method in DEFAULT_METHODS if method in METHODS]
     grids = itertools.product(arguments.bits, sizes, [zeros == "symmetric" for zeros in arguments.zeros])
@@ -74,13 +74,13 @@ def run(case: Case, folder: Path, calibration: Path, evaluation: Path) -> Row:
             str(folder), Path(scratch) / "out", calibration=[str(calibration)], samples=SAMPLES, seqlen=SEQLEN,
             **{key: value for key, value in asdict(case).items() if key != "model"},
         )  # fmt: skip
-        found = measure(Path(scratch) / "out", folder, str(evaluation), seqlen=SEQLEN, limit=WINDOWS)
-    assert found.original is not None, "measured against the original"
+        measurement = measure(Path(scratch) / "out", folder, str(evaluation), seqlen=SEQLEN, limit=WINDOWS)
+    assert measurement.original is not None, "measured against the original"
     figures = ("kl_mean", "kl_mean_interval", "kl_99", "perplexity", "perplexity_ratio", "same_top_1")
     return {
         **asdict(case), "bits_per_weight": report.bits_per_weight, "seconds": report.seconds,
-        **{name: getattr(found.model, name) for name in figures},
-        "float_perplexity": found.original.perplexity, "tokens": found.model.tokens, "measured": stamp(),
+        **{name: getattr(measurement.model, name) for name in figures},
+        "float_perplexity": measurement.original.perplexity, "tokens": measurement.model.tokens, "measured": stamp(),
     }  # fmt: skip
 
 
@@ -88,11 +88,11 @@ def sweep(arguments: argparse.Namespace) -> None:
     wanted = list(cases(arguments))
     with tempfile.TemporaryDirectory() as scratch:
         for number, case in enumerate(wanted, start=1):
-            if any(case.is_of(row) for row in read(JSON)):  # each time: another sweep may be running
+            if any(case.is_of(row) for row in read(JSON)):  # read again each time, because another sweep may be running
                 continue
             folder = MODELS[case.model] if case.model in MODELS else Path(case.model)
             if not folder.is_dir():
-                print(f"{case.model} is not at hand, left out", file=sys.stderr)
+                print(f"{case.model} is not available, skipped", file=sys.stderr)
                 continue
             if case.model in MODELS:
                 calibration, evaluation = texts(case.model, Path(scratch))
@@ -105,7 +105,7 @@ def sweep(arguments: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class Point:
-    """What the draws of one case have in common."""
+    """All draws of one case."""
 
     model: str
     method: str
@@ -119,7 +119,7 @@ class Point:
 
     @property
     def kl(self) -> tuple[float, float, float]:
-        """The mean, the least and the most."""
+        """The mean, the minimum and the maximum."""
         values = [float(row["kl_mean"]) for row in self.rows]
         return self.mean("kl_mean"), min(values), max(values)
 
@@ -129,21 +129,21 @@ class Point:
 
 
 def points(measured: Sequence[Row]) -> list[Point]:
-    """By model, grid and method, in the order of METHODS."""
-    found: dict[tuple[Any, ...], list[Row]] = {}
+    """The points by model, grid and method, in the order of METHODS."""
+    by_case: dict[tuple[Any, ...], list[Row]] = {}
     for row in measured:
-        found.setdefault(tuple(row[key] for key in ("model", "method", "bits", "group_size", "symmetric")), []).append(
-            row
-        )
+        by_case.setdefault(
+            tuple(row[key] for key in ("model", "method", "bits", "group_size", "symmetric")), []
+        ).append(row)
     order = list(METHODS)
-    listed = [Point(*key, tuple(sorted(own, key=lambda row: row["seed"]))) for key, own in found.items()]
+    listed = [Point(*key, tuple(sorted(own, key=lambda row: row["seed"]))) for key, own in by_case.items()]
     return sorted(listed, key=lambda p: (p.model, -p.bits, str(p.group_size), not p.symmetric, order.index(p.method)))
 
 
-def front(found: Sequence[Point]) -> list[Point]:
-    """Those that no other beats in both bits and KL, by bits."""
+def front(candidates: Sequence[Point]) -> list[Point]:
+    """The points that no other point beats in both bits and KL, by bits."""
     best: list[Point] = []
-    for point in sorted(found, key=lambda point: (point.mean("bits_per_weight"), point.kl[0])):
+    for point in sorted(candidates, key=lambda point: (point.mean("bits_per_weight"), point.kl[0])):
         if not best or point.kl[0] < best[-1].kl[0]:
             best.append(point)
     return best
@@ -158,16 +158,16 @@ and the highest.  Bits include scales and zero points.
 
 ![KL against bits per weight](pareto.png)
 """
-COLUMNS = ("bits", "group", "grid", "method", "draws", "bits/weight", "KL mean", "KL of RTN's", "perplexity ratio",
+COLUMNS = ("bits", "group", "grid", "method", "draws", "bits/weight", "KL mean", "KL / RTN", "perplexity ratio",
            "same top-1", "seconds")  # fmt: skip
 
 
 def render(measured: Sequence[Row]) -> str:
     """results/sweep.md."""
     parts = [INTRODUCTION.format(samples=SAMPLES, seqlen=SEQLEN, windows=WINDOWS)]
-    found = points(measured)
-    for model in dict.fromkeys(point.model for point in found):
-        own = [point for point in found if point.model == model]
+    all_points = points(measured)
+    for model in dict.fromkeys(point.model for point in all_points):
+        own = [point for point in all_points if point.model == model]
         parts.append(f"\n## {model}\n\nfloat perplexity {own[0].rows[0]['float_perplexity']:.4f}\n")
         parts += [table_row(COLUMNS), table_row("---" for _ in COLUMNS)]
         parts += [table_row(cells(point, own)) for point in own]
@@ -176,16 +176,16 @@ def render(measured: Sequence[Row]) -> str:
     return "\n".join(parts) + "\n"
 
 
-def cells(point: Point, beside: Sequence[Point]) -> Iterator[str]:
-    mean, least, most = point.kl
-    rtn = next((p for p in beside if p.method == "rtn" and p.grid == point.grid), None)
+def cells(point: Point, others: Sequence[Point]) -> Iterator[str]:
+    mean, lowest, highest = point.kl
+    rtn = next((p for p in others if p.method == "rtn" and p.grid == point.grid), None)
     yield str(point.bits)
     yield str(point.group_size)
     yield ZEROS[not point.symmetric]
     yield point.method
     yield str(len(point.rows))
     yield f"{point.mean('bits_per_weight'):.3f}"
-    yield f"{mean:.5f}" + (f" [{least:.5f}, {most:.5f}]" if len(point.rows) > 1 else "")
+    yield f"{mean:.5f}" + (f" [{lowest:.5f}, {highest:.5f}]" if len(point.rows) > 1 else "")
     yield "-" if rtn is None else f"{mean / rtn.kl[0]:.0%}"
     yield f"{point.mean('perplexity_ratio'):.4f}"
     yield f"{point.mean('same_top_1'):.2%}"
@@ -193,26 +193,26 @@ def cells(point: Point, beside: Sequence[Point]) -> Iterator[str]:
 
 
 def draw(measured: Sequence[Row], file: Path) -> None:
-    """A panel a model, a line a method: its own front.  Ranges over draws are bars, asymmetric grids hollow."""
+    """Draw a panel per model and a line per method: its front. Bars are ranges over draws, hollow points asymmetric."""
     from matplotlib.figure import Figure
 
-    found = points(measured)
-    models = list(dict.fromkeys(point.model for point in found))
+    all_points = points(measured)
+    models = list(dict.fromkeys(point.model for point in all_points))
     figure = Figure(figsize=(5.2 * len(models) + 0.4, 4.2), layout="constrained")
     for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
-        own = [point for point in found if point.model == model]
+        own = [point for point in all_points if point.model == model]
         for number, method in enumerate(METHODS):
-            mine = [point for point in own if point.method == method]
-            if not mine:
+            of_method = [point for point in own if point.method == method]
+            if not of_method:
                 continue
             colour = "0.55" if method == "rtn" else f"C{number}"
-            line = front(mine)
+            line = front(of_method)
             x, y = [p.mean("bits_per_weight") for p in line], [p.kl[0] for p in line]
             axes.plot(x, y, color=colour, linewidth=1.2, label=method)
-            for point in mine:
-                mean, least, most = point.kl
+            for point in of_method:
+                mean, lowest, highest = point.kl
                 axes.errorbar(
-                    point.mean("bits_per_weight"), mean, [[mean - least], [most - mean]], fmt="o", markersize=4,
+                    point.mean("bits_per_weight"), mean, [[mean - lowest], [highest - mean]], fmt="o", markersize=4,
                     color=colour, markerfacecolor=colour if point.symmetric else "white", capsize=2, linewidth=1,
                 )  # fmt: skip
         axes.set_yscale("log")
@@ -231,14 +231,14 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 3], choices=BITS)
     parser.add_argument("--group-sizes", nargs="+", default=["128", "32"])
     parser.add_argument("--zeros", nargs="+", default=["symmetric"], choices=ZEROS)
-    parser.add_argument("--seeds", type=int, default=2, help="how many draws of the calibration text")
-    parser.add_argument("--calibration", type=Path, help="the text for models given as folders")
-    parser.add_argument("--text", type=Path, help="the evaluation text for them")
-    parser.add_argument("--render", action="store_true", help="run nothing")
-    found = parser.parse_args(arguments)
-    if not set(found.models) <= set(MODELS) and not (found.calibration and found.text):
+    parser.add_argument("--seeds", type=int, default=2, help="number of draws of the calibration text")
+    parser.add_argument("--calibration", type=Path, help="the calibration text for models given as folders")
+    parser.add_argument("--text", type=Path, help="the evaluation text for models given as folders")
+    parser.add_argument("--render", action="store_true", help="only write the table and the picture")
+    options = parser.parse_args(arguments)
+    if not set(options.models) <= set(MODELS) and not (options.calibration and options.text):
         parser.error("models given as folders need --calibration and --text")
-    return found
+    return options
 
 
 def main() -> None:

@@ -1,14 +1,14 @@
-"""Tasks of lm-eval on models as llmq loads them: accuracy where `llmq eval` has divergence.
+"""Run tasks of lm-eval on models loaded by llmq: accuracy in addition to the divergence of `llmq eval`.
 
     pip install "lm-eval[hf]"
     python eval/zeroshot.py MODEL… --tasks hellaswag,arc_easy [--limit 200] [--include-path FOLDER] [--json]
 
-MODEL is a folder or a Hub id, quantized or not.  Tasks come with lm-eval and their data from the Hub.  Without a
-network, describe one of your own: FOLDER holds `colours.yaml` and the data that it names,
+MODEL is a folder or a Hub id, quantized or not. Tasks come with lm-eval, their data from the Hub. Without a network,
+describe your own task: FOLDER holds `colours.yaml` and its data,
 
     task: colours
     dataset_path: json
-    dataset_kwargs: {data_files: {test: /where/it/lies/colours.jsonl}}
+    dataset_kwargs: {data_files: {test: /path/to/colours.jsonl}}
     output_type: multiple_choice
     test_split: test
     doc_to_text: "{{question}}"
@@ -20,8 +20,8 @@ where a line of colours.jsonl is `{"question": "The sky is", "choices": ["blue",
 
     python eval/zeroshot.py out/ --tasks colours --include-path FOLDER
 
-Accuracy on some hundred questions has a standard error of several per cent, and quantization moves it by less: the
-figures say whether a model is broken, hardly which of two is better.
+Accuracy on a few hundred questions has a standard error of several per cent, and quantization changes it by less: the
+results show whether a model is broken, but not which of two models is better.
 """
 
 import argparse
@@ -37,16 +37,16 @@ NEEDED = 'pip install "lm-eval[hf]"'
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("models", nargs="+", metavar="MODEL")
-parser.add_argument("--tasks", required=True, help="names, with commas between them")
-parser.add_argument("--limit", type=int, help="questions of each task")
-parser.add_argument("--include-path", help="a folder with task descriptions of your own")
+parser.add_argument("--tasks", required=True, help="names of tasks, separated by commas")
+parser.add_argument("--limit", type=int, help="maximum number of questions per task")
+parser.add_argument("--include-path", help="a folder with your own task descriptions")
 parser.add_argument("--batch-size", type=int, default=8)
 parser.add_argument("--device", default="auto")
 parser.add_argument("--json", action="store_true")
 
 
 def harness() -> tuple[Any, Any, Any]:
-    """lm-eval's runner, its model wrapper and its table of tasks; raises BackendError where it is not installed."""
+    """The runner, the model wrapper and the task table of lm-eval; raises BackendError if it is not installed."""
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
@@ -57,26 +57,28 @@ def harness() -> tuple[Any, Any, Any]:
 
 
 def results_of(path: str, arguments: argparse.Namespace, tasks: list[str]) -> dict[str, dict[str, Any]]:
-    """What lm-eval finds for each task: `metric,filter` and `metric_stderr,filter` to figures."""
+    """The results of lm-eval for each task: `metric,filter` and `metric_stderr,filter` to numbers."""
     simple_evaluate, HFLM, TaskManager = harness()
     manager = TaskManager(include_path=arguments.include_path)
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
         raise ConfigError(
-            f"lm-eval knows no task {unknown[0]!r}", hint="see its list, or give your own with --include-path"
+            f"lm-eval has no task {unknown[0]!r}", hint="see its list, or give your own with --include-path"
         )
     model, tokenizer = llmq.load(path, device=arguments.device)
     if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config  # lm-eval would ask for the package that transformers reads it with
+        del (
+            model.config.quantization_config
+        )  # otherwise lm-eval requires the package that transformers uses for this format
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=arguments.batch_size)
-    found = simple_evaluate(model=wrapped, tasks=tasks, limit=arguments.limit, task_manager=manager)
-    results: dict[str, dict[str, Any]] = found["results"]
+    output = simple_evaluate(model=wrapped, tasks=tasks, limit=arguments.limit, task_manager=manager)
+    results: dict[str, dict[str, Any]] = output["results"]
     return results
 
 
-def rows(found: dict[str, dict[str, dict[str, Any]]]) -> Iterator[tuple[str, ...]]:
-    """(model, task, metric, figure, standard error) for every metric of every task."""
-    for path, tasks in found.items():
+def rows(results: dict[str, dict[str, dict[str, Any]]]) -> Iterator[tuple[str, ...]]:
+    """Yield (model, task, metric, value, standard error) for every metric of every task."""
+    for path, tasks in results.items():
         for task, figures in tasks.items():
             for name, value in figures.items():
                 metric, _, filtered = name.partition(",")
@@ -98,4 +100,4 @@ if __name__ == "__main__":
     if given.json:
         print_json(measured)
     else:
-        print_table("", ("model", "task", "metric", "figure", "standard error"), rows(measured))
+        print_table("", ("model", "task", "metric", "value", "standard error"), rows(measured))

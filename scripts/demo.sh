@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The main job on the bundled model, from any folder: bash scripts/demo.sh [output folder]
-# Makes an environment on the first run; downloads nothing else.
+# The demo on the bundled model, from any folder: bash scripts/demo.sh [output folder]
+# The first run makes an environment; nothing else is downloaded.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 make_environment

@@ -1,7 +1,7 @@
 """Write the generated pages and the generated parts of pages.
 
-python scripts/docs.py                      all that need no long run
-python scripts/docs.py --check              write nothing; exit with 1 where one of these is stale
+python scripts/docs.py                      all pages and parts that do not need a long run
+python scripts/docs.py --check              write nothing; exit with 1 if one of these is stale
 python scripts/docs.py models [--jobs N]    docs/MODELS.md, from a tiny model of every architecture in
                                             tests/architectures.py: minutes on one core
 python scripts/docs.py kernels FILE…        print the tables of result files of scripts/gpu_suite.py
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README, ARCHITECTURE, MODELS = ROOT / "README.md", ROOT / "docs" / "ARCHITECTURE.md", ROOT / "docs" / "MODELS.md"
 SERVING, KERNELS = ROOT / "docs" / "SERVING.md", ROOT / "kernels" / "README.md"
 PEERS = ROOT / "eval" / "peers" / "results"
-# This checkout, the tests' builders with it; the programs of eval/ import each other by their bare names.
+# This checkout, for the builders of the tests; the programs of eval/ import each other by their names.
 sys.path[:0] = [str(ROOT / part) for part in (".", "kernels", "eval", "eval/peers")]
 
 if TYPE_CHECKING:
@@ -35,17 +35,17 @@ if TYPE_CHECKING:
 
 
 def replaced(text: str, name: str, part: str) -> str:
-    """A page with `part` between the lines `<!-- begin: name -->` and `<!-- end: name -->`."""
+    """Return a page with `part` between the lines `<!-- begin: name -->` and `<!-- end: name -->`."""
     begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
     before, begun, rest = text.partition(begin)
     _, closed, after = rest.partition(end)
     if not begun or not closed:
-        raise ValueError(f"a page has no lines {begin} and {end}, between which the generated part goes")
+        raise ValueError(f"a page has no lines {begin} and {end}, expected both around the generated part")
     return f"{before}{begin}\n{part}\n{end}{after}"
 
 
 def results() -> str:
-    """The README's table of KL, from the figures in eval/peers/results."""
+    """The table of KL divergences in the README, from the figures in eval/peers/results."""
     import table
 
     return table.summary({name: read_json(PEERS / f"{name}.json") for name in table.MODELS})
@@ -78,7 +78,7 @@ def serving() -> str:
 
 
 def kernels(folder: Path | None = None) -> str:
-    """GPUs, then CPUs, each with hardware and date, or that nothing was measured; from kernels/bench/results."""
+    """The tables of GPUs, then CPUs, each with hardware and date; from kernels/bench/results."""
     from bench import results, tables
 
     folder, missing = folder or results.FOLDER, "not measured yet"
@@ -105,7 +105,7 @@ def tree_entries(folder: Path, depth: int) -> Iterator[tuple[str, str]]:
 
 
 def first_sentence(file: Path) -> str:
-    """That of a module's docstring, on one line and without its period; nothing where there is none."""
+    """The first sentence of a module docstring on one line, without its period; empty without a docstring."""
     text = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "") if file.is_file() else ""
     return re.split(r"(?<=[.!?])\s", " ".join(text.split("\n\n")[0].split()))[0].removesuffix(".")
 
@@ -121,7 +121,7 @@ PARTS: dict[str, tuple[Path, Callable[[], str]]] = {
 
 
 def experiments() -> Iterator[tuple[Path, str]]:
-    """The pages of eval/, each rendered by its own program from the figures next to it."""
+    """The pages of eval/, each rendered by its program from the figures next to it."""
     import ablation
     import formats
     import sweep
@@ -135,7 +135,7 @@ def experiments() -> Iterator[tuple[Path, str]]:
 
 
 def pages() -> Iterator[tuple[Path, str]]:
-    """Every page that needs no long run, and what it should say."""
+    """Every page that does not need a long run, with its current text."""
     for name, (page, part) in PARTS.items():
         yield page, replaced(page.read_text(encoding="utf-8"), name, part())
     yield from experiments()
@@ -215,7 +215,7 @@ def models_page(
         rows = "\n".join(models_row(name, outcomes[name]) for name in names)
         parts.append(f"## {title}\n\n{MODELS_SECTIONS[title]}\n\n{MODELS_COLUMNS}\n{rows}\n")
     rows = "\n".join(f"| `{name}` | {reason} |" for name, reason in left_out.items())
-    parts.append(f"## Not covered\n\n| architecture | why |\n|---|---|\n{rows}\n")
+    parts.append(f"## Not covered\n\n| architecture | reason |\n|---|---|\n{rows}\n")
     return "\n".join(parts)
 
 
@@ -239,9 +239,9 @@ def models_row(name: str, outcome: "Outcome") -> str:
 # ---- the command
 
 
-def stale(wanted: Iterator[tuple[Path, str]]) -> list[tuple[Path, str]]:
-    """The pages that do not say what they should."""
-    return [(page, text) for page, text in wanted if not page.is_file() or page.read_text(encoding="utf-8") != text]
+def stale(current: Iterator[tuple[Path, str]]) -> list[tuple[Path, str]]:
+    """The pages whose text has changed."""
+    return [(page, text) for page, text in current if not page.is_file() or page.read_text(encoding="utf-8") != text]
 
 
 def main() -> int:

@@ -1,10 +1,10 @@
-# Sourced by demo.sh and test.sh: makes, once, a virtual environment that holds llmq, and reports what it does.
+# Sourced by demo.sh and test.sh: makes a virtual environment with llmq, if there is none yet.
 #
-#   PYTHON            the interpreter to use; by default the first of python3, python3.13, 3.12, 3.11 that is 3.11–3.13
-#   LLMQ_TORCH        the torch requirement; by default torch==2.13.0 without a GPU (some indexes offer a CPU build of
-#                     it), torch>=2.8 with one
-#   LLMQ_ENVIRONMENT  where the environment goes; by default .venv in the checkout
-#   LLMQ_LOCKED       0 installs the newest version of every package instead of those in tests/locked/
+#   PYTHON            the interpreter; by default the first of python3, python3.13, 3.12, 3.11 that is 3.11–3.13
+#   LLMQ_TORCH        the torch requirement; by default torch==2.13.0 without a GPU (some indexes offer a CPU build),
+#                     torch>=2.8 with a GPU
+#   LLMQ_ENVIRONMENT  the folder of the environment; by default .venv in the checkout
+#   LLMQ_LOCKED       0 installs the newest version of every package instead of the versions in tests/locked/
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 environment=${LLMQ_ENVIRONMENT:-$root/.venv}
@@ -18,7 +18,7 @@ find_python() {
         fi
     done
     echo "error: no Python 3.11 to 3.13 was found (looked for ${PYTHON:-python3, python3.13, python3.12, python3.11})" >&2
-    echo "try:   install one, or name it: PYTHON=/path/to/python3.12 bash $0" >&2
+    echo "try:   install one, or give its path: PYTHON=/path/to/python3.12 bash $0" >&2
     exit 1
 }
 
@@ -26,8 +26,8 @@ has_gpu() {
     command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1
 }
 
-# locked NAME: the versions for pip that tests/locked/NAME.txt holds.  Another torch than the default brings its own
-# Triton and CUDA packages, so Triton is left open then.
+# locked NAME: prints the versions in tests/locked/NAME.txt. Another torch than the default needs another version of
+# Triton, so Triton is not locked then.
 locked() {
     local file=$root/tests/locked/$1.txt
     if [ "${LLMQ_LOCKED:-1}" = 0 ] || [ ! -f "$file" ]; then
@@ -39,8 +39,8 @@ locked() {
     fi
 }
 
-# install NAME LOCK ARGUMENTS…: pip install within the versions of tests/locked/LOCK.txt, unless the environment already
-# has what pyproject.toml and the lock asked for last time.
+# install NAME LOCK ARGUMENTS…: pip install with the versions in tests/locked/LOCK.txt, if pyproject.toml or the lock has
+# changed since the last time.
 install() {
     local stamp=$environment/.installed-$1 wanted=$environment/.wanted versions=$environment/.locked-$1.txt
     locked "$2" >"$versions"
@@ -57,7 +57,7 @@ make_environment() {
     if [ ! -x "$environment/bin/python" ]; then
         local python
         python=$(find_python)
-        echo "making the environment $environment with $("$python" --version); this takes minutes, once" >&2
+        echo "making the environment $environment with $("$python" --version); this takes minutes, but only once" >&2
         "$python" -m venv "$environment"
     fi
     local torch="torch==2.13.0"

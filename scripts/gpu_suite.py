@@ -91,7 +91,7 @@ class Suite:
         with tempfile.TemporaryFile("w+") as errors:
             process = subprocess.Popen(command, cwd=ROOT, env=environment(self.plan), stderr=errors, process_group=0)
             try:
-                reason = self._watch(process, section, time.monotonic() + seconds + GRACE, start, records)
+                reason = self._wait(process, section, time.monotonic() + seconds + GRACE, start, records)
             finally:
                 end(process)
             errors.seek(0)
@@ -110,7 +110,7 @@ class Suite:
             append_record(records, {"kind": "error", "case": unfinished or "the section", "error": reason})
         return "restart" if len(written) > begun else "failed"
 
-    def _watch(
+    def _wait(
         self, process: subprocess.Popen[bytes], section: str, latest: float, start: float, records: Path
     ) -> str | None:
         """Wait for the process and keep its records; the reason to end it, None if it ended itself."""

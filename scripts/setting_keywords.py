@@ -1,4 +1,4 @@
-"""Writes `llmq/_keywords.py`: the settings of `llmq.quantize` as typed keywords, from the fields in `llmq/config.py`.
+"""Write `llmq/_keywords.py`: the settings of `llmq.quantize` as typed keywords, from the fields in `llmq/config.py`.
 
 python scripts/setting_keywords.py
 """

@@ -1,12 +1,12 @@
-"""Text that every Python installation carries: the sources and docstrings of its standard library.
+"""Text that every Python installation has: the sources and docstrings of its standard library.
 
     python scripts/stdlib_text.py FOLDER     write FOLDER/calibration.jsonl and FOLDER/held_out.txt
 
-The bundled model is trained on it, the demo calibrates and evaluates with it, so neither needs a download.
+The bundled model is trained on it, and the demo calibrates and evaluates with it, so neither needs a download.
 
-What is held out for evaluation is decided by rule and not by chance: a file whose path, relative to the library,
-has a sha256 that starts with a byte below 26 (one in ten) is never trained on and never calibrated with.  The rule
-does not depend on the machine.  The text of a file does change between Python versions, a little.
+A fixed rule selects the evaluation text: if the SHA-256 of a file's path, relative to the library, starts with a byte
+below 26 (one file in ten), the file is never used for training or calibration. The rule does not depend on the machine.
+The text of a file changes slightly between Python versions.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def is_held_out(relative_path: str) -> bool:
 
 
 def documents(*, held_out: bool) -> list[str]:
-    """The texts of one side of the split, in the order of their paths."""
+    """The texts of one part of the split, in the order of their paths."""
     root = Path(sysconfig.get_paths()["stdlib"])
     texts = []
     for path in sorted(root.rglob("*.py")):
@@ -48,7 +48,7 @@ def documents(*, held_out: bool) -> list[str]:
 
 
 def write_texts(folder: Path, *, evaluation_characters: int = 400_000) -> tuple[Path, Path]:
-    """Write `calibration.jsonl` (one document a line) and `held_out.txt`; return both paths."""
+    """Write `calibration.jsonl` (one document per line) and `held_out.txt`; return both paths."""
     folder.mkdir(parents=True, exist_ok=True)
     calibration, held_out = folder / "calibration.jsonl", folder / "held_out.txt"
     lines = (json.dumps({"text": text}) for text in documents(held_out=False))

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The tests, all of them, from any folder: bash scripts/test.sh [arguments for pytest]
-# Makes what it needs on the first run: an environment for llmq, and two more that see its packages behind their own:
-# one for the packages of other tools, which are compared with what llmq writes, and one for the oldest supported Triton.
-# Versions are those in tests/locked/; `bash scripts/test_latest.sh` tests the newest.
-# Every part runs, whatever failed before it, and the last lines sum up all of them.
+# Runs all tests, from any folder: bash scripts/test.sh [arguments for pytest]
+# The first run makes three environments: one for llmq, and two that add packages to it: one with the packages of other
+# tools, which are compared with the output of llmq, and one with the oldest supported Triton.
+# Versions are locked in tests/locked/; `bash scripts/test_latest.sh` tests the newest versions.
+# All parts run even if earlier parts fail; the last lines are a summary of all parts.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 make_environment
@@ -11,24 +11,24 @@ cd "$root"
 install test main --group test --group lint
 python=$environment/bin/python
 
-# make_beside NAME: makes $environment-NAME, whose own packages, those of the dependency group NAME, come before the
-# first environment's.
-make_beside() {
-    local beside=$environment-$1 packages own
-    if [ ! -x "$beside/bin/python" ]; then
-        "$python" -m venv "$beside"
+# make_overlay NAME: makes $environment-NAME, where the packages of the dependency group NAME take precedence over those
+# of the first environment.
+make_overlay() {
+    local overlay=$environment-$1 packages own
+    if [ ! -x "$overlay/bin/python" ]; then
+        "$python" -m venv "$overlay"
         packages=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-        own=$("$beside/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+        own=$("$overlay/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
         echo "import site; site.addsitedir('$packages')" >"$own/llmq-environment.pth"
     fi
-    (environment=$beside && install pip main --upgrade "pip>=25.1" && install "$1" "$1" --group "$1")
+    (environment=$overlay && install pip main --upgrade "pip>=25.1" && install "$1" "$1" --group "$1")
 }
 
-make_beside interop
-# Triton's wheels are for Linux on x86-64; elsewhere there is nothing to test.
+make_overlay interop
+# Triton has wheels for Linux on x86-64 only; elsewhere there is nothing to test.
 triton36=
 if "$python" -c 'import triton' 2>/dev/null; then
-    make_beside triton36
+    make_overlay triton36
     triton36=$environment-triton36
 fi
 
@@ -39,7 +39,7 @@ fi
 results=$(mktemp -d)
 trap 'kill $(jobs -p) 2>/dev/null || true; rm -rf "$results"' EXIT
 
-# part NUMBER NAME COMMAND…: runs a part of the tests and notes its exit code and its last line.
+# part NUMBER NAME COMMAND…: runs a part of the tests and records its exit code and its last line.
 part() {
     local number=$1 name=$2 status=0
     shift 2
@@ -52,8 +52,8 @@ part() {
     fi
 }
 
-# On a second core, about half of the work.  Triton 3.6's interpreter makes numbers of arrays in a way that NumPy has
-# deprecated.
+# About half of the work, for a second core. The interpreter of Triton 3.6 converts arrays to numbers in a way that NumPy
+# has deprecated.
 architectures=tests/e2e/test_architectures.py
 second_half() {
     if [ -n "$triton36" ]; then
@@ -61,9 +61,9 @@ second_half() {
         part 5 "kernels with Triton 3.6.0" \
             "$triton36/bin/python" -m pytest -m "not gpu" -W "$deprecated" tests/kernels
     else
-        echo "not run  kernels with Triton 3.6.0: no Triton for this machine" >"$results/5.result"
+        echo "not run  kernels with Triton 3.6.0: Triton is not available for this machine" >"$results/5.result"
     fi
-    part 6 "other tools' packages" "$environment-interop/bin/python" -m pytest -p no:cacheprovider -m interop tests/interop
+    part 6 "packages of other tools" "$environment-interop/bin/python" -m pytest -p no:cacheprovider -m interop tests/interop
     part 7 "kernels and architectures" "$python" -m pytest -p no:cacheprovider tests/kernels "$architectures"
 }
 second_half >"$results/second_half.log" 2>&1 &

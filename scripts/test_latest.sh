@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The tests with the newest version of every package that pyproject.toml allows: bash scripts/test_latest.sh [--lock]
-# It reports and does not fail: what it finds is work for later, not a reason to stop a change.  With --lock, the
-# versions are written to tests/locked/ if all tests pass with them; this is how the locked versions are renewed.
+# Runs the tests with the newest version of every package that pyproject.toml allows: bash scripts/test_latest.sh [--lock]
+# Failures are reported, but the exit code is always 0: they are work for later, not a reason to stop a change. With
+# --lock, the versions are written to tests/locked/ if all tests pass; this is how the locked versions are updated.
 set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export LLMQ_LOCKED=0 LLMQ_ENVIRONMENT=${LLMQ_ENVIRONMENT:-$root/.venv-latest}
@@ -11,7 +11,7 @@ bash "$root/scripts/test.sh" || status=$?
 
 versions=$(mktemp -d)
 trap 'rm -rf "$versions"' EXIT
-# torch comes by LLMQ_TORCH, and the packages for CUDA come with it.
+# torch is chosen by LLMQ_TORCH, and the CUDA packages are its dependencies.
 others='^(torch|nvidia-.*|llmq|setuptools)( |=|@)'
 "$LLMQ_ENVIRONMENT/bin/python" -m pip freeze --exclude-editable --all | grep -vE "$others" >"$versions/main.txt"
 for name in interop triton36; do
@@ -23,10 +23,10 @@ done
 echo "== newest versions compared with tests/locked/"
 diff --unified=0 "$root/tests/locked" "$versions" && echo "no difference"
 if [ "$status" != 0 ]; then
-    echo "the newest versions do not pass all tests; the locked ones stay"
+    echo "some tests fail with the newest versions; the locked versions are unchanged"
 elif [ "${1:-}" = --lock ]; then
     mkdir -p "$root/tests/locked"
     cp "$versions"/*.txt "$root/tests/locked/"
-    echo "tests/locked/ holds the newest versions now"
+    echo "wrote the newest versions to tests/locked/"
 fi
 exit 0

@@ -1,12 +1,12 @@
-"""Train a bundled model, and its tokenizer, from the standard library's sources.
+"""Train a bundled model and its tokenizer on the sources of the standard library.
 
     python scripts/train_tiny_model.py OUT [--shape llama|qwen3] [--steps 1800]
 
-Small decoders with grouped-query attention, byte-level BPE of 2048 tokens, tied embeddings, bf16; every dimension is a
-multiple of 256, so that every group size and every format applies.  `llama` has 3.7 M parameters: 4 layers, hidden 256,
-ffn 768.  `qwen3` has 2.3 M and norms on queries and keys: 3 layers, hidden 256, ffn 512.  They are no models to talk
-to; they exist so that quantization can be seen, measured and tested without a download.  About an hour on two CPU
-cores.  The text comes from `stdlib_text.py`, which keeps the evaluation files apart.
+Small decoders with grouped-query attention, byte-level BPE of 2048 tokens, tied embeddings, bf16. Every dimension is a
+multiple of 256, so that every group size and every format works. `llama` has 3.7 M parameters: 4 layers, hidden 256,
+ffn 768. `qwen3` has 2.3 M parameters and norms on queries and keys: 3 layers, hidden 256, ffn 512. They are not useful
+as language models; they exist to demonstrate, measure and test quantization without a download. Training takes about an
+hour on two CPU cores. The text comes from `stdlib_text.py`, which excludes the evaluation files.
 """
 
 import argparse
@@ -38,18 +38,19 @@ tags: [{shape}, tiny, quantization-test]
 # tiny-python-{shape}
 
 A {shape} of {parameters:,} parameters ({layers} layers, hidden 256, ffn {ffn}, 4 heads, 2 kv heads, {vocabulary}
-tokens) that llmq carries so that its demo, its tests and its figures need no download.  It completes Python, badly.
+tokens) that is bundled with llmq, so that its demo, tests and experiments need no download. It completes Python code,
+badly.
 
 Made by `scripts/train_tiny_model.py`: {steps} steps of {batch} x {window} tokens of the standard library of Python
 {python} (Python Software Foundation License), AdamW, peak rate {rate}, in {minutes:.0f} minutes on {threads} CPU
-threads.  Files whose path has a sha256 that starts with a byte below 26 were held out (`scripts/stdlib_text.py`).
+threads.  Files whose path has a SHA-256 that starts with a byte below 26 were held out (`scripts/stdlib_text.py`).
 Cross-entropy per token: {train_loss:.3f} on training text, **{held_out_loss:.3f} on held-out text**
-(perplexity {perplexity:.2f}), measured on the bf16 weights with windows of {window} tokens.
+(perplexity {perplexity:.2f}), measured on the bf16 weights with sequences of {window} tokens.
 """
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with a beginning-of-text token in front of every text."""
+    """Train byte-level BPE, with a beginning-of-text token in front of every text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -107,12 +108,12 @@ def train(model: PreTrainedModel, stream: torch.Tensor, steps: int) -> None:
         optimizer.zero_grad(set_to_none=True)
         if step % 50 == 0:
             seconds = (time.monotonic() - start) / (step + 1)
-            print(f"step {step:5d}  loss {loss.item():.3f}  {seconds:.2f} s a step", flush=True)
+            print(f"step {step:5d}  loss {loss.item():.3f}  {seconds:.2f} s per step", flush=True)
 
 
 @torch.no_grad()
 def mean_loss(model: PreTrainedModel, stream: torch.Tensor, windows: int = 128) -> float:
-    """Cross-entropy in nats per token over the first `windows` windows."""
+    """Cross-entropy in nats per token over the first `windows` sequences."""
     model.eval()
     count = min(windows, len(stream) // TRAIN_WINDOW)
     chunks = stream[: count * TRAIN_WINDOW].view(-1, 16 if count % 16 == 0 else 1, TRAIN_WINDOW)

@@ -1,8 +1,8 @@
-"""AutoRound (Cheng et al. 2023), its defaults, 4 bits in groups of 128; the contract is in peer.py.
+"""AutoRound (Cheng et al. 2023) with its defaults, 4 bits in groups of 128; the contract is in peer.py.
 
-`--iterations 200` is its default recipe, 1000 what its documents call best; both on the same tokens as everybody.
-Asymmetric grids it packs as AWQ does, for which it has no layer on a CPU: there its own rounded floats are taken, from
-before packing.
+`--iterations 200` is its default recipe, 1000 the best one according to its documentation; both use the same tokens as
+all other tools. AutoRound packs asymmetric grids like AWQ, for which it has no CPU layer: for these, its rounded floats
+before packing are used.
 """
 
 import argparse
@@ -16,35 +16,35 @@ REQUIREMENTS = ["auto-round==0.16.1", "torch==2.13.0"]
 OPTIONS = [("--iterations", {"type": int, "default": 200})]
 
 
-def quantize(asked: argparse.Namespace, packed: Path) -> None:
+def quantize(options: argparse.Namespace, packed: Path) -> None:
     import torch
     from auto_round import AutoRound
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokens = torch.tensor(windows(asked.tokens))  # (S, L)
+    tokens = torch.tensor(windows(options.tokens))  # (S, L)
     AutoRound(
-        AutoModelForCausalLM.from_pretrained(asked.model),
-        AutoTokenizer.from_pretrained(asked.model),
+        AutoModelForCausalLM.from_pretrained(options.model),
+        AutoTokenizer.from_pretrained(options.model),
         bits=4,
         group_size=128,
-        sym=not asked.asymmetric,
-        iters=asked.iterations,
+        sym=not options.asymmetric,
+        iters=options.iterations,
         nsamples=len(tokens),
         seqlen=tokens.shape[1],
         dataset=list(tokens.split(8)),  # its default batch
-    ).quantize_and_save(str(packed), format="fake" if asked.asymmetric else "auto_round")
+    ).quantize_and_save(str(packed), format="fake" if options.asymmetric else "auto_round")
 
 
-def weights(asked: argparse.Namespace, packed: Path) -> dict[str, Any]:
+def weights(options: argparse.Namespace, packed: Path) -> dict[str, Any]:
     import torch
     from plain import linears, read_out, tensors
     from transformers import AutoModelForCausalLM
 
     folder = next(packed.rglob("config.json")).parent
-    if asked.asymmetric:
-        stored, wanted = dict(tensors(folder)), linears(asked.model)
+    if options.asymmetric:
+        stored, wanted = dict(tensors(folder)), linears(options.model)
         return {f"{name}.weight": stored[f"{name}.weight"] for name in wanted}
-    return read_out(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), asked.model)
+    return read_out(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), options.model)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Environments for the peers: their pins contradict each other's, and llmq's.
+"""Environments for the peers, whose pinned versions conflict with each other and with llmq.
 
-Those whose pins agree share one.  They lie in `.venv-peers/` beside the code, which git does not see, and are made
-once.  An environment counts as made when its marker file holds the requirements that are asked for.
+Peers with compatible versions share one environment. The environments are in `.venv-peers/` in the checkout, which git
+ignores. An environment is complete if its marker file holds the requested requirements.
 """
 
 import json
@@ -24,7 +24,7 @@ SHARED_REQUIREMENTS = [
 
 
 class InstallError(Exception):
-    """The package index, pip or a compiler says no; the message is the first line that names the error."""
+    """The package index, pip or a compiler failed; the message is the first line with the error."""
 
 
 def interpreter(name: str, requirements: list[str]) -> Path:
@@ -40,21 +40,21 @@ def interpreter(name: str, requirements: list[str]) -> Path:
 
 
 def versions(python: Path, packages: list[str]) -> dict[str, str]:
-    """Versions of the packages that are in the environment."""
+    """Versions of those packages that are installed in the environment."""
     program = (
         "import json, sys, importlib.metadata as m; "
         "print(json.dumps({d.metadata['Name']: d.version for d in m.distributions()}))"
     )
-    found = json.loads(subprocess.run([str(python), "-c", program], capture_output=True, check=True).stdout)
-    return {name: found[name] for name in packages if name in found}
+    installed = json.loads(subprocess.run([str(python), "-c", program], capture_output=True, check=True).stdout)
+    return {name: installed[name] for name in packages if name in installed}
 
 
 def first_error(text: str) -> str:
-    """The line of a failed program's output that says why: where Python gave up, else where pip first says error."""
+    """The line with the reason in the output of a failed program: the last Python exception, or the first pip error."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
-    naming = [line for line in lines if line.lower().startswith("error")]
-    return (raised[-1:] or naming or lines[-1:] or ["no output"])[0][:300]
+    errors = [line for line in lines if line.lower().startswith("error")]
+    return (raised[-1:] or errors or lines[-1:] or ["no output"])[0][:300]
 
 
 def _run(command: list[str]) -> None:

@@ -1,6 +1,6 @@
-"""HQQ (Badri and Shaji 2023), its defaults for 4 bits, groups of 128 along the inputs; the contract is in peer.py.
+"""HQQ (Badri and Shaji 2023) with its defaults for 4 bits, groups of 128 along the inputs; the contract is in peer.py.
 
-It reads no calibration text, and its zeros are floating-point numbers: no integer format holds its outcome.
+It needs no calibration text. Its zero points are floats, so no integer format can hold its results.
 """
 
 import argparse
@@ -13,25 +13,25 @@ from peer import main
 NAME, REQUIREMENTS, PACKAGE = SHARED, SHARED_REQUIREMENTS, "hqq"
 
 
-def quantize(asked: argparse.Namespace, packed: Path) -> None:
+def quantize(options: argparse.Namespace, packed: Path) -> None:
     import torch
     from hqq.core.quantize import BaseQuantizeConfig
     from hqq.models.hf.base import AutoHQQHFModel
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(asked.model, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     settings = BaseQuantizeConfig(nbits=4, group_size=128, axis=1)
     AutoHQQHFModel.quantize_model(model, quant_config=settings, compute_dtype=torch.float32, device="cpu")
     AutoHQQHFModel.save_quantized(model, str(packed))
 
 
-def weights(asked: argparse.Namespace, packed: Path) -> dict[str, Any]:
+def weights(options: argparse.Namespace, packed: Path) -> dict[str, Any]:
     import torch
     from hqq.models.hf.base import AutoHQQHFModel
     from plain import read_out
 
     read = AutoHQQHFModel.from_quantized(str(packed), compute_dtype=torch.float32, device="cpu")
-    return read_out(read, asked.model)
+    return read_out(read, options.model)
 
 
 if __name__ == "__main__":

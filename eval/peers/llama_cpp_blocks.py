@@ -1,11 +1,11 @@
 """Q4_0 and Q4_K_M by llama.cpp, with and without its importance matrix; the contract is in peer.py.
 
-Its packages bring no quantizer that Python can call, but the library that xllamacpp carries has ggml's interface in C,
-and that is what quantizes here, tensor by tensor: blocks of 32 with a scale in fp16 (Q4_0, 4.5 bits a weight), or of 32
-in 256 whose scales and minima are 6-bit numbers themselves (Q4_K, 4.5 bits).  Which tensor gets what is llama.cpp's
-rule for Q4_K_M: v and down in 6 bits in some of the layers.  It would also pack embedding and head, which stay float
-here as everybody's do.  An importance matrix is the mean square of each input over the calibration tokens, taken from
-the float model.  No GGUF file is written.
+Its packages have no quantizer with a Python interface, but the library in xllamacpp has the C interface of ggml, which
+quantizes here, tensor by tensor: blocks of 32 with a scale in fp16 (Q4_0, 4.5 bits per weight), or blocks of 32 in
+superblocks of 256 with 6-bit scales and minima (Q4_K, 4.5 bits). The type of each tensor follows the rule of llama.cpp
+for Q4_K_M: v and down in 6 bits in some of the layers. llama.cpp would also pack embedding and head, which are kept in
+float here for all tools. The importance matrix is the mean square of each input over the calibration tokens in the
+float model. No GGUF file is written.
 """
 
 import argparse
@@ -26,11 +26,11 @@ FLOATS = ctypes.POINTER(ctypes.c_float)
 
 
 def library() -> ctypes.CDLL:
-    """ggml inside the binding, with the types of what is called."""
-    import xllamacpp  # noqa: F401  (brings what the library links to)
+    """The ggml library of xllamacpp, with the types of the functions that are called."""
+    import xllamacpp  # noqa: F401  (loads the libraries that ggml needs)
 
-    found = importlib.util.find_spec("xllamacpp.xllamacpp")
-    ggml = ctypes.CDLL(str(found.origin))
+    binding = importlib.util.find_spec("xllamacpp.xllamacpp")
+    ggml = ctypes.CDLL(str(binding.origin))
     ggml.ggml_row_size.restype = ctypes.c_size_t
     ggml.ggml_row_size.argtypes = [ctypes.c_int, ctypes.c_int64]
     ggml.ggml_quantize_chunk.restype = ctypes.c_size_t
@@ -50,64 +50,64 @@ def kind(name: str, wanted: str, layers: int) -> str:
 
 
 def importance(model: Any, names: list[str], tokens: list[list[int]]) -> dict[str, Any]:
-    """Name -> (K,) float32, the mean square of what each linear layer is fed."""
+    """Name -> (K,) float32, the mean square of each input of each linear layer."""
     import torch
 
     sums = dict.fromkeys(names, 0.0)
 
-    def watch(name: str) -> Any:
+    def record(name: str) -> Any:
         def hook(_: Any, inputs: tuple[Any, ...]) -> None:
             sums[name] = sums[name] + inputs[0].flatten(0, -2).square().mean(0)
 
         return hook
 
     for name in names:
-        model.get_submodule(name).register_forward_pre_hook(watch(name))
+        model.get_submodule(name).register_forward_pre_hook(record(name))
     with torch.no_grad():
         for window in tokens:
             model(torch.tensor([window]))
     return {name: (total / len(tokens)).contiguous() for name, total in sums.items()}
 
 
-def quantize(asked: argparse.Namespace, packed: Path) -> None:
+def quantize(options: argparse.Namespace, packed: Path) -> None:
     import numpy
     import torch
     from plain import linears
     from transformers import AutoModelForCausalLM
 
-    ggml, names = library(), linears(asked.model)
-    model = AutoModelForCausalLM.from_pretrained(asked.model, dtype=torch.float32)
-    weighed = importance(model, names, windows(asked.tokens)) if asked.imatrix else {}
-    found = {}
+    ggml, names = library(), linears(options.model)
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    weighed = importance(model, names, windows(options.tokens)) if options.imatrix else {}
+    blocks = {}
     for name in names:
         weight = model.get_submodule(name).weight.detach().contiguous()  # (N, K)
         rows, columns = weight.shape
-        chosen = kind(name, asked.type, model.config.num_hidden_layers)
+        chosen = kind(name, options.type, model.config.num_hidden_layers)
         if columns % BLOCK[chosen]:
-            raise ValueError(f"{name} has {columns} columns, {chosen} packs multiples of {BLOCK[chosen]}")
+            raise ValueError(f"{name} has {columns} columns, expected a multiple of {BLOCK[chosen]} for {chosen}")
         stored = numpy.empty(rows * ggml.ggml_row_size(TYPES[chosen], columns), dtype=numpy.uint8)
         matrix = ctypes.cast(weighed[name].data_ptr(), FLOATS) if weighed else None
         ggml.ggml_quantize_chunk(
             TYPES[chosen], ctypes.cast(weight.data_ptr(), FLOATS), stored.ctypes.data, 0, rows, columns, matrix
         )
-        found[f"{chosen}:{rows}:{columns}:{name}"] = stored
+        blocks[f"{chosen}:{rows}:{columns}:{name}"] = stored
     packed.mkdir()
-    numpy.savez(packed / "blocks.npz", **found)
+    numpy.savez(packed / "blocks.npz", **blocks)
 
 
-def weights(asked: argparse.Namespace, packed: Path) -> dict[str, Any]:
+def weights(options: argparse.Namespace, packed: Path) -> dict[str, Any]:
     import numpy
     import torch
 
-    ggml, found = library(), {}
+    ggml, floats = library(), {}
     for label, stored in numpy.load(packed / "blocks.npz").items():
         chosen, rows, columns, name = label.split(":")
         weight = torch.empty(int(rows), int(columns))
         unpack = getattr(ggml, f"dequantize_row_{chosen.lower().replace('_k', '_K')}")
         unpack.argtypes, unpack.restype = [ctypes.c_void_p, FLOATS, ctypes.c_int64], None
         unpack(stored.ctypes.data, ctypes.cast(weight.data_ptr(), FLOATS), weight.numel())
-        found[f"{name}.weight"] = weight
-    return found
+        floats[f"{name}.weight"] = weight
+    return floats
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""GPTQ by llm-compressor, its defaults, 4 bits in groups of 128; the contract is in peer.py."""
+"""GPTQ by llm-compressor with its defaults, 4 bits in groups of 128; the contract is in peer.py."""
 
 import argparse
 from pathlib import Path
@@ -7,19 +7,19 @@ from typing import Any
 from peer import main, windows
 
 NAME, PACKAGE = "llm-compressor", "llmcompressor"
-REQUIREMENTS = ["llmcompressor==0.14.0.1", "torch==2.13.0"]  # it takes torch up to 2.14; this is llmq's
+REQUIREMENTS = ["llmcompressor==0.14.0.1", "torch==2.13.0"]  # supports torch up to 2.14; this is the version of llmq
 
 
-def quantize(asked: argparse.Namespace, packed: Path) -> None:
+def quantize(options: argparse.Namespace, packed: Path) -> None:
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
 
-    tokens = windows(asked.tokens)
+    tokens = windows(options.tokens)
     masks = [[1] * len(window) for window in tokens]
-    scheme = "W4A16_ASYM" if asked.asymmetric else "W4A16"
+    scheme = "W4A16_ASYM" if options.asymmetric else "W4A16"
     oneshot(
-        model=str(asked.model),
+        model=str(options.model),
         dataset=Dataset.from_dict({"input_ids": tokens, "attention_mask": masks}),
         recipe=GPTQModifier(targets="Linear", scheme=scheme, ignore=["lm_head"]),
         max_seq_length=len(tokens[0]),
@@ -28,14 +28,14 @@ def quantize(asked: argparse.Namespace, packed: Path) -> None:
     )
 
 
-def weights(asked: argparse.Namespace, packed: Path) -> dict[str, Any]:
+def weights(options: argparse.Namespace, packed: Path) -> dict[str, Any]:
     import torch
     from plain import read_out
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
     settings = CompressedTensorsConfig(dequantize=True)
     read = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32, quantization_config=settings)
-    return read_out(read, asked.model)
+    return read_out(read, options.model)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""The contract that every peer's script keeps, and the process that it runs in.
+"""The contract of the scripts of all peers, and their process.
 
-    python eval/peers/PEER.py MODEL TOKENS OUT [--asymmetric] [options of its own]
+    python eval/peers/PEER.py MODEL TOKENS OUT [--asymmetric] [other options]
 
-TOKENS is a JSON file of equally long lists of token ids.  OUT becomes a plain float32 checkpoint of dequantized
-weights (`plain.py`).  A script has two functions: `quantize(asked, packed)`, the peer's work up to the files that it
-would give to a user, and `weights(asked, packed)`, which reads these back.  The first is timed, imports included, the
-second is not: what it takes is noted in OUT and taken off again.
+TOKENS is a JSON file of token id lists of equal length. OUT becomes a plain float32 checkpoint of dequantized weights
+(`plain.py`). A script has two functions: `quantize(options, packed)`, which writes the files that a user of the peer
+gets, and `weights(options, packed)`, which reads them back. The first is timed, including imports. The time of the
+second is written to OUT and subtracted.
 """
 
 import argparse
@@ -27,7 +27,7 @@ UNPACKING = "unpacking.json"
 
 
 class PeerError(Exception):
-    """A peer that cannot be installed or does not finish; the message is its own first word on that."""
+    """A peer that cannot be installed or does not finish; the message is its first error."""
 
 
 def main(
@@ -36,37 +36,37 @@ def main(
     script: str,
     quantize: Callable[[argparse.Namespace, Path], None],
     weights: Callable[[argparse.Namespace, Path], Mapping[str, Any]],
-    options: Iterable[tuple[str, dict[str, Any]]] = (),
+    extra: Iterable[tuple[str, dict[str, Any]]] = (),
 ) -> None:
-    """A script's command line: outside its environment it makes that and calls itself there, inside it works."""
+    """The command line of a script: makes the environment and runs the script in it, or does the work if inside."""
     parser = argparse.ArgumentParser(prog=Path(script).name)
     for positional in ("model", "tokens", "out"):
         parser.add_argument(positional, type=lambda path: Path(path).resolve())
     parser.add_argument("--asymmetric", action="store_true")
-    for flag, settings in options:
+    for flag, settings in extra:
         parser.add_argument(flag, **settings)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     if Path(sys.prefix).name != name:
         print(time_peer(name, requirements, Path(script), sys.argv[1:]))
         return
     with tempfile.TemporaryDirectory() as scratch:
-        os.chdir(scratch)  # GPTQModel leaves logs in the folder that it is run in
-        quantize(asked, Path(scratch) / "packed")
+        os.chdir(scratch)  # GPTQModel writes logs to the current folder
+        quantize(options, Path(scratch) / "packed")
         wall, cpu = time.monotonic(), time.process_time()
-        write_plain(asked.model, dict(weights(asked, Path(scratch) / "packed")), asked.out)
+        write_plain(options.model, dict(weights(options, Path(scratch) / "packed")), options.out)
         spent = {"wall_seconds": time.monotonic() - wall, "cpu_seconds": time.process_time() - cpu}
-        (asked.out / UNPACKING).write_text(json.dumps(spent))
+        (options.out / UNPACKING).write_text(json.dumps(spent))
         os.chdir("/")
 
 
 def windows(tokens: Path) -> list[list[int]]:
     """The calibration tokens."""
-    found: list[list[int]] = json.loads(tokens.read_text())
-    return found
+    sequences: list[list[int]] = json.loads(tokens.read_text())
+    return sequences
 
 
 def time_peer(name: str, requirements: list[str], script: Path, arguments: list[str]) -> Measured:
-    """Install where needed, which is not timed, then run `script` with MODEL TOKENS OUT and what else it takes.
+    """Install if necessary, which is not timed, then run `script` with MODEL TOKENS OUT and other arguments.
 
     Raises InstallError and PeerError.
     """

@@ -1,8 +1,8 @@
-"""What a peer made, as weights that anybody can read: runs inside the peer's environment.
+"""Write the result of a peer as a plain float32 checkpoint; runs in the environment of the peer.
 
-The outcome of every peer is measured by the same code on the same kind of file, a float32 checkpoint in which the
-linear layers of the blocks hold what the peer's own arithmetic makes of its codes, and everything else is the
-original's.  The weight is read out of a layer by multiplying with the identity matrix, so this file knows no packing.
+The results of all peers are evaluated by the same code on the same kind of file: a float32 checkpoint in which the
+linear layers of the blocks are dequantized by the peer, and everything else is the original. A weight is read from a
+layer by multiplying with the identity matrix, so this file does not depend on any packing.
 """
 
 import json
@@ -16,7 +16,7 @@ NAME = "model.safetensors"
 
 
 def tensors(folder: Path) -> Iterator[tuple[str, Any]]:
-    """Name and tensor of everything in a checkpoint."""
+    """Yield the name and tensor of everything in a checkpoint."""
     from safetensors.torch import load_file
 
     for file in sorted(folder.glob("*.safetensors")):
@@ -24,42 +24,42 @@ def tensors(folder: Path) -> Iterator[tuple[str, Any]]:
 
 
 def linears(folder: Path) -> list[str]:
-    """Names of the block's linear layers: the matrices that lie under a numbered block."""
-    found = [name for name, tensor in tensors(folder) if tensor.ndim == 2 and re.search(r"\.\d+\..*\.weight$", name)]
-    return sorted(name.removesuffix(".weight") for name in found)
+    """Names of the linear layers in the blocks: the matrices in a numbered block."""
+    names = [name for name, tensor in tensors(folder) if tensor.ndim == 2 and re.search(r"\.\d+\..*\.weight$", name)]
+    return sorted(name.removesuffix(".weight") for name in names)
 
 
 def read_out(model: Any, folder: Path) -> dict[str, Any]:
-    """Name -> (N, K) float32 of the linear layers of `model`, the peer's form of the checkpoint in `folder`."""
+    """Name -> (N, K) float32 of the linear layers of `model`, the quantized checkpoint of `folder`."""
     import torch
 
     shapes = {name: tensor.shape for name, tensor in tensors(folder)}
-    found = {}
+    weights = {}
     with torch.no_grad():
         for name in linears(folder):
             layer, columns = model.get_submodule(name), shapes[f"{name}.weight"][1]
             dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
             product = layer(torch.eye(columns, dtype=dtype))  # (K, N)
             bias = getattr(layer, "bias", None)
-            found[f"{name}.weight"] = (product if bias is None else product - bias).float().T.contiguous()
-    return found
+            weights[f"{name}.weight"] = (product if bias is None else product - bias).float().T.contiguous()
+    return weights
 
 
 def write_plain(folder: Path, weights: dict[str, Any], out: Path) -> None:
-    """The checkpoint of `folder` in float32 at `out`, with `weights` in the place of its own."""
+    """The checkpoint of `folder` in float32 at `out`, with `weights` instead of its own weights."""
     import torch
     from safetensors.torch import save_file
 
-    whole = {name: tensor.float() for name, tensor in tensors(folder)}
+    complete = {name: tensor.float() for name, tensor in tensors(folder)}
     missing = set(linears(folder)) - {name.removesuffix(".weight") for name in weights}
     if missing:
         raise ValueError(f"the peer returned no weights for {sorted(missing)}")
     for name, weight in weights.items():
-        if weight.shape != whole[name].shape or not torch.isfinite(weight).all():
-            raise ValueError(f"{name}: {tuple(weight.shape)}, expected {tuple(whole[name].shape)} finite numbers")
-        whole[name] = weight.detach().float().contiguous().clone()
+        if weight.shape != complete[name].shape or not torch.isfinite(weight).all():
+            raise ValueError(f"{name}: {tuple(weight.shape)}, expected {tuple(complete[name].shape)} finite values")
+        complete[name] = weight.detach().float().contiguous().clone()
     out.mkdir(parents=True, exist_ok=True)
-    save_file(whole, out / NAME, metadata={"format": "pt"})
+    save_file(complete, out / NAME, metadata={"format": "pt"})
     for file in folder.glob("*.json"):
         if not file.name.endswith(".index.json"):
             shutil.copyfile(file, out / file.name)

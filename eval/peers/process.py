@@ -1,4 +1,4 @@
-"""A program from the shell's point of view: time and memory of the whole process, imports and all."""
+"""Measure time and memory of a whole process, including imports."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Measured:
-    """One finished process with all its children; memory is that of the largest of them."""
+    """One finished process with all its children; the memory is that of the largest process."""
 
     wall_seconds: float
     cpu_seconds: float
@@ -17,7 +17,7 @@ class Measured:
 
 
 class ProcessError(Exception):
-    """The program failed; `output` is what it said."""
+    """The program failed; `output` is its output."""
 
     def __init__(self, code: int, output: str) -> None:
         super().__init__(f"exit code {code}")
@@ -25,7 +25,7 @@ class ProcessError(Exception):
 
 
 def measured(command: list[str], log: Path, cwd: Path | None = None) -> Measured:
-    """Run to the end in `cwd`, output into `log`; raises ProcessError.  Only Unix tells what one child has used."""
+    """Run a command in `cwd` with its output in `log`; raises ProcessError. Works only on Unix."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     start = time.monotonic()
@@ -33,7 +33,7 @@ def measured(command: list[str], log: Path, cwd: Path | None = None) -> Measured
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=cwd)
         _, status, used = os.wait4(process.pid, 0)
     wall = time.monotonic() - start
-    process.returncode = os.waitstatus_to_exitcode(status)  # it has been waited for: nobody else need
+    process.returncode = os.waitstatus_to_exitcode(status)  # so that Popen does not wait for it again
     if process.returncode:
         raise ProcessError(process.returncode, log.read_text(errors="replace"))
     return Measured(wall, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024 / 1e6)

@@ -1,11 +1,11 @@
-"""Other tools and llmq on one model: the same calibration tokens, the same evaluation of what each leaves on disk.
+"""Compare other tools and llmq on one model: the same calibration tokens, the same evaluation of the written files.
 
     python eval/peers/run.py --model NAME --name RESULT [--peers …] [--llmq …] [--seeds 0 1 2] [--grid symmetric]
 
-Every contender is one whole process (`process.py`), peers in environments of their own, all with one thread; llmq runs
-as `python -m llmq quantize`.  A seed is another draw of calibration text; what needs no text runs once.  Results go to
-eval/peers/results/RESULT.json row by row, so that an interrupted run continues where it was, and to RESULT.md.  A row
-that is there is not made again, unless --again.  One that failed keeps the peer's own words.
+Every contender is a whole process (`process.py`) with one thread; peers have separate environments, and llmq runs as
+`python -m llmq quantize`. A seed is another draw of calibration text; contenders without text run once. Results are
+written to eval/peers/results/RESULT.json row by row, so that an interrupted run continues, and to RESULT.md. Existing
+rows are not measured again, unless --again is given. A failed row holds the error message of the peer.
 """
 
 import argparse
@@ -35,11 +35,11 @@ from time_gptq import SAMPLES, SEQLEN, processor, revision, time_llmq, write_tok
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS, THREADS = Path(__file__).parent / "results", 1
 FIGURES = ("perplexity", "kl_mean", "kl_median", "kl_99", "same_top_1")
-ABOUT = """4 bits, groups of 128 where nothing else is said, embedding and head in float.
+ABOUT = """4 bits, groups of 128 unless stated otherwise, embedding and head in float.
 {samples} x {seqlen} calibration tokens, the same for all, another draw for each seed.
-Measured on {windows} x {seqlen} held-out tokens.
-KL is KL(float ‖ quantized) in nats per token, of what was read back from disk.
-Whole processes, imports included, {threads} thread each (OMP_NUM_THREADS).
+Measured on {windows} x {seqlen} evaluation tokens.
+KL is KL(float ‖ quantized) in nats per token, of the files read back from disk.
+Whole processes including imports, {threads} thread each (OMP_NUM_THREADS).
 Other jobs ran on the machine, so compare CPU-seconds.
 """
 
@@ -51,9 +51,9 @@ from subjects import MODELS, WINDOWS, folder_of, texts  # noqa: E402
 class Peer:
     """A script of this folder with its options.
 
-    settings    what the table says of it
-    own_grid    the only grid that it has, where it lets nobody choose
-    draws       whether it reads the calibration tokens
+    settings    its description in the table
+    own_grid    its only grid, if the grid cannot be chosen
+    draws       whether it uses the calibration tokens
     """
 
     script: ModuleType
@@ -63,8 +63,8 @@ class Peer:
     draws: bool = True
 
 
-Q4_0 = "blocks of 32, 4.5 bits a weight"
-Q4_K_M = "blocks of 32 in 256, 4.5 bits a weight; 6.6 in half of v and down: 4.8"
+Q4_0 = "blocks of 32, 4.5 bits per weight"
+Q4_K_M = "blocks of 32 in 256, 4.5 bits per weight; 6.6 in half of v and down: 4.8"
 PEERS = {
     "llm-compressor GPTQ": Peer(llm_compressor_gptq),
     "GPTQModel GPTQ": Peer(gptqmodel_gptq),
@@ -101,12 +101,12 @@ class Model:
 
 
 def find_model(name: str, scratch: Path) -> Model:
-    """One of the models of eval/subjects.py with its texts."""
+    """A model of eval/subjects.py with its texts."""
     return Model(folder_of(name), *texts(name, scratch / "text"))
 
 
 def run_peer(peer: Peer, model: Model, grid: str, tokens: Path, out: Path) -> tuple[Measured, str]:
-    """One peer's process and its version; raises InstallError and PeerError."""
+    """Run the process of a peer, and return its version; raises InstallError and PeerError."""
     script = peer.script
     python = interpreter(script.NAME, script.REQUIREMENTS)
     chosen = ["--asymmetric"] if grid == "asymmetric" and peer.own_grid is None else []
@@ -116,16 +116,16 @@ def run_peer(peer: Peer, model: Model, grid: str, tokens: Path, out: Path) -> tu
 
 
 def run_llmq(method: str, model: Model, grid: str, seed: int, fingerprint: str, out: Path) -> tuple[Measured, str]:
-    """The same for llmq, which reads the text itself; raises PeerError."""
+    """Run llmq, which reads the text itself, and return its version; raises PeerError."""
     import llmq
 
-    asked = [*LLMQ[method], f"--{grid}", "--seed", str(seed)]
+    options = [*LLMQ[method], f"--{grid}", "--seed", str(seed)]
     expected = None if method in NEED_NO_TEXT else fingerprint
-    return time_llmq(model.folder, model.calibration, out, expected, asked), llmq.__version__
+    return time_llmq(model.folder, model.calibration, out, expected, options), llmq.__version__
 
 
 def contend(name: str, model: Model, grid: str, seed: int, scratch: Path) -> dict[str, Any]:
-    """One row: what the process took and what it left, or why it left nothing."""
+    """Make one row: the cost of the process and the quality of its result, or its error."""
     from llmq.evaluation.measure import measure
 
     peer, method = PEERS.get(name), name.removeprefix("llmq ")
@@ -143,11 +143,13 @@ def contend(name: str, model: Model, grid: str, seed: int, scratch: Path) -> dic
         return row | {"error": f"cannot be installed: {error}"}
     except PeerError as error:
         return row | {"error": f"does not run: {error}"}
-    found = measure(next(out.glob("*.gguf"), out), model.folder, str(model.evaluation), seqlen=SEQLEN, limit=WINDOWS)
-    assert found.original is not None
-    figures = {name: getattr(found.model, name) for name in FIGURES}
+    measurement = measure(
+        next(out.glob("*.gguf"), out), model.folder, str(model.evaluation), seqlen=SEQLEN, limit=WINDOWS
+    )
+    assert measurement.original is not None
+    figures = {name: getattr(measurement.model, name) for name in FIGURES}
     load = {"load_average": os.getloadavg()[0], "commit": revision()}
-    return row | asdict(taken) | figures | {"float_perplexity": found.original.perplexity} | load
+    return row | asdict(taken) | figures | {"float_perplexity": measurement.original.perplexity} | load
 
 
 def about(model: str) -> dict[str, Any]:
@@ -157,26 +159,26 @@ def about(model: str) -> dict[str, Any]:
 
 
 def wanted(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> list[tuple[str, str, int]]:
-    """Contender, grid and seed of each row that is still to be made, draw by draw."""
-    there = set() if arguments.again else {key(row) for row in rows}
-    found = []
+    """Contender, grid and seed of each missing row, draw by draw."""
+    existing = set() if arguments.again else {key(row) for row in rows}
+    missing = []
     for grid, seed in product(arguments.grid, arguments.seeds):
         for name in [*(f"llmq {method}" for method in arguments.llmq), *arguments.peers]:
             draws = PEERS[name].draws if name in PEERS else name.removeprefix("llmq ") not in NEED_NO_TEXT
-            if (name, grid, seed) not in there and (draws or seed == arguments.seeds[0]):
-                found.append((name, grid, seed))
-    return found
+            if (name, grid, seed) not in existing and (draws or seed == arguments.seeds[0]):
+                missing.append((name, grid, seed))
+    return missing
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, choices=MODELS)
-    parser.add_argument("--name", required=True, help="of the result; several calls may add to one")
+    parser.add_argument("--name", required=True, help="name of the result; several calls may add rows to it")
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
     parser.add_argument("--llmq", nargs="*", default=["rtn-minmax", "rtn", "gptq"], choices=list(LLMQ))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--grid", nargs="*", default=["symmetric"], choices=["symmetric", "asymmetric"])
-    parser.add_argument("--again", action="store_true", help="make rows anew that are there")
+    parser.add_argument("--again", action="store_true", help="measure existing rows again")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(THREADS)
     file = RESULTS / f"{arguments.name}.json"

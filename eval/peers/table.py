@@ -7,7 +7,7 @@ from typing import Any
 COLUMNS = ("", "version", "settings", "grid", "KL, mean", "KL of each draw", "perplexity", "same top-1",
            "wall, s", "CPU, s", "peak memory, MB")  # fmt: skip
 Row = dict[str, Any]
-# Of the README's table.
+# The models and contenders in the table of the README.
 MODELS = ("tiny-python-llama", "tiny-python-qwen3", "babyllama-tok361-pad384")
 BUNDLED = MODELS[:2]
 CONTENDERS = ("llmq rtn-minmax", "llmq rtn", "llmq gptq-paper", "llm-compressor GPTQ", "GPTQModel GPTQ", "llmq gptq",
@@ -15,18 +15,18 @@ CONTENDERS = ("llmq rtn-minmax", "llmq rtn", "llmq gptq-paper", "llm-compressor 
 
 
 def key(row: Row) -> tuple[str, str, int]:
-    """What a row is about: no two rows of a result have the same."""
+    """The key of a row, which is unique in a result."""
     return row["name"], row["asked"], row["seed"]
 
 
 def merged(rows: Iterable[Row], row: Row) -> list[Row]:
-    """The rows with `row` in the place of the one that it supersedes, or after all others."""
-    kept = list(rows)
-    for index, old in enumerate(kept):
+    """The rows with `row` instead of the row with the same key, or at the end."""
+    updated = list(rows)
+    for index, old in enumerate(updated):
         if key(old) == key(row):
-            kept[index] = row
-            return kept
-    return [*kept, row]
+            updated[index] = row
+            return updated
+    return [*updated, row]
 
 
 def render(results: dict[str, Any]) -> str:
@@ -48,7 +48,7 @@ def render(results: dict[str, Any]) -> str:
 
 
 def summary(results: Mapping[str, dict[str, Any]], grid: str = "symmetric") -> str:
-    """KL at 4 bits, one column per model: means over the draws of calibration text, their number, what is bundled."""
+    """KL at 4 bits, one column per model: means over the draws, their number, and which models are bundled."""
     lines = [line(["KL to float, 4 bits", *results]), line(["---"] * (len(results) + 1))]
     for name in CONTENDERS:
         row = []
@@ -67,7 +67,7 @@ def summary(results: Mapping[str, dict[str, Any]], grid: str = "symmetric") -> s
 
 
 def grouped(rows: Iterable[Row]) -> list[list[Row]]:
-    """Rows of the same contender together, in order of mean KL; those without figures last."""
+    """Rows grouped by contender, in order of mean KL; contenders without results last."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row["name"], []).append(row)
@@ -75,17 +75,17 @@ def grouped(rows: Iterable[Row]) -> list[list[Row]]:
 
 
 def cells(rows: list[Row]) -> list[str]:
-    """One line: figures are means over the draws that came to an end."""
+    """One line of the table: means over the finished draws."""
     first, done = rows[0], [row for row in rows if "error" not in row]
     about = [first["name"], first.get("version", ""), first["settings"], first["grid"]]
     failed = [f"seed {row['seed']}: {row['error']}" for row in rows if "error" in row]
     if not done:
         return [*about, failed[0].replace("|", "\\|"), *[""] * (len(COLUMNS) - 5)]
-    each = ", ".join([f"{row['kl_mean']:.5f}" for row in done] + ["failed"] * len(failed)) if len(rows) > 1 else ""
+    draws = ", ".join([f"{row['kl_mean']:.5f}" for row in done] + ["failed"] * len(failed)) if len(rows) > 1 else ""
     return [
         *about,
         f"{mean(row['kl_mean'] for row in done):.5f}",
-        each,
+        draws,
         f"{mean(row['perplexity'] for row in done):.4f}",
         f"{mean(row['same_top_1'] for row in done):.1%}",
         *(f"{mean(row[name] for row in done):.0f}" for name in ("wall_seconds", "cpu_seconds", "peak_megabytes")),

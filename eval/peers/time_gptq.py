@@ -1,11 +1,11 @@
-"""GPTQ as a whole process: llmq, llm-compressor and GPTQModel on one random model, in turns.
+"""Time GPTQ as a whole process: llmq, llm-compressor and GPTQModel on one random model, in turns.
 
     python eval/peers/time_gptq.py --name NAME [--repeats 2] [--threads 1] [--layers 12] [--without PEER …]
 
-The model is a seeded Llama, float32, never trained: the work is the same as for a trained one.  4 bits, groups of 128,
-symmetric, everything else as each comes; 128 x 256 tokens of the standard library's text, the same ids for all (llmq
-reads them as text and cuts the same windows, which is checked).  Threads are left to each, unless --threads says:
-where others use the machine too, two threads that wait for each other burn more time than they save.  Writes
+The model is an untrained Llama with a fixed seed, float32; the work is the same as for a trained model. 4 bits, groups
+of 128, symmetric, otherwise the defaults of each tool; 128 x 256 tokens of the standard library, the same ids for all
+(llmq reads the text and cuts the same sequences, which is checked). Each tool chooses its number of threads, unless
+--threads is given: on a busy machine, threads that wait for each other can cost more time than they save. Writes
 eval/peers/results/NAME.json and NAME.md.
 """
 
@@ -34,7 +34,6 @@ RESULTS = Path(__file__).parent / "results"
 TOKENIZER = ROOT / "eval" / "models" / "tiny-python-llama"
 SAMPLES, SEQLEN, SEED = 128, 256, 0
 PEERS = (llm_compressor_gptq, gptqmodel_gptq)
-TARGET = 5.0  # times llmq's wall time
 SHAPE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12, "num_attention_heads": 8,
          "num_key_value_heads": 8, "vocab_size": 4096, "max_position_embeddings": 2048}  # fmt: skip
 PACKAGES = ["torch", "transformers", "llmcompressor", "compressed-tensors", "GPTQModel"]
@@ -44,7 +43,7 @@ from stdlib_text import write_texts  # noqa: E402
 
 
 def make_model(folder: Path, **changes: int) -> None:
-    """The model with the bundled tokenizer, whose ids are fewer than the vocabulary's."""
+    """Write the model with the bundled tokenizer, which has fewer ids than the model."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -54,23 +53,23 @@ def make_model(folder: Path, **changes: int) -> None:
 
 
 def write_tokens(model: Path, text: Path, tokens: Path, seed: int = SEED) -> str:
-    """The windows that llmq will cut from `text`, as lists of ids in JSON; returns their fingerprint."""
+    """Write the sequences that llmq will cut from `text`, as lists of ids in JSON; returns their fingerprint."""
     from llmq import calibration
     from llmq.config import Calibration
     from llmq.runtime.load import load_tokenizer
 
     settings = Calibration(sources=(str(text),), samples=SAMPLES, seqlen=SEQLEN)
-    found = calibration.load(settings, load_tokenizer(model, remote_code=False), seed=seed, max_tokens=None)
-    tokens.write_text(json.dumps(found.windows.tolist()))
-    return found.sha256
+    chosen = calibration.load(settings, load_tokenizer(model, remote_code=False), seed=seed, max_tokens=None)
+    tokens.write_text(json.dumps(chosen.windows.tolist()))
+    return chosen.sha256
 
 
 def time_llmq(
     model: Path, text: Path, out: Path, fingerprint: str | None, options: Sequence[str] = ("--method", "gptq")
 ) -> Measured:
-    """`llmq quantize` from the shell; raises PeerError where it fails or has read other tokens.
+    """Run `llmq quantize` as a process; raises PeerError if it fails or has read other tokens.
 
-    No fingerprint: the method reads none.
+    Without a fingerprint, the tokens are not checked: the method reads none.
     """
     command = [sys.executable, "-m", "llmq", "quantize", str(model), str(out), "--calibration", str(text)]
     command += ["--samples", str(SAMPLES), "--seqlen", str(SEQLEN), *options]
@@ -87,16 +86,16 @@ def time_llmq(
 
 
 def run(repeats: int, layers: int, without: list[str], scratch: Path) -> dict[str, dict[str, Any]]:
-    """Name -> runs, or the error; in turns, so that what else the machine does falls on all.
+    """Name -> runs, or the error; in turns, so that other load on the machine affects all tools.
 
-    A first turn, on one layer, is not counted: in it peers compile what they keep, and files come into memory.
+    A first turn, on one layer, is not counted: it compiles kernels and fills caches.
     """
     model, small, tokens = scratch / "model", scratch / "small", scratch / "tokens.json"
     make_model(model, num_hidden_layers=layers)
     make_model(small, num_hidden_layers=1)
     text, _ = write_texts(scratch / "text")
     fingerprint = write_tokens(model, text, tokens)
-    found: dict[str, dict[str, Any]] = {"llmq": {"runs": [], "versions": versions(Path(sys.executable), PACKAGES)}}
+    results: dict[str, dict[str, Any]] = {"llmq": {"runs": [], "versions": versions(Path(sys.executable), PACKAGES)}}
     contenders: dict[str, Callable[[Path, Path], Measured]] = {
         "llmq": lambda model, out: time_llmq(model, text, out, fingerprint)
     }
@@ -104,9 +103,9 @@ def run(repeats: int, layers: int, without: list[str], scratch: Path) -> dict[st
         try:
             python = interpreter(peer.NAME, peer.REQUIREMENTS)
         except InstallError as error:
-            found[peer.NAME] = {"error": f"cannot be installed: {error}"}
+            results[peer.NAME] = {"error": f"cannot be installed: {error}"}
             continue
-        found[peer.NAME] = {"runs": [], "versions": versions(python, PACKAGES)}
+        results[peer.NAME] = {"runs": [], "versions": versions(python, PACKAGES)}
         contenders[peer.NAME] = lambda model, out, peer=peer: time_peer(
             peer.NAME, peer.REQUIREMENTS, Path(peer.__file__), [str(model), str(tokens), str(out)]
         )
@@ -115,20 +114,20 @@ def run(repeats: int, layers: int, without: list[str], scratch: Path) -> dict[st
             try:
                 taken = contender(model if repeat else small, scratch / f"{name}-{repeat}")
             except PeerError as error:
-                found[name] |= {"error": str(error)}
+                results[name] |= {"error": str(error)}
                 del contenders[name]
                 continue
             if repeat:
-                found[name]["runs"].append({**asdict(taken), "load_average": os.getloadavg()[0]})
+                results[name]["runs"].append({**asdict(taken), "load_average": os.getloadavg()[0]})
             print(name if repeat else f"{name}, warming up", taken, flush=True)
-    return found
+    return results
 
 
 def table(results: dict[str, Any]) -> str:
-    """Medians, and how many times llmq's wall time each takes."""
+    """Medians, and ratios to the times of llmq."""
     ours = {key: _median(results["tools"]["llmq"]["runs"], key) for key in ("wall_seconds", "cpu_seconds")}
     lines = [
-        "| | wall, s | CPU, s | peak memory, MB | wall / llmq's | CPU / llmq's | torch | transformers |",
+        "| | wall, s | CPU, s | peak memory, MB | wall / llmq | CPU / llmq | torch | transformers |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, tool in results["tools"].items():
@@ -160,7 +159,7 @@ def processor() -> str:
 
 
 def revision() -> str:
-    """The commit that is checked out."""
+    """The current commit."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
     return commit.stdout.strip() or "unknown"
 
@@ -186,15 +185,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
     parser.add_argument("--without", nargs="*", default=[], choices=[peer.NAME for peer in PEERS])
-    parser.add_argument("--threads", type=int, help="of every tool, by OMP_NUM_THREADS")
-    parser.add_argument("--note", default="", help="what else the machine did meanwhile, for the record")
+    parser.add_argument("--threads", type=int, help="threads of every tool, by OMP_NUM_THREADS")
+    parser.add_argument("--note", default="", help="a note for the result, for example other load on the machine")
     arguments = parser.parse_args()
     if arguments.threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     with tempfile.TemporaryDirectory() as scratch:
         results = {
             **stamp(arguments.layers, arguments.note),
-            "threads": os.environ.get("OMP_NUM_THREADS", "as each likes"),
+            "threads": os.environ.get("OMP_NUM_THREADS", "chosen by each tool"),
             "tools": run(arguments.repeats, arguments.layers, arguments.without, Path(scratch)),
         }
     RESULTS.mkdir(exist_ok=True)

@@ -1,7 +1,7 @@
 """Weight-only 4 bits in groups of 128 by torchao; the contract is in peer.py.
 
-`--recipe intx` is the one that computes on CPUs (its integers of any width), `hqq` the same with the scales searched.
-`int4`, its usual one, and its GPTQ (`gptq`, of its prototypes) hold their weights in what a GPU's kernels read.
+`--recipe intx` runs on CPUs (integers of any width), `hqq` is the same with searched scales. `int4`, the usual recipe,
+and `gptq`, a prototype, store their weights in the layout of GPU kernels.
 """
 
 import argparse
@@ -15,28 +15,28 @@ NAME, REQUIREMENTS, PACKAGE = SHARED, SHARED_REQUIREMENTS, "torchao"
 OPTIONS = [("--recipe", {"choices": ("intx", "hqq", "int4", "gptq"), "default": "intx"})]
 
 
-def quantize(asked: argparse.Namespace, packed: Path) -> None:
+def quantize(options: argparse.Namespace, packed: Path) -> None:
     import torch
     from torchao.prototype.gptq import GPTQConfig
     from torchao.quantization import Int4WeightOnlyConfig, quantize_
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(asked.model, dtype=torch.float32)
-    blocks = model.base_model.layers  # the head stays as it is
-    if asked.recipe == "gptq":
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    blocks = model.base_model.layers  # the head is kept in float
+    if options.recipe == "gptq":
         quantize_(blocks, GPTQConfig(step="observe", base_config=Int4WeightOnlyConfig(group_size=128)))
-        for window in windows(asked.tokens):
+        for window in windows(options.tokens):
             model(torch.tensor([window]))
         quantize_(blocks, GPTQConfig(step="convert", base_config=Int4WeightOnlyConfig(group_size=128)))
-    elif asked.recipe == "int4":
+    elif options.recipe == "int4":
         quantize_(blocks, Int4WeightOnlyConfig(group_size=128))
     else:
-        quantize_(blocks, _any_width(asked))
+        quantize_(blocks, _any_width(options))
     packed.mkdir()
     torch.save(model.state_dict(), packed / "model.pt")
 
 
-def _any_width(asked: argparse.Namespace) -> Any:
+def _any_width(options: argparse.Namespace) -> Any:
     import torch
     from torchao.quantization import IntxWeightOnlyConfig, PerGroup
     from torchao.quantization.quant_primitives import MappingType
@@ -45,19 +45,19 @@ def _any_width(asked: argparse.Namespace) -> Any:
     return IntxWeightOnlyConfig(
         weight_dtype=torch.int4,
         granularity=PerGroup(128),
-        mapping_type=MappingType.ASYMMETRIC if asked.asymmetric else MappingType.SYMMETRIC,
-        intx_choose_qparams_algorithm=Search.HQQ_SCALE_ONLY if asked.recipe == "hqq" else Search.AFFINE,
+        mapping_type=MappingType.ASYMMETRIC if options.asymmetric else MappingType.SYMMETRIC,
+        intx_choose_qparams_algorithm=Search.HQQ_SCALE_ONLY if options.recipe == "hqq" else Search.AFFINE,
     )
 
 
-def weights(asked: argparse.Namespace, packed: Path) -> dict[str, Any]:
+def weights(options: argparse.Namespace, packed: Path) -> dict[str, Any]:
     import torch
     from plain import read_out
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(asked.model), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(options.model), dtype=torch.float32)
     model.load_state_dict(torch.load(packed / "model.pt", weights_only=False), assign=True)
-    return read_out(model, asked.model)
+    return read_out(model, options.model)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Text into token windows: what the model reads while it is watched, and what it is judged on.
+"""Text into token sequences, for calibration and for evaluation.
 
-A source is a local file, a data set on the Hub, or `self`: the model writes its own text, and nothing needs to be at
-hand.  Several are mixed by weight.  The way of a text:
+A source is a local file, a dataset on the Hub, or `self`: text that the model generates. Several sources are mixed by
+weight. In the order of processing:
 
-    sources.py        how sources and their weights are written
-    readers/          the documents of a source, one file per kind of source (chats.py knows chats)
-    sequences.py      documents into windows: tokenized as in serving, joined, cut, never padded
-    self_written.py   the model's own text (calibration/cache.py keeps it until the run is over)
-    mixture.py        windows of all sources, by their weights: `load`
-    manifest.py       what was read, and what became of it
+    sources.py        parse sources and their weights
+    readers/          read the documents of a source, one file per kind of source (chats: chats.py)
+    sequences.py      documents into sequences: tokenized as in serving, joined, cut, never padded
+    self_written.py   text that the model generates (calibration/cache.py keeps it until the run is finished)
+    mixture.py        sequences of all sources, by their weights: `load`
+    manifest.py       what was read and used of each source
 """
 
 from llmq.calibration.cache import OwnText

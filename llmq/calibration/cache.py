@@ -1,8 +1,7 @@
-"""Text that the model wrote, kept beside the finished blocks until the run is over.
+"""Text that the model generated, kept next to the finished blocks until the run is finished.
 
-A run that was interrupted must go on with the same windows.  Written a second time, with other memory free and so in
-other batches, one token may come out differently by a rounding, and all that follow it; and it would take as long
-again.
+An interrupted run must continue with the same sequences. If the text were generated again, with other batches because
+of other free memory, rounding might change one token and all that follow, and it would take as long again.
 """
 
 import json
@@ -16,11 +15,11 @@ from llmq.checkpoint.atomic import write_text
 
 
 class OwnText:
-    """The windows that were written for one request at a time.
+    """The sequences that were generated for one request.
 
-    folder  the run's staging
-    model   a fingerprint
-    name    of the file, without its ending
+    folder  the staging folder of the run
+    model   the fingerprint of the model
+    name    the name of the file, without its suffix
     """
 
     def __init__(self, folder: Path, model: str, name: str = "self") -> None:
@@ -29,23 +28,23 @@ class OwnText:
         self._unsaved = ""
 
     def find(self, windows: int, seqlen: int, seed: int) -> Tensor | None:
-        """(windows, seqlen) int64 as an earlier run wrote them; None where none did, or the file was cut short."""
+        """(windows, seqlen) int64 from an earlier run; None if there are none or the file is truncated."""
         try:
-            found = json.loads(self._file.read_bytes())
+            document = json.loads(self._file.read_bytes())
         except (FileNotFoundError, NotADirectoryError, ValueError):
             return None
-        if not isinstance(found, dict) or found.get("request") != self._request(windows, seqlen, seed):
+        if not isinstance(document, dict) or document.get("request") != self._request(windows, seqlen, seed):
             return None
-        return torch.tensor(found["windows"], dtype=torch.int64)
+        return torch.tensor(document["windows"], dtype=torch.int64)
 
     def remember(self, windows: Tensor, seed: int) -> None:
-        """Have windows (S, T) saved when there is a folder for them."""
+        """Keep sequences (S, T) for the next `save`."""
         count, seqlen = windows.shape
         request = self._request(count, seqlen, seed)
         self._unsaved = json.dumps({"request": request, "windows": windows.tolist()})
 
     def save(self) -> None:
-        """Write what was remembered, if anything was; the folder must be there.  Raises StorageError."""
+        """Write the remembered sequences, if there are any; the folder must exist. Raises StorageError."""
         if self._unsaved:
             write_text(self._file, self._unsaved)
             self._unsaved = ""

@@ -1,16 +1,16 @@
-"""Chats: the two ways in which data sets store them, and what the model is fed when it serves one.
+"""Chats: the two ways in which datasets store them, and their text as the model gets it in serving.
 
 A chat is a list of messages, `{"role", "content"}` (the column is usually called `messages`) or `{"from", "value"}`
-(`conversations`).  The tokenizer's template turns it into a text that has its special tokens already, so none is added
-when that is tokenized.  A tokenizer without a template is a base model's, for which a chat is a text like any other:
-the contents, a blank line between them.
+(`conversations`). The chat template of the tokenizer turns it into a text that already contains the special tokens, so
+none are added when it is tokenized. A tokenizer without a template belongs to a base model: the contents of the
+messages are then joined with blank lines.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}  # what templates call them
+ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}  # to chat templates
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,11 @@ class Chat:
 
     @property
     def contents(self) -> str:
-        """What was said, without who said it."""
+        """The contents of the messages, without the roles."""
         return "\n\n".join(content for _, content in self.messages if content.strip())
 
     def rendered(self, tokenizer: Any) -> str:
-        """The text by the tokenizer's own template; a template may refuse a chat with an exception of any type."""
+        """The text by the chat template of the tokenizer; a template may raise an exception of any type."""
         messages = [{"role": role, "content": content} for role, content in self.messages]
         text: str = tokenizer.apply_chat_template(messages, tokenize=False)
         return text
@@ -37,7 +37,7 @@ def has_template(tokenizer: Any) -> bool:
 
 
 def parse_chat(value: Any) -> Chat | None:
-    """The chat that a row or a column holds; None where it holds something else."""
+    """Parse the value of a row or a column as a chat; None if it is not a chat."""
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         return None
     messages = [_message(item) for item in value]
@@ -55,7 +55,7 @@ def _message(item: Any) -> tuple[str, str] | None:
 
 
 def _text(content: Any) -> str | None:
-    """A message's text; it may come in parts, of which those of type text are read."""
+    """The text of a message; of several parts, those with text are joined."""
     if isinstance(content, str):
         return content
     if isinstance(content, list) and all(isinstance(part, Mapping) and "text" in part for part in content):

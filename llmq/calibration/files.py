@@ -1,4 +1,4 @@
-"""Local files: which sources name one, and their text."""
+"""Local files: detect and read them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,16 +10,16 @@ PARAGRAPHS_AT_LEAST = 2_000  # characters: a .txt file is cut at blank lines int
 
 
 def is_file_name(source: str, suffixes: Sequence[str]) -> bool:
-    """Whether a source is written as FILE or FILE:COLUMN with one of these suffixes, whether or not the file exists.
+    """Whether a source is written as FILE or FILE:COLUMN with one of these suffixes; the file need not exist.
 
-    A name with a colon and without such a FILE in front of it is one on the Hub.
+    Any other name with a colon is a dataset on the Hub.
     """
     path, column = split_column(source, suffixes)
     return path.suffix in suffixes and (path.exists() or column is not None or ":" not in source)
 
 
 def split_column(source: str, suffixes: Sequence[str]) -> tuple[Path, str | None]:
-    """`rows.jsonl:column` in two; a file with a colon in its name is a file."""
+    """Split `rows.jsonl:column` into file and column; an existing file may have a colon in its name."""
     head, _, column = source.rpartition(":")
     if Path(source).exists() or Path(head).suffix not in suffixes or not column:
         return Path(source), None
@@ -27,13 +27,13 @@ def split_column(source: str, suffixes: Sequence[str]) -> tuple[Path, str | None
 
 
 def require_file(path: Path) -> None:
-    """Raise CalibrationError where there is no such file."""
+    """Raise CalibrationError if there is no such file."""
     if not path.is_file():
-        raise CalibrationError(f"{path} is not a file", hint=f"expected one that ends in {readers.suffixes()}")
+        raise CalibrationError(f"{path} is not a file", hint=f"expected a file that ends in {readers.suffixes()}")
 
 
 def read_text(path: Path) -> str:
-    """A file as text; raises CalibrationError where it cannot be read or is not UTF-8."""
+    """Read a file as text; raises CalibrationError if it cannot be read or is not UTF-8."""
     require_file(path)
     try:
         return path.read_bytes().decode("utf-8")
@@ -47,7 +47,7 @@ def read_text(path: Path) -> str:
 
 
 def paragraphs(text: str) -> list[str]:
-    """A long text as documents: cut at blank lines, each at least `PARAGRAPHS_AT_LEAST` characters long."""
+    """Split a long text at blank lines into documents of at least `PARAGRAPHS_AT_LEAST` characters."""
     documents, gathered, length = [], [], 0
     for paragraph in text.split("\n\n"):
         gathered.append(paragraph)

@@ -1,8 +1,8 @@
-"""What was read, and what became of it: nothing is left out without a line about it here.
+"""The manifest of a calibration text: what was read, used and left out of each source.
 
-The manifest is printed before the work starts and stored with the checkpoint, so that whoever has the file knows what
-it was fitted to, and the linter's notes say what deserves a look: text that is there twice, a beginning-of-text token
-too many, chats without a template.
+The manifest is printed before the work starts and stored with the checkpoint, so that everybody can see which text the
+model was calibrated on. Notes point out problems of the text: duplicates, doubled beginning-of-text tokens, chats
+without a template.
 """
 
 import hashlib
@@ -16,22 +16,22 @@ from typing import Any
 from torch import Tensor
 
 SCRIPTS_SHOWN = 4
-SCRIPTS = {"cjk": "Han", "ideographic": "Han", "fullwidth": "Latin", "halfwidth": "Katakana"}  # first words of names
+SCRIPTS = {"cjk": "Han", "ideographic": "Han", "fullwidth": "Latin", "halfwidth": "Katakana"}  # by first word of name
 
 
 @dataclass(frozen=True)
 class SourceRecord:
     """One source of a calibration set.
 
-    documents    how many it holds; each is one of empty, duplicates (the same text came before, in this source or an
-                 earlier one), refused (a chat that the template raised an error for), read, or not needed
-    truncated    read documents that were cut, or left out, by the end of the last whole window
-    share        of all windows, as it was asked for; `wanted` windows came of that, `windows` are there
-    dropped_tokens  what was left behind the last whole window
-    doubled_bos  documents that brought the tokenizer's beginning-of-text token; one of the two was taken away
-    untemplated  chats read as plain text, as the tokenizer has no template
-    scripts      fraction of the letters of what was read, the most frequent first
-    sha256       of its windows
+    documents    number of documents; each is empty, a duplicate (of a document in this source or an earlier one),
+                 refused (the chat template raised an error), read, or not needed
+    truncated    read documents that were cut or left out at the end of the last complete sequence
+    share        requested fraction of all sequences; `wanted` is that number, `windows` the number that was made
+    dropped_tokens  tokens after the last complete sequence
+    doubled_bos  documents that start with the beginning-of-text token of the tokenizer; one of the two was removed
+    untemplated  chats that were read as plain text because the tokenizer has no template
+    scripts      fraction of the letters that were read, the most frequent script first
+    sha256       hash of its sequences
     """
 
     source: str
@@ -57,26 +57,26 @@ class SourceRecord:
         return {**asdict(self), "scripts": dict(self.scripts)}
 
     def notes(self, refusal: str = "") -> list[str]:
-        """The linter: what a user should know of this source; `refusal` is what the template said."""
-        told = (
-            (self.duplicates, "documents are there a second time; each was read once"),
-            (self.empty, "documents are empty, and were left out"),
+        """Problems of this source that a user should know; `refusal` is the error message of the chat template."""
+        problems = (
+            (self.duplicates, "documents are duplicates; each text was read once"),
+            (self.empty, "documents are empty and were left out"),
             (
                 self.doubled_bos,
-                "documents bring the token that the tokenizer puts in front; they have it once",
+                "documents start with the token that the tokenizer adds; the second one was removed",
             ),
             (self.untemplated, "chats were read as plain text: the tokenizer has no chat template"),
-            (self.refused, f"chats were left out, the tokenizer's template does not take them: {refusal}"),
+            (self.refused, f"chats were left out because the chat template refuses them: {refusal}"),
         )
-        notes = [f"{self.source}: {count} of {self.documents} {what}" for count, what in told if count]
+        notes = [f"{self.source}: {count} of {self.documents} {problem}" for count, problem in problems if count]
         if self.share > 0 and self.wanted == 0:
-            notes.append(f"{self.source}: its share is less than one window, and none was read")
+            notes.append(f"{self.source}: its share is less than one sequence, so none was read")
         return notes
 
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """windows (S, T) int64; where they came from; sha256 of the ids; what a user should be told; a record a source."""
+    """The sequences `windows` (S, T) int64, their sources, the SHA-256 of the ids, notes, and a record per source."""
 
     windows: Tensor
     sources: tuple[str, ...]
@@ -98,12 +98,12 @@ class CalibrationSet:
 
 
 def sha256_of(windows: Tensor) -> str:
-    """Of the token ids as little-endian int64, row by row."""
+    """The SHA-256 of the token ids as little-endian int64, row by row."""
     return hashlib.sha256(windows.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
 
 
 def scripts_of(texts: Iterable[str]) -> tuple[tuple[str, float], ...]:
-    """The writing systems of the letters, by how frequent they are; their fractions of all letters.
+    """The writing systems of the letters and their fractions of all letters, the most frequent first.
 
     The first word of a letter's Unicode name is its script: LATIN SMALL LETTER A, CYRILLIC …, CJK UNIFIED IDEOGRAPH …
     """

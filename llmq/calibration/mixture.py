@@ -1,7 +1,7 @@
 """Sources with weights into one calibration set.
 
-Each source is given its part of the windows (largest remainders, so that they add up), and its windows are cut from its
-own text.  One that is too short is made up for by the others, by their weights, and the notes say so.
+Each source gets its share of the sequences (by largest remainders, so that they add up), which are cut from its text.
+If a source is too short, the other sources replace the missing sequences by their weights, and a note reports it.
 """
 
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ from llmq.errors import CalibrationError
 
 
 class Author(Protocol):
-    """Who writes the text of the source `self`."""
+    """Writes the text of the source `self`."""
 
-    notes: list[str]  # what a user should know of how it was written
+    notes: list[str]  # for the user, about how the text was written
 
     def write(self, windows: int, seqlen: int, seed: int) -> Tensor:
         """(windows, seqlen) int64."""
@@ -30,20 +30,20 @@ class Author(Protocol):
 def load(
     settings: Calibration, tokenizer: Any, *, seed: int, max_tokens: int | None, author: Author | None = None
 ) -> CalibrationSet:
-    """The calibration set of a run; `max_tokens` is the model's context, which a window does not exceed.
+    """Make the calibration set of a run; `max_tokens`, the context of the model, limits the length of a sequence.
 
-    `author` is needed for the source `self`.  Raises CalibrationError.
+    The source `self` needs an `author`.  Raises CalibrationError.
     """
     notes: list[str] = []
     seqlen = settings.seqlen
     if max_tokens is not None and seqlen > max_tokens:
-        notes.append(f"windows of {max_tokens} tokens instead of {seqlen}: the model's context ends there")
+        notes.append(f"sequences have {max_tokens} tokens instead of {seqlen}: the context of the model is limited")
         seqlen = max_tokens
     sources = parse_sources(settings.sources)
     own = sum(source.is_self for source in sources)
     if own > (author is not None):
-        found = f"self is named {own} times" if author is not None else "self needs a model that writes"
-        raise CalibrationError(found, hint="name it once, with a weight such as self:0.2, or give a text")
+        message = f"self is named {own} times" if author is not None else "self needs a model that generates text"
+        raise CalibrationError(message, hint="name self once, with a weight such as self:0.2, or give a text")
     seen: set[bytes] = set()
     texts = {
         index: TextWindows(source, tokenizer, seqlen, seed, seen)
@@ -77,7 +77,7 @@ def load(
 
 
 def fill(sources: Sequence[Source], texts: dict[int, TextWindows], samples: int) -> list[int]:
-    """How many windows of each source are used; those of `texts` are read as far as that takes, `self` has no end."""
+    """The number of sequences of each source. Sources in `texts` are read as far as necessary; `self` has no end."""
     counts = [0] * len(sources)
     short: set[int] = set()
     while True:
@@ -92,7 +92,7 @@ def fill(sources: Sequence[Source], texts: dict[int, TextWindows], samples: int)
 
 
 def apportion(total: int, weights: Sequence[float]) -> list[int]:
-    """Whole numbers that add up to `total` and are closest to their part of it; of equal remainders the first."""
+    """Integers, proportional to `weights`, that add up to `total`; of equal remainders the first is rounded up."""
     exact = [total * weight / sum(weights) for weight in weights]
     parts = [int(part) for part in exact]
     by_remainder = sorted(range(len(parts)), key=lambda index: parts[index] - exact[index])
@@ -102,7 +102,7 @@ def apportion(total: int, weights: Sequence[float]) -> list[int]:
 
 
 def _own_record(windows: Tensor, share: float, wanted: int, tokenizer: Any) -> SourceRecord:
-    """The manifest's entry for text that the model wrote, which has no documents."""
+    """The manifest entry of text that the model generated, which has no documents."""
     texts = [tokenizer.decode(window, skip_special_tokens=True) for window in windows.tolist()]
     return SourceRecord(
         source=SELF,
@@ -117,12 +117,12 @@ def _own_record(windows: Tensor, share: float, wanted: int, tokenizer: Any) -> S
 
 
 def _shortfall(records: Sequence[SourceRecord], samples: int) -> list[str]:
-    found = sum(record.windows for record in records)
-    if found < samples:
-        return [f"{found} windows instead of {samples}: the text ends there"]
+    made = sum(record.windows for record in records)
+    if made < samples:
+        return [f"{made} sequences instead of {samples}: the text is too short"]
     return [
-        f"{record.source}: {record.windows} windows instead of {record.wanted}, its text ends there; "
-        "the other sources make up for it"
+        f"{record.source}: {record.windows} sequences instead of {record.wanted}, its text is too short; "
+        "other sources replace them"
         for record in records
         if record.windows < record.wanted
     ]
@@ -134,6 +134,6 @@ def _too_short(sources: Sequence[Source], texts: dict[int, TextWindows], seqlen:
     reasons = {text.refusal for text in texts.values() if text.refusal}
     because = f" (the chat template refuses chats: {'; '.join(sorted(reasons))})" if reasons else ""
     return CalibrationError(
-        f"{names} holds {tokens} tokens, fewer than one window of {seqlen}{because}",
-        hint="give more text with --calibration, or shorter windows with --seqlen, or let the model write: self",
+        f"{names} holds {tokens} tokens, fewer than one sequence of {seqlen}{because}",
+        hint="give more text with --calibration, shorter sequences with --seqlen, or let the model generate text: self",
     )

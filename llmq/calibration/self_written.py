@@ -1,20 +1,20 @@
-"""`self`: the model writes the text that it is watched on, so that nothing has to be at hand.
+"""`self`: the model generates its own calibration text, so that no other text is necessary.
 
-Text sampled from a model is what it was trained on, as far as it knows; quantized on it, models come close to what they
-are on real text (Williams, Chrysostomou, Aletras: Self-calibration for Language Model Quantization and Pruning, 2024,
-which also has the falling temperature: diverse beginnings, then the model's own distribution).
+Text sampled from a model resembles its training data. Models that are calibrated on it come close to models that are
+calibrated on real text (Williams, Chrysostomou, Aletras: Self-calibration for Language Model Quantization and Pruning,
+2024). The falling temperature is also from that paper: diverse beginnings, then the distribution of the model.
 
-Each window is one row of a batch.  It starts with the beginning-of-text token, or with a random ordinary token where
-the tokenizer has none.  Where the model ends its text, that token stays and another text starts behind it in the same
-window, as texts are packed; the temperature is 2 again, and falls.  While it is above 1, special tokens are not drawn:
-they would come from the heat.  At 1 they come when the model gives them.  Ids that the tokenizer does not know (rows
-that pad an embedding) are never drawn.
+Each sequence is one row of a batch. It starts with the beginning-of-text token, or with a random ordinary token if the
+tokenizer has none. Where the model ends a text, the end token is kept and another text starts after it in the same
+sequence; the temperature starts again at 2. While the temperature is above 1, special tokens are not sampled, because
+the high temperature would cause them. At temperature 1 they are sampled like all others. Ids that the tokenizer does
+not know (padding rows of an embedding) are never sampled.
 
-Random numbers are drawn for each position beforehand, on the CPU: batches and devices change the text only as far as
-they change the rounding of logits.
+The random numbers of all positions are drawn before, on the CPU. Batches and devices change the text only where they
+change the rounding of logits.
 
-A model that fits into memory is loaded for this and freed again.  One that does not is streamed block by block, a
-pass over the whole checkpoint for each token: slow, so the texts are short and all are written at once.
+A model that fits into memory is loaded for this and freed afterwards. A larger model is streamed block by block, with
+one pass over the whole checkpoint per token. This is slow, so the texts are short and all are generated at once.
 """
 
 from collections.abc import Callable
@@ -34,22 +34,22 @@ from llmq.model.passes.generate import Continuation, cache_bytes, in_memory, wei
 from llmq.model.passes.hidden_states import Place, Storage
 from llmq.model.passes.streams import Text
 
-HOT, FALLING = 2.0, 10  # the first token's temperature; over so many tokens it falls to 1
-ROWS = 64  # written at once, where their keys and values fit
-SPARE_PART = 0.8  # of the free memory; the rest is for what a forward makes
-STREAMED_TOKENS = 256  # a text's, where each token costs a pass over the checkpoint
-STREAMED_ROWS = 16  # that go through a block at once
+HOT, FALLING = 2.0, 10  # temperature of the first token; number of tokens until it has fallen to 1
+ROWS = 64  # generated at once, if their keys and values fit into memory
+SPARE_PART = 0.8  # of the free memory; the rest is for activations
+STREAMED_TOKENS = 256  # tokens per text if each token costs a pass over the checkpoint
+STREAMED_ROWS = 16  # rows that a block processes at once
 
 
 class NextLogits(Protocol):
-    """Tokens so far (B, t) int64 -> logits of the next one (B, V); called with t one larger each time."""
+    """Tokens so far (B, t) int64 -> logits of the next token (B, V); t grows by one per call."""
 
     def __call__(self, tokens: Tensor, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Voice:
-    """What a text is made of: ids that start it (`begin`, or any of `ordinary`), those that end it, those to draw.
+    """The ids that start a text (`begin`, or any of `ordinary`), the ids that end it, and the ids that may be sampled.
 
     known, ordinary  (V,) bool: ids of the tokenizer, and those of them that are not special
     """
@@ -72,7 +72,7 @@ class Voice:
         return cls(tokenizer.bos_token_id, frozenset(ends), known, ordinary)
 
     def starts(self, numbers: Tensor) -> Tensor:
-        """The first token (B,) of a text each, by uniform numbers (B,)."""
+        """The first token (B,) of each text, by uniform random numbers (B,)."""
         if self.begin is not None:
             return torch.full(numbers.shape, self.begin, dtype=torch.int64)
         ids = self.ordinary.nonzero().squeeze(1)
@@ -80,28 +80,30 @@ class Voice:
 
 
 def draw(logits: Tensor, temperature: Tensor, voice: Voice, numbers: Tensor) -> Tensor:
-    """The next token (B,) int64 on the CPU: `logits` (B, V) at `temperature` (B,), by uniform numbers (B,) float64."""
+    """Sample the next token, (B,) int64 on the CPU.
+
+    logits (B, V), temperature (B,), numbers (B,) float64: uniform random numbers"""
     device = logits.device
     temperature = temperature[:, None].to(device)
     known, ordinary = voice.known.to(device), voice.ordinary.to(device)
     allowed = torch.where(temperature > 1, ordinary, known)[:, : logits.shape[1]]  # (B, V)
     scaled = logits[:, : allowed.shape[1]].double() / temperature
     probabilities = scaled.masked_fill(~allowed, -torch.inf).softmax(dim=1)
-    reached = probabilities.cumsum(dim=1)  # a token's part of [0, 1] ends here
+    reached = probabilities.cumsum(dim=1)  # where the interval of a token in [0, 1] ends
     if not bool(torch.isfinite(reached[:, -1]).all()):
         raise UnsupportedModelError("the model's logits are NaN or infinite", hint="the checkpoint is damaged")
-    found = torch.searchsorted(reached, numbers[:, None].to(device) * reached[:, -1:], right=True)
-    return found.squeeze(1).cpu()
+    tokens = torch.searchsorted(reached, numbers[:, None].to(device) * reached[:, -1:], right=True)
+    return tokens.squeeze(1).cpu()
 
 
 def write_rows(
     next_logits: NextLogits, numbers: Tensor, voice: Voice, on_position: Callable[[int], None] = lambda position: None
 ) -> Tensor:
-    """(B, T) int64: a row of text for each row of `numbers` (B, T), which are uniform in [0, 1 - 2**-24]."""
+    """Sample (B, T) int64, one row of text per row of `numbers` (B, T), which are uniform in [0, 1 - 2**-24]."""
     B, T = numbers.shape
     tokens = torch.empty(B, T, dtype=torch.int64)
     starting = torch.ones(B, dtype=torch.bool)
-    age = torch.zeros(B)  # tokens since the start
+    age = torch.zeros(B)  # tokens since the start of the text
     ends = torch.tensor(sorted(voice.ends), dtype=torch.int64)
     for position in range(T):
         tokens[:, position] = voice.starts(numbers[:, position])
@@ -118,10 +120,10 @@ def write_rows(
 
 
 class SelfAuthor:
-    """A model as the author of its own calibration text, which may use `free` bytes, by default all that are free.
+    """Generates calibration text with the model itself, in `free` bytes of memory, by default all that are free.
 
-    What is in `kept` is not written again, and what is written goes there.  After each position `on_progress` gets how
-    many tokens are done, and of how many.
+    Text in `kept` is not generated again, and new text is stored there. After each position `on_progress` gets the
+    number of finished tokens and the total.
     """
 
     def __init__(
@@ -143,25 +145,25 @@ class SelfAuthor:
         """(windows, seqlen) int64, the same for the same seed."""
         if windows == 0:
             return torch.empty(0, seqlen, dtype=torch.int64)
-        found = self._kept.find(windows, seqlen, seed) if self._kept is not None else None
-        if found is None:
-            found = self._write(windows, seqlen, seed)
+        text = self._kept.find(windows, seqlen, seed) if self._kept is not None else None
+        if text is None:
+            text = self._write(windows, seqlen, seed)
         else:
-            self.notes.append("self: the text that an interrupted run wrote was read again")
+            self.notes.append("self: the text of the interrupted run is used again")
         if self._kept is not None:
-            self._kept.remember(found, seed)
-        return found
+            self._kept.remember(text, seed)
+        return text
 
     def _write(self, windows: int, seqlen: int, seed: int) -> Tensor:
         voice = Voice.of(self._tokenizer, self._skeleton.model.config, self._skeleton.vocabulary)
         if voice.begin is None:
-            self.notes.append("self: the tokenizer has no beginning-of-text token; each text starts with a random one")
+            self.notes.append("self: the tokenizer has no beginning-of-text token; texts start with a random token")
         free = memory.spare(self._skeleton.device) if self._free is None else self._free
         rows = self._rows_at_once(seqlen, free)
         length = seqlen if rows else min(seqlen, STREAMED_TOKENS)
         texts = -(-windows * seqlen // length)
         generator = torch.Generator().manual_seed(seed)
-        numbers = torch.rand(texts, length, generator=generator).double()  # of 24 bits: none rounds up to 1
+        numbers = torch.rand(texts, length, generator=generator).double()  # of 24 bits, so that none rounds up to 1
         if rows:
             written: list[Tensor] = []
             with in_memory(self._skeleton) as model:
@@ -170,10 +172,10 @@ class SelfAuthor:
                     step = Continuation(model, self._skeleton.device)
                     written.append(write_rows(step, part, voice, partial(self._progress, done, B, numbers.numel())))
         else:
-            needed = f"{weight_bytes(self._skeleton) / 1e9:.1f} GB, free are {free / 1e9:.1f}"
+            needed = f"{weight_bytes(self._skeleton) / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
             self.notes.append(
-                f"self: texts of {length} tokens, written block by block, a pass over the checkpoint for each token, "
-                f"as the model does not fit into memory ({needed})"
+                f"self: the model does not fit into memory ({needed}), so texts of {length} tokens are generated block "
+                "by block, with one pass over the checkpoint per token"
             )
             written = [write_rows(self._streamed, numbers, voice, partial(self._progress, 0, texts, numbers.numel()))]
         return torch.cat(written).flatten()[: windows * seqlen].view(windows, seqlen)
@@ -182,14 +184,14 @@ class SelfAuthor:
         self._on_progress(done + rows * position, total)
 
     def _rows_at_once(self, seqlen: int, free: int) -> int:
-        """How many rows of the whole model's text fit into memory at once; 0 where the model does not."""
+        """The number of rows that fit into memory together with the whole model; 0 if the model does not fit."""
         left = SPARE_PART * free - weight_bytes(self._skeleton)
-        row = seqlen * cache_bytes(self._skeleton) + 32 * self._skeleton.vocabulary  # logits, and what `draw` makes
+        row = seqlen * cache_bytes(self._skeleton) + 32 * self._skeleton.vocabulary  # and logits, and tensors of `draw`
         return max(0, min(ROWS, int(left // row)))
 
     @torch.no_grad()
     def _streamed(self, tokens: Tensor) -> Tensor:
-        """The next logits, each block read from the checkpoint in its turn."""
+        """The next logits; the blocks are read from the checkpoint one after the other."""
         text = Text(tokens, STREAMED_ROWS)
         passed = run_through(self._skeleton, text, Storage(self._skeleton.device, Place.HOST))
         logits = [

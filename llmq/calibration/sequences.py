@@ -1,7 +1,7 @@
-"""Documents into windows: tokenized as in serving, joined end to end, cut; nothing is padded.
+"""Documents into sequences: tokenized as in serving, joined end to end, cut, never padded.
 
-A document gets its beginning-of-text token where the tokenizer puts one, and never two.  No more is tokenized than the
-windows need: which documents come first is drawn from the seed, so that a large file is sampled and not read from the
+A document gets one beginning-of-text token if the tokenizer adds one, and never two. Only as many documents are
+tokenized as the sequences need. The seed determines their order, so that a large file is sampled and not read from the
 top.
 """
 
@@ -22,7 +22,7 @@ from llmq.calibration.sources import Source, read_source
 
 
 def cut(ids: Tensor, seqlen: int) -> Tensor:
-    """(S, seqlen) non-overlapping windows of a vector of token ids; the incomplete last one is left out."""
+    """Cut a vector of token ids into non-overlapping sequences (S, seqlen); an incomplete last one is dropped."""
     count = len(ids) // seqlen
     return ids[: count * seqlen].view(count, seqlen)
 
@@ -39,9 +39,9 @@ class _Counts:
 
 @dataclass
 class TextWindows:
-    """The windows of one source of text, made as far as they are asked for.
+    """The sequences of one text source, made on request.
 
-    `seen` holds the digests of the documents that came before, in this source and in others of the run.
+    `seen` holds the digests of earlier documents, of this source and of the other sources of the run.
     """
 
     source: Source
@@ -52,22 +52,22 @@ class TextWindows:
 
     def __post_init__(self) -> None:
         documents = read_source(self.source.name, explicit=self.source.explicit).documents
-        self.refusal = ""  # what the template said of the first chat that it did not take
-        self._found = len(documents)
+        self.refusal = ""  # the error of the chat template for the first chat that it refused
+        self._documents = len(documents)
         self._counts = _Counts()
         self._ids: list[int] = []
-        self._texts: list[str] = []  # what was read
-        self._ends: list[int] = []  # of each, how many ids there are up to its end
+        self._texts: list[str] = []  # the texts that were read
+        self._ends: list[int] = []  # number of ids up to the end of each text
         self._rest = self._tokenized(self._drawn(documents))
         self._exhausted = False
 
     @property
     def tokens(self) -> int:
-        """How many are made so far."""
+        """The number of token ids so far."""
         return len(self._ids)
 
     def make(self, windows: int) -> int:
-        """Read until there are so many windows; returns how many of them there are."""
+        """Read until there are `windows` sequences, or no more text; returns the number of sequences."""
         while len(self._ids) < windows * self.seqlen and not self._exhausted:
             ids = next(self._rest, None)
             self._exhausted = ids is None
@@ -77,11 +77,11 @@ class TextWindows:
         return min(windows, len(self._ids) // self.seqlen)
 
     def windows(self, count: int) -> Tensor:
-        """The first `count` windows, (count, seqlen) int64."""
+        """The first `count` sequences, (count, seqlen) int64."""
         return torch.tensor(self._ids[: count * self.seqlen], dtype=torch.int64).view(count, self.seqlen)
 
     def record(self, share: float, wanted: int, count: int) -> SourceRecord:
-        """What became of everything, where `wanted` windows were the source's share and `count` are used."""
+        """The manifest entry of the source, of which `wanted` sequences are its share and `count` are used."""
         windows = self.windows(count)
         rest = len(self._ids) - windows.numel()
         counts = self._counts
@@ -92,7 +92,7 @@ class TextWindows:
             windows=count,
             tokens=windows.numel(),
             sha256=sha256_of(windows),
-            documents=self._found,
+            documents=self._documents,
             empty=counts.empty,
             duplicates=counts.duplicates,
             refused=counts.refused,
@@ -107,7 +107,7 @@ class TextWindows:
         )
 
     def _drawn(self, documents: Sequence[Document]) -> list[Document]:
-        """What is neither empty nor there already, in the order that the seed draws."""
+        """The documents that are neither empty nor duplicates, in random order."""
         kept = []
         for document in documents:
             if is_blank(document):
@@ -122,7 +122,7 @@ class TextWindows:
         return kept
 
     def _tokenized(self, documents: Sequence[Document]) -> Iterator[list[int]]:
-        """The ids of one document after another."""
+        """Yield the token ids of each document."""
         for document in documents:
             if isinstance(document, Chat) and has_template(self.tokenizer):
                 text = self._rendered(document)
@@ -141,7 +141,7 @@ class TextWindows:
     def _rendered(self, chat: Chat) -> str | None:
         try:
             return chat.rendered(self.tokenizer)
-        except Exception as error:  # the template is a program of the tokenizer's author, and raises what it likes
+        except Exception as error:  # a template is a program, and may raise any exception
             self._counts.refused += 1
             self.refusal = self.refusal or str(error)
             return None

@@ -1,10 +1,10 @@
-"""Files that appear whole or not at all.
+"""Write files completely or not at all.
 
-A file is written under a passing name beside its final one, pushed to the disk (fsync), and renamed.  Rename within a
-folder is atomic in every file system that matters here, so a reader, a crash or a power cut meets the old file or
-the new one and never half of one.  The folder is pushed to the disk as well: a rename that is not may be lost.
+A file is written under a temporary name in the same folder, flushed to disk (fsync) and renamed. A rename within a
+folder is atomic, so after a crash or a power cut there is either the old file or the new one, never half a file. The
+folder is flushed to disk as well, because otherwise the rename may be lost.
 
-Whatever the system says meanwhile (no space left, quota, read-only, no permission) becomes one `StorageError`.
+Errors of the operating system (no space left, quota, read-only, no permission) become a `StorageError`.
 """
 
 import errno
@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from llmq.errors import StorageError
 
-PARTIAL = ".partial"  # ends the name of a file that is being written
+PARTIAL = ".partial"  # suffix of a file that is being written
 
 _REMEDIES = {
     errno.ENOSPC: "free some space",
@@ -30,23 +30,23 @@ _REMEDIES = {
 
 @contextmanager
 def storing(path: Path) -> Iterator[None]:
-    """Every OSError inside becomes a StorageError that names `path`, what the system said, and how to go on."""
+    """Turn an OSError into a StorageError with the path, the message of the system and a remedy."""
     try:
         yield
     except OSError as error:
-        remedy = _REMEDIES.get(error.errno or 0, "put the cause right")
+        remedy = _REMEDIES.get(error.errno or 0, "remove the cause")
         raise StorageError(
             f"cannot write {path}: {error.strerror or error}",
-            hint=f"{remedy} and give the same command again: finished blocks are kept, and it continues after them",
+            hint=f"{remedy} and repeat the command: finished blocks are kept",
         ) from error
 
 
 @contextmanager
 def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
-    """A binary file that becomes `path` when the block ends well, and leaves nothing behind when it does not.
+    """Open a binary file that becomes `path` at the end of the block, or is deleted if an exception is raised.
 
-    One that is not `durable` may be lost, or be cut short, in a power cut, until `sync_file` was called for it.  Raises
-    StorageError for what the system refuses.
+    If not `durable`, a power cut may lose or truncate the file until `sync_file` is called for it. Raises StorageError
+    if the file cannot be written.
     """
     partial = path.with_name(f".{path.name}{PARTIAL}")
     with storing(path):
@@ -57,7 +57,7 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
                 if durable:
                     os.fsync(file.fileno())
             partial.replace(path)
-        except BaseException:  # Ctrl-C too: a full disk gets its space back
+        except BaseException:  # also on Ctrl-C, so that a full disk gets its space back
             partial.unlink(missing_ok=True)
             raise
         if durable:
@@ -65,26 +65,26 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
 
 
 def sync_file(path: Path) -> None:
-    """Push the contents of a file to the disk; its name is pushed with `sync_folder`."""
+    """Flush the contents of a file to disk; `sync_folder` flushes its name."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` as UTF-8, whole or not at all.  Raises StorageError."""
+    """Write `text` as UTF-8, completely or not at all. Raises StorageError."""
     with replacing(path) as file:
         file.write(text.encode("utf-8"))
 
 
 def sync_folder(folder: Path) -> None:
-    """Push the names in a folder to the disk, where the system can."""
+    """Flush the file names of a folder to disk, if the system supports it."""
     if os.name != "posix":  # other systems cannot open a folder
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems have no such call
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # not supported by some network file systems
             raise
     finally:
         os.close(descriptor)

@@ -1,8 +1,8 @@
-"""A model as the user names it -> a folder on this machine.
+"""Locate the folder of a model, and download it from the Hugging Face Hub if necessary.
 
-A folder is taken as it is.  Anything else that reads like an id of the Hugging Face Hub (`name` or `owner/name`) goes
-to huggingface_hub, with its cache, its token, HF_HUB_OFFLINE and its progress bars; only the files that llmq reads or
-copies are fetched.  Python files are fetched only for those who asked to run a model's own code.
+A local folder is used directly. Anything else that looks like a Hub id (`name` or `owner/name`) is passed to
+huggingface_hub, with its cache, its token, HF_HUB_OFFLINE and its progress bars. Only files that llmq reads or copies
+are downloaded, and Python files only if the user allows to run the code of the model.
 """
 
 import re
@@ -13,41 +13,41 @@ from llmq.errors import CheckpointError, ConfigError
 
 WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md")
 REMOTE_CODE = ("*.py",)
-# A second copy of the weights in another layout, which some owners keep in the same repository.
+# Some repositories hold a second copy of the weights in another layout.
 UNWANTED = ("*/*.safetensors", "consolidated*.safetensors")
 
 _ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
 
 def locate(model: str, revision: str | None = None, *, remote_code: bool = False) -> Path:
-    """The folder of a model, downloaded if need be.
+    """Return the folder of a model; download the model if necessary.
 
-    model        a path, or an id of the Hub
+    model        a path or a Hub id
     revision     branch, tag or commit on the Hub; None is the default branch
-    remote_code  fetch the model's Python files too
+    remote_code  also download the Python files of the model
 
-    Raises CheckpointError if there is no such model, it is gated, or it is not cached and the Hub is out of reach;
+    Raises CheckpointError if the model does not exist, is gated, or is not cached and the Hub cannot be reached;
     ConfigError for a revision of a local folder.
     """
     with reading(Path(model)):
         local = bool(model) and Path(model).exists()  # Path("") is the current folder
     if local:
         if revision is not None:
-            message = f"{model} is on this machine, so there is no revision {revision!r} of it"
-            raise ConfigError(message, hint="leave --revision away, or give a model of the Hub")
+            message = f"{model} is a local folder, so --revision {revision!r} does not apply"
+            raise ConfigError(message, hint="omit --revision, or give a Hub id")
         return Path(model)
     if not _ID.fullmatch(model):
-        message = f"{model!r} is neither a path on this machine nor the id of a model on the Hub"
+        message = f"{model!r} is neither a local path nor a Hub id"
         raise CheckpointError(message, hint="give a folder with a config.json, or an id such as Qwen/Qwen3-0.6B")
     return _download(model, revision, [*WANTED, *(REMOTE_CODE if remote_code else ())])
 
 
 def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
-    import huggingface_hub  # here, because it takes a while and a local folder needs none of it
+    import huggingface_hub  # imported here because it is slow, and local folders do not need it
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    # The HTTP library below differs between versions, but the root of its errors is a base of HfHubHTTPError in each;
-    # RuntimeError is how the transfer library, written in Rust, says that it failed.
+    # The HTTP library of huggingface_hub depends on its version, but the base class of its errors is always a base of
+    # HfHubHTTPError. The transfer library, written in Rust, raises RuntimeError.
     failures = (OSError, RuntimeError, HFValidationError, *HfHubHTTPError.__bases__)
     try:
         folder = huggingface_hub.snapshot_download(
@@ -63,15 +63,15 @@ def _explained(model: str, revision: str | None, error: Exception) -> Checkpoint
 
     if isinstance(error, errors.GatedRepoError):
         hint = f"accept the licence on https://huggingface.co/{model}, then log in with: hf auth login"
-        return CheckpointError(f"{model} is gated: its owner wants to know who downloads it", hint=hint)
+        return CheckpointError(f"{model} is gated: its owner has to grant access", hint=hint)
     if isinstance(error, errors.RevisionNotFoundError):
         message = f"{model} has no revision {revision!r} on the Hub"
-        return CheckpointError(message, hint=f"see https://huggingface.co/{model}/tree/main for what there is")
+        return CheckpointError(message, hint=f"see https://huggingface.co/{model}/tree/main for its revisions")
     if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
-        message = f"{model!r} is neither a folder on this machine nor a model on the Hub"
+        message = f"{model!r} is neither a local folder nor a model on the Hub"
         return CheckpointError(message, hint="check the spelling; for a private model log in with: hf auth login")
     if constants.HF_HUB_OFFLINE:
-        message = f"{model} is no folder here, and not (completely) in the Hub's cache, and HF_HUB_OFFLINE is set"
+        message = f"{model} is neither a local folder nor completely cached, and HF_HUB_OFFLINE is set"
         return CheckpointError(message, hint="check the path, or unset HF_HUB_OFFLINE to download it")
-    hint = "check the path, the network and the space on the disk, then try again: what is downloaded is kept"
+    hint = "check the path, the network and the disk space, then repeat the command: downloaded files are kept"
     return CheckpointError(f"cannot download {model}: {error}", hint=hint)

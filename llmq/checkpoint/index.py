@@ -1,11 +1,11 @@
 """Which file of a model folder holds which tensor.
 
-Looked for in the order of transformers: `model.safetensors`; `model.safetensors.index.json`, which says in which shard
-each tensor lies; else every other `*.safetensors`, as long as they share no name.  Pickled weights are refused:
+Files are looked up in the order of transformers: `model.safetensors`; then `model.safetensors.index.json`, which maps
+tensors to shards; then all other `*.safetensors`, if no tensor name occurs twice. Pickled weights are refused, because
 unpickling a file runs the code in it.
 
-An index is text from elsewhere, so a path in it that leaves the folder is refused.  The path is judged as text:
-the cache of the Hub keeps the files of a snapshot as symbolic links into a folder beside it, and those must work.
+The index may come from an untrusted source, so a path that leaves the folder is refused. Paths are compared as text,
+because the cache of the Hub stores the files of a snapshot as symbolic links into another folder.
 """
 
 import json
@@ -21,7 +21,7 @@ from llmq.errors import CheckpointError
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 GGUF = ".gguf"
-GGUF_HINT = "llama.cpp runs it; `llmq eval` measures it, and `llmq convert` makes a format of it that llmq loads"
+GGUF_HINT = "run it with llama.cpp, measure it with `llmq eval`, or convert it with `llmq convert`"
 PICKLES = (".bin", ".pt", ".pth", ".pickle", ".pkl", ".ckpt")
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
@@ -36,30 +36,31 @@ class Location:
 
 
 def locate_tensors(folder: Path) -> dict[str, Location]:
-    """Every tensor of the checkpoint, file by file, in the order in which they lie.
+    """Return the location of every tensor, in the order of the files.
 
-    Raises CheckpointError if there are no safetensors, a file is missing or damaged, or index and shards disagree.
+    Raises CheckpointError if there are no safetensors files, a file is missing or damaged, or the index does not match.
     """
     with reading(folder):
         return _locate(folder)
 
 
 def gguf_file(path: Path) -> Path | None:
-    """The .gguf file that a path means: itself, or the only one in a folder that has no other weights."""
+    """Return the .gguf file at `path`: the file itself, or the only one in a folder without other weights."""
     if path.suffix == GGUF and not path.is_dir():
         return path
     with reading(path):
         if not path.is_dir() or any(path.glob("*.safetensors")) or any(e.suffix in PICKLES for e in path.iterdir()):
             return None
-        found = list(path.glob(f"*{GGUF}"))
-    return found[0] if len(found) == 1 else None
+        files = list(path.glob(f"*{GGUF}"))
+    return files[0] if len(files) == 1 else None
 
 
 def refuse_gguf(path: Path) -> None:
-    """Raise CheckpointError for a .gguf file, or a folder that holds nothing else, where safetensors are wanted."""
+    """Raise CheckpointError for a .gguf file, or a folder without other weights."""
     file = gguf_file(path)
     if file is not None and file.is_file():
-        raise CheckpointError(f"{file} is a .gguf file, which llmq does not run itself", hint=GGUF_HINT)
+        message = f"{file} is a .gguf file, which llmq does not run; expected safetensors files"
+        raise CheckpointError(message, hint=GGUF_HINT)
 
 
 def _locate(folder: Path) -> dict[str, Location]:
@@ -76,7 +77,7 @@ def _locate(folder: Path) -> dict[str, Location]:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.  Raises CheckpointError if it cannot be read, is not JSON, or is something else."""
+    """Read the object in a JSON file. Raises CheckpointError for anything else."""
     with reading(path):
         data = path.read_bytes()
     try:
@@ -91,7 +92,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 def _read_index(path: Path) -> dict[str, str]:
     weight_map = read_json_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        message = f"{path} has no weight_map that says in which file each tensor lies"
+        message = f"{path} has no weight_map, expected one that maps tensors to files"
         raise CheckpointError(message, hint=COPY_AGAIN)
     return weight_map
 
@@ -109,7 +110,7 @@ def _by_index(folder: Path, weight_map: Mapping[str, str]) -> dict[str, Location
         header = read_header(file)
         absent = sorted(names - header.keys())
         if absent:
-            message = f"{folder / INDEX} says that {file_name} holds {absent[0]}, which it does not"
+            message = f"{folder / INDEX} lists {absent[0]} in {file_name}, but that file does not contain it"
             raise CheckpointError(message, hint="the index and the shards belong to different versions: " + COPY_AGAIN)
         tensors.update({name: Location(file, info) for name, info in header.items() if name in names})
     return tensors
@@ -119,8 +120,8 @@ def _inside(folder: Path, file_name: str) -> Path:
     posix, windows = PurePosixPath(file_name), PureWindowsPath(file_name)
     leaves = posix.is_absolute() or windows.anchor or ".." in (*posix.parts, *windows.parts)
     if leaves or "\0" in file_name or posix.suffix != ".safetensors":
-        message = f"{folder / INDEX} names {file_name!r}, expected a safetensors file inside of the folder"
-        raise CheckpointError(message, hint="do not trust this checkpoint; get it from its source again")
+        message = f"{folder / INDEX} names {file_name!r}, expected a safetensors file in the folder"
+        raise CheckpointError(message, hint="do not trust this checkpoint; download it again")
     return folder / file_name
 
 
@@ -130,7 +131,7 @@ def _union(files: list[Path]) -> dict[str, Location]:
         for name, info in read_header(file).items():
             if name in tensors:
                 message = f"tensor {name} is in {tensors[name].file} and in {file.name}, and there is no {INDEX}"
-                raise CheckpointError(message, hint="keep only the files of one model in the folder, or add its index")
+                raise CheckpointError(message, hint="keep only the files of one model in the folder, or add the index")
             tensors[name] = Location(file, info)
     return tensors
 
@@ -148,8 +149,8 @@ def _refuse_missing_shards(folder: Path, names: set[str]) -> None:
 def _no_weights(folder: Path, pickles: list[str]) -> CheckpointError:
     refuse_gguf(folder)
     if not pickles:
-        hint = "download or copy the weights into it"
-        return CheckpointError(f"{folder} holds no weights: no *.safetensors is in it", hint=hint)
-    message = f"{folder} holds pickled weights only ({', '.join(pickles[:3])}), and opening those can run code"
+        hint = "download or copy the weights into the folder"
+        return CheckpointError(f"{folder} holds no weights: found no *.safetensors", hint=hint)
+    message = f"{folder} holds only pickled weights ({', '.join(pickles[:3])}), and loading them can run code"
     hint = "use a revision with safetensors, or convert: model.save_pretrained(folder, safe_serialization=True)"
     return CheckpointError(message, hint=hint)

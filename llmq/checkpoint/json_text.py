@@ -1,4 +1,4 @@
-"""JSON as it stands in the files beside the weights."""
+"""JSON as written into the files next to the weights."""
 
 import json
 from typing import Any

@@ -1,6 +1,6 @@
-"""Read tensors before they are asked for, in a thread, and keep those that are needed again while memory lasts.
+"""Read tensors ahead in a thread, and cache tensors that are needed again while there is memory for them.
 
-Only the file is read in the thread: what is computed stays in one thread, so that no second pool of workers starts.
+The thread only reads files. All computation stays in one thread, so that no second pool of workers starts.
 """
 
 import threading
@@ -12,26 +12,26 @@ from torch import Tensor
 
 from llmq import memory
 
-KEPT_SHARE = 8  # of the free memory, the part that tensors may take which are read again in a later pass
-COMING_SHARE = 4  # the part that the next block may take, while it is read ahead
-UNKNOWN = -1  # memory is looked at when the first tensor is read, as a job may be made long before it runs
+KEPT_SHARE = 8  # 1/8 of the free memory is the cache for tensors that a later pass reads again
+COMING_SHARE = 4  # the next block is read ahead if it fits into 1/4 of the free memory
+UNKNOWN = -1  # memory is measured at the first read, because a job may be created long before it runs
 
 
 class ReadAhead:
-    """A function that reads a tensor by its name, and may have read it already.
+    """A function that returns a tensor by name, from the cache, from the thread or from disk.
 
-    read    what does it
-    nbytes  the size of a tensor, by its name
-    pin     keep tensors in memory that a GPU copies from without waiting
-    reads   how often each tensor was read from the disk, by name
+    read    reads a tensor by name
+    nbytes  the size of a tensor by name
+    pin     use pinned memory, from which a GPU copies asynchronously
+    reads   how often each tensor was read from disk, by name
     """
 
     def __init__(self, read: Callable[[str], Tensor], nbytes: Callable[[str], int], *, pin: bool = False) -> None:
         self._read = read
         self._nbytes = nbytes
         self._pin = pin
-        self._room = UNKNOWN  # bytes that kept tensors may take
-        self._kept: OrderedDict[str, Tensor] = OrderedDict()  # the last one used comes last
+        self._room = UNKNOWN  # bytes for cached tensors
+        self._kept: OrderedDict[str, Tensor] = OrderedDict()  # the most recently used tensor is last
         self._kept_bytes = 0
         self._coming: dict[str, Future[Tensor]] = {}
         self._thread: ThreadPoolExecutor | None = None
@@ -39,7 +39,7 @@ class ReadAhead:
         self.reads: dict[str, int] = {}
 
     def __call__(self, name: str) -> Tensor:
-        """A tensor of the caller's own, on the CPU.  Raises CheckpointError."""
+        """Return a tensor on the CPU; the caller owns it. Raises CheckpointError."""
         coming = self._coming.pop(name, None)
         if name in self._kept:
             self._kept.move_to_end(name)
@@ -48,12 +48,12 @@ class ReadAhead:
         return self._keep(name, tensor)
 
     def expect(self, names: Iterable[str]) -> None:
-        """Begin to read tensors that will be asked for next, where there is memory for them."""
-        free = self._look()
+        """Start to read tensors that are needed next, if there is memory for them."""
+        free = self._measure_memory()
         wanted = [name for name in names if name not in self._kept]
         if free < memory.AMPLE_BYTES or sum(map(self._nbytes, wanted)) > free // COMING_SHARE:
             return
-        for future in self._coming.values():  # what was expected and never asked for
+        for future in self._coming.values():  # expected earlier, but never requested
             future.cancel()
         if self._thread is None:
             self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="llmq-read")
@@ -65,8 +65,8 @@ class ReadAhead:
         tensor = self._read(name)
         return tensor.pin_memory() if self._pin else tensor
 
-    def _look(self) -> int:
-        """Bytes of memory that are free now; what may be kept follows from it."""
+    def _measure_memory(self) -> int:
+        """Measure the free memory in bytes, and set the size of the cache."""
         free = memory.spare(memory.HOST)
         self._room = (free + self._kept_bytes) // KEPT_SHARE if free >= memory.AMPLE_BYTES else 0
         self._give_back()
@@ -74,7 +74,7 @@ class ReadAhead:
 
     def _keep(self, name: str, tensor: Tensor) -> Tensor:
         if self._room == UNKNOWN:
-            self._look()
+            self._measure_memory()
         if tensor.nbytes > self._room:
             return tensor
         self._kept[name] = tensor
@@ -83,7 +83,7 @@ class ReadAhead:
         return tensor.clone()
 
     def _give_back(self) -> None:
-        """Give back those that were not used for longest, until what is kept fits."""
+        """Drop the least recently used tensors until the cache fits."""
         while self._kept_bytes > self._room:
             _, oldest = self._kept.popitem(last=False)
             self._kept_bytes -= oldest.nbytes

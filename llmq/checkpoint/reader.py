@@ -1,4 +1,4 @@
-"""`Checkpoint`: a model folder, of which nothing but headers is read until a tensor is asked for."""
+"""`Checkpoint`: a model folder. Opening it reads only headers; tensors are read on request."""
 
 import dataclasses
 import hashlib
@@ -21,11 +21,11 @@ CONFIG = "config.json"
 class Checkpoint:
     """A Hugging Face model on disk.
 
-    folder  where it lies
+    folder  the model folder
     config  the object in config.json
-    files   the safetensors files that hold its tensors
+    files   the safetensors files with its tensors
 
-    Every method that reads raises CheckpointError if a file has gone, was cut short or cannot be read.
+    Every method that reads raises CheckpointError if a file is missing, truncated or cannot be read.
     """
 
     folder: Path
@@ -35,14 +35,14 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
-        """Read config.json and the headers of the weights; raises CheckpointError for whatever is not right there."""
+        """Read config.json and the headers of the weights; raises CheckpointError if one is missing or invalid."""
         with reading(folder):
             if not folder.exists():
                 message, hint = f"{folder} does not exist", "give the folder that holds the model's config.json"
                 raise CheckpointError(message, hint=hint)
             if not folder.is_dir():
                 refuse_gguf(folder)
-                message, hint = f"{folder} is a file, expected a model's folder", _hint_of_file(folder)
+                message, hint = f"{folder} is a file, expected the folder of a model", _hint_for_file(folder)
                 raise CheckpointError(message, hint=hint)
             if not (folder / CONFIG).exists():
                 raise _no_config(folder)
@@ -52,14 +52,14 @@ class Checkpoint:
         return cls(folder, config, files, tensors)
 
     def names(self) -> list[str]:
-        """Every tensor, file by file, in the order in which they lie."""
+        """The names of all tensors, in the order of the files."""
         return list(self._tensors)
 
     def __contains__(self, name: object) -> bool:
         return name in self._tensors
 
     def location(self, name: str) -> Location:
-        """In which file a tensor lies, and where in it."""
+        """The file of a tensor, and its place in that file."""
         try:
             return self._tensors[name]
         except KeyError:
@@ -70,12 +70,12 @@ class Checkpoint:
         return self.location(name).info
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor, on the CPU, in memory of its own."""
+        """Read a tensor; on the CPU, in newly allocated memory."""
         location = self.location(name)
         return read_tensor(location.file, location.info)
 
     def member(self, name: str, index: int) -> Tensor:
-        """One of the tensors that are stacked in another, along its first dimension; no more than that is read."""
+        """Read one slice of a stacked tensor, along its first dimension, and nothing else."""
         file, info = self.location(name).file, self.info(name)
         size = info.nbytes // info.shape[0]
         start = info.start + index * size
@@ -83,18 +83,18 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors together."""
+        """The size of all tensors in bytes."""
         return sum(location.info.nbytes for location in self._tensors.values())
 
     def modules_with(self, suffix: str) -> list[str]:
-        """The modules that hold a tensor of this name: "qweight" -> ["model.layers.0.mlp.down_proj", …]."""
+        """The modules with a tensor of this name: "qweight" -> ["model.layers.0.mlp.down_proj", …]."""
         ending = "." + suffix.removeprefix(".")
         return [name.removesuffix(ending) for name in self._tensors if name.endswith(ending)]
 
     def fingerprint(self) -> str:
-        """SHA-256 over config.json and each file's name, size, header and time of change.
+        """SHA-256 over config.json and the name, size, header and modification time of each file.
 
-        Equal fingerprints mean the same unchanged files; the weights themselves are not read, which would take minutes.
+        Equal fingerprints mean the same unchanged files. The weights are not read, because that would take minutes.
         """
         digest = hashlib.sha256()
         with reading(self.folder):
@@ -108,18 +108,18 @@ class Checkpoint:
 
 
 def _add(digest: "hashlib._Hash", data: bytes) -> None:
-    digest.update(len(data).to_bytes(8, "little"))  # so that no two sequences of pieces read the same
+    digest.update(len(data).to_bytes(8, "little"))  # so that different sequences of pieces never give the same bytes
     digest.update(data)
 
 
-def _hint_of_file(file: Path) -> str:
-    there = (file.parent / CONFIG).is_file()
-    return f"give its folder, {file.parent}" if there else "give the folder that holds the model's config.json"
+def _hint_for_file(file: Path) -> str:
+    has_config = (file.parent / CONFIG).is_file()
+    return f"give its folder, {file.parent}" if has_config else "give the folder that holds the model's config.json"
 
 
 def _no_config(folder: Path) -> CheckpointError:
     refuse_gguf(folder)
     if (folder / STAGING).exists():
-        message = f"{folder} holds an unfinished run of llmq, not yet a model"
-        return CheckpointError(message, hint="give the command that started it again, and it continues")
+        message = f"{folder} holds an unfinished run of llmq, expected a model"
+        return CheckpointError(message, hint="repeat the command that started the run: it continues")
     return CheckpointError(f"{folder} has no {CONFIG}", hint="give the folder that holds the model's config.json")

@@ -1,18 +1,18 @@
-"""One safetensors file: its header, one tensor of it, and new files put together from tensors of others.
+"""Safetensors files: read a header, read one tensor, and write new files from the tensors of other files.
 
     byte 0          8           8 + n                                  end
          | n as u64 | JSON, n B | tensor 0 | tensor 1 | ...               |      little-endian
 
-The JSON maps a name to {"dtype", "shape", "data_offsets": [first, last]}, offsets counted from byte 8 + n, and may hold
-"__metadata__" (text to text).  The tensors fill the rest of the file without holes.  Source: the README of
+The JSON maps a name to {"dtype", "shape", "data_offsets": [first, last]}, with offsets from byte 8 + n. It may hold
+"__metadata__" (text to text). The tensors fill the rest of the file without gaps. Source: the README of
 huggingface/safetensors.
 
-The safetensors package maps a whole file into memory to read one tensor of it.  A mapping counts in full against a
-limit on address space (RLIMIT_AS, which batch systems set) and its touched pages stay resident, so llmq seeks and
-reads instead: peak memory is the one tensor that was asked for, whatever the size of the shard.  It writes on its own
-too: the package turns "no space left" into an error without an errno, and cannot copy from file to file.
+The safetensors package maps a whole file into memory to read one tensor. The mapping counts in full against a limit on
+address space (RLIMIT_AS, set by batch systems), and its touched pages stay resident. llmq seeks and reads instead, so
+that peak memory is one tensor, whatever the size of the shard. llmq also writes files itself: the package reports "no
+space left" without an errno, and cannot copy from file to file.
 
-Nothing in a header is believed before it is checked.  Big-endian machines are not covered.
+Every value of a header is checked. Big-endian machines are not supported.
 """
 
 import json
@@ -31,7 +31,7 @@ from torch import Tensor
 from llmq.checkpoint.atomic import replacing
 from llmq.errors import CheckpointError
 
-PYTORCH = MappingProxyType({"format": "pt"})  # transformers asks for this in a file's metadata
+PYTORCH = MappingProxyType({"format": "pt"})  # transformers requires this metadata
 COPY_AGAIN = "download or copy the file again"
 
 _HEADER_LIMIT = 100_000_000  # bytes; the safetensors package has the same limit
@@ -64,7 +64,7 @@ _VALUES_PER_ELEMENT = {torch.float4_e2m1fn_x2: 2}  # the file counts values in t
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies in its file: bytes [start, stop), counted from the start of the file."""
+    """The place of a tensor in its file: bytes [start, stop), counted from the start of the file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -77,69 +77,69 @@ class TensorInfo:
 
 
 _Source = TypeVar("_Source", Path, Tensor)
-Part = tuple[Path, str, TensorInfo]  # a tensor in a file: the file, the name the tensor gets, where it lies
+Part = tuple[Path, str, TensorInfo]  # a tensor in a file: the file, the name of the tensor in the new file, its place
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Every OSError inside becomes a CheckpointError that names `path`."""
+    """Turn an OSError into a CheckpointError that names `path`."""
     try:
         yield
     except OSError as error:
-        hint = "check that the file is there and that you may read it"
+        hint = "check that the file exists and that you may read it"
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}", hint=hint) from error
 
 
 def read_header_bytes(path: Path) -> tuple[bytes, int]:
-    """The JSON text of a file's header, unparsed, and the size of the file in bytes.  Raises CheckpointError."""
+    """Read the header of a file as JSON text, and the size of the file in bytes. Raises CheckpointError."""
     with reading(path), path.open("rb") as file:
         size = path.stat().st_size
         prefix = file.read(8)
-        if prefix == b"version ":  # what git leaves in place of a large file
+        if prefix == b"version ":  # git's placeholder for a large file
             raise CheckpointError(f"{path} is a Git LFS pointer, not the weights", hint="run: git lfs pull")
         if len(prefix) < 8:
-            raise _cut_short(path, size, "at least 8")
+            raise _truncated(path, size, "at least 8")
         (length,) = struct.unpack("<Q", prefix)
         if length > _HEADER_LIMIT:
-            message = f"{path} is no safetensors file: its header has {length} bytes, expected at most {_HEADER_LIMIT}"
+            message = f"{path} is not a safetensors file: the header has {length} bytes, expected up to {_HEADER_LIMIT}"
             raise CheckpointError(message, hint=COPY_AGAIN)
         text = file.read(length)
         if len(text) < length:
-            raise _cut_short(path, size, f"at least {8 + length}")
+            raise _truncated(path, size, f"at least {8 + length}")
         return text, size
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Every tensor of a safetensors file, in the order in which they lie.
+    """Read where every tensor of a safetensors file is, in the order of the file.
 
-    Raises CheckpointError if the file cannot be read, is cut short, or its header contradicts itself.
+    Raises CheckpointError if the file cannot be read, is truncated, or has an inconsistent header.
     """
     text, size = read_header_bytes(path)
     try:
         document = json.loads(text.decode("utf-8"), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: the header is not understood: {error}", hint=COPY_AGAIN) from None
+        raise CheckpointError(f"{path}: the header cannot be parsed: {error}", hint=COPY_AGAIN) from None
     if not isinstance(document, dict):
         raise CheckpointError(f"{path}: the header is a {type(document).__name__}, expected an object", hint=COPY_AGAIN)
     begin = 8 + len(text)
     document.pop("__metadata__", None)
-    found = {name: _tensor_info(path, name, entry, begin) for name, entry in document.items()}
-    tensors = dict(sorted(found.items(), key=lambda item: (item[1].start, item[1].stop)))
+    infos = {name: _tensor_info(path, name, entry, begin) for name, entry in document.items()}
+    tensors = dict(sorted(infos.items(), key=lambda item: (item[1].start, item[1].stop)))
     end = begin
     for name, info in tensors.items():
         if info.start != end:
-            message = f"{path}: tensor {name} starts at byte {info.start}, the one before it ends at byte {end}"
+            message = f"{path}: tensor {name} starts at byte {info.start}, expected {end}, the end of the previous one"
             raise CheckpointError(message, hint=COPY_AGAIN)
         end = info.stop
     if size < end:
-        raise _cut_short(path, size, str(end))
+        raise _truncated(path, size, str(end))
     if size > end:
         raise CheckpointError(f"{path} has {size} bytes, expected {end}: bytes follow the last tensor", hint=COPY_AGAIN)
     return tensors
 
 
 def read_tensor(path: Path, info: TensorInfo) -> Tensor:
-    """One tensor, on the CPU, in memory of its own.  Raises CheckpointError if the file ends before the tensor does."""
+    """Read one tensor; on the CPU, in newly allocated memory. Raises CheckpointError for a truncated file."""
     data = torch.empty(info.nbytes, dtype=torch.uint8)
     with reading(path), path.open("rb", buffering=0) as file:
         file.seek(info.start)
@@ -148,7 +148,7 @@ def read_tensor(path: Path, info: TensorInfo) -> Tensor:
 
 
 class StoredTensors(Mapping[str, Tensor]):
-    """The tensors of a safetensors file, each read from the disk whenever it is asked for."""
+    """The tensors of a safetensors file; each access reads from disk."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -163,17 +163,17 @@ class StoredTensors(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._header)
 
-    def __contains__(self, name: object) -> bool:  # the inherited one would read the tensor
+    def __contains__(self, name: object) -> bool:  # the inherited method would read the tensor
         return name in self._header
 
 
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] = PYTORCH, *, durable: bool = True
 ) -> None:
-    """Write tensors, of any device and stride, as one safetensors file that appears whole or not at all.
+    """Write tensors, of any device and stride, as one safetensors file, completely or not at all.
 
-    `durable` is that of `atomic.replacing`.
-    Raises StorageError if it cannot be written, CheckpointError for a dtype that safetensors lacks.
+    `durable`: see `atomic.replacing`.
+    Raises StorageError if the file cannot be written, CheckpointError for a dtype that safetensors does not support.
     """
     order = _aligned([(tensor, name, TensorInfo(tensor.dtype, tuple(tensor.shape), 0, tensor.nbytes))
                       for name, tensor in tensors.items()])  # fmt: skip
@@ -182,16 +182,16 @@ def write_tensors(
         file.write(header)
         for tensor, _, _ in order:
             packed = tensor.detach().cpu().contiguous()
-            flat = packed.as_strided((packed.numel(),), (1,))  # one element alone may keep a stride through all this
+            flat = packed.as_strided((packed.numel(),), (1,))  # a tensor of one element may still have another stride
             file.write(flat.view(torch.uint8).numpy().data)
 
 
 def concatenate(path: Path, parts: Sequence[Part], metadata: Mapping[str, str] = PYTORCH) -> None:
-    """Write one safetensors file from tensors that lie in other files, a few megabytes at a time.
+    """Write one safetensors file from tensors in other files, a few megabytes at a time.
 
-    The tensors keep the order of `parts`, unless one would then start at a byte that is no multiple of its item size (a
-    reader that maps the file would get a misaligned pointer): then the widest dtypes come first, otherwise in order.
-    Raises StorageError if it cannot be written, CheckpointError if a part cannot be read or a name comes twice.
+    The tensors keep the order of `parts`. If a tensor would then start at a byte that is not a multiple of its item
+    size, the widest dtypes come first, because a reader that maps the file needs aligned pointers.
+    Raises StorageError if the file cannot be written, CheckpointError if a part cannot be read or a name occurs twice.
     """
     order = _aligned(parts)
     header = _header([(name, info) for _, name, info in order], metadata)
@@ -208,7 +208,7 @@ def copy_bytes(source: Path, start: int, stop: int, target: BinaryIO) -> None:
 
 
 def _chunks(path: Path, start: int, stop: int) -> Iterator[memoryview]:
-    # A generator, so that an OSError of the one who writes is not taken for one of reading.
+    # A generator, so that an OSError of the writer is not reported as an error of reading.
     buffer = memoryview(bytearray(min(_CHUNK, stop - start)))
     with reading(path), path.open("rb", buffering=0) as file:
         file.seek(start)
@@ -221,22 +221,22 @@ def _chunks(path: Path, start: int, stop: int) -> Iterator[memoryview]:
 
 def _fill(path: Path, file: Any, view: memoryview) -> None:
     missing = len(view)
-    while missing:  # the system may hand over less than was asked, 2 GB at most on Linux
+    while missing:  # the system may return fewer bytes than requested; on Linux at most 2 GB
         count = file.readinto(view[len(view) - missing :])
         if not count:
-            raise _cut_short(path, file.tell(), f"at least {file.tell() + missing}")
+            raise _truncated(path, file.tell(), f"at least {file.tell() + missing}")
         missing -= count
 
 
-def _cut_short(path: Path, found: int, expected: str) -> CheckpointError:
-    return CheckpointError(f"{path} is cut short: found {found} bytes, expected {expected}", hint=COPY_AGAIN)
+def _truncated(path: Path, size: int, expected: str) -> CheckpointError:
+    return CheckpointError(f"{path} is truncated: found {size} bytes, expected {expected}", hint=COPY_AGAIN)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     document = dict(pairs)
     if len(document) < len(pairs):
-        raise ValueError("a name comes twice")
-    "".join(document).encode()  # half a surrogate pair is legal JSON, but no text: raises ValueError
+        raise ValueError("a name occurs twice")
+    "".join(document).encode()  # half a surrogate pair is valid JSON but not valid text: raises ValueError
     return document
 
 
@@ -251,7 +251,7 @@ def _tensor_info(path: Path, name: str, entry: Any, begin: int) -> TensorInfo:
         ):
             pass
         case _:
-            message = f"{path}: the entry of tensor {name} is not understood: {str(entry)[:200]}"
+            message = f"{path}: the entry of tensor {name} is invalid: {str(entry)[:200]}"
             raise CheckpointError(message, hint=COPY_AGAIN)
     dtype = _DTYPES.get(dtype_name)
     if dtype is None:
@@ -260,7 +260,7 @@ def _tensor_info(path: Path, name: str, entry: Any, begin: int) -> TensorInfo:
     *leading, columns = shape or [1]
     columns, odd = divmod(columns, _VALUES_PER_ELEMENT.get(dtype, 1))
     if odd or math.prod(leading) * columns * dtype.itemsize != last - first:
-        message = f"{path}: tensor {name} has {last - first} bytes, which is not {dtype_name} of shape {shape}"
+        message = f"{path}: tensor {name} has {last - first} bytes, which does not match {dtype_name} of shape {shape}"
         raise CheckpointError(message, hint=COPY_AGAIN)
     return TensorInfo(dtype, (*leading, columns) if shape else (), begin + first, begin + last)
 
@@ -279,9 +279,9 @@ def _header(named: Sequence[tuple[str, TensorInfo]], metadata: Mapping[str, str]
     start = 0
     for name, info in named:
         if name in document:
-            raise CheckpointError(f"tensor {name} would be written twice into one file")
+            raise CheckpointError(f"tensor {name} occurs twice in one file")
         if info.dtype not in _NAMES:
-            raise CheckpointError(f"tensor {name} has dtype {info.dtype}, which a safetensors file cannot hold")
+            raise CheckpointError(f"tensor {name} has dtype {info.dtype}, which safetensors does not support")
         shape = list(info.shape)
         if info.dtype in _VALUES_PER_ELEMENT:
             shape[-1] *= _VALUES_PER_ELEMENT[info.dtype]

@@ -1,4 +1,4 @@
-"""Tensors that lie in many files -> the shards of one model, and the index that says which holds which.
+"""Write tensors from many files as the shards of one model, with an index from tensor to shard.
 
 A model that fits into one shard is `model.safetensors`; a larger one is `model-00001-of-0000n.safetensors` … and
 `model.safetensors.index.json` = {"metadata": {"total_size": bytes}, "weight_map": {tensor: file}}.
@@ -17,10 +17,10 @@ SHARD_BYTES = 5 * 10**9
 
 
 def write_shards(folder: Path, parts: Sequence[Part], shard_bytes: int = SHARD_BYTES) -> list[str]:
-    """Write tensors, in order, as shards of at most `shard_bytes`; a larger tensor gets a shard of its own.
+    """Write tensors, in order, as shards of at most `shard_bytes`; a larger tensor gets a separate shard.
 
-    Returns the names of the files written.  Raises StorageError if one cannot be written, CheckpointError if a part
-    cannot be read or a name comes twice.
+    Returns the names of the written files. Raises StorageError if a file cannot be written, CheckpointError if a part
+    cannot be read or a name occurs twice.
     """
     _refuse_duplicates(parts)
     shards = split(parts, shard_bytes)
@@ -38,7 +38,7 @@ def write_shards(folder: Path, parts: Sequence[Part], shard_bytes: int = SHARD_B
 
 
 def split(parts: Sequence[Part], shard_bytes: int) -> list[list[Part]]:
-    """Cut a sequence of tensors, in order, where the next one would bring a shard over `shard_bytes`."""
+    """Split tensors, in order, into shards of at most `shard_bytes`."""
     shards: list[list[Part]] = [[]]
     filled = 0
     for part in parts:
@@ -55,5 +55,5 @@ def _refuse_duplicates(parts: Sequence[Part]) -> None:
     seen: dict[str, Path] = {}
     for file, name, _ in parts:
         if name in seen:
-            raise CheckpointError(f"tensor {name} would be written twice, from {seen[name]} and from {file}")
+            raise CheckpointError(f"tensor {name} occurs twice, in {seen[name]} and in {file}")
         seen[name] = file

@@ -1,4 +1,4 @@
-"""The files around the weights: tokenizer, chat template, generation settings, licence, card."""
+"""The files next to the weights: tokenizer, chat template, generation settings, licence, card."""
 
 from pathlib import Path
 
@@ -15,11 +15,11 @@ WEIGHT_SUFFIXES = {
     ".pkl",
     ".pickle",
 }
-WRITTEN_ANEW = {"config.json", "quantize_config.json", "llmq.json"}
+REWRITTEN = {"config.json", "quantize_config.json", "llmq.json"}
 
 
 def companion_files(folder: Path) -> list[Path]:
-    """What is copied byte for byte from the original: every plain file of the folder that is not about the weights."""
+    """The files that are copied unchanged from the original: everything except weights and configuration."""
     return sorted(
         path
         for path in folder.iterdir()
@@ -27,5 +27,5 @@ def companion_files(folder: Path) -> list[Path]:
         and not path.name.startswith(".")
         and path.suffix not in WEIGHT_SUFFIXES
         and not path.name.endswith(".index.json")
-        and path.name not in WRITTEN_ANEW
+        and path.name not in REWRITTEN
     )

@@ -1,16 +1,16 @@
-"""The finished blocks of a run that is not over, kept inside the output folder.
+"""The finished blocks of a run in progress, kept inside the output folder.
 
     OUT/.llmq-partial/
-        identity.json       what the run was asked for, and of which source
-        00000.safetensors   the tensors of block 0, under the names that they have in the finished model
-        00000.json          its record; written last, so it marks the block as committed
-        revision/           a second version of all blocks, in the making (see revision.py)
-        final/              the model while it is put together
-        scratch/            a model that the one in final/ is made from, and that nobody asked for
+        identity.json       the settings and the source of the run
+        00000.safetensors   the tensors of block 0, under their names in the finished model
+        00000.json          the record of block 0; written last, so it marks the block as committed
+        revision/           the tuned version of all blocks (see tuned_version.py)
+        final/              the model while it is assembled
+        scratch/            an intermediate model from which the model in final/ is made
         activations/        hidden states of the calibration text that do not fit into memory
-        moving.json         the files of final/ that may already be in OUT; written before the first of them is moved
+        moving.json         the files of final/ that may already be in OUT; written before the first file is moved
 
-It lies inside OUT because OUT may be a mount point, and a rename is atomic only within a file system.
+The staging folder is inside OUT because OUT may be a mount point, and a rename is atomic only within a file system.
 """
 
 import json
@@ -31,9 +31,9 @@ STAGING = ".llmq-partial"
 
 
 class Staging:
-    """The staging folder of one output folder; may not exist yet.
+    """The staging folder of an output folder; it may not exist yet.
 
-    Its methods let OSErrors of the system through; `Writer` names them.
+    The methods raise OSError; `Writer` turns it into a StorageError.
     """
 
     def __init__(self, out: Path) -> None:
@@ -50,23 +50,23 @@ class Staging:
         return self.folder.exists()
 
     def belongs_to(self, identity: Mapping[str, Any]) -> bool:
-        """Whether a run with this identity left it."""
+        """Whether the folder belongs to a run with this identity."""
         return bool(read_or_empty(self._identity).get("identity") == _plain(identity))
 
     @property
     def created_out(self) -> bool:
-        """Whether the run made the output folder."""
+        """Whether the run created the output folder."""
         return read_or_empty(self._identity).get("created_out") is True
 
     def begin(self, identity: Mapping[str, Any], *, created_out: bool) -> None:
-        """Make it, and write down whose it is."""
+        """Create the folder, and record the identity of the run."""
         self.folder.mkdir()
         sync_folder(self.out)
         state = {"identity": _plain(identity), "created_out": created_out}
         write_text(self._identity, json.dumps(state, indent=1))
 
     def sweep(self) -> None:
-        """Delete what a killed process left half done, also the files that it moved to OUT."""
+        """Delete the incomplete files of a killed process, also those that it moved to OUT."""
         for partial in self.folder.glob(f".*{PARTIAL}"):
             partial.unlink()
         self.revision.sweep()
@@ -76,12 +76,12 @@ class Staging:
             if moved.parent != self.out and moved.parent.is_dir() and not any(moved.parent.iterdir()):
                 moved.parent.rmdir()
         self._moving.unlink(missing_ok=True)
-        for made in (self.final, self.scratch, self.activations):
-            if made.exists():
-                shutil.rmtree(made)
+        for folder in (self.final, self.scratch, self.activations):
+            if folder.exists():
+                shutil.rmtree(folder)
 
     def drop_damaged(self) -> list[int]:
-        """Take back the commitment of blocks whose files do not read back; returns which."""
+        """Mark blocks with unreadable files as not committed, and return them."""
         damaged = []
         for index in self.blocks():
             try:
@@ -92,13 +92,13 @@ class Staging:
         return damaged
 
     def remove(self) -> None:
-        """Delete it.  The identity goes first: what is left after a crash must not be taken for a run to continue."""
+        """Delete the folder. The identity is deleted first, so that a crash does not leave a run to continue."""
         self._identity.unlink(missing_ok=True)
         sync_folder(self.folder)
         shutil.rmtree(self.folder)
 
     def nbytes(self) -> int:
-        """Bytes on the disk that it, and what was moved out of it, take."""
+        """The size of the folder and of the files moved out of it, in bytes."""
         files = [*self.folder.rglob("*"), *(self.out / name for name in self.moved())]
         return sum(file.stat().st_size for file in files if file.is_file())
 
@@ -107,32 +107,32 @@ class Staging:
         return sorted(int(mark.stem) for mark in self.folder.glob("*.json") if mark.stem.isdecimal())
 
     def commit(self, index: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """Write a block, its mark last.  A block that stands already is replaced, and is missing meanwhile."""
+        """Write a block, its record last. An existing block is replaced, and is not committed meanwhile."""
         if self._mark(index).exists():
             self._mark(index).unlink()
-            sync_folder(self.folder)  # or a power cut might leave the old mark beside the new tensors
+            sync_folder(self.folder)  # otherwise a power cut may leave the old record with the new tensors
         write_tensors(self._tensors(index), tensors)
         write_text(self._mark(index), json.dumps(record, indent=1))
 
     def read(self, index: int) -> tuple[StoredTensors, dict[str, Any]]:
-        """A committed block and its record.  Raises CheckpointError if it is not there or damaged."""
+        """Read a committed block and its record. Raises CheckpointError if it is missing or damaged."""
         record = read_json_object(self._mark(index))
         return StoredTensors(self._tensors(index)), record
 
     def parts(self, blocks: Iterable[int]) -> list[Part]:
-        """Where every tensor of these blocks lies, block by block, a revision's where it has one.
+        """Where every tensor of these blocks is, block by block; the tuned version if there is one.
 
-        Raises CheckpointError if one is damaged.
+        Raises CheckpointError if a block is damaged.
         """
-        found: list[Part] = []
+        parts: list[Part] = []
         for index in blocks:
             file = self._tensors(index)
             revised = {name: (source, name, info) for source, name, info in self.revision.parts(index)}
-            found += [revised.get(name, (file, name, info)) for name, info in read_header(file).items()]
-        return found
+            parts += [revised.get(name, (file, name, info)) for name, info in read_header(file).items()]
+        return parts
 
     def announce(self, names: list[str]) -> None:
-        """Write down which files of OUT are this run's from now on."""
+        """Record the files of OUT that belong to this run from now on."""
         write_text(self._moving, json.dumps({"files": names}))
 
     def moved(self) -> list[str]:
@@ -147,13 +147,13 @@ class Staging:
 
 
 def _plain(identity: Mapping[str, Any]) -> Any:
-    return json.loads(json.dumps(identity))  # as it comes back from the disk: lists for tuples, text for keys
+    return json.loads(json.dumps(identity))  # as JSON returns it: lists for tuples, text for keys
 
 
 def read_or_empty(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, empty where there is none."""
+    """Read the object in a JSON file; empty if there is none."""
     try:
         document = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):  # absent, or cut short by a power cut, which is as good as absent
+    except (FileNotFoundError, ValueError):  # missing, or truncated by a power cut, which counts as missing
         return {}
     return document if isinstance(document, dict) else {}

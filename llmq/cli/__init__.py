@@ -25,7 +25,7 @@ PANELS = ("Quantization", "Inspect", "Run")
 
 app = typer.Typer(
     name="llmq",
-    help="Quantize Hugging Face language models to 4 bits, measure what is lost, and run them.",
+    help="Quantize Hugging Face language models to 4 bits, measure the loss in quality, and run them.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
@@ -33,8 +33,8 @@ app = typer.Typer(
 )
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(requested: bool) -> None:
+    if requested:
         print(f"llmq {__version__}")
         raise typer.Exit
 
@@ -61,7 +61,7 @@ for _file in _commands():
 
 
 def main() -> None:
-    """Run the command line; leaves with the exit code of the error, if there is one (see llmq/errors.py)."""
+    """Run the command line. After an error, exit with its exit code (see llmq/errors.py)."""
     with warnings.catch_warnings():
         warnings.showwarning = warning_printer(warnings.showwarning)
         try:

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from llmq.export.convert import Conversion
 
 SHOWN = 12
-LINES = 10  # that a conversion prints where there is no terminal
 
 PANEL, ORDER = "Quantization", 2
 
@@ -75,7 +74,7 @@ def command(
         converter = GgufConverter(file, out, to, like=like, allow_requantize=allow_requantize, overwrite=overwrite)
     else:
         if source is not None:
-            raise ConfigError("--source is for .gguf files", hint="leave it out: all of it is in the folder")
+            raise ConfigError("--source is for .gguf files", hint="omit it: the folder has all files")
         converter = Converter(
             path, out, to, allow_requantize=allow_requantize, overwrite=overwrite, remote_code=trust_remote_code
         )
@@ -83,7 +82,7 @@ def command(
         with ProgressDisplay() as display:
             converter.run(display)
     except KeyboardInterrupt:
-        hint = "give the same command again: it continues where it stopped"
+        hint = "repeat the command: it continues where it stopped"
         raise Interrupted("interrupted", hint=hint) from None
     print_notes(converter.report.notes)
     messages().print(f"[bold green]done:[/] {escape(str(out))}", soft_wrap=True)
@@ -96,12 +95,13 @@ def command(
 def _print(report: "Conversion") -> None:
     if report.requantized:
         worst = sorted(report.requantized.items(), key=lambda item: -item[1])
-        print_table("what rounding anew cost", ("weight", "error"), [(n, f"{e:.2%}") for n, e in worst[:SHOWN]])
+        rows = [(name, f"{error:.2%}") for name, error in worst[:SHOWN]]
+        print_table("re-quantized weights with the largest error", ("weight", "error"), rows)
     rows = [
         ("format", f"{report.source_format} → {report.format}"),
         ("size of weights", f"{megabytes(report.source_bytes)} → {megabytes(report.output_bytes)}"),
-        ("kept as they were", f"{report.compared} tensors compared, {report.differ} differ"),
-        *([("rounded anew", f"{len(report.requantized)} tensors")] if report.requantized else []),
+        ("unchanged", f"{report.compared} tensors compared, {report.differ} differ"),
+        *([("re-quantized", f"{len(report.requantized)} tensors")] if report.requantized else []),
         ("output", report.output),
     ]
     print_table("result", ("", "value"), rows)

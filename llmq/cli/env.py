@@ -13,34 +13,34 @@ PANEL, ORDER = "Run", 2
 
 
 def command(json: options.Json = False) -> None:
-    """Show versions and devices, and which kernels each device gets, and why.
+    """Show versions, devices and the kernels that each device uses.
 
-    LLMQ_BACKEND=torch keeps the Triton kernels off; auto, the default, uses them where they work.
+    LLMQ_BACKEND=torch turns the Triton kernels off; auto, the default, uses them if they work.
     """
     from llmq.runtime.environment import environment
 
-    found = environment()
+    present = environment()
     if json:
-        print_json(found.to_dict())
+        print_json(present.to_dict())
     else:
-        print_environment(found)
+        print_environment(present)
 
 
-def print_environment(found: "Environment") -> None:
-    """The same as tables."""
-    versions = [("llmq", found.llmq), ("python", found.python)]
-    versions += [(name, version or "not installed") for name, version in found.packages.items()]
-    versions += [("CUDA of torch", found.cuda_runtime or "none"), ("CUDA of the driver", found.cuda_driver or "none")]
-    versions += [("system", found.system), *found.variables.items()]
+def print_environment(info: "Environment") -> None:
+    """Print versions and devices as tables."""
+    versions = [("llmq", info.llmq), ("python", info.python)]
+    versions += [(name, version or "not installed") for name, version in info.packages.items()]
+    versions += [("CUDA of torch", info.cuda_runtime or "none"), ("CUDA of the driver", info.cuda_driver or "none")]
+    versions += [("system", info.system), *info.variables.items()]
     print_table("versions", ("", "value"), versions)
     rows = [(device.name, device.description, *_figures(device), device.backend, device.reason)
-            for device in found.devices]  # fmt: skip
-    columns = ("device", "name", "compute capability", "multiprocessors", "memory", "backend", "because")
+            for device in info.devices]  # fmt: skip
+    columns = ("device", "name", "compute capability", "multiprocessors", "memory", "backend", "reason")
     print_table("devices", columns, rows)
-    cpu = [("threads", str(found.cpu_threads)), ("instructions", found.cpu_instructions),
-           ("few rows", found.cpu_small_products)]  # fmt: skip
+    cpu = [("threads", str(info.cpu_threads)), ("instructions", info.cpu_instructions),
+           ("small batches", info.cpu_small_products)]  # fmt: skip
     print_table("CPU", ("", "value"), cpu)
-    for device in found.devices:
+    for device in info.devices:
         if device.tiles is not None:
             print_table(f"W4A16 kernel on {device.name}", ("", "value"), _tiles(device))
 
@@ -52,8 +52,8 @@ def _figures(device: "Device") -> tuple[str, str, str]:
 
 def _tiles(device: "Device") -> Iterator[tuple[str, str]]:
     if isinstance(device.tiles, str):
-        yield "no table", device.tiles
+        yield "invalid table", device.tiles
     elif device.tiles is not None:
         yield "table", f"{device.tiles.source}, for architecture {device.tiles.architecture}"
         yield from ((f"up to {rows} rows", tile) for rows, tile in device.tiles.rows.items())
-        yield f"above {device.tiles.crossover} rows", "dequantised, then cuBLAS"
+        yield f"above {device.tiles.crossover} rows", "dequantized, then cuBLAS"

@@ -35,8 +35,8 @@ Activations = Annotated[
     Option(
         "--activations",
         metavar="none|int8",
-        help="Round the inputs of the model's quantized linear layers (of all, in a float model) to 8 bits, "
-        "dynamic per token, as W8A8 and W4A8 engines do.",
+        help="Quantize the inputs of the quantized linear layers (of a float model: of all linear layers) to 8 bits, "
+        "dynamically per token, as W8A8 and W4A8 engines do.",
     ),
 ]
 
@@ -55,7 +55,7 @@ def command(
         ),
     ] = None,
     wikitext: Annotated[
-        bool, Option("--wikitext", help="The text is WikiText's raw file: join its lines as the dataset does.")
+        bool, Option("--wikitext", help="The text is the raw file of WikiText: join its lines as the dataset does.")
     ] = False,
     seqlen: Annotated[
         int | None, Option("--seqlen", min=2, help="Tokens per sequence. Default: 2048, or the model's context.")
@@ -91,7 +91,7 @@ def command(
     """
     increase = None if max_ppl_increase is None else per_cent(max_ppl_increase)
     if against is None and (max_kl is not None or increase is not None):
-        raise ConfigError("limits on quality compare with an original, and none was given", hint="add --against")
+        raise ConfigError("--max-kl and --max-ppl-increase need an original model", hint="add --against")
     from llmq.evaluation.measure import measure_many, require
 
     quiet_transformers()
@@ -126,19 +126,19 @@ def per_cent(text: str) -> float:
     except ValueError:
         value = -1.0
     if not value >= 0:
-        raise ConfigError(f"{text!r} is no percentage", hint="give a number such as 2 or 2%, not below 0")
+        raise ConfigError(f"{text!r} is not a percentage", hint="give a number of at least 0, such as 2 or 2%")
     return value
 
 
 def _print(measured: dict[str, "Measurement"], against: str | None) -> None:
-    """Sizes, then figures: of one model a column per text, of several a table per text and a column per model."""
+    """Print sizes and metrics: one model with a column per text, several models with a table per text."""
     first = next(iter(measured.values()))
     sizes = [(path, result.size) for path, result in measured.items()]
     if against is not None and first.original_size is not None:
         sizes.insert(0, (against, first.original_size))
     print_table("", ("model", "size", "bits/weight"), [(name, *_size(size)) for name, size in sizes])
-    rounded = "" if first.activations == "none" else f"; inputs in {first.activations}, dynamic per token"
-    title = f"windows of {first.seqlen} tokens{rounded}; in brackets, 95 % intervals"
+    inputs = "" if first.activations == "none" else f"; inputs in {first.activations}, dynamic per token"
+    title = f"sequences of {first.seqlen} tokens{inputs}; 95 % intervals in brackets"
     if len(measured) == 1:
         tables = [(title, [(Path(figures.text).name, figures) for figures in _shown(first)])]
     else:
@@ -152,7 +152,7 @@ def _print(measured: dict[str, "Measurement"], against: str | None) -> None:
 
 
 def _shown(result: "Measurement") -> "list[Figures]":
-    """Those of each text, and of all together where there are several."""
+    """The metrics of each text, and of all texts together if there are several."""
     return [*result.texts, result.total] if len(result.texts) > 1 else [result.total]
 
 
@@ -163,7 +163,7 @@ LABELS = (
 
 
 def _column(figures: "Figures") -> tuple[str, ...]:
-    """What a text has for each of `LABELS`."""
+    """The cells of a text, one per label in `LABELS`."""
     model = figures.model
     original: Evaluation | None = figures.original
     return (
@@ -181,7 +181,7 @@ def _column(figures: "Figures") -> tuple[str, ...]:
 
 
 def number(value: float | None, form: str, interval: tuple[float, float] | None = None) -> str:
-    """A figure, and in brackets where it lies."""
+    """A number, with its interval in brackets."""
     shown = "-" if value is None else format(value, form)
     return shown if interval is None else f"{shown} [{format(interval[0], form)}, {format(interval[1], form)}]"
 

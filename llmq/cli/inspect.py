@@ -19,9 +19,9 @@ def command(path: options.Path_, json: options.Json = False) -> None:
     """
     from llmq.verify.inspection import inspect
 
-    found = inspect(path)
+    report = inspect(path)
     if json:
-        print_json(found.to_dict())
+        print_json(report.to_dict())
         return
     rows = [
         (
@@ -32,17 +32,17 @@ def command(path: options.Path_, json: options.Json = False) -> None:
             megabytes(layer.nbytes),
             "-" if layer.error is None else f"{layer.error:.2%}",
         )
-        for layer in found.layers
+        for layer in report.layers
     ]
     print_table(str(path), ("weight", "shape", "stored as", "bits/weight", "size", "error"), rows)
     summary: list[tuple[str, Any]] = [
-        ("format", found.format or "not quantized"),
-        ("size of weights", megabytes(found.file_bytes)),
-        ("bits per quantized weight", "-" if found.bits_per_weight is None else f"{found.bits_per_weight:.3f}"),
-        *((key, value) for key, value in found.provenance.items()),
+        ("format", report.format or "not quantized"),
+        ("size of weights", megabytes(report.file_bytes)),
+        ("bits per quantized weight", "-" if report.bits_per_weight is None else f"{report.bits_per_weight:.3f}"),
+        *((key, value) for key, value in report.provenance.items()),
     ]
-    print_table("in all", ("", "value"), [(key, str(value)) for key, value in summary])
-    if found.calibration and found.calibration.get("manifest"):  # earlier versions left none
-        print_manifest(found.calibration)
-        for note in found.calibration["notes"]:
+    print_table("summary", ("", "value"), [(key, str(value)) for key, value in summary])
+    if report.calibration and report.calibration.get("manifest"):  # not written by earlier versions
+        print_manifest(report.calibration)
+        for note in report.calibration["notes"]:
             print(f"note: {note}")

@@ -1,4 +1,4 @@
-"""The manifest of a calibration text as a table: a column a source, and only the lines that say something."""
+"""The manifest of a calibration text as a table: one column per source; empty lines are left out."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,8 +10,8 @@ from llmq.cli.terminal import print_table
 Record = Mapping[str, Any]
 
 LINES: tuple[tuple[str, Callable[[Record], str]], ...] = (
-    ("share asked for", lambda record: f"{record['share']:.0%}"),
-    ("windows", lambda record: str(record["windows"])),
+    ("requested share", lambda record: f"{record['share']:.0%}"),
+    ("sequences", lambda record: str(record["windows"])),
     ("tokens", lambda record: f"{record['tokens']:,}"),
     ("documents", lambda record: _unless_zero(record["documents"])),
     ("read", lambda record: _unless_zero(record["read"])),
@@ -19,9 +19,9 @@ LINES: tuple[tuple[str, Callable[[Record], str]], ...] = (
     ("empty, left out", lambda record: _unless_zero(record["empty"])),
     ("duplicates, left out", lambda record: _unless_zero(record["duplicates"])),
     ("refused by the chat template", lambda record: _unless_zero(record["refused"])),
-    ("cut by the end of the text", lambda record: _unless_zero(record["truncated"])),
-    ("tokens dropped there", lambda record: _unless_zero(record["dropped_tokens"])),
-    ("doubled BOS, put right", lambda record: _unless_zero(record["doubled_bos"])),
+    ("cut after the last sequence", lambda record: _unless_zero(record["truncated"])),
+    ("tokens dropped", lambda record: _unless_zero(record["dropped_tokens"])),
+    ("doubled BOS, removed", lambda record: _unless_zero(record["doubled_bos"])),
     ("chats", lambda record: _unless_zero(record["chats"])),
     ("chats without a template", lambda record: _unless_zero(record["untemplated"])),
     ("characters per token", lambda record: f"{record['characters_per_token']:.2f}"),
@@ -31,7 +31,7 @@ LINES: tuple[tuple[str, Callable[[Record], str]], ...] = (
 
 
 def print_manifest(calibration: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print what `CalibrationSet.to_dict` gives, which is also what llmq.json holds; on stdout by default."""
+    """Print the result of `CalibrationSet.to_dict`, which llmq.json also holds; on stdout by default."""
     records = calibration.get("manifest", ())
     rows = [(name, *(cell(record) for record in records)) for name, cell in LINES]
     title = f"calibration text: {calibration['samples']} x {calibration['seqlen']} tokens, sha256 "
@@ -45,6 +45,6 @@ def _unless_zero(count: int) -> str:
 
 
 def _not_needed(record: Record) -> int:
-    """Documents that no window wanted any more."""
+    """The number of documents that no sequence needed."""
     reached = sum(record[what] for what in ("read", "empty", "duplicates", "refused"))
     return int(record["documents"] - reached)

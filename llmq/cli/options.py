@@ -16,7 +16,7 @@ GENERAL = "General"
 
 
 def choice(flag: str, choices: Sequence[Any], description: str, *, panel: str | None = None, metavar: str = "") -> Any:
-    """An option whose values are listed in `--help` and completed by the shell; what receives them checks them."""
+    """An option whose values are listed in `--help` and completed by the shell; the command checks the values."""
 
     def complete(incomplete: str) -> list[str]:
         return [str(value) for value in choices if str(value).startswith(incomplete)]
@@ -38,7 +38,7 @@ Out = Annotated[
 Config = Annotated[
     Path | None,
     Option(
-        "--config", help="Read settings from a TOML file (see --print-config). Options of the command line win.",
+        "--config", help="Read settings from a TOML file (see --print-config). Command line options override it.",
         rich_help_panel=GENERAL,
     ),
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""How far a command is, on stderr: a bar for each stage with its ETA, or plain lines where there is no terminal."""
+"""Progress on stderr: one bar with ETA per stage, or plain lines without a terminal."""
 
 import sys
 
@@ -10,13 +10,13 @@ from llmq.cli.terminal import messages, print_notes
 from llmq.report.events import Event, Progress, TextRead
 from llmq.report.record import BlockReport, LayerReport, TuningReport, TuningStep
 
-LINES = 20  # of one stage, where there is no terminal
+LINES = 20  # per stage, without a terminal
 
 
 class ProgressDisplay:
-    """Shows events; a context, so that bars are gone when it ends.
+    """Shows events; a context manager, which removes the bars at its end.
 
-    commits  how many blocks are quantized, the head counting as one
+    commits  the number of blocks to quantize; the head counts as one
     """
 
     def __init__(self, commits: int = 0) -> None:
@@ -54,9 +54,9 @@ class ProgressDisplay:
             detail = f"{event.name}  error {event.error:.2%}"
             self._show("quantizing", self._blocks, self._commits, "blocks", detail, None)
         elif isinstance(event, TuningStep):
-            judged = None if event.held_out is None else f"validation KL {event.held_out:.4g}"
-            note = None if judged is None else f"tuning {event.step}/{event.steps}  {judged}"
-            self._show("tuning", event.step, event.steps, "steps", judged, note)
+            validation = None if event.held_out is None else f"validation KL {event.held_out:.4g}"
+            note = None if validation is None else f"tuning {event.step}/{event.steps}  {validation}"
+            self._show("tuning", event.step, event.steps, "steps", validation, note)
         else:
             assert isinstance(event, TuningReport)  # the result shows it
 
@@ -67,12 +67,12 @@ class ProgressDisplay:
             return
         if stage not in self._tasks:
             self._tasks[stage] = self._bars.add_task("", total=total, stage=stage, unit=unit)
-        described = {} if detail is None else {"description": detail}
-        self._bars.update(self._tasks[stage], completed=done, **described)  # type: ignore[arg-type]
+        changed = {} if detail is None else {"description": detail}
+        self._bars.update(self._tasks[stage], completed=done, **changed)  # type: ignore[arg-type]
 
 
 def outcome(block: BlockReport) -> str:
-    """What became of a block, in a few words."""
+    """The result of a block in a few words."""
     if block.resumed:
         return "finished earlier"
     if not block.layers:

@@ -79,7 +79,7 @@ def command(
         with ProgressDisplay(job.commits) as display:
             job.run(display)
     except KeyboardInterrupt:
-        hint = "give the same command again: it continues after the last finished block"
+        hint = "repeat the command: it continues after the last finished block"
         raise Interrupted("interrupted", hint=hint) from None
     _print_result(job, as_json=json)
 
@@ -102,59 +102,59 @@ def _print_plan(job: "Job", *, as_json: bool) -> None:
         findings = {name: engines.judge(subject) for name, subject in planned(job.plan).items()}
         print_json(
             {"output": str(job.out), "bytes": job.plan.expected_bytes, "layers": layers, "left": job.report.left,
-             "serving": {name: [each.to_dict() for each in found] for name, found in findings.items()}}
+             "serving": {name: [finding.to_dict() for finding in own] for name, own in findings.items()}}
         )  # fmt: skip
         return
-    rows = _alike(
+    rows = _merge_experts(
         [
             (p.name, f"{p.out_features} x {p.in_features}", str(p.scheme if p.scheme.weights else "-"), p.reason)
             for p in plans
         ]
     )
-    print_table(f"{job.report.source} would become {job.out}", ("layer", "shape", "grid", "remark"), rows)
+    print_table(f"plan: {job.report.source} → {job.out}", ("layer", "shape", "grid", "note"), rows)
     outside = [name for name in job.report.left if name not in {plan.name for plan in plans}]
-    print(f"left as they are: {', '.join(outside) or 'nothing else'}")
+    print(f"kept in float: {', '.join(outside) or 'nothing else'}")
     if job.plan.settings.target_bits is not None:
-        print("which layers get other grids for --target-bits is found out by measuring; see llmq sensitivity")
+        print("--target-bits changes the grids of layers after measuring them: see llmq sensitivity")
     _print_planned_serving(job)
-    print(f"about {megabytes(job.plan.expected_bytes)} of weights, {megabytes(job.report.original_bytes)} before")
+    print(f"size of weights: {megabytes(job.report.original_bytes)} → about {megabytes(job.plan.expected_bytes)}")
 
 
-def _alike(rows: list[tuple[str, str, str, str]]) -> list[tuple[str, str, str, str]]:
-    """The rows of a table of layers, with one for all experts that differ in nothing but their numbers."""
+def _merge_experts(rows: list[tuple[str, str, str, str]]) -> list[tuple[str, str, str, str]]:
+    """Merge the rows of experts that differ only in the number of the expert."""
     numbered = ((re.sub(r"(\.experts\.)\d+\.", r"\1*.", name), *rest) for name, *rest in rows)
-    return list(dict.fromkeys((name, shape, grid, remark) for name, shape, grid, remark in numbered))
+    return list(dict.fromkeys((name, shape, grid, note) for name, shape, grid, note in numbered))
 
 
 def _print_planned_serving(job: "Job") -> None:
-    """Which engines would serve it, and why not, while it can still be changed."""
+    """Print which engines would load each planned format, and why not."""
     from llmq.verify import engines
     from llmq.verify.engines.planned_run import planned
 
     for name, subject in planned(job.plan).items():
         findings = engines.judge(subject)
-        print_serving(engines.verdicts(findings), f"serving, as {name}")
-        print_findings([each for each in findings if each.in_the_way or each.gpus], sources=False)
+        print_serving(engines.verdicts(findings), f"compatible engines for {name}")
+        print_findings([finding for finding in findings if finding.in_the_way or finding.gpus], sources=False)
 
 
 def _print_serving(job: "Job") -> None:
-    """The same of what was made, in short; `llmq verify` says more."""
+    """Print in short which engines load the finished model; `llmq verify` has the details."""
     from llmq.verify import engines
 
     several = len(job.plan.settings.formats) > 1
     rows = []
     for name in job.plan.settings.formats:
         verdicts = engines.verdicts(engines.check(job.out / name if several else job.out))
-        told = [f"{v.engine} ({', '.join(map(str, v.gpus))} GPUs)" for v in verdicts if v.loads and len(v.gpus) > 1]
-        told += [v.engine for v in verdicts if v.loads and len(v.gpus) == 1]
-        rows.append((name, ", ".join(told) or "no engine"))
-    print_table("served by", ("format", "engines; llmq verify says why not"), rows)
+        loading = [f"{v.engine} ({', '.join(map(str, v.gpus))} GPUs)" for v in verdicts if v.loads and len(v.gpus) > 1]
+        loading += [v.engine for v in verdicts if v.loads and len(v.gpus) == 1]
+        rows.append((name, ", ".join(loading) or "no engine"))
+    print_table("compatible engines", ("format", "engines (llmq verify has the reasons)"), rows)
 
 
 def _print_result(job: "Job", *, as_json: bool) -> None:
     report = job.report
-    told = (report.calibration or {}).get("notes", ())  # before the work started
-    notes = [note for note in report.notes if note not in told]
+    shown = (report.calibration or {}).get("notes", ())  # printed before the work started
+    notes = [note for note in report.notes if note not in shown]
     notes += report.tuning.notes if report.tuning else ()
     print_notes([*notes, *(note for block in report.blocks for note in block.notes), *_layer_notes(job)])
     messages().print(f"[bold green]done[/] in {report.seconds:.1f} s: {escape(str(job.out))}", soft_wrap=True)
@@ -163,7 +163,7 @@ def _print_result(job: "Job", *, as_json: bool) -> None:
         return
     worst = sorted(report.layers, key=lambda layer: -layer.error)[:LAYERS_SHOWN]
     rows = [(layer.name, layer.scheme, f"{layer.error:.2%}", f"{layer.signal_to_noise:.1f} dB") for layer in worst]
-    print_table("the layers that lost most", ("layer", "grid", "error", "signal to noise"), rows)
+    print_table("layers with the largest error", ("layer", "grid", "error", "signal to noise"), rows)
     summary = [
         ("layers quantized", str(len(report.layers))),
         ("bits per weight, with scales", f"{report.bits_per_weight:.3f}"),
@@ -180,15 +180,19 @@ def _print_result(job: "Job", *, as_json: bool) -> None:
     try:
         _print_serving(job)
     except LlmqError as error:
-        print_notes([f"which engines serve it could not be found out: {error}"])
+        print_notes([f"compatible engines could not be determined: {error}"])
 
 
 def _layer_notes(job: "Job") -> list[str]:
-    """What happened to single layers, one line for all that it happened to."""
-    told = [(f"left as it is, {why}", name) for name, why in job.report.left.items() if why != OUTSIDE_THE_BLOCKS]
-    told += [(plan.reason, plan.name) for plan in job.plan.layers.values() if plan.scheme.weights and plan.reason]
-    told += [(note, layer.name) for layer in job.report.layers for note in layer.notes]
-    names: dict[str, list[str]] = {}
-    for note, name in told:
-        names.setdefault(note, []).append(name)
-    return [f"{note}: {found[0]}{f' and {len(found) - 1} more' if found[1:] else ''}" for note, found in names.items()]
+    """Notes about layers, one line for all layers with the same note."""
+    noted = [
+        (f"kept in float, {reason}", name) for name, reason in job.report.left.items() if reason != OUTSIDE_THE_BLOCKS
+    ]
+    noted += [(plan.reason, plan.name) for plan in job.plan.layers.values() if plan.scheme.weights and plan.reason]
+    noted += [(note, layer.name) for layer in job.report.layers for note in layer.notes]
+    by_note: dict[str, list[str]] = {}
+    for note, name in noted:
+        by_note.setdefault(note, []).append(name)
+    return [
+        f"{note}: {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}" for note, names in by_note.items()
+    ]

@@ -30,7 +30,7 @@ def command(
         Option(
             "--grid", metavar="BITS[:GROUP]",
             help="Bits and group size to measure, such as 4:32 or 8:channel. Repeatable. "
-            f"Default: {', '.join(GRIDS)}; with --target-bits those that it chooses from.",
+            f"Default: {', '.join(GRIDS)}; with --target-bits the grids that it chooses from.",
             rich_help_panel="Quantization",
         ),
     ] = None,
@@ -70,8 +70,8 @@ def command(
     if plot is not None:
         from llmq.report import heat_map
 
-        heat_map.require_drawable(plot)  # before hours are spent
-    tried = [_scheme(text, settings) for text in grids or (GRIDS if settings.target_bits is None else ())]
+        heat_map.require_drawable(plot)  # before the long measurement
+    schemes = [_scheme(text, settings) for text in grids or (GRIDS if settings.target_bits is None else ())]
     from llmq.job import Job
     from llmq.mixed_precision import assign
 
@@ -79,39 +79,39 @@ def command(
     job = Job(model, None, settings, device=device, revision=revision, trust_remote_code=trust_remote_code)
     try:
         with ProgressDisplay() as display:
-            found = job.measure_layers(tried, windows, display)
+            result = job.measure_layers(schemes, windows, display)
     except KeyboardInterrupt:
-        raise Interrupted("interrupted", hint="fewer --windows take less time") from None
-    plan = None if settings.target_bits is None else assign.spend(found, settings.target_bits)
+        raise Interrupted("interrupted", hint="use fewer --windows to save time") from None
+    plan = None if settings.target_bits is None else assign.spend(result, settings.target_bits)
     if plot is not None:
-        heat_map.draw(found, plot)
+        heat_map.draw(result, plot)
     if json:
-        print_json(found.to_dict() | ({} if plan is None else {"plan": plan.to_dict()}))
+        print_json(result.to_dict() | ({} if plan is None else {"plan": plan.to_dict()}))
     else:
-        _print(model, found, plan)
-    print_notes(found.notes)
+        _print(model, result, plan)
+    print_notes(result.notes)
 
 
 def _scheme(text: str, settings: QuantConfig) -> WeightScheme:
-    """`4`, `4:32` or `8:channel` as a grid with the zeros of the run."""
+    """Parse `4`, `4:32` or `8:channel` as a grid; symmetric or not like the settings."""
     bits, _, size = text.partition(":")
     if not bits.isdecimal():
-        raise ConfigError(f"grid {text!r} is not understood", hint="give BITS or BITS:GROUP, such as 4:32")
+        raise ConfigError(f"invalid grid {text!r}", hint="give BITS or BITS:GROUP, such as 4:32")
     group: GroupSize = parse_group_size(size) if size else settings.scheme.group_size
     return WeightScheme(int(bits), group, settings.scheme.symmetric)
 
 
-def _print(model: str, found: "Sensitivity", plan: "Spending | None") -> None:
-    columns = ["layers", "weights", *found.grids, *(["plan"] if plan else [])]
+def _print(model: str, result: "Sensitivity", plan: "Spending | None") -> None:
+    columns = ["layers", "weights", *result.grids, *(["plan"] if plan else [])]
     rows = []
-    for index, unit in enumerate(found.units):
+    for index, unit in enumerate(result.units):
         shown = [f"{effect.kl:.2e}{'' if effect.measured else ' ~'}" for effect in unit.effects]
-        planned = [plan.grids[index] or "as it is"] if plan else []
+        planned = [plan.grids[index] or "float"] if plan else []
         rows.append((f"{unit.block}: {unit.label}", str(unit.weights), *shown, *planned))
-    sums = [f"{sum(unit.effects[grid].kl for unit in found.units):.2e}" for grid in range(len(found.grids))]
-    rows.append(("all together, if they add up", str(sum(unit.weights for unit in found.units)), *sums))
-    print_table(f"KL divergence of {model} with these layers alone rounded, on {found.tokens} tokens", columns, rows)
-    if any(not effect.measured for unit in found.units for effect in unit.effects):
-        print("~ scaled from the coarsest grid's by the error of the layers' output")
+    sums = [f"{sum(unit.effects[grid].kl for unit in result.units):.2e}" for grid in range(len(result.grids))]
+    rows.append(("sum", str(sum(unit.weights for unit in result.units)), *sums))
+    print_table(f"KL divergence of {model} with only these layers quantized, on {result.tokens} tokens", columns, rows)
+    if any(not effect.measured for unit in result.units for effect in unit.effects):
+        print("~ not measured: scaled from the coarsest grid by the output error of the layers")
     if plan is not None:
         print(plan)

@@ -1,4 +1,4 @@
-"""What a person sees: tables on stdout; progress, messages and errors on stderr."""
+"""Output for people: tables on stdout; progress, messages and errors on stderr."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -15,7 +15,7 @@ MAX_NOTES = 12
 
 
 def messages() -> Console:
-    """Where progress and messages go."""
+    """The console for progress and messages."""
     return Console(stderr=True, highlight=False)
 
 
@@ -27,7 +27,7 @@ def print_error(error: LlmqError) -> None:
 
 
 def print_notes(notes: Iterable[str], console: Console | None = None) -> None:
-    """What a user should know, on stderr; a long list is cut, llmq.json has all of it."""
+    """Print notes on stderr; a long list is cut, llmq.json has all notes."""
     console, listed = console or messages(), list(notes)
     for note in listed[:MAX_NOTES]:
         console.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
@@ -36,7 +36,7 @@ def print_notes(notes: Iterable[str], console: Console | None = None) -> None:
 
 
 def warning_printer(otherwise: Callable[..., None]) -> Callable[..., None]:
-    """A `warnings.showwarning` that shows the kernels' own warnings as one line, and leaves all others as they are."""
+    """A `warnings.showwarning` that prints warnings of the kernels as one line, and passes all others on."""
 
     def show_warning(message: Warning | str, category: type[Warning], *place: Any, **named: Any) -> None:
         if issubclass(category, KernelWarning):
@@ -50,7 +50,7 @@ def warning_printer(otherwise: Callable[..., None]) -> Callable[..., None]:
 def print_table(
     title: str, columns: Iterable[str], rows: Iterable[Iterable[str]], console: Console | None = None
 ) -> None:
-    """A table, on stdout if no other console is given; the first column is text, the others are figures."""
+    """Print a table, by default on stdout; the first column is aligned to the left, the others to the right."""
     table = Table(title=escape(title), title_justify="left", title_style="bold")
     for position, column in enumerate(columns):
         table.add_column(column, justify="left" if position == 0 else "right", no_wrap=position == 0)
@@ -58,7 +58,7 @@ def print_table(
         table.add_row(*(escape(cell) for cell in row))
     console = console or Console(highlight=False)
     if not console.is_terminal:
-        console.width = max(console.width, 160)  # a file or a pipe has no edge to wrap at
+        console.width = max(console.width, 160)  # files and pipes have no width to wrap at
     console.print(table)
 
 
@@ -71,7 +71,7 @@ def megabytes(count: int) -> str:
 
 
 def quiet_transformers() -> None:
-    """Keep transformers' own progress bars and advice off the terminal; its errors still show."""
+    """Turn off the progress bars and advice of transformers; its errors are still shown."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from llmq.verify.engines import Finding, Verdict
     from llmq.verify.integrity import Integrity
 
-SHOWN = 8  # problems of one model
+SHOWN = 8  # problems per model
 MODEL_FILES = ("config.json", "*.safetensors", "*.gguf")
 
 PANEL, ORDER = "Inspect", 2
@@ -55,92 +55,93 @@ def command(
     from llmq.verify import engines as serving
     from llmq.verify.integrity import Integrity, examine
 
-    asked = [_engine(name, serving.ENGINES) for name in for_ or ()]
+    requested = [_engine(name, serving.ENGINES) for name in for_ or ()]
     quiet_transformers()
     model = hub.locate(path, None, remote_code=trust_remote_code)
     _require_model(model)
-    found = Integrity()
+    integrity = Integrity()
     if not quick:
         with ProgressDisplay() as display:
-            found = examine(model, remote_code=trust_remote_code, on_event=display)
-    findings = [] if found.problems else serving.check(model)
+            integrity = examine(model, remote_code=trust_remote_code, on_event=display)
+    findings = [] if integrity.problems else serving.check(model)
     verdicts = serving.verdicts(findings)
     if json:
-        integrity = None if quick else found.to_dict()
-        engines = {v.engine: {"loads": v.loads, "gpus": v.gpus} for v in verdicts} if not found.problems else {}
-        print_json({"integrity": integrity, "engines": engines, "findings": [each.to_dict() for each in findings]})
-    elif not found.problems:
+        checked = None if quick else integrity.to_dict()
+        engines = {v.engine: {"loads": v.loads, "gpus": v.gpus} for v in verdicts} if not integrity.problems else {}
+        print_json({"integrity": checked, "engines": engines, "findings": [finding.to_dict() for finding in findings]})
+    elif not integrity.problems:
         if not quick:
-            _print_integrity(found)
+            _print_integrity(integrity)
         print_serving(verdicts)
         print_findings(findings)
-    print_notes(found.notes)
-    if found.problems:
-        more = f" (and {len(found.problems) - SHOWN} more)" if len(found.problems) > SHOWN else ""
-        raise CheckpointError(f"{path} is broken: {'; '.join(found.problems[:SHOWN])}{more}")
-    _require_served(path, asked, verdicts)
+    print_notes(integrity.notes)
+    if integrity.problems:
+        more = f" (and {len(integrity.problems) - SHOWN} more)" if len(integrity.problems) > SHOWN else ""
+        raise CheckpointError(f"{path} is broken: {'; '.join(integrity.problems[:SHOWN])}{more}")
+    _require_served(path, requested, verdicts)
 
 
-def _require_served(path: str, asked: "Iterable[tuple[str, int]]", verdicts: "Iterable[Verdict]") -> None:
-    """Raise QualityError where an engine that was asked for refuses, or may."""
+def _require_served(path: str, requested: "Iterable[tuple[str, int]]", verdicts: "Iterable[Verdict]") -> None:
+    """Raise QualityError if a requested engine does not load the model, or may not."""
     by_engine = {verdict.engine: verdict for verdict in verdicts}
-    failing = [(engine, size) for engine, size in asked if size not in by_engine[engine].gpus]
+    failing = [(engine, size) for engine, size in requested if size not in by_engine[engine].gpus]
     if failing:
-        told = " and ".join(f"{engine} on {size} GPU{'s' if size > 1 else ''}" for engine, size in failing)
+        engines = " and ".join(f"{engine} on {size} GPU{'s' if size > 1 else ''}" for engine, size in failing)
         unknown = all(by_engine[engine].loads is None for engine, _ in failing)
-        verb = "is not known to be" if unknown else "would not be"
-        raise QualityError(f"{path} {verb} served by {told}", hint="what is above says why")
+        verb = "is not known to load" if unknown else "would not load"
+        raise QualityError(f"{path} {verb} in {engines}", hint="see the findings above")
 
 
 def _require_model(path: Path) -> None:
-    """Raise CheckpointError for a folder of folders, one for each format of a run."""
+    """Raise CheckpointError for a folder with one folder per format of a run."""
     if path.is_file() or any(entry.is_file() for pattern in MODEL_FILES for entry in path.glob(pattern)):
         return
     files = [file for pattern in MODEL_FILES for file in path.glob(f"*/{pattern}")]
     inner = sorted({str(file.parent) for file in files if not file.parent.name.startswith(".")})
     if inner:
         raise CheckpointError(
-            f"{path} holds no model itself, but folders of models",
+            f"{path} is not a model but holds folders of models",
             hint=f"give one of them: {', '.join(inner[:SHOWN])}",
         )
 
 
 def _engine(text: str, engines: Sequence[str]) -> tuple[str, int]:
-    """`vllm:4` as the engine and how many GPUs."""
+    """Parse `vllm:4` as the engine and the number of GPUs."""
     name, _, size = text.partition(":")
-    found = next((engine for engine in engines if engine.lower() == name.lower()), None)
-    if found is None or not (size or "1").isdecimal():
+    match = next((engine for engine in engines if engine.lower() == name.lower()), None)
+    if match is None or not (size or "1").isdecimal():
         known = ", ".join(engine.lower() for engine in engines)
-        raise ConfigError(f"engine is {text!r}, expected one of {known}", hint="on several GPUs for example vllm:4")
-    return found, int(size or 1)
+        raise ConfigError(f"engine is {text!r}, expected one of {known}", hint="for several GPUs, for example vllm:4")
+    return match, int(size or 1)
 
 
-def _print_integrity(found: "Integrity") -> None:
+def _print_integrity(integrity: "Integrity") -> None:
     rows = [
-        ("packed weights", f"{found.packed}, unpacked without error"),
-        ("other tensors", f"{found.tensors}, all finite"),
-        ("checksums", f"{found.checksums} files are what was written" if found.checksums else "none recorded"),
-        ("size of weights", megabytes(found.nbytes)),
+        ("packed weights", f"{integrity.packed}, all unpacked without error"),
+        ("other tensors", f"{integrity.tensors}, all finite"),
+        ("checksums", f"{integrity.checksums} files match" if integrity.checksums else "none recorded"),
+        ("size of weights", megabytes(integrity.nbytes)),
     ]
-    print_table("the model is whole", ("", ""), rows)
+    print_table("the model is complete", ("", ""), rows)
 
 
-def print_serving(verdicts: "Iterable[Verdict]", title: str = "serving") -> None:
-    """A line an engine."""
-    print_table(title, ("engine", "serves it", "GPUs, by tensor parallelism"), [serving_row(each) for each in verdicts])
+def print_serving(verdicts: "Iterable[Verdict]", title: str = "compatible engines") -> None:
+    """Print one line per engine."""
+    columns = ("engine", "loads it", "GPUs (tensor parallelism)")
+    print_table(title, columns, [serving_row(verdict) for verdict in verdicts])
 
 
 def serving_row(verdict: "Verdict") -> tuple[str, str, str]:
-    """Engine, yes, no or unknown, on how many GPUs."""
+    """The engine; yes, no or unknown; the numbers of GPUs."""
     gpus = ", ".join(map(str, verdict.gpus)) or "-"
     return verdict.engine, {True: "yes", False: "no", None: "unknown"}[verdict.loads], gpus
 
 
 def print_findings(findings: "Iterable[Finding]", *, sources: bool = True) -> None:
-    """A line each, in the order of the rules; one that several engines share is said once."""
+    """Print one line per finding, in the order of the rules; equal findings of several engines share a line."""
     engines: dict[tuple[str, str], list[str]] = {}
     for finding in findings:
-        asks = f"    asks: {finding.asks} ({finding.source})" if sources else ""
-        engines.setdefault((finding.text, asks), []).append(finding.engine)
-    for (text, asks), names in engines.items():
-        print(f"{', '.join(names)}: {text}" + (f"\n{asks}" if asks else ""))
+        requires = f"    requires: {finding.asks} ({finding.source})" if sources else ""
+        engines.setdefault((finding.text, requires), []).append(finding.engine)
+    for (text, requires), names in engines.items():
+        print(f"{', '.join(names)}: {text}" + (f"\n{requires}" if requires else ""))

@@ -1,1 +1,1 @@
-"""From one format to another, and from committed blocks to finished folders: the same codes in other files."""
+"""Convert between formats without quantizing again, and write the finished folders of a run."""

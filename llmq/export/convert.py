@@ -1,11 +1,11 @@
-"""A quantized checkpoint from one format into another.
+"""Convert a quantized checkpoint to another format.
 
     packed weight ──► QuantizedTensor ──► packed weight of the other format ──► read back, compared float for float
     every other tensor, tokenizer, licence ───────────────────────────────────► copied byte for byte
 
-One weight is in memory at a time.  What is done is kept in the output folder's staging, as in a run of `quantize`: an
-interrupted conversion goes on when it is repeated, and nothing appears in the folder before it is whole and proved.
-A weight that the other format cannot hold as it is ends the conversion, unless it may be rounded anew.
+One weight is in memory at a time. Finished weights are kept in the staging folder, as in a run of `quantize`: an
+interrupted conversion continues when it is repeated, and the model appears in the folder when it is complete and
+compared. A weight that the other format cannot hold is an error, unless it may be re-quantized.
 """
 
 import dataclasses
@@ -41,16 +41,18 @@ from llmq.steps.linear_names import linear_names
 from llmq.verify.inspection import read_record
 from llmq.verify.integrity import checksums
 
-CHUNK_BYTES = 256 << 20  # of packed weights that are put on the disk together
-ANEW = "--allow-requantize rounds such weights anew, which costs accuracy; quantizing the original model costs less"
+CHUNK_BYTES = 256 << 20  # of packed weights that are written together
+REQUANTIZE_HINT = (
+    "--allow-requantize re-quantizes such weights, which costs accuracy; quantizing the original model costs less"
+)
 
 
 @dataclass
 class Conversion:
-    """What came of it.
+    """The result of a conversion.
 
-    compared, differ  weights whose floats were compared bit for bit with those of the source, and how many are others
-    requantized       ‖W - Ŵ‖ / ‖W‖ of each weight that was rounded anew
+    compared, differ  number of weights whose floats were compared with the source bit for bit, and number that differ
+    requantized       ‖W - Ŵ‖ / ‖W‖ of each re-quantized weight
     """
 
     source: str
@@ -69,7 +71,7 @@ class Conversion:
 
 
 class Converter:
-    """One conversion; `run` does it, and `report` says what came of it."""
+    """One conversion: `run` performs it, `report` is the result."""
 
     def __init__(
         self,
@@ -83,15 +85,15 @@ class Converter:
         origin: Conversion | None = None,
         identity: Mapping[str, Any] | None = None,
     ) -> None:
-        """`origin` is the report to go on with, where `source` was made from something else on the way.
+        """If `source` is an intermediate model, `origin` is the report to continue.
 
-        `identity` then says what that is, by plain values, so that an interrupted conversion of it can be repeated.
+        `identity` then describes the original source by plain values, so that an interrupted conversion can continue.
         """
         output_layout.require_known(to)
         output_layout.require_folder_name(out)
         self._checkpoint = Checkpoint.open(hub.locate(str(source), None, remote_code=remote_code))
         if out.resolve() == self._checkpoint.folder.resolve():
-            raise ConfigError(f"{out} is the checkpoint itself, which stays as it is", hint="give another folder")
+            raise ConfigError(f"{out} is the source, which is never changed", hint="give another output folder")
         self._packed = PackedWeights(self._checkpoint)
         output_layout.refuse_packed_head(to, self._packed.modules)
         weights = [f"{module}.weight" for module in self._packed.modules]
@@ -102,7 +104,7 @@ class Converter:
         self._model_dtype = stored_dtype(self._checkpoint)
         self._layout = output_layout.layout_of([to], self._model_dtype)
         self._names = linear_names(self._checkpoint, self._packed.modules, remote_code=remote_code)
-        self._symmetric = False  # whether every zero is in the middle, though the file has room for others
+        self._symmetric = False  # whether every zero point is in the middle, although the file stores zero points
         self._targets: dict[str, WeightScheme] = {}
         settings = quantization_settings(self._checkpoint) or {}
         self.report = origin or Conversion(str(source), str(out), str(settings.get("quant_method")), to)
@@ -110,9 +112,9 @@ class Converter:
         self.report.notes += self._names.notes
 
     def run(self, on_event: OnEvent = ignore) -> None:
-        """Do it, and report how far it is.  The finished folder appears at the end.
+        """Convert the checkpoint. The finished folder appears at the end.
 
-        Raises ConfigError for weights that the format cannot hold as they are and that may not be rounded anew.
+        Raises ConfigError for weights that the format cannot hold unchanged and that may not be re-quantized.
         """
         if not self._overwrite:
             Writer.require_free(self._out)
@@ -135,32 +137,32 @@ class Converter:
             raise
 
     def _is_symmetric(self) -> bool:
-        """Whether every weight is symmetric or could be; ends at the first that is not."""
+        """Whether every weight is symmetric or can be made so; stops at the first that cannot."""
         affine = [module for module in self._packed.modules if self._packed.is_affine(module)]
         asymmetric = [module for module in affine if not self._packed.scheme(module).symmetric]
         return all(symmetric(self._packed.read(module)) is not None for module in asymmetric)
 
     def _planned(self) -> dict[str, WeightScheme]:
-        """The grid that each weight gets; raises ConfigError where that takes a rounding that is not allowed."""
+        """The grid for each weight; raises ConfigError if a weight needs re-quantization that is not allowed."""
         targets: dict[str, WeightScheme] = {}
         refused: dict[str, str] = {}
         for module in self._packed.modules:
             shape = self._packed.shape(module)
             scheme = self._source_scheme(module)
-            held = next(
+            unchanged = next(
                 (s for s in (scheme, widened_scheme(scheme)) if s and not self._layout.refusal(s, *shape)), None
             )
             if scheme is None:
-                refused[module] = "it lies on no integer grid"
-            elif held is None:
+                refused[module] = "it is not on an integer grid"
+            elif unchanged is None:
                 refused[module] = str(self._layout.refusal(scheme, *shape))
-            found = held or nearest(scheme, self._layout, *shape)
-            if found is None:
-                raise ConfigError(f"{module}: {self._layout.name} has no grid for it: {refused[module]}")
-            targets[module] = found
+            target = unchanged or nearest(scheme, self._layout, *shape)
+            if target is None:
+                raise ConfigError(f"{self._layout.name} has no grid for {module}: {refused[module]}")
+            targets[module] = target
         if refused and not self._allowed:
             raise _refusal(refused, self._to)
-        return self._side_by_side(targets)
+        return self._on_common_grid(targets)
 
     def _source_scheme(self, module: str) -> WeightScheme | None:
         if not self._packed.is_affine(module):
@@ -168,8 +170,8 @@ class Converter:
         scheme = self._packed.scheme(module)
         return dataclasses.replace(scheme, symmetric=True) if self._symmetric else scheme
 
-    def _side_by_side(self, targets: dict[str, WeightScheme]) -> dict[str, WeightScheme]:
-        """The same, on one grid where the format cannot hold these together."""
+    def _on_common_grid(self, targets: dict[str, WeightScheme]) -> dict[str, WeightScheme]:
+        """The targets, or one grid for all weights if the format cannot mix these grids."""
         try:
             self._settings(targets)
         except ConfigError:
@@ -179,12 +181,14 @@ class Converter:
             targets = dict.fromkeys(targets, common)
             for module in targets:
                 if refusal := self._layout.refusal(common, *self._packed.shape(module)):
-                    raise ConfigError(f"{module} cannot have the grid {common} of the others: {refusal}") from None
+                    raise ConfigError(
+                        f"{module} cannot have the grid {common} of the other weights: {refusal}"
+                    ) from None
             self._settings(targets)
         return targets
 
     def _convert(self, writer: Writer, on_event: OnEvent) -> None:
-        """Put every packed weight into the staging, some at a time."""
+        """Write every packed weight into the staging folder, some at a time."""
         done, total = 0, len(self._packed.modules)
         for index, modules in enumerate(self._chunks()):
             if writer.has(index):
@@ -196,7 +200,7 @@ class Converter:
                 for module in modules:
                     recoded = self._recoded(module)
                     q = recoded.quantized
-                    tensors |= {tensor_name(module, each): value for each, value in self._layout.pack(q).items()}
+                    tensors |= {tensor_name(module, suffix): part for suffix, part in self._layout.pack(q).items()}
                     schemes[module] = list(dataclasses.astuple(q.scheme))
                     if recoded.error is not None:
                         errors[module] = recoded.error
@@ -221,28 +225,26 @@ class Converter:
             yield modules
 
     def _recoded(self, module: str) -> Recoded:
-        """One weight for the other format; raises ConfigError where that takes a rounding that is not allowed."""
+        """Convert one weight; raises ConfigError if it needs re-quantization that is not allowed."""
         target, dtype = self._targets[module], self._layout.scale_dtype(self._model_dtype)
-        why = "it lies on no integer grid"
+        reason = "it is not on an integer grid"
         if self._packed.is_affine(module):
             q = self._packed.read(module)
             q = (symmetric(q) or q) if self._symmetric else q
-            found = recode(q, self._layout, dtype)
-            if isinstance(found, str) and self._layout.any_scale_dtype:
-                found = recode(q, self._layout, q.scales.dtype)
-            if isinstance(found, Recoded) and (same := on_grid(found.quantized, target)) is not None:
+            recoded = recode(q, self._layout, dtype)
+            if isinstance(recoded, str) and self._layout.any_scale_dtype:
+                recoded = recode(q, self._layout, q.scales.dtype)
+            if isinstance(recoded, Recoded) and (same := on_grid(recoded.quantized, target)) is not None:
                 return Recoded(same)
-            if isinstance(found, Recoded) and not self._layout.one_grid:
-                return found
-            why = (
-                found if isinstance(found, str) else f"{self._to} holds one grid for all layers, and most are {target}"
-            )
+            if isinstance(recoded, Recoded) and not self._layout.one_grid:
+                return recoded
+            reason = recoded if isinstance(recoded, str) else f"{self._to} has one grid for all, and most are {target}"
         if not self._allowed:
-            raise _refusal({module: why}, self._to)
+            raise _refusal({module: reason}, self._to)
         return requantize(self._packed.weight(module), target, dtype)
 
     def _finish(self, writer: Writer, final: Path, on_event: OnEvent) -> None:
-        """Put the model together in `final`, and prove it."""
+        """Assemble the model in `final`, and compare it with the source."""
         files, settings = companion_files(self._checkpoint.folder), self._settings(self._targets)
         documents = {CONFIG: json_text({**self._checkpoint.config, "quantization_config": settings})}
         if self._layout.config_copy:
@@ -261,18 +263,18 @@ class Converter:
         write_text(final / PROVENANCE_FILE, json_text({**self._record(), "checksums": checksums(final)}))
 
     def _rest(self) -> list[Part]:
-        """Every tensor that is no part of a packed weight."""
+        """All tensors that do not belong to packed weights."""
         packed = {name for module in self._packed.modules for name in self._packed.tensor_names(module)}
         locations = {name: self._checkpoint.location(name) for name in self._checkpoint.names() if name not in packed}
         return [(location.file, name, location.info) for name, location in locations.items()]
 
     def _settings(self, targets: Mapping[str, WeightScheme]) -> dict[str, Any]:
-        """The block for config.json."""
+        """The quantization_config."""
         schemes = {name: targets[module] for name, module in self._names.packed.items()}
         return self._layout.quantization_config(schemes, self._names.plain)
 
     def _compare(self, made: PackedWeights | Weights, on_event: OnEvent) -> None:
-        """Every weight that was not rounded anew must be, float for float, what it was."""
+        """Raise FormatError if a weight that was not re-quantized differs from the source in any float."""
         modules = [module for module in self._packed.modules if module not in self.report.requantized]
         wrong = []
         for done, module in enumerate(modules, 1):
@@ -282,13 +284,13 @@ class Converter:
         self.report.compared, self.report.differ = len(modules), len(wrong)
         if wrong:
             raise FormatError(
-                f"{len(wrong)} of {len(modules)} weights are not what they were, the first is {wrong[0]}; nothing was "
-                "written",
-                hint="this is a fault of llmq's: please report it with the name of the model",
+                f"{len(wrong)} of {len(modules)} converted weights differ from the source, first {wrong[0]}; no model "
+                "was written",
+                hint="this is a bug in llmq: please report it with the name of the model",
             )
 
     def _record(self) -> dict[str, Any]:
-        """The record of the run that quantized the model, if llmq did, and what was done to it since."""
+        """The record of the run that quantized the model, if there is one, and of all conversions since."""
         report = self.report
         done = {
             "from": report.source_format,
@@ -303,6 +305,6 @@ class Converter:
 
 
 def _refusal(refused: Mapping[str, str], to: str) -> ConfigError:
-    module, why = next(iter(refused.items()))
+    module, reason = next(iter(refused.items()))
     more = f" ({len(refused) - 1} more weights)" if len(refused) > 1 else ""
-    return ConfigError(f"{to} cannot hold {module}{more} as it is: {why}", hint=ANEW)
+    return ConfigError(f"{to} cannot hold {module}{more} unchanged: {reason}", hint=REQUANTIZE_HINT)

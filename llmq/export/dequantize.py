@@ -1,4 +1,4 @@
-"""`llmq.dequantize`: the float weights that a quantized model stands for, whatever it is stored as."""
+"""`llmq.dequantize`: the float weights of a quantized model, in any format."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +12,9 @@ from llmq.runtime.checkpoint_weights import PackedWeights
 
 
 def dequantize(path: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """`(name, weight)` for every quantized weight: (N, K) float32, under the name that it had before.
+    """Yield `(name, weight)` for every quantized weight: (N, K) float32, with its name in the original model.
 
-    `path` is a folder, a Hub id, or a .gguf file or its folder, where names are GGUF's.  Raises CheckpointError and
+    `path` is a folder, a Hub id, or a .gguf file or its folder; the latter have GGUF names. Raises CheckpointError and
     FormatError.
     """
     file = gguf_file(Path(path))

@@ -1,12 +1,12 @@
-"""A .gguf file -> a packed checkpoint that means the same, from which any other format can be made.
+"""Convert a .gguf file to an equivalent packed checkpoint, from which any other format can be made.
 
     Q4_0   symmetric, 4 bits, groups of 32
-    Q5_0   4 bits with a zero for each group of 32, where its codes fit into them; else 8 bits
+    Q5_0   4 bits with zero points, groups of 32, if the quantized values fit; else 8 bits
     Q8_0   symmetric, 8 bits, groups of 32
 
-These are integer grids with a scale for each group, so their codes are taken over.  All other block types have offsets
-or scales of scales that no such grid holds: a linear layer in one of them is refused, unless it may be rounded anew.
-Embeddings, head and norms become floats again, in the model's dtype where that holds them exactly, else in float32.
+These types are integer grids with one scale per group, so their quantized values are copied. All other block types have
+offsets or quantized scales, which no such grid can hold: a linear layer in one of them is an error, unless it may be
+re-quantized. Embeddings, head and norms become floats again, in the dtype of the model if exact, else in float32.
 """
 
 import tempfile
@@ -47,14 +47,14 @@ from llmq.verify.integrity import checksum
 GROUP = 32
 EXACT = ("Q4_0", "Q5_0", "Q8_0")
 FLOATS = ("F32", "F16", "BF16")
-SOURCE_HINT = "give the model that the file was made from with --source: its configuration and tokenizer are needed"
+SOURCE_HINT = "give the original model with --source: its configuration and tokenizer are needed"
 
 
 class GgufConverter:
-    """A conversion of a .gguf file; otherwise as `Converter`.
+    """A conversion of a .gguf file; otherwise like `Converter`.
 
-    `like` is the folder of the model that it was made from.  Of an interrupted one the finished weights are kept, but
-    not what was unpacked of the file.
+    `like` is the folder of the original model. If the conversion is interrupted, converted weights are kept, but
+    weights that were only unpacked from the file are not.
     """
 
     def __init__(
@@ -72,11 +72,13 @@ class GgufConverter:
         if to == GGUF:
             raise ConfigError(f"{source} is a .gguf file already", hint="give another format with --to")
         if out.resolve() == source.parent.resolve():
-            raise ConfigError(f"{out} is the folder of {source.name}, which stays as it is", hint="give another folder")
+            raise ConfigError(
+                f"{out} is the folder of {source.name}, expected another folder", hint="give another folder"
+            )
         if like is None:
             _require_described(source)
         elif out.resolve() == like.resolve():
-            raise ConfigError(f"{out} is the original model, which stays as it is", hint="give another folder")
+            raise ConfigError(f"{out} is the original model, which is never changed", hint="give another output folder")
         self._unpacking = GgufSource(source, like, allow_requantize=allow_requantize)
         self._source, self._out, self._to = source, out, to
         self._options = {"allow_requantize": allow_requantize, "overwrite": overwrite}
@@ -102,10 +104,10 @@ class GgufConverter:
 
 
 class GgufSource:
-    """One file on its way to a checkpoint.
+    """A .gguf file that is unpacked to a checkpoint.
 
-    identity     what makes two conversions the same, known when it is unpacked
-    requantized  ‖W - Ŵ‖ / ‖W‖ of each linear layer that was rounded anew
+    identity     two conversions with the same identity are the same; known after unpacking
+    requantized  ‖W - Ŵ‖ / ‖W‖ of each re-quantized linear layer
     """
 
     def __init__(self, file: Path, like: Path | None, *, allow_requantize: bool) -> None:
@@ -119,8 +121,8 @@ class GgufSource:
     def unpack(self, folder: Path, on_event: OnEvent = ignore) -> None:
         """Write the checkpoint into `folder`.
 
-        Raises ConfigError for blocks that no integer grid holds, UnsupportedModelError where the file does not say
-        enough of its model.
+        Raises ConfigError for block types that are not integer grids, UnsupportedModelError if the file does not
+        describe its model sufficiently.
         """
         with reader.described(self.file, self._like) as model:
             weights = Weights(self.file, model)
@@ -144,7 +146,7 @@ class GgufSource:
     def _tensors(
         self, name: str, weights: Weights, dtype: torch.dtype, schemes: dict[str, WeightScheme], *, packable: bool
     ) -> dict[str, Tensor]:
-        """What stands for one tensor of the model."""
+        """The tensors that store one tensor of the model."""
         kind = weights.kind(name)
         module = name.removesuffix(".weight")
         if not packable or kind in FLOATS:
@@ -153,7 +155,7 @@ class GgufSource:
             q = _unpacked(kind, weights.rows(name))
             if not torch.equal(q.dequantize(), weights.tensor(name)):
                 raise FormatError(
-                    f"{name} is not what its blocks say", hint="this is a fault of llmq's: please report it"
+                    f"{name} differs from its blocks in the file", hint="this is a bug in llmq: please report it"
                 )
         elif self._allowed:
             recoded = requantize(
@@ -162,8 +164,8 @@ class GgufSource:
             q, self.requantized[module] = recoded.quantized, recoded.error or 0.0
         else:
             raise ConfigError(
-                f"{name} is {kind}, whose blocks no integer grid holds; {', '.join(EXACT)} can be converted",
-                hint="--allow-requantize rounds such weights anew, which costs accuracy",
+                f"{name} is {kind}, expected {', '.join(EXACT)}: other blocks are not integer grids",
+                hint="--allow-requantize re-quantizes such weights, which costs accuracy",
             )
         schemes[module] = q.scheme
         return {
@@ -176,7 +178,7 @@ class GgufSource:
         if torch.equal(stored.to(torch.float32), tensor):
             return stored
         self.notes.append(
-            f"{name} is stored as float32, as {str(dtype).removeprefix('torch.')} does not hold it exactly"
+            f"{name} is stored as float32, because {str(dtype).removeprefix('torch.')} cannot hold it exactly"
         )
         return tensor
 
@@ -191,24 +193,24 @@ class GgufSource:
         with writer.finishing() as final:
             writer.assemble(final, [], companion_files(model), documents)
         checkpoint = Checkpoint.open(writer.folder)
-        found = linear_names(checkpoint, schemes)
-        chosen = {name: schemes[module] for name, module in found.packed.items()}
-        config["quantization_config"] = layout.quantization_config(chosen, found.plain)
+        linears = linear_names(checkpoint, schemes)
+        chosen = {name: schemes[module] for name, module in linears.packed.items()}
+        config["quantization_config"] = layout.quantization_config(chosen, linears.plain)
         (writer.folder / CONFIG).write_text(json_text(config), encoding="utf-8")
 
 
 def _require_described(file: Path) -> None:
-    """Raise UnsupportedModelError where no configuration and tokenizer lie beside a file.
+    """Raise UnsupportedModelError if configuration and tokenizer are not next to the file.
 
-    What transformers makes of the file's own words is enough to compute, but no model to publish: it names no class
-    and no dtype, and its tokenizer may have tokens that the embedding lacks.
+    The configuration that transformers derives from the file is enough for computing but not for publishing: it names
+    neither class nor dtype, and its tokenizer may have tokens that the embedding lacks.
     """
     if file.is_file() and not ((file.parent / CONFIG).is_file() and has_tokenizer(file.parent)):
-        raise UnsupportedModelError(f"{file} has no {CONFIG} and tokenizer beside it", hint=SOURCE_HINT)
+        raise UnsupportedModelError(f"{CONFIG} and tokenizer are not next to {file}", hint=SOURCE_HINT)
 
 
 def _identity(file: Path, model: Path) -> dict[str, Any]:
-    """The file by name, size and time of change, and the model that says what it is; not where it is unpacked."""
+    """The name, size and modification time of the file, and the model that describes it."""
     status = file.stat()
     weights = any(model.glob("*.safetensors"))
     like = Checkpoint.open(model).fingerprint() if weights else checksum(model / CONFIG)
@@ -216,24 +218,24 @@ def _identity(file: Path, model: Path) -> dict[str, Any]:
 
 
 def _names(model: Path, weights: Weights) -> list[str]:
-    """The tensors of the model as the Hub has them: those of the original, where its weights are there.
+    """The names of the tensors as on the Hub: from the original model, if its weights are there.
 
-    Otherwise what transformers calls them, which is the same but for experts.
+    Otherwise the names of transformers, which are the same except for experts.
     """
     if any(model.glob("*.safetensors")):
         return [name for name in locate_tensors(model) if name in weights]
     built = skeleton.build(model, dtype=torch.float32, remote_code=False)
     known = ModelWeights(built, weights.tensor, weights.__contains__)
-    found = []
+    names = []
     for name, parameter in built.named_parameters():
         if parameter.dim() > 2:
             raise UnsupportedModelError(f"{name} holds the experts of a layer in one tensor", hint=SOURCE_HINT)
-        found.append(known.tensor_name(name))
-    return found
+        names.append(known.tensor_name(name))
+    return names
 
 
 def _linear_layers(model: Path, weights: Weights, names: list[str]) -> set[str]:
-    """The weights of linear layers inside of the blocks."""
+    """The weights of linear layers inside the blocks."""
     built = skeleton.build(model, dtype=torch.float32, remote_code=False)
     known = ModelWeights(built, weights.tensor, weights.__contains__)
     head: nn.Module | None = built.get_output_embeddings()  # type: ignore[operator]
@@ -247,12 +249,12 @@ def _linear_layers(model: Path, weights: Weights, names: list[str]) -> set[str]:
 def _dtype(model: Path) -> torch.dtype:
     config = read_json_object(model / CONFIG)
     named = config.get("dtype") or config.get("torch_dtype")
-    found = getattr(torch, named, torch.float16) if isinstance(named, str) else torch.float16
-    return found if isinstance(found, torch.dtype) else torch.float16
+    dtype = getattr(torch, named, torch.float16) if isinstance(named, str) else torch.float16
+    return dtype if isinstance(dtype, torch.dtype) else torch.float16
 
 
 def _unpacked(kind: str, rows: NDArray[np.uint8]) -> QuantizedTensor:
-    """(N, bytes of a row) of one of `EXACT` -> its codes."""
+    """Unpack (N, bytes of a row) of one of the `EXACT` types."""
     if kind == "Q8_0":
         signed, d = unpack_q8_0(rows)
         return _affine(signed.astype(np.int16) + 128, d, WeightScheme(8, GROUP))
@@ -276,7 +278,7 @@ def _affine(
 
 
 def _unpack_q4_0(rows: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
-    """(N, K) codes and (N, K / 32) scales; byte j of a block holds code j below code j + 16."""
+    """Unpack codes (N, K) and scales (N, K / 32); byte j of a block holds codes j and j + 16 (high bits)."""
     blocks = rows.reshape(len(rows), -1, 18)  # (N, K / 32, bytes)
     d = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0]
     codes = np.concatenate([blocks[..., 2:] & 15, blocks[..., 2:] >> 4], axis=-1)

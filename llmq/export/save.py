@@ -1,12 +1,12 @@
-"""The end of a run: committed blocks -> the folder, or folders, that the user asked for.
+"""The end of a run: write the committed blocks to the output folder, or to one folder per format.
 
     one format       OUT/
-    several          OUT/<format>/, each a complete model; the first of safetensors is put together from the blocks, and
-                     the others are made from it and compared with it, weight by weight
-    a .gguf file     OUT/<name of OUT>.gguf beside configuration and tokenizer, or the same in OUT/gguf/; made from a
-                     model of safetensors, or from the blocks where these have a grid that no other file holds
+    several          OUT/<format>/, each a complete model; the first safetensors one is assembled from the blocks, and
+                     the others are converted from it and compared with it, weight by weight
+    a .gguf file     OUT/<name of OUT>.gguf with configuration and tokenizer, or the same in OUT/gguf/; converted from a
+                     safetensors model, or made from the blocks if these have a GGUF grid
 
-Everything is made inside the staging and moved out at the very end.
+All files are written inside the staging folder and moved out at the end.
 """
 
 import shlex
@@ -32,16 +32,16 @@ from llmq.verify.integrity import checksums
 
 
 def copies(formats: Sequence[str]) -> int:
-    """How many times the weights are on the disk at the end of a run: the blocks, and what is made of them."""
+    """How many times the weights are on disk at the end of a run: the blocks and all models made from them."""
     made = 1 + len(formats) - (output_layout.staged_format(formats) in formats)
-    between = 2 if len(formats) > 1 else 0  # a format that is made of another one is staged on its own
+    between = 2 if len(formats) > 1 else 0  # a format that is converted from another has a separate staging folder
     return 1 + made + between
 
 
 def finish(writer: Writer, plan: Plan, report: Report, quantized: set[str], on_event: OnEvent) -> None:
-    """Make what was asked for of the blocks; `quantized` are the layers that are packed in them.
+    """Write the requested formats from the blocks; `quantized` are the packed layers.
 
-    Where one of several formats cannot be written, the others are, and then its error is raised.
+    If one of several formats cannot be written, the others are written, and then its error is raised.
     """
     formats = plan.settings.formats
     if formats[0] in GGUF_GRIDS:
@@ -70,7 +70,7 @@ def finish(writer: Writer, plan: Plan, report: Report, quantized: set[str], on_e
         folders = {name: final / name if len(formats) > 1 else final for name in formats}
         first = folders.get(staged) or writer.scratch()
         first.mkdir(exist_ok=True)
-        documents[PROVENANCE_FILE] = json_text(report.to_dict())  # the others take theirs from it
+        documents[PROVENANCE_FILE] = json_text(report.to_dict())  # copied to the other formats
         writer.assemble(first, rest, files, documents)
         failed: dict[str, LlmqError] = {}
         for name, folder in list(folders.items()):
@@ -85,21 +85,21 @@ def finish(writer: Writer, plan: Plan, report: Report, quantized: set[str], on_e
                 shutil.rmtree(folder, ignore_errors=True)
                 del folders[name]
                 report.notes.append(f"{name} was not written: {error}")
-        _tell_sizes(folders, report)
+        _record_sizes(folders, report)
     if failed:
         last = list(failed.values())[-1]
-        way_on = _way_on(writer.folder, staged, list(folders), list(failed))
-        raise type(last)(str(last), hint=f"{last.hint}; {way_on}" if last.hint else way_on) from last
+        next_steps = _next_steps(writer.folder, staged, list(folders), list(failed))
+        raise type(last)(str(last), hint=f"{last.hint}; {next_steps}" if last.hint else next_steps) from last
 
 
-def _way_on(out: Path, staged: str, finished: Sequence[str], failed: Sequence[str]) -> str:
-    """What there is, and how the rest is made of it."""
+def _next_steps(out: Path, staged: str, finished: Sequence[str], failed: Sequence[str]) -> str:
+    """A hint: the finished formats, and the commands that convert them to the missing formats."""
     commands = [shlex.join(["llmq", "convert", str(out / staged), str(out / name), "--to", name]) for name in failed]
-    return f"{', '.join(finished)} are finished, in {out}; without quantizing again: {' and '.join(commands)}"
+    return f"{', '.join(finished)} is complete in {out}; convert it without quantizing again: {' and '.join(commands)}"
 
 
 def _make(source: Path, folder: Path, to: str, out: Path, plan: Plan, report: Report, on_event: OnEvent) -> None:
-    """The model in `source` once more in another format, compared with it; `out` is what the user named."""
+    """Convert the model in `source` to another format, and compare both; `out` is the output folder of the user."""
     if to == GGUF:
         folder.mkdir(exist_ok=True)
         summary = export_gguf(source, folder, out)
@@ -111,13 +111,13 @@ def _make(source: Path, folder: Path, to: str, out: Path, plan: Plan, report: Re
     report.notes.append(f"{to}: {converter.report.compared} weights compared, {converter.report.differ} differ")
 
 
-def _tell_sizes(folders: Mapping[str, Path], report: Report) -> None:
-    """Write down in each record what each format takes."""
+def _record_sizes(folders: Mapping[str, Path], report: Report) -> None:
+    """Add the size of every format to each record."""
     for name, folder in folders.items():
         weights = [file for file in folder.iterdir() if file.suffix in (".safetensors", ".gguf")]
         report.sizes[name] = sum(file.stat().st_size for file in weights)
     for name, folder in folders.items():
         own = checksums(folder)
-        report.checksums |= {f"{name}/{file}" if len(folders) > 1 else file: each for file, each in own.items()}
+        report.checksums |= {f"{name}/{file}" if len(folders) > 1 else file: sha for file, sha in own.items()}
         record = {**read_record(folder), "sizes": report.sizes, "notes": report.notes, "checksums": own}
         write_text(folder / PROVENANCE_FILE, json_text(record))

@@ -1,7 +1,7 @@
-"""A model's folder, or the blocks of a run -> a .gguf file with configuration and tokenizer beside it.
+"""Write a model folder, or the blocks of a run, as a .gguf file with configuration and tokenizer next to it.
 
-The file is what llama.cpp takes, alone.  What lies beside it is for engines and people who want to know the rest: the
-original config.json, the tokenizer's own files, licence and card.
+llama.cpp needs only the file. Other engines and people may need the original config.json, the tokenizer files, the
+licence and the model card.
 """
 
 from collections.abc import Sequence
@@ -24,23 +24,23 @@ def gguf_name(out: Path) -> str:
 
 
 def export_gguf(source: Path, folder: Path, out: Path) -> Summary:
-    """The packed model in `source` as a .gguf file in `folder`, named after `out`; every weight proved to be the same.
+    """Write the packed model in `source` as a .gguf file in `folder`, named after `out`, and compare every weight.
 
-    Raises FormatError where something would have to be rounded, UnsupportedModelError where llama.cpp cannot run it.
+    Raises FormatError if a weight would have to be rounded, UnsupportedModelError if llama.cpp cannot run the model.
     """
     summary = export.export(source, folder / gguf_name(out))
-    _put_beside(Checkpoint.open(source), folder)
+    _add_companions(Checkpoint.open(source), folder)
     return summary
 
 
 def blocks_to_gguf(parts: Sequence[Part], plan: Plan, folder: Path, out: Path) -> Written:
-    """The same from blocks that a run staged on a grid of GGUF's own."""
+    """Write the blocks of a run on a GGUF grid as a .gguf file."""
     file = folder / gguf_name(out)
     written = from_run.assemble(file, plan.checkpoint, parts, plan.outside(), plan.settings, plan.device)
-    _put_beside(plan.checkpoint, folder)
+    _add_companions(plan.checkpoint, folder)
     return written
 
 
-def _put_beside(checkpoint: Checkpoint, folder: Path) -> None:
+def _add_companions(checkpoint: Checkpoint, folder: Path) -> None:
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     put_companions(folder, companion_files(checkpoint.folder), {CONFIG: json_text(config)})

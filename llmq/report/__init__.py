@@ -1,1 +1,1 @@
-"""What a run tells: one record a layer, one summary, as JSON beside the weights and as tables on the terminal."""
+"""The report of a run: one record per layer and a summary, as JSON next to the weights and as tables."""

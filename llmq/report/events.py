@@ -1,4 +1,4 @@
-"""What a run reports while it goes on: progress, logs and the report are made of these."""
+"""Events that a run reports while it works: the basis of progress, logs and the report."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from llmq.report.record import BlockReport, LayerReport, TuningReport, TuningSte
 
 @dataclass(frozen=True)
 class TextRead:
-    """The calibration text was read; `manifest` says what it consists of, `notes` what a user should know of it."""
+    """The calibration text was read: its manifest, and notes about problems."""
 
     manifest: Mapping[str, Any]
     notes: tuple[str, ...]
@@ -17,7 +17,7 @@ class TextRead:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a stage is: `done` of `total` units, such as blocks or weights; `detail` names the one just done."""
+    """The progress of a stage: `done` of `total` units, such as blocks; `detail` names the last one."""
 
     stage: str
     done: int
@@ -31,4 +31,4 @@ OnEvent = Callable[[Event], None]
 
 
 def ignore(event: Event) -> None:
-    """For callers that do not ask for events."""
+    """For callers that do not need events."""

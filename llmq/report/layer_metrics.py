@@ -1,4 +1,4 @@
-"""The figures of one rounded layer."""
+"""The metrics of one quantized layer."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,7 +19,7 @@ def layer_report(
     stats: InputStats | None,
     gains: tuple[StageGain, ...] = (),
 ) -> LayerReport:
-    """How far `rounded` (N, K) is from `weight` (N, K), float32, and what its `packed` tensors take."""
+    """The errors of `rounded` (N, K) against `weight` (N, K), float32, and the size of its `packed` tensors."""
     output = None
     if stats is not None and stats.tokens:
         hessian = stats.second_moment()
@@ -42,10 +42,10 @@ def layer_report(
 
 
 def as_experts(layer: LayerReport, transforms: Sequence[str]) -> LayerReport:
-    """The figures of a layer that is an expert's, with what befalls experts alone."""
+    """The report of a layer of an expert, with the notes that apply only to experts."""
     notes = layer.notes
     if layer.borrowed:
-        notes += ("fitted to other tokens of the layer as well, as its expert saw too few",)
+        notes += ("also fitted to other tokens of the layer, because the expert saw too few",)
     if transforms:
-        notes += (f"{' and '.join(transforms)} left out for an expert",)
+        notes += (f"{' and '.join(transforms)} not applied to experts",)
     return replace(layer, notes=notes, expert=True)

@@ -1,4 +1,4 @@
-"""The record of a run: append-only, plain values, stored as `llmq.json` beside the quantized weights."""
+"""The record of a run: append-only, plain values, stored as `llmq.json` next to the quantized weights."""
 
 import dataclasses
 import math
@@ -10,17 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-OUTSIDE_THE_BLOCKS = "outside the blocks"  # why embeddings and heads stay as they are: expected, not worth a note
+OUTSIDE_THE_BLOCKS = "outside the blocks"  # why embeddings and heads are kept in float: expected, so without a note
 
 
 @dataclass(frozen=True)
 class StageGain:
-    """What one stage did for one layer: ‖X Wᵀ - X̂ Ŵᵀ‖²/T over held-out tokens, and whether it was kept.
+    """The effect of one stage on one layer: ‖X Wᵀ - X̂ Ŵᵀ‖²/T over validation tokens, and whether it was kept.
 
-    Of a stage that works on a block it is the squared error of the block's output, by itself or as the stage weighs it.
-
-    X is what the float model feeds the layer and X̂ what the rounded layers before it do (X̂ for both where the former
-    is not known).  `after` is what the stage would have made of it where it was undone.
+    X are the inputs of the layer in the float model, X̂ its inputs after the quantized layers before it (X̂ for both if X
+    is not known). For a stage that works on a block it is the squared error of the block's output, optionally weighted
+    by the stage. If the stage was undone, `after` is the error that it would have had.
     """
 
     stage: str
@@ -31,9 +30,9 @@ class StageGain:
 
 @dataclass(frozen=True)
 class StageSummary:
-    """A stage over all layers; `change` is that of the summed loss, -0.1 for a tenth less.
+    """The effect of a stage on all layers; `change` is the relative change of the summed loss, -0.1 for 10 % less.
 
-    Of a stage over all blocks, whose losses are not of one kind, `change` is the mean of each one's.
+    The losses of blocks are not comparable, so for a stage on blocks `change` is the mean of the relative changes.
     """
 
     stage: str
@@ -44,21 +43,21 @@ class StageSummary:
 
     @property
     def outcome(self) -> str:
-        return f"kept in {self.kept} of {self.layers} {self.kind}, held-out error {100 * self.change:+.1f} %"
+        return f"kept in {self.kept} of {self.layers} {self.kind}, validation error {100 * self.change:+.1f} %"
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One linear layer: its grid, and how far rounding moved it.
+    """One linear layer: its grid and its quantization errors.
 
     weight_error  ‖W - Ŵ‖ / ‖W‖
-    output_error  ‖X(W - Ŵ)ᵀ‖ / ‖XWᵀ‖ over the calibration tokens; None where nothing was observed
-    tokens        that the layer saw
-    borrowed      of an expert: how many other tokens of its layer were counted beside them, because it saw too few
-    expert        whether it belongs to an expert of a mixture
+    output_error  ‖X(W - Ŵ)ᵀ‖ / ‖XWᵀ‖ over the calibration tokens; None without calibration
+    tokens        number of tokens that the layer saw
+    borrowed      for an expert: number of other tokens of its layer that were added, because it saw too few
+    expert        whether it belongs to an expert of a mixture of experts
 
-    Both are of the rounding.  Tuning, which may come after it, gives them up for the model's own loss; what that was
-    worth is in `TuningReport`.
+    Both errors are measured after rounding. End-to-end tuning may increase them to lower the loss of the model; its
+    effect is in `TuningReport`.
     """
 
     name: str
@@ -75,7 +74,7 @@ class LayerReport:
 
     @property
     def error(self) -> float:
-        """What best says how much the layer suffered: the output error where there is one."""
+        """The output error, or the weight error without calibration."""
         return self.weight_error if self.output_error is None else self.output_error
 
     @classmethod
@@ -85,16 +84,16 @@ class LayerReport:
 
     @property
     def signal_to_noise(self) -> float:
-        """In decibels; infinite where nothing was lost."""
+        """The signal-to-noise ratio in decibels; infinite without an error."""
         return math.inf if self.error == 0 else -20 * math.log10(self.error)
 
 
 @dataclass(frozen=True)
 class BlockReport:
-    """One decoder block: its layers, what happened to it as a whole, how long it took.
+    """One decoder block: its layers, its notes and the time it took.
 
-    gains  what transforms did for the error of the block's output over held-out tokens, with their layers rounded;
-           and what block tuning did, after all were rounded as they say (algorithms/block_tuning.py)
+    gains  the effect of transforms on the error of the block's output over validation tokens, with quantized layers;
+           and the effect of block tuning after rounding (algorithms/block_tuning.py)
     """
 
     path: str
@@ -116,9 +115,9 @@ class BlockReport:
 
 @dataclass(frozen=True)
 class TuningStep:
-    """How far end-to-end tuning is: the loss of the last batch, and of the held-out windows where they were looked at.
+    """The progress of end-to-end tuning: the loss of the last batch, and the validation loss if it was evaluated.
 
-    Both are KL(float ‖ quantized) in nats per token; `loss` is None in front of the first step.
+    Both are KL(float ‖ quantized) in nats per token; `loss` is None before the first step.
     """
 
     step: int
@@ -129,12 +128,12 @@ class TuningStep:
 
 @dataclass(frozen=True)
 class TuningReport:
-    """What end-to-end tuning bought, on windows that it was not fitted on.
+    """The effect of end-to-end tuning on the validation sequences.
 
-    steps    that were taken
-    best     after how many of them the model was best, and is kept; 0 where none was better than no tuning
-    history  (step, KL(float ‖ quantized) in nats per token of the held-out windows)
-    moved    the part of all codes that are not what they were
+    steps    number of steps
+    best     the step with the best model, which is kept; 0 if no step was better than no tuning
+    history  (step, validation KL(float ‖ quantized) in nats per token)
+    moved    fraction of the quantized values that changed
     """
 
     steps: int
@@ -147,10 +146,10 @@ class TuningReport:
     def __str__(self) -> str:
         losses = dict(self.history)
         if self.best == 0:
-            return f"undone, none of {self.steps} steps was better on held-out text (KL {losses[0]:.4g})"
+            return f"undone, because none of {self.steps} steps was better on validation text (KL {losses[0]:.4g})"
         return (
-            f"held-out KL {losses[0]:.4g} → {losses[self.best]:.4g} over {self.steps} steps (best at {self.best}), "
-            f"{self.moved:.1%} of the codes moved, {self.seconds:.0f} s"
+            f"validation KL {losses[0]:.4g} → {losses[self.best]:.4g} over {self.steps} steps (best at {self.best}), "
+            f"{self.moved:.1%} of the quantized values changed, {self.seconds:.0f} s"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -166,10 +165,12 @@ class TuningReport:
 class Report:
     """The whole run.
 
-    bits_per_weight counts scales and zeros, over the weights that were quantized; `left` maps each linear layer that
-    stayed as it is to the reason; `stages` is what each one bought; `sizes` are the bytes of each format where there
-    are several, `checksums` the SHA-256 of the files of weights; `notes` are the fallbacks and surprises that a user
-    should know of.
+    bits_per_weight  of the quantized weights, including scales and zero points
+    left             linear layer that is kept in float -> the reason
+    stages           the effect of each stage
+    sizes            the size of each format in bytes, if there are several
+    checksums        the SHA-256 of the weight files
+    notes            fallbacks and surprises that a user should know
     """
 
     source: str
@@ -199,53 +200,53 @@ class Report:
 
 
 def summaries(layers: Iterable[LayerReport]) -> list[StageSummary]:
-    """What each stage did over all layers, in the order in which they run."""
+    """The effect of own stage on all layers, in the order of the stages."""
     gains: dict[str, list[StageGain]] = {}
-    places: dict[str, int] = {}  # a layer may have gone without the first stages
+    places: dict[str, int] = {}  # a layer may have skipped the first stages
     for layer in layers:
         for place, gain in enumerate(layer.gains):
             gains.setdefault(gain.stage, []).append(gain)
             places[gain.stage] = max(place, places.get(gain.stage, 0))
-    found = []
+    stages = []
     for stage in sorted(gains, key=places.__getitem__):
-        each = gains[stage]
-        before = sum(gain.before for gain in each)
-        saved = sum(gain.before - gain.after for gain in each if gain.kept)
-        kept = sum(gain.kept for gain in each)
-        found.append(StageSummary(stage, kept, len(each), -saved / before if before > 0 else 0.0))
-    return found
+        own = gains[stage]
+        before = sum(gain.before for gain in own)
+        saved = sum(gain.before - gain.after for gain in own if gain.kept)
+        kept = sum(gain.kept for gain in own)
+        stages.append(StageSummary(stage, kept, len(own), -saved / before if before > 0 else 0.0))
+    return stages
 
 
 def experts_summary(layers: Iterable[LayerReport]) -> str | None:
-    """How many tokens the experts of a mixture saw; None where there are none, or no text was read."""
+    """The number of tokens that the experts saw, as text; None without experts or calibration."""
     experts = [layer for layer in layers if layer.expert]
     if not any(layer.tokens + layer.borrowed for layer in experts):
         return None
     seen = sorted(layer.tokens for layer in experts)
-    starved = sum(layer.borrowed > 0 for layer in experts)
-    borrowed = f"; {starved} of {len(experts)} weights borrowed others of their layer" if starved else ""
-    return f"saw {seen[0]} tokens or more, {statistics.median(seen):g} in the median{borrowed}"
+    padded = sum(layer.borrowed > 0 for layer in experts)
+    borrowed = f"; {padded} of {len(experts)} weights were padded with other tokens of their layer" if padded else ""
+    return f"each saw at least {seen[0]} tokens, {statistics.median(seen):g} in the median{borrowed}"
 
 
 def block_summaries(blocks: Iterable[BlockReport]) -> list[StageSummary]:
-    """The same for the stages that work on whole blocks; a transform may have changed several places of a block."""
+    """The effect of own stage on all blocks; a transform may have several gains per block."""
     gains: dict[str, list[StageGain]] = {}
     for gain in (gain for block in blocks for gain in block.gains):
         gains.setdefault(gain.stage, []).append(gain)
-    found = []
-    for stage, each in gains.items():
-        changes = [gain.after / gain.before - 1 for gain in each if gain.kept]
-        found.append(StageSummary(stage, len(changes), len(each), sum(changes) / len(each), "blocks"))
-    return found
+    stages = []
+    for stage, own in gains.items():
+        changes = [gain.after / gain.before - 1 for gain in own if gain.kept]
+        stages.append(StageSummary(stage, len(changes), len(own), sum(changes) / len(own), "blocks"))
+    return stages
 
 
 def peak_memory() -> int:
-    """The most memory, in bytes, that this process has had in use so far."""
+    """The peak memory of this process so far, in bytes."""
     status = Path("/proc/self/status")
-    if status.is_file():  # getrusage would begin with what the parent process had
+    if status.is_file():  # getrusage would include the peak of the parent process
         lines = status.read_text(encoding="utf-8").splitlines()
-        found = [line.split() for line in lines if line.startswith("VmHWM:")]
-        if found:
-            return int(found[0][1]) * 1024
+        peaks = [line.split() for line in lines if line.startswith("VmHWM:")]
+        if peaks:
+            return int(peaks[0][1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB

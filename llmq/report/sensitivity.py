@@ -1,4 +1,4 @@
-"""How much each layer suffers from each grid, as `mixed_precision/sensitivity.py` finds it out."""
+"""The sensitivity of each layer to each grid, as measured by `mixed_precision/sensitivity.py`."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,13 +8,13 @@ from llmq.numerics.scheme import WeightScheme
 
 @dataclass(frozen=True)
 class Effect:
-    """What one grid does to a unit.
+    """The effect of one grid on a unit.
 
-    schemes   what each layer gets: a layer may fall back to another grid; None where it stays as it is
-    bits      that the unit takes in all, scales and zeros counted
+    schemes   the scheme of each layer: a layer may fall back to another grid; None if it is kept in float
+    bits      total bits of the unit, including scales and zero points
     error     Σ (w - ŵ) H (w - ŵ)ᵀ over the rows of the unit
-    kl        in nats per token
-    measured  whether the model was run for it, or the figure is scaled from the coarsest grid's
+    kl        KL divergence in nats per token
+    measured  whether the KL divergence was measured, or scaled from that of the coarsest grid
     """
 
     grid: str
@@ -27,7 +27,7 @@ class Effect:
 
 @dataclass(frozen=True)
 class Unit:
-    """Layers that must be alike, by the names that the checkpoint has for them; `float_bits` is what they take now."""
+    """Layers that must have the same grid, by their names in the checkpoint; `float_bits` is their size in float."""
 
     block: str
     names: tuple[str, ...]
@@ -37,7 +37,7 @@ class Unit:
 
     @property
     def label(self) -> str:
-        """The layers without their block, and without what all of them have in front: `self_attn: q_proj, k_proj`."""
+        """The layers without the name of the block, and with their common prefix once: `self_attn: q_proj, k_proj`."""
         paths = [name.removeprefix(f"{self.block}.").split(".") for name in self.names]
         shared = 0
         while all(len(path) > shared + 1 and path[shared] == paths[0][shared] for path in paths):
@@ -49,7 +49,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What was found, on `windows` windows of `tokens` tokens in all."""
+    """The result, measured on `windows` sequences with `tokens` tokens in total."""
 
     grids: tuple[str, ...]
     units: tuple[Unit, ...]
@@ -58,7 +58,7 @@ class Sensitivity:
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values: for each unit its layers, and for each grid bits a weight and KL."""
+        """Plain values: for each unit its layers, and for each grid the bits per weight and the KL divergence."""
         units = [
             {
                 "block": unit.block,

@@ -1,1 +1,1 @@
-"""Run quantized models: packed linear layers, and loading them into transformers' modules."""
+"""Run quantized models: packed linear layers, and loading checkpoints into transformers models."""

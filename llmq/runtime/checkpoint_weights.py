@@ -1,4 +1,4 @@
-"""The packed weights of a checkpoint, one at a time: as codes on a grid, or as plain floats."""
+"""The packed weights of a checkpoint, one at a time: as quantized values on a grid, or as floats."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from llmq.numerics.scheme import WeightScheme
 class PackedWeights:
     """The packed weights of a checkpoint, read one at a time.
 
-    modules  their names in the checkpoint; of experts that one tensor holds, the name of that tensor
+    modules  their names in the checkpoint; for experts in one tensor, the name of that tensor
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -25,23 +25,23 @@ class PackedWeights:
         self._layout = formats.detect(settings)
         self._reading = _reader(self._layout, settings)
         endings = {formats.tensor_name("", suffix) for suffix in self._layout.codes}
-        found = ((name, ending) for name in checkpoint.names() for ending in endings if name.endswith(ending))
-        self.modules = list(dict.fromkeys(name.removesuffix(ending) for name, ending in found))
+        matches = ((name, ending) for name in checkpoint.names() for ending in endings if name.endswith(ending))
+        self.modules = list(dict.fromkeys(name.removesuffix(ending) for name, ending in matches))
         self._by_weight = {self.weight_name(module): module for module in self.modules}
-        self._shapes: dict[str, tuple[int, int]] = {}  # as asked for: some layouts have each in a tensor of its own
+        self._shapes: dict[str, tuple[int, int]] = {}  # read on request: some layouts store shapes in tensors
 
     def read(self, module: str) -> QuantizedTensor:
-        """One module's weight, by its name in the checkpoint; raises FormatError where it is no integer grid's."""
+        """Read a weight by its name in the checkpoint; raises FormatError if it is not on an integer grid."""
         reading = self._how(module)
         if reading.decode is not None:
-            raise FormatError(f"{module} is stored as {reading.packing}, which lies on no integer grid")
+            raise FormatError(f"{module} is stored as {reading.packing}, expected an integer grid")
         try:
             return self._layout.unpack(self._tensors(module), reading)
         except FormatError as error:
             raise FormatError(f"{module}: {error}", hint=error.hint) from error
 
     def weight(self, module: str) -> Tensor:
-        """One module's weight, (N, K) float32, whatever it is stored as; of stacked experts (E, K, N)."""
+        """Read a weight as (N, K) float32, in any packing; stacked experts as (E, K, N)."""
         reading = self._how(module)
         if reading.decode is None:
             return self.read(module).dequantize()
@@ -51,12 +51,12 @@ class PackedWeights:
             raise FormatError(f"{module}: {error}", hint=error.hint) from error
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor by its name in the float model: dequantized where it is packed, or else as it is stored."""
+        """Read a tensor by its name in the float model; packed tensors are dequantized."""
         module = self._by_weight.get(name)
         return self._checkpoint.tensor(name) if module is None else self.weight(module)
 
     def member(self, name: str, index: int) -> Tensor:
-        """One of the tensors that are stacked in `tensor(name)`, along its first dimension."""
+        """Read one slice of the stacked `tensor(name)`, along its first dimension."""
         module = self._by_weight.get(name)
         if module is None:
             return self._checkpoint.member(name, index)
@@ -64,28 +64,28 @@ class PackedWeights:
         if decode is None:
             return self.weight(module)[index]
         stored = self._stored(module).items()
-        alone = {suffix: self._checkpoint.member(each, index)[None] for suffix, each in stored}
-        return decode(alone)[0]
+        slices = {suffix: self._checkpoint.member(stored_name, index)[None] for suffix, stored_name in stored}
+        return decode(slices)[0]
 
     def __contains__(self, name: object) -> bool:
-        """Whether `tensor` gives this one."""
+        """Whether `tensor` can read this tensor."""
         return name in self._by_weight or name in self._checkpoint
 
     def pack(self, module: str, weight: QuantizedTensor) -> dict[str, Tensor]:
-        """The tensors, by the ends of their names, that this layout has for a weight in the place of `module`'s."""
+        """Pack a weight that replaces that of `module`: its tensors by the suffixes of their names."""
         layout = self._layout
         try:
             if not isinstance(layout, Layout):
-                raise FormatError(f"the format {layout.name} is only read, not written")
+                raise FormatError(f"the format {layout.name} cannot be written, only read")
             return layout.pack_like(weight, self._how(module)) if layout.pack_like else layout.pack(weight)
         except FormatError as error:
             raise FormatError(f"{module} cannot be packed: {error}", hint=error.hint) from error
 
     def is_affine(self, module: str) -> bool:
-        """Whether the weight lies on an integer grid in equal groups, so that what `read` gives runs packed.
+        """Whether the weight is on an integer grid in equal groups, so that the result of `read` runs packed.
 
-        Groups of a size that llmq does not have run where they can be cut into smaller ones, which needs their columns
-        to lie side by side.
+        Groups of an unsupported size run if they can be split into smaller groups, which requires that the columns of
+        a group are contiguous.
         """
         reading = self._how(module)
         if reading.decode is not None:
@@ -96,45 +96,45 @@ class PackedWeights:
         return reading.legal_group(K) is not None
 
     def weight_name(self, module: str) -> str:
-        """The name that the weight has in the float model."""
+        """The name of the weight in the float model."""
         stacked = all(suffix.startswith("_") for suffix in self._layout.codes)
         return module if stacked else f"{module}.weight"
 
     def weight_names(self) -> list[str]:
-        """The names that packed weights have in the float model, each once."""
+        """The names of all packed weights in the float model, without duplicates."""
         return list(self._by_weight)
 
     def grid(self, module: str) -> str:
-        """What the weight is stored as, in a word or two."""
+        """The packing or grid of the weight, in a word or two."""
         reading = self._how(module)
         return reading.packing if reading.decode is not None else str(reading.scheme)
 
     def notes(self) -> list[str]:
-        """What a user should know who runs the model."""
+        """Notes for a user who runs the model."""
         notes = self.not_applied()
         floats = [module for module in self.modules if not self.is_affine(module)]
         if floats:
             notes.append(
-                f"{len(floats)} weights are stored as {self.grid(floats[0])}, which llmq has no kernel for: they run "
+                f"{len(floats)} weights are stored as {self.grid(floats[0])}, for which llmq has no kernel: they run "
                 "dequantized, in full size"
             )
         return notes
 
     def not_applied(self) -> list[str]:
-        """A sentence about each thing that the checkpoint declares quantized beside its weights."""
+        """A note for everything except weights that the checkpoint declares as quantized."""
         declared = dict.fromkeys(self._how(module).note for module in self.modules)
         return [
-            f"the checkpoint declares {what}, which llmq does not apply: only its weights are quantized here"
-            for what in declared
-            if what
+            f"the checkpoint declares {note}, which llmq does not apply: only its weights are quantized here"
+            for note in declared
+            if note
         ]
 
     def scheme(self, module: str) -> WeightScheme:
-        """The grid of a module's weight, from config.json alone."""
+        """The grid of a weight, from config.json only."""
         return self._how(module).scheme
 
     def shape(self, module: str) -> tuple[int, int]:
-        """(N, K) of a module's weight, packed or not, without reading it; rows of stacked experts are all counted."""
+        """(N, K) of a weight, packed or not, without reading it; for stacked experts with the rows of all experts."""
         if module not in self._shapes:
             self._shapes[module] = self._read_shape(module)
         return self._shapes[module]
@@ -150,27 +150,27 @@ class PackedWeights:
         )
 
     def suffixes_of(self, module: str) -> list[str]:
-        """The ends of the names of the tensors that stand for the module's weight."""
+        """The suffixes of the tensors that store the weight of a module."""
         return list(self._stored(module))
 
     def tensor_names(self, module: str) -> list[str]:
-        """The tensors of the checkpoint that stand for the module's weight."""
+        """The tensors of the checkpoint that store the weight of a module."""
         return list(self._stored(module).values())
 
     def stored_bytes(self, module: str) -> int:
-        """What the module's weight takes on disk, scales and zeros and the rest of it counted."""
+        """The size of a weight on disk, including scales, zero points and other tensors."""
         infos = [self._checkpoint.info(name) for name in self.tensor_names(module)]
         return sum(info.stop - info.start for info in infos)
 
     def _how(self, module: str) -> Reading:
-        """How a packed module is read."""
+        """How to read a packed module."""
         reading = self._reading(module)
         if reading is None:
-            raise FormatError(f"{module} is packed, but config.json says that it is not quantized")
+            raise FormatError(f"{module} is packed, but config.json declares it as not quantized")
         return reading
 
     def _stored(self, module: str) -> dict[str, str]:
-        """Suffix -> name, of the tensors that stand for the module's weight."""
+        """Suffix -> name, for the tensors that store the weight of a module."""
         reading = self._reading(module)
         suffixes = (*self._layout.suffixes, *(["weight"] if reading is not None and reading.in_place else []))
         names = {suffix: formats.tensor_name(module, suffix) for suffix in suffixes}
@@ -181,10 +181,10 @@ class PackedWeights:
 
 
 def _reader(layout: Readable, settings: dict[str, Any]) -> Reader:
-    """How packed modules are read.
+    """How to read packed modules.
 
-    Writers list what they left alone by parts of names, or by patterns, and some of these fit more than was left.  That
-    a module is packed is known by its tensors, so for those such a list is passed over.
+    Writers list the layers that they kept in float by parts of names or by patterns, which sometimes also match packed
+    layers. The tensors show that a module is packed, so such a list is ignored for packed modules.
     """
     declared = layout.read_config(settings)
     without_lists = {key: value for key, value in settings.items() if key not in layout.exclusions}
@@ -193,9 +193,9 @@ def _reader(layout: Readable, settings: dict[str, Any]) -> Reader:
 
 
 def quantization_settings(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """The block that tells how a checkpoint is quantized, or None where it is a float one.
+    """The settings that declare how a checkpoint is quantized, or None for a float checkpoint.
 
-    It is in config.json, or in that of the language model inside; older writers left it in a file of its own.
+    They are in config.json or in its part about the language model; older writers use a separate file.
     """
     config = checkpoint.config
     inner = config.get("text_config")
@@ -215,7 +215,7 @@ def quantization_settings(checkpoint: Checkpoint) -> dict[str, Any] | None:
 
 
 def required_settings(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The same of a checkpoint that must be quantized; raises FormatError where it is not."""
+    """The settings of a quantized checkpoint; raises FormatError for a float checkpoint."""
     settings = quantization_settings(checkpoint)
     if settings is None:
         raise FormatError(f"{checkpoint.folder} is not quantized: its config.json has no quantization_config")
@@ -223,6 +223,6 @@ def required_settings(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def shape_of(checkpoint: Checkpoint, packed: PackedWeights | None, module: str) -> tuple[int, ...]:
-    """That of a module's weight, packed or not, without reading it."""
+    """The shape of a weight, packed or not, without reading it."""
     name = f"{module}.weight"
     return packed.shape(module) if packed and name not in checkpoint else checkpoint.info(name).shape

@@ -1,4 +1,4 @@
-"""What llmq would run on here: versions, devices, and which kernels each device gets, and why."""
+"""The environment: versions, devices, and the kernels of each device with the reason."""
 
 import os
 import platform
@@ -21,10 +21,11 @@ VARIABLES = (backend.VARIABLE, configs.VARIABLE, int4pack.VARIABLE)
 
 @dataclass(frozen=True)
 class Tiles:
-    """How the W4A16 kernel runs on a device, for the shapes that have no entry of their own.
+    """The default configuration of the W4A16 kernel on a device, for shapes without a separate entry.
 
-    source  the file of the table; `architecture` is the device's, major * 10 + minor of its compute capability
-    rows    for up to so many rows of activations, the tile and the warps of a program
+    source        the file of the table
+    architecture  compute capability of the device, major * 10 + minor
+    rows          maximum number of rows of activations -> tile, warps and stages
     """
 
     source: str
@@ -35,7 +36,7 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Device:
-    """A place to run, its backend, and why that one.  Memory in bytes.  `tiles` is None where no Triton kernel runs."""
+    """A device and its backend with the reason. Memory in bytes. `tiles` is None if Triton kernels are not used."""
 
     name: str
     description: str
@@ -44,12 +45,12 @@ class Device:
     capability: str | None = None
     memory: int | None = None
     processors: int | None = None
-    tiles: Tiles | str | None = None  # a text says what is wrong with the table
+    tiles: Tiles | str | None = None  # a text is the error of an invalid table
 
 
 @dataclass(frozen=True)
 class Environment:
-    """Versions by package, None where it is not installed; CUDA's where torch has it; variables that are set."""
+    """Versions by package, None if not installed; CUDA versions; environment variables that are set; devices."""
 
     llmq: str
     python: str
@@ -68,7 +69,7 @@ class Environment:
 
 
 def environment() -> Environment:
-    """Look around.  On a GPU it launches one tiny kernel; on a CPU it times a product for some milliseconds."""
+    """Inspect the environment: launches one tiny kernel on GPUs, and times a product for some milliseconds on CPUs."""
     present = torch.cuda.is_available()
     return Environment(
         llmq=__version__,
@@ -93,7 +94,7 @@ def _version(package: str) -> str | None:
 
 
 def _driver() -> str | None:
-    """The newest CUDA that the driver can run, such as 12.4 for 12040; None where torch does not say."""
+    """The newest CUDA version that the driver supports, such as 12.4 for 12040; None if unknown."""
     number = getattr(torch._C, "_cuda_getDriverVersion", lambda: 0)()
     return f"{number // 1000}.{number % 1000 // 10}" if number else None
 
@@ -121,7 +122,7 @@ def _gpu(index: int) -> Device:
 
 
 def tiles(architecture: int) -> Tiles | str:
-    """The table of an architecture, or what is wrong with the file that the user named for it."""
+    """The table of an architecture, or the error in the file that the user named for it."""
     named = os.environ.get(configs.VARIABLE)
     try:
         table = configs.for_architecture(architecture)

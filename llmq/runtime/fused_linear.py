@@ -1,26 +1,26 @@
-"""Layers that are fed one and the same tensor multiply it once: q, k and v; gate and up.
+"""Fuse layers with the same input into one product: q, k and v; gate and up.
 
-One product with the rows of all is quicker than one for each: the launches are fewer, and a GPU is filled better.
-Nothing here knows names.  Which layers share an input is seen by running the model on meta, where a run costs nothing
-(`shared_inputs`).  Their rows are then put into one `PackedLinear` (`fuse_rows`), and each layer becomes a
-`FusedLinear`: the first that is run multiplies x with all rows, and when the others are called with the same x, they
-find their product waiting.
+One product with the rows of all layers is faster than one product per layer: there are fewer launches, and a GPU is
+better utilized. No names of layers are used. A run of the model on the meta device, which costs nothing, shows which
+layers share an input (`shared_inputs`). Their rows are stacked in one `PackedLinear` (`fuse_rows`), and each layer
+becomes a `FusedLinear`: the first layer multiplies x with all rows, and when the other layers are called with the same
+x, they take their part of the waiting product.
 
-**A wrong guess costs time, never the result.**  What the meta run saw decides what is stacked; what x *is* decides, at
-every call, whether the waiting product is taken: the same object, not modified since, in the same mode of autograd.
-Otherwise a layer multiplies x with its own rows.  The product is let go with its last reader; one that is never fetched
-stays, with its x, until the first layer runs again.
+**A wrong guess costs time, but never changes the result.** The meta run decides which layers are stacked. At every call
+x decides whether a layer uses the waiting product: x must be the same object, not modified since, in the same mode of
+autograd. Otherwise a layer multiplies x with its own rows. The product is freed by its last reader. A product that is
+never fetched is kept, with its x, until the first layer runs again.
 
-`torch.compile(fullgraph=True)` follows the handing over, because it is attributes of a module and `is`; the graph has
-one product for each group.  Inference mode and torch.compile have no version counter that could tell whether x was
-modified between two layers.  There the meta run is the proof: had the model's own code done it, the layers would not
-have been stacked.  A hook that modifies x *in place* between q and k, in one of these two modes, is not noticed.
+`torch.compile(fullgraph=True)` can trace this, because it uses only attributes of a module and `is`; the graph has one
+product per group. In inference mode and under torch.compile there is no version counter that shows whether x was
+modified between two layers. The meta run then is the proof: if the code of the model modified x, the layers would not
+be stacked. A hook that modifies x *in place* between q and k, in one of these two modes, is not detected.
 
-In a `state_dict` the rows of a group are under the name of each of its layers (`….q_proj.stack.rows.words`,
-`….k_proj.stack.rows.words`), one tensor in memory, as tied weights are.  `FusedLinear.quantized` gives back each
-layer's own weight, code for code.
+In a `state_dict` the rows of a group appear under the name of each of its layers (`….q_proj.stack.rows.words`,
+`….k_proj.stack.rows.words`), as one tensor in memory, like tied weights. `FusedLinear.quantized` returns the weight of
+each layer exactly.
 
-Not here: sharing across modules that run with other layers between them, and use by several threads at once.
+Not supported: sharing across modules with other layers between them, and use by several threads at once.
 """
 
 import logging
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 
 class Waiting(NamedTuple):
-    """The product of x (..., K) with all rows of a stack; the layers, by position, that have yet to fetch theirs."""
+    """The product of x (..., K) with all rows of a stack; the positions of the layers that have not used it yet."""
 
     x: Tensor
     state: tuple[Any, ...]
@@ -51,7 +51,7 @@ class Waiting(NamedTuple):
 
 
 class Stack(nn.Module):
-    """The rows of several layers, and the product that waits for some of them."""
+    """The rows of several layers, and the product that waits for them."""
 
     def __init__(self, rows: PackedRows, members: int) -> None:
         super().__init__()
@@ -60,30 +60,30 @@ class Stack(nn.Module):
         self._waiting: Waiting | None = None
 
     def start(self, x: Tensor) -> Tensor:
-        """The product of x (..., K) with all rows, (..., N of all), which now waits for every other layer."""
+        """Compute the product of x (..., K) with all rows, (..., N of all), and keep it for the other layers."""
         product: Tensor = self.rows(x)
         self._waiting = Waiting(x, _state(x), product, self._others)
         return product
 
     def take(self, position: int, x: Tensor) -> Tensor | None:
-        """The waiting product, once for each layer; None where there is none for this x."""
-        found = self._waiting
-        if found is None or found.x is not x or position not in found.positions or found.state != _state(x):
+        """The waiting product, once per layer; None if there is none for this x."""
+        waiting = self._waiting
+        if waiting is None or waiting.x is not x or position not in waiting.positions or waiting.state != _state(x):
             return None
-        left = tuple(other for other in found.positions if other != position)
-        self._waiting = Waiting(x, found.state, found.product, left) if left else None
-        return found.product
+        remaining = tuple(other for other in waiting.positions if other != position)
+        self._waiting = Waiting(x, waiting.state, waiting.product, remaining) if remaining else None
+        return waiting.product
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy, or a file, starts with nothing waiting."""
+        """A copy, or a saved module, starts without a waiting product."""
         return {**self.__dict__, "_waiting": None}
 
 
 class FusedLinear(nn.Linear):
-    """y = x Wᵀ + bias with W the rows `start` to `stop` of a stack: takes the place of the `PackedLinear` it was."""
+    """y = x Wᵀ + bias with W the rows `start` to `stop` of a stack; replaces a `PackedLinear`."""
 
     def __init__(self, layer: PackedLinear, stack: Stack, position: int, start: int) -> None:
-        nn.Module.__init__(self)  # not nn.Linear's, which makes a weight
+        nn.Module.__init__(self)  # not nn.Linear.__init__, which creates a weight
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.scheme, self.columns_per_group = layer.scheme, layer.columns_per_group
         self.stack = stack
@@ -93,17 +93,17 @@ class FusedLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """As `PackedLinear.weight`."""
+        """See `PackedLinear.weight`."""
         return WeightView.of(self)
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """As `PackedLinear.compute_dtype`."""
+        """See `PackedLinear.compute_dtype`."""
         return self.stack.rows.compute_dtype
 
     @property
     def bias(self) -> Tensor | None:  # type: ignore[override]
-        """(N,), this layer's part."""
+        """(N,), the part of this layer."""
         bias = self.stack.rows.bias
         return bias[self.start : self.stop] if self._has_bias and bias is not None else None
 
@@ -112,7 +112,7 @@ class FusedLinear(nn.Linear):
         return self._alone(x) if product is None else product[..., self.start : self.stop]
 
     def _alone(self, x: Tensor) -> Tensor:
-        """The product with this layer's rows only.  Theirs are a run of words, but strided columns of the scales."""
+        """The product with the rows of this layer only: contiguous words, but strided columns of the scales."""
         rows, own = self.stack.rows, slice(self.start, self.stop)
         zeros = rows.zeros[:, own].contiguous() if self._has_zeros and rows.zeros is not None else None
         weight = PackedWeight(
@@ -122,7 +122,7 @@ class FusedLinear(nn.Linear):
         return packed.linear(x, weight, self.bias)
 
     def quantized(self) -> QuantizedTensor:
-        """The weight that the layer was made from, code for code."""
+        """The original weight of the layer, exactly."""
         own = self.stack.rows.quantized(slice(self.start, self.stop))
         return replace(own, scheme=self.scheme, zeros=own.zeros if self._has_zeros else None)
 
@@ -132,7 +132,7 @@ class FusedLinear(nn.Linear):
 
 
 def _state(x: Tensor) -> tuple[Any, ...]:
-    """What must not change between two layers for them to share a product of x."""
+    """The state of x that must not change between two layers that share a product."""
     autograd = (torch.is_grad_enabled(), x.requires_grad)
     if torch.compiler.is_compiling():
         return autograd
@@ -140,10 +140,10 @@ def _state(x: Tensor) -> tuple[Any, ...]:
 
 
 def fuse_rows(model: nn.Module, paths: Sequence[str]) -> None:
-    """Stack those of the packed layers at `paths`, which share an input, that agree in their grids.
+    """Stack the packed layers at `paths`, which share an input, if their grids agree.
 
-    Two layers do whose bits, columns in a group, dtype of scales and order of columns are the same.  While the rows are
-    copied, those of the layers at `paths` are in memory twice.
+    Grids agree if bits, columns per group, dtype of scales and order of columns are equal. While the rows are copied,
+    the layers at `paths` are in memory twice.
     """
     alike: list[list[str]] = []
     for path in paths:
@@ -187,23 +187,23 @@ def _grid(layer: PackedLinear) -> tuple[Any, ...]:
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _Call:
     path: str
-    x: Tensor  # alive until the end, so that no later tensor is taken for it
+    x: Tensor  # kept alive, so that no later tensor has its identity
     version: int
     out_features: int
 
 
 def shared_inputs(model: nn.Module, paths: Collection[str]) -> list[list[str]]:
-    """The layers of `paths` that are run one after the other on one tensor: groups of two and more, in that order.
+    """Find the layers of `paths` that run one after the other on the same tensor, as groups of two or more layers.
 
-    `model` is on meta but for its buffers, and stays as it is.  It is run twice on a few tokens, the second time with
-    outputs that are columns of a wider tensor, as fused layers give them: a group whose model cannot take those is left
-    out.  A module that does not run on meta is passed over; layers that were not reached are in no group, and a warning
+    `model` is on the meta device except for its buffers, and is not changed. It runs twice on a few tokens, the second
+    time with outputs that are columns of a wider tensor, as fused layers return them; groups that fail with these are
+    left out. A module that does not run on meta is skipped. Layers that were not reached are in no group, and a warning
     is logged.
     """
     layers = {path: model.get_submodule(path) for path in paths}
-    calls, failures = _watch(model, layers, {})
+    calls, failures = _recorded_calls(model, layers, {})
     missed = set(paths) - {call.path for call in calls}
     if missed and failures:
         path, error = next(iter(failures.items()))
@@ -214,15 +214,15 @@ def shared_inputs(model: nn.Module, paths: Collection[str]) -> list[list[str]]:
     groups = _groups(calls)
     features = {call.path: call.out_features for call in calls}
     widths = {path: sum(features[member] for member in group) for group in groups for path in group}
-    _, with_slices = _watch(model, layers, widths)
+    _, with_slices = _recorded_calls(model, layers, widths)
     refused = with_slices.keys() - failures.keys()
     return [group for group in groups if not any(_inside(path, group) for path in refused)]
 
 
-def _groups(calls: Sequence[_Seen]) -> list[list[str]]:
+def _groups(calls: Sequence[_Call]) -> list[list[str]]:
     groups: list[list[str]] = []
     placed: set[str] = set()
-    last: _Seen | None = None
+    last: _Call | None = None
     for call in calls:
         if call.path in placed:
             continue
@@ -239,23 +239,23 @@ def _inside(path: str, group: Sequence[str]) -> bool:
     return not path or any(member.startswith(f"{path}.") for member in group)
 
 
-def _watch(
+def _recorded_calls(
     model: nn.Module, layers: Mapping[str, nn.Module], widths: Mapping[str, int]
-) -> tuple[list[_Seen], dict[str, Exception]]:
-    """Run the model on meta: the calls of `layers` in their order, and the modules that failed.
+) -> tuple[list[_Call], dict[str, Exception]]:
+    """Run the model on meta; return the calls of `layers` in order, and the modules that failed.
 
-    A layer in `widths` puts out columns of a tensor that is so wide.
+    The output of a layer in `widths` is some columns of a tensor with that width.
     """
-    calls: list[_Seen] = []
+    calls: list[_Call] = []
 
     def hook(path: str) -> Callable[..., Tensor | None]:
-        def seen(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            calls.append(_Seen(path, args[0], args[0]._version, output.shape[-1]))
+        def record(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            calls.append(_Call(path, args[0], args[0]._version, output.shape[-1]))
             if path not in widths:
                 return None
             return output.new_empty(*output.shape[:-1], widths[path])[..., : output.shape[-1]]
 
-        return seen
+        return record
 
     hooks = [layer.register_forward_hook(hook(path)) for path, layer in layers.items()]
     try:

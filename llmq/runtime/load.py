@@ -1,8 +1,8 @@
-"""Open a quantized checkpoint: as a transformers model that runs packed, or as plain float weights.
+"""Load a quantized checkpoint as a transformers model that runs packed, or a float checkpoint as usual.
 
-The module tree is built on meta; each linear layer that the file holds packed is replaced by a `PackedLinear`, packed
-experts by `PackedExperts`, and the rest is read as it is.  At no time is there a full-precision copy of more than one
-layer.  Layers that are fed the same tensor run as one (`runtime/fused_linear.py`).
+The module tree is built on the meta device. Each packed linear layer is replaced by a `PackedLinear`, packed experts by
+`PackedExperts`, and all other tensors are read unchanged. There is never a full-precision copy of more than one layer.
+Layers with the same input are fused (`runtime/fused_linear.py`).
 """
 
 import logging
@@ -43,15 +43,15 @@ def load(
     trust_remote_code: bool = False,
     fuse: bool = True,
 ) -> tuple[Any, Any]:
-    """A model, quantized or not, and its tokenizer, ready for `model.generate`.
+    """Load a model, quantized or not, and its tokenizer, ready for `model.generate`.
 
-    `path` is a folder or a Hub id.  `dtype` is that of activations and unpacked weights: by default the checkpoint's
-    own, but float32 on a CPU, where half precision is slow.  With `fuse`, packed layers that are fed the same tensor
-    (q, k and v; gate and up) run as one; without, each stays a `PackedLinear` of its own.  Raises CheckpointError,
+    `path` is a folder or a Hub id. `dtype` is the dtype of activations and unpacked weights: by default that of the
+    checkpoint, but float32 on a CPU, where half precision is slow. With `fuse`, packed layers with the same input (q, k
+    and v; gate and up) run as one product; without, each is a separate `PackedLinear`. Raises CheckpointError,
     FormatError and UnsupportedModelError.
     """
     folder = hub.locate(str(path), revision, remote_code=trust_remote_code)
-    refuse_gguf(folder)  # which may lack a tokenizer too, but that is not what is wrong
+    refuse_gguf(folder)  # before the tokenizer, whose error would be misleading
     tokenizer = load_tokenizer(folder, remote_code=trust_remote_code)
     model = load_model(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code, fuse=fuse)
     return model, tokenizer
@@ -65,7 +65,7 @@ def load_model(
     trust_remote_code: bool = False,
     fuse: bool = True,
 ) -> Any:
-    """The model alone, from a local folder; otherwise as `load`."""
+    """Load the model without tokenizer from a local folder; otherwise like `load`."""
     checkpoint = Checkpoint.open(folder)
     chosen = choose_device(device)
     if dtype is None:
@@ -83,7 +83,7 @@ def load_model(
 
 
 def load_tokenizer(folder: Path, *, remote_code: bool) -> Any:
-    """The checkpoint's tokenizer; raises CheckpointError where there is none."""
+    """Load the tokenizer of a checkpoint; raises CheckpointError if there is none."""
     from transformers import AutoTokenizer
 
     hint = "copy tokenizer.json and tokenizer_config.json from the original model into the folder"
@@ -91,40 +91,40 @@ def load_tokenizer(folder: Path, *, remote_code: bool) -> Any:
         raise CheckpointError(f"{folder} has no tokenizer", hint=hint)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=remote_code)
-    except Exception as error:  # every tokenizer class fails in its own way
+    except Exception as error:  # tokenizer classes raise many types of errors
         raise CheckpointError(f"the tokenizer in {folder} cannot be read: {error}", hint=hint) from error
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether any file of a tokenizer is in the folder."""
+    """Whether the folder holds a file of a tokenizer."""
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
-def choose_device(asked: str | torch.device) -> torch.device:
-    """`auto`, `cpu` or `cuda[:N]` as a device that is there."""
-    if asked == "auto":
+def choose_device(name: str | torch.device) -> torch.device:
+    """Turn `auto`, `cpu` or `cuda[:N]` into an available device; raises BackendError otherwise."""
+    if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(asked)
+        device = torch.device(name)
     except RuntimeError:
-        raise BackendError(f"there is no device {asked!r}", hint="use auto, cpu, cuda or cuda:N") from None
+        raise BackendError(f"unknown device {name!r}", hint="use auto, cpu, cuda or cuda:N") from None
     if device.type not in ("cpu", "cuda"):
         raise BackendError(f"llmq does not run on {device.type}", hint="use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise BackendError(
-            f"{asked} is not there: torch sees {torch.cuda.device_count()} CUDA devices", hint="use --device cpu"
+            f"{name} is not available: torch sees {torch.cuda.device_count()} CUDA devices", hint="use --device cpu"
         )
     return device
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype that config.json names, else that of the checkpoint's first float tensor."""
+    """The dtype in config.json, or that of the first float tensor."""
     named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
     dtype = getattr(torch, named, None) if isinstance(named, str) else None
     if dtype in MODEL_DTYPES:
         return cast(torch.dtype, dtype)
-    found = (checkpoint.info(name).dtype for name in checkpoint.names())
-    return next((dtype for dtype in found if dtype in MODEL_DTYPES), torch.float32)
+    dtypes = (checkpoint.info(name).dtype for name in checkpoint.names())
+    return next((dtype for dtype in dtypes if dtype in MODEL_DTYPES), torch.float32)
 
 
 def _fill_packed(model: nn.Module, checkpoint: Checkpoint, device: torch.device, *, fuse: bool) -> None:
@@ -153,23 +153,23 @@ def _fill_packed(model: nn.Module, checkpoint: Checkpoint, device: torch.device,
             module.prepare()
     if waiting:
         raise FormatError(
-            f"the model has no linear layer for {sorted(waiting)[0]} ({len(waiting)} packed weights left over)"
+            f"the model has no linear layer for {sorted(waiting)[0]} ({len(waiting)} packed weights in total)"
         )
     _refuse_tied(model, checkpoint)
     tie: Callable[[], None] = model.tie_weights  # type: ignore[assignment]
     tie()
     empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if empty:  # torch computes garbage with those, without a word
-        raise CheckpointError(f"no tensor of the checkpoint is for {empty[0]} ({len(empty)} in all)")
+    if empty:  # torch would silently compute garbage
+        raise CheckpointError(f"the checkpoint has no tensor for {empty[0]} ({len(empty)} parameters in total)")
 
 
 def _refuse_tied(model: Any, checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError for a packed head that is to be the embedding too, which is a float one."""
-    tied = getattr(model.config, "tie_word_embeddings", False)  # transformers asks the top level
+    """Raise CheckpointError for a packed head that is tied to the embedding, which is float."""
+    tied = getattr(model.config, "tie_word_embeddings", False)  # transformers reads the top level
     if tied and isinstance(model.get_output_embeddings(), PackedLinear):
         raise CheckpointError(
-            f"the head in {checkpoint.folder} is packed, and config.json ties it to the embedding",
-            hint="set tie_word_embeddings to false in config.json: the packed head has a weight of its own",
+            f"the head in {checkpoint.folder} is packed, but config.json ties it to the embedding",
+            hint="set tie_word_embeddings to false in config.json: the packed head has its own weight",
         )
 
 
@@ -182,7 +182,7 @@ def _fill_experts(
     weights: ModelWeights,
     device: torch.device,
 ) -> None:
-    """Fill or pack the experts at `path`; what goes there waits no longer."""
+    """Fill or pack the experts at `path`, and remove their packed weights from `waiting`."""
     experts = model.get_submodule(path)
     if all_packed(path, stackings, waiting):
         model.set_submodule(path, pack_experts(path, experts, stackings, packed.read, weights, device))
@@ -192,7 +192,7 @@ def _fill_experts(
 
 
 def _groups_by_last(model: nn.Module, weights: ModelWeights, packed: Collection[str]) -> dict[str, list[str]]:
-    """The groups of layers that share an input, each under the path of the one that is filled last."""
+    """The groups of layers that share an input, keyed by the layer of each group that is filled last."""
     order = {
         path: position
         for position, (path, module) in enumerate(model.named_modules())
@@ -202,10 +202,10 @@ def _groups_by_last(model: nn.Module, weights: ModelWeights, packed: Collection[
 
 
 def _make_savable(model: Any, checkpoint: Checkpoint) -> None:
-    """Let `save_pretrained` write the checkpoint's tensors again, whatever runs in their place, and what they are."""
+    """Let `save_pretrained` write the packed tensors of the checkpoint and the quantization_config."""
     from llmq.runtime.transformers.quantizer import PackedQuantizer
 
-    if getattr(model.config, "quantization_config", None) is None:  # a file of its own would not be written
+    if getattr(model.config, "quantization_config", None) is None:  # from a separate file, which would not be saved
         model.config.quantization_config = required_settings(checkpoint)
     model.hf_quantizer = PackedQuantizer.for_saving(checkpoint)
 

@@ -1,7 +1,7 @@
-"""A checkpoint, float or packed, as a model whose blocks are read one at a time, in float.
+"""Open a checkpoint, float or packed, as a model whose blocks are read one at a time, in float.
 
-What a block of a packed checkpoint computes is what its file says, dequantized: so a model that is larger than memory
-can be evaluated, or tuned, block by block.  `load.py` is for models that run packed, as a whole.
+Blocks of a packed checkpoint are dequantized when they are read, so a model larger than memory can be evaluated or
+tuned block by block. `load.py` loads complete models that run packed.
 """
 
 from collections.abc import Iterable
@@ -22,9 +22,9 @@ from llmq.runtime.checkpoint_weights import PackedWeights, quantization_settings
 def open_skeleton(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, *, remote_code: bool = False
 ) -> Skeleton:
-    """The model of a checkpoint, its blocks computing in `dtype` on `device`; packed weights are dequantized when read.
+    """Open a model whose blocks compute in `dtype` on `device`; packed weights are dequantized when they are read.
 
-    Raises UnsupportedModelError where transformers or llmq cannot build it, FormatError for an unknown packing.
+    Raises UnsupportedModelError if transformers or llmq cannot build it, FormatError for an unknown packing.
     """
     model = module_tree.build(checkpoint.folder, dtype=dtype, remote_code=remote_code)
     floats = checkpoint.modules_with("weight")
@@ -32,7 +32,7 @@ def open_skeleton(
         read = ReadAhead(checkpoint.tensor, lambda name: checkpoint.info(name).nbytes, pin=device.type == "cuda")
 
         def expect(names: Iterable[str]) -> None:
-            read.expect([name for name in names if name in checkpoint])  # parts of stacked tensors are read one by one
+            read.expect([name for name in names if name in checkpoint])  # slices of stacked tensors are read one by one
 
         weights = ModelWeights(model, read, checkpoint.__contains__, expect=expect)
         separate(model, weights, floats, partial(shape_of, checkpoint, None), checkpoint.member)
@@ -48,7 +48,7 @@ def open_skeleton(
 
 
 def stored_bytes(skeleton: Skeleton, checkpoint: Checkpoint, name: str) -> int:
-    """What a tensor takes in a float checkpoint, which may hold it as a part of a stacked one."""
+    """The size of a tensor in a float checkpoint, which may hold it as a part of a stacked tensor."""
     stacked = skeleton.weights.stacked_in
     if name not in stacked:
         return checkpoint.info(name).nbytes

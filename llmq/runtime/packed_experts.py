@@ -1,8 +1,8 @@
-"""The experts of a mixture, packed: two calls of one op where transformers has two stacked float parameters.
+"""Packed experts: two calls of one op replace the two stacked float parameters of transformers.
 
-transformers holds the experts of a layer in one module with 3-D parameters; `model/experts/stacking.py` knows how it
-is made, and where its weights are in a checkpoint.  A `PackedExperts` takes such a module's place, is called as it
-was, and asks the module itself for the activation: no model is named here.
+transformers holds the experts of a layer in one module with 3-D parameters. `model/experts/stacking.py` knows its
+structure, and where its weights are in a checkpoint. A `PackedExperts` replaces such a module with the same interface,
+and uses the activation of the module: this file does not depend on any model.
 """
 
 import copy
@@ -34,7 +34,7 @@ class PackedStack(nn.Module):
     zeros: Tensor | None
 
     def __init__(self, stacking: Stacking, read: Read, bias: Tensor | None, device: torch.device) -> None:
-        """`read` gives the parts by their names, one expert after the other; bias is (E, N) or None.
+        """`read` returns the parts by name, one expert after the other; bias is (E, N) or None.
 
         Raises FormatError for parts that differ in anything but their rows.
         """
@@ -65,7 +65,7 @@ class PackedStack(nn.Module):
         return product
 
     def quantized(self) -> Iterator[tuple[str, QuantizedTensor]]:
-        """`(name, weight)` of every part of every expert: what the stack was made from, code for code."""
+        """Yield `(name, weight)` for every part of every expert, exactly as given to the constructor."""
         for e, names in enumerate(self.stacking.names):
             for name, rows in zip(names, self.stacking.rows, strict=True):
                 rows = rows.to(self.words.device)
@@ -74,7 +74,7 @@ class PackedStack(nn.Module):
                 yield name, QuantizedTensor(codes, self.scales[e][:, rows].T.contiguous(), zeros, self.scheme)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedStack":
-        """Moves and casts.  The scales, for which the codes were chosen, pass as integers: they are never cast."""
+        """Move or cast the module, except that scales, which must stay exact, are never cast: they pass as integers."""
         dtype = self.scales.dtype
         self.scales = self.scales.view(torch.int32 if dtype.itemsize == 4 else torch.int16)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -95,10 +95,10 @@ class PackedStack(nn.Module):
 
 
 class PackedExperts(RoutedExperts):
-    """The experts of one layer, called as transformers calls its own.
+    """The experts of one layer, with the interface of transformers.
 
-    `experts` is transformers' module, and `form` what `form_of` says of it; its weights and their biases are not used.
-    `up` and `down` take the place of those.
+    `experts` is the module of transformers and `form` its structure by `form_of`. `up` and `down` replace its weights
+    and biases.
     """
 
     def __init__(self, experts: nn.Module, form: Form, up: PackedStack, down: PackedStack) -> None:
@@ -115,13 +115,13 @@ class PackedExperts(RoutedExperts):
         return experts.post_expert_norm(outer) if getattr(experts, "has_post_expert_norm", False) else outer
 
     def quantized(self) -> Iterator[tuple[str, QuantizedTensor]]:
-        """`(name, weight)` of every expert, exactly as the module was made from them, one at a time."""
+        """Yield `(name, weight)` for every part of every expert, exactly as given to the constructor."""
         yield from self.up.quantized()
         yield from self.down.quantized()
 
 
 def without(module: nn.Module, names: Iterable[str]) -> nn.Module:
-    """A copy that shares everything but lacks some parameters."""
+    """A shallow copy of a module without some parameters."""
     copied, left_out = copy.copy(module), set(names)
     copied._parameters = {name: value for name, value in module._parameters.items() if name not in left_out}
     return copied
@@ -135,7 +135,7 @@ def pack_experts(
     weights: ModelWeights,
     device: torch.device,
 ) -> PackedExperts:
-    """What takes the place of the experts at `path`, a module on meta; what it holds beside the weights is filled."""
+    """The packed replacement of the experts at `path`, a module on meta; its other parameters are filled."""
     form = require_form(experts)
     rest = without(experts, form.parameters)
     weights.fill(path, rest, device)
@@ -155,7 +155,7 @@ def fill_experts(
     weights: ModelWeights,
     device: torch.device,
 ) -> None:
-    """Give a module of experts on meta the floats that the checkpoint holds one by one."""
+    """Fill a module of experts on meta with the float weights that the checkpoint stores separately."""
     form = require_form(experts)
     rest = without(experts, form.parameters)
     weights.fill(path, rest, device)
@@ -165,8 +165,8 @@ def fill_experts(
         filled[name] = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
         by_row = filled[name].mT if form.transposed else filled[name]  # (E, N, K)
         N = sum(len(rows) for rows in stacking.rows)
-        found = (len(stacking.names), N, by_row.shape[2])
-        _require_shape(f"{path}.{name}", found, form.shape(experts, name))
+        shape = (len(stacking.names), N, by_row.shape[2])
+        _require_shape(f"{path}.{name}", shape, form.shape(experts, name))
         for e, names in enumerate(stacking.names):
             for part, rows in zip(names, stacking.rows, strict=True):
                 by_row[e][rows.to(device)] = weights.original(f"{part}.weight").to(device, parameter.dtype)
@@ -185,7 +185,7 @@ def _bias(
     weights: ModelWeights,
     device: torch.device,
 ) -> Tensor:
-    """(E, N) that of a stacked weight: stacked in the checkpoint as well, or a part with each part of the weight."""
+    """The bias (E, N) of a stacked weight, which the checkpoint stores stacked or separately for each part."""
     parameter = experts.get_parameter(f"{name}_bias")
     if weights.stored_name(f"{path}.{name}_bias") is not None:
         return weights.original(f"{path}.{name}_bias").to(device, parameter.dtype)
@@ -193,7 +193,7 @@ def _bias(
 
 
 def stacked_bias(stacking: Stacking, like: Tensor, device: torch.device, read: Callable[[str], Tensor]) -> Tensor:
-    """(E, N) in the shape and dtype of `like`, from those of the parts, which `read` gives by their names."""
+    """The bias (E, N) in the shape and dtype of `like`, from the biases of the parts, which `read` returns by name."""
     bias = torch.empty(like.shape, dtype=like.dtype, device=device)
     for e, names in enumerate(stacking.names):
         for part, rows in zip(names, stacking.rows, strict=True):
@@ -202,37 +202,37 @@ def stacked_bias(stacking: Stacking, like: Tensor, device: torch.device, read: C
 
 
 def require_form(experts: nn.Module) -> Form:
-    """Raises FormatError for a module that `form_of` does not know; `experts` is to be on meta still."""
+    """Return the structure of `experts`, still on meta; raises FormatError if `form_of` does not know it."""
     form = form_of(experts)
     if form is None:
-        raise FormatError(f"{type(experts).__name__} stacks experts in a way that llmq does not run packed")
+        raise FormatError(f"{type(experts).__name__} stacks experts in a way that llmq does not support")
     return form
 
 
-def _require_shape(where: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    """(E, N, K) as the checkpoint has it is what the module has."""
-    if found != expected:
+def _require_shape(where: str, actual: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """Raise FormatError unless (E, N, K) in the checkpoint is the shape in the module."""
+    if actual != expected:
         raise FormatError(
-            f"{where} has the shape {found} in the checkpoint, the configuration asks for {expected}",
-            hint="is config.json the one that belongs to these weights?",
+            f"{where} has the shape {actual} in the checkpoint, expected {expected} by config.json",
+            hint="use the config.json that belongs to these weights",
         )
 
 
 def _require_alike(name: str, part: QuantizedTensor, first_name: str, first: QuantizedTensor, rows: int) -> None:
-    """One op serves all experts, so they have one grid."""
-    for what, found, expected in (
+    """Raise FormatError unless a part has the same grid as the first: one op computes all experts."""
+    for property_, actual, expected in (
         ("the grid", part.scheme, first.scheme),
         ("the shape", part.shape, (rows, first.shape[1])),
         ("scales of", part.scales.dtype, first.scales.dtype),
-        ("zeros", part.zeros is not None, first.zeros is not None),
+        ("zero points", part.zeros is not None, first.zeros is not None),
     ):
-        if found != expected:
+        if actual != expected:
             raise FormatError(
-                f"{name} has {what} {found}, {first_name} beside it {expected}",
-                hint="llmq runs experts of one layer packed only if they are quantized alike",
+                f"{name} has {property_} {actual}, expected {expected} as in {first_name}",
+                hint="quantize all experts of a layer alike",
             )
     if part.group_index is not None:
         raise FormatError(
-            f"{name} is grouped in the order of its activations, which llmq does not run for experts",
-            hint="a checkpoint made without desc_act",
+            f"{name} is grouped by act-order, which llmq does not support for experts",
+            hint="use a checkpoint without desc_act",
         )

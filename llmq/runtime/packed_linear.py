@@ -1,4 +1,4 @@
-"""A linear layer whose weight stays packed in memory, whatever its bit width, and runs through one op."""
+"""A linear layer whose weight is packed in memory, with any number of bits, and runs through one op."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,12 +19,12 @@ from llmq_kernels.w4a16.packed_weight import PackedWeight
 class PackedRows(nn.Module):
     """y = x Wᵀ + bias with W (N, K) held as `words` (N, Kp / 16 * bits) int16, scales (G, N), zeros (G, N) or None.
 
-    Codes of a foreign checkpoint whose columns are grouped by activation order are stored group by group, with
-    `column_order` (K,) saying which input belongs to which column.
+    If the columns of a checkpoint are grouped by act-order, the values are stored group by group, and `column_order`
+    (K,) maps columns to inputs.
 
-    On a CPU, `prepare` adds a second copy of 4-bit codes, `int4_words` and `int4_grid`, with which few rows of x run
-    several times quicker, in bfloat16 (see `llmq_kernels/w4a16/int4pack.py`).  It is never saved, and made again where
-    the weight moves or changes.
+    On a CPU, `prepare` adds a second copy of 4-bit weights, `int4_words` and `int4_grid`, which makes small batches
+    several times faster, in bfloat16 (see `llmq_kernels/w4a16/int4pack.py`). The copy is never saved, and is made again
+    when the weight moves or changes.
     """
 
     words: Tensor
@@ -35,7 +35,7 @@ class PackedRows(nn.Module):
     int4_grid: Tensor | None
 
     def __init__(self, quantized: QuantizedTensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> None:
-        nn.Module.__init__(self)  # not nn.Linear's, which makes a weight
+        nn.Module.__init__(self)  # not nn.Linear.__init__, which creates a weight
         codes, order = quantized.codes, _column_order(quantized)
         if order is not None:
             codes = codes[:, order]
@@ -46,16 +46,16 @@ class PackedRows(nn.Module):
 
     @classmethod
     def stacked(cls, layers: Sequence["PackedRows"]) -> "PackedRows":
-        """One layer with the rows of several, in their order; the buffers are new.
+        """Stack the rows of several layers, in order; the buffers are new.
 
-        They must have the same bits, columns in a group, dtype of scales, and order of columns.  Where only some have
-        zeros, the others' are written out, 2**(bits - 1); where only some have a bias, the others' is 0.
+        The layers must have the same bits, columns per group, dtype of scales, and order of columns. If only some have
+        zero points, 2**(bits - 1) is used for the others; if only some have a bias, 0 is used for the others.
         """
         first, zeros, bias = layers[0], None, None
         scheme = first.scheme
         if any(layer.zeros is not None for layer in layers):
             scheme = replace(scheme, symmetric=False)
-            zeros = torch.cat([layer._written_zeros() for layer in layers], dim=1)  # (G, N)
+            zeros = torch.cat([layer._explicit_zeros() for layer in layers], dim=1)  # (G, N)
         with_bias = next((layer.bias for layer in layers if layer.bias is not None), None)
         if with_bias is not None:
             parts = (with_bias.new_zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers)
@@ -89,8 +89,8 @@ class PackedRows(nn.Module):
         self.prepared = False
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
-    def _written_zeros(self) -> Tensor:
-        """(G, N) int16 even where they are all in the middle."""
+    def _explicit_zeros(self) -> Tensor:
+        """The zero points, (G, N) int16, also for a symmetric layer."""
         if self.zeros is not None:
             return self.zeros
         return torch.full_like(self.scales, self.scheme.middle, dtype=torch.int16)
@@ -99,22 +99,22 @@ class PackedRows(nn.Module):
         return packed.linear(x, self._packed_weight(), self.bias)
 
     def _packed_weight(self) -> PackedWeight[Tensor]:
-        held: Any = self._buffers  # the attribute lookup of nn.Module is slow, and this runs in every call
+        held: Any = self._buffers  # faster than the attribute lookup of nn.Module, and this runs in every call
         return PackedWeight(
             held["words"], held["scales"], held["zeros"], self.scheme.bits, self.in_features, self.columns_per_group,
             held["column_order"], held["int4_words"], held["int4_grid"],
         )  # fmt: skip
 
     def prepare(self) -> None:
-        """Make what the device runs quicker with, where there is any; loading calls it when all layers are in place."""
+        """Make the faster copy for the device, if there is one; called after all layers are loaded."""
         self.prepared = True
         pair = int4pack.prepare(self._packed_weight())
         self.int4_words, self.int4_grid = pair or (None, None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedRows":
-        """Moves and casts: `.to`, `.half` and the like.  The pair is no tensor to cast, and other devices have none.
+        """Move or cast the module (`.to`, `.half`). The int4 copy is not cast, and other devices have none.
 
-        The scales move and are not cast, for which they pass as integers.
+        The scales are moved but not cast: they pass as integers.
         """
         pair, before = (self.int4_words, self.int4_grid), self._sources()
         self.int4_words = self.int4_grid = None
@@ -135,7 +135,7 @@ class PackedRows(nn.Module):
             self.prepare()
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy, or a file, has no pair: another processor may read it."""
+        """Leave out the int4 copy: another processor may read a saved module."""
         return {**self.__dict__, "_buffers": {**self._buffers, "int4_words": None, "int4_grid": None}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -144,11 +144,11 @@ class PackedRows(nn.Module):
             self.prepare()
 
     def _sources(self) -> list[tuple[int, torch.dtype, torch.device]]:
-        """Tells whether what the pair was made from is still the same memory."""
+        """Identifies the memory that the int4 copy was made from."""
         return [(t.data_ptr(), t.dtype, t.device) for t in (self.words, self.scales, self.zeros) if t is not None]
 
     def quantized(self, rows: slice = slice(None)) -> QuantizedTensor:
-        """The weight that the layer was made from, code for code; or some of its rows."""
+        """The original weight of the layer, exactly, or some of its rows."""
         codes = layout.unpack(self.words[rows], self.scheme.bits, self.in_features)
         group_index = None
         if self.column_order is not None:
@@ -166,16 +166,16 @@ class PackedRows(nn.Module):
 
 
 class PackedLinear(PackedRows, nn.Linear):  # type: ignore[misc]  # a layer may have no bias
-    """The rows as a layer of a model: an `nn.Linear` to whoever asks, such as PEFT, which puts adapters beside it."""
+    """The rows as an `nn.Linear`, for code that checks the type of a layer, such as PEFT."""
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """(N, K) in `compute_dtype`, to be read; dequantized where its values are looked at, and not before."""
+        """(N, K) in `compute_dtype`, read-only; dequantized only when its values are used."""
         return WeightView.of(self)
 
 
 def _column_order(quantized: QuantizedTensor) -> Tensor | None:
-    """(K,) int64 that lays the columns of each group side by side, or None where they lie so already."""
+    """(K,) int64, the order in which the columns of each group are contiguous, or None if they already are."""
     if quantized.group_index is None:
         return None
     order = torch.argsort(quantized.group_index.long(), stable=True)
@@ -183,6 +183,6 @@ def _column_order(quantized: QuantizedTensor) -> Tensor | None:
     expected = torch.arange(len(order), device=order.device) // per_group
     if not torch.equal(quantized.group_index.long()[order], expected):
         raise FormatError(
-            f"g_idx does not give every group {per_group} columns", hint="the checkpoint is damaged or not GPTQ"
+            f"g_idx does not assign {per_group} columns to every group", hint="the checkpoint is damaged or not GPTQ"
         )
     return None if torch.equal(order, torch.arange(len(order), device=order.device)) else order

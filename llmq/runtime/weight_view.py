@@ -1,9 +1,9 @@
-"""The weight of a packed layer, to whoever reads `layer.weight`: shape, dtype and device at no cost, values on demand.
+"""The `weight` of a packed layer: shape, dtype and device at no cost, values on demand.
 
-Programs that work on models ask a linear layer for its weight, mostly for a dtype or a device; some need the values (an
-adapter that scales rows by their norms).  A view tells the former from what the layer holds, and dequantizes for the
-latter, in every operation anew.  What would change the weight is refused: a packed weight cannot take the change, and a
-change of the dequantized copy would be lost without a word.
+Other programs read the weight of a linear layer, mostly for its dtype or device. Some need the values, such as an
+adapter that scales rows by their norms. A view returns the former without work, and dequantizes in every operation that
+needs the values. Operations that would change the weight raise an error: a packed weight cannot be changed in place,
+and a change of the dequantized copy would be lost silently.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,7 +18,7 @@ from llmq.numerics.quantized_tensor import QuantizedTensor
 
 
 class PackedLayer(Protocol):
-    """What a view is a view of."""
+    """The layer of a view."""
 
     in_features: int
     out_features: int
@@ -30,7 +30,7 @@ class PackedLayer(Protocol):
 
 
 class WeightView(Tensor):
-    """(N, K), of no memory of its own."""
+    """(N, K), without memory for the values."""
 
     _layer: PackedLayer
 
@@ -77,5 +77,5 @@ class WeightView(Tensor):
 def _unchangeable() -> UnsupportedModelError:
     return UnsupportedModelError(
         "the weight of a packed layer cannot be changed",
-        hint="keep adapters beside it (save them by themselves), or merge them into the unquantized model and quantize",
+        hint="keep adapters separate (and save them separately), or merge them into the float model and quantize that",
     )

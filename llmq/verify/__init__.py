@@ -1,1 +1,1 @@
-"""`llmq verify` and `llmq inspect`: is a checkpoint whole, what does it hold, which engines load it."""
+"""`llmq verify` and `llmq inspect`: check a checkpoint, show its contents, and predict which engines load it."""

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, from its headers and the record beside it; no weight is read."""
+"""The contents of a checkpoint, from its headers and its record; weights are not read."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from llmq.runtime.checkpoint_weights import PackedWeights, quantization_settings
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """One weight of two dimensions or more: packed on a grid (`scheme`), or in a float `dtype`."""
+    """One weight of two or more dimensions: packed on a grid (`scheme`), or in a float `dtype`."""
 
     name: str
     out_features: int
@@ -34,7 +34,7 @@ class Inspection:
     file_bytes: int
     bits_per_weight: float | None
     provenance: dict[str, Any]
-    calibration: dict[str, Any] | None  # the manifest of the text that it was fitted to
+    calibration: dict[str, Any] | None  # the manifest of the calibration text
     layers: tuple[StoredWeight, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -42,9 +42,9 @@ class Inspection:
 
 
 def inspect(path: str | Path) -> Inspection:
-    """The weights of a checkpoint and where they come from; raises CheckpointError and FormatError.
+    """Read the contents of a checkpoint; raises CheckpointError and FormatError.
 
-    Those of a .gguf file, or of a folder with one, are under GGUF's names and without errors.
+    The weights of a .gguf file, or of a folder with one, have GGUF names and no errors.
     """
     folder = hub.locate(str(path))
     if (file := gguf_file(folder)) is not None:
@@ -103,16 +103,14 @@ def _inspect_gguf(file: Path) -> Inspection:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """The record that llmq leaves beside the weights; empty where another tool made them."""
+    """Read the record that llmq writes next to the weights; empty if another tool wrote them."""
     path = folder / PROVENANCE_FILE
     if not path.is_file():
         return {}
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read: {error}", hint="it is not needed to run the model: remove it"
-        ) from None
+        raise CheckpointError(f"{path} cannot be read: {error}", hint="remove it: the model runs without it") from None
     return record if isinstance(record, dict) else {}
 
 
@@ -140,5 +138,5 @@ def _provenance(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _natural(name: str) -> list[Any]:
-    """Sorts `layers.10` after `layers.9`."""
+    """A key that sorts `layers.10` after `layers.9`."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]

@@ -1,7 +1,7 @@
-"""Is a model on the disk whole: headers, index, shapes, what config.json says, and every number in it.
+"""Check the integrity of a model on disk: headers, index, shapes, config.json, and every value.
 
-Every tensor is read once, one at a time.  Packed weights are unpacked by the code that loads them, so what is found
-here is what loading, or worse, computing would have found.
+Every tensor is read once, one at a time. Packed weights are unpacked by the same code as in loading, so the check finds
+the errors that loading or running the model would cause.
 """
 
 import hashlib
@@ -28,9 +28,9 @@ WEIGHTS = (".safetensors", ".gguf")
 
 @dataclass
 class Integrity:
-    """What was looked at, and what is wrong.
+    """The result: how much was checked, and all problems.
 
-    checksums  files whose SHA-256 is what it was when they were written
+    checksums  number of files with the recorded SHA-256
     """
 
     tensors: int = 0
@@ -45,9 +45,9 @@ class Integrity:
 
 
 def examine(model: Path, *, remote_code: bool = False, on_event: OnEvent = ignore) -> Integrity:
-    """Read a model, a folder or one .gguf file, every tensor of it.
+    """Read and check every tensor of a model, a folder or a .gguf file.
 
-    Raises FormatError for a format that llmq does not read: nothing is known of the model then.
+    Raises FormatError for a format that llmq cannot read.
     """
     integrity = Integrity()
     alone = model.suffix == ".gguf" and not model.is_dir()
@@ -69,60 +69,60 @@ def examine(model: Path, *, remote_code: bool = False, on_event: OnEvent = ignor
 
 
 def checksum(file: Path) -> str:
-    """SHA-256 in hexadecimal."""
+    """The SHA-256 of a file in hexadecimal."""
     with reading(file), file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def checksums(folder: Path) -> dict[str, str]:
-    """Those of a folder's weights, by the names of the files."""
+    """The checksums of the weight files in a folder, by file name."""
     files = sorted(file for file in folder.iterdir() if file.suffix in WEIGHTS)
     return {file.name: checksum(file) for file in files}
 
 
-def _examine(checkpoint: Checkpoint, found: Integrity, on_event: OnEvent, *, remote_code: bool) -> None:
+def _examine(checkpoint: Checkpoint, integrity: Integrity, on_event: OnEvent, *, remote_code: bool) -> None:
     packed = None if quantization_settings(checkpoint) is None else PackedWeights(checkpoint)
     modules = packed.modules if packed else []
     in_packed = {name for module in modules for name in packed.tensor_names(module)} if packed else set[str]()
     rest = [name for name in checkpoint.names() if name not in in_packed]
     if packed is not None and not modules:
-        found.problems.append("config.json has a quantization_config, and no weight is packed")
+        integrity.problems.append("config.json has a quantization_config, but no weight is packed")
     done, total = 0, len(modules) + len(rest)
     for module in modules:
         assert packed is not None
-        with _collecting(found):
+        with _collecting(integrity):
             _require_sound(module, packed)
         done += 1
         on_event(Progress("reading", done, total, "tensors", module))
     for name in rest:
-        with _collecting(found):
+        with _collecting(integrity):
             tensor = checkpoint.tensor(name)
             if tensor.is_floating_point():
                 require_finite(name, tensor)
         done += 1
         on_event(Progress("reading", done, total, "tensors", name))
-    found.tensors, found.packed, found.nbytes = len(rest), len(modules), checkpoint.nbytes
-    _require_complete(checkpoint, modules, found, remote_code=remote_code)
+    integrity.tensors, integrity.packed, integrity.nbytes = len(rest), len(modules), checkpoint.nbytes
+    _require_complete(checkpoint, modules, integrity, remote_code=remote_code)
 
 
 class _collecting:
-    """Keeps what is wrong with one tensor, so that the others are looked at too."""
+    """Collects the problems of a tensor, so that the other tensors are checked as well."""
 
-    def __init__(self, found: Integrity) -> None:
-        self._found = found
+    def __init__(self, integrity: Integrity) -> None:
+        self._integrity = integrity
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
         if isinstance(error, CheckpointError):
-            self._found.problems.append(str(error))
+            self._integrity.problems.append(str(error))
             return True
         return False
 
 
 def _require_sound(module: str, packed: PackedWeights) -> None:
-    """Raise CheckpointError for weights and scales that are no numbers, and zeros outside of the grid."""
+    """Raise CheckpointError for weights and scales that are not finite, and zero points outside the grid."""
     if not packed.is_affine(module):
         require_finite(module, packed.weight(module))
         return
@@ -130,62 +130,63 @@ def _require_sound(module: str, packed: PackedWeights) -> None:
     require_finite(module, q.dequantize())
     require_finite(f"{module}: scales", q.scales)
     if q.zeros is not None and (int(q.zeros.min()) < 0 or int(q.zeros.max()) > q.scheme.levels + 1):
-        raise CheckpointError(f"{module}: zeros are {int(q.zeros.min())} to {int(q.zeros.max())} on a grid {q.scheme}")
+        low, high = int(q.zeros.min()), int(q.zeros.max())
+        raise CheckpointError(f"{module}: zero points are {low} to {high} on a grid {q.scheme}")
 
 
-def _require_complete(checkpoint: Checkpoint, modules: list[str], found: Integrity, *, remote_code: bool) -> None:
-    """Every parameter that transformers' model has must have a tensor."""
+def _require_complete(checkpoint: Checkpoint, modules: list[str], integrity: Integrity, *, remote_code: bool) -> None:
+    """Add a problem if a parameter of the model has no tensor."""
     try:
         model = skeleton.build(checkpoint.folder, dtype=torch.float32, remote_code=remote_code)
     except (UnsupportedModelError, CheckpointError) as error:
-        found.notes.append(f"whether every parameter has a tensor is not known: {error}")
+        integrity.notes.append(f"it is unknown whether every parameter has a tensor: {error}")
         return
     weights = ModelWeights(model, checkpoint.tensor, checkpoint.__contains__)
     packed, parameters = set(modules), dict(model.named_parameters())
-    taken_apart = {  # modules of stacked experts, whose weights and biases have names of their own on the disk
+    separated = {  # modules of stacked experts whose weights and biases have separate names on disk
         name.rpartition(".")[0] for name, parameter in parameters.items() if parameter.dim() > 2 and weights.lacks(name)
     }
     absent = []
     for name in parameters:
         module = name.removesuffix(".weight")
-        if name.rpartition(".")[0] in taken_apart or any(each in packed for each in weights.candidates(module)):
+        if name.rpartition(".")[0] in separated or any(stored in packed for stored in weights.candidates(module)):
             continue
         try:
             weights.tensor_name(name)
         except CheckpointError:
             absent.append(name)
     if absent:
-        found.problems.append(f"no tensor is there for {absent[0]} ({len(absent)} parameters in all)")
+        integrity.problems.append(f"{absent[0]} has no tensor ({len(absent)} parameters in total)")
 
 
-def _examine_gguf(files: list[Path], found: Integrity, on_event: OnEvent) -> None:
+def _examine_gguf(files: list[Path], integrity: Integrity, on_event: OnEvent) -> None:
     from llmq.gguf.container import Container
 
     for file in files:
         container = Container(file)
         for done, (name, info) in enumerate(container.tensors.items(), 1):
-            with _collecting(found):
+            with _collecting(integrity):
                 require_finite(name, container.floats(name))
             if info.kind in ("F32", "F16", "BF16"):
-                found.tensors += 1
+                integrity.tensors += 1
             else:
-                found.packed += 1
+                integrity.packed += 1
             on_event(Progress("reading", done, len(container.tensors), "tensors", name))
-        found.nbytes += sum(info.nbytes for info in container.tensors.values())
+        integrity.nbytes += sum(info.nbytes for info in container.tensors.values())
 
 
-def _compare_checksums(folder: Path, found: Integrity, *, only: str | None) -> None:
-    """With what was written down when the files were made, if anything was; `only` of the file of that name."""
+def _compare_checksums(folder: Path, integrity: Integrity, *, only: str | None) -> None:
+    """Compare the checksums with those recorded when the files were written; `only` for the file with that name."""
     recorded = read_record(folder).get("checksums")
     if isinstance(recorded, dict) and only is not None:
         recorded = {name: expected for name, expected in recorded.items() if name == only}
     if not isinstance(recorded, dict) or not recorded:
-        found.notes.append("no checksums were recorded when the files were written")
+        integrity.notes.append("no checksums were recorded when the files were written")
         return
     for name, expected in recorded.items():
         if not (folder / name).is_file():
-            found.problems.append(f"{name} is not there, and llmq.json knows it")
+            integrity.problems.append(f"{name} is missing, but listed in llmq.json")
         elif checksum(folder / name) != expected:
-            found.problems.append(f"{name} is not what was written: its SHA-256 is another one than llmq.json says")
+            integrity.problems.append(f"{name} has changed: its SHA-256 differs from the one in llmq.json")
         else:
-            found.checksums += 1
+            integrity.checksums += 1

@@ -43,7 +43,7 @@ def test_a_mixture_is_shown_before_the_work_and_by_inspect_afterwards(model: Pat
     assert work and digest in table and digest not in work
     assert "75%" in table and "self" in table and "Latin" in table
     inspected = llmq("inspect", tmp_path / "out")
-    assert digest in inspected.stdout and "share asked for" in inspected.stdout
+    assert digest in inspected.stdout and "requested share" in inspected.stdout
     assert json.loads(llmq("inspect", tmp_path / "out", "--json").stdout)["calibration"] == calibration
 
 
@@ -53,7 +53,7 @@ def test_what_the_linter_says_is_said_once_and_kept(model: Path, tmp_path: Path)
     file.write_text("\n".join(map(json.dumps, [*texts, texts[0], ""])))
     options = ("--method", "gptq", "--group-size", "32", "--samples", "4", "--seqlen", "32")
     done = llmq("quantize", model, tmp_path / "out", "--calibration", file, *options)
-    note = f"{file}: 1 of 14 documents are there a second time"
+    note = f"{file}: 1 of 14 documents are duplicates"
     assert done.stderr.count(note) == 1 and done.stderr.index(note) < done.stderr.index("block 1/2")
     assert llmq("inspect", tmp_path / "out").stdout.count(note) == 1
 
@@ -81,7 +81,7 @@ def test_an_interrupted_run_goes_on_with_the_text_that_it_wrote(
     continued = quantize(model, out, text, **settings)
     assert [block.resumed for block in continued.blocks] == [True, False]
     assert (continued.calibration or {})["sha256"] == (whole.calibration or {})["sha256"] == checksum
-    assert any("was read again" in note for note in continued.notes)
+    assert any("is used again" in note for note in continued.notes)
     files = [(folder / "model.safetensors").read_bytes() for folder in (out, tmp_path / "whole")]
     assert files[0] == files[1]
 

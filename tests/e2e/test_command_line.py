@@ -105,7 +105,7 @@ def test_quantize_tells_what_it_did_otherwise_than_asked(
     notes = [line for line in done.stderr.splitlines() if line.startswith("note:")]
     assert any("32 instead of 128" in note and "and 11 more" in note for note in notes)  # all but down_proj
     assert any("64 instead of 128" in note and "down_proj" in note for note in notes)
-    assert any("windows instead of 1000: the text ends there" in note for note in notes)
+    assert any("sequences instead of 1000: the text is too short" in note for note in notes)
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
@@ -168,8 +168,8 @@ def test_a_dry_run_writes_nothing_and_needs_no_text(model: Path, tmp_path: Path)
     assert "model.layers.1.mlp.down_proj" in done.stdout
     assert "int4 g64 symmetric" in done.stdout
     assert "32 instead of 64" in done.stdout
-    assert "left as they are: model.embed_tokens, lm_head" in done.stdout
-    assert "MB of weights" in done.stdout
+    assert "kept in float: model.embed_tokens, lm_head" in done.stdout
+    assert "size of weights" in done.stdout
 
 
 def test_a_dry_run_as_json_is_what_the_run_does(model: Path, tmp_path: Path) -> None:

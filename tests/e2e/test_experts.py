@@ -266,7 +266,7 @@ def test_experts_in_the_order_of_activations_are_refused(tmp_path: Path) -> None
     packed, _ = write(tmp_path, mixtral(), GPTQ, WeightScheme(4, 32))
     index = "model.layers.0.block_sparse_moe.experts.1.w2.g_idx"
     change(packed, lambda tensors: tensors | {index: tensors[index].flip(0)})
-    with pytest.raises(FormatError, match=r"experts\.1\.w2 is grouped in the order of its activations"):
+    with pytest.raises(FormatError, match=r"experts\.1\.w2 is grouped by act-order"):
         llmq.load(packed)
 
 

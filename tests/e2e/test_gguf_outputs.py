@@ -131,7 +131,7 @@ def test_blocks_with_offsets_are_refused_or_rounded(
     file = tmp_path / "file" / "file.gguf"
     done = command("convert", file, tmp_path / "out", "--to", "awq")
     assert done.exit_code == 2
-    assert "whose blocks no integer grid holds" in done.stderr
+    assert "other blocks are not integer grids" in done.stderr
     done = command("convert", file, tmp_path / "out", "--to", "awq", "--allow-requantize", "--json")
     assert len(json.loads(done.stdout)["requantized"]) == LINEARS
 
@@ -180,7 +180,7 @@ def test_what_runs_a_file_is_said(both: Any, name: str) -> None:
 
 def test_a_file_is_not_replaced_by_what_is_made_of_it(both: Any, model: Path) -> None:
     folder = both(True) / "gguf"
-    with pytest.raises(ConfigError, match="is the original model, which stays"):
+    with pytest.raises(ConfigError, match="is the original model, which is never changed"):
         GgufConverter(folder / "out.gguf", model, "awq", like=model, overwrite=True)
     with pytest.raises(ConfigError, match=r"is the folder of out\.gguf"):
         GgufConverter(folder / "out.gguf", folder, "awq", overwrite=True)

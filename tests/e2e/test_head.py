@@ -135,6 +135,6 @@ def test_a_packed_head_that_the_configuration_ties_is_refused(
     quantize(checkpoint("llama", tie_word_embeddings=True), out, text, method="rtn", format="gptq", quantize_head=True)
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
-    with pytest.raises(CheckpointError, match="is packed, and config.json ties it") as refused:
+    with pytest.raises(CheckpointError, match="is packed, but config.json ties it") as refused:
         llmq.load(out, device="cpu")
     assert "tie_word_embeddings to false" in refused.value.hint

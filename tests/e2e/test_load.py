@@ -358,7 +358,7 @@ def test_a_shape_that_a_tensor_holds_is_read_once(
 def test_packed_weights_without_a_place_are_refused(checkpoint: Checkpoints, tmp_path: Path) -> None:
     quantized = quantize(checkpoint("llama", num_hidden_layers=2), tmp_path / "out")
     builders.change_json(quantized / "config.json", num_hidden_layers=1)
-    with pytest.raises(FormatError, match=r"no linear layer for model\.layers\.1.*7 packed weights left over"):
+    with pytest.raises(FormatError, match=r"no linear layer for model\.layers\.1.*7 packed weights in total"):
         llmq.load(quantized)
 
 

@@ -249,7 +249,7 @@ def test_several_models_are_shown_side_by_side(
     done = command(packed, llama, coarse, "--text", text, "--text", other_text)
     assert done.exit_code == 0
     for shown in (text.name, other_text.name, "2 texts"):
-        assert f"{shown}, windows of 32 tokens" in " ".join(done.stdout.split())
+        assert f"{shown}, sequences of 32 tokens" in " ".join(done.stdout.split())
     done = command(packed, llama, coarse, "--text", text, "--max-kl", "1e-9", "--json")
     models = json.loads(done.stdout)["models"]
     assert [model["path"] for model in models] == [str(packed), str(coarse)]
@@ -267,7 +267,10 @@ def test_a_limit_needs_an_original(limit: tuple[str, str], llama: Path, text: Pa
 @pytest.mark.parametrize("percentage", ["much", "-1", "nan", "%"])
 def test_a_limit_that_is_no_percentage(percentage: str, llama: Path, packed: Path, text: Path) -> None:
     refused(
-        command(packed, llama, "--text", text, f"--max-ppl-increase={percentage}"), CONFIG, "no percentage", "2 or 2%"
+        command(packed, llama, "--text", text, f"--max-ppl-increase={percentage}"),
+        CONFIG,
+        "is not a percentage",
+        "2 or 2%",
     )
 
 

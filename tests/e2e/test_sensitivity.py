@@ -113,7 +113,9 @@ def test_without_matplotlib_the_extra_is_named(model: Path, monkeypatch: pytest.
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
     outcome = command_line.llmq("sensitivity", model, "--plot", "map.png")
     assert outcome.exit_code == 2
-    assert "matplotlib is not installed" in outcome.stderr and "pip install 'llmq[plots]'" in outcome.stderr
+    assert (
+        "needs matplotlib, which is not installed" in outcome.stderr and "pip install 'llmq[plots]'" in outcome.stderr
+    )
 
 
 def test_a_picture_of_an_unknown_kind_is_refused_before_any_text_is_read(model: Path) -> None:
@@ -127,7 +129,7 @@ def test_a_picture_of_an_unknown_kind_is_refused_before_any_text_is_read(model: 
     [
         (("--target-bits", "3"), "the smallest grids take 4.13"),
         (("--target-bits", "4.5", "--format", "awq"), "awq files have one grid"),
-        (("--grid", "four"), "grid 'four' is not understood"),
+        (("--grid", "four"), "invalid grid 'four'"),
     ],
 )
 def test_what_cannot_be_had_is_refused_before_any_text_is_read(

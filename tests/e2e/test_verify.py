@@ -49,7 +49,7 @@ def change(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
 def test_a_finished_model_is_whole(packed: Path) -> None:
     done = command("verify", packed)
     assert done.exit_code == 0
-    for text in ("14, unpacked without error", "1 files are what was written", "SGLang", "llama.cpp"):
+    for text in ("14, all unpacked without error", "1 files match", "SGLang", "llama.cpp"):
         assert text in done.stdout
     assert "\x1b" not in done.stdout + done.stderr
 
@@ -90,7 +90,7 @@ def test_an_engine_that_refuses_shows_in_the_exit_code(packed: Path, engines: tu
     options = [word for engine in engines for word in ("--for", engine)]
     done = command("verify", packed, "--quick", *options)
     assert done.exit_code == exit_code
-    assert ("would not be served by" in done.stderr) == bool(exit_code)
+    assert ("would not load in" in done.stderr) == bool(exit_code)
 
 
 @pytest.mark.parametrize("engine", ["ollama", "vllm:two", ""])
@@ -107,7 +107,7 @@ def test_an_engine_that_is_not_known(packed: Path, engine: str) -> None:
         (lambda t: t["model.norm.weight"].fill_(torch.inf), "model.norm.weight has 32 values that are NaN or infinite"),
         (lambda t: t.update({"model.layers.1.mlp.up_proj.scales": torch.ones(3, 64)}), "scales is float32 (3, 64)"),
         (lambda t: t.pop("model.layers.1.mlp.up_proj.qzeros"), "qzeros is missing"),
-        (lambda t: t.pop("model.norm.weight"), "no tensor is there for model.norm.weight"),
+        (lambda t: t.pop("model.norm.weight"), "model.norm.weight has no tensor"),
         (lambda t: t["model.layers.1.mlp.down_proj.g_idx"].fill_(9), "the group index holds 9 to 9"),
     ],
     ids=["scales", "norm", "shape", "zeros", "tensor", "index"],
@@ -135,7 +135,7 @@ def test_one_bit_that_no_shape_shows_is_found_by_its_checksum(copy: Path) -> Non
     file.write_bytes(data)
     done = command("verify", copy)
     assert done.exit_code == CHECKPOINT
-    assert "model.safetensors is not what was written" in done.stderr
+    assert "model.safetensors has changed" in done.stderr
 
 
 def test_a_file_that_is_cut_short(copy: Path) -> None:
@@ -143,7 +143,7 @@ def test_a_file_that_is_cut_short(copy: Path) -> None:
     file.write_bytes(file.read_bytes()[:-50])
     done = command("verify", copy)
     assert done.exit_code == CHECKPOINT
-    assert "is cut short" in done.stderr
+    assert "is truncated" in done.stderr
 
 
 def test_a_folder_without_a_model(tmp_path: Path) -> None:
@@ -154,22 +154,22 @@ def test_a_folder_without_a_model(tmp_path: Path) -> None:
 def test_shards_of_another_model_are_seen(copy: Path) -> None:
     shutil.copy(copy / "model.safetensors", copy / "model-00001-of-00002.safetensors")
     found = [each for each in serving.check(copy) if each.rule == "no stray shards"]
-    assert found[0].found == ("model-00001-of-00002.safetensors belong to no model here",)
+    assert found[0].found == ("model-00001-of-00002.safetensors do not belong to this model",)
     assert command("verify", copy, "--quick", "--for", "sglang").exit_code == QUALITY
 
 
 def test_an_order_of_columns_is_seen(copy: Path) -> None:
     change(copy, lambda tensors: tensors.update({"model.layers.1.mlp.down_proj.g_idx": torch.arange(64).int() % 4}))
     found = [each for each in serving.check(copy) if each.rule == "no g_idx"]
-    assert found[0].found == ("model.layers.1.mlp.down_proj: its columns are grouped in an order of their own",)
+    assert found[0].found == ("model.layers.1.mlp.down_proj: its columns are grouped by act-order",)
 
 
 def test_a_dry_run_says_who_would_serve_it(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     arguments = ("quantize", checkpoint("llama", num_hidden_layers=2), tmp_path / "out", "--method", "rtn", "--dry-run")
     done = command(*arguments, "--format", "gptq,awq", "--group-size", "16")
     assert done.exit_code == 0
-    assert "serving, as gptq" in done.stdout and "serving, as awq" in done.stdout
-    assert "groups of 16, and only 32, 64, 128 and a whole row are read" in done.stdout
+    assert "engines for gptq" in done.stdout and "engines for awq" in done.stdout
+    assert "groups of 16, but only 32, 64, 128 and one group per row are supported" in done.stdout
     found = json.loads(command(*arguments, "--format", "gptq", "--asymmetric", "--json").stdout)["serving"]
     assert any(each["rule"] == "gptq grids" and each["engine"] == "vLLM" for each in found["gptq"])
     assert not (tmp_path / "out").exists()
@@ -217,7 +217,7 @@ def test_what_is_not_known_is_not_promised(copy: Path) -> None:
     })  # fmt: skip
     done = command("verify", copy, "--quick", "--for", "vllm")
     assert done.exit_code == QUALITY
-    assert "is not known to be served by vLLM on 1 GPU" in done.stderr and "unknown" in done.stdout
+    assert "is not known to load in vLLM on 1 GPU" in done.stderr and "unknown" in done.stdout
     assert json.loads(command("verify", copy, "--quick", "--json").stdout)["engines"]["vLLM"]["loads"] is None
 
 

@@ -35,13 +35,16 @@ def shard_by_index(model: Path, named: str) -> None:
 
 def test_a_path_that_is_not_there(tmp_path: Path, out: Path) -> None:
     refused(
-        quantize(tmp_path / "nowhere", out), CHECKPOINT, "nowhere' is neither a path", "a folder with a config.json"
+        quantize(tmp_path / "nowhere", out),
+        CHECKPOINT,
+        "nowhere' is neither a local path",
+        "a folder with a config.json",
     )
     assert not out.exists()
 
 
 def test_a_hub_id_without_a_hub(out: Path) -> None:
-    refused(quantize("nobody/nothing", out), CHECKPOINT, "nobody/nothing is no folder here", "check the path")
+    refused(quantize("nobody/nothing", out), CHECKPOINT, "nobody/nothing is neither a local folder", "check the path")
     assert not out.exists()
 
 
@@ -65,7 +68,7 @@ def test_a_truncated_shard(command: str, model: Path, out: Path) -> None:
     data = (model / WEIGHTS).read_bytes()
     (model / WEIGHTS).write_bytes(data[:-1000])
     more = {"quantize": (out,), "generate": ("--prompt", "x")}.get(command, ())
-    found = f"{WEIGHTS} is cut short: found {len(data) - 1000} bytes, expected {len(data)}"
+    found = f"{WEIGHTS} is truncated: found {len(data) - 1000} bytes, expected {len(data)}"
     refused(llmq(command, model, *more), CHECKPOINT, found, "copy the file again")
     assert not out.exists()
 
@@ -74,7 +77,7 @@ def test_a_corrupted_header(model: Path, out: Path) -> None:
     data = bytearray((model / WEIGHTS).read_bytes())
     data[20:30] = b"\xff" * 10
     (model / WEIGHTS).write_bytes(data)
-    refused(quantize(model, out), CHECKPOINT, "the header is not understood", "copy the file again")
+    refused(quantize(model, out), CHECKPOINT, "the header cannot be parsed", "copy the file again")
     assert not out.exists()
 
 
@@ -89,7 +92,7 @@ def test_an_index_that_leaves_the_folder(model: Path, checkpoint: Llama, out: Pa
     outside = checkpoint("llama") / WEIGHTS
     assert outside.exists()
     shard_by_index(model, f"../{outside.relative_to(model.parents[1])}")
-    refused(quantize(model, out), CHECKPOINT, "expected a safetensors file inside of the folder", "do not trust")
+    refused(quantize(model, out), CHECKPOINT, "expected a safetensors file in the folder", "do not trust")
     assert not out.exists()
 
 
@@ -126,7 +129,7 @@ def test_a_pickle_is_not_opened(model: Path, out: Path) -> None:
     tensors = load_file(model / WEIGHTS)
     (model / WEIGHTS).unlink()
     torch.save(tensors, model / "pytorch_model.bin")
-    refused(quantize(model, out), CHECKPOINT, "pickled weights only (pytorch_model.bin)", "safetensors")
+    refused(quantize(model, out), CHECKPOINT, "only pickled weights (pytorch_model.bin)", "safetensors")
     assert not out.exists()
 
 
@@ -180,4 +183,4 @@ def test_an_architecture_that_nobody_knows(model: Path, out: Path) -> None:
 
 @pytest.mark.slow
 def test_a_process_says_the_same(tmp_path: Path) -> None:
-    refused(llmq_process("quantize", tmp_path / "nowhere"), CHECKPOINT, "neither a path on this machine", "config.json")
+    refused(llmq_process("quantize", tmp_path / "nowhere"), CHECKPOINT, "neither a local path", "config.json")

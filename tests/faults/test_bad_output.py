@@ -59,7 +59,7 @@ def test_one_of_several_outputs_is_the_model(model: Path) -> None:
 
 def test_a_disk_that_says_it_is_full(model: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10**9, used=10**9, free=1000))
-    refused(quantize(model, out), STORAGE, "has 0.000 GB free, and the run needs", "another disk")
+    refused(quantize(model, out), STORAGE, "has 0.000 GB free, but the run needs", "another disk")
     assert not out.exists()
 
 
@@ -90,7 +90,7 @@ def test_a_disk_that_fills_up(model: Path, out: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=True)
     assert done.stdout.splitlines() == [f"2000 {STORAGE} False", f"20000 {STORAGE} True"]
     assert done.stderr.count("error: cannot write") == done.stderr.count("File too large") == 2
-    assert done.stderr.count("ulimit -f") == done.stderr.count("give the same command again") == 2
+    assert done.stderr.count("ulimit -f") == done.stderr.count("repeat the command") == 2
     assert "Traceback" not in done.stderr
     assert [entry.name for entry in out.iterdir()] == [STAGING]
     again = quantize(model, out)

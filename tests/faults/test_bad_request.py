@@ -114,7 +114,7 @@ def test_a_device_that_is_not_there(device: str, model: Path, out: Path) -> None
 
 
 def test_a_revision_of_a_local_folder(model: Path, out: Path) -> None:
-    refused(quantize(model, out, "--revision", "main"), CONFIG, "no revision 'main'", "--revision")
+    refused(quantize(model, out, "--revision", "main"), CONFIG, "--revision 'main' does not apply", "--revision")
 
 
 @pytest.mark.parametrize("option", [("--max-tokens", "0"), ("--temperature", "-1")], ids=lambda option: option[0])
@@ -132,7 +132,7 @@ def test_nothing_to_generate(option: tuple[str, str], model: Path) -> None:
     [
         ("empty.txt", b"", "empty.txt holds no text", "expected text"),
         ("blank.txt", b" \n\n \n", "blank.txt holds no text", "expected text"),
-        ("short.txt", b"ten bytes.", "holds 11 tokens, fewer than one window of 32", "--seqlen"),
+        ("short.txt", b"ten bytes.", "holds 11 tokens, fewer than one sequence of 32", "--seqlen"),
         ("latin1.txt", b"caf\xe9 au lait " * 100, "not UTF-8 text: byte 0xe9 at offset 3", "iconv"),
         ("cut.jsonl", b'{"text": "a"}\n{"text": "b', "cut.jsonl is not valid JSON", ""),
         ("column.jsonl", b'{"texto": "a"}', "row 0 of", ""),
@@ -155,14 +155,17 @@ def test_a_calibration_file_that_is_not_there(model: Path, out: Path) -> None:
 def test_no_calibration_text_and_no_hub(model: Path, out: Path) -> None:
     outcome = llmq("quantize", model, out)
     refused(
-        outcome, CALIBRATION, "no calibration text was given, and the Hub's cannot be had", "--calibration text.txt"
+        outcome,
+        CALIBRATION,
+        "no calibration text was given, and the default text on the Hub cannot be read",
+        "--calibration text.txt",
     )
     assert not out.exists()
 
 
 def test_no_evaluation_text_and_no_hub(model: Path) -> None:
     outcome = llmq("eval", model)
-    refused(outcome, CALIBRATION, "the data set Salesforce/wikitext", "give a file that ends in")
+    refused(outcome, CALIBRATION, "the dataset Salesforce/wikitext", "give a file that ends in")
     assert ".txt" in outcome.stderr
     assert "--calibration" not in outcome.stderr
 

@@ -73,7 +73,7 @@ def test_an_interrupted_run_continues_to_the_same_bytes(run: tuple[str | Path, .
     assert stopped.exit_code == 130
     assert stopped.stdout == ""
     assert "error: interrupted" in stopped.stderr
-    assert "give the same command again" in stopped.stderr
+    assert "repeat the command" in stopped.stderr
     assert "Traceback" not in stopped.stderr
     assert [entry.name for entry in out.iterdir()] == [STAGING]
     finished = len(list((out / STAGING).glob("*.safetensors")))

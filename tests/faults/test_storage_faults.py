@@ -267,7 +267,7 @@ def test_a_truncated_shard_is_named_before_any_work(folder: Path) -> None:
     shard = folder / "source" / "model.safetensors"
     size = shard.stat().st_size
     shard.write_bytes(shard.read_bytes()[: size // 2])
-    with pytest.raises(CheckpointError, match=rf"model\.safetensors is cut short: found {size // 2} bytes, expected"):
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors is truncated: found {size // 2} bytes, expected"):
         Checkpoint.open(folder / "source")
 
 
@@ -278,7 +278,7 @@ def test_offsets_that_lie_are_refused(folder: Path) -> None:
     lying = honest.replace(b"[400,600]", b"[399,600]").replace(b"[0,400]", b"[0,399]")
     assert lying != honest
     shard.write_bytes(lying)
-    with pytest.raises(CheckpointError, match="bytes, which is not F32"):
+    with pytest.raises(CheckpointError, match="bytes, which does not match F32"):
         Checkpoint.open(folder / "source")
 
 

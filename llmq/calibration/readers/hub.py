@@ -1,4 +1,4 @@
-"""A data set on the Hub, streamed: NAME[:CONFIG][:SPLIT][:COLUMN]."""
+"""A dataset on the Hub, streamed: NAME[:CONFIG][:SPLIT][:COLUMN]."""
 
 import itertools
 from pathlib import Path
@@ -16,14 +16,14 @@ def is_meant(source: str) -> bool:
 
 
 def read(source: str, *, limit: int, explicit: bool) -> Contents:
-    """See `Reader.read`.  A local folder of data files works as a name, too."""
+    """See `Reader.read`.  A local folder of data files also works as a name."""
     hint = f"give a file that ends in {readers.suffixes()}"
-    hint += "" if explicit else ", such as --calibration text.txt, or let the model write: --calibration self"
+    hint += "" if explicit else ", such as --calibration text.txt, or let the model generate text: --calibration self"
     try:
         import datasets
     except ImportError:
         raise CalibrationError(
-            f"{source} is no local file, and reading the Hub's data sets needs the package datasets",
+            f"{source} is not a local file, and reading datasets from the Hub needs the package datasets",
             hint=f"pip install datasets, or {hint}",
         ) from None
     parts = [part or None for part in source.split(":")]
@@ -35,11 +35,11 @@ def read(source: str, *, limit: int, explicit: bool) -> Contents:
         return Contents(documents_of(list(itertools.islice(rows, limit)), source, column), continuous=True)
     except CalibrationError:
         raise
-    except Exception as error:  # the library and its many transports raise a type of their own for everything
+    except Exception as error:  # the library and its transports raise many types of errors
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        what = (
-            f"the data set {source} cannot be read"
+        problem = (
+            f"the dataset {source} cannot be read"
             if explicit
-            else "no calibration text was given, and the Hub's cannot be had"
+            else "no calibration text was given, and the default text on the Hub cannot be read"
         )
-        raise CalibrationError(f"{what}: {reason}", hint=hint) from error
+        raise CalibrationError(f"{problem}: {reason}", hint=hint) from error

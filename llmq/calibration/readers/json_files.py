@@ -27,7 +27,7 @@ def read(source: str, *, limit: int, explicit: bool) -> Contents:
 
 
 def _json_lines(text: str, path: Path) -> list[Any]:
-    """The value of each line that is not blank; only "\n" ends a line, as JSON strings may hold U+2028 and its like."""
+    """The value of each line that is not blank; only "\n" ends a line, because JSON strings may hold U+2028."""
     lines = enumerate(text.split("\n"), start=1)
     return [_json(line, f"line {number} of {path}") for number, line in lines if line.strip()]
 

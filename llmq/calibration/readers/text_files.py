@@ -16,5 +16,5 @@ def read(source: str, *, limit: int, explicit: bool) -> Contents:
     """See `Reader.read`."""
     path, column = files.split_column(source, SUFFIXES)
     if column is not None:
-        raise CalibrationError(f"{path} is plain text, and has no column {column}", hint=f"give {path}")
+        raise CalibrationError(f"{path} is plain text and has no column {column}", hint=f"give {path}")
     return Contents([*files.paragraphs(files.read_text(path))], continuous=True)

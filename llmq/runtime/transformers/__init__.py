@@ -1,1 +1,1 @@
-"""transformers' `from_pretrained` and `save_pretrained` with llmq's kernels."""
+"""`from_pretrained` and `save_pretrained` of transformers with the kernels of llmq."""

@@ -1,4 +1,4 @@
-"""A model that transformers loads: where packed weights go before it does, and what runs in their place afterwards."""
+"""Replace modules of a model that transformers loads: stored layers before loading, packed layers after."""
 
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -19,9 +19,9 @@ from llmq.runtime.transformers.stored_linear import Source, StoredLinear
 
 
 def place_stored(model: nn.Module, source: Source) -> None:
-    """Put modules with the checkpoint's tensors, on meta, in the place of those whose weights are packed.
+    """Replace layers with packed weights by modules, on meta, that hold the tensors of the checkpoint.
 
-    Raises FormatError where a packed weight has no place.
+    Raises FormatError if a packed weight has no layer.
     """
     weights = ModelWeights(model, source.checkpoint.tensor, source.checkpoint.__contains__)
     waiting = set(source.modules)
@@ -41,19 +41,21 @@ def place_stored(model: nn.Module, source: Source) -> None:
 
 
 def cast_as_planned(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Give loaded parameters the dtypes that they had on meta, or that the model keeps some of its parameters in."""
+    """Cast loaded parameters to the dtypes they had on meta, or to the dtypes that the model requires."""
     plan = model._get_dtype_plan(model.dtype)
     for name, parameter in model.named_parameters():
-        kept = next((dtype for pattern, dtype in plan.items() if re.search(pattern.replace("*", r"\d+"), name)), None)
-        expected = kept or dtypes.get(name, parameter.dtype)
+        required = next(
+            (dtype for pattern, dtype in plan.items() if re.search(pattern.replace("*", r"\d+"), name)), None
+        )
+        expected = required or dtypes.get(name, parameter.dtype)
         if parameter.is_floating_point() and parameter.dtype != expected and not parameter.is_meta:
             parameter.data = parameter.data.to(expected)
 
 
 def run_packed(model: nn.Module) -> list[str]:
-    """Put what runs in the place of the loaded tensors; gives the paths of the modules that have to stay.
+    """Replace loaded modules by packed layers; returns the paths of the modules that cannot be replaced.
 
-    Loaded tensors go as soon as their module is packed, so that one module at a time is there twice, and not the model.
+    Loaded tensors are freed as soon as their module is packed: only one module at a time is in memory twice.
     """
     experts = [path for path, module in model.named_modules() if isinstance(module, StoredExperts)]
     inside = tuple(f"{path}." for path in experts)
@@ -67,7 +69,7 @@ def run_packed(model: nn.Module) -> list[str]:
 
 
 def _run_packed_at(model: nn.Module, path: str) -> bool:
-    """The same at one path, and whether it could be done; a function, so that nothing holds the loaded tensors on."""
+    """Replace one module, and return whether this was possible; a function, so that loaded tensors are freed."""
     module = model.get_submodule(path)
     if not isinstance(module, StoredLinear | StoredExperts):
         raise TypeError(f"{path} is a {type(module).__name__}, expected a StoredLinear or StoredExperts")
@@ -80,7 +82,7 @@ def _run_packed_at(model: nn.Module, path: str) -> bool:
 
 
 def _keep_dtypes(module: nn.Module) -> None:
-    """Have offloaded tensors read as they are: older transformers ask for all in the model's dtype, codes too."""
+    """Read offloaded tensors in their stored dtypes: older versions of transformers cast all to the model dtype."""
     for layer in module.modules():
         offloaded = getattr(getattr(layer, "_hf_hook", None), "weights_map", None)
         index = getattr(getattr(offloaded, "dataset", None), "index", None)
@@ -92,7 +94,7 @@ def _keep_dtypes(module: nn.Module) -> None:
 
 
 def names_in_model(model: Any) -> Callable[[str], str]:
-    """What transformers calls the module of the model whose tensors a checkpoint has under some name."""
+    """Return a function from the name of a module in the checkpoint to its name in the model."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
@@ -106,16 +108,16 @@ def names_in_model(model: Any) -> Callable[[str], str]:
 
 
 def _below(path: str, place_of: Callable[[str], str], name: str) -> str:
-    """Where below the experts at `path` transformers will look for a module of the checkpoint."""
+    """The place, relative to the experts at `path`, where transformers expects a module of the checkpoint."""
     place = place_of(name)
     for candidate in (place, *(f"{path.partition('.')[0]}.{place}", place.partition(".")[2])):
         if candidate.startswith(f"{path}."):
             return candidate.removeprefix(f"{path}.")
-    raise FormatError(f"{name} belongs to the experts at {path}, and transformers looks for it at {place}")
+    raise FormatError(f"{name} belongs to the experts at {path}, but transformers expects it at {place}")
 
 
 def _replace(model: nn.Module, path: str, old: nn.Module, new: nn.Module) -> None:
-    """Put a module in another's place, with what accelerate has hooked to that."""
+    """Replace a module by another, and keep the hooks of accelerate."""
     new.train(old.training)
     hook = getattr(old, "_hf_hook", None)
     model.set_submodule(path, new)
@@ -123,9 +125,9 @@ def _replace(model: nn.Module, path: str, old: nn.Module, new: nn.Module) -> Non
         from accelerate.hooks import add_hook_to_module
 
         add_hook_to_module(new, hook)
-    kept = set(new.modules())
-    for part in old.modules():  # a hooked module holds itself by these, and so its tensors until garbage is collected
-        if part not in kept:
+    used = set(new.modules())
+    for part in old.modules():  # references from a hooked module to itself, which would keep its tensors alive
+        if part not in used:
             part.__dict__.pop("forward", None)
             part.__dict__.pop("_old_forward", None)
 
@@ -137,8 +139,8 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _require_none_left(model: Any, waiting: Collection[str]) -> None:
-    """Raise FormatError for packed weights without a place, but for those that transformers leaves out knowingly."""
+    """Raise FormatError for packed weights without a layer, except those that transformers ignores."""
     ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
     lost = sorted(name for name in waiting if not any(pattern.search(f"{name}.weight") for pattern in ignored))
     if lost:
-        raise FormatError(f"the model has no linear layer for {lost[0]} ({len(lost)} packed weights left over)")
+        raise FormatError(f"the model has no linear layer for {lost[0]} ({len(lost)} packed weights in total)")

@@ -1,8 +1,8 @@
-"""The tensors of a model that runs packed, as its checkpoint has them: what `save_pretrained` writes.
+"""The tensors of a packed model in the format of its checkpoint, for `save_pretrained`.
 
-The model in memory is what is saved; the files that it came from say how.  Where a layer still is what they say, their
-own tensors are taken, so that whatever another tool wrote comes back to the byte.  Where it is not, or where they have
-gone, the layer is packed anew, and read back to be sure.
+The model in memory is saved, in the format of the files from which it was loaded. If a layer is unchanged, the tensors
+of the files are used, so that files of other tools are reproduced exactly. Otherwise, or if the files are gone, the
+layer is packed again and checked by reading it back.
 """
 
 import logging
@@ -30,9 +30,9 @@ Packed = PackedLinear | FusedLinear | PackedExperts
 
 
 def stored_state(model: nn.Module, source: Source) -> dict[str, Tensor]:
-    """The model's state by its names, with what is packed as the checkpoint holds it; on the CPU where it was packed.
+    """The state of the model by name, with packed layers in the format of the checkpoint, on the CPU.
 
-    Raises FormatError for a layer that is not from `source`, or cannot be written as its other layers are.
+    Raises FormatError for a layer that is not from `source`, or that cannot be written in its format.
     """
     weights = ModelWeights(model, source.checkpoint.tensor, source.checkpoint.__contains__)
     place_of = names_in_model(model)
@@ -56,20 +56,20 @@ def stored_state(model: nn.Module, source: Source) -> dict[str, Tensor]:
 
 
 def _as_stored(floats: Mapping[str, Tensor], weights: ModelWeights, source: Source) -> dict[str, Tensor]:
-    """Tensors in the shapes of the files, and in their dtypes where the values are the same; what is tied stays so."""
+    """Tensors in the shapes of the files, and in their dtypes if the values stay the same; tied tensors stay tied."""
     turned = {name: weights.turned(name, tensor) for name, tensor in floats.items()}
-    cast: dict[int, Tensor] = {}  # by where a tensor lies
+    cast: dict[int, Tensor] = {}  # by the address of a tensor
     for name, tensor in turned.items():
         stored = weights.stored_name(name)
         if stored is not None and not tensor.is_meta and tensor.numel():
-            found = _cast(tensor, stored, source)
-            if found is not None:
-                cast[tensor.data_ptr()] = found
+            converted = _cast(tensor, stored, source)
+            if converted is not None:
+                cast[tensor.data_ptr()] = converted
     return {name: cast.get(tensor.data_ptr(), tensor) for name, tensor in turned.items()}
 
 
 def _cast(tensor: Tensor, stored: str, source: Source) -> Tensor | None:
-    """The tensor in another dtype, where the checkpoint has it in that, and loading it changed no value."""
+    """The tensor in the dtype of the checkpoint, if it differs and loading changed no value."""
     dtype = source.checkpoint.info(stored).dtype
     if dtype == tensor.dtype:
         return None
@@ -84,19 +84,19 @@ def _cast(tensor: Tensor, stored: str, source: Source) -> Tensor | None:
 
 
 def _stored_as(path: str, weights: ModelWeights, source: Source) -> str | None:
-    """The name in the checkpoint of a module that is packed there."""
+    """The name of a packed module in the checkpoint."""
     return next((candidate for candidate in weights.candidates(path) if candidate in source.modules), None)
 
 
 def _of_layer(
     path: str, layer: nn.Linear, weights: ModelWeights, source: Source
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Its weight's tensors, and its bias, by their names in the model."""
+    """The tensors of a layer and its bias, by their names in the model."""
     name = _stored_as(path, weights, source)
     if name is None:
         raise FormatError(
-            f"{path} is packed, and {source.checkpoint.folder} has no such layer",
-            hint="save adapters by themselves, and this model by the path it was loaded from",
+            f"{path} is packed, but {source.checkpoint.folder} has no such layer",
+            hint="save adapters separately, and load this model again from its folder",
         )
     own = tensors_of(name, layer.quantized(), source) if isinstance(layer, Layer) else _unchanged(name, layer, source)
     tensors = {f"{path}.{suffix}": tensor for suffix, tensor in own.items()}
@@ -104,15 +104,15 @@ def _of_layer(
 
 
 def _unchanged(name: str, layer: nn.Linear, source: Source) -> dict[str, Tensor]:
-    """The tensors of a weight that was dequantized when it was loaded, and is the same still."""
+    """The tensors of a weight that was dequantized during loading and is unchanged."""
     weight = layer.weight.detach().cpu()
     if not torch.equal(source.files.weight(name).to(weight.dtype), weight):
-        raise FormatError(f"{name} was dequantized and has changed; llmq does not pack it again")
+        raise FormatError(f"{name} was dequantized and changed; llmq cannot pack it again")
     return {suffix: source.checkpoint.tensor(f"{name}.{suffix}") for suffix in source.suffixes(name)}
 
 
 def _require_all(model: Any, places: Collection[str], state: Collection[str]) -> None:
-    """Raise FormatError for packed weights of which the model has floats in a form of its own."""
+    """Raise FormatError for packed weights that the model holds as floats under other names."""
     written = {name.rpartition(".")[0] for name in state}
     prefix = f"{model.base_model_prefix}."
     ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
@@ -124,7 +124,7 @@ def _require_all(model: Any, places: Collection[str], state: Collection[str]) ->
     )
     if lost:
         raise FormatError(
-            f"{lost[0]} was dequantized when the model was loaded ({len(lost)} such weights)",
+            f"{lost[0]} was dequantized during loading ({len(lost)} such weights), so it cannot be saved packed",
             hint="copy the folder, or load with llmq.enable_transformers() and from_pretrained, which keep the tensors",
         )
 
@@ -132,7 +132,7 @@ def _require_all(model: Any, places: Collection[str], state: Collection[str]) ->
 def _of_experts(
     path: str, experts: PackedExperts, place_of: Callable[[str], str], source: Source
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The tensors of their weights, and whatever else they have, by their names in the model."""
+    """The tensors of the weights of experts, and their other tensors, by their names in the model."""
     tensors: dict[str, Tensor] = {}
     for name, weight in experts.quantized():
         tensors |= {f"{place_of(name)}.{suffix}": t for suffix, t in tensors_of(name, weight, source).items()}
@@ -146,7 +146,7 @@ def _of_experts(
 def _biases(
     stacked: str, bias: Tensor, stacking: Stacking, place_of: Callable[[str], str], source: Source
 ) -> dict[str, Tensor]:
-    """(E, N), each expert's by itself where the checkpoint has them so."""
+    """The biases (E, N), separately for each expert if the checkpoint stores them separately."""
     if f"{stacking.names[0][0]}.bias" not in source.checkpoint:
         return {stacked: bias}
     return {
@@ -157,27 +157,27 @@ def _biases(
 
 
 def tensors_of(name: str, weight: QuantizedTensor, source: Source) -> dict[str, Tensor]:
-    """The tensors, by the ends of their names, that stand for `weight`, the one of module `name`, in the source."""
+    """The tensors of `weight`, which belongs to module `name`, in the format of the source, by suffix."""
     weight = weight.to(torch.device("cpu"))
     try:
         if _same(source.files.read(name), weight):
             return {suffix: source.checkpoint.tensor(f"{name}.{suffix}") for suffix in source.suffixes(name)}
     except CheckpointError as error:
-        gone: CheckpointError | None = error
+        unreadable: CheckpointError | None = error
     else:
-        gone = None
+        unreadable = None
     packed = source.files.pack(name, weight)
     with source.at_hand(name, packed) as read_back:
         if _same(read_back.read(name), weight):
             return packed
     raise FormatError(
-        f"{name} cannot be written as {source.checkpoint.folder} has it" + (f": {gone}" if gone else ""),
-        hint="keep the folder that the model was loaded from until it is saved",
+        f"{name} cannot be written like {source.checkpoint.folder}" + (f": {unreadable}" if unreadable else ""),
+        hint="keep the folder of the model until the model is saved",
     )
 
 
 def _same(a: QuantizedTensor, b: QuantizedTensor) -> bool:
-    """Whether two weights are the same, code for code and scale for scale."""
+    """Whether two weights are exactly equal."""
     if a.scheme != b.scheme or (a.zeros is None) != (b.zeros is None):
         return False
     pairs = [(a.codes, b.codes), (a.scales, b.scales), (a.column_groups(), b.column_groups())]

@@ -1,4 +1,4 @@
-"""The experts of a layer as a checkpoint holds them, each by itself: what stands for them while transformers loads."""
+"""The experts of a layer as the checkpoint stores them, separately: placeholders while transformers loads."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,10 +13,10 @@ from llmq.runtime.transformers.stored_linear import Source, StoredLinear
 
 
 class StoredExperts(nn.Module):
-    """Called as transformers' module of stacked experts, of which it has everything but the stacked weights.
+    """Replaces a module of stacked experts, with the same interface but without the stacked weights.
 
-    Each weight of each expert is a `StoredLinear` below it, at the place that `place_of` gives for its name in the
-    checkpoint: where transformers will look for its tensors.
+    Each weight of each expert is a `StoredLinear` in this module. `place_of` returns its place for its name in the
+    checkpoint: the place where transformers expects its tensors.
     """
 
     def __init__(
@@ -25,7 +25,7 @@ class StoredExperts(nn.Module):
         super().__init__()
         self.form = form = require_form(fused)
         self.stackings = tuple(stackings)
-        self._fused = (fused,)  # in a tuple, as it is no module of ours: it says how to activate
+        self._fused = (fused,)  # in a tuple, so that it is not a submodule; only its activation is used
         biased = form.biased and f"{stackings[0].names[0][0]}.bias" in source.checkpoint
         left_out = form.parameters if biased else form.stacked
         self._parameters.update({name: p for name, p in fused._parameters.items() if name not in left_out})
@@ -55,18 +55,18 @@ class StoredExperts(nn.Module):
     ) -> Tensor:
         """See `RoutedExperts.forward`."""
         if top_k_index is None or top_k_weights is None:
-            each = hidden_states.view(len(self.stackings[0].names), -1, hidden_states.shape[-1])  # (E, M, K)
-            return torch.cat([self._run(e, x) for e, x in enumerate(each)])
+            by_expert = hidden_states.view(len(self.stackings[0].names), -1, hidden_states.shape[-1])  # (E, M, K)
+            return torch.cat([self._run(e, x) for e, x in enumerate(by_expert)])
         mixed: Tensor = torch.zeros_like(hidden_states)
         for e in top_k_index.unique().tolist():
-            if e < len(self.stackings[0].names):  # a number that is no expert's means: none
+            if e < len(self.stackings[0].names):  # larger numbers mean: no expert
                 token, place = torch.where(top_k_index == e)
                 outer = self._run(e, hidden_states[token]) * top_k_weights[token, place].unsqueeze(1)
                 mixed.index_add_(0, token, outer.to(mixed.dtype))
         return mixed
 
     def packed(self) -> PackedExperts | None:
-        """What runs in their place, or None where their weights are on no integer grid, or brought for each call."""
+        """The packed experts, or None if their weights are not on an integer grid or are offloaded."""
         parts = [self.part(name) for name in self._places]
         if not all(part.is_loaded and part.is_affine for part in parts):
             return None
@@ -92,7 +92,7 @@ class StoredExperts(nn.Module):
         return stacked_bias(stacking, like, device, lambda part: self.part(part).get_parameter("bias").detach())
 
     def _like_fused(self) -> Any:
-        """transformers' module with what is loaded here; its stacked weights are on meta still."""
+        """The module of transformers with the parameters loaded here; its stacked weights are still on meta."""
         own = {name for name, _ in self._fused[0].named_children()}
         like = without(self._fused[0], ())
         like._parameters = {**self._fused[0]._parameters, **self._parameters}
@@ -101,16 +101,16 @@ class StoredExperts(nn.Module):
         return like
 
     def _run(self, e: int, x: Tensor) -> Tensor:
-        """What expert e makes of x (n, K)."""
+        """The output (n, K) of expert e for x (n, K)."""
         like = self._like_fused()
         (up, down), (first, second) = self.form.stacked, self.stackings
         inner = activate(like, self.form, self._project(up, first, e, x))
         outer = self._project(down, second, e, inner)
-        made: Tensor = like.post_expert_norm(outer) if getattr(like, "has_post_expert_norm", False) else outer
-        return made
+        output: Tensor = like.post_expert_norm(outer) if getattr(like, "has_post_expert_norm", False) else outer
+        return output
 
     def _project(self, name: str, stacking: Stacking, e: int, x: Tensor) -> Tensor:
-        """(n, N): a stacked weight of expert e, times x (n, K)."""
+        """The product (n, N) of a stacked weight of expert e and x (n, K)."""
         parts = [self.part(part)(x) for part in stacking.names[e]]
         y = torch.cat(parts, -1)[:, torch.argsort(torch.cat(list(stacking.rows))).to(x.device)]
         stacked = self._parameters.get(f"{name}_bias")

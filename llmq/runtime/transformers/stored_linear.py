@@ -1,10 +1,9 @@
-"""Layers that hold a weight as its checkpoint does, tensor for tensor, under the names that these have on disk.
+"""Layers that hold the tensors of a packed weight exactly as the checkpoint stores them, with the same names.
 
-transformers loads a model by names: what its modules call their parameters is looked for in the files, put on the
-device that is asked for, or left on disk.  So while it loads, a `StoredLinear` stands where a packed layer goes, and
-when it is done `PackedLinear` takes its place.  Where that cannot be, because accelerate keeps the tensors elsewhere
-and brings them for each call, or because the weight is on no integer grid, the `StoredLinear` stays, and runs by
-dequantizing: right, and slow.
+transformers loads a model by the names of its parameters: it reads each from the files and moves it to the requested
+device, or leaves it on disk. During loading, a `StoredLinear` is the placeholder of a packed layer; afterwards a
+`PackedLinear` replaces it. If that is impossible, because accelerate offloads the tensors or because the weight is not
+on an integer grid, the `StoredLinear` is kept. It dequantizes in every call, which is correct but slow.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,7 +24,7 @@ from llmq.runtime.packed_linear import PackedLinear
 
 @dataclass(frozen=True)
 class _Overlaid(Checkpoint):
-    """A checkpoint some of whose tensors are at hand, on whatever device; the others are read from its files."""
+    """A checkpoint with some tensors in memory, on any device; all others are read from its files."""
 
     at_hand: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
@@ -34,9 +33,9 @@ class _Overlaid(Checkpoint):
 
 
 class Source:
-    """The checkpoint that a model comes from, and a reader for weights of it that are loaded already.
+    """The checkpoint of a model, and a reader for its weights that are already loaded.
 
-    Raises FormatError where the quantization_config is not one that llmq reads.
+    Raises FormatError for a quantization_config that llmq cannot read.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -47,14 +46,14 @@ class Source:
         self.modules = frozenset(self.files.modules)
 
     def __deepcopy__(self, memo: object) -> "Source":
-        return self  # files are not copied with a model
+        return self  # copies of a model share it
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Source, (self.checkpoint,)
 
     @contextmanager
     def at_hand(self, name: str, tensors: Mapping[str, Tensor]) -> Iterator[PackedWeights]:
-        """The packed weights, of which module `name` has these tensors, by the ends of their names."""
+        """The packed weights, where module `name` has these tensors, by the suffixes of their names."""
         self._overlaid.at_hand.update({f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()})
         try:
             yield self._at_hand
@@ -62,14 +61,14 @@ class Source:
             self._overlaid.at_hand.clear()
 
     def suffixes(self, name: str) -> list[str]:
-        """The ends of the names of a packed module's tensors, in the checkpoint's order; a bias is none of them."""
+        """The suffixes of the tensors of a packed module, in the order of the checkpoint, without the bias."""
         return self.files.suffixes_of(name)
 
 
 class StoredLinear(nn.Module):
-    """y = x Wᵀ + bias with W (N, K) as the tensors that stand for it in the checkpoint; on meta until they are loaded.
+    """y = x Wᵀ + bias with W (N, K) held as the tensors of the checkpoint; on meta until they are loaded.
 
-    name  the module's in the checkpoint
+    name  of the module in the checkpoint
     """
 
     bias: nn.Parameter | None
@@ -84,7 +83,7 @@ class StoredLinear(nn.Module):
         stored = [*self._suffixes, "bias"] if bias else self._suffixes
         for suffix in stored:
             if f"{name}.{suffix}" not in source.checkpoint:
-                raise CheckpointError(f"the checkpoint has no {name}.{suffix}", hint="is it complete?")
+                raise CheckpointError(f"the checkpoint has no {name}.{suffix}", hint="copy the checkpoint again")
             info = source.checkpoint.info(f"{name}.{suffix}")
             empty = torch.empty(info.shape, dtype=info.dtype, device="meta")
             self.register_parameter(suffix, nn.Parameter(empty, requires_grad=False))
@@ -93,7 +92,7 @@ class StoredLinear(nn.Module):
 
     @property
     def is_loaded(self) -> bool:
-        """Whether the tensors are here, and not brought for each call."""
+        """Whether the tensors are loaded, and not offloaded."""
         return not any(parameter.is_meta for parameter in self.parameters())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -104,16 +103,16 @@ class StoredLinear(nn.Module):
 
     @property
     def is_affine(self) -> bool:
-        """Whether the weight lies on an integer grid."""
+        """Whether the weight is on an integer grid."""
         return self._source.files.is_affine(self.name)
 
     def quantized(self) -> QuantizedTensor:
-        """The weight, once it is loaded; raises FormatError where it is not affine."""
+        """The loaded weight; raises FormatError if it is not affine."""
         with self._source.at_hand(self.name, self._tensors()) as packed:
             return packed.read(self.name)
 
     def packed(self) -> PackedLinear | None:
-        """What runs in its place, or None where its weight is on no integer grid, or brought for each call."""
+        """The packed layer, or None if the weight is not on an integer grid or is offloaded."""
         if not (self.is_loaded and self.is_affine):
             return None
         return PackedLinear(self.quantized(), self.bias, self.compute_dtype)

@@ -1,6 +1,11 @@
-"""Will it load, in which engine, on how many GPUs, and if not, why not: said before hours are spent, and after.
+"""Predict which engines load a model, on how many GPUs, and why not; before quantizing and after.
 
-`rules.py` is the table; `checkpoint_facts.py` what the rules look at; `tensor_parallel.py` what engines cut and fuse.
+rules.py             the table of rules
+conditions.py        the checks that the rules use
+hints.py             remedies that depend on the model
+checkpoint_facts.py  the facts that the rules check
+planned_run.py       the same facts about a planned run
+tensor_parallel.py   how engines split and fuse layers
 """
 
 from collections.abc import Iterable
@@ -15,28 +20,28 @@ from llmq.verify.engines.rules import ENGINES, IN_THE_WAY, REFUSES, RULES, SERVE
 
 __all__ = ["ENGINES", "Finding", "Linear", "Subject", "Verdict", "check", "judge", "verdicts"]
 
-SHOWN = 3  # texts of one rule
+SHOWN = 3  # texts per rule
 PARALLEL = (
     "tensor parallelism",
-    "whole heads, groups and words on each GPU",
+    "complete heads, groups and words on each GPU",
     "fewer GPUs, smaller groups, or pipeline parallelism",
     "vLLM 0.33, auto_gptq.py; vllm#13640: `The input size is not aligned with the quantized weight shape`",
 )
 TILES = (
     "tiles of each part",
-    "N a multiple of 64 and K of 128, or of 128 and 64, on each GPU",
-    "--quantization gptq or awq takes the plain kernel, which compressed-tensors has not",
+    "N a multiple of 64 and K of 128, or N of 128 and K of 64, on each GPU",
+    "--quantization gptq or awq uses the plain kernel, which compressed-tensors does not have",
     "SGLang 0.5.23, marlin_utils.py, verify_marlin_supports_shape: nothing is padded there",
 )
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one rule has against a checkpoint.
+    """A rule that a checkpoint violates.
 
-    outcome  refuses, wrong (it loads, and computes something else), unknown (whether it loads), slower, or note
-    found    one text for each thing that is against it
-    gpus     the sizes of tensor parallelism that it is about; empty for all
+    outcome  refuses, wrong (loads, but computes wrong results), unknown (may not load), slower, or note
+    found    one text per violation
+    gpus     the sizes of tensor parallelism that are affected; empty for all
     """
 
     engine: str
@@ -50,12 +55,12 @@ class Finding:
 
     @property
     def in_the_way(self) -> bool:
-        """Whether it keeps the engine from serving the model at all."""
+        """Whether the engine cannot serve the model at all."""
         return self.outcome in IN_THE_WAY and not self.gpus
 
     @property
     def text(self) -> str:
-        """Everything but the engine's name."""
+        """The finding without the name of the engine."""
         more = f" (and {len(self.found) - SHOWN} more)" if len(self.found) > SHOWN else ""
         plural = "" if self.gpus == (1,) else "s"
         on = f"on {' or '.join(map(str, self.gpus))} GPU{plural}, " if self.gpus else ""
@@ -68,9 +73,9 @@ class Finding:
 
 @dataclass(frozen=True)
 class Verdict:
-    """An engine on a checkpoint: whether it serves it, on how many GPUs each, and what is to be known.
+    """Whether an engine loads a checkpoint, on how many GPUs, and all findings.
 
-    loads  None where llmq does not know
+    loads  None if unknown
     gpus   empty unless it loads
     """
 
@@ -81,29 +86,29 @@ class Verdict:
 
 
 def check(model: str | Path) -> list[Finding]:
-    """What the engines have against the model in a folder, or a .gguf file.
+    """The findings about the model in a folder, or a .gguf file.
 
-    Raises CheckpointError and FormatError for a broken one.
+    Raises CheckpointError and FormatError for a broken model.
     """
     return judge(checkpoint_facts.read(Path(model)))
 
 
-def judge(found: Subject) -> list[Finding]:
-    """The same of a model that is described, and may not be there yet."""
+def judge(subject: Subject) -> list[Finding]:
+    """The findings about a model that is described by `subject` and may not exist yet."""
     findings = []
     for rule in RULES:
-        if texts := tuple(rule.question(found)):
+        if texts := tuple(rule.question(subject)):
             findings += [
-                Finding(engine, rule.name, rule.outcome, rule.asks, texts, rule.advice(found), rule.source)
+                Finding(engine, rule.name, rule.outcome, rule.asks, texts, rule.advice(subject), rule.source)
                 for engine in rule.engines
             ]
-    return findings + _not_spread(found)
+    return findings + _parallel_findings(subject)
 
 
 def verdicts(findings: Iterable[Finding]) -> list[Verdict]:
-    """By engine."""
+    """The verdict of each engine."""
     listed = list(findings)
-    found = []
+    results = []
     for engine in ENGINES:
         own = tuple(finding for finding in listed if finding.engine == engine)
         blocked = {size for finding in own for size in finding.gpus}
@@ -111,26 +116,26 @@ def verdicts(findings: Iterable[Finding]) -> list[Verdict]:
         loads: bool | None = bool(sizes) and not any(finding.in_the_way for finding in own)
         if loads and any(finding.outcome == UNKNOWN for finding in own):
             loads = None
-        found.append(Verdict(engine, loads, tuple(sizes) if loads else (), own))
-    return found
+        results.append(Verdict(engine, loads, tuple(sizes) if loads else (), own))
+    return results
 
 
-def _not_spread(found: Subject) -> list[Finding]:
-    """On how many GPUs it cannot be, those with the same reason together."""
+def _parallel_findings(subject: Subject) -> list[Finding]:
+    """The numbers of GPUs that do not work, grouped by reason."""
     findings = []
     for engine in SERVERS:
         reasons: dict[tuple[str, ...], list[int]] = {}
         tiles: dict[tuple[str, ...], list[int]] = {}
         for size in tensor_parallel.SIZES:
-            gguf = ("llmq does not know how blocks of GGUF are cut",) if found.method == "gguf" and size > 1 else ()
-            if texts := gguf or tuple(tensor_parallel.obstacles(found, size)):
+            gguf = ("llmq does not know how GGUF blocks are split",) if subject.method == "gguf" and size > 1 else ()
+            if texts := gguf or tuple(tensor_parallel.obstacles(subject, size)):
                 reasons.setdefault(texts, []).append(size)
-            elif engine == SGLANG and runs_marlin(found) and (off := tuple(tensor_parallel.off_tiles(found, size))):
+            elif engine == SGLANG and runs_marlin(subject) and (off := tuple(tensor_parallel.off_tiles(subject, size))):
                 tiles.setdefault(off, []).append(size)
         rules = ((reasons, PARALLEL), (tiles, TILES))
         findings += [
             Finding(engine, name, REFUSES, asks, texts, remedy, source, tuple(sizes))
-            for told, (name, asks, remedy, source) in rules
-            for texts, sizes in told.items()
+            for by_reason, (name, asks, remedy, source) in rules
+            for texts, sizes in by_reason.items()
         ]
     return findings

@@ -1,4 +1,4 @@
-"""What serving engines look at: a model's layers and settings, from headers alone, finished or only planned."""
+"""The facts that serving engines check: layers and settings of a model, from headers only, finished or planned."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -19,11 +19,11 @@ TOKENIZER = "tokenizer_config.json"
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer under its name on the disk; `scheme` is None where it is float.
+    """A linear layer under its name on disk; `scheme` is None if it is float.
 
-    affine    whether the packed weight is codes on an integer grid
-    ordered   whether the columns are grouped in an order of their own
-    declared  whether config.json says that it is packed
+    affine    whether the packed weight is on an integer grid
+    ordered   whether the columns are grouped by act-order
+    declared  whether config.json declares the layer as packed
     """
 
     name: str
@@ -52,11 +52,11 @@ class Linear:
 class Subject:
     """A model.
 
-    method     `quant_method` as config.json spells it; "gguf" for a file of llama.cpp's; None where nothing is packed
-    settings   the block quantization_config
-    linears    every linear layer that has a weight of its own on the disk
+    method     `quant_method` as spelled in config.json; "gguf" for a .gguf file; None if nothing is packed
+    settings   the quantization_config
+    linears    every linear layer that has its own weight on disk
     tokenizer  tokenizer_config.json
-    strays     files that an engine may take for weights of the model, and that are none
+    strays     files that do not belong to the model, but that an engine may load as weights
     """
 
     method: str | None
@@ -72,13 +72,13 @@ class Subject:
 
     @property
     def text_config(self) -> Mapping[str, Any]:
-        """The language model's part of config.json."""
+        """The part of config.json about the language model."""
         inner = self.config.get("text_config")
         return inner if isinstance(inner, Mapping) else self.config
 
 
 def read(model: Path) -> Subject:
-    """The model in a folder, or a .gguf file.  Raises CheckpointError and FormatError for what cannot be understood."""
+    """Read the facts about the model in a folder, or a .gguf file. Raises CheckpointError and FormatError."""
     alone = model.suffix == ".gguf" and not model.is_dir()
     folder = model.parent if alone else model
     if alone or (list(folder.glob("*.gguf")) and not list(folder.glob("*.safetensors"))):
@@ -94,19 +94,19 @@ def read(model: Path) -> Subject:
 
 
 def _packed(checkpoint: Checkpoint, packed: PackedWeights) -> list[Linear]:
-    found = []
+    linears = []
     for module in packed.modules:
         affine = packed.is_affine(module)
         scheme = packed.scheme(module) if affine else None
         N, K = packed.shape(module)
-        found.append(
+        linears.append(
             Linear(module, N, K, scheme, affine, scheme is not None and _ordered(checkpoint, module, scheme, K))
         )
-    return found
+    return linears
 
 
 def _ordered(checkpoint: Checkpoint, module: str, scheme: WeightScheme, in_features: int) -> bool:
-    """Whether the file holds a group index that says more than k // group size."""
+    """Whether the file holds a group index that differs from k // group size."""
     for suffix in GROUP_INDEX:
         if f"{module}.{suffix}" in checkpoint:
             index = checkpoint.tensor(f"{module}.{suffix}")
@@ -116,36 +116,36 @@ def _ordered(checkpoint: Checkpoint, module: str, scheme: WeightScheme, in_featu
 
 
 def floats(checkpoint: Checkpoint) -> list[Linear]:
-    """The matrices that are not packed, embeddings among them."""
-    found = []
+    """The matrices that are not packed, including embeddings."""
+    linears = []
     for module in checkpoint.modules_with("weight"):
         info = checkpoint.info(f"{module}.weight")
         if len(info.shape) == 2 and info.dtype.is_floating_point:
-            found.append(Linear(module, *info.shape, None))
-    return found
+            linears.append(Linear(module, *info.shape, None))
+    return linears
 
 
 def declared(linears: Sequence[Linear], settings: Mapping[str, Any]) -> list[Linear]:
-    """Float layers with what config.json says of them."""
+    """Float layers, marked if config.json declares them as packed."""
     reader = formats.detect(settings).read_config(settings)
-    return [dataclasses.replace(each, declared=reader(each.name) is not None) for each in linears]
+    return [dataclasses.replace(linear, declared=reader(linear.name) is not None) for linear in linears]
 
 
 def tokenizer(folder: Path) -> Mapping[str, Any]:
-    """tokenizer_config.json, empty where there is none."""
+    """Read tokenizer_config.json; empty if there is none."""
     return read_json_object(folder / TOKENIZER) if (folder / TOKENIZER).is_file() else {}
 
 
 def _strays(folder: Path) -> tuple[str, ...]:
-    """Shards and an index that belong to no model here."""
-    there = {entry.name for entry in folder.glob("*.safetensors")}
+    """Shards and an index that do not belong to the model."""
+    present = {entry.name for entry in folder.glob("*.safetensors")}
     index = folder / INDEX
-    if SINGLE in there:
-        return tuple(sorted((there - {SINGLE}) | ({INDEX} if index.is_file() else set())))
+    if SINGLE in present:
+        return tuple(sorted((present - {SINGLE}) | ({INDEX} if index.is_file() else set())))
     if not index.is_file():
         return ()
     try:
         named = set(read_json_object(index).get("weight_map", {}).values())
     except CheckpointError:
         return (INDEX,)
-    return tuple(sorted(there - named))
+    return tuple(sorted(present - named))

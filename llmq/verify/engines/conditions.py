@@ -1,6 +1,6 @@
-"""What may be said against a checkpoint: one function a question, each giving a text for everything that it finds.
+"""The checks of the rules: one function per check, which returns a text per problem.
 
-`rules.py` says which engine asks which question, and where that is written down.
+`rules.py` lists which engine requires which check, with the source.
 """
 
 import re
@@ -16,10 +16,10 @@ STACKED_EXPERTS = frozenset(
     {"aria_text", "dbrx", "gemma4_text", "gpt_oss", "granitemoe", "granitemoehybrid", "granitemoeshared",
      "llama4", "llama4_text", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_vl_moe", "qwen3_vl_moe_text"}
 )  # fmt: skip
-"""`model_type` of models whose own checkpoints hold all experts of a layer in one tensor."""
+"""`model_type` of models that are published with all experts of a layer in one tensor."""
 
-Found = Iterable[str]
-Question = Callable[[Subject], Found]
+Problems = Iterable[str]
+Question = Callable[[Subject], Problems]
 
 
 def is_gptq(subject: Subject) -> bool:
@@ -40,13 +40,13 @@ def method(subject: Subject) -> str:
 
 
 def auto_round_packing(subject: Subject) -> str | None:
-    """Whose tensors a file of AutoRound's holds, where engines have rules for them: gptq's or awq's."""
+    """The layout of the tensors in an AutoRound checkpoint, if there are rules for it: gptq or awq."""
     declared = str(subject.settings.get("packing_format") or "auto_round:auto_gptq").lower()
     return next((name for name in ("awq", "gptq") if is_auto_round(subject) and name in declared), None)
 
 
 def packed_as_gptq(subject: Subject) -> bool:
-    """Whether the tensors are gptq's, whatever the configuration is called."""
+    """Whether the tensors have the gptq layout, whatever the configuration says."""
     return is_gptq(subject) or auto_round_packing(subject) == "gptq"
 
 
@@ -58,22 +58,22 @@ def is_ct(subject: Subject) -> bool:
     return subject.method == CT
 
 
-def layers(subject: Subject, against: Callable[[Linear], str | None]) -> Iterator[str]:
-    """What is against the packed layers, one text for all of which the same is to be said."""
-    told: dict[str, list[str]] = {}
+def layers(subject: Subject, problem: Callable[[Linear], str | None]) -> Iterator[str]:
+    """The problems of the packed layers, one text for all layers with the same problem."""
+    by_text: dict[str, list[str]] = {}
     for linear in subject.packed:
-        if text := against(linear):
-            told.setdefault(text, []).append(linear.name)
-    for text, names in told.items():
+        if text := problem(linear):
+            by_text.setdefault(text, []).append(linear.name)
+    for text, names in by_text.items():
         yield tensor_parallel.summary(names, text)
 
 
-def unless(applies: Callable[[Subject], bool], against: Callable[[Linear], str | None]) -> Question:
-    return lambda subject: layers(subject, against) if applies(subject) else ()
+def unless(applies: Callable[[Subject], bool], problem: Callable[[Linear], str | None]) -> Question:
+    return lambda subject: layers(subject, problem) if applies(subject) else ()
 
 
 def missing(applies: Callable[[Subject], bool], keys: Mapping[str, tuple[str, ...]]) -> Question:
-    """Keys of quantization_config, each with the names that it may have."""
+    """Check that quantization_config has these keys, each under one of its names."""
 
     def find(subject: Subject) -> Iterator[str]:
         for key, names in keys.items():
@@ -87,23 +87,23 @@ def gptq_grid(linear: Linear) -> str | None:
     scheme = linear.scheme
     if scheme is None or (scheme.bits in (4, 8) and scheme.symmetric):
         return None
-    return f"{scheme}, and only 4 and 8 bits without zeros are read"
+    return f"{scheme}, but only 4 and 8 bits without zero points are supported"
 
 
 def marlin_group(linear: Linear) -> str | None:
     scheme = linear.scheme
     if scheme is None or scheme.group_size in ("channel", "tensor", *MARLIN_GROUPS):
         return None
-    return f"groups of {scheme.group_size}, and only 32, 64, 128 and a whole row are read"
+    return f"groups of {scheme.group_size}, but only 32, 64, 128 and one group per row are supported"
 
 
-def ct_groups_of(subject: Subject, *, experts: bool, exllama: bool | None = None) -> Found:
-    """Groups that Marlin does not take, of experts or of all others, with 4 and 8 bits.
+def ct_groups_of(subject: Subject, *, experts: bool, exllama: bool | None = None) -> Problems:
+    """Groups that Marlin does not support, of experts or of all other layers, with 4 and 8 bits.
 
-    exllama   whether Exllama, which takes any groups but only float16 and no zeros, would run them; None: either way
+    exllama   only layers that Exllama runs (any groups, but only float16 and no zero points), or does not; None: all
     """
 
-    def against(linear: Linear) -> str | None:
+    def problem(linear: Linear) -> str | None:
         scheme = linear.scheme
         if scheme is None or scheme.bits not in (4, 8) or (".experts." in linear.name) != experts:
             return None
@@ -111,7 +111,7 @@ def ct_groups_of(subject: Subject, *, experts: bool, exllama: bool | None = None
             return None
         return marlin_group(linear)
 
-    return layers(subject, against) if is_ct(subject) else ()
+    return layers(subject, problem) if is_ct(subject) else ()
 
 
 def is_float16(subject: Subject) -> bool:
@@ -123,11 +123,11 @@ def tiles(linear: Linear) -> str | None:
     N, K = linear.out_features, linear.in_features
     if tensor_parallel.fills_tiles(N, K):
         return None
-    return f"{N} x {K} is off the tiles of 64 x 128 and 128 x 64, so it is padded with zeros"
+    return f"{N} x {K} does not fit the tiles of 64 x 128 and 128 x 64, so it is padded with zeros"
 
 
 def ordered(linear: Linear) -> str | None:
-    return "its columns are grouped in an order of their own" if linear.ordered else None
+    return "its columns are grouped by act-order" if linear.ordered else None
 
 
 def desc_act(subject: Subject) -> Iterator[str]:
@@ -135,20 +135,20 @@ def desc_act(subject: Subject) -> Iterator[str]:
     for name, block in blocks.items():
         group_size = block.get("group_size", subject.settings.get("group_size"))
         if block.get("desc_act") and group_size != -1:
-            yield f"{name} says desc_act with groups of {group_size}"
+            yield f"{name} has desc_act with groups of {group_size}"
 
 
 def dynamic(subject: Subject) -> dict[str, Mapping[str, object]]:
-    found = subject.settings.get("dynamic")
-    return {f"dynamic {key}": value for key, value in found.items()} if isinstance(found, Mapping) else {}
+    blocks = subject.settings.get("dynamic")
+    return {f"dynamic {key}": value for key, value in blocks.items()} if isinstance(blocks, Mapping) else {}
 
 
-def silently_ordered(subject: Subject) -> Found:
+def silently_ordered(subject: Subject) -> Problems:
     return () if subject.settings.get("desc_act") else layers(subject, ordered)
 
 
 def mixed_fusion(subject: Subject) -> Iterator[str]:
-    """Layers that are run as one and are not packed alike."""
+    """Layers that are fused and not packed alike."""
     for name, members in tensor_parallel.fused(subject):
         packed = [linear for linear in members if linear.packed]
         if packed and len(packed) < len(members):
@@ -160,24 +160,24 @@ def mixed_fusion(subject: Subject) -> Iterator[str]:
 
 
 def undeclared(subject: Subject) -> Iterator[str]:
-    """Float layers that config.json takes for packed; embeddings are no linear layers to anybody."""
+    """Float layers that config.json declares as packed; embeddings do not count as linear layers."""
     names = [linear.name for linear in subject.linears if linear.declared and not linear.packed]
     names = [name for name in names if "emb" not in name and name.rpartition(".")[2] not in ("wte", "wpe")]
     if names:
-        yield tensor_parallel.summary(names, "it is float, and config.json does not say so")
+        yield tensor_parallel.summary(names, "it is float, but config.json does not list it")
 
 
 def experts_hidden(subject: Subject) -> Iterator[str]:
     hidden = subject.text_config.get("hidden_size")
     if isinstance(hidden, int) and hidden % 128 and any(".experts." in linear.name for linear in subject.packed):
-        yield f"hidden_size is {hidden}, no multiple of 128"
+        yield f"hidden_size is {hidden}, not a multiple of 128"
 
 
 def substring(subject: Subject) -> Iterator[str]:
     for entry in subject.settings.get("modules_to_not_convert") or ():
         hit = next((linear.name for linear in subject.packed if entry in linear.name), None)
         if hit is not None:
-            yield f"{entry!r} is part of the name {hit}, which is packed"
+            yield f"{entry!r} is part of the name of {hit}, which is packed"
 
 
 def ct_actorder(subject: Subject) -> Iterator[str]:
@@ -187,8 +187,8 @@ def ct_actorder(subject: Subject) -> Iterator[str]:
 
 
 def groups(subject: Subject) -> dict[str, dict[str, dict[str, object]]]:
-    found = subject.settings.get("config_groups")
-    return found if is_ct(subject) and isinstance(found, dict) else {}
+    config_groups = subject.settings.get("config_groups")
+    return config_groups if is_ct(subject) and isinstance(config_groups, dict) else {}
 
 
 def other_bits(linear: Linear) -> str | None:
@@ -199,24 +199,28 @@ def other_zeros(linear: Linear) -> str | None:
     scheme = linear.scheme
     if scheme is None or scheme.symmetric or scheme.bits in (4, 8):
         return None
-    return f"{scheme}, and zeros are read with 4 and 8 bits only"
+    return f"{scheme}, but zero points are supported with 4 and 8 bits only"
 
 
-def with_zeros(subject: Subject) -> Found:
-    return layers(subject, lambda each: "it has zeros" if each.scheme and not each.scheme.symmetric else None)
+def asymmetric(linear: Linear) -> str | None:
+    return "it has zero points" if linear.scheme and not linear.scheme.symmetric else None
+
+
+def with_zeros(subject: Subject) -> Problems:
+    return layers(subject, asymmetric)
 
 
 def zeros_and_grids(subject: Subject) -> Iterator[str]:
     zeros = any(linear.scheme is not None and not linear.scheme.symmetric for linear in subject.packed)
     if zeros and len(groups(subject)) > 1:
-        yield "it has zeros, and several grids"
+        yield "it has zero points and several grids"
 
 
-def packed_head(subject: Subject) -> Found:
+def packed_head(subject: Subject) -> Problems:
     return layers(subject, lambda linear: "it is packed" if linear.last == "lm_head" else None)
 
 
-def tied_head(subject: Subject) -> Found:
+def tied_head(subject: Subject) -> Problems:
     tied = subject.config.get("tie_word_embeddings", subject.text_config.get("tie_word_embeddings"))
     return packed_head(subject) if tied else ()
 
@@ -230,18 +234,18 @@ def config_keys(subject: Subject) -> Iterator[str]:
 def old_names(subject: Subject) -> Iterator[str]:
     config = subject.text_config
     if "dtype" in config and "torch_dtype" not in config:
-        yield "config.json says dtype and not torch_dtype"
+        yield "config.json has dtype but not torch_dtype"
     if "rope_parameters" in config and "rope_theta" not in config:
-        yield "config.json says rope_parameters and not rope_theta"
+        yield "config.json has rope_parameters but not rope_theta"
 
 
 def tokenizers_backend(subject: Subject) -> Iterator[str]:
     if subject.tokenizer.get("tokenizer_class") == "TokenizersBackend":
-        yield "tokenizer_config.json says tokenizer_class TokenizersBackend"
+        yield "tokenizer_config.json has tokenizer_class TokenizersBackend"
 
 
 def format_is(applies: Callable[[Subject], bool]) -> Question:
-    return lambda subject: (f"the format is {subject.method or 'a float one'}",) if applies(subject) else ()
+    return lambda subject: (f"the format is {subject.method or 'float'}",) if applies(subject) else ()
 
 
 def is_float(subject: Subject) -> bool:
@@ -253,7 +257,7 @@ def is_gguf(subject: Subject) -> bool:
 
 
 def is_other(subject: Subject) -> bool:
-    """Packed in none of the formats that llmq writes."""
+    """Whether the format is not one that llmq writes."""
     return not any(applies(subject) for applies in (is_float, is_gguf, is_gptq, is_awq, is_ct))
 
 
@@ -267,11 +271,11 @@ def awq_bits(linear: Linear) -> str | None:
 
 def strays(subject: Subject) -> Iterator[str]:
     if subject.strays:
-        yield f"{', '.join(subject.strays[:3])}{' …' if len(subject.strays) > 3 else ''} belong to no model here"
+        yield f"{', '.join(subject.strays[:3])}{' …' if len(subject.strays) > 3 else ''} do not belong to this model"
 
 
 def off_tiles(subject: Subject) -> Iterator[str]:
-    """One text for all layers, as their sizes say little."""
+    """One text for all layers, with the first size as an example."""
     off = [linear for linear in subject.packed if tiles(linear)]
     if off:
         yield tensor_parallel.summary([linear.name for linear in off], str(tiles(off[0])))
@@ -284,17 +288,17 @@ def unknown_method(subject: Subject) -> Iterator[str]:
 
 
 def experts_apart(subject: Subject) -> Iterator[str]:
-    """Packed experts one by one, of a model whose own files hold them stacked."""
+    """Packed experts in separate tensors, if the model is published with stacked experts."""
     kind = subject.text_config.get("model_type") or subject.config.get("model_type")
     names = [linear.name for linear in subject.packed if EXPERT.search(linear.name)]
     if names and kind in STACKED_EXPERTS:
         yield tensor_parallel.summary(
-            names, f"one expert, and {kind} is published with all experts of a layer in one tensor"
+            names, f"a single expert, but {kind} is published with all experts of a layer in one tensor"
         )
 
 
 def runs_marlin(subject: Subject) -> bool:
-    """Whether every packed layer has a grid that Marlin runs: SGLang takes another kernel for the others."""
+    """Whether Marlin supports the grids of all packed layers; otherwise SGLang uses another kernel."""
     if packed_as_gptq(subject):
         return not any(gptq_grid(linear) or marlin_group(linear) for linear in subject.packed)
     if packed_as_awq(subject):

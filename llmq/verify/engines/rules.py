@@ -1,6 +1,6 @@
-"""What each engine asks of a checkpoint: one row a rule, with where that is written down.
+"""What each engine requires of a checkpoint: one row per rule, with its source.
 
-The engines were not run for this: the rules are taken from their sources and their issues, at the versions named.
+The engines were not run for this: the rules come from their sources and issues, at the versions named.
 """
 
 from collections.abc import Callable
@@ -20,10 +20,10 @@ from llmq.verify.engines.conditions import (
     unless,
     when,
 )
-from llmq.verify.engines.hints import ANEW, CONVERT, another_grid, to_gguf
+from llmq.verify.engines.hints import CONVERT, QUANTIZE_AGAIN, another_grid, to_gguf
 
 REFUSES, WRONG, UNKNOWN, SLOWER, NOTE = "refuses", "wrong", "unknown", "slower", "note"
-IN_THE_WAY = (REFUSES, WRONG)  # of serving; the other outcomes are to be known
+IN_THE_WAY = (REFUSES, WRONG)  # the engine cannot serve the model; other outcomes are information
 
 VLLM, SGLANG, TRANSFORMERS, LLAMA_CPP = "vLLM", "SGLang", "transformers", "llama.cpp"
 ENGINES = (VLLM, SGLANG, TRANSFORMERS, LLAMA_CPP)
@@ -40,9 +40,9 @@ MARLIN = "MARLIN_SUPPORTED_GROUP_SIZES = [-1, 32, 64, 128]"
 
 @dataclass(frozen=True)
 class Rule:
-    """`engines` ask for `asks`; `question` finds what is against it; `outcome` is what follows then.
+    """`engines` require `asks`; `question` finds violations; `outcome` is the consequence.
 
-    `remedy` is what to do about it, or gives that for a model.
+    `remedy` is a text, or a function that returns the text for a model.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Rule:
     remedy: str | Callable[[Subject], str] = ""
 
     def advice(self, subject: Subject) -> str:
-        """What to do about it."""
+        """The remedy for a model."""
         return self.remedy if isinstance(self.remedy, str) else self.remedy(subject)
 
 
@@ -65,28 +65,28 @@ AWQ_OWN_KEYS = {"bits": ("bits",), "group_size": ("group_size",)}
 RULES = (
     # ---- any format
     Rule("architectures", SERVERS, "config.json names the architecture and the model type", REFUSES,
-         "vLLM 0.33 and SGLang 0.5.23, which choose the model's class by it", ask.config_keys,
+         "vLLM 0.33 and SGLang 0.5.23, which choose the class of the model by it", ask.config_keys,
          "copy config.json from the original model"),
     Rule("one scheme for fused layers", SERVERS,
-         "layers that are run as one (q, k, v; gate, up; the experts of a layer) are packed alike, or all left",
-         REFUSES, "vllm#11354, vllm#47507: `Found a different quantization schemes`; FusedMoE has one scheme a layer",
+         "fused layers (q, k, v; gate, up; the experts of a layer) are packed alike, or all kept in float",
+         REFUSES, "vllm#11354, vllm#47507: `Found a different quantization schemes`; FusedMoE has one scheme per layer",
          ask.mixed_fusion, "quantize them alike: one --override or --skip pattern for all of them"),
-    Rule("experts as they were published", SERVERS, "experts stacked as in the original, where those are", UNKNOWN,
-         "no report is known of packed experts, one by one, being read for an architecture that is published stacked",
-         ask.experts_apart, "try it; or leave the experts as they are: --skip '*.experts.*'"),
+    Rule("experts as published", SERVERS, "experts are stacked if the original model has them stacked", UNKNOWN,
+         "no report is known of an engine that reads separate packed experts if the original has stacked ones",
+         ask.experts_apart, "try it, or keep the experts in float: --skip '*.experts.*'"),
     Rule("tied head", LOADERS, "a head that is tied to the embedding is not packed", WRONG,
-         "transformers 5.23, tie_weights: the embedding's weight takes the head's place", ask.tied_head,
+         "transformers 5.23, tie_weights: the weight of the embedding replaces the head", ask.tied_head,
          "quantize with --quantize-head, which unties it"),
-    Rule("no stray shards", LOADERS, "no shards or index of another model lie beside the weights", WRONG,
-         "vLLM 0.33 and SGLang 0.5.23 take *.safetensors, vLLM filters by the index", ask.strays, "remove them"),
-    Rule("tokenizer class", SERVERS, "the tokenizer's class is one that transformers 4 knows", NOTE,
+    Rule("no stray shards", LOADERS, "no shards or index of another model are next to the weights", WRONG,
+         "vLLM 0.33 and SGLang 0.5.23 take *.safetensors, vLLM filters them by the index", ask.strays, "remove them"),
+    Rule("tokenizer class", SERVERS, "transformers 4 knows the class of the tokenizer", NOTE,
          "transformers#47553, verl#5078, GPTQModel#2403: `Tokenizer class TokenizersBackend does not exist`",
          ask.tokenizers_backend, "copy tokenizer_config.json from the original model, for engines on transformers 4"),
     Rule("configuration of transformers 4", SERVERS, "config.json has the keys that transformers 4 reads", NOTE,
          "transformers 5 writes dtype and rope_parameters, version 4 reads torch_dtype and rope_theta", ask.old_names,
          "copy config.json from the original model, for engines on transformers 4"),
-    Rule("what is float is listed", SERVERS, "float linear layers are named in config.json, routers too",
-         REFUSES, "vLLM 0.33, get_quant_method: a layer that no exception matches is taken for packed",
+    Rule("float layers are listed", SERVERS, "config.json lists all float linear layers, including routers",
+         REFUSES, "vLLM 0.33, get_quant_method: a layer that matches no exception is expected to be packed",
          when(lambda subject: is_ct(subject) or is_awq(subject), ask.undeclared),
          "add it to ignore (or modules_to_not_convert)"),
     # ---- gptq
@@ -94,30 +94,30 @@ RULES = (
          f"{GPTQ}, get_from_keys; {SGL}/gptq.py", missing(is_gptq, GPTQ_KEYS)),
     Rule("gptq grids", (VLLM,), "4 or 8 bits, symmetric", REFUSES, f"{GPTQ}: Unsupported quantization config",
          unless(packed_as_gptq, ask.gptq_grid), another_grid),
-    Rule("gptq groups", (VLLM,), "groups of 32, 64, 128 or a whole row", REFUSES, GPTQ,
-         unless(packed_as_gptq, ask.marlin_group), f"{ANEW} with --group-size 32, 64 or 128"),
-    Rule("gptq fast kernel", (SGLANG,), "4 or 8 bits, symmetric, in groups of 32, 64, 128 or a whole row", SLOWER,
-         f"{SGL}/gptq.py: otherwise the plain kernel in place of Marlin",
+    Rule("gptq groups", (VLLM,), "groups of 32, 64, 128 or one group per row", REFUSES, GPTQ,
+         unless(packed_as_gptq, ask.marlin_group), f"{QUANTIZE_AGAIN} with --group-size 32, 64 or 128"),
+    Rule("gptq fast kernel", (SGLANG,), "4 or 8 bits, symmetric, in groups of 32, 64, 128 or one group per row", SLOWER,
+         f"{SGL}/gptq.py: otherwise the plain kernel instead of Marlin",
          unless(packed_as_gptq, lambda linear: ask.gptq_grid(linear) or ask.marlin_group(linear))),
-    Rule("no desc_act", (VLLM,), "desc_act is false, in `dynamic` too, unless a group is a whole row", REFUSES,
+    Rule("no desc_act", (VLLM,), "desc_act is false, also in `dynamic`, unless there is one group per row", REFUSES,
          f"{GPTQ}, pull request 54809, RFC 48148", when(is_gptq, ask.desc_act),
-         f"{CONVERT} gptq --allow-requantize, or {ANEW}"),
-    Rule("no g_idx", (VLLM,), "g_idx says no more than k // group_size", WRONG,
+         f"{CONVERT} gptq --allow-requantize, or {QUANTIZE_AGAIN}"),
+    Rule("no g_idx", (VLLM,), "g_idx equals k // group_size", WRONG,
          f"{GPTQ}: the weight mapper drops every g_idx", when(is_gptq, ask.silently_ordered),
-         f"set desc_act to true, so that it is refused, or {ANEW}"),
-    Rule("gptq with act-order on CPUs", (SGLANG,), "desc_act is false, for CPUs", NOTE, f"{SGL}/gptq.py: CUDA only",
+         f"set desc_act to true, so that the engine refuses it, or {QUANTIZE_AGAIN}"),
+    Rule("gptq with act-order on CPUs", (SGLANG,), "desc_act is false on CPUs", NOTE, f"{SGL}/gptq.py: CUDA only",
          when(is_gptq, ask.desc_act)),
     Rule("gptq in transformers", (TRANSFORMERS,), f"optimum 1.24 and gptqmodel 1.4.3, or {OURS}", NOTE,
          "transformers 5.23, quantizers/quantizer_gptq.py", format_is(is_gptq)),
     Rule("gptq in llama.cpp", (LLAMA_CPP,), "a .gguf file", REFUSES,
-         "convert_hf_to_gguf.py of llama.cpp reads gptq, but into floats", format_is(is_gptq), to_gguf),
+         "convert_hf_to_gguf.py of llama.cpp reads gptq, but converts it to floats", format_is(is_gptq), to_gguf),
     # ---- awq
     Rule("awq keys", SERVERS, "quantization_config has bits, group_size and zero_point", REFUSES, AWQ,
          missing(is_awq, AWQ_KEYS)),
     Rule("awq keys of AutoAWQ", (TRANSFORMERS,), "bits and group_size, not w_bit and q_group_size", REFUSES,
-         "transformers 5.23, AwqConfig", missing(is_awq, AWQ_OWN_KEYS), f"{CONVERT} awq writes the keys anew"),
+         "transformers 5.23, AwqConfig", missing(is_awq, AWQ_OWN_KEYS), f"{CONVERT} awq writes these keys"),
     Rule("awq bits", LOADERS, "4 bits", REFUSES, AWQ, unless(packed_as_awq, ask.awq_bits)),
-    Rule("awq fast kernel", SERVERS, "groups of 32, 64, 128 or a whole row", SLOWER, f"{AWQ}: otherwise Triton",
+    Rule("awq fast kernel", SERVERS, "groups of 32, 64, 128 or one group per row", SLOWER, f"{AWQ}: otherwise Triton",
          unless(packed_as_awq, ask.marlin_group)),
     Rule("awq names", SERVERS, "no entry of modules_to_not_convert is part of a packed layer's name", REFUSES,
          f"{AWQ}: entries are substrings", when(is_awq, ask.substring), f"{CONVERT} compressed-tensors"),
@@ -132,58 +132,58 @@ RULES = (
     # ---- compressed-tensors
     Rule("no actorder", LOADERS, "actorder is static or none", REFUSES,
          "compressed-tensors 0.19, pull request 840; vLLM 0.33 raises too", ask.ct_actorder,
-         f"{CONVERT} compressed-tensors --allow-requantize, or {ANEW}"),
+         f"{CONVERT} compressed-tensors --allow-requantize, or {QUANTIZE_AGAIN}"),
     Rule("compressed-tensors bits", (SGLANG,), "4 or 8 bits", REFUSES, f"SGLang 0.5.23, {WNA16}",
          unless(is_ct, ask.other_bits), "--bits 4 or 8"),
-    Rule("compressed-tensors bits", (VLLM,), "4 or 8 bits, for versions before 2, 3 and 5 to 7 came", NOTE,
+    Rule("compressed-tensors bits", (VLLM,), "4 or 8 bits, for older versions without 2, 3 and 5 to 7 bits", NOTE,
          f"vLLM, {WNA16}", unless(is_ct, ask.other_bits)),
-    Rule("compressed-tensors groups", (VLLM,), "groups of 32, 64, 128 or a whole row", REFUSES,
-         f"vLLM, kernels/linear/mixed_precision: {MARLIN}; Machete takes 64, 128 and a row; Exllama any, but float16 "
-         "alone and no zeros", lambda subject: ask.ct_groups_of(subject, experts=False, exllama=False),
-         f"{ANEW} with --group-size 32, 64 or 128; a symmetric grid may be run with --dtype float16"),
-    Rule("compressed-tensors fast kernel", (VLLM,), "groups of 32, 64, 128 or a whole row, in float16 too", SLOWER,
+    Rule("compressed-tensors groups", (VLLM,), "groups of 32, 64, 128 or one group per row", REFUSES,
+         f"vLLM, kernels/linear/mixed_precision: {MARLIN}; Machete supports 64, 128 and one per row; Exllama all, but "
+         "only float16 without zero points", lambda subject: ask.ct_groups_of(subject, experts=False, exllama=False),
+         f"{QUANTIZE_AGAIN} with --group-size 32, 64 or 128; a symmetric grid also runs with --dtype float16"),
+    Rule("compressed-tensors fast kernel", (VLLM,), "groups of 32, 64, 128 or one per row, also in float16", SLOWER,
          f"vLLM, kernels/linear/mixed_precision: {MARLIN}; otherwise Exllama",
          lambda subject: ask.ct_groups_of(subject, experts=False, exllama=True)),
-    Rule("compressed-tensors groups of experts", (VLLM,), "groups of 32, 64, 128 or a whole row", UNKNOWN,
-         f"vLLM: {MARLIN}; what runs experts with other groups is not known here",
-         lambda subject: ask.ct_groups_of(subject, experts=True), f"{ANEW} with --group-size 32, 64 or 128"),
-    Rule("compressed-tensors groups", (SGLANG,), "groups of 32, 64, 128 or a whole row", REFUSES,
-         f"SGLang, compressed_tensors_wNa16.py: runs Marlin alone; {MARLIN}",
-         unless(is_ct, ask.marlin_group), f"{ANEW} with --group-size 32, 64 or 128"),
-    Rule("compressed-tensors zeros", (VLLM,), "zeros with 4 and 8 bits only", REFUSES,
+    Rule("compressed-tensors groups of experts", (VLLM,), "groups of 32, 64, 128 or one group per row", UNKNOWN,
+         f"vLLM: {MARLIN}; the kernel for experts with other groups is unknown",
+         lambda subject: ask.ct_groups_of(subject, experts=True), f"{QUANTIZE_AGAIN} with --group-size 32, 64 or 128"),
+    Rule("compressed-tensors groups", (SGLANG,), "groups of 32, 64, 128 or one group per row", REFUSES,
+         f"SGLang, compressed_tensors_wNa16.py: uses only Marlin; {MARLIN}",
+         unless(is_ct, ask.marlin_group), f"{QUANTIZE_AGAIN} with --group-size 32, 64 or 128"),
+    Rule("compressed-tensors zero points", (VLLM,), "zero points with 4 and 8 bits only", REFUSES,
          f"vLLM, {WNA16.replace('SUPPORTED', 'ZP_SUPPORTED')}", unless(is_ct, ask.other_zeros), "--symmetric"),
     Rule("compressed-tensors in transformers", (TRANSFORMERS,), f"compressed-tensors 0.15, or {OURS}",
          NOTE, "transformers 5.23, quantizers/quantizer_compressed_tensors.py", format_is(is_ct)),
-    Rule("zeros in the packed route", (TRANSFORMERS,),
-         f"no zeros, or CompressedTensorsConfig(dequantize=True), or {OURS}", NOTE,
-         "found with transformers 5.23 and compressed-tensors 0.20: a size mismatch of weight_zero_point",
+    Rule("zero points in packed mode", (TRANSFORMERS,),
+         f"no zero points, or CompressedTensorsConfig(dequantize=True), or {OURS}", NOTE,
+         "observed with transformers 5.23 and compressed-tensors 0.20: a size mismatch of weight_zero_point",
          when(is_ct, ask.with_zeros)),
-    Rule("zeros with several grids", (TRANSFORMERS,), f"one grid where there are zeros, or {OURS}",
-         REFUSES, "found with transformers 5.23 and compressed-tensors 0.20: dequantize=True takes one dense scheme",
+    Rule("zero points with several grids", (TRANSFORMERS,), f"one grid if there are zero points, or {OURS}",
+         REFUSES, "observed with transformers 5.23 and compressed-tensors 0.20: dequantize=True has one dense scheme",
          when(is_ct, ask.zeros_and_grids), "--symmetric, or one grid"),
     Rule("compressed-tensors in llama.cpp", (LLAMA_CPP,), "a .gguf file", REFUSES,
-         "convert_hf_to_gguf.py of llama.cpp makes floats of it, and ignores weight_g_idx", format_is(is_ct),
+         "convert_hf_to_gguf.py of llama.cpp converts it to floats, and ignores weight_g_idx", format_is(is_ct),
          to_gguf),
     # ---- speed
-    Rule("tiles", (VLLM,), "N a multiple of 64 and K of 128, or of 128 and 64", SLOWER,
+    Rule("tiles", (VLLM,), "N a multiple of 64 and K of 128, or N of 128 and K of 64", SLOWER,
          f"{GPTQ}: zero-padded for dense layers", ask.off_tiles),
-    Rule("experts' tiles", (VLLM,), "a hidden size that is a multiple of 128, for packed experts", SLOWER,
-         f"{GPTQ}: otherwise moe_wna16 in place of Marlin", ask.experts_hidden),
-    # ---- gguf, and no packing at all
-    Rule("gguf", (VLLM,), "safetensors, or the plugin for GGUF", REFUSES,
-         "vLLM 0.33 moved GGUF into a plugin out of its tree", format_is(ask.is_gguf),
-         "pip install the plugin, or serve one of the other formats"),
-    Rule("gguf in SGLang", (SGLANG,), "safetensors, or --load-format gguf for the architectures that it knows", NOTE,
+    Rule("tiles of experts", (VLLM,), "the hidden size is a multiple of 128, for packed experts", SLOWER,
+         f"{GPTQ}: otherwise moe_wna16 instead of Marlin", ask.experts_hidden),
+    # ---- gguf, float and other formats
+    Rule("gguf", (VLLM,), "safetensors, or the GGUF plugin", REFUSES,
+         "vLLM 0.33 moved GGUF into a separate plugin", format_is(ask.is_gguf),
+         "install the plugin, or serve another format"),
+    Rule("gguf in SGLang", (SGLANG,), "safetensors, or --load-format gguf for supported architectures", NOTE,
          "SGLang 0.5.23, --load-format", format_is(ask.is_gguf)),
-    Rule("floats in llama.cpp", (LLAMA_CPP,), "a .gguf file", REFUSES, "llama.cpp reads GGUF alone",
+    Rule("floats in llama.cpp", (LLAMA_CPP,), "a .gguf file", REFUSES, "llama.cpp reads only GGUF",
          format_is(ask.is_float), "convert_hf_to_gguf.py of llama.cpp"),
-    Rule("other formats in llama.cpp", (LLAMA_CPP,), "a .gguf file", REFUSES, "llama.cpp reads GGUF alone",
+    Rule("other formats in llama.cpp", (LLAMA_CPP,), "a .gguf file", REFUSES, "llama.cpp reads only GGUF",
          format_is(ask.is_other), to_gguf),
-    Rule("auto-round", SERVERS, "gptq's or awq's own configuration", NOTE,
-         "its tensors are judged by the rules of gptq or awq; what engines make of its configuration is not known here",
+    Rule("auto-round", SERVERS, "a configuration of gptq or awq", NOTE,
+         "the rules of gptq or awq apply to its tensors; it is unknown whether engines read its configuration",
          format_is(lambda subject: ask.auto_round_packing(subject) is not None)),
     Rule("auto-round in transformers", (TRANSFORMERS,), f"auto-round, or {OURS}", NOTE,
          "transformers 5.23, quantizers/quantizer_auto_round.py", format_is(ask.is_auto_round)),
     Rule("unknown format", SERVERS, "one of gptq, awq, compressed-tensors, gguf", UNKNOWN,
-         "llmq knows the rules of these formats only", ask.unknown_method),
+         "llmq has rules for these formats only", ask.unknown_method),
 )  # fmt: skip

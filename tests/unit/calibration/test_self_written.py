@@ -1,4 +1,4 @@
-"""The model as author: what it writes is what a plain loop over transformers' model draws, in memory and streamed."""
+"""Self-generated text equals that of a plain loop with transformers, in memory and streamed."""
 
 import bisect
 import itertools
@@ -21,7 +21,7 @@ from tests import builders
 from tests.builders import SPECIAL, VOCABULARY
 
 BOS, EOS = 1, 2
-LETTERS = 259  # ids of the tokenizer; the embedding has five rows more
+LETTERS = 259  # ids of the tokenizer; the embedding has five more rows
 PLENTY, NOTHING = 10**12, 0
 Checkpoints = Callable[..., Path]
 
@@ -31,7 +31,7 @@ def author(folder: Path, tokenizer: Any, free: int = PLENTY) -> SelfAuthor:
 
 
 def without_bos(tokenizer: Any) -> Any:
-    """What of the tokenizer is asked for, as one that has no beginning-of-text token answers."""
+    """A tokenizer stub without a beginning-of-text token."""
     return SimpleNamespace(
         bos_token_id=None, eos_token_id=EOS, all_special_ids=[0, EOS], get_vocab=tokenizer.get_vocab,
         added_tokens_decoder={BOS: SimpleNamespace(special=True)},
@@ -39,7 +39,7 @@ def without_bos(tokenizer: Any) -> Any:
 
 
 def written_by_hand(folder: Path, numbers: Tensor) -> list[list[int]]:
-    """One row after the other, one token after the other, all of the row read anew for each."""
+    """Generate row by row and token by token, without a cache."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -62,18 +62,20 @@ def written_by_hand(folder: Path, numbers: Tensor) -> list[list[int]]:
     return rows
 
 
-# A logit's rounding moves the cumulated probabilities by about 1e-6; that one of some 200 uniform numbers falls there
-# has a chance of 2e-4, and the seeds below are fixed.
+# Rounding of logits moves cumulative probabilities by about 1e-6. One of 200 uniform numbers is affected with a
+# probability of 2e-4, and the seeds below are fixed.
 @pytest.mark.parametrize("name", ["llama", "gemma3", "falcon"])  # full attention, sliding, blocks that return a tuple
 @pytest.mark.parametrize("free", [PLENTY, NOTHING], ids=["in memory", "streamed"])
-def test_the_text_is_that_of_a_plain_loop(free: int, name: str, tokenizer: Any, checkpoint: Checkpoints) -> None:
+def test_text_equals_that_of_a_plain_loop(free: int, name: str, tokenizer: Any, checkpoint: Checkpoints) -> None:
     folder = checkpoint(name)
-    found = author(folder, tokenizer, free).write(3, 24, seed=5)
+    text = author(folder, tokenizer, free).write(3, 24, seed=5)
     numbers = torch.rand(3, 24, generator=torch.Generator().manual_seed(5))
-    assert found.tolist() == written_by_hand(folder, numbers)
+    assert text.tolist() == written_by_hand(folder, numbers)
 
 
-def test_batches_change_nothing(tokenizer: Any, checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_size_does_not_change_the_text(
+    tokenizer: Any, checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = checkpoint("llama")
     whole = author(folder, tokenizer).write(5, 16, seed=0)
     monkeypatch.setattr(self_written, "ROWS", 2)
@@ -81,18 +83,18 @@ def test_batches_change_nothing(tokenizer: Any, checkpoint: Checkpoints, monkeyp
     assert not torch.equal(author(folder, tokenizer).write(5, 16, seed=1), whole)
 
 
-def test_streamed_texts_are_short_and_fill_the_windows(
+def test_streamed_texts_are_short_and_fill_the_sequences(
     tokenizer: Any, checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(self_written, "STREAMED_TOKENS", 6)
     monkeypatch.setattr(self_written, "STREAMED_ROWS", 2)
     writer = author(checkpoint("llama"), tokenizer, NOTHING)
-    found = writer.write(2, 16, seed=0)
-    assert found.shape == (2, 16) and bool((found.flatten()[::6] == BOS).all())
+    text = writer.write(2, 16, seed=0)
+    assert text.shape == (2, 16) and bool((text.flatten()[::6] == BOS).all())
     assert len(writer.notes) == 1 and "block by block" in writer.notes[0] and "texts of 6 tokens" in writer.notes[0]
 
 
-def test_the_model_is_gone_from_memory_afterwards(tokenizer: Any, checkpoint: Checkpoints) -> None:
+def test_model_is_freed_afterwards(tokenizer: Any, checkpoint: Checkpoints) -> None:
     skeleton = builders.skeleton_of(checkpoint("llama"))
     SelfAuthor(skeleton, tokenizer, free=PLENTY).write(1, 8, seed=0)
     assert all(parameter.is_meta for parameter in skeleton.model.parameters())
@@ -102,22 +104,22 @@ def test_the_model_is_gone_from_memory_afterwards(tokenizer: Any, checkpoint: Ch
     assert all(parameter.is_meta for parameter in skeleton.model.parameters())
 
 
-def test_memory_decides_how_many_rows_are_written_at_once(tokenizer: Any, checkpoint: Checkpoints) -> None:
+def test_memory_limits_the_rows_per_batch(tokenizer: Any, checkpoint: Checkpoints) -> None:
     skeleton = builders.skeleton_of(checkpoint("llama"))
-    assert cache_bytes(skeleton) == 2 * 3 * 2 * 8 * 4  # keys and values, blocks, heads, their width, bytes
+    assert cache_bytes(skeleton) == 2 * 3 * 2 * 8 * 4  # keys and values, blocks, heads, head width, bytes
     row = 16 * cache_bytes(skeleton) + 32 * VOCABULARY
     for rows, more in ((0, -8), (2, 8), (3, row), (self_written.ROWS, 1000 * row)):
         free = math.ceil((weight_bytes(skeleton) + (2 * row if rows else 0) + more) / self_written.SPARE_PART)
         assert SelfAuthor(skeleton, tokenizer)._rows_at_once(16, free) == rows
 
 
-def test_weights_that_are_tied_count_where_they_are_used(checkpoint: Checkpoints) -> None:
+def test_tied_weights_count_where_they_are_used(checkpoint: Checkpoints) -> None:
     free, tied = (builders.skeleton_of(checkpoint("llama", tie_word_embeddings=tie)) for tie in (False, True))
     assert weight_bytes(tied) == weight_bytes(free) == 4 * sum(p.numel() for p in free.model.parameters())
 
 
 class Counting(torch.nn.Module):
-    """A model that predicts how many tokens it has read; it keeps that count under the name that `forward` gives."""
+    """A model that predicts the number of tokens it has read, stored under the name in `forward`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,7 +152,7 @@ class Without(Counting):
     [(Newer(), "cache", [2, 1, 1]), (Older(), "past_key_values", [2, 1, 1]), (Without(), None, [2, 3, 4])],
     ids=["cache", "past_key_values", "no cache"],
 )
-def test_a_cache_is_passed_by_the_name_in_the_signature(model: Counting, name: str | None, read: list[int]) -> None:
+def test_cache_is_passed_by_its_name_in_the_signature(model: Counting, name: str | None, read: list[int]) -> None:
     assert cache_argument(model) == name
     step = Continuation(model, torch.device("cpu"))
     tokens = torch.zeros(1, 4, dtype=torch.int64)
@@ -158,7 +160,7 @@ def test_a_cache_is_passed_by_the_name_in_the_signature(model: Counting, name: s
     assert model.read == read
 
 
-# ---- what a text is made of
+# ---- tokens of a text
 
 
 def voice(begin: int | None = BOS, ends: tuple[int, ...] = (EOS,)) -> Voice:
@@ -167,7 +169,7 @@ def voice(begin: int | None = BOS, ends: tuple[int, ...] = (EOS,)) -> Voice:
 
 
 def always(token: int) -> Callable[[Tensor], Tensor]:
-    """A model that is certain of its next token."""
+    """A model with probability 1 for the next token."""
     return lambda tokens: 1000.0 * torch.nn.functional.one_hot(torch.full((len(tokens),), token), VOCABULARY)
 
 
@@ -175,46 +177,46 @@ def uniform(rows: int, length: int) -> Tensor:
     return torch.rand(rows, length, generator=torch.Generator().manual_seed(0)).double()
 
 
-def test_special_tokens_come_when_the_temperature_is_1_and_a_start_follows_the_end() -> None:
+def test_special_tokens_are_sampled_only_at_temperature_1() -> None:
     (row,) = write_rows(always(EOS), uniform(1, 40), voice()).tolist()
     hot = self_written.FALLING
     assert row[0] == BOS and all(token >= len(SPECIAL) for token in row[1 : hot + 1])
-    assert row[hot + 1 : hot + 3] == [EOS, BOS]  # and the temperature falls again
+    assert row[hot + 1 : hot + 3] == [EOS, BOS]  # and the temperature starts again
     assert all(token >= len(SPECIAL) for token in row[hot + 3 : 2 * hot + 3]) and row[2 * hot + 3] == EOS
 
 
-def test_a_token_that_ends_and_starts_texts_is_not_doubled() -> None:
+def test_token_that_ends_and_starts_texts_is_not_doubled() -> None:
     (row,) = write_rows(always(BOS), uniform(1, 30), voice(ends=(BOS,))).tolist()
     assert [position for position, token in enumerate(row) if token == BOS] == [0, 11, 22]
 
 
-def test_ids_that_the_tokenizer_does_not_know_are_never_drawn() -> None:
+def test_unknown_ids_are_never_sampled() -> None:
     rows = write_rows(always(VOCABULARY - 1), uniform(8, 40), voice())
     assert int(rows.max()) < LETTERS
 
 
-def test_without_a_beginning_token_texts_start_with_any_ordinary_one() -> None:
+def test_texts_without_bos_start_with_an_ordinary_token() -> None:
     rows = write_rows(always(9), uniform(200, 2), voice(begin=None))
     assert len(rows[:, 0].unique()) > 100 and int(rows[:, 0].min()) >= len(SPECIAL) and int(rows.max()) < LETTERS
 
 
-def test_a_voice_is_read_from_tokenizer_and_configuration(tokenizer: Any) -> None:
-    found = Voice.of(tokenizer, SimpleNamespace(eos_token_id=[7, 8]), VOCABULARY)
+def test_voice_is_read_from_tokenizer_and_config(tokenizer: Any) -> None:
+    read = Voice.of(tokenizer, SimpleNamespace(eos_token_id=[7, 8]), VOCABULARY)
     expected = voice(ends=(EOS, 7, 8))
-    assert (found.begin, found.ends) == (expected.begin, expected.ends)
-    assert torch.equal(found.known, expected.known) and torch.equal(found.ordinary, expected.ordinary)
+    assert (read.begin, read.ends) == (expected.begin, expected.ends)
+    assert torch.equal(read.known, expected.known) and torch.equal(read.ordinary, expected.ordinary)
     bare = Voice.of(without_bos(tokenizer), SimpleNamespace(), VOCABULARY)
     assert bare.begin is None and torch.equal(bare.ordinary, expected.ordinary)
 
 
-def test_a_tokenizer_without_a_beginning_is_said(tokenizer: Any, checkpoint: Checkpoints) -> None:
+def test_tokenizer_without_bos_is_reported(tokenizer: Any, checkpoint: Checkpoints) -> None:
     writer = author(checkpoint("llama"), without_bos(tokenizer))
     assert writer.write(0, 8, seed=0).shape == (0, 8) and not writer.notes
     assert int(writer.write(2, 8, seed=0)[:, 0].min()) >= len(SPECIAL)
     assert "no beginning-of-text token" in writer.notes[0]
 
 
-def test_the_temperature_falls_from_2_to_1() -> None:
+def test_temperature_falls_from_2_to_1() -> None:
     """At temperature t a logit of 2 ln 3 weighs 9^(1/t): 3/4 of two tokens at 2, 9/10 at 1."""
     two = Voice(None, frozenset(), torch.ones(2, dtype=torch.bool), torch.ones(2, dtype=torch.bool))
     logits = torch.tensor([[0.0, 2 * math.log(3)]]).expand(4, 2)
@@ -223,6 +225,6 @@ def test_the_temperature_falls_from_2_to_1() -> None:
     assert draw(logits, temperature, two, numbers).tolist() == [0, 1, 0, 1]
 
 
-def test_logits_that_are_no_numbers_are_refused() -> None:
+def test_nan_logits_are_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="NaN"):
         write_rows(lambda tokens: torch.full((len(tokens), VOCABULARY), math.nan), uniform(1, 3), voice())

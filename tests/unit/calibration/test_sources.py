@@ -1,4 +1,4 @@
-"""Text into windows: every kind of file, nothing lost or padded, and the same seed the same tokens."""
+"""Text into sequences: every kind of file, nothing lost or padded, and a seed that determines the tokens."""
 
 import hashlib
 import json
@@ -72,7 +72,7 @@ def test_every_kind_of_file_gives_its_documents(write: Callable[[Path], Path], t
     assert calibration.read_documents(str(write(tmp_path))) == TEXTS
 
 
-def test_a_text_file_is_cut_at_blank_lines_into_documents_of_some_size(tmp_path: Path) -> None:
+def test_text_file_is_cut_at_blank_lines(tmp_path: Path) -> None:
     paragraphs = [f"{number} " + "x" * 700 for number in range(8)]
     file = tmp_path / "text.txt"
     file.write_text("\n\n".join(paragraphs))
@@ -81,7 +81,7 @@ def test_a_text_file_is_cut_at_blank_lines_into_documents_of_some_size(tmp_path:
     assert "\n\n".join(documents) == file.read_text()
 
 
-def test_a_small_text_file_is_one_document(tmp_path: Path) -> None:
+def test_small_text_file_is_one_document(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("One.\n\nTwo.\n")
     assert calibration.read_documents(str(tmp_path / "text.txt")) == ["One.\n\nTwo.\n"]
 
@@ -91,14 +91,14 @@ def test_blank_documents_are_left_out(tmp_path: Path) -> None:
 
 
 def test_only_a_line_feed_ends_a_line_of_json(tmp_path: Path) -> None:
-    """JSON strings may hold U+2028 and U+0085 as they are, which other readers of lines stop at."""
+    """JSON strings may hold U+2028 and U+0085, which other line readers treat as line ends."""
     texts = ["before\u2028after", "before\u0085after", "before\x0cafter"]
     file = tmp_path / "text.jsonl"
     file.write_bytes("\r\n".join(json.dumps({"text": t}, ensure_ascii=False) for t in texts).encode() + b"\n\n")
     assert calibration.read_documents(str(file)) == texts
 
 
-def test_a_path_with_a_colon_is_a_path(tmp_path: Path) -> None:
+def test_existing_path_may_hold_a_colon(tmp_path: Path) -> None:
     file = json_lines(tmp_path, TEXTS, name="a:b.jsonl")
     assert calibration.read_documents(str(file)) == TEXTS
 
@@ -123,7 +123,7 @@ def test_a_path_with_a_colon_is_a_path(tmp_path: Path) -> None:
         ("text.parquet", b"PAR1 no more", "cannot be read as parquet"),
     ],
 )
-def test_a_file_that_is_no_use_is_refused_with_the_place(name: str, content: bytes, words: str, tmp_path: Path) -> None:
+def test_invalid_file_raises_error_with_the_place(name: str, content: bytes, words: str, tmp_path: Path) -> None:
     if name.endswith(".parquet"):
         pytest.importorskip("pyarrow", reason="reading .parquet needs pyarrow")
     (tmp_path / name).write_bytes(content)
@@ -131,7 +131,7 @@ def test_a_file_that_is_no_use_is_refused_with_the_place(name: str, content: byt
         calibration.read_documents(str(tmp_path / name))
 
 
-def test_a_parquet_file_without_a_text_column_is_refused(tmp_path: Path) -> None:
+def test_parquet_file_without_a_text_column_is_refused(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow", reason="reading .parquet needs pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet", reason="reading .parquet needs pyarrow")
     parquet.write_table(pyarrow.table({"story": TEXTS}), tmp_path / "text.parquet")
@@ -140,21 +140,21 @@ def test_a_parquet_file_without_a_text_column_is_refused(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", ["nowhere.txt", "nowhere.jsonl", "nowhere.parquet"])
-def test_a_file_that_is_not_there_is_refused_with_what_is_read(name: str, tmp_path: Path) -> None:
+def test_missing_file_raises_error_with_known_suffixes(name: str, tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match=f"{name} is not a file") as caught:
         calibration.read_documents(str(tmp_path / name))
     assert ".jsonl" in caught.value.hint
 
 
-# ---- data sets
+# ---- datasets
 
 
 @pytest.fixture
 def data_set(tmp_path: Path) -> Path:
-    """A folder of parquet files, as a data set on the Hub is one."""
-    pytest.importorskip("datasets", reason="reading a data set needs the package datasets")
-    pyarrow = pytest.importorskip("pyarrow", reason="reading a data set needs pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet", reason="reading a data set needs pyarrow")
+    """A folder of parquet files, like a dataset on the Hub."""
+    pytest.importorskip("datasets", reason="reading a dataset needs the package datasets")
+    pyarrow = pytest.importorskip("pyarrow", reason="reading a dataset needs pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="reading a dataset needs pyarrow")
     parquet.write_table(pyarrow.table({"story": ["one", "", "two"], "text": ["1", "2", "3"]}), tmp_path / "a.parquet")
     parquet.write_table(pyarrow.table({"story": ["three"], "text": ["4"]}), tmp_path / "b.parquet")
     return tmp_path
@@ -170,13 +170,11 @@ def data_set(tmp_path: Path) -> Path:
         ("{}", ["1", "2", "3", "4"]),
     ],
 )
-def test_a_data_set_is_named_with_its_configuration_split_and_column(
-    specification: str, rows: list[str], data_set: Path
-) -> None:
+def test_dataset_name_has_configuration_split_and_column(specification: str, rows: list[str], data_set: Path) -> None:
     assert calibration.read_documents(specification.format(data_set)) == rows
 
 
-def test_rows_of_a_data_set_come_with_the_blank_ones_up_to_a_limit(data_set: Path) -> None:
+def test_dataset_rows_include_blank_ones_up_to_a_limit(data_set: Path) -> None:
     assert calibration.read_source(f"{data_set}:::story", limit=10).documents == ["one", "", "two", "three"]
     assert calibration.read_source(f"{data_set}:::story", limit=2).documents == ["one", ""]
 
@@ -191,14 +189,16 @@ def test_rows_of_a_data_set_come_with_the_blank_ones_up_to_a_limit(data_set: Pat
         ("{}:::story:more", "has 5 parts, expected at most four: name:config:split:column"),
     ],
 )
-def test_a_data_set_that_cannot_be_read_is_refused(specification: str, words: str, data_set: Path) -> None:
+def test_unreadable_dataset_is_refused(specification: str, words: str, data_set: Path) -> None:
     with pytest.raises(CalibrationError, match=words):
         calibration.read_documents(specification.format(data_set))
 
 
-def test_without_a_source_and_without_the_hub_a_file_is_asked_for(tokenizer: Any) -> None:
-    pytest.importorskip("datasets", reason="reading a data set needs the package datasets")
-    with pytest.raises(CalibrationError, match="no calibration text was given, and the Hub's cannot be had") as caught:
+def test_missing_source_without_hub_suggests_a_file(tokenizer: Any) -> None:
+    pytest.importorskip("datasets", reason="reading a dataset needs the package datasets")
+    with pytest.raises(
+        CalibrationError, match="no calibration text was given, and the default text on the Hub cannot be read"
+    ) as caught:
         calibration.load(Calibration(), tokenizer, seed=0, max_tokens=None)
     assert "--calibration" in caught.value.hint
 
@@ -207,7 +207,7 @@ def test_without_a_source_and_without_the_hub_a_file_is_asked_for(tokenizer: Any
 
 
 def stream_by_hand(texts: list[str], seed: int) -> list[int]:
-    """The tokens of all documents in the drawn order, each with its beginning; every byte is a token."""
+    """The tokens of all documents in the drawn order, each after a BOS token; every byte is a token."""
     drawn = list(texts)
     random.Random(seed).shuffle(drawn)
     ids: list[int] = []
@@ -217,21 +217,21 @@ def stream_by_hand(texts: list[str], seed: int) -> list[int]:
 
 
 def byte_token(byte: int) -> int:
-    """Printable ASCII comes first in the byte-level alphabet, sorted, from "!"; the blank is written as U+0120."""
+    """Printable ASCII comes first in the byte-level alphabet, sorted, from "!"; a space is written as U+0120."""
     order = sorted(chr(code) for code in [*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324)])
     return 3 + order.index("\u0120" if byte == 32 else chr(byte))
 
 
 @pytest.mark.parametrize("seqlen", [1, 7, 16, 100])
-def test_no_token_is_lost_but_the_incomplete_window(seqlen: int, tokenizer: Any, tmp_path: Path) -> None:
-    found = load(tokenizer, json_lines(tmp_path, TEXTS), seqlen=seqlen)
+def test_only_tokens_of_the_incomplete_sequence_are_lost(seqlen: int, tokenizer: Any, tmp_path: Path) -> None:
+    loaded = load(tokenizer, json_lines(tmp_path, TEXTS), seqlen=seqlen)
     ids = stream_by_hand(TEXTS, seed=0)
-    assert found.windows.shape == (len(ids) // seqlen, seqlen) and found.windows.dtype == torch.int64
-    assert found.windows.flatten().tolist() == ids[: len(ids) // seqlen * seqlen]
-    assert found.notes == (f"{len(found.windows)} windows instead of 1000: the text ends there",)
+    assert loaded.windows.shape == (len(ids) // seqlen, seqlen) and loaded.windows.dtype == torch.int64
+    assert loaded.windows.flatten().tolist() == ids[: len(ids) // seqlen * seqlen]
+    assert loaded.notes == (f"{len(loaded.windows)} sequences instead of 1000: the text is too short",)
 
 
-def test_every_document_has_the_one_beginning_that_the_tokenizer_gives_it(tokenizer: Any, tmp_path: Path) -> None:
+def test_every_document_has_one_bos_token(tokenizer: Any, tmp_path: Path) -> None:
     ids = load(tokenizer, json_lines(tmp_path, TEXTS), seqlen=1).windows.flatten().tolist()
     begins = [index for index, token in enumerate(ids) if token == BOS]
     assert len(begins) == len(TEXTS) and begins[0] == 0
@@ -239,69 +239,69 @@ def test_every_document_has_the_one_beginning_that_the_tokenizer_gives_it(tokeni
     assert sorted(decoded) == sorted(TEXTS)
 
 
-def test_a_tokenizer_that_adds_no_beginning_gets_none(tokenizer: Any, tmp_path: Path) -> None:
+def test_tokenizer_without_bos_adds_none(tokenizer: Any, tmp_path: Path) -> None:
     def bare(text: str, verbose: bool) -> dict[str, list[int]]:
         return {"input_ids": tokenizer(text, add_special_tokens=False)["input_ids"]}
 
     assert BOS not in load(bare, json_lines(tmp_path, TEXTS)).windows
 
 
-def test_as_many_windows_as_asked_for_and_no_more_text_than_that_is_tokenized(tokenizer: Any, tmp_path: Path) -> None:
+def test_only_the_necessary_text_is_tokenized(tokenizer: Any, tmp_path: Path) -> None:
     read: list[str] = []
 
-    def watched(text: str, verbose: bool) -> Any:
+    def recording(text: str, verbose: bool) -> Any:
         read.append(text)
         return tokenizer(text, verbose=verbose)
 
-    found = load(watched, json_lines(tmp_path, TEXTS), samples=2, seqlen=8)
-    assert found.windows.shape == (2, 8) and found.notes == ()
+    loaded = load(recording, json_lines(tmp_path, TEXTS), samples=2, seqlen=8)
+    assert loaded.windows.shape == (2, 8) and loaded.notes == ()
     assert len(read) < len(TEXTS)
 
 
-def test_a_window_is_not_longer_than_the_context(tokenizer: Any, tmp_path: Path) -> None:
+def test_sequence_is_not_longer_than_the_context(tokenizer: Any, tmp_path: Path) -> None:
     settings = Calibration(sources=(str(json_lines(tmp_path, TEXTS)),), samples=4, seqlen=64)
-    found = calibration.load(settings, tokenizer, seed=0, max_tokens=16)
-    assert found.windows.shape == (4, 16)
-    assert found.notes == ("windows of 16 tokens instead of 64: the model's context ends there",)
+    loaded = calibration.load(settings, tokenizer, seed=0, max_tokens=16)
+    assert loaded.windows.shape == (4, 16)
+    assert loaded.notes == ("sequences have 16 tokens instead of 64: the context of the model is limited",)
 
 
-def test_the_seed_decides_what_is_drawn(tokenizer: Any, tmp_path: Path) -> None:
+def test_seed_determines_the_sequences(tokenizer: Any, tmp_path: Path) -> None:
     file = json_lines(tmp_path, TEXTS)
     first, again, other = (load(tokenizer, file, samples=4, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(first.windows, again.windows) and first.sha256 == again.sha256
     assert not torch.equal(first.windows, other.windows) and first.sha256 != other.sha256
 
 
-def test_the_digest_is_that_of_the_ids_as_little_endian_words(tokenizer: Any, tmp_path: Path) -> None:
-    found = load(tokenizer, json_lines(tmp_path, TEXTS), samples=3)
-    raw = b"".join(int(token).to_bytes(8, "little") for token in found.windows.flatten())
-    assert found.sha256 == hashlib.sha256(raw).hexdigest()
+def test_digest_is_that_of_little_endian_ids(tokenizer: Any, tmp_path: Path) -> None:
+    loaded = load(tokenizer, json_lines(tmp_path, TEXTS), samples=3)
+    raw = b"".join(int(token).to_bytes(8, "little") for token in loaded.windows.flatten())
+    assert loaded.sha256 == hashlib.sha256(raw).hexdigest()
 
 
-def test_several_sources_share_the_windows_evenly_and_mixed(tokenizer: Any, tmp_path: Path) -> None:
+def test_several_sources_share_the_sequences_evenly(tokenizer: Any, tmp_path: Path) -> None:
     files = [json_lines(tmp_path, [letter * 400] * 3, name=f"{letter}.jsonl") for letter in "ab"]
-    found = load(tokenizer, *files, samples=8, seqlen=16)
-    letters = "".join(tokenizer.decode(window[-1:]) for window in found.windows)
+    loaded = load(tokenizer, *files, samples=8, seqlen=16)
+    letters = "".join(tokenizer.decode(window[-1:]) for window in loaded.windows)
     assert sorted(letters) == list("aaaabbbb")
     assert letters != "aaaabbbb"
     again, other = (load(tokenizer, *files, samples=8, seqlen=16, seed=seed) for seed in (0, 1))
-    assert torch.equal(found.windows, again.windows) and not torch.equal(found.windows, other.windows)
+    assert torch.equal(loaded.windows, again.windows) and not torch.equal(loaded.windows, other.windows)
 
 
-def test_a_text_shorter_than_a_window_is_refused_with_both_lengths(tokenizer: Any, tmp_path: Path) -> None:
+def test_short_text_raises_error_with_both_lengths(tokenizer: Any, tmp_path: Path) -> None:
     file = json_lines(tmp_path, ["short"])
-    with pytest.raises(CalibrationError, match=r"holds 6 tokens, fewer than one window of 7") as caught:
+    with pytest.raises(CalibrationError, match=r"holds 6 tokens, fewer than one sequence of 7") as caught:
         load(tokenizer, file, seqlen=7)
     assert "--calibration" in caught.value.hint and "--seqlen" in caught.value.hint
     assert load(tokenizer, file, seqlen=6).windows.shape == (1, 6)
 
 
-def test_the_record_says_what_was_read(tokenizer: Any, tmp_path: Path) -> None:
+def test_record_describes_the_read_text(tokenizer: Any, tmp_path: Path) -> None:
     file = json_lines(tmp_path, TEXTS)
-    found = load(tokenizer, file, samples=3)
-    written = found.to_dict()
+    loaded = load(tokenizer, file, samples=3)
+    written = loaded.to_dict()
     assert [record["source"] for record in written.pop("manifest")] == [str(file)]
     assert written == {
-        "sources": [str(file)], "samples": 3, "seqlen": 16, "tokens": 48, "sha256": found.sha256, "notes": [],
+        "sources": [str(file)], "samples": 3, "seqlen": 16, "tokens": 48, "sha256": loaded.sha256, "notes": [],
     }  # fmt: skip
-    json.dumps(found.to_dict())
+    json.dumps(loaded.to_dict())

@@ -1,4 +1,4 @@
-"""What a user may call a model, without a network."""
+"""Names of models that a user may give, without a network."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from llmq.errors import CheckpointError, ConfigError
 
 
 class Response:
-    """As much of an HTTP response as the errors of huggingface_hub look at."""
+    """The parts of an HTTP response that the errors of huggingface_hub need."""
 
     headers: dict[str, str] = {}
     request = None
@@ -34,33 +34,33 @@ def failing(error: Exception) -> Any:
     return snapshot_download
 
 
-def test_a_folder_is_returned_as_it_is(tmp_path: Path) -> None:
+def test_folder_is_returned_unchanged(tmp_path: Path) -> None:
     assert locate(str(tmp_path)) == tmp_path
 
 
-def test_a_folder_that_reads_like_an_id_comes_before_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_takes_precedence_over_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "owner" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert locate("owner/name") == Path("owner/name")
 
 
-def test_a_folder_has_no_revisions(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no revision 'main'"):
+def test_folder_refuses_a_revision(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--revision 'main' does not apply"):
         locate(str(tmp_path), "main")
 
 
 @pytest.mark.parametrize(
     "model", ["/no/such/folder", "./nothing", "../nothing", "a/b/c", "", "a b", "x" * 5000, "-x", "~/x"]
 )
-def test_what_is_no_id_is_no_question_for_the_hub(model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_invalid_id_does_not_contact_the_hub(model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", failing(AssertionError("the Hub was asked")))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", failing(AssertionError("the Hub was contacted")))
     with pytest.raises(CheckpointError) as caught:
         locate(model)
     assert caught.value.hint
 
 
-def test_a_model_in_the_cache_is_found_offline(cache: Path) -> None:
+def test_cached_model_is_found_offline(cache: Path) -> None:
     repository, commit = cache / "models--owner--name", "0" * 40
     snapshot = repository / "snapshots" / commit
     snapshot.mkdir(parents=True)
@@ -70,7 +70,7 @@ def test_a_model_in_the_cache_is_found_offline(cache: Path) -> None:
     assert locate("owner/name").resolve() == snapshot.resolve()
 
 
-def test_offline_and_not_cached(cache: Path) -> None:
+def test_offline_without_cache_raises_error(cache: Path) -> None:
     with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE is set") as caught:
         locate("owner/name")
     assert "unset HF_HUB_OFFLINE" in caught.value.hint
@@ -80,9 +80,9 @@ def test_offline_and_not_cached(cache: Path) -> None:
     ("error", "message", "hint"),
     [
         (errors.GatedRepoError("403", response=Response()), "is gated", "hf auth login"),
-        (errors.RepositoryNotFoundError("404", response=Response()), "neither a folder .* nor a model", "spelling"),
+        (errors.RepositoryNotFoundError("404", response=Response()), "neither a local folder nor a model", "spelling"),
         (errors.RevisionNotFoundError("404", response=Response()), "no revision 'v2'", "huggingface.co/owner/name"),
-        (errors.HFValidationError("two dots"), "neither a folder .* nor a model", "spelling"),
+        (errors.HFValidationError("two dots"), "neither a local folder nor a model", "spelling"),
         (errors.HfHubHTTPError("500", response=Response()), "cannot download", "network"),
         (errors.LocalEntryNotFoundError("no connection"), "cannot download", "network"),
         (errors.HfHubHTTPError.__bases__[0]("reset by peer"), "cannot download", "network"),
@@ -91,7 +91,7 @@ def test_offline_and_not_cached(cache: Path) -> None:
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
-def test_what_the_hub_says_becomes_a_finding_and_a_way_out(
+def test_hub_error_becomes_message_and_hint(
     error: Exception, message: str, hint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -103,25 +103,25 @@ def test_what_the_hub_says_becomes_a_finding_and_a_way_out(
 
 
 @pytest.mark.parametrize("remote_code", [False, True])
-def test_code_is_fetched_only_on_demand_and_pickles_never(
+def test_code_is_downloaded_on_request_and_pickles_never(
     remote_code: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    asked: dict[str, Any] = {}
+    request: dict[str, Any] = {}
 
     def snapshot_download(model: str, **options: Any) -> str:
-        asked.update(options, model=model)
+        request.update(options, model=model)
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert locate("owner/name", "v2", remote_code=remote_code) == tmp_path
-    assert (asked["model"], asked["revision"]) == ("owner/name", "v2")
+    assert (request["model"], request["revision"]) == ("owner/name", "v2")
     in_repository = [
         "model.safetensors", "config.json", "vocab.txt", "tokenizer.model", "chat_template.jinja", "LICENSE",
         "README.md", "modeling_x.py", "pytorch_model.bin", "original/model.safetensors",
     ]  # fmt: skip
     fetched = list(
         huggingface_hub.utils.filter_repo_objects(
-            in_repository, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]
+            in_repository, allow_patterns=request["allow_patterns"], ignore_patterns=request["ignore_patterns"]
         )
     )
     assert fetched == [*in_repository[:7], *(["modeling_x.py"] if remote_code else [])]

@@ -1,4 +1,4 @@
-"""What makes a folder a checkpoint, and what is said about one that is none."""
+"""Reading checkpoint folders, and the errors for folders that are not a checkpoint."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def split(count: int = 2) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def sharded(folder: Path, **changes: str) -> Path:
-    """A model in two shards; `changes` replaces the file that the index names for a tensor."""
+    """A model in two shards; `changes` replaces the file of a tensor in the index."""
     one, two = split()
     weight_map = {**dict.fromkeys(one, SHARDS[0]), **dict.fromkeys(two, SHARDS[1]), **changes}
     return model(folder, dict(zip(SHARDS, (one, two), strict=True)), {"weight_map": weight_map})
@@ -52,33 +52,33 @@ def holds_everything(checkpoint: Checkpoint) -> bool:
     return set(checkpoint.names()) == set(TENSORS) and all(checkpoint.tensor(n).equal(t) for n, t in TENSORS.items())
 
 
-def test_a_single_file(tmp_path: Path) -> None:
+def test_single_file_is_read(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(model(tmp_path, {"model.safetensors": TENSORS}))
     assert holds_everything(checkpoint)
     assert checkpoint.config == {"model_type": "toy"}
     assert checkpoint.files == (tmp_path / "model.safetensors",)
 
 
-def test_shards_with_an_index(tmp_path: Path) -> None:
+def test_shards_with_an_index_are_read(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(sharded(tmp_path))
     assert holds_everything(checkpoint)
     assert [file.name for file in checkpoint.files] == list(SHARDS)
 
 
-def test_a_tensor_that_the_index_leaves_out_is_left_out(tmp_path: Path) -> None:
+def test_tensor_missing_from_the_index_is_ignored(tmp_path: Path) -> None:
     folder = model(tmp_path, {"a.safetensors": TENSORS}, {"weight_map": {"model.embed.weight": "a.safetensors"}})
     assert Checkpoint.open(folder).names() == ["model.embed.weight"]
 
 
-def test_a_single_file_of_another_name(tmp_path: Path) -> None:
+def test_single_file_with_another_name_is_read(tmp_path: Path) -> None:
     assert holds_everything(Checkpoint.open(model(tmp_path, {"weights.safetensors": TENSORS})))
 
 
-def test_shards_without_an_index(tmp_path: Path) -> None:
+def test_shards_without_an_index_are_read(tmp_path: Path) -> None:
     assert holds_everything(Checkpoint.open(model(tmp_path, dict(zip(SHARDS, split(), strict=True)))))
 
 
-def test_what_is_known_without_reading_a_tensor(tmp_path: Path) -> None:
+def test_properties_are_known_without_reading_tensors(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(model(tmp_path, {"model.safetensors": TENSORS}))
     info = checkpoint.info("model.embed.weight")
     assert isinstance(info, TensorInfo)
@@ -91,12 +91,12 @@ def test_what_is_known_without_reading_a_tensor(tmp_path: Path) -> None:
     assert checkpoint.modules_with("weight") == ["model.embed"]  # the whole name, not the end of qweight
 
 
-def test_an_absent_tensor_is_named(tmp_path: Path) -> None:
+def test_missing_tensor_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no tensor nothing\.weight"):
         Checkpoint.open(model(tmp_path, {"model.safetensors": TENSORS})).tensor("nothing.weight")
 
 
-def test_links_out_of_the_folder_are_followed_as_in_the_cache_of_the_hub(tmp_path: Path) -> None:
+def test_symbolic_links_of_the_hub_cache_are_followed(tmp_path: Path) -> None:
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
     sharded(blobs)
     snapshot.mkdir(parents=True)
@@ -110,41 +110,41 @@ def test_links_out_of_the_folder_are_followed_as_in_the_cache_of_the_hub(tmp_pat
     ["/etc/x.safetensors", "../x.safetensors", "sub/../../x.safetensors", r"..\x.safetensors", r"C:\x.safetensors",
      r"\\host\x.safetensors", "x\0.safetensors", "", "config.json", "model.bin"],
 )  # fmt: skip
-def test_an_index_that_leaves_the_folder_is_refused(path: str, tmp_path: Path) -> None:
+def test_index_that_leaves_the_folder_is_refused(path: str, tmp_path: Path) -> None:
     save_file(TENSORS, tmp_path / "x.safetensors")
-    with pytest.raises(CheckpointError, match="inside of the folder"):
+    with pytest.raises(CheckpointError, match="in the folder"):
         Checkpoint.open(sharded(tmp_path / "model", **{"model.embed.weight": path}))
 
 
-def test_an_index_may_name_a_subfolder(tmp_path: Path) -> None:
+def test_index_may_name_a_subfolder(tmp_path: Path) -> None:
     folder = model(tmp_path, {}, {"weight_map": dict.fromkeys(TENSORS, "weights/a.safetensors")})
     (folder / "weights").mkdir()
     save_file(TENSORS, folder / "weights" / "a.safetensors")
     assert holds_everything(Checkpoint.open(folder))
 
 
-def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+def test_missing_shard_is_named(tmp_path: Path) -> None:
     (sharded(tmp_path) / SHARDS[1]).unlink()
     with pytest.raises(CheckpointError, match=f"names {SHARDS[1]}, which is not in the folder"):
         Checkpoint.open(tmp_path)
 
 
-def test_a_shard_name_too_long_for_the_system_is_an_error_like_any_other(tmp_path: Path) -> None:
+def test_too_long_shard_name_raises_checkpoint_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         Checkpoint.open(sharded(tmp_path, **{"model.embed.weight": "x" * 5000 + ".safetensors"}))
 
 
-def test_a_missing_shard_is_noticed_without_an_index(tmp_path: Path) -> None:
+def test_missing_shard_is_detected_without_an_index(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=f"not {SHARDS[1]}: 1 of 2 shards are missing"):
         Checkpoint.open(model(tmp_path, {SHARDS[0]: TENSORS}))
 
 
-def test_a_tensor_that_its_shard_does_not_hold_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=rf"{SHARDS[1]} holds model\.embed\.weight, which it does not"):
+def test_tensor_missing_from_its_shard_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=rf"lists model\.embed\.weight in {SHARDS[1]}, but that file does not"):
         Checkpoint.open(sharded(tmp_path, **{"model.embed.weight": SHARDS[1]}))
 
 
-def test_two_files_with_one_tensor_and_no_index_are_ambiguous(tmp_path: Path) -> None:
+def test_duplicate_tensor_without_an_index_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="model.embed.weight is in"):
         Checkpoint.open(model(tmp_path, {"a.safetensors": TENSORS, "b.safetensors": TENSORS}))
 
@@ -152,7 +152,7 @@ def test_two_files_with_one_tensor_and_no_index_are_ambiguous(tmp_path: Path) ->
 @pytest.mark.parametrize(
     "text", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}', "\xff"]
 )
-def test_an_index_without_a_weight_map_is_refused(text: str, tmp_path: Path) -> None:
+def test_index_without_a_weight_map_is_refused(text: str, tmp_path: Path) -> None:
     folder = sharded(tmp_path)
     (folder / "model.safetensors.index.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(CheckpointError, match="index.json") as caught:
@@ -168,18 +168,18 @@ def test_pickled_weights_are_refused(suffix: str, tmp_path: Path) -> None:
     assert "safe_serialization" in caught.value.hint
 
 
-def test_a_folder_without_weights(tmp_path: Path) -> None:
+def test_folder_without_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no weights"):
         Checkpoint.open(model(tmp_path, {}))
 
 
-def test_a_path_that_is_not_there(tmp_path: Path) -> None:
+def test_missing_path_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist") as caught:
         Checkpoint.open(tmp_path / "absent")
     assert caught.value.exit_code == 3
 
 
-def test_a_file_whose_folder_is_no_model_does_not_lead_there(tmp_path: Path) -> None:
+def test_hint_for_file_does_not_name_a_folder_without_model(tmp_path: Path) -> None:
     (tmp_path / "weights.bin").write_bytes(b"")
     with pytest.raises(CheckpointError, match="is a file") as caught:
         Checkpoint.open(tmp_path / "weights.bin")
@@ -188,7 +188,7 @@ def test_a_file_whose_folder_is_no_model_does_not_lead_there(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("name", ["", "model.gguf"])
 @pytest.mark.parametrize("configured", [True, False])
-def test_a_gguf_file_is_sent_to_what_reads_it(tmp_path: Path, name: str, configured: bool) -> None:
+def test_gguf_file_is_refused_with_other_commands(tmp_path: Path, name: str, configured: bool) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     if configured:
         (tmp_path / "config.json").write_text("{}")
@@ -197,41 +197,41 @@ def test_a_gguf_file_is_sent_to_what_reads_it(tmp_path: Path, name: str, configu
     assert all(word in caught.value.hint for word in ("llama.cpp", "llmq eval", "llmq convert"))
 
 
-def test_a_gguf_file_beside_safetensors_is_not_what_the_folder_means(tmp_path: Path) -> None:
+def test_safetensors_take_precedence_over_gguf(tmp_path: Path) -> None:
     folder = model(tmp_path, {"model.safetensors": TENSORS})
     (folder / "model.gguf").write_bytes(b"GGUF")
     assert gguf_file(folder) is None
     assert gguf_file(folder / "model.gguf") == folder / "model.gguf"
 
 
-def test_a_file_instead_of_a_folder(tmp_path: Path) -> None:
+def test_file_instead_of_a_folder_is_refused(tmp_path: Path) -> None:
     folder = model(tmp_path, {"model.safetensors": TENSORS})
     with pytest.raises(CheckpointError, match="is a file") as caught:
         Checkpoint.open(folder / "model.safetensors")
     assert str(folder) in caught.value.hint
 
 
-def test_a_folder_without_config(tmp_path: Path) -> None:
+def test_folder_without_config_is_refused(tmp_path: Path) -> None:
     save_file(TENSORS, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         Checkpoint.open(tmp_path)
 
 
-def test_an_unfinished_run_is_recognised(tmp_path: Path) -> None:
+def test_unfinished_run_is_recognized(tmp_path: Path) -> None:
     (tmp_path / STAGING).mkdir()
     with pytest.raises(CheckpointError, match="unfinished run"):
         Checkpoint.open(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "[" * 200_000])
-def test_a_config_that_is_no_object(text: str, tmp_path: Path) -> None:
+def test_config_without_object_is_refused(text: str, tmp_path: Path) -> None:
     (model(tmp_path, {"model.safetensors": TENSORS}) / "config.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"config\.json"):
         Checkpoint.open(tmp_path)
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="needs a user whom permissions bind")
-def test_a_folder_that_may_not_be_read(tmp_path: Path) -> None:
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="needs a user without root permissions")
+def test_unreadable_folder_is_refused(tmp_path: Path) -> None:
     folder = model(tmp_path / "model", {"model.safetensors": TENSORS})
     folder.chmod(0)
     try:
@@ -261,7 +261,7 @@ def rename_file(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [change_config, change_header, change_time, rename_file])
-def test_the_fingerprint_changes_with_the_files_and_only_then(change: object, tmp_path: Path) -> None:
+def test_fingerprint_changes_only_with_the_files(change: object, tmp_path: Path) -> None:
     folder = model(tmp_path, {"model.safetensors": TENSORS})
     before = Checkpoint.open(folder).fingerprint()
     assert Checkpoint.open(folder).fingerprint() == before
@@ -270,7 +270,7 @@ def test_the_fingerprint_changes_with_the_files_and_only_then(change: object, tm
 
 
 @pytest.mark.parametrize("name", ["gptqmodel-gptq-sym-g128", "llmcompressor-ct-w4a16-sym-g128", "base-fp16"])
-def test_checkpoints_of_other_tools_read_as_the_package_reads_them(name: str, shared: Path) -> None:
+def test_checkpoints_of_other_tools_equal_the_package(name: str, shared: Path) -> None:
     checkpoint = Checkpoint.open(shared / "golden" / name)
     expected = load_file(shared / "golden" / name / "model.safetensors")
     assert set(checkpoint.names()) == set(expected)

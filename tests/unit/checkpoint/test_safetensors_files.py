@@ -1,4 +1,4 @@
-"""One safetensors file, read and written by llmq, against the safetensors package reading and writing it."""
+"""Safetensors files read and written by llmq, compared with the safetensors package."""
 
 import json
 import struct
@@ -32,7 +32,7 @@ specifications = st.dictionaries(names, st.tuples(st.sampled_from(DTYPES[:-1]), 
 
 
 def tensor_of(dtype: torch.dtype, shape: tuple[int, ...], seed: int = 0) -> Tensor:
-    """Random bytes read as `dtype`: (*shape)."""
+    """Random bytes as `dtype`, of shape `shape`."""
     generator = torch.Generator().manual_seed(seed)
     count = torch.Size(shape).numel() * dtype.itemsize
     high = 2 if dtype is torch.bool else 256
@@ -71,9 +71,7 @@ def entry(dtype: str, shape: Sequence[Any], first: Any, last: Any) -> dict[str, 
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_dtype_is_read_as_the_package_wrote_it_and_written_as_the_package_reads_it(
-    dtype: torch.dtype, tmp_path: Path
-) -> None:
+def test_every_dtype_is_compatible_with_the_package(dtype: torch.dtype, tmp_path: Path) -> None:
     tensors = {"x": tensor_of(dtype, (3, 4))}
     theirs, ours = tmp_path / "theirs.safetensors", tmp_path / "ours.safetensors"
     save_file(tensors, theirs)
@@ -84,7 +82,7 @@ def test_every_dtype_is_read_as_the_package_wrote_it_and_written_as_the_package_
 
 @given(specification=specifications)
 @settings(max_examples=40, deadline=None)
-def test_any_file_of_the_package_is_read_back(
+def test_any_file_of_the_package_is_read(
     specification: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = tmp_path_factory.mktemp("read") / "x.safetensors"
@@ -117,7 +115,7 @@ def test_any_concatenation_is_read_by_the_package(
     assert same(load_file(folder / "x.safetensors"), first | second)
 
 
-def test_tensors_keep_the_order_they_are_given_in(tmp_path: Path) -> None:
+def test_tensors_keep_their_order(tmp_path: Path) -> None:
     write_tensors(
         tmp_path / "a",
         {"z": torch.ones(2), "a": torch.ones(4, dtype=torch.int16), "m": torch.ones(1, dtype=torch.int64)},
@@ -127,14 +125,14 @@ def test_tensors_keep_the_order_they_are_given_in(tmp_path: Path) -> None:
     assert list(read_header(tmp_path / "b")) == ["m", "a", "z"]
 
 
-def test_no_tensor_starts_at_a_byte_that_its_dtype_cannot_be_mapped_from(tmp_path: Path) -> None:
+def test_every_tensor_starts_at_an_aligned_byte(tmp_path: Path) -> None:
     odd = {"bytes": torch.ones(3, dtype=torch.uint8), "half": torch.ones(1, dtype=torch.float16), "wide": torch.ones(2)}
     write_tensors(tmp_path / "x", odd)
     assert all(info.start % info.dtype.itemsize == 0 for info in read_header(tmp_path / "x").values())
     assert same(load_file(tmp_path / "x"), odd)
 
 
-def test_the_header_is_padded_to_eight_bytes_and_carries_the_metadata(tmp_path: Path) -> None:
+def test_header_is_padded_and_has_metadata(tmp_path: Path) -> None:
     for length in range(8):
         write_tensors(tmp_path / "x", {"n" * (length + 1): torch.ones(1)})
         assert next(iter(read_header(tmp_path / "x").values())).start % 8 == 0
@@ -142,7 +140,7 @@ def test_the_header_is_padded_to_eight_bytes_and_carries_the_metadata(tmp_path: 
         assert file.metadata() == {"format": "pt"}
 
 
-def test_a_tensor_longer_than_the_copy_buffer_arrives_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensor_longer_than_the_buffer_is_copied_completely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(safetensors_files, "_CHUNK", 16)
     tensors = {"long": tensor_of(torch.uint8, (16 * 5 + 3,)), "short": tensor_of(torch.uint8, (7,))}
     save_file(tensors, tmp_path / "a")
@@ -157,53 +155,53 @@ def test_strided_and_shared_tensors_are_written_by_value(tmp_path: Path) -> None
     assert all(loaded.equal(tensors[name]) for name, loaded in load_file(tmp_path / "x").items())
 
 
-def test_a_single_element_of_any_stride_is_written(tmp_path: Path) -> None:
-    """Its stride says nothing, so torch calls it contiguous whatever it is, and keeps it through a reshape."""
+def test_single_element_of_any_stride_is_written(tmp_path: Path) -> None:
+    """torch calls such a tensor contiguous with any stride, and keeps the stride in a reshape."""
     tensor = torch.arange(4, dtype=torch.int32)[1:3].as_strided((1, 1), (1, 2))
     write_tensors(tmp_path / "x.safetensors", {"a": tensor})
     assert load_file(tmp_path / "x.safetensors")["a"].tolist() == [[1]]
 
 
-def test_a_tensor_read_owns_its_memory(tmp_path: Path) -> None:
+def test_read_tensor_owns_its_memory(tmp_path: Path) -> None:
     save_file({"x": torch.ones(4)}, tmp_path / "x")
     tensor = read_tensor(tmp_path / "x", read_header(tmp_path / "x")["x"])
     tensor.zero_()
     assert load_file(tmp_path / "x")["x"].equal(torch.ones(4))
 
 
-def test_a_name_comes_only_once(tmp_path: Path) -> None:
+def test_duplicate_name_is_refused(tmp_path: Path) -> None:
     write_tensors(tmp_path / "a", {"x": torch.ones(1)})
-    with pytest.raises(CheckpointError, match="written twice"):
+    with pytest.raises(CheckpointError, match="occurs twice"):
         concatenate(tmp_path / "b", parts_of(tmp_path / "a", tmp_path / "a"))
     assert not (tmp_path / "b").exists()
 
 
-def test_a_dtype_that_safetensors_lacks_is_named(tmp_path: Path) -> None:
+def test_unsupported_dtype_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="complex128"):
         write_tensors(tmp_path / "x", {"x": torch.ones(1, dtype=torch.complex128)})
 
 
 @pytest.mark.parametrize("cut", [0, 7, 8, 20, -1])
-def test_a_truncated_file_says_what_was_found_and_expected(cut: int, tmp_path: Path) -> None:
+def test_truncated_file_error_has_both_sizes(cut: int, tmp_path: Path) -> None:
     whole = save({"x": torch.ones(4)})
     path = tmp_path / "x.safetensors"
     path.write_bytes(whole[:cut])
-    found = len(whole[:cut])
-    with pytest.raises(CheckpointError, match=rf"x\.safetensors is cut short: found {found} bytes, expected") as caught:
+    size = len(whole[:cut])
+    with pytest.raises(CheckpointError, match=rf"x\.safetensors is truncated: found {size} bytes, expected") as caught:
         read_header(path)
     assert "again" in caught.value.hint
     if cut == -1:
         assert f"expected {len(whole)}" in str(caught.value)
 
 
-def test_a_file_that_shrank_since_its_header_was_read_is_not_half_read(tmp_path: Path) -> None:
+def test_shrunken_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(save({"x": torch.ones(4)}))
     info = read_header(path)["x"]
     path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(CheckpointError, match="cut short"):
+    with pytest.raises(CheckpointError, match="is truncated"):
         read_tensor(path, info)
-    with pytest.raises(CheckpointError, match="cut short"):
+    with pytest.raises(CheckpointError, match="is truncated"):
         concatenate(tmp_path / "y.safetensors", [(path, "x", info)])
     assert [file.name for file in tmp_path.iterdir()] == ["x.safetensors"]
 
@@ -212,45 +210,45 @@ LIES: dict[str, tuple[Any, bytes, str]] = {
     "hole": ({"x": entry("U8", [1], 0, 1), "y": entry("U8", [1], 2, 3)}, bytes(3), "starts at byte"),
     "overlap": ({"x": entry("U8", [2], 0, 2), "y": entry("U8", [2], 1, 3)}, bytes(3), "starts at byte"),
     "late start": ({"x": entry("U8", [1], 4, 5)}, bytes(5), "starts at byte"),
-    "backwards": ({"x": entry("U8", [0], 1, 0)}, bytes(1), "not understood"),
-    "outside": ({"x": entry("U8", [100], 0, 100)}, bytes(4), "cut short"),
+    "backwards": ({"x": entry("U8", [0], 1, 0)}, bytes(1), "is invalid"),
+    "outside": ({"x": entry("U8", [100], 0, 100)}, bytes(4), "is truncated"),
     "bytes left over": ({"x": entry("U8", [1], 0, 1)}, bytes(2), "follow the last tensor"),
-    "size against shape": ({"x": entry("F32", [2], 0, 4)}, bytes(4), "which is not F32"),
-    "scalar of no bytes": ({"x": entry("F32", [], 0, 0)}, b"", "which is not F32"),
-    "odd number of 4-bit values": ({"x": entry("F4", [3], 0, 1)}, bytes(1), "which is not F4"),
-    "negative offset": ({"x": entry("U8", [1], -1, 0)}, bytes(1), "not understood"),
-    "negative shape": ({"x": entry("U8", [-1, -1], 0, 1)}, bytes(1), "not understood"),
-    "truth for a number": ({"x": entry("U8", [True], 0, 1)}, bytes(1), "not understood"),
-    "fraction": ({"x": entry("U8", [1.0], 0, 1)}, bytes(1), "not understood"),
-    "dimension beyond 64 bits": ({"x": entry("U8", [0, 1 << 70], 0, 0)}, b"", "not understood"),
+    "size against shape": ({"x": entry("F32", [2], 0, 4)}, bytes(4), "does not match F32"),
+    "scalar of no bytes": ({"x": entry("F32", [], 0, 0)}, b"", "does not match F32"),
+    "odd number of 4-bit values": ({"x": entry("F4", [3], 0, 1)}, bytes(1), "does not match F4"),
+    "negative offset": ({"x": entry("U8", [1], -1, 0)}, bytes(1), "is invalid"),
+    "negative shape": ({"x": entry("U8", [-1, -1], 0, 1)}, bytes(1), "is invalid"),
+    "truth for a number": ({"x": entry("U8", [True], 0, 1)}, bytes(1), "is invalid"),
+    "fraction": ({"x": entry("U8", [1.0], 0, 1)}, bytes(1), "is invalid"),
+    "dimension beyond 64 bits": ({"x": entry("U8", [0, 1 << 70], 0, 0)}, b"", "is invalid"),
     "unknown dtype": ({"x": entry("Q4", [1], 0, 1)}, bytes(1), "dtype Q4"),
-    "missing key": ({"x": {"dtype": "U8", "shape": [1]}}, bytes(1), "not understood"),
-    "no object for a tensor": ({"x": 3}, b"", "not understood"),
+    "missing key": ({"x": {"dtype": "U8", "shape": [1]}}, bytes(1), "is invalid"),
+    "no object for a tensor": ({"x": 3}, b"", "is invalid"),
     "list": ([], b"", "is a list"),
-    "no JSON": (b"{", b"", "not understood"),
-    "no UTF-8": (b'{"\xff":0}', b"", "not understood"),
-    "half a surrogate pair": (b'{"\\ud800":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}', b"", "not understood"),
-    "nesting": (b"[" * 200_000, b"", "not understood"),
-    "digits": (b'{"x":' + b"1" * 10_000 + b"}", b"", "not understood"),
-    "one name twice": (b'{"x":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"x":0}', b"", "comes twice"),
+    "no JSON": (b"{", b"", "cannot be parsed"),
+    "no UTF-8": (b'{"\xff":0}', b"", "cannot be parsed"),
+    "half a surrogate pair": (b'{"\\ud800":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}', b"", "cannot be parsed"),
+    "nesting": (b"[" * 200_000, b"", "cannot be parsed"),
+    "digits": (b'{"x":' + b"1" * 10_000 + b"}", b"", "cannot be parsed"),
+    "one name twice": (b'{"x":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"x":0}', b"", "occurs twice"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_a_header_that_lies_is_refused(lie: str, tmp_path: Path) -> None:
+def test_inconsistent_header_is_refused(lie: str, tmp_path: Path) -> None:
     header, data, message = LIES[lie]
     with pytest.raises(CheckpointError, match=message):
         read_header(raw_file(tmp_path / "x", header, data))
 
 
-def test_an_absurd_header_length_is_refused_without_reading_it(tmp_path: Path) -> None:
+def test_absurd_header_length_is_refused_without_reading(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_bytes(struct.pack("<Q", 1 << 60) + bytes(100))
-    with pytest.raises(CheckpointError, match="no safetensors file"):
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
         read_header(path)
 
 
-def test_a_git_lfs_pointer_is_recognised(tmp_path: Path) -> None:
+def test_git_lfs_pointer_is_recognized(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4\n")
     with pytest.raises(CheckpointError, match="Git LFS pointer") as caught:
@@ -258,14 +256,14 @@ def test_a_git_lfs_pointer_is_recognised(tmp_path: Path) -> None:
     assert "git lfs pull" in caught.value.hint
 
 
-def test_a_missing_file_is_an_error_of_the_checkpoint_and_a_missing_folder_one_of_the_output(tmp_path: Path) -> None:
+def test_missing_file_and_missing_folder_raise_different_errors(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="absent"):
         read_header(tmp_path / "absent")
     with pytest.raises(StorageError, match="absent"):
         write_tensors(tmp_path / "absent" / "x", {})
 
 
-def test_a_source_that_cannot_be_read_is_no_error_of_the_output(tmp_path: Path) -> None:
+def test_unreadable_source_raises_checkpoint_error(tmp_path: Path) -> None:
     write_tensors(tmp_path / "a", {"x": torch.ones(1)})
     parts = parts_of(tmp_path / "a")
     (tmp_path / "a").unlink()
@@ -274,7 +272,7 @@ def test_a_source_that_cannot_be_read_is_no_error_of_the_output(tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_is_seen_under_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
+def test_file_appears_only_when_complete(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_bytes(b"old")
     with replacing(path) as file:
@@ -285,7 +283,7 @@ def test_a_file_is_seen_under_its_name_only_when_it_is_whole(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, RuntimeError, OSError])
-def test_a_file_that_is_given_up_leaves_nothing_behind(failure: type[BaseException], tmp_path: Path) -> None:
+def test_failed_write_leaves_no_file(failure: type[BaseException], tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_bytes(b"old")
     with pytest.raises(StorageError if failure is OSError else failure), replacing(path) as file:

@@ -1,4 +1,4 @@
-"""Tensors of many files, cut into the shards of one model."""
+"""Writing tensors of many files as the shards of one model."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from llmq.errors import CheckpointError
 
 
 def stored(path: Path, sizes: dict[str, int]) -> list[Part]:
-    """A file with tensors of so many bytes each."""
+    """A file with tensors of the given sizes in bytes."""
     write_tensors(path, {name: torch.full((size,), size, dtype=torch.uint8) for name, size in sizes.items()})
     return [(path, name, info) for name, info in read_header(path).items()]
 
@@ -22,19 +22,19 @@ def stored(path: Path, sizes: dict[str, int]) -> list[Part]:
     ("limit", "expected"),
     [(30, [[10, 20], [30], [5]]), (29, [[10], [20], [30], [5]]), (99, [[10, 20, 30, 5]]), (1, [[10], [20], [30], [5]])],
 )
-def test_shards_are_cut_before_they_pass_the_limit(limit: int, expected: list[list[int]]) -> None:
+def test_shards_are_split_before_the_limit(limit: int, expected: list[list[int]]) -> None:
     parts = [(Path(), str(size), TensorInfo(torch.uint8, (size,), 0, size)) for size in (10, 20, 30, 5)]
     assert [[int(name) for _, name, _ in shard] for shard in split(parts, limit)] == expected
 
 
-def test_a_model_that_fits_into_one_shard_has_no_index(tmp_path: Path) -> None:
+def test_model_in_one_shard_has_no_index(tmp_path: Path) -> None:
     parts = stored(tmp_path / "source", {"a": 10, "b": 20})
     (tmp_path / "out").mkdir()
     assert write_shards(tmp_path / "out", parts, 30) == ["model.safetensors"]
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["model.safetensors"]
 
 
-def test_a_larger_model_has_an_index_that_leads_to_every_tensor(tmp_path: Path) -> None:
+def test_larger_model_has_an_index_of_all_tensors(tmp_path: Path) -> None:
     parts = [*stored(tmp_path / "x", {"a": 10, "b": 20}), *stored(tmp_path / "y", {"c": 30})]
     (tmp_path / "out").mkdir()
     names = write_shards(tmp_path / "out", parts, 30)
@@ -51,7 +51,7 @@ def test_a_larger_model_has_an_index_that_leads_to_every_tensor(tmp_path: Path) 
     }
 
 
-def test_a_name_in_two_shards_is_refused(tmp_path: Path) -> None:
+def test_name_in_two_shards_is_refused(tmp_path: Path) -> None:
     parts = [*stored(tmp_path / "x", {"a": 10}), *stored(tmp_path / "y", {"a": 10})]
-    with pytest.raises(CheckpointError, match="tensor a would be written twice"):
+    with pytest.raises(CheckpointError, match="tensor a occurs twice"):
         write_shards(tmp_path, parts, 10)

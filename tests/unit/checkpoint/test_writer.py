@@ -1,4 +1,4 @@
-"""The output folder of a run: committed, continued, finished, given up."""
+"""The output folder of a run: commit, continue, finish, abandon."""
 
 import shutil
 import threading
@@ -30,7 +30,7 @@ def open_writer(
 
 
 def put(writer: Writer, index: int, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
-    """Commit a block, and wait until it is on the disk."""
+    """Commit a block, and wait until it is on disk."""
     writer.commit(index, tensors, record)
     writer.settle()
 
@@ -79,7 +79,7 @@ def names_in(folder: Path) -> set[str]:
     return {entry.name for entry in folder.iterdir()}
 
 
-def test_a_run_ends_in_one_file_in_order(tmp_path: Path) -> None:
+def test_run_writes_one_file_in_order(tmp_path: Path) -> None:
     run(tmp_path / "out", tmp_path / "source")
     assert names_in(tmp_path / "out") == {"model.safetensors", "tokenizer.json", *DOCUMENTS}
     assert list(read_header(tmp_path / "out" / "model.safetensors")) == [
@@ -96,7 +96,7 @@ def test_a_run_ends_in_one_file_in_order(tmp_path: Path) -> None:
     assert all(loaded[name].equal(tensor) for name, tensor in expected.items())
 
 
-def test_a_committed_block_is_read_back_one_tensor_at_a_time(tmp_path: Path) -> None:
+def test_committed_block_is_read_tensor_by_tensor(tmp_path: Path) -> None:
     writer = open_writer(tmp_path / "out")
     put(writer, 7, block(7), {"error": 0.5, "layers": [1, 2]})
     tensors, record = writer.read(7)
@@ -111,7 +111,7 @@ def test_a_committed_block_is_read_back_one_tensor_at_a_time(tmp_path: Path) -> 
         writer.read(0)
 
 
-def test_the_same_command_continues(tmp_path: Path) -> None:
+def test_same_command_continues(tmp_path: Path) -> None:
     first = open_writer(tmp_path / "out")
     put(first, 0, block(0), {"error": 0.0})
     second = open_writer(tmp_path / "out", dict(reversed(RUN.items())))
@@ -120,7 +120,7 @@ def test_the_same_command_continues(tmp_path: Path) -> None:
     assert not second.has(1)
 
 
-def test_a_continued_run_ends_in_the_same_bytes(tmp_path: Path) -> None:
+def test_continued_run_writes_the_same_bytes(tmp_path: Path) -> None:
     run(tmp_path / "straight", tmp_path / "source")
     put(open_writer(tmp_path / "out"), 0, block(0), {"error": 0.0})
     run(tmp_path / "out", tmp_path / "source")
@@ -128,7 +128,7 @@ def test_a_continued_run_ends_in_the_same_bytes(tmp_path: Path) -> None:
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
 
 
-def test_a_block_may_be_committed_again(tmp_path: Path) -> None:
+def test_block_may_be_committed_again(tmp_path: Path) -> None:
     writer = open_writer(tmp_path / "out")
     put(writer, 0, block(0), {"round": 1})
     put(writer, 0, block(5), {"round": 2})
@@ -136,25 +136,25 @@ def test_a_block_may_be_committed_again(tmp_path: Path) -> None:
     assert (set(tensors), record) == (set(block(5)), {"round": 2})
 
 
-def test_finished_blocks_of_another_run_are_not_thrown_away_unasked(tmp_path: Path) -> None:
+def test_finished_blocks_of_another_run_are_kept(tmp_path: Path) -> None:
     put(open_writer(tmp_path / "out"), 0, block(0), {})
     with pytest.raises(ConfigError, match="1 finished blocks of a run with other settings"):
         open_writer(tmp_path / "out", {**RUN, "source": "changed"})
     assert open_writer(tmp_path / "out").resumed_blocks == 1
 
 
-def test_another_run_starts_afresh_when_told_to_and_says_so(tmp_path: Path) -> None:
+def test_overwrite_discards_another_run_and_reports_it(tmp_path: Path) -> None:
     put(open_writer(tmp_path / "out"), 0, block(0), {})
     other = open_writer(tmp_path / "out", {**RUN, "source": "changed"}, overwrite=True)
     assert (other.discarded, other.resumed_blocks, other.has(0)) == (True, 0, False)
 
 
-def test_another_run_takes_over_where_no_block_was_finished(tmp_path: Path) -> None:
+def test_another_run_replaces_a_run_without_blocks(tmp_path: Path) -> None:
     open_writer(tmp_path / "out")
     assert open_writer(tmp_path / "out", {**RUN, "source": "changed"}).discarded
 
 
-def test_a_damaged_block_is_done_again(tmp_path: Path) -> None:
+def test_damaged_block_is_quantized_again(tmp_path: Path) -> None:
     writer = open_writer(tmp_path / "out")
     for index in range(3):
         put(writer, index, block(index), {})
@@ -165,7 +165,7 @@ def test_a_damaged_block_is_done_again(tmp_path: Path) -> None:
     assert [again.has(index) for index in range(3)] == [True, False, True]
 
 
-def test_a_block_damaged_during_the_run_is_not_left_out_of_the_model(tmp_path: Path) -> None:
+def test_block_damaged_during_the_run_raises_error(tmp_path: Path) -> None:
     writer = open_writer(tmp_path / "out")
     put(writer, 0, block(0), {})
     (tmp_path / "out" / STAGING / "00000.safetensors").write_bytes(b"")
@@ -175,17 +175,17 @@ def test_a_block_damaged_during_the_run_is_not_left_out_of_the_model(tmp_path: P
 
 
 @pytest.mark.parametrize("identity", ["", "{", "[]", '{"identity": null}'])
-def test_a_staging_without_a_readable_identity_belongs_to_nobody(identity: str, tmp_path: Path) -> None:
+def test_staging_without_identity_belongs_to_no_run(identity: str, tmp_path: Path) -> None:
     put(open_writer(tmp_path / "out"), 0, block(0), {})
     (tmp_path / "out" / STAGING / "identity.json").write_text(identity)
     assert open_writer(tmp_path / "out", overwrite=True).discarded
 
 
-def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
+def test_empty_folder_is_used(tmp_path: Path) -> None:
     assert open_writer(tmp_path).resumed_blocks == 0
 
 
-def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_folder_with_other_files_is_refused_unchanged(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ConfigError, match=r"thesis\.txt") as caught:
         open_writer(tmp_path)
@@ -194,7 +194,7 @@ def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path: Path) -> 
     assert names_in(tmp_path) == {"thesis.txt"}
 
 
-def test_other_files_beside_the_blocks_are_refused_and_the_blocks_kept(tmp_path: Path) -> None:
+def test_other_files_are_refused_and_blocks_kept(tmp_path: Path) -> None:
     put(open_writer(tmp_path), 0, block(0), {})
     (tmp_path / "thesis.txt").write_text("mine")
     for identity in (RUN, {}):
@@ -203,13 +203,13 @@ def test_other_files_beside_the_blocks_are_refused_and_the_blocks_kept(tmp_path:
     assert open_writer(tmp_path, overwrite=True).resumed_blocks == 1
 
 
-def test_a_file_as_output_folder_is_refused(tmp_path: Path) -> None:
+def test_file_as_output_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
     with pytest.raises(ConfigError, match="is a file"):
         open_writer(tmp_path / "out", overwrite=True)
 
 
-def test_overwriting_replaces_the_model_and_nothing_else(tmp_path: Path) -> None:
+def test_overwriting_replaces_only_the_model(tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(out, tmp_path / "source", shard_bytes=40)
     (out / "thesis.txt").write_text("mine")
@@ -222,7 +222,7 @@ def test_overwriting_replaces_the_model_and_nothing_else(tmp_path: Path) -> None
     assert (out / "config.json").read_text() == DOCUMENTS["config.json"]
 
 
-def test_overwriting_removes_ggufs_of_ours_alone(tmp_path: Path) -> None:
+def test_overwriting_removes_only_gguf_files_of_llmq(tmp_path: Path) -> None:
     out = tmp_path / "out"
     for folder in ("awq", "gptq"):
         (out / folder).mkdir(parents=True)
@@ -235,11 +235,11 @@ def test_overwriting_removes_ggufs_of_ours_alone(tmp_path: Path) -> None:
             (final / folder).mkdir()
             (final / folder / "config.json").write_text("{}")
     left = {file.relative_to(out).as_posix() for file in out.rglob("*.gguf")}
-    assert left == {"own.gguf", "gptq/out.gguf"}  # without a record nobody knows whose the last one is
-    assert not list(out.rglob("llmq.json"))  # a record of files that are gone
+    assert left == {"own.gguf", "gptq/out.gguf"}  # without a record, the origin of the last file is unknown
+    assert not list(out.rglob("llmq.json"))  # a record of deleted files
 
 
-def test_new_folders_are_on_the_disk_before_the_blocks_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_folders_are_synced_before_blocks_are_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, seen = tmp_path / "out", []
 
     def sync(folder: Path) -> None:
@@ -252,7 +252,7 @@ def test_new_folders_are_on_the_disk_before_the_blocks_go(tmp_path: Path, monkey
     assert (out, True, True) in seen
 
 
-def test_the_old_model_stands_until_the_new_one_is_whole(tmp_path: Path) -> None:
+def test_old_model_exists_until_the_new_one_is_complete(tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(out, tmp_path / "source", shard_bytes=40)
     before = {entry.name: entry.read_bytes() for entry in out.iterdir()}
@@ -264,32 +264,32 @@ def test_the_old_model_stands_until_the_new_one_is_whole(tmp_path: Path) -> None
     assert {entry.name: entry.read_bytes() for entry in out.iterdir() if entry.is_file()} == before
 
 
-def test_a_file_that_came_during_the_run_is_not_overwritten(tmp_path: Path) -> None:
+def test_file_created_during_the_run_is_not_overwritten(tmp_path: Path) -> None:
     writer = open_writer(tmp_path)
     put(writer, 0, block(0), {})
     (tmp_path / "config.json").write_text("mine")
-    with pytest.raises(ConfigError, match=r"config\.json is in the way"):
+    with pytest.raises(ConfigError, match=r"config\.json exists"):
         finish(writer, [], [], DOCUMENTS)
     assert (tmp_path / "config.json").read_text() == "mine"
     (tmp_path / "config.json").unlink()
     assert open_writer(tmp_path).resumed_blocks == 1
 
 
-def test_a_folder_in_the_way_is_noticed_before_the_old_model_goes(tmp_path: Path) -> None:
+def test_conflicting_folder_is_detected_before_deletion(tmp_path: Path) -> None:
     (tmp_path / "config.json").mkdir()
     (tmp_path / "model.safetensors").write_bytes(b"old")
-    with pytest.raises(ConfigError, match=r"config\.json is in the way"):
+    with pytest.raises(ConfigError, match=r"config\.json exists"):
         finish(open_writer(tmp_path, overwrite=True), [], [], DOCUMENTS)
     assert (tmp_path / "model.safetensors").read_bytes() == b"old"
 
 
-def test_a_file_written_twice_is_a_mistake_of_the_caller(tmp_path: Path) -> None:
+def test_duplicate_file_name_raises_value_error(tmp_path: Path) -> None:
     _, files = source(tmp_path / "source")
-    with pytest.raises(ValueError, match="two files of one name"):
+    with pytest.raises(ValueError, match="two files have the same name"):
         finish(open_writer(tmp_path / "out"), [], files, {"tokenizer.json": ""})
 
 
-def test_finish_can_be_tried_again_by_the_same_writer(tmp_path: Path) -> None:
+def test_same_writer_can_finish_again(tmp_path: Path) -> None:
     writer = open_writer(tmp_path / "out")
     put(writer, 0, block(0), {})
     rest, files = source(tmp_path / "source")
@@ -303,9 +303,9 @@ def disk_with(free: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
 
 
-def test_too_little_space_is_said_before_anything_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_space_is_reported_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk_with(1_049_999_999, monkeypatch)
-    with pytest.raises(StorageError, match=r"1\.050 GB free, and the run needs 1\.050 GB") as caught:
+    with pytest.raises(StorageError, match=r"1\.050 GB free, but the run needs 1\.050 GB") as caught:
         open_writer(tmp_path / "new" / "out", needed_bytes=10**9)
     assert caught.value.exit_code == 7
     assert names_in(tmp_path) == set()
@@ -313,50 +313,48 @@ def test_too_little_space_is_said_before_anything_is_made(tmp_path: Path, monkey
     open_writer(tmp_path / "new" / "out", needed_bytes=10**9)
 
 
-def test_the_space_that_the_blocks_take_already_counts_as_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_existing_blocks_count_as_available_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(open_writer(tmp_path), 0, {"x": torch.zeros(10_000, dtype=torch.uint8)}, {})
     disk_with(100_000, monkeypatch)
-    assert open_writer(tmp_path, needed_bytes=104_000).resumed_blocks == 1  # 109,200 needed, 10,000 there
+    assert open_writer(tmp_path, needed_bytes=104_000).resumed_blocks == 1  # 109,200 needed, 10,000 present
     with pytest.raises(StorageError):
         open_writer(tmp_path, {"another": "run"}, needed_bytes=120_000)
-    assert open_writer(tmp_path).resumed_blocks == 1  # the refusal cost nothing
+    assert open_writer(tmp_path).resumed_blocks == 1  # the refusal deleted nothing
 
 
-def test_giving_up_without_a_block_leaves_no_trace(tmp_path: Path) -> None:
+def test_abandoning_without_blocks_deletes_everything(tmp_path: Path) -> None:
     assert open_writer(tmp_path / "out").abandon() is False
     assert names_in(tmp_path) == set()
 
 
-def test_giving_up_leaves_a_folder_that_was_there(tmp_path: Path) -> None:
+def test_abandoning_keeps_an_existing_folder(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     assert open_writer(tmp_path / "out").abandon() is False
     assert names_in(tmp_path / "out") == set()
 
 
-def test_who_made_the_folder_is_remembered_across_processes(tmp_path: Path) -> None:
+def test_creator_of_the_folder_is_recorded(tmp_path: Path) -> None:
     open_writer(tmp_path / "out")
     open_writer(tmp_path / "out")
     assert open_writer(tmp_path / "out", {"another": "run"}).abandon() is False
     assert names_in(tmp_path) == set()
 
 
-def test_giving_up_keeps_what_can_be_continued(tmp_path: Path) -> None:
+def test_abandoning_keeps_blocks_to_continue(tmp_path: Path) -> None:
     writer = open_writer(tmp_path / "out")
     put(writer, 0, block(0), {})
     assert writer.abandon() is True
     assert open_writer(tmp_path / "out").resumed_blocks == 1
 
 
-def test_giving_up_after_the_end_harms_nothing(tmp_path: Path) -> None:
+def test_abandoning_after_the_end_has_no_effect(tmp_path: Path) -> None:
     writer = open_writer(tmp_path / "out")
     finish(writer, [], [], DOCUMENTS)
     assert writer.abandon() is False
     assert names_in(tmp_path / "out") == {"model.safetensors", *DOCUMENTS}
 
 
-# ---- writing beside the work
+# ---- writing in a thread
 
 
 def test_block_is_written_in_another_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

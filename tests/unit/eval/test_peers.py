@@ -1,4 +1,4 @@
-"""The comparison with peers: what a script hands over, how it is measured and how it is shown; no peer is installed."""
+"""The comparison with peers: results of a script, their measurement and their table; no peer is installed."""
 
 import importlib
 import json
@@ -18,7 +18,7 @@ PEERS = Path(__file__).resolve().parents[3] / "eval" / "peers"
 
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Import a module of eval/peers; they are no package, since each also runs in environments without llmq."""
+    """Import a module of eval/peers, which is not a package: modules also run in environments without llmq."""
     monkeypatch.syspath_prepend(str(PEERS))
     yield lambda name: importlib.import_module(name)
 
@@ -45,7 +45,7 @@ def original(tmp_path: Path) -> Path:
     return folder
 
 
-def test_only_the_blocks_matrices_are_replaced(load: Any, original: Path, tmp_path: Path) -> None:
+def test_only_matrices_of_the_blocks_are_replaced(load: Any, original: Path, tmp_path: Path) -> None:
     plain = load("plain")
     assert plain.linears(original) == ["model.layers.0.up"]
     plain.write_plain(original, {"model.layers.0.up.weight": torch.full((3, 4), 0.5)}, tmp_path / "out")
@@ -62,7 +62,7 @@ def test_only_the_blocks_matrices_are_replaced(load: Any, original: Path, tmp_pa
     [{}, {"model.layers.0.up.weight": torch.zeros(4, 3)}, {"model.layers.0.up.weight": torch.full((3, 4), torch.nan)}],
     ids=["missing", "transposed", "not finite"],
 )
-def test_a_peer_that_hands_over_something_else_is_refused(
+def test_invalid_weights_of_a_peer_are_refused(
     load: Any, original: Path, tmp_path: Path, weights: dict[str, torch.Tensor]
 ) -> None:
     with pytest.raises(ValueError, match=r"layers\.0\.up"):
@@ -70,9 +70,9 @@ def test_a_peer_that_hands_over_something_else_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_weight_is_read_out_of_the_layer_and_not_out_of_its_storage(load: Any, original: Path) -> None:
+def test_weight_is_read_from_the_layer_output(load: Any, original: Path) -> None:
     class Packed(torch.nn.Module):
-        """Half the weight is what it stores."""
+        """Stores half of the weight."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -87,11 +87,11 @@ def test_the_weight_is_read_out_of_the_layer_and_not_out_of_its_storage(load: An
     model = torch.nn.Module()
     model.model = torch.nn.Module()
     model.model.layers = torch.nn.ModuleList([torch.nn.ModuleDict({"up": Packed()})])
-    found = load("plain").read_out(model, original)
-    assert torch.equal(found["model.layers.0.up.weight"], 2 * torch.arange(12.0).view(3, 4))
+    read = load("plain").read_out(model, original)
+    assert torch.equal(read["model.layers.0.up.weight"], 2 * torch.arange(12.0).view(3, 4))
 
 
-# ---- peer.py: the contract, in a process of its own
+# ---- peer.py: the contract, in a separate process
 
 SCRIPT = """
 import sys, time
@@ -99,12 +99,12 @@ sys.path.insert(0, {peers!r})
 from pathlib import Path
 from peer import main, windows
 
-def quantize(asked, packed):
+def quantize(options, packed):
     Path("log of a peer").write_text("it writes where it runs")
     packed.mkdir()
-    (packed / "scale").write_text(str(len(windows(asked.tokens)) + asked.asymmetric))
+    (packed / "scale").write_text(str(len(windows(options.tokens)) + options.asymmetric))
 
-def weights(asked, packed):
+def weights(options, packed):
     import torch
     time.sleep(1)
     return {{"model.layers.0.up.weight": torch.full((3, 4), float((packed / "scale").read_text()))}}
@@ -116,7 +116,7 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def pretended(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A peer that is installed: its environment sees the packages of this one."""
+    """An installed peer: its environment has access to the packages of this one."""
     monkeypatch.setattr(load("environment"), "ENVIRONMENTS", tmp_path)
     venv.create(tmp_path / "pretended", symlinks=True)
     packages = next((tmp_path / "pretended" / "lib").glob("python*/site-packages"))
@@ -127,7 +127,7 @@ def pretended(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     return script
 
 
-def test_a_peer_works_in_its_environment_and_unpacking_is_not_counted(
+def test_peer_runs_in_its_environment_and_reading_is_not_timed(
     load: Any, pretended: Path, original: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "tokens.json").write_text("[[1, 2], [3, 4]]")
@@ -150,7 +150,7 @@ def row(name: str, seed: int, kl: float, **changes: Any) -> dict[str, Any]:
     return about | {"kl_mean": kl} | figures | changes
 
 
-def test_draws_are_averaged_and_shown_but_for_those_that_failed(load: Any) -> None:
+def test_table_has_the_mean_of_all_finished_draws(load: Any) -> None:
     draws = [row("a", 0, 0.01), row("a", 1, 0.02), row("a", 2, 0.06)]
     assert load("table").cells(draws)[4:7] == ["0.03000", "0.01000, 0.02000, 0.06000", "2.0300"]
     failed = {"name": "a", "asked": "symmetric", "grid": "symmetric", "seed": 3, "settings": "s", "error": "E"}
@@ -160,9 +160,9 @@ def test_draws_are_averaged_and_shown_but_for_those_that_failed(load: Any) -> No
 # ---- llama_cpp_blocks.py
 
 
-def test_the_layers_that_llama_cpp_gives_six_bits(load: Any) -> None:
+def test_llama_cpp_uses_six_bits_for_some_layers(load: Any) -> None:
     kind = load("llama_cpp_blocks").kind
     generous = [layer for layer in range(16) if kind(f"model.layers.{layer}.self_attn.v_proj", "Q4_K_M", 16) == "Q6_K"]
-    assert generous == [0, 1, 4, 7, 10, 13, 14, 15]  # an eighth at either end, every third between
+    assert generous == [0, 1, 4, 7, 10, 13, 14, 15]  # an eighth at each end, every third between
     assert kind("model.layers.0.self_attn.q_proj", "Q4_K_M", 16) == "Q4_K"
     assert kind("model.layers.0.mlp.down_proj", "Q4_0", 16) == "Q4_0"

@@ -1,4 +1,4 @@
-"""The sweep: what the table and the picture say of the rows."""
+"""The sweep: its table and its picture."""
 
 import importlib.util
 import sys
@@ -14,12 +14,12 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @pytest.fixture
 def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The script, writing into a folder of its own and quantizing nothing."""
+    """The script, writing into a separate folder without quantizing."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     spec = importlib.util.spec_from_file_location("sweep", ROOT / "eval" / "sweep.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "sweep", module)  # where dataclasses look for their module
+    monkeypatch.setitem(sys.modules, "sweep", module)  # dataclasses look up their module here
     spec.loader.exec_module(module)
     for name in ("JSON", "MARKDOWN", "PICTURE"):
         monkeypatch.setattr(module, name, tmp_path / getattr(module, name).name)
@@ -40,7 +40,7 @@ def row(sweep: ModuleType, case: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_draws_become_a_mean_and_a_range(sweep: ModuleType) -> None:
+def test_table_has_mean_and_range_of_draws(sweep: ModuleType) -> None:
     sweep.sweep(sweep.parsed(["--methods", "rtn", "gptq", "--bits", "4", "--group-sizes", "128", "--seeds", "3"]))
     rtn, gptq = sweep.points(sweep.read(sweep.JSON))
     assert gptq.kl == (2 / 256, 1 / 256, 3 / 256)
@@ -49,7 +49,7 @@ def test_draws_become_a_mean_and_a_range(sweep: ModuleType) -> None:
     assert "| rtn | 1 | 4.125 | 0.00781 | 100% |" in table
 
 
-def test_a_front_holds_what_nothing_beats(sweep: ModuleType) -> None:
+def test_front_holds_points_that_no_other_beats(sweep: ModuleType) -> None:
     def point(bits: float, kl: float) -> Any:
         return sweep.Point("m", "gptq", 4, 128, True, ({"bits_per_weight": bits, "kl_mean": kl},))
 

@@ -1,4 +1,4 @@
-"""Bits are spent where they buy most: compared with trying every plan there is."""
+"""The assignment of bits, compared with an exhaustive search over all plans."""
 
 import itertools
 import math
@@ -29,22 +29,22 @@ def test_no_plan_within_the_budget_is_better(units: list[list[Choice]], budget: 
         with pytest.raises(ConfigError, match="the smallest choices take"):
             allocate(units, budget)
         return
-    taken = [each[index] for each, index in zip(units, allocate(units, budget), strict=True)]
+    taken = [unit[index] for unit, index in zip(units, allocate(units, budget), strict=True)]
     assert sum(choice.bits for choice in taken) <= budget
     assert math.fsum(choice.loss for choice in taken) == pytest.approx(min(within)[0], abs=1e-12)
 
 
-def test_gain_per_bit_would_have_left_bits_unspent() -> None:
-    """By gain per bit the first unit is served first, and then nothing of the second fits any more."""
+def test_plan_is_better_than_greedy_gain_per_bit() -> None:
+    """By gain per bit the first unit comes first, and then nothing of the second unit fits."""
     units = [[Choice(0, 5.0), Choice(3, 0.0)], [Choice(0, 6.0), Choice(4, 0.0)]]
     assert allocate(units, 4) == [0, 1]
 
 
-def test_of_equal_plans_the_cheapest_is_taken() -> None:
+def test_cheapest_of_equal_plans_is_chosen() -> None:
     assert allocate([[Choice(9, 1.0), Choice(4, 1.0), Choice(5, 1.0)]], 10) == [1]
 
 
-def test_long_steps_cost_little_and_never_exceed_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_coarse_steps_never_exceed_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     units = [[Choice(1000 + 7 * u, 9.0 - u), Choice(2000 + 13 * u, 4.0), Choice(4001 + u, 0.0)] for u in range(5)]
     exact = allocate(units, 11_003)
     monkeypatch.setattr(knapsack, "STEPS", 500)
@@ -53,6 +53,6 @@ def test_long_steps_cost_little_and_never_exceed_the_budget(monkeypatch: pytest.
                     for f in ("bits", "loss"))  # fmt: skip
     assert max(bits) <= 11_003
     assert losses[0] == min(every_plan(units, 11_003))[0]
-    # Each unit may be charged a step (of spare / 500 bits) too much, so nothing beats a plan for so much less.
+    # Each unit may be charged one step (spare / 500 bits) too much, so compare with a budget reduced by that.
     spare = 11_003 - sum(u[0].bits for u in units)
     assert losses[1] <= min(every_plan(units, 11_003 - 5 * (1 + spare // 500)))[0]

@@ -1,4 +1,4 @@
-"""How much each layer suffers: compared with the whole model in transformers, one weight replaced at a time."""
+"""The sensitivity of each layer, compared with the whole model in transformers with one weight replaced."""
 
 import re
 from collections.abc import Callable
@@ -69,9 +69,9 @@ def divergence(folder: Path, names: tuple[str, ...], scheme: WeightScheme, windo
 
 
 def test_every_unit_and_grid_equals_the_whole_models(folder: Path) -> None:
-    found = measured(folder)
-    assert found.windows == 2 and found.tokens == 32
-    for unit in found.units:
+    measurement = measured(folder)
+    assert measurement.windows == 2 and measurement.tokens == 32
+    for unit in measurement.units:
         for effect, scheme in zip(unit.effects, SCHEMES, strict=True):
             expected = divergence(folder, unit.names, scheme, WINDOWS[-2:])
             # Log-probabilities are about 10 in size and carry 2**-24 of that; the KL is a sum of their differences.
@@ -124,16 +124,16 @@ def test_sequences_that_do_not_fit_are_left_out(folder: Path, monkeypatch: pytes
     window = 16 * 32 * 4 * (variants + 1)
     blocks = 3 * max(block.float_bytes for block in skeleton.blocks)
     monkeypatch.setattr(memory, "spare", lambda device: 2 * (blocks + window))
-    found = measured(folder)
-    assert found.windows == 1 and re.search("measured on 1 .* instead of 2", found.notes[0])
+    measurement = measured(folder)
+    assert measurement.windows == 1 and re.search("measured on 1 .* instead of 2", measurement.notes[0])
     monkeypatch.setattr(memory, "spare", lambda device: 2 * (blocks + window) - 2)
     with pytest.raises(CalibrationError, match="do not fit into memory"):
         measured(folder)
 
 
 def test_one_sequence_both_fits_and_measures(folder: Path) -> None:
-    found = measured(folder, WINDOWS[:1])
-    assert found.windows == 1 and re.search("one .* of text", found.notes[0])
+    measurement = measured(folder, WINDOWS[:1])
+    assert measurement.windows == 1 and re.search("one .* of text", measurement.notes[0])
 
 
 class Experts(nn.Module):

@@ -1,4 +1,4 @@
-"""Layers that share an input run as one, and nobody can tell but by the clock."""
+"""Layers that share an input run as one product with the same results."""
 
 import copy
 import gc
@@ -27,7 +27,7 @@ NAMES = tuple(ROWS)
 
 
 class Products(TorchDispatchMode):
-    """Counts, inside `with`, how many products with packed weights are made."""
+    """Counts the products with packed weights inside `with`."""
 
     count = 0
 
@@ -37,7 +37,7 @@ class Products(TorchDispatchMode):
 
 
 class Attention(nn.Module):
-    """Anything that feeds three layers the same tensor; `between` is done to it before the last."""
+    """A module with three layers on the same tensor; `between` is called with it before the last layer."""
 
     def __init__(self, layers: Sequence[nn.Module], between: Callable[[Tensor], Tensor] | None = None) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ def some_weights(bits: int = 4, asymmetric: Sequence[bool] = (False, False, Fals
 def pair(
     weights: Sequence[QuantizedTensor] | None = None, *, biases: Sequence[bool] = (False, False, False), **options: Any
 ) -> tuple[Attention, Attention]:
-    """The same layers on their own, and fused."""
+    """The same layers, separate and fused."""
     weights = some_weights() if weights is None else weights
     generator = torch.Generator().manual_seed(3)
     parts = [torch.randn(weight.shape[0], generator=generator) for weight in weights]
@@ -78,9 +78,9 @@ def inputs(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(*shape, K, generator=torch.Generator().manual_seed(seed))
 
 
-def assert_near(found: Tensor, expected: Tensor) -> None:
-    """The sums may be taken in another order: K rounding errors of numbers of the size of the whole."""
-    torch.testing.assert_close(found, expected, rtol=0, atol=K * 2**-23 * float(expected.detach().abs().max()))
+def assert_near(actual: Tensor, expected: Tensor) -> None:
+    """The order of the sums may differ: K rounding errors relative to the largest value."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=K * 2**-23 * float(expected.detach().abs().max()))
 
 
 # ---- the product
@@ -89,13 +89,13 @@ def assert_near(found: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("biases", [(False, False, False), (True, True, True), (False, True, False)], ids=str)
 @pytest.mark.parametrize("asymmetric", [(False, False, False), (True, True, True), (False, True, False)], ids=str)
 @pytest.mark.parametrize("bits", BITS)
-def test_one_product_gives_what_three_give(bits: int, asymmetric: Sequence[bool], biases: Sequence[bool]) -> None:
+def test_one_product_equals_three_products(bits: int, asymmetric: Sequence[bool], biases: Sequence[bool]) -> None:
     apart, fused = pair(some_weights(bits, asymmetric), biases=biases)
     x = inputs(2, 5)
     with Products() as products, torch.no_grad():
-        found = fused(x)
+        actual = fused(x)
     assert products.count == 1
-    assert_near(found, apart(x))
+    assert_near(actual, apart(x))
 
 
 @pytest.mark.parametrize("biases", [(True, True, True), (False, False, True)], ids=str)
@@ -107,16 +107,16 @@ def test_each_layer_works_alone(asymmetric: Sequence[bool], biases: Sequence[boo
         assert_near(getattr(fused, name)(x), getattr(apart, name)(x))
 
 
-def test_each_layer_works_on_an_input_of_its_own() -> None:
+def test_each_layer_works_on_a_separate_input() -> None:
     apart, fused = pair(between=lambda x: x + 1)
     x = inputs(3)
     with Products() as products, torch.no_grad():
-        found = fused(x)
+        actual = fused(x)
     assert products.count == 2  # q and k together
-    assert_near(found, apart(x))
+    assert_near(actual, apart(x))
 
 
-def test_an_equal_tensor_is_not_the_same_one() -> None:
+def test_equal_tensor_does_not_use_the_waiting_product() -> None:
     _, fused = pair()
     x = inputs(3)
     fused.q(x)
@@ -125,39 +125,39 @@ def test_an_equal_tensor_is_not_the_same_one() -> None:
     assert products.count == 1
 
 
-def test_an_input_that_was_modified_is_multiplied_anew() -> None:
+def test_modified_input_is_multiplied_again() -> None:
     apart, fused = pair(between=lambda x: x.mul_(2))
     x = inputs(3)
     with torch.no_grad():
         assert_near(fused(x), apart(x))
 
 
-def test_a_layer_that_is_run_twice_gives_the_same_twice() -> None:
+def test_layer_that_runs_twice_gives_the_same_result() -> None:
     apart, fused = pair()
     x = inputs(3)
     for name in ("q", "k", "k", "q", "v", "v", "q"):
-        found = getattr(fused, name)(x)
-        assert_near(found, getattr(apart, name)(x))
-        found.zero_()  # which the next one must not see
+        actual = getattr(fused, name)(x)
+        assert_near(actual, getattr(apart, name)(x))
+        actual.zero_()  # which the next layer must not see
 
 
-def test_inference_mode_shares_within_itself_only() -> None:
+def test_inference_mode_shares_only_within_itself() -> None:
     apart, fused = pair()
     x = inputs(3)
     with torch.inference_mode(), Products() as products:
-        found = fused(x)
+        actual = fused(x)
     assert products.count == 1
-    assert_near(found, apart(x))
+    assert_near(actual, apart(x))
     with torch.inference_mode():
         fused.q(x)
     with torch.no_grad():
         assert not fused.k(x).is_inference()
 
 
-# ---- what is kept
+# ---- lifetime of the product
 
 
-def test_the_product_is_let_go_with_its_last_reader() -> None:
+def test_product_is_freed_by_its_last_reader() -> None:
     _, fused = pair()
     x = inputs(3)
     alive = weakref.ref(x)
@@ -168,7 +168,7 @@ def test_the_product_is_let_go_with_its_last_reader() -> None:
     assert alive() is None
 
 
-def test_of_a_product_that_is_never_fetched_there_is_one() -> None:
+def test_only_one_unused_product_is_kept() -> None:
     _, fused = pair()
     seen = []
     for seed in range(3):
@@ -181,7 +181,7 @@ def test_of_a_product_that_is_never_fetched_there_is_one() -> None:
     assert [reference() is None for reference in seen] == [True, True, False]
 
 
-def test_the_rows_are_held_once() -> None:
+def test_rows_are_stored_once() -> None:
     apart, fused = pair(some_weights(4, (True, True, True)), biases=(True, True, True))
     tensors = [*fused.buffers(), *fused.parameters()]
     held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
@@ -192,7 +192,7 @@ def test_the_rows_are_held_once() -> None:
 
 
 @pytest.mark.parametrize("again", [None, True, False], ids=["plain", "reentrant", "checkpointed"])
-def test_gradients_of_the_input(again: bool | None) -> None:
+def test_input_gradients_equal_those_of_separate_layers(again: bool | None) -> None:
     apart, fused = pair(biases=(True, False, True))
     weight = torch.randn(3, sum(ROWS.values()), generator=torch.Generator().manual_seed(5))
     gradients = []
@@ -205,7 +205,7 @@ def test_gradients_of_the_input(again: bool | None) -> None:
     assert_near(gradients[1], gradients[0])
 
 
-def test_an_adapter_on_top_of_one_layer_may_add_in_place() -> None:
+def test_adapter_on_one_layer_may_add_in_place() -> None:
     class Adapted(nn.Module):
         def __init__(self, base: nn.Module) -> None:
             super().__init__()
@@ -216,7 +216,7 @@ def test_an_adapter_on_top_of_one_layer_may_add_in_place() -> None:
             y += self.own(x)
             return y
 
-    found = []
+    actual = []
     for model in pair():
         torch.manual_seed(0)
         model.k = Adapted(model.k)
@@ -224,19 +224,19 @@ def test_an_adapter_on_top_of_one_layer_may_add_in_place() -> None:
         y = model(x)
         y.square().sum().backward()
         assert x.grad is not None
-        found.append((y.detach(), x.grad, model.k.own.weight.grad))
-    for theirs, ours in zip(*found, strict=True):
+        actual.append((y.detach(), x.grad, model.k.own.weight.grad))
+    for theirs, ours in zip(*actual, strict=True):
         assert_near(ours, theirs)
 
 
-def test_a_product_without_a_gradient_is_not_handed_to_a_layer_that_needs_one() -> None:
+def test_product_without_gradient_is_not_used_if_one_is_needed() -> None:
     apart, fused = pair()
     x = inputs(3).requires_grad_()
     with torch.no_grad():
         fused.q(x)
-    (found,) = torch.autograd.grad(fused.k(x).sum(), x)
+    (actual,) = torch.autograd.grad(fused.k(x).sum(), x)
     (expected,) = torch.autograd.grad(apart.k(x).sum(), x)
-    assert_near(found, expected)
+    assert_near(actual, expected)
 
 
 # ---- torch.compile
@@ -245,7 +245,7 @@ def test_a_product_without_a_gradient_is_not_handed_to_a_layer_that_needs_one() 
 @pytest.mark.parametrize(
     "mode", [torch.no_grad, torch.inference_mode, torch.enable_grad], ids=lambda mode: mode.__name__
 )
-def test_a_compiled_graph_has_one_product(mode: Any) -> None:
+def test_compiled_graph_has_one_product(mode: Any) -> None:
     apart, fused = pair(biases=(True, False, True))
     counts = []
 
@@ -262,7 +262,7 @@ def test_a_compiled_graph_has_one_product(mode: Any) -> None:
     assert counts == [1]
 
 
-def test_gradients_through_a_compiled_graph() -> None:
+def test_compiled_graph_has_correct_gradients() -> None:
     apart, fused = pair()
     torch.compiler.reset()
     compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
@@ -278,10 +278,10 @@ def test_gradients_through_a_compiled_graph() -> None:
 # ---- copies and files
 
 
-def test_a_copy_shares_its_own_rows_and_nothing_else() -> None:
+def test_copy_shares_no_rows_with_the_original() -> None:
     apart, fused = pair()
     x = inputs(3).requires_grad_()
-    fused.q(x)  # a product with a gradient is waiting, which no copy could take along
+    fused.q(x)  # a product with a gradient is waiting, which cannot be copied
     twin = copy.deepcopy(fused)
     assert twin.q.stack is twin.v.stack
     assert twin.q.stack is not fused.q.stack
@@ -290,7 +290,7 @@ def test_a_copy_shares_its_own_rows_and_nothing_else() -> None:
     assert_near(fused(x), apart(x))
 
 
-def test_it_can_be_written_and_read() -> None:
+def test_module_can_be_saved_and_loaded() -> None:
     apart, fused = pair()
     x = inputs(3).requires_grad_()
     fused.q(x)
@@ -300,7 +300,7 @@ def test_it_can_be_written_and_read() -> None:
     assert_near(torch.load(file, weights_only=False)(x), apart(x))
 
 
-def test_a_state_dict_fits_another_of_its_kind() -> None:
+def test_state_dict_fits_an_equal_module() -> None:
     apart, fused = pair()
     _, other = pair([random_weight(WeightScheme(4, 32), N, K, seed=N + 100) for N in ROWS.values()])
     state = fused.state_dict()
@@ -311,17 +311,17 @@ def test_a_state_dict_fits_another_of_its_kind() -> None:
     assert_near(other(x), apart(x))
 
 
-def test_it_moves_as_one() -> None:
+def test_stack_moves_as_one() -> None:
     _, fused = pair()
     moved = fused.to("meta")
     assert moved.q.stack.rows is moved.v.stack.rows
     with Products() as products:
-        found = moved(torch.empty(2, 3, K, device="meta"))
-    assert found.shape == (2, 3, sum(ROWS.values()))
+        actual = moved(torch.empty(2, 3, K, device="meta"))
+    assert actual.shape == (2, 3, sum(ROWS.values()))
     assert products.count == 1
 
 
-# ---- fused and back
+# ---- reading weights back
 
 
 @st.composite
@@ -339,7 +339,7 @@ def groups_of_weights(draw: st.DrawFn) -> list[QuantizedTensor]:
 
 @given(weights=groups_of_weights())
 @settings(max_examples=60, deadline=None)
-def test_every_weight_comes_back_code_for_code(weights: list[QuantizedTensor]) -> None:
+def test_every_weight_is_restored_exactly(weights: list[QuantizedTensor]) -> None:
     model = nn.ModuleList(PackedLinear(weight, None) for weight in weights)
     fuse_rows(model, [str(position) for position in range(len(weights))])
     for layer, weight in zip(model, weights, strict=True):
@@ -347,7 +347,7 @@ def test_every_weight_comes_back_code_for_code(weights: list[QuantizedTensor]) -
         assert_same(layer.quantized(), weight)
 
 
-def test_zeros_that_a_symmetric_file_writes_out_come_back() -> None:
+def test_explicit_zero_points_are_restored() -> None:
     weights = some_weights()
     scheme = weights[1].scheme
     zeros = torch.full(weights[1].scales.shape, scheme.middle, dtype=torch.int16)
@@ -366,7 +366,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("odd", OTHERS.values(), ids=OTHERS)
-def test_what_does_not_agree_stays_apart(odd: QuantizedTensor) -> None:
+def test_different_grids_are_not_fused(odd: QuantizedTensor) -> None:
     weights = some_weights()
     model = Attention([PackedLinear(weight, None) for weight in (weights[0], odd, weights[2])])
     apart = copy.deepcopy(model)
@@ -378,14 +378,14 @@ def test_what_does_not_agree_stays_apart(odd: QuantizedTensor) -> None:
     assert_near(model(x), apart(x))
 
 
-def test_two_orders_of_columns_stay_apart() -> None:
+def test_different_column_orders_are_not_fused() -> None:
     weights = [random_weight(WeightScheme(4, 32), 8, K, shuffled=True, seed=seed) for seed in range(3)]
     model = Attention([PackedLinear(weight, None) for weight in weights])
     fuse_rows(model, NAMES)
     assert all(isinstance(layer, PackedLinear) for layer in model.children())
 
 
-def test_it_says_what_it_is() -> None:
+def test_repr_describes_the_layer() -> None:
     _, fused = pair()
     assert "in_features=160, out_features=8, int4 g32 symmetric, rows 24 to 32" in repr(fused.k)
 
@@ -394,7 +394,7 @@ def test_it_says_what_it_is() -> None:
 
 
 class Language(nn.Module):
-    """Tokens in, and a block that does with its layers what a test says."""
+    """A model whose block calls its layers as the test specifies."""
 
     def __init__(self, block: Callable[["Language", Tensor], Tensor]) -> None:
         super().__init__()
@@ -402,7 +402,7 @@ class Language(nn.Module):
             self.embedding = nn.Embedding(7, K)
             for name in (*NAMES, "o"):
                 self.add_module(name, nn.Linear(K, K, bias=False))
-        self.register_buffer("scale", torch.ones(K))  # real, as transformers' buffers are
+        self.register_buffer("scale", torch.ones(K))  # not on meta, like buffers of transformers
         self.block = block
 
     def forward(self, input_ids: Tensor, use_cache: bool) -> Tensor:
@@ -413,47 +413,47 @@ def groups(block: Callable[[Any, Tensor], Tensor], paths: Sequence[str] = (*NAME
     return shared_inputs(Language(block), paths)
 
 
-def test_layers_on_one_tensor_are_a_group_in_the_order_in_which_they_run() -> None:
+def test_layers_on_one_tensor_are_a_group_in_order() -> None:
     assert groups(lambda m, x: m.o(m.v(x) + m.q(x) * m.k(x))) == [["v", "q", "k"]]
 
 
-def test_only_the_layers_asked_for_are_grouped() -> None:
+def test_only_requested_layers_are_grouped() -> None:
     assert groups(lambda m, x: m.v(x) + m.q(x) * m.k(x), ["q", "v"]) == [["v", "q"]]
 
 
-def test_a_tensor_that_is_modified_is_another() -> None:
+def test_modified_tensor_counts_as_another() -> None:
     assert groups(lambda m, x: m.q(x) + m.k(x.add_(1)) + m.v(x)) == [["k", "v"]]
 
 
-def test_a_layer_in_between_ends_a_group() -> None:
-    """What it is fed depends on the first ones; their product would wait for long."""
+def test_layer_in_between_ends_a_group() -> None:
+    """Its input depends on the first layers, whose product would wait for long."""
     assert groups(lambda m, x: m.q(x) + m.o(m.k(x)) + m.v(x)) == [["q", "k"]]
 
 
-def test_a_layer_that_runs_again_is_where_it_was_first() -> None:
+def test_repeated_layer_keeps_its_first_place() -> None:
     assert groups(lambda m, x: m.q(x) + m.k(x) + m.q(x + 1) + m.v(x)) == [["q", "k", "v"]]
 
 
-def test_layers_whose_outputs_are_asked_for_without_gaps_are_no_group() -> None:
+def test_layers_with_contiguous_outputs_are_not_grouped() -> None:
     assert groups(lambda m, x: m.q(x).view(-1) + m.k(x).view(-1)) == []
 
 
 class Values(nn.Module):
-    """Where the tokens go depends on what they are."""
+    """A module whose computation depends on values."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x if float(x.sum()) > 0 else -x
 
 
-def test_a_module_that_needs_values_is_passed_over(caplog: pytest.LogCaptureFixture) -> None:
+def test_module_that_needs_values_is_skipped(caplog: pytest.LogCaptureFixture) -> None:
     model = Language(lambda m, x: m.o(m.values(m.v(x) + m.q(x) * m.k(x))))
     model.values = Values()
     assert shared_inputs(model, (*NAMES, "o")) == [["v", "q", "k"]]
     assert caplog.messages == []
-    assert float(model.values(torch.ones(2)).sum()) == 2  # its forward is its own again
+    assert float(model.values(torch.ones(2)).sum()) == 2  # its forward is restored
 
 
-def test_a_model_that_does_not_run_on_meta_is_not_fused_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_model_that_fails_on_meta_is_not_fused_and_reported(caplog: pytest.LogCaptureFixture) -> None:
     def block(model: Any, x: Tensor) -> Tensor:
         return model.q(x) + model.k(x) if float(x.sum()) > 0 else x
 
@@ -462,7 +462,7 @@ def test_a_model_that_does_not_run_on_meta_is_not_fused_and_says_so(caplog: pyte
     assert caplog.messages[0].startswith("4 of 4 layers are not fused: Language does not run on the meta device (")
 
 
-def test_the_model_stays_as_it_is() -> None:
+def test_model_is_not_changed() -> None:
     model = Language(lambda m, x: m.q(x) + m.k(x))
     before = {name: vars(module).keys() for name, module in model.named_modules()}
     assert shared_inputs(model, NAMES) == [["q", "k"]]

@@ -1,4 +1,4 @@
-"""`PackedLinear` against plain matrix products: the same weight, code for code, and the same numbers out."""
+"""`PackedLinear` compared with plain matrix products: the same weight and the same outputs."""
 
 import copy
 import io
@@ -37,15 +37,15 @@ def weights(draw: st.DrawFn) -> QuantizedTensor:
 
 @given(weight=weights())
 @settings(max_examples=120, deadline=None)
-def test_the_weight_comes_back_code_for_code(weight: QuantizedTensor) -> None:
+def test_weight_is_restored_exactly(weight: QuantizedTensor) -> None:
     assert_same(PackedLinear(weight, None).quantized(), weight)
 
 
 def rounding_of_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What two float32 sums of the same K products may differ by, elementwise.
+    """How much two float32 sums of the same K products may differ, elementwise.
 
     Each of the two is within K u Σ|x||w| of the exact sum, u = 2**-24 (Higham 2002, equation 3.5); one more u for
-    the product with the scale, which may round differently by where the parentheses are.
+    the product with the scale, whose rounding depends on the order of operations.
     """
     K, unit = x.shape[-1], 2.0**-24
     magnitude = x.abs().double() @ weight.abs().double().T
@@ -61,16 +61,16 @@ def test_forward_is_the_product_with_the_dequantized_weight(bits: int, symmetric
     weight = random_weight(WeightScheme(bits, 32, symmetric), 24, 160, shuffled=shuffled)
     bias = torch.randn(24, generator=torch.Generator().manual_seed(2))
     x = torch.randn(2, 5, 160, generator=torch.Generator().manual_seed(1))
-    found = PackedLinear(weight, bias)(x)
+    actual = PackedLinear(weight, bias)(x)
     dense = weight.dequantize()
     expected = x.double() @ dense.double().T + bias.double()
-    assert found.dtype == torch.float32
-    assert found.shape == (2, 5, 24)
-    assert bool(((found.double() - expected).abs() <= rounding_of_product(x, dense, bias)).all())
+    assert actual.dtype == torch.float32
+    assert actual.shape == (2, 5, 24)
+    assert bool(((actual.double() - expected).abs() <= rounding_of_product(x, dense, bias)).all())
 
 
-def test_the_order_of_columns_matters_to_the_product() -> None:
-    """The guard of the test above: with the group index left out the product is far off."""
+def test_column_order_matters_to_the_product() -> None:
+    """Checks the test above: without the group index the product is far off."""
     weight = random_weight(WeightScheme(4, 32), 24, 160, shuffled=True)
     plain = QuantizedTensor(weight.codes, weight.scales, weight.zeros, weight.scheme)
     x = torch.randn(3, 160, generator=torch.Generator().manual_seed(1))
@@ -81,24 +81,26 @@ def test_the_order_of_columns_matters_to_the_product() -> None:
 def test_half_precision_is_float32_rounded_once(dtype: torch.dtype) -> None:
     weight = random_weight(WeightScheme(4, 32), 24, 160)
     x = torch.randn(5, 160, generator=torch.Generator().manual_seed(1)).to(dtype)
-    found = PackedLinear(weight, None)(x)
+    actual = PackedLinear(weight, None)(x)
     dense = weight.dequantize()
     exact = x.double() @ dense.double().T
     half_step = exact.abs() * torch.finfo(dtype).eps / 2
-    assert found.dtype == dtype
+    assert actual.dtype == dtype
     bound = rounding_of_product(x.float(), dense, None)
-    assert bool(((found.double() - exact).abs() <= half_step * (1 + 2**-10) + bound).all())
+    assert bool(((actual.double() - exact).abs() <= half_step * (1 + 2**-10) + bound).all())
 
 
-def test_it_holds_no_float_copy_of_the_weight() -> None:
+def test_layer_holds_no_float_copy_of_the_weight() -> None:
     weight = random_weight(WeightScheme(3, 64, symmetric=False), 32, 256, scale_dtype=torch.float16)
     layer = PackedLinear(weight, None)
     held = sum(tensor.nbytes for tensor in layer.state_dict().values())
-    assert held == 32 * 256 * 3 // 8 + 2 * 32 * 4 + 2 * 32 * 4  # codes, float16 scales, int16 zeros of 4 groups a row
+    assert (
+        held == 32 * 256 * 3 // 8 + 2 * 32 * 4 + 2 * 32 * 4
+    )  # values, float16 scales, int16 zero points of 4 groups per row
     assert [name for name, _ in layer.named_parameters()] == []
 
 
-def test_a_group_index_in_plain_order_costs_nothing_at_run_time() -> None:
+def test_group_index_in_plain_order_needs_no_column_order() -> None:
     index = torch.arange(128, dtype=torch.int32) // 32
     weight = random_weight(WeightScheme(4, 32), 8, 128)
     layer = PackedLinear(QuantizedTensor(weight.codes, weight.scales, None, weight.scheme, index), None)
@@ -110,18 +112,18 @@ def test_groups_of_unequal_size_are_refused() -> None:
     index = torch.arange(64, dtype=torch.int32) // 32
     index[0] = 1
     weight = random_weight(WeightScheme(4, 32), 8, 64)
-    with pytest.raises(FormatError, match="every group 32 columns"):
+    with pytest.raises(FormatError, match="assign 32 columns"):
         PackedLinear(QuantizedTensor(weight.codes, weight.scales, None, weight.scheme, index), None)
 
 
-def test_it_says_what_it_is() -> None:
+def test_repr_describes_the_layer() -> None:
     layer = PackedLinear(random_weight(WeightScheme(3, 32, symmetric=False), 8, 64), None)
     assert "in_features=64, out_features=8, int3 g32 asymmetric" in repr(layer)
 
 
 @pytest.fixture
 def with_pair(monkeypatch: pytest.MonkeyPatch) -> PackedLinear:
-    """A layer of which torch's int4 product has a second copy."""
+    """A layer with a second copy for the int4 product of torch."""
     monkeypatch.setenv(int4pack.VARIABLE, "on")
     if not int4pack.choose().rows:
         pytest.skip(int4pack.describe())
@@ -132,7 +134,7 @@ def with_pair(monkeypatch: pytest.MonkeyPatch) -> PackedLinear:
     return layer
 
 
-def test_few_rows_run_in_bfloat16_and_many_exactly(with_pair: PackedLinear) -> None:
+def test_small_batches_run_in_bfloat16_and_large_exactly(with_pair: PackedLinear) -> None:
     x = torch.randn(17, 128, generator=torch.Generator().manual_seed(1))
     dense = with_pair.quantized().dequantize()
     exact = x.double() @ dense.double().T
@@ -142,7 +144,7 @@ def test_few_rows_run_in_bfloat16_and_many_exactly(with_pair: PackedLinear) -> N
     assert 2.0**-12 < difference < 3 * 2.0**-8  # roundings of x, scale and y in bfloat16
 
 
-def test_the_second_copy_is_never_saved(with_pair: PackedLinear) -> None:
+def test_int4_copy_is_never_saved(with_pair: PackedLinear) -> None:
     assert set(with_pair.state_dict()) == {"words", "scales"}
     written = io.BytesIO()
     torch.save(with_pair, written)
@@ -153,30 +155,30 @@ def test_the_second_copy_is_never_saved(with_pair: PackedLinear) -> None:
     assert written.tell() == without.tell() > held
 
 
-def test_a_copy_has_a_pair_of_its_own(with_pair: PackedLinear) -> None:
+def test_copied_layer_has_a_separate_int4_copy(with_pair: PackedLinear) -> None:
     copied = copy.deepcopy(with_pair)
     assert copied.int4_words is not None and with_pair.int4_words is not None
     assert copied.int4_words.equal(with_pair.int4_words)
     assert copied.int4_words.data_ptr() != with_pair.int4_words.data_ptr()
 
 
-def test_other_devices_have_no_pair(with_pair: PackedLinear) -> None:
+def test_other_devices_have_no_int4_copy(with_pair: PackedLinear) -> None:
     assert copy.deepcopy(with_pair).to("meta").int4_words is None
 
 
-def test_staying_where_it_is_keeps_the_pair(with_pair: PackedLinear) -> None:
+def test_moving_to_the_same_device_keeps_the_int4_copy(with_pair: PackedLinear) -> None:
     before = with_pair.int4_words
     assert with_pair.to("cpu").int4_words is before
 
 
-def test_a_cast_leaves_the_pair_in_its_dtype(with_pair: PackedLinear) -> None:
+def test_cast_keeps_the_dtype_of_the_int4_copy(with_pair: PackedLinear) -> None:
     layer = with_pair.double().to(torch.float32)
     assert layer.int4_grid is not None
     assert layer.int4_grid.dtype == torch.bfloat16
     assert layer(torch.ones(1, 128)).shape == (1, 32)
 
 
-def test_other_weights_loaded_into_it_make_another_pair(with_pair: PackedLinear) -> None:
+def test_loading_other_weights_makes_another_int4_copy(with_pair: PackedLinear) -> None:
     other = PackedLinear(random_weight(WeightScheme(4, 32), 32, 128, scale_dtype=torch.float16, seed=5), None)
     with_pair.load_state_dict(other.state_dict())
     other.prepare()

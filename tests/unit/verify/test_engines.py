@@ -1,4 +1,4 @@
-"""What engines would say to a checkpoint: each rule with something that breaks it, and a model that nobody minds."""
+"""The rules of engines: a violation of each rule, and a model that all engines load."""
 
 import dataclasses
 from typing import Any
@@ -26,7 +26,7 @@ SHAPES = {
 
 
 def model(settings: dict[str, Any], scheme: WeightScheme | None = G128, **changes: Any) -> Subject:
-    """A block of a Llama; `changes` are a layer's scheme by its last name, or fields of the subject."""
+    """A block of a Llama; `changes` are schemes by the last name of a layer, or fields of the subject."""
     linears = [
         Linear(f"model.layers.0.{name}", N, K, changes.pop(name.rpartition(".")[2], scheme))
         for name, (N, K) in SHAPES.items()
@@ -36,38 +36,38 @@ def model(settings: dict[str, Any], scheme: WeightScheme | None = G128, **change
     return Subject(settings["quant_method"], settings=settings, **fields)
 
 
-def found(subject: Subject, engine: str, rule: str) -> tuple[str, ...]:
-    """What the rule has against it, for an engine."""
-    assert rule in {each.name for each in RULES} | {"tensor parallelism", "tiles of each part"}
-    texts = [each.found for each in judge(subject) if each.engine == engine and each.rule == rule]
+def violations(subject: Subject, engine: str, rule: str) -> tuple[str, ...]:
+    """The violations of a rule, for an engine."""
+    assert rule in {known.name for known in RULES} | {"tensor parallelism", "tiles of each part"}
+    texts = [finding.found for finding in judge(subject) if finding.engine == engine and finding.rule == rule]
     return texts[0] if texts else ()
 
 
 def serves(subject: Subject) -> dict[str, tuple[int, ...]]:
-    """Engine -> on how many GPUs."""
+    """Engine -> numbers of GPUs."""
     return {verdict.engine: verdict.gpus for verdict in verdicts(judge(subject))}
 
 
 def loads(subject: Subject) -> dict[str, bool | None]:
-    """Engine -> whether it serves it; None where that is not known."""
+    """Engine -> whether it loads the model; None if unknown."""
     return {verdict.engine: verdict.loads for verdict in verdicts(judge(subject))}
 
 
 @pytest.mark.parametrize("settings", [GPTQ, AWQ, CT], ids=lambda settings: settings["quant_method"])
-def test_a_plain_model_is_served_by_all_that_read_its_format(settings: dict[str, Any]) -> None:
+def test_plain_model_loads_in_all_engines_with_its_format(settings: dict[str, Any]) -> None:
     expected = {"vLLM": (1, 2, 4, 8), "SGLang": (1, 2, 4, 8), "transformers": (1,), "llama.cpp": ()}
     assert serves(model(settings)) == expected
     outcomes = {finding.outcome for finding in judge(model(settings)) if finding.engine in ("vLLM", "SGLang")}
     assert outcomes == set()
 
 
-def test_a_gguf_file_is_for_llama_cpp() -> None:
+def test_gguf_file_loads_in_llama_cpp() -> None:
     gguf = Subject("gguf", CONFIG, {}, ())
     assert serves(gguf)["llama.cpp"] == (1,)
     assert serves(gguf)["vLLM"] == () and serves(gguf)["SGLang"] == (1,)
 
 
-def test_a_float_model_is_served_but_by_llama_cpp() -> None:
+def test_float_model_loads_except_in_llama_cpp() -> None:
     plain = Subject(None, CONFIG, {}, ())
     assert serves(plain) == {"vLLM": (1, 2, 4, 8), "SGLang": (1, 2, 4, 8), "transformers": (1,), "llama.cpp": ()}
 
@@ -80,24 +80,24 @@ def test_every_rule_has_a_source_and_known_engines() -> None:
 
 
 @pytest.mark.parametrize("key", ["bits", "group_size", "desc_act", "sym"])
-def test_gptq_without_one_of_its_keys(key: str) -> None:
+def test_gptq_needs_all_keys(key: str) -> None:
     cut = {name: value for name, value in GPTQ.items() if name != key}
-    assert found(model(cut), "vLLM", "gptq keys") == (f"quantization_config has no {key}",)
+    assert violations(model(cut), "vLLM", "gptq keys") == (f"quantization_config has no {key}",)
     assert serves(model(cut))["SGLang"] == ()
 
 
 @pytest.mark.parametrize(
     "scheme", [ASYMMETRIC, WeightScheme(8, 128, symmetric=False), WeightScheme(2, 128), WeightScheme(3, 128)], ids=str
 )
-def test_gptq_grids_that_vllm_does_not_read(scheme: WeightScheme) -> None:
-    assert "only 4 and 8 bits without zeros" in found(model(GPTQ, scheme), "vLLM", "gptq grids")[0]
+def test_vllm_refuses_some_gptq_grids(scheme: WeightScheme) -> None:
+    assert "only 4 and 8 bits without zero points" in violations(model(GPTQ, scheme), "vLLM", "gptq grids")[0]
     assert serves(model(GPTQ, scheme))["vLLM"] == ()
-    assert serves(model(GPTQ, scheme))["SGLang"] != ()  # which has a slower kernel
+    assert serves(model(GPTQ, scheme))["SGLang"] != ()  # SGLang has a slower kernel
 
 
 @pytest.mark.parametrize(("size", "refused"), [(16, True), (32, False), (256, True), ("channel", False)])
-def test_gptq_groups(size: Any, refused: bool) -> None:
-    assert bool(found(model(GPTQ, WeightScheme(4, size)), "vLLM", "gptq groups")) == refused
+def test_vllm_refuses_some_gptq_groups(size: Any, refused: bool) -> None:
+    assert bool(violations(model(GPTQ, WeightScheme(4, size)), "vLLM", "gptq groups")) == refused
 
 
 @pytest.mark.parametrize(
@@ -109,81 +109,84 @@ def test_gptq_groups(size: Any, refused: bool) -> None:
         ({"dynamic": {"-:.*down.*": {}}}, False),
     ],
 )
-def test_act_order_as_gptq_declares_it(change: dict[str, Any], refused: bool) -> None:
-    assert bool(found(model({**GPTQ, **change}), "vLLM", "no desc_act")) == refused
+def test_vllm_refuses_declared_act_order(change: dict[str, Any], refused: bool) -> None:
+    assert bool(violations(model({**GPTQ, **change}), "vLLM", "no desc_act")) == refused
 
 
-def test_a_group_index_that_nobody_declares_is_silently_wrong() -> None:
+def test_undeclared_group_index_is_wrong() -> None:
     plain = model(GPTQ)
     ordered = dataclasses.replace(
-        plain, linears=tuple(dataclasses.replace(each, ordered=True) for each in plain.linears)
+        plain, linears=tuple(dataclasses.replace(linear, ordered=True) for linear in plain.linears)
     )
-    assert "7" not in found(ordered, "vLLM", "no g_idx")[0] and "and 6 more" in found(ordered, "vLLM", "no g_idx")[0]
+    assert (
+        "7" not in violations(ordered, "vLLM", "no g_idx")[0]
+        and "and 6 more" in violations(ordered, "vLLM", "no g_idx")[0]
+    )
     assert serves(ordered)["vLLM"] == ()
-    assert [each.outcome for each in judge(ordered) if each.rule == "no g_idx"] == ["wrong"]
+    assert [finding.outcome for finding in judge(ordered) if finding.rule == "no g_idx"] == ["wrong"]
 
 
 # ---- awq
 
 
-def test_awq_without_its_keys() -> None:
+def test_awq_needs_all_keys() -> None:
     cut = {"quant_method": "awq", "w_bit": 4, "q_group_size": 128}
-    assert found(model(cut), "vLLM", "awq keys") == ("quantization_config has no zero_point",)
-    assert len(found(model(cut), "transformers", "awq keys of AutoAWQ")) == 2
+    assert violations(model(cut), "vLLM", "awq keys") == ("quantization_config has no zero_point",)
+    assert len(violations(model(cut), "transformers", "awq keys of AutoAWQ")) == 2
 
 
-def test_an_exception_of_awq_that_hits_a_packed_layer() -> None:
+def test_awq_exception_must_not_match_a_packed_layer() -> None:
     hit = model({**AWQ, "modules_to_not_convert": ["lm_head", "mlp.g"]})
-    assert found(hit, "vLLM", "awq names") == (
-        "'mlp.g' is part of the name model.layers.0.mlp.gate_proj, which is packed",
+    assert violations(hit, "vLLM", "awq names") == (
+        "'mlp.g' is part of the name of model.layers.0.mlp.gate_proj, which is packed",
     )
 
 
-def test_a_packed_head_in_awq() -> None:
-    assert found(model(AWQ, lm_head=G128), "transformers", "awq head")
-    assert not found(model(AWQ), "transformers", "awq head")
+def test_transformers_ignores_a_packed_awq_head() -> None:
+    assert violations(model(AWQ, lm_head=G128), "transformers", "awq head")
+    assert not violations(model(AWQ), "transformers", "awq head")
 
 
 # ---- compressed-tensors
 
 
-def test_activation_order_in_compressed_tensors() -> None:
+def test_vllm_refuses_actorder_of_compressed_tensors() -> None:
     groups = {"group_0": {"weights": {"num_bits": 4, "actorder": "group"}}}
-    assert found(model({**CT, "config_groups": groups}), "vLLM", "no actorder")
+    assert violations(model({**CT, "config_groups": groups}), "vLLM", "no actorder")
     groups = {"group_0": {"weights": {"num_bits": 4, "actorder": "static"}}}
-    assert not found(model({**CT, "config_groups": groups}), "vLLM", "no actorder")
+    assert not violations(model({**CT, "config_groups": groups}), "vLLM", "no actorder")
 
 
-def test_bits_of_compressed_tensors() -> None:
+def test_sglang_refuses_some_bits_of_compressed_tensors() -> None:
     assert serves(model(CT, WeightScheme(3, 128)))["SGLang"] == ()
     assert serves(model(CT, WeightScheme(3, 128)))["vLLM"] != ()
     assert serves(model(CT, WeightScheme(3, 128, symmetric=False)))["vLLM"] == ()
 
 
-def test_zeros_in_transformers() -> None:
-    assert found(model(CT, ASYMMETRIC), "transformers", "zeros in the packed route")
+def test_transformers_restricts_zero_points() -> None:
+    assert violations(model(CT, ASYMMETRIC), "transformers", "zero points in packed mode")
     two = {**CT, "config_groups": {**CT["config_groups"], "group_1": {"weights": {"num_bits": 8}}}}
     assert serves(model(two, ASYMMETRIC))["transformers"] == ()
     assert serves(model(two))["transformers"] == (1,)
 
 
 @pytest.mark.parametrize(("size", "served"), [(16, False), (32, True), (256, False), (1024, False), ("channel", True)])
-def test_groups_of_compressed_tensors(size: Any, served: bool) -> None:
+def test_engines_refuse_some_groups_of_compressed_tensors(size: Any, served: bool) -> None:
     for engine in ("vLLM", "SGLang"):
         assert bool(serves(model(CT, WeightScheme(4, size)))[engine]) == served
-        assert bool(found(model(CT, WeightScheme(4, size)), engine, "compressed-tensors groups")) != served
+        assert bool(violations(model(CT, WeightScheme(4, size)), engine, "compressed-tensors groups")) != served
 
 
-def test_odd_groups_in_float16_run_on_a_slower_kernel_of_vllm() -> None:
+def test_vllm_runs_odd_groups_in_float16_slower() -> None:
     half = {**CONFIG, "dtype": "float16"}
     inside = {"dtype": "float16", "text_config": CONFIG}
-    assert not is_float16(model(CT)) and all(is_float16(model(CT, config=each)) for each in (half, inside))
-    assert found(model(CT, WeightScheme(4, 16), config=half), "vLLM", "compressed-tensors fast kernel")
+    assert not is_float16(model(CT)) and all(is_float16(model(CT, config=config)) for config in (half, inside))
+    assert violations(model(CT, WeightScheme(4, 16), config=half), "vLLM", "compressed-tensors fast kernel")
     assert loads(model(CT, WeightScheme(4, 16), config=half))["vLLM"] is True
     assert loads(model(CT, WeightScheme(4, 16, symmetric=False), config=half))["vLLM"] is False
 
 
-def test_odd_groups_of_experts_are_not_known() -> None:
+def test_odd_groups_of_experts_are_unknown() -> None:
     experts = tuple(
         Linear(f"x.mlp.experts.0.{name}", 1024, 1024, WeightScheme(4, 16)) for name in ("up_proj", "down_proj")
     )
@@ -195,7 +198,7 @@ def test_odd_groups_of_experts_are_not_known() -> None:
 # ---- formats that llmq does not write
 
 
-def test_a_format_without_rules_is_not_known() -> None:
+def test_format_without_rules_is_unknown() -> None:
     foreign = model({"quant_method": "hqq"})
     assert loads(foreign) == {"vLLM": None, "SGLang": None, "transformers": True, "llama.cpp": False}
     assert serves(foreign)["vLLM"] == ()
@@ -212,33 +215,31 @@ def test_a_format_without_rules_is_not_known() -> None:
         ("auto_round", G128, None),
     ],
 )
-def test_files_of_auto_round_are_judged_by_their_tensors(
-    packing: str, scheme: WeightScheme, expected: bool | None
-) -> None:
+def test_auto_round_is_checked_by_its_tensors(packing: str, scheme: WeightScheme, expected: bool | None) -> None:
     settings = {"quant_method": "auto-round", "bits": 4, "group_size": 128, "packing_format": packing}
     assert loads(model(settings, scheme))["vLLM"] is expected
 
 
 @pytest.mark.parametrize("method", ["gptq_marlin", "auto-round", "mxfp4"])
-def test_llama_cpp_reads_nothing_but_gguf(method: str) -> None:
+def test_llama_cpp_reads_only_gguf(method: str) -> None:
     assert loads(model({**GPTQ, "quant_method": method}))["llama.cpp"] is False
 
 
-# ---- what to do about it
+# ---- remedies
 
 
 def remedy(subject: Subject, rule: str) -> str:
-    return next(each.remedy for each in judge(subject) if each.rule == rule)
+    return next(finding.remedy for finding in judge(subject) if finding.rule == rule)
 
 
 def in_an_order(subject: Subject) -> Subject:
     return dataclasses.replace(
-        subject, linears=tuple(dataclasses.replace(each, ordered=each.packed) for each in subject.linears)
+        subject, linears=tuple(dataclasses.replace(linear, ordered=linear.packed) for linear in subject.linears)
     )
 
 
-def test_gguf_keeps_the_codes_only_where_it_does() -> None:
-    keeps = "llmq convert PATH OUT --to gguf keeps the codes"
+def test_gguf_is_suggested_as_lossless_only_if_it_is() -> None:
+    keeps = "llmq convert PATH OUT --to gguf is lossless"
     assert remedy(model(GPTQ), "gptq in llama.cpp") == keeps
     for other in (in_an_order(model(GPTQ)), model(GPTQ, WeightScheme(8, 128, symmetric=False))):
         assert "--to gguf --allow-requantize" in remedy(other, "gptq in llama.cpp")
@@ -246,7 +247,7 @@ def test_gguf_keeps_the_codes_only_where_it_does() -> None:
     assert "llmq writes no .gguf file of this architecture" in remedy(strange, "gptq in llama.cpp")
 
 
-def test_another_format_is_named_only_where_it_holds_the_grid() -> None:
+def test_another_format_is_suggested_only_if_it_has_the_grid() -> None:
     assert remedy(model(GPTQ, ASYMMETRIC), "gptq grids") == "llmq convert PATH OUT --to compressed-tensors, or --to awq"
     several = model(GPTQ, ASYMMETRIC, v_proj=WeightScheme(4, 32, symmetric=False))
     assert remedy(several, "gptq grids") == "llmq convert PATH OUT --to compressed-tensors"
@@ -256,92 +257,96 @@ def test_another_format_is_named_only_where_it_holds_the_grid() -> None:
     assert remedy(model(GPTQ, WeightScheme(3, 128, symmetric=False)), "gptq grids").endswith("with --symmetric")
 
 
-def test_one_gpu_is_no_plural() -> None:
+def test_one_gpu_is_singular() -> None:
     odd = dataclasses.replace(model(GPTQ), linears=(Linear("x.down_proj", 72, 128, G32),))
-    texts = [each.text for each in judge(odd) if each.rule == "tiles of each part"]
+    texts = [finding.text for finding in judge(odd) if finding.rule == "tiles of each part"]
     assert texts[0].startswith("on 1 GPU, refuses")
 
 
 # ---- any format
 
 
-def test_fused_layers_of_several_grids() -> None:
-    texts = found(model(CT, v_proj=G32), "vLLM", "one scheme for fused layers")
+def test_fused_layers_need_one_grid() -> None:
+    texts = violations(model(CT, v_proj=G32), "vLLM", "one scheme for fused layers")
     assert texts == (
         "model.layers.0.self_attn.qkv_proj: its layers have the grids int4 g128 symmetric and int4 g32 symmetric",
     )
-    assert not found(model(CT, down_proj=G32, o_proj=G32), "vLLM", "one scheme for fused layers")
+    assert not violations(model(CT, down_proj=G32, o_proj=G32), "vLLM", "one scheme for fused layers")
 
 
-def test_fused_layers_of_which_one_is_left() -> None:
-    texts = found(model(GPTQ, up_proj=None), "SGLang", "one scheme for fused layers")
+def test_fused_layers_must_all_be_packed() -> None:
+    texts = violations(model(GPTQ, up_proj=None), "SGLang", "one scheme for fused layers")
     assert texts == ("model.layers.0.mlp.gate_up_proj: gate_proj is packed and up_proj is not",)
 
 
-def test_a_float_layer_that_nobody_declares() -> None:
+def test_undeclared_float_layer_is_refused() -> None:
     plain = model(CT)
     router = Linear("model.layers.0.mlp.gate", 8, 1024, None, declared=True)
     embedding = Linear("model.embed_tokens", 8, 1024, None, declared=True)
-    texts = found(
-        dataclasses.replace(plain, linears=(*plain.linears, router, embedding)), "vLLM", "what is float is listed"
+    texts = violations(
+        dataclasses.replace(plain, linears=(*plain.linears, router, embedding)), "vLLM", "float layers are listed"
     )
-    assert texts == ("model.layers.0.mlp.gate: it is float, and config.json does not say so",)
+    assert texts == ("model.layers.0.mlp.gate: it is float, but config.json does not list it",)
 
 
-def test_experts_of_a_layer_are_one() -> None:
+def test_experts_of_a_layer_need_one_grid() -> None:
     experts = [
         Linear(f"model.layers.0.mlp.experts.{e}.{name}", 1024, 1024, G32 if (e, name) == (1, "down_proj") else G128)
         for e in range(2)
         for name in ("gate_proj", "up_proj", "down_proj")
     ]
     mixed = Subject("gptq", CONFIG, GPTQ, tuple(experts))
-    assert [text.partition(":")[0] for text in found(mixed, "vLLM", "one scheme for fused layers")] == [
+    assert [text.partition(":")[0] for text in violations(mixed, "vLLM", "one scheme for fused layers")] == [
         "model.layers.0.mlp.experts"
     ]
     odd = dataclasses.replace(mixed, config={**CONFIG, "hidden_size": 1000})
-    assert found(odd, "vLLM", "experts' tiles") and not found(mixed, "vLLM", "experts' tiles")
+    assert violations(odd, "vLLM", "tiles of experts") and not violations(mixed, "vLLM", "tiles of experts")
 
 
-def test_experts_one_by_one_of_a_model_that_is_published_stacked_are_not_known() -> None:
+def test_separate_experts_of_a_stacked_model_are_unknown() -> None:
     experts = tuple(Linear(f"model.layers.0.mlp.experts.{e}.down_proj", 1024, 1024, G128) for e in range(2))
     stacked = model(CT, linears=experts, config={**CONFIG, "model_type": "gpt_oss"})
     assert loads(stacked)["vLLM"] is None and serves(stacked)["vLLM"] == ()
     assert loads(model(CT, linears=experts, config={**CONFIG, "model_type": "mixtral"}))["vLLM"] is True
 
 
-def test_a_packed_head_that_is_tied() -> None:
+def test_tied_packed_head_is_wrong() -> None:
     tied = model(CT, lm_head=G128, config={**CONFIG, "tie_word_embeddings": True})
-    assert [each.outcome for each in judge(tied) if each.rule == "tied head"] == ["wrong"] * 3
-    assert not found(model(CT, lm_head=G128), "vLLM", "tied head")
+    assert [finding.outcome for finding in judge(tied) if finding.rule == "tied head"] == ["wrong"] * 3
+    assert not violations(model(CT, lm_head=G128), "vLLM", "tied head")
 
 
 @pytest.mark.parametrize("key", ["architectures", "model_type"])
-def test_a_configuration_without_the_model(key: str) -> None:
-    assert found(model(CT, config={**CONFIG, key: None}), "vLLM", "architectures") == (f"config.json has no {key}",)
+def test_config_needs_architecture_and_model_type(key: str) -> None:
+    assert violations(model(CT, config={**CONFIG, key: None}), "vLLM", "architectures") == (
+        f"config.json has no {key}",
+    )
 
 
-def test_files_of_transformers_5_are_mentioned_and_in_nobodys_way() -> None:
+def test_files_of_transformers_5_give_only_notes() -> None:
     new = model(CT, config={**CONFIG, "dtype": "bfloat16"}, tokenizer={"tokenizer_class": "TokenizersBackend"})
-    assert found(new, "vLLM", "tokenizer class") and found(new, "vLLM", "configuration of transformers 4")
+    assert violations(new, "vLLM", "tokenizer class") and violations(new, "vLLM", "configuration of transformers 4")
     assert serves(new)["vLLM"] == (1, 2, 4, 8)
 
 
-def test_stray_shards() -> None:
+def test_stray_shards_are_wrong() -> None:
     strays = ("model-00002-of-00002.safetensors",)
-    assert "model-00002" in found(model(CT, strays=strays), "SGLang", "no stray shards")[0]
+    assert "model-00002" in violations(model(CT, strays=strays), "SGLang", "no stray shards")[0]
 
 
-def test_shapes_off_the_tiles() -> None:
-    """vLLM pads them; SGLang's fast kernel refuses, and its plain one is another grid's."""
+def test_shapes_must_fit_the_tiles() -> None:
+    """vLLM pads them; the fast kernel of SGLang refuses, and its plain kernel is for other grids."""
     odd = dataclasses.replace(model(GPTQ), linears=(Linear("model.layers.0.mlp.down_proj", 72, 96, G32),))
-    assert [(each.engine, each.outcome) for each in judge(odd) if each.rule == "tiles"] == [("vLLM", "slower")]
-    assert "72 x 96 on each GPU" in found(odd, "SGLang", "tiles of each part")[0]
+    assert [(finding.engine, finding.outcome) for finding in judge(odd) if finding.rule == "tiles"] == [
+        ("vLLM", "slower")
+    ]
+    assert "72 x 96 on each GPU" in violations(odd, "SGLang", "tiles of each part")[0]
     assert serves(odd)["SGLang"] == ()
     assert serves(dataclasses.replace(odd, linears=(Linear("x.down_proj", 72, 96, ASYMMETRIC),)))["SGLang"] != ()
 
 
-def test_tiles_are_those_of_what_is_run_as_one() -> None:
-    """q, k and v of 64, 32 and 32 rows are 128 together; over two GPUs 64, over four 32."""
+def test_tiles_are_checked_for_fused_layers() -> None:
+    """q, k and v of 64, 32 and 32 rows are 128 rows together; 64 each on two GPUs, 32 on four."""
     rows = {"q_proj": 64, "k_proj": 32, "v_proj": 32}
     small = tuple(Linear(f"model.layers.0.self_attn.{name}", N, 256, G128) for name, N in rows.items())
     assert serves(dataclasses.replace(model(CT), linears=small))["SGLang"] == (1, 2)
@@ -350,15 +355,15 @@ def test_tiles_are_those_of_what_is_run_as_one() -> None:
 # ---- several GPUs
 
 
-def test_a_group_that_would_be_cut() -> None:
+def test_groups_must_not_be_split() -> None:
     wide = dataclasses.replace(model(GPTQ), linears=(Linear("model.layers.0.mlp.down_proj", 1024, 1408, G128),))
     assert serves(wide)["vLLM"] == (1,)  # 11 groups
-    assert "704 inputs each, in groups of 128" in found(wide, "vLLM", "tensor parallelism")[0]
+    assert "704 inputs per GPU, in groups of 128" in violations(wide, "vLLM", "tensor parallelism")[0]
     narrow = dataclasses.replace(wide, linears=(Linear("model.layers.0.mlp.down_proj", 1024, 1408, G32),))
     assert serves(narrow)["vLLM"] == (1, 2, 4)  # 44 groups
 
 
-def test_a_scale_a_row_is_cut_anywhere() -> None:
+def test_one_scale_per_row_can_be_split_anywhere() -> None:
     row = dataclasses.replace(model(GPTQ), linears=(Linear("x.down_proj", 1024, 1408, WeightScheme(4, "channel")),))
     assert serves(row)["vLLM"] == (1, 2, 4, 8)
 
@@ -373,17 +378,17 @@ def test_heads_must_be_divisible(heads: int, key_heads: int, expected: tuple[int
     assert serves(subject)["SGLang"] == expected
 
 
-def test_keys_of_fewer_heads_than_gpus_are_not_cut() -> None:
+def test_fewer_key_heads_than_gpus_are_not_split() -> None:
     config = {**CONFIG, "num_key_value_heads": 1}
     small = (Linear("model.layers.0.self_attn.k_proj", 12, 1024, G128),)
     assert serves(dataclasses.replace(model(GPTQ), config=config, linears=small))["vLLM"] == (1, 2, 4, 8)
 
 
-def test_what_every_gpu_has_whole_is_not_cut() -> None:
+def test_replicated_layers_are_not_split() -> None:
     whole = (Linear("model.layers.0.self_attn.q_a_proj", 12, 1028, G128),)
     assert serves(dataclasses.replace(model(GPTQ), linears=whole))["vLLM"] == (1, 2, 4, 8)
 
 
-def test_a_language_model_inside_of_another_configuration() -> None:
+def test_nested_language_model_config_is_read() -> None:
     inner = {"architectures": ["X"], "model_type": "x", "text_config": {"num_attention_heads": 6}}
     assert serves(model(GPTQ, config=inner, linears=()))["vLLM"] == (1, 2)
