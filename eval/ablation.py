@@ -42,7 +42,7 @@ assert TUNING is not None, "balanced tunes"
 
 def held_out(**stages: object) -> Method:
     """GPTQ with additional stages, and validation sequences to select by."""
-    return dataclasses.replace(GPTQ, held_out=BALANCED.held_out, **stages)  # type: ignore[arg-type]
+    return dataclasses.replace(GPTQ, validation=BALANCED.validation, **stages)  # type: ignore[arg-type]
 
 
 TARGET = {"alphas": (1.0,)}

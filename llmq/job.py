@@ -244,7 +244,7 @@ class Job:
 
     def _validation(self, sequences: int) -> int:
         """The number of calibration sequences that are used for validation only."""
-        share = self.plan.stages.held_out
+        share = self.plan.stages.validation
         validation = min(math.ceil(share * sequences), sequences - 1)
         if share and not validation:
             self.report.notes.append(

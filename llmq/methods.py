@@ -39,7 +39,7 @@ class Method:
     refinements    lower the error of the quantized values, one weight after the other
     block_tuning   lowers the error of a block's output, when all of its weights are quantized
     tuning         lowers the loss of the model, when all blocks are quantized
-    held_out       fraction of the calibration sequences that is used for validation only
+    validation       fraction of the calibration sequences that is used for validation only
     expert_tokens  minimum number of tokens in the statistics of an expert, per input of its layers
                    (model/passes/statistics.py)
     """
@@ -51,28 +51,28 @@ class Method:
     refinements: tuple[str, ...] = ()
     block_tuning: Tuning | None = None
     tuning: Tuning | None = None
-    held_out: float = 0.0
+    validation: float = 0.0
     expert_tokens: float = 2.0
     needs_calibration: bool = True
 
     def rotated(self) -> "Method":
         """This method with rotations as the first transform, and with validation text to check them on."""
-        transforms, held_out = ("rotation", *self.transforms), self.held_out or 0.1
-        return replace(self, transforms=transforms, held_out=held_out, needs_calibration=True)
+        transforms, validation = ("rotation", *self.transforms), self.validation or 0.1
+        return replace(self, transforms=transforms, validation=validation, needs_calibration=True)
 
 
 METHODS: Mapping[str, Method] = {
     "rtn": Method(rounding="rtn", needs_calibration=False),
     "gptq": Method(rounding="gptq"),
     "awq": Method(transforms=("awq",), rounding="clip"),
-    "fast": Method(rounding="gptq", alphas=(1.0,), refinements=("descent",), held_out=0.1),
+    "fast": Method(rounding="gptq", alphas=(1.0,), refinements=("descent",), validation=0.1),
     "balanced": Method(
         token_weights=True,
         rounding="gptq",
         alphas=(1.0, 0.5),
         refinements=("descent", "refit"),
         tuning=Tuning(steps=120, scales=1e-3, rounding=1e-3, tokens=1024),
-        held_out=0.1,
+        validation=0.1,
     ),
     "best": Method(
         token_weights=True,
@@ -81,6 +81,6 @@ METHODS: Mapping[str, Method] = {
         refinements=("descent", "refit"),
         block_tuning=Tuning(steps=100, scales=0.0, rounding=1e-3, tokens=1024),
         tuning=Tuning(steps=400, scales=1e-3, rounding=1e-3, tokens=1024, written=3),
-        held_out=0.1,
+        validation=0.1,
     ),
 }

@@ -1,6 +1,6 @@
-"""Where the time of a run goes: the seconds that named functions of the program take, each without its watched callees.
+"""Where the time of a run goes: the seconds of named functions of the program.
 
-While one watched function calls another, only the inner one is charged, so the charges add up to the whole.  The clock
+While one of them calls another, only the inner one is charged, so the charges add up to the whole.  The clock
 synchronizes with the device at every change, which costs a little overlap; so the whole is also timed without it.
 """
 

@@ -37,7 +37,7 @@ class Problem(Protocol):
     def gradients(self, step: int) -> Mapping[str, Tensor]:
         """(N, K) per weight: the gradient of the loss at the current weights, on the sequences of that step."""
 
-    def held_out_loss(self) -> float:
+    def validation_loss(self) -> float:
         """The loss on the validation sequences, which no step uses."""
 
 
@@ -64,7 +64,7 @@ def tune(
     states = {name: kl_tuning.start(weight, references[name], rates) for name, weight in weights.items()}
     current = dict(weights)
     problem.put(current)
-    before = problem.held_out_loss()
+    before = problem.validation_loss()
     best = Tuned(current, before, before, 0)
     for step in range(steps if before > 0 else 0):
         gradients = problem.gradients(step)
@@ -73,7 +73,7 @@ def tune(
         current = {name: kl_tuning.result(state) for name, state in states.items()}
         problem.put(current)
         if (step + 1) % max(1, steps // JUDGED) == 0 or step + 1 == steps:
-            loss = problem.held_out_loss()
+            loss = problem.validation_loss()
             if not math.isfinite(loss):
                 break
             if loss < best.after:

@@ -14,7 +14,7 @@ from llmq.algorithms import output_error
 from llmq.numerics.input_stats import InputStats
 
 
-def held_out_loss(weight: Tensor, rounded: Tensor, judge: InputStats) -> Tensor:
+def validation_loss(weight: Tensor, rounded: Tensor, judge: InputStats) -> Tensor:
     """(N,) float32, the loss per row of `rounded` (N, K) in the place of `weight` (N, K), both float32.
 
     judge  statistics of the validation tokens

@@ -54,7 +54,7 @@ class ProgressDisplay:
             detail = f"{event.name}  error {event.error:.2%}"
             self._show("quantizing", self._blocks, self._commits, "blocks", detail, None)
         elif isinstance(event, TuningStep):
-            validation = None if event.held_out is None else f"validation KL {event.held_out:.4g}"
+            validation = None if event.validation is None else f"validation KL {event.validation:.4g}"
             note = None if validation is None else f"tuning {event.step}/{event.steps}  {validation}"
             self._show("tuning", event.step, event.steps, "steps", validation, note)
         else:

@@ -25,27 +25,27 @@ class InputStats:
     tokens    how many tokens were added
     borrowed  how many of them were not routed to this expert; they were added because too few were (see
               `model/passes/statistics.py`)
-    held_out  the same sums over the validation tokens, which are not counted here: nothing is fitted on them, and
+    validation  the same sums over the validation tokens, which are not counted here: nothing is fitted on them, and
               choices are made by them
     """
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         self.tokens = 0
         self.borrowed = 0
-        self.held_out: InputStats | None = None
+        self.validation: InputStats | None = None
         self._weight = 0.0  # the sum of the tokens' weights
         self._gram = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)  # above the diagonal
         self._absolute = torch.zeros(in_features, dtype=torch.float32, device=device)
-        self.judges = False  # whether this is the `held_out` of another `InputStats`
+        self.judges = False  # whether this is the `validation` of another `InputStats`
         self._paired = 0  # tokens whose inputs in the float model are known
         self._cross: Tensor | None = None  # DᵀX̂, both triangles
         self._drift: Tensor | None = None  # DᵀD, above the diagonal; of validation tokens only
 
-    def hold_out(self) -> "InputStats":
-        """Start `held_out` and return it."""
-        self.held_out = InputStats(len(self._absolute), self._gram.device)
-        self.held_out.judges = True
-        return self.held_out
+    def begin_validation(self) -> "InputStats":
+        """Start `validation` and return it."""
+        self.validation = InputStats(len(self._absolute), self._gram.device)
+        self.validation.judges = True
+        return self.validation
 
     def update(self, inputs: Tensor, originals: Tensor | None = None, weights: Tensor | None = None) -> None:
         """Add `inputs` (..., K) of any float dtype; all leading dimensions together are the tokens.
@@ -95,7 +95,7 @@ class InputStats:
     def drift_moment(self) -> Tensor | None:
         """(K, K) float32, (X - X̂)ᵀ(X - X̂) / T; None unless the float model's inputs are known for every token.
 
-        It is computed for `held_out` only.
+        It is computed for `validation` only.
         """
         if self._drift is None or self._paired != self.tokens:
             return None
@@ -137,7 +137,7 @@ class InputStats:
         stats._drift = None if self._drift is None else both_sides(self._drift)
         mixed = basis.shape[-1] > 1
         stats._absolute = stats.mean_square.sqrt() * self.tokens if mixed else self._absolute / basis.flatten()
-        stats.held_out = None if self.held_out is None else self.held_out.in_basis(basis)
+        stats.validation = None if self.validation is None else self.validation.in_basis(basis)
         return stats
 
 

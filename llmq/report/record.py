@@ -123,7 +123,7 @@ class TuningStep:
     step: int
     steps: int
     loss: float | None = None
-    held_out: float | None = None
+    validation: float | None = None
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ class BlockProblem:
         layers = zip(self._paths, parameters, gradients, strict=True)
         return {path: torch.zeros_like(weight) if gradient is None else gradient for path, weight, gradient in layers}
 
-    def held_out_loss(self) -> float:
+    def validation_loss(self) -> float:
         text, total = self._text, 0.0
         for start in range(text.fitted, text.sequences, self._sequences):
             sequences = range(start, min(start + self._sequences, text.sequences))

@@ -45,7 +45,7 @@ def head_statistics(skeleton: Skeleton, stream: Stream) -> InputStats:
         inputs = skeleton.head_input(text.of(batch), stream.last(batch))
         if stats is None:
             stats = InputStats(inputs.shape[-1], inputs.device)
-            validation = stats.hold_out() if text.validation else stats
+            validation = stats.begin_validation() if text.validation else stats
         (stats if number < text.fitted_batches else validation).update(inputs)
     assert stats is not None, "the text is empty"
     return stats

@@ -18,7 +18,7 @@ from torch import Tensor
 from llmq import algorithms
 from llmq.algorithms import Options, Rounding, target
 from llmq.algorithms.factor import Factor, factorize
-from llmq.algorithms.guard import held_out_loss
+from llmq.algorithms.guard import validation_loss
 from llmq.methods import Method
 from llmq.numerics.input_stats import InputStats
 from llmq.numerics.quantized_tensor import QuantizedTensor, where
@@ -70,7 +70,7 @@ def round_group(
             damped = _damped(stats.second_moment(), factor)
             for name in method.refinements:
                 refined = algorithms.refinement(name).refine(stack, quantized, damped, options)
-                quantized = _keep_better(name, same_scheme, quantized, refined, stats.held_out, gains)
+                quantized = _keep_better(name, same_scheme, quantized, refined, stats.validation, gains)
 
         start = 0
         for path, weight in same_scheme.items():
@@ -91,7 +91,7 @@ def _targets(
         note = ("the target is left out, the float model's inputs are not known for each token",)
         return {path: target.Target(weight, 0.0, notes=note) for path, weight in weights.items()}
     return {
-        path: target.choose(weight, target.step(weight, cross, factor), method.alphas, stats.held_out)
+        path: target.choose(weight, target.step(weight, cross, factor), method.alphas, stats.validation)
         for path, weight in weights.items()
     }
 
@@ -123,7 +123,7 @@ def _keep_better(
     if validation is None or validation.tokens == 0:
         return after
     stack = torch.cat(list(weights.values()))
-    losses = [held_out_loss(stack, quantized.dequantize(), validation) for quantized in (before, after)]
+    losses = [validation_loss(stack, quantized.dequantize(), validation) for quantized in (before, after)]
     keep = torch.zeros(len(stack), 1, dtype=torch.bool, device=stack.device)
     start = 0
     for path, weight in weights.items():

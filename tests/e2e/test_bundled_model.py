@@ -20,8 +20,8 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     assert spec is not None and spec.loader is not None
     stdlib_text = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(stdlib_text)
-    calibration, held_out = stdlib_text.write_texts(tmp_path_factory.mktemp("text"), evaluation_characters=60_000)
-    return calibration, held_out
+    calibration, validation = stdlib_text.write_texts(tmp_path_factory.mktemp("text"), evaluation_characters=60_000)
+    return calibration, validation
 
 
 def test_it_is_small_and_fits_every_format() -> None:
@@ -34,13 +34,13 @@ def test_it_is_small_and_fits_every_format() -> None:
 
 @pytest.mark.slow
 def test_gptq_costs_visibly_less_than_rtn(texts: tuple[Path, Path], tmp_path: Path) -> None:
-    calibration, held_out = texts
+    calibration, validation = texts
     divergence = {}
     for method in ("rtn", "gptq"):
         llmq.quantize(
             str(MODEL), tmp_path / method, method=method, calibration=[str(calibration)], samples=32, seqlen=256
         )
-        found = measure(tmp_path / method, MODEL, str(held_out), seqlen=256, limit=16)
+        found = measure(tmp_path / method, MODEL, str(validation), seqlen=256, limit=16)
         assert found.original is not None and found.original.perplexity < 25, "the model was trained"
         divergence[method] = found.model.kl_mean
     assert divergence["gptq"] < 0.8 * divergence["rtn"]

@@ -23,7 +23,7 @@ TUNED = Method(
     alphas=(1.0,),
     refinements=("descent", "refit"),
     tuning=Tuning(steps=2, scales=1e-3, rounding=1e-2, tokens=96),
-    held_out=0.25,
+    validation=0.25,
 )
 WINDOWS: dict[str, Any] = {"samples": 8, "seqlen": 48}
 

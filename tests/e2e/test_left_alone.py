@@ -63,7 +63,7 @@ def test_weights_that_lie_transposed_are_written_as_they_were(text: Path, tmp_pa
 
 def test_weights_that_lie_transposed_are_tuned(text: Path, tmp_path: Path) -> None:
     tuning = Tuning(steps=2, scales=3e-3, rounding=5e-2, tokens=64)
-    method = Method(rounding="gptq", held_out=0.25, tuning=tuning)
+    method = Method(rounding="gptq", validation=0.25, tuning=tuning)
     outcome = examine("gpt2", tmp_path, text, stages=method, skip=["attn.c_proj"])
     assert outcome.difference < 1e-4 < outcome.noticed and not outcome.altered
 

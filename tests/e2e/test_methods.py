@@ -80,7 +80,7 @@ def test_gptq_lowers_the_output_error_and_reports_it(checkpoint: Checkpoints, tm
         assert reported[path] == pytest.approx(error, rel=1e-3)  # through a Hessian summed in float32
 
 
-REFINED = Method(rounding="gptq", alphas=(1.0, 0.5), refinements=("descent", "refit"), held_out=0.25)
+REFINED = Method(rounding="gptq", alphas=(1.0, 0.5), refinements=("descent", "refit"), validation=0.25)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3n"])  # the second has a dimension in front of the batch

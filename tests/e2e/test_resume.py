@@ -47,14 +47,14 @@ def test_an_interrupted_run_ends_in_the_same_bytes(
 
 STAGES = {
     "both streams": METHODS["fast"],
-    "refined": Method(rounding="gptq", refinements=("descent", "refit"), held_out=0.25),
-    "transformed": Method(transforms=("awq",), rounding="gptq", alphas=(1.0,), refinements=("refit",), held_out=0.25),
+    "refined": Method(rounding="gptq", refinements=("descent", "refit"), validation=0.25),
+    "transformed": Method(transforms=("awq",), rounding="gptq", alphas=(1.0,), refinements=("refit",), validation=0.25),
     "rotated": METHODS["fast"].rotated(),
     "weighted, tuned": Method(
-        rounding="gptq", token_weights=True, alphas=(1.0,), block_tuning=Tuning(5, 0.0, 0.02, 48), held_out=0.25
+        rounding="gptq", token_weights=True, alphas=(1.0,), block_tuning=Tuning(5, 0.0, 0.02, 48), validation=0.25
     ),
     "transformed, tuned": Method(
-        transforms=("awq",), rounding="clip", block_tuning=Tuning(5, 0.01, 0.02, 48), held_out=0.25
+        transforms=("awq",), rounding="clip", block_tuning=Tuning(5, 0.01, 0.02, 48), validation=0.25
     ),
 }
 

@@ -40,8 +40,8 @@ def test_the_function_stays(tmp_path: Path, text: Path, name: str, transforms: t
     model = loud_model(tmp_path / "model", name, "bfloat16")
     windows = windows_of(model, text)
     expected, found = logits(float_model(model, {}), windows), {}
-    plain = Method(rounding="rtn", held_out=0.25)
-    for label, method in (("plain", plain), ("rotated", Method("rtn", transforms, held_out=0.25))):
+    plain = Method(rounding="rtn", validation=0.25)
+    for label, method in (("plain", plain), ("rotated", Method("rtn", transforms, validation=0.25))):
         report = quantize(model, tmp_path / label, text, stages=method, bits=8)
         found[label] = relative(logits(llmq.load(tmp_path / label, device="cpu")[0], windows), expected)
     assert any(gain.kept for block in report.blocks for gain in block.gains if gain.stage == "rotation")

@@ -33,8 +33,8 @@ SAMPLES, LENGTH, HELD_OUT, STEPS = 16, 32, 4, 4
 SETTINGS: dict[str, Any] = {"samples": SAMPLES, "seqlen": LENGTH, "bits": 3, "group_size": 16, "scales": "minmax"}
 SETTINGS |= {"skip": ["*.k_proj", "*.v_proj", "*.o_proj", "*.gate_proj", "*.up_proj"]}
 TUNING = Tuning(steps=STEPS, scales=3e-3, rounding=5e-2, tokens=4 * LENGTH)
-UNTUNED = Method(rounding="rtn", held_out=HELD_OUT / SAMPLES)
-TUNED = Method(rounding="rtn", held_out=HELD_OUT / SAMPLES, tuning=TUNING)
+UNTUNED = Method(rounding="rtn", validation=HELD_OUT / SAMPLES)
+TUNED = Method(rounding="rtn", validation=HELD_OUT / SAMPLES, tuning=TUNING)
 
 
 @pytest.fixture
@@ -247,7 +247,7 @@ def test_damaged_progress_is_begun_again(
 
 
 def test_tuning_that_does_harm_is_undone(model: Path, text: Path, tmp_path: Path) -> None:
-    wild = Method(rounding="rtn", held_out=0.25, tuning=Tuning(steps=4, scales=5.0, rounding=5.0, tokens=4 * LENGTH))
+    wild = Method(rounding="rtn", validation=0.25, tuning=Tuning(steps=4, scales=5.0, rounding=5.0, tokens=4 * LENGTH))
     report = quantize(model, tmp_path / "wild", text, wild).tuning
     quantize(model, tmp_path / "plain", text, UNTUNED)
     assert report is not None
@@ -290,7 +290,7 @@ def test_other_formats_and_layers_that_stay(model: Path, text: Path, tmp_path: P
 
 
 def test_a_model_that_a_transformation_changed_is_tuned_as_it_is(model: Path, text: Path, tmp_path: Path) -> None:
-    folding = Method(transforms=("awq",), rounding="clip", held_out=0.25, tuning=TUNING)
+    folding = Method(transforms=("awq",), rounding="clip", validation=0.25, tuning=TUNING)
     report = quantize(model, tmp_path / "out", text, folding).tuning
     assert report is not None and report.best > 0
     windows = read_text(job(model, tmp_path / "none", text)).windows[-HELD_OUT:]
@@ -315,13 +315,13 @@ def test_every_window_is_drawn_once_before_any_is_drawn_again() -> None:
 
 
 @pytest.mark.parametrize(
-    ("held_out", "kept", "changed"),
+    ("validation", "kept", "changed"),
     [(0.1, (), False), (0.1, (False,), False), (0.1, (False, True), True), (0.0, (), True)],
 )
 def test_a_block_whose_transformations_were_all_undone_is_the_checkpoints(
-    held_out: float, kept: tuple[bool, ...], changed: bool
+    validation: float, kept: tuple[bool, ...], changed: bool
 ) -> None:
-    method = Method(rounding="gptq", transforms=("rotation",), held_out=held_out)
+    method = Method(rounding="gptq", transforms=("rotation",), validation=validation)
     gains = tuple(StageGain("rotation", 2.0, 1.0 if each else 3.0, each) for each in kept)
     tuned = StageGain("block_tuning", 2.0, 1.0, True)  # moves codes, and no float weight
     assert _transformed(BlockReport("model.layers.0", (), gains=(*gains, tuned)), method) == changed

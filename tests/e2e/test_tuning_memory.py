@@ -42,7 +42,7 @@ tiny, model, out, text, steps, allowed, end = *sys.argv[1:5], *map(int, sys.argv
 session.SAVED_EVERY = session.SAVED_SHARE = 0
 judged = session.Session._validation_loss
 session.Session._validation_loss = lambda self: judged(self) - self._step  # the last step is taken for the best
-method = Method(rounding="rtn", held_out=0.25, tuning=Tuning(steps=steps, scales=1e-2, rounding=0.1, tokens=128))
+method = Method(rounding="rtn", validation=0.25, tuning=Tuning(steps=steps, scales=1e-2, rounding=0.1, tokens=128))
 settings = {"samples": 8, "seqlen": 32, "bits": 3, "scales": "minmax", "group_size": 128, "calibration": [text]}
 first = Job(tiny, f"{out}-tiny", merged(QuantConfig(), settings), stages=method, device="cpu", overwrite=True)
 first.run()  # imports whatever is imported late

@@ -105,7 +105,7 @@ def test_a_limit_on_file_size_costs_only_the_file_it_hits(folder: Path) -> None:
         assert (kind, exit_code) == ("StorageError", 7)
         assert "File too large" in message
         assert "ulimit" in hint
-        assert "same command" in hint
+        assert "repeat the command" in hint
     assert ["00001.safetensors" in found["errors"][0][2], "config.json" in found["errors"][1][2]] == [True, True]
     assert found["has"] == [True, False]
     assert found["staged"] == ["00000.json", "00000.safetensors", "identity.json"]

@@ -101,7 +101,8 @@ class Counts:
 class Summation:
     """Sums statistics over batches, for all stops of a block.
 
-    fitted            number of fitted batches; the batches after them go to `InputStats.held_out`. None: all are fitted
+    fitted            number of fitted batches; the batches after them go to `InputStats.validation`. None: all are
+                      fitted
     weights           the weight of each token
     tokens_per_input  minimum number of tokens in the statistics of an expert, per input of its layers
     """
@@ -131,7 +132,7 @@ class Summation:
     def sums(self, stop: Stop, groups: Sequence[InputGroup], batches: Iterable[Arrived]) -> list[InputStats]:
         """The statistics of some of a stop's groups, from one pass over the batches."""
         fitted = [InputStats(g.in_features, self._block.linears[g.names[0]].weight.device) for g in groups]
-        validation = fitted if self._fitted is None else [stats.hold_out() for stats in fitted]
+        validation = fitted if self._fitted is None else [stats.begin_validation() for stats in fitted]
         weights = [None if self._weights is None else self._weights(group.names) for group in groups]
         end = 0
         for batch, ((arrived, *others), tokens) in enumerate(batches):

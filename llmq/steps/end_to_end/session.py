@@ -58,7 +58,7 @@ def tuning_text(method: Method, written: Tensor, tokens: Tensor) -> Text:
             "the calibration text has one sequence, but tuning needs at least two: one to tune on, one for validation",
             hint="give more text, a shorter --seqlen, or a method without tuning",
         )
-    validation = min(len(tokens) - 1, max(1, math.ceil(method.held_out * len(tokens))))
+    validation = min(len(tokens) - 1, max(1, math.ceil(method.validation * len(tokens))))
     together = torch.cat([written, tokens])
     batch = min(len(together) - validation, max(1, method.tuning.tokens // tokens.shape[1]))
     return Text(together, batch, validation)

@@ -161,4 +161,4 @@ def _values(stored: Mapping[str, Tensor], device: torch.device) -> tuple[Tensor 
 def _transformed(report: BlockReport, method: Method) -> bool:
     """Whether a transform changed the block's float weights; without validation, reports do not show it: assume so."""
     kept = any(gain.kept and gain.stage in method.transforms for gain in report.gains)
-    return bool(method.transforms) and (kept or not method.held_out)
+    return bool(method.transforms) and (kept or not method.validation)

@@ -60,7 +60,7 @@ class TwoLayers:
         slopes = torch.autograd.grad(self.loss(self.inputs, leaves), list(leaves.values()))
         return dict(zip(leaves, slopes, strict=True))
 
-    def held_out_loss(self) -> float:
+    def validation_loss(self) -> float:
         if self.losses is not None:
             return self.losses.pop(0)
         return self.loss(self.judging, {name: weight.dequantize() for name, weight in self.current.items()}).item()
@@ -86,7 +86,7 @@ def test_both_weights_move_and_the_validation_loss_falls() -> None:
     given, best = tuned(problem, 60)
     assert best.after < 0.8 * best.before
     assert best.before == pytest.approx(problem.loss(problem.judging, {n: q.dequantize() for n, q in given.items()}))
-    assert best.after == pytest.approx(problem.held_out_loss())  # the problem ends with the returned weights
+    assert best.after == pytest.approx(problem.validation_loss())  # the problem ends with the returned weights
     assert same(problem.current, best.weights)
     assert all(not torch.equal(best.weights[name].codes, given[name].codes) for name in given)
 
@@ -153,12 +153,12 @@ def test_gradients_equal_those_of_the_whole_model(checkpoint: Checkpoints, index
     for path, gradient in gradients.items():
         expected = moved.get_submodule(path).weight.grad
         assert (gradient - expected).abs().max() <= 1e-3 * expected.abs().max() > 0, path
-    assert problem.held_out_loss() == pytest.approx(loss(slice(3, 5)).item(), rel=1e-4)
+    assert problem.validation_loss() == pytest.approx(loss(slice(3, 5)).item(), rel=1e-4)
     assert not any(parameter.requires_grad for parameter in block.module.parameters())
 
 
 def test_a_run_keeps_tuned_blocks_that_are_better(checkpoint: Checkpoints, text: Path, tmp_path: Path) -> None:
-    plain = Method("rtn", held_out=0.25)  # leaves much to do
+    plain = Method("rtn", validation=0.25)  # leaves much to do
     moved = dataclasses.replace(plain, block_tuning=Tuning(steps=10, scales=0.0, rounding=0.02, tokens=96))
     still = dataclasses.replace(plain, block_tuning=Tuning(steps=10, scales=0.0, rounding=1e-9, tokens=96))
     reports = {

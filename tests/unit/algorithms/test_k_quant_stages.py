@@ -28,14 +28,16 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def statistics(columns: int = K, tokens: int = 1024, *, held_out: bool = False) -> InputStats:
+def statistics(columns: int = K, tokens: int = 1024, *, validation: bool = False) -> InputStats:
     """Statistics of correlated inputs with channels of different sizes."""
     mixing = random(columns, columns, seed=1) / columns**0.5 + torch.eye(columns)
     X = random(tokens, columns, seed=2) @ mixing * (torch.linspace(-1, 1, columns).exp())
     stats = InputStats(columns, torch.device("cpu"))
     stats.update(X)
-    if held_out:
-        stats.hold_out().update(random(tokens, columns, seed=3) @ mixing * (torch.linspace(-1, 1, columns).exp()))
+    if validation:
+        stats.begin_validation().update(
+            random(tokens, columns, seed=3) @ mixing * (torch.linspace(-1, 1, columns).exp())
+        )
     return stats
 
 
@@ -165,7 +167,7 @@ def test_no_refinement_makes_a_row_worse(kind: str) -> None:
 
 def test_validation_undoes_rows_as_a_whole() -> None:
     """A combination of two candidates takes each row from one of their grids."""
-    weight, stats = random(N, K), statistics(held_out=True)
+    weight, stats = random(N, K), statistics(validation=True)
     method = dataclasses.replace(METHODS["balanced"], tuning=None, alphas=())
     weights = {"one": weight, "other": weight + 0.1 * random(N, K, seed=4)}
     schemes = {"one": WeightScheme.of_blocks("q4_k"), "other": WeightScheme.of_blocks("q6_k")}

@@ -100,11 +100,11 @@ def test_statistics_in_a_basis_equal_those_of_its_inputs(name: str) -> None:
     back = dense(inverse(A)).float()
     before, after = InputStats(8, torch.device("cpu")), InputStats(8, torch.device("cpu"))
     for running, into in ((before, torch.eye(8)), (after, back)):
-        for half in (running, running.hold_out()):
+        for half in (running, running.begin_validation()):
             half.update(moved @ into.T, X @ into.T, torch.arange(50))
     found = before.in_basis(A)
-    assert found.held_out is not None and after.held_out is not None and found.tokens == 50
-    for each, expected in ((found, after), (found.held_out, after.held_out)):
+    assert found.validation is not None and after.validation is not None and found.tokens == 50
+    for each, expected in ((found, after), (found.validation, after.validation)):
         for moment in ("second_moment", "cross_moment", *(() if each is found else ("drift_moment",))):
             torch.testing.assert_close(getattr(each, moment)(), getattr(expected, moment)(), rtol=1e-4, atol=1e-3)
 
@@ -303,7 +303,7 @@ def test_a_rotation_that_moves_the_output_is_undone(checkpoint: Checkpoints, mon
 def test_any_method_can_rotate_and_then_validates(method: str) -> None:
     plain, stages = METHODS[method], QuantConfig(method=method, rotate=True).stages
     assert stages.transforms == ("rotation", *plain.transforms)
-    assert stages.held_out == (plain.held_out or 0.1) and stages.needs_calibration
+    assert stages.validation == (plain.validation or 0.1) and stages.needs_calibration
     assert QuantConfig(method=method).stages == plain
 
 

@@ -31,9 +31,9 @@ def fitted(X: Tensor, moved: Tensor) -> InputStats:
 
 
 def judge(X: Tensor, moved: Tensor) -> InputStats:
-    held_out = InputStats(K, CPU).hold_out()
-    held_out.update(moved, X)
-    return held_out
+    validation = InputStats(K, CPU).begin_validation()
+    validation.update(moved, X)
+    return validation
 
 
 def factor_of(stats: InputStats, options: Options) -> Factor:
@@ -96,8 +96,8 @@ def test_alpha_is_chosen_by_the_validation_loss() -> None:
 def test_a_step_longer_than_half_the_weight_is_not_taken(drift: float) -> None:
     (X, moved), weight = streams(0), random(N, K, seed=5)
     V = weight * 0.6 if drift == 1.0 else torch.full_like(weight, drift)
-    for held_out in (None, judge(X, moved)):
-        chosen = target.choose(weight, V, (1.0,), held_out)
+    for validation in (None, judge(X, moved)):
+        chosen = target.choose(weight, V, (1.0,), validation)
         assert chosen.alpha == 0 and torch.equal(chosen.weight, weight)
         assert chosen.notes == (
             "no asymmetric target: it differs from the weight by more than half of the weight's norm",
@@ -112,6 +112,6 @@ def test_without_validation_the_largest_allowed_alpha_is_taken() -> None:
 
 
 def test_validation_without_float_inputs_is_ignored() -> None:
-    weight, held_out = random(N, K, seed=5), InputStats(K, CPU).hold_out()
-    held_out.update(random(T, K))
-    assert target.choose(weight, weight * 0.1, (0.5,), held_out).alpha == 0.5
+    weight, validation = random(N, K, seed=5), InputStats(K, CPU).begin_validation()
+    validation.update(random(T, K))
+    assert target.choose(weight, weight * 0.1, (0.5,), validation).alpha == 0.5

@@ -72,25 +72,25 @@ def test_cross_and_drift_moments_match_explicit_products(monkeypatch: pytest.Mon
     monkeypatch.setattr(input_stats, "TOKENS_AT_ONCE", chunk)
     original, moved = pairs()
     stats = InputStats(8, CPU)
-    held_out = stats.hold_out()
-    assert stats.cross_moment() is None and held_out.drift_moment() is None
-    for running in (stats, held_out):
+    validation = stats.begin_validation()
+    assert stats.cross_moment() is None and validation.drift_moment() is None
+    for running in (stats, validation):
         running.update(moved[:20].reshape(2, 10, 8), original[:20].reshape(2, 10, 8))
         running.update(moved[20:], original[20:])
     D, X = (original - moved).double(), moved.double()
-    for running in (stats, held_out):
+    for running in (stats, validation):
         assert running.cross_moment() is not None
         torch.testing.assert_close(running.cross_moment().double(), D.T @ X / 50, rtol=0, atol=1e-6)
-    assert held_out.drift_moment() is not None and stats.drift_moment() is None  # computed for validation only
-    torch.testing.assert_close(held_out.drift_moment().double(), D.T @ D / 50, rtol=0, atol=1e-7)
-    assert torch.equal(held_out.drift_moment(), held_out.drift_moment().T)
+    assert validation.drift_moment() is not None and stats.drift_moment() is None  # computed for validation only
+    torch.testing.assert_close(validation.drift_moment().double(), D.T @ D / 50, rtol=0, atol=1e-7)
+    assert torch.equal(validation.drift_moment(), validation.drift_moment().T)
 
 
 def test_a_token_without_float_inputs_makes_moments_unknown() -> None:
     original, moved = pairs()
     stats = InputStats(8, CPU)
-    held_out = stats.hold_out()
-    for running in (stats, held_out):
+    validation = stats.begin_validation()
+    for running in (stats, validation):
         running.update(moved, original)
         running.update(moved[:1])
         assert running.tokens == 51 and running.cross_moment() is None and running.drift_moment() is None
@@ -99,12 +99,12 @@ def test_a_token_without_float_inputs_makes_moments_unknown() -> None:
 def test_validation_tokens_are_counted_separately() -> None:
     X = inputs(50)
     stats = InputStats(8, CPU)
-    assert stats.held_out is None
-    stats.hold_out().update(X[30:])
+    assert stats.validation is None
+    stats.begin_validation().update(X[30:])
     stats.update(X[:30])
     assert torch.equal(stats.second_moment(), seen(X[:30]).second_moment())
-    assert stats.held_out is not None
-    assert torch.equal(stats.held_out.second_moment(), seen(X[30:]).second_moment())
+    assert stats.validation is not None
+    assert torch.equal(stats.validation.second_moment(), seen(X[30:]).second_moment())
 
 
 def test_a_token_of_weight_three_counts_three_times() -> None:
@@ -151,11 +151,11 @@ def test_dividing_divides_all_moments() -> None:
     scales = torch.tensor([0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 0.1, 7.0])
     before, after = InputStats(8, CPU), InputStats(8, CPU)
     for running, divisor in ((before, torch.ones(8)), (after, scales)):
-        for half in (running, running.hold_out()):
+        for half in (running, running.begin_validation()):
             half.update(moved / divisor, original / divisor, torch.arange(50))
     found = before.in_basis(scaling(scales))
-    assert found.held_out is not None and after.held_out is not None
-    for divided, expected in ((found, after), (found.held_out, after.held_out)):
+    assert found.validation is not None and after.validation is not None
+    for divided, expected in ((found, after), (found.validation, after.validation)):
         for moment in MOMENTS[:2] if divided is found else MOMENTS:
             torch.testing.assert_close(getattr(divided, moment)(), getattr(expected, moment)(), rtol=1e-4, atol=1e-4)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from llmq import algorithms
 from llmq.algorithms import Options, descent, gptq, output_error, refit
 from llmq.algorithms.factor import factorize
-from llmq.algorithms.guard import held_out_loss
+from llmq.algorithms.guard import validation_loss
 from llmq.methods import Method
 from llmq.numerics.input_stats import InputStats
 from llmq.numerics.quantized_tensor import QuantizedTensor
@@ -26,9 +26,9 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def observed(*, originals: bool = True, held_out: bool = True) -> InputStats:
+def observed(*, originals: bool = True, validation: bool = True) -> InputStats:
     stats = InputStats(K, CPU)
-    for seed, running in ((1, stats), *(((2, stats.hold_out()),) if held_out else ())):
+    for seed, running in ((1, stats), *(((2, stats.begin_validation()),) if validation else ())):
         X = random(200, K, seed=seed) @ random(K, K, seed=3)
         running.update(0.9 * X + 0.5 * random(200, K, seed=seed + 9), X if originals else None)
     return stats
@@ -65,8 +65,10 @@ def test_the_target_is_rounded_in_the_place_of_the_weight() -> None:
         assert torch.equal(each.rounding.quantized.codes, alone.quantized.codes)
         assert torch.equal(each.weight, W)
         assert [gain.stage for gain in each.gains] == ["target"] and each.gains[0].kept
-        assert stats.held_out is not None
-        losses = [held_out_loss(W, one[path].rounding.quantized.dequantize(), stats.held_out) for one in (found, plain)]
+        assert stats.validation is not None
+        losses = [
+            validation_loss(W, one[path].rounding.quantized.dequantize(), stats.validation) for one in (found, plain)
+        ]
         assert float(losses[0].sum()) < float(losses[1].sum())
 
 
@@ -78,9 +80,9 @@ def test_without_the_float_model_s_inputs_the_weight_itself_is_rounded_and_it_is
         assert each.rounding.notes[-1].startswith("the target is left out, the float model's inputs are not known")
 
 
-@pytest.mark.parametrize("held_out", [True, False])
-def test_refinements_lower_the_loss_of_the_target(held_out: bool) -> None:
-    stats = observed(held_out=held_out)
+@pytest.mark.parametrize("validation", [True, False])
+def test_refinements_lower_the_loss_of_the_target(validation: bool) -> None:
+    stats = observed(validation=validation)
     before = rounded(stats, Method(rounding="rtn", alphas=(1.0,)))
     after = rounded(stats, Method(rounding="rtn", alphas=(1.0,), refinements=("descent", "refit")))
     factor = factorize(stats.second_moment(), OPTIONS.order, OPTIONS.damping)
@@ -98,7 +100,7 @@ def test_refinements_lower_the_loss_of_the_target(held_out: bool) -> None:
     torch.testing.assert_close(found.scales, quantized.scales, rtol=1e-4, atol=0)
     losses = [output_error(target, each["other"].rounding.quantized.dequantize(), H).sum() for each in (after, before)]
     assert float(losses[0]) < float(losses[1])
-    assert [gain.stage for gain in after["q"].gains] == (["target", "descent", "refit"] if held_out else [])
+    assert [gain.stage for gain in after["q"].gains] == (["target", "descent", "refit"] if validation else [])
 
 
 class Spoiler:
@@ -125,8 +127,8 @@ def test_a_refinement_is_undone_for_each_weight_that_it_makes_worse(monkeypatch:
     assert [spoilt[path].gains[0].kept for path in ("q", "k")] == [False, True]
     for path in ("q", "k"):
         (gain,) = spoilt[path].gains
-        assert stats.held_out is not None
-        now = held_out_loss(weights()[path], spoilt[path].rounding.quantized.dequantize(), stats.held_out).sum()
+        assert stats.validation is not None
+        now = validation_loss(weights()[path], spoilt[path].rounding.quantized.dequantize(), stats.validation).sum()
         assert float(now) == pytest.approx(gain.after if gain.kept else gain.before, rel=1e-5)
 
 

@@ -23,7 +23,7 @@ from tests.passes import stream_over
 
 Checkpoints = Callable[..., Path]
 BALANCED = dataclasses.replace(
-    METHODS["balanced"], tuning=Tuning(steps=3, scales=1e-3, rounding=1e-3, tokens=96), held_out=0.25
+    METHODS["balanced"], tuning=Tuning(steps=3, scales=1e-3, rounding=1e-3, tokens=96), validation=0.25
 )
 
 

@@ -135,7 +135,7 @@ def test_statistics_are_weighted_by_tokens(checkpoint: Checkpoints) -> None:
         hook.remove()
         gamma = weights(names[leader])
         assert gamma is not None and gamma.std() > 0.01
-        for judge, rows in ((stats, slice(0, 3)), (stats.held_out, slice(3, 5))):
+        for judge, rows in ((stats, slice(0, 3)), (stats.validation, slice(3, 5))):
             assert judge is not None
             X, counts = fed[0][rows].flatten(0, -2).double(), gamma[rows].flatten().double()
             expected = (X * counts[:, None]).T @ X / counts.sum()

@@ -124,7 +124,7 @@ def tune_blocks(walked: Skeleton) -> None:
         problem = BlockProblem(walked, streams, block, LENGTH)
         problem.put(weights)
         assert all(slope.any() for slope in problem.gradients(0).values())
-        problem.held_out_loss()
+        problem.validation_loss()
         streams.quantized.run(block)
         streams.advance()
 

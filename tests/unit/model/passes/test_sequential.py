@@ -135,7 +135,7 @@ def test_both_streams_agree_bitwise_in_both_ways(checkpoint: Checkpoints, valida
     (kept, one), (again, other) = (run_both(walked, memory, validation=validation) for memory in (REMEMBERED, REPEATED))
     assert list(kept) == list(again)
     for leader, stats in kept.items():
-        judges = (stats.held_out, again[leader].held_out)
+        judges = (stats.validation, again[leader].validation)
         assert all(isinstance(judge, InputStats) is bool(validation) for judge in judges)
         for ours, theirs in ((stats, again[leader]), judges)[: 1 + bool(validation)]:
             assert ours is not None and theirs is not None
@@ -168,7 +168,7 @@ def test_nothing_is_fitted_on_validation_sequences(checkpoint: Checkpoints, vali
     streams = streams_over(walked, tokens(5, 24), validation=validation)
     block = walked.blocks[0]
     first, *_ = run_block(streams, block, lambda *_: None).values()
-    judge = first.held_out
+    judge = first.validation
     assert judge is not None and judge.cross_moment() is None
     block.load()
     stream = stream_over(walked, tokens(5, 24), validation=validation)

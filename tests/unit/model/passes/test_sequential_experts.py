@@ -74,12 +74,12 @@ def test_remembered_and_repeated_forwards_agree_bitwise(opened: Open, name: str,
     for leader, stats in kept.items():
         other = again[leader]
         assert (stats.tokens, stats.borrowed) == (other.tokens, other.borrowed)
-        assert stats.held_out is not None and other.held_out is not None
-        for ours, theirs in ((stats, other), (stats.held_out, other.held_out)):
+        assert stats.validation is not None and other.validation is not None
+        for ours, theirs in ((stats, other), (stats.validation, other.validation)):
             cross, other_cross = ours.cross_moment(), theirs.cross_moment()
             assert cross is not None and other_cross is not None and torch.equal(cross, other_cross)
             assert torch.equal(ours.second_moment(), theirs.second_moment())
-        assert stats.held_out.drift_moment() is not None
+        assert stats.validation.drift_moment() is not None
 
 
 def arrivals_at(block: Block, stream: Stream) -> list[tuple[Routed, Routed]]:
@@ -171,10 +171,10 @@ def test_validation_statistics_borrow_in_proportion(opened: Open) -> None:
     stats_of, _ = run_first(opened("mixtral"), REMEMBERED, 3.0, validation=1)
     for leader, stats in stats_of.items():
         if ".experts." in leader:
-            assert stats.held_out is not None
-            own, wanted = stats.held_out.tokens - stats.held_out.borrowed, 3 * stats.mean_square.numel() / 4
-            assert stats.held_out.tokens >= min(24, max(own, wanted))
-            assert stats.held_out.borrowed <= max(0, math.ceil(wanted - own))
+            assert stats.validation is not None
+            own, wanted = stats.validation.tokens - stats.validation.borrowed, 3 * stats.mean_square.numel() / 4
+            assert stats.validation.tokens >= min(24, max(own, wanted))
+            assert stats.validation.borrowed <= max(0, math.ceil(wanted - own))
 
 
 def test_borrowed_tokens_change_no_output(opened: Open) -> None:
