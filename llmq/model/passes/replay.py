@@ -6,12 +6,13 @@ change any more, so their outputs are final and were kept. Only the block's code
 the residual, products of activations. So every matrix product is computed once, and the results are those of one plain
 forward, bit for bit.
 
+A batch may take another way through the block, past layers that are still open. What follows such a layer is not kept.
 A module whose output was changed in place after it returned, or which changes its input, is run again, because its side
 effects are part of the forward. If there is no memory for the outputs, `remember=False` runs everything again each
 time, with the same bits.
 """
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -45,14 +46,19 @@ class _Finished:
 
 
 class Replay:
-    """The forwards of one block, by keys that the caller chooses; a context in which they can be continued."""
+    """The forwards of one block, by keys that the caller chooses; a context in which they can be continued.
 
-    def __init__(self, block: Block, *, remember: bool) -> None:
+    open  layers whose weights still change, until `settle`; modules that contain one are always run again
+    """
+
+    def __init__(self, block: Block, *, remember: bool, open: Iterable[nn.Module] = ()) -> None:
         self._block = block
         self._remember = remember
+        self._open = set(open)
         self._finished: dict[Hashable, list[_Finished]] = {}  # per forward, its outermost finished calls, in order
         self._log: list[_Finished] | None = None  # those of the forward that is running
         self._next = 0  # the position in the log
+        self._preliminary = False  # whether it has run an open layer, so that all that follows will change
         self._replaced: list[nn.Module] = []
 
     def __enter__(self) -> "Replay":
@@ -68,15 +74,17 @@ class Replay:
         for module in self._replaced:
             del module.forward  # makes the forward of the class visible again
 
+    def settle(self, layers: Iterable[nn.Module]) -> None:
+        """The weights of these layers do not change any more."""
+        self._open.difference_update(layers)
+
     def run_to(self, key: Hashable, call: Call, module: nn.Module) -> Arrival | None:
         """The input of `module` when the block is run on `call`; None if the module is not run."""
-        before = list(self._finished.get(key, ()))
         with in_front_of(module, _leave):
             try:
                 self._run(key, call)
             except _Reached as reached:
                 return reached.arrival
-        self._finished[key] = before  # this one ran to its end, through weights that are still to change
         return None
 
     def finish(self, key: Hashable, call: Call) -> Tensor:
@@ -91,7 +99,7 @@ class Replay:
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
     def _run(self, key: Hashable, call: Call) -> Tensor:
-        self._log, self._next = self._finished.setdefault(key, []), 0
+        self._log, self._next, self._preliminary = self._finished.setdefault(key, []), 0, False
         try:
             return self._block.run(call)
         finally:
@@ -111,7 +119,8 @@ class Replay:
             inputs = (args, tuple(kwargs.values()))
             before = _versions(inputs)
             output = forward(*args, **kwargs)
-            if before == _versions(inputs):  # replaces the calls that finished inside of this one
+            self._preliminary |= not self._open.isdisjoint(module.modules())
+            if before == _versions(inputs) and not self._preliminary:  # replaces the calls inside of this one
                 log[start:] = [_Finished(module, output, _versions(output))]
                 self._next = start + 1
             return output

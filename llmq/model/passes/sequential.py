@@ -118,7 +118,8 @@ class Sequential:
         self.remembers = _fits(block, self._stops, streams, free)
         streams.repeated += not self.remembers
         self._at_once = 1 + max(0, free) // max(1, _sums_bytes(groups, streams))
-        self._replay = Replay(block, remember=self.remembers)
+        open_layers = [block.linears[path] for group in groups for path in group.names]
+        self._replay = Replay(block, remember=self.remembers, open=open_layers)
 
     def __enter__(self) -> "Sequential":
         self._replay.__enter__()
@@ -131,6 +132,7 @@ class Sequential:
         """Call `quantize` for each group with the statistics of its inputs, which have passed the groups before it."""
         for group, stats in self._statistics():
             quantize(group, stats)
+            self._replay.settle(self._block.linears[path] for path in group.names)
             del stats  # before the statistics of the next group are allocated
 
     def _statistics(self) -> Iterator[tuple[InputGroup, InputStats]]:

@@ -211,7 +211,7 @@ def test_blocks_that_are_called_in_an_unknown_way_are_refused() -> None:
 
 def test_blocks_that_share_keys_and_values_are_refused(checkpoint: Checkpoints) -> None:
     walked = skeleton_of(checkpoint("gemma3n", num_hidden_layers=4, num_kv_shared_layers=2))
-    with pytest.raises(UnsupportedModelError, match="its last 2 blocks share the keys and values of earlier ones"):
+    with pytest.raises(UnsupportedModelError, match="its last 2 blocks share the keys and values of earlier blocks"):
         walked.record(0, tokens(1, 5))
 
 

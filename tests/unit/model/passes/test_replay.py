@@ -150,6 +150,17 @@ class Mixed(ThreeLayers):
         return output
 
 
+class Swaps(ThreeLayers):
+    """The first two layers run in the other order for some batches."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        layers = [self.first, self.second] if hidden[..., 0].sum() > 0 else [self.second, self.first]
+        for layer in layers:
+            hidden = torch.tanh(layer(hidden))
+        output: Tensor = self.third(hidden)
+        return output
+
+
 class Branches(ThreeLayers):
     """A value that the first layer puts out decides about the second."""
 
@@ -162,7 +173,7 @@ class Branches(ThreeLayers):
 
 
 BLOCKS = [
-    Plain, ChangesOutputs, ChangesViews, ChangesInputs, CallsTwice, ReturnsTuples, PassesThrough, Mixed, Branches
+    Plain, ChangesOutputs, ChangesViews, ChangesInputs, CallsTwice, ReturnsTuples, PassesThrough, Mixed, Branches, Swaps
 ]  # fmt: skip
 
 
@@ -212,11 +223,13 @@ def walk(block: Block, calls: list[Call], *, remember: bool) -> tuple[list[list[
     Returns what arrived at each layer of each batch, and what the block put out.
     """
     arrived: list[list[Tensor | None]] = []
-    with Replay(block, remember=remember) as replay:
-        for linear in in_order(block):
+    layers = in_order(block)
+    with Replay(block, remember=remember, open=layers) as replay:
+        for linear in layers:
             row = [replay.run_to(number, call, linear) for number, call in enumerate(calls)]
             arrived.append([None if inputs is None else inputs.clone() for inputs in row])
             linear.weight.data.mul_(0.5)
+            replay.settle([linear])
         outputs = [replay.finish(number, call) for number, call in enumerate(calls)]
         assert not replay._finished
     return arrived, outputs
