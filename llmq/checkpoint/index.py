@@ -45,7 +45,7 @@ def locate_tensors(folder: Path) -> dict[str, Location]:
 
 
 def gguf_file(path: Path) -> Path | None:
-    """Return the .gguf file at `path`: the file itself, or the only one where the folder has no other weights."""
+    """Return the .gguf file at `path`: the file itself, or the only .gguf file in a folder without other weights."""
     if path.suffix == GGUF and not path.is_dir():
         return path
     with reading(path):

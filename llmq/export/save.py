@@ -95,7 +95,7 @@ def finish(writer: Writer, plan: Plan, report: Report, quantized: set[str], on_e
 def _next_steps(out: Path, staged: str, finished: Sequence[str], failed: Sequence[str]) -> str:
     """A hint: the finished formats, and the commands that convert them to the missing formats."""
     commands = [shlex.join(["llmq", "convert", str(out / staged), str(out / name), "--to", name]) for name in failed]
-    return f"{', '.join(finished)} is complete in {out}; convert it without quantizing again: {' and '.join(commands)}"
+    return f"{', '.join(finished)} were written to {out}; write the rest without quantizing: {' and '.join(commands)}"
 
 
 def _make(source: Path, folder: Path, to: str, out: Path, plan: Plan, report: Report, on_event: OnEvent) -> None:

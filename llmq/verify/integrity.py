@@ -69,7 +69,7 @@ def examine(model: Path, *, remote_code: bool = False, on_event: OnEvent = ignor
 
 
 def checksum(file: Path) -> str:
-    """The SHA-256 checksum of a file, in hexadecimal."""
+    """The SHA-256 of the contents of a file, in hexadecimal."""
     with reading(file), file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 

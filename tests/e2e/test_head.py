@@ -113,7 +113,7 @@ def test_that_the_tuning_does_not_see_its_rounding_is_said(
 
 @pytest.mark.parametrize(
     ("format_", "words"),
-    [("awq", "awq cannot hold a head"), ("gguf:q4_k_m", "chooses a block type for the head itself")],
+    [("awq", "awq cannot hold a quantized head"), ("gguf:q4_k_m", "chooses a block type for the head itself")],
 )
 def test_formats_that_cannot_hold_it_refuse(
     checkpoint: Checkpoints, text: Path, tmp_path: Path, format_: str, words: str

@@ -261,7 +261,7 @@ def test_several_models_are_shown_side_by_side(
 
 @pytest.mark.parametrize("limit", [("--max-kl", "1"), ("--max-ppl-increase", "2")])
 def test_a_limit_needs_an_original(limit: tuple[str, str], llama: Path, text: Path) -> None:
-    refused(run_llmq("eval", llama, "--text", text, *limit), CONFIG, "none was given", "--against")
+    refused(run_llmq("eval", llama, "--text", text, *limit), CONFIG, "need an original model", "--against")
 
 
 @pytest.mark.parametrize("percentage", ["much", "-1", "nan", "%"])

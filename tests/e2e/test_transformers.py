@@ -463,7 +463,7 @@ def test_experts_of_codes_beside_experts_of_floats_by_the_same_names(tmp_path: P
 
 def test_nothing_is_quantized_while_loading(checkpoint: Callable[..., Path]) -> None:
     asked = transformers.AutoRoundConfig(bits=4)
-    with pytest.raises(FormatError, match="not quantized, and auto-round is asked for") as caught:
+    with pytest.raises(FormatError, match="not quantized, but loading requests auto-round") as caught:
         read(checkpoint("llama"), quantization_config=asked)
     assert "llmq quantize" in caught.value.hint
 
