@@ -63,8 +63,9 @@ class Replay:
 
     def __enter__(self) -> "Replay":
         modules = [m for m in self._block.module.modules() if m is not self._block.module and "forward" not in vars(m)]
-        # A module without parameters, such as an activation, is cheaper to run again than to remember.
-        self._replaced = [m for m in modules if next(m.parameters(), None) is not None] if self._remember else []
+        # Only modules with a matrix are worth remembering: norms and activations are cheap to run again.
+        costly = [m for m in modules if any(parameter.dim() > 1 for parameter in m.parameters())]
+        self._replaced = costly if self._remember else []
         for module in self._replaced:
             module.forward = self._replayed(module, module.forward)
         return self
