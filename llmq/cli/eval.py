@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from llmq.cli import options
+from llmq.cli.progress import ProgressDisplay
 from llmq.cli.terminal import megabytes, print_json, print_notes, print_table, quiet_transformers
 from llmq.errors import ConfigError
 
@@ -96,17 +97,19 @@ def command(
 
     quiet_transformers()
     models = list(dict.fromkeys(paths))
-    results = measure_many(
-        against,
-        models,
-        text or [WIKITEXT],
-        wikitext=wikitext,
-        seqlen=seqlen,
-        limit=windows,
-        device=device,
-        remote_code=trust_remote_code,
-        activations=activations,
-    )
+    with ProgressDisplay() as display:
+        results = measure_many(
+            against,
+            models,
+            text or [WIKITEXT],
+            wikitext=wikitext,
+            seqlen=seqlen,
+            limit=windows,
+            device=device,
+            remote_code=trust_remote_code,
+            activations=activations,
+            on_event=display,
+        )
     measured = dict(zip(models, results, strict=True))
     if not json:
         _print(measured, against)

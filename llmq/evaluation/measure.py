@@ -24,6 +24,7 @@ from llmq.evaluation.scoring import Evaluation, Scores, read_windows, score, sum
 from llmq.evaluation.streaming import Source, open_source, windows_together
 from llmq.gguf.container import Container
 from llmq.gguf.reader import described, is_file
+from llmq.report.events import OnEvent, ignore
 from llmq.runtime.checkpoint_weights import PackedWeights, quantization_settings
 from llmq.runtime.load import choose_device, load_tokenizer
 
@@ -112,6 +113,7 @@ def measure_many(
     dtype: torch.dtype | None = None,
     remote_code: bool = False,
     activations: str = "none",
+    on_event: OnEvent = ignore,
 ) -> list[Measurement]:
     """Measure each of `models` on `texts`, compared with one original if it is given.
 
@@ -129,9 +131,14 @@ def measure_many(
     base = None if original is None else _located(original, remote_code=remote_code)
 
     def opened(folder: Path) -> Source:
-        return open_source(folder, chosen, dtype, remote_code=remote_code, like=base, activations=inputs)
+        return open_source(
+            folder, chosen, dtype, remote_code=remote_code, like=base, activations=inputs, on_event=on_event
+        )
 
-    first = opened(folders[0]) if base is None else open_source(base, chosen, dtype, remote_code=remote_code, like=base)
+    if base is None:
+        first = opened(folders[0])
+    else:
+        first = open_source(base, chosen, dtype, remote_code=remote_code, like=base, on_event=on_event)
     with described(base or folders[0]) as folder:
         tokenizer = load_tokenizer(folder, remote_code=remote_code)
     length = min(seqlen or DEFAULT_SEQLEN, first.max_tokens or DEFAULT_SEQLEN)

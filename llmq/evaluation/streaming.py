@@ -19,11 +19,13 @@ from llmq.errors import UnsupportedModelError
 from llmq.evaluation import scoring
 from llmq.evaluation.activations import not_applied, quantize_inputs
 from llmq.gguf import reader
+from llmq.model.build.block import Block
 from llmq.model.build.skeleton import Skeleton
 from llmq.model.passes.forward import run_through
 from llmq.model.passes.hidden_states import Place, Storage
 from llmq.model.passes.streams import Stream, Text
 from llmq.numerics.scheme import InputScheme
+from llmq.report.events import OnEvent, Progress, ignore
 from llmq.runtime.load import load_model, stored_dtype
 from llmq.runtime.open_skeleton import open_skeleton
 
@@ -54,8 +56,12 @@ class Streamed:
 
     note: str | None = None
 
-    def __init__(self, skeleton: Skeleton, activations: InputScheme | None = None) -> None:
+    def __init__(
+        self, skeleton: Skeleton, activations: InputScheme | None = None, name: str = "", on_event: OnEvent = ignore
+    ) -> None:
         quantize_inputs(skeleton, activations)
+        self._name = name
+        self._on_event = on_event
         self._skeleton = skeleton
         self._passed: Stream | None = None  # a text that has passed all blocks, its hidden states in main memory
         self.vocabulary = skeleton.vocabulary
@@ -72,8 +78,12 @@ class Streamed:
     def run(self, windows: Tensor) -> None:
         if self._passed is not None:  # the hidden states of another text go first
             self._passed.clear()
-        text = Text(windows, scoring.windows_per_batch(windows))
-        self._passed = run_through(self._skeleton, text, Storage(self._skeleton.device, Place.HOST))
+        text, storage = Text(windows, scoring.windows_per_batch(windows)), Storage(self._skeleton.device, Place.HOST)
+
+        def progress(block: Block) -> None:
+            self._on_event(Progress(f"evaluating {self._name}", block.index + 1, len(self._skeleton.blocks)))
+
+        self._passed = run_through(self._skeleton, text, storage, after=progress)
 
     def logits(self, together: int) -> Iterator[tuple[Tensor, Tensor]]:
         passed = self._passed
@@ -130,23 +140,27 @@ def open_source(
     remote_code: bool = False,
     like: Path | None = None,
     activations: InputScheme | None = None,
+    on_event: OnEvent = ignore,
 ) -> Source:
     """The model of a local checkpoint or .gguf file, read block by block if possible.
 
     dtype        the dtype in which it computes; default: that of the checkpoint (.gguf: bfloat16), float32 on a CPU
     like         the folder of the model from which a .gguf file was made, if known
     activations  how the inputs of its quantized layers are quantized
+    on_event     called after each block of each run
 
     Raises CheckpointError, FormatError, UnsupportedModelError.
     """
     if reader.is_file(folder):
         default = torch.float32 if device.type == "cpu" else torch.bfloat16
-        return Streamed(reader.open_skeleton(folder, device, dtype or default, like), activations)
+        skeleton = reader.open_skeleton(folder, device, dtype or default, like)
+        return Streamed(skeleton, activations, folder.name, on_event)
     checkpoint = Checkpoint.open(folder)
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else stored_dtype(checkpoint)
     try:
-        source = Streamed(open_skeleton(checkpoint, device, dtype, remote_code=remote_code), activations)
+        skeleton = open_skeleton(checkpoint, device, dtype, remote_code=remote_code)
+        source = Streamed(skeleton, activations, folder.name, on_event)
         source.note = not_applied(checkpoint, activations)
         return source
     except UnsupportedModelError as error:

@@ -40,9 +40,20 @@ def forward(skeleton: Skeleton, visit: Callable[[Block], None], *, ready: Ready 
 
 @torch.no_grad()
 def run_through(
-    skeleton: Skeleton, text: Text, storage: Storage, calls: RecordedCalls | None = None, *, ready: Ready = loaded
+    skeleton: Skeleton,
+    text: Text,
+    storage: Storage,
+    calls: RecordedCalls | None = None,
+    *,
+    ready: Ready = loaded,
+    after: Callable[[Block], None] = lambda block: None,
 ) -> Stream:
-    """Run a text through all blocks; `Stream.last` gives its last hidden states."""
+    """Run a text through all blocks, and call `after` behind each; `Stream.last` gives its last hidden states."""
     stream = Stream(skeleton, text, calls or RecordedCalls(skeleton), storage)
-    forward(skeleton, stream.past, ready=ready)
+
+    def visit(block: Block) -> None:
+        stream.past(block)
+        after(block)
+
+    forward(skeleton, visit, ready=ready)
     return stream

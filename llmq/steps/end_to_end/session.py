@@ -34,7 +34,6 @@ from llmq.model.passes.backward import Tape, backward
 from llmq.model.passes.forward import run_through
 from llmq.model.passes.hidden_states import HiddenStates, Storage
 from llmq.model.passes.streams import Text
-from llmq.report.events import Progress
 from llmq.report.record import TuningReport, TuningStep
 from llmq.steps.end_to_end import memory_plan
 from llmq.steps.end_to_end.tuned_blocks import TunedBlocks
@@ -150,9 +149,13 @@ class Session:
         if start:
             batch = self._text.batch if known is None else known.text.batch
             part = Text(self._text.tokens[:start], batch)
-            self._run.on_event(Progress("float predictions", 0, 1, "passes"))
-            with self._run.skeleton.float_inputs():
-                passed = run_through(self._run.skeleton, part, self._storage, self._calls)
+            skeleton = self._run.skeleton
+
+            def progress(block: Block) -> None:
+                self._run.on_event(Progress("float predictions", block.index + 1, len(skeleton.blocks)))
+
+            with skeleton.float_inputs():
+                passed = run_through(skeleton, part, self._storage, self._calls, after=progress)
             for batch_range in part.batches():
                 teacher.write(batch_range, passed.last(batch_range))
             passed.clear()
