@@ -1,8 +1,8 @@
 """The list of quantization settings: `QuantConfig` and its tables.
 
 Each setting is one field: its type, its default, and a description that `--help` shows. TOML keys, command-line flags,
-Python keywords and error messages are derived from the fields (`settings.py`, `cli/options.py`), so a new setting is
-one new field here. Nothing here imports torch, so `llmq --help` is fast.
+Python keywords and error messages are derived from the fields (`setting_fields.py`, `cli/options.py`), so a new
+setting is one new field here. Nothing here imports torch, so `llmq --help` is fast.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from llmq.methods import METHODS, Method
 from llmq.numerics.gguf_types import GGUF_GRIDS
 from llmq.numerics.scheme import BITS, GROUP_SIZES, GroupSize, WeightScheme
 from llmq.patterns import matches, require_pattern
-from llmq.settings import Setting, Settings, Strings
+from llmq.setting_fields import Setting, Settings, Strings
 
 CONVERTIBLE = formats.names()  # they share their quantized values
 FORMATS = (*CONVERTIBLE, *GGUF_GRIDS)

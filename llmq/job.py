@@ -1,7 +1,8 @@
 """From a model's name to a finished folder: everything around `pipeline.py`.
 
-Creating a `Job` checks the request (`plan.py`): it raises for every problem that can be detected before the long
-computation. `Job.run` quantizes the model, calls `on_event`, and fills in `Job.report`.
+Creating a `Job` checks the request (`plan.py`): it raises for every problem that is visible in the settings, the
+configuration and the headers of the checkpoint. `Job.run` then quantizes the model, calls `on_event`, and fills in
+`Job.report`. Texts are read and checked in `Job.run`, before the first block.
 """
 
 import dataclasses
@@ -29,9 +30,8 @@ from llmq.mixed_precision.sensitivity import Question
 from llmq.model.build.checkpoint_names import require_finite
 from llmq.model.passes.hidden_states import Storage
 from llmq.model.passes.recorded_calls import RecordedCalls
-from llmq.model.passes.sequential import Streams
 from llmq.model.passes.statistics import TokenWeights
-from llmq.model.passes.streams import Stream, Text
+from llmq.model.passes.streams import Stream, Streams, Text
 from llmq.numerics.scheme import WeightScheme
 from llmq.plan import Plan
 from llmq.report import record
@@ -39,7 +39,7 @@ from llmq.report.events import Event, OnEvent, ignore
 from llmq.report.record import BlockReport, Report, TuningReport
 from llmq.report.sensitivity import Sensitivity
 from llmq.run_text import RunText
-from llmq.settings import config_to, merged
+from llmq.setting_fields import config_to, merged
 from llmq.steps import output_layout, token_weights
 from llmq.steps.end_to_end.memory_plan import disk_bytes
 from llmq.steps.run import Run, TuningRun
@@ -227,7 +227,7 @@ class Job:
         return Streams(
             quantized=Stream(plan.skeleton, tokens, calls, storage, "quantized", to_the_end=head),
             floats=Stream(plan.skeleton, tokens, calls, storage, "float", to_the_end=tunes) if compares else None,
-            weights=self._token_weights(text, writer, calls, on_event),
+            token_weights=self._token_weights(text, writer, calls, on_event),
             tokens_per_input=method.expert_tokens,
             memory=memory.spare(plan.device),
         )

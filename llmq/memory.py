@@ -1,5 +1,10 @@
 """How much memory is free on the compute device, and the sizes that passes over a model plan with.
 
+With little free memory a run becomes slower, with the same result: hidden states move from the device to main memory
+and then to files (`model/passes/hidden_states.py`), forwards start again for each group (`model/passes/sequential.py`),
+end-to-end tuning keeps its state on disk (`steps/end_to_end/memory_plan.py`), and blocks are neither read ahead nor
+written in a thread.
+
 In a container or a batch system a process may use less memory than the machine has. psutil does not report this limit,
 and a process that exceeds the limit of its control group is killed without a message.
 """

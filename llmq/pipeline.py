@@ -1,23 +1,26 @@
 """Quantize a model, one block at a time. Read this page first.
 
-    checkpoint ──► skeleton ──► block ──► observe ──► transform ──► quantize ──► tune ──► pack ──► checkpoint
-                                  ▲                                                  │
-    calibration ──► hidden states ┴───────── of the next block (quantized weights) ◄─┘
+                                             for each group of layers that share an input
+                                            ┌─────────────────────────────────────────────┐
+    checkpoint ──► block ──► transform ──►  │ collect statistics ──► quantize ──► pack     │ ──► tune ──► commit
+                     ▲                      └─────────────────────────────────────────────┘              │
+    calibration ──► hidden states ◄───────────────────────── text advanced past the quantized block ◄────┘
 
 `quantize_model` is the whole run: every block, then the head, then tuning of all blocks together, then saving.
 `quantize_block` is the whole story of one block:
 
-    observe    run the calibration text and collect statistics of the inputs of each linear layer
-    transform  rewrite the float block into an equal one with less quantization error (scales, rotations)
-    quantize   group by group, in the order in which the block runs them; later groups see the quantized weights
-    tune       adjust all quantized weights of the block together, to lower the error of the block's output
-    pack       convert to the tensors of the file format, and commit the block
+    transform           rewrite the float block into an equal one with less quantization error (scales, rotations)
+    collect statistics  run the calibration text up to the group, and sum up its inputs (the Hessian)
+    quantize            round the weights to codes and scales; later groups get inputs from the quantized weights
+    pack                convert to the tensors of the file format
+    tune                adjust all quantized weights of the block together, and pack them again (`best` only)
+    commit              write the block to the output folder; an interrupted run continues after it
 
 Layers that share an input (q, k and v) are one group and share its statistics. The text goes through the blocks in two
 streams: `quantized` has the hidden states of the quantized model, `floats` those of the float model to compare with.
 
-Only one block is in memory, with its statistics and as many of its activations as fit. Block i is on disk before block
-i + 2 is started, so an interrupted run continues at the first missing block and produces the same bytes.
+One block is processed at a time, while the next one is read and the previous one is written. Block i is on disk before
+block i + 2 is started, so an interrupted run continues at the first missing block and produces the same bytes.
 
 Where to look: `model/passes/` runs the text through the blocks, `steps/` runs the stages on a model, `algorithms/` has
 their maths, `methods.py` says which stages a method consists of.
@@ -41,7 +44,7 @@ from llmq.report.record import BlockReport, LayerReport, StageGain
 from llmq.steps import block_tuning
 from llmq.steps.end_to_end import tune_end_to_end
 from llmq.steps.lm_head import quantize_head
-from llmq.steps.quantize_group import Rounded, round_group
+from llmq.steps.round_group import Rounded, round_group
 from llmq.steps.run import Run
 from llmq.steps.transforms import transform_block
 
@@ -73,7 +76,7 @@ class BlockResult:
 
 
 def quantize_block(run: Run, block: Block) -> None:
-    """observe → transform → quantize → tune → pack → commit, for one block whose float weights are loaded.
+    """Transform, quantize group by group, tune, and commit one block whose float weights are loaded.
 
     A block that an interrupted run committed is restored instead. In both cases the text is advanced past the block.
     """

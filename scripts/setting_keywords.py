@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from llmq.config import QuantConfig  # noqa: E402
-from llmq.settings import NamedSetting, Settings, settings_of  # noqa: E402
+from llmq.setting_fields import NamedSetting, Settings, settings_of  # noqa: E402
 
 PAGE = ROOT / "llmq" / "_keywords.py"
 HEAD = '''"""The settings of `llmq.quantize` as typed keywords, for type checkers and editors; None means not given.

@@ -14,9 +14,9 @@ from llmq.model.build.block import Block
 from llmq.model.build.skeleton import Skeleton
 from llmq.model.passes.hidden_states import Storage
 from llmq.model.passes.recorded_calls import RecordedCalls
-from llmq.model.passes.sequential import Sequential, Streams
+from llmq.model.passes.sequential import Sequential
 from llmq.model.passes.statistics import TokenWeights
-from llmq.model.passes.streams import Stream, Text
+from llmq.model.passes.streams import Stream, Streams, Text
 from llmq.numerics.input_stats import InputStats
 from llmq.numerics.layer_plan import LayerPlan
 from llmq.numerics.scheme import Scheme, WeightScheme
@@ -57,7 +57,7 @@ def streams_over(
     return Streams(
         quantized=Stream(skeleton, text, calls, storage, "quantized"),
         floats=Stream(skeleton, text, calls, storage, "float") if floats else None,
-        weights=weights,
+        token_weights=weights,
         tokens_per_input=tokens_per_input,
         memory=memory,
     )

@@ -20,7 +20,7 @@ from llmq.model.passes.hidden_states import Storage
 from llmq.model.passes.streams import Text
 from llmq.report.events import Event, OnEvent, ignore
 from llmq.report.record import BlockReport, LayerReport
-from llmq.settings import merged
+from llmq.setting_fields import merged
 
 WINDOWS: dict[str, Any] = {"samples": 4, "seqlen": 48}
 QUICK: dict[str, Any] = {"group_size": 16, "scales": "minmax", **WINDOWS}

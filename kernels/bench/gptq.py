@@ -27,8 +27,7 @@ from llmq.model.build.skeleton import Skeleton
 from llmq.model.passes.forward import forward
 from llmq.model.passes.hidden_states import Storage
 from llmq.model.passes.recorded_calls import RecordedCalls
-from llmq.model.passes.sequential import Streams
-from llmq.model.passes.streams import Stream, Text
+from llmq.model.passes.streams import Stream, Streams, Text
 from llmq.report.events import Event, OnEvent, ignore
 from llmq.report.record import BlockReport
 from llmq.steps import layer_plans
@@ -39,7 +38,7 @@ STEPS = (
     ("make weights", "llmq.model.build.block:Block.load"),
     ("forward", "llmq.model.build.block:Block.run"),
     ("hessian", "llmq.numerics.input_stats:InputStats.update"),
-    ("factorize", "llmq.steps.quantize_group:factorize"),
+    ("factorize", "llmq.steps.round_group:factorize"),
     ("search scales", "llmq.numerics.affine_grid:fit_searched"),
     ("round", "llmq.algorithms.gptq:compensate"),
     ("compare with nearest", "llmq.algorithms.gptq:without_worse_rows"),

@@ -9,6 +9,10 @@ Engines do not recognize a folder without config.json as a model, so a half-move
 assembled by copying bytes from file to file: memory does not depend on its size. Until the staging folder is deleted,
 the blocks are on disk twice.
 
+An interrupted run is continued only by an equal one: the same source, settings, text, stages, kind of device, and
+versions of llmq and torch (`Job._open_writer`). Any other is refused, and discarded with `--overwrite`, because the
+bytes would differ.
+
 A block is written in a thread while the next block is computed. The write is finished before the next block is written,
 and before any other read or write, so blocks are committed in order.
 

@@ -10,7 +10,7 @@ from rich.markup import escape
 from typer import Argument, Option
 
 from llmq.config import QuantConfig
-from llmq.settings import NamedSetting, merged, read_toml, settings_of
+from llmq.setting_fields import NamedSetting, merged, read_toml, settings_of
 
 GENERAL = "General"
 

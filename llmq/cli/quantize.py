@@ -12,7 +12,7 @@ from llmq.cli.verify import print_findings, print_serving
 from llmq.config import QuantConfig
 from llmq.errors import Interrupted, LlmqError
 from llmq.report.record import OUTSIDE_THE_BLOCKS, experts_summary
-from llmq.settings import config_to
+from llmq.setting_fields import config_to
 
 if TYPE_CHECKING:
     from llmq.job import Job

@@ -3,8 +3,8 @@
 Let X̂ (T, K) be the recorded inputs.  H = X̂ᵀX̂ / T is their second moment: the Hessian of the layer's squared output
 error, up to a factor.  mean|x| is the magnitude of each channel.  Where the inputs X (T, K) of the float model for the
 same tokens are known too, D = X - X̂ is the change by the quantized layers before, and `algorithms/target.py` and
-`algorithms/guard.py` use C = DᵀX̂ / T and DᵀD / T.  All are sums over tokens, so batches can be added one by one.  A
-token with a weight γ counts γ times.
+`algorithms/validation_loss.py` use C = DᵀX̂ / T and DᵀD / T.  All are sums over tokens, so batches can be added one by
+one.  A token with a weight γ counts γ times.
 
 Only the part above the diagonal is added up; it is mirrored when H is needed.  On a GPU inputs in half precision are
 multiplied without conversion to float32.

@@ -22,10 +22,10 @@ from llmq.methods import Tuning
 from llmq.model.build.block import Block
 from llmq.model.build.skeleton import Skeleton
 from llmq.model.passes.backward import differentiable
-from llmq.model.passes.sequential import Streams
+from llmq.model.passes.streams import Streams
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.steps.kl_loss import kl_loss
-from llmq.steps.quantize_group import Rounded
+from llmq.steps.round_group import Rounded
 
 
 def tune(skeleton: Skeleton, streams: Streams, block: Block, layers: Mapping[str, Rounded], tuning: Tuning) -> Tuned:

@@ -12,7 +12,7 @@ from llmq.model.passes.streams import Stream
 from llmq.numerics.input_stats import InputStats
 from llmq.report.layer_metrics import layer_report
 from llmq.report.record import BlockReport
-from llmq.steps.quantize_group import round_group
+from llmq.steps.round_group import round_group
 from llmq.steps.run import Run
 
 

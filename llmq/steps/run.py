@@ -12,8 +12,7 @@ from llmq.formats.base import Layout, Reader
 from llmq.methods import Method
 from llmq.model.build.skeleton import Skeleton
 from llmq.model.passes.recorded_calls import RecordedCalls
-from llmq.model.passes.sequential import Streams
-from llmq.model.passes.streams import Text
+from llmq.model.passes.streams import Streams, Text
 from llmq.numerics.layer_plan import LayerPlan
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.report.events import OnEvent, ignore

@@ -18,11 +18,11 @@ from llmq.model.analyse import fold, input_groups
 from llmq.model.analyse.fold import FoldSite
 from llmq.model.analyse.input_groups import InputGroup
 from llmq.model.build.block import Block, Call
-from llmq.model.passes.sequential import Streams
+from llmq.model.passes.streams import Streams
 from llmq.numerics.block_diagonal import columns, inverse
 from llmq.numerics.input_stats import InputStats
 from llmq.report.record import StageGain
-from llmq.steps.quantize_group import Rounded, round_group
+from llmq.steps.round_group import Rounded, round_group
 from llmq.steps.run import Run
 
 LOSS_TOKENS = 1024  # to choose a basis and to check a rewrite

@@ -92,7 +92,7 @@ def test_floats_of_four_bits_run_dequantized(
     packed, floats = foreign.replaced(checkpoint("llama"), tmp_path, floats_of_four_bits(kind), pack)
     with caplog.at_level(logging.WARNING):
         model = check(packed, floats)
-    assert f"21 weights are stored as {kind}-pack-quantized, which llmq has no kernel for" in caplog.text
+    assert f"21 weights are stored as {kind}-pack-quantized, for which llmq has no kernel" in caplog.text
     assert "the checkpoint declares quantized activations, which llmq does not apply" in caplog.text
     assert not any(isinstance(module, PackedLinear) for module in model.modules())
     layer = next(layer for layer in inspect(packed).layers if layer.name == "model.layers.0.mlp.down_proj")

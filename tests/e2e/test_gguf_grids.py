@@ -15,7 +15,7 @@ from tests.runs import stop_in_block, tensors_of
 
 pytest.importorskip("gguf")
 from llmq.gguf.reader import Container, Weights
-from llmq.settings import merged
+from llmq.setting_fields import merged
 
 Checkpoints = Callable[..., Path]
 TUNED = Method(

@@ -17,9 +17,10 @@ from llmq.job import Job
 from llmq.methods import METHODS, Method
 from llmq.model.analyse.input_groups import InputGroup
 from llmq.model.build.block import Block
-from llmq.model.passes.sequential import Sequential, Streams
+from llmq.model.passes.sequential import Sequential
+from llmq.model.passes.streams import Streams
 from llmq.report.record import BlockReport
-from llmq.settings import merged
+from llmq.setting_fields import merged
 from tests import builders
 from tests.builders import skeleton_of
 from tests.runs import float_equivalent, float_model, logits, quantize, relative, tensors_of, windows_of

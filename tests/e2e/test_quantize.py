@@ -19,7 +19,7 @@ from llmq.methods import METHODS, Method
 from llmq.model.analyse import input_groups
 from llmq.runtime.fused_linear import FusedLinear
 from llmq.runtime.packed_linear import PackedLinear
-from llmq.settings import config_to, merged
+from llmq.setting_fields import config_to, merged
 from tests.builders import change_json
 from tests.runs import (
     QUICK,

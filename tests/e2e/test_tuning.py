@@ -20,7 +20,7 @@ from llmq.job import Job
 from llmq.methods import Method, Tuning
 from llmq.report.events import Event
 from llmq.report.record import BlockReport, Report, StageGain, TuningStep
-from llmq.settings import merged
+from llmq.setting_fields import merged
 from llmq.steps.end_to_end import session, tuned_blocks
 from llmq.steps.end_to_end.session import Session
 from llmq.steps.end_to_end.tuned_blocks import _transformed

@@ -35,7 +35,7 @@ from llmq.config import QuantConfig
 from llmq.job import Job
 from llmq.methods import Method, Tuning
 from llmq.report.record import TuningStep
-from llmq.settings import merged
+from llmq.setting_fields import merged
 from llmq.steps.end_to_end import session
 torch.set_num_threads(1)  # every thread has a stack and an arena that count against the limit
 tiny, model, out, text, steps, allowed, end = *sys.argv[1:5], *map(int, sys.argv[5:8])

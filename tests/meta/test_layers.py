@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # the layer in KEPT_APART import none of their neighbours, so that each can be read, tested and replaced alone.
 LAYERS = (
     ("errors", "memory", "checkpoint", "_version"),
-    ("numerics", "methods", "patterns", "settings"),
+    ("numerics", "methods", "patterns", "setting_fields"),
     ("algorithms", "formats", "model"),
     ("config", "_keywords"),
     ("runtime", "calibration", "report", "gguf"),

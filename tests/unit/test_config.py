@@ -20,7 +20,7 @@ from llmq.config import Calibration, Override, QuantConfig, parse_group_size, pa
 from llmq.errors import ConfigError
 from llmq.numerics.scheme import WeightScheme
 from llmq.patterns import matches
-from llmq.settings import config_to, merged, read_toml, settings_of
+from llmq.setting_fields import config_to, merged, read_toml, settings_of
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -6,10 +6,10 @@ change any more, so their outputs are final and were kept. Only the block's code
 the residual, products of activations. So every matrix product is computed once, and the results are those of one plain
 forward, bit for bit.
 
-A batch may take another way through the block, past layers that are still open. What follows such a layer is not kept.
-A module whose output was changed in place after it returned, or which changes its input, is run again, because its side
-effects are part of the forward. If there is no memory for the outputs, `remember=False` runs everything again each
-time, with the same bits.
+A batch may take another way through the block, past layers that are not quantized yet. What follows such a layer is
+not kept. A module whose output was changed in place after it returned, or which changes its input, is run again,
+because its side effects are part of the forward. If there is no memory for the outputs, `remember=False` runs
+everything again each time, with the same bits.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -48,17 +48,17 @@ class _Finished:
 class Replay:
     """The forwards of one block, by keys that the caller chooses; a context in which they can be continued.
 
-    open  layers whose weights still change, until `settle`; modules that contain one are always run again
+    unquantized  layers whose weights still change, until `settle`; modules that contain one are always run again
     """
 
-    def __init__(self, block: Block, *, remember: bool, open: Iterable[nn.Module] = ()) -> None:
+    def __init__(self, block: Block, *, remember: bool, unquantized: Iterable[nn.Module] = ()) -> None:
         self._block = block
         self._remember = remember
-        self._open = set(open)
+        self._unquantized = set(unquantized)
         self._finished: dict[Hashable, list[_Finished]] = {}  # per forward, its outermost finished calls, in order
         self._log: list[_Finished] | None = None  # those of the forward that is running
         self._next = 0  # the position in the log
-        self._preliminary = False  # whether it has run an open layer, so that all that follows will change
+        self._preliminary = False  # whether it has run such a layer, so that all that follows will change
         self._replaced: list[nn.Module] = []
 
     def __enter__(self) -> "Replay":
@@ -77,7 +77,7 @@ class Replay:
 
     def settle(self, layers: Iterable[nn.Module]) -> None:
         """The weights of these layers do not change any more."""
-        self._open.difference_update(layers)
+        self._unquantized.difference_update(layers)
 
     def run_to(self, key: Hashable, call: Call, module: nn.Module) -> Arrival | None:
         """The input of `module` when the block is run on `call`; None if the module is not run."""
@@ -120,7 +120,7 @@ class Replay:
             inputs = (args, tuple(kwargs.values()))
             before = _versions(inputs)
             output = forward(*args, **kwargs)
-            self._preliminary |= not self._open.isdisjoint(module.modules())
+            self._preliminary |= not self._unquantized.isdisjoint(module.modules())
             if before == _versions(inputs) and not self._preliminary:  # replaces the calls inside of this one
                 log[start:] = [_Finished(module, output, _versions(output))]
                 self._next = start + 1

@@ -14,90 +14,21 @@ states of the float model, and with the parameters of the block before it was qu
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 from llmq import memory
 from llmq.model.analyse.input_groups import InputGroup
 from llmq.model.build.block import Block, Call
 from llmq.model.passes.replay import Arrival, Replay, tensors_in
-from llmq.model.passes.statistics import Arrived, Stop, Summation, TokenWeights, stops_of
-from llmq.model.passes.streams import Stream, Text
+from llmq.model.passes.statistics import Arrived, Stop, Summation, stops_of
+from llmq.model.passes.streams import Stream, Streams
 from llmq.numerics.input_stats import InputStats
 
 SOLVER_BYTES = 24  # per entry of a Hessian: its sum, the mean, the factor in float64, the factor in float32
 GRAM_BYTES = 4  # of these, the sum
 CROSS_BYTES = 12  # added by the float stream: a sum, its mean, a product with it
 VALIDATION_BYTES = 24  # added by validation statistics: three sums, and the mean of one of them at a time
-REPEATED = (
-    "{blocks} blocks took about twice the time, because the activations of the whole text did not fit into memory and "
-    "were computed again"
-)
 
 Quantize = Callable[[InputGroup, InputStats], None]
-
-
-@dataclass
-class Streams:
-    """The calibration text on its way through the blocks.
-
-    quantized         the hidden states of the quantized model
-    floats            the hidden states of the float model; None if no stage compares the two
-    weights           the weight of each token in the statistics of a group
-    tokens_per_input  minimum number of tokens in the statistics of an expert, per input of its layers
-    memory            free bytes. Activations may use what blocks and solver leave of it, to avoid repeated work
-    repeated          number of blocks whose activations did not fit
-    """
-
-    quantized: Stream
-    floats: Stream | None = None
-    weights: TokenWeights | None = None
-    tokens_per_input: float = 0.0
-    memory: int = 0
-    repeated: int = 0
-
-    @property
-    def text(self) -> Text:
-        return self.quantized.text
-
-    @property
-    def notes(self) -> list[str]:
-        """Notes for the user."""
-        return [REPEATED.format(blocks=self.repeated)] if self.repeated else []
-
-    def enter(self, block: Block) -> None:
-        """Must be called when `block` is loaded, before it is changed: keeps its float weights if they are needed."""
-        if self.floats is not None:
-            block.keep_originals()
-
-    def transformed(self, block: Block) -> None:
-        """Must be called when `block` was rewritten into an equal one, whose weights are the originals from now on.
-
-        The two are equal except for rounding errors, so the float stream continues with the output of the block before
-        the rewrite: a resumed run can only read that block, and must produce the same bytes.
-        """
-        if self.floats is not None:
-            self.floats.keep_inputs()
-            with block.originals():
-                self.floats.run(block)
-            block.keep_originals()
-
-    def run_floats(self, block: Block) -> None:
-        """Run the float stream through the float `block`, if this has not happened yet."""
-        if self.floats is not None and not self.floats.has_outputs:
-            with block.originals():
-                self.floats.run(block)
-
-    def advance(self) -> None:
-        """Move to the next block, with the outputs of this one."""
-        self.quantized.advance()
-        if self.floats is not None:
-            self.floats.advance()
-
-    def past(self, block: Block) -> None:
-        """Run a block whose weights are final, and move to the next one."""
-        self.run_floats(block)
-        self.quantized.run(block)
-        self.advance()
 
 
 class Sequential:
@@ -113,13 +44,15 @@ class Sequential:
             self._streams_with_weights.append((streams.floats, block.originals))
         text = streams.text
         fitted = text.fitted_batches if text.validation else None
-        self._sums = Summation(block, fitted=fitted, weights=streams.weights, tokens_per_input=streams.tokens_per_input)
+        self._sums = Summation(
+            block, fitted=fitted, weights=streams.token_weights, tokens_per_input=streams.tokens_per_input
+        )
         free = _free_bytes(block, groups, streams)
         self.remembers = _fits(block, self._stops, streams, free)
         streams.repeated += not self.remembers
         self._at_once = 1 + max(0, free) // max(1, _sums_bytes(groups, streams))
-        open_layers = [block.linears[path] for group in groups for path in group.names]
-        self._replay = Replay(block, remember=self.remembers, open=open_layers)
+        unquantized = [block.linears[path] for group in groups for path in group.names]
+        self._replay = Replay(block, remember=self.remembers, unquantized=unquantized)
 
     def __enter__(self) -> "Sequential":
         self._replay.__enter__()

@@ -15,6 +15,12 @@ from llmq.model.build.block import Block, Call
 from llmq.model.build.skeleton import Skeleton
 from llmq.model.passes.hidden_states import HiddenStates, Storage
 from llmq.model.passes.recorded_calls import RecordedCalls
+from llmq.model.passes.statistics import TokenWeights
+
+REPEATED = (
+    "{blocks} blocks took about twice the time, because the activations of the whole text did not fit into memory and "
+    "were computed again"
+)
 
 
 @dataclass(frozen=True)
@@ -173,3 +179,67 @@ class Stream:
         self._states.clear()
         if self._next is not None:
             self._next.clear()
+
+
+@dataclass
+class Streams:
+    """The calibration text on its way through the blocks.
+
+    quantized         the hidden states of the quantized model
+    floats            the hidden states of the float model; None if no stage compares the two
+    token_weights     the weight of each token in the statistics of a group
+    tokens_per_input  minimum number of tokens in the statistics of an expert, per input of its layers
+    memory            free bytes. Activations may use what blocks and solver leave of it, to avoid repeated work
+    repeated          number of blocks whose activations did not fit
+    """
+
+    quantized: Stream
+    floats: Stream | None = None
+    token_weights: TokenWeights | None = None
+    tokens_per_input: float = 0.0
+    memory: int = 0
+    repeated: int = 0
+
+    @property
+    def text(self) -> Text:
+        return self.quantized.text
+
+    @property
+    def notes(self) -> list[str]:
+        """Notes for the user."""
+        return [REPEATED.format(blocks=self.repeated)] if self.repeated else []
+
+    def enter(self, block: Block) -> None:
+        """Must be called when `block` is loaded, before it is changed: keeps its float weights if they are needed."""
+        if self.floats is not None:
+            block.keep_originals()
+
+    def transformed(self, block: Block) -> None:
+        """Must be called when `block` was rewritten into an equal one, whose weights are the originals from now on.
+
+        The two are equal except for rounding errors, so the float stream continues with the output of the block before
+        the rewrite: a resumed run can only read that block, and must produce the same bytes.
+        """
+        if self.floats is not None:
+            self.floats.keep_inputs()
+            with block.originals():
+                self.floats.run(block)
+            block.keep_originals()
+
+    def run_floats(self, block: Block) -> None:
+        """Run the float stream through the float `block`, if this has not happened yet."""
+        if self.floats is not None and not self.floats.has_outputs:
+            with block.originals():
+                self.floats.run(block)
+
+    def advance(self) -> None:
+        """Move to the next block, with the outputs of this one."""
+        self.quantized.advance()
+        if self.floats is not None:
+            self.floats.advance()
+
+    def past(self, block: Block) -> None:
+        """Run a block whose weights are final, and move to the next one."""
+        self.run_floats(block)
+        self.quantized.run(block)
+        self.advance()

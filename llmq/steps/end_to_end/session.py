@@ -34,6 +34,7 @@ from llmq.model.passes.backward import Tape, backward
 from llmq.model.passes.forward import run_through
 from llmq.model.passes.hidden_states import HiddenStates, Storage
 from llmq.model.passes.streams import Text
+from llmq.report.events import Progress
 from llmq.report.record import TuningReport, TuningStep
 from llmq.steps.end_to_end import memory_plan
 from llmq.steps.end_to_end.tuned_blocks import TunedBlocks

@@ -15,7 +15,7 @@ from llmq.numerics import affine_grid
 from llmq.numerics.input_stats import InputStats
 from llmq.numerics.quantized_tensor import QuantizedTensor, Superblocks
 from llmq.numerics.scheme import WeightScheme
-from llmq.steps.quantize_group import round_group
+from llmq.steps.round_group import round_group
 from tests.unit.algorithms.test_gptq import check_static
 
 TWO_LEVEL = ("q4_k", "q5_k", "q6_k")

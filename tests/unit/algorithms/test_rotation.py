@@ -18,7 +18,7 @@ from llmq.model.build.block import Block
 from llmq.numerics.block_diagonal import columns, inverse, repeated, rows, scaling
 from llmq.numerics.input_stats import InputStats
 from llmq.numerics.scheme import WeightScheme
-from llmq.settings import config_to, merged
+from llmq.setting_fields import config_to, merged
 from llmq.steps.transforms import BlockTransforms
 from tests.builders import skeleton_of, tokens
 from tests.passes import plans_of, run_without_output, streams_over

@@ -9,7 +9,7 @@ from llmq.errors import ConfigError
 from llmq.mixed_precision import assign
 from llmq.numerics.scheme import WeightScheme
 from llmq.report.sensitivity import Effect, Sensitivity, Unit
-from llmq.settings import config_to
+from llmq.setting_fields import config_to
 
 SCHEMES = assign.schemes_to_try(WeightScheme())
 SHAPES = {f"x.{name}": (name, 256, 256) for name in ("a.q", "a.k", "b.down")}

@@ -12,7 +12,7 @@ from llmq.model.analyse import fold, input_groups
 from llmq.model.analyse.fold import FoldSite
 from llmq.model.analyse.input_groups import InputGroup
 from llmq.model.build.block import Block
-from llmq.model.passes.sequential import Streams
+from llmq.model.passes.streams import Streams
 from llmq.numerics.block_diagonal import scaling
 from llmq.numerics.scheme import WeightScheme
 from llmq.steps.transforms import BlockTransforms, Observed

@@ -224,7 +224,7 @@ def walk(block: Block, calls: list[Call], *, remember: bool) -> tuple[list[list[
     """
     arrived: list[list[Tensor | None]] = []
     layers = in_order(block)
-    with Replay(block, remember=remember, open=layers) as replay:
+    with Replay(block, remember=remember, unquantized=layers) as replay:
         for linear in layers:
             row = [replay.run_to(number, call, linear) for number, call in enumerate(calls)]
             arrived.append([None if inputs is None else inputs.clone() for inputs in row])

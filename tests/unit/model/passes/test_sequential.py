@@ -13,9 +13,10 @@ from llmq.model.analyse import input_groups
 from llmq.model.build.block import Block, Call
 from llmq.model.build.skeleton import Skeleton
 from llmq.model.passes.hidden_states import Place, Storage
-from llmq.model.passes.sequential import REPEATED as REPEATED_NOTE
-from llmq.model.passes.sequential import Sequential, Streams, kept_bytes
+from llmq.model.passes.sequential import Sequential, kept_bytes
 from llmq.model.passes.statistics import stops_of
+from llmq.model.passes.streams import REPEATED as REPEATED_NOTE
+from llmq.model.passes.streams import Streams
 from llmq.numerics.input_stats import InputStats
 from tests.builders import skeleton_in_memory, skeleton_of, tokens
 from tests.passes import REMEMBERED, REPEATED, Stack, halve, run_block, states_of, stream_over, streams_over

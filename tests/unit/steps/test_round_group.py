@@ -9,12 +9,12 @@ from torch import Tensor
 from llmq import algorithms
 from llmq.algorithms import Options, descent, gptq, output_error, refit
 from llmq.algorithms.factor import factorize
-from llmq.algorithms.guard import validation_loss
+from llmq.algorithms.validation_loss import validation_loss
 from llmq.methods import Method
 from llmq.numerics.input_stats import InputStats
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import WeightScheme
-from llmq.steps.quantize_group import Rounded, round_group
+from llmq.steps.round_group import Rounded, round_group
 
 K = 32
 SCHEME, OTHER = WeightScheme(3, 16), WeightScheme(4, 16)

@@ -18,7 +18,7 @@ from torch import Tensor
 from llmq import algorithms
 from llmq.algorithms import Options, Rounding, target
 from llmq.algorithms.factor import Factor, factorize
-from llmq.algorithms.guard import validation_loss
+from llmq.algorithms.validation_loss import validation_loss
 from llmq.methods import Method
 from llmq.numerics.input_stats import InputStats
 from llmq.numerics.quantized_tensor import QuantizedTensor, where

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmq.algorithms.guard import validation_loss
+from llmq.algorithms.validation_loss import validation_loss
 from llmq.numerics.input_stats import InputStats
 
 T, K, N = 50, 8, 4
