@@ -43,7 +43,8 @@ VERSIONS = (
 def spare(device: torch.device) -> int:
     """Free bytes in the memory of `device`."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch can use it again
+        return torch.cuda.mem_get_info(device)[0] + cached
     available = int(psutil.virtual_memory().available)
     return max(0, min(available, *_left_of_address_space(), *left_of_groups(CGROUPS)))
 

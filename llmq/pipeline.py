@@ -134,6 +134,7 @@ def tune_and_advance(run: Run, block: Block, result: BlockResult, forwards: Sequ
     if streams.floats is not None:
         forwards.finish(streams.floats)
     if tuning is not None and result.layers and streams.text.validation:  # validation text shows whether it helps
+        forwards.forget()  # tuning runs the block from its inputs, and needs the memory
         tuned = block_tuning.tune(run.skeleton, streams, block, result.layers, tuning)
         for path, quantized in tuned.weights.items():
             result.tensors |= run.pack(path, quantized)

@@ -39,13 +39,13 @@ locked() {
     fi
 }
 
-# install NAME LOCK ARGUMENTS…: pip install with the versions in tests/locked/LOCK.txt, if pyproject.toml or the lock has
-# changed since the last time.
+# install NAME LOCK ARGUMENTS…: pip install with the versions in tests/locked/LOCK.txt, if pyproject.toml, the lock or
+# the arguments have changed since the last time.
 install() {
     local stamp=$environment/.installed-$1 wanted=$environment/.wanted versions=$environment/.locked-$1.txt
     locked "$2" >"$versions"
-    cat "$root/pyproject.toml" "$versions" >"$wanted"
     shift 2
+    { cat "$root/pyproject.toml" "$versions" && printf '%s\n' "$@"; } >"$wanted"
     if [ -f "$stamp" ] && cmp -s "$stamp" "$wanted"; then
         return
     fi

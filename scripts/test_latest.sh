@@ -5,6 +5,10 @@
 set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export LLMQ_LOCKED=0 LLMQ_ENVIRONMENT=${LLMQ_ENVIRONMENT:-$root/.venv-latest}
+if [ -e "$LLMQ_ENVIRONMENT" ] && [ ! -e "$LLMQ_ENVIRONMENT/pyvenv.cfg" ]; then
+    echo "error: $LLMQ_ENVIRONMENT is not a virtual environment; it would be deleted" >&2
+    exit 2
+fi
 rm -rf "$LLMQ_ENVIRONMENT" "$LLMQ_ENVIRONMENT-interop" "$LLMQ_ENVIRONMENT-triton36"
 status=0
 bash "$root/scripts/test.sh" || status=$?

@@ -8,6 +8,7 @@
         final/              the model while it is assembled
         scratch/            an intermediate model from which the model in final/ is made
         activations/        hidden states of the calibration text that do not fit into memory
+        self.json           text that the model generated (see calibration/cache.py)
         moving.json         the files of final/ that may already be in OUT; written before the first file is moved
 
 The staging folder is inside OUT because OUT may be a mount point, and a rename is atomic only within a file system.
@@ -101,6 +102,11 @@ class Staging:
         """The size of the folder and of the files moved out of it, in bytes."""
         files = [*self.folder.rglob("*"), *(self.out / name for name in self.moved())]
         return sum(file.stat().st_size for file in files if file.is_file())
+
+    def has_text(self) -> bool:
+        """Whether there is text that the model generated, which may have taken hours."""
+        files = {file for file in self.folder.glob("*.json") if not file.stem.isdecimal()}
+        return self._identity.exists() and bool(files - {self._identity, self._moving})
 
     def blocks(self) -> list[int]:
         """The committed blocks, in order."""

@@ -137,10 +137,11 @@ class Writer:
         """Wait until every committed block is on disk. Raises StorageError if the last one could not be written."""
         if self._pending is not None:
             index, writing = self._pending
+            wait([writing])  # an interrupt here leaves the block pending, so that `abandon` waits for it
             self._pending = None
-            self._committed.discard(index)
+            if writing.exception() is not None:
+                self._committed.discard(index)
             writing.result()
-            self._committed.add(index)
 
     def _write(self, index: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         with storing(self._staging.folder):
@@ -218,10 +219,12 @@ class Writer:
         if self._pending is not None:
             index, writing = self._pending
             wait([writing])
-            if writing.exception() is not None:  # an earlier error ended the run, and is reported
+            if writing.exception() is None:
+                self._committed.add(index)
+            else:  # an earlier error ended the run, and is reported
                 self._committed.discard(index)
             self._pending = None
-        if self._committed:
+        if self._committed or self._staging.has_text():
             return True
         with storing(self.folder):
             created = self._staging.created_out

@@ -24,6 +24,7 @@ class ProgressDisplay:
         self._blocks = 0
         self._console = messages()
         self._tasks: dict[str, TaskID] = {}
+        self._last_line: dict[str, int] = {}  # by stage, the amount done in the last printed line
         self._bars = Bars(
             TextColumn("{task.fields[stage]}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[unit]}"),
             TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.description}"),
@@ -44,7 +45,10 @@ class ProgressDisplay:
             print_notes(event.notes, self._bars.console)
         elif isinstance(event, Progress):
             line = f"{event.stage} {event.done}/{event.total} {event.unit}  {event.detail}".rstrip()
-            sparse = event.done % max(1, event.total // LINES) == 0 or event.done == event.total
+            last = self._last_line.get(event.stage, 0)
+            sparse = event.done == event.total or event.done < last or event.done - last >= event.total / LINES
+            if sparse:
+                self._last_line[event.stage] = event.done
             self._show(event.stage, event.done, event.total, event.unit, event.detail, line if sparse else None)
         elif isinstance(event, BlockReport):
             self._blocks += 1
@@ -68,7 +72,7 @@ class ProgressDisplay:
         if stage not in self._tasks:
             self._tasks[stage] = self._bars.add_task("", total=total, stage=stage, unit=unit)
         changed = {} if detail is None else {"description": detail}
-        self._bars.update(self._tasks[stage], completed=done, **changed)  # type: ignore[arg-type]
+        self._bars.update(self._tasks[stage], completed=done, total=total, **changed)  # type: ignore[arg-type]
 
 
 def outcome(block: BlockReport) -> str:

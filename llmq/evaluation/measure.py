@@ -149,7 +149,14 @@ def measure_many(
     if base is not None:
         runs = _run_compared(first, folders, opened, windows)
     else:
-        runs = [_run_alone(first, windows)] + [_run_alone(opened(folder), windows) for folder in folders[1:]]
+        runs, vocabulary = [_run_alone(first, windows)], first.vocabulary
+        del first
+        for folder in folders[1:]:
+            gc.collect()  # before the next one is opened: modules and their hooks are reference cycles
+            model = opened(folder)
+            _require_vocabulary(model, vocabulary)
+            runs.append(_run_alone(model, windows))
+            del model
     sizes = {name: len(part) for name, part in by_text.items()}
     original_size = None if original is None else size_of(str(original))
     return [
@@ -216,17 +223,20 @@ def _run_compared(
         original.run(part)
         for folder, model_scores, model_notes in zip(folders, scores, notes_by_model, strict=True):
             model = opened(folder)
-            if model.vocabulary != original.vocabulary:
-                raise UnsupportedModelError(
-                    f"the models have vocabularies of {model.vocabulary} and {original.vocabulary} tokens, expected "
-                    "the same",
-                    hint="compare a model with the model from which it was made",
-                )
+            _require_vocabulary(model, original.vocabulary)
             model_scores += _scores(model, part, original)
             model_notes.update(dict.fromkeys(filter(None, [model.note])))
             del model
             gc.collect()  # before the next one is opened: modules and their hooks are reference cycles
     return [_Run(Scores.joined(batches), tuple(notes)) for batches, notes in zip(scores, notes_by_model, strict=True)]
+
+
+def _require_vocabulary(model: Source, expected: int) -> None:
+    if model.vocabulary != expected:
+        raise UnsupportedModelError(
+            f"the models have vocabularies of {model.vocabulary} and {expected} tokens, expected the same",
+            hint="compare models that were made from the same model",
+        )
 
 
 def _scores(model: Source, windows: Tensor, original: Source | None = None) -> Iterator[Scores]:

@@ -15,8 +15,10 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from llmq import __version__
+from llmq.cli.progress import ProgressDisplay
 from llmq.config import QuantConfig
 from llmq.numerics.scheme import WeightScheme
+from llmq.report.events import Progress
 from tests import builders
 from tests.command_line import ROOT, environment, llmq, llmq_process
 
@@ -76,6 +78,24 @@ def test_a_terminal_gets_a_bar_with_the_loss_of_the_layer_just_done(
     assert "2/2" in screen.getvalue()
     assert re.search(r"model\.layers\.1\.mlp\.down_proj  error \d+\.\d\d%", screen.getvalue())
     assert "block 1/2" not in done.stderr
+
+
+def test_a_stage_that_comes_twice_has_the_total_of_the_second_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmq.cli.progress.messages", lambda: Console(file=io.StringIO(), force_terminal=True))
+    display = ProgressDisplay()
+    display(Progress("text written by the model", 100, 100, "tokens"))
+    display(Progress("text written by the model", 150, 300, "tokens"))
+    (task,) = display._bars.tasks
+    assert (task.completed, task.total) == (150, 300)
+
+
+def test_lines_come_also_where_progress_jumps(capsys: pytest.CaptureFixture[str]) -> None:
+    display = ProgressDisplay()
+    for done in range(7, 1000, 7):
+        display(Progress("float model", done, 1000, "tokens"))
+    display(Progress("float model", 1000, 1000, "tokens"))
+    lines = capsys.readouterr().err.splitlines()
+    assert 15 <= len(lines) <= 21 and lines[-1].startswith("float model 1000/1000")
 
 
 def test_quantize_as_json(model: Path, calibration: tuple[str | Path, ...], tmp_path: Path) -> None:

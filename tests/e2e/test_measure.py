@@ -15,7 +15,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 import llmq
 from llmq import memory
-from llmq.errors import QualityError
+from llmq.errors import QualityError, UnsupportedModelError
 from llmq.evaluation import streaming
 from llmq.evaluation.measure import measure, measure_many, require
 from llmq.evaluation.scoring import Evaluation, read_windows, score, summary
@@ -166,6 +166,16 @@ def test_one_model_at_a_time_is_in_memory(
     monkeypatch.setattr("llmq.evaluation.streaming.open_skeleton", watched)
     measure_many(llama, [packed, packed, packed], text, **SIZE)
     assert len(opened) == 4
+
+
+@pytest.mark.parametrize("vocabulary", [128, 300])
+def test_models_with_other_vocabularies_are_refused(llama: Path, text: Path, tmp_path: Path, vocabulary: int) -> None:
+    """They would be measured on the tokens of the first model's tokenizer."""
+    other = tmp_path / "other"
+    builders.save_model(other, builders.causal_model(builders.llama(vocab_size=vocabulary)))
+    for original, models in ((llama, [other]), (None, [llama, other])):
+        with pytest.raises(UnsupportedModelError, match=f"vocabularies of {vocabulary} and"):
+            measure_many(original, models, text, **SIZE)
 
 
 def test_each_text_has_its_figures_and_all_have_a_total(

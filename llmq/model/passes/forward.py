@@ -22,8 +22,8 @@ Ready = Callable[[Block], AbstractContextManager[None]]
 @contextmanager
 def loaded(block: Block) -> Iterator[None]:
     """While open, a block has the weights of the checkpoint."""
-    block.load()
     try:
+        block.load()
         yield
     finally:
         block.free()

@@ -49,6 +49,12 @@ class Storage:
             return cls(device, Place.HOST, folder)
         return cls(device, Place.FILE, folder)
 
+    def uses(self, memory_of: torch.device) -> bool:
+        """Whether hidden states are kept in the memory of this device."""
+        if memory_of.type == HOST.type:
+            return self.place is Place.HOST or (self.place is Place.DEVICE and self.device.type == HOST.type)
+        return self.place is Place.DEVICE
+
 
 class HiddenStates:
     """(…, S, T, D): the hidden states of S sequences, written and read by the numbers of the sequences.

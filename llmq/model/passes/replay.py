@@ -71,9 +71,13 @@ class Replay:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._finished = {}
+        self.forget()
         for module in self._replaced:
             del module.forward  # makes the forward of the class visible again
+
+    def forget(self) -> None:
+        """Free what the forwards have kept."""
+        self._finished = {}
 
     def settle(self, layers: Iterable[nn.Module]) -> None:
         """The weights of these layers do not change any more."""

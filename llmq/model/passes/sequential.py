@@ -61,6 +61,10 @@ class Sequential:
     def __exit__(self, *error: object) -> None:
         self._replay.__exit__(*error)
 
+    def forget(self) -> None:
+        """Free the activations that the forwards keep; a forward that goes on starts again at the top of the block."""
+        self._replay.forget()
+
     def run(self, quantize: Quantize) -> None:
         """Call `quantize` for each group with the statistics of its inputs, which have passed the groups before it."""
         for group, stats in self._statistics():

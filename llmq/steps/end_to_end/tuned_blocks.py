@@ -36,8 +36,8 @@ class TunedBlocks:
         self._transformed = {path for names, report in pairs if _transformed(report, run.method) for path in names}
 
     @property
-    def paths(self) -> list[str]:
-        return [path for names in self.names for path in names]
+    def paths(self) -> set[str]:
+        return {path for names in self.names for path in names}
 
     def start(self, rates: Rates) -> None:
         """Start from the committed values; v comes from the float weights, unless a transform has changed them."""

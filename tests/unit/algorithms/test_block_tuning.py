@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from transformers import AutoModelForCausalLM
 from llmq.algorithms import block_tuning
 from llmq.algorithms.kl_tuning import Rates
 from llmq.methods import Method, Tuning
+from llmq.model.passes.replay import Replay
 from llmq.numerics.affine_grid import fit_minmax
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import WeightScheme
+from llmq.steps import block_tuning as block_tuning_step
 from llmq.steps.block_tuning import BlockProblem
 from tests.builders import WINDOW, skeleton_of, tokens
 from tests.passes import streams_over
@@ -176,3 +179,26 @@ def test_a_run_keeps_tuned_blocks_that_are_better(checkpoint: Checkpoints, text:
     assert (summary.stage, summary.kept, summary.layers) == ("block_tuning", len(kept), 3)
     assert summary.change == pytest.approx(sum(gain.after / gain.before - 1 for gain in kept) / 3)
     assert any(not torch.equal(files["moved"][name], tensor) for name, tensor in files["plain"].items())
+
+
+def test_the_forwards_keep_nothing_while_a_block_is_tuned(
+    checkpoint: Checkpoints, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tuning needs the memory, and runs the block from its inputs."""
+    kept: list[tuple[int, int]] = []
+    replays: list[Replay] = []
+    enter, tune = Replay.__enter__, block_tuning_step.tune
+
+    def entered(replay: Replay) -> Replay:
+        replays.append(replay)
+        return enter(replay)
+
+    def tuned(*arguments: Any) -> Any:
+        kept.append((len(replays), sum(len(replay._finished) for replay in replays)))
+        return tune(*arguments)
+
+    monkeypatch.setattr(Replay, "__enter__", entered)
+    monkeypatch.setattr(block_tuning_step, "tune", tuned)
+    method = Method("gptq", alphas=(1.0,), validation=0.25, block_tuning=Tuning(2, 0.0, 0.02, 96))
+    quantize(checkpoint("llama"), tmp_path / "out", text, stages=method, samples=16)
+    assert len(kept) == 3 and all(count and not finished for count, finished in kept)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from llmq.calibration.cache import OwnText
 from llmq.checkpoint.reader import Checkpoint
 from llmq.checkpoint.safetensors_files import Part, read_header
 from llmq.checkpoint.staging import STAGING
@@ -403,3 +404,27 @@ def test_run_that_ends_keeps_the_block_being_written(tmp_path: Path, monkeypatch
     writer.commit(0, block(0), {})
     assert writer.abandon()
     assert open_writer(tmp_path / "out").resumed_blocks == 1
+
+
+def test_interrupt_while_a_block_is_written_keeps_the_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = open_writer(tmp_path / "out")
+    writer.commit(0, block(0), {})
+
+    def interrupted(pending: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("llmq.checkpoint.writer.wait", interrupted)
+        writer.commit(1, block(1), {})
+    assert writer.abandon()
+    assert open_writer(tmp_path / "out").resumed_blocks == 1
+
+
+def test_abandoning_keeps_text_that_the_model_generated(tmp_path: Path) -> None:
+    writer = open_writer(tmp_path / "out")
+    text = OwnText(tmp_path / "out" / STAGING, "model")
+    text.remember(torch.zeros(2, 4, dtype=torch.int64), seed=0)
+    text.save()
+    assert writer.abandon()
+    open_writer(tmp_path / "out")
+    assert text.find(2, 4, seed=0) is not None

@@ -73,6 +73,26 @@ def test_a_method_of_one_pass_reads_each_block_once(
         monkeypatch.setattr(ReadAhead, "_keep", lambda self, name, tensor: tensor)
 
 
+@pytest.mark.parametrize(("transforms", "alphas", "copies"), [((), (), 1), ((), (1.0,), 2), (("awq",), (1.0,), 3)])
+def test_memory_for_hidden_states_is_not_promised_twice(
+    checkpoint: Checkpoints,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    transforms: tuple[str, ...],
+    alphas: tuple[float, ...],
+    copies: int,
+) -> None:
+    """A transform keeps the inputs and the outputs of the float stream at the same time."""
+    free, prepared = 1 << 34, []
+    monkeypatch.setattr("llmq.memory.spare", lambda device: free)
+    monkeypatch.setattr("llmq.pipeline.quantize_model", lambda run, save: prepared.append(run))
+    run(checkpoint("llama"), tmp_path / "out", text, Method("gptq", transforms=transforms, alphas=alphas))
+    streams = prepared[0].streams
+    states = stream_over(skeleton_of(checkpoint("llama")), streams.text.tokens).call(range(streams.text.sequences))
+    assert streams.memory == free - copies * states.hidden.nbytes
+
+
 @pytest.fixture
 def teacher(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What tuning takes as the float model's last hidden states, and which texts it runs the float model on."""
@@ -84,10 +104,10 @@ def teacher(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         noted["text"] = self._text
         return noted["states"]
 
-    def note_run(skeleton: Any, text: Text, *rest: Any, **ready: Any) -> Stream:
-        if not ready:  # the blocks of the checkpoint, and not those that are tuned
+    def note_run(skeleton: Any, text: Text, *rest: Any, **options: Any) -> Stream:
+        if "ready" not in options:  # the blocks of the checkpoint, and not those that are tuned
             noted["texts"].append(text)
-        return through(skeleton, text, *rest, **ready)
+        return through(skeleton, text, *rest, **options)
 
     monkeypatch.setattr(session.Session, "_teacher_states", note_states)
     monkeypatch.setattr(session, "run_through", note_run)

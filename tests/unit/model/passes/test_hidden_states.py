@@ -130,6 +130,12 @@ def test_states_on_a_cpu_lie_in_memory_or_in_files(free: Callable[[int, int], No
     assert places == [Place.HOST, Place.HOST, Place.FILE]
 
 
+def test_storage_knows_whose_memory_it_uses() -> None:
+    uses = {place: [Storage(GPU, place).uses(GPU), Storage(GPU, place).uses(HOST)] for place in Place}
+    assert uses == {Place.DEVICE: [True, False], Place.HOST: [False, True], Place.FILE: [False, False]}
+    assert [Storage(HOST, place).uses(HOST) for place in Place] == [True, True, False]
+
+
 def test_states_stay_in_memory_where_there_is_no_folder(free: Callable[[int, int], None]) -> None:
     free(10, 10)
     assert Storage.choose(1000, GPU).place is Place.HOST
