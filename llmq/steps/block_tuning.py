@@ -7,7 +7,7 @@ The sequences of a step are drawn from the fitted ones, in an order that depends
 best version on the validation sequences is kept.
 
 Not here: how quantized values change and what is kept (algorithms/block_tuning.py), the streams
-(model/passes/sequential.py).
+(model/passes/streams.py).
 """
 
 from collections.abc import Mapping, Sequence

@@ -3,7 +3,7 @@
     W ──► target W* ──► codes, scales, zeros ──► refined codes, scales
              ▲                 ▲                        ▲
           C, H⁻¹            H, H⁻¹                      H             of the fitted tokens
-             ╰──────── guard ──────────────────────── guard           of the validation tokens
+             ╰───── validation loss ───────────── validation loss     of the validation tokens
 
 The codes are the quantized values, the zeros the zero points. The Hessian is factored once for all weights and all
 steps. A method without targets and refinements has the rounding stage only.
