@@ -78,6 +78,7 @@ def few_blocks(plan: Plan, session: Session, device: torch.device) -> Result:
         points = (*STEPS, (PACK, "llmq.formats.codecs.bit_packing:pack"))
         with watching(stopwatch, points) as missing:
             forward(run.skeleton, partial(pipeline.quantize_block, run))
+            run.writer.settle()
     counted = blocks[1:-1] or blocks[-1:]
     times = plan.llama.blocks / len(counted)
     labels = sorted({label for block in counted for label in block})
@@ -108,6 +109,7 @@ def whole_model(plan: Plan, session: Session, device: torch.device) -> Result:
         run = pipeline_run(plan, Path(folder), plan.llama.blocks, device, note)
         with watching(stopwatch, watched):
             forward(run.skeleton, partial(pipeline.quantize_block, run))
+            run.writer.settle()
     seconds = stopwatch.taken()
     total = sum(value for label, value in seconds.items() if label not in NOT_COUNTED)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

@@ -121,7 +121,7 @@ def test_merging_is_refused(safe: bool, quantized: dict[str, Path]) -> None:
     adapted = get_peft_model(read(quantized["compressed-tensors"]), LoraConfig(r=4, target_modules=["q_proj"]))
     with pytest.raises(UnsupportedModelError, match="cannot be changed") as caught:
         adapted.merge_and_unload(safe_merge=safe)
-    assert "beside" in caught.value.hint
+    assert "separate" in caught.value.hint
 
 
 def test_transformers_own_adapters_are_saved_without_the_model(quantized: dict[str, Path], tmp_path: Path) -> None:
