@@ -133,6 +133,12 @@ class Skeleton:
         return logits
 
     @functools.cached_property
+    def batch_axis(self) -> int:
+        """The axis of the sequences in hidden states: -3 as in (…, B, T, D), or -2 as in XLNet's (T, B, D)."""
+        shape = self.record(0, torch.zeros(1, 2, dtype=torch.int64)).hidden.shape
+        return -2 if tuple(shape[-3:-1]) == (2, 1) else -3
+
+    @functools.cached_property
     def head_path(self) -> str | None:
         """The path of the layer that makes logits; None if it is not a plain linear layer, or is inside a block."""
         find: Callable[[], nn.Module | None] = self.model.get_output_embeddings  # type: ignore[assignment]
