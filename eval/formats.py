@@ -99,7 +99,7 @@ def main() -> None:
     existing = {(row["model"], row["format"]) for row in read(JSON)}
     wanted = [] if arguments.render else [TOGETHER, *((name,) for name in ALONE)]
     for formats in wanted:
-        if (arguments.model, formats[0]) in existing:  # rows that are existing are not made again
+        if (arguments.model, formats[0]) in existing:  # existing rows are not measured again
             continue
         with tempfile.TemporaryDirectory() as scratch:
             for row in run(arguments.model, formats, Path(scratch)):

@@ -49,7 +49,8 @@ install() {
     if [ -f "$stamp" ] && cmp -s "$stamp" "$wanted"; then
         return
     fi
-    "$environment/bin/python" -m pip install --quiet --constraint "$versions" "$@"
+    # setuptools warns of every editable installation; newer versions of pip print this even with --quiet.
+    PYTHONWARNINGS=ignore::UserWarning "$environment/bin/python" -m pip install --quiet --constraint "$versions" "$@"
     mv "$wanted" "$stamp"
 }
 

@@ -4,7 +4,7 @@
 
 The bundled model is trained on it, and the demo calibrates and evaluates with it, so neither needs a download.
 
-A fixed rule selects the evaluation text: if the SHA-256 of a file's path, relative to the library, starts with a byte
+A fixed rule selects the evaluation text: if the SHA-256 of the path relative to the library starts with a byte
 below 26 (one file in ten), the file is never used for training or calibration. The rule does not depend on the machine.
 The text of a file changes slightly between Python versions.
 """

@@ -1,9 +1,9 @@
-"""Tiny random models of many architectures, and what llmq makes of each: `tests/e2e/test_architectures.py` asks that
-all is well, `scripts/docs.py models` writes the table in docs/MODELS.md.
+"""Tiny random models of many architectures, and the result of quantizing each: `tests/e2e/test_architectures.py` checks
+the results, `scripts/docs.py models` writes the table in docs/MODELS.md.
 
-The list names types of transformers' mapping of causal language models.  One table of small sizes serves all of them:
-a configuration takes those that it has a field for.  What stands beside a name in the list is what makes the
-architecture what it is: which layers attend and which do not, where experts begin.
+The list has model types of transformers' mapping of causal language models.  One table of small sizes is used for all:
+a configuration takes the sizes for which it has a field.  The value of a model type holds settings that are specific to
+the architecture, for example which layers have attention and where experts begin.
 """
 
 import inspect
@@ -50,9 +50,9 @@ FIELDS: dict[str, Any] = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 8, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
     "hidden_size_per_layer_input": 16, "laurel_rank": 16, "num_kv_shared_layers": 0,
 }  # fmt: skip
-ABSENT = object()  # the field is left to the configuration
-LATENT = {"head_dim": ABSENT, "num_key_value_heads": 4}  # attention through a latent vector brings its own head sizes
-NO_PADDING = {"pad_token_id": None}  # transformers' own loading puts zeros into the embedding of the padding token
+ABSENT = object()  # the field keeps the default of the configuration
+LATENT = {"head_dim": ABSENT, "num_key_value_heads": 4}  # latent attention has separate head sizes
+NO_PADDING = {"pad_token_id": None}  # transformers sets the embedding of the padding token to zero when loading
 ATTENTION_SECOND = {"layer_types": ["linear_attention", "full_attention"]}
 
 DENSE: dict[str, dict[str, Any]] = {
@@ -209,16 +209,16 @@ ROUTERS = re.compile(r"\.(gate|router|wg|shared_expert_gate|modality_router|gate
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one architecture.
+    """The result of quantizing one architecture.
 
     packed     names of the packed modules
-    left       module -> reason, as reported
-    unlisted   matrices of the checkpoint that are neither packed nor listed as left
-    altered    tensors that are not packed, and yet not the checkpoint's own, bit for bit
-    difference ‖f̂ - f‖ / ‖f‖ of the loaded model's logits and those of the float model with the same weights
-    noticed    the same after one weight of the latter was changed
-    replayed   the float model's logits when it is run block by block, against those as a whole; None where it cannot be
-    streamed   the same of the quantized one
+    left       module kept in float -> reason, as reported
+    unlisted   matrices of the checkpoint that are neither packed nor listed in `left`
+    altered    tensors that are not packed, but differ from those of the checkpoint
+    difference ‖f̂ - f‖ / ‖f‖ between the logits of the loaded model and of the float model with the same weights
+    noticed    the same difference after one weight of the float model was changed
+    replayed   the difference between running the float model block by block and as a whole; None if unsupported
+    streamed   the same difference for the quantized model
     """
 
     model_class: str
@@ -236,7 +236,7 @@ class Outcome:
 
     @property
     def routers(self) -> list[str]:
-        """Packed modules that no engine expects packed."""
+        """Packed routers and gates, which no engine expects to be packed."""
         return [name for name in self.packed if ROUTERS.search(name)]
 
 
@@ -254,8 +254,8 @@ def tiny(model_type: str) -> Any:
 
 
 def _sizes(kind: Any, own: dict[str, Any]) -> dict[str, Any]:
-    """Those of FIELDS that a configuration of this class has, and on top what is its own."""
-    known = {name for each in kind.__mro__ for name in vars(each).get("__annotations__", {})}
+    """Those of FIELDS that a configuration of this class has, updated with `own`."""
+    known = {name for base in kind.__mro__ for name in vars(base).get("__annotations__", {})}
     known |= set(inspect.signature(kind.__init__).parameters) | set(kind.attribute_map)
     chosen = {name: value for name, value in FIELDS.items() if name in known}
     for alias, name in kind.attribute_map.items():
@@ -276,7 +276,7 @@ def examine(model_type: str, folder: Path, text: Path, **settings: Any) -> Outco
     report = llmq.quantize(str(model), out, device="cpu", calibration=[text], **{**SETTINGS, **settings})
     with warnings.catch_warnings():
         loaded, _ = llmq.load(out, device="cpu")
-    found = logits(loaded, ids)
+    logits_loaded = logits(loaded, ids)
     weights = {**tensors_of(out), **float_equivalent(out, model)}
     transposed = {f"{path}.weight" for path, module in original.named_modules() if isinstance(module, Conv1D)}
     for name in transposed - tensors_of(out).keys():
@@ -287,7 +287,7 @@ def examine(model_type: str, folder: Path, text: Path, **settings: Any) -> Outco
     _change(floats, weights[f"{packed[0]}.weight"])
     other = logits(floats, ids)
     before, after = tensors_of(model), tensors_of(out)
-    replaced = {f"{name}.weight" for name in packed} | (before.keys() - weights.keys())  # alone, or in a stack
+    replaced = {f"{name}.weight" for name in packed} | (before.keys() - weights.keys())  # separate tensors, or stacked
     kept = {name: tensor for name, tensor in before.items() if name not in replaced}
     matrices = [name.removesuffix(".weight") for name, tensor in kept.items() if tensor.dim() > 1]
     outcome = Outcome(
@@ -297,20 +297,20 @@ def examine(model_type: str, folder: Path, text: Path, **settings: Any) -> Outco
         dict(report.left),
         tuple(name for name in matrices if not report.left.get(name)),
         tuple(name for name, tensor in kept.items() if not _same(tensor, after.get(name))),
-        bool(torch.isfinite(found).all()),
-        relative(found, expected),
+        bool(torch.isfinite(logits_loaded).all()),
+        relative(logits_loaded, expected),
         relative(other, expected),
         _replayed(model, logits(original, ids), ids),
-        _replayed(out, found, ids),
+        _replayed(out, logits_loaded, ids),
         tuple(note for note in report.notes if "calibration tokens are few" not in note),
     )
-    for each in (model, out, twin):
-        shutil.rmtree(each)
+    for path in (model, out, twin):
+        shutil.rmtree(path)
     return outcome
 
 
 def _twin(model: Path, twin: Path, kind: Any, weights: dict[str, Tensor]) -> Any:
-    """transformers' own model with float weights, given as the checkpoint names them."""
+    """The float model of transformers, with `weights` by their names in the checkpoint."""
     shutil.copytree(model, twin)
     tensors = {
         name: weights[name] if name in weights else _stacked(name, tensor, weights)
@@ -321,28 +321,28 @@ def _twin(model: Path, twin: Path, kind: Any, weights: dict[str, Tensor]) -> Any
 
 
 def _stacked(name: str, original: Tensor, weights: dict[str, Tensor]) -> Tensor:
-    """A tensor that the float model stores for all experts, of weights or biases that the packed one has one by one.
+    """Stack the weights or biases of all experts, which are separate in the packed model, as in the float model.
 
-    Of all ways to put them together the right one is that which comes near the original.
+    Of all possible layouts, the one closest to the original tensor is used.
     """
     kind = "bias" if original.dim() == 2 else "weight"
     module = name.removesuffix(".weight").removesuffix("_bias").removesuffix("_proj")
     parts = ("down",) if re.search(r"(down|output_linear|fc2)$", module) else ("gate", "up")
     experts = f"{module.rpartition('.')[0]}.experts".replace(".experts.experts", ".experts")
-    found = [
+    stacks = [
         torch.stack([weights[f"{experts}.{e}.{part}_proj.{kind}"].float() for e in range(len(original))])
         for part in parts
-    ]  # (E, N, K) or (E, N) each
-    ways = [torch.cat(found, 1), torch.stack(found, 2).flatten(1, 2)]
+    ]  # each (E, N, K) or (E, N)
+    ways = [torch.cat(stacks, 1), torch.stack(stacks, 2).flatten(1, 2)]
     ways += [way.transpose(1, -1) for way in ways]
     fitting = [way for way in ways if way.shape == original.shape]
     return min(fitting, key=lambda way: float((way - original).norm())).contiguous()
 
 
 def _change(model: Any, weight: Tensor) -> None:
-    """Move the columns of the parameter that has these values; its rows keep their norms."""
-    (found,) = (p.data for p in model.parameters() if torch.equal(p.data, weight))
-    found.copy_(found.roll(1, dims=1))
+    """Rotate the columns of the parameter with these values, so that the norms of its rows do not change."""
+    (parameter,) = (p.data for p in model.parameters() if torch.equal(p.data, weight))
+    parameter.copy_(parameter.roll(1, dims=1))
 
 
 def _same(tensor: Tensor, other: Tensor | None) -> bool:
@@ -358,5 +358,5 @@ def _replayed(model: Path, expected: Tensor, ids: Tensor) -> float | None:
 
 
 def counted(left: dict[str, str]) -> Counter[tuple[str, str]]:
-    """What was left, the numbers of blocks and experts taken out of the names."""
+    """Number of modules kept in float by name and reason, without block and expert numbers in the names."""
     return Counter((re.sub(r"\.\d+(?=\.|$)", ".N", name), reason) for name, reason in left.items())

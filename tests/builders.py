@@ -1,8 +1,8 @@
-"""Tiny models of transformers' own classes, written to disk as any other checkpoint.
+"""Tiny models of transformers' classes, written to disk as checkpoints.
 
-Every parameter is drawn anew: as transformers makes them, norms are all ones (or zeros, where 1 is added) and biases
-all zeros, which would hide whatever is wrong with them.  A few channels of each norm are large, as in real models:
-those are what AWQ and the Hessian are about.
+Every parameter is random: transformers initializes norms with ones (or zeros, where 1 is added) and biases with zeros,
+which would hide errors in their handling.  A few channels of each norm are large, as in real models, because AWQ and
+the Hessian depend on such outliers.
 """
 
 import json
@@ -36,7 +36,7 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
 }
 GROUPED = {**SIZES, "num_key_value_heads": 2}  # two query heads share a key and a value head
-WINDOW = 8  # tokens that a sliding layer sees
+WINDOW = 8  # sliding window, in tokens
 
 
 def alternating(changes: dict[str, Any]) -> list[str]:
@@ -56,7 +56,7 @@ def gemma3(**changes: Any) -> Any:
 
 
 def gemma3n(**changes: Any) -> Any:
-    """Every block gets inputs of its own, and the hidden state has a dimension in front of the batch."""
+    """Every block has separate inputs, and the hidden state has a dimension before the batch."""
     own = {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8, "laurel_rank": 4}
     config = {**GROUPED, "head_dim": 8, "sliding_window": WINDOW, **own, **changes}
     config = {"layer_types": alternating(changes), **config}
@@ -64,7 +64,7 @@ def gemma3n(**changes: Any) -> Any:
 
 
 def stablelm(**changes: Any) -> Any:
-    """LayerNorm and biases; attention and MLP run side by side on the same norm's output."""
+    """LayerNorm and biases; attention and MLP run in parallel on the output of the same norm."""
     return transformers.StableLmConfig(**{**GROUPED, "use_qkv_bias": True, "use_parallel_residual": True, **changes})
 
 
@@ -104,7 +104,7 @@ def causal_model(config: Any, *, dtype: str = "float32", seed: int = 0) -> Any:
 
 
 def randomise(model: nn.Module, seed: int = 0) -> None:
-    """Matrices that keep the size of what goes through them; norms around what they were; biases unlike zero."""
+    """Random matrices that preserve the norm of their inputs, norms near their initial values, and nonzero biases."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         shape = parameter.shape
@@ -125,7 +125,7 @@ def save_model(folder: Path, model: Any, **options: Any) -> Path:
 
 
 def save_tokenizer(folder: Path) -> None:
-    """One token a byte, and a beginning-of-text token in front, as many models have it."""
+    """One token per byte, after a beginning-of-text token, as in many models."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate((*SPECIAL, *alphabet))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -137,7 +137,7 @@ def save_tokenizer(folder: Path) -> None:
 
 
 def rename_tensors(folder: Path, rename: Callable[[str], str]) -> None:
-    """Give the tensors of a checkpoint of one file other names."""
+    """Rename the tensors of a single-file checkpoint."""
     file = folder / "model.safetensors"
     tensors = {rename(name): tensor for name, tensor in load_file(file).items()}
     save_file(tensors, file, metadata={"format": "pt"})
@@ -156,7 +156,7 @@ def skeleton_of(folder: Path, *, dtype: torch.dtype = torch.float32) -> Skeleton
 
 
 def skeleton_in_memory(model: nn.Module) -> Skeleton:
-    """The skeleton of a module written for a test: its parameters go to meta and come back when they are read."""
+    """The skeleton of a module defined in a test: its parameters are on meta until they are loaded."""
     tensors = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     model.requires_grad_(False).to("meta")
     return Skeleton(model, ModelWeights(model, tensors.__getitem__, tensors.__contains__), CPU)

@@ -1,4 +1,4 @@
-"""The command line, called as `llmq …` would be, in this process or in one of its own."""
+"""The command line, called like `llmq …`, in this process or in a separate one."""
 
 import contextlib
 import io
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command left behind: its exit code, the result, and the messages."""
+    """The result of a command: its exit code, stdout and stderr."""
 
     exit_code: int
     stdout: str
@@ -24,7 +24,7 @@ class Outcome:
 
 
 def llmq(*arguments: str | Path) -> Outcome:
-    """Run a command in this process; an exception that would be a traceback for the user is one for the test."""
+    """Run a command in this process; an exception that the user would see as a traceback fails the test."""
     stdout, stderr = io.StringIO(), io.StringIO()
     exit_code = 0
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
@@ -37,18 +37,18 @@ def llmq(*arguments: str | Path) -> Outcome:
 
 
 def command(*arguments: str | Path) -> list[str]:
-    """The same as a command for a process of its own; give it `environment()`."""
+    """The command line for a separate process; run it with `environment()`."""
     return [sys.executable, "-m", "llmq", *map(str, arguments)]
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """Whatever this process has, and the checkout on the path of a process that starts elsewhere."""
+    """The environment of this process, with the checkout on PYTHONPATH for processes in other folders."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     return {**os.environ, "PYTHONPATH": path, **changes}
 
 
 def llmq_process(*arguments: str | Path, cwd: Path = ROOT, **changes: str) -> Outcome:
-    """Run a command in a process of its own."""
+    """Run a command in a separate process."""
     done = subprocess.run(
         command(*arguments),
         cwd=cwd,

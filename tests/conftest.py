@@ -1,4 +1,4 @@
-"""What every test may rely on: Triton's interpreter, no hub, and the material beside a developer's checkout."""
+"""Fixtures for every test: Triton's interpreter, no access to the hub, and the files in ../shared."""
 
 import functools
 import os
@@ -11,8 +11,8 @@ if not Path("/dev/nvidiactl").exists():  # with a GPU, kernels are compiled
     os.environ["TRITON_INTERPRET"] = "1"  # must be set before anything imports triton
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ.setdefault("LLMQ_CPU_INT4", "off")  # bfloat16 for few rows; tests of exact figures want one arithmetic
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # on tiny tensors, threads that wait for each other cost tenfold
+os.environ.setdefault("LLMQ_CPU_INT4", "off")  # uses bfloat16 for few rows, but tests of exact numbers need float32
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # on tiny tensors, several threads are ten times slower than one
 
 import pytest
 
@@ -23,33 +23,33 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(autouse=True)
 def warnings_that_we_cause() -> Iterator[None]:
-    """A warning that llmq raises, or causes in another package, fails the test."""
+    """Fail the test on a warning that llmq raises or causes in another package."""
     with errors_for_our_warnings():
         yield
 
 
 @pytest.fixture(autouse=True)
 def torch_modes() -> Iterator[None]:
-    """No test leaves torch's modes, which are the whole thread's, as it did not find them."""
+    """Fail the test if it changed torch's modes, which hold for the whole thread, and restore them."""
     yield
     if (torch := sys.modules.get("torch")) is not None:
-        found = {"grad": torch.is_grad_enabled(), "inference": torch.is_inference_mode_enabled()}
+        modes = {"grad": torch.is_grad_enabled(), "inference": torch.is_inference_mode_enabled()}
         torch.set_grad_enabled(True)
-        assert found == {"grad": True, "inference": False}, f"this test changed torch's modes: {found}"
+        assert modes == {"grad": True, "inference": False}, f"this test changed torch's modes: {modes}"
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Real models, texts and foreign checkpoints that lie beside a developer's checkout; no user has them."""
+    """Real models, texts and checkpoints of other tools in `shared` next to the checkout; they are not published."""
     folder = ROOT.parent / "shared"
     if not folder.is_dir():
-        pytest.skip("needs ../shared (real models and checkpoints of other tools), which is not beside this checkout")
+        pytest.skip("needs ../shared (real models and checkpoints of other tools), which is not next to this checkout")
     return folder
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`checkpoint("llama", num_hidden_layers=2)`: a tiny model on disk, made once; copy it before changing a file."""
+    """`checkpoint("llama", num_hidden_layers=2)`: a tiny model on disk, created once; copy it before changes."""
     from tests import builders  # imports transformers, which few tests need
 
     @functools.cache

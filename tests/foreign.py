@@ -1,6 +1,6 @@
-"""Packed weights as other writers store them, in NumPy and whole numbers, from the descriptions of the formats alone.
+"""Packed weights as other tools write them, in NumPy and Python integers, written from the format descriptions.
 
-Nothing here is shared with what is tested: a stream of bits is one large number, shifted.
+No code is shared with llmq: a stream of bits is one large integer, shifted.
 """
 
 import json
@@ -47,7 +47,7 @@ def weight(
     shuffled: bool = False,
     seed: int = 0,
 ) -> Weight:
-    """Random, with every zero there is, the lowest and the highest first; scales of both signs."""
+    """Random codes, with every possible zero point, the lowest and the highest first; scales of both signs."""
     draw = np.random.default_rng(seed)
     (N, K), top = shape, (1 << bits) - 1
     G = -(-K // group)
@@ -62,20 +62,20 @@ def weight(
 
 
 def words(codes: Sequence[int], bits: int, *, word: int = 32) -> list[int]:
-    """The codes as one number, the first one lowest, cut into words."""
+    """The codes as one integer, the first code in the lowest bits, cut into words."""
     number = sum(int(code) << (i * bits) for i, code in enumerate(codes))
     return [(number >> (word * i)) & ((1 << word) - 1) for i in range(-(-len(codes) * bits // word))]
 
 
 def planes(codes: Sequence[int], bits: int) -> list[int]:
-    """Of every 32 codes the words of their low bits, then those of the next ones."""
-    found: list[int] = []
+    """For every 32 codes, the words of their low bits, then the words of their next bits."""
+    numbers: list[int] = []
     for start in range(0, len(codes), 32):
         low = 0
         for width in {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}.get(bits, (bits,)):
-            found += words([(int(code) >> low) & ((1 << width) - 1) for code in codes[start : start + 32]], width)
+            numbers += words([(int(code) >> low) & ((1 << width) - 1) for code in codes[start : start + 32]], width)
             low += width
-    return found
+    return numbers
 
 
 def signed(rows: Sequence[Sequence[int]], word: int = 32) -> Tensor:
@@ -88,7 +88,7 @@ def signed(rows: Sequence[Sequence[int]], word: int = 32) -> Tensor:
 
 
 def gptq(w: Weight, version: int, *, planar: bool = False, index: bool = True) -> dict[str, Tensor]:
-    """Version 1 subtracts one from all numbers of a word at once; where numbers straddle words, from each by itself."""
+    """Version 1 subtracts one from a whole word; where numbers straddle words, from each number separately."""
     pack = planes if planar else words
     straddling = w.bits in (3, 5, 6, 7)
     ones = sum(1 << (w.bits * i) for i in range(32 // w.bits))
@@ -105,7 +105,7 @@ def gptq(w: Weight, version: int, *, planar: bool = False, index: bool = True) -
 
 
 def awq_gemm(w: Weight) -> dict[str, Tensor]:
-    """Along N; of eight outputs of four bits the nibbles hold 0 2 4 6 1 3 5 7."""
+    """Packed along N; the nibbles of a word hold the outputs 0 2 4 6 1 3 5 7."""
     order = [0, 2, 4, 6, 1, 3, 5, 7] if w.bits == 4 else range(8)
 
     def packed(rows: Array) -> Tensor:
@@ -116,7 +116,7 @@ def awq_gemm(w: Weight) -> dict[str, Tensor]:
 
 
 def awq_gemv(w: Weight, padded_groups: int) -> dict[str, Tensor]:
-    """Along K; scales and zeros padded to `padded_groups`, a multiple of eight."""
+    """Packed along K; scales and zeros padded to `padded_groups`, a multiple of eight."""
     more = padded_groups - w.zeros.shape[1]
     return {
         "qweight": signed([words(row, 4) for row in w.codes]),
@@ -126,7 +126,7 @@ def awq_gemv(w: Weight, padded_groups: int) -> dict[str, Tensor]:
 
 
 def awq_gemv_fast(w: Weight, padded_groups: int, zeros_name: str = "qzeros") -> dict[str, Tensor]:
-    """Words of 16 bits; word c of a row is of output c % 64 // 16 of four, zeros are times -scale."""
+    """Words of 16 bits; word c of a row belongs to output c % 64 // 16 of four; zeros are multiplied by -scale."""
     N, K = w.codes.shape
     pairs = [0, 1, 8, 9, 16, 17, 24, 25, 2, 3, 10, 11, 18, 19, 26, 27]
     pairs += [4, 5, 12, 13, 20, 21, 28, 29, 6, 7, 14, 15, 22, 23, 30, 31]
@@ -149,7 +149,7 @@ def awq_gemv_fast(w: Weight, padded_groups: int, zeros_name: str = "qzeros") -> 
 
 
 def compressed(w: Weight, *, zeros: bool = True, index: bool = False) -> dict[str, Tensor]:
-    """pack-quantized: along K, zeros along N."""
+    """pack-quantized: codes packed along K, zeros along N."""
     tensors = {
         "weight_packed": signed([words(row, w.bits) for row in w.codes]),
         "weight_scale": w.scales.contiguous(),
@@ -164,7 +164,7 @@ E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -
 
 
 def fp4(kind: str, shape: tuple[int, int], seed: int = 0) -> tuple[dict[str, Tensor], Tensor]:
-    """`nvfp4` or `mxfp4` as compressed-tensors has them, and the weight (N, K) that they are."""
+    """`nvfp4` or `mxfp4` as compressed-tensors stores it, and the weight (N, K) that it represents."""
     draw = np.random.default_rng(seed)
     (N, K), group = shape, 16 if kind == "nvfp4" else 32
     codes = draw.integers(0, 16, (N, K))
@@ -190,15 +190,15 @@ def replaced(
     settings: Mapping[str, Any],
     pack: Callable[[str, tuple[int, ...]], tuple[Mapping[str, Tensor], Tensor] | None],
 ) -> tuple[Path, Path]:
-    """A copy of a float checkpoint with packed weights in the place of some, and one with the floats that these are.
+    """Two copies of a float checkpoint: one with some weights packed, one with the same weights dequantized.
 
-    `pack` gives for a weight's name and shape the tensors, by their whole names, and the floats; None leaves it.
+    `pack` returns the tensors, by their full names, and the floats for a weight's name and shape, or None to keep it.
     """
     packed, floats = {}, {}
     for name, tensor in load_file(source / "model.safetensors").items():
-        found = pack(name, tuple(tensor.shape))
-        packed |= {name: tensor} if found is None else dict(found[0])
-        floats[name] = tensor if found is None else found[1].contiguous()
+        replacement = pack(name, tuple(tensor.shape))
+        packed |= {name: tensor} if replacement is None else dict(replacement[0])
+        floats[name] = tensor if replacement is None else replacement[1].contiguous()
     for folder, tensors in ((where / "packed", packed), (where / "floats", floats)):
         shutil.copytree(source, folder)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -213,7 +213,7 @@ def folder(
     modules: Mapping[str, Mapping[str, Tensor]],
     documents: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Path:
-    """A checkpoint of nothing but packed weights; `settings` go into config.json, `documents` beside it."""
+    """A checkpoint of nothing but packed weights; `settings` go into config.json, `documents` into other files."""
     where.mkdir(parents=True, exist_ok=True)
     tensors = {f"{name}.{suffix}": tensor for name, parts in modules.items() for suffix, tensor in parts.items()}
     save_file(tensors, where / "model.safetensors", metadata={"format": "pt"})

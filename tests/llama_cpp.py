@@ -1,8 +1,8 @@
-"""llama.cpp behind a few functions, by the library that the wheel xllamacpp brings (the wheel needs no compiler).
+"""llama.cpp behind a few functions, through the library in the wheel xllamacpp (which needs no compiler).
 
-Its parameters are structures passed by value, whose fields change from version to version.  The defaults do, so they
-are taken as they come: bytes that a function fills and another one reads.  A buffer longer than the structure is as
-good as the structure where it is the last argument.
+Its parameters are structures passed by value, whose fields change between versions.  The defaults are sufficient, so
+the structures are opaque bytes that one function fills and another one reads.  A buffer longer than the structure works
+like the structure if it is the last argument.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ import pytest
 
 
 class Parameters(ctypes.Structure):
-    """A structure of at most so many bytes, with whatever is in it."""
+    """A structure of at most this many bytes, with unknown fields."""
 
     _fields_ = (("bytes", ctypes.c_uint64 * 128),)
 
@@ -56,11 +56,11 @@ FUNCTIONS = {
 
 
 def library() -> ctypes.CDLL:
-    """llama.cpp; skips the test where it is not installed."""
+    """The library of llama.cpp; skips the test if it is not installed."""
     pytest.importorskip("xllamacpp", reason="llama.cpp is not installed: pip install xllamacpp")
-    found = importlib.util.find_spec("xllamacpp.xllamacpp")
-    assert found is not None and found.origin is not None
-    llama = ctypes.CDLL(found.origin)
+    spec = importlib.util.find_spec("xllamacpp.xllamacpp")
+    assert spec is not None and spec.origin is not None
+    llama = ctypes.CDLL(spec.origin)
     for name, (result, arguments) in FUNCTIONS.items():
         function = getattr(llama, name)
         function.restype, function.argtypes = result, arguments
@@ -68,47 +68,48 @@ def library() -> ctypes.CDLL:
 
 
 class LlamaCpp:
-    """A model that llama.cpp has opened; what it says about a file that it refuses is in the message."""
+    """A model opened by llama.cpp; if it refuses the file, its log is in the assertion message."""
 
     def __init__(self, path: Path) -> None:
-        self._llama, said = library(), []
-        self._log = LOG(lambda level, text, _: said.append(text) if level >= 2 else None)  # kept, for llama.cpp has it
+        self._llama, messages = library(), []
+        # kept alive, because llama.cpp holds a pointer to it
+        self._log = LOG(lambda level, text, _: messages.append(text) if level >= 2 else None)
         self._llama.llama_log_set(self._log, None)
         self._llama.llama_backend_init()
         self._model = self._llama.llama_model_load_from_file(
             str(path).encode(), self._llama.llama_model_default_params()
         )
-        assert self._model, f"llama.cpp refuses {path}: {b''.join(said[-6:]).decode()}"
+        assert self._model, f"llama.cpp refuses {path}: {b''.join(messages[-6:]).decode()}"
         self._vocab = self._llama.llama_model_get_vocab(self._model)
 
     def close(self) -> None:
         self._llama.llama_model_free(self._model)
 
     def tokenize(self, text: str) -> list[int]:
-        """The ids of a text, with what is put in front of it."""
+        """The ids of a text, with the tokens that are put in front of it."""
         stored, ids = text.encode(), (ctypes.c_int32 * (2 * len(text) + 16))()
         count = self._llama.llama_tokenize(self._vocab, stored, len(stored), ids, len(ids), True, True)
         assert count >= 0
         return list(ids[:count])
 
     def log_probabilities(self, tokens: Sequence[int]) -> np.ndarray:
-        """(T, V) float64: after each of the tokens."""
+        """(T, V) float64 log-probabilities of the next token after each of the tokens."""
         context = self._context()
-        found = [self._next(context, token) for token in tokens]
+        rows = [self._next(context, token) for token in tokens]
         self._llama.llama_free(context)
-        return np.stack(found)
+        return np.stack(rows)
 
     def greedy(self, tokens: Sequence[int], count: int) -> list[int]:
-        """The ids that follow, the most likely one each time."""
+        """The ids of the continuation by greedy decoding."""
         context = self._context()
         for token in tokens:
             scores = self._next(context, token)
-        found = []
+        generated = []
         for _ in range(count):
-            found.append(int(scores.argmax()))
-            scores = self._next(context, found[-1])
+            generated.append(int(scores.argmax()))
+            scores = self._next(context, generated[-1])
         self._llama.llama_free(context)
-        return found
+        return generated
 
     def _context(self) -> int:
         context = self._llama.llama_init_from_model(self._model, self._llama.llama_context_default_params())

@@ -1,4 +1,4 @@
-"""Tiny mixtures of experts, one of each way in which transformers writes them."""
+"""Tiny mixtures of experts, one for each layout in transformers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,29 +21,29 @@ EVERY_HEAD = {"num_key_value_heads": 4}
 
 
 def sizes(**changes: Any) -> dict[str, Any]:
-    """Those that are not changed to None."""
+    """The sizes, without those that are changed to None."""
     return {name: size for name, size in {**SIZES, **changes}.items() if size is not None}
 
 
 def mixtral() -> Any:
-    """Names of its own on disk: block_sparse_moe, w1 gate, w3 up, w2 down."""
+    """Different names on disk: block_sparse_moe, w1 gate, w3 up, w2 down."""
     return transformers.MixtralConfig(**SIZES, num_local_experts=EXPERTS)
 
 
 def qwen2_moe() -> Any:
-    """An expert that all tokens share, behind a gate."""
+    """A shared expert behind a gate."""
     own = {"num_experts": EXPERTS, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 64}
     return transformers.Qwen2MoeConfig(**SIZES, **own)
 
 
 def qwen3_moe() -> Any:
-    """One layer in front without experts."""
+    """The first layer has no experts."""
     own = {"num_experts": EXPERTS, "moe_intermediate_size": 48, "head_dim": 8, "mlp_only_layers": [0]}
     return transformers.Qwen3MoeConfig(**SIZES, **own)
 
 
 def olmoe() -> Any:
-    """Its configuration asks for what the routers say, as one that was trained on does."""
+    """Its configuration requests the logits of the routers, as after training."""
     return transformers.OlmoeConfig(**SIZES, num_experts=EXPERTS, output_router_logits=True)
 
 
@@ -62,7 +62,7 @@ def deepseek_v2() -> Any:
 
 
 def deepseek_v3() -> Any:
-    """Chooses experts in groups, with a correction that counts in the choice alone."""
+    """Chooses experts in groups, with a correction that affects only the choice."""
     own = {"n_group": 2, "topk_group": 1, "n_shared_experts": 1}
     return transformers.DeepseekV3Config(**sizes(**EVERY_HEAD), **DENSE_FIRST, **LATENT, **own)
 
@@ -73,26 +73,26 @@ def glm4_moe() -> Any:
 
 
 def gpt_oss() -> Any:
-    """Stacked on disk: transposed, gate and up taking turns, with biases; a clamped activation."""
+    """Stacked on disk: transposed, gate and up interleaved, with biases; a clamped activation."""
     own = {"num_local_experts": EXPERTS, "head_dim": 8, "layer_types": ["full_attention"] * 2}
     return transformers.GptOssConfig(**SIZES, **own)
 
 
 def llama4() -> Any:
-    """Stacked on disk and transposed; every expert is called with every token, most of them zero."""
+    """Stacked on disk and transposed; every expert is called with every token, and most tokens are zero."""
     own = {"num_local_experts": EXPERTS, "intermediate_size_mlp": 64, "head_dim": 8, "interleave_moe_layer_step": 1}
     return transformers.Llama4TextConfig(**{**SIZES, "num_experts_per_tok": 1}, **own)
 
 
 def nemotron_h() -> Any:
-    """Experts without a gate, beside one that all tokens share."""
+    """Experts without a gate, in addition to a shared expert."""
     own = {"n_routed_experts": EXPERTS, "moe_intermediate_size": 48, "moe_shared_expert_intermediate_size": 64}
     kinds = {"layers_block_type": ["attention", "moe"], "n_group": 1, "topk_group": 1, "head_dim": 8}
     return transformers.NemotronHConfig(**sizes(num_hidden_layers=None), **own, **kinds)
 
 
 def jamba() -> Any:
-    """State-space layers between; experts in every second layer."""
+    """Some layers are state-space layers; every second layer has experts."""
     own = {"num_experts": EXPERTS, "mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False}
     layers = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1}
     return transformers.JambaConfig(**SIZES, **own, **layers)

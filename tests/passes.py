@@ -1,4 +1,4 @@
-"""Text on its way through a skeleton, set up as a job does it."""
+"""Helpers that pass sequences through a skeleton, set up as in a job."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, cast
@@ -22,7 +22,7 @@ from llmq.numerics.layer_plan import LayerPlan
 from llmq.numerics.scheme import Scheme, WeightScheme
 from llmq.steps.run import Run
 
-REMEMBERED, REPEATED = 1 << 40, 0  # bytes of memory for what forwards keep
+REMEMBERED, REPEATED = 1 << 40, 0  # bytes of memory for recorded activations
 CPU_MEMORY = Storage(HOST)
 
 
@@ -35,7 +35,7 @@ def stream_over(
     storage: Storage = CPU_MEMORY,
     to_the_end: bool = True,
 ) -> Stream:
-    """The sequences `ids` (S, T) in front of the first block."""
+    """A stream of the sequences `ids` (S, T) before the first block."""
     text = Text(ids, batch, validation)
     return Stream(skeleton, text, RecordedCalls(skeleton), storage, to_the_end=to_the_end)
 
@@ -52,7 +52,7 @@ def streams_over(
     tokens_per_input: float = 0.0,
     storage: Storage = CPU_MEMORY,
 ) -> Streams:
-    """The same as the pipeline has it, with the float stream next to it if `floats`."""
+    """The streams of the pipeline, including the float stream if `floats`."""
     text, calls = Text(ids, batch, validation), RecordedCalls(skeleton)
     return Streams(
         quantized=Stream(skeleton, text, calls, storage, "quantized"),
@@ -64,7 +64,7 @@ def streams_over(
 
 
 def halve(block: Block, group: InputGroup) -> None:
-    """Stands for quantization: what comes later in the block has to see it."""
+    """Stand-in for quantization: later layers of the block must see the changed weights."""
     for path in group.names:
         block.set_weight(path, block.weight(path) * 0.5)
 
@@ -76,10 +76,10 @@ def run_block(
     *,
     at_once: int | None = None,
 ) -> dict[str, InputStats]:
-    """Take the streams past a block as the pipeline does; returns the statistics by the first layer of each group.
+    """Pass the streams through a block as the pipeline does; returns the statistics by the first layer of each group.
 
-    quantize  is called for each group when its statistics are there
-    at_once   of how many groups statistics are summed in one pass; by default as many as fit
+    quantize  is called for each group when its statistics are complete
+    at_once   number of groups whose statistics are summed in one pass; by default as many as fit
     """
     block.load()
     streams.enter(block)
@@ -101,7 +101,7 @@ def run_block(
 
 
 def plans_of(block: Block, scheme: WeightScheme, kept: str = "none") -> dict[str, LayerPlan]:
-    """Every linear layer of a block on one grid, but for those whose path ends in `kept`, which stay in float."""
+    """Every linear layer of a block on one grid, except those whose path ends in `kept`, which are kept in float."""
     return {
         path: LayerPlan(path, m.out_features, m.in_features, Scheme(None if path.endswith(kept) else scheme))
         for path, m in block.linears.items()
@@ -109,13 +109,13 @@ def plans_of(block: Block, scheme: WeightScheme, kept: str = "none") -> dict[str
 
 
 def run_without_output(skeleton: Skeleton, streams: Streams, plans: Mapping[str, LayerPlan], method: Method) -> Run:
-    """A run of which nothing is packed or written."""
+    """A run that packs and writes nothing."""
     nothing = cast(Any, None)
     return Run(skeleton, streams, None, plans, method, Options(), nothing, nothing, nothing)
 
 
 class Stack(nn.Module):
-    """A model of an embedding (V, D) of random numbers and some blocks, which are called with a hidden state alone."""
+    """A model with a random embedding (V, D) and blocks that are called with only the hidden state."""
 
     def __init__(self, *blocks: nn.Module, vocabulary: int = 16, width: int = 8) -> None:
         super().__init__()
@@ -134,5 +134,5 @@ class Stack(nn.Module):
 
 
 def states_of(stream: Stream) -> list[Tensor]:
-    """(…, B, T, D) of each batch, in front of the next block."""
+    """(…, B, T, D) of each batch, before the next block."""
     return [stream._states.read(batch) for batch in stream.text.batches()]

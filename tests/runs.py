@@ -1,4 +1,4 @@
-"""Whole runs on tiny models, and what comes of them looked at with transformers and safetensors alone."""
+"""Complete runs on tiny models, and checks of their results with only transformers and safetensors."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +32,7 @@ def quantize(model: Path, out: Path, text: Path, **settings: Any) -> llmq.Report
 
 
 def job(model: Path, out: Path, text: Path, *, stages: Method | None = None, **settings: Any) -> Job:
-    """The same run, not started."""
+    """A job with the same settings, not started."""
     asked = merged(QuantConfig(), {**QUICK, "calibration": [text], **settings})
     return Job(str(model), out, asked, stages=stages, device="cpu")
 
@@ -43,32 +43,32 @@ def read_text(job: Job) -> CalibrationSet:
 
 
 def windows_of(model: Path, text: Path) -> Tensor:
-    """The token ids (S, T) that such a run reads."""
+    """The token ids (S, T) that a run with these settings reads."""
     return read_text(job(model, model / "nowhere", text)).windows
 
 
-class Stopped(Exception):  # noqa: N818  (nothing went wrong)
-    """Ends a run in the middle of it."""
+class Stopped(Exception):  # noqa: N818  (not an error)
+    """Stops a run in the middle."""
 
 
 def stop(run: Callable[[OnEvent], object], enough: Callable[[Event], bool]) -> list[Event]:
-    """Begin a run, end it at the first event that is `enough`, and return the events until then."""
+    """Start a run, stop it at the first event for which `enough` is true, and return the events so far."""
     events: list[Event] = []
 
-    def watch(event: Event) -> None:
+    def record(event: Event) -> None:
         events.append(event)
         if enough(event):
             raise Stopped
 
     try:
-        run(watch)
+        run(record)
     except Stopped:
         return events
     raise AssertionError("the run ended before it could be stopped")
 
 
 def stop_in_block(job: Job, blocks: int) -> list[Event]:
-    """Begin a run, and end it in the block after the first `blocks` of them, where one of its layers is finished."""
+    """Start a run, and stop it after `blocks` blocks and one layer of the next block."""
     finished = 0
 
     def enough(event: Event) -> bool:
@@ -96,15 +96,15 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return dict(llmq.dequantize(folder))
 
 
-def assert_same_weights(found: Path, expected: Path) -> None:
-    """Bit for bit, and there are some."""
-    ours, theirs = weights(found), weights(expected)
+def assert_same_weights(actual: Path, expected: Path) -> None:
+    """The quantized weights are equal bit for bit, and there is at least one."""
+    ours, theirs = weights(actual), weights(expected)
     assert ours.keys() == theirs.keys() and ours
     assert [name for name in ours if not ours[name].equal(theirs[name])] == []
 
 
 def float_equivalent(out: Path, model: Path) -> dict[str, Tensor]:
-    """What a quantized checkpoint holds, under the names that `model` has: packed weights as plain float32 ones."""
+    """The tensors of a quantized checkpoint by their names in `model`, with packed weights dequantized to float32."""
     kept = {name: tensor for name, tensor in tensors_of(out).items() if name in tensors_of(model)}
     return {**kept, **dict(llmq.dequantize(out))}
 
@@ -118,12 +118,12 @@ def float_model(folder: Path, weights: dict[str, Tensor]) -> Any:
 
 
 def logits(model: Any, windows: Tensor) -> Tensor:
-    """(S, T, V) of a model in transformers' form."""
+    """The logits (S, T, V) of a transformers model."""
     with torch.no_grad():
         result: Tensor = model(input_ids=windows, use_cache=False).logits
     return result
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    """‖found - expected‖ / ‖expected‖"""
-    return float((found - expected).norm() / expected.norm())
+def relative(actual: Tensor, expected: Tensor) -> float:
+    """‖actual - expected‖ / ‖expected‖"""
+    return float((actual - expected).norm() / expected.norm())

@@ -1,7 +1,7 @@
 """Which warnings are errors: those that our code raises, or causes by how it calls another package.
 
-A package that deprecates something for itself, or calls another package in a deprecated way, is not ours to mend, and
-must not turn the tests red on the day when it is released.
+A package that deprecates something for itself, or calls another package in a deprecated way, cannot be fixed here,
+so its next release must not make the tests fail.
 """
 
 import sys
@@ -14,7 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = tuple(str(ROOT / folder) for folder in ("llmq", "kernels", "scripts", "eval", "tests"))
-# Frames between a caller and what it calls, of which neither is the cause: module calls, decorators, contexts.
+# Frames between a caller and its callee that are not the cause: module calls, decorators, contexts.
 PASSED_THROUGH = (
     "/warnings.py",
     "/contextlib.py",

@@ -1,4 +1,4 @@
-"""Random weights on a grid, and when two of them are the same."""
+"""Random weights on a grid, and a check that two of them are equal."""
 
 import torch
 
@@ -15,7 +15,7 @@ def random_weight(
     shuffled: bool = False,
     seed: int = 0,
 ) -> QuantizedTensor:
-    """Any codes, any zeros, scales of both signs; `shuffled` groups the columns in an order of their own."""
+    """Any codes, any zeros, scales of both signs; `shuffled` assigns columns to groups in a random order."""
     generator = torch.Generator().manual_seed(seed)
     G = K // scheme.columns_per_group(K)
     codes = torch.randint(0, scheme.levels + 1, (N, K), generator=generator, dtype=torch.uint8)
@@ -30,11 +30,11 @@ def random_weight(
     return QuantizedTensor(codes, scales, zeros, scheme, index)
 
 
-def assert_same(found: QuantizedTensor, expected: QuantizedTensor) -> None:
-    """Every field, its dtype and layout included."""
-    assert found.scheme == expected.scheme
+def assert_same(actual: QuantizedTensor, expected: QuantizedTensor) -> None:
+    """Every field is equal, including dtype and layout."""
+    assert actual.scheme == expected.scheme
     for field in ("codes", "scales", "zeros", "group_index"):
-        ours, theirs = getattr(found, field), getattr(expected, field)
+        ours, theirs = getattr(actual, field), getattr(expected, field)
         assert (ours is None) == (theirs is None), field
         if theirs is not None:
             assert ours.dtype == theirs.dtype, field

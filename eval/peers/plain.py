@@ -46,7 +46,7 @@ def read_out(model: Any, folder: Path) -> dict[str, Any]:
 
 
 def write_plain(folder: Path, weights: dict[str, Any], out: Path) -> None:
-    """The checkpoint of `folder` in float32 at `out`, with `weights` instead of its own weights."""
+    """The checkpoint of `folder` in float32 at `out`, with `weights` instead of the original ones."""
     import torch
     from safetensors.torch import save_file
 

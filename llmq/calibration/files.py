@@ -29,7 +29,10 @@ def split_column(source: str, suffixes: Sequence[str]) -> tuple[Path, str | None
 def require_file(path: Path) -> None:
     """Raise CalibrationError if there is no such file."""
     if not path.is_file():
-        raise CalibrationError(f"{path} is not a file", hint=f"expected a file that ends in {readers.suffixes()}")
+        problem = "is a folder" if path.is_dir() else "does not exist"
+        raise CalibrationError(
+            f"{path} {problem}, expected a file", hint=f"give a file that ends in {readers.suffixes()}"
+        )
 
 
 def read_text(path: Path) -> str:

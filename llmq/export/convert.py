@@ -28,8 +28,8 @@ from llmq.checkpoint.side_files import companion_files
 from llmq.checkpoint.writer import CONFIG, Writer
 from llmq.errors import ConfigError, FormatError
 from llmq.export.recode import Recoded, nearest, on_grid, recode, requantize, symmetric, widened_scheme
-from llmq.export.to_gguf import export_gguf
 from llmq.formats import tensor_name
+from llmq.gguf.folder import export_gguf
 from llmq.gguf.reader import Weights
 from llmq.numerics.gguf_types import GGUF
 from llmq.numerics.scheme import WeightScheme

@@ -21,7 +21,7 @@ from llmq.checkpoint.side_files import companion_files
 from llmq.checkpoint.writer import CONFIG, Writer
 from llmq.errors import CheckpointError, ConfigError, LlmqError, UnsupportedModelError
 from llmq.export.convert import Converter
-from llmq.export.to_gguf import blocks_to_gguf, export_gguf
+from llmq.gguf.folder import blocks_to_gguf, export_gguf
 from llmq.numerics.gguf_types import GGUF, GGUF_GRIDS
 from llmq.plan import Plan
 from llmq.report.events import OnEvent
@@ -46,7 +46,9 @@ def finish(writer: Writer, plan: Plan, report: Report, quantized: set[str], on_e
     formats = plan.settings.formats
     if formats[0] in GGUF_GRIDS:
         with writer.finishing() as final:
-            written = blocks_to_gguf(writer.parts(), plan, final, writer.folder)
+            written = blocks_to_gguf(
+                writer.parts(), plan.checkpoint, plan.outside(), plan.settings, plan.device, final, writer.folder
+            )
             report.notes += written.notes
             report.file_bytes = written.file.stat().st_size
             report.checksums = checksums(final)

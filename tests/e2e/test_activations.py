@@ -1,4 +1,4 @@
-"""`llmq eval --activations int8` beside transformers with a hook in front of each linear layer, and what is refused."""
+"""`llmq eval --activations int8`, compared with transformers and a hook on each linear layer; refused requests."""
 
 import json
 import shutil
@@ -31,8 +31,8 @@ SIZE: dict[str, Any] = {"seqlen": 32, "limit": 4, "device": "cpu"}
 Checkpoints = Callable[..., Path]
 
 
-def by_hand(model: nn.Module, wanted: Callable[[str], bool]) -> None:
-    """Round the inputs of the linear layers that are wanted, as W8A8 engines do."""
+def round_inputs(model: nn.Module, wanted: Callable[[str], bool]) -> None:
+    """Round the inputs of the linear layers whose names `wanted` selects, as W8A8 engines do."""
 
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
         scale = args[0].abs().max(dim=-1, keepdim=True).values / 127.5
@@ -50,35 +50,33 @@ def log_probabilities(folder: Path, windows: Tensor, activations: InputScheme | 
 
 
 @torch.no_grad()
-def test_the_bundled_model_computes_what_transformers_computes_with_rounded_inputs() -> None:
+def test_rounded_inputs_give_the_logits_of_transformers() -> None:
     windows = builders.tokens(2, 48)
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
     plain = model(input_ids=windows, use_cache=False).logits.log_softmax(-1)
-    by_hand(model, lambda name: True)
+    round_inputs(model, lambda name: True)
     expected = model(input_ids=windows, use_cache=False).logits.log_softmax(-1)
-    found = log_probabilities(MODEL, windows, INT8)
-    assert (found - expected).abs().max() < 1e-4 < 1e-2 < (found - plain).abs().max()
+    computed = log_probabilities(MODEL, windows, INT8)
+    assert (computed - expected).abs().max() < 1e-4 < 1e-2 < (computed - plain).abs().max()
     assert (log_probabilities(MODEL, windows, None) - plain).abs().max() < 1e-4
 
 
 @torch.no_grad()
-def test_of_a_quantized_model_the_inputs_of_quantized_layers_are_rounded(
-    checkpoint: Checkpoints, tmp_path: Path
-) -> None:
-    """And those of layers that the file holds in float are not."""
+def test_only_inputs_of_quantized_layers_are_rounded(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    """Inputs of layers that the file holds in float are not rounded."""
     out, windows = tmp_path / "out", builders.tokens(2, 24)
     llmq.quantize(
         checkpoint("llama"), out, method="rtn", bits=8, group_size="channel", skip=["down_proj"], device="cpu"
     )
     model = AutoModelForCausalLM.from_pretrained(checkpoint("llama"), dtype=torch.float32).eval()
     model.load_state_dict(dict(llmq.dequantize(out)), strict=False)
-    by_hand(model, lambda name: not name.endswith("down_proj"))
+    round_inputs(model, lambda name: not name.endswith("down_proj"))
     expected = model(input_ids=windows, use_cache=False).logits.log_softmax(-1)
     assert (log_probabilities(out, windows, INT8) - expected).abs().max() < 1e-4
 
 
-def test_the_layers_are_those_that_the_file_holds_quantized(checkpoint: Checkpoints, tmp_path: Path) -> None:
-    """Also in a .gguf file; of a float model, all."""
+def test_the_rounded_layers_are_the_quantized_layers_of_the_file(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    """Also for a .gguf file; all linear layers for a float model."""
     model, out = checkpoint("llama"), tmp_path / "out"
     llmq.quantize(
         model, out, method="rtn", group_size=32, scales="minmax", device="cpu", skip=["down_proj"],
@@ -115,12 +113,12 @@ def test_the_command_states_what_was_rounded(checkpoint: Checkpoints, text: Path
     refused(run_llmq(*request, "--activations", "fp8"), CONFIG, "activations is 'fp8', expected one of", "")
 
 
-def test_activations_that_do_not_exist(checkpoint: Checkpoints, text: Path) -> None:
+def test_unknown_activations_are_refused(checkpoint: Checkpoints, text: Path) -> None:
     with pytest.raises(ConfigError, match="activations is 'int4', expected one of"):
         measure(checkpoint("llama"), None, text, **SIZE, activations="int4")
 
 
-def test_a_model_that_runs_as_a_whole_is_refused(checkpoint: Checkpoints, text: Path) -> None:
+def test_a_model_that_cannot_be_streamed_is_refused(checkpoint: Checkpoints, text: Path) -> None:
     sharing = checkpoint("gemma3n", num_kv_shared_layers=1)
     with pytest.raises(UnsupportedModelError, match="inputs in int8 dynamic per token, .* as a whole") as caught:
         measure(sharing, None, text, **SIZE, activations="int8")
@@ -130,7 +128,7 @@ def test_a_model_that_runs_as_a_whole_is_refused(checkpoint: Checkpoints, text: 
 def test_declared_activations_that_are_not_applied_are_noted(
     checkpoint: Checkpoints, text: Path, tmp_path: Path
 ) -> None:
-    """A W8A8 checkpoint that is measured with float inputs says so."""
+    """Measuring a W8A8 checkpoint with float inputs is noted in the report."""
     llmq.quantize(checkpoint("llama"), tmp_path / "out", method="rtn", bits=8, group_size="channel", device="cpu")
     folder = shutil.copytree(tmp_path / "out", tmp_path / "w8a8")
     settings = json.loads((folder / "config.json").read_text())["quantization_config"]

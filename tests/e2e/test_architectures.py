@@ -1,7 +1,7 @@
-"""Every architecture of the list: quantized, saved, loaded and run, with no line of llmq that names it.
+"""Every architecture of the list is quantized, saved, loaded and run; the code of llmq names none of them.
 
-How near is near: the loaded model and its float twin multiply the same weights in other orders, so they differ by some
-roundings of float32 a layer.
+Tolerance: the loaded model and its float twin multiply the same weights in a different order, so they differ by a few
+float32 roundings per layer.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ TOLERANCE = 1e-4
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_quantized_saved_loaded_and_run(model_type: str, tmp_path: Path, text: Path) -> None:
+def test_every_architecture_is_quantized_saved_loaded_and_run(model_type: str, tmp_path: Path, text: Path) -> None:
     outcome = examine(model_type, tmp_path, text)
     assert outcome.finite
     assert outcome.difference < TOLERANCE < outcome.noticed

@@ -1,4 +1,4 @@
-"""The model that comes with the project: what its card promises, and what the demo shows."""
+"""The model bundled with the project: the statements of its model card, and the result that the demo shows."""
 
 import importlib.util
 from pathlib import Path
@@ -24,7 +24,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return calibration, validation
 
 
-def test_it_is_small_and_fits_every_format() -> None:
+def test_the_model_is_small_and_fits_every_format() -> None:
     config = AutoConfig.from_pretrained(MODEL)
     assert Checkpoint.open(MODEL).nbytes <= 10_000_000
     assert config.num_key_value_heads < config.num_attention_heads
@@ -33,14 +33,14 @@ def test_it_is_small_and_fits_every_format() -> None:
 
 
 @pytest.mark.slow
-def test_gptq_costs_visibly_less_than_rtn(texts: tuple[Path, Path], tmp_path: Path) -> None:
+def test_gptq_has_a_lower_divergence_than_rtn(texts: tuple[Path, Path], tmp_path: Path) -> None:
     calibration, validation = texts
     divergence = {}
     for method in ("rtn", "gptq"):
         llmq.quantize(
             str(MODEL), tmp_path / method, method=method, calibration=[str(calibration)], samples=32, seqlen=256
         )
-        found = measure(tmp_path / method, MODEL, str(validation), seqlen=256, limit=16)
-        assert found.original is not None and found.original.perplexity < 25, "the model was trained"
-        divergence[method] = found.model.kl_mean
+        evaluation = measure(tmp_path / method, MODEL, str(validation), seqlen=256, limit=16)
+        assert evaluation.original is not None and evaluation.original.perplexity < 25, "the model was trained"
+        divergence[method] = evaluation.model.kl_mean
     assert divergence["gptq"] < 0.8 * divergence["rtn"]

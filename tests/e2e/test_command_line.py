@@ -1,4 +1,4 @@
-"""The commands on a tiny model, as a user gives them: the result on stdout, everything else on stderr."""
+"""The commands on a tiny model: results on stdout, everything else on stderr."""
 
 import io
 import json
@@ -22,7 +22,7 @@ from llmq.report.events import Progress
 from tests import builders
 from tests.command_line import ROOT, environment, llmq, llmq_process
 
-LINEARS = 7  # in a block of a Llama
+LINEARS = 7  # per block of a Llama
 BLOCKS = 2
 
 
@@ -51,7 +51,7 @@ def quantized(model: Path, calibration: tuple[str | Path, ...], tmp_path_factory
 # ---- quantize
 
 
-def test_quantize_prints_the_result_on_stdout_and_a_line_a_block_on_stderr(
+def test_quantize_prints_results_on_stdout_progress_on_stderr(
     model: Path, calibration: tuple[str | Path, ...], tmp_path: Path
 ) -> None:
     done = llmq("quantize", model, tmp_path / "out", *calibration, "--group-size", "32")
@@ -60,14 +60,14 @@ def test_quantize_prints_the_result_on_stdout_and_a_line_a_block_on_stderr(
     assert [line.split()[1:3] for line in progress] == [["1/2", "model.layers.0"], ["2/2", "model.layers.1"]]
     assert all("largest error" in line for line in progress)
     assert done.stderr.splitlines()[-1].startswith("done in ")
-    assert "\x1b" not in done.stderr + done.stdout  # neither colours nor a cursor that moves
+    assert "\x1b" not in done.stderr + done.stdout  # no colors and no cursor movement
     assert "block " not in done.stdout
     for figure in ("layers quantized", "bits per weight, with scales", "size of weights", "peak memory", "output"):
         assert figure in done.stdout
     assert str(tmp_path / "out") in done.stdout
 
 
-def test_a_terminal_gets_a_bar_with_the_loss_of_the_layer_just_done(
+def test_a_terminal_gets_a_progress_bar_with_the_layer_error(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     screen = io.StringIO()
@@ -80,7 +80,7 @@ def test_a_terminal_gets_a_bar_with_the_loss_of_the_layer_just_done(
     assert "block 1/2" not in done.stderr
 
 
-def test_a_stage_that_comes_twice_has_the_total_of_the_second_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_repeated_stage_updates_its_total(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmq.cli.progress.messages", lambda: Console(file=io.StringIO(), force_terminal=True))
     display = ProgressDisplay()
     display(Progress("text written by the model", 100, 100, "tokens"))
@@ -89,7 +89,7 @@ def test_a_stage_that_comes_twice_has_the_total_of_the_second_time(monkeypatch: 
     assert (task.completed, task.total) == (150, 300)
 
 
-def test_lines_come_also_where_progress_jumps(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_lines_are_printed_when_progress_jumps(capsys: pytest.CaptureFixture[str]) -> None:
     display = ProgressDisplay()
     for done in range(7, 1000, 7):
         display(Progress("float model", done, 1000, "tokens"))
@@ -105,18 +105,18 @@ def test_quantize_as_json(model: Path, calibration: tuple[str | Path, ...], tmp_
     assert sum(len(block["layers"]) for block in report["blocks"]) == BLOCKS * LINEARS
     assert report["settings"]["method"] == "balanced"
     assert report["settings"]["scheme"] == {"bits": 4, "group_size": 32, "symmetric": True}
-    assert report["bits_per_weight"] == pytest.approx(4 + 32 / 32, abs=0.5)  # a float32 scale for 32 codes, and shapes
+    assert report["bits_per_weight"] == pytest.approx(4 + 32 / 32, abs=0.5)  # scales in float32, and shapes
     assert report["calibration"]["tokens"] == 8 * 32
     assert report == json.loads((tmp_path / "out" / "llmq.json").read_text())
 
 
-def test_the_output_has_a_name_of_its_own(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_output_has_a_default_name(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert llmq("quantize", model, "--method", "rtn", "--bits", "3").exit_code == 0
     assert [entry.name for entry in tmp_path.iterdir()] == [f"{model.name}-rtn-3bit"]
 
 
-def test_quantize_tells_what_it_did_otherwise_than_asked(
+def test_quantize_reports_deviations_from_the_settings(
     model: Path, calibration: tuple[str | Path, ...], tmp_path: Path
 ) -> None:
     done = llmq(
@@ -136,13 +136,13 @@ def test_every_method_writes_every_format(
     out = tmp_path / "out"
     options = ("--method", method, "--format", layout, "--group-size", "16", "--samples", "2")
     assert llmq("quantize", model, out, *calibration, *options).exit_code == 0
-    found = json.loads(llmq("inspect", out, "--json").stdout)
-    assert found["format"] == layout
-    assert sum(layer["scheme"] == "int4 g16 symmetric" or layout == "awq" for layer in found["layers"]) >= 14
-    assert found["provenance"]["method"] == method
+    inspected = json.loads(llmq("inspect", out, "--json").stdout)
+    assert inspected["format"] == layout
+    assert sum(layer["scheme"] == "int4 g16 symmetric" or layout == "awq" for layer in inspected["layers"]) >= 14
+    assert inspected["provenance"]["method"] == method
 
 
-def test_the_same_command_gives_the_same_bytes(
+def test_the_same_command_writes_the_same_bytes(
     model: Path, quantized: Path, calibration: tuple[str | Path, ...], tmp_path: Path
 ) -> None:
     assert llmq("quantize", model, tmp_path / "out", *calibration, "--group-size", "32").exit_code == 0
@@ -168,17 +168,17 @@ def test_skips_and_overrides_reach_the_layers(model: Path, tmp_path: Path) -> No
     assert grids["lm_head"] is None
 
 
-def test_what_is_not_quantized_is_copied_to_the_bit(model: Path, quantized: Path) -> None:
+def test_unquantized_tensors_are_copied_exactly(model: Path, quantized: Path) -> None:
     before, after = load_file(model / "model.safetensors"), load_file(quantized / "model.safetensors")
     kept = [name for name in before if "proj" not in name]
-    assert len(kept) == 3 + 2 * BLOCKS  # embedding, last norm, head; two norms a block
+    assert len(kept) == 3 + 2 * BLOCKS  # embedding, last norm, head; two norms per block
     assert all(after[name].equal(before[name]) and after[name].dtype == before[name].dtype for name in kept)
     assert not any(name.endswith("proj.weight") for name in after)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (quantized / name).read_bytes() == (model / name).read_bytes(), name
 
 
-# ---- looking before it leaps
+# ---- dry runs and settings
 
 
 def test_a_dry_run_writes_nothing_and_needs_no_text(model: Path, tmp_path: Path) -> None:
@@ -192,14 +192,14 @@ def test_a_dry_run_writes_nothing_and_needs_no_text(model: Path, tmp_path: Path)
     assert "size of weights" in done.stdout
 
 
-def test_a_dry_run_as_json_is_what_the_run_does(model: Path, tmp_path: Path) -> None:
+def test_a_dry_run_as_json_matches_the_run(model: Path, tmp_path: Path) -> None:
     arguments = ("quantize", model, tmp_path / "out", "--method", "rtn", "--group-size", "32", "--json")
     plan = json.loads(llmq(*arguments, "--dry-run").stdout)
     report = json.loads(llmq(*arguments).stdout)
     planned = {layer["name"]: layer["scheme"] for layer in plan["layers"]}
     assert planned == {layer["name"]: layer["scheme"] for block in report["blocks"] for layer in block["layers"]}
     assert plan["left"] == report["left"]
-    small = 24 * len(planned)  # the shape of each weight, two int64, and what divisions by 8 lose
+    small = 24 * len(planned)  # the shape of each weight (two int64), and rounding of divisions by 8
     assert plan["bytes"] == pytest.approx(report["file_bytes"], abs=small)
 
 
@@ -236,7 +236,7 @@ PRECEDENCE: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("file", "flags", "expected"), PRECEDENCE, ids=range(len(PRECEDENCE)))
-def test_flags_win_over_the_file_and_the_file_over_defaults(
+def test_flags_override_the_file_and_the_file_the_defaults(
     file: str, flags: tuple[str, ...], expected: dict[str, Any], tmp_path: Path
 ) -> None:
     (tmp_path / "quant.toml").write_text(file)
@@ -259,14 +259,14 @@ def test_eval_compares_with_the_original(model: Path, quantized: Path, text: Pat
 
 def test_eval_as_json(model: Path, quantized: Path, text: Path) -> None:
     done = llmq("eval", quantized, "--against", model, "--text", text, "--seqlen", "32", "--windows", "4", "--json")
-    found = json.loads(done.stdout)
-    assert found["windows"] == 4
-    assert found["model"]["tokens"] == 4 * 31
-    assert found["model"]["kl_mean"] > 0
-    assert found["original"]["kl_mean"] is None
-    assert found["size"]["file_bytes"] < found["original_size"]["file_bytes"]
+    result = json.loads(done.stdout)
+    assert result["windows"] == 4
+    assert result["model"]["tokens"] == 4 * 31
+    assert result["model"]["kl_mean"] > 0
+    assert result["original"]["kl_mean"] is None
+    assert result["size"]["file_bytes"] < result["original_size"]["file_bytes"]
     alone = json.loads(llmq("eval", model, "--text", text, "--seqlen", "32", "--windows", "4", "--json").stdout)
-    assert alone["model"] == found["original"]
+    assert alone["model"] == result["original"]
 
 
 def test_a_model_is_equal_to_itself(model: Path, text: Path) -> None:
@@ -276,7 +276,7 @@ def test_a_model_is_equal_to_itself(model: Path, text: Path) -> None:
 
 
 @pytest.mark.parametrize("which", ["model", "quantized"])
-def test_generate_writes_the_text_and_says_how_fast(which: str, request: pytest.FixtureRequest) -> None:
+def test_generate_prints_the_text_and_the_speed(which: str, request: pytest.FixtureRequest) -> None:
     done = llmq("generate", request.getfixturevalue(which), "--prompt", "abc def", "--max-tokens", "6")
     assert done.exit_code == 0
     assert done.stdout.startswith("abc def")
@@ -284,15 +284,15 @@ def test_generate_writes_the_text_and_says_how_fast(which: str, request: pytest.
     assert "tokens per second" not in done.stdout
 
 
-def test_generate_draws_from_the_seed(quantized: Path) -> None:
+def test_generate_samples_by_the_seed(quantized: Path) -> None:
     arguments = ("generate", quantized, "--prompt", "abc", "--max-tokens", "12", "--temperature", "1.5")
     first, second, third = (llmq(*arguments, "--seed", seed).stdout for seed in ("1", "1", "2"))
     assert first == second
     assert first != third
-    assert llmq(*arguments[:-2]).stdout == llmq(*arguments[:-2], "--seed", "9").stdout  # greedy draws nothing
+    assert llmq(*arguments[:-2]).stdout == llmq(*arguments[:-2], "--seed", "9").stdout  # greedy ignores seeds
 
 
-def test_inspect_shows_grids_sizes_and_where_it_comes_from(model: Path, quantized: Path, text: Path) -> None:
+def test_inspect_shows_grids_sizes_and_provenance(model: Path, quantized: Path, text: Path) -> None:
     done = llmq("inspect", quantized)
     assert (done.exit_code, done.stderr) == (0, "")
     for part in ("model.layers.0.self_attn.q_proj", "int4 g32 symmetric", "compressed-tensors", str(model), text.name):
@@ -300,19 +300,20 @@ def test_inspect_shows_grids_sizes_and_where_it_comes_from(model: Path, quantize
 
 
 def test_inspect_as_json_adds_up(quantized: Path) -> None:
-    found = json.loads(llmq("inspect", quantized, "--json").stdout)
-    packed = [layer for layer in found["layers"] if layer["scheme"]]
+    inspected = json.loads(llmq("inspect", quantized, "--json").stdout)
+    packed = [layer for layer in inspected["layers"] if layer["scheme"]]
     assert len(packed) == BLOCKS * LINEARS
     assert all(0 < layer["error"] < 0.2 for layer in packed)
     weights = sum(layer["out_features"] * layer["in_features"] for layer in packed)
-    assert found["bits_per_weight"] == pytest.approx(8 * sum(layer["nbytes"] for layer in packed) / weights)
-    assert found["file_bytes"] == sum(tensor.nbytes for tensor in load_file(quantized / "model.safetensors").values())
+    assert inspected["bits_per_weight"] == pytest.approx(8 * sum(layer["nbytes"] for layer in packed) / weights)
+    tensors = load_file(quantized / "model.safetensors")
+    assert inspected["file_bytes"] == sum(tensor.nbytes for tensor in tensors.values())
 
 
 def test_inspect_of_a_float_model(model: Path) -> None:
-    found = json.loads(llmq("inspect", model, "--json").stdout)
-    assert found["format"] is None
-    assert {layer["dtype"] for layer in found["layers"]} == {"float32"}
+    inspected = json.loads(llmq("inspect", model, "--json").stdout)
+    assert inspected["format"] is None
+    assert {layer["dtype"] for layer in inspected["layers"]} == {"float32"}
 
 
 # ---- help and installation
@@ -326,7 +327,7 @@ QUANTIZE_OPTIONS = (
 
 @pytest.fixture
 def wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")  # or the help is cut to the terminal's width
+    monkeypatch.setenv("COLUMNS", "200")  # otherwise the help is wrapped at the terminal's width
 
 
 @pytest.mark.usefixtures("wide")
@@ -344,7 +345,7 @@ def test_help_of_quantize_has_every_option(option: str) -> None:
 
 
 @pytest.mark.usefixtures("wide")
-def test_help_of_quantize_teaches() -> None:
+def test_help_of_quantize_explains_the_options() -> None:
     shown = llmq("quantize", "--help").stdout
     for part in (
         "[rtn|gptq|awq|fast|balanced|best]", "[2|3|4|8]", "[auto|cpu|cuda[:N]]", "default: balanced", "Examples:",
@@ -370,17 +371,17 @@ def test_the_shell_completes_options_and_their_choices() -> None:
 
 
 @pytest.mark.usefixtures("wide")
-def test_help_says_what_an_interruption_costs() -> None:
+def test_help_explains_interruption_and_resume() -> None:
     assert "An interrupted run continues when the same command is given again." in llmq("quantize", "--help").stdout
 
 
-def test_the_version() -> None:
+def test_version_is_printed() -> None:
     assert llmq("--version").stdout == f"llmq {__version__}\n"
 
 
 @pytest.mark.slow
-def test_a_checkout_runs_as_it_is_with_its_own_kernels(model: Path, tmp_path: Path) -> None:
-    """`python -m llmq` from the root, with another llmq_kernels on the path, as an install would put it there."""
+def test_a_checkout_runs_with_its_own_kernels(model: Path, tmp_path: Path) -> None:
+    """`python -m llmq` from the root, with another llmq_kernels on the path, as if it was installed."""
     installed = tmp_path / "installed" / "llmq_kernels"
     installed.mkdir(parents=True)
     (installed / "__init__.py").write_text("raise SystemExit('the wrong kernels')\n")

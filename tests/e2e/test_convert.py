@@ -1,4 +1,4 @@
-"""Several formats of one run, and conversions: the same floats in each, and a refusal where they could not be."""
+"""Several formats from one run, and conversions: equal dequantized weights, or an error where this is impossible."""
 
 import dataclasses
 import json
@@ -46,13 +46,13 @@ def convert(source: Path, out: Path, to: str, **options: Any) -> Converter:
 
 @pytest.fixture(scope="module")
 def model(checkpoint: Checkpoints) -> Path:
-    """Its smallest weights need scales that float16 has no room for, if nothing is done about it."""
+    """A Llama whose smallest weights need scales below the range of float16."""
     return checkpoint("llama", dtype="bfloat16", num_hidden_layers=2)
 
 
 @pytest.fixture(scope="module")
 def packed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """A quantized model in a format; made once."""
+    """`packed("awq")`: a quantized model in a format, created once."""
     made: dict[str, Path] = {}
 
     def make(layout: str, **settings: Any) -> Path:
@@ -77,7 +77,7 @@ def test_all_formats_of_a_run_hold_the_same_weights(
     shutil.copytree(checkpoint("llama", dtype=dtype, num_hidden_layers=2), model)
     file = model / "model.safetensors"
     tensors = load_file(file)
-    tensors["model.layers.0.mlp.up_proj.weight"] *= 1e-6  # scales that float16 would lose
+    tensors["model.layers.0.mlp.up_proj.weight"] *= 1e-6  # needs scales below the range of float16
     save_file(tensors, file, metadata={"format": "pt"})
     report = llmq.quantize(str(model), out, method="rtn", group_size=32, format=list(SAFETENSORS), symmetric=symmetric)
     assert {entry.name for entry in out.iterdir()} == set(SAFETENSORS)
@@ -90,8 +90,8 @@ def test_all_formats_of_a_run_hold_the_same_weights(
     assert up.isfinite().all()
 
 
-def test_each_of_several_is_what_a_run_for_it_alone_would_write(model: Path, packed: Any, tmp_path: Path) -> None:
-    """But for scales, which all of them must hold: a run for awq alone has more of their digits."""
+def test_each_format_equals_the_output_of_a_run_for_it_alone(model: Path, packed: Any, tmp_path: Path) -> None:
+    """Except for the scales, which every format must hold: a run for awq alone stores them more precisely."""
     llmq.quantize(
         str(model), tmp_path / "out", method="rtn", scales="minmax", group_size=32, format="awq,compressed-tensors"
     )
@@ -104,7 +104,7 @@ def test_each_of_several_is_what_a_run_for_it_alone_would_write(model: Path, pac
     )
 
 
-def test_a_run_killed_between_its_formats_goes_on(
+def test_a_run_killed_between_its_formats_is_continued(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings: dict[str, Any] = {
@@ -118,7 +118,7 @@ def test_a_run_killed_between_its_formats_goes_on(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("llmq.export.convert.Converter._finish", killed)
         llmq.quantize(str(model), tmp_path / "out", **settings)
-    assert [entry.name for entry in (tmp_path / "out").iterdir()] == [STAGING]  # no half of it
+    assert [entry.name for entry in (tmp_path / "out").iterdir()] == [STAGING]  # no partial output
     report = llmq.quantize(str(model), tmp_path / "out", **settings)
     assert all(block.resumed for block in report.blocks)
     for name in ("gptq", "awq"):
@@ -127,14 +127,14 @@ def test_a_run_killed_between_its_formats_goes_on(
                 assert file.read_bytes() == (tmp_path / "out" / name / file.name).read_bytes(), file.name
 
 
-def test_a_grid_that_one_of_the_formats_refuses(model: Path, tmp_path: Path) -> None:
+def test_a_grid_that_one_format_cannot_hold_is_refused(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="compressed-tensors with awq cannot hold int8 g32 symmetric.*awq holds 4"):
         llmq.quantize(
             str(model), tmp_path / "out", method="rtn", bits=8, group_size=32, format="compressed-tensors,awq"
         )
 
 
-def test_formats_as_flags_in_toml_and_printed(model: Path, tmp_path: Path) -> None:
+def test_several_formats_from_flags_and_toml(model: Path, tmp_path: Path) -> None:
     (tmp_path / "x.toml").write_text('format = ["awq", "gptq"]')
     assert "awq" in command("quantize", "m", "--config", tmp_path / "x.toml", "--print-config").stdout
     printed = command("quantize", "m", "--format", "awq", "--format", "gptq", "--print-config").stdout
@@ -146,8 +146,8 @@ def test_formats_as_flags_in_toml_and_printed(model: Path, tmp_path: Path) -> No
     assert "gptq: 12 weights compared, 0 differ" in done.stderr  # awq holds one grid, and down_proj has another
 
 
-def test_several_take_the_place_of_one_and_back_again(model: Path, tmp_path: Path) -> None:
-    """Nothing of the model before is left to be taken for this one; what is not llmq's stays."""
+def test_one_format_is_replaced_by_several_and_vice_versa(model: Path, tmp_path: Path) -> None:
+    """No file of the previous model remains; files that llmq did not write are kept."""
     settings: dict[str, Any] = {"method": "rtn", "scales": "minmax", "group_size": 32}
     llmq.quantize(str(model), tmp_path / "out", format="awq", **settings)
     (tmp_path / "out" / "notes.txt").write_text("mine")
@@ -160,16 +160,16 @@ def test_several_take_the_place_of_one_and_back_again(model: Path, tmp_path: Pat
     assert (tmp_path / "out" / "config.json").is_file() and (tmp_path / "out" / "notes.txt").is_file()
 
 
-def test_an_old_gguf_file_does_not_stay_beside_what_takes_its_place(model: Path, tmp_path: Path) -> None:
+def test_overwriting_removes_the_old_gguf_file(model: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"method": "rtn", "scales": "minmax", "group_size": 32}
     llmq.quantize(str(model), tmp_path / "out", format="gguf", **settings)
     (tmp_path / "out" / "own.gguf").write_bytes(b"mine")
-    (tmp_path / "out").rename(tmp_path / "moved")  # only the record knows who made out.gguf
+    (tmp_path / "out").rename(tmp_path / "moved")  # only llmq.json records that llmq wrote out.gguf
     llmq.quantize(str(model), tmp_path / "moved", format="gptq", overwrite=True, **settings)
     assert {file.name for file in (tmp_path / "moved").glob("*.gguf")} == {"own.gguf"}
 
 
-def test_code_of_the_models_own_is_run_for_every_format(
+def test_custom_model_code_is_run_for_every_format(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in ("transformers.dynamic_module_utils", "transformers.utils.hub"):
@@ -203,7 +203,7 @@ def test_a_conversion_keeps_every_weight(packed: Any, tmp_path: Path, source: st
     assert_same_weights(tmp_path / "out", packed(source, symmetric=symmetric))
 
 
-def test_there_and_back_again_gives_the_same_files(packed: Any, tmp_path: Path) -> None:
+def test_a_round_trip_gives_the_same_files(packed: Any, tmp_path: Path) -> None:
     source = packed("gptq")
     convert(source, tmp_path / "between", "compressed-tensors")
     convert(tmp_path / "between", tmp_path / "back", "gptq")
@@ -219,18 +219,18 @@ def test_there_and_back_again_gives_the_same_files(packed: Any, tmp_path: Path) 
     ]
 
 
-def test_codes_of_three_bits_fit_into_four(packed: Any, tmp_path: Path) -> None:
+def test_three_bit_values_are_stored_in_four_bits(packed: Any, tmp_path: Path) -> None:
     assert convert(packed("compressed-tensors", bits=3), tmp_path / "out", "gptq").report.differ == 0
     assert_same_weights(tmp_path / "out", packed("compressed-tensors", bits=3))
 
 
-def test_what_cannot_be_held_is_refused_and_leaves_nothing(packed: Any, tmp_path: Path) -> None:
+def test_unsupported_weights_are_refused_and_nothing_is_written(packed: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"awq cannot hold .* \(13 more weights\) unchanged: awq holds 4 bits"):
         convert(packed("gptq", bits=8), tmp_path / "out", "awq")
     assert not (tmp_path / "out").exists()
 
 
-def test_what_cannot_be_held_may_be_rounded_anew(packed: Any, tmp_path: Path) -> None:
+def test_unsupported_weights_can_be_quantized_again(packed: Any, tmp_path: Path) -> None:
     done = convert(packed("gptq", bits=8), tmp_path / "out", "awq", allow_requantize=True)
     assert len(done.report.requantized) == 14 and done.report.compared == 0
     errors = {}
@@ -257,7 +257,7 @@ def test_act_order_is_refused_with_the_reason(packed: Any, tmp_path: Path) -> No
     assert done.report.compared == 12
 
 
-def test_scales_that_the_format_does_not_hold_are_refused(packed: Any, tmp_path: Path) -> None:
+def test_scales_that_the_format_cannot_hold_are_refused(packed: Any, tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(packed("compressed-tensors"), source)
     tensors = tensors_of(source)
@@ -267,7 +267,7 @@ def test_scales_that_the_format_does_not_hold_are_refused(packed: Any, tmp_path:
         convert(source, tmp_path / "out", "gptq")
 
 
-def test_an_interrupted_conversion_goes_on(packed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_conversion_is_continued(packed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmq.export.convert.CHUNK_BYTES", 3000)
     convert(packed("awq"), tmp_path / "whole", "gptq")
     converter = Converter(packed("awq"), tmp_path / "out", "gptq")
@@ -275,12 +275,12 @@ def test_an_interrupted_conversion_goes_on(packed: Any, tmp_path: Path, monkeypa
     assert [entry.name for entry in (tmp_path / "out").iterdir()] == [STAGING]
     events: list[Event] = []
     Converter(packed("awq"), tmp_path / "out", "gptq").run(events.append)
-    assert len(events) < 28  # finished chunks are one step
+    assert len(events) < 28  # a finished chunk is one event
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_a_difference_is_found_and_nothing_is_written(
+def test_a_difference_is_detected_and_nothing_is_written(
     packed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from llmq.formats import gptq
@@ -299,7 +299,7 @@ def test_a_difference_is_found_and_nothing_is_written(
 # ---- the command
 
 
-def test_the_command_shows_that_nothing_differs(packed: Any, tmp_path: Path) -> None:
+def test_the_command_reports_zero_differences(packed: Any, tmp_path: Path) -> None:
     done = command("convert", packed("awq"), tmp_path / "out", "--to", "gptq")
     assert done.exit_code == 0
     assert "14 tensors compared, 0 differ" in done.stdout
@@ -307,12 +307,12 @@ def test_the_command_shows_that_nothing_differs(packed: Any, tmp_path: Path) -> 
     assert "\x1b" not in done.stderr + done.stdout
 
 
-def test_the_command_shows_what_rounding_anew_costs(packed: Any, tmp_path: Path) -> None:
+def test_the_command_reports_the_error_of_quantizing_again(packed: Any, tmp_path: Path) -> None:
     done = command("convert", packed("gptq", bits=8), tmp_path / "out", "--to", "awq", "--allow-requantize")
     assert done.exit_code == 0
     assert re.search(r"re-quantized *│ *14 tensors", done.stdout)
-    found = command("convert", tmp_path / "out", tmp_path / "json", "--to", "gptq", "--json")
-    assert json.loads(found.stdout)["compared"] == 14
+    outcome = command("convert", tmp_path / "out", tmp_path / "json", "--to", "gptq", "--json")
+    assert json.loads(outcome.stdout)["compared"] == 14
 
 
 @pytest.mark.parametrize(
@@ -323,7 +323,7 @@ def test_the_command_shows_what_rounding_anew_costs(packed: Any, tmp_path: Path)
         (("--to", "awq"), "is not empty", "--overwrite"),
     ],
 )
-def test_requests_that_cannot_be_met(
+def test_invalid_requests_are_refused(
     packed: Any, tmp_path: Path, options: tuple[str, ...], words: str, hint: str
 ) -> None:
     (tmp_path / "notes.txt").write_text("mine")
@@ -333,7 +333,7 @@ def test_requests_that_cannot_be_met(
     assert [entry.name for entry in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_a_checkpoint_is_not_converted_onto_itself(packed: Any) -> None:
+def test_a_checkpoint_is_not_converted_in_place(packed: Any) -> None:
     source = packed("gptq")
     done = command("convert", source, source, "--to", "awq", "--overwrite")
     assert done.exit_code == 2
@@ -341,17 +341,17 @@ def test_a_checkpoint_is_not_converted_onto_itself(packed: Any) -> None:
     assert (source / "config.json").exists()
 
 
-def test_a_model_that_is_not_quantized(model: Path, tmp_path: Path) -> None:
+def test_a_float_model_is_refused(model: Path, tmp_path: Path) -> None:
     done = command("convert", model, tmp_path / "out", "--to", "awq")
     assert done.exit_code == 3
     assert "is not quantized" in done.stderr
 
 
-def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_model_is_refused(tmp_path: Path) -> None:
     assert command("convert", tmp_path / "nowhere", tmp_path / "out", "--to", "awq").exit_code in (2, 3)
 
 
-def test_torch_is_as_it_was(packed: Any, tmp_path: Path) -> None:
+def test_a_conversion_restores_the_settings_of_torch(packed: Any, tmp_path: Path) -> None:
     convert(packed("gptq"), tmp_path / "out", "awq")
     assert torch.is_grad_enabled()
 
@@ -359,8 +359,8 @@ def test_torch_is_as_it_was(packed: Any, tmp_path: Path) -> None:
 # ---- mixtures of experts
 
 
-def test_a_mixture_in_several_formats_and_converted(tmp_path: Path) -> None:
-    """Experts one by one, under the names of the Hub; the router is named as what it is: float."""
+def test_a_moe_model_in_several_formats_and_converted(tmp_path: Path) -> None:
+    """Separate experts, under the names of the Hub; the router is declared as float."""
     model = builders.save_model(tmp_path / "model", builders.causal_model(mixtures.qwen3_moe(), dtype="bfloat16"))
     out = tmp_path / "out"
     llmq.quantize(str(model), out, method="rtn", scales="minmax", group_size=16, format="gptq,compressed-tensors")
@@ -372,5 +372,6 @@ def test_a_mixture_in_several_formats_and_converted(tmp_path: Path) -> None:
     convert(tmp_path / "awq", tmp_path / "back", "compressed-tensors")
     back = json.loads((tmp_path / "back" / "config.json").read_text())["quantization_config"]
     assert back["ignore"] == ignored
-    rules = {each.rule for each in engines.check(tmp_path / "back") if each.engine == "vLLM" and each.in_the_way}
-    assert rules == {"compressed-tensors groups"}  # of 16
+    findings = engines.check(tmp_path / "back")
+    rules = {finding.rule for finding in findings if finding.engine == "vLLM" and finding.in_the_way}
+    assert rules == {"compressed-tensors groups"}  # groups of 16

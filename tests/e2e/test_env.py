@@ -1,4 +1,4 @@
-"""`llmq env`: what there is, which kernels it gets, and why."""
+"""`llmq env`: the packages and devices, the kernels that they use, and the reason."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ from tests.command_line import environment as variables
 from tests.command_line import llmq, llmq_process
 
 
-def test_it_says_what_is_installed_and_what_runs() -> None:
+def test_env_shows_packages_and_backends() -> None:
     done = llmq("env")
     assert done.exit_code == 0
     for fact in (__version__, metadata.version("transformers"), torch.backends.cpu.get_cpu_capability()):
@@ -26,24 +26,24 @@ def test_it_says_what_is_installed_and_what_runs() -> None:
     assert "torch's int4 product on CPU" in done.stdout
 
 
-def test_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_env_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMQ_BACKEND", "torch")
     done = llmq("env", "--json")
     assert done.exit_code == 0
-    found = json.loads(done.stdout)
-    assert found["llmq"] == __version__
-    assert found["packages"]["torch"] == metadata.version("torch")
-    assert found["variables"]["LLMQ_BACKEND"] == "torch"
-    assert found["cpu_threads"] == torch.get_num_threads()
-    cpu = found["devices"][0]
+    report = json.loads(done.stdout)
+    assert report["llmq"] == __version__
+    assert report["packages"]["torch"] == metadata.version("torch")
+    assert report["variables"]["LLMQ_BACKEND"] == "torch"
+    assert report["cpu_threads"] == torch.get_num_threads()
+    cpu = report["devices"][0]
     assert (cpu["name"], cpu["backend"], cpu["reason"]) == ("cpu", "torch", "LLMQ_BACKEND=torch")
-    assert [device["name"] for device in found["devices"][1:]] == [
+    assert [device["name"] for device in report["devices"][1:]] == [
         f"cuda:{i}" for i in range(torch.cuda.device_count())
     ]
 
 
 @pytest.mark.parametrize("value", ["triton", "tritton"])
-def test_what_cannot_be_done_as_asked_is_one_plain_line(value: str) -> None:
+def test_an_unusable_backend_request_gives_a_one_line_warning(value: str) -> None:
     done = llmq_process("env", "--json", LLMQ_BACKEND=value)
     assert done.exit_code == 0
     assert json.loads(done.stdout)["devices"][0]["backend"] == "torch"
@@ -53,8 +53,8 @@ def test_what_cannot_be_done_as_asked_is_one_plain_line(value: str) -> None:
     )
 
 
-def test_other_peoples_warnings_look_as_ever() -> None:
-    """Python shows where they come from, which is what their authors need."""
+def test_warnings_of_other_packages_are_unchanged() -> None:
+    """Python shows the line that raised a warning, which the authors of the package need."""
     program = "import warnings; from llmq import cli; cli.app = lambda: warnings.warn('theirs'); cli.main()"
     done = subprocess.run([sys.executable, "-c", program], env=variables(), capture_output=True, text=True, check=True)
     assert "<string>:1: UserWarning: theirs" in done.stderr
@@ -89,14 +89,14 @@ def test_a_gpu_is_shown_with_its_kernels(with_gpus: Environment, capsys: pytest.
 
 
 @pytest.mark.parametrize("architecture", [80, 86, 89, 90, 100, 120])
-def test_every_architecture_has_a_table(architecture: int) -> None:
-    found = environment.tiles(architecture)
-    assert isinstance(found, Tiles)
-    assert found.source == "shipped with llmq"
-    assert found.rows
+def test_every_gpu_architecture_has_a_table(architecture: int) -> None:
+    table = environment.tiles(architecture)
+    assert isinstance(table, Tiles)
+    assert table.source == "shipped with llmq"
+    assert table.rows
 
 
-def test_a_broken_table_of_the_users_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_user_table_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "mine.json"
     monkeypatch.setenv("LLMQ_W4A16_CONFIGS", str(file))
     assert "No such file" in str(environment.tiles(90))

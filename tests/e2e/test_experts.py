@@ -1,8 +1,8 @@
-"""Mixtures of experts, run packed: checkpoints as other tools write them, every expert by itself, through `llmq.load`.
+"""`llmq.load` of packed mixtures of experts, from checkpoints that store each expert separately, as other tools do.
 
-The float model is saved by transformers, which takes its stacked weights apart into the names that the world knows.
-Two files are made of that: one with every linear layer packed, and its twin, the same with the weights that the packed
-ones stand for, as floats.  transformers stacks the twin's experts again by itself.  How near is near: `test_load.py`.
+transformers saves the float model and splits its stacked weights into the usual names of separate experts. Two files
+are made of this checkpoint: one with every linear layer packed, and its twin with the dequantized weights as floats.
+transformers stacks the experts of the twin again. For the tolerance see `test_load.py`.
 """
 
 import copy
@@ -29,7 +29,7 @@ from tests import builders
 from tests.weights import assert_same
 
 EXPERTS = 4
-ROUNDING = 4  # how many times the twin's rounding the packed model's may be
+ROUNDING = 4  # largest ratio of the error of the packed model to the rounding error of the twin
 SIZES = {
     **builders.GROUPED,
     "hidden_size": 64,
@@ -41,18 +41,18 @@ GPTQ, AWQ, PACKED = "gptq", "awq", "compressed-tensors"
 
 
 def mixtral() -> Any:
-    """Names of its own on disk: block_sparse_moe, w1 gate, w3 up, w2 down."""
+    """Different names on disk: block_sparse_moe, w1 gate, w3 up, w2 down."""
     return transformers.MixtralConfig(**SIZES, num_local_experts=EXPERTS)
 
 
 def qwen3_moe() -> Any:
-    """One layer in front without experts."""
+    """The first layer has no experts."""
     own = {"num_experts": EXPERTS, "moe_intermediate_size": 96, "head_dim": 16, "mlp_only_layers": [0]}
     return transformers.Qwen3MoeConfig(**{**SIZES, "num_hidden_layers": 3}, **own)
 
 
 def nemotron_h() -> Any:
-    """Experts without a gate, beside one that all tokens share."""
+    """Experts without a gate, and one shared expert."""
     own = {"n_routed_experts": EXPERTS, "moe_intermediate_size": 96, "moe_shared_expert_intermediate_size": 64}
     sizes = {name: size for name, size in SIZES.items() if name != "num_hidden_layers"}
     kinds = {"layers_block_type": ["attention", "moe"], "n_group": 1, "topk_group": 1, "head_dim": 16}
@@ -60,7 +60,7 @@ def nemotron_h() -> Any:
 
 
 def gpt_oss() -> Any:
-    """Weights transposed, gate and up interleaved, biases, a clamped activation."""
+    """Transposed weights, interleaved gate and up, biases, a clamped activation."""
     own = {"num_local_experts": EXPERTS, "head_dim": 16, "layer_types": ["full_attention"] * 2}
     return transformers.GptOssConfig(**SIZES, **own)
 
@@ -69,12 +69,12 @@ CONFIGS: dict[str, Callable[[], Any]] = {config.__name__: config for config in (
 
 
 def is_packed(name: str, tensor: Tensor) -> bool:
-    """Every linear layer but the head and the routers."""
+    """Whether a tensor is the weight of a linear layer, except for the head and the routers."""
     return tensor.dim() == 2 and not any(part in name for part in ("embed", "lm_head", ".gate.weight"))
 
 
 def write(folder: Path, config: Any, layout_name: str, scheme: WeightScheme) -> tuple[Path, Path]:
-    """The packed checkpoint and its twin."""
+    """Write the packed checkpoint and its twin."""
     layout = formats.load(layout_name)
     source = builders.save_model(folder / "float", builders.causal_model(config))
     packed, twin, schemes = {}, {}, {}
@@ -98,22 +98,22 @@ def write(folder: Path, config: Any, layout_name: str, scheme: WeightScheme) -> 
 
 
 def twin_model(folder: Path, dtype: torch.dtype) -> Any:
-    """transformers' own model, its experts stacked floats; in the plain implementation, which knows every dtype."""
+    """The model of transformers with stacked float experts; the eager implementation supports every dtype."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation="eager").eval()
 
 
 def logits(model: Any, tokens: Tensor) -> Tensor:
     with torch.inference_mode():
-        found: Tensor = model(tokens).logits
-    return found
+        output: Tensor = model(tokens).logits
+    return output
 
 
-def assert_equal_but_for_rounding(found: Any, same: Any, exact: Any) -> None:
+def assert_equal_but_for_rounding(packed: Any, same: Any, exact: Any) -> None:
     tokens = builders.tokens(2, 12)
     expected = logits(exact, tokens)
     allowed = ROUNDING * float((logits(same, tokens) - expected).abs().mean())
-    assert allowed < 1e-3 * float(expected.std()), "the yardstick is too long to measure anything"
-    assert float((logits(found, tokens) - expected).abs().mean()) <= allowed
+    assert allowed < 1e-3 * float(expected.std()), "the tolerance is too large to detect an error"
+    assert float((logits(packed, tokens) - expected).abs().mean()) <= allowed
 
 
 def experts_of(model: nn.Module) -> list[PackedExperts]:
@@ -143,7 +143,9 @@ def test_logits_and_generation(config: str, layout: str, tmp_path: Path) -> None
     ],
     ids=lambda value: value.__name__ if callable(value) else str(value),
 )
-def test_other_grids_and_kinds(config: Callable[[], Any], layout: str, scheme: WeightScheme, tmp_path: Path) -> None:
+def test_other_grids_and_architectures(
+    config: Callable[[], Any], layout: str, scheme: WeightScheme, tmp_path: Path
+) -> None:
     packed, twin = write(tmp_path, config(), layout, scheme)
     model, _ = llmq.load(packed)
     assert experts_of(model)
@@ -161,7 +163,7 @@ def test_no_float_copy_of_the_experts_remains(tmp_path: Path) -> None:
             assert stack.words.nbytes == E * N * (-(-K // 128) * 128) // 2
 
 
-def test_every_expert_comes_back_as_it_was_stored(tmp_path: Path) -> None:
+def test_every_expert_is_returned_as_stored(tmp_path: Path) -> None:
     packed, _ = write(tmp_path, mixtral(), GPTQ, WeightScheme(4, 32, symmetric=False))
     model, _ = llmq.load(packed)
     returned = {name: weight for experts in experts_of(model) for name, weight in experts.quantized()}
@@ -175,7 +177,7 @@ def test_every_expert_comes_back_as_it_was_stored(tmp_path: Path) -> None:
 
 
 def packed_in_memory(experts: nn.Module, scheme: WeightScheme) -> PackedExperts:
-    """Packed from transformers' own stacked parameters, which take the values that the codes stand for."""
+    """Pack the stacked parameters of transformers, and set them to the dequantized values."""
     stacks = []
     form = form_of(experts)
     assert form is not None
@@ -197,13 +199,13 @@ def packed_in_memory(experts: nn.Module, scheme: WeightScheme) -> PackedExperts:
 
 
 @pytest.mark.parametrize("scheme", [WeightScheme(4, 32), WeightScheme(4, "channel", symmetric=False)], ids=str)
-def test_gpt_oss_in_memory(scheme: WeightScheme) -> None:
-    """There is no settled form on disk of its experts in 4 bits."""
+def test_gpt_oss_packed_in_memory(scheme: WeightScheme) -> None:
+    """There is no common format on disk for 4-bit experts of GPT-OSS."""
     same = builders.causal_model(gpt_oss())
     same.set_experts_implementation("eager")
     for module in same.modules():
         if hasattr(module, "limit"):
-            module.limit = 0.5  # of values near 1, so that it is felt
+            module.limit = 0.5  # values are near 1, so the limit has an effect
     model = copy.deepcopy(same)
     for path, module in list(same.named_modules()):
         if path.endswith(".experts"):
@@ -238,7 +240,7 @@ def unpacked(twin: Path, prefix: str) -> Callable[[dict[str, Tensor]], dict[str,
     return lambda tensors: floats | {n: t for n, t in tensors.items() if not n.startswith(prefix)}
 
 
-def test_a_layer_of_float_experts_among_packed_ones(tmp_path: Path) -> None:
+def test_layers_of_float_and_of_packed_experts_are_loaded(tmp_path: Path) -> None:
     packed, twin = write(tmp_path, mixtral(), PACKED, WeightScheme(4, 32))
     change(packed, unpacked(twin, "model.layers.1.block_sparse_moe.experts."))
     model, _ = llmq.load(packed)
@@ -265,7 +267,7 @@ def test_experts_on_different_grids_are_refused(tmp_path: Path) -> None:
         llmq.load(packed)
 
 
-def test_experts_in_the_order_of_activations_are_refused(tmp_path: Path) -> None:
+def test_experts_with_act_order_are_refused(tmp_path: Path) -> None:
     packed, _ = write(tmp_path, mixtral(), GPTQ, WeightScheme(4, 32))
     index = "model.layers.0.block_sparse_moe.experts.1.w2.g_idx"
     change(packed, lambda tensors: tensors | {index: tensors[index].flip(0)})
@@ -273,7 +275,7 @@ def test_experts_in_the_order_of_activations_are_refused(tmp_path: Path) -> None
         llmq.load(packed)
 
 
-def test_a_compiled_layer_is_one_graph_and_takes_no_tokens_too() -> None:
+def test_a_compiled_layer_is_one_graph_and_accepts_zero_tokens() -> None:
     experts = builders.causal_model(mixtral()).model.layers[0].mlp.experts
     packed = packed_in_memory(experts, WeightScheme(4, 32))
     compiled = torch.compile(packed, fullgraph=True, backend="aot_eager")

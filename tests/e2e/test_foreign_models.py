@@ -1,6 +1,6 @@
-"""Models that other tools packed in ways llmq never writes: they load, and compute what their files say.
+"""Models of other tools in layouts that llmq never writes: they load and compute what their files specify.
 
-Twins with the dequantized floats are loaded as any float model; logits differ by float32's rounding in another order.
+Twins with the dequantized weights are loaded as float models; logits differ by float32 rounding only.
 """
 
 import logging
@@ -31,7 +31,7 @@ def named(module: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def by_module(make: Callable[[tuple[int, int]], tuple[Mapping[str, Tensor], Tensor]]) -> Pack:
-    """Packs every linear layer of the blocks."""
+    """A function that packs every linear layer of the blocks."""
 
     def pack(name: str, shape: tuple[int, ...]) -> tuple[Mapping[str, Tensor], Tensor] | None:
         if not name.endswith("_proj.weight") or len(shape) != 2:
@@ -44,30 +44,30 @@ def by_module(make: Callable[[tuple[int, int]], tuple[Mapping[str, Tensor], Tens
 
 def logits(model: Any, ids: Tensor) -> Tensor:
     with torch.no_grad():
-        found: Tensor = model(input_ids=ids).logits
-    return found
+        output: Tensor = model(input_ids=ids).logits
+    return output
 
 
 def streamed(folder: Path, ids: Tensor) -> Tensor:
     """The logits of the checkpoint, one block at a time."""
-    walked = open_skeleton(Checkpoint.open(folder), torch.device("cpu"), torch.float32)
+    skeleton = open_skeleton(Checkpoint.open(folder), torch.device("cpu"), torch.float32)
     hidden = None
-    for block, call in zip(walked.blocks, walked.record_all(ids), strict=True):
+    for block, call in zip(skeleton.blocks, skeleton.record_all(ids), strict=True):
         block.load()
         hidden = block.run(call if hidden is None else call.with_hidden(hidden))
         block.free()
     with torch.no_grad():
-        found: Tensor = walked.logits(ids, hidden)
-    return found
+        output: Tensor = skeleton.logits(ids, hidden)
+    return output
 
 
 def check(packed: Path, floats: Path) -> Any:
-    """The model, which computes what its twin does, whole and block by block."""
+    """Check that the model computes the logits of its twin, as a whole and block by block; return the model."""
     ids = tokens(2, 20)
     model = load_model(packed, device="cpu")
     expected = logits(load_model(floats, device="cpu"), ids)
-    for found in (logits(model, ids), streamed(packed, ids)):
-        assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+    for computed in (logits(model, ids), streamed(packed, ids)):
+        assert (computed - expected).abs().max() <= 1e-4 * expected.abs().max()
     return model
 
 
@@ -85,7 +85,7 @@ def floats_of_four_bits(kind: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", ["nvfp4", "mxfp4"])
-def test_floats_of_four_bits_run_dequantized(
+def test_fp4_models_run_dequantized(
     checkpoint: Checkpoints, tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     pack = by_module(lambda shape: foreign.fp4(kind, shape))
@@ -101,8 +101,8 @@ def test_floats_of_four_bits_run_dequantized(
 
 
 @pytest.mark.parametrize("group", [24, 48])
-def test_groups_of_sizes_that_llmq_does_not_have(checkpoint: Checkpoints, tmp_path: Path, group: int) -> None:
-    """48 is cut into groups of 16, which run packed; 24 cannot be, and its last group is cut off besides."""
+def test_unusual_group_sizes_are_split_or_dequantized(checkpoint: Checkpoints, tmp_path: Path, group: int) -> None:
+    """Groups of 48 are split into groups of 16 and run packed; 24 cannot be split, and its last group is incomplete."""
     size = 48 if group == 48 else 64
 
     def make(shape: tuple[int, int]) -> tuple[Mapping[str, Tensor], Tensor]:
@@ -121,7 +121,7 @@ def test_groups_of_sizes_that_llmq_does_not_have(checkpoint: Checkpoints, tmp_pa
     assert runs_packed == (group == 48)
 
 
-def test_codes_of_six_bits_run_packed(checkpoint: Checkpoints, tmp_path: Path) -> None:
+def test_six_bit_models_run_packed(checkpoint: Checkpoints, tmp_path: Path) -> None:
     def make(shape: tuple[int, int]) -> tuple[Mapping[str, Tensor], Tensor]:
         w = foreign.weight(6, shape, 32)
         return foreign.compressed(w), w.exact
@@ -137,9 +137,9 @@ def test_codes_of_six_bits_run_packed(checkpoint: Checkpoints, tmp_path: Path) -
     assert all(module.scheme.bits == 8 for module in model.modules() if isinstance(module, PackedLinear))
 
 
-def test_experts_of_gpt_oss_as_they_were_published(tmp_path: Path) -> None:
+def test_gpt_oss_experts_in_mxfp4(tmp_path: Path) -> None:
     config = mixtures.gpt_oss()
-    config.intermediate_size = 64  # blocks have 32
+    config.intermediate_size = 64  # blocks have 32 values
     source = builders.save_model(tmp_path / "source", builders.causal_model(config))
     draw = np.random.default_rng(0)
 
@@ -159,7 +159,7 @@ def test_experts_of_gpt_oss_as_they_were_published(tmp_path: Path) -> None:
     assert {name.rpartition(".")[2] for name, _ in llmq.dequantize(packed)} == {"gate_up_proj", "down_proj"}
 
 
-def test_experts_in_floats_of_four_bits(tmp_path: Path) -> None:
+def test_experts_in_nvfp4(tmp_path: Path) -> None:
     source = builders.save_model(tmp_path / "source", builders.causal_model(mixtures.qwen3_moe()))
     pack = by_module(lambda shape: foreign.fp4("nvfp4", shape))
     packed, floats = foreign.replaced(source, tmp_path, floats_of_four_bits("nvfp4"), pack)

@@ -1,4 +1,4 @@
-"""`llmq.load` puts layers that share an input together: which, that it changes nothing, and what it costs in memory."""
+"""`llmq.load` fuses layers that share an input: which layers, equal results, and the memory needed."""
 
 import gc
 import weakref
@@ -19,7 +19,7 @@ from tests import builders
 
 Checkpoints = Callable[..., Path]
 QKV, GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
-ROUNDING = 1e-5  # of float32, over a few layers, relative to logits of size 1
+ROUNDING = 1e-5  # float32 rounding over a few layers, relative to the largest logit
 
 
 def quantize(model: Path, out: Path, **settings: Any) -> Path:
@@ -28,26 +28,26 @@ def quantize(model: Path, out: Path, **settings: Any) -> Path:
 
 
 def groups(model: nn.Module) -> list[tuple[str, ...]]:
-    """The last part of the names of each group's layers, in the order in which the groups come."""
-    found: dict[int, list[str]] = {}
+    """The last parts of the names of the layers in each group, in the order of the groups."""
+    by_stack: dict[int, list[str]] = {}
     for path, module in model.named_modules():
         if isinstance(module, FusedLinear):
-            found.setdefault(id(module.stack), []).append(path.rpartition(".")[2])
-    return [tuple(names) for names in found.values()]
+            by_stack.setdefault(id(module.stack), []).append(path.rpartition(".")[2])
+    return [tuple(names) for names in by_stack.values()]
 
 
 EXPECTED = {
     "llama": [QKV, GATE_UP],
     "qwen3": [QKV, GATE_UP],
     "gemma3": [QKV, GATE_UP],
-    "stablelm": [QKV, GATE_UP],  # all five are fed one tensor, but the product would wait for all of the attention
-    "neox": [],  # has its own fused weights
+    "stablelm": [QKV, GATE_UP],  # all five have one input, but a common product would have to wait for the attention
+    "neox": [],  # its weights are stored fused
     "phi3": [],
 }
 
 
 @pytest.mark.parametrize("architecture", EXPECTED)
-def test_layers_on_one_input_are_found_and_change_nothing(
+def test_layers_that_share_an_input_are_fused_with_equal_output(
     architecture: str, checkpoint: Checkpoints, tmp_path: Path
 ) -> None:
     quantized = quantize(checkpoint(architecture, num_hidden_layers=2), tmp_path / "out")
@@ -57,11 +57,11 @@ def test_layers_on_one_input_are_found_and_change_nothing(
     assert groups(apart) == []
     tokens = builders.tokens(2, 12)
     with torch.inference_mode():
-        found, expected = fused(tokens).logits, apart(tokens).logits
-    assert float((found - expected).abs().max()) <= ROUNDING * float(expected.abs().max())
+        output, expected = fused(tokens).logits, apart(tokens).logits
+    assert float((output - expected).abs().max()) <= ROUNDING * float(expected.abs().max())
 
 
-def test_every_layer_gives_its_own_weight_back(checkpoint: Checkpoints, tmp_path: Path) -> None:
+def test_every_fused_layer_returns_its_own_weight(checkpoint: Checkpoints, tmp_path: Path) -> None:
     overrides = ["k_proj:symmetric=false", "up_proj:bits=8"]
     quantized = quantize(checkpoint("llama", num_hidden_layers=1), tmp_path / "out", overrides=overrides)
     model, _ = llmq.load(quantized)
@@ -73,12 +73,12 @@ def test_every_layer_gives_its_own_weight_back(checkpoint: Checkpoints, tmp_path
     assert model.get_submodule("model.layers.0.self_attn.q_proj").quantized().zeros is None
 
 
-def test_a_layer_that_was_skipped_does_not_part_the_others(checkpoint: Checkpoints, tmp_path: Path) -> None:
+def test_a_skipped_layer_does_not_prevent_fusing_the_others(checkpoint: Checkpoints, tmp_path: Path) -> None:
     quantized = quantize(checkpoint("llama", num_hidden_layers=1), tmp_path / "out", skip=["k_proj"])
     assert groups(llmq.load(quantized)[0]) == [("q_proj", "v_proj"), GATE_UP]
 
 
-def test_a_compiled_model_writes_the_same(checkpoint: Checkpoints, tmp_path: Path) -> None:
+def test_a_compiled_model_computes_the_same_logits(checkpoint: Checkpoints, tmp_path: Path) -> None:
     model, _ = llmq.load(quantize(checkpoint("llama", num_hidden_layers=1), tmp_path / "out"))
     products = []
 
@@ -90,8 +90,8 @@ def test_a_compiled_model_writes_the_same(checkpoint: Checkpoints, tmp_path: Pat
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     tokens = builders.tokens(2, 12)
     with torch.no_grad():
-        found = compiled(tokens, use_cache=False).logits
-        assert found.equal(model(tokens, use_cache=False).logits)
+        output = compiled(tokens, use_cache=False).logits
+        assert output.equal(model(tokens, use_cache=False).logits)
     assert products == [4]  # qkv, o, gate and up, down
 
 
@@ -109,10 +109,10 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("fuse", [True, False])
-def test_a_loaded_model_takes_what_its_file_does(
+def test_a_loaded_model_takes_the_memory_of_its_file(
     fuse: bool, symmetric: bool, wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("LLMQ_CPU_INT4", "off")  # a second copy of the codes, which only CPUs have
+    monkeypatch.setenv("LLMQ_CPU_INT4", "off")  # no second copy of the quantized values, which only CPUs have
     quantized = quantize(wide, tmp_path / "out", group_size=128, symmetric=symmetric)
     model, _ = llmq.load(quantized, fuse=fuse, dtype=torch.float16)
     storages = [tensor.untyped_storage() for tensor in [*model.parameters(), *model.buffers()]]
@@ -122,29 +122,27 @@ def test_a_loaded_model_takes_what_its_file_does(
 
 
 def packed_layers() -> list[PackedRows]:
-    return [thing for thing in gc.get_objects() if type(thing) in (PackedLinear, PackedRows)]
+    return [layer for layer in gc.get_objects() if type(layer) in (PackedLinear, PackedRows)]
 
 
-def test_while_loading_no_more_than_one_group_is_there_twice(
-    wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """When the rows of a group are copied, all other layers in memory are there to stay."""
+def test_loading_holds_at_most_one_group_twice(wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the rows of a group are copied, all other layers in memory belong to the final model."""
     quantized = quantize(wide, tmp_path / "out")
     stacked = PackedRows.stacked
-    beside: list[list[weakref.ref[PackedRows]]] = []
+    not_stacked: list[list[weakref.ref[PackedRows]]] = []
 
-    def watched(layers: Sequence[PackedRows]) -> PackedRows:
+    def recorded(layers: Sequence[PackedRows]) -> PackedRows:
         gc.collect()
         alive = packed_layers()
         assert {id(layer) for layer in layers} <= {id(layer) for layer in alive}
         others = [*layers, *before]
-        beside.append([weakref.ref(layer) for layer in alive if not any(layer is other for other in others)])
+        not_stacked.append([weakref.ref(layer) for layer in alive if not any(layer is other for other in others)])
         return stacked(layers)
 
     gc.collect()
     before = packed_layers()  # of models that other tests keep
-    monkeypatch.setattr(PackedRows, "stacked", watched)
+    monkeypatch.setattr(PackedRows, "stacked", recorded)
     model, _ = llmq.load(quantized)
     staying = {id(module) for module in model.modules() if isinstance(module, PackedRows)}
-    assert [len(layers) for layers in beside] == [0, 2, 4, 6]  # of each block: qkv, o, then gate and up, down
-    assert all(id(reference()) in staying for layers in beside for reference in layers)
+    assert [len(layers) for layers in not_stacked] == [0, 2, 4, 6]  # per block: qkv, o, then gate and up, down
+    assert all(id(reference()) in staying for layers in not_stacked for reference in layers)

@@ -1,4 +1,4 @@
-"""Reading .gguf files: of llama.cpp's making, of ours, broken ones; and evaluating them as the models that they are."""
+"""Reading .gguf files (from llama.cpp, from llmq, broken files) and evaluating them."""
 
 import shutil
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from llmq.gguf.reader import Weights, described
 pytest.importorskip("gguf")
 ROOT = Path(__file__).resolve().parents[2]
 Checkpoints = Callable[..., Path]
-TRANSLATED = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # transformers', in reading
+TRANSLATED = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # from transformers' reader
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 
 
@@ -39,30 +39,30 @@ def packed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def file(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """In a folder of its own, where nothing else says what it is."""
+    """A .gguf file alone in a folder, without a configuration or tokenizer."""
     return export.export(packed, tmp_path_factory.mktemp("gguf") / "tiny.gguf").file
 
 
-def test_a_file_of_llama_cpp_dequantizes_to_what_its_code_says(shared: Path) -> None:
+def test_a_llama_cpp_file_dequantizes_as_in_llama_cpp(shared: Path) -> None:
     folder = shared / "golden" / "llamacpp-gguf-q4_0"
-    found = dict(llmq.dequantize(folder / "tiny-q4_0.gguf"))
+    weights = dict(llmq.dequantize(folder / "tiny-q4_0.gguf"))
     expected = {n: t for n, t in load_file(folder / "expected.safetensors").items() if not n.startswith("__")}
-    assert expected and expected.keys() <= found.keys()
+    assert expected and expected.keys() <= weights.keys()
     for name, weight in expected.items():
-        assert torch.equal(found[name].to(weight.dtype), weight), name
+        assert torch.equal(weights[name].to(weight.dtype), weight), name
 
 
 @TRANSLATED
-def test_a_file_of_llama_cpp_computes_what_llama_cpp_computes(shared: Path) -> None:
+def test_a_llama_cpp_file_has_the_logits_of_llama_cpp(shared: Path) -> None:
     folder = shared / "golden" / "llamacpp-gguf-q4_0"
     expected = load_file(folder / "expected.safetensors")
     source = open_source(folder / "tiny-q4_0.gguf", torch.device("cpu"))
     source.run(expected["__input_ids__"])
-    found = torch.cat([logits[:, -1].log_softmax(-1) for _, logits in source.logits(2)])
-    assert (found - expected["__last_logprobs__"]).abs().max() <= 0.05  # it rounds activations to 8 bits
+    computed = torch.cat([logits[:, -1].log_softmax(-1) for _, logits in source.logits(2)])
+    assert (computed - expected["__last_logprobs__"]).abs().max() <= 0.05  # llama.cpp rounds activations to 8 bits
 
 
-def test_weights_come_back_under_their_hugging_face_names(file: Path, packed: Path, model: Path) -> None:
+def test_weights_are_returned_under_hugging_face_names(file: Path, packed: Path, model: Path) -> None:
     weights, checkpoint = Weights(file, packed), Checkpoint.open(model)
     expected = dict(llmq.dequantize(packed))
     for name in checkpoint.names():
@@ -71,7 +71,7 @@ def test_weights_come_back_under_their_hugging_face_names(file: Path, packed: Pa
     assert "model.layers.7.mlp.up_proj.weight" not in weights
 
 
-def test_what_lies_beside_a_file_is_never_run(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_next_to_a_file_is_never_run(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
 
     def from_pretrained(*_: object, trust_remote_code: bool | None = None, **__: object) -> SimpleNamespace:
@@ -81,10 +81,10 @@ def test_what_lies_beside_a_file_is_never_run(file: Path, monkeypatch: pytest.Mo
     for name in ("AutoConfig", "AutoTokenizer"):
         monkeypatch.setattr(f"transformers.{name}.from_pretrained", from_pretrained)
     with described(file):
-        assert asked == [False, False]  # None would ask at the terminal
+        assert asked == [False, False]  # None would prompt at the terminal
 
 
-def test_a_file_evaluates_to_what_its_checkpoint_does(file: Path, packed: Path, model: Path, text: Path) -> None:
+def test_a_file_has_the_perplexity_of_its_checkpoint(file: Path, packed: Path, model: Path, text: Path) -> None:
     of_file = measure(file, model, text, seqlen=48, limit=4)
     of_folder = measure(packed, model, text, seqlen=48, limit=4)
     assert of_file.model.perplexity == pytest.approx(of_folder.model.perplexity, rel=1e-6)
@@ -93,37 +93,35 @@ def test_a_file_evaluates_to_what_its_checkpoint_does(file: Path, packed: Path, 
 
 
 @TRANSLATED
-def test_a_file_alone_says_what_it_is(tmp_path: Path, text: Path) -> None:
+def test_a_file_without_a_checkpoint_is_evaluated(tmp_path: Path, text: Path) -> None:
     bundled = ROOT / "eval" / "models" / "tiny-python-qwen3"
     alone = export.export(bundled, tmp_path / "bundled.gguf").file
-    found, expected = (measure(path, None, text, seqlen=48, limit=2).model.perplexity for path in (alone, bundled))
-    assert found == pytest.approx(expected, rel=1e-4)  # bfloat16 to float16, but for the smallest values
+    perplexity, expected = (measure(path, None, text, seqlen=48, limit=2).model.perplexity for path in (alone, bundled))
+    assert perplexity == pytest.approx(expected, rel=1e-4)  # bfloat16 to float16: exact except for tiny values
 
 
 @TRANSLATED
-def test_a_token_that_transformers_adds_to_a_file_alone_is_not_looked_up(tmp_path: Path) -> None:
-    """Its tokenizers have a token that ends texts, whether or not the file does; the embedding has no row for it."""
+def test_a_token_added_by_transformers_is_not_looked_up(tmp_path: Path) -> None:
+    """Its tokenizers have an end-of-text token even if the file has none; the embedding has no row for this token."""
     alone = export.export(ROOT / "eval" / "models" / "tiny-python-qwen3", tmp_path / "bundled.gguf").file
     (tmp_path / "text.txt").write_text("def f(n):\n    return n + 1\n<|endoftext|>" * 40)
     with pytest.raises(CheckpointError, match="produced the token id 2048, but the model has .* 2048 tokens"):
         measure(alone, None, tmp_path / "text.txt", seqlen=48, limit=1)
 
 
-def test_a_file_of_another_architecture_is_no_model_of_this_one(
-    file: Path, checkpoint: Checkpoints, text: Path
-) -> None:
+def test_a_file_of_another_architecture_is_refused(file: Path, checkpoint: Checkpoints, text: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="llama.cpp's architecture llama, and .* describes one of qwen3"):
         measure(file, checkpoint("qwen3"), text, seqlen=48, limit=1)
 
 
 @pytest.mark.parametrize("kept", [0, 3, 100, 3000, -40])
-def test_a_file_cut_short_is_refused(file: Path, tmp_path: Path, kept: int) -> None:
+def test_a_truncated_file_is_refused(file: Path, tmp_path: Path, kept: int) -> None:
     (tmp_path / "cut.gguf").write_bytes(file.read_bytes()[:kept])
     with pytest.raises(CheckpointError, match="is not a complete GGUF file"):
         list(llmq.dequantize(tmp_path / "cut.gguf"))
 
 
-def test_what_fits_no_block_is_refused_or_rounded_again(model: Path, tmp_path: Path) -> None:
+def test_unsupported_group_sizes_are_refused_or_requantized(model: Path, tmp_path: Path) -> None:
     llmq.quantize(str(model), tmp_path / "g16", method="rtn", group_size=16, symmetric=True, device="cpu")
     with pytest.raises(FormatError, match="groups have 16") as refused:
         export.export(tmp_path / "g16", tmp_path / "no.gguf")
@@ -136,7 +134,7 @@ def test_what_fits_no_block_is_refused_or_rounded_again(model: Path, tmp_path: P
         assert 0 < (weights.tensor(name) - expected[name]).abs().max() <= largest < 0.2 * expected[name].abs().max()
 
 
-def test_scales_that_are_no_fp16_numbers_are_rounded_and_codes_kept(checkpoint: Checkpoints, tmp_path: Path) -> None:
+def test_scales_are_rounded_to_fp16_and_values_kept(checkpoint: Checkpoints, tmp_path: Path) -> None:
     llmq.quantize(str(checkpoint("llama", **SIZES)), tmp_path / "g32", method="rtn", group_size=32, device="cpu")
     with pytest.raises(FormatError, match="scales are not fp16 numbers"):
         export.export(tmp_path / "g32", tmp_path / "no.gguf")
@@ -144,10 +142,10 @@ def test_scales_that_are_no_fp16_numbers_are_rounded_and_codes_kept(checkpoint: 
     weights, expected = Weights(tmp_path / "yes.gguf", tmp_path / "g32"), dict(llmq.dequantize(tmp_path / "g32"))
     assert summary.rounded.keys() == expected.keys()
     for name, weight in expected.items():
-        assert torch.allclose(weights.tensor(name), weight, rtol=2**-11, atol=0), name  # half a unit of fp16
+        assert torch.allclose(weights.tensor(name), weight, rtol=2**-11, atol=0), name  # half an ulp of fp16
 
 
-def test_rows_that_no_block_fills_become_floats_where_that_is_allowed(checkpoint: Checkpoints, tmp_path: Path) -> None:
+def test_rows_that_blocks_do_not_divide_are_stored_as_floats(checkpoint: Checkpoints, tmp_path: Path) -> None:
     model = checkpoint("llama", dtype="float16", **{**SIZES, "intermediate_size": 72})
     llmq.quantize(str(model), tmp_path / "out", method="rtn", group_size=32, device="cpu")
     with pytest.raises(FormatError, match="down_proj.*multiple of 32 weights, these have 72"):
@@ -157,7 +155,7 @@ def test_rows_that_no_block_fills_become_floats_where_that_is_allowed(checkpoint
     assert all("down_proj" in name for name in summary.rounded)
 
 
-def test_general_keys_come_from_the_card_and_a_broken_card_is_remarked_upon(packed: Path, tmp_path: Path) -> None:
+def test_general_keys_come_from_the_card_or_a_note_is_given(packed: Path, tmp_path: Path) -> None:
     shutil.copytree(packed, tmp_path / "carded")
     card = tmp_path / "carded" / "README.md"
     card.write_text("---\nlicense: apache-2.0\n---\nA model.\n")
@@ -177,7 +175,7 @@ def test_floats_beyond_fp16_are_refused(checkpoint: Checkpoints, tmp_path: Path)
         export.export(tmp_path / "large", tmp_path / "large.gguf")
 
 
-def test_the_file_is_there_whole_or_not_at_all(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_export_leaves_no_file(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pack = export.pack
     calls = iter(range(100))
 

@@ -1,4 +1,4 @@
-"""Whole runs in a grid of GGUF's own: the file holds what was rounded, under llama.cpp's names and types."""
+"""Whole runs with GGUF grids: the file holds the quantized weights under the names and types of llama.cpp."""
 
 import shutil
 from collections.abc import Callable
@@ -30,7 +30,7 @@ WINDOWS: dict[str, Any] = {"samples": 8, "seqlen": 48}
 
 @pytest.fixture(scope="module")
 def model(checkpoint: Checkpoints) -> Path:
-    """Rows of 256, but for down_proj's of 288."""
+    """Rows of 256, except for down_proj with 288."""
     sizes = {"hidden_size": 256, "intermediate_size": 288, "num_attention_heads": 4, "num_key_value_heads": 2}
     return checkpoint("llama", num_hidden_layers=2, **sizes)
 
@@ -60,14 +60,16 @@ def test_the_file_has_the_types_of_the_recipe(finished: tuple[Path, llmq.Report]
     assert any("lm_head.weight is rounded" in note for note in report.notes)
 
 
-def test_fallbacks_are_told(model: Path, tmp_path: Path, text: Path) -> None:
+def test_fallbacks_are_reported(model: Path, tmp_path: Path, text: Path) -> None:
     reasons = {plan.name: plan.reason for plan in job(model, tmp_path / "out", text).plan.layers.values()}
     assert "q5_0 instead of q4_k" in reasons["model.layers.0.mlp.down_proj"]
     assert "q8_0 instead of q6_k" in reasons["model.layers.1.mlp.down_proj"]
     assert sum(map(bool, reasons.values())) == 2
 
 
-def test_the_weights_of_the_file_are_near_the_float_ones(finished: tuple[Path, llmq.Report], model: Path) -> None:
+def test_the_weights_of_the_file_are_close_to_the_float_weights(
+    finished: tuple[Path, llmq.Report], model: Path
+) -> None:
     out, _ = finished
     stored = Weights(out / "tiny.gguf", model)
     for name, tensor in tensors_of(model).items():
@@ -75,7 +77,7 @@ def test_the_weights_of_the_file_are_near_the_float_ones(finished: tuple[Path, l
         assert error < (0.2 if tensor.dim() > 1 else 1e-6), name
 
 
-def test_a_run_that_was_stopped_ends_in_the_same_bytes(
+def test_an_interrupted_run_ends_in_the_same_bytes(
     finished: tuple[Path, llmq.Report], model: Path, text: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "tiny"
@@ -86,7 +88,7 @@ def test_a_run_that_was_stopped_ends_in_the_same_bytes(
     shutil.rmtree(out)
 
 
-def test_what_is_skipped_is_float_in_the_file(model: Path, text: Path, tmp_path: Path) -> None:
+def test_skipped_layers_are_float_in_the_file(model: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "tiny"
     skip = ["embed_tokens", "lm_head", "*.down_proj"]
     job(model, out, text, Method(rounding="rtn", needs_calibration=False), skip=skip).run()

@@ -1,4 +1,4 @@
-"""A .gguf file beside other formats, made of them, and as a source: the same floats each time, or a refusal."""
+"""GGUF next to other formats, converted from them and to them: equal dequantized weights, or an error."""
 
 import json
 import os
@@ -28,7 +28,7 @@ LINEARS = 14
 
 @pytest.fixture(scope="module")
 def model(checkpoint: Callable[..., Path]) -> Path:
-    """A Llama, whose q and k have their rows in another order in a .gguf file."""
+    """A Llama; a .gguf file stores the rows of its q and k in another order."""
     return checkpoint("llama", dtype="bfloat16", num_hidden_layers=2)
 
 
@@ -50,12 +50,13 @@ def both(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[boo
 
 
 def block_types(file: Path) -> set[str]:
-    """Of the linear layers in the blocks."""
-    return {each.tensor_type.name for each in gguf.GGUFReader(file).tensors if each.name.startswith("blk.")} - {"F32"}
+    """Block types of the linear layers in the blocks."""
+    tensors = [tensor for tensor in gguf.GGUFReader(file).tensors if tensor.name.startswith("blk.")]
+    return {tensor.tensor_type.name for tensor in tensors} - {"F32"}
 
 
 @pytest.mark.parametrize(("symmetric", "kind"), [(True, "Q4_0"), (False, "Q5_0")])
-def test_a_file_beside_another_format_holds_the_same_weights(both: Any, symmetric: bool, kind: str) -> None:
+def test_gguf_and_another_format_hold_the_same_weights(both: Any, symmetric: bool, kind: str) -> None:
     out = both(symmetric)
     assert {entry.name for entry in out.iterdir()} == {"compressed-tensors", "gguf"}
     file = out / "gguf" / "out.gguf"
@@ -63,12 +64,12 @@ def test_a_file_beside_another_format_holds_the_same_weights(both: Any, symmetri
     assert "quantization_config" not in json.loads((out / "gguf" / "config.json").read_text())
     assert (out / "gguf" / "tokenizer.json").is_file()
     assert json.loads((out / "gguf" / "llmq.json").read_text())["sizes"]["gguf"] == file.stat().st_size
-    found, expected = weights(file), weights(out / "compressed-tensors")
-    down = found["blk.1.ffn_down.weight"], expected["model.layers.1.mlp.down_proj.weight"]
+    from_gguf, expected = weights(file), weights(out / "compressed-tensors")
+    down = from_gguf["blk.1.ffn_down.weight"], expected["model.layers.1.mlp.down_proj.weight"]
     assert down[0].equal(down[1])
 
 
-def test_a_file_alone_stands_in_the_folder(model: Path, both: Any, tmp_path: Path) -> None:
+def test_gguf_as_the_only_format_is_written_into_the_folder(model: Path, both: Any, tmp_path: Path) -> None:
     llmq.quantize(str(model), tmp_path / "out", method="rtn", scales="minmax", group_size=32, format="gguf")
     names = {entry.name for entry in (tmp_path / "out").iterdir()}
     assert "out.gguf" in names and not any(name.endswith(".safetensors") for name in names)
@@ -77,7 +78,7 @@ def test_a_file_alone_stands_in_the_folder(model: Path, both: Any, tmp_path: Pat
     assert done.exit_code == 0 and "checksums" in done.stdout
 
 
-def test_a_grid_of_ggufs_own(model: Path, tmp_path: Path) -> None:
+def test_a_gguf_grid(model: Path, tmp_path: Path) -> None:
     report = llmq.quantize(str(model), tmp_path / "out", method="rtn", format="gguf:q4_k")
     assert report.file_bytes == (tmp_path / "out" / "out.gguf").stat().st_size
     assert any("q5_0 instead of q4_k" in plan for plan in map(str, report.layers)) or report.layers
@@ -86,8 +87,8 @@ def test_a_grid_of_ggufs_own(model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("to", ["compressed-tensors", "gptq", "awq"])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_a_file_becomes_any_other_format(both: Any, tmp_path: Path, to: str, symmetric: bool) -> None:
-    """Zeros are found again, though Q5_0 has none."""
+def test_a_gguf_file_converts_to_any_other_format(both: Any, tmp_path: Path, to: str, symmetric: bool) -> None:
+    """Zero points are restored, although Q5_0 has none."""
     done = command("convert", both(symmetric) / "gguf" / "out.gguf", tmp_path / "out", "--to", to)
     assert done.exit_code == 0
     assert f"{LINEARS} tensors compared, 0 differ" in done.stdout
@@ -101,17 +102,17 @@ def test_a_file_becomes_any_other_format(both: Any, tmp_path: Path, to: str, sym
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_a_format_becomes_a_file(both: Any, tmp_path: Path, symmetric: bool) -> None:
+def test_other_formats_convert_to_gguf(both: Any, tmp_path: Path, symmetric: bool) -> None:
     done = command("convert", both(symmetric) / "compressed-tensors", tmp_path / "out", "--to", "gguf")
     assert done.exit_code == 0
     assert f"{LINEARS} tensors compared, 0 differ" in done.stdout
-    ours, theirs = (gguf.GGUFReader(each).tensors for each in (
+    ours, theirs = (gguf.GGUFReader(path).tensors for path in (
         tmp_path / "out" / "out.gguf", both(symmetric) / "gguf" / "out.gguf"))  # fmt: skip
-    assert [each.name for each in ours] == [each.name for each in theirs]
+    assert [tensor.name for tensor in ours] == [tensor.name for tensor in theirs]
     assert all(np.array_equal(a.data, b.data) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_groups_that_no_block_holds_are_refused_or_rounded(model: Path, tmp_path: Path) -> None:
+def test_unsupported_group_sizes_are_refused_or_requantized(model: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
     llmq.quantize(str(model), source, method="rtn", scales="minmax", group_size=16, format="gptq")
     done = command("convert", source, tmp_path / "out", "--to", "gguf")
@@ -119,14 +120,14 @@ def test_groups_that_no_block_holds_are_refused_or_rounded(model: Path, tmp_path
     assert "the groups have 16" in done.stderr and "--allow-requantize" in done.stderr
     assert not (tmp_path / "out").exists()
     done = command("convert", source, tmp_path / "out", "--to", "gguf", "--allow-requantize", "--json")
-    found = json.loads(done.stdout)
-    assert len(found["requantized"]) == LINEARS and 0 < max(found["requantized"].values()) < 0.2
+    result = json.loads(done.stdout)
+    assert len(result["requantized"]) == LINEARS and 0 < max(result["requantized"].values()) < 0.2
 
 
-def test_blocks_with_offsets_are_refused_or_rounded(
+def test_blocks_with_offsets_are_refused_or_requantized(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmq.export.from_gguf.EXACT", ("Q8_0",))  # as if Q4_0 were one of them
+    monkeypatch.setattr("llmq.export.from_gguf.EXACT", ("Q8_0",))  # treat Q4_0 like blocks with offsets
     llmq.quantize(str(model), tmp_path / "file", method="rtn", scales="minmax", group_size=32, format="gguf")
     file = tmp_path / "file" / "file.gguf"
     done = command("convert", file, tmp_path / "out", "--to", "awq")
@@ -136,7 +137,7 @@ def test_blocks_with_offsets_are_refused_or_rounded(
     assert len(json.loads(done.stdout)["requantized"]) == LINEARS
 
 
-def test_a_lone_file_needs_the_model_that_it_was_made_from(model: Path, both: Any, tmp_path: Path) -> None:
+def test_a_file_without_its_checkpoint_needs_a_source(model: Path, both: Any, tmp_path: Path) -> None:
     (tmp_path / "lone").mkdir()
     file = shutil.copy(both(True) / "gguf" / "out.gguf", tmp_path / "lone" / "x.gguf")
     done = command("convert", file, tmp_path / "out", "--to", "awq")
@@ -148,8 +149,8 @@ def test_a_lone_file_needs_the_model_that_it_was_made_from(model: Path, both: An
 
 
 @pytest.mark.parametrize("missing", ["config.json", "tokenizer*", "*.json"])
-def test_what_a_file_says_of_its_model_is_not_enough_to_publish_one(both: Any, tmp_path: Path, missing: str) -> None:
-    """transformers can often read that, but then there is no class, no dtype, and a token too many."""
+def test_the_metadata_of_a_file_is_not_enough_for_a_conversion(both: Any, tmp_path: Path, missing: str) -> None:
+    """transformers can often read the metadata, but without the class and the dtype, and with an extra token."""
     shutil.copytree(both(True) / "gguf", tmp_path / "lone")
     for file in (tmp_path / "lone").glob(missing):
         file.unlink()
@@ -158,27 +159,27 @@ def test_what_a_file_says_of_its_model_is_not_enough_to_publish_one(both: Any, t
     assert "--source" in refused.value.hint
 
 
-def test_a_folder_with_a_file_alone_means_the_file(both: Any, model: Path, text: Path, tmp_path: Path) -> None:
+def test_a_folder_with_one_gguf_file_stands_for_the_file(both: Any, model: Path, text: Path, tmp_path: Path) -> None:
     folder = both(True) / "gguf"
     assert_same_weights(folder, folder / "out.gguf")
-    of_folder, of_file = (measure(each, model, text, seqlen=16, limit=1) for each in (folder, folder / "out.gguf"))
+    of_folder, of_file = (measure(path, model, text, seqlen=16, limit=1) for path in (folder, folder / "out.gguf"))
     assert of_folder.model == of_file.model and of_folder.size == of_file.size
     assert command("verify", folder, "--for", "llama.cpp").exit_code == 0
     assert command("convert", folder, tmp_path / "out", "--to", "gptq").exit_code == 0
     assert_same_weights(tmp_path / "out", both(True) / "compressed-tensors")
-    found = inspect(folder)
-    assert (found.format, found.bits_per_weight) == ("gguf", 4.5)
-    assert sum(layer.scheme == "Q4_0" for layer in found.layers) == LINEARS
+    inspected = inspect(folder)
+    assert (inspected.format, inspected.bits_per_weight) == ("gguf", 4.5)
+    assert sum(layer.scheme == "Q4_0" for layer in inspected.layers) == LINEARS
 
 
 @pytest.mark.parametrize("name", ["", "out.gguf"])
-def test_what_runs_a_file_is_said(both: Any, name: str) -> None:
+def test_loading_a_file_names_the_programs_that_run_it(both: Any, name: str) -> None:
     with pytest.raises(CheckpointError, match=r"out\.gguf is a \.gguf file, which llmq does not run") as refused:
         llmq.load(both(True) / "gguf" / name)
     assert all(word in refused.value.hint for word in ("llama.cpp", "llmq eval", "llmq convert"))
 
 
-def test_a_file_is_not_replaced_by_what_is_made_of_it(both: Any, model: Path) -> None:
+def test_a_conversion_never_overwrites_its_source(both: Any, model: Path) -> None:
     folder = both(True) / "gguf"
     with pytest.raises(ConfigError, match="is the original model, which is never changed"):
         GgufConverter(folder / "out.gguf", model, "awq", like=model, overwrite=True)
@@ -186,7 +187,7 @@ def test_a_file_is_not_replaced_by_what_is_made_of_it(both: Any, model: Path) ->
         GgufConverter(folder / "out.gguf", folder, "awq", overwrite=True)
 
 
-def test_an_output_is_a_folder(both: Any, model: Path, tmp_path: Path) -> None:
+def test_an_output_must_be_a_folder(both: Any, model: Path, tmp_path: Path) -> None:
     for arguments in (
         ("convert", both(True) / "compressed-tensors", tmp_path / "x.gguf", "--to", "gguf"),
         ("convert", both(True) / "gguf" / "out.gguf", tmp_path / "x.gguf", "--to", "awq"),
@@ -205,7 +206,7 @@ def test_an_output_is_a_folder(both: Any, model: Path, tmp_path: Path) -> None:
         (("--to", "awq", "--source", "no-such/folder/here"), 3, "no-such/folder/here"),
     ],
 )
-def test_requests_that_cannot_be_met(
+def test_invalid_requests_are_refused(
     both: Any, tmp_path: Path, arguments: tuple[str, ...], exit_code: int, words: str
 ) -> None:
     done = command("convert", both(True) / "gguf" / "out.gguf", tmp_path / "out", *arguments)
@@ -214,7 +215,7 @@ def test_requests_that_cannot_be_met(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_without_its_tokenizer(both: Any, tmp_path: Path) -> None:
+def test_a_model_without_a_tokenizer_is_refused(both: Any, tmp_path: Path) -> None:
     shutil.copytree(both(True) / "compressed-tensors", tmp_path / "bare")
     for file in (tmp_path / "bare").glob("tokenizer*"):
         file.unlink()
@@ -224,12 +225,12 @@ def test_a_model_without_its_tokenizer(both: Any, tmp_path: Path) -> None:
     assert "converted" not in done.stderr and not (tmp_path / "out").exists()
 
 
-def test_a_source_is_for_files_alone(both: Any, model: Path, tmp_path: Path) -> None:
+def test_a_source_is_only_for_gguf_files(both: Any, model: Path, tmp_path: Path) -> None:
     done = command("convert", both(True) / "compressed-tensors", tmp_path / "out", "--to", "awq", "--source", model)
     assert done.exit_code == 2 and "--source is for .gguf files" in done.stderr
 
 
-def test_a_file_that_is_none(tmp_path: Path, model: Path) -> None:
+def test_an_invalid_gguf_file_is_refused(tmp_path: Path, model: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"GGUF" + bytes(20))
     done = command("convert", tmp_path / "x.gguf", tmp_path / "out", "--to", "awq", "--source", model)
     assert done.exit_code == 3
@@ -240,24 +241,24 @@ def is_compared(event: Event) -> bool:
     return isinstance(event, Progress) and event.stage == "compared"
 
 
-def test_nothing_is_left_of_an_interrupted_one(both: Any, tmp_path: Path) -> None:
+def test_an_early_interruption_leaves_no_files(both: Any, tmp_path: Path) -> None:
     stop(GgufConverter(both(True) / "gguf" / "out.gguf", tmp_path / "out", "awq").run, lambda _: True)
     assert list(tmp_path.iterdir()) == []
     assert torch.is_grad_enabled()
 
 
-def test_an_interrupted_one_goes_on_where_weights_were_finished(both: Any, tmp_path: Path) -> None:
+def test_an_interrupted_conversion_reuses_finished_weights(both: Any, tmp_path: Path) -> None:
     file, out = both(True) / "gguf" / "out.gguf", tmp_path / "out"
     stop(GgufConverter(file, out, "awq").run, is_compared)
     assert [entry.name for entry in out.iterdir()] == [STAGING]
     events: list[Event] = []
     GgufConverter(file, out, "awq").run(events.append)
     converted = [event for event in events if isinstance(event, Progress) and event.stage == "converted"]
-    assert len(converted) == 1  # for the finished chunk, and not one a weight
+    assert len(converted) == 1  # one event for the finished chunk, not one per weight
     assert_same_weights(out, both(True) / "compressed-tensors")
 
 
-def test_finished_weights_of_another_file_are_not_taken(both: Any, tmp_path: Path) -> None:
+def test_finished_weights_of_another_file_are_not_reused(both: Any, tmp_path: Path) -> None:
     shutil.copytree(both(True) / "gguf", tmp_path / "file")
     stop(GgufConverter(tmp_path / "file" / "out.gguf", tmp_path / "out", "awq").run, is_compared)
     os.utime(tmp_path / "file" / "out.gguf", (1, 1))
@@ -265,7 +266,7 @@ def test_finished_weights_of_another_file_are_not_taken(both: Any, tmp_path: Pat
         GgufConverter(tmp_path / "file" / "out.gguf", tmp_path / "out", "awq").run()
 
 
-def test_a_model_that_llama_cpp_does_not_know_is_refused_before_any_work(
+def test_a_model_unknown_to_llama_cpp_is_refused_before_the_run(
     checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     model = checkpoint("stablelm", num_hidden_layers=2)
@@ -277,9 +278,7 @@ def test_a_model_that_llama_cpp_does_not_know_is_refused_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_format_that_fails_after_all_costs_none_of_the_others(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_formats_are_written_when_one_fails(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise FormatError("no room for it")
 

@@ -1,4 +1,4 @@
-"""`--quantize-head`: the layer that makes logits is packed like any other, and is tied to nothing from then on."""
+"""`--quantize-head`: the output head is packed like any other layer, and is no longer tied to the embedding."""
 
 import json
 from collections.abc import Callable
@@ -57,7 +57,7 @@ def _float_head(model: Path) -> torch.Tensor:
     return tensors.get(f"{HEAD}.weight", tensors["model.embed_tokens.weight"])
 
 
-def test_what_the_head_is_fed_decides_how_it_is_rounded(checkpoint: Checkpoints, text: Path, tmp_path: Path) -> None:
+def test_gptq_uses_the_inputs_of_the_head(checkpoint: Checkpoints, text: Path, tmp_path: Path) -> None:
     model = checkpoint("llama", tie_word_embeddings=True)
     for method in ("rtn", "gptq"):
         quantize(model, tmp_path / method, text, method=method, quantize_head=True)
@@ -69,23 +69,23 @@ def test_what_the_head_is_fed_decides_how_it_is_rounded(checkpoint: Checkpoints,
 
 
 def _head_inputs(folder: Path, windows: torch.Tensor) -> torch.Tensor:
-    """(T, D), as the quantized blocks make it."""
+    """Inputs of the head (T, D), computed by the quantized blocks."""
     loaded, _ = llmq.load(folder, device="cpu")
-    found: list[torch.Tensor] = []
-    loaded.lm_head.register_forward_pre_hook(lambda _, args: found.append(args[0].flatten(0, -2)))
+    inputs: list[torch.Tensor] = []
+    loaded.lm_head.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, -2)))
     logits(loaded, windows)
-    return torch.cat(found)
+    return torch.cat(inputs)
 
 
-def test_the_result_is_measured_block_by_block(checkpoint: Checkpoints, text: Path, tmp_path: Path) -> None:
+def test_a_model_with_a_packed_head_is_evaluated_by_blocks(checkpoint: Checkpoints, text: Path, tmp_path: Path) -> None:
     model, out = checkpoint("llama", tie_word_embeddings=True), tmp_path / "out"
     quantize(model, out, text, method="rtn", quantize_head=True, format="gptq")
-    found = measure(out, model, str(text), seqlen=16, limit=1, device="cpu")
+    evaluation = measure(out, model, str(text), seqlen=16, limit=1, device="cpu")
     loaded, _ = llmq.load(out, device="cpu")
-    assert found and torch.isfinite(logits(loaded, builders.tokens(1, 8))).all()
+    assert evaluation and torch.isfinite(logits(loaded, builders.tokens(1, 8))).all()
 
 
-def test_a_run_that_was_stopped_at_the_head_goes_on_to_the_same_bytes(
+def test_a_run_interrupted_at_the_head_ends_in_the_same_bytes(
     checkpoint: Checkpoints, text: Path, tmp_path: Path
 ) -> None:
     model, settings = checkpoint("llama"), {"method": "gptq", "quantize_head": True}
@@ -101,7 +101,7 @@ def test_a_run_that_was_stopped_at_the_head_goes_on_to_the_same_bytes(
 
 
 @pytest.mark.parametrize("quantize_head", [True, False])
-def test_that_the_tuning_does_not_see_its_rounding_is_said(
+def test_the_report_notes_that_tuning_uses_a_float_head(
     checkpoint: Checkpoints, text: Path, tmp_path: Path, quantize_head: bool
 ) -> None:
     model = checkpoint("llama")
@@ -115,22 +115,22 @@ def test_that_the_tuning_does_not_see_its_rounding_is_said(
     ("format_", "words"),
     [("awq", "awq cannot hold a quantized head"), ("gguf:q4_k_m", "chooses a block type for the head itself")],
 )
-def test_formats_that_cannot_hold_it_refuse(
+def test_formats_that_cannot_hold_a_packed_head_are_refused(
     checkpoint: Checkpoints, text: Path, tmp_path: Path, format_: str, words: str
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         quantize(checkpoint("llama"), tmp_path / "out", text, method="rtn", format=format_, quantize_head=True)
 
 
-def test_a_conversion_refuses_it_as_a_run_does(checkpoint: Checkpoints, text: Path, tmp_path: Path) -> None:
+def test_a_conversion_that_cannot_hold_a_packed_head_is_refused(
+    checkpoint: Checkpoints, text: Path, tmp_path: Path
+) -> None:
     quantize(checkpoint("llama"), tmp_path / "out", text, method="rtn", format="gptq", quantize_head=True)
     with pytest.raises(ConfigError, match="awq cannot hold the quantized head lm_head"):
         Converter(tmp_path / "out", tmp_path / "awq", "awq")
 
 
-def test_a_packed_head_that_the_configuration_ties_is_refused(
-    checkpoint: Checkpoints, text: Path, tmp_path: Path
-) -> None:
+def test_a_packed_head_with_tied_embeddings_is_refused(checkpoint: Checkpoints, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     quantize(checkpoint("llama", tie_word_embeddings=True), out, text, method="rtn", format="gptq", quantize_head=True)
     config = json.loads((out / "config.json").read_text())

@@ -1,5 +1,5 @@
-"""What stays as it is stays so byte for byte, and is named with its reason: heads that predict further tokens, routers,
-what a model's code uses by itself, pictures' encoders; and float weights that lie transposed in the file."""
+"""Layers kept in float are copied byte for byte and reported with a reason: heads for multi-token prediction, routers,
+weights that the model's code uses directly, vision encoders. Also float weights that are stored transposed."""
 
 import json
 import shutil
@@ -26,8 +26,10 @@ Checkpoints = Callable[..., Path]
 
 
 @pytest.mark.parametrize("format_", ["compressed-tensors", "gptq"])
-def test_heads_for_further_tokens_are_copied(checkpoint: Checkpoints, text: Path, tmp_path: Path, format_: str) -> None:
-    """As DeepSeek-V3 and GLM-4.5 have them: one more layer in the file, which transformers' model has no place for."""
+def test_multi_token_prediction_heads_are_copied(
+    checkpoint: Checkpoints, text: Path, tmp_path: Path, format_: str
+) -> None:
+    """DeepSeek-V3 and GLM-4.5 store one more layer in the file, which the model of transformers does not have."""
     model, out = shutil.copytree(checkpoint("llama"), tmp_path / "model"), tmp_path / "out"
     tensors = load_file(model / "model.safetensors")
     blocks = len({name.split(".")[2] for name in tensors if ".layers." in name})
@@ -52,8 +54,8 @@ def test_heads_for_further_tokens_are_copied(checkpoint: Checkpoints, text: Path
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
-def test_weights_that_lie_transposed_are_written_as_they_were(text: Path, tmp_path: Path, method: str) -> None:
-    """c_proj of the attention is square: a turned one would have the right shape."""
+def test_transposed_weights_are_written_transposed(text: Path, tmp_path: Path, method: str) -> None:
+    """c_proj of the attention is square: a wrongly transposed weight would have the right shape."""
     outcome = examine("gpt2", tmp_path, text, method=method, skip=["attn.c_proj", "mlp.c_fc"])
     assert max(outcome.difference, outcome.streamed or 0) < 1e-4 < outcome.noticed
     assert all(name.endswith(("attn.c_attn", "mlp.c_proj")) for name in outcome.packed)
@@ -61,14 +63,14 @@ def test_weights_that_lie_transposed_are_written_as_they_were(text: Path, tmp_pa
         assert not outcome.altered
 
 
-def test_weights_that_lie_transposed_are_tuned(text: Path, tmp_path: Path) -> None:
+def test_transposed_weights_are_tuned(text: Path, tmp_path: Path) -> None:
     tuning = Tuning(steps=2, scales=3e-3, rounding=5e-2, tokens=64)
     method = Method(rounding="gptq", validation=0.25, tuning=tuning)
     outcome = examine("gpt2", tmp_path, text, stages=method, skip=["attn.c_proj"])
     assert outcome.difference < 1e-4 < outcome.noticed and not outcome.altered
 
 
-def test_a_stopped_run_of_a_transposed_model_goes_on_to_the_same_bytes(text: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_of_transposed_weights_is_continued(text: Path, tmp_path: Path) -> None:
     model = builders.save_model(tmp_path / "model", builders.causal_model(tiny("gpt2")))
     settings = {"method": "gptq", "skip": ["attn.c_proj"]}
     quantize(model, tmp_path / "whole", text, **settings)
@@ -92,14 +94,14 @@ def test_a_stopped_run_of_a_transposed_model_goes_on_to_the_same_bytes(text: Pat
         ("gemma3n_text", "altup.modality_router", "a gate: it has 4 outputs"),
     ],
 )
-def test_reasons(text: Path, tmp_path: Path, model_type: str, ending: str, reason: str) -> None:
+def test_every_kept_layer_has_a_reason(text: Path, tmp_path: Path, model_type: str, ending: str, reason: str) -> None:
     model = builders.save_model(tmp_path / "model", builders.causal_model(tiny(model_type)))
     left = job(model, tmp_path / "out", text, method="rtn").plan.left()
-    found = {why for name, why in left.items() if name.endswith(ending)}
-    assert found == {reason}
+    reasons = {why for name, why in left.items() if name.endswith(ending)}
+    assert reasons == {reason}
 
 
-def test_a_picture_encoder_is_ignored_by_name(text: Path, tmp_path: Path) -> None:
+def test_a_vision_encoder_is_ignored_by_name(text: Path, tmp_path: Path) -> None:
     model = builders.save_model(tmp_path / "model", builders.causal_model(tiny("qwen2_vl")))
     ignored = job(model, tmp_path / "out", text, method="rtn").plan.quantization_config()["ignore"]
     stored = {name.removesuffix(".weight") for name, tensor in tensors_of(model).items() if tensor.dim() == 2}
@@ -109,7 +111,7 @@ def test_a_picture_encoder_is_ignored_by_name(text: Path, tmp_path: Path) -> Non
 
 
 class Model(nn.Module):
-    """Four layers: one that is only run, one whose weight is multiplied by hand, one ranked, one of a few outputs."""
+    """Four layers: a plain one, one whose weight is used directly, one that is ranked, one with few outputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,16 +122,16 @@ class Model(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
         x = self.plain(self.embed(input_ids))
-        if (x > 0).any():  # a question about values, which meta tensors do not answer
+        if (x > 0).any():  # depends on values, which meta tensors do not have
             raise ValueError
-        assert self.plain.weight.dtype == x.dtype  # asking for no values is no use
+        assert self.plain.weight.dtype == x.dtype  # does not depend on values
         x = x @ self.direct.weight.T
         scores = self.ranked(x).softmax(-1).to(torch.float32)
         nn.functional.linear(x, self.router_weight).sigmoid().topk(2)
         return x * scores.topk(2).values.sum(-1, keepdim=True) * self.gate(x)
 
 
-def test_what_is_special_is_seen_on_meta() -> None:
+def test_special_layers_are_detected_on_meta() -> None:
     model = Model().to("meta")
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     assert meta_run.special_layers(model, linears) == {
@@ -142,8 +144,8 @@ def test_what_is_special_is_seen_on_meta() -> None:
     assert all("forward" not in vars(module) and not module._forward_hooks for module in model.modules())
 
 
-def test_blocks_that_share_keys_are_rounded_without_text(checkpoint: Checkpoints, text: Path, tmp_path: Path) -> None:
-    """They cannot be run one by one, which rtn does not need; the result runs as a whole."""
+def test_blocks_that_share_keys_are_quantized_without_text(checkpoint: Checkpoints, text: Path, tmp_path: Path) -> None:
+    """These blocks cannot be run one by one, which rtn does not need; the result runs as a whole."""
     model, out = checkpoint("gemma3n", num_hidden_layers=4, num_kv_shared_layers=2), tmp_path / "out"
     report = quantize(model, out, text, method="rtn")
     assert report.blocks and all(block.layers for block in report.blocks)
@@ -156,14 +158,14 @@ def test_blocks_that_share_keys_are_rounded_without_text(checkpoint: Checkpoints
 
 
 def test_a_layer_of_several_tensors_is_read_and_copied(text: Path, tmp_path: Path) -> None:
-    """A convolution over q, k and v lies in three tensors; transforms see it and leave it."""
+    """A convolution over q, k and v is stored as three tensors; transforms read it and do not change it."""
     outcome = examine("olmo_hybrid", tmp_path, text, method="awq")
     assert max(outcome.difference, outcome.streamed or 0) < 1e-4 < outcome.noticed
     assert not any("conv1d" in name for name in outcome.altered)
 
 
-def test_a_block_that_stands_in_two_places_stays(text: Path, tmp_path: Path) -> None:
-    """Zamba runs one transformer between others of its blocks: rounded in one place, it would be so in the other."""
+def test_a_block_used_in_two_places_is_kept_in_float(text: Path, tmp_path: Path) -> None:
+    """Zamba runs one shared transformer in several blocks: quantizing it in one block would change the others."""
     outcome = examine("zamba", tmp_path, text)
     shared = {name for name, reason in outcome.left.items() if reason == skeleton.SHARED}
     assert shared and not outcome.altered and not any("shared_transf" in name for name in outcome.packed)

@@ -1,4 +1,4 @@
-"""Peak memory is that of one block, however many there are: 4 and 16 blocks, under a limit that 16 would not fit."""
+"""Peak memory is that of one block for any number of blocks: 4 and 16 blocks, under a limit below 16 blocks."""
 
 import json
 import subprocess
@@ -15,17 +15,17 @@ from tests.builders import SIZES, VOCABULARY, save_tokenizer
 from tests.command_line import ROOT, environment
 
 HIDDEN, INTERMEDIATE = 1152, 512
-BLOCK_BYTES = 4 * (4 * HIDDEN**2 + 3 * HIDDEN * INTERMEDIATE + 2 * HIDDEN)  # in float32, as it is run: 28 MB
+BLOCK_BYTES = 4 * (4 * HIDDEN**2 + 3 * HIDDEN * INTERMEDIATE + 2 * HIDDEN)  # in float32, the dtype of the run: 28 MB
 FEW, MANY = 4, 16
-# What a run may map beyond what Python and its libraries have: the block, the Hessians of its inputs (each a fifth of
-# that), some copies of a weight.  That comes to less than three blocks.  Five leave room for the allocator; the 16
-# blocks of the checkpoint, which are eight in the bfloat16 that it is stored in, would not fit.
+# The memory that a run may map in addition to Python and its libraries: the block, the Hessians of its inputs (a fifth
+# of a block each), and some copies of a weight; less than three blocks in total. Five leave room for the allocator.
+# The 16 blocks of the checkpoint would not fit, even in bfloat16, where they take the memory of eight.
 ALLOWED_BYTES = 5 * BLOCK_BYTES
-# A run keeps a few kilobytes of records for each block.  Were it to keep a 24th of its weights, 12 more blocks would
-# take half a block more.
+# A run keeps a few kilobytes of records per block. If it kept 1/24 of the weights, 12 more blocks would take half a
+# block more.
 MARGIN_BYTES = BLOCK_BYTES // 2
 
-# Peak resident memory is read from /proc: that of getrusage starts with what the parent process had.
+# Peak resident memory is read from /proc: the value of getrusage starts at that of the parent process.
 PROGRAM = """
 import json, resource, sys
 from pathlib import Path
@@ -33,7 +33,7 @@ import torch
 import llmq
 torch.set_num_threads(1)  # every thread has a stack and an arena that count against the limit
 tiny, few, many, text, out, allowed = *sys.argv[1:6], int(sys.argv[6])
-skip = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"]  # one layer a block is enough, and quick
+skip = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"]  # one layer per block is enough, and quick
 
 def memory(key):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -45,7 +45,7 @@ def peak(model, method):
     return len(report.blocks), memory("VmHWM")
 
 for method in ("rtn", "gptq"):
-    start = peak(tiny, method)  # imports whatever is imported late
+    start = peak(tiny, method)  # triggers late imports
 limit = memory("VmSize") + allowed
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 peaks = [start, *(peak(model, method) for method in ("rtn", "gptq") for model in (few, many))]
@@ -59,7 +59,7 @@ print(json.dumps([peaks, limited]))
 
 
 def write_checkpoint(folder: Path, blocks: int) -> Path:
-    """A Llama of random weights, a shard a block; no more than one block of it is ever in memory."""
+    """Write a Llama of random weights, one shard per block, with at most one block in memory."""
     folder.mkdir()
     sizes = {"hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_hidden_layers": blocks}
     config = LlamaConfig(**{**SIZES, **sizes}, architectures=["LlamaForCausalLM"], dtype="bfloat16")
@@ -93,7 +93,7 @@ def test_peak_memory_does_not_grow_with_the_number_of_blocks(
     few, many = (write_checkpoint(tmp_path / f"{blocks}-blocks", blocks) for blocks in (FEW, MANY))
     assert sum(file.stat().st_size for file in many.glob("layer-*")) > ALLOWED_BYTES + 2 * BLOCK_BYTES
     arguments = [str(argument) for argument in (tiny, few, many, text, tmp_path / "out", ALLOWED_BYTES)]
-    exact = environment(MALLOC_MMAP_THRESHOLD_="100000")  # whatever is freed leaves the process, so peaks are exact
+    exact = environment(MALLOC_MMAP_THRESHOLD_="100000")  # freed memory is returned to the system, so peaks are exact
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PROGRAM, *arguments],
         cwd=ROOT, env=exact, capture_output=True, text=True, timeout=300, check=False,
@@ -103,6 +103,6 @@ def test_peak_memory_does_not_grow_with_the_number_of_blocks(
     assert limited
     assert [blocks for blocks, _ in peaks] == [1, FEW, MANY, FEW, MANY]
     start, rtn_few, rtn_many, gptq_few, gptq_many = (peak for _, peak in peaks)
-    assert rtn_few - start > BLOCK_BYTES and gptq_few - rtn_many > BLOCK_BYTES // 4  # a run is visible at all
+    assert rtn_few - start > BLOCK_BYTES and gptq_few - rtn_many > BLOCK_BYTES // 4  # the measurement does detect a run
     assert rtn_many - rtn_few < MARGIN_BYTES
     assert gptq_many - gptq_few < MARGIN_BYTES

@@ -1,4 +1,4 @@
-"""What the methods promise of a whole model: the function is kept, the error lowered, the prefix quantized."""
+"""The methods on whole models: the function is preserved, the error is lower, inputs come from quantized blocks."""
 
 import json
 import math
@@ -26,28 +26,28 @@ from tests.builders import skeleton_of
 from tests.runs import float_equivalent, float_model, logits, quantize, relative, tensors_of, windows_of
 
 Checkpoints = Callable[..., Path]
-FOLDED = ["llama", "gemma3", "stablelm"]  # heads that share values; norms of 1 + weight; norms with a bias
+FOLDED = ["llama", "gemma3", "stablelm"]  # grouped-query attention; norms of 1 + weight; norms with a bias
 
 
 def distances(model: Path, folder: Path, text: Path, **settings: Any) -> dict[str, float]:
-    """How far the logits of `model` move, relative to their size, when it is quantized with each method."""
+    """Relative change of the logits of `model` when it is quantized with each method."""
     windows = windows_of(model, text)
     expected = logits(float_model(model, {}), windows)
-    found = {}
+    by_method = {}
     for method in ("awq", "rtn"):
         quantize(model, folder / method, text, method=method, **settings)
-        found[method] = relative(logits(llmq.load(folder / method, device="cpu")[0], windows), expected)
-    return found
+        by_method[method] = relative(logits(llmq.load(folder / method, device="cpu")[0], windows), expected)
+    return by_method
 
 
 @pytest.mark.parametrize("name", FOLDED)
-def test_awq_keeps_the_function_that_it_folds(checkpoint: Checkpoints, tmp_path: Path, text: Path, name: str) -> None:
+def test_awq_folding_preserves_the_function(checkpoint: Checkpoints, tmp_path: Path, text: Path, name: str) -> None:
     model = checkpoint(name, num_hidden_layers=2)
     distance = distances(model, tmp_path, text, bits=8)
     original, stored = tensors_of(model), tensors_of(tmp_path / "awq")
     norms = [key for key in original if "layers.0." in key and "norm" in key]
-    assert any(not torch.equal(stored[key], original[key]) for key in norms)  # something was folded
-    # Rounding to 256 levels is all that may differ: rtn shows how much that is.  A wrong folding is of the order of 1.
+    assert any(not torch.equal(stored[key], original[key]) for key in norms)  # some norm was changed by folding
+    # Only rounding to 256 levels may differ, as for rtn. The error of a wrong folding is of the order of 1.
     assert distance["awq"] < 1.5 * distance["rtn"] < 0.1
 
 
@@ -58,39 +58,39 @@ def test_awq_lowers_the_error_of_the_model(checkpoint: Checkpoints, tmp_path: Pa
 
 
 def test_gptq_lowers_the_output_error_and_reports_it(checkpoint: Checkpoints, tmp_path: Path, text: Path) -> None:
-    """Of the first block, whose input is that of the float model."""
+    """For the first block, whose input is that of the float model."""
     model = checkpoint("llama", num_hidden_layers=2)
     report = quantize(model, tmp_path / "gptq", text, method="gptq")
     quantize(model, tmp_path / "rtn", text, method="rtn")
     compensated, nearest = (dict(llmq.dequantize(tmp_path / method)) for method in ("gptq", "rtn"))
     reported = {layer.name: layer.error for layer in report.layers}
-    walked = skeleton_of(model)
-    block = walked.blocks[0]
+    skeleton = skeleton_of(model)
+    block = skeleton.blocks[0]
     block.load()
     fed: dict[str, Tensor] = {}  # path -> (T, K)
     for path, module in block.linears.items():
         module.register_forward_pre_hook(lambda _, args, path=path: fed.update({path: args[0].flatten(0, -2)}))
     weights = {path: block.weight(path) for path in block.linears}
     for path in weights:
-        block.set_weight(path, compensated[f"{path}.weight"])  # a layer is fed by what those before it became
-    block.run(walked.record(0, windows_of(model, text)))
+        block.set_weight(path, compensated[f"{path}.weight"])  # the input of a layer comes from quantized layers
+    block.run(skeleton.record(0, windows_of(model, text)))
     for path, X in fed.items():
         W = weights[path]
         error = relative(X @ compensated[f"{path}.weight"].T, X @ W.T)
         assert error < relative(X @ nearest[f"{path}.weight"].T, X @ W.T)
-        assert reported[path] == pytest.approx(error, rel=1e-3)  # through a Hessian summed in float32
+        assert reported[path] == pytest.approx(error, rel=1e-3)  # computed from a Hessian in float32
 
 
 REFINED = Method(rounding="gptq", alphas=(1.0, 0.5), refinements=("descent", "refit"), validation=0.25)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3n"])  # the second has a dimension in front of the batch
+@pytest.mark.parametrize("name", ["llama", "gemma3n"])  # gemma3n has a dimension in front of the batch
 def test_fast_is_closer_to_the_float_model_than_gptq(
     checkpoint: Checkpoints, tmp_path: Path, text: Path, name: str
 ) -> None:
-    """On text that it was not fitted on."""
+    """On text that is not in the calibration data."""
     model = checkpoint(name)
-    settings = {"samples": 64, "bits": 4, "scales": "searched"}  # with less text chance decides, on random weights
+    settings = {"samples": 64, "bits": 4, "scales": "searched"}  # less text gives noise on random weights
     reports = {m: quantize(model, tmp_path / m, text, method=m, **settings) for m in ("gptq", "fast")}
     target, descent = reports["fast"].stages
     assert target.stage == "target" and target.kept >= target.layers / 2 and -1 < target.change < 0
@@ -102,16 +102,16 @@ def test_fast_is_closer_to_the_float_model_than_gptq(
     assert distance["fast"] < distance["gptq"]
 
 
-def test_what_each_stage_bought_is_in_the_record(checkpoint: Checkpoints, tmp_path: Path, text: Path) -> None:
+def test_the_gain_of_each_stage_is_recorded(checkpoint: Checkpoints, tmp_path: Path, text: Path) -> None:
     report = quantize(checkpoint("llama"), tmp_path / "out", text, stages=REFINED, samples=8)
     assert [summary.stage for summary in report.stages] == ["target", "descent", "refit"]
     layers = len(report.layers)
-    assert [summary.layers for summary in report.stages] == [layers - 3, layers, layers]  # q, k, v of the first block
+    assert [summary.layers for summary in report.stages] == [layers - 3, layers, layers]  # no q, k, v in block 0
     for layer in report.layers:
         last = None
         for gain in layer.gains:
             assert math.isfinite(gain.before) and gain.kept == (gain.after < gain.before)
-            if gain.stage == "refit" and last is not None:  # which begins where descent has ended
+            if gain.stage == "refit" and last is not None:  # refit begins where descent ended
                 assert gain.before == pytest.approx(last.after if last.kept else last.before, rel=1e-5)
             last = gain
     for block in report.blocks:
@@ -120,14 +120,14 @@ def test_what_each_stage_bought_is_in_the_record(checkpoint: Checkpoints, tmp_pa
     assert [summary["stage"] for summary in stored["stages"]] == ["target", "descent", "refit"]
 
 
-def test_one_window_is_fitted_on_and_the_user_is_told(checkpoint: Checkpoints, tmp_path: Path, text: Path) -> None:
+def test_one_sequence_is_used_without_validation_and_noted(checkpoint: Checkpoints, tmp_path: Path, text: Path) -> None:
     report = quantize(checkpoint("llama"), tmp_path / "out", text, method="fast", samples=1)
     assert any("leaves none for validation" in note for note in report.notes)
     assert not report.stages and len(report.layers) == 21
 
 
-def test_stages_can_be_put_together_anew(checkpoint: Checkpoints, tmp_path: Path, text: Path) -> None:
-    """With the stages of another method, a run ends in what that method makes."""
+def test_stages_of_another_method_can_be_used(checkpoint: Checkpoints, tmp_path: Path, text: Path) -> None:
+    """A run with the stages of another method gives the result of that method."""
     model = checkpoint("llama")
     quantize(model, tmp_path / "named", text, method="fast")
     quantize(model, tmp_path / "given", text, method="rtn", stages=METHODS["fast"])
@@ -136,7 +136,7 @@ def test_stages_can_be_put_together_anew(checkpoint: Checkpoints, tmp_path: Path
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
-def test_every_block_is_observed_behind_the_quantized_ones(
+def test_every_block_gets_the_output_of_the_quantized_blocks(
     checkpoint: Checkpoints, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     model = checkpoint("llama", num_hidden_layers=2)
@@ -155,20 +155,22 @@ def test_every_block_is_observed_behind_the_quantized_ones(
             for weights in ({}, float_equivalent(tmp_path / "out", model))
         )
     assert torch.equal(seen[0], before[0])
-    assert relative(seen[1], behind[1]) < 1e-5  # float32, in batches of other sizes
-    assert relative(seen[1], before[1]) > 1e-2  # the float prefix is something else
+    assert relative(seen[1], behind[1]) < 1e-5  # float32, other batch sizes
+    assert relative(seen[1], before[1]) > 1e-2  # different from the output of the float block
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
-def test_blocks_with_inputs_of_their_own(checkpoint: Checkpoints, tmp_path: Path, text: Path, method: str) -> None:
+def test_blocks_with_additional_inputs_are_quantized(
+    checkpoint: Checkpoints, tmp_path: Path, text: Path, method: str
+) -> None:
     report = quantize(checkpoint("gemma3n"), tmp_path / "out", text, method=method)
     assert all(math.isfinite(layer.error) for layer in report.layers)
     undone = [note for block in report.blocks for note in block.notes if "undone" in note]
-    assert bool(undone) == (method == "awq")  # its blocks use the output of a norm outside of the weights, too
+    assert bool(undone) == (method == "awq")  # its blocks use the output of a norm also without a weight
 
 
 @pytest.mark.parametrize(("method", "dtype"), [("awq", torch.float32), ("gptq", torch.bfloat16)])
-def test_foldings_are_looked_for_in_single_precision_on_any_device(
+def test_awq_searches_in_float32_on_any_device(
     checkpoint: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, dtype: torch.dtype
 ) -> None:
     monkeypatch.setattr(plan_module, "choose_device", lambda _: torch.device("cuda"))

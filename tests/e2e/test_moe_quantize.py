@@ -1,4 +1,4 @@
-"""Mixtures of experts from floats to a packed file, and back: every family, and what is told of experts."""
+"""Mixtures of experts from float to a packed file and back: every family, and the report on experts."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -30,7 +30,7 @@ Saved = Callable[[str], Path]
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    """`saved("mixtral")`: a tiny mixture on disk, made once."""
+    """`saved("mixtral")`: a tiny mixture on disk, created once."""
     made: dict[str, Path] = {}
 
     def make(name: str) -> Path:
@@ -43,12 +43,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
 
 
 def eager(folder: Path) -> Any:
-    """transformers' own model with its own plain implementation of experts."""
+    """The model of transformers with its eager implementation of experts."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager").eval()
 
 
 def streamed_logits(folder: Path, tokens: Tensor) -> Tensor:
-    """Those of the checkpoint's blocks with separate experts."""
+    """Logits of the checkpoint, run block by block with separate experts."""
     skeleton = open_skeleton(Checkpoint.open(folder), torch.device("cpu"), torch.float32)
     assert any(isinstance(module, SeparateExperts) for module in skeleton.model.modules())
     return runs.streamed_logits(skeleton, tokens)
@@ -56,41 +56,43 @@ def streamed_logits(folder: Path, tokens: Tensor) -> Tensor:
 
 def logits(model: Any, tokens: Tensor) -> Tensor:
     with torch.no_grad():
-        found: Tensor = model(tokens, use_cache=False).logits
-    return found
+        output: Tensor = model(tokens, use_cache=False).logits
+    return output
 
 
 @pytest.mark.parametrize("name", mixtures.CONFIGS)
-def test_separate_experts_compute_what_stacked_ones_do(saved: Saved, name: str) -> None:
+def test_separate_experts_equal_stacked_experts(saved: Saved, name: str) -> None:
     tokens = builders.tokens(2, 12)
     expected = logits(eager(saved(name)), tokens)
-    found = streamed_logits(saved(name), tokens)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.std()))
+    separate = streamed_logits(saved(name), tokens)
+    torch.testing.assert_close(separate, expected, rtol=0, atol=1e-5 * float(expected.std()))
 
 
 @dataclass(frozen=True)
 class OnDisk:
-    """How a family stores experts that it stores stacked, below `model.layers.i.`"""
+    """How a family stores stacked experts, below `model.layers.i.`"""
 
-    experts: str  # where packed ones are
+    experts: str  # prefix of packed experts
     first: str
     second: str
     transposed: bool
-    taking_turns: bool  # gate and up, row by row
+    taking_turns: bool  # gate and up rows are interleaved
 
     def tensors(self, weights: Mapping[str, Tensor], layer: str) -> dict[str, Tensor]:
-        """The stacked tensors of a layer, made of each expert's own."""
-        found = {}
+        """The stacked tensors of a layer, built from those of the separate experts."""
+        stacked = {}
         for name, parts in ((self.first, ("gate_proj", "up_proj")), (self.second, ("down_proj",))):
             for kind in ("weight", "bias"):
                 numbered = [f"{layer}.{self.experts}.{e}" for e in range(mixtures.EXPERTS)]
                 if f"{numbered[0]}.down_proj.{kind}" in weights:
-                    each = [[weights[f"{expert}.{part}.{kind}"] for part in parts] for expert in numbered]
-                    joined = [torch.stack(p, 1).flatten(0, 1) if self.taking_turns else torch.cat(p) for p in each]
+                    expert_parts = [[weights[f"{expert}.{part}.{kind}"] for part in parts] for expert in numbered]
+                    joined = [
+                        torch.stack(p, 1).flatten(0, 1) if self.taking_turns else torch.cat(p) for p in expert_parts
+                    ]
                     whole = torch.stack(joined)
                     turned = whole.mT.contiguous() if self.transposed and kind == "weight" else whole
-                    found[f"{layer}.{name}" + ("_bias" if kind == "bias" else "")] = turned
-        return found
+                    stacked[f"{layer}.{name}" + ("_bias" if kind == "bias" else "")] = turned
+        return stacked
 
 
 STACKED = {
@@ -109,7 +111,7 @@ STACKED = {
 
 
 def twin(name: str, out: Path, model: Path, folder: Path) -> Path:
-    """A float checkpoint of the weights that the packed ones in `out` stand for, named and stacked as in `model`."""
+    """A float checkpoint of the dequantized weights in `out`, named and stacked as in `model`."""
     weights = {**tensors_of(out), **dict(llmq.dequantize(out))}
     if name in STACKED:
         for layer in range(mixtures.SIZES["num_hidden_layers"]):
@@ -124,8 +126,8 @@ ROUND_TRIPS = ["mixtral", "qwen3_moe", "granitemoe", "deepseek_v3", "gpt_oss", "
 
 
 @pytest.mark.parametrize("name", ROUND_TRIPS)
-def test_what_is_written_runs(saved: Saved, tmp_path: Path, text: Path, name: str) -> None:
-    """Packed, block by block, and as transformers reads its float twin: all the same model."""
+def test_the_written_model_runs(saved: Saved, tmp_path: Path, text: Path, name: str) -> None:
+    """Loaded packed, run block by block, and as a float twin in transformers: equal logits."""
     model, out = saved(name), tmp_path / "out"
     report = quantize(model, out, text, method="rtn")
     assert not [layer for layer in report.left if ".experts." in layer]
@@ -135,10 +137,10 @@ def test_what_is_written_runs(saved: Saved, tmp_path: Path, text: Path, name: st
     assert {layer.name for layer in report.layers if ".experts." in layer.name} == set(codes)
     assert not [tensor for tensor in tensors_of(out).values() if tensor.dim() == 3 and tensor.shape[1] > 1]
     tokens = builders.tokens(2, 12)
-    found = logits(loaded, tokens)
-    close = {"rtol": 0, "atol": 1e-4 * float(found.std())}
-    torch.testing.assert_close(streamed_logits(out, tokens), found, **close)
-    torch.testing.assert_close(logits(eager(twin(name, out, model, tmp_path / "twin")), tokens), found, **close)
+    output = logits(loaded, tokens)
+    close = {"rtol": 0, "atol": 1e-4 * float(output.std())}
+    torch.testing.assert_close(streamed_logits(out, tokens), output, **close)
+    torch.testing.assert_close(logits(eager(twin(name, out, model, tmp_path / "twin")), tokens), output, **close)
 
 
 @pytest.mark.parametrize(("name", "bits"), [("mixtral", 2), ("gpt_oss", 3), ("llama4", 8)])
@@ -151,12 +153,12 @@ def test_other_bits(saved: Saved, tmp_path: Path, text: Path, name: str, bits: i
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
-def test_experts_that_are_left_are_stored_as_they_were(saved: Saved, tmp_path: Path, text: Path, name: str) -> None:
-    """One projection that is left leaves the layer's experts: engines run them as one."""
+def test_skipped_experts_are_stored_unchanged(saved: Saved, tmp_path: Path, text: Path, name: str) -> None:
+    """If one projection is skipped, all experts of the layer are, because engines run them together."""
     down = "w2" if name == "mixtral" else "down_proj"
     report = quantize(saved(name), tmp_path / "out", text, method="rtn", skip=[f"*experts.*.{down}"])
-    told = {reason for layer, reason in report.left.items() if ".experts." in layer and not layer.endswith(down)}
-    assert len(told) == 2 and all("share a grid" in reason and "skipped on request" in reason for reason in told)
+    reasons = {reason for layer, reason in report.left.items() if ".experts." in layer and not layer.endswith(down)}
+    assert len(reasons) == 2 and all("share a grid" in reason and "skipped on request" in reason for reason in reasons)
     before, after = tensors_of(saved(name)), tensors_of(tmp_path / "out")
     assert all(torch.equal(after[stored], tensor) for stored, tensor in before.items() if "experts" in stored)
     tokens = builders.tokens(2, 12)
@@ -174,7 +176,7 @@ def test_the_experts_of_a_layer_share_a_grid(saved: Saved, tmp_path: Path, text:
     assert schemes == {
         ("0", WeightScheme(8, 16)),
         ("1", WeightScheme(4, 16)),
-    }  # groups of 32 do not divide down's 48 inputs
+    }  # 32 does not divide the 48 inputs of down
     reasons = {plan.reason for path, plan in job.plan.layers.items() if "experts" in path and plan.reason}
     assert len(reasons) == 2 and all("the experts of a layer share a grid" in reason for reason in reasons)
     strict = {"method": "rtn", "overrides": overrides, "strict": True}
@@ -182,26 +184,26 @@ def test_the_experts_of_a_layer_share_a_grid(saved: Saved, tmp_path: Path, text:
         runs.job(saved("mixtral"), tmp_path / "out", text, **strict)
 
 
-def test_an_expert_that_no_token_reaches(tmp_path: Path, text: Path) -> None:
-    """It is fitted to other tokens of its layer, which is better than rounding it blindly."""
+def test_an_expert_without_tokens_uses_other_tokens(tmp_path: Path, text: Path) -> None:
+    """The expert is quantized with other tokens of its layer, which is better than rounding to nearest."""
     config = mixtures.glm4_moe()
     model = builders.causal_model(config)
-    model.model.layers[1].mlp.gate.e_score_correction_bias[3] = -1e4  # counts in the choice alone
+    model.model.layers[1].mlp.gate.e_score_correction_bias[3] = -1e4  # affects only the choice of experts
     folder = builders.save_model(tmp_path / "model", model)
     report = quantize(folder, tmp_path / "out", text, method="gptq")
     layers = {layer.name: layer for layer in report.layers}
-    starved = [layer for name, layer in layers.items() if ".experts.3." in name]
-    assert len(starved) == 3 and all(layer.tokens == 0 and layer.borrowed >= 2 * 32 for layer in starved)
+    unreached = [layer for name, layer in layers.items() if ".experts.3." in name]
+    assert len(unreached) == 3 and all(layer.tokens == 0 and layer.borrowed >= 2 * 32 for layer in unreached)
     nearest = quantize(folder, tmp_path / "rtn", text, method="rtn")
     blind = {layer.name: layer.weight_error for layer in nearest.layers}
-    assert all(layer.weight_error > 1.02 * blind[layer.name] for layer in starved)  # it gave that up for its outputs
-    assert all("fitted to other tokens of the layer" in layer.notes[-1] for layer in starved)
+    assert all(layer.weight_error > 1.02 * blind[layer.name] for layer in unreached)  # for a smaller output error
+    assert all("fitted to other tokens of the layer" in layer.notes[-1] for layer in unreached)
     assert str(experts_summary(report.layers)).startswith("each saw at least 0 tokens")
-    assert all(math.isfinite(layer.output_error or 0) for layer in starved)
+    assert all(math.isfinite(layer.output_error or 0) for layer in unreached)
     llmq.load(tmp_path / "out", device="cpu")
 
 
-def test_a_budget_of_bits_is_spent_on_whole_layers_of_experts(saved: Saved, tmp_path: Path, text: Path) -> None:
+def test_target_bits_assigns_one_grid_per_layer_of_experts(saved: Saved, tmp_path: Path, text: Path) -> None:
     report = quantize(saved("mixtral"), tmp_path / "out", text, method="rtn", target_bits=6.5, group_size=16)
     assert report.bits_per_weight <= 6.5
     by_layer: dict[str, set[str]] = {}
@@ -209,7 +211,7 @@ def test_a_budget_of_bits_is_spent_on_whole_layers_of_experts(saved: Saved, tmp_
         if ".experts." in layer.name:
             by_layer.setdefault(layer.name.split(".")[2], set()).add(layer.scheme)
     assert all(len(schemes) == 1 for schemes in by_layer.values())
-    assert len(report.settings["overrides"]) < 12  # a pattern for the experts of a layer, not one for each of them
+    assert len(report.settings["overrides"]) < 12  # one pattern per layer of experts, not one per expert
     llmq.load(tmp_path / "out", device="cpu")
 
 
@@ -217,7 +219,7 @@ def test_a_budget_of_bits_is_spent_on_whole_layers_of_experts(saved: Saved, tmp_
 def test_an_interrupted_run_ends_in_the_same_bytes(
     saved: Saved, tmp_path: Path, text: Path, name: str, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And the stages that see more than one weight go through separate experts as well."""
+    """Stages that use more than one weight also handle separate experts."""
     stages = METHODS[method]
     if stages.tuning is not None and stages.block_tuning is not None:
         short = {"steps": 2, "tokens": 96}
@@ -228,11 +230,11 @@ def test_an_interrupted_run_ends_in_the_same_bytes(
     runs.stop_in_block(runs.job(saved(name), tmp_path / "out", text, stages=stages), 1)
     continued = runs.job(saved(name), tmp_path / "out", text, stages=stages).run()
     assert [block.resumed for block in continued.blocks] == [True, False]
-    whole, found = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "out")
-    assert whole.keys() == found.keys() and all(torch.equal(whole[key], found[key]) for key in whole)
+    whole, resumed = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "out")
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
-def test_the_command_line_says_it_once_for_all_experts(saved: Saved, tmp_path: Path, text: Path) -> None:
+def test_the_command_line_summarizes_all_experts(saved: Saved, tmp_path: Path, text: Path) -> None:
     arguments = ("quantize", saved("mixtral"), tmp_path / "out", "--method", "gptq", "--calibration", text)
     arguments += ("--samples", "4", "--seqlen", "48", "--group-size", "16")
     planned = command_line.llmq(*arguments, "--dry-run").stdout
@@ -243,7 +245,7 @@ def test_the_command_line_says_it_once_for_all_experts(saved: Saved, tmp_path: P
     assert len(notes) < mixtures.EXPERTS
 
 
-def test_experts_in_a_form_that_is_not_known_are_listed(tmp_path: Path) -> None:
+def test_experts_in_an_unknown_form_are_listed(tmp_path: Path) -> None:
     config = transformers.JetMoeConfig(**mixtures.sizes(num_local_experts=4, kv_channels=8))
     folder = builders.save_model(tmp_path / "model", builders.causal_model(config))
     report = llmq.quantize(folder, tmp_path / "out", method="rtn", group_size=16, device="cpu")

@@ -1,4 +1,4 @@
-"""Whole runs through `llmq.quantize`: the folder holds what the report says, and everything else is as it was."""
+"""Whole runs of `llmq.quantize`: the folder matches the report, and all other tensors and files are unchanged."""
 
 import dataclasses
 import hashlib
@@ -37,7 +37,7 @@ from tests.runs import (
 
 Checkpoints = Callable[..., Path]
 FORMATS = ("compressed-tensors", "gptq", "awq")
-EPSILON = 2**-24  # of a float32
+EPSILON = 2**-24  # float32
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def model(checkpoint: Checkpoints) -> Path:
 
 
 def short(method: str) -> Method:
-    """The stages of a method, with a few steps of tuning if it has any: what is asked here does not depend on more."""
+    """The stages of a method, with only a few steps of tuning, which is enough for these tests."""
     stages = METHODS[method]
     if stages.tuning is None:
         return stages
@@ -56,7 +56,7 @@ def short(method: str) -> Method:
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("method", METHODS)
-def test_the_file_holds_what_the_report_says(
+def test_the_file_matches_the_report(
     model: Path, tmp_path: Path, text: Path, method: str, layout: str, symmetric: bool
 ) -> None:
     report = quantize(model, tmp_path / "out", text, stages=short(method), format=layout, symmetric=symmetric)
@@ -69,12 +69,12 @@ def test_the_file_holds_what_the_report_says(
         assert layer.scheme == f"int4 g16 {'symmetric' if symmetric else 'asymmetric'}"
         packed = [tensor for name, tensor in stored.items() if name.startswith(f"{layer.name}.")]
         assert layer.bits_per_weight == pytest.approx(8 * sum(tensor.nbytes for tensor in packed) / old.numel())
-        if method != "awq" and report.tuning is None:  # these report on the weight as it was folded, or rounded
+        if method != "awq" and report.tuning is None:  # these report the error of the folded or of the untuned weight
             assert layer.weight_error == pytest.approx(relative(new, old), rel=old.numel() * EPSILON)
     packed_model, _ = llmq.load(tmp_path / "out", device="cpu")
     linears = {path: m for path, m in packed_model.named_modules() if isinstance(m, PackedLinear | FusedLinear)}
     assert all(torch.equal(linears[name[:-7]].quantized().dequantize(), weight) for name, weight in weights.items())
-    # The same weights through plain matrix products: float32 sums of K products in another order.
+    # The same weights in plain matrix products: float32 sums of K products in another order.
     expected = logits(float_model(model, float_equivalent(tmp_path / "out", model)), windows_of(model, text))
     assert relative(logits(packed_model, windows_of(model, text)), expected) < 1e-4
 
@@ -84,14 +84,14 @@ def test_other_widths(model: Path, tmp_path: Path, text: Path, bits: int) -> Non
     report = quantize(model, tmp_path / "out", text, method="gptq", bits=bits, scales="searched")
     original = tensors_of(model)
     for name, weight in llmq.dequantize(tmp_path / "out"):
-        # Steps are 2 max|w| / levels, so none is off by more than about that at the ends, and half of it in between.
+        # Steps are 2 max|w| / levels: the error is at most about one step at the ends, and half a step in between.
         step = 2 * float(original[name].abs().max()) / (2**bits - 1)
         assert float((weight - original[name]).square().mean().sqrt()) < step
     assert all(layer.scheme.startswith(f"int{bits} ") for layer in report.layers)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_everything_else_is_bit_identical(checkpoint: Checkpoints, tmp_path: Path, text: Path, method: str) -> None:
+def test_other_tensors_are_bit_identical(checkpoint: Checkpoints, tmp_path: Path, text: Path, method: str) -> None:
     model = checkpoint("stablelm", num_hidden_layers=2, dtype="bfloat16")
     report = quantize(model, tmp_path / "out", text, stages=short(method), skip=["o_proj", "lm_head"])
     original, stored = tensors_of(model), tensors_of(tmp_path / "out")
@@ -103,14 +103,14 @@ def test_everything_else_is_bit_identical(checkpoint: Checkpoints, tmp_path: Pat
         for name in kept
         if stored[name].dtype != original[name].dtype or not torch.equal(stored[name], original[name])
     }
-    if method == "awq":  # what it folds into, and nothing else
+    if method == "awq":  # only the tensors that scales are folded into
         assert changed and all("layernorm" in name for name in changed)
         assert all(name.startswith("model.layers.") for name in changed)
     else:
         assert not changed
 
 
-def test_companions_are_copied_and_the_configuration_keeps_its_keys(model: Path, tmp_path: Path, text: Path) -> None:
+def test_other_files_are_copied_and_the_config_keeps_its_keys(model: Path, tmp_path: Path, text: Path) -> None:
     source = shutil.copytree(model, tmp_path / "source")
     change_json(source / "config.json", key_of_somebody={"a": [1, None, "ü"]}, dtype="float32")
     for name in ("chat_template.jinja", "LICENSE", "README.md", "notes.txt"):
@@ -153,7 +153,7 @@ def _sizes(model: Path, report: llmq.Report) -> list[int]:
     return [original[f"{layer.name}.weight"].numel() for layer in report.layers]
 
 
-def test_overrides_and_skips_are_honoured_and_reported(model: Path, tmp_path: Path, text: Path) -> None:
+def test_overrides_and_skips_are_applied_and_reported(model: Path, tmp_path: Path, text: Path) -> None:
     report = quantize(
         model, tmp_path / "out", text, method="rtn",
         skip=["k_proj"], overrides=["down_proj:bits=8,group_size=32", "re:layers\\.1\\..*gate:symmetric=false"],
@@ -179,7 +179,7 @@ def test_overrides_and_skips_are_honoured_and_reported(model: Path, tmp_path: Pa
     llmq.load(tmp_path / "out", device="cpu")
 
 
-def test_a_group_size_that_does_not_divide_falls_back_and_is_reported(
+def test_a_group_size_that_does_not_divide_is_reduced_and_noted(
     checkpoint: Checkpoints, tmp_path: Path, text: Path
 ) -> None:
     model = checkpoint("llama", num_hidden_layers=1, intermediate_size=48)
@@ -190,13 +190,13 @@ def test_a_group_size_that_does_not_divide_falls_back_and_is_reported(
         quantize(model, tmp_path / "strict", text, method="gptq", group_size=32, strict=True)
 
 
-def test_a_layer_that_never_ran_stays_float(
+def test_a_layer_that_never_ran_is_kept_in_float(
     model: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = input_groups.input_groups
+    all_groups = input_groups.input_groups
 
     def without_one(*arguments: Any) -> list[input_groups.InputGroup]:
-        return [group for group in found(*arguments) if group.names != ("model.layers.0.mlp.down_proj",)]
+        return [group for group in all_groups(*arguments) if group.names != ("model.layers.0.mlp.down_proj",)]
 
     monkeypatch.setattr(input_groups, "input_groups", without_one)
     report = quantize(model, tmp_path / "out", text, method="gptq")
@@ -209,7 +209,7 @@ def test_a_layer_that_never_ran_stays_float(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_shards_make_no_difference(model: Path, tmp_path: Path, text: Path, method: str) -> None:
+def test_shards_do_not_change_the_result(model: Path, tmp_path: Path, text: Path, method: str) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(model)
     sharded = shutil.copytree(model, tmp_path / "sharded", ignore=shutil.ignore_patterns("*.safetensors"))
     loaded.save_pretrained(sharded, max_shard_size="20KB")

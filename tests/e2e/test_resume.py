@@ -1,4 +1,4 @@
-"""The same bytes again: in a second run, and in one that was interrupted and continued."""
+"""Reproducibility: a second run, and an interrupted and continued run, write the same bytes."""
 
 import json
 from collections.abc import Callable
@@ -15,17 +15,17 @@ from tests.runs import job, quantize, stop, stop_in_block
 
 Checkpoints = Callable[..., Path]
 
-# The last one rounds what it folds into biases: a block that is read back must not differ from one that was just made.
+# The last one rounds biases after folding: a block that is read back must equal the block in memory.
 MODELS = [("llama", "float32"), ("gemma3", "bfloat16"), ("stablelm", "bfloat16")]
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """Everything in it but the record, which holds times."""
+    """All files except the record, which contains times."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "llmq.json"}
 
 
 def interrupt(model: Path, out: Path, text: Path, *, blocks: int, **settings: Any) -> None:
-    """Begin a run and end it after this many blocks, one layer into the next one."""
+    """Start a run and stop it after `blocks` blocks, one layer into the next block."""
     stop_in_block(job(model, out, text, **settings), blocks)
 
 
@@ -60,10 +60,10 @@ STAGES = {
 
 
 @pytest.mark.parametrize("stages", STAGES)
-def test_a_run_that_judges_its_stages_ends_in_the_same_bytes_too(
+def test_a_run_with_validation_ends_in_the_same_bytes(
     checkpoint: Checkpoints, tmp_path: Path, text: Path, stages: str
 ) -> None:
-    """Both streams are carried past the blocks that were finished, and what was bought is read back."""
+    """Both streams are run through the finished blocks, and the recorded gains are read back."""
     model, out = checkpoint("llama", dtype="bfloat16"), tmp_path / "out"
     whole = quantize(model, tmp_path / "whole", text, stages=STAGES[stages])
     interrupt(model, out, text, blocks=2, stages=STAGES[stages])
@@ -74,7 +74,7 @@ def test_a_run_that_judges_its_stages_ends_in_the_same_bytes_too(
     assert files_of(out) == files_of(tmp_path / "whole")
 
 
-def test_other_stages_are_another_run(checkpoint: Checkpoints, tmp_path: Path, text: Path) -> None:
+def test_a_run_is_not_resumed_with_other_stages(checkpoint: Checkpoints, tmp_path: Path, text: Path) -> None:
     model, out = checkpoint("llama"), tmp_path / "out"
     interrupt(model, out, text, blocks=1, stages=METHODS["fast"])
     with pytest.raises(ConfigError, match="other settings"):
@@ -89,9 +89,7 @@ def test_two_runs_end_in_the_same_bytes(checkpoint: Checkpoints, tmp_path: Path,
     assert reports[0].layers == reports[1].layers
 
 
-def test_a_run_with_other_settings_starts_anew_when_told_to(
-    checkpoint: Checkpoints, tmp_path: Path, text: Path
-) -> None:
+def test_overwrite_starts_a_run_with_other_settings(checkpoint: Checkpoints, tmp_path: Path, text: Path) -> None:
     model, out = checkpoint("llama"), tmp_path / "out"
     interrupt(model, out, text, blocks=1, method="gptq")
     with pytest.raises(ConfigError, match="finished blocks of a run with other settings"):
@@ -102,7 +100,7 @@ def test_a_run_with_other_settings_starts_anew_when_told_to(
     assert json.loads((out / "llmq.json").read_text())["settings"]["seed"] == 1
 
 
-def test_a_run_that_ends_before_its_first_block_leaves_nothing(
+def test_a_run_that_ends_before_its_first_block_leaves_no_files(
     checkpoint: Checkpoints, tmp_path: Path, text: Path
 ) -> None:
     out = tmp_path / "out"

@@ -1,4 +1,4 @@
-"""`--rotate` on whole models: the function stays, what was won is said, and rotations go together with other stages."""
+"""`--rotate` on whole models: the function is preserved, the gain is reported, and other stages can be combined."""
 
 from pathlib import Path
 
@@ -11,8 +11,8 @@ from tests import builders
 from tests.runs import float_model, logits, quantize, relative, tensors_of, windows_of
 
 
-def loud_model(folder: Path, name: str, dtype: str) -> Path:
-    """Four blocks with 4 query heads and 2 value heads of 16; a channel of each is loud in W_v and W_o."""
+def model_with_outliers(folder: Path, name: str, dtype: str) -> Path:
+    """Four blocks with 4 query heads and 2 value heads of 16; one channel per head is large in W_v and W_o."""
     model = builders.causal_model(builders.CONFIGS[name](hidden_size=64, num_hidden_layers=4), dtype=dtype)
     for name, parameter in model.named_parameters():
         if "v_proj.weight" in name:
@@ -22,8 +22,8 @@ def loud_model(folder: Path, name: str, dtype: str) -> Path:
     return builders.save_model(folder, model)
 
 
-def test_fast_with_rotations_says_what_they_bought(tmp_path: Path, text: Path) -> None:
-    model = loud_model(tmp_path / "model", "llama", "float32")
+def test_fast_reports_the_gain_of_rotations(tmp_path: Path, text: Path) -> None:
+    model = model_with_outliers(tmp_path / "model", "llama", "float32")
     report = quantize(model, tmp_path / "out", text, method="fast", rotate=True, samples=12)
     gains = [gain for block in report.blocks for gain in block.gains]
     assert [gain.stage for gain in gains] == ["rotation"] * 4
@@ -35,16 +35,16 @@ def test_fast_with_rotations_says_what_they_bought(tmp_path: Path, text: Path) -
 
 @pytest.mark.parametrize("transforms", [("rotation",), ("rotation", "awq")], ids=" ".join)
 @pytest.mark.parametrize("name", ["llama", "stablelm"])
-def test_the_function_stays(tmp_path: Path, text: Path, name: str, transforms: tuple[str, ...]) -> None:
-    """256 levels are all that may differ: rtn shows how much that is.  A wrong rotation is of the order of 1."""
-    model = loud_model(tmp_path / "model", name, "bfloat16")
+def test_rotations_preserve_the_function(tmp_path: Path, text: Path, name: str, transforms: tuple[str, ...]) -> None:
+    """Only rounding to 256 levels may differ, as for rtn. The error of a wrong rotation is of the order of 1."""
+    model = model_with_outliers(tmp_path / "model", name, "bfloat16")
     windows = windows_of(model, text)
-    expected, found = logits(float_model(model, {}), windows), {}
+    expected, distance = logits(float_model(model, {}), windows), {}
     plain = Method(rounding="rtn", validation=0.25)
     for label, method in (("plain", plain), ("rotated", Method("rtn", transforms, validation=0.25))):
         report = quantize(model, tmp_path / label, text, stages=method, bits=8)
-        found[label] = relative(logits(llmq.load(tmp_path / label, device="cpu")[0], windows), expected)
+        distance[label] = relative(logits(llmq.load(tmp_path / label, device="cpu")[0], windows), expected)
     assert any(gain.kept for block in report.blocks for gain in block.gains if gain.stage == "rotation")
     plain_weights, rotated = tensors_of(tmp_path / "plain"), tensors_of(tmp_path / "rotated")
     assert any(not torch.equal(plain_weights[key], rotated[key]) for key in plain_weights if "v_proj" in key)
-    assert found["rotated"] < 1.5 * found["plain"] < 0.1
+    assert distance["rotated"] < 1.5 * distance["plain"] < 0.1

@@ -24,7 +24,7 @@ def model(checkpoint: Checkpoints) -> Path:
 
 
 def stored_bits(out: Path, model: Path) -> float:
-    """Bits a weight of the linear layers of the blocks, from the headers of the files alone."""
+    """Bits per weight of the linear layers in the blocks, from the stored tensors alone."""
     bits, weights = 0, 0
     for folder, count in ((out, False), (model, True)):
         for file in folder.glob("*.safetensors"):
@@ -40,7 +40,7 @@ def stored_bits(out: Path, model: Path) -> float:
     return bits / weights
 
 
-def test_a_run_with_a_target_keeps_to_it(model: Path, tmp_path: Path, text: Path) -> None:
+def test_a_run_meets_its_target_bits(model: Path, tmp_path: Path, text: Path) -> None:
     report = quantize(model, tmp_path / "out", text, **TARGET)
     assert 5.0 < stored_bits(tmp_path / "out", model) <= 5.5
     assert report.bits_per_weight == stored_bits(tmp_path / "out", model)
@@ -50,7 +50,7 @@ def test_a_run_with_a_target_keeps_to_it(model: Path, tmp_path: Path, text: Path
     assert loaded is not None
 
 
-def test_its_settings_make_the_same_model_without_measuring(
+def test_recorded_settings_give_the_same_model_without_measuring(
     model: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quantize(model, tmp_path / "out", text, **TARGET)
@@ -87,16 +87,16 @@ def test_the_table_as_json(model: Path, text: Path) -> None:
         "sensitivity", model, "--calibration", text, *TEXT, "--grid", "4:32", "--grid", "8", "--json"
     )
     assert outcome.exit_code == 0, outcome.stderr
-    found = json.loads(outcome.stdout)
-    assert len(found["units"]) == 8 and found["tokens"] == 48
-    first = found["units"][0]
+    result = json.loads(outcome.stdout)
+    assert len(result["units"]) == 8 and result["tokens"] == 48
+    first = result["units"][0]
     assert first["layers"] == [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
     grids = first["grids"]
-    assert grids["int4 g32 symmetric"]["bits_per_weight"] == 4.5 + 3 * 128 / first["weights"]  # and three shapes
+    assert grids["int4 g32 symmetric"]["bits_per_weight"] == 4.5 + 3 * 128 / first["weights"]  # and three stored shapes
     assert grids["int4 g32 symmetric"]["kl"] > grids["int8 g128 symmetric"]["kl"] > 0
 
 
-def test_the_table_the_plan_and_the_picture(model: Path, text: Path, tmp_path: Path) -> None:
+def test_sensitivity_prints_a_table_and_a_plan_and_writes_a_plot(model: Path, text: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     picture = tmp_path / "map.png"
     outcome = command_line.llmq(
@@ -118,7 +118,7 @@ def test_without_matplotlib_the_extra_is_named(model: Path, monkeypatch: pytest.
     )
 
 
-def test_a_picture_of_an_unknown_kind_is_refused_before_any_text_is_read(model: Path) -> None:
+def test_an_unknown_plot_format_is_refused_before_reading_text(model: Path) -> None:
     pytest.importorskip("matplotlib")
     outcome = command_line.llmq("sensitivity", model, "--calibration", "nowhere.txt", "--plot", "map.xyz")
     assert outcome.exit_code == 2 and "end the name with .png" in outcome.stderr
@@ -132,8 +132,6 @@ def test_a_picture_of_an_unknown_kind_is_refused_before_any_text_is_read(model: 
         (("--grid", "four"), "invalid grid 'four'"),
     ],
 )
-def test_what_cannot_be_had_is_refused_before_any_text_is_read(
-    model: Path, settings: tuple[str, ...], words: str
-) -> None:
+def test_invalid_requests_are_refused_before_reading_text(model: Path, settings: tuple[str, ...], words: str) -> None:
     outcome = command_line.llmq("sensitivity", model, "--calibration", "nowhere.txt", *settings)
     assert outcome.exit_code == 2 and words in outcome.stderr

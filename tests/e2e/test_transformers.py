@@ -1,6 +1,6 @@
-"""`llmq.enable_transformers`: transformers' own `from_pretrained` and `save_pretrained`, run by llmq's kernels.
+"""`llmq.enable_transformers`: `from_pretrained` and `save_pretrained` of transformers with the kernels of llmq.
 
-What a model computes is held against `llmq.load`, which other tests hold against float models.
+Logits are compared with `llmq.load`, which other tests compare with float models.
 """
 
 import copy
@@ -48,7 +48,7 @@ def enabled() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> Quantize:
-    """`quantized("llama", "gptq", symmetric=True)`: a tiny checkpoint by rounding to nearest, made once."""
+    """`quantized("llama", "gptq", symmetric=True)`: a tiny checkpoint, rounded to nearest, created once."""
     made: dict[tuple[str, str, bool, str], Path] = {}
 
     def make(name: str, layout: str, *, symmetric: bool = True, dtype: str = "bfloat16") -> Path:
@@ -72,8 +72,8 @@ def read(folder: Path, **settings: Any) -> Any:
 
 def logits(model: Any, tokens: Tensor | None = None) -> Tensor:
     with torch.no_grad():
-        found: Tensor = model(builders.tokens(2, 12) if tokens is None else tokens).logits
-    return found
+        output: Tensor = model(builders.tokens(2, 12) if tokens is None else tokens).logits
+    return output
 
 
 def count(model: nn.Module, kind: type[nn.Module]) -> int:
@@ -85,24 +85,24 @@ def config_of(folder: Path) -> Any:
 
 
 def assert_saved_again(model: Any, source: Path, out: Path) -> None:
-    """What `save_pretrained` writes is the source, tensor for tensor and key for key."""
+    """Check that `save_pretrained` writes the tensors and the configuration of the source."""
     model.save_pretrained(out)
-    found, expected = tensors_of(out), tensors_of(source)
-    assert sorted(found) == sorted(expected)
+    saved, expected = tensors_of(out), tensors_of(source)
+    assert sorted(saved) == sorted(expected)
     for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert found[name].equal(tensor), name
+        assert saved[name].dtype == tensor.dtype, name
+        assert saved[name].equal(tensor), name
     assert config_of(out) == config_of(source)
 
 
-# ---- what transformers looks up
+# ---- the registries of transformers
 
 
 def tables() -> tuple[dict[str, Any], dict[str, Any]]:
     return dict(auto.AUTO_QUANTIZATION_CONFIG_MAPPING), dict(auto.AUTO_QUANTIZER_MAPPING)
 
 
-def test_it_can_be_undone_and_done_twice() -> None:
+def test_enabling_can_be_undone_and_repeated() -> None:
     llmq.disable_transformers()
     before = tables()
     llmq.disable_transformers()
@@ -118,7 +118,7 @@ def test_it_can_be_undone_and_done_twice() -> None:
     assert tables() == before
 
 
-def test_what_another_registered_afterwards_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_later_registrations_of_others_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     other = auto.AUTO_QUANTIZER_MAPPING["quanto"]
     monkeypatch.setitem(auto.AUTO_QUANTIZER_MAPPING, "gptq", other)
     llmq.disable_transformers()
@@ -129,7 +129,7 @@ def test_what_another_registered_afterwards_is_left(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(("layout", "symmetric"), LAYOUTS)
-def test_it_computes_what_llmq_does_and_is_saved_as_it_was(
+def test_a_model_equals_that_of_llmq_load_and_is_saved_unchanged(
     layout: str, symmetric: bool, quantized: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for package in ("gptqmodel", "awq", "optimum", "auto_round", "compressed_tensors"):
@@ -145,7 +145,7 @@ def test_it_computes_what_llmq_does_and_is_saved_as_it_was(
 
 @pytest.mark.parametrize("name", ["neox", "phi3", "gemma3"])
 def test_other_architectures(name: str, quantized: Quantize, tmp_path: Path) -> None:
-    """Biases and names of its own on disk, fused weights, tied embeddings."""
+    """Biases and different names on disk, fused weights, tied embeddings."""
     source = quantized(name, GPTQ)
     model = read(source, dtype=torch.float32)
     assert logits(model).equal(logits(llmq.load(source)[0]))
@@ -155,9 +155,9 @@ def test_other_architectures(name: str, quantized: Quantize, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("name", "layout"), [("mixtral", GPTQ), ("mixtral", PACKED), ("qwen3_moe", PACKED), ("gpt_oss", GPTQ)]
 )
-def test_mixtures(name: str, layout: str, quantized: Quantize, tmp_path: Path) -> None:
-    """Compared without fused layers: their outputs are slices, of whose 48 channels torch's SiLU takes 32 at once on a
-    CPU with AVX-512 and the others one by one, which differ in the last bits."""
+def test_mixtures_of_experts(name: str, layout: str, quantized: Quantize, tmp_path: Path) -> None:
+    """Compared without fused layers. Outputs of fused layers are slices, and on a CPU with AVX-512 the SiLU of torch
+    processes 32 of their 48 channels as vectors and the others one by one, which differs in the last bits."""
     source = quantized(name, layout)
     model = read(source, dtype=torch.float32)
     loaded = llmq.load(source, fuse=False)[0]
@@ -166,8 +166,8 @@ def test_mixtures(name: str, layout: str, quantized: Quantize, tmp_path: Path) -
     assert_saved_again(model, source, tmp_path / "saved")
 
 
-def test_weights_that_lie_transposed(tmp_path: Path) -> None:
-    """GPT-2's layers are no nn.Linear, and those that stay floats are (K, N) on disk."""
+def test_transposed_weights(tmp_path: Path) -> None:
+    """The layers of GPT-2 are not nn.Linear, and its float layers are (K, N) on disk."""
     sizes = {"vocab_size": builders.VOCABULARY, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 64}
     config = transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)
     source = builders.save_model(tmp_path / "source", builders.causal_model(config, dtype="float16"))
@@ -176,12 +176,12 @@ def test_weights_that_lie_transposed(tmp_path: Path) -> None:
     model, loaded = read(tmp_path / "out", dtype=torch.float32), llmq.load(tmp_path / "out")[0]
     assert count(model, PackedLinear) == 2
     assert logits(model).equal(logits(loaded))
-    for number, each in enumerate((model, loaded)):
-        assert_saved_again(each, tmp_path / "out", tmp_path / f"saved{number}")
+    for number, candidate in enumerate((model, loaded)):
+        assert_saved_again(candidate, tmp_path / "out", tmp_path / f"saved{number}")
 
 
 def test_files_of_more_than_one_dtype(quantized: Quantize, tmp_path: Path) -> None:
-    """Some tools write the rest in float32 and say float16; what loading changed in no value is written as it was."""
+    """Some tools declare float16 and store the rest in float32; tensors with unchanged values keep their dtype."""
     folder = shutil.copytree(quantized("llama", GPTQ, dtype="float16"), tmp_path / "copy")
     tensors = {name: t.float() if name.endswith("norm.weight") else t for name, t in tensors_of(folder).items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -191,21 +191,21 @@ def test_files_of_more_than_one_dtype(quantized: Quantize, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_oss"])
-def test_what_llmq_loads_is_saved_too(name: str, quantized: Quantize, tmp_path: Path) -> None:
+def test_a_model_loaded_by_llmq_is_saved(name: str, quantized: Quantize, tmp_path: Path) -> None:
     source = quantized(name, GPTQ)
     model, _ = llmq.load(source)
     assert count(model, FusedLinear) > 0
     assert_saved_again(model, source, tmp_path / "saved")
 
 
-def test_a_model_without_its_folder_is_packed_anew(quantized: Quantize, tmp_path: Path) -> None:
+def test_a_model_whose_folder_is_gone_is_packed_again(quantized: Quantize, tmp_path: Path) -> None:
     source = shutil.copytree(quantized("llama", GPTQ), tmp_path / "copy")
     model = read(source)
     shutil.rmtree(source)
     assert_saved_again(model, quantized("llama", GPTQ), tmp_path / "saved")
 
 
-def test_what_was_changed_in_memory_is_what_is_saved(quantized: Quantize, tmp_path: Path) -> None:
+def test_changes_in_memory_are_saved(quantized: Quantize, tmp_path: Path) -> None:
     source = quantized("llama", GPTQ)
     model = read(source, dtype=torch.float32)
     model.get_submodule("model.layers.0.mlp.down_proj").scales.mul_(2)
@@ -215,19 +215,19 @@ def test_what_was_changed_in_memory_is_what_is_saved(quantized: Quantize, tmp_pa
     assert tensors_of(tmp_path / "saved")[name].equal(2 * tensors_of(source)[name])
 
 
-def test_a_model_can_be_copied_and_written_as_a_whole(quantized: Quantize, tmp_path: Path) -> None:
+def test_a_model_can_be_copied_and_pickled(quantized: Quantize, tmp_path: Path) -> None:
     source = quantized("llama", GPTQ)
     model = read(source)
     written = io.BytesIO()
     torch.save(model, written)
     written.seek(0)
-    for number, each in enumerate((copy.deepcopy(model), torch.load(written, weights_only=False))):
-        assert logits(each).equal(logits(model))
-        assert_saved_again(each, source, tmp_path / str(number))
+    for number, copied in enumerate((copy.deepcopy(model), torch.load(written, weights_only=False))):
+        assert logits(copied).equal(logits(model))
+        assert_saved_again(copied, source, tmp_path / str(number))
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
-def test_a_cast_leaves_the_scales(name: str, quantized: Quantize, tmp_path: Path) -> None:
+def test_a_cast_does_not_change_the_scales(name: str, quantized: Quantize, tmp_path: Path) -> None:
     source = quantized(name, PACKED, dtype="float32")
     model = read(source).to(torch.bfloat16)
     layer = model.get_submodule("model.layers.0.self_attn.o_proj")
@@ -236,7 +236,7 @@ def test_a_cast_leaves_the_scales(name: str, quantized: Quantize, tmp_path: Path
     assert_saved_again(model, source, tmp_path / "saved")
 
 
-def test_greedy_text_is_that_of_llmq(quantized: Quantize) -> None:
+def test_greedy_text_equals_that_of_llmq_load(quantized: Quantize) -> None:
     source = quantized("llama", AWQ, symmetric=False)
     settings = {"min_new_tokens": 16, "max_new_tokens": 16, "do_sample": False}
     tokens = builders.tokens(1, 6)
@@ -246,7 +246,7 @@ def test_greedy_text_is_that_of_llmq(quantized: Quantize) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_dtypes(dtype: torch.dtype, quantized: Quantize) -> None:
-    """On old transformers, too, parameters that have another name on disk get the dtype that was asked for."""
+    """Parameters with another name on disk get the requested dtype, also in old versions of transformers."""
     for name in ("llama", "mixtral"):
         model = read(quantized(name, GPTQ), dtype=dtype)
         assert {parameter.dtype for parameter in model.parameters()} == {dtype}
@@ -265,7 +265,7 @@ def test_device_maps(name: str, quantized: Quantize) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_offloading(name: str, quantized: Quantize, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """What stays on disk runs by dequantizing at every call, and that is said."""
+    """Offloaded layers are dequantized at every call, which is logged."""
     source = quantized(name, GPTQ, dtype="float32")
     expected = logits(read(source))
     parts = ("model.embed_tokens", "model.norm", "model.rotary_emb", "model.layers.0", "lm_head")
@@ -275,19 +275,19 @@ def test_offloading(name: str, quantized: Quantize, tmp_path: Path, caplog: pyte
     assert count(model, PackedLinear) > 0
     assert "are dequantized at every call" in caplog.text
     assert torch.allclose(logits(model), expected, rtol=0, atol=1e-4 * float(expected.std()))
-    if name == "llama":  # old transformers does not save what is offloaded and has other names on disk
+    if name == "llama":  # old transformers does not save offloaded weights with other names on disk
         with pytest.warns(UserWarning, match="offloaded modules"):
             assert_saved_again(model, source, tmp_path / "saved")
 
 
 @pytest.mark.parametrize("hooked", [False, True])
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
-def test_stored_layers_go_as_soon_as_they_are_packed(
+def test_stored_layers_are_freed_when_they_are_packed(
     name: str, hooked: bool, quantized: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The packed model is not held twice while it takes its shape, and no garbage has to be collected for that."""
+    """The packed model is never in memory twice during loading, without the help of garbage collection."""
     made: weakref.WeakSet[StoredLinear] = weakref.WeakSet()
-    alive: list[int] = []  # as each module is packed
+    alive: list[int] = []  # number of stored layers as each module is packed
     make, pack = StoredLinear.__init__, placement._run_packed_at
 
     def noted(self: StoredLinear, *arguments: Any, **settings: Any) -> None:
@@ -313,10 +313,8 @@ def test_stored_layers_go_as_soon_as_they_are_packed(
     assert count(model, PackedLinear) == dense
 
 
-def test_what_form_experts_have_is_asked_before_they_are_loaded(
-    quantized: Quantize, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It is tried out with a tensor on the CPU, and modules that are loaded may be elsewhere."""
+def test_the_form_of_experts_is_detected_before_loading(quantized: Quantize, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The form is detected with a tensor on the CPU, and loaded modules may be on other devices."""
     asked: list[str] = []
     run_packed = placement.run_packed
 
@@ -334,7 +332,7 @@ def test_what_form_experts_have_is_asked_before_they_are_loaded(
 
 
 def bytes_for_codes(source: Path, where: Path, left: str = "lm_head") -> tuple[Path, Path]:
-    """A checkpoint whose codes stand in `.weight`, as floats would, and one with the floats that they stand for."""
+    """A checkpoint with quantized values in `.weight`, one byte each, and its float twin."""
     weights = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
     settings = {
         "quant_method": "compressed-tensors",
@@ -357,7 +355,7 @@ def bytes_for_codes(source: Path, where: Path, left: str = "lm_head") -> tuple[P
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
-def test_a_byte_a_code(name: str, tmp_path: Path) -> None:
+def test_int_quantized_checkpoints_of_one_byte_per_value(name: str, tmp_path: Path) -> None:
     config = mixtures.CONFIGS[name]() if name == "mixtral" else builders.llama(num_hidden_layers=2)
     source = builders.save_model(tmp_path / "source", builders.causal_model(config))
     packed, floats = bytes_for_codes(source, tmp_path)
@@ -368,9 +366,9 @@ def test_a_byte_a_code(name: str, tmp_path: Path) -> None:
     assert_saved_again(model, packed, tmp_path / "saved")
 
 
-def test_it_compiles_as_one_graph(quantized: Quantize) -> None:
+def test_a_model_compiles_to_one_graph(quantized: Quantize) -> None:
     model = read(quantized("llama", GPTQ), dtype=torch.float32)
-    del model.model.layers[1:]  # one says as much, in half the time
+    del model.model.layers[1:]  # one layer is enough, in half the time
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert torch.allclose(logits(compiled), logits(model), rtol=1e-5, atol=1e-5)
 
@@ -386,15 +384,15 @@ def test_golden_checkpoints(name: str, shared: Path, tmp_path: Path) -> None:
     expected = load_file(folder / "expected.safetensors")
     model = read(folder, dtype=torch.float32)
     difference = logits(model, expected["__input_ids__"]) - expected["__logits__"].to(torch.float32)
-    assert float(difference.abs().max()) <= 0.05  # half precision's share; see test_load.py
+    assert float(difference.abs().max()) <= 0.05  # half-precision rounding; see test_load.py
     model.save_pretrained(tmp_path)
-    found, stored = tensors_of(tmp_path), load_file(folder / "model.safetensors")
-    assert sorted(found) == sorted(stored)
-    assert all(found[name].dtype == tensor.dtype and found[name].equal(tensor) for name, tensor in stored.items())
+    saved, stored = tensors_of(tmp_path), load_file(folder / "model.safetensors")
+    assert sorted(saved) == sorted(stored)
+    assert all(saved[name].dtype == tensor.dtype and saved[name].equal(tensor) for name, tensor in stored.items())
 
 
 def test_auto_round(quantized: Quantize, tmp_path: Path) -> None:
-    """Its own format: gptq's first version without g_idx, under a name of its own."""
+    """The auto-round format: the first version of gptq without g_idx, under a different name."""
     source, folder = quantized("llama", GPTQ), tmp_path / "auto-round"
     shutil.copytree(source, folder)
     kept = {name: tensor for name, tensor in tensors_of(source).items() if not name.endswith(".g_idx")}
@@ -407,7 +405,7 @@ def test_auto_round(quantized: Quantize, tmp_path: Path) -> None:
 
 
 def floats_of_four_bits(source: Path, where: Path) -> tuple[Path, Path]:
-    """A checkpoint in nvfp4 as compressed-tensors has it, and one with the floats that it stands for."""
+    """A checkpoint in the nvfp4 format of compressed-tensors, and its float twin."""
     weights = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": True}
     settings = {
         "quant_method": "compressed-tensors",
@@ -426,7 +424,7 @@ def floats_of_four_bits(source: Path, where: Path) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
-def test_floats_of_four_bits_run_dequantized(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_fp4_models_run_dequantized(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = mixtures.qwen3_moe() if name == "qwen3_moe" else builders.llama(num_hidden_layers=2)
     source = builders.save_model(tmp_path / "source", builders.causal_model(config))
     packed, floats = floats_of_four_bits(source, tmp_path)
@@ -436,7 +434,7 @@ def test_floats_of_four_bits_run_dequantized(name: str, tmp_path: Path, caplog: 
     assert_saved_again(model, packed, tmp_path / "saved")
 
 
-def test_what_llmq_load_dequantized_is_saved_only_where_it_can_be(tmp_path: Path) -> None:
+def test_a_dequantized_model_is_saved_only_where_possible(tmp_path: Path) -> None:
     for name, config in (("dense", builders.llama(num_hidden_layers=2)), ("mixture", mixtures.qwen3_moe())):
         source = builders.save_model(tmp_path / name / "source", builders.causal_model(config))
         packed, _ = floats_of_four_bits(source, tmp_path / name)
@@ -449,10 +447,10 @@ def test_what_llmq_load_dequantized_is_saved_only_where_it_can_be(tmp_path: Path
             assert "enable_transformers" in caught.value.hint
 
 
-# ---- what is refused
+# ---- errors
 
 
-def test_experts_of_codes_beside_experts_of_floats_by_the_same_names(tmp_path: Path) -> None:
+def test_quantized_and_float_experts_of_one_name_are_refused(tmp_path: Path) -> None:
     source = builders.save_model(tmp_path / "source", builders.causal_model(mixtures.CONFIGS["mixtral"]()))
     packed, _ = bytes_for_codes(source, tmp_path, left="layers.1.")
     with pytest.raises(FormatError, match=r"layers\.0\..* holds quantized values, but .*layers\.1\.") as caught:
@@ -468,13 +466,13 @@ def test_nothing_is_quantized_while_loading(checkpoint: Callable[..., Path]) -> 
     assert "llmq quantize" in caught.value.hint
 
 
-def test_a_config_that_the_user_passes_gives_way_to_the_checkpoints(quantized: Quantize) -> None:
+def test_the_config_of_the_checkpoint_overrides_the_users(quantized: Quantize) -> None:
     with pytest.warns(UserWarning, match="from the model will be used"):
         model = read(quantized("llama", GPTQ), quantization_config=transformers.GPTQConfig(bits=4))
     assert count(model, PackedLinear) == 14
 
 
-def test_what_llmq_does_not_read_is_refused_before_anything_is_built(quantized: Quantize, tmp_path: Path) -> None:
+def test_an_unsupported_format_is_refused_before_building(quantized: Quantize, tmp_path: Path) -> None:
     folder = shutil.copytree(quantized("llama", GPTQ), tmp_path / "copy")
     builders.change_json(
         folder / "config.json", quantization_config={**config_of(folder), "checkpoint_format": "marlin"}
@@ -484,7 +482,7 @@ def test_what_llmq_does_not_read_is_refused_before_anything_is_built(quantized: 
     assert "disable_transformers" in caught.value.hint
 
 
-def test_packed_weights_without_a_place_are_refused(quantized: Quantize, tmp_path: Path) -> None:
+def test_packed_weights_without_a_layer_are_refused(quantized: Quantize, tmp_path: Path) -> None:
     folder = shutil.copytree(quantized("llama", GPTQ), tmp_path / "copy")
     builders.change_json(folder / "config.json", num_hidden_layers=1)
     with pytest.raises(FormatError, match=r"no linear layer for model\.layers\.1.*7 packed weights in total"):
@@ -497,10 +495,10 @@ def test_tensors_without_a_file_are_refused(quantized: Quantize) -> None:
         transformers.LlamaForCausalLM.from_pretrained(None, config=config, state_dict={})
 
 
-# ---- the weight of a packed layer, to programs that ask for one
+# ---- `.weight` of a packed layer
 
 
-def test_a_weight_can_be_read_and_not_written(quantized: Quantize) -> None:
+def test_a_weight_can_be_read_but_not_changed(quantized: Quantize) -> None:
     layer = read(quantized("llama", GPTQ), dtype=torch.float32).get_submodule("model.layers.0.mlp.down_proj")
     assert isinstance(layer, nn.Linear)
     assert isinstance(layer, PackedLinear)

@@ -1,4 +1,4 @@
-"""End-to-end tuning: a lower loss on text it did not see, the same bits whatever happens, and nothing left of it."""
+"""End-to-end tuning: a lower validation loss, the same bits after any interruption, and no leftover files."""
 
 import json
 from collections.abc import Callable
@@ -29,7 +29,7 @@ from tests.runs import Stopped, float_model, logits, read_text, stop, tensors_of
 Checkpoints = Callable[..., Path]
 
 SAMPLES, LENGTH, HELD_OUT, STEPS = 16, 32, 4, 4
-# Two weights a block are enough to see everything, and quick.
+# Two weights per block are enough, and quick.
 SETTINGS: dict[str, Any] = {"samples": SAMPLES, "seqlen": LENGTH, "bits": 3, "group_size": 16, "scales": "minmax"}
 SETTINGS |= {"skip": ["*.k_proj", "*.v_proj", "*.o_proj", "*.gate_proj", "*.up_proj"]}
 TUNING = Tuning(steps=STEPS, scales=3e-3, rounding=5e-2, tokens=4 * LENGTH)
@@ -44,7 +44,7 @@ def model(checkpoint: Checkpoints) -> Path:
 
 @pytest.fixture
 def saved_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Progress is saved in front of every step."""
+    """Save the progress before every step."""
     monkeypatch.setattr(session, "SAVED_EVERY", 0.0)
     monkeypatch.setattr(session, "SAVED_SHARE", 0.0)
 
@@ -59,17 +59,17 @@ def quantize(model: Path, out: Path, text: Path, method: Method = TUNED, **setti
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """Everything in it but the record, which holds times."""
+    """All files except the record, which contains times."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "llmq.json"}
 
 
 def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing fits: all that can lie on the disk does."""
+    """Pretend that memory is full, so that everything possible is kept on disk."""
     monkeypatch.setattr(memory, "spare", lambda _: 0)
 
 
 def interrupt(model: Path, out: Path, text: Path, step: int) -> None:
-    """Begin a run and end it in front of a step of the tuning."""
+    """Start a run and stop it before a step of the tuning."""
 
     def reached(event: Event) -> bool:
         return isinstance(event, TuningStep) and event.step == step
@@ -79,18 +79,18 @@ def interrupt(model: Path, out: Path, text: Path, step: int) -> None:
 
 def held_out_divergence(model: Path, out: Path, windows: Tensor) -> float:
     expected = logits(float_model(model, {}), windows).log_softmax(-1)
-    found = logits(llmq.load(out, device="cpu")[0], windows).log_softmax(-1)
-    return float(kl_divergence(expected, found).mean())
+    predicted = logits(llmq.load(out, device="cpu")[0], windows).log_softmax(-1)
+    return float(kl_divergence(expected, predicted).mean())
 
 
-def test_tuning_lowers_the_loss_of_the_file_on_held_out_text(model: Path, text: Path, tmp_path: Path) -> None:
+def test_tuning_lowers_the_validation_loss_of_the_file(model: Path, text: Path, tmp_path: Path) -> None:
     report = quantize(model, tmp_path / "tuned", text).tuning
     quantize(model, tmp_path / "plain", text, UNTUNED)
     windows = read_text(job(model, tmp_path / "none", text)).windows[-HELD_OUT:]
     before, after = (held_out_divergence(model, tmp_path / name, windows) for name in ("plain", "tuned"))
     assert report is not None
     assert after < 0.9 * before
-    # What the report says is what the files do; in bits, the packed model sums in another order.
+    # The report matches the files, except that the packed model sums in another order.
     losses = dict(report.history)
     assert losses[0] == pytest.approx(before, rel=1e-4)
     assert losses[report.best] == pytest.approx(after, rel=1e-4)
@@ -105,14 +105,14 @@ def test_tuning_lowers_the_loss_of_the_file_on_held_out_text(model: Path, text: 
     assert stored["best"] == report.best
 
 
-def test_nothing_of_it_is_left(model: Path, text: Path, tmp_path: Path) -> None:
+def test_no_progress_files_remain(model: Path, text: Path, tmp_path: Path) -> None:
     quantize(model, tmp_path / "tuned", text)
     quantize(model, tmp_path / "plain", text, UNTUNED)
     assert files_of(tmp_path / "tuned").keys() == files_of(tmp_path / "plain").keys()
 
 
 @pytest.mark.parametrize("name", ["llama", "falcon", "gemma3"])
-def test_where_memory_is_short_the_disk_gives_the_same_bytes(
+def test_streaming_from_disk_gives_the_same_bytes(
     checkpoint: Checkpoints, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     folder = checkpoint(name, num_hidden_layers=2)
@@ -125,7 +125,7 @@ def test_where_memory_is_short_the_disk_gives_the_same_bytes(
     assert files_of(tmp_path / "resident") == files_of(tmp_path / "streamed")
 
 
-def test_no_more_than_one_block_has_weights_where_memory_is_short(
+def test_streaming_loads_one_block_at_a_time(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     no_memory(monkeypatch)
@@ -133,13 +133,13 @@ def test_no_more_than_one_block_has_weights_where_memory_is_short(
     loaded = []
     update = tuned_blocks.TunedBlocks.update
 
-    def watch(self: tuned_blocks.TunedBlocks, *arguments: Any) -> None:
+    def recorded_update(self: tuned_blocks.TunedBlocks, *arguments: Any) -> None:
         modules = [block.module for block in running.plan.skeleton.blocks]
         loaded.append([not next(module.parameters()).is_meta for module in modules])
         assert not self._states
         update(self, *arguments)
 
-    monkeypatch.setattr(tuned_blocks.TunedBlocks, "update", watch)
+    monkeypatch.setattr(tuned_blocks.TunedBlocks, "update", recorded_update)
     running.run()
     assert loaded == [[False, True], [True, False]] * STEPS
 
@@ -156,7 +156,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(
     began: list[int] = []
     monkeypatch.setattr(Session, "_descend", counting(Session._descend, began))
     again = quantize(model, tmp_path / "out", text)
-    assert began == list(range(max(0, step - 1), STEPS))  # saved in front of the last step that was taken
+    assert began == list(range(max(0, step - 1), STEPS))  # saved before the last step
     assert whole.tuning is not None and again.tuning is not None
     assert again.tuning.history == whole.tuning.history
     assert again.tuning.seconds > 0
@@ -171,7 +171,7 @@ def counting(descend: Callable[[Session], float], into: list[int]) -> Callable[[
     return counted
 
 
-# Where a process may end: in the middle of a step, while states or the best blocks are written, around each mark.
+# Points of interruption: within a step, while states or the best blocks are written, before and after each mark.
 ENDS = [
     (tuned_blocks.TunedBlocks, "update", 5, "before", "resident"),
     (tuned_blocks.TunedBlocks, "update", 5, "after", "streamed"),
@@ -187,7 +187,7 @@ ENDS = [
 
 
 @pytest.mark.parametrize(("owner", "name", "calls", "when", "where"), ENDS, ids=lambda value: str(value))
-def test_a_run_that_ends_anywhere_continues_to_the_same_bytes(
+def test_a_run_killed_at_any_point_ends_in_the_same_bytes(
     reference: Path, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved_always: None,
     owner: type, name: str, calls: int, when: str, where: str,
 ) -> None:  # fmt: skip
@@ -215,13 +215,13 @@ def test_a_run_that_ends_anywhere_continues_to_the_same_bytes(
 
 @pytest.fixture(scope="module")
 def reference(checkpoint: Checkpoints, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a run makes that nothing interrupts."""
+    """The result of an uninterrupted run."""
     out = tmp_path_factory.mktemp("reference") / "out"
     quantize(checkpoint("llama", num_hidden_layers=2), out, text)
     return out
 
 
-def test_what_was_adopted_is_not_tuned_again(
+def test_adopted_weights_are_not_tuned_again(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: Path
 ) -> None:
     def refuse(*_: Any) -> None:
@@ -236,7 +236,7 @@ def test_what_was_adopted_is_not_tuned_again(
     assert files_of(tmp_path / "out") == files_of(reference)
 
 
-def test_damaged_progress_is_begun_again(
+def test_damaged_progress_is_discarded(
     model: Path, text: Path, tmp_path: Path, saved_always: None, reference: Path
 ) -> None:
     interrupt(model, tmp_path / "out", text, 3)
@@ -246,7 +246,7 @@ def test_damaged_progress_is_begun_again(
     assert files_of(tmp_path / "out") == files_of(reference)
 
 
-def test_tuning_that_does_harm_is_undone(model: Path, text: Path, tmp_path: Path) -> None:
+def test_tuning_that_raises_the_loss_is_undone(model: Path, text: Path, tmp_path: Path) -> None:
     wild = Method(rounding="rtn", validation=0.25, tuning=Tuning(steps=4, scales=5.0, rounding=5.0, tokens=4 * LENGTH))
     report = quantize(model, tmp_path / "wild", text, wild).tuning
     quantize(model, tmp_path / "plain", text, UNTUNED)
@@ -257,10 +257,10 @@ def test_tuning_that_does_harm_is_undone(model: Path, text: Path, tmp_path: Path
     assert files_of(tmp_path / "wild") == files_of(tmp_path / "plain")
 
 
-def test_the_best_moment_is_kept_and_not_the_last(
+def test_the_best_step_is_kept_and_not_the_last(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Held-out losses are made up: the third is the lowest.  A run of so many steps alone would be elsewhere."""
+    """The validation losses are fixed: the third is the lowest. A run of only that many steps would end elsewhere."""
     losses = iter([9.0, 5.0, 4.0, 6.0, 4.5])
     taken: dict[int, dict[str, Tensor]] = {}
     write = tuned_blocks.TunedBlocks.write_blocks
@@ -280,7 +280,7 @@ def test_the_best_moment_is_kept_and_not_the_last(
 
 
 @pytest.mark.parametrize("format", ["gptq", "awq"])
-def test_other_formats_and_layers_that_stay(model: Path, text: Path, tmp_path: Path, format: str) -> None:
+def test_other_formats_and_skipped_layers(model: Path, text: Path, tmp_path: Path, format: str) -> None:
     grid: dict[str, Any] = {"bits": 4, "group_size": 32, "symmetric": False, "format": format, "skip": ["*.1.mlp.*"]}
     report = quantize(model, tmp_path / "out", text, **grid)
     assert report.tuning is not None and report.tuning.best > 0
@@ -289,7 +289,7 @@ def test_other_formats_and_layers_that_stay(model: Path, text: Path, tmp_path: P
     assert untouched and all(torch.equal(kept[name], stored[name]) for name in untouched)
 
 
-def test_a_model_that_a_transformation_changed_is_tuned_as_it_is(model: Path, text: Path, tmp_path: Path) -> None:
+def test_a_transformed_model_is_tuned(model: Path, text: Path, tmp_path: Path) -> None:
     folding = Method(transforms=("awq",), rounding="clip", validation=0.25, tuning=TUNING)
     report = quantize(model, tmp_path / "out", text, folding).tuning
     assert report is not None and report.best > 0
@@ -298,31 +298,31 @@ def test_a_model_that_a_transformation_changed_is_tuned_as_it_is(model: Path, te
     assert dict(report.history)[report.best] == pytest.approx(after, rel=1e-4)
 
 
-def test_one_window_is_too_few(model: Path, text: Path, tmp_path: Path) -> None:
+def test_one_sequence_is_too_few(model: Path, text: Path, tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match="at least two") as raised:
         quantize(model, tmp_path / "out", text, samples=1)
     assert isinstance(raised.value, LlmqError) and raised.value.hint
     assert not (tmp_path / "out").exists()
 
 
-def test_every_window_is_drawn_once_before_any_is_drawn_again() -> None:
-    found = [drawn(step, 4, 18, seed=3) for step in range(9)]
-    flat = [window for batch in found for window in batch]
+def test_every_sequence_is_drawn_once_per_pass() -> None:
+    batches = [drawn(step, 4, 18, seed=3) for step in range(9)]
+    flat = [window for batch in batches for window in batch]
     assert sorted(flat[:18]) == sorted(flat[18:]) == list(range(18))
     assert flat[:18] != flat[18:]
-    assert found == [drawn(step, 4, 18, seed=3) for step in range(9)]
-    assert found != [drawn(step, 4, 18, seed=4) for step in range(9)]
+    assert batches == [drawn(step, 4, 18, seed=3) for step in range(9)]
+    assert batches != [drawn(step, 4, 18, seed=4) for step in range(9)]
 
 
 @pytest.mark.parametrize(
     ("validation", "kept", "changed"),
     [(0.1, (), False), (0.1, (False,), False), (0.1, (False, True), True), (0.0, (), True)],
 )
-def test_a_block_whose_transformations_were_all_undone_is_the_checkpoints(
+def test_a_block_with_all_transformations_undone_is_unchanged(
     validation: float, kept: tuple[bool, ...], changed: bool
 ) -> None:
     method = Method(rounding="gptq", transforms=("rotation",), validation=validation)
-    gains = tuple(StageGain("rotation", 2.0, 1.0 if each else 3.0, each) for each in kept)
-    tuned = StageGain("block_tuning", 2.0, 1.0, True)  # moves codes, and no float weight
+    gains = tuple(StageGain("rotation", 2.0, 1.0 if improved else 3.0, improved) for improved in kept)
+    tuned = StageGain("block_tuning", 2.0, 1.0, True)  # changes quantized values only, no float weight
     assert _transformed(BlockReport("model.layers.0", (), gains=(*gains, tuned)), method) == changed
     assert not _transformed(BlockReport("model.layers.0", ()), Method(rounding="gptq"))

@@ -1,7 +1,7 @@
-"""Tuning where neither the model in float nor what is tuned of it fits into memory; killed, and continued.
+"""Tuning where neither the float model nor the tuning state fits into memory; killed and continued.
 
-Three processes: one that has all the memory there is; one under the limit, killed without notice in the middle; one
-under the limit that continues.  The first and the last end in the same bytes.
+Three processes: one without a memory limit; one under the limit, killed in the middle; one under the limit that
+continues. The first and the last write the same bytes.
 """
 
 import json
@@ -21,9 +21,9 @@ from tests.command_line import ROOT, environment
 HIDDEN, BLOCKS, STEPS, KILLED = 512, 12, 2, 1
 BLOCK_WEIGHTS = 7 * HIDDEN**2
 FLOAT_BYTES = 4 * BLOCK_WEIGHTS * BLOCKS  # 88 MB
-STATE_BYTES = 13 * BLOCK_WEIGHTS * BLOCKS  # 286 MB: codes, v, and Adam's two means
-# What tuning may map beyond what Python and its libraries have: of one block the weights and their gradients (15 MB),
-# of one weight the state and what it takes to change it (ten times 1 MB), activations of 128 tokens, and room for the
+STATE_BYTES = 13 * BLOCK_WEIGHTS * BLOCKS  # 286 MB: quantized values, v, and the two moments of Adam
+# The memory that tuning may map in addition to Python and its libraries: weights and gradients of one block (15 MB),
+# the state of one weight and the buffers to update it (ten times 1 MB), activations of 128 tokens, and room for the
 # allocator.
 ALLOWED_BYTES = 75_000_000
 
@@ -41,11 +41,11 @@ torch.set_num_threads(1)  # every thread has a stack and an arena that count aga
 tiny, model, out, text, steps, allowed, end = *sys.argv[1:5], *map(int, sys.argv[5:8])
 session.SAVED_EVERY = session.SAVED_SHARE = 0
 judged = session.Session._validation_loss
-session.Session._validation_loss = lambda self: judged(self) - self._step  # the last step is taken for the best
+session.Session._validation_loss = lambda self: judged(self) - self._step  # the last step is the best
 method = Method(rounding="rtn", validation=0.25, tuning=Tuning(steps=steps, scales=1e-2, rounding=0.1, tokens=128))
 settings = {"samples": 8, "seqlen": 32, "bits": 3, "scales": "minmax", "group_size": 128, "calibration": [text]}
 first = Job(tiny, f"{out}-tiny", merged(QuantConfig(), settings), stages=method, device="cpu", overwrite=True)
-first.run()  # imports whatever is imported late
+first.run()  # triggers late imports
 job = Job(model, out, merged(QuantConfig(), settings), stages=method, device="cpu")
 if allowed:
     mapped = next(int(l.split()[1]) for l in Path("/proc/self/status").read_text().splitlines() if "VmSize" in l)
@@ -57,18 +57,18 @@ if allowed:
     except RuntimeError:
         pass
 seen = []
-def watch(event):
+def stop(event):
     if isinstance(event, TuningStep):
         seen.append(event.step)
         if event.step == end:
             os.kill(os.getpid(), signal.SIGKILL)
-report = job.run(watch).tuning
+report = job.run(stop).tuning
 print(json.dumps({"steps": seen, "notes": len(report.notes), "history": report.history, "best": report.best}))
 """
 
 
 def write_checkpoint(folder: Path) -> Path:
-    """A Llama of random weights, all blocks alike, a shard a block."""
+    """Write a Llama of random weights with equal blocks, one shard per block."""
     folder.mkdir()
     sizes = {"hidden_size": HIDDEN, "intermediate_size": HIDDEN, "num_hidden_layers": BLOCKS}
     config = LlamaConfig(**{**SIZES, **sizes}, architectures=["LlamaForCausalLM"], dtype="bfloat16")
@@ -93,7 +93,7 @@ def write_checkpoint(folder: Path) -> Path:
 def tune(
     tiny: Path, model: Path, out: Path, text: Path, *, allowed: int, end: int = -1
 ) -> "subprocess.CompletedProcess[str]":
-    exact = environment(MALLOC_MMAP_THRESHOLD_="100000")  # a weight that is freed leaves the process
+    exact = environment(MALLOC_MMAP_THRESHOLD_="100000")  # freed memory is returned to the system
     arguments = [str(argument) for argument in (tiny, model, out, text, STEPS, allowed, end)]
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PROGRAM, *arguments],
@@ -103,7 +103,7 @@ def tune(
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and a limit on address space that is enforced")
-def test_a_model_larger_than_memory_is_tuned_and_survives_a_kill(
+def test_a_model_larger_than_memory_is_tuned_and_resumed(
     checkpoint: Callable[..., Path], tmp_path: Path, text: Path
 ) -> None:
     tiny = checkpoint("llama", num_hidden_layers=1, hidden_size=128, intermediate_size=128)

@@ -1,4 +1,4 @@
-"""`llmq verify`: a whole model passes, damage is found, and an engine that refuses shows in the exit code."""
+"""`llmq verify`: a complete model passes, damage is reported, and a refusing engine sets the exit code."""
 
 import json
 import shutil
@@ -39,14 +39,14 @@ def copy(packed: Path, tmp_path: Path) -> Path:
 
 
 def change(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
-    """Rewrite the weights, and forget their checksum."""
+    """Rewrite the weights and remove their checksum."""
     tensors = load_file(folder / "model.safetensors")
     edit(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     builders.change_json(folder / "llmq.json", checksums={})
 
 
-def test_a_finished_model_is_whole(packed: Path) -> None:
+def test_a_finished_model_has_no_problems(packed: Path) -> None:
     done = command("verify", packed)
     assert done.exit_code == 0
     for text in ("14, all unpacked without error", "1 files match", "SGLang", "llama.cpp"):
@@ -63,16 +63,16 @@ def test_every_weight_is_unpacked_once(packed: Path, monkeypatch: pytest.MonkeyP
         return plain(self, module)
 
     monkeypatch.setattr(PackedWeights, "read", counted)
-    found = examine(packed)
-    assert not found.problems and len(read) == len(set(read)) == found.packed
+    examined = examine(packed)
+    assert not examined.problems and len(read) == len(set(read)) == examined.packed
 
 
-def test_as_json(packed: Path) -> None:
-    found = json.loads(command("verify", packed, "--json").stdout)
-    assert found["integrity"]["packed"] == 14 and found["integrity"]["problems"] == []
-    assert found["engines"]["SGLang"] == {"loads": True, "gpus": [1, 2]}
-    assert found["engines"]["vLLM"] == {"loads": False, "gpus": []}  # groups of 16
-    assert {"engine", "rule", "outcome", "asks", "found", "remedy", "source", "gpus"} == set(found["findings"][0])
+def test_verify_as_json(packed: Path) -> None:
+    result = json.loads(command("verify", packed, "--json").stdout)
+    assert result["integrity"]["packed"] == 14 and result["integrity"]["problems"] == []
+    assert result["engines"]["SGLang"] == {"loads": True, "gpus": [1, 2]}
+    assert result["engines"]["vLLM"] == {"loads": False, "gpus": []}  # because of groups of 16
+    assert {"engine", "rule", "outcome", "asks", "found", "remedy", "source", "gpus"} == set(result["findings"][0])
 
 
 def test_a_float_model_is_verified_too(checkpoint: Callable[..., Path]) -> None:
@@ -86,7 +86,7 @@ def test_a_float_model_is_verified_too(checkpoint: Callable[..., Path]) -> None:
     [(("sglang",), 0), (("sglang:2", "transformers"), 0), (("sglang:4",), QUALITY), (("vllm",), QUALITY),
      (("sglang", "llama.cpp"), QUALITY)],
 )  # fmt: skip
-def test_an_engine_that_refuses_shows_in_the_exit_code(packed: Path, engines: tuple[str, ...], exit_code: int) -> None:
+def test_a_refusing_engine_sets_the_exit_code(packed: Path, engines: tuple[str, ...], exit_code: int) -> None:
     options = [word for engine in engines for word in ("--for", engine)]
     done = command("verify", packed, "--quick", *options)
     assert done.exit_code == exit_code
@@ -94,7 +94,7 @@ def test_an_engine_that_refuses_shows_in_the_exit_code(packed: Path, engines: tu
 
 
 @pytest.mark.parametrize("engine", ["ollama", "vllm:two", ""])
-def test_an_engine_that_is_not_known(packed: Path, engine: str) -> None:
+def test_an_unknown_engine_is_refused(packed: Path, engine: str) -> None:
     done = command("verify", packed, "--for", engine)
     assert done.exit_code == 2
     assert "expected one of vllm, sglang, transformers, llama.cpp" in done.stderr
@@ -112,14 +112,14 @@ def test_an_engine_that_is_not_known(packed: Path, engine: str) -> None:
     ],
     ids=["scales", "norm", "shape", "zeros", "tensor", "index"],
 )
-def test_what_is_damaged_is_found(copy: Path, edit: Callable[[dict[str, Any]], object], words: str) -> None:
+def test_damage_is_detected(copy: Path, edit: Callable[[dict[str, Any]], object], words: str) -> None:
     change(copy, edit)
     done = command("verify", copy)
     assert done.exit_code == CHECKPOINT
     assert "is broken" in done.stderr and words in done.stderr
 
 
-def test_every_problem_is_found_at_once(copy: Path) -> None:
+def test_all_problems_are_reported_at_once(copy: Path) -> None:
     def edit(tensors: dict[str, Any]) -> None:
         tensors["model.norm.weight"].fill_(torch.nan)
         tensors["model.layers.0.mlp.up_proj.scales"].fill_(torch.nan)
@@ -128,7 +128,7 @@ def test_every_problem_is_found_at_once(copy: Path) -> None:
     assert len(json.loads(command("verify", copy, "--json").stdout)["integrity"]["problems"]) == 2
 
 
-def test_one_bit_that_no_shape_shows_is_found_by_its_checksum(copy: Path) -> None:
+def test_a_flipped_bit_is_detected_by_the_checksum(copy: Path) -> None:
     file = copy / "model.safetensors"
     data = bytearray(file.read_bytes())
     data[-200] ^= 1
@@ -138,7 +138,7 @@ def test_one_bit_that_no_shape_shows_is_found_by_its_checksum(copy: Path) -> Non
     assert "model.safetensors has changed" in done.stderr
 
 
-def test_a_file_that_is_cut_short(copy: Path) -> None:
+def test_a_truncated_file_is_reported(copy: Path) -> None:
     file = copy / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-50])
     done = command("verify", copy)
@@ -146,72 +146,72 @@ def test_a_file_that_is_cut_short(copy: Path) -> None:
     assert "is truncated" in done.stderr
 
 
-def test_a_folder_without_a_model(tmp_path: Path) -> None:
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     done = command("verify", tmp_path)
     assert done.exit_code == CHECKPOINT
 
 
-def test_shards_of_another_model_are_seen(copy: Path) -> None:
+def test_shards_of_another_model_are_reported(copy: Path) -> None:
     shutil.copy(copy / "model.safetensors", copy / "model-00001-of-00002.safetensors")
-    found = [each for each in serving.check(copy) if each.rule == "no stray shards"]
-    assert found[0].found == ("model-00001-of-00002.safetensors do not belong to this model",)
+    findings = [finding for finding in serving.check(copy) if finding.rule == "no stray shards"]
+    assert findings[0].found == ("model-00001-of-00002.safetensors do not belong to this model",)
     assert command("verify", copy, "--quick", "--for", "sglang").exit_code == QUALITY
 
 
-def test_an_order_of_columns_is_seen(copy: Path) -> None:
+def test_act_order_is_reported(copy: Path) -> None:
     change(copy, lambda tensors: tensors.update({"model.layers.1.mlp.down_proj.g_idx": torch.arange(64).int() % 4}))
-    found = [each for each in serving.check(copy) if each.rule == "no g_idx"]
-    assert found[0].found == ("model.layers.1.mlp.down_proj: its columns are grouped by act-order",)
+    findings = [finding for finding in serving.check(copy) if finding.rule == "no g_idx"]
+    assert findings[0].found == ("model.layers.1.mlp.down_proj: its columns are grouped by act-order",)
 
 
-def test_a_dry_run_says_who_would_serve_it(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_dry_run_lists_compatible_engines(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     arguments = ("quantize", checkpoint("llama", num_hidden_layers=2), tmp_path / "out", "--method", "rtn", "--dry-run")
     done = command(*arguments, "--format", "gptq,awq", "--group-size", "16")
     assert done.exit_code == 0
     assert "engines for gptq" in done.stdout and "engines for awq" in done.stdout
     assert "groups of 16, but only 32, 64, 128 and one group per row are supported" in done.stdout
-    found = json.loads(command(*arguments, "--format", "gptq", "--asymmetric", "--json").stdout)["serving"]
-    assert any(each["rule"] == "gptq grids" and each["engine"] == "vLLM" for each in found["gptq"])
+    predicted = json.loads(command(*arguments, "--format", "gptq", "--asymmetric", "--json").stdout)["serving"]
+    assert any(finding["rule"] == "gptq grids" and finding["engine"] == "vLLM" for finding in predicted["gptq"])
     assert not (tmp_path / "out").exists()
 
 
-def test_what_a_dry_run_says_is_what_the_result_gets(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+def test_findings_of_a_dry_run_match_the_result(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     arguments = ("--method", "rtn", "--group-size", "16", "--override", "v_proj:bits=8")
     model = checkpoint("llama", num_hidden_layers=2)
     planned = json.loads(command("quantize", model, tmp_path / "out", *arguments, "--dry-run", "--json").stdout)
     command("quantize", model, tmp_path / "out", *arguments)
-    made = [each.to_dict() for each in serving.check(tmp_path / "out")]
+    made = [finding.to_dict() for finding in serving.check(tmp_path / "out")]
     assert json.loads(json.dumps(made)) == planned["serving"]["compressed-tensors"]
-    assert any(each["rule"] == "one scheme for fused layers" for each in made)
+    assert any(finding["rule"] == "one scheme for fused layers" for finding in made)
 
 
-def test_a_format_that_llmq_does_not_read_is_not_called_broken(copy: Path) -> None:
+def test_an_unsupported_format_is_not_reported_as_broken(copy: Path) -> None:
     builders.change_json(copy / "config.json", quantization_config={"quant_method": "fp8"})
     done = command("verify", copy)
     assert done.exit_code == CHECKPOINT
     assert "quant_method is 'fp8'" in done.stderr and "broken" not in done.stderr
 
 
-def test_a_packed_mixture_with_biases_is_whole(tmp_path: Path) -> None:
-    """transformers has the experts' biases in one matrix, the file has one for each expert."""
+def test_a_packed_mixture_with_biases_has_no_problems(tmp_path: Path) -> None:
+    """transformers has the biases of the experts in one matrix, the file has one bias per expert."""
     model = builders.save_model(tmp_path / "model", builders.causal_model(mixtures.gpt_oss()))
     llmq.quantize(str(model), tmp_path / "out", method="rtn", scales="minmax", group_size=16)
-    found = examine(tmp_path / "out")
-    assert not found.problems
+    examined = examine(tmp_path / "out")
+    assert not examined.problems
     done = command("verify", tmp_path / "out", "--quick", "--for", "vllm")
     assert done.exit_code == QUALITY
 
 
-def test_biases_of_stacked_experts_must_be_there(tmp_path: Path) -> None:
+def test_missing_biases_of_stacked_experts_are_reported(tmp_path: Path) -> None:
     model = builders.save_model(tmp_path / "model", builders.causal_model(mixtures.gpt_oss()))
     change_file = load_file(model / "model.safetensors")
     del change_file["model.layers.1.mlp.experts.down_proj_bias"]
     save_file(change_file, model / "model.safetensors", metadata={"format": "pt"})
-    found = examine(model)
-    assert any("model.layers.1.mlp.experts.down_proj_bias" in problem for problem in found.problems)
+    examined = examine(model)
+    assert any("model.layers.1.mlp.experts.down_proj_bias" in problem for problem in examined.problems)
 
 
-def test_what_is_not_known_is_not_promised(copy: Path) -> None:
+def test_unknown_compatibility_fails_the_check(copy: Path) -> None:
     builders.change_json(copy / "config.json", quantization_config={
         "quant_method": "auto-round", "bits": 4, "group_size": 16, "sym": True, "packing_format": "auto_round",
     })  # fmt: skip
@@ -221,14 +221,14 @@ def test_what_is_not_known_is_not_promised(copy: Path) -> None:
     assert json.loads(command("verify", copy, "--quick", "--json").stdout)["engines"]["vLLM"]["loads"] is None
 
 
-def test_an_unfinished_run_is_called_that(tmp_path: Path) -> None:
+def test_an_unfinished_run_is_reported(tmp_path: Path) -> None:
     (tmp_path / "out" / STAGING).mkdir(parents=True)
     (tmp_path / "out" / STAGING / "00000.safetensors").touch()
     done = command("verify", tmp_path / "out")
     assert done.exit_code != 0 and "holds an unfinished run of llmq" in done.stderr
 
 
-def test_a_folder_of_several_formats(packed: Path, tmp_path: Path) -> None:
+def test_a_folder_of_several_formats_lists_them(packed: Path, tmp_path: Path) -> None:
     for name in ("awq", "gptq"):
         shutil.copytree(packed, tmp_path / name)
     done = command("verify", tmp_path)
@@ -237,12 +237,12 @@ def test_a_folder_of_several_formats(packed: Path, tmp_path: Path) -> None:
     assert str(tmp_path / "awq") in flat and str(tmp_path / "gptq") in flat
 
 
-def test_only_the_gguf_file_that_was_asked_for(packed: Path, tmp_path: Path) -> None:
+def test_only_the_requested_gguf_file_is_verified(packed: Path, tmp_path: Path) -> None:
     file = tmp_path / "good.gguf"
     write_gguf(file)
     (tmp_path / "bad.gguf").write_bytes(b"no GGUF at all")
-    found = examine(file)
-    assert not found.problems and found.tensors == 1
+    examined = examine(file)
+    assert not examined.problems and examined.tensors == 1
     shutil.copy(packed / "model.safetensors", tmp_path)
     assert serving.checkpoint_facts.read(file).method == "gguf"
     assert command("verify", file, "--for", "llama.cpp").exit_code == 0
@@ -250,7 +250,7 @@ def test_only_the_gguf_file_that_was_asked_for(packed: Path, tmp_path: Path) -> 
 
 
 def write_gguf(file: Path) -> None:
-    """One with one tensor."""
+    """Write a .gguf file with one tensor."""
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_tensor("output_norm.weight", np.ones(32, np.float32))
     writer.write_header_to_file()

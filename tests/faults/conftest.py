@@ -1,4 +1,4 @@
-"""What the tests of faults start from: a good model and text to spoil, and an output folder that is not there yet."""
+"""Fixtures for the tests of faults: a valid model and text to damage, and an output folder that does not exist yet."""
 
 import shutil
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from tests import builders
 
 @pytest.fixture
 def model(checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
-    """A good model of one block, for the test to spoil."""
+    """A valid model of one block, which the test may damage."""
     folder: Path = shutil.copytree(checkpoint("llama", num_hidden_layers=1), tmp_path / "model")
     return folder
 

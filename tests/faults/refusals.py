@@ -1,4 +1,4 @@
-"""The command line on bad input: the run that is refused, and what a refusal must be like."""
+"""The command line on bad input: the run that must fail, and the checks of its error message."""
 
 from pathlib import Path
 
@@ -9,18 +9,18 @@ WEIGHTS = "model.safetensors"
 
 
 def quantize(model: str | Path, out: Path, *options: str | Path, calibration: str | Path | None = None) -> Outcome:
-    """Small windows and groups; without calibration text by rounding to nearest, which needs none."""
+    """Quantize with short sequences and small groups; without calibration text, with rounding to nearest."""
     source = ("--method", "rtn") if calibration is None else ("--calibration", calibration)
     return llmq("quantize", model, out, *source, "--samples", "4", "--seqlen", "32", "--group-size", "32", *options)
 
 
-def refused(outcome: Outcome, exit_code: int, found: str, hint: str = "") -> None:
-    """The exit code, and a message with the finding and the way out on stderr alone."""
+def refused(outcome: Outcome, exit_code: int, problem: str, hint: str = "") -> None:
+    """Check the exit code, and that only stderr has a message with the problem and the hint."""
     assert outcome.exit_code == exit_code, outcome.stderr
     assert outcome.stdout == ""
     message, _, way_out = outcome.stderr.partition("\ntry:")
     assert "error: " in message
-    assert found in message
+    assert problem in message
     assert hint in way_out
     assert "Traceback" not in outcome.stderr
 

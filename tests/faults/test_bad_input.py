@@ -1,4 +1,4 @@
-"""Bad models of every kind: the right exit code, what was found, what to try, no traceback, and nothing left behind."""
+"""Invalid models: exit code, problem and hint in the message, no traceback, and no files left in the output folder."""
 
 import json
 import shutil
@@ -27,13 +27,13 @@ def change_weights(model: Path, name: str, value: float) -> None:
 
 
 def shard_by_index(model: Path, named: str) -> None:
-    """The same weights as a shard, and an index that says `named` for every tensor."""
+    """The same weights as a shard, with an index that maps every tensor to the file `named`."""
     (model / WEIGHTS).rename(model / "model-00001-of-00002.safetensors")
     names = load_file(model / "model-00001-of-00002.safetensors")
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, named)}))
 
 
-def test_a_path_that_is_not_there(tmp_path: Path, out: Path) -> None:
+def test_missing_model_path_is_refused(tmp_path: Path, out: Path) -> None:
     refused(
         quantize(tmp_path / "nowhere", out),
         CHECKPOINT,
@@ -43,13 +43,13 @@ def test_a_path_that_is_not_there(tmp_path: Path, out: Path) -> None:
     assert not out.exists()
 
 
-def test_a_hub_id_without_a_hub(out: Path) -> None:
+def test_hub_id_without_network_is_refused(out: Path) -> None:
     refused(quantize("nobody/nothing", out), CHECKPOINT, "nobody/nothing is neither a local folder", "check the path")
     assert not out.exists()
 
 
 @pytest.mark.parametrize("command", ["quantize", "eval", "generate", "inspect"])
-def test_a_folder_without_config(command: str, model: Path, out: Path) -> None:
+def test_folder_without_config_is_refused(command: str, model: Path, out: Path) -> None:
     (model / "config.json").unlink()
     more = {"quantize": (out,), "generate": ("--prompt", "x")}.get(command, ())
     refused(llmq(command, model, *more), CHECKPOINT, "model has no config.json", "that holds the model's config.json")
@@ -57,23 +57,23 @@ def test_a_folder_without_config(command: str, model: Path, out: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["{", "[]"])
-def test_a_config_that_is_none(content: str, model: Path, out: Path) -> None:
+def test_invalid_config_json_is_refused(content: str, model: Path, out: Path) -> None:
     (model / "config.json").write_text(content)
     refused(quantize(model, out), CHECKPOINT, "config.json", "download or copy the file again")
     assert not out.exists()
 
 
 @pytest.mark.parametrize("command", ["quantize", "eval", "generate", "inspect"])
-def test_a_truncated_shard(command: str, model: Path, out: Path) -> None:
+def test_truncated_shard_is_refused(command: str, model: Path, out: Path) -> None:
     data = (model / WEIGHTS).read_bytes()
     (model / WEIGHTS).write_bytes(data[:-1000])
     more = {"quantize": (out,), "generate": ("--prompt", "x")}.get(command, ())
-    found = f"{WEIGHTS} is truncated: found {len(data) - 1000} bytes, expected {len(data)}"
-    refused(llmq(command, model, *more), CHECKPOINT, found, "copy the file again")
+    problem = f"{WEIGHTS} is truncated: found {len(data) - 1000} bytes, expected {len(data)}"
+    refused(llmq(command, model, *more), CHECKPOINT, problem, "copy the file again")
     assert not out.exists()
 
 
-def test_a_corrupted_header(model: Path, out: Path) -> None:
+def test_corrupted_header_is_refused(model: Path, out: Path) -> None:
     data = bytearray((model / WEIGHTS).read_bytes())
     data[20:30] = b"\xff" * 10
     (model / WEIGHTS).write_bytes(data)
@@ -81,14 +81,14 @@ def test_a_corrupted_header(model: Path, out: Path) -> None:
     assert not out.exists()
 
 
-def test_an_index_that_names_a_missing_file(model: Path, out: Path) -> None:
+def test_index_with_a_missing_file_is_refused(model: Path, out: Path) -> None:
     shard_by_index(model, "model-00002-of-00002.safetensors")
-    found = "names model-00002-of-00002.safetensors, which is not in the folder"
-    refused(quantize(model, out), CHECKPOINT, found, "the missing file")
+    problem = "names model-00002-of-00002.safetensors, which is not in the folder"
+    refused(quantize(model, out), CHECKPOINT, problem, "the missing file")
     assert not out.exists()
 
 
-def test_an_index_that_leaves_the_folder(model: Path, checkpoint: Llama, out: Path) -> None:
+def test_index_outside_the_folder_is_refused(model: Path, checkpoint: Llama, out: Path) -> None:
     outside = checkpoint("llama") / WEIGHTS
     assert outside.exists()
     shard_by_index(model, f"../{outside.relative_to(model.parents[1])}")
@@ -98,10 +98,10 @@ def test_an_index_that_leaves_the_folder(model: Path, checkpoint: Llama, out: Pa
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 @pytest.mark.parametrize("name", [DOWN, "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"])
-def test_a_weight_that_is_no_number(name: str, value: str, model: Path, out: Path) -> None:
+def test_non_finite_weight_is_refused(name: str, value: str, model: Path, out: Path) -> None:
     change_weights(model, name, float(value))
-    found = f"{name} has 1 values that are NaN or infinite, expected finite values"
-    refused(quantize(model, out), CHECKPOINT, found, "the checkpoint is damaged")
+    problem = f"{name} has 1 values that are NaN or infinite, expected finite values"
+    refused(quantize(model, out), CHECKPOINT, problem, "the checkpoint is damaged")
     assert not out.exists()
 
 
@@ -112,20 +112,20 @@ def test_nan_in_a_later_block_leaves_no_model(checkpoint: Llama, tmp_path: Path,
     assert [entry.name for entry in out.iterdir()] == [STAGING]
 
 
-def test_weights_and_config_of_different_models(model: Path, out: Path) -> None:
+def test_weights_that_do_not_match_the_config_are_refused(model: Path, out: Path) -> None:
     builders.change_json(model / "config.json", intermediate_size=96)
     refused(quantize(model, out), CHECKPOINT, "has the shape (64, 32), expected (96, 32)", "config")
     assert not out.exists()
 
 
-def test_a_config_with_more_layers_than_weights(model: Path, out: Path) -> None:
+def test_missing_layer_weights_are_refused(model: Path, out: Path) -> None:
     builders.change_json(model / "config.json", num_hidden_layers=2)
-    found = "needs the tensor model.layers.1.self_attn.q_proj.weight, which the checkpoint does not hold"
-    refused(quantize(model, out), CHECKPOINT, found, "check that the checkpoint is complete")
+    problem = "needs the tensor model.layers.1.self_attn.q_proj.weight, which the checkpoint does not hold"
+    refused(quantize(model, out), CHECKPOINT, problem, "check that the checkpoint is complete")
     assert not out.exists()
 
 
-def test_a_pickle_is_not_opened(model: Path, out: Path) -> None:
+def test_pickled_weights_are_refused(model: Path, out: Path) -> None:
     tensors = load_file(model / WEIGHTS)
     (model / WEIGHTS).unlink()
     torch.save(tensors, model / "pytorch_model.bin")
@@ -133,7 +133,7 @@ def test_a_pickle_is_not_opened(model: Path, out: Path) -> None:
     assert not out.exists()
 
 
-def test_a_model_that_is_quantized_already(model: Path, tmp_path: Path, out: Path) -> None:
+def test_quantized_model_is_refused(model: Path, tmp_path: Path, out: Path) -> None:
     assert quantize(model, tmp_path / "first").exit_code == 0
     refused(quantize(tmp_path / "first", out), UNSUPPORTED, "is already quantized (compressed-tensors)", "unquantized")
     assert not out.exists()
@@ -143,27 +143,27 @@ SMALL = {"vocab_size": builders.VOCABULARY, "num_heads": 4, "num_attention_heads
 
 
 @pytest.mark.parametrize("command", ["quantize", "generate"])
-def test_an_encoder(command: str, tmp_path: Path, out: Path) -> None:
+def test_encoder_is_refused(command: str, tmp_path: Path, out: Path) -> None:
     config = transformers.BertConfig(hidden_size=32, intermediate_size=64, **SMALL)
     builders.save_model(tmp_path / "bert", transformers.BertForMaskedLM(config))
     more = {"quantize": (out,), "generate": ("--prompt", "x")}[command]
-    found = "holds BertForMaskedLM, expected a causal language model"
-    refused(llmq(command, tmp_path / "bert", *more), UNSUPPORTED, found, "a decoder that generates text")
+    problem = "holds BertForMaskedLM, expected a causal language model"
+    refused(llmq(command, tmp_path / "bert", *more), UNSUPPORTED, problem, "a decoder that generates text")
     assert not out.exists()
 
 
 @pytest.mark.parametrize("command", ["quantize", "generate"])
-def test_an_encoder_and_decoder(command: str, tmp_path: Path, out: Path) -> None:
+def test_encoder_decoder_is_refused(command: str, tmp_path: Path, out: Path) -> None:
     config = transformers.T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=1, **SMALL)
     builders.save_model(tmp_path / "t5", transformers.T5ForConditionalGeneration(config))
     more = {"quantize": (out,), "generate": ("--prompt", "x")}[command]
-    found = "holds T5ForConditionalGeneration, expected a causal language model"
-    refused(llmq(command, tmp_path / "t5", *more), UNSUPPORTED, found, "encoder-decoders are not supported")
+    problem = "holds T5ForConditionalGeneration, expected a causal language model"
+    refused(llmq(command, tmp_path / "t5", *more), UNSUPPORTED, problem, "encoder-decoders are not supported")
     assert not out.exists()
 
 
-def test_code_of_the_model_is_not_run_unasked(model: Path, out: Path, tmp_path: Path) -> None:
-    """The answer to transformers' own question ("run it? [y/N]") is not waited for either."""
+def test_custom_code_is_not_run_without_permission(model: Path, out: Path, tmp_path: Path) -> None:
+    """Nor does the command wait for an answer to the prompt of transformers ("run it? [y/N]")."""
     ran = tmp_path / "ran"
     code = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
     builders.change_json(
@@ -175,12 +175,12 @@ def test_code_of_the_model_is_not_run_unasked(model: Path, out: Path, tmp_path: 
     assert not out.exists()
 
 
-def test_an_architecture_that_nobody_knows(model: Path, out: Path) -> None:
+def test_unknown_architecture_is_refused(model: Path, out: Path) -> None:
     builders.change_json(model / "config.json", model_type="mystery")
     refused(quantize(model, out), UNSUPPORTED, "mystery", "a newer transformers may know it")
     assert not out.exists()
 
 
 @pytest.mark.slow
-def test_a_process_says_the_same(tmp_path: Path) -> None:
+def test_separate_process_reports_the_same_error(tmp_path: Path) -> None:
     refused(llmq_process("quantize", tmp_path / "nowhere"), CHECKPOINT, "neither a local path", "config.json")

@@ -1,4 +1,4 @@
-"""Output folders that are taken, and disks without room: what lies there stays, what was finished is kept."""
+"""Output folders that are not empty, and full disks: existing files and finished blocks are kept."""
 
 import shutil
 import subprocess
@@ -13,14 +13,14 @@ from tests.command_line import ROOT, environment
 from tests.faults.refusals import CONFIG, STORAGE, WEIGHTS, contents, quantize, refused
 
 
-def test_an_output_folder_with_files_in_it(model: Path, out: Path) -> None:
+def test_non_empty_output_folder_is_refused(model: Path, out: Path) -> None:
     out.mkdir()
     (out / "thesis.txt").write_text("mine")
     refused(quantize(model, out), CONFIG, "out is not empty: it holds thesis.txt", "--overwrite")
     assert contents(out) == {"thesis.txt": b"mine"}
 
 
-def test_overwrite_replaces_the_model_and_nothing_else(model: Path, out: Path) -> None:
+def test_overwrite_replaces_only_the_model(model: Path, out: Path) -> None:
     assert quantize(model, out).exit_code == 0
     first = contents(out)
     (out / "thesis.txt").write_text("mine")
@@ -32,7 +32,7 @@ def test_overwrite_replaces_the_model_and_nothing_else(model: Path, out: Path) -
     assert b'"num_bits": 8' in second["config.json"]
 
 
-def test_the_output_is_a_file(model: Path, text: Path) -> None:
+def test_output_path_that_is_a_file_is_refused(model: Path, text: Path) -> None:
     before = text.read_bytes()
     refused(quantize(model, text), CONFIG, "text.txt is a file, expected a folder", "another output folder")
     assert text.read_bytes() == before
@@ -40,14 +40,14 @@ def test_the_output_is_a_file(model: Path, text: Path) -> None:
 
 @pytest.mark.parametrize("option", [(), ("--overwrite",)], ids=["", "overwrite"])
 @pytest.mark.parametrize("alias", ["model", "model/../model", "link"])
-def test_the_output_is_the_model(alias: str, option: tuple[str, ...], model: Path) -> None:
+def test_output_equal_to_the_model_is_refused(alias: str, option: tuple[str, ...], model: Path) -> None:
     (model.parent / "link").symlink_to(model)
     before = contents(model)
     refused(quantize(model, model.parent / alias, *option), CONFIG, "is the model itself", "another output folder")
     assert contents(model) == before
 
 
-def test_one_of_several_outputs_is_the_model(model: Path) -> None:
+def test_one_output_equal_to_the_model_is_refused(model: Path) -> None:
     source = model.rename(model.parent / "gptq")
     before = contents(source)
     refused(
@@ -57,13 +57,13 @@ def test_one_of_several_outputs_is_the_model(model: Path) -> None:
     assert contents(source) == before
 
 
-def test_a_disk_that_says_it_is_full(model: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_free_space_is_refused(model: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10**9, used=10**9, free=1000))
     refused(quantize(model, out), STORAGE, "has 0.000 GB free, but the run needs", "another disk")
     assert not out.exists()
 
 
-# A process that may write no file larger than so many bytes meets the same error as one on a disk that is full.
+# A limit on the size of files (in bytes) causes the same kind of error as a full disk.
 LIMITED = """
 import json, resource, signal, sys
 from pathlib import Path
@@ -81,8 +81,8 @@ for limit in limits:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX resource limits")
-def test_a_disk_that_fills_up(model: Path, out: Path) -> None:
-    """Where the first block (5 kB) does not fit nothing stays; where the model (70 kB) does not, the block is kept."""
+def test_full_disk_keeps_finished_blocks(model: Path, out: Path) -> None:
+    """If the first block (5 kB) does not fit, no file is left; if the model (70 kB) does not fit, the block is kept."""
     straight = out.with_name("straight")
     assert quantize(model, straight).exit_code == 0
     options = ("--method", "rtn", "--samples", "4", "--seqlen", "32", "--group-size", "32")

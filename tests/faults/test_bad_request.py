@@ -1,4 +1,4 @@
-"""Settings that contradict themselves or the model, and text of no use: refused before any work, with the way out."""
+"""Invalid settings, settings that contradict the model, and unusable text: refused before any work, with a hint."""
 
 from pathlib import Path
 
@@ -10,24 +10,24 @@ from tests.faults.refusals import BACKEND, CALIBRATION, CHECKPOINT, CONFIG, quan
 # ---- settings
 
 
-def test_a_group_size_that_is_not_valid(model: Path, out: Path) -> None:
-    found = "group_size is 100, expected one of 16, 32, 64, 128, 256, 512, 1024, channel, tensor"
-    refused(quantize(model, out, "--group-size", "100"), CONFIG, found, "the default is 128")
+def test_invalid_group_size_is_refused(model: Path, out: Path) -> None:
+    problem = "group_size is 100, expected one of 16, 32, 64, 128, 256, 512, 1024, channel, tensor"
+    refused(quantize(model, out, "--group-size", "100"), CONFIG, problem, "the default is 128")
     assert not out.exists()
 
 
-def test_a_group_size_that_is_no_number(model: Path, out: Path) -> None:
+def test_non_numeric_group_size_is_refused(model: Path, out: Path) -> None:
     refused(quantize(model, out, "--group-size", "many"), CONFIG, "group_size is 'many', expected one of 16, 32")
 
 
-def test_a_group_size_that_does_not_divide_under_strict(model: Path, out: Path) -> None:
-    found = "a group size of 128 does not divide 32 input features"
-    refused(quantize(model, out, "--group-size", "128", "--strict"), CONFIG, found, "leave --strict out")
+def test_strict_refuses_a_group_size_that_does_not_divide(model: Path, out: Path) -> None:
+    problem = "a group size of 128 does not divide 32 input features"
+    refused(quantize(model, out, "--group-size", "128", "--strict"), CONFIG, problem, "leave --strict out")
     assert not out.exists()
 
 
 @pytest.mark.parametrize("bits", [0, 1, 5, 16, -4])
-def test_bits_that_do_not_exist(bits: int, model: Path, out: Path) -> None:
+def test_unsupported_bits_are_refused(bits: int, model: Path, out: Path) -> None:
     refused(
         quantize(model, out, "--bits", str(bits)),
         CONFIG,
@@ -38,7 +38,7 @@ def test_bits_that_do_not_exist(bits: int, model: Path, out: Path) -> None:
 
 
 @pytest.mark.parametrize(("layout", "bits"), [("gptq", 3), ("gptq", 2), ("awq", 8), ("awq", 3)])
-def test_a_grid_that_the_format_cannot_hold(layout: str, bits: int, model: Path, out: Path) -> None:
+def test_grid_unsupported_by_the_format_is_refused(layout: str, bits: int, model: Path, out: Path) -> None:
     outcome = quantize(model, out, "--format", layout, "--bits", str(bits))
     refused(outcome, CONFIG, f"{layout} cannot hold int{bits} g32 symmetric")
     assert "compressed-tensors holds 2, 3, 4 and 8" in outcome.stderr
@@ -50,13 +50,13 @@ def test_a_grid_that_the_format_cannot_hold(layout: str, bits: int, model: Path,
     [("--method", "rtn, gptq, awq, fast"), ("--format", "awq, compressed-tensors, gguf, gptq"),
      ("--order", "activation, natural"), ("--scales", "searched, minmax")],
 )  # fmt: skip
-def test_a_name_that_does_not_exist(option: str, expected: str, model: Path, out: Path) -> None:
+def test_unknown_name_is_refused(option: str, expected: str, model: Path, out: Path) -> None:
     refused(quantize(model, out, option, "magic"), CONFIG, f"{option[2:]} is 'magic', expected one of {expected}")
     assert not out.exists()
 
 
 @pytest.mark.parametrize(
-    ("settings", "found", "hint"),
+    ("settings", "problem", "hint"),
     [
         ("metod = 'gptq'", "unknown setting: 'metod'", "known are calibration, damping, format, method"),
         ("[scheme]\nbit = 4", "unknown key of [scheme]: 'bit'", "known are bits, group_size, symmetric"),
@@ -77,48 +77,48 @@ def test_a_name_that_does_not_exist(option: str, expected: str, model: Path, out
         ("no TOML", "cannot read the configuration", ""),
     ],
 )
-def test_a_settings_file_that_is_wrong(settings: str, found: str, hint: str, model: Path, out: Path) -> None:
+def test_invalid_settings_file_is_refused(settings: str, problem: str, hint: str, model: Path, out: Path) -> None:
     file = model.parent / "quant.toml"
     file.write_text(settings)
-    refused(llmq("quantize", model, out, "--config", file), CONFIG, found, hint)
+    refused(llmq("quantize", model, out, "--config", file), CONFIG, problem, hint)
     assert not out.exists()
 
 
-def test_a_settings_file_that_is_not_there(model: Path, out: Path) -> None:
+def test_missing_settings_file_is_refused(model: Path, out: Path) -> None:
     refused(llmq("quantize", model, out, "--config", model / "no.toml"), CONFIG, "no.toml")
 
 
 @pytest.mark.parametrize("option", [("--override", "re:(:bits=4"), ("--skip", "re:(")], ids=lambda option: option[0])
-def test_a_pattern_that_is_none(option: tuple[str, str], model: Path, out: Path) -> None:
+def test_invalid_pattern_is_refused(option: tuple[str, str], model: Path, out: Path) -> None:
     refused(quantize(model, out, *option), CONFIG, "'re:(' is not a valid regular expression")
     assert not out.exists()
 
 
 @pytest.mark.parametrize("override", ["down_proj", "down_proj:8", ":bits=8", "down_proj:bits=eight"])
-def test_an_override_that_is_not_understood(override: str, model: Path, out: Path) -> None:
+def test_invalid_override_is_refused(override: str, model: Path, out: Path) -> None:
     outcome = quantize(model, out, "--override", override)
     assert outcome.exit_code == CONFIG
     assert "error: " in outcome.stderr
     assert not out.exists()
 
 
-def test_nothing_left_to_quantize(model: Path, out: Path) -> None:
+def test_skipping_every_layer_is_refused(model: Path, out: Path) -> None:
     refused(quantize(model, out, "--skip", "*"), CONFIG, "no layer can be quantized: skipped on request", "--skip")
     assert not out.exists()
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "tpu9", "mps", "meta"])
-def test_a_device_that_is_not_there(device: str, model: Path, out: Path) -> None:
+def test_missing_device_is_refused(device: str, model: Path, out: Path) -> None:
     refused(quantize(model, out, "--device", device), BACKEND, device, "cpu")
     assert not out.exists()
 
 
-def test_a_revision_of_a_local_folder(model: Path, out: Path) -> None:
+def test_revision_of_a_local_folder_is_refused(model: Path, out: Path) -> None:
     refused(quantize(model, out, "--revision", "main"), CONFIG, "--revision 'main' does not apply", "--revision")
 
 
 @pytest.mark.parametrize("option", [("--max-tokens", "0"), ("--temperature", "-1")], ids=lambda option: option[0])
-def test_nothing_to_generate(option: tuple[str, str], model: Path) -> None:
+def test_invalid_generation_option_is_refused(option: tuple[str, str], model: Path) -> None:
     outcome = llmq("generate", model, "--prompt", "x", *option)
     assert outcome.exit_code == 2
     assert option[0] in outcome.stderr
@@ -128,7 +128,7 @@ def test_nothing_to_generate(option: tuple[str, str], model: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "found", "hint"),
+    ("name", "content", "problem", "hint"),
     [
         ("empty.txt", b"", "empty.txt holds no text", "expected text"),
         ("blank.txt", b" \n\n \n", "blank.txt holds no text", "expected text"),
@@ -138,21 +138,21 @@ def test_nothing_to_generate(option: tuple[str, str], model: Path) -> None:
         ("column.jsonl", b'{"texto": "a"}', "row 0 of", ""),
     ],
 )
-def test_a_calibration_text_that_is_useless(
-    name: str, content: bytes, found: str, hint: str, model: Path, out: Path
+def test_unusable_calibration_text_is_refused(
+    name: str, content: bytes, problem: str, hint: str, model: Path, out: Path
 ) -> None:
     file = model.parent / name
     file.write_bytes(content)
-    refused(quantize(model, out, calibration=file), CALIBRATION, found, hint)
+    refused(quantize(model, out, calibration=file), CALIBRATION, problem, hint)
     assert not out.exists()
 
 
-def test_a_calibration_file_that_is_not_there(model: Path, out: Path) -> None:
-    refused(quantize(model, out, calibration=model / "no.txt"), CALIBRATION, "no.txt is not a file", ".jsonl")
+def test_missing_calibration_file_is_refused(model: Path, out: Path) -> None:
+    refused(quantize(model, out, calibration=model / "no.txt"), CALIBRATION, "no.txt does not exist", ".jsonl")
     assert not out.exists()
 
 
-def test_no_calibration_text_and_no_hub(model: Path, out: Path) -> None:
+def test_default_calibration_text_needs_the_hub(model: Path, out: Path) -> None:
     outcome = llmq("quantize", model, out)
     refused(
         outcome,
@@ -163,7 +163,7 @@ def test_no_calibration_text_and_no_hub(model: Path, out: Path) -> None:
     assert not out.exists()
 
 
-def test_no_evaluation_text_and_no_hub(model: Path) -> None:
+def test_default_evaluation_text_needs_the_hub(model: Path) -> None:
     outcome = llmq("eval", model)
     refused(outcome, CALIBRATION, "the dataset Salesforce/wikitext", "give a file that ends in")
     assert ".txt" in outcome.stderr
@@ -171,7 +171,7 @@ def test_no_evaluation_text_and_no_hub(model: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["quantize", "eval", "generate"])
-def test_no_tokenizer(command: str, model: Path, text: Path, out: Path) -> None:
+def test_missing_tokenizer_is_refused(command: str, model: Path, text: Path, out: Path) -> None:
     (model / "tokenizer.json").unlink()
     (model / "tokenizer_config.json").unlink()
     more = {
@@ -181,7 +181,7 @@ def test_no_tokenizer(command: str, model: Path, text: Path, out: Path) -> None:
     assert not out.exists()
 
 
-def test_a_tokenizer_that_cannot_be_read(model: Path, text: Path, out: Path) -> None:
+def test_unreadable_tokenizer_is_refused(model: Path, text: Path, out: Path) -> None:
     (model / "tokenizer.json").write_text("{")
     refused(quantize(model, out, calibration=text), CHECKPOINT, "the tokenizer in", "copy tokenizer.json")
     assert not out.exists()

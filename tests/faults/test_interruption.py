@@ -1,4 +1,4 @@
-"""Ctrl-C in the middle of a run: a message, exit code 130, and the same command goes on where it stopped."""
+"""Ctrl-C in the middle of a run: a message, exit code 130, and the same command resumes the run."""
 
 import json
 import signal
@@ -14,13 +14,13 @@ from llmq.checkpoint.staging import STAGING
 from tests import builders
 from tests.command_line import ROOT, Outcome, command, environment, llmq
 
-BLOCKS = 12  # enough that the signal comes before the end, however fast the machine
+BLOCKS = 12  # enough for the signal to arrive before the end of the run on a fast machine
 RECORD = "llmq.json"
 
 
 @pytest.fixture
 def run(checkpoint: Callable[..., Path], tmp_path: Path) -> tuple[str | Path, ...]:
-    """The command but for its output folder."""
+    """The command without its output folder."""
     text = builders.write_text(tmp_path / "text.txt")
     return (
         "quantize", checkpoint("llama", num_hidden_layers=BLOCKS), "--calibration", text, "--samples", "32",
@@ -29,7 +29,7 @@ def run(checkpoint: Callable[..., Path], tmp_path: Path) -> tuple[str | Path, ..
 
 
 def listen() -> None:
-    """Take SIGINT as a terminal's process does; what a shell starts in the background inherits that it is ignored."""
+    """Handle SIGINT like a process in a terminal; processes that a shell starts in the background ignore it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -52,20 +52,20 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def record(folder: Path) -> dict[str, Any]:
-    """llmq.json without what says when and where."""
-    found: dict[str, Any] = json.loads((folder / RECORD).read_text())
+    """llmq.json without times, memory and output folder."""
+    entries: dict[str, Any] = json.loads((folder / RECORD).read_text())
     for key in ("seconds", "peak_memory_bytes", "output", "notes"):
-        del found[key]
-    for block in found["blocks"]:
+        del entries[key]
+    for block in entries["blocks"]:
         del block["seconds"], block["resumed"]
-    if found["tuning"] is not None:
-        del found["tuning"]["seconds"]
-    return found
+    if entries["tuning"] is not None:
+        del entries["tuning"]["seconds"]
+    return entries
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
-def test_an_interrupted_run_continues_to_the_same_bytes(run: tuple[str | Path, ...], tmp_path: Path) -> None:
+def test_interrupted_run_resumes_to_the_same_bytes(run: tuple[str | Path, ...], tmp_path: Path) -> None:
     out, straight = tmp_path / "out", tmp_path / "straight"
     assert llmq(*run, straight).exit_code == 0
 
@@ -82,12 +82,12 @@ def test_an_interrupted_run_continues_to_the_same_bytes(run: tuple[str | Path, .
     again = llmq(*run, out)
     assert again.exit_code == 0
     assert f"continued: {finished} of {BLOCKS} blocks were finished earlier" in again.stderr
-    assert again.stderr.count("finished earlier\n") == finished + 1  # a line each, and the note
+    assert again.stderr.count("finished earlier\n") == finished + 1  # one line per block, and the note
     assert files(out) == files(straight)
     assert record(out) == record(straight)
 
 
-def test_ctrl_c_before_the_first_block_leaves_nothing(
+def test_ctrl_c_before_the_first_block_leaves_no_files(
     run: tuple[str | Path, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*_: Any) -> None:

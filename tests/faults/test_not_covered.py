@@ -1,4 +1,4 @@
-"""What llmq does not cover, or what cannot be: said in one line, before any harm is done."""
+"""Unsupported or inconsistent inputs: reported in one line, before any file is written."""
 
 import json
 import shutil
@@ -21,8 +21,8 @@ def text(tmp_path: Path) -> Path:
     return builders.write_text(tmp_path / "text.txt")
 
 
-def test_a_mixture_that_cannot_be_taken_apart_is_named_as_such(tmp_path: Path) -> None:
-    """Some of LongCat's experts have no weights, and stack differently."""
+def test_unsupported_expert_stack_is_refused(tmp_path: Path) -> None:
+    """Some of LongCat's experts have no weights, so its stack has another layout."""
     latent = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
     config = LongcatFlashConfig(
         hidden_size=32, ffn_hidden_size=32, expert_ffn_hidden_size=32, num_layers=1, num_attention_heads=2,
@@ -35,20 +35,20 @@ def test_a_mixture_that_cannot_be_taken_apart_is_named_as_such(tmp_path: Path) -
     assert not (tmp_path / "out").exists()
 
 
-def test_a_tokenizer_of_another_model_is_found_out(checkpoint: Checkpoints, tmp_path: Path, text: Path) -> None:
+def test_tokenizer_of_another_model_is_refused(checkpoint: Checkpoints, tmp_path: Path, text: Path) -> None:
     small = checkpoint("llama", vocab_size=16)
     with pytest.raises(CheckpointError, match="embeddings for 16 tokens"):
         llmq.quantize(small, tmp_path / "out", group_size=32, calibration=str(text), samples=2, seqlen=16)
 
 
-def test_models_of_different_vocabularies_are_not_compared(checkpoint: Checkpoints, text: Path) -> None:
+def test_models_with_different_vocabularies_are_not_compared(checkpoint: Checkpoints, text: Path) -> None:
     one, other = checkpoint("llama"), checkpoint("llama", vocab_size=builders.VOCABULARY + 8)
     with pytest.raises(UnsupportedModelError, match="vocabularies of"):
         measure(one, other, str(text), seqlen=16, limit=1, device="cpu")
 
 
 @pytest.mark.parametrize("change", [{"hidden_size": "wide"}, {"num_attention_heads": 0}, {"hidden_act": "swoosh"}])
-def test_a_configuration_that_makes_no_model(
+def test_config_that_cannot_be_instantiated_is_refused(
     checkpoint: Checkpoints, tmp_path: Path, change: dict[str, object]
 ) -> None:
     broken = shutil.copytree(checkpoint("llama"), tmp_path / "broken")
@@ -58,7 +58,7 @@ def test_a_configuration_that_makes_no_model(
         llmq.quantize(broken, tmp_path / "out", method="rtn", group_size=32)
 
 
-def test_patterns_that_fit_nothing_are_noted(checkpoint: Checkpoints, tmp_path: Path) -> None:
+def test_patterns_without_a_match_are_reported(checkpoint: Checkpoints, tmp_path: Path) -> None:
     report = llmq.quantize(
         checkpoint("llama"),
         tmp_path / "out",
@@ -70,14 +70,14 @@ def test_patterns_that_fit_nothing_are_noted(checkpoint: Checkpoints, tmp_path: 
     assert [note for note in report.notes if "'dwon_proj'" in note or "'kproj'" in note] == report.notes != []
 
 
-def test_a_few_tokens_are_noted(checkpoint: Checkpoints, tmp_path: Path, text: Path) -> None:
+def test_too_few_calibration_tokens_are_reported(checkpoint: Checkpoints, tmp_path: Path, text: Path) -> None:
     report = llmq.quantize(
         checkpoint("llama"), tmp_path / "out", group_size=32, calibration=str(text), samples=2, seqlen=16
     )
     assert any("32 calibration tokens are few" in note for note in report.notes)
 
 
-def test_an_awq_file_keeps_what_does_not_fit_its_one_grid(checkpoint: Checkpoints, tmp_path: Path) -> None:
+def test_awq_keeps_layers_off_its_grid_in_float(checkpoint: Checkpoints, tmp_path: Path) -> None:
     model = checkpoint("llama", intermediate_size=48)  # 48 is not a multiple of 32
     report = llmq.quantize(model, tmp_path / "out", method="rtn", format="awq", group_size=32, symmetric=False)
     kept = {name for name, reason in report.left.items() if "one grid for all layers" in reason}

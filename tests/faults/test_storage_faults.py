@@ -1,6 +1,6 @@
-"""Full disks, kills, lying files and small memory limits: nothing finished is lost, nothing half done is seen.
+"""Full disks, kills, damaged files and small memory limits: finished blocks are kept, incomplete models are hidden.
 
-The faults are real ones (resource limits, SIGKILL), so they happen in processes of their own.
+The faults are real (resource limits, SIGKILL), so they happen in separate processes.
 """
 
 import json
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX resource limits and signals")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and a limit on address space")
 
-# What every process below starts with: a toy run whose blocks have 4 kB each.
+# The code with which every process below starts: a toy run whose blocks have 4 kB each.
 PREAMBLE = """
 import json, os, resource, signal, sys
 from pathlib import Path
@@ -99,23 +99,23 @@ print(json.dumps({"errors": errors, "has": [writer.has(0), writer.has(1)], "stag
 
 
 @posix
-def test_a_limit_on_file_size_costs_only_the_file_it_hits(folder: Path) -> None:
-    found = in_a_process(folder, FULL_DISK)
-    for kind, exit_code, message, hint in found["errors"]:
+def test_file_size_limit_loses_only_the_file_being_written(folder: Path) -> None:
+    result = in_a_process(folder, FULL_DISK)
+    for kind, exit_code, message, hint in result["errors"]:
         assert (kind, exit_code) == ("StorageError", 7)
         assert "File too large" in message
         assert "ulimit" in hint
         assert "repeat the command" in hint
-    assert ["00001.safetensors" in found["errors"][0][2], "config.json" in found["errors"][1][2]] == [True, True]
-    assert found["has"] == [True, False]
-    assert found["staged"] == ["00000.json", "00000.safetensors", "identity.json"]
+    assert ["00001.safetensors" in result["errors"][0][2], "config.json" in result["errors"][1][2]] == [True, True]
+    assert result["has"] == [True, False]
+    assert result["staged"] == ["00000.json", "00000.safetensors", "identity.json"]
     writer = Writer.open(folder / "out", identity={"run": 1}, overwrite=False, needed_bytes=0)
     assert writer.resumed_blocks == 1
     assert writer.read(0)[0]["layers.0.weight"].equal(torch.zeros(1024))
 
 
-# Kill a run at its n-th call to the system, for every n: before the call and, by the next n, after it.  Each run is a
-# fork, killed with SIGKILL, of a process that has torch loaded; the same command must then end as if nothing had been.
+# Kill a run at its n-th system call, for every n: before the call and, by the next n, after it.  Each run is a fork of
+# a process with torch loaded, and is killed with SIGKILL; the same command must then finish with the expected files.
 KILL_EVERYWHERE = """
 import shutil
 
@@ -145,7 +145,7 @@ def killing(n, act):
     os.unlink, os.rmdir = counted(os.unlink), counted(os.rmdir)  # rmtree calls these
     act()
 
-os.fsync = lambda descriptor: None  # a kill, unlike a power cut, does not lose what the system has taken: save the time
+os.fsync = lambda descriptor: None  # a kill, unlike a power cut, does not lose written data: save the time
 overwrite = OVERWRITE
 old = {"config.json": b"{}", "model.safetensors": b"old", "card.md": b"old", "mine.txt": b"mine"} if overwrite else {}
 
@@ -177,7 +177,7 @@ while not done:
     seen.add(len(list(staging.glob("0*.json"))) if staging.exists() else "no staging")
     if not done:
         refused = fork(lambda: run(out, overwrite)) != 0
-        if refused and visible != expected:  # a finished model is right to be refused, though rubbish lies beside it
+        if refused and visible != expected:  # refusing a finished model is correct, even with leftover files next to it
             failures.append([n, "the same command failed"])
         if contents(out) != expected or (staging.exists() and not refused):
             failures.append([n, "the same command ended differently"])
@@ -188,14 +188,14 @@ print(json.dumps({"kills": n - 1, "failures": failures, "seen": sorted(map(str, 
 @posix
 @pytest.mark.slow
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_kill_at_any_point_is_survived(overwrite: bool, folder: Path) -> None:
-    found = in_a_process(folder, KILL_EVERYWHERE.replace("OVERWRITE", str(overwrite)))
-    assert found["failures"] == []
-    assert found["kills"] > 50  # three files a block and five at the end, each with its fsyncs and renames
-    assert found["seen"] == ["0", "1", "2", "3", "no staging"]
+def test_killed_run_can_be_repeated_after_any_system_call(overwrite: bool, folder: Path) -> None:
+    result = in_a_process(folder, KILL_EVERYWHERE.replace("OVERWRITE", str(overwrite)))
+    assert result["failures"] == []
+    assert result["kills"] > 50  # three files per block and five at the end, each with its fsyncs and renames
+    assert result["seen"] == ["0", "1", "2", "3", "no staging"]
     model = {f"model-0000{number}-of-00002.safetensors" for number in (1, 2)}
     mine = {"mine.txt"} if overwrite else set()
-    assert set(found["expected"]) == {
+    assert set(result["expected"]) == {
         "config.json", "card.md", "tokenizer.json", "model.safetensors.index.json", *model, *mine
     }  # fmt: skip
 
@@ -217,13 +217,13 @@ print(json.dumps({"resumed": resumed, "killed": signalled == signal.SIGKILL}))
 
 
 @posix
-def test_a_run_killed_between_blocks_ends_in_the_bytes_of_one_that_was_not(folder: Path) -> None:
+def test_run_killed_between_blocks_resumes_to_the_same_bytes(folder: Path) -> None:
     assert in_a_process(folder, KILL_BETWEEN_COMMITS) == {"resumed": 2, "killed": True}
     assert contents(folder / "out") == contents(folder / "straight")
     assert set(Checkpoint.open(folder / "out").names()) >= {"layers.0.weight", "layers.2.weight", "embed", "head"}
 
 
-# The file is made of holes, so it takes no disk; it is larger than all the address space that the process may have.
+# The file is sparse, so it needs no disk space; it is larger than the address space limit of the process.
 SMALL_MEMORY = """
 import safetensors, struct
 tensor_bytes, allowance = 48 << 20, 128 << 20
@@ -246,7 +246,7 @@ except (OSError, MemoryError, safetensors.SafetensorError):
     mapped = False
 read = 0
 infos = list(read_header(path).values())
-for info in [*infos[:: count // 3], infos[-1]]:  # more than the allowance holds, if they stayed
+for info in [*infos[:: count // 3], infos[-1]]:  # more than the allowance, if they were not freed
     tensor = read_tensor(path, info)
     read += tensor.numel()
     last = int(tensor[-1])
@@ -257,12 +257,12 @@ print(json.dumps({"mapped": mapped, "read above allowance": read > allowance, "l
 
 
 @linux
-def test_a_file_larger_than_the_address_space_is_read_tensor_by_tensor(folder: Path) -> None:
-    found = in_a_process(folder, SMALL_MEMORY)
-    assert found == {"mapped": False, "read above allowance": True, "last": 7, "file above limit": True}
+def test_file_larger_than_address_space_is_read_by_tensor(folder: Path) -> None:
+    result = in_a_process(folder, SMALL_MEMORY)
+    assert result == {"mapped": False, "read above allowance": True, "last": 7, "file above limit": True}
 
 
-def test_a_truncated_shard_is_named_before_any_work(folder: Path) -> None:
+def test_truncated_shard_is_reported_before_any_work(folder: Path) -> None:
     (folder / "source" / "config.json").write_text("{}")
     shard = folder / "source" / "model.safetensors"
     size = shard.stat().st_size
@@ -271,7 +271,7 @@ def test_a_truncated_shard_is_named_before_any_work(folder: Path) -> None:
         Checkpoint.open(folder / "source")
 
 
-def test_offsets_that_lie_are_refused(folder: Path) -> None:
+def test_wrong_tensor_offsets_are_refused(folder: Path) -> None:
     (folder / "source" / "config.json").write_text("{}")
     shard = folder / "source" / "model.safetensors"
     honest = shard.read_bytes()
@@ -290,7 +290,7 @@ HEADER_BYTES = 8 + int.from_bytes(SMALL_FILE[:8], "little")
 
 @given(flips=st.lists(st.tuples(st.integers(0, HEADER_BYTES - 1), st.integers(1, 255)), min_size=1, max_size=4))
 @settings(max_examples=300, deadline=None)
-def test_a_corrupt_header_is_refused_or_still_describes_the_file(flips: list[tuple[int, int]]) -> None:
+def test_corrupt_header_is_refused_or_still_consistent(flips: list[tuple[int, int]]) -> None:
     data = bytearray(SMALL_FILE)
     for position, mask in flips:
         data[position] ^= mask

@@ -1,4 +1,4 @@
-"""Files of other writers, built from the descriptions of their formats, are dequantized bit for bit."""
+"""Files in the formats of other tools, written from the format descriptions, are dequantized bit for bit."""
 
 import dataclasses
 import json
@@ -334,7 +334,7 @@ def test_the_experts_of_gpt_oss_are_read(tmp_path: Path) -> None:
     assert torch.equal(weight, torch.from_numpy(exact).mT)  # inputs before outputs, as in the float parameter
 
 
-def test_the_test_writer_of_version_one_borrows() -> None:
+def test_reference_writer_of_gptq_v1_borrows_across_nibbles() -> None:
     # Zero points 0 0 15 14 0 0 0 1 are the word 0x1000ef00; minus 0x11111111 that is 0xfeefddef modulo 2**32.
     w = dataclasses.replace(foreign.weight(4, (8, 32), 32), zeros=np.array([[0, 0, 15, 14, 0, 0, 0, 1]]).T)
     (word,) = foreign.gptq(w, 1)["qzeros"].flatten().tolist()

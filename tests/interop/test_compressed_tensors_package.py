@@ -1,4 +1,4 @@
-"""The owner's package reads our words and accepts our configuration."""
+"""The compressed-tensors package reads the words that llmq writes, and accepts its configuration."""
 
 import pytest
 import torch
@@ -91,8 +91,8 @@ def test_a_configuration_of_several_grids_is_valid() -> None:
         "a.v": WeightScheme(4, "tensor"),
     }
     declared = QuantizationConfig.model_validate(compressed_tensors.quantization_config(schemes, ["lm_head"]))
-    found = {target: group.weights for group in declared.config_groups.values() for target in group.targets}
-    assert {name: (w.num_bits, w.strategy, w.symmetric) for name, w in found.items()} == {
+    arguments = {target: group.weights for group in declared.config_groups.values() for target in group.targets}
+    assert {name: (w.num_bits, w.strategy, w.symmetric) for name, w in arguments.items()} == {
         "a.q": (4, "group", True), "a.k": (3, "channel", False), "a.v": (4, "channel", True),
     }  # fmt: skip
 

@@ -1,6 +1,6 @@
-"""Weights in K-quants: read by ggml itself, and closer to the original than what ggml makes of it.
+"""Weights in K-quants: decoded by ggml, and closer to the original than after quantization by ggml.
 
-Source of the functions: github.com/ggml-org/llama.cpp, ggml/include/ggml.h, out of the wheel xllamacpp.
+Source of the functions: github.com/ggml-org/llama.cpp, ggml/include/ggml.h, called through the wheel xllamacpp.
 """
 
 import ctypes
@@ -29,16 +29,16 @@ N, K = 64, 512
 @pytest.fixture(scope="module")
 def ggml() -> ctypes.CDLL:
     pytest.importorskip("xllamacpp", reason="llama.cpp is not installed: pip install xllamacpp")
-    found = importlib.util.find_spec("xllamacpp.xllamacpp")
-    assert found is not None and found.origin is not None
-    library = ctypes.CDLL(found.origin)
+    spec = importlib.util.find_spec("xllamacpp.xllamacpp")
+    assert spec is not None and spec.origin is not None
+    library = ctypes.CDLL(spec.origin)
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
     library.ggml_quantize_chunk.argtypes = [ctypes.c_int, FLOATS, ctypes.c_void_p, SIZE, SIZE, SIZE, FLOATS]
     return library
 
 
 def decoded(ggml: ctypes.CDLL, kind: str, raw: np.ndarray, columns: int) -> Tensor:
-    """(N, K) float32 of the rows of bytes."""
+    """(N, K) float32, decoded by ggml from rows of bytes."""
     weight = torch.empty(len(raw), columns)
     unpack = getattr(ggml, f"dequantize_row_{kind.replace('_k', '_K')}")
     unpack.argtypes, unpack.restype = [ctypes.c_void_p, FLOATS, SIZE], None
@@ -47,7 +47,7 @@ def decoded(ggml: ctypes.CDLL, kind: str, raw: np.ndarray, columns: int) -> Tens
 
 
 def rounded_by_ggml(ggml: ctypes.CDLL, kind: str, weight: Tensor, importance: Tensor | None) -> Tensor:
-    """What it makes of a weight (N, K), with an importance matrix (K,) or without."""
+    """A weight (N, K) quantized by ggml and decoded, with an importance matrix (K,) or without."""
     room = np.empty((len(weight), 4 * weight.shape[1]), dtype=np.uint8)
     matrix = None if importance is None else ctypes.cast(importance.data_ptr(), FLOATS)
     source = ctypes.cast(weight.data_ptr(), FLOATS)
@@ -66,25 +66,27 @@ def weight_of(seed: int) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_ggml_reads_the_weight_that_we_mean(ggml: ctypes.CDLL, kind: str) -> None:
+def test_ggml_decodes_the_same_weight(ggml: ctypes.CDLL, kind: str) -> None:
     q = nearest(weight_of(0) * torch.logspace(-4, 2, N)[:, None], kind)
     assert torch.equal(decoded(ggml, kind, layout.pack_blocks(q), K), q.dequantize())
 
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(("kind", "gain"), [("q4_k", 0.97), ("q5_k", 0.93), ("q6_k", 0.95)])
-def test_nearest_codes_are_nearer_than_ggmls(ggml: ctypes.CDLL, kind: str, gain: float, weighted: bool) -> None:
+def test_searched_scales_have_a_lower_error_than_ggml(
+    ggml: ctypes.CDLL, kind: str, gain: float, weighted: bool
+) -> None:
     weight, importance = weight_of(1), torch.rand(K, generator=torch.Generator().manual_seed(2)).square() + 0.05
     given = importance if weighted else None
     squares = [
-        (found - weight).square().mul(importance if weighted else 1.0).sum()
-        for found in (nearest(weight, kind, given).dequantize(), rounded_by_ggml(ggml, kind, weight, given))
+        (decoded_weight - weight).square().mul(importance if weighted else 1.0).sum()
+        for decoded_weight in (nearest(weight, kind, given).dequantize(), rounded_by_ggml(ggml, kind, weight, given))
     ]
     assert float(squares[0] / squares[1]) < gain
 
 
 @pytest.mark.parametrize("kind", TWO_LEVEL)
-def test_gptq_loses_far_less_than_an_importance_matrix_saves(ggml: ctypes.CDLL, kind: str) -> None:
+def test_gptq_error_is_below_ggml_with_an_importance_matrix(ggml: ctypes.CDLL, kind: str) -> None:
     draw = torch.Generator().manual_seed(3)
     mixing = torch.randn(K, K, generator=draw) / K**0.5 + torch.eye(K)
     stats = InputStats(K, torch.device("cpu"))
@@ -92,5 +94,7 @@ def test_gptq_loses_far_less_than_an_importance_matrix_saves(ggml: ctypes.CDLL, 
     weight = weight_of(4)
     ours = gptq.round_weight(weight, stats, WeightScheme.of_blocks(kind), Options(torch.float16)).quantized.dequantize()
     theirs = rounded_by_ggml(ggml, kind, weight, stats.mean_square.contiguous())
-    losses = [float(output_error(weight, found, stats.second_moment()).sum()) for found in (ours, theirs)]
+    losses = [
+        float(output_error(weight, decoded_weight, stats.second_moment()).sum()) for decoded_weight in (ours, theirs)
+    ]
     assert losses[0] < 0.8 * losses[1]

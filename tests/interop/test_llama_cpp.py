@@ -1,8 +1,8 @@
-"""llama.cpp runs the .gguf files that llmq writes, and predicts what llmq predicts.
+"""llama.cpp runs the .gguf files that llmq writes, and predicts the same tokens.
 
-What llama.cpp multiplies by a quantized weight it first rounds to 8 bits, 32 numbers at a time.  So files with
-quantized weights are compared with a tolerance, and files with the same weights as floats closely: these show that
-everything but the blocks (names, the order of rows, metadata, rotation, tokenizer) is right.
+llama.cpp rounds the inputs of quantized weights to 8 bits, in groups of 32.  So files with quantized weights are
+compared with a large tolerance, and files with float weights with a small one: these show that everything except the
+blocks (names, the order of rows, metadata, rotation, tokenizer) is right.
 """
 
 import importlib.util
@@ -26,13 +26,13 @@ pytestmark = [
     pytest.mark.interop,
     pytest.mark.skipif(
         importlib.util.find_spec("xllamacpp") is None,
-        reason="needs the package xllamacpp, which scripts/test.sh installs in an environment of its own",
+        reason="needs the package xllamacpp, which scripts/test.sh installs in a separate environment",
     ),
 ]
 BUNDLED = Path(__file__).resolve().parents[2] / "eval" / "models"
 PROGRAM = "def fibonacci(n):\n    if n < 2:\n        return n\n"
-ROUNDED = 0.05  # nats, on average over the vocabulary; what rounding activations to 8 bits does
-EXACT = 0.03  # nats at most, of any token: llama.cpp keeps keys and values in fp16
+ROUNDED = 0.05  # nats, mean over the vocabulary; the effect of rounding activations to 8 bits
+EXACT = 0.03  # nats, the maximum over tokens: llama.cpp stores keys and values in fp16
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -62,7 +62,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("Gemma", {"head_dim": 16}),
     "gemma2": ("Gemma2", HEADS),
     "gemma3": ("Gemma3Text", {**HEADS, "num_hidden_layers": 7}),
-    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 4}),  # all, so that no tie decides
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 4}),  # all experts: no ties
     "qwen2moe": ("Qwen2Moe", {**MIXTURE, "shared_expert_intermediate_size": 64, "norm_topk_prob": False}),
     "qwen3moe": ("Qwen3Moe", {**MIXTURE, "head_dim": 16, "norm_topk_prob": True}),
 }  # fmt: skip
@@ -85,20 +85,20 @@ def log_probabilities(model: Any, tokens: Sequence[int]) -> np.ndarray:
 
 
 def greedy(model: Any, tokens: Sequence[int], count: int) -> list[int]:
-    found = list(tokens)
+    sequence = list(tokens)
     for _ in range(count):
-        found.append(int(log_probabilities(model, found)[-1].argmax()))
-    return found[len(tokens) :]
+        sequence.append(int(log_probabilities(model, sequence)[-1].argmax()))
+    return sequence[len(tokens) :]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_architecture_of_the_table_computes_what_transformers_computes(name: str, tmp_path: Path) -> None:
+def test_llama_cpp_predictions_match_transformers(name: str, tmp_path: Path) -> None:
     kind, changes = CONFIGS[name]
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**{**SIZES, **changes})
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # norms and biases too, which else are all ones and zeros
+        for parameter in model.parameters():  # also norms and biases, which are initialized with ones and zeros
             parameter += torch.randn_like(parameter) * 0.1
             parameter.copy_(parameter.half())
     model.save_pretrained(tmp_path / "model")
@@ -120,7 +120,7 @@ def test_every_architecture_of_the_table_computes_what_transformers_computes(nam
         ("tiny-python-qwen3", True, 64, "Q4_0"),
     ],
 )
-def test_a_quantized_model_continues_a_text_as_llmq_does(
+def test_quantized_model_generates_the_same_tokens_as_llmq(
     name: str, symmetric: bool, group_size: int, kind: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -155,10 +155,10 @@ TEXTS = [
 @pytest.mark.parametrize(
     "name", ["tiny-python-llama", "../../../shared/models/babyllama-tok361", "../../../shared/models/stories260K"]
 )
-def test_texts_become_the_same_tokens(name: str, tmp_path: Path) -> None:
+def test_llama_cpp_tokenizes_like_transformers(name: str, tmp_path: Path) -> None:
     folder = BUNDLED / name
     if not folder.is_dir():
-        pytest.skip("needs ../shared (real models), which is not beside this checkout")
+        pytest.skip("needs ../shared (real models), which is not next to this checkout")
     made, tokenizer = export.export(folder, tmp_path / "made.gguf"), load_tokenizer(folder, remote_code=False)
     with opened(made.file) as llama:
         for text in TEXTS:

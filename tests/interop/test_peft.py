@@ -1,4 +1,4 @@
-"""PEFT trains adapters beside packed layers: the codes stay, the loss falls, and merging into them is refused."""
+"""PEFT trains adapters on packed layers: the loss falls, the codes do not change, and merging is refused."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +21,9 @@ from tests.runs import tensors_of
 
 pytestmark = [
     pytest.mark.interop,
-    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),  # PEFT asks by transformers' old names
+    pytest.mark.filterwarnings(
+        "ignore:.*gradient_checkpointing:FutureWarning"
+    ),  # PEFT uses the old names of transformers
 ]
 
 
@@ -66,14 +68,14 @@ def train(model: Any, steps: int = 6) -> list[float]:
 
 def logits(model: Any) -> Tensor:
     with torch.no_grad():
-        found: Tensor = model.eval()(builders.tokens(2, 12)).logits
-    return found
+        values: Tensor = model.eval()(builders.tokens(2, 12)).logits
+    return values
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"], ids=str)
 @pytest.mark.parametrize("load", [read, load_model], ids=["from_pretrained", "llmq.load"])
 @pytest.mark.parametrize("layout", ["gptq", "compressed-tensors"])
-def test_the_loss_falls_and_the_codes_stay(
+def test_training_lowers_the_loss_and_keeps_the_codes(
     layout: str, load: Callable[[Path], Any], targets: Any, quantized: dict[str, Path], tmp_path: Path
 ) -> None:
     model = load(quantized[layout])
@@ -95,20 +97,20 @@ def test_the_loss_falls_and_the_codes_stay(
     assert not logits(again).equal(logits(load(quantized[layout])))
 
 
-def test_beside_experts(quantized: dict[str, Path]) -> None:
+def test_adapters_train_next_to_packed_experts(quantized: dict[str, Path]) -> None:
     losses = train(get_peft_model(read(quantized["mixtral"]), LoraConfig(r=4, target_modules=["q_proj", "o_proj"])))
     assert losses[-1] < losses[0]
 
 
 @pytest.mark.filterwarnings("ignore:torch.utils.checkpoint:UserWarning")
-def test_prepared_as_peft_prepares_quantized_models(quantized: dict[str, Path]) -> None:
+def test_model_prepared_for_kbit_training_can_be_trained(quantized: dict[str, Path]) -> None:
     model = prepare_model_for_kbit_training(read(quantized["gptq"]))
     losses = train(get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"])))
     assert losses[-1] < losses[0]
 
 
-def test_adapters_that_read_the_weight(quantized: dict[str, Path]) -> None:
-    """DoRA scales by the norms of rows, and starts as no change at all."""
+def test_dora_reads_the_packed_weight(quantized: dict[str, Path]) -> None:
+    """DoRA scales by the norms of rows, and does not change the model before training."""
     plain = logits(read(quantized["gptq"]))
     adapted = get_peft_model(read(quantized["gptq"]), LoraConfig(r=4, target_modules=["q_proj"], use_dora=True))
     assert torch.allclose(logits(adapted), plain, rtol=1e-5, atol=1e-5)

@@ -1,6 +1,6 @@
 """transformers with only the compressed-tensors package loads what llmq writes, and computes the same logits.
 
-The loading process cannot import llmq: what it runs is the other tools' code alone.
+The loading process cannot import llmq, so it runs only the code of the other packages.
 """
 
 import importlib.util
@@ -21,13 +21,13 @@ pytestmark = [
     pytest.mark.interop,
     pytest.mark.skipif(
         importlib.util.find_spec("compressed_tensors") is None,
-        reason="needs the package compressed-tensors, which scripts/test.sh installs in an environment of its own",
+        reason="needs the package compressed-tensors, which scripts/test.sh installs in a separate environment",
     ),
 ]
 
 LOAD = """
 import json, sys
-sys.modules["llmq"] = sys.modules["llmq_kernels"] = None  # whoever imports them now fails
+sys.modules["llmq"] = sys.modules["llmq_kernels"] = None  # importing them now fails
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
@@ -44,12 +44,12 @@ save_file(logits, sys.argv[1])
 
 NEOX = "a model whose head has another name on the disk"
 
-# setting, and whether the package must dequantize at load: its packed route fails on any asymmetric file, also on its
+# setting, and whether the package must dequantize at load: its packed path fails on any asymmetric file, even its
 # own ("size mismatch for weight_zero_point", compressed-tensors 0.20 with transformers 5.23)
 SETTINGS = {
     "4 bits, g128": ({}, False),
     "4 bits, g32": ({"group_size": 32}, False),
-    "4 bits, a scale a row": ({"group_size": "channel"}, False),
+    "4 bits, one scale per row": ({"group_size": "channel"}, False),
     "8 bits": ({"bits": 8}, False),
     "3 bits": ({"bits": 3}, False),
     "2 bits": ({"bits": 2}, False),
@@ -82,7 +82,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def their_logits(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    """What transformers computes from each of the folders, in a process of its own."""
+    """The logits of transformers for each of the folders, computed in a separate process."""
     out = tmp_path_factory.mktemp("theirs") / "logits.safetensors"
     request = json.dumps({name: (str(folder), SETTINGS[name][1]) for name, folder in folders.items()})
     command = [sys.executable, "-c", LOAD, str(out), request]

@@ -1,4 +1,4 @@
-"""Tensors that the owner's package compresses are read by us as it reads them itself, to the bit."""
+"""llmq reads tensors compressed by the compressed-tensors package exactly as the package reads them."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.interop
 def written(
     packing: str, tensors: dict[str, Tensor], **weights: Any
 ) -> tuple[dict[str, Tensor], Tensor, dict[str, Any]]:
-    """What the package stores for a weight, what it makes of that again, and what it has config.json say."""
+    """The tensors that the package stores for a weight, the decompressed weight, and the entry for config.json."""
     scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**weights), format=packing)
     compressor = BaseCompressor.get_value_from_registry(packing)
     stored = compressor.compress(tensors, scheme)
@@ -46,7 +46,7 @@ def read(stored: dict[str, Tensor], block: dict[str, Any]) -> Tensor:
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group", [32, None])
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
-def test_integers(bits: int, group: int | None, symmetric: bool) -> None:
+def test_packed_integers_are_read_exactly(bits: int, group: int | None, symmetric: bool) -> None:
     draw = torch.Generator().manual_seed(bits)
     N, K = 21, 96
     G, half = K // (group or K), 1 << (bits - 1)
@@ -66,7 +66,7 @@ def test_integers(bits: int, group: int | None, symmetric: bool) -> None:
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("packing", ["int-quantized", "naive-quantized"])
-def test_a_byte_a_code(packing: str, symmetric: bool) -> None:
+def test_one_byte_per_code_is_read_exactly(packing: str, symmetric: bool) -> None:
     draw = torch.Generator().manual_seed(0)
     tensors = {
         "weight": torch.randn(6, 40, generator=draw),
@@ -78,7 +78,7 @@ def test_a_byte_a_code(packing: str, symmetric: bool) -> None:
 
 
 @pytest.mark.parametrize(("packing", "group"), [("nvfp4-pack-quantized", 16), ("mxfp4-pack-quantized", 32)])
-def test_floats_of_four_bits(packing: str, group: int) -> None:
+def test_four_bit_floats_are_read_exactly(packing: str, group: int) -> None:
     draw = torch.Generator().manual_seed(0)
     weight = torch.randn(24, 128, generator=draw).to(torch.bfloat16)
     largest = weight.to(torch.float32).unflatten(1, (-1, group)).abs().amax(-1)
@@ -93,6 +93,6 @@ def test_floats_of_four_bits(packing: str, group: int) -> None:
     stored, expected, block = written(
         packing, tensors, num_bits=4, type="float", strategy=strategy, group_size=group, symmetric=True
     )
-    found = read(stored, block)
-    assert torch.equal(found.to(expected.dtype), expected)
-    assert (found - weight.to(torch.float32)).abs().max() < 1  # and it is about the weight that was given
+    decoded = read(stored, block)
+    assert torch.equal(decoded.to(expected.dtype), expected)
+    assert (decoded - weight.to(torch.float32)).abs().max() < 1  # and the decoded weight is near the original

@@ -8,7 +8,7 @@ from llmq_kernels.w4a16.packed_weight import PackedWeight
 
 
 def in_numpy(case: dict[str, Any]) -> dict[str, Any]:
-    """The same for the reference; NumPy has no bfloat16, and float64 holds every float16, bfloat16 and float32."""
+    """The arguments for the reference; NumPy has no bfloat16, and float64 holds every float16, bfloat16 and float32."""
 
     def converted(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -24,6 +24,6 @@ def weight_in(case: dict[str, Any]) -> PackedWeight[Any]:
 
 
 def grouped(case: dict[str, Any]) -> dict[str, Any]:
-    """x, weight, bias and what else a case holds, as every version of the product takes them by name."""
+    """x, weight, bias and the other arguments of a case by name, as every version of the product takes them."""
     rest = {name: value for name, value in case.items() if name not in PackedWeight._fields}
     return {"bias": None, **rest, "weight": weight_in(case)}

@@ -1,4 +1,4 @@
-"""What several tests of kernels watch with."""
+"""Fixtures that several tests of kernels use to record memory."""
 
 from typing import Any
 

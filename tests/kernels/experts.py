@@ -1,4 +1,4 @@
-"""Random arguments of the experts' op, and when a result is right."""
+"""Random arguments of the experts' op, and the check of a result."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from tests.kernels.cases import grouped, in_numpy, weight_in
 HALF_UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # in the last place
 SMALLEST = {torch.float32: 2.0**-149, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133}
 
-# How pairs fall on four experts, and how many tokens there are: expert by expert, the tokens that go there.
+# Routings to four experts, and the number of tokens: for each expert, the tokens that are routed to it.
 ROUTINGS: dict[str, tuple[int, list[list[int]]]] = {
     "spread": (3, [[0, 2], [1], [2], [0, 1]]),
     "some idle": (2, [[], [0], [], [1]]),
@@ -70,7 +70,7 @@ def weights_of(values: dict[str, Any]) -> NDArray[np.float64]:
 def assert_is_the_definition(y: Tensor, case: dict[str, Any]) -> None:
     """Within the bound of float32 sums of K products (see `test_w4a16.py`), and one rounding to the output's dtype.
 
-    Tensor cores cut their sums off instead of rounding them: twice the bound, on a GPU.
+    Tensor cores truncate sums instead of rounding them, so the bound on a GPU is twice as large.
     """
     values = in_numpy(case)
     expected = reference.experts(**grouped(values))

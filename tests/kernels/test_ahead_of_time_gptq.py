@@ -18,11 +18,11 @@ BLOCK_SIGNATURE = {**POINTERS, "N": "i32", "levels": "fp32", "width": "i32", **d
 
 
 def block_job(arch: int, *, aligned: bool = True, columns: str = "rows side by side") -> Job:
-    """`aligned`: N and the widths are divisible by 16; else only what torch's allocator gives and `errors` has."""
+    """`aligned`: N and the widths are divisible by 16; else only the alignment of torch's allocator and of `errors`."""
     from llmq_kernels.gptq_block import triton_kernel
 
     signature, constants = dict(BLOCK_SIGNATURE), {"columns_row": 1, "upper_column": 1}
-    if columns != "rows side by side":  # the paper's own order keeps W as it is
+    if columns != "rows side by side":  # the order of the paper does not change W
         signature["columns_row"] = "i32"
         constants = {"columns_column": 1, "upper_column": 1}
         del signature["columns_column"]
@@ -66,7 +66,7 @@ def compiled() -> dict[str, Compiled]:
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_it_compiles_without_spills(name: str, compiled: dict[str, Compiled]) -> None:
+def test_compiles_without_spills(name: str, compiled: dict[str, Compiled]) -> None:
     build = compiled[name]
     assert build.error is None
     assert build.stack == 0, f"{build.stack} bytes of registers are spilled"
@@ -84,5 +84,5 @@ def test_second_moment_uses_tensor_cores(name: str, compiled: dict[str, Compiled
 def test_gptq_block_loads_16_bytes_and_stays_in_registers(arch: int, compiled: dict[str, Compiled]) -> None:
     build = compiled[f"block-{arch}"]
     assert build.shared <= 1024
-    assert build.instructions["LDG"] <= 40  # 16 for the tile and as many for a row of U: 64 if the tile came by words
+    assert build.instructions["LDG"] <= 40  # 16 for the tile, 16 for U; 64 if loaded word by word
     assert not {"LDL", "STL"} & set(build.instructions)

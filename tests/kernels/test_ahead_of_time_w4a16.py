@@ -17,7 +17,7 @@ from tests.kernels.ahead_of_time import Compiled, Job, compile_all
 
 pytestmark = pytest.mark.slow
 
-SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}  # bytes a block may take
+SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}  # maximum bytes per block
 CONVERSIONS = ("I2F", "I2FP", "I2I", "I2IP")
 POINTERS = {"words": "*i16", "zeros": "*i16", "workspace": "*fp32", "counters": "*i32"}
 ALIGNED = ("x", "words", "scales", "zeros", "bias", "out", "workspace", "counters", "N", "K", "x_stride")
@@ -95,15 +95,13 @@ def test_shipped_configurations_feed_tensor_cores_from_registers(name: str, comp
     assert instructions["LOP3"] >= 16 and instructions["LDGSTS"] >= 5  # unpacking; asynchronous copies
     if job.arch == 90:
         assert instructions["HGMMA"] == 8
-        assert (
-            instructions["LDSM"] == 2
-        )  # words alone; an unpacked weight that went through shared memory would add to it
+        assert instructions["LDSM"] == 2  # words only; unpacked weights in shared memory would add to it
     else:
         assert instructions.get("HMMA", 0) + instructions.get("UTCHMMA", 0) >= 8
     if job.arch <= 90 and config.scale == "after":
         assert (
             instructions["BAR"] <= 10
-        )  # 7 or so; each trip of weights or scales through shared memory costs two a tile
+        )  # about 7; each pass of weights or scales through shared memory costs two per tile
 
 
 def test_other_widths_use_tensor_cores(compiled: dict[str, Compiled]) -> None:

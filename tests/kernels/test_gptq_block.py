@@ -72,7 +72,7 @@ def defined(case: Case) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
 
 
 def by_triton(case: Case) -> Tensor:
-    """Codes by the kernel's host code, which no CPU tensor would be sent to."""
+    """Codes by the host code of the kernel, which is not called for CPU tensors otherwise."""
     codes = torch.full(case.columns.shape, 77, dtype=torch.uint8)
     kernel().quantize_columns(case.problem(), codes, 0, case.columns.shape[1])
     return codes
@@ -115,7 +115,7 @@ def assert_equal_but_for_ties(case: Case, compensated: NDArray[Any]) -> None:
     )  # from the middle of neighbouring codes
     first = np.take_along_axis(margin, differs.argmax(1)[:, None], 1)[:, 0]
     assert (first[rows] <= TIE).all(), f"a code differs at {first[rows].max():.1e} steps from a tie"
-    assert rows.mean() <= 0.1, "too many rows near a tie for the test to say much"
+    assert rows.mean() <= 0.1, "too many rows near a tie for a meaningful test"
     np.testing.assert_allclose(loss(case, compensated)[~rows], loss(case, codes)[~rows])
 
 
@@ -147,7 +147,7 @@ def test_zero_points_may_be_fractions(compensate: Callable[[Case], Tensor], bits
 def test_codes_with_every_grouping_in_either_order(
     compensate: Callable[[Case], Tensor], group: int | None, shuffled: bool
 ) -> None:
-    case = make_case(N=18, K=150, group=group, shuffled=shuffled)  # a block, and one that is not full
+    case = make_case(N=18, K=150, group=group, shuffled=shuffled)  # a block, and a partial block
     assert_equal_but_for_ties(case, compensate(case).numpy())
 
 
@@ -167,17 +167,17 @@ def test_experts_have_separate_factors_grids_and_orders(compensate: Callable[[Ca
 
 
 def test_kernel_equals_torch_exactly_without_compensation() -> None:
-    """No sums, so no order of sums: not one code may differ, and every other weight lies at a tie."""
+    """No sums, so no order of sums: all codes must be equal, although every other weight is at a tie."""
     case = make_case(N=32, K=64, group=16)
     plain = replace(case, upper=torch.diag_embed(case.upper.diagonal(dim1=1, dim2=2)))
     scale, zero = (part[0][case.group_of[0].long()] for part in (case.scales, case.zeros))  # (K, N)
     code = torch.randint(-2, 17, (64, 32), generator=torch.Generator().manual_seed(0))
-    plain.columns[0, ::2] = ((code + 0.5 - zero) * scale)[::2]  # which the division may or may not give back
+    plain.columns[0, ::2] = ((code + 0.5 - zero) * scale)[::2]  # which the division may or may not reproduce
     assert torch.equal(by_triton(plain), op.compensate(plain.problem()))
 
 
 def one_column(values: Tensor, scales: Tensor) -> Case:
-    """Weights (N,) on the grid of each one's own scale, zero 0, levels 0..15."""
+    """Weights (N,), each on a grid with its own scale, zero 0, levels 0..15."""
     return Case(
         values[None, None], torch.ones(1, 1, 1), scales[None, None], torch.zeros(1, 1, len(values)),
         torch.zeros(1, 1, dtype=torch.int32), 15, np.ones((1, 1, 1)),

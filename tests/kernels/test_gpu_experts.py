@@ -41,7 +41,7 @@ def test_experts_equal_the_reference(tiles: gpu.Tiles, dtype: torch.dtype) -> No
 
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("tiles", TILES, ids=str)
-def test_any_routing(tiles: gpu.Tiles, routing: str) -> None:
+def test_any_routing_equals_the_reference(tiles: gpu.Tiles, routing: str) -> None:
     case = on_gpu(arguments(routing, N=136, K=256, dtype=torch.bfloat16))
     assert_is_the_definition(run(case, tiles), case)
 
@@ -62,13 +62,13 @@ def test_hundred_runs_give_the_same_bits(tiles: gpu.Tiles) -> None:
 
 @pytest.mark.parametrize("pairs", [gpu.PAIRS_ALONE, 200], ids=["alone", "grouped"])
 def test_cuda_graph_follows_the_routing(pairs: int) -> None:
-    """Captured once, replayed with other experts: nothing of the routing may be known to the host."""
+    """Captured once, replayed with other experts: the host must not depend on the routing."""
     case = on_gpu(arguments(N=256, K=512, group=128, dtype=torch.bfloat16))
     generator = torch.Generator().manual_seed(0)
     E, M = case["words"].shape[0], case["x"].shape[0]
     case["token"] = (torch.arange(pairs) % M).cuda()
     case["expert"] = torch.randint(0, E, (pairs,), generator=generator).cuda()
-    op.w4a16_experts(**case)  # compiles, and warms the allocator up
+    op.w4a16_experts(**case)  # compiles, and warms up the allocator
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -43,7 +43,7 @@ def test_captured_graph_equals_eager_run(fused: Attention, rows: int, dtype: tor
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            fused(x)  # compiles, and asks the device what it can do, which a capture may not
+            fused(x)  # compiles, and queries the device, which is not allowed during a capture
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

@@ -80,7 +80,7 @@ def test_quantization_gives_the_same_bits_every_time(backend_name: str) -> None:
         assert torch.equal(block.compensate(on_gpu(case)), expected)
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # raised, it would leave the mode on for all tests
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # an error would leave the mode on for later tests
 def test_quantization_does_not_synchronize(backend_name: str) -> None:
     case = on_gpu(make_case(N=40, K=300))
     block.compensate(on_gpu(make_case(N=40, K=300)))  # compiles
@@ -138,7 +138,7 @@ def test_second_moment_equals_the_reference(
         assert torch.equal(total, total.T)
     X = x.double().numpy()
     expected, magnitude = reference.second_moment(X), reference.second_moment(np.abs(X))
-    # Products are exact; a sum of T of them is off by less than T + 2 roundings, even if each of them cuts off.
+    # Products are exact; a sum of T of them is off by less than T + 2 roundings, even if each of them is truncated.
     assert (np.abs(total.double().cpu().numpy() - expected) <= (T + 2) * 2.0**-23 * magnitude).all()
 
 
@@ -195,10 +195,10 @@ def test_factorization_holds_one_float64_array() -> None:
     with without_tf32():
         hessian = x.T @ x
     del x
-    factorize(hessian, "activation", 0.01)  # the libraries' own workspaces
+    factorize(hessian, "activation", 0.01)  # workspaces of the libraries
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     factorize(hessian, "activation", 0.01)
     units = (torch.cuda.max_memory_allocated() - before) / (8 * K * K)
-    assert units <= 2.2  # one, half of one for float32, and strips of a quarter or less
+    assert units <= 2.2  # one array, half an array for float32, and strips of a quarter or less

@@ -21,7 +21,7 @@ HALVES = (torch.float16, torch.bfloat16)
 LIMIT = {
     torch.float16: 5e-4,
     torch.bfloat16: 4e-3,
-}  # relative L2 against float64: the output's rounding and little else
+}  # relative L2 error against float64: mainly the rounding of the output
 AFTER = configs.Config(16, 64, 4, 4, ctas_per_sm=4, scale="after")
 BEFORE = configs.Config(128, 128, 8, 3, ctas_per_sm=0, scale="before", prefetch=False)
 
@@ -105,7 +105,7 @@ def test_assembly_equals_plain_arithmetic(config: configs.Config, dtype: torch.d
 
 @pytest.mark.parametrize("bits", [3, 4])
 def test_hundred_runs_give_the_same_bits(bits: int) -> None:
-    """Eight splits or so over poisoned memory: an early reader, or a sum in order of arrival, would show."""
+    """About eight splits over poisoned memory: this detects early reads, and sums in order of arrival."""
     case = on_gpu(16, 1024, 4096, bits=bits, group=128, bias=True, dtype=torch.bfloat16)
     launch = launcher(case, AFTER)
     first = launch()
@@ -139,7 +139,7 @@ def test_two_streams_do_not_disturb_each_other() -> None:
 
 def test_graphs_replay_at_the_same_time() -> None:
     case = on_gpu(1, 1024, 4096, group=128, dtype=torch.bfloat16)
-    expected = op.w4a16_linear(**case)  # compiles, and makes the counters, which a capture may not
+    expected = op.w4a16_linear(**case)  # compiles, and allocates the counters, which is not allowed during a capture
     torch.cuda.synchronize()
     graphs, results = [], []
     for _ in range(2):
@@ -188,9 +188,9 @@ def test_capture_without_counters_makes_its_own(monkeypatch: pytest.MonkeyPatch)
         assert torch.equal(y, expected)
 
 
-@pytest.mark.filterwarnings("default")  # Inductor warns of what it imports itself
+@pytest.mark.filterwarnings("default")  # Inductor warns about its own imports
 def test_compiled_with_cuda_graphs() -> None:
-    """torch.compile's graph trees refuse memory that outlives a graph; the counters must not be in theirs."""
+    """torch.compile's graph trees refuse memory that outlives a graph; the counters must not be in their memory."""
     case = on_gpu(4, 1024, 4096, group=128, dtype=torch.float16)
     weight = {name: value for name, value in case.items() if name != "x"}
 

@@ -19,7 +19,7 @@ def inputs(T: int, K: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def poisoned(K: int, upper_only: bool) -> Tensor:
-    """Some sum to add to; with `upper_only` what lies below the diagonal must not matter."""
+    """A nonzero sum to add to; with `upper_only`, the values below the diagonal are NaN and must have no effect."""
     start = torch.arange(K * K, dtype=torch.float32).view(K, K) / K
     start = start + start.T
     if upper_only:
@@ -74,7 +74,7 @@ def test_tiles_below_the_diagonal_are_not_written() -> None:
 
 
 def test_every_tile_is_computed_once() -> None:
-    """More rows of tiles than are visited together, and a last lot that is not full."""
+    """More rows of tiles than are visited together, and a partial last group."""
     from llmq_kernels.gram import triton_kernel
 
     K = triton_kernel.TILE * (triton_kernel.TILE_ROWS_TOGETHER + 2) + 1
@@ -82,7 +82,7 @@ def test_every_tile_is_computed_once() -> None:
     gram = torch.zeros(K, K)
     by_triton(gram, x, upper_only=True)
     op.mirror(gram)
-    assert torch.equal(gram, x.T.float() @ x.float())  # one product each, exact
+    assert torch.equal(gram, x.T.float() @ x.float())  # one exact product each
 
 
 def test_inputs_may_be_strided_or_transposed() -> None:
@@ -109,7 +109,7 @@ def test_second_moment_needs_no_second_array(largest_tensor: Any, monkeypatch: p
     with largest_tensor:
         op.update(gram, x, upper_only=True)
         op.mirror(gram)
-    assert largest_tensor.bytes < gram.nbytes  # views of the sum are the largest
+    assert largest_tensor.bytes < gram.nbytes  # the largest tensors are views of the sum
 
 
 WRONG = {

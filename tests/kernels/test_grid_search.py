@@ -9,7 +9,7 @@ from llmq_kernels.errors import KernelInputError
 from llmq_kernels.grid_search import op, reference, torch_path
 from llmq_kernels.grid_search.candidates import Candidates
 
-SHAPES = [(5, 2, 32), (3, 3, 16), (2, 1, 40), (17, 1, 128)]  # rows, groups, columns: powers of two and not
+SHAPES = [(5, 2, 32), (3, 3, 16), (2, 1, 40), (17, 1, 128)]  # rows, groups, columns: powers of two and other sizes
 
 
 def candidates(bits: int, symmetric: bool, dtype: torch.dtype = torch.float32) -> Candidates:
@@ -53,7 +53,7 @@ def errors(groups: Tensor, costs: Tensor, scales: Tensor, zeros: Tensor, levels:
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_torch_search_is_as_good_as_the_reference(shape: tuple[int, int, int], symmetric: bool, bits: int) -> None:
-    """An error in float32 is off by some 2**-22 of itself, which may turn a close decision, and no more."""
+    """An error in float32 has a relative error of about 2**-22, which can only change a close decision."""
     tried = candidates(bits, symmetric)
     groups, costs, first, widest, zeros = arguments(shape, tried, bits)
     scales, chosen = torch_path.search(groups, costs, first, widest, zeros, tried)
@@ -72,7 +72,7 @@ def test_torch_search_is_as_good_as_the_reference(shape: tuple[int, int, int], s
 @pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_kernel_chooses_as_torch(shape: tuple[int, int, int], symmetric: bool, bits: int, dtype: torch.dtype) -> None:
-    """Where it does not, the two candidates tie to the last bits of a float32."""
+    """If it does not, the two candidates are equal except for the last bits of a float32."""
     from llmq_kernels.grid_search import triton_kernel
 
     tried = candidates(bits, symmetric, dtype)

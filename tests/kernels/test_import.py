@@ -9,7 +9,7 @@ KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 
 
 def run(program: str) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(KERNELS)}  # pytest's own path does not reach a subprocess
+    environment = {**os.environ, "PYTHONPATH": str(KERNELS)}  # a subprocess does not inherit the path of pytest
     command = [sys.executable, "-c", program]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr

@@ -85,7 +85,7 @@ def test_torch_layout_equals_the_reference(bits: int, N: int, K: int, seed: int)
 
 @given(st.sampled_from(BITS), st.integers(0, 2**32 - 1))
 def test_any_words_unpack_and_pack_again(bits: int, seed: int) -> None:
-    """The layout is dense: any words at all unpack, and pack to themselves."""
+    """The layout is dense: any words can be unpacked, and are packed to the same words."""
     words = np.random.default_rng(seed).integers(-(1 << 15), 1 << 15, (3, 16 * bits), dtype=np.int16)
     np.testing.assert_array_equal(layout.pack(layout.unpack(torch.from_numpy(words), bits, 256), bits).numpy(), words)
 

@@ -145,7 +145,7 @@ def test_weight_at_its_zero_point_is_exactly_zero() -> None:
 
 @pytest.mark.parametrize("bits", BITS)
 def test_pieces_bound_the_memory(bits: int, monkeypatch: pytest.MonkeyPatch, largest_tensor: Any) -> None:
-    """47 rows, five at a time: the last piece is a short one.  Inside the op, torch's modes would see nothing."""
+    """47 rows, five at a time: the last piece is shorter.  Modes of torch see no operations inside the op."""
     monkeypatch.setattr(cpu, "WEIGHTS_AT_ONCE", 5 * 384)
     case = arguments((3,), 47, 352, bits=bits, bias=True)
     with largest_tensor:
@@ -153,7 +153,7 @@ def test_pieces_bound_the_memory(bits: int, monkeypatch: pytest.MonkeyPatch, lar
         gradient = cpu.input_gradient(y, weight_in(case))
     assert_is_the_definition(y, case)
     assert_is_the_gradient(gradient, y, case)
-    assert largest_tensor.bytes <= 4 * 5 * 384  # one piece in float32; the whole weight would be nine of them
+    assert largest_tensor.bytes <= 4 * 5 * 384  # one piece in float32; the whole weight would be nine pieces
 
 
 def test_x_may_have_any_strides() -> None:
@@ -213,7 +213,7 @@ def test_torch_accepts_the_op(extras: bool, trained: bool) -> None:
 
 @pytest.mark.parametrize("ordered", [True, False])
 def test_torch_accepts_the_gradient_op(ordered: bool) -> None:
-    case = arguments((), 5, 172, ordered=ordered)  # 172: the last tile is cut, which the strides must not show
+    case = arguments((), 5, 172, ordered=ordered)  # 172: the last tile is partial, which must not affect the strides
     torch.library.opcheck(op.w4a16_input_gradient, (torch.randn(2, 3, 5), *weight_in(case)[:7]))
 
 

@@ -79,7 +79,7 @@ def test_streams_and_captures_have_separate_counters() -> None:
     taken = [set(part.tolist()) for part in (one, other, captured[0], captured[1]) if part is not None]
     assert [len(part) for part in taken] == [counters.PER_STREAM, counters.PER_STREAM, 3, 8]
     assert len(set.union(*taken)) == sum(map(len, taken))
-    assert captured[2] is None and bank.of_stream(3) is None  # nothing left: the caller makes its own
+    assert captured[2] is None and bank.of_stream(3) is None  # none left: the caller allocates counters
 
 
 def costs(config: configs.Config) -> float | None:
@@ -120,7 +120,7 @@ def test_tuned_table_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     table = configs.for_architecture(90)
     assert (table.crossover, table.chunk_bytes) == (48, 1024)
     assert [table.config(M, 64, 128) for M in (1, 2, 40)] == [AFTER, BEFORE, BEFORE]
-    assert table.config(1, 999, 128) == BEFORE  # the largest weight's
+    assert table.config(1, 999, 128) == BEFORE  # those of the largest weight
     assert json.loads(text)["architectures"]["90"]["shapes"]["64x128"][0]["microseconds"] == 2.5
 
 

@@ -27,8 +27,8 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def weight(N: int, K: int, *, group: int = 32, symmetric: bool = True, dtype: torch.dtype = torch.float32) -> Any:
-    """The weight's arguments of the op: random codes, scales of both signs, zeros from one end of the codes past the
-    other."""
+    """The weight's arguments of the op: random codes, scales of both signs, zeros from one end of the codes to past
+    the other."""
     generator = torch.Generator().manual_seed(N + K)
     G = -(-K // group)
     codes = torch.randint(0, 16, (N, K), generator=generator, dtype=torch.uint8)
@@ -192,7 +192,7 @@ def test_int4_copy_of_another_shape_is_refused(change: dict[str, Any], message: 
 
 
 def test_direct_call_equals_the_op() -> None:
-    """`op.linear` leaves the dispatcher out; with gradients, tracing, modes and other tensors it goes through it."""
+    """`op.linear` skips the dispatcher, except with gradients, tracing, modes and other tensors."""
     made, x = weight(32, 128), random_x(2, 128)
     packed = with_pair(made)
     assert op.linear(x, packed, None).equal(op.w4a16_linear(x, None, *packed))

@@ -32,7 +32,7 @@ KERNELS: dict[str, Callable[..., Tensor]] = {
 
 
 def run(kernel: str, case: dict[str, Any]) -> Tensor:
-    """One of the implementations, past the op."""
+    """Run one of the implementations without the op."""
     return KERNELS[kernel](**grouped(case))
 
 
@@ -54,7 +54,7 @@ def test_op_equals_the_reference(bits: int, group: int | None, symmetric: bool) 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_any_routing(kernel: str, routing: str) -> None:
+def test_any_routing_equals_the_reference(kernel: str, routing: str) -> None:
     case = arguments(routing, N=33, K=128)
     assert_is_the_definition(run(kernel, case), case)
 
@@ -95,7 +95,7 @@ def test_unsupported_weights_are_left_to_torch() -> None:
 
 
 @given(counts=st.lists(st.integers(0, 40), min_size=1, max_size=12), block_m=st.sampled_from((16, 32, 64)))
-def test_there_are_always_enough_blocks(counts: list[int], block_m: int) -> None:
+def test_launch_has_enough_blocks_for_every_pair(counts: list[int], block_m: int) -> None:
     needed = sum(-(-count // block_m) for count in counts)
     assert needed <= gpu.most_blocks(sum(counts), len(counts), block_m)
 
@@ -154,7 +154,7 @@ def test_shapes_are_known_on_meta() -> None:
     assert (y.device.type, y.shape, y.dtype) == ("meta", (6, 40), torch.float16)
 
 
-def test_one_graph_when_compiled() -> None:
+def test_compiles_as_one_graph() -> None:
     case = arguments(dtype=torch.float32)
     compiled = torch.compile(lambda case: op.w4a16_experts(**case) * 2, fullgraph=True, backend="aot_eager")
     assert compiled(case).equal(op.w4a16_experts(**case) * 2)
@@ -177,7 +177,7 @@ def test_gradient_sums_over_the_pairs_of_a_token(routing: str) -> None:
     assert np.all(np.abs(case["x"].grad.double().numpy() - expected) <= error)
 
 
-def test_never_more_than_one_expert_is_unpacked(largest_tensor: Any) -> None:
+def test_at_most_one_expert_is_unpacked_at_a_time(largest_tensor: Any) -> None:
     case = arguments("all in one", N=256, K=512, dtype=torch.float32)
     with largest_tensor:
         op.w4a16_experts(**case)

@@ -29,7 +29,7 @@ def machine(config: configs.Config = AFTER, *, processors: int = 0, crossover: i
 def arguments(
     M: int, N: int, K: int, group: int | None, *, bits: int = 4, zeros: str = "random", extras: bool = False
 ) -> dict[str, Any]:
-    """Random arguments of `gpu.linear`; scales have both signs; zeros are None, random or a number for all."""
+    """Random arguments of `gpu.linear`; scales have both signs; zeros are None, random or one number for all."""
     generator = torch.Generator().manual_seed(1000 * K + 10 * M + bits)
     per_group = group or K
     G = -(-K // per_group)
@@ -54,7 +54,7 @@ def assert_is_the_definition(y: Tensor, case: dict[str, Any], *, rounded_weight:
     """Within K + 8 roundings of float32 for any order of the sums, one of the output, and one of W where it is rounded.
 
     Eight more than K: scaling of groups, splits, bias, and the second order.  A float16 W is off by at most half a unit
-    of its own, 2**-11 |w|, or half the smallest subnormal.
+    of w, 2**-11 |w|, or half the smallest subnormal.
     """
     values = in_numpy(case)
     expected = reference.linear(**grouped(values))
@@ -69,8 +69,8 @@ def assert_is_the_definition(y: Tensor, case: dict[str, Any], *, rounded_weight:
     assert np.all(np.abs(y.double().numpy() - expected) <= error)
 
 
-class Watch(TorchDispatchMode):
-    """Inside `with`, the names of torch's products."""
+class RecordedProducts(TorchDispatchMode):
+    """Inside `with`, records the names of the matrix products that torch runs."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -82,14 +82,14 @@ class Watch(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-# M, N, K, columns in a group (None: the row): every number of planes a scale spans, K and N that fill no tile
+# M, N, K, columns in a group (None: the row): every number of planes per scale; K and N with partial tiles
 SHAPES = [
     (1, 40, 256, 128),
     (3, 33, 352, 32),  # the last tile has three planes
     (17, 7, 320, 64),
     (2, 32, 384, 96),
     (5, 16, 512, 256),
-    (3, 33, 300, 128),  # the last group is cut, and ends inside a plane
+    (3, 33, 300, 128),  # the last group is partial, and ends inside a plane
     (1, 20, 416, 384),
     (4, 24, 200, None),
     (40, 33, 128, 64),
@@ -143,7 +143,7 @@ def test_other_widths_equal_the_reference(shape: tuple[int, int, int, int | None
 @pytest.mark.parametrize("bits", [3, 4])
 @pytest.mark.parametrize("splits", [1, 2, 3])
 def test_splits_are_summed_and_counters_reset(splits: int, bits: int) -> None:
-    M, N, K = 17, 40, 800  # 2 x 2 output tiles of 7 tiles of columns: no split has as many as another
+    M, N, K = 17, 40, 800  # 2 x 2 output tiles of 7 tiles of columns: all splits have different sizes
     case = arguments(M, N, K, 32, bits=bits, extras=True)
     case["column_order"] = None
     config = configs.Config(16, 32, 4, 2, ctas_per_sm=splits, scale="after")
@@ -179,18 +179,18 @@ def test_many_rows_go_through_chunks_of_dequantized_weight(extras: bool, bits: i
         case["bias"] = case["bias"].half()
     rows = case["x"] if case["column_order"] is None else case["x"].index_select(1, case["column_order"])
     out = torch.full((9, 100), torch.nan, dtype=torch.float16)
-    with Watch() as watch:
+    with RecordedProducts() as recorded:
         gpu.run_dequantized(machine(), rows, weight_in(case), case["bias"], out)
-    assert len(watch.products) == 7
+    assert len(recorded.products) == 7
     assert_is_the_definition(out, case, rounded_weight=True)
 
 
 @pytest.mark.parametrize(("bits", "M", "chunks"), [(4, 8, 0), (4, 9, 2), (3, 8, 0)])
 def test_number_of_rows_selects_the_kernel(bits: int, M: int, chunks: int) -> None:
     case = arguments(M, 24, 160, 32, bits=bits)
-    with Watch() as watch:
+    with RecordedProducts() as recorded:
         y = gpu.linear_on(machine(crossover=8), **grouped(case))
-    assert len(watch.products) == chunks
+    assert len(recorded.products) == chunks
     assert_is_the_definition(y, case, rounded_weight=chunks > 0)
 
 
@@ -205,7 +205,7 @@ def within(tensor: Tensor, *more: int) -> Tensor:
 @pytest.mark.parametrize("group", [32, 128])
 @pytest.mark.parametrize("bits", [3, 4])
 def test_kernels_stay_within_the_tensors(bits: int, group: int) -> None:
-    """The last group is cut, the tile behind it has groups that do not exist, and neither M nor N fill a block."""
+    """The last group is partial, its tile extends past the last group, and neither M nor N fill a block."""
     M, N, K = 3, 20, 140
     case = arguments(M, N, K, group, bits=bits, extras=True)
     x, bias, out = within(case["x"], 20, 200), within(case["bias"], 50), within(torch.zeros(M, N).half(), 20, 0)

@@ -1,4 +1,4 @@
-"""`import llmq` and `llmq --help` answer at once: neither torch nor anything else that is heavy is loaded for them."""
+"""`import llmq` and `llmq --help` are fast: they import neither torch nor any other heavy package."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = {"torch", "transformers", "numpy", "pydantic", "typer", "click", "rich", "safetensors", "huggingface_hub"}
-MODULES = 20  # that `import llmq` may load on top of what Python has loaded itself; 7 as this is written
+MODULES = 20  # modules that `import llmq` may load in addition to those of Python; currently 7
 
 LOADED = "import json; print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})), file=sys.stderr)"
 COUNTED = "import sys; before = len(sys.modules); import llmq; print(len(sys.modules) - before)"

@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md keeps what it promises: its code blocks, put where it says, work together."""
+"""The code blocks of CONTRIBUTING.md, inserted in the files that it names, work together."""
 
 import csv
 import json
@@ -20,7 +20,7 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 ROW = "# llmq/methods.py, a row of METHODS"
 SMALL = ["--group-size", "16", "--samples", "4", "--seqlen", "48", "--device", "cpu"]
 
-# Runs each command of a JSON list as `llmq` would, in one process, and prints what each of them printed.
+# Runs each command of a JSON list as `llmq` would, in one process, and prints the output of each.
 DRIVER = """
 import contextlib, io, json, sys
 from llmq import cli
@@ -46,7 +46,7 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a copy of llmq to which all that the page shows was added."""
+    """A folder with a copy of llmq and all code blocks of the page."""
     folder = tmp_path_factory.mktemp("contributing")
     shutil.copytree(ROOT / "llmq", folder / "llmq", ignore=shutil.ignore_patterns("__pycache__"))
     for code in blocks("python"):
@@ -55,8 +55,8 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
             _insert_row(folder / "llmq" / "methods.py", body)
             continue
         file = folder / header.removeprefix("# ")
-        assert file.parent.is_dir(), f"the page names {header}, and there is no such folder"
-        assert not file.exists(), f"the page names {header}, which is there already"
+        assert file.parent.is_dir(), f"the page names {header}, but there is no such folder"
+        assert not file.exists(), f"the page names {header}, which already exists"
         file.write_text(body, encoding="utf-8")
     return folder
 
@@ -79,7 +79,7 @@ def run(package: Path, program: str, *arguments: str) -> str:
 
 
 def commands(folder: Path, model: Path, table: Path) -> list[list[str]]:
-    """Those of the page, on a small model and a small text."""
+    """The commands of the page, on a small model and a small text."""
     (shell,) = blocks("sh")
     names = {"MODEL": str(model), "OUT": str(folder / "out"), "OUT-ct": str(folder / "ct")}
     lines = []
@@ -91,7 +91,7 @@ def commands(folder: Path, model: Path, table: Path) -> list[list[str]]:
     return lines
 
 
-def test_every_kind_has_a_block() -> None:
+def test_every_kind_of_extension_has_a_code_block() -> None:
     headers = [code.partition("\n")[0].removeprefix("# ") for code in blocks("python")]
     folders = [header.rpartition("/")[0] for header in headers]
     assert folders.count("llmq/algorithms") == 3
@@ -99,7 +99,7 @@ def test_every_kind_has_a_block() -> None:
     assert ROW.removeprefix("# ") in headers
 
 
-def test_the_page_works(package: Path, checkpoint: Callable[..., Path], text: Path, tmp_path: Path) -> None:
+def test_documented_extensions_work(package: Path, checkpoint: Callable[..., Path], text: Path, tmp_path: Path) -> None:
     table = tmp_path / "text.csv"
     with table.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -122,7 +122,7 @@ def test_the_page_works(package: Path, checkpoint: Callable[..., Path], text: Pa
     assert run(package, LOAD, str(tmp_path / "out")).strip() == "PackedLinear"
 
 
-def test_lists_of_names_include_what_was_added(package: Path) -> None:
+def test_help_lists_the_added_names(package: Path) -> None:
     outputs = json.loads(run(package, DRIVER, json.dumps([["--help"], ["quantize", "--help"]])))
     assert re.search(r"Inspect.*\bsize\b", outputs[0], re.DOTALL)
     assert "plain-bytes" in re.sub(r"[\s│]+", " ", outputs[1]).replace("- ", "-")

@@ -1,4 +1,4 @@
-"""Generated pages, and generated parts of pages, say what the code and the figures say."""
+"""Generated pages, and generated parts of pages, are up to date with the code and the results."""
 
 import importlib.util
 import subprocess
@@ -26,7 +26,7 @@ def test_generated_pages_are_up_to_date() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_a_page_that_says_something_else_is_stale(docs: ModuleType, tmp_path: Path) -> None:
+def test_page_with_other_text_is_stale(docs: ModuleType, tmp_path: Path) -> None:
     page, wanted = tmp_path / "page.md", "a\n<!-- begin: x -->\nnew\n<!-- end: x -->\nb\n"
     page.write_text(wanted.replace("new", "old"))
     assert docs.replaced(page.read_text(), "x", "new") == wanted
@@ -47,7 +47,7 @@ def test_the_tree_has_a_sentence_for_every_file(docs: ModuleType) -> None:
     assert [name.strip() for name, sentence in entries if not sentence] == []
 
 
-def test_the_page_of_architectures_has_a_row_for_each() -> None:
+def test_architecture_page_has_a_row_per_architecture() -> None:
     from tests.architectures import ARCHITECTURES, LEFT_OUT
 
     page = (ROOT / "docs" / "MODELS.md").read_text(encoding="utf-8")

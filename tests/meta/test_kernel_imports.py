@@ -1,4 +1,4 @@
-"""What the kernels need to be imported: NumPy for a definition, torch for an op, Triton for nothing but a launch."""
+"""Imports of the kernels: references need NumPy, ops need torch, and only launches need Triton."""
 
 import ast
 import os
@@ -21,7 +21,7 @@ def named(file: Path) -> str:
 
 
 def is_triton(name: str) -> bool:
-    """Whether a module is named for Triton."""
+    """Whether a module has Triton in its name."""
     return name.rpartition(".")[2].startswith("triton_")
 
 
@@ -79,16 +79,16 @@ def test_only_files_named_for_triton_import_it() -> None:
 
 
 def test_triton_files_are_imported_by_triton_files_only() -> None:
-    """Everybody else imports them inside the function that launches."""
+    """Other files import them inside the function that launches."""
     importing = {
         named(file): [name for name in imports_at_top(file) if any(is_triton(part) for part in _prefixes(name))]
         for file in FILES
         if not is_triton(named(file))
     }
-    assert {name: found for name, found in importing.items() if found} == {}
+    assert {name: names for name, names in importing.items() if names} == {}
 
 
-def test_modules_do_not_import_in_circles() -> None:
+def test_modules_have_no_circular_imports() -> None:
     """Module by module, not folder by folder: an import inside a function counts, since it is a dependency too."""
     graph = module_graph()
     assert len(graph) > len(FILES)  # bench included

@@ -1,6 +1,6 @@
-"""Who may import whom: a module knows those below it, never those above.
+"""Which module may import which: only modules of the same and of lower layers.
 
-An import inside a function or under TYPE_CHECKING counts like any other: it is knowledge all the same.
+Imports inside functions or under TYPE_CHECKING count too, because they are dependencies as well.
 """
 
 import ast
@@ -9,8 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Every file or folder directly in llmq/, lowest first.  A room imports from its own layer and the ones below; rooms of
-# the layer in KEPT_APART import none of their neighbours, so that each can be read, tested and replaced alone.
+# Every part of llmq (a file or folder directly in llmq/), the lowest layer first.  A part imports from the same layer
+# and from lower ones; the parts of layer KEPT_APART do not import each other, so each can be tested and replaced alone.
 LAYERS = (
     ("errors", "memory", "checkpoint", "_version"),
     ("numerics", "methods", "patterns", "setting_fields"),
@@ -21,20 +21,20 @@ LAYERS = (
     ("mixed_precision", "pipeline", "plan"),
     ("export", "verify", "run_text", "job"),
     ("cli",),
-    ("__init__", "__main__"),  # the two doors
+    ("__init__", "__main__"),  # the entry points
 )
 KEPT_APART = 2
-MODEL_MAY_IMPORT = {"checkpoint", "errors", "memory", "numerics"}  # and itself: nothing of codes or settings
+MODEL_MAY_IMPORT = {"checkpoint", "errors", "memory", "numerics"}  # and itself: no algorithms, formats or settings
 
-LAYER_OF = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}
-
-
-def room_of(file: Path) -> str:
-    return _room(file.relative_to(ROOT / "llmq").with_suffix("").parts)
+LAYER_OF = {part: layer for layer, names in enumerate(LAYERS) for part in names}
 
 
-def _room(parts: Sequence[str]) -> str:
-    """A file that has a place of its own, such as `gguf.blocks`, else what lies directly in llmq/."""
+def part_of(file: Path) -> str:
+    return _part(file.relative_to(ROOT / "llmq").with_suffix("").parts)
+
+
+def _part(parts: Sequence[str]) -> str:
+    """A file with a separate layer, such as `gguf.blocks`, otherwise the file or folder directly in llmq/."""
     inner = ".".join(parts[:2])
     return inner if inner in LAYER_OF else parts[0]
 
@@ -50,22 +50,22 @@ def imports(file: Path) -> Iterator[str]:
 
 
 def edges() -> dict[tuple[str, str], list[str]]:
-    """(room, room that it imports) -> the files that do."""
-    found: dict[tuple[str, str], list[str]] = {}
+    """(part, part that it imports) -> the files with the imports."""
+    files: dict[tuple[str, str], list[str]] = {}
     for file in sorted((ROOT / "llmq").rglob("*.py")):
         for name in imports(file):
             package, *rest = name.split(".")
             if package == "llmq":
-                target = _room(rest) if rest and _room(rest) in LAYER_OF else "__init__"
-                found.setdefault((room_of(file), target), []).append(str(file.relative_to(ROOT)))
-    return found
+                target = _part(rest) if rest and _part(rest) in LAYER_OF else "__init__"
+                files.setdefault((part_of(file), target), []).append(str(file.relative_to(ROOT)))
+    return files
 
 
-def test_every_room_has_a_place_in_the_table() -> None:
-    assert {room_of(file) for file in (ROOT / "llmq").rglob("*.py")} == set(LAYER_OF)
+def test_every_part_is_in_the_table() -> None:
+    assert {part_of(file) for file in (ROOT / "llmq").rglob("*.py")} == set(LAYER_OF)
 
 
-def test_nothing_imports_from_above() -> None:
+def test_no_import_from_a_higher_layer() -> None:
     upward = [edge for edge in edges() if LAYER_OF[edge[0]] < LAYER_OF[edge[1]]]
     assert not upward, {edge: edges()[edge] for edge in upward}
 
@@ -76,12 +76,12 @@ def test_algorithms_formats_and_model_never_import_each_other() -> None:
     assert not crossing, {edge: edges()[edge] for edge in crossing}
 
 
-def test_model_imports_nothing_but_errors_and_statistics() -> None:
+def test_model_imports_only_the_listed_parts() -> None:
     assert {b for a, b in edges() if a == "model"} <= {"model", *MODEL_MAY_IMPORT}
 
 
 def circles(below: Mapping[str, set[str]]) -> list[str]:
-    """Everything that imports itself on the way through others."""
+    """The names that import themselves through others."""
 
     def reachable(start: str) -> set[str]:
         seen: set[str] = set()
@@ -95,7 +95,7 @@ def circles(below: Mapping[str, set[str]]) -> list[str]:
     return [name for name in below if name in reachable(name)]
 
 
-def test_rooms_do_not_import_in_circles() -> None:
+def test_parts_have_no_circular_imports() -> None:
     below: dict[str, set[str]] = {}
     for a, b in edges():
         if a != b:
@@ -117,12 +117,12 @@ def _dotted(file: Path) -> str:
     return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def test_modules_do_not_import_in_circles() -> None:
-    """Inside a room either; imports in functions and under TYPE_CHECKING count."""
+def test_modules_have_no_circular_imports() -> None:
+    """Also within a part; imports in functions and under TYPE_CHECKING count."""
     assert circles(module_edges()) == []
 
 
-def test_a_circle_of_modules_is_found() -> None:
+def test_circular_imports_are_detected() -> None:
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == ["a", "b", "c"]
 
 

@@ -1,4 +1,4 @@
-"""What no file may hold: swallowed errors, pickles, paths of somebody's machine."""
+"""Forbidden in every file: swallowed errors, pickles, paths of one machine."""
 
 import ast
 import re
@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 CODE = ("llmq", "kernels", "scripts", "eval", "tests")
 SHIPPED = ("llmq", "kernels", "scripts", "eval")
-PEERS = "eval/peers/"  # run in environments of their own, and read back what they have just written themselves
+PEERS = "eval/peers/"  # run in separate environments, and read only files that they have just written
 
 # A home folder or a mount that only some machine has, or where this checkout lies; not a part of a URL or of a path
 # that is relative to something.
@@ -26,16 +26,16 @@ def parsed(folders: tuple[str, ...] = CODE) -> Iterator[tuple[str, ast.AST]]:
             yield str(file.relative_to(ROOT)), ast.parse(file.read_text(encoding="utf-8"))
 
 
-def found(folders: tuple[str, ...], wrong: type[ast.AST]) -> Iterator[tuple[str, ast.AST]]:
+def nodes_of_type(folders: tuple[str, ...], node_type: type[ast.AST]) -> Iterator[tuple[str, ast.AST]]:
     for name, tree in parsed(folders):
         for node in ast.walk(tree):
-            if isinstance(node, wrong):
+            if isinstance(node, node_type):
                 yield f"{name}:{getattr(node, 'lineno', 0)}", node
 
 
 @pytest.fixture(scope="session")
 def tracked() -> list[Path]:
-    """Every file but this one that git knows or would take, those not yet added included."""
+    """Every file except this one that is tracked by git, or is untracked and not ignored."""
     command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     if shutil.which("git") is None or subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip("needs git and a checkout, to know which files are the project's")
@@ -45,13 +45,13 @@ def tracked() -> list[Path]:
 
 
 def test_no_bare_except() -> None:
-    bare = [place for place, node in found(CODE, ast.ExceptHandler) if getattr(node, "type", None) is None]
+    bare = [place for place, node in nodes_of_type(CODE, ast.ExceptHandler) if getattr(node, "type", None) is None]
     assert bare == []
 
 
 def test_no_error_is_swallowed() -> None:
     swallowed = []
-    for place, node in found(CODE, ast.ExceptHandler):
+    for place, node in nodes_of_type(CODE, ast.ExceptHandler):
         assert isinstance(node, ast.ExceptHandler)
         if all(isinstance(line, ast.Pass) or _is_ellipsis(line) for line in node.body):
             swallowed.append(place)
@@ -62,10 +62,10 @@ def _is_ellipsis(line: ast.stmt) -> bool:
     return isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant) and line.value.value is ...
 
 
-def test_nothing_unpickles() -> None:
+def test_no_code_loads_pickles() -> None:
     modules = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve"}
     places = []
-    for place, node in found(SHIPPED, ast.AST):
+    for place, node in nodes_of_type(SHIPPED, ast.AST):
         if isinstance(node, ast.Import):
             names = {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -79,17 +79,17 @@ def test_nothing_unpickles() -> None:
     assert places == []
 
 
-def test_no_path_of_somebodys_machine(tracked: list[Path]) -> None:
+def test_no_machine_specific_path(tracked: list[Path]) -> None:
     assert _lines_with(MACHINE_PATH, tracked) == []
 
 
 @pytest.mark.parametrize("text", ["cd /home/me/llmq", f"path = '{ROOT}/x'", "(/Users/me/x)"])
-def test_paths_of_machines_are_recognised(text: str) -> None:
+def test_machine_specific_paths_are_detected(text: str) -> None:
     assert MACHINE_PATH.search(text)
 
 
 @pytest.mark.parametrize("text", ["https://x.org/home/page", "../mnt/file", "<repo>/mnt/x", "a/root/b"])
-def test_other_paths_are_not(text: str) -> None:
+def test_relative_paths_and_urls_are_accepted(text: str) -> None:
     assert not MACHINE_PATH.search(text)
 
 

@@ -1,4 +1,4 @@
-"""Two loops over blocks; two ways of looking into a forward: hooks, and `forward`s that are replaced for a while."""
+"""Only the listed loops run blocks, and forwards are observed only by hooks or by temporarily replaced `forward`s."""
 
 import ast
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "llmq"
 
-# The loops, and the one exception: it loads the whole model, to write text with it.
+# The two loops, and one exception, which loads the whole model to generate text.
 LOOPS = {
     "model/passes/forward.py": {"forward"},
     "model/passes/backward.py": {"backward"},
@@ -15,7 +15,7 @@ LOOPS = {
 }
 RUNS_OR_LOADS = {"load", "fill", "run", "forward", "past"}
 
-# A model on meta is run once to see what it is made of; nothing of it is text, and nothing has weights.
+# Runs a model once on meta to find its operations, without text and without weights.
 SEES_ALL_OPERATIONS = "model/analyse/meta_run.py"
 OTHER_WAYS = {
     "TorchFunctionMode", "TorchDispatchMode", "_getframe", "currentframe", "settrace", "setprofile", "greenlet", "fx",
@@ -30,7 +30,7 @@ def parsed() -> Iterator[tuple[str, ast.Module]]:
 
 
 def iterates_over_blocks(iterable: ast.expr) -> bool:
-    """`skeleton.blocks`, also reversed, numbered or named `blocks`; not how many there are."""
+    """`skeleton.blocks`, also reversed, enumerated or in a variable `blocks`; but not over its length."""
     if isinstance(iterable, ast.Call):
         name = iterable.func.id if isinstance(iterable.func, ast.Name) else ""
         return name in {"reversed", "enumerate", "zip", "list", "tuple", "iter"} and any(
@@ -77,12 +77,12 @@ def loops_over_blocks(tree: ast.AST) -> Iterator[str]:
                     yield function.name
 
 
-def test_only_two_loops_run_blocks() -> None:
-    found = {file: set(loops_over_blocks(tree)) for file, tree in parsed()}
-    assert {file: functions for file, functions in found.items() if functions} == LOOPS
+def test_only_the_listed_loops_run_blocks() -> None:
+    loops = {file: set(loops_over_blocks(tree)) for file, tree in parsed()}
+    assert {file: functions for file, functions in loops.items() if functions} == LOOPS
 
 
-def test_loops_over_blocks_are_recognised() -> None:
+def test_loops_over_blocks_are_detected() -> None:
     bodies = [
         "for block in skeleton.blocks: block.load()",
         "for index, block in enumerate(self.skeleton.blocks): visit(block)",
@@ -101,7 +101,7 @@ def test_loops_over_blocks_are_recognised() -> None:
 
 
 def other_ways(tree: ast.AST) -> Iterator[str]:
-    """What looks into a forward by other means than hooks of modules and replaced forwards."""
+    """The names by which code observes a forward in other ways than hooks of modules and replaced forwards."""
     for node in ast.walk(tree):
         names: list[str] = []
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -123,13 +123,13 @@ def _last(node: ast.expr) -> str:
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
 
 
-def test_forwards_are_seen_by_hooks_and_replaced_forwards() -> None:
-    found = {file: sorted(set(other_ways(tree))) for file, tree in parsed()}
-    assert set(found.pop(SEES_ALL_OPERATIONS)) >= {"TorchDispatchMode", "TorchFunctionMode"}
-    assert {file: ways for file, ways in found.items() if ways} == {}
+def test_forwards_are_observed_by_hooks_or_replacement_only() -> None:
+    uses = {file: sorted(set(other_ways(tree))) for file, tree in parsed()}
+    assert set(uses.pop(SEES_ALL_OPERATIONS)) >= {"TorchDispatchMode", "TorchFunctionMode"}
+    assert {file: names for file, names in uses.items() if names} == {}
 
 
-def test_other_ways_are_recognised() -> None:
+def test_other_ways_are_detected() -> None:
     for line in (
         "from torch.overrides import TorchFunctionMode",
         "import greenlet",

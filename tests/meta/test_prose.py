@@ -28,7 +28,8 @@ PAGES = [
     ROOT / "eval" / "LOG.md",
     *sorted((ROOT / "eval" / "models").glob("*/README.md")),
 ]
-CODE_FOLDERS = ("llmq", "kernels")
+CODE_FOLDERS = ("llmq", "kernels", "tests", "eval", "scripts")
+NAMES = ("found", "each")  # variables that do not say what they hold
 COMMANDS = ("", "quantize", "convert", "eval", "verify", "inspect", "sensitivity", "generate", "env")
 
 LONGEST_SENTENCE = 40  # words
@@ -217,10 +218,31 @@ def test_every_command_has_its_help_read() -> None:
 
 @pytest.mark.parametrize("folder", CODE_FOLDERS)
 def test_code_avoids_the_habits(folder: str) -> None:
-    files = sorted((ROOT / folder).rglob("*.py"))
+    files = [file for file in sorted((ROOT / folder).rglob("*.py")) if file != Path(__file__)]
     assert files
     caught = [line for file in files for text in written_in(file) for line in habits_in(text)]
     assert not caught, f"\n{len(caught)} in {folder}/:\n" + "\n".join(caught)
+
+
+def unclear_names(source: str) -> list[int]:
+    """The lines that bind a variable or a parameter of NAMES; fields of classes are excepted."""
+    tree = ast.parse(source)
+    fields = {id(node.target) for node in ast.walk(tree) if isinstance(node, ast.AnnAssign) and node.value is None}
+    variables = {node.lineno for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id in NAMES
+                 and isinstance(node.ctx, ast.Store) and id(node) not in fields}  # fmt: skip
+    parameters = {node.lineno for node in ast.walk(tree) if isinstance(node, ast.arg) and node.arg in NAMES}
+    return sorted(variables | parameters)
+
+
+def test_unclear_names_are_caught() -> None:
+    assert unclear_names("found = [each for each in x]\ndef f(found): pass\nclass A:\n    found: int\n") == [1, 2]
+
+
+@pytest.mark.parametrize("folder", CODE_FOLDERS)
+def test_variables_say_what_they_hold(folder: str) -> None:
+    files = sorted((ROOT / folder).rglob("*.py"))
+    caught = [f"{file.relative_to(ROOT)}:{line}" for file in files for line in unclear_names(file.read_text("utf-8"))]
+    assert not caught, "\n" + "\n".join(caught)
 
 
 def anchors(page: Path) -> set[str]:

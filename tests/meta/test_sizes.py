@@ -1,4 +1,4 @@
-"""Files and functions that can be read in one go.  One linear story is better than five functions called once."""
+"""Limits on the length of files and functions.  One linear function is better than five functions called once."""
 
 import ast
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("llmq", "kernels", "scripts", "eval")
-FILE_LINES, FUNCTION_LINES = 320, 100  # more than 60 only where a function tells a linear story
+FILE_LINES, FUNCTION_LINES = 320, 100  # more than 60 only for a function that is a linear sequence of steps
 
 
 def files() -> list[Path]:
@@ -25,7 +25,7 @@ def functions(source: str) -> Iterator[tuple[str, int]]:
 
 
 @pytest.mark.parametrize("file", files(), ids=lambda file: str(file.relative_to(ROOT)))
-def test_a_file_and_its_functions_are_small(file: Path) -> None:
+def test_files_and_functions_are_small(file: Path) -> None:
     source = file.read_text(encoding="utf-8")
     assert len(source.splitlines()) <= FILE_LINES
     assert {name: lines for name, lines in functions(source) if lines > FUNCTION_LINES} == {}

@@ -1,4 +1,4 @@
-"""A warning fails a test where llmq causes it, and not where other packages warn for themselves."""
+"""A warning fails a test if llmq causes it, but not if it is internal to another package."""
 
 import importlib.util
 import sys
@@ -12,7 +12,7 @@ from tests.warning_rule import errors_for_our_warnings
 
 
 def package(folder: Path, name: str, source: str) -> ModuleType:
-    """A module as if it were installed: below a folder `site-packages`."""
+    """A module below a folder `site-packages`, like an installed package."""
     file = folder / "site-packages" / name / "__init__.py"
     file.parent.mkdir(parents=True)
     file.write_text(source, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Settings: which wins, which are refused and with what words, and that what is written can be read again."""
+"""Settings: precedence, errors for invalid values, and reading of written files."""
 
 import importlib.util
 import inspect
@@ -45,28 +45,28 @@ FULL = QuantConfig(
 # ---- grids
 
 
-def test_a_scheme_knows_its_levels() -> None:
+def test_a_scheme_has_levels_and_a_middle() -> None:
     assert [WeightScheme(bits).levels for bits in (2, 3, 4, 8)] == [3, 7, 15, 255]
     assert [WeightScheme(bits).middle for bits in (2, 3, 4, 8)] == [2, 4, 8, 128]
 
 
-def test_a_scheme_knows_how_many_columns_share_a_scale() -> None:
+def test_a_scheme_has_columns_per_group() -> None:
     assert [WeightScheme(4, size).columns_per_group(96) for size in (32, "channel", "tensor")] == [32, 96, 96]
 
 
-def test_a_scheme_reads_well() -> None:
+def test_a_scheme_is_described_in_words() -> None:
     assert str(WeightScheme()) == "int4 g128 symmetric"
     assert str(WeightScheme(3, "channel", symmetric=False)) == "int3 channel asymmetric"
 
 
 @pytest.mark.parametrize("bits", [0, 1, 5, 16, -4, 4.0, "4", True, None])
-def test_other_bits_are_refused_with_the_legal_ones(bits: Any) -> None:
+def test_invalid_bits_are_refused_with_the_valid_ones(bits: Any) -> None:
     with pytest.raises(ConfigError, match=re.escape(f"bits is {bits!r}, expected one of 2, 3, 4, 8")):
         WeightScheme(bits)
 
 
 @pytest.mark.parametrize("size", [0, 1, 8, 48, 100, 2048, -1, 128.0, "128", "row", None, True])
-def test_other_group_sizes_are_refused_with_the_legal_ones(size: Any) -> None:
+def test_invalid_group_sizes_are_refused_with_the_valid_ones(size: Any) -> None:
     with pytest.raises(ConfigError, match="group size is") as caught:
         WeightScheme(4, size)
     assert "expected one of 16, 32, 64, 128, 256, 512, 1024, channel or tensor" in str(caught.value)
@@ -82,19 +82,19 @@ def test_symmetry_is_true_or_false(symmetric: Any) -> None:
 
 
 @pytest.mark.parametrize("config", [QuantConfig(), FULL], ids=["defaults", "everything"])
-def test_what_is_written_is_read_again(config: QuantConfig, tmp_path: Path) -> None:
+def test_written_settings_are_read_back(config: QuantConfig, tmp_path: Path) -> None:
     file = tmp_path / "llmq.toml"
     file.write_text(tomli_w.dumps(config_to(config)), encoding="utf-8")
     assert QuantConfig.model_validate(config_to(config)) == config
     assert QuantConfig.model_validate(read_toml(file)) == config
 
 
-def test_the_example_above_leaves_no_field_at_its_default() -> None:
+def test_the_full_example_sets_every_field() -> None:
     for name in QuantConfig.model_fields:
         assert getattr(FULL, name) != getattr(QuantConfig(), name)
 
 
-def test_a_setting_that_is_not_given_keeps_its_default() -> None:
+def test_a_missing_setting_keeps_its_default() -> None:
     config = QuantConfig.model_validate({"scheme": {"bits": 8}, "calibration": {"sources": ["x.txt"]}})
     assert config == QuantConfig(scheme=WeightScheme(8), calibration=Calibration(sources=("x.txt",)))
 
@@ -104,14 +104,14 @@ def test_a_setting_that_is_not_given_keeps_its_default() -> None:
     [b"bits = = 4", b"[scheme\nbits = 4", b"\xff\xfe", b"seed = 1\nseed = 2"],
     ids=["value", "table", "encoding", "twice"],
 )
-def test_a_file_that_is_no_toml_is_refused_by_name(text: bytes, tmp_path: Path) -> None:
+def test_an_invalid_toml_file_is_named(text: bytes, tmp_path: Path) -> None:
     file = tmp_path / "llmq.toml"
     file.write_bytes(text)
     with pytest.raises(ConfigError, match=r"cannot read the configuration .*llmq\.toml"):
         read_toml(file)
 
 
-def test_a_file_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot read the configuration .*nowhere\.toml"):
         read_toml(tmp_path / "nowhere.toml")
 
@@ -141,7 +141,7 @@ def test_a_file_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
         ({"overrides": [{"bits": 8}]}, "missing key of an override: 'pattern'"),
     ],
 )
-def test_a_bad_value_is_refused_with_what_was_expected(settings: dict[str, Any], words: str) -> None:
+def test_the_error_for_an_invalid_value_has_the_expected_one(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(words)):
         QuantConfig.model_validate(settings)
 
@@ -161,7 +161,7 @@ def test_a_bad_value_is_refused_with_what_was_expected(settings: dict[str, Any],
     ],
     ids=str,
 )  # fmt: skip
-def test_a_value_of_the_wrong_type_is_refused_and_never_guessed_at(settings: dict[str, Any]) -> None:
+def test_a_value_of_the_wrong_type_is_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="expected"):
         QuantConfig.model_validate(settings)
 
@@ -185,14 +185,14 @@ def test_an_unknown_key_is_refused_with_the_known_ones(settings: dict[str, Any],
 # ---- which wins
 
 
-def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
+def test_flags_override_the_file_and_the_file_defaults(tmp_path: Path) -> None:
     file = tmp_path / "llmq.toml"
     file.write_text('method = "rtn"\nseed = 5\n[scheme]\nbits = 8\ngroup_size = 64\n[calibration]\nsamples = 9\n')
     config = merged(
         QuantConfig.model_validate(read_toml(file)), {"bits": 3, "method": None, "seqlen": 16, "group_size": None}
     )
     assert config.method == "rtn" and config.seed == 5
-    assert config.scheme == WeightScheme(3, 64)  # a flag, and beside it what the file says
+    assert config.scheme == WeightScheme(3, 64)  # bits from the flag, group size from the file
     assert config.calibration == Calibration(samples=9, seqlen=16)
     assert config.order == "activation"
 
@@ -219,7 +219,7 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> N
     ],
     ids=str,
 )
-def test_a_short_name_sets_its_one_setting(given: dict[str, Any], expected: QuantConfig) -> None:
+def test_a_short_name_sets_one_setting(given: dict[str, Any], expected: QuantConfig) -> None:
     assert merged(FULL, given) == expected
 
 
@@ -239,7 +239,7 @@ NAME = "model.layers.10.mlp.down_proj"
     [NAME, "down_proj", "mlp.down_proj", "layers.10.*", "*.down_proj", "*mlp*", "layers.1?.mlp.*", r"re:\.1\d\.",
      r"re:^model\.layers\.(9|10)\.", "re:down_proj$"],
 )  # fmt: skip
-def test_a_pattern_covers_a_name_or_its_tail(pattern: str) -> None:
+def test_a_pattern_matches_a_name_or_its_last_parts(pattern: str) -> None:
     assert matches(pattern, NAME)
 
 
@@ -247,11 +247,11 @@ def test_a_pattern_covers_a_name_or_its_tail(pattern: str) -> None:
     "pattern",
     ["own_proj", "mlp", "layers.1.*", "model", "*.up_proj", "DOWN_PROJ", "proj", "", r"re:^layers", "re:up_proj"],
 )
-def test_a_pattern_covers_no_part_of_a_word_and_no_head(pattern: str) -> None:
+def test_a_pattern_matches_no_part_of_a_word_and_no_prefix(pattern: str) -> None:
     assert not matches(pattern, NAME)
 
 
-def test_the_last_override_that_matches_wins_and_keeps_what_it_does_not_say() -> None:
+def test_the_last_matching_override_sets_each_field() -> None:
     config = QuantConfig(
         scheme=WeightScheme(4, 128, symmetric=False),
         overrides=(
@@ -267,7 +267,7 @@ def test_the_last_override_that_matches_wins_and_keeps_what_it_does_not_say() ->
     assert config.scheme_for("lm_head") is None
 
 
-def test_skipping_wins_over_an_override() -> None:
+def test_skip_takes_precedence_over_overrides() -> None:
     config = QuantConfig(overrides=(Override(pattern="down_proj", bits=8),), skip=("layers.10.*",))
     assert config.scheme_for(NAME) is None
 
@@ -290,7 +290,7 @@ def test_an_override_is_read_from_a_flag(text: str, expected: Override) -> None:
     "text", ["down_proj", "bits=8", ":bits=8", "x:", "x:bits", "x:bits=", "x:bits=four", "x:bits=4.5", "x:colour=red",
              "x:group_size=big", "x:symmetric=maybe", "x:bits=8,,", "x:pattern"],
 )  # fmt: skip
-def test_an_override_that_makes_no_sense_is_refused(text: str) -> None:
+def test_an_invalid_override_is_refused(text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_override(text)
     assert "expected" in str(caught.value) or caught.value.hint
@@ -319,10 +319,10 @@ def test_formats_are_a_list_or_a_text_with_commas(given: Any) -> None:
 def test_one_format_in_a_list_is_that_format() -> None:
     listed = merged(QuantConfig(), {"format": ["gptq"]})
     assert listed == QuantConfig(format="gptq")
-    assert config_to(listed)["format"] == "gptq"  # what a run is known by does not change with the spelling
+    assert config_to(listed)["format"] == "gptq"  # the identity of a run does not depend on the spelling
 
 
-def test_several_formats_are_written_and_read_again(tmp_path: Path) -> None:
+def test_several_formats_are_written_and_read_back(tmp_path: Path) -> None:
     config = QuantConfig(format=("awq", "compressed-tensors"))
     file = tmp_path / "llmq.toml"
     file.write_text(tomli_w.dumps(config_to(config)), encoding="utf-8")
@@ -338,7 +338,7 @@ def test_several_formats_are_written_and_read_again(tmp_path: Path) -> None:
         ("gguf:q4_k,gptq", "gguf:q4_k has a separate grid"),
     ],
 )
-def test_formats_that_do_not_exist_or_not_together(given: Any, words: str) -> None:
+def test_unknown_or_incompatible_formats_are_refused(given: Any, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         QuantConfig(format=given)
 
@@ -347,7 +347,7 @@ def test_formats_that_do_not_exist_or_not_together(given: Any, words: str) -> No
 
 
 class OneMore(QuantConfig):
-    """The settings and one more: nothing else has to change for it."""
+    """The settings with one more field: nothing else has to change for the field."""
 
     patience: int = Field(default=3, ge=1, description="Steps without progress before a stage ends.")
 
@@ -415,15 +415,15 @@ def test_every_setting_is_described() -> None:
         assert len((setting.field.description or "").split()) >= 8, name
 
 
-def test_an_error_never_shows_the_words_of_pydantic() -> None:
+def test_errors_contain_no_text_of_pydantic() -> None:
     for settings in ({"method": 4}, {"scheme": 4}, {"metod": 4}, {"overrides": [{}]}, {"skip": [1]}):
         with pytest.raises(ConfigError) as caught:
             QuantConfig.model_validate(settings)
-        told = f"{caught.value} {caught.value.hint}"
-        assert "pydantic" not in told and "Input should" not in told and "https:" not in told
+        message = f"{caught.value} {caught.value.hint}"
+        assert "pydantic" not in message and "Input should" not in message and "https:" not in message
 
 
-def test_equal_settings_are_one_key_and_cannot_be_changed() -> None:
+def test_settings_are_hashable_and_frozen() -> None:
     again = QuantConfig.model_validate(config_to(FULL))
     assert {FULL: "made once"}[again] == "made once"
     with pytest.raises(ValueError, match="frozen"):

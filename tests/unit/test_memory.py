@@ -22,7 +22,7 @@ def membership(tmp_path: Path) -> Path:
     return file
 
 
-def test_every_group_above_the_process_counts(tmp_path: Path, membership: Path) -> None:
+def test_every_group_above_the_process_is_read(tmp_path: Path, membership: Path) -> None:
     group(tmp_path / "job" / "step", memory__max="max", memory__current=10)
     group(tmp_path / "job", memory__max=100, memory__current=30, memory__stat="anon 5\ninactive_file 8")
     group(tmp_path / "other", memory__max=50, memory__current=30)
@@ -34,17 +34,17 @@ def test_within_a_container_the_group_is_at_the_mount_point(tmp_path: Path, memb
     assert list(memory.left_of_groups(tmp_path, membership)) == [70]
 
 
-def test_the_older_kind_of_groups(tmp_path: Path, membership: Path) -> None:
+def test_cgroups_of_version_1_are_read(tmp_path: Path, membership: Path) -> None:
     files = {"memory__limit_in_bytes": 100, "memory__usage_in_bytes": 30, "memory__stat": "total_inactive_file 5"}
     group(tmp_path / "memory" / "job", **files)
     assert list(memory.left_of_groups(tmp_path, membership)) == [75]
 
 
-def test_where_there_are_no_groups_nothing_is_said(tmp_path: Path) -> None:
+def test_without_groups_there_is_no_limit(tmp_path: Path) -> None:
     assert list(memory.left_of_groups(tmp_path, tmp_path / "none")) == []
 
 
-def test_the_least_of_the_limits_is_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_smallest_limit_applies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert memory.spare(torch.device("cpu")) > 1000
     group(tmp_path, memory__max=1000, memory__current=30)
     monkeypatch.setattr(memory, "CGROUPS", tmp_path)

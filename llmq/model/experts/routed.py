@@ -4,13 +4,15 @@ The subclasses differ in how the products of the experts are computed: `model/ex
 expert, for quantization; `runtime/packed_experts.py` has packed weights, for inference.
 """
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 
 from llmq.model.experts.stacking import Form
 
 
-class RoutedExperts(nn.Module):
+class RoutedExperts(nn.Module, ABC):
     """The experts of one layer; a subclass implements `run`."""
 
     def __init__(self, form: Form, expert_count: int) -> None:
@@ -40,9 +42,9 @@ class RoutedExperts(nn.Module):
         outer = self.run(hidden_states, rows, rows // (len(hidden_states) // self.expert_count))
         return hidden_states.new_zeros(len(hidden_states), outer.shape[1]).index_copy(0, rows, outer)
 
+    @abstractmethod
     def run(self, hidden: Tensor, token: Tensor, expert: Tensor) -> Tensor:
         """The output of expert[p] for row token[p] of hidden (R, K), for P pairs: token (P,), expert (P,) -> (P, K).
 
         If expert[p] is not the number of an expert, the output is zero.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not implement run")

@@ -5,7 +5,6 @@ are recorded when it enters the first block, and for the first batch of a shape 
 If anything differs, the calls are recorded again for each block and batch, and nothing is kept.
 """
 
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from llmq.model.build.block import Call
 from llmq.model.build.skeleton import Skeleton
+from llmq.model.passes.replay import tensors_in
 
 KEPT_BYTES = 2**28  # limit for masks and tables of one shape; models with more are recorded again each time
 
@@ -101,16 +101,5 @@ def _shared(calls: list[Call]) -> list[Call]:
 
 
 def _nbytes(calls: list[Call]) -> int:
-    tensors = {id(tensor): tensor.nbytes for call in calls for tensor in _tensors(_values(call))}
+    tensors = {id(tensor): tensor.nbytes for call in calls for tensor in tensors_in(_values(call))}
     return sum(tensors.values())
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)

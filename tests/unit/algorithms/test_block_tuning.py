@@ -78,7 +78,7 @@ def tuned(problem: TwoLayers, steps: int) -> tuple[dict[str, QuantizedTensor], b
     return given, block_tuning.tune(given, problem.weights, problem, RATES, steps)
 
 
-def test_no_steps_leave_the_given_codes() -> None:
+def test_zero_steps_keep_the_given_codes() -> None:
     problem = TwoLayers()
     given, best = tuned(problem, 0)
     assert same(best.weights, given) and same(problem.current, given) and best.step == 0 and best.after == best.before
@@ -120,23 +120,23 @@ def test_a_block_without_loss_is_not_tuned() -> None:
 def test_gradients_equal_those_of_the_whole_model(checkpoint: Checkpoints, index: int) -> None:
     """Compared with the model of transformers: block `index` of three and all blocks before it are quantized."""
     folder, windows = checkpoint("llama"), tokens(5, LENGTH)
-    walked = skeleton_of(folder)
-    streams = streams_over(walked, windows, floats=True, validation=2)
-    for block in walked.blocks[:index]:
+    skeleton = skeleton_of(folder)
+    streams = streams_over(skeleton, windows, floats=True, validation=2)
+    for block in skeleton.blocks[:index]:
         block.load()
         streams.enter(block)
         for path in block.linears:
             block.set_weight(path, nearest(block.weight(path)).dequantize())
         streams.past(block)
-    block = walked.blocks[index]
+    block = skeleton.blocks[index]
     block.load()
     streams.enter(block)
     streams.run_floats(block)
-    problem = BlockProblem(walked, streams, block, tokens=3 * LENGTH)
+    problem = BlockProblem(skeleton, streams, block, tokens=3 * LENGTH)
     problem.put({path: nearest(block.weight(path)) for path in block.linears})
 
     original, moved = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval() for _ in range(2))
-    for rounded in walked.blocks[: index + 1]:
+    for rounded in skeleton.blocks[: index + 1]:
         for path in rounded.linears:
             weight = moved.get_submodule(path).weight
             weight.data.copy_(nearest(weight.detach()).dequantize())
@@ -181,7 +181,7 @@ def test_a_run_keeps_tuned_blocks_that_are_better(checkpoint: Checkpoints, text:
     assert any(not torch.equal(files["moved"][name], tensor) for name, tensor in files["plain"].items())
 
 
-def test_the_forwards_keep_nothing_while_a_block_is_tuned(
+def test_block_tuning_frees_remembered_outputs(
     checkpoint: Checkpoints, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tuning needs the memory, and runs the block from its inputs."""

@@ -25,7 +25,7 @@ from llmq.numerics.scheme import WeightScheme
 Array = NDArray[Any]
 DAMPING = 0.01
 # A weight of up to 2**bits steps is updated at most K times, each time with a relative rounding error of 2**-24: for 16
-# steps and 100 columns that is 1e-4 of a step.  A longer row has more rounding errors, but they partly cancel.
+# steps and 100 columns the sum is 1e-4 steps.  A longer row has more rounding errors, but they partly cancel.
 TIE = 1e-4
 # Each of the about 64 weights of a row comes that close with a probability of 2 TIE.  But the negative extreme of a
 # symmetric min-max group is always a tie if no update comes before it.  Only the other rows are compared.

@@ -90,7 +90,7 @@ def test_zero_or_overflowed_inputs_fall_back_to_rtn(value: float) -> None:
     assert torch.equal(rounding.quantized.dequantize(), plain.quantized.dequantize())
 
 
-def test_statistics_of_no_token_raise_an_error() -> None:
+def test_statistics_without_tokens_raise_an_error() -> None:
     with pytest.raises(ValueError, match="at least one token"):
         gptq.round_weight(random(4, 32), InputStats(32, CPU), G16, Options())
     with pytest.raises(ValueError, match="at least one token"):
@@ -151,7 +151,7 @@ def test_the_price_of_a_zero_column_is_the_damping() -> None:
     "scheme", [WeightScheme(4, 16), WeightScheme(3, 32, symmetric=False), WeightScheme(4, "channel")], ids=str
 )
 @pytest.mark.parametrize(("order", "scales"), [("activation", "searched"), ("natural", "minmax")])
-def test_stacked_weights_are_quantized_as_alone(scheme: WeightScheme, order: str, scales: str) -> None:
+def test_stacking_weights_does_not_change_their_codes(scheme: WeightScheme, order: str, scales: str) -> None:
     """Within one block of columns all arithmetic is element-wise, so the bits must be equal."""
     stats, parts = statistics(inputs()), [random(rows, 64, seed=rows) for rows in (8, 4, 5)]
     options = Options(order=order, scales=scales)

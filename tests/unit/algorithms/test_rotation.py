@@ -50,7 +50,7 @@ def test_sylvesters_matrix_counts_common_bits() -> None:
     assert rotation.hadamard(16).tolist() == expected
 
 
-def test_a_loud_channel_is_spread_over_its_head() -> None:
+def test_a_large_channel_is_spread_over_its_head() -> None:
     generator = torch.Generator().manual_seed(0)
     X = torch.randn(400, 32, generator=generator)
     X[:, 5] *= 50
@@ -59,11 +59,11 @@ def test_a_loud_channel_is_spread_over_its_head() -> None:
     assert float(turned.abs().mean(0).max() / turned.abs().mean()) < 1.5
 
 
-def test_nothing_is_rotated_where_nothing_may_be_mixed() -> None:
+def test_channels_that_cannot_be_mixed_are_not_rotated() -> None:
     stats, unasked = InputStats(8, torch.device("cpu")), cast(Any, None)
     assert rotation.basis(stats, torch.arange(8), lambda: 1, unasked) is None
-    found = rotation.basis(stats, torch.arange(8), lambda: 4, unasked)
-    assert found is not None and torch.equal(found, torch.stack([rotation.orthogonal(4, rotation.SEED)] * 2))
+    basis = rotation.basis(stats, torch.arange(8), lambda: 4, unasked)
+    assert basis is not None and torch.equal(basis, torch.stack([rotation.orthogonal(4, rotation.SEED)] * 2))
 
 
 # ---- a basis
@@ -102,11 +102,11 @@ def test_statistics_in_a_basis_equal_those_of_its_inputs(name: str) -> None:
     for running, into in ((before, torch.eye(8)), (after, back)):
         for half in (running, running.begin_validation()):
             half.update(moved @ into.T, X @ into.T, torch.arange(50))
-    found = before.in_basis(A)
-    assert found.validation is not None and after.validation is not None and found.tokens == 50
-    for each, expected in ((found, after), (found.validation, after.validation)):
-        for moment in ("second_moment", "cross_moment", *(() if each is found else ("drift_moment",))):
-            torch.testing.assert_close(getattr(each, moment)(), getattr(expected, moment)(), rtol=1e-4, atol=1e-3)
+    converted = before.in_basis(A)
+    assert converted.validation is not None and after.validation is not None and converted.tokens == 50
+    for stats, expected in ((converted, after), (converted.validation, after.validation)):
+        for moment in ("second_moment", "cross_moment", *(() if stats is converted else ("drift_moment",))):
+            torch.testing.assert_close(getattr(stats, moment)(), getattr(expected, moment)(), rtol=1e-4, atol=1e-3)
 
 
 # ---- where a block allows it
@@ -116,10 +116,10 @@ class Loaded:
     """A block with weights and what it is called with."""
 
     def __init__(self, folder: Path) -> None:
-        walked = skeleton_of(folder)
-        self.block = walked.blocks[1]
+        skeleton = skeleton_of(folder)
+        self.block = skeleton.blocks[1]
         self.block.load()
-        self.call = walked.record(1, tokens(2, 24))
+        self.call = skeleton.record(1, tokens(2, 24))
         groups = input_groups.input_groups(self.block, self.call)
         self.sites = fold.discover(self.block, groups, self.call)
 
@@ -142,7 +142,7 @@ def parameters_of(block: Block) -> dict[str, Tensor]:
 
 HEADS: dict[str, tuple[str, dict[str, Any], int]] = {
     "grouped heads": ("llama", {}, 8),
-    "heads of their own": ("llama", {"num_key_value_heads": 4}, 8),
+    "separate heads": ("llama", {"num_key_value_heads": 4}, 8),
     "one head for all": ("llama", {"num_key_value_heads": 1}, 8),
     "12 channels": ("llama", {"head_dim": 12}, 12),
     "a bias": ("stablelm", {}, 8),
@@ -159,7 +159,7 @@ def test_the_size_of_heads_is_found(checkpoint: Checkpoints, case: str) -> None:
 
 
 @pytest.mark.parametrize("consumer", ["down_proj", "q_proj", "gate_proj"])
-def test_a_gates_product_and_a_norm_mix_nothing(checkpoint: Checkpoints, consumer: str) -> None:
+def test_outputs_of_a_gate_or_a_norm_cannot_be_mixed(checkpoint: Checkpoints, consumer: str) -> None:
     loaded = Loaded(checkpoint("llama"))
     assert loaded.width(loaded.site(consumer)) == 1
 
@@ -218,11 +218,11 @@ class Rewritten:
     """
 
     def __init__(self, folder: Path, loud: tuple[float, float], *, validation: int = 2, kept: str = "none") -> None:
-        walked = skeleton_of(folder)
-        self.block = walked.blocks[0]
-        self.streams = streams_over(walked, tokens(6, 24), validation=validation)
+        skeleton = skeleton_of(folder)
+        self.block = skeleton.blocks[0]
+        self.streams = streams_over(skeleton, tokens(6, 24), validation=validation)
         method = Method(rounding="rtn", transforms=("rotation",))
-        run = run_without_output(walked, self.streams, plans_of(self.block, WeightScheme(4, 16), kept), method)
+        run = run_without_output(skeleton, self.streams, plans_of(self.block, WeightScheme(4, 16), kept), method)
         self.block.load()
         value, output = (self.block.module.get_parameter(f"self_attn.{side}_proj.weight").data for side in "vo")
         value[::8] *= loud[0]
@@ -243,7 +243,7 @@ SIDES = {"self_attn.v_proj.weight", "self_attn.o_proj.weight"}
 
 
 @pytest.mark.parametrize(("loud", "wins"), [(HELPS, True), (HARMS, False)])
-def test_a_rotation_is_kept_only_where_it_helps(checkpoint: Checkpoints, loud: tuple[float, float], wins: bool) -> None:
+def test_a_rotation_is_kept_only_if_it_helps(checkpoint: Checkpoints, loud: tuple[float, float], wins: bool) -> None:
     result = Rewritten(checkpoint("llama"), loud)
     (gain,) = result.gains
     assert (gain.stage, gain.kept, gain.after < gain.before) == ("rotation", wins, wins)
@@ -274,7 +274,7 @@ def test_statistics_are_those_of_the_rotated_block(checkpoint: Checkpoints) -> N
         torch.testing.assert_close(stats.second_moment(), fresh[group].second_moment(), rtol=1e-4, atol=1e-4)
 
 
-def test_without_validation_text_no_gain_is_claimed(checkpoint: Checkpoints) -> None:
+def test_no_gain_is_reported_without_validation_text(checkpoint: Checkpoints) -> None:
     """The calibration text decides."""
     results = [Rewritten(checkpoint("llama"), loud, validation=0) for loud in (HELPS, HARMS)]
     assert [result.gains for result in results] == [[], []]
@@ -287,7 +287,7 @@ def test_layers_kept_in_float_are_not_rotated(checkpoint: Checkpoints, kept: str
     assert not result.changed and not result.gains
 
 
-def test_a_rotation_that_moves_the_output_is_undone(checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rotation_that_changes_the_output_is_undone(checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
     """Were the width found wrongly, the MLP's inputs would be mixed, and heads with each other."""
     monkeypatch.setattr(fold, "mixing_width", lambda block, site, probe: 16 if "proj" in site.producer else 1)
     result = Rewritten(checkpoint("llama", num_key_value_heads=4), HELPS)
@@ -307,7 +307,7 @@ def test_any_method_can_rotate_and_then_validates(method: str) -> None:
     assert QuantConfig(method=method).stages == plain
 
 
-def test_the_rotate_setting_survives_toml_and_merging() -> None:
+def test_the_rotate_setting_is_kept_by_toml_and_merging() -> None:
     asked = merged(QuantConfig(), {"rotate": True})
     assert asked.rotate and QuantConfig.model_validate(config_to(asked)) == asked
     assert merged(asked, {"rotate": None}).rotate

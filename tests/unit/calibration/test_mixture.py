@@ -92,7 +92,7 @@ def test_file_name_may_select_a_column(tokenizer: Any, tmp_path: Path) -> None:
     assert calibration.read_documents(f"{tmp_path}/rows.jsonl:body") == ["but this"]
     with pytest.raises(CalibrationError, match="the columns text, body, expected .* the column tail"):
         calibration.read_documents(f"{tmp_path}/rows.jsonl:tail")
-    with pytest.raises(CalibrationError, match=r"nowhere\.jsonl is not a file"):
+    with pytest.raises(CalibrationError, match=r"nowhere\.jsonl does not exist"):
         calibration.read_documents(f"{tmp_path}/nowhere.jsonl:body")
 
 

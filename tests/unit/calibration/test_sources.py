@@ -141,7 +141,7 @@ def test_parquet_file_without_a_text_column_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["nowhere.txt", "nowhere.jsonl", "nowhere.parquet"])
 def test_missing_file_raises_error_with_known_suffixes(name: str, tmp_path: Path) -> None:
-    with pytest.raises(CalibrationError, match=f"{name} is not a file") as caught:
+    with pytest.raises(CalibrationError, match=f"{name} does not exist") as caught:
         calibration.read_documents(str(tmp_path / name))
     assert ".jsonl" in caught.value.hint
 

@@ -91,7 +91,7 @@ def test_reading_ahead_does_not_wait(made: Made, disk: Disk) -> None:
     assert torch.equal(read("a"), TENSORS["a"])
 
 
-def test_expectations_that_were_wrong_are_dropped(made: Made, disk: Disk) -> None:
+def test_wrong_expectations_are_dropped(made: Made, disk: Disk) -> None:
     read = made()
     disk.gate.clear()
     read.expect("abc")
@@ -114,7 +114,7 @@ def test_kept_tensors_are_copies_that_callers_may_change(made: Made, disk: Disk)
     assert read.reads == {"a": 1, "b": 1}, "a kept tensor is not read again, however it is asked for"
 
 
-def test_the_least_recently_used_tensors_go_first(made: Made, disk: Disk) -> None:
+def test_the_least_recently_used_tensors_are_dropped_first(made: Made, disk: Disk) -> None:
     read = made(kept=2)
     for name in "abacab":  # b makes room for c, c for b
         assert torch.equal(read(name), TENSORS[name])
@@ -122,7 +122,7 @@ def test_the_least_recently_used_tensors_go_first(made: Made, disk: Disk) -> Non
     assert read.reads == {"a": 1, "b": 2, "c": 1} and list(read._kept) == ["a", "b"]
 
 
-def test_tensors_larger_than_the_room_are_not_kept(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensors_larger_than_the_free_memory_are_not_kept(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
     for room, reads in ((NBYTES - 1, 2), (NBYTES, 1)):
         monkeypatch.setattr(memory, "AMPLE_BYTES", 0)
         monkeypatch.setattr(memory, "spare", lambda device, room=room: room * KEPT_SHARE)
@@ -132,7 +132,7 @@ def test_tensors_larger_than_the_room_are_not_kept(disk: Disk, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-def test_errors_surface_at_the_call(made: Made, disk: Disk, ahead: bool) -> None:
+def test_errors_are_raised_by_the_call(made: Made, disk: Disk, ahead: bool) -> None:
     read = made(kept=2)
     if ahead:
         read.expect(["a", "missing"])  # which raises nothing
@@ -176,17 +176,17 @@ def test_a_float_checkpoint_is_read_ahead(checkpoint: Callable[..., Path], monke
 
     monkeypatch.setattr(Checkpoint, "tensor", noted)
     opened = Checkpoint.open(checkpoint("llama"))
-    walked = open_skeleton(opened, torch.device("cpu"), torch.float32)
-    walked.read_ahead(1)
-    walked.read_ahead(3)  # of which there is none
-    walked.read_ahead(-1)
+    skeleton = open_skeleton(opened, torch.device("cpu"), torch.float32)
+    skeleton.read_ahead(1)
+    skeleton.read_ahead(3)  # of which there is none
+    skeleton.read_ahead(-1)
     for _ in range(2):
-        walked.blocks[1].load()
-    names = walked.blocks[1].stored_names()
+        skeleton.blocks[1].load()
+    names = skeleton.blocks[1].stored_names()
     assert {name: [thread.startswith("llmq-read") for thread in threads[name]] for name in names} == {
         name: [True] for name in names
     }
     assert all(
-        torch.equal(parameter, tensor(opened, f"{walked.blocks[1].path}.{name}"))
-        for name, parameter in walked.blocks[1].module.named_parameters()
+        torch.equal(parameter, tensor(opened, f"{skeleton.blocks[1].path}.{name}"))
+        for name, parameter in skeleton.blocks[1].module.named_parameters()
     )

@@ -260,7 +260,7 @@ def test_only_a_line_feed_ends_a_row() -> None:
 def test_wikitext_2_has_the_known_number_of_rows(shared: Path) -> None:
     file = shared / "data" / "wikitext2-raw.test.txt"
     if not file.is_file():
-        pytest.skip("needs ../shared/data/wikitext2-raw.test.txt, which is not beside this checkout")
+        pytest.skip("needs ../shared/data/wikitext2-raw.test.txt, which is not next to this checkout")
     joined = wikitext_rows(calibration.read_text(file))
     assert len(joined.split("\n\n")) == 4358  # the number of rows of its test split; each row ends with a line feed
     assert joined.startswith("\n\n = Robert Boulter = \n\n\n\n\n Robert Boulter is an English film")

@@ -31,7 +31,7 @@ def inputs(*shape: int, seed: int = 0) -> Tensor:
 
 def test_int8_per_token_matches_the_definition() -> None:
     x = inputs(40, 96)
-    x[3] = 0  # a token of zeros
+    x[3] = 0  # zero everywhere
     x[4, 5] = 1e4  # a token with an outlier
     x[5, 7] = -1e4
     assert np.array_equal(int8_per_token(x).numpy(), slow(x.numpy()))

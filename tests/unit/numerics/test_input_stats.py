@@ -153,10 +153,10 @@ def test_dividing_divides_all_moments() -> None:
     for running, divisor in ((before, torch.ones(8)), (after, scales)):
         for half in (running, running.begin_validation()):
             half.update(moved / divisor, original / divisor, torch.arange(50))
-    found = before.in_basis(scaling(scales))
-    assert found.validation is not None and after.validation is not None
-    for divided, expected in ((found, after), (found.validation, after.validation)):
-        for moment in MOMENTS[:2] if divided is found else MOMENTS:
+    scaled = before.in_basis(scaling(scales))
+    assert scaled.validation is not None and after.validation is not None
+    for divided, expected in ((scaled, after), (scaled.validation, after.validation)):
+        for moment in MOMENTS[:2] if divided is scaled else MOMENTS:
             torch.testing.assert_close(getattr(divided, moment)(), getattr(expected, moment)(), rtol=1e-4, atol=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""Which grid each layer gets, above all where the group size that was asked for does not divide."""
+"""The grid of each layer, especially where the requested group size does not divide its input size."""
 
 import pytest
 
@@ -14,8 +14,8 @@ Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
 
 
 def plan(in_features: int, config: QuantConfig) -> LayerPlan:
-    [found] = plan_layers([(DOWN, 64, in_features)], config, COMPRESSED)
-    return found
+    [layer_plan] = plan_layers([(DOWN, 64, in_features)], config, COMPRESSED)
+    return layer_plan
 
 
 @pytest.mark.parametrize(
@@ -34,37 +34,37 @@ def plan(in_features: int, config: QuantConfig) -> LayerPlan:
         (172, "tensor", "tensor"),
     ],
 )
-def test_the_largest_smaller_group_that_divides_else_one_scale_a_row(
+def test_group_size_falls_back_to_a_divisor_or_one_scale_per_row(
     in_features: int, asked: GroupSize, given: GroupSize
 ) -> None:
-    found = plan(in_features, QuantConfig(scheme=WeightScheme(4, asked, symmetric=False)))
-    assert found.scheme.weights == WeightScheme(4, given, symmetric=False)
+    layer_plan = plan(in_features, QuantConfig(scheme=WeightScheme(4, asked, symmetric=False)))
+    assert layer_plan.scheme.weights == WeightScheme(4, given, symmetric=False)
     if asked == given:
-        assert found.reason == ""
+        assert layer_plan.reason == ""
     else:
-        assert found.reason.startswith(f"{given} instead of {asked}: ")
-        assert f"{asked} does not divide {in_features}" in found.reason
+        assert layer_plan.reason.startswith(f"{given} instead of {asked}: ")
+        assert f"{asked} does not divide {in_features}" in layer_plan.reason
 
 
-def test_a_layer_that_no_grid_of_the_format_fits_is_kept_with_the_reason() -> None:
-    """gptq packs 8 codes of 4 bits along in_features: 172 is no multiple of that, so one scale a row does not help."""
+def test_a_layer_that_fits_no_grid_is_kept_in_float() -> None:
+    """gptq packs 8 codes of 4 bits along in_features: 172 is not a multiple, so one scale per row does not help."""
     fits, odd = plan_layers([(Q, 64, 256), (DOWN, 64, 172)], QuantConfig(), GPTQ)
     assert fits.scheme.weights == WeightScheme()
     assert odd.scheme.weights is None
     assert odd.reason.startswith("kept in float: ") and "172" in odd.reason
 
 
-def test_strict_makes_an_error_of_either() -> None:
+def test_strict_raises_an_error_instead_of_a_fallback() -> None:
     strict = QuantConfig(strict=True)
     with pytest.raises(ConfigError, match=rf"{DOWN} \(64 x 352\): 32 instead of 128") as caught:
         plan(352, strict)
     assert "--strict" in caught.value.hint
     with pytest.raises(ConfigError, match=rf"{DOWN} \(64 x 172\): kept in float"):
         plan_layers([(Q, 64, 256), (DOWN, 64, 172)], strict, GPTQ)
-    assert plan(256, strict).scheme.weights == WeightScheme()  # what fits is no error
+    assert plan(256, strict).scheme.weights == WeightScheme()  # a grid that fits raises no error
 
 
-def test_a_grid_that_the_format_never_holds_is_an_error_and_no_reason_to_keep_layers() -> None:
+def test_a_grid_that_the_format_cannot_hold_is_an_error() -> None:
     with pytest.raises(ConfigError, match=rf"awq cannot hold int8 g128 symmetric, the scheme of {DOWN}: .* 4 bits"):
         plan_layers([(DOWN, 64, 256)], QuantConfig(scheme=WeightScheme(8)), AWQ)
     with pytest.raises(ConfigError, match="gptq cannot hold int3 g64"):
@@ -103,11 +103,11 @@ def test_nothing_left_to_quantize_is_an_error(
         (WeightScheme(4, 32), 64 * 256 // 2 + 64 * 8 * 2),  # codes and float16 scales
         (WeightScheme(4, 32, symmetric=False), 64 * 256 // 2 + 64 * 8 * 2 + 64 * 8 // 2),  # and zeros of 4 bits
         (WeightScheme(3, "channel"), 64 * 256 * 3 // 8 + 64 * 2),
-        (WeightScheme(8, "tensor"), 64 * 256 + 64 * 2),  # stored as one scale a row
+        (WeightScheme(8, "tensor"), 64 * 256 + 64 * 2),  # stored as one scale per row
     ],
     ids=str,
 )
 def test_the_packed_size_counts_codes_scales_and_zeros(scheme: WeightScheme, expected: int) -> None:
-    found = LayerPlan(DOWN, 64, 256, Scheme(scheme))
-    assert found.weights == 64 * 256
-    assert found.packed_bytes(scale_bytes=2) == expected
+    layer_plan = LayerPlan(DOWN, 64, 256, Scheme(scheme))
+    assert layer_plan.weights == 64 * 256
+    assert layer_plan.packed_bytes(scale_bytes=2) == expected

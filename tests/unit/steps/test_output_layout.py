@@ -1,4 +1,4 @@
-"""Several formats as one layout: what decides the codes is what all of them allow."""
+"""Several formats as one layout, which allows only what all of its formats allow."""
 
 import copy
 
@@ -25,7 +25,7 @@ def test_scales_are_rounded_to_what_all_dtypes_hold(dtypes: list[torch.dtype], e
 
 
 def test_every_bounded_bfloat16_is_a_float16() -> None:
-    values = torch.arange(1 << 15, dtype=torch.int32).to(torch.int16).view(BF16)  # every positive one
+    values = torch.arange(1 << 15, dtype=torch.int32).to(torch.int16).view(BF16)  # every positive value
     held = values[(values.to(F32) >= 6.19e-5) & (values.to(F32) <= torch.finfo(F16).max)]
     assert len(held) > 3000
     assert held.to(F16).to(F32).equal(held.to(F32))
@@ -59,13 +59,15 @@ def test_blocks_are_staged_in_the_first_format_of_safetensors(names: tuple[str, 
         (("gguf", "gptq"), WeightScheme(4, 32), None),
     ],
 )
-def test_what_one_refuses_all_refuse(names: tuple[str, ...], scheme: WeightScheme, words: str | None) -> None:
+def test_a_scheme_that_one_format_refuses_is_refused(
+    names: tuple[str, ...], scheme: WeightScheme, words: str | None
+) -> None:
     refusal = output_layout.layout_of(names, BF16).refusal(scheme, 64, 64)
     assert (words is None) == (refusal is None)
     assert words is None or words in str(refusal)
 
 
-def test_one_grid_where_one_of_them_wants_it() -> None:
+def test_one_grid_is_required_if_one_format_requires_it() -> None:
     assert output_layout.layout_of(["gptq", "awq"], BF16).one_grid
     assert not output_layout.layout_of(["gptq", "compressed-tensors"], BF16).one_grid
     mixed = {"a": WeightScheme(4, 32), "b": WeightScheme(4, 64)}
@@ -73,7 +75,7 @@ def test_one_grid_where_one_of_them_wants_it() -> None:
         output_layout.layout_of(["gptq", "awq"], BF16).quantization_config(mixed, [])
 
 
-def test_staged_scales_have_the_dtype_of_the_file_and_come_back_as_they_were() -> None:
+def test_staged_scales_are_restored_exactly() -> None:
     layout: Layout = output_layout.layout_of(["compressed-tensors", "gptq"], F32)
     q = random_weight(WeightScheme(4, 32), 8, 64, scale_dtype=F16)
     packed = layout.pack(q)
@@ -85,14 +87,14 @@ def test_staged_scales_have_the_dtype_of_the_file_and_come_back_as_they_were() -
     assert back.scales.dtype is F16 and back.scales.equal(q.scales)
 
 
-def test_it_can_be_copied_and_has_what_its_first_format_has() -> None:
+def test_a_copied_layout_has_the_fields_of_its_first_format() -> None:
     layout, first = output_layout.layout_of(["gptq", "awq"], F16), formats.load("gptq")
     again = copy.copy(layout)
     assert (again.suffixes, again.codes, again.config_copy) == (first.suffixes, first.codes, first.config_copy)
     assert again.weight_shape is first.weight_shape
 
 
-def test_gptq_in_its_second_version_is_a_format_of_its_own() -> None:
+def test_gptq_v2_is_a_separate_format() -> None:
     assert (
         output_layout.single("gptq_v2").quantization_config({"a": WeightScheme(4, 32)}, [])["checkpoint_format"]
         == "gptq_v2"

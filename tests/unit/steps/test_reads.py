@@ -74,7 +74,7 @@ def test_a_method_of_one_pass_reads_each_block_once(
 
 
 @pytest.mark.parametrize(("transforms", "alphas", "copies"), [((), (), 1), ((), (1.0,), 2), (("awq",), (1.0,), 3)])
-def test_memory_for_hidden_states_is_not_promised_twice(
+def test_memory_for_hidden_states_is_counted_once(
     checkpoint: Checkpoints,
     text: Path,
     tmp_path: Path,
@@ -116,9 +116,9 @@ def teacher(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def float_states(model: Path, text: Text) -> Tensor:
     """(S, T, D) the float model's last hidden states of all sequences."""
-    walked = skeleton_of(model)
-    stream = stream_over(walked, text.tokens)
-    for block in walked.blocks:
+    skeleton = skeleton_of(model)
+    stream = stream_over(skeleton, text.tokens)
+    for block in skeleton.blocks:
         block.load()
         stream.past(block)
     return stream.last(range(text.sequences))
@@ -133,9 +133,9 @@ def test_last_states_of_the_float_stream_are_the_teacher(
     run(checkpoint("llama"), tmp_path / "out", text, method, events.append)
     assert teacher["texts"] == []
     assert not any(isinstance(event, Progress) and event.stage == "float predictions" for event in events)
-    found = teacher["states"].read(range(teacher["text"].sequences))
+    states = teacher["states"].read(range(teacher["text"].sequences))
     expected = float_states(checkpoint("llama"), teacher["text"])
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    torch.testing.assert_close(states, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_only_text_without_a_float_stream_is_run_again(
@@ -150,8 +150,8 @@ def test_only_text_without_a_float_stream_is_run_again(
     (own,) = teacher["texts"]
     assert 2 * own.sequences == whole.sequences and torch.equal(own.tokens, whole.tokens[: own.sequences])
     assert any(isinstance(event, Progress) and event.stage == "float predictions" for event in events)
-    found, expected = teacher["states"].read(range(whole.sequences)), float_states(checkpoint("llama"), whole)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    states, expected = teacher["states"].read(range(whole.sequences)), float_states(checkpoint("llama"), whole)
+    torch.testing.assert_close(states, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_each_stream_passes_each_block_once(

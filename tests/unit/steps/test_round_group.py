@@ -1,4 +1,4 @@
-"""target → round → refine for weights that share an input: what is put together, and what is undone."""
+"""target → round → refine for weights that share an input, and which refinements are undone."""
 
 from typing import Any
 
@@ -40,44 +40,45 @@ def weights() -> dict[str, Tensor]:
 
 def rounded(stats: InputStats | None, method: Method) -> dict[str, Rounded]:
     schemes = {"q": SCHEME, "left": None, "k": SCHEME, "other": OTHER}
-    return {each.path: each for each in round_group(weights(), schemes, stats, method, OPTIONS)}
+    return {layer.path: layer for layer in round_group(weights(), schemes, stats, method, OPTIONS)}
 
 
-def test_a_method_of_one_stage_is_that_stage() -> None:
-    found = rounded(observed(), Method(rounding="gptq"))
-    assert list(found) == ["q", "k", "other"]
-    for path, each in found.items():
+def test_a_method_of_one_stage_equals_that_stage() -> None:
+    layers = rounded(observed(), Method(rounding="gptq"))
+    assert list(layers) == ["q", "k", "other"]
+    for path, layer in layers.items():
         alone = gptq.round_weight(weights()[path], observed(), OTHER if path == "other" else SCHEME, OPTIONS)
-        assert torch.equal(each.rounding.quantized.dequantize(), alone.quantized.dequantize())
-        assert torch.equal(each.weight, weights()[path]) and not each.gains
+        assert torch.equal(layer.rounding.quantized.dequantize(), alone.quantized.dequantize())
+        assert torch.equal(layer.weight, weights()[path]) and not layer.gains
 
 
-def test_the_target_is_rounded_in_the_place_of_the_weight() -> None:
+def test_the_target_is_rounded_instead_of_the_weight() -> None:
     stats = observed()
-    plain, found = rounded(stats, Method(rounding="gptq")), rounded(stats, Method(rounding="gptq", alphas=(1.0,)))
+    plain, with_target = rounded(stats, Method(rounding="gptq")), rounded(stats, Method(rounding="gptq", alphas=(1.0,)))
     H, C = stats.second_moment().double(), stats.cross_moment()
     assert C is not None
     H += 0.01 * H.diagonal().mean() * torch.eye(K)
-    for path, each in found.items():
+    for path, layer in with_target.items():
         W = weights()[path]
         target = (W.double() + W.double() @ C.double() @ torch.linalg.inv(H)).float()
-        alone = gptq.round_weight(target, stats, each.rounding.quantized.scheme, OPTIONS)
-        assert torch.equal(each.rounding.quantized.codes, alone.quantized.codes)
-        assert torch.equal(each.weight, W)
-        assert [gain.stage for gain in each.gains] == ["target"] and each.gains[0].kept
+        alone = gptq.round_weight(target, stats, layer.rounding.quantized.scheme, OPTIONS)
+        assert torch.equal(layer.rounding.quantized.codes, alone.quantized.codes)
+        assert torch.equal(layer.weight, W)
+        assert [gain.stage for gain in layer.gains] == ["target"] and layer.gains[0].kept
         assert stats.validation is not None
         losses = [
-            validation_loss(W, one[path].rounding.quantized.dequantize(), stats.validation) for one in (found, plain)
+            validation_loss(W, one[path].rounding.quantized.dequantize(), stats.validation)
+            for one in (with_target, plain)
         ]
         assert float(losses[0].sum()) < float(losses[1].sum())
 
 
-def test_without_the_float_model_s_inputs_the_weight_itself_is_rounded_and_it_is_said() -> None:
-    found = rounded(observed(originals=False), Method(rounding="gptq", alphas=(1.0,)))
+def test_the_target_is_left_out_without_float_inputs() -> None:
+    layers = rounded(observed(originals=False), Method(rounding="gptq", alphas=(1.0,)))
     plain = rounded(observed(originals=False), Method(rounding="gptq"))
-    for path, each in found.items():
-        assert torch.equal(each.rounding.quantized.codes, plain[path].rounding.quantized.codes)
-        assert each.rounding.notes[-1].startswith("the target is left out, the float model's inputs are not known")
+    for path, layer in layers.items():
+        assert torch.equal(layer.rounding.quantized.codes, plain[path].rounding.quantized.codes)
+        assert layer.rounding.notes[-1].startswith("the target is left out, the float model's inputs are not known")
 
 
 @pytest.mark.parametrize("validation", [True, False])
@@ -94,11 +95,13 @@ def test_refinements_lower_the_loss_of_the_target(validation: bool) -> None:
     target = W + algorithms.target.step(W, stats.cross_moment(), factor)
     quantized = before["other"].rounding.quantized
     for stage in (descent, refit):
-        quantized = stage.refine(target, quantized, H, OPTIONS)  # each is kept, here
-    found = after["other"].rounding.quantized
-    assert torch.equal(found.codes, quantized.codes)
-    torch.testing.assert_close(found.scales, quantized.scales, rtol=1e-4, atol=0)
-    losses = [output_error(target, each["other"].rounding.quantized.dequantize(), H).sum() for each in (after, before)]
+        quantized = stage.refine(target, quantized, H, OPTIONS)  # both are kept here
+    refined = after["other"].rounding.quantized
+    assert torch.equal(refined.codes, quantized.codes)
+    torch.testing.assert_close(refined.scales, quantized.scales, rtol=1e-4, atol=0)
+    losses = [
+        output_error(target, layers["other"].rounding.quantized.dequantize(), H).sum() for layers in (after, before)
+    ]
     assert float(losses[0]) < float(losses[1])
     assert [gain.stage for gain in after["q"].gains] == (["target", "descent", "refit"] if validation else [])
 
@@ -112,7 +115,7 @@ class Spoiler:
         return QuantizedTensor(better.codes, better.scales, better.zeros, better.scheme)
 
 
-def test_a_refinement_is_undone_for_each_weight_that_it_makes_worse(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refinement_is_undone_for_weights_it_makes_worse(monkeypatch: pytest.MonkeyPatch) -> None:
     def refinement(name: str) -> Any:
         return Spoiler() if name == "spoiler" else descent
 
@@ -132,8 +135,8 @@ def test_a_refinement_is_undone_for_each_weight_that_it_makes_worse(monkeypatch:
         assert float(now) == pytest.approx(gain.after if gain.kept else gain.before, rel=1e-5)
 
 
-def test_a_hessian_that_cannot_be_factored_leaves_only_the_rounding() -> None:
+def test_an_unfactorable_hessian_leaves_only_the_rounding() -> None:
     stats = InputStats(K, CPU)
     stats.update(torch.full((4, K), float("inf")), torch.zeros(4, K))
-    found = rounded(stats, Method(rounding="gptq", alphas=(1.0,), refinements=("descent",)))
-    assert all("cannot be factored" in each.rounding.notes[0] for each in found.values())
+    layers = rounded(stats, Method(rounding="gptq", alphas=(1.0,), refinements=("descent",)))
+    assert all("cannot be factored" in layer.rounding.notes[0] for layer in layers.values())

@@ -1,4 +1,4 @@
-"""How much a token counts: against whole-model autograd, sorting, and a million draws; and what that does to a run."""
+"""Token weights, compared with whole-model autograd, sorting and many draws; and their effect on a run."""
 
 import math
 from collections.abc import Callable
@@ -30,13 +30,13 @@ TOLERANCE = 1e-3
 def test_weights_are_clipped_mixed_and_average_to_one() -> None:
     gamma = torch.rand(2000, generator=torch.Generator().manual_seed(0), dtype=torch.float64) ** 4
     gamma[[7, 8, 9]] = 1e6
-    found = fisher_weights.weights(gamma.reshape(20, 100)).double()
+    weights = fisher_weights.weights(gamma.reshape(20, 100)).double()
     limit = sorted(gamma.tolist())[1997]  # 0.1 % of 2000 are above
     clipped = [min(value, limit) for value in gamma.tolist()]
     expected = [0.5 + 0.5 * value * len(clipped) / math.fsum(clipped) for value in clipped]
-    torch.testing.assert_close(found.flatten(), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=0)
-    assert found.mean().item() == pytest.approx(1, abs=1e-6)
-    torch.testing.assert_close(fisher_weights.weights(gamma * 1e-6), found.flatten().float())  # any scale
+    torch.testing.assert_close(weights.flatten(), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=0)
+    assert weights.mean().item() == pytest.approx(1, abs=1e-6)
+    torch.testing.assert_close(fisher_weights.weights(gamma * 1e-6), weights.flatten().float())  # any scale
 
 
 def test_layers_without_gradients_weight_all_tokens_alike() -> None:
@@ -44,7 +44,7 @@ def test_layers_without_gradients_weight_all_tokens_alike() -> None:
 
 
 def test_labels_are_drawn_as_the_model_predicts() -> None:
-    """The slope is p minus a label, so its mean over all draws is nothing, and its square the Fisher information."""
+    """The slope is p minus a label, so its mean over all draws is zero, and its mean square the Fisher information."""
     logits = torch.tensor([1.0, -math.inf, 0.0, 2.5, -1.0])
     p = logits.double().softmax(0)
     count = 100_000
@@ -70,18 +70,18 @@ def chosen_slope(hidden: Tensor) -> Tensor:
     return (hidden * 3).sin()
 
 
-def measured(walked: Skeleton, windows: Tensor, at_once: int) -> dict[str, Tensor]:
+def measured(skeleton: Skeleton, windows: Tensor, at_once: int) -> dict[str, Tensor]:
     return measuring.squared_gradients(
-        walked, windows, lambda _, hidden: chosen_slope(hidden), RecordedCalls(walked), batch=2, at_once=at_once
+        skeleton, windows, lambda _, hidden: chosen_slope(hidden), RecordedCalls(skeleton), batch=2, at_once=at_once
     )
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "neox", "falcon"])
 def test_squared_gradients_equal_the_whole_models(checkpoint: Checkpoints, name: str) -> None:
-    """Of a loss whose gradient in the last hidden states is known."""
+    """For a loss whose gradient in the last hidden states is known."""
     folder, windows = checkpoint(name), tokens(5, LENGTH)
-    walked = skeleton_of(folder)
-    found = measured(walked, windows, at_once=4)
+    skeleton = skeleton_of(folder)
+    squared = measured(skeleton, windows, at_once=4)
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     outputs: dict[str, Tensor] = {}
@@ -97,13 +97,13 @@ def test_squared_gradients_equal_the_whole_models(checkpoint: Checkpoints, name:
     def end(_: object, __: object, output: object) -> None:
         last.append(output[0] if isinstance(output, tuple) else output)  # type: ignore[arg-type]
 
-    model.get_submodule(walked.blocks[-1].path).register_forward_hook(end)
-    for path in found:
+    model.get_submodule(skeleton.blocks[-1].path).register_forward_hook(end)
+    for path in squared:
         model.get_submodule(path).register_forward_hook(keep(path))
     model(input_ids=windows, use_cache=False)
     last[0].backward(chosen_slope(last[0].detach()))
-    assert found.keys() == {path for block in walked.blocks for path in block.linears}
-    for path, squares in found.items():
+    assert squared.keys() == {path for block in skeleton.blocks for path in block.linears}
+    for path, squares in squared.items():
         gradient = outputs[path].grad
         assert gradient is not None
         expected = gradient.double().square().sum(-1).reshape(windows.shape)
@@ -111,7 +111,7 @@ def test_squared_gradients_equal_the_whole_models(checkpoint: Checkpoints, name:
         assert squares.max() > 0
 
 
-def test_memory_changes_no_bit_of_gradients(checkpoint: Checkpoints) -> None:
+def test_gradients_do_not_depend_on_the_chunk_size(checkpoint: Checkpoints) -> None:
     windows = tokens(5, LENGTH)
     whole, parts = (measured(skeleton_of(checkpoint("llama")), windows, at_once) for at_once in (100, 1))
     assert all(torch.equal(whole[path], parts[path]) for path in whole)
@@ -119,19 +119,19 @@ def test_memory_changes_no_bit_of_gradients(checkpoint: Checkpoints) -> None:
 
 def test_statistics_are_weighted_by_tokens(checkpoint: Checkpoints) -> None:
     """H of each group is Σ γ x xᵀ / Σ γ of what the block is fed; the same for validation sequences."""
-    walked, windows = skeleton_of(checkpoint("llama")), tokens(5, LENGTH)
+    skeleton, windows = skeleton_of(checkpoint("llama")), tokens(5, LENGTH)
     events: list[Event] = []
-    weights = measuring.measure(walked, windows, 3, RecordedCalls(walked), events.append)
+    weights = measuring.measure(skeleton, windows, 3, RecordedCalls(skeleton), events.append)
     assert [(event.done, event.total) for event in events if isinstance(event, Progress)] == [(1, 3), (2, 3), (3, 3)]
-    assert all(parameter.is_meta for block in walked.blocks for parameter in block.module.parameters())
-    block, streams = walked.blocks[0], streams_over(walked, windows, validation=2, weights=weights)
+    assert all(parameter.is_meta for block in skeleton.blocks for parameter in block.module.parameters())
+    block, streams = skeleton.blocks[0], streams_over(skeleton, windows, validation=2, weights=weights)
     names: dict[str, tuple[str, ...]] = {}
     for leader, stats in run_block(
         streams, block, lambda _, group: names.update({group.names[0]: group.names})
     ).items():
         fed: list[Tensor] = []
         hook = block.linears[leader].register_forward_pre_hook(lambda _, args, fed=fed: fed.append(args[0]))
-        block.run(walked.record(0, windows))
+        block.run(skeleton.record(0, windows))
         hook.remove()
         gamma = weights(names[leader])
         assert gamma is not None and gamma.std() > 0.01

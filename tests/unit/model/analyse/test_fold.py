@@ -55,15 +55,15 @@ class Loaded:
     """A block with weights, what it is called with, and its input groups by the names of their weights."""
 
     def __init__(self, folder: Path, index: int = 1) -> None:
-        self.walked = skeleton_of(folder)
-        self.block = self.walked.blocks[index]
+        self.skeleton = skeleton_of(folder)
+        self.block = self.skeleton.blocks[index]
         self.block.load()
-        self.call = self.walked.record(index, tokens(2, 24))
+        self.call = self.skeleton.record(index, tokens(2, 24))
         self.groups = input_groups.input_groups(self.block, self.call)
 
     def sites(self) -> dict[str, FoldSite]:
-        found = fold.discover(self.block, self.groups, self.call)
-        return {short_name(site.group): site for site in found}
+        sites = fold.discover(self.block, self.groups, self.call)
+        return {short_name(site.group): site for site in sites}
 
     def output(self) -> Tensor:
         return self.block.run(self.call)
@@ -86,8 +86,8 @@ def parameters_of(block: Block) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", SITES)
 def test_the_producer_of_each_input_is_found(checkpoint: Checkpoints, name: str) -> None:
-    found = Loaded(checkpoint(name)).sites()
-    assert {group: (site.producer, site.offset) for group, site in found.items()} == SITES[name]
+    sites = Loaded(checkpoint(name)).sites()
+    assert {group: (site.producer, site.offset) for group, site in sites.items()} == SITES[name]
 
 
 def test_the_sources_of_grouped_heads_repeat(checkpoint: Checkpoints) -> None:
@@ -162,18 +162,18 @@ def test_dead_columns_have_no_source_and_are_kept(checkpoint: Checkpoints) -> No
     assert fold.moved(loaded.call.hidden, before, loaded.output()) < UNCHANGED
 
 
-def test_an_output_that_is_not_a_number_has_moved() -> None:
+def test_a_nan_in_the_output_counts_as_a_change() -> None:
     hidden, before = torch.ones(1, 2, 3), torch.full((1, 2, 3), 3.0)  # the block adds 2
     assert fold.moved(hidden, before, before) == 0
     assert fold.moved(hidden, before, before + 1) == pytest.approx(0.5)
     assert fold.moved(hidden, before, before * float("nan")) == float("inf")
 
 
-def test_a_loud_token_does_not_hide_a_change() -> None:
+def test_a_large_token_does_not_hide_a_change() -> None:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, 64, 8, generator=generator)
     added = torch.randn(1, 64, 8, generator=generator)
-    hidden[0, 0] *= 1e6  # a sink: beside it, the change of all the others is nothing
+    hidden[0, 0] *= 1e6  # a sink: compared with it, the change of all other tokens is tiny
     assert fold.moved(hidden, hidden + added, hidden + 1.05 * added) == pytest.approx(0.05, rel=1e-2)
 
 
@@ -196,10 +196,10 @@ class Transformed:
 
     def __init__(self, leak: float) -> None:
         torch.manual_seed(0)
-        walked = skeleton_in_memory(Stack(Normed(leak), Normed(leak), vocabulary=264, width=32))
-        self.block: Block = walked.blocks[0]
-        self.streams: Streams = streams_over(walked, tokens(4, 16))
-        run = run_without_output(walked, self.streams, plans_of(self.block, WeightScheme(3, 16)), METHODS["awq"])
+        skeleton = skeleton_in_memory(Stack(Normed(leak), Normed(leak), vocabulary=264, width=32))
+        self.block: Block = skeleton.blocks[0]
+        self.streams: Streams = streams_over(skeleton, tokens(4, 16))
+        run = run_without_output(skeleton, self.streams, plans_of(self.block, WeightScheme(3, 16)), METHODS["awq"])
         self.block.load()
         self.before = parameters_of(self.block)
         groups = input_groups.input_groups(self.block, self.streams.quantized.sample(16))
@@ -209,7 +209,7 @@ class Transformed:
         self.observed, self.notes, self.gains = transforms.observed, transforms.notes, transforms.gains
 
 
-def test_a_folding_that_moves_the_output_is_undone() -> None:
+def test_a_folding_that_changes_the_output_is_undone() -> None:
     result = Transformed(leak=0.5)
     assert all(torch.equal(result.before[name], now) for name, now in parameters_of(result.block).items())
     assert result.observed == result.observed_before  # the same statistics, not equal ones
@@ -217,7 +217,7 @@ def test_a_folding_that_moves_the_output_is_undone() -> None:
     assert note.startswith("blocks.0.linear: awq") and "undone" in note
 
 
-def test_a_folding_stays_where_nothing_else_uses_the_norm() -> None:
+def test_a_folding_is_kept_if_nothing_else_uses_the_norm() -> None:
     result = Transformed(leak=0.0)
     assert result.notes == [] and result.gains == []  # no validation text says what it gained
     after = parameters_of(result.block)

@@ -28,32 +28,32 @@ GROUPS = {
 }
 
 
-def loaded_block(walked: Skeleton, index: int = 0) -> Block:
-    block = walked.blocks[index]
+def loaded_block(skeleton: Skeleton, index: int = 0) -> Block:
+    block = skeleton.blocks[index]
     block.load()
     return block
 
 
 @pytest.mark.parametrize("name", GROUPS)
 def test_weights_that_share_an_input_form_a_group(checkpoint: Checkpoints, name: str) -> None:
-    walked = skeleton_of(checkpoint(name))
-    block = loaded_block(walked)
-    groups = input_groups.input_groups(block, walked.record(0, tokens(1, 16)))
+    skeleton = skeleton_of(checkpoint(name))
+    block = loaded_block(skeleton)
+    groups = input_groups.input_groups(block, skeleton.record(0, tokens(1, 16)))
     assert [" ".join(path.rpartition(".")[2] for path in group.names) for group in groups] == GROUPS[name]
     assert all(block.linears[path].in_features == group.in_features for group in groups for path in group.names)
     assert {path for group in groups for path in group.names} == set(block.linears)
 
 
 @pytest.mark.parametrize("name", GROUPS)
-def test_statistics_sum_what_each_module_is_fed(checkpoint: Checkpoints, name: str) -> None:
-    walked = skeleton_of(checkpoint(name))
-    block, ids = loaded_block(walked), tokens(5, 24)
+def test_statistics_are_sums_over_the_inputs_of_each_module(checkpoint: Checkpoints, name: str) -> None:
+    skeleton = skeleton_of(checkpoint(name))
+    block, ids = loaded_block(skeleton), tokens(5, 24)
     inputs: dict[str, list[Tensor]] = {path: [] for path in block.linears}
 
     def hook(path: str) -> Callable[..., None]:
         return lambda _, args: inputs[path].append(args[0].double().flatten(0, -2))
 
-    stream = stream_over(walked, ids)
+    stream = stream_over(skeleton, ids)
     groups = input_groups.input_groups(block, stream.sample(24))
     stats = input_groups.statistics(block, groups, stream.calls())
     handles = [module.register_forward_pre_hook(hook(path)) for path, module in block.linears.items()]
@@ -106,9 +106,9 @@ class OddModel(nn.Module):
 
 
 def test_a_weight_is_in_one_group_or_never_runs() -> None:
-    walked = skeleton_in_memory(OddModel())
-    block = loaded_block(walked)
-    groups = input_groups.input_groups(block, walked.record(0, tokens(1, 4)))
+    skeleton = skeleton_in_memory(OddModel())
+    block = loaded_block(skeleton)
+    groups = input_groups.input_groups(block, skeleton.record(0, tokens(1, 4)))
     assert [[path.rpartition(".")[2] for path in group.names] for group in groups] == [
         ["first", "twice"],
         ["alike"],
@@ -117,8 +117,8 @@ def test_a_weight_is_in_one_group_or_never_runs() -> None:
 
 
 def test_inputs_of_a_call_equal_those_of_the_modules(checkpoint: Checkpoints) -> None:
-    walked = skeleton_of(checkpoint("llama"))
-    block, call = loaded_block(walked), walked.record(0, tokens(2, 8))
+    skeleton = skeleton_of(checkpoint("llama"))
+    block, call = loaded_block(skeleton), skeleton.record(0, tokens(2, 8))
     groups = input_groups.input_groups(block, call)
     seen: dict[str, Tensor] = {}
     for path, module in block.linears.items():
@@ -143,7 +143,7 @@ class ByKeyword(nn.Module):
         return output
 
 
-def test_inputs_are_seen_by_keyword_and_after_changes() -> None:
+def test_keyword_inputs_and_changed_inputs_are_recognized() -> None:
     block = skeleton_in_memory(Stack(ByKeyword())).blocks[0]
     block.load()
     call = Call((torch.randn(1, 4, 8),), {})
@@ -163,7 +163,7 @@ def test_hooks_are_removed_after_an_error() -> None:
     assert block.inputs.active
 
 
-def test_a_call_keeps_all_but_its_hidden_state() -> None:
+def test_with_hidden_replaces_only_the_hidden_state() -> None:
     old, new, mask = torch.zeros(1, 2, 3), torch.ones(1, 2, 3), torch.ones(2)
     for call in (Call((old, mask), {"mask": mask}), Call((), {"hidden_states": old, "mask": mask})):
         changed = call.with_hidden(new)

@@ -1,4 +1,4 @@
-"""Inputs are rounded in every pass that runs a block, whatever it runs the block for; and never for the float model."""
+"""Every pass that runs a block rounds its inputs; the inputs of the float model are never rounded."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,9 +40,9 @@ LENGTH = 24
 
 def rounded(folder: Path) -> Skeleton:
     """A model all of whose linear layers get inputs in int8."""
-    walked = skeleton_of(folder)
-    walked.quantize_inputs({path: INT8 for block in walked.blocks for path in block.linears})
-    return walked
+    skeleton = skeleton_of(folder)
+    skeleton.quantize_inputs({path: INT8 for block in skeleton.blocks for path in block.linears})
+    return skeleton
 
 
 def on_grid(x: Tensor) -> bool:
@@ -54,64 +54,64 @@ def on_grid(x: Tensor) -> bool:
 
 
 Seen = dict[str, list[tuple[bool, bool]]]
-"""Path of a linear layer -> call by call, whether its inputs were on the grid, and whether they were to be."""
+"""Path of a linear layer -> for each call, whether its inputs were on the grid, and whether rounding was active."""
 
 
 @contextmanager
-def seen(walked: Skeleton) -> Iterator[Seen]:
-    """What every linear layer is fed while open."""
-    found: Seen = {}
+def seen(skeleton: Skeleton) -> Iterator[Seen]:
+    """Record the inputs of every linear layer while open."""
+    recorded: Seen = {}
 
     def hook(path: str, block: Block) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, args: found.setdefault(path, []).append((on_grid(args[0]), block.inputs.active))
+        return lambda _, args: recorded.setdefault(path, []).append((on_grid(args[0]), block.inputs.active))
 
     handles = [
         linear.register_forward_pre_hook(hook(path, block))
-        for block in walked.blocks
+        for block in skeleton.blocks
         for path, linear in block.linears.items()
     ]
-    yield found
+    yield recorded
     for handle in handles:
         handle.remove()
 
 
-def evaluate(walked: Skeleton) -> None:
-    Streamed(walked).run(tokens(3, LENGTH))
+def evaluate(skeleton: Skeleton) -> None:
+    Streamed(skeleton).run(tokens(3, LENGTH))
 
 
-def weigh_tokens(walked: Skeleton) -> None:
-    token_weights.measure(walked, tokens(3, LENGTH), 1, RecordedCalls(walked))
+def weigh_tokens(skeleton: Skeleton) -> None:
+    token_weights.measure(skeleton, tokens(3, LENGTH), 1, RecordedCalls(skeleton))
 
 
-def measure_sensitivity(walked: Skeleton) -> None:
-    linears = {path: linear for block in walked.blocks for path, linear in block.linears.items()}
+def measure_sensitivity(skeleton: Skeleton) -> None:
+    linears = {path: linear for block in skeleton.blocks for path, linear in block.linears.items()}
     layers = {
         path: Layer(path, linear.weight.numel(), 32 * linear.weight.numel(), (Candidate(WeightScheme(3, 16), 1),))
         for path, linear in linears.items()
     }
     question = Question(layers, ("coarse",), "rtn", Options(scales="minmax"))
-    assert sensitivity.measure(walked, tokens(4, LENGTH), question, batch=2, judged=1).units
+    assert sensitivity.measure(skeleton, tokens(4, LENGTH), question, batch=2, judged=1).units
 
 
-def there_and_back(walked: Skeleton) -> None:
-    paths = [path for block in walked.blocks for path in block.linears]
-    tape = Tape(walked, Text(tokens(2, LENGTH), 2), RecordedCalls(walked), CPU_MEMORY, weights=paths)
+def there_and_back(skeleton: Skeleton) -> None:
+    paths = [path for block in skeleton.blocks for path in block.linears]
+    tape = Tape(skeleton, Text(tokens(2, LENGTH), 2), RecordedCalls(skeleton), CPU_MEMORY, weights=paths)
 
     def visit(block: Block, _: range) -> None:
         assert all(linear.weight.grad is not None for linear in block.linears.values())
 
-    backward(walked, tape, [torch.ones_like(output) for output in tape.forward()], visit)
+    backward(skeleton, tape, [torch.ones_like(output) for output in tape.forward()], visit)
 
 
-def take_statistics(walked: Skeleton) -> None:
-    streams = streams_over(walked, tokens(3, LENGTH))
-    for block in walked.blocks:
+def take_statistics(skeleton: Skeleton) -> None:
+    streams = streams_over(skeleton, tokens(3, LENGTH))
+    for block in skeleton.blocks:
         assert run_block(streams, block)
 
 
-def tune_blocks(walked: Skeleton) -> None:
-    streams = streams_over(walked, tokens(4, LENGTH), floats=True, validation=1)
-    for block in walked.blocks:
+def tune_blocks(skeleton: Skeleton) -> None:
+    streams = streams_over(skeleton, tokens(4, LENGTH), floats=True, validation=1)
+    for block in skeleton.blocks:
         block.load()
         streams.enter(block)
         weights = {}
@@ -121,7 +121,7 @@ def tune_blocks(walked: Skeleton) -> None:
         for path in block.linears:
             grid = fit_minmax(block.weight(path), GRID, torch.float16)
             weights[path] = grid.quantized(grid.encode(block.weight(path)))
-        problem = BlockProblem(walked, streams, block, LENGTH)
+        problem = BlockProblem(skeleton, streams, block, LENGTH)
         problem.put(weights)
         assert all(slope.any() for slope in problem.gradients(0).values())
         problem.validation_loss()
@@ -135,77 +135,77 @@ PASSES = [evaluate, weigh_tokens, measure_sensitivity, there_and_back, take_stat
 @pytest.mark.parametrize("run", PASSES)
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_every_pass_sees_rounded_inputs(checkpoint: Checkpoints, name: str, run: Callable[[Skeleton], None]) -> None:
-    """And the float model, where a pass runs it beside, does not."""
-    walked = rounded(checkpoint(name))
-    with seen(walked) as found:
-        run(walked)
-    assert found.keys() == {path for block in walked.blocks for path in block.linears}
-    assert all(was == wanted for calls in found.values() for was, wanted in calls)
-    assert all(any(wanted for _, wanted in calls) for calls in found.values())
+    """The float model, where a pass also runs it, gets inputs that are not rounded."""
+    skeleton = rounded(checkpoint(name))
+    with seen(skeleton) as inputs:
+        run(skeleton)
+    assert inputs.keys() == {path for block in skeleton.blocks for path in block.linears}
+    assert all(was == wanted for calls in inputs.values() for was, wanted in calls)
+    assert all(any(wanted for _, wanted in calls) for calls in inputs.values())
     plain = skeleton_of(checkpoint(name))
-    with seen(plain) as found:
+    with seen(plain) as inputs:
         run(plain)
-    assert found and not any(was for calls in found.values() for was, _ in calls)
+    assert inputs and not any(was for calls in inputs.values() for was, _ in calls)
 
 
 def test_rounding_comes_before_earlier_hooks(checkpoint: Checkpoints) -> None:
-    walked = skeleton_of(checkpoint("llama"))
-    with seen(walked) as found:
-        walked.quantize_inputs({path: INT8 for block in walked.blocks for path in block.linears})
-        evaluate(walked)
-    assert all(was for calls in found.values() for was, _ in calls)
+    skeleton = skeleton_of(checkpoint("llama"))
+    with seen(skeleton) as inputs:
+        skeleton.quantize_inputs({path: INT8 for block in skeleton.blocks for path in block.linears})
+        evaluate(skeleton)
+    assert all(was for calls in inputs.values() for was, _ in calls)
 
 
 def test_only_named_layers_are_rounded_until_the_next_call(checkpoint: Checkpoints) -> None:
-    walked = skeleton_of(checkpoint("llama"))
-    down = [path for block in walked.blocks for path in block.linears if path.endswith("down_proj")]
-    walked.quantize_inputs(dict.fromkeys(down, INT8))
-    with seen(walked) as found:
-        evaluate(walked)
-    assert {path for path, calls in found.items() if calls[0][0]} == set(down)
-    walked.quantize_inputs({})
-    with seen(walked) as found:
-        evaluate(walked)
-    assert not any(was for calls in found.values() for was, _ in calls)
+    skeleton = skeleton_of(checkpoint("llama"))
+    down = [path for block in skeleton.blocks for path in block.linears if path.endswith("down_proj")]
+    skeleton.quantize_inputs(dict.fromkeys(down, INT8))
+    with seen(skeleton) as inputs:
+        evaluate(skeleton)
+    assert {path for path, calls in inputs.items() if calls[0][0]} == set(down)
+    skeleton.quantize_inputs({})
+    with seen(skeleton) as inputs:
+        evaluate(skeleton)
+    assert not any(was for calls in inputs.values() for was, _ in calls)
 
 
 @pytest.mark.parametrize("memory", [REMEMBERED, REPEATED])
 def test_statistics_are_of_rounded_inputs(checkpoint: Checkpoints, memory: int) -> None:
-    """And the float stream is that of the float model."""
+    """The float stream equals that of the float model."""
 
-    def passed(walked: Skeleton) -> tuple[dict[str, Tensor], list[Tensor]]:
-        streams = streams_over(walked, tokens(4, LENGTH), memory=memory, floats=True)
-        stats = run_block(streams, walked.blocks[0], lambda *_: None)
+    def passed(skeleton: Skeleton) -> tuple[dict[str, Tensor], list[Tensor]]:
+        streams = streams_over(skeleton, tokens(4, LENGTH), memory=memory, floats=True)
+        stats = run_block(streams, skeleton.blocks[0], lambda *_: None)
         assert streams.floats is not None
         return {leader: stats[leader].second_moment() for leader in stats}, states_of(streams.floats)
 
     folder = checkpoint("llama")
-    walked = rounded(folder)
-    moments, originals = passed(walked)
+    skeleton = rounded(folder)
+    moments, originals = passed(skeleton)
     plain, expected = passed(skeleton_of(folder))
     assert list(moments) == list(plain), "rounded copies of one input are still one input"
     assert all(torch.equal(a, b) for a, b in zip(originals, expected, strict=True))
 
-    block, fed = walked.blocks[0], {}
+    block, fed = skeleton.blocks[0], {}
     for path in moments:
         block.linears[path].register_forward_pre_hook(lambda _, args, path=path: fed.update({path: args[0]}))
-    block.run(walked.record(0, tokens(4, LENGTH)))
+    block.run(skeleton.record(0, tokens(4, LENGTH)))
     for path, moment in moments.items():
         X = fed[path].reshape(-1, fed[path].shape[-1])
         torch.testing.assert_close(moment, X.T @ X / len(X), rtol=1e-4, atol=1e-5)
         assert not torch.allclose(moment, plain[path], rtol=1e-5, atol=1e-6)
 
 
-def test_rounding_hides_nothing_of_how_a_block_is_built(checkpoint: Checkpoints) -> None:
-    def sites(walked: Skeleton) -> list[tuple[str, str, list[int], int]]:
-        block = walked.blocks[0]
+def test_rounding_does_not_change_the_fold_sites(checkpoint: Checkpoints) -> None:
+    def sites(skeleton: Skeleton) -> list[tuple[str, str, list[int], int]]:
+        block = skeleton.blocks[0]
         block.load()
-        call = walked.record(0, tokens(2, LENGTH))
-        found = fold.discover(block, input_groups(block, call), call)
-        widths = [fold.mixing_width(block, site, call) for site in found]
+        call = skeleton.record(0, tokens(2, LENGTH))
+        fold_sites = fold.discover(block, input_groups(block, call), call)
+        widths = [fold.mixing_width(block, site, call) for site in fold_sites]
         return [
             (site.group.names[0], site.producer, site.source.tolist(), width)
-            for site, width in zip(found, widths, strict=True)
+            for site, width in zip(fold_sites, widths, strict=True)
         ]
 
     folder = checkpoint("llama")
@@ -213,18 +213,18 @@ def test_rounding_hides_nothing_of_how_a_block_is_built(checkpoint: Checkpoints)
 
 
 def test_an_unknown_path_is_refused(checkpoint: Checkpoints) -> None:
-    walked = skeleton_of(checkpoint("llama"))
+    skeleton = skeleton_of(checkpoint("llama"))
     with pytest.raises(ConfigError, match="lm_head is not a linear layer of a block") as caught:
-        walked.quantize_inputs({"lm_head": INT8})
+        skeleton.quantize_inputs({"lm_head": INT8})
     assert "paths look like model.layers.0." in caught.value.hint
 
 
 def test_a_scheme_that_cannot_be_simulated_changes_nothing(checkpoint: Checkpoints) -> None:
-    walked = rounded(checkpoint("llama"))
-    path = next(iter(walked.blocks[0].linears))
+    skeleton = rounded(checkpoint("llama"))
+    path = next(iter(skeleton.blocks[0].linears))
     with pytest.raises(ConfigError, match="fp8 dynamic per token cannot be simulated"):
-        walked.quantize_inputs({path: InputScheme("fp8")})
-    assert walked.blocks[0].inputs.schemes[path] == INT8
+        skeleton.quantize_inputs({path: InputScheme("fp8")})
+    assert skeleton.blocks[0].inputs.schemes[path] == INT8
 
 
 # ---- experts
@@ -244,33 +244,33 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Skeleto
     return open_one
 
 
-def all_rounded(walked: Skeleton) -> Skeleton:
-    walked.quantize_inputs({path: INT8 for block in walked.blocks for path in block.linears})
-    return walked
+def all_rounded(skeleton: Skeleton) -> Skeleton:
+    skeleton.quantize_inputs({path: INT8 for block in skeleton.blocks for path in block.linears})
+    return skeleton
 
 
 @pytest.mark.parametrize("name", ["mixtral", "llama4", "gpt_oss", "qwen3_moe"])
 def test_experts_are_fed_rounded_inputs(mixture: Callable[[str], Skeleton], name: str) -> None:
-    walked = all_rounded(mixture(name))
-    with seen(walked) as found:
-        evaluate(walked)
-    experts = {path for block in walked.blocks for path in block.linears if block.is_experts(path)}
-    assert experts and experts <= found.keys()
-    assert all(was for calls in found.values() for was, _ in calls)
+    skeleton = all_rounded(mixture(name))
+    with seen(skeleton) as inputs:
+        evaluate(skeleton)
+    experts = {path for block in skeleton.blocks for path in block.linears if block.is_experts(path)}
+    assert experts and experts <= inputs.keys()
+    assert all(was for calls in inputs.values() for was, _ in calls)
 
 
 @pytest.mark.parametrize("memory", [REMEMBERED, REPEATED])
 def test_statistics_of_experts_are_of_rounded_inputs(mixture: Callable[[str], Skeleton], memory: int) -> None:
-    """Each expert borrows all other tokens of its layer, so its sums are over what all of them would feed it."""
-    walked = all_rounded(mixture("mixtral"))
-    block = walked.blocks[0]
-    streams = streams_over(walked, tokens(4, LENGTH), memory=memory, tokens_per_input=1e6)
+    """Each expert borrows all other tokens of its layer, so its sums are over all tokens."""
+    skeleton = all_rounded(mixture("mixtral"))
+    block = skeleton.blocks[0]
+    streams = streams_over(skeleton, tokens(4, LENGTH), memory=memory, tokens_per_input=1e6)
     stats = run_block(streams, block, lambda *_: None)
 
     hidden: list[Tensor] = []
     [(path, experts)] = block.experts.items()
     experts.register_forward_pre_hook(lambda _, args: hidden.append(args[0]))
-    block.run(walked.record(0, tokens(4, LENGTH)))
+    block.run(skeleton.record(0, tokens(4, LENGTH)))
     up, down = (parts[0] for parts in experts.parts)
     for e in range(experts.expert_count):
         with torch.no_grad():
@@ -283,25 +283,25 @@ def test_statistics_of_experts_are_of_rounded_inputs(mixture: Callable[[str], Sk
 
 
 def test_experts_of_one_layer_have_one_input_scheme(mixture: Callable[[str], Skeleton]) -> None:
-    walked = mixture("mixtral")
-    block = walked.blocks[0]
+    skeleton = mixture("mixtral")
+    block = skeleton.blocks[0]
     first = next(path for path in block.linears if block.is_experts(path))
     with pytest.raises(ConfigError, match="would have inputs in float and int8 dynamic per token") as caught:
-        walked.quantize_inputs({first: INT8})
+        skeleton.quantize_inputs({first: INT8})
     assert "give all of them the same" in caught.value.hint
 
 
-def test_groups_see_what_a_rounded_block_multiplies(checkpoint: Checkpoints) -> None:
-    """`statistics`, which transforms are fitted on."""
-    walked = rounded(checkpoint("llama"))
-    block = walked.blocks[0]
+def test_group_statistics_are_of_rounded_inputs(checkpoint: Checkpoints) -> None:
+    """For `statistics`, which transforms are fitted on."""
+    skeleton = rounded(checkpoint("llama"))
+    block = skeleton.blocks[0]
     block.load()
-    call = walked.record(0, tokens(2, LENGTH))
+    call = skeleton.record(0, tokens(2, LENGTH))
     groups = input_groups(block, call)
     q = next(group for group in groups if group.names[0].endswith("q_proj"))
     fed: list[Tensor] = []
     block.linears[q.names[0]].register_forward_pre_hook(lambda _, args: fed.append(args[0]))
-    found = statistics(block, groups, [call])[q].second_moment()
+    moment = statistics(block, groups, [call])[q].second_moment()
     X = fed[-1].reshape(-1, q.in_features)
     assert on_grid(X)
-    torch.testing.assert_close(found, X.T @ X / len(X), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(moment, X.T @ X / len(X), rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Record and replay: block by block is the whole model, and one block at a time has weights."""
+"""Record and replay: running block by block equals the whole model, and only one block at a time has weights."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BertConfig, T5Config
 
 from llmq.errors import CheckpointError, UnsupportedModelError
-from llmq.model.build import skeleton
 from llmq.model.build.block import Call
-from llmq.model.build.skeleton import Skeleton
+from llmq.model.build.skeleton import Skeleton, build, largest_module_list
 from tests.builders import (
     CONFIGS,
     VOCABULARY,
@@ -46,26 +45,26 @@ def hidden_by_block(folder: Path, ids: Tensor) -> list[Tensor]:
     def keep(_: nn.Module, __: Any, output: Any) -> None:
         outputs.append(output[0] if isinstance(output, tuple) else output)
 
-    for block in skeleton.largest_module_list(model)[1]:
+    for block in largest_module_list(model)[1]:
         block.register_forward_hook(keep)
     with torch.no_grad():
         model(input_ids=ids, use_cache=False)
     return outputs
 
 
-def replayed(walked: Skeleton, ids: Tensor) -> Iterator[Tensor]:
-    """The same, with the weights of one block at a time."""
+def replayed(skeleton: Skeleton, ids: Tensor) -> Iterator[Tensor]:
+    """The outputs of every block, with the weights of one block at a time."""
     hidden = None
-    for index, block in enumerate(walked.blocks):
+    for index, block in enumerate(skeleton.blocks):
         block.load()
-        call = walked.record(index, ids)
+        call = skeleton.record(index, ids)
         hidden = block.run(call if hidden is None else call.with_hidden(hidden))
         block.free()
         yield hidden
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_replay_is_the_whole_model(checkpoint: Checkpoints, name: str) -> None:
+def test_replay_equals_the_whole_model(checkpoint: Checkpoints, name: str) -> None:
     folder, ids = checkpoint(name), tokens(2, LENGTH)
     expected = hidden_by_block(folder, ids)
     assert len(expected) == 3
@@ -81,30 +80,30 @@ def test_the_last_hidden_state_gives_the_models_logits(checkpoint: Checkpoints, 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits
-    walked = skeleton_of(folder)
-    *_, hidden = replayed(walked, ids)
-    found = walked.logits(ids, hidden.requires_grad_())
-    assert (found - expected).abs().max() <= 32 * torch.finfo(torch.float32).eps * expected.abs().max()
-    found.square().sum().backward()
+    skeleton = skeleton_of(folder)
+    *_, hidden = replayed(skeleton, ids)
+    logits = skeleton.logits(ids, hidden.requires_grad_())
+    assert (logits - expected).abs().max() <= 32 * torch.finfo(torch.float32).eps * expected.abs().max()
+    logits.square().sum().backward()
     assert hidden.grad is not None and bool(hidden.grad.abs().amax(-1).all())
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_all_calls_are_recorded_at_once(checkpoint: Checkpoints, name: str) -> None:
-    walked, ids = skeleton_of(checkpoint(name)), tokens(2, LENGTH)
-    for index, call in enumerate(walked.record_all(ids)):
-        alone = walked.record(index, ids)
+    skeleton, ids = skeleton_of(checkpoint(name)), tokens(2, LENGTH)
+    for index, call in enumerate(skeleton.record_all(ids)):
+        alone = skeleton.record(index, ids)
         assert torch.equal(call.hidden, alone.hidden)
         assert str(call.kwargs["attention_mask"]) == str(alone.kwargs["attention_mask"])
 
 
-def test_layers_with_masks_of_their_own_are_called_with_them(checkpoint: Checkpoints) -> None:
+def test_layers_are_called_with_their_own_masks(checkpoint: Checkpoints) -> None:
     folder, ids = checkpoint("gemma3"), tokens(1, LENGTH)
-    walked = skeleton_of(folder)
-    sliding, full = walked.record(0, ids), walked.record(1, ids)
-    walked.blocks[0].load()
-    right = walked.blocks[0].run(sliding)
-    wrong = walked.blocks[0].run(Call(sliding.args, {**sliding.kwargs, **_masks(full)}))
+    skeleton = skeleton_of(folder)
+    sliding, full = skeleton.record(0, ids), skeleton.record(1, ids)
+    skeleton.blocks[0].load()
+    right = skeleton.blocks[0].run(sliding)
+    wrong = skeleton.blocks[0].run(Call(sliding.args, {**sliding.kwargs, **_masks(full)}))
     difference = (right - wrong).abs().amax(-1)[0]  # (T,)
     assert difference[:WINDOW].max() < 1e-5 * right.abs().max() < difference[WINDOW:].max()
 
@@ -114,46 +113,46 @@ def _masks(call: Call) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3n"])
-def test_never_more_than_one_block_has_weights(checkpoint: Checkpoints, name: str) -> None:
-    walked = skeleton_of(checkpoint(name))
+def test_at_most_one_block_has_weights(checkpoint: Checkpoints, name: str) -> None:
+    skeleton = skeleton_of(checkpoint(name))
     counts: list[int] = []
 
     def count(*_: Any) -> None:
-        filled = [any(not p.is_meta for p in block.module.parameters()) for block in walked.blocks]
+        filled = [any(not p.is_meta for p in block.module.parameters()) for block in skeleton.blocks]
         counts.append(sum(filled))
 
-    for block in walked.blocks:
+    for block in skeleton.blocks:
         for module in block.module.modules():
             module.register_forward_pre_hook(count)  # runs while recording, too
-    for _ in replayed(walked, tokens(2, LENGTH)):
+    for _ in replayed(skeleton, tokens(2, LENGTH)):
         pass
-    assert len(counts) > 3 * len(walked.blocks)
+    assert len(counts) > 3 * len(skeleton.blocks)
     assert max(counts) == 1
-    assert all(parameter.is_meta for block in walked.blocks for parameter in block.module.parameters())
+    assert all(parameter.is_meta for block in skeleton.blocks for parameter in block.module.parameters())
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_recording_fills_nothing_but_what_runs_before_the_blocks(checkpoint: Checkpoints, name: str) -> None:
-    walked = skeleton_of(checkpoint(name))
-    walked.record(2, tokens(2, LENGTH))
-    filled = {name for name, parameter in walked.model.named_parameters() if not parameter.is_meta}
-    # Only gemma3n does anything else there: it makes the inputs that each block gets for itself.
+def test_recording_loads_only_what_runs_before_the_blocks(checkpoint: Checkpoints, name: str) -> None:
+    skeleton = skeleton_of(checkpoint(name))
+    skeleton.record(2, tokens(2, LENGTH))
+    filled = {name for name, parameter in skeleton.model.named_parameters() if not parameter.is_meta}
+    # Only gemma3n runs other modules there: they compute a separate input of each block.
     extra = {name for name in filled if "per_layer" in name or "altup_projections" in name}
-    embedding = {name for name, module in walked.model.named_modules() if isinstance(module, nn.Embedding)}
+    embedding = {name for name, module in skeleton.model.named_modules() if isinstance(module, nn.Embedding)}
     assert {f"{name}.weight" for name in embedding} >= filled - extra
     assert len(filled - extra) == 1
     assert bool(extra) == (name == "gemma3n")
 
 
 @pytest.mark.parametrize(("name", "returns_tuple"), [("llama", False), ("falcon", True)])
-def test_blocks_that_return_tuples_are_told_apart(checkpoint: Checkpoints, name: str, returns_tuple: bool) -> None:
+def test_blocks_may_return_a_tensor_or_a_tuple(checkpoint: Checkpoints, name: str, returns_tuple: bool) -> None:
     folder = checkpoint(name)
-    walked = skeleton_of(folder)
-    walked.record(0, tokens(1, 4))
-    walked.blocks[0].load()
-    output = walked.blocks[0].module(*(call := walked.record(0, tokens(1, 4))).args, **call.kwargs)
+    skeleton = skeleton_of(folder)
+    skeleton.record(0, tokens(1, 4))
+    skeleton.blocks[0].load()
+    output = skeleton.blocks[0].module(*(call := skeleton.record(0, tokens(1, 4))).args, **call.kwargs)
     assert isinstance(output, tuple) == returns_tuple
-    assert isinstance(walked.blocks[0].run(call), Tensor)
+    assert isinstance(skeleton.blocks[0].run(call), Tensor)
 
 
 class Decoder(nn.Module):
@@ -186,7 +185,7 @@ class Residual(nn.Module):
 
 @pytest.mark.parametrize("keyword", ["", "hidden_states"])
 @pytest.mark.parametrize("in_tuple", [False, True])
-def test_a_model_written_by_anybody_is_replayed(keyword: str, in_tuple: bool) -> None:
+def test_a_custom_model_is_replayed(keyword: str, in_tuple: bool) -> None:
     model = Decoder(lambda hidden: hidden, keyword, in_tuple)
     expected = model(tokens(2, 5), use_cache=False)
     *_, last = replayed(skeleton_in_memory(model), tokens(2, 5))
@@ -198,21 +197,21 @@ def test_a_model_written_by_anybody_is_replayed(keyword: str, in_tuple: bool) ->
 def test_a_hidden_state_that_changes_between_blocks_is_refused(
     between: Callable[[Tensor], Tensor], in_tuple: bool
 ) -> None:
-    walked = skeleton_in_memory(Decoder(between, in_tuple=in_tuple))
+    skeleton = skeleton_in_memory(Decoder(between, in_tuple=in_tuple))
     with pytest.raises(UnsupportedModelError, match="the hidden state changes between blocks"):
-        walked.record(0, tokens(1, 5))
+        skeleton.record(0, tokens(1, 5))
 
 
-def test_blocks_that_are_called_in_an_unknown_way_are_refused() -> None:
+def test_blocks_with_unknown_arguments_are_refused() -> None:
     model = Decoder(lambda hidden: hidden, keyword="stream")
     with pytest.raises(UnsupportedModelError, match="cannot be replayed"):
         skeleton_in_memory(model).record(0, tokens(1, 5))
 
 
 def test_blocks_that_share_keys_and_values_are_refused(checkpoint: Checkpoints) -> None:
-    walked = skeleton_of(checkpoint("gemma3n", num_hidden_layers=4, num_kv_shared_layers=2))
+    skeleton = skeleton_of(checkpoint("gemma3n", num_hidden_layers=4, num_kv_shared_layers=2))
     with pytest.raises(UnsupportedModelError, match="its last 2 blocks share the keys and values of earlier blocks"):
-        walked.record(0, tokens(1, 5))
+        skeleton.record(0, tokens(1, 5))
 
 
 def test_a_model_without_blocks_is_refused() -> None:
@@ -224,18 +223,18 @@ def test_the_blocks_are_the_list_with_the_most_parameters() -> None:
     model = nn.Module()
     model.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(9))
     model.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
-    assert skeleton.largest_module_list(model) == ("layers", model.layers)
+    assert largest_module_list(model) == ("layers", model.layers)
 
 
 @pytest.mark.parametrize("config", [BertConfig(num_hidden_layers=1), T5Config(num_layers=1)], ids=["bert", "t5"])
-def test_what_is_no_decoder_is_refused(tmp_path: Path, config: Any) -> None:
+def test_models_other_than_decoders_are_refused(tmp_path: Path, config: Any) -> None:
     config.architectures = ["BertModel" if config.model_type == "bert" else "T5ForConditionalGeneration"]
     config.save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match="expected a causal language model"):
-        skeleton.build(tmp_path, dtype=torch.float32, remote_code=False)
+        build(tmp_path, dtype=torch.float32, remote_code=False)
 
 
-def test_a_tied_head_is_found_under_the_embedding(checkpoint: Checkpoints) -> None:
+def test_a_tied_head_is_read_from_the_embedding(checkpoint: Checkpoints) -> None:
     tied, untied = (skeleton_of(checkpoint("llama", tie_word_embeddings=tie)).weights for tie in (True, False))
     assert tied.is_tied("lm_head.weight") and not untied.is_tied("lm_head.weight")
     assert not tied.is_tied("model.embed_tokens.weight")
@@ -266,25 +265,25 @@ def test_a_missing_tensor_and_a_wrong_shape_are_named(checkpoint: Checkpoints, t
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_weight_that_is_no_number_is_named(checkpoint: Checkpoints, tmp_path: Path, bad: float) -> None:
+def test_a_nan_or_infinite_weight_is_named(checkpoint: Checkpoints, tmp_path: Path, bad: float) -> None:
     folder, name = copied(checkpoint("llama"), tmp_path), "model.layers.1.mlp.up_proj.weight"
     tensors = load_file(folder / "model.safetensors")
     tensors[name][3, 4] = bad
     save_file(tensors, folder / "model.safetensors")
-    walked = skeleton_of(folder)
-    walked.blocks[0].load()
+    skeleton = skeleton_of(folder)
+    skeleton.blocks[0].load()
     with pytest.raises(CheckpointError, match=rf"{name} has 1 values"):
-        walked.blocks[1].load()
+        skeleton.blocks[1].load()
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3n"])
 @pytest.mark.parametrize("batch", [1, 2, 4])
 def test_a_stream_carries_the_outputs_of_each_block(checkpoint: Checkpoints, name: str, batch: int) -> None:
-    walked = skeleton_of(checkpoint(name))
+    skeleton = skeleton_of(checkpoint(name))
     ids = tokens(4, LENGTH)
-    expected = list(replayed(walked, ids))  # (…, 4, T, D) each
-    stream = stream_over(walked, ids, batch)
-    for index, block in enumerate(walked.blocks):
+    expected = list(replayed(skeleton, ids))  # (…, 4, T, D) each
+    stream = stream_over(skeleton, ids, batch)
+    for index, block in enumerate(skeleton.blocks):
         block.load()
         sample = block.run(stream.sample(LENGTH - 5))
         stream.past(block)

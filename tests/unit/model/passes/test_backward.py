@@ -27,9 +27,9 @@ LENGTH = 3 * WINDOW  # longer than the window of a sliding layer
 TOLERANCE = 1e-4
 
 
-def resident(walked: Skeleton) -> Ready:
+def resident(skeleton: Skeleton) -> Ready:
     """Blocks that are read now, and stay."""
-    for block in walked.blocks:
+    for block in skeleton.blocks:
         block.load()
 
     @contextmanager
@@ -39,17 +39,17 @@ def resident(walked: Skeleton) -> Ready:
     return ready
 
 
-def tape_of(walked: Skeleton, text: Text, storage: Storage = CPU_MEMORY, *, keep: bool = False) -> Tape:
-    paths = [path for block in walked.blocks for path in block.linears]
-    return Tape(walked, text, RecordedCalls(walked), storage, weights=paths, keep=keep)
+def tape_of(skeleton: Skeleton, text: Text, storage: Storage = CPU_MEMORY, *, keep: bool = False) -> Tape:
+    paths = [path for block in skeleton.blocks for path in block.linears]
+    return Tape(skeleton, text, RecordedCalls(skeleton), storage, weights=paths, keep=keep)
 
 
-def slopes(walked: Skeleton, text: Text, outputs: list[Tensor]) -> list[Tensor]:
+def slopes(skeleton: Skeleton, text: Text, outputs: list[Tensor]) -> list[Tensor]:
     """The gradient of the summed `score` of all batches in what the last block put out for each."""
     gradients = []
     for batch, hidden in zip(text.batches(), outputs, strict=True):
         leaf = hidden.detach().requires_grad_(True)
-        gradients += torch.autograd.grad(score(walked.logits(text.of(batch), leaf)), leaf)
+        gradients += torch.autograd.grad(score(skeleton.logits(text.of(batch), leaf)), leaf)
     return gradients
 
 
@@ -59,11 +59,11 @@ def score(logits: Tensor) -> Tensor:
 
 
 def gradients_of(
-    walked: Skeleton, text: Text, storage: Storage = CPU_MEMORY, *, keep: bool = False
+    skeleton: Skeleton, text: Text, storage: Storage = CPU_MEMORY, *, keep: bool = False
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """What the last block puts out, and the summed gradient of each linear layer's weight, by its path."""
-    ready = resident(walked) if keep else loaded
-    tape = tape_of(walked, text, storage, keep=keep)
+    ready = resident(skeleton) if keep else loaded
+    tape = tape_of(skeleton, text, storage, keep=keep)
     outputs = tape.forward(ready)
     gradients: dict[str, Tensor] = {}
     order: list[tuple[int, range]] = []
@@ -75,9 +75,9 @@ def gradients_of(
             assert linear.weight.grad is not None
             gradients[path] = gradients.get(path, 0) + linear.weight.grad
 
-    backward(walked, tape, slopes(walked, text, outputs), visit, ready=ready)
-    assert order == [(block.index, batch) for block in reversed(walked.blocks) for batch in text.batches()]
-    assert all(parameter.grad is None for parameter in walked.model.parameters())
+    backward(skeleton, tape, slopes(skeleton, text, outputs), visit, ready=ready)
+    assert order == [(block.index, batch) for block in reversed(skeleton.blocks) for batch in text.batches()]
+    assert all(parameter.grad is None for parameter in skeleton.model.parameters())
     assert not tape._inputs and not tape._graphs
     return outputs, gradients
 
@@ -100,14 +100,14 @@ def test_gradients_equal_those_of_the_whole_model(checkpoint: Checkpoints, name:
 
 
 @pytest.mark.parametrize("name", ["llama", "falcon", "gemma3", "gemma3n"])
-def test_kept_graphs_change_no_bit(checkpoint: Checkpoints, name: str) -> None:
+def test_kept_graphs_give_the_same_bits(checkpoint: Checkpoints, name: str) -> None:
     folder, text = checkpoint(name), Text(tokens(3, LENGTH), 2)
     kept, again = (gradients_of(skeleton_of(folder), text, keep=keep) for keep in (True, False))
     assert all(torch.equal(a, b) for a, b in zip(kept[0], again[0], strict=True))
     assert all(torch.equal(kept[1][path], again[1][path]) for path in again[1])
 
 
-def test_states_in_files_change_no_gradient(checkpoint: Checkpoints, tmp_path: Path) -> None:
+def test_states_in_files_give_the_same_gradients(checkpoint: Checkpoints, tmp_path: Path) -> None:
     folder, text = checkpoint("llama"), Text(tokens(5, LENGTH), 2)
     files = Storage(HOST, Place.FILE, tmp_path / "states")
     (outputs, memory), (other, disk) = (gradients_of(skeleton_of(folder), text, place) for place in (CPU_MEMORY, files))
@@ -120,31 +120,31 @@ def test_a_visitor_may_change_the_block(checkpoint: Checkpoints) -> None:
     """What the blocks before it get does not depend on it any more."""
     folder, text = checkpoint("llama"), Text(tokens(1, LENGTH), 1)
     _, expected = gradients_of(skeleton_of(folder), text, keep=True)
-    walked = skeleton_of(folder)
-    ready, tape = resident(walked), tape_of(walked, text, keep=True)
-    gradients = slopes(walked, text, tape.forward(ready))
+    skeleton = skeleton_of(folder)
+    ready, tape = resident(skeleton), tape_of(skeleton, text, keep=True)
+    gradients = slopes(skeleton, text, tape.forward(ready))
 
     def visit(block: Block, _: range) -> None:
         for path, linear in block.linears.items():
             assert linear.weight.grad is not None and torch.equal(linear.weight.grad, expected[path])
             block.set_weight(path, torch.full_like(linear.weight, 7.0))
 
-    backward(walked, tape, gradients, visit, ready=ready)
+    backward(skeleton, tape, gradients, visit, ready=ready)
 
 
 def test_hooks_see_gradients_of_outputs(checkpoint: Checkpoints) -> None:
     """Of layers whose weights ask for none, in blocks that run a second time."""
     folder, text = checkpoint("llama"), Text(tokens(2, LENGTH), 2)
-    walked = skeleton_of(folder)
+    skeleton = skeleton_of(folder)
     of_outputs: dict[str, Tensor] = {}
-    tape = Tape(walked, text, RecordedCalls(walked), CPU_MEMORY)
-    gradients = slopes(walked, text, tape.forward())
-    handles = [hooked(p, linear, of_outputs) for block in walked.blocks for p, linear in block.linears.items()]
+    tape = Tape(skeleton, text, RecordedCalls(skeleton), CPU_MEMORY)
+    gradients = slopes(skeleton, text, tape.forward())
+    handles = [hooked(p, linear, of_outputs) for block in skeleton.blocks for p, linear in block.linears.items()]
 
     def visit(block: Block, _: range) -> None:
         assert all(linear.weight.grad is None for linear in block.linears.values())
 
-    backward(walked, tape, gradients, visit)
+    backward(skeleton, tape, gradients, visit)
     for handle in handles:
         handle.remove()
 
@@ -153,21 +153,21 @@ def test_hooks_see_gradients_of_outputs(checkpoint: Checkpoints) -> None:
     for path in of_outputs:
         hooked(path, model.get_submodule(path), expected)
     score(model(input_ids=text.tokens, use_cache=False).logits).backward()
-    assert len(of_outputs) == sum(len(block.linears) for block in walked.blocks)
+    assert len(of_outputs) == sum(len(block.linears) for block in skeleton.blocks)
     for path, of_output in of_outputs.items():
         assert (of_output - expected[path]).abs().max() <= TOLERANCE * expected[path].abs().max(), path
 
 
 def test_known_tokens_are_recorded_by_the_first_block(checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step of tuning takes tokens that were compared before: nothing but their embedding is recorded."""
-    walked, text = skeleton_of(checkpoint("llama")), Text(tokens(2, LENGTH), 2)
-    calls = RecordedCalls(walked)
-    before = Tape(walked, text, calls, CPU_MEMORY).forward()
+    skeleton, text = skeleton_of(checkpoint("llama")), Text(tokens(2, LENGTH), 2)
+    calls = RecordedCalls(skeleton)
+    before = Tape(skeleton, text, calls, CPU_MEMORY).forward()
     recorded: list[int] = []
-    record = walked.record
-    monkeypatch.setattr(walked, "record", lambda index, ids: recorded.append(index) or record(index, ids))
+    record = skeleton.record
+    monkeypatch.setattr(skeleton, "record", lambda index, ids: recorded.append(index) or record(index, ids))
     monkeypatch.delattr(Skeleton, "record_all")
-    after = Tape(walked, text, calls, CPU_MEMORY, seen=True).forward()
+    after = Tape(skeleton, text, calls, CPU_MEMORY, seen=True).forward()
     assert recorded == [0] and torch.equal(before[0], after[0])
 
 
@@ -182,17 +182,17 @@ def hooked(path: str, linear: nn.Module, into: dict[str, Tensor]) -> torch.utils
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("place", [Place.HOST, Place.FILE])
-def test_a_text_runs_through_to_the_same_logits(
+def test_running_a_text_through_gives_the_models_logits(
     checkpoint: Checkpoints, tmp_path: Path, name: str, place: Place
 ) -> None:
     """Hidden states of sequences, read in another order, give the model's logits; also a part at a time."""
     folder, ids = checkpoint(name), tokens(5, LENGTH)
-    walked = skeleton_of(folder)
-    passed = run_through(walked, Text(ids, 2), Storage(HOST, place, tmp_path / "states"))
+    skeleton = skeleton_of(folder)
+    passed = run_through(skeleton, Text(ids, 2), Storage(HOST, place, tmp_path / "states"))
     order = [3, 0, 4]
     with torch.no_grad():
-        logits = walked.logits(ids[order], passed.last(order))
-        part = walked.logits(ids[3:4, 5:9], passed.last([3])[..., 5:9, :])
+        logits = skeleton.logits(ids[order], passed.last(order))
+        part = skeleton.logits(ids[3:4, 5:9], passed.last([3])[..., 5:9, :])
         expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(input_ids=ids).logits
     assert (logits - expected[order]).abs().max() <= TOLERANCE * expected.abs().max()
     assert (part - expected[3:4, 5:9]).abs().max() <= TOLERANCE * expected.abs().max()
@@ -202,12 +202,12 @@ def test_a_text_runs_through_to_the_same_logits(
 
 
 def test_the_loss_of_parts_equals_the_loss_of_all(checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
-    walked, ids = skeleton_of(checkpoint("llama")), tokens(3, LENGTH)
+    skeleton, ids = skeleton_of(checkpoint("llama")), tokens(3, LENGTH)
     generator = torch.Generator().manual_seed(0)
     expected, hidden = (torch.randn(3, LENGTH, 32, generator=generator) for _ in range(2))
-    once, slope = loss.kl_loss(walked, ids, expected, hidden)
+    once, slope = loss.kl_loss(skeleton, ids, expected, hidden)
     leaf = hidden.clone().requires_grad_(True)
-    target, predicted = walked.logits(ids, expected), walked.logits(ids, leaf)
+    target, predicted = skeleton.logits(ids, expected), skeleton.logits(ids, leaf)
     slow = torch.nn.functional.kl_div(
         predicted.log_softmax(-1).flatten(0, 1), target.log_softmax(-1).flatten(0, 1).detach(),
         reduction="batchmean", log_target=True,
@@ -215,35 +215,35 @@ def test_the_loss_of_parts_equals_the_loss_of_all(checkpoint: Checkpoints, monke
     assert once == pytest.approx(slow.item(), rel=1e-5)
     torch.testing.assert_close(slope, torch.autograd.grad(slow, leaf)[0], rtol=1e-3, atol=1e-7)
     for at_once in (2 * LENGTH, LENGTH - 7):  # two windows and one; parts of a window
-        monkeypatch.setattr(loss, "LOGITS_AT_ONCE", at_once * walked.vocabulary)
-        total, gradient = loss.kl_loss(walked, ids, expected, hidden)
+        monkeypatch.setattr(loss, "LOGITS_AT_ONCE", at_once * skeleton.vocabulary)
+        total, gradient = loss.kl_loss(skeleton, ids, expected, hidden)
         assert total == pytest.approx(once, rel=1e-5)
         torch.testing.assert_close(gradient, slope, rtol=1e-3, atol=1e-7)
 
 
 def test_the_bytes_of_a_graph_are_counted(checkpoint: Checkpoints) -> None:
     """At least the inputs of all linear layers, and no parameter; as much again for twice the tokens."""
-    walked = skeleton_of(checkpoint("llama"))
-    block = walked.blocks[0]
+    skeleton = skeleton_of(checkpoint("llama"))
+    block = skeleton.blocks[0]
     block.load()
     sizes = []
     for batch in (2, 4):
-        call = walked.record(0, tokens(batch, LENGTH))
+        call = skeleton.record(0, tokens(batch, LENGTH))
         sizes.append(graph_bytes(block, call, [linear.weight for linear in block.linears.values()]))
     inputs = 2 * LENGTH * 4 * (32 + 32 + 32 + 64)  # of q, k, v; o; gate, up; down
     assert inputs <= sizes[0] <= 20 * inputs
     assert sizes[1] == pytest.approx(2 * sizes[0], rel=0.1)
 
 
-def test_a_graph_goes_through_named_weights_alone(checkpoint: Checkpoints) -> None:
-    walked = skeleton_of(checkpoint("llama"))
-    block, call = walked.blocks[0], walked.record(0, tokens(2, LENGTH))
+def test_a_graph_contains_only_named_weights(checkpoint: Checkpoints) -> None:
+    skeleton = skeleton_of(checkpoint("llama"))
+    block, call = skeleton.blocks[0], skeleton.record(0, tokens(2, LENGTH))
     block.load()
     (weight, *others) = (linear.weight for linear in block.linears.values())
     with torch.no_grad():  # whatever mode the caller is in
         hidden, output = differentiable(block, call, [weight])
     assert torch.equal(output.detach(), block.run(call))
     assert not any(parameter.requires_grad for parameter in [weight, *others])
-    weight.requires_grad_(True)  # what is asked of a graph has to want it
+    weight.requires_grad_(True)  # torch computes gradients only for tensors that require them
     of_hidden, of_weight = torch.autograd.grad(output.square().sum(), [hidden, weight])
     assert of_hidden.abs().max() > 0 and of_weight.abs().max() > 0

@@ -37,11 +37,11 @@ def test_states_are_read_in_any_order(states: HiddenStates, dtype: torch.dtype, 
         states.write(batch, expected[..., batch.start : batch.stop, :, :])
     assert states
     for order in ORDERS:
-        found = states.read(order)
-        assert found.dtype == dtype and torch.equal(found, expected[..., list(order), :, :])
+        values = states.read(order)
+        assert values.dtype == dtype and torch.equal(values, expected[..., list(order), :, :])
 
 
-def test_writes_replace_what_was_there(states: HiddenStates) -> None:
+def test_writes_replace_earlier_states(states: HiddenStates) -> None:
     expected = random(5, 4, 8)
     states.write(range(5), torch.zeros(5, 4, 8))
     states.write([3, 1], expected[[3, 1]])
@@ -64,11 +64,11 @@ def test_sequences_may_be_another_axis(place: Place, tmp_path: Path) -> None:
 def test_views_and_gradients_are_written_as_plain_values(states: HiddenStates) -> None:
     expected = random(8, 4, 2).requires_grad_(True)
     states.write(range(2), expected.permute(2, 1, 0))
-    found = states.read(range(2))
-    assert torch.equal(found, expected.permute(2, 1, 0).detach()) and not found.requires_grad
+    values = states.read(range(2))
+    assert torch.equal(values, expected.permute(2, 1, 0).detach()) and not values.requires_grad
 
 
-def test_clear_gives_everything_back(states: HiddenStates, tmp_path: Path) -> None:
+def test_clear_frees_memory_and_files(states: HiddenStates, tmp_path: Path) -> None:
     states.clear()  # of nothing
     states.write(range(2), random(2, 4, 8))
     states.clear()
@@ -90,7 +90,7 @@ def test_a_file_has_raw_values_in_the_order_of_sequences(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("left", [0, 1, 3 * 4 * 8 * 4 - 1])
-def test_a_file_that_is_cut_short_is_an_error(tmp_path: Path, left: int) -> None:
+def test_a_truncated_file_is_an_error(tmp_path: Path, left: int) -> None:
     states = on_disk(tmp_path)
     states.write(range(3), random(3, 4, 8))
     with (tmp_path / "text").open("rb+") as file:
@@ -99,7 +99,7 @@ def test_a_file_that_is_cut_short_is_an_error(tmp_path: Path, left: int) -> None
         states.read([2])
 
 
-def test_a_file_that_is_gone_is_an_error(tmp_path: Path) -> None:
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     states = on_disk(tmp_path)
     states.write(range(3), random(3, 4, 8))
     (tmp_path / "text").unlink()
@@ -127,14 +127,14 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     return set_free
 
 
-def test_states_lie_on_the_device_where_they_fit(free: Callable[[int, int], None], tmp_path: Path) -> None:
+def test_states_are_on_the_device_if_they_fit(free: Callable[[int, int], None], tmp_path: Path) -> None:
     free(1000 * HOST_SHARE, 100 * DEVICE_SHARE)
     places = [Storage.choose(size, GPU, tmp_path) for size in (100, 101, 1000, 1001)]
     assert [storage.place for storage in places] == [Place.DEVICE, Place.HOST, Place.HOST, Place.FILE]
     assert all(storage.device == GPU and storage.folder == tmp_path for storage in places)
 
 
-def test_states_on_a_cpu_lie_in_memory_or_in_files(free: Callable[[int, int], None], tmp_path: Path) -> None:
+def test_states_of_a_cpu_run_are_in_memory_or_in_files(free: Callable[[int, int], None], tmp_path: Path) -> None:
     free(1000 * HOST_SHARE, 0)
     places = [Storage.choose(size, HOST, tmp_path).place for size in (1, 1000, 1001)]
     assert places == [Place.HOST, Place.HOST, Place.FILE]
@@ -146,7 +146,7 @@ def test_storage_knows_whose_memory_it_uses() -> None:
     assert [Storage(HOST, place).uses(HOST) for place in Place] == [True, True, False]
 
 
-def test_states_stay_in_memory_where_there_is_no_folder(free: Callable[[int, int], None]) -> None:
+def test_states_are_in_memory_if_there_is_no_folder(free: Callable[[int, int], None]) -> None:
     free(10, 10)
     assert Storage.choose(1000, GPU).place is Place.HOST
     assert Storage.choose(1000, HOST).place is Place.HOST

@@ -22,10 +22,10 @@ LENGTH = 3 * WINDOW  # longer than the window of a sliding layer
 class Counted:
     """What is recorded of a skeleton: the indices of single blocks, and how often all of them."""
 
-    def __init__(self, walked: Skeleton, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, skeleton: Skeleton, monkeypatch: pytest.MonkeyPatch) -> None:
         self.single: list[int] = []
         self.all = 0
-        record, record_all = walked.record, walked.record_all
+        record, record_all = skeleton.record, skeleton.record_all
 
         def count_single(index: int, ids: Tensor) -> Call:
             self.single.append(index)
@@ -35,38 +35,38 @@ class Counted:
             self.all += 1
             return record_all(ids)
 
-        monkeypatch.setattr(walked, "record", count_single)
-        monkeypatch.setattr(walked, "record_all", count_all)
+        monkeypatch.setattr(skeleton, "record", count_single)
+        monkeypatch.setattr(skeleton, "record_all", count_all)
 
 
-def assert_equal(found: Any, expected: Any) -> None:
+def assert_equal(actual: Any, expected: Any) -> None:
     """The same structure, tensors bit by bit."""
     if isinstance(expected, Tensor):
-        assert isinstance(found, Tensor) and found.dtype == expected.dtype and torch.equal(found, expected)
+        assert isinstance(actual, Tensor) and actual.dtype == expected.dtype and torch.equal(actual, expected)
     elif isinstance(expected, tuple | list):
-        assert type(found) is type(expected)
-        for one, other in zip(found, expected, strict=True):
+        assert type(actual) is type(expected)
+        for one, other in zip(actual, expected, strict=True):
             assert_equal(one, other)
     elif isinstance(expected, dict):
-        assert found.keys() == expected.keys()
+        assert actual.keys() == expected.keys()
         for key in expected:
-            assert_equal(found[key], expected[key])
+            assert_equal(actual[key], expected[key])
     else:
-        assert found == expected or found is expected
+        assert actual == expected or actual is expected
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_calls_equal_what_the_skeleton_records(checkpoint: Checkpoints, name: str) -> None:
+def test_calls_equal_those_of_the_skeleton(checkpoint: Checkpoints, name: str) -> None:
     """For other tokens of the same shape, and for other shapes."""
-    walked = skeleton_of(checkpoint(name))
-    calls = RecordedCalls(walked)
+    skeleton = skeleton_of(checkpoint(name))
+    calls = RecordedCalls(skeleton)
     for batch, length, seed in ((2, LENGTH, 0), (2, LENGTH, 1), (1, LENGTH, 2), (2, LENGTH - 5, 3)):
         ids = tokens(batch, length, seed=seed)
-        first, expected = calls.first(ids), walked.record(0, ids)
+        first, expected = calls.first(ids), skeleton.record(0, ids)
         assert_equal((first.args, first.kwargs), (expected.args, expected.kwargs))
         hidden = torch.randn(first.hidden.shape)
-        for index in range(len(walked.blocks)):
-            call, expected = calls.call(index, ids, hidden), walked.record(index, ids).with_hidden(hidden)
+        for index in range(len(skeleton.blocks)):
+            call, expected = calls.call(index, ids, hidden), skeleton.record(index, ids).with_hidden(hidden)
             assert call.hidden is hidden
             assert_equal((call.args, call.kwargs), (expected.args, expected.kwargs))
 
@@ -74,12 +74,12 @@ def test_calls_equal_what_the_skeleton_records(checkpoint: Checkpoints, name: st
 @pytest.mark.parametrize("name", ["llama", "gemma3", "falcon"])
 def test_each_shape_is_recorded_once(checkpoint: Checkpoints, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """For these tokens and for others, which are compared; every further batch of text is compared as well."""
-    walked = skeleton_of(checkpoint(name))
-    counted, calls = Counted(walked, monkeypatch), RecordedCalls(walked)
+    skeleton = skeleton_of(checkpoint(name))
+    counted, calls = Counted(skeleton, monkeypatch), RecordedCalls(skeleton)
     hidden = calls.first(tokens(2, LENGTH)).hidden
     assert counted.all == 2
     for seed in range(5):
-        for index in range(len(walked.blocks)):
+        for index in range(len(skeleton.blocks)):
             calls.call(index, tokens(2, LENGTH, seed=seed), hidden)
     assert (counted.all, counted.single) == (2, [])
     calls.first(tokens(2, LENGTH, seed=1))
@@ -141,16 +141,16 @@ DEPENDENT: dict[str, Callable[[Tensor], tuple[Tensor, float, Any]]] = {
 def test_arguments_that_depend_on_tokens_are_recorded_again(
     arguments: Callable[[Tensor], tuple[Tensor, float, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    walked = skeleton_in_memory(MaskedModel(arguments))
-    calls, hidden = RecordedCalls(walked), torch.ones(2, 6, 8)
+    skeleton = skeleton_in_memory(MaskedModel(arguments))
+    calls, hidden = RecordedCalls(skeleton), torch.ones(2, 6, 8)
     for seed in range(4):
         ids = tokens(2, 6, seed=seed)
         for index in range(3):
-            call, expected = calls.call(index, ids, hidden), walked.record(index, ids)
+            call, expected = calls.call(index, ids, hidden), skeleton.record(index, ids)
             assert call.hidden is hidden and torch.equal(call.args[1], expected.args[1])
             assert call.kwargs["scale"] == expected.kwargs["scale"]
             assert str(call.kwargs["extra"]) == str(expected.kwargs["extra"])
-    counted = Counted(walked, monkeypatch)
+    counted = Counted(skeleton, monkeypatch)
     calls.call(1, tokens(2, 6), hidden)
     calls.first(tokens(2, 6))
     assert (counted.all, counted.single) == (0, [1, 0]) and not calls._by_shape, "nothing is kept"
@@ -158,8 +158,8 @@ def test_arguments_that_depend_on_tokens_are_recorded_again(
 
 def test_a_later_batch_may_show_that_arguments_depend_on_tokens() -> None:
     """The first two texts have the same mask, the third has another."""
-    walked = skeleton_in_memory(MaskedModel(lambda ids: ((ids < 200).float(), 1.0, None)))
-    calls, hidden = RecordedCalls(walked), torch.ones(1, 3, 8)
+    skeleton = skeleton_in_memory(MaskedModel(lambda ids: ((ids < 200).float(), 1.0, None)))
+    calls, hidden = RecordedCalls(skeleton), torch.ones(1, 3, 8)
     few, many = torch.tensor([[5, 6, 7]]), torch.tensor([[5, 6, 250]])
     assert calls.call(1, few, hidden).args[1].tolist() == [[1, 1, 1]] and calls._by_shape
     assert calls.first(many).args[1].tolist() == [[1, 1, 0]]
@@ -173,8 +173,8 @@ def independent(ids: Tensor) -> tuple[Tensor, float, Any]:
 
 
 def test_equal_tensors_of_all_blocks_are_stored_once() -> None:
-    walked = skeleton_in_memory(MaskedModel(independent))
-    calls, ids = RecordedCalls(walked), tokens(2, 6)
+    skeleton = skeleton_in_memory(MaskedModel(independent))
+    calls, ids = RecordedCalls(skeleton), tokens(2, 6)
     recorded = [calls.call(index, ids, torch.ones(2, 6, 8)) for index in range(3)]
     masks = {id(tensor) for call in recorded for tensor in recorded_calls._tensors(recorded_calls._values(call))}
     assert len(masks) == 1
@@ -184,10 +184,10 @@ def test_equal_tensors_of_all_blocks_are_stored_once() -> None:
 
 
 def test_masks_that_take_too_much_memory_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    walked = skeleton_in_memory(MaskedModel(independent))
+    skeleton = skeleton_in_memory(MaskedModel(independent))
     ids, hidden = tokens(2, 6), torch.ones(2, 6, 8)
     for limit, kept in ((4 * 2 * 6, True), (4 * 2 * 6 - 1, False)):
         monkeypatch.setattr(recorded_calls, "KEPT_BYTES", limit)
-        calls = RecordedCalls(walked)
+        calls = RecordedCalls(skeleton)
         assert torch.equal(calls.call(2, ids, hidden).args[1], torch.ones(2, 6))
         assert bool(calls._by_shape) is kept

@@ -283,10 +283,10 @@ def test_each_product_runs_once_for_each_batch(kind: type[nn.Module]) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "stablelm", "neox", "phi3", "falcon"])
 def test_products_of_real_blocks_run_once(checkpoint: Checkpoints, name: str) -> None:
-    walked = skeleton_of(checkpoint(name))
-    block = walked.blocks[1]
+    skeleton = skeleton_of(checkpoint(name))
+    block = skeleton.blocks[1]
     block.load()
-    calls = [walked.record(1, tokens(2, 24, seed=seed)) for seed in range(2)]
+    calls = [skeleton.record(1, tokens(2, 24, seed=seed)) for seed in range(2)]
     stops = stops_of(block, input_groups(block, calls[0]))
     with products(block) as counts, Replay(block, remember=True) as replay:
         for stop in stops:
@@ -300,8 +300,8 @@ def test_products_of_real_blocks_run_once(checkpoint: Checkpoints, name: str) ->
 def test_experts_are_continued_at_both_stations(tmp_path: Path) -> None:
     """What arrives is how tokens are routed; between the stations the experts' products run once."""
     folder = builders.save_model(tmp_path, builders.causal_model(mixtures.CONFIGS["mixtral"]()))
-    walked = open_skeleton(Checkpoint.open(folder), torch.device("cpu"), torch.float32)
-    block, call = walked.blocks[0], walked.record(0, tokens(2, 24))
+    skeleton = open_skeleton(Checkpoint.open(folder), torch.device("cpu"), torch.float32)
+    block, call = skeleton.blocks[0], skeleton.record(0, tokens(2, 24))
     block.load()
     [experts] = block.experts.values()
     with products(block) as counts, Replay(block, remember=True) as replay:
@@ -347,7 +347,7 @@ def test_forwards_are_restored_after_an_error(remember: bool) -> None:
     assert block.run(call).shape == (2, 5, 8)
 
 
-def test_a_module_with_its_own_forward_is_left_alone() -> None:
+def test_a_module_with_its_own_forward_is_not_changed() -> None:
     """Such as one that accelerate wrapped."""
     block = loaded(ReturnsTuples())
     pair = block.module.pair
@@ -390,7 +390,7 @@ def test_remembered_bytes_count_each_storage_once() -> None:
         assert replay.nbytes(0) == 2 * 5 * 8 * 4, "of the first layer, and of the module that returns the same"
 
 
-def test_what_arrives_by_keyword_is_seen_as_well() -> None:
+def test_keyword_inputs_are_recognized() -> None:
     linear, seen = nn.Linear(8, 8), []
     with in_front_of(linear, seen.append):
         linear(torch.zeros(1, 8))

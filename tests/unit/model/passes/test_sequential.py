@@ -31,20 +31,20 @@ def spoil(block: Block, paths: tuple[str, ...]) -> None:
         block.set_weight(path, block.weight(path) * 0.5)
 
 
-def run_first(walked: Skeleton, memory: int) -> tuple[dict[str, InputStats], list[Tensor]]:
+def run_first(skeleton: Skeleton, memory: int) -> tuple[dict[str, InputStats], list[Tensor]]:
     """(leader -> statistics, outputs of each batch) of the first block."""
-    streams = streams_over(walked, tokens(5, 24), memory=memory)
-    stats = run_block(streams, walked.blocks[0])
+    streams = streams_over(skeleton, tokens(5, 24), memory=memory)
+    stats = run_block(streams, skeleton.blocks[0])
     return stats, states_of(streams.quantized)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_group_sees_quantized_groups_before_it(checkpoint: Checkpoints, name: str) -> None:
-    walked = skeleton_of(checkpoint(name))
-    seen, outputs = run_first(walked, REMEMBERED)
-    block = walked.blocks[0]
+    skeleton = skeleton_of(checkpoint(name))
+    seen, outputs = run_first(skeleton, REMEMBERED)
+    block = skeleton.blocks[0]
     block.load()  # the float weights again
-    stream = stream_over(walked, tokens(5, 24))
+    stream = stream_over(skeleton, tokens(5, 24))
     groups = input_groups.input_groups(block, stream.sample(24))
     assert [group.names[0] for group in groups] == list(seen)
     for group in groups:  # the slow twin: the whole block for every group
@@ -65,8 +65,8 @@ def test_each_group_sees_quantized_groups_before_it(checkpoint: Checkpoints, nam
 
 @pytest.mark.parametrize("name", NAMES)
 def test_remembered_and_repeated_forwards_agree_bitwise(checkpoint: Checkpoints, name: str) -> None:
-    walked = skeleton_of(checkpoint(name))
-    (kept, outputs), (again, other_outputs) = (run_first(walked, memory) for memory in (REMEMBERED, REPEATED))
+    skeleton = skeleton_of(checkpoint(name))
+    (kept, outputs), (again, other_outputs) = (run_first(skeleton, memory) for memory in (REMEMBERED, REPEATED))
     assert list(kept) == list(again)
     for leader, stats in kept.items():
         assert torch.equal(stats.second_moment(), again[leader].second_moment())
@@ -75,13 +75,13 @@ def test_remembered_and_repeated_forwards_agree_bitwise(checkpoint: Checkpoints,
 
 
 def run_both(
-    walked: Skeleton, memory: int, *, validation: int = 0, storage: Storage | None = None
+    skeleton: Skeleton, memory: int, *, validation: int = 0, storage: Storage | None = None
 ) -> tuple[dict[str, InputStats], Streams]:
     """The first two blocks with the float stream next to the quantized one."""
     kinds = {} if storage is None else {"storage": storage}
-    streams = streams_over(walked, tokens(5, 24), memory=memory, floats=True, validation=validation, **kinds)
+    streams = streams_over(skeleton, tokens(5, 24), memory=memory, floats=True, validation=validation, **kinds)
     seen = {}
-    for block in walked.blocks[:2]:
+    for block in skeleton.blocks[:2]:
         seen |= run_block(streams, block)
     return seen, streams
 
@@ -93,10 +93,10 @@ def float_states(streams: Streams) -> list[Tensor]:
 
 @pytest.mark.parametrize("name", ["llama", "stablelm", "falcon"])
 def test_float_stream_equals_the_float_model(checkpoint: Checkpoints, name: str) -> None:
-    walked = skeleton_of(checkpoint(name))
-    seen, streams = run_both(walked, REMEMBERED)
-    quantized, alone = (stream_over(walked, tokens(5, 24)) for _ in range(2))
-    for block in walked.blocks[:2]:  # the slow twin: whole forwards of the float block, and of the spoilt one
+    skeleton = skeleton_of(checkpoint(name))
+    seen, streams = run_both(skeleton, REMEMBERED)
+    quantized, alone = (stream_over(skeleton, tokens(5, 24)) for _ in range(2))
+    for block in skeleton.blocks[:2]:  # the slow twin: whole forwards of the float block, and of the spoilt one
         block.load()
         groups = input_groups.input_groups(block, alone.sample(24))
         kept: dict[str, list[Tensor]] = {group.names[0]: [] for group in groups}
@@ -132,8 +132,10 @@ def test_float_stream_equals_the_float_model(checkpoint: Checkpoints, name: str)
 
 @pytest.mark.parametrize("validation", [0, 1, 2])
 def test_both_streams_agree_bitwise_in_both_ways(checkpoint: Checkpoints, validation: int) -> None:
-    walked = skeleton_of(checkpoint("llama"))
-    (kept, one), (again, other) = (run_both(walked, memory, validation=validation) for memory in (REMEMBERED, REPEATED))
+    skeleton = skeleton_of(checkpoint("llama"))
+    (kept, one), (again, other) = (
+        run_both(skeleton, memory, validation=validation) for memory in (REMEMBERED, REPEATED)
+    )
     assert list(kept) == list(again)
     for leader, stats in kept.items():
         judges = (stats.validation, again[leader].validation)
@@ -150,10 +152,10 @@ def test_both_streams_agree_bitwise_in_both_ways(checkpoint: Checkpoints, valida
     assert one.notes == [] and other.notes == [REPEATED_NOTE.format(blocks=2)]
 
 
-def test_states_in_files_change_no_bit(checkpoint: Checkpoints, tmp_path: Path) -> None:
-    walked = skeleton_of(checkpoint("llama"))
+def test_states_in_files_give_the_same_bits(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    skeleton = skeleton_of(checkpoint("llama"))
     files = Storage(HOST, Place.FILE, tmp_path / "states")
-    (kept, one), (again, other) = (run_both(walked, REMEMBERED, storage=storage) for storage in (None, files))
+    (kept, one), (again, other) = (run_both(skeleton, REMEMBERED, storage=storage) for storage in (None, files))
     assert all(torch.equal(kept[leader].second_moment(), again[leader].second_moment()) for leader in kept)
     for ours, theirs in (
         (float_states(one), float_states(other)),
@@ -165,18 +167,18 @@ def test_states_in_files_change_no_bit(checkpoint: Checkpoints, tmp_path: Path) 
 
 @pytest.mark.parametrize("validation", [1, 2, 3])
 def test_nothing_is_fitted_on_validation_sequences(checkpoint: Checkpoints, validation: int) -> None:
-    walked = skeleton_of(checkpoint("llama"))
-    streams = streams_over(walked, tokens(5, 24), validation=validation)
-    block = walked.blocks[0]
+    skeleton = skeleton_of(checkpoint("llama"))
+    streams = streams_over(skeleton, tokens(5, 24), validation=validation)
+    block = skeleton.blocks[0]
     first, *_ = run_block(streams, block, lambda *_: None).values()
     judge = first.validation
     assert judge is not None and judge.cross_moment() is None
     block.load()
-    stream = stream_over(walked, tokens(5, 24), validation=validation)
+    stream = stream_over(skeleton, tokens(5, 24), validation=validation)
     groups = input_groups.input_groups(block, stream.sample(24))
     fitted, validated = tokens(5, 24).split([5 - validation, validation])
     for stats, sequences in ((first, fitted), (judge, validated)):
-        alone = input_groups.statistics(block, groups, stream_over(walked, sequences).calls())[groups[0]]
+        alone = input_groups.statistics(block, groups, stream_over(skeleton, sequences).calls())[groups[0]]
         assert stats.tokens == sequences.numel() and torch.equal(stats.second_moment(), alone.second_moment())
     again = input_groups.statistics(block, groups, stream.fitted_calls())[groups[0]]
     assert torch.equal(again.second_moment(), first.second_moment())
@@ -184,10 +186,10 @@ def test_nothing_is_fitted_on_validation_sequences(checkpoint: Checkpoints, vali
 
 def test_both_streams_pass_a_restored_block(checkpoint: Checkpoints) -> None:
     """A block that an earlier run committed leaves the same states as one that is quantized now."""
-    walked = skeleton_of(checkpoint("llama"))
-    _, quantized_now = run_both(walked, REMEMBERED)
-    restored = streams_over(walked, tokens(5, 24), floats=True)
-    for block in walked.blocks[:2]:
+    skeleton = skeleton_of(checkpoint("llama"))
+    _, quantized_now = run_both(skeleton, REMEMBERED)
+    restored = streams_over(skeleton, tokens(5, 24), floats=True)
+    for block in skeleton.blocks[:2]:
         block.load()
         restored.enter(block)
         spoil(block, tuple(block.linears))  # as if it was read back
@@ -199,20 +201,20 @@ def test_both_streams_pass_a_restored_block(checkpoint: Checkpoints) -> None:
         assert ours and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_a_rewritten_block_leaves_the_float_states_alone(checkpoint: Checkpoints) -> None:
+def test_a_rewritten_block_does_not_change_the_float_states(checkpoint: Checkpoints) -> None:
     """The float stream goes on with what the block put out before it was rewritten, and compares with the new one."""
-    walked = skeleton_of(checkpoint("llama"))
-    block = walked.blocks[0]
-    _, plain = run_first_with_floats(walked, lambda: None)
-    seen, rewritten = run_first_with_floats(walked, lambda: spoil(block, tuple(block.linears)))
+    skeleton = skeleton_of(checkpoint("llama"))
+    block = skeleton.blocks[0]
+    _, plain = run_first_with_floats(skeleton, lambda: None)
+    seen, rewritten = run_first_with_floats(skeleton, lambda: spoil(block, tuple(block.linears)))
     assert all(torch.equal(a, b) for a, b in zip(float_states(plain), float_states(rewritten), strict=True))
     for stats in seen.values():  # nothing was quantized, so the rewritten block feeds both streams the same
         cross = stats.cross_moment()
         assert cross is not None and not cross.any()
 
 
-def run_first_with_floats(walked: Skeleton, rewrite: Callable[[], None]) -> tuple[dict[str, InputStats], Streams]:
-    block, streams = walked.blocks[0], streams_over(walked, tokens(5, 24), floats=True)
+def run_first_with_floats(skeleton: Skeleton, rewrite: Callable[[], None]) -> tuple[dict[str, InputStats], Streams]:
+    block, streams = skeleton.blocks[0], streams_over(skeleton, tokens(5, 24), floats=True)
     block.load()
     streams.enter(block)
     groups = input_groups.input_groups(block, streams.quantized.sample(24))
@@ -229,8 +231,8 @@ def run_first_with_floats(walked: Skeleton, rewrite: Callable[[], None]) -> tupl
 
 
 def test_originals_are_exchanged_and_freed_with_the_block(checkpoint: Checkpoints) -> None:
-    walked = skeleton_of(checkpoint("llama"))
-    block = walked.blocks[0]
+    skeleton = skeleton_of(checkpoint("llama"))
+    block = skeleton.blocks[0]
     block.load()
     block.keep_originals()
     (path, *_), before = block.linears, {name: p.clone() for name, p in block.module.named_parameters()}
@@ -309,27 +311,27 @@ def around(*sequences: bool) -> Tensor:
 
 
 def branching_streams(*sequences: bool, memory: int, floats: bool = False) -> tuple[Skeleton, Streams]:
-    walked = one_block(Branching)
-    return walked, streams_over(walked, around(*sequences), batch=1, memory=memory, floats=floats)
+    skeleton = one_block(Branching)
+    return skeleton, streams_over(skeleton, around(*sequences), batch=1, memory=memory, floats=floats)
 
 
 @WAYS
 def test_batches_may_take_different_branches(memory: int) -> None:
-    walked, streams = branching_streams(False, True, False, memory=memory)
-    block = walked.blocks[0]
+    skeleton, streams = branching_streams(False, True, False, memory=memory)
+    block = skeleton.blocks[0]
     stats = run_block(streams, block)
-    assert [found.tokens for found in stats.values()] == [18, 12, 18]
-    expected = stream_over(walked, around(False, True, False), batch=1)
+    assert [inputs.tokens for inputs in stats.values()] == [18, 12, 18]
+    expected = stream_over(skeleton, around(False, True, False), batch=1)
     for output, call in zip(states_of(streams.quantized), expected.calls(), strict=True):
         assert torch.equal(output, block.run(call)), "what a batch puts out is of the weights at the end"
 
 
 @WAYS
 def test_a_layer_that_no_batch_reaches_has_no_tokens(memory: int) -> None:
-    walked = one_block(Branching)
-    block, streams = walked.blocks[0], streams_over(walked, around(True, True), batch=1, memory=memory)
+    skeleton = one_block(Branching)
+    block, streams = skeleton.blocks[0], streams_over(skeleton, around(True, True), batch=1, memory=memory)
     block.load()
-    probe = stream_over(walked, around(False), batch=1).sample(6)
+    probe = stream_over(skeleton, around(False), batch=1).sample(6)
     groups = input_groups.input_groups(block, probe)
     counts = []
     with Sequential(block, groups, streams) as forwards:
@@ -339,18 +341,18 @@ def test_a_layer_that_no_batch_reaches_has_no_tokens(memory: int) -> None:
 
 @WAYS
 def test_tokens_are_not_paired_where_routing_may_differ(memory: int) -> None:
-    walked = one_block(Routing)
-    streams = streams_over(walked, around(False, True, True), batch=1, memory=memory, floats=True)
-    stats = list(run_block(streams, walked.blocks[0], lambda *_: None).values())
+    skeleton = one_block(Routing)
+    streams = streams_over(skeleton, around(False, True, True), batch=1, memory=memory, floats=True)
+    stats = list(run_block(streams, skeleton.blocks[0], lambda *_: None).values())
     # Nothing is quantized, so the same tokens arrive; but of a part of the tokens nobody can know that.
-    assert [found.cross_moment() is None for found in stats] == [False, True]
+    assert [inputs.cross_moment() is None for inputs in stats] == [False, True]
     assert 0 < stats[1].tokens < 18
 
 
 @WAYS
 def test_an_interrupted_pass_leaves_the_block_unchanged(memory: int) -> None:
-    walked, streams = branching_streams(False, False, memory=memory)
-    block = walked.blocks[0]
+    skeleton, streams = branching_streams(False, False, memory=memory)
+    block = skeleton.blocks[0]
 
     def interrupt(*_: object) -> None:
         raise KeyError("anything")
@@ -368,11 +370,11 @@ def modes() -> tuple[bool, bool]:
 
 @WAYS
 @pytest.mark.parametrize("interrupted", [False, True])
-def test_interrupted_forwards_leave_torch_modes_alone(memory: int, interrupted: bool) -> None:
+def test_interrupted_forwards_restore_torch_modes(memory: int, interrupted: bool) -> None:
     """Every forward is in no_grad, and these stop inside an autocast; both belong to the thread."""
-    walked = one_block(Mixed)
-    streams = streams_over(walked, around(True, False, True), batch=1, memory=memory)
-    block = walked.blocks[0]
+    skeleton = one_block(Mixed)
+    streams = streams_over(skeleton, around(True, False, True), batch=1, memory=memory)
+    block = skeleton.blocks[0]
 
     def check(*_: object) -> None:
         assert modes() == (True, False)
@@ -384,7 +386,7 @@ def test_interrupted_forwards_leave_torch_modes_alone(memory: int, interrupted: 
             run_block(streams, block, check)
     else:
         run_block(streams, block, check)
-        expected = stream_over(walked, around(True, False, True), batch=1)
+        expected = stream_over(skeleton, around(True, False, True), batch=1)
         for output, call in zip(states_of(streams.quantized), expected.calls(), strict=True):
             assert torch.equal(output, block.run(call))
     assert modes() == (True, False)
@@ -392,8 +394,8 @@ def test_interrupted_forwards_leave_torch_modes_alone(memory: int, interrupted: 
 
 @WAYS
 def test_an_error_in_the_block_reaches_the_caller(memory: int) -> None:
-    walked, streams = branching_streams(False, memory=memory)
-    block = walked.blocks[0]
+    skeleton, streams = branching_streams(False, memory=memory)
+    block = skeleton.blocks[0]
     block.load()
     groups = input_groups.input_groups(block, streams.quantized.sample(6))
     block.module.second = nn.Linear(5, 8)
@@ -416,9 +418,9 @@ class Eager(nn.Module):
         return output
 
 
-def test_what_finished_modules_put_out_counts_as_kept() -> None:
-    walked = one_block(Eager)
-    block = walked.blocks[0]
+def test_outputs_of_finished_modules_count_as_kept() -> None:
+    skeleton = one_block(Eager)
+    block = skeleton.blocks[0]
     block.load()
     T = 50
     call = Call((torch.randn(1, T, 8),), {})
@@ -426,11 +428,11 @@ def test_what_finished_modules_put_out_counts_as_kept() -> None:
     assert [kept_bytes(block, stops[:number], call) for number in range(4)] == [0, 0, 4 * T * 16, 4 * T * (16 + 8)]
 
 
-def test_forwards_are_remembered_only_where_they_fit(checkpoint: Checkpoints) -> None:
-    walked = skeleton_of(checkpoint("llama"))
-    block, ids = walked.blocks[0], tokens(5, 24)
+def test_forwards_are_remembered_only_if_they_fit(checkpoint: Checkpoints) -> None:
+    skeleton = skeleton_of(checkpoint("llama"))
+    block, ids = skeleton.blocks[0], tokens(5, 24)
     block.load()
-    sample = stream_over(walked, ids).sample(24)
+    sample = stream_over(skeleton, ids).sample(24)
     groups = input_groups.input_groups(block, sample)
     text = 5 * kept_bytes(block, stops_of(block, groups), sample)
 
@@ -438,7 +440,7 @@ def test_forwards_are_remembered_only_where_they_fit(checkpoint: Checkpoints) ->
         """The least memory in which forwards are remembered."""
         low, high = 0, 1 << 24
         while low < high:
-            streams = streams_over(walked, ids, memory=(low + high) // 2, **settings)
+            streams = streams_over(skeleton, ids, memory=(low + high) // 2, **settings)
             answer = Sequential(block, groups, streams).remembers
             assert streams.repeated == (not answer)
             low, high = (low, streams.memory) if answer else (streams.memory + 1, high)

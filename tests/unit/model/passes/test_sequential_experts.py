@@ -106,7 +106,7 @@ def expected(experts: SeparateExperts, e: int, side: int, seen: list[tuple[Route
 
 @pytest.mark.parametrize("wanted", [OWN, ALL])
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4"])
-def test_experts_see_own_tokens_and_borrowed_ones(opened: Open, name: str, wanted: float) -> None:
+def test_experts_get_their_own_and_borrowed_tokens(opened: Open, name: str, wanted: float) -> None:
     skeleton = opened(name)
     stats_of, _ = run_first(skeleton, REMEMBERED, wanted)
     block, stream = loaded(skeleton)

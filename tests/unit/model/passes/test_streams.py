@@ -1,4 +1,4 @@
-"""Streams: how a text is split, and what a stream reads and writes on its way past blocks, wherever its states lie."""
+"""Streams: how a text is split, and what a stream reads and writes when it passes blocks, for all storage places."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -40,17 +40,17 @@ def test_no_batch_has_both_fitted_and_validation_sequences(
     assert all(min(own) >= text.fitted for own in text.batches()[fitted_batches:])
 
 
-def test_tokens_are_found_by_the_numbers_of_sequences() -> None:
+def test_tokens_are_selected_by_sequence_number() -> None:
     text = Text(tokens(5, LENGTH), 2)
     for numbers in (range(1, 4), [1, 2, 3], [4, 0], range(4, -1, -2)):
         assert torch.equal(text.of(numbers), text.tokens[list(numbers)])
 
 
-def whole_model(walked: Skeleton, ids: Tensor) -> list[Tensor]:
+def whole_model(skeleton: Skeleton, ids: Tensor) -> list[Tensor]:
     """(…, S, T, D) what each block puts out, all sequences at once."""
     outputs = []
-    for block in walked.blocks:
-        call = walked.record(block.index, ids)
+    for block in skeleton.blocks:
+        call = skeleton.record(block.index, ids)
         outputs.append(block.run(call.with_hidden(outputs[-1]) if outputs else call))
     return outputs
 
@@ -61,20 +61,20 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
 
 
 def loaded(folder: Path) -> Skeleton:
-    walked = skeleton_of(folder)
-    for block in walked.blocks:
+    skeleton = skeleton_of(folder)
+    for block in skeleton.blocks:
         block.load()
-    return walked
+    return skeleton
 
 
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("name", ["llama", "gemma3n"])
 def test_a_stream_passes_all_blocks(checkpoint: Checkpoints, storage: Storage, name: str, keep: bool) -> None:
     """Sequence by sequence, so that sums are the same whoever asks; with and without what each block was fed."""
-    walked, ids = loaded(checkpoint(name)), tokens(3, LENGTH)
-    alone = [whole_model(walked, ids[[number]]) for number in range(3)]
-    stream = stream_over(walked, ids, batch=1, storage=storage)
-    for block in walked.blocks:
+    skeleton, ids = loaded(checkpoint(name)), tokens(3, LENGTH)
+    alone = [whole_model(skeleton, ids[[number]]) for number in range(3)]
+    stream = stream_over(skeleton, ids, batch=1, storage=storage)
+    for block in skeleton.blocks:
         fed = [stream.call([number]).hidden.clone() for number in range(3)]
         assert not stream.has_outputs
         if keep:
@@ -95,41 +95,41 @@ def test_a_stream_passes_all_blocks(checkpoint: Checkpoints, storage: Storage, n
         assert not list(storage.folder.iterdir())
 
 
-def test_clear_gives_inputs_and_outputs_back(checkpoint: Checkpoints, storage: Storage, tmp_path: Path) -> None:
-    walked = loaded(checkpoint("llama"))
-    stream = stream_over(walked, tokens(4, LENGTH), storage=storage)
-    stream.past(walked.blocks[0])
+def test_clear_frees_inputs_and_outputs(checkpoint: Checkpoints, storage: Storage, tmp_path: Path) -> None:
+    skeleton = loaded(checkpoint("llama"))
+    stream = stream_over(skeleton, tokens(4, LENGTH), storage=storage)
+    stream.past(skeleton.blocks[0])
     stream.keep_inputs()
-    stream.run(walked.blocks[1])
+    stream.run(skeleton.blocks[1])
     assert len(list(tmp_path.glob("states/*"))) == (2 if storage.place is Place.FILE else 0)
     stream.clear()
     assert not stream.has_outputs and not stream._states._parts and not list(tmp_path.glob("states/*"))
 
 
-def test_outputs_take_the_place_of_inputs(checkpoint: Checkpoints, storage: Storage) -> None:
+def test_outputs_replace_inputs(checkpoint: Checkpoints, storage: Storage) -> None:
     """So a stream that keeps no inputs takes no more than the states of all sequences."""
-    walked = loaded(checkpoint("llama"))
-    stream = stream_over(walked, tokens(4, LENGTH), storage=storage)
-    stream.past(walked.blocks[0])
+    skeleton = loaded(checkpoint("llama"))
+    stream = stream_over(skeleton, tokens(4, LENGTH), storage=storage)
+    stream.past(skeleton.blocks[0])
     stream.write(range(2), torch.zeros(2, LENGTH, 32))
     assert not stream.outputs(range(2)).any() and stream.call([2, 3]).hidden.any()
     assert stream._next is stream._states
 
 
-def test_a_stream_ends_before_outputs_that_nobody_needs(checkpoint: Checkpoints) -> None:
-    walked = loaded(checkpoint("llama"))
-    stream = stream_over(walked, tokens(4, LENGTH), to_the_end=False)
-    for block in walked.blocks:
+def test_unneeded_last_outputs_are_not_computed(checkpoint: Checkpoints) -> None:
+    skeleton = loaded(checkpoint("llama"))
+    stream = stream_over(skeleton, tokens(4, LENGTH), to_the_end=False)
+    for block in skeleton.blocks:
         assert stream.needs_outputs == (block.index < 2)
         stream.past(block)
     with pytest.raises(AssertionError):
         stream.last([0])
 
 
-def test_last_states_are_there_behind_the_last_block(checkpoint: Checkpoints) -> None:
-    walked = loaded(checkpoint("llama"))
-    stream = stream_over(walked, tokens(4, LENGTH))
-    stream.past(walked.blocks[0])
+def test_last_states_exist_only_after_the_last_block(checkpoint: Checkpoints) -> None:
+    skeleton = loaded(checkpoint("llama"))
+    stream = stream_over(skeleton, tokens(4, LENGTH))
+    stream.past(skeleton.blocks[0])
     with pytest.raises(AssertionError):
         stream.last([0])
     with pytest.raises(AssertionError):
@@ -138,9 +138,9 @@ def test_last_states_are_there_behind_the_last_block(checkpoint: Checkpoints) ->
 
 @pytest.mark.parametrize("passed", [0, 1])
 def test_samples_are_parts_of_the_text(checkpoint: Checkpoints, passed: int) -> None:
-    walked = loaded(checkpoint("llama"))
-    stream = stream_over(walked, tokens(5, LENGTH), validation=2)
-    for block in walked.blocks[:passed]:
+    skeleton = loaded(checkpoint("llama"))
+    stream = stream_over(skeleton, tokens(5, LENGTH), validation=2)
+    for block in skeleton.blocks[:passed]:
         stream.past(block)
 
     def hidden(numbers: list[int], length: int = LENGTH) -> Tensor:
@@ -154,22 +154,22 @@ def test_samples_are_parts_of_the_text(checkpoint: Checkpoints, passed: int) -> 
         assert call is not None and torch.equal(call.hidden, hidden(numbers))
     assert [len(call.hidden) for call in stream.calls()] == [2, 1, 2]
     assert [len(call.hidden) for call in stream.fitted_calls()] == [2, 1]
-    assert stream_over(walked, tokens(5, LENGTH)).validation_sample(1) is None
+    assert stream_over(skeleton, tokens(5, LENGTH)).validation_sample(1) is None
 
 
 def test_streams_of_one_folder_do_not_mix(checkpoint: Checkpoints, tmp_path: Path) -> None:
-    walked = loaded(checkpoint("llama"))
+    skeleton = loaded(checkpoint("llama"))
     storage = Storage(HOST, Place.FILE, tmp_path)
     calls, texts = (
-        stream_over(walked, tokens(2, LENGTH))._calls,
+        stream_over(skeleton, tokens(2, LENGTH))._calls,
         [Text(tokens(2, LENGTH, seed=seed), 2) for seed in (1, 2)],
     )
-    streams = [Stream(walked, text, calls, storage, name) for text, name in zip(texts, ("one", "two"), strict=True)]
-    for block in walked.blocks:
+    streams = [Stream(skeleton, text, calls, storage, name) for text, name in zip(texts, ("one", "two"), strict=True)]
+    for block in skeleton.blocks:
         for stream in streams:
             stream.past(block)
     for text, stream in zip(texts, streams, strict=True):
-        alone = stream_over(walked, text.tokens)
-        for block in walked.blocks:
+        alone = stream_over(skeleton, text.tokens)
+        for block in skeleton.blocks:
             alone.past(block)
         assert torch.equal(states_of(stream)[0], states_of(alone)[0])

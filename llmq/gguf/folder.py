@@ -7,15 +7,17 @@ licence and the model card.
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from llmq.checkpoint.json_text import json_text
 from llmq.checkpoint.reader import Checkpoint
 from llmq.checkpoint.safetensors_files import Part
 from llmq.checkpoint.side_files import companion_files
 from llmq.checkpoint.writer import CONFIG, put_companions
+from llmq.config import QuantConfig
 from llmq.gguf import export, from_run
 from llmq.gguf.export import Summary
 from llmq.gguf.writer import Written
-from llmq.plan import Plan
 
 
 def gguf_name(out: Path) -> str:
@@ -33,11 +35,13 @@ def export_gguf(source: Path, folder: Path, out: Path) -> Summary:
     return summary
 
 
-def blocks_to_gguf(parts: Sequence[Part], plan: Plan, folder: Path, out: Path) -> Written:
-    """Write the blocks of a run on a GGUF grid as a .gguf file."""
-    file = folder / gguf_name(out)
-    written = from_run.assemble(file, plan.checkpoint, parts, plan.outside(), plan.settings, plan.device)
-    _add_companions(plan.checkpoint, folder)
+def blocks_to_gguf(
+    parts: Sequence[Part], source: Checkpoint, outside: Sequence[str], settings: QuantConfig, device: torch.device,
+    folder: Path, out: Path,
+) -> Written:  # fmt: skip
+    """Write the blocks of a run on a GGUF grid as a .gguf file; the arguments are those of `from_run.assemble`."""
+    written = from_run.assemble(folder / gguf_name(out), source, parts, outside, settings, device)
+    _add_companions(source, folder)
     return written
 
 
