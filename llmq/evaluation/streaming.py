@@ -90,9 +90,7 @@ class Streamed:
         assert passed is not None, "no text was run"
         for batch in passed.text.batches():
             tokens, states = passed.text.of(batch), passed.last(batch)
-            for part, hidden in zip(
-                tokens.split(together), states.split(together, dim=self._skeleton.batch_axis), strict=True
-            ):
+            for part, hidden in zip(tokens.split(together), states.split(together, dim=-3), strict=True):
                 with torch.no_grad():  # not around the yield, because the mode is that of the whole thread
                     logits = self._skeleton.logits(part, hidden)
                 yield part, logits

@@ -91,7 +91,7 @@ def squared_gradients(
         del outputs
 
         def visit(block: Block, rows: range, part: Tensor = part, number: int = number) -> None:
-            collected.take(part[list(rows)])
+            collected.take(part[list(rows)], tokens_first=block.tokens_first)
             done = (number + 1) * len(skeleton.blocks) - block.index
             on_event(Progress("token weights", done, len(parts) * len(skeleton.blocks)))
 
@@ -120,7 +120,7 @@ class _Collected:
             for handle in handles:
                 handle.remove()
 
-    def take(self, sequences: Tensor) -> None:
+    def take(self, sequences: Tensor, *, tokens_first: bool) -> None:
         """Add what was recorded since the last call to the sums of these sequences (B,)."""
         for path, recorded in self._seen.items():
             sums = self._sums.setdefault(path, torch.zeros(self._shape, dtype=torch.float32))
@@ -128,7 +128,10 @@ class _Collected:
                 if squares.numel() != len(sequences) * self._shape[1] or not torch.isfinite(squares).all():
                     self._left_out.add(path)
                 else:
-                    sums[sequences] += squares.reshape(-1, self._shape[1]).cpu()
+                    ordered = (
+                        squares.reshape(self._shape[1], -1).T if tokens_first else squares.reshape(-1, self._shape[1])
+                    )
+                    sums[sequences] += ordered.cpu()
         self._seen = {}
 
     def result(self) -> dict[str, Tensor]:

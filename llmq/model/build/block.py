@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
 import torch
@@ -28,21 +28,38 @@ def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of a block: its hidden state (B, T, D) is the first of `args`, or `kwargs["hidden_states"]`."""
+    """The arguments of a block; the first of `args`, or `kwargs["hidden_states"]`, is `raw`, its hidden state.
+
+    tokens_first  whether the module has hidden states (T, B, D), as XLNet has; they are converted here and in `Block`,
+                  so that all other code has (…, B, T, D)
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    tokens_first: bool = False
+
+    @property
+    def raw(self) -> Tensor:
+        """The hidden state as the module takes it."""
+        raw: Tensor = self.args[0] if self.args else self.kwargs["hidden_states"]
+        return raw
 
     @property
     def hidden(self) -> Tensor:
-        hidden: Tensor = self.args[0] if self.args else self.kwargs["hidden_states"]
-        return hidden
+        """The hidden state (…, B, T, D)."""
+        return swapped(self.raw, self.tokens_first)
 
     def with_hidden(self, hidden: Tensor) -> "Call":
-        """The same call with another hidden state."""
+        """The same call with another hidden state (…, B, T, D)."""
+        raw = swapped(hidden, self.tokens_first)
         if self.args:
-            return Call((hidden, *self.args[1:]), self.kwargs)
-        return Call((), {**self.kwargs, "hidden_states": hidden})
+            return replace(self, args=(raw, *self.args[1:]))
+        return replace(self, kwargs={**self.kwargs, "hidden_states": raw})
+
+
+def swapped(hidden: Tensor, tokens_first: bool) -> Tensor:
+    """(B, T, D) <-> (T, B, D) if `tokens_first`, else unchanged."""
+    return hidden.transpose(-3, -2) if tokens_first else hidden
 
 
 class Block:
@@ -50,6 +67,7 @@ class Block:
 
     linears  path -> module, of each linear layer that may be quantized, such as `model.layers.3.mlp.up_proj`
     experts  path -> module, of each layer of experts; their linear layers are in `linears`, too
+    tokens_first  whether inputs of linear layers are (T, B, K) and not (B, T, K)
     inputs   which linear layers get quantized inputs (`quantize_inputs`). Every pass runs the block with `forward`, so
              every pass uses them
     """
@@ -57,6 +75,7 @@ class Block:
     def __init__(self, index: int, path: str, module: nn.Module, weights: ModelWeights, device: torch.device) -> None:
         self.index = index
         self.path = path
+        self.tokens_first = False
         self.module = module
         self._weights = weights
         self._device = device
@@ -133,8 +152,7 @@ class Block:
         Blocks are run only here, so hooks on the linear layers quantize inputs in every pass.
         """
         output = self.module(*call.args, **call.kwargs)
-        hidden: Tensor = output[0] if isinstance(output, tuple | list) else output
-        return hidden
+        return swapped(output[0] if isinstance(output, tuple | list) else output, call.tokens_first)
 
     def weight(self, path: str) -> Tensor:
         """A float32 copy of the weight (N, K) of a linear layer."""

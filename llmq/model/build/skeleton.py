@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from llmq.errors import ConfigError, UnsupportedModelError
 from llmq.model.analyse import meta_run
-from llmq.model.build.block import Block, Call, is_plain_linear
+from llmq.model.build.block import Block, Call, is_plain_linear, swapped
 from llmq.model.build.checkpoint_names import ModelWeights
 from llmq.model.build.module_tree import build as build
 from llmq.model.build.module_tree import load_config as load_config
@@ -133,12 +133,6 @@ class Skeleton:
         return logits
 
     @functools.cached_property
-    def batch_axis(self) -> int:
-        """The axis of the sequences in hidden states: -3 as in (…, B, T, D), or -2 as in XLNet's (T, B, D)."""
-        shape = self.record(0, torch.zeros(1, 2, dtype=torch.int64)).hidden.shape
-        return -2 if tuple(shape[-3:-1]) == (2, 1) else -3
-
-    @functools.cached_property
     def head_path(self) -> str | None:
         """The path of the layer that makes logits; None if it is not a plain linear layer, or is inside a block."""
         find: Callable[[], nn.Module | None] = self.model.get_output_embeddings  # type: ignore[assignment]
@@ -196,11 +190,12 @@ class Skeleton:
 
         def recorder(index: int) -> Callable[..., Any]:
             def passthrough(*args: Any, **kwargs: Any) -> Any:
-                calls[index] = Call(args, kwargs)
+                calls[index] = Call(args, kwargs, self.blocks[index].tokens_first)
                 if last_output is None and index == self._stop_after:
                     raise _Reached
-                replaced = last_output is not None and index == len(self.blocks) - 1
-                hidden = last_output if replaced else calls[index].hidden
+                hidden = calls[index].raw
+                if last_output is not None and index == len(self.blocks) - 1:
+                    hidden = swapped(last_output, calls[index].tokens_first)
                 return (hidden, *[None] * (self._returned - 1)) if self._returned else hidden
 
             return passthrough
@@ -229,7 +224,9 @@ class Skeleton:
                 except (LookupError, TypeError, RuntimeError, ValueError, AttributeError) as error:
                     failure = failure or error
                     continue
-            if len(calls) == len(self.blocks) and all(calls[i].hidden is calls[0].hidden for i in calls):
+            if len(calls) == len(self.blocks) and all(calls[i].raw is calls[0].raw for i in calls):
+                for block in self.blocks:
+                    block.tokens_first = tuple(calls[0].raw.shape[-3:-1]) == (tokens.shape[1], 1)
                 return
             failure = UnsupportedModelError("the hidden state changes between blocks")
         self._returned = None

@@ -107,7 +107,7 @@ class Tape:
         return [linear.weight for path, linear in block.linears.items() if path in self._weights]
 
     def _new_states(self, index: int) -> HiddenStates:
-        return HiddenStates(self._storage, f"tape-{index}", self._skeleton.batch_axis)
+        return HiddenStates(self._storage, f"tape-{index}")
 
 
 def backward(

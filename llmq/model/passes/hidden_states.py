@@ -60,12 +60,10 @@ class HiddenStates:
     """(…, S, T, D): the hidden states of S sequences, written and read by the numbers of the sequences.
 
     name  the name of the file, if they are kept in one
-    axis  the axis of the sequences, `Skeleton.batch_axis`
     """
 
-    def __init__(self, storage: Storage, name: str, axis: int = -3) -> None:
+    def __init__(self, storage: Storage, name: str) -> None:
         self._storage = storage
-        self._axis = axis
         self._file = storage.folder / name if storage.place is Place.FILE and storage.folder is not None else None
         self._parts: dict[int, tuple[Tensor, int]] = {}  # by sequence: a tensor of several sequences, and the row in it
         self._empty: Tensor | None = None  # (…, 1, T, D) on meta: shape and dtype of one sequence
@@ -77,7 +75,7 @@ class HiddenStates:
     def write(self, sequences: Sequence[int], hidden: Tensor) -> None:
         """Store `hidden` (…, B, T, D) for B sequences. Raises StorageError."""
         hidden = hidden.detach()
-        self._empty = hidden.narrow(self._axis, 0, 1).to("meta")
+        self._empty = hidden.narrow(-3, 0, 1).to("meta")
         if self._file is not None:
             self._write_file(sequences, hidden.cpu())
             return
@@ -91,7 +89,7 @@ class HiddenStates:
             parts = [self._read_file(sequence) for sequence in sequences]
         else:
             parts = list(self._runs(sequences))
-        hidden = parts[0] if len(parts) == 1 else torch.cat(parts, dim=self._axis)
+        hidden = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-3)
         return hidden.to(self._storage.device, non_blocking=True)
 
     def clear(self) -> None:
@@ -106,7 +104,7 @@ class HiddenStates:
         ordered = [(tensor, row, row - position) for position, (tensor, row) in enumerate(places)]
         for _, run in itertools.groupby(ordered, key=lambda place: (id(place[0]), place[2])):
             rows = list(run)
-            yield rows[0][0].narrow(self._axis, rows[0][1], len(rows))
+            yield rows[0][0].narrow(-3, rows[0][1], len(rows))
 
     def _write_file(self, sequences: Sequence[int], hidden: Tensor) -> None:
         assert self._file is not None
@@ -114,7 +112,7 @@ class HiddenStates:
             self._file.parent.mkdir(exist_ok=True)
             self._file.touch()
             with self._file.open("rb+") as file:
-                for sequence, state in zip(sequences, hidden.split(1, dim=self._axis), strict=True):
+                for sequence, state in zip(sequences, hidden.split(1, dim=-3), strict=True):
                     file.seek(sequence * state.nbytes)
                     file.write(state.contiguous().flatten().view(torch.uint8).numpy().data)
 

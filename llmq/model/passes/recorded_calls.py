@@ -5,6 +5,7 @@ are recorded when it enters the first block, and for the first batch of a shape 
 If anything differs, the calls are recorded again for each block and batch, and nothing is kept.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -97,7 +98,7 @@ def _shared(calls: list[Call]) -> list[Call]:
             return type(value)(map(deduplicated, value))
         return {key: deduplicated(item) for key, item in value.items()} if type(value) is dict else value
 
-    return [Call(deduplicated(call.args), deduplicated(call.kwargs)) for call in calls]
+    return [replace(call, args=deduplicated(call.args), kwargs=deduplicated(call.kwargs)) for call in calls]
 
 
 def _nbytes(calls: list[Call]) -> int:

@@ -142,12 +142,18 @@ class Summation:
             original = others[0] if others else None
             batch_stats = fitted if self._fits(batch) else validation
             for group, group_weights, stats in zip(groups, weights, batch_stats, strict=True):
-                token_weights = None if group_weights is None else group_weights.flatten()[start:end]
+                token_weights = None if group_weights is None else self._in_order(group_weights, start, end)
                 if isinstance(arrived, Routed):
                     self._add_routed(stop, group, stats, arrived, original, token_weights)
                 else:
                     _add(stats, arrived, original, token_weights, tokens)
         return fitted
+
+    def _in_order(self, weights: Tensor, start: int, end: int) -> Tensor:
+        """The weights (S, T) of the tokens from `start` to `end`, (B·T,) in the order in which layers get them."""
+        T = weights.shape[1]
+        rows = weights[start // T : end // T]
+        return (rows.T if self._block.tokens_first else rows).flatten()
 
     def _fits(self, batch: int) -> bool:
         return self._fitted is None or batch < self._fitted

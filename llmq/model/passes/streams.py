@@ -91,10 +91,7 @@ class Stream:
         self._to_the_end = to_the_end
         self._skeleton = skeleton
         self._calls = calls
-        axis = skeleton.batch_axis
-        self._token_axis = -5 - axis
-        self._new_states: Callable[[int], HiddenStates]
-        self._new_states = lambda number: HiddenStates(storage, f"{name}-{number}", axis)
+        self._new_states: Callable[[int], HiddenStates] = lambda number: HiddenStates(storage, f"{name}-{number}")
         self._states = self._new_states(0)  # not used before the first block, whose hidden state is recorded
         self._next: HiddenStates | None = None  # the outputs of the block, for the batches that were run
         self._number = 0  # the number in the file name of `_states`
@@ -120,7 +117,7 @@ class Stream:
         part = self.text.of(rows)[:, :tokens]
         if self.position == 0:
             return self._calls.first(part)
-        return self._calls.call(self.position, part, self._states.read(rows).narrow(self._token_axis, 0, part.shape[1]))
+        return self._calls.call(self.position, part, self._states.read(rows)[..., :tokens, :])
 
     def validation_sample(self, tokens: int) -> Call | None:
         """A call with about this many tokens: whole validation sequences, the first ones; None if there are none."""

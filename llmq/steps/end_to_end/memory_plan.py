@@ -50,7 +50,7 @@ def choose(run: Run, text: Text, rates: Rates) -> Places:
     step += LOGIT_COPIES * 4 * logits
     left = memory.spare(skeleton.device) - step
 
-    hidden = text.sequences * call.hidden.nbytes // len(call.hidden)
+    hidden = text.sequences * call.hidden.nbytes // text.batch
     on_host = skeleton.device.type == memory.HOST.type
     fits = SAFETY * hidden <= (left if on_host else memory.spare(memory.HOST)) / 2
     left -= round(SAFETY * hidden) if fits and on_host else 0

@@ -144,7 +144,7 @@ class Session:
 
         The calibration text comes last in it; if the float stream has its states, only the rest is run.
         """
-        teacher, streams = HiddenStates(self._storage, "teacher", self._run.skeleton.batch_axis), self._run.streams
+        teacher, streams = HiddenStates(self._storage, "teacher"), self._run.streams
         known = streams.floats if streams is not None else None
         start = self._text.sequences if known is None else self._text.sequences - known.text.sequences
         if start:

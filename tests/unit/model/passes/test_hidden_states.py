@@ -51,16 +51,6 @@ def test_writes_replace_earlier_states(states: HiddenStates) -> None:
     assert torch.equal(states.read(range(5)), expected)
 
 
-@pytest.mark.parametrize("place", [Place.HOST, Place.FILE])
-def test_sequences_may_be_another_axis(place: Place, tmp_path: Path) -> None:
-    """XLNet's hidden states are (T, B, D)."""
-    states, hidden = HiddenStates(Storage(HOST, place, tmp_path), "text", -2), random(4, 4, 8)
-    for batch in (range(2), range(2, 4)):
-        states.write(batch, hidden[:, batch.start : batch.stop])
-    assert torch.equal(states.read(range(2)), hidden[:, :2])
-    assert torch.equal(states.read([3, 0]), hidden[:, [3, 0]])
-
-
 def test_views_and_gradients_are_written_as_plain_values(states: HiddenStates) -> None:
     expected = random(8, 4, 2).requires_grad_(True)
     states.write(range(2), expected.permute(2, 1, 0))
