@@ -220,7 +220,7 @@ class Job:
         plan, method = self.plan, self.plan.stages
         tokens = Text(text.windows, self._sequences_at_once(text), self._validation(len(text.windows)))
         compares = bool(method.alphas) or method.block_tuning is not None
-        state = plan.skeleton.record(0, text.windows[:1]).hidden.nbytes * tokens.sequences
+        state = plan.skeleton.hidden_bytes(tokens.length) * tokens.sequences
         stored = (1 + compares * (2 if method.transforms else 1)) * state  # a transform keeps inputs and outputs
         storage = Storage.choose(stored, plan.device, writer.activations)
         tunes = method.tuning is not None or method.block_tuning is not None
@@ -230,7 +230,7 @@ class Job:
             floats=Stream(plan.skeleton, tokens, calls, storage, "float", to_the_end=tunes) if compares else None,
             token_weights=self._token_weights(text, writer, calls, on_event),
             tokens_per_input=method.expert_tokens,
-            memory=memory.spare(plan.device) - storage.uses(plan.device) * stored,
+            memory=memory.spare(plan.device) - storage.takes_device_memory * stored,
         )
 
     def _token_weights(

@@ -158,9 +158,8 @@ def restore_block(run: Run, block: Block) -> None:
     """Put the weights that an interrupted run committed into the loaded block, and advance the text past it."""
     tensors, record = run.writer.read(block.index)
     report = BlockReport.from_dict(record, resumed=True)
-    paths = {plan.name: path for path, plan in run.plans.items()}
     for layer in report.layers:
-        block.set_weight(paths[layer.name], run.unpack(layer.name, tensors).dequantize())
+        block.set_weight(run.paths[layer.name], run.unpack(layer.name, tensors).dequantize())
     block.set_stored_parameters(tensors)
     if run.streams is not None:
         run.streams.past(block)

@@ -7,7 +7,7 @@ import torch
 
 from llmq import calibration
 from llmq.calibration import CalibrationSet, OwnText, SelfAuthor
-from llmq.errors import CheckpointError
+from llmq.calibration.sequences import require_embeddings
 from llmq.model.passes.streams import Text
 from llmq.plan import Plan
 from llmq.report.events import OnEvent, Progress, TextRead
@@ -68,13 +68,7 @@ class RunText:
 
 def _check_tokens(text: CalibrationSet, plan: Plan, report: Report) -> None:
     """Raise CheckpointError for ids without an embedding; add a note if the text is short for the widest layer."""
-    known = plan.skeleton.vocabulary
-    largest = int(text.windows.max())
-    if largest >= known:
-        raise CheckpointError(
-            f"the tokenizer produced the token id {largest}, but the model has embeddings for {known} tokens only",
-            hint="check that the tokenizer belongs to the model",
-        )
+    require_embeddings(text.windows, plan.skeleton.vocabulary)
     widest = max(layer.in_features for layer in plan.layers.values() if layer.scheme.weights is not None)
     if text.windows.numel() < TOKENS_PER_INPUT * widest:
         report.notes.append(

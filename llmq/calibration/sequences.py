@@ -19,12 +19,23 @@ from llmq.calibration.chats import Chat, has_template
 from llmq.calibration.documents import Document, is_blank
 from llmq.calibration.manifest import SourceRecord, scripts_of, sha256_of
 from llmq.calibration.sources import Source, read_source
+from llmq.errors import CheckpointError
 
 
 def cut(ids: Tensor, seqlen: int) -> Tensor:
     """Cut a vector of token ids into non-overlapping sequences (S, seqlen); an incomplete last one is dropped."""
     count = len(ids) // seqlen
     return ids[: count * seqlen].view(count, seqlen)
+
+
+def require_embeddings(tokens: Tensor, vocabulary: int) -> None:
+    """Raise CheckpointError for token ids without an embedding; the model has `vocabulary` embeddings."""
+    largest = int(tokens.max())
+    if largest >= vocabulary:
+        raise CheckpointError(
+            f"the tokenizer produced the token id {largest}, but the model has embeddings for {vocabulary} tokens only",
+            hint="check that the tokenizer belongs to the model",
+        )
 
 
 @dataclass

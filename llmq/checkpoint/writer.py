@@ -22,7 +22,7 @@ Only one process may use an output folder at a time; this is not checked.
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -120,7 +120,8 @@ class Writer:
         return index in self._committed
 
     def commit(self, index: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """Start to write a finished block: its tensors under their final names, and a record that JSON can hold.
+        """Start to write a finished block, which `has` reports from now on: its tensors under their final names, and a
+        record that JSON can hold.
 
         The tensors must not change afterwards. Raises StorageError if this block or the previous block cannot be
         written; earlier blocks are kept.
@@ -129,9 +130,10 @@ class Writer:
         self._committed.discard(index)
         if memory.spare(memory.HOST) < memory.AMPLE_BYTES:
             self._write(index, tensors, record)
+            self._committed.add(index)
         else:
+            self._committed.add(index)  # until `settle` reports that it could not be written
             self._pending = index, self._thread.submit(self._write, index, tensors, record)
-        self._committed.add(index)
 
     def settle(self) -> None:
         """Wait until every committed block is on disk. Raises StorageError if the last one could not be written."""
@@ -216,14 +218,8 @@ class Writer:
 
     def abandon(self) -> bool:
         """Stop without a model. Returns whether there is a run to continue; if not, all files are deleted."""
-        if self._pending is not None:
-            index, writing = self._pending
-            wait([writing])
-            if writing.exception() is None:
-                self._committed.add(index)
-            else:  # an earlier error ended the run, and is reported
-                self._committed.discard(index)
-            self._pending = None
+        with suppress(Exception):  # an earlier error ended the run, and is reported
+            self.settle()
         if self._committed or self._staging.has_text():
             return True
         with storing(self.folder):

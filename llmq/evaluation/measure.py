@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmq.calibration.sequences import require_embeddings
 from llmq.checkpoint import hub
 from llmq.checkpoint.index import gguf_file
 from llmq.checkpoint.reader import Checkpoint
-from llmq.errors import CheckpointError, ConfigError, QualityError, UnsupportedModelError
+from llmq.errors import ConfigError, QualityError, UnsupportedModelError
 from llmq.evaluation.activations import input_scheme
 from llmq.evaluation.scoring import Evaluation, Scores, read_windows, score, summary, summary_of_original
 from llmq.evaluation.streaming import Source, open_source, windows_together
@@ -145,7 +146,7 @@ def measure_many(
     names = dict.fromkeys([str(texts)] if isinstance(texts, str | Path) else map(str, texts))
     by_text = {name: read_windows(name, tokenizer, length, wikitext=wikitext, limit=limit) for name in names}
     windows = torch.cat(list(by_text.values()))
-    _check_tokens(windows, first)
+    require_embeddings(windows, first.vocabulary)
     if base is not None:
         runs = _run_compared(first, folders, opened, windows)
     else:
@@ -274,17 +275,6 @@ def _total(scores: Scores, sizes: dict[str, int]) -> Figures:
     counts = list(sizes.values())
     name = next(iter(sizes)) if len(sizes) == 1 else f"{len(sizes)} texts"
     return Figures(name, sum(counts), summary(scores, counts), summary_of_original(scores, counts))
-
-
-def _check_tokens(windows: Tensor, model: Source) -> None:
-    """Raise CheckpointError for token ids without an embedding."""
-    largest = int(windows.max())
-    if largest >= model.vocabulary:
-        raise CheckpointError(
-            f"the tokenizer produced the token id {largest}, but the model has embeddings for {model.vocabulary} "
-            "tokens only",
-            hint="check that the tokenizer belongs to the model",
-        )
 
 
 def size_of(path: str | Path) -> Size:

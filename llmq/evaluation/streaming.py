@@ -67,7 +67,7 @@ class Streamed:
         self.vocabulary = skeleton.vocabulary
         self.max_tokens = skeleton.max_tokens
         # This raises if the blocks cannot be run one by one, before the text is read.
-        self._token_bytes = skeleton.record(0, torch.zeros(1, 1, dtype=torch.int64)).hidden.nbytes
+        self._token_bytes = skeleton.hidden_bytes(1)
 
     def windows_at_once(self, length: int, sides: int) -> int | None:
         free = memory.spare(torch.device("cpu"))

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmq import formats
 from llmq._version import __version__
 from llmq.checkpoint import PROVENANCE_FILE, hub
 from llmq.checkpoint.atomic import write_text
@@ -89,7 +90,7 @@ class Converter:
 
         `identity` then describes the original source by plain values, so that an interrupted conversion can continue.
         """
-        output_layout.require_known(to)
+        formats.load(to)  # raises ConfigError for an unknown format
         output_layout.require_folder_name(out)
         self._checkpoint = Checkpoint.open(hub.locate(str(source), None, remote_code=remote_code))
         if out.resolve() == self._checkpoint.folder.resolve():

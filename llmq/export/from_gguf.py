@@ -67,7 +67,7 @@ class GgufConverter:
         allow_requantize: bool = False,
         overwrite: bool = False,
     ) -> None:
-        output_layout.require_known(to)
+        formats.load(to)  # raises ConfigError for an unknown format
         output_layout.require_folder_name(out)
         if to == GGUF:
             raise ConfigError(f"{source} is a .gguf file already", hint="give another format with --to")

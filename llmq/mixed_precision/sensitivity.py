@@ -149,7 +149,7 @@ def _affordable(skeleton: Skeleton, windows: Tensor, requested: int, variants: i
     if len(windows) == 1:
         return 1, ("there is one sequence of text, so the layers were measured on the text that they were fitted on",)
     requested = min(requested, len(windows) - 1)
-    sequence = skeleton.record(0, windows[:1]).hidden.nbytes
+    sequence = skeleton.hidden_bytes(windows.shape[1])
     blocks = memory.BLOCK_COPIES_TO_QUANTIZE * max(block.float_bytes for block in skeleton.blocks)
     fits = (memory.spare(skeleton.device) // 2 - blocks) // (sequence * (variants + 1))
     if fits < 1:

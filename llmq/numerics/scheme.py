@@ -110,7 +110,7 @@ class Scheme:
     """What of a linear layer is quantized: its weights, its inputs, both, or nothing.
 
     None stands for float.  W4A16 is `Scheme(WeightScheme(4))`, W8A8 is `Scheme(WeightScheme(8, "channel"),
-    InputScheme("int8"))`.
+    InputScheme("int8"))`.  No format with quantized inputs is written yet, so `inputs` is None in every run.
     """
 
     weights: WeightScheme | None = None

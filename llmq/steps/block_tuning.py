@@ -21,7 +21,7 @@ from llmq.algorithms.kl_tuning import Rates, drawn
 from llmq.methods import Tuning
 from llmq.model.build.block import Block
 from llmq.model.build.skeleton import Skeleton
-from llmq.model.passes.backward import differentiable
+from llmq.model.passes.backward import differentiable, gradients_of
 from llmq.model.passes.streams import Streams
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.steps.kl_loss import kl_loss
@@ -61,15 +61,10 @@ class BlockProblem:
         fitted = self._text.fitted
         sequences = drawn(step, min(self._sequences, fitted), fitted, seed=self._block.index)
         parameters = [self._block.linears[path].weight for path in self._paths]
-        _, output = differentiable(self._block, self._quantized.call(sequences), parameters)
-        _, output_gradient = self._loss(sequences, output.detach())
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        gradients = torch.autograd.grad(output, parameters, output_gradient, allow_unused=True)
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-        layers = zip(self._paths, parameters, gradients, strict=True)
-        return {path: torch.zeros_like(weight) if gradient is None else gradient for path, weight, gradient in layers}
+        graph = differentiable(self._block, self._quantized.call(sequences), parameters)
+        _, output_gradient = self._loss(sequences, graph[1].detach())
+        _, *gradients = gradients_of(graph, parameters, output_gradient)
+        return dict(zip(self._paths, gradients, strict=True))
 
     def validation_loss(self) -> float:
         text, total = self._text, 0.0

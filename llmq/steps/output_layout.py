@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llmq import formats
 from llmq.checkpoint.reader import Checkpoint
-from llmq.config import CONVERTIBLE, QuantConfig
+from llmq.config import QuantConfig
 from llmq.errors import ConfigError, UnsupportedModelError
 from llmq.formats.base import Layout, Reading
 from llmq.formats.codecs.checks import is_head
@@ -148,12 +148,6 @@ def require_writable(names: Sequence[str], checkpoint: Checkpoint, tensors: Iter
 def _stacked(checkpoint: Checkpoint, name: str) -> bool:
     """Whether a tensor holds all experts of a layer; in the output each expert has a name."""
     return name in checkpoint and len(checkpoint.info(name).shape) > 2
-
-
-def require_known(name: str) -> None:
-    """Raise ConfigError for a format that `llmq convert` cannot write."""
-    if name not in CONVERTIBLE:
-        raise ConfigError(f"format is {name!r}, expected one of {', '.join(CONVERTIBLE)}")
 
 
 def require_folder_name(out: Path) -> None:

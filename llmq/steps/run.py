@@ -1,5 +1,6 @@
 """`Run`: everything that is the same for all blocks of a run."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -47,6 +48,11 @@ class Run:
     reader: Reader
     writer: Writer
     on_event: OnEvent = ignore
+
+    @functools.cached_property
+    def paths(self) -> dict[str, str]:
+        """The path of each linear layer in the model, by its name in the checkpoint."""
+        return {plan.name: path for path, plan in self.plans.items()}
 
     def pack(self, path: str, quantized: QuantizedTensor) -> dict[str, Tensor]:
         """The tensors of a quantized weight, by their names in the checkpoint."""

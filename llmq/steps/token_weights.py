@@ -46,7 +46,7 @@ def measure(
         return drawn_slope(skeleton, tokens[chosen], hidden, chances[chosen])
 
     batch = max(1, memory.TOKENS_PER_BATCH_TO_WEIGH // tokens.shape[1])
-    state = (len(skeleton.blocks) + 1) * skeleton.record(0, tokens[:1]).hidden.nbytes  # one sequence, all blocks
+    state = (len(skeleton.blocks) + 1) * skeleton.hidden_bytes(tokens.shape[1])  # one sequence, all blocks
     at_once = max(batch, memory.spare(memory.HOST) // (MEMORY_SHARE * state))
     gamma = squared_gradients(skeleton, tokens, slope, calls, batch=batch, at_once=at_once, on_event=on_event)
     return lambda paths: _shared(gamma, paths)
@@ -80,11 +80,11 @@ def squared_gradients(
     not in the result.
     """
     collected = _Collected(tokens.shape)
+    sequence_bytes = (len(skeleton.blocks) + 1) * skeleton.hidden_bytes(tokens.shape[1])
     parts = torch.arange(len(tokens)).split(max(1, at_once // batch) * batch)
     for number, part in enumerate(parts):
         text = Text(tokens[part], batch)
-        block_bytes = skeleton.record(0, text.tokens[:1]).hidden.nbytes * len(part)
-        storage = Storage.choose((len(skeleton.blocks) + 1) * block_bytes, skeleton.device)
+        storage = Storage.choose(sequence_bytes * len(part), skeleton.device)
         tape = Tape(skeleton, text, calls, storage)
         outputs = tape.forward()
         gradients = [slope(part[list(rows)], hidden) for rows, hidden in zip(text.batches(), outputs, strict=True)]

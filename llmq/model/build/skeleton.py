@@ -132,6 +132,10 @@ class Skeleton:
             logits: Tensor = self.model(input_ids=tokens.to(self.device), use_cache=False).logits
         return logits
 
+    def hidden_bytes(self, length: int) -> int:
+        """Bytes of the hidden states of one sequence of `length` tokens."""
+        return self.record(0, torch.zeros(1, length, dtype=torch.int64)).hidden.nbytes
+
     @functools.cached_property
     def head_path(self) -> str | None:
         """The path of the layer that makes logits; None if it is not a plain linear layer, or is inside a block."""

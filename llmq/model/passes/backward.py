@@ -12,7 +12,7 @@ The caller decides how a block gets its weights (`forward.Ready`). Hooks registe
 forward pass, and for the gradients of the backward pass.
 """
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -67,13 +67,8 @@ class Tape:
         """Propagate the gradient of a block's output back, for one batch; returns the gradient of its input."""
         parameters = self._parameters(block)
         graph = self._graphs.pop((block.index, number), None) or self._run(block, batch, parameters)
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        input_gradient, *weight_gradients = torch.autograd.grad(
-            graph[1], [graph[0], *parameters], gradient, allow_unused=True
-        )
+        input_gradient, *weight_gradients = gradients_of(graph, parameters, gradient)
         for parameter, weight_gradient in zip(parameters, weight_gradients, strict=True):
-            parameter.requires_grad_(False)
             parameter.grad = weight_gradient
         return input_gradient
 
@@ -147,6 +142,18 @@ def differentiable(block: Block, call: Call, weights: Iterable[Tensor] = ()) -> 
         for parameter in parameters:
             parameter.requires_grad_(False)
     return leaf, output
+
+
+def gradients_of(graph: Graph, weights: Sequence[Tensor], gradient: Tensor) -> list[Tensor]:
+    """The gradients of the input and of `weights`, from the gradient of the output; zeros for a weight not used."""
+    leaf, output = graph
+    for weight in weights:
+        weight.requires_grad_(True)
+    gradients = torch.autograd.grad(output, [leaf, *weights], gradient, allow_unused=True)
+    for weight in weights:
+        weight.requires_grad_(False)
+    pairs = zip(gradients, (leaf, *weights), strict=True)
+    return [torch.zeros_like(tensor) if g is None else g for g, tensor in pairs]
 
 
 def graph_bytes(block: Block, call: Call, weights: Iterable[Tensor]) -> int:

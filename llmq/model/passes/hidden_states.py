@@ -49,11 +49,10 @@ class Storage:
             return cls(device, Place.HOST, folder)
         return cls(device, Place.FILE, folder)
 
-    def uses(self, memory_of: torch.device) -> bool:
-        """Whether hidden states are kept in the memory of this device."""
-        if memory_of.type == HOST.type:
-            return self.place is Place.HOST or (self.place is Place.DEVICE and self.device.type == HOST.type)
-        return self.place is Place.DEVICE
+    @property
+    def takes_device_memory(self) -> bool:
+        """Whether hidden states are kept in the memory of `device`; for a CPU this is main memory."""
+        return self.place is Place.DEVICE or (self.place is Place.HOST and self.device.type == HOST.type)
 
 
 class HiddenStates:

@@ -29,9 +29,8 @@ class TunedBlocks:
         self._resident = resident
         self._states: dict[str, State] = {}  # by name; of all weights if they are kept in memory
         self._step: dict[str, int] = {}  # by name, the next step of a weight
-        paths = {plan.name: path for path, plan in run.plans.items()}
         reports = [BlockReport.from_dict(run.writer.read(i)[1], resumed=True) for i in range(len(run.skeleton.blocks))]
-        self.names = [{paths[layer.name]: layer.name for layer in report.layers} for report in reports]
+        self.names = [{run.paths[layer.name]: layer.name for layer in report.layers} for report in reports]
         pairs = zip(self.names, reports, strict=True)
         self._transformed = {path for names, report in pairs if _transformed(report, run.method) for path in names}
 

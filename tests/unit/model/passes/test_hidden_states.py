@@ -130,10 +130,9 @@ def test_states_of_a_cpu_run_are_in_memory_or_in_files(free: Callable[[int, int]
     assert places == [Place.HOST, Place.HOST, Place.FILE]
 
 
-def test_storage_knows_whose_memory_it_uses() -> None:
-    uses = {place: [Storage(GPU, place).uses(GPU), Storage(GPU, place).uses(HOST)] for place in Place}
-    assert uses == {Place.DEVICE: [True, False], Place.HOST: [False, True], Place.FILE: [False, False]}
-    assert [Storage(HOST, place).uses(HOST) for place in Place] == [True, True, False]
+def test_storage_knows_whether_it_takes_device_memory() -> None:
+    assert [Storage(GPU, place).takes_device_memory for place in Place] == [True, False, False]
+    assert [Storage(HOST, place).takes_device_memory for place in Place] == [True, True, False]
 
 
 def test_states_are_in_memory_if_there_is_no_folder(free: Callable[[int, int], None]) -> None:

@@ -13,6 +13,7 @@ from llmq.model.build.block import Call
 from llmq.model.build.skeleton import Skeleton
 from llmq.model.passes import recorded_calls
 from llmq.model.passes.recorded_calls import RecordedCalls
+from llmq.model.passes.replay import tensors_in
 from tests.builders import CONFIGS, WINDOW, skeleton_in_memory, skeleton_of, tokens
 
 Checkpoints = Callable[..., Path]
@@ -176,7 +177,7 @@ def test_equal_tensors_of_all_blocks_are_stored_once() -> None:
     skeleton = skeleton_in_memory(MaskedModel(independent))
     calls, ids = RecordedCalls(skeleton), tokens(2, 6)
     recorded = [calls.call(index, ids, torch.ones(2, 6, 8)) for index in range(3)]
-    masks = {id(tensor) for call in recorded for tensor in recorded_calls._tensors(recorded_calls._values(call))}
+    masks = {id(tensor) for call in recorded for tensor in tensors_in(recorded_calls._values(call))}
     assert len(masks) == 1
     assert recorded_calls._nbytes(calls._by_shape[2, 6]) == 4 * 2 * 6
     assert [call.kwargs["extra"]["name"] for call in recorded] == ["full"] * 3
