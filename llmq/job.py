@@ -6,7 +6,6 @@ configuration and the headers of the checkpoint. `Job.run` then quantizes the mo
 """
 
 import dataclasses
-import math
 import platform
 import time
 from collections.abc import Sequence
@@ -30,7 +29,6 @@ from llmq.mixed_precision.sensitivity import Question
 from llmq.model.build.checkpoint_names import require_finite
 from llmq.model.passes.hidden_states import Storage
 from llmq.model.passes.recorded_calls import RecordedCalls
-from llmq.model.passes.statistics import TokenWeights
 from llmq.model.passes.streams import Stream, Streams, Text
 from llmq.numerics.scheme import WeightScheme
 from llmq.plan import Plan
@@ -38,11 +36,12 @@ from llmq.report import record
 from llmq.report.events import Event, OnEvent, ignore
 from llmq.report.record import BlockReport, Report, TuningReport
 from llmq.report.sensitivity import Sensitivity
-from llmq.run_text import RunText
+from llmq.run_text import RunText, sequences_at_once
 from llmq.setting_fields import config_to, merged
-from llmq.steps import output_layout, token_weights
+from llmq.steps import fisher_information, output_layout
 from llmq.steps.end_to_end.memory_plan import disk_bytes
-from llmq.steps.run import Run, TuningRun
+from llmq.steps.fisher_information import FisherInformation
+from llmq.steps.run import Run
 
 FLOAT_HEAD = (
     "tuning minimizes the KL divergence with the float head, so it does not compensate for the error of the quantized "
@@ -118,10 +117,13 @@ class Job:
             Writer.require_free(self.out)  # checked before the text is read
         for name in self.plan.outside():  # the tensors of a block are checked when the block is read
             require_finite(name, self.plan.checkpoint.tensor(name))
-        text = self._read_text(on_event)
-        if text is not None and self.plan.settings.target_bits is not None:
-            self._assign_bits(text, self.plan.settings.target_bits, on_event)
-        writer = self._open_writer(text)
+        calibration_set = self._read_text(on_event)
+        if calibration_set is not None and self.plan.settings.target_bits is not None:
+            self._assign_bits(calibration_set, self.plan.settings.target_bits, on_event)
+        text = None
+        if calibration_set is not None:
+            text = self._text.complete(calibration_set.windows, self.plan, self.report, on_event)
+        writer = self._open_writer(calibration_set, text)
         try:
             self._text.save()
             run = self._prepare(text, writer, on_event)
@@ -139,7 +141,7 @@ class Job:
         return self._measured(self._text.load(self.plan, self.report, on_event), question, windows, on_event)
 
     def _measured(self, text: CalibrationSet, question: Question, windows: int, on_event: OnEvent) -> Sensitivity:
-        batch = self._sequences_at_once(text)
+        batch = sequences_at_once(text.windows, self.plan.device)
         return sensitivity.measure(
             self.plan.skeleton, text.windows, question, batch=batch, judged=windows, on_event=on_event
         )
@@ -163,19 +165,22 @@ class Job:
         self.report.settings, self.report.left = config_to(self.plan.settings), self.plan.left()
         self.report.notes += [*measured.notes, str(assignment)]
 
-    def _open_writer(self, text: CalibrationSet | None) -> Writer:
+    def _open_writer(self, calibration_set: CalibrationSet | None, text: Text | None) -> Writer:
         plan = self.plan
         identity = {
             "llmq": __version__,
             "torch": torch.__version__,
             "source": plan.checkpoint.fingerprint(),
-            "settings": {**config_to(plan.settings), "calibration": text.sha256 if text else None},
+            "settings": {
+                **config_to(plan.settings),
+                "calibration": calibration_set.sha256 if calibration_set else None,
+            },
             "stages": dataclasses.asdict(plan.stages),
             "device": plan.device.type,
         }
         needed = save.copies(plan.settings.formats) * plan.expected_bytes
-        if self._text.tuning is not None and plan.stages.tuning is not None:
-            needed += disk_bytes(plan.skeleton, plan.layers.values(), plan.stages.tuning, self._text.tuning)
+        if text is not None and plan.stages.tuning is not None:
+            needed += disk_bytes(plan.skeleton, plan.layers.values(), plan.stages.tuning, text)
         writer = Writer.open(self.out, identity=identity, overwrite=self._overwrite, needed_bytes=needed)
         if writer.resumed_blocks:
             self.report.notes.append(
@@ -187,7 +192,7 @@ class Job:
             self.report.notes.append("an unfinished run with other settings was in the output folder; it was discarded")
         return writer
 
-    def _prepare(self, text: CalibrationSet | None, writer: Writer, on_event: OnEvent) -> Run:
+    def _prepare(self, text: Text | None, writer: Writer, on_event: OnEvent) -> Run:
         """Everything that is the same for all blocks."""
 
         def collect(event: Event) -> None:
@@ -197,16 +202,16 @@ class Job:
                 self.report.tuning = event
             on_event(event)
 
-        plan, streams, tuning = self.plan, None, None
+        plan, streams, fisher = self.plan, None, None
         if text is not None:
             calls = RecordedCalls(plan.skeleton)
-            streams = self._streams(text, writer, calls, on_event)
-            if self._text.tuning is not None:
-                tuning = TuningRun(self._text.tuning, calls, plan.settings.seed)
+            fisher = self._fisher(text, writer, calls, on_event)
+            streams = self._streams(text, writer, calls, fisher)
         return Run(
             skeleton=plan.skeleton,
             streams=streams,
-            tuning=tuning,
+            seed=plan.settings.seed,
+            fisher=fisher,
             plans=plan.layers,
             method=plan.stages,
             options=plan.options,
@@ -216,42 +221,26 @@ class Job:
             on_event=collect,
         )
 
-    def _streams(self, text: CalibrationSet, writer: Writer, calls: RecordedCalls, on_event: OnEvent) -> Streams:
+    def _streams(self, text: Text, writer: Writer, calls: RecordedCalls, fisher: FisherInformation | None) -> Streams:
         plan, method = self.plan, self.plan.stages
-        tokens = Text(text.windows, self._sequences_at_once(text), self._validation(len(text.windows)))
-        compares = bool(method.alphas) or method.block_tuning is not None
-        state = plan.skeleton.hidden_bytes(tokens.length) * tokens.sequences
+        tunes = method.tuning is not None or method.block_tuning is not None
+        compares = bool(method.alphas) or tunes
+        state = plan.skeleton.hidden_bytes(text.length) * text.sequences
         stored = (1 + compares * (2 if method.transforms else 1)) * state  # a transform keeps inputs and outputs
         storage = Storage.choose(stored, plan.device, writer.activations)
-        tunes = method.tuning is not None or method.block_tuning is not None
         head = plan.settings.quantize_head
         return Streams(
-            quantized=Stream(plan.skeleton, tokens, calls, storage, "quantized", to_the_end=head),
-            floats=Stream(plan.skeleton, tokens, calls, storage, "float", to_the_end=tunes) if compares else None,
-            token_weights=self._token_weights(text, writer, calls, on_event),
+            quantized=Stream(plan.skeleton, text, calls, storage, "quantized", to_the_end=head),
+            floats=Stream(plan.skeleton, text, calls, storage, "float", to_the_end=tunes) if compares else None,
+            token_weights=fisher.token_weights if fisher is not None and method.token_weights else None,
             tokens_per_input=method.expert_tokens,
             memory=memory.spare(plan.device) - storage.takes_device_memory * stored,
         )
 
-    def _token_weights(
-        self, text: CalibrationSet, writer: Writer, calls: RecordedCalls, on_event: OnEvent
-    ) -> TokenWeights | None:
-        if not self.plan.stages.token_weights or all(writer.has(index) for index in range(self.blocks)):
+    def _fisher(self, text: Text, writer: Writer, calls: RecordedCalls, on_event: OnEvent) -> FisherInformation | None:
+        if not self.plan.stages.needs_fisher or all(writer.has(index) for index in range(self.blocks)):
             return None
-        return token_weights.measure(self.plan.skeleton, text.windows, self.plan.settings.seed, calls, on_event)
-
-    def _sequences_at_once(self, text: CalibrationSet) -> int:
-        return max(1, memory.TOKENS_PER_BATCH_TO_QUANTIZE.get(self.plan.device.type, 4096) // text.windows.shape[1])
-
-    def _validation(self, sequences: int) -> int:
-        """The number of calibration sequences that are used for validation only."""
-        share = self.plan.stages.validation
-        validation = min(math.ceil(share * sequences), sequences - 1)
-        if share and not validation:
-            self.report.notes.append(
-                "one calibration sequence leaves none for validation: no stage was checked on other text"
-            )
-        return validation
+        return fisher_information.measure(self.plan.skeleton, text.tokens, self.plan.settings.seed, calls, on_event)
 
     def _finish(self, run: Run, start: float) -> None:
         """Assemble the folder: packed blocks, all other tensors unchanged, configuration and provenance."""

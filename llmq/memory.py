@@ -2,8 +2,9 @@
 
 With little free memory a run becomes slower, with the same result: hidden states move from the device to main memory
 and then to files (`model/passes/hidden_states.py`), forwards start again for each group (`model/passes/sequential.py`),
-end-to-end tuning keeps its state on disk (`steps/end_to_end/memory_plan.py`), and blocks are neither read ahead nor
-written in a thread.
+end-to-end tuning reads the packed blocks in each step (`steps/end_to_end/memory_plan.py`), and blocks are neither read
+ahead nor written in a thread. One result depends on it: where the state of quantized values does not fit, end-to-end
+tuning changes scales only, and a note reports this.
 
 In a container or a batch system a process may use less memory than the machine has. psutil does not report this limit,
 and a process that exceeds the limit of its control group is killed without a message.
@@ -19,7 +20,6 @@ import torch
 # Copies of one block's weights in float32 that are in memory at the same time.
 BLOCK_COPIES_TO_EVALUATE = 2  # the block as it is read, and its activations for one batch
 BLOCK_COPIES_TO_QUANTIZE = 3  # its weights as loaded, as quantized, and their difference; also to measure layers
-BLOCK_COPIES_TO_TUNE = 4  # its weights, their gradients, and the state of the weight that is updated
 
 # Tokens that go through a block together. They decide in which order floats are summed, so results depend on them in
 # the last bits. They must not depend on the free memory.

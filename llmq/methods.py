@@ -1,7 +1,9 @@
 """The methods, each a list of stages; a stage is a file in `llmq/algorithms/`.
 
 `rtn`, `gptq` and `awq` are the published algorithms in their best-known form. `fast`, `balanced` and `best` are
-specific to llmq: they keep the result of a stage only where it lowers the loss on validation tokens.
+specific to llmq: they keep the result of a stage only where it lowers the loss on validation tokens.  `balanced` tunes
+the quantized values of a block against the block's own output, for which any text has equations enough, and only the
+scales against the predictions of the whole model.
 docs/ARCHITECTURE.md explains how stages are combined, eval/LOG.md how much each of them gains.
 """
 
@@ -17,15 +19,17 @@ class Tuning:
     scales    step size for the scales, falling linearly to zero over the `steps`; 0: they are not tuned
     rounding  the same for the quantized values
     tokens    tokens per step
-    written   sequences that the model generates per calibration sequence, as additional text for end-to-end tuning.
-              Any text shows the predictions of the float model, and more text means less overfitting
+    fisher    whether the loss of a block weights errors by Fisher information (algorithms/fisher_weights.py); otherwise
+              all errors count alike
+    tokens_per_weight  tuning of the whole model changes quantized values only with at least this much text
     """
 
     steps: int
     scales: float
     rounding: float
     tokens: int = 2048
-    written: int = 0
+    fisher: bool = False
+    tokens_per_weight: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class Method:
     block_tuning   lowers the error of a block's output, when all of its weights are quantized
     tuning         lowers the loss of the model, when all blocks are quantized
     validation       fraction of the calibration sequences that is used for validation only
+    written        sequences that the model generates per calibration sequence, as additional text. Any text shows the
+                   predictions of the float model, and more text means less overfitting
     expert_tokens  minimum number of tokens in the statistics of an expert, per input of its layers
                    (model/passes/statistics.py)
     """
@@ -53,7 +59,13 @@ class Method:
     tuning: Tuning | None = None
     validation: float = 0.0
     expert_tokens: float = 2.0
+    written: int = 0
     needs_calibration: bool = True
+
+    @property
+    def needs_fisher(self) -> bool:
+        """Whether Fisher information must be measured, which takes a backward pass through the float model."""
+        return self.token_weights or (self.block_tuning is not None and self.block_tuning.fisher)
 
     def rotated(self) -> "Method":
         """This method with rotations as the first transform, and with validation text to check them on."""
@@ -70,17 +82,19 @@ METHODS: Mapping[str, Method] = {
         token_weights=True,
         rounding="gptq",
         alphas=(1.0, 0.5),
-        refinements=("descent", "refit"),
-        tuning=Tuning(steps=120, scales=1e-3, rounding=1e-3, tokens=1024),
+        refinements=("descent",),
+        block_tuning=Tuning(steps=100, scales=0.0, rounding=1e-3, tokens=1024, fisher=True),
+        tuning=Tuning(steps=40, scales=1e-3, rounding=0.0, tokens=1024),
         validation=0.1,
     ),
     "best": Method(
         token_weights=True,
         rounding="gptq",
         alphas=(1.0, 0.5),
-        refinements=("descent", "refit"),
-        block_tuning=Tuning(steps=100, scales=0.0, rounding=1e-3, tokens=1024),
-        tuning=Tuning(steps=400, scales=1e-3, rounding=1e-3, tokens=1024, written=3),
+        refinements=("descent",),
+        block_tuning=Tuning(steps=300, scales=0.0, rounding=1e-3, tokens=1024, fisher=True),
+        tuning=Tuning(steps=200, scales=1e-3, rounding=1e-3, tokens=1024, tokens_per_weight=0.02),
         validation=0.1,
+        written=3,
     ),
 }

@@ -135,7 +135,8 @@ def tune_and_advance(run: Run, block: Block, result: BlockResult, forwards: Sequ
         forwards.finish(streams.floats)
     if tuning is not None and result.layers and streams.text.validation:  # validation text shows whether it helps
         forwards.forget()  # tuning runs the block from its inputs, and needs the memory
-        tuned = block_tuning.tune(run.skeleton, streams, block, result.layers, tuning)
+        metric = run.fisher.output_metric(block.index) if run.fisher is not None and tuning.fisher else None
+        tuned = block_tuning.tune(run.skeleton, streams, block, result.layers, tuning, metric)
         for path, quantized in tuned.weights.items():
             result.tensors |= run.pack(path, quantized)
         result.gains.append(StageGain("block_tuning", tuned.before, tuned.after, tuned.step > 0))

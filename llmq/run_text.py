@@ -1,33 +1,31 @@
-"""The texts of a run: the calibration text, and the text of end-to-end tuning."""
+"""The text of a run: the calibration text, and text that the model generates in addition."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from llmq import calibration
+from llmq import calibration, memory
 from llmq.calibration import CalibrationSet, OwnText, SelfAuthor
 from llmq.calibration.sequences import require_embeddings
+from llmq.errors import CalibrationError
 from llmq.model.passes.streams import Text
 from llmq.plan import Plan
 from llmq.report.events import OnEvent, Progress, TextRead
 from llmq.report.record import Report
 from llmq.runtime.load import load_tokenizer
-from llmq.steps.end_to_end import tuning_text
 
 TOKENS_PER_INPUT = 50  # with fewer tokens, statistics of the text generalize badly to other text
-TUNING_SEED = 1 << 32  # so that the text generated for tuning differs from text generated for calibration
+ADDED_SEED = 1 << 32  # so that this text differs from that of `--calibration self`
 
 
 class RunText:
-    """Reads the text, or lets the model generate it; generated text is kept in the staging folder of the run.
-
-    tuning  the text of end-to-end tuning; None before `load`, and for methods without tuning
-    """
+    """Reads the text, or lets the model generate it; generated text is kept in the staging folder of the run."""
 
     def __init__(self, staging: Path, model_id: str, *, remote_code: bool) -> None:
-        self.tuning: Text | None = None
-        self._own, self._own_tuning = OwnText(staging, model_id), OwnText(staging, model_id, "tuning")
+        self._own, self._own_added = OwnText(staging, model_id), OwnText(staging, model_id, "added")
         self._remote_code = remote_code
 
     def load(self, plan: Plan, report: Report, on_event: OnEvent) -> CalibrationSet:
@@ -44,26 +42,48 @@ class RunText:
         report.notes += text.notes
         _check_tokens(text, plan, report)
         on_event(TextRead(text.to_dict(), text.notes))
-        if plan.stages.tuning is not None:
-            author = self._author(plan, tokenizer, self._own_tuning, on_event)
-            S, T = text.windows.shape
-            nothing_written = torch.empty(0, T, dtype=torch.int64)
-            tuning_text(plan.stages, nothing_written, text.windows)  # raises before text is generated for hours
-            written = author.write(plan.stages.tuning.written * S, T, plan.settings.seed + TUNING_SEED)
-            self.tuning = tuning_text(plan.stages, written, text.windows)
-            report.notes += author.notes
+        if plan.stages.tuning is not None and len(text.windows) < 2:
+            raise CalibrationError(
+                "the calibration text has one sequence, but tuning needs at least two: one to tune on, one to validate",
+                hint="give more text, a shorter --seqlen, or a method without tuning",
+            )
         return text
+
+    def complete(self, windows: Tensor, plan: Plan, report: Report, on_event: OnEvent) -> Text:
+        """The text that goes through the blocks: what the model generates in addition, then `windows` (S, T) int64.
+
+        The last of these windows are for validation.
+        """
+        tokens, (S, T) = windows, windows.shape
+        if plan.stages.written:
+            tokenizer = load_tokenizer(plan.checkpoint.folder, remote_code=self._remote_code)
+            author = self._author(plan, tokenizer, self._own_added, on_event)
+            written = author.write(plan.stages.written * S, T, plan.settings.seed + ADDED_SEED)
+            report.notes += author.notes
+            tokens = torch.cat([written, windows])
+        share = plan.stages.validation
+        validation = min(max(math.ceil(share * S), plan.stages.tuning is not None), S - 1)
+        if share and not validation:
+            report.notes.append(
+                "one calibration sequence leaves none for validation: no stage was checked on other text"
+            )
+        return Text(tokens, sequences_at_once(windows, plan.device), validation)
 
     def save(self) -> None:
         """Save the generated text in the staging folder, which must exist."""
         self._own.save()
-        self._own_tuning.save()
+        self._own_added.save()
 
     def _author(self, plan: Plan, tokenizer: Any, kept: OwnText, on_event: OnEvent) -> SelfAuthor:
         def progress(done: int, total: int) -> None:
             on_event(Progress("text written by the model", done, total, "tokens"))
 
         return SelfAuthor(plan.skeleton, tokenizer, kept, on_progress=progress)
+
+
+def sequences_at_once(windows: Tensor, device: torch.device) -> int:
+    """The number of sequences that go through a block together, for `windows` (S, T)."""
+    return max(1, memory.TOKENS_PER_BATCH_TO_QUANTIZE.get(device.type, 4096) // windows.shape[1])
 
 
 def _check_tokens(text: CalibrationSet, plan: Plan, report: Report) -> None:

@@ -111,7 +111,7 @@ def plans_of(block: Block, scheme: WeightScheme, kept: str = "none") -> dict[str
 def run_without_output(skeleton: Skeleton, streams: Streams, plans: Mapping[str, LayerPlan], method: Method) -> Run:
     """A run that packs and writes nothing."""
     nothing = cast(Any, None)
-    return Run(skeleton, streams, None, plans, method, Options(), nothing, nothing, nothing)
+    return Run(skeleton, streams, 0, None, plans, method, Options(), nothing, nothing, nothing)
 
 
 class Stack(nn.Module):

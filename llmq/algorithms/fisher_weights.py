@@ -13,15 +13,24 @@ are another quantity, the empirical Fisher.  It is large where the model is wron
 depends on the layer.)  One label is drawn per token.  γ is noisy; the sum over tokens is much less noisy.
 
 γ has a long tail, so it is clipped at its 99.9th percentile, and only half of the weight of a token follows γ.
+
+**Outputs of a block.**  Here F_t matters as a matrix: the loss depends on few directions of the hidden state.  One
+sample per token says nothing about one token's matrix, so the directions are those of all tokens together, with g (D,)
+the gradient of ℓ in the block's output, and the size is that of the token (`OutputMetric`):
+
+    loss = Σ_t w_t δ_t M δ_tᵀ        M = SHARE Γ D / tr Γ + (1 - SHARE) I        Γ = Σ_t g_tᵀg_t
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 CLIPPED_AT = 0.999
 SHARE = 0.5  # of a token's weight that follows γ
+MATRIX_SHARE = 0.99  # of M that follows Γ
 
 
 def drawn_slope(logits: Tensor, chances: Tensor) -> Tensor:
@@ -45,3 +54,29 @@ def weights(importance: Tensor) -> Tensor:
     if not mean > 0:  # the layer's output does not influence the loss
         return torch.ones_like(gamma)
     return (clipped / mean).mul_(SHARE).add_(1 - SHARE)
+
+
+@dataclass(frozen=True)
+class OutputMetric:
+    """How much an error in the output of a block costs.
+
+    matrix   (D, D) float32, M, with a mean eigenvalue of 1
+    weights  (S, T) float32, the weight of each token, 1 on average
+    """
+
+    matrix: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of(cls, moment: Tensor, importance: Tensor) -> "OutputMetric":
+        """From Γ (D, D) float32 and γ (S, T) of the block's outputs, each up to a factor."""
+        mean = moment.diagonal().mean()
+        identity = torch.eye(len(moment), dtype=torch.float32, device=moment.device)
+        scaled = moment / mean if mean > 0 else identity
+        return cls(torch.lerp(identity, scaled, MATRIX_SHARE), weights(importance))
+
+    def loss(self, difference: Tensor, sequences: Sequence[int]) -> tuple[float, Tensor]:
+        """The loss of `difference` (…, B, T, D) float32 in these sequences, summed, and half of its gradient."""
+        gamma = self.weights[list(sequences)].to(difference.device)[..., None]
+        gradient = (difference @ self.matrix.to(difference.device)).mul_(gamma)
+        return float((gradient * difference).sum(dtype=torch.float64)), gradient

@@ -34,28 +34,38 @@ WARM_UP = 10  # steps
 MEAN_DECAY, SQUARE_DECAY = 0.9, 0.95
 SMALLEST_GRADIENT = 1e-12  # ε; the gradient of a mean over tokens and the vocabulary is small itself
 PARTS = ("rounding", "scales")  # of a state
+Dtypes = tuple[torch.dtype, torch.dtype]  # of tuned values, and of Adam's means for them
+FULL: Dtypes = (torch.float32, torch.float32)  # 12 bytes per value
+SHORT: Dtypes = (torch.float16, torch.bfloat16)  # 6 bytes per value
 EDGE = 0.49  # largest |v| at the start; at half a step rounding could go either way
 
 
 @dataclass
 class Moving:
-    """Values that are tuned, with Adam's running means of their gradient and of its square; float32 of one shape."""
+    """Values that are tuned, with Adam's running means of their gradient and of its square, of one shape.
+
+    They are stored in the given dtypes, and updated in float32.
+    """
 
     value: Tensor
     mean: Tensor
     square: Tensor
 
     @classmethod
-    def at(cls, value: Tensor) -> "Moving":
-        return cls(value, torch.zeros_like(value), torch.zeros_like(value))
+    def at(cls, value: Tensor, dtypes: Dtypes) -> "Moving":
+        """Start at `value`, which is stored in the first dtype; the means are stored in the second."""
+        mean, square = (torch.zeros_like(value, dtype=dtypes[1]) for _ in range(2))
+        return cls(value.to(dtypes[0]), mean, square)
 
     def descend(self, gradient: Tensor, rate: float, step: int) -> None:
         """One step of Adam, the first is number 0."""
-        self.mean.lerp_(gradient, 1 - MEAN_DECAY)
-        self.square.mul_(SQUARE_DECAY).addcmul_(gradient, gradient, value=1 - SQUARE_DECAY)
+        mean = torch.lerp(self.mean.to(torch.float32), gradient, 1 - MEAN_DECAY)
+        square = (self.square.to(torch.float32) * SQUARE_DECAY).addcmul_(gradient, gradient, value=1 - SQUARE_DECAY)
+        self.mean.copy_(mean)
+        self.square.copy_(square)
         size = rate / (1 - MEAN_DECAY ** (step + 1))
-        norm = (self.square / (1 - SQUARE_DECAY ** (step + 1))).sqrt_().add_(SMALLEST_GRADIENT)
-        self.value.addcdiv_(self.mean, norm, value=-size)
+        norm = square.div_(1 - SQUARE_DECAY ** (step + 1)).sqrt_().add_(SMALLEST_GRADIENT)
+        self.value.copy_(self.value.to(torch.float32).addcdiv_(mean, norm, value=-size))
 
 
 @dataclass
@@ -83,8 +93,10 @@ class Rates:
         return Rates(self.rounding * factor, self.scales * factor)
 
 
-def start(quantized: QuantizedTensor, reference: Tensor | None, rates: Rates) -> State:
-    """The first state of `quantized`; `reference` (N, K) float32 is the float weight, if known."""
+def start(quantized: QuantizedTensor, reference: Tensor | None, rates: Rates, dtypes: Dtypes = FULL) -> State:
+    """The first state of `quantized`; `reference` (N, K) float32 is the float weight, if known; v has these
+    `dtypes`.
+    """
     rounding = scales = None
     if rates.rounding:
         v = torch.zeros(quantized.shape, device=quantized.codes.device)
@@ -92,10 +104,10 @@ def start(quantized: QuantizedTensor, reference: Tensor | None, rates: Rates) ->
             groups = quantized.column_groups()
             v = reference / quantized.scales.to(torch.float32)[:, groups] + _zeros(quantized) - quantized.codes
             v.clamp_(-EDGE, EDGE)
-        rounding = Moving.at(v)
+        rounding = Moving.at(v, dtypes)
     if rates.scales:
         shape = quantized.scales.shape if quantized.superblocks is None else quantized.superblocks.shared().shape
-        scales = Moving.at(torch.zeros(shape, device=quantized.codes.device))
+        scales = Moving.at(torch.zeros(shape, device=quantized.codes.device), FULL)
     return State(quantized, rounding, scales)
 
 
@@ -103,7 +115,7 @@ def quantized(origin: QuantizedTensor, v: Tensor | None, theta: Tensor | None) -
     """`origin` with codes moved by v (N, K) and scales stretched by θ, both rounded as they are stored."""
     codes, scales = origin.codes, origin.scales
     if v is not None:
-        codes = (v + origin.codes).round_().clamp_(0, origin.scheme.levels).to(torch.uint8)
+        codes = (v.to(torch.float32) + origin.codes).round_().clamp_(0, origin.scheme.levels).to(torch.uint8)
     if origin.superblocks is not None:
         stretched = origin.superblocks if theta is None else origin.superblocks.stretched(1 + theta)
         return QuantizedTensor.of_superblocks(codes, stretched, origin.scheme)
@@ -125,7 +137,7 @@ def update(state: State, gradient: Tensor, rates: Rates, step: int) -> None:
         state.scales.descend(_slope_of_scales(state.origin, current.codes, G), rates.scales, step)
     if state.rounding is not None:
         slope = G * current.scales.to(torch.float32)[:, groups]
-        place = state.rounding.value + state.origin.codes  # before rounding
+        place = state.rounding.value.to(torch.float32) + state.origin.codes  # before rounding
         outward = ((place > state.origin.scheme.levels) & (slope < 0)) | ((place < 0) & (slope > 0))
         state.rounding.descend(slope.masked_fill_(outward, 0), rates.rounding, step)
 
@@ -196,9 +208,11 @@ def _stored(scales: Tensor, factor: Tensor) -> Tensor:
 
     Scales that were in the range of float16 stay in it, because the same codes may go into a file with that dtype.
     """
-    smallest, half = affine_grid.SMALLEST_SCALE.get(scales.dtype, affine_grid.SMALLEST_SCALE_ELSEWHERE), torch.float16
-    if scales.numel() and float(scales.abs().min()) >= affine_grid.SMALLEST_SCALE[half]:
-        smallest = affine_grid.SMALLEST_SCALE[half]
-    stretched = scales.to(torch.float32) * factor
-    size = stretched.abs().clamp_(smallest, torch.finfo(scales.dtype).max).to(scales.dtype)
+    smallest = affine_grid.SMALLEST_SCALE.get(scales.dtype, affine_grid.SMALLEST_SCALE_ELSEWHERE)
+    half = affine_grid.SMALLEST_SCALE[torch.float16]
+    before = scales.to(torch.float32)
+    in_range = before.abs().amin() >= half if scales.numel() else before.new_tensor(False)  # no number is read back
+    limit = torch.where(in_range, half, smallest)
+    stretched = before * factor
+    size = stretched.abs().clamp_(max=torch.finfo(scales.dtype).max).maximum(limit).to(scales.dtype)
     return torch.where(stretched < 0, -size, size)

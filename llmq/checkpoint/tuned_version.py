@@ -71,10 +71,6 @@ class Revision:
         """Open the tensors of `write_state`; each access reads from disk. Raises CheckpointError."""
         return StoredTensors(self._state(name, step))
 
-    def drop_state(self, name: str, step: int) -> None:
-        """Delete a state, unless the last `save` named it."""
-        self._drop(self._state(name, step))
-
     def write_block(self, index: int, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Write the packed weights of a block under their names in the model. Raises StorageError."""
         write_tensors(self._block(index, step), tensors, durable=False)

@@ -25,6 +25,13 @@ class LayerPlan:
     def weights(self) -> int:
         return self.out_features * self.in_features
 
+    @property
+    def groups(self) -> int:
+        """The number of groups of weights that share a scale, in all rows together."""
+        grid = self.scheme.weights
+        assert grid is not None, "only a packed weight has groups"
+        return self.out_features * -(-self.in_features // grid.columns_per_group(self.in_features))
+
     def packed_bytes(self, scale_bytes: int) -> int:
         """Bytes of the packed weight: quantized values, scales of `scale_bytes` each, and zero points if asymmetric."""
         grid = self.scheme.weights
@@ -32,9 +39,8 @@ class LayerPlan:
         if grid.block_type is not None:
             kind = BLOCK_TYPES[grid.block_type]
             return self.weights // kind.columns * kind.nbytes
-        groups = self.out_features * -(-self.in_features // grid.columns_per_group(self.in_features))
-        zeros = 0 if grid.symmetric else groups * grid.bits // 8
-        return self.weights * grid.bits // 8 + groups * scale_bytes + zeros
+        zeros = 0 if grid.symmetric else self.groups * grid.bits // 8
+        return self.weights * grid.bits // 8 + self.groups * scale_bytes + zeros
 
     def with_weights(self, grid: WeightScheme | None, reason: str) -> "LayerPlan":
         """The same plan with another grid for the weights, for this `reason`."""

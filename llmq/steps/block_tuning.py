@@ -1,7 +1,10 @@
 """Tune a block's quantized values and scales when all of its weights are quantized, before it is committed.
 
     quantized stream ─► block with quantized weights ─► output ─┐
-    float stream ─────► block with float weights ─────► output ─┴─► squared difference; after the last block, KL
+    float stream ─────► block with float weights ─────► output ─┴─► difference ─► loss; after the last block, KL
+
+The loss is the squared difference, or the difference weighted by Fisher information: how much it costs the model's
+loss.
 
 The sequences of a step are drawn from the fitted ones, in an order that depends only on the block and the step. The
 best version on the validation sequences is kept.
@@ -17,6 +20,7 @@ from torch import Tensor
 
 from llmq.algorithms import block_tuning
 from llmq.algorithms.block_tuning import Tuned
+from llmq.algorithms.fisher_weights import OutputMetric
 from llmq.algorithms.kl_tuning import Rates, drawn
 from llmq.methods import Tuning
 from llmq.model.build.block import Block
@@ -28,12 +32,20 @@ from llmq.steps.kl_loss import kl_loss
 from llmq.steps.round_group import Rounded
 
 
-def tune(skeleton: Skeleton, streams: Streams, block: Block, layers: Mapping[str, Rounded], tuning: Tuning) -> Tuned:
+def tune(
+    skeleton: Skeleton,
+    streams: Streams,
+    block: Block,
+    layers: Mapping[str, Rounded],
+    tuning: Tuning,
+    metric: OutputMetric | None = None,
+) -> Tuned:
     """Tune the quantized weights of the block whose inputs the streams hold; the best version is put into the block.
 
-    The float stream must have the outputs of the float block already.
+    The float stream must have the outputs of the float block already. `metric` is that of the block's outputs; without
+    it all errors count alike.
     """
-    problem = BlockProblem(skeleton, streams, block, tuning.tokens)
+    problem = BlockProblem(skeleton, streams, block, tuning.tokens, metric)
     weights = {path: layer.rounding.quantized for path, layer in layers.items()}
     references = {path: layer.weight for path, layer in layers.items()}
     return block_tuning.tune(weights, references, problem, Rates(tuning.rounding, tuning.scales), tuning.steps)
@@ -42,12 +54,15 @@ def tune(skeleton: Skeleton, streams: Streams, block: Block, layers: Mapping[str
 class BlockProblem:
     """Implements `block_tuning.Problem`; a step uses `tokens` tokens."""
 
-    def __init__(self, skeleton: Skeleton, streams: Streams, block: Block, tokens: int) -> None:
+    def __init__(
+        self, skeleton: Skeleton, streams: Streams, block: Block, tokens: int, metric: OutputMetric | None = None
+    ) -> None:
         assert streams.floats is not None, "there is no float stream"
         self._skeleton = skeleton
         self._text = streams.text
         self._quantized, self._floats = streams.quantized, streams.floats
         self._block = block
+        self._metric = metric
         self._sequences = max(1, tokens // self._text.length)
         self._last = block is skeleton.blocks[-1]
         self._paths: list[str] = []
@@ -80,5 +95,8 @@ class BlockProblem:
         if self._last:
             return kl_loss(self._skeleton, self._text.of(sequences), target, output)
         difference = output.to(torch.float32) - target.to(torch.float32)
+        if self._metric is not None:
+            loss, gradient = self._metric.loss(difference, sequences)
+            return loss / len(sequences), gradient.mul_(2 / len(sequences)).to(output.dtype)
         loss = float(difference.square().sum(dtype=torch.float64)) / len(sequences)
         return loss, difference.mul_(2 / len(sequences)).to(output.dtype)

@@ -12,20 +12,11 @@ from llmq.errors import FormatError
 from llmq.formats.base import Layout, Reader
 from llmq.methods import Method
 from llmq.model.build.skeleton import Skeleton
-from llmq.model.passes.recorded_calls import RecordedCalls
-from llmq.model.passes.streams import Streams, Text
+from llmq.model.passes.streams import Streams
 from llmq.numerics.layer_plan import LayerPlan
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.report.events import OnEvent, ignore
-
-
-@dataclass(frozen=True)
-class TuningRun:
-    """The input of end-to-end tuning: its text, the recorded calls of the blocks for it, and a seed."""
-
-    text: Text
-    calls: RecordedCalls
-    seed: int
+from llmq.steps.fisher_information import FisherInformation
 
 
 @dataclass(frozen=True)
@@ -33,14 +24,16 @@ class Run:
     """Everything that is the same for all blocks of a run.
 
     streams  the calibration text on its way through the blocks; None for methods without calibration
-    tuning   the input of end-to-end tuning; None for methods without it
+    seed     of the order in which end-to-end tuning draws the sequences
+    fisher   how much errors cost the model's loss; None if no stage needs it
     plans    the plan of each linear layer, by its path in the model
     reader   reads the tensors that `layout` packs
     """
 
     skeleton: Skeleton
     streams: Streams | None
-    tuning: TuningRun | None
+    seed: int
+    fisher: FisherInformation | None
     plans: Mapping[str, LayerPlan]
     method: Method
     options: Options

@@ -1,5 +1,6 @@
 """End-to-end tuning: a lower validation loss, the same bits after any interruption, and no leftover files."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor
 
 import llmq
 from llmq import memory
+from llmq.algorithms import kl_tuning
 from llmq.algorithms.kl_divergence import kl_divergence
 from llmq.algorithms.kl_tuning import drawn
 from llmq.checkpoint.tuned_version import Revision
@@ -18,10 +20,11 @@ from llmq.config import QuantConfig
 from llmq.errors import CalibrationError, LlmqError
 from llmq.job import Job
 from llmq.methods import Method, Tuning
+from llmq.model.passes.hidden_states import Place
 from llmq.report.events import Event
 from llmq.report.record import BlockReport, Report, StageGain, TuningStep
 from llmq.setting_fields import merged
-from llmq.steps.end_to_end import session, tuned_blocks
+from llmq.steps.end_to_end import memory_plan, session, tuned_blocks
 from llmq.steps.end_to_end.session import Session
 from llmq.steps.end_to_end.tuned_blocks import _transformed
 from tests.runs import Stopped, float_model, logits, read_text, stop, tensors_of
@@ -33,7 +36,9 @@ SAMPLES, LENGTH, HELD_OUT, STEPS = 16, 32, 4, 4
 SETTINGS: dict[str, Any] = {"samples": SAMPLES, "seqlen": LENGTH, "bits": 3, "group_size": 16, "scales": "minmax"}
 SETTINGS |= {"skip": ["*.k_proj", "*.v_proj", "*.o_proj", "*.gate_proj", "*.up_proj"]}
 TUNING = Tuning(steps=STEPS, scales=3e-3, rounding=5e-2, tokens=4 * LENGTH)
+UNSCALES = Method(rounding="rtn", validation=HELD_OUT / SAMPLES, tuning=dataclasses.replace(TUNING, rounding=0.0))
 UNTUNED = Method(rounding="rtn", validation=HELD_OUT / SAMPLES)
+SCALES = Method(rounding="rtn", validation=HELD_OUT / SAMPLES, tuning=dataclasses.replace(TUNING, rounding=0.0))
 TUNED = Method(rounding="rtn", validation=HELD_OUT / SAMPLES, tuning=TUNING)
 
 
@@ -66,6 +71,16 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pretend that memory is full, so that everything possible is kept on disk."""
     monkeypatch.setattr(memory, "spare", lambda _: 0)
+
+
+def on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep hidden states and packed blocks on disk; nothing else changes."""
+    choose = memory_plan.choose
+
+    def chosen(*arguments: Any) -> memory_plan.MemoryPlan:
+        return dataclasses.replace(choose(*arguments), states=Place.FILE, packed_in_memory=False)
+
+    monkeypatch.setattr(memory_plan, "choose", chosen)
 
 
 def interrupt(model: Path, out: Path, text: Path, step: int) -> None:
@@ -112,23 +127,42 @@ def test_no_progress_files_remain(model: Path, text: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["llama", "falcon", "gemma3"])
-def test_streaming_from_disk_gives_the_same_bytes(
+def test_reading_blocks_from_disk_gives_the_same_bytes(
     checkpoint: Checkpoints, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     folder = checkpoint(name, num_hidden_layers=2)
-    resident = quantize(folder, tmp_path / "resident", text, symmetric=False)
-    no_memory(monkeypatch)
-    streamed = quantize(folder, tmp_path / "streamed", text, symmetric=False)
-    assert resident.tuning is not None and streamed.tuning is not None
-    assert resident.tuning.history == streamed.tuning.history
-    assert (resident.tuning.notes, len(streamed.tuning.notes)) == ((), 1)
-    assert files_of(tmp_path / "resident") == files_of(tmp_path / "streamed")
+    kept = quantize(folder, tmp_path / "memory", text, symmetric=False)
+    on_disk(monkeypatch)
+    read = quantize(folder, tmp_path / "disk", text, symmetric=False)
+    assert kept.tuning is not None and read.tuning is not None
+    assert kept.tuning.history == read.tuning.history
+    assert (kept.tuning.notes, len(read.tuning.notes)) == ((), 1)
+    assert files_of(tmp_path / "memory") == files_of(tmp_path / "disk")
 
 
-def test_streaming_loads_one_block_at_a_time(
+def test_without_memory_or_text_only_scales_are_tuned(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    no_memory(monkeypatch)
+    """The report says why, and an interrupted run continues as it began, whatever memory is free later."""
+    scales = quantize(model, tmp_path / "scales", text, SCALES).tuning
+    more_text = dataclasses.replace(TUNED, tuning=dataclasses.replace(TUNING, tokens_per_weight=100.0))
+    little = quantize(model, tmp_path / "text", text, more_text).tuning
+    assert scales is not None and little is not None
+    assert scales.moved == little.moved == 0 and "tokens per weight" in little.notes[0]
+    assert files_of(tmp_path / "scales") == files_of(tmp_path / "text")
+    with monkeypatch.context() as patch:
+        no_memory(patch)
+        patch.setattr(session, "SAVED_EVERY", 0.0)
+        patch.setattr(session, "SAVED_SHARE", 0.0)
+        interrupt(model, tmp_path / "memory", text, 2)
+    again = quantize(model, tmp_path / "memory", text).tuning
+    assert again is not None and again.moved == 0 and "memory" in again.notes[0]
+    assert files_of(tmp_path / "scales") == files_of(tmp_path / "memory")
+
+
+def test_one_block_at_a_time_is_in_float(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     running = job(model, tmp_path / "out", text)
     loaded = []
     update = tuned_blocks.TunedBlocks.update
@@ -136,7 +170,6 @@ def test_streaming_loads_one_block_at_a_time(
     def recorded_update(self: tuned_blocks.TunedBlocks, *arguments: Any) -> None:
         modules = [block.module for block in running.plan.skeleton.blocks]
         loaded.append([not next(module.parameters()).is_meta for module in modules])
-        assert not self._states
         update(self, *arguments)
 
     monkeypatch.setattr(tuned_blocks.TunedBlocks, "update", recorded_update)
@@ -150,7 +183,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(
 ) -> None:
     whole = quantize(model, tmp_path / "whole", text)
     if short:
-        no_memory(monkeypatch)
+        on_disk(monkeypatch)
     interrupt(model, tmp_path / "out", text, step)
     assert not (tmp_path / "out" / "config.json").exists()
     began: list[int] = []
@@ -173,16 +206,16 @@ def counting(descend: Callable[[Session], float], into: list[int]) -> Callable[[
 
 # Points of interruption: within a step, while states or the best blocks are written, before and after each mark.
 ENDS = [
-    (tuned_blocks.TunedBlocks, "update", 5, "before", "resident"),
-    (tuned_blocks.TunedBlocks, "update", 5, "after", "streamed"),
-    (Revision, "write_state", 10, "after", "resident"),
-    (Revision, "write_state", 10, "before", "streamed"),
-    (Revision, "write_block", 3, "after", "resident"),
-    (Revision, "drop_blocks", 1, "after", "streamed"),
-    (Revision, "save", 3, "before", "resident"),
-    (Revision, "save", 3, "after", "streamed"),
-    (Revision, "adopt", 1, "before", "streamed"),
-    (Revision, "adopt", 1, "after", "resident"),
+    (tuned_blocks.TunedBlocks, "update", 5, "before", "memory"),
+    (tuned_blocks.TunedBlocks, "update", 5, "after", "disk"),
+    (Revision, "write_state", 10, "after", "memory"),
+    (Revision, "write_state", 10, "before", "disk"),
+    (Revision, "write_block", 3, "after", "memory"),
+    (Revision, "drop_blocks", 1, "after", "disk"),
+    (Revision, "save", 3, "before", "memory"),
+    (Revision, "save", 3, "after", "disk"),
+    (Revision, "adopt", 1, "before", "disk"),
+    (Revision, "adopt", 1, "after", "memory"),
 ]
 
 
@@ -191,8 +224,8 @@ def test_a_run_killed_at_any_point_ends_in_the_same_bytes(
     reference: Path, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved_always: None,
     owner: type, name: str, calls: int, when: str, where: str,
 ) -> None:  # fmt: skip
-    if where == "streamed":
-        no_memory(monkeypatch)
+    if where == "disk":
+        on_disk(monkeypatch)
     original = getattr(owner, name)
     left = [calls]
 
@@ -266,7 +299,11 @@ def test_the_best_step_is_kept_and_not_the_last(
     write = tuned_blocks.TunedBlocks.write_blocks
 
     def keep(self: tuned_blocks.TunedBlocks, step: int) -> float:
-        taken[step] = {name: self._now(i, name).dequantize() for i, n in enumerate(self.names) for name in n.values()}
+        taken[step] = {
+            name: kl_tuning.result(self._state(i, name)).dequantize()
+            for i, n in enumerate(self.names)
+            for name in n.values()
+        }
         return write(self, step)
 
     monkeypatch.setattr(Session, "_validation_loss", lambda _: next(losses))

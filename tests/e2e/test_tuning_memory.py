@@ -1,4 +1,4 @@
-"""Tuning where neither the float model nor the tuning state fits into memory; killed and continued.
+"""Tuning where neither the float model nor a state of its quantized values fits into memory; killed and continued.
 
 Three processes: one without a memory limit; one under the limit, killed in the middle; one under the limit that
 continues. The first and the last write the same bytes.
@@ -21,7 +21,7 @@ from tests.command_line import ROOT, environment
 HIDDEN, BLOCKS, STEPS, KILLED = 512, 12, 2, 1
 BLOCK_WEIGHTS = 7 * HIDDEN**2
 FLOAT_BYTES = 4 * BLOCK_WEIGHTS * BLOCKS  # 88 MB
-STATE_BYTES = 13 * BLOCK_WEIGHTS * BLOCKS  # 286 MB: quantized values, v, and the two moments of Adam
+STATE_BYTES = 6 * BLOCK_WEIGHTS * BLOCKS  # 132 MB: v, and the two moments of Adam
 # The memory that tuning may map in addition to Python and its libraries: weights and gradients of one block (15 MB),
 # the state of one weight and the buffers to update it (ten times 1 MB), activations of 128 tokens, and room for the
 # allocator.
@@ -42,7 +42,7 @@ tiny, model, out, text, steps, allowed, end = *sys.argv[1:5], *map(int, sys.argv
 session.SAVED_EVERY = session.SAVED_SHARE = 0
 judged = session.Session._validation_loss
 session.Session._validation_loss = lambda self: judged(self) - self._step  # the last step is the best
-method = Method(rounding="rtn", validation=0.25, tuning=Tuning(steps=steps, scales=1e-2, rounding=0.1, tokens=128))
+method = Method(rounding="rtn", validation=0.25, tuning=Tuning(steps=steps, scales=1e-2, rounding=0.0, tokens=128))
 settings = {"samples": 8, "seqlen": 32, "bits": 3, "scales": "minmax", "group_size": 128, "calibration": [text]}
 first = Job(tiny, f"{out}-tiny", merged(QuantConfig(), settings), stages=method, device="cpu", overwrite=True)
 first.run()  # triggers late imports
@@ -119,7 +119,6 @@ def test_a_model_larger_than_memory_is_tuned_and_resumed(
 
     held, streamed = (json.loads(done.stdout.splitlines()[-1]) for done in (free, again))
     assert held["best"] == STEPS and held["history"] == streamed["history"]
-    assert (held["notes"], streamed["notes"]) == (0, 1)
     assert held["steps"] == list(range(STEPS + 1)) and streamed["steps"] == list(range(STEPS + 1))[KILLED - 1 :]
     ours, theirs = (
         {f.name: f for f in (tmp_path / name).iterdir() if f.name != "llmq.json"} for name in ("out", "free")

@@ -4,9 +4,8 @@
                  ◄────── ◄───────── … ◄─ gradient ◄──┘              one block's graph, its weights' gradients
 
 In the backward pass a block is run again to build its graph; the gradient of its output is propagated to its weights
-and its input. A visitor may then change the block before the next one is read. This is gradient checkpointing (Chen et
-al. 2016, arXiv:1604.06174) with blocks as segments. If there is memory for the graphs of all blocks, they are kept, and
-no block is run twice. Both ways run the same operations, so they give the same bits.
+and its input. This is gradient checkpointing (Chen et al. 2016, arXiv:1604.06174) with blocks as segments, so memory
+does not grow with the number of blocks, except for the hidden states between them.
 
 The caller decides how a block gets its weights (`forward.Ready`). Hooks registered in this context are called in the
 forward pass, and for the gradients of the backward pass.
@@ -32,7 +31,6 @@ class Tape:
     """A text on its way through the blocks and back, with the input of every block.
 
     weights  paths of the linear layers whose weights get a gradient
-    keep     keep the graphs of all blocks; `ready` must then not free a block's weights between the two passes
     seen     whether the calls for the same tokens were recorded before
     """
 
@@ -44,14 +42,12 @@ class Tape:
         storage: Storage,
         *,
         weights: Collection[str] = (),
-        keep: bool = False,
         seen: bool = False,
     ) -> None:
         self.text = text
         self._skeleton, self._calls, self._storage = skeleton, calls, storage
-        self._weights, self._keep, self._seen = weights, keep, seen
+        self._weights, self._seen = weights, seen
         self._inputs: list[HiddenStates] = []  # by block, and at the end the outputs of the last block
-        self._graphs: dict[tuple[int, int], Graph] = {}  # by block and batch
 
     def forward(self, ready: Ready = loaded) -> list[Tensor]:
         """The output (…, B, T, D) of the last block for each batch."""
@@ -66,7 +62,7 @@ class Tape:
     def retreat(self, block: Block, number: int, batch: range, gradient: Tensor) -> Tensor:
         """Propagate the gradient of a block's output back, for one batch; returns the gradient of its input."""
         parameters = self._parameters(block)
-        graph = self._graphs.pop((block.index, number), None) or self._run(block, batch, parameters)
+        graph = differentiable(block, self._call(block, batch), parameters)
         input_gradient, *weight_gradients = gradients_of(graph, parameters, gradient)
         for parameter, weight_gradient in zip(parameters, weight_gradients, strict=True):
             parameter.grad = weight_gradient
@@ -79,20 +75,11 @@ class Tape:
             parameter.grad = None
 
     def _pass(self, block: Block) -> None:
-        """Run one block on all batches. In a separate function, so that no local keeps its graph or weights alive."""
+        """Run one block on all batches. In a separate function, so that no local keeps its weights alive."""
         outputs = self._new_states(block.index + 1)
-        for number, batch in enumerate(self.text.batches()):
-            if self._weights:
-                graph = self._run(block, batch, self._parameters(block))
-                if self._keep:
-                    self._graphs[block.index, number] = graph
-                outputs.write(batch, graph[1].detach())
-            else:
-                outputs.write(batch, block.run(self._call(block, batch)))
+        for batch in self.text.batches():
+            outputs.write(batch, block.run(self._call(block, batch)))
         self._inputs.append(outputs)
-
-    def _run(self, block: Block, batch: range, parameters: Iterable[Tensor]) -> Graph:
-        return differentiable(block, self._call(block, batch), parameters)
 
     def _call(self, block: Block, batch: range) -> Call:
         hidden = self._inputs[block.index].read(batch)
@@ -109,11 +96,13 @@ def backward(
     skeleton: Skeleton,
     tape: Tape,
     gradients: list[Tensor],
-    visit: Callable[[Block, range], None],
+    visit: Callable[[Block, range, Tensor], None],
     *,
     ready: Ready = loaded,
 ) -> None:
-    """Visit every block, the last one first, after each batch; the gradients of its weights are in their `grad`.
+    """Visit every block, the last one first, after each batch, with the gradient (…, B, T, D) of the block's input.
+
+    The gradients of its weights are in their `grad`.
 
     `gradients` (…, B, T, D) are those of the loss in the output of the last block, per batch; they are overwritten.
     A visitor may change the block's weights.
@@ -124,7 +113,7 @@ def backward(
                 skeleton.read_ahead(block.index - 1)
             for number, batch in enumerate(tape.text.batches()):
                 gradients[number] = tape.retreat(block, number, batch, gradients[number])
-                visit(block, batch)
+                visit(block, batch, gradients[number])
             tape.forget(block)
 
 
@@ -154,19 +143,3 @@ def gradients_of(graph: Graph, weights: Sequence[Tensor], gradient: Tensor) -> l
         weight.requires_grad_(False)
     pairs = zip(gradients, (leaf, *weights), strict=True)
     return [torch.zeros_like(tensor) if g is None else g for g, tensor in pairs]
-
-
-def graph_bytes(block: Block, call: Call, weights: Iterable[Tensor]) -> int:
-    """Bytes that the graph of `differentiable` keeps in memory, without the block's parameters; measured by a run."""
-    storages: dict[int, int] = {}
-
-    def record(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
-        _, output = differentiable(block, call, weights)
-    for parameter in block.module.parameters():
-        storages.pop(parameter.untyped_storage().data_ptr(), None)
-    return sum(storages.values()) + output.nbytes

@@ -90,7 +90,7 @@ class Stream:
         self.position = 0
         self._to_the_end = to_the_end
         self._skeleton = skeleton
-        self._calls = calls
+        self.recorded = calls
         self._new_states: Callable[[int], HiddenStates] = lambda number: HiddenStates(storage, f"{name}-{number}")
         self._states = self._new_states(0)  # not used before the first block, whose hidden state is recorded
         self._next: HiddenStates | None = None  # the outputs of the block, for the batches that were run
@@ -100,8 +100,8 @@ class Stream:
         """The call of the block at `position` for these sequences."""
         tokens = self.text.of(sequences)
         if self.position == 0:
-            return self._calls.first(tokens)
-        return self._calls.call(self.position, tokens, self._states.read(sequences))
+            return self.recorded.first(tokens)
+        return self.recorded.call(self.position, tokens, self._states.read(sequences))
 
     def calls(self) -> Iterator[Call]:
         """The call of the block at `position` for each batch."""
@@ -116,8 +116,8 @@ class Stream:
         rows = range(min(-(-tokens // self.text.length), len(self.text.batches()[0])))
         part = self.text.of(rows)[:, :tokens]
         if self.position == 0:
-            return self._calls.first(part)
-        return self._calls.call(self.position, part, self._states.read(rows)[..., :tokens, :])
+            return self.recorded.first(part)
+        return self.recorded.call(self.position, part, self._states.read(rows)[..., :tokens, :])
 
     def validation_sample(self, tokens: int) -> Call | None:
         """A call with about this many tokens: whole validation sequences, the first ones; None if there are none."""
@@ -203,6 +203,11 @@ class Streams:
     @property
     def text(self) -> Text:
         return self.quantized.text
+
+    @property
+    def recorded(self) -> RecordedCalls:
+        """The arguments of the blocks for this text."""
+        return self.quantized.recorded
 
     @property
     def notes(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""Tune the quantized values and scales of all blocks together, towards the predictions of the float model.
+"""Tune the scales of all blocks together, and in some runs the quantized values, towards the float model's predictions.
 
     float blocks ──► last hidden states of every sequence ──► head ──► p ─┐
     committed blocks ─► forward ─► head ─► p̂ ─► KL(p ‖ p̂), gradient ◄─────┘
@@ -7,9 +7,9 @@
 
 It runs when all blocks are committed, and changes a second version of them (`checkpoint/tuned_version.py`). The
 committed blocks stay valid until the second version is adopted as a whole, so a run may be interrupted at any point,
-and the same command continues and produces the same bits. The last hidden states of the float model are those of the
-float stream; only text that the stream does not have is run through the float model again. The free memory decides what
-is kept in memory and what on disk (`memory_plan.py`); this changes no bit.
+and the same command continues and produces the same bits. The last hidden states of the float model are those with
+which the float stream left the last block. `memory_plan.py` decides
+what is tuned, and what is kept in memory; where things are kept changes no bit.
 
 The guard: at regular steps the loss is computed on validation sequences. The blocks with the lowest loss are adopted;
 if these are the committed blocks, nothing is. The sequences of a step are drawn without repetition from the other
@@ -23,57 +23,43 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from llmq.algorithms.kl_tuning import Rates, drawn
-from llmq.errors import CalibrationError
-from llmq.methods import Method, Tuning
+from llmq.algorithms.kl_tuning import drawn
+from llmq.methods import Tuning
 from llmq.model.build.block import Block
 from llmq.model.passes.backward import Tape, backward
 from llmq.model.passes.forward import run_through
-from llmq.model.passes.hidden_states import HiddenStates, Storage
+from llmq.model.passes.hidden_states import Storage
 from llmq.model.passes.streams import Text
-from llmq.report.events import Progress
 from llmq.report.record import TuningReport, TuningStep
 from llmq.steps.end_to_end import memory_plan
 from llmq.steps.end_to_end.tuned_blocks import TunedBlocks
 from llmq.steps.kl_loss import kl_loss
-from llmq.steps.run import Run, TuningRun
+from llmq.steps.run import Run
 
 VALIDATIONS = 8  # how often the validation loss is computed, in addition to the first time
 SAVED_EVERY = 60.0  # seconds, and at least SAVED_SHARE times the duration of saving
 SAVED_SHARE = 20
-UNTOUCHED: Mapping[str, Any] = {"step": 0, "best": None, "moved": 0.0, "history": (), "seconds": 0.0}
-
-
-def tuning_text(method: Method, written: Tensor, tokens: Tensor) -> Text:
-    """The text of tuning: `written` sequences that the model generated, then `tokens` (S, T), the last for validation.
-
-    Raises CalibrationError for fewer than two sequences of `tokens`.
-    """
-    assert method.tuning is not None
-    if len(tokens) < 2:
-        raise CalibrationError(
-            "the calibration text has one sequence, but tuning needs at least two: one to tune on, one for validation",
-            hint="give more text, a shorter --seqlen, or a method without tuning",
-        )
-    validation = min(len(tokens) - 1, max(1, math.ceil(method.validation * len(tokens))))
-    together = torch.cat([written, tokens])
-    batch = min(len(together) - validation, max(1, method.tuning.tokens // tokens.shape[1]))
-    return Text(together, batch, validation)
+UNTOUCHED: Mapping[str, Any] = {
+    "step": 0,
+    "limits": None,
+    "best": None,
+    "moved": 0.0,
+    "history": (),
+    "seconds": 0.0,
+}
 
 
 def tune_end_to_end(run: Run) -> None:
     """Tune the committed blocks if the method does so; emits an event for each step and for the result."""
-    tuning = run.tuning
-    if tuning is None or run.method.tuning is None:
+    if run.method.tuning is None:
         return
     done = run.writer.revision.adopted
     if done is not None:  # an interrupted run has finished tuning
         run.on_event(TuningReport.from_dict(done["report"]))
         return
-    session = Session(run, run.method.tuning, tuning)
+    session = Session(run, run.method.tuning)
     try:
         session.run_steps()
         run.on_event(session.adopt())
@@ -84,18 +70,21 @@ def tune_end_to_end(run: Run) -> None:
 class Session:
     """End-to-end tuning, started new or resumed from the saved state of an interrupted run."""
 
-    def __init__(self, run: Run, tuning: Tuning, text: TuningRun) -> None:
+    def __init__(self, run: Run, tuning: Tuning) -> None:
         self._began = time.monotonic()
-        self._run, self._tuning, self._text, self._seed = run, tuning, text.text, text.seed
-        self._calls = text.calls
-        self._rates = Rates(tuning.rounding, tuning.scales)
-        self._places = memory_plan.choose(run, self._text, self._rates)
-        run.writer.revision.begin()
-        self._storage = Storage(run.skeleton.device, self._places.states, run.writer.revision.folder)
-        self._teacher = self._teacher_states()
-        self._blocks = TunedBlocks(run, resident=self._places.resident)
-
+        assert run.streams is not None and run.streams.floats is not None, "tuning needs text and the float stream"
+        self._run, self._tuning, self._calls = run, tuning, run.streams.recorded
+        self._teacher = run.streams.floats  # it has passed all blocks
+        text = run.streams.text
+        batch = min(text.fitted, max(1, tuning.tokens // text.length))
+        self._text = Text(text.tokens, batch, text.validation)
+        run.streams.quantized.clear()
         progress = run.writer.revision.progress or UNTOUCHED
+        self._plan = memory_plan.choose(run, self._text, tuning, progress["limits"])
+        run.writer.revision.begin()
+        self._storage = Storage(run.skeleton.device, self._plan.states, run.writer.revision.folder)
+        self._blocks = TunedBlocks(run, in_memory=self._plan.packed_in_memory)
+
         self._step: int = progress["step"]
         self._best: int | None = progress["best"]  # the step before which the blocks were best
         self._moved: float = progress["moved"]
@@ -107,7 +96,7 @@ class Session:
         if self._history:
             self._blocks.resume(self._step)
         else:
-            self._blocks.start(self._rates)
+            self._blocks.start(self._plan.rates)
         loss, last = None, self._tuning.steps
         last_save, duration = time.monotonic(), 0.0
         while True:
@@ -130,7 +119,7 @@ class Session:
             history=tuple(self._history.items()),
             moved=self._moved,
             seconds=self._seconds(),
-            notes=self._notes(),
+            notes=self._plan.notes,
         )
         self._run.writer.revision.adopt({"best": self._best, "report": report.to_dict()}, self._indices())
         return report
@@ -139,47 +128,18 @@ class Session:
         """Free all memory."""
         self._blocks.free()
 
-    def _teacher_states(self) -> HiddenStates:
-        """The last hidden states of the float model for the whole text.
-
-        The calibration text comes last in it; if the float stream has its states, only the rest is run.
-        """
-        teacher, streams = HiddenStates(self._storage, "teacher"), self._run.streams
-        known = streams.floats if streams is not None else None
-        start = self._text.sequences if known is None else self._text.sequences - known.text.sequences
-        if start:
-            batch = self._text.batch if known is None else known.text.batch
-            part = Text(self._text.tokens[:start], batch)
-            skeleton = self._run.skeleton
-
-            def progress(block: Block) -> None:
-                self._run.on_event(Progress("float predictions", block.index + 1, len(skeleton.blocks)))
-
-            with skeleton.float_inputs():
-                passed = run_through(skeleton, part, self._storage, self._calls, after=progress)
-            for batch_range in part.batches():
-                teacher.write(batch_range, passed.last(batch_range))
-            passed.clear()
-        if known is not None:
-            for batch_range in known.text.batches():
-                sequences = range(start + batch_range.start, start + batch_range.stop)
-                teacher.write(sequences, known.last(batch_range))
-            known.clear()
-        return teacher
-
     def _descend(self) -> float:
         """One step; returns the loss before the update."""
-        skeleton, rates = self._run.skeleton, self._rates.at(self._step, self._tuning.steps)
-        chosen = drawn(self._step, self._text.batch, self._text.fitted, self._seed)
+        skeleton, rates = self._run.skeleton, self._plan.rates.at(self._step, self._tuning.steps)
+        chosen = drawn(self._step, self._text.batch, self._text.fitted, self._run.seed)
         text = Text(self._text.of(chosen), len(chosen))
         storage = Storage(skeleton.device)
-        paths, keep = self._blocks.paths, self._places.graphs
-        tape = Tape(skeleton, text, self._calls, storage, weights=paths, keep=keep, seen=True)
+        tape = Tape(skeleton, text, self._calls, storage, weights=self._blocks.paths, seen=True)
         [hidden] = tape.forward(self._blocks.ready)
-        loss, gradient = kl_loss(skeleton, text.tokens, self._teacher.read(chosen), hidden)
+        loss, gradient = kl_loss(skeleton, text.tokens, self._teacher.last(chosen), hidden)
         del hidden
 
-        def update(block: Block, _: range) -> None:
+        def update(block: Block, _: range, __: Tensor) -> None:
             self._blocks.update(block, rates, self._step)
 
         backward(skeleton, tape, [gradient], update, ready=self._blocks.ready)
@@ -204,7 +164,7 @@ class Session:
         passed = run_through(skeleton, text, self._storage, self._calls, ready=self._blocks.ready)
         total = 0.0
         for batch in text.batches():
-            expected = self._teacher.read(range(start + batch.start, start + batch.stop))
+            expected = self._teacher.last(range(start + batch.start, start + batch.stop))
             mean, _ = kl_loss(skeleton, text.of(batch), expected, passed.last(batch))
             total += mean * len(batch)
         passed.clear()
@@ -214,6 +174,7 @@ class Session:
         self._blocks.write_states(self._step)
         record = {
             "step": self._step,
+            "limits": self._plan.limits,
             "best": self._best,
             "moved": self._moved,
             "history": list(self._history.items()),
@@ -227,8 +188,3 @@ class Session:
 
     def _seconds(self) -> float:
         return self._earlier + time.monotonic() - self._began
-
-    def _notes(self) -> tuple[str, ...]:
-        if self._places.resident:
-            return ()
-        return ("the model and its tuning state did not fit into memory, so each step read and wrote them on disk",)

@@ -1,7 +1,5 @@
 """The stages on two-level grids, each compared with a slow reference."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
@@ -10,7 +8,7 @@ from torch import Tensor
 from llmq.algorithms import Options, clip, descent, gptq, kl_tuning, output_error, refit, refit_k_quants, rtn
 from llmq.algorithms.kl_tuning import Rates
 from llmq.algorithms.ridge import RIDGE
-from llmq.methods import METHODS
+from llmq.methods import Method
 from llmq.numerics import affine_grid
 from llmq.numerics.input_stats import InputStats
 from llmq.numerics.quantized_tensor import QuantizedTensor, Superblocks
@@ -168,7 +166,7 @@ def test_no_refinement_makes_a_row_worse(kind: str) -> None:
 def test_validation_undoes_rows_as_a_whole() -> None:
     """A combination of two candidates takes each row from one of their grids."""
     weight, stats = random(N, K), statistics(validation=True)
-    method = dataclasses.replace(METHODS["balanced"], tuning=None, alphas=())
+    method = Method("gptq", refinements=("descent", "refit"), validation=0.1)
     weights = {"one": weight, "other": weight + 0.1 * random(N, K, seed=4)}
     schemes = {"one": WeightScheme.of_blocks("q4_k"), "other": WeightScheme.of_blocks("q6_k")}
     layers = list(round_group(weights, schemes, stats, method, OPTIONS))

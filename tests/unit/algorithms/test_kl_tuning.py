@@ -93,6 +93,22 @@ def test_steps_are_those_of_autograd_and_adam(scheme: WeightScheme) -> None:
     assert not torch.equal(kl_tuning.result(state).scales, origin.scales)
 
 
+def test_short_dtypes_take_half_of_the_memory_and_nearly_the_same_steps() -> None:
+    weight, target, inputs = random(6, 32), random(6, 32, seed=1), random(20, 32, seed=2)
+    values: list[Tensor] = []
+    for dtypes in (kl_tuning.SHORT, kl_tuning.FULL):
+        state = kl_tuning.start(rounded(weight, SCHEMES[0]), weight, RATES, dtypes)
+        for step in range(STEPS):
+            decoded = kl_tuning.result(state).dequantize()
+            gradient = (inputs.T @ inputs @ (decoded - target).T).T
+            kl_tuning.update(state, gradient, RATES.at(step, STEPS), step)
+        assert state.rounding is not None
+        values.append(state.rounding.value.float())
+        sizes = sum(t.element_size() for t in (state.rounding.value, state.rounding.mean, state.rounding.square))
+        assert sizes == (6 if dtypes == kl_tuning.SHORT else 12)
+    assert (values[0] - values[1]).abs().max() < 0.02 * STEPS * RATES.rounding
+
+
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_tuning_starts_at_exactly_the_given_weight(scheme: WeightScheme, dtype: torch.dtype) -> None:

@@ -15,7 +15,7 @@ from llmq.model.passes.recorded_calls import RecordedCalls
 from llmq.model.passes.sequential import Sequential
 from llmq.model.passes.streams import Text
 from llmq.numerics.input_stats import InputStats
-from llmq.steps import kl_loss, token_weights
+from llmq.steps import fisher_information, kl_loss
 from tests import architectures, builders
 from tests.passes import streams_over
 
@@ -59,9 +59,14 @@ def test_loss_in_parts_equals_the_loss_at_once(skeleton: Skeleton, monkeypatch: 
 
 
 def squared_gradients(skeleton: Skeleton, batch: int) -> dict[str, Tensor]:
-    return token_weights.squared_gradients(
+    measured = fisher_information.fisher_information(
         skeleton, IDS, lambda _, hidden: hidden.sin(), RecordedCalls(skeleton), batch=batch, at_once=LENGTH
     )
+    assert measured.outputs.keys() == set(range(len(skeleton.blocks) - 1))
+    tensors = dict(measured.linears)
+    for index, (importance, moment) in measured.outputs.items():
+        tensors |= {f"{index}.importance": importance, f"{index}.moment": moment}
+    return tensors
 
 
 def test_token_weights_do_not_depend_on_the_batch(skeleton: Skeleton) -> None:

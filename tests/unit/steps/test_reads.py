@@ -13,9 +13,8 @@ from torch import Tensor
 from llmq.checkpoint.read_ahead import ReadAhead
 from llmq.checkpoint.reader import Checkpoint
 from llmq.methods import METHODS, Method, Tuning
-from llmq.model.passes.hidden_states import HiddenStates
 from llmq.model.passes.streams import Stream, Text
-from llmq.report.events import Event, Progress
+from llmq.report.events import Event
 from llmq.steps.end_to_end import session
 from tests import runs
 from tests.builders import skeleton_of
@@ -93,27 +92,6 @@ def test_memory_for_hidden_states_is_counted_once(
     assert streams.memory == free - copies * states.hidden.nbytes
 
 
-@pytest.fixture
-def teacher(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What tuning takes as the float model's last hidden states, and which texts it runs the float model on."""
-    noted: dict[str, Any] = {"texts": []}
-    states, through = session.Session._teacher_states, session.run_through
-
-    def note_states(self: session.Session) -> HiddenStates:
-        noted["states"] = states(self)
-        noted["text"] = self._text
-        return noted["states"]
-
-    def note_run(skeleton: Any, text: Text, *rest: Any, **options: Any) -> Stream:
-        if "ready" not in options:  # the blocks of the checkpoint, and not those that are tuned
-            noted["texts"].append(text)
-        return through(skeleton, text, *rest, **options)
-
-    monkeypatch.setattr(session.Session, "_teacher_states", note_states)
-    monkeypatch.setattr(session, "run_through", note_run)
-    return noted
-
-
 def float_states(model: Path, text: Text) -> Tensor:
     """(S, T, D) the float model's last hidden states of all sequences."""
     skeleton = skeleton_of(model)
@@ -124,34 +102,35 @@ def float_states(model: Path, text: Text) -> Tensor:
     return stream.last(range(text.sequences))
 
 
-@pytest.mark.parametrize("transforms", [(), ("awq",)])
+@pytest.mark.parametrize(("transforms", "written"), [((), 0), (("awq",), 0), ((), 1)])
 def test_last_states_of_the_float_stream_are_the_teacher(
-    checkpoint: Checkpoints, text: Path, tmp_path: Path, teacher: dict[str, Any], transforms: tuple[str, ...]
+    checkpoint: Checkpoints,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    transforms: tuple[str, ...],
+    written: int,
 ) -> None:
-    """So the float model is run on no text a second time."""
-    method, events = dataclasses.replace(BALANCED, transforms=transforms), []
-    run(checkpoint("llama"), tmp_path / "out", text, method, events.append)
-    assert teacher["texts"] == []
-    assert not any(isinstance(event, Progress) and event.stage == "float predictions" for event in events)
-    states = teacher["states"].read(range(teacher["text"].sequences))
+    """So the float model is run on no text a second time, also not on text that it wrote itself."""
+    teacher: dict[str, Any] = {}
+    steps, through = session.Session.run_steps, session.run_through
+
+    def note_states(self: session.Session) -> None:
+        teacher["text"] = self._text
+        teacher["states"] = self._teacher.last(range(self._text.sequences)).clone()
+        steps(self)
+
+    def require_ready(*arguments: Any, **options: Any) -> Stream:
+        assert "ready" in options, "the blocks that are tuned are run, and not those of the checkpoint"
+        return through(*arguments, **options)
+
+    monkeypatch.setattr(session.Session, "run_steps", note_states)
+    monkeypatch.setattr(session, "run_through", require_ready)
+    method = dataclasses.replace(BALANCED, transforms=transforms, written=written)
+    run(checkpoint("llama"), tmp_path / "out", text, method)
+    assert teacher["text"].sequences == 8 * (1 + written)
     expected = float_states(checkpoint("llama"), teacher["text"])
-    torch.testing.assert_close(states, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
-
-
-def test_only_text_without_a_float_stream_is_run_again(
-    checkpoint: Checkpoints, text: Path, tmp_path: Path, teacher: dict[str, Any]
-) -> None:
-    """What the model wrote itself, which lies in front of the calibration text."""
-    assert BALANCED.tuning is not None
-    method = dataclasses.replace(BALANCED, tuning=dataclasses.replace(BALANCED.tuning, written=1))
-    events: list[Event] = []
-    run(checkpoint("llama"), tmp_path / "out", text, method, events.append)
-    whole: Text = teacher["text"]
-    (own,) = teacher["texts"]
-    assert 2 * own.sequences == whole.sequences and torch.equal(own.tokens, whole.tokens[: own.sequences])
-    assert any(isinstance(event, Progress) and event.stage == "float predictions" for event in events)
-    states, expected = teacher["states"].read(range(whole.sequences)), float_states(checkpoint("llama"), whole)
-    torch.testing.assert_close(states, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    torch.testing.assert_close(teacher["states"], expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_each_stream_passes_each_block_once(
@@ -166,5 +145,5 @@ def test_each_stream_passes_each_block_once(
         write(self, sequences, output)
 
     monkeypatch.setattr(Stream, "write", counted)
-    run(checkpoint("llama"), tmp_path / "out", text, dataclasses.replace(BALANCED, token_weights=False, tuning=None))
+    run(checkpoint("llama"), tmp_path / "out", text, dataclasses.replace(METHODS["fast"], validation=0.25))
     assert passed == {0: 2 * 8, 1: 2 * 8}

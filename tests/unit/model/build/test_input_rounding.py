@@ -26,7 +26,7 @@ from llmq.numerics.affine_grid import fit_minmax
 from llmq.numerics.fake_quantize import int8_per_token
 from llmq.numerics.scheme import InputScheme, WeightScheme
 from llmq.runtime.open_skeleton import open_skeleton
-from llmq.steps import token_weights
+from llmq.steps import fisher_information
 from llmq.steps.block_tuning import BlockProblem
 from tests import builders, mixtures
 from tests.builders import skeleton_of, tokens
@@ -80,7 +80,7 @@ def evaluate(skeleton: Skeleton) -> None:
 
 
 def weigh_tokens(skeleton: Skeleton) -> None:
-    token_weights.measure(skeleton, tokens(3, LENGTH), 1, RecordedCalls(skeleton))
+    fisher_information.measure(skeleton, tokens(3, LENGTH), 1, RecordedCalls(skeleton))
 
 
 def measure_sensitivity(skeleton: Skeleton) -> None:
@@ -97,7 +97,7 @@ def there_and_back(skeleton: Skeleton) -> None:
     paths = [path for block in skeleton.blocks for path in block.linears]
     tape = Tape(skeleton, Text(tokens(2, LENGTH), 2), RecordedCalls(skeleton), CPU_MEMORY, weights=paths)
 
-    def visit(block: Block, _: range) -> None:
+    def visit(block: Block, _: range, __: Tensor) -> None:
         assert all(linear.weight.grad is not None for linear in block.linears.values())
 
     backward(skeleton, tape, [torch.ones_like(output) for output in tape.forward()], visit)

@@ -161,7 +161,7 @@ def test_streams_of_one_folder_do_not_mix(checkpoint: Checkpoints, tmp_path: Pat
     skeleton = loaded(checkpoint("llama"))
     storage = Storage(HOST, Place.FILE, tmp_path)
     calls, texts = (
-        stream_over(skeleton, tokens(2, LENGTH))._calls,
+        stream_over(skeleton, tokens(2, LENGTH)).recorded,
         [Text(tokens(2, LENGTH, seed=seed), 2) for seed in (1, 2)],
     )
     streams = [Stream(skeleton, text, calls, storage, name) for text, name in zip(texts, ("one", "two"), strict=True)]

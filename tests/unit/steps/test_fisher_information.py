@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,13 +11,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from llmq.algorithms import fisher_weights
+from llmq.algorithms.fisher_weights import OutputMetric
 from llmq.checkpoint.reader import Checkpoint
 from llmq.methods import Method
 from llmq.model.build.skeleton import Skeleton
 from llmq.model.passes.recorded_calls import RecordedCalls
 from llmq.report.events import Event, Progress
 from llmq.runtime.checkpoint_weights import PackedWeights
-from llmq.steps import token_weights as measuring
+from llmq.steps import fisher_information as measuring
+from llmq.steps.fisher_information import FisherInformation
 from tests.builders import WINDOW, skeleton_of, tokens
 from tests.passes import run_block, streams_over
 from tests.runs import quantize
@@ -70,8 +73,8 @@ def chosen_slope(hidden: Tensor) -> Tensor:
     return (hidden * 3).sin()
 
 
-def measured(skeleton: Skeleton, windows: Tensor, at_once: int) -> dict[str, Tensor]:
-    return measuring.squared_gradients(
+def measured(skeleton: Skeleton, windows: Tensor, at_once: int) -> FisherInformation:
+    return measuring.fisher_information(
         skeleton, windows, lambda _, hidden: chosen_slope(hidden), RecordedCalls(skeleton), batch=2, at_once=at_once
     )
 
@@ -81,16 +84,17 @@ def test_squared_gradients_equal_the_whole_models(checkpoint: Checkpoints, name:
     """For a loss whose gradient in the last hidden states is known."""
     folder, windows = checkpoint(name), tokens(5, LENGTH)
     skeleton = skeleton_of(folder)
-    squared = measured(skeleton, windows, at_once=4)
+    information = measured(skeleton, windows, at_once=4)
+    squared = information.linears
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     outputs: dict[str, Tensor] = {}
     last: list[Tensor] = []
 
     def keep(path: str) -> Callable[..., None]:
-        def hook(_: object, __: object, output: Tensor) -> None:
-            output.retain_grad()
-            outputs[path] = output
+        def hook(_: object, __: object, output: Any) -> None:
+            outputs[path] = output[0] if isinstance(output, tuple) else output
+            outputs[path].retain_grad()
 
         return hook
 
@@ -98,7 +102,8 @@ def test_squared_gradients_equal_the_whole_models(checkpoint: Checkpoints, name:
         last.append(output[0] if isinstance(output, tuple) else output)  # type: ignore[arg-type]
 
     model.get_submodule(skeleton.blocks[-1].path).register_forward_hook(end)
-    for path in squared:
+    blocks = [block.path for block in skeleton.blocks[:-1]]
+    for path in [*squared, *blocks]:
         model.get_submodule(path).register_forward_hook(keep(path))
     model(input_ids=windows, use_cache=False)
     last[0].backward(chosen_slope(last[0].detach()))
@@ -109,22 +114,58 @@ def test_squared_gradients_equal_the_whole_models(checkpoint: Checkpoints, name:
         expected = gradient.double().square().sum(-1).reshape(windows.shape)
         assert (squares - expected).abs().max() <= TOLERANCE * expected.max(), path
         assert squares.max() > 0
+    assert information.outputs.keys() == set(range(len(blocks)))
+    for index, path in enumerate(blocks):
+        gradient = outputs[path].grad
+        assert gradient is not None
+        rows, (importance, moment) = gradient.double().flatten(0, -2), information.outputs[index]
+        expected = rows.square().sum(-1).reshape(windows.shape)
+        assert (importance - expected).abs().max() <= TOLERANCE * expected.max(), path
+        assert (moment - rows.T @ rows).abs().max() <= TOLERANCE * (rows.T @ rows).abs().max(), path
 
 
 def test_gradients_do_not_depend_on_the_chunk_size(checkpoint: Checkpoints) -> None:
     windows = tokens(5, LENGTH)
     whole, parts = (measured(skeleton_of(checkpoint("llama")), windows, at_once) for at_once in (100, 1))
-    assert all(torch.equal(whole[path], parts[path]) for path in whole)
+    assert all(torch.equal(whole.linears[path], parts.linears[path]) for path in whole.linears)
+    for index, pair in whole.outputs.items():
+        assert all(torch.equal(a, b) for a, b in zip(pair, parts.outputs[index], strict=True))
+
+
+def test_the_metric_of_outputs_has_a_mean_eigenvalue_of_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    g, gamma = torch.randn(40, 6, generator=generator), torch.rand(3, 5, generator=generator)
+    metric = OutputMetric.of(1e-6 * g.T @ g, gamma)
+    assert metric.matrix.diagonal().mean().item() == pytest.approx(1, abs=1e-5)
+    assert torch.linalg.eigvalsh(metric.matrix).min() >= 1 - fisher_weights.MATRIX_SHARE - 1e-5
+    direction, small = g[0] / g[0].norm(), torch.linalg.eigh(g.T @ g).eigenvectors[:, 0]
+    assert direction @ metric.matrix @ direction > small @ metric.matrix @ small
+
+    difference = torch.randn(2, 2, 5, 6, generator=generator, requires_grad=True)  # with a leading dimension
+    loss, gradient = metric.loss(difference.detach(), [2, 0])
+    weights = fisher_weights.weights(gamma)[[2, 0]]
+    expected = torch.einsum("bt,abti,ij,abtj->", weights, difference, metric.matrix, difference)
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    (slope,) = torch.autograd.grad(expected, difference)
+    torch.testing.assert_close(2 * gradient, slope)
+
+
+def test_outputs_without_gradients_count_alike() -> None:
+    metric = OutputMetric.of(torch.zeros(4, 4), torch.zeros(2, 3))
+    assert torch.equal(metric.matrix, torch.eye(4)) and torch.equal(metric.weights, torch.ones(2, 3))
 
 
 def test_statistics_are_weighted_by_tokens(checkpoint: Checkpoints) -> None:
     """H of each group is Σ γ x xᵀ / Σ γ of what the block is fed; the same for validation sequences."""
     skeleton, windows = skeleton_of(checkpoint("llama")), tokens(5, LENGTH)
     events: list[Event] = []
-    weights = measuring.measure(skeleton, windows, 3, RecordedCalls(skeleton), events.append)
+    information = measuring.measure(skeleton, windows, 3, RecordedCalls(skeleton), events.append)
     assert [(event.done, event.total) for event in events if isinstance(event, Progress)] == [(1, 3), (2, 3), (3, 3)]
     assert all(parameter.is_meta for block in skeleton.blocks for parameter in block.module.parameters())
-    block, streams = skeleton.blocks[0], streams_over(skeleton, windows, validation=2, weights=weights)
+    block, streams = (
+        skeleton.blocks[0],
+        streams_over(skeleton, windows, validation=2, weights=information.token_weights),
+    )
     names: dict[str, tuple[str, ...]] = {}
     for leader, stats in run_block(
         streams, block, lambda _, group: names.update({group.names[0]: group.names})
@@ -133,7 +174,7 @@ def test_statistics_are_weighted_by_tokens(checkpoint: Checkpoints) -> None:
         hook = block.linears[leader].register_forward_pre_hook(lambda _, args, fed=fed: fed.append(args[0]))
         block.run(skeleton.record(0, windows))
         hook.remove()
-        gamma = weights(names[leader])
+        gamma = information.token_weights(names[leader])
         assert gamma is not None and gamma.std() > 0.01
         for judge, rows in ((stats, slice(0, 3)), (stats.validation, slice(3, 5))):
             assert judge is not None

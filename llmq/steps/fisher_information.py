@@ -1,7 +1,10 @@
-"""The weight of each calibration token in the statistics of each layer, measured on the float model before any block.
+"""The Fisher information of the calibration text, measured on the float model before any block is quantized.
 
-    sequences ─► float model ─► logits ─► a label drawn for each token ─► backward ─► γ per layer and token ─► weights
-                                                                              └ Σ_i (∂ℓ/∂y_ti)², per linear layer
+    sequences ─► float model ─► logits ─► a label drawn for each token ─► backward ─┬► γ per layer and token ─► weights
+                                                        Σ_i (∂ℓ/∂y_ti)², per layer ─┘                            of
+                                                        tokens
+                                                                                    └► γ and Γ per block ─► OutputMetric
+                                                             Σ_t g_tᵀg_t, of the block's output
 
 This is one forward and one backward pass over the text. Nothing of it is saved: a resumed run repeats it and gets the
 same bits, because the labels are drawn from numbers that depend only on the seed and the sequence, and the amount of
@@ -10,8 +13,9 @@ free memory changes no result. Weights get no gradients, so the backward pass co
 Not here: why these weights (algorithms/fisher_weights.py), the passes (model/passes/backward.py).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,12 +23,12 @@ from torch import Tensor, nn
 
 from llmq import memory
 from llmq.algorithms import fisher_weights
+from llmq.algorithms.fisher_weights import OutputMetric
 from llmq.model.build.block import Block
 from llmq.model.build.skeleton import Skeleton
 from llmq.model.passes.backward import Tape, backward
 from llmq.model.passes.hidden_states import Storage
 from llmq.model.passes.recorded_calls import RecordedCalls
-from llmq.model.passes.statistics import TokenWeights
 from llmq.model.passes.streams import Text
 from llmq.report.events import OnEvent, Progress, ignore
 from llmq.steps.kl_loss import Part, through_the_head
@@ -35,9 +39,37 @@ Slope = Callable[[Tensor, Tensor], Tensor]
 """Numbers of sequences (B,), and the last hidden states (…, B, T, D) -> the gradient of the loss in these states."""
 
 
+@dataclass(frozen=True)
+class FisherInformation:
+    """How much errors cost the model's loss.
+
+    linears  by path of a linear layer, (S, T) float32 on the CPU: γ, the sum over its outputs
+    outputs  by index of a block, γ (S, T) and Γ (D, D), float32 on the CPU; not for the last block, whose outputs are
+             compared by the predictions made from them
+
+    Layers that do not see every token in its place, such as those of experts, and what overflowed are absent.
+    """
+
+    linears: dict[str, Tensor]
+    outputs: dict[int, tuple[Tensor, Tensor]]
+
+    def token_weights(self, paths: Sequence[str]) -> Tensor | None:
+        """(S, T) float32, the weight of each token in the statistics of these layers, which share an input."""
+        if not all(path in self.linears for path in paths):
+            return None
+        return fisher_weights.weights(torch.stack([self.linears[path] for path in paths]).sum(0))
+
+    def output_metric(self, index: int) -> OutputMetric | None:
+        """How much an error in the output of a block costs; None if that is not known."""
+        if index not in self.outputs:
+            return None
+        importance, moment = self.outputs[index]
+        return OutputMetric.of(moment, importance)
+
+
 def measure(
     skeleton: Skeleton, tokens: Tensor, seed: int, calls: RecordedCalls, on_event: OnEvent = ignore
-) -> TokenWeights:
+) -> FisherInformation:
     """Run the float model over `tokens` (S, T) int64, forward and backward; no block is loaded before and after."""
     generator = torch.Generator().manual_seed(seed)
     chances = torch.rand(tokens.shape, generator=generator)
@@ -48,8 +80,7 @@ def measure(
     batch = max(1, memory.TOKENS_PER_BATCH_TO_WEIGH // tokens.shape[1])
     state = (len(skeleton.blocks) + 1) * skeleton.hidden_bytes(tokens.shape[1])  # one sequence, all blocks
     at_once = max(batch, memory.spare(memory.HOST) // (MEMORY_SHARE * state))
-    gamma = squared_gradients(skeleton, tokens, slope, calls, batch=batch, at_once=at_once, on_event=on_event)
-    return lambda paths: _shared(gamma, paths)
+    return fisher_information(skeleton, tokens, slope, calls, batch=batch, at_once=at_once, on_event=on_event)
 
 
 def drawn_slope(skeleton: Skeleton, tokens: Tensor, hidden: Tensor, chances: Tensor) -> Tensor:
@@ -61,7 +92,7 @@ def drawn_slope(skeleton: Skeleton, tokens: Tensor, hidden: Tensor, chances: Ten
     return through_the_head(skeleton, tokens, hidden, slope)
 
 
-def squared_gradients(
+def fisher_information(
     skeleton: Skeleton,
     tokens: Tensor,
     slope: Slope,
@@ -70,14 +101,11 @@ def squared_gradients(
     batch: int,
     at_once: int,
     on_event: OnEvent = ignore,
-) -> dict[str, Tensor]:
-    """For each linear layer, by path, (S, T) float32 on the CPU: γ, the sum over its outputs, for `tokens` (S, T).
+) -> FisherInformation:
+    """The Fisher information of `tokens` (S, T), for the loss whose gradients in the last hidden states `slope` gives.
 
     batch    sequences that run together; another number may change the last bits
     at_once  sequences whose hidden states are in memory; this changes no result
-
-    Layers that do not see every token in its place, such as those of experts, and layers whose gradients overflow are
-    not in the result.
     """
     collected = _Collected(tokens.shape)
     sequence_bytes = (len(skeleton.blocks) + 1) * skeleton.hidden_bytes(tokens.shape[1])
@@ -90,8 +118,10 @@ def squared_gradients(
         gradients = [slope(part[list(rows)], hidden) for rows, hidden in zip(text.batches(), outputs, strict=True)]
         del outputs
 
-        def visit(block: Block, rows: range, part: Tensor = part, number: int = number) -> None:
+        def visit(block: Block, rows: range, gradient: Tensor, part: Tensor = part, number: int = number) -> None:
             collected.take(part[list(rows)], tokens_first=block.tokens_first)
+            if block.index:
+                collected.take_output(block.index - 1, part[list(rows)], gradient)
             done = (number + 1) * len(skeleton.blocks) - block.index
             on_event(Progress("token weights", done, len(parts) * len(skeleton.blocks)))
 
@@ -101,13 +131,14 @@ def squared_gradients(
 
 
 class _Collected:
-    """Squared gradients of the outputs of linear layers, summed over the outputs: `shape` (S, T) per layer."""
+    """Sums over the gradients of the outputs of linear layers and of blocks, for S sequences of T tokens each."""
 
     def __init__(self, shape: torch.Size) -> None:
         self._shape = shape
         self._sums: dict[str, Tensor] = {}
         self._left_out: set[str] = set()
         self._seen: dict[str, list[Tensor]] = {}  # of the current batch
+        self._outputs: dict[int, tuple[Tensor, Tensor]] = {}
 
     @contextmanager
     def hooks(self, skeleton: Skeleton) -> Iterator[None]:
@@ -134,9 +165,20 @@ class _Collected:
                     sums[sequences] += ordered.cpu()
         self._seen = {}
 
-    def result(self) -> dict[str, Tensor]:
-        """Path -> (S, T) float32."""
-        return {path: sums for path, sums in self._sums.items() if path not in self._left_out}
+    def take_output(self, index: int, sequences: Tensor, gradient: Tensor) -> None:
+        """Add the gradient (…, B, T, D) of the output of block `index` for these sequences (B,)."""
+        D = gradient.shape[-1]
+        new = (torch.zeros(self._shape, dtype=torch.float32), torch.zeros(D, D, dtype=torch.float32))
+        importance, moment = self._outputs.setdefault(index, new)
+        rows = gradient.to(torch.float32).reshape(-1, len(sequences) * self._shape[1], D)
+        importance[sequences] += rows.square().sum((0, 2)).reshape(-1, self._shape[1]).cpu()
+        flat = rows.reshape(-1, D)
+        moment += (flat.T @ flat).cpu()
+
+    def result(self) -> FisherInformation:
+        linears = {path: sums for path, sums in self._sums.items() if path not in self._left_out}
+        finite = {i: pair for i, pair in self._outputs.items() if all(bool(t.isfinite().all()) for t in pair)}
+        return FisherInformation(linears, finite)
 
     def _hook(self, path: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def record(gradient: Tensor) -> None:
@@ -147,9 +189,3 @@ class _Collected:
                 output.register_hook(record)
 
         return hook
-
-
-def _shared(gamma: Mapping[str, Tensor], paths: Sequence[str]) -> Tensor | None:
-    if not all(path in gamma for path in paths):
-        return None
-    return fisher_weights.weights(torch.stack([gamma[path] for path in paths]).sum(0))
