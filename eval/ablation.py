@@ -36,8 +36,6 @@ JSON, DOMAINS_JSON, MARKDOWN = (
 )
 ZEROS = ("symmetric", "asymmetric")
 GPTQ, BALANCED, BEST = METHODS["gptq"], METHODS["balanced"], METHODS["best"]
-TUNING = BALANCED.tuning
-assert TUNING is not None, "balanced tunes"
 
 
 def held_out(**stages: object) -> Method:
@@ -47,9 +45,12 @@ def held_out(**stages: object) -> Method:
 
 TARGET = {"alphas": (1.0,)}
 REFINED = {**TARGET, "refinements": ("descent", "refit")}
-SCALES = dataclasses.replace(TUNING, rounding=0.0)
-ROUNDING = dataclasses.replace(TUNING, scales=0.0)
+SCALES = Tuning(steps=120, scales=1e-3, rounding=0.0, tokens=1024)
+ROUNDING = Tuning(steps=120, scales=0.0, rounding=1e-3, tokens=1024)
+BOTH = Tuning(steps=120, scales=1e-3, rounding=1e-3, tokens=1024)
 BLOCKS = Tuning(steps=100, scales=0.0, rounding=1e-3, tokens=1024)
+BLOCKS_BY_FISHER = dataclasses.replace(BLOCKS, fisher=True)
+WEIGHTED = {"alphas": (1.0, 0.5), "refinements": ("descent",), "token_weights": True}
 
 # Each row: stages and settings of the run; GPTQ as in the paper is a choice of column order and scales.
 STAGES: Mapping[str, tuple[Method, dict[str, Any]]] = {
@@ -69,15 +70,18 @@ STAGES: Mapping[str, tuple[Method, dict[str, Any]]] = {
     "+ token weights": (held_out(token_weights=True), {}),
     "+ tuning of scales": (held_out(tuning=SCALES), {}),
     "+ tuning of rounding": (held_out(tuning=ROUNDING), {}),
-    "+ tuning of both": (held_out(tuning=TUNING), {}),
+    "+ tuning of both": (held_out(tuning=BOTH), {}),
     "+ target, descent": (held_out(**TARGET, refinements=("descent",)), {}),
     "+ target, descent, refit": (held_out(**REFINED), {}),
     "+ target, descent, refit, awq": (held_out(**REFINED, transforms=("awq",)), {}),
     "+ target, block tuning": (held_out(**TARGET, block_tuning=BLOCKS), {}),
     "+ target, descent, refit, token weights": (held_out(**REFINED, token_weights=True), {}),
     "+ target, descent, refit, tuning of scales": (held_out(**REFINED, tuning=SCALES), {}),
-    "+ target, tuning of both": (held_out(**TARGET, tuning=TUNING), {}),
-    "+ target, descent, refit, tuning of both": (held_out(**REFINED, tuning=TUNING), {}),
+    "+ target, tuning of both": (held_out(**TARGET, tuning=BOTH), {}),
+    "+ target, descent, refit, tuning of both": (held_out(**REFINED, tuning=BOTH), {}),
+    "+ target, descent, token weights": (held_out(**WEIGHTED), {}),
+    "+ target, descent, token weights, blocks": (held_out(**WEIGHTED, block_tuning=BLOCKS), {}),
+    "+ target, descent, token weights, blocks by Fisher": (held_out(**WEIGHTED, block_tuning=BLOCKS_BY_FISHER), {}),
     "fast": (METHODS["fast"], {}),
     "balanced": (BALANCED, {}),
     "best": (BEST, {}),
