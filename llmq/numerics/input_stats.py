@@ -7,7 +7,7 @@ same tokens are known too, D = X - X̂ is the change by the quantized layers bef
 one.  A token with a weight γ counts γ times.
 
 Only the part above the diagonal is added up; it is mirrored when H is needed.  On a GPU inputs in half precision are
-multiplied without conversion to float32.
+multiplied without conversion to float32, with and without weights (`llmq_kernels/gram/op.py`).
 """
 
 import torch
@@ -62,24 +62,23 @@ class InputStats:
 
     def _add(self, inputs: Tensor, originals: Tensor | None, weights: Tensor | None) -> None:
         """`inputs` and `originals` (T, K), `weights` (T,)."""
-        exact = inputs.is_cuda and inputs.dtype in gram.HALVES and weights is None
-        dtype = inputs.dtype if exact else torch.float32
-        roots = None if weights is None else weights.to(torch.float32).sqrt()[:, None]  # so that products have weight γ
-        X = _weighted(inputs.to(dtype), roots)
-        gram.update(self._gram, X, upper_only=True)
+        dtype = gram.multiplied_in(inputs.dtype, on_cuda=inputs.is_cuda)
+        gamma = None if weights is None else weights.to(torch.float32)
+        X = inputs.to(dtype)
+        gram.update(self._gram, X, gamma, upper_only=True)
         self._absolute += inputs.abs().sum(0, dtype=torch.float32)
         self.tokens += len(inputs)
         self._weight += len(inputs) if weights is None else float(weights.sum(dtype=torch.float64))
         if originals is None:
             return
         self._paired += len(inputs)
-        D = _weighted((originals.to(torch.float32) - inputs.to(torch.float32)).to(dtype), roots)
+        D = (originals.to(torch.float32) - inputs.to(torch.float32)).to(dtype)
         if self._cross is None:
             self._cross = torch.zeros_like(self._gram)
-        gram.add_product(self._cross, D, X)
+        gram.add_product(self._cross, D, X, gamma)
         if self.judges:
             self._drift = torch.zeros_like(self._gram) if self._drift is None else self._drift
-            gram.update(self._drift, D, upper_only=True)
+            gram.update(self._drift, D, gamma, upper_only=True)
 
     def second_moment(self) -> Tensor:
         """(K, K) float32, H = X̂ᵀX̂ / T; every call returns a new tensor."""
@@ -139,7 +138,3 @@ class InputStats:
         stats._absolute = stats.mean_square.sqrt() * self.tokens if mixed else self._absolute / basis.flatten()
         stats.validation = None if self.validation is None else self.validation.in_basis(basis)
         return stats
-
-
-def _weighted(X: Tensor, roots: Tensor | None) -> Tensor:
-    return X if roots is None else X * roots
