@@ -35,7 +35,7 @@ from llmq.model.passes.hidden_states import Place, Storage
 from llmq.model.passes.streams import Text
 
 HOT, FALLING = 2.0, 10  # temperature of the first token; number of tokens until it has fallen to 1
-ROWS = 64  # generated at once, if their keys and values fit into memory
+ROWS = {"cpu": 64, "cuda": 256}  # generated at once, by device type, if their keys and values fit into memory
 SPARE_PART = 0.8  # of the free memory; the rest is for activations
 STREAMED_TOKENS = 256  # tokens per text if each token costs a pass over the checkpoint
 STREAMED_ROWS = 16  # rows that a block processes at once
@@ -87,9 +87,10 @@ def draw(logits: Tensor, temperature: Tensor, voice: Voice, numbers: Tensor) -> 
     temperature = temperature[:, None].to(device)
     known, ordinary = voice.known.to(device), voice.ordinary.to(device)
     allowed = torch.where(temperature > 1, ordinary, known)[:, : logits.shape[1]]  # (B, V)
-    scaled = logits[:, : allowed.shape[1]].double() / temperature
+    precise = torch.float32 if logits.is_cuda else torch.float64  # a GPU has few units for float64
+    scaled = logits[:, : allowed.shape[1]].to(precise) / temperature
     probabilities = scaled.masked_fill(~allowed, -torch.inf).softmax(dim=1)
-    reached = probabilities.cumsum(dim=1)  # where the interval of a token in [0, 1] ends
+    reached = probabilities.cumsum(dim=1, dtype=torch.float64)  # where the interval of a token in [0, 1] ends
     if not bool(torch.isfinite(reached[:, -1]).all()):
         raise UnsupportedModelError("the model's logits are NaN or infinite", hint="the checkpoint is damaged")
     tokens = torch.searchsorted(reached, numbers[:, None].to(device) * reached[:, -1:], right=True)
@@ -187,7 +188,7 @@ class SelfAuthor:
         """The number of rows that fit into memory together with the whole model; 0 if the model does not fit."""
         left = SPARE_PART * free - weight_bytes(self._skeleton)
         row = seqlen * cache_bytes(self._skeleton) + 32 * self._skeleton.vocabulary  # and logits, and tensors of `draw`
-        return max(0, min(ROWS, int(left // row)))
+        return max(0, min(ROWS.get(self._skeleton.device.type, ROWS["cpu"]), int(left // row)))
 
     @torch.no_grad()
     def _streamed(self, tokens: Tensor) -> Tensor:

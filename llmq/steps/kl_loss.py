@@ -13,10 +13,17 @@ from torch import Tensor
 from llmq.algorithms.kl_divergence import kl_and_gradient
 from llmq.model.build.skeleton import Skeleton
 
-LOGITS_AT_ONCE = 2**24  # entries, about six float32 copies. Independent of the free memory, so results are reproducible
+# Entries of logits at once, of which there are about six float32 copies: 0.4 GB, 3.2 GB on CUDA, where each part costs
+# a pass through the code of the whole model. Independent of the free memory, so results are reproducible.
+LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**27}  # by device type
 
 Part = tuple[slice, slice]  # rows and columns of tokens (B, T)
 States = tuple[EllipsisType, slice, slice, slice]  # the index of their hidden states (…, B, T, D)
+
+
+def logits_at_once(device: torch.device) -> int:
+    """Entries of logits that are computed at once."""
+    return LOGITS_AT_ONCE.get(device.type, LOGITS_AT_ONCE["cpu"])
 
 
 def kl_loss(skeleton: Skeleton, tokens: Tensor, expected: Tensor, hidden: Tensor) -> tuple[float, Tensor]:
@@ -48,7 +55,7 @@ def through_the_head(
     `slope` maps the logits (…, V) of a part of the tokens to the gradient of the loss with respect to these logits.
     """
     gradient = torch.empty_like(hidden)
-    for part in _parts(tokens, max(1, LOGITS_AT_ONCE // skeleton.vocabulary)):
+    for part in _parts(tokens, max(1, logits_at_once(skeleton.device) // skeleton.vocabulary)):
         leaf = hidden[_states(part)].detach().requires_grad_(True)
         with torch.enable_grad():
             logits = skeleton.logits(tokens[part], leaf)

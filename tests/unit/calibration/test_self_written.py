@@ -78,7 +78,7 @@ def test_batch_size_does_not_change_the_text(
 ) -> None:
     folder = checkpoint("llama")
     whole = author(folder, tokenizer).write(5, 16, seed=0)
-    monkeypatch.setattr(self_written, "ROWS", 2)
+    monkeypatch.setattr(self_written, "ROWS", {"cpu": 2})
     assert torch.equal(author(folder, tokenizer).write(5, 16, seed=0), whole)
     assert not torch.equal(author(folder, tokenizer).write(5, 16, seed=1), whole)
 
@@ -108,7 +108,7 @@ def test_memory_limits_the_rows_per_batch(tokenizer: Any, checkpoint: Checkpoint
     skeleton = builders.skeleton_of(checkpoint("llama"))
     assert cache_bytes(skeleton) == 2 * 3 * 2 * 8 * 4  # keys and values, blocks, heads, head width, bytes
     row = 16 * cache_bytes(skeleton) + 32 * VOCABULARY
-    for rows, more in ((0, -8), (2, 8), (3, row), (self_written.ROWS, 1000 * row)):
+    for rows, more in ((0, -8), (2, 8), (3, row), (self_written.ROWS["cpu"], 1000 * row)):
         free = math.ceil((weight_bytes(skeleton) + (2 * row if rows else 0) + more) / self_written.SPARE_PART)
         assert SelfAuthor(skeleton, tokenizer)._rows_at_once(16, free) == rows
 

@@ -52,7 +52,7 @@ def test_loss_in_parts_equals_the_loss_at_once(skeleton: Skeleton, monkeypatch: 
     once, gradient = kl_loss.kl_loss(skeleton, IDS, expected, hidden)
     assert once > 0 and gradient.norm() > 0
     for sequences in (1, 2):
-        monkeypatch.setattr(kl_loss, "LOGITS_AT_ONCE", sequences * LENGTH * skeleton.vocabulary)
+        monkeypatch.setattr(kl_loss, "LOGITS_AT_ONCE", {"cpu": sequences * LENGTH * skeleton.vocabulary})
         loss, in_parts = kl_loss.kl_loss(skeleton, IDS, expected, hidden)
         assert loss == pytest.approx(once, rel=1e-4)
         torch.testing.assert_close(in_parts, gradient, rtol=1e-3, atol=1e-3 * float(gradient.abs().max()))

@@ -200,7 +200,7 @@ def test_the_loss_of_parts_equals_the_loss_of_all(checkpoint: Checkpoints, monke
     assert once == pytest.approx(slow.item(), rel=1e-5)
     torch.testing.assert_close(slope, torch.autograd.grad(slow, leaf)[0], rtol=1e-3, atol=1e-7)
     for at_once in (2 * LENGTH, LENGTH - 7):  # two windows and one; parts of a window
-        monkeypatch.setattr(loss, "LOGITS_AT_ONCE", at_once * skeleton.vocabulary)
+        monkeypatch.setattr(loss, "LOGITS_AT_ONCE", {"cpu": at_once * skeleton.vocabulary})
         total, gradient = loss.kl_loss(skeleton, ids, expected, hidden)
         assert total == pytest.approx(once, rel=1e-5)
         torch.testing.assert_close(gradient, slope, rtol=1e-3, atol=1e-7)
