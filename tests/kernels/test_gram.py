@@ -103,6 +103,66 @@ def test_mirroring_copies_the_upper_triangle(strip: int, monkeypatch: pytest.Mon
     assert torch.equal(gram, upper + upper.triu(1).T)
 
 
+@pytest.fixture
+def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
+    """Half precision is multiplied as on CUDA: exact products, sums in float32.  The dtypes of operands are listed."""
+    multiplied: list[torch.dtype] = []
+
+    def product(left: Tensor, right: Tensor) -> Tensor:
+        multiplied.extend((left.dtype, right.dtype))
+        return left.float() @ right.float()
+
+    monkeypatch.setattr(op, "half_product", product)
+    monkeypatch.setattr(op, "multiplied_in", lambda dtype, on_cuda: dtype)
+    return multiplied
+
+
+def test_half_precision_stays_as_it_is_on_cuda_only() -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        assert op.multiplied_in(dtype, on_cuda=True) == dtype
+        assert op.multiplied_in(dtype, on_cuda=False) == torch.float32
+    assert op.multiplied_in(torch.float32, on_cuda=True) == torch.float32
+
+
+def gammas(T: int) -> Tensor:
+    return torch.rand(T, generator=torch.Generator().manual_seed(7)) * 40 + 0.5
+
+
+@pytest.mark.parametrize("upper_only", [True, False], ids=["upper", "full"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("on_cuda", [True, False], ids=["cuda", "cpu"])
+def test_rows_count_by_their_weights(
+    dtype: torch.dtype, upper_only: bool, on_cuda: bool, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """An operand in half precision that is weighted has one more rounding error, and no product is in float32."""
+    multiplied = request.getfixturevalue("as_on_cuda") if on_cuda else []
+    monkeypatch.setattr(op, "STRIP", 48)
+    T, K = 64, 130
+    x, weights = inputs(T, K, dtype), gammas(T)
+    gram = poisoned(K, upper_only)
+    op.update(gram, x, weights, upper_only=upper_only)
+    if upper_only:
+        op.mirror(gram)
+    assert torch.equal(gram, gram.T)
+    X, gamma = x.double().numpy(), weights.double().numpy()
+    before = poisoned(K, False).double().numpy()
+    halves = on_cuda and dtype != torch.float32
+    unit = torch.finfo(dtype).eps / 2 if halves else 2.0**-22
+    bound = (unit + (T + 1) * 2.0**-23) * (before + (np.abs(X).T * gamma) @ np.abs(X))
+    assert (np.abs(gram.double().numpy() - before - (X.T * gamma) @ X) <= bound).all()
+    assert set(multiplied) == ({dtype} if halves else set())
+
+
+@pytest.mark.usefixtures("as_on_cuda")
+def test_weighted_inputs_in_float16_do_not_overflow() -> None:
+    x = torch.full((3, 16), 200.0, dtype=torch.float16)
+    gram = torch.zeros(16, 16)
+    op.update(gram, x, torch.tensor([1000.0, 1.0, 0.0]), upper_only=True)
+    torch.testing.assert_close(gram, torch.full((16, 16), 1001 * 200.0**2), rtol=1e-3, atol=0)
+    op.update(gram, x, torch.zeros(3), upper_only=True)
+    assert bool(torch.isfinite(gram).all())
+
+
 def test_second_moment_needs_no_second_array(largest_tensor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(op, "STRIP", 64)
     gram, x = torch.zeros(256, 256), torch.zeros(1, 256)

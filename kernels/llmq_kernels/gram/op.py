@@ -28,7 +28,7 @@ STRIP = 256  # rows of the result at once
 
 
 def multiplied_in(dtype: torch.dtype, *, on_cuda: bool) -> torch.dtype:
-    """The dtype in which inputs of `dtype` are multiplied: half precision on CUDA stays as it is, all else is float32."""
+    """The dtype in which inputs are multiplied: half precision is unchanged on CUDA, all else becomes float32."""
     return dtype if on_cuda and dtype in HALVES else torch.float32
 
 

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from llmq.numerics import input_stats
 from llmq.numerics.block_diagonal import scaling
 from llmq.numerics.input_stats import InputStats
+from llmq_kernels.gram import op as gram
 
 CPU = torch.device("cpu")
 EPSILON = 2.0**-23  # of float32
@@ -121,6 +123,31 @@ def test_a_token_of_weight_three_counts_three_times() -> None:
         torch.testing.assert_close(getattr(weighted, moment)(), getattr(repeated, moment)(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(weighted.mean_square, repeated.mean_square, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(weighted.mean_absolute, seen(moved).mean_absolute, rtol=50 * EPSILON, atol=0)
+
+
+def test_weighted_tokens_in_half_precision_need_no_float32_product_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All products of the three sums are half-precision products; before, all of them were in float32."""
+    counted = {"half": 0}
+
+    def product(left: Tensor, right: Tensor) -> Tensor:
+        counted["half"] += 2 * left.shape[0] * left.shape[1] * right.shape[1]
+        return left.float() @ right.float()
+
+    monkeypatch.setattr(gram, "half_product", product)
+    monkeypatch.setattr(gram, "multiplied_in", lambda dtype, on_cuda: dtype)
+    original, moved = (tensor.bfloat16() for tensor in pairs())
+    stats, gamma = InputStats(8, CPU), torch.rand(50, generator=torch.Generator().manual_seed(2)) + 0.5
+    stats.judges = True
+    with FlopCounterMode(display=False) as counter:
+        stats.update(moved, original, gamma)
+    assert counter.get_total_flops() == counted["half"] == 3 * 2 * 50 * 8 * 8
+    X, D = moved.double(), (original.float() - moved.float()).bfloat16().double()
+    weighted = gamma.double()[:, None] / gamma.double().sum()
+    for moment, left, right in zip(MOMENTS, (X, D, D), (X, X, D), strict=True):
+        bound = 2.0**-8 * (left.abs().T @ (right.abs() * weighted))
+        computed = getattr(stats, moment)().double()
+        assert bool(((computed - left.T @ (right * weighted)).abs() <= bound).all())
+        assert moment == "cross_moment" or torch.equal(computed, computed.T)
 
 
 def test_half_of_a_symmetric_sum_is_enough() -> None:
