@@ -77,7 +77,7 @@ METHODS: Mapping[str, Method] = {
     "rtn": Method(rounding="rtn", needs_calibration=False),
     "gptq": Method(rounding="gptq"),
     "awq": Method(transforms=("awq",), rounding="clip"),
-    "fast": Method(rounding="gptq", alphas=(1.0,), refinements=("descent",), validation=0.1),
+    "fast": Method(rounding="gptq", alphas=(1.0, 0.5, 0.25), refinements=("descent",), validation=0.1),
     "balanced": Method(
         token_weights=True,
         rounding="gptq",

@@ -12,6 +12,7 @@ A stage is pure: it takes tensors and statistics and returns tensors.  It never 
 import dataclasses
 import importlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -23,6 +24,7 @@ from llmq.numerics.affine_grid import ScaleDtype
 from llmq.numerics.input_stats import InputStats
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import WeightScheme
+from llmq_kernels.full_precision import with_tf32
 
 
 @dataclass(frozen=True)
@@ -41,15 +43,18 @@ class Rounding:
 
     damping  that the factorisation needed; None where there was no factorisation
     notes    for the user
+    loss     (N,) float32, `output_error` of each row; None where the stage did not compute it
     """
 
     quantized: QuantizedTensor
     damping: float | None = None
     notes: tuple[str, ...] = ()
+    loss: Tensor | None = None
 
     def rows(self, start: int, stop: int) -> "Rounding":
         """Rows `start` to `stop` (out_features): one of several weights that were quantized as one stack."""
-        return dataclasses.replace(self, quantized=self.quantized.rows(start, stop))
+        loss = None if self.loss is None else self.loss[start:stop]
+        return dataclasses.replace(self, quantized=self.quantized.rows(start, stop), loss=loss)
 
 
 class RoundingStage(Protocol):
@@ -107,5 +112,10 @@ def refinement(name: str) -> RefinementStage:
 
 def output_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> Tensor:
     """(N,) float32: each row's  (w - ŵ) H (w - ŵ)ᵀ, the mean squared change of its output; all float32."""
-    difference = weight - rounded  # (N, K)
-    return (difference @ hessian).mul_(difference).sum(1)
+    return quadratic_form(weight - rounded, hessian)
+
+
+def quadratic_form(difference: Tensor, hessian: Tensor) -> Tensor:
+    """(N,) float32: δ H δᵀ of each row δ of `difference` (N, K).  It is for comparisons: on CUDA it uses TF32."""
+    with with_tf32() if difference.is_cuda else nullcontext():
+        return (difference @ hessian).mul_(difference).sum(1)

@@ -20,6 +20,9 @@ the parabola when a column is visited, ŵ' what c is rounded to and e = c - ŵ'.
 
 where A is lower triangular with ones on its diagonal: a start, and a feedback of the errors to the later columns.
 That is `llmq_kernels.gptq_block` with Aᵀ in the place of U.
+
+No product is needed to see that a row gets no worse: a move by m = ŵ' - ŵ changes the loss by  -H_jj m (m + 2 e),
+which is never above zero, because ŵ' is the value nearest to c.
 """
 
 import dataclasses
@@ -27,7 +30,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from llmq.algorithms import Options, output_error
+from llmq.algorithms import Options
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq_kernels.gptq_block import op as gptq_block
 from llmq_kernels.gptq_block.problem import Problem
@@ -37,13 +40,8 @@ COLUMNS = 128
 
 def refine(target: Tensor, quantized: QuantizedTensor, hessian: Tensor, options: Options) -> QuantizedTensor:
     """See `RefinementStage`."""
-    before = quantized.dequantize()
-    codes = _sweep(target, before, quantized, hessian)
-    moved = dataclasses.replace(quantized, codes=codes.T.contiguous())
-    # In exact arithmetic no step raises the loss; in float32 a row at its minimum may rise by a rounding error.
-    worse = output_error(target, moved.dequantize(), hessian) > output_error(target, before, hessian)
-    moved.codes[worse] = quantized.codes[worse]
-    return moved
+    codes = _sweep(target, quantized.dequantize(), quantized, hessian)
+    return dataclasses.replace(quantized, codes=codes.T.contiguous())
 
 
 def _sweep(target: Tensor, rounded: Tensor, quantized: QuantizedTensor, hessian: Tensor) -> Tensor:

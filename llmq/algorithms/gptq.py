@@ -15,7 +15,8 @@ values, unsigned integers.  Differences from the paper, each measured as better 
 * **One factorisation, no inverse**: `factor.py`.
 * Columns whose input was always zero (H_jj = 0) are rounded to nearest, not set to zero: text unlike the calibration
   set may use them.  No other column depends on them, and the damping is their price in the search for scales.
-* A row that compensation made worse under H (rounding is not convex) keeps its nearest codes.
+* A row that compensation made worse under H (rounding is not convex) keeps its nearest codes.  Its loss needs no
+  product: with δ = w - ŵ, the errors e = δ U⁻¹ of the loop above give  δ (H + λI) δᵀ = Σ e².
 
 `order="natural", scales="minmax"` is the paper's own algorithm: the range of a group is taken from the partly
 compensated weights, when the first column of the group is reached.
@@ -55,21 +56,23 @@ def round_weight(
     notes = [] if factor.damping == options.damping else [f"damping raised to {factor.damping:g}"]
 
     if options.order == "natural" and options.scales == "minmax" and not scheme.two_level:
-        chosen, codes = compensate_with_growing_grid(weight, factor, scheme, options.scale_dtype)
+        chosen, codes, squares = compensate_with_growing_grid(weight, factor, scheme, options.scale_dtype)
     else:
         if options.scales == "searched":
             chosen = affine_grid.fit_searched(weight, scheme, options.scale_dtype, factor.price)
         else:
             chosen = affine_grid.fit_minmax(weight, scheme, options.scale_dtype)
-        codes = compensate(weight, factor, chosen)
-    codes, kept = without_worse_rows(weight, chosen, codes, hessian)
+        codes, squares = compensate(weight, factor, chosen)
+    damping = factor.damping * hessian.diagonal().mean()
+    loss = squares - damping * (weight - chosen.quantized(codes).dequantize()).square().sum(1)
+    codes, loss, kept = without_worse_rows(weight, chosen, codes, loss, hessian)
     if kept:
         notes.append("some rows rounded to nearest, because compensation made them worse")
-    return Rounding(chosen.quantized(codes), factor.damping, tuple(notes))
+    return Rounding(chosen.quantized(codes), factor.damping, tuple(notes), loss)
 
 
-def compensate(weight: Tensor, factor: Factor, chosen: Grid) -> Tensor:
-    """Codes (N, K) uint8 of `weight` (N, K) on the fixed grid `chosen`."""
+def compensate(weight: Tensor, factor: Factor, chosen: Grid) -> tuple[Tensor, Tensor]:
+    """Codes (N, K) uint8 of `weight` (N, K) on the fixed grid `chosen`, and δ (H + λI) δᵀ of each row, (N,) float32."""
     K = weight.shape[1]
     columns = weight.T[factor.order].contiguous()  # (K, N), visiting order: a column is contiguous
     group_of = (factor.order // chosen.scheme.columns_per_group(K)).to(torch.int32)
@@ -79,7 +82,13 @@ def compensate(weight: Tensor, factor: Factor, chosen: Grid) -> Tensor:
     )
     restored = torch.empty_like(codes[0])
     restored[factor.order] = codes[0]
-    return restored.T.contiguous()
+    return restored.T.contiguous(), _squares(columns)
+
+
+def _squares(errors: Tensor) -> Tensor:
+    """Σ e² (N,) of errors e (K, N), in which the loop leaves the columns."""
+    lengths: Tensor = torch.linalg.vector_norm(errors, dim=0)
+    return lengths.square_()
 
 
 def _by_group(chosen: Grid) -> tuple[Tensor, Tensor]:
@@ -92,14 +101,16 @@ def _by_group(chosen: Grid) -> tuple[Tensor, Tensor]:
 
 def compensate_with_growing_grid(
     weight: Tensor, factor: Factor, scheme: WeightScheme, scale_dtype: affine_grid.ScaleDtype
-) -> tuple[Grid, Tensor]:
+) -> tuple[Grid, Tensor, Tensor]:
     """As in the paper: the min-max range of a group is taken once all earlier columns are compensated for.
+
+    Returns the grid, and what `compensate` returns.
 
     Blocks end where groups end, so the range of a group is never taken while updates of its columns are pending.
     """
     if scheme.group_size == "tensor":  # one group, which starts with the first column
         chosen = affine_grid.fit_minmax(weight, scheme, scale_dtype)
-        return chosen, compensate(weight, factor, chosen)
+        return chosen, *compensate(weight, factor, chosen)
     columns = weight.T.clone()  # (K, N)
     codes = torch.empty(columns.shape, dtype=torch.uint8, device=weight.device)
     group_of = torch.zeros(1, len(columns), dtype=torch.int32, device=weight.device)  # one group at a time
@@ -113,13 +124,19 @@ def compensate_with_growing_grid(
         grids.append(group)
     scales = torch.cat([group.scales for group in grids], dim=1)
     offsets = [group.zeros for group in grids if group.zeros is not None]
-    return Grid(scheme, scales, torch.cat(offsets, dim=1) if offsets else None), codes.T.contiguous()
+    grid = Grid(scheme, scales, torch.cat(offsets, dim=1) if offsets else None)
+    return grid, codes.T.contiguous(), _squares(columns)
 
 
-def without_worse_rows(weight: Tensor, chosen: Grid, codes: Tensor, hessian: Tensor) -> tuple[Tensor, int]:
-    """`codes` with the nearest codes in the rows where these have a lower output error, and the number of such rows."""
+def without_worse_rows(
+    weight: Tensor, chosen: Grid, codes: Tensor, loss: Tensor, hessian: Tensor
+) -> tuple[Tensor, Tensor, int]:
+    """`codes` and their output errors `loss` (N,), with those of the nearest codes in the rows where these are lower.
+
+    The number is the number of such rows.
+    """
     nearest = chosen.encode(weight)
-    loss = output_error(weight, chosen.quantized(codes).dequantize(), hessian)
     nearest_loss = output_error(weight, chosen.quantized(nearest).dequantize(), hessian)
-    worse = loss > nearest_loss
-    return torch.where(worse[:, None], nearest, codes), int(worse.sum())
+    worse = (loss > nearest_loss) & (codes != nearest).any(1)
+    codes = torch.where(worse[:, None], nearest, codes)
+    return codes, torch.where(worse, nearest_loss, loss), int(worse.sum())

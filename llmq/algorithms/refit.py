@@ -1,16 +1,16 @@
 """Refit the scales: with the codes fixed, a row is linear in its scales, so least squares has a closed form.
 
 Codes q are the quantized values, z the zero points.  Let B (G, K) hold q - z of a row: the columns of group g in row g,
-zero elsewhere.  So ŵ = s B, and
+zero elsewhere.  So ŵ = s B.  From the old scales s⁰, with d = s - s⁰ and δ = w* - s⁰ B,
 
-    argmin_s  (w* - s B) H (w* - s B)ᵀ + μ Σ_g D_g (s_g - s⁰_g)²        D = diag(B H Bᵀ)
+    argmin_d  (δ - d B) H (δ - d B)ᵀ + μ Σ_g D_g d_g²        D = diag(B H Bᵀ)
 
-    s = (b + μ D s⁰) (A + μ diag D)⁻¹        A = B H Bᵀ (G, G),  b = w* H Bᵀ
+    d = r (A + μ diag D)⁻¹        A = B H Bᵀ (G, G),  r = δ H Bᵀ
 
-The ridge μ (`ridge.py`) keeps scales near the old scales s⁰ where the codes hardly determine them.  All groups of a row
+The ridge μ (`ridge.py`) keeps scales near the old scales where the codes hardly determine them.  All groups of a row
 are solved together, so that one group can compensate for the error of another.  Scales are rounded to the dtype of the
-file before the loss is computed, and a row is accepted only where its loss falls.  A scale shared by a whole tensor is
-not refitted.
+file, and a row is accepted only where its loss falls; the change of the loss is  d A dᵀ - 2 r dᵀ.  A scale shared by a
+whole tensor is not refitted.
 
 Two-level grids are refitted in `algorithms/refit_k_quants.py`.
 """
@@ -20,7 +20,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from llmq.algorithms import Options, output_error, refit_k_quants, ridge
+from llmq.algorithms import Options, refit_k_quants, ridge
 from llmq.numerics import affine_grid
 from llmq.numerics.quantized_tensor import QuantizedTensor
 
@@ -42,16 +42,14 @@ def refine(target: Tensor, quantized: QuantizedTensor, hessian: Tensor, options:
 
 def _refit(target: Tensor, quantized: QuantizedTensor, hessian: Tensor, scale_dtype: affine_grid.ScaleDtype) -> Tensor:
     """Scales (N, G) in their storage dtype: refitted in the rows that this improves."""
-    G = quantized.scales.shape[1]
     steps = _steps(quantized)  # (N, K), q - z
     old = quantized.scales.to(torch.float32)
-    A, b = _normal_equations(steps, target, hessian, G)
-    fitted = ridge.solve(A, b, old)  # a group whose codes all equal the zero point keeps its scale
+    A, r = _normal_equations(steps, target - quantized.dequantize(), hessian, quantized.scales.shape[1])
+    fitted = old + ridge.solve(A, r)
     usable = torch.isfinite(fitted) & (fitted * old > 0)
     fitted = affine_grid.storable(torch.where(usable, fitted, old), scale_dtype)
-    changed = dataclasses.replace(quantized, scales=fitted)
-    loss, old_loss = (output_error(target, tensor.dequantize(), hessian) for tensor in (changed, quantized))
-    return torch.where((loss < old_loss)[:, None], fitted, quantized.scales)
+    lower = ridge.change(A, r, fitted.to(torch.float32) - old) < 0
+    return torch.where(lower[:, None], fitted, quantized.scales)
 
 
 def _steps(quantized: QuantizedTensor) -> Tensor:
@@ -59,8 +57,8 @@ def _steps(quantized: QuantizedTensor) -> Tensor:
     return dataclasses.replace(quantized, scales=torch.ones_like(quantized.scales)).dequantize()
 
 
-def _normal_equations(steps: Tensor, target: Tensor, hessian: Tensor, G: int) -> tuple[Tensor, Tensor]:
-    """A = B H Bᵀ (N, G, G) and b = w* H Bᵀ (N, G)."""
+def _normal_equations(steps: Tensor, difference: Tensor, hessian: Tensor, G: int) -> tuple[Tensor, Tensor]:
+    """A = B H Bᵀ (N, G, G) and r = δ H Bᵀ (N, G), of the `difference` δ (N, K)."""
     N, K = steps.shape
     width = K // G
     A = torch.empty(N, G, G, device=steps.device)
@@ -68,5 +66,5 @@ def _normal_equations(steps: Tensor, target: Tensor, hessian: Tensor, G: int) ->
         inside = slice(group * width, (group + 1) * width)
         product = steps[:, inside] @ hessian[inside]  # (N, K): row g of B, times H
         A[:, group] = product.mul_(steps).reshape(N, G, width).sum(2)
-    b = (target @ hessian).mul_(steps).reshape(N, G, width).sum(2)
-    return A, b
+    r = (difference @ hessian).mul_(steps).reshape(N, G, width).sum(2)
+    return A, r

@@ -9,8 +9,8 @@ Only a part of that step is taken: w* = w + α w C H⁻¹.  α = 1 is the limit 
 arXiv:2505.11695) and of QEP (Arai and Ichikawa 2025, arXiv:2504.09629); GPTAQ (Li et al. 2025, arXiv:2504.02692) takes
 the same step column by column.  The damped H⁻¹ = UᵀU is the factor that GPTQ needs anyway.
 
-With V = w C H⁻¹ the loss is a parabola in α, up to a constant: α² V H Vᵀ - 2 α w C Vᵀ.  α is the candidate with the
-lowest loss on the validation tokens, which are in neither C nor H; 0 is one of the candidates.  Without validation
+With V = w C H⁻¹ the loss is a parabola in α (`validation_loss.py`).  α is the candidate with the lowest loss on the
+validation tokens, which are in neither C nor H; 0 is one of the candidates.  Without validation
 tokens the largest candidate is taken.  A step longer than half the weight is never taken, as it would be fitted to
 noise.
 """
@@ -22,11 +22,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmq.algorithms import output_error
 from llmq.algorithms.factor import Factor
-from llmq.numerics.input_stats import InputStats
+from llmq.algorithms.validation_loss import Parabola
 
 LONGEST_STEP = 0.5  # of ‖w‖
+STRIP = 1024  # columns of a product with a triangle at once
 
 
 @dataclass(frozen=True)
@@ -46,30 +46,41 @@ class Target:
 
 def step(weight: Tensor, cross: Tensor, factor: Factor) -> Tensor:
     """V = w C H⁻¹ for `weight` (N, K) and `cross` C (K, K), all float32."""
-    visited = (weight @ cross)[:, factor.order] @ factor.upper.T @ factor.upper
-    V = torch.empty_like(visited)
-    V[:, factor.order] = visited
+    visited = (weight @ cross)[:, factor.order]
+    solved = times_upper(times_upper(visited, factor.upper, transposed=True), factor.upper)
+    V = torch.empty_like(solved)
+    V[:, factor.order] = solved
     return V
 
 
-def choose(weight: Tensor, V: Tensor, alphas: Sequence[float], judge: InputStats | None) -> Target:
+def times_upper(rows: Tensor, upper: Tensor, *, transposed: bool = False) -> Tensor:
+    """A U or A Uᵀ of `rows` A (N, K) and an upper triangular U (K, K), by strips: about half of a full product."""
+    product = torch.empty_like(rows)
+    for start in range(0, len(upper), STRIP):
+        stop = min(start + STRIP, len(upper))
+        if transposed:
+            torch.mm(rows[:, start:], upper[start:stop, start:].T, out=product[:, start:stop])
+        else:
+            torch.mm(rows[:, :stop], upper[:stop, start:stop], out=product[:, start:stop])
+    return product
+
+
+def choose(weight: Tensor, V: Tensor, alphas: Sequence[float], loss: Parabola | None) -> Target:
     """The target of `weight` (N, K) along its step V, with the best of `alphas`.
 
-    judge  statistics of the validation tokens, if there are any
+    loss  the validation loss along V, of each row; None if there are no validation tokens
     """
     length, allowed = float(V.norm()), LONGEST_STEP * float(weight.norm())
     possible = [alpha for alpha in alphas if math.isfinite(length) and alpha * length <= allowed]
     notes = (
         () if possible else ("no asymmetric target: it differs from the weight by more than half of the weight's norm",)
     )
-    cross = None if judge is None else judge.cross_moment()
-    drift = None if judge is None else judge.drift_moment()
-    if judge is None or cross is None or drift is None:
+    if loss is None:
         alpha = max(possible, default=0.0)
         return Target(weight + alpha * V if alpha else weight, alpha, notes=notes)
-    curvature = float(output_error(V, torch.zeros_like(V), judge.second_moment()).double().sum())
-    slope = float((weight @ cross).mul_(V).sum(dtype=torch.float64))
-    before = float((weight @ drift).mul_(weight).sum(dtype=torch.float64))
+    before, slope, curvature = (
+        float(part.sum(dtype=torch.float64)) for part in (loss.constant, loss.slope, loss.curvature)
+    )
     change = {alpha: alpha**2 * curvature - 2 * alpha * slope for alpha in possible}
     alpha = min(possible, key=lambda candidate: change[candidate], default=0.0)
     if not change.get(alpha, 0.0) < 0:

@@ -247,8 +247,10 @@ def _round(
         weights = [block.weight(path) for path in paths]
         stage = algorithms.rounding(question.rounding if stats.tokens else "rtn")
         rounding = stage.round_weight(torch.cat(weights), stats, scheme, question.options, factor)
-        dequantized = rounding.quantized.dequantize()
-        error += float(output_error(torch.cat(weights), dequantized, stats.second_moment()).sum(dtype=torch.float64))
+        dequantized, loss = rounding.quantized.dequantize(), rounding.loss
+        if loss is None:
+            loss = output_error(torch.cat(weights), dequantized, stats.second_moment())
+        error += float(loss.sum(dtype=torch.float64))
         for path, rows in zip(paths, dequantized.split([len(weight) for weight in weights]), strict=True):
             block.set_weight(path, rows)
     return error

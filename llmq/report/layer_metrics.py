@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from llmq.algorithms import Rounding, output_error
+from llmq.algorithms import Rounding, output_error, quadratic_form
 from llmq.numerics.input_stats import InputStats
 from llmq.report.record import LayerReport, StageGain
 
@@ -23,8 +23,9 @@ def layer_report(
     output = None
     if stats is not None and stats.tokens:
         hessian = stats.second_moment()
-        signal = float(output_error(weight, weight * 0, hessian).double().sum())
-        output = (float(output_error(weight, rounded, hessian).double().sum()) / signal) ** 0.5 if signal > 0 else 0.0
+        signal = float(quadratic_form(weight, hessian).double().sum())
+        loss = rounding.loss if rounding.loss is not None else output_error(weight, rounded, hessian)
+        output = (max(0.0, float(loss.double().sum())) / signal) ** 0.5 if signal > 0 else 0.0
     stored_bits = 8 * sum(tensor.numel() * tensor.element_size() for tensor in packed.values())
     norm = float(weight.norm())
     return LayerReport(

@@ -18,10 +18,10 @@ from torch import Tensor
 from llmq import algorithms
 from llmq.algorithms import Options, Rounding, target
 from llmq.algorithms.factor import Factor, factorize
-from llmq.algorithms.validation_loss import validation_loss
+from llmq.algorithms.validation_loss import ValidationLoss
 from llmq.methods import Method
 from llmq.numerics.input_stats import InputStats
-from llmq.numerics.quantized_tensor import QuantizedTensor, where
+from llmq.numerics.quantized_tensor import where
 from llmq.numerics.scheme import WeightScheme
 from llmq.report.record import StageGain
 
@@ -55,45 +55,88 @@ def round_group(
     layers: list[Rounded] = []
     for scheme in dict.fromkeys(scheme for scheme in map(schemes.get, weights) if scheme is not None):
         same_scheme = {path: weight for path, weight in weights.items() if schemes[path] == scheme}
-
-        # target: what is quantized in the place of each weight
-        targets = {path: target.Target(weight, 0.0) for path, weight in same_scheme.items()}
-        if stats is not None and factor is not None and method.alphas:
-            targets = _targets(same_scheme, stats, factor, method)
-        stack = torch.cat([chosen.weight for chosen in targets.values()])
-        gains = {path: _target_gain(chosen) for path, chosen in targets.items()}
-
-        # rounding, then refinements
-        rounding = stage.round_weight(stack, stats, scheme, options, factor)
-        quantized = rounding.quantized
-        if stats is not None and factor is not None and method.refinements:
-            damped = _damped(stats.second_moment(), factor)
-            for name in method.refinements:
-                refined = algorithms.refinement(name).refine(stack, quantized, damped, options)
-                quantized = _keep_better(name, same_scheme, quantized, refined, stats.validation, gains)
-
-        start = 0
-        for path, weight in same_scheme.items():
-            stop = start + len(weight)
-            notes = (*rounding.notes, *targets[path].notes)
-            rows = Rounding(quantized.rows(start, stop), rounding.damping, notes)
-            layers.append(Rounded(path, weight, rows, tuple(gains[path])))
-            start = stop
+        layers += _round_stack(same_scheme, scheme, _Fit(stats, factor, method, options))
     return layers
 
 
+@dataclass(frozen=True)
+class _Fit:
+    """What all weights that share an input are fitted with."""
+
+    stats: InputStats | None
+    factor: Factor | None
+    method: Method
+    options: Options
+
+
+def _round_stack(weights: Mapping[str, Tensor], scheme: WeightScheme, fit: _Fit) -> list[Rounded]:
+    """Quantize weights with the same scheme, stacked along their rows."""
+    stats, factor, method, options = fit.stats, fit.factor, fit.method, fit.options
+    originals = torch.cat(list(weights.values()))
+    validation = None
+    if stats is not None and factor is not None and (method.alphas or method.refinements):
+        validation = _validation(originals, stats)
+
+    # target: what is quantized in the place of each weight
+    targets = {path: target.Target(weight, 0.0) for path, weight in weights.items()}
+    if stats is not None and factor is not None and method.alphas:
+        targets = _targets(weights, originals, fit, validation)
+    stack = torch.cat([chosen.weight for chosen in targets.values()])
+    gains = {path: _target_gain(chosen) for path, chosen in targets.items()}
+
+    # rounding, then refinements
+    rounding = algorithms.rounding(method.rounding).round_weight(stack, stats, scheme, options, factor)
+    quantized = rounding.quantized
+    if stats is not None and factor is not None and method.refinements:
+        damped = _damped(stats.second_moment(), factor)
+        loss = None if validation is None else validation.of(quantized.dequantize())
+        for name in method.refinements:
+            refined = algorithms.refinement(name).refine(stack, quantized, damped, options)
+            if validation is None or loss is None:
+                quantized = refined
+                continue
+            refined_loss = validation.of(refined.dequantize())
+            keep = _keep_better(name, weights, loss, refined_loss, gains)
+            quantized, loss = where(keep[:, None], refined, quantized), torch.where(keep, refined_loss, loss)
+
+    layers, start = [], 0
+    for path, weight in weights.items():
+        stop = start + len(weight)
+        rows, notes = rounding.rows(start, stop), (*rounding.notes, *targets[path].notes)
+        loss_of_rows = None if targets[path].alpha or method.refinements else rows.loss
+        rows = Rounding(quantized.rows(start, stop), rounding.damping, notes, loss_of_rows)
+        layers.append(Rounded(path, weight, rows, tuple(gains[path])))
+        start = stop
+    return layers
+
+
+def _validation(weights: Tensor, stats: InputStats) -> ValidationLoss | None:
+    """The loss in the place of `weights` (N, K) on the validation tokens; None if there are none."""
+    judge = stats.validation
+    return ValidationLoss(weights, judge) if judge is not None and judge.tokens else None
+
+
 def _targets(
-    weights: Mapping[str, Tensor], stats: InputStats, factor: Factor, method: Method
+    weights: Mapping[str, Tensor], stack: Tensor, fit: _Fit, validation: ValidationLoss | None
 ) -> dict[str, target.Target]:
-    """The target of each weight, which is quantized in its place; the weight itself if the float inputs are unknown."""
-    cross = stats.cross_moment()
+    """The target of each weight, which is quantized in its place; the weight itself if the float inputs are unknown.
+
+    stack  (N, K), all of the weights
+    """
+    assert fit.stats is not None and fit.factor is not None, "a target needs statistics"
+    cross = fit.stats.cross_moment()
     if cross is None:
         note = ("the target is left out, the float model's inputs are not known for each token",)
         return {path: target.Target(weight, 0.0, notes=note) for path, weight in weights.items()}
-    return {
-        path: target.choose(weight, target.step(weight, cross, factor), method.alphas, stats.validation)
-        for path, weight in weights.items()
-    }
+    steps = target.step(stack, cross, fit.factor)
+    loss = None if validation is None else validation.along(steps)
+    targets, start = {}, 0
+    for path, weight in weights.items():
+        stop = start + len(weight)
+        own = None if loss is None else loss.rows(start, stop)
+        targets[path] = target.choose(weight, steps[start:stop], fit.method.alphas, own)
+        start = stop
+    return targets
 
 
 def _target_gain(chosen: target.Target) -> list[StageGain]:
@@ -109,27 +152,18 @@ def _damped(hessian: Tensor, factor: Factor) -> Tensor:
 
 
 def _keep_better(
-    stage: str,
-    weights: Mapping[str, Tensor],
-    before: QuantizedTensor,
-    after: QuantizedTensor,
-    validation: InputStats | None,
-    gains: dict[str, list[StageGain]],
-) -> QuantizedTensor:
-    """For each weight, its rows of `before` or `after`, whichever has the lower loss on the validation tokens.
+    stage: str, weights: Mapping[str, Tensor], before: Tensor, after: Tensor, gains: dict[str, list[StageGain]]
+) -> Tensor:
+    """(N,) bool: the rows of the weights whose validation loss, summed over the rows of the weight, a stage lowered.
 
-    The losses are added to `gains`. Without validation tokens the result is `after`.
+    before, after  (N,) float32, the loss of each row. The sums are added to `gains`.
     """
-    if validation is None or validation.tokens == 0:
-        return after
-    stack = torch.cat(list(weights.values()))
-    losses = [validation_loss(stack, quantized.dequantize(), validation) for quantized in (before, after)]
-    keep = torch.zeros(len(stack), 1, dtype=torch.bool, device=stack.device)
+    keep = torch.zeros(len(before), dtype=torch.bool, device=before.device)
     start = 0
     for path, weight in weights.items():
         rows = slice(start, start + len(weight))
-        loss_before, loss_after = (float(loss[rows].sum(dtype=torch.float64)) for loss in losses)
+        loss_before, loss_after = (float(loss[rows].sum(dtype=torch.float64)) for loss in (before, after))
         keep[rows] = loss_after < loss_before
         gains[path].append(StageGain(stage, loss_before, loss_after, loss_after < loss_before))
         start = rows.stop
-    return where(keep, after, before)
+    return keep

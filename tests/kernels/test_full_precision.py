@@ -1,4 +1,4 @@
-"""`without_tf32` turns TF32 off inside, and restores the setting of the process afterwards."""
+"""`without_tf32` turns TF32 off inside, `with_tf32` on, and both restore the setting of the process afterwards."""
 
 import subprocess
 import sys
@@ -18,17 +18,18 @@ PROGRAM = """
 import sys
 sys.path.insert(0, {path!r})
 import torch
-from llmq_kernels.full_precision import without_tf32
+from llmq_kernels.full_precision import with_tf32, without_tf32
 matmul = torch.backends.cuda.matmul
 newer = hasattr(matmul, "fp32_precision")  # from torch 2.9 on
 if newer or "fp32" not in {choice!r}:
     {choice}
     read = lambda: matmul.fp32_precision if newer else matmul.allow_tf32
     before = read()
-    for fails in (False, True):
+    for fails, context, inside in ((False, without_tf32, ("ieee", False)), (True, without_tf32, ("ieee", False)),
+                                   (False, with_tf32, ("tf32", True)), (True, with_tf32, ("tf32", True))):
         try:
-            with without_tf32():
-                assert read() in ("ieee", False)
+            with context():
+                assert read() in inside
                 assert not fails
         except AssertionError:
             assert fails
@@ -39,7 +40,7 @@ if newer or "fp32" not in {choice!r}:
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_without_tf32_restores_the_setting(choice: str) -> None:
+def test_the_setting_of_the_process_is_restored(choice: str) -> None:
     """In a separate process, because torch remembers which of its switches was used."""
     program = PROGRAM.format(path=str(KERNELS), choice=CHOICES[choice])
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)

@@ -157,6 +157,16 @@ def test_codes_at_awkward_shapes(compensate: Callable[[Case], Tensor], N: int, K
     assert_equal_but_for_ties(case, compensate(case).numpy())
 
 
+@pytest.mark.parametrize("path", ["torch", "triton"])
+def test_errors_are_left_in_the_columns_and_sum_to_the_loss(path: str) -> None:
+    case = make_case(E=2, N=18, K=150)
+    problem, codes = case.problem(), torch.empty(case.columns.shape, dtype=torch.uint8)
+    (kernel() if path == "triton" else op).quantize_columns(problem, codes, 0, 128)
+    (kernel() if path == "triton" else op).quantize_columns(problem, codes, 128, 150)
+    sums = problem.columns.double().square().sum(1).numpy()
+    np.testing.assert_allclose(sums, loss(case, codes.numpy()), rtol=1e-4)
+
+
 def test_experts_have_separate_factors_grids_and_orders(compensate: Callable[[Case], Tensor]) -> None:
     case = make_case(E=3, N=17, K=132, seed=5)
     codes = compensate(case)

@@ -19,7 +19,10 @@ BLOCK = 128  # columns between two matrix products
 
 
 def compensate(problem: Problem) -> Tensor:
-    """Quantize every column; returns codes (E, K, N) uint8 and overwrites `problem.columns`."""
+    """Quantize every column; returns codes (E, K, N) uint8 and overwrites `problem.columns` with the errors e.
+
+    With δ (K,) the weight of a row minus its quantized value, in visiting order, e = δ U⁻¹, so δ H δᵀ = Σ e².
+    """
     codes = torch.empty(problem.columns.shape, dtype=torch.uint8, device=problem.columns.device)
     K = problem.columns.shape[1]
     for start in range(0, K, BLOCK):
@@ -30,8 +33,8 @@ def compensate(problem: Problem) -> Tensor:
 def quantize_columns(problem: Problem, codes: Tensor, start: int, stop: int) -> None:
     """Quantize columns start..stop into `codes` (E, K, N) uint8 and update all later columns, both in place.
 
-    The content of `problem.columns` at start..stop is undefined afterwards.  For callers that choose a grid between two
-    calls; `compensate` is the loop over blocks.  Raises KernelInputError for other codes or a wrong range.
+    `problem.columns` at start..stop holds the errors e afterwards.  For callers that choose a grid between two calls;
+    `compensate` is the loop over blocks.  Raises KernelInputError for other codes or a wrong range.
     """
     columns = problem.columns
     require("codes", codes, (torch.uint8,), tuple(columns.shape), columns.device)

@@ -13,7 +13,7 @@ from llmq_kernels.errors import KernelInputError
 class Problem:
     """E experts, K columns in the order in which they are quantized, N rows of the weight, G groups.
 
-    columns   (E, K, N) float32   the weight, with any strides; overwritten
+    columns   (E, K, N) float32   the weight, with any strides; overwritten with errors
     upper     (E, K, K) float32   U, the upper Cholesky factor of H⁻¹ in that order, with any strides
     scales    (E, G, N) float32   of any sign, not zero
     zeros     (E, G, N) float32   zero points, integers or with real offsets any numbers; 2**(bits - 1) if symmetric

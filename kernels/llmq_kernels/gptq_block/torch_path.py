@@ -19,6 +19,7 @@ def quantize_columns(problem: Problem, codes: Tensor, start: int, stop: int) -> 
         scales, zeros = scale.index_select(0, groups), zero.index_select(0, groups)  # (B, N)
         errors = _quantize_block(W[start:stop], C[start:stop], U[start:stop, start:stop], scales, zeros, problem.levels)
         W[stop:].addmm_(U[start:stop, stop:].T, errors, alpha=-1)
+        W[start:stop] = errors
 
 
 def _quantize_block(block: Tensor, codes: Tensor, inner: Tensor, scales: Tensor, zeros: Tensor, levels: int) -> Tensor:

@@ -130,6 +130,8 @@ def quantize_columns(problem: Problem, codes: Tensor, start: int, stop: int) -> 
                 *columns.stride(), codes.stride(0), errors.stride(0), *upper.stride(), scales.stride(0),
                 group_of.stride(0), BLOCK=BLOCK, ROWS=ROWS, num_warps=WARPS, enable_fp_fusion=True,
             )  # fmt: skip
+            of_block = errors[:, : last - first]
+            columns[:, first:last] = of_block
             if last < K:
                 later = upper[:, first:last, last:].mT  # (E, K - last, B)
-                columns[:, last:].baddbmm_(later, errors[:, : last - first], alpha=-1)
+                columns[:, last:].baddbmm_(later, of_block, alpha=-1)

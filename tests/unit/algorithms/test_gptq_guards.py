@@ -126,12 +126,12 @@ def test_a_zero_column_does_not_change_the_others(order: str) -> None:
     factor = factorize(stats.second_moment(), order, 0.01)
     assert factor is not None
     chosen = affine_grid.fit_minmax(weight, WeightScheme(4, "channel"), torch.float32)
-    codes = gptq.compensate(weight, factor, chosen)
+    codes, _ = gptq.compensate(weight, factor, chosen)
     used = torch.tensor([k for k in range(64) if k not in ZERO_COLUMNS])
     same_damping = Options(order=order, damping=0.01 * len(used) / 64)  # a fraction of another mean
     alone = factorize(stats.second_moment()[used][:, used], same_damping.order, same_damping.damping)
     assert alone is not None
-    assert torch.equal(gptq.compensate(weight[:, used], alone, chosen), codes[:, used])
+    assert torch.equal(gptq.compensate(weight[:, used], alone, chosen)[0], codes[:, used])
 
 
 def test_the_price_of_a_zero_column_is_the_damping() -> None:
@@ -194,7 +194,7 @@ def test_a_row_made_worse_is_rounded_to_nearest_and_reported() -> None:
     factor = factorize(stats.second_moment(), "activation", 0.01)
     assert factor is not None
     chosen = affine_grid.fit_searched(weight, scheme, torch.float32, factor.price)
-    raw, nearest = gptq.compensate(weight, factor, chosen), chosen.encode(weight)
+    (raw, _), nearest = gptq.compensate(weight, factor, chosen), chosen.encode(weight)
     loss = {name: output_error(weight, chosen.quantized(codes).dequantize(), stats.second_moment())
             for name, codes in (("raw", raw), ("nearest", nearest))}  # fmt: skip
     worse = loss["raw"] > loss["nearest"]
@@ -219,3 +219,16 @@ def test_repeated_calls_give_the_same_bits() -> None:
         first, second = (gptq.round_weight(weight, stats, G16, options).quantized for _ in range(2))
         assert torch.equal(first.codes, second.codes) and torch.equal(first.scales, second.scales)
     assert torch.equal(weight, before) and torch.equal(stats.second_moment(), hessian)
+
+
+@pytest.mark.parametrize(
+    ("order", "scales"), [("activation", "searched"), ("natural", "searched"), ("natural", "minmax")]
+)
+def test_the_reported_loss_is_the_output_error(order: str, scales: str) -> None:
+    """It comes from the errors of the loop, without a product; with rows rounded to nearest and damping."""
+    weight, stats = random(64, 160, seed=3), statistics(random(400, 160) + 2)
+    rounding = gptq.round_weight(weight, stats, WeightScheme(2, 16), Options(order=order, scales=scales))
+    expected = output_error(weight, rounding.quantized.dequantize(), stats.second_moment())
+    assert rounding.loss is not None
+    torch.testing.assert_close(rounding.loss, expected, rtol=1e-4, atol=0)
+    assert torch.equal(rounding.rows(3, 9).loss, rounding.loss[3:9])  # type: ignore[arg-type]

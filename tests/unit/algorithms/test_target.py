@@ -8,6 +8,7 @@ from torch import Tensor
 
 from llmq.algorithms import Options, target
 from llmq.algorithms.factor import Factor, factorize
+from llmq.algorithms.validation_loss import ValidationLoss
 from llmq.numerics.input_stats import InputStats
 
 T, K, N = 60, 12, 5
@@ -82,7 +83,7 @@ def test_alpha_is_chosen_by_the_validation_loss() -> None:
     ):  # how much of the drift is also in the validation text
         other, _ = streams(seed)
         after = other + part * (other @ bend)
-        chosen = target.choose(weight, V, alphas, judge(other, after))
+        chosen = target.choose(weight, V, alphas, ValidationLoss(weight, judge(other, after)).along(V))
         losses = {alpha: loss(weight, weight + alpha * V, other, after) for alpha in (0.0, *alphas)}
         assert chosen.alpha == min(losses, key=lambda alpha: losses[alpha])
         assert torch.equal(chosen.weight, weight + chosen.alpha * V)
@@ -97,7 +98,8 @@ def test_a_step_longer_than_half_the_weight_is_not_taken(drift: float) -> None:
     (X, moved), weight = streams(0), random(N, K, seed=5)
     V = weight * 0.6 if drift == 1.0 else torch.full_like(weight, drift)
     for validation in (None, judge(X, moved)):
-        chosen = target.choose(weight, V, (1.0,), validation)
+        loss = None if validation is None else ValidationLoss(weight, validation).along(V)
+        chosen = target.choose(weight, V, (1.0,), loss)
         assert chosen.alpha == 0 and torch.equal(chosen.weight, weight)
         assert chosen.notes == (
             "no asymmetric target: it differs from the weight by more than half of the weight's norm",
@@ -114,4 +116,13 @@ def test_without_validation_the_largest_allowed_alpha_is_taken() -> None:
 def test_validation_without_float_inputs_is_ignored() -> None:
     weight, validation = random(N, K, seed=5), InputStats(K, CPU).begin_validation()
     validation.update(random(T, K))
-    assert target.choose(weight, weight * 0.1, (0.5,), validation).alpha == 0.5
+    loss = ValidationLoss(weight, validation).along(weight * 0.1)
+    assert loss is None and target.choose(weight, weight * 0.1, (0.5,), loss).alpha == 0.5
+
+
+@pytest.mark.parametrize("strip", [1, 5, 64])
+def test_products_with_a_triangle_are_those_with_the_matrix(strip: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target, "STRIP", strip)
+    rows, upper = random(N, K), random(K, K, seed=1).triu()
+    torch.testing.assert_close(target.times_upper(rows, upper), rows @ upper)
+    torch.testing.assert_close(target.times_upper(rows, upper, transposed=True), rows @ upper.T)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmq.algorithms.validation_loss import validation_loss
+from llmq.algorithms.validation_loss import ValidationLoss
 from llmq.numerics.input_stats import InputStats
 
 T, K, N = 50, 8, 4
@@ -24,4 +24,4 @@ def test_the_loss_is_the_mean_squared_error_of_each_output(originals: bool) -> N
         part = slice(start, start + (20 if start == 0 else 30))
         judge.update(moved[part], X[part] if originals else None)
     expected = (X.double() @ weight.double().T - moved.double() @ rounded.double().T).square().mean(0)
-    torch.testing.assert_close(validation_loss(weight, rounded, judge).double(), expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close(ValidationLoss(weight, judge).of(rounded).double(), expected, rtol=1e-4, atol=0)

@@ -9,7 +9,7 @@ from torch import Tensor
 from llmq import algorithms
 from llmq.algorithms import Options, descent, gptq, output_error, refit
 from llmq.algorithms.factor import factorize
-from llmq.algorithms.validation_loss import validation_loss
+from llmq.algorithms.validation_loss import ValidationLoss
 from llmq.methods import Method
 from llmq.numerics.input_stats import InputStats
 from llmq.numerics.quantized_tensor import QuantizedTensor
@@ -67,7 +67,7 @@ def test_the_target_is_rounded_instead_of_the_weight() -> None:
         assert [gain.stage for gain in layer.gains] == ["target"] and layer.gains[0].kept
         assert stats.validation is not None
         losses = [
-            validation_loss(W, one[path].rounding.quantized.dequantize(), stats.validation)
+            ValidationLoss(W, stats.validation).of(one[path].rounding.quantized.dequantize())
             for one in (with_target, plain)
         ]
         assert float(losses[0].sum()) < float(losses[1].sum())
@@ -131,7 +131,7 @@ def test_a_refinement_is_undone_for_weights_it_makes_worse(monkeypatch: pytest.M
     for path in ("q", "k"):
         (gain,) = spoilt[path].gains
         assert stats.validation is not None
-        now = validation_loss(weights()[path], spoilt[path].rounding.quantized.dequantize(), stats.validation).sum()
+        now = ValidationLoss(weights()[path], stats.validation).of(spoilt[path].rounding.quantized.dequantize()).sum()
         assert float(now) == pytest.approx(gain.after if gain.kept else gain.before, rel=1e-5)
 
 
