@@ -81,7 +81,7 @@ METHODS: Mapping[str, Method] = {
     "balanced": Method(
         token_weights=True,
         rounding="gptq",
-        alphas=(1.0, 0.5),
+        alphas=(1.0, 0.5, 0.25),
         refinements=("descent",),
         block_tuning=Tuning(steps=100, scales=0.0, rounding=1e-3, tokens=1024, fisher=True),
         tuning=Tuning(steps=40, scales=1e-3, rounding=0.0, tokens=1024),
@@ -90,7 +90,7 @@ METHODS: Mapping[str, Method] = {
     "best": Method(
         token_weights=True,
         rounding="gptq",
-        alphas=(1.0, 0.5),
+        alphas=(1.0, 0.5, 0.25),
         refinements=("descent",),
         block_tuning=Tuning(steps=300, scales=0.0, rounding=1e-3, tokens=1024, fisher=True),
         tuning=Tuning(steps=200, scales=1e-3, rounding=1e-3, tokens=1024, tokens_per_weight=0.02),
