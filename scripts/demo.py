@@ -17,7 +17,8 @@ from stdlib_text import write_texts
 
 import llmq
 from llmq.cli.terminal import megabytes, print_table, quiet_transformers
-from llmq.evaluation.measure import Measurement, measure
+from llmq.evaluation.measure import measure
+from llmq.evaluation.results import Measurement
 
 MODEL = Path(__file__).resolve().parents[1] / "eval" / "models" / "tiny-python-llama"
 METHODS = ("rtn", "gptq", "balanced")

@@ -1,18 +1,14 @@
 """`llmq eval PATH… [--against ORIGINAL]`"""
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from typer import Option
 
 from llmq.cli import options
+from llmq.cli.evaluation_tables import print_evaluation
 from llmq.cli.progress import ProgressDisplay
-from llmq.cli.terminal import megabytes, print_json, print_notes, print_table, quiet_transformers
+from llmq.cli.terminal import print_json, print_notes, quiet_transformers
 from llmq.errors import ConfigError
-
-if TYPE_CHECKING:
-    from llmq.evaluation.measure import Figures, Measurement, Size
-    from llmq.evaluation.scoring import Evaluation
 
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1:test:text"
 LIMITS = "Limits for scripts"
@@ -40,6 +36,33 @@ Activations = Annotated[
         "dynamically per token, as W8A8 and W4A8 engines do.",
     ),
 ]
+Calibration = Annotated[
+    list[str] | None,
+    Option(
+        "--calibration",
+        metavar="SOURCE",
+        help="The text that the models were calibrated on, to report its overlap with the evaluation text. Repeatable. "
+        "Default: the files listed in llmq.json, if they have not changed.",
+    ),
+]
+Floors = Annotated[
+    bool,
+    Option(
+        "--floors",
+        help="Also compare the original with itself: in another batch size, in another dtype, and as run by "
+        "transformers, if the model fits into memory. Runs the original three times more.",
+    ),
+]
+Trajectories = Annotated[
+    int,
+    Option(
+        "--trajectories",
+        metavar="N",
+        min=0,
+        help="Continue N prompts (32 tokens from the start of documents) with 32 greedy tokens, and count those that "
+        "equal the original's. Needs each model as a whole in memory. Default: 0.",
+    ),
+]
 
 PANEL, ORDER = "Inspect", 1
 
@@ -51,8 +74,9 @@ def command(
         list[str] | None,
         Option(
             "--text",
-            help="Evaluation text: a file or a Hub dataset, as for --calibration. Repeatable. Default: the test split "
-            "of WikiText-2.",
+            metavar="[NAME=]SOURCE",
+            help="Evaluation text: a file or a Hub dataset, as for llmq quantize --calibration. Repeatable: each text "
+            "is reported separately, and the worst one is named. Default: the test split of WikiText-2.",
         ),
     ] = None,
     wikitext: Annotated[
@@ -65,6 +89,9 @@ def command(
         int | None, Option("--windows", min=1, help="Evaluate only the first sequences of each text. Default: all.")
     ] = None,
     activations: Activations = "none",
+    calibration: Calibration = None,
+    floors: Floors = False,
+    trajectories: Trajectories = 0,
     max_kl: MaxKl = None,
     max_ppl_increase: MaxPplIncrease = None,
     device: options.Device = "auto",
@@ -74,12 +101,15 @@ def command(
     """Measure models: perplexity; with --against also KL divergence.
 
     All models are read block by block, so none has to fit into memory.
-    Brackets hold 95 % bootstrap intervals over sequences.
+    Brackets hold 95 % bootstrap intervals over documents. Several models are
+    also compared with each other, document by document.
+    docs/EVALUATION.md explains all figures.
 
     Examples:
       llmq eval out/ --against Qwen/Qwen3-8B
       llmq eval out/ --against Qwen/Qwen3-8B --text held-out.txt --max-kl 0.02
-      llmq eval out-4bit/ out-3bit/ --against Qwen/Qwen3-8B
+      llmq eval out/ --against Qwen/Qwen3-8B --text chat=a.jsonl --text code=b.jsonl
+      llmq eval out-4bit/ out-3bit/ --against Qwen/Qwen3-8B --floors
 
     Exit codes:
       0  success                   5  unusable text
@@ -93,7 +123,10 @@ def command(
     increase = None if max_ppl_increase is None else per_cent(max_ppl_increase)
     if against is None and (max_kl is not None or increase is not None):
         raise ConfigError("--max-kl and --max-ppl-increase need an original model", hint="add --against")
+    if against is None and (floors or trajectories):
+        raise ConfigError("--floors and --trajectories need an original model", hint="add --against")
     from llmq.evaluation.measure import measure_many, require
+    from llmq.evaluation.paired import all_differences
 
     quiet_transformers()
     models = list(dict.fromkeys(paths))
@@ -108,15 +141,20 @@ def command(
             device=device,
             remote_code=trust_remote_code,
             activations=activations,
+            calibration=calibration or (),
+            floors=floors,
+            trajectories=trajectories,
             on_event=display,
         )
     measured = dict(zip(models, results, strict=True))
+    differences = all_differences(measured) if against is not None else []
     if not json:
-        _print(measured, against)
+        print_evaluation(measured, against, differences)
     elif len(results) == 1:
         print_json(results[0].to_dict())
     else:
-        print_json({"models": [{"path": path, **result.to_dict()} for path, result in measured.items()]})
+        listed = [{"path": path, **result.to_dict()} for path, result in measured.items()]
+        print_json({"models": listed, "differences": [difference.to_dict() for difference in differences]})
     print_notes(dict.fromkeys(note for result in results for note in result.notes))
     if against is not None:
         require(measured, max_kl=max_kl, max_ppl_increase=increase)
@@ -131,63 +169,3 @@ def per_cent(text: str) -> float:
     if not value >= 0:
         raise ConfigError(f"{text!r} is not a percentage", hint="give a number of at least 0, such as 2 or 2%")
     return value
-
-
-def _print(measured: dict[str, "Measurement"], against: str | None) -> None:
-    """Print sizes and metrics: one model with a column per text, several models with a table per text."""
-    first = next(iter(measured.values()))
-    sizes = [(path, result.size) for path, result in measured.items()]
-    if against is not None and first.original_size is not None:
-        sizes.insert(0, (against, first.original_size))
-    print_table("", ("model", "size", "bits/weight"), [(name, *_size(size)) for name, size in sizes])
-    inputs = "" if first.activations == "none" else f"; inputs in {first.activations}, dynamic per token"
-    title = f"sequences of {first.seqlen} tokens{inputs}; 95 % intervals in brackets"
-    if len(measured) == 1:
-        tables = [(title, [(Path(figures.text).name, figures) for figures in _shown(first)])]
-    else:
-        by_text = zip(*(_shown(result) for result in measured.values()), strict=True)
-        tables = [(f"{Path(row[0].text).name}, {title}", list(zip(measured, row, strict=True))) for row in by_text]
-    labels = LABELS if against is not None else LABELS[:2]
-    for caption, columns in tables:
-        rows = zip(*(_column(figures) for _, figures in columns), strict=True)
-        names = [name for name, _ in columns]
-        print_table(caption, ("", *names), [(label, *cells) for label, cells in zip(labels, rows, strict=False)])
-
-
-def _shown(result: "Measurement") -> "list[Figures]":
-    """The metrics of each text, and of all texts together if there are several."""
-    return [*result.texts, result.total] if len(result.texts) > 1 else [result.total]
-
-
-LABELS = (
-    "predicted tokens", "perplexity", "perplexity, original", "ratio",
-    "KL mean", "KL median", "KL 99 %", "KL 99.9 %", "same top-1", "RMS Δp",
-)  # fmt: skip
-
-
-def _column(figures: "Figures") -> tuple[str, ...]:
-    """The cells of a text, one per label in `LABELS`."""
-    model = figures.model
-    original: Evaluation | None = figures.original
-    return (
-        str(model.tokens),
-        number(model.perplexity, ".4f", model.perplexity_interval),
-        "-" if original is None else number(original.perplexity, ".4f", original.perplexity_interval),
-        number(model.perplexity_ratio, ".4f", model.perplexity_ratio_interval),
-        number(model.kl_mean, ".5f", model.kl_mean_interval),
-        number(model.kl_median, ".5f"),
-        number(model.kl_99, ".4f"),
-        number(model.kl_999, ".4f"),
-        number(model.same_top_1, ".2%", model.same_top_1_interval),
-        number(model.rms_dp, ".2%", model.rms_dp_interval),
-    )
-
-
-def number(value: float | None, form: str, interval: tuple[float, float] | None = None) -> str:
-    """A number, with its interval in brackets."""
-    shown = "-" if value is None else format(value, form)
-    return shown if interval is None else f"{shown} [{format(interval[0], form)}, {format(interval[1], form)}]"
-
-
-def _size(size: "Size") -> tuple[str, str]:
-    return megabytes(size.file_bytes), number(size.bits_per_weight, ".3f")

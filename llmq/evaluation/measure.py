@@ -1,81 +1,40 @@
 """Open models from disk and evaluate them: called by `llmq eval` and the scripts in eval/.
 
 Models are read block by block (`evaluation/streaming.py`), so models that do not fit into memory can be measured, too.
-The original runs once over a text, however many models are compared with it: its last hidden states are kept. If they
-do not fit into memory, the text is split into parts.
 """
 
 import gc
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from llmq.calibration.sequences import require_embeddings
 from llmq.checkpoint import hub
 from llmq.checkpoint.index import gguf_file
 from llmq.checkpoint.reader import Checkpoint
-from llmq.errors import ConfigError, QualityError, UnsupportedModelError
+from llmq.errors import ConfigError, QualityError
 from llmq.evaluation.activations import input_scheme
-from llmq.evaluation.scoring import Evaluation, Scores, read_windows, score, summary, summary_of_original
-from llmq.evaluation.streaming import Source, open_source, windows_together
+from llmq.evaluation.floors import variations
+from llmq.evaluation.overlap import CalibrationText, Grams, given_text, text_of
+from llmq.evaluation.results import Floor, Measurement, Size
+from llmq.evaluation.runs import Prompts, Run, require_vocabulary, run_alone, run_compared
+from llmq.evaluation.streaming import Source, open_source
+from llmq.evaluation.tables import Tables
+from llmq.evaluation.texts import EvaluationText, read_texts
+from llmq.evaluation.trajectories import LENGTH, PROMPT, prompts_of
 from llmq.gguf.container import Container
 from llmq.gguf.reader import described, is_file
+from llmq.numerics.scheme import InputScheme
 from llmq.report.events import OnEvent, ignore
 from llmq.runtime.checkpoint_weights import PackedWeights, quantization_settings
 from llmq.runtime.load import choose_device, load_tokenizer
 
 DEFAULT_SEQLEN = 2048
-
-
-@dataclass(frozen=True)
-class Size:
-    """Bytes of all tensors; bits per packed weight, including scales and zero points, None for a float model."""
-
-    file_bytes: int
-    bits_per_weight: float | None
-
-
-@dataclass(frozen=True)
-class Figures:
-    """The results for one text, or for all texts together."""
-
-    text: str
-    windows: int
-    model: Evaluation
-    original: Evaluation | None = None
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """The results for a model, and for the original that it was compared with."""
-
-    texts: tuple[Figures, ...]
-    total: Figures
-    seqlen: int
-    size: Size
-    original_size: Size | None = None
-    notes: tuple[str, ...] = ()
-    activations: str = "none"  # how the model's activations were quantized; those of the original never are
-
-    @property
-    def model(self) -> Evaluation:
-        """The model's figures on all texts together."""
-        return self.total.model
-
-    @property
-    def original(self) -> Evaluation | None:
-        """The original's figures on all texts together."""
-        return self.total.original
-
-    def to_dict(self) -> dict[str, Any]:
-        """The total's entries (text, windows, model, original) and the rest: texts, seqlen, activations, notes."""
-        values = asdict(self)
-        return {**values.pop("total"), **values}
 
 
 def measure(
@@ -90,6 +49,9 @@ def measure(
     dtype: torch.dtype | None = None,
     remote_code: bool = False,
     activations: str = "none",
+    calibration: Sequence[str] = (),
+    floors: bool = False,
+    trajectories: int = 0,
 ) -> Measurement:
     """Perplexity of the model at `path` on texts; with `against`, also its distance from this original.
 
@@ -97,7 +59,8 @@ def measure(
     """
     [measurement] = measure_many(
         against, [path], text, wikitext=wikitext, seqlen=seqlen, limit=limit, device=device, dtype=dtype,
-        remote_code=remote_code, activations=activations,
+        remote_code=remote_code, activations=activations, calibration=calibration, floors=floors,
+        trajectories=trajectories,
     )  # fmt: skip
     return measurement
 
@@ -114,63 +77,57 @@ def measure_many(
     dtype: torch.dtype | None = None,
     remote_code: bool = False,
     activations: str = "none",
+    calibration: Sequence[str] = (),
+    floors: bool = False,
+    trajectories: int = 0,
     on_event: OnEvent = ignore,
 ) -> list[Measurement]:
-    """Measure each of `models` on `texts`, compared with one original if it is given.
+    """Measure each of `models` on `texts` (`SOURCE` or `NAME=SOURCE`), compared with one original if it is given.
 
-    limit        the most sequences of a text
-    dtype        the dtype in which the models compute; default: that of the checkpoint, but float32 on a CPU
-    activations  how the inputs of the models' quantized layers are quantized, "none" or "int8"; those of the original
-                 are float
+    limit         the most sequences of a text
+    dtype         the dtype in which the models compute; default: that of the checkpoint, but float32 on a CPU
+    activations   how the inputs of the models' quantized layers are quantized, "none" or "int8"; those of the original
+                  are float
+    calibration   the calibration text of the models; by default, what llmq.json says about it (`overlap.py`)
+    floors        whether the original is also compared with itself (`floors.py`), which runs it up to three times more
+    trajectories  the number of prompts that the models continue (`trajectories.py`), with whole models in memory
 
-    The other options are those of `scoring.read_windows`. In addition to the original, one model at a time is in
-    memory. Raises CheckpointError, ConfigError, FormatError, UnsupportedModelError, CalibrationError, BackendError.
+    The other options are those of `texts.read_text`. In addition to the original, one model at a time is in memory.
+    Raises CheckpointError, ConfigError, FormatError, UnsupportedModelError, CalibrationError, BackendError.
     """
-    inputs = input_scheme(activations)
-    chosen = choose_device(device)
+    if original is None and (floors or trajectories):
+        raise ConfigError("floors and trajectories need an original to compare with", hint="add --against")
     folders = [_located(model, remote_code=remote_code) for model in models]
     base = None if original is None else _located(original, remote_code=remote_code)
-
-    def opened(folder: Path) -> Source:
-        return open_source(
-            folder, chosen, dtype, remote_code=remote_code, like=base, activations=inputs, on_event=on_event
-        )
-
-    if base is None:
-        first = opened(folders[0])
-    else:
-        first = open_source(base, chosen, dtype, remote_code=remote_code, like=base, on_event=on_event)
+    opener = _Opener(base, choose_device(device), dtype, input_scheme(activations), remote_code, on_event)
+    first = opener.model(folders[0]) if base is None else opener.original()
     with described(base or folders[0]) as folder:
         tokenizer = load_tokenizer(folder, remote_code=remote_code)
     length = min(seqlen or DEFAULT_SEQLEN, first.max_tokens or DEFAULT_SEQLEN)
-    names = dict.fromkeys([str(texts)] if isinstance(texts, str | Path) else map(str, texts))
-    by_text = {name: read_windows(name, tokenizer, length, wikitext=wikitext, limit=limit) for name in names}
-    windows = torch.cat(list(by_text.values()))
-    require_embeddings(windows, first.vocabulary)
-    if base is not None:
-        runs = _run_compared(first, folders, opened, windows)
+    read = read_texts(texts, tokenizer, length, wikitext=wikitext, limit=limit)
+    require_embeddings(torch.cat([text.windows for text in read]), first.vocabulary)
+    overlaps = _overlaps(folders, calibration, tokenizer)
+    tables = Tables(read)
+    compared: tuple[Floor, ...] = ()
+    notes: list[str] = []
+    if base is None:
+        runs = _run_alone(first, folders[1:], opener, read)
     else:
-        runs, vocabulary = [_run_alone(first, windows)], first.vocabulary
-        del first
-        for folder in folders[1:]:
-            gc.collect()  # before the next one is opened: modules and their hooks are reference cycles
-            model = opened(folder)
-            _require_vocabulary(model, vocabulary)
-            runs.append(_run_alone(model, windows))
-            del model
-    sizes = {name: len(part) for name, part in by_text.items()}
-    original_size = None if original is None else size_of(str(original))
+        prompts = _prompts(read, trajectories, tokenizer, first)
+        runs, compared, notes = _run_compared(first, folders, opener, read, prompts, tables, floors=floors)
     return [
         Measurement(
-            _by_text(run.scores, sizes),
-            _total(run.scores, sizes),
-            length,
-            size_of(folder),
-            original_size,
-            run.notes,
-            activations,
+            *tables.figures(run.scores, *overlap),
+            seqlen=length,
+            size=size_of(own),
+            original_size=None if original is None else size_of(str(original)),
+            notes=(*run.notes, *notes),
+            activations=activations,
+            floors=compared,
+            trajectories=run.trajectories,
+            calibration=overlap[0],
         )
-        for folder, run in zip(folders, runs, strict=True)
+        for own, run, overlap in zip(folders, runs, overlaps, strict=True)
     ]
 
 
@@ -200,81 +157,86 @@ def require(
 
 
 @dataclass(frozen=True)
-class _Run:
-    """A model's scores on all sequences, and notes for the user."""
+class _Opener:
+    """Opens the original, in the folder or file `base`, and the models compared with it."""
 
-    scores: Scores
-    notes: tuple[str, ...]
+    base: Path | None
+    device: torch.device
+    dtype: torch.dtype | None
+    inputs: InputScheme | None
+    remote_code: bool
+    on_event: OnEvent
+
+    def model(self, folder: Path) -> Source:
+        return open_source(
+            folder, self.device, self.dtype, remote_code=self.remote_code, like=self.base, activations=self.inputs,
+            on_event=self.on_event,
+        )  # fmt: skip
+
+    def original(self, *, dtype: torch.dtype | None = None, batch: int | None = None) -> Source:
+        assert self.base is not None, "there is an original"
+        return open_source(
+            self.base, self.device, dtype or self.dtype, remote_code=self.remote_code, like=self.base,
+            on_event=self.on_event, batch=batch,
+        )  # fmt: skip
 
 
-def _run_alone(source: Source, windows: Tensor) -> _Run:
-    parts, notes = _parts(windows, source.windows_at_once(windows.shape[1], sides=1))
-    scores = [batch_scores for part in parts for batch_scores in _scores(source, part)]
-    return _Run(Scores.joined(scores), tuple(note for note in (source.note, *notes) if note))
+def _run_alone(first: Source, others: Sequence[Path], opener: _Opener, texts: Sequence[EvaluationText]) -> list[Run]:
+    """Run the model `first`, which is open, and the models in `others`, each without an original."""
+    windows = torch.cat([text.windows for text in texts])
+    runs, vocabulary = [run_alone(first, windows)], first.vocabulary
+    del first
+    for folder in others:
+        gc.collect()  # before the next one is opened: modules and their hooks are reference cycles
+        model = opener.model(folder)
+        require_vocabulary(model, vocabulary)
+        runs.append(run_alone(model, windows))
+        del model
+    return runs
 
 
 def _run_compared(
-    original: Source, folders: Sequence[Path], opened: Callable[[Path], Source], windows: Tensor
-) -> list[_Run]:
-    """Run every model on a part of the sequences, then on the next part, so that the original runs once per part."""
-    parts, notes = _parts(windows, original.windows_at_once(windows.shape[1], sides=2))
-    scores: list[list[Scores]] = [[] for _ in folders]
-    notes_by_model: list[dict[str, None]] = [dict.fromkeys(filter(None, (original.note, *notes))) for _ in folders]
-    for part in parts:
-        original.run(part)
-        for folder, model_scores, model_notes in zip(folders, scores, notes_by_model, strict=True):
-            model = opened(folder)
-            _require_vocabulary(model, original.vocabulary)
-            model_scores += _scores(model, part, original)
-            model_notes.update(dict.fromkeys(filter(None, [model.note])))
-            del model
-            gc.collect()  # before the next one is opened: modules and their hooks are reference cycles
-    return [_Run(Scores.joined(batches), tuple(notes)) for batches, notes in zip(scores, notes_by_model, strict=True)]
+    original: Source,
+    folders: Sequence[Path],
+    opener: _Opener,
+    texts: Sequence[EvaluationText],
+    prompts: Prompts | None,
+    tables: Tables,
+    *,
+    floors: bool,
+) -> tuple[list[Run], tuple[Floor, ...], list[str]]:
+    """Run the models, and the original in other ways for the floors; also returns notes about floors."""
+    windows = torch.cat([text.windows for text in texts])
+    others, notes = variations(original, opener, windows) if floors else ([], [])
+    models: list[Callable[[], Source]] = [partial(opener.model, folder) for folder in folders]
+    models += [other.open for other in others]
+    runs = run_compared(original, models, windows, prompts)
+    compared = tuple(
+        Floor(other.name, *tables.figures(run.scores), trajectories=run.trajectories)
+        for other, run in zip(others, runs[len(folders) :], strict=True)
+    )
+    return runs[: len(folders)], compared, notes
 
 
-def _require_vocabulary(model: Source, expected: int) -> None:
-    if model.vocabulary != expected:
-        raise UnsupportedModelError(
-            f"the models have vocabularies of {model.vocabulary} and {expected} tokens, expected the same",
-            hint="compare models that were made from the same model",
+def _prompts(texts: Sequence[EvaluationText], count: int, tokenizer: Any, original: Source) -> Prompts | None:
+    """The prompts for trajectories; None if `count` is 0."""
+    if count == 0:
+        return None
+    needed = PROMPT + LENGTH
+    if original.max_tokens is not None and original.max_tokens < needed:
+        raise ConfigError(
+            f"the model's context has {original.max_tokens} tokens, expected {needed} for trajectories",
+            hint="leave --trajectories out",
         )
+    ends = {tokenizer.eos_token_id} - {None}
+    return Prompts(prompts_of(texts, count), frozenset(ends))
 
 
-def _scores(model: Source, windows: Tensor, original: Source | None = None) -> Iterator[Scores]:
-    """The scores of each batch; `original` was run on the same sequences before."""
-    together = windows_together(windows.shape[1], model.vocabulary)
-    model.run(windows)
-    if original is None:
-        yield from (score(logits, tokens) for tokens, logits in model.logits(together))
-        return
-    for (tokens, predicted), (_, expected) in zip(model.logits(together), original.logits(together), strict=True):
-        yield score(predicted, tokens, expected)
-
-
-def _parts(windows: Tensor, at_once: int | None) -> tuple[Sequence[Tensor], list[str]]:
-    """Split the sequences into parts whose hidden states fit into memory, and return notes for the user."""
-    if at_once is None or at_once >= len(windows):
-        return [windows], []
-    parts = windows.split(at_once)
-    return parts, [
-        f"the hidden states of {len(windows)} sequences do not fit into memory together, so all blocks were read "
-        f"{len(parts)} times"
-    ]
-
-
-def _by_text(scores: Scores, sizes: dict[str, int]) -> tuple[Figures, ...]:
-    figures, start = [], 0
-    for name, size in sizes.items():
-        part = scores[start : start + size]
-        figures.append(Figures(name, size, summary(part), summary_of_original(part)))
-        start += size
-    return tuple(figures)
-
-
-def _total(scores: Scores, sizes: dict[str, int]) -> Figures:
-    counts = list(sizes.values())
-    name = next(iter(sizes)) if len(sizes) == 1 else f"{len(sizes)} texts"
-    return Figures(name, sum(counts), summary(scores, counts), summary_of_original(scores, counts))
+def _overlaps(folders: Sequence[Path], given: Sequence[str], tokenizer: Any) -> list[tuple[CalibrationText, Grams]]:
+    """The calibration text of each model; text that was `given` is that of all models."""
+    if given:
+        return [given_text(given, tokenizer)] * len(folders)
+    return [text_of(folder, tokenizer) for folder in folders]
 
 
 def size_of(path: str | Path) -> Size:

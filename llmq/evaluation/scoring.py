@@ -1,65 +1,21 @@
-"""Scores of a model, and its distance from an original: perplexity, KL divergence, agreement.
+"""Scores of a model for each token, and its distance from an original: loss, KL divergence, agreement.
 
-**Perplexity** follows the protocol of the published WikiText figures: the rows of the text are joined with blank lines,
-tokenized once, and cut into sequences that do not overlap. It is exp of the mean negative log-likelihood of every token
-of a sequence except the first. Texts that consist of documents (.jsonl) are packed like calibration text instead: each
-document is tokenized separately, with a beginning-of-text token.
-
-**KL divergence** is KL(original ‖ quantized) in nats over the whole vocabulary, for every position. It distinguishes
-methods that perplexity cannot: a lower perplexity than the original's is a change, too.
-
-**RMS Δp** is sqrt(mean((p − p₀)²)), where p and p₀ are the probabilities that the model and the original give to the
-correct next token. llama.cpp's perplexity tool uses the same name. Here it is a fraction, not per cent, and includes
-every token of a sequence except the first; that tool skips the first half of each sequence.
-
-**Intervals** contain 95 % of 1000 bootstrap draws (basic percentiles). Tokens of a sequence depend on each other, so
-whole sequences are drawn, from each text as many as it has. Both models are evaluated on the same draws, so the
-interval of a perplexity ratio is narrower than those of the two perplexities.
+**KL divergence** is KL(original ‖ quantized) in nats over the whole vocabulary, in float32, for every position. It
+distinguishes methods that perplexity cannot: a lower perplexity than the original's is a change, too. Both models read
+the same tokens of the text (teacher forcing).
 """
 
-import io
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from llmq import calibration, memory
+from llmq import memory
 from llmq.algorithms.kl_divergence import kl_divergence
-from llmq.errors import CalibrationError, UnsupportedModelError
+from llmq.errors import UnsupportedModelError
 
-Interval = tuple[float, float]
 ENTRIES_AT_ONCE = 2**24  # entries of logits that are compared together in float32, to limit memory
-HUB_ROWS = 50_000  # the most rows of a Hub data set, including blank ones; the test text of WikiText-2 has 4358
-DRAWS, SEED = 1000, 0
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Figures of one model over `tokens` predicted tokens; all except the perplexity need an original to compare with.
-
-    The KL is in nats per token, `same_top_1` and `rms_dp` are fractions, `perplexity_ratio` is relative to the
-    original. An interval is None if each text has only one sequence, or if a figure is infinite.
-    """
-
-    tokens: int
-    perplexity: float
-    perplexity_interval: Interval | None = None
-    perplexity_ratio: float | None = None
-    perplexity_ratio_interval: Interval | None = None
-    kl_mean: float | None = None
-    kl_mean_interval: Interval | None = None
-    kl_median: float | None = None
-    kl_99: float | None = None
-    kl_999: float | None = None
-    same_top_1: float | None = None
-    same_top_1_interval: Interval | None = None
-    rms_dp: float | None = None
-    rms_dp_interval: Interval | None = None
 
 
 @dataclass(frozen=True)
@@ -104,34 +60,6 @@ class Scores:
         )
 
 
-def read_windows(
-    source: str, tokenizer: Any, seqlen: int, *, wikitext: bool = False, limit: int | None = None
-) -> Tensor:
-    """(S, seqlen) int64 sequences of an evaluation text: any source of `--calibration` except `self`.
-
-    `wikitext` treats the lines of a .txt file as the rows of the WikiText data set: blank lines are emptied, and all
-    are joined with blank lines. The rows of a Hub data set are always joined in this way.
-    """
-    contents = calibration.read_source(source, limit=HUB_ROWS)
-    texts = calibration.texts_only(contents.documents, source)
-    if contents.continuous:
-        text = "\n\n".join(texts)
-        ids = _tokenize(wikitext_rows(text) if wikitext and Path(source).is_file() else text, tokenizer)
-    else:
-        ids = [token for text in texts if text.strip() for token in _tokenize(text, tokenizer)]
-    windows = calibration.cut(torch.tensor(ids, dtype=torch.int64), seqlen)[:limit]
-    if len(windows) == 0:
-        raise CalibrationError(
-            f"{source} holds {len(ids)} tokens, fewer than one sequence of {seqlen}", hint="lower --seqlen"
-        )
-    return windows
-
-
-def wikitext_rows(text: str) -> str:
-    """The raw WikiText file like the joined rows of the data set: blank lines emptied, rows joined with blank lines."""
-    return "\n\n".join(line if line.strip() else "" for line in io.StringIO(text))  # a line ends with "\n" only
-
-
 @torch.no_grad()
 def score(predicted: Tensor, tokens: Tensor, expected: Tensor | None = None) -> Scores:
     """The scores of `tokens` (B, T) from the logits (B, T, V) of a model, compared with the original's if given.
@@ -167,56 +95,6 @@ def score(predicted: Tensor, tokens: Tensor, expected: Tensor | None = None) -> 
     return Scores(loss, Comparison(windows(divergences), windows(agreements), windows(original_losses)[:, :-1]))
 
 
-def summary(scores: Scores, sizes: Sequence[int] | None = None) -> Evaluation:
-    """The figures of a model; `sizes` are the numbers of sequences of each text, by default all are of one text.
-
-    Raises UnsupportedModelError if logits of the model are NaN or infinite.
-    """
-    weights = draws(sizes or [len(scores.loss)])
-    # One value per sequence, (S,): all have the same length, so the mean of their means is the mean over all tokens.
-    loss = _finite(scores.loss.double(), "model").mean(1)
-    perplexity, around = _exp(loss.mean()), _interval(loss, weights, _exp)
-    if scores.comparison is None:
-        return Evaluation(scores.loss.numel(), perplexity, around)
-    compared = scores.comparison
-    rise = loss - _finite(compared.original_loss.double(), "original").mean(1)
-    moved = ((-scores.loss.double()).exp() - (-compared.original_loss.double()).exp()).square().mean(1)
-    same, kl = compared.agreement.double().mean(1), compared.divergence.double()
-    ordered = kl.flatten().sort().values
-
-    def at(share: float) -> float:
-        return float(ordered[min(len(ordered) - 1, int(share * len(ordered)))])
-
-    return Evaluation(
-        tokens=scores.loss.numel(),
-        perplexity=perplexity,
-        perplexity_interval=around,
-        perplexity_ratio=_exp(rise.mean()),
-        perplexity_ratio_interval=_interval(rise, weights, _exp),
-        kl_mean=kl.mean().item(),
-        kl_mean_interval=_interval(kl.mean(1), weights),
-        kl_median=at(0.5),
-        kl_99=at(0.99),
-        kl_999=at(0.999),
-        same_top_1=same.mean().item(),
-        same_top_1_interval=_interval(same, weights),
-        rms_dp=math.sqrt(moved.mean()),
-        rms_dp_interval=_interval(moved, weights, math.sqrt),
-    )
-
-
-def summary_of_original(scores: Scores, sizes: Sequence[int] | None = None) -> Evaluation | None:
-    """The figures of the original, if the scores include a comparison."""
-    return None if scores.comparison is None else summary(Scores(scores.comparison.original_loss), sizes)
-
-
-def draws(sizes: Sequence[int]) -> Tensor:
-    """(DRAWS, S) float64 weights, each row with the sum 1: how often each sequence is drawn, text by text."""
-    generator = np.random.default_rng(SEED)
-    counts = [generator.multinomial(size, np.full(size, 1 / size), size=DRAWS) for size in sizes]
-    return torch.from_numpy(np.concatenate(counts, axis=1) / sum(sizes))
-
-
 def batches(windows: Tensor) -> Sequence[Tensor]:
     """`windows` (S, T) in parts of about `TOKENS_PER_BATCH_TO_EVALUATE` tokens."""
     parts: tuple[Tensor, ...] = windows.split(windows_per_batch(windows))
@@ -226,29 +104,3 @@ def batches(windows: Tensor) -> Sequence[Tensor]:
 def windows_per_batch(windows: Tensor) -> int:
     """The number of sequences, of `windows` (S, T), that run together."""
     return max(1, memory.TOKENS_PER_BATCH_TO_EVALUATE // windows.shape[1])
-
-
-def _finite(loss: Tensor, whose: str) -> Tensor:
-    if not bool(torch.isfinite(loss).all()):
-        raise UnsupportedModelError(
-            f"the {whose}'s logits are NaN or infinite, expected finite values",
-            hint="the checkpoint is damaged; get another copy",
-        )
-    return loss
-
-
-def _exp(value: Tensor | float) -> float:
-    return math.exp(value) if value < 700 else math.inf
-
-
-def _interval(values: Tensor, weights: Tensor, then: Callable[[float], float] = float) -> Interval | None:
-    """The interval with 95 % of the draws of the mean of `values` (S,), transformed by an increasing function."""
-    if bool((weights == weights[0]).all()) or not bool(torch.isfinite(values).all()):
-        return None
-    low, high = torch.quantile(weights @ values, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return then(low), then(high)
-
-
-def _tokenize(text: str, tokenizer: Any) -> list[int]:
-    ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
-    return ids

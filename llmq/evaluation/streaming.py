@@ -11,17 +11,19 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmq import memory
 from llmq.checkpoint.reader import Checkpoint
 from llmq.errors import UnsupportedModelError
 from llmq.evaluation import scoring
 from llmq.evaluation.activations import not_applied, quantize_inputs
+from llmq.evaluation.trajectories import greedy
 from llmq.gguf import reader
 from llmq.model.build.block import Block
 from llmq.model.build.skeleton import Skeleton
 from llmq.model.passes.forward import run_through
+from llmq.model.passes.generate import Continuation, in_memory, weight_bytes
 from llmq.model.passes.hidden_states import Place, Storage
 from llmq.model.passes.streams import Stream, Text
 from llmq.numerics.scheme import InputScheme
@@ -31,15 +33,19 @@ from llmq.runtime.open_skeleton import open_skeleton
 
 LOGITS_BYTES = 2**28  # bytes of the logits of one batch; a sequence with more logits is a batch of one
 LOGITS_COPIES = 2  # the logits in the model's dtype, and a copy if the head transforms them (scaling, capping)
+ROWS = 64  # prompts that are continued together
 SCORE_COPIES = 4  # log-probabilities of both models, and the values computed from them
 
 
 class Source(Protocol):
-    """A model that gives logits for the sequences on which it was run last."""
+    """A model that gives logits for the sequences on which it was run last, and continues prompts."""
 
     note: str | None  # a note for the user about the way it is run
     vocabulary: int
     max_tokens: int | None
+    dtype: torch.dtype  # in which it computes
+    device: torch.device
+    whole_bytes: int  # bytes of all weights in `dtype`
 
     def windows_at_once(self, length: int, sides: int) -> int | None:
         """The number of sequences that can run together, with hidden states of `sides` models; None: any number."""
@@ -50,6 +56,9 @@ class Source(Protocol):
     def logits(self, together: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches (B, T) of at most `together` sequences, and their logits (B, T, V); can be called again."""
 
+    def continue_greedily(self, prompts: Tensor, ends: frozenset[int]) -> Tensor:
+        """See `trajectories.greedy`; the whole model is in memory for this, and `logits` needs another `run`."""
+
 
 class Streamed:
     """A model read block by block."""
@@ -57,15 +66,24 @@ class Streamed:
     note: str | None = None
 
     def __init__(
-        self, skeleton: Skeleton, activations: InputScheme | None = None, name: str = "", on_event: OnEvent = ignore
+        self,
+        skeleton: Skeleton,
+        activations: InputScheme | None = None,
+        name: str = "",
+        on_event: OnEvent = ignore,
+        batch: int | None = None,
     ) -> None:
         quantize_inputs(skeleton, activations)
         self._name = name
         self._on_event = on_event
+        self._batch = batch
         self._skeleton = skeleton
         self._passed: Stream | None = None  # a text that has passed all blocks, its hidden states in main memory
         self.vocabulary = skeleton.vocabulary
         self.max_tokens = skeleton.max_tokens
+        self.device = skeleton.device
+        self.dtype = next(skeleton.model.parameters()).dtype
+        self.whole_bytes = weight_bytes(skeleton)
         # This raises if the blocks cannot be run one by one, before the text is read.
         self._token_bytes = skeleton.hidden_bytes(1)
 
@@ -78,7 +96,8 @@ class Streamed:
     def run(self, windows: Tensor) -> None:
         if self._passed is not None:  # the hidden states of another text go first
             self._passed.clear()
-        text, storage = Text(windows, scoring.windows_per_batch(windows)), Storage(self._skeleton.device, Place.HOST)
+        text = Text(windows, self._batch or scoring.windows_per_batch(windows))
+        storage = Storage(self._skeleton.device, Place.HOST)
 
         def progress(block: Block) -> None:
             self._on_event(Progress(f"evaluating {self._name}", block.index + 1, len(self._skeleton.blocks)))
@@ -95,6 +114,12 @@ class Streamed:
                     logits = self._skeleton.logits(part, hidden)
                 yield part, logits
 
+    def continue_greedily(self, prompts: Tensor, ends: frozenset[int]) -> Tensor:
+        if self._passed is not None:  # memory is needed for the whole model
+            self._passed.clear()
+        with in_memory(self._skeleton) as model:
+            return _continued(model, self._skeleton.device, prompts, ends, self._batch)
+
     def _working_bytes(self, length: int, sides: int) -> int:
         """Bytes in addition to the hidden states: the models outside the blocks, one block, one batch of logits."""
         blocks = self._skeleton.blocks
@@ -109,12 +134,32 @@ class Streamed:
 
 
 class Whole:
-    """A model in memory; `why` is the reason that it is not read block by block."""
+    """A model in memory, run by transformers.
 
-    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, *, remote_code: bool, why: str) -> None:
+    why        the reason that it is not read block by block
+    batch      the number of sequences that run together; default: `scoring.windows_per_batch`
+    attention  transformers' implementation of the attention; default: its choice
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        remote_code: bool,
+        why: str,
+        batch: int | None = None,
+        attention: str | None = None,
+    ) -> None:
         self._model = load_model(folder, device=device, dtype=dtype, trust_remote_code=remote_code)
+        if attention is not None:
+            self._model.set_attn_implementation(attention)
         self._windows = torch.empty(0, 1, dtype=torch.int64)
+        self._batch = batch
         self.note: str | None = f"{folder} was loaded as a whole: {why}"
+        self.device, self.dtype = device, dtype
+        self.whole_bytes = sum(parameter.nbytes for parameter in self._model.parameters())
         self.vocabulary = int(self._model.get_input_embeddings().weight.shape[0])
         self.max_tokens: int | None = getattr(self._model.config, "max_position_embeddings", None)
 
@@ -125,11 +170,14 @@ class Whole:
         self._windows = windows
 
     def logits(self, together: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in scoring.batches(self._windows):
+        for batch in self._windows.split(self._batch or scoring.windows_per_batch(self._windows)):
             for tokens in batch.split(together):
                 with torch.no_grad():
                     logits = self._model(input_ids=tokens.to(self._model.device), use_cache=False).logits
                 yield tokens, logits
+
+    def continue_greedily(self, prompts: Tensor, ends: frozenset[int]) -> Tensor:
+        return _continued(self._model, self.device, prompts, ends, self._batch)
 
 
 def open_source(
@@ -141,6 +189,7 @@ def open_source(
     like: Path | None = None,
     activations: InputScheme | None = None,
     on_event: OnEvent = ignore,
+    batch: int | None = None,
 ) -> Source:
     """The model of a local checkpoint or .gguf file, read block by block if possible.
 
@@ -148,19 +197,20 @@ def open_source(
     like         the folder of the model from which a .gguf file was made, if known
     activations  how the inputs of its quantized layers are quantized
     on_event     called after each block of each run
+    batch        the number of sequences that run together; default: `scoring.windows_per_batch`
 
     Raises CheckpointError, FormatError, UnsupportedModelError.
     """
     if reader.is_file(folder):
         default = torch.float32 if device.type == "cpu" else torch.bfloat16
         skeleton = reader.open_skeleton(folder, device, dtype or default, like)
-        return Streamed(skeleton, activations, folder.name, on_event)
+        return Streamed(skeleton, activations, folder.name, on_event, batch)
     checkpoint = Checkpoint.open(folder)
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else stored_dtype(checkpoint)
     try:
         skeleton = open_skeleton(checkpoint, device, dtype, remote_code=remote_code)
-        source = Streamed(skeleton, activations, folder.name, on_event)
+        source = Streamed(skeleton, activations, folder.name, on_event, batch)
         source.note = not_applied(checkpoint, activations)
         return source
     except UnsupportedModelError as error:
@@ -170,9 +220,16 @@ def open_source(
             f"{folder} cannot be evaluated with inputs in {activations}, because it can only be run as a whole: {why}",
             hint="leave --activations out to evaluate it with float inputs",
         )
-    return Whole(folder, device, dtype, remote_code=remote_code, why=why)
+    return Whole(folder, device, dtype, remote_code=remote_code, why=why, batch=batch)
 
 
 def windows_together(length: int, vocabulary: int) -> int:
     """The number of sequences that go through the head together."""
     return max(1, LOGITS_BYTES // (4 * length * vocabulary))
+
+
+def _continued(
+    model: nn.Module, device: torch.device, prompts: Tensor, ends: frozenset[int], batch: int | None
+) -> Tensor:
+    parts = prompts.split(batch or ROWS)
+    return torch.cat([greedy(Continuation(model, device), part, ends) for part in parts])

@@ -18,7 +18,9 @@ from llmq import memory
 from llmq.errors import QualityError, UnsupportedModelError
 from llmq.evaluation import streaming
 from llmq.evaluation.measure import measure, measure_many, require
-from llmq.evaluation.scoring import Evaluation, read_windows, score, summary
+from llmq.evaluation.scoring import score
+from llmq.evaluation.summary import Evaluation, summary
+from llmq.evaluation.texts import read_text
 from llmq.model.passes.forward import run_through
 from llmq.model.passes.hidden_states import Storage
 from llmq.model.passes.streams import Stream, Text
@@ -57,7 +59,7 @@ def rtn(model: Path, out: Path, **settings: Any) -> Path:
 def as_a_whole(path: Path, original: Path, text: Path) -> Evaluation:
     """Evaluate whole models in memory, loaded by `llmq.load`."""
     (model, tokenizer), (reference, _) = (llmq.load(folder, device="cpu") for folder in (path, original))
-    windows = read_windows(str(text), tokenizer, SIZE["seqlen"], limit=SIZE["limit"])
+    windows = read_text(str(text), tokenizer, SIZE["seqlen"], limit=SIZE["limit"]).windows
     with torch.inference_mode():
         predicted, expected = (network(input_ids=windows).logits for network in (model, reference))
     return summary(score(predicted, windows, expected))

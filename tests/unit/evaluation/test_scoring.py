@@ -1,10 +1,7 @@
-"""Perplexity and divergence, compared with loops over single tokens in float64, and the evaluation text."""
+"""Perplexity and divergence, compared with loops over single tokens in float64, and their intervals."""
 
-import json
 import math
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,23 +9,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llmq import calibration, memory
-from llmq.calibration import sources
-from llmq.errors import CalibrationError
+from llmq import memory
 from llmq.evaluation import scoring
-from llmq.evaluation.scoring import (
-    Comparison,
-    Evaluation,
-    Interval,
-    Scores,
-    read_windows,
-    score,
-    summary,
-    summary_of_original,
-    wikitext_rows,
-)
+from llmq.evaluation.bootstrap import Bootstrap, Interval
+from llmq.evaluation.scoring import Comparison, Scores, score
+from llmq.evaluation.summary import Evaluation, summary, summary_of_original
 
-BOS = 1
 VOCABULARY = 40
 EPSILON = 2.0**-23  # of float32
 
@@ -108,7 +94,7 @@ def test_divergence_equals_that_of_a_plain_loop() -> None:
 def test_quantiles_are_over_all_tokens() -> None:
     kl = torch.randperm(2000, generator=torch.Generator().manual_seed(5)).reshape(50, 40).float()
     actual = summary(Scores(torch.zeros(50, 39), Comparison(kl, kl > 0, torch.zeros(50, 39))))
-    assert (actual.kl_median, actual.kl_99, actual.kl_999) == (1000, 1980, 1998)
+    assert (actual.kl_median, actual.kl_99, actual.kl_999, actual.kl_max) == (1000, 1980, 1998, 1999)
 
 
 def test_divergence_is_from_the_original() -> None:
@@ -223,16 +209,21 @@ def test_perplexity_ratio_uses_the_same_draws() -> None:
     assert actual.perplexity_ratio_interval == pytest.approx((math.exp(0.1), math.exp(0.1)), rel=4 * EPSILON)
 
 
+def one_each(*sizes: int) -> Bootstrap:
+    """Texts in which each sequence, of four tokens, is a document; `sizes` are their numbers of sequences."""
+    return Bootstrap([torch.arange(size)[:, None].expand(size, 4) for size in sizes])
+
+
 def test_each_text_keeps_its_share_of_the_draws() -> None:
     """Two texts without variance in each: the total is certain only if each text keeps its share."""
     scores = scores_of(torch.tensor([0.0] * 10 + [1.0] * 5))
-    assert width(summary(scores, [15]).kl_mean_interval) > 0.3
-    assert summary(scores, [10, 5]).kl_mean_interval == pytest.approx((1 / 3, 1 / 3), abs=1e-12)
+    assert width(summary(scores, one_each(15)).kl_mean_interval) > 0.3
+    assert summary(scores, one_each(10, 5)).kl_mean_interval == pytest.approx((1 / 3, 1 / 3), abs=1e-12)
 
 
 def test_single_sequence_or_infinite_value_has_no_interval() -> None:
     assert summary(scores_of(torch.tensor([1.0]))).kl_mean_interval is None
-    assert summary(scores_of(torch.tensor([1.0, 2.0])), [1, 1]).kl_mean_interval is None
+    assert summary(scores_of(torch.tensor([1.0, 2.0])), one_each(1, 1)).kl_mean_interval is None
     actual = summary(scores_of(torch.tensor([1.0, math.inf])))
     assert (actual.kl_mean, actual.kl_mean_interval) == (math.inf, None)
     assert actual.same_top_1_interval == (1.0, 1.0)
@@ -241,93 +232,3 @@ def test_single_sequence_or_infinite_value_has_no_interval() -> None:
 def test_intervals_are_deterministic() -> None:
     actual = [evaluate(model(bigrams(0)), windows(), against=model(bigrams(1))) for _ in range(2)]
     assert actual[0] == actual[1]
-
-
-# ---- rows of WikiText
-
-
-def test_wikitext_rows_are_joined_with_blank_lines() -> None:
-    text = " \n = Title = \n \n First paragraph . \n Second one . \n \n"
-    rows = ["", " = Title = \n", "", " First paragraph . \n", " Second one . \n", ""]
-    assert wikitext_rows(text) == "\n\n".join(rows)
-
-
-def test_only_a_line_feed_ends_a_row() -> None:
-    text = " one\u2028line \n another\x0cline \n"
-    assert wikitext_rows(text) == " one\u2028line \n\n\n another\x0cline \n"
-
-
-def test_wikitext_2_has_the_known_number_of_rows(shared: Path) -> None:
-    file = shared / "data" / "wikitext2-raw.test.txt"
-    if not file.is_file():
-        pytest.skip("needs ../shared/data/wikitext2-raw.test.txt, which is not next to this checkout")
-    joined = wikitext_rows(calibration.read_text(file))
-    assert len(joined.split("\n\n")) == 4358  # the number of rows of its test split; each row ends with a line feed
-    assert joined.startswith("\n\n = Robert Boulter = \n\n\n\n\n Robert Boulter is an English film")
-
-
-# ---- sequences of a text
-
-
-def test_text_file_is_tokenized_once(tokenizer: Any, tmp_path: Path) -> None:
-    file = tmp_path / "text.txt"
-    file.write_text("One.\n\n" * 500)
-    ids = tokenizer(file.read_text())["input_ids"]
-    actual = read_windows(str(file), tokenizer, 32)
-    assert actual.flatten().tolist() == ids[: len(ids) // 32 * 32]
-    assert actual.flatten().tolist().count(BOS) == 1
-
-
-def test_wikitext_file_is_joined_first(tokenizer: Any, tmp_path: Path) -> None:
-    file = tmp_path / "text.txt"
-    file.write_text(" = Title = \n \n Text . \n")
-    [joined] = read_windows(str(file), tokenizer, 26, wikitext=True)
-    assert tokenizer.decode(joined[1:]) == " = Title = \n\n\n\n\n Text . \n"
-    [plain] = read_windows(str(file), tokenizer, 24)
-    assert tokenizer.decode(plain[1:]) == " = Title = \n \n Text . \n"
-
-
-def test_documents_are_tokenized_in_order(tokenizer: Any, tmp_path: Path) -> None:
-    file = tmp_path / "text.jsonl"
-    texts = [f"Document {number}." for number in range(10)]
-    file.write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    actual = read_windows(str(file), tokenizer, 12).flatten().tolist()
-    expected = [token for text in texts for token in tokenizer(text)["input_ids"]]
-    assert actual == expected[: len(expected) // 12 * 12]
-    assert actual.count(BOS) == 10
-
-
-def test_dataset_rows_are_joined_with_blank_rows(tokenizer: Any, tmp_path: Path) -> None:
-    """WikiText perplexities are comparable only with its 1,467 blank rows."""
-    pytest.importorskip("datasets", reason="reading a dataset needs the package datasets")
-    pyarrow = pytest.importorskip("pyarrow", reason="reading a dataset needs pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet", reason="reading a dataset needs pyarrow")
-    parquet.write_table(pyarrow.table({"text": ["", " = Title = \n", "", " Text . \n"]}), tmp_path / "test.parquet")
-    [actual] = read_windows(f"{tmp_path}::test:text", tokenizer, 28)
-    assert tokenizer.decode(actual[1:]) == "\n\n = Title = \n\n\n\n\n Text . \n"
-
-
-def test_long_dataset_is_read_completely(tokenizer: Any, tmp_path: Path) -> None:
-    pytest.importorskip("datasets", reason="reading a dataset needs the package datasets")
-    pyarrow = pytest.importorskip("pyarrow", reason="reading a dataset needs pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet", reason="reading a dataset needs pyarrow")
-    rows = 4358  # of the test split of WikiText-2
-    assert sources.HUB_DOCUMENTS < rows
-    parquet.write_table(pyarrow.table({"text": ["a"] * rows}), tmp_path / "test.parquet")
-    actual = read_windows(f"{tmp_path}::test:text", tokenizer, 1)
-    assert len(actual) == 1 + rows + 2 * (rows - 1)  # BOS, one letter per row, two line feeds between rows
-
-
-def test_number_of_sequences_can_be_limited(tokenizer: Any, tmp_path: Path) -> None:
-    file = tmp_path / "text.txt"
-    file.write_text("word " * 100)
-    assert len(read_windows(str(file), tokenizer, 50)) == 10
-    assert torch.equal(read_windows(str(file), tokenizer, 50, limit=3), read_windows(str(file), tokenizer, 50)[:3])
-
-
-def test_text_shorter_than_a_sequence_is_refused(tokenizer: Any, tmp_path: Path) -> None:
-    file = tmp_path / "text.txt"
-    file.write_text("word")
-    with pytest.raises(CalibrationError, match=r"holds 5 tokens, fewer than one sequence of 50") as caught:
-        read_windows(str(file), tokenizer, 50)
-    assert "--seqlen" in caught.value.hint
