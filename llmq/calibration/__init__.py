@@ -9,6 +9,7 @@ weight. In the order of processing:
     self_written.py   text that the model generates (calibration/cache.py keeps it until the run is finished)
     mixture.py        sequences of all sources, by their weights: `load`
     manifest.py       what was read and used of each source
+    read_again.py     the text of a finished run, to compare it with an evaluation text
 """
 
 from llmq.calibration.cache import OwnText

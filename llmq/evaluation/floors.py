@@ -57,7 +57,7 @@ def variations(original: Source, opener: Opener, windows: Tensor) -> tuple[list[
         made.insert(0, _batch(opener, windows))
     else:
         notes.append("the floor of another batch size was not measured: there is only one sequence")
-    refusal = _no_engine(original, folder)
+    refusal = _no_engine(original, folder, windows)
     if refusal is None:
         made.append(_engine(original, folder, remote_code=opener.remote_code))
     else:
@@ -88,15 +88,17 @@ def _engine(original: Source, folder: Path, *, remote_code: bool) -> Variation:
     return Variation("transformers with eager attention instead of llmq", opened)
 
 
-def _no_engine(original: Source, folder: Path) -> str | None:
+def _no_engine(original: Source, folder: Path, windows: Tensor) -> str | None:
     """The reason why transformers cannot run the model as another engine; None if it can."""
     if not isinstance(original, Streamed):
         return "transformers runs the original already"
     if is_file(folder):
         return "the original is a .gguf file"
     free = memory.spare(original.device)
+    if original.device.type == "cpu":  # the hidden states of two models are there as well
+        free -= 2 * original.state_bytes(windows.numel())
     if original.whole_bytes > WHOLE_PART * free:
-        return f"the original needs {original.whole_bytes / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
+        return f"the original needs {original.whole_bytes / 1e9:.1f} GB of memory, {max(0, free) / 1e9:.1f} GB are free"
     return None
 
 

@@ -20,7 +20,7 @@ from llmq.checkpoint.reader import Checkpoint
 from llmq.errors import ConfigError, QualityError
 from llmq.evaluation.activations import input_scheme
 from llmq.evaluation.floors import variations
-from llmq.evaluation.overlap import CalibrationText, Grams, given_text, text_of
+from llmq.evaluation.overlap import CalibrationText, Grams, given_text, texts_of
 from llmq.evaluation.results import Floor, Measurement, Size
 from llmq.evaluation.runs import Prompts, Run, require_vocabulary, run_alone, run_compared
 from llmq.evaluation.streaming import Source, open_source
@@ -211,10 +211,7 @@ def _run_compared(
     models: list[Callable[[], Source]] = [partial(opener.model, folder) for folder in folders]
     models += [other.open for other in others]
     runs = run_compared(original, models, windows, prompts)
-    compared = tuple(
-        Floor(other.name, *tables.figures(run.scores), trajectories=run.trajectories)
-        for other, run in zip(others, runs[len(folders) :], strict=True)
-    )
+    compared = tuple(tables.floor(other.name, run) for other, run in zip(others, runs[len(folders) :], strict=True))
     return runs[: len(folders)], compared, notes
 
 
@@ -236,7 +233,7 @@ def _overlaps(folders: Sequence[Path], given: Sequence[str], tokenizer: Any) -> 
     """The calibration text of each model; text that was `given` is that of all models."""
     if given:
         return [given_text(given, tokenizer)] * len(folders)
-    return [text_of(folder, tokenizer) for folder in folders]
+    return texts_of(folders, tokenizer)
 
 
 def size_of(path: str | Path) -> Size:

@@ -11,6 +11,7 @@ The calibration text of a quantized model is known if
   (`calibration/read_again.py`): then the tokens that were used are compared.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,20 +95,30 @@ def given_text(sources: Sequence[str], tokenizer: Any) -> tuple[CalibrationText,
     return _known({source: all_tokens(source, tokenizer) for source in sources}, {})
 
 
-def text_of(folder: Path, tokenizer: Any) -> tuple[CalibrationText, Grams]:
-    """The calibration text of the model in a folder, or in a .gguf file next to its llmq.json.
+def texts_of(folders: Sequence[Path], tokenizer: Any) -> list[tuple[CalibrationText, Grams]]:
+    """The calibration text of the model in each folder, or in a .gguf file next to its llmq.json.
 
-    Nothing is known about models that llmq did not make.
+    Nothing is known about models that llmq did not make. A text that several models have in common is read once.
     """
+    read: dict[str, tuple[CalibrationText, Grams]] = {}
+    texts = []
+    for folder in folders:
+        manifest, seed = _recorded(folder)
+        key = json.dumps([manifest, seed], sort_keys=True)
+        if key not in read:
+            again = used_tokens(manifest or {}, seed, tokenizer)
+            read[key] = _known(again.tokens, again.unknown)
+        texts.append((CalibrationText(0), Grams([])) if manifest is None else read[key])
+    return texts
+
+
+def _recorded(folder: Path) -> tuple[dict[str, Any] | None, int]:
+    """The manifest and the seed in llmq.json; None if no text was used, an empty manifest if nothing is recorded."""
     file = (folder.parent if folder.is_file() else folder) / PROVENANCE_FILE
     if not file.is_file():
-        return CalibrationText(), Grams([])
+        return {}, 0
     record = read_json_object(file)
-    manifest = record.get("calibration")
-    if manifest is None:
-        return CalibrationText(0), Grams([])
-    again = used_tokens(manifest, int(record["settings"].get("seed", 0)), tokenizer)
-    return _known(again.tokens, again.unknown)
+    return record.get("calibration"), int(record.get("settings", {}).get("seed", 0))
 
 
 def _known(tokens: Mapping[str, Tensor], unknown: Mapping[str, str]) -> tuple[CalibrationText, Grams]:

@@ -87,6 +87,10 @@ class Streamed:
         # This raises if the blocks cannot be run one by one, before the text is read.
         self._token_bytes = skeleton.hidden_bytes(1)
 
+    def state_bytes(self, tokens: int) -> int:
+        """Bytes of the hidden states of this many tokens."""
+        return self._token_bytes * tokens
+
     def windows_at_once(self, length: int, sides: int) -> int | None:
         free = memory.spare(torch.device("cpu"))
         if self._skeleton.device.type == "cpu":

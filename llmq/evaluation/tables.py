@@ -1,12 +1,14 @@
 """From the scores of all tokens to the figures of each text, and of all texts together."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from llmq.evaluation.bootstrap import Bootstrap
 from llmq.evaluation.overlap import CalibrationText, Grams
-from llmq.evaluation.results import Documents, Figures
+from llmq.evaluation.results import Documents, Figures, Floor
+from llmq.evaluation.runs import Run
 from llmq.evaluation.scoring import Scores
 from llmq.evaluation.summary import summary, summary_of_original
 from llmq.evaluation.texts import EvaluationText
@@ -51,6 +53,12 @@ class Tables:
             overlap=self._joint_overlap(overlaps),
         )
         return tuple(figures), total
+
+    def floor(self, name: str, run: Run) -> Floor:
+        """The figures of the original, run in the other way `name`."""
+        texts, total = self.figures(run.scores)
+        alone = tuple(replace(figures, documents=None) for figures in texts)
+        return Floor(name, alone, total, run.trajectories)
 
     def _joint_overlap(self, overlaps: Sequence[float | None]) -> float | None:
         """The overlap of all texts together: they have sequences of the same length, so it is a weighted mean."""

@@ -11,7 +11,7 @@ from llmq import calibration
 from llmq.calibration.read_again import all_tokens, used_tokens
 from llmq.config import Calibration
 from llmq.errors import CalibrationError
-from llmq.evaluation.overlap import LENGTH, CalibrationText, Grams, given_text, hashes_of, text_of
+from llmq.evaluation.overlap import LENGTH, CalibrationText, Grams, given_text, hashes_of, texts_of
 from tests import builders
 
 
@@ -82,13 +82,15 @@ def test_text_of_a_run_is_read_again(tokenizer: Any, tmp_path: Path) -> None:
     """The sequences are those of the run: not the first ones of the file, and of both sources."""
     first, second = (builders.write_text(tmp_path / f"{seed}.txt", 9000, seed=seed) for seed in (0, 1))
     run = write_run(tmp_path / "run", tokenizer, first, f"{second}:3")
-    known, grams = text_of(run, tokenizer)
+    [(known, grams), same] = texts_of([run, run], tokenizer)
+    assert same[1] is grams  # read once
     assert known == CalibrationText(64, (str(first), str(second)))
     again = used_tokens(json.loads((run / "llmq.json").read_text())["calibration"], 3, tokenizer)
     assert [len(tokens) for tokens in again.tokens.values()] == [16, 48]
     assert grams.share(again.tokens[str(first)][None]) == 1.0
     assert (grams.share(all_tokens(str(first), tokenizer)[None]) or 0) < 0.1
-    assert text_of(run / "model.gguf", tokenizer)[0] == CalibrationText()  # no such file
+    (run / "model.gguf").touch()
+    assert texts_of([run / "model.gguf"], tokenizer)[0][0] == known
 
 
 def test_changed_absent_generated_and_remote_text_is_not_known(tokenizer: Any, tmp_path: Path) -> None:
@@ -96,7 +98,7 @@ def test_changed_absent_generated_and_remote_text_is_not_known(tokenizer: Any, t
     run = write_run(tmp_path / "run", tokenizer, first, second, "self")
     first.write_text("changed " * 100)
     second.unlink()
-    known, _ = text_of(run, tokenizer)
+    [(known, _)] = texts_of([run], tokenizer)
     reasons = dict(known.unknown)
     assert (known.tokens, known.sources) == (None, ())
     assert "has changed" in reasons[str(first)]
@@ -108,10 +110,11 @@ def test_changed_absent_generated_and_remote_text_is_not_known(tokenizer: Any, t
 
 
 def test_model_without_a_record_or_calibration(tokenizer: Any, tmp_path: Path) -> None:
-    assert text_of(tmp_path, tokenizer)[0] == CalibrationText()
+    [(unknown, _)] = texts_of([tmp_path], tokenizer)
+    assert unknown == CalibrationText()
     assert str(CalibrationText()) == "not known"
     (tmp_path / "llmq.json").write_text(json.dumps({"calibration": None, "settings": {}}))
-    known, grams = text_of(tmp_path, tokenizer)
+    [(known, grams)] = texts_of([tmp_path], tokenizer)
     assert (known.tokens, str(known), grams.share(ids(20, 0)[None])) == (0, "none was used", 0.0)
 
 
