@@ -37,10 +37,13 @@ class Opener(Protocol):
 
 @dataclass(frozen=True)
 class Variation:
-    """Another way to compute the original; `open` gives the model."""
+    """Another way to compute the original; a call opens the model."""
 
     name: str
     open: Callable[[], Source]
+
+    def __call__(self) -> Source:
+        return self.open()
 
 
 def variations(original: Source, opener: Opener, windows: Tensor) -> tuple[list[Variation], list[str]]:

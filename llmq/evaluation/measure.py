@@ -5,13 +5,14 @@ Models are read block by block (`evaluation/streaming.py`), so models that do no
 
 import gc
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from llmq.calibration.sequences import require_embeddings
 from llmq.checkpoint import hub
@@ -105,16 +106,21 @@ def measure_many(
         tokenizer = load_tokenizer(folder, remote_code=remote_code)
     length = min(seqlen or DEFAULT_SEQLEN, first.max_tokens or DEFAULT_SEQLEN)
     read = read_texts(texts, tokenizer, length, wikitext=wikitext, limit=limit)
-    require_embeddings(torch.cat([text.windows for text in read]), first.vocabulary)
+    windows, vocabulary = torch.cat([text.windows for text in read]), first.vocabulary  # (S, T) int64
+    require_embeddings(windows, vocabulary)
     overlaps = _overlaps(folders, calibration, tokenizer)
     tables = Tables(read)
     compared: tuple[Floor, ...] = ()
     notes: list[str] = []
     if base is None:
-        runs = _run_alone(first, folders[1:], opener, read)
+        runs = [run_alone(first, windows)]
+        del first  # before the next one is opened
+        runs += _run_alone(folders[1:], opener, windows, vocabulary)
     else:
         prompts = _prompts(read, trajectories, tokenizer, first)
-        runs, compared, notes = _run_compared(first, folders, opener, read, prompts, tables, floors=floors)
+        others, notes = variations(first, opener, windows) if floors else ([], [])
+        runs = run_compared(first, [*(partial(opener.model, own) for own in folders), *others], windows, prompts)
+        compared = tuple(map(tables.floor, others, runs[len(folders) :]))
     return [
         Measurement(
             *tables.figures(run.scores, *overlap),
@@ -127,7 +133,7 @@ def measure_many(
             trajectories=run.trajectories,
             calibration=overlap[0],
         )
-        for own, run, overlap in zip(folders, runs, overlaps, strict=True)
+        for own, run, overlap in zip(folders, runs, overlaps, strict=False)  # the floors come last
     ]
 
 
@@ -181,38 +187,14 @@ class _Opener:
         )  # fmt: skip
 
 
-def _run_alone(first: Source, others: Sequence[Path], opener: _Opener, texts: Sequence[EvaluationText]) -> list[Run]:
-    """Run the model `first`, which is open, and the models in `others`, each without an original."""
-    windows = torch.cat([text.windows for text in texts])
-    runs, vocabulary = [run_alone(first, windows)], first.vocabulary
-    del first
-    for folder in others:
+def _run_alone(folders: Sequence[Path], opener: _Opener, windows: Tensor, vocabulary: int) -> Iterator[Run]:
+    """Run models without an original; each must have a vocabulary of this size."""
+    for folder in folders:
         gc.collect()  # before the next one is opened: modules and their hooks are reference cycles
         model = opener.model(folder)
         require_vocabulary(model, vocabulary)
-        runs.append(run_alone(model, windows))
+        yield run_alone(model, windows)
         del model
-    return runs
-
-
-def _run_compared(
-    original: Source,
-    folders: Sequence[Path],
-    opener: _Opener,
-    texts: Sequence[EvaluationText],
-    prompts: Prompts | None,
-    tables: Tables,
-    *,
-    floors: bool,
-) -> tuple[list[Run], tuple[Floor, ...], list[str]]:
-    """Run the models, and the original in other ways for the floors; also returns notes about floors."""
-    windows = torch.cat([text.windows for text in texts])
-    others, notes = variations(original, opener, windows) if floors else ([], [])
-    models: list[Callable[[], Source]] = [partial(opener.model, folder) for folder in folders]
-    models += [other.open for other in others]
-    runs = run_compared(original, models, windows, prompts)
-    compared = tuple(tables.floor(other.name, run) for other, run in zip(others, runs[len(folders) :], strict=True))
-    return runs[: len(folders)], compared, notes
 
 
 def _prompts(texts: Sequence[EvaluationText], count: int, tokenizer: Any, original: Source) -> Prompts | None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 
 from llmq.evaluation.bootstrap import Bootstrap
+from llmq.evaluation.floors import Variation
 from llmq.evaluation.overlap import CalibrationText, Grams
 from llmq.evaluation.results import Documents, Figures, Floor
 from llmq.evaluation.runs import Run
@@ -54,11 +55,11 @@ class Tables:
         )
         return tuple(figures), total
 
-    def floor(self, name: str, run: Run) -> Floor:
-        """The figures of the original, run in the other way `name`."""
+    def floor(self, variation: Variation, run: Run) -> Floor:
+        """The figures of the original, run in another way."""
         texts, total = self.figures(run.scores)
         alone = tuple(replace(figures, documents=None) for figures in texts)
-        return Floor(name, alone, total, run.trajectories)
+        return Floor(variation.name, alone, total, run.trajectories)
 
     def _joint_overlap(self, overlaps: Sequence[float | None]) -> float | None:
         """The overlap of all texts together: they have sequences of the same length, so it is a weighted mean."""
