@@ -16,6 +16,7 @@ class Keywords(TypedDict, total=False):
     group_size: Literal[16, 32, 64, 128, 256, 512, 1024, "channel", "tensor"] | None
     symmetric: bool | None
     target_bits: float | None
+    preset: Literal["moe"] | None
     format: str | Sequence[str] | None
     skip: Sequence[str] | None
     overrides: str | Override | Sequence[str | Override | Mapping[str, Any]] | None

@@ -22,6 +22,7 @@ from llmq.setting_fields import Setting, Settings, Strings
 
 CONVERTIBLE = formats.names()  # they share their quantized values
 FORMATS = (*CONVERTIBLE, *GGUF_GRIDS)
+PRESETS = ("moe",)  # see mixed_precision/preset.py
 
 
 def parse_group_size(given: Any) -> Any:
@@ -153,6 +154,12 @@ class QuantConfig(Settings):
         description="Average bits per weight, including scales (e.g. 4.5). Layers are measured, and each gets 4 bits "
         "(group 128 or 32), 8 bits or float, whichever helps most.",
     )  # fmt: skip
+    preset: Annotated[str | None, Setting(choices=PRESETS)] = Field(
+        default=None,
+        description="Bits chosen by the kind of layer. moe, for mixtures of experts: 8 bits for attention, linear "
+        "attention, shared experts and dense blocks, which every token uses; --bits for routed experts. It adds "
+        "overrides (see --dry-run), and your --override and --skip win.",
+    )
     format: Annotated[
         str | Strings, BeforeValidator(parse_formats), Setting(choices=FORMATS, metavar="FORMAT")
     ] = Field(

@@ -34,6 +34,7 @@ from llmq.numerics.scheme import WeightScheme
 from llmq.plan import Plan
 from llmq.report import record
 from llmq.report.events import Event, OnEvent, ignore
+from llmq.report.expert_tokens import expert_tokens
 from llmq.report.record import BlockReport, Report, TuningReport
 from llmq.report.sensitivity import Sensitivity
 from llmq.run_text import RunText, sequences_at_once
@@ -85,7 +86,7 @@ class Job:
         self.report = Report(
             source=str(model),
             output=str(self.out),
-            settings=config_to(settings),
+            settings=config_to(self.plan.settings),
             versions={
                 "llmq": __version__,
                 "torch": torch.__version__,
@@ -96,7 +97,7 @@ class Job:
             left=self.plan.left(),
             original_bytes=self.plan.checkpoint.nbytes,
         )
-        self.report.notes += self.plan.idle_patterns()
+        self.report.notes += [*self.plan.notes, *self.plan.idle_patterns()]
         if self.commits > self.blocks and self.plan.stages.tuning is not None:
             self.report.notes.append(FLOAT_HEAD)
 
@@ -257,6 +258,7 @@ class Job:
         before = sum(plan.float_bytes(name) for name in quantized)
         report.file_bytes = plan.checkpoint.nbytes - before + round(stored_bits / 8)
         report.stages = [*record.summaries(report.layers), *record.block_summaries(report.blocks)]
+        report.experts = expert_tokens(report.layers)
         report.seconds = time.monotonic() - start
         report.peak_memory_bytes = record.peak_memory()
         save.finish(run.writer, plan, report, set(quantized), run.on_event)

@@ -21,6 +21,7 @@ from llmq.errors import UnsupportedModelError
 from llmq.formats.base import Layout
 from llmq.gguf import recipes
 from llmq.methods import Method
+from llmq.mixed_precision import preset
 from llmq.model.build.skeleton import Skeleton
 from llmq.numerics.gguf_types import GGUF_GRIDS
 from llmq.numerics.layer_plan import LayerPlan
@@ -41,6 +42,7 @@ class Plan:
     remote_code  whether code that comes with the model may run
     stages       the stages of `settings.method`, or those that replace them in an experiment
     model_dtype  the dtype in which the checkpoint is stored
+    notes        for the user: what a preset has added to the settings
     """
 
     settings: QuantConfig
@@ -52,6 +54,7 @@ class Plan:
     skeleton: Skeleton
     layers: Mapping[str, LayerPlan]
     remote_code: bool = False
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def make(
@@ -74,8 +77,9 @@ class Plan:
         layout = output_layout.layout_of(settings.formats, dtype)
         exact = chosen.type == "cpu" or method.transforms  # folding sites are detected in float32
         skeleton = open_skeleton(checkpoint, chosen, torch.float32 if exact else dtype, remote_code=remote_code)
+        settings, notes = preset.applied(settings, skeleton, layout)
         layers = _plan_layers(skeleton, settings, layout, checkpoint.config)
-        return cls(settings, method, checkpoint, chosen, layout, dtype, skeleton, layers, remote_code)
+        return cls(settings, method, checkpoint, chosen, layout, dtype, skeleton, layers, remote_code, notes)
 
     def with_settings(self, settings: QuantConfig) -> "Plan":
         """The plan of the same model for other settings; method, format and device do not change."""

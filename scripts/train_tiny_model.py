@@ -1,11 +1,13 @@
 """Train a bundled model and its tokenizer on the sources of the standard library.
 
-    python scripts/train_tiny_model.py OUT [--shape llama|qwen3] [--steps 1800]
+    python scripts/train_tiny_model.py OUT [--shape llama|qwen3|qwen2_moe] [--steps 1800] [--batch 16]
 
 Small decoders with grouped-query attention, byte-level BPE of 2048 tokens, tied embeddings, bf16. Every dimension is a
 multiple of 256, so that every group size and every format works. `llama` has 3.7 M parameters: 4 layers, hidden 256,
-ffn 768. `qwen3` has 2.3 M parameters and norms on queries and keys: 3 layers, hidden 256, ffn 512. They are not useful
-as language models; they exist to demonstrate, measure and test quantization without a download. Training takes about an
+ffn 768. `qwen3` has 2.3 M parameters and norms on queries and keys: 3 layers, hidden 256, ffn 512. `qwen2_moe` is a
+mixture of 3.5 M parameters that is not bundled: 3 layers, hidden 128, a shared expert and 20 routed experts of ffn 128,
+of which each token uses 4; attention and shared experts hold one weight in eleven. The models are not useful as
+language models; they exist to demonstrate, measure and test quantization without a download. Training takes about an
 hour on two CPU cores. The text comes from `stdlib_text.py`, which excludes the evaluation files.
 """
 
@@ -25,8 +27,13 @@ VOCABULARY, CONTEXT = 2048, 512
 SHAPES = {
     "llama": {"num_hidden_layers": 4, "intermediate_size": 768},
     "qwen3": {"num_hidden_layers": 3, "intermediate_size": 512},
-}
-PEAK_RATE, WARM_UP, TRAIN_WINDOW, BATCH = 2e-3, 100, 256, 16
+    "qwen2_moe": {
+        "num_hidden_layers": 3, "hidden_size": 128, "head_dim": 32, "intermediate_size": 256,
+        "moe_intermediate_size": 128, "shared_expert_intermediate_size": 128, "num_experts": 20,
+        "num_experts_per_tok": 4, "norm_topk_prob": True, "output_router_logits": True, "router_aux_loss_coef": 0.01,
+    },
+}  # fmt: skip
+PEAK_RATE, WARM_UP, TRAIN_WINDOW = 2e-3, 100, 256
 
 CARD = """---
 license: apache-2.0
@@ -37,7 +44,7 @@ tags: [{shape}, tiny, quantization-test]
 
 # tiny-python-{shape}
 
-A {shape} of {parameters:,} parameters ({layers} layers, hidden 256, ffn {ffn}, 4 heads, 2 kv heads, {vocabulary}
+A {shape} of {parameters:,} parameters ({layers} layers, hidden {hidden}, ffn {ffn}, 4 heads, 2 kv heads, {vocabulary}
 tokens) that is bundled with llmq, so that its demo, tests and experiments need no download. It completes Python code,
 badly.
 
@@ -68,10 +75,11 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def new_model(shape: str, bos_id: int) -> PreTrainedModel:
+    sizes = {"hidden_size": 256, "head_dim": 64} | SHAPES[shape]
     config = AutoConfig.for_model(
-        shape, **SHAPES[shape], hidden_size=256, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=64, vocab_size=VOCABULARY, max_position_embeddings=CONTEXT, tie_word_embeddings=True,
-        rms_norm_eps=1e-5, bos_token_id=bos_id, eos_token_id=bos_id, pad_token_id=None,
+        shape, **sizes, num_attention_heads=4, num_key_value_heads=2, vocab_size=VOCABULARY,
+        max_position_embeddings=CONTEXT, tie_word_embeddings=True, rms_norm_eps=1e-5,
+        bos_token_id=bos_id, eos_token_id=bos_id, pad_token_id=None,
     )  # fmt: skip
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return model
@@ -88,7 +96,7 @@ def rate_at(step: int, steps: int) -> float:
     return PEAK_RATE * min(1.0, (step + 1) / WARM_UP) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def train(model: PreTrainedModel, stream: torch.Tensor, steps: int) -> None:
+def train(model: PreTrainedModel, stream: torch.Tensor, steps: int, batch_size: int) -> None:
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW(
@@ -99,7 +107,7 @@ def train(model: PreTrainedModel, stream: torch.Tensor, steps: int) -> None:
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = rate_at(step, steps)
-        offsets = torch.randint(0, len(stream) - TRAIN_WINDOW, (BATCH,))
+        offsets = torch.randint(0, len(stream) - TRAIN_WINDOW, (batch_size,))
         batch = torch.stack([stream[o : o + TRAIN_WINDOW] for o in offsets.tolist()])
         loss = model(batch, labels=batch).loss
         loss.backward()
@@ -125,6 +133,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--shape", choices=SHAPES, default="llama")
     parser.add_argument("--steps", type=int, default=1800)
+    parser.add_argument("--batch", type=int, default=16, help="sequences per step")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
@@ -139,16 +148,17 @@ def main() -> None:
     )
 
     start = time.monotonic()
-    train(model, stream, arguments.steps)
+    train(model, stream, arguments.steps, arguments.batch)
     minutes = (time.monotonic() - start) / 60
     model.to(torch.bfloat16).save_pretrained(arguments.out)
     tokenizer.save_pretrained(arguments.out)
     model.float()
     train_loss, held_out_loss = mean_loss(model, stream), mean_loss(model, held_out)
     card = CARD.format(
-        shape=arguments.shape, layers=model.config.num_hidden_layers, ffn=model.config.intermediate_size,
+        shape=arguments.shape, layers=model.config.num_hidden_layers,
+        hidden=model.config.hidden_size, ffn=model.config.intermediate_size,
         parameters=model.num_parameters(), vocabulary=VOCABULARY,
-        steps=arguments.steps, batch=BATCH, window=TRAIN_WINDOW,
+        steps=arguments.steps, batch=arguments.batch, window=TRAIN_WINDOW,
         python=platform.python_version(), rate=PEAK_RATE, minutes=minutes, threads=torch.get_num_threads(),
         train_loss=train_loss, held_out_loss=held_out_loss, perplexity=math.exp(held_out_loss),
     )  # fmt: skip

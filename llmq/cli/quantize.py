@@ -11,7 +11,8 @@ from llmq.cli.terminal import megabytes, messages, print_json, print_notes, prin
 from llmq.cli.verify import print_findings, print_serving
 from llmq.config import QuantConfig
 from llmq.errors import Interrupted, LlmqError
-from llmq.report.record import OUTSIDE_THE_BLOCKS, experts_summary
+from llmq.report import expert_tokens
+from llmq.report.record import OUTSIDE_THE_BLOCKS, Report
 from llmq.setting_fields import config_to
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def command(
       llmq quantize Qwen/Qwen3-8B out/ --calibration text.jsonl
       llmq quantize Qwen/Qwen3-8B --method gptq --format gptq --dry-run
       llmq quantize Qwen/Qwen3-8B --target-bits 4.5 --skip lm_head
+      llmq quantize Qwen/Qwen3-30B-A3B --preset moe --dry-run
       llmq quantize Qwen/Qwen3-8B --bits 3 --print-config > llmq.toml
 
     Exit codes:
@@ -102,6 +104,7 @@ def _print_plan(job: "Job", *, as_json: bool) -> None:
         findings = {name: engines.judge(subject) for name, subject in planned(job.plan).items()}
         print_json(
             {"output": str(job.out), "bytes": job.plan.expected_bytes, "layers": layers, "left": job.report.left,
+             "notes": job.report.notes,
              "serving": {name: [finding.to_dict() for finding in own] for name, own in findings.items()}}
         )  # fmt: skip
         return
@@ -114,6 +117,8 @@ def _print_plan(job: "Job", *, as_json: bool) -> None:
     print_table(f"plan: {job.report.source} → {job.out}", ("layer", "shape", "grid", "note"), rows)
     outside = [name for name in job.report.left if name not in {plan.name for plan in plans}]
     print(f"kept in float: {', '.join(outside) or 'nothing else'}")
+    for note in job.plan.notes:
+        print(note)
     if job.plan.settings.target_bits is not None:
         print("--target-bits changes the grids of layers after measuring them: see llmq sensitivity")
     _print_planned_serving(job)
@@ -164,6 +169,7 @@ def _print_result(job: "Job", *, as_json: bool) -> None:
     worst = sorted(report.layers, key=lambda layer: -layer.error)[:LAYERS_SHOWN]
     rows = [(layer.name, layer.scheme, f"{layer.error:.2%}", f"{layer.signal_to_noise:.1f} dB") for layer in worst]
     print_table("layers with the largest error", ("layer", "grid", "error", "signal to noise"), rows)
+    _print_experts(report)
     summary = [
         ("layers quantized", str(len(report.layers))),
         ("bits per weight, with scales", f"{report.bits_per_weight:.3f}"),
@@ -171,7 +177,7 @@ def _print_result(job: "Job", *, as_json: bool) -> None:
         *((f"size as {name}", megabytes(size)) for name, size in report.sizes.items()),
         *((summary.stage, summary.outcome) for summary in report.stages),
         *([("tuning", str(report.tuning))] if report.tuning else []),
-        *([("experts", experts)] if (experts := experts_summary(report.layers)) else []),
+        *([("experts", experts)] if (experts := expert_tokens.summary(report.experts)) else []),
         ("time", f"{report.seconds:.1f} s"),
         ("peak memory", megabytes(report.peak_memory_bytes)),
         ("output", str(job.out)),
@@ -181,6 +187,25 @@ def _print_result(job: "Job", *, as_json: bool) -> None:
         _print_serving(job)
     except LlmqError as error:
         print_notes([f"compatible engines could not be determined: {error}"])
+
+
+def _print_experts(report: Report) -> None:
+    """Print the calibration tokens per expert, of the layers whose experts saw the fewest."""
+    fewest = sorted(report.experts, key=lambda entry: (entry.minimum, entry.median))[:LAYERS_SHOWN]
+    rows = [
+        (
+            entry.layer,
+            str(entry.experts),
+            str(entry.minimum),
+            f"{entry.median:g}",
+            str(entry.maximum),
+            str(entry.under_sampled),
+        )
+        for entry in fewest
+    ]
+    if rows:
+        columns = ("layer", "experts", "minimum", "median", "maximum", "under-sampled")
+        print_table("calibration tokens per expert", columns, rows)
 
 
 def _layer_notes(job: "Job") -> list[str]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from llmq.report.sensitivity import Sensitivity
 
 GRIDS = ("3:128", "4:128", "4:32", "8:128")
-NOT_MEASURED = ("bits", "group_size", "overrides", "strict", "damping", "rotate", "quantize_head")
+NOT_MEASURED = ("bits", "group_size", "overrides", "preset", "strict", "damping", "rotate", "quantize_head")
 
 PANEL, ORDER = "Inspect", 4
 

@@ -1,1 +1,3 @@
-"""`--target-bits`: the error of each layer on each grid, a knapsack problem over these, and the resulting overrides."""
+"""Other bits for some layers: `--preset` by the kind of layer, `--target-bits` by a measurement and a knapsack
+problem.
+"""

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import resource
-import statistics
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -161,6 +160,25 @@ class TuningReport:
         return cls(**{**values, "history": history, "notes": tuple(values["notes"])})
 
 
+@dataclass(frozen=True)
+class ExpertTokens:
+    """The calibration tokens of the experts of one layer (validation tokens are not counted).
+
+    layer    the module of the experts: `model.layers.3.mlp.experts`
+    experts  the number of its quantized experts
+    minimum, median, maximum  tokens per expert
+    under_sampled  number of experts that saw too few tokens, so that other tokens of the layer were added to their
+                   statistics
+    """
+
+    layer: str
+    experts: int
+    minimum: int
+    median: float
+    maximum: int
+    under_sampled: int
+
+
 @dataclass
 class Report:
     """The whole run.
@@ -168,6 +186,7 @@ class Report:
     bits_per_weight  of the quantized weights, including scales and zero points
     left             linear layer that is kept in float -> the reason
     stages           the effect of each stage
+    experts          the calibration tokens of experts, per layer of experts
     sizes            the size of each format in bytes, if there are several
     checksums        the SHA-256 of the weight files
     notes            fallbacks and surprises that a user should know
@@ -183,6 +202,7 @@ class Report:
     left: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     stages: list[StageSummary] = field(default_factory=list)
+    experts: list[ExpertTokens] = field(default_factory=list)
     bits_per_weight: float = 0.0
     seconds: float = 0.0
     file_bytes: int = 0
@@ -215,17 +235,6 @@ def summaries(layers: Iterable[LayerReport]) -> list[StageSummary]:
         kept = sum(gain.kept for gain in own)
         stages.append(StageSummary(stage, kept, len(own), -saved / before if before > 0 else 0.0))
     return stages
-
-
-def experts_summary(layers: Iterable[LayerReport]) -> str | None:
-    """The number of tokens that the experts saw, as text; None without experts or calibration."""
-    experts = [layer for layer in layers if layer.expert]
-    if not any(layer.tokens + layer.borrowed for layer in experts):
-        return None
-    seen = sorted(layer.tokens for layer in experts)
-    padded = sum(layer.borrowed > 0 for layer in experts)
-    borrowed = f"; {padded} of {len(experts)} weights were padded with other tokens of their layer" if padded else ""
-    return f"each saw at least {seen[0]} tokens, {statistics.median(seen):g} in the median{borrowed}"
 
 
 def block_summaries(blocks: Iterable[BlockReport]) -> list[StageSummary]:

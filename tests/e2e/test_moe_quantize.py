@@ -1,5 +1,6 @@
 """Mixtures of experts from float to a packed file and back: every family, and the report on experts."""
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from llmq.errors import ConfigError
 from llmq.methods import METHODS
 from llmq.model.experts.separate import SeparateExperts
 from llmq.numerics.scheme import WeightScheme
-from llmq.report.record import experts_summary
+from llmq.report.expert_tokens import summary
 from llmq.runtime.open_skeleton import open_skeleton
 from llmq.runtime.packed_experts import PackedExperts
 from tests import builders, command_line, mixtures, runs
@@ -198,7 +199,7 @@ def test_an_expert_without_tokens_uses_other_tokens(tmp_path: Path, text: Path) 
     blind = {layer.name: layer.weight_error for layer in nearest.layers}
     assert all(layer.weight_error > 1.02 * blind[layer.name] for layer in unreached)  # for a smaller output error
     assert all("fitted to other tokens of the layer" in layer.notes[-1] for layer in unreached)
-    assert str(experts_summary(report.layers)).startswith("each saw at least 0 tokens")
+    assert str(summary(report.experts)).startswith("each saw at least 0 tokens")
     assert all(math.isfinite(layer.output_error or 0) for layer in unreached)
     llmq.load(tmp_path / "out", device="cpu")
 
@@ -241,6 +242,9 @@ def test_the_command_line_summarizes_all_experts(saved: Saved, tmp_path: Path, t
     assert planned.count(".experts.*.w1") == mixtures.SIZES["num_hidden_layers"] and ".experts.1.w1" not in planned
     done = command_line.llmq(*arguments)
     assert done.exit_code == 0 and " experts " in done.stdout and "saw at least" in done.stdout
+    assert "calibration tokens per expert" in done.stdout
+    recorded = json.loads((tmp_path / "out" / "llmq.json").read_text(encoding="utf-8"))["experts"]
+    assert [layer["experts"] for layer in recorded] == [mixtures.EXPERTS] * mixtures.SIZES["num_hidden_layers"]
     notes = [line for line in done.stderr.splitlines() if "experts." in line and "block" not in line.split()[:1]]
     assert len(notes) < mixtures.EXPERTS
 
