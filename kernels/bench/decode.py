@@ -1,8 +1,11 @@
-"""Tokens per second of a random Llama 3.1 8B, packed in 4 bits and in bf16, by eager calls and by a CUDA graph.
+"""Tokens per second of a random Llama 3.1 8B, packed in 4 bits and in bf16: eager, in a CUDA graph, and compiled.
 
 One decoding step: one token per sequence goes through the whole model and is replaced by the most likely next token.
 It always writes its keys and values to the last place of a full cache, so that every step is the same work and one
 captured graph serves all steps.
+
+Compiling 32 blocks takes minutes.  So a model of a few blocks is compiled and captured, the head is timed alone, and
+the time of one block is extrapolated to the whole model, which the record states.
 
 The packed model is built packed: at no time is there a 16-bit copy of more than one layer, as in loading a checkpoint.
 """
@@ -19,7 +22,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from bench import random_model
 from bench.plan import Plan
-from bench.session import Result, Session
+from bench.session import Result, Session, first_line
 from bench.timing import Spread, now
 from llmq.config import QuantConfig
 from llmq.model.build.block import is_plain_linear
@@ -34,6 +37,7 @@ CODE_SPREAD = 4.6  # standard deviation of 16 equally likely codes
 TARGET = 2.5  # times the tokens per second of bf16, batch 1, graphs
 MEMORY_TARGET = 1.05
 BUILD_SECONDS = 15.0
+COMPILED_BLOCKS, COMPILE_SECONDS = 4, 20.0
 
 
 class LastPlace(CacheLayerMixin):  # type: ignore[misc]
@@ -75,7 +79,7 @@ class LastPlace(CacheLayerMixin):  # type: ignore[misc]
 
 
 def measure(plan: Plan, session: Session) -> None:
-    """Cases: KIND memory, KIND batch B eager|graphs, and ratio batch B."""
+    """Cases: KIND memory, KIND batch B eager|graphs, KIND kernels; KIND compiled."""
     device = torch.device(plan.device)
     for kind in (FLOAT, PACKED):
         built: list[Any] = []
@@ -89,11 +93,16 @@ def measure(plan: Plan, session: Session) -> None:
             session.run(f"{kind} batch {batch} eager", partial(eager, plan, kind, batch, step, device))
             if device.type == "cuda":
                 session.run(f"{kind} batch {batch} graphs", partial(graphs, plan, kind, batch, step, device))
+            if device.type == "cuda" and batch == plan.batches[0]:
+                session.run(f"{kind} kernels", partial(kernels, step))
             del step
         built.clear()
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
+    for kind in (FLOAT, PACKED):
+        needs = COMPILE_SECONDS if device.type == "cuda" else 0.0
+        session.run(f"{kind} compiled", partial(compiled, plan, kind, device), needs=needs)
 
 
 def build_case(plan: Plan, kind: str, built: list[Any], device: torch.device) -> Result:
@@ -152,13 +161,13 @@ def prepare(plan: Plan, model: Any, batch: int, device: torch.device) -> Callabl
     """One decoding step: returns the tokens (B, 1) that it wrote over its input."""
     name = cache_argument(model)
     assert name is not None, "the model keeps no keys and values"
-    kept = {name: Cache(layers=[LastPlace(plan.context) for _ in range(plan.llama.blocks)])}
+    blocks = model.config.num_hidden_layers
+    kept = {name: Cache(layers=[LastPlace(plan.context) for _ in range(blocks)])}
     tokens = torch.randint(plan.llama.vocabulary, (batch, 1), device=device)
     position = torch.full((batch, 1), plan.context - 1, device=device)
-    sees_all = torch.ones(batch, 1, 1, plan.context, dtype=torch.bool, device=device)
 
     def step() -> Tensor:
-        output = model(input_ids=tokens, position_ids=position, attention_mask=sees_all, use_cache=True, **kept)
+        output = model(input_ids=tokens, position_ids=position, use_cache=True, **kept)  # one query sees everything
         tokens.copy_(output.logits[:, -1].argmax(-1, keepdim=True))
         return tokens
 
@@ -172,6 +181,13 @@ def eager(plan: Plan, kind: str, batch: int, step: Callable[[], Tensor], device:
 
 def graphs(plan: Plan, kind: str, batch: int, step: Callable[[], Tensor], device: torch.device) -> Result:
     """The step captured once and replayed."""
+    return timed(plan, kind, batch, "graphs", captured(step, device), device)
+
+
+def captured(step: Callable[[], Tensor], device: torch.device) -> Callable[[], object]:
+    """Replays of the step as a CUDA graph; on a CPU, the step itself."""
+    if device.type != "cuda":
+        return step
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -182,7 +198,56 @@ def graphs(plan: Plan, kind: str, batch: int, step: Callable[[], Tensor], device
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return timed(plan, kind, batch, "graphs", graph.replay, device)
+    return graph.replay
+
+
+def compiled(plan: Plan, kind: str, device: torch.device) -> Result:
+    """A step of few blocks, compiled by torch and captured, compared with the same step only captured."""
+    on_gpu, batch = device.type == "cuda", plan.batches[0]
+    short = replace(plan, llama=replace(plan.llama, blocks=min(COMPILED_BLOCKS, plan.llama.blocks)))
+    model: Any = build(short, torch.bfloat16 if on_gpu else torch.float32, device, packed=kind == PACKED)
+    hidden = torch.randn(batch, 1, plan.llama.hidden, device=device, dtype=model.lm_head.weight.dtype)
+    head = torch.inference_mode()(lambda: model.lm_head(hidden))
+    eager_step = prepare(short, model, batch, device)
+    eager_step()  # fills the cache with keys and values, outside of what is compiled
+    try:
+        compiled_step = torch.compile(eager_step, backend="inductor" if on_gpu else "eager")
+        runs = {"head": captured(head, device), "graphs": captured(eager_step, device)}
+        runs["compiled"] = captured(compiled_step, device)
+    except Exception as error:  # compilers fail in many ways; the other modes are measured anyway
+        return {"kind": kind, "available": False, "summary": first_line(error)}
+    seconds = {
+        name: timed(short, kind, batch, name, run, device)["microseconds"]["median"] for name, run in runs.items()
+    }
+    blocks, whole = short.llama.blocks, {}
+    for name in ("graphs", "compiled"):
+        whole[name] = (seconds[name] - seconds["head"]) / blocks * plan.llama.blocks + seconds["head"]
+    rate = batch * 1e6 / whole["compiled"]
+    return {
+        "kind": kind, "available": True, "batch": batch, "extrapolated": True, "blocks": blocks,
+        "microseconds": seconds, "whole_microseconds": whole, "compiled_tokens_per_second": rate,
+        "summary": f"{rate:.1f} tokens/s, extrapolated from {blocks} blocks to {plan.llama.blocks}",
+    }  # fmt: skip
+
+
+def kernels(step: Callable[[], Tensor]) -> Result:
+    """The number of kernels of one eager step, and the share of its time in which none runs, by torch's profiler."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    step()
+    torch.cuda.synchronize()
+    start = now(torch.device("cuda"))
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        step()
+        seconds = now(torch.device("cuda")) - start
+    spans = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    busy = sum(event.time_range.elapsed_us() for event in spans) / 1e6
+    idle = max(0.0, 1 - busy / seconds)
+    return {
+        "kernels": len(spans), "busy_seconds": busy, "seconds": seconds, "idle": idle,
+        "summary": f"{len(spans)} kernels, {1e3 * busy:.2f} ms; idle {idle:.0%} of {1e3 * seconds:.2f} ms, profiled",
+    }  # fmt: skip
 
 
 def timed(plan: Plan, kind: str, batch: int, mode: str, step: Callable[[], object], device: torch.device) -> Result:

@@ -1,37 +1,32 @@
-"""GPTQ of a model with the dimensions of Llama 3.1 8B, step by step, by the pipeline of llmq.
+"""Quantizing a model with the dimensions of Llama 3.1 8B, step by step, by the pipeline of llmq.
 
 Weights and text are random, made on the device when they are read, so the figures do not include loading; saving is
-shown separately.  A few blocks are run with every step timed, and their seconds are extrapolated to the whole model,
-which the record states; then, if there is time, the whole model is run without the stopwatch.
+shown separately.  For gptq, fast and balanced a few blocks are run with every step timed, and their seconds are
+extrapolated to the whole model, which the record states.  A few steps of end-to-end tuning follow; then, if there is
+time, the whole model is quantized by gptq without the stopwatch.
 """
 
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from bench import gptq_steps, random_model
-from bench.gptq_steps import TOKENS_PER_BATCH, activation_dtype
+from bench import gptq_steps, random_run
 from bench.plan import Plan
 from bench.session import Result, Session
 from bench.stopwatch import Stopwatch, watching
 from bench.timing import now
-from llmq import algorithms, formats, pipeline
-from llmq.checkpoint.writer import Writer
+from llmq import pipeline
 from llmq.config import QuantConfig
-from llmq.model.build.checkpoint_names import ModelWeights
-from llmq.model.build.skeleton import Skeleton
+from llmq.methods import Method
 from llmq.model.passes.forward import forward
-from llmq.model.passes.hidden_states import Storage
-from llmq.model.passes.recorded_calls import RecordedCalls
-from llmq.model.passes.streams import Stream, Streams, Text
-from llmq.report.events import Event, OnEvent, ignore
-from llmq.report.record import BlockReport
-from llmq.steps import layer_plans
-from llmq.steps.run import Run
+from llmq.report.events import Event
+from llmq.report.record import BlockReport, TuningReport
+from llmq.steps.end_to_end import tune_end_to_end
 
 # (label, function whose time it gets).  A label may have several functions; time in none of them goes to `rest`.
 STEPS = (
@@ -42,6 +37,10 @@ STEPS = (
     ("search scales", "llmq.numerics.affine_grid:fit_searched"),
     ("round", "llmq.algorithms.gptq:compensate"),
     ("compare with nearest", "llmq.algorithms.gptq:without_worse_rows"),
+    ("target", "llmq.algorithms.target:choose"),
+    ("descent", "llmq.algorithms.descent:refine"),
+    ("refit", "llmq.algorithms.refit:refine"),
+    ("judge", "llmq.steps.round_group:validation_loss"),
     ("report", "llmq.pipeline:layer_report"),
     ("save", "llmq.checkpoint.writer:Writer.commit"),
 )
@@ -50,31 +49,45 @@ NOT_COUNTED = ("make weights", "save")
 # `round` is the block kernel, 0.4, and the products for the columns after a block, 1.0; `gptq_steps` times both.
 FLOORS = {"forward": 11.5, "hessian": 3.3, "factorize": 2.0, "round": 1.4}
 PACK = "pack"
+TUNING_STEPS = (
+    ("step", "llmq.steps.end_to_end.session:Session._descend"),
+    ("validate", "llmq.steps.end_to_end.session:Session._validate"),
+    ("teacher", "llmq.steps.end_to_end.session:Session._teacher_states"),
+    ("adopt", "llmq.steps.end_to_end.session:Session.adopt"),
+)
 TARGET_SECONDS = 60.0
 MARGIN = 1.2  # of the expected time must be left before the whole model is started
 
 
 def measure(plan: Plan, session: Session) -> None:
-    """Cases: those of `gptq_steps`, few blocks, whole model."""
+    """Cases: few blocks METHOD, tuning, those of `gptq_steps`, whole model."""
     device = torch.device(plan.device)
+    few = session.run("few blocks gptq", partial(few_blocks, plan, session, device, "gptq"))
+    for method in ("fast", "balanced"):
+        session.run(f"few blocks {method}", partial(few_blocks, plan, session, device, method))
+    session.run("tuning", partial(few_steps, plan, device))
     gptq_steps.measure(plan, session)
-    few = session.run("few blocks", partial(few_blocks, plan, session, device))
     if few is not None:
         session.run("whole model", partial(whole_model, plan, session, device), needs=MARGIN * few["expected_seconds"])
 
 
-def few_blocks(plan: Plan, session: Session, device: torch.device) -> Result:
-    """Every step on a few blocks, without the first, a warm-up, and the last, which no forward follows."""
-    stopwatch = Stopwatch(partial(now, device))
+def few_blocks(plan: Plan, session: Session, device: torch.device, method: str) -> Result:
+    """Every step on a few blocks, without the first, a warm-up, and the last, which no forward follows.
+
+    Token weights, where the method has them, are measured on these blocks before the first, and shown separately.
+    """
+    stopwatch, stages = Stopwatch(partial(now, device)), QuantConfig(method=method).stages
     with tempfile.TemporaryDirectory() as folder:
         blocks: list[Mapping[str, float]] = []
 
         def note(event: Event) -> None:
             if isinstance(event, BlockReport):
                 blocks.append(stopwatch.taken())
-                session.report(f"block {len(blocks)} of {plan.few_blocks}, {sum(blocks[-1].values()):.2f} s")
+                session.report(f"{method}: block {len(blocks)} of {plan.few_blocks}, {sum(blocks[-1].values()):.2f} s")
 
-        run = pipeline_run(plan, Path(folder), plan.few_blocks, device, note)
+        begun = now(device)
+        run = random_run.prepare(plan, Path(folder), plan.few_blocks, device, replace(stages, tuning=None), note)
+        prepared = now(device) - begun
         points = (*STEPS, (PACK, "llmq.formats.codecs.bit_packing:pack"))
         with watching(stopwatch, points) as missing:
             forward(run.skeleton, partial(pipeline.quantize_block, run))
@@ -84,12 +97,48 @@ def few_blocks(plan: Plan, session: Session, device: torch.device) -> Result:
     labels = sorted({label for block in counted for label in block})
     steps = {label: times * sum(block.get(label, 0.0) for block in counted) for label in labels}
     total = sum(seconds for label, seconds in steps.items() if label not in NOT_COUNTED)
-    floors = FLOORS if plan.name == "full" else {}
+    floors = FLOORS if plan.name == "full" and method == "gptq" else {}
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     return {
-        "extrapolated": True, "blocks": len(blocks), "counted_blocks": len(counted), "of_blocks": plan.llama.blocks,
-        "tokens": plan.windows * plan.tokens, "steps": steps, "floors": floors, "first_block": dict(blocks[0]),
-        "not_watched": missing, "seconds": total, "expected_seconds": sum(steps.values()),
+        "method": method, "extrapolated": True, "blocks": len(blocks), "counted_blocks": len(counted),
+        "of_blocks": plan.llama.blocks, "tokens": plan.windows * plan.tokens, "steps": steps, "floors": floors,
+        "first_block": dict(blocks[0]), "not_watched": missing, "seconds": total,
+        "expected_seconds": sum(steps.values()), "peak_memory_bytes": peak,
+        "preparation_seconds": prepared if stages.token_weights else None,
         "summary": f"{total:.1f} s for {plan.llama.blocks} blocks, extrapolated from {len(counted)}",
+    }  # fmt: skip
+
+
+def few_steps(plan: Plan, device: torch.device) -> Result:
+    """Seconds per step and memory of end-to-end tuning over `plan.tuned_blocks` blocks, on a part of the text."""
+    stages = QuantConfig(method="balanced").stages
+    assert stages.tuning is not None
+    short = replace(stages.tuning, steps=plan.tuning_steps, written=0)
+    reports: list[TuningReport] = []
+
+    def note(event: Event) -> None:
+        if isinstance(event, TuningReport):
+            reports.append(event)
+
+    with tempfile.TemporaryDirectory() as folder:
+        method: Method = replace(stages, token_weights=False, refinements=(), tuning=short)
+        some = replace(plan, windows=min(plan.windows, 16))
+        run = random_run.prepare(some, Path(folder), plan.tuned_blocks, device, method, note)
+        forward(run.skeleton, partial(pipeline.quantize_block, run))
+        run.writer.settle()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        stopwatch = Stopwatch(partial(now, device))
+        with watching(stopwatch, TUNING_STEPS) as missing:
+            tune_end_to_end(run)
+    steps = {label: seconds for label, seconds in stopwatch.taken().items()}
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    per_step = steps.get("step", 0.0) / max(1, plan.tuning_steps)
+    return {
+        "blocks": plan.tuned_blocks, "steps": plan.tuning_steps, "tokens_per_step": short.tokens, "seconds": steps,
+        "not_watched": missing, "peak_memory_bytes": peak, "notes": [str(note) for r in reports for note in r.notes],
+        "step_seconds": per_step, "wrong": not reports,
+        "summary": f"{per_step:.2f} s per step of {plan.tuned_blocks} blocks, {short.tokens} tokens",
     }  # fmt: skip
 
 
@@ -106,7 +155,7 @@ def whole_model(plan: Plan, session: Session, device: torch.device) -> Result:
                 finished += 1
                 session.report(f"block {finished} of {plan.llama.blocks}, {time.monotonic() - start:.1f} s")
 
-        run = pipeline_run(plan, Path(folder), plan.llama.blocks, device, note)
+        run = random_run.prepare(plan, Path(folder), plan.llama.blocks, device, QuantConfig(method="gptq").stages, note)
         with watching(stopwatch, watched):
             forward(run.skeleton, partial(pipeline.quantize_block, run))
             run.writer.settle()
@@ -118,37 +167,3 @@ def whole_model(plan: Plan, session: Session, device: torch.device) -> Result:
         "apart": {label: seconds.get(label, 0.0) for label in NOT_COUNTED}, "peak_memory_bytes": peak,
         "target_seconds": TARGET_SECONDS, "summary": f"{total:.1f} s without loading and saving",
     }  # fmt: skip
-
-
-def pipeline_run(plan: Plan, folder: Path, blocks: int, device: torch.device, on_event: OnEvent = ignore) -> Run:
-    """What `llmq quantize --method gptq` runs, on random weights and tokens."""
-    dtype, settings = activation_dtype(device), QuantConfig(method="gptq")
-    model = random_model.on_meta(random_model.configuration(plan.llama, blocks), dtype, device)
-    tensors = random_model.RandomTensors(model, device)
-    skeleton = Skeleton(model, ModelWeights(model, tensors.read, tensors.__contains__), device)
-    linears = {path: linear for block in skeleton.blocks for path, linear in block.linears.items()}
-    layout = formats.load(settings.formats[0])
-    shapes = [(path, linear.out_features, linear.in_features) for path, linear in linears.items()]
-    plans = dict(zip(linears, layer_plans.plan_layers(shapes, settings, layout), strict=True))
-    tokens = torch.randint(plan.llama.vocabulary, (plan.windows, plan.tokens))
-    text = Text(tokens, max(1, TOKENS_PER_BATCH // plan.tokens))
-    stream = Stream(skeleton, text, RecordedCalls(skeleton), Storage(device), to_the_end=False)
-    options = algorithms.Options(layout.scale_dtype(dtype), settings.order, settings.scales, settings.damping)
-    writer = Writer.open(folder / "out", identity={"random": True}, overwrite=True, needed_bytes=0)
-    return Run(
-        skeleton=skeleton,
-        streams=Streams(stream, memory=_memory(device)),
-        tuning=None,
-        plans=plans,
-        method=settings.stages,
-        options=options,
-        layout=layout,
-        reader=lambda name: None,
-        writer=writer,
-        on_event=on_event,
-    )
-
-
-def _memory(device: torch.device) -> int:
-    """Bytes of activations that may be held, by the rule of `llmq quantize`."""
-    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 1 << 30

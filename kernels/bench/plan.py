@@ -24,7 +24,7 @@ class Campaign:
     dtype: str
     group: int
     rows: tuple[int, ...]
-    asymmetric: bool = True
+    asymmetric: bool = False  # llmq's default
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,13 @@ class Plan:
     calls       in one CUDA graph, at least, for few rows; half as many for many rows
     replays     of that graph
     caches      total size of the copies of a weight, in multiples of the L2 cache
-    few_blocks  of the GPTQ model; the first warms up, and no forward follows the last
+    few_blocks  of the model that is quantized; the first warms up, and no forward follows the last
+    tuned_blocks, tuning_steps      of end-to-end tuning
+    quantized_methods, reference_methods
+                of the bundled model: on the device, and on the CPU, where the tuning of the best method takes too long
+    quantized_samples, quantized_characters, evaluated_windows
+                calibration sequences, characters of held-out text, and sequences of it
+    disk_bytes  written and read
     """
 
     name: str
@@ -65,8 +71,17 @@ class Plan:
     context: int
     steps: int
     repeats: int  # of a check that must give the same bits
+    tuned_blocks: int
+    tuning_steps: int
+    quantized_methods: tuple[str, ...]
+    reference_methods: tuple[str, ...]
+    quantized_samples: int
+    quantized_characters: int
+    evaluated_windows: int
+    disk_bytes: int
 
 
+TUNED_ROWS = (1, 16, 64, 256, 512)  # each also for fewer rows; the crossover is one of them
 FIRST, REST = (1, 16, 64, 256, 2048), (2, 4, 8, 32, 128, 512, 1024)
 BFLOAT, HALF = "bfloat16", "float16"
 DIMENSIONS_8B = Llama(hidden=4096, intermediate=14336, heads=32, key_heads=8, vocabulary=128_256, blocks=32)
@@ -77,13 +92,13 @@ FULL = Plan(
     device="cuda",
     campaigns=(  # most important first: a section that runs out of time leaves out the last ones
         Campaign("8B", LLAMA_8B, BFLOAT, 128, FIRST),
+        Campaign("8B", LLAMA_8B, BFLOAT, 128, FIRST, asymmetric=True),
+        Campaign("8B", LLAMA_8B, BFLOAT, 32, FIRST),
         Campaign("8B", LLAMA_8B, BFLOAT, 128, REST),
         Campaign("8B", LLAMA_8B, HALF, 128, FIRST),
-        Campaign("8B", LLAMA_8B, BFLOAT, 32, FIRST),
         Campaign("70B", LLAMA_70B, BFLOAT, 128, FIRST),
         Campaign("70B", LLAMA_70B, HALF, 128, (1, 16)),
         Campaign("8B", LLAMA_8B, HALF, 32, (1, 16)),
-        Campaign("8B", LLAMA_8B, BFLOAT, 128, (1, 16), asymmetric=False),
     ),
     copy_bytes=4 << 30,
     matmul_size=8192,
@@ -91,13 +106,21 @@ FULL = Plan(
     replays=30,
     caches=3,
     llama=DIMENSIONS_8B,
-    few_blocks=4,
+    few_blocks=3,
     windows=128,
     tokens=2048,
     batches=(1, 16),
     context=1024,
     steps=64,
     repeats=100,
+    tuned_blocks=8,
+    tuning_steps=3,
+    quantized_methods=("gptq", "fast", "balanced", "best"),
+    reference_methods=("gptq", "fast", "balanced"),
+    quantized_samples=64,
+    quantized_characters=150_000,
+    evaluated_windows=64,
+    disk_bytes=8 << 30,
 )
 
 SMOKE = Plan(
@@ -120,12 +143,20 @@ SMOKE = Plan(
     context=256,
     steps=16,
     repeats=20,
+    tuned_blocks=2,
+    tuning_steps=2,
+    quantized_methods=("gptq", "fast"),
+    reference_methods=("gptq", "fast"),
+    quantized_samples=32,
+    quantized_characters=60_000,
+    evaluated_windows=16,
+    disk_bytes=1 << 30,
 )
 
 INTERPRET = Plan(
     name="interpret",
     device="cpu",
-    campaigns=(Campaign("tiny", {"o": TINY["o"]}, HALF, 32, (1, 5)), Campaign("tiny", TINY, BFLOAT, 128, (2,), False)),
+    campaigns=(Campaign("tiny", {"o": TINY["o"]}, HALF, 32, (1, 5)), Campaign("tiny", TINY, BFLOAT, 128, (2,), True)),
     copy_bytes=1 << 16,
     matmul_size=64,
     calls=1,
@@ -139,6 +170,14 @@ INTERPRET = Plan(
     context=16,
     steps=2,
     repeats=2,
+    tuned_blocks=2,
+    tuning_steps=2,
+    quantized_methods=("gptq",),
+    reference_methods=("gptq",),
+    quantized_samples=4,
+    quantized_characters=20_000,
+    evaluated_windows=4,
+    disk_bytes=1 << 16,
 )
 
 PLANS = {plan.name: plan for plan in (FULL, SMOKE, INTERPRET)}

@@ -56,9 +56,19 @@ def heading(content: Mapping[str, Any]) -> str:
 def gpu_tables(content: Mapping[str, Any]) -> list[Table]:
     """The tables of a GPU's file, without sections that were not run."""
     copy = results.cases(content, "environment").get("copy", {}).get("bytes_per_second")
-    measured = [*correctness(content), *w4a16(results.cases(content, "w4a16").values(), copy)]
+    measured = [*outcomes(content, "command_line", "The command line from end to end"), *correctness(content)]
+    measured += w4a16(results.cases(content, "w4a16").values(), copy)
     measured += [*gptq(results.cases(content, "gptq")), *decode(results.cases(content, "decode"))]
+    measured += outcomes(content, "disk", "Disk and bus")
     return [*measured, *incomplete(content)]
+
+
+def outcomes(content: Mapping[str, Any], section: str, title: str) -> list[Table]:
+    """Every case of a section and its summary, and the cases that failed."""
+    cases = results.cases(content, section).items()
+    rows = [[f"{'WRONG: ' if case.get('wrong') else ''}{name}", case["summary"]] for name, case in cases]
+    rows += [[f"FAILED: {record['case']}", record["error"]] for record in results.errors(content, section)]
+    return [Table(title, ("what", "outcome"), rows)] if rows else []
 
 
 def incomplete(content: Mapping[str, Any]) -> list[Table]:
@@ -79,7 +89,7 @@ def correctness(content: Mapping[str, Any]) -> list[Table]:
     if not cases and not results.errors(content, "correctness"):
         return []
     wrong = [name for name, case in cases.items() if case.get("wrong")]
-    programs = ("tests", "memcheck", "racecheck", "initcheck")
+    programs = ("racecheck", "memcheck")
     checks = [name for name in cases if name not in (*programs, "compile")]
     right = sum(name not in wrong for name in checks)
     rows = [["checks against the definitions, same bits in repeats", f"{right} of {len(checks)} right"]]
@@ -105,7 +115,7 @@ def _campaign(key: tuple[str, str, int, bool], cases: Sequence[Case], copy: floa
     for M in sorted({case["M"] for case in cases}):
         here = [case for case in cases if case["M"] == M]
         if len(here) == len(layers):
-            target = TARGETS.get(M) if (model, dtype, group, asymmetric) == ("8B", "bfloat16", 128, True) else None
+            target = TARGETS.get(M) if (model, dtype, group, asymmetric) == ("8B", "bfloat16", 128, False) else None
             rows.append(_rows_of(M, here, copy, target))
     title = f"W4A16 linear, {model} ({', '.join(layers)}), {dtype}, g{group} "
     title += "asymmetric" if asymmetric else "symmetric"
@@ -144,24 +154,27 @@ def together(cases: Sequence[Case], contenders: Sequence[str]) -> float | None:
 
 
 def gptq(cases: Mapping[str, Case]) -> list[Table]:
-    """Steps compared with their floors, then the whole."""
-    measured = []
-    few, whole = cases.get("few blocks"), cases.get("whole model")
-    if few is not None:
-        rows = [
-            [step, f"{seconds:.2f}", f"{few['floors'][step]:.1f}" if step in few["floors"] else NONE]
-            for step, seconds in sorted(few["steps"].items(), key=lambda item: -item[1])
-        ]
-        rows.append(["all but making weights and saving", f"{few['seconds']:.2f}", NONE])
-        title = f"GPTQ, {few['of_blocks']} blocks extrapolated from {few['counted_blocks']}, {few['tokens']} tokens"
-        measured.append(Table(title, ("step", "s", "floor on an H200, s"), rows))
-    rows = [
-        [name, case["summary"]] for name, case in cases.items() if name.startswith(("hessian", "factorize", "round"))
-    ]
+    """Steps of each method compared with the floors of GPTQ, then the whole."""
+    measured = [_steps_of(case) for name, case in cases.items() if name.startswith("few blocks")]
+    shown = ("hessian", "factorize", "round", "tuning")
+    rows = [[name, case["summary"]] for name, case in cases.items() if name.startswith(shown)]
+    whole = cases.get("whole model")
     if whole is not None:
         target = f"target: {whole['target_seconds']:.0f} s on an H200"
         rows.append([f"whole model, {whole['of_blocks']} blocks", f"{whole['summary']}; {target}"])
-    return [*measured, Table("GPTQ, step by step", ("what", "time"), rows)] if rows else measured
+    return [*measured, Table("Quantizing, step by step", ("what", "time"), rows)] if rows else measured
+
+
+def _steps_of(case: Case) -> Table:
+    rows = [
+        [step, f"{seconds:.2f}", f"{case['floors'][step]:.1f}" if step in case["floors"] else NONE]
+        for step, seconds in sorted(case["steps"].items(), key=lambda item: -item[1])
+    ]
+    rows.append(["all but making weights and saving", f"{case['seconds']:.2f}", NONE])
+    if case.get("preparation_seconds") is not None:
+        rows.append([f"token weights of {case['blocks']} blocks", f"{case['preparation_seconds']:.2f}", NONE])
+    title = f"{case['method']}, {case['of_blocks']} blocks extrapolated from {case['counted_blocks']}, "
+    return Table(title + f"{case['tokens']} tokens", ("step", "s", "floor on an H200, s"), rows)
 
 
 def decode(cases: Mapping[str, Case]) -> list[Table]:
@@ -175,9 +188,11 @@ def decode(cases: Mapping[str, Case]) -> list[Table]:
         packed, plain = rate.get("packed"), rate.get("bf16")
         target = f"{DECODE_TARGET}" if (batch, mode) == (1, "graphs") else ""
         rows.append([str(batch), mode, _number(packed), _number(plain), _ratio(packed, plain), target])
+    others = [[name, case["summary"]] for name, case in cases.items() if name.endswith(("compiled", "kernels"))]
     memory = [[name, case["summary"], f"{case['ratio']:.3f}"] for name, case in cases.items() if "tensor_bytes" in case]
     speed = [Table("Decoding, tokens per second", ("batch", "mode", "4 bits", "bf16", "ratio", "target"), rows)]
     measured = speed if rows else []
+    measured += [Table("Decoding, compiled and profiled", ("what", "outcome"), others)] if others else []
     return [*measured, Table("Memory in use", ("model", "bytes", "over its tensors"), memory)] if memory else measured
 
 

@@ -1,6 +1,7 @@
 """Tile sizes for this GPU: `llmq_kernels.w4a16.tune` within the remaining time, on the layers of 8B.
 
-Runs only on request.  The table is written to the folder of the results; LLMQ_W4A16_CONFIGS may name it.
+The first candidates of every search are compiled in parallel; further ones, one after the other, as long as there is
+time.  The table is written to the folder of the results, and the suite uses it for the sections that follow.
 """
 
 import io
@@ -9,17 +10,21 @@ from functools import partial
 
 import torch
 
-from bench.plan import Plan
+from bench import warm
+from bench.plan import TUNED_ROWS, Plan
 from bench.session import Result, Session
 from llmq_kernels.w4a16 import tune
 
-ROWS = (1, 16, 64, 256)  # each also for fewer rows
+COMPILE_SHARE = 0.45  # of the time
 SHARE = 0.85  # of the time, since a search that has begun is finished
 FILE = "w4a16-tuned.json"
 
 
 def measure(plan: Plan, session: Session) -> None:
-    """Case: tune."""
+    """Cases: compile, tune."""
+    if plan.device == "cuda":
+        limit = COMPILE_SHARE * session.seconds_left
+        session.run("compile", partial(warm.compile_ahead, plan, "tune", session, limit))
     session.run("tune", partial(tuned, plan, session))
 
 
@@ -31,8 +36,9 @@ def tuned(plan: Plan, session: Session) -> Result:
     shapes = [f"{N}x{K}" for N, K in campaign.layers.values()]
     dtype = getattr(torch, campaign.dtype)
     with redirect_stderr(_Progress(session)):
-        text = tune.run(shapes, ROWS, campaign.group, dtype, SHARE * session.seconds_left / 60)
-    return {"file": FILE, "text": text, "summary": f"{len(shapes)} shapes, {len(ROWS)} numbers of rows each, in {FILE}"}
+        text = tune.run(shapes, TUNED_ROWS, campaign.group, dtype, SHARE * session.seconds_left / 60)
+    summary = f"{len(shapes)} shapes, {len(TUNED_ROWS)} numbers of rows each, in {FILE}"
+    return {"file": FILE, "text": text, "summary": summary}
 
 
 class _Progress(io.TextIOBase):

@@ -11,16 +11,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
 
 from bench import checks, competitors
-from bench.plan import PLANS, Plan
+from bench.plan import PLANS, TUNED_ROWS, Campaign, Plan
 from bench.session import Result, Session, first_line
 from bench.weights import random_packed
+from llmq_kernels.w4a16 import configs, gpu, tune
 
 MOST_WORKERS = 12
+KINDS = ("checks", "tune", "w4a16")
 TRITON_CONTENDERS = ("naive_triton", "dequantize")
 Task = tuple[str, Callable[[], object]]
 
@@ -40,7 +43,7 @@ def compile_ahead(plan: Plan, what: str, session: Session, seconds: float) -> Re
     failed: list[str] = []
     for process in running:
         try:
-            output, _ = process.communicate(timeout=max(1.0, start + seconds - time.monotonic()))
+            output, _ = process.communicate(timeout=max(0.1, start + seconds - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
             output, _ = process.communicate()
@@ -57,6 +60,9 @@ def tasks(plan: Plan, what: str) -> Iterator[Task]:
     if what == "checks":
         yield from checks.cases(plan, device, repeats=0)
         return
+    if what == "tune":
+        yield from candidates(plan, device)
+        return
     seen: set[object] = set()
     for campaign in plan.campaigns:
         kind = (campaign.dtype, campaign.group)
@@ -71,6 +77,28 @@ def tasks(plan: Plan, what: str) -> Iterator[Task]:
             if (name, *kind, campaign.rows) not in seen:
                 seen.add((name, *kind, campaign.rows))
                 yield f"{name} {kind}", partial(contender, name, N, K, campaign.rows, *kind, device)
+
+
+def candidates(plan: Plan, device: torch.device) -> Iterator[Task]:
+    """One launch of each kernel that a search for tile sizes tries first."""
+    campaign, machine = plan.campaigns[0], gpu.machine_of(device)
+    for N, K in campaign.layers.values():
+        for M in TUNED_ROWS:
+            start = machine.table.config(M, N, K)
+            for change in ({}, *tune.seeds(start, M)):
+                config = replace(start, **change)
+                yield f"{N} x {K}, {M} rows, {config}", partial(candidate, N, K, M, campaign, config, device)
+
+
+def candidate(N: int, K: int, M: int, campaign: Campaign, config: configs.Config, device: torch.device) -> None:
+    """One configuration, once."""
+    kind = getattr(torch, campaign.dtype)
+    packed = random_packed(
+        N, K, group=campaign.group, dtype=kind, asymmetric=campaign.asymmetric, copies=1, device=device
+    )
+    weight, out = packed.weight(0), torch.empty(M, N, dtype=kind, device=device)
+    plan = gpu.plan(config, gpu.machine_of(device), gpu.Product.of(M, weight, None))
+    gpu.run_fused(plan, torch.randn(M, K, device=device).to(kind), weight, None, out)
 
 
 def one_product(N: int, K: int, M: int, dtype: str, group: int, asymmetric: bool, device: torch.device) -> None:
@@ -92,7 +120,7 @@ def contender(name: str, N: int, K: int, rows: tuple[int, ...], dtype: str, grou
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.warm", description=__doc__)
     parser.add_argument("--plan", choices=PLANS, required=True)
-    parser.add_argument("--what", choices=("checks", "w4a16"), required=True)
+    parser.add_argument("--what", choices=KINDS, required=True)
     parser.add_argument("--worker", type=int, required=True)
     parser.add_argument("--workers", type=int, required=True)
     arguments = parser.parse_args()

@@ -13,6 +13,7 @@ from llmq.numerics.scheme import WeightScheme
 from llmq.runtime.weight_view import WeightView
 from llmq_kernels.w4a16 import int4pack, layout
 from llmq_kernels.w4a16 import op as packed
+from llmq_kernels.w4a16.launches import Launches
 from llmq_kernels.w4a16.packed_weight import PackedWeight
 
 
@@ -87,6 +88,7 @@ class PackedRows(nn.Module):
         self.register_buffer("int4_words", None, persistent=False)
         self.register_buffer("int4_grid", None, persistent=False)
         self.prepared = False
+        self._launches = Launches()
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def _explicit_zeros(self) -> Tensor:
@@ -96,7 +98,7 @@ class PackedRows(nn.Module):
         return torch.full_like(self.scales, self.scheme.middle, dtype=torch.int16)
 
     def forward(self, x: Tensor) -> Tensor:
-        return packed.linear(x, self._packed_weight(), self.bias)
+        return packed.linear(x, self._packed_weight(), self.bias, self._launches)
 
     def _packed_weight(self) -> PackedWeight[Tensor]:
         held: Any = self._buffers  # faster than the attribute lookup of nn.Module, and this runs in every call

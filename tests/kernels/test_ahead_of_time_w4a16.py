@@ -51,12 +51,14 @@ def shipped() -> dict[str, tuple[Job, configs.Config]]:
             for dtype in ("fp16", "bf16"):
                 config = choice.config
                 name = f"sm_{arch} {dtype} up to {choice.max_rows}"
+                name += f", from {choice.min_features} features" if choice.min_features else ""
                 jobs[name] = fused(arch, dtype, config), config
     return jobs
 
 
 def variations() -> dict[str, Job]:
-    small, large = (configs.shipped()[90].default[index].config for index in (0, -1))
+    table = configs.shipped()[90]
+    small, wide, large = table.config(1, 4096, 4096), table.config(1, 8192, 4096), table.default[-1].config
     medium = configs.shipped()[80].default[1].config
     return {
         "groups of 32": fused(90, "bf16", small, PLANES=1),
@@ -67,7 +69,11 @@ def variations() -> dict[str, Job]:
         "scales of another dtype, most splits": fused(90, "fp16", large, scales="fp32", SPLITS=configs.MOST_SPLITS),
         "2 bits": fused(90, "bf16", small, BITS=2),
         "3 bits": fused(80, "fp16", replace(medium, stages=3), BITS=3),
-        "8 bits": fused(90, "bf16", configs.shipped()[90].default[2].config, BITS=8),
+        "8 bits": fused(90, "bf16", table.config(64, 4096, 4096), BITS=8),
+        "wide, symmetric": fused(90, "bf16", wide, HAS_ZEROS=False),
+        "wide, groups of 32": fused(90, "bf16", wide, PLANES=1),
+        "64 rows, symmetric": fused(90, "bf16", table.config(64, 4096, 4096), HAS_ZEROS=False),
+        "128 x 64": fused(90, "bf16", configs.Config(128, 64, 4, 3, 1, "before", False), HAS_ZEROS=False),
         "dequantize": dequantizing(90, "bf16", 4),
     }
 
@@ -94,14 +100,25 @@ def test_shipped_configurations_feed_tensor_cores_from_registers(name: str, comp
     instructions = code.instructions
     assert instructions["LOP3"] >= 16 and instructions["LDGSTS"] >= 5  # unpacking; asynchronous copies
     if job.arch == 90:
-        assert instructions["HGMMA"] == 8
-        assert instructions["LDSM"] == 2  # words only; unpacked weights in shared memory would add to it
+        tiles = config.block_n // (16 * config.warps)  # of 64 rows of W per group of four warps
+        assert instructions["HGMMA"] == 8 * tiles
+        assert instructions["LDSM"] == 2 * tiles  # words only; unpacked weights in shared memory would add to it
     else:
         assert instructions.get("HMMA", 0) + instructions.get("UTCHMMA", 0) >= 8
     if job.arch <= 90 and config.scale == "after":
-        assert (
-            instructions["BAR"] <= 10
-        )  # about 7; each pass of weights or scales through shared memory costs two per tile
+        # About 7 and 11 with two tiles; each pass of weights or scales through shared memory costs two per tile.
+        assert instructions["BAR"] <= (10 if config.block_n == 64 else 12)
+
+
+# Programs per multiprocessor of an H100 or H200, with 65,536 registers and 228 KB; every program takes 1 KB more.
+FITTING = {"wide, symmetric": 4, "64 rows, symmetric": 4, "128 x 64": 2}
+
+
+@pytest.mark.parametrize("name", FITTING)
+def test_programs_that_share_a_multiprocessor(name: str, compiled: dict[str, Compiled]) -> None:
+    code = compiled[name]
+    assert 65536 // (-(-code.registers // 8) * 8 * 128) >= FITTING[name]
+    assert (228 << 10) // (code.shared + 1024) >= FITTING[name]
 
 
 def test_other_widths_use_tensor_cores(compiled: dict[str, Compiled]) -> None:

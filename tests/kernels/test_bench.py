@@ -11,8 +11,19 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench import competitors, correctness, results, tables, timing, weights
-from bench.gptq import STEPS, pipeline_run
+from bench import (
+    command_line,
+    competitors,
+    environment,
+    gpu_tests,
+    random_run,
+    results,
+    tables,
+    timing,
+    warm,
+    weights,
+)
+from bench.gptq import STEPS, TUNING_STEPS
 from bench.plan import PLANS
 from bench.stopwatch import REST, Stopwatch, find, watching
 from bench.timing import Contender, Spread, interleaved
@@ -86,15 +97,46 @@ def test_stopwatch_excludes_time_of_watched_callees() -> None:
     assert module.outer is not original
 
 
-@pytest.mark.parametrize("point", [point for _, point in STEPS])
+@pytest.mark.parametrize("point", [point for _, point in (*STEPS, *TUNING_STEPS)])
 def test_stopwatch_names_functions_that_exist(point: str) -> None:
     assert find(point) is not None
 
 
-def test_gptq_section_runs_stages_of_gptq(tmp_path: Path) -> None:
-    run = pipeline_run(PLANS["interpret"], tmp_path, 1, CPU)
-    assert run.method == QuantConfig(method="gptq").stages
+def test_a_random_run_has_what_its_method_needs(tmp_path: Path) -> None:
+    prepared = {
+        method: random_run.prepare(PLANS["interpret"], tmp_path / method, 1, CPU, QuantConfig(method=method).stages)
+        for method in ("gptq", "fast", "balanced")
+    }
+    streams = {method: run.streams for method, run in prepared.items()}
+    assert all(run.method == QuantConfig(method=method).stages for method, run in prepared.items())
+    assert [s is not None and s.floats is not None for s in streams.values()] == [False, True, True]
+    assert [s is not None and s.token_weights is not None for s in streams.values()] == [False, False, True]
+    assert [s.text.validation for s in streams.values() if s is not None] == [0, 1, 1]
+    assert [run.tuning is not None for run in prepared.values()] == [False, False, True]
     assert find("llmq.formats.codecs.bit_packing:pack") is not None
+
+
+def test_counters_of_the_profiler_are_parsed() -> None:
+    names = ["ID", *environment.COUNTERS.values()]
+    rows = [names, ["", "ns", "%", "%", "%"], ["0", "14,250.00", "61.5", "72.25", "40"]]
+    text = "==PROF== connected\n" + "\n".join(",".join(f'"{cell}"' for cell in row) for row in rows)
+    expected = {"microseconds": 14.25, "issue_slots": 61.5, "memory": 72.25, "warps": 40.0}
+    assert environment.read_counters(text) == expected
+    assert environment.read_counters("==ERROR== no permission") == {}
+
+
+@pytest.mark.parametrize(("own", "wrong"), [(0.0104, False), (0.0106, True), (float("nan"), True)])
+def test_divergence_on_the_device_is_within_five_per_cent_of_the_cpu(own: float, wrong: bool) -> None:
+    compared = command_line.compared({"gptq-cuda": own, "gptq-cpu": 0.01}, "gptq", "cuda")
+    assert compared["wrong"] is wrong
+    alone = command_line.compared({"gptq-cuda": 0.01}, "gptq", "cuda")
+    assert not alone["wrong"] and "no reference" in alone["summary"]
+
+
+def test_cases_to_compile_are_valid() -> None:
+    """Names only: nothing is launched."""
+    names = [name for name, _ in warm.candidates(PLANS["full"], CPU)]
+    assert len(names) == len(set(names)) >= 4 * 5
 
 
 def test_exact_product_equals_the_reference() -> None:
@@ -136,7 +178,7 @@ def test_copies_exceed_the_cache() -> None:
 )
 def test_pytest_outcomes_are_parsed_with_and_without_workers(line: str) -> None:
     reason = "FAILED tests/kernels/test_gpu_x.py::test_a[1-float16] - AssertionError: wrong by 1"
-    outcome = correctness.judged([line, reason], 1)
+    outcome = gpu_tests.judged([line, reason], 1)
     assert outcome["failures"] == [
         {"test": "tests/kernels/test_gpu_x.py::test_a[1-float16]", "reason": "AssertionError: wrong by 1"}
     ]

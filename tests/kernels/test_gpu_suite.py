@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 from bench import results
 from bench.gptq_steps import TOKENS_PER_BATCH
 from llmq import memory
+from llmq_kernels.w4a16 import configs
 
 ROOT = Path(__file__).resolve().parents[2]
 SUITE = ROOT / "scripts" / "gpu_suite.py"
@@ -62,9 +63,45 @@ def test_suite_finishes_every_section_without_problems(
 def test_gptq_section_times_every_step(
     interpreted: tuple["subprocess.CompletedProcess[str]", dict[str, object]],
 ) -> None:
-    few = results.cases(interpreted[1], "gptq")["few blocks"]
-    assert few["not_watched"] == []
-    assert {"forward", "hessian", "factorize", "search scales", "round", "pack", "save"} <= few["steps"].keys()
+    cases = results.cases(interpreted[1], "gptq")
+    always = {"forward", "hessian", "factorize", "search scales", "round", "pack", "save"}
+    for method, more in {"gptq": set(), "fast": {"target", "descent", "judge"}, "balanced": {"refit"}}.items():
+        few = cases[f"few blocks {method}"]
+        assert few["not_watched"] == []
+        assert always | more <= few["steps"].keys()
+        assert (few["preparation_seconds"] is None) == (method != "balanced")
+    assert cases["tuning"]["not_watched"] == [] and cases["tuning"]["step_seconds"] > 0
+
+
+@pytest.mark.slow
+def test_command_line_is_compared_with_the_cpu(
+    interpreted: tuple["subprocess.CompletedProcess[str]", dict[str, object]],
+) -> None:
+    cases = results.cases(interpreted[1], "command_line")
+    assert cases["gptq against the CPU"]["difference"] == 0.0  # both ran on the CPU
+    assert cases["load"]["error"] == 0.0
+    assert cases["generate"]["text"]
+
+
+def test_dry_run_lists_the_sections_by_value(suite: ModuleType) -> None:
+    done = subprocess.run([sys.executable, str(SUITE), "--dry-run"], capture_output=True, text=True, check=True)
+    lines = [line.split(maxsplit=3) for line in done.stdout.splitlines()]
+    assert [line[2] for line in lines] == list(suite.SECTIONS)
+    assert [line[2] for line in lines][:2] == ["environment", "command_line"]
+    assert sum(float(line[0]) for line in lines) <= suite.BUDGET <= 500
+    assert all(line[3] for line in lines)
+
+
+def test_sections_share_the_time_that_is_left(suite: ModuleType) -> None:
+    shared = suite.schedule({"environment", "gptq", "gpu_tests"}, 81.0)
+    assert list(shared) == ["environment", "gptq", "gpu_tests"]
+    assert sum(shared.values()) == pytest.approx(81.0)
+    assert shared["gptq"] / shared["environment"] == pytest.approx(75 / 30)
+
+
+def test_tuned_tile_sizes_are_used_by_later_sections(suite: ModuleType, tmp_path: Path) -> None:
+    assert configs.VARIABLE not in suite.environment("full")
+    assert suite.environment("full", tmp_path / "x.json")[configs.VARIABLE] == str(tmp_path / "x.json")
 
 
 def test_interpreted_figures_are_not_published(tmp_path: Path) -> None:

@@ -124,6 +124,17 @@ def test_a_code_too_large_is_refused(bits: int) -> None:
             pack()
 
 
+def test_a_weight_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading a value of the GPU waits for it; the last of many pieces is checked too."""
+    monkeypatch.setattr(layout, "CODES_AT_ONCE", 5)
+    read: list[int] = []
+    monkeypatch.setattr(layout, "_refuse_large", lambda largest, bits: read.append(largest))
+    codes = torch.zeros(9, 5, dtype=torch.uint8)
+    codes[-1, -1] = 16
+    layout.pack(codes, 4)
+    assert read == [16]
+
+
 def test_a_width_without_layout_is_refused() -> None:
     codes = np.zeros((1, 5), np.uint8)
     for pack in (lambda: reference.pack(codes, 5), lambda: layout.pack(torch.from_numpy(codes), 5)):

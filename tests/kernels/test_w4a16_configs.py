@@ -30,6 +30,19 @@ def test_tables_choose_by_rows_and_shape() -> None:
     assert table.config(1, 24, 160) is BEFORE
 
 
+def test_wide_weights_have_separate_choices() -> None:
+    entry = '{"max_rows": %d, "min_features": %d, ' + GOOD[len('{"max_rows": 8, ') :]
+    text = ", ".join(entry % (rows, features) for rows, features in ((8, 512), (8, 64), (8, 0), (16, 0)))
+    (table,) = configs.read(document(text), "wide").values()
+    chosen = [next(choice for choice in table.default if choice.fits(*size)) for size in WIDE]
+    assert [(choice.max_rows, choice.min_features) for choice in chosen] == [(8, 512), (8, 64), (8, 0), (16, 0)]
+    assert configs.shipped()[90].config(1, 28672, 4096).block_n == 128
+    assert configs.shipped()[90].config(1, 6144, 4096).block_n == 64
+
+
+WIDE = ((8, 512), (1, 511), (8, 63), (9, 512))  # M, N
+
+
 def test_every_architecture_has_a_table() -> None:
     tables = configs.shipped()
     assert {80, 86, 89, 90, 100} <= set(tables)
@@ -61,14 +74,18 @@ GOOD = '{"max_rows": 8, "block_m": 16, "block_n": 64, "warps": 4, "stages": 3, "
         (GOOD.replace("stages", "phases"), "Config"),
         (GOOD.replace("}", ', "colour": 1}'), "unknown colour"),
         (f"{GOOD}, {GOOD}", "max_rows does not ascend"),
+        (GOOD.replace("8,", '8, "min_features": 64,'), "the last choice has min_features"),
         ("", "max_rows does not ascend"),
     ],
 )
 def test_invalid_file_names_the_problem(choices: str, message: str) -> None:
-    table = f'{{"crossover": 7, "chunk_bytes": 5, "shapes": {{}}, "default": [{choices}]}}'
-    text = f'{{"format": 1, "architectures": {{"90": {table}}}}}'
     with pytest.raises(KernelInputError, match=f"mine.json.*{message}"):
-        configs.read(text, "mine.json")
+        configs.read(document(choices), "mine.json")
+
+
+def document(choices: str) -> str:
+    table = f'{{"crossover": 7, "chunk_bytes": 5, "shapes": {{}}, "default": [{choices}]}}'
+    return f'{{"format": 1, "architectures": {{"90": {table}}}}}'
 
 
 def test_streams_and_captures_have_separate_counters() -> None:
@@ -104,7 +121,7 @@ def test_search_repeats_nothing_and_stops_in_time() -> None:
 
 def test_every_candidate_is_valid_in_a_table() -> None:
     for rows in tune.ROWS:
-        for changes in tune.variants(AFTER, rows):
+        for changes in (tune.seeds(AFTER, rows), *tune.variants(AFTER, rows)):
             for change in changes:
                 choice = {"max_rows": rows, **vars(AFTER), **change}
                 entry = {"crossover": 1, "chunk_bytes": 1, "shapes": {}, "default": [choice]}

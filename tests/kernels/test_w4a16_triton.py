@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-from llmq_kernels.w4a16 import configs, cpu, gpu, layout, reference
+from llmq_kernels.w4a16 import chunks, configs, cpu, gpu, layout, reference
 from tests.kernels.cases import grouped, in_numpy, weight_in
 
 if torch.cuda.is_available():
@@ -21,7 +21,7 @@ BEFORE = configs.Config(16, 32, 4, 2, ctas_per_sm=0, scale="before")
 HALF, SINGLE = 2.0**-11, 2.0**-24  # half a unit in the last place of float16 and float32
 
 
-def machine(config: configs.Config = AFTER, *, processors: int = 0, crossover: int = 64) -> gpu.Machine:
+def machine(config: configs.Config = AFTER, *, processors: int = 1, crossover: int = 64) -> gpu.Machine:
     table = configs.Table(crossover, 16 * 256, (configs.Choice(crossover, config),), {})
     return gpu.Machine(table, processors, assembly=False)
 
@@ -172,8 +172,11 @@ def test_dequantize_equals_the_rounded_reference(bits: int, group: int | None) -
 
 @pytest.mark.parametrize("bits", [3, 4])
 @pytest.mark.parametrize("extras", [False, True], ids=["least", "all"])
-def test_many_rows_go_through_chunks_of_dequantized_weight(extras: bool, bits: int) -> None:
+def test_many_rows_go_through_chunks_of_dequantized_weight(
+    extras: bool, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Above the crossover; 100 rows of W, 16 at a time."""
+    monkeypatch.setattr(chunks, "rows_per_chunk", lambda *_: 16)
     case = arguments(9, 100, 200, 32, bits=bits, extras=extras)
     if extras:
         case["bias"] = case["bias"].half()
@@ -185,7 +188,7 @@ def test_many_rows_go_through_chunks_of_dequantized_weight(extras: bool, bits: i
     assert_is_the_definition(out, case, rounded_weight=True)
 
 
-@pytest.mark.parametrize(("bits", "M", "chunks"), [(4, 8, 0), (4, 9, 2), (3, 8, 0)])
+@pytest.mark.parametrize(("bits", "M", "chunks"), [(4, 8, 0), (4, 9, 1), (3, 8, 0)])
 def test_number_of_rows_selects_the_kernel(bits: int, M: int, chunks: int) -> None:
     case = arguments(M, 24, 160, 32, bits=bits)
     with RecordedProducts() as recorded:
@@ -238,6 +241,51 @@ def test_x_of_any_strides_and_leading_shape() -> None:
     ):
         case["x"] = strided
         assert_is_the_definition(gpu.linear_on(machine(), **grouped(case)), case)
+
+
+def test_rows_are_copied_only_where_triton_would_compile_again() -> None:
+    wide = torch.randn(4, 400).half()
+    for view in (wide[:, :160], wide[:, 16:176], wide[:1, 8:168].expand(3, 160), wide[1:, :400], wide[:1, :1]):
+        assert gpu.aligned(view) is view
+    for view in (wide[:, 1:161], torch.zeros(3, 168).half()[:, :160], wide[:, 4:5]):
+        copied = gpu.aligned(view)
+        assert torch.equal(copied, view)
+        assert copied.data_ptr() % 16 == 0 and copied.stride() == (view.shape[1], 1)
+    assert gpu.aligned(wide.view(-1)[1:161].view(1, 160)).data_ptr() % 16 == 0
+
+
+def test_x_at_an_odd_address_gives_the_same_bits() -> None:
+    case = arguments(6, 24, 160, 32)
+    expected = gpu.linear_on(machine(), **grouped(case))
+    moved = torch.empty(6 * 160 + 1, dtype=torch.float16)[1:].view(6, 160).copy_(case["x"])
+    assert torch.equal(gpu.linear_on(machine(), **grouped({**case, "x": moved})), expected)
+
+
+@pytest.mark.parametrize("chunk", [1, 1 << 28], ids=["row by row", "at once"])
+@pytest.mark.parametrize("extras", [False, True], ids=["least", "all"])
+def test_input_gradient_multiplies_in_the_dtype_of_x(extras: bool, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each weight and each product rounded to float16, and the sum of chunks in float32."""
+    monkeypatch.setattr(gpu, "GRADIENT_BYTES", chunk)
+    case = arguments(3, 20, 160, 32, extras=extras)
+    outgoing = torch.randn(2, 3, 20, generator=torch.Generator().manual_seed(1)).half()
+    with RecordedProducts() as recorded:
+        gradient = gpu.input_gradient(outgoing, weight_in(case))
+    assert len(recorded.products) == (20 if chunk == 1 else 1)
+    W = reference.dequantize(weight_in(in_numpy(case)))
+    if extras:
+        W = W[:, np.argsort(case["column_order"].numpy())]
+    expected, magnitude = outgoing.double().numpy() @ W, np.abs(outgoing.double().numpy()) @ np.abs(W)
+    assert gradient.dtype == torch.float16 and gradient.is_contiguous()
+    assert np.all(np.abs(gradient.double().numpy() - expected) <= 3 * HALF * magnitude + 2.0**-24)
+
+
+@pytest.mark.parametrize("lead", [(0, 2), ()])
+def test_input_gradient_of_any_leading_shape(lead: tuple[int, ...]) -> None:
+    weight = weight_in(arguments(1, 20, 160, 32))
+    outgoing = torch.ones(*lead, 20, dtype=torch.float16)
+    assert gpu.input_gradient(outgoing, weight).shape == (*lead, 160)
+    exact = gpu.input_gradient(outgoing.float(), weight)
+    assert torch.equal(exact, cpu.input_gradient(outgoing.float(), weight))
 
 
 @pytest.mark.parametrize("change", [{"x": torch.float32}, {"group": 16}, {"group": 48}], ids=str)

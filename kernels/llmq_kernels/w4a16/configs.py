@@ -5,11 +5,12 @@
      "architectures": {"90": {
         "crossover": 768,                        above this many rows: dequantize, then cuBLAS
         "chunk_bytes": 16777216,                 of dequantized weight at a time
-        "default": [{"max_rows": 8, "block_m": 8, ...}, ..., {"max_rows": 768, ...}],
+        "default": [{"max_rows": 8, "min_features": 8192, "block_m": 8, ...}, ..., {"max_rows": 768, ...}],
         "shapes": {"4096x4096": [...]}}}}        out_features x in_features, measured; `default` for all others
 
-"measured" is null for tables chosen by reasoning; `tune.py` writes hardware, date and versions there, and microseconds
-into each choice.  A GPU whose architecture has no table uses that of the nearest lower architecture.
+A choice is for up to max_rows rows of x and at least min_features rows of W (0 if not given); the first that fits is
+used.  "measured" is null for tables chosen by reasoning; `tune.py` writes hardware, date and versions there, and
+microseconds into each choice.  A GPU whose architecture has no table uses that of the nearest lower architecture.
 LLMQ_W4A16_CONFIGS names a file whose architectures take precedence over the shipped ones.  Nothing is tuned while a
 model runs.
 """
@@ -59,15 +60,19 @@ class Config:
 
 @dataclass(frozen=True)
 class Choice:
-    """`config` is for up to `max_rows` rows of x."""
+    """`config` is for up to `max_rows` rows of x, and weights of at least `min_features` rows."""
 
     max_rows: int
     config: Config
+    min_features: int = 0
+
+    def fits(self, M: int, N: int) -> bool:
+        return M <= self.max_rows and N >= self.min_features
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity, so that hashing it is cheap
 class Table:
-    """The configurations of one architecture; choices ascend in max_rows."""
+    """The configurations of one architecture; choices ascend in max_rows, then descend in min_features."""
 
     crossover: int
     chunk_bytes: int
@@ -77,7 +82,7 @@ class Table:
     def config(self, M: int, N: int, K: int) -> Config:
         """For M rows; above the last choice, the last choice."""
         choices = self.shapes.get((N, K), self.default)
-        return next((choice.config for choice in choices if M <= choice.max_rows), choices[-1].config)
+        return next((choice.config for choice in choices if choice.fits(M, N)), choices[-1].config)
 
 
 def for_architecture(architecture: int) -> Table:
@@ -128,13 +133,18 @@ def _table(entry: Mapping[str, Any]) -> Table:
 def _choices(entries: list[dict[str, Any]]) -> tuple[Choice, ...]:
     known = {field.name for field in fields(Config)}
     choices = tuple(
-        Choice(int(entry["max_rows"]), Config(**{name: entry[name] for name in known if name in entry}))
+        Choice(
+            int(entry["max_rows"]),
+            Config(**{name: entry[name] for name in known if name in entry}),
+            int(entry.get("min_features", 0)),
+        )
         for entry in entries
     )
-    if not choices or [c.max_rows for c in choices] != sorted({c.max_rows for c in choices}):
-        raise ValueError("max_rows does not ascend")
+    order = [(choice.max_rows, -choice.min_features) for choice in choices]
+    if order != sorted(set(order)) or not choices or choices[-1].min_features:
+        raise ValueError("max_rows does not ascend, min_features does not descend, or the last choice has min_features")
     for entry, choice in zip(entries, choices, strict=True):
-        _check(entry.keys() - known - {"max_rows", "microseconds"}, choice.config)
+        _check(entry.keys() - known - {"max_rows", "min_features", "microseconds"}, choice.config)
     return choices
 
 

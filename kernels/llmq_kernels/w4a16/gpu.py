@@ -3,13 +3,16 @@
     rows M                   what runs
     0                        nothing
     up to the crossover      one launch of `triton_kernel.fused4` (4 bits) or `fused_planes` (2, 3, 8 bits)
-    above                    W is dequantized in chunks that stay in the L2 cache, each multiplied by cuBLAS
+    above                    W is dequantized in chunks (`chunks.py`), each multiplied by cuBLAS
 
 For few rows the time is that of reading the codes; for many, that of the tensor cores, which cuBLAS keeps busier than a
 kernel that also unpacks.  Tile sizes and the crossover come from `configs.py`.  No value is read and nothing
 synchronizes with the GPU; for shapes seen before, finding the launch is one dictionary lookup.
 
 The crossover of a table is for 4 bits; other widths use cuBLAS above PLAIN_ROWS.
+
+Triton compiles a kernel again for arguments whose alignment differs, which takes seconds, and fails while a CUDA graph
+is captured.  So rows of x that are not aligned like those of a new tensor are copied first.
 
 Not covered here, and computed by `cpu.linear` (torch, on any device): float32 x, groups that are neither a multiple of
 32 columns nor the whole row, and weights of 2**31 words.
@@ -27,13 +30,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from llmq_kernels.w4a16 import configs, counters, cpu
+from llmq_kernels.w4a16 import chunks, configs, counters, cpu
 from llmq_kernels.w4a16.layout import TILE
 from llmq_kernels.w4a16.packed_weight import PackedWeight
 
 PLAIN_ROWS = 64
 DEQUANTIZED_ROWS = 32  # of W, per program
-GEMM_TILE = (128, 256)  # of cuBLAS, rows of x by rows of W; a chunk gives every multiprocessor at least one
+GRADIENT_BYTES = 1 << 28  # of dequantized weight at a time in the backward pass
+ALIGNMENT = 16  # what Triton distinguishes: bytes of addresses, elements of strides
 INDEX_LIMIT = 2**31
 
 
@@ -104,13 +108,52 @@ def linear_on(machine: Machine, x: Tensor, weight: PackedWeight[Tensor], bias: T
     if M and N:
         if weight.column_order is not None:
             rows = rows.index_select(1, weight.column_order)
-        elif rows.stride(1) != 1 or M * rows.stride(0) >= INDEX_LIMIT:
+        elif rows.stride(1) != 1:
             rows = rows.contiguous()
-        if M <= (machine.table.crossover if weight.bits == 4 else PLAIN_ROWS):
-            run_fused(_plan(machine, Product.of(M, weight, bias)), rows, weight, bias, out)
+        if M <= most_fused_rows(machine, weight):
+            run_fused(cached_plan(machine, Product.of(M, weight, bias)), aligned(rows), weight, bias, out)
         else:
             run_dequantized(machine, rows, weight, bias, out)
     return output
+
+
+def input_gradient(gradient: Tensor, weight: PackedWeight[Tensor]) -> Tensor:
+    """`cpu.input_gradient` with W dequantized to the dtype of `gradient` (..., N) -> (..., K), and products by cuBLAS.
+
+    Chunks of W are as large as GRADIENT_BYTES; for most weights there is one.  Products of several chunks are each
+    rounded to that dtype, and summed in float32.
+    """
+    N, K = weight.words.shape[0], weight.in_features
+    if not covers(gradient.dtype, weight) or gradient.numel() == 0:
+        return cpu.input_gradient(gradient, weight)
+    Y = gradient.reshape(-1, N)  # (M, N)
+    rows = min(N, max(1, GRADIENT_BYTES // (K * Y.element_size())))
+    W = torch.empty(rows, K, dtype=Y.dtype, device=Y.device)
+    total: Tensor | None = None  # (M, K)
+    with torch.cuda.device_of(gradient):  # Triton launches on the current device
+        for start in range(0, N, rows):
+            piece = W[: min(rows, N - start)]
+            dequantize(weight, piece, start)
+            product = Y[:, start : start + rows] @ piece
+            total = product if total is None else total.float().add_(product)
+    assert total is not None  # N > 0
+    if weight.column_order is not None:
+        total = torch.zeros_like(total).index_add_(1, weight.column_order, total)
+    return total.to(gradient.dtype).view(*gradient.shape[:-1], K)
+
+
+def most_fused_rows(machine: Machine, weight: PackedWeight[Tensor]) -> int:
+    """Up to this many rows of x, a fused kernel runs."""
+    return machine.table.crossover if weight.bits == 4 else PLAIN_ROWS
+
+
+def aligned(rows: Tensor) -> Tensor:
+    """rows (M, K) of contiguous columns, copied if their addresses are not aligned like those of a new tensor."""
+    M, K = rows.shape
+    strides_differ = M > 1 and (rows.stride(0) % ALIGNMENT == 0) != (K % ALIGNMENT == 0)
+    if rows.data_ptr() % ALIGNMENT or strides_differ or M * rows.stride(0) >= INDEX_LIMIT:
+        return rows.clone(memory_format=torch.contiguous_format)  # not `contiguous`, which may return the same memory
+    return rows
 
 
 def covers(dtype: torch.dtype, weight: PackedWeight[Tensor]) -> bool:
@@ -120,7 +163,8 @@ def covers(dtype: torch.dtype, weight: PackedWeight[Tensor]) -> bool:
 
 
 @functools.lru_cache(maxsize=1 << 14)
-def _plan(machine: Machine, product: Product) -> Plan:
+def cached_plan(machine: Machine, product: Product) -> Plan:
+    """The launch of the configuration in the machine's table."""
     return plan(machine.table.config(product.M, product.N, product.K), machine, product)
 
 
@@ -154,8 +198,8 @@ def run_fused(
     out: Tensor,
     workspace: Tensor | None = None,
     counts: Tensor | None = None,
-) -> None:
-    """rows (M, K) of contiguous columns -> out (M, N), contiguous.
+) -> Any:
+    """rows (M, K) of contiguous columns -> out (M, N), contiguous; returns the compiled kernel.
 
     workspace (splits, M, N) float32 and counts (output tiles,) int32, all zero, are made where they are not given.
     """
@@ -167,10 +211,11 @@ def run_fused(
         if counts is None:
             counts = counters.zeroed(plan.output_tiles, rows.device)
     words, zeros = weight.words, weight.zeros
-    plan.kernel[plan.grid](  # where there is no tensor, one that the kernel does not read takes its place
+    stride = rows.stride(0) if M > 1 else K  # of one row any stride is right: the one that is compiled
+    return plan.kernel[plan.grid](  # where there is no tensor, one that the kernel does not read takes its place
         rows, words, weight.scales, words if zeros is None else zeros, out if bias is None else bias, out,
         out if workspace is None else workspace, words if counts is None else counts,
-        M, N, K, rows.stride(0), **plan.constants,
+        M, N, K, stride, **plan.constants,
     )  # fmt: skip
 
 
@@ -180,7 +225,7 @@ def run_dequantized(
     """rows (M, K) times W, in chunks of rows of W, each rounded to x's dtype -> out (M, N)."""
     M, K = rows.shape
     N = out.shape[1]
-    chunk = min(N, _chunk_rows(machine, M, K * rows.element_size()))
+    chunk = chunks.rows_per_chunk(M, N, K * rows.element_size(), machine.processors, machine.table.chunk_bytes)
     W = torch.empty(chunk, K, dtype=rows.dtype, device=rows.device)
     for start in range(0, N, chunk):
         n = slice(start, min(start + chunk, N))
@@ -202,12 +247,3 @@ def dequantize(weight: PackedWeight[Tensor], out: Tensor, first_row: int) -> Non
         PLANES=weight.planes, HAS_ZEROS=zeros is not None, BITS=weight.bits, BLOCK_N=DEQUANTIZED_ROWS,
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
-
-
-def _chunk_rows(machine: Machine, M: int, row_bytes: int) -> int:
-    """Rows of W per chunk: what the L2 cache holds, or up to four times that to keep every multiprocessor busy."""
-    resident = machine.table.chunk_bytes // row_bytes
-    busy = machine.processors * GEMM_TILE[1] // -(-M // GEMM_TILE[0])
-    rows = max(resident, min(busy, 4 * resident), 1)
-    whole = 256 if rows > 256 else 16  # which the tiles of matrix products divide
-    return -(-rows // whole) * whole

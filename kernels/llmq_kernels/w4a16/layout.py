@@ -4,7 +4,8 @@ The planes are nested.  Column 64 + i lies eight bits above column i; within a b
 column i; and so on for each half.  So packing *folds* a tile: its right half is put over its left half, shifted by 8,
 then by 4, 2 and 1, until 8 b words are left for a plane of b bits.  Unpacking unfolds.  All but the first fold stay
 within bytes, so temporaries are uint8, and rows are processed in pieces: the memory used besides codes and words does
-not grow with the weight.
+not grow with the weight.  Pieces are small on a CPU, where they stay in cache, and large on a GPU, where launches cost
+more than memory.  A weight is checked once, after all pieces are queued, because reading a value waits for the GPU.
 """
 
 from functools import reduce
@@ -22,6 +23,7 @@ PLANES = {2: ((0, 2),), 3: ((0, 2), (2, 1)), 4: ((0, 4),), 8: ((0, 8),)}
 LOW_FIELDS = {1: 0x55, 2: 0x33, 4: 0x0F}  # the lower of each two fields of this many bits in a byte
 
 CODES_AT_ONCE = 1 << 20  # a few temporaries of 1 MB
+CODES_AT_ONCE_ELSEWHERE = 1 << 26  # on a GPU: a few of 64 MB
 
 
 def words_per_row(in_features: int, bits: int) -> int:
@@ -39,13 +41,16 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     if codes.dtype != torch.uint8 or codes.dim() != 2:
         raise KernelInputError(f"codes are {codes.dtype} {tuple(codes.shape)}, expected torch.uint8 (N, K)")
     N, K = codes.shape
-    T, rows = -(-K // TILE), _rows_at_once(K)
+    T, rows = -(-K // TILE), _rows_at_once(K, codes.device)
     words = torch.empty(N, words_per_row(K, bits), dtype=torch.int16, device=codes.device)
+    largest = [codes.new_zeros(())]  # per piece; on the device
     for piece, packed in zip(torch.split(codes, rows), torch.split(words, rows), strict=True):  # R rows
-        _refuse_large(piece, bits)
+        if piece.numel():
+            largest.append(piece.max())
         tiles = torch.nn.functional.pad(piece, (0, -K % TILE)).view(-1, T, TILE)  # (R, T, 128)
         planes = [_fold(tiles >> low & (1 << width) - 1, width) for low, width in PLANES[bits]]
         packed.copy_(torch.cat(planes, dim=2).flatten(1))
+    _refuse_large(int(torch.stack(largest).max()), bits)
     return words
 
 
@@ -60,7 +65,7 @@ def unpack(words: Tensor, bits: int, in_features: int) -> Tensor:
             f"words are {words.dtype} {tuple(words.shape)}, "
             f"expected torch.int16 (N, {width_of_row}) for {in_features} columns of {bits} bits"
         )
-    T, rows = -(-in_features // TILE), _rows_at_once(in_features)
+    T, rows = -(-in_features // TILE), _rows_at_once(in_features, words.device)
     codes = torch.empty(words.shape[0], in_features, dtype=torch.uint8, device=words.device)
     for packed, piece in zip(torch.split(words, rows), torch.split(codes, rows), strict=True):
         tiles = packed.reshape(-1, T, 8 * bits)
@@ -92,12 +97,12 @@ def _unfold(words: Tensor, width: int) -> Tensor:
     return halves.flatten(2)
 
 
-def _refuse_large(codes: Tensor, bits: int) -> None:
-    """A code that is too large would change the bits of its neighbours."""
-    largest = int(codes.max()) if codes.numel() else 0
+def _refuse_large(largest: int, bits: int) -> None:
+    """A code that is too large has changed the bits of its neighbours."""
     if largest >= 1 << bits:
         raise KernelInputError(f"a code is {largest}, expected at most {(1 << bits) - 1} for {bits} bits")
 
 
-def _rows_at_once(in_features: int) -> int:
-    return max(1, CODES_AT_ONCE // max(1, in_features))
+def _rows_at_once(in_features: int, device: torch.device) -> int:
+    codes = CODES_AT_ONCE if device.type == "cpu" else CODES_AT_ONCE_ELSEWHERE
+    return max(1, codes // max(1, in_features))

@@ -4,7 +4,8 @@
     LLMQ_W4A16_CONFIGS=my_gpu.json llmq generate ...
 
 For every shape (out_features x in_features) and number of rows, the search starts from the current configuration and
-changes one field at a time, keeping what is faster.  Times are those of a cold cache, as in a model, where a layer's
+some other promising ones, and changes one field at a time, keeping what is faster.  Weights are symmetric, as llmq
+writes them by default.  Times are those of a cold cache, as in a model, where a layer's
 weight was last read one token ago: calls rotate through copies of the weight that together hold three times the L2
 cache, in one CUDA graph; the figure is the median of its replays.  A candidate that does not compile, does not fit or
 is wrong is left out and reported.
@@ -62,12 +63,22 @@ def variants(config: configs.Config, rows: int) -> list[list[dict[str, Any]]]:
     ]
 
 
+def seeds(config: configs.Config, rows: int) -> list[dict[str, Any]]:
+    """Changes to try first, of several fields at once: the search, one field at a time, might not arrive there."""
+    if rows <= 16:  # fewer instructions per weight
+        return [{"block_n": 128, "warps": 4, "stages": 4, "ctas_per_sm": 3}]
+    if rows <= 64:  # two and four programs per multiprocessor
+        return [{"stages": stages, "ctas_per_sm": 2} for stages in (3, 4)]
+    small: dict[str, Any] = {"block_n": 64, "warps": 4, "stages": 3, "scale": "before", "prefetch": False}
+    return [{"block_m": 128, "ctas_per_sm": ctas, **small} for ctas in (0, 1, 2)]  # two programs per multiprocessor
+
+
 def search(start: configs.Config, rows: int, seconds: Seconds, deadline: float) -> Timed | None:
-    """The fastest that one pass over the fields finds from `start`; None where nothing ran in time."""
+    """The fastest that one pass over the fields finds from the best of `start` and `seeds`; None if nothing ran."""
     best: Timed | None = None
     tried: set[configs.Config] = set()
     nothing: list[dict[str, Any]] = [{}]
-    for changes in [nothing, *variants(start, rows)]:
+    for changes in [nothing, seeds(start, rows), *variants(start, rows)]:
         basis = start if best is None else best.config
         for change in changes:
             config = replace(basis, **change)
@@ -83,7 +94,9 @@ def search(start: configs.Config, rows: int, seconds: Seconds, deadline: float) 
 class Case:
     """One weight, in enough copies to exceed the L2 cache, and rows to multiply."""
 
-    def __init__(self, N: int, K: int, group: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, N: int, K: int, group: int, dtype: torch.dtype, device: torch.device, *, asymmetric: bool = False
+    ) -> None:
         self.N, self.K, self.machine = N, K, gpu.machine_of(device)
         G = -(-K // group)
         cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -91,7 +104,7 @@ class Case:
         codes = torch.randint(0, 16, (N, K), dtype=torch.uint8, device=device)
         words = [layout.pack(codes, 4).clone() for _ in range(copies)]
         scales = torch.rand(G, N, device=device).add_(0.5).mul_(0.01).to(dtype)
-        zeros = torch.randint(0, 16, (G, N), dtype=torch.int16, device=device)
+        zeros = torch.randint(0, 16, (G, N), dtype=torch.int16, device=device) if asymmetric else None
         self.weights = [PackedWeight(copy, scales, zeros, 4, K, group) for copy in words]
         self.dtype, self.device = dtype, device
 
@@ -184,7 +197,15 @@ def document(architecture: int, entry: dict[str, Any], measured: dict[str, Any])
     return json.dumps(content, indent=1) + "\n"
 
 
-def run(shapes: Sequence[str], rows: Sequence[int], group: int, dtype: torch.dtype, minutes: float) -> str:
+def run(
+    shapes: Sequence[str],
+    rows: Sequence[int],
+    group: int,
+    dtype: torch.dtype,
+    minutes: float,
+    *,
+    asymmetric: bool = False,
+) -> str:
     """Measure on the current CUDA device; the text of a file that LLMQ_W4A16_CONFIGS may name."""
     device = torch.device("cuda", torch.cuda.current_device())
     properties = torch.cuda.get_device_properties(device)
@@ -193,7 +214,7 @@ def run(shapes: Sequence[str], rows: Sequence[int], group: int, dtype: torch.dty
     fused, dequantized = dict.fromkeys(rows, 0.0), dict.fromkeys(rows, 0.0)
     for done, shape in enumerate(shapes):
         N, K = map(int, shape.split("x"))
-        case = Case(N, K, group, dtype, device)
+        case = Case(N, K, group, dtype, device, asymmetric=asymmetric)
         until = time.monotonic() + (deadline - time.monotonic()) / (len(shapes) - done)
         for index, M in enumerate(rows):
             share = time.monotonic() + (until - time.monotonic()) / (len(rows) - index)
@@ -209,6 +230,7 @@ def run(shapes: Sequence[str], rows: Sequence[int], group: int, dtype: torch.dty
         "date": datetime.date.today().isoformat(),
         "versions": {"torch": torch.__version__, "cuda": torch.version.cuda, "triton": _triton_version()},
         "group": group,
+        "asymmetric": asymmetric,
         "dtype": str(dtype).removeprefix("torch."),
     }
     most_rows = crossover(sorted(fused.items()), sorted(dequantized.items()))
@@ -231,11 +253,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS, help="numbers of rows of x")
     parser.add_argument("--group", type=int, default=128, help="columns per group")
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
+    parser.add_argument("--asymmetric", action="store_true", help="weights with zero points")
     parser.add_argument("--minutes", type=float, default=30, help="stop searching after this many minutes")
     chosen = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error("no CUDA device was found; tile sizes are measured on the GPU that will run them")
-    text = run(chosen.shapes, sorted(chosen.rows), chosen.group, getattr(torch, chosen.dtype), chosen.minutes)
+    text = run(
+        chosen.shapes, sorted(chosen.rows), chosen.group, getattr(torch, chosen.dtype), chosen.minutes,
+        asymmetric=chosen.asymmetric,
+    )  # fmt: skip
     chosen.output.write_text(text, encoding="utf-8")
 
 
