@@ -18,6 +18,7 @@ from bench.weights import TOLERANCES, poison, relative_error
 from llmq_kernels.gptq_block import torch_path
 from llmq_kernels.gptq_block.problem import Problem
 from llmq_kernels.w4a16 import gpu, layout, op, reference
+from llmq_kernels.w4a16.launches import Launches
 from llmq_kernels.w4a16.packed_weight import PackedWeight
 from llmq_kernels.w4a16_experts import gpu as experts_gpu
 from llmq_kernels.w4a16_experts import reference as experts_reference
@@ -86,8 +87,8 @@ def product(shape: Shape, dtype: torch.dtype, device: torch.device, repeats: int
     x = torch.randn(shape.M, shape.K, device=device).to(dtype)
     exact = product_in_float64(x, weight, bias)
     poison(exact.shape, dtype, device)
-    first = multiply(x, weight, bias)
-    same = all_same(first, lambda: multiply(x, weight, bias), repeats)
+    first, launches = multiply(x, weight, bias), Launches()
+    same = all_same(first, lambda: multiply(x, weight, bias, launches), repeats)
     error = relative_error(first, exact)
     return judged(error, TOLERANCES[dtype], same)
 
@@ -99,9 +100,9 @@ def product_in_float64(x: Tensor, weight: PackedWeight[Tensor], bias: Tensor | N
     return X @ W.T if bias is None else X @ W.T + bias.double()
 
 
-def multiply(x: Tensor, weight: PackedWeight[Tensor], bias: Tensor | None) -> Tensor:
-    """The op on a GPU; on a CPU the GPU's kernel, interpreted."""
-    return op.linear(x, weight, bias) if x.is_cuda else gpu.linear(x, weight, bias)
+def multiply(x: Tensor, weight: PackedWeight[Tensor], bias: Tensor | None, launches: Launches | None = None) -> Tensor:
+    """The op on a GPU, as a layer calls it if there are `launches`; on a CPU the GPU's kernel, interpreted."""
+    return op.linear(x, weight, bias, launches) if x.is_cuda else gpu.linear(x, weight, bias)
 
 
 def assembly(dtype: torch.dtype, device: torch.device) -> Result:
@@ -143,14 +144,14 @@ def on_two_streams(repeats: int) -> Result:
     device = torch.device("cuda")
     weight, bias = make_weight(SHAPES[0], torch.float16, device)
     inputs = [torch.randn(1, weight.in_features, device=device).half() for _ in range(2)]
-    expected = [multiply(x, weight, bias) for x in inputs]
+    expected, launches = [multiply(x, weight, bias) for x in inputs], Launches()
     streams = [torch.cuda.Stream() for _ in inputs]
     torch.cuda.synchronize()
     outputs: list[list[Tensor]] = [[], []]
     for _ in range(repeats):
         for index, stream in enumerate(streams):
             with torch.cuda.stream(stream):
-                outputs[index].append(multiply(inputs[index], weight, bias))
+                outputs[index].append(multiply(inputs[index], weight, bias, launches))
     torch.cuda.synchronize()
     differing = sum(not torch.equal(y, expected[i]) for i in range(2) for y in outputs[i])
     return {"differing": differing, "wrong": differing > 0, "summary": f"{differing} of {2 * repeats} calls differ"}

@@ -30,7 +30,7 @@ COUNTERS = {
     "memory": "dram__throughput.avg.pct_of_peak_sustained_elapsed",
     "warps": "sm__warps_active.avg.pct_of_peak_sustained_active",
 }
-PROFILER, PROFILER_SECONDS = "ncu", 45.0
+PROFILER, PROFILER_SECONDS = "ncu", 30.0
 PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy", "gemlite", "torchao")
 REPEATS = 20
 

@@ -81,7 +81,7 @@ class Plan:
     disk_bytes: int
 
 
-TUNED_ROWS = (1, 16, 64, 256, 512)  # each also for fewer rows; the crossover is one of them
+TUNED_ROWS = (1, 16, 64, 128, 256, 512)  # each also for fewer rows; the crossover is one of them
 FIRST, REST = (1, 16, 64, 256, 2048), (2, 4, 8, 32, 128, 512, 1024)
 BFLOAT, HALF = "bfloat16", "float16"
 DIMENSIONS_8B = Llama(hidden=4096, intermediate=14336, heads=32, key_heads=8, vocabulary=128_256, blocks=32)

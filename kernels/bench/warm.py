@@ -85,8 +85,7 @@ def candidates(plan: Plan, device: torch.device) -> Iterator[Task]:
     for N, K in campaign.layers.values():
         for M in TUNED_ROWS:
             start = machine.table.config(M, N, K)
-            for change in ({}, *tune.seeds(start, M)):
-                config = replace(start, **change)
+            for config in dict.fromkeys(replace(start, **change) for change in ({}, *tune.seeds(start, M))):
                 yield f"{N} x {K}, {M} rows, {config}", partial(candidate, N, K, M, campaign, config, device)
 
 

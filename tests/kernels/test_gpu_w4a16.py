@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llmq_kernels.w4a16 import configs, counters, gpu, op, reference
+from llmq_kernels.w4a16.launches import Launches
 from tests.kernels.cases import grouped, in_numpy, weight_in
 from tests.kernels.test_w4a16 import arguments, weight_of
 
@@ -135,6 +136,54 @@ def test_two_streams_do_not_disturb_each_other() -> None:
                 results.append(op.w4a16_linear(**case))
     torch.cuda.synchronize()
     assert all(torch.equal(y, expected) for y in results)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("extras", [False, True], ids=["least", "all"])
+def test_kept_launches_give_the_same_bits(extras: bool, dtype: torch.dtype) -> None:
+    """Also in other streams, in a graph, for views of x, and after the weight has moved to other memory."""
+    launches = Launches()
+    for M in (1, 3, 16, 17, 64, 300):
+        case = on_gpu(M, 1024, 2048, group=128, bias=extras, ordered=extras, symmetric=not extras, dtype=dtype)
+        expected = op.w4a16_linear(**case)
+        weight, x, bias = weight_in(case), case["x"], case["bias"]
+        wide = torch.cat([x, x], dim=1)
+        with torch.inference_mode():
+            for _ in range(3):
+                assert torch.equal(op.linear(x, weight, bias, launches), expected)
+                assert torch.equal(op.linear(wide[:, :2048], weight, bias, launches), expected)
+            torch.cuda.synchronize()
+            with torch.cuda.stream(torch.cuda.Stream()):
+                assert torch.equal(op.linear(x, weight, bias, launches), expected)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                y = op.linear(x, weight, bias, launches)
+            y.fill_(torch.nan)
+            graph.replay()
+            assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_x_at_any_address_gives_the_same_bits(dtype: torch.dtype) -> None:
+    case = on_gpu(5, 256, 1024, group=128, dtype=dtype)
+    expected = op.w4a16_linear(**case)
+    for offset in (1, 4, 8):
+        moved = torch.empty(5 * 1024 + offset, dtype=dtype, device="cuda")[offset:].view(5, 1024).copy_(case["x"])
+        assert torch.equal(op.w4a16_linear(**{**case, "x": moved}), expected)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("ordered", [False, True], ids=["natural", "ordered"])
+def test_gradient_of_x_is_outgoing_gradient_times_weight(ordered: bool, dtype: torch.dtype) -> None:
+    case = on_gpu(33, 777, 1096, group=32, ordered=ordered, dtype=dtype)
+    case["x"].requires_grad_()
+    y = op.w4a16_linear(**case)
+    outgoing = torch.randn_like(y)
+    y.backward(outgoing)
+    expected = torch.from_numpy(outgoing.double().cpu().numpy() @ weight_of(in_numpy(case)))
+    difference = (case["x"].grad.double().cpu() - expected).norm() / expected.norm()
+    assert case["x"].grad.dtype == dtype
+    assert float(difference) < 2 * LIMIT[dtype]  # the weight is rounded, too
 
 
 def test_graphs_replay_at_the_same_time() -> None:

@@ -1,9 +1,11 @@
 """Launches that a layer keeps: which calls use them, and that they get the same arguments as a first call."""
 
 import copy
+import os
 import pickle
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -148,6 +150,14 @@ def test_other_memory_in_the_same_tensor_is_a_first_call(kernel: Kernel) -> None
     assert (len(kernel.first), len(kernel.again)) == (3, 0)
 
 
+def test_arrays_of_a_layer_are_not_kept_alive(kernel: Kernel) -> None:
+    (weight, bias), launches = layer(bias=True), Launches()
+    op._eagerly_on_gpu(rows(1), weight, bias, launches)
+    held = [weakref.ref(array) for array in (weight.words, weight.scales, weight.zeros, bias)]
+    del weight, bias
+    assert [reference() for reference in held] == [None] * 4
+
+
 def test_copies_start_empty(kernel: Kernel) -> None:
     (weight, bias), launches = layer(), Launches()
     op._eagerly_on_gpu(rows(1), weight, bias, launches)
@@ -173,6 +183,4 @@ def test_launch_benchmark_runs() -> None:
 
 def _compiling() -> dict[str, str]:
     """The environment without Triton's interpreter."""
-    import os
-
     return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

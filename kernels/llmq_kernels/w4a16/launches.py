@@ -16,6 +16,7 @@ Counters and workspaces are those of `gpu.run_fused`.  Addresses are passed as n
 otherwise ask the driver about each of them.
 """
 
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -44,7 +45,8 @@ class Launches:
     """Starts empty, and so does a copy: compiled kernels belong to a process."""
 
     def __init__(self) -> None:
-        self._arrays: tuple[Any, ...] = ()
+        # The arrays of the layer, as weak references: a layer that moves to another device frees its memory here.
+        self._arrays: tuple[Callable[[], Tensor | None], ...] = (_none,) * 5
         self._addresses: tuple[Any, ...] = ()
         self._kept: dict[tuple[int, torch.dtype, torch.device], Launch] = {}
 
@@ -87,19 +89,18 @@ class Launches:
         compiled = gpu.run_fused(plan, rows, weight, bias, out.view(M, N))
         if compiled is not None:  # Triton's interpreter compiles nothing
             if not self._same(weight, bias):
-                self._arrays, self._addresses, self._kept = _arrays(weight, bias), _addresses(weight, bias), {}
+                self._arrays, self._addresses, self._kept = _references(weight, bias), _addresses(weight, bias), {}
             self._kept[M, x.dtype, x.device] = _launch(plan, compiled, weight, bias)
         return out
 
     def _same(self, weight: PackedWeight[Tensor], bias: Tensor | None) -> bool:
-        arrays = self._arrays
+        words, scales, zeros, column_order, same_bias = self._arrays
         return (
-            len(arrays) > 0
-            and arrays[0] is weight.words
-            and arrays[1] is weight.scales
-            and arrays[2] is weight.zeros
-            and arrays[3] is weight.column_order
-            and arrays[4] is bias
+            words() is weight.words
+            and scales() is weight.scales
+            and zeros() is weight.zeros
+            and column_order() is weight.column_order
+            and same_bias() is bias
             and self._addresses == _addresses(weight, bias)
         )
 
@@ -119,8 +120,13 @@ def _launch(plan: gpu.Plan, compiled: Any, weight: PackedWeight[Tensor], bias: T
     return Launch(compiled[plan.grid], addresses, sizes + constants, plan.splits, plan.output_tiles)
 
 
-def _arrays(weight: PackedWeight[Tensor], bias: Tensor | None) -> tuple[Any, ...]:
-    return weight.words, weight.scales, weight.zeros, weight.column_order, bias
+def _none() -> None:
+    """Refers to an array that a layer does not have."""
+
+
+def _references(weight: PackedWeight[Tensor], bias: Tensor | None) -> tuple[Callable[[], Tensor | None], ...]:
+    arrays = (weight.words, weight.scales, weight.zeros, weight.column_order, bias)
+    return tuple(_none if array is None else weakref.ref(array) for array in arrays)
 
 
 def _addresses(weight: PackedWeight[Tensor], bias: Tensor | None) -> tuple[Any, ...]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmq_kernels.w4a16.gpu import aligned
 from llmq_kernels.w4a16.packed_weight import PackedWeight
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -61,8 +62,7 @@ def experts(
     out = x.new_empty(P, N)
     if P == 0 or N == 0:
         return out
-    if x.stride(1) != 1:
-        x = x.contiguous()
+    x = aligned(x if x.stride(1) == 1 else x.contiguous())
     tiles = tiles or tiles_for(P, E)
     constants = {
         "PLANES": weight.planes,
