@@ -13,7 +13,7 @@ sizes for this GPU, and the later sections use them.  Kernels are compiled in th
 
 Each section runs in a separate process: if it hangs or loses the GPU, it is restarted after the case that failed.
 Results are written to <gpu>-<date>.json as soon as they are measured.  A missing competitor, sanitizer or profiler is
-recorded, and is no error.  The exit code is 1 if anything was wrong.  `scripts/docs.py` makes tables of the results.
+recorded, and is not an error.  The exit code is 1 if anything was wrong.  `scripts/docs.py` makes tables of them.
 """
 
 import argparse

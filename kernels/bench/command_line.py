@@ -3,7 +3,7 @@
 Every method runs on the device and, as the reference, most on the CPU, all at the same time; seconds are those of a
 busy machine.  All results are evaluated on the same held-out text.  The KL divergence to the original may differ from
 that of the reference by LARGEST_DIFFERENCE: sums in another order move some codes, which changes little.  A reference
-that does not finish in time is reported, and is no error.
+that does not finish in time is reported, and is not an error.
 """
 
 import importlib.util
@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ LARGEST_ERROR = 2e-2  # of logits on the device against those on the CPU, relati
 PROMPT = "def read_lines(path):"
 SHARE_OF_QUANTIZING = 0.8  # of the section's time
 REPORTED_EVERY = 15.0  # seconds
+DOCUMENTS_PER_SAMPLE = 4  # of calibration text; tokenizing all of it would take longer than quantizing
 REFERENCE, SEQLEN = "cpu", 256
 
 
@@ -37,7 +39,7 @@ def measure(plan: Plan, session: Session) -> None:
     """Cases: text; quantize METHOD-DEVICE; eval; METHOD against the CPU; load, generate."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        texts = session.run("text", partial(write_texts, folder, plan.quantized_characters))
+        texts = session.run("text", partial(write_texts, folder, plan))
         if texts is None:
             return
         until = time.monotonic() + SHARE_OF_QUANTIZING * session.seconds_left
@@ -57,13 +59,16 @@ def measure(plan: Plan, session: Session) -> None:
             session.run("generate", partial(generated, one, plan.device))
 
 
-def write_texts(folder: Path, characters: int) -> Result:
-    """Calibration and held-out text from the standard library of the running Python."""
+def write_texts(folder: Path, plan: Plan) -> Result:
+    """Calibration and held-out text from the standard library of the running Python, as much as is needed."""
     spec = importlib.util.spec_from_file_location("stdlib_text", ROOT / "scripts" / "stdlib_text.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    calibration, held_out = module.write_texts(folder / "text", evaluation_characters=characters)
+    calibration, held_out = module.write_texts(folder / "text", evaluation_characters=plan.quantized_characters)
+    with calibration.open(encoding="utf-8") as lines:
+        documents = list(islice(lines, DOCUMENTS_PER_SAMPLE * plan.quantized_samples))
+    calibration.write_text("".join(documents), encoding="utf-8")
     return {"files": [calibration.name, held_out.name], "summary": f"{calibration.name}, {held_out.name}"}
 
 
