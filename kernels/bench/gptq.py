@@ -39,8 +39,8 @@ STEPS = (
     ("compare with nearest", "llmq.algorithms.gptq:without_worse_rows"),
     ("target", "llmq.algorithms.target:choose"),
     ("descent", "llmq.algorithms.descent:refine"),
-    ("refit", "llmq.algorithms.refit:refine"),
-    ("judge", "llmq.steps.round_group:validation_loss"),
+    ("tune block", "llmq.steps.block_tuning:tune"),
+    ("judge", "llmq.algorithms.validation_loss:ValidationLoss.of"),
     ("report", "llmq.pipeline:layer_report"),
     ("save", "llmq.checkpoint.writer:Writer.commit"),
 )
@@ -52,7 +52,6 @@ PACK = "pack"
 TUNING_STEPS = (
     ("step", "llmq.steps.end_to_end.session:Session._descend"),
     ("validate", "llmq.steps.end_to_end.session:Session._validate"),
-    ("teacher", "llmq.steps.end_to_end.session:Session._teacher_states"),
     ("adopt", "llmq.steps.end_to_end.session:Session.adopt"),
 )
 TARGET_SECONDS = 60.0
@@ -74,7 +73,7 @@ def measure(plan: Plan, session: Session) -> None:
 def few_blocks(plan: Plan, session: Session, device: torch.device, method: str) -> Result:
     """Every step on a few blocks, without the first, a warm-up, and the last, which no forward follows.
 
-    Token weights, where the method has them, are measured on these blocks before the first, and shown separately.
+    Fisher information, where the method needs it, is measured on these blocks before the first, and shown separately.
     """
     stopwatch, stages = Stopwatch(partial(now, device)), QuantConfig(method=method).stages
     with tempfile.TemporaryDirectory() as folder:
@@ -104,7 +103,7 @@ def few_blocks(plan: Plan, session: Session, device: torch.device, method: str) 
         "of_blocks": plan.llama.blocks, "tokens": plan.windows * plan.tokens, "steps": steps, "floors": floors,
         "first_block": dict(blocks[0]), "not_watched": missing, "seconds": total,
         "expected_seconds": sum(steps.values()), "peak_memory_bytes": peak,
-        "preparation_seconds": prepared if stages.token_weights else None,
+        "preparation_seconds": prepared if stages.needs_fisher else None,
         "summary": f"{total:.1f} s for {plan.llama.blocks} blocks, extrapolated from {len(counted)}",
     }  # fmt: skip
 
@@ -113,7 +112,7 @@ def few_steps(plan: Plan, device: torch.device) -> Result:
     """Seconds per step and memory of end-to-end tuning over `plan.tuned_blocks` blocks, on a part of the text."""
     stages = QuantConfig(method="balanced").stages
     assert stages.tuning is not None
-    short = replace(stages.tuning, steps=plan.tuning_steps, written=0)
+    short = replace(stages.tuning, steps=plan.tuning_steps)
     reports: list[TuningReport] = []
 
     def note(event: Event) -> None:
@@ -121,7 +120,7 @@ def few_steps(plan: Plan, device: torch.device) -> Result:
             reports.append(event)
 
     with tempfile.TemporaryDirectory() as folder:
-        method: Method = replace(stages, token_weights=False, refinements=(), tuning=short)
+        method: Method = replace(stages, token_weights=False, refinements=(), block_tuning=None, tuning=short)
         some = replace(plan, windows=min(plan.windows, 16))
         run = random_run.prepare(some, Path(folder), plan.tuned_blocks, device, method, note)
         forward(run.skeleton, partial(pipeline.quantize_block, run))

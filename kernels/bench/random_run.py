@@ -18,8 +18,9 @@ from llmq.model.passes.hidden_states import Storage
 from llmq.model.passes.recorded_calls import RecordedCalls
 from llmq.model.passes.streams import Stream, Streams, Text
 from llmq.report.events import OnEvent, ignore
-from llmq.steps import layer_plans, token_weights
-from llmq.steps.run import Run, TuningRun
+from llmq.steps import fisher_information, layer_plans
+from llmq.steps.fisher_information import FisherInformation
+from llmq.steps.run import Run
 
 SEED = 0
 
@@ -27,7 +28,7 @@ SEED = 0
 def prepare(
     plan: Plan, folder: Path, blocks: int, device: torch.device, method: Method, on_event: OnEvent = ignore
 ) -> Run:
-    """The run of `method` with the default scheme and format; token weights are measured if the method has them."""
+    """The run of `method` with the default scheme and format; Fisher information is measured if the method needs it."""
     dtype, settings = activation_dtype(device), QuantConfig()
     model = random_model.on_meta(random_model.configuration(plan.llama, blocks), dtype, device)
     tensors = random_model.RandomTensors(model, device)
@@ -37,11 +38,12 @@ def prepare(
     shapes = [(path, linear.out_features, linear.in_features) for path, linear in linears.items()]
     plans = dict(zip(linears, layer_plans.plan_layers(shapes, settings, layout), strict=True))
     schemes = {path: planned.scheme.weights for path, planned in plans.items() if planned.scheme.weights is not None}
-    calls, streams, tuning = _text(plan, skeleton, method, device)
+    streams, fisher = _text(plan, skeleton, method, device)
     return Run(
         skeleton=skeleton,
         streams=streams,
-        tuning=TuningRun(tuning, calls, SEED) if method.tuning is not None else None,
+        seed=SEED,
+        fisher=fisher,
         plans=plans,
         method=method,
         options=algorithms.Options(layout.scale_dtype(dtype), settings.order, settings.scales, settings.damping),
@@ -52,22 +54,24 @@ def prepare(
     )
 
 
-def _text(plan: Plan, skeleton: Skeleton, method: Method, device: torch.device) -> tuple[RecordedCalls, Streams, Text]:
-    """The recorded calls of the blocks, the streams of the calibration text, and the text of tuning."""
+def _text(
+    plan: Plan, skeleton: Skeleton, method: Method, device: torch.device
+) -> tuple[Streams, FisherInformation | None]:
+    """The streams of the calibration text, and its Fisher information."""
     tokens = torch.randint(plan.llama.vocabulary, (plan.windows, plan.tokens))
     validation = min(math.ceil(method.validation * plan.windows), plan.windows - 1)
     text = Text(tokens, max(1, TOKENS_PER_BATCH // plan.tokens), validation)
     calls, storage = RecordedCalls(skeleton), Storage(device)
-    compares, tunes = bool(method.alphas), method.tuning is not None
-    weights = token_weights.measure(skeleton, tokens, SEED, calls) if method.token_weights else None
+    tunes = method.tuning is not None or method.block_tuning is not None
+    compares = bool(method.alphas) or tunes
+    fisher = fisher_information.measure(skeleton, tokens, SEED, calls) if method.needs_fisher else None
     streams = Streams(
         quantized=Stream(skeleton, text, calls, storage, "quantized", to_the_end=False),
         floats=Stream(skeleton, text, calls, storage, "float", to_the_end=tunes) if compares else None,
-        token_weights=weights,
+        token_weights=fisher.token_weights if fisher is not None and method.token_weights else None,
         memory=_memory(device),
     )
-    at_once = max(1, method.tuning.tokens // plan.tokens) if method.tuning is not None else 1
-    return calls, streams, Text(tokens, min(at_once, plan.windows - 1), max(1, validation))
+    return streams, fisher
 
 
 def _memory(device: torch.device) -> int:

@@ -112,7 +112,7 @@ def test_a_random_run_has_what_its_method_needs(tmp_path: Path) -> None:
     assert [s is not None and s.floats is not None for s in streams.values()] == [False, True, True]
     assert [s is not None and s.token_weights is not None for s in streams.values()] == [False, False, True]
     assert [s.text.validation for s in streams.values() if s is not None] == [0, 1, 1]
-    assert [run.tuning is not None for run in prepared.values()] == [False, False, True]
+    assert [run.fisher is not None for run in prepared.values()] == [False, False, True]
     assert find("llmq.formats.codecs.bit_packing:pack") is not None
 
 
