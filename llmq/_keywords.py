@@ -24,6 +24,7 @@ class Keywords(TypedDict, total=False):
     order: Literal["activation", "natural"] | None
     scales: Literal["searched", "minmax"] | None
     damping: float | None
+    keep_grid: bool | None
     rotate: bool | None
     quantize_head: bool | None
     calibration: str | Path | Sequence[str | Path] | None

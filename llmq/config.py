@@ -201,6 +201,11 @@ class QuantConfig(Settings):
         description="Added to the diagonal of GPTQ's Hessian, as a fraction of its mean. Raise it to 0.05 if there is "
         "little calibration text.",
     )  # fmt: skip
+    keep_grid: Annotated[bool, Setting(flag="--keep-grid/--no-keep-grid")] = Field(
+        default=True,
+        description="Store weights that already lie on a grid, because they were trained for it or dequantized, on "
+        "that grid without a second rounding, wherever the format can hold it. --dry-run shows which layers these are.",
+    )
     rotate: bool = Field(
         default=False,
         description="Rotate the channels of each attention head to remove outliers. Each block keeps its rotation only "

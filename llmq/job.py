@@ -116,6 +116,7 @@ class Job:
         start = time.monotonic()
         if not self._overwrite:
             Writer.require_free(self.out)  # checked before the text is read
+        self.report.notes += self.plan.grid_notes
         for name in self.plan.outside():  # the tensors of a block are checked when the block is read
             require_finite(name, self.plan.checkpoint.tensor(name))
         calibration_set = self._read_text(on_event)
@@ -220,6 +221,7 @@ class Job:
             reader=plan.layout.read_config(plan.quantization_config()),
             writer=writer,
             on_event=collect,
+            keep_grid=plan.settings.keep_grid,
         )
 
     def _streams(self, text: Text, writer: Writer, calls: RecordedCalls, fisher: FisherInformation | None) -> Streams:

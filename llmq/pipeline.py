@@ -9,6 +9,7 @@
 `quantize_model` is the whole run: every block, then the head, then tuning of all blocks together, then saving.
 `quantize_block` is the whole story of one block:
 
+    keep grids          weights that already lie on a grid are stored on it, and no later stage changes them
     transform           rewrite the float block into an equal one with less quantization error (scales, rotations)
     collect statistics  run the calibration text up to the group, and sum up its inputs (the Hessian)
     quantize            round the weights to codes and scales; later groups get inputs from the quantized weights
@@ -27,11 +28,12 @@ their maths, `methods.py` says which stages a method consists of.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from llmq.algorithms import Rounding
 from llmq.memory import PROBE_TOKENS
 from llmq.model.analyse import input_groups
 from llmq.model.analyse.input_groups import InputGroup
@@ -41,7 +43,7 @@ from llmq.model.passes.sequential import Sequential
 from llmq.numerics.input_stats import InputStats
 from llmq.report.layer_metrics import as_experts, layer_report
 from llmq.report.record import BlockReport, LayerReport, StageGain
-from llmq.steps import block_tuning
+from llmq.steps import block_tuning, existing_grids
 from llmq.steps.end_to_end import tune_end_to_end
 from llmq.steps.lm_head import quantize_head
 from llmq.steps.round_group import Rounded, round_group
@@ -66,6 +68,7 @@ class BlockResult:
     reports  one per quantized layer
     notes    what the user should know
     gains    what transforms and block tuning have gained
+    kept     by path, the weights that already lie on a grid
     """
 
     layers: dict[str, Rounded] = field(default_factory=dict)
@@ -73,6 +76,7 @@ class BlockResult:
     reports: list[LayerReport] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     gains: list[StageGain] = field(default_factory=list)
+    kept: Mapping[str, Rounding] = field(default_factory=dict)
 
 
 def quantize_block(run: Run, block: Block) -> None:
@@ -86,13 +90,14 @@ def quantize_block(run: Run, block: Block) -> None:
     if run.writer.has(block.index):
         restore_block(run, block)
         return
+    result.kept = existing_grids.kept_in(run, block)
     if run.streams is None:  # no calibration text: every layer is a separate group, without statistics
         for path, linear in block.linears.items():
             quantize_group(run, block, result, InputGroup((path,), linear.in_features), None)
     else:
         groups = input_groups.input_groups(block, run.streams.quantized.sample(PROBE_TOKENS))
         if run.method.transforms:
-            result.notes, result.gains = transform_block(run, block, groups)
+            result.notes, result.gains = transform_block(run, block, groups, result.kept)
         with Sequential(block, groups, run.streams) as forwards:
             forwards.run(lambda group, stats: quantize_group(run, block, result, group, stats))
             tune_and_advance(run, block, result, forwards)
@@ -105,12 +110,14 @@ def quantize_block(run: Run, block: Block) -> None:
 
 def quantize_group(run: Run, block: Block, result: BlockResult, group: InputGroup, stats: InputStats | None) -> None:
     """Quantize and pack the weights that share an input, and put the quantized weights into the block."""
-    if stats is not None and stats.tokens == 0:
-        result.notes.append(f"{', '.join(group.names)}: kept in float, no calibration token reached them")
-        return
-    weights = {path: block.weight(path) for path in group.names}
-    schemes = {path: run.plans[path].scheme.weights for path in group.names}
-    for layer in round_group(weights, schemes, stats, run.method, run.options):
+    layers = [Rounded(path, block.weight(path), result.kept[path]) for path in group.names if path in result.kept]
+    weights = {path: block.weight(path) for path in group.names if path not in result.kept}
+    if weights and stats is not None and stats.tokens == 0:
+        result.notes.append(f"{', '.join(weights)}: kept in float, no calibration token reached them")
+    elif weights:
+        schemes = {path: run.plans[path].scheme.weights for path in weights}
+        layers += round_group(weights, schemes, stats, run.method, run.options)
+    for layer in layers:
         dequantized = layer.rounding.quantized.dequantize()
         block.set_weight(layer.path, dequantized)
         packed = run.pack(layer.path, layer.rounding.quantized)
@@ -120,7 +127,7 @@ def quantize_group(run: Run, block: Block, result: BlockResult, group: InputGrou
         run.on_event(report)
         result.reports.append(report)
         result.tensors |= packed
-        if run.method.block_tuning is not None:
+        if run.method.block_tuning is not None and layer.path not in result.kept:
             result.layers[layer.path] = layer
 
 

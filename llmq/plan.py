@@ -5,6 +5,7 @@ the plan again for other settings of the same model: `--target-bits` uses it to 
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,8 @@ from llmq.patterns import matches
 from llmq.runtime.checkpoint_weights import quantization_settings
 from llmq.runtime.load import choose_device, stored_dtype
 from llmq.runtime.open_skeleton import open_skeleton, stored_bytes
-from llmq.steps import layer_plans, left_in_float, output_layout
+from llmq.steps import existing_grids, layer_plans, left_in_float, output_layout
+from llmq.steps.existing_grids import Sighting
 from llmq.steps.linear_names import holds_matrix
 
 
@@ -121,6 +123,19 @@ class Plan:
             if isinstance(config.get("text_config"), dict):
                 config["text_config"] = {**config["text_config"], "tie_word_embeddings": False}
         return config
+
+    @functools.cached_property
+    def existing_grids(self) -> Mapping[str, Sighting]:
+        """The linear layers whose weights already lie on a grid, by path, from a few rows of each."""
+        if not self.settings.keep_grid:
+            return {}
+        return existing_grids.look(self.skeleton, self.checkpoint, self.layers, self.options.scale_dtype)
+
+    @functools.cached_property
+    def grid_notes(self) -> list[str]:
+        """What happens with weights that already lie on a grid, and which settings would store them without error."""
+        places = existing_grids.Places(self.settings, self.layout, self.model_dtype, self.checkpoint)
+        return existing_grids.notes(self.existing_grids, self.layers, places)
 
     def left(self) -> dict[str, str]:
         """Every weight with two or more dimensions that is kept in float, and the reason."""

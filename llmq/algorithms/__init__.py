@@ -41,15 +41,17 @@ class Options:
 class Rounding:
     """A quantized weight.
 
-    damping  that the factorisation needed; None where there was no factorisation
-    notes    for the user
-    loss     (N,) float32, `output_error` of each row; None where the stage did not compute it
+    damping        that the factorisation needed; None where there was no factorisation
+    notes          for the user
+    loss           (N,) float32, `output_error` of each row; None where the stage did not compute it
+    existing_grid  the grid that the weight already lay on, if its codes were taken over and not computed; else ""
     """
 
     quantized: QuantizedTensor
     damping: float | None = None
     notes: tuple[str, ...] = ()
     loss: Tensor | None = None
+    existing_grid: str = ""
 
     def rows(self, start: int, stop: int) -> "Rounding":
         """Rows `start` to `stop` (out_features): one of several weights that were quantized as one stack."""

@@ -12,14 +12,14 @@ It is also linear in all d and dmin of a row together.  These are solved for lik
 
 with a row of B for each d (sc q, zero outside of its superblock) and each dmin (-m), P = 2 K / 256.  They are rounded
 to float16 before the change of the loss is computed.  A row is accepted only where its loss falls, after both of the
-steps.  The first product gives g, which all losses follow from: g is kept up to date, and the loss is g δᵀ.
+steps.  The first product gives g, which all losses follow from: g is kept up to date, and the loss is g δᵀ.  In Q4_1 a
+superblock is one sub-block, and its integers are always 1.
 """
 
 import torch
 from torch import Tensor
 
 from llmq.algorithms import Options, ridge
-from llmq.numerics.gguf_types import SUPERBLOCK
 from llmq.numerics.k_quant_grid import LARGEST, LARGEST_SIGNED, LOWEST_SIGNED
 from llmq.numerics.quantized_tensor import QuantizedTensor, Superblocks, where
 
@@ -29,7 +29,9 @@ ELEMENTS_AT_ONCE = 1 << 24  # of the systems (P, P) and of the products (K,) of 
 def refine(target: Tensor, quantized: QuantizedTensor, hessian: Tensor, options: Options) -> QuantizedTensor:
     """See `RefinementStage`; `quantized` is on a two-level grid."""
     difference = target - quantized.dequantize()
-    gradient = difference @ hessian  # (N, K)
+    gradient, grid = difference @ hessian, _parts(quantized)  # (N, K)
+    if grid.sc.shape == grid.d.shape:
+        return _with_other_shared(quantized, gradient, hessian)
     moved, moved_gradient = _with_other_integers(quantized, gradient, hessian)
     moved_difference = target - moved.dequantize()
     lower = _loss(moved_gradient, moved_difference) < _loss(gradient, difference)
@@ -49,7 +51,7 @@ def _with_other_integers(
     """One pass over the sub-blocks: first the sc and then the m of each.  Returns the gradient after it, too."""
     grid, codes = _parts(quantized), _steps(quantized)
     width = quantized.scheme.columns_per_group(codes.shape[1])
-    per_superblock = SUPERBLOCK // width
+    per_superblock = grid.sc.shape[1] // grid.d.shape[1]
     d = grid.d.to(torch.float32)
     sc, m = grid.sc.to(torch.float32), None if grid.m is None else grid.m.to(torch.float32)
     gradient = gradient.clone()
@@ -102,31 +104,31 @@ def _with_other_shared(quantized: QuantizedTensor, gradient: Tensor, hessian: Te
 
 
 def _solved(quantized: QuantizedTensor, gradient: Tensor, hessian: Tensor) -> Tensor:
-    """New d and dmin, (N, P) float32, of float16 precision; the old number where there is no solution above zero."""
+    """New d and dmin, (N, P) float32, of float16 precision; the old number where no solution has the same sign."""
     grid, groups = _parts(quantized), quantized.column_groups()
     old = grid.shared()  # (N, P)
     bases = [_steps(quantized) * grid.sc.to(torch.float32)[:, groups]]  # (N, K) each
     if grid.m is not None:
         bases.append(-grid.m.to(torch.float32)[:, groups])
-    A, r = _normal_equations(bases, gradient, hessian)
+    A, r = _normal_equations(bases, gradient, hessian, grid.d.shape[1])
     fitted = old + ridge.solve(A, r)  # the old number where every code, or every m, is zero
-    fitted = torch.where(torch.isfinite(fitted) & (fitted > 0), fitted, old)
+    fitted = torch.where(torch.isfinite(fitted) & (fitted * old > 0), fitted, old)
     fitted = grid.with_shared(fitted).shared()
     return torch.where((ridge.change(A, r, fitted - old) < 0)[:, None], fitted, old)
 
 
-def _normal_equations(bases: list[Tensor], gradient: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
-    """A = B H Bᵀ (N, P, P) and r = g Bᵀ (N, P)."""
+def _normal_equations(bases: list[Tensor], gradient: Tensor, hessian: Tensor, S: int) -> tuple[Tensor, Tensor]:
+    """A = B H Bᵀ (N, P, P) and r = g Bᵀ (N, P), with S superblocks per row."""
     N, K = gradient.shape
-    S = K // SUPERBLOCK
+    width = K // S
 
     def by_superblock(values: Tensor) -> Tensor:
-        return torch.cat([(values * basis).reshape(N, S, SUPERBLOCK).sum(2) for basis in bases], dim=1)
+        return torch.cat([(values * basis).reshape(N, S, width).sum(2) for basis in bases], dim=1)
 
     A = torch.empty(N, len(bases) * S, len(bases) * S, device=gradient.device)
     for number, basis in enumerate(bases):
         for block in range(S):
-            inside = slice(block * SUPERBLOCK, (block + 1) * SUPERBLOCK)
+            inside = slice(block * width, (block + 1) * width)
             A[:, number * S + block] = by_superblock(basis[:, inside] @ hessian[inside])
     return A, by_superblock(gradient)
 

@@ -76,10 +76,15 @@ class Checkpoint:
 
     def member(self, name: str, index: int) -> Tensor:
         """Read one slice of a stacked tensor, along its first dimension, and nothing else."""
+        return self.rows(name, index, index + 1)[0]
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Read the slices `start` to `stop` of a tensor, along its first dimension, and nothing else."""
         file, info = self.location(name).file, self.info(name)
         size = info.nbytes // info.shape[0]
-        start = info.start + index * size
-        return read_tensor(file, dataclasses.replace(info, shape=info.shape[1:], start=start, stop=start + size))
+        first, last = info.start + start * size, info.start + stop * size
+        part = dataclasses.replace(info, shape=(stop - start, *info.shape[1:]), start=first, stop=last)
+        return read_tensor(file, part)
 
     @property
     def nbytes(self) -> int:

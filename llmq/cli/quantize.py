@@ -77,6 +77,7 @@ def command(
     if dry_run:
         _print_plan(job, as_json=json)
         return
+    print_notes(job.plan.grid_notes)
     try:
         with ProgressDisplay(job.commits) as display:
             job.run(display)
@@ -87,7 +88,7 @@ def command(
 
 
 def _print_plan(job: "Job", *, as_json: bool) -> None:
-    plans = job.plan.layers.values()
+    plans, grids = job.plan.layers.values(), job.plan.existing_grids
     if as_json:
         layers = [
             {
@@ -95,8 +96,9 @@ def _print_plan(job: "Job", *, as_json: bool) -> None:
                 "shape": [plan.out_features, plan.in_features],
                 "scheme": str(plan.scheme) if plan.scheme.weights else None,
                 "reason": plan.reason,
+                "existing_grid": grids[path].outcome if path in grids else None,
             }
-            for plan in plans
+            for path, plan in job.plan.layers.items()
         ]
         from llmq.verify import engines
         from llmq.verify.engines.planned_run import planned
@@ -110,8 +112,13 @@ def _print_plan(job: "Job", *, as_json: bool) -> None:
         return
     rows = _merge_experts(
         [
-            (p.name, f"{p.out_features} x {p.in_features}", str(p.scheme if p.scheme.weights else "-"), p.reason)
-            for p in plans
+            (
+                p.name,
+                f"{p.out_features} x {p.in_features}",
+                str(p.scheme if p.scheme.weights else "-"),
+                "; ".join(filter(None, (p.reason, grids[path].outcome if path in grids else ""))),
+            )
+            for path, p in job.plan.layers.items()
         ]
     )
     print_table(f"plan: {job.report.source} → {job.out}", ("layer", "shape", "grid", "note"), rows)
@@ -121,6 +128,7 @@ def _print_plan(job: "Job", *, as_json: bool) -> None:
         print(note)
     if job.plan.settings.target_bits is not None:
         print("--target-bits changes the grids of layers after measuring them: see llmq sensitivity")
+    print_notes(job.plan.grid_notes)
     _print_planned_serving(job)
     print(f"size of weights: {megabytes(job.report.original_bytes)} → about {megabytes(job.plan.expected_bytes)}")
 
@@ -158,7 +166,7 @@ def _print_serving(job: "Job") -> None:
 
 def _print_result(job: "Job", *, as_json: bool) -> None:
     report = job.report
-    shown = (report.calibration or {}).get("notes", ())  # printed before the work started
+    shown = [*(report.calibration or {}).get("notes", ()), *job.plan.grid_notes]  # printed before the work started
     notes = [note for note in report.notes if note not in shown]
     notes += report.tuning.notes if report.tuning else ()
     print_notes([*notes, *(note for block in report.blocks for note in block.notes), *_layer_notes(job)])

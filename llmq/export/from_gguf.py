@@ -29,7 +29,7 @@ from llmq.errors import ConfigError, FormatError, UnsupportedModelError
 from llmq.export.convert import CHUNK_BYTES, Conversion, Converter
 from llmq.export.recode import requantize
 from llmq.formats import tensor_name
-from llmq.formats.codecs.gguf_blocks import unpack_q5_0, unpack_q8_0
+from llmq.formats.codecs.gguf_blocks import unpack_q4_0, unpack_q5_0, unpack_q8_0
 from llmq.gguf import reader
 from llmq.gguf.reader import Weights
 from llmq.model.build import skeleton
@@ -259,7 +259,7 @@ def _unpacked(kind: str, rows: NDArray[np.uint8]) -> QuantizedTensor:
         signed, d = unpack_q8_0(rows)
         return _affine(signed.astype(np.int16) + 128, d, WeightScheme(8, GROUP))
     if kind == "Q4_0":
-        codes, d = _unpack_q4_0(rows)
+        codes, d = unpack_q4_0(rows)
         return _affine(codes, d, WeightScheme(4, GROUP))
     codes, d = unpack_q5_0(rows)
     centred = codes.astype(np.int16).reshape(len(rows), -1, GROUP) - 16
@@ -275,11 +275,3 @@ def _affine(
     codes: NDArray[np.integer], d: NDArray[np.float16], scheme: WeightScheme, zeros: Tensor | None = None
 ) -> QuantizedTensor:
     return QuantizedTensor(torch.from_numpy(codes.astype(np.uint8)), torch.from_numpy(d.copy()), zeros, scheme)
-
-
-def _unpack_q4_0(rows: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
-    """Unpack codes (N, K) and scales (N, K / 32); byte j of a block holds codes j and j + 16 (high bits)."""
-    blocks = rows.reshape(len(rows), -1, 18)  # (N, K / 32, bytes)
-    d = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0]
-    codes = np.concatenate([blocks[..., 2:] & 15, blocks[..., 2:] >> 4], axis=-1)
-    return codes.reshape(len(rows), -1), d

@@ -40,12 +40,14 @@ def pack_blocks(q: QuantizedTensor) -> NDArray[np.uint8]:
     codes, parts = q.codes.cpu().numpy(), q.superblocks
     if parts is None:
         halves = q.scales.to(torch.float16).cpu().numpy()
-        if q.scheme.block_type == "q5_0":
-            return gguf_blocks.pack_q5_0(codes, halves)
+        if q.scheme.block_type in ("q4_0", "q5_0"):
+            return (gguf_blocks.pack_q4_0 if q.scheme.block_type == "q4_0" else gguf_blocks.pack_q5_0)(codes, halves)
         return gguf_blocks.pack_q8_0((codes.astype(np.int16) - q.scheme.middle).astype(np.int8), halves)
     d, sc = parts.d.cpu().numpy(), parts.sc.cpu().numpy()
     if parts.dmin is None or parts.m is None:
         return gguf_k_quants.pack_q6_k(codes, d, sc)
+    if q.scheme.block_type == "q4_1":
+        return gguf_blocks.pack_q4_1(codes, d, -parts.dmin.cpu().numpy())
     pack_minima = gguf_k_quants.pack_q4_k if q.scheme.block_type == "q4_k" else gguf_k_quants.pack_q5_k
     return pack_minima(codes, d, parts.dmin.cpu().numpy(), sc, parts.m.cpu().numpy())
 
@@ -65,8 +67,12 @@ def unpack(tensors: Mapping[str, Tensor], reading: Reading) -> QuantizedTensor:
         centred = gguf_k_quants.unpack_q6_k(raw)
         parts = Superblocks(_tensor(centred.d), _tensor(centred.sc))
         return QuantizedTensor.of_superblocks(_tensor(centred.codes), parts, scheme)
-    if kind == "q5_0":
-        codes, scales = gguf_blocks.unpack_q5_0(raw)
+    if kind == "q4_1":
+        codes, d, m = gguf_blocks.unpack_q4_1(raw)
+        ones = torch.ones(d.shape, dtype=torch.uint8)
+        return QuantizedTensor.of_superblocks(_tensor(codes), Superblocks(_tensor(d), ones, _tensor(-m), ones), scheme)
+    if kind in ("q4_0", "q5_0"):
+        codes, scales = (gguf_blocks.unpack_q4_0 if kind == "q4_0" else gguf_blocks.unpack_q5_0)(raw)
     else:
         signed, scales = gguf_blocks.unpack_q8_0(raw)
         codes = (signed.astype(np.int16) + scheme.middle).astype(np.uint8)

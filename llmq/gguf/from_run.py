@@ -1,11 +1,12 @@
 """Assemble the .gguf file of a run with a native GGUF grid: staged blocks unchanged, embedding and head quantized here.
 
 There are no statistics of the inputs of embedding and head.  So their grids are searched for the least squared error,
-and their weights are rounded to nearest.
+and their weights are rounded to nearest, unless they already lie on the grid of their block type.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from llmq.formats.codecs import gguf_blocks
 from llmq.gguf import recipes
 from llmq.gguf.writer import Stored, Written, write
 from llmq.numerics import affine_grid
+from llmq.numerics.keep_grid import keep
 from llmq.numerics.scheme import WeightScheme
 
 ROWS_AT_ONCE = 1 << 22  # weights of an embedding that are quantized together
@@ -35,9 +37,29 @@ def assemble(
     """
     grids = recipes.outside({name: source.info(name).shape for name in outside}, settings, source.config)
     tensors = [_staged(*part) for part in parts]
-    tensors += [_outside(name, source, grids.get(name), device) for name in outside]
+    kept: set[str] = set()
+
+    def pack(name: str, scheme: WeightScheme) -> NDArray[np.uint8]:
+        weight = source.tensor(name)
+        exact = on_existing_grid(weight, scheme, device) if settings.keep_grid else None
+        if exact is None:
+            return rounded(weight, scheme, device)
+        kept.add(name)
+        return exact
+
+    for name in outside:
+        shape, scheme = source.info(name).shape, grids.get(name)
+        if scheme is None:
+            tensors.append(Stored(name, None, shape, _floats(partial(source.tensor, name))))
+        else:
+            tensors.append(Stored(name, str(scheme).upper(), shape, partial(pack, name, scheme)))
     written = write(file, source.folder, tensors)
-    notes = (f"{name} is rounded to nearest in {scheme}" for name, scheme in grids.items())
+    notes = (
+        f"{name}: lossless, already on the grid of {scheme}"
+        if name in kept
+        else f"{name} is rounded to nearest in {scheme}"
+        for name, scheme in grids.items()
+    )
     return dataclasses.replace(written, notes=(*written.notes, *notes))
 
 
@@ -50,11 +72,15 @@ def _staged(path: Path, name: str, info: TensorInfo) -> Stored:
     return Stored(f"{module}.weight", kind, shape, lambda: read_tensor(path, info).numpy())
 
 
-def _outside(name: str, source: Checkpoint, scheme: WeightScheme | None, device: torch.device) -> Stored:
-    shape = source.info(name).shape
-    if scheme is None:
-        return Stored(name, None, shape, _floats(lambda: source.tensor(name)))
-    return Stored(name, str(scheme).upper(), shape, lambda: rounded(source.tensor(name), scheme, device))
+def on_existing_grid(weight: torch.Tensor, scheme: WeightScheme, device: torch.device) -> NDArray[np.uint8] | None:
+    """`weight` (N, K) without any error as uint8 (N, bytes of a row), or None if it is not on the grid of `scheme`."""
+    pieces = []
+    for rows in weight.split(max(1, ROWS_AT_ONCE // weight.shape[1])):
+        kept = keep(rows.to(device, torch.float32), weight.dtype, scheme, torch.float16)
+        if kept is None or not kept.exact:
+            return None
+        pieces.append(staged.pack_blocks(kept.quantized))
+    return np.concatenate(pieces)
 
 
 def rounded(weight: torch.Tensor, scheme: WeightScheme, device: torch.device) -> NDArray[np.uint8]:

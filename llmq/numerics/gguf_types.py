@@ -36,13 +36,16 @@ class BlockType:
 
     @property
     def two_level(self) -> bool:
-        return self.columns == SUPERBLOCK
+        """Whether its numbers are those of `Superblocks`; Q4_1 is a superblock of one sub-block, with sc = m = 1."""
+        return self.columns == SUPERBLOCK or not self.symmetric
 
 
 BLOCK_TYPES: Mapping[str, BlockType] = {
     "q4_k": BlockType(4, 32, False, SUPERBLOCK, 144, "q5_0"),
     "q5_k": BlockType(5, 32, False, SUPERBLOCK, 176, "q8_0"),
     "q6_k": BlockType(6, 16, True, SUPERBLOCK, 210, "q8_0"),
+    "q4_0": BlockType(4, 32, True, 32, 18),
+    "q4_1": BlockType(4, 32, False, 32, 20),
     "q5_0": BlockType(5, 32, True, 32, 22),
     "q8_0": BlockType(8, 32, True, 32, 34),
 }
@@ -65,6 +68,8 @@ class Recipe:
 
 
 RECIPES: Mapping[str, Recipe] = {
+    "gguf:q4_0": Recipe("q4_0", "q4_0", "q4_0", "q6_k"),
+    "gguf:q4_1": Recipe("q4_1", "q4_1", "q4_1", "q6_k"),
     "gguf:q4_k": Recipe("q4_k", "q4_k", "q4_k", "q6_k"),
     "gguf:q5_k": Recipe("q5_k", "q5_k", "q5_k", "q6_k"),
     "gguf:q6_k": Recipe("q6_k", "q6_k", "q6_k", "q6_k"),

@@ -2,6 +2,7 @@
 
     w  ≈  (d · sc_i) q  -  dmin · m_i         i one of the 8 sub-blocks of 32 columns; sc, m in 0 … 63;  Q4_K, Q5_K
     w  ≈  (d · sc_i) (q - 32)                 i one of 16 sub-blocks of 16 columns; sc in -128 … 127;    Q6_K
+    w  ≈  d q - dmin                          one sub-block of 32 columns;                               Q4_1
 
 q are the codes (quantized values).  A sub-block alone has an affine grid with a real offset.  The task is to find the
 d, dmin, sc and m of a superblock with the least  Σ_j c_j (ŵ_j - w_j)².  With fixed codes that error is a quadratic form
@@ -24,7 +25,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from llmq.numerics.gguf_types import SUPERBLOCK
+from llmq.numerics.gguf_types import BLOCK_TYPES
 from llmq.numerics.quantized_tensor import SMALLEST_SHARED, Superblocks
 from llmq.numerics.scheme import WeightScheme
 
@@ -59,18 +60,20 @@ class _Sums:
 
 
 def fit(weight: Tensor, scheme: WeightScheme, importance: Tensor | None = None) -> Superblocks:
-    """The two-level grid of least error for `weight` (N, K) float32, K a multiple of 256.
+    """The two-level grid of least error for `weight` (N, K) float32, K a multiple of the columns of a block.
 
     importance  (K,) float32, the c_j above; 1 where not given
     """
     N, K = weight.shape
     costs = torch.ones(K, device=weight.device) if importance is None else importance.to(torch.float32)
     costs = costs / costs.mean().clamp_min(torch.finfo(torch.float32).tiny)
-    cost = costs.reshape(K // SUPERBLOCK, -1, scheme.columns_per_group(K))  # (S, B, g)
+    assert scheme.block_type is not None, "only block types have two levels"
+    blocks = K // BLOCK_TYPES[scheme.block_type].columns
+    cost = costs.reshape(blocks, -1, scheme.columns_per_group(K))  # (S, B, g)
     pieces = []
     for rows in weight.split(max(1, ELEMENTS_AT_ONCE.get(weight.device.type, ELEMENTS_AT_ONCE_ELSEWHERE) // K)):
         x = rows.reshape(len(rows), *cost.shape).flatten(0, 1)  # (R, B, g), R = rows * S
-        find = _fit_symmetric if scheme.symmetric else _fit_affine
+        find = _fit_symmetric if scheme.symmetric else _fit_affine if cost.shape[1] > 1 else _fit_single
         pieces.append(find(x, cost.repeat(len(rows), 1, 1), scheme))
     d, sc, *rest = (torch.cat(parts).reshape(N, -1) for parts in zip(*pieces, strict=True))
     return Superblocks(d, sc, *rest)
@@ -78,20 +81,33 @@ def fit(weight: Tensor, scheme: WeightScheme, importance: Tensor | None = None) 
 
 def _fit_affine(x: Tensor, cost: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """d (R,), sc (R, B), dmin (R,) and m (R, B) for x and cost (R, B, g)."""
-    s, o = _polished(x, cost, *_widest(x, scheme.levels), scheme.levels)
-    least = _error(x, cost, s, o, scheme.levels)
-    for low, high in product(SHRUNKEN, repeat=2):
-        tried = _polished(x, cost, *_widest(x, scheme.levels, low, high), scheme.levels)
-        error = _error(x, cost, *tried, scheme.levels)
-        better = error < least
-        least, s, o = (torch.where(better, *pair) for pair in ((error, least), (tried[0], s), (tried[1], o)))
-    for _ in range(POLISHED):
-        s, o = _polished(x, cost, s, o, scheme.levels)
+    s, o = _separate(x, cost, scheme.levels)
     d, sc, dmin, m = _share(_Sums.of(x, cost, _nearest(x, s, o, scheme.levels)), s, o)
     for _ in range(SETTLED):
         sc, m = _settled(x, cost, d, sc, dmin, m, scheme.levels)
         d, dmin = _shared_by_least_squares(x, cost, d, sc, dmin, m, scheme.levels)
     return d.to(torch.float16), sc.to(torch.uint8), dmin.to(torch.float16), m.to(torch.uint8)
+
+
+def _fit_single(x: Tensor, cost: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same for superblocks of one sub-block, B = 1: sc and m are 1."""
+    s, o = _separate(x, cost, scheme.levels)
+    ones = torch.ones_like(s, dtype=torch.uint8)
+    return _half(s[:, 0]).to(torch.float16), ones, _half(o[:, 0]).to(torch.float16), ones
+
+
+def _separate(x: Tensor, cost: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """Scale and offset (R, B) of each sub-block alone, by least squares from several shrunken ranges."""
+    s, o = _polished(x, cost, *_widest(x, levels), levels)
+    least = _error(x, cost, s, o, levels)
+    for low, high in product(SHRUNKEN, repeat=2):
+        tried = _polished(x, cost, *_widest(x, levels, low, high), levels)
+        error = _error(x, cost, *tried, levels)
+        better = error < least
+        least, s, o = (torch.where(better, *pair) for pair in ((error, least), (tried[0], s), (tried[1], o)))
+    for _ in range(POLISHED):
+        s, o = _polished(x, cost, s, o, levels)
+    return s, o
 
 
 def _widest(x: Tensor, levels: int, low: float = 1.0, high: float = 1.0) -> tuple[Tensor, Tensor]:

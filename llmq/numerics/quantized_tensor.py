@@ -19,7 +19,7 @@ SMALLEST_SHARED = 2.0**-24  # in float16; llama.cpp reads subnormal numbers, and
 class Superblocks:
     """A two-level grid: group g of superblock b has the scale d_b * sc_g and, asymmetric, the offset dmin_b * m_g.
 
-    d     (N, S) float16     S = K / 256 superblocks per row
+    d     (N, S) float16     S = K / 256 superblocks per row; in Q4_1 S = G = K / 32, and all sc and m are 1
     sc    (N, G) uint8 of 6 bits, or int8 in a symmetric grid
     dmin  (N, S) float16, or None in a symmetric grid
     m     (N, G) uint8 of 6 bits, or None in a symmetric grid
@@ -45,9 +45,10 @@ class Superblocks:
         return torch.cat([part.to(torch.float32) for part in (self.d, self.dmin) if part is not None], dim=1)
 
     def with_shared(self, values: Tensor) -> "Superblocks":
-        """The same grid with new `shared` values, rounded to float16 but never to zero."""
-        largest = torch.finfo(torch.float16).max
-        halves = values.clamp(SMALLEST_SHARED, largest).to(torch.float16)
+        """The same grid with new `shared` values, rounded to float16 but never to zero; no number changes its sign."""
+        largest, negative = torch.finfo(torch.float16).max, self.shared() < 0
+        sizes = torch.where(negative, -values, values).clamp(SMALLEST_SHARED, largest)
+        halves = torch.where(negative, -sizes, sizes).to(torch.float16)
         d, *dmin = halves.split(self.d.shape[1], dim=1)
         return Superblocks(d, self.sc, dmin[0] if dmin else None, self.m)
 

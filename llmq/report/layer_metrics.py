@@ -39,6 +39,7 @@ def layer_report(
         damping=rounding.damping,
         notes=rounding.notes,
         gains=gains,
+        existing_grid=rounding.existing_grid,
     )
 
 

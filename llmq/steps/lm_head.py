@@ -12,7 +12,8 @@ from llmq.model.passes.streams import Stream
 from llmq.numerics.input_stats import InputStats
 from llmq.report.layer_metrics import layer_report
 from llmq.report.record import BlockReport
-from llmq.steps.round_group import round_group
+from llmq.steps import existing_grids
+from llmq.steps.round_group import Rounded, round_group
 from llmq.steps.run import Run
 
 
@@ -28,7 +29,11 @@ def quantize_head(run: Run) -> None:
         return
     stats = None if run.streams is None else head_statistics(run.skeleton, run.streams.quantized)
     weight = run.skeleton.head_weight()  # (V, K)
-    (layer,) = round_group({path: weight}, {path: plan.scheme.weights}, stats, run.method, run.options)
+    stored = run.skeleton.weights.original(f"{path}.weight").dtype
+    if (kept := existing_grids.kept(run, weight, stored, plan.scheme.weights)) is not None:
+        layer = Rounded(path, weight, kept)
+    else:
+        (layer,) = round_group({path: weight}, {path: plan.scheme.weights}, stats, run.method, run.options)
     packed = run.pack(path, layer.rounding.quantized)
     dequantized = layer.rounding.quantized.dequantize()
     report = layer_report(plan.name, weight, dequantized, layer.rounding, packed, stats, layer.gains)

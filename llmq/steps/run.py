@@ -28,6 +28,7 @@ class Run:
     fisher   how much errors cost the model's loss; None if no stage needs it
     plans    the plan of each linear layer, by its path in the model
     reader   reads the tensors that `layout` packs
+    keep_grid  whether weights that already lie on a grid are stored on it without a second rounding
     """
 
     skeleton: Skeleton
@@ -41,6 +42,7 @@ class Run:
     reader: Reader
     writer: Writer
     on_event: OnEvent = ignore
+    keep_grid: bool = True
 
     @functools.cached_property
     def paths(self) -> dict[str, str]:

@@ -30,14 +30,17 @@ LOSS_TOKENS = 1024  # to choose a basis and to check a rewrite
 Observed = dict[InputGroup, InputStats]
 
 
-def transform_block(run: Run, block: Block, groups: Sequence[InputGroup]) -> tuple[list[str], list[StageGain]]:
+def transform_block(
+    run: Run, block: Block, groups: Sequence[InputGroup], fixed: Collection[str] = ()
+) -> tuple[list[str], list[StageGain]]:
     """Apply each transform of the method to the float block, with statistics of the float block.
 
+    fixed  paths of layers whose weights may not change, because they already lie on a grid
     Returns notes for the user, and the gain of each rewrite.
     """
     streams = run.streams
     assert streams is not None, "a method that transforms needs calibration"
-    transforms = BlockTransforms(run, streams, block, groups)
+    transforms = BlockTransforms(run, streams, block, groups, fixed)
     for stage in run.method.transforms:
         transforms.apply(stage)
     packed = {f"{run.plans[path].name}.weight" for path in block.linears if run.plans[path].scheme.weights is not None}
@@ -50,8 +53,11 @@ def transform_block(run: Run, block: Block, groups: Sequence[InputGroup]) -> tup
 class BlockTransforms:
     """A block that is being rewritten; `observed` has the statistics of the inputs of its weights in their basis."""
 
-    def __init__(self, run: Run, streams: Streams, block: Block, groups: Sequence[InputGroup]) -> None:
+    def __init__(
+        self, run: Run, streams: Streams, block: Block, groups: Sequence[InputGroup], fixed: Collection[str] = ()
+    ) -> None:
         self._run = run
+        self._fixed = {*fixed, *(path for path, plan in run.plans.items() if plan.scheme.weights is None)}
         self._block = block
         stream = streams.quantized
         self._probe, self._call = stream.sample(PROBE_TOKENS), stream.sample(LOSS_TOKENS)
@@ -67,8 +73,8 @@ class BlockTransforms:
         with self._block.float_inputs():
             before = self._block.run(self._call)
         for group, stats in self.observed.items():
-            if not all(self._run.plans[path].scheme.weights for path in group.names):
-                continue  # a layer that is kept in float is not rewritten
+            if any(path in self._fixed for path in group.names):
+                continue  # a layer that is kept in float, or on its existing grid, is not rewritten
             if group not in sites:
                 self.notes.append(
                     f"{', '.join(group.names)}: {stage} was not applied, no module was found that makes their input"
@@ -84,10 +90,11 @@ class BlockTransforms:
     def _sites(self) -> dict[InputGroup, FoldSite]:
         """The fold site of each group, except where the producer is kept in float or cannot be changed."""
         weights = self._run.skeleton.weights
-        kept = {path for path, plan in self._run.plans.items() if plan.scheme.weights is None}
         sites = fold.discover(self._block, list(self.observed), self._probe)
         producers = [(site, f"{self._block.path}.{site.producer}") for site in sites]
-        return {s.group: s for s, path in producers if path not in kept and not weights.is_fixed(f"{path}.weight")}
+        return {
+            s.group: s for s, path in producers if path not in self._fixed and not weights.is_fixed(f"{path}.weight")
+        }
 
     def _rewrite(self, stage: str, site: FoldSite, basis: Tensor) -> None:
         """Fold a basis into its site.

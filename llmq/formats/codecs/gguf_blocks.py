@@ -87,6 +87,12 @@ def pack_q4_0(codes: Codes, d: Halves) -> Bytes:
     return _joined(N, _bytes(d), _nibbles(blocks))
 
 
+def pack_q4_1(codes: Codes, d: Halves, m: Halves) -> Bytes:
+    """Codes 0..15, w = d * codes + m; (N, K) and two (N, K/32) -> (N, K/32 * 20)."""
+    blocks, N = _blocks(codes, 15), len(codes)
+    return _joined(N, _bytes(d), _bytes(m), _nibbles(blocks))
+
+
 def pack_q5_0(codes: Codes, d: Halves) -> Bytes:
     """Codes 0..31, w = d * (codes - 16); (N, K) and (N, K/32) -> (N, K/32 * 22)."""
     blocks = _blocks(codes, 31)
@@ -97,6 +103,18 @@ def pack_q8_0(codes: NDArray[np.int8], d: Halves) -> Bytes:
     """Signed codes, w = d * codes; (N, K) int8 and (N, K/32) -> (N, K/32 * 34)."""
     blocks = np.ascontiguousarray(codes, dtype=np.int8).reshape(-1, 32).view(np.uint8)
     return _joined(len(codes), _bytes(d), blocks)
+
+
+def unpack_q4_0(raw: Bytes) -> tuple[Codes, Halves]:
+    """The inverse of `pack_q4_0`."""
+    blocks = raw.reshape(-1, SIZES["Q4_0"][1])
+    return _low(blocks[:, 2:]).reshape(len(raw), -1), _halves(len(raw), blocks)
+
+
+def unpack_q4_1(raw: Bytes) -> tuple[Codes, Halves, Halves]:
+    """The inverse of `pack_q4_1`."""
+    blocks = raw.reshape(-1, SIZES["Q4_1"][1])
+    return _low(blocks[:, 4:]).reshape(len(raw), -1), _halves(len(raw), blocks), _halves(len(raw), blocks[:, 2:])
 
 
 def unpack_q5_0(raw: Bytes) -> tuple[Codes, Halves]:

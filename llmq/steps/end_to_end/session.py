@@ -34,7 +34,7 @@ from llmq.model.passes.hidden_states import Storage
 from llmq.model.passes.streams import Text
 from llmq.report.record import TuningReport, TuningStep
 from llmq.steps.end_to_end import memory_plan
-from llmq.steps.end_to_end.tuned_blocks import TunedBlocks
+from llmq.steps.end_to_end.tuned_blocks import TunedBlocks, committed, moving
 from llmq.steps.kl_loss import kl_loss
 from llmq.steps.run import Run
 
@@ -58,6 +58,8 @@ def tune_end_to_end(run: Run) -> None:
     done = run.writer.revision.adopted
     if done is not None:  # an interrupted run has finished tuning
         run.on_event(TuningReport.from_dict(done["report"]))
+        return
+    if not any(map(moving, committed(run))):  # all weights are stored on grids that they already lay on
         return
     session = Session(run, run.method.tuning)
     try:

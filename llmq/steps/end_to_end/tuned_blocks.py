@@ -19,7 +19,7 @@ from llmq.algorithms.kl_tuning import Moving, Rates, State
 from llmq.methods import Method
 from llmq.model.build.block import Block
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.report.record import BlockReport
+from llmq.report.record import BlockReport, LayerReport
 from llmq.steps.run import Run
 
 Parameters = tuple[Moving | None, Moving | None]
@@ -37,8 +37,9 @@ class TunedBlocks:
         self._in_memory = in_memory
         self._committed: dict[int, Mapping[str, Tensor]] = {}  # by block
         self._parameters: dict[str, Parameters] = {}  # by name
-        reports = [BlockReport.from_dict(run.writer.read(i)[1], resumed=True) for i in range(len(run.skeleton.blocks))]
-        self.names = [{run.paths[layer.name]: layer.name for layer in report.layers} for report in reports]
+        reports = committed(run)
+        self.names = [{run.paths[layer.name]: layer.name for layer in moving(report)} for report in reports]
+        self._kept = {layer.name for report in reports for layer in report.layers if layer.existing_grid}
         pairs = zip(self.names, reports, strict=True)
         self._transformed = {path for names, report in pairs if _transformed(report, run.method) for path in names}
 
@@ -79,13 +80,16 @@ class TunedBlocks:
         """While open, the block has its tuned weights in float."""
         tensors, names = self._tensors(block.index), self.names[block.index]
         tuned = {f"{name}.weight": name for name in names.values()}
+        kept = {f"{name}.weight": name for name in self._kept}
 
         def read(stored: str) -> Tensor:
+            if stored in kept:
+                return self._origin(block.index, kept[stored]).dequantize()
             if stored in tuned:
                 return kl_tuning.result(self._state(block.index, tuned[stored])).dequantize()
             return tensors[stored] if stored in tensors else self._run.skeleton.weights.stored_tensor(stored)
 
-        block.fill(read, tuned)
+        block.fill(read, {*tuned, *kept})
         try:
             yield
         finally:
@@ -141,6 +145,16 @@ class TunedBlocks:
 
     def _state(self, index: int, name: str) -> State:
         return State(self._origin(index, name), *self._parameters[name])
+
+
+def committed(run: Run) -> list[BlockReport]:
+    """The reports of all committed blocks."""
+    return [BlockReport.from_dict(run.writer.read(i)[1], resumed=True) for i in range(len(run.skeleton.blocks))]
+
+
+def moving(report: BlockReport) -> list[LayerReport]:
+    """The layers of a block that are tuned: not those that are stored on the grid that they already lay on."""
+    return [layer for layer in report.layers if not layer.existing_grid]
 
 
 def _transformed(report: BlockReport, method: Method) -> bool:
