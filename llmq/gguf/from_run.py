@@ -54,12 +54,8 @@ def assemble(
         else:
             tensors.append(Stored(name, str(scheme).upper(), shape, partial(pack, name, scheme)))
     written = write(file, source.folder, tensors)
-    notes = (
-        f"{name}: lossless, already on the grid of {scheme}"
-        if name in kept
-        else f"{name} is rounded to nearest in {scheme}"
-        for name, scheme in grids.items()
-    )
+    notes = [f"{name}: lossless, already on the grid of {grids[name]}" for name in grids if name in kept]
+    notes += [f"{name} is rounded to nearest in {grids[name]}" for name in grids if name not in kept]
     return dataclasses.replace(written, notes=(*written.notes, *notes))
 
 

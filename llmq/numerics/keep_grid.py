@@ -229,20 +229,22 @@ class _Problem:
         """The groups x (P, g) on these lines, with d and m in float16."""
         exact = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         scale, offset = (part.to(torch.float16).to(torch.float32) for part in (line.d, line.m))
-        for d, m in self._pairs(bounds, line, exact):
-            open_ = (~exact).nonzero()[:, 0]
-            product = d[:, None] * line.q[open_].to(torch.float32)
-            same = self._equal(product + m[:, None], x[open_]) & (d >= self.smallest)
-            exact[open_[same]], scale[open_[same]], offset[open_[same]] = True, d[same], m[same]
-        step, shift, fits = scale.double(), offset.double(), exact.clone()
+        for shift in range(1 if self.rounds_scales else self.scheme.levels - n + 1):  # the lowest code that is used
+            moved = Lines(line.d, line.m - shift * line.d, line.q + shift, line.plausible)
+            for d, m in self._pairs(bounds, moved, exact):
+                open_ = (~exact).nonzero()[:, 0]
+                product = d[:, None] * moved.q[open_].to(torch.float32)
+                same = self._equal(product + m[:, None], x[open_]) & (d >= self.smallest)
+                exact[open_[same]], scale[open_[same]], offset[open_[same]] = True, d[same], m[same]
+        step, start, fits = scale.double(), offset.double(), exact.clone()
         open_ = (~exact).nonzero()[:, 0]
         if len(open_):
             real, allowed = lattice.settled((bounds[0][open_], bounds[1][open_]), line.rows(open_))
             halves = real.d.to(torch.float16).double()
             fits[open_] = allowed & ((halves - real.d).abs() <= torch.finfo(torch.float16).eps * real.d)
-            step[open_], shift[open_], scale[open_] = real.d, real.m, halves.to(torch.float32)
+            step[open_], start[open_], scale[open_] = real.d, real.m, halves.to(torch.float32)
         count = torch.full_like(rows_of(x), n)
-        return _Groups(fits, exact, count, step, step * 0, shift, scale)
+        return _Groups(fits, exact, count, step, step * 0, start, scale)
 
     def _pairs(self, bounds: tuple[Tensor, Tensor], line: Lines, exact: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Pairs of d and m in float16, as float32, for the lines that are not `exact` when the next pair is requested.
@@ -252,7 +254,7 @@ class _Problem:
         """
         halves = [part.to(torch.float16).to(torch.float32) for part in (line.d, line.m)]
         for start, reach, best in ((halves[0], NEAR_D, lattice.offsets), (halves[1], NEAR_M, lattice.slopes)):
-            for candidate in (start, *_neighbours(start, torch.float16, reach)):
+            for candidate in (start, *_neighbours(start, torch.float16, 0 if self.rounds_scales else reach)):
                 open_ = (~exact).nonzero()[:, 0]
                 if not len(open_):
                     return

@@ -189,5 +189,5 @@ def evidence(x: Tensor, stored: torch.dtype, step: Tensor, counts: Tensor, free:
     widths = (intervals.high - intervals.low).to(torch.float32).clamp_(min=torch.finfo(torch.float32).tiny)
     bits = (step.to(torch.float32)[:, None] / widths).log2_().clamp_(0, DIGITS[stored])
     bits = torch.where(different & (ordered != 0), bits, 0.0)
-    cost = counts.to(torch.float32).log2() + 1 + free * bits.amax(1)
+    cost = counts.clamp(min=1).to(torch.float32).log2() + 1 + free * bits.amax(1)
     return (bits.sum(1) - cost).clamp_(min=0)

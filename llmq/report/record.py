@@ -54,7 +54,7 @@ class LayerReport:
     tokens        number of tokens that the layer saw
     borrowed      for an expert: number of other tokens of its layer that were added, because it saw too few
     expert        whether it belongs to an expert of a mixture of experts
-    existing_grid  the grid that the weights already lay on, if they were stored on it without a second rounding; else ""
+    existing_grid  the grid that the weights already lay on, if their codes were taken over; else ""
 
     Both errors are measured after rounding. End-to-end tuning may increase them to lower the loss of the model; its
     effect is in `TuningReport`.

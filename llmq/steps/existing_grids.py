@@ -26,6 +26,7 @@ from llmq.model.build.block import Block
 from llmq.model.build.skeleton import Skeleton
 from llmq.numerics.affine_grid import ScaleDtype, dtype_of
 from llmq.numerics.existing_grid import ExistingGrid, identify, sample
+from llmq.numerics.gguf_types import GGUF, GGUF_GRIDS
 from llmq.numerics.keep_grid import keep
 from llmq.numerics.layer_plan import LayerPlan
 from llmq.numerics.scheme import BITS, WeightScheme
@@ -185,45 +186,51 @@ def notes(sightings: Mapping[str, Sighting], plans: Mapping[str, LayerPlan], pla
 
 
 def _remedies(layers: list[Sighting], places: Places) -> list[str]:
-    """Options with which the file holds all of these layers without error; at most `PROBED` are tried."""
-    texts, layers = list[str](), layers[:: -(-len(layers) // PROBED)]
-    for text, scheme, values in _candidates(layers[0].grid, places):
+    """Options with which the file holds all of these layers without error, at most one per format.
+
+    They are tried with the rows of `PROBED` layers.
+    """
+    texts, probed = dict[str, str](), layers[:: -(-len(layers) // PROBED)]
+    for name, flags, scheme, values in _candidates(layers[0].grid, places):
         if len(texts) == REMEDIES:
             break
-        if all((known := keep(s.rows, s.stored, scheme, values)) is not None and known.exact for s in layers):
-            texts.append(text)
-    return texts
+        if name not in texts and all(
+            (known := keep(s.rows, s.stored, scheme, values)) is not None and known.exact for s in probed
+        ):
+            texts[name] = " ".join(filter(None, (name, flags)))
+    return list(texts.values())
 
 
-def _candidates(grid: ExistingGrid, places: Places) -> Iterator[tuple[str, WeightScheme, ScaleDtype]]:
-    """Options, the scheme that they give, and the values of its scales; those of the same format come first."""
+def _candidates(grid: ExistingGrid, places: Places) -> Iterator[tuple[str, str, WeightScheme, ScaleDtype]]:
+    """The option for the format, other options, the scheme that they give, and the values of its scales.
+
+    The format of the run comes first, and needs no option.
+    """
     settings, dtype = places.settings, places.model_dtype
-    affine = [] if grid.kind == "offsets" else list(_schemes(grid))
-    if not set(settings.formats) & set(GGUF_TYPES):
-        values = output_layout.scale_values(places.layout, dtype)
-        for scheme in affine:
-            if places.layout.refusal(scheme, 1024, 1024) is None:
-                yield _flags(scheme, settings.scheme), scheme, values
+    schemes = [] if grid.kind == "offsets" else list(_schemes(grid))
+    if settings.format not in GGUF_GRIDS:
+        yield from _on(places.layout, "", schemes, places)
     for name, kind in GGUF_TYPES.items():
         if name not in settings.formats and _writable(name, places.checkpoint):
-            yield f"--format {name}", WeightScheme.of_blocks(kind), output_layout.GGUF_SCALES
+            yield f"--format {name}", "", WeightScheme.of_blocks(kind), output_layout.GGUF_SCALES
     for name in CONVERTIBLE:
-        if name in settings.formats:
-            continue
-        layout = output_layout.layout_of((name,), dtype)
-        if name == output_layout.GGUF and not _writable(name, places.checkpoint):
-            continue
-        for scheme in affine:
-            if layout.refusal(scheme, 1024, 1024) is None:
-                flags = _flags(scheme, settings.scheme)
-                yield f"--format {name} {flags}".strip(), scheme, output_layout.scale_values(layout, dtype)
+        if name not in settings.formats and (name != GGUF or _writable(name, places.checkpoint)):
+            yield from _on(output_layout.layout_of((name,), dtype), f"--format {name}", schemes, places)
+
+
+def _on(
+    layout: Layout, name: str, schemes: list[WeightScheme], places: Places
+) -> Iterator[tuple[str, str, WeightScheme, ScaleDtype]]:
+    values = output_layout.scale_values(layout, places.model_dtype)
+    for scheme in schemes:
+        if layout.refusal(scheme, 1024, 1024) is None:
+            yield name, _flags(scheme, places.settings.scheme), scheme, values
 
 
 def _schemes(grid: ExistingGrid) -> Iterator[WeightScheme]:
-    for symmetric in (True, False):
-        for bits in BITS:
-            if bits >= grid.bits:
-                yield WeightScheme(bits, grid.group_size, symmetric)
+    for bits in (bits for bits in BITS if bits >= grid.bits):
+        for symmetric in (True, False):
+            yield WeightScheme(bits, grid.group_size, symmetric)
 
 
 def _flags(scheme: WeightScheme, requested: WeightScheme) -> str:
