@@ -28,6 +28,7 @@ from llmq.numerics.affine_grid import ScaleDtype, dtype_of
 from llmq.numerics.existing_grid import ExistingGrid, identify, sample
 from llmq.numerics.gguf_types import GGUF, GGUF_GRIDS
 from llmq.numerics.keep_grid import keep
+from llmq.numerics.lattice import DIGITS
 from llmq.numerics.layer_plan import LayerPlan
 from llmq.numerics.scheme import BITS, WeightScheme
 from llmq.steps import output_layout
@@ -62,7 +63,8 @@ def kept(run: Run, weight: Tensor, stored: torch.dtype, scheme: WeightScheme) ->
         return None
     grid = identify(sample(weight, ROWS), stored)
     name = str(grid or scheme)
-    return Rounding(known.quantized, None, (_outcome(name, known.exact, run.options.scale_dtype),), name)
+    note = _outcome(name, known.exact, run.options.scale_dtype)
+    return Rounding(known.quantized, notes=(note,), existing_grid=name)
 
 
 def _outcome(grid: str, exact: bool, values: ScaleDtype) -> str:
@@ -123,7 +125,10 @@ def _sighting(
     name = skeleton.weights.tensor_name(parameter)
     if name not in checkpoint or checkpoint.info(name).shape != _shape(plan):
         return None
-    stored, rows = checkpoint.info(name).dtype, _rows(checkpoint, name).to(torch.float32)
+    stored = checkpoint.info(name).dtype
+    if stored not in DIGITS:
+        return None
+    rows = _rows(checkpoint, name).to(torch.float32)
     grid = identify(rows, stored)
     if grid is None:
         return None
