@@ -1,6 +1,7 @@
-"""GPTQ and GPTAQ by GPTQModel with its defaults, 4 bits in groups of 128; the contract is in peer.py.
+"""GPTQ and GPTAQ by GPTQModel with its defaults, 4 bits; the contract is in peer.py.
 
-`--gptaq` turns on the asymmetric target (Li et al. 2025), with the default strength of 0.25.
+`--gptaq` turns on the asymmetric target (Li et al. 2025), with the default strength of 0.25. `--search` is the recipe
+for quality: columns in the order of activations, and scales with the least error (`mse=2.4`, from its documentation).
 """
 
 import argparse
@@ -12,7 +13,7 @@ from peer import main, windows
 
 NAME, PACKAGE = "gptqmodel", "GPTQModel"
 REQUIREMENTS = ["gptqmodel==7.7.0"]  # needs torch 2.14.1 or later
-OPTIONS = [("--gptaq", {"action": "store_true"})]
+OPTIONS = [("--gptaq", {"action": "store_true"}), ("--search", {"action": "store_true"})]
 
 
 def quantize(options: argparse.Namespace, packed: Path) -> None:
@@ -22,7 +23,8 @@ def quantize(options: argparse.Namespace, packed: Path) -> None:
     from gptqmodel.quantization.config import GPTAQConfig
 
     gptaq = GPTAQConfig() if options.gptaq else None
-    settings = QuantizeConfig(bits=4, group_size=128, sym=not options.asymmetric, gptaq=gptaq)
+    quality = {"desc_act": True, "mse": 2.4} if options.search else {}
+    settings = QuantizeConfig(bits=4, group_size=options.group_size, sym=not options.asymmetric, gptaq=gptaq, **quality)
     loaded = GPTQModel.load(str(options.model), settings)
     calibration = [{"input_ids": window, "attention_mask": [1] * len(window)} for window in windows(options.tokens)]
     loaded.quantize(calibration)

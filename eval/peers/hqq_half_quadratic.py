@@ -20,7 +20,7 @@ def quantize(options: argparse.Namespace, packed: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-    settings = BaseQuantizeConfig(nbits=4, group_size=128, axis=1)
+    settings = BaseQuantizeConfig(nbits=4, group_size=options.group_size, axis=1)
     AutoHQQHFModel.quantize_model(model, quant_config=settings, compute_dtype=torch.float32, device="cpu")
     AutoHQQHFModel.save_quantized(model, str(packed))
 

@@ -5,7 +5,7 @@ quantizes here, tensor by tensor: blocks of 32 with a scale in fp16 (Q4_0, 4.5 b
 superblocks of 256 with 6-bit scales and minima (Q4_K, 4.5 bits). The type of each tensor follows the rule of llama.cpp
 for Q4_K_M: v and down in 6 bits in some of the layers. llama.cpp would also pack embedding and head, which are kept in
 float here for all tools. The importance matrix is the mean square of each input over the calibration tokens in the
-float model. No GGUF file is written.
+float model. No GGUF file is written, but the files have the same size: 16 bits for everything that stays in float.
 """
 
 import argparse
@@ -20,8 +20,9 @@ from peer import main, windows
 
 NAME, REQUIREMENTS, PACKAGE = SHARED, SHARED_REQUIREMENTS, "xllamacpp"
 OPTIONS = [("--type", {"choices": ("Q4_0", "Q4_K_M"), "default": "Q4_K_M"}), ("--imatrix", {"action": "store_true"})]
-TYPES = {"Q4_0": 2, "Q4_K": 12, "Q6_K": 14}  # enum ggml_type
-BLOCK = {"Q4_0": 32, "Q4_K": 256, "Q6_K": 256}
+TYPES = {"Q4_0": 2, "Q5_0": 6, "Q8_0": 8, "Q4_K": 12, "Q6_K": 14}  # enum ggml_type
+BLOCK = {"Q4_0": 32, "Q5_0": 32, "Q8_0": 32, "Q4_K": 256, "Q6_K": 256}
+FALLBACK = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"}
 FLOATS = ctypes.POINTER(ctypes.c_float)
 
 
@@ -40,13 +41,17 @@ def library() -> ctypes.CDLL:
     return ggml
 
 
-def kind(name: str, wanted: str, layers: int) -> str:
-    """The type of one tensor: the rule of Q4_K_M for a plain transformer of the Llama family."""
+def kind(name: str, wanted: str, layers: int, columns: int) -> str:
+    """The type of one tensor: the rule of Q4_K_M for a plain transformer of the Llama family.
+
+    llama.cpp replaces types with blocks of 256 by larger ones where 256 does not divide the columns.
+    """
     if wanted == "Q4_0":
         return "Q4_0"
     layer, eighth = int(re.search(r"\.(\d+)\.", name).group(1)), layers // 8
     generous = layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
-    return "Q6_K" if generous and name.endswith(("v_proj", "down_proj")) else "Q4_K"
+    chosen = "Q6_K" if generous and name.endswith(("v_proj", "down_proj")) else "Q4_K"
+    return FALLBACK[chosen] if columns % BLOCK[chosen] else chosen
 
 
 def importance(model: Any, names: list[str], tokens: list[list[int]]) -> dict[str, Any]:
@@ -72,7 +77,7 @@ def importance(model: Any, names: list[str], tokens: list[list[int]]) -> dict[st
 def quantize(options: argparse.Namespace, packed: Path) -> None:
     import numpy
     import torch
-    from plain import linears
+    from plain import linears, tensors
     from transformers import AutoModelForCausalLM
 
     ggml, names = library(), linears(options.model)
@@ -82,7 +87,7 @@ def quantize(options: argparse.Namespace, packed: Path) -> None:
     for name in names:
         weight = model.get_submodule(name).weight.detach().contiguous()  # (N, K)
         rows, columns = weight.shape
-        chosen = kind(name, options.type, model.config.num_hidden_layers)
+        chosen = kind(name, options.type, model.config.num_hidden_layers, columns)
         if columns % BLOCK[chosen]:
             raise ValueError(f"{name} has {columns} columns, expected a multiple of {BLOCK[chosen]} for {chosen}")
         stored = numpy.empty(rows * ggml.ggml_row_size(TYPES[chosen], columns), dtype=numpy.uint8)
@@ -93,6 +98,8 @@ def quantize(options: argparse.Namespace, packed: Path) -> None:
         blocks[f"{chosen}:{rows}:{columns}:{name}"] = stored
     packed.mkdir()
     numpy.savez(packed / "blocks.npz", **blocks)
+    rest = {name: tensor for name, tensor in tensors(options.model) if name.removesuffix(".weight") not in names}
+    numpy.savez(packed / "rest.npz", **{name: tensor.half().numpy() for name, tensor in rest.items()})
 
 
 def weights(options: argparse.Namespace, packed: Path) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""GPTQ by llm-compressor with its defaults, 4 bits in groups of 128; the contract is in peer.py."""
+"""GPTQ by llm-compressor with its defaults, 4 bits; the contract is in peer.py.
+
+`--observer imatrix_mse` searches for the scales with the least error, weighted by the mean square of each input.
+"""
 
 import argparse
 from pathlib import Path
@@ -9,19 +12,25 @@ from peer import main, windows
 NAME, PACKAGE = "llm-compressor", "llmcompressor"
 REQUIREMENTS = ["llmcompressor==0.14.0.1", "torch==2.13.0"]  # supports torch up to 2.14; this is the version of llmq
 
+OPTIONS = [("--observer", {})]
+
 
 def quantize(options: argparse.Namespace, packed: Path) -> None:
+    from compressed_tensors.quantization import preset_name_to_scheme
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
 
     tokens = windows(options.tokens)
     masks = [[1] * len(window) for window in tokens]
-    scheme = "W4A16_ASYM" if options.asymmetric else "W4A16"
+    scheme = preset_name_to_scheme("W4A16_ASYM" if options.asymmetric else "W4A16", ["Linear"])
+    scheme.weights.group_size = options.group_size
+    if options.observer:
+        scheme.weights.observer = options.observer
     oneshot(
         model=str(options.model),
         dataset=Dataset.from_dict({"input_ids": tokens, "attention_mask": masks}),
-        recipe=GPTQModifier(targets="Linear", scheme=scheme, ignore=["lm_head"]),
+        recipe=GPTQModifier(config_groups={"group_0": scheme}, ignore=["lm_head"]),
         max_seq_length=len(tokens[0]),
         num_calibration_samples=len(tokens),
         output_dir=str(packed),
@@ -39,4 +48,4 @@ def weights(options: argparse.Namespace, packed: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(NAME, REQUIREMENTS, __file__, quantize, weights)
+    main(NAME, REQUIREMENTS, __file__, quantize, weights, OPTIONS)

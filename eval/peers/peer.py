@@ -1,11 +1,11 @@
 """The contract of the scripts of all peers, and their process.
 
-    python eval/peers/PEER.py MODEL TOKENS OUT [--asymmetric] [other options]
+    python eval/peers/PEER.py MODEL TOKENS OUT [--asymmetric] [--group-size 128] [other options]
 
 TOKENS is a JSON file of token id lists of equal length. OUT becomes a plain float32 checkpoint of dequantized weights
 (`plain.py`). A script has two functions: `quantize(options, packed)`, which writes the files that a user of the peer
 gets, and `weights(options, packed)`, which reads them back. The first is timed, including imports. The time of the
-second is written to OUT and subtracted.
+second is written to OUT and subtracted. OUT also tells the size of the files of the first.
 """
 
 import argparse
@@ -23,7 +23,8 @@ from environment import first_error, interpreter
 from plain import write_plain
 from process import Measured, ProcessError, measured
 
-UNPACKING = "unpacking.json"
+UNPACKING, SIZE = "unpacking.json", "size.json"
+TENSORS = (".safetensors", ".npz", ".pt", ".gguf")
 
 
 class PeerError(Exception):
@@ -43,6 +44,7 @@ def main(
     for positional in ("model", "tokens", "out"):
         parser.add_argument(positional, type=lambda path: Path(path).resolve())
     parser.add_argument("--asymmetric", action="store_true")
+    parser.add_argument("--group-size", type=int, default=128)
     for flag, settings in extra:
         parser.add_argument(flag, **settings)
     options = parser.parse_args()
@@ -52,10 +54,14 @@ def main(
     with tempfile.TemporaryDirectory() as scratch:
         os.chdir(scratch)  # GPTQModel writes logs to the current folder
         quantize(options, Path(scratch) / "packed")
-        wall, cpu = time.monotonic(), time.process_time()
+        size = sum(file.stat().st_size for file in (Path(scratch) / "packed").rglob("*") if file.suffix in TENSORS)
+        wall, before = time.monotonic(), os.times()
         write_plain(options.model, dict(weights(options, Path(scratch) / "packed")), options.out)
-        spent = {"wall_seconds": time.monotonic() - wall, "cpu_seconds": time.process_time() - cpu}
+        after = os.times()
+        user, system = after.user - before.user, after.system - before.system
+        spent = {"wall_seconds": time.monotonic() - wall, "cpu_seconds": user + system, "user_seconds": user}
         (options.out / UNPACKING).write_text(json.dumps(spent))
+        (options.out / SIZE).write_text(json.dumps({"file_megabytes": size / 1e6}))
         os.chdir("/")
 
 

@@ -45,6 +45,12 @@ def read_out(model: Any, folder: Path) -> dict[str, Any]:
     return weights
 
 
+def others(model: Any, folder: Path) -> dict[str, Any]:
+    """Name -> float32 of the norms and biases in the blocks of `model`, the quantized checkpoint of `folder`."""
+    names = {name for name, tensor in tensors(folder) if tensor.ndim == 1 and re.search(r"\.\d+\.", name)}
+    return {name: tensor.detach().float() for name, tensor in model.named_parameters() if name in names}
+
+
 def write_plain(folder: Path, weights: dict[str, Any], out: Path) -> None:
     """The checkpoint of `folder` in float32 at `out`, with `weights` instead of the original ones."""
     import torch

@@ -9,10 +9,15 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Measured:
-    """One finished process with all its children; the memory is that of the largest process."""
+    """One finished process with all its children; the memory is that of the largest process.
+
+    cpu_seconds   in user and system mode
+    user_seconds  in user mode only
+    """
 
     wall_seconds: float
     cpu_seconds: float
+    user_seconds: float
     peak_megabytes: float
 
 
@@ -36,4 +41,9 @@ def measured(command: list[str], log: Path, cwd: Path | None = None) -> Measured
     process.returncode = os.waitstatus_to_exitcode(status)  # so that Popen does not wait for it again
     if process.returncode:
         raise ProcessError(process.returncode, log.read_text(errors="replace"))
-    return Measured(wall, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024 / 1e6)
+    return Measured(wall, used.ru_utime + used.ru_stime, used.ru_utime, used.ru_maxrss * 1024 / 1e6)
+
+
+def import_seconds(python: Path, statement: str, scratch: Path, cwd: Path | None = None) -> float:
+    """Seconds in user mode of a process that only imports; raises ProcessError."""
+    return measured([str(python), "-c", statement], scratch / "imports.log", cwd).user_seconds

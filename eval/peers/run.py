@@ -1,108 +1,73 @@
 """Compare other tools and llmq on one model: the same calibration tokens, the same evaluation of the written files.
 
     python eval/peers/run.py --model NAME --name RESULT [--peers …] [--llmq …] [--seeds 0 1 2] [--grid symmetric]
+    python eval/peers/run.py --model smollm2 --name smollm2 --peers --llmq fast --seeds 0 [--yardstick FOLDER]
 
 Every contender is a whole process (`process.py`) with one thread; peers have separate environments, and llmq runs as
 `python -m llmq quantize`. A seed is another draw of calibration text; contenders without text run once. Results are
 written to eval/peers/results/RESULT.json row by row, so that an interrupted run continues, and to RESULT.md. Existing
-rows are not measured again, unless --again is given. A failed row holds the error message of the peer.
+rows are not measured again, unless --again is given. A failed row holds the error message of the peer. The models of
+`yardstick.py` are measured on several texts, and their page is eval/results/RESULT.md (`strata_table.py`).
 """
 
 import argparse
 import datetime
 import json
 import os
+import platform
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import auto_round_sign
-import gptqmodel_gptq
-import hqq_half_quadratic
-import llama_cpp_blocks
-import llm_compressor_gptq
-import torchao_int4
+from contenders import IN_Q4_K_M, LLMQ, NEED_NO_TEXT, PEERS, Peer
 from environment import InstallError, interpreter, versions
-from peer import PeerError, time_peer
-from process import Measured
+from peer import SIZE, TENSORS, PeerError, time_peer
+from process import Measured, import_seconds
+from strata_table import render_strata
 from table import key, merged, render
-from time_gptq import SAMPLES, SEQLEN, processor, revision, time_llmq, write_tokens
+from time_gptq import processor, revision, time_llmq, write_tokens
+
+if TYPE_CHECKING:
+    from llmq.evaluation.measure import Measurement
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS, THREADS = Path(__file__).parent / "results", 1
+RESULTS, PAGES, THREADS = Path(__file__).parent / "results", ROOT / "eval" / "results", 1
+STRATUM_FIGURES = ("kl_mean", "kl_mean_interval", "same_top_1", "perplexity")
 FIGURES = ("perplexity", "kl_mean", "kl_median", "kl_99", "same_top_1")
-ABOUT = """4 bits, groups of 128 unless stated otherwise, embedding and head in float.
+IMPORTS = "import {module}, transformers.models.llama.modeling_llama"
+ABOUT = """4 bits, groups of {group_size} unless stated otherwise, embedding and head in float.
 {samples} x {seqlen} calibration tokens, the same for all, another draw for each seed.
-Measured on {windows} x {seqlen} evaluation tokens.
+Measured on {windows} x {seqlen} evaluation tokens{strata}.
 KL is KL(float ‖ quantized) in nats per token, of the files read back from disk.
 Whole processes including imports, {threads} thread each (OMP_NUM_THREADS).
 Other jobs ran on the machine, so compare CPU-seconds.
 """
 
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "eval")]
-from subjects import MODELS, WINDOWS, folder_of, texts  # noqa: E402
-
-
-@dataclass(frozen=True)
-class Peer:
-    """A script of this folder with its options.
-
-    settings    its description in the table
-    own_grid    its only grid, if the grid cannot be chosen
-    draws       whether it uses the calibration tokens
-    """
-
-    script: ModuleType
-    options: tuple[str, ...] = ()
-    settings: str = "defaults"
-    own_grid: str | None = None
-    draws: bool = True
-
-
-Q4_0 = "blocks of 32, 4.5 bits per weight"
-Q4_K_M = "blocks of 32 in 256, 4.5 bits per weight; 6.6 in half of v and down: 4.8"
-PEERS = {
-    "llm-compressor GPTQ": Peer(llm_compressor_gptq),
-    "GPTQModel GPTQ": Peer(gptqmodel_gptq),
-    "GPTQModel GPTAQ": Peer(gptqmodel_gptq, ("--gptaq",), "defaults, alpha 0.25"),
-    "AutoRound 200": Peer(auto_round_sign),
-    "AutoRound 1000": Peer(auto_round_sign, ("--iterations", "1000"), "1000 iterations"),
-    "HQQ": Peer(hqq_half_quadratic, (), "defaults, axis 1, no data", "float zero", draws=False),
-    "torchao intx": Peer(torchao_int4, (), "weight-only, no data", draws=False),
-    "torchao intx, HQQ scales": Peer(torchao_int4, ("--recipe", "hqq"), "no data", "symmetric", draws=False),
-    "torchao int4": Peer(torchao_int4, ("--recipe", "int4"), "weight-only, no data", draws=False),
-    "torchao GPTQ": Peer(torchao_int4, ("--recipe", "gptq"), "its prototype"),
-    "llama.cpp Q4_0": Peer(llama_cpp_blocks, ("--type", "Q4_0"), Q4_0, "symmetric", draws=False),
-    "llama.cpp Q4_0 imatrix": Peer(llama_cpp_blocks, ("--type", "Q4_0", "--imatrix"), Q4_0, "symmetric"),
-    "llama.cpp Q4_K_M": Peer(llama_cpp_blocks, ("--type", "Q4_K_M"), Q4_K_M, "scale and minimum", draws=False),
-    "llama.cpp Q4_K_M imatrix": Peer(llama_cpp_blocks, ("--type", "Q4_K_M", "--imatrix"), Q4_K_M, "scale and minimum"),
-}
-IN_Q4_K_M = ("--format", "gguf:q4_k_m", "--skip", "embed_tokens", "--skip", "lm_head")
-LLMQ = {
-    "rtn-minmax": ("--method", "rtn", "--scales", "minmax"),
-    "gptq-paper": ("--method", "gptq", "--order", "natural", "--scales", "minmax"),
-    **{name: ("--method", name) for name in ("rtn", "gptq", "awq", "fast", "balanced", "best")},
-    **{f"{name} q4_k_m": ("--method", name, *IN_Q4_K_M) for name in ("rtn", "gptq", "fast", "balanced", "best")},
-}
-NEED_NO_TEXT = ("rtn-minmax", "rtn", "rtn q4_k_m")
+from subjects import MODELS, YARDSTICK, Protocol, folder_of, is_yardstick, protocol, strata, texts  # noqa: E402
 
 
 @dataclass(frozen=True)
 class Model:
-    """A float checkpoint with the text that it is calibrated with and the text that it is measured on."""
+    """A float checkpoint with the text that it is calibrated with and the texts that it is measured on."""
 
     folder: Path
     calibration: Path
-    evaluation: Path
+    evaluation: Sequence[Path]
+    protocol: Protocol
 
 
-def find_model(name: str, scratch: Path) -> Model:
+def find_model(name: str, scratch: Path, yardstick: Path) -> Model:
     """A model of eval/subjects.py with its texts."""
-    return Model(folder_of(name), *texts(name, scratch / "text"))
+    folder = folder_of(name, yardstick)
+    if is_yardstick(name):
+        return Model(folder, *strata(yardstick), protocol(name))
+    calibration, evaluation = texts(name, scratch / "text")
+    return Model(folder, calibration, [evaluation], protocol(name))
 
 
 def run_peer(peer: Peer, model: Model, grid: str, tokens: Path, out: Path) -> tuple[Measured, str]:
@@ -110,7 +75,8 @@ def run_peer(peer: Peer, model: Model, grid: str, tokens: Path, out: Path) -> tu
     script = peer.script
     python = interpreter(script.NAME, script.REQUIREMENTS)
     chosen = ["--asymmetric"] if grid == "asymmetric" and peer.own_grid is None else []
-    arguments = [str(model.folder), str(tokens), str(out), *chosen, *peer.options]
+    group = ["--group-size", str(model.protocol.group_size)]
+    arguments = [str(model.folder), str(tokens), str(out), *chosen, *group, *peer.options]
     taken = time_peer(script.NAME, script.REQUIREMENTS, Path(str(script.__file__)), arguments)
     return taken, " ".join(versions(python, [script.PACKAGE]).values())
 
@@ -119,43 +85,88 @@ def run_llmq(method: str, model: Model, grid: str, seed: int, fingerprint: str, 
     """Run llmq, which reads the text itself, and return its version; raises PeerError."""
     import llmq
 
-    options = [*LLMQ[method], f"--{grid}", "--seed", str(seed)]
+    asked = model.protocol
+    options = ["--samples", str(asked.samples), "--seqlen", str(asked.seqlen)]
+    if "--format" not in LLMQ[method]:  # a GGUF type has its own group size
+        options += ["--group-size", str(asked.group_size)]
+    options += [*LLMQ[method], f"--{grid}", "--seed", str(seed)]
     expected = None if method in NEED_NO_TEXT else fingerprint
     return time_llmq(model.folder, model.calibration, out, expected, options), llmq.__version__
 
 
 def contend(name: str, model: Model, grid: str, seed: int, scratch: Path) -> dict[str, Any]:
-    """Make one row: the cost of the process and the quality of its result, or its error."""
-    from llmq.evaluation.measure import measure
-
+    """Quantize to `scratch`/out, and make the row without the quality: the cost of the process, or its error."""
     peer, method = PEERS.get(name), name.removeprefix("llmq ")
     own = peer.own_grid if peer else "scale and minimum" if set(IN_Q4_K_M) <= set(LLMQ[method]) else None
     row: dict[str, Any] = {"name": name, "asked": grid, "grid": own or grid, "seed": seed}
     row["settings"] = peer.settings if peer else " ".join(LLMQ[method])
     out, tokens = scratch / "out", scratch / "tokens.json"
-    row["tokens_sha256"] = fingerprint = write_tokens(model.folder, model.calibration, tokens, seed)
+    scratch.mkdir(parents=True)
+    asked = model.protocol
+    fingerprint = write_tokens(model.folder, model.calibration, tokens, seed, asked.samples, asked.seqlen)
+    row["tokens_sha256"] = fingerprint
     try:
         if peer:
             taken, row["version"] = run_peer(peer, model, grid, tokens, out)
         else:
             taken, row["version"] = run_llmq(method, model, grid, seed, fingerprint, out)
+        row["import_seconds"] = imports(peer, scratch)
     except InstallError as error:
         return row | {"error": f"cannot be installed: {error}"}
     except PeerError as error:
         return row | {"error": f"does not run: {error}"}
-    measurement = measure(
-        next(out.glob("*.gguf"), out), model.folder, str(model.evaluation), seqlen=SEQLEN, limit=WINDOWS
-    )
-    assert measurement.original is not None
-    figures = {name: getattr(measurement.model, name) for name in FIGURES}
-    load = {"load_average": os.getloadavg()[0], "commit": revision()}
-    return row | asdict(taken) | figures | {"float_perplexity": measurement.original.perplexity} | load
+    load = {"load_average": os.getloadavg()[0], "date": datetime.date.today().isoformat(), "commit": revision()}
+    return row | asdict(taken) | {"file_megabytes": megabytes(out)} | load
+
+
+def judged(outs: Sequence[Path], model: Model) -> list[dict[str, Any]]:
+    """The quality of the files in each folder: of all texts together, and of every text if there are several."""
+    from llmq.evaluation.measure import measure_many
+
+    asked, sources = model.protocol, [str(file) for file in model.evaluation]
+    files = [next(out.glob("*.gguf"), out) for out in outs]
+    measurements = measure_many(model.folder, files, sources, seqlen=asked.seqlen, limit=asked.windows)
+    return [figures(measurement) for measurement in measurements]
+
+
+def figures(measurement: "Measurement") -> dict[str, Any]:
+    """The entries of a row about its quality."""
+    total, original = measurement.model, measurement.original
+    assert original is not None, "measured against the original"
+    entries = {name: getattr(total, name) for name in FIGURES} | {"float_perplexity": original.perplexity}
+    if len(measurement.texts) == 1:
+        return entries
+    strata = {
+        Path(part.text).stem: {name: getattr(part.model, name) for name in STRATUM_FIGURES}
+        | {"float_perplexity": part.original.perplexity if part.original else None}
+        for part in measurement.texts
+    }
+    return entries | {"kl_mean_interval": total.kl_mean_interval, "strata": strata}
+
+
+def imports(peer: Peer | None, scratch: Path) -> float:
+    """Seconds in user mode that a contender needs for its imports."""
+    if peer is None:
+        return import_seconds(
+            Path(sys.executable), IMPORTS.format(module="llmq.__main__, llmq.job, llmq.cli.quantize"), scratch, ROOT
+        )
+    python, module = interpreter(peer.script.NAME, peer.script.REQUIREMENTS), peer.script.PACKAGE.lower()
+    return import_seconds(python, IMPORTS.format(module=module.replace("-", "_")), scratch)
+
+
+def megabytes(out: Path) -> float:
+    """The size of the quantized model: of the files of a peer, which `peer.py` notes, or of the files in `out`."""
+    if (out / SIZE).exists():
+        return float(json.loads((out / SIZE).read_text())["file_megabytes"])
+    return sum(file.stat().st_size for file in out.iterdir() if file.suffix in TENSORS) / 1e6
 
 
 def about(model: str) -> dict[str, Any]:
-    settings = ABOUT.format(samples=SAMPLES, seqlen=SEQLEN, windows=WINDOWS, threads=THREADS)
+    several = " of each of several texts" if is_yardstick(model) else ""
+    settings = ABOUT.format(**asdict(protocol(model)), threads=THREADS, strata=several)
     today = datetime.date.today().isoformat()
-    return {"model": model, "settings": settings, "cpu": processor(), "date": today, "commit": revision()}
+    hardware = f"{os.cpu_count()} {platform.machine()} cores, {THREADS} thread, {processor()}"
+    return {"model": model, "settings": settings, "cpu": hardware, "date": today, "commit": revision()}
 
 
 def wanted(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> list[tuple[str, str, int]]:
@@ -170,6 +181,11 @@ def wanted(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> list[tu
     return missing
 
 
+def read(file: Path) -> dict[str, Any]:
+    """The result so far."""
+    return json.loads(file.read_text()) if file.exists() else {"about": {}, "rows": []}  # type: ignore[no-any-return]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, choices=MODELS)
@@ -179,21 +195,47 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--grid", nargs="*", default=["symmetric"], choices=["symmetric", "asymmetric"])
     parser.add_argument("--again", action="store_true", help="measure existing rows again")
+    parser.add_argument("--yardstick", type=Path, default=YARDSTICK, help="the folder that yardstick.py has made")
+    parser.add_argument("--together", type=int, default=1, help="contenders that are measured after all have finished")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(THREADS)
     file = RESULTS / f"{arguments.name}.json"
-    results = json.loads(file.read_text()) if file.exists() else {"about": {}, "rows": []}
-    for name, grid, seed in wanted(arguments, results["rows"]):
+    missing = wanted(arguments, read(file)["rows"])
+    for start in range(0, len(missing), arguments.together):
         with tempfile.TemporaryDirectory() as scratch:
-            row = contend(name, find_model(arguments.model, Path(scratch)), grid, seed, Path(scratch))
-        results["about"] |= about(arguments.model)
+            model = find_model(arguments.model, Path(scratch), arguments.yardstick)
+            rows = measured_rows(missing[start : start + arguments.together], model, Path(scratch))
+        save(file, arguments.model, rows)
+
+
+def measured_rows(contenders: Sequence[tuple[str, str, int]], model: Model, scratch: Path) -> list[dict[str, Any]]:
+    """The rows of contenders (name, grid, seed) that are measured together: the float model runs once for all."""
+    rows, folders = [], [scratch / str(number) for number in range(len(contenders))]
+    for (name, grid, seed), folder in zip(contenders, folders, strict=True):
+        rows.append(contend(name, model, grid, seed, folder))
+        print(name, grid, seed, rows[-1].get("error") or f"{rows[-1]['cpu_seconds']:.0f} s", flush=True)
+    finished = [(row, folder / "out") for row, folder in zip(rows, folders, strict=True) if "error" not in row]
+    if finished:
+        for (row, _), quality in zip(finished, judged([out for _, out in finished], model), strict=True):
+            row.update(quality)
+            print(row["name"], row["asked"], row["seed"], f"{row['kl_mean']:.5f}", flush=True)
+    return rows
+
+
+def save(file: Path, model: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Merge rows into the result, and write it and its page; another run may have added rows to the file."""
+    results = read(file)
+    results["about"] |= about(model)
+    for row in rows:
         if "error" not in row:
             results["about"]["float_perplexity"] = row.pop("float_perplexity")
         results["rows"] = merged(results["rows"], row)
-        RESULTS.mkdir(exist_ok=True)
-        file.write_text(json.dumps(results, indent=1) + "\n")
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(results, indent=1) + "\n")
+    if is_yardstick(model):
+        (PAGES / f"{file.stem}.md").write_text(render_strata(results))
+    else:
         file.with_suffix(".md").write_text(render(results))
-        print(name, grid, seed, row.get("error") or f"{row['kl_mean']:.5f} {row['cpu_seconds']:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

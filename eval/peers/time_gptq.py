@@ -52,13 +52,15 @@ def make_model(folder: Path, **changes: int) -> None:
     AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder)
 
 
-def write_tokens(model: Path, text: Path, tokens: Path, seed: int = SEED) -> str:
+def write_tokens(
+    model: Path, text: Path, tokens: Path, seed: int = SEED, samples: int = SAMPLES, seqlen: int = SEQLEN
+) -> str:
     """Write the sequences that llmq will cut from `text`, as lists of ids in JSON; returns their fingerprint."""
     from llmq import calibration
     from llmq.config import Calibration
     from llmq.runtime.load import load_tokenizer
 
-    settings = Calibration(sources=(str(text),), samples=SAMPLES, seqlen=SEQLEN)
+    settings = Calibration(sources=(str(text),), samples=samples, seqlen=seqlen)
     chosen = calibration.load(settings, load_tokenizer(model, remote_code=False), seed=seed, max_tokens=None)
     tokens.write_text(json.dumps(chosen.windows.tolist()))
     return chosen.sha256
@@ -69,7 +71,7 @@ def time_llmq(
 ) -> Measured:
     """Run `llmq quantize` as a process; raises PeerError if it fails or has read other tokens.
 
-    Without a fingerprint, the tokens are not checked: the method reads none.
+    Without a fingerprint, the tokens are not checked: the method reads none.  Of options given twice, the last counts.
     """
     command = [sys.executable, "-m", "llmq", "quantize", str(model), str(out), "--calibration", str(text)]
     command += ["--samples", str(SAMPLES), "--seqlen", str(SEQLEN), *options]

@@ -24,12 +24,12 @@ def quantize(options: argparse.Namespace, packed: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     blocks = model.base_model.layers  # the head is kept in float
     if options.recipe == "gptq":
-        quantize_(blocks, GPTQConfig(step="observe", base_config=Int4WeightOnlyConfig(group_size=128)))
+        quantize_(blocks, GPTQConfig(step="observe", base_config=Int4WeightOnlyConfig(group_size=options.group_size)))
         for window in windows(options.tokens):
             model(torch.tensor([window]))
-        quantize_(blocks, GPTQConfig(step="convert", base_config=Int4WeightOnlyConfig(group_size=128)))
+        quantize_(blocks, GPTQConfig(step="convert", base_config=Int4WeightOnlyConfig(group_size=options.group_size)))
     elif options.recipe == "int4":
-        quantize_(blocks, Int4WeightOnlyConfig(group_size=128))
+        quantize_(blocks, Int4WeightOnlyConfig(group_size=options.group_size))
     else:
         quantize_(blocks, _any_width(options))
     packed.mkdir()
@@ -44,7 +44,7 @@ def _any_width(options: argparse.Namespace) -> Any:
 
     return IntxWeightOnlyConfig(
         weight_dtype=torch.int4,
-        granularity=PerGroup(128),
+        granularity=PerGroup(options.group_size),
         mapping_type=MappingType.ASYMMETRIC if options.asymmetric else MappingType.SYMMETRIC,
         intx_choose_qparams_algorithm=Search.HQQ_SCALE_ONLY if options.recipe == "hqq" else Search.AFFINE,
     )

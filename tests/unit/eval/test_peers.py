@@ -162,7 +162,11 @@ def test_table_has_the_mean_of_all_finished_draws(load: Any) -> None:
 
 def test_llama_cpp_uses_six_bits_for_some_layers(load: Any) -> None:
     kind = load("llama_cpp_blocks").kind
-    generous = [layer for layer in range(16) if kind(f"model.layers.{layer}.self_attn.v_proj", "Q4_K_M", 16) == "Q6_K"]
+    generous = [
+        layer for layer in range(16) if kind(f"model.layers.{layer}.self_attn.v_proj", "Q4_K_M", 16, 512) == "Q6_K"
+    ]
     assert generous == [0, 1, 4, 7, 10, 13, 14, 15]  # an eighth at each end, every third between
-    assert kind("model.layers.0.self_attn.q_proj", "Q4_K_M", 16) == "Q4_K"
-    assert kind("model.layers.0.mlp.down_proj", "Q4_0", 16) == "Q4_0"
+    assert kind("model.layers.0.self_attn.q_proj", "Q4_K_M", 16, 512) == "Q4_K"
+    assert kind("model.layers.0.mlp.down_proj", "Q4_0", 16, 512) == "Q4_0"
+    assert kind("model.layers.0.self_attn.q_proj", "Q4_K_M", 16, 576) == "Q5_0"  # 256 does not divide 576
+    assert kind("model.layers.0.self_attn.v_proj", "Q4_K_M", 16, 576) == "Q8_0"
