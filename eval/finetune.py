@@ -1,4 +1,4 @@
-"""Fine-tune the yardstick in float, so that its weights leave the 4-bit grid on which they lie.
+"""Fine-tune SmolLM2 in float, so that its weights leave the 4-bit grid on which they lie.
 
     python eval/finetune.py [--folder FOLDER] [--steps 240] [--seed 0]
 
@@ -99,7 +99,7 @@ def fine_tune(source: Path, texts: list[str], out: Path, steps: int, seed: int) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=YARDSTICK, help="the folder that yardstick.py has made")
+    parser.add_argument("--folder", type=Path, default=YARDSTICK, help="the folder that `yardstick.py` has made")
     parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

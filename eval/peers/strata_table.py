@@ -1,4 +1,4 @@
-"""The page of a model of the yardstick: one row per contender, with the KL of every text."""
+"""The page of SmolLM2: one row per contender, with the KL of every text."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The yardstick: the order of rows in GGUF files, and the texts; nothing is downloaded."""
+"""SmolLM2: the order of rows in GGUF files, and the texts; nothing is downloaded."""
 
 import importlib
 import itertools
@@ -21,7 +21,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     yield lambda name: importlib.import_module(name)
 
 
-# ---- yardstick.py
+# ---- `yardstick.py`
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_overlap_is_the_share_of_common_sequences(load: Any) -> None:
 
 
 def test_folder_of_an_absent_model_names_the_program(load: Any, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"eval/yardstick\.py makes smollm2"):
+    with pytest.raises(SystemExit, match=r"eval/yardstick\.py` makes"):
         load("subjects").folder_of("smollm2", tmp_path)
 
 
