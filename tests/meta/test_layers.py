@@ -16,7 +16,7 @@ LAYERS = (
     ("numerics", "methods", "patterns", "setting_fields"),
     ("algorithms", "formats", "model"),
     ("config", "_keywords"),
-    ("runtime", "calibration", "report", "gguf"),
+    ("runtime", "calibration", "report", "gguf", "cost"),
     ("steps", "evaluation"),
     ("mixed_precision", "pipeline", "plan"),
     ("export", "verify", "run_text", "job"),

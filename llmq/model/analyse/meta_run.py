@@ -28,20 +28,21 @@ PRODUCTS = {
 }  # fmt: skip
 
 
-def run(model: nn.Module, *, guess: bool = True) -> dict[str, Exception]:
-    """Run `model`, which is on meta except for its buffers, on a few tokens; returns the modules that failed, by path.
+def run(model: nn.Module, *, guess: bool = True, tokens: int = TOKENS) -> dict[str, Exception]:
+    """Run `model`, which is on meta except for its buffers, on `tokens` tokens; returns the modules that failed.
 
+    The result has the error of each of these modules by its path.
     The model is not changed. Callers register hooks beforehand to record something. With `guess`, a value that the code
     needs is zero. Without it, the module that needs the value fails, so everything that has run is independent of
     values.
     """
-    tokens = torch.zeros(1, TOKENS, dtype=torch.int64, device="meta")
+    ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
     buffers = {name: buffer.to("meta") for name, buffer in model.named_buffers()}
     failures: dict[str, Exception] = {}
     try:
-        with _tolerant(model, failures), torch.no_grad(), _Zeros() if guess else nullcontext():  # type: ignore[no-untyped-call]
+        with _tolerant(model, failures), torch.no_grad(), Zeros() if guess else nullcontext():  # type: ignore[no-untyped-call]
             # Without a cache, transformers reads the values of positions to detect packed sequences.
-            torch.func.functional_call(model, buffers, kwargs={"input_ids": tokens, "use_cache": not guess})
+            torch.func.functional_call(model, buffers, kwargs={"input_ids": ids, "use_cache": not guess})
     except Exception as error:  # a model may raise anything
         failures[""] = error
     return failures
@@ -57,7 +58,7 @@ def modules_run(model: nn.Module) -> set[int]:
     return ran
 
 
-class _Zeros(TorchDispatchMode):
+class Zeros(TorchDispatchMode):
     """While entered, the value of a tensor on meta is zero."""
 
     def __torch_dispatch__(

@@ -15,9 +15,13 @@ def build(folder: Path, *, dtype: torch.dtype, remote_code: bool) -> nn.Module:
 
     Every `Conv1D` is an `nn.Linear` (`conv1d.py`).
     """
+    return from_config(load_config(folder, remote_code=remote_code), dtype=dtype, remote_code=remote_code)
+
+
+def from_config(config: Any, *, dtype: torch.dtype, remote_code: bool) -> nn.Module:
+    """The same for a configuration of transformers, as `load_config` returns it."""
     from accelerate import init_empty_weights
 
-    config = load_config(folder, remote_code=remote_code)
     try:
         with init_empty_weights(include_buffers=False):
             model: nn.Module = auto_class(config, remote_code=remote_code).from_config(
@@ -25,7 +29,7 @@ def build(folder: Path, *, dtype: torch.dtype, remote_code: bool) -> nn.Module:
             )
     except Exception as error:  # a wrong value in config.json fails wherever the model first uses it
         raise UnsupportedModelError(
-            f"transformers cannot build the model that {folder / 'config.json'} describes: {_first_line(error)}",
+            f"transformers cannot build the model that its config.json describes: {_first_line(error)}",
             hint="check that config.json is complete; a newer transformers may know the model",
         ) from error
     conv1d.apply(model)

@@ -54,6 +54,7 @@ class Skeleton:
         for block in self.blocks:
             block.leave(self.special_layers)
         self._returned: int | None = None  # see `_probe`; unknown before the first recording
+        self._reading = True  # see `without_reading`
         inside = {module for block in modules for module in block.modules()}
         for name, module in model.named_modules():
             if module not in inside and module._parameters:
@@ -108,6 +109,15 @@ class Skeleton:
             for block in self.blocks:
                 stack.enter_context(block.float_inputs())
             yield
+
+    @contextmanager
+    def without_reading(self) -> Iterator[None]:
+        """While open, modules outside of the blocks are not read when they run: for a run on the meta device."""
+        self._reading = False
+        try:
+            yield
+        finally:
+            self._reading = True
 
     def record(self, index: int, tokens: Tensor) -> Call:
         """Record the arguments of block `index` for `tokens` (B, T) int64.
@@ -243,7 +253,7 @@ class Skeleton:
         """A hook that reads the direct parameters of a module when it is first run."""
 
         def fill_now(module: nn.Module, _: Any) -> None:
-            if any(p is not None and p.is_meta for p in module._parameters.values()):
+            if self._reading and any(p is not None and p.is_meta for p in module._parameters.values()):
                 self.weights.fill(path, module, self.device)
 
         return fill_now

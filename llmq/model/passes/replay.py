@@ -101,7 +101,7 @@ class Replay:
     def nbytes(self, key: Hashable) -> int:
         """Bytes that a forward keeps."""
         tensors = [tensor for finished in self._finished.get(key, ()) for tensor in tensors_in(finished.output)]
-        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+        return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
     def _run(self, key: Hashable, call: Call) -> Tensor:
         self._log, self._next, self._preliminary = self._finished.setdefault(key, []), 0, False

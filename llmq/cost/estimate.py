@@ -1,0 +1,233 @@
+"""The estimate of a run: work, time and peak memory of each stage."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from llmq import formats
+from llmq.config import QuantConfig
+from llmq.cost import files, passes, peaks, solver
+from llmq.cost.files import Sizes
+from llmq.cost.machine import Machine
+from llmq.cost.outline import Outline, observe
+from llmq.cost.peaks import Peak
+from llmq.cost.work import Kind, Work, total
+from llmq.cost.workload import Group, PlannedBlock, Workload
+from llmq.formats.base import Layout
+from llmq.methods import Method
+from llmq.model.build.skeleton import Skeleton
+from llmq.numerics.layer_plan import LayerPlan
+from llmq.numerics.scheme import GROUP_SIZES, WeightScheme
+
+DIVIDED = ("streams", "statistics", "token weights", "block tuning", "end-to-end tuning")  # by sequences, among ranks
+SOLVED = ("factorization", "rounding", "guards", "report")  # by layers, among ranks
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run: its work on each rank, and the time for it."""
+
+    name: str
+    work: Work
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The cost of a run.
+
+    stages      in the order in which a run reports them
+    peaks       peak memory of the stages that need most
+    file_bytes  bytes of all tensors of the quantized model
+    """
+
+    stages: tuple[Stage, ...]
+    peaks: tuple[Peak, ...]
+    file_bytes: int
+
+    @property
+    def seconds(self) -> float:
+        return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def work(self) -> Work:
+        return total([stage.work for stage in self.stages])
+
+    @property
+    def device_bytes(self) -> int:
+        """Peak memory of the device, without main memory."""
+        return max(peak.device_bytes for peak in self.peaks)
+
+    def host_bytes(self, device: str) -> int:
+        """Peak main memory; that of a CPU includes what a GPU would hold in its own memory."""
+        return max(peak.host_bytes + (peak.device_bytes if device == "cpu" else 0) for peak in self.peaks)
+
+    @property
+    def disk_bytes(self) -> int:
+        return max(peak.disk_bytes for peak in self.peaks)
+
+    def __getitem__(self, name: str) -> Stage:
+        return next(stage for stage in self.stages if stage.name == name)
+
+    def table(self) -> str:
+        """Text with a line per stage, and a line per peak."""
+        lines = [f"{'stage':20} {'TFLOP':>10} {'GB moved':>10} {'GB files':>10} {'seconds':>10}"]
+        for stage in (*self.stages, Stage("together", self.work, self.seconds)):
+            moved, disk = stage.work[Kind.MOVED], stage.work[Kind.READ] + stage.work[Kind.WRITTEN]
+            lines.append(
+                f"{stage.name:20} {stage.work.flops / 1e12:10.3f} {moved / 1e9:10.2f} {disk / 1e9:10.2f} "
+                f"{stage.seconds:10.1f}"
+            )
+        lines.append(f"\n{'peak memory in':20} {'GB device':>10} {'GB host':>10} {'GB disk':>10}")
+        for peak in self.peaks:
+            figures = (peak.device_bytes, peak.host_bytes, peak.disk_bytes)
+            lines.append(f"{peak.stage:20} {' '.join(f'{nbytes / 1e9:10.3f}' for nbytes in figures)}")
+        lines.append(f"\nthe files have {self.file_bytes / 1e9:.3f} GB")
+        return "\n".join(lines)
+
+
+def estimate(
+    model: Skeleton | Outline,
+    settings: QuantConfig,
+    machine: Machine,
+    *,
+    layers: Mapping[str, LayerPlan] | None = None,
+    stages: Method | None = None,
+    stored: torch.dtype = torch.bfloat16,
+    ranks: int = 1,
+) -> Estimate:
+    """Estimate a run on `machine`, without reading a weight.
+
+    model   a skeleton (of a checkpoint, or `skeleton_of` a configuration), or what `observe` has made of it
+    layers  the plan of each linear layer by its path; by default every layer gets the grid of the settings
+    stages  the stages of the method, if they replace those of `settings.method`
+    stored  the dtype of the checkpoint
+    ranks   processes with a device each, that share the work on the text and the layers
+    """
+    outline = model if isinstance(model, Outline) else observe(model, settings.calibration.seqlen)
+    grids = _grids(outline, settings, layers)
+    work = Workload(outline, stages or settings.stages, settings, grids, stored.itemsize, machine.device, ranks)
+    layout = _layout(settings)
+    head = settings.scheme if settings.quantize_head else None
+    sizes = files.sizes(work, layout, layout.scale_dtype(stored), head)
+    work = replace(work, repeats=_repeats(work, machine, sizes))
+    costed = [_stage(name, amount, work, machine) for name, amount in _work(work, machine, sizes, head).items()]
+    measured = (
+        peaks.self_written(work, machine),
+        peaks.token_weights(work, machine),
+        peaks.quantizing(work, machine, sizes),
+        peaks.block_tuning(work, machine, sizes),
+        peaks.end_to_end(work, machine, sizes),
+    )
+    return Estimate(
+        tuple(stage for stage in costed if stage.work.amounts),
+        tuple(peak for peak in measured if peak is not None),
+        sizes.model,
+    )
+
+
+def _grids(
+    outline: Outline, settings: QuantConfig, layers: Mapping[str, LayerPlan] | None
+) -> dict[str, WeightScheme | None]:
+    if layers is not None:
+        return {path: plan.scheme.weights for path, plan in layers.items()}
+    layers_of = [(path, layer) for path, b in zip(outline.paths, outline.blocks, strict=True) for layer in b.layers]
+    shapes = {f"{path}.{layer.name}": layer for path, layer in layers_of}
+    return {path: _fitting(settings.scheme_for(path), layer.in_features) for path, layer in shapes.items()}
+
+
+def _fitting(grid: WeightScheme | None, in_features: int) -> WeightScheme | None:
+    """`grid`, or with the largest smaller group that divides the row; else one scale per row."""
+    if grid is None or not isinstance(grid.group_size, int) or in_features % grid.group_size == 0:
+        return grid
+    smaller = [size for size in GROUP_SIZES if size < grid.group_size and in_features % size == 0]
+    return replace(grid, group_size=max(smaller, default="channel"))
+
+
+def _layout(settings: QuantConfig) -> Layout:
+    """The first safetensors format of the run, in which blocks are staged."""
+    known = formats.names()
+    return formats.load(next((name for name in settings.formats if name in known and name != "gguf"), "gptq"))
+
+
+def _repeats(work: Workload, machine: Machine, sizes: Sizes) -> bool:
+    """Whether the activations of the whole text do not fit into memory."""
+    if not work.method.needs_calibration:
+        return False
+    peak = peaks.quantizing(work, machine, sizes)
+    return sum(peak.device.values()) > machine.free_device
+
+
+def _work(work: Workload, machine: Machine, sizes: Sizes, head: WeightScheme | None) -> dict[str, Work]:
+    """The work of each stage on one rank that does all of it."""
+    by_stage = {"self-written text": passes.self_written(work), "token weights": passes.token_weights(work)}
+    parts: dict[str, list[Work]] = {name: [] for name in ("streams", "statistics", *SOLVED, "block tuning")}
+    last = PlannedBlock(work.outline.blocks[-1], _last_grids(work))
+    for block, number in work.blocks():
+        inner = number - (block == last)
+        parts["streams"] += [passes.streams(work, block, last=False) * inner]
+        parts["block tuning"] += [passes.block_tuning(work, block, last=False) * inner]
+        for group in block.groups:
+            _add_group(parts, work, group, number)
+    parts["streams"].append(passes.streams(work, last, last=True))
+    parts["block tuning"].append(passes.block_tuning(work, last, last=True))
+    if head is not None:
+        rows = Group(work.outline.width, (work.outline.vocabulary,), (head,), 1.0)
+        _add_group(parts, replace(work, method=replace(work.method, alphas=(), block_tuning=None)), rows, 1)
+    by_stage |= {name: total(amounts) for name, amounts in parts.items()}
+    by_stage["end-to-end tuning"] = passes.end_to_end(work, keeps_graphs=_keeps_graphs(work, machine, sizes))
+    cached = peaks.cache(work, machine) >= sum(block.parameters for block in work.outline.blocks) * work.stored
+    by_stage["files"] = files.transfers(work, sizes, cached=cached)
+    return by_stage
+
+
+def _add_group(parts: dict[str, list[Work]], work: Workload, group: Group, number: int) -> None:
+    if not group.rows:
+        return
+    rounding, guards = solver.rounding(work, group)
+    refined, judged = solver.refinements(work, group)
+    step, choice = solver.target(work, group)
+    if work.method.needs_calibration:
+        parts["statistics"].append(solver.gram(work, group) * number)
+        parts["factorization"].append(solver.factor(work, group) * number)
+    parts["rounding"].append(total([rounding, refined, step]) * number)
+    parts["guards"].append(total([guards, judged, choice]) * number)
+    parts["report"].append(solver.report(work, group) * number)
+
+
+def _last_grids(work: Workload) -> tuple[WeightScheme | None, ...]:
+    path, outline = work.outline.paths[-1], work.outline.blocks[-1]
+    return tuple(work.grid(path, layer) for layer in outline.layers)
+
+
+def _keeps_graphs(work: Workload, machine: Machine, sizes: Sizes) -> bool:
+    """Whether end-to-end tuning keeps the graphs of all blocks in memory."""
+    peak = peaks.end_to_end(work, machine, sizes)
+    if peak is None or work.method.tuning is None:
+        return False
+    graphs = sum(block.graph for block in work.outline.blocks) * work.outline.itemsize
+    together = graphs * passes.tuning_batch(work, work.method.tuning) + sum(peak.device.values())
+    return "state" not in peak.disk and 1.25 * together <= machine.free_device
+
+
+def _stage(name: str, amount: Work, work: Workload, machine: Machine) -> Stage:
+    """The share of one rank, with the sums that ranks exchange."""
+    ranks = work.ranks
+    if ranks > 1 and name in DIVIDED:
+        amount = amount * (1 / ranks) + Work.of(Kind.SENT, _exchanged(name, work))
+    if ranks > 1 and name in SOLVED:
+        layers = max(len(group.rows) for block, _ in work.blocks() for group in block.groups)
+        amount = amount * (1 / min(ranks, max(1, layers)))
+    return Stage(name, amount, machine.seconds(amount))
+
+
+def _exchanged(name: str, work: Workload) -> float:
+    """Bytes that each rank sends, in a ring: twice the summed tensors."""
+    if name == "statistics":
+        return sum(
+            2 * peaks.statistics(work, group) * number for block, number in work.blocks() for group in block.groups
+        )
+    weights = 2.0 * 4 * sum(block.packed_weights * number for block, number in work.blocks())
+    tuning = {"block tuning": work.method.block_tuning, "end-to-end tuning": work.method.tuning}.get(name)
+    return 0.0 if tuning is None else tuning.steps * weights

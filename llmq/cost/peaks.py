@@ -1,0 +1,247 @@
+"""Peak memory of a run, stage by stage, as a sum of named parts; on the device, on the host and on disk.
+
+On a CPU the parts of the device are in main memory, too. The parts are those that the code allocates at the moment at
+which a stage needs most; `Peak.device` and `Peak.host` name them, so that a table can show where memory goes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from llmq import memory
+from llmq.checkpoint.read_ahead import COMING_SHARE, KEPT_SHARE
+from llmq.cost.files import Sizes
+from llmq.cost.machine import Machine
+from llmq.cost.passes import WRITTEN_AT_ONCE, tuning_batch
+from llmq.cost.workload import Group, PlannedBlock, Workload
+from llmq.model.passes.hidden_states import HOST_SHARE
+
+FLOAT = 4  # bytes of a float32
+LOGITS_AT_ONCE = 2**24  # entries of logits that are in memory at once
+LOGIT_COPIES = 6  # in float32
+REVISIONS = 3  # versions of the packed blocks on disk during end-to-end tuning
+
+Parts = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes of a stage by what they are for."""
+
+    stage: str
+    device: Parts
+    host: Parts
+    disk: Parts
+
+    @property
+    def device_bytes(self) -> int:
+        return round(sum(self.device.values()))
+
+    @property
+    def host_bytes(self) -> int:
+        return round(sum(self.host.values()))
+
+    @property
+    def disk_bytes(self) -> int:
+        return round(sum(self.disk.values()))
+
+
+def embedding(work: Workload) -> float:
+    """Bytes of the embedding, which is in memory from the first block on."""
+    return float(work.outline.vocabulary * work.outline.width * work.outline.itemsize)
+
+
+def hidden(work: Workload) -> float:
+    """Bytes of the hidden states of one sequence."""
+    return float(work.outline.hidden * work.outline.itemsize)
+
+
+def largest(work: Workload) -> PlannedBlock:
+    """The block with the most parameters."""
+    return max((block for block, _ in work.blocks()), key=lambda block: block.outline.parameters)
+
+
+def cache(work: Workload, machine: Machine) -> float:
+    """Bytes of tensors of the checkpoint that are kept in main memory (`ReadAhead`)."""
+    if machine.free_host < memory.AMPLE_BYTES:
+        return 0.0
+    blocks = sum(block.parameters for block in work.outline.blocks)
+    return float(min((blocks + work.outline.outside) * work.stored, machine.free_host // KEPT_SHARE))
+
+
+def coming(work: Workload, machine: Machine, block: PlannedBlock) -> float:
+    """Bytes of the next block, which is read while this one is processed."""
+    nbytes = block.outline.parameters * work.stored
+    return float(nbytes if memory.AMPLE_BYTES <= machine.free_host >= COMING_SHARE * nbytes else 0)
+
+
+def statistics(work: Workload, group: Group) -> float:
+    """Bytes of the sums over the inputs of a group."""
+    sums = 1 + work.compares + bool(work.validation) * (2 + work.compares)
+    if work.validation and not work.compares:
+        sums = 2
+    return float(FLOAT * sums * group.in_features**2)
+
+
+def solver(work: Workload, group: Group) -> float:
+    """Bytes that solving a group takes at most, in addition to its statistics."""
+    square, weights = FLOAT * float(group.in_features**2), FLOAT * float(group.weights)
+    if not group.rows:
+        return 0.0
+    layer = weights * max(group.rows) / sum(group.rows)
+    report = square + 3 * layer + 2.5 * weights if work.method.needs_calibration else 3 * weights
+    if not work.factors:
+        return max(report, 5 * weights)
+    factored = 4 * square + weights  # H, its copy in another order, the factor in float64
+    chosen = 5 * square + 2 * weights + 4 * layer if work.compares and work.method.alphas else 0.0
+    rounded = 2 * square + (3 if work.method.alphas else 2) * weights + 4.5 * weights
+    judged = (1 + 2 * work.compares) * square if work.validation else 0.0
+    refined = 2 * square + judged + 7 * weights if work.method.refinements else 0.0
+    return max(factored, chosen, rounded, refined, report)
+
+
+def quantizing(work: Workload, machine: Machine, files: Sizes) -> Peak:
+    """The sequential phase: one block at its widest group."""
+    block, itemsize = largest(work), work.outline.itemsize
+    if not work.method.needs_calibration:
+        widest = max(FLOAT * layer.weights for layer in block.outline.layers)
+        device = {"block": float(block.outline.parameters * itemsize), "rounding": 5.0 * widest}
+        return Peak("quantize", device, _reading(work, machine, block, files), {"files": files.staged + files.model})
+    groups = block.groups
+    worst = max(groups, key=lambda group: statistics(work, group) + solver(work, group))
+    states = work.sequences * hidden(work) * work.streams
+    kept = 0.0 if work.repeats else float(work.streams * work.sequences * block.outline.kept * itemsize)
+    on_file = states > machine.free_host / HOST_SHARE and work.device == "cpu"
+    device = {
+        "embedding": embedding(work),
+        "block": float((1 + work.compares) * block.outline.parameters * itemsize),
+        "hidden states": 0.0 if on_file else states,
+        "activations": kept + work.batch * work.outline.itemsize * block.outline.kept,
+        "statistics": statistics(work, worst),
+        "solver": solver(work, worst),
+        "masks": float(block.outline.arguments * itemsize),
+    }
+    disk = {"files": float(files.staged + files.model), "hidden states": states if on_file else 0.0}
+    return Peak("quantize", device, _reading(work, machine, block, files), disk)
+
+
+def _reading(work: Workload, machine: Machine, block: PlannedBlock, files: Sizes) -> dict[str, float]:
+    return {
+        "process": float(machine.process),
+        "checkpoint read before": cache(work, machine),
+        "next block": coming(work, machine, block),
+        "block being written": float(files.packed[block]),
+    }
+
+
+def logits(work: Workload, tokens: float) -> float:
+    """Bytes of logits in float32, for as many of `tokens` as are computed at once."""
+    return float(LOGIT_COPIES * FLOAT * min(LOGITS_AT_ONCE, tokens * work.outline.vocabulary))
+
+
+def head(work: Workload) -> float:
+    """Bytes of the head; a tied head is a second copy of the embedding."""
+    return embedding(work)
+
+
+def token_weights(work: Workload, machine: Machine) -> Peak | None:
+    """The float model forward and backward, with the inputs of all blocks in memory."""
+    if not work.method.token_weights:
+        return None
+    block, itemsize = largest(work), work.outline.itemsize
+    batch = max(1, memory.TOKENS_PER_BATCH_TO_WEIGH // work.length)
+    state = (len(work.outline.blocks) + 1) * hidden(work)
+    at_once = min(work.sequences, max(batch, int(machine.free_host // (2 * state))))
+    gammas = FLOAT * work.sequences * work.length * sum(len(b.layers) for b in work.outline.blocks)
+    device = {
+        "embedding and head": embedding(work) + head(work),
+        "block": float(block.outline.parameters * itemsize),
+        "inputs of all blocks": at_once * (state + hidden(work)),
+        "graph and logits": max(
+            float(min(batch, work.sequences) * block.outline.graph * 1.5 * itemsize),
+            logits(work, min(batch, work.sequences) * work.length),
+        ),
+    }
+    host = {
+        "process": float(machine.process),
+        "checkpoint read before": cache(work, machine),
+        "next block": coming(work, machine, block),
+        "token weights": float(gammas),
+    }
+    return Peak("token weights", device, host, {})
+
+
+def block_tuning(work: Workload, machine: Machine, files: Sizes) -> Peak | None:
+    """The state of one block, and the graph of one step."""
+    tuning = work.method.block_tuning
+    if tuning is None or not work.validation:
+        return None
+    block, itemsize = largest(work), work.outline.itemsize
+    sequences = min(max(1, tuning.tokens // work.length), work.fitted)
+    weights = float(FLOAT * block.packed_weights)
+    state = (3 * weights if tuning.rounding else 0.0) + (3.0 * FLOAT * block.scales if tuning.scales else 0.0)
+    device = {
+        "embedding": embedding(work),
+        "block": float((1 + work.compares) * block.outline.parameters * itemsize),
+        "hidden states": work.sequences * hidden(work) * (work.streams + 1),
+        "state": state,
+        "float weights and values": weights + 3 * weights / FLOAT,
+        "gradients": weights,
+        "graph": float(sequences * block.outline.graph * 1.5 * itemsize),
+        "logits": logits(work, sequences * work.length),
+    }
+    return Peak("block tuning", device, _reading(work, machine, block, files), {})
+
+
+def end_to_end(work: Workload, machine: Machine, files: Sizes) -> Peak | None:
+    """The model with its values and their state in memory, or one block of it if it does not fit."""
+    tuning = work.method.tuning
+    if tuning is None:
+        return None
+    itemsize, batch = work.outline.itemsize, tuning_batch(work, tuning)
+    blocks = list(work.blocks())
+    floats = sum(block.outline.parameters * number for block, number in blocks) * itemsize
+    values = sum(block.packed_weights * number for block, number in blocks)
+    scales = sum(block.scales * number for block, number in blocks)
+    state = 3 * FLOAT * ((values if tuning.rounding else 0) + (scales if tuning.scales else 0))
+    sequences = (1 + tuning.written) * work.sequences
+    block = largest(work)
+    device = {
+        "embedding and head": embedding(work) + head(work),
+        "weights": float(floats),
+        "values": float(values),
+        "state": float(state),
+        "hidden states of the float model": sequences * hidden(work),
+        "one step": (len(work.outline.blocks) + 2) * batch * hidden(work)
+        + batch * block.outline.graph * itemsize * 1.5
+        + FLOAT * 3.0 * block.packed_weights,
+        "logits": logits(work, batch * work.length),
+    }
+    disk = {"files": float(files.staged), "versions": float(REVISIONS * files.staged)}
+    if sum(device.values()) > machine.free_device:
+        one = {"weights": float(block.outline.parameters * itemsize), "values": float(block.packed_weights)}
+        disk |= {"state": 2.0 * (state + values)}
+        device |= one | {"state": float(state) * block.packed_weights / max(1, values)}
+    host = {"process": float(machine.process), "checkpoint read before": cache(work, machine)}
+    return Peak("end-to-end tuning", device, host, disk)
+
+
+def self_written(work: Workload, machine: Machine) -> Peak | None:
+    """The whole model with keys and values of the texts that are generated together."""
+    if work.method.tuning is None or not work.method.tuning.written:
+        return None
+    outline = work.outline
+    weights = sum(block.parameters for block in outline.blocks) * outline.itemsize
+    widths = sum(
+        layer.out_features
+        for block in outline.blocks
+        for layer in block.layers
+        if layer.name.endswith(("k_proj", "v_proj"))
+    )
+    rows = min(WRITTEN_AT_ONCE, work.method.tuning.written * work.sequences)
+    device = {
+        "model": weights + embedding(work) + head(work),
+        "keys and values": float(rows * work.length * widths * outline.itemsize),
+        "logits": float(rows * 32 * outline.vocabulary),
+    }
+    host = {"process": float(machine.process), "checkpoint read before": cache(work, machine)}
+    return Peak("self-written text", device, host, {})
