@@ -39,7 +39,8 @@ def streams(work: Workload, block: PlannedBlock, *, last: bool) -> Work:
     if work.compares and (not last or tunes):
         parts.append(passed(work, finished, work.sequences))
     probe = outline.forward * (min(PROBE_TOKENS, work.length) / work.length)
-    return total([*parts, passed(work, probe, 1), passed(work, outline.suspended, 1)])
+    probed = min(-(-PROBE_TOKENS // work.length), work.batch, work.fitted)
+    return total([*parts, passed(work, probe, probed), passed(work, outline.suspended, 1)])
 
 
 def through_head(work: Workload, tokens: float, times: int, passes: int) -> Work:
@@ -106,14 +107,16 @@ def end_to_end(work: Workload, *, keeps_graphs: bool) -> Work:
     batch, validation = tuning_batch(work, tuning), max(1, work.validation)
     judged = steps_judged(tuning, VALIDATIONS)
     tokens = (batch * tuning.steps + validation * judged) * work.length
-    parts = [through_head(work, tokens, 3, KL_PASSES)]
+    without_states = (tuning.written + (not work.compares)) * work.sequences  # of the float model's last hidden states
+    first = work.outline.blocks[0]  # runs once, to measure its graph
+    parts = [through_head(work, tokens, 3, KL_PASSES), passed(work, first.forward, batch, batch)]
     for block, number in work.blocks():
         outline = block.outline
         step = outline.forward * (1 if keeps_graphs else 2) + outline.both
         of_block = [
             passed(work, step, batch, batch) * tuning.steps,
             passed(work, outline.forward, validation, batch) * judged,
-            passed(work, outline.forward, tuning.written * work.sequences),
+            passed(work, outline.forward, without_states),
             update(block, tuning) * tuning.steps,
         ]
         parts.append(total(of_block) * number)
