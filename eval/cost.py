@@ -29,7 +29,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "eval"))
 from rows import Row, append, read  # noqa: E402
-from subjects import stamp  # noqa: E402
+from subjects import stamp, table_row  # noqa: E402
 
 JSON, MARKDOWN = (ROOT / "eval" / "results" / name for name in ("cost.json", "cost.md"))
 TOKENIZER = ROOT / "eval" / "models" / "tiny-python-llama"
@@ -157,7 +157,7 @@ def predicted(model: Path, settings: dict[str, Any], machine: Any) -> dict[str, 
     estimate = cost.estimate(cost.skeleton_of(model), merged(QuantConfig(), settings), machine)
     largest = max(estimate.peaks, key=lambda peak: peak.device_bytes + peak.host_bytes)
     return {
-        "seconds": estimate.seconds, "peak": estimate.host_bytes("cpu"), "file": estimate.file_bytes,
+        "seconds": estimate.seconds, "peak": estimate.host_bytes, "file": estimate.file_bytes,
         "read": estimate.work[cost.Kind.READ], "written": estimate.work[cost.Kind.WRITTEN],
         "stages": {stage.name: stage.seconds for stage in estimate.stages},
         "parts": {name: round(nbytes) for name, nbytes in {**largest.host, **largest.device}.items()},
@@ -203,15 +203,14 @@ ones, bfloat16 on disk, one thread. CPU seconds are those of `llmq.quantize` wit
 from rates that were measured in two seconds; "after" is corrected by a trial on a model of one block. Files are all
 tensors of the quantized model, without headers.
 
-| model | blocks | method | text | CPU s before | CPU s after | CPU s measured | ratio | memory MB before | memory MB after \
-| memory MB measured | ratio | file ratio |
-|---|---|---|---|---|---|---|---|---|---|---|---|---|
 """
+COLUMNS = ("model", "blocks", "method", "text", "CPU s before", "CPU s after", "CPU s measured", "ratio",
+           "memory MB before", "memory MB after", "memory MB measured", "ratio", "file ratio")  # fmt: skip
 
 
 def render(rows: Sequence[Row]) -> str:
     """results/cost.md; a ratio is predicted / measured, after the trial."""
-    parts = [INTRODUCTION]
+    parts = [INTRODUCTION, f"{table_row(COLUMNS)}\n{table_row('---' for _ in COLUMNS)}\n"]
     for row in sorted(rows, key=lambda row: (list(SHAPES).index(row["model"]), METHODS.index(row["method"]))):
         run, (seconds, peak) = row["run"], corrected(row)
         measured = run["measured"]
@@ -222,7 +221,7 @@ def render(rows: Sequence[Row]) -> str:
             f"{run['predicted']['peak'] / 1e6:.0f}", f"{peak / 1e6:.0f}", f"{measured['peak'] / 1e6:.0f}",
             f"{peak / measured['peak']:.2f}", f"{run['predicted']['file'] / measured['file']:.3f}",
         ]  # fmt: skip
-        parts.append(f"| {' | '.join(cells)} |\n")
+        parts.append(f"{table_row(cells)}\n")
     last = max((row["measured"] for row in rows), key=lambda stamp: stamp["date"])
     parts.append("\nMeasured until {date} at {commit}: {hardware}, torch {torch}.\n".format(**last))
     return "".join(parts)

@@ -40,11 +40,13 @@ class Estimate:
     stages      in the order in which a run reports them
     peaks       peak memory of the stages that need most
     file_bytes  bytes of all tensors of the quantized model
+    device      "cpu" or "cuda"
     """
 
     stages: tuple[Stage, ...]
     peaks: tuple[Peak, ...]
     file_bytes: int
+    device: str
 
     @property
     def seconds(self) -> float:
@@ -56,12 +58,14 @@ class Estimate:
 
     @property
     def device_bytes(self) -> int:
-        """Peak memory of the device, without main memory."""
-        return max(peak.device_bytes for peak in self.peaks)
+        """Peak memory of a GPU; 0 for a CPU, whose memory is main memory."""
+        return 0 if self.device == "cpu" else max(peak.device_bytes for peak in self.peaks)
 
-    def host_bytes(self, device: str) -> int:
-        """Peak main memory; that of a CPU includes what a GPU would hold in its own memory."""
-        return max(peak.host_bytes + (peak.device_bytes if device == "cpu" else 0) for peak in self.peaks)
+    @property
+    def host_bytes(self) -> int:
+        """Peak main memory."""
+        on_device = self.device != "cpu"
+        return max(peak.host_bytes + (0 if on_device else peak.device_bytes) for peak in self.peaks)
 
     @property
     def disk_bytes(self) -> int:
@@ -124,6 +128,7 @@ def estimate(
         tuple(stage for stage in costed if stage.work.amounts),
         tuple(peak for peak in measured if peak is not None),
         sizes.model,
+        machine.device,
     )
 
 
@@ -178,7 +183,7 @@ def _work(work: Workload, machine: Machine, sizes: Sizes, head: WeightScheme | N
     by_stage |= {name: total(amounts) for name, amounts in parts.items()}
     by_stage["end-to-end tuning"] = passes.end_to_end(work, keeps_graphs=_keeps_graphs(work, machine, sizes))
     cached = peaks.cache(work, machine) >= sum(block.parameters for block in work.outline.blocks) * work.stored
-    by_stage["files"] = files.transfers(work, sizes, cached=cached)
+    by_stage["files"] = files.transfers(work, sizes, cached=cached) + _streamed_states(work, machine, sizes)
     return by_stage
 
 
@@ -209,6 +214,15 @@ def _keeps_graphs(work: Workload, machine: Machine, sizes: Sizes) -> bool:
     graphs = sum(block.graph for block in work.outline.blocks) * work.outline.itemsize
     together = graphs * passes.tuning_batch(work, work.method.tuning) + sum(peak.device.values())
     return "state" not in peak.disk and 1.25 * together <= machine.free_device
+
+
+def _streamed_states(work: Workload, machine: Machine, sizes: Sizes) -> Work:
+    """What end-to-end tuning reads and writes in all steps, if its state does not fit into memory."""
+    peak = peaks.end_to_end(work, machine, sizes)
+    if peak is None or work.method.tuning is None or "state" not in peak.disk:
+        return Work()
+    state, steps = peak.disk["state"] / 2, work.method.tuning.steps
+    return Work({Kind.READ: steps * 2 * (state + sizes.staged), Kind.WRITTEN: steps * state})
 
 
 def _stage(name: str, amount: Work, work: Workload, machine: Machine) -> Stage:

@@ -27,8 +27,11 @@ from llmq.model.build.block import Block, Call
 from llmq.model.build.skeleton import Skeleton
 from llmq.model.experts.separate import SeparateExperts
 from llmq.model.passes.backward import differentiable, gradients_of
+from llmq.model.passes.generate import cache_bytes
 from llmq.model.passes.replay import Replay, tensors_in
 from llmq.model.passes.statistics import stops_of
+
+PRODUCTS = {**flop_registry, torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}  # torch does not list addmm_
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ class Outline:
     outside     number of stored parameters outside of the blocks
     tied        whether the head shares the embedding's weight
     itemsize    bytes per element in which the blocks compute
+    cache       bytes of keys and values per token, when the model generates text
     """
 
     blocks: tuple[BlockOutline, ...]
@@ -116,6 +120,7 @@ class Outline:
     outside: int
     tied: bool
     itemsize: int
+    cache: int
 
 
 def observe(skeleton: Skeleton, length: int) -> Outline:
@@ -145,6 +150,7 @@ def observe(skeleton: Skeleton, length: int) -> Outline:
         outside=stored - inside,
         tied=head is not None and weights.is_shared(f"{head}.weight"),
         itemsize=calls[0].raw.element_size(),
+        cache=cache_bytes(skeleton),
     )
 
 
@@ -160,8 +166,8 @@ class Counter(TorchDispatchMode):
     ) -> Any:
         output = func(*args, **(kwargs or {}))
         flops = moved = 0.0
-        if func._overloadpacket in flop_registry:
-            flops = float(flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=output))
+        if func._overloadpacket in PRODUCTS:
+            flops = float(PRODUCTS[func._overloadpacket](*args, **(kwargs or {}), out_val=output))
         elif not func.is_view:
             moved = float(sum(tensor.nbytes for tensor in tensors_in([*args, output])))
         self.counted += Counted(flops, moved, float(not func.is_view))

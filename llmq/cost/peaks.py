@@ -231,16 +231,10 @@ def self_written(work: Workload, machine: Machine) -> Peak | None:
         return None
     outline = work.outline
     weights = sum(block.parameters for block in outline.blocks) * outline.itemsize
-    widths = sum(
-        layer.out_features
-        for block in outline.blocks
-        for layer in block.layers
-        if layer.name.endswith(("k_proj", "v_proj"))
-    )
     rows = min(WRITTEN_AT_ONCE, work.method.tuning.written * work.sequences)
     device = {
         "model": weights + embedding(work) + head(work),
-        "keys and values": float(rows * work.length * widths * outline.itemsize),
+        "keys and values": float(rows * work.length * outline.cache),
         "logits": float(rows * 32 * outline.vocabulary),
     }
     host = {"process": float(machine.process), "checkpoint read before": cache(work, machine)}

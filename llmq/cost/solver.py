@@ -80,10 +80,10 @@ def rounding(work: Workload, group: Group) -> tuple[Work, Work]:
     """The rounding stage: quantized values and scales, and the guard that compares with the nearest values."""
     settings, K = work.settings, group.in_features
     parts, guards = [elementwise(20.0 * FLOAT * group.weights, 30)], []
-    searched = work.method.rounding in ("clip", "gptq") and settings.scales == "searched"
+    searched = settings.scales == "searched"
     plain = settings.order == "natural" and settings.scales == "minmax"
     for N, grid in zip(group.rows, group.grids, strict=True):
-        if searched or grid.two_level or work.method.rounding == "rtn":
+        if searched or grid.two_level:
             parts.append(search(N * K, grid))
         if work.method.rounding == "gptq":
             width = grid.columns_per_group(K) if plain and grid.group_size != "tensor" else BLOCK

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from llmq import memory
+from llmq import algorithms, memory
 from llmq.config import QuantConfig
 from llmq.cost.outline import BlockOutline, Layer, Outline
 from llmq.cost.work import Kind, Work
@@ -68,9 +68,8 @@ class Workload:
     def factors(self) -> bool:
         """Whether Hessians are factored."""
         method = self.method
-        return method.needs_calibration and (
-            bool(method.alphas) or bool(method.refinements) or method.rounding == "gptq"
-        )
+        needed = algorithms.rounding(method.rounding).NEEDS_FACTOR
+        return method.needs_calibration and (bool(method.alphas) or bool(method.refinements) or needed)
 
     @property
     def forward_kind(self) -> Kind:

@@ -1,0 +1,125 @@
+"""Estimates from configurations alone: stages follow the method, memory does not grow with blocks, ranks share work."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from llmq import cost, formats
+from llmq.config import QuantConfig
+from llmq.cost.files import packed_bytes
+from llmq.methods import METHODS, Tuning
+from llmq.numerics.quantized_tensor import QuantizedTensor
+from llmq.numerics.scheme import WeightScheme
+from tests import builders, mixtures
+
+LENGTH = 24
+ONE = dict.fromkeys(cost.Kind, 1.0)
+MACHINE = cost.Machine("cpu", ONE, 1 << 40, 1 << 40, 0)
+SETTINGS = QuantConfig(
+    method="fast",
+    scheme={"group_size": 16},
+    calibration={"samples": 8, "seqlen": LENGTH},  # type: ignore[arg-type]
+)
+
+
+def llama(blocks: int = 2) -> cost.Outline:
+    return cost.observe(cost.skeleton_of(builders.llama(num_hidden_layers=blocks)), LENGTH)
+
+
+def test_stages_follow_the_fields_of_the_method() -> None:
+    outline, tuning = llama(), Tuning(steps=10, scales=1e-3, rounding=1e-3, tokens=LENGTH)
+
+    def names(**changes: object) -> set[str]:
+        stages = replace(METHODS["gptq"], validation=0.1, **changes)  # type: ignore[arg-type]
+        return {s.name for s in cost.estimate(outline, SETTINGS, MACHINE, stages=stages).stages if s.work.flops}
+
+    plain = names()
+    assert plain == {"streams", "statistics", "factorization", "guards", "report"}  # K is below a block of columns
+    assert names(token_weights=True) - plain == {"token weights"}
+    assert names(block_tuning=tuning) - plain == {"block tuning"}
+    assert names(tuning=tuning) - plain == {"end-to-end tuning"}
+    assert names(tuning=replace(tuning, written=2)) - plain == {"end-to-end tuning", "self-written text"}
+
+
+def test_tuning_of_scales_only_has_a_small_state() -> None:
+    outline = llama()
+
+    def state(rounding: float) -> float:
+        tuning = Tuning(steps=10, scales=1e-3, rounding=rounding, tokens=LENGTH)
+        estimate = cost.estimate(outline, SETTINGS, MACHINE, stages=replace(METHODS["fast"], tuning=tuning))
+        return next(peak for peak in estimate.peaks if peak.stage == "end-to-end tuning").device["state"]
+
+    weights = sum(layer.weights for block in outline.blocks for layer in block.layers)
+    assert state(0.0) == 12 * weights / 16
+    assert state(1e-3) == 12 * (weights + weights / 16)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "fast"])
+def test_the_peak_does_not_depend_on_the_number_of_blocks(method: str) -> None:
+    settings, little = (
+        SETTINGS.model_copy(update={"method": method}),
+        replace(MACHINE, free_host=1),
+    )  # nothing is cached
+    estimates = [cost.estimate(llama(blocks), settings, little) for blocks in (2, 5)]
+    assert estimates[0].host_bytes == estimates[1].host_bytes
+    assert estimates[1].seconds > 2 * estimates[0].seconds
+
+
+def test_half_precision_on_a_gpu_is_counted_separately() -> None:
+    skeleton = cost.skeleton_of(builders.llama(), dtype=torch.bfloat16)
+    estimate = cost.estimate(skeleton, SETTINGS, replace(MACHINE, device="cuda"))
+    assert estimate["streams"].work[cost.Kind.HALF] > 0
+    assert estimate["statistics"].work[cost.Kind.FLOAT32] == 0
+    assert estimate["guards"].work[cost.Kind.HALF] == 0
+    assert 0 < estimate.host_bytes < estimate.device_bytes
+
+
+def test_experts_are_counted_by_the_share_of_tokens_that_reach_them() -> None:
+    outline = cost.observe(cost.skeleton_of(mixtures.mixtral()), LENGTH)
+    experts = [layer for layer in outline.blocks[0].layers if ".experts." in layer.name]
+    assert {layer.share for layer in experts} == {2 / mixtures.EXPERTS}
+    products = sum(2 * LENGTH * layer.share * layer.weights for layer in outline.blocks[0].layers)
+    attention = outline.blocks[0].forward.flops - products
+    assert attention > 0
+    estimate = cost.estimate(outline, SETTINGS, MACHINE)
+    assert len(outline.blocks[0].groups) == 2 + 2 * mixtures.EXPERTS
+    assert estimate.file_bytes > 0
+
+
+def test_ranks_share_the_work_and_send_sums() -> None:
+    alone, shared = (cost.estimate(llama(), SETTINGS, MACHINE, ranks=ranks) for ranks in (1, 2))
+    assert shared["streams"].work.flops == alone["streams"].work.flops / 2
+    assert shared["statistics"].work[cost.Kind.SENT] > 0 == alone["statistics"].work[cost.Kind.SENT]
+
+
+def test_a_trial_corrects_the_seconds() -> None:
+    outline = llama()
+    corrected = MACHINE.corrected(predicted=2.0, measured=3.0)
+    assert cost.estimate(outline, SETTINGS, corrected).seconds == pytest.approx(
+        1.5 * cost.estimate(outline, SETTINGS, MACHINE).seconds
+    )
+
+
+def test_the_table_names_every_stage() -> None:
+    estimate = cost.estimate(llama(), SETTINGS, MACHINE)
+    assert all(stage.name in estimate.table() for stage in estimate.stages)
+
+
+def test_rates_are_measured_for_every_kind() -> None:
+    machine = cost.measure("cpu")
+    assert set(machine.rates) == set(cost.Kind)
+    assert all(rate > 0 for rate in machine.rates.values())
+
+
+@pytest.mark.parametrize("name", ["awq", "compressed-tensors", "gptq", "gptq_v2"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_size_of_a_packed_weight_is_exact(name: str, symmetric: bool) -> None:
+    N, K, layout = 320, 64, formats.load(name)
+    grid = WeightScheme(4, 32, symmetric)
+    if layout.refusal(grid, N, K) is not None:
+        return
+    zeros = None if symmetric else torch.full((N, 2), 8, dtype=torch.int16)
+    scales = torch.ones(N, 2, dtype=torch.float16)
+    packed = layout.pack(QuantizedTensor(torch.zeros(N, K, dtype=torch.uint8), scales, zeros, grid))
+    assert packed_bytes(layout, N, K, grid, torch.float16) == sum(tensor.nbytes for tensor in packed.values())
