@@ -54,7 +54,7 @@ class Shape:
 
 
 SHAPES = {
-    "1M": Shape(128, 384, 4, 2, 768, 4, 4, True, 32, 256),
+    "1M": Shape(128, 384, 4, 2, 2048, 4, 4, True, 32, 256),
     "4M": Shape(192, 512, 6, 2, 2048, 8, 8, True, 32, 256),
     "135M": Shape(576, 1536, 9, 3, 49152, 8, 30, True),  # SmolLM2-135M
     "0.5B": Shape(896, 4864, 14, 2, 151936, 4, 24, True),  # Qwen2.5-0.5B
@@ -113,6 +113,7 @@ def settings_of(shape: Shape, method: str, text: Path) -> dict[str, Any]:
 
 def run_here(model: str, out: str, settings: dict[str, Any]) -> None:
     """Quantize in this process, and print `Measured` as JSON; the job is made before the measurement starts."""
+    from llmq.checkpoint.reader import Checkpoint
     from llmq.cli.terminal import quiet_transformers
     from llmq.config import QuantConfig
     from llmq.job import Job
@@ -123,7 +124,7 @@ def run_here(model: str, out: str, settings: dict[str, Any]) -> None:
     start, bytes_before, before = resource.getrusage(resource.RUSAGE_SELF), transferred(), resident()
     job.run()
     end, bytes_after = resource.getrusage(resource.RUSAGE_SELF), transferred()
-    file = sum(path.stat().st_size for path in Path(out).glob("*.safetensors"))
+    file = Checkpoint.open(Path(out)).nbytes
     measured = Measured(
         end.ru_utime - start.ru_utime, end.ru_stime - start.ru_stime, end.ru_maxrss * 1024, before,
         bytes_after[0] - bytes_before[0], bytes_after[1] - bytes_before[1], file,
