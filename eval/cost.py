@@ -5,11 +5,11 @@
     python eval/cost.py --render                      only the table, from cost.json
 
 Models are random, with the shapes of real ones; large ones have fewer blocks, because time and files are proportional
-to blocks and peak memory does not depend on them. Every case runs twice in a process of its own, with one thread: a
-trial on a model of one block, then the model. The prediction of the trial is compared with its result, and corrects the
-prediction for the model: seconds by their ratio, memory by their difference. CPU seconds are those of `Job.run`,
-without imports, and do not depend on other processes as much as wall time does. Finished rows are written at once, and
-existing rows are not measured again.
+to blocks and peak memory does not depend on them. Every case has two runs, each in a separate process with one thread:
+a trial on a model of one block, then the model. The trial corrects the prediction for the model: the seconds after the
+text was read by their ratio, memory by its difference. CPU seconds are those of `Job.run`, without imports. They depend
+less on other processes than wall time does. Finished rows are written at once, and existing rows are not measured
+again.
 """
 
 import argparse
@@ -64,10 +64,14 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Measured:
-    """What a process has used: CPU seconds of the run; bytes in memory at most, and before the run; bytes of files."""
+    """What a process has used: CPU seconds of the run; bytes in memory at most, and before the run; bytes of files.
+
+    `once` are the CPU seconds until the calibration text was read, which do not depend on the model.
+    """
 
     user: float
     system: float
+    once: float
     peak: int
     before: int
     read: int
@@ -117,16 +121,24 @@ def run_here(model: str, out: str, settings: dict[str, Any]) -> None:
     from llmq.cli.terminal import quiet_transformers
     from llmq.config import QuantConfig
     from llmq.job import Job
+    from llmq.report.events import Event, TextRead
     from llmq.setting_fields import merged
 
     quiet_transformers()
     job = Job(model, out, merged(QuantConfig(), settings), device="cpu")
     start, bytes_before, before = resource.getrusage(resource.RUSAGE_SELF), transferred(), resident()
-    job.run()
+    read_after: list[float] = []
+
+    def note(event: Event) -> None:
+        if isinstance(event, TextRead):
+            now = resource.getrusage(resource.RUSAGE_SELF)
+            read_after.append(now.ru_utime + now.ru_stime - start.ru_utime - start.ru_stime)
+
+    job.run(note)
     end, bytes_after = resource.getrusage(resource.RUSAGE_SELF), transferred()
     file = Checkpoint.open(Path(out)).nbytes
     measured = Measured(
-        end.ru_utime - start.ru_utime, end.ru_stime - start.ru_stime, end.ru_maxrss * 1024, before,
+        end.ru_utime - start.ru_utime, end.ru_stime - start.ru_stime, sum(read_after), end.ru_maxrss * 1024, before,
         bytes_after[0] - bytes_before[0], bytes_after[1] - bytes_before[1], file,
     )  # fmt: skip
     print(json.dumps(asdict(measured)))
@@ -198,7 +210,8 @@ def measure_case(name: str, method: str, text: Path, scratch: Path) -> Row:
 def corrected(row: Row) -> tuple[float, float]:
     """Predicted seconds and bytes of the run, after the trial."""
     trial, run = row["trial"], row["run"]
-    seconds = run["predicted"]["seconds"] * cpu_seconds(trial) / trial["predicted"]["seconds"]
+    once = trial["measured"]["once"]
+    seconds = once + run["predicted"]["seconds"] * (cpu_seconds(trial) - once) / trial["predicted"]["seconds"]
     peak = run["predicted"]["peak"] + trial["measured"]["peak"] - trial["predicted"]["peak"]
     return seconds, peak
 
