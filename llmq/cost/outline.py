@@ -17,9 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
+from llmq.cost.counting import Counted, Counter
 from llmq.errors import UnsupportedModelError
 from llmq.model.analyse import meta_run
 from llmq.model.analyse.input_groups import InputGroup, watching
@@ -30,8 +29,6 @@ from llmq.model.passes.backward import differentiable, gradients_of
 from llmq.model.passes.generate import cache_bytes
 from llmq.model.passes.replay import Replay, tensors_in
 from llmq.model.passes.statistics import stops_of
-
-PRODUCTS = {**flop_registry, torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}  # torch does not list addmm_
 
 
 @dataclass(frozen=True)
@@ -46,21 +43,6 @@ class Layer:
     @property
     def weights(self) -> int:
         return self.out_features * self.in_features
-
-
-@dataclass(frozen=True)
-class Counted:
-    """FLOP of matrix products, bytes read and written by other operations, and the number of operations."""
-
-    flops: float = 0.0
-    moved: float = 0.0
-    calls: float = 0.0
-
-    def __add__(self, other: "Counted") -> "Counted":
-        return Counted(self.flops + other.flops, self.moved + other.moved, self.calls + other.calls)
-
-    def __mul__(self, factor: float) -> "Counted":
-        return Counted(self.flops * factor, self.moved * factor, self.calls * factor)
 
 
 @dataclass(frozen=True)
@@ -152,26 +134,6 @@ def observe(skeleton: Skeleton, length: int) -> Outline:
         itemsize=calls[0].raw.element_size(),
         cache=cache_bytes(skeleton),
     )
-
-
-class Counter(TorchDispatchMode):
-    """While entered, counts operations."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.counted = Counted()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        output = func(*args, **(kwargs or {}))
-        flops = moved = 0.0
-        if func._overloadpacket in PRODUCTS:
-            flops = float(PRODUCTS[func._overloadpacket](*args, **(kwargs or {}), out_val=output))
-        elif not func.is_view:
-            moved = float(sum(tensor.nbytes for tensor in tensors_in([*args, output])))
-        self.counted += Counted(flops, moved, float(not func.is_view))
-        return output
 
 
 def _run_model(skeleton: Skeleton, length: int, calls: dict[int, Call]) -> None:

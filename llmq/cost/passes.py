@@ -1,7 +1,7 @@
 """Work of the passes through the whole model: token weights, block tuning, end-to-end tuning, self-written text."""
 
 from llmq.algorithms import block_tuning as tuning_of_blocks
-from llmq.cost.outline import Counted
+from llmq.cost.counting import Counted
 from llmq.cost.work import Kind, Work, total
 from llmq.cost.workload import PlannedBlock, Workload, elementwise, products
 from llmq.memory import PROBE_TOKENS

@@ -7,16 +7,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "llmq"
 
-# The two loops, and one exception, which loads the whole model to generate text.
+# The two loops, and two exceptions: one loads the whole model to generate text, one runs blocks on meta to count.
 LOOPS = {
+    "cost/outline.py": {"observe"},
     "model/passes/forward.py": {"forward"},
     "model/passes/backward.py": {"backward"},
     "model/passes/generate.py": {"in_memory"},
 }
 RUNS_OR_LOADS = {"load", "fill", "run", "forward", "past"}
 
-# Runs a model once on meta to find its operations, without text and without weights.
+# They run a model on meta to find and to count its operations, without text and without weights.
 SEES_ALL_OPERATIONS = "model/analyse/meta_run.py"
+COUNTS_OPERATIONS = "cost/counting.py"
 OTHER_WAYS = {
     "TorchFunctionMode", "TorchDispatchMode", "_getframe", "currentframe", "settrace", "setprofile", "greenlet", "fx",
     "register_module_forward_hook", "register_module_forward_pre_hook",
@@ -126,6 +128,7 @@ def _last(node: ast.expr) -> str:
 def test_forwards_are_observed_by_hooks_or_replacement_only() -> None:
     uses = {file: sorted(set(other_ways(tree))) for file, tree in parsed()}
     assert set(uses.pop(SEES_ALL_OPERATIONS)) >= {"TorchDispatchMode", "TorchFunctionMode"}
+    assert uses.pop(COUNTS_OPERATIONS) == ["TorchDispatchMode"]
     assert {file: names for file, names in uses.items() if names} == {}
 
 
