@@ -37,6 +37,7 @@ FULL = QuantConfig(
     strict=True,
     seed=3,
     target_bits=4.5,
+    preset="moe",
     keep_grid=False,
     rotate=True,
     quantize_head=True,
