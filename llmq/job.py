@@ -9,6 +9,7 @@ import dataclasses
 import platform
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Unpack
 
@@ -21,6 +22,8 @@ from llmq.calibration import CalibrationSet
 from llmq.checkpoint.staging import STAGING
 from llmq.checkpoint.writer import Writer
 from llmq.config import QuantConfig
+from llmq.distributed.following import shared_writer
+from llmq.distributed.ranks import ALONE, Ranks
 from llmq.errors import ConfigError
 from llmq.export import save
 from llmq.methods import Method
@@ -53,7 +56,7 @@ FLOAT_HEAD = (
 class Job:
     """One request to quantize a model; `plan` has the scheme of each linear layer of the blocks.
 
-    `stages` replace the stages of `settings.method`, for experiments.
+    `stages` replace the stages of `settings.method`, for experiments. `ranks` are the processes that run the same job.
     """
 
     def __init__(
@@ -67,9 +70,10 @@ class Job:
         revision: str | None = None,
         overwrite: bool = False,
         trust_remote_code: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
         settings = settings or QuantConfig()
-        self._overwrite = overwrite
+        self._overwrite, self._ranks, device = overwrite, ranks, ranks.device(device)
         self.plan = Plan.make(model, settings, stages, device=device, revision=revision, remote_code=trust_remote_code)
         if settings.target_bits is not None:
             self._question()  # raises ConfigError for a target that no choice of grids can reach
@@ -93,6 +97,7 @@ class Job:
                 "python": platform.python_version(),
                 "platform": f"{platform.system()} {platform.machine()}",
                 "device": str(self.plan.device),
+                "processes": str(ranks.size),
             },
             left=self.plan.left(),
             original_bytes=self.plan.checkpoint.nbytes,
@@ -114,18 +119,21 @@ class Job:
     def run(self, on_event: OnEvent = ignore) -> Report:
         """Quantize the model, and call `on_event` for every event. The finished folder appears at the end."""
         start = time.monotonic()
-        if not self._overwrite:
+        if not self._overwrite and self._ranks.is_first:
             Writer.require_free(self.out)  # checked before the text is read
         self.report.notes += self.plan.grid_notes
         for name in self.plan.outside():  # the tensors of a block are checked when the block is read
             require_finite(name, self.plan.checkpoint.tensor(name))
-        calibration_set = self._read_text(on_event)
+        needed = self.plan.stages.needs_calibration or self.plan.settings.target_bits is not None
+        load = partial(self._text.load, self.plan, self.report, on_event)
+        calibration_set = self._ranks.first(load) if needed else None
         if calibration_set is not None and self.plan.settings.target_bits is not None:
             self._assign_bits(calibration_set, self.plan.settings.target_bits, on_event)
         text = None
         if calibration_set is not None:
-            text = self._text.complete(calibration_set.windows, self.plan, self.report, on_event)
-        writer = self._open_writer(calibration_set, text)
+            complete = partial(self._text.complete, calibration_set.windows, self.plan, self.report, on_event)
+            text = self._ranks.first(complete).share(self._ranks)
+        writer = shared_writer(self._ranks, self.out, lambda: self._open_writer(calibration_set, text))
         try:
             self._text.save()
             run = self._prepare(text, writer, on_event)
@@ -144,20 +152,14 @@ class Job:
 
     def _measured(self, text: CalibrationSet, question: Question, windows: int, on_event: OnEvent) -> Sensitivity:
         batch = sequences_at_once(text.windows, self.plan.device)
-        return sensitivity.measure(
-            self.plan.skeleton, text.windows, question, batch=batch, judged=windows, on_event=on_event
-        )
+        measure = partial(sensitivity.measure, self.plan.skeleton, text.windows, question, on_event=on_event)
+        return self._ranks.first(lambda: measure(batch=batch, judged=windows))
 
     def _question(self, tried: Sequence[WeightScheme] = ()) -> Question:
         plan = self.plan
         return assign.ask(
             plan.skeleton, plan.checkpoint, plan.settings, plan.stages.rounding, plan.layout, plan.options, tried
         )
-
-    def _read_text(self, on_event: OnEvent) -> CalibrationSet | None:
-        """The calibration text; None if neither the method nor --target-bits needs one."""
-        needed = self.plan.stages.needs_calibration or self.plan.settings.target_bits is not None
-        return self._text.load(self.plan, self.report, on_event) if needed else None
 
     def _assign_bits(self, text: CalibrationSet, target: float, on_event: OnEvent) -> None:
         """Measure which layers need more bits, and add the result to the settings as overrides."""
@@ -182,7 +184,8 @@ class Job:
         }
         needed = save.copies(plan.settings.formats) * plan.expected_bytes
         if text is not None and plan.stages.tuning is not None:
-            needed += disk_bytes(plan.skeleton, plan.layers.values(), plan.stages.tuning, text)
+            whole = text.whole or text
+            needed += disk_bytes(plan.skeleton, plan.layers.values(), plan.stages.tuning, whole)
         writer = Writer.open(self.out, identity=identity, overwrite=self._overwrite, needed_bytes=needed)
         if writer.resumed_blocks:
             self.report.notes.append(
@@ -222,6 +225,7 @@ class Job:
             writer=writer,
             on_event=collect,
             keep_grid=plan.settings.keep_grid,
+            ranks=self._ranks,
         )
 
     def _streams(self, text: Text, writer: Writer, calls: RecordedCalls, fisher: FisherInformation | None) -> Streams:
@@ -238,12 +242,14 @@ class Job:
             token_weights=fisher.token_weights if fisher is not None and method.token_weights else None,
             tokens_per_input=method.expert_tokens,
             memory=memory.spare(plan.device) - storage.takes_device_memory * stored,
+            ranks=self._ranks,
         )
 
     def _fisher(self, text: Text, writer: Writer, calls: RecordedCalls, on_event: OnEvent) -> FisherInformation | None:
         if not self.plan.stages.needs_fisher or all(writer.has(index) for index in range(self.blocks)):
             return None
-        return fisher_information.measure(self.plan.skeleton, text.tokens, self.plan.settings.seed, calls, on_event)
+        tokens, seed = (text.whole or text).tokens, self.plan.settings.seed
+        return fisher_information.measure(self.plan.skeleton, tokens, seed, calls, on_event, self._ranks, text.numbers)
 
     def _finish(self, run: Run, start: float) -> None:
         """Assemble the folder: packed blocks, all other tensors unchanged, configuration and provenance."""

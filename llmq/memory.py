@@ -10,8 +10,9 @@ In a container or a batch system a process may use less memory than the machine 
 and a process that exceeds the limit of its control group is killed without a message.
 """
 
+import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import psutil
@@ -45,8 +46,13 @@ def spare(device: torch.device) -> int:
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch can use it again
         return torch.cuda.mem_get_info(device)[0] + cached
-    available = int(psutil.virtual_memory().available)
-    return max(0, min(available, *_left_of_address_space(), *left_of_groups(CGROUPS)))
+    shared = min([int(psutil.virtual_memory().available), *left_of_groups(CGROUPS)])
+    return max(0, min([shared // processes(os.environ), *_left_of_address_space()]))
+
+
+def processes(environment: Mapping[str, str]) -> int:
+    """The number of processes of a run that share the memory of this machine, as torchrun and accelerate set it."""
+    return max(1, int(environment.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _left_of_address_space() -> Iterator[int]:

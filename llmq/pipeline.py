@@ -28,7 +28,7 @@ their maths, `methods.py` says which stages a method consists of.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -46,7 +46,8 @@ from llmq.report.record import BlockReport, LayerReport, StageGain
 from llmq.steps import block_tuning, existing_grids
 from llmq.steps.end_to_end import tune_end_to_end
 from llmq.steps.lm_head import quantize_head
-from llmq.steps.round_group import Rounded, round_group
+from llmq.steps.round_group import Rounded
+from llmq.steps.round_together import Group, round_together
 from llmq.steps.run import Run
 from llmq.steps.transforms import transform_block
 
@@ -55,8 +56,17 @@ def quantize_model(run: Run, save: Callable[[], None]) -> None:
     """Quantize and commit every block, then the head; tune all blocks together; save the finished model."""
     forward(run.skeleton, lambda block: quantize_block(run, block))
     quantize_head(run)
-    tune_end_to_end(run)
-    save()
+    if only_the_first_is_left(run):
+        tune_end_to_end(run)
+        save()
+
+
+def only_the_first_is_left(run: Run) -> bool:
+    """Collect what the ranks have for end-to-end tuning, and let all but the first leave; whether this is the first."""
+    if run.method.tuning is not None and run.streams is not None:
+        run.streams.gather()
+    run.ranks.leave()
+    return run.ranks.is_first
 
 
 @dataclass
@@ -93,13 +103,14 @@ def quantize_block(run: Run, block: Block) -> None:
     result.kept = existing_grids.kept_in(run, block)
     if run.streams is None:  # no calibration text: every layer is a separate group, without statistics
         for path, linear in block.linears.items():
-            quantize_group(run, block, result, InputGroup((path,), linear.in_features), None)
+            quantize_groups(run, block, result, [(InputGroup((path,), linear.in_features), None)])
     else:
-        groups = input_groups.input_groups(block, run.streams.quantized.sample(PROBE_TOKENS))
+        probe = run.streams.quantized.sample(PROBE_TOKENS)
+        groups = run.ranks.first(lambda: input_groups.input_groups(block, probe))
         if run.method.transforms:
             result.notes, result.gains = transform_block(run, block, groups, result.kept)
         with Sequential(block, groups, run.streams) as forwards:
-            forwards.run(lambda group, stats: quantize_group(run, block, result, group, stats))
+            forwards.run(lambda groups: quantize_groups(run, block, result, groups))
             tune_and_advance(run, block, result, forwards)
     tensors = result.tensors | kept_in_float(run, block, result)
     seconds = time.monotonic() - start
@@ -108,21 +119,34 @@ def quantize_block(run: Run, block: Block) -> None:
     run.on_event(report)
 
 
-def quantize_group(run: Run, block: Block, result: BlockResult, group: InputGroup, stats: InputStats | None) -> None:
-    """Quantize and pack the weights that share an input, and put the quantized weights into the block."""
-    layers = [Rounded(path, block.weight(path), result.kept[path]) for path in group.names if path in result.kept]
-    weights = {path: block.weight(path) for path in group.names if path not in result.kept}
-    if weights and stats is not None and stats.tokens == 0:
-        result.notes.append(f"{', '.join(weights)}: kept in float, no calibration token reached them")
-    elif weights:
-        schemes = {path: run.plans[path].scheme.weights for path in weights}
-        layers += round_group(weights, schemes, stats, run.method, run.options)
+def quantize_groups(
+    run: Run, block: Block, result: BlockResult, groups: Sequence[tuple[InputGroup, InputStats | None]]
+) -> None:
+    """Quantize and pack the weights that share an input, and put the quantized weights into the block.
+
+    There is one group, or, with several ranks, one per rank. Weights that lie on a grid already are kept on it.
+    """
+    reached: list[Group] = []
+    for group, stats in groups:
+        kept = [Rounded(path, block.weight(path), result.kept[path]) for path in group.names if path in result.kept]
+        put_group(run, block, result, kept, stats)
+        weights = {path: block.weight(path) for path in group.names if path not in result.kept}
+        if weights and stats is not None and stats.tokens == 0:
+            result.notes.append(f"{', '.join(weights)}: kept in float, no calibration token reached them")
+        elif weights:
+            reached.append(Group(weights, {path: run.plans[path].scheme.weights for path in weights}, stats))
+    for solved, layers in zip(reached, round_together(reached, run.method, run.options, run.ranks), strict=True):
+        put_group(run, block, result, layers, solved.stats)
+
+
+def put_group(run: Run, block: Block, result: BlockResult, layers: Sequence[Rounded], stats: InputStats | None) -> None:
+    """Pack quantized weights, report on them, and put them into the block."""
     for layer in layers:
         dequantized = layer.rounding.quantized.dequantize()
         block.set_weight(layer.path, dequantized)
         packed = run.pack(layer.path, layer.rounding.quantized)
         name = run.plans[layer.path].name
-        report = layer_report(name, layer.weight, dequantized, layer.rounding, packed, stats, layer.gains)
+        report = layer_report(name, layer.weight, dequantized, layer.rounding, packed, stats, layer.gains, run.ranks)
         report = as_experts(report, run.method.transforms) if block.is_experts(layer.path) else report
         run.on_event(report)
         result.reports.append(report)
@@ -140,7 +164,7 @@ def tune_and_advance(run: Run, block: Block, result: BlockResult, forwards: Sequ
     assert streams is not None
     if streams.floats is not None:
         forwards.finish(streams.floats)
-    if tuning is not None and result.layers and streams.text.validation:  # validation text shows whether it helps
+    if tuning is not None and result.layers and streams.text.validates:  # validation text shows whether it helps
         forwards.forget()  # tuning runs the block from its inputs, and needs the memory
         metric = run.fisher.output_metric(block.index) if run.fisher is not None and tuning.fisher else None
         tuned = block_tuning.tune(run.skeleton, streams, block, result.layers, tuning, metric)
@@ -164,7 +188,7 @@ def kept_in_float(run: Run, block: Block, result: BlockResult) -> dict[str, Tens
 
 def restore_block(run: Run, block: Block) -> None:
     """Put the weights that an interrupted run committed into the loaded block, and advance the text past it."""
-    tensors, record = run.writer.read(block.index)
+    tensors, record = run.committed(block.index)
     report = BlockReport.from_dict(record, resumed=True)
     for layer in report.layers:
         block.set_weight(run.paths[layer.name], run.unpack(layer.name, tensors).dequantize())

@@ -1,12 +1,13 @@
 """Helpers that pass sequences through a skeleton, set up as in a job."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from llmq.algorithms import Options
+from llmq.distributed.ranks import ALONE, Ranks
 from llmq.memory import HOST
 from llmq.methods import Method
 from llmq.model.analyse.input_groups import InputGroup, input_groups
@@ -51,15 +52,17 @@ def streams_over(
     weights: TokenWeights | None = None,
     tokens_per_input: float = 0.0,
     storage: Storage = CPU_MEMORY,
+    ranks: Ranks = ALONE,
 ) -> Streams:
-    """The streams of the pipeline, including the float stream if `floats`."""
-    text, calls = Text(ids, batch, validation), RecordedCalls(skeleton)
+    """The streams of the pipeline, including the float stream if `floats`; of the share of one of several ranks."""
+    text, calls = Text(ids, batch, validation).share(ranks), RecordedCalls(skeleton)
     return Streams(
         quantized=Stream(skeleton, text, calls, storage, "quantized"),
         floats=Stream(skeleton, text, calls, storage, "float") if floats else None,
         token_weights=weights,
         tokens_per_input=tokens_per_input,
         memory=memory,
+        ranks=ranks,
     )
 
 
@@ -86,9 +89,10 @@ def run_block(
     groups = input_groups(block, streams.quantized.sample(streams.text.length))
     seen: dict[str, InputStats] = {}
 
-    def note(group: InputGroup, stats: InputStats) -> None:
-        seen[group.names[0]] = stats
-        quantize(block, group)
+    def note(turn: Sequence[tuple[InputGroup, InputStats]]) -> None:
+        for group, stats in turn:
+            seen[group.names[0]] = stats
+            quantize(block, group)
 
     with Sequential(block, groups, streams) as forwards:
         forwards._at_once = at_once or forwards._at_once

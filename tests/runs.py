@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 import llmq
 from llmq.calibration import CalibrationSet
 from llmq.config import QuantConfig
+from llmq.distributed.ranks import ALONE, Ranks
 from llmq.job import Job
 from llmq.methods import Method
 from llmq.model.build.skeleton import Skeleton
@@ -31,10 +32,12 @@ def quantize(model: Path, out: Path, text: Path, **settings: Any) -> llmq.Report
     return llmq.quantize(str(model), out, device="cpu", **{**QUICK, "calibration": [text], **settings})
 
 
-def job(model: Path, out: Path, text: Path, *, stages: Method | None = None, **settings: Any) -> Job:
+def job(
+    model: Path, out: Path, text: Path, *, stages: Method | None = None, ranks: Ranks = ALONE, **settings: Any
+) -> Job:
     """A job with the same settings, not started."""
     asked = merged(QuantConfig(), {**QUICK, "calibration": [text], **settings})
-    return Job(str(model), out, asked, stages=stages, device="cpu")
+    return Job(str(model), out, asked, stages=stages, device="cpu", ranks=ranks)
 
 
 def read_text(job: Job) -> CalibrationSet:

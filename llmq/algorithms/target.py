@@ -24,6 +24,7 @@ from torch import Tensor
 
 from llmq.algorithms.factor import Factor
 from llmq.algorithms.validation_loss import Parabola
+from llmq.distributed.ranks import ALONE, Total
 
 LONGEST_STEP = 0.5  # of ‖w‖
 STRIP = 1024  # columns of a product with a triangle at once
@@ -65,12 +66,16 @@ def times_upper(rows: Tensor, upper: Tensor, *, transposed: bool = False) -> Ten
     return product
 
 
-def choose(weight: Tensor, V: Tensor, alphas: Sequence[float], loss: Parabola | None) -> Target:
+def choose(
+    weight: Tensor, V: Tensor, alphas: Sequence[float], loss: Parabola | None, total: Total = ALONE.total
+) -> Target:
     """The target of `weight` (N, K) along its step V, with the best of `alphas`.
 
-    loss  the validation loss along V, of each row; None if there are no validation tokens
+    loss   the validation loss along V, of each row; None if there are no validation tokens
+    total  adds sums over rows to those of the ranks that have the other rows of the weight
     """
-    length, allowed = float(V.norm()), LONGEST_STEP * float(weight.norm())
+    squares = total(*(float(matrix.norm()) ** 2 for matrix in (V, weight)))
+    length, allowed = math.sqrt(squares[0]), LONGEST_STEP * math.sqrt(squares[1])
     possible = [alpha for alpha in alphas if math.isfinite(length) and alpha * length <= allowed]
     notes = (
         () if possible else ("no asymmetric target: it differs from the weight by more than half of the weight's norm",)
@@ -78,8 +83,8 @@ def choose(weight: Tensor, V: Tensor, alphas: Sequence[float], loss: Parabola | 
     if loss is None:
         alpha = max(possible, default=0.0)
         return Target(weight + alpha * V if alpha else weight, alpha, notes=notes)
-    before, slope, curvature = (
-        float(part.sum(dtype=torch.float64)) for part in (loss.constant, loss.slope, loss.curvature)
+    before, slope, curvature = total(
+        *(float(part.sum(dtype=torch.float64)) for part in (loss.constant, loss.slope, loss.curvature))
     )
     change = {alpha: alpha**2 * curvature - 2 * alpha * slope for alpha in possible}
     alpha = min(possible, key=lambda candidate: change[candidate], default=0.0)

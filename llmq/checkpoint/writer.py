@@ -115,6 +115,11 @@ class Writer:
         """A folder for hidden states that do not fit into memory; it may not exist, and is emptied between runs."""
         return self._staging.activations
 
+    @property
+    def committed(self) -> list[int]:
+        """The committed blocks, in order."""
+        return sorted(self._committed)
+
     def has(self, index: int) -> bool:
         """Whether a block is committed."""
         return index in self._committed

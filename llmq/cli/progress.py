@@ -17,10 +17,12 @@ class ProgressDisplay:
     """Shows events; a context manager, which removes the bars at its end.
 
     commits  the number of blocks to quantize; the head counts as one
+    silent   show nothing: for all but the first of several processes
     """
 
-    def __init__(self, commits: int = 0) -> None:
+    def __init__(self, commits: int = 0, *, silent: bool = False) -> None:
         self._commits = commits
+        self._silent = silent
         self._blocks = 0
         self._console = messages()
         self._tasks: dict[str, TaskID] = {}
@@ -28,7 +30,7 @@ class ProgressDisplay:
         self._bars = Bars(
             TextColumn("{task.fields[stage]}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[unit]}"),
             TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.description}"),
-            console=self._console, disable=not self._console.is_terminal,
+            console=self._console, disable=silent or not self._console.is_terminal,
         )  # fmt: skip
 
     def __enter__(self) -> "ProgressDisplay":
@@ -40,6 +42,8 @@ class ProgressDisplay:
 
     def __call__(self, event: Event) -> None:
         """Show one event."""
+        if self._silent:
+            return
         if isinstance(event, TextRead):
             print_manifest(event.manifest, self._bars.console)
             print_notes(event.notes, self._bars.console)

@@ -1,9 +1,14 @@
 """`llmq quantize MODEL [OUT]`"""
 
+import os
 import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
+from typer import Exit
 
 from llmq.cli import options
 from llmq.cli.progress import ProgressDisplay
@@ -16,6 +21,7 @@ from llmq.report.record import OUTSIDE_THE_BLOCKS, Report
 from llmq.setting_fields import config_to
 
 if TYPE_CHECKING:
+    from llmq.distributed.ranks import Ranks
     from llmq.job import Job
 
 LAYERS_SHOWN = 6
@@ -44,6 +50,7 @@ def command(
 
     An interrupted run continues when the same command is given again.
     The model appears in OUT when it is complete.
+    `torchrun --nproc-per-node 4 -m llmq quantize …` uses four GPUs.
 
     Examples:
       llmq quantize Qwen/Qwen3-8B out/ --calibration text.jsonl
@@ -68,23 +75,47 @@ def command(
 
         print(tomli_w.dumps(config_to(settings)), end="")
         return
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch warns of each connection that a process closes
+    from llmq.distributed import join
     from llmq.job import Job
 
     quiet_transformers()
-    job = Job(
-        model, out, settings, device=device, revision=revision, overwrite=overwrite, trust_remote_code=trust_remote_code
-    )
-    if dry_run:
-        _print_plan(job, as_json=json)
-        return
-    print_notes(job.plan.grid_notes)
-    try:
-        with ProgressDisplay(job.commits) as display:
+    with reported_once(join(device)) as ranks:
+        job = Job(
+            model, out, settings, device=device, revision=revision, overwrite=overwrite,
+            trust_remote_code=trust_remote_code, ranks=ranks,
+        )  # fmt: skip
+        if dry_run:
+            if ranks.is_first:
+                _print_plan(job, as_json=json)
+            return
+        if ranks.is_first:
+            print_notes(job.plan.grid_notes)
+        with ProgressDisplay(job.commits, silent=not ranks.is_first) as display:
             job.run(display)
-    except KeyboardInterrupt:
-        hint = "repeat the command: it continues after the last finished block"
-        raise Interrupted("interrupted", hint=hint) from None
-    _print_result(job, as_json=json)
+        if ranks.is_first:
+            _print_result(job, as_json=json)
+
+
+@contextmanager
+def reported_once(ranks: "Ranks") -> Iterator["Ranks"]:
+    """Several processes print an error that all of them have only once; Ctrl-C and SIGTERM are errors, too.
+
+    Only the first process prints warnings.
+    """
+    if not ranks.is_first:
+        warnings.simplefilter("ignore")
+    try:
+        try:
+            yield ranks
+        except KeyboardInterrupt:
+            hint = "repeat the command: it continues after the last finished block"
+            stopped = "interrupted" if ranks.size == 1 else "interrupted, or another process of this run has ended"
+            raise Interrupted(stopped, hint=hint) from None
+    except LlmqError as error:
+        if ranks.reports("interrupted" if isinstance(error, Interrupted) else str(error)):
+            raise
+        raise Exit(error.exit_code) from None
 
 
 def _print_plan(job: "Job", *, as_json: bool) -> None:

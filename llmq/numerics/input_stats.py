@@ -13,6 +13,7 @@ multiplied without conversion to float32, with and without weights (`llmq_kernel
 import torch
 from torch import Tensor
 
+from llmq.distributed.ranks import Ranks
 from llmq.numerics.block_diagonal import columns, inverse, rows
 from llmq_kernels.gram import op as gram
 
@@ -79,6 +80,20 @@ class InputStats:
         if self.judges:
             self._drift = torch.zeros_like(self._gram) if self._drift is None else self._drift
             gram.update(self._drift, D, gamma, upper_only=True)
+
+    def sum_over(self, ranks: Ranks) -> None:
+        """Add the sums of all ranks; all ranks must call it, and have the same statistics afterwards."""
+        counts = (self.tokens, self.borrowed, self._paired, self._cross is not None, self._drift is not None)
+        self._weight, *totals = ranks.total(self._weight, *counts)
+        self.tokens, self.borrowed, self._paired, crossed, drifted = map(int, totals)
+        ranks.sum_(self._gram)
+        ranks.sum_(self._absolute)
+        if crossed:
+            self._cross = ranks.sum_(torch.zeros_like(self._gram) if self._cross is None else self._cross)
+        if drifted:
+            self._drift = ranks.sum_(torch.zeros_like(self._gram) if self._drift is None else self._drift)
+        if self.validation is not None:
+            self.validation.sum_over(ranks)
 
     def second_moment(self) -> Tensor:
         """(K, K) float32, H = X̂ᵀX̂ / T; every call returns a new tensor."""

@@ -4,7 +4,7 @@
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -134,6 +134,23 @@ def affine(superblocks: Superblocks) -> tuple[Tensor, Tensor | None]:
     """Scales and zero points (N, G) float32 of a two-level grid; no zero points (None) where it is symmetric."""
     scales, offsets = superblocks.scales(), superblocks.offsets()
     return scales, None if offsets is None else offsets / scales
+
+
+def stacked(parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
+    """One weight with the rows of all parts, which have the same scheme and columns."""
+    first, grids = parts[0], [part.superblocks for part in parts if part.superblocks is not None]
+    superblocks = None
+    if grids:
+        d, sc = torch.cat([grid.d for grid in grids]), torch.cat([grid.sc for grid in grids])
+        superblocks = Superblocks(d, sc, _joined(grid.dmin for grid in grids), _joined(grid.m for grid in grids))
+    codes, scales = torch.cat([part.codes for part in parts]), torch.cat([part.scales for part in parts])
+    zeros = _joined(part.zeros for part in parts)
+    return QuantizedTensor(codes, scales, zeros, first.scheme, first.group_index, superblocks)
+
+
+def _joined(tensors: Iterable[Tensor | None]) -> Tensor | None:
+    present = [tensor for tensor in tensors if tensor is not None]
+    return torch.cat(present) if present else None
 
 
 def where(keep: Tensor, one: QuantizedTensor, other: QuantizedTensor) -> QuantizedTensor:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from llmq.algorithms import Rounding, output_error, quadratic_form
+from llmq.distributed.ranks import ALONE, Ranks
 from llmq.numerics.input_stats import InputStats
 from llmq.report.record import LayerReport, StageGain
 
@@ -18,14 +19,20 @@ def layer_report(
     packed: Mapping[str, Tensor],
     stats: InputStats | None,
     gains: tuple[StageGain, ...] = (),
+    ranks: Ranks = ALONE,
 ) -> LayerReport:
-    """The errors of `rounded` (N, K) against `weight` (N, K), float32, and the size of its `packed` tensors."""
+    """The errors of `rounded` (N, K) against `weight` (N, K), float32, and the size of its `packed` tensors.
+
+    Each rank computes the output error of some rows.
+    """
     output = None
     if stats is not None and stats.tokens:
-        hessian = stats.second_moment()
-        signal = float(quadratic_form(weight, hessian).double().sum())
-        loss = rounding.loss if rounding.loss is not None else output_error(weight, rounded, hessian)
-        output = (max(0.0, float(loss.double().sum())) / signal) ** 0.5 if signal > 0 else 0.0
+        hessian, part = stats.second_moment(), ranks.part(len(weight))
+        rows = slice(part.start, part.stop)
+        loss = output_error(weight[rows], rounded[rows], hessian) if rounding.loss is None else rounding.loss[rows]
+        sums = (float(values.double().sum()) for values in (quadratic_form(weight[rows], hessian), loss))
+        signal, noise = ranks.total(*sums)
+        output = (max(0.0, noise) / signal) ** 0.5 if signal > 0 else 0.0
     stored_bits = 8 * sum(tensor.numel() * tensor.element_size() for tensor in packed.values())
     norm = float(weight.norm())
     return LayerReport(

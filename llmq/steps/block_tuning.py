@@ -7,7 +7,8 @@ The loss is the squared difference, or the difference weighted by Fisher informa
 loss.
 
 The sequences of a step are drawn from the fitted ones, in an order that depends only on the block and the step. The
-best version on the validation sequences is kept.
+best version on the validation sequences is kept. With several ranks, each one draws from its share, and their gradients
+are averaged.
 
 Not here: how quantized values change and what is kept (algorithms/block_tuning.py), the streams
 (model/passes/streams.py).
@@ -63,7 +64,8 @@ class BlockProblem:
         self._quantized, self._floats = streams.quantized, streams.floats
         self._block = block
         self._metric = metric
-        self._sequences = max(1, tokens // self._text.length)
+        self._ranks = streams.ranks
+        self._sequences = max(1, tokens // self._text.length // self._ranks.size)  # of this rank, per step
         self._last = block is skeleton.blocks[-1]
         self._paths: list[str] = []
 
@@ -79,7 +81,7 @@ class BlockProblem:
         graph = differentiable(self._block, self._quantized.call(sequences), parameters)
         _, output_gradient = self._loss(sequences, graph[1].detach())
         _, *gradients = gradients_of(graph, parameters, output_gradient)
-        return dict(zip(self._paths, gradients, strict=True))
+        return dict(zip(self._paths, map(self._ranks.mean, gradients), strict=True))
 
     def validation_loss(self) -> float:
         text, total = self._text, 0.0
@@ -87,7 +89,8 @@ class BlockProblem:
             sequences = range(start, min(start + self._sequences, text.sequences))
             loss, _ = self._loss(sequences, self._block.run(self._quantized.call(sequences)))
             total += loss * len(sequences)
-        return total / text.validation
+        total, count = self._ranks.total(total, text.validation)
+        return total / count
 
     def _loss(self, sequences: Sequence[int], output: Tensor) -> tuple[float, Tensor]:
         """The loss of the block's `output` (…, B, T, D) for these sequences, and its gradient with respect to it."""

@@ -15,7 +15,7 @@ Not here: why these weights (algorithms/fisher_weights.py), the passes (model/pa
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from llmq import memory
 from llmq.algorithms import fisher_weights
 from llmq.algorithms.fisher_weights import OutputMetric
+from llmq.distributed.ranks import ALONE, Ranks
 from llmq.model.build.block import Block
 from llmq.model.build.skeleton import Skeleton
 from llmq.model.passes.backward import Tape, backward
@@ -47,32 +48,68 @@ class FisherInformation:
     outputs  by index of a block, γ (S, T) and Γ (D, D), float32 on the CPU; not for the last block, whose outputs are
              compared by the predictions made from them
 
+    own      the sequences of this rank, if there are several: what is returned is for these
+
     Layers that do not see every token in its place, such as those of experts, and what overflowed are absent.
     """
 
     linears: dict[str, Tensor]
     outputs: dict[int, tuple[Tensor, Tensor]]
+    own: Sequence[int] | slice = slice(None)
 
     def token_weights(self, paths: Sequence[str]) -> Tensor | None:
         """(S, T) float32, the weight of each token in the statistics of these layers, which share an input."""
         if not all(path in self.linears for path in paths):
             return None
-        return fisher_weights.weights(torch.stack([self.linears[path] for path in paths]).sum(0))
+        return fisher_weights.weights(torch.stack([self.linears[path] for path in paths]).sum(0))[self.own]
 
     def output_metric(self, index: int) -> OutputMetric | None:
         """How much an error in the output of a block costs; None if that is not known."""
         if index not in self.outputs:
             return None
         importance, moment = self.outputs[index]
-        return OutputMetric.of(moment, importance)
+        metric = OutputMetric.of(moment, importance)
+        return replace(metric, weights=metric.weights[self.own])
+
+    def of_all(self, ranks: Ranks, own: Sequence[int], sequences: int) -> "FisherInformation":
+        """Of the text of all ranks, with this number of sequences; this one was measured on the sequences `own`."""
+        numbers = ranks.all(own)
+        linears = ranks.all(self.linears)
+        gammas = ranks.all({index: gamma for index, (gamma, _) in self.outputs.items()})
+
+        def together(shares: Sequence[Tensor]) -> Tensor:
+            whole = torch.empty(sequences, shares[0].shape[1])
+            for share, places in zip(shares, numbers, strict=True):
+                whole[list(places)] = share
+            return whole
+
+        paths = [path for path in linears[0] if all(path in share for share in linears)]
+        indices = [index for index in gammas[0] if all(index in share for share in gammas)]
+        of_linears = {path: together([share[path] for share in linears]) for path in paths}
+        of_outputs = {
+            index: (together([share[index] for share in gammas]), ranks.sum_(self.outputs[index][1]))
+            for index in indices
+        }
+        return FisherInformation(of_linears, of_outputs, own)
 
 
 def measure(
-    skeleton: Skeleton, tokens: Tensor, seed: int, calls: RecordedCalls, on_event: OnEvent = ignore
+    skeleton: Skeleton,
+    tokens: Tensor,
+    seed: int,
+    calls: RecordedCalls,
+    on_event: OnEvent = ignore,
+    ranks: Ranks = ALONE,
+    own: Sequence[int] = (),
 ) -> FisherInformation:
-    """Run the float model over `tokens` (S, T) int64, forward and backward; no block is loaded before and after."""
+    """Run the float model over `tokens` (S, T) int64, forward and backward; no block is loaded before and after.
+
+    If `own` are given, they are the sequences of this rank, which runs only these.
+    """
     generator = torch.Generator().manual_seed(seed)
-    chances = torch.rand(tokens.shape, generator=generator)
+    chances, sequences = torch.rand(tokens.shape, generator=generator), len(tokens)
+    if own:
+        chances, tokens = chances[own], tokens[own]
 
     def slope(chosen: Tensor, hidden: Tensor) -> Tensor:
         return drawn_slope(skeleton, tokens[chosen], hidden, chances[chosen])
@@ -80,7 +117,8 @@ def measure(
     batch = max(1, memory.TOKENS_PER_BATCH_TO_WEIGH // tokens.shape[1])
     state = (len(skeleton.blocks) + 1) * skeleton.hidden_bytes(tokens.shape[1])  # one sequence, all blocks
     at_once = max(batch, memory.spare(memory.HOST) // (MEMORY_SHARE * state))
-    return fisher_information(skeleton, tokens, slope, calls, batch=batch, at_once=at_once, on_event=on_event)
+    measured = fisher_information(skeleton, tokens, slope, calls, batch=batch, at_once=at_once, on_event=on_event)
+    return measured.of_all(ranks, own, sequences) if own else measured
 
 
 def drawn_slope(skeleton: Skeleton, tokens: Tensor, hidden: Tensor, chances: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from llmq.numerics.input_stats import InputStats
 from llmq.report.layer_metrics import layer_report
 from llmq.report.record import BlockReport
 from llmq.steps import existing_grids
-from llmq.steps.round_group import Rounded, round_group
+from llmq.steps.round_group import Rounded
+from llmq.steps.round_together import Group, round_together
 from llmq.steps.run import Run
 
 
@@ -24,19 +25,22 @@ def quantize_head(run: Run) -> None:
     if path is None or plan is None or plan.scheme.weights is None:
         return
     if run.writer.has(index):
-        _, record = run.writer.read(index)
+        _, record = run.committed(index)
         run.on_event(BlockReport.from_dict(record, resumed=True))
         return
     stats = None if run.streams is None else head_statistics(run.skeleton, run.streams.quantized)
+    if stats is not None:
+        stats.sum_over(run.ranks)
     weight = run.skeleton.head_weight()  # (V, K)
     stored = run.skeleton.weights.original(f"{path}.weight").dtype
     if (kept := existing_grids.kept(run, weight, stored, plan.scheme.weights)) is not None:
         layer = Rounded(path, weight, kept)
     else:
-        (layer,) = round_group({path: weight}, {path: plan.scheme.weights}, stats, run.method, run.options)
+        group = Group({path: weight}, {path: plan.scheme.weights}, stats)
+        [[layer]] = round_together([group], run.method, run.options, run.ranks)
     packed = run.pack(path, layer.rounding.quantized)
     dequantized = layer.rounding.quantized.dequantize()
-    report = layer_report(plan.name, weight, dequantized, layer.rounding, packed, stats, layer.gains)
+    report = layer_report(plan.name, weight, dequantized, layer.rounding, packed, stats, layer.gains, run.ranks)
     run.on_event(report)
     block_report = BlockReport(path, (report,), (), time.monotonic() - start)
     run.writer.commit(index, packed, block_report.to_dict())
@@ -50,7 +54,7 @@ def head_statistics(skeleton: Skeleton, stream: Stream) -> InputStats:
         inputs = skeleton.head_input(text.of(batch), stream.last(batch))
         if stats is None:
             stats = InputStats(inputs.shape[-1], inputs.device)
-            validation = stats.begin_validation() if text.validation else stats
+            validation = stats.begin_validation() if text.validates else stats
         (stats if number < text.fitted_batches else validation).update(inputs)
     assert stats is not None, "the text is empty"
     return stats

@@ -19,6 +19,7 @@ from llmq import algorithms
 from llmq.algorithms import Options, Rounding, target
 from llmq.algorithms.factor import Factor, factorize
 from llmq.algorithms.validation_loss import ValidationLoss
+from llmq.distributed.ranks import ALONE, Total
 from llmq.methods import Method
 from llmq.numerics.input_stats import InputStats
 from llmq.numerics.quantized_tensor import where
@@ -42,11 +43,12 @@ def round_group(
     stats: InputStats | None,
     method: Method,
     options: Options,
+    total: Total = ALONE.total,
 ) -> list[Rounded]:
     """Quantize weights (N, K) that share an input, by path; those with the scheme None are skipped.
 
     The Hessian is factored once for all of them. Weights with the same scheme are stacked along their rows and solved
-    together.
+    together. If other ranks have other rows of the same weights, `total` adds up what is compared.
     """
     stage = algorithms.rounding(method.rounding)
     factor = None
@@ -55,7 +57,7 @@ def round_group(
     layers: list[Rounded] = []
     for scheme in dict.fromkeys(scheme for scheme in map(schemes.get, weights) if scheme is not None):
         same_scheme = {path: weight for path, weight in weights.items() if schemes[path] == scheme}
-        layers += _round_stack(same_scheme, scheme, _Fit(stats, factor, method, options))
+        layers += _round_stack(same_scheme, scheme, _Fit(stats, factor, method, options, total))
     return layers
 
 
@@ -67,6 +69,7 @@ class _Fit:
     factor: Factor | None
     method: Method
     options: Options
+    total: Total
 
 
 def _round_stack(weights: Mapping[str, Tensor], scheme: WeightScheme, fit: _Fit) -> list[Rounded]:
@@ -96,7 +99,7 @@ def _round_stack(weights: Mapping[str, Tensor], scheme: WeightScheme, fit: _Fit)
                 quantized = refined
                 continue
             refined_loss = validation.of(refined.dequantize())
-            keep = _keep_better(name, weights, loss, refined_loss, gains)
+            keep = _keep_better(name, weights, loss, refined_loss, gains, fit.total)
             quantized, loss = where(keep[:, None], refined, quantized), torch.where(keep, refined_loss, loss)
 
     layers, start = [], 0
@@ -134,7 +137,7 @@ def _targets(
     for path, weight in weights.items():
         stop = start + len(weight)
         own = None if loss is None else loss.rows(start, stop)
-        targets[path] = target.choose(weight, steps[start:stop], fit.method.alphas, own)
+        targets[path] = target.choose(weight, steps[start:stop], fit.method.alphas, own, fit.total)
         start = stop
     return targets
 
@@ -152,7 +155,12 @@ def _damped(hessian: Tensor, factor: Factor) -> Tensor:
 
 
 def _keep_better(
-    stage: str, weights: Mapping[str, Tensor], before: Tensor, after: Tensor, gains: dict[str, list[StageGain]]
+    stage: str,
+    weights: Mapping[str, Tensor],
+    before: Tensor,
+    after: Tensor,
+    gains: dict[str, list[StageGain]],
+    total: Total,
 ) -> Tensor:
     """(N,) bool: the rows of the weights whose validation loss, summed over the rows of the weight, a stage lowered.
 
@@ -162,7 +170,7 @@ def _keep_better(
     start = 0
     for path, weight in weights.items():
         rows = slice(start, start + len(weight))
-        loss_before, loss_after = (float(loss[rows].sum(dtype=torch.float64)) for loss in (before, after))
+        loss_before, loss_after = total(*(float(loss[rows].sum(dtype=torch.float64)) for loss in (before, after)))
         keep[rows] = loss_after < loss_before
         gains[path].append(StageGain(stage, loss_before, loss_after, loss_after < loss_before))
         start = rows.stop

@@ -3,11 +3,13 @@
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from llmq.algorithms import Options
 from llmq.checkpoint.writer import Writer
+from llmq.distributed.ranks import ALONE, Ranks
 from llmq.errors import FormatError
 from llmq.formats.base import Layout, Reader
 from llmq.methods import Method
@@ -29,6 +31,7 @@ class Run:
     plans    the plan of each linear layer, by its path in the model
     reader   reads the tensors that `layout` packs
     keep_grid  whether weights that already lie on a grid are stored on it without a second rounding
+    ranks    the processes of the run
     """
 
     skeleton: Skeleton
@@ -43,6 +46,7 @@ class Run:
     writer: Writer
     on_event: OnEvent = ignore
     keep_grid: bool = True
+    ranks: Ranks = ALONE
 
     @functools.cached_property
     def paths(self) -> dict[str, str]:
@@ -54,6 +58,12 @@ class Run:
         name = self.plans[path].name
         return {f"{name}.{suffix}": tensor for suffix, tensor in self.layout.pack(quantized).items()}
 
+    def committed(self, index: int) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
+        """The tensors and the record of a committed block. The first rank reads them for all."""
+        if self.ranks.size == 1:
+            return self.writer.read(index)
+        return self.ranks.first(lambda: _in_memory(*self.writer.read(index)))
+
     def unpack(self, name: str, tensors: Mapping[str, Tensor]) -> QuantizedTensor:
         """A committed weight by its name in the checkpoint, from the tensors of its block."""
         reading = self.reader(name)
@@ -64,3 +74,7 @@ class Run:
             )
         packed = {key.removeprefix(f"{name}."): tensors[key] for key in tensors if key.startswith(f"{name}.")}
         return self.layout.unpack(packed, reading)
+
+
+def _in_memory(tensors: Mapping[str, Tensor], record: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    return dict(tensors.items()), record

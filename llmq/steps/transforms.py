@@ -3,6 +3,7 @@
 A transform chooses a basis for the weights that share an input (algorithms/awq.py, rotation.py); its inverse is folded
 into the module that makes this input (model/analyse/fold.py). Every rewrite is checked by running the block before and
 after. It is undone if it changes the output, or does not lower the error of the quantized block on validation text.
+With several ranks, all of them collect the statistics, and the first one chooses the rewrites for all.
 """
 
 import dataclasses
@@ -41,13 +42,17 @@ def transform_block(
     streams = run.streams
     assert streams is not None, "a method that transforms needs calibration"
     transforms = BlockTransforms(run, streams, block, groups, fixed)
-    for stage in run.method.transforms:
-        transforms.apply(stage)
+    if run.ranks.is_first:
+        for stage in run.method.transforms:
+            transforms.apply(stage)
+    notes, gains = run.ranks.first(lambda: (transforms.notes, transforms.gains))
+    for parameter in block.module.parameters():
+        run.ranks.copy_(parameter.data)
     packed = {f"{run.plans[path].name}.weight" for path in block.linears if run.plans[path].scheme.weights is not None}
     kept = {name: tensor for name, tensor in block.stored_parameters().items() if name not in packed}
     block.set_stored_parameters(kept)  # rounds changed parameters to the dtype in which the file stores them
     streams.transformed(block)
-    return transforms.notes, transforms.gains
+    return notes, gains
 
 
 class BlockTransforms:
@@ -64,6 +69,8 @@ class BlockTransforms:
         self._validation = stream.validation_sample(LOSS_TOKENS)
         shared = [group for group in groups if not block.is_experts(group.names[0])]  # experts are not transformed
         self.observed: Observed = input_groups.statistics(block, shared, stream.fitted_calls())
+        for stats in self.observed.values():
+            stats.sum_over(run.ranks)
         self.notes: list[str] = []
         self.gains: list[StageGain] = []
 

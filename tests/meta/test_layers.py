@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Every part of llmq (a file or folder directly in llmq/), the lowest layer first.  A part imports from the same layer
 # and from lower ones; the parts of layer KEPT_APART do not import each other, so each can be tested and replaced alone.
 LAYERS = (
-    ("errors", "memory", "checkpoint", "_version"),
+    ("errors", "memory", "checkpoint", "distributed", "_version"),
     ("numerics", "methods", "patterns", "setting_fields"),
     ("algorithms", "formats", "model"),
     ("config", "_keywords"),
@@ -24,7 +24,7 @@ LAYERS = (
     ("__init__", "__main__"),  # the entry points
 )
 KEPT_APART = 2
-MODEL_MAY_IMPORT = {"checkpoint", "errors", "memory", "numerics"}  # and itself: no algorithms, formats or settings
+MODEL_MAY_IMPORT = {"checkpoint", "distributed", "errors", "memory", "numerics"}  # and itself: no algorithms, settings
 
 LAYER_OF = {part: layer for layer, names in enumerate(LAYERS) for part in names}
 

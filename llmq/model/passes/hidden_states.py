@@ -108,7 +108,7 @@ class HiddenStates:
     def _write_file(self, sequences: Sequence[int], hidden: Tensor) -> None:
         assert self._file is not None
         with storing(self._file):
-            self._file.parent.mkdir(exist_ok=True)
+            self._file.parent.mkdir(parents=True, exist_ok=True)
             self._file.touch()
             with self._file.open("rb+") as file:
                 for sequence, state in zip(sequences, hidden.split(1, dim=-3), strict=True):

@@ -28,7 +28,7 @@ GRAM_BYTES = 4  # of these, the sum
 CROSS_BYTES = 12  # added by the float stream: a sum, its mean, a product with it
 VALIDATION_BYTES = 24  # added by validation statistics: three sums, and the mean of one of them at a time
 
-Quantize = Callable[[InputGroup, InputStats], None]
+Quantize = Callable[[Sequence[tuple[InputGroup, InputStats]]], None]
 
 
 class Sequential:
@@ -43,14 +43,18 @@ class Sequential:
         if streams.floats is not None:
             self._streams_with_weights.append((streams.floats, block.originals))
         text = streams.text
-        fitted = text.fitted_batches if text.validation else None
+        fitted = text.fitted_batches if text.validates else None
         self._sums = Summation(
-            block, fitted=fitted, weights=streams.token_weights, tokens_per_input=streams.tokens_per_input
+            block,
+            fitted=fitted,
+            weights=streams.token_weights,
+            tokens_per_input=streams.tokens_per_input,
+            ranks=streams.ranks,
         )
         free = _free_bytes(block, groups, streams)
-        self.remembers = _fits(block, self._stops, streams, free)
+        self.remembers = bool(streams.ranks.least(_fits(block, self._stops, streams, free)))
         streams.repeated += not self.remembers
-        self._at_once = 1 + max(0, free) // max(1, _sums_bytes(groups, streams))
+        self._at_once = streams.ranks.least(1 + max(0, free) // max(1, _sums_bytes(groups, streams)))
         unquantized = [block.linears[path] for group in groups for path in group.names]
         self._replay = Replay(block, remember=self.remembers, unquantized=unquantized)
 
@@ -66,13 +70,17 @@ class Sequential:
         self._replay.forget()
 
     def run(self, quantize: Quantize) -> None:
-        """Call `quantize` for each group with the statistics of its inputs, which have passed the groups before it."""
-        for group, stats in self._statistics():
-            quantize(group, stats)
-            self._replay.settle(self._block.linears[path] for path in group.names)
-            del stats  # before the statistics of the next group are allocated
+        """Call `quantize` for each group with the statistics of its inputs, which have passed the groups before it.
 
-    def _statistics(self) -> Iterator[tuple[InputGroup, InputStats]]:
+        If there are several ranks, it gets several experts of a layer at once, so that each rank can quantize one.
+        """
+        for turn in self._statistics():
+            quantize(turn)
+            self._replay.settle(self._block.linears[path] for group, _ in turn for path in group.names)
+            del turn  # before the statistics of the next group are allocated
+
+    def _statistics(self) -> Iterator[list[tuple[InputGroup, InputStats]]]:
+        size = self._streams.ranks.size
         for stop in self._stops:
             if stop.experts is not None and self.remembers:
                 yield from self._of_remembered_experts(stop)
@@ -81,17 +89,18 @@ class Sequential:
                 self._sums.count(stop, self._arrivals(stop))
             for start in range(0, len(stop.groups), self._at_once):
                 groups = stop.groups[start : start + self._at_once]
-                yield from zip(groups, self._sums.sums(stop, groups, self._arrivals(stop)), strict=True)
+                pairs = list(zip(groups, self._sums.sums(stop, groups, self._arrivals(stop)), strict=True))
+                yield from (pairs[first : first + size] for first in range(0, len(pairs), size))
 
-    def _of_remembered_experts(self, stop: Stop) -> Iterator[tuple[InputGroup, InputStats]]:
-        """One pass for all experts of a layer; the statistics of one expert at a time are in memory."""
+    def _of_remembered_experts(self, stop: Stop) -> Iterator[list[tuple[InputGroup, InputStats]]]:
+        """One pass for all experts of a layer; the statistics of one expert per rank at a time are in memory."""
         arrivals = list(self._arrivals(stop))
         if self._sums.needs_counting(stop):
             self._sums.count(stop, arrivals)
-        for group in stop.groups:
-            [stats] = self._sums.sums(stop, [group], arrivals)
-            yield group, stats
-            del stats
+        at_once = min(self._streams.ranks.size, self._at_once)
+        for start in range(0, len(stop.groups), at_once):
+            groups = stop.groups[start : start + at_once]
+            yield list(zip(groups, self._sums.sums(stop, groups, arrivals), strict=True))
 
     def finish(self, stream: Stream) -> None:
         """Write the outputs of the block to one of the streams; its weights are final now."""
@@ -116,7 +125,7 @@ def _sums_bytes(groups: Sequence[InputGroup], streams: Streams) -> int:
     """Bytes of the statistics of one group."""
     widest = max((group.in_features for group in groups), default=0)
     cross = CROSS_BYTES * (streams.floats is not None)
-    return (GRAM_BYTES + cross + VALIDATION_BYTES * (streams.text.validation > 0)) * widest**2
+    return (GRAM_BYTES + cross + VALIDATION_BYTES * streams.text.validates) * widest**2
 
 
 def _free_bytes(block: Block, groups: Sequence[InputGroup], streams: Streams) -> int:

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from llmq.distributed.ranks import ALONE, Ranks
 from llmq.model.analyse.input_groups import InputGroup
 from llmq.model.build.block import Block
 from llmq.model.experts.separate import Routed, SeparateExperts
@@ -88,6 +89,13 @@ class Counts:
         self.layer_fitted += len(routed.all_rows) * fits
         self.layer_validation += len(routed.all_rows) * (not fits)
 
+    def sum_over(self, ranks: Ranks) -> None:
+        """Add the counts of all ranks."""
+        E = len(self.fitted)
+        totals = ranks.total(*self.fitted, *self.validation, self.layer_fitted, self.layer_validation)
+        *experts, self.layer_fitted, self.layer_validation = map(int, totals)
+        self.fitted, self.validation = experts[:E], experts[E:]
+
     def share(self, e: int, wanted: int, *, validates: bool) -> float:
         """The fraction of the layer's tokens with which expert e is padded, to have `wanted` tokens in fitted batches.
 
@@ -105,12 +113,20 @@ class Summation:
                       fitted
     weights           the weight of each token
     tokens_per_input  minimum number of tokens in the statistics of an expert, per input of its layers
+    ranks             the processes whose sums are added; each has a part of the batches
     """
 
     def __init__(
-        self, block: Block, *, fitted: int | None, weights: TokenWeights | None, tokens_per_input: float
+        self,
+        block: Block,
+        *,
+        fitted: int | None,
+        weights: TokenWeights | None,
+        tokens_per_input: float,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._block = block
+        self._ranks = ranks
         self._fitted = fitted
         self._weights = weights
         self._tokens_per_input = tokens_per_input
@@ -127,6 +143,7 @@ class Summation:
         for batch, ((arrived, *_), _) in enumerate(batches):
             if isinstance(arrived, Routed):
                 counts.add(arrived, fits=self._fits(batch))
+        counts.sum_over(self._ranks)
         self._counted[stop.experts] = counts
 
     def sums(self, stop: Stop, groups: Sequence[InputGroup], batches: Iterable[Arrived]) -> list[InputStats]:
@@ -147,6 +164,8 @@ class Summation:
                     self._add_routed(stop, group, stats, arrived, original, token_weights)
                 else:
                     _add(stats, arrived, original, token_weights, tokens)
+        for stats in fitted:
+            stats.sum_over(self._ranks)
         return fitted
 
     def _in_order(self, weights: Tensor, start: int, end: int) -> Tensor:

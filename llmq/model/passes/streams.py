@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from llmq.distributed.ranks import ALONE, Ranks
+from llmq.errors import ConfigError
 from llmq.model.build.block import Block, Call
 from llmq.model.build.skeleton import Skeleton
 from llmq.model.passes.hidden_states import HiddenStates, Storage
@@ -30,11 +32,35 @@ class Text:
     tokens      (S, T) int64
     batch       number of sequences that run together; another number may change the last bits
     validation  number of sequences, the last ones, on which nothing is fitted
+    whole       the text of all ranks, if this is the share of one of them; `numbers` are its sequences in it
     """
 
     tokens: Tensor
     batch: int
     validation: int = 0
+    whole: "Text | None" = None
+    numbers: Sequence[int] = ()
+
+    def share(self, ranks: Ranks) -> "Text":
+        """The sequences of this rank: a part of the fitted ones, and a part of the validation sequences.
+
+        Raises ConfigError if there are fewer fitted sequences than ranks.
+        """
+        if ranks.size == 1:
+            return self
+        if self.fitted < ranks.size:
+            raise ConfigError(
+                f"{self.fitted} calibration sequences cannot be divided between {ranks.size} processes",
+                hint="start fewer processes, or use more sequences (--samples)",
+            )
+        validation = [self.fitted + number for number in ranks.part(self.validation, self.batch)]
+        numbers = [*ranks.part(self.fitted, self.batch), *validation]
+        return Text(self.tokens[numbers], self.batch, len(validation), self, numbers)
+
+    @property
+    def validates(self) -> bool:
+        """Whether there are validation sequences, of this rank or of others."""
+        return (self.whole or self).validation > 0
 
     @property
     def sequences(self) -> int:
@@ -91,6 +117,7 @@ class Stream:
         self._to_the_end = to_the_end
         self._skeleton = skeleton
         self.recorded = calls
+        self._storage, self._name = storage, name
         self._new_states: Callable[[int], HiddenStates] = lambda number: HiddenStates(storage, f"{name}-{number}")
         self._states = self._new_states(0)  # not used before the first block, whose hidden state is recorded
         self._next: HiddenStates | None = None  # the outputs of the block, for the batches that were run
@@ -174,6 +201,22 @@ class Stream:
         assert self._to_the_end and self.position == len(self._skeleton.blocks), "the text has not passed all blocks"
         return self._states.read(sequences)
 
+    def gather(self, ranks: Ranks) -> None:
+        """The first rank gets the hidden states of all ranks, and the whole text; all others drop theirs."""
+        whole = self.text.whole
+        if whole is None:
+            return
+        nbytes = whole.sequences * self._skeleton.hidden_bytes(whole.length)
+        storage = Storage.choose(nbytes, self._skeleton.device, self._storage.folder)
+        states, own = HiddenStates(storage, f"{self._name}-whole"), self.text.batches()
+        for turn in range(-ranks.least(-len(own))):  # as many as the rank with the most batches has
+            sent = [self.text.numbers[i] for i in own[turn]] if turn < len(own) else []
+            for numbers, hidden in ranks.all((sent, self._states.read(own[turn]) if sent else None)):
+                if ranks.is_first and hidden is not None:
+                    states.write(numbers, hidden)
+        self.clear()
+        self._states, self.text = states, whole
+
     def clear(self) -> None:
         """Free the memory, or delete the files, of all hidden states."""
         self._states.clear()
@@ -191,6 +234,7 @@ class Streams:
     tokens_per_input  minimum number of tokens in the statistics of an expert, per input of its layers
     memory            free bytes. Activations may use what blocks and solver leave of it, to avoid repeated work
     repeated          number of blocks whose activations did not fit
+    ranks             the processes that share the text; this one has a part of it
     """
 
     quantized: Stream
@@ -199,6 +243,7 @@ class Streams:
     tokens_per_input: float = 0.0
     memory: int = 0
     repeated: int = 0
+    ranks: Ranks = ALONE
 
     @property
     def text(self) -> Text:
@@ -242,6 +287,12 @@ class Streams:
         self.quantized.advance()
         if self.floats is not None:
             self.floats.advance()
+
+    def gather(self) -> None:
+        """When the text has passed all blocks: the first rank gets the whole text, and its float states."""
+        if self.floats is not None:
+            self.floats.gather(self.ranks)
+            self.quantized.text = self.floats.text
 
     def past(self, block: Block) -> None:
         """Run a block whose weights are final, and move to the next one."""

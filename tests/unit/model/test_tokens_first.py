@@ -14,7 +14,6 @@ from llmq.model.passes.hidden_states import Storage
 from llmq.model.passes.recorded_calls import RecordedCalls
 from llmq.model.passes.sequential import Sequential
 from llmq.model.passes.streams import Text
-from llmq.numerics.input_stats import InputStats
 from llmq.steps import fisher_information, kl_loss
 from tests import architectures, builders
 from tests.passes import streams_over
@@ -86,11 +85,8 @@ def test_weighted_statistics_do_not_depend_on_the_batch(skeleton: Skeleton) -> N
         streams = streams_over(skeleton, IDS, batch, weights=lambda paths: weights)
         groups, sums = input_groups.input_groups(block, streams.quantized.sample(LENGTH)), list[Tensor]()
 
-        def keep(_: object, stats: InputStats) -> None:
-            sums.append(stats.second_moment())
-
         with Sequential(block, groups, streams) as forwards:
-            forwards.run(keep)
+            forwards.run(lambda turn: sums.extend(stats.second_moment() for _, stats in turn))
         return sums
 
     for alone, together in zip(grams(1), grams(2), strict=True):

@@ -222,7 +222,7 @@ def run_first_with_floats(skeleton: Skeleton, rewrite: Callable[[], None]) -> tu
     streams.transformed(block)
     seen: dict[str, InputStats] = {}
     with Sequential(block, groups, streams) as forwards:
-        forwards.run(lambda group, stats: seen.update({group.names[0]: stats}))
+        forwards.run(lambda groups: seen.update({group.names[0]: stats for group, stats in groups}))
         assert streams.floats is not None and streams.floats.has_outputs
         forwards.finish(streams.floats)
         forwards.finish(streams.quantized)
@@ -335,7 +335,7 @@ def test_a_layer_that_no_batch_reaches_has_no_tokens(memory: int) -> None:
     groups = input_groups.input_groups(block, probe)
     counts = []
     with Sequential(block, groups, streams) as forwards:
-        forwards.run(lambda _, stats: counts.append(stats.tokens))
+        forwards.run(lambda groups: counts.extend(stats.tokens for _, stats in groups))
     assert counts == [12, 0, 12]
 
 

@@ -1,0 +1,241 @@
+"""Several processes, started by torchrun, `accelerate launch` or by hand: `Ranks` over torch.distributed.
+
+    torchrun --nproc-per-node 4 -m llmq quantize MODEL OUT
+
+They are recognized by the environment variables of torchrun: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT.
+Tensors on a GPU are exchanged by nccl, all others by gloo.
+
+**Same bits on all ranks.** gloo's all_reduce is a ring: every element is added up once, in an order that depends only
+on its position and on the number of ranks, and the sum is copied to all ranks. So all ranks get the same bits, and the
+same command gets the same bits again (a test checks both). Another number of ranks adds in another order. nccl copies
+its sums as well; it may choose another order on another machine.
+
+**Failures.** A process that ends closes its connections, so the others fail in their next exchange, and raise
+`Interrupted`. torchrun also sends them SIGTERM, which is handled like Ctrl-C. Only a machine that stops answering is
+noticed late, after `ANSWER_WITHIN`. A rank that waits for nccl does not react to SIGTERM; torchrun kills it after 30
+seconds. The staging folder is valid at every moment, so none of this damages it.
+"""
+
+import hashlib
+import io
+import pickle
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from llmq.distributed.ranks import Ranks, T
+from llmq.errors import BackendError, ConfigError, Interrupted
+
+ANSWER_WITHIN = timedelta(minutes=30)
+LONGEST_PAUSE = 0.25  # seconds between two looks at what the first rank has done
+ALIGNED = 16  # bytes; tensors in a message start at multiples of it
+
+
+class ProcessGroup(Ranks):
+    """The ranks of a process group of torch.distributed. Created by `start`."""
+
+    def __init__(self, rank: int, size: int, store: Store, device: torch.device) -> None:
+        self.rank, self.size = rank, size
+        self._store = store
+        self._device = device
+        self._asked = 0  # calls of `first`
+
+    def device(self, name: str) -> str:
+        return str(self._device)
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        with answered():
+            dist.all_reduce(tensor)
+        return tensor
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        return self.sum_(tensor.to(torch.float32, copy=True)).div_(self.size)
+
+    def total(self, *values: float) -> list[float]:
+        own = torch.tensor(values, dtype=torch.float64)
+        parts = [torch.empty_like(own) for _ in range(self.size)]
+        with answered():
+            dist.all_gather(parts, own)
+        return [float(value) for value in torch.stack(parts).sum(0)]
+
+    def least(self, value: int) -> int:
+        own = torch.tensor(value, dtype=torch.int64)
+        with answered():
+            dist.all_reduce(own, dist.ReduceOp.MIN)
+        return int(own)
+
+    def copy_(self, tensor: Tensor) -> None:
+        with answered():
+            dist.broadcast(tensor, 0)
+
+    def first(self, make: Callable[[], T]) -> T:
+        name = f"first-{self._asked}"
+        self._asked += 1
+        if self.is_first:
+            value = make()
+            with answered():
+                self._store.set(name, "ready")
+            self._send(Message.of(value))
+            return value
+        self._wait(name)
+        result: T = self._receive(0)
+        return result
+
+    def all(self, value: T) -> list[T]:
+        return [self._send(Message.of(value), value) if self.rank == r else self._receive(r) for r in range(self.size)]
+
+    def reports(self, message: str) -> bool:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # this process is ending, and must not be stopped while it prints
+        try:
+            return bool(self._store.add(f"report-{hashlib.sha256(message.encode()).hexdigest()}", 1) == 1)
+        except RuntimeError:  # the process that kept the store has ended
+            return True
+
+    def leave(self) -> None:
+        self.total(0.0)  # the others have received everything; nccl must be left by all at once
+        dist.destroy_process_group()
+
+    def _wait(self, name: str) -> None:
+        """Wait until the first rank has set `name`: as long as it works, if that takes hours."""
+        pause = 0.001
+        with answered():
+            while not self._store.check([name]):
+                time.sleep(pause)  # signals are handled here, not inside the waiting of the store
+                pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _send(self, message: "Message", value: T | None = None) -> Any:
+        """Send a message to all other ranks; returns `value`."""
+        with answered():
+            dist.broadcast(torch.tensor([len(message.text), *message.nbytes]), self.rank)
+            dist.broadcast(torch.frombuffer(bytearray(message.text), dtype=torch.uint8), self.rank)
+            for data in message.data:
+                if len(data):
+                    dist.broadcast(data, self.rank)
+        return value
+
+    def _receive(self, rank: int) -> Any:
+        sizes = torch.empty(3, dtype=torch.int64)
+        with answered():
+            dist.broadcast(sizes, rank)
+            text, *nbytes = sizes.tolist()
+            pickled = torch.empty(text, dtype=torch.uint8)
+            dist.broadcast(pickled, rank)
+            places = (torch.device("cpu"), self._device)
+            data = [torch.empty(n, dtype=torch.uint8, device=place) for n, place in zip(nbytes, places, strict=True)]
+            for part in data:
+                if len(part):
+                    dist.broadcast(part, rank)
+        return Message(pickled.numpy().tobytes(), (data[0], data[1])).value()
+
+
+class Message:
+    """Any value: pickled, with the bytes of its tensors apart, those of CPU tensors and those of GPU tensors.
+
+    So tensors on a GPU are sent from GPU to GPU.
+    """
+
+    def __init__(self, text: bytes, data: tuple[Tensor, Tensor]) -> None:
+        self.text = text
+        self.data = data
+
+    @property
+    def nbytes(self) -> list[int]:
+        return [len(part) for part in self.data]
+
+    @classmethod
+    def of(cls, value: Any) -> "Message":
+        parts: tuple[list[Tensor], list[Tensor]] = ([], [])
+        ends = [0, 0]
+
+        class Pickler(pickle.Pickler):
+            def persistent_id(self, value: Any) -> Any:
+                if not isinstance(value, Tensor):
+                    return None
+                place = int(value.device.type != "cpu")
+                flat = value.detach().contiguous().reshape(-1).view(torch.uint8)
+                start = ends[place]
+                padding = flat.new_zeros(-len(flat) % ALIGNED)
+                parts[place].extend((flat, padding))
+                ends[place] += len(flat) + len(padding)
+                return place, start, value.dtype, tuple(value.shape)
+
+        file = io.BytesIO()
+        Pickler(file).dump(value)
+        empty = torch.empty(0, dtype=torch.uint8)
+        return cls(file.getvalue(), (torch.cat(parts[0] or [empty]), torch.cat(parts[1] or [empty])))
+
+    def value(self) -> Any:
+        data = self.data
+
+        class Unpickler(pickle.Unpickler):
+            def persistent_load(self, place: Any) -> Tensor:
+                where, start, dtype, shape = place
+                count = torch.Size(shape).numel() * dtype.itemsize
+                return data[where][start : start + count].view(dtype).reshape(shape)
+
+        return Unpickler(io.BytesIO(self.text)).load()
+
+
+@contextmanager
+def answered() -> Iterator[None]:
+    """Turn the errors of an exchange into `Interrupted`: another process has ended, or does not answer."""
+    try:
+        yield
+    except RuntimeError as error:  # also of nccl and of the store
+        raise _ended(error) from error
+
+
+def _ended(error: RuntimeError) -> Interrupted:
+    reason = re.sub(r"^\[.*?\] *", "", str(error).partition("\n")[0]).partition(". ")[0]  # without the place in gloo
+    return Interrupted(
+        "another process of this run has ended or does not answer",
+        hint=f"see its message ({reason}); the same command continues after the last finished block",
+    )
+
+
+def start(device: str, environment: Mapping[str, str]) -> ProcessGroup:
+    """Join the process group of the environment variables RANK, WORLD_SIZE, …; see `llmq.distributed.join`."""
+    rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    chosen = _device(device, int(environment.get("LOCAL_RANK", "0")))
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    signal.signal(signal.SIGTERM, _stop)
+    with answered():
+        store, _, _ = next(iter(rendezvous("env://", rank, size, timeout=ANSWER_WITHIN)))
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=ANSWER_WITHIN)
+    return ProcessGroup(rank, size, PrefixStore("llmq", store), chosen)
+
+
+def _stop(*_: object) -> None:
+    """On SIGTERM, which torchrun sends when another process has failed: like Ctrl-C, but only once."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _device(name: str, local: int) -> torch.device:
+    """The device of process number `local` of this machine."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ConfigError(
+            f"--device {name} was given to several processes, but each of them needs a separate device",
+            hint="leave --device out: each process takes one GPU of its machine",
+        )
+    count = torch.cuda.device_count()
+    if name == "cpu" or (name == "auto" and not count):
+        return torch.device("cpu")
+    if local >= count:
+        raise BackendError(
+            f"process {local} of this machine has no GPU: torch sees {count} CUDA devices",
+            hint="start as many processes as there are GPUs (--nproc-per-node), or add --device cpu",
+        )
+    return torch.device("cuda", local)

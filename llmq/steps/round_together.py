@@ -1,0 +1,84 @@
+"""Quantize groups of weights with all ranks: the rows of a weight, or the experts of a layer, are divided.
+
+    one group      each rank quantizes some rows of each weight      rows are independent
+    several        each rank quantizes some of the groups            groups are independent: experts of one layer
+
+All ranks have the same statistics, and get all results. What is compared per weight, such as the loss on validation
+tokens, is added up over the rows of all ranks, so the division changes no choice. A matrix product with fewer rows may
+round differently in the last bits.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmq.algorithms import Options, Rounding
+from llmq.distributed.ranks import ALONE, Ranks, Total
+from llmq.methods import Method
+from llmq.numerics.input_stats import InputStats
+from llmq.numerics.quantized_tensor import stacked
+from llmq.numerics.scheme import WeightScheme
+from llmq.report.record import StageGain
+from llmq.steps.round_group import Rounded, round_group
+
+ROWS = 8  # at least, per rank and weight
+
+Sent = tuple[str, Rounding, tuple[StageGain, ...]]
+"""A quantized layer, or some rows of it, as ranks exchange it: its path, its rounding, and what each stage gained."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Weights (N, K) that share an input, their schemes, and the statistics of the input."""
+
+    weights: Mapping[str, Tensor]
+    schemes: Mapping[str, WeightScheme | None]
+    stats: InputStats | None
+
+    def rows_are_divisible(self, ranks: Ranks) -> bool:
+        schemes = [scheme for scheme in self.schemes.values() if scheme is not None]
+        shortest = min(len(weight) for weight in self.weights.values())
+        return shortest >= ROWS * ranks.size and all(scheme.group_size != "tensor" for scheme in schemes)
+
+
+def round_together(groups: Sequence[Group], method: Method, options: Options, ranks: Ranks) -> list[list[Rounded]]:
+    """The quantized weights of each group."""
+
+    def rounded(group: Group, weights: Mapping[str, Tensor], total: Total = ALONE.total) -> list[Rounded]:
+        return round_group(weights, group.schemes, group.stats, method, options, total)
+
+    if ranks.size == 1:
+        return [rounded(group, group.weights) for group in groups]
+    if len(groups) == 1 and groups[0].rows_are_divisible(ranks):
+        (group,) = groups
+        own_rows = {path: weight[_slice(ranks.part(len(weight)))] for path, weight in group.weights.items()}
+        by_rank = ranks.all([_sent(layer) for layer in rounded(group, own_rows, ranks.total)])
+        return [[_joined(parts, group) for parts in zip(*by_rank, strict=True)]]
+    own = {
+        number: [_sent(layer) for layer in rounded(group, group.weights)]
+        for number, group in enumerate(groups)
+        if number % ranks.size == ranks.rank
+    }
+    by_number = {number: layers for solved in ranks.all(own) for number, layers in solved.items()}
+    return [[_joined([layer], group) for layer in by_number[number]] for number, group in enumerate(groups)]
+
+
+def _slice(part: range) -> slice:
+    return slice(part.start, part.stop)
+
+
+def _sent(layer: Rounded) -> Sent:
+    """All of a layer but its float weight, which every rank has."""
+    return layer.path, layer.rounding, layer.gains
+
+
+def _joined(parts: Sequence[Sent], group: Group) -> Rounded:
+    """A layer from its rows, in order."""
+    path, rounding, gains = parts[0]
+    notes = tuple(dict.fromkeys(note for _, part, _ in parts for note in part.notes))
+    quantized = stacked([part.quantized for _, part, _ in parts])
+    losses = [part.loss for _, part, _ in parts if part.loss is not None]
+    loss = torch.cat(losses) if len(losses) == len(parts) else None
+    return Rounded(path, group.weights[path], Rounding(quantized, rounding.damping, notes, loss), gains)
