@@ -20,7 +20,7 @@ from llmq.report.record import Report
 from tests import runs
 from tests.command_line import Outcome, llmq
 
-SECONDS = 120  # for all processes of a test
+SECONDS = 300  # for all processes of a test
 
 
 def free_port() -> int:

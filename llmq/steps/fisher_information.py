@@ -55,13 +55,13 @@ class FisherInformation:
 
     linears: dict[str, Tensor]
     outputs: dict[int, tuple[Tensor, Tensor]]
-    own: Sequence[int] | slice = slice(None)
+    own: Sequence[int] = ()
 
     def token_weights(self, paths: Sequence[str]) -> Tensor | None:
         """(S, T) float32, the weight of each token in the statistics of these layers, which share an input."""
         if not all(path in self.linears for path in paths):
             return None
-        return fisher_weights.weights(torch.stack([self.linears[path] for path in paths]).sum(0))[self.own]
+        return _rows(fisher_weights.weights(torch.stack([self.linears[path] for path in paths]).sum(0)), self.own)
 
     def output_metric(self, index: int) -> OutputMetric | None:
         """How much an error in the output of a block costs; None if that is not known."""
@@ -69,7 +69,7 @@ class FisherInformation:
             return None
         importance, moment = self.outputs[index]
         metric = OutputMetric.of(moment, importance)
-        return replace(metric, weights=metric.weights[self.own])
+        return replace(metric, weights=_rows(metric.weights, self.own))
 
     def of_all(self, ranks: Ranks, own: Sequence[int], sequences: int) -> "FisherInformation":
         """Of the text of all ranks, with this number of sequences; this one was measured on the sequences `own`."""
@@ -166,6 +166,11 @@ def fisher_information(
         with collected.hooks(skeleton):
             backward(skeleton, tape, gradients, visit)
     return collected.result()
+
+
+def _rows(weights: Tensor, own: Sequence[int]) -> Tensor:
+    """The rows `own` of the weights (S, T) of all sequences; all rows if there is one rank."""
+    return weights[list(own)] if own else weights
 
 
 class _Collected:
