@@ -20,6 +20,9 @@ from llmq.report.record import Report
 from tests import runs
 from tests.command_line import Outcome, llmq
 
+PRELOADED = ["tests.processes", "tests.builders", "llmq.cli.quantize", "llmq.job", "llmq.verify.engines.planned_run",
+             "llmq.distributed.process_group", "transformers.models.llama.modeling_llama",
+             "transformers.models.mixtral.modeling_mixtral"]  # fmt: skip
 SECONDS = 300  # for all processes of a test
 
 
@@ -32,7 +35,7 @@ def free_port() -> int:
 def start(size: int, work: Callable[..., Any], *arguments: Any) -> list[tuple[BaseProcess, Connection]]:
     """Start `size` processes that call `work`; the connection of each one gets the result."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.processes", "llmq.cli.quantize", "llmq.job", "llmq.verify.engines"])
+    context.set_forkserver_preload(PRELOADED)
     port, started = free_port(), []
     for rank in range(size):
         ours, theirs = context.Pipe(duplex=False)
