@@ -100,7 +100,7 @@ def quantize_block(run: Run, block: Block) -> None:
     if run.writer.has(block.index):
         restore_block(run, block)
         return
-    result.kept = existing_grids.kept_in(run, block)
+    result.kept = run.ranks.first(lambda: existing_grids.kept_in(run, block))
     if run.streams is None:  # no calibration text: every layer is a separate group, without statistics
         for path, linear in block.linears.items():
             quantize_groups(run, block, result, [(InputGroup((path,), linear.in_features), None)])
