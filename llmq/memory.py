@@ -4,7 +4,7 @@ With little free memory a run becomes slower, with the same result: hidden state
 and then to files (`model/passes/hidden_states.py`), forwards start again for each group (`model/passes/sequential.py`),
 end-to-end tuning reads the packed blocks in each step (`steps/end_to_end/memory_plan.py`), and blocks are neither read
 ahead nor written in a thread. One result depends on it: where the state of quantized values does not fit, end-to-end
-tuning changes scales only, and a note reports this.
+tuning is left out, and a note reports this.
 
 In a container or a batch system a process may use less memory than the machine has. psutil does not report this limit,
 and a process that exceeds the limit of its control group is killed without a message.

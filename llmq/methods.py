@@ -2,9 +2,8 @@
 
 `rtn`, `gptq` and `awq` are the published algorithms in their best-known form. `fast`, `balanced` and `best` are
 specific to llmq: they keep the result of a stage only where it lowers the loss on validation tokens.  `balanced` tunes
-the quantized values of a block against the block's own output, for which any text has equations enough, and only the
-scales against the predictions of the whole model.
-docs/ARCHITECTURE.md explains how stages are combined, eval/LOG.md how much each of them gains.
+the quantized values of a block towards the output of the float block, for which any text has equations enough.  `best`
+also tunes the whole model, where there is text enough for it.
 """
 
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ class Tuning:
     tokens    tokens per step
     fisher    whether the loss of a block weights errors by Fisher information (algorithms/fisher_weights.py); otherwise
               all errors count alike
-    tokens_per_weight  tuning of the whole model changes quantized values only with at least this much text
+    tokens_per_weight  the whole model is tuned only with at least this much text
     """
 
     steps: int
@@ -84,7 +83,6 @@ METHODS: Mapping[str, Method] = {
         alphas=(1.0, 0.5, 0.25),
         refinements=("descent",),
         block_tuning=Tuning(steps=100, scales=0.0, rounding=1e-3, tokens=1024, fisher=True),
-        tuning=Tuning(steps=40, scales=1e-3, rounding=0.0, tokens=1024),
         validation=0.1,
     ),
     "best": Method(

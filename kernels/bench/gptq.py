@@ -110,9 +110,9 @@ def few_blocks(plan: Plan, session: Session, device: torch.device, method: str) 
 
 def few_steps(plan: Plan, device: torch.device) -> Result:
     """Seconds per step and memory of end-to-end tuning over `plan.tuned_blocks` blocks, on a part of the text."""
-    stages = QuantConfig(method="balanced").stages
+    stages = QuantConfig(method="best").stages
     assert stages.tuning is not None
-    short = replace(stages.tuning, steps=plan.tuning_steps)
+    short = replace(stages.tuning, steps=plan.tuning_steps, tokens_per_weight=0.0)
     reports: list[TuningReport] = []
 
     def note(event: Event) -> None:
@@ -120,7 +120,9 @@ def few_steps(plan: Plan, device: torch.device) -> Result:
             reports.append(event)
 
     with tempfile.TemporaryDirectory() as folder:
-        method: Method = replace(stages, token_weights=False, refinements=(), block_tuning=None, tuning=short)
+        method: Method = replace(
+            stages, token_weights=False, refinements=(), block_tuning=None, written=0, tuning=short
+        )
         some = replace(plan, windows=min(plan.windows, 16))
         run = random_run.prepare(some, Path(folder), plan.tuned_blocks, device, method, note)
         forward(run.skeleton, partial(pipeline.quantize_block, run))

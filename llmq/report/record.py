@@ -133,7 +133,7 @@ class TuningReport:
 
     steps    number of steps
     best     the step with the best model, which is kept; 0 if no step was better than no tuning
-    history  (step, validation KL(float ‖ quantized) in nats per token)
+    history  (step, validation KL(float ‖ quantized) in nats per token); empty if tuning was left out
     moved    fraction of the quantized values that changed
     """
 
@@ -146,6 +146,8 @@ class TuningReport:
 
     def __str__(self) -> str:
         losses = dict(self.history)
+        if not losses:
+            return "left out (see the notes)"
         if self.best == 0:
             return f"undone, because none of {self.steps} steps was better on validation text (KL {losses[0]:.4g})"
         return (

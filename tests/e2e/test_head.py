@@ -105,7 +105,7 @@ def test_the_report_notes_that_tuning_uses_a_float_head(
     checkpoint: Checkpoints, text: Path, tmp_path: Path, quantize_head: bool
 ) -> None:
     model = checkpoint("llama")
-    tuned = job(model, tmp_path / "out", text, method="balanced", quantize_head=quantize_head)
+    tuned = job(model, tmp_path / "out", text, method="best", quantize_head=quantize_head)
     assert (FLOAT_HEAD in tuned.report.notes) == quantize_head
     plain = job(model, tmp_path / "out", text, method="gptq", quantize_head=quantize_head)
     assert FLOAT_HEAD not in plain.report.notes

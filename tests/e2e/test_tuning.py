@@ -36,9 +36,7 @@ SAMPLES, LENGTH, HELD_OUT, STEPS = 16, 32, 4, 4
 SETTINGS: dict[str, Any] = {"samples": SAMPLES, "seqlen": LENGTH, "bits": 3, "group_size": 16, "scales": "minmax"}
 SETTINGS |= {"skip": ["*.k_proj", "*.v_proj", "*.o_proj", "*.gate_proj", "*.up_proj"]}
 TUNING = Tuning(steps=STEPS, scales=3e-3, rounding=5e-2, tokens=4 * LENGTH)
-UNSCALES = Method(rounding="rtn", validation=HELD_OUT / SAMPLES, tuning=dataclasses.replace(TUNING, rounding=0.0))
 UNTUNED = Method(rounding="rtn", validation=HELD_OUT / SAMPLES)
-SCALES = Method(rounding="rtn", validation=HELD_OUT / SAMPLES, tuning=dataclasses.replace(TUNING, rounding=0.0))
 TUNED = Method(rounding="rtn", validation=HELD_OUT / SAMPLES, tuning=TUNING)
 
 
@@ -140,24 +138,21 @@ def test_reading_blocks_from_disk_gives_the_same_bytes(
     assert files_of(tmp_path / "memory") == files_of(tmp_path / "disk")
 
 
-def test_without_memory_or_text_only_scales_are_tuned(
-    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_without_memory_or_text_the_model_is_not_tuned(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved_always: None, reference: Path
 ) -> None:
-    """The report says why, and an interrupted run continues as it began, whatever memory is free later."""
-    scales = quantize(model, tmp_path / "scales", text, SCALES).tuning
+    """The report has the reason, and an interrupted run continues as it began, whatever memory is free later."""
+    quantize(model, tmp_path / "plain", text, UNTUNED)
     more_text = dataclasses.replace(TUNED, tuning=dataclasses.replace(TUNING, tokens_per_weight=100.0))
     little = quantize(model, tmp_path / "text", text, more_text).tuning
-    assert scales is not None and little is not None
-    assert scales.moved == little.moved == 0 and "tokens per weight" in little.notes[0]
-    assert files_of(tmp_path / "scales") == files_of(tmp_path / "text")
-    with monkeypatch.context() as patch:
-        no_memory(patch)
-        patch.setattr(session, "SAVED_EVERY", 0.0)
-        patch.setattr(session, "SAVED_SHARE", 0.0)
-        interrupt(model, tmp_path / "memory", text, 2)
-    again = quantize(model, tmp_path / "memory", text).tuning
-    assert again is not None and again.moved == 0 and "memory" in again.notes[0]
-    assert files_of(tmp_path / "scales") == files_of(tmp_path / "memory")
+    interrupt(model, tmp_path / "out", text, 2)
+    no_memory(monkeypatch)
+    full = quantize(model, tmp_path / "memory", text).tuning
+    quantize(model, tmp_path / "out", text)
+    for report, reason in ((little, "tokens per weight"), (full, "memory")):
+        assert report is not None and report.steps == 0 and reason in report.notes[0] and "left out" in str(report)
+    assert files_of(tmp_path / "plain") == files_of(tmp_path / "text") == files_of(tmp_path / "memory")
+    assert files_of(tmp_path / "out") == files_of(reference)
 
 
 def test_one_block_at_a_time_is_in_float(

@@ -1,14 +1,13 @@
-"""What end-to-end tuning tunes, and what is kept in memory and what on disk.
+"""Whether the whole model is tuned, and what is kept in memory meanwhile.
 
-Scales are always tuned. Quantized values are tuned where their state fits into memory, and where there is enough text:
-a weight has as many quantized values as it has weights, and a token decides few of them.
+There are as many quantized values as weights, and a token decides few of them. So the whole model is tuned only where
+there is text enough, and memory for the state of the quantized values.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from llmq import memory
-from llmq.algorithms.kl_tuning import Rates
 from llmq.methods import Tuning
 from llmq.model.build.skeleton import Skeleton
 from llmq.model.passes.hidden_states import Place, Storage
@@ -21,52 +20,41 @@ SCALE_BYTES = 12  # per group: θ and Adam's two means of θ
 MEMORY_SHARE = 2  # packed blocks may take half of the free main memory, and states half of that of the device
 REVISIONS = 3  # versions of the packed blocks on disk: the saved best, the current best, the one that is being written
 TOO_LITTLE_TEXT = (
-    "end-to-end tuning changed scales only: {tokens:.2g} tokens per weight is less than the {needed:g} at which tuning "
-    "quantized values pays"
+    "end-to-end tuning was left out: it pays from {needed:g} tokens per weight, and there are {tokens:.2g}"
 )
-TOO_LITTLE_MEMORY = "end-to-end tuning changed scales only: the state of quantized values does not fit into memory"
+TOO_LITTLE_MEMORY = "end-to-end tuning was left out: the state of the quantized values does not fit into memory"
 READ_EACH_TIME = "the packed blocks did not fit into memory, so each step of end-to-end tuning read them from disk"
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Where the hidden states of the float model are kept; whether packed blocks are kept in memory; what is tuned.
-
-    limits  why quantized values are not tuned although the method does so; empty if they are
-    notes   for the user: the limits, and what takes longer
-    """
+    """Where the hidden states of the float model are kept, and whether packed blocks are kept in memory."""
 
     states: Place
     packed_in_memory: bool
-    rates: Rates
-    limits: tuple[str, ...]
 
     @property
     def notes(self) -> tuple[str, ...]:
-        return (*self.limits, *(() if self.packed_in_memory else (READ_EACH_TIME,)))
+        """For the user: what takes longer, and why."""
+        return () if self.packed_in_memory else (READ_EACH_TIME,)
 
 
-def choose(run: Run, text: Text, tuning: Tuning, limits: Sequence[str] | None = None) -> MemoryPlan:
-    """The plan for tuning on `text`; an interrupted run continues with its `limits`, whatever memory is free now."""
-    skeleton, plans = run.skeleton, _quantized(run.plans.values())
-    if limits is None:
-        limits = _limits(skeleton, sum(plan.weights for plan in plans), text, tuning)
-    states = Storage.choose(
-        skeleton.hidden_bytes(text.length) * text.sequences, skeleton.device, run.writer.activations
-    )
-    packed = sum(plan.packed_bytes(scale_bytes=4) for plan in plans)
-    fits = packed <= memory.spare(memory.HOST) // MEMORY_SHARE
-    return MemoryPlan(states.place, fits, Rates(0.0 if limits else tuning.rounding, tuning.scales), tuple(limits))
+def choose(run: Run, text: Text) -> MemoryPlan:
+    """The plan for tuning on `text`."""
+    hidden = run.skeleton.hidden_bytes(text.length) * text.sequences
+    states = Storage.choose(hidden, run.skeleton.device, run.writer.activations)
+    packed = sum(plan.packed_bytes(scale_bytes=4) for plan in _quantized(run.plans.values()))
+    return MemoryPlan(states.place, packed <= memory.spare(memory.HOST) // MEMORY_SHARE)
 
 
-def _limits(skeleton: Skeleton, weights: int, text: Text, tuning: Tuning) -> list[str]:
-    if not tuning.rounding:
-        return []
-    tokens = text.fitted * text.length / max(1, weights)
-    if tokens < tuning.tokens_per_weight:
-        return [TOO_LITTLE_TEXT.format(tokens=tokens, needed=tuning.tokens_per_weight)]
-    fits = ROUNDING_BYTES * weights <= memory.spare(skeleton.device) // MEMORY_SHARE
-    return [] if fits else [TOO_LITTLE_MEMORY]
+def left_out(run: Run, text: Text, tuning: Tuning) -> str:
+    """Why the whole model is not tuned, for the user; empty if it is."""
+    weights = sum(plan.weights for plan in _quantized(run.plans.values()))
+    if not _has_enough(text, tuning, weights):
+        tokens = text.fitted * text.length / max(1, weights)
+        return TOO_LITTLE_TEXT.format(tokens=tokens, needed=tuning.tokens_per_weight)
+    states = ROUNDING_BYTES * weights if tuning.rounding else 0
+    return TOO_LITTLE_MEMORY if states > memory.spare(run.skeleton.device) // MEMORY_SHARE else ""
 
 
 def disk_bytes(skeleton: Skeleton, plans: Collection[LayerPlan], tuning: Tuning, text: Text) -> int:
@@ -74,10 +62,15 @@ def disk_bytes(skeleton: Skeleton, plans: Collection[LayerPlan], tuning: Tuning,
     plans = _quantized(plans)
     groups = sum(plan.groups for plan in plans)
     weights = sum(plan.weights for plan in plans)
-    tunes_codes = tuning.rounding > 0 and text.fitted * text.length >= tuning.tokens_per_weight * weights
-    states = SCALE_BYTES * groups + (ROUNDING_BYTES * weights if tunes_codes else 0)
+    if not _has_enough(text, tuning, weights):
+        return 0
+    states = SCALE_BYTES * groups + (ROUNDING_BYTES * weights if tuning.rounding else 0)
     packed = sum(plan.packed_bytes(scale_bytes=4) for plan in plans)
     return 2 * states + REVISIONS * packed + skeleton.hidden_bytes(text.length) * text.sequences
+
+
+def _has_enough(text: Text, tuning: Tuning, weights: int) -> bool:
+    return text.fitted * text.length >= tuning.tokens_per_weight * weights
 
 
 def _quantized(plans: Collection[LayerPlan]) -> list[LayerPlan]:

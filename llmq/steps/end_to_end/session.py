@@ -1,4 +1,4 @@
-"""Tune the scales of all blocks together, and in some runs the quantized values, towards the float model's predictions.
+"""Tune the quantized values and scales of all blocks together, towards the predictions of the float model.
 
     float blocks ──► last hidden states of every sequence ──► head ──► p ─┐
     committed blocks ─► forward ─► head ─► p̂ ─► KL(p ‖ p̂), gradient ◄─────┘
@@ -8,8 +8,8 @@
 It runs when all blocks are committed, and changes a second version of them (`checkpoint/tuned_version.py`). The
 committed blocks stay valid until the second version is adopted as a whole, so a run may be interrupted at any point,
 and the same command continues and produces the same bits. The last hidden states of the float model are those with
-which the float stream left the last block. `memory_plan.py` decides
-what is tuned, and what is kept in memory; where things are kept changes no bit.
+which the float stream left the last block. `memory_plan.py` decides whether there is text and memory enough, and what
+is kept in memory; where things are kept changes no bit.
 
 The guard: at regular steps the loss is computed on validation sequences. The blocks with the lowest loss are adopted;
 if these are the committed blocks, nothing is. The sequences of a step are drawn without repetition from the other
@@ -25,7 +25,7 @@ from typing import Any
 
 from torch import Tensor
 
-from llmq.algorithms.kl_tuning import drawn
+from llmq.algorithms.kl_tuning import Rates, drawn
 from llmq.methods import Tuning
 from llmq.model.build.block import Block
 from llmq.model.passes.backward import Tape, backward
@@ -41,14 +41,7 @@ from llmq.steps.run import Run
 VALIDATIONS = 8  # how often the validation loss is computed, in addition to the first time
 SAVED_EVERY = 60.0  # seconds, and at least SAVED_SHARE times the duration of saving
 SAVED_SHARE = 20
-UNTOUCHED: Mapping[str, Any] = {
-    "step": 0,
-    "limits": None,
-    "best": None,
-    "moved": 0.0,
-    "history": (),
-    "seconds": 0.0,
-}
+UNTOUCHED: Mapping[str, Any] = {"step": 0, "best": None, "moved": 0.0, "history": (), "seconds": 0.0}
 
 
 def tune_end_to_end(run: Run) -> None:
@@ -60,6 +53,11 @@ def tune_end_to_end(run: Run) -> None:
         run.on_event(TuningReport.from_dict(done["report"]))
         return
     if not any(map(moving, committed(run))):  # all weights are stored on grids that they already lay on
+        return
+    assert run.streams is not None, "tuning needs text"
+    left_out = memory_plan.left_out(run, run.streams.text, run.method.tuning)
+    if left_out and run.writer.revision.progress is None:  # a run that has begun to tune continues
+        run.on_event(TuningReport(0, 0, (), notes=(left_out,)))
         return
     session = Session(run, run.method.tuning)
     try:
@@ -82,7 +80,8 @@ class Session:
         self._text = Text(text.tokens, batch, text.validation)
         run.streams.quantized.clear()
         progress = run.writer.revision.progress or UNTOUCHED
-        self._plan = memory_plan.choose(run, self._text, tuning, progress["limits"])
+        self._plan = memory_plan.choose(run, self._text)
+        self._rates = Rates(tuning.rounding, tuning.scales)
         run.writer.revision.begin()
         self._storage = Storage(run.skeleton.device, self._plan.states, run.writer.revision.folder)
         self._blocks = TunedBlocks(run, in_memory=self._plan.packed_in_memory)
@@ -98,7 +97,7 @@ class Session:
         if self._history:
             self._blocks.resume(self._step)
         else:
-            self._blocks.start(self._plan.rates)
+            self._blocks.start(self._rates)
         loss, last = None, self._tuning.steps
         last_save, duration = time.monotonic(), 0.0
         while True:
@@ -132,7 +131,7 @@ class Session:
 
     def _descend(self) -> float:
         """One step; returns the loss before the update."""
-        skeleton, rates = self._run.skeleton, self._plan.rates.at(self._step, self._tuning.steps)
+        skeleton, rates = self._run.skeleton, self._rates.at(self._step, self._tuning.steps)
         chosen = drawn(self._step, self._text.batch, self._text.fitted, self._run.seed)
         text = Text(self._text.of(chosen), len(chosen))
         storage = Storage(skeleton.device)
@@ -176,7 +175,6 @@ class Session:
         self._blocks.write_states(self._step)
         record = {
             "step": self._step,
-            "limits": self._plan.limits,
             "best": self._best,
             "moved": self._moved,
             "history": list(self._history.items()),
