@@ -20,8 +20,9 @@ from llmq.model.build.skeleton import Skeleton
 from llmq.numerics.layer_plan import LayerPlan
 from llmq.numerics.scheme import GROUP_SIZES, WeightScheme
 
-DIVIDED = ("streams", "statistics", "token weights", "block tuning", "end-to-end tuning")  # by sequences, among ranks
-SOLVED = ("factorization", "rounding", "guards", "report")  # by layers, among ranks
+# What ranks share by sequences, and by layers.
+DIVIDED = ("Fisher information", "streams", "statistics", "block tuning", "end-to-end tuning")
+SOLVED = ("factorization", "rounding", "guards", "report")
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def estimate(
     costed = [_stage(name, amount, work, machine) for name, amount in _work(work, machine, sizes, head).items()]
     measured = (
         peaks.self_written(work, machine),
-        peaks.token_weights(work, machine),
+        peaks.fisher(work, machine),
         peaks.quantizing(work, machine, sizes),
         peaks.block_tuning(work, machine, sizes),
         peaks.end_to_end(work, machine, sizes),
@@ -166,7 +167,7 @@ def _repeats(work: Workload, machine: Machine, sizes: Sizes) -> bool:
 
 def _work(work: Workload, machine: Machine, sizes: Sizes, head: WeightScheme | None) -> dict[str, Work]:
     """The work of each stage on one rank that does all of it."""
-    by_stage = {"self-written text": passes.self_written(work), "token weights": passes.token_weights(work)}
+    by_stage = {"self-written text": passes.self_written(work), "Fisher information": passes.fisher(work)}
     parts: dict[str, list[Work]] = {name: [] for name in ("streams", "statistics", *SOLVED, "block tuning")}
     last = PlannedBlock(work.outline.blocks[-1], _last_grids(work))
     for block, number in work.blocks():
@@ -179,11 +180,13 @@ def _work(work: Workload, machine: Machine, sizes: Sizes, head: WeightScheme | N
     parts["block tuning"].append(passes.block_tuning(work, last, last=True))
     if head is not None:
         rows = Group(work.outline.width, (work.outline.vocabulary,), (head,), 1.0)
-        _add_group(parts, replace(work, method=replace(work.method, alphas=(), block_tuning=None)), rows, 1)
+        _add_group(parts, replace(work, at_head=True), rows, 1)
     by_stage |= {name: total(amounts) for name, amounts in parts.items()}
-    by_stage["end-to-end tuning"] = passes.end_to_end(work, keeps_graphs=_keeps_graphs(work, machine, sizes))
+    by_stage["end-to-end tuning"] = passes.end_to_end(work, tunes_values=peaks.tunes_values(work, machine))
     cached = peaks.cache(work, machine) >= sum(block.parameters for block in work.outline.blocks) * work.stored
-    by_stage["files"] = files.transfers(work, sizes, cached=cached) + _streamed_states(work, machine, sizes)
+    by_stage["files"] = files.transfers(
+        work, sizes, cached=cached, packed_in_memory=peaks.packed_in_memory(machine, sizes)
+    )
     return by_stage
 
 
@@ -197,32 +200,14 @@ def _add_group(parts: dict[str, list[Work]], work: Workload, group: Group, numbe
         parts["statistics"].append(solver.gram(work, group) * number)
         parts["factorization"].append(solver.factor(work, group) * number)
     parts["rounding"].append(total([rounding, refined, step]) * number)
-    parts["guards"].append(total([guards, judged, choice]) * number)
+    constants = solver.validation_constants(work, group)
+    parts["guards"].append(total([guards, judged, choice, constants]) * number)
     parts["report"].append(solver.report(work, group) * number)
 
 
 def _last_grids(work: Workload) -> tuple[WeightScheme | None, ...]:
     path, outline = work.outline.paths[-1], work.outline.blocks[-1]
     return tuple(work.grid(path, layer) for layer in outline.layers)
-
-
-def _keeps_graphs(work: Workload, machine: Machine, sizes: Sizes) -> bool:
-    """Whether end-to-end tuning keeps the graphs of all blocks in memory."""
-    peak = peaks.end_to_end(work, machine, sizes)
-    if peak is None or work.method.tuning is None:
-        return False
-    graphs = sum(block.graph for block in work.outline.blocks) * work.outline.itemsize
-    together = graphs * passes.tuning_batch(work, work.method.tuning) + sum(peak.device.values())
-    return "state" not in peak.disk and 1.25 * together <= machine.free_device
-
-
-def _streamed_states(work: Workload, machine: Machine, sizes: Sizes) -> Work:
-    """What end-to-end tuning reads and writes in all steps, if its state does not fit into memory."""
-    peak = peaks.end_to_end(work, machine, sizes)
-    if peak is None or work.method.tuning is None or "state" not in peak.disk:
-        return Work()
-    state, steps = peak.disk["state"] / 2, work.method.tuning.steps
-    return Work({Kind.READ: steps * 2 * (state + sizes.staged), Kind.WRITTEN: steps * state})
 
 
 def _stage(name: str, amount: Work, work: Workload, machine: Machine) -> Stage:
@@ -242,6 +227,8 @@ def _exchanged(name: str, work: Workload) -> float:
         return sum(
             2 * peaks.statistics(work, group) * number for block, number in work.blocks() for group in block.groups
         )
-    weights = 2.0 * 4 * sum(block.packed_weights * number for block, number in work.blocks())
+    if name == "Fisher information":
+        return 2 * peaks.fisher_bytes(work)
+    weights = 2.0 * 4 * work.packed_weights
     tuning = {"block tuning": work.method.block_tuning, "end-to-end tuning": work.method.tuning}.get(name)
     return 0.0 if tuning is None else tuning.steps * weights

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from llmq.cost.passes import VALIDATIONS
 from llmq.cost.work import Kind, Work
 from llmq.cost.workload import PlannedBlock, Workload
 from llmq.formats.base import Layout
@@ -92,17 +93,20 @@ def sizes(work: Workload, layout: Layout, scale_dtype: torch.dtype, head: Weight
     )
 
 
-def transfers(work: Workload, files: Sizes, *, cached: bool) -> Work:
+def transfers(work: Workload, files: Sizes, *, cached: bool, packed_in_memory: bool) -> Work:
     """What a run reads and writes, without state that does not fit into memory.
 
-    cached  whether the checkpoint stays in memory after it was read once
+    cached            whether the checkpoint stays in memory after it was read once
+    packed_in_memory  whether end-to-end tuning keeps the packed blocks in memory
     """
     weights = sum(block.outline.parameters * n for block, n in files.blocks.items()) * work.stored
-    passes = 1 + 2 * work.method.token_weights + (work.method.tuning is not None)
+    tuning = work.method.tuning
+    passes = 1 + 2 * work.method.needs_fisher + (tuning is not None and tuning.rounding > 0)
     outside = work.outline.outside * work.stored
     read = weights * (1 if cached else passes) + 3 * outside + files.staged + files.model
     written = files.staged + files.model
-    if work.method.tuning is not None:
-        read += 2 * files.staged
+    if tuning is not None:
+        runs = 2 + VALIDATIONS + 3 * tuning.steps  # a step runs each block twice, and then updates it
+        read += (2 if packed_in_memory else runs) * files.staged
         written += files.staged
     return Work({Kind.READ: float(read), Kind.WRITTEN: float(written)})

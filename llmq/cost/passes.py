@@ -1,6 +1,9 @@
-"""Work of the passes through the whole model: token weights, block tuning, end-to-end tuning, self-written text."""
+"""Work of the passes through the whole model: Fisher information, both kinds of tuning, self-written text."""
+
+from dataclasses import replace
 
 from llmq.algorithms import block_tuning as tuning_of_blocks
+from llmq.calibration.self_written import ROWS
 from llmq.cost.counting import Counted
 from llmq.cost.work import Kind, Work, total
 from llmq.cost.workload import PlannedBlock, Workload, elementwise, products
@@ -9,10 +12,11 @@ from llmq.methods import Tuning
 
 FLOAT = 4  # bytes of a float32
 VALIDATIONS = 8  # of end-to-end tuning, in addition to the first one
-WRITTEN_AT_ONCE = 64  # sequences that the model generates together
 KL_PASSES, DRAW_PASSES = 22, 20  # passes over logits in float32: KL with its gradient, labels with their slope
-UPDATE_PASSES, SCALE_PASSES = 34, 14  # passes over a weight: one step on values and scales, one on scales only
-DEQUANTIZED = 6  # passes to dequantize a weight and to put it into its block
+# Passes over a weight in float32, as `Counter` counts them for the functions of `kl_tuning.py` and of the formats.
+UPDATE_PASSES, SCALE_PASSES = 62, 11  # one step on quantized values and scales, and one on scales only
+UNPACKED, MOVED = 3, 9  # read a packed weight, and move its quantized values
+DEQUANTIZED = 9  # and put it into its block
 
 
 def counted(work: Workload, amount: Counted) -> Work:
@@ -35,7 +39,8 @@ def streams(work: Workload, block: PlannedBlock, *, last: bool) -> Work:
     finished = outline.forward if work.repeats else outline.finished
     parts = [passed(work, suspended, work.sequences)] * work.streams
     if not last or work.settings.quantize_head:
-        parts.append(passed(work, outline.forward if work.method.block_tuning else finished, work.sequences))
+        again = work.method.block_tuning is not None and work.validation > 0  # the tuned block is run as a whole
+        parts.append(passed(work, outline.forward if again else finished, work.sequences))
     if work.compares and (not last or tunes):
         parts.append(passed(work, finished, work.sequences))
     probe = outline.forward * (min(PROBE_TOKENS, work.length) / work.length)
@@ -51,17 +56,24 @@ def through_head(work: Workload, tokens: float, times: int, passes: int) -> Work
     )
 
 
-def token_weights(work: Workload) -> Work:
-    """Forward, forward again with graphs, and the gradients of all inputs of the float model."""
-    if not work.method.token_weights:
+def fisher(work: Workload) -> Work:
+    """Forward, forward again with graphs, and the gradients of all inputs and outputs of the float model's blocks."""
+    if not work.method.needs_fisher:
         return Work()
-    parts = [through_head(work, work.sequences * work.length, 2, DRAW_PASSES)]
+    outputs = (len(work.outline.blocks) - 1) * by_width(work, work.sequences)
+    parts = [through_head(work, work.tokens, 2, DRAW_PASSES), products(Kind.FLOAT32, outputs)]
     for block, number in work.blocks():
         outline = block.outline
         amount = outline.forward * 2 + outline.backward
-        squares = 3.0 * FLOAT * work.sequences * work.length * sum(x.share * x.out_features for x in outline.layers)
-        parts.append((passed(work, amount, work.sequences) + elementwise(squares)) * number)
+        features = work.outline.width + sum(x.share * x.out_features for x in outline.layers)
+        squares = elementwise(3.0 * FLOAT * work.tokens * features)
+        parts.append((passed(work, amount, work.sequences) + squares) * number)
     return total(parts)
+
+
+def by_width(work: Workload, sequences: float) -> float:
+    """FLOP of a product of the hidden states of some sequences with a matrix (D, D), or with themselves."""
+    return 2.0 * sequences * work.outline.hidden * work.outline.width
 
 
 def steps_judged(tuning: Tuning, times: int) -> int:
@@ -71,13 +83,27 @@ def steps_judged(tuning: Tuning, times: int) -> int:
 
 
 def update(block: PlannedBlock, tuning: Tuning) -> Work:
-    """One step of Adam on the weights of a block, and the new weights."""
-    passes = (UPDATE_PASSES if tuning.rounding else SCALE_PASSES) + DEQUANTIZED
+    """One step of Adam on the weights of a block."""
+    passes = UPDATE_PASSES if tuning.rounding else SCALE_PASSES
     return elementwise(passes * FLOAT * block.packed_weights, 60.0 * len(block.outline.layers))
 
 
+def renewed(block: PlannedBlock, tuning: Tuning) -> Work:
+    """The current weights of a block in float."""
+    passes = DEQUANTIZED + (MOVED if tuning.rounding else 0)
+    return elementwise(passes * FLOAT * block.packed_weights, 30.0 * len(block.outline.layers))
+
+
+def unpacked(block: PlannedBlock) -> Work:
+    """The weights of a packed block as they were committed."""
+    return elementwise(UNPACKED * FLOAT * block.packed_weights, 60.0 * len(block.outline.layers))
+
+
 def block_tuning(work: Workload, block: PlannedBlock, *, last: bool) -> Work:
-    """All steps on one block, with the loss on validation sequences; after the last block the loss is KL."""
+    """All steps on one block, with the loss on validation sequences; after the last block the loss is KL.
+
+    Elsewhere the loss may weigh errors by Fisher information, which costs a product.
+    """
     tuning = work.method.block_tuning
     if tuning is None or not work.validation:
         return Work()
@@ -86,49 +112,52 @@ def block_tuning(work: Workload, block: PlannedBlock, *, last: bool) -> Work:
     parts = [
         passed(work, block.outline.forward + block.outline.both, sequences, sequences) * tuning.steps,
         passed(work, block.outline.forward, work.validation, sequences) * judged,
-        update(block, tuning) * tuning.steps,
+        (update(block, tuning) + renewed(block, tuning)) * tuning.steps,
     ]
+    compared = sequences * tuning.steps + work.validation * judged
     if last:
-        tokens = (sequences * tuning.steps + work.validation * judged) * work.length
-        parts.append(through_head(work, tokens, 3, KL_PASSES))
+        parts.append(through_head(work, compared * work.length, 3, KL_PASSES))
+    elif tuning.fisher:
+        parts.append(products(Kind.FLOAT32, by_width(work, compared)))
     return total(parts)
 
 
 def tuning_batch(work: Workload, tuning: Tuning) -> int:
-    """Sequences per step of end-to-end tuning (as `tuning_text`)."""
-    return max(1, min(work.fitted + tuning.written * work.sequences, tuning.tokens // work.length))
+    """Sequences per step of end-to-end tuning (as `Session`)."""
+    return min(work.fitted, max(1, tuning.tokens // work.length))
 
 
-def end_to_end(work: Workload, *, keeps_graphs: bool) -> Work:
-    """All steps on the whole model, the loss on validation sequences, and the predictions for self-written text."""
+def end_to_end(work: Workload, *, tunes_values: bool) -> Work:
+    """All steps on the whole model, and the loss on validation sequences; a block is unpacked whenever it runs.
+
+    tunes_values  whether quantized values are tuned, and not only scales
+    """
     tuning = work.method.tuning
     if tuning is None:
         return Work()
-    batch, validation = tuning_batch(work, tuning), max(1, work.validation)
+    batch, validation = tuning_batch(work, tuning), work.validation
+    step_sizes = tuning if tunes_values else replace(tuning, rounding=0.0)
     judged = steps_judged(tuning, VALIDATIONS)
     tokens = (batch * tuning.steps + validation * judged) * work.length
-    without_states = (tuning.written + (not work.compares)) * work.sequences  # of the float model's last hidden states
-    first = work.outline.blocks[0]  # runs once, to measure its graph
-    parts = [through_head(work, tokens, 3, KL_PASSES), passed(work, first.forward, batch, batch)]
+    parts = [through_head(work, tokens, 3, KL_PASSES)]
     for block, number in work.blocks():
         outline = block.outline
-        step = outline.forward * (1 if keeps_graphs else 2) + outline.both
         of_block = [
-            passed(work, step, batch, batch) * tuning.steps,
+            passed(work, outline.forward * 2 + outline.both, batch, batch) * tuning.steps,
             passed(work, outline.forward, validation, batch) * judged,
-            passed(work, outline.forward, without_states),
-            update(block, tuning) * tuning.steps,
+            (unpacked(block) + update(block, step_sizes)) * tuning.steps,
+            (unpacked(block) + renewed(block, step_sizes)) * (2 * tuning.steps + judged),
         ]
         parts.append(total(of_block) * number)
     return total(parts)
 
 
 def self_written(work: Workload) -> Work:
-    """Text that the model generates for tuning: per token all weights are read once for all sequences together."""
-    if work.method.tuning is None or not work.method.tuning.written:
+    """Text that the model generates in addition: per token all weights are read once for all sequences together."""
+    written, outline = work.written, work.outline
+    if not written:
         return Work()
-    written, outline = work.method.tuning.written * work.sequences, work.outline
-    positions = -(-written // WRITTEN_AT_ONCE) * work.length
+    positions = -(-written // ROWS[work.device]) * work.length
     weights = sum(block.parameters for block in outline.blocks) + outline.vocabulary * outline.width
     forward = total([passed(work, block.outline.forward, written) * number for block, number in work.blocks()])
     operations = sum(block.forward.calls for block in outline.blocks)

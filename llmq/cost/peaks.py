@@ -8,17 +8,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llmq import memory
+from llmq.calibration.self_written import ROWS
 from llmq.checkpoint.read_ahead import COMING_SHARE, KEPT_SHARE
 from llmq.cost.files import Sizes
 from llmq.cost.machine import Machine
-from llmq.cost.passes import WRITTEN_AT_ONCE, tuning_batch
+from llmq.cost.passes import tuning_batch
+from llmq.cost.solver import BLOCK, STRIP
 from llmq.cost.workload import Group, PlannedBlock, Workload
 from llmq.model.passes.hidden_states import HOST_SHARE
 
 FLOAT = 4  # bytes of a float32
-LOGITS_AT_ONCE = 2**24  # entries of logits that are in memory at once
+LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**27}  # entries of logits that are in memory at once (`kl_loss.py`)
 LOGIT_COPIES = 6  # in float32
-REVISIONS = 3  # versions of the packed blocks on disk during end-to-end tuning
+ROUNDING_BYTES, SCALE_BYTES, MEMORY_SHARE, REVISIONS = 6, 12, 2, 3  # as `steps/end_to_end/memory_plan.py`
+UPDATE_COPIES = 7  # of a weight in float32, while its values are updated
 
 Parts = Mapping[str, float]
 
@@ -76,9 +79,7 @@ def coming(work: Workload, machine: Machine, block: PlannedBlock) -> float:
 
 def statistics(work: Workload, group: Group) -> float:
     """Bytes of the sums over the inputs of a group."""
-    sums = 1 + work.compares + bool(work.validation) * (2 + work.compares)
-    if work.validation and not work.compares:
-        sums = 2
+    sums = 1 + work.compares + bool(work.validation) * (1 + 2 * work.compares)
     return float(FLOAT * sums * group.in_features**2)
 
 
@@ -91,11 +92,14 @@ def solver(work: Workload, group: Group) -> float:
     report = square + 3 * layer + 2.5 * weights if work.method.needs_calibration else 3 * weights
     if not work.factors:
         return max(report, 5 * weights)
-    factored = 4 * square + weights  # H, its copy in another order, the factor in float64
-    chosen = 5 * square + 2 * weights + 4 * layer if work.compares and work.method.alphas else 0.0
-    rounded = 2 * square + (3 if work.method.alphas else 2) * weights + 4.5 * weights
-    judged = (1 + 2 * work.compares) * square if work.validation else 0.0
-    refined = 2 * square + judged + 7 * weights if work.method.refinements else 0.0
+    strip = min(STRIP, group.in_features) * FLOAT * float(group.in_features)
+    factored = weights + max(4 * square, 3 * square + 6 * strip)  # H, and in float64 the factor and strips of it
+    targets, judged = bool(work.method.alphas) and work.compares, square * work.judges
+    held = weights * (3 + targets + (work.judges and work.compares))  # copies, stacks, and the constant product
+    chosen = held + 2 * weights + 3 * square + judged if targets else 0.0
+    rounded = held + 3.5 * weights + 2 * square + judged
+    columns = float(FLOAT * BLOCK * sum(group.rows))
+    refined = held + 4.5 * weights + 5 * columns + 2 * square + judged if work.method.refinements else 0.0
     return max(factored, chosen, rounded, refined, report)
 
 
@@ -130,12 +134,13 @@ def _reading(work: Workload, machine: Machine, block: PlannedBlock, files: Sizes
         "checkpoint read before": cache(work, machine),
         "next block": coming(work, machine, block),
         "block being written": float(files.packed[block]),
+        "Fisher information": fisher_bytes(work),
     }
 
 
 def logits(work: Workload, tokens: float) -> float:
     """Bytes of logits in float32, for as many of `tokens` as are computed at once."""
-    return float(LOGIT_COPIES * FLOAT * min(LOGITS_AT_ONCE, tokens * work.outline.vocabulary))
+    return float(LOGIT_COPIES * FLOAT * min(LOGITS_AT_ONCE[work.device], tokens * work.outline.vocabulary))
 
 
 def head(work: Workload) -> float:
@@ -143,15 +148,23 @@ def head(work: Workload) -> float:
     return embedding(work)
 
 
-def token_weights(work: Workload, machine: Machine) -> Peak | None:
+def fisher_bytes(work: Workload) -> float:
+    """Bytes of Fisher information: a number per token, for each layer and each block, and a (D, D) per block."""
+    if not work.method.needs_fisher:
+        return 0.0
+    outputs = len(work.outline.blocks) - 1  # the last block is compared by its predictions
+    layers = sum(len(block.layers) for block in work.outline.blocks)
+    return float(FLOAT * ((layers + outputs) * work.tokens + outputs * work.outline.width**2))
+
+
+def fisher(work: Workload, machine: Machine) -> Peak | None:
     """The float model forward and backward, with the inputs of all blocks in memory."""
-    if not work.method.token_weights:
+    if not work.method.needs_fisher:
         return None
     block, itemsize = largest(work), work.outline.itemsize
     batch = max(1, memory.TOKENS_PER_BATCH_TO_WEIGH // work.length)
     state = (len(work.outline.blocks) + 1) * hidden(work)
     at_once = min(work.sequences, max(batch, int(machine.free_host // (2 * state))))
-    gammas = FLOAT * work.sequences * work.length * sum(len(b.layers) for b in work.outline.blocks)
     device = {
         "embedding and head": embedding(work) + head(work),
         "block": float(block.outline.parameters * itemsize),
@@ -160,14 +173,15 @@ def token_weights(work: Workload, machine: Machine) -> Peak | None:
             float(min(batch, work.sequences) * block.outline.graph * 1.5 * itemsize),
             logits(work, min(batch, work.sequences) * work.length),
         ),
+        "product of gradients": float(FLOAT * work.outline.width**2),
     }
     host = {
         "process": float(machine.process),
         "checkpoint read before": cache(work, machine),
         "next block": coming(work, machine, block),
-        "token weights": float(gammas),
+        "Fisher information": fisher_bytes(work),
     }
-    return Peak("token weights", device, host, {})
+    return Peak("Fisher information", device, host, {})
 
 
 def block_tuning(work: Workload, machine: Machine, files: Sizes) -> Peak | None:
@@ -188,50 +202,62 @@ def block_tuning(work: Workload, machine: Machine, files: Sizes) -> Peak | None:
         "gradients": weights,
         "graph": float(sequences * block.outline.graph * 1.5 * itemsize),
         "logits": logits(work, sequences * work.length),
+        "metric": 2.0 * FLOAT * work.outline.width**2 if tuning.fisher else 0.0,
     }
     return Peak("block tuning", device, _reading(work, machine, block, files), {})
 
 
+def tunes_values(work: Workload, machine: Machine) -> bool:
+    """Whether end-to-end tuning changes quantized values, for which it needs memory and text (as `memory_plan.py`)."""
+    tuning, weights = work.method.tuning, work.packed_weights
+    if tuning is None or not tuning.rounding:
+        return False
+    enough_text = work.fitted * work.length >= tuning.tokens_per_weight * weights
+    return enough_text and ROUNDING_BYTES * weights <= machine.free_device // MEMORY_SHARE
+
+
+def packed_in_memory(machine: Machine, files: Sizes) -> bool:
+    """Whether end-to-end tuning keeps the packed blocks in memory."""
+    return sum(files.packed[block] * n for block, n in files.blocks.items()) <= machine.free_host // MEMORY_SHARE
+
+
 def end_to_end(work: Workload, machine: Machine, files: Sizes) -> Peak | None:
-    """The model with its values and their state in memory, or one block of it if it does not fit."""
+    """The packed blocks and the state of what is tuned, and one block in float with the graph of a step."""
     tuning = work.method.tuning
     if tuning is None:
         return None
-    itemsize, batch = work.outline.itemsize, tuning_batch(work, tuning)
-    blocks = list(work.blocks())
-    floats = sum(block.outline.parameters * number for block, number in blocks) * itemsize
-    values = sum(block.packed_weights * number for block, number in blocks)
-    scales = sum(block.scales * number for block, number in blocks)
-    state = 3 * FLOAT * ((values if tuning.rounding else 0) + (scales if tuning.scales else 0))
-    sequences = (1 + tuning.written) * work.sequences
-    block = largest(work)
+    itemsize, batch, block = work.outline.itemsize, tuning_batch(work, tuning), largest(work)
+    scales = sum(block.scales * number for block, number in work.blocks())
+    state = SCALE_BYTES * scales + ROUNDING_BYTES * work.packed_weights * tunes_values(work, machine)
+    widest = max(layer.weights for layer in block.outline.layers)
     device = {
         "embedding and head": embedding(work) + head(work),
-        "weights": float(floats),
-        "values": float(values),
+        "block": float(block.outline.parameters * itemsize),
         "state": float(state),
-        "hidden states of the float model": sequences * hidden(work),
+        "hidden states of the float model": work.sequences * hidden(work),
         "one step": (len(work.outline.blocks) + 2) * batch * hidden(work)
-        + batch * block.outline.graph * itemsize * 1.5
-        + FLOAT * 3.0 * block.packed_weights,
+        + batch * block.outline.graph * itemsize * 1.5,
+        "gradients": float(itemsize * block.packed_weights),
+        "update of one weight": UPDATE_COPIES * FLOAT * float(widest),
         "logits": logits(work, batch * work.length),
     }
-    disk = {"files": float(files.staged), "versions": float(REVISIONS * files.staged)}
-    if sum(device.values()) > machine.free_device:
-        one = {"weights": float(block.outline.parameters * itemsize), "values": float(block.packed_weights)}
-        disk |= {"state": 2.0 * (state + values)}
-        device |= one | {"state": float(state) * block.packed_weights / max(1, values)}
-    host = {"process": float(machine.process), "checkpoint read before": cache(work, machine)}
+    host = {
+        "process": float(machine.process),
+        "checkpoint read before": cache(work, machine),
+        "packed blocks": float(files.staged if packed_in_memory(machine, files) else files.packed[block]),
+        "Fisher information": fisher_bytes(work),
+    }
+    disk = {"files": float(files.staged), "versions": float(REVISIONS * files.staged), "state": 2.0 * state}
     return Peak("end-to-end tuning", device, host, disk)
 
 
 def self_written(work: Workload, machine: Machine) -> Peak | None:
     """The whole model with keys and values of the texts that are generated together."""
-    if work.method.tuning is None or not work.method.tuning.written:
+    if not work.written:
         return None
     outline = work.outline
     weights = sum(block.parameters for block in outline.blocks) * outline.itemsize
-    rows = min(WRITTEN_AT_ONCE, work.method.tuning.written * work.sequences)
+    rows = min(ROWS[work.device], work.written)
     device = {
         "model": weights + embedding(work) + head(work),
         "keys and values": float(rows * work.length * outline.cache),

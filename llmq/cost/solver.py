@@ -1,4 +1,4 @@
-"""Work on the weights of one input group: statistics, factorization, rounding, refinements, guards, report.
+"""Work on the weights of one input group: statistics, factorization, target, rounding, refinements, guards, report.
 
 Each function belongs to one file of the code, and has to follow it. The tests compare the products with those that
 torch's FLOP counter counts in a real run, so a change of the code without a change here fails a test.
@@ -61,9 +61,12 @@ def output_error(N: int, K: int) -> float:
     return 2.0 * N * K * K
 
 
-def validation_loss(work: Workload, N: int, K: int) -> float:
-    """FLOP of `validation_loss`: three products if the inputs of the float model are known."""
-    return (3 if work.compares else 1) * output_error(N, K)
+def validation_constants(work: Workload, group: Group) -> Work:
+    """`ValidationLoss`: w C and w DᵀD wᵀ, which all candidates share."""
+    N, K = sum(group.rows), group.in_features
+    if not work.judges or not work.compares:
+        return Work()
+    return products(Kind.FLOAT32, 2 * output_error(N, K)) + elementwise(8.0 * FLOAT * N * K + 30.0 * K * K, 12)
 
 
 def target(work: Workload, group: Group) -> tuple[Work, Work]:
@@ -71,9 +74,15 @@ def target(work: Workload, group: Group) -> tuple[Work, Work]:
     N, K = sum(group.rows), group.in_features
     if not work.method.alphas or not work.compares:
         return Work(), Work()
-    step = products(Kind.FLOAT32, 3 * output_error(N, K)) + elementwise(14.0 * FLOAT * N * K, 12)
-    choice = products(Kind.FLOAT32, 3 * output_error(N, K)) + elementwise(16.0 * FLOAT * N * K + 30.0 * K * K, 20)
+    flops = output_error(N, K) + 2 * times_triangle(N, K)
+    step = products(Kind.FLOAT32, flops) + elementwise(14.0 * FLOAT * N * K, 12)
+    choice = products(Kind.FLOAT32, output_error(N, K)) + elementwise(8.0 * FLOAT * N * K, 8)
     return step, choice if work.validation else Work()
+
+
+def times_triangle(N: int, K: int) -> float:
+    """FLOP of `times_upper`: a product with a triangle, by strips of columns."""
+    return sum(2.0 * N * min(STRIP, K - start) * (K - start) for start in range(0, K, STRIP))
 
 
 def rounding(work: Workload, group: Group) -> tuple[Work, Work]:
@@ -88,8 +97,8 @@ def rounding(work: Workload, group: Group) -> tuple[Work, Work]:
         if work.method.rounding == "gptq":
             width = grid.columns_per_group(K) if plain and grid.group_size != "tensor" else BLOCK
             parts.append(products(Kind.FLOAT32, trailing_products(N, K, width)))
-            guards.append(products(Kind.FLOAT32, 2 * output_error(N, K)))
-            guards.append(elementwise(40.0 * FLOAT * N * K, 30))
+            guards.append(products(Kind.FLOAT32, output_error(N, K)))  # of the nearest values
+            guards.append(elementwise(30.0 * FLOAT * N * K, 25))
     if work.method.rounding == "gptq":
         for grid in dict.fromkeys(group.grids):
             N = sum(rows for rows, other in zip(group.rows, group.grids, strict=True) if other == grid)
@@ -111,19 +120,18 @@ def columns(N: int, K: int) -> Work:
 
 
 def refinements(work: Workload, group: Group) -> tuple[Work, Work]:
-    """All refinements, and their guards: the loss of every row before and after, then on validation statistics."""
-    K, parts, guards = group.in_features, [Work()], [Work()]
+    """All refinements, and their guards: the validation loss of the rounded weights and of each result."""
+    K, parts = group.in_features, [Work()]
     for name in work.method.refinements:
         for N, grid in zip(group.rows, group.grids, strict=True):
             parts.append(descent(N, K) if name == "descent" else refit(N, K, grid))
-            guards.append(products(Kind.FLOAT32, 2 * output_error(N, K)) + elementwise(16.0 * FLOAT * N * K, 20))
-            if work.validation:
-                judged = products(Kind.FLOAT32, 2 * validation_loss(work, N, K))
-                guards.append(judged + elementwise(30.0 * FLOAT * N * K + 40.0 * K * K, 40))
         if name == "descent":
             for grid in dict.fromkeys(group.grids):
                 parts.append(columns(sum(n for n, g in zip(group.rows, group.grids, strict=True) if g == grid), K))
-    return total(parts), total(guards)
+    if not work.method.refinements or not work.validation:
+        return total(parts), Work()
+    judged = products(Kind.FLOAT32, output_error(sum(group.rows), K)) + elementwise(15.0 * FLOAT * group.weights, 20)
+    return total(parts), judged * (1 + len(work.method.refinements))
 
 
 def descent(N: int, K: int) -> Work:
@@ -134,16 +142,18 @@ def descent(N: int, K: int) -> Work:
 
 
 def refit(N: int, K: int, grid: WeightScheme) -> Work:
-    """`refit.refine`: normal equations and a system per row."""
+    """`refit.refine`: normal equations, a system per row, and by how much its solution changes the loss."""
     G = -(-K // grid.columns_per_group(K))
-    flops = 2 * output_error(N, K)
+    flops = (4 if grid.two_level else 2) * output_error(N, K) + 2.0 * N * G * G
     solved = 2.0 / 3.0 * N * G**3
     return products(Kind.FLOAT32, flops + solved) + elementwise(3.0 * FLOAT * N * K * G + 20.0 * FLOAT * N * K, 6 * G)
 
 
 def report(work: Workload, group: Group) -> Work:
-    """`layer_report`, and packing."""
-    K, parts = group.in_features, [elementwise(24.0 * FLOAT * group.weights, 60.0 * len(group.rows))]
-    if work.method.needs_calibration:
-        parts += [products(Kind.FLOAT32, 2 * output_error(N, K)) for N in group.rows]
-    return total(parts)
+    """`layer_report`, and packing: the signal, and the error unless rounding has computed it."""
+    moved = elementwise(24.0 * FLOAT * group.weights, 60.0 * len(group.rows))
+    if not work.method.needs_calibration:
+        return moved
+    targets = bool(work.method.alphas) and work.compares
+    known = work.method.rounding == "gptq" and not work.method.refinements and not targets
+    return moved + products(Kind.FLOAT32, (1 if known else 2) * output_error(sum(group.rows), group.in_features))

@@ -22,6 +22,7 @@ class Workload:
     device        "cpu" or "cuda"
     ranks         number of processes with a device each
     repeats       whether forwards start again for each group, because their activations do not fit into memory
+    at_head       whether this is the work on the head only, whose inputs in the float model are not known
     """
 
     outline: Outline
@@ -32,19 +33,35 @@ class Workload:
     device: str = "cpu"
     ranks: int = 1
     repeats: bool = False
+    at_head: bool = False
 
     @property
     def length(self) -> int:
         return self.outline.length
 
     @property
-    def sequences(self) -> int:
+    def given(self) -> int:
+        """Sequences of the calibration text."""
         return self.settings.calibration.samples
 
     @property
+    def written(self) -> int:
+        """Sequences that the model generates in addition."""
+        return self.method.written * self.given
+
+    @property
+    def sequences(self) -> int:
+        return self.given + self.written
+
+    @property
+    def tokens(self) -> int:
+        return self.sequences * self.length
+
+    @property
     def validation(self) -> int:
-        """Sequences on which nothing is fitted (as `Job._validation`)."""
-        return min(math.ceil(self.method.validation * self.sequences), self.sequences - 1)
+        """Sequences on which nothing is fitted (as `RunText.complete`)."""
+        share = math.ceil(self.method.validation * self.given)
+        return min(max(share, self.method.tuning is not None), self.given - 1)
 
     @property
     def fitted(self) -> int:
@@ -58,11 +75,18 @@ class Workload:
     @property
     def compares(self) -> bool:
         """Whether there is a second stream, with the hidden states of the float model."""
-        return bool(self.method.alphas) or self.method.block_tuning is not None
+        method = self.method
+        tunes = method.block_tuning is not None or method.tuning is not None
+        return (bool(method.alphas) or tunes) and not self.at_head
 
     @property
     def streams(self) -> int:
         return 1 + self.compares
+
+    @property
+    def judges(self) -> bool:
+        """Whether results are compared by their loss on validation tokens."""
+        return self.validation > 0 and bool(self.method.alphas or self.method.refinements)
 
     @property
     def factors(self) -> bool:
@@ -78,13 +102,17 @@ class Workload:
 
     @property
     def gram_kind(self) -> Kind:
-        """The kind of the products of inputs: float32 unless inputs are in half precision and tokens weigh equally."""
-        exact = self.device == "cuda" and self.outline.itemsize == 2 and not self.method.token_weights
-        return Kind.HALF if exact else Kind.FLOAT32
+        """The kind of the products of inputs: float32 unless inputs are in half precision on a GPU."""
+        return Kind.HALF if self.device == "cuda" and self.outline.itemsize == 2 else Kind.FLOAT32
 
     def grid(self, path: str, layer: Layer) -> WeightScheme | None:
         """The grid of a layer of the block at `path`."""
         return self.grids.get(f"{path}.{layer.name}")
+
+    @property
+    def packed_weights(self) -> int:
+        """The number of packed weights of all blocks."""
+        return sum(block.packed_weights * number for block, number in self.blocks())
 
     def blocks(self) -> Iterator[tuple["PlannedBlock", int]]:
         """Each kind of block, and how many there are."""

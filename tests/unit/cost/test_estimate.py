@@ -1,5 +1,6 @@
 """Estimates from configurations alone: stages follow the method, memory does not grow with blocks, ranks share work."""
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -7,10 +8,13 @@ import torch
 
 from llmq import cost, formats
 from llmq.config import QuantConfig
+from llmq.cost import passes, peaks
 from llmq.cost.files import packed_bytes
 from llmq.methods import METHODS, Tuning
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import WeightScheme
+from llmq.steps import kl_loss
+from llmq.steps.end_to_end import memory_plan, session
 from tests import builders, mixtures
 
 LENGTH = 24
@@ -23,6 +27,7 @@ SETTINGS = QuantConfig(
 )
 
 
+@functools.cache
 def llama(blocks: int = 2) -> cost.Outline:
     return cost.observe(cost.skeleton_of(builders.llama(num_hidden_layers=blocks)), LENGTH)
 
@@ -36,31 +41,40 @@ def test_stages_follow_the_fields_of_the_method() -> None:
 
     plain = names()
     assert plain == {"streams", "statistics", "factorization", "guards", "report"}  # K is below a block of columns
-    assert names(token_weights=True) - plain == {"token weights"}
-    assert names(block_tuning=tuning) - plain == {"block tuning"}
-    assert names(tuning=tuning) - plain == {"end-to-end tuning"}
-    assert names(tuning=replace(tuning, written=2)) - plain == {"end-to-end tuning", "self-written text"}
+    assert names(token_weights=True) - plain == {"Fisher information"}
+    assert names(block_tuning=replace(tuning, fisher=True)) - plain == {"Fisher information", "block tuning"}
+    assert names(tuning=tuning, written=2) - plain == {"end-to-end tuning", "self-written text"}
 
 
-def test_tuning_of_scales_only_has_a_small_state() -> None:
+def test_the_state_of_quantized_values_needs_text_and_memory() -> None:
     outline = llama()
-
-    def state(rounding: float) -> float:
-        tuning = Tuning(steps=10, scales=1e-3, rounding=rounding, tokens=LENGTH)
-        estimate = cost.estimate(outline, SETTINGS, MACHINE, stages=replace(METHODS["fast"], tuning=tuning))
-        return next(peak for peak in estimate.peaks if peak.stage == "end-to-end tuning").device["state"]
-
     weights = sum(layer.weights for block in outline.blocks for layer in block.layers)
-    assert state(0.0) == 12 * weights / 16
-    assert state(1e-3) == 12 * (weights + weights / 16)
+    tokens = (8 - 1) * LENGTH  # of 8 sequences one is for validation
+
+    def peak(needed: float = 0.0, machine: cost.Machine = MACHINE) -> cost.Peak:
+        tuning = Tuning(steps=10, scales=1e-3, rounding=1e-3, tokens=LENGTH, tokens_per_weight=needed)
+        estimate = cost.estimate(outline, SETTINGS, machine, stages=replace(METHODS["fast"], tuning=tuning))
+        return next(peak for peak in estimate.peaks if peak.stage == "end-to-end tuning")
+
+    scales, both = 12 * weights / 16, 12 * weights / 16 + 6 * weights
+    assert peak().device["state"] == peak(tokens / weights).device["state"] == both
+    assert peak(1.01 * tokens / weights).device["state"] == scales
+    assert peak(machine=replace(MACHINE, free_device=12 * weights - 1)).device["state"] == scales
+    little = peak(machine=replace(MACHINE, free_host=1))
+    assert little.host["packed blocks"] < peak().host["packed blocks"]  # one block at a time is read
+
+
+def test_the_constants_are_those_of_the_code() -> None:
+    assert peaks.LOGITS_AT_ONCE == kl_loss.LOGITS_AT_ONCE
+    assert passes.VALIDATIONS == session.VALIDATIONS
+    assert (peaks.ROUNDING_BYTES, peaks.SCALE_BYTES) == (memory_plan.ROUNDING_BYTES, memory_plan.SCALE_BYTES)
+    assert (peaks.MEMORY_SHARE, peaks.REVISIONS) == (memory_plan.MEMORY_SHARE, memory_plan.REVISIONS)
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq", "fast"])
 def test_the_peak_does_not_depend_on_the_number_of_blocks(method: str) -> None:
-    settings, little = (
-        SETTINGS.model_copy(update={"method": method}),
-        replace(MACHINE, free_host=1),
-    )  # nothing is cached
+    settings = SETTINGS.model_copy(update={"method": method})
+    little = replace(MACHINE, free_host=1)  # nothing is cached
     estimates = [cost.estimate(llama(blocks), settings, little) for blocks in (2, 5)]
     assert estimates[0].host_bytes == estimates[1].host_bytes
     assert estimates[1].seconds > 2 * estimates[0].seconds

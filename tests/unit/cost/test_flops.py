@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from llmq import cost
+from llmq.calibration import SelfAuthor
 from llmq.checkpoint.reader import Checkpoint
 from llmq.cost import solver
 from llmq.methods import METHODS, Method, Tuning
@@ -21,14 +23,14 @@ SEQUENCES, LENGTH, GROUP = 6, 24, 16
 MACHINE = cost.Machine("cpu", dict.fromkeys(cost.Kind, 1.0), 1 << 40, 1 << 40, 0)
 PRODUCTS = {**flop_registry, torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}  # torch does not list addmm_
 TUNING = Tuning(steps=11, scales=1e-3, rounding=1e-3, tokens=2 * LENGTH)
-# One stage after the other, so that a difference shows which stage is counted wrongly.
+WEIGHTED = Method("gptq", token_weights=True, block_tuning=replace(TUNING, fisher=True), validation=0.1)
+# Few stages each, so that a difference shows which stage is counted wrongly.
 CASES: dict[str, Method] = {
     "rtn": METHODS["rtn"],
     "gptq": METHODS["gptq"],
     "target, descent, refit": replace(METHODS["fast"], refinements=("descent", "refit")),
-    "token weights": replace(METHODS["gptq"], token_weights=True),
-    "block tuning": replace(METHODS["fast"], block_tuning=TUNING),
-    "end-to-end tuning": replace(METHODS["gptq"], validation=0.1, tuning=TUNING),
+    "Fisher information and block tuning": WEIGHTED,
+    "written text and end-to-end tuning": replace(METHODS["gptq"], tuning=replace(TUNING, steps=3), written=1),
 }
 
 
@@ -61,10 +63,16 @@ def without_products(outline: cost.Outline, method: Method) -> float:
     return flops
 
 
+def unwritten(_: SelfAuthor, windows: int, seqlen: int, __: int) -> Tensor:
+    """Tokens in the place of text that the model generates."""
+    return torch.ones(windows, seqlen, dtype=torch.int64)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_run_has_the_estimated_products_and_files(
-    checkpoint: Callable[..., Path], text: Path, tmp_path: Path, name: str
+    checkpoint: Callable[..., Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
+    monkeypatch.setattr(SelfAuthor, "write", unwritten)  # not counted here: its attention sees only earlier tokens
     model, method = checkpoint("llama", num_hidden_layers=2), CASES[name]
     settings = {"group_size": GROUP, "scales": "searched", "samples": SEQUENCES, "seqlen": LENGTH}
     job = runs.job(model, tmp_path / "out", text, stages=method, **settings)
@@ -73,7 +81,10 @@ def test_a_run_has_the_estimated_products_and_files(
         outline, job.plan.settings, MACHINE, layers=job.plan.layers, stages=method, stored=torch.float32
     )
     counted = counted_by_torch(job.run)
-    assert counted == pytest.approx(estimate.work.flops - without_products(outline, method), rel=1e-9)
+    elsewhere = without_products(outline, method) + sum(
+        stage.work.flops for stage in estimate.stages if stage.name == "self-written text"
+    )
+    assert counted == pytest.approx(estimate.work.flops - elsewhere, rel=1e-9)
     assert Checkpoint.open(tmp_path / "out").nbytes == estimate.file_bytes
 
 

@@ -17,7 +17,8 @@ from llmq.cost import peaks
 from llmq.cost.workload import Group, Workload
 from llmq.methods import METHODS
 from llmq.model.analyse.input_groups import input_groups
-from llmq.model.passes.backward import graph_bytes
+from llmq.model.build.block import Block, Call
+from llmq.model.passes.backward import differentiable
 from llmq.model.passes.replay import tensors_in
 from llmq.model.passes.sequential import kept_bytes
 from llmq.model.passes.statistics import stops_of
@@ -55,6 +56,21 @@ def outline_of(model: Path) -> cost.Outline:
     return cost.observe(cost.skeleton_of(model), LENGTH)
 
 
+def graph_bytes(block: Block, call: Call) -> int:
+    """Bytes that the graph of a forward keeps, without the parameters of the block."""
+    storages: dict[int, int] = {}
+
+    def record(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+        _, output = differentiable(block, call, [linear.weight for linear in block.linears.values()])
+    for parameter in block.module.parameters():
+        storages.pop(parameter.untyped_storage().data_ptr(), None)
+    return sum(storages.values()) + output.nbytes
+
+
 @pytest.mark.parametrize("name", ["llama", "neox"])
 def test_activations_are_those_of_a_real_forward(checkpoint: Callable[..., Path], name: str) -> None:
     model = checkpoint(name)
@@ -64,8 +80,7 @@ def test_activations_are_those_of_a_real_forward(checkpoint: Callable[..., Path]
     groups = input_groups(block, call)
     assert len(groups) == len(outline.groups)
     assert outline.kept * 4 == kept_bytes(block, stops_of(block, groups), call)
-    graph = graph_bytes(block, call, [linear.weight for linear in block.linears.values()])
-    assert outline.graph * 4 == pytest.approx(graph, rel=0.15)  # fused attention keeps other tensors
+    assert outline.graph * 4 == pytest.approx(graph_bytes(block, call), rel=0.15)  # fused attention keeps other tensors
 
 
 def test_hidden_states_and_sizes_of_the_model(checkpoint: Callable[..., Path]) -> None:
@@ -93,7 +108,7 @@ def summed(method: str) -> InputStats:
     return stats
 
 
-@pytest.mark.parametrize("method", ["gptq", "fast", "balanced"])
+@pytest.mark.parametrize("method", ["gptq", "fast"])
 def test_statistics_and_solver(checkpoint: Callable[..., Path], method: str) -> None:
     work, group = workload(outline_of(checkpoint("llama")), method), Group(K, ROWS, (GRID,) * len(ROWS), 1.0)
     stats = summed(method)
