@@ -21,7 +21,7 @@ FLOAT = 4  # bytes of a float32
 LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**27}  # entries of logits that are in memory at once (`kl_loss.py`)
 LOGIT_COPIES = 6  # in float32
 ROUNDING_BYTES, SCALE_BYTES, MEMORY_SHARE, REVISIONS = 6, 12, 2, 3  # as `steps/end_to_end/memory_plan.py`
-UPDATE_COPIES = 7  # of a weight in float32, while its values are updated
+UPDATE_COPIES = 6  # of a weight in float32, while its values are updated
 
 Parts = Mapping[str, float]
 

@@ -25,10 +25,11 @@ PRODUCTS = {**flop_registry, torch.ops.aten.addmm_: flop_registry[torch.ops.aten
 TUNING = Tuning(steps=11, scales=1e-3, rounding=1e-3, tokens=2 * LENGTH)
 WEIGHTED = Method("gptq", token_weights=True, block_tuning=replace(TUNING, fisher=True), validation=0.1)
 # Few stages each, so that a difference shows which stage is counted wrongly.
+WITH_HEAD = "target, descent, refit"
 CASES: dict[str, Method] = {
     "rtn": METHODS["rtn"],
     "gptq": METHODS["gptq"],
-    "target, descent, refit": replace(METHODS["fast"], refinements=("descent", "refit")),
+    WITH_HEAD: replace(METHODS["fast"], refinements=("descent", "refit")),
     "Fisher information and block tuning": WEIGHTED,
     "written text and end-to-end tuning": replace(METHODS["gptq"], tuning=replace(TUNING, steps=3), written=1),
 }
@@ -53,14 +54,15 @@ def counted_by_torch(run: Callable[[], object]) -> int:
     return products.flops
 
 
-def without_products(outline: cost.Outline, method: Method) -> float:
+def without_products(outline: cost.Outline, method: Method, *, head: bool) -> float:
     """FLOP of factorizations and systems of equations, which torch does not count; K is narrower than a strip."""
-    flops = 0.0
-    for block in outline.blocks if method.needs_calibration else ():
-        for numbers in block.groups:
-            K, N = block.layers[numbers[0]].in_features, sum(block.layers[n].out_features for n in numbers)
-            flops += K**3 / 3 + K**3 + 2 / 3 * N * (K / GROUP) ** 3 * ("refit" in method.refinements)
-    return flops
+    if not method.needs_calibration:
+        return 0.0
+    groups = [[block.layers[n] for n in numbers] for block in outline.blocks for numbers in block.groups]
+    shapes = [(sum(layer.out_features for layer in group), group[0].in_features) for group in groups]
+    shapes += [(outline.vocabulary, outline.width)] * head
+    refits = "refit" in method.refinements
+    return sum(K**3 / 3 + K**3 + 2 / 3 * N * (K / GROUP) ** 3 * refits for N, K in shapes)
 
 
 def unwritten(_: SelfAuthor, windows: int, seqlen: int, __: int) -> Tensor:
@@ -75,13 +77,14 @@ def test_a_run_has_the_estimated_products_and_files(
     monkeypatch.setattr(SelfAuthor, "write", unwritten)  # not counted here: its attention sees only earlier tokens
     model, method = checkpoint("llama", num_hidden_layers=2), CASES[name]
     settings = {"group_size": GROUP, "scales": "searched", "samples": SEQUENCES, "seqlen": LENGTH}
+    settings |= {"quantize_head": name == WITH_HEAD}
     job = runs.job(model, tmp_path / "out", text, stages=method, **settings)
     outline = cost.observe(cost.skeleton_of(model), LENGTH)
     estimate = cost.estimate(
         outline, job.plan.settings, MACHINE, layers=job.plan.layers, stages=method, stored=torch.float32
     )
     counted = counted_by_torch(job.run)
-    elsewhere = without_products(outline, method) + sum(
+    elsewhere = without_products(outline, method, head=name == WITH_HEAD) + sum(
         stage.work.flops for stage in estimate.stages if stage.name == "self-written text"
     )
     assert counted == pytest.approx(estimate.work.flops - elsewhere, rel=1e-9)

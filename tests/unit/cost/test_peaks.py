@@ -1,5 +1,6 @@
 """The parts of peak memory, compared with what the code allocates."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ class PeakBytes(TorchDispatchMode):
         return output
 
 
+@functools.cache
 def outline_of(model: Path) -> cost.Outline:
     return cost.observe(cost.skeleton_of(model), LENGTH)
 
@@ -72,25 +74,21 @@ def graph_bytes(block: Block, call: Call) -> int:
 
 
 @pytest.mark.parametrize("name", ["llama", "neox"])
-def test_activations_are_those_of_a_real_forward(checkpoint: Callable[..., Path], name: str) -> None:
+def test_sizes_are_those_of_a_real_forward(checkpoint: Callable[..., Path], name: str) -> None:
     model = checkpoint(name)
-    skeleton, outline = skeleton_of(model), outline_of(model).blocks[0]
+    skeleton, whole = skeleton_of(model), outline_of(model)
+    outline = whole.blocks[0]
+    assert whole.hidden * whole.itemsize == skeleton.hidden_bytes(LENGTH)
+    assert len(whole.blocks) == len(skeleton.blocks)
+    assert sum(block.parameters for block in whole.blocks) + whole.outside == sum(
+        parameter.numel() for parameter in skeleton.model.parameters()
+    )
     block, call = skeleton.blocks[0], skeleton.record(0, tokens(1, LENGTH))
     block.load()
     groups = input_groups(block, call)
     assert len(groups) == len(outline.groups)
     assert outline.kept * 4 == kept_bytes(block, stops_of(block, groups), call)
     assert outline.graph * 4 == pytest.approx(graph_bytes(block, call), rel=0.15)  # fused attention keeps other tensors
-
-
-def test_hidden_states_and_sizes_of_the_model(checkpoint: Callable[..., Path]) -> None:
-    model = checkpoint("llama")
-    skeleton, outline = skeleton_of(model), outline_of(model)
-    assert outline.hidden * outline.itemsize == skeleton.hidden_bytes(LENGTH)
-    assert len(outline.blocks) == len(skeleton.blocks)
-    assert sum(block.parameters for block in outline.blocks) + outline.outside == sum(
-        parameter.numel() for parameter in skeleton.model.parameters()
-    )
 
 
 def workload(outline: cost.Outline, method: str) -> Workload:
