@@ -182,10 +182,14 @@ def _work(work: Workload, machine: Machine, sizes: Sizes, head: WeightScheme | N
         rows = Group(work.outline.width, (work.outline.vocabulary,), (head,), 1.0)
         _add_group(parts, replace(work, at_head=True), rows, 1)
     by_stage |= {name: total(amounts) for name, amounts in parts.items()}
-    by_stage["end-to-end tuning"] = passes.end_to_end(work, tunes_values=peaks.tunes_values(work, machine))
+    tunes = peaks.tunes_model(work, machine)
+    by_stage["end-to-end tuning"] = passes.end_to_end(work) if tunes else Work()
     cached = peaks.cache(work, machine) >= sum(block.parameters for block in work.outline.blocks) * work.stored
     by_stage["files"] = files.transfers(
-        work, sizes, cached=cached, packed_in_memory=peaks.packed_in_memory(machine, sizes)
+        work if tunes else replace(work, method=replace(work.method, tuning=None)),
+        sizes,
+        cached=cached,
+        packed_in_memory=peaks.packed_in_memory(machine, sizes),
     )
     return by_stage
 

@@ -1,7 +1,5 @@
 """Work of the passes through the whole model: Fisher information, both kinds of tuning, self-written text."""
 
-from dataclasses import replace
-
 from llmq.algorithms import block_tuning as tuning_of_blocks
 from llmq.calibration.self_written import ROWS
 from llmq.cost.counting import Counted
@@ -127,16 +125,12 @@ def tuning_batch(work: Workload, tuning: Tuning) -> int:
     return min(work.fitted, max(1, tuning.tokens // work.length))
 
 
-def end_to_end(work: Workload, *, tunes_values: bool) -> Work:
-    """All steps on the whole model, and the loss on validation sequences; a block is unpacked whenever it runs.
-
-    tunes_values  whether quantized values are tuned, and not only scales
-    """
+def end_to_end(work: Workload) -> Work:
+    """All steps on the whole model, and the loss on validation sequences; a block is unpacked whenever it runs."""
     tuning = work.method.tuning
     if tuning is None:
         return Work()
     batch, validation = tuning_batch(work, tuning), work.validation
-    step_sizes = tuning if tunes_values else replace(tuning, rounding=0.0)
     judged = steps_judged(tuning, VALIDATIONS)
     tokens = (batch * tuning.steps + validation * judged) * work.length
     parts = [through_head(work, tokens, 3, KL_PASSES)]
@@ -145,8 +139,8 @@ def end_to_end(work: Workload, *, tunes_values: bool) -> Work:
         of_block = [
             passed(work, outline.forward * 2 + outline.both, batch, batch) * tuning.steps,
             passed(work, outline.forward, validation, batch) * judged,
-            (unpacked(block) + update(block, step_sizes)) * tuning.steps,
-            (unpacked(block) + renewed(block, step_sizes)) * (2 * tuning.steps + judged),
+            (unpacked(block) + update(block, tuning)) * tuning.steps,
+            (unpacked(block) + renewed(block, tuning)) * (2 * tuning.steps + judged),
         ]
         parts.append(total(of_block) * number)
     return total(parts)

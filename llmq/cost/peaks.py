@@ -207,13 +207,12 @@ def block_tuning(work: Workload, machine: Machine, files: Sizes) -> Peak | None:
     return Peak("block tuning", device, _reading(work, machine, block, files), {})
 
 
-def tunes_values(work: Workload, machine: Machine) -> bool:
-    """Whether end-to-end tuning changes quantized values, for which it needs memory and text (as `memory_plan.py`)."""
+def tunes_model(work: Workload, machine: Machine) -> bool:
+    """Whether there are text and memory enough for end-to-end tuning (as `memory_plan.left_out`)."""
     tuning, weights = work.method.tuning, work.packed_weights
-    if tuning is None or not tuning.rounding:
+    if tuning is None or work.fitted * work.length < tuning.tokens_per_weight * weights:
         return False
-    enough_text = work.fitted * work.length >= tuning.tokens_per_weight * weights
-    return enough_text and ROUNDING_BYTES * weights <= machine.free_device // MEMORY_SHARE
+    return not tuning.rounding or ROUNDING_BYTES * weights <= machine.free_device // MEMORY_SHARE
 
 
 def packed_in_memory(machine: Machine, files: Sizes) -> bool:
@@ -224,11 +223,11 @@ def packed_in_memory(machine: Machine, files: Sizes) -> bool:
 def end_to_end(work: Workload, machine: Machine, files: Sizes) -> Peak | None:
     """The packed blocks and the state of what is tuned, and one block in float with the graph of a step."""
     tuning = work.method.tuning
-    if tuning is None:
+    if tuning is None or not tunes_model(work, machine):
         return None
     itemsize, batch, block = work.outline.itemsize, tuning_batch(work, tuning), largest(work)
     scales = sum(block.scales * number for block, number in work.blocks())
-    state = SCALE_BYTES * scales + ROUNDING_BYTES * work.packed_weights * tunes_values(work, machine)
+    state = SCALE_BYTES * scales + (ROUNDING_BYTES * work.packed_weights if tuning.rounding else 0)
     widest = max(layer.weights for layer in block.outline.layers)
     device = {
         "embedding and head": embedding(work) + head(work),
