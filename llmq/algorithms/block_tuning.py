@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from llmq.algorithms import kl_tuning
@@ -69,7 +70,8 @@ def tune(
     for step in range(steps if before > 0 else 0):
         gradients = problem.gradients(step)
         for name, state in states.items():  # relative to the first loss, so that gradients are far above Adam's epsilon
-            kl_tuning.update(state, gradients[name] / before, rates.at(step, steps), step)
+            gradient = gradients[name].to(torch.float32) / before  # float16 could not hold the quotient
+            kl_tuning.update(state, gradient, rates.at(step, steps), step)
         current = {name: kl_tuning.result(state) for name, state in states.items()}
         problem.put(current)
         if (step + 1) % max(1, steps // JUDGED) == 0 or step + 1 == steps:

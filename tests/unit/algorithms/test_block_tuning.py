@@ -110,6 +110,17 @@ def test_the_best_step_is_kept() -> None:
     assert not same(tuned(other, 10)[1].weights, best.weights)
 
 
+def test_gradients_in_float16_do_not_vanish_beside_a_large_loss() -> None:
+    class Half(TwoLayers):
+        def gradients(self, step: int) -> dict[str, Tensor]:
+            return {name: gradient.half() for name, gradient in super().gradients(step).items()}
+
+    problem, judged = Half(), 1e10
+    problem.losses = [judged, *(judged - step for step in range(1, 10))]
+    weights, result = tuned(problem, 10)
+    assert result.step == 10 and not same(weights, result.weights)
+
+
 def test_a_block_without_loss_is_not_tuned() -> None:
     problem = TwoLayers([0.0])
     given, best = tuned(problem, 10)
