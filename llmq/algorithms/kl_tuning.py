@@ -131,8 +131,12 @@ def result(state: State) -> QuantizedTensor:
 
 
 def update(state: State, gradient: Tensor, rates: Rates, step: int) -> None:
-    """One step, in place, against the gradient (N, K) of the loss at the weight `result(state)`."""
-    G, current, groups = gradient.to(torch.float32), result(state), state.origin.column_groups()
+    """One step, in place, against the gradient (N, K) of the loss at the weight `result(state)`.
+
+    Entries that are not finite count as 0, because Adam would never forget them.
+    """
+    G, current = torch.nan_to_num(gradient.to(torch.float32), 0.0, 0.0, 0.0), result(state)
+    groups = state.origin.column_groups()
     if state.scales is not None:
         state.scales.descend(_slope_of_scales(state.origin, current.codes, G), rates.scales, step)
     if state.rounding is not None:

@@ -212,3 +212,18 @@ def test_columns_may_have_a_group_index() -> None:
     for state in states:
         kl_tuning.update(state, random(4, 32, seed=6), RATES, 0)
     torch.testing.assert_close(states[0].scales.value, states[1].scales.value)  # type: ignore[union-attr]
+
+
+def test_gradients_that_are_not_finite_count_as_zero() -> None:
+    weight = random(4, 16)
+    origin = rounded(weight, SCHEMES[0])
+    gradient = random(4, 16, seed=1)
+    broken = gradient.clone()
+    broken[0, :3] = torch.tensor([float("inf"), float("-inf"), float("nan")])
+    zeroed = gradient.clone()
+    zeroed[0, :3] = 0
+    states = [kl_tuning.start(origin, weight, RATES) for _ in range(2)]
+    for step in range(2):
+        for state, slope in zip(states, (broken, zeroed), strict=True):
+            kl_tuning.update(state, slope, RATES, step)
+    assert same(*states)
