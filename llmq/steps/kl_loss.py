@@ -27,13 +27,16 @@ def logits_at_once(device: torch.device) -> int:
 
 
 def kl_loss(skeleton: Skeleton, tokens: Tensor, expected: Tensor, hidden: Tensor) -> tuple[float, Tensor]:
-    """The mean over all tokens in nats, and its gradient (…, B, T, D) with respect to `hidden`.
+    """The mean over all tokens in nats, and its gradient (…, B, T, D) with respect to `hidden`, up to a factor.
+
+    The factor is 1, except in float16, which rounds most entries of such a gradient to zero: there it is that of the
+    sum over all tokens. Adam's steps do not depend on the factor.
 
     tokens    (B, T) int64
     expected  (…, B, T, D) the last hidden states of the float model
     hidden    (…, B, T, D) the last hidden states of the quantized model
     """
-    total = 0.0
+    total, count = 0.0, 1 if hidden.dtype == torch.float16 else tokens.numel()
 
     def slope(predicted: Tensor, part: Part) -> Tensor:
         nonlocal total
@@ -41,7 +44,7 @@ def kl_loss(skeleton: Skeleton, tokens: Tensor, expected: Tensor, hidden: Tensor
             target = skeleton.logits(tokens[part], expected[_states(part)])
         losses, in_logits = kl_and_gradient(target, predicted)
         total += float(losses.sum(dtype=torch.float64))
-        return in_logits.div_(tokens.numel())
+        return in_logits.div_(count)
 
     gradient = through_the_head(skeleton, tokens, hidden, slope)
     return total / tokens.numel(), gradient

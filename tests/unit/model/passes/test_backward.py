@@ -206,6 +206,17 @@ def test_the_loss_of_parts_equals_the_loss_of_all(checkpoint: Checkpoints, monke
         torch.testing.assert_close(gradient, slope, rtol=1e-3, atol=1e-7)
 
 
+def test_a_gradient_in_float16_is_not_rounded_to_zero(checkpoint: Checkpoints) -> None:
+    folder, ids = checkpoint("llama"), tokens(8, LENGTH)
+    generator = torch.Generator().manual_seed(0)
+    expected = 100 * torch.randn(8, LENGTH, 32, generator=generator)  # large states have small gradients
+    hidden = expected + 3 * torch.randn(8, LENGTH, 32, generator=generator)
+    in_half = loss.kl_loss(skeleton_of(folder, dtype=torch.float16), ids, expected.half(), hidden.half())[1].float()
+    exact = loss.kl_loss(skeleton_of(folder), ids, expected.half().float(), hidden.half().float())[1]
+    assert float((in_half == 0).float().mean()) < 0.1
+    assert float(torch.cosine_similarity(in_half.flatten(), exact.flatten(), dim=0)) > 0.9
+
+
 def test_a_graph_contains_only_named_weights(checkpoint: Checkpoints) -> None:
     skeleton = skeleton_of(checkpoint("llama"))
     block, call = skeleton.blocks[0], skeleton.record(0, tokens(2, LENGTH))
