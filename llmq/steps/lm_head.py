@@ -33,10 +33,12 @@ def quantize_head(run: Run) -> None:
         stats.sum_over(run.ranks)
     weight = run.skeleton.head_weight()  # (V, K)
     stored = run.skeleton.weights.original(f"{path}.weight").dtype
-    if (kept := existing_grids.kept(run, weight, stored, plan.scheme.weights)) is not None:
+    scheme = plan.scheme.weights
+    kept = run.ranks.first(lambda: existing_grids.kept(run, weight, stored, scheme))
+    if kept is not None:
         layer = Rounded(path, weight, kept)
     else:
-        group = Group({path: weight}, {path: plan.scheme.weights}, stats)
+        group = Group({path: weight}, {path: scheme}, stats)
         [[layer]] = round_together([group], run.method, run.options, run.ranks)
     packed = run.pack(path, layer.rounding.quantized)
     dequantized = layer.rounding.quantized.dequantize()
