@@ -28,7 +28,7 @@ READ_EACH_TIME = "the packed blocks did not fit into memory, so each step of end
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Where the hidden states of the float model are kept, and whether packed blocks are kept in memory."""
+    """Where hidden states of the validation text are kept, and whether packed blocks are kept in memory."""
 
     states: Place
     packed_in_memory: bool
@@ -41,7 +41,7 @@ class MemoryPlan:
 
 def choose(run: Run, text: Text) -> MemoryPlan:
     """The plan for tuning on `text`."""
-    hidden = run.skeleton.hidden_bytes(text.length) * text.sequences
+    hidden = run.skeleton.hidden_bytes(text.length) * text.validation
     states = Storage.choose(hidden, run.skeleton.device, run.writer.activations)
     packed = sum(plan.packed_bytes(scale_bytes=4) for plan in _quantized(run.plans.values()))
     return MemoryPlan(states.place, packed <= memory.spare(memory.HOST) // MEMORY_SHARE)
