@@ -182,6 +182,7 @@ class _Collected:
         self._left_out: set[str] = set()
         self._seen: dict[str, list[Tensor]] = {}  # of the current batch
         self._outputs: dict[int, tuple[Tensor, Tensor]] = {}
+        self._moving: tuple[int, Tensor] | None = None  # Γ of the current block, on the device of its gradients
 
     @contextmanager
     def hooks(self, skeleton: Skeleton) -> Iterator[None]:
@@ -211,14 +212,26 @@ class _Collected:
     def take_output(self, index: int, sequences: Tensor, gradient: Tensor) -> None:
         """Add the gradient (…, B, T, D) of the output of block `index` for these sequences (B,)."""
         D = gradient.shape[-1]
-        new = (torch.zeros(self._shape, dtype=torch.float32), torch.zeros(D, D, dtype=torch.float32))
-        importance, moment = self._outputs.setdefault(index, new)
+        if index not in self._outputs:
+            self._outputs[index] = torch.zeros(self._shape, dtype=torch.float32), torch.zeros(D, D, dtype=torch.float32)
+        importance, moment = self._outputs[index]
+        if self._moving is None or self._moving[0] != index:
+            self._settle()
+            self._moving = index, moment.to(gradient.device)  # not for each batch: Γ of a wide model is 0.3 GB
         rows = gradient.to(torch.float32).reshape(-1, len(sequences) * self._shape[1], D)
         importance[sequences] += rows.square().sum((0, 2)).reshape(-1, self._shape[1]).cpu()
         flat = rows.reshape(-1, D)
-        moment += (flat.T @ flat).cpu()
+        self._moving[1].add_(flat.T @ flat)
+
+    def _settle(self) -> None:
+        """Put Γ of the current block back to the others."""
+        if self._moving is not None:
+            index, moment = self._moving
+            self._outputs[index] = self._outputs[index][0], moment.cpu()
+            self._moving = None
 
     def result(self) -> FisherInformation:
+        self._settle()
         linears = {path: sums for path, sums in self._sums.items() if path not in self._left_out}
         finite = {i: pair for i, pair in self._outputs.items() if all(bool(t.isfinite().all()) for t in pair)}
         return FisherInformation(linears, finite)

@@ -194,3 +194,18 @@ def test_a_run_with_token_weights_differs_and_repeats(checkpoint: Checkpoints, t
     again = codes("again", Method("gptq", token_weights=True))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert any(not torch.equal(first[name], plain[name]) for name in first)
+
+
+def test_sums_over_outputs_grow_by_batches_and_parts() -> None:
+    """Blocks are visited one after the other, and again for each part of the text."""
+    S, T, D = 4, 3, 5
+    gradients = torch.randn(2, S, T, D, generator=torch.Generator().manual_seed(0))
+    collected = measuring._Collected(torch.Size((S, T)))
+    for part in (torch.tensor([0, 1]), torch.tensor([2, 3])):
+        for index in (1, 0):
+            for sequence in part:
+                collected.take_output(index, sequence[None], gradients[index, sequence][None])
+    for index, (importance, moment) in collected.result().outputs.items():
+        rows = gradients[index].reshape(-1, D)
+        torch.testing.assert_close(moment, rows.T @ rows)
+        torch.testing.assert_close(importance, gradients[index].square().sum(-1))
