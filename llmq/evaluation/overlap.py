@@ -92,7 +92,7 @@ def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 def given_text(sources: Sequence[str], tokenizer: Any) -> tuple[CalibrationText, Grams]:
     """The calibration text from `sources`, all of it. Raises CalibrationError."""
-    return _known({source: all_tokens(source, tokenizer) for source in sources}, {})
+    return _known(all_tokens(sources, tokenizer), {})
 
 
 def texts_of(folders: Sequence[Path], tokenizer: Any) -> list[tuple[CalibrationText, Grams]]:
