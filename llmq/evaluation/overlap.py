@@ -118,7 +118,8 @@ def _recorded(folder: Path) -> tuple[dict[str, Any] | None, int]:
     if not file.is_file():
         return {}, 0
     record = read_json_object(file)
-    return record.get("calibration"), int(record.get("settings", {}).get("seed", 0))
+    # That of a conversion of another tool's model says nothing about calibration; a run without text says null.
+    return record.get("calibration", {}), int(record.get("settings", {}).get("seed", 0))
 
 
 def _known(tokens: Mapping[str, Tensor], unknown: Mapping[str, str]) -> tuple[CalibrationText, Grams]:

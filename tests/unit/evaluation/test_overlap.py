@@ -117,6 +117,8 @@ def test_model_without_a_record_or_calibration(tokenizer: Any, tmp_path: Path) -
     (tmp_path / "llmq.json").write_text(json.dumps({"calibration": None, "settings": {}}))
     [(known, grams)] = texts_of([tmp_path], tokenizer)
     assert (known.tokens, str(known), grams.share(ids(20, 0)[None])) == (0, "none was used", 0.0)
+    (tmp_path / "llmq.json").write_text(json.dumps({"conversions": [], "checksums": {}}))  # of another tool's model
+    assert texts_of([tmp_path], tokenizer)[0][0] == CalibrationText()
 
 
 def test_given_text_is_compared_completely(tokenizer: Any, tmp_path: Path) -> None:
