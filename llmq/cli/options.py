@@ -69,7 +69,7 @@ TrustRemoteCode = Annotated[
 DryRun = Annotated[
     bool,
     Option(
-        "--dry-run", help="Show the plan for each layer and which engines would load the result; read no weights.",
+        "--dry-run", help="Show the plan for each layer and which engines would load the result. Few weights are read.",
         rich_help_panel=GENERAL,
     ),
 ]  # fmt: skip
