@@ -112,7 +112,7 @@ class _Groups:
 class _Problem:
     """The scheme to store a weight on.
 
-    given         the numbers of steps of the largest weight to try, in this order; None: all, the fewest first
+    given         the numbers of steps of the largest weight to try, in this order; None: all, the most first
     rounds_scales  whether a group is accepted without looking for a number of steps with which it is exact
     """
 
