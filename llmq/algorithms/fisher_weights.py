@@ -75,8 +75,10 @@ class OutputMetric:
         scaled = moment / mean if mean > 0 else identity
         return cls(torch.lerp(identity, scaled, MATRIX_SHARE), weights(importance))
 
+    def to(self, device: torch.device) -> "OutputMetric":
+        return OutputMetric(self.matrix.to(device), self.weights.to(device))
+
     def loss(self, difference: Tensor, sequences: Sequence[int]) -> tuple[float, Tensor]:
         """The loss of `difference` (…, B, T, D) float32 in these sequences, summed, and half of its gradient."""
-        gamma = self.weights[list(sequences)].to(difference.device)[..., None]
-        gradient = (difference @ self.matrix.to(difference.device)).mul_(gamma)
+        gradient = (difference @ self.matrix).mul_(self.weights[list(sequences)][..., None])
         return float((gradient * difference).sum(dtype=torch.float64)), gradient

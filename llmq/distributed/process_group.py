@@ -17,8 +17,6 @@ seconds. The staging folder is valid at every moment, so none of this damages it
 """
 
 import hashlib
-import io
-import pickle
 import re
 import signal
 import time
@@ -33,12 +31,13 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from llmq.distributed.message import Message
 from llmq.distributed.ranks import Ranks, T
 from llmq.errors import BackendError, ConfigError, Interrupted
 
 ANSWER_WITHIN = timedelta(minutes=30)
+OTHERS_REPORT_WITHIN = 5.0  # seconds that the first process waits for errors of the others before it ends
 LONGEST_PAUSE = 0.25  # seconds between two looks at what the first rank has done
-ALIGNED = 16  # bytes; tensors in a message start at multiples of it
 
 
 class ProcessGroup(Ranks):
@@ -96,10 +95,15 @@ class ProcessGroup(Ranks):
 
     def reports(self, message: str) -> bool:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # this process is ending, and must not be stopped while it prints
+        name = f"report-{hashlib.sha256(message.encode()).hexdigest()}"
         try:
-            return bool(self._store.add(f"report-{hashlib.sha256(message.encode()).hexdigest()}", 1) == 1)
+            is_first_to_report = bool(self._store.add(name, 1) == 1)
+            end = time.monotonic() + OTHERS_REPORT_WITHIN
+            while self.is_first and self._store.add(name, 0) < self.size and time.monotonic() < end:
+                time.sleep(0.05)  # this process keeps the store, which the others ask
         except RuntimeError:  # the process that kept the store has ended
             return True
+        return is_first_to_report
 
     def leave(self) -> None:
         self.total(0.0)  # the others have received everything; nccl must be left by all at once
@@ -128,62 +132,14 @@ class ProcessGroup(Ranks):
         with answered():
             dist.broadcast(sizes, rank)
             text, *nbytes = sizes.tolist()
-            pickled = torch.empty(text, dtype=torch.uint8)
-            dist.broadcast(pickled, rank)
+            encoded = torch.empty(text, dtype=torch.uint8)
+            dist.broadcast(encoded, rank)
             places = (torch.device("cpu"), self._device)
             data = [torch.empty(n, dtype=torch.uint8, device=place) for n, place in zip(nbytes, places, strict=True)]
             for part in data:
                 if len(part):
                     dist.broadcast(part, rank)
-        return Message(pickled.numpy().tobytes(), (data[0], data[1])).value()
-
-
-class Message:
-    """Any value: pickled, with the bytes of its tensors apart, those of CPU tensors and those of GPU tensors.
-
-    So tensors on a GPU are sent from GPU to GPU.
-    """
-
-    def __init__(self, text: bytes, data: tuple[Tensor, Tensor]) -> None:
-        self.text = text
-        self.data = data
-
-    @property
-    def nbytes(self) -> list[int]:
-        return [len(part) for part in self.data]
-
-    @classmethod
-    def of(cls, value: Any) -> "Message":
-        parts: tuple[list[Tensor], list[Tensor]] = ([], [])
-        ends = [0, 0]
-
-        class Pickler(pickle.Pickler):
-            def persistent_id(self, value: Any) -> Any:
-                if not isinstance(value, Tensor):
-                    return None
-                place = int(value.device.type != "cpu")
-                flat = value.detach().contiguous().reshape(-1).view(torch.uint8)
-                start = ends[place]
-                padding = flat.new_zeros(-len(flat) % ALIGNED)
-                parts[place].extend((flat, padding))
-                ends[place] += len(flat) + len(padding)
-                return place, start, value.dtype, tuple(value.shape)
-
-        file = io.BytesIO()
-        Pickler(file).dump(value)
-        empty = torch.empty(0, dtype=torch.uint8)
-        return cls(file.getvalue(), (torch.cat(parts[0] or [empty]), torch.cat(parts[1] or [empty])))
-
-    def value(self) -> Any:
-        data = self.data
-
-        class Unpickler(pickle.Unpickler):
-            def persistent_load(self, place: Any) -> Tensor:
-                where, start, dtype, shape = place
-                count = torch.Size(shape).numel() * dtype.itemsize
-                return data[where][start : start + count].view(dtype).reshape(shape)
-
-        return Unpickler(io.BytesIO(self.text)).load()
+        return Message(encoded.numpy().tobytes(), (data[0], data[1])).value()
 
 
 @contextmanager

@@ -63,7 +63,7 @@ class BlockProblem:
         self._text = streams.text
         self._quantized, self._floats = streams.quantized, streams.floats
         self._block = block
-        self._metric = metric
+        self._metric = None if metric is None else metric.to(skeleton.device)
         self._ranks = streams.ranks
         self._sequences = max(1, tokens // self._text.length // self._ranks.size)  # of this rank, per step
         self._last = block is skeleton.blocks[-1]

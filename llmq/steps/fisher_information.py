@@ -64,10 +64,13 @@ class FisherInformation:
         return _rows(fisher_weights.weights(torch.stack([self.linears[path] for path in paths]).sum(0)), self.own)
 
     def output_metric(self, index: int) -> OutputMetric | None:
-        """How much an error in the output of a block costs; None if that is not known."""
+        """How much an error in the output of a block costs; None if that is not known.
+
+        It is made once: its parts are dropped, because they take the memory of a weight per block.
+        """
         if index not in self.outputs:
             return None
-        importance, moment = self.outputs[index]
+        importance, moment = self.outputs.pop(index)
         metric = OutputMetric.of(moment, importance)
         return replace(metric, weights=_rows(metric.weights, self.own))
 

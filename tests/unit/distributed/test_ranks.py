@@ -1,12 +1,15 @@
 """How work is divided between ranks, and that what they exchange arrives unchanged."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from llmq.distributed import join
-from llmq.distributed.process_group import Message, _device
+from llmq.distributed.message import Message
+from llmq.distributed.process_group import _device
 from llmq.distributed.ranks import ALONE, Ranks
 from llmq.errors import BackendError, ConfigError
 from llmq.model.passes.streams import Text
@@ -80,6 +83,28 @@ def test_a_message_keeps_every_bit() -> None:
     assert copy["weight"].zeros is None and copy["weight"].scheme == weight.scheme
     assert copy["numbers"] == [1, 2.5] and copy["tensors"][0].shape == (0, 4)
     assert copy["tensors"][1].equal(value["tensors"][1])  # type: ignore[index]
+
+
+def test_a_message_keeps_every_kind_of_value() -> None:
+    value = (1, "text", None, True, Path("a/b"), range(2, 9, 3), {3: {"x": (0.1, float("inf"))}}, {1, 2}, torch.float16)
+    message = Message.of([value, torch.Size([2, 3])])
+    copy, size = Message(message.text, message.data).value()
+    assert copy == value and [type(part) for part in copy] == [type(part) for part in value]
+    assert size == torch.Size([2, 3]) and isinstance(size, torch.Size)
+
+
+def test_a_message_makes_no_other_objects() -> None:
+    with pytest.raises(TypeError, match="cannot be sent to other processes"):
+        Message.of({"run": print})
+    data = (torch.empty(0, dtype=torch.uint8),) * 2
+    for text, words in (
+        (["class", "subprocess", "Popen", {}], "not part of llmq"),
+        (["class", "llmq.job", "Job", {}], "not a dataclass"),
+        (["call", "x"], "unknown kind"),
+        (["dtype", "save"], "which torch does not have"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Message(json.dumps(text).encode(), data).value()
 
 
 def test_three_processes_exchange_values() -> None:
