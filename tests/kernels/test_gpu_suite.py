@@ -65,7 +65,7 @@ def test_gptq_section_times_every_step(
 ) -> None:
     cases = results.cases(interpreted[1], "gptq")
     always = {"forward", "hessian", "factorize", "search scales", "round", "pack", "save"}
-    for method, more in {"gptq": set(), "fast": {"target", "descent", "judge"}, "balanced": {"refit"}}.items():
+    for method, more in {"gptq": set(), "fast": {"target", "descent", "judge"}, "balanced": {"tune block"}}.items():
         few = cases[f"few blocks {method}"]
         assert few["not_watched"] == []
         assert always | more <= few["steps"].keys()
