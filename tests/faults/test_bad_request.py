@@ -58,7 +58,7 @@ def test_unknown_name_is_refused(option: str, expected: str, model: Path, out: P
 @pytest.mark.parametrize(
     ("settings", "problem", "hint"),
     [
-        ("metod = 'gptq'", "unknown setting: 'metod'", "known are calibration, damping, format, method"),
+        ("metod = 'gptq'", "unknown setting: 'metod'", "known are calibration, damping, format, keep_grid, method"),
         ("[scheme]\nbit = 4", "unknown key of [scheme]: 'bit'", "known are bits, group_size, symmetric"),
         ("[calibration]\nfile = 'x'", "unknown key of [calibration]: 'file'", "known are samples, seqlen, sources"),
         ("[[overrides]]\npattern = 'x'\nbitz = 4", "unknown key of an override: 'bitz'", "known are bits, group_size"),
