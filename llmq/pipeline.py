@@ -14,7 +14,7 @@
     collect statistics  run the calibration text up to the group, and sum up its inputs (the Hessian)
     quantize            round the weights to codes and scales; later groups get inputs from the quantized weights
     pack                convert to the tensors of the file format
-    tune                adjust all quantized weights of the block together, and pack them again (`best` only)
+    tune                adjust all quantized weights of the block together, and pack them again (if the method does so)
     commit              write the block to the output folder; an interrupted run continues after it
 
 Layers that share an input (q, k and v) are one group and share its statistics. The text goes through the blocks in two

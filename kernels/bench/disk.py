@@ -14,7 +14,7 @@ import torch
 
 from bench.plan import Plan
 from bench.session import Result, Session
-from bench.timing import now
+from bench.timing import now, seconds_of
 
 PIECE = 1 << 28  # bytes per write, about a block of an 8B model
 REPEATS = 3
@@ -66,10 +66,4 @@ def copies(nbytes: int, pinned: bool) -> Result:
 
 def fastest(work: Callable[[], object], device: torch.device) -> float:
     """Seconds of the fastest of REPEATS runs, after one that is not timed."""
-    work()
-    seconds = []
-    for _ in range(REPEATS):
-        start = now(device)
-        work()
-        seconds.append(now(device) - start)
-    return min(seconds)
+    return min(seconds_of(work, repeats=REPEATS, device=device))

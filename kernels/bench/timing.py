@@ -75,13 +75,18 @@ def interleaved(
 
 def events(work: Callable[[], object], *, repeats: int, device: torch.device) -> Spread:
     """Seconds of `work`, launches included, after one run that is not timed."""
+    return Spread.of(seconds_of(work, repeats=repeats, device=device))
+
+
+def seconds_of(work: Callable[[], object], *, repeats: int, device: torch.device) -> list[float]:
+    """The seconds of each run of `work`, after one run that is not timed."""
     work()
     seconds = []
     for _ in range(repeats):
         start = now(device)
         work()
         seconds.append(now(device) - start)
-    return Spread.of(seconds)
+    return seconds
 
 
 def now(device: torch.device) -> float:

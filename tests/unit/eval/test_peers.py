@@ -1,11 +1,9 @@
 """The comparison with peers: results of a script, their measurement and their table; no peer is installed."""
 
-import importlib
 import json
 import site
 import time
 import venv
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 PEERS = Path(__file__).resolve().parents[3] / "eval" / "peers"
-
-
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Import a module of eval/peers, which is not a package: modules also run in environments without llmq."""
-    monkeypatch.syspath_prepend(str(PEERS))
-    yield lambda name: importlib.import_module(name)
 
 
 # ---- plain.py

@@ -1,8 +1,6 @@
 """SmolLM2: the order of rows in GGUF files, and the texts; nothing is downloaded."""
 
-import importlib
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +10,6 @@ import pytest
 import torch
 
 EVAL = Path(__file__).resolve().parents[3] / "eval"
-
-
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Import a module of eval/, which is not a package."""
-    monkeypatch.syspath_prepend(str(EVAL))
-    yield lambda name: importlib.import_module(name)
 
 
 # ---- `yardstick.py`
