@@ -1,4 +1,4 @@
-"""The CPU time of one eager product on a GPU: what a decoding step pays 128 times per token before kernels even start.
+"""The time of one eager product on the CPU side of a GPU: what a decoding step pays 128 times per token before kernels start.
 
     PYTHONPATH=.:kernels python -m bench.launch        needs Triton, and no GPU
 
@@ -119,10 +119,10 @@ def measure(rows: int, *, inference: bool = True) -> dict[str, float]:
         all_ways = ways(call, rows)
         for _ in range(1 + ROUNDS):
             for name, way in all_ways.items():
-                start = time.thread_time()
+                start = time.perf_counter()
                 for _ in range(CALLS):
                     way()
-                taken.setdefault(name, []).append((time.thread_time() - start) / CALLS)
+                taken.setdefault(name, []).append((time.perf_counter() - start) / CALLS)
     return {name: 1e6 * statistics.median(seconds[1:]) for name, seconds in taken.items()}
 
 

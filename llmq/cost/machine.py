@@ -20,6 +20,7 @@ from llmq_kernels.gptq_block import op as gptq_block
 from llmq_kernels.gptq_block.problem import Problem
 
 REPEATS = 3
+SHORTEST_TIMING = 0.02  # seconds
 SIZE = 768  # of the measured products
 BLOCK = 128  # columns of the measured loop
 ROWS = 512
@@ -80,18 +81,21 @@ def measure(device: str = "cpu") -> Machine:
 
 
 def _rate(amount: float, run: Callable[[], object], device: torch.device, overhead: float = 0.0) -> float:
-    """Amount per second of the median of some runs, without `overhead` seconds; the first one warms up.
+    """Amount per second of the median of some timings, without `overhead` seconds a run; the first timing warms up.
 
     A CPU is measured in CPU seconds of this thread times the number of threads, so that other processes do not count.
+    Some machines count CPU seconds in steps of 10 ms, so a timing takes runs until the clock has moved far enough.
     """
     times = []
     clock = time.thread_time if device.type == memory.HOST.type else time.perf_counter
     for _ in range(REPEATS + 1):
         _wait(device)
-        start = clock()
-        run()
-        _wait(device)
-        times.append(clock() - start)
+        start, runs, seconds = clock(), 0, 0.0
+        while seconds < SHORTEST_TIMING:
+            run()
+            _wait(device)
+            runs, seconds = runs + 1, clock() - start
+        times.append(seconds / runs)
     median = sorted(times[1:])[REPEATS // 2]
     return amount / max(median - overhead, median / 10)
 

@@ -177,7 +177,8 @@ def test_calls_without_a_fused_launch_keep_nothing(kernel: Kernel, M: int) -> No
 @pytest.mark.slow
 def test_launch_benchmark_runs() -> None:
     command = [sys.executable, "-c", "from bench import launch; launch.CALLS = launch.ROUNDS = 2; launch.main()"]
-    done = subprocess.run([*command, "--rows", "1"], capture_output=True, text=True, env=_compiling(), check=True)
+    done = subprocess.run([*command, "--rows", "1"], capture_output=True, text=True, env=_compiling(), check=False)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.count("layer") == 6
 
 
