@@ -1,4 +1,4 @@
-"""The time of one eager product on the CPU side of a GPU: what a decoding step pays 128 times per token before kernels start.
+"""The time before the launch of one eager product on a GPU: a decoding step pays it 128 times per token.
 
     PYTHONPATH=.:kernels python -m bench.launch        needs Triton, and no GPU
 
