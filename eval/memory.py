@@ -2,7 +2,7 @@
 
     python eval/memory.py                      models of 2, 4, 8 and 16 equal blocks, random weights
     python eval/memory.py --methods balanced --blocks 2 4
-    python eval/memory.py --shape 1.1B --methods balanced --limit 6 --blocks 22
+    python eval/memory.py --shape 1.1B --methods balanced --limit 6 --blocks 22 --steps 3
     python eval/memory.py --render             only the page, from memory.json
 
 A run is one process. Peak memory is its peak resident memory minus that of a run on a model of one tiny block, so
@@ -29,6 +29,7 @@ BLOCKS = (2, 4, 8, 16)
 VOCABULARY = 512
 # hidden size, intermediate size, heads, key-value heads
 SHAPES = {"tiny": (64, 64, 4, 4), "small": (1024, 1024, 8, 8), "1.1B": (2048, 5632, 32, 4)}
+CASE = ("shape", "blocks", "method", "limit", "steps")
 TOKENS = {"samples": 8, "seqlen": 128}
 
 MAKE = """
@@ -49,23 +50,29 @@ PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
 
 RUN = """
 import json, resource, sys, time
+from dataclasses import replace
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
 import llmq
-model, out, method, samples, seqlen, limit = *sys.argv[1:4], *map(int, sys.argv[4:7])
+from llmq.methods import METHODS
+model, out, method, samples, seqlen, limit, steps = *sys.argv[1:4], *map(int, sys.argv[4:8])
+stages = METHODS[method]
+if steps:
+    tunings = {name: getattr(stages, name) for name in ("block_tuning", "tuning")}
+    stages = replace(stages, **{name: tuning and replace(tuning, steps=steps) for name, tuning in tunings.items()})
 if limit:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 start = time.process_time()
 text = str(Path(out).parent / "text.txt")
-report = llmq.quantize(model, out, method=method, samples=samples, seqlen=seqlen, calibration=text, group_size=64)
+report = llmq.quantize(model, out, stages=stages, samples=samples, seqlen=seqlen, calibration=text, group_size=64)
 peak = next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 notes = [*report.notes, *(report.tuning.notes if report.tuning else ())]
 print(json.dumps({"peak_bytes": peak, "cpu_seconds": time.process_time() - start, "notes": notes}))
 """
 
 
-def run(scratch: Path, shape: str, blocks: int, method: str, limit: int) -> Row:
+def run(scratch: Path, shape: str, blocks: int, method: str, limit: int, steps: int) -> Row:
     """One process that quantizes a random model of `blocks` blocks, with at most `limit` bytes of address space."""
     model, out = scratch / f"{shape}-{blocks}", scratch / "out"
     if not model.exists():
@@ -73,7 +80,7 @@ def run(scratch: Path, shape: str, blocks: int, method: str, limit: int) -> Row:
         subprocess.run([sys.executable, "-c", MAKE, str(model), *numbers], check=True, capture_output=True)
     words = " ".join(f"t{(7 * i * i + i) % VOCABULARY}" for i in range(2 * TOKENS["samples"] * TOKENS["seqlen"]))
     (scratch / "text.txt").write_text(words)
-    arguments = [str(model), str(out), method, *(str(number) for number in (*TOKENS.values(), limit))]
+    arguments = [str(model), str(out), method, *(str(number) for number in (*TOKENS.values(), limit, steps))]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", RUN, *arguments], capture_output=True, text=True, check=False
     )
@@ -81,7 +88,15 @@ def run(scratch: Path, shape: str, blocks: int, method: str, limit: int) -> Row:
     if done.returncode:
         raise SystemExit(f"error: {method} on {blocks} blocks failed\n{done.stderr[-2000:]}")
     figures = json.loads(done.stdout.splitlines()[-1])
-    return {"shape": shape, "blocks": blocks, "method": method, "limit": limit, **figures, "measured": stamp()}
+    return {
+        "shape": shape,
+        "blocks": blocks,
+        "method": method,
+        "limit": limit,
+        "steps": steps,
+        **figures,
+        "measured": stamp(),
+    }
 
 
 INTRODUCTION = """# Peak memory and the number of blocks
@@ -97,11 +112,14 @@ def render(rows: Sequence[Row]) -> str:
     """results/memory.md."""
     parts = [INTRODUCTION.format(**TOKENS)]
     start = {row["method"]: row["peak_bytes"] for row in rows if row["shape"] == "tiny"}
-    for shape, limit in dict.fromkeys((row["shape"], row["limit"]) for row in rows if row["shape"] != "tiny"):
-        own = [row for row in rows if (row["shape"], row["limit"]) == (shape, limit)]
+    for shape, limit, steps in dict.fromkeys(
+        (row["shape"], row["limit"], row["steps"]) for row in rows if row["shape"] != "tiny"
+    ):
+        own = [row for row in rows if (row["shape"], row["limit"], row["steps"]) == (shape, limit, steps)]
         blocks = sorted({row["blocks"] for row in own})
         limited = f", at most {limit / 1e9:g} GB of address space" if limit else ""
-        parts.append(f"\n## {shape}, hidden size {SHAPES[shape][0]}{limited}\n")
+        shortened = f", {steps} steps of tuning" if steps else ""
+        parts.append(f"\n## {shape}, hidden size {SHAPES[shape][0]}{limited}{shortened}\n")
         parts += [table_row(["method", *(f"{n} blocks" for n in blocks)]), table_row(["---"] * (len(blocks) + 1))]
         for method in METHODS:
             peaks = {row["blocks"]: row["peak_bytes"] - start[method] for row in own if row["method"] == method}
@@ -117,14 +135,17 @@ def main() -> None:
     parser.add_argument("--shape", choices=[name for name in SHAPES if name != "tiny"], default="small")
     parser.add_argument("--blocks", nargs="+", type=int, default=list(BLOCKS))
     parser.add_argument("--limit", type=float, default=0, metavar="GB", help="limit of the address space")
+    parser.add_argument("--steps", type=int, default=0, help="steps of tuning; 0: those of the method")
     parser.add_argument("--render", action="store_true", help="only write the page")
     arguments = parser.parse_args()
     limit = round(1e9 * arguments.limit)
-    wanted = [] if arguments.render else [("tiny", 1, method, 0) for method in arguments.methods]
-    wanted += [(arguments.shape, n, m, limit) for m in arguments.methods for n in arguments.blocks if wanted]
+    wanted = [] if arguments.render else [("tiny", 1, method, 0, 0) for method in arguments.methods]
+    wanted += [
+        (arguments.shape, n, m, limit, arguments.steps) for m in arguments.methods for n in arguments.blocks if wanted
+    ]
     with tempfile.TemporaryDirectory() as scratch:
         for case in wanted:
-            if case not in [(row["shape"], row["blocks"], row["method"], row["limit"]) for row in read(JSON)]:
+            if case not in [tuple(row[name] for name in CASE) for row in read(JSON)]:
                 row = run(Path(scratch), *case)
                 append(JSON, row)
                 print(*case, f"{row['peak_bytes'] / 1e6:.0f} MB, {row['cpu_seconds']:.0f} s", *row["notes"], flush=True)

@@ -81,7 +81,7 @@ def measure(device: str = "cpu") -> Machine:
 
 
 def _rate(amount: float, run: Callable[[], object], device: torch.device, overhead: float = 0.0) -> float:
-    """Amount per second of the median of some timings, without `overhead` seconds a run; the first timing warms up.
+    """Amount per second of the median of some timings, without `overhead` seconds per run; the first timing warms up.
 
     A CPU is measured in CPU seconds of this thread times the number of threads, so that other processes do not count.
     Some machines count CPU seconds in steps of 10 ms, so a timing takes runs until the clock has moved far enough.
