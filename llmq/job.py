@@ -186,6 +186,7 @@ class Job:
         if text is not None and plan.stages.tuning is not None:
             whole = text.whole or text
             needed += disk_bytes(plan.skeleton, plan.layers.values(), plan.stages.tuning, whole)
+        needed += fisher_information.disk_bytes(plan.skeleton) if plan.stages.needs_fisher else 0
         writer = Writer.open(self.out, identity=identity, overwrite=self._overwrite, needed_bytes=needed)
         if writer.resumed_blocks:
             self.report.notes.append(
@@ -248,8 +249,13 @@ class Job:
     def _fisher(self, text: Text, writer: Writer, calls: RecordedCalls, on_event: OnEvent) -> FisherInformation | None:
         if not self.plan.stages.needs_fisher or all(writer.has(index) for index in range(self.blocks)):
             return None
-        tokens, seed = (text.whole or text).tokens, self.plan.settings.seed
-        return fisher_information.measure(self.plan.skeleton, tokens, seed, calls, on_event, self._ranks, text.numbers)
+        tokens, seed, folder = (text.whole or text).tokens, self.plan.settings.seed, writer.activations
+        fisher = fisher_information.measure(
+            self.plan.skeleton, tokens, seed, calls, folder, on_event, self._ranks, text.numbers
+        )
+        if fisher.overflowed:
+            self.report.notes.append(fisher_information.OVERFLOWED.format(", ".join(fisher.overflowed)))
+        return fisher
 
     def _finish(self, run: Run, start: float) -> None:
         """Assemble the folder: packed blocks, all other tensors unchanged, configuration and provenance."""

@@ -232,7 +232,7 @@ def _exchanged(name: str, work: Workload) -> float:
             2 * peaks.statistics(work, group) * number for block, number in work.blocks() for group in block.groups
         )
     if name == "Fisher information":
-        return 2 * peaks.fisher_bytes(work)
+        return 2 * (peaks.fisher_bytes(work) + peaks.moment_bytes(work))
     weights = 2.0 * 4 * work.packed_weights
     tuning = {"block tuning": work.method.block_tuning, "end-to-end tuning": work.method.tuning}.get(name)
     return 0.0 if tuning is None else tuning.steps * weights

@@ -124,7 +124,11 @@ def quantizing(work: Workload, machine: Machine, files: Sizes) -> Peak:
         "solver": solver(work, worst),
         "masks": float(block.outline.arguments * itemsize),
     }
-    disk = {"files": float(files.staged + files.model), "hidden states": states if on_file else 0.0}
+    disk = {
+        "files": float(files.staged + files.model),
+        "hidden states": states if on_file else 0.0,
+        "Fisher information": moment_bytes(work),
+    }
     return Peak("quantize", device, _reading(work, machine, block, files), disk)
 
 
@@ -149,12 +153,19 @@ def head(work: Workload) -> float:
 
 
 def fisher_bytes(work: Workload) -> float:
-    """Bytes of Fisher information: a number per token, for each layer and each block, and a (D, D) per block."""
+    """Bytes of Fisher information in main memory: a number per token, for each layer and each block."""
     if not work.method.needs_fisher:
         return 0.0
     outputs = len(work.outline.blocks) - 1  # the last block is compared by its predictions
     layers = sum(len(block.layers) for block in work.outline.blocks)
-    return float(FLOAT * ((layers + outputs) * work.tokens + outputs * work.outline.width**2))
+    return float(FLOAT * (layers + outputs) * work.tokens)
+
+
+def moment_bytes(work: Workload) -> float:
+    """Bytes of Fisher information on disk: a (D, D) per block."""
+    if not work.method.needs_fisher:
+        return 0.0
+    return float(FLOAT * (len(work.outline.blocks) - 1) * work.outline.width**2)
 
 
 def fisher(work: Workload, machine: Machine) -> Peak | None:
@@ -181,7 +192,7 @@ def fisher(work: Workload, machine: Machine) -> Peak | None:
         "next block": coming(work, machine, block),
         "Fisher information": fisher_bytes(work),
     }
-    return Peak("Fisher information", device, host, {})
+    return Peak("Fisher information", device, host, {"Fisher information": moment_bytes(work)})
 
 
 def block_tuning(work: Workload, machine: Machine, files: Sizes) -> Peak | None:

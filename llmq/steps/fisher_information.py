@@ -6,9 +6,10 @@
                                                                                     └► γ and Γ per block ─► OutputMetric
                                                              Σ_t g_tᵀg_t, of the block's output
 
-This is one forward and one backward pass over the text. Nothing of it is saved: a resumed run repeats it and gets the
-same bits, because the labels are drawn from numbers that depend only on the seed and the sequence, and the amount of
-free memory changes no result. Weights get no gradients, so the backward pass costs about as much as the forward pass.
+This is one forward and one backward pass over the text. Γ takes as much memory as a weight, so that of each block is
+in a file until the block is tuned. A resumed run repeats all of this and gets the same bits, because the labels are
+drawn from numbers that depend only on the seed and the sequence, and the amount of free memory changes no result.
+Weights get no gradients, so the backward pass costs about as much as the forward pass.
 
 Not here: why these weights (algorithms/fisher_weights.py), the passes (model/passes/backward.py).
 """
@@ -16,6 +17,7 @@ Not here: why these weights (algorithms/fisher_weights.py), the passes (model/pa
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,12 +30,13 @@ from llmq.distributed.ranks import ALONE, Ranks
 from llmq.model.build.block import Block
 from llmq.model.build.skeleton import Skeleton
 from llmq.model.passes.backward import Tape, backward
-from llmq.model.passes.hidden_states import Storage
+from llmq.model.passes.hidden_states import HiddenStates, Place, Storage
 from llmq.model.passes.recorded_calls import RecordedCalls
 from llmq.model.passes.streams import Text
 from llmq.report.events import OnEvent, Progress, ignore
 from llmq.steps.kl_loss import Part, through_the_head
 
+OVERFLOWED = "gradients overflowed, so all tokens, or all errors, count alike in {}"
 MEMORY_SHARE = 2  # hidden states may take half of the free memory: little else is in memory
 
 Slope = Callable[[Tensor, Tensor], Tensor]
@@ -45,8 +48,10 @@ class FisherInformation:
     """How much errors cost the model's loss.
 
     linears  by path of a linear layer, (S, T) float32 on the CPU: γ, the sum over its outputs
-    outputs  by index of a block, γ (S, T) and Γ (D, D), float32 on the CPU; not for the last block, whose outputs are
-             compared by the predictions made from them
+    outputs  by index of a block, γ (S, T) float32 on the CPU; not for the last block, whose outputs are compared by the
+             predictions made from them
+    moments  Γ (1, D, D) float32, by index of a block
+    overflowed  the layers and blocks whose gradients were not finite
 
     own      the sequences of this rank, if there are several: what is returned is for these
 
@@ -54,7 +59,9 @@ class FisherInformation:
     """
 
     linears: dict[str, Tensor]
-    outputs: dict[int, tuple[Tensor, Tensor]]
+    outputs: dict[int, Tensor]
+    moments: HiddenStates
+    overflowed: tuple[str, ...] = ()
     own: Sequence[int] = ()
 
     def token_weights(self, paths: Sequence[str]) -> Tensor | None:
@@ -64,21 +71,17 @@ class FisherInformation:
         return _rows(fisher_weights.weights(torch.stack([self.linears[path] for path in paths]).sum(0)), self.own)
 
     def output_metric(self, index: int) -> OutputMetric | None:
-        """How much an error in the output of a block costs; None if that is not known.
-
-        It is made once: its parts are dropped, because they take the memory of a weight per block.
-        """
+        """How much an error in the output of a block costs; None if that is not known."""
         if index not in self.outputs:
             return None
-        importance, moment = self.outputs.pop(index)
-        metric = OutputMetric.of(moment, importance)
+        metric = OutputMetric.of(self.moments.read([index])[0], self.outputs[index])
         return replace(metric, weights=_rows(metric.weights, self.own))
 
     def of_all(self, ranks: Ranks, own: Sequence[int], sequences: int) -> "FisherInformation":
         """Of the text of all ranks, with this number of sequences; this one was measured on the sequences `own`."""
         numbers = ranks.all(own)
         linears = ranks.all(self.linears)
-        gammas = ranks.all({index: gamma for index, (gamma, _) in self.outputs.items()})
+        gammas = ranks.all(self.outputs)
 
         def together(shares: Sequence[Tensor]) -> Tensor:
             whole = torch.empty(sequences, shares[0].shape[1])
@@ -89,11 +92,11 @@ class FisherInformation:
         paths = [path for path in linears[0] if all(path in share for share in linears)]
         indices = [index for index in gammas[0] if all(index in share for share in gammas)]
         of_linears = {path: together([share[path] for share in linears]) for path in paths}
-        of_outputs = {
-            index: (together([share[index] for share in gammas]), ranks.sum_(self.outputs[index][1]))
-            for index in indices
-        }
-        return FisherInformation(of_linears, of_outputs, own)
+        of_outputs = {index: together([share[index] for share in gammas]) for index in indices}
+        for index in indices:
+            self.moments.write([index], ranks.sum_(self.moments.read([index])))
+        overflowed = dict.fromkeys(name for names in ranks.all(self.overflowed) for name in names)
+        return FisherInformation(of_linears, of_outputs, self.moments, tuple(overflowed), own)
 
 
 def measure(
@@ -101,13 +104,15 @@ def measure(
     tokens: Tensor,
     seed: int,
     calls: RecordedCalls,
+    folder: Path | None = None,
     on_event: OnEvent = ignore,
     ranks: Ranks = ALONE,
     own: Sequence[int] = (),
 ) -> FisherInformation:
     """Run the float model over `tokens` (S, T) int64, forward and backward; no block is loaded before and after.
 
-    If `own` are given, they are the sequences of this rank, which runs only these.
+    If `own` are given, they are the sequences of this rank, which runs only these. Γ is kept in a file in `folder`, or
+    in main memory without one.
     """
     generator = torch.Generator().manual_seed(seed)
     chances, sequences = torch.rand(tokens.shape, generator=generator), len(tokens)
@@ -120,8 +125,16 @@ def measure(
     batch = max(1, memory.TOKENS_PER_BATCH_TO_WEIGH // tokens.shape[1])
     state = (len(skeleton.blocks) + 1) * skeleton.hidden_bytes(tokens.shape[1])  # one sequence, all blocks
     at_once = max(batch, memory.spare(memory.HOST) // (MEMORY_SHARE * state))
-    measured = fisher_information(skeleton, tokens, slope, calls, batch=batch, at_once=at_once, on_event=on_event)
+    measured = fisher_information(
+        skeleton, tokens, slope, calls, batch=batch, at_once=at_once, folder=folder, on_event=on_event
+    )
     return measured.of_all(ranks, own, sequences) if own else measured
+
+
+def disk_bytes(skeleton: Skeleton) -> int:
+    """The size of the file with Γ of all blocks but the last."""
+    width = skeleton.record(0, torch.zeros(1, memory.PROBE_TOKENS, dtype=torch.int64)).hidden.shape[-1]
+    return 4 * width**2 * (len(skeleton.blocks) - 1)
 
 
 def drawn_slope(skeleton: Skeleton, tokens: Tensor, hidden: Tensor, chances: Tensor) -> Tensor:
@@ -141,6 +154,7 @@ def fisher_information(
     *,
     batch: int,
     at_once: int,
+    folder: Path | None = None,
     on_event: OnEvent = ignore,
 ) -> FisherInformation:
     """The Fisher information of `tokens` (S, T), for the loss whose gradients in the last hidden states `slope` gives.
@@ -148,7 +162,8 @@ def fisher_information(
     batch    sequences that run together; another number may change the last bits
     at_once  sequences whose hidden states are in memory; this changes no result
     """
-    collected = _Collected(tokens.shape)
+    moments = HiddenStates(Storage(memory.HOST, Place.FILE, folder), "moments")
+    collected = _Collected(tokens.shape, moments)
     sequence_bytes = (len(skeleton.blocks) + 1) * skeleton.hidden_bytes(tokens.shape[1])
     parts = torch.arange(len(tokens)).split(max(1, at_once // batch) * batch)
     for number, part in enumerate(parts):
@@ -179,12 +194,15 @@ def _rows(weights: Tensor, own: Sequence[int]) -> Tensor:
 class _Collected:
     """Sums over the gradients of the outputs of linear layers and of blocks, for S sequences of T tokens each."""
 
-    def __init__(self, shape: torch.Size) -> None:
+    def __init__(self, shape: torch.Size, moments: HiddenStates) -> None:
         self._shape = shape
+        self._moments = moments  # of all blocks but the current one
         self._sums: dict[str, Tensor] = {}
-        self._left_out: set[str] = set()
+        self._out_of_place: set[str] = set()  # layers that do not see every token in its place
+        self._overflowed: dict[str, None] = {}
         self._seen: dict[str, list[Tensor]] = {}  # of the current batch
-        self._outputs: dict[int, tuple[Tensor, Tensor]] = {}
+        self._outputs: dict[int, Tensor] = {}
+        self._finite: dict[int, bool] = {}  # by index of a block: whether Γ is
         self._moving: tuple[int, Tensor] | None = None  # Γ of the current block, on the device of its gradients
 
     @contextmanager
@@ -203,8 +221,10 @@ class _Collected:
         for path, recorded in self._seen.items():
             sums = self._sums.setdefault(path, torch.zeros(self._shape, dtype=torch.float32))
             for squares in recorded:
-                if squares.numel() != len(sequences) * self._shape[1] or not torch.isfinite(squares).all():
-                    self._left_out.add(path)
+                if squares.numel() != len(sequences) * self._shape[1]:
+                    self._out_of_place.add(path)
+                elif not torch.isfinite(squares).all():
+                    self._overflowed[path] = None
                 else:
                     ordered = (
                         squares.reshape(self._shape[1], -1).T if tokens_first else squares.reshape(-1, self._shape[1])
@@ -215,11 +235,11 @@ class _Collected:
     def take_output(self, index: int, sequences: Tensor, gradient: Tensor) -> None:
         """Add the gradient (…, B, T, D) of the output of block `index` for these sequences (B,)."""
         D = gradient.shape[-1]
-        if index not in self._outputs:
-            self._outputs[index] = torch.zeros(self._shape, dtype=torch.float32), torch.zeros(D, D, dtype=torch.float32)
-        importance, moment = self._outputs[index]
+        known = index in self._outputs
+        importance = self._outputs.setdefault(index, torch.zeros(self._shape, dtype=torch.float32))
         if self._moving is None or self._moving[0] != index:
             self._settle()
+            moment = self._moments.read([index])[0] if known else torch.zeros(D, D, dtype=torch.float32)
             self._moving = index, moment.to(gradient.device)  # not for each batch: Γ of a wide model is 0.3 GB
         rows = gradient.to(torch.float32).reshape(-1, len(sequences) * self._shape[1], D)
         importance[sequences] += rows.square().sum((0, 2)).reshape(-1, self._shape[1]).cpu()
@@ -227,17 +247,20 @@ class _Collected:
         self._moving[1].add_(flat.T @ flat)
 
     def _settle(self) -> None:
-        """Put Γ of the current block back to the others."""
+        """Put Γ of the current block to the others."""
         if self._moving is not None:
             index, moment = self._moving
-            self._outputs[index] = self._outputs[index][0], moment.cpu()
+            self._moments.write([index], moment[None].cpu())
+            self._finite[index] = bool(moment.isfinite().all())
             self._moving = None
 
     def result(self) -> FisherInformation:
         self._settle()
-        linears = {path: sums for path, sums in self._sums.items() if path not in self._left_out}
-        finite = {i: pair for i, pair in self._outputs.items() if all(bool(t.isfinite().all()) for t in pair)}
-        return FisherInformation(linears, finite)
+        left_out = self._out_of_place | self._overflowed.keys()
+        linears = {path: sums for path, sums in self._sums.items() if path not in left_out}
+        outputs = {i: sums for i, sums in self._outputs.items() if self._finite[i] and bool(sums.isfinite().all())}
+        blocks = [f"the output of block {i}" for i in self._outputs if i not in outputs]
+        return FisherInformation(linears, outputs, self._moments, (*self._overflowed, *blocks))
 
     def _hook(self, path: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def record(gradient: Tensor) -> None:

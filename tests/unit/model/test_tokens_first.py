@@ -63,8 +63,8 @@ def squared_gradients(skeleton: Skeleton, batch: int) -> dict[str, Tensor]:
     )
     assert measured.outputs.keys() == set(range(len(skeleton.blocks) - 1))
     tensors = dict(measured.linears)
-    for index, (importance, moment) in measured.outputs.items():
-        tensors |= {f"{index}.importance": importance, f"{index}.moment": moment}
+    for index, importance in measured.outputs.items():
+        tensors |= {f"{index}.importance": importance, f"{index}.moment": measured.moments.read([index])}
     return tensors
 
 

@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM
 from llmq.algorithms import fisher_weights
 from llmq.algorithms.fisher_weights import OutputMetric
 from llmq.checkpoint.reader import Checkpoint
+from llmq.memory import HOST
 from llmq.methods import Method
 from llmq.model.build.skeleton import Skeleton
+from llmq.model.passes.hidden_states import HiddenStates, Place, Storage
 from llmq.model.passes.recorded_calls import RecordedCalls
 from llmq.report.events import Event, Progress
 from llmq.runtime.checkpoint_weights import PackedWeights
@@ -118,7 +120,8 @@ def test_squared_gradients_equal_the_whole_models(checkpoint: Checkpoints, name:
     for index, path in enumerate(blocks):
         gradient = outputs[path].grad
         assert gradient is not None
-        rows, (importance, moment) = gradient.double().flatten(0, -2), information.outputs[index]
+        rows, importance = gradient.double().flatten(0, -2), information.outputs[index]
+        moment = information.moments.read([index])[0]
         expected = rows.square().sum(-1).reshape(windows.shape)
         assert (importance - expected).abs().max() <= TOLERANCE * expected.max(), path
         assert (moment - rows.T @ rows).abs().max() <= TOLERANCE * (rows.T @ rows).abs().max(), path
@@ -128,8 +131,10 @@ def test_gradients_do_not_depend_on_the_chunk_size(checkpoint: Checkpoints) -> N
     windows = tokens(5, LENGTH)
     whole, parts = (measured(skeleton_of(checkpoint("llama")), windows, at_once) for at_once in (100, 1))
     assert all(torch.equal(whole.linears[path], parts.linears[path]) for path in whole.linears)
-    for index, pair in whole.outputs.items():
-        assert all(torch.equal(a, b) for a, b in zip(pair, parts.outputs[index], strict=True))
+    assert whole.outputs.keys() == parts.outputs.keys()
+    for index, importance in whole.outputs.items():
+        assert torch.equal(importance, parts.outputs[index])
+        assert torch.equal(whole.moments.read([index]), parts.moments.read([index]))
 
 
 def test_the_metric_of_outputs_has_a_mean_eigenvalue_of_one() -> None:
@@ -159,7 +164,7 @@ def test_statistics_are_weighted_by_tokens(checkpoint: Checkpoints) -> None:
     """H of each group is Σ γ x xᵀ / Σ γ of what the block is fed; the same for validation sequences."""
     skeleton, windows = skeleton_of(checkpoint("llama")), tokens(5, LENGTH)
     events: list[Event] = []
-    information = measuring.measure(skeleton, windows, 3, RecordedCalls(skeleton), events.append)
+    information = measuring.measure(skeleton, windows, 3, RecordedCalls(skeleton), on_event=events.append)
     assert [(event.done, event.total) for event in events if isinstance(event, Progress)] == [(1, 3), (2, 3), (3, 3)]
     assert all(parameter.is_meta for block in skeleton.blocks for parameter in block.module.parameters())
     block, streams = (
@@ -196,16 +201,30 @@ def test_a_run_with_token_weights_differs_and_repeats(checkpoint: Checkpoints, t
     assert any(not torch.equal(first[name], plain[name]) for name in first)
 
 
-def test_sums_over_outputs_grow_by_batches_and_parts() -> None:
+def test_sums_over_outputs_grow_by_batches_and_parts(tmp_path: Path) -> None:
     """Blocks are visited one after the other, and again for each part of the text."""
     S, T, D = 4, 3, 5
     gradients = torch.randn(2, S, T, D, generator=torch.Generator().manual_seed(0))
-    collected = measuring._Collected(torch.Size((S, T)))
+    moments = HiddenStates(Storage(HOST, Place.FILE, tmp_path), "moments")
+    collected = measuring._Collected(torch.Size((S, T)), moments)
     for part in (torch.tensor([0, 1]), torch.tensor([2, 3])):
         for index in (1, 0):
             for sequence in part:
                 collected.take_output(index, sequence[None], gradients[index, sequence][None])
-    for index, (importance, moment) in collected.result().outputs.items():
+    information = collected.result()
+    assert information.overflowed == ()
+    for index, importance in information.outputs.items():
         rows = gradients[index].reshape(-1, D)
-        torch.testing.assert_close(moment, rows.T @ rows)
+        torch.testing.assert_close(information.moments.read([index])[0], rows.T @ rows)
         torch.testing.assert_close(importance, gradients[index].square().sum(-1))
+
+
+def test_gradients_that_overflow_are_left_out_by_name() -> None:
+    collected = measuring._Collected(torch.Size((1, 2)), HiddenStates(Storage(HOST), "moments"))
+    collected._seen = {"q": [torch.tensor([[1.0, math.inf]])], "k": [torch.ones(1, 2)]}
+    collected.take(torch.tensor([0]), tokens_first=False)
+    collected.take_output(0, torch.tensor([0]), torch.full((1, 2, 3), 1e30))
+    collected.take_output(1, torch.tensor([0]), torch.ones(1, 2, 3))
+    information = collected.result()
+    assert information.overflowed == ("q", "the output of block 0")
+    assert (information.linears.keys(), information.outputs.keys()) == ({"k"}, {1})
