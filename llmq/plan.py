@@ -80,12 +80,12 @@ class Plan:
         exact = chosen.type == "cpu" or method.transforms  # folding sites are detected in float32
         skeleton = open_skeleton(checkpoint, chosen, torch.float32 if exact else dtype, remote_code=remote_code)
         settings, notes = preset.applied(settings, skeleton, layout)
-        layers = _plan_layers(skeleton, settings, layout, checkpoint.config)
+        layers = plan_layers(skeleton, settings, layout, checkpoint.config)
         return cls(settings, method, checkpoint, chosen, layout, dtype, skeleton, layers, remote_code, notes)
 
     def with_settings(self, settings: QuantConfig) -> "Plan":
         """The plan of the same model for other settings; method, format and device do not change."""
-        layers = _plan_layers(self.skeleton, settings, self.layout, self.checkpoint.config)
+        layers = plan_layers(self.skeleton, settings, self.layout, self.checkpoint.config)
         return dataclasses.replace(self, settings=settings, layers=layers)
 
     @property
@@ -191,9 +191,10 @@ class Plan:
         return (layout or self.layout).quantization_config(chosen, floats)
 
 
-def _plan_layers(
+def plan_layers(
     skeleton: Skeleton, settings: QuantConfig, layout: Layout, config: Mapping[str, Any]
 ) -> dict[str, LayerPlan]:
+    """The plan of each linear layer by its path; `config` is that of config.json. Raises ConfigError."""
     linears = {path: module for block in skeleton.blocks for path, module in block.linears.items()}
     if settings.quantize_head:
         linears |= _head(skeleton)

@@ -12,6 +12,7 @@ from llmq.checkpoint.safetensors_files import reading
 from llmq.errors import CheckpointError, ConfigError
 
 WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md")
+CONFIGURATION = ("*.json", "*.jinja")
 REMOTE_CODE = ("*.py",)
 # Some repositories hold a second copy of the weights in another layout.
 UNWANTED = ("*/*.safetensors", "consolidated*.safetensors")
@@ -19,12 +20,13 @@ UNWANTED = ("*/*.safetensors", "consolidated*.safetensors")
 _ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
 
-def locate(model: str, revision: str | None = None, *, remote_code: bool = False) -> Path:
+def locate(model: str, revision: str | None = None, *, remote_code: bool = False, weights: bool = True) -> Path:
     """Return the folder of a model; download the model if necessary.
 
     model        a path or a Hub id
     revision     branch, tag or commit on the Hub; None is the default branch
     remote_code  also download the Python files of the model
+    weights      whether more than its configuration is needed
 
     Raises CheckpointError if the model does not exist, is gated, or is not cached and the Hub cannot be reached;
     ConfigError for a revision of a local folder.
@@ -39,7 +41,7 @@ def locate(model: str, revision: str | None = None, *, remote_code: bool = False
     if not _ID.fullmatch(model):
         message = f"{model!r} is neither a local path nor a Hub id"
         raise CheckpointError(message, hint="give a folder with a config.json, or an id such as Qwen/Qwen3-0.6B")
-    return _download(model, revision, [*WANTED, *(REMOTE_CODE if remote_code else ())])
+    return _download(model, revision, [*(WANTED if weights else CONFIGURATION), *(REMOTE_CODE if remote_code else ())])
 
 
 def _download(model: str, revision: str | None, patterns: list[str]) -> Path:

@@ -6,7 +6,7 @@ Layers with the same input are fused (`runtime/fused_linear.py`).
 """
 
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -119,12 +119,19 @@ def choose_device(name: str | torch.device) -> torch.device:
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The dtype in config.json, or that of the first float tensor."""
-    named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-    dtype = getattr(torch, named, None) if isinstance(named, str) else None
-    if dtype in MODEL_DTYPES:
-        return cast(torch.dtype, dtype)
     dtypes = (checkpoint.info(name).dtype for name in checkpoint.names())
-    return next((dtype for dtype in dtypes if dtype in MODEL_DTYPES), torch.float32)
+    return configured_dtype(checkpoint.config) or next((d for d in dtypes if d in MODEL_DTYPES), torch.float32)
+
+
+def configured_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
+    """The dtype that a config.json names; None if it names none that models have."""
+    inner = config.get("text_config")
+    for part in (config, inner if isinstance(inner, Mapping) else {}):
+        named = part.get("dtype") or part.get("torch_dtype")
+        dtype = getattr(torch, named, None) if isinstance(named, str) else None
+        if dtype in MODEL_DTYPES:
+            return cast(torch.dtype, dtype)
+    return None
 
 
 def _fill_packed(model: nn.Module, checkpoint: Checkpoint, device: torch.device, *, fuse: bool) -> None:

@@ -1,0 +1,134 @@
+"""`llmq plan MODEL`"""
+
+import re
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Option
+
+from llmq.cli import options
+from llmq.cli.terminal import megabytes, messages, print_json, print_notes, print_table, quiet_transformers
+from llmq.config import QuantConfig
+from llmq.errors import ConfigError
+
+if TYPE_CHECKING:
+    from llmq.forecast import Fit, Forecast
+
+PANEL, ORDER = "Quantization", 0
+UNITS = {"": 1, "k": 1000, "m": 10**6, "g": 10**9, "t": 10**12, "kb": 1000, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+         "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}  # fmt: skip
+HOUR, MINUTE = 3600, 60
+
+
+@options.with_settings()
+def command(
+    model: options.Model,
+    *,
+    settings: QuantConfig,
+    fit: Annotated[
+        str | None,
+        Option("--fit", metavar="MEMORY", help="Memory of the accelerator that will run the model, such as 24GB. Shows "
+               "the largest grid that fits.", rich_help_panel=options.GENERAL),
+    ] = None,
+    context: Annotated[
+        str,
+        Option("--context", metavar="TOKENS", help="Tokens of context to keep room for, such as 32k; with --fit.",
+               rich_help_panel=options.GENERAL),
+    ] = "8k",
+    device: options.Device = "auto",
+    revision: options.Revision = None,
+    json: options.Json = False,
+) -> None:  # fmt: skip
+    """Show what quantizing a model will cost, and what the result will need.
+
+    Reads configuration files only: of a model on the Hub, no weights are
+    downloaded. The times come from a short measurement of this machine, and
+    may be wrong by a third.
+
+    Examples:
+      llmq plan Qwen/Qwen3-8B
+      llmq plan Qwen/Qwen3-32B --fit 24GB --context 32k
+      llmq plan Qwen/Qwen3-8B --bits 3 --group-size 64 --json
+
+    Exit codes: those of llmq quantize.
+
+    See also:
+      llmq quantize --dry-run  the grid of each layer, from the checkpoint
+    """
+    memory, tokens = _quantity("--fit", fit) if fit is not None else None, _quantity("--context", context)
+    messages().print("counting parameters and measuring this machine")
+    from llmq import forecast
+
+    quiet_transformers()
+    fitting = None
+    if memory is not None:
+        fitting = forecast.fit(model, settings, memory, tokens, revision=revision)
+        settings = fitting.settings
+    result = forecast.forecast(model, settings, device=device, revision=revision)
+    if json:
+        print_json({**result.to_dict(), "fit": None if fitting is None else fitting.flags})
+        return
+    _print_forecast(result, settings)
+    if fitting is not None:
+        _print_fit(model, fitting)
+
+
+def _quantity(flag: str, text: str) -> int:
+    """`24GB`, `32k` and `8192` as a number."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
+    if match is None or match[2] not in UNITS or not float(match[1]):
+        raise ConfigError(f"{flag} is {text!r}", hint="give a number with a unit, such as 24GB or 32k")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def _print_forecast(result: "Forecast", settings: QuantConfig) -> None:
+    parameters = result.parameters
+    counts = [
+        ("linear layers of the blocks", parameters.linears),
+        ("experts", parameters.experts),
+        ("embedding", parameters.embedding),
+        ("head", parameters.head),
+        ("all others", parameters.other),
+        ("together", parameters.total),
+    ]
+    shown = [(name, f"{count:,}", f"{count / parameters.total:.1%}") for name, count in counts if count]
+    print_table(f"{result.source}: {result.architecture}", ("parameters", "number", "share"), shown)
+    layers = [
+        (kind.name, str(kind.number), f"{kind.shape[0]} x {kind.shape[1]}", kind.grid, kind.reason)
+        for kind in result.layers
+    ]
+    print_table("linear layers", ("layer", "number", "shape", "grid", "note"), layers)
+    sizes = [("as it is", megabytes(result.stored_bytes), "", "")]
+    sizes += [
+        (size.format, megabytes(size.nbytes), f"{size.bits:.2f}", ", ".join(size.engines))
+        for size in result.sizes
+        if not size.refusal
+    ]
+    print_table("size of weights", ("format", "size", "bits/weight", "engines"), sizes)
+    print_notes([f"not in format {size.format}: {size.refusal}" for size in result.sizes if size.refusal])
+    costs = [
+        (cost.method, duration(cost.seconds), *([megabytes(cost.device_bytes)] if result.device != "cpu" else []),
+         megabytes(cost.host_bytes), megabytes(cost.disk_bytes))
+        for cost in result.costs
+    ]  # fmt: skip
+    calibration, gpu = settings.calibration, ["GPU memory"] if result.device != "cpu" else []
+    text = f"{calibration.samples} x {calibration.seqlen} calibration tokens on {result.device}"
+    print_table(f"cost of quantizing, {text}", ("method", "time", *gpu, "main memory", "disk"), costs)
+    print(f"keys and values of {1000:,} tokens take {megabytes(1000 * result.bytes_per_token)} in 16 bits")
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `12 min` or `3.5 h`."""
+    if seconds < 2 * MINUTE:
+        return f"{seconds:.0f} s"
+    return f"{seconds / MINUTE:.0f} min" if seconds < 2 * HOUR else f"{seconds / HOUR:.1f} h"
+
+
+def _print_fit(model: str, fitting: "Fit") -> None:
+    whole = fitting.weight_bytes + fitting.cache_bytes
+    rows: list[tuple[str, Any]] = [
+        ("weights", f"{megabytes(fitting.weight_bytes)}, {fitting.bits_per_weight:.2f} bits per quantized weight"),
+        (f"keys and values of {fitting.context:,} tokens", megabytes(fitting.cache_bytes)),
+        ("together", f"{megabytes(whole)} of {megabytes(fitting.memory)}, of which a tenth is reserved"),
+    ]
+    print_table(f"fits: {fitting.flags}", ("", "value"), rows)
+    print(f"next: llmq quantize {model} {fitting.flags}")

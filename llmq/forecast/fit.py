@@ -1,0 +1,80 @@
+"""Find the grid with which a model and its keys and values fit into the memory of an accelerator."""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from llmq.config import QuantConfig
+from llmq.errors import ConfigError, LlmqError
+from llmq.forecast.sizes_and_costs import HALF, Configured
+from llmq.numerics.gguf_types import GGUF_GRIDS
+from llmq.numerics.scheme import WeightScheme
+
+GRIDS = ((8, 128), (4, 32), (4, 64), (4, 128), (3, 64), (3, 128), (2, 32), (2, 64), (2, 128))  # bits and group sizes
+RESERVED = 0.1  # of the memory, for activations and the program
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Settings with which a model fits into `memory` bytes, of which a tenth is reserved.
+
+    weight_bytes  of all weights
+    cache_bytes   of keys and values of `context` tokens in 16 bits
+    """
+
+    settings: QuantConfig
+    bits_per_weight: float
+    weight_bytes: int
+    cache_bytes: int
+    context: int
+    memory: int
+
+    @property
+    def flags(self) -> str:
+        """The options of `llmq quantize` that choose these settings."""
+        chosen = self.settings
+        if chosen.format in GGUF_GRIDS:
+            return f"--format {chosen.format}"
+        return f"--bits {chosen.scheme.bits} --group-size {chosen.scheme.group_size} --format {chosen.formats[0]}"
+
+
+def fit(model: str, settings: QuantConfig, memory: int, context: int, *, revision: str | None = None) -> Fit:
+    """The largest grid with which the model and the keys and values of `context` tokens fit into `memory` bytes.
+
+    Raises ConfigError if none fits, and what `forecast` raises.
+    """
+    configured = Configured.read(model, settings.calibration.seqlen, "cpu", revision)
+    per_token = configured.outline.cache * HALF // configured.outline.itemsize
+    room = int((1 - RESERVED) * memory) - context * per_token
+    sizes = list(_sizes(configured, settings))
+    fitting = [entry for entry in sizes if entry[1] <= room]
+    if not sizes:
+        configured.size(settings)  # raises the reason
+        raise ConfigError(f"{settings.format} holds none of the grids", hint="choose another --format")
+    if not fitting:
+        smallest = min(nbytes for _, nbytes, _ in sizes)
+        left = int((1 - RESERVED) * memory) - smallest
+        tokens = left // per_token if left > 0 and per_token else 0
+        raise ConfigError(
+            f"{model} does not fit into {memory / 1e9:g} GB: the smallest grid takes {smallest / 1e9:.2f} GB, the keys "
+            f"and values of {context:,} tokens {context * per_token / 1e9:.2f} GB, and a tenth is reserved",
+            hint=f"lower --context to {tokens:,}" if tokens else "give more memory, or choose a smaller model",
+        )
+    chosen, nbytes, bits = max(fitting, key=lambda entry: entry[1])
+    return Fit(chosen, bits, nbytes, context * per_token, context, memory)
+
+
+def _sizes(configured: Configured, settings: QuantConfig) -> Iterator[tuple[QuantConfig, int, float]]:
+    """Settings with each grid that the format holds, bytes of all weights, and bits per weight."""
+    if settings.format in GGUF_GRIDS:
+        changes: list[dict[str, Any]] = [{"format": name, "scheme": WeightScheme()} for name in GGUF_GRIDS]
+    else:
+        grids = [dataclasses.replace(settings.scheme, bits=bits, group_size=size) for bits, size in GRIDS]
+        changes = [{"scheme": grid} for grid in grids]
+    for change in changes:
+        candidate = settings.model_copy(update=change)
+        try:
+            yield candidate, *configured.size(candidate)
+        except LlmqError:  # the format does not hold this grid
+            continue
