@@ -17,7 +17,7 @@ SMALLEST = 1e-9  # smaller values get the same colour, because 0 has no logarith
 def require_drawable(file: Path) -> None:
     """Raise ConfigError if matplotlib is not installed or cannot write this type of file."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("--plot needs matplotlib, which is not installed", hint="pip install 'llmq[plots]'")
+        raise ConfigError("--plot needs matplotlib, which is not installed", hint="pip install 'llmq-quantize[plots]'")
     from matplotlib.figure import Figure
 
     if file.suffix.removeprefix(".") not in Figure().canvas.get_supported_filetypes():

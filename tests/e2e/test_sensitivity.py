@@ -114,7 +114,8 @@ def test_without_matplotlib_the_extra_is_named(model: Path, monkeypatch: pytest.
     outcome = command_line.llmq("sensitivity", model, "--plot", "map.png")
     assert outcome.exit_code == 2
     assert (
-        "needs matplotlib, which is not installed" in outcome.stderr and "pip install 'llmq[plots]'" in outcome.stderr
+        "needs matplotlib, which is not installed" in outcome.stderr
+        and "pip install 'llmq-quantize[plots]'" in outcome.stderr
     )
 
 
