@@ -134,6 +134,11 @@ class Calibration(Settings):
         ge=1,
         description="Tokens per calibration sequence, at most the model's context. Lower it to save memory.",
     )
+    packing: Annotated[bool, Setting(flag="--packing/--no-packing")] = Field(
+        default=False,
+        description="Fill the sequences with whole documents, one after the other. By default each sequence is drawn "
+        "from another document, which lowers the error. Use it to compare with other tools.",
+    )
 
 
 class QuantConfig(Settings):

@@ -137,7 +137,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     """The settings of a `--config` file, for `model_validate`."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # also numbers of thousands of digits, and deep nesting
         raise ConfigError(f"cannot read the configuration file {path}: {error}") from None
 
 

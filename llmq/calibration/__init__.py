@@ -5,7 +5,8 @@ weight. In the order of processing:
 
     sources.py        parse sources and their weights
     readers/          read the documents of a source, one file per kind of source (chats: chats.py)
-    sequences.py      documents into sequences: tokenized as in serving, joined, cut, never padded
+    sequences.py      documents into sequences: tokenized as in serving, never padded
+    drawing.py        which tokens become sequences: drawn from many documents, or joined end to end
     self_written.py   text that the model generates (calibration/cache.py keeps it until the run is finished)
     mixture.py        sequences of all sources, by their weights: `load`
     manifest.py       what was read and used of each source
@@ -14,7 +15,7 @@ weight. In the order of processing:
 
 from llmq.calibration.cache import OwnText
 from llmq.calibration.documents import texts_only
-from llmq.calibration.files import paragraphs, read_text
+from llmq.calibration.files import read_text
 from llmq.calibration.manifest import CalibrationSet, SourceRecord, sha256_of
 from llmq.calibration.mixture import Author, load
 from llmq.calibration.self_written import SelfAuthor
@@ -30,7 +31,6 @@ __all__ = [
     "SourceRecord",
     "cut",
     "load",
-    "paragraphs",
     "read_documents",
     "read_source",
     "read_text",

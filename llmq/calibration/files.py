@@ -1,12 +1,15 @@
 """Local files: detect and read them."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from llmq.calibration import readers
 from llmq.errors import CalibrationError
 
-PARAGRAPHS_AT_LEAST = 2_000  # characters: a .txt file is cut at blank lines into documents of this size
+SHORTEST_PIECE = 2_000  # characters of a document that is cut from a .txt file
+LONGEST = 4  # times the shortest piece
+GAPS = tuple(map(re.compile, (r"\n(?:[ \t]*\n)+", r"\n", r"\s")))  # where a text is cut, the best place first
 
 
 def is_file_name(source: str, suffixes: Sequence[str]) -> bool:
@@ -36,10 +39,13 @@ def require_file(path: Path) -> None:
 
 
 def read_text(path: Path) -> str:
-    """Read a file as text; raises CalibrationError if it cannot be read or is not UTF-8."""
+    """Read a file as text, without a byte order mark and with `\\n` as line ends.
+
+    Raises CalibrationError if it cannot be read or is not UTF-8.
+    """
     require_file(path)
     try:
-        return path.read_bytes().decode("utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise CalibrationError(
             f"{path} is not UTF-8 text: byte {error.object[error.start]:#04x} at offset {error.start}",
@@ -49,15 +55,17 @@ def read_text(path: Path) -> str:
         raise CalibrationError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def paragraphs(text: str) -> list[str]:
-    """Split a long text at blank lines into documents of at least `PARAGRAPHS_AT_LEAST` characters."""
-    documents, gathered, length = [], [], 0
-    for paragraph in text.split("\n\n"):
-        gathered.append(paragraph)
-        length += len(paragraph)
-        if length >= PARAGRAPHS_AT_LEAST:
-            documents.append("\n\n".join(gathered))
-            gathered, length = [], 0
-    if gathered:
-        documents.append("\n\n".join(gathered))
-    return documents
+def pieces(text: str, shortest: int = SHORTEST_PIECE) -> list[str]:
+    """Cut a long text into consecutive pieces of at least `shortest` characters, and at most `LONGEST` times as many.
+
+    A piece ends at a blank line; where there is none, at a line end, at a space, or in the middle of a word. The blank
+    space between two pieces is left out.
+    """
+    cut, start = [], 0
+    while start < len(text):
+        longest = start + LONGEST * shortest
+        matches = (gap.search(text, start + shortest, longest) for gap in GAPS)
+        end, following = next((match.span() for match in matches if match), (longest, longest))
+        cut.append(text[start:end])
+        start = following
+    return cut

@@ -15,7 +15,10 @@ from typing import Any
 
 from torch import Tensor
 
+from llmq.calibration.documents import left_out_like
+
 SCRIPTS_SHOWN = 4
+ROWS_NAMED = 20  # of those that were left out
 SCRIPTS = {"cjk": "Han", "ideographic": "Han", "fullwidth": "Latin", "halfwidth": "Katakana"}  # by first word of name
 
 
@@ -23,13 +26,15 @@ SCRIPTS = {"cjk": "Han", "ideographic": "Han", "fullwidth": "Latin", "halfwidth"
 class SourceRecord:
     """One source of a calibration set.
 
-    documents    number of documents; each is empty, a duplicate (of a document in this source or an earlier one),
-                 refused (the chat template raised an error), read, or not needed
-    truncated    read documents that were cut or left out at the end of the last complete sequence
+    documents    number of rows; each is unusable (neither a text nor a chat), empty, a duplicate (of a document in this
+                 source or an earlier one), refused (the chat template raised an error), read, or not needed
+    left_out     the first unusable and refused rows, each with the reason
+    truncated    documents of which some of the tokens that were read are in no sequence
     share        requested fraction of all sequences; `wanted` is that number, `windows` the number that was made
-    dropped_tokens  tokens after the last complete sequence
+    dropped_tokens  tokens that were read and are in no sequence
     doubled_bos  documents that start with the beginning-of-text token of the tokenizer; one of the two was removed
     untemplated  chats that were read as plain text because the tokenizer has no template
+    partial      chats without their parts that are not text, such as images
     scripts      fraction of the letters that were read, the most frequent script first
     sha256       hash of its sequences
     """
@@ -41,24 +46,29 @@ class SourceRecord:
     tokens: int
     sha256: str
     documents: int = 0
+    unusable: int = 0
     empty: int = 0
     duplicates: int = 0
     refused: int = 0
+    left_out: tuple[tuple[str, str], ...] = ()
     read: int = 0
     truncated: int = 0
     dropped_tokens: int = 0
     doubled_bos: int = 0
     chats: int = 0
     untemplated: int = 0
+    partial: int = 0
     characters_per_token: float = 0.0
     scripts: tuple[tuple[str, float], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "scripts": dict(self.scripts)}
+        return {**asdict(self), "left_out": dict(self.left_out), "scripts": dict(self.scripts)}
 
     def notes(self, refusal: str = "") -> list[str]:
         """Problems of this source that a user should know; `refusal` is the error message of the chat template."""
+        first = self.left_out[0] if self.left_out else ("", "")  # unusable rows come before refused ones
         problems = (
+            (self.unusable, left_out_like(*first)),
             (self.duplicates, "documents are duplicates; each text was read once"),
             (self.empty, "documents are empty and were left out"),
             (
@@ -66,6 +76,7 @@ class SourceRecord:
                 "documents start with the token that the tokenizer adds; the second one was removed",
             ),
             (self.untemplated, "chats were read as plain text: the tokenizer has no chat template"),
+            (self.partial, "chats were read without their parts that are not text, such as images"),
             (self.refused, f"chats were left out because the chat template refuses them: {refusal}"),
         )
         notes = [f"{self.source}: {count} of {self.documents} {problem}" for count, problem in problems if count]
@@ -76,13 +87,17 @@ class SourceRecord:
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """The sequences `windows` (S, T) int64, their sources, the SHA-256 of the ids, notes, and a record per source."""
+    """The sequences `windows` (S, T) int64, their sources, the SHA-256 of the ids, notes, and a record per source.
+
+    packing  whether documents were joined end to end, and sequences were not drawn from many documents
+    """
 
     windows: Tensor
     sources: tuple[str, ...]
     sha256: str
     notes: tuple[str, ...] = ()
     records: tuple[SourceRecord, ...] = ()
+    packing: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         samples, seqlen = self.windows.shape
@@ -92,6 +107,7 @@ class CalibrationSet:
             "seqlen": seqlen,
             "tokens": samples * seqlen,
             "sha256": self.sha256,
+            "packing": self.packing,
             "notes": list(self.notes),
             "manifest": [record.to_dict() for record in self.records],
         }

@@ -46,7 +46,7 @@ def load(
         raise CalibrationError(message, hint="name self once, with a weight such as self:0.2, or give a text")
     seen: set[bytes] = set()
     texts = {
-        index: TextWindows(source, tokenizer, seqlen, seed, seen)
+        index: TextWindows(source, tokenizer, seqlen, seed, settings.packing, seen)
         for index, source in enumerate(sources)
         if not source.is_self
     }
@@ -73,7 +73,7 @@ def load(
     if len(sources) > 1:
         windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]
     names = tuple(source.name for source in sources)
-    return CalibrationSet(windows, names, sha256_of(windows), tuple(notes), tuple(records))
+    return CalibrationSet(windows, names, sha256_of(windows), tuple(notes), tuple(records), settings.packing)
 
 
 def fill(sources: Sequence[Source], texts: dict[int, TextWindows], samples: int) -> list[int]:

@@ -16,14 +16,16 @@ LINES: tuple[tuple[str, Callable[[Record], str]], ...] = (
     ("documents", lambda record: _unless_zero(record["documents"])),
     ("read", lambda record: _unless_zero(record["read"])),
     ("not needed", lambda record: _unless_zero(_not_needed(record))),
+    ("unusable, left out", lambda record: _unless_zero(record.get("unusable", 0))),
     ("empty, left out", lambda record: _unless_zero(record["empty"])),
     ("duplicates, left out", lambda record: _unless_zero(record["duplicates"])),
     ("refused by the chat template", lambda record: _unless_zero(record["refused"])),
-    ("cut after the last sequence", lambda record: _unless_zero(record["truncated"])),
-    ("tokens dropped", lambda record: _unless_zero(record["dropped_tokens"])),
+    ("read in part", lambda record: _unless_zero(record["truncated"])),
+    ("tokens not used", lambda record: _unless_zero(record["dropped_tokens"])),
     ("doubled BOS, removed", lambda record: _unless_zero(record["doubled_bos"])),
     ("chats", lambda record: _unless_zero(record["chats"])),
     ("chats without a template", lambda record: _unless_zero(record["untemplated"])),
+    ("chats without images etc.", lambda record: _unless_zero(record.get("partial", 0))),
     ("characters per token", lambda record: f"{record['characters_per_token']:.2f}"),
     ("scripts", lambda record: ", ".join(f"{name} {part:.1%}" for name, part in record["scripts"].items())),
     ("sha256", lambda record: f"{record['sha256'][:16]}…"),
@@ -46,5 +48,5 @@ def _unless_zero(count: int) -> str:
 
 def _not_needed(record: Record) -> int:
     """The number of documents that no sequence needed."""
-    reached = sum(record[what] for what in ("read", "empty", "duplicates", "refused"))
+    reached = sum(record.get(what, 0) for what in ("read", "unusable", "empty", "duplicates", "refused"))
     return int(record["documents"] - reached)

@@ -127,7 +127,7 @@ def measure_many(
             seqlen=length,
             size=size_of(own),
             original_size=None if original is None else size_of(str(original)),
-            notes=(*run.notes, *notes),
+            notes=(*run.notes, *notes, *(note for text in read for note in text.notes)),
             activations=activations,
             floors=compared,
             trajectories=run.trajectories,

@@ -38,6 +38,7 @@ class EvaluationText:
     name    the name in tables; by default the source
     source  a file or a Hub dataset
     unit    "documents", or "sequences" for a text without documents
+    notes   what of the source was left out
     """
 
     name: str
@@ -45,6 +46,7 @@ class EvaluationText:
     windows: Tensor
     documents: Tensor
     unit: str = SEQUENCES
+    notes: tuple[str, ...] = ()
 
 
 def named(text: str | Path) -> tuple[str, str]:
@@ -85,13 +87,13 @@ def read_text(
     """
     contents = calibration.read_source(source, limit=HUB_ROWS)
     texts = calibration.texts_only(contents.documents, source)
-    if not contents.continuous:
+    if contents.text is None:
         by_document = [_tokenize(text, tokenizer) for text in texts if text.strip()]
         ids = [token for document in by_document for token in document]
         owners = [number for number, document in enumerate(by_document) for _ in document]
     else:
-        text = "\n\n".join(texts)
-        ids, owners = _articles(wikitext_rows(text) if wikitext and Path(source).is_file() else text, tokenizer)
+        text = wikitext_rows(contents.text) if wikitext and Path(source).is_file() else contents.text
+        ids, owners = _articles(text, tokenizer)
     windows = calibration.cut(torch.tensor(ids, dtype=torch.int64), seqlen)[:limit]
     if len(windows) == 0:
         raise CalibrationError(
@@ -101,7 +103,7 @@ def read_text(
         documents, unit = torch.arange(len(windows))[:, None].expand_as(windows), SEQUENCES
     else:
         documents, unit = calibration.cut(torch.tensor(owners, dtype=torch.int64), seqlen)[:limit], DOCUMENTS
-    return EvaluationText(name or source, source, windows, documents, unit)
+    return EvaluationText(name or source, source, windows, documents, unit, contents.notes(source))
 
 
 def wikitext_rows(text: str) -> str:

@@ -1,10 +1,11 @@
 """A dataset on the Hub, streamed: NAME[:CONFIG][:SPLIT][:COLUMN]."""
 
+import dataclasses
 import itertools
 from pathlib import Path
 
 from llmq.calibration import readers
-from llmq.calibration.documents import Contents, documents_of
+from llmq.calibration.documents import Contents, arrow_row, contents_of, numbered
 from llmq.errors import CalibrationError
 
 SUFFIXES: tuple[str, ...] = ()
@@ -32,7 +33,7 @@ def read(source: str, *, limit: int, explicit: bool) -> Contents:
     name, config, split, column = [*parts, None, None, None][:4]
     try:
         rows = datasets.load_dataset(name, config, split=split or "train", streaming=True)
-        return Contents(documents_of(list(itertools.islice(rows, limit)), source, column), continuous=True)
+        contents = contents_of(numbered(map(arrow_row, itertools.islice(rows, limit))), source, column)
     except CalibrationError:
         raise
     except Exception as error:  # the library and its transports raise many types of errors
@@ -43,3 +44,6 @@ def read(source: str, *, limit: int, explicit: bool) -> Contents:
             else "no calibration text was given, and the default text on the Hub cannot be read"
         )
         raise CalibrationError(f"{problem}: {reason}", hint=hint) from error
+    texts = [document.content for document in contents.documents if isinstance(document.content, str)]
+    joined = "\n\n".join(texts) if len(texts) == len(contents.documents) else None
+    return dataclasses.replace(contents, text=joined)

@@ -1,11 +1,16 @@
-"""Rows of JSON: FILE.jsonl, one per line, or FILE.json, one list; FILE:COLUMN selects a column."""
+"""Rows of JSON: FILE.jsonl or FILE.json, each one list of rows or one row per line; FILE:COLUMN selects a column.
+
+The contents decide which it is, because both names are used for both. A list of texts per column, as pandas and Arrow
+write tables, is also read. A line that is not valid JSON is one unusable row.
+"""
 
 import json
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llmq.calibration import files
-from llmq.calibration.documents import Contents, documents_of
+from llmq.calibration.chats import is_chat
+from llmq.calibration.documents import BYTE_ORDER_MARK, Contents, Row, column_of, contents_of, numbered
 from llmq.errors import CalibrationError
 
 SUFFIXES = (".jsonl", ".json")
@@ -20,20 +25,47 @@ def read(source: str, *, limit: int, explicit: bool) -> Contents:
     """See `Reader.read`."""
     path, column = files.split_column(source, SUFFIXES)
     text = files.read_text(path)
-    rows = _json_lines(text, path) if path.suffix == ".jsonl" else _json(text, str(path))
-    if not isinstance(rows, list):
-        raise CalibrationError(f"{path} holds a JSON {type(rows).__name__}, expected a list of texts or of objects")
-    return Contents(documents_of(rows, str(path), column))
+    value = _parsed(text)
+    if isinstance(value, list) and not (path.suffix == ".jsonl" and is_chat(value)):
+        return contents_of(numbered(value), str(path), column)
+    lines = [(f"line {number}", line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    if not isinstance(value, CalibrationError):
+        return contents_of(_rows(lines[0][0], value, column), str(path), column)
+    values = [(name, _parsed(line.removeprefix(BYTE_ORDER_MARK))) for name, line in lines]
+    if path.suffix == ".json" and all(isinstance(line, CalibrationError) for _, line in values):
+        raise CalibrationError(f"{path} {value}")
+    return contents_of((row for line in values for row in _rows(*line, column)), str(path), column)
 
 
-def _json_lines(text: str, path: Path) -> list[Any]:
-    """The value of each line that is not blank; only "\n" ends a line, because JSON strings may hold U+2028."""
-    lines = enumerate(text.split("\n"), start=1)
-    return [_json(line, f"line {number} of {path}") for number, line in lines if line.strip()]
+def _rows(name: str, value: Any, column: str | None) -> Iterator[Row]:
+    """The rows in the value of a line: usually one; several in a list, or in a list per column."""
+    if isinstance(value, list) and not is_chat(value):
+        yield from ((f"{name}, item {number}", item) for number, item in enumerate(value))
+    elif isinstance(value, Mapping) and _is_table(value, column):
+        for number, cells in enumerate(zip(*value.values(), strict=False)):
+            yield f"{name}, item {number}", dict(zip(value, cells, strict=False))
+    else:
+        yield name, value
 
 
-def _json(text: str, where: str) -> Any:
+def _is_table(value: Mapping[str, Any], column: str | None) -> bool:
+    """Whether an object holds a list for each column, and not one row."""
+    name = column_of(value, column)
+    cells = value[name] if name else None
+    return (
+        isinstance(cells, list)
+        and not is_chat(cells)
+        and all(isinstance(other, list) and len(other) == len(cells) for other in value.values())
+    )
+
+
+def _parsed(text: str) -> Any:
+    """The value of a JSON text, or the error."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise CalibrationError(f"{where} is not valid JSON: {error}") from None
+        return CalibrationError(f"is not valid JSON: {error}")
+    except RecursionError:
+        return CalibrationError("is nested too deeply")
+    except ValueError as error:  # a number of thousands of digits
+        return CalibrationError(f"cannot be read as JSON: {error}")

@@ -1,7 +1,7 @@
-"""Plain text: FILE.txt, cut into documents at blank lines."""
+"""Plain text: FILE.txt, cut into documents at blank lines, or by length where there are none."""
 
 from llmq.calibration import files
-from llmq.calibration.documents import Contents
+from llmq.calibration.documents import Contents, Document
 from llmq.errors import CalibrationError
 
 SUFFIXES = (".txt",)
@@ -17,4 +17,5 @@ def read(source: str, *, limit: int, explicit: bool) -> Contents:
     path, column = files.split_column(source, SUFFIXES)
     if column is not None:
         raise CalibrationError(f"{path} is plain text and has no column {column}", hint=f"give {path}")
-    return Contents([*files.paragraphs(files.read_text(path))], continuous=True)
+    text = files.read_text(path)
+    return Contents([Document(piece, f"piece {number}") for number, piece in enumerate(files.pieces(text))], text=text)
