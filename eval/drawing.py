@@ -19,7 +19,7 @@ from llmq.cli.terminal import quiet_transformers
 from llmq.evaluation.measure import measure_many
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from subjects import MODELS, SEQLEN, WINDOWS, folder_of, texts  # noqa: E402
+from subjects import MODELS, SEQLEN, WINDOWS, folder_of, texts
 
 
 def main() -> None:

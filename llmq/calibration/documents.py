@@ -124,7 +124,9 @@ def _content(row: Any, column: str | None) -> str | Chat:
         name = column_of(row, column)
         if name is None:
             expected = column or " or ".join(COLUMNS)
-            raise CalibrationError(f"holds the columns {', '.join(map(str, row))}, expected the column {expected}")
+            raise CalibrationError(
+                f"holds the columns {', '.join(map(str, row))}, expected a text or the column {expected}"
+            )
         value, tools = row[name], row.get("tools")
         if name in CHATS and is_chat(parsed := from_json(value)):  # some tables hold chats as JSON
             value = parsed

@@ -58,13 +58,14 @@ def read_text(path: Path) -> str:
 def pieces(text: str, shortest: int = SHORTEST_PIECE) -> list[str]:
     """Cut a long text into consecutive pieces of at least `shortest` characters, and at most `LONGEST` times as many.
 
-    A piece ends at a blank line; where there is none, at a line end, at a space, or in the middle of a word. The blank
-    space between two pieces is left out.
+    A piece ends at a blank line; if it would be too long, at a line end, at a space, or in the middle of a word. The
+    blank space between two pieces is left out.
     """
     cut, start = [], 0
     while start < len(text):
         longest = start + LONGEST * shortest
-        matches = (gap.search(text, start + shortest, longest) for gap in GAPS)
+        gaps = GAPS if longest < len(text) else GAPS[:1]
+        matches = (gap.search(text, start + shortest, longest) for gap in gaps)
         end, following = next((match.span() for match in matches if match), (longest, longest))
         cut.append(text[start:end])
         start = following

@@ -10,7 +10,7 @@ from typing import Any
 
 from llmq.calibration import files
 from llmq.calibration.chats import is_chat
-from llmq.calibration.documents import BYTE_ORDER_MARK, Contents, Row, column_of, contents_of, numbered
+from llmq.calibration.documents import BYTE_ORDER_MARK, CHATS, Contents, Row, column_of, contents_of, numbered
 from llmq.errors import CalibrationError
 
 SUFFIXES = (".jsonl", ".json")
@@ -39,7 +39,7 @@ def read(source: str, *, limit: int, explicit: bool) -> Contents:
 
 def _rows(name: str, value: Any, column: str | None) -> Iterator[Row]:
     """The rows in the value of a line: usually one; several in a list, or in a list per column."""
-    if isinstance(value, list) and not is_chat(value):
+    if isinstance(value, list) and value and not is_chat(value):
         yield from ((f"{name}, item {number}", item) for number, item in enumerate(value))
     elif isinstance(value, Mapping) and _is_table(value, column):
         for number, cells in enumerate(zip(*value.values(), strict=False)):
@@ -52,11 +52,9 @@ def _is_table(value: Mapping[str, Any], column: str | None) -> bool:
     """Whether an object holds a list for each column, and not one row."""
     name = column_of(value, column)
     cells = value[name] if name else None
-    return (
-        isinstance(cells, list)
-        and not is_chat(cells)
-        and all(isinstance(other, list) and len(other) == len(cells) for other in value.values())
-    )
+    if not cells or not all(isinstance(other, list) and len(other) == len(cells) for other in value.values()):
+        return False
+    return all(is_chat(cell) or (isinstance(cell, str) and name not in CHATS) for cell in cells)
 
 
 def _parsed(text: str) -> Any:

@@ -27,7 +27,7 @@ def json_lines(folder: Path, texts: list[str], column: str | None = "text", name
 
 
 def load(tokenizer: Any, *files: Path, samples: int = 1000, seqlen: int = 16, seed: int = 0) -> CalibrationSet:
-    settings = Calibration(sources=tuple(str(file) for file in files), samples=samples, seqlen=seqlen)
+    settings = Calibration(sources=tuple(map(str, files)), samples=samples, seqlen=seqlen, packing=True)
     return calibration.load(settings, tokenizer, seed=seed, max_tokens=None)
 
 
@@ -72,20 +72,6 @@ def test_every_kind_of_file_gives_its_documents(write: Callable[[Path], Path], t
     assert calibration.read_documents(str(write(tmp_path))) == TEXTS
 
 
-def test_text_file_is_cut_at_blank_lines(tmp_path: Path) -> None:
-    paragraphs = [f"{number} " + "x" * 700 for number in range(8)]
-    file = tmp_path / "text.txt"
-    file.write_text("\n\n".join(paragraphs))
-    documents = calibration.read_documents(str(file))
-    assert documents == ["\n\n".join(paragraphs[start : start + 3]) for start in (0, 3, 6)]
-    assert "\n\n".join(documents) == file.read_text()
-
-
-def test_small_text_file_is_one_document(tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text("One.\n\nTwo.\n")
-    assert calibration.read_documents(str(tmp_path / "text.txt")) == ["One.\n\nTwo.\n"]
-
-
 def test_blank_documents_are_left_out(tmp_path: Path) -> None:
     assert calibration.read_documents(str(json_lines(tmp_path, ["", "one", " \n", "two"]))) == ["one", "two"]
 
@@ -112,14 +98,12 @@ def test_existing_path_may_hold_a_colon(tmp_path: Path) -> None:
         ("text.json", b"[]", "holds no text"),
         ("text.txt", b"caf\xe9", r"is not UTF-8 text: byte 0xe9 at offset 3"),
         ("text.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}', "is not UTF-8 text"),
-        ("text.jsonl", b'{"text": "a"}\n\n{"text": \n', r"line 3 of .*text\.jsonl is not valid JSON"),
+        ("text.jsonl", b'{"text": "a"}\n\n{"text": \n', r"1 of 2 rows of .*text\.jsonl .* line 3 is not valid JSON"),
         ("text.json", b'[{"text": "a"}', "is not valid JSON"),
-        ("text.json", b'{"text": "a"}', "holds a JSON dict, expected a list of texts or of objects"),
-        ("text.json", b"null", "holds a JSON NoneType, expected a list"),
-        ("text.jsonl", b'{"text": "a"}\n{"body": "b", "id": 3}', r"row 1 .* the columns body, id, expected .* text or"),
-        ("text.jsonl", b'{"text": "a"}\n{"text": null}', "row 1 .* expected a text"),
-        ("text.jsonl", b'{"text": ["a"]}', "row 0 .* expected a text"),
-        ("text.json", b'["a", 4]', "row 1 .* holds a int, expected a text"),
+        ("text.json", b'["a", 4]', "1 of 2 rows of .*: row 1 holds the int 4, expected a text"),
+        ("text.json", b'[{"text": "a", "n": ' + b"9" * 5000 + b"}]", "cannot be read as JSON: Exceeds the limit"),
+        ("text.json", b"[" * 100_000 + b"]" * 100_000, "is nested too deeply"),
+        ("text.json", b"null", "1 of 1 rows .* holds null, expected a text"),
         ("text.parquet", b"PAR1 no more", "cannot be read as parquet"),
     ],
 )
@@ -175,8 +159,10 @@ def test_dataset_name_has_configuration_split_and_column(specification: str, row
 
 
 def test_dataset_rows_include_blank_ones_up_to_a_limit(data_set: Path) -> None:
-    assert calibration.read_source(f"{data_set}:::story", limit=10).documents == ["one", "", "two", "three"]
-    assert calibration.read_source(f"{data_set}:::story", limit=2).documents == ["one", ""]
+    for limit, texts in ((10, ["one", "", "two", "three"]), (2, ["one", ""])):
+        contents = calibration.read_source(f"{data_set}:::story", limit=limit)
+        assert [document.content for document in contents.documents] == texts
+        assert contents.text == "\n\n".join(texts)
 
 
 @pytest.mark.parametrize(
@@ -302,6 +288,7 @@ def test_record_describes_the_read_text(tokenizer: Any, tmp_path: Path) -> None:
     written = loaded.to_dict()
     assert [record["source"] for record in written.pop("manifest")] == [str(file)]
     assert written == {
-        "sources": [str(file)], "samples": 3, "seqlen": 16, "tokens": 48, "sha256": loaded.sha256, "notes": [],
+        "sources": [str(file)], "samples": 3, "seqlen": 16, "tokens": 48, "sha256": loaded.sha256, "packing": True,
+        "notes": [],
     }  # fmt: skip
     json.dumps(loaded.to_dict())
