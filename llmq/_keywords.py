@@ -30,4 +30,5 @@ class Keywords(TypedDict, total=False):
     calibration: str | Path | Sequence[str | Path] | None
     samples: int | None
     seqlen: int | None
+    packing: bool | None
     seed: int | None

@@ -60,7 +60,7 @@ def test_unknown_name_is_refused(option: str, expected: str, model: Path, out: P
     [
         ("metod = 'gptq'", "unknown setting: 'metod'", "known are calibration, damping, format, keep_grid, method"),
         ("[scheme]\nbit = 4", "unknown key of [scheme]: 'bit'", "known are bits, group_size, symmetric"),
-        ("[calibration]\nfile = 'x'", "unknown key of [calibration]: 'file'", "known are samples, seqlen, sources"),
+        ("[calibration]\nfile = 'x'", "unknown key of [calibration]: 'file'", "known are packing, samples, seqlen, sources"),
         ("[[overrides]]\npattern = 'x'\nbitz = 4", "unknown key of an override: 'bitz'", "known are bits, group_size"),
         ("scheme = 3", "scheme is 3, expected a table", ""),
         ("overrides = [3]", "overrides is [3], expected a list of tables", ""),
@@ -134,8 +134,8 @@ def test_invalid_generation_option_is_refused(option: tuple[str, str], model: Pa
         ("blank.txt", b" \n\n \n", "blank.txt holds no text", "expected text"),
         ("short.txt", b"ten bytes.", "holds 11 tokens, fewer than one sequence of 32", "--seqlen"),
         ("latin1.txt", b"caf\xe9 au lait " * 100, "not UTF-8 text: byte 0xe9 at offset 3", "iconv"),
-        ("cut.jsonl", b'{"text": "a"}\n{"text": "b', "cut.jsonl is not valid JSON", ""),
-        ("column.jsonl", b'{"texto": "a"}', "row 0 of", ""),
+        ("cut.jsonl", b'{"text": "a"}\n{"text": "b', "line 2 is not valid JSON", ""),
+        ("column.jsonl", b'{"texto": "a"}', "line 1 holds the columns texto", "role and content"),
     ],
 )
 def test_unusable_calibration_text_is_refused(
