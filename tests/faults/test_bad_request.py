@@ -60,7 +60,7 @@ def test_unknown_name_is_refused(option: str, expected: str, model: Path, out: P
     [
         ("metod = 'gptq'", "unknown setting: 'metod'", "known are calibration, damping, format, keep_grid, method"),
         ("[scheme]\nbit = 4", "unknown key of [scheme]: 'bit'", "known are bits, group_size, symmetric"),
-        ("[calibration]\nfile = 'x'", "unknown key of [calibration]: 'file'", "known are packing, samples, seqlen, sources"),
+        ("[calibration]\nfile = 'x'", "unknown key of [calibration]: 'file'", "known are packing, samples, seqlen"),
         ("[[overrides]]\npattern = 'x'\nbitz = 4", "unknown key of an override: 'bitz'", "known are bits, group_size"),
         ("scheme = 3", "scheme is 3, expected a table", ""),
         ("overrides = [3]", "overrides is [3], expected a list of tables", ""),
