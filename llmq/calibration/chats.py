@@ -43,14 +43,14 @@ class Chat:
     def rendered(self, tokenizer: Any) -> str:
         """The text by the chat template of the tokenizer; a template may raise an exception of any type."""
         messages = [_with_parsed_arguments(message) for message in self.messages]
-        tools = list(self.tools) or None
+        options = {"tools": list(self.tools)} if self.tools else {}  # not every tokenizer knows the option
         try:
-            text: str = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
+            text: str = tokenizer.apply_chat_template(messages, tokenize=False, **options)
         except Exception:  # many templates need a content, or arguments as text
             plain = [{"content": "", **message} for message in self.messages]
             if plain == messages:
                 raise
-            text = tokenizer.apply_chat_template(plain, tools=tools, tokenize=False)
+            text = tokenizer.apply_chat_template(plain, tokenize=False, **options)
         return text
 
 

@@ -94,6 +94,16 @@ def test_text_of_a_run_is_read_again(tokenizer: Any, tmp_path: Path) -> None:
     assert texts_of([run / "model.gguf"], tokenizer)[0][0] == known
 
 
+def test_text_of_a_run_before_sequences_were_drawn_was_packed(tokenizer: Any, tmp_path: Path) -> None:
+    text = builders.write_text(tmp_path / "text.txt", 9000)
+    settings = Calibration(sources=(str(text),), samples=4, seqlen=16, packing=True)
+    packed = calibration.load(settings, tokenizer, seed=3, max_tokens=None)
+    manifest = packed.to_dict()
+    del manifest["packing"]
+    [tokens] = used_tokens(manifest, 3, tokenizer).tokens.values()
+    assert torch.equal(tokens, packed.windows.flatten())
+
+
 def test_changed_absent_generated_and_remote_text_is_not_known(tokenizer: Any, tmp_path: Path) -> None:
     first, second = (builders.write_text(tmp_path / f"{seed}.txt", seed=seed) for seed in (0, 1))
     run = write_run(tmp_path / "run", tokenizer, first, second, "self")
