@@ -23,6 +23,7 @@ from llmq.formats.base import Layout
 from llmq.gguf import recipes
 from llmq.methods import Method
 from llmq.mixed_precision import preset
+from llmq.model.build import ties
 from llmq.model.build.skeleton import Skeleton
 from llmq.numerics.gguf_types import GGUF_GRIDS
 from llmq.numerics.layer_plan import LayerPlan
@@ -30,7 +31,7 @@ from llmq.numerics.scheme import WeightScheme
 from llmq.patterns import matches
 from llmq.runtime.checkpoint_weights import quantization_settings
 from llmq.runtime.load import choose_device, stored_dtype
-from llmq.runtime.open_skeleton import open_skeleton, stored_bytes
+from llmq.runtime.open_skeleton import open_model, stored_bytes
 from llmq.steps import existing_grids, layer_plans, left_in_float, output_layout
 from llmq.steps.existing_grids import Sighting
 from llmq.steps.linear_names import holds_matrix
@@ -44,7 +45,8 @@ class Plan:
     remote_code  whether code that comes with the model may run
     stages       the stages of `settings.method`, or those that replace them in an experiment
     model_dtype  the dtype in which the checkpoint is stored
-    notes        for the user: what a preset has added to the settings
+    notes        for the user: what a preset has added to the settings, and how the tensors differ from config.json
+    unused       tensors of the checkpoint that belong to no module of the model
     """
 
     settings: QuantConfig
@@ -57,6 +59,7 @@ class Plan:
     layers: Mapping[str, LayerPlan]
     remote_code: bool = False
     notes: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
     @classmethod
     def make(
@@ -78,10 +81,15 @@ class Plan:
         dtype = stored_dtype(checkpoint)
         layout = output_layout.layout_of(settings.formats, dtype)
         exact = chosen.type == "cpu" or method.transforms  # folding sites are detected in float32
-        skeleton = open_skeleton(checkpoint, chosen, torch.float32 if exact else dtype, remote_code=remote_code)
+        computed = torch.float32 if exact else dtype
+        opened = open_model(checkpoint, computed, remote_code=remote_code, pin=chosen.type == "cuda")
+        skeleton, checkpoint = Skeleton(opened.model, opened.weights, chosen), opened.checkpoint
         settings, notes = preset.applied(settings, skeleton, layout)
         layers = plan_layers(skeleton, settings, layout, checkpoint.config)
-        return cls(settings, method, checkpoint, chosen, layout, dtype, skeleton, layers, remote_code, notes)
+        notes = (*notes, *opened.notes)
+        return cls(
+            settings, method, checkpoint, chosen, layout, dtype, skeleton, layers, remote_code, notes, opened.left
+        )
 
     def with_settings(self, settings: QuantConfig) -> "Plan":
         """The plan of the same model for other settings; method, format and device do not change."""
@@ -117,12 +125,8 @@ class Plan:
 
     def config_json(self, quantized: set[str]) -> dict[str, Any]:
         """The model's config.json; if a tied head was quantized, `tie_word_embeddings` becomes false."""
-        config = dict(self.checkpoint.config)
-        if self.tied_head in quantized:
-            config["tie_word_embeddings"] = False
-            if isinstance(config.get("text_config"), dict):
-                config["text_config"] = {**config["text_config"], "tie_word_embeddings": False}
-        return config
+        config = self.checkpoint.config
+        return ties.untied_config(config) if self.tied_head in quantized else dict(config)
 
     @functools.cached_property
     def existing_grids(self) -> Mapping[str, Sighting]:
@@ -139,7 +143,7 @@ class Plan:
 
     def left(self) -> dict[str, str]:
         """Every weight with two or more dimensions that is kept in float, and the reason."""
-        return left_in_float.reasons(self.skeleton, self.checkpoint, self.layers, self._packed_outside())
+        return left_in_float.reasons(self.skeleton, self.checkpoint, self.layers, self._packed_outside(), self.unused)
 
     def _packed_outside(self) -> set[str]:
         """Modules outside the blocks that a GGUF recipe packs when the file is written: embedding and head."""

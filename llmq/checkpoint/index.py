@@ -20,6 +20,8 @@ from llmq.errors import CheckpointError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model"
 GGUF = ".gguf"
 GGUF_HINT = "run it with llama.cpp, measure it with `llmq eval`, or convert it with `llmq convert`"
 PICKLES = (".bin", ".pt", ".pth", ".pickle", ".pkl", ".ckpt")
@@ -63,14 +65,25 @@ def refuse_gguf(path: Path) -> None:
         raise CheckpointError(message, hint=GGUF_HINT)
 
 
+def refuse_adapter(folder: Path) -> None:
+    """Raise CheckpointError for a folder with an adapter of PEFT, of which the base model is elsewhere or not merged."""
+    if (folder / ADAPTER).is_file():
+        raise CheckpointError(
+            f"{folder} holds an adapter ({ADAPTER}), expected a whole model",
+            hint="merge the adapter first, with merge_and_unload() of PEFT, and save the merged model in a new folder; "
+            f"if its weights are already merged, remove {ADAPTER}",
+        )
+
+
 def _locate(folder: Path) -> dict[str, Location]:
     if (folder / SINGLE).exists():
         return {name: Location(folder / SINGLE, info) for name, info in read_header(folder / SINGLE).items()}
     if (folder / INDEX).exists():
         return _by_index(folder, _read_index(folder / INDEX))
     entries = sorted(entry for entry in folder.iterdir() if entry.is_file())
-    files = [entry for entry in entries if entry.suffix == ".safetensors"]
+    files = [entry for entry in entries if entry.suffix == ".safetensors" and entry.stem != ADAPTER_WEIGHTS]
     if not files:
+        refuse_adapter(folder)
         raise _no_weights(folder, [entry.name for entry in entries if entry.suffix in PICKLES])
     _refuse_missing_shards(folder, {file.name for file in files})
     return _union(files)

@@ -4,7 +4,7 @@ from typing import Any
 
 from llmq.cli import options
 from llmq.cli.manifest import print_manifest
-from llmq.cli.terminal import megabytes, print_json, print_table
+from llmq.cli.terminal import megabytes, print_json, print_notes, print_table, quiet_transformers
 
 PANEL, ORDER = "Inspect", 3
 
@@ -19,6 +19,7 @@ def command(path: options.Path_, json: options.Json = False) -> None:
     """
     from llmq.verify.inspection import inspect
 
+    quiet_transformers()
     report = inspect(path)
     if json:
         print_json(report.to_dict())
@@ -42,6 +43,7 @@ def command(path: options.Path_, json: options.Json = False) -> None:
         *((key, value) for key, value in report.provenance.items()),
     ]
     print_table("summary", ("", "value"), [(key, str(value)) for key, value in summary])
+    print_notes(report.notes)
     if report.calibration and report.calibration.get("manifest"):  # not written by earlier versions
         print_manifest(report.calibration)
         for note in report.calibration["notes"]:

@@ -35,8 +35,9 @@ from llmq.gguf.reader import Weights
 from llmq.numerics.gguf_types import GGUF
 from llmq.numerics.scheme import WeightScheme
 from llmq.report.events import OnEvent, Progress, ignore
-from llmq.runtime.checkpoint_weights import PackedWeights, quantization_settings
+from llmq.runtime.checkpoint_weights import PackedWeights, quantization_settings, required_settings
 from llmq.runtime.load import stored_dtype
+from llmq.runtime.open_skeleton import compared
 from llmq.steps import output_layout
 from llmq.steps.linear_names import linear_names
 from llmq.verify.inspection import read_record
@@ -92,9 +93,11 @@ class Converter:
         """
         formats.load(to)  # raises ConfigError for an unknown format
         output_layout.require_folder_name(out)
-        self._checkpoint = Checkpoint.open(hub.locate(str(source), None, remote_code=remote_code))
-        if out.resolve() == self._checkpoint.folder.resolve():
+        checkpoint = Checkpoint.open(hub.locate(str(source), None, remote_code=remote_code))
+        if out.resolve() == checkpoint.folder.resolve():
             raise ConfigError(f"{out} is the source, which is never changed", hint="give another output folder")
+        required_settings(checkpoint)  # raises FormatError for a float checkpoint
+        self._checkpoint = (comparison := compared(checkpoint, remote_code=remote_code)).checkpoint
         self._packed = PackedWeights(self._checkpoint)
         output_layout.refuse_packed_head(to, self._packed.modules)
         weights = [f"{module}.weight" for module in self._packed.modules]
@@ -110,7 +113,7 @@ class Converter:
         settings = quantization_settings(self._checkpoint) or {}
         self.report = origin or Conversion(str(source), str(out), str(settings.get("quant_method")), to)
         self.report.source_bytes = self._checkpoint.nbytes
-        self.report.notes += self._names.notes
+        self.report.notes += [*comparison.notes, *self._names.notes]
 
     def run(self, on_event: OnEvent = ignore) -> None:
         """Convert the checkpoint. The finished folder appears at the end.

@@ -1,5 +1,6 @@
 """`llmq.dequantize`: the float weights of a quantized model, in any format."""
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,9 @@ from llmq.checkpoint import hub
 from llmq.checkpoint.index import gguf_file
 from llmq.checkpoint.reader import Checkpoint
 from llmq.runtime.checkpoint_weights import PackedWeights
+from llmq.runtime.open_skeleton import compared
+
+logger = logging.getLogger(__name__)
 
 
 def dequantize(path: str | Path) -> Iterator[tuple[str, Tensor]]:
@@ -23,6 +27,9 @@ def dequantize(path: str | Path) -> Iterator[tuple[str, Tensor]]:
 
         yield from reader.dequantize(file)
         return
-    packed = PackedWeights(Checkpoint.open(hub.locate(str(path), None)))
+    checkpoint = Checkpoint.open(hub.locate(str(path), None))
+    packed = PackedWeights(checkpoint)
+    for note in compared(checkpoint).notes:
+        logger.warning("%s", note)
     for module in packed.modules:
         yield packed.weight_name(module), packed.weight(module)

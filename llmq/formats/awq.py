@@ -168,6 +168,7 @@ LAYOUT = Layout(
     name=NAME,
     suffixes=("qweight", "qzeros", "scales", "scaled_zeros"),
     codes=("qweight",),
+    needs=lambda reading: ("qweight", "scales"),
     pack=pack,
     unpack=unpack,
     weight_shape=weight_shape,

@@ -99,6 +99,8 @@ class Readable:
     own_files       files in which older writers stored the block
     own_keys        keys of config.json, other than `quantization_config`, that hold the block
     exclusions      keys of the block that list modules kept in float
+    needs           reading -> suffixes of the tensors without which a weight cannot be read
+    not_applied     suffixes of tensors that belong to what `Reading.note` names
     in_transformers whether `llmq.enable_transformers` may load such a checkpoint
     """
 
@@ -113,6 +115,8 @@ class Readable:
     own_files: tuple[str, ...] = ()
     own_keys: tuple[str, ...] = ()
     exclusions: tuple[str, ...] = ()
+    needs: Callable[[Reading], tuple[str, ...]] = lambda reading: ()
+    not_applied: tuple[str, ...] = ()
     in_transformers: bool = True
 
 

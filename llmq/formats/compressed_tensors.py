@@ -48,6 +48,11 @@ FLOATS = {  # format -> group size, how it is read
 BITS_READ = (2, 3, 4, 5, 6, 7, 8)
 
 BLOCKS_NOT_READ = ("sparsity_config", "transform_config", "moe_sparsity_config")
+NOT_APPLIED = tuple(  # of quantized inputs, outputs and caches
+    f"{place}_{kind}"
+    for place in ("input", "output", "q", "k", "v")
+    for kind in ("scale", "zero_point", "global_scale", "g_idx")
+)
 INDEXED = ("group", "dynamic", True)  # the values of `actorder` that come with weight_g_idx
 
 
@@ -94,6 +99,14 @@ def weight_shape(
         return N, K
     rows, columns = read("weight_shape").tolist()
     return int(rows), int(columns)
+
+
+def needs(reading: Reading) -> tuple[str, ...]:
+    """See `Readable.needs`."""
+    if reading.in_place:
+        return ("weight", "weight_scale")
+    shape = () if reading.decode is not None else ("weight_shape",)
+    return ("weight_packed", "weight_scale", *shape)
 
 
 def refusal(scheme: WeightScheme, out_features: int, in_features: int) -> str | None:
@@ -295,5 +308,7 @@ LAYOUT = Layout(
     implied_by=("config_groups",),
     own_keys=("compression_config",),
     exclusions=("ignore",),
+    needs=needs,
+    not_applied=NOT_APPLIED,
     any_scale_dtype=True,
 )

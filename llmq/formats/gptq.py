@@ -234,6 +234,7 @@ LAYOUT = Layout(
     name=NAME,
     suffixes=("qweight", "qzeros", "scales", "g_idx"),
     codes=("qweight",),
+    needs=lambda reading: ("qweight", "scales"),
     pack=pack,
     pack_like=pack_like,
     unpack=unpack,

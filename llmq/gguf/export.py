@@ -36,6 +36,7 @@ from llmq.gguf.writer import Stored, write
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import WeightScheme
 from llmq.runtime.checkpoint_weights import PackedWeights, quantization_settings
+from llmq.runtime.open_skeleton import compared
 
 AUTO = "auto"
 EXACT = ("Q4_0", "Q4_K", "Q5_K", "Q5_0", "Q8_0")  # sorted by size; Q4_K has as many bits as Q4_0
@@ -85,7 +86,7 @@ def export(folder: Path, file: Path, *, kind: str = AUTO, requantize: bool = Fal
     """
     if kind not in (AUTO, *EXACT):
         raise FormatError(f"there is no GGUF type {kind!r} to export to", hint=f"use one of {AUTO}, {', '.join(EXACT)}")
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = compared(Checkpoint.open(folder)).checkpoint
     if quantization_settings(checkpoint) is None:
         written = write(file, folder, _others(checkpoint, ()))
         return Summary(file, written.kinds, (), {}, 16.0, written.skipped, written.notes)

@@ -99,7 +99,7 @@ def write(file: Path, folder: Path, tensors: Iterable[Stored]) -> Written:
 
     config = load_config(folder, remote_code=False).to_dict()
     arch = architecture(config)
-    entries, skipped = _entries(tensors, Names(arch.name, config["num_hidden_layers"]), config)
+    entries, skipped = _entries(tensors, Names(arch.name, config["num_hidden_layers"]))
     partial = file.with_name(f".{file.name}{PARTIAL}")
     writer = gguf.GGUFWriter(partial, arch.name)
     vocabulary = add_tokenizer(writer, folder, _vocabulary(entries))
@@ -140,14 +140,13 @@ def write(file: Path, folder: Path, tensors: Iterable[Stored]) -> Written:
     return Written(file, kinds, tuple(skipped), tuple(notes))
 
 
-def _entries(tensors: Iterable[Stored], names: Names, config: Mapping[str, Any]) -> tuple[list[_Entry], list[str]]:
+def _entries(tensors: Iterable[Stored], names: Names) -> tuple[list[_Entry], list[str]]:
     """The tensors of the file, in the given order, and the names of those that are skipped."""
     by_place: dict[str, dict[int | None, Stored]] = {}
     skipped, unknown = [], []
     for tensor in tensors:
         place = names.place(tensor.name)
-        tied = place is not None and place.name == "output.weight" and config.get("tie_word_embeddings")
-        if tied or tensor.name.endswith(".rotary_emb.inv_freq"):
+        if tensor.name.endswith(".rotary_emb.inv_freq"):
             skipped.append(tensor.name)
         elif place is None:
             unknown.append(tensor.name)

@@ -12,6 +12,11 @@ from llmq.formats.base import Layout, Readable, Reader, Reading
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import WeightScheme
 
+INCOMPLETE = "check that the checkpoint is complete"
+ORPHAN_HINT = (
+    f"{INCOMPLETE}; scales that another tool wrote next to an activation are not supported: quantize the original model"
+)
+
 
 class PackedWeights:
     """The packed weights of a checkpoint, read one at a time.
@@ -28,6 +33,7 @@ class PackedWeights:
         matches = ((name, ending) for name in checkpoint.names() for ending in endings if name.endswith(ending))
         self.modules = list(dict.fromkeys(name.removesuffix(ending) for name, ending in matches))
         self._by_weight = {self.weight_name(module): module for module in self.modules}
+        self._refuse_incomplete()
         self._shapes: dict[str, tuple[int, int]] = {}  # read on request: some layouts store shapes in tensors
 
     def read(self, module: str) -> QuantizedTensor:
@@ -66,6 +72,34 @@ class PackedWeights:
         stored = self._stored(module).items()
         slices = {suffix: self._checkpoint.member(stored_name, index)[None] for suffix, stored_name in stored}
         return decode(slices)[0]
+
+    def stored_as(self, name: str) -> list[str]:
+        """The tensors of the checkpoint that store the tensor `name` of the float model."""
+        module = self._by_weight.get(name)
+        return [name] if module is None else self.tensor_names(module)
+
+    def is_noted(self, name: str) -> bool:
+        """Whether a tensor belongs to something that `not_applied` names, such as the scale of an input."""
+        return name.rpartition(".")[2] in self._layout.not_applied and bool(self.not_applied())
+
+    def _refuse_incomplete(self) -> None:
+        """Raise FormatError for a tensor of a packed weight that lacks the tensors without which it cannot be read."""
+        own = [suffix for suffix in self._layout.suffixes if suffix != "weight"]
+        modules = frozenset(self.modules)
+        for name in self._checkpoint.names():
+            for suffix in own:
+                module = name.removesuffix(formats.tensor_name("", suffix))
+                if module != name and module not in modules:
+                    missing = " or ".join(formats.tensor_name(module, code) for code in self._layout.codes)
+                    raise FormatError(f"the checkpoint has {name}, but not {missing}", hint=ORPHAN_HINT)
+        for module in self.modules:
+            reading = self._reading(module)
+            needed = () if reading is None else self._layout.needs(reading)
+            for name in (formats.tensor_name(module, suffix) for suffix in needed):
+                if name not in self._checkpoint:
+                    raise FormatError(
+                        f"the checkpoint has {self.tensor_names(module)[0]}, but not {name}", hint=INCOMPLETE
+                    )
 
     def __contains__(self, name: object) -> bool:
         """Whether `tensor` can read this tensor."""

@@ -6,7 +6,7 @@ Layers with the same input are fused (`runtime/fused_linear.py`).
 """
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -15,16 +15,17 @@ import torch
 from torch import nn
 
 from llmq.checkpoint import hub
-from llmq.checkpoint.index import refuse_gguf
+from llmq.checkpoint.index import refuse_adapter, refuse_gguf
 from llmq.checkpoint.reader import Checkpoint
 from llmq.errors import BackendError, CheckpointError, FormatError
-from llmq.model.build import module_tree
+from llmq.model.build import module_tree, ties
 from llmq.model.build.block import is_plain_linear
 from llmq.model.build.checkpoint_names import ModelWeights
 from llmq.model.build.merged_tensors import merge
 from llmq.model.experts.stacking import Stacking, all_packed, find_stackings, stackings_of
-from llmq.runtime.checkpoint_weights import PackedWeights, quantization_settings, required_settings, shape_of
+from llmq.runtime.checkpoint_weights import PackedWeights, required_settings, shape_of
 from llmq.runtime.fused_linear import fuse_rows, shared_inputs
+from llmq.runtime.open_skeleton import open_model
 from llmq.runtime.packed_experts import fill_experts, pack_experts
 from llmq.runtime.packed_linear import PackedLinear, PackedRows
 
@@ -70,12 +71,17 @@ def load_model(
     chosen = choose_device(device)
     if dtype is None:
         dtype = torch.float32 if chosen.type == "cpu" else stored_dtype(checkpoint)
-    if quantization_settings(checkpoint) is None:
+    opened = open_model(checkpoint, dtype, remote_code=trust_remote_code)
+    for note in opened.remarks:
+        logger.warning("%s", note)
+    if opened.packed is None:
+        refuse_adapter(folder)
         config = module_tree.load_config(folder, remote_code=trust_remote_code)
         kind = module_tree.auto_class(config, remote_code=trust_remote_code)
         float_model = kind.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code)
         return float_model.to(chosen).eval()
     model = module_tree.build(folder, dtype=dtype, remote_code=trust_remote_code)
+    checkpoint = ties.settled(checkpoint, model, opened.packed.weight_names())
     _fill_packed(model, checkpoint, chosen, fuse=fuse)
     _restore_generation(model, folder)
     _make_savable(model, checkpoint)
@@ -162,22 +168,10 @@ def _fill_packed(model: nn.Module, checkpoint: Checkpoint, device: torch.device,
         raise FormatError(
             f"the model has no linear layer for {sorted(waiting)[0]} ({len(waiting)} packed weights in total)"
         )
-    _refuse_tied(model, checkpoint)
-    tie: Callable[[], None] = model.tie_weights  # type: ignore[assignment]
-    tie()
+    ties.tie(model)
     empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if empty:  # torch would silently compute garbage
         raise CheckpointError(f"the checkpoint has no tensor for {empty[0]} ({len(empty)} parameters in total)")
-
-
-def _refuse_tied(model: Any, checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError for a packed head that is tied to the embedding, which is float."""
-    tied = getattr(model.config, "tie_word_embeddings", False)  # transformers reads the top level
-    if tied and isinstance(model.get_output_embeddings(), PackedLinear):
-        raise CheckpointError(
-            f"the head in {checkpoint.folder} is packed, but config.json ties it to the embedding",
-            hint="set tie_word_embeddings to false in config.json: the packed head has its own weight",
-        )
 
 
 def _fill_experts(

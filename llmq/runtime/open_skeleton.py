@@ -5,18 +5,99 @@ tuned block by block. `load.py` loads complete models that run packed.
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import nn
 
 from llmq.checkpoint.read_ahead import ReadAhead
 from llmq.checkpoint.reader import Checkpoint
-from llmq.model.build import module_tree
+from llmq.errors import UnsupportedModelError
+from llmq.model.build import module_tree, ties
 from llmq.model.build.checkpoint_names import ModelWeights
 from llmq.model.build.merged_tensors import merge
 from llmq.model.build.skeleton import Skeleton
 from llmq.model.experts.separate import separate
+from llmq.runtime import whole_model
 from llmq.runtime.checkpoint_weights import PackedWeights, quantization_settings, shape_of
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model on meta, and where its tensors are.
+
+    checkpoint  as `ties.settled` returns it
+    packed      its packed weights; None for a float checkpoint
+    left        its tensors that belong to no module of the model
+    notes       how its tensors differ from config.json
+    """
+
+    model: nn.Module
+    checkpoint: Checkpoint
+    weights: ModelWeights
+    packed: PackedWeights | None
+    left: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """`notes`, and a note on `left`, for the user."""
+        left = self.left
+        more = (f"{len(left)} tensors belong to no module of the model, such as {left[0]}",) if left else ()
+        return (*self.notes, *more)
+
+
+def open_model(checkpoint: Checkpoint, dtype: torch.dtype, *, remote_code: bool = False, pin: bool = False) -> Opened:
+    """Build the model of a checkpoint on meta, and find its tensors, from headers; `pin` is for a GPU.
+
+    Raises UnsupportedModelError if transformers or llmq cannot build it, FormatError for an unknown packing, and the
+    errors of `whole_model.require`.
+    """
+    model = module_tree.build(checkpoint.folder, dtype=dtype, remote_code=remote_code)
+    packed = None if quantization_settings(checkpoint) is None else PackedWeights(checkpoint)
+    names = frozenset() if packed is None else frozenset(packed.weight_names())
+    whole_model.refuse_wrapped(checkpoint)
+    settled = ties.settled(checkpoint, model, names)
+    if packed is not None:
+        packed = packed if settled is checkpoint else PackedWeights(settled)
+        weights = ModelWeights(model, packed.tensor, packed.__contains__, names, quantized=names.__contains__)
+    else:
+        read = ReadAhead(settled.tensor, lambda name: settled.info(name).nbytes, pin=pin)
+
+        def expect(names: Iterable[str]) -> None:
+            read.expect([name for name in names if name in settled])  # slices of stacked tensors are read one by one
+
+        weights = ModelWeights(model, read, settled.__contains__, expect=expect)
+    floats = settled.modules_with("weight")
+    modules = floats if packed is None else list(dict.fromkeys([*packed.modules, *floats]))
+    member = settled.member if packed is None else packed.member
+    separate(model, weights, modules, partial(shape_of, settled, packed), member)
+    merge(model, weights, settled.names())
+    left = whole_model.require(model, weights, settled, packed)
+    return Opened(model, settled, weights, packed, left, ties.notes(checkpoint, settled))
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A checkpoint after the comparison with its model: see `Opened` for the fields."""
+
+    checkpoint: Checkpoint
+    left: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def compared(checkpoint: Checkpoint, *, remote_code: bool = False) -> Compared:
+    """Compare the tensors of a checkpoint with its model, for commands that need no model.
+
+    If transformers cannot build the model, only the names and suffixes of packed weights are compared, and a note
+    reports this. Raises CheckpointError and FormatError.
+    """
+    try:
+        opened = open_model(checkpoint, torch.float32, remote_code=remote_code)
+    except UnsupportedModelError as error:
+        return Compared(checkpoint, (), (f"it is unknown whether every tensor is used: {error}",))
+    return Compared(opened.checkpoint, opened.left, opened.remarks)
 
 
 def open_skeleton(
@@ -24,27 +105,10 @@ def open_skeleton(
 ) -> Skeleton:
     """Open a model whose blocks compute in `dtype` on `device`; packed weights are dequantized when they are read.
 
-    Raises UnsupportedModelError if transformers or llmq cannot build it, FormatError for an unknown packing.
+    Raises the errors of `open_model`.
     """
-    model = module_tree.build(checkpoint.folder, dtype=dtype, remote_code=remote_code)
-    floats = checkpoint.modules_with("weight")
-    if quantization_settings(checkpoint) is None:
-        read = ReadAhead(checkpoint.tensor, lambda name: checkpoint.info(name).nbytes, pin=device.type == "cuda")
-
-        def expect(names: Iterable[str]) -> None:
-            read.expect([name for name in names if name in checkpoint])  # slices of stacked tensors are read one by one
-
-        weights = ModelWeights(model, read, checkpoint.__contains__, expect=expect)
-        separate(model, weights, floats, partial(shape_of, checkpoint, None), checkpoint.member)
-        merge(model, weights, checkpoint.names())
-        return Skeleton(model, weights, device)
-    packed = PackedWeights(checkpoint)
-    names = frozenset(packed.weight_names())
-    weights = ModelWeights(model, packed.tensor, packed.__contains__, names, quantized=names.__contains__)
-    modules = dict.fromkeys([*packed.modules, *floats])
-    separate(model, weights, modules, partial(shape_of, checkpoint, packed), packed.member)
-    merge(model, weights, checkpoint.names())
-    return Skeleton(model, weights, device)
+    opened = open_model(checkpoint, dtype, remote_code=remote_code, pin=device.type == "cuda")
+    return Skeleton(opened.model, opened.weights, device)
 
 
 def stored_bytes(skeleton: Skeleton, checkpoint: Checkpoint, name: str) -> int:

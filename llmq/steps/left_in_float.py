@@ -1,6 +1,6 @@
 """The weights that are kept in float: every matrix of a checkpoint that is not packed is reported with a reason."""
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 
 from llmq.checkpoint.reader import Checkpoint
 from llmq.model.build.skeleton import Skeleton
@@ -12,11 +12,16 @@ NOT_USED = "the model of transformers does not use it; heads for multi-token pre
 
 
 def reasons(
-    skeleton: Skeleton, checkpoint: Checkpoint, layers: Mapping[str, LayerPlan], packed_outside: Container[str]
+    skeleton: Skeleton,
+    checkpoint: Checkpoint,
+    layers: Mapping[str, LayerPlan],
+    packed_outside: Container[str],
+    unused: Iterable[str] = (),
 ) -> dict[str, str]:
     """Module of the checkpoint (or the tensor, if it is not called `weight`) -> why it is kept in float.
 
     packed_outside  modules outside the blocks that are packed
+    unused          tensors that belong to no module of the model
     """
     left = {plan.name: plan.reason for plan in layers.values() if plan.scheme.weights is None}
     planned = {plan.name for plan in layers.values()}
@@ -35,7 +40,7 @@ def reasons(
             left[module] = skeleton.special_layers.get(user.removesuffix(".weight"), NO_LINEAR_LAYER)
         else:
             left[module] = OUTSIDE_THE_BLOCKS
-    return left
+    return left | {name.removesuffix(".weight"): NOT_USED for name in unused}
 
 
 def unused_modules(skeleton: Skeleton, checkpoint: Checkpoint) -> list[str]:

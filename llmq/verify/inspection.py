@@ -12,6 +12,7 @@ from llmq.checkpoint.reader import Checkpoint
 from llmq.errors import CheckpointError
 from llmq.gguf.container import FLOATS, Container
 from llmq.runtime.checkpoint_weights import PackedWeights, quantization_settings
+from llmq.runtime.open_skeleton import compared
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Inspection:
     provenance: dict[str, Any]
     calibration: dict[str, Any] | None  # the manifest of the calibration text
     layers: tuple[StoredWeight, ...]
+    unused: tuple[str, ...] = ()  # tensors that belong to no module of the model
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -53,6 +56,7 @@ def inspect(path: str | Path) -> Inspection:
     record = read_record(checkpoint.folder)
     settings = quantization_settings(checkpoint)
     packed = PackedWeights(checkpoint) if settings is not None else None
+    comparison = compared(checkpoint)
     errors = {
         layer["name"]: layer["weight_error"] if layer["output_error"] is None else layer["output_error"]
         for block in record.get("blocks", ())
@@ -78,6 +82,8 @@ def inspect(path: str | Path) -> Inspection:
         provenance=_provenance(record),
         calibration=record.get("calibration"),
         layers=tuple(sorted(layers, key=lambda layer: _natural(layer.name))),
+        unused=comparison.left,
+        notes=comparison.notes,
     )
 
 

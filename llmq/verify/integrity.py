@@ -9,18 +9,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from llmq import formats
 from llmq.checkpoint.index import read_json_object
 from llmq.checkpoint.reader import Checkpoint
 from llmq.checkpoint.safetensors_files import reading
 from llmq.checkpoint.writer import CONFIG
-from llmq.errors import CheckpointError, UnsupportedModelError
-from llmq.model.build import skeleton
-from llmq.model.build.checkpoint_names import ModelWeights, require_finite
+from llmq.errors import CheckpointError
+from llmq.model.build.checkpoint_names import require_finite
 from llmq.report.events import OnEvent, Progress, ignore
 from llmq.runtime.checkpoint_weights import PackedWeights, quantization_settings
+from llmq.runtime.open_skeleton import compared
 from llmq.verify.inspection import read_record
 
 WEIGHTS = (".safetensors", ".gguf")
@@ -102,7 +100,7 @@ def _examine(checkpoint: Checkpoint, integrity: Integrity, on_event: OnEvent, *,
         done += 1
         on_event(Progress("reading", done, total, "tensors", name))
     integrity.tensors, integrity.packed, integrity.nbytes = len(rest), len(modules), checkpoint.nbytes
-    _require_complete(checkpoint, modules, integrity, remote_code=remote_code)
+    _require_complete(checkpoint, integrity, remote_code=remote_code)
 
 
 class _collecting:
@@ -134,29 +132,10 @@ def _require_sound(module: str, packed: PackedWeights) -> None:
         raise CheckpointError(f"{module}: zero points are {low} to {high} on a grid {q.scheme}")
 
 
-def _require_complete(checkpoint: Checkpoint, modules: list[str], integrity: Integrity, *, remote_code: bool) -> None:
-    """Add a problem if a parameter of the model has no tensor."""
-    try:
-        model = skeleton.build(checkpoint.folder, dtype=torch.float32, remote_code=remote_code)
-    except (UnsupportedModelError, CheckpointError) as error:
-        integrity.notes.append(f"it is unknown whether every parameter has a tensor: {error}")
-        return
-    weights = ModelWeights(model, checkpoint.tensor, checkpoint.__contains__)
-    packed, parameters = set(modules), dict(model.named_parameters())
-    separated = {  # modules of stacked experts whose weights and biases have separate names on disk
-        name.rpartition(".")[0] for name, parameter in parameters.items() if parameter.dim() > 2 and weights.lacks(name)
-    }
-    absent = []
-    for name in parameters:
-        module = name.removesuffix(".weight")
-        if name.rpartition(".")[0] in separated or any(stored in packed for stored in weights.candidates(module)):
-            continue
-        try:
-            weights.tensor_name(name)
-        except CheckpointError:
-            absent.append(name)
-    if absent:
-        integrity.problems.append(f"{absent[0]} has no tensor ({len(absent)} parameters in total)")
+def _require_complete(checkpoint: Checkpoint, integrity: Integrity, *, remote_code: bool) -> None:
+    """Add a problem if a parameter of the model has no tensor, or if no parameter needs a tensor."""
+    with _collecting(integrity):
+        integrity.notes += compared(checkpoint, remote_code=remote_code).notes
 
 
 def _examine_gguf(files: list[Path], integrity: Integrity, on_event: OnEvent) -> None:

@@ -131,4 +131,6 @@ LAYOUT = Readable(
     implied_by=("autoround_version",),
     own_files=("quantization_config.json",),
     exclusions=("modules_to_not_convert",),
+    needs=lambda reading: _home(reading).needs(reading),
+    not_applied=compressed_tensors.LAYOUT.not_applied,
 )

@@ -57,6 +57,7 @@ LAYOUT = Readable(
     name=NAME,
     suffixes=("_blocks", "_scales"),
     codes=("_blocks",),
+    needs=lambda reading: ("_blocks", "_scales"),
     unpack=unpack,
     weight_shape=weight_shape,
     read_config=read_config,

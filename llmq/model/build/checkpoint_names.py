@@ -176,11 +176,7 @@ class ModelWeights:
     def _checked(self, name: str, parameter: Tensor) -> Tensor:
         tensor = self.original(name)
         self.stored_dtypes[name] = tensor.dtype
-        if tensor.shape != parameter.shape:
-            raise CheckpointError(
-                f"{name} has the shape {tuple(tensor.shape)}, expected {tuple(parameter.shape)} by the configuration",
-                hint="check that config.json belongs to these weights",
-            )
+        require_shape(name, tuple(tensor.shape), tuple(parameter.shape))
         return tensor
 
 
@@ -192,6 +188,17 @@ def _renamings(model: nn.Module) -> list[Any]:
     loading = get_model_conversion_mapping(model, add_legacy=False)
     kept = [step for step in loading if isinstance(step, WeightRenaming) and not isinstance(step, PrefixChange)]
     return [step.reverse_transform() for step in reversed(kept)]
+
+
+def require_shape(
+    name: str,
+    shape: tuple[int, ...],
+    expected: tuple[int, ...],
+    hint: str = "check that config.json belongs to these weights",
+) -> None:
+    """Raise CheckpointError for a tensor that does not have the shape of its parameter."""
+    if shape != expected:
+        raise CheckpointError(f"{name} has the shape {shape}, expected {expected} by the configuration", hint=hint)
 
 
 def require_finite(name: str, tensor: Tensor) -> None:
