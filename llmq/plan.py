@@ -17,6 +17,7 @@ from torch import nn
 from llmq.algorithms import Options
 from llmq.checkpoint import hub
 from llmq.checkpoint.reader import Checkpoint
+from llmq.checkpoint.side_files import companions
 from llmq.config import QuantConfig
 from llmq.errors import UnsupportedModelError
 from llmq.formats.base import Layout
@@ -86,7 +87,7 @@ class Plan:
         skeleton, checkpoint = Skeleton(opened.model, opened.weights, chosen), opened.checkpoint
         settings, notes = preset.applied(settings, skeleton, layout)
         layers = plan_layers(skeleton, settings, layout, checkpoint.config)
-        notes = (*notes, *opened.notes)
+        notes = (*notes, *opened.notes, *companions(checkpoint.folder).notes)
         return cls(
             settings, method, checkpoint, chosen, layout, dtype, skeleton, layers, remote_code, notes, opened.left
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 from llmq.checkpoint.safetensors_files import reading
 from llmq.errors import CheckpointError, ConfigError
 
-WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md")
+WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README*.md")
 CONFIGURATION = ("*.json", "*.jinja")
 REMOTE_CODE = ("*.py",)
 # Some repositories hold a second copy of the weights in another layout.

@@ -183,7 +183,7 @@ class Writer:
             staging.announce(names)
             for name in names:
                 target = self.folder / name
-                target.parent.mkdir(exist_ok=True)
+                target.parent.mkdir(parents=True, exist_ok=True)
                 (staging.final / name).rename(target)
                 sync_folder(target.parent)
             sync_folder(self.folder)  # the new folders must be on disk before the staging folder is deleted
@@ -194,19 +194,19 @@ class Writer:
         self,
         folder: Path,
         rest: Sequence[Part],
-        files: Sequence[Path],
+        files: Mapping[str, Path],
         documents: Mapping[str, str],
         shard_bytes: int = SHARD_BYTES,
     ) -> None:
         """Assemble a model in `folder` from the committed blocks.
 
         rest         tensors to copy from other files, after the blocks
-        files        files to copy unchanged
+        files        name -> file to copy unchanged
         documents    name -> text of files to write, including config.json
         shard_bytes  the maximum size of a shard
         """
         written = write_shards(folder, self.parts(rest), shard_bytes)
-        names = [*(file.name for file in files), *documents, *written]
+        names = [*files, *documents, *written]
         if len(set(names)) < len(names):
             raise ValueError(f"two files have the same name: {sorted(names)}")
         put_companions(folder, files, documents)
@@ -258,10 +258,11 @@ def _require_space(out: Path, needed_bytes: int, *, present: int) -> None:
         raise StorageError(message, hint="free some space, or give an output folder on another disk")
 
 
-def put_companions(folder: Path, files: Sequence[Path], documents: Mapping[str, str]) -> None:
+def put_companions(folder: Path, files: Mapping[str, Path], documents: Mapping[str, str]) -> None:
     """Copy files unchanged into a folder, and write documents (name -> text) next to them."""
-    for file in files:
-        _copy(file, folder / file.name)
+    for name, file in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        _copy(file, folder / name)
     for name, text in documents.items():
         write_text(folder / name, text)
 

@@ -25,7 +25,7 @@ from llmq.checkpoint.atomic import write_text
 from llmq.checkpoint.json_text import json_text
 from llmq.checkpoint.reader import Checkpoint
 from llmq.checkpoint.safetensors_files import Part
-from llmq.checkpoint.side_files import companion_files
+from llmq.checkpoint.side_files import companions
 from llmq.checkpoint.writer import CONFIG, Writer
 from llmq.errors import ConfigError, FormatError
 from llmq.export.recode import Recoded, nearest, on_grid, recode, requantize, symmetric, widened_scheme
@@ -113,7 +113,8 @@ class Converter:
         settings = quantization_settings(self._checkpoint) or {}
         self.report = origin or Conversion(str(source), str(out), str(settings.get("quant_method")), to)
         self.report.source_bytes = self._checkpoint.nbytes
-        self.report.notes += [*comparison.notes, *self._names.notes]
+        self._companions = companions(self._checkpoint.folder)
+        self.report.notes += [*comparison.notes, *self._companions.notes, *self._names.notes]
 
     def run(self, on_event: OnEvent = ignore) -> None:
         """Convert the checkpoint. The finished folder appears at the end.
@@ -249,7 +250,7 @@ class Converter:
 
     def _finish(self, writer: Writer, final: Path, on_event: OnEvent) -> None:
         """Assemble the model in `final`, and compare it with the source."""
-        files, settings = companion_files(self._checkpoint.folder), self._settings(self._targets)
+        files, settings = self._companions.files, self._settings(self._targets)
         documents = {CONFIG: json_text({**self._checkpoint.config, "quantization_config": settings})}
         if self._layout.config_copy:
             documents[self._layout.config_copy] = json_text(settings)

@@ -23,7 +23,7 @@ from llmq.checkpoint import PROVENANCE_FILE
 from llmq.checkpoint.index import locate_tensors, read_json_object
 from llmq.checkpoint.json_text import json_text
 from llmq.checkpoint.reader import Checkpoint
-from llmq.checkpoint.side_files import companion_files
+from llmq.checkpoint.side_files import companions
 from llmq.checkpoint.writer import CONFIG, Writer
 from llmq.errors import ConfigError, FormatError, UnsupportedModelError
 from llmq.export.convert import CHUNK_BYTES, Conversion, Converter
@@ -191,7 +191,7 @@ class GgufSource:
         if record := read_record(self.file.parent):
             documents[PROVENANCE_FILE] = json_text(record)
         with writer.finishing() as final:
-            writer.assemble(final, [], companion_files(model), documents)
+            writer.assemble(final, [], companions(model).files, documents)
         checkpoint = Checkpoint.open(writer.folder)
         linears = linear_names(checkpoint, schemes)
         chosen = {name: schemes[module] for name, module in linears.packed.items()}

@@ -17,7 +17,7 @@ from pathlib import Path
 from llmq.checkpoint import PROVENANCE_FILE
 from llmq.checkpoint.atomic import write_text
 from llmq.checkpoint.json_text import json_text
-from llmq.checkpoint.side_files import companion_files
+from llmq.checkpoint.side_files import companions
 from llmq.checkpoint.writer import CONFIG, Writer
 from llmq.errors import CheckpointError, ConfigError, LlmqError, UnsupportedModelError
 from llmq.export.convert import Converter
@@ -58,7 +58,7 @@ def finish(writer: Writer, plan: Plan, report: Report, quantized: set[str], on_e
     documents = {CONFIG: json_text({**plan.config_json(quantized), "quantization_config": settings})}
     if plan.layout.config_copy:
         documents[plan.layout.config_copy] = json_text(settings)
-    files = companion_files(plan.checkpoint.folder)
+    files = companions(plan.checkpoint.folder).files
     locations = {name: plan.checkpoint.location(name) for name in plan.outside()}
     rest = [(location.file, name, location.info) for name, location in locations.items()]
     if formats == (output_layout.staged_format(formats),):

@@ -12,7 +12,7 @@ import torch
 from llmq.checkpoint.json_text import json_text
 from llmq.checkpoint.reader import Checkpoint
 from llmq.checkpoint.safetensors_files import Part
-from llmq.checkpoint.side_files import companion_files
+from llmq.checkpoint.side_files import companions
 from llmq.checkpoint.writer import CONFIG, put_companions
 from llmq.config import QuantConfig
 from llmq.gguf import export, from_run
@@ -47,4 +47,4 @@ def blocks_to_gguf(
 
 def _add_companions(checkpoint: Checkpoint, folder: Path) -> None:
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
-    put_companions(folder, companion_files(checkpoint.folder), {CONFIG: json_text(config)})
+    put_companions(folder, companions(checkpoint.folder).files, {CONFIG: json_text(config)})

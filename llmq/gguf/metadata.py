@@ -5,6 +5,8 @@ Sizes come from the configuration as transformers reads it, which includes defau
 
 import math
 import re
+import shutil
+import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmq._version import __version__
+from llmq.checkpoint.side_files import CARD, ORIGINAL_CARD, leaves
 from llmq.errors import UnsupportedModelError
 from llmq.gguf.architectures import Architecture
 
@@ -54,14 +57,18 @@ def add_general(
 
 
 def _card(folder: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The metadata at the top of the model's README.md, and notes for the user."""
+    """The metadata at the top of the original model's README.md, and notes for the user."""
     import gguf
     import yaml
 
+    file = next((folder / name for name in (ORIGINAL_CARD, CARD) if (folder / name).is_file()), folder / CARD)
     try:
-        return gguf.Metadata.load_model_card(folder), ()
+        with tempfile.TemporaryDirectory() as made:  # the package gguf reads a card by the name of its folder
+            if file.is_file() and not leaves(folder, file):
+                shutil.copyfile(file, Path(made) / CARD)
+            return gguf.Metadata.load_model_card(Path(made)), ()
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        return {}, (f"the file has no licence and origin: {folder / 'README.md'} cannot be read: {error}",)
+        return {}, (f"the file has no licence and origin: {file} cannot be read: {error}",)
 
 
 def add_sizes(writer: Any, config: Mapping[str, Any], arch: Architecture) -> Extra:

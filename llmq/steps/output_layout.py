@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llmq import formats
 from llmq.checkpoint.reader import Checkpoint
+from llmq.checkpoint.side_files import refuse_outside
 from llmq.config import QuantConfig
 from llmq.errors import ConfigError, UnsupportedModelError
 from llmq.formats.base import Layout, Reading
@@ -33,6 +34,7 @@ from llmq.numerics.scheme import WeightScheme
 
 STAGED_FOR_GGUF = "compressed-tensors"  # it holds every scheme
 GGUF_SCALES = torch.float16
+IN_GGUF = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja", "chat_template.json")
 
 
 def staged_format(names: Sequence[str]) -> str:
@@ -127,6 +129,7 @@ def require_writable(names: Sequence[str], checkpoint: Checkpoint, tensors: Iter
         return
     import gguf
 
+    refuse_outside(checkpoint.folder, IN_GGUF)
     config = skeleton.load_config(checkpoint.folder, remote_code=False).to_dict()
     arch = architecture(config)
     places = Names(arch.name, config["num_hidden_layers"])

@@ -117,11 +117,12 @@ def test_other_files_are_copied_and_the_config_keeps_its_keys(model: Path, tmp_p
         (source / name).write_bytes(f"{name} \xff\r\n".encode("latin-1"))
     (source / "training_state.pt").write_bytes(b"not about the model")
     quantize(source, tmp_path / "out", text, method="rtn", format="gptq")
-    copied = {path.name for path in source.iterdir()} - {"config.json", "model.safetensors", "training_state.pt"}
+    left = {"config.json", "model.safetensors", "training_state.pt", "README.md"}
+    copied = {path.name for path in source.iterdir()} - left
     assert {"tokenizer.json", "generation_config.json", "LICENSE"} <= copied
     assert all((tmp_path / "out" / name).read_bytes() == (source / name).read_bytes() for name in copied)
     written = {path.name for path in (tmp_path / "out").iterdir()} - copied
-    assert written == {"config.json", "model.safetensors", "llmq.json", "quantize_config.json"}
+    assert written == {"config.json", "model.safetensors", "llmq.json", "quantize_config.json", "README.original.md"}
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config.pop("quantization_config") == json.loads((tmp_path / "out" / "quantize_config.json").read_text())
     assert config == json.loads((source / "config.json").read_text())

@@ -52,7 +52,7 @@ def run(out, overwrite=False):
     rest = [(source, name, info) for name, info in read_header(source).items()]
     documents = {"config.json": json.dumps({"new": True}), "card.md": "# new"}
     with writer.finishing() as final:
-        writer.assemble(final, rest, [folder / "source" / "tokenizer.json"], documents, shard_bytes=9000)
+        writer.assemble(final, rest, {"tokenizer.json": folder / "source" / "tokenizer.json"}, documents, shard_bytes=9000)
 """
 
 
@@ -91,7 +91,7 @@ except LlmqError as error:
 staged = sorted(path.name for path in (folder / "out" / ".llmq-partial").iterdir())
 try:
     with writer.finishing() as final:
-        writer.assemble(final, [], [], {"config.json": "x" * 10_000})
+        writer.assemble(final, [], {}, {"config.json": "x" * 10_000})
 except LlmqError as error:
     errors.append([type(error).__name__, error.exit_code, str(error), error.hint])
 print(json.dumps({"errors": errors, "has": [writer.has(0), writer.has(1)], "staged": staged}))

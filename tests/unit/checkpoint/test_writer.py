@@ -73,7 +73,7 @@ def finish(
 ) -> None:
     """The end of a run that makes one model."""
     with writer.finishing() as final:
-        writer.assemble(final, rest, files, documents, shard_bytes)
+        writer.assemble(final, rest, {file.name: file for file in files}, documents, shard_bytes)
 
 
 def names_in(folder: Path) -> set[str]:
