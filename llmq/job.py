@@ -42,7 +42,7 @@ from llmq.report.record import BlockReport, Report, TuningReport
 from llmq.report.sensitivity import Sensitivity
 from llmq.run_text import RunText, sequences_at_once
 from llmq.setting_fields import config_to, merged
-from llmq.steps import fisher_information, output_layout
+from llmq.steps import fisher_information, float_probe, output_layout, scale_range
 from llmq.steps.end_to_end.memory_plan import disk_bytes
 from llmq.steps.fisher_information import FisherInformation
 from llmq.steps.run import Run
@@ -124,6 +124,8 @@ class Job:
         self.report.notes += self.plan.grid_notes
         for name in self.plan.outside():  # the tensors of a block are checked when the block is read
             require_finite(name, self.plan.checkpoint.tensor(name))
+        length = self.plan.settings.calibration.seqlen
+        self.report.notes += self._ranks.first(lambda: float_probe.probe(self.plan.skeleton, length, on_event))
         needed = self.plan.stages.needs_calibration or self.plan.settings.target_bits is not None
         load = partial(self._text.load, self.plan, self.report, on_event)
         calibration_set = self._ranks.first(load) if needed else None
@@ -265,7 +267,10 @@ class Job:
         quantized = {layer.name: layer for layer in report.layers}
         for layer in plan.layers.values():
             if layer.scheme.weights is not None and layer.name not in quantized:
-                report.left[layer.name] = f"it was not run for the first {memory.PROBE_TOKENS} calibration tokens"
+                why = scale_range.reason(layer.name, [note for block in report.blocks for note in block.notes])
+                report.left[layer.name] = (
+                    why or f"it was not run for the first {memory.PROBE_TOKENS} calibration tokens"
+                )
         sizes = {layer.name: layer.weights for layer in plan.layers.values()}
         stored_bits = sum(sizes[name] * layer.bits_per_weight for name, layer in quantized.items())
         report.bits_per_weight = stored_bits / max(1, sum(sizes[name] for name in quantized))

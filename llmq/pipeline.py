@@ -49,6 +49,7 @@ from llmq.steps.lm_head import quantize_head
 from llmq.steps.round_group import Rounded
 from llmq.steps.round_together import Group, round_together
 from llmq.steps.run import Run
+from llmq.steps.scale_range import groups_in_range
 from llmq.steps.transforms import transform_block
 
 
@@ -134,7 +135,9 @@ def quantize_groups(
         if weights and stats is not None and stats.tokens == 0:
             result.notes.append(f"{', '.join(weights)}: kept in float, no calibration token reached them")
         elif weights:
-            reached.append(Group(weights, {path: run.plans[path].scheme.weights for path in weights}, stats))
+            storable, notes = groups_in_range(run, block, weights, stats)
+            reached += storable
+            result.notes += notes
     for solved, layers in zip(reached, round_together(reached, run.method, run.options, run.ranks), strict=True):
         put_group(run, block, result, layers, solved.stats)
 

@@ -66,7 +66,7 @@ def refuse_gguf(path: Path) -> None:
 
 
 def refuse_adapter(folder: Path) -> None:
-    """Raise CheckpointError for a folder with an adapter of PEFT, of which the base model is elsewhere or not merged."""
+    """Raise CheckpointError for a folder with an adapter of PEFT, whose base model is elsewhere or not merged."""
     if (folder / ADAPTER).is_file():
         raise CheckpointError(
             f"{folder} holds an adapter ({ADAPTER}), expected a whole model",

@@ -167,7 +167,8 @@ def _repeats(work: Workload, machine: Machine, sizes: Sizes) -> bool:
 
 def _work(work: Workload, machine: Machine, sizes: Sizes, head: WeightScheme | None) -> dict[str, Work]:
     """The work of each stage on one rank that does all of it."""
-    by_stage = {"self-written text": passes.self_written(work), "Fisher information": passes.fisher(work)}
+    by_stage = {"float model": passes.float_probe(work)}
+    by_stage |= {"self-written text": passes.self_written(work), "Fisher information": passes.fisher(work)}
     parts: dict[str, list[Work]] = {name: [] for name in ("streams", "statistics", *SOLVED, "block tuning")}
     last = PlannedBlock(work.outline.blocks[-1], _last_grids(work))
     for block, number in work.blocks():

@@ -102,7 +102,7 @@ def transfers(work: Workload, files: Sizes, *, cached: bool, packed_in_memory: b
     weights = sum(block.outline.parameters * n for block, n in files.blocks.items()) * work.stored
     tuning = work.method.tuning
     starts = tuning is not None and tuning.rounding > 0  # from the place of float weights between quantized values
-    passes = 1 + (work.written > 0) + 2 * work.method.needs_fisher + starts
+    passes = 2 + (work.written > 0) + 2 * work.method.needs_fisher + starts
     outside = work.outline.outside * work.stored
     read = weights * (1 if cached else passes) + 3 * outside + files.staged + files.model
     written = files.staged + files.model

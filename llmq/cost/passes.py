@@ -46,6 +46,15 @@ def streams(work: Workload, block: PlannedBlock, *, last: bool) -> Work:
     return total([*parts, passed(work, probe, probed), passed(work, outline.suspended, 1)])
 
 
+def float_probe(work: Workload) -> Work:
+    """A few tokens through the float model and its head, before anything is computed."""
+    tokens = min(PROBE_TOKENS, work.length)
+    blocks = [
+        passed(work, block.outline.forward * (tokens / work.length), 1) * number for block, number in work.blocks()
+    ]
+    return total([*blocks, through_head(work, tokens, 1, 1)])
+
+
 def through_head(work: Workload, tokens: float, times: int, passes: int) -> Work:
     """Logits of `tokens` tokens, `times` products with the head's weight, and passes over the logits."""
     outline = work.outline

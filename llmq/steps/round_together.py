@@ -9,7 +9,7 @@ round differently in the last bits.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from llmq.algorithms import Options, Rounding
 from llmq.distributed.ranks import ALONE, Ranks, Total
 from llmq.methods import Method
+from llmq.numerics.affine_grid import ScaleDtype
 from llmq.numerics.input_stats import InputStats
 from llmq.numerics.quantized_tensor import stacked
 from llmq.numerics.scheme import WeightScheme
@@ -31,11 +32,15 @@ Sent = tuple[str, Rounding, tuple[StageGain, ...]]
 
 @dataclass(frozen=True)
 class Group:
-    """Weights (N, K) that share an input, their schemes, and the statistics of the input."""
+    """Weights (N, K) that share an input, their schemes, and the statistics of the input.
+
+    scales  the values that scales are rounded to, if these are not those of the run
+    """
 
     weights: Mapping[str, Tensor]
     schemes: Mapping[str, WeightScheme | None]
     stats: InputStats | None
+    scales: ScaleDtype | None = None
 
     def rows_are_divisible(self, ranks: Ranks) -> bool:
         schemes = [scheme for scheme in self.schemes.values() if scheme is not None]
@@ -47,7 +52,8 @@ def round_together(groups: Sequence[Group], method: Method, options: Options, ra
     """The quantized weights of each group."""
 
     def rounded(group: Group, weights: Mapping[str, Tensor], total: Total = ALONE.total) -> list[Rounded]:
-        return round_group(weights, group.schemes, group.stats, method, options, total)
+        own = options if group.scales is None else replace(options, scale_dtype=group.scales)
+        return round_group(weights, group.schemes, group.stats, method, own, total)
 
     if ranks.size == 1:
         return [rounded(group, group.weights) for group in groups]

@@ -40,7 +40,14 @@ def test_stages_follow_the_fields_of_the_method() -> None:
         return {s.name for s in cost.estimate(outline, SETTINGS, MACHINE, stages=stages).stages if s.work.flops}
 
     plain = names()
-    assert plain == {"streams", "statistics", "factorization", "guards", "report"}  # K is below a block of columns
+    assert plain == {
+        "float model",
+        "streams",
+        "statistics",
+        "factorization",
+        "guards",
+        "report",
+    }  # K is below a block of columns
     assert names(token_weights=True) - plain == {"Fisher information"}
     assert names(block_tuning=replace(tuning, fisher=True)) - plain == {"Fisher information", "block tuning"}
     assert names(tuning=tuning, written=2) - plain == {"end-to-end tuning", "self-written text"}

@@ -1,0 +1,61 @@
+"""Run the float model on a few tokens before anything is computed: a model that gives NaN is broken, and is refused.
+
+Every weight of such a model may be finite: its activations overflow, or its configuration is that of another model.
+Quantizing it would take hours and give a model that is broken in the same way.
+"""
+
+import torch
+from torch import Tensor
+
+from llmq.errors import CheckpointError, UnsupportedModelError
+from llmq.memory import PROBE_TOKENS
+from llmq.model.build.block import Block
+from llmq.model.build.skeleton import Skeleton
+from llmq.model.passes.forward import forward
+from llmq.model.passes.hidden_states import Storage
+from llmq.model.passes.recorded_calls import RecordedCalls
+from llmq.model.passes.streams import Stream, Text
+from llmq.report.events import OnEvent, Progress
+
+NOT_RUN = "the float model was not run on a few tokens before it was quantized: {}"
+
+
+@torch.no_grad()
+def probe(skeleton: Skeleton, length: int, on_event: OnEvent) -> list[str]:
+    """Run a sequence of at most `length` tokens through all blocks and the head; returns notes for the user.
+
+    Raises CheckpointError with the first place in the model whose output has NaN or infinite values.
+    """
+    tokens = probe_tokens(skeleton.vocabulary, min(PROBE_TOKENS, length, skeleton.max_tokens or length))
+    try:
+        stream = Stream(skeleton, Text(tokens, 1), RecordedCalls(skeleton), Storage(skeleton.device), "probe")
+        _require_finite("the embedding", stream.call(range(1)).hidden)
+    except UnsupportedModelError as error:
+        return [NOT_RUN.format(error)]
+
+    def visit(block: Block) -> None:
+        stream.run(block)
+        _require_finite(f"the block {block.path}", stream.outputs(range(1)))
+        stream.advance()
+        on_event(Progress("float model checked", block.index + 1, len(skeleton.blocks)))
+
+    try:
+        forward(skeleton, visit)
+        _require_finite("the head", skeleton.logits(tokens, stream.last(range(1))))
+    except (LookupError, TypeError, RuntimeError, ValueError, AttributeError, NotImplementedError) as error:
+        return [NOT_RUN.format(error)]  # blocks that cannot run one by one; stages that have to run them raise later
+    return []
+
+
+def probe_tokens(vocabulary: int, count: int) -> Tensor:
+    """(1, count) int64: tokens from all parts of the vocabulary."""
+    return torch.linspace(0, vocabulary - 1, count).to(torch.int64)[None]
+
+
+def _require_finite(place: str, output: Tensor) -> None:
+    if not bool(torch.isfinite(output).all()):
+        dtype = str(output.dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"the float model computes NaN or infinite values: the first are in the output of {place}, in {dtype}",
+            hint="check that the model works in transformers, and that config.json belongs to these weights",
+        )

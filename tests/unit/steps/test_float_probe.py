@@ -1,0 +1,41 @@
+"""The float model is run on a few tokens first: a broken one is refused before anything is computed."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from llmq.errors import CheckpointError
+from llmq.report.events import Progress
+from llmq.steps.float_probe import probe, probe_tokens
+from tests import builders
+from tests.runs import job
+
+Checkpoints = Callable[..., Path]
+
+
+def test_a_model_that_computes_nan_is_refused(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoint("llama"), tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"].fill_(3e38)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"NaN or infinite values: .* output of the block model\.layers\.1"):
+        job(folder, tmp_path / "out", tmp_path, method="rtn").run()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sound_model_is_run_once(checkpoint: Checkpoints) -> None:
+    events: list[object] = []
+    assert probe(builders.skeleton_of(checkpoint("llama")), 8, events.append) == []
+    assert events == [Progress("float model checked", done, 3) for done in (1, 2, 3)]
+
+
+def test_tokens_are_from_the_whole_vocabulary() -> None:
+    assert probe_tokens(101, 5).tolist() == [[0, 25, 50, 75, 100]]
+
+
+def test_a_model_whose_blocks_share_keys_is_noted(checkpoint: Checkpoints) -> None:
+    (note,) = probe(builders.skeleton_of(checkpoint("gemma3n", num_kv_shared_layers=1)), 8, lambda event: None)
+    assert "was not run" in note and "share the keys" in note
