@@ -267,10 +267,9 @@ class Job:
         quantized = {layer.name: layer for layer in report.layers}
         for layer in plan.layers.values():
             if layer.scheme.weights is not None and layer.name not in quantized:
-                why = scale_range.reason(layer.name, [note for block in report.blocks for note in block.notes])
-                report.left[layer.name] = (
-                    why or f"it was not run for the first {memory.PROBE_TOKENS} calibration tokens"
-                )
+                why = scale_range.reason(layer.name, report.blocks)
+                not_run = f"it was not run for the first {memory.PROBE_TOKENS} calibration tokens"
+                report.left[layer.name] = why or not_run
         sizes = {layer.name: layer.weights for layer in plan.layers.values()}
         stored_bits = sum(sizes[name] * layer.bits_per_weight for name, layer in quantized.items())
         report.bits_per_weight = stored_bits / max(1, sum(sizes[name] for name in quantized))

@@ -20,6 +20,7 @@ from llmq.checkpoint.reader import Checkpoint
 from llmq.checkpoint.side_files import companions
 from llmq.config import QuantConfig
 from llmq.errors import UnsupportedModelError
+from llmq.formats import foreign
 from llmq.formats.base import Layout
 from llmq.gguf import recipes
 from llmq.methods import Method
@@ -225,8 +226,10 @@ def _head(skeleton: Skeleton) -> dict[str, nn.Linear]:
 def _refuse_quantized(checkpoint: Checkpoint) -> None:
     settings = quantization_settings(checkpoint)
     if settings is not None:
+        other = foreign.of_block(settings)
         method = settings.get("quant_method", "its config.json has a quantization_config")
         raise UnsupportedModelError(
-            f"{checkpoint.folder} is already quantized ({method})",
-            hint="start from the unquantized model; the README.md of the quantized model often names it as base_model",
+            f"{checkpoint.folder} is already quantized ({other.name if other else method})",
+            hint=(other.way_out if other else foreign.ORIGINAL)
+            + "; the README.md of the quantized model often names it as base_model",
         )

@@ -10,6 +10,7 @@ codes are packed, in the order of the bits, and in the settings in `config.json`
     gptq_v2.py              qweight …         as gptq.py, but zero points are stored without an offset
     awq.py                  qweight …         packed along out_features, interleaved: vLLM, SGLang, transformers
     gguf.py                 gguf_q4_k …       the blocks of a .gguf file, while its run is not finished
+    foreign.py              what llmq does not read: other tools, and what their users can do
     read_only/              formats that llmq reads and does not write
     codecs/                 code that several formats share: packing of bits, block types, checks
 
@@ -27,12 +28,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from llmq.errors import ConfigError, FormatError
+from llmq.formats import foreign as foreign_formats
 from llmq.formats import read_only
 
 if TYPE_CHECKING:
     from llmq.formats.base import Layout, Readable
 
-BASE = "base"
+NO_FORMATS = ("base", "foreign")
 
 
 def names() -> tuple[str, ...]:
@@ -67,9 +69,11 @@ def detect(quantization_config: Mapping[str, Any]) -> "Readable":
         if implied or plain in layout.quant_methods:
             return layout
     known = ", ".join(layout.name for layout in layouts)
+    foreign = foreign_formats.of_block(quantization_config)
+    named = f"is quantized by {foreign.name}" if foreign else f"has the quant_method {method!r}"
     raise FormatError(
-        f"the checkpoint's quant_method is {method!r}, expected one of {known}",
-        hint="start from the unquantized model, or from a checkpoint in one of these formats",
+        f"the checkpoint {named}, which llmq does not read, expected one of {known}",
+        hint=foreign.way_out if foreign else "start from the unquantized model, or from one of these formats",
     )
 
 
@@ -83,5 +87,7 @@ def _files() -> dict[str, str]:
 
     An underscore in a file name stands for a hyphen, unless a version follows.
     """
-    files = [module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg and module.name != BASE]
+    files = [
+        module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg and module.name not in NO_FORMATS
+    ]
     return {re.sub(r"_(?!v\d)", "-", file): file for file in files}

@@ -8,6 +8,7 @@ from llmq import formats
 from llmq.checkpoint.index import read_json_object
 from llmq.checkpoint.reader import Checkpoint
 from llmq.errors import FormatError
+from llmq.formats import foreign
 from llmq.formats.base import Layout, Readable, Reader, Reading
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import WeightScheme
@@ -245,7 +246,9 @@ def quantization_settings(checkpoint: Checkpoint) -> dict[str, Any] | None:
         for name in layout.own_files:
             if (checkpoint.folder / name).is_file() and any(map(checkpoint.modules_with, layout.codes)):
                 return {"quant_method": layout.quant_methods[0], **read_json_object(checkpoint.folder / name)}
-    return None
+    suffixes = {name.rpartition(".")[2] for name in checkpoint.names()}
+    by_other = foreign.recognize(config, checkpoint.folder, suffixes)
+    return None if by_other is None else {"quant_method": by_other.methods[0]}
 
 
 def required_settings(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """Whether a checkpoint and its model belong together, tensor by tensor, from headers only.
 
-A tensor that nobody reads is a silent error if it belongs to a part of the model that runs: the scales of an activation,
-the bias of a layer that the configuration builds without one, the scale of a weight whose quantization_config is gone.
-So every tensor of a module that the model has is used, or the checkpoint is refused. Tensors of modules that the model
-does not have, such as heads for multi-token prediction or an image encoder, are left and listed.
+A tensor that nobody reads is a silent error if it belongs to a part of the model that runs: the scales of an
+activation, the bias of a layer that the configuration builds without one, the scale of a weight whose
+quantization_config is gone. So every tensor of a module that the model has is used, or the checkpoint is refused.
+Tensors of modules that the model does not have, such as heads for multi-token prediction or an image encoder, are left
+and listed.
 """
 
 import re
@@ -120,7 +121,8 @@ def _without_effect(name: str, checkpoint: Checkpoint) -> bool:
 def _refusal(checkpoint: Checkpoint, refused: dict[str, str], more: list[str]) -> CheckpointError:
     if more:
         return CheckpointError(
-            f"{checkpoint.folder} holds the block {more[0]} ({len(more)} such blocks), but config.json has fewer blocks",
+            f"{checkpoint.folder} holds the block {more[0]} ({len(more)} such blocks), but config.json has fewer "
+            "blocks",
             hint="set the number of layers in config.json to that of the checkpoint",
         )
     name, owner = next(iter(refused.items()))
@@ -142,16 +144,17 @@ class _Parts:
             self._list, blocks = "", nn.ModuleList()
         self._count = len(blocks)
         self._lists = list(dict.fromkeys(weights.candidates(self._list))) if self._list else []
-        self._decoder = self._list.rpartition(".")[0]
+        decoder = self._list.rpartition(".")[0]
         around = {self._list[:end] for end, sign in enumerate(self._list) if sign == "."} | {"", self._list}
-        self._owners = {
+        self._owners: dict[str, str] = {
             candidate: path
             for path, module in model.named_modules()
             if path not in around and not isinstance(module, nn.ModuleList | nn.ModuleDict)
             for candidate in weights.candidates(path)
         }
         head = model.get_output_embeddings()
-        self._head = next((f"{path}." for path, module in model.named_modules() if module is head), None)
+        self._running = [f"{path}." for path, module in model.named_modules() if module is head]
+        self._running.append(f"{decoder}." if decoder else "")
         ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
         self._ignored = [re.compile(pattern) for pattern in ignored]
 
@@ -170,7 +173,7 @@ class _Parts:
 
     def runs(self, name: str) -> bool:
         """Whether a parameter belongs to the decoder or to the head; image encoders may be absent."""
-        return name.startswith(f"{self._decoder}." if self._decoder else "") or name.startswith(self._head or "\n")
+        return name.startswith(tuple(self._running))
 
     def additional_blocks(self, left: Iterable[str], names: Iterable[str]) -> list[str]:
         """Blocks of which every tensor is in `left`, and that have the tensors of a block of the model.

@@ -16,6 +16,7 @@ from llmq.numerics.affine_grid import Bounded, Grid, ScaleDtype, dtype_of
 from llmq.numerics.input_stats import InputStats
 from llmq.numerics.k_quant_grid import LARGEST
 from llmq.numerics.scheme import WeightScheme
+from llmq.report.record import BlockReport
 from llmq.steps.round_together import Group
 from llmq.steps.run import Run
 
@@ -98,7 +99,7 @@ def _lost(weight: Tensor, scheme: WeightScheme, values: ScaleDtype, rows: Tensor
     return error(affine_grid.fit_minmax(part, scheme, values)) - error(affine_grid.fit_minmax(part, scheme, UNBOUNDED))
 
 
-def reason(name: str, notes: Sequence[str]) -> str | None:
+def reason(name: str, blocks: Sequence[BlockReport]) -> str | None:
     """Why a layer was kept in float, from the notes of its block; None if they do not name it."""
-    start = f"{name}: kept in float, because "
+    start, notes = f"{name}: kept in float, because ", [note for block in blocks for note in block.notes]
     return next((note.removeprefix(start) for note in notes if note.startswith(start)), None)

@@ -52,7 +52,8 @@ def run(out, overwrite=False):
     rest = [(source, name, info) for name, info in read_header(source).items()]
     documents = {"config.json": json.dumps({"new": True}), "card.md": "# new"}
     with writer.finishing() as final:
-        writer.assemble(final, rest, {"tokenizer.json": folder / "source" / "tokenizer.json"}, documents, shard_bytes=9000)
+        files = {"tokenizer.json": folder / "source" / "tokenizer.json"}
+        writer.assemble(final, rest, files, documents, shard_bytes=9000)
 """
 
 

@@ -1,4 +1,4 @@
-"""The files that a result gets from the original: those that belong to the model, and never through links that leave."""
+"""The files that a result gets from the original: those of the model, and none through links that leave."""
 
 from pathlib import Path
 
