@@ -70,9 +70,9 @@ def detect(quantization_config: Mapping[str, Any]) -> "Readable":
             return layout
     known = ", ".join(layout.name for layout in layouts)
     foreign = foreign_formats.of_block(quantization_config)
-    named = f"is quantized by {foreign.name}" if foreign else f"has the quant_method {method!r}"
+    named = f"{method!r} ({foreign.name})" if foreign else repr(method)
     raise FormatError(
-        f"the checkpoint {named}, which llmq does not read, expected one of {known}",
+        f"the checkpoint's quant_method is {named}, expected one of {known}",
         hint=foreign.way_out if foreign else "start from the unquantized model, or from one of these formats",
     )
 

@@ -126,7 +126,7 @@ def _candidates(scheme: WeightScheme, scale_dtype: ScaleDtype) -> Candidates:
         tuple(factors),
         tuple(offsets),
         shifts,
-        _smallest(scale_dtype),
+        smallest(scale_dtype),
         dtype_of(scale_dtype),
     )
 
@@ -153,14 +153,15 @@ def _minmax(groups: Tensor, scheme: WeightScheme, scale_dtype: ScaleDtype) -> tu
     return scales, (-low / scales).round_().clamp_(0, scheme.levels)
 
 
-def _smallest(scale_dtype: ScaleDtype) -> float:
+def smallest(scale_dtype: ScaleDtype) -> float:
+    """The smallest scale that is stored."""
     if isinstance(scale_dtype, Bounded):
         return scale_dtype.smallest
     return SMALLEST_SCALE.get(scale_dtype, SMALLEST_SCALE_ELSEWHERE)
 
 
 def _stored(scales: Tensor, scale_dtype: ScaleDtype) -> Tensor:
-    return stored(scales, dtype_of(scale_dtype), _smallest(scale_dtype))
+    return stored(scales, dtype_of(scale_dtype), smallest(scale_dtype))
 
 
 def _assemble(rows: int, scheme: WeightScheme, scale_dtype: ScaleDtype, scales: Tensor, zeros: Tensor) -> Grid:

@@ -65,8 +65,8 @@ def out_of_range(weight: Tensor, scheme: WeightScheme, values: ScaleDtype) -> st
     share = lost / float(squares.sum())
     if share < LOST:
         return None
-    dtype = dtype_of(values)
-    smallest = SHARED_SMALLEST if scheme.two_level else affine_grid.SMALLEST_SCALE.get(dtype, 0.0)
+    dtype = torch.float16 if scheme.two_level else dtype_of(values)
+    smallest = SHARED_SMALLEST if scheme.two_level else affine_grid.smallest(values)
     return (
         f"it needs scales of {float(needed[changed].min()):.1e} to {float(needed[changed].max()):.1e}, but "
         f"{str(dtype).removeprefix('torch.')} scales are {smallest:.1e} to {torch.finfo(dtype).max:.1e}, with which "

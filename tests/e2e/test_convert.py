@@ -86,8 +86,7 @@ def test_all_formats_of_a_run_hold_the_same_weights(
         assert report.sizes[name] == (out / name / "model.safetensors").stat().st_size
         record = json.loads((out / name / "llmq.json").read_text())
         assert record["sizes"] == report.sizes
-    up = weights(out / "gptq")["model.layers.0.mlp.up_proj.weight"]
-    assert up.isfinite().all()
+    assert "scales are 6.2e-05 to" in report.left["model.layers.0.mlp.up_proj"]
 
 
 def test_each_format_equals_the_output_of_a_run_for_it_alone(model: Path, packed: Any, tmp_path: Path) -> None:

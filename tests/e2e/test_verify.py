@@ -107,7 +107,7 @@ def test_an_unknown_engine_is_refused(packed: Path, engine: str) -> None:
         (lambda t: t["model.norm.weight"].fill_(torch.inf), "model.norm.weight has 32 values that are NaN or infinite"),
         (lambda t: t.update({"model.layers.1.mlp.up_proj.scales": torch.ones(3, 64)}), "scales is float32 (3, 64)"),
         (lambda t: t.pop("model.layers.1.mlp.up_proj.qzeros"), "qzeros is missing"),
-        (lambda t: t.pop("model.norm.weight"), "model.norm.weight has no tensor"),
+        (lambda t: t.pop("model.norm.weight"), "needs the tensor model.norm.weight"),
         (lambda t: t["model.layers.1.mlp.down_proj.g_idx"].fill_(9), "the group index holds 9 to 9"),
     ],
     ids=["scales", "norm", "shape", "zeros", "tensor", "index"],
