@@ -10,7 +10,7 @@ because the cache of the Hub stores the files of a snapshot as symbolic links in
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -26,6 +26,15 @@ GGUF = ".gguf"
 GGUF_HINT = "run it with llama.cpp, measure it with `llmq eval`, or convert it with `llmq convert`"
 PICKLES = (".bin", ".pt", ".pth", ".pickle", ".pkl", ".ckpt")
 
+WRAPPERS = {  # part of a tensor's name -> what puts it there, and the way out
+    "base_model.model.": ("an adapter of PEFT", "merge the adapter first, with merge_and_unload()"),
+    ".lora_A.": ("an adapter of PEFT", "merge the adapter first, with merge_and_unload()"),
+    ".base_layer.": ("an adapter of PEFT", "merge the adapter first, with merge_and_unload()"),
+    "_orig_mod.": ("torch.compile", "save the model before it is compiled, or save model._orig_mod"),
+    "_fsdp_wrapped_module.": ("FSDP", "save the full state of the model, without the wrapper"),
+    "_checkpoint_wrapped_module.": ("activation checkpointing", "save the model without the wrapper"),
+}
+
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 
 
@@ -40,10 +49,13 @@ class Location:
 def locate_tensors(folder: Path) -> dict[str, Location]:
     """Return the location of every tensor, in the order of the files.
 
-    Raises CheckpointError if there are no safetensors files, a file is missing or damaged, or the index does not match.
+    Raises CheckpointError if there are no safetensors files, a file is missing or damaged, or the index does not match;
+    and for tensors that have the names of a wrapped model, or of an adapter.
     """
     with reading(folder):
-        return _locate(folder)
+        tensors = _locate(folder)
+    _refuse_wrapped(folder, tensors)
+    return tensors
 
 
 def gguf_file(path: Path) -> Path | None:
@@ -100,6 +112,16 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise CheckpointError(f"{path} holds a {type(document).__name__}, expected an object", hint=COPY_AGAIN)
     return document
+
+
+def _refuse_wrapped(folder: Path, names: Iterable[str]) -> None:
+    for name in names:
+        wrapper = next((part for part in WRAPPERS if part in f".{name}"), None)
+        if wrapper is not None:
+            source, way_out = WRAPPERS[wrapper]
+            raise CheckpointError(
+                f"the tensor {name} in {folder} has a name from {source}, expected the names of the model", hint=way_out
+            )
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from llmq import formats
 from llmq.checkpoint import PROVENANCE_FILE
-from llmq.checkpoint.index import locate_tensors, read_json_object
+from llmq.checkpoint.index import read_json_object
 from llmq.checkpoint.json_text import json_text
 from llmq.checkpoint.reader import Checkpoint
 from llmq.checkpoint.side_files import companions
@@ -32,7 +32,7 @@ from llmq.formats import tensor_name
 from llmq.formats.codecs.gguf_blocks import unpack_q4_0, unpack_q5_0, unpack_q8_0
 from llmq.gguf import reader
 from llmq.gguf.reader import Weights
-from llmq.model.build import skeleton
+from llmq.model.build import skeleton, ties
 from llmq.model.build.checkpoint_names import ModelWeights
 from llmq.numerics.gguf_types import GGUF
 from llmq.numerics.quantized_tensor import QuantizedTensor
@@ -115,6 +115,7 @@ class GgufSource:
         self.identity: dict[str, Any] = {}
         self.requantized: dict[str, float] = {}
         self.notes: list[str] = []
+        self._has_head = False  # whether the head has its own weight; known when unpacking
         self._like = like
         self._allowed = allow_requantize
 
@@ -128,6 +129,8 @@ class GgufSource:
             weights = Weights(self.file, model)
             self.identity = _identity(self.file, model)
             names = _names(model, weights)
+            weights.require_read(names)
+            self._has_head = "output.weight" in weights.container.tensors
             layers = _linear_layers(model, weights, names)
             writer = Writer.open(folder, identity={"gguf": str(self.file)}, overwrite=False, needed_bytes=0)
             schemes: dict[str, WeightScheme] = {}
@@ -186,6 +189,8 @@ class GgufSource:
         if not schemes:
             raise ConfigError(f"{self.file} holds no quantized linear layer", hint="it is a float model")
         config = read_json_object(model / CONFIG)
+        if self._has_head and getattr(skeleton.load_config(model, remote_code=False), ties.KEY, False):
+            config = ties.untied_config(config)
         layout = formats.load(output_layout.STAGED_FOR_GGUF)
         documents = {CONFIG: json_text({**config, "quantization_config": layout.quantization_config(schemes, [])})}
         if record := read_record(self.file.parent):
@@ -220,14 +225,17 @@ def _identity(file: Path, model: Path) -> dict[str, Any]:
 def _names(model: Path, weights: Weights) -> list[str]:
     """The names of the tensors as on the Hub: from the original model, if its weights are there.
 
-    Otherwise the names of transformers, which are the same except for experts.
+    Otherwise the names of transformers, which are the same except for experts. A head that the file holds is included,
+    although config.json may tie it to the embedding.
     """
-    if any(model.glob("*.safetensors")):
-        return [name for name in locate_tensors(model) if name in weights]
     built = skeleton.build(model, dtype=torch.float32, remote_code=False)
+    if any(model.glob("*.safetensors")):
+        return [name for name in ties.settled(Checkpoint.open(model), built).names() if name in weights]
     known = ModelWeights(built, weights.tensor, weights.__contains__)
     names = []
-    for name, parameter in built.named_parameters():
+    for name, parameter in built.named_parameters(remove_duplicate=False):
+        if known.is_tied(name):
+            continue
         if parameter.dim() > 2:
             raise UnsupportedModelError(f"{name} holds the experts of a layer in one tensor", hint=SOURCE_HINT)
         names.append(known.tensor_name(name))

@@ -8,7 +8,7 @@ folder of the original model is a better description, and so is a config.json ne
 """
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -71,6 +71,21 @@ class Weights:
             values = values - self._arch.norm_offset
         return values
 
+    def require_read(self, names: Iterable[str]) -> None:
+        """Raise FormatError for a tensor of the file in which none of the tensors `names` of the model is stored.
+
+        Blocks after the last one, for multi-token prediction, and factors of a rotary embedding are left.
+        """
+        read = {place.name for place in map(self._names.place, names) if place is not None}
+        blocks = tuple(f"blk.{number}." for number in range(self._config["num_hidden_layers"]))
+        for name in self.container.tensors:
+            if name not in read and not name.startswith("rope_") and name.startswith((*blocks, "output", "token_embd")):
+                raise FormatError(
+                    f"the model does not use the tensor {name} of {self.container.path}: without it the model would "
+                    "compute something else",
+                    hint="check that config.json next to the file, or the given original, belongs to it",
+                )
+
     def kind(self, name: str) -> str:
         """The GGUF type of a tensor."""
         place = self._names.place(name)
@@ -120,6 +135,8 @@ def open_skeleton(path: Path, device: torch.device, dtype: torch.dtype, like: Pa
         model = skeleton.build(folder, dtype=dtype, remote_code=False)
     weights = ModelWeights(model, stored.tensor, stored.__contains__, quantized=stored.is_quantized)
     separate(model, weights, stored.experts(), stored.shape, _no_member)
+    names = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    stored.require_read(stored_name for name, _ in names if (stored_name := weights.stored_name(name)) is not None)
     return Skeleton(model, weights, device)
 
 

@@ -57,7 +57,6 @@ def open_model(checkpoint: Checkpoint, dtype: torch.dtype, *, remote_code: bool 
     model = module_tree.build(checkpoint.folder, dtype=dtype, remote_code=remote_code)
     packed = None if quantization_settings(checkpoint) is None else PackedWeights(checkpoint)
     names = frozenset() if packed is None else frozenset(packed.weight_names())
-    whole_model.refuse_wrapped(checkpoint)
     settled = ties.settled(checkpoint, model, names)
     if packed is not None:
         packed = packed if settled is checkpoint else PackedWeights(settled)

@@ -20,29 +20,9 @@ from llmq.model.build.checkpoint_names import ModelWeights, require_shape
 from llmq.model.build.skeleton import largest_module_list
 from llmq.runtime.checkpoint_weights import PackedWeights
 
-WRAPPERS = {  # part of a tensor's name -> what puts it there, and the way out
-    "base_model.model.": ("an adapter of PEFT", "merge the adapter first, with merge_and_unload()"),
-    ".lora_A.": ("an adapter of PEFT", "merge the adapter first, with merge_and_unload()"),
-    ".base_layer.": ("an adapter of PEFT", "merge the adapter first, with merge_and_unload()"),
-    "_orig_mod.": ("torch.compile", "save the model before it is compiled, or save model._orig_mod"),
-    "_fsdp_wrapped_module.": ("FSDP", "save the full state of the model, without the wrapper"),
-    "_checkpoint_wrapped_module.": ("activation checkpointing", "save the model without the wrapper"),
-}
 COMPUTED = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$|\.masked_bias$")  # written by old versions
 MASK_DIMENSIONS = 4  # of the causal mask (1, 1, T, T), written by old versions
 INCOMPLETE = "check that the checkpoint is complete and that config.json belongs to it"
-
-
-def refuse_wrapped(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError for tensors that have the names of a wrapped model, or of an adapter."""
-    for name in checkpoint.names():
-        wrapper = next((part for part in WRAPPERS if part in f".{name}"), None)
-        if wrapper is not None:
-            source, way_out = WRAPPERS[wrapper]
-            raise CheckpointError(
-                f"the tensor {name} in {checkpoint.folder} has a name from {source}, expected the names of the model",
-                hint=way_out,
-            )
 
 
 def require(

@@ -28,8 +28,8 @@ from llmq import formats
 from llmq.checkpoint.reader import Checkpoint
 from llmq.errors import FormatError
 from llmq.model.build import ties
-from llmq.runtime.checkpoint_weights import required_settings
-from llmq.runtime.open_skeleton import open_model
+from llmq.runtime.checkpoint_weights import PackedWeights, required_settings
+from llmq.runtime.open_skeleton import compared
 from llmq.runtime.transformers.placement import cast_as_planned, place_stored, run_packed
 from llmq.runtime.transformers.saving import stored_state
 from llmq.runtime.transformers.stored_linear import Source, StoredLinear
@@ -97,9 +97,9 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
         with torch.device("cpu"):  # transformers builds models in the context of the meta device
-            opened = open_model(_opened(checkpoint_files, self.quantization_config.to_dict()), torch.float32)
-            ties.settled(opened.checkpoint, model, opened.packed.weight_names() if opened.packed else ())
-            self._source = Source(opened.checkpoint)
+            checkpoint = compared(_opened(checkpoint_files, self.quantization_config.to_dict())).checkpoint
+            packed = PackedWeights(checkpoint).weight_names()
+            self._source = Source(ties.settled(checkpoint, model, packed))
             place_stored(model, self._source)
             for note in self._source.files.notes():
                 logger.warning("%s", note)

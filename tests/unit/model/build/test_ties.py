@@ -12,6 +12,7 @@ from torch import Tensor
 
 import llmq
 from llmq.checkpoint.reader import Checkpoint
+from llmq.export.from_gguf import GgufConverter
 from llmq.model.build import module_tree, ties
 from llmq.runtime.load import load_model
 from llmq.runtime.open_skeleton import open_skeleton
@@ -93,4 +94,10 @@ def test_a_gguf_file_has_the_head_unless_it_is_shared(model: Path, tmp_path: Pat
     (file,) = (tmp_path / "out").glob("*.gguf")
     names = [tensor.name for tensor in gguf.GGUFReader(str(file)).tensors]
     assert "token_embd.weight" in names
-    assert ("output.weight" in names) is not settled(model).config["tie_word_embeddings"]
+    tied = settled(model).config["tie_word_embeddings"]
+    assert ("output.weight" in names) is not tied
+    if format_ == "gguf":
+        back = tmp_path / "back"
+        GgufConverter(file, back, "compressed-tensors").run()
+        assert {HEAD, EMBEDDING} & set(Checkpoint.open(back).names()) == {EMBEDDING, *([] if tied else [HEAD])}
+        assert json.loads((back / "config.json").read_text())["tie_word_embeddings"] is tied
