@@ -12,9 +12,10 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
+from llmq.checkpoint.confined import confined
 from llmq.checkpoint.safetensors_files import COPY_AGAIN, TensorInfo, read_header, reading
 from llmq.errors import CheckpointError
 
@@ -152,12 +153,11 @@ def _by_index(folder: Path, weight_map: Mapping[str, str]) -> dict[str, Location
 
 
 def _inside(folder: Path, file_name: str) -> Path:
-    posix, windows = PurePosixPath(file_name), PureWindowsPath(file_name)
-    leaves = posix.is_absolute() or windows.anchor or ".." in (*posix.parts, *windows.parts)
-    if leaves or "\0" in file_name or posix.suffix != ".safetensors":
+    file = confined(folder, file_name)
+    if file is None or file.suffix != ".safetensors":
         message = f"{folder / INDEX} names {file_name!r}, expected a safetensors file in the folder"
         raise CheckpointError(message, hint="do not trust this checkpoint; download it again")
-    return folder / file_name
+    return file
 
 
 def _union(files: list[Path]) -> dict[str, Location]:

@@ -13,8 +13,12 @@ that peak memory is one tensor, whatever the size of the shard. llmq also writes
 space left" without an errno, and cannot copy from file to file.
 
 Every value of a header is checked. Big-endian machines are not supported.
+
+A file of the staging folder has a SHA-256 per tensor, taken from the values in memory when the file was written. Every
+later read and copy of such a tensor compares it, so bytes that changed on the disk never become part of a model.
 """
 
+import hashlib
 import json
 import math
 import struct
@@ -33,6 +37,7 @@ from llmq.errors import CheckpointError
 
 PYTORCH = MappingProxyType({"format": "pt"})  # transformers requires this metadata
 COPY_AGAIN = "download or copy the file again"
+REPEAT = "repeat the command: damaged blocks are computed again; check the disk and the memory of this machine"
 
 _HEADER_LIMIT = 100_000_000  # bytes; the safetensors package has the same limit
 _CHUNK = 4 << 20  # bytes copied at a time
@@ -64,12 +69,16 @@ _VALUES_PER_ELEMENT = {torch.float4_e2m1fn_x2: 2}  # the file counts values in t
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """The place of a tensor in its file: bytes [start, stop), counted from the start of the file."""
+    """The place of a tensor in its file: bytes [start, stop), counted from the start of the file.
+
+    sha256  of its dtype, shape and bytes, if it was recorded when the file was written
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
     stop: int
+    sha256: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -139,51 +148,37 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def read_tensor(path: Path, info: TensorInfo) -> Tensor:
-    """Read one tensor; on the CPU, in newly allocated memory. Raises CheckpointError for a truncated file."""
+    """Read one tensor; on the CPU, in newly allocated memory. Raises CheckpointError for a damaged file."""
     data = torch.empty(info.nbytes, dtype=torch.uint8)
     with reading(path), path.open("rb", buffering=0) as file:
         file.seek(info.start)
         _fill(path, file, data.numpy().data)
+    if info.sha256 is not None:
+        _compare(path, info, _sha256(info, data.numpy().data))
     return data.view(info.dtype).reshape(info.shape)
-
-
-class StoredTensors(Mapping[str, Tensor]):
-    """The tensors of a safetensors file; each access reads from disk."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._header = read_header(path)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return read_tensor(self._path, self._header[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._header)
-
-    def __len__(self) -> int:
-        return len(self._header)
-
-    def __contains__(self, name: object) -> bool:  # the inherited method would read the tensor
-        return name in self._header
 
 
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] = PYTORCH, *, durable: bool = True
-) -> None:
+) -> dict[str, str]:
     """Write tensors, of any device and stride, as one safetensors file, completely or not at all.
 
-    `durable`: see `atomic.replacing`.
+    Returns the checksum of each tensor by its name. `durable`: see `atomic.replacing`.
     Raises StorageError if the file cannot be written, CheckpointError for a dtype that safetensors does not support.
     """
     order = _aligned([(tensor, name, TensorInfo(tensor.dtype, tuple(tensor.shape), 0, tensor.nbytes))
                       for name, tensor in tensors.items()])  # fmt: skip
     header = _header([(name, info) for _, name, info in order], metadata)
+    checksums: dict[str, str] = {}
     with replacing(path, durable=durable) as file:
         file.write(header)
-        for tensor, _, _ in order:
+        for tensor, name, info in order:
             packed = tensor.detach().cpu().contiguous()
             flat = packed.as_strided((packed.numel(),), (1,))  # a tensor of one element may still have another stride
-            file.write(flat.view(torch.uint8).numpy().data)
+            data = flat.view(torch.uint8).numpy().data
+            checksums[name] = _sha256(info, data).hexdigest()
+            file.write(data)
+    return checksums
 
 
 def concatenate(path: Path, parts: Sequence[Part], metadata: Mapping[str, str] = PYTORCH) -> None:
@@ -191,14 +186,16 @@ def concatenate(path: Path, parts: Sequence[Part], metadata: Mapping[str, str] =
 
     The tensors keep the order of `parts`. If a tensor would then start at a byte that is not a multiple of its item
     size, the widest dtypes come first, because a reader that maps the file needs aligned pointers.
-    Raises StorageError if the file cannot be written, CheckpointError if a part cannot be read or a name occurs twice.
+    Raises StorageError if the file cannot be written, CheckpointError if a part cannot be read or has another checksum
+    than when it was written, or a name occurs twice.
     """
     order = _aligned(parts)
     header = _header([(name, info) for _, name, info in order], metadata)
     with replacing(path) as file:
         file.write(header)
         for source, _, info in order:
-            copy_bytes(source, info.start, info.stop, file)
+            for chunk in checked(source, info):
+                file.write(chunk)
 
 
 def copy_bytes(source: Path, start: int, stop: int, target: BinaryIO) -> None:
@@ -217,6 +214,29 @@ def _chunks(path: Path, start: int, stop: int) -> Iterator[memoryview]:
             _fill(path, file, chunk)
             yield chunk
             start += len(chunk)
+
+
+def checked(path: Path, info: TensorInfo) -> Iterator[memoryview]:
+    """The bytes of a tensor; at the end raises CheckpointError if they have another checksum than the recorded one."""
+    digest = _sha256(info)
+    for chunk in _chunks(path, info.start, info.stop):
+        if info.sha256 is not None:
+            digest.update(chunk)
+        yield chunk
+    if info.sha256 is not None:
+        _compare(path, info, digest)
+
+
+def _sha256(info: TensorInfo, data: memoryview | bytes = b"") -> "hashlib._Hash":
+    digest = hashlib.sha256(f"{info.dtype} {list(info.shape)}".encode())
+    digest.update(data)
+    return digest
+
+
+def _compare(path: Path, info: TensorInfo, digest: "hashlib._Hash") -> None:
+    if digest.hexdigest() != info.sha256:
+        message = f"{path} is damaged: bytes {info.start} to {info.stop} have changed since they were written"
+        raise CheckpointError(message, hint=REPEAT)
 
 
 def _fill(path: Path, file: Any, view: memoryview) -> None:

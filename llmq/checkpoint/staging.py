@@ -3,7 +3,8 @@
     OUT/.llmq-partial/
         identity.json       the settings and the source of the run
         00000.safetensors   the tensors of block 0, under their names in the finished model
-        00000.json          the record of block 0; written last, so it marks the block as committed
+        00000.json          the record of block 0 and the checksums of its tensors; written last, so it marks the block
+                            as committed
         revision/           the tuned version of all blocks (see tuned_version.py)
         final/              the model while it is assembled
         scratch/            an intermediate model from which the model in final/ is made
@@ -12,6 +13,12 @@
         moving.json         the files of final/ that may already be in OUT; written before the first file is moved
 
 The staging folder is inside OUT because OUT may be a mount point, and a rename is atomic only within a file system.
+
+Nothing in the folder is trusted when a run continues. Every document and every tensor has a checksum, and what does not
+match is computed again. Paths that a document names must be inside OUT.
+
+The folder is removed by renaming it to OUT/.llmq-removed, which is atomic, and deleting that. So a run that was killed
+meanwhile leaves either a run that continues, or files that any later run deletes.
 """
 
 import json
@@ -22,13 +29,16 @@ from typing import Any
 
 from torch import Tensor
 
-from llmq.checkpoint.atomic import PARTIAL, sync_folder, write_text
-from llmq.checkpoint.index import read_json_object
-from llmq.checkpoint.safetensors_files import Part, StoredTensors, read_header, write_tensors
+from llmq.checkpoint.atomic import PARTIAL, sync_folder
+from llmq.checkpoint.confined import confined
+from llmq.checkpoint.recorded_tensors import StoredTensors, read_recorded, require_unchanged
+from llmq.checkpoint.safetensors_files import REPEAT, Part, write_tensors
+from llmq.checkpoint.sealed import read_sealed, sha256_of, write_sealed
 from llmq.checkpoint.tuned_version import Revision
 from llmq.errors import CheckpointError
 
 STAGING = ".llmq-partial"
+REMOVED = ".llmq-removed"
 
 
 class Staging:
@@ -52,19 +62,22 @@ class Staging:
 
     def belongs_to(self, identity: Mapping[str, Any]) -> bool:
         """Whether the folder belongs to a run with this identity."""
-        return bool(read_or_empty(self._identity).get("identity") == _plain(identity))
+        return (read_sealed(self._identity) or {}).get("identity") == sha256_of(identity)
+
+    def has_identity(self) -> bool:
+        """Whether it is known which run the folder belongs to."""
+        return read_sealed(self._identity) is not None
 
     @property
     def created_out(self) -> bool:
         """Whether the run created the output folder."""
-        return read_or_empty(self._identity).get("created_out") is True
+        return (read_sealed(self._identity) or {}).get("created_out") is True
 
     def begin(self, identity: Mapping[str, Any], *, created_out: bool) -> None:
         """Create the folder, and record the identity of the run."""
         self.folder.mkdir()
         sync_folder(self.out)
-        state = {"identity": _plain(identity), "created_out": created_out}
-        write_text(self._identity, json.dumps(state, indent=1))
+        write_sealed(self._identity, {"identity": sha256_of(identity), "created_out": created_out, "run": identity})
 
     def sweep(self) -> None:
         """Delete the incomplete files of a killed process, also those that it moved to OUT."""
@@ -73,6 +86,8 @@ class Staging:
         self.revision.sweep()
         for name in self.moved():
             moved = self.out / name
+            if not moved.parent.resolve().is_relative_to(self.out.resolve()):
+                continue  # a folder was replaced by a symbolic link
             moved.unlink(missing_ok=True)
             if moved.parent != self.out and moved.parent.is_dir() and not any(moved.parent.iterdir()):
                 moved.parent.rmdir()
@@ -82,21 +97,27 @@ class Staging:
                 shutil.rmtree(folder)
 
     def drop_damaged(self) -> list[int]:
-        """Mark blocks with unreadable files as not committed, and return them."""
+        """Read all blocks, mark those that differ from what was committed as not committed, and return them."""
         damaged = []
         for index in self.blocks():
             try:
-                self.read(index)
+                require_unchanged(self._tensors(index), self._committed(index)["checksums"])
             except CheckpointError:
                 damaged.append(index)
                 self._mark(index).unlink()
         return damaged
 
     def remove(self) -> None:
-        """Delete the folder. The identity is deleted first, so that a crash does not leave a run to continue."""
-        self._identity.unlink(missing_ok=True)
-        sync_folder(self.folder)
-        shutil.rmtree(self.folder)
+        """Delete the folder, which is not there from the first moment."""
+        self.clean()
+        self.folder.rename(self.out / REMOVED)
+        sync_folder(self.out)
+        self.clean()
+
+    def clean(self) -> None:
+        """Delete what a killed process has left of a removed folder."""
+        if (self.out / REMOVED).exists():
+            shutil.rmtree(self.out / REMOVED)
 
     def nbytes(self) -> int:
         """The size of the folder and of the files moved out of it, in bytes."""
@@ -117,13 +138,19 @@ class Staging:
         if self._mark(index).exists():
             self._mark(index).unlink()
             sync_folder(self.folder)  # otherwise a power cut may leave the old record with the new tensors
-        write_tensors(self._tensors(index), tensors)
-        write_text(self._mark(index), json.dumps(record, indent=1))
+        checksums = write_tensors(self._tensors(index), tensors)
+        write_sealed(self._mark(index), {"checksums": checksums, "record": record})
 
     def read(self, index: int) -> tuple[StoredTensors, dict[str, Any]]:
         """Read a committed block and its record. Raises CheckpointError if it is missing or damaged."""
-        record = read_json_object(self._mark(index))
-        return StoredTensors(self._tensors(index)), record
+        committed = self._committed(index)
+        return StoredTensors(self._tensors(index), committed["checksums"]), committed["record"]
+
+    def _committed(self, index: int) -> dict[str, Any]:
+        committed = read_sealed(self._mark(index))
+        if committed is None:
+            raise CheckpointError(f"{self._mark(index)} is missing or damaged", hint=REPEAT)
+        return committed
 
     def parts(self, blocks: Iterable[int]) -> list[Part]:
         """Where every tensor of these blocks is, block by block; the tuned version if there is one.
@@ -134,26 +161,24 @@ class Staging:
         for index in blocks:
             file = self._tensors(index)
             revised = {name: (source, name, info) for source, name, info in self.revision.parts(index)}
-            parts += [revised.get(name, (file, name, info)) for name, info in read_header(file).items()]
+            infos = read_recorded(file, self._committed(index)["checksums"])
+            parts += [revised.get(name, (file, name, info)) for name, info in infos.items()]
         return parts
 
     def announce(self, names: list[str]) -> None:
         """Record the files of OUT that belong to this run from now on."""
-        write_text(self._moving, json.dumps({"files": names}))
+        write_sealed(self._moving, {"files": names})
 
     def moved(self) -> list[str]:
         """The files of OUT that an interrupted `Writer.finishing` may have moved there."""
-        return list(read_or_empty(self._moving).get("files", []))
+        names = (read_sealed(self._moving) or {}).get("files")
+        return [name for name in names if confined(self.out, name)] if isinstance(names, list) else []
 
     def _tensors(self, index: int) -> Path:
         return self.folder / f"{index:05d}.safetensors"
 
     def _mark(self, index: int) -> Path:
         return self.folder / f"{index:05d}.json"
-
-
-def _plain(identity: Mapping[str, Any]) -> Any:
-    return json.loads(json.dumps(identity))  # as JSON returns it: lists for tuples, text for keys
 
 
 def read_or_empty(path: Path) -> dict[str, Any]:

@@ -8,10 +8,10 @@
 
 Files are never modified: the next step writes new ones. If the process is killed at any time, the files that
 progress.json names are complete and belong to one step. Files are flushed to disk just before progress.json or
-adopted.json names them; until then they may exist only in the cache of the system.
+adopted.json names them; until then they may exist only in the cache of the system. Both documents hold the checksums of
+the tensors in the files that they name.
 """
 
-import json
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,8 +19,11 @@ from typing import Any
 
 from torch import Tensor
 
-from llmq.checkpoint.atomic import storing, sync_file, sync_folder, write_text
-from llmq.checkpoint.safetensors_files import Part, StoredTensors, read_header, write_tensors
+from llmq.checkpoint.atomic import storing, sync_file, sync_folder
+from llmq.checkpoint.confined import confined
+from llmq.checkpoint.recorded_tensors import StoredTensors, read_recorded, require_unchanged
+from llmq.checkpoint.safetensors_files import Part, write_tensors
+from llmq.checkpoint.sealed import read_sealed, write_sealed
 from llmq.errors import CheckpointError
 
 Progress = Mapping[str, Any]  # "step" and "best" are read here; all other keys are kept
@@ -34,16 +37,17 @@ class Revision:
         self._progress = folder / "progress.json"
         self._adopted = folder / "adopted.json"
         self._valid_files: frozenset[str] = frozenset()  # the files that the last record names
+        self._checksums: dict[str, dict[str, str]] = {}  # of the tensors of each file that was written, by file name
 
     @property
     def progress(self) -> Progress | None:
         """The record of the last `save`, or None."""
-        return _read(self._progress)
+        return read_sealed(self._progress)
 
     @property
     def adopted(self) -> Progress | None:
         """The record of `adopt`, or None."""
-        return _read(self._adopted)
+        return read_sealed(self._adopted)
 
     def sweep(self) -> None:
         """Delete the files that no record names; all files if a named file is damaged."""
@@ -54,6 +58,7 @@ class Revision:
                 self._progress.unlink(missing_ok=True)
                 shutil.rmtree(self.folder)
             return
+        self._checksums = dict(record["checksums"])
         self._set_valid_files(record)
         for file in self.folder.iterdir():
             self._drop(file)
@@ -65,15 +70,16 @@ class Revision:
 
     def write_state(self, name: str, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Write the tuned parameters of a weight. Raises StorageError."""
-        write_tensors(self._state(name, step), tensors, durable=False)
+        self._write(self._state(name, step), tensors)
 
     def read_state(self, name: str, step: int) -> StoredTensors:
         """Open the tensors of `write_state`; each access reads from disk. Raises CheckpointError."""
-        return StoredTensors(self._state(name, step))
+        file = self._state(name, step)
+        return StoredTensors(file, self._checksums[file.name])
 
     def write_block(self, index: int, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Write the packed weights of a block under their names in the model. Raises StorageError."""
-        write_tensors(self._block(index, step), tensors, durable=False)
+        self._write(self._block(index, step), tensors)
 
     def drop_blocks(self, indices: Iterable[int], step: int) -> None:
         """Delete blocks, unless the last `save` named them."""
@@ -99,7 +105,9 @@ class Revision:
         if record is None or record["best"] is None:
             return []
         file = self._block(index, record["best"])
-        return [(file, name, info) for name, info in read_header(file).items()] if file.exists() else []
+        if file.name not in record["checksums"]:  # nothing in this block was tuned
+            return []
+        return [(file, name, info) for name, info in read_recorded(file, record["checksums"][file.name]).items()]
 
     def _name(self, mark: Path, record: Progress, states: list[str], blocks: Iterable[int]) -> None:
         best = [] if record["best"] is None else [self._block(index, record["best"]).name for index in blocks]
@@ -107,24 +115,31 @@ class Revision:
             for file in (*states, *best):
                 sync_file(self.folder / file)
             sync_folder(self.folder)
-            named = {**record, "states": states, "blocks": best}
-            write_text(mark, json.dumps(named))
+            checksums = {file: self._checksums[file] for file in (*states, *best)}
+            named = {**record, "states": states, "blocks": best, "checksums": checksums}
+            write_sealed(mark, named)
             self._set_valid_files(named)
             for written in self.folder.glob("*.safetensors"):
                 self._drop(written)
+
+    def _write(self, file: Path, tensors: Mapping[str, Tensor]) -> None:
+        self._checksums[file.name] = write_tensors(file, tensors, durable=False)
 
     def _set_valid_files(self, record: Progress) -> None:
         self._valid_files = frozenset((*record["states"], *record["blocks"], self._progress.name, self._adopted.name))
 
     def _drop(self, file: Path) -> None:
         if file.name not in self._valid_files:
+            self._checksums.pop(file.name, None)
             with storing(file):
                 file.unlink(missing_ok=True)
 
     def _is_complete(self, record: Progress) -> bool:
+        if not all(confined(self.folder, file) for file in (*record["states"], *record["blocks"])):
+            return False
         try:
             for file in (*record["states"], *record["blocks"]):
-                read_header(self.folder / file)
+                require_unchanged(self.folder / file, record["checksums"][file])
         except CheckpointError:
             return False
         return True
@@ -134,11 +149,3 @@ class Revision:
 
     def _block(self, index: int, step: int) -> Path:
         return self.folder / f"block.{index:05d}.{step}.safetensors"
-
-
-def _read(path: Path) -> Progress | None:
-    try:
-        document = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):  # missing, or truncated by a power cut, which counts as missing
-        return None
-    return document if isinstance(document, dict) else None

@@ -16,11 +16,10 @@ bytes would differ.
 A block is written in a thread while the next block is computed. The write is finished before the next block is written,
 and before any other read or write, so blocks are committed in order.
 
-Only one process may use an output folder at a time; this is not checked.
+Only one process may write to an output folder at a time. `Writer.open` locks it until the run is finished or abandoned.
 """
 
-import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
@@ -29,16 +28,22 @@ from typing import Any
 from torch import Tensor
 
 from llmq import memory
-from llmq.checkpoint import PROVENANCE_FILE
 from llmq.checkpoint.atomic import replacing, storing, sync_folder, write_text
-from llmq.checkpoint.index import INDEX
-from llmq.checkpoint.safetensors_files import Part, StoredTensors, copy_bytes, reading
+from llmq.checkpoint.lock import LOCK, FolderLock
+from llmq.checkpoint.output_folder import CONFIG as CONFIG
+from llmq.checkpoint.output_folder import (
+    refuse_collisions,
+    refuse_other_files,
+    refuse_other_run,
+    remove_old_models,
+    require_folder,
+    require_space,
+)
+from llmq.checkpoint.recorded_tensors import StoredTensors
+from llmq.checkpoint.safetensors_files import Part, copy_bytes, reading
 from llmq.checkpoint.shards import SHARD_BYTES, write_shards
-from llmq.checkpoint.staging import STAGING, Staging, read_or_empty
+from llmq.checkpoint.staging import REMOVED, Staging
 from llmq.checkpoint.tuned_version import Revision
-from llmq.errors import ConfigError, StorageError
-
-CONFIG = "config.json"
 
 
 class Writer:
@@ -46,11 +51,14 @@ class Writer:
 
     folder           the output folder
     resumed_blocks   the number of blocks that an earlier run committed
-    damaged_blocks   blocks of that run with unreadable files; they are no longer committed
+    damaged_blocks   blocks of that run that have changed on the disk; they are no longer committed
     discarded        whether the staging folder of a run with another identity was deleted
     """
 
-    def __init__(self, staging: Staging, *, overwrite: bool, damaged_blocks: Sequence[int], discarded: bool) -> None:
+    def __init__(
+        self, staging: Staging, lock: FolderLock, *, overwrite: bool, damaged_blocks: Sequence[int], discarded: bool
+    ) -> None:
+        self._lock = lock
         self.folder = staging.out
         self.damaged_blocks = tuple(damaged_blocks)
         self.discarded = discarded
@@ -70,39 +78,59 @@ class Writer:
         needed_bytes  the most that the run has on disk: the finished model and its blocks
 
         Raises ConfigError if `out` is a file, or if it holds anything but the staging folder of the same run and
-        `overwrite` is not set; StorageError if there is too little space or `out` cannot be written.
+        `overwrite` is not set; StorageError if there is too little space, `out` cannot be written, or another process
+        writes to it.
         """
         with storing(out):
-            if out.exists() and not out.is_dir():
-                raise ConfigError(f"{out} is a file, expected a folder", hint="give another output folder")
-            staging = Staging(out)
+            require_folder(out)
+            is_new = not out.exists()
+            require_space(out, needed_bytes, present=Staging(out).nbytes())
+        lock = FolderLock(out)
+        try:
+            return cls._open(Staging(out), lock, identity, overwrite=overwrite, is_new=is_new)
+        except BaseException:
+            lock.release()
+            if is_new and not any(out.iterdir()):
+                out.rmdir()
+            raise
+
+    @classmethod
+    def _open(
+        cls, staging: Staging, lock: FolderLock, identity: Mapping[str, Any], *, overwrite: bool, is_new: bool
+    ) -> "Writer":
+        out = staging.out
+        with storing(out):
+            staging.clean()
             resumable = staging.belongs_to(identity)
             if not overwrite:
-                _refuse_other_files(staging, resumable=resumable)
-            _require_space(out, needed_bytes, present=staging.nbytes())
+                refuse_other_files(staging, resumable=resumable)
             discarded = staging.exists() and not resumable
-            if discarded and staging.blocks() and not overwrite:
-                raise ConfigError(
-                    f"{out} holds {len(list(staging.blocks()))} finished blocks of a run with other settings",
-                    hint="use the settings of that run to continue it, another folder, or --overwrite to discard it",
-                )
-            created = not out.exists() or (discarded and staging.created_out)
+            if discarded and not overwrite:
+                refuse_other_run(staging)
+            created = is_new or (discarded and staging.created_out)
             if discarded:
                 staging.remove()
             if not resumable:
-                out.mkdir(parents=True, exist_ok=True)
                 staging.begin(identity, created_out=created)
             staging.sweep()
             damaged = staging.drop_damaged()
-            return cls(staging, overwrite=overwrite, damaged_blocks=damaged, discarded=discarded)
+            return cls(staging, lock, overwrite=overwrite, damaged_blocks=damaged, discarded=discarded)
 
     @staticmethod
     def require_free(out: Path) -> None:
         """Raise ConfigError if `open` without `overwrite` would refuse `out` for every run."""
         with storing(out):
-            if out.exists() and not out.is_dir():
-                raise ConfigError(f"{out} is a file, expected a folder", hint="give another output folder")
-            _refuse_other_files(Staging(out), resumable=True)
+            require_folder(out)
+            refuse_other_files(Staging(out), resumable=True)
+
+    @staticmethod
+    def clean(out: Path) -> None:
+        """Delete what a killed process has left next to the finished model in `out`."""
+        if (out / REMOVED).exists() or (out / LOCK).exists():
+            lock = FolderLock(out)
+            with storing(out):
+                Staging(out).clean()
+            lock.release()
 
     @property
     def revision(self) -> Revision:
@@ -177,9 +205,9 @@ class Writer:
             yield staging.final
             names = sorted(path.relative_to(staging.final).as_posix() for path in _files(staging.final))
             names.sort(key=lambda name: PurePosixPath(name).name == CONFIG)  # without it, not a model
-            _refuse_collisions(self.folder, names, overwrite=self._overwrite)
+            refuse_collisions(self.folder, names, overwrite=self._overwrite)
             if self._overwrite:
-                _remove_old_models(self.folder, names)
+                remove_old_models(self.folder, names)
             staging.announce(names)
             for name in names:
                 target = self.folder / name
@@ -189,6 +217,7 @@ class Writer:
             sync_folder(self.folder)  # the new folders must be on disk before the staging folder is deleted
             staging.remove()
             sync_folder(self.folder)
+            self._lock.release()
 
     def assemble(
         self,
@@ -225,37 +254,20 @@ class Writer:
         """Stop without a model. Returns whether there is a run to continue; if not, all files are deleted."""
         with suppress(Exception):  # an earlier error ended the run, and is reported
             self.settle()
-        if self._committed or self._staging.has_text():
-            return True
-        with storing(self.folder):
-            created = self._staging.created_out
-            if self._staging.exists():  # not after `finishing`
-                self._staging.sweep()
-                self._staging.remove()
-            if created and not any(self.folder.iterdir()):
-                self.folder.rmdir()
-        return False
-
-
-def _refuse_other_files(staging: Staging, *, resumable: bool) -> None:
-    if not staging.out.exists():
-        return
-    moved = staging.moved() if resumable else []
-    ours = {STAGING, *(PurePosixPath(name).parts[0] for name in moved)}
-    others = sorted(entry.name for entry in staging.out.iterdir() if entry.name not in ours)
-    if others:
-        message = f"{staging.out} is not empty: it holds {', '.join(others[:3])}{' …' if len(others) > 3 else ''}"
-        unfinished = "; its finished blocks are kept" if resumable and staging.exists() else ""
-        raise ConfigError(message, hint=f"give another folder, or --overwrite to replace the model in it{unfinished}")
-
-
-def _require_space(out: Path, needed_bytes: int, *, present: int) -> None:
-    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(existing).free
-    needed = needed_bytes * 21 // 20 - present  # 5 % reserve for reports, the file system and other processes
-    if free < needed:
-        message = f"the disk of {out} has {free / 1e9:.3f} GB free, but the run needs {needed / 1e9:.3f} GB"
-        raise StorageError(message, hint="free some space, or give an output folder on another disk")
+        try:
+            if self._committed or self._staging.has_text():
+                return True
+            with storing(self.folder):
+                created = self._staging.created_out
+                if self._staging.exists():  # not after `finishing`
+                    self._staging.sweep()
+                    self._staging.remove()
+                self._lock.release()
+                if created and not any(self.folder.iterdir()):
+                    self.folder.rmdir()
+            return False
+        finally:
+            self._lock.release()
 
 
 def put_companions(folder: Path, files: Mapping[str, Path], documents: Mapping[str, str]) -> None:
@@ -276,42 +288,3 @@ def _copy(source: Path, target: Path) -> None:
 
 def _files(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
-
-
-def _remove_old_models(folder: Path, names: Sequence[str]) -> None:
-    """Delete the old models in `folder` and in its folders that `names` replaces."""
-    new: dict[Path, list[str]] = {folder: []}
-    for path in map(PurePosixPath, names):
-        new.setdefault(folder / path.parent, []).append(path.name)
-    for place, own in new.items():
-        old = {entry.name for entry in place.glob("*.safetensors")} | _own_gguf(place, folder)
-        if own or old or (place / INDEX).exists():
-            _remove(place, {*old, *own, INDEX, CONFIG})
-            _remove(place, {PROVENANCE_FILE})  # last, because it lists the files that llmq wrote
-
-
-def _own_gguf(place: Path, out: Path) -> set[str]:
-    """The .gguf files that an earlier run wrote: those with the default name or listed in its record."""
-    if not (place / PROVENANCE_FILE).is_file():
-        return set()
-    recorded = read_or_empty(place / PROVENANCE_FILE).get("checksums")
-    ours = {f"{out.resolve().name}.gguf", *(recorded if isinstance(recorded, dict) else ())}
-    return {entry.name for entry in place.glob("*.gguf")} & ours
-
-
-def _remove(folder: Path, names: Collection[str]) -> None:
-    for name in sorted(names, key=lambda name: name != CONFIG):  # without it, not a model
-        if (folder / name).exists() and not (folder / name).is_dir():
-            (folder / name).unlink()
-            sync_folder(folder)
-
-
-def _refuse_collisions(folder: Path, names: Sequence[str], *, overwrite: bool) -> None:
-    places = {parent.as_posix() for name in names for parent in PurePosixPath(name).parents} - {"."}
-    for name in sorted(places):
-        if (folder / name).exists() and not (folder / name).is_dir():
-            raise ConfigError(f"{folder / name} is a file, expected a folder or nothing", hint="move it away")
-    for name in names:
-        if (folder / name).is_dir() or ((folder / name).exists() and not overwrite):
-            message = f"{folder / name} exists, and a file with this name would be written"
-            raise ConfigError(message, hint="move it away and repeat the command: finished blocks are kept")

@@ -128,7 +128,9 @@ def fork(act):
     return os.waitpid(child, 0)[1]
 
 def contents(out):
-    return {entry.name: entry.read_bytes() for entry in out.iterdir() if entry.is_file()} if out.exists() else {}
+    if not out.exists():
+        return {}
+    return {entry.name: entry.read_bytes() for entry in out.iterdir() if entry.is_file() and entry.name != ".llmq-lock"}
 
 def killing(n, act):
     calls = 0

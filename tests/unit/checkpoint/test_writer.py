@@ -1,9 +1,11 @@
 """The output folder of a run: commit, continue, finish, abandon."""
 
+import json
+import os
 import shutil
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llmq.calibration.cache import OwnText
+from llmq.checkpoint.lock import LOCK
 from llmq.checkpoint.reader import Checkpoint
 from llmq.checkpoint.safetensors_files import Part, read_header
-from llmq.checkpoint.staging import STAGING
+from llmq.checkpoint.sealed import write_sealed
+from llmq.checkpoint.staging import REMOVED, STAGING
 from llmq.checkpoint.writer import Writer
 from llmq.errors import CheckpointError, ConfigError, StorageError
 
@@ -115,6 +119,7 @@ def test_committed_block_is_read_tensor_by_tensor(tmp_path: Path) -> None:
 def test_same_command_continues(tmp_path: Path) -> None:
     first = open_writer(tmp_path / "out")
     put(first, 0, block(0), {"error": 0.0})
+    first.abandon()
     second = open_writer(tmp_path / "out", dict(reversed(RUN.items())))
     assert (first.resumed_blocks, second.resumed_blocks, second.discarded) == (0, 1, False)
     assert second.has(0)
@@ -155,15 +160,59 @@ def test_another_run_replaces_a_run_without_blocks(tmp_path: Path) -> None:
     assert open_writer(tmp_path / "out", {**RUN, "source": "changed"}).discarded
 
 
-def test_damaged_block_is_quantized_again(tmp_path: Path) -> None:
+def flip(file: Path, place: int) -> None:
+    """Change one bit of a file; a negative place counts from its end."""
+    data = bytearray(file.read_bytes())
+    data[place] ^= 1
+    file.write_bytes(data)
+
+
+def rename_a_tensor(staging: Path) -> None:
+    file = staging / "00001.safetensors"
+    file.write_bytes(file.read_bytes().replace(b"scales", b"scaler"))
+
+
+def change_a_dtype(staging: Path) -> None:
+    file = staging / "00001.safetensors"
+    file.write_bytes(file.read_bytes().replace(b'"F16"', b'"I16"'))
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "truncated": lambda staging: os.truncate(staging / "00001.safetensors", 100),
+    "lost": lambda staging: (staging / "00001.safetensors").unlink(),
+    "a bit of the first tensor": lambda staging: flip(staging / "00001.safetensors", -20),
+    "a bit of the last tensor": lambda staging: flip(staging / "00001.safetensors", -1),
+    "a name": rename_a_tensor,
+    "a dtype": change_a_dtype,
+    "the record": lambda staging: flip(staging / "00001.json", -10),
+    "the record is empty": lambda staging: (staging / "00001.json").write_bytes(b""),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_damaged_block_is_quantized_again(damage: Callable[[Path], object], tmp_path: Path) -> None:
     writer = open_writer(tmp_path / "out")
     for index in range(3):
-        put(writer, index, block(index), {})
-    file = tmp_path / "out" / STAGING / "00001.safetensors"
-    file.write_bytes(file.read_bytes()[:-1])
+        put(writer, index, block(index), {"index": index})
+    writer.abandon()
+    damage(tmp_path / "out" / STAGING)
     again = open_writer(tmp_path / "out")
     assert (again.damaged_blocks, again.resumed_blocks) == ((1,), 2)
     assert [again.has(index) for index in range(3)] == [True, False, True]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_block_damaged_after_opening_is_not_part_of_the_model(damage: str, tmp_path: Path) -> None:
+    writer = open_writer(tmp_path / "out")
+    for index in range(3):
+        put(writer, index, block(index), {"index": index})
+    DAMAGES[damage](tmp_path / "out" / STAGING)
+    rest, files = source(tmp_path / "source")
+    with pytest.raises(CheckpointError, match=r"00001|truncated"):
+        finish(writer, rest, files, DOCUMENTS)
+    writer.abandon()
+    assert names_in(tmp_path / "out") == {STAGING}
+    assert open_writer(tmp_path / "out").damaged_blocks == (1,)
 
 
 def test_block_damaged_during_the_run_raises_error(tmp_path: Path) -> None:
@@ -172,6 +221,7 @@ def test_block_damaged_during_the_run_raises_error(tmp_path: Path) -> None:
     (tmp_path / "out" / STAGING / "00000.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError):
         finish(writer, [], [], DOCUMENTS)
+    writer.abandon()
     assert names_in(tmp_path / "out") == {STAGING}
 
 
@@ -262,6 +312,7 @@ def test_old_model_exists_until_the_new_one_is_complete(tmp_path: Path) -> None:
     rest, _ = source(tmp_path / "source")
     with pytest.raises(CheckpointError, match="absent"):
         finish(writer, rest, [tmp_path / "absent"], DOCUMENTS)
+    writer.abandon()
     assert {entry.name: entry.read_bytes() for entry in out.iterdir() if entry.is_file()} == before
 
 
@@ -273,6 +324,7 @@ def test_file_created_during_the_run_is_not_overwritten(tmp_path: Path) -> None:
         finish(writer, [], [], DOCUMENTS)
     assert (tmp_path / "config.json").read_text() == "mine"
     (tmp_path / "config.json").unlink()
+    writer.abandon()
     assert open_writer(tmp_path).resumed_blocks == 1
 
 
@@ -428,3 +480,60 @@ def test_abandoning_keeps_text_that_the_model_generated(tmp_path: Path) -> None:
     assert writer.abandon()
     open_writer(tmp_path / "out")
     assert text.find(2, 4, seed=0) is not None
+
+
+@pytest.mark.parametrize("name", ["../mine.txt", "sub/../../mine.txt", "/mine.txt", "C:\\mine.txt", "link/mine.txt", 7])
+def test_document_of_the_staging_folder_deletes_nothing_outside(name: object, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    put(open_writer(out), 0, block(0), {})
+    (tmp_path / "mine.txt").write_text("mine")
+    (out / "link").symlink_to(tmp_path)
+    full = str(tmp_path / "mine.txt") if name == "/mine.txt" else name
+    write_sealed(out / STAGING / "moving.json", {"files": [full, "link/x"]})
+    assert open_writer(out).resumed_blocks == 1
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_second_writer_of_a_folder_is_refused(tmp_path: Path) -> None:
+    first = open_writer(tmp_path / "out")
+    put(first, 0, block(0), {})
+    with pytest.raises(StorageError, match="another process is writing to"):
+        open_writer(tmp_path / "out")
+    with pytest.raises(StorageError, match="another process is writing to"):
+        open_writer(tmp_path / "out", overwrite=True)
+    first.abandon()
+    second = open_writer(tmp_path / "out")
+    rest, files = source(tmp_path / "source")
+    finish(second, rest, files, DOCUMENTS)
+    assert not (tmp_path / "out" / LOCK).exists()
+
+
+def test_refused_run_leaves_no_new_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk_with(10**9, monkeypatch)
+    with pytest.raises(StorageError):
+        open_writer(tmp_path / "new", needed_bytes=10**12)
+    assert not (tmp_path / "new").exists()
+    run(tmp_path / "full", tmp_path / "source")
+    before = names_in(tmp_path / "full")
+    with pytest.raises(ConfigError):
+        open_writer(tmp_path / "full")
+    assert names_in(tmp_path / "full") == before
+
+
+def test_remains_of_a_removed_folder_are_deleted(tmp_path: Path) -> None:
+    run(tmp_path / "out", tmp_path / "source")
+    (tmp_path / "out" / REMOVED).mkdir()
+    (tmp_path / "out" / REMOVED / "00000.json").write_text("{}")
+    (tmp_path / "out" / LOCK).touch()
+    Writer.clean(tmp_path / "out")
+    assert names_in(tmp_path / "out") == {"model.safetensors", "tokenizer.json", *DOCUMENTS}
+
+
+def test_damaged_identity_is_reported(tmp_path: Path) -> None:
+    put(open_writer(tmp_path / "out"), 0, block(0), {})
+    file = tmp_path / "out" / STAGING / "identity.json"
+    document = json.loads(file.read_text())
+    document["document"]["created_out"] = "changed"
+    file.write_text(json.dumps(document))
+    with pytest.raises(ConfigError, match=r"a run whose identity\.json is damaged"):
+        open_writer(tmp_path / "out")

@@ -1,0 +1,42 @@
+"""One process at a time writes to an output folder: a lock that the system releases when its owner ends, however."""
+
+from contextlib import suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from llmq.checkpoint.atomic import storing
+from llmq.errors import StorageError
+
+LOCK = ".llmq-lock"
+
+
+class FolderLock:
+    """The lock of a folder, held from the moment this object is made until `release`."""
+
+    def __init__(self, folder: Path) -> None:
+        """Create the folder and lock it. Raises StorageError if another process has the lock."""
+        self._file = folder / LOCK
+        self._lock = FileLock(self._file, thread_local=False)
+        with storing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                raise _busy(folder) from None
+        if not self._file.exists():  # its last owner has deleted it in this moment
+            self._lock.release()
+            raise _busy(folder)
+
+    def release(self) -> None:
+        """Delete the file, and let other processes use the folder; without effect if it was released before."""
+        if self._lock.is_locked:
+            with suppress(OSError):  # Windows does not delete open files; a file that is left does no harm
+                self._file.unlink(missing_ok=True)
+            self._lock.release()
+
+
+def _busy(folder: Path) -> StorageError:
+    return StorageError(
+        f"another process is writing to {folder}", hint="wait until it has ended, or give another output folder"
+    )
