@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 
@@ -19,6 +19,8 @@ from llmq import memory, pipeline
 from llmq._keywords import Keywords
 from llmq._version import __version__
 from llmq.calibration import CalibrationSet
+from llmq.calibration.sources import parse_sources
+from llmq.checkpoint.sealed import sha256_of
 from llmq.checkpoint.staging import STAGING
 from llmq.checkpoint.writer import Writer
 from llmq.config import QuantConfig
@@ -26,6 +28,7 @@ from llmq.distributed.following import shared_writer
 from llmq.distributed.ranks import ALONE, Ranks
 from llmq.errors import ConfigError
 from llmq.export import save
+from llmq.export.finished import finished_record, require_unchanged
 from llmq.methods import Method
 from llmq.mixed_precision import assign, sensitivity
 from llmq.mixed_precision.sensitivity import Question
@@ -35,14 +38,12 @@ from llmq.model.passes.recorded_calls import RecordedCalls
 from llmq.model.passes.streams import Stream, Streams, Text
 from llmq.numerics.scheme import WeightScheme
 from llmq.plan import Plan
-from llmq.report import record
 from llmq.report.events import Event, OnEvent, ignore
-from llmq.report.expert_tokens import expert_tokens
 from llmq.report.record import BlockReport, Report, TuningReport
 from llmq.report.sensitivity import Sensitivity
 from llmq.run_text import RunText, sequences_at_once
 from llmq.setting_fields import config_to, merged
-from llmq.steps import fisher_information, float_probe, output_layout, scale_range
+from llmq.steps import fisher_information, float_probe, output_layout
 from llmq.steps.end_to_end.memory_plan import disk_bytes
 from llmq.steps.fisher_information import FisherInformation
 from llmq.steps.run import Run
@@ -79,8 +80,9 @@ class Job:
             self._question()  # raises ConfigError for a target that no choice of grids can reach
         self.out = Path(out) if out is not None else default_output(str(model), settings)
         output_layout.require_folder_name(self.out)
-        folders = [self.out, *(self.out / name for name in settings.formats if len(settings.formats) > 1)]
-        if self.plan.checkpoint.folder.resolve() in [folder.resolve() for folder in folders]:
+        several = len(settings.formats) > 1
+        self._folders = [self.out / name for name in settings.formats] if several else [self.out]
+        if self.plan.checkpoint.folder.resolve() in [folder.resolve() for folder in (self.out, *self._folders)]:
             raise ConfigError(
                 f"the output folder {self.plan.checkpoint.folder} is the model itself, which is not overwritten",
                 hint="give another output folder",
@@ -101,7 +103,9 @@ class Job:
             },
             left=self.plan.left(),
             original_bytes=self.plan.checkpoint.nbytes,
+            request=sha256_of(self._identity()),
         )
+        self.finished = False  # whether `run` found the finished model of an earlier run
         self.report.notes += [*self.plan.notes, *self.plan.idle_patterns()]
         if self.commits > self.blocks and self.plan.stages.tuning is not None:
             self.report.notes.append(FLOAT_HEAD)
@@ -117,10 +121,18 @@ class Job:
         return self.blocks + (head is not None and head.scheme.weights is not None)
 
     def run(self, on_event: OnEvent = ignore) -> Report:
-        """Quantize the model, and call `on_event` for every event. The finished folder appears at the end."""
+        """Quantize the model, and call `on_event` for every event. The finished folder appears at the end.
+
+        If the output folder holds the model of the same request already, its report is returned.
+        """
         start = time.monotonic()
-        if not self._overwrite and self._ranks.is_first:
-            Writer.require_free(self.out)  # checked before the text is read
+        if not self._overwrite:
+            finished = self._ranks.first(self._finished)
+            if finished is not None:
+                self.finished, self.report = True, finished
+                return finished
+            if self._ranks.is_first:
+                Writer.require_free(self.out)  # checked before the text is read
         self.report.notes += self.plan.grid_notes
         for name in self.plan.outside():  # the tensors of a block are checked when the block is read
             require_finite(name, self.plan.checkpoint.tensor(name))
@@ -139,11 +151,39 @@ class Job:
         try:
             self._text.save()
             run = self._prepare(text, writer, on_event)
-            pipeline.quantize_model(run, save=lambda: self._finish(run, start))
+            pipeline.quantize_model(run, save=lambda: save.finish(run, self.plan, self.report, start))
         except BaseException:
             writer.abandon()
             raise
         return self.report
+
+    def _identity(self) -> dict[str, Any]:
+        """What decides about the bytes of the model, except the contents of the text."""
+        plan = self.plan
+        return {
+            "llmq": __version__,
+            "torch": torch.__version__,
+            "source": plan.checkpoint.fingerprint(),
+            "settings": config_to(plan.settings),
+            "stages": dataclasses.asdict(plan.stages),
+            "device": plan.device.type,
+        }
+
+    def _finished(self) -> Report | None:
+        """The report of the model in the output folder, if the same request with the same text made it.
+
+        Raises CheckpointError if its files have changed. Text that the model generates depends on the request only.
+        """
+        record = finished_record(self._folders, self.report.request)
+        if record is None:
+            return None
+        sources = parse_sources(self.plan.settings.calibration.sources)
+        if record["calibration"] is not None and not any(source.is_self for source in sources):
+            text = self._text.load(self.plan, dataclasses.replace(self.report, notes=[]), ignore)
+            if text.sha256 != record["calibration"]["sha256"]:
+                return None
+        require_unchanged(self.out, self._folders)
+        return Report.from_dict(record)
 
     def measure_layers(
         self, tried: Sequence[WeightScheme] = (), windows: int = sensitivity.WINDOWS, on_event: OnEvent = ignore
@@ -172,32 +212,15 @@ class Job:
         self.report.notes += [*measured.notes, str(assignment)]
 
     def _open_writer(self, calibration_set: CalibrationSet | None, text: Text | None) -> Writer:
-        plan = self.plan
-        identity = {
-            "llmq": __version__,
-            "torch": torch.__version__,
-            "source": plan.checkpoint.fingerprint(),
-            "settings": {
-                **config_to(plan.settings),
-                "calibration": calibration_set.sha256 if calibration_set else None,
-            },
-            "stages": dataclasses.asdict(plan.stages),
-            "device": plan.device.type,
-        }
+        plan, identity = self.plan, self._identity()
+        identity["settings"] |= {"calibration": calibration_set.sha256 if calibration_set else None}
         needed = save.copies(plan.settings.formats) * plan.expected_bytes
         if text is not None and plan.stages.tuning is not None:
             whole = text.whole or text
             needed += disk_bytes(plan.skeleton, plan.layers.values(), plan.stages.tuning, whole)
         needed += fisher_information.disk_bytes(plan.skeleton) if plan.stages.needs_fisher else 0
         writer = Writer.open(self.out, identity=identity, overwrite=self._overwrite, needed_bytes=needed)
-        if writer.resumed_blocks:
-            self.report.notes.append(
-                f"continued: {writer.resumed_blocks} of {self.commits} blocks were finished earlier"
-            )
-        if writer.damaged_blocks:
-            self.report.notes.append(f"blocks {writer.damaged_blocks} of an earlier run were damaged and are repeated")
-        if writer.discarded:
-            self.report.notes.append("an unfinished run with other settings was in the output folder; it was discarded")
+        self.report.notes += writer.notes(self.commits)
         return writer
 
     def _prepare(self, text: Text | None, writer: Writer, on_event: OnEvent) -> Run:
@@ -258,28 +281,6 @@ class Job:
         if fisher.overflowed:
             self.report.notes.append(fisher_information.OVERFLOWED.format(", ".join(fisher.overflowed)))
         return fisher
-
-    def _finish(self, run: Run, start: float) -> None:
-        """Assemble the folder: packed blocks, all other tensors unchanged, configuration and provenance."""
-        report, plan = self.report, self.plan
-        if run.streams is not None:
-            report.notes += run.streams.notes
-        quantized = {layer.name: layer for layer in report.layers}
-        for layer in plan.layers.values():
-            if layer.scheme.weights is not None and layer.name not in quantized:
-                why = scale_range.reason(layer.name, report.blocks)
-                not_run = f"it was not run for the first {memory.PROBE_TOKENS} calibration tokens"
-                report.left[layer.name] = why or not_run
-        sizes = {layer.name: layer.weights for layer in plan.layers.values()}
-        stored_bits = sum(sizes[name] * layer.bits_per_weight for name, layer in quantized.items())
-        report.bits_per_weight = stored_bits / max(1, sum(sizes[name] for name in quantized))
-        before = sum(plan.float_bytes(name) for name in quantized)
-        report.file_bytes = plan.checkpoint.nbytes - before + round(stored_bits / 8)
-        report.stages = [*record.summaries(report.layers), *record.block_summaries(report.blocks)]
-        report.experts = expert_tokens(report.layers)
-        report.seconds = time.monotonic() - start
-        report.peak_memory_bytes = record.peak_memory()
-        save.finish(run.writer, plan, report, set(quantized), run.on_event)
 
 
 def quantize(

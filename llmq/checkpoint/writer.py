@@ -132,6 +132,18 @@ class Writer:
                 Staging(out).clean()
             lock.release()
 
+    def notes(self, total: int) -> list[str]:
+        """What a user should know about the earlier run that this one continues or replaces; `total` blocks."""
+        notes = []
+        if self.resumed_blocks:
+            notes.append(f"continued: {self.resumed_blocks} of {total} blocks were finished earlier")
+        if self.damaged_blocks:
+            damaged = ", ".join(map(str, self.damaged_blocks))
+            notes.append(f"blocks {damaged} of an earlier run were damaged on the disk and are computed again")
+        if self.discarded:
+            notes.append("an unfinished run with other settings was in the output folder; it was discarded")
+        return notes
+
     @property
     def revision(self) -> Revision:
         """The tuned version of the committed blocks; `assemble` uses it if it was adopted."""

@@ -11,8 +11,12 @@ inside the functions, so that `llmq --help` is fast.
 
 import importlib
 import pkgutil
+import signal
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 import typer
@@ -60,9 +64,30 @@ for _file in _commands():
     app.command(_name, rich_help_panel=_file.PANEL)(_file.command)
 
 
+@contextmanager
+def stopped_by_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM is like Ctrl-C, but only the first one, so that the run can end in an orderly way.
+
+    Batch systems, containers and torchrun send it before they kill a process.
+    """
+
+    def stop(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # handlers belong to the main thread
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main() -> None:
     """Run the command line. After an error, exit with its exit code (see llmq/errors.py)."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), stopped_by_sigterm():
         warnings.showwarning = warning_printer(warnings.showwarning)
         try:
             app()

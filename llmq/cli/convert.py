@@ -13,7 +13,7 @@ from llmq.config import CONVERTIBLE
 from llmq.errors import ConfigError, Interrupted
 
 if TYPE_CHECKING:
-    from llmq.export.convert import Conversion
+    from llmq.export.conversion import Conversion
 
 SHOWN = 12
 
@@ -47,7 +47,8 @@ def command(
 
     Every weight is read back and compared with the original. A weight that
     the format cannot hold is an error, unless --allow-requantize is given.
-    An interrupted conversion continues when the same command is given again.
+    An interrupted conversion continues when the same command is given again;
+    after the end, it reports that the conversion has finished already.
 
     Example:
       llmq convert out/ out-gptq/ --to gptq
@@ -85,7 +86,8 @@ def command(
         hint = "repeat the command: it continues where it stopped"
         raise Interrupted("interrupted", hint=hint) from None
     print_notes(converter.report.notes)
-    messages().print(f"[bold green]done:[/] {escape(str(out))}", soft_wrap=True)
+    done = "finished already" if converter.report.finished else "done"
+    messages().print(f"[bold green]{done}:[/] {escape(str(out))}", soft_wrap=True)
     if json:
         print_json(converter.report.to_dict())
     else:

@@ -48,7 +48,8 @@ def command(
     The defaults are a good start: 4 bits, groups of 128, method balanced,
     calibrated on a mixed set of text from the Hub.
 
-    An interrupted run continues when the same command is given again.
+    An interrupted run continues when the same command is given again; after
+    the end, the same command reports that it has finished already.
     The model appears in OUT when it is complete.
     `torchrun --nproc-per-node 4 -m llmq quantize …` uses four GPUs.
 
@@ -201,7 +202,8 @@ def _print_result(job: "Job", *, as_json: bool) -> None:
     notes = [note for note in report.notes if note not in shown]
     notes += report.tuning.notes if report.tuning else ()
     print_notes([*notes, *(note for block in report.blocks for note in block.notes), *_layer_notes(job)])
-    messages().print(f"[bold green]done[/] in {report.seconds:.1f} s: {escape(str(job.out))}", soft_wrap=True)
+    done = "finished already" if job.finished else f"done[/] in {report.seconds:.1f} s"
+    messages().print(f"[bold green]{done}: {escape(str(job.out))}", soft_wrap=True)
     if as_json:
         print_json(report.to_dict())
         return

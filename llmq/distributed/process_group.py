@@ -11,9 +11,9 @@ same command gets the same bits again (a test checks both). Another number of ra
 its sums as well; it may choose another order on another machine.
 
 **Failures.** A process that ends closes its connections, so the others fail in their next exchange, and raise
-`Interrupted`. torchrun also sends them SIGTERM, which is handled like Ctrl-C. Only a machine that stops answering is
-noticed late, after `ANSWER_WITHIN`. A rank that waits for nccl does not react to SIGTERM; torchrun kills it after 30
-seconds. The staging folder is valid at every moment, so none of this damages it.
+`Interrupted`. torchrun also sends them SIGTERM, which the command line handles like Ctrl-C. Only a machine that stops
+answering is noticed late, after `ANSWER_WITHIN`. A rank that waits for nccl does not react to SIGTERM; torchrun kills
+it after 30 seconds. The staging folder is valid at every moment, so none of this damages it.
 """
 
 import hashlib
@@ -165,18 +165,11 @@ def start(device: str, environment: Mapping[str, str]) -> ProcessGroup:
     chosen = _device(device, int(environment.get("LOCAL_RANK", "0")))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    signal.signal(signal.SIGTERM, _stop)
     with answered():
         store, _, _ = next(iter(rendezvous("env://", rank, size, timeout=ANSWER_WITHIN)))
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=ANSWER_WITHIN)
     return ProcessGroup(rank, size, PrefixStore("llmq", store), chosen)
-
-
-def _stop(*_: object) -> None:
-    """On SIGTERM, which torchrun sends when another process has failed: like Ctrl-C, but only once."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise KeyboardInterrupt
 
 
 def _device(name: str, local: int) -> torch.device:

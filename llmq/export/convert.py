@@ -11,7 +11,6 @@ compared. A weight that the other format cannot hold is an error, unless it may 
 import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,11 @@ from llmq.checkpoint.atomic import write_text
 from llmq.checkpoint.json_text import json_text
 from llmq.checkpoint.reader import Checkpoint
 from llmq.checkpoint.safetensors_files import Part
+from llmq.checkpoint.sealed import sha256_of
 from llmq.checkpoint.side_files import companions
 from llmq.checkpoint.writer import CONFIG, Writer
 from llmq.errors import ConfigError, FormatError
+from llmq.export.conversion import Conversion, conversion_identity
 from llmq.export.recode import Recoded, nearest, on_grid, recode, requantize, symmetric, widened_scheme
 from llmq.formats import tensor_name
 from llmq.gguf.folder import export_gguf
@@ -47,29 +48,6 @@ CHUNK_BYTES = 256 << 20  # of packed weights that are written together
 REQUANTIZE_HINT = (
     "--allow-requantize re-quantizes such weights, which costs accuracy; quantizing the original model costs less"
 )
-
-
-@dataclass
-class Conversion:
-    """The result of a conversion.
-
-    compared, differ  number of weights whose floats were compared with the source bit for bit, and number that differ
-    requantized       ‖W - Ŵ‖ / ‖W‖ of each re-quantized weight
-    """
-
-    source: str
-    output: str
-    source_format: str
-    format: str
-    compared: int = 0
-    differ: int = 0
-    requantized: dict[str, float] = field(default_factory=dict)
-    source_bytes: int = 0
-    output_bytes: int = 0
-    notes: list[str] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
 
 
 class Converter:
@@ -117,20 +95,18 @@ class Converter:
         self.report.notes += [*comparison.notes, *self._companions.notes, *self._names.notes]
 
     def run(self, on_event: OnEvent = ignore) -> None:
-        """Convert the checkpoint. The finished folder appears at the end.
+        """Convert the checkpoint. The finished folder appears at the end, unless an equal conversion has written it.
 
         Raises ConfigError for weights that the format cannot hold unchanged and that may not be re-quantized.
         """
+        identity = conversion_identity(self._to, self._source, allow_requantize=self._allowed)
+        self.report.request = sha256_of(identity)
         if not self._overwrite:
+            if self.report.is_finished():
+                return
             Writer.require_free(self._out)
         self._symmetric = self._is_symmetric()
         self._targets = self._planned()
-        identity = {
-            "llmq": __version__,
-            "convert": self._to,
-            "source": self._source,
-            "requantize": self._allowed,
-        }
         needed = (3 if self._to == GGUF else 2) * self._checkpoint.nbytes
         writer = Writer.open(self._out, identity=identity, overwrite=self._overwrite, needed_bytes=needed)
         try:
@@ -306,7 +282,7 @@ class Converter:
             "requantized": report.requantized,
         }
         record = read_record(self._checkpoint.folder)
-        return {**record, "conversions": [*record.get("conversions", ()), done]}
+        return {**record, "conversions": [*record.get("conversions", ()), done], "request": report.request}
 
 
 def _refusal(refused: Mapping[str, str], to: str) -> ConfigError:

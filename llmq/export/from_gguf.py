@@ -10,6 +10,8 @@ re-quantized. Embeddings, head and norms become floats again, in the dtype of th
 """
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,16 @@ from torch import Tensor, nn
 
 from llmq import formats
 from llmq.checkpoint import PROVENANCE_FILE
+from llmq.checkpoint.atomic import storing, write_text
 from llmq.checkpoint.index import read_json_object
 from llmq.checkpoint.json_text import json_text
 from llmq.checkpoint.reader import Checkpoint
+from llmq.checkpoint.sealed import sha256_of
 from llmq.checkpoint.side_files import companions
 from llmq.checkpoint.writer import CONFIG, Writer
 from llmq.errors import ConfigError, FormatError, UnsupportedModelError
-from llmq.export.convert import CHUNK_BYTES, Conversion, Converter
+from llmq.export.conversion import Conversion, conversion_identity
+from llmq.export.convert import CHUNK_BYTES, Converter
 from llmq.export.recode import requantize
 from llmq.formats import tensor_name
 from llmq.formats.codecs.gguf_blocks import unpack_q4_0, unpack_q5_0, unpack_q8_0
@@ -86,16 +91,20 @@ class GgufConverter:
 
     def run(self, on_event: OnEvent = ignore) -> None:
         """See `Converter.run`."""
+        with _with_hint():
+            identity = self._unpacking.identity()
+        allowed = self._options["allow_requantize"]
+        self.report.request = sha256_of(conversion_identity(self._to, identity, allow_requantize=allowed))
         if not self._options["overwrite"]:
+            if self.report.is_finished():
+                return
             Writer.require_free(self._out)
-        self._out.parent.mkdir(parents=True, exist_ok=True)
+        with storing(self._out.parent):
+            self._out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self._out.parent, prefix=f".{self._out.name}-") as between:
             folder = Path(between) / "unpacked"
-            try:
+            with _with_hint():
                 self._unpacking.unpack(folder, on_event)
-            except UnsupportedModelError as error:
-                raise UnsupportedModelError(str(error), hint=SOURCE_HINT) from error
-            identity = self._unpacking.identity
             converter = Converter(folder, self._out, self._to, **self._options, origin=self.report, identity=identity)
             converter.report.notes += self._unpacking.notes
             converter.report.requantized |= self._unpacking.requantized
@@ -103,21 +112,33 @@ class GgufConverter:
             converter.run(on_event)
 
 
+@contextmanager
+def _with_hint() -> Iterator[None]:
+    """Add the hint to an error that the original model would avoid."""
+    try:
+        yield
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(str(error), hint=SOURCE_HINT) from error
+
+
 class GgufSource:
     """A .gguf file that is unpacked to a checkpoint.
 
-    identity     two conversions with the same identity are the same; known after unpacking
     requantized  ‖W - Ŵ‖ / ‖W‖ of each re-quantized linear layer
     """
 
     def __init__(self, file: Path, like: Path | None, *, allow_requantize: bool) -> None:
         self.file = file
-        self.identity: dict[str, Any] = {}
         self.requantized: dict[str, float] = {}
         self.notes: list[str] = []
         self._has_head = False  # whether the head has its own weight; known when unpacking
         self._like = like
         self._allowed = allow_requantize
+
+    def identity(self) -> dict[str, Any]:
+        """Plain values; two conversions with the same ones are the same."""
+        with reader.described(self.file, self._like) as model:
+            return _identity(self.file, model)
 
     def unpack(self, folder: Path, on_event: OnEvent = ignore) -> None:
         """Write the checkpoint into `folder`.
@@ -127,7 +148,6 @@ class GgufSource:
         """
         with reader.described(self.file, self._like) as model:
             weights = Weights(self.file, model)
-            self.identity = _identity(self.file, model)
             names = _names(model, weights)
             weights.require_read(names)
             self._has_head = "output.weight" in weights.container.tensors
@@ -201,7 +221,7 @@ class GgufSource:
         linears = linear_names(checkpoint, schemes)
         chosen = {name: schemes[module] for name, module in linears.packed.items()}
         config["quantization_config"] = layout.quantization_config(chosen, linears.plain)
-        (writer.folder / CONFIG).write_text(json_text(config), encoding="utf-8")
+        write_text(writer.folder / CONFIG, json_text(config))
 
 
 def _require_described(file: Path) -> None:

@@ -11,9 +11,11 @@ All files are written inside the staging folder and moved out at the end.
 
 import shlex
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from llmq import memory
 from llmq.checkpoint import PROVENANCE_FILE
 from llmq.checkpoint.atomic import write_text
 from llmq.checkpoint.json_text import json_text
@@ -24,9 +26,12 @@ from llmq.export.convert import Converter
 from llmq.gguf.folder import blocks_to_gguf, export_gguf
 from llmq.numerics.gguf_types import GGUF, GGUF_GRIDS
 from llmq.plan import Plan
+from llmq.report import record
 from llmq.report.events import OnEvent
+from llmq.report.expert_tokens import expert_tokens
 from llmq.report.record import Report
-from llmq.steps import output_layout
+from llmq.steps import output_layout, scale_range
+from llmq.steps.run import Run
 from llmq.verify.inspection import read_record
 from llmq.verify.integrity import checksums
 
@@ -38,11 +43,32 @@ def copies(formats: Sequence[str]) -> int:
     return 1 + made + between
 
 
-def finish(writer: Writer, plan: Plan, report: Report, quantized: set[str], on_event: OnEvent) -> None:
-    """Write the requested formats from the blocks; `quantized` are the packed layers.
+def finish(run: Run, plan: Plan, report: Report, start: float) -> None:
+    """Complete the report of a run that began at `start`, and write the requested formats from the blocks.
 
     If one of several formats cannot be written, the others are written, and then its error is raised.
     """
+    if run.streams is not None:
+        report.notes += run.streams.notes
+    quantized = {layer.name: layer for layer in report.layers}
+    for layer in plan.layers.values():
+        if layer.scheme.weights is not None and layer.name not in quantized:
+            not_run = f"it was not run for the first {memory.PROBE_TOKENS} calibration tokens"
+            report.left[layer.name] = scale_range.reason(layer.name, report.blocks) or not_run
+    sizes = {layer.name: layer.weights for layer in plan.layers.values()}
+    stored_bits = sum(sizes[name] * layer.bits_per_weight for name, layer in quantized.items())
+    report.bits_per_weight = stored_bits / max(1, sum(sizes[name] for name in quantized))
+    before = sum(plan.float_bytes(name) for name in quantized)
+    report.file_bytes = plan.checkpoint.nbytes - before + round(stored_bits / 8)
+    report.stages = [*record.summaries(report.layers), *record.block_summaries(report.blocks)]
+    report.experts = expert_tokens(report.layers)
+    report.seconds = time.monotonic() - start
+    report.peak_memory_bytes = record.peak_memory()
+    _write(run.writer, plan, report, set(quantized), run.on_event)
+
+
+def _write(writer: Writer, plan: Plan, report: Report, quantized: set[str], on_event: OnEvent) -> None:
+    """Assemble the folder or folders; `quantized` are the packed layers."""
     formats = plan.settings.formats
     if formats[0] in GGUF_GRIDS:
         with writer.finishing() as final:
@@ -121,5 +147,5 @@ def _record_sizes(folders: Mapping[str, Path], report: Report) -> None:
     for name, folder in folders.items():
         own = checksums(folder)
         report.checksums |= {f"{name}/{file}" if len(folders) > 1 else file: sha for file, sha in own.items()}
-        record = {**read_record(folder), "sizes": report.sizes, "notes": report.notes, "checksums": own}
-        write_text(folder / PROVENANCE_FILE, json_text(record))
+        changed = {"sizes": report.sizes, "notes": report.notes, "checksums": own, "request": report.request}
+        write_text(folder / PROVENANCE_FILE, json_text({**read_record(folder), **changed}))

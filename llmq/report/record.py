@@ -193,6 +193,7 @@ class Report:
     experts          the calibration tokens of experts, per layer of experts
     sizes            the size of each format in bytes, if there are several
     checksums        the SHA-256 of the weight files
+    request          the SHA-256 of everything that was requested, except the contents of the text
     notes            fallbacks and surprises that a user should know
     """
 
@@ -214,6 +215,17 @@ class Report:
     sizes: dict[str, int] = field(default_factory=dict)
     checksums: dict[str, str] = field(default_factory=dict)
     peak_memory_bytes: int = 0
+    request: str = ""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Report":
+        """The report of a finished run, from its record; keys that are no fields are ignored."""
+        known = {item.name: values[item.name] for item in dataclasses.fields(cls) if item.name in values}
+        known["blocks"] = [BlockReport.from_dict(block, resumed=block["resumed"]) for block in values["blocks"]]
+        known["tuning"] = TuningReport.from_dict(values["tuning"]) if values["tuning"] else None
+        known["stages"] = [StageSummary(**summary) for summary in values["stages"]]
+        known["experts"] = [ExpertTokens(**entry) for entry in values["experts"]]
+        return cls(**known)
 
     @property
     def layers(self) -> list[LayerReport]:

@@ -1,4 +1,7 @@
-"""Ctrl-C in the middle of a run: a message, exit code 130, and the same command resumes the run."""
+"""Ctrl-C or SIGTERM in the middle of a run: a message, exit code 130, and the same command resumes the run.
+
+After the end, the same command reports that the run has finished already.
+"""
 
 import json
 import signal
@@ -33,7 +36,7 @@ def listen() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def interrupted_after_a_block(arguments: tuple[str | Path, ...]) -> Outcome:
+def interrupted_after_a_block(arguments: tuple[str | Path, ...], sent: signal.Signals) -> Outcome:
     seen = []
     with subprocess.Popen(
         command(*arguments), cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -43,7 +46,7 @@ def interrupted_after_a_block(arguments: tuple[str | Path, ...]) -> Outcome:
         for line in process.stderr:
             seen.append(line)
             if line.startswith("block 1/"):
-                process.send_signal(signal.SIGINT)
+                process.send_signal(sent)
         return Outcome(process.wait(timeout=60), process.stdout.read(), "".join(seen))
 
 
@@ -65,11 +68,14 @@ def record(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
-def test_interrupted_run_resumes_to_the_same_bytes(run: tuple[str | Path, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_interrupted_run_resumes_to_the_same_bytes(
+    sent: signal.Signals, run: tuple[str | Path, ...], tmp_path: Path
+) -> None:
     out, straight = tmp_path / "out", tmp_path / "straight"
     assert llmq(*run, straight).exit_code == 0
 
-    stopped = interrupted_after_a_block((*run, out))
+    stopped = interrupted_after_a_block((*run, out), sent)
     assert stopped.exit_code == 130
     assert stopped.stdout == ""
     assert "error: interrupted" in stopped.stderr
@@ -85,6 +91,13 @@ def test_interrupted_run_resumes_to_the_same_bytes(run: tuple[str | Path, ...], 
     assert again.stderr.count("finished earlier\n") == finished + 1  # one line per block, and the note
     assert files(out) == files(straight)
     assert record(out) == record(straight)
+
+    written = {entry: entry.stat().st_mtime_ns for entry in out.iterdir()}
+    finished = llmq(*run, out)
+    assert finished.exit_code == 0
+    assert f"finished already: {out}" in finished.stderr.replace("\n", "")
+    assert "layers quantized" in finished.stdout
+    assert {entry: entry.stat().st_mtime_ns for entry in out.iterdir()} == written
 
 
 def test_ctrl_c_before_the_first_block_leaves_no_files(

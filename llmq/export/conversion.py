@@ -1,0 +1,56 @@
+"""`Conversion`: the result of converting a checkpoint, and whether an equal conversion has produced it before."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmq._version import __version__
+from llmq.export.finished import finished_record, require_unchanged
+from llmq.verify.integrity import WEIGHTS
+
+
+def conversion_identity(to: str, source: Any, *, allow_requantize: bool) -> dict[str, Any]:
+    """What decides about the bytes of a converted model; `source` describes the source by plain values."""
+    return {"llmq": __version__, "convert": to, "source": source, "requantize": allow_requantize}
+
+
+@dataclass
+class Conversion:
+    """The result of a conversion.
+
+    compared, differ  number of weights whose floats were compared with the source bit for bit, and number that differ
+    requantized       ‖W - Ŵ‖ / ‖W‖ of each re-quantized weight
+    request           the SHA-256 of what was requested
+    finished          whether an equal conversion had written the output before
+    """
+
+    source: str
+    output: str
+    source_format: str
+    format: str
+    compared: int = 0
+    differ: int = 0
+    requantized: dict[str, float] = field(default_factory=dict)
+    source_bytes: int = 0
+    output_bytes: int = 0
+    notes: list[str] = field(default_factory=list)
+    request: str = ""
+    finished: bool = False
+
+    def is_finished(self) -> bool:
+        """Whether the output folder holds the model of this conversion; if it does, take over its record.
+
+        Raises CheckpointError if its files have changed.
+        """
+        folders = [Path(self.output)]
+        record = finished_record(folders, self.request)
+        if record is None:
+            return False
+        require_unchanged(folders[0], folders)
+        done = record["conversions"][-1]
+        self.compared, self.requantized, self.finished = done["compared"], done["requantized"], True
+        self.output_bytes = sum(file.stat().st_size for file in folders[0].iterdir() if file.suffix in WEIGHTS)
+        return True
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(vars(self))

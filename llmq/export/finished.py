@@ -1,0 +1,48 @@
+"""Whether an output folder already holds the finished model of a command: the same command then has nothing to do.
+
+llmq.json has the hash of the request that made the model, and the checksums of the files. A folder that was made by the
+same request is finished if its files are unchanged; anything else in it is refused as before.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llmq.checkpoint import PROVENANCE_FILE
+from llmq.checkpoint.confined import confined
+from llmq.checkpoint.writer import CONFIG, Writer
+from llmq.errors import CheckpointError
+from llmq.verify.inspection import read_record
+from llmq.verify.integrity import checksum
+
+
+def finished_record(folders: Sequence[Path], request: str) -> dict[str, Any] | None:
+    """The record of the model in the first of these folders, if all of them were made by the request with this hash.
+
+    Its checksums are those of all folders.
+    """
+    records = [read_record(folder) if (folder / CONFIG).is_file() else {} for folder in folders]
+    if any(record.get("request") != request for record in records):
+        return None
+    if len(folders) == 1:
+        return records[0]
+    checksums = {f"{folder.name}/{name}": sha for folder in folders for name, sha in _checksums(folder).items()}
+    return {**records[0], "checksums": checksums}
+
+
+def require_unchanged(out: Path, folders: Sequence[Path]) -> None:
+    """Raise CheckpointError if a file of a finished model has changed; delete what a killed process has left there."""
+    for folder in folders:
+        for name, expected in _checksums(folder).items():
+            file = confined(folder, name)
+            if file is None or not file.is_file() or checksum(file) != expected:
+                message = f"{out} holds the finished model of this command, but {name} is missing or has changed"
+                raise CheckpointError(message, hint="--overwrite makes the model again")
+    Writer.clean(out)
+
+
+def _checksums(folder: Path) -> Mapping[str, Any]:
+    recorded = read_record(folder).get("checksums")
+    if not isinstance(recorded, dict) or not recorded:
+        raise CheckpointError(f"{folder / PROVENANCE_FILE} has no checksums", hint="--overwrite makes the model again")
+    return recorded
