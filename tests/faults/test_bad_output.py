@@ -24,7 +24,7 @@ def test_overwrite_replaces_only_the_model(model: Path, out: Path) -> None:
     assert quantize(model, out).exit_code == 0
     first = contents(out)
     (out / "thesis.txt").write_text("mine")
-    refused(quantize(model, out), CONFIG, "out is not empty")
+    refused(quantize(model, out, "--bits", "8"), CONFIG, "out is not empty")
     assert quantize(model, out, "--overwrite", "--bits", "8").exit_code == 0
     second = contents(out)
     assert second.pop("thesis.txt") == b"mine"

@@ -1,0 +1,288 @@
+"""Kill runs with SIGKILL, at chosen and at random moments, and compare what the same command makes afterwards.
+
+    python scripts/kill_runs.py [--moments N] [--seed S] [--seconds T] [--record FILE]
+
+Each run is a fork of this process. It is killed at one of its boundaries (before a call that flushes, renames, creates
+or deletes a file or folder), or at a random time. Every third run is killed again when it continues. Then the same
+command runs to its end, and every file must equal the one of a run that was not killed; llmq.json may differ in times
+and memory. After a kill, a folder with a config.json must be the complete model. `--record` writes the counts, from
+which scripts/docs.py makes a table in docs/RELIABILITY.md.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+import torch
+
+from llmq.checkpoint.staging import STAGING
+from llmq.config import QuantConfig
+from llmq.export.convert import Converter
+from llmq.export.from_gguf import GgufConverter
+from llmq.job import Job
+from llmq.methods import METHODS, Method, Tuning
+from llmq.numerics.gguf_types import GGUF_GRIDS
+from llmq.setting_fields import merged
+from tests import builders, runs
+
+RECORD = "llmq.json"
+TUNED = replace(METHODS["best"], block_tuning=Tuning(2, 0.01, 0.02, 64), tuning=Tuning(4, 1e-3, 1e-3, 64), written=1)
+CALLS = ("fsync", "replace", "rename", "unlink", "mkdir", "rmdir")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command: a run with settings and, for tuning, with stages that are shorter than those of any method."""
+
+    name: str
+    settings: dict[str, Any]
+    stages: Method | None = None
+    convert: str = ""  # the format that the model of the first case is converted to
+
+
+CASES = (
+    Case("rtn, compressed-tensors", {"method": "rtn"}),
+    Case("gptq, gptq", {"method": "gptq", "format": "gptq"}),
+    Case("awq, awq", {"method": "awq", "format": "awq"}),
+    Case("fast, gguf", {"method": "fast", "format": "gguf", "group_size": 32}),
+    Case("gptq, three formats", {"method": "gptq", "format": "awq,gptq,gguf", "group_size": 32}),
+    Case("rtn, gguf:q4_k_m", {"method": "rtn", "format": "gguf:q4_k_m"}),
+    Case("tuned end to end, own text", {"format": "gptq,awq", "group_size": 32}, TUNED),
+    Case("convert to gptq", {}, convert="gptq"),
+    Case("convert to gguf and back", {}, convert="gguf"),
+)
+
+
+@dataclass
+class Counts:
+    """What happened to the runs of one case.
+
+    boundaries  the number of boundaries of a run that is not killed
+    at_boundary, at_random, again  the number of kills; `again` are those of runs that continued
+    reached     in which state the kill left the folder -> number of kills
+    failures    what was wrong after a kill; must be empty
+    """
+
+    boundaries: int
+    at_boundary: int = 0
+    at_random: int = 0
+    again: int = 0
+    reached: Counter[str] | None = None
+    failures: list[str] | None = None
+
+
+class Trial:
+    """One case in a folder: runs that are killed, and the run that is not."""
+
+    def __init__(self, case: Case, model: Path, text: Path, folder: Path) -> None:
+        self._case, self._model, self._text, self._folder = case, model, text, folder
+        self._out = folder / "out" / "model"  # the name of the folder is part of the name of a .gguf file
+        self.seconds, boundaries = self._straight()
+        self.expected = contents(self._out)
+        self.counts = Counts(boundaries, reached=Counter(), failures=[])
+        shutil.rmtree(self._out)
+
+    def kill(self, moment: str, generator: random.Random) -> None:
+        """Kill a run at a boundary ("boundary 7") or at a random time ("random"), and run the same command again."""
+        out, failures = self._out, self.counts.failures
+        assert failures is not None and self.counts.reached is not None
+        self._run(moment, generator)
+        self.counts.reached[state(out)] += 1
+        visible = contents(out)
+        for place in {Path(name).parent for name in visible if Path(name).name == "config.json"}:
+            own = {name: data for name, data in self.expected.items() if Path(name).parent == place}
+            if {name: data for name, data in visible.items() if Path(name).parent == place} != own:
+                failures.append(f"{moment}: a part of a model looks finished")
+        if generator.random() < 1 / 3:
+            self.counts.again += self._run("random", generator)
+        status = fork(lambda: self._act())
+        after = contents(out)
+        if status or after != self.expected or any(entry.name.startswith(".") for entry in out.iterdir()):
+            wrong = sorted(name for name in {*after, *self.expected} if after.get(name) != self.expected.get(name))
+            failures.append(f"{moment}: the same command ended with {status}, different: {wrong[:3]}")
+        shutil.rmtree(out, ignore_errors=True)
+
+    def _run(self, moment: str, generator: random.Random) -> bool:
+        """Whether the run was killed before its end."""
+        if moment == "random":
+            killed = fork(self._act, after=generator.random() * 1.1 * self.seconds) == signal.SIGKILL
+            self.counts.at_random += killed
+        else:
+            killed = fork(lambda: self._counting(int(moment.split()[1]))) == signal.SIGKILL
+            self.counts.at_boundary += killed
+        return killed
+
+    def _straight(self) -> tuple[float, int]:
+        start, file = time.monotonic(), self._folder / "boundaries"
+        if fork(lambda: file.write_text(str(self._counting(None)))):
+            raise RuntimeError(f"{self._case.name} fails without a kill")
+        return time.monotonic() - start, int(file.read_text())
+
+    def _counting(self, deadly: int | None) -> int:
+        """Run, and kill this process at the boundary with this number; returns the number of boundaries."""
+        passed = 0
+
+        def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+            def wrapper(*arguments: Any, **options: Any) -> Any:
+                nonlocal passed
+                passed += 1
+                if passed == deadly:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return call(*arguments, **options)
+
+            return wrapper
+
+        for name in CALLS:
+            setattr(os, name, counted(getattr(os, name)))
+        self._act()
+        return passed
+
+    def _act(self) -> None:
+        with open(os.devnull, "w") as nothing, contextlib.redirect_stderr(nothing), contextlib.redirect_stdout(nothing):
+            self._command()
+
+    def _command(self) -> None:
+        case = self._case
+        if not case.convert:
+            native = case.settings.get("format") in GGUF_GRIDS  # whose groups are part of the format
+            given = {**({} if native else runs.QUICK), **runs.WINDOWS, "calibration": [self._text], **case.settings}
+            model = self._model.with_name("wide") if native else self._model
+            Job(str(model), self._out, merged(QuantConfig(), given), stages=case.stages, device="cpu").run()
+            return
+        source = self._folder.parent / "source" / "model"
+        if case.convert != "gguf":
+            Converter(source, self._out, case.convert).run()
+            return
+        Converter(source, self._out / "gguf", "gguf").run()
+        GgufConverter(self._out / "gguf" / "gguf.gguf", self._out / "back", "awq").run()
+
+
+def fork(act: Callable[[], Any], after: float | None = None) -> int:
+    """Run `act` in a fork, and kill it after some seconds; returns the signal or the exit code that ended it."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.fsync = lambda descriptor: None  # a kill, unlike a power cut, loses no written data
+            act()
+            code = 0
+        except Exception:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    if after is not None:
+        time.sleep(after)
+        os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) * -1
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The visible files by their paths, with the times and sizes of memory taken out of llmq.json."""
+    if not folder.exists():
+        return {}
+    files = [file for file in folder.rglob("*") if file.is_file() and ".llmq" not in str(file.relative_to(folder))]
+    return {
+        str(file.relative_to(folder)): without_times(file) if file.name == RECORD else file.read_bytes()
+        for file in files
+    }
+
+
+def without_times(file: Path) -> bytes:
+    document = json.loads(file.read_bytes())
+    for key in ("seconds", "peak_memory_bytes", "notes"):
+        document.pop(key, None)
+    for part in (*document.get("blocks", ()), document.get("tuning") or {}):
+        part.pop("seconds", None), part.pop("resumed", None)
+    return json.dumps(document, sort_keys=True).encode()
+
+
+def state(out: Path) -> str:
+    """What a kill has left: nothing, a number of blocks, tuning, a model that is being moved, or the end."""
+    staging = next((folder for folder in out.rglob(STAGING)), None) if out.exists() else None
+    if staging is None:
+        return "after the end" if out.exists() and any(out.rglob("config.json")) else "before the first file"
+    if (staging / "moving.json").exists():
+        return "moving"
+    if (staging / "final").exists():
+        return "assembling"
+    if (staging / "revision").exists():
+        return "tuning"
+    return "quantizing" if any(staging.glob("[0-9]*.json")) else "before the first block"
+
+
+def moments(trial: Trial, generator: random.Random) -> Iterator[str]:
+    """A boundary that was not tried yet, then a random time, and so on."""
+    left = list(range(1, trial.counts.boundaries + 1))
+    generator.shuffle(left)
+    while True:
+        yield f"boundary {left.pop()}" if left else "random"
+        yield "random"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--moments", type=int, default=100, help="number of kills; default: 100")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
+    parser.add_argument("--seconds", type=float, default=900.0, help="begin no kill after this time; default: 900")
+    parser.add_argument("--cases", type=int, nargs="*", help="numbers of the cases, from 0; default: all")
+    parser.add_argument("--record", type=Path, help="a JSON file for the counts")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    generator, start = random.Random(options.seed), time.monotonic()
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        model, text = folder / "model", builders.write_text(folder / "text.txt")
+        wide = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+        for place, sizes in ((model, {}), (folder / "wide", wide)):
+            config = builders.llama(num_hidden_layers=2, **sizes)
+            fork(partial(save, place, config))
+        fork(lambda: runs.quantize(model, folder / "source" / "model", text, method="rtn", group_size=32))
+        trials = {}
+        for number, case in enumerate(CASES):
+            if options.cases is None or number in options.cases:
+                (folder / str(number)).mkdir()
+                trials[case.name] = Trial(case, model, text, folder / str(number))
+        planned = {name: moments(trial, generator) for name, trial in trials.items()}
+        for turn in range(options.moments):
+            if time.monotonic() - start > options.seconds:
+                break
+            name = list(trials)[turn % len(trials)]
+            trials[name].kill(next(planned[name]), generator)
+            if options.record:
+                write_record(options.record, options.seed, trials)
+    failures = 0
+    for name, trial in trials.items():
+        print(f"{name}: {json.dumps(vars(trial.counts))}")
+        failures += len(trial.counts.failures or ())
+    sys.exit(1 if failures else 0)
+
+
+def save(folder: Path, config: Any) -> None:
+    builders.save_model(folder, builders.causal_model(config, dtype="float16"))
+
+
+def write_record(file: Path, seed: int, trials: dict[str, Trial]) -> None:
+    cases = {name: vars(trial.counts) for name, trial in trials.items()}
+    file.write_text(json.dumps({"seed": seed, "cases": cases}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
