@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
-os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+sys.path.insert(0, str(ROOT))  # for the builders of the tests
+sys.path.insert(1, str(ROOT / "kernels"))
 
 import torch
 
@@ -156,7 +156,11 @@ class Trial:
         return passed
 
     def _act(self) -> None:
-        with open(os.devnull, "w") as nothing, contextlib.redirect_stderr(nothing), contextlib.redirect_stdout(nothing):
+        with (
+            Path(os.devnull).open("w") as nothing,
+            contextlib.redirect_stderr(nothing),
+            contextlib.redirect_stdout(nothing),
+        ):
             self._command()
 
     def _command(self) -> None:
@@ -246,6 +250,7 @@ def main() -> None:
     parser.add_argument("--record", type=Path, help="a JSON file for the counts")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would not survive a fork
     generator, start = random.Random(options.seed), time.monotonic()
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)

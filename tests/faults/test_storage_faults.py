@@ -3,75 +3,29 @@
 The faults are real (resource limits, SIGKILL), so they happen in separate processes.
 """
 
-import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save, save_file
+from safetensors.torch import save
 
 from llmq.checkpoint.reader import Checkpoint
 from llmq.checkpoint.safetensors_files import read_header, read_tensor
 from llmq.checkpoint.writer import Writer
 from llmq.errors import CheckpointError
+from tests.faults.toy_run import FORKS, in_a_process, source_model
 
-ROOT = Path(__file__).resolve().parents[2]
 posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX resource limits and signals")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and a limit on address space")
-
-# The code with which every process below starts: a toy run whose blocks have 4 kB each.
-PREAMBLE = """
-import json, os, resource, signal, sys
-from pathlib import Path
-import torch
-from llmq.checkpoint.safetensors_files import read_header, read_tensor
-from llmq.checkpoint.writer import Writer
-from llmq.errors import LlmqError
-
-folder = Path(sys.argv[1])
-
-def open_writer(out, overwrite=False):
-    return Writer.open(out, identity={"run": 1}, overwrite=overwrite, needed_bytes=0)
-
-def block(index, values=1024):
-    return {f"layers.{index}.weight": torch.arange(values, dtype=torch.float32) * index}
-
-def run(out, overwrite=False):
-    writer = open_writer(out, overwrite)
-    for index in range(3):
-        if not writer.has(index):
-            writer.commit(index, block(index), {"index": index})
-            writer.settle()
-    source = folder / "source" / "model.safetensors"
-    rest = [(source, name, info) for name, info in read_header(source).items()]
-    documents = {"config.json": json.dumps({"new": True}), "card.md": "# new"}
-    with writer.finishing() as final:
-        files = {"tokenizer.json": folder / "source" / "tokenizer.json"}
-        writer.assemble(final, rest, files, documents, shard_bytes=9000)
-"""
-
-
-def in_a_process(folder: Path, program: str) -> Any:
-    """Run PREAMBLE and `program` on a folder; returns the JSON that it prints."""
-    command = [sys.executable, "-c", PREAMBLE + program, str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with the source model of the toy run."""
-    (tmp_path / "source").mkdir()
-    save_file({"embed": torch.arange(100.0), "head": torch.arange(50.0)}, tmp_path / "source" / "model.safetensors")
-    (tmp_path / "source" / "tokenizer.json").write_text("{}")
-    return tmp_path
+    return source_model(tmp_path)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -117,21 +71,9 @@ def test_file_size_limit_loses_only_the_file_being_written(folder: Path) -> None
 
 # Kill a run at its n-th system call, for every n: before the call and, by the next n, after it.  Each run is a fork of
 # a process with torch loaded, and is killed with SIGKILL; the same command must then finish with the expected files.
-KILL_EVERYWHERE = """
-import shutil
-
-def fork(act):
-    child = os.fork()
-    if child == 0:
-        act()
-        os._exit(0)
-    return os.waitpid(child, 0)[1]
-
-def contents(out):
-    if not out.exists():
-        return {}
-    return {entry.name: entry.read_bytes() for entry in out.iterdir() if entry.is_file() and entry.name != ".llmq-lock"}
-
+KILL_EVERYWHERE = (
+    FORKS
+    + """
 def killing(n, act):
     calls = 0
     def counted(call):
@@ -186,6 +128,7 @@ while not done:
             failures.append([n, "the same command ended differently"])
 print(json.dumps({"kills": n - 1, "failures": failures, "seen": sorted(map(str, seen)), "expected": sorted(expected)}))
 """
+)
 
 
 @posix
