@@ -11,6 +11,7 @@ which scripts/docs.py makes a table in docs/RELIABILITY.md.
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import random
@@ -31,20 +32,21 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # for the builders of the tests
 sys.path.insert(1, str(ROOT / "kernels"))
 
-import torch
+import torch  # noqa: E402
 
-from llmq.checkpoint.staging import STAGING
-from llmq.config import QuantConfig
-from llmq.export.convert import Converter
-from llmq.export.from_gguf import GgufConverter
-from llmq.job import Job
-from llmq.methods import METHODS, Method, Tuning
-from llmq.numerics.gguf_types import GGUF_GRIDS
-from llmq.setting_fields import merged
-from tests import builders, runs
+from llmq.checkpoint.staging import STAGING  # noqa: E402
+from llmq.config import QuantConfig  # noqa: E402
+from llmq.export.convert import Converter  # noqa: E402
+from llmq.export.from_gguf import GgufConverter  # noqa: E402
+from llmq.job import Job  # noqa: E402
+from llmq.methods import METHODS, Method, Tuning  # noqa: E402
+from llmq.numerics.gguf_types import GGUF_GRIDS  # noqa: E402
+from llmq.setting_fields import merged  # noqa: E402
+from tests import builders, runs  # noqa: E402
 
 RECORD = "llmq.json"
 TUNED = replace(METHODS["best"], block_tuning=Tuning(2, 0.01, 0.02, 64), tuning=Tuning(4, 1e-3, 1e-3, 64), written=1)
+PRELOADED = ("transformers.models.llama.modeling_llama", "llmq.verify.engines", "llmq.gguf.export", "gguf")
 CALLS = ("fsync", "replace", "rename", "unlink", "mkdir", "rmdir")
 
 
@@ -251,6 +253,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would not survive a fork
+    for module in PRELOADED:
+        importlib.import_module(module)
     generator, start = random.Random(options.seed), time.monotonic()
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
