@@ -29,13 +29,13 @@ from llmq.distributed.ranks import ALONE, Ranks
 from llmq.errors import ConfigError
 from llmq.export import save
 from llmq.export.finished import finished_record, require_unchanged
+from llmq.memory import Economy
 from llmq.methods import Method
 from llmq.mixed_precision import assign, sensitivity
 from llmq.mixed_precision.sensitivity import Question
 from llmq.model.build.checkpoint_names import require_finite
-from llmq.model.passes.hidden_states import Storage
 from llmq.model.passes.recorded_calls import RecordedCalls
-from llmq.model.passes.streams import Stream, Streams, Text
+from llmq.model.passes.streams import Text
 from llmq.numerics.scheme import WeightScheme
 from llmq.plan import Plan
 from llmq.report.events import Event, OnEvent, ignore
@@ -46,7 +46,7 @@ from llmq.setting_fields import config_to, merged
 from llmq.steps import fisher_information, float_probe, output_layout
 from llmq.steps.end_to_end.memory_plan import disk_bytes
 from llmq.steps.fisher_information import FisherInformation
-from llmq.steps.run import Run
+from llmq.steps.run import Run, streams_of
 
 FLOAT_HEAD = (
     "tuning minimizes the KL divergence with the float head, so it does not compensate for the error of the quantized "
@@ -150,12 +150,27 @@ class Job:
         writer = shared_writer(self._ranks, self.out, lambda: self._open_writer(calibration_set, text))
         try:
             self._text.save()
-            run = self._prepare(text, writer, on_event)
-            pipeline.quantize_model(run, save=lambda: save.finish(run, self.plan, self.report, start))
+            self._quantize(text, writer, on_event, start)
         except BaseException:
             writer.abandon()
             raise
         return self.report
+
+    def _quantize(self, text: Text | None, writer: Writer, on_event: OnEvent, start: float) -> None:
+        """Quantize and save. If the memory is not enough, continue at the first block that is not finished.
+
+        Several processes end instead, because they would have to agree.
+        """
+
+        def attempt(economy: Economy) -> None:
+            self.report.blocks = []
+            run = self._prepare(text, writer, on_event, economy)
+            pipeline.quantize_model(run, save=lambda: save.finish(run, self.plan, self.report, start))
+
+        if self._ranks.size == 1:
+            memory.within_memory(attempt, self.plan.device, self.report.notes.append)
+        else:
+            attempt(Economy.NONE)
 
     def _identity(self) -> dict[str, Any]:
         """What decides about the bytes of the model, except the contents of the text."""
@@ -223,7 +238,7 @@ class Job:
         self.report.notes += writer.notes(self.commits)
         return writer
 
-    def _prepare(self, text: Text | None, writer: Writer, on_event: OnEvent) -> Run:
+    def _prepare(self, text: Text | None, writer: Writer, on_event: OnEvent, economy: Economy) -> Run:
         """Everything that is the same for all blocks."""
 
         def collect(event: Event) -> None:
@@ -237,7 +252,10 @@ class Job:
         if text is not None:
             calls = RecordedCalls(plan.skeleton)
             fisher = self._fisher(text, writer, calls, on_event)
-            streams = self._streams(text, writer, calls, fisher)
+            streams = streams_of(
+                plan.skeleton, text, calls, plan.stages, folder=writer.activations, fisher=fisher, economy=economy,
+                quantize_head=plan.settings.quantize_head, ranks=self._ranks,
+            )  # fmt: skip
         return Run(
             skeleton=plan.skeleton,
             streams=streams,
@@ -251,23 +269,6 @@ class Job:
             writer=writer,
             on_event=collect,
             keep_grid=plan.settings.keep_grid,
-            ranks=self._ranks,
-        )
-
-    def _streams(self, text: Text, writer: Writer, calls: RecordedCalls, fisher: FisherInformation | None) -> Streams:
-        plan, method = self.plan, self.plan.stages
-        tunes = method.tuning is not None or method.block_tuning is not None
-        compares = bool(method.alphas) or tunes
-        state = plan.skeleton.hidden_bytes(text.length) * text.sequences
-        stored = (1 + compares * (2 if method.transforms else 1)) * state  # a transform keeps inputs and outputs
-        storage = Storage.choose(stored, plan.device, writer.activations)
-        head = plan.settings.quantize_head
-        return Streams(
-            quantized=Stream(plan.skeleton, text, calls, storage, "quantized", to_the_end=head),
-            floats=Stream(plan.skeleton, text, calls, storage, "float", to_the_end=tunes) if compares else None,
-            token_weights=fisher.token_weights if fisher is not None and method.token_weights else None,
-            tokens_per_input=method.expert_tokens,
-            memory=memory.spare(plan.device) - storage.takes_device_memory * stored,
             ranks=self._ranks,
         )
 

@@ -6,17 +6,24 @@ end-to-end tuning reads the packed blocks in each step (`steps/end_to_end/memory
 ahead nor written in a thread. One result depends on it: where the state of quantized values does not fit, end-to-end
 tuning is left out, and a note reports this.
 
+A run that is out of memory nevertheless continues at the block where it happened, and is more economical from then on
+(`within_memory`). No step of this changes a bit of the result, except as docs/RELIABILITY.md states.
+
 In a container or a batch system a process may use less memory than the machine has. psutil does not report this limit,
 and a process that exceeds the limit of its control group is killed without a message.
 """
 
+import enum
+import gc
 import os
 import resource
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import psutil
 import torch
+
+from llmq.errors import BackendError
 
 # Copies of one block's weights in float32 that are in memory at the same time.
 BLOCK_COPIES_TO_EVALUATE = 2  # the block as it is read, and its activations for one batch
@@ -88,3 +95,64 @@ def _inactive(folder: Path, name: str) -> int:
     statistics = folder / "memory.stat"
     lines = statistics.read_text(encoding="utf-8").splitlines() if statistics.is_file() else []
     return next((int(line.split()[1]) for line in lines if line.split()[:1] == [name]), 0)
+
+
+class Economy(enum.IntEnum):
+    """What a run does to need less memory; each step includes the earlier ones."""
+
+    NONE = 0
+    HALF_BATCHES = 1
+    STATES_IN_MAIN_MEMORY = 2
+    STATES_IN_FILES = 3
+
+    @property
+    def effect(self) -> str:
+        """What the run does from this step on, for a note."""
+        return (
+            "",
+            "half the tokens at a time and without keeping activations",
+            "hidden states in main memory",
+            "hidden states in files",
+        )[self]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: in Python or NumPy, in torch on a CPU, or on a GPU."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(part in text for part in OUT_OF_MEMORY)
+
+
+OUT_OF_MEMORY = (
+    "can't allocate memory",  # torch's allocator on a CPU
+    "not enough memory",  # the same on Windows
+    "out of memory",  # CUDA calls outside of torch's allocator
+    "ALLOC_FAILED",  # cuBLAS, cuDNN, cuSOLVER
+    "could not create a memory",  # oneDNN
+)
+
+
+def within_memory(attempt: Callable[[Economy], None], device: torch.device, report: Callable[[str], None]) -> None:
+    """Call `attempt`; whenever it is out of memory, call it again with the next step of economy, and `report` that.
+
+    `attempt` must continue after the work that is finished. Raises BackendError if the last step is not enough.
+    """
+    steps = [step for step in Economy if device.type != "cpu" or step is not Economy.STATES_IN_MAIN_MEMORY]
+    for step, following in zip(steps, [*steps[1:], None], strict=True):
+        try:
+            attempt(step)
+            return
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            if following is None:
+                raise BackendError(
+                    f"out of memory, although hidden states are kept in files: {reason}",
+                    hint="free some memory, or use shorter sequences (--seqlen); finished blocks are kept",
+                ) from error
+        gc.collect()  # the traceback held the tensors of the failed attempt
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        report(f"out of memory ({reason}): the block was computed again with {following.effect}")

@@ -28,9 +28,13 @@ class InputStats:
               `model/passes/statistics.py`)
     validation  the same sums over the validation tokens, which are not counted here: nothing is fitted on them, and
               choices are made by them
+
+    The tokens of a batch are added in units of `unit` tokens (0: all together). So a batch that arrives in parts of
+    whole units gives the same bits.
     """
 
-    def __init__(self, in_features: int, device: torch.device) -> None:
+    def __init__(self, in_features: int, device: torch.device, *, unit: int = 0) -> None:
+        self._unit = unit
         self.tokens = 0
         self.borrowed = 0
         self.validation: InputStats | None = None
@@ -44,7 +48,7 @@ class InputStats:
 
     def begin_validation(self) -> "InputStats":
         """Start `validation` and return it."""
-        self.validation = InputStats(len(self._absolute), self._gram.device)
+        self.validation = InputStats(len(self._absolute), self._gram.device, unit=self._unit)
         self.validation.judges = True
         return self.validation
 
@@ -55,11 +59,15 @@ class InputStats:
         weights    (T,) the weight γ of each token; 1 where not given
         """
         K = inputs.shape[-1]
-        X = inputs.reshape(-1, K).split(TOKENS_AT_ONCE)
-        X_float = (None,) * len(X) if originals is None else originals.reshape(-1, K).split(TOKENS_AT_ONCE)
-        gammas = (None,) * len(X) if weights is None else weights.split(TOKENS_AT_ONCE)
-        for chunk, original, gamma in zip(X, X_float, gammas, strict=True):
-            self._add(chunk, original, gamma)
+        X = inputs.reshape(-1, K)
+        X_float = None if originals is None else originals.reshape(-1, K)
+        unit = self._unit or len(X)
+        for first in range(0, len(X), unit or 1):
+            last = min(first + unit, len(X))
+            for start in range(first, last, TOKENS_AT_ONCE):
+                rows = slice(start, min(start + TOKENS_AT_ONCE, last))
+                original, gamma = (None if given is None else given[rows] for given in (X_float, weights))
+                self._add(X[rows], original, gamma)
 
     def _add(self, inputs: Tensor, originals: Tensor | None, weights: Tensor | None) -> None:
         """`inputs` and `originals` (T, K), `weights` (T,)."""

@@ -55,7 +55,7 @@ def head_statistics(skeleton: Skeleton, stream: Stream) -> InputStats:
     for number, batch in enumerate(text.batches()):
         inputs = skeleton.head_input(text.of(batch), stream.last(batch))
         if stats is None:
-            stats = InputStats(inputs.shape[-1], inputs.device)
+            stats = InputStats(inputs.shape[-1], inputs.device, unit=text.unit * text.length)
             validation = stats.begin_validation() if text.validates else stats
         (stats if number < text.fitted_batches else validation).update(inputs)
     assert stats is not None, "the text is empty"

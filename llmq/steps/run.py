@@ -1,20 +1,26 @@
 """`Run`: everything that is the same for all blocks of a run."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from llmq import memory
 from llmq.algorithms import Options
 from llmq.checkpoint.writer import Writer
 from llmq.distributed.ranks import ALONE, Ranks
 from llmq.errors import FormatError
 from llmq.formats.base import Layout, Reader
+from llmq.memory import Economy
 from llmq.methods import Method
 from llmq.model.build.skeleton import Skeleton
-from llmq.model.passes.streams import Streams
+from llmq.model.passes.hidden_states import Storage
+from llmq.model.passes.recorded_calls import RecordedCalls
+from llmq.model.passes.streams import Stream, Streams, Text
 from llmq.numerics.layer_plan import LayerPlan
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.report.events import OnEvent, ignore
@@ -74,6 +80,36 @@ class Run:
             )
         packed = {key.removeprefix(f"{name}."): tensors[key] for key in tensors if key.startswith(f"{name}.")}
         return self.layout.unpack(packed, reading)
+
+
+def streams_of(
+    skeleton: Skeleton,
+    text: Text,
+    calls: RecordedCalls,
+    method: Method,
+    *,
+    folder: Path,
+    fisher: FisherInformation | None,
+    economy: Economy,
+    quantize_head: bool,
+    ranks: Ranks,
+) -> Streams:
+    """The calibration text before the first block; hidden states that do not fit into memory are kept in `folder`."""
+    tunes = method.tuning is not None or method.block_tuning is not None
+    compares = bool(method.alphas) or tunes
+    state = skeleton.hidden_bytes(text.length) * text.sequences
+    stored = (1 + compares * (2 if method.transforms else 1)) * state  # a transform keeps inputs and outputs
+    storage = Storage.choose(stored, skeleton.device, folder, economy)
+    if economy:
+        text = dataclasses.replace(text, in_parts=True)
+    return Streams(
+        quantized=Stream(skeleton, text, calls, storage, "quantized", to_the_end=quantize_head),
+        floats=Stream(skeleton, text, calls, storage, "float", to_the_end=tunes) if compares else None,
+        token_weights=fisher.token_weights if fisher is not None and method.token_weights else None,
+        tokens_per_input=method.expert_tokens,
+        memory=0 if economy else memory.spare(skeleton.device) - storage.takes_device_memory * stored,
+        ranks=ranks,
+    )
 
 
 def _in_memory(tensors: Mapping[str, Tensor], record: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

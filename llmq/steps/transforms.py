@@ -68,7 +68,9 @@ class BlockTransforms:
         self._probe, self._call = stream.sample(PROBE_TOKENS), stream.sample(LOSS_TOKENS)
         self._validation = stream.validation_sample(LOSS_TOKENS)
         shared = [group for group in groups if not block.is_experts(group.names[0])]  # experts are not transformed
-        self.observed: Observed = input_groups.statistics(block, shared, stream.fitted_calls())
+        self.observed: Observed = input_groups.statistics(
+            block, shared, stream.fitted_calls(), stream.text.unit * stream.text.length
+        )
         for stats in self.observed.values():
             stats.sum_over(run.ranks)
         self.notes: list[str] = []

@@ -62,10 +62,12 @@ def input_groups(block: Block, call: Call) -> list[InputGroup]:
     return [InputGroup(tuple(names), block.linears[names[0]].in_features) for names in first.values()]
 
 
-def statistics(block: Block, groups: Sequence[InputGroup], calls: Iterable[Call]) -> dict[InputGroup, InputStats]:
-    """Run the block on every call and collect the statistics of each group's input."""
+def statistics(
+    block: Block, groups: Sequence[InputGroup], calls: Iterable[Call], unit: int = 0
+) -> dict[InputGroup, InputStats]:
+    """Run the block on every call and collect the statistics of each group's input, `unit` tokens at once."""
     device = {group: block.linears[group.names[0]].weight.device for group in groups}
-    stats = {group: InputStats(group.in_features, device[group]) for group in groups}
+    stats = {group: InputStats(group.in_features, device[group], unit=unit) for group in groups}
     leaders = {group.names[0]: stats[group] for group in groups}  # all layers of a group have the same input
     with watching({name: block.linears[name] for name in leaders}, lambda name, x: leaders[name].update(x)):
         for call in calls:

@@ -19,7 +19,7 @@ from torch import Tensor
 from llmq import memory
 from llmq.checkpoint.atomic import storing
 from llmq.checkpoint.safetensors_files import reading
-from llmq.memory import HOST
+from llmq.memory import HOST, Economy
 
 DEVICE_SHARE, HOST_SHARE = 4, 2  # hidden states may take a quarter of free GPU memory, half of free host memory
 
@@ -41,8 +41,13 @@ class Storage:
     folder: Path | None = None
 
     @classmethod
-    def choose(cls, nbytes: int, device: torch.device, folder: Path | None = None) -> "Storage":
+    def choose(
+        cls, nbytes: int, device: torch.device, folder: Path | None = None, economy: Economy = Economy.NONE
+    ) -> "Storage":
         """The storage for `nbytes` of hidden states; without a folder the last choice is main memory."""
+        if economy >= Economy.STATES_IN_MAIN_MEMORY:
+            in_files = economy >= Economy.STATES_IN_FILES and folder is not None
+            return cls(device, Place.FILE if in_files else Place.HOST, folder)
         if device.type != HOST.type and nbytes <= memory.spare(device) // DEVICE_SHARE:
             return cls(device, Place.DEVICE, folder)
         if nbytes <= memory.spare(HOST) // HOST_SHARE or folder is None:

@@ -50,6 +50,7 @@ class Sequential:
             weights=streams.token_weights,
             tokens_per_input=streams.tokens_per_input,
             ranks=streams.ranks,
+            unit=text.unit * text.length,
         )
         free = _free_bytes(block, groups, streams)
         self.remembers = bool(streams.ranks.least(_fits(block, self._stops, streams, free)))

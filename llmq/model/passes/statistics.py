@@ -114,6 +114,7 @@ class Summation:
     weights           the weight of each token
     tokens_per_input  minimum number of tokens in the statistics of an expert, per input of its layers
     ranks             the processes whose sums are added; each has a part of the batches
+    unit              number of tokens that are summed at once, see `InputStats`
     """
 
     def __init__(
@@ -124,9 +125,11 @@ class Summation:
         weights: TokenWeights | None,
         tokens_per_input: float,
         ranks: Ranks = ALONE,
+        unit: int = 0,
     ) -> None:
         self._block = block
         self._ranks = ranks
+        self._unit = unit
         self._fitted = fitted
         self._weights = weights
         self._tokens_per_input = tokens_per_input
@@ -148,7 +151,8 @@ class Summation:
 
     def sums(self, stop: Stop, groups: Sequence[InputGroup], batches: Iterable[Arrived]) -> list[InputStats]:
         """The statistics of some of a stop's groups, from one pass over the batches."""
-        fitted = [InputStats(g.in_features, self._block.linears[g.names[0]].weight.device) for g in groups]
+        places = [self._block.linears[group.names[0]].weight.device for group in groups]
+        fitted = [InputStats(g.in_features, place, unit=self._unit) for g, place in zip(groups, places, strict=True)]
         validation = fitted if self._fitted is None else [stats.begin_validation() for stats in fitted]
         weights = [None if self._weights is None else self._weights(group.names) for group in groups]
         end = 0

@@ -32,6 +32,8 @@ class Text:
     tokens      (S, T) int64
     batch       number of sequences that run together; another number may change the last bits
     validation  number of sequences, the last ones, on which nothing is fitted
+    in_parts    whether each batch goes through a block in parts of `unit` sequences, in half the memory. Statistics are
+                summed by units in any case, so this changes no sum
     whole       the text of all ranks, if this is the share of one of them; `numbers` are its sequences in it
     """
 
@@ -40,6 +42,12 @@ class Text:
     validation: int = 0
     whole: "Text | None" = None
     numbers: Sequence[int] = ()
+    in_parts: bool = False
+
+    @property
+    def unit(self) -> int:
+        """The number of sequences whose tokens are summed at once in statistics: half a batch."""
+        return max(1, self.batch // 2)
 
     def share(self, ranks: Ranks) -> "Text":
         """The sequences of this rank: a part of the fitted ones, and a part of the validation sequences.
@@ -77,16 +85,17 @@ class Text:
 
     def batches(self) -> list[range]:
         """The sequences of each batch; no batch has both fitted and validation sequences."""
-        parts = ((0, self.fitted), (self.fitted, self.sequences))
-        return [
-            range(start, min(start + self.batch, end))
-            for first, end in parts
-            for start in range(first, end, self.batch)
-        ]
+        return [*self._batches(0, self.fitted), *self._batches(self.fitted, self.sequences)]
+
+    def _batches(self, first: int, end: int) -> Iterator[range]:
+        for start in range(first, end, self.batch):
+            stop = min(start + self.batch, end)
+            size = self.unit if self.in_parts else self.batch
+            yield from (range(part, min(part + size, stop)) for part in range(start, stop, size))
 
     @property
     def fitted_batches(self) -> int:
-        return -(-self.fitted // self.batch)
+        return len(list(self._batches(0, self.fitted)))
 
     def of(self, sequences: Sequence[int]) -> Tensor:
         """(B, T) int64, the tokens of some sequences."""
@@ -140,7 +149,7 @@ class Stream:
 
     def sample(self, tokens: int) -> Call:
         """A call for probing with about this many tokens: the first sequences; the first one is cut if it is longer."""
-        rows = range(min(-(-tokens // self.text.length), len(self.text.batches()[0])))
+        rows = range(min(-(-tokens // self.text.length), self.text.batch, self.text.fitted or self.text.sequences))
         part = self.text.of(rows)[:, :tokens]
         if self.position == 0:
             return self.recorded.first(part)

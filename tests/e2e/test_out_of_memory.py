@@ -1,0 +1,142 @@
+"""Out of memory in the middle of a run: the run continues more economically, and writes the same bytes."""
+
+import resource
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from llmq import memory, pipeline
+from llmq.errors import BackendError
+from llmq.memory import Economy
+from llmq.methods import METHODS, Method, Tuning
+from llmq.model.passes.hidden_states import Place
+from llmq.steps.run import Run
+from tests import runs
+
+BLOCKS, SAMPLES = 3, 9
+STAGES = {
+    "gptq": METHODS["gptq"],
+    "both streams": METHODS["fast"],
+    "transformed, tuned": Method(
+        transforms=("awq",), rounding="clip", block_tuning=Tuning(3, 0.01, 0.02, 48), validation=0.25
+    ),
+}
+ERRORS: dict[str, Callable[[], Exception]] = {
+    "cuda": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+    "cublas": lambda: RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    "cpu": lambda: RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+    "python": lambda: MemoryError(),
+}
+
+
+def address_space() -> Exception:
+    """The error of a real allocation, with a limit on address space that is a little above what the process uses."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used = psutil.Process().memory_info().vms
+    resource.setrlimit(resource.RLIMIT_AS, (used + (32 << 20), before[1]))
+    try:
+        torch.empty(1 << 30, dtype=torch.uint8)
+    except RuntimeError as error:
+        return error
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    raise AssertionError("the allocation did not fail")
+
+
+if sys.platform == "linux":
+    ERRORS["address space"] = address_space
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "llmq.json"}
+
+
+@pytest.fixture(autouse=True)
+def several_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of four sequences, so that half a batch is two; the last batch is shorter."""
+    monkeypatch.setattr(memory, "TOKENS_PER_BATCH_TO_QUANTIZE", {"cpu": 4 * 48})
+
+
+@pytest.mark.parametrize("stages", STAGES)
+def test_every_step_of_economy_gives_the_same_bytes(
+    stages: str, checkpoint: Callable[..., Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = checkpoint("llama", dtype="bfloat16")
+    settings: dict[str, Any] = {"stages": STAGES[stages], "samples": SAMPLES}
+    whole = runs.quantize(model, tmp_path / "whole", text, **settings)
+    failing = {1: "cuda", 2: "address space" if "address space" in ERRORS else "cpu"}  # block -> its first attempt
+    seen: list[tuple[int, bool, Place, int]] = []
+    quantize_groups = pipeline.quantize_groups
+
+    def quantize(run: Run, block: Any, *arguments: Any) -> None:
+        assert run.streams is not None
+        stream = run.streams.quantized
+        seen.append((block.index, stream.text.in_parts, stream._storage.place, len(stream.text.batches()[0])))
+        quantize_groups(run, block, *arguments)
+        if block.index in failing:
+            raise ERRORS[failing.pop(block.index)]()
+
+    monkeypatch.setattr(pipeline, "quantize_groups", quantize)
+    report = runs.quantize(model, tmp_path / "out", text, **settings)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    assert report.layers == whole.layers and [block.gains for block in report.blocks] == [b.gains for b in whole.blocks]
+    plans = {index: plan for index, *plan in seen}
+    assert plans == {0: [False, Place.HOST, 4], 1: [True, Place.HOST, 2], 2: [True, Place.FILE, 2]}
+    notes = [note for note in report.notes if note.startswith("out of memory")]
+    assert ["half the tokens" in notes[0], "hidden states in files" in notes[1], len(notes)] == [True, True, 2]
+    assert "CUDA out of memory" in notes[0] and "allocate memory" in notes[1]
+
+
+def test_a_run_that_needs_more_memory_in_any_case_ends_with_a_message(
+    checkpoint: Callable[..., Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantize_groups, attempts = pipeline.quantize_groups, []
+
+    def quantize(run: Run, block: Any, *arguments: Any) -> None:
+        quantize_groups(run, block, *arguments)
+        if block.index == 1:
+            attempts.append(run)
+            raise ERRORS["cpu"]()
+
+    monkeypatch.setattr(pipeline, "quantize_groups", quantize)
+    model = checkpoint("llama", dtype="bfloat16")
+    with pytest.raises(BackendError, match="out of memory, although hidden states are kept in files") as error:
+        runs.quantize(model, tmp_path / "out", text, method="gptq")
+    assert len(attempts) == 3 and "finished blocks are kept" in error.value.hint
+    monkeypatch.undo()
+    assert [block.resumed for block in runs.quantize(model, tmp_path / "out", text, method="gptq").blocks][0]
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_failed_allocations_are_recognized(name: str) -> None:
+    assert memory.is_out_of_memory(ERRORS[name]())
+
+
+def test_other_errors_are_raised_at_once() -> None:
+    calls: list[Economy] = []
+
+    def attempt(step: Economy) -> None:
+        calls.append(step)
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        memory.within_memory(attempt, torch.device("cpu"), print)
+    assert calls == [Economy.NONE]
+
+
+def test_a_gpu_tries_main_memory_before_files() -> None:
+    calls: list[Economy] = []
+
+    def attempt(step: Economy) -> None:
+        calls.append(step)
+        if step is not Economy.STATES_IN_FILES:
+            raise ERRORS["python"]()
+
+    notes: list[str] = []
+    memory.within_memory(attempt, torch.device("meta"), notes.append)
+    assert calls == list(Economy) and len(notes) == 3
