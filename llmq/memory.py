@@ -110,7 +110,7 @@ class Economy(enum.IntEnum):
         """What the run does from this step on, for a note."""
         return (
             "",
-            "half the tokens at a time and without keeping activations",
+            "half the tokens at a time (all for experts), and without keeping activations",
             "hidden states in main memory",
             "hidden states in files",
         )[self]

@@ -204,7 +204,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     """The visible files by their paths, with the times and sizes of memory taken out of llmq.json."""
     if not folder.exists():
         return {}
-    files = [file for file in folder.rglob("*") if file.is_file() and ".llmq" not in str(file.relative_to(folder))]
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
     return {
         str(file.relative_to(folder)): without_times(file) if file.name == RECORD else file.read_bytes()
         for file in files
@@ -213,7 +214,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def without_times(file: Path) -> bytes:
     document = json.loads(file.read_bytes())
-    for key in ("seconds", "peak_memory_bytes", "notes"):
+    for key in ("seconds", "peak_memory_bytes", "notes", "request"):  # a request has the times of the source files
         document.pop(key, None)
     for part in (*document.get("blocks", ()), document.get("tuning") or {}):
         part.pop("seconds", None), part.pop("resumed", None)

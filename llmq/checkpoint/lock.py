@@ -1,6 +1,8 @@
 """One process at a time writes to an output folder: a lock that the system releases when its owner ends, however."""
 
-from contextlib import suppress
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -34,6 +36,31 @@ class FolderLock:
             with suppress(OSError):  # Windows does not delete open files; a file that is left does no harm
                 self._file.unlink(missing_ok=True)
             self._lock.release()
+
+
+@contextmanager
+def emptied(folder: Path) -> Iterator[Path]:
+    """A locked, empty folder that is deleted at the end; what a killed process has left in it is deleted first."""
+    lock = FolderLock(folder)
+    try:
+        with storing(folder):
+            _empty(folder)
+        yield folder
+    finally:
+        with storing(folder):
+            _empty(folder)
+            lock.release()
+            folder.rmdir()
+
+
+def _empty(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if entry.name == LOCK:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
 
 
 def _busy(folder: Path) -> StorageError:

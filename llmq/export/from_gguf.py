@@ -9,7 +9,6 @@ offsets or quantized scales, which no such grid can hold: a linear layer in one 
 re-quantized. Embeddings, head and norms become floats again, in the dtype of the model if exact, else in float32.
 """
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,9 +21,10 @@ from torch import Tensor, nn
 
 from llmq import formats
 from llmq.checkpoint import PROVENANCE_FILE
-from llmq.checkpoint.atomic import storing, write_text
+from llmq.checkpoint.atomic import write_text
 from llmq.checkpoint.index import read_json_object
 from llmq.checkpoint.json_text import json_text
+from llmq.checkpoint.lock import emptied
 from llmq.checkpoint.reader import Checkpoint
 from llmq.checkpoint.sealed import sha256_of
 from llmq.checkpoint.side_files import companions
@@ -95,14 +95,12 @@ class GgufConverter:
             identity = self._unpacking.identity()
         allowed = self._options["allow_requantize"]
         self.report.request = sha256_of(conversion_identity(self._to, identity, allow_requantize=allowed))
-        if not self._options["overwrite"]:
-            if self.report.is_finished():
-                return
-            Writer.require_free(self._out)
-        with storing(self._out.parent):
-            self._out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self._out.parent, prefix=f".{self._out.name}-") as between:
-            folder = Path(between) / "unpacked"
+        with emptied(self._out.with_name(f".{self._out.name}-unpacked")) as between:
+            if not self._options["overwrite"]:
+                if self.report.is_finished():
+                    return
+                Writer.require_free(self._out)
+            folder = between / "model"
             with _with_hint():
                 self._unpacking.unpack(folder, on_event)
             converter = Converter(folder, self._out, self._to, **self._options, origin=self.report, identity=identity)

@@ -100,7 +100,8 @@ def streams_of(
     state = skeleton.hidden_bytes(text.length) * text.sequences
     stored = (1 + compares * (2 if method.transforms else 1)) * state  # a transform keeps inputs and outputs
     storage = Storage.choose(stored, skeleton.device, folder, economy)
-    if economy:
+    sums_by_units = not any(block.experts or block.tokens_first for block in skeleton.blocks)  # sequence by sequence
+    if economy and sums_by_units:
         text = dataclasses.replace(text, in_parts=True)
     return Streams(
         quantized=Stream(skeleton, text, calls, storage, "quantized", to_the_end=quantize_head),
