@@ -15,6 +15,7 @@ import re
 import sys
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -24,6 +25,8 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parents[1]
 README, ARCHITECTURE, MODELS = ROOT / "README.md", ROOT / "docs" / "ARCHITECTURE.md", ROOT / "docs" / "MODELS.md"
 SERVING, KERNELS = ROOT / "docs" / "SERVING.md", ROOT / "kernels" / "README.md"
+RELIABILITY = ROOT / "docs" / "RELIABILITY.md"
+KILLS = ROOT / "tests" / "faults" / "kills.json"
 PEERS = ROOT / "eval" / "peers" / "results"
 # This checkout, for the builders of the tests; the programs of eval/ import each other by their names.
 sys.path[:0] = [str(ROOT / part) for part in (".", "kernels", "eval", "eval/peers")]
@@ -110,11 +113,30 @@ def first_sentence(file: Path) -> str:
     return re.split(r"(?<=[.!?])\s", " ".join(text.split("\n\n")[0].split()))[0].removesuffix(".")
 
 
+def kills() -> str:
+    """The table of killed runs in docs/RELIABILITY.md, from the result of scripts/kill_runs.py."""
+    record = read_json(KILLS)
+    cases, states = record["cases"], ("before the first block", "quantizing", "tuning", "assembling", "moving")
+    header = ("command", "boundaries", "killed at one", "at a random time", *states, "other bytes")
+    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+    total = Counter[int]()
+    for name, case in cases.items():
+        reached = {**case["reached"], states[0]: case["reached"].get("before the first file", 0)
+                   + case["reached"].get(states[0], 0)}  # fmt: skip
+        numbers = (case["boundaries"], case["at_boundary"], case["at_random"], *(reached.get(s, 0) for s in states),
+                   len(case["failures"]))  # fmt: skip
+        total.update({place: number for place, number in enumerate(numbers) if place})
+        lines.append(f"| {name} | {' | '.join(map(str, numbers))} |")
+    sums = " | ".join(str(total[place]) for place in range(1, len(header) - 1))
+    return "\n".join([*lines, f"| all, seed {record['seed']} | | {sums} |"])
+
+
 PARTS: dict[str, tuple[Path, Callable[[], str]]] = {
     "results": (README, results),
     "rules": (SERVING, serving),
     "kernels": (KERNELS, kernels),
     "tree": (ARCHITECTURE, tree),
+    "kills": (RELIABILITY, kills),
 }
 
 # ---- whole pages

@@ -13,7 +13,7 @@ from llmq.methods import METHODS, Method
 from llmq.steps import run as run_module
 from tests import builders, mixtures, runs
 
-METHODS_TESTED = {"rtn": METHODS["rtn"], "gptq": METHODS["gptq"], "awq": METHODS["awq"], "fast": METHODS["fast"]}
+METHODS_TESTED = {"awq": METHODS["awq"], "fast": METHODS["fast"]}
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -50,9 +50,8 @@ def test_number_of_threads_changes_no_byte_of_wide_layers_without_a_factor(
     assert files_of(tmp_path / "1") == files_of(tmp_path / "2")
 
 
-@pytest.mark.parametrize("economy", [Economy.HALF_BATCHES, Economy.STATES_IN_FILES])
 def test_economy_changes_no_byte_of_a_model_with_experts(
-    economy: Economy, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "TOKENS_PER_BATCH_TO_QUANTIZE", {"cpu": 2 * 48})
     model = builders.save_model(tmp_path / "model", builders.causal_model(mixtures.mixtral(), dtype="bfloat16"))
@@ -61,7 +60,7 @@ def test_economy_changes_no_byte_of_a_model_with_experts(
     streams_of = run_module.streams_of
 
     def economical(*arguments: Any, **options: Any) -> Any:
-        return streams_of(*arguments, **{**options, "economy": economy})
+        return streams_of(*arguments, **{**options, "economy": Economy.STATES_IN_FILES})
 
     monkeypatch.setattr("llmq.job.streams_of", economical)
     runs.quantize(model, tmp_path / "economical", text, **settings)

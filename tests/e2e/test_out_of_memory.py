@@ -20,7 +20,6 @@ from tests import runs
 
 BLOCKS, SAMPLES = 3, 9
 STAGES = {
-    "gptq": METHODS["gptq"],
     "both streams": METHODS["fast"],
     "transformed, tuned": Method(
         transforms=("awq",), rounding="clip", block_tuning=Tuning(3, 0.01, 0.02, 48), validation=0.25
