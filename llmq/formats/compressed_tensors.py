@@ -37,6 +37,7 @@ from llmq.formats.base import Layout, Reader, Reading
 from llmq.formats.codecs import bit_packing, checks, fp4
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import WeightScheme
+from llmq.patterns import Pattern
 
 NAME = "compressed-tensors"
 PACKING = "pack-quantized"
@@ -163,8 +164,8 @@ def read_config(config: Mapping[str, Any]) -> Reader:
         targets |= dict.fromkeys(checks.names_in(group.get("targets"), f"targets of {name}"), groups[-1])
     common = targets.get("Linear", groups[0] if len(groups) == 1 else None)
     ignored = checks.names_in(config.get("ignore"), "ignore")
-    patterns = [(checks.pattern(target[3:]), targets[target]) for target in sorted(targets) if target.startswith("re:")]
-    ignored_patterns = [checks.pattern(entry[3:]) for entry in ignored if entry.startswith("re:")]
+    patterns = [(Pattern(target[3:]), targets[target]) for target in sorted(targets) if target.startswith("re:")]
+    ignored_patterns = [Pattern(entry[3:]) for entry in ignored if entry.startswith("re:")]
 
     def read(module: str) -> Reading | None:
         if module in ignored or "Linear" in ignored or any(pattern.match(module) for pattern in ignored_patterns):

@@ -39,6 +39,7 @@ from llmq.formats.base import Layout, Reader, Reading
 from llmq.formats.codecs import bit_packing, checks
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import WeightScheme
+from llmq.patterns import Pattern
 
 NAME = "gptq"
 COPY = "quantize_config.json"
@@ -152,10 +153,10 @@ def read_config(config: Mapping[str, Any]) -> Reader:
     if pack_dtype != "int32":
         raise FormatError(f"pack_dtype is {pack_dtype!r}, expected 'int32'")
     common = _reading(config, version)
-    rules: list[tuple[re.Pattern[str], Reading | None]] = []
+    rules: list[tuple[Pattern, Reading | None]] = []
     for key, overrides in checks.mapping(config.get("dynamic") or {}, "dynamic").items():
         settings = None if key.startswith("-:") else {**config, **checks.mapping(overrides, key)}
-        rule = checks.pattern(key.removeprefix("-:").removeprefix("+:"))
+        rule = Pattern(key.removeprefix("-:").removeprefix("+:"))
         rules.append((rule, None if settings is None else _reading(settings, version)))
     listed = _flat(config.get("modules_in_block_to_quantize") or ())
 

@@ -5,7 +5,6 @@ zero points.
 """
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -174,14 +173,6 @@ def names_in(value: Any, key: str) -> Sequence[str]:
     if not isinstance(value, Sequence) or not all(isinstance(entry, str) for entry in value) or isinstance(value, str):
         raise FormatError(f"quantization_config holds {value!r} for {key}, expected a list of names")
     return value
-
-
-def pattern(text: str) -> re.Pattern[str]:
-    """A regular expression over module names."""
-    try:
-        return re.compile(text)
-    except re.error as error:
-        raise FormatError(f"quantization_config holds {text!r}, expected a regular expression: {error}") from None
 
 
 def declared_grid(bits: Any, group_size: Any, symmetric: Any, allowed_bits: Sequence[int]) -> Reading:

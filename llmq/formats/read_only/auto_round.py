@@ -14,7 +14,6 @@ Source: github.com/intel/auto-round, auto_round/inference/convert_model.py and e
 """
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,6 +25,7 @@ from llmq.formats.base import Layout, Readable, Reader, Reading
 from llmq.formats.codecs import checks, fp4
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import WeightScheme
+from llmq.patterns import Pattern
 
 NAME = "auto-round"
 GPTQ, GPTQ_V2, AWQ, FLOAT = "gptq", "gptq_v2", "awq", "llm_compressor"
@@ -60,12 +60,13 @@ def read_config(config: Mapping[str, Any]) -> Reader:
         for name, overrides in checks.mapping(config.get("extra_config") or {}, "extra_config").items()
     }
     skipped = checks.names_in(config.get("modules_to_not_convert"), "modules_to_not_convert")
+    skipped_patterns = [pattern for entry in skipped if (pattern := _pattern(entry)) is not None]
     patterns = [(pattern, exceptions[name]) for name in exceptions if (pattern := _pattern(name)) is not None]
 
     def read(module: str) -> Reading | None:
         if module in exceptions:
             return exceptions[module]
-        if any(re.search(entry, module) for entry in skipped):
+        if module in skipped or any(pattern.search(module) for pattern in skipped_patterns):
             return None
         return next((reading for pattern, reading in patterns if pattern.search(module)), common)
 
@@ -112,11 +113,11 @@ def _home(reading: Reading) -> Layout:
     return awq.LAYOUT if reading.packing == AWQ else gptq.LAYOUT
 
 
-def _pattern(name: str) -> re.Pattern[str] | None:
+def _pattern(name: str) -> Pattern | None:
     """`name` as a regular expression; None if it is not a valid one, which AutoRound compares as a plain name."""
     try:
-        return re.compile(name)
-    except re.error:
+        return Pattern(name)
+    except FormatError:
         return None
 
 
