@@ -22,6 +22,7 @@ from types import ModuleType
 import typer
 
 from llmq._version import __version__
+from llmq.cli.streams import guarded, print_text, print_traceback
 from llmq.cli.terminal import print_error, warning_printer
 from llmq.errors import LlmqError
 
@@ -39,7 +40,7 @@ app = typer.Typer(
 
 def _version(requested: bool) -> None:
     if requested:
-        print(f"llmq {__version__}")
+        print_text(f"llmq {__version__}")
         raise typer.Exit
 
 
@@ -87,10 +88,14 @@ def stopped_by_sigterm() -> Iterator[None]:
 
 def main() -> None:
     """Run the command line. After an error, exit with its exit code (see llmq/errors.py)."""
-    with warnings.catch_warnings(), stopped_by_sigterm():
+    sys.excepthook = print_traceback
+    with guarded(), warnings.catch_warnings(), stopped_by_sigterm():
         warnings.showwarning = warning_printer(warnings.showwarning)
         try:
-            app()
+            try:
+                app()
+            finally:
+                sys.stdout.flush()
         except LlmqError as error:
             print_error(error)
             sys.exit(error.exit_code)

@@ -3,12 +3,11 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from rich.markup import escape
 from typer import Argument, Option
 
 from llmq.cli import options
 from llmq.cli.progress import ProgressDisplay
-from llmq.cli.terminal import megabytes, messages, print_json, print_notes, print_table, quiet_transformers
+from llmq.cli.terminal import megabytes, print_done, print_json, print_notes, print_table, quiet_transformers
 from llmq.config import CONVERTIBLE
 from llmq.errors import ConfigError, Interrupted
 
@@ -86,8 +85,7 @@ def command(
         hint = "repeat the command: it continues where it stopped"
         raise Interrupted("interrupted", hint=hint) from None
     print_notes(converter.report.notes)
-    done = "finished already" if converter.report.finished else "done"
-    messages().print(f"[bold green]{done}:[/] {escape(str(out))}", soft_wrap=True)
+    print_done("finished already:" if converter.report.finished else "done:", f" {out}")
     if json:
         print_json(converter.report.to_dict())
     else:

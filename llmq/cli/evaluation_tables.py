@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmq.cli.streams import print_text
 from llmq.cli.terminal import megabytes, print_table
 
 if TYPE_CHECKING:
@@ -156,9 +157,9 @@ def _print_text(name: str, result: "Measurement") -> None:
     worst = result.worst
     if worst is not None:
         model = worst.model
-        print(f"{start}worst text: {worst.text}, KL mean {number(model.kl_mean, '.5f', model.kl_mean_interval)}")
+        print_text(f"{start}worst text: {worst.text}, KL mean {number(model.kl_mean, '.5f', model.kl_mean_interval)}")
     if result.original is not None:
-        print(f"{start}calibration text: {result.calibration}")
+        print_text(f"{start}calibration text: {result.calibration}")
 
 
 def _size(size: "Size") -> tuple[str, str]:

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from typer import Option
 
 from llmq.cli import options
+from llmq.cli.streams import print_text
 from llmq.cli.terminal import messages, quiet_transformers
 from llmq.errors import ConfigError
 
@@ -30,7 +31,6 @@ def command(
       llmq generate out/ --prompt "def fibonacci(n):" --raw
     """
     import torch
-    from transformers import TextStreamer
 
     from llmq.runtime.load import load
 
@@ -45,12 +45,21 @@ def command(
     torch.manual_seed(seed)
     start = time.monotonic()
     with torch.inference_mode():
-        output = model.generate(
-            **inputs, max_new_tokens=max_tokens, streamer=TextStreamer(tokenizer, skip_special_tokens=True), **choice
-        )
+        output = model.generate(**inputs, max_new_tokens=max_tokens, streamer=_streamer(tokenizer), **choice)
     seconds = time.monotonic() - start
     written = output.shape[1] - inputs["input_ids"].shape[1]
     messages().print(f"{written} tokens in {seconds:.2f} s, {written / seconds:.1f} tokens per second")
+
+
+def _streamer(tokenizer: Any) -> Any:
+    """Prints words as they are generated; a model may generate control characters, too."""
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):  # type: ignore[misc]
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            print_text(text, end="\n" if stream_end else "", flush=True)
+
+    return Streamer(tokenizer, skip_special_tokens=True)
 
 
 def encode(tokenizer: Any, prompt: str, *, raw: bool) -> Any:

@@ -4,6 +4,7 @@ from typing import Any
 
 from llmq.cli import options
 from llmq.cli.manifest import print_manifest
+from llmq.cli.streams import print_text
 from llmq.cli.terminal import megabytes, print_json, print_notes, print_table, quiet_transformers
 
 PANEL, ORDER = "Inspect", 3
@@ -47,4 +48,4 @@ def command(path: options.Path_, json: options.Json = False) -> None:
     if report.calibration and report.calibration.get("manifest"):  # not written by earlier versions
         print_manifest(report.calibration)
         for note in report.calibration["notes"]:
-            print(f"note: {note}")
+            print_text(f"note: {note}")

@@ -1,11 +1,10 @@
 """Progress on stderr: one bar with ETA per stage, or plain lines without a terminal."""
 
-import sys
-
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
 from llmq.cli.manifest import print_manifest
+from llmq.cli.streams import print_text
 from llmq.cli.terminal import messages, print_notes
 from llmq.report.events import Event, Progress, TextRead
 from llmq.report.record import BlockReport, LayerReport, TuningReport, TuningStep
@@ -71,7 +70,7 @@ class ProgressDisplay:
     def _show(self, stage: str, done: int, total: int, unit: str, detail: str | None, line: str | None) -> None:
         if not self._console.is_terminal:
             if line is not None:
-                print(line, file=sys.stderr, flush=True)
+                print_text(line, flush=True, error=True)
             return
         if stage not in self._tasks:
             self._tasks[stage] = self._bars.add_task("", total=total, stage=stage, unit=unit)

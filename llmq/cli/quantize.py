@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
 from typer import Exit
 
 from llmq.cli import options
 from llmq.cli.progress import ProgressDisplay
-from llmq.cli.terminal import megabytes, messages, print_json, print_notes, print_table, quiet_transformers
+from llmq.cli.streams import print_text
+from llmq.cli.terminal import megabytes, print_done, print_json, print_notes, print_table, quiet_transformers
 from llmq.cli.verify import print_findings, print_serving
 from llmq.config import QuantConfig
 from llmq.errors import Interrupted, LlmqError
@@ -74,7 +74,7 @@ def command(
     if print_config:
         import tomli_w
 
-        print(tomli_w.dumps(config_to(settings)), end="")
+        print_text(tomli_w.dumps(config_to(settings)), end="")
         return
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch warns of each connection that a process closes
     from llmq.distributed import join
@@ -155,14 +155,14 @@ def _print_plan(job: "Job", *, as_json: bool) -> None:
     )
     print_table(f"plan: {job.report.source} → {job.out}", ("layer", "shape", "grid", "note"), rows)
     outside = [name for name in job.report.left if name not in {plan.name for plan in plans}]
-    print(f"kept in float: {', '.join(outside) or 'nothing else'}")
+    print_text(f"kept in float: {', '.join(outside) or 'nothing else'}")
     for note in job.plan.notes:
-        print(note)
+        print_text(note)
     if job.plan.settings.target_bits is not None:
-        print("--target-bits changes the grids of layers after measuring them: see llmq sensitivity")
+        print_text("--target-bits changes the grids of layers after measuring them: see llmq sensitivity")
     print_notes(job.plan.grid_notes)
     _print_planned_serving(job)
-    print(f"size of weights: {megabytes(job.report.original_bytes)} → about {megabytes(job.plan.expected_bytes)}")
+    print_text(f"size of weights: {megabytes(job.report.original_bytes)} → about {megabytes(job.plan.expected_bytes)}")
 
 
 def _merge_experts(rows: list[tuple[str, str, str, str]]) -> list[tuple[str, str, str, str]]:
@@ -202,8 +202,10 @@ def _print_result(job: "Job", *, as_json: bool) -> None:
     notes = [note for note in report.notes if note not in shown]
     notes += report.tuning.notes if report.tuning else ()
     print_notes([*notes, *(note for block in report.blocks for note in block.notes), *_layer_notes(job)])
-    done = "finished already" if job.finished else f"done[/] in {report.seconds:.1f} s"
-    messages().print(f"[bold green]{done}: {escape(str(job.out))}", soft_wrap=True)
+    if job.finished:
+        print_done("finished already:", f" {job.out}")
+    else:
+        print_done("done", f" in {report.seconds:.1f} s: {job.out}")
     if as_json:
         print_json(report.to_dict())
         return

@@ -7,6 +7,7 @@ from typer import Option
 
 from llmq.cli import options
 from llmq.cli.progress import ProgressDisplay
+from llmq.cli.streams import print_text
 from llmq.cli.terminal import print_json, print_notes, print_table, quiet_transformers
 from llmq.config import QuantConfig, parse_group_size
 from llmq.errors import ConfigError, Interrupted
@@ -112,6 +113,6 @@ def _print(model: str, result: "Sensitivity", plan: "Spending | None") -> None:
     rows.append(("sum", str(sum(unit.weights for unit in result.units)), *sums))
     print_table(f"KL divergence of {model} with only these layers quantized, on {result.tokens} tokens", columns, rows)
     if any(not effect.measured for unit in result.units for effect in unit.effects):
-        print("~ not measured: scaled from the coarsest grid by the output error of the layers")
+        print_text("~ not measured: scaled from the coarsest grid by the output error of the layers")
     if plan is not None:
-        print(plan)
+        print_text(str(plan))

@@ -1,22 +1,38 @@
 """Output for people: tables on stdout; progress, messages and errors on stderr."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
+from rich.segment import Segment
 from rich.table import Table
 
+from llmq.cli.streams import print_text, printable
 from llmq.errors import LlmqError
 from llmq_kernels.errors import KernelWarning
 
 MAX_NOTES = 12
 
 
+class SafeConsole(Console):
+    """A console that escapes control characters in everything that it draws (see `streams.py`)."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """See `Console.render`; segments with `control` are the drawing itself, such as that of a bar."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+
 def messages() -> Console:
     """The console for progress and messages."""
-    return Console(stderr=True, highlight=False)
+    return SafeConsole(stderr=True, highlight=False)
+
+
+def print_done(text: str, what: object) -> None:
+    """Print on stderr that something is done: `text` in green, then the rest."""
+    messages().print(f"[bold green]{text}[/]{escape(str(what))}", soft_wrap=True)
 
 
 def print_error(error: LlmqError) -> None:
@@ -53,17 +69,17 @@ def print_table(
     """Print a table, by default on stdout; the first column is aligned to the left, the others to the right."""
     table = Table(title=escape(title), title_justify="left", title_style="bold")
     for position, column in enumerate(columns):
-        table.add_column(column, justify="left" if position == 0 else "right", no_wrap=position == 0)
+        table.add_column(escape(printable(column)), justify="left" if position == 0 else "right", no_wrap=position == 0)
     for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
-    console = console or Console(highlight=False)
+        table.add_row(*(escape(printable(cell)) for cell in row))  # before rich measures their widths
+    console = console or SafeConsole(highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, 160)  # files and pipes have no width to wrap at
     console.print(table)
 
 
 def print_json(document: Any) -> None:
-    print(json.dumps(document, indent=2))
+    print_text(json.dumps(document, indent=2))
 
 
 def megabytes(count: int) -> str:

@@ -8,6 +8,7 @@ from typer import Option
 
 from llmq.cli import options
 from llmq.cli.progress import ProgressDisplay
+from llmq.cli.streams import print_text
 from llmq.cli.terminal import megabytes, print_json, print_notes, print_table, quiet_transformers
 from llmq.errors import CheckpointError, ConfigError, QualityError
 
@@ -144,4 +145,4 @@ def print_findings(findings: "Iterable[Finding]", *, sources: bool = True) -> No
         requires = f"    requires: {finding.asks} ({finding.source})" if sources else ""
         engines.setdefault((finding.text, requires), []).append(finding.engine)
     for (text, requires), names in engines.items():
-        print(f"{', '.join(names)}: {text}" + (f"\n{requires}" if requires else ""))
+        print_text(f"{', '.join(names)}: {text}" + (f"\n{requires}" if requires else ""))
