@@ -1,9 +1,7 @@
 """A GGUF file: its keys, and its tensors by their names in the file.  Tensors are read one at a time."""
 
 import math
-import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +13,9 @@ from torch import Tensor
 from llmq.checkpoint.safetensors_files import reading
 from llmq.errors import CheckpointError, FormatError
 from llmq.formats.codecs import gguf_blocks
-
-# What the package gguf raises for a file that is not GGUF, is truncated or has an unknown type.
-BROKEN = (ValueError, IndexError, KeyError, OverflowError, MemoryError, struct.error, UnicodeDecodeError)
+from llmq.gguf.header import Header, Info, damaged
 
 FLOATS = ("F32", "F16", "BF16")
-
-
-@dataclass(frozen=True)
-class Info:
-    """A tensor of the file: GGUF type, shape (the length of a row last), and the place of its bytes."""
-
-    kind: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
 
 
 class Container:
@@ -38,43 +24,24 @@ class Container:
     path     of the file
     tensors  name -> `Info`, in the order of the file
 
-    Raises CheckpointError where it is not a GGUF file or is truncated.
+    Raises CheckpointError where it is not a GGUF file, is truncated or is inconsistent (see `header.py`).
     """
 
     def __init__(self, path: Path) -> None:
-        import gguf
-
         self.path = path
-        with reading(path):
-            size = path.stat().st_size
-            try:
-                opened = gguf.GGUFReader(path)
-            except BROKEN as error:
-                raise _damaged(path, error) from error
-        self._fields = opened.fields
-        self.tensors = {
-            tensor.name: Info(
-                tensor.tensor_type.name,
-                tuple(int(n) for n in reversed(tensor.shape.tolist())),
-                int(tensor.data_offset),
-                int(tensor.n_bytes),
-            )
-            for tensor in opened.tensors
-        }
-        if any(info.offset + info.nbytes > size for info in self.tensors.values()):
-            raise _damaged(path, "its tensors extend beyond the end of the file")
+        self._header = Header(path)
+        self.tensors = self._header.tensors
 
     def value(self, key: str) -> Any:
         """The value of a key; None where there is none."""
-        field = self._fields.get(key)
-        return None if field is None else field.contents()
+        return self._header.value(key)
 
     @property
     def architecture(self) -> str:
         """`general.architecture`."""
         name = self.value("general.architecture")
         if not isinstance(name, str):
-            raise _damaged(self.path, "the key general.architecture is missing")
+            raise damaged(self.path, "the key general.architecture is missing")
         return name
 
     def size(self) -> tuple[int, float | None]:
@@ -92,7 +59,7 @@ class Container:
         with reading(self.path):
             raw = np.fromfile(self.path, np.uint8, nbytes, offset=info.offset + (part or 0) * nbytes)
         if len(raw) != nbytes:
-            raise _damaged(self.path, f"{name} is truncated")
+            raise damaged(self.path, f"{name} is truncated")
         return raw.reshape(math.prod(info.shape[(part is not None) : -1]), -1)
 
     def floats(self, name: str, part: int | None = None) -> Tensor:
@@ -133,7 +100,3 @@ def dequantize(path: Path) -> Iterator[tuple[str, Tensor]]:
     for name, info in container.tensors.items():
         if info.kind not in FLOATS:
             yield name, container.floats(name)
-
-
-def _damaged(path: Path, why: object) -> CheckpointError:
-    return CheckpointError(f"{path} is not a complete GGUF file: {why}", hint="copy or download it again")
