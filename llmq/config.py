@@ -222,8 +222,10 @@ class QuantConfig(Settings):
         "the embedding gets a separate weight. Use it for small models with a large vocabulary.",
     )
     calibration: Calibration = Calibration()
-    seed: Annotated[int, Setting(panel="Calibration")] = Field(
+    seed: Annotated[int, Setting(panel="Calibration", expected="a whole number from 0 to 2**63 - 1")] = Field(
         default=0,
+        ge=0,
+        lt=2**63,
         description="Random seed for the choice of text. Change it to see how much results vary between runs.",
     )
 

@@ -136,9 +136,19 @@ def settings_of(model: type[Settings], table: str = "") -> dict[str, NamedSettin
 def read_toml(path: Path) -> dict[str, Any]:
     """The settings of a `--config` file, for `model_validate`."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+        _require_64_bits(settings)
     except (OSError, ValueError, RecursionError) as error:  # also numbers of thousands of digits, and deep nesting
         raise ConfigError(f"cannot read the configuration file {path}: {error}") from None
+    return settings
+
+
+def _require_64_bits(value: Any) -> None:
+    """Raise ValueError for a whole number of more than 64 bits, which TOML does not have."""
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError("a whole number has more than 64 bits")
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _require_64_bits(inner)
 
 
 def config_to(config: Settings) -> dict[str, Any]:

@@ -35,11 +35,19 @@ LINES: tuple[tuple[str, Callable[[Record], str]], ...] = (
 def print_manifest(calibration: Mapping[str, Any], console: Console | None = None) -> None:
     """Print the result of `CalibrationSet.to_dict`, which llmq.json also holds; on stdout by default."""
     records = calibration.get("manifest", ())
-    rows = [(name, *(cell(record) for record in records)) for name, cell in LINES]
+    rows = [(name, *(_shown(cell, record) for record in records)) for name, cell in LINES]
     title = f"calibration text: {calibration['samples']} x {calibration['seqlen']} tokens, sha256 "
     title += f"{calibration['sha256'][:16]}…"
     columns = ("", *(record["source"] for record in records))
     print_table(title, columns, [row for row in rows if any(row[1:])], console)
+
+
+def _shown(cell: Callable[[Record], str], record: Record) -> str:
+    """A cell; "?" where a record of another version of llmq has no such value."""
+    try:
+        return cell(record)
+    except (LookupError, TypeError, ValueError, AttributeError):
+        return "?"
 
 
 def _unless_zero(count: int) -> str:

@@ -78,7 +78,10 @@ def command(
     print_notes(integrity.notes)
     if integrity.problems:
         more = f" (and {len(integrity.problems) - SHOWN} more)" if len(integrity.problems) > SHOWN else ""
-        raise CheckpointError(f"{path} is broken: {'; '.join(integrity.problems[:SHOWN])}{more}")
+        raise CheckpointError(
+            f"{path} is broken: {'; '.join(integrity.problems[:SHOWN])}{more}",
+            hint="download or copy the files again; if you changed one, remove its line from checksums in llmq.json",
+        )
     _require_served(path, requested, verdicts)
 
 

@@ -22,8 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmq.calibration.read_again import all_tokens, used_tokens
-from llmq.checkpoint import PROVENANCE_FILE
-from llmq.checkpoint.index import read_json_object
+from llmq.report.stored_record import read_record
 
 LENGTH = 13
 SEED = 13
@@ -114,12 +113,9 @@ def texts_of(folders: Sequence[Path], tokenizer: Any) -> list[tuple[CalibrationT
 
 def _recorded(folder: Path) -> tuple[dict[str, Any] | None, int]:
     """The manifest and the seed in llmq.json; None if no text was used, an empty manifest if nothing is recorded."""
-    file = (folder.parent if folder.is_file() else folder) / PROVENANCE_FILE
-    if not file.is_file():
-        return {}, 0
-    record = read_json_object(file)
+    record = read_record(folder.parent if folder.is_file() else folder)
     # That of a conversion of another tool's model says nothing about calibration; a run without text says null.
-    return record.get("calibration", {}), int(record.get("settings", {}).get("seed", 0))
+    return record.get("calibration", {}), record.get("settings", {}).get("seed", 0)
 
 
 def _known(tokens: Mapping[str, Tensor], unknown: Mapping[str, str]) -> tuple[CalibrationText, Grams]:

@@ -36,12 +36,12 @@ from llmq.gguf.reader import Weights
 from llmq.numerics.gguf_types import GGUF
 from llmq.numerics.scheme import WeightScheme
 from llmq.report.events import OnEvent, Progress, ignore
+from llmq.report.stored_record import read_record
 from llmq.runtime.checkpoint_weights import PackedWeights, quantization_settings, required_settings
 from llmq.runtime.load import stored_dtype
 from llmq.runtime.open_skeleton import compared
 from llmq.steps import output_layout
 from llmq.steps.linear_names import linear_names
-from llmq.verify.inspection import read_record
 from llmq.verify.integrity import checksums
 
 CHUNK_BYTES = 256 << 20  # of packed weights that are written together

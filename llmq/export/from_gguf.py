@@ -43,10 +43,10 @@ from llmq.numerics.gguf_types import GGUF
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import WeightScheme
 from llmq.report.events import OnEvent, Progress, ignore
+from llmq.report.stored_record import read_record
 from llmq.runtime.load import has_tokenizer
 from llmq.steps import output_layout
 from llmq.steps.linear_names import linear_names
-from llmq.verify.inspection import read_record
 from llmq.verify.integrity import checksum
 
 GROUP = 32

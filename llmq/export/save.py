@@ -30,9 +30,9 @@ from llmq.report import record
 from llmq.report.events import OnEvent
 from llmq.report.expert_tokens import expert_tokens
 from llmq.report.record import Report
+from llmq.report.stored_record import read_record
 from llmq.steps import output_layout, scale_range
 from llmq.steps.run import Run
-from llmq.verify.inspection import read_record
 from llmq.verify.integrity import checksums
 
 

@@ -192,7 +192,7 @@ class Report:
     stages           the effect of each stage
     experts          the calibration tokens of experts, per layer of experts
     sizes            the size of each format in bytes, if there are several
-    checksums        the SHA-256 of the weight files
+    checksums        the SHA-256 of the files of the model
     request          the SHA-256 of everything that was requested, except the contents of the text
     notes            fallbacks and surprises that a user should know
     """

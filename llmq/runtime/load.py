@@ -211,8 +211,17 @@ def _make_savable(model: Any, checkpoint: Checkpoint) -> None:
     model.hf_quantizer = PackedQuantizer.for_saving(checkpoint)
 
 
-def _restore_generation(model: Any, folder: Path) -> None:
+def generation_settings(folder: Path) -> Any:
+    """The settings in generation_config.json; raises CheckpointError if they are damaged."""
     from transformers import GenerationConfig
 
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # wrong values raise many types of errors
+        hint = "copy generation_config.json from the original model"
+        raise CheckpointError(f"the generation settings in {folder} cannot be read: {error}", hint=hint) from error
+
+
+def _restore_generation(model: Any, folder: Path) -> None:
     if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        model.generation_config = generation_settings(folder)

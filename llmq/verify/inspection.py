@@ -1,16 +1,15 @@
 """The contents of a checkpoint, from its headers and its record; weights are not read."""
 
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llmq.checkpoint import PROVENANCE_FILE, hub
+from llmq.checkpoint import hub
 from llmq.checkpoint.index import gguf_file
 from llmq.checkpoint.reader import Checkpoint
-from llmq.errors import CheckpointError
 from llmq.gguf.container import FLOATS, Container
+from llmq.report.stored_record import read_record
 from llmq.runtime.checkpoint_weights import PackedWeights, quantization_settings
 from llmq.runtime.open_skeleton import compared
 
@@ -106,18 +105,6 @@ def _inspect_gguf(file: Path) -> Inspection:
         calibration=record.get("calibration"),
         layers=tuple(sorted(layers, key=lambda layer: _natural(layer.name))),
     )
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """Read the record that llmq writes next to the weights; empty if another tool wrote them."""
-    path = folder / PROVENANCE_FILE
-    if not path.is_file():
-        return {}
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}", hint="remove it: the model runs without it") from None
-    return record if isinstance(record, dict) else {}
 
 
 def _packed_weight(packed: PackedWeights, module: str, error: float | None) -> StoredWeight:

@@ -1,15 +1,18 @@
-"""Check the integrity of a model on disk: headers, index, shapes, config.json, and every value.
+"""Check the integrity of a model on disk: headers, index, shapes, every value, and the files next to the weights.
 
 Every tensor is read once, one at a time. Packed weights are unpacked by the same code as in loading, so the check finds
 the errors that loading or running the model would cause.
 """
 
 import hashlib
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llmq import formats
+from llmq.checkpoint import PROVENANCE_FILE
+from llmq.checkpoint.confined import confined
 from llmq.checkpoint.index import read_json_object
 from llmq.checkpoint.reader import Checkpoint
 from llmq.checkpoint.safetensors_files import reading
@@ -17,11 +20,15 @@ from llmq.checkpoint.writer import CONFIG
 from llmq.errors import CheckpointError
 from llmq.model.build.checkpoint_names import require_finite
 from llmq.report.events import OnEvent, Progress, ignore
+from llmq.report.stored_record import read_record
 from llmq.runtime.checkpoint_weights import PackedWeights, quantization_settings
 from llmq.runtime.open_skeleton import compared
-from llmq.verify.inspection import read_record
+from llmq.verify import companions
 
-WEIGHTS = (".safetensors", ".gguf")
+# Files whose change does not change the model: the record itself, and texts for people.
+NOT_THE_MODEL = re.compile(
+    rf"{re.escape(PROVENANCE_FILE)}|.*\.md|(licen[cs]e|notice|readme|copying)(\..*)?", re.IGNORECASE
+)
 
 
 @dataclass
@@ -60,6 +67,9 @@ def examine(model: Path, *, remote_code: bool = False, on_event: OnEvent = ignor
             _examine_gguf(gguf, integrity, on_event)
         else:
             _examine(Checkpoint.open(folder), integrity, on_event, remote_code=remote_code)
+        if not alone or (folder / CONFIG).is_file():
+            integrity.problems += companions.problems(folder, remote_code=remote_code)
+            integrity.notes += companions.notes(folder)
         _compare_checksums(folder, integrity, only=model.name if alone else None)
     except CheckpointError as error:
         integrity.problems.append(str(error))
@@ -73,9 +83,9 @@ def checksum(file: Path) -> str:
 
 
 def checksums(folder: Path) -> dict[str, str]:
-    """The checksums of the weight files in a folder, by file name."""
-    files = sorted(file for file in folder.iterdir() if file.suffix in WEIGHTS)
-    return {file.name: checksum(file) for file in files}
+    """The checksums of the files of a model, by their names in its folder; texts for people are left out."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and not NOT_THE_MODEL.fullmatch(file.name))
+    return {file.relative_to(folder).as_posix(): checksum(file) for file in files}
 
 
 def _examine(checkpoint: Checkpoint, integrity: Integrity, on_event: OnEvent, *, remote_code: bool) -> None:
@@ -163,9 +173,12 @@ def _compare_checksums(folder: Path, integrity: Integrity, *, only: str | None) 
         integrity.notes.append("no checksums were recorded when the files were written")
         return
     for name, expected in recorded.items():
-        if not (folder / name).is_file():
+        file = confined(folder, name)
+        if file is None:
+            integrity.problems.append(f"llmq.json lists {name!r}, which is not in the folder of the model")
+        elif not file.is_file():
             integrity.problems.append(f"{name} is missing, but listed in llmq.json")
-        elif checksum(folder / name) != expected:
+        elif checksum(file) != expected:
             integrity.problems.append(f"{name} has changed: its SHA-256 differs from the one in llmq.json")
         else:
             integrity.checksums += 1
