@@ -16,7 +16,6 @@ and a process that exceeds the limit of its control group is killed without a me
 import enum
 import gc
 import os
-import resource
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -63,9 +62,11 @@ def processes(environment: Mapping[str, str]) -> int:
 
 
 def _left_of_address_space() -> Iterator[int]:
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if limit != resource.RLIM_INFINITY:
-        yield limit - int(psutil.Process().memory_info().vms)
+    process = psutil.Process()
+    if hasattr(psutil, "RLIMIT_AS"):  # not on Windows, nor on macOS, which ignores the limit
+        limit, _ = process.rlimit(psutil.RLIMIT_AS)
+        if limit != psutil.RLIM_INFINITY:
+            yield limit - int(process.memory_info().vms)
 
 
 def left_of_groups(mounted: Path, membership: Path = Path("/proc/self/cgroup")) -> Iterator[int]:

@@ -247,7 +247,7 @@ def _group_reading(group: Mapping[str, Any], file_format: object, note: str) -> 
     activations = (group.get("input_activations"), group.get("output_activations"))
     notes = ", ".join(part for part in ("quantized activations" if any(activations) else "", note) if part)
     packing = group.get("format") or file_format
-    if packing in FLOATS:
+    if isinstance(packing, str) and packing in FLOATS:
         size, decode = FLOATS[packing]
         expected_grid = {"num_bits": 4, "type": "float", "group_size": size}
         declared_grid = {key: weights.get(key, value) for key, value in expected_grid.items()}

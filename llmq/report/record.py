@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import resource
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -273,5 +272,12 @@ def peak_memory() -> int:
         peaks = [line.split() for line in lines if line.startswith("VmHWM:")]
         if peaks:
             return int(peaks[0][1]) * 1024
+    import psutil
+
+    used = psutil.Process().memory_info()
+    if hasattr(used, "peak_wset"):  # Windows
+        return int(used.peak_wset)
+    import resource  # not on Windows
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB

@@ -180,9 +180,16 @@ class PackedWeights:
             N, K = self._checkpoint.info(f"{module}.weight").shape
             return N, K
         shapes = {suffix: self._checkpoint.info(name).shape for suffix, name in names.items()}
-        return self._layout.weight_shape(
-            shapes, self._how(module), lambda suffix: self._checkpoint.tensor(names[suffix])
-        )
+        try:
+            N, K = self._layout.weight_shape(
+                shapes, self._how(module), lambda suffix: self._checkpoint.tensor(names[suffix])
+            )
+        except (LookupError, ValueError):  # a tensor is missing, or has another number of dimensions
+            N = K = 0
+        if min(N, K) < 1:
+            listed = ", ".join(f"{suffix} {shape}" for suffix, shape in shapes.items())
+            raise FormatError(f"{module}: its tensors do not have the shapes of {self._layout.name}: {listed}")
+        return N, K
 
     def suffixes_of(self, module: str) -> list[str]:
         """The suffixes of the tensors that store the weight of a module."""

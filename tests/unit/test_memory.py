@@ -1,8 +1,8 @@
 """What is left of the memory that a control group may use, from files like those of Linux."""
 
-import resource
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -49,5 +49,5 @@ def test_the_smallest_limit_applies(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     group(tmp_path, memory__max=1000, memory__current=30)
     monkeypatch.setattr(memory, "CGROUPS", tmp_path)
     assert memory.spare(torch.device("cpu")) == 970
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (100, resource.RLIM_INFINITY))
+    monkeypatch.setattr(psutil.Process, "rlimit", lambda *_: (100, psutil.RLIM_INFINITY))
     assert memory.spare(torch.device("cpu")) == 0, "more address space is in use than that"

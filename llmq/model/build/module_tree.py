@@ -1,13 +1,23 @@
 """Build the module tree of transformers on meta, from config.json."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from llmq.checkpoint.index import read_json_object
 from llmq.errors import UnsupportedModelError
 from llmq.model.build import conv1d
+
+CONFIG = "config.json"
+# Keys of config.json that count modules, and those of sizes, with the largest plausible value: building a model takes
+# seconds with as many modules of one kind, and megabytes with buffers of such sizes.
+LIMITS = (
+    (re.compile(r"(num|n)_(\w+_)?(layers?|blocks|experts)|\w+_layers|depth"), 2000),
+    (re.compile(r"\w+_(size|dim|rank|width|embd|heads|head)|d_\w+|n_(embd|head|inner)"), 2**24),
+)
 
 
 def build(folder: Path, *, dtype: torch.dtype, remote_code: bool) -> nn.Module:
@@ -40,6 +50,7 @@ def load_config(folder: Path, *, remote_code: bool) -> Any:
     """The transformers configuration of a checkpoint; raises UnsupportedModelError if it is not a causal LM."""
     from transformers import AutoConfig
 
+    _require_plausible(folder, read_json_object(folder / CONFIG))
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=remote_code)
     except Exception as error:  # strict validation, missing code and unknown types raise different exceptions
@@ -56,6 +67,20 @@ def load_config(folder: Path, *, remote_code: bool) -> Any:
             "take images); encoders and encoder-decoders are not supported",
         )
     return config
+
+
+def _require_plausible(folder: Path, config: dict[str, Any]) -> None:
+    """Raise UnsupportedModelError for numbers with which building the model would never end, and for wrong types."""
+    names = config.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        message = f"{folder / CONFIG} declares the architectures {names!r}, expected a list of names"
+        raise UnsupportedModelError(message, hint="download or copy the file again")
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]  # such as text_config
+    for key, number in (item for part in parts for item in part.items()):
+        limit = next((most for keys, most in LIMITS if keys.fullmatch(key)), None)
+        if limit is not None and isinstance(number, int) and number > limit:
+            message = f"{folder / CONFIG} declares {key} as {number}, expected at most {limit}"
+            raise UnsupportedModelError(message, hint="download or copy the file again")
 
 
 def auto_class(config: Any, *, remote_code: bool) -> Any:
