@@ -4,7 +4,7 @@
     python scripts/odd_runs.py 200 --seed 7        other configurations
     python scripts/odd_runs.py --only 42           one configuration again
 
-Exit code 1 if a run failed with an exception that is no error of llmq, or gave a model that is broken.
+Exit code 1 if an exception of another kind than the errors of llmq ended one of them, or a model is broken.
 """
 
 import argparse
