@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 from llmq.cli import options
+from llmq.cli.streams import print_text
 from llmq.cli.terminal import megabytes, messages, print_json, print_notes, print_table, quiet_transformers
 from llmq.config import QuantConfig
 from llmq.errors import ConfigError
@@ -113,7 +114,7 @@ def _print_forecast(result: "Forecast", settings: QuantConfig) -> None:
     calibration, gpu = settings.calibration, ["GPU memory"] if result.device != "cpu" else []
     text = f"{calibration.samples} x {calibration.seqlen} calibration tokens on {result.device}"
     print_table(f"cost of quantizing, {text}", ("method", "time", *gpu, "main memory", "disk"), costs)
-    print(f"keys and values of {1000:,} tokens take {megabytes(1000 * result.bytes_per_token)} in 16 bits")
+    print_text(f"keys and values of {1000:,} tokens take {megabytes(1000 * result.bytes_per_token)} in 16 bits")
 
 
 def duration(seconds: float) -> str:
@@ -131,4 +132,4 @@ def _print_fit(model: str, fitting: "Fit") -> None:
         ("together", f"{megabytes(whole)} of {megabytes(fitting.memory)}, of which a tenth is reserved"),
     ]
     print_table(f"fits: {fitting.flags}", ("", "value"), rows)
-    print(f"next: llmq quantize {model} {fitting.flags}")
+    print_text(f"next: llmq quantize {model} {fitting.flags}")
