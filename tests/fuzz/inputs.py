@@ -16,10 +16,12 @@ import llmq
 from llmq.calibration.sources import read_source
 from llmq.checkpoint.reader import Checkpoint
 from llmq.config import QuantConfig
+from llmq.errors import CheckpointError
 from llmq.export.dequantize import dequantize
 from llmq.gguf.container import Container
 from llmq.model.build import module_tree
 from llmq.setting_fields import read_toml
+from llmq.verify.companions import problems
 from llmq.verify.inspection import inspect
 from llmq.verify.integrity import examine
 from tests.fuzz import mutations
@@ -251,16 +253,35 @@ def record(numbers: random.Random, originals: Originals, folder: Path) -> Call:
     return lambda: (inspect(model), examine(model))
 
 
+def companions(numbers: random.Random, originals: Originals, folder: Path) -> Call:
+    """The tokenizer and the settings of generation, which `llmq verify` reads."""
+    model = folder / "model"
+    model.mkdir()
+    names = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+    for name in names:
+        shutil.copy(originals.model / name, model / name)
+    damaged = model / numbers.choice(names)
+    document = mutations.changed_document(numbers, json.loads(damaged.read_text()))
+    damaged.write_bytes(mutations.json_bytes(numbers, document))
+
+    def read() -> None:
+        if broken := list(problems(model, remote_code=False)):
+            raise CheckpointError(broken[0])
+
+    return read
+
+
 READERS: Mapping[str, tuple[Callable[[random.Random, Originals, Path], Call], int]] = MappingProxyType(
     {  # the reader -> a function that makes an input, and the number of inputs in a short run
-        "header": (header, 150),
-        "index": (index, 100),
-        "quantization_config": (quantization_config, 150),
-        "config": (config, 30),
-        "gguf": (gguf, 150),
-        "calibration": (calibration, 200),
-        "toml": (toml, 200),
-        "record": (record, 30),
+        "header": (header, 60),
+        "index": (index, 40),
+        "quantization_config": (quantization_config, 60),
+        "config": (config, 15),
+        "gguf": (gguf, 80),
+        "calibration": (calibration, 100),
+        "toml": (toml, 60),
+        "record": (record, 15),
+        "companions": (companions, 20),
     }
 )
 
