@@ -430,3 +430,25 @@ def test_settings_are_hashable_and_frozen() -> None:
     assert {FULL: "made once"}[again] == "made once"
     with pytest.raises(ValueError, match="frozen"):
         FULL.seed = 4  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "seed = " + "9" * 5000,
+        "seed = 0x" + "f" * 5000,
+        "seed = 10000000000000000000",
+        "skip = " + "[" * 3000 + "]" * 3000,
+    ],
+    ids=["digits", "hexadecimal", "65 bits", "nested"],
+)
+def test_toml_that_python_cannot_hold_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "settings.toml").write_text(content)
+    with pytest.raises(ConfigError, match=r"cannot read the configuration file .*settings\.toml"):
+        read_toml(tmp_path / "settings.toml")
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63], ids=["negative", "64 bits"])
+def test_seed_that_no_generator_takes_is_refused(seed: int) -> None:
+    with pytest.raises(ConfigError, match="seed is"):
+        QuantConfig(seed=seed)
