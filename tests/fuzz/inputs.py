@@ -19,7 +19,9 @@ from llmq.config import QuantConfig
 from llmq.errors import CheckpointError
 from llmq.export.dequantize import dequantize
 from llmq.gguf.container import Container
+from llmq.job import Job
 from llmq.model.build import module_tree
+from llmq.numerics.scheme import WeightScheme
 from llmq.setting_fields import read_toml
 from llmq.verify.companions import problems
 from llmq.verify.inspection import inspect
@@ -118,7 +120,12 @@ class Originals:
 def header(numbers: random.Random, originals: Originals, folder: Path) -> Call:
     """The header of a safetensors file with packed weights."""
     model = _copy(originals.packed[numbers.choice(sorted(originals.packed))], folder)
-    data = (model / WEIGHTS).read_bytes()
+    _damage_header(numbers, model / WEIGHTS)
+    return lambda: _read_weights(model)
+
+
+def _damage_header(numbers: random.Random, file: Path) -> None:
+    data = file.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     document, rest = json.loads(data[8 : 8 + length]), data[8 + length :]
     if numbers.random() < 0.2:
@@ -132,8 +139,7 @@ def header(numbers: random.Random, originals: Originals, folder: Path) -> Call:
             document = mutations.changed_document(numbers, document)
         text = mutations.json_bytes(numbers, document)
         data = struct.pack("<Q", len(text)) + text + rest
-    (model / WEIGHTS).write_bytes(data)
-    return lambda: _read_weights(model)
+    file.write_bytes(data)
 
 
 def _damage_tensor(numbers: random.Random, document: dict[str, Any]) -> None:
@@ -271,6 +277,38 @@ def companions(numbers: random.Random, originals: Originals, folder: Path) -> Ca
     return read
 
 
+def plan(numbers: random.Random, originals: Originals, folder: Path) -> Call:
+    """A float model with a damaged config.json or header, as `llmq quantize --dry-run` reads it."""
+    model = _copy(originals.model, folder)
+    if numbers.random() < 0.3:
+        _damage_header(numbers, model / WEIGHTS)
+    else:
+        _damage_config(numbers, model)
+    settings = QuantConfig(method="rtn", scheme=WeightScheme(4, 16))
+    return lambda: Job(model, folder / "out", settings, device="cpu").plan.layers
+
+
+def load(numbers: random.Random, originals: Originals, folder: Path) -> Call:
+    """A packed model with a damaged config.json or header, loaded and run."""
+    model = shutil.copytree(originals.packed[numbers.choice(sorted(originals.packed))], folder / "model")
+    if numbers.random() < 0.5:
+        _damage_header(numbers, model / WEIGHTS)
+    else:
+        _damage_config(numbers, model)
+
+    def read() -> None:
+        loaded, _ = llmq.load(model, device="cpu")
+        with torch.inference_mode():
+            loaded(torch.arange(3, 11)[None])
+
+    return read
+
+
+def _damage_config(numbers: random.Random, model: Path) -> None:
+    document = mutations.changed_document(numbers, json.loads((model / CONFIG).read_text()))
+    (model / CONFIG).write_bytes(mutations.json_bytes(numbers, document))
+
+
 READERS: Mapping[str, tuple[Callable[[random.Random, Originals, Path], Call], int]] = MappingProxyType(
     {  # the reader -> a function that makes an input, and the number of inputs in a short run
         "header": (header, 60),
@@ -282,6 +320,8 @@ READERS: Mapping[str, tuple[Callable[[random.Random, Originals, Path], Call], in
         "toml": (toml, 60),
         "record": (record, 15),
         "companions": (companions, 20),
+        "plan": (plan, 10),
+        "load": (load, 10),
     }
 )
 

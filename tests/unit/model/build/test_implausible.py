@@ -17,7 +17,7 @@ from llmq.model.build import module_tree
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"num_hidden_layers": 10**9}, "num_hidden_layers as 1000000000, expected at most 2000"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers as 1000000000, expected at most 512"),
         ({"num_hidden_layers": 2**63}, "num_hidden_layers"),
         ({"num_local_experts": 10**7}, "num_local_experts"),
         ({"head_dim": 2**40}, "head_dim"),
