@@ -6,7 +6,8 @@ from typing import Any
 
 from llmq._version import __version__
 from llmq.export.finished import finished_record, require_unchanged
-from llmq.verify.integrity import WEIGHTS
+
+WEIGHTS = (".safetensors", ".gguf")
 
 
 def conversion_identity(to: str, source: Any, *, allow_requantize: bool) -> dict[str, Any]:

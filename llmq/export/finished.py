@@ -12,7 +12,7 @@ from llmq.checkpoint import PROVENANCE_FILE
 from llmq.checkpoint.confined import confined
 from llmq.checkpoint.writer import CONFIG, Writer
 from llmq.errors import CheckpointError
-from llmq.verify.inspection import read_record
+from llmq.report.stored_record import read_record
 from llmq.verify.integrity import checksum
 
 

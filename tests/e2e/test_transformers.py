@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from transformers.quantizers import auto
 
 import llmq
-from llmq.errors import FormatError, UnsupportedModelError
+from llmq.errors import CheckpointError, FormatError, UnsupportedModelError
 from llmq.model.experts.stacking import Form, form_of
 from llmq.runtime import packed_experts
 from llmq.runtime.fused_linear import FusedLinear
