@@ -50,6 +50,7 @@ FUNCTIONS = {
     "llama_batch_get_one": (Batch, (IDS, INT)),
     "llama_decode": (INT, (POINTER, Batch)),
     "llama_get_logits_ith": (ctypes.POINTER(ctypes.c_float), (POINTER, INT)),
+    "llama_set_n_threads": (None, (POINTER, INT, INT)),
     "llama_free": (None, (POINTER,)),
     "llama_model_free": (None, (POINTER,)),
 }
@@ -114,6 +115,7 @@ class LlamaCpp:
     def _context(self) -> int:
         context = self._llama.llama_init_from_model(self._model, self._llama.llama_context_default_params())
         assert context, "llama.cpp cannot make a context"
+        self._llama.llama_set_n_threads(context, 1, 1)  # its threads wait for each other in busy loops
         return int(context)
 
     def _next(self, context: int, token: int) -> np.ndarray:

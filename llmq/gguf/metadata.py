@@ -1,9 +1,8 @@
-"""The keys of a file without those of the tokenizer: name, sizes and rotary embedding of the model.
+"""The keys of a file without those of the tokenizer and the rotary embedding: name and sizes of the model.
 
 Sizes come from the configuration as transformers reads it, which includes defaults that config.json leaves out.
 """
 
-import math
 import re
 import shutil
 import tempfile
@@ -17,10 +16,9 @@ from numpy.typing import NDArray
 
 from llmq._version import __version__
 from llmq.checkpoint.side_files import CARD, ORIGINAL_CARD, leaves
-from llmq.errors import UnsupportedModelError
 from llmq.gguf.architectures import Architecture
+from llmq.gguf.rotation import add_rotation
 
-FULL = "full_attention"
 PHI3_NAME = re.compile("phi-?3", re.IGNORECASE)
 PHI3_TOKENS = {"<unk>", "<s>", "<|endoftext|>"}
 """llama.cpp refuses a model with Phi-3 in its name that lacks one of these tokens."""
@@ -75,8 +73,6 @@ def add_sizes(writer: Any, config: Mapping[str, Any], arch: Architecture) -> Ext
     """Write `{arch}.*`.  Raises UnsupportedModelError for a rotary embedding that llama.cpp does not support."""
     heads, width = config["num_attention_heads"], config["hidden_size"]
     head = config.get("head_dim") or width // heads
-    rotation = _rotation(config)
-    rotated = int(head * rotation.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)))
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(width)
@@ -87,31 +83,17 @@ def add_sizes(writer: Any, config: Mapping[str, Any], arch: Architecture) -> Ext
     writer.add_value_length(head)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
-    writer.add_rope_dimension_count(rotated)
-    writer.add_rope_freq_base(rotation["rope_theta"])
-    notes = _add_window(writer, config, arch)
     _add_experts(writer, config)
     _add_soft_caps(writer, config)
-    return Extra(_add_rotation(writer, config, rotation, rotated), tuple(notes))
-
-
-def _rotation(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The rope_parameters of the layers that attend to the whole text."""
-    parameters: Mapping[str, Any] = config["rope_parameters"]
-    full: Mapping[str, Any] = parameters.get(FULL, parameters)
-    return full
+    tensors, notes = add_rotation(writer, config, arch)
+    return Extra(tensors, (*notes, *_add_window(writer, config, arch)))
 
 
 def _add_window(writer: Any, config: Mapping[str, Any], arch: Architecture) -> list[str]:
     window = config.get("sliding_window")
-    local = config["rope_parameters"].get("sliding_attention")
-    if local is not None:
-        if local.get("rope_type", "default") != "default":
-            raise _unknown_rotation(local["rope_type"])
-        writer.add_rope_freq_base_swa(local["rope_theta"])
     if arch.sliding:
         writer.add_sliding_window(window or 0)
-    elif window and window < config["max_position_embeddings"]:
+    if arch.full_every == 1 and window and window < config["max_position_embeddings"]:
         return [f"llama.cpp attends to the whole text here, the model to the last {window} tokens: longer texts differ"]
     return []
 
@@ -133,55 +115,3 @@ def _add_soft_caps(writer: Any, config: Mapping[str, Any]) -> None:
         writer.add_attn_logit_softcapping(cap)
     if cap := config.get("final_logit_softcapping"):
         writer.add_final_logit_softcapping(cap)
-
-
-def _add_rotation(
-    writer: Any, config: Mapping[str, Any], rotation: Mapping[str, Any], rotated: int
-) -> dict[str, NDArray[np.float32]]:
-    import gguf
-
-    kind = rotation.get("rope_type", "default")
-    original: int = (
-        rotation.get("original_max_position_embeddings")
-        or config.get("original_max_position_embeddings")
-        or config["max_position_embeddings"]
-    )
-    if kind == "default":
-        return {}
-    if kind == "llama3":
-        return {"rope_freqs.weight": _llama3_factors(rotation, rotated)}
-    if kind == "longrope":
-        longest = config["max_position_embeddings"]
-        scale = rotation.get("factor") or longest / original
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)
-        writer.add_rope_scaling_orig_ctx_len(original)
-        writer.add_rope_scaling_attn_factors(
-            rotation.get("attention_factor") or math.sqrt(1 + math.log(max(scale, 1.0)) / math.log(original))
-        )
-        return {
-            f"rope_factors_{which}.weight": np.asarray(rotation[f"{which}_factor"], dtype=np.float32)
-            for which in ("long", "short")
-        }
-    if kind in {"linear", "yarn"}:
-        writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
-        writer.add_rope_scaling_factor(rotation["factor"])
-        if kind == "yarn":
-            writer.add_rope_scaling_orig_ctx_len(original)
-        return {}
-    raise _unknown_rotation(kind)
-
-
-def _llama3_factors(rotation: Mapping[str, Any], rotated: int) -> NDArray[np.float32]:
-    """(D/2,) float32, the divisor of each frequency: 1 for short waves, `factor` for long ones."""
-    waves = 2 * math.pi * rotation["rope_theta"] ** (np.arange(0, rotated, 2, dtype=np.float64) / rotated)
-    low, high, factor = rotation["low_freq_factor"], rotation["high_freq_factor"], rotation["factor"]
-    smooth = (rotation["original_max_position_embeddings"] / waves - low) / (high - low)  # 1 at the short end
-    factors: NDArray[np.float64] = 1 / (np.clip(smooth, 0, 1) * (1 - 1 / factor) + 1 / factor)
-    return factors.astype(np.float32)
-
-
-def _unknown_rotation(kind: str) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"the rotary embedding has the type {kind!r}, expected one of default, linear, llama3, longrope and yarn",
-        hint="use a safetensors format, which can hold any model",
-    )

@@ -1,8 +1,8 @@
 """The place of a Hugging Face tensor in a GGUF file.
 
-The names come from the package `gguf`: its TensorNameMap lists the names of an architecture.  There are two more
-differences: in GGUF the experts of a layer are stacked in one tensor, and some architectures have another order of the
-rows of q and k.
+The names come from the package `gguf`: its TensorNameMap lists the names of an architecture.  There are three more
+differences: in GGUF the experts of a layer are stacked in one tensor, some architectures have another order of the
+rows of q and k, and llama.cpp's code for an architecture reads the biases of a few weights only.
 """
 
 import re
@@ -12,8 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmq.errors import UnsupportedModelError
+from llmq.gguf.architectures import Architecture
 
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
+_IN_BLOCK = re.compile(r"^blk\.\d+\.")
 _SUFFIXES = (".weight", ".bias")
 ROUTER = ".ffn_gate_inp."
 
@@ -27,25 +29,26 @@ class Place:
 
 
 class Names:
-    """The names of one model; `arch` is the name of its architecture in GGUF."""
+    """The names of one model with this architecture and number of blocks."""
 
-    def __init__(self, arch: str, blocks: int) -> None:
+    def __init__(self, arch: Architecture, blocks: int) -> None:
         import gguf
 
         kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
-        if arch not in kinds:
+        if arch.name not in kinds:
             raise UnsupportedModelError(
-                f"the package gguf does not know the architecture {arch!r}",
+                f"the package gguf does not know the architecture {arch.name!r}",
                 hint="try a newer version: pip install -U gguf",
             )
-        self._map = gguf.get_tensor_name_map(kinds[arch], blocks)
+        self._map = gguf.get_tensor_name_map(kinds[arch.name], blocks)
+        self._biases = frozenset(f"{weight}.bias" for weight in arch.biases)
 
     def place(self, name: str) -> Place | None:
         """Where `model.layers.0.self_attn.q_proj.weight` goes; None where the architecture has no such tensor."""
         number = _EXPERT.search(name)
         merged = name if number is None else _EXPERT.sub(".experts.", name, count=1)
         place = self._map.get_name(merged, try_suffixes=_SUFFIXES)
-        if place is None:
+        if place is None or (place.endswith(".bias") and _IN_BLOCK.sub("", place) not in self._biases):
             return None
         return Place(place, None if number is None else int(number.group(1)))
 

@@ -53,7 +53,7 @@ class Weights:
                 f"describes one of {self._arch.name}",
                 hint="give the model from which the file was made",
             )
-        self._names = Names(self._arch.name, self._config["num_hidden_layers"])
+        self._names = Names(self._arch, self._config["num_hidden_layers"])
 
     def __contains__(self, name: object) -> bool:
         place = self._names.place(name) if isinstance(name, str) else None

@@ -57,7 +57,7 @@ def outside(
     All other tensors are kept in float: norms, those that are skipped on request, rows that are not a multiple of 32.
     """
     (name,) = settings.formats
-    recipe, places, grids = RECIPES[name], Names(architecture(config).name, config["num_hidden_layers"]), {}
+    recipe, places, grids = RECIPES[name], Names(architecture(config), config["num_hidden_layers"]), {}
     placed = {tensor: known.name for tensor in shapes if (known := places.place(tensor)) is not None}
     for tensor, place in placed.items():
         if place not in (HEAD, EMBEDDING) or settings.scheme_for(tensor.removesuffix(".weight")) is None:
@@ -94,7 +94,7 @@ class _Role:
 
 
 def _roles(names: Iterable[str], config: Mapping[str, Any]) -> dict[str, _Role]:
-    places = Names(architecture(config).name, config["num_hidden_layers"])
+    places = Names(architecture(config), config["num_hidden_layers"])
     roles = {}
     for name in names:
         place = places.place(f"{name}.weight")

@@ -99,7 +99,7 @@ def write(file: Path, folder: Path, tensors: Iterable[Stored]) -> Written:
 
     config = load_config(folder, remote_code=False).to_dict()
     arch = architecture(config)
-    entries, skipped = _entries(tensors, Names(arch.name, config["num_hidden_layers"]))
+    entries, skipped = _entries(tensors, Names(arch, config["num_hidden_layers"]))
     partial = file.with_name(f".{file.name}{PARTIAL}")
     writer = gguf.GGUFWriter(partial, arch.name)
     vocabulary = add_tokenizer(writer, folder, _vocabulary(entries))

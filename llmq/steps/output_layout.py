@@ -132,7 +132,7 @@ def require_writable(names: Sequence[str], checkpoint: Checkpoint, tensors: Iter
     refuse_outside(checkpoint.folder, IN_GGUF)
     config = skeleton.load_config(checkpoint.folder, remote_code=False).to_dict()
     arch = architecture(config)
-    places = Names(arch.name, config["num_hidden_layers"])
+    places = Names(arch, config["num_hidden_layers"])
     unknown = [
         name
         for name in tensors

@@ -48,6 +48,8 @@ SIZES: dict[str, Any] = {
 HEADS = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 16}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.1] * 8, "long_factor": [1.5] * 8}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
+LOCAL = {"rope_type": "default", "rope_theta": 2e3}
 MIXTURE = {"num_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 32}
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"attention_bias": True}),
@@ -65,6 +67,34 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 4}),  # all experts: no ties
     "qwen2moe": ("Qwen2Moe", {**MIXTURE, "shared_expert_intermediate_size": 64, "norm_topk_prob": False}),
     "qwen3moe": ("Qwen3Moe", {**MIXTURE, "head_dim": 16, "norm_topk_prob": True}),
+    "qwen3moe-top-2": ("Qwen3Moe", {**MIXTURE, "head_dim": 16, "norm_topk_prob": True, "num_experts_per_tok": 2}),
+    "llama-mlp-bias": ("Llama", {"mlp_bias": True}),
+    "llama-longrope": (
+        "Llama",
+        {"max_position_embeddings": 2048, "rope_parameters": {**LONG, "original_max_position_embeddings": 512}},
+    ),
+    "yarn": ("Llama", {"rope_parameters": YARN}),
+    "yarn-attention-factor": ("Qwen3", {"head_dim": 16, "rope_parameters": {**YARN, "attention_factor": 1.5}}),
+    "yarn-mscale": ("Llama", {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.3}}),
+    "phi3-partial": (
+        "Phi3",
+        {
+            "original_max_position_embeddings": 512,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        },
+    ),
+    "gemma2-largest": ("Gemma2", {**HEADS, "num_hidden_layers": 46, "head_dim": 32}),
+    "gemma3-linear": (
+        "Gemma3Text",
+        {
+            **HEADS,
+            "num_hidden_layers": 6,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 5e5, "factor": 8.0},
+                "sliding_attention": LOCAL,
+            },
+        },
+    ),
 }  # fmt: skip
 
 
