@@ -162,7 +162,7 @@ def _fixed(kind: str, arch: Architecture, config: Mapping[str, Any]) -> Iterator
 
 
 def entries(kind: str) -> dict[str, Any]:
-    """The entries of a configuration that a `model_type` has in addition to those of all models, with their defaults."""
+    """The entries that configurations of this `model_type` have and other models do not, with their defaults."""
     from transformers import PreTrainedConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 

@@ -13,18 +13,18 @@ a token is then minus the rank of the first merge that produces it, which gives 
 """
 
 import json
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from llmq.errors import CheckpointError, FormatError
+from llmq.errors import FormatError
+from llmq.gguf.special_tokens import REMEDY, add_special_tokens
 from llmq.runtime.load import load_tokenizer
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's mark for a space
+BYTE_SPACE = chr(ord(" ") + 256)  # a space in the alphabet of byte-level BPE
 NEVER = "[NEVER]"  # never occurs, because merging starts from single characters
 UNMERGED, ADDED = -10000.0, -1000.0  # scores of tokens that no merge produces
 
@@ -78,15 +78,14 @@ class Vocabulary:
     notes: tuple[str, ...] = ()
 
 
-def add_tokenizer(writer: Any, folder: Path, rows: int) -> Vocabulary:
+def add_tokenizer(writer: Any, folder: Path, config: Mapping[str, Any], rows: int) -> Vocabulary:
     """Write `tokenizer.*` for a model with `rows` rows in its embedding; returns what was written.
 
     Raises CheckpointError where there is no tokenizer, FormatError where llama.cpp has no equivalent one.
     """
-    import gguf
-
     tokenizer = load_tokenizer(folder, remote_code=False)
-    vocabulary = read(_description(folder, tokenizer), rows)
+    described = _description(tokenizer)
+    vocabulary = read(described, rows)
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(list(vocabulary.tokens))
@@ -94,16 +93,10 @@ def add_tokenizer(writer: Any, folder: Path, rows: int) -> Vocabulary:
     if vocabulary.model == "llama":
         writer.add_token_scores(list(vocabulary.scores))
         writer.add_add_space_prefix(vocabulary.space_prefix)
-    with _silent("gguf.vocab"):  # it logs guesses about settings that are read from the tokenizer itself below
-        special = gguf.SpecialVocab(folder, load_merges=vocabulary.model == "gpt2", n_vocab=rows)
-    if vocabulary.model == "gpt2" and not special.merges:  # llama.cpp needs at least one; this one never applies
-        special.merges = [f"{NEVER} {NEVER}"]
-    for kind in ("bos", "eos"):  # the behaviour of the tokenizer decides, not the settings in its files
-        special.add_special_token[kind] = _adds(tokenizer, kind)
-        if (known := getattr(tokenizer, f"{kind}_token_id")) is not None:
-            special.special_token_ids[kind] = known
-    special.add_to_gguf(writer, quiet=True)
-    return vocabulary
+    else:
+        writer.add_token_merges(_merges(described) or [f"{NEVER} {NEVER}"])  # llama.cpp needs at least one
+    notes = add_special_tokens(writer, tokenizer, folder, config, rows)
+    return replace(vocabulary, notes=(*vocabulary.notes, *notes))
 
 
 def read(described: Mapping[str, Any], rows: int) -> Vocabulary:
@@ -111,13 +104,16 @@ def read(described: Mapping[str, Any], rows: int) -> Vocabulary:
     model = described["model"]
     if model.get("type") != "BPE":
         raise _unknown(f"its model is {model.get('type')!r}")
+    for option in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+        if model.get(option):
+            raise _unknown(f"its model has {option} = {model[option]!r}")
+    notes = [*_normalizer_notes(described), *_added_notes(described)]
     if model.get("byte_fallback") or _has_spaces_replaced(described):
-        return _sentence_piece(described, rows)
+        return _sentence_piece(described, rows, notes)
     pre = PRE.get(tuple(_splits(described.get("pre_tokenizer"))))
     if pre is None:
         shown = json.dumps(described.get("pre_tokenizer"), ensure_ascii=False)
         raise _unknown(f"it splits texts by {shown}, expected one of {', '.join(PRE.values())}")
-    notes = []
     if bool(model.get("ignore_merges")) != (pre in WITHOUT_MERGING):
         notes.append(
             f"llama.cpp's tokenizer {pre!r} looks words up "
@@ -128,9 +124,45 @@ def read(described: Mapping[str, Any], rows: int) -> Vocabulary:
     return Vocabulary("gpt2", pre, tokens, types, notes=(*notes, *left))
 
 
-def _sentence_piece(described: Mapping[str, Any], rows: int) -> Vocabulary:
+def _normalizer_notes(described: Mapping[str, Any]) -> list[str]:
+    """Notes on changes of a text before it is tokenized; raises FormatError for those that llama.cpp does not make."""
+    notes = []
+    for step in _steps(described.get("normalizer"), "normalizers"):
+        marks_spaces = step["type"] == "Replace" and step["pattern"] == {"String": " "} and step["content"] == SPACE
+        if step["type"] == "NFC":
+            notes.append(
+                "the tokenizer of the model composes letters and accents of a text (Unicode NFC), llama.cpp does not: "
+                "a text with separate accents may be tokenized differently"
+            )
+        elif not (marks_spaces or (step["type"] == "Prepend" and step["prepend"] == SPACE)):
+            raise _unknown(f"it changes texts by {json.dumps(step, ensure_ascii=False)[:200]}")
+    return notes
+
+
+def _added_notes(described: Mapping[str, Any]) -> list[str]:
+    added = described.get("added_tokens") or ()
+    stripping = [one["content"] for one in added if any(one.get(flag) for flag in ("lstrip", "rstrip", "single_word"))]
+    if not stripping:
+        return []
+    return [
+        f"the tokenizer of the model matches {len(stripping)} added tokens together with spaces around them, or only "
+        f"as separate words; llama.cpp does not: {stripping[:5]}"
+    ]
+
+
+def _merges(described: Mapping[str, Any]) -> list[str]:
+    """The merges of byte-level BPE, each as two tokens with a space between them."""
+    stored = described["model"].get("merges") or ()
+    pairs = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in stored]
+    return [" ".join(part.replace(" ", BYTE_SPACE) for part in pair) for pair in pairs]
+
+
+def _sentence_piece(described: Mapping[str, Any], rows: int, notes: Sequence[str]) -> Vocabulary:
     import gguf
 
+    for step in _steps(described.get("pre_tokenizer"), "pretokenizers"):
+        if step["type"] != "Metaspace" and not (step["type"] == "Split" and step["pattern"] == {"String": " "}):
+            raise _unknown(f"it splits texts by {json.dumps(step, ensure_ascii=False)[:200]}")
     tokens, types, left = _tokens(described, rows)
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(described["model"].get("merges") or ()):
@@ -141,7 +173,7 @@ def _sentence_piece(described: Mapping[str, Any], rows: int) -> Vocabulary:
         ADDED if kind in added else float(-ranks[token]) if token in ranks else UNMERGED
         for token, kind in zip(tokens, types, strict=True)
     )
-    return Vocabulary("llama", "default", tokens, types, scores, _prepends_space(described), left)
+    return Vocabulary("llama", "default", tokens, types, scores, _prepends_space(described), (*notes, *left))
 
 
 def _tokens(described: Mapping[str, Any], rows: int) -> tuple[tuple[str, ...], tuple[int, ...], tuple[str, ...]]:
@@ -194,42 +226,29 @@ def _has_spaces_replaced(described: Mapping[str, Any]) -> bool:
 
 
 def _prepends_space(described: Mapping[str, Any]) -> bool:
-    normalizer, pre = described.get("normalizer") or {}, described.get("pre_tokenizer") or {}
-    steps: Sequence[Mapping[str, Any]] = [
-        *normalizer.get("normalizers", [normalizer]),
-        *pre.get("pretokenizers", [pre]),
+    steps = [
+        *_steps(described.get("normalizer"), "normalizers"),
+        *_steps(described.get("pre_tokenizer"), "pretokenizers"),
     ]
     return any(
-        step.get("type") == "Prepend" or (step.get("type") == "Metaspace" and step.get("prepend_scheme") != "never")
+        step["type"] == "Prepend" or (step["type"] == "Metaspace" and step.get("prepend_scheme") != "never")
         for step in steps
     )
 
 
-@contextmanager
-def _silent(name: str) -> Iterator[None]:
-    logger = logging.getLogger(name)
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
+def _steps(part: Mapping[str, Any] | None, members: str) -> Sequence[Mapping[str, Any]]:
+    """The steps of a normalizer or pre-tokenizer, which may be a sequence of several."""
+    if part is None:
+        return ()
+    steps: Sequence[Mapping[str, Any]] = part.get(members, [part])
+    return steps
 
 
-def _adds(tokenizer: Any, kind: str) -> bool:
-    """Whether the tokenizer adds the special token at the beginning (bos) or the end (eos) of a text."""
-    wanted = getattr(tokenizer, f"{kind}_token_id")
-    ids, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
-    return wanted is not None and len(ids) > len(bare) and ids[0 if kind == "bos" else -1] == wanted
+def _description(tokenizer: Any) -> dict[str, Any]:
+    """The tokenizer as transformers uses it, in the form of a tokenizer.json.
 
-
-def _description(folder: Path, tokenizer: Any) -> dict[str, Any]:
-    """The content of tokenizer.json, or of an equivalent one that transformers builds from other files."""
-    file = folder / "tokenizer.json"
-    try:
-        if file.is_file():
-            return dict(json.loads(file.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not valid JSON: {error}", hint="copy it from the original model") from error
+    The file in the folder may lack tokens that other files add, or rules that the class of the tokenizer has.
+    """
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is None:
         raise _unknown(f"it is Python code ({type(tokenizer).__name__}), expected a tokenizer.json")
     return dict(json.loads(backend.to_str()))
@@ -238,5 +257,5 @@ def _description(folder: Path, tokenizer: Any) -> dict[str, Any]:
 def _unknown(why: str) -> FormatError:
     return FormatError(
         f"llama.cpp has no tokenizer equivalent to that of the model: {why}",
-        hint="use a safetensors format, which keeps the tokenizer unchanged",
+        hint=REMEDY,
     )

@@ -102,7 +102,7 @@ def write(file: Path, folder: Path, tensors: Iterable[Stored]) -> Written:
     entries, skipped = _entries(tensors, Names(arch, config["num_hidden_layers"]))
     partial = file.with_name(f".{file.name}{PARTIAL}")
     writer = gguf.GGUFWriter(partial, arch.name)
-    vocabulary = add_tokenizer(writer, folder, _vocabulary(entries))
+    vocabulary = add_tokenizer(writer, folder, config, _vocabulary(entries))
     parameters = sum(math.prod(entry.shape) for entry in entries)
     general = add_general(writer, folder, file.stem, parameters, _file_type(entries), vocabulary.tokens)
     extra = add_sizes(writer, config, arch)

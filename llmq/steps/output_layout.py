@@ -145,7 +145,7 @@ def require_writable(names: Sequence[str], checkpoint: Checkpoint, tensors: Iter
         )
     writer = gguf.GGUFWriter(None, arch.name)
     add_sizes(writer, config, arch)
-    add_tokenizer(writer, checkpoint.folder, int(config["vocab_size"]))
+    add_tokenizer(writer, checkpoint.folder, config, int(config["vocab_size"]))
 
 
 def _stacked(checkpoint: Checkpoint, name: str) -> bool:

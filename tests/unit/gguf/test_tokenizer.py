@@ -97,3 +97,26 @@ def test_sentencepiece_scores_order_tokens_like_merges() -> None:
 def test_models_other_than_bpe_are_refused() -> None:
     with pytest.raises(FormatError, match="its model is 'Unigram'"):
         tokenizer.read({"model": {"type": "Unigram", "vocab": []}}, 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"normalizer": {"type": "Lowercase"}}, "Lowercase"),
+        ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "NFKC"}]}}, "NFKC"),
+        ({"normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}}, "Strip"),
+        ({"normalizer": {"type": "Replace", "pattern": {"String": "a"}, "content": "b"}}, "Replace"),
+        ({"model": {**described(WORDS)["model"], "end_of_word_suffix": "</w>"}}, "end_of_word_suffix = '</w>'"),
+        ({"model": {**described(WORDS)["model"], "byte_fallback": True}}, "it splits texts by"),
+    ],
+)
+def test_changes_of_a_text_that_llama_cpp_does_not_make_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(FormatError, match=message):
+        tokenizer.read({**described(WORDS), **changes}, 6)
+
+
+def test_small_differences_are_reported() -> None:
+    text = {**described(WORDS), "normalizer": {"type": "NFC"}}
+    text["added_tokens"][1]["rstrip"] = True
+    composed, spaces = tokenizer.read(text, 6).notes
+    assert "NFC" in composed and "<tool>" in spaces
