@@ -36,6 +36,11 @@ class Container:
         """The value of a key; None where there is none."""
         return self._header.value(key)
 
+    def settings(self) -> dict[str, Any]:
+        """The keys of the model itself, such as `rope.freq_base`, without the name of the architecture in front."""
+        prefix = f"{self.architecture}."
+        return {key.removeprefix(prefix): self.value(key) for key in self._fields if key.startswith(prefix)}
+
     @property
     def architecture(self) -> str:
         """`general.architecture`."""

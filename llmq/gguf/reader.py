@@ -7,10 +7,12 @@ A file describes its model with keys of GGUF, which transformers translates for 
 folder of the original model is a better description, and so is a config.json next to the file.
 """
 
+import math
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmq.errors import FormatError, UnsupportedModelError
-from llmq.gguf.architectures import architecture
+from llmq.gguf.architectures import FULL, architecture
 from llmq.gguf.container import FLOATS, Container, dequantize
+from llmq.gguf.metadata import add_sizes
 from llmq.gguf.names import Names, separate_halves
+from llmq.gguf.rotation import from_settings
 from llmq.gguf.writer import rotated_heads
 from llmq.model.build import skeleton
 from llmq.model.build.checkpoint_names import ModelWeights
@@ -30,6 +34,15 @@ from llmq.model.experts.separate import separate
 __all__ = ["Container", "Weights", "dequantize", "described", "is_file", "open_skeleton"]
 
 SUFFIX = ".gguf"
+ORIGINAL = "put config.json and tokenizer of the original next to the file, or give the original with --against"
+NEUTRAL: tuple[tuple[str, Any], ...] = (
+    ("rope.scaling.type", "none"),
+    ("rope.scaling.factor", 1.0),
+    ("rope.scaling.attn_factor", 1.0),
+    ("rope.scaling.finetuned", False),
+    ("attention.causal", True),
+)
+"""Keys with values that change nothing."""
 
 
 def is_file(path: Path) -> bool:
@@ -170,7 +183,7 @@ def _translate(path: Path, folder: Path) -> None:
     if any(name.startswith("rope_") for name in container.tensors):
         raise UnsupportedModelError(
             f"{path} has factors of a rotary embedding, but no settings from which they were computed",
-            hint="put config.json and tokenizer of the original next to the file, or give the original with --against",
+            hint=ORIGINAL,
         )
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
@@ -178,9 +191,43 @@ def _translate(path: Path, folder: Path) -> None:
     except Exception as error:  # an architecture, a tokenizer or a key that transformers does not know
         raise UnsupportedModelError(
             f"transformers cannot read from {path} which model it holds: {error}",
-            hint="put config.json and tokenizer of the original next to the file, or give the original with --against",
+            hint=ORIGINAL,
         ) from error
-    if head := container.value(f"{container.architecture}.attention.key_length"):
-        config.head_dim = head  # transformers uses a default instead for some architectures
+    _complete(config, container)
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _complete(configuration: Any, container: Container) -> None:
+    """Add the keys of a file that transformers does not translate to the configuration that it made.
+
+    Raises UnsupportedModelError if llmq would still write other keys for this configuration than the file has: the
+    configuration lacks something of the model, and predictions would differ without a message.
+    """
+    import gguf
+
+    settings = container.settings()
+    if head := settings.get("attention.key_length"):
+        configuration.head_dim = head  # transformers uses a default instead for some architectures
+    rotation = configuration.rope_parameters
+    rotation.get(FULL, rotation).update(from_settings(settings))
+    config = configuration.to_dict()
+    arch = architecture(config)
+    writer = gguf.GGUFWriter(None, arch.name)
+    add_sizes(writer, config, arch)
+    written = {key.removeprefix(f"{arch.name}."): entry.value for key, entry in writer.kv_data[0].items()}
+    for key, value in settings.items():
+        unknown = key not in written and key.startswith(("rope.", "attention.", "expert"))
+        if (unknown and (key, value) not in NEUTRAL) or (key in written and not _equal(written[key], value)):
+            raise UnsupportedModelError(
+                f"{container.path} has {key} = {value!r}, and the configuration that transformers makes of its keys "
+                f"has {written.get(key, 'nothing like it')!r}",
+                hint=ORIGINAL,
+            )
+
+
+def _equal(written: Any, value: Any) -> bool:
+    """Whether two values of a key are the same, up to float32."""
+    if isinstance(value, int | float) and isinstance(written, int | float):
+        return math.isclose(written, value, rel_tol=1e-6)
+    return bool(written == value)

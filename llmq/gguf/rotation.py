@@ -90,6 +90,25 @@ def rotated_channels(config: Mapping[str, Any], arch: Architecture) -> int:
     return int(head * part)
 
 
+def from_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of `rope_parameters` for the keys of a file, without those that transformers reads itself.
+
+    It is the inverse of `add_rotation` for the types linear and yarn, which have no tensors.
+    """
+    factor = settings.get("rope.scaling.factor")
+    kind = settings.get("rope.scaling.type", "linear")  # as in llama.cpp
+    if factor is None or kind not in {"linear", "yarn"} or (kind == "linear" and factor == 1):
+        return {}
+    entries: dict[str, Any] = {"rope_type": kind, "factor": factor}
+    if kind == "linear":
+        return entries
+    if (original := settings.get("rope.scaling.original_context_length")) is not None:
+        entries["original_max_position_embeddings"] = original
+    if (relative := settings.get("rope.scaling.attn_factor")) is not None:
+        entries["attention_factor"] = relative * _scale_of(factor, 1.0)
+    return entries
+
+
 def _require_known(rotation: Mapping[str, Any], kinds: tuple[str, ...], arch: Architecture) -> str:
     """The type of a rotary embedding, if every entry is known and supported."""
     kind = str(rotation.get("rope_type", "default"))

@@ -1,5 +1,6 @@
 """Reading .gguf files (from llama.cpp, from llmq, broken files) and evaluating them."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +18,11 @@ from llmq.evaluation.streaming import open_source
 from llmq.gguf import export
 from llmq.gguf.container import Container
 from llmq.gguf.reader import Weights, described
+from llmq.model.build import skeleton
 
 pytest.importorskip("gguf")
 ROOT = Path(__file__).resolve().parents[2]
+BUNDLED = ROOT / "eval" / "models" / "tiny-python-llama"
 Checkpoints = Callable[..., Path]
 TRANSLATED = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # from transformers' reader
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
@@ -80,6 +83,7 @@ def test_code_next_to_a_file_is_never_run(file: Path, monkeypatch: pytest.Monkey
 
     for name in ("AutoConfig", "AutoTokenizer"):
         monkeypatch.setattr(f"transformers.{name}.from_pretrained", from_pretrained)
+    monkeypatch.setattr("llmq.gguf.reader._complete", lambda config, container: None)
     with described(file):
         assert asked == [False, False]  # None would prompt at the terminal
 
@@ -196,3 +200,29 @@ def test_a_model_that_llama_cpp_computes_differently_is_refused(packed: Path, tm
     config.write_text(config.read_text().replace('"silu"', '"gelu"'))
     with pytest.raises(UnsupportedModelError, match="hidden_act = 'gelu', and llama.cpp's llama computes with 'silu"):
         export.export(tmp_path / "other", tmp_path / "tiny.gguf")
+
+
+@TRANSLATED
+@pytest.mark.parametrize(
+    "changes", [{"rope_type": "linear", "factor": 4.0}, {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.5}]
+)
+def test_a_scaled_rotation_is_read_from_the_keys_of_a_file(changes: dict[str, object], tmp_path: Path) -> None:
+    rotation = {"rope_theta": 1e4, **changes}
+    if rotation["rope_type"] == "yarn":
+        rotation["original_max_position_embeddings"] = 32
+    shutil.copytree(BUNDLED, tmp_path / "model")
+    config = json.loads((BUNDLED / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "rope_parameters": rotation}))
+    file = export.export(tmp_path / "model", tmp_path / "alone" / "tiny.gguf").file
+    with described(file) as folder:
+        read = skeleton.load_config(folder, remote_code=False).rope_parameters
+    assert {name: read[name] for name in rotation} == pytest.approx(rotation)
+
+
+@TRANSLATED
+def test_a_key_that_transformers_does_not_read_is_refused(tmp_path: Path) -> None:
+    file = export.export(BUNDLED, tmp_path / "tiny.gguf").file
+    name, other = b"llama.rope.freq_base", b"llama.rope.freq_bast"
+    file.write_bytes(file.read_bytes().replace(name, other))
+    with pytest.raises(UnsupportedModelError, match="freq_bast"), described(file):
+        pass
