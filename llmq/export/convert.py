@@ -227,7 +227,7 @@ class Converter:
     def _finish(self, writer: Writer, final: Path, on_event: OnEvent) -> None:
         """Assemble the model in `final`, and compare it with the source."""
         files, settings = self._companions.files, self._settings(self._targets)
-        documents = {CONFIG: json_text({**self._checkpoint.config, "quantization_config": settings})}
+        documents = {CONFIG: json_text(formats.with_settings(self._checkpoint.config, self._layout, settings))}
         if self._layout.config_copy:
             documents[self._layout.config_copy] = json_text(settings)
         if self._to == GGUF:

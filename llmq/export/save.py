@@ -23,6 +23,7 @@ from llmq.checkpoint.side_files import companions
 from llmq.checkpoint.writer import CONFIG, Writer
 from llmq.errors import CheckpointError, ConfigError, LlmqError, UnsupportedModelError
 from llmq.export.convert import Converter
+from llmq.formats import with_settings
 from llmq.gguf.folder import blocks_to_gguf, export_gguf
 from llmq.numerics.gguf_types import GGUF, GGUF_GRIDS
 from llmq.plan import Plan
@@ -81,7 +82,7 @@ def _write(writer: Writer, plan: Plan, report: Report, quantized: set[str], on_e
             write_text(final / PROVENANCE_FILE, json_text(report.to_dict()))
         return
     settings = plan.quantization_config(quantized)
-    documents = {CONFIG: json_text({**plan.config_json(quantized), "quantization_config": settings})}
+    documents = {CONFIG: json_text(with_settings(plan.config_json(quantized), plan.layout, settings))}
     if plan.layout.config_copy:
         documents[plan.layout.config_copy] = json_text(settings)
     files = companions(plan.checkpoint.folder).files

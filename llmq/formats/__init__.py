@@ -9,6 +9,7 @@ codes are packed, in the order of the bits, and in the settings in `config.json`
     gptq.py                 qweight …         packed along in_features: nearly everything
     gptq_v2.py              qweight …         as gptq.py, but zero points are stored without an offset
     awq.py                  qweight …         packed along out_features, interleaved: vLLM, SGLang, transformers
+    mlx.py                  weight, scales …  packed row by row, with offsets in float: mlx-lm
     gguf.py                 gguf_q4_k …       the blocks of a .gguf file, while its run is not finished
     foreign.py              what llmq does not read: other tools, and what their users can do
     read_only/              formats that llmq reads and does not write
@@ -75,6 +76,16 @@ def detect(quantization_config: Mapping[str, Any]) -> "Readable":
         f"the checkpoint's quant_method is {named}, expected one of {known}",
         hint=foreign.way_out if foreign else "start from the unquantized model, or from one of these formats",
     )
+
+
+def with_settings(config: Mapping[str, Any], layout: "Layout | None", settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of config.json with the `settings` of this format in the place of those of any other; None: without.
+
+    config  the content of config.json, of a model in any format
+    """
+    own = {"quantization_config", *(key for known in readable() for key in known.own_keys)}
+    kept = {key: value for key, value in config.items() if key not in own}
+    return kept if layout is None else {**kept, **dict.fromkeys(layout.config_keys, settings)}
 
 
 def tensor_name(module: str, suffix: str) -> str:

@@ -137,6 +137,7 @@ class Layout(Readable):
     one_grid             whether all packed modules of a file must have the same grid
     holds_head           whether readers accept a quantized lm_head
     any_scale_dtype      whether readers accept scales of any dtype
+    config_keys          keys of config.json that hold the block
     config_copy          a file with a copy of the block of config.json, for readers that need it
     """
 
@@ -149,4 +150,5 @@ class Layout(Readable):
     one_grid: bool = False
     holds_head: bool = True
     any_scale_dtype: bool = False
+    config_keys: tuple[str, ...] = ("quantization_config",)
     config_copy: str | None = None

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from llmq import formats
 from llmq.checkpoint.json_text import json_text
 from llmq.checkpoint.reader import Checkpoint
 from llmq.checkpoint.safetensors_files import Part
@@ -46,5 +47,5 @@ def blocks_to_gguf(
 
 
 def _add_companions(checkpoint: Checkpoint, folder: Path) -> None:
-    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    config = formats.with_settings(checkpoint.config, None, {})
     put_companions(folder, companions(checkpoint.folder).files, {CONFIG: json_text(config)})
