@@ -48,7 +48,10 @@ def pack(q: QuantizedTensor) -> dict[str, Tensor]:
     exact = scales.double() * -zeros.double()
     biases = exact.to(scales.dtype)
     if not torch.equal(biases.double(), exact):
-        raise FormatError(f"an offset, scale times zero point, is not a number of {scales.dtype}; use smaller scales")
+        raise FormatError(
+            f"scale times zero point is not exact in {str(scales.dtype).removeprefix('torch.')}, in which MLX adds it",
+            hint="use a symmetric grid, or scales in float16 or bfloat16",
+        )
     words = bit_packing.pack(q.codes, q.scheme.bits)
     return {"weight": words.view(torch.uint32), "scales": scales.contiguous(), "biases": biases.contiguous()}
 
@@ -102,8 +105,8 @@ def refusal(scheme: WeightScheme, out_features: int, in_features: int) -> str | 
 
 
 def scale_dtype(model_dtype: torch.dtype) -> torch.dtype:
-    """See `Layout.scale_dtype`."""
-    return model_dtype
+    """See `Layout.scale_dtype`: with 11 digits or fewer, the product with a zero point is exact in float32."""
+    return torch.float16 if model_dtype is torch.float32 else model_dtype
 
 
 def quantization_config(schemes: Mapping[str, WeightScheme], unquantized: Sequence[str]) -> dict[str, Any]:

@@ -188,7 +188,7 @@ def _check_heads(arch: Architecture, config: Mapping[str, Any]) -> None:
     if head != wide and not arch.free_head_size:
         raise _different(arch, "head_dim", head, f"hidden_size / num_attention_heads = {wide:g}")
     scale = config.get("query_pre_attn_scalar")
-    expected = wide if config["num_hidden_layers"] == arch.wide_scale else head
+    expected = wide if arch.wide_scale == config.get("num_hidden_layers", 0) else head
     if scale is not None and scale != expected:
         raise _different(arch, "query_pre_attn_scalar", scale, f"{expected:g}")
 

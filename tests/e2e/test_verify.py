@@ -97,7 +97,7 @@ def test_a_refusing_engine_sets_the_exit_code(packed: Path, engines: tuple[str, 
 def test_an_unknown_engine_is_refused(packed: Path, engine: str) -> None:
     done = command("verify", packed, "--for", engine)
     assert done.exit_code == 2
-    assert "expected one of vllm, sglang, transformers, llama.cpp" in done.stderr
+    assert "expected one of vllm, sglang, transformers, llama.cpp, mlx" in done.stderr
 
 
 @pytest.mark.parametrize(

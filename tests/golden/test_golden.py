@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llmq import formats
-from llmq.formats import awq, compressed_tensors, gptq
+from llmq.formats import awq, compressed_tensors, gptq, mlx
 from llmq.formats.base import Layout, Reader, Reading
 from llmq.formats.codecs import bit_packing
 from llmq.numerics.quantized_tensor import QuantizedTensor
@@ -64,6 +64,20 @@ def test_compressed_tensors_words_match_words_by_hand() -> None:
     assert unsigned(tensors["weight_zero_point"]) == ["f6543210"]
     assert tensors["weight_shape"].tolist() == [8, 8]
     assert tensors["weight_scale"].shape == (8, 1)
+
+
+def test_mlx_words_match_words_by_hand() -> None:
+    # The words of compressed-tensors, read as unsigned.  The offset of a group is minus its zero point times its scale.
+    codes = (torch.arange(32) % 8).to(torch.uint8)[None]
+    symmetric = QuantizedTensor(codes, torch.full((1, 1), 0.5, dtype=torch.bfloat16), None, WeightScheme(4, 32))
+    tensors = mlx.pack(symmetric)
+    assert unsigned(tensors["weight"].view(torch.int32)) == ["76543210"] * 4 and tensors["weight"].dtype == torch.uint32
+    assert tensors["biases"].tolist() == [[-4.0]] and tensors["biases"].dtype == torch.bfloat16
+    zeros, scheme = torch.full((1, 1), 3, dtype=torch.int16), WeightScheme(4, 32, symmetric=False)
+    tensors = mlx.pack(QuantizedTensor(codes, torch.full((1, 1), 0.1, dtype=torch.bfloat16), zeros, scheme))
+    scale = torch.tensor(0.1, dtype=torch.bfloat16).item()  # 0.10009765625, times 3 has more digits than a bfloat16
+    assert tensors["scales"].item() == scale and tensors["biases"].item() == -3 * scale
+    assert tensors["scales"].dtype == tensors["biases"].dtype == torch.float32
 
 
 def test_gptq_words_match_words_by_hand() -> None:

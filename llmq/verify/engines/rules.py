@@ -1,12 +1,14 @@
 """What each engine requires of a checkpoint: one row per rule, with its source.
 
-The engines were not run for this: the rules come from their sources and issues, at the versions named.
+The rules of llama.cpp and MLX were observed. The other engines were not run for this: their rules come from their
+sources and issues, at the versions named.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from llmq.verify.engines import conditions as ask
+from llmq.verify.engines import mlx
 from llmq.verify.engines.checkpoint_facts import Subject
 from llmq.verify.engines.conditions import (
     Question,
@@ -25,8 +27,8 @@ from llmq.verify.engines.hints import CONVERT, QUANTIZE_AGAIN, another_grid, to_
 REFUSES, WRONG, UNKNOWN, SLOWER, NOTE = "refuses", "wrong", "unknown", "slower", "note"
 IN_THE_WAY = (REFUSES, WRONG)  # the engine cannot serve the model; other outcomes are information
 
-VLLM, SGLANG, TRANSFORMERS, LLAMA_CPP = "vLLM", "SGLang", "transformers", "llama.cpp"
-ENGINES = (VLLM, SGLANG, TRANSFORMERS, LLAMA_CPP)
+VLLM, SGLANG, TRANSFORMERS, LLAMA_CPP, MLX = "vLLM", "SGLang", "transformers", "llama.cpp", "MLX"
+ENGINES = (VLLM, SGLANG, TRANSFORMERS, LLAMA_CPP, MLX)
 SERVERS = (VLLM, SGLANG)
 LOADERS = (VLLM, SGLANG, TRANSFORMERS)
 
@@ -179,6 +181,17 @@ RULES = (
          format_is(ask.is_float), "convert_hf_to_gguf.py of llama.cpp"),
     Rule("other formats in llama.cpp", (LLAMA_CPP,), "a .gguf file", REFUSES, "llama.cpp reads only GGUF",
          format_is(ask.is_other), to_gguf),
+    Rule("other formats in MLX", (MLX,), "mlx, awq, or floats", REFUSES,
+         "mlx-lm 0.32.2, run: `Found … g_idx in weights` (gptq), `Received … parameters not in model`",
+         format_is(mlx.is_unreadable), mlx.to_mlx),
+    Rule("awq in MLX", (MLX,), "groups of 32, 64 or 128", REFUSES, "mlx-lm 0.32.2, mlx_lm/utils.py, and MLX",
+         mlx.other_groups, mlx.to_mlx),
+    Rule("untried formats in MLX", (MLX,), "mlx, awq, or floats", UNKNOWN, "not tried", format_is(mlx.is_untried),
+         mlx.to_mlx),
+    Rule("experts in MLX", (MLX,), "its class stacks packed experts (mixtral, qwen2_moe; not all do)", UNKNOWN,
+         "mlx-lm 0.32.2, mlx_lm/models", mlx.packed_experts, "try it"),
+    Rule("mlx in transformers", (TRANSFORMERS,), OURS, NOTE, "transformers 5.24 does not know this format",
+         format_is(mlx.is_mlx)),
     Rule("auto-round", SERVERS, "a configuration of gptq or awq", NOTE,
          "the rules of gptq or awq apply to its tensors; it is unknown whether engines read its configuration",
          format_is(lambda subject: ask.auto_round_packing(subject) is not None)),

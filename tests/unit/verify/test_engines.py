@@ -56,7 +56,8 @@ def loads(subject: Subject) -> dict[str, bool | None]:
 @pytest.mark.parametrize("settings", [GPTQ, AWQ, CT], ids=lambda settings: settings["quant_method"])
 def test_plain_model_loads_in_all_engines_with_its_format(settings: dict[str, Any]) -> None:
     expected = {"vLLM": (1, 2, 4, 8), "SGLang": (1, 2, 4, 8), "transformers": (1,), "llama.cpp": ()}
-    assert serves(model(settings)) == expected
+    in_mlx = (1,) if settings is AWQ else ()
+    assert serves(model(settings)) == {**expected, "MLX": in_mlx}
     outcomes = {finding.outcome for finding in judge(model(settings)) if finding.engine in ("vLLM", "SGLang")}
     assert outcomes == set()
 
@@ -69,7 +70,8 @@ def test_gguf_file_loads_in_llama_cpp() -> None:
 
 def test_float_model_loads_except_in_llama_cpp() -> None:
     plain = Subject(None, CONFIG, {}, ())
-    assert serves(plain) == {"vLLM": (1, 2, 4, 8), "SGLang": (1, 2, 4, 8), "transformers": (1,), "llama.cpp": ()}
+    everywhere = {"vLLM": (1, 2, 4, 8), "SGLang": (1, 2, 4, 8), "transformers": (1,), "MLX": (1,)}
+    assert serves(plain) == {**everywhere, "llama.cpp": ()}
 
 
 def test_every_rule_has_a_source_and_known_engines() -> None:
@@ -191,7 +193,7 @@ def test_odd_groups_of_experts_are_unknown() -> None:
         Linear(f"x.mlp.experts.0.{name}", 1024, 1024, WeightScheme(4, 16)) for name in ("up_proj", "down_proj")
     )
     assert loads(model(CT, linears=experts)) == {
-        "vLLM": None, "SGLang": False, "transformers": True, "llama.cpp": False
+        "vLLM": None, "SGLang": False, "transformers": True, "llama.cpp": False, "MLX": False
     }  # fmt: skip
 
 
@@ -200,7 +202,7 @@ def test_odd_groups_of_experts_are_unknown() -> None:
 
 def test_format_without_rules_is_unknown() -> None:
     foreign = model({"quant_method": "hqq"})
-    assert loads(foreign) == {"vLLM": None, "SGLang": None, "transformers": True, "llama.cpp": False}
+    assert loads(foreign) == {"vLLM": None, "SGLang": None, "transformers": True, "llama.cpp": False, "MLX": None}
     assert serves(foreign)["vLLM"] == ()
 
 
@@ -392,3 +394,10 @@ def test_replicated_layers_are_not_split() -> None:
 def test_nested_language_model_config_is_read() -> None:
     inner = {"architectures": ["X"], "model_type": "x", "text_config": {"num_attention_heads": 6}}
     assert serves(model(GPTQ, config=inner, linears=()))["vLLM"] == (1, 2)
+
+
+def test_mlx_reads_its_own_format() -> None:
+    own = model({"quant_method": "mlx", "bits": 4, "group_size": 128})
+    assert serves(own)["MLX"] == serves(own)["transformers"] == (1,) and loads(own)["vLLM"] is None
+    wide = violations(model(AWQ, WeightScheme(4, 256)), "MLX", "awq in MLX")
+    assert len(wide) == len(SHAPES) and "groups of 256" in wide[0]
