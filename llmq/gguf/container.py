@@ -39,7 +39,7 @@ class Container:
     def settings(self) -> dict[str, Any]:
         """The keys of the model itself, such as `rope.freq_base`, without the name of the architecture in front."""
         prefix = f"{self.architecture}."
-        return {key.removeprefix(prefix): self.value(key) for key in self._fields if key.startswith(prefix)}
+        return {key.removeprefix(prefix): self.value(key) for key in self._header.keys if key.startswith(prefix)}
 
     @property
     def architecture(self) -> str:

@@ -60,6 +60,11 @@ class Header:
             declared = [self._read_tensor(file) for _ in range(tensors)]
             self.tensors = self._placed(declared, file.tell())
 
+    @property
+    def keys(self) -> list[str]:
+        """All keys, in the order of the file."""
+        return list(self._values)
+
     def value(self, key: str) -> Any:
         """The value of a key: a number, a text, or a list of them; None if there is no such key."""
         if key not in self._values:

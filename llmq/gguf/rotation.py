@@ -114,7 +114,8 @@ def _require_known(rotation: Mapping[str, Any], kinds: tuple[str, ...], arch: Ar
     kind = str(rotation.get("rope_type", "default"))
     if kind not in kinds:
         raise UnsupportedModelError(
-            f"the rotary embedding has the type {kind!r}, expected one of {', '.join(kinds)} for llama.cpp's {arch.name}",
+            f"the rotary embedding has the type {kind!r}, expected one of {', '.join(kinds)} for llama.cpp's "
+            f"{arch.name}",
             hint="use a safetensors format, which can hold any model",
         )
     unknown = sorted(rotation.keys() - ALWAYS - ENTRIES[kind])
@@ -160,7 +161,8 @@ def _add_longrope(
         f"rope_factors_{which}.weight": np.asarray(rotation[f"{which}_factor"], dtype=np.float32)
         for which in ("long", "short")
     }
-    if np.array_equal(*tensors.values()):
+    long, short = tensors.values()
+    if np.array_equal(long, short):
         return tensors, []
     return tensors, [
         f"llama.cpp uses the rotation for long texts if its context (-c) has more than {original} tokens, also for "

@@ -45,7 +45,7 @@ def add_special_tokens(writer: Any, tokenizer: Any, folder: Path, config: Mappin
 
 
 def end_tokens(tokenizer: Any, folder: Path, config: Mapping[str, Any]) -> list[int]:
-    """The ids at which transformers stops: of the tokenizer, the generation settings and the configuration, in order."""
+    """The ids at which transformers stops: of tokenizer, generation settings and configuration, in this order."""
     from transformers import GenerationConfig
 
     declared = [tokenizer.eos_token_id]
