@@ -93,7 +93,8 @@ def test_fast_is_closer_to_the_float_model_than_gptq(
 ) -> None:
     """On text that is not in the calibration data. With drawn sequences, fast is 1 to 4 % behind (eval/LOG.md)."""
     model = checkpoint(name)
-    settings = {"samples": 64, "bits": 4, "scales": "searched", "packing": True}  # less text gives noise on random weights
+    # Less text gives noise on random weights.
+    settings = {"samples": 64, "bits": 4, "scales": "searched", "packing": True}
     reports = {m: quantize(model, tmp_path / m, text, method=m, **settings) for m in ("gptq", "fast")}
     target, descent = reports["fast"].stages
     assert target.stage == "target" and target.kept >= target.layers / 2 and -1 < target.change < 0
