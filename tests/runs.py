@@ -45,9 +45,9 @@ def read_text(job: Job) -> CalibrationSet:
     return job._text.load(job.plan, job.report, ignore)
 
 
-def windows_of(model: Path, text: Path) -> Tensor:
+def windows_of(model: Path, text: Path, **settings: Any) -> Tensor:
     """The token ids (S, T) that a run with these settings reads."""
-    return read_text(job(model, model / "nowhere", text)).windows
+    return read_text(job(model, model / "nowhere", text, **settings)).windows
 
 
 class Stopped(Exception):  # noqa: N818  (not an error)

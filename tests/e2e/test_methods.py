@@ -34,7 +34,7 @@ def distances(model: Path, folder: Path, text: Path, **settings: Any) -> dict[st
 
     The methods differ little on random weights, and the tests were written for these sequences, which are packed.
     """
-    windows = windows_of(model, text)
+    windows = windows_of(model, text, packing=True)
     expected = logits(float_model(model, {}), windows)
     by_method = {}
     for method in ("awq", "rtn"):
