@@ -218,7 +218,7 @@ class Report:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Report":
-        """The report of a finished run, from its record; keys that are no fields are ignored."""
+        """The report of a finished run, from its record; unknown keys are ignored."""
         known = {item.name: values[item.name] for item in dataclasses.fields(cls) if item.name in values}
         known["blocks"] = [BlockReport.from_dict(block, resumed=block["resumed"]) for block in values["blocks"]]
         known["tuning"] = TuningReport.from_dict(values["tuning"]) if values["tuning"] else None

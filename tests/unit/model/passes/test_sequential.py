@@ -176,11 +176,12 @@ def test_nothing_is_fitted_on_validation_sequences(checkpoint: Checkpoints, vali
     block.load()
     stream = stream_over(skeleton, tokens(5, 24), validation=validation)
     groups = input_groups.input_groups(block, stream.sample(24))
+    unit = stream.text.unit * 24
     fitted, validated = tokens(5, 24).split([5 - validation, validation])
     for stats, sequences in ((first, fitted), (judge, validated)):
-        alone = input_groups.statistics(block, groups, stream_over(skeleton, sequences).calls())[groups[0]]
+        alone = input_groups.statistics(block, groups, stream_over(skeleton, sequences).calls(), unit)[groups[0]]
         assert stats.tokens == sequences.numel() and torch.equal(stats.second_moment(), alone.second_moment())
-    again = input_groups.statistics(block, groups, stream.fitted_calls())[groups[0]]
+    again = input_groups.statistics(block, groups, stream.fitted_calls(), unit)[groups[0]]
     assert torch.equal(again.second_moment(), first.second_moment())
 
 
