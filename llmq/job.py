@@ -78,7 +78,7 @@ class Job:
         self.plan = Plan.make(model, settings, stages, device=device, revision=revision, remote_code=trust_remote_code)
         if settings.target_bits is not None:
             self._question()  # raises ConfigError for a target that no choice of grids can reach
-        self.out = Path(out) if out is not None else default_output(str(model), settings)
+        self.out = Path(out) if out is not None else output_layout.default_output(str(model), settings)
         output_layout.require_folder_name(self.out)
         several = len(settings.formats) > 1
         self._folders = [self.out / name for name in settings.formats] if several else [self.out]
@@ -317,10 +317,3 @@ def quantize(
         trust_remote_code=trust_remote_code,
     )
     return job.run(on_event)
-
-
-def default_output(model: str, settings: QuantConfig) -> Path:
-    """`llama-gptq-4bit` in the current folder, for a model whose name or folder is `llama`."""
-    name = Path(model).resolve().name if Path(model).is_dir() else model.rsplit("/", 1)[-1]
-    bits = settings.scheme.bits if settings.target_bits is None else settings.target_bits
-    return Path(f"{name}-{settings.method}-{bits:g}bit")

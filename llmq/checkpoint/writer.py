@@ -125,11 +125,17 @@ class Writer:
 
     @staticmethod
     def clean(out: Path) -> None:
-        """Delete what a killed process has left next to the finished model in `out`."""
-        if (out / REMOVED).exists() or (out / LOCK).exists():
+        """Delete what a killed process has left next to the finished model in `out`.
+
+        The staging folder is deleted if its run had begun to move files: that run has written the model.
+        """
+        staging = Staging(out)
+        if staging.moved() or any((out / name).exists() for name in (REMOVED, LOCK)):
             lock = FolderLock(out)
             with storing(out):
-                Staging(out).clean()
+                staging.clean()
+                if staging.moved():
+                    staging.remove()
             lock.release()
 
     def notes(self, total: int) -> list[str]:

@@ -37,6 +37,13 @@ GGUF_SCALES = torch.float16
 IN_GGUF = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja", "chat_template.json")
 
 
+def default_output(model: str, settings: QuantConfig) -> Path:
+    """`llama-gptq-4bit` in the current folder, for a model whose name or folder is `llama`."""
+    name = Path(model).resolve().name if Path(model).is_dir() else model.rsplit("/", 1)[-1]
+    bits = settings.scheme.bits if settings.target_bits is None else settings.target_bits
+    return Path(f"{name}-{settings.method}-{bits:g}bit")
+
+
 def staged_format(names: Sequence[str]) -> str:
     """The first safetensors format of `names`, in which the blocks of a run are staged."""
     return next((name for name in names if name != GGUF), STAGED_FOR_GGUF)

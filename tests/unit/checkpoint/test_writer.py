@@ -537,3 +537,18 @@ def test_damaged_identity_is_reported(tmp_path: Path) -> None:
     file.write_text(json.dumps(document))
     with pytest.raises(ConfigError, match=r"a run whose identity\.json is damaged"):
         open_writer(tmp_path / "out")
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_staging_of_a_finished_run_is_deleted_and_of_another_run_kept(
+    begun: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr("llmq.checkpoint.staging.Staging.remove", lambda _: None)  # as if killed before it
+        run(out, tmp_path / "source")
+    if not begun:
+        (out / STAGING / "moving.json").unlink()
+    Writer.clean(out)
+    assert (STAGING in names_in(out)) == (not begun)
+    assert names_in(out) >= {"model.safetensors", *DOCUMENTS}
