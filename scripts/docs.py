@@ -116,8 +116,9 @@ def first_sentence(file: Path) -> str:
 def kills() -> str:
     """The table of killed runs in docs/RELIABILITY.md, from the result of scripts/kill_runs.py."""
     record = read_json(KILLS)
-    cases, states = record["cases"], ("before the first block", "quantizing", "tuning", "assembling", "moving")
-    header = ("command", "boundaries", "killed at one", "at a random time", *states, "other bytes")
+    cases, states = record["cases"], ("before the first block", "quantizing", "tuning", "assembling", "moving",
+                                      "after the end")  # fmt: skip
+    header = ("command", "boundaries", "killed at one", "at a random time", *states, "wrong")
     lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
     total = Counter[int]()
     for name, case in cases.items():
