@@ -1,4 +1,4 @@
-"""Weights whose scales a format cannot hold: noticed, reported, and stored in another way."""
+"""Weights whose scales the format cannot hold: noticed, reported, and stored in another way."""
 
 import shutil
 from collections.abc import Callable
