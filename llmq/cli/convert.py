@@ -7,7 +7,15 @@ from typer import Argument, Option
 
 from llmq.cli import options
 from llmq.cli.progress import ProgressDisplay
-from llmq.cli.terminal import megabytes, print_done, print_json, print_notes, print_table, quiet_transformers
+from llmq.cli.terminal import (
+    megabytes,
+    print_done,
+    print_json,
+    print_loading,
+    print_notes,
+    print_table,
+    quiet_transformers,
+)
 from llmq.config import CONVERTIBLE
 from llmq.errors import ConfigError, Interrupted
 
@@ -62,6 +70,8 @@ def command(
       llmq quantize --format gptq,gguf  several formats at once
     """
     from llmq.checkpoint import hub
+
+    print_loading()
     from llmq.checkpoint.index import gguf_file
     from llmq.export.convert import Converter
     from llmq.export.from_gguf import GgufConverter

@@ -7,7 +7,7 @@ from typer import Option
 from llmq.cli import options
 from llmq.cli.evaluation_tables import print_evaluation
 from llmq.cli.progress import ProgressDisplay
-from llmq.cli.terminal import print_json, print_notes, quiet_transformers
+from llmq.cli.terminal import print_json, print_loading, print_notes, quiet_transformers
 from llmq.errors import ConfigError
 
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1:test:text"
@@ -125,6 +125,7 @@ def command(
         raise ConfigError("--max-kl and --max-ppl-increase need an original model", hint="add --against")
     if against is None and (floors or trajectories):
         raise ConfigError("--floors and --trajectories need an original model", hint="add --against")
+    print_loading()
     from llmq.evaluation.measure import measure_many, require
     from llmq.evaluation.paired import all_differences
 

@@ -7,7 +7,7 @@ from typer import Option
 
 from llmq.cli import options
 from llmq.cli.streams import print_text
-from llmq.cli.terminal import messages, quiet_transformers
+from llmq.cli.terminal import messages, print_loading, quiet_transformers
 from llmq.errors import ConfigError
 
 PANEL, ORDER = "Run", 1
@@ -30,6 +30,7 @@ def command(
     Example:
       llmq generate out/ --prompt "def fibonacci(n):" --raw
     """
+    print_loading()
     import torch
 
     from llmq.runtime.load import load

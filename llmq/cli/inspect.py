@@ -5,7 +5,7 @@ from typing import Any
 from llmq.cli import options
 from llmq.cli.manifest import print_manifest
 from llmq.cli.streams import print_text
-from llmq.cli.terminal import megabytes, print_json, print_notes, print_table, quiet_transformers
+from llmq.cli.terminal import megabytes, print_json, print_loading, print_notes, print_table, quiet_transformers
 
 PANEL, ORDER = "Inspect", 3
 
@@ -18,6 +18,7 @@ def command(path: options.Path_, json: options.Json = False) -> None:
     Example:
       llmq inspect out/
     """
+    print_loading()
     from llmq.verify.inspection import inspect
 
     quiet_transformers()

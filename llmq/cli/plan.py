@@ -7,7 +7,15 @@ from typer import Option
 
 from llmq.cli import options
 from llmq.cli.streams import print_text
-from llmq.cli.terminal import megabytes, messages, print_json, print_notes, print_table, quiet_transformers
+from llmq.cli.terminal import (
+    megabytes,
+    messages,
+    print_json,
+    print_loading,
+    print_notes,
+    print_table,
+    quiet_transformers,
+)
 from llmq.config import QuantConfig
 from llmq.errors import ConfigError
 
@@ -56,6 +64,7 @@ def command(
       llmq quantize --dry-run  the grid of each layer, from the checkpoint
     """
     memory, tokens = _quantity("--fit", fit) if fit is not None else None, _quantity("--context", context)
+    print_loading()
     messages().print("counting parameters and measuring this machine")
     from llmq import forecast
 

@@ -12,7 +12,15 @@ from typer import Exit
 from llmq.cli import options
 from llmq.cli.progress import ProgressDisplay
 from llmq.cli.streams import print_text
-from llmq.cli.terminal import megabytes, print_done, print_json, print_notes, print_table, quiet_transformers
+from llmq.cli.terminal import (
+    megabytes,
+    print_done,
+    print_json,
+    print_loading,
+    print_notes,
+    print_table,
+    quiet_transformers,
+)
 from llmq.cli.verify import print_findings, print_serving
 from llmq.config import QuantConfig
 from llmq.errors import Interrupted, LlmqError
@@ -77,6 +85,7 @@ def command(
         print_text(tomli_w.dumps(config_to(settings)), end="")
         return
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch warns of each connection that a process closes
+    print_loading()
     from llmq.distributed import join
     from llmq.job import Job
 

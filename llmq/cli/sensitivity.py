@@ -8,7 +8,7 @@ from typer import Option
 from llmq.cli import options
 from llmq.cli.progress import ProgressDisplay
 from llmq.cli.streams import print_text
-from llmq.cli.terminal import print_json, print_notes, print_table, quiet_transformers
+from llmq.cli.terminal import print_json, print_loading, print_notes, print_table, quiet_transformers
 from llmq.config import QuantConfig, parse_group_size
 from llmq.errors import ConfigError, Interrupted
 from llmq.numerics.scheme import GroupSize, WeightScheme
@@ -73,6 +73,7 @@ def command(
 
         heat_map.require_drawable(plot)  # before the long measurement
     schemes = [_scheme(text, settings) for text in grids or (GRIDS if settings.target_bits is None else ())]
+    print_loading()
     from llmq.job import Job
     from llmq.mixed_precision import assign
 

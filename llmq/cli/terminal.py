@@ -1,6 +1,7 @@
 """Output for people: tables on stdout; progress, messages and errors on stderr."""
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -84,6 +85,12 @@ def print_json(document: Any) -> None:
 
 def megabytes(count: int) -> str:
     return f"{count / 1e6:.2f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
+
+
+def print_loading() -> None:
+    """A sign of life on stderr before torch and transformers are imported, which takes seconds."""
+    if "transformers" not in sys.modules:
+        messages().print("[dim]loading torch and transformers[/]")
 
 
 def quiet_transformers() -> None:

@@ -9,7 +9,7 @@ from typer import Option
 from llmq.cli import options
 from llmq.cli.progress import ProgressDisplay
 from llmq.cli.streams import print_text
-from llmq.cli.terminal import megabytes, print_json, print_notes, print_table, quiet_transformers
+from llmq.cli.terminal import megabytes, print_json, print_loading, print_notes, print_table, quiet_transformers
 from llmq.errors import CheckpointError, ConfigError, QualityError
 
 if TYPE_CHECKING:
@@ -53,6 +53,8 @@ def command(
       8  an engine given with --for would not load it, or is unknown
     """
     from llmq.checkpoint import hub
+
+    print_loading()
     from llmq.verify import engines as serving
     from llmq.verify.integrity import Integrity, examine
 

@@ -49,3 +49,14 @@ def test_help_version_and_settings_need_no_torch(arguments: tuple[str, ...]) -> 
     done = python(program, *arguments)
     assert done.stdout
     assert {"torch", "transformers", "numpy"} & set(json.loads(done.stderr)) == set()
+
+
+def test_a_command_prints_before_it_imports_torch() -> None:
+    """Imports take seconds, in which a user would see nothing."""
+    program = (
+        "import sys; sys.modules['torch'] = None; from llmq.cli import app\n"
+        "try: app(['quantize', 'model', 'out'], standalone_mode=False)\n"
+        "except ImportError: print('reached torch')"
+    )
+    done = python(program)
+    assert "loading torch and transformers" in done.stderr and "reached torch" in done.stdout
