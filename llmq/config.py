@@ -137,7 +137,7 @@ class Calibration(Settings):
     packing: Annotated[bool, Setting(flag="--packing/--no-packing")] = Field(
         default=False,
         description="Fill the sequences with whole documents, one after the other. By default each sequence is drawn "
-        "from another document, which lowers the error. Use it to compare with other tools.",
+        "from another document, which lowers the error if documents are long. Use it to compare with other tools.",
     )
 
 
