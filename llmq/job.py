@@ -33,7 +33,6 @@ from llmq.memory import Economy
 from llmq.methods import Method
 from llmq.mixed_precision import assign, sensitivity
 from llmq.mixed_precision.sensitivity import Question
-from llmq.model.build.checkpoint_names import require_finite
 from llmq.model.passes.recorded_calls import RecordedCalls
 from llmq.model.passes.streams import Text
 from llmq.numerics.scheme import WeightScheme
@@ -43,15 +42,10 @@ from llmq.report.record import BlockReport, Report, TuningReport
 from llmq.report.sensitivity import Sensitivity
 from llmq.run_text import RunText, sequences_at_once
 from llmq.setting_fields import config_to, merged
-from llmq.steps import fisher_information, float_probe, output_layout
+from llmq.steps import fisher_information, float_probe, lm_head, output_layout
 from llmq.steps.end_to_end.memory_plan import disk_bytes
 from llmq.steps.fisher_information import FisherInformation
 from llmq.steps.run import Run, streams_of
-
-FLOAT_HEAD = (
-    "tuning minimizes the KL divergence with the float head, so it does not compensate for the error of the quantized "
-    "head"
-)
 
 
 class Job:
@@ -108,7 +102,7 @@ class Job:
         self.finished = False  # whether `run` found the finished model of an earlier run
         self.report.notes += [*self.plan.notes, *self.plan.idle_patterns()]
         if self.commits > self.blocks and self.plan.stages.tuning is not None:
-            self.report.notes.append(FLOAT_HEAD)
+            self.report.notes.append(lm_head.FLOAT_HEAD)
 
     @property
     def blocks(self) -> int:
@@ -134,10 +128,9 @@ class Job:
             if self._ranks.is_first:
                 Writer.require_free(self.out)  # checked before the text is read
         self.report.notes += self.plan.grid_notes
-        for name in self.plan.outside():  # the tensors of a block are checked when the block is read
-            require_finite(name, self.plan.checkpoint.tensor(name))
-        length = self.plan.settings.calibration.seqlen
-        self.report.notes += self._ranks.first(lambda: float_probe.probe(self.plan.skeleton, length, on_event))
+        outside, length = self.plan.outside(), self.plan.settings.calibration.seqlen
+        check = partial(float_probe.check, self.plan.skeleton, self.plan.checkpoint, outside, length, on_event)
+        self.report.notes += self._ranks.first(check)
         needed = self.plan.stages.needs_calibration or self.plan.settings.target_bits is not None
         load = partial(self._text.load, self.plan, self.report, on_event)
         calibration_set = self._ranks.first(load) if needed else None

@@ -4,12 +4,16 @@ Every weight of such a model may be finite: its activations overflow, or its con
 Quantizing it would take hours and give a model that is broken in the same way.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
+from llmq.checkpoint.reader import Checkpoint
 from llmq.errors import CheckpointError, UnsupportedModelError
 from llmq.memory import PROBE_TOKENS
 from llmq.model.build.block import Block
+from llmq.model.build.checkpoint_names import require_finite
 from llmq.model.build.skeleton import Skeleton
 from llmq.model.passes.forward import forward
 from llmq.model.passes.hidden_states import Storage
@@ -18,6 +22,18 @@ from llmq.model.passes.streams import Stream, Text
 from llmq.report.events import OnEvent, Progress
 
 NOT_RUN = "the float model was not run on a few tokens before it was quantized: {}"
+
+
+def check(
+    skeleton: Skeleton, checkpoint: Checkpoint, outside: Iterable[str], length: int, on_event: OnEvent
+) -> list[str]:
+    """Check the tensors `outside` of the blocks, then `probe`, which reads the blocks; returns notes for the user.
+
+    Raises CheckpointError for a tensor or an output with NaN or infinite values.
+    """
+    for name in outside:
+        require_finite(name, checkpoint.tensor(name))
+    return probe(skeleton, length, on_event)
 
 
 @torch.no_grad()
@@ -42,7 +58,7 @@ def probe(skeleton: Skeleton, length: int, on_event: OnEvent) -> list[str]:
     try:
         forward(skeleton, visit)
         _require_finite("the head", skeleton.logits(tokens, stream.last(range(1))))
-    except (LookupError, TypeError, RuntimeError, ValueError, AttributeError, NotImplementedError) as error:
+    except (LookupError, TypeError, RuntimeError, ValueError, AttributeError, MemoryError) as error:
         return [NOT_RUN.format(error)]  # blocks that cannot run one by one; stages that have to run them raise later
     return []
 

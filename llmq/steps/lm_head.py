@@ -17,6 +17,11 @@ from llmq.steps.round_group import Rounded
 from llmq.steps.round_together import Group, round_together
 from llmq.steps.run import Run
 
+FLOAT_HEAD = (
+    "tuning minimizes the KL divergence with the float head, so it does not compensate for the error of the quantized "
+    "head"
+)
+
 
 def quantize_head(run: Run) -> None:
     """Quantize and commit the head, if the plan includes it, after all blocks."""

@@ -11,8 +11,8 @@ import llmq
 from llmq.errors import ConfigError
 from llmq.evaluation.measure import measure
 from llmq.export.convert import Converter
-from llmq.job import FLOAT_HEAD
 from llmq.runtime.packed_linear import PackedLinear
+from llmq.steps.lm_head import FLOAT_HEAD
 from tests import builders
 from tests.runs import (
     float_equivalent,
