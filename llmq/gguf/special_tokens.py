@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llmq.checkpoint.index import read_json_object
 from llmq.errors import FormatError
 
 REMEDY = "use a safetensors format, which keeps the tokenizer unchanged"
+GENERATION = "generation_config.json"
 ENDS = ("eos", "eot", "eom")
 """llama.cpp stops at the tokens of these three keys: the end of a text, of a turn and of a message."""
 OTHERS = ("unk", "sep", "pad", "cls", "mask")
@@ -45,16 +47,12 @@ def add_special_tokens(writer: Any, tokenizer: Any, folder: Path, config: Mappin
 
 
 def end_tokens(tokenizer: Any, folder: Path, config: Mapping[str, Any]) -> list[int]:
-    """The ids at which transformers stops: of tokenizer, generation settings and configuration, in this order."""
-    from transformers import GenerationConfig
-
-    declared = [tokenizer.eos_token_id]
-    try:
-        declared.append(GenerationConfig.from_pretrained(folder).eos_token_id)
-    except OSError:  # no generation_config.json: transformers takes the configuration then
-        declared.append(config.get("eos_token_id"))
+    """The ids at which transformers stops: of the tokenizer, then of the generation settings or the configuration."""
+    file = folder / GENERATION
+    stops = read_json_object(file) if file.is_file() else config
+    declared = [tokenizer.eos_token_id, stops.get("eos_token_id")]
     flat = [number for value in declared for number in (value if isinstance(value, list) else [value])]
-    return list(dict.fromkeys(number for number in flat if number is not None))
+    return list(dict.fromkeys(number for number in flat if isinstance(number, int)))
 
 
 def _added_to_text(tokenizer: Any) -> tuple[bool, bool]:

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from llmq.errors import FormatError
+from llmq.errors import CheckpointError, FormatError
 from llmq.gguf.tokenizer import add_tokenizer
 
 gguf = pytest.importorskip("gguf")
@@ -80,4 +80,11 @@ def test_the_configuration_has_the_ends_without_generation_settings(tmp_path: Pa
 def test_other_tokens_around_a_text_are_refused(tmp_path: Path) -> None:
     save(tmp_path, single="</s> <s> $A")
     with pytest.raises(FormatError, match="can add only"):
+        keys(tmp_path)
+
+
+def test_damaged_generation_settings_are_an_error(tmp_path: Path) -> None:
+    save(tmp_path)
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="generation_config"):
         keys(tmp_path)
