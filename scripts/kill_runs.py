@@ -4,7 +4,7 @@
 
 Each run is a fork of this process. It is killed at one of its boundaries (before a call that flushes, renames, creates
 or deletes a file or folder), or at a random time. Every third run is killed again when it continues. Then the same
-command runs to its end, and every file must equal the one of a run that was not killed; llmq.json may differ in times
+command runs to its end, and every file must equal that in a run without a kill; llmq.json may differ in times
 and memory. After a kill, a folder with a config.json must be the complete model. `--record` writes the counts, from
 which scripts/docs.py makes a table in docs/RELIABILITY.md.
 """
