@@ -135,6 +135,10 @@ class PackedWeights:
         stacked = all(suffix.startswith("_") for suffix in self._layout.codes)
         return module if stacked else f"{module}.weight"
 
+    def is_packed(self, name: str) -> bool:
+        """Whether a tensor of the float model is packed here."""
+        return name in self._by_weight
+
     def weight_names(self) -> list[str]:
         """The names of all packed weights in the float model, without duplicates."""
         return list(self._by_weight)
@@ -269,4 +273,5 @@ def required_settings(checkpoint: Checkpoint) -> dict[str, Any]:
 def shape_of(checkpoint: Checkpoint, packed: PackedWeights | None, module: str) -> tuple[int, ...]:
     """The shape of a weight, packed or not, without reading it."""
     name = f"{module}.weight"
-    return packed.shape(module) if packed and name not in checkpoint else checkpoint.info(name).shape
+    unpacked = packed is None or (name in checkpoint and not packed.is_packed(name))
+    return checkpoint.info(name).shape if packed is None or unpacked else packed.shape(module)

@@ -75,10 +75,11 @@ def _stored_shape(
     stored = None if weights.is_borrowed(name) else weights.stored_name(name)
     if stored is None or stored in weights.stacked_in:
         return None
+    if packed is not None and packed.is_packed(stored):  # MLX has codes under the name of the weight
+        return packed.shape(stored.removesuffix(".weight"))
     if stored in checkpoint:
         return tuple(weights.turned(name, torch.empty(checkpoint.info(stored).shape, device="meta")).shape)
-    module = stored.removesuffix(".weight")
-    return None if packed is None or module == stored else packed.shape(module)
+    return None
 
 
 def _vocabulary_hint(model: Any, name: str) -> str:

@@ -12,8 +12,10 @@ import torch
 
 import llmq
 from llmq import formats
+from llmq.checkpoint.reader import Checkpoint
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import WeightScheme
+from llmq.runtime.checkpoint_weights import PackedWeights
 from llmq_kernels import files
 from tests import foreign
 
@@ -70,10 +72,16 @@ CASES: dict[str, Callable[[Path], Path]] = {
 }
 
 
+def packed_floats(folder: Path) -> dict[str, Any]:
+    """Name -> (N, K) float32 of the packed weights, as llmq reads them; the folder has no others."""
+    packed = PackedWeights(Checkpoint.open(folder))
+    return {f"{module}.weight": packed.read(module).dequantize().numpy() for module in packed.modules}
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_numpy_reads_the_same_floats_as_torch(tmp_path: Path, case: str) -> None:
     folder = CASES[case](tmp_path)
-    expected = {name: weight.numpy() for name, weight in llmq.dequantize(folder)}
+    expected = packed_floats(folder)
     read = dict(files.dequantize(folder))
     assert read.keys() == expected.keys()
     for name, weight in read.items():
@@ -87,8 +95,8 @@ def test_files_are_read_without_torch(tmp_path: Path) -> None:
     out = tmp_path / "weights.npz"
     subprocess.run([sys.executable, "-c", WITHOUT_TORCH, str(folder), str(out)], check=True, env=path)
     read: Any = np.load(out)
-    for name, weight in llmq.dequantize(folder):
-        np.testing.assert_array_equal(read[name], weight.numpy())
+    for name, weight in packed_floats(folder).items():
+        np.testing.assert_array_equal(read[name], weight)
 
 
 def test_checkpoint_of_another_method_is_refused(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +25,8 @@ from tests.kernels.test_w4a16_triton import arguments
 N, K = 40, 640
 CONFIG = configs.Config(16, 32, 4, 2, ctas_per_sm=1, scale="after")
 TENSORS = 8  # the first arguments of a kernel: x, words, scales, zeros, bias, out, workspace, counters
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Kernel:
@@ -183,5 +186,6 @@ def test_launch_benchmark_runs() -> None:
 
 
 def _compiling() -> dict[str, str]:
-    """The environment without Triton's interpreter."""
-    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    """The environment without Triton's interpreter, in which `bench` and llmq_kernels can be imported."""
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return inherited | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
