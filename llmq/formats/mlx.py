@@ -11,7 +11,7 @@ product is exact too; it costs 4 bytes more per group, and MLX then computes in 
 The settings are in `quantization` of config.json, which mlx-lm reads, and in `quantization_config`: `bits` and
 `group_size`, and a block of both (or false) for each module that differs.  llmq adds the symmetry.
 
-Files of other writers have offsets that are no multiples of the scale.  They are read as floats, also 5 and 6 bits.
+Files of other writers have offsets that are not multiples of the scale.  They are read as floats, also 5 and 6 bits.
 
 Not covered: the modes mxfp4, mxfp8 and nvfp4.
 
@@ -63,7 +63,7 @@ def unpack(tensors: Mapping[str, Tensor], reading: Reading) -> QuantizedTensor:
     zeros = torch.where(steps == 0, reading.scheme.middle, offsets / steps)
     whole = zeros.round().clamp(0, reading.scheme.levels)
     if not torch.equal(whole * steps, offsets):
-        raise FormatError(f"biases hold offsets that are no multiples 0 to {reading.scheme.levels} of the scales")
+        raise FormatError(f"biases hold offsets that are not multiples 0 to {reading.scheme.levels} of the scales")
     if not reading.symmetric:
         narrow = (scales.to(dtype) for dtype in (torch.bfloat16, torch.float16))
         scales = next((halves for halves in narrow if torch.equal(halves.to(scales.dtype), scales)), scales)

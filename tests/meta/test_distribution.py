@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "llmq-quantize"
-# A hint to install a package named llmq, with or without extras; paths such as ./llmq are no packages.
+# A hint to install a package named llmq, with or without extras; paths such as ./llmq are not packages.
 WRONG = re.compile(r"(?:pip|uv pip|uv) install[^\n\"]*?[ '\"]llmq(?:\[|['\"\s`]|$)")
 
 
