@@ -48,8 +48,17 @@ class Opened:
         return (*self.notes, *more)
 
 
-def open_model(checkpoint: Checkpoint, dtype: torch.dtype, *, remote_code: bool = False, pin: bool = False) -> Opened:
+def open_model(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    *,
+    remote_code: bool = False,
+    pin: bool = False,
+    complete: bool = True,
+) -> Opened:
     """Build the model of a checkpoint on meta, and find its tensors, from headers; `pin` is for a GPU.
+
+    `complete` is whether every parameter of the decoder must have a tensor of its shape.
 
     Raises UnsupportedModelError if transformers or llmq cannot build it, FormatError for an unknown packing, and the
     errors of `whole_model.require`.
@@ -73,7 +82,7 @@ def open_model(checkpoint: Checkpoint, dtype: torch.dtype, *, remote_code: bool 
     member = settled.member if packed is None else packed.member
     separate(model, weights, modules, partial(shape_of, settled, packed), member)
     merge(model, weights, settled.names())
-    left = whole_model.require(model, weights, settled, packed)
+    left = whole_model.require(model, weights, settled, packed, complete=complete)
     return Opened(model, settled, weights, packed, left, ties.notes(checkpoint, settled))
 
 
@@ -86,14 +95,16 @@ class Compared:
     notes: tuple[str, ...]
 
 
-def compared(checkpoint: Checkpoint, *, remote_code: bool = False) -> Compared:
+def compared(checkpoint: Checkpoint, *, remote_code: bool = False, complete: bool = True) -> Compared:
     """Compare the tensors of a checkpoint with its model, for commands that need no model.
+
+    `complete` is false for commands that also take a part of a model.
 
     If transformers cannot build the model, only the names and suffixes of packed weights are compared, and a note
     reports this. Raises CheckpointError and FormatError.
     """
     try:
-        opened = open_model(checkpoint, torch.float32, remote_code=remote_code)
+        opened = open_model(checkpoint, torch.float32, remote_code=remote_code, complete=complete)
     except UnsupportedModelError as error:
         return Compared(checkpoint, (), (f"it is unknown whether every tensor is used: {error}",))
     return Compared(opened.checkpoint, opened.left, opened.remarks)

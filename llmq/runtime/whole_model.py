@@ -26,12 +26,17 @@ INCOMPLETE = "check that the checkpoint is complete and that config.json belongs
 
 
 def require(
-    model: nn.Module, weights: ModelWeights, checkpoint: Checkpoint, packed: PackedWeights | None
+    model: nn.Module,
+    weights: ModelWeights,
+    checkpoint: Checkpoint,
+    packed: PackedWeights | None,
+    *,
+    complete: bool = True,
 ) -> tuple[str, ...]:
     """Compare the tensors of a checkpoint with the parameters of a model; returns the tensors that the model lacks.
 
-    Raises CheckpointError for a tensor of a part of the model that nobody reads, for a parameter of its decoder without
-    a tensor, and for a tensor whose shape is not that of its parameter.
+    Raises CheckpointError for a tensor of a part of the model that nobody reads. If the checkpoint must be `complete`,
+    also for a parameter of the decoder without a tensor, and for a tensor whose shape is not that of its parameter.
     """
     unread = set(checkpoint.names()).difference(_read(model, weights, packed))
     parts = _Parts(model, weights)
@@ -46,7 +51,7 @@ def require(
             refused[name] = owner
     if (more := parts.additional_blocks(left, checkpoint.names())) or refused:
         raise _refusal(checkpoint, refused, more)
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named_parameters() if complete else ():
         if parameter.dim() <= 2 and parts.runs(name) and weights.lacks(name):
             weights.tensor_name(name)  # raises CheckpointError
         if (shape := _stored_shape(name, weights, checkpoint, packed)) is not None:

@@ -55,7 +55,7 @@ def inspect(path: str | Path) -> Inspection:
     record = read_record(checkpoint.folder)
     settings = quantization_settings(checkpoint)
     packed = PackedWeights(checkpoint) if settings is not None else None
-    comparison = compared(checkpoint)
+    comparison = compared(checkpoint, complete=False)
     errors = {
         layer["name"]: layer["weight_error"] if layer["output_error"] is None else layer["output_error"]
         for block in record.get("blocks", ())

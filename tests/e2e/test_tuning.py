@@ -18,6 +18,7 @@ from llmq.algorithms.kl_tuning import drawn
 from llmq.checkpoint.tuned_version import Revision
 from llmq.config import QuantConfig
 from llmq.errors import CalibrationError, LlmqError
+from llmq.export import save
 from llmq.job import Job
 from llmq.methods import Method, Tuning
 from llmq.model.passes.hidden_states import Place
@@ -256,7 +257,7 @@ def test_adopted_weights_are_not_tuned_again(
         raise Stopped
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(Job, "_finish", refuse)
+        patch.setattr(save, "finish", refuse)
         quantize(model, tmp_path / "out", text)
     monkeypatch.setattr(Session, "run_steps", refuse)
     report = quantize(model, tmp_path / "out", text).tuning

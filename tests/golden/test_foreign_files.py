@@ -13,7 +13,7 @@ from torch import Tensor
 
 import llmq
 from llmq.errors import FormatError
-from tests import foreign
+from tests import builders, foreign
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 
@@ -329,6 +329,8 @@ def test_the_experts_of_gpt_oss_are_read(tmp_path: Path) -> None:
         f"{name}_bias": torch.zeros(E, N),
     }
     save_file(tensors, folder / "model.safetensors")
+    sizes = {"num_hidden_layers": 1, "num_local_experts": E, "hidden_size": K, "vocab_size": 8}
+    builders.change_json(folder / "config.json", model_type="gpt_oss", layer_types=["full_attention"], **sizes)
     ((read_name, weight),) = llmq.dequantize(folder)
     assert read_name == name
     assert torch.equal(weight, torch.from_numpy(exact).mT)  # inputs before outputs, as in the float parameter
