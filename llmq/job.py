@@ -155,8 +155,12 @@ class Job:
         Several processes end instead, because they would have to agree.
         """
 
+        before = len(self.report.notes)
+
         def attempt(economy: Economy) -> None:
             self.report.blocks = []
+            repeated = [note for note in self.report.notes[before:] if not note.startswith(memory.RETRIED)]
+            self.report.notes[:] = [note for note in self.report.notes if note not in repeated]
             run = self._prepare(text, writer, on_event, economy)
             pipeline.quantize_model(run, save=lambda: save.finish(run, self.plan, self.report, start))
 

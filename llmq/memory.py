@@ -34,6 +34,7 @@ TOKENS_PER_BATCH_TO_EVALUATE = 2048
 TOKENS_PER_BATCH_TO_WEIGH = 4096  # for token weights, with the block's graph
 TOKENS_PER_BATCH_TO_QUANTIZE = {"cpu": 4096, "cuda": 32_768}  # by device type
 
+RETRIED = "out of memory"  # how the notes about another attempt begin
 PROBE_TOKENS = 64  # they show which weights share an input, and which layer makes it; layers not run are kept in float
 
 HOST = torch.device("cpu")
@@ -156,4 +157,4 @@ def within_memory(attempt: Callable[[Economy], None], device: torch.device, repo
         gc.collect()  # the traceback held the tensors of the failed attempt
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        report(f"out of memory ({reason}): the block was computed again with {following.effect}")
+        report(f"{RETRIED} ({reason}): the block was computed again with {following.effect}")

@@ -19,6 +19,7 @@ from llmq.checkpoint import hub
 from llmq.checkpoint.reader import Checkpoint
 from llmq.checkpoint.side_files import companions
 from llmq.config import QuantConfig
+from llmq.cost.files import packed_layers
 from llmq.errors import UnsupportedModelError
 from llmq.formats import foreign
 from llmq.formats.base import Layout
@@ -107,10 +108,9 @@ class Plan:
     @property
     def expected_bytes(self) -> int:
         """Approximate size of the finished weights in bytes."""
-        itemsize = self.layout.scale_dtype(self.model_dtype).itemsize
         packed = [plan for plan in self.layers.values() if plan.scheme.weights is not None]
         before = sum(self.float_bytes(plan.name) for plan in packed)
-        return self.checkpoint.nbytes - before + sum(plan.packed_bytes(itemsize) for plan in packed)
+        return self.checkpoint.nbytes - before + packed_layers(packed, self.layout, self.model_dtype)
 
     def float_bytes(self, name: str) -> int:
         """Bytes of a layer's float weight, by its name in the checkpoint; 0 for a tied head."""

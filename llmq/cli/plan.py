@@ -1,6 +1,8 @@
 """`llmq plan MODEL`"""
 
 import re
+import shlex
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 PANEL, ORDER = "Quantization", 0
 UNITS = {"": 1, "k": 1000, "m": 10**6, "g": 10**9, "t": 10**12, "kb": 1000, "mb": 10**6, "gb": 10**9, "tb": 10**12,
          "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}  # fmt: skip
+TOKEN_UNITS = {"": 1, "k": 2**10, "m": 2**20}  # as models count their context: 32k is 32,768
 HOUR, MINUTE = 3600, 60
 
 
@@ -63,7 +66,10 @@ def command(
     See also:
       llmq quantize --dry-run  the grid of each layer, from the checkpoint
     """
-    memory, tokens = _quantity("--fit", fit) if fit is not None else None, _quantity("--context", context)
+    memory, tokens = (
+        _quantity("--fit", fit, UNITS) if fit is not None else None,
+        _quantity("--context", context, TOKEN_UNITS),
+    )
     print_loading()
     messages().print("counting parameters and measuring this machine")
     from llmq import forecast
@@ -82,12 +88,12 @@ def command(
         _print_fit(model, fitting)
 
 
-def _quantity(flag: str, text: str) -> int:
+def _quantity(flag: str, text: str, units: Mapping[str, int]) -> int:
     """`24GB`, `32k` and `8192` as a number."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
-    if match is None or match[2] not in UNITS or not float(match[1]):
+    if match is None or match[2] not in units or not float(match[1]):
         raise ConfigError(f"{flag} is {text!r}", hint="give a number with a unit, such as 24GB or 32k")
-    return int(float(match[1]) * UNITS[match[2]])
+    return int(float(match[1]) * units[match[2]])
 
 
 def _print_forecast(result: "Forecast", settings: QuantConfig) -> None:
@@ -141,4 +147,4 @@ def _print_fit(model: str, fitting: "Fit") -> None:
         ("together", f"{megabytes(whole)} of {megabytes(fitting.memory)}, of which a tenth is reserved"),
     ]
     print_table(f"fits: {fitting.flags}", ("", "value"), rows)
-    print_text(f"next: llmq quantize {model} {fitting.flags}")
+    print_text(f"next: llmq quantize {shlex.quote(model)} {fitting.flags}, and your other options")

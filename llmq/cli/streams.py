@@ -35,8 +35,8 @@ def printable(text: str) -> str:
 
 
 def print_text(text: str = "", *, end: str = "\n", flush: bool = False, error: bool = False) -> None:
-    """Print text on stdout, or on stderr."""
-    print(printable(text), end=end, flush=flush, file=sys.stderr if error else sys.stdout)
+    """Print text on stdout, or on stderr; lines that end as on Windows get the usual end."""
+    print(printable(text.replace("\r\n", "\n")), end=end, flush=flush, file=sys.stderr if error else sys.stdout)
 
 
 class Guarded:

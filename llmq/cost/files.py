@@ -1,6 +1,6 @@
 """Bytes of files: the quantized model, and what a run reads and writes."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from llmq.cost.work import Kind, Work
 from llmq.cost.workload import PlannedBlock, Workload
 from llmq.formats.base import Layout
 from llmq.numerics.gguf_types import BLOCK_TYPES
+from llmq.numerics.layer_plan import LayerPlan
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import WeightScheme
 
@@ -55,6 +56,20 @@ def packed_bytes(layout: Layout, N: int, K: int, grid: WeightScheme, scale_dtype
         return _packed(layout, N, K, grid, scale_dtype)
     small, twice = (_packed(layout, rows, K, grid, scale_dtype) for rows in (ROWS, 2 * ROWS))
     return small + (twice - small) * (N - ROWS) // ROWS
+
+
+def packed_layers(layers: Iterable[LayerPlan], layout: Layout, model_dtype: torch.dtype) -> int:
+    """Bytes of the tensors of all packed layers; layers that stay in float are not counted."""
+    dtype, known = layout.scale_dtype(model_dtype), dict[tuple[int, int, WeightScheme], int]()
+    total = 0
+    for layer in layers:
+        grid = layer.scheme.weights
+        if grid is not None:
+            key = layer.out_features, layer.in_features, grid
+            if key not in known:
+                known[key] = packed_bytes(layout, *key, dtype)
+            total += known[key]
+    return total
 
 
 def _packed(layout: Layout, N: int, K: int, grid: WeightScheme, scale_dtype: torch.dtype) -> int:

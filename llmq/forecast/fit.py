@@ -32,11 +32,13 @@ class Fit:
 
     @property
     def flags(self) -> str:
-        """The options of `llmq quantize` that choose these settings."""
+        """The options of `llmq quantize` for the grid and the format; other options are those of the plan."""
         chosen = self.settings
         if chosen.format in GGUF_GRIDS:
             return f"--format {chosen.format}"
-        return f"--bits {chosen.scheme.bits} --group-size {chosen.scheme.group_size} --format {chosen.formats[0]}"
+        zeros = "" if chosen.scheme.symmetric else " --asymmetric"
+        grid = f"--bits {chosen.scheme.bits} --group-size {chosen.scheme.group_size}{zeros}"
+        return f"{grid} --format {','.join(chosen.formats)}"
 
 
 def fit(model: str, settings: QuantConfig, memory: int, context: int, *, revision: str | None = None) -> Fit:

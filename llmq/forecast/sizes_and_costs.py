@@ -17,11 +17,13 @@ from llmq import cost, formats
 from llmq.checkpoint import hub
 from llmq.checkpoint.index import read_json_object
 from llmq.config import CONVERTIBLE, QuantConfig
+from llmq.cost.files import packed_layers
 from llmq.cost.machine import Machine
 from llmq.cost.outline import Outline
 from llmq.errors import LlmqError
 from llmq.formats.codecs import gguf_blocks
 from llmq.gguf import export, recipes
+from llmq.gguf.architectures import architecture
 from llmq.methods import METHODS
 from llmq.model.build.skeleton import Skeleton
 from llmq.numerics.gguf_types import GGUF, GGUF_GRIDS
@@ -136,6 +138,13 @@ class Configured:
         return cls(folder, config, skeleton, cost.observe(skeleton, seqlen), dtype)
 
     @property
+    def model_config(self) -> dict[str, Any]:
+        """The configuration as transformers reads it, with defaults that config.json leaves out."""
+        config: Any = self.skeleton.model.config
+        entries: dict[str, Any] = config.to_dict()
+        return entries
+
+    @property
     def parameters(self) -> Parameters:
         skeleton, outline = self.skeleton, self.outline
         linears = [(path, linear) for block in skeleton.blocks for path, linear in block.linears.items()]
@@ -153,11 +162,15 @@ class Configured:
 
     def size(self, settings: QuantConfig) -> tuple[int, float]:
         """Bytes of all weights in the format of these settings, and bits per quantized weight."""
-        scales = output_layout.layout_of(settings.formats, self.dtype).scale_dtype(self.dtype).itemsize
-        layers = self.layers(settings)
+        layout, layers = output_layout.layout_of(settings.formats, self.dtype), self.layers(settings)
+        if settings.format == GGUF or settings.format in GGUF_GRIDS:
+            architecture(self.model_config)  # raises UnsupportedModelError where llama.cpp has none
         packed = [layer for layer in layers.values() if layer.scheme.weights is not None]
         weights = sum(layer.weights for layer in packed)
-        nbytes = sum(_block_bytes(x) if settings.format == GGUF else x.packed_bytes(scales) for x in packed)
+        if settings.format == GGUF:
+            nbytes = sum(map(_block_bytes, packed))
+        else:
+            nbytes = packed_layers(packed, layout, self.dtype)
         floats = self.parameters.total - weights
         if self.skeleton.head_path in layers and self.outline.tied:
             floats += self.outline.vocabulary * self.outline.width  # the embedding stays, next to the packed head

@@ -31,7 +31,6 @@ class Foreign:
 
 
 FORMATS = (
-    Foreign("MLX", ("mlx",), keys=("quantization",), way_out=f"{ORIGINAL}, or use mlx_lm.convert --dequantize"),
     Foreign("exllamav3", ("exl3",), suffixes=("trellis", "suh", "svh"), way_out=f"{ORIGINAL}; exllamav3 runs this one"),
     Foreign("exllamav2", ("exl2",), suffixes=("q_weight", "q_scale_max"), way_out=f"{ORIGINAL}; exllamav2 runs it"),
     Foreign("HQQ", ("hqq",), suffixes=("W_q",), way_out=DEQUANTIZE),
@@ -51,7 +50,6 @@ FORMATS = (
     Foreign("quanto", ("quanto",), files=("quanto_qmap.json",), way_out=DEQUANTIZE),
     Foreign("torchao", ("torchao",), way_out=DEQUANTIZE),
 )
-OF_MLX = {"group_size", "bits"}  # keys of a block without `quant_method`
 
 
 def recognize(config: Mapping[str, Any], folder: Path, suffixes: Collection[str]) -> Foreign | None:
@@ -67,6 +65,4 @@ def of_block(quantization_config: Mapping[str, Any]) -> Foreign | None:
     """The tool that wrote a block `quantization_config`."""
     method = quantization_config.get("quant_method")
     plain = method.lower().replace("_", "-") if isinstance(method, str) else None
-    if plain is None and quantization_config.keys() >= OF_MLX:
-        return FORMATS[0]
     return next((foreign for foreign in FORMATS if plain in foreign.methods), None)

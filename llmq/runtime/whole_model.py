@@ -42,7 +42,7 @@ def require(
     parts = _Parts(model, weights)
     left, refused = [], {}
     for name in [name for name in checkpoint.names() if name in unread]:
-        if parts.ignores(name) or _without_effect(name, checkpoint):
+        if parts.ignores(name) or without_effect(name, checkpoint):
             continue
         owner = parts.owner(name)
         if owner is None:
@@ -93,7 +93,7 @@ def _vocabulary_hint(model: Any, name: str) -> str:
     return "set vocab_size in config.json to the rows of the embedding, or resize the embedding: both must agree"
 
 
-def _without_effect(name: str, checkpoint: Checkpoint) -> bool:
+def without_effect(name: str, checkpoint: Checkpoint) -> bool:
     """Whether a tensor changes nothing: a bias of zeros, or a table that transformers computes itself."""
     info = checkpoint.info(name)
     if COMPUTED.search(name):

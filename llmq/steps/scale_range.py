@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from llmq.model.analyse.fused_names import fused_with
 from llmq.model.build.block import Block
 from llmq.numerics import affine_grid
 from llmq.numerics.affine_grid import Bounded, Grid, ScaleDtype, dtype_of
@@ -39,6 +40,9 @@ def groups_in_range(
         scheme = schemes[path]
         problem = None if scheme is None else out_of_range(weight, scheme, run.options.scale_dtype)
         name = run.plans[path].name
+        if problem is None and scheme is not None and (partner := _left_partner(run, block, path)) is not None:
+            notes.append(f"{name}: kept in float, because engines fuse it with {partner}, which is kept in float")
+            continue
         if problem is None or scheme is None:
             usual[path] = weight
         elif run.layout.any_scale_dtype and out_of_range(weight, scheme, torch.float32) is None:
@@ -51,6 +55,20 @@ def groups_in_range(
             notes.append(f"{name}: kept in float, because {problem}")
     groups = [Group(part, schemes, stats, scales) for part, scales in ((usual, None), (wide, torch.float32)) if part]
     return groups, notes
+
+
+def _left_partner(run: Run, block: Block, path: str) -> str | None:
+    """The name of a layer that engines fuse with this one and that has to be kept in float; None if there is none."""
+    if block.is_experts(path):
+        return None
+    for partner in fused_with(path, block.linears.keys()):
+        plan = run.plans[partner]
+        weight, scheme = block.weight(partner), plan.scheme.weights
+        if scheme is None or out_of_range(weight, scheme, run.options.scale_dtype) is None:
+            continue
+        if not (run.layout.any_scale_dtype and out_of_range(weight, scheme, torch.float32) is None):
+            return plan.name
+    return None
 
 
 def out_of_range(weight: Tensor, scheme: WeightScheme, values: ScaleDtype) -> str | None:

@@ -23,6 +23,7 @@ from llmq.report.events import OnEvent, Progress, ignore
 from llmq.report.stored_record import read_record
 from llmq.runtime.checkpoint_weights import PackedWeights, quantization_settings
 from llmq.runtime.open_skeleton import compared
+from llmq.runtime.whole_model import without_effect
 from llmq.verify import companions
 
 # Files whose change does not change the model: the record itself, and texts for people.
@@ -105,7 +106,7 @@ def _examine(checkpoint: Checkpoint, integrity: Integrity, on_event: OnEvent, *,
     for name in rest:
         with _collecting(integrity):
             tensor = checkpoint.tensor(name)
-            if tensor.is_floating_point():
+            if tensor.is_floating_point() and not without_effect(name, checkpoint):
                 require_finite(name, tensor)
         done += 1
         on_event(Progress("reading", done, total, "tensors", name))

@@ -26,7 +26,7 @@ def read(source: str, *, limit: int, explicit: bool) -> Contents:
     path, column = files.split_column(source, SUFFIXES)
     text = files.read_text(path)
     value = _parsed(text)
-    if isinstance(value, list) and not (path.suffix == ".jsonl" and is_chat(value)):
+    if isinstance(value, list) and not is_chat(value):
         return contents_of(numbered(value), str(path), column)
     lines = [(f"line {number}", line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not isinstance(value, CalibrationError):

@@ -10,21 +10,13 @@ Source: `packed_modules_mapping` and the uses of `QKVParallelLinear`, `MergedCol
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
+from llmq.model.analyse.fused_names import FUSED
 from llmq.verify.engines.checkpoint_facts import Linear, Subject
 
 SIZES = (1, 2, 4, 8)
 
-FUSED: Mapping[str, tuple[str, ...]] = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "w13": ("w1", "w3"),
-    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
-    "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
-    "in_proj_ba": ("in_proj_b", "in_proj_a"),
-}
-"""Name of a fused layer -> the last names of its layers."""
 
 ROW_PARALLEL = frozenset(
     {"o_proj", "down_proj", "out_proj", "dense", "dense_4h_to_h", "c_proj", "fc2", "w2", "wo", "output_linear"}

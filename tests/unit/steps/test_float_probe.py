@@ -5,13 +5,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from llmq.errors import CheckpointError
 from llmq.report.events import Progress
 from llmq.steps.float_probe import probe, probe_tokens
+from llmq.verify.integrity import examine
 from tests import builders
-from tests.runs import job
+from tests.runs import job, quantize
 
 Checkpoints = Callable[..., Path]
 
@@ -39,3 +41,13 @@ def test_tokens_are_from_the_whole_vocabulary() -> None:
 def test_a_model_whose_blocks_share_keys_is_noted(checkpoint: Checkpoints) -> None:
     (note,) = probe(builders.skeleton_of(checkpoint("gemma3n", num_kv_shared_layers=1)), 8, lambda event: None)
     assert "was not run" in note and "share the keys" in note
+
+
+def test_infinite_masks_of_old_checkpoints_have_no_effect(checkpoint: Checkpoints, text: Path, tmp_path: Path) -> None:
+    """`masked_bias` of GPT-NeoX was -1e9, which float16 stores as -inf."""
+    model = shutil.copytree(checkpoint("neox"), tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["gpt_neox.layers.0.attention.masked_bias"] = torch.tensor(-float("inf"))
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    quantize(model, tmp_path / "out", text, method="rtn")
+    assert not examine(tmp_path / "out").problems

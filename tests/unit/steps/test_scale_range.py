@@ -67,6 +67,20 @@ def test_a_layer_of_tiny_weights_is_not_lost(
         assert torch.equal(stored[f"{LAYER}.weight"].float(), original)
         assert "float16 scales are" in report.left[LAYER]
     notes = [note for block in report.blocks for note in block.notes]
-    assert [note.partition(": ")[0] for note in notes if "scales, because" in note or "in float, because" in note] == [
-        LAYER
-    ]
+    noted = {note.partition(": ")[0] for note in notes if "scales, because" in note or "in float, because" in note}
+    partner = LAYER.replace("up_proj", "gate_proj")  # engines fuse the two
+    assert noted == ({LAYER} if packed else {LAYER, partner})
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_layers_that_engines_fuse_are_kept_in_float_together(
+    checkpoint: Checkpoints, text: Path, tmp_path: Path, method: str
+) -> None:
+    """vLLM and SGLang load no folder in which q is float and k is packed."""
+    model = shutil.copytree(checkpoint("llama"), tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.self_attn.k_proj.weight"] *= 1e-8
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    report = quantize(model, tmp_path / "out", text, method=method, format="gptq")
+    left = {name for name, why in report.left.items() if "needs scales" in why or "engines fuse" in why}
+    assert left == {f"model.layers.1.self_attn.{name}_proj" for name in "qkv"}
