@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -67,7 +68,7 @@ def test_progress_bars_still_draw_and_escape_their_text() -> None:
     with terminal_of() as screen, streams.guarded(), Progress(console=terminal.messages()) as bars:
         bars.update(bars.add_task("", total=2), completed=1, description=f"layer {HOSTILE}")
     shown = screen.getvalue()
-    assert "\x1b[2K" in shown and "\x1b[38;5;" in shown  # erased lines and colors of the bar
+    assert "\x1b[2K" in shown and re.search(r"\x1b\[[0-9;]+m", shown)  # erased lines and colors of the bar
     assert "\\x1b]52;c;ZXZpbA==" in shown and "\x1b]" not in shown
 
 
