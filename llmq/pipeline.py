@@ -12,6 +12,7 @@
     keep grids          weights that already lie on a grid are stored on it, and no later stage changes them
     transform           rewrite the float block into an equal one with less quantization error (scales, rotations)
     collect statistics  run the calibration text up to the group, and sum up its inputs (the Hessian)
+    check the range     a weight whose scales the format cannot hold gets float32 scales, or is kept in float
     quantize            round the weights to codes and scales; later groups get inputs from the quantized weights
     pack                convert to the tensors of the file format
     tune                adjust all quantized weights of the block together, and pack them again (if the method does so)

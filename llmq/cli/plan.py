@@ -92,7 +92,8 @@ def _quantity(flag: str, text: str, units: Mapping[str, int]) -> int:
     """`24GB`, `32k` and `8192` as a number."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
     if match is None or match[2] not in units or not float(match[1]):
-        raise ConfigError(f"{flag} is {text!r}", hint="give a number with a unit, such as 24GB or 32k")
+        example = "24GB or 512MiB" if "gb" in units else "32k or 8192"
+        raise ConfigError(f"{flag} is {text!r}, expected a number with a unit", hint=f"for example {example}")
     return int(float(match[1]) * units[match[2]])
 
 

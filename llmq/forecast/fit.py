@@ -59,8 +59,8 @@ def fit(model: str, settings: QuantConfig, memory: int, context: int, *, revisio
         left = int((1 - RESERVED) * memory) - smallest
         tokens = left // per_token if left > 0 and per_token else 0
         raise ConfigError(
-            f"{model} does not fit into {memory / 1e9:g} GB: the smallest grid takes {smallest / 1e9:.2f} GB, the keys "
-            f"and values of {context:,} tokens {context * per_token / 1e9:.2f} GB, and a tenth is reserved",
+            f"{model} does not fit into {memory / 1e6:,.0f} MB: the smallest grid takes {smallest / 1e6:,.1f} MB, the "
+            f"keys and values of {context:,} tokens {context * per_token / 1e6:,.1f} MB, and a tenth is reserved",
             hint=f"lower --context to {tokens:,}" if tokens else "give more memory, or choose a smaller model",
         )
     chosen, nbytes, bits = max(fitting, key=lambda entry: entry[1])
