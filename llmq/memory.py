@@ -13,9 +13,12 @@ In a container or a batch system a process may use less memory than the machine 
 and a process that exceeds the limit of its control group is killed without a message.
 """
 
+import ctypes
 import enum
+import functools
 import gc
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -55,6 +58,26 @@ def spare(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0] + cached
     shared = min([int(psutil.virtual_memory().available), *left_of_groups(CGROUPS)])
     return max(0, min([shared // processes(os.environ), *_left_of_address_space()]))
+
+
+def give_back() -> None:
+    """Return memory that was freed to the system, where the C library keeps it for later: on Linux, glibc.
+
+    It keeps freed tensors of up to 32 MB, and new tensors do not fit into the gaps between those still in use, so
+    the memory of a process would grow with every block.
+    """
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    """glibc's malloc_trim, or None with another C library."""
+    if sys.platform != "linux":
+        return None
+    trim: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    return trim
 
 
 def processes(environment: Mapping[str, str]) -> int:

@@ -174,22 +174,19 @@ def _work(work: Workload, machine: Machine, sizes: Sizes, head: WeightScheme | N
     for block, number in work.blocks():
         inner = number - (block == last)
         parts["streams"] += [passes.streams(work, block, last=False) * inner]
-        parts["block tuning"] += [passes.block_tuning(work, block, last=False) * inner]
+        parts["block tuning"] += [passes.block_tuning(work, block) * number]
         for group in block.groups:
             _add_group(parts, work, group, number)
     parts["streams"].append(passes.streams(work, last, last=True))
-    parts["block tuning"].append(passes.block_tuning(work, last, last=True))
     if head is not None:
         rows = Group(work.outline.width, (work.outline.vocabulary,), (head,), 1.0)
         _add_group(parts, replace(work, at_head=True), rows, 1)
     by_stage |= {name: total(amounts) for name, amounts in parts.items()}
     tunes = peaks.tunes_model(work, machine)
     by_stage["end-to-end tuning"] = passes.end_to_end(work) if tunes else Work()
-    cached = peaks.cache(work, machine) >= sum(block.parameters for block in work.outline.blocks) * work.stored
     by_stage["files"] = files.transfers(
         work if tunes else replace(work, method=replace(work.method, tuning=None)),
         sizes,
-        cached=cached,
         packed_in_memory=peaks.packed_in_memory(machine, sizes),
     )
     return by_stage

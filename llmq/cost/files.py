@@ -108,10 +108,9 @@ def sizes(work: Workload, layout: Layout, scale_dtype: torch.dtype, head: Weight
     )
 
 
-def transfers(work: Workload, files: Sizes, *, cached: bool, packed_in_memory: bool) -> Work:
+def transfers(work: Workload, files: Sizes, *, packed_in_memory: bool) -> Work:
     """What a run reads and writes, without state that does not fit into memory.
 
-    cached            whether the checkpoint stays in memory after it was read once
     packed_in_memory  whether end-to-end tuning keeps the packed blocks in memory
     """
     weights = sum(block.outline.parameters * n for block, n in files.blocks.items()) * work.stored
@@ -119,7 +118,7 @@ def transfers(work: Workload, files: Sizes, *, cached: bool, packed_in_memory: b
     starts = tuning is not None and tuning.rounding > 0  # from the place of float weights between quantized values
     passes = 2 + (work.written > 0) + 2 * work.method.needs_fisher + starts
     outside = work.outline.outside * work.stored
-    read = weights * (1 if cached else passes) + 3 * outside + files.staged + files.model
+    read = weights * passes + 3 * outside + files.staged + files.model
     written = files.staged + files.model
     if tuning is not None:
         runs = 2 + VALIDATIONS + 3 * tuning.steps  # a step runs each block twice, and then updates it

@@ -12,9 +12,9 @@ FLOAT = 4  # bytes of a float32
 VALIDATIONS = 8  # of end-to-end tuning, in addition to the first one
 KL_PASSES, DRAW_PASSES = 22, 20  # passes over logits in float32: KL with its gradient, labels with their slope
 # Passes over a weight in float32, as `Counter` counts them for the functions of `kl_tuning.py` and of the formats.
-UPDATE_PASSES, SCALE_PASSES = 62, 11  # one step on quantized values and scales, and one on scales only
+UPDATE_PASSES, SCALE_PASSES = 30, 8  # one step on quantized values and scales, and one on scales only
 UNPACKED, MOVED = 3, 9  # read a packed weight, and move its quantized values
-DEQUANTIZED = 9  # and put it into its block
+DEQUANTIZED = 4  # and put it into its block
 
 
 def counted(work: Workload, amount: Counted) -> Work:
@@ -67,7 +67,7 @@ def fisher(work: Workload) -> Work:
     """Forward, forward again with graphs, and the gradients of all inputs and outputs of the float model's blocks."""
     if not work.method.needs_fisher:
         return Work()
-    outputs = (len(work.outline.blocks) - 1) * by_width(work, work.sequences)
+    outputs = len(work.outline.blocks) * by_width(work, work.sequences)
     parts = [through_head(work, work.tokens, 2, DRAW_PASSES), products(Kind.FLOAT32, outputs)]
     for block, number in work.blocks():
         outline = block.outline
@@ -106,11 +106,8 @@ def unpacked(block: PlannedBlock) -> Work:
     return elementwise(UNPACKED * FLOAT * block.packed_weights, 60.0 * len(block.outline.layers))
 
 
-def block_tuning(work: Workload, block: PlannedBlock, *, last: bool) -> Work:
-    """All steps on one block, with the loss on validation sequences; after the last block the loss is KL.
-
-    Elsewhere the loss may weigh errors by Fisher information, which costs a product.
-    """
+def block_tuning(work: Workload, block: PlannedBlock) -> Work:
+    """All steps on one block, with the loss on validation sequences, which may weigh errors: that costs a product."""
     tuning = work.method.block_tuning
     if tuning is None or not work.validation:
         return Work()
@@ -122,9 +119,7 @@ def block_tuning(work: Workload, block: PlannedBlock, *, last: bool) -> Work:
         (update(block, tuning) + renewed(block, tuning)) * tuning.steps,
     ]
     compared = sequences * tuning.steps + work.validation * judged
-    if last:
-        parts.append(through_head(work, compared * work.length, 3, KL_PASSES))
-    elif tuning.fisher:
+    if tuning.fisher:
         parts.append(products(Kind.FLOAT32, by_width(work, compared)))
     return total(parts)
 

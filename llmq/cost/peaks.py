@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from llmq import memory
 from llmq.calibration.self_written import ROWS
-from llmq.checkpoint.read_ahead import COMING_SHARE, KEPT_SHARE
+from llmq.checkpoint.read_ahead import COMING_SHARE
 from llmq.cost.files import Sizes
 from llmq.cost.machine import Machine
 from llmq.cost.passes import tuning_batch
@@ -61,14 +61,6 @@ def hidden(work: Workload) -> float:
 def largest(work: Workload) -> PlannedBlock:
     """The block with the most parameters."""
     return max((block for block, _ in work.blocks()), key=lambda block: block.outline.parameters)
-
-
-def cache(work: Workload, machine: Machine) -> float:
-    """Bytes of tensors of the checkpoint that are kept in main memory (`ReadAhead`)."""
-    if machine.free_host < memory.AMPLE_BYTES:
-        return 0.0
-    blocks = sum(block.parameters for block in work.outline.blocks)
-    return float(min((blocks + work.outline.outside) * work.stored, machine.free_host // KEPT_SHARE))
 
 
 def coming(work: Workload, machine: Machine, block: PlannedBlock) -> float:
@@ -135,7 +127,6 @@ def quantizing(work: Workload, machine: Machine, files: Sizes) -> Peak:
 def _reading(work: Workload, machine: Machine, block: PlannedBlock, files: Sizes) -> dict[str, float]:
     return {
         "process": float(machine.process),
-        "checkpoint read before": cache(work, machine),
         "next block": coming(work, machine, block),
         "block being written": float(files.packed[block]),
         "Fisher information": fisher_bytes(work),
@@ -156,7 +147,7 @@ def fisher_bytes(work: Workload) -> float:
     """Bytes of Fisher information in main memory: a number per token, for each layer and each block."""
     if not work.method.needs_fisher:
         return 0.0
-    outputs = len(work.outline.blocks) - 1  # the last block is compared by its predictions
+    outputs = len(work.outline.blocks)
     layers = sum(len(block.layers) for block in work.outline.blocks)
     return float(FLOAT * (layers + outputs) * work.tokens)
 
@@ -165,7 +156,7 @@ def moment_bytes(work: Workload) -> float:
     """Bytes of Fisher information on disk: a (D, D) per block."""
     if not work.method.needs_fisher:
         return 0.0
-    return float(FLOAT * (len(work.outline.blocks) - 1) * work.outline.width**2)
+    return float(FLOAT * len(work.outline.blocks) * work.outline.width**2)
 
 
 def fisher(work: Workload, machine: Machine) -> Peak | None:
@@ -188,7 +179,6 @@ def fisher(work: Workload, machine: Machine) -> Peak | None:
     }
     host = {
         "process": float(machine.process),
-        "checkpoint read before": cache(work, machine),
         "next block": coming(work, machine, block),
         "Fisher information": fisher_bytes(work),
     }
@@ -212,7 +202,6 @@ def block_tuning(work: Workload, machine: Machine, files: Sizes) -> Peak | None:
         "float weights and values": weights + 3 * weights / FLOAT,
         "gradients": weights,
         "graph": float(sequences * block.outline.graph * 1.5 * itemsize),
-        "logits": logits(work, sequences * work.length),
         "metric": 2.0 * FLOAT * work.outline.width**2 if tuning.fisher else 0.0,
     }
     return Peak("block tuning", device, _reading(work, machine, block, files), {})
@@ -253,7 +242,6 @@ def end_to_end(work: Workload, machine: Machine, files: Sizes) -> Peak | None:
     }
     host = {
         "process": float(machine.process),
-        "checkpoint read before": cache(work, machine),
         "packed blocks": float(files.staged if packed_in_memory(machine, files) else files.packed[block]),
         "Fisher information": fisher_bytes(work),
     }
@@ -273,5 +261,5 @@ def self_written(work: Workload, machine: Machine) -> Peak | None:
         "keys and values": float(rows * work.length * outline.cache),
         "logits": float(rows * 32 * outline.vocabulary),
     }
-    host = {"process": float(machine.process), "checkpoint read before": cache(work, machine)}
+    host = {"process": float(machine.process)}
     return Peak("self-written text", device, host, {})

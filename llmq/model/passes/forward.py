@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
+from llmq import memory
 from llmq.model.build.block import Block
 from llmq.model.build.skeleton import Skeleton
 from llmq.model.passes.hidden_states import Storage
@@ -27,6 +28,7 @@ def loaded(block: Block) -> Iterator[None]:
         yield
     finally:
         block.free()
+        memory.give_back()
 
 
 def forward(skeleton: Skeleton, visit: Callable[[Block], None], *, ready: Ready = loaded) -> None:

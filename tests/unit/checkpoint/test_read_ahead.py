@@ -1,4 +1,4 @@
-"""Reading ahead: the same tensors as from the disk, read in a thread, and no more of them kept than memory allows."""
+"""Reading ahead: the same tensors as from the disk, read in a thread, with no more memory than there is."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from llmq import memory
-from llmq.checkpoint import read_ahead
-from llmq.checkpoint.read_ahead import COMING_SHARE, KEPT_SHARE, ReadAhead
+from llmq.checkpoint.read_ahead import COMING_SHARE, ReadAhead
 from llmq.checkpoint.reader import Checkpoint
 from llmq.errors import CheckpointError
 from llmq.runtime.open_skeleton import open_skeleton
@@ -54,18 +53,17 @@ def disk() -> Iterator[Disk]:
 
 @pytest.fixture
 def made(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> Made:
-    """A reader with room for some tensors that are kept, while memory is ample."""
+    """A reader while memory is ample."""
 
-    def make(kept: int = 0) -> ReadAhead:
+    def make() -> ReadAhead:
         monkeypatch.setattr(memory, "spare", lambda device: memory.AMPLE_BYTES)
-        monkeypatch.setattr(read_ahead, "KEPT_SHARE", memory.AMPLE_BYTES // (kept * NBYTES) if kept else 1 << 60)
         return ReadAhead(disk.read, lambda name: NBYTES)
 
     return make
 
 
 def test_tensors_equal_those_on_the_disk(made: Made, disk: Disk) -> None:
-    read = made(kept=3)
+    read = made()
     for _ in range(3):
         read.expect("ab")
         for name in "abcdef":
@@ -79,7 +77,7 @@ def test_expected_tensors_are_read_in_a_thread(made: Made, disk: Disk) -> None:
     assert torch.equal(read("c"), TENSORS["c"])
     assert sorted(disk.ahead()) == ["a", "b"] and disk.by_main() == ["c"]
     assert read.reads == {"a": 1, "b": 1, "c": 1}
-    assert torch.equal(read("a"), TENSORS["a"]) and read.reads["a"] == 2, "it was not kept, and is read again"
+    assert torch.equal(read("a"), TENSORS["a"]) and read.reads["a"] == 2, "nothing is kept"
 
 
 def test_reading_ahead_does_not_wait(made: Made, disk: Disk) -> None:
@@ -102,38 +100,9 @@ def test_wrong_expectations_are_dropped(made: Made, disk: Disk) -> None:
     assert torch.equal(read("b"), TENSORS["b"]) and disk.by_main() == ["b"]
 
 
-def test_kept_tensors_are_copies_that_callers_may_change(made: Made, disk: Disk) -> None:
-    read = made(kept=2)
-    for _ in range(3):
-        tensor = read("a")
-        assert torch.equal(tensor, TENSORS["a"])
-        tensor.zero_()
-    read.expect(["a", "b"])
-    read("b").zero_()
-    assert torch.equal(read("b"), TENSORS["b"])
-    assert read.reads == {"a": 1, "b": 1}, "a kept tensor is not read again, however it is asked for"
-
-
-def test_the_least_recently_used_tensors_are_dropped_first(made: Made, disk: Disk) -> None:
-    read = made(kept=2)
-    for name in "abacab":  # b makes room for c, c for b
-        assert torch.equal(read(name), TENSORS[name])
-        assert read._kept_bytes == sum(tensor.nbytes for tensor in read._kept.values()) <= 2 * NBYTES
-    assert read.reads == {"a": 1, "b": 2, "c": 1} and list(read._kept) == ["a", "b"]
-
-
-def test_tensors_larger_than_the_free_memory_are_not_kept(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
-    for room, reads in ((NBYTES - 1, 2), (NBYTES, 1)):
-        monkeypatch.setattr(memory, "AMPLE_BYTES", 0)
-        monkeypatch.setattr(memory, "spare", lambda device, room=room: room * KEPT_SHARE)
-        read = ReadAhead(disk.read, lambda name: NBYTES)
-        assert torch.equal(read("a"), TENSORS["a"]) and torch.equal(read("a"), TENSORS["a"])
-        assert read.reads == {"a": reads}
-
-
 @pytest.mark.parametrize("ahead", [False, True])
 def test_errors_are_raised_by_the_call(made: Made, disk: Disk, ahead: bool) -> None:
-    read = made(kept=2)
+    read = made()
     if ahead:
         read.expect(["a", "missing"])  # which raises nothing
     assert torch.equal(read("a"), TENSORS["a"])
@@ -149,7 +118,7 @@ def test_nothing_is_read_ahead_under_little_memory(disk: Disk, monkeypatch: pyte
     read.expect("abc")
     assert torch.equal(read("a"), TENSORS["a"]) and torch.equal(read("a"), TENSORS["a"])
     assert disk.by_main() == ["a", "a"] and not disk.ahead()
-    assert not read._kept and read._thread is None
+    assert read._thread is None
 
 
 def test_only_what_fits_is_read_ahead(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,13 +129,10 @@ def test_only_what_fits_is_read_ahead(disk: Disk, monkeypatch: pytest.MonkeyPatc
     assert read._thread is None and not disk.threads, "three do not fit"
     read.expect("ab")
     assert torch.equal(read("a"), TENSORS["a"]) and disk.ahead()[0] == "a"
-    assert torch.equal(read("a"), TENSORS["a"]) and read.reads["a"] == 1, "there is room to keep one"
-    read.expect("abc")
-    assert torch.equal(read("c"), TENSORS["c"]) and "c" in disk.ahead(), "a is kept and takes nothing more"
 
 
 def test_a_float_checkpoint_is_read_ahead(checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """While a block is at work the next one is read, and blocks that come again are kept."""
+    """While a block is at work the next one is read."""
     threads: dict[str, list[str]] = {}
     tensor = Checkpoint.tensor
 
@@ -180,8 +146,7 @@ def test_a_float_checkpoint_is_read_ahead(checkpoint: Callable[..., Path], monke
     skeleton.read_ahead(1)
     skeleton.read_ahead(3)  # of which there is none
     skeleton.read_ahead(-1)
-    for _ in range(2):
-        skeleton.blocks[1].load()
+    skeleton.blocks[1].load()
     names = skeleton.blocks[1].stored_names()
     assert {name: [thread.startswith("llmq-read") for thread in threads[name]] for name in names} == {
         name: [True] for name in names
