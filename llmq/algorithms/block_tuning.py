@@ -3,8 +3,8 @@
 Quantizing layer by layer ignores what happens between the layers: an error of gate that up compensates for, or an
 error of v that the softmax suppresses.  Here all weights of a block follow the gradient of one loss.  The loss is the
 squared difference between the output of the quantized block on the quantized stream and the output of the float block
-on the float stream, so it also compensates for errors of earlier blocks.  For the last block it is the KL divergence of
-the predictions.  Codes are the quantized values, unsigned integers.
+on the float stream, so it also compensates for errors of earlier blocks.  Codes are the
+quantized values, unsigned integers.
 
 SignRound (Cheng et al. 2023, arXiv:2309.05516) does this from the nearest codes, with the sign of the gradient and
 steps of 1/iterations of a code.  From the codes of GPTQ such steps make the result worse: the loss of a first block

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
 
 from llmq.numerics import affine_grid
 from llmq.numerics.quantized_tensor import QuantizedTensor
@@ -58,14 +59,17 @@ class Moving:
         return cls(value.to(dtypes[0]), mean, square)
 
     def descend(self, gradient: Tensor, rate: float, step: int) -> None:
-        """One step of Adam, the first is number 0."""
-        mean = torch.lerp(self.mean.to(torch.float32), gradient, 1 - MEAN_DECAY)
-        square = (self.square.to(torch.float32) * SQUARE_DECAY).addcmul_(gradient, gradient, value=1 - SQUARE_DECAY)
-        self.mean.copy_(mean)
-        self.square.copy_(square)
-        size = rate / (1 - MEAN_DECAY ** (step + 1))
-        norm = square.div_(1 - SQUARE_DECAY ** (step + 1)).sqrt_().add_(SMALLEST_GRADIENT)
-        self.value.copy_(self.value.to(torch.float32).addcdiv_(mean, norm, value=-size))
+        """One step of Adam, the first is number 0; `gradient` is float32 and contiguous."""
+        stored = (self.value, self.mean, self.square)
+        value, mean, square = (part.to(torch.float32) for part in stored)  # the stored tensors if they are float32
+        adam(
+            [value], [gradient], [mean], [square], [], [torch.full((), float(step), device=value.device)],
+            lr=rate, beta1=MEAN_DECAY, beta2=SQUARE_DECAY, eps=SMALLEST_GRADIENT,
+            amsgrad=False, weight_decay=0.0, maximize=False, fused=True,
+        )  # fmt: skip
+        for part, updated in zip(stored, (value, mean, square), strict=True):
+            if part is not updated:
+                part.copy_(updated)
 
 
 @dataclass
@@ -135,15 +139,19 @@ def update(state: State, gradient: Tensor, rates: Rates, step: int) -> None:
 
     Entries that are not finite count as 0, because Adam would never forget them.
     """
-    G, current = torch.nan_to_num(gradient.to(torch.float32), 0.0, 0.0, 0.0), result(state)
-    groups = state.origin.column_groups()
+    G = torch.nan_to_num(gradient.to(torch.float32), 0.0, 0.0, 0.0).contiguous()
+    origin, scales = state.origin, state.origin.scales
     if state.scales is not None:
-        state.scales.descend(_slope_of_scales(state.origin, current.codes, G), rates.scales, step)
+        current = result(state)
+        scales = current.scales
+        slope = _slope_of_scales(origin, current.codes, G)
+        state.scales.descend(slope, rates.scales, step)
     if state.rounding is not None:
-        slope = G * current.scales.to(torch.float32)[:, groups]
-        place = state.rounding.value.to(torch.float32) + state.origin.codes  # before rounding
-        outward = ((place > state.origin.scheme.levels) & (slope < 0)) | ((place < 0) & (slope > 0))
-        state.rounding.descend(slope.masked_fill_(outward, 0), rates.rounding, step)
+        slope = _times_by_group(G, scales.to(torch.float32), origin)
+        place = state.rounding.value + origin.codes.to(torch.float32)  # before rounding
+        outside = place.sub_(place.clamp(0, origin.scheme.levels))  # positive above the range of the codes
+        slope.masked_fill_(outside.mul_(slope) < 0, 0)
+        state.rounding.descend(slope, rates.rounding, step)
 
 
 def tensors(state: State) -> dict[str, Tensor]:
@@ -205,6 +213,13 @@ def _by_group(values: Tensor, origin: QuantizedTensor) -> Tensor:
     if origin.group_index is None:
         return values.reshape(*origin.scales.shape, -1).sum(2)
     return torch.zeros_like(origin.scales, dtype=torch.float32).index_add_(1, origin.column_groups(), values)
+
+
+def _times_by_group(values: Tensor, factors: Tensor, origin: QuantizedTensor) -> Tensor:
+    """(N, K) `values` times the factor (N, G) of the group of each column."""
+    if origin.group_index is None:
+        return (values.reshape(*factors.shape, -1) * factors[..., None]).reshape(values.shape)
+    return values * factors[:, origin.column_groups()]
 
 
 def _stored(scales: Tensor, factor: Tensor) -> Tensor:

@@ -103,16 +103,21 @@ class QuantizedTensor:
 
     def dequantize(self) -> Tensor:
         """(N, K) float32, computed in float32 from the stored scales, as every reader of the file does."""
-        groups = self.column_groups()
-        centred = self.codes.to(torch.float32)  # (N, K)
+        weight = self.codes.to(torch.float32)  # (N, K)
+        values, spread = weight, self._spread
+        if self.group_index is None:  # a view by group, so that no (N, K) of scales is made
+            values, spread = weight.unflatten(1, (self.scales.shape[1], -1)), _last_axis
         offsets = None if self.superblocks is None else self.superblocks.offsets()
         if offsets is not None:
-            return centred.mul_(self.scales[:, groups]).sub_(offsets[:, groups])
-        if self.zeros is None:
-            centred -= self.scheme.middle
-        else:
-            centred -= self.zeros.to(torch.float32)[:, groups]
-        return centred.mul_(self.scales.to(torch.float32)[:, groups])
+            values.mul_(spread(self.scales)).sub_(spread(offsets))
+            return weight
+        values -= self.scheme.middle if self.zeros is None else spread(self.zeros.to(torch.float32))
+        values *= spread(self.scales.to(torch.float32))
+        return weight
+
+    def _spread(self, by_group: Tensor) -> Tensor:
+        """(N, G) -> (N, K): the entry of the group of each column."""
+        return by_group[:, self.column_groups()]
 
     def rows(self, start: int, stop: int) -> "QuantizedTensor":
         """Rows `start` to `stop` (out_features), in the same memory."""
@@ -163,6 +168,11 @@ def where(keep: Tensor, one: QuantizedTensor, other: QuantizedTensor) -> Quantiz
     m = None if a.m is None or b.m is None else torch.where(keep, a.m, b.m)
     chosen = Superblocks(torch.where(keep, a.d, b.d), torch.where(keep, a.sc, b.sc), dmin, m)
     return QuantizedTensor.of_superblocks(codes, chosen, one.scheme)
+
+
+def _last_axis(by_group: Tensor) -> Tensor:
+    """(N, G) -> (N, G, 1)."""
+    return by_group[..., None]
 
 
 def _spread(shared: Tensor, groups: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Tune a block's quantized values and scales when all of its weights are quantized, before it is committed.
 
     quantized stream ─► block with quantized weights ─► output ─┐
-    float stream ─────► block with float weights ─────► output ─┴─► difference ─► loss; after the last block, KL
+    float stream ─────► block with float weights ─────► output ─┴─► difference ─► loss
 
 The loss is the squared difference, or the difference weighted by Fisher information: how much it costs the model's
 loss.
@@ -29,7 +29,6 @@ from llmq.model.build.skeleton import Skeleton
 from llmq.model.passes.backward import differentiable, gradients_of
 from llmq.model.passes.streams import Streams
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.steps.kl_loss import kl_loss
 from llmq.steps.round_group import Rounded
 
 
@@ -59,14 +58,12 @@ class BlockProblem:
         self, skeleton: Skeleton, streams: Streams, block: Block, tokens: int, metric: OutputMetric | None = None
     ) -> None:
         assert streams.floats is not None, "there is no float stream"
-        self._skeleton = skeleton
         self._text = streams.text
         self._quantized, self._floats = streams.quantized, streams.floats
         self._block = block
         self._metric = None if metric is None else metric.to(skeleton.device)
         self._ranks = streams.ranks
         self._sequences = max(1, tokens // self._text.length // self._ranks.size)  # of this rank, per step
-        self._last = block is skeleton.blocks[-1]
         self._paths: list[str] = []
 
     def put(self, weights: Mapping[str, QuantizedTensor]) -> None:
@@ -95,8 +92,6 @@ class BlockProblem:
     def _loss(self, sequences: Sequence[int], output: Tensor) -> tuple[float, Tensor]:
         """The loss of the block's `output` (…, B, T, D) for these sequences, and its gradient with respect to it."""
         target = self._floats.outputs(sequences)
-        if self._last:
-            return kl_loss(self._skeleton, self._text.of(sequences), target, output)
         difference = output.to(torch.float32) - target.to(torch.float32)
         if self._metric is not None:
             loss, gradient = self._metric.loss(difference, sequences)

@@ -48,8 +48,7 @@ class FisherInformation:
     """How much errors cost the model's loss.
 
     linears  by path of a linear layer, (S, T) float32 on the CPU: γ, the sum over its outputs
-    outputs  by index of a block, γ (S, T) float32 on the CPU; not for the last block, whose outputs are compared by the
-             predictions made from them
+    outputs  by index of a block, γ (S, T) float32 on the CPU
     moments  Γ (1, D, D) float32, by index of a block
     overflowed  the layers and blocks whose gradients were not finite
 
@@ -132,9 +131,9 @@ def measure(
 
 
 def disk_bytes(skeleton: Skeleton) -> int:
-    """The size of the file with Γ of all blocks but the last."""
+    """The size of the file with Γ of all blocks."""
     width = skeleton.record(0, torch.zeros(1, memory.PROBE_TOKENS, dtype=torch.int64)).hidden.shape[-1]
-    return 4 * width**2 * (len(skeleton.blocks) - 1)
+    return 4 * width**2 * len(skeleton.blocks)
 
 
 def drawn_slope(skeleton: Skeleton, tokens: Tensor, hidden: Tensor, chances: Tensor) -> Tensor:
@@ -173,6 +172,8 @@ def fisher_information(
         outputs = tape.forward()
         gradients = [slope(part[list(rows)], hidden) for rows, hidden in zip(text.batches(), outputs, strict=True)]
         del outputs
+        for rows, gradient in zip(text.batches(), gradients, strict=True):
+            collected.take_output(len(skeleton.blocks) - 1, part[list(rows)], gradient)
 
         def visit(block: Block, rows: range, gradient: Tensor, part: Tensor = part, number: int = number) -> None:
             collected.take(part[list(rows)], tokens_first=block.tokens_first)

@@ -104,7 +104,7 @@ def test_squared_gradients_equal_the_whole_models(checkpoint: Checkpoints, name:
         last.append(output[0] if isinstance(output, tuple) else output)  # type: ignore[arg-type]
 
     model.get_submodule(skeleton.blocks[-1].path).register_forward_hook(end)
-    blocks = [block.path for block in skeleton.blocks[:-1]]
+    blocks = [block.path for block in skeleton.blocks]
     for path in [*squared, *blocks]:
         model.get_submodule(path).register_forward_hook(keep(path))
     model(input_ids=windows, use_cache=False)
