@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmq.checkpoint import PROVENANCE_FILE
 from llmq.checkpoint.index import ADAPTER, ADAPTER_WEIGHTS
 from llmq.checkpoint.safetensors_files import reading
 from llmq.errors import CheckpointError
@@ -62,8 +63,8 @@ def companions(folder: Path) -> Companions:
             chosen += _of_folder(inner)
         outside = [file for file in chosen if leaves(folder, file)]
     files = {file.relative_to(folder).as_posix(): file for file in chosen if file not in outside}
-    if CARD in files:
-        card = files.pop(CARD)
+    card = files.pop(CARD, None)
+    if card is not None and not (folder / PROVENANCE_FILE).is_file():  # a result of llmq has llmq's card
         files.setdefault(ORIGINAL_CARD, card)
     return Companions(files, tuple(_notes(folder, entries, outside)))
 

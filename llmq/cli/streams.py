@@ -4,7 +4,8 @@ Names, templates and messages of a checkpoint come from strangers, and so does g
 control characters in them: they can move the cursor over earlier lines, or write to the clipboard. So there are two
 barriers:
 
-* `printable` replaces every control character by its escape (`\x1b`). `terminal.py` calls it for all text of llmq.
+* `printable` (`llmq/report/escaped.py`) replaces every control character by its escape (`\x1b`). `terminal.py` calls it
+  for all text of llmq.
 * `Guarded` does the same for everything that is written to the two streams, except for the sequences with which rich
   and tqdm draw colors and bars. It covers log messages, warnings and tracebacks of other packages.
 
@@ -22,16 +23,9 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from llmq.errors import StorageError
+from llmq.report.escaped import CONTROL, escape, printable
 
-# C0 without tab and newline, DEL, C1, line separators, characters that reorder text, and halves of surrogate pairs
-_CONTROL = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
-_UNSAFE = re.compile(_CONTROL)
-_DRAWING = re.compile(rf"(\x1b\[\??[0-9;]*[A-Khlm]|\r)|{_CONTROL}")  # colors, cursor moves, erased lines
-
-
-def printable(text: str) -> str:
-    """`text` with every control character except tabs and newlines as an escape, such as `\\x1b`."""
-    return _UNSAFE.sub(_escape, text)
+_DRAWING = re.compile(rf"(\x1b\[\??[0-9;]*[A-Khlm]|\r)|{CONTROL}")  # colors, cursor moves, erased lines
 
 
 def print_text(text: str = "", *, end: str = "\n", flush: bool = False, error: bool = False) -> None:
@@ -51,7 +45,7 @@ class Guarded:
 
     def write(self, text: str) -> int:
         with self._failing():
-            self._stream.write(_DRAWING.sub(lambda match: match[1] or _escape(match), text))
+            self._stream.write(_DRAWING.sub(lambda match: match[1] or escape(match), text))
         return len(text)
 
     def flush(self) -> None:
@@ -96,7 +90,3 @@ def guarded() -> Iterator[None]:
 def print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """A `sys.excepthook`: the message of an error may hold text of a checkpoint, too."""
     print_text("".join(traceback.format_exception(kind, error, trace)), end="", error=True)
-
-
-def _escape(match: "re.Match[str]") -> str:
-    return match[0].encode("unicode_escape").decode("ascii")

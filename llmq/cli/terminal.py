@@ -10,8 +10,9 @@ from rich.markup import escape
 from rich.segment import Segment
 from rich.table import Table
 
-from llmq.cli.streams import print_text, printable
+from llmq.cli.streams import print_text
 from llmq.errors import LlmqError
+from llmq.report.escaped import printable
 from llmq_kernels.errors import KernelWarning
 
 MAX_NOTES = 12

@@ -28,6 +28,7 @@ from llmq.checkpoint.sealed import sha256_of
 from llmq.checkpoint.side_files import companions
 from llmq.checkpoint.writer import CONFIG, Writer
 from llmq.errors import ConfigError, FormatError
+from llmq.export import card
 from llmq.export.conversion import Conversion, conversion_identity
 from llmq.export.recode import Recoded, nearest, on_grid, recode, requantize, symmetric, widened_scheme
 from llmq.formats import tensor_name
@@ -241,7 +242,9 @@ class Converter:
             made = Checkpoint.open(final)
             self.report.output_bytes = made.nbytes
             self._compare(PackedWeights(made), on_event)
-        write_text(final / PROVENANCE_FILE, json_text({**self._record(), "checksums": checksums(final)}))
+        record = {**self._record(), "checksums": checksums(final)}
+        self.report.notes += card.write(final, self._checkpoint.folder, record)
+        write_text(final / PROVENANCE_FILE, json_text(record))
 
     def _rest(self) -> list[Part]:
         """All tensors that do not belong to packed weights."""

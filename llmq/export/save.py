@@ -22,6 +22,7 @@ from llmq.checkpoint.json_text import json_text
 from llmq.checkpoint.side_files import companions
 from llmq.checkpoint.writer import CONFIG, Writer
 from llmq.errors import CheckpointError, ConfigError, LlmqError, UnsupportedModelError
+from llmq.export import card
 from llmq.export.convert import Converter
 from llmq.formats import with_settings
 from llmq.gguf.folder import blocks_to_gguf, export_gguf
@@ -79,6 +80,7 @@ def _write(writer: Writer, plan: Plan, report: Report, quantized: set[str], on_e
             report.notes += written.notes
             report.file_bytes = written.file.stat().st_size
             report.checksums = checksums(final)
+            report.notes += card.write(final, plan.checkpoint.folder, report.to_dict())
             write_text(final / PROVENANCE_FILE, json_text(report.to_dict()))
         return
     settings = plan.quantization_config(quantized)
@@ -92,6 +94,7 @@ def _write(writer: Writer, plan: Plan, report: Report, quantized: set[str], on_e
         with writer.finishing() as final:
             writer.assemble(final, rest, files, documents)
             report.checksums = checksums(final)
+            report.notes += card.write(final, plan.checkpoint.folder, report.to_dict())
             write_text(final / PROVENANCE_FILE, json_text(report.to_dict()))
         return
     with writer.finishing() as final:
@@ -101,6 +104,7 @@ def _write(writer: Writer, plan: Plan, report: Report, quantized: set[str], on_e
         first.mkdir(exist_ok=True)
         documents[PROVENANCE_FILE] = json_text(report.to_dict())  # copied to the other formats
         writer.assemble(first, rest, files, documents)
+        report.notes += card.write(first, plan.checkpoint.folder, report.to_dict())
         failed: dict[str, LlmqError] = {}
         for name, folder in list(folders.items()):
             if name == staged:
@@ -133,7 +137,9 @@ def _make(source: Path, folder: Path, to: str, out: Path, plan: Plan, report: Re
         folder.mkdir(exist_ok=True)
         summary = export_gguf(source, folder, out)
         report.notes += [*summary.notes, f"{to}: {len(summary.exact)} weights compared, 0 differ"]
-        write_text(folder / PROVENANCE_FILE, json_text(read_record(source)))
+        record = read_record(source)
+        card.write(folder, source, record)
+        write_text(folder / PROVENANCE_FILE, json_text(record))
         return
     converter = Converter(source, folder, to, remote_code=plan.remote_code)
     converter.run(on_event)
