@@ -21,6 +21,7 @@ PASSED_THROUGH = (
     "/functools.py",
     "/torch/nn/modules/module.py",
     "/torch/utils/_contextlib.py",
+    "/llmq/cli/terminal.py",  # prints the warning
 )
 
 
@@ -29,9 +30,9 @@ def caused_by_us(frame: FrameType | None) -> bool:
     package: Path | None = None
     while frame is not None:
         file = frame.f_code.co_filename
-        if file.startswith(OURS):
-            return True
         if not file.endswith(PASSED_THROUGH):
+            if file.startswith(OURS):
+                return True
             package = package or _package(file)
             if _package(file) != package:
                 return False  # another package called it

@@ -61,7 +61,7 @@ def command(
     requested = [_engine(name, serving.ENGINES) for name in for_ or ()]
     quiet_transformers()
     model = hub.locate(path, None, remote_code=trust_remote_code)
-    _require_model(model)
+    require_model(model)
     integrity = Integrity()
     if not quick:
         with ProgressDisplay() as display:
@@ -78,12 +78,7 @@ def command(
         print_serving(verdicts)
         print_findings(findings)
     print_notes(integrity.notes)
-    if integrity.problems:
-        more = f" (and {len(integrity.problems) - SHOWN} more)" if len(integrity.problems) > SHOWN else ""
-        raise CheckpointError(
-            f"{path} is broken: {'; '.join(integrity.problems[:SHOWN])}{more}",
-            hint="download or copy the files again; if you changed one, remove its line from checksums in llmq.json",
-        )
+    require_intact(path, integrity)
     _require_served(path, requested, verdicts)
 
 
@@ -98,7 +93,17 @@ def _require_served(path: str, requested: "Iterable[tuple[str, int]]", verdicts:
         raise QualityError(f"{path} {verb} in {engines}", hint="see the findings above")
 
 
-def _require_model(path: Path) -> None:
+def require_intact(path: str | Path, integrity: "Integrity") -> None:
+    """Raise CheckpointError if a model has problems."""
+    if integrity.problems:
+        more = f" (and {len(integrity.problems) - SHOWN} more)" if len(integrity.problems) > SHOWN else ""
+        raise CheckpointError(
+            f"{path} is broken: {'; '.join(integrity.problems[:SHOWN])}{more}",
+            hint="download or copy the files again; if you changed one, remove its line from checksums in llmq.json",
+        )
+
+
+def require_model(path: Path) -> None:
     """Raise CheckpointError for a folder with one folder per format of a run."""
     if path.is_file() or any(entry.is_file() for pattern in MODEL_FILES for entry in path.glob(pattern)):
         return

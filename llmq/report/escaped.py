@@ -1,7 +1,7 @@
 r"""Text of checkpoints for people: names, templates and messages come from strangers.
 
-A terminal obeys control characters: they can move the cursor over earlier lines, or write to the clipboard. Markdown and
-HTML have marks that change what a page shows, or run programs.
+A terminal obeys control characters: they can move the cursor over earlier lines, or write to the clipboard. Markdown
+and HTML have marks that change what a page shows, or run programs.
 """
 
 import html

@@ -24,6 +24,7 @@ from llmq.verify import engines
 from llmq.verify.engines.rules import LLAMA_CPP, MLX, SGLANG, TRANSFORMERS, VLLM
 
 MODEL = "MODEL"  # in commands, until the model has an id
+PLACE = f"`{MODEL}` is the folder of this model, or its id on the Hub."
 OTHER_KIND = re.compile(rf"llmq|\d+-bit|{'|'.join(map(re.escape, (*formats.names(), GGUF)))}")  # tags of other results
 OVERRIDES = 12  # a longer list, such as that of --target-bits, is in llmq.json only
 LIBRARIES = {"mlx": "mlx"}  # of formats that transformers does not load
@@ -51,6 +52,12 @@ def write(made: Path, source: Path, record: Mapping[str, Any]) -> tuple[str, ...
     text, notes = render(made, origin_of(source, read_json_object(source / CONFIG)), record)
     write_text(made / CARD, text)
     return notes
+
+
+def named(text: str, model: str) -> str:
+    """A card with the id of the model in its commands; a card that llmq did not write is returned unchanged."""
+    before, separator, after = text.partition(PLACE)
+    return before + re.sub(rf"\b{MODEL}\b", model, after.lstrip("\n")) if separator else text
 
 
 def render(made: Path, origin: Origin, record: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
@@ -170,7 +177,7 @@ def _serving(made: Path, ggufs: list[str]) -> tuple[list[str], tuple[str, ...]]:
     except LlmqError as error:
         return [], (f"README.md does not say which engines load the model: {error}",)
     commands = _commands(ggufs)
-    lines = ["## How to run it", "", f"`{MODEL}` is the folder of this model, or its id on the Hub."]
+    lines = ["## How to run it", "", PLACE]
     for verdict in verdicts:
         if verdict.loads:
             language, command = commands[verdict.engine]
