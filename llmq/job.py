@@ -1,6 +1,6 @@
 """From a model's name to a finished folder: everything around `pipeline.py`.
 
-Creating a `Job` checks the request (`plan.py`): it raises for every problem that is visible in the settings, the
+Creating a `Job` checks the request (`run_plan.py`): it raises for every problem that is visible in the settings, the
 configuration and the headers of the checkpoint. `Job.run` then quantizes the model, calls `on_event`, and fills in
 `Job.report`. Texts are read and checked in `Job.run`, before the first block.
 """
@@ -36,10 +36,10 @@ from llmq.mixed_precision.sensitivity import Question
 from llmq.model.passes.recorded_calls import RecordedCalls
 from llmq.model.passes.streams import Text
 from llmq.numerics.scheme import WeightScheme
-from llmq.plan import Plan
 from llmq.report.events import Event, OnEvent, ignore
 from llmq.report.record import BlockReport, Report, TuningReport
 from llmq.report.sensitivity import Sensitivity
+from llmq.run_plan import Plan
 from llmq.run_text import RunText, sequences_at_once
 from llmq.setting_fields import config_to, merged
 from llmq.steps import fisher_information, float_probe, lm_head, output_layout

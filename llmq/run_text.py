@@ -12,9 +12,9 @@ from llmq.calibration import CalibrationSet, OwnText, SelfAuthor
 from llmq.calibration.sequences import require_embeddings
 from llmq.errors import CalibrationError
 from llmq.model.passes.streams import Text
-from llmq.plan import Plan
 from llmq.report.events import OnEvent, Progress, TextRead
 from llmq.report.record import Report
+from llmq.run_plan import Plan
 from llmq.runtime.load import load_tokenizer
 
 TOKENS_PER_INPUT = 50  # with fewer tokens, statistics of the text generalize badly to other text

@@ -56,9 +56,9 @@ def results() -> str:
 
 def serving() -> str:
     """The rules that `llmq verify --for` checks, as a table, and which layers engines fuse and split."""
-    from llmq.verify.engines import PARALLEL, TILES
-    from llmq.verify.engines.rules import ENGINES, REFUSES, RULES, SERVERS, SGLANG
-    from llmq.verify.engines.tensor_parallel import FUSED, ROW_PARALLEL
+    from llmq.verification.engines import PARALLEL, TILES
+    from llmq.verification.engines.rules import ENGINES, REFUSES, RULES, SERVERS, SGLANG
+    from llmq.verification.engines.tensor_parallel import FUSED, ROW_PARALLEL
 
     def row(name: str, engines: Sequence[str], asks: str, outcome: str, source: str) -> str:
         shown = ", ".join(engine for engine in ENGINES if engine in engines)

@@ -46,7 +46,7 @@ from tests import builders, runs  # noqa: E402
 
 RECORD = "llmq.json"
 TUNED = replace(METHODS["best"], block_tuning=Tuning(2, 0.01, 0.02, 64), tuning=Tuning(4, 1e-3, 1e-3, 64), written=1)
-PRELOADED = ("transformers.models.llama.modeling_llama", "llmq.verify.engines", "llmq.gguf.export", "gguf")
+PRELOADED = ("transformers.models.llama.modeling_llama", "llmq.verification.engines", "llmq.gguf.export", "gguf")
 CALLS = ("fsync", "replace", "rename", "unlink", "mkdir", "rmdir")
 
 

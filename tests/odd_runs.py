@@ -19,7 +19,7 @@ import llmq
 from llmq.errors import LlmqError
 from llmq.gguf.reader import open_skeleton
 from llmq.runtime.load import load_tokenizer
-from llmq.verify.integrity import examine
+from llmq.verification.integrity import examine
 from tests import builders
 from tests.architectures import ARCHITECTURES, tiny
 from tests.runs import logits, streamed_logits

@@ -20,7 +20,8 @@ from llmq.report.record import Report
 from tests import runs
 from tests.command_line import Outcome, llmq
 
-PRELOADED = ["tests.processes", "tests.builders", "llmq.cli.quantize", "llmq.job", "llmq.verify.engines.planned_run",
+PRELOADED = ["tests.processes", "tests.builders", "llmq.cli.quantize", "llmq.job",
+             "llmq.verification.engines.planned_run",
              "llmq.distributed.process_group", "transformers.models.llama.modeling_llama",
              "transformers.models.mixtral.modeling_mixtral"]  # fmt: skip
 SECONDS = 300  # for all processes of a test

@@ -19,7 +19,7 @@ def command(path: options.Path_, json: options.Json = False) -> None:
       llmq inspect out/
     """
     print_loading()
-    from llmq.verify.inspection import inspect
+    from llmq.verification.inspection import inspect
 
     quiet_transformers()
     report = inspect(path)

@@ -59,7 +59,7 @@ def command(
         raise CheckpointError(f"{out} is not a folder", hint="give the output folder of llmq quantize or convert")
     print_loading()
     from llmq.export.push import parcel, push
-    from llmq.verify.integrity import examine
+    from llmq.verification.integrity import examine
 
     quiet_transformers()
     require_model(out)

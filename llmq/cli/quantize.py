@@ -141,8 +141,8 @@ def _print_plan(job: "Job", *, as_json: bool) -> None:
             }
             for path, plan in job.plan.layers.items()
         ]
-        from llmq.verify import engines
-        from llmq.verify.engines.planned_run import planned
+        from llmq.verification import engines
+        from llmq.verification.engines.planned_run import planned
 
         findings = {name: engines.judge(subject) for name, subject in planned(job.plan).items()}
         print_json(
@@ -182,8 +182,8 @@ def _merge_experts(rows: list[tuple[str, str, str, str]]) -> list[tuple[str, str
 
 def _print_planned_serving(job: "Job") -> None:
     """Print which engines would load each planned format, and why not."""
-    from llmq.verify import engines
-    from llmq.verify.engines.planned_run import planned
+    from llmq.verification import engines
+    from llmq.verification.engines.planned_run import planned
 
     for name, subject in planned(job.plan).items():
         findings = engines.judge(subject)
@@ -193,7 +193,7 @@ def _print_planned_serving(job: "Job") -> None:
 
 def _print_serving(job: "Job") -> None:
     """Print in short which engines load the finished model; `llmq verify` has the details."""
-    from llmq.verify import engines
+    from llmq.verification import engines
 
     several = len(job.plan.settings.formats) > 1
     rows = []

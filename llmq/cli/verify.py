@@ -13,8 +13,8 @@ from llmq.cli.terminal import megabytes, print_json, print_loading, print_notes,
 from llmq.errors import CheckpointError, ConfigError, QualityError
 
 if TYPE_CHECKING:
-    from llmq.verify.engines import Finding, Verdict
-    from llmq.verify.integrity import Integrity
+    from llmq.verification.engines import Finding, Verdict
+    from llmq.verification.integrity import Integrity
 
 SHOWN = 8  # problems per model
 MODEL_FILES = ("config.json", "*.safetensors", "*.gguf")
@@ -55,8 +55,8 @@ def command(
     from llmq.checkpoint import hub
 
     print_loading()
-    from llmq.verify import engines as serving
-    from llmq.verify.integrity import Integrity, examine
+    from llmq.verification import engines as serving
+    from llmq.verification.integrity import Integrity, examine
 
     requested = [_engine(name, serving.ENGINES) for name in for_ or ()]
     quiet_transformers()

@@ -43,7 +43,7 @@ from llmq.runtime.load import stored_dtype
 from llmq.runtime.open_skeleton import compared
 from llmq.steps import output_layout
 from llmq.steps.linear_names import linear_names
-from llmq.verify.integrity import checksums
+from llmq.verification.integrity import checksums
 
 CHUNK_BYTES = 256 << 20  # of packed weights that are written together
 REQUANTIZE_HINT = (

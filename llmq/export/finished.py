@@ -13,7 +13,7 @@ from llmq.checkpoint.confined import confined
 from llmq.checkpoint.writer import CONFIG, Writer
 from llmq.errors import CheckpointError
 from llmq.report.stored_record import read_record
-from llmq.verify.integrity import checksum
+from llmq.verification.integrity import checksum
 
 
 def finished_record(folders: Sequence[Path], request: str) -> dict[str, Any] | None:

@@ -47,7 +47,7 @@ from llmq.report.stored_record import read_record
 from llmq.runtime.load import has_tokenizer
 from llmq.steps import output_layout
 from llmq.steps.linear_names import linear_names
-from llmq.verify.integrity import checksum
+from llmq.verification.integrity import checksum
 
 GROUP = 32
 EXACT = ("Q4_0", "Q5_0", "Q8_0")

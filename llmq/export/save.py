@@ -27,15 +27,15 @@ from llmq.export.convert import Converter
 from llmq.formats import with_settings
 from llmq.gguf.folder import blocks_to_gguf, export_gguf
 from llmq.numerics.gguf_types import GGUF, GGUF_GRIDS
-from llmq.plan import Plan
 from llmq.report import record
 from llmq.report.events import OnEvent
 from llmq.report.expert_tokens import expert_tokens
 from llmq.report.record import Report
 from llmq.report.stored_record import read_record
+from llmq.run_plan import Plan
 from llmq.steps import output_layout, scale_range
 from llmq.steps.run import Run
-from llmq.verify.integrity import checksums
+from llmq.verification.integrity import checksums
 
 
 def copies(formats: Sequence[str]) -> int:

@@ -29,12 +29,12 @@ from llmq.model.build.skeleton import Skeleton
 from llmq.numerics.gguf_types import GGUF, GGUF_GRIDS
 from llmq.numerics.layer_plan import LayerPlan
 from llmq.numerics.scheme import Scheme, WeightScheme
-from llmq.plan import plan_layers
+from llmq.run_plan import plan_layers
 from llmq.runtime.load import choose_device, configured_dtype
 from llmq.steps import output_layout
-from llmq.verify import engines
-from llmq.verify.engines import checkpoint_facts
-from llmq.verify.engines.checkpoint_facts import Linear, Subject
+from llmq.verification import engines
+from llmq.verification.engines import checkpoint_facts
+from llmq.verification.engines.checkpoint_facts import Linear, Subject
 
 HALF = 2  # bytes per element of keys and values in engines
 TOKENS = 1000  # for which the memory of keys and values is shown

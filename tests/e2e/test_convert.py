@@ -20,7 +20,7 @@ from llmq.checkpoint.staging import STAGING
 from llmq.errors import ConfigError, FormatError
 from llmq.export.convert import Converter
 from llmq.report.events import Event, Progress
-from llmq.verify import engines
+from llmq.verification import engines
 from tests import builders, mixtures
 from tests.command_line import llmq as command
 from tests.runs import assert_same_weights, stop, tensors_of, weights

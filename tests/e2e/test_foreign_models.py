@@ -18,7 +18,7 @@ from llmq.checkpoint.reader import Checkpoint
 from llmq.runtime.load import load_model
 from llmq.runtime.open_skeleton import open_skeleton
 from llmq.runtime.packed_linear import PackedLinear
-from llmq.verify.inspection import inspect
+from llmq.verification.inspection import inspect
 from tests import builders, foreign, mixtures
 from tests.builders import tokens
 

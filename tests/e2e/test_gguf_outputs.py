@@ -17,7 +17,7 @@ from llmq.errors import CheckpointError, ConfigError, FormatError, UnsupportedMo
 from llmq.evaluation.measure import measure
 from llmq.export.from_gguf import GgufConverter
 from llmq.report.events import Event, Progress
-from llmq.verify.inspection import inspect
+from llmq.verification.inspection import inspect
 from tests.command_line import llmq as command
 from tests.runs import assert_same_weights, stop, tensors_of, weights
 

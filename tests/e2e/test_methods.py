@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import llmq
-from llmq import plan as plan_module
+from llmq import run_plan as plan_module
 from llmq.config import QuantConfig
 from llmq.job import Job
 from llmq.methods import METHODS, Method

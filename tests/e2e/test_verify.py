@@ -16,8 +16,8 @@ import llmq
 from llmq.checkpoint.staging import STAGING
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.runtime.checkpoint_weights import PackedWeights
-from llmq.verify import engines as serving
-from llmq.verify.integrity import examine
+from llmq.verification import engines as serving
+from llmq.verification.integrity import examine
 from tests import builders, mixtures
 from tests.command_line import llmq as command
 

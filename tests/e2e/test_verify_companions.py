@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import llmq
-from llmq.verify.integrity import Integrity, examine
+from llmq.verification.integrity import Integrity, examine
 from tests import builders
 
 FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")

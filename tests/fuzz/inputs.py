@@ -23,9 +23,9 @@ from llmq.job import Job
 from llmq.model.build import module_tree
 from llmq.numerics.scheme import WeightScheme
 from llmq.setting_fields import read_toml
-from llmq.verify.companions import problems
-from llmq.verify.inspection import inspect
-from llmq.verify.integrity import examine
+from llmq.verification.companions import problems
+from llmq.verification.inspection import inspect
+from llmq.verification.integrity import examine
 from tests.fuzz import mutations
 
 Call = Callable[[], object]

@@ -18,8 +18,8 @@ LAYERS = (
     ("config", "_keywords"),
     ("runtime", "calibration", "report", "gguf", "cost"),
     ("steps", "evaluation"),
-    ("mixed_precision", "pipeline", "plan"),
-    ("export", "verify", "run_text", "job", "forecast"),
+    ("mixed_precision", "pipeline", "run_plan"),
+    ("export", "verification", "run_text", "job", "forecast"),
     ("cli",),
     ("__init__", "__main__"),  # the entry points
 )

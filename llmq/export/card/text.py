@@ -20,8 +20,8 @@ from llmq.export.conversion import WEIGHTS
 from llmq.numerics.gguf_types import GGUF, GGUF_GRIDS
 from llmq.report.escaped import markdown_code as code
 from llmq.setting_fields import config_to
-from llmq.verify import engines
-from llmq.verify.engines.rules import LLAMA_CPP, MLX, SGLANG, TRANSFORMERS, VLLM
+from llmq.verification import engines
+from llmq.verification.engines.rules import LLAMA_CPP, MLX, SGLANG, TRANSFORMERS, VLLM
 
 MODEL = "MODEL"  # in commands, until the model has an id
 PLACE = f"`{MODEL}` is the folder of this model, or its id on the Hub."

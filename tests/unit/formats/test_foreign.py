@@ -13,7 +13,7 @@ from llmq import formats
 from llmq.errors import FormatError, UnsupportedModelError
 from llmq.formats.foreign import FORMATS, of_block
 from llmq.runtime.load import load_model
-from llmq.verify.inspection import inspect
+from llmq.verification.inspection import inspect
 from tests import builders
 from tests.runs import job
 

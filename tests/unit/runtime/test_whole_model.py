@@ -13,8 +13,8 @@ import llmq
 from llmq.checkpoint.reader import Checkpoint
 from llmq.errors import CheckpointError, FormatError
 from llmq.runtime.open_skeleton import open_model
-from llmq.verify.inspection import inspect
-from llmq.verify.integrity import examine
+from llmq.verification.inspection import inspect
+from llmq.verification.integrity import examine
 from tests import builders
 from tests.runs import job, quantize
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from llmq.errors import CheckpointError
 from llmq.report.events import Progress
 from llmq.steps.float_probe import probe, probe_tokens
-from llmq.verify.integrity import examine
+from llmq.verification.integrity import examine
 from tests import builders
 from tests.runs import job, quantize
 

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 
 from llmq.formats.mlx import GROUPS, NAME
-from llmq.verify.engines.checkpoint_facts import Subject
-from llmq.verify.engines.conditions import is_awq, is_ct, is_float, is_gguf, is_gptq
-from llmq.verify.engines.hints import CONVERT, QUANTIZE_AGAIN
+from llmq.verification.engines.checkpoint_facts import Subject
+from llmq.verification.engines.conditions import is_awq, is_ct, is_float, is_gguf, is_gptq
+from llmq.verification.engines.hints import CONVERT, QUANTIZE_AGAIN
 
 
 def is_mlx(subject: Subject) -> bool:

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from llmq.numerics.scheme import WeightScheme
-from llmq.verify.engines import Linear, Subject, judge, verdicts
-from llmq.verify.engines.conditions import is_float16
-from llmq.verify.engines.rules import ENGINES, RULES
+from llmq.verification.engines import Linear, Subject, judge, verdicts
+from llmq.verification.engines.conditions import is_float16
+from llmq.verification.engines.rules import ENGINES, RULES
 
 G128, G32, ASYMMETRIC = WeightScheme(4, 128), WeightScheme(4, 32), WeightScheme(4, 128, symmetric=False)
 CONFIG: dict[str, Any] = {

@@ -24,7 +24,7 @@ from llmq.report.stored_record import read_record
 from llmq.runtime.checkpoint_weights import PackedWeights, quantization_settings
 from llmq.runtime.open_skeleton import compared
 from llmq.runtime.whole_model import without_effect
-from llmq.verify import companions
+from llmq.verification import companions
 
 # Files whose change does not change the model: the record itself, and texts for people.
 NOT_THE_MODEL = re.compile(

@@ -3,7 +3,7 @@
 from llmq.errors import UnsupportedModelError
 from llmq.gguf.architectures import architecture
 from llmq.steps import output_layout
-from llmq.verify.engines.checkpoint_facts import Subject
+from llmq.verification.engines.checkpoint_facts import Subject
 
 CONVERT = "llmq convert PATH OUT --to"
 QUANTIZE_AGAIN = "quantize the original model again"

@@ -1,10 +1,10 @@
 """A planned model as serving engines would see it, for `--dry-run`."""
 
 from llmq.numerics.gguf_types import GGUF
-from llmq.plan import Plan
+from llmq.run_plan import Plan
 from llmq.steps import output_layout
-from llmq.verify.engines import checkpoint_facts
-from llmq.verify.engines.checkpoint_facts import Linear, Subject
+from llmq.verification.engines import checkpoint_facts
+from llmq.verification.engines.checkpoint_facts import Linear, Subject
 
 
 def planned(plan: Plan) -> dict[str, Subject]:

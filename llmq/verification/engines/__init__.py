@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llmq.verify.engines import checkpoint_facts, tensor_parallel
-from llmq.verify.engines.checkpoint_facts import Linear, Subject
-from llmq.verify.engines.conditions import runs_marlin
-from llmq.verify.engines.rules import ENGINES, IN_THE_WAY, REFUSES, RULES, SERVERS, SGLANG, UNKNOWN
+from llmq.verification.engines import checkpoint_facts, tensor_parallel
+from llmq.verification.engines.checkpoint_facts import Linear, Subject
+from llmq.verification.engines.conditions import runs_marlin
+from llmq.verification.engines.rules import ENGINES, IN_THE_WAY, REFUSES, RULES, SERVERS, SGLANG, UNKNOWN
 
 __all__ = ["ENGINES", "Finding", "Linear", "Subject", "Verdict", "check", "judge", "verdicts"]
 

@@ -7,10 +7,10 @@ sources and issues, at the versions named.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from llmq.verify.engines import conditions as ask
-from llmq.verify.engines import mlx
-from llmq.verify.engines.checkpoint_facts import Subject
-from llmq.verify.engines.conditions import (
+from llmq.verification.engines import conditions as ask
+from llmq.verification.engines import mlx
+from llmq.verification.engines.checkpoint_facts import Subject
+from llmq.verification.engines.conditions import (
     Question,
     format_is,
     is_awq,
@@ -22,7 +22,7 @@ from llmq.verify.engines.conditions import (
     unless,
     when,
 )
-from llmq.verify.engines.hints import CONVERT, QUANTIZE_AGAIN, another_grid, to_gguf
+from llmq.verification.engines.hints import CONVERT, QUANTIZE_AGAIN, another_grid, to_gguf
 
 REFUSES, WRONG, UNKNOWN, SLOWER, NOTE = "refuses", "wrong", "unknown", "slower", "note"
 IN_THE_WAY = (REFUSES, WRONG)  # the engine cannot serve the model; other outcomes are information

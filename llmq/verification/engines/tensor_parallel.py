@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from llmq.model.analyse.fused_names import FUSED
-from llmq.verify.engines.checkpoint_facts import Linear, Subject
+from llmq.verification.engines.checkpoint_facts import Linear, Subject
 
 SIZES = (1, 2, 4, 8)
 

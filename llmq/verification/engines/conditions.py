@@ -6,8 +6,8 @@
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from llmq.verify.engines import tensor_parallel
-from llmq.verify.engines.checkpoint_facts import Linear, Subject
+from llmq.verification.engines import tensor_parallel
+from llmq.verification.engines.checkpoint_facts import Linear, Subject
 
 CT = "compressed-tensors"
 MARLIN_GROUPS = (32, 64, 128)
