@@ -1,9 +1,13 @@
 """llmq: 4-bit language models from Hugging Face checkpoints.
 
-    report = llmq.quantize("model", "out", method="gptq", calibration="text.txt")
+    print(llmq.plan("model"))                                     # size, time and memory, before
+    report = llmq.quantize("model", "out", method="gptq", calibration=["a text", "another text"])
+    print(llmq.evaluate("out", against="model", text="held-out.txt"))
+    print(llmq.verify("out"))                                     # is it complete, and which engines load it
     model, tokenizer = llmq.load("out")
 
-The names below are loaded when they are first used. `import llmq` imports neither torch nor transformers.
+Results print themselves, and show as tables in notebooks. The names below are loaded when they are first used:
+`import llmq` imports neither torch nor transformers.
 """
 
 import importlib
@@ -14,43 +18,71 @@ from llmq._version import __version__
 if TYPE_CHECKING:
     from llmq.config import QuantConfig
     from llmq.errors import LlmqError
+    from llmq.evaluation.evaluate import evaluate
+    from llmq.evaluation.results import Measurement
+    from llmq.export.any_format import convert
+    from llmq.export.conversion import Conversion
     from llmq.export.dequantize import dequantize
+    from llmq.forecast.plan import plan
+    from llmq.forecast.sizes_and_costs import Forecast
     from llmq.job import quantize
     from llmq.numerics.quantized_tensor import QuantizedTensor
     from llmq.numerics.scheme import InputScheme, Scheme, WeightScheme
     from llmq.report.record import Report
     from llmq.runtime.load import load
     from llmq.runtime.transformers.quantizer import disable_transformers, enable_transformers
+    from llmq.verification.inspection import Inspection, inspect
+    from llmq.verification.verified import Verification, verify
 
 _HOMES = {
+    "Conversion": "llmq.export.conversion",
+    "Forecast": "llmq.forecast.sizes_and_costs",
     "InputScheme": "llmq.numerics.scheme",
+    "Inspection": "llmq.verification.inspection",
     "LlmqError": "llmq.errors",
+    "Measurement": "llmq.evaluation.results",
     "QuantConfig": "llmq.config",
     "QuantizedTensor": "llmq.numerics.quantized_tensor",
     "Report": "llmq.report.record",
     "Scheme": "llmq.numerics.scheme",
+    "Verification": "llmq.verification.verified",
     "WeightScheme": "llmq.numerics.scheme",
+    "convert": "llmq.export.any_format",
     "dequantize": "llmq.export.dequantize",
     "disable_transformers": "llmq.runtime.transformers.quantizer",
     "enable_transformers": "llmq.runtime.transformers.quantizer",
+    "evaluate": "llmq.evaluation.evaluate",
+    "inspect": "llmq.verification.inspection",
     "load": "llmq.runtime.load",
+    "plan": "llmq.forecast.plan",
     "quantize": "llmq.job",
+    "verify": "llmq.verification.verified",
 }
 
 __all__ = [
+    "Conversion",
+    "Forecast",
     "InputScheme",
+    "Inspection",
     "LlmqError",
+    "Measurement",
     "QuantConfig",
     "QuantizedTensor",
     "Report",
     "Scheme",
+    "Verification",
     "WeightScheme",
     "__version__",
+    "convert",
     "dequantize",
     "disable_transformers",
     "enable_transformers",
+    "evaluate",
+    "inspect",
     "load",
+    "plan",
     "quantize",
+    "verify",
 ]
 
 

@@ -3,7 +3,7 @@
 Generated from the fields in `llmq/config.py`: change them there, then run `python scripts/setting_keywords.py`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -27,7 +27,7 @@ class Keywords(TypedDict, total=False):
     keep_grid: bool | None
     rotate: bool | None
     quantize_head: bool | None
-    calibration: str | Path | Sequence[str | Path] | None
+    calibration: str | Path | Iterable[Any] | None
     samples: int | None
     seqlen: int | None
     packing: bool | None

@@ -119,7 +119,7 @@ class Calibration(Settings):
 
     sources: Annotated[
         Strings,
-        Setting(name="calibration", metavar="SOURCE", parse=parse_sources, keyword="str | Path | Sequence[str | Path]"),
+        Setting(name="calibration", metavar="SOURCE", parse=parse_sources, keyword="str | Path | Iterable[Any]"),
     ] = Field(
         default=(),
         description="Calibration data: a .txt, .jsonl, .json or .parquet file (FILE:COLUMN selects a column), a Hub "

@@ -6,9 +6,8 @@ configuration and the headers of the checkpoint. `Job.run` then quantizes the mo
 """
 
 import dataclasses
-import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
@@ -19,7 +18,10 @@ from llmq import memory, pipeline
 from llmq._keywords import Keywords
 from llmq._version import __version__
 from llmq.calibration import CalibrationSet
+from llmq.calibration.documents import Contents
+from llmq.calibration.given import from_python
 from llmq.calibration.sources import parse_sources
+from llmq.checkpoint.in_memory import Savable, opened
 from llmq.checkpoint.sealed import sha256_of
 from llmq.checkpoint.staging import STAGING
 from llmq.checkpoint.writer import Writer
@@ -41,6 +43,7 @@ from llmq.report.record import BlockReport, Report, TuningReport
 from llmq.report.sensitivity import Sensitivity
 from llmq.run_plan import Plan
 from llmq.run_text import RunText, sequences_at_once
+from llmq.runtime.environment import run_versions
 from llmq.setting_fields import config_to, merged
 from llmq.steps import fisher_information, float_probe, lm_head, output_layout
 from llmq.steps.end_to_end.memory_plan import disk_bytes
@@ -52,6 +55,7 @@ class Job:
     """One request to quantize a model; `plan` has the scheme of each linear layer of the blocks.
 
     `stages` replace the stages of `settings.method`, for experiments. `ranks` are the processes that run the same job.
+    `given` are the contents of sources of calibration text that are not read from a file or the Hub.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class Job:
         overwrite: bool = False,
         trust_remote_code: bool = False,
         ranks: Ranks = ALONE,
+        given: Mapping[str, Contents] | None = None,
     ) -> None:
         settings = settings or QuantConfig()
         self._overwrite, self._ranks, device = overwrite, ranks, ranks.device(device)
@@ -82,19 +87,12 @@ class Job:
                 hint="give another output folder",
             )
         model_id = self.plan.checkpoint.fingerprint()
-        self._text = RunText(self.out / STAGING, model_id, remote_code=trust_remote_code)
+        self._text = RunText(self.out / STAGING, model_id, remote_code=trust_remote_code, given=given)
         self.report = Report(
             source=str(model),
             output=str(self.out),
             settings=config_to(self.plan.settings),
-            versions={
-                "llmq": __version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-                "platform": f"{platform.system()} {platform.machine()}",
-                "device": str(self.plan.device),
-                "processes": str(ranks.size),
-            },
+            versions={**run_versions(), "device": str(self.plan.device), "processes": str(ranks.size)},
             left=self.plan.left(),
             original_bytes=self.plan.checkpoint.nbytes,
             request=sha256_of(self._identity()),
@@ -282,9 +280,10 @@ class Job:
 
 
 def quantize(
-    model: str | Path,
+    model: str | Path | Savable,
     out: str | Path | None = None,
     *,
+    tokenizer: Any = None,
     config: QuantConfig | None = None,
     device: str = "auto",
     revision: str | None = None,
@@ -294,23 +293,23 @@ def quantize(
     on_event: OnEvent = ignore,
     **settings: Unpack[Keywords],
 ) -> Report:
-    """Quantize `model`, a folder or Hub id, into the folder `out`, and return the report.
+    """Quantize `model` into the folder `out`, and return the report.
 
         llmq.quantize("Qwen/Qwen3-8B", "out", method="gptq", bits=4, group_size=128, calibration="text.jsonl")
+        llmq.quantize(model, "out", tokenizer=tokenizer, calibration=dataset["train"])
 
-    The settings are those of `llmq quantize --help`, by the same names; they override those of `config`. `stages`
-    replace the stages of the method, for experiments. `on_event` is called with every event (see
-    `llmq.report.events`). An interrupted call continues when it is repeated. Raises the errors of `llmq.errors`, such
-    as ConfigError for a setting that does not exist or has a wrong value.
+    `model` is a folder, a Hub id, or a float model of transformers in memory with its `tokenizer`. The settings are
+    those of `llmq quantize --help`, by the same names; they override those of `config`. `calibration` also takes a list
+    of texts, of chats (each a list of messages) or of token ids, or a `datasets.Dataset`. `stages` replace the stages
+    of the method, for experiments. `on_event` is called with every event (see `llmq.report.events`). An interrupted
+    call continues when it is repeated. Raises the errors of `llmq.errors`, such as ConfigError for a setting that does
+    not exist or has a wrong value.
     """
-    job = Job(
-        model,
-        out,
-        merged(config or QuantConfig(), settings),
-        stages=stages,
-        device=device,
-        revision=revision,
-        overwrite=overwrite,
-        trust_remote_code=trust_remote_code,
-    )
-    return job.run(on_event)
+    settings["calibration"], given = from_python(settings.get("calibration"))
+    with opened(model, tokenizer, out) as (source, name):
+        job = Job(
+            source, out, merged(config or QuantConfig(), settings), stages=stages, device=device, revision=revision,
+            overwrite=overwrite, trust_remote_code=trust_remote_code, given=given,
+        )  # fmt: skip
+        job.report.source = name
+        return job.run(on_event)

@@ -1,6 +1,7 @@
 """The text of a run: the calibration text, and text that the model generates in addition."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from llmq import calibration, memory
 from llmq.calibration import CalibrationSet, OwnText, SelfAuthor
+from llmq.calibration.documents import Contents
 from llmq.calibration.sequences import require_embeddings
 from llmq.errors import CalibrationError
 from llmq.model.passes.streams import Text
@@ -24,9 +26,11 @@ ADDED_SEED = 1 << 32  # so that this text differs from that of `--calibration se
 class RunText:
     """Reads the text, or lets the model generate it; generated text is kept in the staging folder of the run."""
 
-    def __init__(self, staging: Path, model_id: str, *, remote_code: bool) -> None:
+    def __init__(
+        self, staging: Path, model_id: str, *, remote_code: bool, given: Mapping[str, Contents] | None = None
+    ) -> None:
         self._own, self._own_added = OwnText(staging, model_id), OwnText(staging, model_id, "added")
-        self._remote_code = remote_code
+        self._remote_code, self._given = remote_code, given
 
     def load(self, plan: Plan, report: Report, on_event: OnEvent) -> CalibrationSet:
         """The calibration text; notes for the user are added to the report."""
@@ -37,6 +41,7 @@ class RunText:
             seed=plan.settings.seed,
             max_tokens=plan.skeleton.max_tokens,
             author=self._author(plan, tokenizer, self._own, on_event),
+            given=self._given,
         )
         report.calibration = text.to_dict()
         report.notes += text.notes

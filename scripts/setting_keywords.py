@@ -19,7 +19,7 @@ HEAD = '''"""The settings of `llmq.quantize` as typed keywords, for type checker
 Generated from the fields in `llmq/config.py`: change them there, then run `python scripts/setting_keywords.py`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 

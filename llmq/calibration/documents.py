@@ -4,6 +4,7 @@ One odd row never ends a run. A row that holds neither is left out, and its name
 than a tenth of the rows are like that, the source is refused.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,10 +24,20 @@ Row = tuple[str, Any | CalibrationError]
 
 
 @dataclass(frozen=True)
-class Document:
-    """A text or a chat, and the name of its row, for messages."""
+class Tokens:
+    """Token ids that are not tokenized again."""
 
-    content: str | Chat
+    ids: tuple[int, ...]
+
+
+Content = str | Chat | Tokens
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text, a chat or token ids, and the name of its row, for messages."""
+
+    content: Content
     row: str
 
 
@@ -101,6 +112,15 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
+def digest(content: Content) -> bytes:
+    """The SHA-256 of a document, to recognize duplicates."""
+    if isinstance(content, Tokens):
+        text = json.dumps(content.ids)
+    else:
+        text = content if isinstance(content, str) else json.dumps([content.messages, content.tools], default=str)
+    return hashlib.sha256(text.encode()).digest()
+
+
 def is_blank(document: Document) -> bool:
     return isinstance(document.content, str) and not document.content.strip()
 
@@ -115,10 +135,12 @@ def texts_only(documents: Sequence[Document], source: str) -> list[str]:
     return texts
 
 
-def _content(row: Any, column: str | None) -> str | Chat:
+def _content(row: Any, column: str | None) -> Content:
     """The text or the chat of a row; raises CalibrationError with the reason."""
     if isinstance(row, CalibrationError):
         raise row
+    if isinstance(row, Tokens):
+        return row
     value, tools = row, None
     if isinstance(row, Mapping):
         name = column_of(row, column)

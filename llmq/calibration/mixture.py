@@ -4,12 +4,13 @@ Each source gets its share of the sequences (by largest remainders, so that they
 If a source is too short, the other sources replace the missing sequences by their weights, and a note reports it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from llmq.calibration.documents import Contents
 from llmq.calibration.manifest import CalibrationSet, SourceRecord, scripts_of, sha256_of
 from llmq.calibration.sequences import TextWindows
 from llmq.calibration.sources import SELF, Source, parse_sources
@@ -28,11 +29,18 @@ class Author(Protocol):
 
 
 def load(
-    settings: Calibration, tokenizer: Any, *, seed: int, max_tokens: int | None, author: Author | None = None
+    settings: Calibration,
+    tokenizer: Any,
+    *,
+    seed: int,
+    max_tokens: int | None,
+    author: Author | None = None,
+    given: Mapping[str, Contents] | None = None,
 ) -> CalibrationSet:
     """Make the calibration set of a run; `max_tokens`, the context of the model, limits the length of a sequence.
 
-    The source `self` needs an `author`.  Raises CalibrationError.
+    The source `self` needs an `author`; `given` are the contents of sources that are not read from a file or the Hub.
+    Raises CalibrationError.
     """
     notes: list[str] = []
     seqlen = settings.seqlen
@@ -46,7 +54,7 @@ def load(
         raise CalibrationError(message, hint="name self once, with a weight such as self:0.2, or give a text")
     seen: set[bytes] = set()
     texts = {
-        index: TextWindows(source, tokenizer, seqlen, seed, settings.packing, seen)
+        index: TextWindows(source, tokenizer, seqlen, seed, settings.packing, seen, (given or {}).get(source.name))
         for index, source in enumerate(sources)
         if not source.is_self
     }

@@ -5,9 +5,7 @@ tokenized as the sequences need. The seed determines their order, so that a larg
 top. Of a long document only a part is tokenized, unless the sequences need more.
 """
 
-import hashlib
 import itertools
-import json
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -19,7 +17,7 @@ from torch import Tensor
 
 from llmq.calibration import files
 from llmq.calibration.chats import Chat, has_template
-from llmq.calibration.documents import Document, is_blank
+from llmq.calibration.documents import Content, Contents, Document, Tokens, digest, is_blank
 from llmq.calibration.drawing import drawn, packed
 from llmq.calibration.manifest import ROWS_NAMED, SourceRecord, scripts_of, sha256_of
 from llmq.calibration.sources import Source, read_source
@@ -39,8 +37,8 @@ def require_embeddings(tokens: Tensor, vocabulary: int) -> None:
     largest = int(tokens.max())
     if largest >= vocabulary:
         raise CheckpointError(
-            f"the tokenizer produced the token id {largest}, but the model has embeddings for {vocabulary} tokens only",
-            hint="check that the tokenizer belongs to the model",
+            f"the text has the token id {largest}, but the model has embeddings for {vocabulary} tokens only",
+            hint="check that the tokenizer, or the given token ids, belong to the model",
         )
 
 
@@ -61,6 +59,7 @@ class TextWindows:
 
     packing  whether documents are joined end to end; otherwise sequences are drawn from many documents
     seen     digests of earlier documents, of this source and of the other sources of the run
+    contents  the documents of the source, if they are not read from a file or the Hub
     """
 
     source: Source
@@ -69,9 +68,10 @@ class TextWindows:
     seed: int
     packing: bool
     seen: set[bytes] = field(default_factory=set)
+    contents: Contents | None = None
 
     def __post_init__(self) -> None:
-        contents = read_source(self.source.name, explicit=self.source.explicit)
+        contents = self.contents or read_source(self.source.name, explicit=self.source.explicit)
         self.refusal = ""  # the error of the chat template for the first chat that it refused
         self._unusable = len(contents.unusable)
         self._documents = contents.documents
@@ -140,7 +140,7 @@ class TextWindows:
             return packed(self._tokens, self.seqlen)
         return drawn(self._tokens, self.seqlen, getattr(self.tokenizer, "bos_token_id", None), self.seed)
 
-    def _shuffled(self, documents: Sequence[Document]) -> list[tuple[int, str | Chat]]:
+    def _shuffled(self, documents: Sequence[Document]) -> list[tuple[int, Content]]:
         """The documents that are neither empty nor duplicates, and their numbers, in random order.
 
         If sequences are drawn, a long text is cut into parts: the first parts of all documents, then the second ones.
@@ -150,16 +150,16 @@ class TextWindows:
             if is_blank(document):
                 self._counts.empty += 1
                 continue
-            digest = _digest(document.content)
-            self._counts.duplicates += digest in self.seen
-            if digest not in self.seen:
+            own = digest(document.content)
+            self._counts.duplicates += own in self.seen
+            if own not in self.seen:
                 kept.append((number, document.content))
-            self.seen.add(digest)
+            self.seen.add(own)
         chance = random.Random(self.seed)
         chance.shuffle(kept)
         if self.packing:
             return kept
-        turns: list[tuple[int, int, str | Chat]] = []
+        turns: list[tuple[int, int, Content]] = []
         for number, content in kept:
             parts = self._parts(content)
             chance.shuffle(parts)
@@ -167,21 +167,24 @@ class TextWindows:
         turns.sort(key=lambda part: part[0])
         return [(number, part) for _, number, part in turns]
 
-    def _parts(self, content: str | Chat) -> list[str | Chat]:
+    def _parts(self, content: str | Chat) -> list[Content]:
         size = PART * self.seqlen
-        if isinstance(content, Chat) or len(content) <= files.LONGEST * size:
+        if not isinstance(content, str) or len(content) <= files.LONGEST * size:
             return [content]
         return [*files.pieces(content, size)]
 
-    def _tokenized(self, documents: Sequence[tuple[int, str | Chat]]) -> Iterator[Tensor]:
+    def _tokenized(self, documents: Sequence[tuple[int, Content]]) -> Iterator[Tensor]:
         """Yield (2, n) int64 for each document: its token ids, and its number."""
+        ids: list[int]
         for number, content in documents:
-            if isinstance(content, Chat) and has_template(self.tokenizer):
+            if isinstance(content, Tokens):
+                text, ids = self.tokenizer.decode(content.ids), list(content.ids)
+            elif isinstance(content, Chat) and has_template(self.tokenizer):
                 text = self._rendered(number, content)
                 if text is None:
                     continue
                 self._counts.chats += 1
-                ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+                ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             else:
                 text = content.contents if isinstance(content, Chat) else content
                 self._counts.untemplated += isinstance(content, Chat)
@@ -206,8 +209,3 @@ class TextWindows:
             return ids
         self._counts.doubled_bos += 1
         return ids[1:]
-
-
-def _digest(content: str | Chat) -> bytes:
-    text = content if isinstance(content, str) else json.dumps([content.messages, content.tools], default=str)
-    return hashlib.sha256(text.encode()).digest()

@@ -7,17 +7,10 @@ from typer import Argument, Option
 
 from llmq.cli import options
 from llmq.cli.progress import ProgressDisplay
-from llmq.cli.terminal import (
-    megabytes,
-    print_done,
-    print_json,
-    print_loading,
-    print_notes,
-    print_table,
-    quiet_transformers,
-)
+from llmq.cli.terminal import print_done, print_json, print_loading, print_notes, print_table, quiet_transformers
 from llmq.config import CONVERTIBLE
-from llmq.errors import ConfigError, Interrupted
+from llmq.errors import Interrupted
+from llmq.report.shown import megabytes
 
 if TYPE_CHECKING:
     from llmq.export.conversion import Conversion
@@ -69,37 +62,25 @@ def command(
     See also:
       llmq quantize --format gptq,gguf  several formats at once
     """
-    from llmq.checkpoint import hub
-
     print_loading()
-    from llmq.checkpoint.index import gguf_file
-    from llmq.export.convert import Converter
-    from llmq.export.from_gguf import GgufConverter
+    from llmq.export.any_format import convert
 
     quiet_transformers()
-    converter: Converter | GgufConverter
-    file = gguf_file(Path(path))
-    if file is not None:
-        like = None if source is None else hub.locate(source)
-        converter = GgufConverter(file, out, to, like=like, allow_requantize=allow_requantize, overwrite=overwrite)
-    else:
-        if source is not None:
-            raise ConfigError("--source is for .gguf files", hint="omit it: the folder has all files")
-        converter = Converter(
-            path, out, to, allow_requantize=allow_requantize, overwrite=overwrite, remote_code=trust_remote_code
-        )
     try:
         with ProgressDisplay() as display:
-            converter.run(display)
+            report = convert(
+                path, out, to=to, source=source, allow_requantize=allow_requantize, overwrite=overwrite,
+                trust_remote_code=trust_remote_code, on_event=display,
+            )  # fmt: skip
     except KeyboardInterrupt:
         hint = "repeat the command: it continues where it stopped"
         raise Interrupted("interrupted", hint=hint) from None
-    print_notes(converter.report.notes)
-    print_done("finished already:" if converter.report.finished else "done:", f" {out}")
+    print_notes(report.notes)
+    print_done("finished already:" if report.finished else "done:", f" {out}")
     if json:
-        print_json(converter.report.to_dict())
+        print_json(report.to_dict())
     else:
-        _print(converter.report)
+        _print(report)
 
 
 def _print(report: "Conversion") -> None:

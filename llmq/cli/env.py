@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from llmq.cli import options
-from llmq.cli.terminal import megabytes, print_json, print_table
+from llmq.cli.terminal import print_json, print_table
+from llmq.report.shown import megabytes
 
 if TYPE_CHECKING:
     from llmq.runtime.environment import Device, Environment

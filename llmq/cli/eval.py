@@ -9,8 +9,8 @@ from llmq.cli.evaluation_tables import print_evaluation
 from llmq.cli.progress import ProgressDisplay
 from llmq.cli.terminal import print_json, print_loading, print_notes, quiet_transformers
 from llmq.errors import ConfigError
+from llmq.evaluation import WIKITEXT
 
-WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1:test:text"
 LIMITS = "Limits for scripts"
 MaxKl = Annotated[
     float | None,

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmq.cli.streams import print_text
-from llmq.cli.terminal import megabytes, print_table
+from llmq.cli.terminal import print_table
+from llmq.report.shown import megabytes
 
 if TYPE_CHECKING:
     from llmq.evaluation.paired import PairedDifference

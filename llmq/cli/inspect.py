@@ -5,7 +5,8 @@ from typing import Any
 from llmq.cli import options
 from llmq.cli.manifest import print_manifest
 from llmq.cli.streams import print_text
-from llmq.cli.terminal import megabytes, print_json, print_loading, print_notes, print_table, quiet_transformers
+from llmq.cli.terminal import print_json, print_loading, print_notes, print_table, quiet_transformers
+from llmq.report.shown import megabytes
 
 PANEL, ORDER = "Inspect", 3
 
@@ -26,17 +27,7 @@ def command(path: options.Path_, json: options.Json = False) -> None:
     if json:
         print_json(report.to_dict())
         return
-    rows = [
-        (
-            layer.name,
-            f"{layer.out_features} x {layer.in_features}",
-            layer.scheme or layer.dtype,
-            f"{layer.bits_per_weight:.3f}",
-            megabytes(layer.nbytes),
-            "-" if layer.error is None else f"{layer.error:.2%}",
-        )
-        for layer in report.layers
-    ]
+    rows = [layer.row() for layer in report.layers]
     print_table(str(path), ("weight", "shape", "stored as", "bits/weight", "size", "error"), rows)
     summary: list[tuple[str, Any]] = [
         ("format", report.format or "not quantized"),

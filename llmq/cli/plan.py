@@ -9,17 +9,10 @@ from typer import Option
 
 from llmq.cli import options
 from llmq.cli.streams import print_text
-from llmq.cli.terminal import (
-    megabytes,
-    messages,
-    print_json,
-    print_loading,
-    print_notes,
-    print_table,
-    quiet_transformers,
-)
+from llmq.cli.terminal import messages, print_json, print_loading, print_notes, print_table, quiet_transformers
 from llmq.config import QuantConfig
 from llmq.errors import ConfigError
+from llmq.report.shown import duration, megabytes
 
 if TYPE_CHECKING:
     from llmq.forecast import Fit, Forecast
@@ -28,7 +21,6 @@ PANEL, ORDER = "Quantization", 0
 UNITS = {"": 1, "k": 1000, "m": 10**6, "g": 10**9, "t": 10**12, "kb": 1000, "mb": 10**6, "gb": 10**9, "tb": 10**12,
          "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}  # fmt: skip
 TOKEN_UNITS = {"": 1, "k": 2**10, "m": 2**20}  # as models count their context: 32k is 32,768
-HOUR, MINUTE = 3600, 60
 
 
 @options.with_settings()
@@ -131,13 +123,6 @@ def _print_forecast(result: "Forecast", settings: QuantConfig) -> None:
     text = f"{calibration.samples} x {calibration.seqlen} calibration tokens on {result.device}"
     print_table(f"cost of quantizing, {text}", ("method", "time", *gpu, "main memory", "disk"), costs)
     print_text(f"keys and values of {1000:,} tokens take {megabytes(1000 * result.bytes_per_token)} in 16 bits")
-
-
-def duration(seconds: float) -> str:
-    """`45 s`, `12 min` or `3.5 h`."""
-    if seconds < 2 * MINUTE:
-        return f"{seconds:.0f} s"
-    return f"{seconds / MINUTE:.0f} min" if seconds < 2 * HOUR else f"{seconds / HOUR:.1f} h"
 
 
 def _print_fit(model: str, fitting: "Fit") -> None:

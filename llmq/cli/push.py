@@ -8,17 +8,9 @@ from typer import Argument, Option
 from llmq.cli import options
 from llmq.cli.progress import ProgressDisplay
 from llmq.cli.streams import print_text
-from llmq.cli.terminal import (
-    megabytes,
-    print_done,
-    print_json,
-    print_loading,
-    print_notes,
-    print_table,
-    quiet_transformers,
-)
-from llmq.cli.verify import require_intact, require_model
+from llmq.cli.terminal import print_done, print_json, print_loading, print_notes, print_table, quiet_transformers
 from llmq.errors import CheckpointError, Interrupted
+from llmq.report.shown import megabytes
 
 PANEL, ORDER = "Quantization", 3
 
@@ -59,13 +51,13 @@ def command(
         raise CheckpointError(f"{out} is not a folder", hint="give the output folder of llmq quantize or convert")
     print_loading()
     from llmq.export.push import parcel, push
-    from llmq.verification.integrity import examine
+    from llmq.verification.verified import require_model, verify
 
     quiet_transformers()
     require_model(out)
     chosen = parcel(out)
     with ProgressDisplay() as display:
-        require_intact(out, examine(out, on_event=display))
+        verify(out, on_event=display).require_intact()
     sizes = chosen.sizes()
     print_notes(chosen.notes)
     if dry_run:

@@ -12,20 +12,13 @@ from typer import Exit
 from llmq.cli import options
 from llmq.cli.progress import ProgressDisplay
 from llmq.cli.streams import print_text
-from llmq.cli.terminal import (
-    megabytes,
-    print_done,
-    print_json,
-    print_loading,
-    print_notes,
-    print_table,
-    quiet_transformers,
-)
+from llmq.cli.terminal import print_done, print_json, print_loading, print_notes, print_table, quiet_transformers
 from llmq.cli.verify import print_findings, print_serving
 from llmq.config import QuantConfig
 from llmq.errors import Interrupted, LlmqError
 from llmq.report import expert_tokens
 from llmq.report.record import OUTSIDE_THE_BLOCKS, Report
+from llmq.report.shown import megabytes
 from llmq.setting_fields import config_to
 
 if TYPE_CHECKING:

@@ -84,10 +84,6 @@ def print_json(document: Any) -> None:
     print_text(json.dumps(document, indent=2))
 
 
-def megabytes(count: int) -> str:
-    return f"{count / 1e6:.2f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
-
-
 def print_loading() -> None:
     """A sign of life on stderr before torch and transformers are imported, which takes seconds."""
     if "transformers" not in sys.modules:

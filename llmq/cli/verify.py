@@ -1,7 +1,6 @@
 """`llmq verify PATH`"""
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
@@ -9,15 +8,12 @@ from typer import Option
 from llmq.cli import options
 from llmq.cli.progress import ProgressDisplay
 from llmq.cli.streams import print_text
-from llmq.cli.terminal import megabytes, print_json, print_loading, print_notes, print_table, quiet_transformers
-from llmq.errors import CheckpointError, ConfigError, QualityError
+from llmq.cli.terminal import print_json, print_loading, print_notes, print_table, quiet_transformers
+from llmq.errors import ConfigError, QualityError
 
 if TYPE_CHECKING:
     from llmq.verification.engines import Finding, Verdict
     from llmq.verification.integrity import Integrity
-
-SHOWN = 8  # problems per model
-MODEL_FILES = ("config.json", "*.safetensors", "*.gguf")
 
 PANEL, ORDER = "Inspect", 2
 
@@ -52,34 +48,24 @@ def command(
       3  broken or unreadable model
       8  an engine given with --for would not load it, or is unknown
     """
-    from llmq.checkpoint import hub
-
     print_loading()
-    from llmq.verification import engines as serving
-    from llmq.verification.integrity import Integrity, examine
+    from llmq.verification.engines import ENGINES
+    from llmq.verification.verified import verify
 
-    requested = [_engine(name, serving.ENGINES) for name in for_ or ()]
+    requested = [_engine(name, ENGINES) for name in for_ or ()]
     quiet_transformers()
-    model = hub.locate(path, None, remote_code=trust_remote_code)
-    require_model(model)
-    integrity = Integrity()
-    if not quick:
-        with ProgressDisplay() as display:
-            integrity = examine(model, remote_code=trust_remote_code, on_event=display)
-    findings = [] if integrity.problems else serving.check(model)
-    verdicts = serving.verdicts(findings)
+    with ProgressDisplay() as display:
+        verification = verify(path, quick=quick, trust_remote_code=trust_remote_code, on_event=display)
     if json:
-        checked = None if quick else integrity.to_dict()
-        engines = {v.engine: {"loads": v.loads, "gpus": v.gpus} for v in verdicts} if not integrity.problems else {}
-        print_json({"integrity": checked, "engines": engines, "findings": [finding.to_dict() for finding in findings]})
-    elif not integrity.problems:
-        if not quick:
-            _print_integrity(integrity)
-        print_serving(verdicts)
-        print_findings(findings)
-    print_notes(integrity.notes)
-    require_intact(path, integrity)
-    _require_served(path, requested, verdicts)
+        print_json(verification.to_dict())
+    elif verification.intact:
+        if verification.integrity is not None:
+            _print_integrity(verification.integrity)
+        print_serving(verification.verdicts)
+        print_findings(verification.findings)
+    print_notes(verification.integrity.notes if verification.integrity is not None else ())
+    verification.require_intact()
+    _require_served(path, requested, verification.verdicts)
 
 
 def _require_served(path: str, requested: "Iterable[tuple[str, int]]", verdicts: "Iterable[Verdict]") -> None:
@@ -93,29 +79,6 @@ def _require_served(path: str, requested: "Iterable[tuple[str, int]]", verdicts:
         raise QualityError(f"{path} {verb} in {engines}", hint="see the findings above")
 
 
-def require_intact(path: str | Path, integrity: "Integrity") -> None:
-    """Raise CheckpointError if a model has problems."""
-    if integrity.problems:
-        more = f" (and {len(integrity.problems) - SHOWN} more)" if len(integrity.problems) > SHOWN else ""
-        raise CheckpointError(
-            f"{path} is broken: {'; '.join(integrity.problems[:SHOWN])}{more}",
-            hint="download or copy the files again; if you changed one, remove its line from checksums in llmq.json",
-        )
-
-
-def require_model(path: Path) -> None:
-    """Raise CheckpointError for a folder with one folder per format of a run."""
-    if path.is_file() or any(entry.is_file() for pattern in MODEL_FILES for entry in path.glob(pattern)):
-        return
-    files = [file for pattern in MODEL_FILES for file in path.glob(f"*/{pattern}")]
-    inner = sorted({str(file.parent) for file in files if not file.parent.name.startswith(".")})
-    if inner:
-        raise CheckpointError(
-            f"{path} is not a model but holds folders of models",
-            hint=f"give one of them: {', '.join(inner[:SHOWN])}",
-        )
-
-
 def _engine(text: str, engines: Sequence[str]) -> tuple[str, int]:
     """Parse `vllm:4` as the engine and the number of GPUs."""
     name, _, size = text.partition(":")
@@ -127,25 +90,16 @@ def _engine(text: str, engines: Sequence[str]) -> tuple[str, int]:
 
 
 def _print_integrity(integrity: "Integrity") -> None:
-    rows = [
-        ("packed weights", f"{integrity.packed}, all unpacked without error"),
-        ("other tensors", f"{integrity.tensors}, all finite"),
-        ("checksums", f"{integrity.checksums} files match" if integrity.checksums else "none recorded"),
-        ("size of weights", megabytes(integrity.nbytes)),
-    ]
-    print_table("the model is complete", ("", ""), rows)
+    from llmq.verification.verified import integrity_rows
+
+    print_table("the model is complete", ("", ""), integrity_rows(integrity))
 
 
 def print_serving(verdicts: "Iterable[Verdict]", title: str = "compatible engines") -> None:
     """Print one line per engine."""
-    columns = ("engine", "loads it", "GPUs (tensor parallelism)")
-    print_table(title, columns, [serving_row(verdict) for verdict in verdicts])
+    from llmq.verification.verified import ENGINE_COLUMNS, engine_row
 
-
-def serving_row(verdict: "Verdict") -> tuple[str, str, str]:
-    """The engine; yes, no or unknown; the numbers of GPUs."""
-    gpus = ", ".join(map(str, verdict.gpus)) or "-"
-    return verdict.engine, {True: "yes", False: "no", None: "unknown"}[verdict.loads], gpus
+    print_table(title, ENGINE_COLUMNS, [engine_row(verdict) for verdict in verdicts])
 
 
 def print_findings(findings: "Iterable[Finding]", *, sources: bool = True) -> None:

@@ -1,6 +1,7 @@
 """The results of an evaluation as plain values: what `llmq eval --json` prints."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ from llmq.evaluation.bootstrap import FEW_DOCUMENTS
 from llmq.evaluation.overlap import CalibrationText
 from llmq.evaluation.summary import Evaluation
 from llmq.evaluation.trajectories import Trajectories
+from llmq.report.shown import Shown, Table
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Floor:
 
 
 @dataclass(frozen=True)
-class Measurement:
+class Measurement(Shown):
     """The results for a model, and for the original that it was compared with.
 
     activations   how the model's activations were quantized; those of the original never are
@@ -89,6 +91,25 @@ class Measurement:
     floors: tuple[Floor, ...] = ()
     trajectories: Trajectories | None = None
     calibration: CalibrationText = CalibrationText()
+
+    def tables(self) -> Iterator[Table]:
+        """The figures of each text, and of all texts together."""
+        listed = [*self.texts, *([self.total] if len(self.texts) > 1 else [])]
+        names = ["perplexity"]
+        if self.original is not None:
+            names += ["perplexity, original", "KL mean", "same top-1"]
+        rows = []
+        for figures in listed:
+            model, original = figures.model, figures.original
+            row = [figures.text, f"{model.perplexity:.4f}"]
+            if original is not None:
+                row += [f"{original.perplexity:.4f}", f"{model.kl_mean:.5f}", f"{model.same_top_1:.2%}"]
+            rows.append(row)
+        yield Table(f"sequences of {self.seqlen} tokens", rows, ("text", *names))
+
+    def remarks(self) -> tuple[str, ...]:
+        """The notes."""
+        return self.notes
 
     @property
     def model(self) -> Evaluation:

@@ -1,11 +1,13 @@
 """`Conversion`: the result of converting a checkpoint, and whether an equal conversion has produced it before."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llmq._version import __version__
 from llmq.export.finished import finished_record, require_unchanged
+from llmq.report.shown import Shown, Table, megabytes
 
 WEIGHTS = (".safetensors", ".gguf")
 
@@ -16,7 +18,7 @@ def conversion_identity(to: str, source: Any, *, allow_requantize: bool) -> dict
 
 
 @dataclass
-class Conversion:
+class Conversion(Shown):
     """The result of a conversion.
 
     compared, differ  number of weights whose floats were compared with the source bit for bit, and number that differ
@@ -52,6 +54,20 @@ class Conversion:
         self.compared, self.requantized, self.finished = done["compared"], done["requantized"], True
         self.output_bytes = sum(file.stat().st_size for file in folders[0].iterdir() if file.suffix in WEIGHTS)
         return True
+
+    def tables(self) -> Iterator[Table]:
+        """What was written and compared."""
+        rows = [
+            ("format", f"{self.source_format} → {self.format}"),
+            ("size of weights", f"{megabytes(self.source_bytes)} → {megabytes(self.output_bytes)}"),
+            ("unchanged", f"{self.compared} weights compared, {self.differ} differ"),
+            *([("re-quantized", f"{len(self.requantized)} weights")] if self.requantized else []),
+        ]
+        yield Table(f"{self.source} → {self.output}", rows)
+
+    def remarks(self) -> list[str]:
+        """The notes."""
+        return self.notes
 
     def to_dict(self) -> dict[str, Any]:
         return dict(vars(self))

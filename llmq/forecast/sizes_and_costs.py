@@ -6,7 +6,7 @@ Parameters and costs are counted on the meta device (`llmq/cost/`). Sizes are th
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from llmq.model.build.skeleton import Skeleton
 from llmq.numerics.gguf_types import GGUF, GGUF_GRIDS
 from llmq.numerics.layer_plan import LayerPlan
 from llmq.numerics.scheme import Scheme, WeightScheme
+from llmq.report.shown import Shown, Table, duration, megabytes
 from llmq.run_plan import plan_layers
 from llmq.runtime.load import choose_device, configured_dtype
 from llmq.steps import output_layout
@@ -95,7 +96,7 @@ class MethodCost:
 
 
 @dataclass(frozen=True)
-class Forecast:
+class Forecast(Shown):
     """What a run will cost, and what its result will need.
 
     stored_bytes     of the weights as they are
@@ -112,6 +113,26 @@ class Forecast:
     costs: tuple[MethodCost, ...]
     bytes_per_token: int
     device: str
+
+    def tables(self) -> Iterator[Table]:
+        """The size of the result in each format, and the cost of each method."""
+        sizes = [
+            (size.format, megabytes(size.nbytes), f"{size.bits:.2f}", ", ".join(size.engines))
+            for size in self.sizes
+            if not size.refusal
+        ]
+        title = f"{self.source}: {self.parameters.total:,} parameters, {megabytes(self.stored_bytes)}"
+        yield Table(title, sizes, ("format", "size", "bits/weight", "engines"))
+        costs = [
+            (
+                cost.method,
+                duration(cost.seconds),
+                *map(megabytes, (cost.device_bytes, cost.host_bytes, cost.disk_bytes)),
+            )
+            for cost in self.costs
+        ]
+        columns = ("method", "time", "device memory", "main memory", "disk")
+        yield Table(f"cost of quantizing on {self.device}", costs, columns)
 
     def to_dict(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "total_parameters": self.parameters.total}

@@ -3,11 +3,14 @@
 import dataclasses
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llmq.report.shown import Shown, Table, duration, megabytes
+
+LAYERS_SHOWN = 6
 OUTSIDE_THE_BLOCKS = "outside the blocks"  # why embeddings and heads are kept in float: expected, so without a note
 
 
@@ -183,7 +186,7 @@ class ExpertTokens:
 
 
 @dataclass
-class Report:
+class Report(Shown):
     """The whole run.
 
     bits_per_weight  of the quantized weights, including scales and zero points
@@ -232,6 +235,25 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+    def tables(self) -> Iterator[Table]:
+        """The result, and the layers with the largest error."""
+        rows = [
+            ("layers quantized", str(len(self.layers))),
+            ("bits per weight, with scales", f"{self.bits_per_weight:.3f}"),
+            ("size of weights", f"{megabytes(self.original_bytes)} → {megabytes(self.file_bytes)}"),
+            *((f"size as {name}", megabytes(size)) for name, size in self.sizes.items()),
+            *([("tuning", str(self.tuning))] if self.tuning else []),
+            ("time", duration(self.seconds)),
+        ]
+        yield Table(f"{self.source} → {self.output}", rows)
+        worst = sorted(self.layers, key=lambda layer: -layer.error)[:LAYERS_SHOWN]
+        columns = ("layer with a large error", "grid", "error")
+        yield Table("", [(layer.name, layer.scheme, f"{layer.error:.2%}") for layer in worst], columns)
+
+    def remarks(self) -> list[str]:
+        """The notes."""
+        return self.notes
 
 
 def summaries(layers: Iterable[LayerReport]) -> list[StageSummary]:

@@ -86,6 +86,16 @@ def environment() -> Environment:
     )
 
 
+def run_versions() -> dict[str, str]:
+    """The versions that the record of a run keeps."""
+    return {
+        "llmq": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+    }
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)

@@ -1,6 +1,7 @@
 """The contents of a checkpoint, from its headers and its record; weights are not read."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from llmq.checkpoint import hub
 from llmq.checkpoint.index import gguf_file
 from llmq.checkpoint.reader import Checkpoint
 from llmq.gguf.container import FLOATS, Container
+from llmq.report.shown import Shown, Table, megabytes
 from llmq.report.stored_record import read_record
 from llmq.runtime.checkpoint_weights import PackedWeights, quantization_settings
 from llmq.runtime.open_skeleton import compared
@@ -27,9 +29,22 @@ class StoredWeight:
     bits_per_weight: float
     error: float | None
 
+    def row(self) -> tuple[str, ...]:
+        """The weight as a row of a table."""
+        return (
+            self.name,
+            f"{self.out_features} x {self.in_features}",
+            self.scheme or self.dtype,
+            f"{self.bits_per_weight:.3f}",
+            megabytes(self.nbytes),
+            "-" if self.error is None else f"{self.error:.2%}",
+        )
+
 
 @dataclass(frozen=True)
-class Inspection:
+class Inspection(Shown):
+    """What a checkpoint holds."""
+
     format: str | None
     file_bytes: int
     bits_per_weight: float | None
@@ -38,6 +53,23 @@ class Inspection:
     layers: tuple[StoredWeight, ...]
     unused: tuple[str, ...] = ()  # tensors that belong to no module of the model
     notes: tuple[str, ...] = ()
+
+    def tables(self) -> Iterator[Table]:
+        """The whole, and each weight."""
+        bits = "-" if self.bits_per_weight is None else f"{self.bits_per_weight:.3f}"
+        rows = [
+            ("format", self.format or "not quantized"),
+            ("size of weights", megabytes(self.file_bytes)),
+            ("bits per quantized weight", bits),
+            *((name, str(value)) for name, value in self.provenance.items()),
+        ]
+        yield Table("checkpoint", rows)
+        columns = ("weight", "shape", "stored as", "bits/weight", "size", "error")
+        yield Table("", [layer.row() for layer in self.layers], columns)
+
+    def remarks(self) -> tuple[str, ...]:
+        """The notes."""
+        return self.notes
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -19,6 +19,7 @@ from llmq.export.card.origin import FINETUNE, Origin, licence, origin_of, texts
 from llmq.export.conversion import WEIGHTS
 from llmq.numerics.gguf_types import GGUF, GGUF_GRIDS
 from llmq.report.escaped import markdown_code as code
+from llmq.report.shown import megabytes
 from llmq.setting_fields import config_to
 from llmq.verification import engines
 from llmq.verification.engines.rules import LLAMA_CPP, MLX, SGLANG, TRANSFORMERS, VLLM
@@ -108,7 +109,7 @@ def _figures(made: Path, record: Mapping[str, Any]) -> Iterator[str]:
         rows.append(("bits per quantized weight, with scales", f"{bits:.3f}"))
     size = sum(file.stat().st_size for suffix in WEIGHTS for file in made.glob(f"*{suffix}"))
     before = _number(record.get("original_bytes"))
-    rows.append(("size of weights", f"{f'{_bytes(before)} → ' if before else ''}{_bytes(size)}"))
+    rows.append(("size of weights", f"{f'{megabytes(before)} → ' if before else ''}{megabytes(size)}"))
     verdict = _part(record, "verdict")
     rows += [
         (title, f"{value:.5g}") for key, title in VERDICT.items() if (value := _number(verdict.get(key))) is not None
@@ -214,10 +215,6 @@ def _fenced(language: str, text: str) -> list[str]:
     while fence in text:
         fence += "`"
     return [f"{fence}{language}", *text.rstrip("\n").split("\n"), fence]
-
-
-def _bytes(count: float) -> str:
-    return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
 
 
 def _part(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
