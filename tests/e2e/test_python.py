@@ -82,7 +82,7 @@ def test_every_result_shows_itself(folder: Path, text: Path, tmp_path: Path) -> 
     results = [
         llmq.quantize(folder, out, calibration=TEXTS, **{**QUICK, "group_size": 32}),
         llmq.evaluate(out, against=folder, text=text, seqlen=48, windows=2, device="cpu"),
-        llmq.convert(out, tmp_path / "gptq", to="gptq"),
+        llmq.convert(out, tmp_path / "mlx", to="mlx"),
         llmq.verify(out),
         llmq.verify(out, quick=True),
         llmq.inspect(out),
