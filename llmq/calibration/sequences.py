@@ -167,7 +167,7 @@ class TextWindows:
         turns.sort(key=lambda part: part[0])
         return [(number, part) for _, number, part in turns]
 
-    def _parts(self, content: str | Chat) -> list[Content]:
+    def _parts(self, content: Content) -> list[Content]:
         size = PART * self.seqlen
         if not isinstance(content, str) or len(content) <= files.LONGEST * size:
             return [content]

@@ -25,7 +25,7 @@ def read(source: str, *, limit: int, explicit: bool) -> Contents:
     except ImportError:
         raise CalibrationError(
             f"{source} is not a local file, and reading datasets from the Hub needs the package datasets",
-            hint=f"pip install datasets, or {hint}",
+            hint=f"pip install 'llmq-quantize[datasets]', or {hint}",
         ) from None
     parts = [part or None for part in source.split(":")]
     if len(parts) > 4:

@@ -29,7 +29,9 @@ def _table(path: Path, column: str | None) -> Any:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise CalibrationError(f"{path} needs pyarrow to be read", hint="pip install pyarrow") from None
+        raise CalibrationError(
+            f"{path} needs pyarrow to be read", hint="pip install 'llmq-quantize[datasets]'"
+        ) from None
     try:
         names = pyarrow.parquet.read_schema(path).names
         wanted = set(names).intersection([column] if column else COLUMNS)
