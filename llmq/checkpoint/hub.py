@@ -8,6 +8,7 @@ are downloaded, and Python files only if the user allows to run the code of the 
 import re
 from pathlib import Path
 
+from llmq.checkpoint.index import locate_tensors
 from llmq.checkpoint.safetensors_files import reading
 from llmq.errors import CheckpointError, ConfigError
 
@@ -44,20 +45,52 @@ def locate(model: str, revision: str | None = None, *, remote_code: bool = False
     return _download(model, revision, [*(WANTED if weights else CONFIGURATION), *(REMOTE_CODE if remote_code else ())])
 
 
+def stored_bytes(model: str, revision: str | None = None) -> int | None:
+    """Bytes of all tensors of a model, from the headers of its safetensors files; None if it has none of them.
+
+    Of a model on the Hub only the headers are read, by range requests; None without a connection.
+    """
+    if Path(model).exists():
+        has_weights = any(Path(model).glob("*.safetensors"))
+        return sum(location.info.nbytes for location in locate_tensors(Path(model)).values()) if has_weights else None
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
+
+    if constants.HF_HUB_OFFLINE:
+        return None
+    try:
+        files = HfApi().get_safetensors_metadata(model, revision=revision).files_metadata.values()
+        tensors = [tensor for file in files for tensor in file.tensors.values()]
+        return sum(tensor.data_offsets[1] - tensor.data_offsets[0] for tensor in tensors)
+    except NotASafetensorsRepoError:
+        return None
+    except (SafetensorsParsingError, TypeError, ValueError, IndexError) as error:
+        raise CheckpointError(f"the weights of {model} have an invalid header: {error}") from error
+    except _failures() as error:
+        raise _explained(model, revision, error) from error
+
+
 def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
     import huggingface_hub  # imported here because it is slow, and local folders do not need it
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    # The HTTP library of huggingface_hub depends on its version, but the base class of its errors is always a base of
-    # HfHubHTTPError. The transfer library, written in Rust, raises RuntimeError.
-    failures = (OSError, RuntimeError, HFValidationError, *HfHubHTTPError.__bases__)
     try:
         folder = huggingface_hub.snapshot_download(
             model, revision=revision, allow_patterns=patterns, ignore_patterns=list(UNWANTED)
         )
-    except failures as error:
+    except _failures() as error:
         raise _explained(model, revision, error) from error
     return Path(folder)
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """The errors of huggingface_hub.
+
+    The HTTP library of huggingface_hub depends on its version, but the base class of its errors is always a base of
+    HfHubHTTPError. The transfer library, written in Rust, raises RuntimeError.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    return (OSError, RuntimeError, HFValidationError, *HfHubHTTPError.__bases__)
 
 
 def _explained(model: str, revision: str | None, error: Exception) -> CheckpointError:

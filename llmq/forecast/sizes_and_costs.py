@@ -99,7 +99,7 @@ class MethodCost:
 class Forecast(Shown):
     """What a run will cost, and what its result will need.
 
-    stored_bytes     of the weights as they are
+    stored_bytes     of the weights as they are, from their headers; without them, for the dtype of the configuration
     bytes_per_token  of keys and values in 16 bits, for full attention in every block
     device           "cpu" or "cuda", for which `costs` are
     """
@@ -241,7 +241,7 @@ def forecast(
         source=model,
         architecture=type(skeleton.model).__name__,
         parameters=parameters,
-        stored_bytes=parameters.total * configured.dtype.itemsize,
+        stored_bytes=hub.stored_bytes(model, revision) or parameters.total * configured.dtype.itemsize,
         layers=kinds(layers.values()),
         sizes=tuple(_size(configured, settings, name) for name in dict.fromkeys([*settings.formats, *COMPARED])),
         costs=tuple(costs),

@@ -14,7 +14,8 @@ import pytest
 from huggingface_hub import constants
 
 from llmq.calibration import DEFAULT_SOURCES
-from llmq.checkpoint.hub import locate
+from llmq.checkpoint.hub import locate, stored_bytes
+from llmq.checkpoint.reader import Checkpoint
 from llmq.forecast.sizes_and_costs import Configured
 from tests.command_line import Outcome, llmq
 from tests.hub_server import Hub, connected, serve
@@ -87,6 +88,8 @@ def test_plan_downloads_no_weights(hub: Hub, model: Path) -> None:
     configured = Configured.read(NAME, 48, "cpu", None)  # what llmq plan reads
     assert configured.parameters.total > 0
     assert hub.downloads(".json") != [] == hub.downloads(".safetensors")
+    assert stored_bytes(NAME) == stored_bytes(str(model)) == Checkpoint.open(model).nbytes
+    assert hub.downloads(".safetensors") and all("bytes=" in line for line in hub.downloads(".safetensors"))
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ TRANSFORMERS_CODE = """\
 import llmq
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-llmq.enable_transformers()  # pip install llmq-quantize
+llmq.enable_transformers()
 model = AutoModelForCausalLM.from_pretrained("{model}"{more})
 tokenizer = AutoTokenizer.from_pretrained("{model}"{more})"""
 
