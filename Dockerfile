@@ -11,7 +11,8 @@ FROM python:3.12-slim
 ARG INDEX=https://download.pytorch.org/whl/cu128
 RUN pip install --no-cache-dir --index-url "$INDEX" "torch>=2.8"
 
-# Triton compiles a small program when it first runs.
+# Triton compiles a small program when it first runs; any compiler will do.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/*
@@ -20,12 +21,13 @@ WORKDIR /opt/llmq
 COPY pyproject.toml README.md LICENSE ./
 COPY llmq llmq
 COPY kernels kernels
+# hadolint ignore=DL3013
 RUN pip install --no-cache-dir ".[datasets,plots]"
 
 # The cache of the Hub is in the mounted folder, so a downloaded model is kept.
 ENV HF_HOME=/work/.huggingface
 RUN useradd --create-home --uid 1000 llmq && mkdir /work && chown llmq /work
-USER llmq
+USER 1000
 WORKDIR /work
 ENTRYPOINT ["llmq"]
 CMD ["--help"]

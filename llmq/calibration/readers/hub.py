@@ -23,8 +23,9 @@ def read(source: str, *, limit: int, explicit: bool) -> Contents:
     try:
         import datasets
     except ImportError:
+        what = f"{source} is not a local file" if explicit else "no calibration text was given"
         raise CalibrationError(
-            f"{source} is not a local file, and reading datasets from the Hub needs the package datasets",
+            f"{what}, and reading datasets from the Hub needs the package datasets",
             hint=f"pip install 'llmq-quantize[datasets]', or {hint}",
         ) from None
     parts = [part or None for part in source.split(":")]
