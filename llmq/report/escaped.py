@@ -31,6 +31,11 @@ def markdown_code(text: object) -> str:
     return f"{fence}{space}{line}{space}{fence}"
 
 
+def markdown_text(text: object) -> str:
+    """A text for Markdown, on one line, without marks and HTML."""
+    return re.sub(r"([\\`*_\[\]<>|#~&$])", r"\\\1", " ".join(printable(str(text)).split()))
+
+
 def html_text(text: object) -> str:
     """A text for HTML."""
     return html.escape(printable(str(text)))

@@ -4,6 +4,6 @@ origin.py    what the card of the original says, and which model the original is
 text.py      figures, how the model was made, and how it is run
 """
 
-from llmq.export.card.text import named, render, write
+from llmq.export.card.text import named, render, renew_figures, write
 
-__all__ = ["named", "render", "write"]
+__all__ = ["named", "render", "renew_figures", "write"]

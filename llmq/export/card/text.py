@@ -19,7 +19,9 @@ from llmq.export.card.origin import FINETUNE, Origin, licence, origin_of, texts
 from llmq.export.conversion import WEIGHTS
 from llmq.numerics.gguf_types import GGUF, GGUF_GRIDS
 from llmq.report.escaped import markdown_code as code
+from llmq.report.escaped import markdown_text as prose
 from llmq.report.shown import megabytes
+from llmq.report.stored_record import read_record
 from llmq.setting_fields import config_to
 from llmq.verification import engines
 from llmq.verification.engines.rules import LLAMA_CPP, MLX, SGLANG, TRANSFORMERS, VLLM
@@ -28,13 +30,14 @@ MODEL = "MODEL"  # in commands, until the model has an id
 PLACE = f"`{MODEL}` is the folder of this model, or its id on the Hub."
 OTHER_KIND = re.compile(rf"llmq|\d+-bit|{'|'.join(map(re.escape, (*formats.names(), GGUF)))}")  # tags of other results
 OVERRIDES = 12  # a longer list, such as that of --target-bits, is in llmq.json only
+FIGURES, RUNNING = "## Figures", "## How to run it"
 LIBRARIES = {"mlx": "mlx"}  # of formats that transformers does not load
 VERDICT = {  # keys of the verdict in llmq.json, and what they are
     "kl": "KL divergence to the original, in nats per token (mean)",
     "kl_rtn": "the same with round to nearest",
     "perplexity": "perplexity",
-    "perplexity_original": "perplexity of the original",
-    "agreement": "same most likely token as the original",
+    "perplexity_float": "perplexity of the original",
+    "same_top1": "fraction of positions with the same most likely token as the original",
 }
 TRANSFORMERS_CODE = """\
 import llmq
@@ -53,6 +56,16 @@ def write(made: Path, source: Path, record: Mapping[str, Any]) -> tuple[str, ...
     text, notes = render(made, origin_of(source, read_json_object(source / CONFIG)), record)
     write_text(made / CARD, text)
     return notes
+
+
+def renew_figures(made: Path) -> None:
+    """Write the figures of llmq.json into the card of a finished model, after it was measured."""
+    text = (made / CARD).read_text(encoding="utf-8")
+    before, _, after = text.partition(f"{FIGURES}\n")
+    _, running, rest = after.partition(f"\n{RUNNING}\n")
+    if running:  # else the user has written another card
+        figures = "\n\n".join(_figures(made, read_record(made)))
+        write_text(made / CARD, f"{before}{figures}\n{running}{rest}")
 
 
 def named(text: str, model: str) -> str:
@@ -114,9 +127,9 @@ def _figures(made: Path, record: Mapping[str, Any]) -> Iterator[str]:
     rows += [
         (title, f"{value:.5g}") for key, title in VERDICT.items() if (value := _number(verdict.get(key))) is not None
     ]
-    yield "\n".join(["## Figures", "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
-    if isinstance(text := verdict.get("text"), str):
-        yield f"Quality was measured on {code(text)}."
+    yield "\n".join([FIGURES, "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+    if _number(verdict.get("kl")) is not None:
+        yield f"{prose(verdict.get('sentence', ''))} Measured on {prose(verdict.get('text', ''))}."
     else:
         yield "The loss of quality was not measured here: `llmq eval MODEL --against ORIGINAL` measures it on any text."
 
@@ -178,7 +191,7 @@ def _serving(made: Path, ggufs: list[str]) -> tuple[list[str], tuple[str, ...]]:
     except LlmqError as error:
         return [], (f"README.md does not say which engines load the model: {error}",)
     commands = _commands(ggufs)
-    lines = ["## How to run it", "", PLACE]
+    lines = [RUNNING, "", PLACE]
     for verdict in verdicts:
         if verdict.loads:
             language, command = commands[verdict.engine]

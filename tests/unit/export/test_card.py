@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from llmq.export.card.origin import Origin, licence, origin_of, read_card
-from llmq.export.card.text import render
+from llmq.export.card.text import render, renew_figures, write
 from tests import builders
 
 CARD = """---
@@ -100,7 +101,7 @@ def test_card_has_metadata_and_no_text_of_strangers_outside_of_code(checkpoint: 
         "versions": {evil: evil},
         "calibration": {"sources": [evil, "/texts/text.txt"], "samples": evil, "seqlen": 8},
         "conversions": [{"from": evil, "to": 3}, evil],
-        "verdict": {"kl": 0.0123, "kl_rtn": evil, "text": evil},
+        "verdict": {"kl": 0.0123, "kl_rtn": evil, "text": evil, "sentence": evil},
         "bits_per_weight": 4.25,
     }
     card: dict[str, Any] = {"license": evil, "language": ["en", evil], "tags": ["chat", "gptq", "8-bit", "a: {b}"]}
@@ -111,8 +112,27 @@ def test_card_has_metadata_and_no_text_of_strangers_outside_of_code(checkpoint: 
     lines = text.split("\n---\n", 1)[1].splitlines()
     assert "| KL divergence to the original, in nats per token (mean) | 0.0123 |" in lines
     assert [line for line in lines if line.startswith("# ")] == [lines[1]]
-    assert not any("script" in re.sub(r"(?<!`)(`+)(?!`).*?(?<!`)\1(?!`)", "", line) for line in lines)
+    outside = [re.sub(r"(?<![`\\])(`+)(?!`).*?(?<!`)\1(?!`)", "", line) for line in lines]
+    assert not any(re.search(r"(?<!\\)<script", line) for line in outside)
     assert "/texts" not in text and "text.txt" in text
+
+
+def test_figures_are_renewed_when_the_model_was_measured(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    made = shutil.copytree(checkpoint("llama"), tmp_path / "made")
+    write(made, made, {})
+    before = (made / "README.md").read_text()
+    assert "was not measured" in before
+    (made / "llmq.json").write_text(json.dumps({"verdict": {"kl": 0.5, "sentence": "Good.", "text": "a text"}}))
+    renew_figures(made)
+    after = (made / "README.md").read_text()
+    assert (
+        "| KL divergence to the original, in nats per token (mean) | 0.5 |" in after and "Measured on a text." in after
+    )
+    assert after.partition("## How to run it")[2] == before.partition("## How to run it")[2] != ""
+    assert after.partition("## Figures")[0] == before.partition("## Figures")[0]
+    (made / "README.md").write_text("# Mine")
+    renew_figures(made)
+    assert (made / "README.md").read_text() == "# Mine"
 
 
 def test_a_card_lists_the_engines_that_load_the_model(checkpoint: Callable[..., Path], tmp_path: Path) -> None:

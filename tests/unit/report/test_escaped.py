@@ -2,7 +2,7 @@
 
 import pytest
 
-from llmq.report.escaped import html_text, markdown_code
+from llmq.report.escaped import html_text, markdown_code, markdown_text
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,10 @@ from llmq.report.escaped import html_text, markdown_code
 )
 def test_code_in_markdown_cannot_end_early(text: str, code: str) -> None:
     assert markdown_code(text) == code
+
+
+def test_text_in_markdown_has_no_marks() -> None:
+    assert markdown_text("a *b*\n<i>[x](y)</i> 4.5 %\x07") == r"a \*b\* \<i\>\[x\](y)\</i\> 4.5 %\\x07"
 
 
 def test_html_has_no_marks_and_no_control_characters() -> None:
