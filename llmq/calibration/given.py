@@ -17,6 +17,7 @@ from llmq.calibration.sources import HUB_DOCUMENTS, parse_sources
 from llmq.errors import CalibrationError
 
 WHERE = "the calibration text given in Python"
+ROWS = 20_000  # of a dataset, evenly spaced
 TOKEN_COLUMN = "input_ids"
 _NAME = re.compile(r"[\w./:~-]{1,300}", re.ASCII)  # of a file without spaces, or of a dataset on the Hub
 
@@ -24,8 +25,9 @@ _NAME = re.compile(r"[\w./:~-]{1,300}", re.ASCII)  # of a file without spaces, o
 def from_python(calibration: Any) -> tuple[Any, dict[str, Contents]]:
     """The setting `calibration` of a run, and the contents of its source, unless it names files and datasets.
 
-    A list of strings is a list of names if each one could be a name, else a list of texts.  Raises CalibrationError for
-    rows that hold neither a text, a chat nor token ids.
+    A list of strings is a list of names if each one could be a name, else a list of texts. Of a large dataset `ROWS`
+    rows are read, and of an iterator without a length the first `HUB_DOCUMENTS`.  Raises CalibrationError for rows that
+    hold neither a text, a chat nor token ids.
     """
     if calibration is None or isinstance(calibration, str | Path):
         return calibration, {}
@@ -34,6 +36,8 @@ def from_python(calibration: Any) -> tuple[Any, dict[str, Contents]]:
             f"calibration is a {type(calibration).__name__}, expected names of files and datasets, or a list of texts",
             hint="of a DatasetDict give one split, such as dataset['train']",
         )
+    if hasattr(calibration, "select") and len(calibration) > ROWS:  # a `datasets.Dataset`, which may be on disk
+        calibration = calibration.select(range(0, len(calibration), -(-len(calibration) // ROWS)))
     rows = list(itertools.islice(calibration, None if hasattr(calibration, "__len__") else HUB_DOCUMENTS))
     if all(isinstance(row, str | Path) and _is_name(str(row)) for row in rows):
         return rows, {}

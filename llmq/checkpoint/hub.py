@@ -61,7 +61,8 @@ def stored_bytes(model: str, revision: str | None = None) -> int | None:
     try:
         files = HfApi().get_safetensors_metadata(model, revision=revision).files_metadata.values()
         tensors = [tensor for file in files for tensor in file.tensors.values()]
-        return sum(tensor.data_offsets[1] - tensor.data_offsets[0] for tensor in tensors)
+        nbytes: int = sum(tensor.data_offsets[1] - tensor.data_offsets[0] for tensor in tensors)
+        return nbytes
     except NotASafetensorsRepoError:
         return None
     except (SafetensorsParsingError, TypeError, ValueError, IndexError) as error:

@@ -7,6 +7,7 @@ import datasets
 import pytest
 import torch
 
+from llmq.calibration import given
 from llmq.calibration.chats import Chat
 from llmq.calibration.documents import Tokens
 from llmq.calibration.given import from_python
@@ -17,9 +18,9 @@ CHAT = Chat(tuple(MESSAGES))
 
 
 def documents(calibration: Any) -> list[Any]:
-    name, given = from_python(calibration)
-    assert list(given) == [name] and name.startswith("python-")
-    return [document.content for document in given[name].documents]
+    name, contents = from_python(calibration)
+    assert list(contents) == [name] and name.startswith("python-")
+    return [document.content for document in contents[name].documents]
 
 
 @pytest.mark.parametrize(
@@ -55,8 +56,14 @@ def test_contents(calibration: Any, expected: list[Any]) -> None:
     assert documents(calibration) == expected
 
 
+def test_a_large_dataset_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(given, "ROWS", 4)
+    rows = [f"text {number}" for number in range(10)]
+    assert documents(datasets.Dataset.from_dict({"text": rows})) == rows[::3]
+
+
 def test_the_name_depends_on_the_contents() -> None:
-    names = {from_python(given)[0] for given in (["a b"], ["a b"], ["a c"], [[1, 2]], ["[1, 2] "])}
+    names = {from_python(texts)[0] for texts in (["a b"], ["a b"], ["a c"], [[1, 2]], ["[1, 2] "])}
     assert len(names) == 4
 
 
