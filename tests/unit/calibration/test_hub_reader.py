@@ -10,7 +10,7 @@ from llmq.errors import CalibrationError
 
 @pytest.mark.parametrize(
     ("explicit", "message", "hint"),
-    [(True, "owner/rows is not a local file, and", "text"), (False, "no calibration text was given, and", "self")],
+    [(True, "owner/rows is not a local file, and", ".txt"), (False, "no calibration text was given, and", "self")],
 )
 def test_a_missing_package_is_named(explicit: bool, message: str, hint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
