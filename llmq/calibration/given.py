@@ -36,15 +36,22 @@ def from_python(calibration: Any) -> tuple[Any, dict[str, Contents]]:
             f"calibration is a {type(calibration).__name__}, expected names of files and datasets, or a list of texts",
             hint="of a DatasetDict give one split, such as dataset['train']",
         )
-    if hasattr(calibration, "select") and len(calibration) > ROWS:  # a `datasets.Dataset`, which may be on disk
-        calibration = calibration.select(range(0, len(calibration), -(-len(calibration) // ROWS)))
-    rows = list(itertools.islice(calibration, None if hasattr(calibration, "__len__") else HUB_DOCUMENTS))
+    rows = _rows(calibration)
     if all(isinstance(row, str | Path) and _is_name(str(row)) for row in rows):
         return rows, {}
     contents = contents_of(numbered(map(_row, rows)), WHERE, None)
     if all(is_blank(document) for document in contents.documents):
         raise CalibrationError(f"{WHERE} is empty", hint="give texts, chats, or lists of token ids")
     return (name := _name(contents.documents)), {name: contents}
+
+
+def _rows(calibration: Any) -> list[Any]:
+    if not hasattr(calibration, "__len__"):
+        return list(itertools.islice(calibration, HUB_DOCUMENTS))
+    count = len(calibration)
+    if hasattr(calibration, "column_names") and count > ROWS:  # a `datasets.Dataset`, which may be on disk
+        calibration = calibration.select(range(0, count, -(-count // ROWS)))
+    return list(calibration)
 
 
 def _row(row: Any) -> Any:
