@@ -109,7 +109,7 @@ def test_a_token_added_by_transformers_is_not_looked_up(tmp_path: Path) -> None:
     """Its tokenizers have an end-of-text token even if the file has none; the embedding has no row for this token."""
     alone = export.export(ROOT / "eval" / "models" / "tiny-python-qwen3", tmp_path / "bundled.gguf").file
     (tmp_path / "text.txt").write_text("def f(n):\n    return n + 1\n<|endoftext|>" * 40)
-    with pytest.raises(CheckpointError, match="produced the token id 2048, but the model has .* 2048 tokens"):
+    with pytest.raises(CheckpointError, match="has the token id 2048, but the model has .* 2048 tokens"):
         measure(alone, None, tmp_path / "text.txt", seqlen=48, limit=1)
 
 
