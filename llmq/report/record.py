@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llmq.report.verdict import Verdict
+
 OUTSIDE_THE_BLOCKS = "outside the blocks"  # why embeddings and heads are kept in float: expected, so without a note
 
 
@@ -194,6 +196,7 @@ class Report:
     checksums        the SHA-256 of the files of the model
     request          the SHA-256 of everything that was requested, except the contents of the text
     notes            fallbacks and surprises that a user should know
+    verdict          the quality of the finished model; None in a record of an unfinished run, or if it was turned off
     """
 
     source: str
@@ -215,6 +218,7 @@ class Report:
     checksums: dict[str, str] = field(default_factory=dict)
     peak_memory_bytes: int = 0
     request: str = ""
+    verdict: Verdict | None = None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Report":
@@ -224,6 +228,7 @@ class Report:
         known["tuning"] = TuningReport.from_dict(values["tuning"]) if values["tuning"] else None
         known["stages"] = [StageSummary(**summary) for summary in values["stages"]]
         known["experts"] = [ExpertTokens(**entry) for entry in values["experts"]]
+        known["verdict"] = Verdict.from_dict(values["verdict"]) if values.get("verdict") else None
         return cls(**known)
 
     @property
