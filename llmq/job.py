@@ -27,7 +27,7 @@ from llmq.config import QuantConfig
 from llmq.distributed.following import shared_writer
 from llmq.distributed.ranks import ALONE, Ranks
 from llmq.errors import ConfigError
-from llmq.export import save
+from llmq.export import save, verdict
 from llmq.export.finished import finished_record, require_unchanged
 from llmq.memory import Economy
 from llmq.methods import Method
@@ -124,6 +124,7 @@ class Job:
             finished = self._ranks.first(self._finished)
             if finished is not None:
                 self.finished, self.report = True, finished
+                self._judge(None, on_event)  # if it was killed before the end of the measurement
                 return finished
             if self._ranks.is_first:
                 Writer.require_free(self.out)  # checked before the text is read
@@ -147,7 +148,18 @@ class Job:
         except BaseException:
             writer.abandon()
             raise
+        self._judge(calibration_set, on_event)
         return self.report
+
+    def _judge(self, text: CalibrationSet | None, on_event: OnEvent) -> None:
+        """Measure the finished model, unless its record has a verdict or the measurement is turned off."""
+        if not self._ranks.is_first or self.report.verdict is not None or not self.plan.settings.calibration.held_back:
+            return
+        if text is None and self.report.calibration is not None:
+            text = self._text.load(self.plan, dataclasses.replace(self.report, notes=[]), ignore)
+        held_back = self._text.held_back(self.plan, text)
+        self.report.verdict = verdict.judge(self.plan, self.report, self.out, held_back, on_event)
+        verdict.store(self._folders, self.report.verdict)
 
     def _quantize(self, text: Text | None, writer: Writer, on_event: OnEvent, start: float) -> None:
         """Quantize and save. If the memory is not enough, continue at the first block that is not finished.
@@ -171,12 +183,13 @@ class Job:
 
     def _identity(self) -> dict[str, Any]:
         """What decides about the bytes of the model, except the contents of the text."""
-        plan = self.plan
+        plan, settings = self.plan, config_to(self.plan.settings)
+        settings["calibration"].pop("validation", None)
         return {
             "llmq": __version__,
             "torch": torch.__version__,
             "source": plan.checkpoint.fingerprint(),
-            "settings": config_to(plan.settings),
+            "settings": settings,
             "stages": dataclasses.asdict(plan.stages),
             "device": plan.device.type,
         }

@@ -21,6 +21,7 @@ from llmq.cli.terminal import (
     print_table,
     quiet_transformers,
 )
+from llmq.cli.verdict import next_commands, print_verdict, require, require_measurable
 from llmq.cli.verify import print_findings, print_serving
 from llmq.config import QuantConfig
 from llmq.errors import Interrupted, LlmqError
@@ -49,6 +50,7 @@ def command(
     overwrite: options.Overwrite = False,
     trust_remote_code: options.TrustRemoteCode = False,
     dry_run: options.DryRun = False,
+    max_kl: options.MaxKl = None,
     json: options.Json = False,
 ) -> None:
     """Quantize a model to 4 bits (or 2, 3 or 8), one block at a time.
@@ -72,7 +74,8 @@ def command(
       0  success                   5    unusable calibration text
       2  invalid settings          6    device not available
       3  unreadable model          7    output cannot be written
-      4  unsupported model         130  interrupted
+      4  unsupported model         8    worse than --max-kl allows
+                                   130  interrupted
 
     See also:
       llmq sensitivity  which layers need more bits
@@ -84,6 +87,7 @@ def command(
 
         print_text(tomli_w.dumps(config_to(settings)), end="")
         return
+    require_measurable(settings, max_kl)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch warns of each connection that a process closes
     print_loading()
     from llmq.distributed import join
@@ -105,6 +109,7 @@ def command(
             job.run(display)
         if ranks.is_first:
             _print_result(job, as_json=json)
+            require(job.report.verdict, max_kl, job.out)
 
 
 @contextmanager
@@ -196,13 +201,19 @@ def _print_serving(job: "Job") -> None:
     from llmq.verify import engines
 
     several = len(job.plan.settings.formats) > 1
-    rows = []
+    rows, following = [], list[str]()
     for name in job.plan.settings.formats:
-        verdicts = engines.verdicts(engines.check(job.out / name if several else job.out))
+        folder = job.out / name if several else job.out
+        verdicts = engines.verdicts(engines.check(folder))
+        vllm = any(v.engine == "vLLM" and v.loads for v in verdicts)
+        following += next_commands(job.report.source, folder, name, vllm=vllm)
         loading = [f"{v.engine} ({', '.join(map(str, v.gpus))} GPUs)" for v in verdicts if v.loads and len(v.gpus) > 1]
         loading += [v.engine for v in verdicts if v.loads and len(v.gpus) == 1]
         rows.append((name, ", ".join(loading) or "no engine"))
     print_table("compatible engines", ("format", "engines (llmq verify has the reasons)"), rows)
+    print_text("next:")
+    for line in following:
+        print_text(f"  {line}")
 
 
 def _print_result(job: "Job", *, as_json: bool) -> None:
@@ -235,6 +246,7 @@ def _print_result(job: "Job", *, as_json: bool) -> None:
         ("output", str(job.out)),
     ]
     print_table("result", ("", "value"), summary)
+    print_verdict(report.verdict)
     try:
         _print_serving(job)
     except LlmqError as error:
