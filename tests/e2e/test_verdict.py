@@ -87,7 +87,7 @@ def test_without_text_the_verdict_says_how_to_get_one(model: Path, tmp_path: Pat
 
 def test_a_limit_that_is_not_met_keeps_the_model(model: Path, text: Path, tmp_path: Path) -> None:
     outcome = llmq(
-        "quantize", model, tmp_path / "out", "--method", "rtn", "--group-size", "16", "--device", "cpu",
+        "quantize", model, tmp_path / "out", "--method", "rtn", "--group-size", "32", "--device", "cpu",
         "--calibration", text, "--validate", "2", "--seqlen", "48", "--format", "gguf", "--max-kl", "1e-9",
     )  # fmt: skip
     assert outcome.exit_code == 8 and "finished model is kept" in outcome.stderr
