@@ -20,6 +20,7 @@ from llmq._keywords import Keywords
 from llmq._version import __version__
 from llmq.calibration import CalibrationSet
 from llmq.calibration.sources import parse_sources
+from llmq.checkpoint import PAGE_FILES
 from llmq.checkpoint.sealed import sha256_of
 from llmq.checkpoint.staging import STAGING
 from llmq.checkpoint.writer import Writer
@@ -38,6 +39,7 @@ from llmq.model.passes.streams import Text
 from llmq.numerics.scheme import WeightScheme
 from llmq.plan import Plan
 from llmq.report.events import Event, OnEvent, ignore
+from llmq.report.pages import LiveReport
 from llmq.report.record import BlockReport, Report, TuningReport
 from llmq.report.sensitivity import Sensitivity
 from llmq.run_text import RunText, sequences_at_once
@@ -103,6 +105,11 @@ class Job:
         self.report.notes += [*self.plan.notes, *self.plan.idle_patterns()]
         if self.commits > self.blocks and self.plan.stages.tuning is not None:
             self.report.notes.append(lm_head.FLOAT_HEAD)
+
+    @property
+    def report_page(self) -> Path:
+        """The report of the finished run, for people; of several formats, that of the first one."""
+        return self._folders[0] / PAGE_FILES[0]
 
     @property
     def blocks(self) -> int:
@@ -254,10 +261,13 @@ class Job:
         def collect(event: Event) -> None:
             if isinstance(event, BlockReport):
                 self.report.blocks.append(event)
+                live.renew()
             elif isinstance(event, TuningReport):
                 self.report.tuning = event
             on_event(event)
 
+        live = LiveReport(writer.report_page if self._ranks.is_first else None, self.report, self.commits)
+        live.renew()
         plan, streams, fisher = self.plan, None, None
         if text is not None:
             calls = RecordedCalls(plan.skeleton)

@@ -2,6 +2,8 @@
 
 import os
 import re
+import shlex
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,7 +62,8 @@ def command(
 
     An interrupted run continues when the same command is given again; after
     the end, the same command reports that it has finished already.
-    The model appears in OUT when it is complete.
+    The model appears in OUT when it is complete, with report.html; before,
+    OUT/.llmq-partial/report.html shows the state of the run.
     `torchrun --nproc-per-node 4 -m llmq quantize …` uses four GPUs.
 
     Examples:
@@ -105,6 +108,7 @@ def command(
             return
         if ranks.is_first:
             print_notes(job.plan.grid_notes)
+        job.report.command = shlex.join(["llmq", *sys.argv[1:]])
         with ProgressDisplay(job.commits, silent=not ranks.is_first) as display:
             job.run(display)
         if ranks.is_first:
@@ -244,6 +248,7 @@ def _print_result(job: "Job", *, as_json: bool) -> None:
         ("time", f"{report.seconds:.1f} s"),
         ("peak memory", megabytes(report.peak_memory_bytes)),
         ("output", str(job.out)),
+        ("report", str(job.report_page)),
     ]
     print_table("result", ("", "value"), summary)
     print_verdict(report.verdict)

@@ -15,10 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq.algorithms import rtn
-from llmq.checkpoint import PROVENANCE_FILE
-from llmq.checkpoint.atomic import write_text
 from llmq.checkpoint.index import gguf_file
-from llmq.checkpoint.json_text import json_text
 from llmq.checkpoint.reader import Checkpoint
 from llmq.config import QuantConfig
 from llmq.errors import UnsupportedModelError
@@ -35,7 +32,7 @@ from llmq.model.passes.forward import loaded
 from llmq.plan import Plan
 from llmq.report.events import OnEvent
 from llmq.report.record import Report
-from llmq.report.stored_record import read_record
+from llmq.report.stored_record import read_record, write_record
 from llmq.report.verdict import Continuation, Verdict, sentence
 from llmq.run_text import HeldBack
 from llmq.runtime.load import load_tokenizer, stored_dtype
@@ -75,7 +72,7 @@ def judge(plan: Plan, report: Report, out: Path, text: HeldBack, on_event: OnEve
 def store(folders: Sequence[Path], verdict: Verdict) -> None:
     """Add the verdict to the records of finished models."""
     for folder in folders:
-        write_text(folder / PROVENANCE_FILE, json_text({**read_record(folder), "verdict": dataclasses.asdict(verdict)}))
+        write_record(folder, {**read_record(folder), "verdict": dataclasses.asdict(verdict)})
 
 
 def unmeasured(reason: str) -> Verdict:

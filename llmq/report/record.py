@@ -56,6 +56,9 @@ class LayerReport:
     borrowed      for an expert: number of other tokens of its layer that were added, because it saw too few
     expert        whether it belongs to an expert of a mixture of experts
     existing_grid  the grid that the weights already lay on, if their codes were taken over; else ""
+    weight_outlier      the largest weight / the root mean square of all weights
+    activation_outlier  the root mean square of the largest input channel / that of the median channel
+    scales              how many scales are in [2^(e-1), 2^e), as pairs of e and the number
 
     Both errors are measured after rounding. End-to-end tuning may increase them to lower the loss of the model; its
     effect is in `TuningReport`.
@@ -73,6 +76,9 @@ class LayerReport:
     borrowed: int = 0
     expert: bool = False
     existing_grid: str = ""
+    weight_outlier: float | None = None
+    activation_outlier: float | None = None
+    scales: tuple[tuple[int, int], ...] = ()
 
     @property
     def error(self) -> float:
@@ -82,7 +88,8 @@ class LayerReport:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "LayerReport":
         gains = tuple(StageGain(**gain) for gain in values["gains"])
-        return cls(**{**values, "notes": tuple(values["notes"]), "gains": gains})
+        scales = tuple((exponent, count) for exponent, count in values["scales"])
+        return cls(**{**values, "notes": tuple(values["notes"]), "gains": gains, "scales": scales})
 
     @property
     def signal_to_noise(self) -> float:
@@ -96,6 +103,7 @@ class BlockReport:
 
     gains  the effect of transforms on the error of the block's output over validation tokens, with quantized layers;
            and the effect of block tuning after rounding (algorithms/block_tuning.py)
+    host_bytes, device_bytes  peak memory of the process so far, in main memory and on a GPU
     """
 
     path: str
@@ -104,6 +112,8 @@ class BlockReport:
     seconds: float = 0.0
     resumed: bool = False
     gains: tuple[StageGain, ...] = ()
+    host_bytes: int = 0
+    device_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -112,7 +122,8 @@ class BlockReport:
     def from_dict(cls, values: Mapping[str, Any], *, resumed: bool) -> "BlockReport":
         layers = tuple(LayerReport.from_dict(layer) for layer in values["layers"])
         gains = tuple(StageGain(**gain) for gain in values["gains"])
-        return cls(values["path"], layers, tuple(values["notes"]), values["seconds"], resumed, gains)
+        changed = {"layers": layers, "gains": gains, "notes": tuple(values["notes"]), "resumed": resumed}
+        return cls(**{**values, **changed})
 
 
 @dataclass(frozen=True)
@@ -197,6 +208,7 @@ class Report:
     request          the SHA-256 of everything that was requested, except the contents of the text
     notes            fallbacks and surprises that a user should know
     verdict          the quality of the finished model; None in a record of an unfinished run, or if it was turned off
+    command          the command line of the run; empty if it was started in Python
     """
 
     source: str
@@ -219,6 +231,7 @@ class Report:
     peak_memory_bytes: int = 0
     request: str = ""
     verdict: Verdict | None = None
+    command: str = ""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Report":
