@@ -96,4 +96,4 @@ def test_a_limit_that_is_not_met_keeps_the_model(model: Path, text: Path, tmp_pa
 
 
 def test_few_samples_turn_the_measurement_off(model: Path, text: Path, tmp_path: Path) -> None:
-    assert quantize(model, tmp_path / "out", text, method="rtn", samples=15).verdict is None
+    assert quantize(model, tmp_path / "out", text, method="rtn", samples=15, validate=None).verdict is None
