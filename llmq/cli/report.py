@@ -11,7 +11,9 @@ PANEL, ORDER = "Inspect", 5
 
 
 def command(
-    out: Annotated[Path, Argument(help="The folder of a model that llmq has quantized.", metavar="OUT")],
+    out: Annotated[
+        Path, Argument(help="The folder of a model that llmq has quantized, or of several formats.", metavar="OUT")
+    ],
 ) -> None:
     """Write the report of a finished run again: report.html, report.json and layers.csv.
 
@@ -26,8 +28,11 @@ def command(
       3  no llmq.json, or one that is damaged
       7  the folder cannot be written
     """
+    from llmq.checkpoint import PROVENANCE_FILE
     from llmq.report import pages
     from llmq.report.stored_record import read_report
 
-    pages.write(out, read_report(out))
-    print_done("report:", f" {out / pages.HTML}")
+    several = [] if (out / PROVENANCE_FILE).is_file() else sorted(out.glob(f"*/{PROVENANCE_FILE}"))
+    for folder in [record.parent for record in several] or [out]:
+        pages.write(folder, read_report(folder))
+        print_done("report:", f" {folder / pages.HTML}")
