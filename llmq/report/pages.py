@@ -8,6 +8,7 @@ from a checkpoint is escaped. `PAGE_SCHEMA` is the JSON schema of `report.json`,
 import csv
 import functools
 import io
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from llmq.report.record import Report
 from llmq.report.verdict import change
 
 HTML, JSON, CSV = PAGE_FILES
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 RENEWED = 5.0  # seconds between two versions of the report of an unfinished run
 REFRESH = 10  # seconds after which a browser reads it again
 
@@ -156,10 +158,15 @@ def _adapter() -> TypeAdapter[Page]:
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("llmq.report", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
+        undefined=jinja2.StrictUndefined, finalize=_visible,
     )  # fmt: skip
     environment.filters |= {"size": _size, "change": change}
     return environment.get_template("report.html.j2")
+
+
+def _visible(value: object) -> object:
+    """Control characters, which HTML does not allow, become the replacement character; markup is not changed."""
+    return CONTROL.sub("\N{REPLACEMENT CHARACTER}", value) if type(value) is str else value
 
 
 def _percent(value: float) -> str:

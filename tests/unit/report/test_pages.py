@@ -29,7 +29,7 @@ from llmq.report.verdict import Continuation, Verdict
 from tests.command_line import llmq
 
 ROOT = Path(__file__).resolve().parents[3]
-EVIL = "<script>alert('x')</script>\"&{{ 7 * 7 }}"
+EVIL = "<script>alert('x')</script>\"&{{ 7 * 7 }}\x1b\x00"
 VOID = {"meta", "br", "link", "img"}
 
 
@@ -104,6 +104,7 @@ def test_the_page_needs_no_other_file_and_runs_no_script(text: str) -> None:
 def test_everything_from_the_record_is_escaped(text: str) -> None:
     assert "<script" not in text and "alert('x')" not in text and "&amp;49" not in text
     assert text.count("&lt;script&gt;") > 15
+    assert "\x1b" not in text and "\x00" not in text and "\N{REPLACEMENT CHARACTER}" in text
 
 
 def test_charts_and_tables_have_labels(text: str) -> None:
