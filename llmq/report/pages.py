@@ -94,22 +94,25 @@ def _charts(page: Page) -> dict[str, Chart | None]:
     """The charts of the page; None for those without values."""
     blocks, numbers = page.blocks, [str(index) for index in range(len(page.blocks))]
 
-    def by_block(title: str, form: Callable[[float], str], bars: bool = False, **fields: str) -> Chart | None:
-        values = {name.replace("_", " "): [getattr(block, field) for block in blocks] for name, field in fields.items()}
+    def by_block(
+        title: str, form: Callable[[float], str], fields: Mapping[str, str], *, bars: bool = False
+    ) -> Chart | None:
+        values = {name: [getattr(block, field) for block in blocks] for name, field in fields.items()}
         known = {name: own for name, own in values.items() if any(value is not None for value in own)}
         return chart(title, "block", numbers, known, form, bars=bars)
 
-    device = {"GPU_memory": "device_bytes"} if any(block.device_bytes for block in blocks) else {}
+    device = {"GPU memory": "device_bytes"} if any(block.device_bytes for block in blocks) else {}
+    losses = {"after rounding": "rounded", "after refinement": "refined"}
     history = page.tuning.history if page.tuning is not None else ()
     experts, bins = page.experts, page.scales
     tokens = {"median": [entry.median for entry in experts], "minimum": [float(entry.minimum) for entry in experts]}
     return {
-        "errors": by_block("Errors by block", _percent, largest="largest_error", median="median_error"),
-        "refined": by_block("Validation loss by block", _short, after_rounding="rounded", after_refinement="refined"),
-        "weight_outliers": by_block("Weight outliers by block", _short, largest="weight_outlier"),
-        "activation_outliers": by_block("Activation outliers by block", _short, largest="activation_outlier"),
-        "seconds": by_block("Seconds by block", _short, bars=True, seconds="seconds"),
-        "memory": by_block("Peak memory by block", _size, main_memory="host_bytes", **device),
+        "errors": by_block("Errors by block", _percent, {"largest": "largest_error", "median": "median_error"}),
+        "refined": by_block("Validation loss by block", _short, losses),
+        "weight_outliers": by_block("Weight outliers by block", _short, {"largest": "weight_outlier"}),
+        "activation_outliers": by_block("Activation outliers by block", _short, {"largest": "activation_outlier"}),
+        "seconds": by_block("Seconds by block", _short, {"seconds": "seconds"}, bars=True),
+        "memory": by_block("Peak memory by block", _size, {"main memory": "host_bytes", **device}),
         "tuning": chart(
             "KL divergence by step of end-to-end tuning", "step", [str(step) for step, _ in history],
             {"validation KL": [loss for _, loss in history]}, _short,
