@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llmq.report.record import ExpertTokens, LayerReport, Report, StageSummary, TuningReport
+from llmq.report.record import BlockReport, ExpertTokens, LayerReport, Report, StageSummary, TuningReport
 from llmq.report.verdict import Verdict
 
 WORST = 20  # layers that are listed
@@ -132,7 +132,7 @@ def page_of(report: Report, *, total: int | None = None) -> Page:
         sizes=report.sizes,
         seconds=report.seconds,
         peak_memory_bytes=report.peak_memory_bytes,
-        blocks=tuple(_block(block) for block in report.blocks),
+        blocks=tuple(map(_block, report.blocks)),
         kinds=_kinds(layers),
         worst=tuple(
             Layer(layer.name, layer.scheme, layer.error, layer.weight_outlier, layer.activation_outlier)
@@ -151,7 +151,7 @@ def page_of(report: Report, *, total: int | None = None) -> Page:
     )
 
 
-def _block(block: Any) -> Block:
+def _block(block: BlockReport) -> Block:
     errors = [layer.error for layer in block.layers]
     rounded, refined = _losses(block.layers)
     return Block(

@@ -11,6 +11,7 @@ import io
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def _charts(page: Page) -> dict[str, Chart | None]:
     def by_block(
         title: str, form: Callable[[float], str], fields: Mapping[str, str], *, bars: bool = False
     ) -> Chart | None:
-        values = {name: [getattr(block, field) for block in blocks] for name, field in fields.items()}
+        values = {name: list(map(attrgetter(field), blocks)) for name, field in fields.items()}
         known = {name: own for name, own in values.items() if any(value is not None for value in own)}
         return chart(title, "block", numbers, known, form, bars=bars)
 
