@@ -271,6 +271,10 @@ class QuantConfig(Settings):
     def stages(self) -> Method:
         return METHODS[self.method].rotated() if self.rotate else METHODS[self.method]
 
+    def without_validation(self) -> Self:
+        """The settings that decide about the bytes of the model."""
+        return self.replace(calibration=self.calibration.replace(validation=None))
+
     def scheme_for(self, module: str) -> WeightScheme | None:
         """The scheme for a module, or None where a skip pattern matches; the last matching override wins."""
         if any(matches(pattern, module) for pattern in self.skip):

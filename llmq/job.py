@@ -6,7 +6,6 @@ configuration and the headers of the checkpoint. `Job.run` then quantizes the mo
 """
 
 import dataclasses
-import platform
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -20,7 +19,6 @@ from llmq._keywords import Keywords
 from llmq._version import __version__
 from llmq.calibration import CalibrationSet
 from llmq.calibration.sources import parse_sources
-from llmq.checkpoint import PAGE_FILES
 from llmq.checkpoint.sealed import sha256_of
 from llmq.checkpoint.staging import STAGING
 from llmq.checkpoint.writer import Writer
@@ -43,6 +41,7 @@ from llmq.report.pages import LiveReport
 from llmq.report.record import BlockReport, Report, TuningReport
 from llmq.report.sensitivity import Sensitivity
 from llmq.run_text import RunText, sequences_at_once
+from llmq.runtime.environment import versions
 from llmq.setting_fields import config_to, merged
 from llmq.steps import fisher_information, float_probe, lm_head, output_layout
 from llmq.steps.end_to_end.memory_plan import disk_bytes
@@ -89,14 +88,7 @@ class Job:
             source=str(model),
             output=str(self.out),
             settings=config_to(self.plan.settings),
-            versions={
-                "llmq": __version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-                "platform": f"{platform.system()} {platform.machine()}",
-                "device": str(self.plan.device),
-                "processes": str(ranks.size),
-            },
+            versions={**versions(), "device": str(self.plan.device), "processes": str(ranks.size)},
             left=self.plan.left(),
             original_bytes=self.plan.checkpoint.nbytes,
             request=sha256_of(self._identity()),
@@ -105,11 +97,6 @@ class Job:
         self.report.notes += [*self.plan.notes, *self.plan.idle_patterns()]
         if self.commits > self.blocks and self.plan.stages.tuning is not None:
             self.report.notes.append(lm_head.FLOAT_HEAD)
-
-    @property
-    def report_page(self) -> Path:
-        """The report of the finished run, for people; of several formats, that of the first one."""
-        return self._folders[0] / PAGE_FILES[0]
 
     @property
     def blocks(self) -> int:
@@ -160,13 +147,9 @@ class Job:
 
     def _judge(self, text: CalibrationSet | None, on_event: OnEvent) -> None:
         """Measure the finished model, unless its record has a verdict or the measurement is turned off."""
-        if not self._ranks.is_first or self.report.verdict is not None or not self.plan.settings.calibration.held_back:
-            return
-        if text is None and self.report.calibration is not None:
-            text = self._text.load(self.plan, dataclasses.replace(self.report, notes=[]), ignore)
-        held_back = self._text.held_back(self.plan, text)
-        self.report.verdict = verdict.judge(self.plan, self.report, self.out, held_back, on_event)
-        verdict.store(self._folders, self.report.verdict)
+        if self._ranks.is_first and self.report.verdict is None and self.plan.settings.calibration.held_back:
+            held_back = self._text.held_back(self.plan, text, self.report)
+            verdict.add(self.plan, self.report, self._folders, held_back, on_event)
 
     def _quantize(self, text: Text | None, writer: Writer, on_event: OnEvent, start: float) -> None:
         """Quantize and save. If the memory is not enough, continue at the first block that is not finished.
@@ -190,13 +173,12 @@ class Job:
 
     def _identity(self) -> dict[str, Any]:
         """What decides about the bytes of the model, except the contents of the text."""
-        plan, settings = self.plan, config_to(self.plan.settings)
-        settings["calibration"].pop("validation", None)
+        plan = self.plan
         return {
             "llmq": __version__,
             "torch": torch.__version__,
             "source": plan.checkpoint.fingerprint(),
-            "settings": settings,
+            "settings": config_to(plan.settings.without_validation()),
             "stages": dataclasses.asdict(plan.stages),
             "device": plan.device.type,
         }
@@ -267,7 +249,6 @@ class Job:
             on_event(event)
 
         live = LiveReport(writer.report_page if self._ranks.is_first else None, self.report, self.commits)
-        live.renew()
         plan, streams, fisher = self.plan, None, None
         if text is not None:
             calls = RecordedCalls(plan.skeleton)

@@ -1,7 +1,7 @@
 """The text of a run: the calibration text, and text that the model generates in addition."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from llmq.calibration.sources import parse_sources
 from llmq.errors import CalibrationError
 from llmq.model.passes.streams import Text
 from llmq.plan import Plan
-from llmq.report.events import OnEvent, Progress, TextRead
+from llmq.report.events import OnEvent, Progress, TextRead, ignore
 from llmq.report.record import Report
 from llmq.runtime.load import load_tokenizer
 
@@ -92,8 +92,10 @@ class RunText:
             )
         return Text(tokens, sequences_at_once(windows, plan.device), validation)
 
-    def held_back(self, plan: Plan, text: CalibrationSet | None) -> "HeldBack":
-        """The text on which the finished model is measured; `text` is the calibration text if the method needs one."""
+    def held_back(self, plan: Plan, text: CalibrationSet | None, report: Report) -> "HeldBack":
+        """The text on which the finished model of `report` is measured; `text` is the calibration text if it was read."""
+        if text is None and report.calibration is not None:
+            text = self.load(plan, replace(report, notes=[]), ignore)
         wanted = plan.settings.calibration.held_back
         if not wanted:
             return HeldBack(None)

@@ -248,7 +248,6 @@ def _print_result(job: "Job", *, as_json: bool) -> None:
         ("time", f"{report.seconds:.1f} s"),
         ("peak memory", megabytes(report.peak_memory_bytes)),
         ("output", str(job.out)),
-        ("report", str(job.report_page)),
     ]
     print_table("result", ("", "value"), summary)
     print_verdict(report.verdict)

@@ -42,8 +42,8 @@ from llmq.steps.output_layout import staged_format
 PROMPTS = 3  # that both models continue
 
 
-def judge(plan: Plan, report: Report, out: Path, text: HeldBack, on_event: OnEvent) -> Verdict:
-    """Measure the finished model in the folder `out`, made by the run of `report`.
+def judge(plan: Plan, report: Report, folders: Sequence[Path], text: HeldBack, on_event: OnEvent) -> Verdict:
+    """Measure the finished model that the run of `report` has made, in one folder per format.
 
     If it cannot be measured, the verdict has no figures, and its sentence gives the reason.
     """
@@ -52,8 +52,7 @@ def judge(plan: Plan, report: Report, out: Path, text: HeldBack, on_event: OnEve
         return unmeasured(text.about)
     plan = plan.with_settings(QuantConfig.model_validate(report.settings))  # with the grids that --target-bits chose
     measured = _measured_format(plan)
-    folder = out / measured if len(plan.settings.formats) > 1 else out
-    open_ = _Opener(plan, report, folder, on_event)
+    open_ = _Opener(plan, report, folders[plan.settings.formats.index(measured)], on_event)
     try:
         original = open_.original()
         is_rtn = not plan.stages.needs_calibration
@@ -69,8 +68,9 @@ def judge(plan: Plan, report: Report, out: Path, text: HeldBack, on_event: OnEve
     )  # fmt: skip
 
 
-def store(folders: Sequence[Path], verdict: Verdict) -> None:
-    """Add the verdict to the records of finished models."""
+def add(plan: Plan, report: Report, folders: Sequence[Path], text: HeldBack, on_event: OnEvent) -> None:
+    """Measure the finished model, in one folder per format, and add the verdict to `report` and to the records."""
+    report.verdict = verdict = judge(plan, report, folders, text, on_event)
     for folder in folders:
         write_record(folder, {**read_record(folder), "verdict": dataclasses.asdict(verdict)})
 

@@ -44,7 +44,7 @@ def write(folder: Path, report: Report) -> None:
 
 
 class LiveReport:
-    """`report.html` of an unfinished run of `total` blocks, renewed at most every few seconds.
+    """`report.html` of an unfinished run of `total` blocks, written now and renewed at most every few seconds.
 
     A finished run has another one in the folder of the model. `file` is None for all but the first of several
     processes, which write nothing.
@@ -53,6 +53,7 @@ class LiveReport:
     def __init__(self, file: Path | None, report: Report, total: int) -> None:
         self._file, self._report, self._total = file, report, total
         self._written = -RENEWED
+        self.renew()
 
     def renew(self) -> None:
         now = time.monotonic()

@@ -19,6 +19,16 @@ PACKAGES = ("torch", "transformers", "triton", "safetensors", "numpy", "pydantic
 VARIABLES = (backend.VARIABLE, configs.VARIABLE, int4pack.VARIABLE)
 
 
+def versions() -> dict[str, str]:
+    """What a run records about the software and the system."""
+    return {
+        "llmq": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+    }
+
+
 @dataclass(frozen=True)
 class Tiles:
     """The default configuration of the W4A16 kernel on a device, for shapes without a separate entry.

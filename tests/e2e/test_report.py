@@ -1,4 +1,4 @@
-"""A run writes its report from the start; the finished folder has it in all formats, and it is no part of the model."""
+"""A run writes its report from the start; the finished folder has it in all formats, and it does not belong to the model."""
 
 import json
 from collections.abc import Callable
@@ -39,7 +39,7 @@ def test_an_unfinished_run_has_a_report_and_the_finished_one_replaces_it(
     assert (out / "layers.csv").read_text().count("\n") == 1 + len(report.layers)
 
 
-def test_the_report_is_no_part_of_the_model(model: Path, text: Path, tmp_path: Path) -> None:
+def test_the_report_does_not_belong_to_the_model(model: Path, text: Path, tmp_path: Path) -> None:
     out, changed = tmp_path / "out", tmp_path / "changed"
     report = quantize(model, out, text, method="rtn", group_size=32, format=["gptq", "awq"])
     assert not set(PAGE_FILES) & {Path(name).name for name in report.checksums}
