@@ -93,7 +93,7 @@ class RunText:
         return Text(tokens, sequences_at_once(windows, plan.device), validation)
 
     def held_back(self, plan: Plan, text: CalibrationSet | None, report: Report) -> "HeldBack":
-        """The text on which the finished model of `report` is measured; `text` is the calibration text if it was read."""
+        """The text on which the model of `report` is measured; `text` is the calibration text if it was read."""
         if text is None and report.calibration is not None:
             text = self.load(plan, replace(report, notes=[]), ignore)
         wanted = plan.settings.calibration.held_back

@@ -1,4 +1,4 @@
-"""A run writes its report from the start; the finished folder has it in all formats, and it does not belong to the model."""
+"""A run writes its report from the start. The finished folder has it for each format, next to the model."""
 
 import json
 from collections.abc import Callable
