@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from typer import Exit
 
+from llmq.checkpoint import PAGE_FILES
 from llmq.cli import options
 from llmq.cli.progress import ProgressDisplay
 from llmq.cli.streams import print_text
@@ -205,16 +206,18 @@ def _print_serving(job: "Job") -> None:
     from llmq.verify import engines
 
     several = len(job.plan.settings.formats) > 1
-    rows, following = [], list[str]()
+    rows, following, pages = [], list[str](), list[str]()
     for name in job.plan.settings.formats:
         folder = job.out / name if several else job.out
         verdicts = engines.verdicts(engines.check(folder))
         vllm = any(v.engine == "vLLM" and v.loads for v in verdicts)
+        pages.append(str(folder / PAGE_FILES[0]))
         following += next_commands(job.report.source, folder, name, vllm=vllm)
         loading = [f"{v.engine} ({', '.join(map(str, v.gpus))} GPUs)" for v in verdicts if v.loads and len(v.gpus) > 1]
         loading += [v.engine for v in verdicts if v.loads and len(v.gpus) == 1]
         rows.append((name, ", ".join(loading) or "no engine"))
     print_table("compatible engines", ("format", "engines (llmq verify has the reasons)"), rows)
+    print_text(f"report: {', '.join(pages)}")
     print_text("next:")
     for line in following:
         print_text(f"  {line}")

@@ -18,14 +18,14 @@ from llmq.algorithms import rtn
 from llmq.checkpoint.index import gguf_file
 from llmq.checkpoint.reader import Checkpoint
 from llmq.config import QuantConfig
-from llmq.errors import UnsupportedModelError
+from llmq.errors import BackendError, UnsupportedModelError
 from llmq.evaluation.bootstrap import Bootstrap, Interval, interval_of_ratio
 from llmq.evaluation.runs import SPARE_PART, Run, run_compared
 from llmq.evaluation.streaming import Streamed
 from llmq.evaluation.summary import summary, summary_of_original
 from llmq.evaluation.trajectories import LENGTH, PROMPT
 from llmq.gguf import reader
-from llmq.memory import spare
+from llmq.memory import is_out_of_memory, spare
 from llmq.model.build.block import Block
 from llmq.model.build.skeleton import Skeleton
 from llmq.model.passes.forward import loaded
@@ -54,18 +54,16 @@ def judge(plan: Plan, report: Report, folders: Sequence[Path], text: HeldBack, o
     measured = _measured_format(plan)
     open_ = _Opener(plan, report, folders[plan.settings.formats.index(measured)], on_event)
     try:
-        original = open_.original()
-        is_rtn = not plan.stages.needs_calibration
-        models = [open_.quantized] if is_rtn else [open_.quantized, open_.rounded]
-        runs = run_compared(original, models, text.windows)
+        return dataclasses.replace(_measured(open_, text), measured=measured, seconds=time.monotonic() - start)
     except UnsupportedModelError as error:
         return unmeasured(f"{error}; measure it with llmq eval, which loads such a model as a whole")
-    figures = _verdict(runs, is_rtn=is_rtn)
-    continuations, notes = _continuations(open_, text.windows)
-    return dataclasses.replace(
-        figures, tokens=text.windows.numel(), text=text.about, measured=measured, continuations=continuations,
-        seconds=time.monotonic() - start, notes=tuple(dict.fromkeys([*notes, *(n for run in runs for n in run.notes)])),
-    )  # fmt: skip
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise BackendError(
+            f"out of memory while the finished model was measured: {str(error).partition(chr(10))[0]}",
+            hint=f"the model in {open_.folder} is complete; --validate 0 leaves the measurement out",
+        ) from error
 
 
 def add(plan: Plan, report: Report, folders: Sequence[Path], text: HeldBack, on_event: OnEvent) -> None:
@@ -73,6 +71,20 @@ def add(plan: Plan, report: Report, folders: Sequence[Path], text: HeldBack, on_
     report.verdict = verdict = judge(plan, report, folders, text, on_event)
     for folder in folders:
         write_record(folder, {**read_record(folder), "verdict": dataclasses.asdict(verdict)})
+
+
+def _measured(open_: "_Opener", text: HeldBack) -> Verdict:
+    """The figures of the model and of RTN, and continuations."""
+    assert text.windows is not None, "there is text"
+    is_rtn = not open_.plan.stages.needs_calibration
+    models = [open_.quantized] if is_rtn else [open_.quantized, open_.rounded]
+    runs = run_compared(open_.original(), models, text.windows)
+    continuations, notes = _continuations(open_, text.windows)
+    noted = dict.fromkeys([*notes, *(note for run in runs for note in run.notes)])
+    return dataclasses.replace(
+        _verdict(runs, is_rtn=is_rtn), tokens=text.windows.numel(), text=text.about, continuations=continuations,
+        notes=tuple(noted),
+    )  # fmt: skip
 
 
 def unmeasured(reason: str) -> Verdict:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmq.errors import BackendError
 from llmq.report.record import Report
 from tests.command_line import llmq
 from tests.runs import float_equivalent, float_model, job, logits, quantize, read_text, windows_of
@@ -81,7 +82,7 @@ def test_without_text_the_verdict_says_how_to_get_one(model: Path, tmp_path: Pat
     arguments = [model, tmp_path / "out", "--method", "rtn", "--group-size", "32", "--device", "cpu"]
     outcome = llmq("quantize", *arguments)
     assert outcome.exit_code == 0 and "add --calibration FILE" in outcome.stdout, outcome.stderr
-    assert "vllm serve" in outcome.stdout and "llmq eval" in outcome.stdout
+    assert "vllm serve" in outcome.stdout and "llmq eval" in outcome.stdout and "report.html" in outcome.stdout
     assert llmq("quantize", *arguments, "--max-kl", "1").exit_code == 2
 
 
@@ -93,6 +94,19 @@ def test_a_limit_that_is_not_met_keeps_the_model(model: Path, text: Path, tmp_pa
     assert outcome.exit_code == 8 and "finished model is kept" in outcome.stderr
     assert (tmp_path / "out" / "config.json").is_file() and "llama-cli -m" in outcome.stdout
     assert json.loads((tmp_path / "out" / "llmq.json").read_text())["verdict"]["kl"] > 1e-9
+
+
+def test_without_memory_the_model_is_complete_and_the_error_says_so(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("llmq.export.verdict.run_compared", full)
+    with pytest.raises(BackendError, match="out of memory while the finished model was measured"):
+        quantize(model, tmp_path / "out", text, method="rtn", validate=2)
+    assert (tmp_path / "out" / "config.json").is_file()
+    assert quantize(model, tmp_path / "out", text, method="rtn").verdict is None  # finished, and not measured
 
 
 def test_few_samples_turn_the_measurement_off(model: Path, text: Path, tmp_path: Path) -> None:
