@@ -31,4 +31,5 @@ class Keywords(TypedDict, total=False):
     samples: int | None
     seqlen: int | None
     packing: bool | None
+    validate: int | None
     seed: int | None

@@ -139,6 +139,17 @@ class Calibration(Settings):
         description="Fill the sequences with whole documents, one after the other. By default each sequence is drawn "
         "from another document, which lowers the error if documents are long. Use it to compare with other tools.",
     )
+    validation: Annotated[int | None, Setting(name="validate", expected="a whole number, at least 0")] = Field(
+        default=None,
+        ge=0,
+        description="Number of sequences that are held back from calibration. The finished model is compared with the "
+        "original and with round to nearest on them. 0 turns this off. Default: one per 16 calibration sequences.",
+    )
+
+    @property
+    def held_back(self) -> int:
+        """The number of sequences on which the finished model is measured."""
+        return self.samples // 16 if self.validation is None else self.validation
 
 
 class QuantConfig(Settings):
@@ -259,6 +270,10 @@ class QuantConfig(Settings):
     @property
     def stages(self) -> Method:
         return METHODS[self.method].rotated() if self.rotate else METHODS[self.method]
+
+    def without_validation(self) -> Self:
+        """The settings that decide about the bytes of the model."""
+        return self.replace(calibration=self.calibration.replace(validation=None))
 
     def scheme_for(self, module: str) -> WeightScheme | None:
         """The scheme for a module, or None where a skip pattern matches; the last matching override wins."""

@@ -29,7 +29,7 @@ from llmq.config import QuantConfig
 from llmq.distributed.following import shared_writer
 from llmq.distributed.ranks import ALONE, Ranks
 from llmq.errors import ConfigError
-from llmq.export import save
+from llmq.export import save, verdict
 from llmq.export.finished import finished_record, require_unchanged
 from llmq.memory import Economy
 from llmq.methods import Method
@@ -39,11 +39,12 @@ from llmq.model.passes.recorded_calls import RecordedCalls
 from llmq.model.passes.streams import Text
 from llmq.numerics.scheme import WeightScheme
 from llmq.report.events import Event, OnEvent, ignore
+from llmq.report.pages import LiveReport
 from llmq.report.record import BlockReport, Report, TuningReport
 from llmq.report.sensitivity import Sensitivity
 from llmq.run_plan import Plan
 from llmq.run_text import RunText, sequences_at_once
-from llmq.runtime.environment import run_versions
+from llmq.runtime.environment import versions
 from llmq.setting_fields import config_to, merged
 from llmq.steps import fisher_information, float_probe, lm_head, output_layout
 from llmq.steps.end_to_end.memory_plan import disk_bytes
@@ -92,7 +93,7 @@ class Job:
             source=str(model),
             output=str(self.out),
             settings=config_to(self.plan.settings),
-            versions={**run_versions(), "device": str(self.plan.device), "processes": str(ranks.size)},
+            versions={**versions(), "device": str(self.plan.device), "processes": str(ranks.size)},
             left=self.plan.left(),
             original_bytes=self.plan.checkpoint.nbytes,
             request=sha256_of(self._identity()),
@@ -122,6 +123,7 @@ class Job:
             finished = self._ranks.first(self._finished)
             if finished is not None:
                 self.finished, self.report = True, finished
+                self._judge(None, on_event)  # if it was killed before the end of the measurement
                 return finished
             if self._ranks.is_first:
                 Writer.require_free(self.out)  # checked before the text is read
@@ -145,7 +147,14 @@ class Job:
         except BaseException:
             writer.abandon()
             raise
+        self._judge(calibration_set, on_event)
         return self.report
+
+    def _judge(self, text: CalibrationSet | None, on_event: OnEvent) -> None:
+        """Measure the finished model, unless its record has a verdict or the measurement is turned off."""
+        if self._ranks.is_first and self.report.verdict is None and self.plan.settings.calibration.held_back:
+            held_back = self._text.held_back(self.plan, text, self.report)
+            verdict.add(self.plan, self.report, self._folders, held_back, on_event)
 
     def _quantize(self, text: Text | None, writer: Writer, on_event: OnEvent, start: float) -> None:
         """Quantize and save. If the memory is not enough, continue at the first block that is not finished.
@@ -174,7 +183,7 @@ class Job:
             "llmq": __version__,
             "torch": torch.__version__,
             "source": plan.checkpoint.fingerprint(),
-            "settings": config_to(plan.settings),
+            "settings": config_to(plan.settings.without_validation()),
             "stages": dataclasses.asdict(plan.stages),
             "device": plan.device.type,
         }
@@ -239,10 +248,12 @@ class Job:
         def collect(event: Event) -> None:
             if isinstance(event, BlockReport):
                 self.report.blocks.append(event)
+                live.renew()
             elif isinstance(event, TuningReport):
                 self.report.tuning = event
             on_event(event)
 
+        live = LiveReport(writer.report_page if self._ranks.is_first else None, self.report, self.commits)
         plan, streams, fisher = self.plan, None, None
         if text is not None:
             calls = RecordedCalls(plan.skeleton)

@@ -80,6 +80,11 @@ def _malloc_trim() -> Callable[[int], int] | None:
     return trim
 
 
+def peak(device: torch.device) -> int:
+    """The peak memory of this process on a GPU so far, in bytes; 0 for a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
 def processes(environment: Mapping[str, str]) -> int:
     """The number of processes of a run that share the memory of this machine, as torchrun and accelerate set it."""
     return max(1, int(environment.get("LOCAL_WORLD_SIZE", "1")))

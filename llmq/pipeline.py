@@ -34,6 +34,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from llmq import memory
 from llmq.algorithms import Rounding
 from llmq.memory import PROBE_TOKENS
 from llmq.model.analyse import input_groups
@@ -43,7 +44,7 @@ from llmq.model.passes.forward import forward
 from llmq.model.passes.sequential import Sequential
 from llmq.numerics.input_stats import InputStats
 from llmq.report.layer_metrics import as_experts, layer_report
-from llmq.report.record import BlockReport, LayerReport, StageGain
+from llmq.report.record import BlockReport, LayerReport, StageGain, peak_memory
 from llmq.steps import block_tuning, existing_grids
 from llmq.steps.end_to_end import tune_end_to_end
 from llmq.steps.lm_head import quantize_head
@@ -115,8 +116,10 @@ def quantize_block(run: Run, block: Block) -> None:
             forwards.run(lambda groups: quantize_groups(run, block, result, groups))
             tune_and_advance(run, block, result, forwards)
     tensors = result.tensors | kept_in_float(run, block, result)
-    seconds = time.monotonic() - start
-    report = BlockReport(block.path, tuple(result.reports), tuple(result.notes), seconds, gains=tuple(result.gains))
+    report = BlockReport(
+        block.path, tuple(result.reports), tuple(result.notes), time.monotonic() - start, gains=tuple(result.gains),
+        host_bytes=peak_memory(), device_bytes=memory.peak(run.skeleton.device),
+    )  # fmt: skip
     run.writer.commit(block.index, tensors, report.to_dict())
     run.on_event(report)
 

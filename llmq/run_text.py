@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,38 @@ from llmq import calibration, memory
 from llmq.calibration import CalibrationSet, OwnText, SelfAuthor
 from llmq.calibration.documents import Contents
 from llmq.calibration.sequences import require_embeddings
+from llmq.calibration.sources import parse_sources
 from llmq.errors import CalibrationError
 from llmq.model.passes.streams import Text
-from llmq.report.events import OnEvent, Progress, TextRead
+from llmq.report.events import OnEvent, Progress, TextRead, ignore
 from llmq.report.record import Report
 from llmq.run_plan import Plan
 from llmq.runtime.load import load_tokenizer
 
 TOKENS_PER_INPUT = 50  # with fewer tokens, statistics of the text generalize badly to other text
 ADDED_SEED = 1 << 32  # so that this text differs from that of `--calibration self`
+
+
+NO_TEXT = (
+    "no text was given; add --calibration FILE to quantize, or measure the model with "
+    "llmq eval OUT --against MODEL --text FILE"
+)
+ALL_READ = (
+    "calibration used the whole text; give more text or fewer --samples, or measure the model with "
+    "llmq eval OUT --against MODEL --text FILE"
+)
+
+
+@dataclass(frozen=True)
+class HeldBack:
+    """The text on which the finished model is measured.
+
+    windows  (V, T) int64; None if there is no such text
+    about    what the text is, or why there is none; empty if the measurement is turned off
+    """
+
+    windows: Tensor | None
+    about: str = ""
 
 
 class RunText:
@@ -66,13 +90,41 @@ class RunText:
             written = author.write(plan.stages.written * S, T, plan.settings.seed + ADDED_SEED)
             report.notes += author.notes
             tokens = torch.cat([written, windows])
-        share = plan.stages.validation
-        validation = min(max(math.ceil(share * S), plan.stages.tuning is not None), S - 1)
-        if share and not validation:
+        validation = _validation_sequences(plan, S)
+        if plan.stages.validation and not validation:
             report.notes.append(
                 "one calibration sequence leaves none for validation: no stage was checked on other text"
             )
         return Text(tokens, sequences_at_once(windows, plan.device), validation)
+
+    def held_back(self, plan: Plan, text: CalibrationSet | None, report: Report) -> "HeldBack":
+        """The text on which the model of `report` is measured; `text` is the calibration text if it was read."""
+        if text is None and report.calibration is not None:
+            text = self.load(plan, replace(report, notes=[]), ignore)
+        wanted = plan.settings.calibration.held_back
+        if not wanted:
+            return HeldBack(None)
+        if text is None and not plan.settings.calibration.sources:
+            return HeldBack(None, NO_TEXT)
+        if text is None:
+            alone = plan.settings.calibration.replace(samples=wanted, validation=0)
+            tokenizer = load_tokenizer(plan.checkpoint.folder, remote_code=self._remote_code)
+            if all(source.is_self for source in parse_sources(alone.sources)):
+                return HeldBack(None, NO_TEXT)
+            text = calibration.load(alone, tokenizer, seed=plan.settings.seed, max_tokens=plan.skeleton.max_tokens)
+            require_embeddings(text.windows, plan.skeleton.vocabulary)
+            return HeldBack(text.windows, f"{_size(text.windows)} of {', '.join(text.sources)}")
+        if len(text.held_back):
+            require_embeddings(text.held_back, plan.skeleton.vocabulary)
+            sources = ", ".join(text.sources)
+            return HeldBack(text.held_back, f"{_size(text.held_back)} of {sources} that calibration did not read")
+        checked = _validation_sequences(plan, len(text.windows))
+        if checked:
+            windows = text.windows[-checked:]
+            return HeldBack(
+                windows, f"{_size(windows)} of the calibration text on which stages were checked, not fitted"
+            )
+        return HeldBack(None, ALL_READ)
 
     def save(self) -> None:
         """Save the generated text in the staging folder, which must exist."""
@@ -84,6 +136,16 @@ class RunText:
             on_event(Progress("text written by the model", done, total, "tokens"))
 
         return SelfAuthor(plan.skeleton, tokenizer, kept, on_progress=progress)
+
+
+def _validation_sequences(plan: Plan, sequences: int) -> int:
+    """The number of calibration sequences, the last ones, on which stages are checked and nothing is fitted."""
+    share = plan.stages.validation
+    return min(max(math.ceil(share * sequences), plan.stages.tuning is not None), sequences - 1)
+
+
+def _size(windows: Tensor) -> str:
+    return f"{len(windows)} sequences of {windows.shape[1]} tokens"
 
 
 def sequences_at_once(windows: Tensor, device: torch.device) -> int:

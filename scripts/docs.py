@@ -161,7 +161,16 @@ def pages() -> Iterator[tuple[Path, str]]:
     """Every page that does not need a long run, with its current text."""
     for name, (page, part) in PARTS.items():
         yield page, replaced(page.read_text(encoding="utf-8"), name, part())
+    yield ROOT / "docs" / "report.schema.json", report_schema()
     yield from experiments()
+
+
+def report_schema() -> str:
+    """The JSON schema of report.json."""
+    from llmq.checkpoint.json_text import json_text
+    from llmq.report.pages import schema
+
+    return json_text(schema())
 
 
 def read_json(file: Path) -> dict[str, object]:

@@ -34,6 +34,7 @@ sys.path.insert(1, str(ROOT / "kernels"))
 
 import torch  # noqa: E402
 
+from llmq.checkpoint import PAGE_FILES  # noqa: E402
 from llmq.checkpoint.staging import STAGING  # noqa: E402
 from llmq.config import QuantConfig  # noqa: E402
 from llmq.export.convert import Converter  # noqa: E402
@@ -209,6 +210,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {
         str(file.relative_to(folder)): without_times(file) if file.name == RECORD else file.read_bytes()
         for file in files
+        if file.name not in PAGE_FILES  # made from the record
     }
 
 
@@ -217,7 +219,8 @@ def without_times(file: Path) -> bytes:
     for key in ("seconds", "peak_memory_bytes", "notes", "request"):  # a request has the times of the source files
         document.pop(key, None)
     for part in (*document.get("blocks", ()), document.get("tuning") or {}):
-        part.pop("seconds", None), part.pop("resumed", None)
+        for key in ("seconds", "resumed", "host_bytes", "device_bytes"):
+            part.pop(key, None)
     return json.dumps(document, sort_keys=True).encode()
 
 

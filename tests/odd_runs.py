@@ -69,6 +69,7 @@ def drawn(seed: int, number: int) -> dict[str, Any]:
         "bits": numbers.choice((2, 3, 4, 4, 4, 8)),
         "group_size": numbers.choice(GROUPS),
         "format": numbers.choice(FORMATS),
+        "validate": 0,
         "samples": numbers.choice((1, 4, 8, 16)),
         "seqlen": numbers.choice((2, 16, 33, 64)),
         "seed": numbers.choice((0, 1, 2**31, 2**63 - 1)),

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import llmq
 from llmq.calibration import CalibrationSet
+from llmq.checkpoint import PAGE_FILES, PROVENANCE_FILE
 from llmq.config import QuantConfig
 from llmq.distributed.ranks import ALONE, Ranks
 from llmq.job import Job
@@ -24,7 +25,8 @@ from llmq.report.record import BlockReport, LayerReport
 from llmq.setting_fields import merged
 
 WINDOWS: dict[str, Any] = {"samples": 4, "seqlen": 48}
-QUICK: dict[str, Any] = {"group_size": 16, "scales": "minmax", **WINDOWS}
+TIMED = (PROVENANCE_FILE, *PAGE_FILES)
+QUICK: dict[str, Any] = {"group_size": 16, "scales": "minmax", "validate": 0, **WINDOWS}
 
 
 def quantize(model: Path, out: Path, text: Path, **settings: Any) -> llmq.Report:
@@ -87,6 +89,11 @@ def streamed_logits(skeleton: Skeleton, tokens: Tensor) -> Tensor:
     """(B, T, V) for `tokens` (B, T), of a model that is read block by block."""
     passed = run_through(skeleton, Text(tokens, len(tokens)), Storage(skeleton.device))
     return skeleton.logits(tokens, passed.last(range(len(tokens))))
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """All files of a folder except the record and the report, which contain times."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in TIMED}
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:

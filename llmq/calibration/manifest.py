@@ -9,10 +9,11 @@ import hashlib
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llmq.calibration.documents import left_out_like
@@ -89,7 +90,8 @@ class SourceRecord:
 class CalibrationSet:
     """The sequences `windows` (S, T) int64, their sources, the SHA-256 of the ids, notes, and a record per source.
 
-    packing  whether documents were joined end to end, and sequences were not drawn from many documents
+    packing    whether documents were joined end to end, and sequences were not drawn from many documents
+    held_back  (V, T) int64, further sequences of the same sources, to measure the finished model on
     """
 
     windows: Tensor
@@ -98,6 +100,7 @@ class CalibrationSet:
     notes: tuple[str, ...] = ()
     records: tuple[SourceRecord, ...] = ()
     packing: bool = False
+    held_back: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
 
     def to_dict(self) -> dict[str, Any]:
         samples, seqlen = self.windows.shape

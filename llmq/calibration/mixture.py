@@ -81,7 +81,23 @@ def load(
     if len(sources) > 1:
         windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]
     names = tuple(source.name for source in sources)
-    return CalibrationSet(windows, names, sha256_of(windows), tuple(notes), tuple(records), settings.packing)
+    held_back = _held_back(sources, texts, counts, settings.held_back)
+    return CalibrationSet(windows, names, sha256_of(windows), tuple(notes), tuple(records), settings.packing, held_back)
+
+
+def _held_back(
+    sources: Sequence[Source], texts: Mapping[int, TextWindows], counts: Sequence[int], wanted: int
+) -> Tensor:
+    """(V, T) int64, at most `wanted` sequences of the texts, by their weights, after the first `counts` of each.
+
+    The source `self` gives none, because writing takes long.
+    """
+    shares = apportion(wanted, [sources[index].weight for index in texts]) if texts else []
+    parts = [
+        text.windows(text.make(counts[index] + share))[counts[index] :]
+        for (index, text), share in zip(texts.items(), shares, strict=True)
+    ]
+    return torch.cat(parts) if parts else torch.empty(0, 0, dtype=torch.int64)
 
 
 def fill(sources: Sequence[Source], texts: dict[int, TextWindows], samples: int) -> list[int]:

@@ -13,3 +13,4 @@ This file imports nothing; the modules import torch.
 """
 
 PROVENANCE_FILE = "llmq.json"
+PAGE_FILES = ("report.html", "report.json", "layers.csv")  # made from llmq.json, for people and their scripts

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmq.checkpoint import PROVENANCE_FILE
+from llmq.checkpoint import PAGE_FILES, PROVENANCE_FILE
 from llmq.checkpoint.index import ADAPTER, ADAPTER_WEIGHTS
 from llmq.checkpoint.safetensors_files import reading
 from llmq.errors import CheckpointError
@@ -31,7 +31,8 @@ WEIGHT_SUFFIXES = {
     ".pickle",
     ".npz",
 }
-REWRITTEN = {"config.json", "quantize_config.json", "quant_config.json", "quantization_config.json", "llmq.json"}
+CONFIGURATIONS = {"config.json", "quantize_config.json", "quant_config.json", "quantization_config.json"}
+REWRITTEN = {*CONFIGURATIONS, PROVENANCE_FILE, *PAGE_FILES}
 ADAPTER_FILES = {ADAPTER, f"{ADAPTER_WEIGHTS}.json"}
 TRAINING = {  # written by the trainers of transformers and TRL
     "trainer_state.json",

@@ -9,6 +9,7 @@
         final/              the model while it is assembled
         scratch/            an intermediate model from which the model in final/ is made
         activations/        hidden states of the calibration text that do not fit into memory
+        report.html         the report so far, for people; nothing reads it
         self.json           text that the model generated (see calibration/cache.py)
         moving.json         the files of final/ that may already be in OUT; written before the first file is moved
 
@@ -53,6 +54,7 @@ class Staging:
         self.final = self.folder / "final"
         self.scratch = self.folder / "scratch"
         self.activations = self.folder / "activations"
+        self.report_page = self.folder / "report.html"
         self.revision = Revision(self.folder / "revision")
         self._identity = self.folder / "identity.json"
         self._moving = self.folder / "moving.json"

@@ -162,6 +162,11 @@ class Writer:
         return self._staging.activations
 
     @property
+    def report_page(self) -> Path:
+        """Where the report of the unfinished run is written, for people."""
+        return self._staging.report_page
+
+    @property
     def committed(self) -> list[int]:
         """The committed blocks, in order."""
         return sorted(self._committed)

@@ -11,17 +11,10 @@ from llmq.cli.terminal import print_json, print_loading, print_notes, quiet_tran
 from llmq.errors import ConfigError
 from llmq.evaluation import WIKITEXT
 
-LIMITS = "Limits for scripts"
-MaxKl = Annotated[
-    float | None,
-    Option(
-        "--max-kl", min=0, help="Exit code 8 if the mean KL divergence on any text is higher.", rich_help_panel=LIMITS
-    ),
-]
 MaxPplIncrease = Annotated[
     str | None,
     Option(
-        "--max-ppl-increase", metavar="PERCENT", rich_help_panel=LIMITS,
+        "--max-ppl-increase", metavar="PERCENT", rich_help_panel=options.LIMITS,
         help="Exit code 8 if the perplexity on any text exceeds the original's by more, such as 2 or 2%.",
     ),
 ]  # fmt: skip
@@ -92,7 +85,7 @@ def command(
     calibration: Calibration = None,
     floors: Floors = False,
     trajectories: Trajectories = 0,
-    max_kl: MaxKl = None,
+    max_kl: options.MaxKl = None,
     max_ppl_increase: MaxPplIncrease = None,
     device: options.Device = "auto",
     trust_remote_code: options.TrustRemoteCode = False,

@@ -73,6 +73,14 @@ DryRun = Annotated[
         rich_help_panel=GENERAL,
     ),
 ]  # fmt: skip
+LIMITS = "Limits for scripts"
+MaxKl = Annotated[
+    float | None,
+    Option(
+        "--max-kl", min=0, rich_help_panel=LIMITS,
+        help="Exit code 8 if the mean KL divergence from the original is higher, on any text that is measured.",
+    ),
+]  # fmt: skip
 Json = Annotated[bool, Option("--json", help="Print the result as JSON.", rich_help_panel=GENERAL)]
 
 

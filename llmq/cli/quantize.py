@@ -2,6 +2,8 @@
 
 import os
 import re
+import shlex
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,10 +11,20 @@ from typing import TYPE_CHECKING
 
 from typer import Exit
 
+from llmq.checkpoint import PAGE_FILES
 from llmq.cli import options
 from llmq.cli.progress import ProgressDisplay
 from llmq.cli.streams import print_text
-from llmq.cli.terminal import print_done, print_json, print_loading, print_notes, print_table, quiet_transformers
+from llmq.cli.terminal import (
+    megabytes,
+    print_done,
+    print_json,
+    print_loading,
+    print_notes,
+    print_table,
+    quiet_transformers,
+)
+from llmq.cli.verdict import next_commands, print_verdict, require, require_measurable
 from llmq.cli.verify import print_findings, print_serving
 from llmq.config import QuantConfig
 from llmq.errors import Interrupted, LlmqError
@@ -42,6 +54,7 @@ def command(
     overwrite: options.Overwrite = False,
     trust_remote_code: options.TrustRemoteCode = False,
     dry_run: options.DryRun = False,
+    max_kl: options.MaxKl = None,
     json: options.Json = False,
 ) -> None:
     """Quantize a model to 4 bits (or 2, 3 or 8), one block at a time.
@@ -51,7 +64,8 @@ def command(
 
     An interrupted run continues when the same command is given again; after
     the end, the same command reports that it has finished already.
-    The model appears in OUT when it is complete.
+    The model appears in OUT when it is complete, with report.html; before,
+    OUT/.llmq-partial/report.html shows the state of the run.
     `torchrun --nproc-per-node 4 -m llmq quantize …` uses four GPUs.
 
     Examples:
@@ -65,7 +79,8 @@ def command(
       0  success                   5    unusable calibration text
       2  invalid settings          6    device not available
       3  unreadable model          7    output cannot be written
-      4  unsupported model         130  interrupted
+      4  unsupported model         8    worse than --max-kl allows
+                                   130  interrupted
 
     See also:
       llmq sensitivity  which layers need more bits
@@ -77,6 +92,7 @@ def command(
 
         print_text(tomli_w.dumps(config_to(settings)), end="")
         return
+    require_measurable(settings, max_kl)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch warns of each connection that a process closes
     print_loading()
     from llmq.distributed import join
@@ -94,10 +110,12 @@ def command(
             return
         if ranks.is_first:
             print_notes(job.plan.grid_notes)
+        job.report.command = shlex.join(["llmq", *sys.argv[1:]])
         with ProgressDisplay(job.commits, silent=not ranks.is_first) as display:
             job.run(display)
         if ranks.is_first:
             _print_result(job, as_json=json)
+            require(job.report.verdict, max_kl, job.out)
 
 
 @contextmanager
@@ -189,13 +207,21 @@ def _print_serving(job: "Job") -> None:
     from llmq.verification import engines
 
     several = len(job.plan.settings.formats) > 1
-    rows = []
+    rows, following, pages = [], list[str](), list[str]()
     for name in job.plan.settings.formats:
-        verdicts = engines.verdicts(engines.check(job.out / name if several else job.out))
+        folder = job.out / name if several else job.out
+        verdicts = engines.verdicts(engines.check(folder))
+        vllm = any(v.engine == "vLLM" and v.loads for v in verdicts)
+        pages.append(str(folder / PAGE_FILES[0]))
+        following += next_commands(job.report.source, folder, name, vllm=vllm)
         loading = [f"{v.engine} ({', '.join(map(str, v.gpus))} GPUs)" for v in verdicts if v.loads and len(v.gpus) > 1]
         loading += [v.engine for v in verdicts if v.loads and len(v.gpus) == 1]
         rows.append((name, ", ".join(loading) or "no engine"))
     print_table("compatible engines", ("format", "engines (llmq verify has the reasons)"), rows)
+    print_text(f"report: {', '.join(pages)}")
+    print_text("next:")
+    for line in following:
+        print_text(f"  {line}")
 
 
 def _print_result(job: "Job", *, as_json: bool) -> None:
@@ -228,6 +254,7 @@ def _print_result(job: "Job", *, as_json: bool) -> None:
         ("output", str(job.out)),
     ]
     print_table("result", ("", "value"), summary)
+    print_verdict(report.verdict)
     try:
         _print_serving(job)
     except LlmqError as error:

@@ -22,7 +22,7 @@ from llmq.evaluation.trajectories import greedy
 from llmq.gguf import reader
 from llmq.model.build.block import Block
 from llmq.model.build.skeleton import Skeleton
-from llmq.model.passes.forward import run_through
+from llmq.model.passes.forward import Ready, loaded, run_through
 from llmq.model.passes.generate import Continuation, in_memory, weight_bytes
 from llmq.model.passes.hidden_states import Place, Storage
 from llmq.model.passes.streams import Stream, Text
@@ -61,7 +61,7 @@ class Source(Protocol):
 
 
 class Streamed:
-    """A model read block by block."""
+    """A model read block by block; `ready` may change the weights of a block that was read."""
 
     note: str | None = None
 
@@ -72,8 +72,10 @@ class Streamed:
         name: str = "",
         on_event: OnEvent = ignore,
         batch: int | None = None,
+        ready: Ready = loaded,
     ) -> None:
         quantize_inputs(skeleton, activations)
+        self._ready = ready
         self._name = name
         self._on_event = on_event
         self._batch = batch
@@ -106,7 +108,7 @@ class Streamed:
         def progress(block: Block) -> None:
             self._on_event(Progress(f"evaluating {self._name}", block.index + 1, len(self._skeleton.blocks)))
 
-        self._passed = run_through(self._skeleton, text, storage, after=progress)
+        self._passed = run_through(self._skeleton, text, storage, ready=self._ready, after=progress)
 
     def logits(self, together: int) -> Iterator[tuple[Tensor, Tensor]]:
         passed = self._passed

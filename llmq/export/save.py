@@ -31,7 +31,7 @@ from llmq.report import record
 from llmq.report.events import OnEvent
 from llmq.report.expert_tokens import expert_tokens
 from llmq.report.record import Report
-from llmq.report.stored_record import read_record
+from llmq.report.stored_record import read_record, write_record
 from llmq.run_plan import Plan
 from llmq.steps import output_layout, scale_range
 from llmq.steps.run import Run
@@ -81,7 +81,7 @@ def _write(writer: Writer, plan: Plan, report: Report, quantized: set[str], on_e
             report.file_bytes = written.file.stat().st_size
             report.checksums = checksums(final)
             report.notes += card.write(final, plan.checkpoint.folder, report.to_dict())
-            write_text(final / PROVENANCE_FILE, json_text(report.to_dict()))
+            write_record(final, report.to_dict())
         return
     settings = plan.quantization_config(quantized)
     documents = {CONFIG: json_text(with_settings(plan.config_json(quantized), plan.layout, settings))}
@@ -95,7 +95,7 @@ def _write(writer: Writer, plan: Plan, report: Report, quantized: set[str], on_e
             writer.assemble(final, rest, files, documents)
             report.checksums = checksums(final)
             report.notes += card.write(final, plan.checkpoint.folder, report.to_dict())
-            write_text(final / PROVENANCE_FILE, json_text(report.to_dict()))
+            write_record(final, report.to_dict())
         return
     with writer.finishing() as final:
         staged = output_layout.staged_format(formats)
@@ -155,4 +155,4 @@ def _record_sizes(folders: Mapping[str, Path], report: Report) -> None:
         own = checksums(folder)
         report.checksums |= {f"{name}/{file}" if len(folders) > 1 else file: sha for file, sha in own.items()}
         changed = {"sizes": report.sizes, "notes": report.notes, "checksums": own, "request": report.request}
-        write_text(folder / PROVENANCE_FILE, json_text({**read_record(folder), **changed}))
+        write_record(folder, {**read_record(folder), **changed})

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from llmq.algorithms import Rounding, output_error, quadratic_form
@@ -25,7 +26,7 @@ def layer_report(
 
     Each rank computes the output error of some rows.
     """
-    output = None
+    output = activation_outlier = None
     if stats is not None and stats.tokens:
         hessian, part = stats.second_moment(), ranks.part(len(weight))
         rows = slice(part.start, part.stop)
@@ -33,6 +34,8 @@ def layer_report(
         sums = (float(values.double().sum()) for values in (quadratic_form(weight[rows], hessian), loss))
         signal, noise = ranks.total(*sums)
         output = (max(0.0, noise) / signal) ** 0.5 if signal > 0 else 0.0
+        channels = hessian.diagonal().clamp(min=0).sqrt()
+        activation_outlier = _ratio(channels.max(), channels.median())
     stored_bits = 8 * sum(tensor.numel() * tensor.element_size() for tensor in packed.values())
     norm = float(weight.norm())
     return LayerReport(
@@ -47,7 +50,20 @@ def layer_report(
         notes=rounding.notes,
         gains=gains,
         existing_grid=rounding.existing_grid,
+        weight_outlier=_ratio(weight.abs().max(), weight.norm() / weight.numel() ** 0.5),
+        activation_outlier=activation_outlier,
+        scales=_by_exponent(rounding.quantized.scales),
     )
+
+
+def _ratio(largest: Tensor, usual: Tensor) -> float | None:
+    return float(largest / usual) if float(usual) > 0 else None
+
+
+def _by_exponent(scales: Tensor) -> tuple[tuple[int, int], ...]:
+    """How many scales have which binary exponent, the smallest exponent first; zeros are not counted."""
+    exponents, counts = torch.frexp(scales[scales != 0].to(torch.float32)).exponent.unique(return_counts=True)
+    return tuple(zip(exponents.tolist(), counts.tolist(), strict=True))
 
 
 def as_experts(layer: LayerReport, transforms: Sequence[str]) -> LayerReport:

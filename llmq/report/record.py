@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmq.report.shown import Shown, Table, duration, megabytes
+from llmq.report.verdict import Verdict
 
 LAYERS_SHOWN = 6
 OUTSIDE_THE_BLOCKS = "outside the blocks"  # why embeddings and heads are kept in float: expected, so without a note
@@ -57,6 +58,9 @@ class LayerReport:
     borrowed      for an expert: number of other tokens of its layer that were added, because it saw too few
     expert        whether it belongs to an expert of a mixture of experts
     existing_grid  the grid that the weights already lay on, if their codes were taken over; else ""
+    weight_outlier      the largest weight / the root mean square of all weights
+    activation_outlier  the root mean square of the largest input channel / that of the median channel
+    scales              how many scales are in [2^(e-1), 2^e), as pairs of e and the number
 
     Both errors are measured after rounding. End-to-end tuning may increase them to lower the loss of the model; its
     effect is in `TuningReport`.
@@ -74,6 +78,9 @@ class LayerReport:
     borrowed: int = 0
     expert: bool = False
     existing_grid: str = ""
+    weight_outlier: float | None = None
+    activation_outlier: float | None = None
+    scales: tuple[tuple[int, int], ...] = ()
 
     @property
     def error(self) -> float:
@@ -83,7 +90,8 @@ class LayerReport:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "LayerReport":
         gains = tuple(StageGain(**gain) for gain in values["gains"])
-        return cls(**{**values, "notes": tuple(values["notes"]), "gains": gains})
+        scales = tuple((exponent, count) for exponent, count in values["scales"])
+        return cls(**{**values, "notes": tuple(values["notes"]), "gains": gains, "scales": scales})
 
     @property
     def signal_to_noise(self) -> float:
@@ -97,6 +105,7 @@ class BlockReport:
 
     gains  the effect of transforms on the error of the block's output over validation tokens, with quantized layers;
            and the effect of block tuning after rounding (algorithms/block_tuning.py)
+    host_bytes, device_bytes  peak memory of the process so far, in main memory and on a GPU
     """
 
     path: str
@@ -105,6 +114,8 @@ class BlockReport:
     seconds: float = 0.0
     resumed: bool = False
     gains: tuple[StageGain, ...] = ()
+    host_bytes: int = 0
+    device_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -113,7 +124,8 @@ class BlockReport:
     def from_dict(cls, values: Mapping[str, Any], *, resumed: bool) -> "BlockReport":
         layers = tuple(LayerReport.from_dict(layer) for layer in values["layers"])
         gains = tuple(StageGain(**gain) for gain in values["gains"])
-        return cls(values["path"], layers, tuple(values["notes"]), values["seconds"], resumed, gains)
+        changed = {"layers": layers, "gains": gains, "notes": tuple(values["notes"]), "resumed": resumed}
+        return cls(**{**values, **changed})
 
 
 @dataclass(frozen=True)
@@ -197,6 +209,8 @@ class Report(Shown):
     checksums        the SHA-256 of the files of the model
     request          the SHA-256 of everything that was requested, except the contents of the text
     notes            fallbacks and surprises that a user should know
+    verdict          the quality of the finished model; None in a record of an unfinished run, or if it was turned off
+    command          the command line of the run; empty if it was started in Python
     """
 
     source: str
@@ -218,6 +232,8 @@ class Report(Shown):
     checksums: dict[str, str] = field(default_factory=dict)
     peak_memory_bytes: int = 0
     request: str = ""
+    verdict: Verdict | None = None
+    command: str = ""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Report":
@@ -227,6 +243,7 @@ class Report(Shown):
         known["tuning"] = TuningReport.from_dict(values["tuning"]) if values["tuning"] else None
         known["stages"] = [StageSummary(**summary) for summary in values["stages"]]
         known["experts"] = [ExpertTokens(**entry) for entry in values["experts"]]
+        known["verdict"] = Verdict.from_dict(values["verdict"]) if values.get("verdict") else None
         return cls(**known)
 
     @property

@@ -1,14 +1,19 @@
 """Read llmq.json, the record of a run. It may be from another version of llmq, or from a stranger."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from llmq.checkpoint import PROVENANCE_FILE
+from llmq.checkpoint.atomic import write_text
+from llmq.checkpoint.json_text import json_text
 from llmq.checkpoint.safetensors_files import reading
 from llmq.errors import CheckpointError
+from llmq.report import pages
+from llmq.report.record import Report
 
 
 class _Part(BaseModel):
@@ -71,13 +76,35 @@ def read_record(folder: Path) -> dict[str, Any]:
         record = json.loads(data)
         _Record.model_validate(record)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise _unreadable(path, f"{place}: {first['msg']}" if place else first["msg"]) from None
+        raise _unreadable(path, _first(error)) from None
     except (ValueError, RecursionError) as error:
         raise _unreadable(path, error) from None
     result: dict[str, Any] = record
     return result
+
+
+def read_report(folder: Path) -> Report:
+    """Read the record of a run of llmq. Raises CheckpointError if there is none, or if it is damaged."""
+    path, record = folder / PROVENANCE_FILE, read_record(folder)
+    if not record:
+        raise CheckpointError(f"{folder} has no {PROVENANCE_FILE}", hint="give the folder of a model that llmq made")
+    try:
+        return TypeAdapter(Report).validate_python(record)
+    except ValidationError as error:
+        raise _unreadable(path, _first(error)) from None
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write the record of a run next to its finished model, and the report for people that is made from it."""
+    write_text(folder / PROVENANCE_FILE, json_text(record))
+    pages.write(folder, Report.from_dict(record))
+
+
+def _first(error: ValidationError) -> str:
+    """The first error, with its place."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    place = ".".join(map(str, first["loc"]))
+    return f"{place}: {first['msg']}" if place else str(first["msg"])
 
 
 def _unreadable(path: Path, why: object) -> CheckpointError:

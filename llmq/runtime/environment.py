@@ -19,6 +19,16 @@ PACKAGES = ("torch", "transformers", "triton", "safetensors", "numpy", "pydantic
 VARIABLES = (backend.VARIABLE, configs.VARIABLE, int4pack.VARIABLE)
 
 
+def versions() -> dict[str, str]:
+    """What a run records about the software and the system."""
+    return {
+        "llmq": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+    }
+
+
 @dataclass(frozen=True)
 class Tiles:
     """The default configuration of the W4A16 kernel on a device, for shapes without a separate entry.
@@ -84,16 +94,6 @@ def environment() -> Environment:
         cpu_small_products=int4pack.describe(),
         devices=(_cpu(), *(_gpu(index) for index in range(torch.cuda.device_count() if present else 0))),
     )
-
-
-def run_versions() -> dict[str, str]:
-    """The versions that the record of a run keeps."""
-    return {
-        "llmq": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-    }
 
 
 def _version(package: str) -> str | None:

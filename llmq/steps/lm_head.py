@@ -7,11 +7,12 @@ is kept in float.
 
 import time
 
+from llmq import memory
 from llmq.model.build.skeleton import Skeleton
 from llmq.model.passes.streams import Stream
 from llmq.numerics.input_stats import InputStats
 from llmq.report.layer_metrics import layer_report
-from llmq.report.record import BlockReport
+from llmq.report.record import BlockReport, peak_memory
 from llmq.steps import existing_grids
 from llmq.steps.round_group import Rounded
 from llmq.steps.round_together import Group, round_together
@@ -49,7 +50,10 @@ def quantize_head(run: Run) -> None:
     dequantized = layer.rounding.quantized.dequantize()
     report = layer_report(plan.name, weight, dequantized, layer.rounding, packed, stats, layer.gains, run.ranks)
     run.on_event(report)
-    block_report = BlockReport(path, (report,), (), time.monotonic() - start)
+    block_report = BlockReport(
+        path, (report,), (), time.monotonic() - start, host_bytes=peak_memory(),
+        device_bytes=memory.peak(run.skeleton.device),
+    )  # fmt: skip
     run.writer.commit(index, packed, block_report.to_dict())
     run.on_event(block_report)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmq import formats
-from llmq.checkpoint import PROVENANCE_FILE
+from llmq.checkpoint import PAGE_FILES, PROVENANCE_FILE
 from llmq.checkpoint.confined import confined
 from llmq.checkpoint.index import read_json_object
 from llmq.checkpoint.reader import Checkpoint
@@ -27,8 +27,10 @@ from llmq.runtime.whole_model import without_effect
 from llmq.verification import companions
 
 # Files whose change does not change the model: the record itself, and texts for people.
+NAMES = "|".join(map(re.escape, (PROVENANCE_FILE, *PAGE_FILES)))
 NOT_THE_MODEL = re.compile(
-    rf"{re.escape(PROVENANCE_FILE)}|.*\.md|(licen[cs]e|notice|readme|copying)(\..*)?", re.IGNORECASE
+    rf"{NAMES}|.*\.md|(licen[cs]e|notice|readme|copying)(\..*)?",
+    re.IGNORECASE,
 )
 
 

@@ -38,7 +38,13 @@ def test_gptq_has_a_lower_divergence_than_rtn(texts: tuple[Path, Path], tmp_path
     divergence = {}
     for method in ("rtn", "gptq"):
         llmq.quantize(
-            str(MODEL), tmp_path / method, method=method, calibration=[str(calibration)], samples=32, seqlen=256
+            str(MODEL),
+            tmp_path / method,
+            method=method,
+            calibration=[str(calibration)],
+            samples=32,
+            seqlen=256,
+            validate=0,
         )
         evaluation = measure(tmp_path / method, MODEL, str(validation), seqlen=256, limit=16)
         assert evaluation.original is not None and evaluation.original.perplexity < 25, "the model was trained"

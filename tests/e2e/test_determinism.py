@@ -16,10 +16,6 @@ from tests import builders, mixtures, runs
 METHODS_TESTED = {"awq": METHODS["awq"], "fast": METHODS["fast"]}
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "llmq.json"}
-
-
 @pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
@@ -36,7 +32,7 @@ def test_number_of_threads_changes_no_byte(
     for number in (1, 2):
         threads(number)
         runs.quantize(model, tmp_path / str(number), text, stages=METHODS_TESTED[method])
-    assert files_of(tmp_path / "1") == files_of(tmp_path / "2")
+    assert runs.files_of(tmp_path / "1") == runs.files_of(tmp_path / "2")
 
 
 def test_number_of_threads_changes_no_byte_of_wide_layers_without_a_factor(
@@ -47,7 +43,7 @@ def test_number_of_threads_changes_no_byte_of_wide_layers_without_a_factor(
     for number in (1, 2):
         threads(number)
         runs.quantize(model, tmp_path / str(number), text, method="rtn")
-    assert files_of(tmp_path / "1") == files_of(tmp_path / "2")
+    assert runs.files_of(tmp_path / "1") == runs.files_of(tmp_path / "2")
 
 
 def test_economy_changes_no_byte_of_a_model_with_experts(
@@ -64,4 +60,4 @@ def test_economy_changes_no_byte_of_a_model_with_experts(
 
     monkeypatch.setattr("llmq.job.streams_of", economical)
     runs.quantize(model, tmp_path / "economical", text, **settings)
-    assert files_of(tmp_path / "economical") == files_of(tmp_path / "plain")
+    assert runs.files_of(tmp_path / "economical") == runs.files_of(tmp_path / "plain")

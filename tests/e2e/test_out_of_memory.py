@@ -51,10 +51,6 @@ if sys.platform == "linux":
     ERRORS["address space"] = address_space
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "llmq.json"}
-
-
 @pytest.fixture(autouse=True)
 def several_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches of four sequences, so that half a batch is two; the last batch is shorter."""
@@ -82,7 +78,7 @@ def test_every_step_of_economy_gives_the_same_bytes(
 
     monkeypatch.setattr(pipeline, "quantize_groups", quantize)
     report = runs.quantize(model, tmp_path / "out", text, **settings)
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    assert runs.files_of(tmp_path / "out") == runs.files_of(tmp_path / "whole")
     assert report.layers == whole.layers and [block.gains for block in report.blocks] == [b.gains for b in whole.blocks]
     plans = {index: plan for index, *plan in seen}
     assert plans == {0: [False, Place.HOST, 4], 1: [True, Place.HOST, 2], 2: [True, Place.FILE, 2]}

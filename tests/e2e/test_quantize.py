@@ -23,6 +23,7 @@ from llmq.setting_fields import config_to, merged
 from tests.builders import change_json
 from tests.runs import (
     QUICK,
+    TIMED,
     WINDOWS,
     float_equivalent,
     float_model,
@@ -122,7 +123,7 @@ def test_other_files_are_copied_and_the_config_keeps_its_keys(model: Path, tmp_p
     assert {"tokenizer.json", "generation_config.json", "LICENSE"} <= copied
     assert all((tmp_path / "out" / name).read_bytes() == (source / name).read_bytes() for name in copied)
     written = {path.name for path in (tmp_path / "out").iterdir()} - copied
-    assert written == {"config.json", "model.safetensors", "llmq.json", "quantize_config.json", "README.md",
+    assert written == {"config.json", "model.safetensors", *TIMED, "quantize_config.json", "README.md",
                        "README.original.md"}  # fmt: skip
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config.pop("quantization_config") == json.loads((tmp_path / "out" / "quantize_config.json").read_text())

@@ -11,17 +11,12 @@ from llmq.errors import ConfigError
 from llmq.methods import METHODS, Method, Tuning
 from llmq.report.events import Event
 from llmq.report.record import LayerReport
-from tests.runs import job, quantize, stop, stop_in_block
+from tests.runs import files_of, job, quantize, stop, stop_in_block
 
 Checkpoints = Callable[..., Path]
 
 # The last one rounds biases after folding: a block that is read back must equal the block in memory.
 MODELS = [("llama", "float32"), ("gemma3", "bfloat16"), ("stablelm", "bfloat16")]
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    """All files except the record, which contains times."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "llmq.json"}
 
 
 def interrupt(model: Path, out: Path, text: Path, *, blocks: int, **settings: Any) -> None:

@@ -28,13 +28,14 @@ from llmq.setting_fields import merged
 from llmq.steps.end_to_end import memory_plan, session, tuned_blocks
 from llmq.steps.end_to_end.session import Session
 from llmq.steps.end_to_end.tuned_blocks import _transformed
-from tests.runs import Stopped, float_model, logits, read_text, stop, tensors_of
+from tests.runs import Stopped, files_of, float_model, logits, read_text, stop, tensors_of
 
 Checkpoints = Callable[..., Path]
 
 SAMPLES, LENGTH, HELD_OUT, STEPS = 16, 32, 4, 4
 # Two weights per block are enough, and quick.
 SETTINGS: dict[str, Any] = {"samples": SAMPLES, "seqlen": LENGTH, "bits": 3, "group_size": 16, "scales": "minmax"}
+SETTINGS |= {"validate": 0}
 SETTINGS |= {"skip": ["*.k_proj", "*.v_proj", "*.o_proj", "*.gate_proj", "*.up_proj"]}
 TUNING = Tuning(steps=STEPS, scales=3e-3, rounding=5e-2, tokens=4 * LENGTH)
 UNTUNED = Method(rounding="rtn", validation=HELD_OUT / SAMPLES)
@@ -60,11 +61,6 @@ def job(model: Path, out: Path, text: Path, method: Method = TUNED, **settings: 
 
 def quantize(model: Path, out: Path, text: Path, method: Method = TUNED, **settings: Any) -> Report:
     return job(model, out, text, method, **settings).run()
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    """All files except the record, which contains times."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "llmq.json"}
 
 
 def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,20 @@ PAGES = [
 ]
 CODE_FOLDERS = ("llmq", "kernels", "tests", "eval", "scripts")
 NAMES = ("found", "each")  # variables that do not say what they hold
-COMMANDS = ("", "quantize", "convert", "push", "eval", "verify", "inspect", "plan", "sensitivity", "generate", "env")
+COMMANDS = (
+    "",
+    "quantize",
+    "convert",
+    "push",
+    "eval",
+    "verify",
+    "inspect",
+    "plan",
+    "sensitivity",
+    "report",
+    "generate",
+    "env",
+)
 
 LONGEST_SENTENCE = 40  # words
 README_LINES = 190  # the aim is 180
