@@ -73,6 +73,13 @@ DryRun = Annotated[
         rich_help_panel=GENERAL,
     ),
 ]  # fmt: skip
+EnginePython = Annotated[
+    str | None,
+    Option(
+        "--engine-python", metavar="PYTHON",
+        help="The Python of the environment in which the engine is installed, if it is another one.",
+    ),
+]  # fmt: skip
 Json = Annotated[bool, Option("--json", help="Print the result as JSON.", rich_help_panel=GENERAL)]
 
 

@@ -1,7 +1,6 @@
 """`llmq verify PATH`"""
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
@@ -13,13 +12,32 @@ from llmq.cli.terminal import megabytes, print_json, print_loading, print_notes,
 from llmq.errors import CheckpointError, ConfigError, QualityError
 
 if TYPE_CHECKING:
+    from llmq.engines.agreement import Agreement
+    from llmq.engines.processes import Engine
     from llmq.verify.engines import Finding, Verdict
     from llmq.verify.integrity import Integrity
 
 SHOWN = 8  # problems per model
-MODEL_FILES = ("config.json", "*.safetensors", "*.gguf")
 
 PANEL, ORDER = "Inspect", 2
+
+Run = Annotated[
+    str | None,
+    options.choice(
+        "--run",
+        ("vllm", "llama.cpp", "transformers", "mlx"),
+        "Start this engine, and compare its log-probabilities for a few prompts with those of llmq. Exit code 8 if "
+        "they differ by more than --max-difference, or if it cuts the text into other tokens.",
+    ),
+]
+MaxDifference = Annotated[
+    float | None,
+    Option(
+        "--max-difference", min=0, metavar="NATS",
+        help="The largest difference of a log-probability. Default: 0.01 in float32, 0.25 in 16 bits, 0.5 for "
+        "llama.cpp, which rounds activations to 8 bits.",
+    ),
+]  # fmt: skip
 
 
 def command(
@@ -28,29 +46,38 @@ def command(
         list[str] | None,
         options.choice(
             "--for",
-            ("vllm", "sglang", "transformers", "llama.cpp"),
+            ("vllm", "sglang", "transformers", "llama.cpp", "mlx"),
             "Engine to check, optionally with a GPU count (vllm:4). Exit code 8 if it would not load or is unknown. "
             "Repeatable.",
         ),
     ] = None,
     quick: Annotated[bool, Option("--quick", help="Read only headers and the configuration, no weights.")] = False,
+    run: Run = None,
+    engine_python: options.EnginePython = None,
+    max_difference: MaxDifference = None,
+    device: options.Device = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = False,
 ) -> None:
     """Check that a model is complete, and which engines load it.
 
-    Every tensor is read. Engines are not run: their requirements are known
-    from their sources (docs/SERVING.md). The result lists for each engine
-    on how many GPUs it would load the model, or why it would not.
+    Every tensor is read. The requirements of engines are known from their
+    sources (docs/SERVING.md): the result lists for each engine on how many
+    GPUs it would load the model, or why it would not. With --run, an engine
+    that is installed also runs a few prompts, and its log-probabilities are
+    compared with those of llmq.
 
-    Example:
+    Examples:
       llmq verify out/ --for vllm:4
+      llmq verify out/ --run vllm --engine-python vllm-env/bin/python
 
     Exit codes:
       0  success
       2  invalid options
       3  broken or unreadable model
-      8  an engine given with --for would not load it, or is unknown
+      6  the engine given with --run is not installed, or fails
+      8  an engine given with --for would not load it, or is unknown;
+         an engine given with --run computes something else
     """
     from llmq.checkpoint import hub
 
@@ -59,24 +86,37 @@ def command(
     from llmq.verify.integrity import Integrity, examine
 
     requested = [_engine(name, serving.ENGINES) for name in for_ or ()]
+    runner = None if run is None else _runner(run)
     quiet_transformers()
     model = hub.locate(path, None, remote_code=trust_remote_code)
-    _require_model(model)
     integrity = Integrity()
     if not quick:
         with ProgressDisplay() as display:
             integrity = examine(model, remote_code=trust_remote_code, on_event=display)
     findings = [] if integrity.problems else serving.check(model)
     verdicts = serving.verdicts(findings)
+    agreement = None
+    if runner is not None and not integrity.problems:
+        from llmq.engines.agreement import compare
+
+        with ProgressDisplay() as display:
+            agreement = compare(
+                model, runner, python=engine_python, limit=max_difference, device=device,
+                remote_code=trust_remote_code, on_event=display,
+            )  # fmt: skip
     if json:
         checked = None if quick else integrity.to_dict()
         engines = {v.engine: {"loads": v.loads, "gpus": v.gpus} for v in verdicts} if not integrity.problems else {}
-        print_json({"integrity": checked, "engines": engines, "findings": [finding.to_dict() for finding in findings]})
+        listed = [finding.to_dict() for finding in findings]
+        ran = None if agreement is None else agreement.to_dict()
+        print_json({"integrity": checked, "engines": engines, "findings": listed, "run": ran})
     elif not integrity.problems:
         if not quick:
             _print_integrity(integrity)
         print_serving(verdicts)
         print_findings(findings)
+        if agreement is not None:
+            _print_agreement(agreement)
     print_notes(integrity.notes)
     if integrity.problems:
         more = f" (and {len(integrity.problems) - SHOWN} more)" if len(integrity.problems) > SHOWN else ""
@@ -85,6 +125,31 @@ def command(
             hint="download or copy the files again; if you changed one, remove its line from checksums in llmq.json",
         )
     _require_served(path, requested, verdicts)
+    if agreement is not None:
+        agreement.require(path)
+
+
+def _runner(name: str) -> "Engine":
+    """The engine of --run; raises ConfigError for a name that is none."""
+    from llmq.engines.agreement import COMPARED
+
+    for engine in COMPARED:
+        if engine.name == name.lower():
+            return engine
+    known = ", ".join(engine.name for engine in COMPARED)
+    raise ConfigError(f"--run is {name!r}, expected one of {known}", hint="llmq starts these engines itself")
+
+
+def _print_agreement(agreement: "Agreement") -> None:
+    rows = [
+        ("computed in", agreement.dtype),
+        ("positions of prompts", str(agreement.positions)),
+        ("largest difference", f"{agreement.largest:.2g} nats, the limit is {agreement.limit:g}"),
+        ("mean difference", f"{agreement.mean:.2g} nats"),
+        ("same most likely token", f"{agreement.same_top:.1%}"),
+        ("tokens of the prompts", "the same" if agreement.tokenized else "different"),
+    ]
+    print_table(f"log-probabilities of {agreement.engine} beside those of llmq", ("", ""), rows)
 
 
 def _require_served(path: str, requested: "Iterable[tuple[str, int]]", verdicts: "Iterable[Verdict]") -> None:
@@ -96,19 +161,6 @@ def _require_served(path: str, requested: "Iterable[tuple[str, int]]", verdicts:
         unknown = all(by_engine[engine].loads is None for engine, _ in failing)
         verb = "is not known to load" if unknown else "would not load"
         raise QualityError(f"{path} {verb} in {engines}", hint="see the findings above")
-
-
-def _require_model(path: Path) -> None:
-    """Raise CheckpointError for a folder with one folder per format of a run."""
-    if path.is_file() or any(entry.is_file() for pattern in MODEL_FILES for entry in path.glob(pattern)):
-        return
-    files = [file for pattern in MODEL_FILES for file in path.glob(f"*/{pattern}")]
-    inner = sorted({str(file.parent) for file in files if not file.parent.name.startswith(".")})
-    if inner:
-        raise CheckpointError(
-            f"{path} is not a model but holds folders of models",
-            hint=f"give one of them: {', '.join(inner[:SHOWN])}",
-        )
 
 
 def _engine(text: str, engines: Sequence[str]) -> tuple[str, int]:

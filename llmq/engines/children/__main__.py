@@ -1,0 +1,57 @@
+"""`python children ENGINE ANSWER`: answer the request on stdin, as the process of an engine.
+
+    {"task": "score", "model": PATH, "options": {…}, "texts": [text], "prompts": [ids], "top": count}
+    {"task": "time", "model": PATH, "options": {…}, "prompt": ids, "new_tokens": count, "repeats": count}
+
+The answer goes to a file, because engines write to stdout and stderr themselves.
+"""
+
+import importlib
+import json
+import sys
+import traceback
+from pathlib import Path
+
+
+def peak_bytes():
+    """The most main memory that this process has used."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def score(engine, request):
+    return {
+        "tokens": [engine.tokenize(text) for text in request["texts"]],
+        "scores": [
+            [sorted(row.items()) for row in engine.top(tokens, request["top"])] for tokens in request["prompts"]
+        ],
+    }
+
+
+def measure(engine, request):
+    run = (request["prompt"], request["new_tokens"])
+    engine.seconds(*run)  # warm-up
+    seconds = [engine.seconds(*run) for _ in range(request["repeats"])]
+    return {"seconds": seconds, "host_bytes": peak_bytes(), "device_bytes": engine.device_bytes()}
+
+
+def answer(name, request):
+    try:
+        module = importlib.import_module("with_" + name)
+        engine = module.Engine(request["model"], request["options"])
+    except ModuleNotFoundError as error:
+        traceback.print_exc()
+        return {"missing": error.name}
+    work = {"score": score, "time": measure}[request["task"]]
+    return {"version": engine.version, **work(engine, request)}
+
+
+def main():
+    name, path = sys.argv[1:]
+    Path(path).write_text(json.dumps(answer(name, json.load(sys.stdin))), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
