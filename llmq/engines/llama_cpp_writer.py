@@ -11,7 +11,7 @@ from typing import Any
 from llmq.engines.sampling import Message, Sampling, Speed
 from llmq.errors import BackendError, LlmqError
 
-TO_INSTALL = "pip install xllamacpp"
+MODULE = "xllamacpp"
 CONTEXT = 4096  # tokens; llama.cpp allocates the cache for all of them at the start
 
 
@@ -19,10 +19,10 @@ class LlamaCppWriter:
     """A .gguf file, run by llama.cpp in this process."""
 
     def __init__(self, file: Path, device: str) -> None:
-        if importlib.util.find_spec("xllamacpp") is None:
+        if importlib.util.find_spec(MODULE) is None:
             raise BackendError(
                 f"{file} needs llama.cpp, and its package is not installed",
-                hint=f"{TO_INSTALL}; without it, llmq eval and llmq convert read the file",
+                hint="pip install xllamacpp; without it, llmq eval and llmq convert read the file",
             )
         from llmq.engines.children.with_llama_cpp import Engine
         from llmq.gguf.container import Container

@@ -1,6 +1,5 @@
 """`llmq generate` and `llmq chat`: chat templates, turns, choices of tokens, and two models beside each other."""
 
-import importlib.util
 import io
 import json
 import shutil
@@ -13,6 +12,7 @@ import pytest
 import torch
 
 import llmq as package
+from llmq.engines import llama_cpp_writer
 from llmq.engines.sampling import Sampling, Speed
 from llmq.engines.transformers_writer import TransformersWriter
 from llmq.errors import BackendError, ConfigError, UnsupportedModelError
@@ -150,7 +150,7 @@ def test_an_error_while_writing_arrives_and_a_reader_may_leave(chatty: Path, mon
 
 def test_gguf_files_need_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model.gguf").touch()
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(llama_cpp_writer, "MODULE", "no_such_module")
     done = llmq("generate", tmp_path / "model.gguf", "-p", "x")
     assert done.exit_code == BackendError.exit_code and "pip install xllamacpp" in done.stderr
 
