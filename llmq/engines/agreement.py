@@ -108,8 +108,8 @@ def compare(
         engine=answer["version"],
         dtype=dtype,
         positions=len(same),
-        largest=max(differences),
-        mean=sum(differences) / len(differences),
+        largest=float(differences.max()),  # NaN, if there is one
+        mean=float(differences.mean()),
         same_top=sum(same) / len(same),
         tokenized=answer["tokens"] == tokens,
         limit=_limit(engine, dtype) if limit is None else limit,
@@ -131,14 +131,15 @@ def _log_probabilities(
 
 def _differences(
     scores: Sequence[Sequence[Sequence[tuple[int, float]]]], expected: Sequence[torch.Tensor]
-) -> tuple[list[float], list[bool]]:
+) -> tuple[torch.Tensor, list[bool]]:
     """The absolute difference for every token of the engine, and for every position whether the best token agrees."""
-    differences, same = [], []
+    differences: list[float] = []
+    same = []
     for rows, log_probabilities in zip(scores, expected, strict=True):
         for row, ours in zip(rows, log_probabilities, strict=True):
             differences += [abs(value - float(ours[token])) for token, value in row]
             same.append(max(row, key=lambda entry: entry[1])[0] == int(ours.argmax()))
-    return differences, same
+    return torch.tensor(differences, dtype=torch.float64), same
 
 
 def _dtype(path: Path, engine: Engine, device: torch.device) -> str:

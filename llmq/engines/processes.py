@@ -14,6 +14,7 @@ from typing import Any
 from llmq.errors import BackendError, ConfigError, listed
 
 CHILDREN = Path(__file__).parent / "children"
+ROOT = Path(__file__).parents[2]  # the folder of the package llmq
 LAST_LINES = 6  # of the messages of an engine that failed
 
 
@@ -59,7 +60,9 @@ def ask(engine: Engine, request: Mapping[str, Any], python: str | None = None) -
     """
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
-        done = _run([python or sys.executable, str(CHILDREN), engine.child, str(answer)], request, _environment(python))
+        command = [python or sys.executable, str(CHILDREN), engine.child, str(answer)]
+        root = None if python else str(ROOT)
+        done = _run(command, {**request, "root": root}, _environment(python))
         if not answer.is_file():
             ended = f"{engine.name} ended with exit code {done.returncode} and no result"
             said = "\n".join(line for line in done.stderr.splitlines() if line.strip()) or "nothing"
@@ -91,7 +94,7 @@ def _run(
 
 
 def _environment(python: str | None) -> dict[str, str]:
-    """The variables of a process: this Python finds llmq where it is now, another one has its own packages."""
+    """The variables of a process: this Python finds the packages of this process, another one has its own."""
     variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     if python is None:
         variables["PYTHONPATH"] = os.pathsep.join(entry for entry in sys.path if entry)

@@ -1,9 +1,10 @@
 """`python children ENGINE ANSWER`: answer the request on stdin, as the process of an engine.
 
-    {"task": "score", "model": PATH, "options": {…}, "texts": [text], "prompts": [ids], "top": count}
-    {"task": "time", "model": PATH, "options": {…}, "prompt": ids, "new_tokens": count, "repeats": count}
+    {"task": "score", "model": PATH, "options": {…}, "root": PATH, "texts": [text], "prompts": [ids], "top": count}
+    {"task": "time", "model": PATH, "options": {…}, "root": PATH, "prompt": ids, "new_tokens": count, "repeats": count}
 
-The answer goes to a file, because engines write to stdout and stderr themselves.
+`root` is the folder of llmq, for a process of its own Python; otherwise null. The answer goes to a file, because
+engines write to stdout and stderr themselves.
 """
 
 import importlib
@@ -37,7 +38,16 @@ def measure(engine, request):
     return {"seconds": seconds, "host_bytes": peak_bytes(), "device_bytes": engine.device_bytes()}
 
 
+def import_llmq(root):
+    """Import llmq from the folder `root`, which does not stay on the path: a checkout has other folders in it."""
+    sys.path.insert(0, root)
+    importlib.import_module("llmq")
+    sys.path.remove(root)
+
+
 def answer(name, request):
+    if request["root"] is not None:
+        import_llmq(request["root"])
     try:
         module = importlib.import_module("with_" + name)
         engine = module.Engine(request["model"], request["options"])

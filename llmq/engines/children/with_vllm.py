@@ -44,7 +44,7 @@ class Engine:
     def top(self, tokens, count):
         output = self._generate(tokens, max_tokens=1, prompt_logprobs=count, logprobs=count)
         rows = [*output.prompt_logprobs[1:], output.outputs[0].logprobs[0]]
-        return [{int(token): entry.logprob for token, entry in row.items()} for row in rows]
+        return [{int(token): entry.logprob for token, entry in row.items() if entry.rank <= count} for row in rows]
 
     def seconds(self, prompt, new_tokens):
         start = time.perf_counter()
