@@ -1,4 +1,4 @@
-"""Tokens per second and memory of engines: each runs in a process of its own, after a warm-up, several times.
+"""Tokens per second and memory of engines: each runs in a separate process, after a warm-up, several times.
 
 Ratios compare figures of one run of `llmq bench`, because the speed of a machine changes from hour to hour.
 """
