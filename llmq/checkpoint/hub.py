@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from llmq.checkpoint.index import locate_tensors
+from llmq.checkpoint.model_path import require_model
 from llmq.checkpoint.safetensors_files import reading
 from llmq.errors import CheckpointError, ConfigError
 
@@ -29,8 +30,8 @@ def locate(model: str, revision: str | None = None, *, remote_code: bool = False
     remote_code  also download the Python files of the model
     weights      whether more than its configuration is needed
 
-    Raises CheckpointError if the model does not exist, is gated, or is not cached and the Hub cannot be reached;
-    ConfigError for a revision of a local folder.
+    Raises CheckpointError if the model does not exist, is something else (`model_path.py`), is gated, or is not cached
+    and the Hub cannot be reached; ConfigError for a revision of a local folder.
     """
     with reading(Path(model)):
         local = bool(model) and Path(model).exists()  # Path("") is the current folder
@@ -38,6 +39,7 @@ def locate(model: str, revision: str | None = None, *, remote_code: bool = False
         if revision is not None:
             message = f"{model} is a local folder, so --revision {revision!r} does not apply"
             raise ConfigError(message, hint="omit --revision, or give a Hub id")
+        require_model(Path(model))
         return Path(model)
     if not _ID.fullmatch(model):
         message = f"{model!r} is neither a local path nor a Hub id"

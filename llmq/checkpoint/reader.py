@@ -10,11 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from llmq.checkpoint.index import Location, locate_tensors, read_json_object, refuse_adapter, refuse_gguf
+from llmq.checkpoint.model_path import require_model
+from llmq.checkpoint.output_folder import CONFIG
 from llmq.checkpoint.safetensors_files import TensorInfo, read_header_bytes, read_tensor, reading
-from llmq.checkpoint.staging import STAGING
 from llmq.errors import CheckpointError
-
-CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -123,9 +122,7 @@ def _hint_for_file(file: Path) -> str:
 
 
 def _no_config(folder: Path) -> CheckpointError:
+    require_model(folder)
     refuse_gguf(folder)
     refuse_adapter(folder)
-    if (folder / STAGING).exists():
-        message = f"{folder} holds an unfinished run of llmq, expected a model"
-        return CheckpointError(message, hint="repeat the command that started the run: it continues")
     return CheckpointError(f"{folder} has no {CONFIG}", hint="give the folder that holds the model's config.json")

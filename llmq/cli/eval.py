@@ -1,11 +1,12 @@
 """`llmq eval PATH… [--against ORIGINAL]`"""
 
+from pathlib import Path
 from typing import Annotated
 
 from typer import Option
 
 from llmq.cli import options
-from llmq.cli.evaluation_tables import print_evaluation
+from llmq.cli.evaluation_tables import print_evaluation, print_tasks
 from llmq.cli.progress import ProgressDisplay
 from llmq.cli.terminal import print_json, print_loading, print_notes, quiet_transformers
 from llmq.errors import ConfigError
@@ -57,6 +58,23 @@ Trajectories = Annotated[
     ),
 ]
 
+TASKS = "Tasks of lm-eval"
+Tasks = Annotated[
+    str | None,
+    Option(
+        "--tasks", metavar="NAME,…", rich_help_panel=TASKS,
+        help="Run tasks of lm-eval, such as hellaswag,arc_easy, instead of measuring on text. Their data is on the "
+        "Hub. Models are loaded as a whole.",
+    ),
+]  # fmt: skip
+TaskFolder = Annotated[
+    Path | None,
+    Option("--task-folder", help="Folder with own tasks: a file TASK.yaml for each.", rich_help_panel=TASKS),
+]
+TaskLimit = Annotated[
+    int | None, Option("--task-limit", min=1, help="Questions per task. Default: all.", rich_help_panel=TASKS)
+]
+
 PANEL, ORDER = "Inspect", 1
 
 
@@ -87,6 +105,9 @@ def command(
     trajectories: Trajectories = 0,
     max_kl: options.MaxKl = None,
     max_ppl_increase: MaxPplIncrease = None,
+    tasks: Tasks = None,
+    task_folder: TaskFolder = None,
+    task_limit: TaskLimit = None,
     device: options.Device = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = False,
@@ -103,6 +124,7 @@ def command(
       llmq eval out/ --against Qwen/Qwen3-8B --text held-out.txt --max-kl 0.02
       llmq eval out/ --against Qwen/Qwen3-8B --text chat=a.jsonl --text code=b.jsonl
       llmq eval out-4bit/ out-3bit/ --against Qwen/Qwen3-8B --floors
+      llmq eval out/ --against Qwen/Qwen3-8B --tasks hellaswag,arc_easy
 
     Exit codes:
       0  success                   5  unusable text
@@ -113,6 +135,10 @@ def command(
     See also:
       llmq sensitivity  which layers cause the loss
     """
+    if tasks is not None:
+        _refuse_with_tasks(text, windows, calibration, max_kl, max_ppl_increase, floors or None, trajectories or None)
+        _run_tasks(paths, against, tasks, task_folder, task_limit, device, trust_remote_code, json)
+        return
     increase = None if max_ppl_increase is None else per_cent(max_ppl_increase)
     if against is None and (max_kl is not None or increase is not None):
         raise ConfigError("--max-kl and --max-ppl-increase need an original model", hint="add --against")
@@ -152,6 +178,36 @@ def command(
     print_notes(dict.fromkeys(note for result in results for note in result.notes))
     if against is not None:
         require(measured, max_kl=max_kl, max_ppl_increase=increase)
+
+
+def _refuse_with_tasks(*options_on_text: object) -> None:
+    if any(given is not None for given in options_on_text):
+        raise ConfigError("--tasks runs tasks and measures nothing on text", hint="give the other options alone")
+
+
+def _run_tasks(
+    paths: list[str],
+    against: str | None,
+    tasks: str,
+    folder: Path | None,
+    limit: int | None,
+    device: str,
+    remote_code: bool,
+    json: bool,
+) -> None:
+    """Run tasks of lm-eval on the original, if there is one, and on the models."""
+    print_loading()
+    from llmq.evaluation.tasks import TaskOptions, run_tasks
+
+    quiet_transformers()
+    options = TaskOptions(tuple(name.strip() for name in tasks.split(",") if name.strip()), folder, limit)
+    models = list(dict.fromkeys([*([] if against is None else [against]), *paths]))
+    with ProgressDisplay() as display:
+        scores = run_tasks(models, options, device=device, remote_code=remote_code, on_event=display)
+    if json:
+        print_json({"tasks": {path: [score.to_dict() for score in own] for path, own in scores.items()}})
+    else:
+        print_tasks(scores, against)
 
 
 def per_cent(text: str) -> float:

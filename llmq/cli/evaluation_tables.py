@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from llmq.evaluation.paired import PairedDifference
     from llmq.evaluation.results import Figures, Measurement, Size
     from llmq.evaluation.summary import Evaluation
+    from llmq.evaluation.tasks import TaskScore
     from llmq.evaluation.trajectories import Trajectories
 
 Columns = Sequence[tuple[str, Mapping[str, str]]]  # the title of a column, and its cells by label
@@ -165,3 +166,23 @@ def _print_text(name: str, result: "Measurement") -> None:
 
 def _size(size: "Size") -> tuple[str, str]:
     return megabytes(size.file_bytes), number(size.bits_per_weight, ".3f")
+
+
+def print_tasks(scores: "Mapping[str, Sequence[TaskScore]]", against: str | None) -> None:
+    """One row per metric and model, with the difference from the original in the same units."""
+    from llmq.evaluation.tasks import difference
+
+    originals = {} if against is None else {(score.task, score.metric): score for score in scores[against]}
+    rows = []
+    for path, own in scores.items():
+        for score in own:
+            original = originals.get((score.task, score.metric))
+            gap = "-"
+            if original is not None and path != against:
+                change, error = difference(score, original)
+                gap = f"{change:+.4f}" + ("" if error is None else f" ± {error:.4f}")
+            value = f"{score.value:.4f}" + ("" if score.error is None else f" ± {score.error:.4f}")
+            rows.append((score.task, score.metric, path, value, gap))
+    rows.sort(key=lambda row: row[:2])  # models below each other, in their order
+    columns = ("task", "metric", "model", "value ± standard error", "difference from the original")
+    print_table("tasks of lm-eval", columns, rows)

@@ -1,13 +1,14 @@
 """`llmq generate PATH --prompt …`"""
 
-import time
-from typing import Annotated, Any
+import sys
+from collections.abc import Sequence
+from typing import Annotated
 
 from typer import Option
 
-from llmq.cli import options
+from llmq.cli import options, writing
 from llmq.cli.streams import print_text
-from llmq.cli.terminal import messages, print_loading, quiet_transformers
+from llmq.engines.sampling import Message, Sampling, Writer
 from llmq.errors import ConfigError
 
 PANEL, ORDER = "Run", 1
@@ -15,57 +16,62 @@ PANEL, ORDER = "Run", 1
 
 def command(
     path: options.Path_,
-    prompt: Annotated[str, Option("--prompt", "-p", help="Text to continue; for a chat model, the message to answer.")],
-    max_tokens: Annotated[int, Option("--max-tokens", min=1, help="Maximum number of new tokens.")] = 128,
-    temperature: Annotated[float, Option("--temperature", min=0, help="0 always takes the most likely token.")] = 0.0,
-    seed: Annotated[int, Option("--seed", help="Random seed for temperatures above 0.")] = 0,
+    prompt: Annotated[
+        str,
+        Option("--prompt", "-p", help="Text to continue; for a chat model, the message to answer. - reads stdin."),
+    ],
+    max_tokens: writing.MaxTokens = 128,
+    system: writing.System = None,
+    compare: writing.Compare = None,
     raw: Annotated[bool, Option("--raw", help="Do not use the chat template of the model.")] = False,
+    temperature: Annotated[
+        float,
+        Option(
+            "--temperature", min=0, help="0 always takes the most likely token.", rich_help_panel=writing.CHOICE
+        ),
+    ] = 0.0,
+    top_p: writing.TopP = None,
+    top_k: writing.TopK = None,
+    min_p: writing.MinP = None,
+    repetition_penalty: writing.RepetitionPenalty = None,
+    seed: writing.Seed = 0,
     device: options.Device = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
-) -> None:
+) -> None:  # fmt: skip
     """Generate text with a model, quantized or not, and print it as it appears.
 
-    The prompt goes through the chat template, if the model has one.
+    The prompt goes through the chat template, if the model has one; then only
+    the answer is printed. A .gguf file is run by llama.cpp, if the package
+    xllamacpp is installed.
 
-    Example:
+    Examples:
       llmq generate out/ --prompt "def fibonacci(n):" --raw
+      llmq generate out/ --prompt "What is a median?" --compare Qwen/Qwen3-8B
+
+    See also:
+      llmq chat  several turns
     """
-    print_loading()
-    import torch
-
-    from llmq.runtime.load import load
-
-    quiet_transformers()
-    model, tokenizer = load(path, device=device, trust_remote_code=trust_remote_code)
-    inputs = encode(tokenizer, prompt, raw=raw).to(model.device)
-    if inputs["input_ids"].shape[1] == 0:
-        raise ConfigError("the prompt has no tokens", hint="give some text with --prompt")
-    choice: dict[str, Any] = (
-        {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    )
-    torch.manual_seed(seed)
-    start = time.monotonic()
-    with torch.inference_mode():
-        output = model.generate(**inputs, max_new_tokens=max_tokens, streamer=_streamer(tokenizer), **choice)
-    seconds = time.monotonic() - start
-    written = output.shape[1] - inputs["input_ids"].shape[1]
-    messages().print(f"{written} tokens in {seconds:.2f} s, {written / seconds:.1f} tokens per second")
+    sampling = Sampling(max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed)
+    if raw and system is not None:
+        raise ConfigError("--system is a part of the chat template, which --raw leaves out", hint="omit one of them")
+    text = sys.stdin.read() if prompt == "-" else prompt
+    paths = [path] if compare is None else [path, compare]
+    written = []
+    for name, writer in writing.open_writers(paths, device=device, remote_code=trust_remote_code).items():
+        asked = _asked(name, writer, text, system, raw=raw)
+        if compare is not None:
+            writing.print_name(name)
+        if isinstance(asked, str):
+            print_text(asked, end="", flush=True)
+        written.append(writing.print_written(writer, asked, sampling))
+    if len(written) > 1:
+        writing.print_agreement(written)
 
 
-def _streamer(tokenizer: Any) -> Any:
-    """Prints words as they are generated; a model may generate control characters, too."""
-    from transformers import TextStreamer
-
-    class Streamer(TextStreamer):  # type: ignore[misc]
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            print_text(text, end="\n" if stream_end else "", flush=True)
-
-    return Streamer(tokenizer, skip_special_tokens=True)
-
-
-def encode(tokenizer: Any, prompt: str, *, raw: bool) -> Any:
-    """The prompt as `input_ids` and `attention_mask` (1, T), through the chat template where there is one."""
-    if tokenizer.chat_template is None or raw:
-        return tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    messages = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+def _asked(path: str, writer: Writer, text: str, system: str | None, *, raw: bool) -> str | Sequence[Message]:
+    """Messages for a model with a chat template, otherwise a text to continue."""
+    if system is not None:
+        writing.require_template(path, writer, "--system", "omit --system")
+    if raw or not writer.has_template:
+        return text
+    return [*writing.conversation(system), {"role": "user", "content": text}]

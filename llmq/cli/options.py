@@ -81,6 +81,13 @@ MaxKl = Annotated[
         help="Exit code 8 if the mean KL divergence from the original is higher, on any text that is measured.",
     ),
 ]  # fmt: skip
+EnginePython = Annotated[
+    str | None,
+    Option(
+        "--engine-python", metavar="PYTHON",
+        help="The Python of the environment in which the engine is installed, if it is another one.",
+    ),
+]  # fmt: skip
 Json = Annotated[bool, Option("--json", help="Print the result as JSON.", rich_help_panel=GENERAL)]
 
 

@@ -50,11 +50,12 @@ def command(
     if not out.is_dir():
         raise CheckpointError(f"{out} is not a folder", hint="give the output folder of llmq quantize or convert")
     print_loading()
+    from llmq.checkpoint.model_path import require_model
     from llmq.export.push import parcel, push
-    from llmq.verification.verified import require_model, verify
+    from llmq.verification.verified import verify
 
     quiet_transformers()
-    require_model(out)
+    require_model(Path(out))
     chosen = parcel(out)
     with ProgressDisplay() as display:
         verify(out, on_event=display).require_intact()

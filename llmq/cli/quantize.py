@@ -16,7 +16,6 @@ from llmq.cli import options
 from llmq.cli.progress import ProgressDisplay
 from llmq.cli.streams import print_text
 from llmq.cli.terminal import (
-    megabytes,
     print_done,
     print_json,
     print_loading,

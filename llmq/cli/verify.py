@@ -12,10 +12,30 @@ from llmq.cli.terminal import print_json, print_loading, print_notes, print_tabl
 from llmq.errors import ConfigError, QualityError
 
 if TYPE_CHECKING:
+    from llmq.engines.agreement import Agreement
+    from llmq.engines.processes import Engine
     from llmq.verification.engines import Finding, Verdict
     from llmq.verification.integrity import Integrity
 
 PANEL, ORDER = "Inspect", 2
+
+Run = Annotated[
+    str | None,
+    options.choice(
+        "--run",
+        ("vllm", "llama.cpp", "transformers", "mlx"),
+        "Start this engine, and compare its log-probabilities for a few prompts with those of llmq. Exit code 8 if "
+        "they differ by more than --max-difference, or if it cuts the text into other tokens.",
+    ),
+]
+MaxDifference = Annotated[
+    float | None,
+    Option(
+        "--max-difference", min=0, metavar="NATS",
+        help="The largest difference of a log-probability. Default: 0.01 in float32, 0.25 in 16 bits, 0.5 for "
+        "llama.cpp, which rounds activations to 8 bits.",
+    ),
+]  # fmt: skip
 
 
 def command(
@@ -24,48 +44,96 @@ def command(
         list[str] | None,
         options.choice(
             "--for",
-            ("vllm", "sglang", "transformers", "llama.cpp"),
+            ("vllm", "sglang", "transformers", "llama.cpp", "mlx"),
             "Engine to check, optionally with a GPU count (vllm:4). Exit code 8 if it would not load or is unknown. "
             "Repeatable.",
         ),
     ] = None,
     quick: Annotated[bool, Option("--quick", help="Read only headers and the configuration, no weights.")] = False,
+    run: Run = None,
+    engine_python: options.EnginePython = None,
+    max_difference: MaxDifference = None,
+    device: options.Device = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = False,
 ) -> None:
     """Check that a model is complete, and which engines load it.
 
-    Every tensor is read. Engines are not run: their requirements are known
-    from their sources (docs/SERVING.md). The result lists for each engine
-    on how many GPUs it would load the model, or why it would not.
+    Every tensor is read. The requirements of engines are known from their
+    sources (docs/SERVING.md): the result lists for each engine on how many
+    GPUs it would load the model, or why it would not. With --run, an engine
+    that is installed also runs a few prompts, and its log-probabilities are
+    compared with those of llmq.
 
-    Example:
+    Examples:
       llmq verify out/ --for vllm:4
+      llmq verify out/ --run vllm --engine-python vllm-env/bin/python
 
     Exit codes:
       0  success
       2  invalid options
       3  broken or unreadable model
-      8  an engine given with --for would not load it, or is unknown
+      6  the engine given with --run is not installed, or fails
+      8  an engine given with --for would not load it, or is unknown;
+         an engine given with --run computes something else
     """
     print_loading()
+    from llmq.checkpoint import hub
     from llmq.verification.engines import ENGINES
     from llmq.verification.verified import verify
 
     requested = [_engine(name, ENGINES) for name in for_ or ()]
+    runner = None if run is None else _runner(run)
     quiet_transformers()
     with ProgressDisplay() as display:
         verification = verify(path, quick=quick, trust_remote_code=trust_remote_code, on_event=display)
+    agreement = None
+    if runner is not None and verification.intact:
+        from llmq.engines.agreement import compare
+
+        model = hub.locate(path, None, remote_code=trust_remote_code)
+        with ProgressDisplay() as display:
+            agreement = compare(
+                model, runner, python=engine_python, limit=max_difference, device=device,
+                remote_code=trust_remote_code, on_event=display,
+            )  # fmt: skip
     if json:
-        print_json(verification.to_dict())
+        print_json({**verification.to_dict(), "run": None if agreement is None else agreement.to_dict()})
     elif verification.intact:
         if verification.integrity is not None:
             _print_integrity(verification.integrity)
         print_serving(verification.verdicts)
         print_findings(verification.findings)
+        if agreement is not None:
+            _print_agreement(agreement)
     print_notes(verification.integrity.notes if verification.integrity is not None else ())
     verification.require_intact()
     _require_served(path, requested, verification.verdicts)
+    if agreement is not None:
+        agreement.require(path)
+
+
+def _runner(name: str) -> "Engine":
+    """The engine of --run; raises ConfigError for a name that is none."""
+    from llmq.engines.agreement import COMPARED
+
+    for engine in COMPARED:
+        if engine.name == name.lower():
+            return engine
+    known = ", ".join(engine.name for engine in COMPARED)
+    raise ConfigError(f"--run is {name!r}, expected one of {known}", hint="llmq starts these engines itself")
+
+
+def _print_agreement(agreement: "Agreement") -> None:
+    rows = [
+        ("computed in", agreement.dtype),
+        ("positions of prompts", str(agreement.positions)),
+        ("largest difference", f"{agreement.largest:.2g} nats, the limit is {agreement.limit:g}"),
+        ("mean difference", f"{agreement.mean:.2g} nats"),
+        ("same most likely token", f"{agreement.same_top:.1%}"),
+        ("tokens of the prompts", "the same" if agreement.tokenized else "different"),
+    ]
+    print_table(f"log-probabilities of {agreement.engine} compared with those of llmq", ("", ""), rows)
 
 
 def _require_served(path: str, requested: "Iterable[tuple[str, int]]", verdicts: "Iterable[Verdict]") -> None:

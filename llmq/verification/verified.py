@@ -13,8 +13,7 @@ from llmq.verification import engines
 from llmq.verification.engines import Finding, Verdict
 from llmq.verification.integrity import Integrity, examine
 
-SHOWN = 8  # problems, and folders with models
-MODEL_FILES = ("config.json", "*.safetensors", "*.gguf")
+SHOWN = 8  # problems
 
 
 @dataclass(frozen=True)
@@ -77,25 +76,11 @@ def verify(
     is not a model.
     """
     model = hub.locate(str(path), None, remote_code=trust_remote_code)
-    require_model(model)
     integrity = None if quick else examine(model, remote_code=trust_remote_code, on_event=on_event)
     broken = integrity is not None and integrity.problems
     findings = [] if broken else engines.check(model)
     verdicts = [] if broken else engines.verdicts(findings)
     return Verification(str(path), integrity, tuple(findings), tuple(verdicts))
-
-
-def require_model(path: Path) -> None:
-    """Raise CheckpointError for a folder with one folder per format of a run."""
-    if path.is_file() or any(entry.is_file() for pattern in MODEL_FILES for entry in path.glob(pattern)):
-        return
-    files = [file for pattern in MODEL_FILES for file in path.glob(f"*/{pattern}")]
-    inner = sorted({str(file.parent) for file in files if not file.parent.name.startswith(".")})
-    if inner:
-        raise CheckpointError(
-            f"{path} is not a model but holds folders of models",
-            hint=f"give one of them: {', '.join(inner[:SHOWN])}",
-        )
 
 
 def integrity_rows(integrity: Integrity) -> list[tuple[str, str]]:

@@ -6,14 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import llmq
-from llmq.checkpoint.staging import STAGING
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.runtime.checkpoint_weights import PackedWeights
 from llmq.verification import engines as serving
@@ -219,41 +216,3 @@ def test_unknown_compatibility_fails_the_check(copy: Path) -> None:
     assert done.exit_code == QUALITY
     assert "is not known to load in vLLM on 1 GPU" in done.stderr and "unknown" in done.stdout
     assert json.loads(command("verify", copy, "--quick", "--json").stdout)["engines"]["vLLM"]["loads"] is None
-
-
-def test_an_unfinished_run_is_reported(tmp_path: Path) -> None:
-    (tmp_path / "out" / STAGING).mkdir(parents=True)
-    (tmp_path / "out" / STAGING / "00000.safetensors").touch()
-    done = command("verify", tmp_path / "out")
-    assert done.exit_code != 0 and "holds an unfinished run of llmq" in done.stderr
-
-
-def test_a_folder_of_several_formats_lists_them(packed: Path, tmp_path: Path) -> None:
-    for name in ("awq", "gptq"):
-        shutil.copytree(packed, tmp_path / name)
-    done = command("verify", tmp_path)
-    assert done.exit_code == CHECKPOINT and "broken" not in done.stderr
-    flat = "".join(done.stderr.split())
-    assert str(tmp_path / "awq") in flat and str(tmp_path / "gptq") in flat
-
-
-def test_only_the_requested_gguf_file_is_verified(packed: Path, tmp_path: Path) -> None:
-    file = tmp_path / "good.gguf"
-    write_gguf(file)
-    (tmp_path / "bad.gguf").write_bytes(b"no GGUF at all")
-    examined = examine(file)
-    assert not examined.problems and examined.tensors == 1
-    shutil.copy(packed / "model.safetensors", tmp_path)
-    assert serving.checkpoint_facts.read(file).method == "gguf"
-    assert command("verify", file, "--for", "llama.cpp").exit_code == 0
-    assert command("verify", tmp_path / "bad.gguf").exit_code == CHECKPOINT
-
-
-def write_gguf(file: Path) -> None:
-    """Write a .gguf file with one tensor."""
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_tensor("output_norm.weight", np.ones(32, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()

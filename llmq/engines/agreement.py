@@ -1,0 +1,161 @@
+"""Does an engine compute what llmq computes?  The same prompts in both, and the log-probabilities of the next tokens.
+
+The engine gives the most likely next tokens at every position of a few prompts, and llmq their log-probabilities as the
+checkpoint has them: read block by block, dequantized to float32 on a CPU. So names, the order of rows, grids, rotary
+embeddings and tokenizers are all checked at once, with the engine's own code.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmq.checkpoint.index import gguf_file
+from llmq.checkpoint.reader import Checkpoint
+from llmq.engines.processes import LLAMA_CPP, MLX, TRANSFORMERS, VLLM, Engine, ask
+from llmq.engines.prompts import TEXTS, texts_as_tokens
+from llmq.errors import ConfigError, QualityError
+from llmq.evaluation.streaming import open_source
+from llmq.gguf.reader import described
+from llmq.report.events import OnEvent, ignore
+from llmq.runtime.checkpoint_weights import quantization_settings
+from llmq.runtime.load import choose_device, load_tokenizer
+
+COMPARED = (VLLM, LLAMA_CPP, TRANSFORMERS, MLX)
+TOP = 10  # next tokens per position
+TOKENS = 64  # per prompt, at most
+CONTEXT = 512
+LIMIT_FLOAT32, LIMIT_16_BITS, LIMIT_LLAMA_CPP = 0.01, 0.25, 0.5  # nats
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """The log-probabilities of an engine compared with those of llmq, in nats.
+
+    engine     its name and version
+    dtype      in which it computed
+    positions  in all prompts
+    largest    the largest absolute difference of a log-probability
+    mean       their mean
+    same_top   share of positions with the same most likely token
+    tokenized  whether it cuts the texts into the same tokens
+    limit      how large the largest difference may be
+    """
+
+    engine: str
+    dtype: str
+    positions: int
+    largest: float
+    mean: float
+    same_top: float
+    tokenized: bool
+    limit: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def require(self, path: str) -> None:
+        """Raise QualityError if the difference is above the limit, or the texts are cut into other tokens."""
+        if not self.tokenized:
+            message = f"{self.engine} cuts the prompts for {path} into other tokens than the tokenizer in the folder"
+            raise QualityError(message, hint="copy the tokenizer of the original model, and convert it again")
+        if not self.largest <= self.limit:
+            raise QualityError(
+                f"{self.engine} computes something else for {path}: log-probabilities differ by {self.largest:.4f} "
+                f"nats, the limit is {self.limit:g}",
+                hint="do not serve it with this engine; another format may work (llmq convert)",
+            )
+
+
+def compare(
+    model: Path,
+    engine: Engine,
+    *,
+    python: str | None = None,
+    limit: float | None = None,
+    device: str = "auto",
+    gpus: int = 1,
+    remote_code: bool = False,
+    on_event: OnEvent = ignore,
+) -> Agreement:
+    """Run an engine on a local model, and compare it with llmq.
+
+    python  the Python of the engine's environment; None for this one
+    limit   the largest difference in nats; None for the usual one of the engine and its dtype
+    gpus    tensor parallelism
+
+    Raises BackendError if the engine is not installed or fails.
+    """
+    path = gguf_file(model) or model
+    if engine == LLAMA_CPP and path.suffix != ".gguf":
+        raise ConfigError(f"llama.cpp runs .gguf files, found {path}", hint=f"llmq convert {model} OUT --to gguf")
+    with described(path) as folder:
+        tokenizer = load_tokenizer(folder, remote_code=remote_code)
+    tokens, place = texts_as_tokens(tokenizer), choose_device(device)
+    prompts = [ids[:TOKENS] for ids in tokens]
+    dtype = _dtype(path, engine, place)
+    options = {
+        "device": str(place), "dtype": dtype, "context": CONTEXT, "top": TOP, "gpus": gpus, "eager": True,
+        "remote_code": remote_code, "llmq": engine == TRANSFORMERS and python is None and _is_packed(path),
+    }  # fmt: skip
+    request = {"task": "score", "model": str(path), "options": options, "texts": TEXTS, "prompts": prompts, "top": TOP}
+    answer = ask(engine, request, python)
+    expected = _log_probabilities(path, prompts, remote_code=remote_code, on_event=on_event)
+    differences, same = _differences(answer["scores"], expected)
+    return Agreement(
+        engine=answer["version"],
+        dtype=dtype,
+        positions=len(same),
+        largest=float(differences.max()),  # NaN, if there is one
+        mean=float(differences.mean()),
+        same_top=sum(same) / len(same),
+        tokenized=answer["tokens"] == tokens,
+        limit=_limit(engine, dtype) if limit is None else limit,
+    )
+
+
+def _log_probabilities(
+    path: Path, prompts: Sequence[Sequence[int]], *, remote_code: bool, on_event: OnEvent
+) -> list[torch.Tensor]:
+    """(T, V) float64 per prompt, as llmq reads the model."""
+    source = open_source(path, torch.device("cpu"), torch.float32, remote_code=remote_code, on_event=on_event)
+    expected = []
+    for prompt in prompts:
+        source.run(torch.tensor([prompt]))
+        [(_, logits)] = source.logits(1)
+        expected.append(logits[0].double().log_softmax(-1))
+    return expected
+
+
+def _differences(
+    scores: Sequence[Sequence[Sequence[tuple[int, float]]]], expected: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, list[bool]]:
+    """The absolute difference for every token of the engine, and for every position whether the best token agrees."""
+    differences: list[float] = []
+    same = []
+    for rows, log_probabilities in zip(scores, expected, strict=True):
+        for row, ours in zip(rows, log_probabilities, strict=True):
+            differences += [abs(value - float(ours[token])) for token, value in row]
+            same.append(max(row, key=lambda entry: entry[1])[0] == int(ours.argmax()))
+    return torch.tensor(differences, dtype=torch.float64), same
+
+
+def _dtype(path: Path, engine: Engine, device: torch.device) -> str:
+    """float32 shows errors best; GPUs compute as they will in use, and vLLM has no packed products in float32."""
+    if engine == LLAMA_CPP:
+        return "as stored, activations in 8 bits"
+    if device.type != "cpu":
+        return "auto"
+    return "bfloat16" if engine == VLLM and _is_packed(path) else "float32"
+
+
+def _limit(engine: Engine, dtype: str) -> float:
+    if engine == LLAMA_CPP:
+        return LIMIT_LLAMA_CPP
+    return LIMIT_FLOAT32 if dtype == "float32" else LIMIT_16_BITS
+
+
+def _is_packed(path: Path) -> bool:
+    return path.suffix != ".gguf" and quantization_settings(Checkpoint.open(path)) is not None
