@@ -29,6 +29,7 @@ from llmq.distributed.ranks import ALONE, Ranks
 from llmq.errors import ConfigError
 from llmq.export import save
 from llmq.export.finished import finished_record, require_unchanged
+from llmq.forecast import of_job
 from llmq.memory import Economy
 from llmq.methods import Method
 from llmq.mixed_precision import assign, sensitivity
@@ -127,6 +128,8 @@ class Job:
                 return finished
             if self._ranks.is_first:
                 Writer.require_free(self.out)  # checked before the text is read
+        if on_event is not ignore and self._ranks.is_first:
+            on_event(of_job.planned(self.plan, self._ranks.size))
         self.report.notes += self.plan.grid_notes
         outside, length = self.plan.outside(), self.plan.settings.calibration.seqlen
         check = partial(float_probe.check, self.plan.skeleton, self.plan.checkpoint, outside, length, on_event)

@@ -48,6 +48,8 @@ def command(
     ] = None,
     overwrite: options.Overwrite = False,
     trust_remote_code: options.TrustRemoteCode = False,
+    quiet: options.Quiet = False,
+    log_json: options.LogJson = None,
     json: options.Json = False,
 ) -> None:
     """Write a quantized model in another format, without quantizing again.
@@ -71,7 +73,7 @@ def command(
     """
     from llmq.checkpoint import hub
 
-    print_loading()
+    print_loading(quiet=quiet)
     from llmq.checkpoint.index import gguf_file
     from llmq.export.convert import Converter
     from llmq.export.from_gguf import GgufConverter
@@ -89,7 +91,7 @@ def command(
             path, out, to, allow_requantize=allow_requantize, overwrite=overwrite, remote_code=trust_remote_code
         )
     try:
-        with ProgressDisplay() as display:
+        with ProgressDisplay(silent=quiet, log=log_json) as display:
             converter.run(display)
     except KeyboardInterrupt:
         hint = "repeat the command: it continues where it stopped"

@@ -96,6 +96,8 @@ def command(
     max_ppl_increase: MaxPplIncrease = None,
     device: options.Device = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
+    quiet: options.Quiet = False,
+    log_json: options.LogJson = None,
     json: options.Json = False,
 ) -> None:  # fmt: skip
     """Measure models: perplexity; with --against also KL divergence.
@@ -125,13 +127,13 @@ def command(
         raise ConfigError("--max-kl and --max-ppl-increase need an original model", hint="add --against")
     if against is None and (floors or trajectories):
         raise ConfigError("--floors and --trajectories need an original model", hint="add --against")
-    print_loading()
+    print_loading(quiet=quiet)
     from llmq.evaluation.measure import measure_many, require
     from llmq.evaluation.paired import all_differences
 
     quiet_transformers()
     models = list(dict.fromkeys(paths))
-    with ProgressDisplay() as display:
+    with ProgressDisplay(silent=quiet, log=log_json) as display:
         results = measure_many(
             against,
             models,

@@ -49,6 +49,8 @@ def command(
     overwrite: options.Overwrite = False,
     trust_remote_code: options.TrustRemoteCode = False,
     dry_run: options.DryRun = False,
+    quiet: options.Quiet = False,
+    log_json: options.LogJson = None,
     json: options.Json = False,
 ) -> None:
     """Quantize a model to 4 bits (or 2, 3 or 8), one block at a time.
@@ -85,7 +87,7 @@ def command(
         print_text(tomli_w.dumps(config_to(settings)), end="")
         return
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch warns of each connection that a process closes
-    print_loading()
+    print_loading(quiet=quiet)
     from llmq.distributed import join
     from llmq.job import Job
 
@@ -101,7 +103,7 @@ def command(
             return
         if ranks.is_first:
             print_notes(job.plan.grid_notes)
-        with ProgressDisplay(job.commits, silent=not ranks.is_first) as display:
+        with ProgressDisplay(silent=quiet or not ranks.is_first, log=log_json if ranks.is_first else None) as display:
             job.run(display)
         if ranks.is_first:
             _print_result(job, as_json=json)

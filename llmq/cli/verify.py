@@ -35,6 +35,8 @@ def command(
     ] = None,
     quick: Annotated[bool, Option("--quick", help="Read only headers and the configuration, no weights.")] = False,
     trust_remote_code: options.TrustRemoteCode = False,
+    quiet: options.Quiet = False,
+    log_json: options.LogJson = None,
     json: options.Json = False,
 ) -> None:
     """Check that a model is complete, and which engines load it.
@@ -54,7 +56,7 @@ def command(
     """
     from llmq.checkpoint import hub
 
-    print_loading()
+    print_loading(quiet=quiet)
     from llmq.verify import engines as serving
     from llmq.verify.integrity import Integrity, examine
 
@@ -64,7 +66,7 @@ def command(
     _require_model(model)
     integrity = Integrity()
     if not quick:
-        with ProgressDisplay() as display:
+        with ProgressDisplay(silent=quiet, log=log_json) as display:
             integrity = examine(model, remote_code=trust_remote_code, on_event=display)
     findings = [] if integrity.problems else serving.check(model)
     verdicts = serving.verdicts(findings)

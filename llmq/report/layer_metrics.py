@@ -5,9 +5,10 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from llmq.algorithms import Rounding, output_error, quadratic_form
+from llmq.algorithms import Options, Rounding, output_error, quadratic_form, rtn
 from llmq.distributed.ranks import ALONE, Ranks
 from llmq.numerics.input_stats import InputStats
+from llmq.numerics.scheme import WeightScheme
 from llmq.report.record import LayerReport, StageGain
 
 
@@ -20,19 +21,24 @@ def layer_report(
     stats: InputStats | None,
     gains: tuple[StageGain, ...] = (),
     ranks: Ranks = ALONE,
+    options: Options | None = None,
 ) -> LayerReport:
     """The errors of `rounded` (N, K) against `weight` (N, K), float32, and the size of its `packed` tensors.
 
-    Each rank computes the output error of some rows.
+    Each rank computes the output error of some rows. With `options`, the weight is also rounded to nearest, and its
+    error is reported.
     """
-    output = None
+    output = nearest = None
     if stats is not None and stats.tokens:
         hessian, part = stats.second_moment(), ranks.part(len(weight))
         rows = slice(part.start, part.stop)
         loss = output_error(weight[rows], rounded[rows], hessian) if rounding.loss is None else rounding.loss[rows]
-        sums = (float(values.double().sum()) for values in (quadratic_form(weight[rows], hessian), loss))
-        signal, noise = ranks.total(*sums)
-        output = (max(0.0, noise) / signal) ** 0.5 if signal > 0 else 0.0
+        losses = [quadratic_form(weight[rows], hessian), loss]
+        if options is not None and not rounding.existing_grid and (ranks.size == 1 or not _one_group(rounding)):
+            losses.append(_rtn_loss(weight[rows], hessian, rounding.quantized.scheme, options))
+        signal, *noises = ranks.total(*(float(values.double().sum()) for values in losses))
+        output, *others = ((max(0.0, noise) / signal) ** 0.5 if signal > 0 else 0.0 for noise in noises)
+        nearest = next(iter(others), None)
     stored_bits = 8 * sum(tensor.numel() * tensor.element_size() for tensor in packed.values())
     norm = float(weight.norm())
     return LayerReport(
@@ -47,7 +53,18 @@ def layer_report(
         notes=rounding.notes,
         gains=gains,
         existing_grid=rounding.existing_grid,
+        rtn_error=nearest,
     )
+
+
+def _one_group(rounding: Rounding) -> bool:
+    """Whether all rows share a scale, so that ranks cannot round some rows each."""
+    return rounding.quantized.scheme.group_size == "tensor"
+
+
+def _rtn_loss(weight: Tensor, hessian: Tensor, scheme: WeightScheme, options: Options) -> Tensor:
+    """(N,) float32: the output error of each row of `weight` (N, K) after rounding to nearest."""
+    return output_error(weight, rtn.round_weight(weight, None, scheme, options).quantized.dequantize(), hessian)
 
 
 def as_experts(layer: LayerReport, transforms: Sequence[str]) -> LayerReport:

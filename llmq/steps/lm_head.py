@@ -47,7 +47,9 @@ def quantize_head(run: Run) -> None:
         [[layer]] = round_together([group], run.method, run.options, run.ranks)
     packed = run.pack(path, layer.rounding.quantized)
     dequantized = layer.rounding.quantized.dequantize()
-    report = layer_report(plan.name, weight, dequantized, layer.rounding, packed, stats, layer.gains, run.ranks)
+    report = layer_report(
+        plan.name, weight, dequantized, layer.rounding, packed, stats, layer.gains, run.ranks, options=run.options
+    )
     run.on_event(report)
     block_report = BlockReport(path, (report,), (), time.monotonic() - start)
     run.writer.commit(index, packed, block_report.to_dict())

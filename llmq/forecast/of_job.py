@@ -1,0 +1,77 @@
+"""What a job is expected to cost, stage by stage as it reports its progress; and whether it can work at all."""
+
+from dataclasses import replace
+
+from llmq import cost
+from llmq.calibration.sources import parse_sources
+from llmq.cost.estimate import SOLVED, Estimate
+from llmq.cost.machine import Machine
+from llmq.cost.outline import Outline
+from llmq.errors import UnsupportedModelError
+from llmq.mixed_precision import assign, sensitivity
+from llmq.plan import Plan
+from llmq.report import events
+from llmq.report.events import Planned
+
+WORTH_MEASURING = 60.0  # seconds: a shorter job does not measure the machine, which takes two seconds
+# The stages that a job reports, in order, and the stages of the estimate that they consist of.
+STAGES = {
+    events.PROBE: ("float model",),
+    events.WRITTEN: ("self-written text",),
+    events.WEIGHTING: ("Fisher information",),
+    events.TRANSFORMS: ("transforms",),
+    events.QUANTIZING: ("streams", "statistics", *SOLVED),
+    events.BLOCK_TUNING: ("block tuning",),
+    events.TUNING: ("end-to-end tuning",),
+    events.SAVING: ("files", "formats"),
+}
+
+
+def planned(plan: Plan, ranks: int = 1) -> Planned:
+    """The stages of a job; without seconds if the model cannot be run without its weights."""
+    try:
+        outline = cost.observe(plan.skeleton, plan.settings.calibration.seqlen)
+    except UnsupportedModelError:
+        return Planned({})
+    estimate = None if plan.device.type == "cuda" else estimated(plan, outline, cost.typical(), ranks)
+    if estimate is None or estimate.seconds > WORTH_MEASURING:
+        estimate = estimated(plan, outline, cost.measure(str(plan.device)), ranks)
+    return stages_of(estimate, outline, plan)
+
+
+def estimated(plan: Plan, outline: Outline, machine: Machine, ranks: int = 1) -> Estimate:
+    """The estimate of the plan; text that replaces calibration text counts as written in addition."""
+    stages = plan.stages
+    if any(source.is_self for source in parse_sources(plan.settings.calibration.sources)):
+        stages = replace(stages, written=stages.written + 1)
+    return cost.estimate(
+        outline, plan.settings, machine, layers=plan.layers, stages=stages, stored=plan.model_dtype, ranks=ranks
+    )
+
+
+def stages_of(estimate: Estimate, outline: Outline, plan: Plan) -> Planned:
+    """The estimate by the stages that a job reports."""
+    seconds = {name: estimate.seconds_of(*parts) for name, parts in STAGES.items()}
+    if plan.settings.target_bits is not None:
+        seconds[events.MEASURING] = measuring(estimate, outline, len(assign.GRIDS) + 1, sensitivity.WINDOWS)
+    names = {path: layer.name for path, layer in plan.layers.items()}
+    calibration = plan.settings.calibration
+    sequences = calibration.samples * (1 + plan.stages.written)
+    return Planned(
+        {name: expected for name, expected in seconds.items() if expected},
+        estimate.shares.blocks,
+        {names[path]: expected for path, expected in estimate.shares.layers.items() if path in names},
+        sequences * calibration.seqlen if plan.stages.needs_calibration else 0,
+        in_seconds=True,
+    )
+
+
+def measuring(estimate: Estimate, outline: Outline, grids: int, windows: int) -> float:
+    """Seconds to measure the layers: the text goes through all blocks, and `windows` sequences of each variant, too.
+
+    A variant, in which some layers are on one of the `grids`, goes through half of the blocks on average.
+    """
+    blocks, text = len(outline.blocks), estimate.seconds_of("streams")
+    groups = sum(len(block.groups) for block in outline.blocks)
+    variants = groups * (grids if blocks <= sensitivity.MEASURED_BLOCKS else 1)
+    return text * (1 + variants / 2 * windows / max(1, estimate.sequences))
