@@ -38,6 +38,7 @@ from llmq.model.passes.recorded_calls import RecordedCalls
 from llmq.model.passes.streams import Text
 from llmq.numerics.scheme import WeightScheme
 from llmq.plan import Plan
+from llmq.report import bar
 from llmq.report.events import Event, OnEvent, ignore
 from llmq.report.record import BlockReport, Report, TuningReport
 from llmq.report.sensitivity import Sensitivity
@@ -205,6 +206,8 @@ class Job:
     ) -> Sensitivity:
         """The error of each layer on each of the grids `tried`; by default the grids of --target-bits."""
         question = self._question(tried)
+        if on_event is not ignore:
+            on_event(of_job.planned_measuring(self.plan, len(question.grids), windows))
         return self._measured(self._text.load(self.plan, self.report, on_event), question, windows, on_event)
 
     def _measured(self, text: CalibrationSet, question: Question, windows: int, on_event: OnEvent) -> Sensitivity:
@@ -294,6 +297,7 @@ def quantize(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     stages: Method | None = None,
+    progress: bool = True,
     on_event: OnEvent = ignore,
     **settings: Unpack[Keywords],
 ) -> Report:
@@ -302,9 +306,10 @@ def quantize(
         llmq.quantize("Qwen/Qwen3-8B", "out", method="gptq", bits=4, group_size=128, calibration="text.jsonl")
 
     The settings are those of `llmq quantize --help`, by the same names; they override those of `config`. `stages`
-    replace the stages of the method, for experiments. `on_event` is called with every event (see
-    `llmq.report.events`). An interrupted call continues when it is repeated. Raises the errors of `llmq.errors`, such
-    as ConfigError for a setting that does not exist or has a wrong value.
+    replace the stages of the method, for experiments. A bar shows the `progress` in a terminal or a notebook, and
+    `on_event` is called with every event (see `llmq.report.events`). An interrupted call continues when it is
+    repeated. Raises the errors of `llmq.errors`, such as ConfigError for a setting that does not exist or has a wrong
+    value.
     """
     job = Job(
         model,
@@ -316,4 +321,5 @@ def quantize(
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
     )
-    return job.run(on_event)
+    with bar.shown(on_event, progress=progress) as report:
+        return job.run(report)

@@ -18,6 +18,7 @@ from llmq.cli.terminal import (
 )
 from llmq.config import CONVERTIBLE
 from llmq.errors import ConfigError, Interrupted
+from llmq.report.events import Planned
 
 if TYPE_CHECKING:
     from llmq.export.conversion import Conversion
@@ -92,6 +93,7 @@ def command(
         )
     try:
         with ProgressDisplay(silent=quiet, log=log_json) as display:
+            display(Planned({"unpacked": 1.0 * (file is not None), "converted": 2.0, "compared": 1.0}))
             converter.run(display)
     except KeyboardInterrupt:
         hint = "repeat the command: it continues where it stopped"

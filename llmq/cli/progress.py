@@ -9,15 +9,15 @@
 import dataclasses
 import json
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
-from rich.console import RenderableType
-from rich.progress import BarColumn, TextColumn
-from rich.progress import Progress as Bars
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 from rich.text import Text
 
 from llmq.cli.manifest import print_manifest
@@ -46,13 +46,11 @@ class ProgressDisplay:
         self._last_line = 0.0  # when it was printed
         self._path, self._log = log, None if log is None else _opened(log)
         self._open = ExitStack()
-        self._bars = _Bars(self)
-        self._bar = self._bars.add_task("", total=1.0, eta="-:--:--", elapsed="0:00:00")
 
     def __enter__(self) -> "ProgressDisplay":
         if not self._silent and self._console.is_terminal:
             self._open.enter_context(shared_console(self._console))
-            self._open.enter_context(self._bars)
+            self._open.enter_context(Live(console=self._console, get_renderable=self._drawing, transient=True))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -75,25 +73,21 @@ class ProgressDisplay:
         if not self._console.is_terminal:
             self._print_line(event)
 
+    def _drawing(self) -> RenderableType:
+        """The bar and the line below it, several times per second: the ETA changes also between events."""
+        timeline, rest = self._timeline, self._timeline.remaining
+        row = Table.grid(padding=(0, 1))
+        eta = "-:--:--" if rest is None else clock(rest)
+        row.add_row(
+            Text(self._heading, no_wrap=True), ProgressBar(total=1.0, completed=timeline.fraction, width=40),
+            Text(f"{timeline.fraction:4.0%} {clock(timeline.elapsed)} ETA {eta}", no_wrap=True),
+        )  # fmt: skip
+        return Group(row, Text(printable(self._detail), no_wrap=True, overflow="ellipsis"))
+
     @property
-    def heading(self) -> str:
+    def _heading(self) -> str:
         """The stage and what is done of it."""
         return f"{self._timeline.current} {self._timeline.position}".strip()
-
-    @property
-    def detail(self) -> str:
-        """The line below the bar."""
-        return self._detail
-
-    def refresh(self) -> None:
-        """Bring the bar up to date: its time passes also between events."""
-        rest = self._timeline.remaining
-        self._bars.update(
-            self._bar,
-            completed=self._timeline.fraction,
-            eta="-:--:--" if rest is None else clock(rest),
-            elapsed=clock(self._timeline.elapsed),
-        )
 
     def _described(self, event: Event) -> str:
         """What the line below the bar shows; nothing for events that leave it as it is."""
@@ -116,7 +110,7 @@ class ProgressDisplay:
         elif isinstance(event, Planned | TuningReport) or now - self._last_line < SECONDS_PER_LINE:
             return
         else:
-            shown = f"{timeline.fraction:.0%}  {self.heading}  {self._detail}".rstrip()
+            shown = f"{timeline.fraction:.0%}  {self._heading}  {self._detail}".rstrip()
             print_text(f"{shown}{self._left()}", flush=True, error=True)
         self._last_line = now
 
@@ -144,27 +138,6 @@ class ProgressDisplay:
             raise StorageError(
                 f"{self._path} cannot be written: {error.strerror or error}", hint="check the disk"
             ) from error
-
-
-class _Bars(Bars):
-    """The bar, with a line below it."""
-
-    def __init__(self, display: ProgressDisplay) -> None:
-        self._display = display
-        columns = (
-            TextColumn("{task.fields[heading]}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"),
-            TextColumn("{task.fields[elapsed]}"), TextColumn("ETA {task.fields[eta]}"),
-        )  # fmt: skip
-        super().__init__(*columns, console=display._console, transient=True)
-
-    def get_renderables(self) -> Iterator[RenderableType]:
-        """See `rich.progress.Progress`; it is called for every drawing."""
-        self._display.refresh()
-        for task in self.tasks:
-            task.fields["heading"] = self._display.heading
-        yield from super().get_renderables()
-        if self._display.detail:
-            yield Text(printable(self._display.detail), no_wrap=True, overflow="ellipsis")
 
 
 def _opened(path: Path) -> TextIO:

@@ -11,6 +11,7 @@ from llmq.cli.progress import ProgressDisplay
 from llmq.cli.streams import print_text
 from llmq.cli.terminal import megabytes, print_json, print_loading, print_notes, print_table, quiet_transformers
 from llmq.errors import CheckpointError, ConfigError, QualityError
+from llmq.report.events import Planned
 
 if TYPE_CHECKING:
     from llmq.verify.engines import Finding, Verdict
@@ -67,6 +68,7 @@ def command(
     integrity = Integrity()
     if not quick:
         with ProgressDisplay(silent=quiet, log=log_json) as display:
+            display(Planned({"reading": 1.0}))
             integrity = examine(model, remote_code=trust_remote_code, on_event=display)
     findings = [] if integrity.problems else serving.check(model)
     verdicts = serving.verdicts(findings)

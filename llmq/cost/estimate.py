@@ -141,7 +141,7 @@ def estimate(
         tuple(peak for peak in measured if peak is not None),
         sizes.model,
         machine.device,
-        shares(work, machine),
+        shares(work, machine, head),
         work.sequences,
     )
 

@@ -1,12 +1,13 @@
 """The expected time of each block and layer in the loop over blocks, without block tuning: the basis of progress."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from llmq.cost import passes, solver
 from llmq.cost.machine import Machine
 from llmq.cost.work import total
-from llmq.cost.workload import PlannedBlock, Workload
+from llmq.cost.workload import Group, PlannedBlock, Workload
+from llmq.numerics.scheme import WeightScheme
 
 
 @dataclass(frozen=True)
@@ -15,10 +16,11 @@ class Shares:
 
     blocks: Mapping[str, float] = field(default_factory=dict)
     layers: Mapping[str, float] = field(default_factory=dict)
+    head: float = 0.0
 
 
-def shares(work: Workload, machine: Machine) -> Shares:
-    """Equal blocks have equal shares."""
+def shares(work: Workload, machine: Machine, head: WeightScheme | None) -> Shares:
+    """Equal blocks have equal shares; `head` is the grid of the head, or None."""
     known: dict[PlannedBlock, tuple[float, dict[str, float]]] = {}
     blocks, layers = dict[str, float](), dict[str, float]()
     for path, outline in zip(work.outline.paths, work.outline.blocks, strict=True):
@@ -27,7 +29,11 @@ def shares(work: Workload, machine: Machine) -> Shares:
             known[block] = _of_block(work, machine, block)
         blocks[path], of_layers = known[block]
         layers |= {f"{path}.{name}": seconds for name, seconds in of_layers.items()}
-    return Shares(blocks, layers)
+    if head is None:
+        return Shares(blocks, layers)
+    group = Group(work.outline.width, (work.outline.vocabulary,), (head,), 1.0)
+    solved = total(list(solver.by_stage(replace(work, at_head=True), group).values()))
+    return Shares(blocks, layers, machine.seconds(solved))
 
 
 def _of_block(work: Workload, machine: Machine, block: PlannedBlock) -> tuple[float, dict[str, float]]:

@@ -28,15 +28,38 @@ STAGES = {
 
 
 def planned(plan: Plan, ranks: int = 1) -> Planned:
-    """The stages of a job; without seconds if the model cannot be run without its weights."""
+    """The stages of a job."""
+    outline = _observed(plan)
+    if outline is None:
+        return Planned({events.QUANTIZING: 1.0}, {block.path: 1.0 for block in plan.skeleton.blocks})
+    return stages_of(_measured(plan, outline, ranks), outline, plan)
+
+
+def planned_measuring(plan: Plan, grids: int, windows: int) -> Planned:
+    """The stages of measuring the layers on some grids, on some sequences."""
+    outline = _observed(plan)
+    if outline is None:
+        return Planned({events.MEASURING: 1.0})
+    estimate = _measured(plan, outline)
+    written, measured = estimate.seconds_of("self-written text"), measuring(estimate, outline, grids, windows)
+    return Planned({**({events.WRITTEN: written} if written else {}), events.MEASURING: measured}, in_seconds=True)
+
+
+def _observed(plan: Plan) -> Outline | None:
+    """The outline of the model; None if it cannot be run without its weights."""
     try:
-        outline = cost.observe(plan.skeleton, plan.settings.calibration.seqlen)
+        return cost.observe(plan.skeleton, plan.settings.calibration.seqlen)
     except UnsupportedModelError:
-        return Planned({})
-    estimate = None if plan.device.type == "cuda" else estimated(plan, outline, cost.typical(), ranks)
-    if estimate is None or estimate.seconds > WORTH_MEASURING:
-        estimate = estimated(plan, outline, cost.measure(str(plan.device)), ranks)
-    return stages_of(estimate, outline, plan)
+        return None
+
+
+def _measured(plan: Plan, outline: Outline, ranks: int = 1) -> Estimate:
+    """The estimate for this machine, or, if the job is short and needs no GPU, for a typical one."""
+    if plan.device.type == "cpu":
+        estimate = estimated(plan, outline, cost.typical(), ranks)
+        if estimate.seconds <= WORTH_MEASURING:
+            return estimate
+    return estimated(plan, outline, cost.measure(str(plan.device)), ranks)
 
 
 def estimated(plan: Plan, outline: Outline, machine: Machine, ranks: int = 1) -> Estimate:
@@ -55,12 +78,14 @@ def stages_of(estimate: Estimate, outline: Outline, plan: Plan) -> Planned:
     if plan.settings.target_bits is not None:
         seconds[events.MEASURING] = measuring(estimate, outline, len(assign.GRIDS) + 1, sensitivity.WINDOWS)
     names = {path: layer.name for path, layer in plan.layers.items()}
+    shares, head = estimate.shares, plan.skeleton.head_path
+    blocks = {**shares.blocks, **({head: shares.head} if head in names and head is not None else {})}
     calibration = plan.settings.calibration
     sequences = calibration.samples * (1 + plan.stages.written)
     return Planned(
         {name: expected for name, expected in seconds.items() if expected},
-        estimate.shares.blocks,
-        {names[path]: expected for path, expected in estimate.shares.layers.items() if path in names},
+        blocks,
+        {names[path]: expected for path, expected in shares.layers.items() if path in names},
         sequences * calibration.seqlen if plan.stages.needs_calibration else 0,
         in_seconds=True,
     )

@@ -18,7 +18,7 @@ from llmq.report.events import BLOCK_TUNING, QUANTIZING, TUNING, Event, Planned,
 from llmq.report.record import BlockReport, LayerReport, TuningReport, TuningStep
 
 LITTLE = 0.02  # of the expected work: less says little about the speed
-PRIOR = 0.05  # of the expected work: so much weight has the plan against the measured speed
+PRIOR = 0.03  # of the expected work: so much weight has the plan against the measured speed
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Timeline:
     def take(self, event: Event) -> None:
         """Account for one event."""
         if isinstance(event, Planned):
-            self._plan = event
+            self._plan, self.current = event, ""
             self.stages = {name: Stage(seconds) for name, seconds in event.stages.items()}
             self._last = self._clock()
         elif isinstance(event, Progress):
@@ -85,18 +85,25 @@ class Timeline:
     @property
     def remaining(self) -> float | None:
         """Expected seconds until the end; None as long as too little is known."""
-        total = sum(stage.expected for stage in self.stages.values())
-        large = [stage for stage in self.stages.values() if stage.expected >= LITTLE * total > 0]
+        stages = list(self.stages.values())  # at once: a bar asks from another thread
+        total = sum(stage.expected for stage in stages)
+        large = [stage for stage in stages if stage.expected >= LITTLE * total > 0]
         measured, spent = sum(stage.measured for stage in large), sum(stage.spent for stage in large)
-        prior = PRIOR * total if self._plan.in_seconds else 0.0
-        if not self._plan.in_seconds and measured < LITTLE * total or not total:
+        if not total or (measured < LITTLE * total and not self._plan.in_seconds):
             return None
-        common, little = (spent + prior) / (measured + prior), LITTLE * total
+        common, little = self._common_ratio(measured, spent, total), LITTLE * total
         rest = 0.0
         for stage in large:
             ratio = (stage.spent + common * little) / (stage.measured + little)
             rest += ratio * (stage.expected - stage.done)
         return max(0.0, rest - (self._clock() - self._last))
+
+    def _common_ratio(self, measured: float, spent: float, total: float) -> float:
+        """Measured / expected seconds of the finished work; drawn towards 1 if the plan knows seconds."""
+        if measured <= 0 or spent <= 0:
+            return 1.0
+        prior = PRIOR * total if self._plan.in_seconds else 0.0
+        return float((spent / measured) ** (measured / (measured + prior)))
 
     @property
     def fraction(self) -> float:
@@ -109,9 +116,12 @@ class Timeline:
     @property
     def position(self) -> str:
         """What is done of the current stage, such as `3/32 blocks`."""
-        return self.stages[self.current].position if self.current else ""
+        stage = self.stages.get(self.current)
+        return "" if stage is None else stage.position
 
     def _finish_block(self, block: BlockReport) -> None:
+        if block.path in self._blocks_done:  # a run out of memory starts again, and restores finished blocks
+            return
         share = self._share(block.path)
         if block.resumed and self.stages:
             quantizing = self._stage(QUANTIZING)

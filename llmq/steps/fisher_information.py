@@ -17,6 +17,7 @@ Not here: why these weights (algorithms/fisher_weights.py), the passes (model/pa
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,7 @@ def fisher_information(
         text = Text(tokens[part], batch)
         storage = Storage.choose(sequence_bytes * len(part), skeleton.device)
         tape = Tape(skeleton, text, calls, storage)
-        outputs = tape.forward(after=lambda block: work.add(len(part)))
+        outputs = tape.forward(after=partial(work.add_forward, len(part)))
         gradients = [slope(part[list(rows)], hidden) for rows, hidden in zip(text.batches(), outputs, strict=True)]
         del outputs
         for rows, gradient in zip(text.batches(), gradients, strict=True):
@@ -195,6 +196,9 @@ class _Work:
     blocks: int
     on_event: OnEvent
     done: int = 0
+
+    def add_forward(self, sequences: int, _: Block) -> None:
+        self.add(sequences)
 
     def add(self, amount: int) -> None:
         self.done += amount
