@@ -29,7 +29,6 @@ from llmq.distributed.ranks import ALONE, Ranks
 from llmq.errors import ConfigError
 from llmq.export import save
 from llmq.export.finished import finished_record, require_unchanged
-from llmq.forecast import of_job
 from llmq.memory import Economy
 from llmq.methods import Method
 from llmq.mixed_precision import assign, sensitivity
@@ -43,6 +42,8 @@ from llmq.report.events import Event, OnEvent, ignore
 from llmq.report.record import BlockReport, Report, TuningReport
 from llmq.report.sensitivity import Sensitivity
 from llmq.run_text import RunText, sequences_at_once
+from llmq.schedule import possible
+from llmq.schedule import stages as expected
 from llmq.setting_fields import config_to, merged
 from llmq.steps import fisher_information, float_probe, lm_head, output_layout
 from llmq.steps.end_to_end.memory_plan import disk_bytes
@@ -129,8 +130,9 @@ class Job:
                 return finished
             if self._ranks.is_first:
                 Writer.require_free(self.out)  # checked before the text is read
+                possible.require(self.plan, self.out, copies=save.copies(self.plan.settings.formats))
         if on_event is not ignore and self._ranks.is_first:
-            on_event(of_job.planned(self.plan, self._ranks.size))
+            on_event(expected.planned(self.plan, self._ranks.size))
         self.report.notes += self.plan.grid_notes
         outside, length = self.plan.outside(), self.plan.settings.calibration.seqlen
         check = partial(float_probe.check, self.plan.skeleton, self.plan.checkpoint, outside, length, on_event)
@@ -165,7 +167,7 @@ class Job:
             self.report.blocks = []
             repeated = [note for note in self.report.notes[before:] if not note.startswith(memory.RETRIED)]
             self.report.notes[:] = [note for note in self.report.notes if note not in repeated]
-            run = self._prepare(text, writer, on_event, economy)
+            run = self.prepare(text, writer, on_event, economy)
             pipeline.quantize_model(run, save=lambda: save.finish(run, self.plan, self.report, start))
 
         if self._ranks.size == 1:
@@ -207,7 +209,7 @@ class Job:
         """The error of each layer on each of the grids `tried`; by default the grids of --target-bits."""
         question = self._question(tried)
         if on_event is not ignore:
-            on_event(of_job.planned_measuring(self.plan, len(question.grids), windows))
+            on_event(expected.planned_measuring(self.plan, len(question.grids), windows))
         return self._measured(self._text.load(self.plan, self.report, on_event), question, windows, on_event)
 
     def _measured(self, text: CalibrationSet, question: Question, windows: int, on_event: OnEvent) -> Sensitivity:
@@ -241,7 +243,7 @@ class Job:
         self.report.notes += writer.notes(self.commits)
         return writer
 
-    def _prepare(self, text: Text | None, writer: Writer, on_event: OnEvent, economy: Economy) -> Run:
+    def prepare(self, text: Text | None, writer: Writer, on_event: OnEvent, economy: Economy) -> Run:
         """Everything that is the same for all blocks."""
 
         def collect(event: Event) -> None:

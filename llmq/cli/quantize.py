@@ -3,6 +3,7 @@
 import os
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -153,7 +154,7 @@ def _print_plan(job: "Job", *, as_json: bool) -> None:
              "serving": {name: [finding.to_dict() for finding in own] for name, own in findings.items()}}
         )  # fmt: skip
         return
-    rows = _merge_experts(
+    rows = _merged(
         [
             (
                 p.name,
@@ -164,7 +165,7 @@ def _print_plan(job: "Job", *, as_json: bool) -> None:
             for path, p in job.plan.layers.items()
         ]
     )
-    print_table(f"plan: {job.report.source} → {job.out}", ("layer", "shape", "grid", "note"), rows)
+    print_table(f"plan: {job.report.source} → {job.out}", ("layer", "number", "shape", "grid", "note"), rows)
     outside = [name for name in job.report.left if name not in {plan.name for plan in plans}]
     print_text(f"kept in float: {', '.join(outside) or 'nothing else'}")
     for note in job.plan.notes:
@@ -176,10 +177,10 @@ def _print_plan(job: "Job", *, as_json: bool) -> None:
     print_text(f"size of weights: {megabytes(job.report.original_bytes)} → about {megabytes(job.plan.expected_bytes)}")
 
 
-def _merge_experts(rows: list[tuple[str, str, str, str]]) -> list[tuple[str, str, str, str]]:
-    """Merge the rows of experts that differ only in the number of the expert."""
-    numbered = ((re.sub(r"(\.experts\.)\d+\.", r"\1*.", name), *rest) for name, *rest in rows)
-    return list(dict.fromkeys((name, shape, grid, note) for name, shape, grid, note in numbered))
+def _merged(rows: list[tuple[str, str, str, str]]) -> list[tuple[str, str, str, str, str]]:
+    """One row for all layers that differ only in the number of their block or expert, with how many these are."""
+    numbered = Counter((re.sub(r"\.\d+(?=\.)", ".*", name), *rest) for name, *rest in rows)
+    return [(name, str(number), shape, grid, note) for (name, shape, grid, note), number in numbered.items()]
 
 
 def _print_planned_serving(job: "Job") -> None:

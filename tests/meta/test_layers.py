@@ -19,7 +19,7 @@ LAYERS = (
     ("runtime", "calibration", "report", "gguf", "cost"),
     ("steps", "evaluation"),
     ("mixed_precision", "pipeline", "plan"),
-    ("export", "verify", "run_text", "job", "forecast"),
+    ("export", "verify", "run_text", "schedule", "job", "forecast"),
     ("cli",),
     ("__init__", "__main__"),  # the entry points
 )

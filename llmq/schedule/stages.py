@@ -1,4 +1,4 @@
-"""What a job is expected to cost, stage by stage as it reports its progress; and whether it can work at all."""
+"""What a job is expected to cost, stage by stage as it reports its progress."""
 
 from dataclasses import replace
 
