@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Argument, Option
 
 from llmq.cli import options
+from llmq.cli.paths import require_models
 from llmq.cli.progress import ProgressDisplay
 from llmq.cli.terminal import (
     megabytes,
@@ -72,9 +73,9 @@ def command(
     See also:
       llmq quantize --format gptq,gguf  several formats at once
     """
-    from llmq.checkpoint import hub
-
     print_loading(quiet=quiet)
+    require_models(path)
+    from llmq.checkpoint import hub
     from llmq.checkpoint.index import gguf_file
     from llmq.export.convert import Converter
     from llmq.export.from_gguf import GgufConverter

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from llmq.cli import options
-from llmq.cli.terminal import megabytes, print_json, print_table
+from llmq.cli.terminal import megabytes, print_json, print_loading, print_table
 
 if TYPE_CHECKING:
     from llmq.runtime.environment import Device, Environment
@@ -17,6 +17,7 @@ def command(json: options.Json = False) -> None:
 
     LLMQ_BACKEND=torch turns the Triton kernels off; auto, the default, uses them if they work.
     """
+    print_loading()
     from llmq.runtime.environment import environment
 
     present = environment()

@@ -6,6 +6,7 @@ from typer import Option
 
 from llmq.cli import options
 from llmq.cli.evaluation_tables import print_evaluation
+from llmq.cli.paths import require_models
 from llmq.cli.progress import ProgressDisplay
 from llmq.cli.terminal import print_json, print_loading, print_notes, quiet_transformers
 from llmq.errors import ConfigError
@@ -128,6 +129,7 @@ def command(
     if against is None and (floors or trajectories):
         raise ConfigError("--floors and --trajectories need an original model", hint="add --against")
     print_loading(quiet=quiet)
+    require_models(*paths, *([against] if against else []))
     from llmq.evaluation.measure import measure_many, require
     from llmq.evaluation.paired import all_differences
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from typer import Exit
 
 from llmq.cli import options
+from llmq.cli.paths import require_models
 from llmq.cli.progress import ProgressDisplay
 from llmq.cli.streams import print_text
 from llmq.cli.terminal import (
@@ -89,6 +90,7 @@ def command(
         return
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch warns of each connection that a process closes
     print_loading(quiet=quiet)
+    require_models(model)
     from llmq.distributed import join
     from llmq.job import Job
 

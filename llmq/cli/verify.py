@@ -55,9 +55,8 @@ def command(
       3  broken or unreadable model
       8  an engine given with --for would not load it, or is unknown
     """
-    from llmq.checkpoint import hub
-
     print_loading(quiet=quiet)
+    from llmq.checkpoint import hub
     from llmq.verify import engines as serving
     from llmq.verify.integrity import Integrity, examine
 
