@@ -39,7 +39,7 @@ from llmq.numerics.scheme import WeightScheme
 from llmq.plan import Plan
 from llmq.report import bar
 from llmq.report.events import Event, OnEvent, ignore
-from llmq.report.record import BlockReport, Report, TuningReport
+from llmq.report.record import Report
 from llmq.report.sensitivity import Sensitivity
 from llmq.run_text import RunText, sequences_at_once
 from llmq.schedule import possible
@@ -247,10 +247,7 @@ class Job:
         """Everything that is the same for all blocks."""
 
         def collect(event: Event) -> None:
-            if isinstance(event, BlockReport):
-                self.report.blocks.append(event)
-            elif isinstance(event, TuningReport):
-                self.report.tuning = event
+            self.report.take(event)
             on_event(event)
 
         plan, streams, fisher = self.plan, None, None
@@ -314,14 +311,8 @@ def quantize(
     value.
     """
     job = Job(
-        model,
-        out,
-        merged(config or QuantConfig(), settings),
-        stages=stages,
-        device=device,
-        revision=revision,
-        overwrite=overwrite,
-        trust_remote_code=trust_remote_code,
-    )
+        model, out, merged(config or QuantConfig(), settings), stages=stages, device=device, revision=revision,
+        overwrite=overwrite, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     with bar.shown(on_event, progress=progress) as report:
         return job.run(report)

@@ -5,7 +5,7 @@ Models are read block by block (`evaluation/streaming.py`), so models that do no
 
 import gc
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -121,7 +121,7 @@ def measure_many(
         prompts = _prompts(read, trajectories, tokenizer, first)
         others, notes = variations(first, opener, windows) if floors else ([], [])
         on_event(planned(first, [base.name, *(own.name for own in folders), *(other.name for other in others)]))
-        opened = [*(partial(opener.model, own) for own in folders), *others]
+        opened: list[Callable[[], Source]] = [*(partial(opener.model, own) for own in folders), *others]
         runs = run_compared(first, opened, windows, prompts, on_event)
         compared = tuple(map(tables.floor, others, runs[len(folders) :]))
     return [

@@ -229,6 +229,13 @@ class Report:
         known["experts"] = [ExpertTokens(**entry) for entry in values["experts"]]
         return cls(**known)
 
+    def take(self, event: object) -> None:
+        """Add the reports among the events of the run."""
+        if isinstance(event, BlockReport):
+            self.blocks.append(event)
+        elif isinstance(event, TuningReport):
+            self.tuning = event
+
     @property
     def layers(self) -> list[LayerReport]:
         return [layer for block in self.blocks for layer in block.layers]
