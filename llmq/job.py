@@ -38,13 +38,16 @@ from llmq.mixed_precision.sensitivity import Question
 from llmq.model.passes.recorded_calls import RecordedCalls
 from llmq.model.passes.streams import Text
 from llmq.numerics.scheme import WeightScheme
+from llmq.report import bar
 from llmq.report.events import Event, OnEvent, ignore
 from llmq.report.pages import LiveReport
-from llmq.report.record import BlockReport, Report, TuningReport
+from llmq.report.record import BlockReport, Report
 from llmq.report.sensitivity import Sensitivity
 from llmq.run_plan import Plan
 from llmq.run_text import RunText, sequences_at_once
 from llmq.runtime.environment import versions
+from llmq.schedule import possible
+from llmq.schedule import stages as expected
 from llmq.setting_fields import config_to, merged
 from llmq.steps import fisher_information, float_probe, lm_head, output_layout
 from llmq.steps.end_to_end.memory_plan import disk_bytes
@@ -127,6 +130,9 @@ class Job:
                 return finished
             if self._ranks.is_first:
                 Writer.require_free(self.out)  # checked before the text is read
+                possible.require(self.plan, self.out, copies=save.copies(self.plan.settings.formats))
+        if on_event is not ignore and self._ranks.is_first:
+            on_event(expected.planned(self.plan, self._ranks.size))
         self.report.notes += self.plan.grid_notes
         outside, length = self.plan.outside(), self.plan.settings.calibration.seqlen
         check = partial(float_probe.check, self.plan.skeleton, self.plan.checkpoint, outside, length, on_event)
@@ -168,7 +174,7 @@ class Job:
             self.report.blocks = []
             repeated = [note for note in self.report.notes[before:] if not note.startswith(memory.RETRIED)]
             self.report.notes[:] = [note for note in self.report.notes if note not in repeated]
-            run = self._prepare(text, writer, on_event, economy)
+            run = self.prepare(text, writer, on_event, economy)
             pipeline.quantize_model(run, save=lambda: save.finish(run, self.plan, self.report, start))
 
         if self._ranks.size == 1:
@@ -209,6 +215,8 @@ class Job:
     ) -> Sensitivity:
         """The error of each layer on each of the grids `tried`; by default the grids of --target-bits."""
         question = self._question(tried)
+        if on_event is not ignore:
+            on_event(expected.planned_measuring(self.plan, len(question.grids), windows))
         return self._measured(self._text.load(self.plan, self.report, on_event), question, windows, on_event)
 
     def _measured(self, text: CalibrationSet, question: Question, windows: int, on_event: OnEvent) -> Sensitivity:
@@ -242,15 +250,13 @@ class Job:
         self.report.notes += writer.notes(self.commits)
         return writer
 
-    def _prepare(self, text: Text | None, writer: Writer, on_event: OnEvent, economy: Economy) -> Run:
+    def prepare(self, text: Text | None, writer: Writer, on_event: OnEvent, economy: Economy) -> Run:
         """Everything that is the same for all blocks."""
 
         def collect(event: Event) -> None:
+            self.report.take(event)
             if isinstance(event, BlockReport):
-                self.report.blocks.append(event)
                 live.renew()
-            elif isinstance(event, TuningReport):
-                self.report.tuning = event
             on_event(event)
 
         live = LiveReport(writer.report_page if self._ranks.is_first else None, self.report, self.commits)
@@ -301,6 +307,7 @@ def quantize(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     stages: Method | None = None,
+    progress: bool = True,
     on_event: OnEvent = ignore,
     **settings: Unpack[Keywords],
 ) -> Report:
@@ -312,15 +319,15 @@ def quantize(
     `model` is a folder, a Hub id, or a float model of transformers in memory with its `tokenizer`. The settings are
     those of `llmq quantize --help`, by the same names; they override those of `config`. `calibration` also takes a list
     of texts, of chats (each a list of messages) or of token ids, or a `datasets.Dataset`. `stages` replace the stages
-    of the method, for experiments. `on_event` is called with every event (see `llmq.report.events`). An interrupted
-    call continues when it is repeated. Raises the errors of `llmq.errors`, such as ConfigError for a setting that does
-    not exist or has a wrong value.
+    of the method, for experiments. A bar shows the `progress` in a terminal or a notebook, and `on_event` is called
+    with every event (see `llmq.report.events`). An interrupted call continues when it is repeated. Raises the errors of
+    `llmq.errors`, such as ConfigError for a setting that does not exist or has a wrong value.
     """
     settings["calibration"], given = from_python(settings.get("calibration"))
-    with opened(model, tokenizer, out) as (source, name):
+    with opened(model, tokenizer, out) as (source, name), bar.shown(on_event, progress=progress) as report:
         job = Job(
             source, out, merged(config or QuantConfig(), settings), stages=stages, device=device, revision=revision,
             overwrite=overwrite, trust_remote_code=trust_remote_code, given=given,
         )  # fmt: skip
         job.report.source = name
-        return job.run(on_event)
+        return job.run(report)

@@ -85,6 +85,14 @@ def peak(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
+def total(device: torch.device) -> int:
+    """Bytes of the memory of `device`, or those of main memory that this process may use."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    limits = [limit for limit, _ in groups_with_limit(CGROUPS)]
+    return min(int(psutil.virtual_memory().total), *limits) if limits else int(psutil.virtual_memory().total)
+
+
 def processes(environment: Mapping[str, str]) -> int:
     """The number of processes of a run that share the memory of this machine, as torchrun and accelerate set it."""
     return max(1, int(environment.get("LOCAL_WORLD_SIZE", "1")))
@@ -99,7 +107,13 @@ def _left_of_address_space() -> Iterator[int]:
 
 
 def left_of_groups(mounted: Path, membership: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
-    """Free bytes of each control group of this process that has a limit; the groups are mounted at `mounted`.
+    """Free bytes of each control group of this process that has a limit; see `groups_with_limit`."""
+    for limit, used in groups_with_limit(mounted, membership):
+        yield limit - used
+
+
+def groups_with_limit(mounted: Path, membership: Path = Path("/proc/self/cgroup")) -> Iterator[tuple[int, int]]:
+    """The limit and the used bytes of each control group of this process; the groups are mounted at `mounted`.
 
     `membership` has a line `number:controllers:path` per hierarchy. In a container the path may be that of the host,
     while the group is at the mount point.
@@ -114,11 +128,8 @@ def left_of_groups(mounted: Path, membership: Path = Path("/proc/self/cgroup")) 
             if folder.is_relative_to(root) and (folder / limit).is_file() and (folder / usage).is_file():
                 allowed = (folder / limit).read_text(encoding="utf-8").strip()
                 if allowed != "max":
-                    yield (
-                        int(allowed)
-                        - int((folder / usage).read_text(encoding="utf-8"))
-                        + _inactive(folder, reclaimable)
-                    )
+                    used = int((folder / usage).read_text(encoding="utf-8")) - _inactive(folder, reclaimable)
+                    yield int(allowed), used
 
 
 def _inactive(folder: Path, name: str) -> int:

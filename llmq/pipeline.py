@@ -153,8 +153,12 @@ def put_group(run: Run, block: Block, result: BlockResult, layers: Sequence[Roun
         block.set_weight(layer.path, dequantized)
         packed = run.pack(layer.path, layer.rounding.quantized)
         name = run.plans[layer.path].name
-        report = layer_report(name, layer.weight, dequantized, layer.rounding, packed, stats, layer.gains, run.ranks)
-        report = as_experts(report, run.method.transforms) if block.is_experts(layer.path) else report
+        experts = block.is_experts(layer.path)
+        report = layer_report(
+            name, layer.weight, dequantized, layer.rounding, packed, stats, layer.gains, run.ranks,
+            options=None if experts else run.options,
+        )  # fmt: skip
+        report = as_experts(report, run.method.transforms) if experts else report
         run.on_event(report)
         result.reports.append(report)
         result.tensors |= packed
@@ -174,7 +178,7 @@ def tune_and_advance(run: Run, block: Block, result: BlockResult, forwards: Sequ
     if tuning is not None and result.layers and streams.text.validates:  # validation text shows whether it helps
         forwards.forget()  # tuning runs the block from its inputs, and needs the memory
         metric = run.fisher.output_metric(block.index) if run.fisher is not None and tuning.fisher else None
-        tuned = block_tuning.tune(run.skeleton, streams, block, result.layers, tuning, metric)
+        tuned = block_tuning.tune(run.skeleton, streams, block, result.layers, tuning, metric, run.on_event)
         for path, quantized in tuned.weights.items():
             result.tensors |= run.pack(path, quantized)
         result.gains.append(StageGain("block_tuning", tuned.before, tuned.after, tuned.step > 0))

@@ -16,7 +16,7 @@ from llmq.calibration.sequences import require_embeddings
 from llmq.calibration.sources import parse_sources
 from llmq.errors import CalibrationError
 from llmq.model.passes.streams import Text
-from llmq.report.events import OnEvent, Progress, TextRead, ignore
+from llmq.report.events import WRITTEN, OnEvent, Progress, TextRead, ignore
 from llmq.report.record import Report
 from llmq.run_plan import Plan
 from llmq.runtime.load import load_tokenizer
@@ -133,7 +133,7 @@ class RunText:
 
     def _author(self, plan: Plan, tokenizer: Any, kept: OwnText, on_event: OnEvent) -> SelfAuthor:
         def progress(done: int, total: int) -> None:
-            on_event(Progress("text written by the model", done, total, "tokens"))
+            on_event(Progress(WRITTEN, done, total, "tokens"))
 
         return SelfAuthor(plan.skeleton, tokenizer, kept, on_progress=progress)
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Argument, Option
 
 from llmq.cli import options
+from llmq.cli.paths import require_models
 from llmq.cli.progress import ProgressDisplay
 from llmq.cli.terminal import print_done, print_json, print_loading, print_notes, print_table, quiet_transformers
 from llmq.config import CONVERTIBLE
@@ -41,6 +42,8 @@ def command(
     ] = None,
     overwrite: options.Overwrite = False,
     trust_remote_code: options.TrustRemoteCode = False,
+    quiet: options.Quiet = False,
+    log_json: options.LogJson = None,
     json: options.Json = False,
 ) -> None:
     """Write a quantized model in another format, without quantizing again.
@@ -62,12 +65,13 @@ def command(
     See also:
       llmq quantize --format gptq,gguf  several formats at once
     """
-    print_loading()
+    print_loading(quiet=quiet)
+    require_models(path)
     from llmq.export.any_format import convert
 
     quiet_transformers()
     try:
-        with ProgressDisplay() as display:
+        with ProgressDisplay(silent=quiet, log=log_json) as display:
             report = convert(
                 path, out, to=to, source=source, allow_requantize=allow_requantize, overwrite=overwrite,
                 trust_remote_code=trust_remote_code, on_event=display,

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from llmq.cli import options
-from llmq.cli.terminal import print_json, print_table
+from llmq.cli.terminal import print_json, print_loading, print_table
 from llmq.report.shown import megabytes
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ def command(json: options.Json = False) -> None:
 
     LLMQ_BACKEND=torch turns the Triton kernels off; auto, the default, uses them if they work.
     """
+    print_loading()
     from llmq.runtime.environment import environment
 
     present = environment()

@@ -7,6 +7,7 @@ from typer import Option
 
 from llmq.cli import options
 from llmq.cli.evaluation_tables import print_evaluation, print_tasks
+from llmq.cli.paths import require_models
 from llmq.cli.progress import ProgressDisplay
 from llmq.cli.terminal import print_json, print_loading, print_notes, quiet_transformers
 from llmq.errors import ConfigError
@@ -110,6 +111,8 @@ def command(
     task_limit: TaskLimit = None,
     device: options.Device = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
+    quiet: options.Quiet = False,
+    log_json: options.LogJson = None,
     json: options.Json = False,
 ) -> None:  # fmt: skip
     """Measure models: perplexity; with --against also KL divergence.
@@ -144,13 +147,14 @@ def command(
         raise ConfigError("--max-kl and --max-ppl-increase need an original model", hint="add --against")
     if against is None and (floors or trajectories):
         raise ConfigError("--floors and --trajectories need an original model", hint="add --against")
-    print_loading()
+    print_loading(quiet=quiet)
+    require_models(*paths, *([against] if against else []))
     from llmq.evaluation.measure import measure_many, require
     from llmq.evaluation.paired import all_differences
 
     quiet_transformers()
     models = list(dict.fromkeys(paths))
-    with ProgressDisplay() as display:
+    with ProgressDisplay(silent=quiet, log=log_json) as display:
         results = measure_many(
             against,
             models,

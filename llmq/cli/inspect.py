@@ -4,6 +4,7 @@ from typing import Any
 
 from llmq.cli import options
 from llmq.cli.manifest import print_manifest
+from llmq.cli.paths import require_models
 from llmq.cli.streams import print_text
 from llmq.cli.terminal import print_json, print_loading, print_notes, print_table, quiet_transformers
 from llmq.report.shown import megabytes
@@ -20,6 +21,7 @@ def command(path: options.Path_, json: options.Json = False) -> None:
       llmq inspect out/
     """
     print_loading()
+    require_models(path)
     from llmq.verification.inspection import inspect
 
     quiet_transformers()

@@ -90,6 +90,18 @@ EnginePython = Annotated[
 ]  # fmt: skip
 Json = Annotated[bool, Option("--json", help="Print the result as JSON.", rich_help_panel=GENERAL)]
 
+Quiet = Annotated[
+    bool,
+    Option("--quiet", "-q", help="Show no progress. Notes, errors and results are shown.", rich_help_panel=GENERAL),
+]
+LogJson = Annotated[
+    Path | None,
+    Option(
+        "--log-json", metavar="FILE", help="Write every event as a line of JSON (docs/PROGRESS.md).",
+        rich_help_panel=GENERAL,
+    ),
+]  # fmt: skip
+
 
 def with_settings(
     *, model: type[QuantConfig] = QuantConfig, without: Collection[str] = ()

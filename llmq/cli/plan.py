@@ -38,6 +38,11 @@ def command(
         Option("--context", metavar="TOKENS", help="Tokens of context to keep room for, such as 32k; with --fit.",
                rich_help_panel=options.GENERAL),
     ] = "8k",
+    trial: Annotated[
+        bool,
+        Option("--trial", help="Quantize one block with the chosen --method, and correct times and memory by what was "
+               "measured. Reads the weights of the model.", rich_help_panel=options.GENERAL),
+    ] = False,
     device: options.Device = "auto",
     revision: options.Revision = None,
     json: options.Json = False,
@@ -46,7 +51,8 @@ def command(
 
     Reads configuration files only: of a model on the Hub, no weights are
     downloaded. The times come from a short measurement of this machine, and
-    may be wrong by a third.
+    may be wrong by a third, and by more for awq. --trial quantizes one block
+    to correct them.
 
     Examples:
       llmq plan Qwen/Qwen3-8B
@@ -67,15 +73,22 @@ def command(
     from llmq import forecast
 
     quiet_transformers()
+    configured = forecast.Configured.read(model, settings.calibration.seqlen, device, revision)
     fitting = None
     if memory is not None:
-        fitting = forecast.fit(model, settings, memory, tokens, revision=revision)
+        fitting = forecast.fit(configured, settings, memory, tokens)
         settings = fitting.settings
-    result = forecast.forecast(model, settings, device=device, revision=revision)
+    tried = None
+    if trial:
+        messages().print(f"quantizing one block with {settings.method}")
+        tried = forecast.try_block(model, settings, device=device, revision=revision)
+    result = forecast.forecast(configured, settings, machine=None if tried is None else tried.machine, trial=tried)
     if json:
         print_json({**result.to_dict(), "fit": None if fitting is None else fitting.flags})
         return
     _print_forecast(result, settings)
+    if tried is not None:
+        print_text(str(tried))
     if fitting is not None:
         _print_fit(model, fitting)
 

@@ -5,6 +5,7 @@ import re
 import shlex
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from typer import Exit
 
 from llmq.checkpoint import PAGE_FILES
 from llmq.cli import options
+from llmq.cli.paths import require_models
 from llmq.cli.progress import ProgressDisplay
 from llmq.cli.streams import print_text
 from llmq.cli.terminal import (
@@ -54,6 +56,8 @@ def command(
     trust_remote_code: options.TrustRemoteCode = False,
     dry_run: options.DryRun = False,
     max_kl: options.MaxKl = None,
+    quiet: options.Quiet = False,
+    log_json: options.LogJson = None,
     json: options.Json = False,
 ) -> None:
     """Quantize a model to 4 bits (or 2, 3 or 8), one block at a time.
@@ -93,7 +97,8 @@ def command(
         return
     require_measurable(settings, max_kl)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch warns of each connection that a process closes
-    print_loading()
+    print_loading(quiet=quiet)
+    require_models(model)
     from llmq.distributed import join
     from llmq.job import Job
 
@@ -110,7 +115,7 @@ def command(
         if ranks.is_first:
             print_notes(job.plan.grid_notes)
         job.report.command = shlex.join(["llmq", *sys.argv[1:]])
-        with ProgressDisplay(job.commits, silent=not ranks.is_first) as display:
+        with ProgressDisplay(silent=quiet or not ranks.is_first, log=log_json if ranks.is_first else None) as display:
             job.run(display)
         if ranks.is_first:
             _print_result(job, as_json=json)
@@ -161,7 +166,7 @@ def _print_plan(job: "Job", *, as_json: bool) -> None:
              "serving": {name: [finding.to_dict() for finding in own] for name, own in findings.items()}}
         )  # fmt: skip
         return
-    rows = _merge_experts(
+    rows = _merged(
         [
             (
                 p.name,
@@ -172,7 +177,7 @@ def _print_plan(job: "Job", *, as_json: bool) -> None:
             for path, p in job.plan.layers.items()
         ]
     )
-    print_table(f"plan: {job.report.source} → {job.out}", ("layer", "shape", "grid", "note"), rows)
+    print_table(f"plan: {job.report.source} → {job.out}", ("layer", "number", "shape", "grid", "note"), rows)
     outside = [name for name in job.report.left if name not in {plan.name for plan in plans}]
     print_text(f"kept in float: {', '.join(outside) or 'nothing else'}")
     for note in job.plan.notes:
@@ -184,10 +189,10 @@ def _print_plan(job: "Job", *, as_json: bool) -> None:
     print_text(f"size of weights: {megabytes(job.report.original_bytes)} → about {megabytes(job.plan.expected_bytes)}")
 
 
-def _merge_experts(rows: list[tuple[str, str, str, str]]) -> list[tuple[str, str, str, str]]:
-    """Merge the rows of experts that differ only in the number of the expert."""
-    numbered = ((re.sub(r"(\.experts\.)\d+\.", r"\1*.", name), *rest) for name, *rest in rows)
-    return list(dict.fromkeys((name, shape, grid, note) for name, shape, grid, note in numbered))
+def _merged(rows: list[tuple[str, str, str, str]]) -> list[tuple[str, str, str, str, str]]:
+    """One row for all layers that differ only in the number of their block or expert, with how many these are."""
+    numbered = Counter((re.sub(r"\.\d+(?=\.)", ".*", name), *rest) for name, *rest in rows)
+    return [(name, str(number), shape, grid, note) for (name, shape, grid, note), number in numbered.items()]
 
 
 def _print_planned_serving(job: "Job") -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from llmq.cli import options
+from llmq.cli.paths import require_models
 from llmq.cli.progress import ProgressDisplay
 from llmq.cli.streams import print_text
 from llmq.cli.terminal import print_json, print_loading, print_notes, print_table, quiet_transformers
@@ -51,6 +52,8 @@ def command(
     device: options.Device = "auto",
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
+    quiet: options.Quiet = False,
+    log_json: options.LogJson = None,
     json: options.Json = False,
 ) -> None:  # fmt: skip
     """Measure how sensitive each layer is to quantization.
@@ -73,14 +76,15 @@ def command(
 
         heat_map.require_drawable(plot)  # before the long measurement
     schemes = [_scheme(text, settings) for text in grids or (GRIDS if settings.target_bits is None else ())]
-    print_loading()
+    print_loading(quiet=quiet)
+    require_models(model)
     from llmq.job import Job
     from llmq.mixed_precision import assign
 
     quiet_transformers()
     job = Job(model, None, settings, device=device, revision=revision, trust_remote_code=trust_remote_code)
     try:
-        with ProgressDisplay() as display:
+        with ProgressDisplay(silent=quiet, log=log_json) as display:
             result = job.measure_layers(schemes, windows, display)
     except KeyboardInterrupt:
         raise Interrupted("interrupted", hint="use fewer --windows to save time") from None

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -27,9 +28,25 @@ class SafeConsole(Console):
             yield segment if segment.control else segment._replace(text=printable(segment.text))
 
 
+_shared: list[Console] = []  # the console of the running bar, if there is one
+
+
 def messages() -> Console:
-    """The console for progress and messages."""
-    return SafeConsole(stderr=True, highlight=False)
+    """The console for progress and messages. While a bar is shown, it is the console of the bar.
+
+    rich draws the bar below everything that is printed on its console; another console would print into the bar.
+    """
+    return _shared[-1] if _shared else SafeConsole(stderr=True, highlight=False)
+
+
+@contextmanager
+def shared_console(console: Console) -> Iterator[None]:
+    """While open, all messages are printed on this console."""
+    _shared.append(console)
+    try:
+        yield
+    finally:
+        _shared.remove(console)
 
 
 def print_done(text: str, what: object) -> None:
@@ -84,9 +101,9 @@ def print_json(document: Any) -> None:
     print_text(json.dumps(document, indent=2))
 
 
-def print_loading() -> None:
+def print_loading(*, quiet: bool = False) -> None:
     """A sign of life on stderr before torch and transformers are imported, which takes seconds."""
-    if "transformers" not in sys.modules:
+    if not quiet and "transformers" not in sys.modules:
         messages().print("[dim]loading torch and transformers[/]")
 
 

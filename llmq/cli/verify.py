@@ -55,6 +55,8 @@ def command(
     max_difference: MaxDifference = None,
     device: options.Device = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
+    quiet: options.Quiet = False,
+    log_json: options.LogJson = None,
     json: options.Json = False,
 ) -> None:
     """Check that a model is complete, and which engines load it.
@@ -77,7 +79,7 @@ def command(
       8  an engine given with --for would not load it, or is unknown;
          an engine given with --run computes something else
     """
-    print_loading()
+    print_loading(quiet=quiet)
     from llmq.checkpoint import hub
     from llmq.verification.engines import ENGINES
     from llmq.verification.verified import verify
@@ -85,17 +87,15 @@ def command(
     requested = [_engine(name, ENGINES) for name in for_ or ()]
     runner = None if run is None else _runner(run)
     quiet_transformers()
-    with ProgressDisplay() as display:
+    with ProgressDisplay(silent=quiet, log=log_json) as display:
         verification = verify(path, quick=quick, trust_remote_code=trust_remote_code, on_event=display)
-    agreement = None
-    if runner is not None and verification.intact:
-        from llmq.engines.agreement import compare
+        agreement = None
+        if runner is not None and verification.intact:
+            from llmq.engines.agreement import compare
 
-        model = hub.locate(path, None, remote_code=trust_remote_code)
-        with ProgressDisplay() as display:
             agreement = compare(
-                model, runner, python=engine_python, limit=max_difference, device=device,
-                remote_code=trust_remote_code, on_event=display,
+                hub.locate(path, None, remote_code=trust_remote_code), runner, python=engine_python,
+                limit=max_difference, device=device, remote_code=trust_remote_code, on_event=display,
             )  # fmt: skip
     if json:
         print_json({**verification.to_dict(), "run": None if agreement is None else agreement.to_dict()})

@@ -11,12 +11,13 @@ passes.py       work of the passes through the model
 files.py        bytes of files
 peaks.py        peak memory
 machine.py      measured rates, which turn work into time; corrected by a trial of one block
+shares.py       how the time in the loop over blocks is distributed
 estimate.py     all of it, by stage
 """
 
 from llmq.cost.estimate import Estimate, Stage, estimate
 from llmq.cost.from_config import skeleton_of
-from llmq.cost.machine import Machine, measure
+from llmq.cost.machine import Machine, measure, typical
 from llmq.cost.outline import Outline, observe
 from llmq.cost.peaks import Peak
 from llmq.cost.work import Kind, Work
@@ -33,4 +34,5 @@ __all__ = [
     "measure",
     "observe",
     "skeleton_of",
+    "typical",
 ]

@@ -12,17 +12,20 @@ from llmq.cost.files import Sizes
 from llmq.cost.machine import Machine
 from llmq.cost.outline import Outline, observe
 from llmq.cost.peaks import Peak
+from llmq.cost.shares import Shares, shares
 from llmq.cost.work import Kind, Work, total
 from llmq.cost.workload import Group, PlannedBlock, Workload
 from llmq.formats.base import Layout
 from llmq.methods import Method
 from llmq.model.build.skeleton import Skeleton
+from llmq.numerics.gguf_types import GGUF_GRIDS
 from llmq.numerics.layer_plan import LayerPlan
 from llmq.numerics.scheme import GROUP_SIZES, WeightScheme
 
 # What ranks share by sequences, and by layers.
 DIVIDED = ("Fisher information", "streams", "statistics", "block tuning", "end-to-end tuning")
 SOLVED = ("factorization", "rounding", "guards", "report")
+IN_BLOCKS = ("streams", "transforms", "statistics", *SOLVED, "block tuning")
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,16 @@ class Estimate:
     peaks       peak memory of the stages that need most
     file_bytes  bytes of all tensors of the quantized model
     device      "cpu" or "cuda"
+    shares      how the time in the loop over blocks is distributed
+    sequences   that go through each block
     """
 
     stages: tuple[Stage, ...]
     peaks: tuple[Peak, ...]
     file_bytes: int
     device: str
+    shares: Shares = Shares()
+    sequences: int = 0
 
     @property
     def seconds(self) -> float:
@@ -74,6 +81,10 @@ class Estimate:
 
     def __getitem__(self, name: str) -> Stage:
         return next(stage for stage in self.stages if stage.name == name)
+
+    def seconds_of(self, *names: str) -> float:
+        """The seconds of some stages; a stage without work has none."""
+        return sum(stage.seconds for stage in self.stages if stage.name in names)
 
     def table(self) -> str:
         """Text with a line per stage, and a line per peak."""
@@ -130,6 +141,8 @@ def estimate(
         tuple(peak for peak in measured if peak is not None),
         sizes.model,
         machine.device,
+        shares(work, machine, head),
+        work.sequences,
     )
 
 
@@ -169,12 +182,13 @@ def _work(work: Workload, machine: Machine, sizes: Sizes, head: WeightScheme | N
     """The work of each stage on one rank that does all of it."""
     by_stage = {"float model": passes.float_probe(work)}
     by_stage |= {"self-written text": passes.self_written(work), "Fisher information": passes.fisher(work)}
-    parts: dict[str, list[Work]] = {name: [] for name in ("streams", "statistics", *SOLVED, "block tuning")}
+    parts: dict[str, list[Work]] = {name: [] for name in IN_BLOCKS}
     last = PlannedBlock(work.outline.blocks[-1], _last_grids(work))
     for block, number in work.blocks():
         inner = number - (block == last)
         parts["streams"] += [passes.streams(work, block, last=False) * inner]
         parts["block tuning"] += [passes.block_tuning(work, block) * number]
+        parts["transforms"] += [passes.transforms(work, block) * number]
         for group in block.groups:
             _add_group(parts, work, group, number)
     parts["streams"].append(passes.streams(work, last, last=True))
@@ -184,6 +198,8 @@ def _work(work: Workload, machine: Machine, sizes: Sizes, head: WeightScheme | N
     by_stage |= {name: total(amounts) for name, amounts in parts.items()}
     tunes = peaks.tunes_model(work, machine)
     by_stage["end-to-end tuning"] = passes.end_to_end(work) if tunes else Work()
+    others = len(work.settings.formats) - any(name in formats.names() for name in work.settings.formats)
+    by_stage["formats"] = passes.converted(work) * others if work.settings.format not in GGUF_GRIDS else Work()
     by_stage["files"] = files.transfers(
         work if tunes else replace(work, method=replace(work.method, tuning=None)),
         sizes,
@@ -193,18 +209,9 @@ def _work(work: Workload, machine: Machine, sizes: Sizes, head: WeightScheme | N
 
 
 def _add_group(parts: dict[str, list[Work]], work: Workload, group: Group, number: int) -> None:
-    if not group.rows:
-        return
-    rounding, guards = solver.rounding(work, group)
-    refined, judged = solver.refinements(work, group)
-    step, choice = solver.target(work, group)
-    if work.method.needs_calibration:
-        parts["statistics"].append(solver.gram(work, group) * number)
-        parts["factorization"].append(solver.factor(work, group) * number)
-    parts["rounding"].append(total([rounding, refined, step]) * number)
-    constants = solver.validation_constants(work, group)
-    parts["guards"].append(total([guards, judged, choice, constants]) * number)
-    parts["report"].append(solver.report(work, group) * number)
+    if group.rows:
+        for name, amount in solver.by_stage(work, group).items():
+            parts[name].append(amount * number)
 
 
 def _last_grids(work: Workload) -> tuple[WeightScheme | None, ...]:

@@ -28,6 +28,11 @@ MOVED_ELEMENTS = 1 << 20
 SMALL_OPERATIONS = 2000
 # Not measured, because it takes too long: files in bytes per second, and links between devices.
 FILES_READ, FILES_WRITTEN, LINK = 2e9, 1e9, 2e10
+# One core of a server of 2023, and its files.
+TYPICAL = {
+    Kind.FLOAT32: 9e10, Kind.HALF: 1.5e11, Kind.FLOAT64: 1.5e10, Kind.SEARCHED: 1.2e9, Kind.COLUMNS: 9e7,
+    Kind.MOVED: 2e10, Kind.CALLS: 3e5, Kind.READ: FILES_READ, Kind.WRITTEN: FILES_WRITTEN, Kind.SENT: LINK,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,13 @@ class Machine:
     def corrected(self, predicted: float, measured: float) -> "Machine":
         """The machine after a trial that was predicted to take and has taken these seconds."""
         return replace(self, correction=self.correction * measured / predicted)
+
+
+def typical() -> Machine:
+    """A CPU with typical rates, for jobs that are too short to measure the machine for."""
+    free = memory.spare(memory.HOST)
+    rates = {kind: rate * (torch.get_num_threads() if kind.is_product else 1) for kind, rate in TYPICAL.items()}
+    return Machine(memory.HOST.type, rates, free, free, int(psutil.Process().memory_info().rss))
 
 
 def measure(device: str = "cpu") -> Machine:

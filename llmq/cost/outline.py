@@ -54,6 +54,7 @@ class BlockOutline:
     parameters    number of parameters
     forward       one forward
     suspended     a forward that is suspended before every group, and ends before the last group
+    until         the parts of that forward, up to each group
     finished      the rest of that forward
     repeated      as `suspended`, when the forward starts again at the top of the block for each group
     backward      the gradient of the block's input
@@ -68,6 +69,7 @@ class BlockOutline:
     parameters: int
     forward: Counted
     suspended: Counted
+    until: tuple[Counted, ...]
     finished: Counted
     repeated: Counted
     backward: Counted
@@ -195,8 +197,10 @@ def _observe_block(block: Block, call: Call, shares: dict[str, float]) -> BlockO
     experts = Counted(sum(2 * length * layer.share * layer.weights for layer in routed))
     expert_outputs = sum(round(length * layer.share) * layer.out_features for layer in routed)
     groups = [*_groups(block, call), *_expert_groups(block)]
-    suspended, finished, kept = _replayed(block, groups, call, remember=True)
-    repeated, _, _ = _replayed(block, groups, call, remember=False)
+    until, finished, kept = _replayed(block, groups, call, remember=True)
+    again, _, _ = _replayed(block, groups, call, remember=False)
+    suspended, repeated = sum(until, Counted()), sum(again, Counted())
+    of_experts = [experts * (1 / (len(groups) - len(until)))] * (len(groups) - len(until)) if routed else []
     forward, backward, _ = _with_graph(block, call, ())
     _, both, graph = _with_graph(block, call, [p for p in paths if not block.is_experts(p)])
     numbers = {path: number for number, path in enumerate(paths)}
@@ -206,6 +210,7 @@ def _observe_block(block: Block, call: Call, shares: dict[str, float]) -> BlockO
         parameters=sum(parameter.numel() for parameter in block.module.parameters()),
         forward=forward + experts,
         suspended=suspended + experts,
+        until=(*until, *of_experts),
         finished=finished,
         repeated=repeated + experts * 2,
         backward=backward + experts,
@@ -250,10 +255,10 @@ def _expert_groups(block: Block) -> list[InputGroup]:
 
 def _replayed(
     block: Block, groups: Sequence[InputGroup], call: Call, *, remember: bool
-) -> tuple[Counted, Counted, int]:
-    """Up to the last group, the rest, and the most elements kept; experts are skipped."""
+) -> tuple[list[Counted], Counted, int]:
+    """Up to each group, the rest, and the most elements kept; experts are skipped."""
     plain = [group for group in groups if not block.is_experts(group.names[0])]
-    kept = 0
+    kept, until = 0, list[Counted]()
     with ExitStack() as stack:
         stack.enter_context(meta_run.Zeros())  # type: ignore[no-untyped-call]
         unquantized = [block.linears[name] for group in plain for name in group.names]
@@ -261,11 +266,13 @@ def _replayed(
         counter = stack.enter_context(Counter())
         for stop in stops_of(block, plain):
             replay.run_to(0, call, stop.module)
+            until.append(counter.counted)
+            counter.counted = Counted()
             kept = max(kept, replay.nbytes(0) // call.raw.element_size())
             replay.settle(block.linears[name] for group in stop.groups for name in group.names)
-        suspended, counter.counted = counter.counted, Counted()
+        counter.counted = Counted()
         replay.finish(0, call)
-        return suspended, counter.counted, kept
+        return until, counter.counted, kept
 
 
 def _with_graph(block: Block, call: Call, paths: Sequence[str]) -> tuple[Counted, Counted, int]:

@@ -1,20 +1,27 @@
 """Work of the passes through the whole model: Fisher information, both kinds of tuning, self-written text."""
 
+from dataclasses import replace
+
+from llmq.algorithms import awq
 from llmq.algorithms import block_tuning as tuning_of_blocks
 from llmq.calibration.self_written import ROWS
+from llmq.cost import solver
 from llmq.cost.counting import Counted
 from llmq.cost.work import Kind, Work, total
 from llmq.cost.workload import PlannedBlock, Workload, elementwise, products
 from llmq.memory import PROBE_TOKENS
-from llmq.methods import Tuning
+from llmq.methods import Method, Tuning
 
 FLOAT = 4  # bytes of a float32
 VALIDATIONS = 8  # of end-to-end tuning, in addition to the first one
+LOSS_TOKENS = 1024  # to choose a basis (as `steps/transforms.py`)
+PLAIN = Method(rounding="rtn")  # statistics without a float stream
 KL_PASSES, DRAW_PASSES = 22, 20  # passes over logits in float32: KL with its gradient, labels with their slope
 # Passes over a weight in float32, as `Counter` counts them for the functions of `kl_tuning.py` and of the formats.
 UPDATE_PASSES, SCALE_PASSES = 30, 8  # one step on quantized values and scales, and one on scales only
 UNPACKED, MOVED = 3, 9  # read a packed weight, and move its quantized values
 DEQUANTIZED = 4  # and put it into its block
+CONVERTED = 100  # roughly, the same for all formats
 
 
 def counted(work: Workload, amount: Counted) -> Work:
@@ -44,6 +51,26 @@ def streams(work: Workload, block: PlannedBlock, *, last: bool) -> Work:
     probe = outline.forward * (min(PROBE_TOKENS, work.length) / work.length)
     probed = min(-(-PROBE_TOKENS // work.length), work.batch, work.fitted)
     return total([*parts, passed(work, probe, probed), passed(work, outline.suspended, 1)])
+
+
+def transforms(work: Workload, block: PlannedBlock) -> Work:
+    """The statistics of the float block, and per group the search for a basis and its check (`steps/transforms.py`).
+
+    Every group is expected to have a module that makes its input, with as many weights as the group.
+    """
+    if not work.method.transforms:
+        return Work()
+    outline, method, length = block.outline, work.method, work.length
+    sequences = min(-(-LOSS_TOKENS // length), work.batch, work.fitted)
+    run = passed(work, outline.forward * (min(LOSS_TOKENS, sequences * length) / (sequences * length)), sequences)
+    parts = [passed(work, outline.forward, work.fitted)]
+    for group in (group for group in block.groups if group.rows and group.share == 1):
+        parts.append(solver.gram(replace(work, method=PLAIN), group))
+        losses = sum(awq.EXPONENTS for stage in method.transforms if stage == "awq")
+        checks = 4 * len(method.transforms)  # the group and what makes its input, before and after
+        rounding, _ = solver.rounding(replace(work, method=replace(PLAIN, rounding=method.rounding)), group)
+        parts += [rounding * (losses + checks), run * (losses + checks)]
+    return total(parts)
 
 
 def float_probe(work: Workload) -> Work:
@@ -148,6 +175,12 @@ def end_to_end(work: Workload) -> Work:
         ]
         parts.append(total(of_block) * number)
     return total(parts)
+
+
+def converted(work: Workload) -> Work:
+    """Another format: all packed weights are unpacked, packed, read back and compared."""
+    layers = sum(len(block.outline.layers) * number for block, number in work.blocks())
+    return elementwise(CONVERTED * FLOAT * work.packed_weights, 300.0 * layers)
 
 
 def self_written(work: Workload) -> Work:

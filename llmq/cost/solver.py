@@ -150,10 +150,32 @@ def refit(N: int, K: int, grid: WeightScheme) -> Work:
 
 
 def report(work: Workload, group: Group) -> Work:
-    """`layer_report`, and packing: the signal, and the error unless rounding has computed it."""
+    """`layer_report`, and packing: the signal, the error unless rounding has computed it, and the error of `rtn`."""
+    N, K = sum(group.rows), group.in_features
     moved = elementwise(24.0 * FLOAT * group.weights, 60.0 * len(group.rows))
     if not work.method.needs_calibration:
         return moved
     targets = bool(work.method.alphas) and work.compares
     known = work.method.rounding == "gptq" and not work.method.refinements and not targets
-    return moved + products(Kind.FLOAT32, (1 if known else 2) * output_error(sum(group.rows), group.in_features))
+    errors = (1 if known else 2) * output_error(N, K)
+    parts = [moved]
+    if group.share == 1:  # not for experts
+        errors += output_error(N, K)
+        if work.settings.scales == "searched":
+            parts += [search(rows * K, grid) for rows, grid in zip(group.rows, group.grids, strict=True)]
+    return total([*parts, products(Kind.FLOAT32, errors)])
+
+
+def by_stage(work: Workload, group: Group) -> dict[str, Work]:
+    """All work on a group whose layers are quantized."""
+    rounded, guards = rounding(work, group)
+    refined, judged = refinements(work, group)
+    step, choice = target(work, group)
+    stages = {
+        "rounding": total([rounded, refined, step]),
+        "guards": total([guards, judged, choice, validation_constants(work, group)]),
+        "report": report(work, group),
+    }
+    if work.method.needs_calibration:
+        stages |= {"statistics": gram(work, group), "factorization": factor(work, group)}
+    return stages

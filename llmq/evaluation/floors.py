@@ -32,7 +32,9 @@ class Opener(Protocol):
     @property
     def remote_code(self) -> bool: ...
 
-    def original(self, *, dtype: torch.dtype | None = None, batch: int | None = None) -> Source: ...
+    def original(
+        self, *, dtype: torch.dtype | None = None, batch: int | None = None, name: str | None = None
+    ) -> Source: ...
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ def variations(original: Source, opener: Opener, windows: Tensor) -> tuple[list[
 def _batch(opener: Opener, windows: Tensor) -> Variation:
     usual = min(windows_per_batch(windows), len(windows))
     other = 1 if usual > 1 else 2
-    return Variation(f"batches of {other} instead of {usual}", lambda: opener.original(batch=other))
+    name = f"batches of {other} instead of {usual}"
+    return Variation(name, lambda: opener.original(batch=other, name=name))
 
 
 def _dtype(original: Source, folder: Path, opener: Opener) -> Variation:
@@ -79,7 +82,8 @@ def _dtype(original: Source, folder: Path, opener: Opener) -> Variation:
     if original.dtype == torch.float32:
         stored = torch.float32 if is_file(folder) else stored_dtype(Checkpoint.open(folder))
         other = torch.bfloat16 if stored == torch.float32 else stored
-    return Variation(f"{_name(other)} instead of {_name(original.dtype)}", lambda: opener.original(dtype=other))
+    name = f"{_name(other)} instead of {_name(original.dtype)}"
+    return Variation(name, lambda: opener.original(dtype=other, name=name))
 
 
 def _engine(original: Source, folder: Path, *, remote_code: bool) -> Variation:

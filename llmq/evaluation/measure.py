@@ -5,7 +5,7 @@ Models are read block by block (`evaluation/streaming.py`), so models that do no
 
 import gc
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from llmq.evaluation.activations import input_scheme
 from llmq.evaluation.floors import variations
 from llmq.evaluation.overlap import CalibrationText, Grams, given_text, texts_of
 from llmq.evaluation.results import Floor, Measurement, Size
-from llmq.evaluation.runs import Prompts, Run, require_vocabulary, run_alone, run_compared
+from llmq.evaluation.runs import Prompts, Run, planned, require_vocabulary, run_alone, run_compared
 from llmq.evaluation.streaming import Source, open_source
 from llmq.evaluation.tables import Tables
 from llmq.evaluation.texts import EvaluationText, read_texts
@@ -113,13 +113,16 @@ def measure_many(
     compared: tuple[Floor, ...] = ()
     notes: list[str] = []
     if base is None:
-        runs = [run_alone(first, windows)]
+        on_event(planned(first, [folder.name for folder in folders]))
+        runs = [run_alone(first, windows, on_event)]
         del first  # before the next one is opened
         runs += _run_alone(folders[1:], opener, windows, vocabulary)
     else:
         prompts = _prompts(read, trajectories, tokenizer, first)
         others, notes = variations(first, opener, windows) if floors else ([], [])
-        runs = run_compared(first, [*(partial(opener.model, own) for own in folders), *others], windows, prompts)
+        on_event(planned(first, [base.name, *(own.name for own in folders), *(other.name for other in others)]))
+        opened: list[Callable[[], Source]] = [*(partial(opener.model, own) for own in folders), *others]
+        runs = run_compared(first, opened, windows, prompts, on_event)
         compared = tuple(map(tables.floor, others, runs[len(folders) :]))
     return [
         Measurement(
@@ -179,11 +182,13 @@ class _Opener:
             on_event=self.on_event,
         )  # fmt: skip
 
-    def original(self, *, dtype: torch.dtype | None = None, batch: int | None = None) -> Source:
+    def original(
+        self, *, dtype: torch.dtype | None = None, batch: int | None = None, name: str | None = None
+    ) -> Source:
         assert self.base is not None, "there is an original"
         return open_source(
             self.base, self.device, dtype or self.dtype, remote_code=self.remote_code, like=self.base,
-            on_event=self.on_event, batch=batch,
+            on_event=self.on_event, batch=batch, name=name,
         )  # fmt: skip
 
 
@@ -193,7 +198,7 @@ def _run_alone(folders: Sequence[Path], opener: _Opener, windows: Tensor, vocabu
         gc.collect()  # before the next one is opened: modules and their hooks are reference cycles
         model = opener.model(folder)
         require_vocabulary(model, vocabulary)
-        yield run_alone(model, windows)
+        yield run_alone(model, windows, opener.on_event)
         del model
 
 

@@ -13,10 +13,12 @@ from torch import Tensor
 from llmq import memory
 from llmq.errors import UnsupportedModelError
 from llmq.evaluation.scoring import Scores, score
-from llmq.evaluation.streaming import Source, windows_together
+from llmq.evaluation.streaming import Source, Streamed, stage, windows_together
 from llmq.evaluation.trajectories import Trajectories, compared
+from llmq.report.events import OnEvent, Planned, Progress, ignore
 
 Logits = Iterator[tuple[Tensor, Tensor]]  # batches (B, T) int64 of sequences, and their logits (B, T, V)
+SCORING = "scoring"  # a stage of events
 SPARE_PART = 0.8  # of the free memory, for a whole model that generates text; the rest is for activations
 
 
@@ -37,19 +39,45 @@ class Run:
     trajectories: Trajectories | None = None
 
 
-def run_alone(source: Source, windows: Tensor) -> Run:
+def planned(first: Source, names: Sequence[str]) -> Planned:
+    """The stages of running models of the same size as `first`: their blocks, and the scores of all tokens."""
+    blocks, scores = first.work if isinstance(first, Streamed) else (0.0, 1.0)
+    return Planned({**{stage(name): blocks for name in names if blocks}, SCORING: scores * len(names)})
+
+
+@dataclass
+class _Scored:
+    """Reports how many sequences were scored, of all models together."""
+
+    total: int
+    on_event: OnEvent
+    done: int = 0
+
+    def add(self, sequences: int) -> None:
+        self.done += sequences
+        self.on_event(Progress(SCORING, self.done, self.total, "sequences"))
+
+
+def run_alone(source: Source, windows: Tensor, on_event: OnEvent = ignore) -> Run:
     """Run a model without an original on `windows` (S, T) int64."""
     parts, notes = _parts(windows, source.windows_at_once(windows.shape[1], sides=1))
     scores: list[Scores] = []
     together = windows_together(windows.shape[1], source.vocabulary)
-    for part in parts:
-        source.run(part)
-        scores += (score(logits, tokens) for tokens, logits in source.logits(together))
+    scored = _Scored(len(windows), on_event)
+    for number, part in enumerate(parts):
+        source.run(part, number, len(parts))
+        for tokens, logits in source.logits(together):
+            scores.append(score(logits, tokens))
+            scored.add(len(tokens))
     return Run(Scores.joined(scores), tuple(note for note in (source.note, *notes) if note))
 
 
 def run_compared(
-    original: Source, models: Sequence[Callable[[], Source]], windows: Tensor, prompts: Prompts | None = None
+    original: Source,
+    models: Sequence[Callable[[], Source]],
+    windows: Tensor,
+    prompts: Prompts | None = None,
+    on_event: OnEvent = ignore,
 ) -> list[Run]:
     """Run each model, and the original once, on `windows` (S, T) int64; `models` open them.
 
@@ -61,12 +89,16 @@ def run_compared(
     scores: list[list[Scores]] = [[] for _ in models]
     notes_by_model = [dict(common) for _ in models]
     trajectories: list[Trajectories | None] = [None] * len(models)
+    scored = _Scored(len(windows) * len(models), on_event)
     for number, part in enumerate(parts):
-        original.run(part)
+        original.run(part, number, len(parts))
         for index, opened in enumerate(models):
             model = opened()
             require_vocabulary(model, original.vocabulary)
-            scores[index] += _scores(model, part, original)
+            model.run(part, number, len(parts))
+            for own in _scores(model, part, original):
+                scores[index].append(own)
+                scored.add(len(own.loss))
             if number == 0 and expected is not None:
                 written, refusal = _continued(model, prompts)
                 trajectories[index] = None if written is None else compared(written, expected)
@@ -103,9 +135,8 @@ def _continued(model: Source, prompts: Prompts | None) -> tuple[Tensor | None, s
 
 
 def _scores(model: Source, windows: Tensor, original: Source) -> Iterator[Scores]:
-    """The scores of each batch; `original` was run on the same sequences before."""
+    """The scores of each batch; both models were run on the same sequences before."""
     together = windows_together(windows.shape[1], model.vocabulary)
-    model.run(windows)
     for (tokens, predicted), (_, expected) in _aligned(model.logits(together), original.logits(together)):
         yield score(predicted, tokens, expected)
 

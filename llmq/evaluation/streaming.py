@@ -31,6 +31,7 @@ from llmq.report.events import OnEvent, Progress, ignore
 from llmq.runtime.load import load_model, stored_dtype
 from llmq.runtime.open_skeleton import open_skeleton
 
+LOGIT_FLOPS = {"cpu": 1000, "cuda": 16_000}  # per logit: the passes over it take as long as so many FLOP
 LOGITS_BYTES = 2**28  # bytes of the logits of one batch; a sequence with more logits is a batch of one
 LOGITS_COPIES = 2  # the logits in the model's dtype, and a copy if the head transforms them (scaling, capping)
 ROWS = 64  # prompts that are continued together
@@ -50,8 +51,8 @@ class Source(Protocol):
     def windows_at_once(self, length: int, sides: int) -> int | None:
         """The number of sequences that can run together, with hidden states of `sides` models; None: any number."""
 
-    def run(self, windows: Tensor) -> None:
-        """Run the model on `windows` (S, T) int64, so that `logits` can be called."""
+    def run(self, windows: Tensor, part: int = 0, parts: int = 1) -> None:
+        """Run the model on `windows` (S, T) int64, so that `logits` can be called; they are one of some parts."""
 
     def logits(self, together: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches (B, T) of at most `together` sequences, and their logits (B, T, V); can be called again."""
@@ -89,6 +90,13 @@ class Streamed:
         # This raises if the blocks cannot be run one by one, before the text is read.
         self._token_bytes = skeleton.hidden_bytes(1)
 
+    @property
+    def work(self) -> tuple[float, float]:
+        """FLOP per token in all blocks, and of the head with the scores, for which passes over logits count as FLOP."""
+        blocks = sum(p.numel() for block in self._skeleton.blocks for p in block.module.parameters())
+        width = self._token_bytes / self.dtype.itemsize
+        return 2.0 * blocks, self.vocabulary * (2 * width + LOGIT_FLOPS[self.device.type])
+
     def state_bytes(self, tokens: int) -> int:
         """Bytes of the hidden states of this many tokens."""
         return self._token_bytes * tokens
@@ -99,14 +107,15 @@ class Streamed:
             free -= self._working_bytes(length, sides)
         return max(1, free // (sides * self._token_bytes * length))
 
-    def run(self, windows: Tensor) -> None:
+    def run(self, windows: Tensor, part: int = 0, parts: int = 1) -> None:
         if self._passed is not None:  # the hidden states of another text go first
             self._passed.clear()
         text = Text(windows, self._batch or scoring.windows_per_batch(windows))
         storage = Storage(self._skeleton.device, Place.HOST)
 
         def progress(block: Block) -> None:
-            self._on_event(Progress(f"evaluating {self._name}", block.index + 1, len(self._skeleton.blocks)))
+            done, blocks = block.index + 1, len(self._skeleton.blocks)
+            self._on_event(Progress(stage(self._name), done, blocks, share=(part + done / blocks) / parts))
 
         self._passed = run_through(self._skeleton, text, storage, ready=self._ready, after=progress)
 
@@ -172,7 +181,7 @@ class Whole:
     def windows_at_once(self, length: int, sides: int) -> int | None:
         return None
 
-    def run(self, windows: Tensor) -> None:
+    def run(self, windows: Tensor, part: int = 0, parts: int = 1) -> None:
         self._windows = windows
 
     def logits(self, together: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -196,6 +205,7 @@ def open_source(
     activations: InputScheme | None = None,
     on_event: OnEvent = ignore,
     batch: int | None = None,
+    name: str | None = None,
 ) -> Source:
     """The model of a local checkpoint or .gguf file, read block by block if possible.
 
@@ -204,19 +214,20 @@ def open_source(
     activations  how the inputs of its quantized layers are quantized
     on_event     called after each block of each run
     batch        the number of sequences that run together; default: `scoring.windows_per_batch`
+    name         of the model in events; default: that of the folder
 
     Raises CheckpointError, FormatError, UnsupportedModelError.
     """
     if reader.is_file(folder):
         default = torch.float32 if device.type == "cpu" else torch.bfloat16
         skeleton = reader.open_skeleton(folder, device, dtype or default, like)
-        return Streamed(skeleton, activations, folder.name, on_event, batch)
+        return Streamed(skeleton, activations, name or folder.name, on_event, batch)
     checkpoint = Checkpoint.open(folder)
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else stored_dtype(checkpoint)
     try:
         skeleton = open_skeleton(checkpoint, device, dtype, remote_code=remote_code)
-        source = Streamed(skeleton, activations, folder.name, on_event, batch)
+        source = Streamed(skeleton, activations, name or folder.name, on_event, batch)
         source.note = not_applied(checkpoint, activations)
         return source
     except UnsupportedModelError as error:
@@ -227,6 +238,11 @@ def open_source(
             hint="leave --activations out to evaluate it with float inputs",
         )
     return Whole(folder, device, dtype, remote_code=remote_code, why=why, batch=batch)
+
+
+def stage(name: str) -> str:
+    """The stage of events in which a model runs."""
+    return f"evaluating {name}"
 
 
 def windows_together(length: int, vocabulary: int) -> int:

@@ -8,7 +8,7 @@ from llmq.errors import ConfigError
 from llmq.export.conversion import Conversion
 from llmq.export.convert import Converter
 from llmq.export.from_gguf import GgufConverter
-from llmq.report.events import OnEvent, ignore
+from llmq.report.events import OnEvent, Planned, ignore
 
 
 def convert(
@@ -45,5 +45,6 @@ def convert(
         converter = Converter(
             path, Path(out), to, allow_requantize=allow_requantize, overwrite=overwrite, remote_code=trust_remote_code
         )
+    on_event(Planned({"unpacked": 1.0 * (file is not None), "converted": 2.0, "compared": 1.0}))
     converter.run(on_event)
     return converter.report

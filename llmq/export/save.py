@@ -28,7 +28,7 @@ from llmq.formats import with_settings
 from llmq.gguf.folder import blocks_to_gguf, export_gguf
 from llmq.numerics.gguf_types import GGUF, GGUF_GRIDS
 from llmq.report import record
-from llmq.report.events import OnEvent
+from llmq.report.events import SAVING, Event, OnEvent, Progress
 from llmq.report.expert_tokens import expert_tokens
 from llmq.report.record import Report
 from llmq.report.stored_record import read_record, write_record
@@ -82,6 +82,7 @@ def _write(writer: Writer, plan: Plan, report: Report, quantized: set[str], on_e
             report.checksums = checksums(final)
             report.notes += card.write(final, plan.checkpoint.folder, report.to_dict())
             write_record(final, report.to_dict())
+        on_event(Progress(SAVING, 1, 1, "formats"))
         return
     settings = plan.quantization_config(quantized)
     documents = {CONFIG: json_text(with_settings(plan.config_json(quantized), plan.layout, settings))}
@@ -96,6 +97,7 @@ def _write(writer: Writer, plan: Plan, report: Report, quantized: set[str], on_e
             report.checksums = checksums(final)
             report.notes += card.write(final, plan.checkpoint.folder, report.to_dict())
             write_record(final, report.to_dict())
+        on_event(Progress(SAVING, 1, 1, "formats"))
         return
     with writer.finishing() as final:
         staged = output_layout.staged_format(formats)
@@ -106,11 +108,11 @@ def _write(writer: Writer, plan: Plan, report: Report, quantized: set[str], on_e
         writer.assemble(first, rest, files, documents)
         report.notes += card.write(first, plan.checkpoint.folder, report.to_dict())
         failed: dict[str, LlmqError] = {}
-        for name, folder in list(folders.items()):
+        for number, (name, folder) in enumerate(list(folders.items())):
             if name == staged:
                 continue
             try:
-                _make(first, folder, name, writer.folder, plan, report, on_event)
+                _make(first, folder, name, writer.folder, plan, report, _saving(on_event, number, len(formats)))
             except (CheckpointError, ConfigError, UnsupportedModelError) as error:
                 if len(folders) == 1:
                     raise
@@ -119,10 +121,23 @@ def _write(writer: Writer, plan: Plan, report: Report, quantized: set[str], on_e
                 del folders[name]
                 report.notes.append(f"{name} was not written: {error}")
         _record_sizes(folders, report)
+        on_event(Progress(SAVING, len(formats), len(formats), "formats"))
     if failed:
         last = list(failed.values())[-1]
         next_steps = _next_steps(writer.folder, staged, list(folders), list(failed))
         raise type(last)(str(last), hint=f"{last.hint}; {next_steps}" if last.hint else next_steps) from last
+
+
+def _saving(on_event: OnEvent, finished: int, formats: int) -> OnEvent:
+    """Report the progress of one conversion as that of saving; a conversion consists of packing and comparing."""
+
+    def pass_on(event: Event) -> None:
+        if isinstance(event, Progress):
+            part = (event.done / max(1, event.total) + (event.stage == "compared")) / 2
+            share = (finished + part) / formats
+            on_event(Progress(SAVING, finished, formats, "formats", f"{event.stage} {event.detail}", share=share))
+
+    return pass_on
 
 
 def _next_steps(out: Path, staged: str, finished: Sequence[str], failed: Sequence[str]) -> str:

@@ -41,12 +41,11 @@ class Fit:
         return f"{grid} --format {','.join(chosen.formats)}"
 
 
-def fit(model: str, settings: QuantConfig, memory: int, context: int, *, revision: str | None = None) -> Fit:
+def fit(configured: Configured, settings: QuantConfig, memory: int, context: int) -> Fit:
     """The largest grid with which the model and the keys and values of `context` tokens fit into `memory` bytes.
 
-    Raises ConfigError if none fits, and what `forecast` raises.
+    Raises ConfigError if none fits.
     """
-    configured = Configured.read(model, settings.calibration.seqlen, "cpu", revision)
     per_token = configured.outline.cache * HALF // configured.outline.itemsize
     room = int((1 - RESERVED) * memory) - context * per_token
     sizes = list(_sizes(configured, settings))
@@ -59,8 +58,9 @@ def fit(model: str, settings: QuantConfig, memory: int, context: int, *, revisio
         left = int((1 - RESERVED) * memory) - smallest
         tokens = left // per_token if left > 0 and per_token else 0
         raise ConfigError(
-            f"{model} does not fit into {memory / 1e6:,.0f} MB: the smallest grid takes {smallest / 1e6:,.1f} MB, the "
-            f"keys and values of {context:,} tokens {context * per_token / 1e6:,.1f} MB, and a tenth is reserved",
+            f"{configured.source} does not fit into {memory / 1e6:,.0f} MB: the smallest grid takes "
+            f"{smallest / 1e6:,.1f} MB, the keys and values of {context:,} tokens {context * per_token / 1e6:,.1f} MB, "
+            "and a tenth is reserved",
             hint=f"lower --context to {tokens:,}" if tokens else "give more memory, or choose a smaller model",
         )
     chosen, nbytes, bits = max(fitting, key=lambda entry: entry[1])

@@ -21,6 +21,7 @@ from llmq.cost.files import packed_layers
 from llmq.cost.machine import Machine
 from llmq.cost.outline import Outline
 from llmq.errors import LlmqError
+from llmq.forecast.trial import Trial
 from llmq.formats.codecs import gguf_blocks
 from llmq.gguf import export, recipes
 from llmq.gguf.architectures import architecture
@@ -140,8 +141,10 @@ class Forecast(Shown):
 
 @dataclass(frozen=True)
 class Configured:
-    """A model as far as its configuration files describe it."""
+    """A model as far as its configuration files describe it; `source` is its folder or Hub id."""
 
+    source: str
+    device: str
     folder: Path
     config: Mapping[str, Any]
     skeleton: Skeleton
@@ -149,14 +152,17 @@ class Configured:
     dtype: torch.dtype
 
     @classmethod
-    def read(cls, model: str, seqlen: int, device: str, revision: str | None) -> "Configured":
-        """Raises CheckpointError, UnsupportedModelError and BackendError."""
+    def read(cls, model: str, seqlen: int, device: str = "auto", revision: str | None = None) -> "Configured":
+        """Read the configuration files of a folder or Hub id, for sequences of `seqlen` tokens.
+
+        Raises CheckpointError, UnsupportedModelError and BackendError.
+        """
         folder, place = hub.locate(model, revision, weights=False), choose_device(device)
         config = read_json_object(folder / CONFIGURATION)
         dtype = configured_dtype(config) or torch.bfloat16
         computed = torch.float32 if place.type == "cpu" else dtype
         skeleton = cost.skeleton_of(folder, dtype=computed, device=str(place))
-        return cls(folder, config, skeleton, cost.observe(skeleton, seqlen), dtype)
+        return cls(model, str(place), folder, config, skeleton, cost.observe(skeleton, seqlen), dtype)
 
     @property
     def model_config(self) -> dict[str, Any]:
@@ -213,32 +219,33 @@ class Configured:
 
 
 def forecast(
-    model: str,
+    configured: Configured,
     settings: QuantConfig,
     *,
-    device: str = "auto",
-    revision: str | None = None,
     machine: Machine | None = None,
     methods: Sequence[str] = tuple(METHODS),
+    trial: Trial | None = None,
 ) -> Forecast:
-    """The forecast of a run with these settings; `model` is a folder with a config.json, or a Hub id.
+    """The forecast of a run with these settings.
 
     machine  measured rates of this machine; by default they are measured, which takes a few seconds
+    trial    of one block, which corrects times and memory
 
-    Raises CheckpointError, UnsupportedModelError, ConfigError and BackendError.
+    Raises ConfigError.
     """
-    configured = Configured.read(model, settings.calibration.seqlen, device, revision)
-    machine = machine or cost.measure(str(choose_device(device)))
+    machine = machine or cost.measure(configured.device)
     layers = configured.layers(settings)
     skeleton, outline, parameters = configured.skeleton, configured.outline, configured.parameters
     costs = []
     for method in methods:
         chosen = settings.model_copy(update={"method": method})
         expected = cost.estimate(outline, chosen, machine, layers=layers, stored=configured.dtype)
+        if trial is not None:
+            expected = trial.corrected(expected)
         memory = (expected.device_bytes, expected.host_bytes, expected.disk_bytes)
         costs.append(MethodCost(method, expected.seconds, *memory))
     return Forecast(
-        source=model,
+        source=configured.source,
         architecture=type(skeleton.model).__name__,
         parameters=parameters,
         stored_bytes=hub.stored_bytes(model, revision) or parameters.total * configured.dtype.itemsize,

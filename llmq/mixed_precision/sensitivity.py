@@ -45,7 +45,7 @@ from llmq.model.passes.recorded_calls import RecordedCalls
 from llmq.model.passes.streams import Stream, Text
 from llmq.numerics.input_stats import InputStats
 from llmq.numerics.scheme import WeightScheme
-from llmq.report.events import OnEvent, Progress, ignore
+from llmq.report.events import MEASURING, OnEvent, Progress, ignore
 from llmq.report.sensitivity import Effect, Sensitivity, Unit
 
 WINDOWS = 8  # default number of sequences on which the KL is measured
@@ -135,7 +135,8 @@ def measure(
 
     def visit(block: Block) -> None:
         measuring.visit(block)
-        on_event(Progress("layers measured", block.index + 1, len(skeleton.blocks)))
+        done, blocks = block.index + 1, len(skeleton.blocks)
+        on_event(Progress(MEASURING, done, blocks, share=done * (done + 1) / (blocks * (blocks + 1))))
 
     forward(skeleton, visit)
     variants_run = [variant for trial in measuring.trials for variant in trial.variants.values()]

@@ -6,9 +6,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llmq.algorithms import Rounding, output_error, quadratic_form
+from llmq.algorithms import Options, Rounding, output_error, quadratic_form, rtn
 from llmq.distributed.ranks import ALONE, Ranks
 from llmq.numerics.input_stats import InputStats
+from llmq.numerics.scheme import WeightScheme
 from llmq.report.record import LayerReport, StageGain
 
 
@@ -21,19 +22,24 @@ def layer_report(
     stats: InputStats | None,
     gains: tuple[StageGain, ...] = (),
     ranks: Ranks = ALONE,
+    options: Options | None = None,
 ) -> LayerReport:
     """The errors of `rounded` (N, K) against `weight` (N, K), float32, and the size of its `packed` tensors.
 
-    Each rank computes the output error of some rows.
+    Each rank computes the output error of some rows. With `options`, the weight is also rounded to nearest, and its
+    error is reported.
     """
-    output = activation_outlier = None
+    output = nearest = activation_outlier = None
     if stats is not None and stats.tokens:
         hessian, part = stats.second_moment(), ranks.part(len(weight))
         rows = slice(part.start, part.stop)
         loss = output_error(weight[rows], rounded[rows], hessian) if rounding.loss is None else rounding.loss[rows]
-        sums = (float(values.double().sum()) for values in (quadratic_form(weight[rows], hessian), loss))
-        signal, noise = ranks.total(*sums)
-        output = (max(0.0, noise) / signal) ** 0.5 if signal > 0 else 0.0
+        losses = [quadratic_form(weight[rows], hessian), loss]
+        if options is not None and not rounding.existing_grid and (ranks.size == 1 or not _one_group(rounding)):
+            losses.append(_rtn_loss(weight[rows], hessian, rounding.quantized.scheme, options))
+        signal, *noises = ranks.total(*(float(values.double().sum()) for values in losses))
+        output, *others = ((max(0.0, noise) / signal) ** 0.5 if signal > 0 else 0.0 for noise in noises)
+        nearest = next(iter(others), None)
         channels = hessian.diagonal().clamp(min=0).sqrt()
         activation_outlier = _ratio(channels.max(), channels.median())
     stored_bits = 8 * sum(tensor.numel() * tensor.element_size() for tensor in packed.values())
@@ -53,6 +59,7 @@ def layer_report(
         weight_outlier=_ratio(weight.abs().max(), weight.norm() / weight.numel() ** 0.5),
         activation_outlier=activation_outlier,
         scales=_by_exponent(rounding.quantized.scales),
+        rtn_error=nearest,
     )
 
 
@@ -64,6 +71,16 @@ def _by_exponent(scales: Tensor) -> tuple[tuple[int, int], ...]:
     """How many scales have which binary exponent, the smallest exponent first; zeros are not counted."""
     exponents, counts = torch.frexp(scales[scales != 0].to(torch.float32)).exponent.unique(return_counts=True)
     return tuple(zip(exponents.tolist(), counts.tolist(), strict=True))
+
+
+def _one_group(rounding: Rounding) -> bool:
+    """Whether all rows share a scale, so that ranks cannot round some rows each."""
+    return rounding.quantized.scheme.group_size == "tensor"
+
+
+def _rtn_loss(weight: Tensor, hessian: Tensor, scheme: WeightScheme, options: Options) -> Tensor:
+    """(N,) float32: the output error of each row of `weight` (N, K) after rounding to nearest."""
+    return output_error(weight, rtn.round_weight(weight, None, scheme, options).quantized.dequantize(), hessian)
 
 
 def as_experts(layer: LayerReport, transforms: Sequence[str]) -> LayerReport:

@@ -14,7 +14,7 @@ Not here: how quantized values change and what is kept (algorithms/block_tuning.
 (model/passes/streams.py).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from llmq.model.build.skeleton import Skeleton
 from llmq.model.passes.backward import differentiable, gradients_of
 from llmq.model.passes.streams import Streams
 from llmq.numerics.quantized_tensor import QuantizedTensor
+from llmq.report.events import BLOCK_TUNING, OnEvent, Progress, ignore
 from llmq.steps.round_group import Rounded
 
 
@@ -39,23 +40,37 @@ def tune(
     layers: Mapping[str, Rounded],
     tuning: Tuning,
     metric: OutputMetric | None = None,
+    on_event: OnEvent = ignore,
 ) -> Tuned:
     """Tune the quantized weights of the block whose inputs the streams hold; the best version is put into the block.
 
     The float stream must have the outputs of the float block already. `metric` is that of the block's outputs; without
     it all errors count alike.
     """
-    problem = BlockProblem(skeleton, streams, block, tuning.tokens, metric)
+
+    def at_step(step: int) -> None:
+        done, total = block.index * tuning.steps + step, len(skeleton.blocks) * tuning.steps
+        on_event(Progress(BLOCK_TUNING, step, tuning.steps, "steps", block.path, share=done / total))
+
+    problem = BlockProblem(skeleton, streams, block, tuning.tokens, metric, at_step)
     weights = {path: layer.rounding.quantized for path, layer in layers.items()}
     references = {path: layer.weight for path, layer in layers.items()}
-    return block_tuning.tune(weights, references, problem, Rates(tuning.rounding, tuning.scales), tuning.steps)
+    tuned = block_tuning.tune(weights, references, problem, Rates(tuning.rounding, tuning.scales), tuning.steps)
+    at_step(tuning.steps)
+    return tuned
 
 
 class BlockProblem:
-    """Implements `block_tuning.Problem`; a step uses `tokens` tokens."""
+    """Implements `block_tuning.Problem`; a step uses `tokens` tokens, and calls `at_step` with its number first."""
 
     def __init__(
-        self, skeleton: Skeleton, streams: Streams, block: Block, tokens: int, metric: OutputMetric | None = None
+        self,
+        skeleton: Skeleton,
+        streams: Streams,
+        block: Block,
+        tokens: int,
+        metric: OutputMetric | None = None,
+        at_step: Callable[[int], None] = lambda step: None,
     ) -> None:
         assert streams.floats is not None, "there is no float stream"
         self._text = streams.text
@@ -64,6 +79,7 @@ class BlockProblem:
         self._metric = None if metric is None else metric.to(skeleton.device)
         self._ranks = streams.ranks
         self._sequences = max(1, tokens // self._text.length // self._ranks.size)  # of this rank, per step
+        self._at_step = at_step
         self._paths: list[str] = []
 
     def put(self, weights: Mapping[str, QuantizedTensor]) -> None:
@@ -72,6 +88,7 @@ class BlockProblem:
             self._block.set_weight(path, quantized.dequantize())
 
     def gradients(self, step: int) -> dict[str, Tensor]:
+        self._at_step(step)
         fitted = self._text.fitted
         sequences = drawn(step, min(self._sequences, fitted), fitted, seed=self._block.index)
         parameters = [self._block.linears[path].weight for path in self._paths]

@@ -17,6 +17,7 @@ Not here: why these weights (algorithms/fisher_weights.py), the passes (model/pa
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,11 @@ from llmq.model.passes.backward import Tape, backward
 from llmq.model.passes.hidden_states import HiddenStates, Place, Storage
 from llmq.model.passes.recorded_calls import RecordedCalls
 from llmq.model.passes.streams import Text
-from llmq.report.events import OnEvent, Progress, ignore
+from llmq.report.events import WEIGHTING, OnEvent, Progress, ignore
 from llmq.steps.kl_loss import Part, through_the_head
 
 OVERFLOWED = "gradients overflowed, so all tokens, or all errors, count alike in {}"
+BACKWARD = 3  # the backward pass of a block takes as long as three forwards: it runs the forward again
 MEMORY_SHARE = 2  # hidden states may take half of the free memory: little else is in memory
 
 Slope = Callable[[Tensor, Tensor], Tensor]
@@ -165,26 +167,43 @@ def fisher_information(
     collected = _Collected(tokens.shape, moments)
     sequence_bytes = (len(skeleton.blocks) + 1) * skeleton.hidden_bytes(tokens.shape[1])
     parts = torch.arange(len(tokens)).split(max(1, at_once // batch) * batch)
-    for number, part in enumerate(parts):
+    work = _Work(len(tokens) * len(skeleton.blocks), on_event)
+    for part in parts:
         text = Text(tokens[part], batch)
         storage = Storage.choose(sequence_bytes * len(part), skeleton.device)
         tape = Tape(skeleton, text, calls, storage)
-        outputs = tape.forward()
+        outputs = tape.forward(after=partial(work.add_forward, len(part)))
         gradients = [slope(part[list(rows)], hidden) for rows, hidden in zip(text.batches(), outputs, strict=True)]
         del outputs
         for rows, gradient in zip(text.batches(), gradients, strict=True):
             collected.take_output(len(skeleton.blocks) - 1, part[list(rows)], gradient)
 
-        def visit(block: Block, rows: range, gradient: Tensor, part: Tensor = part, number: int = number) -> None:
+        def visit(block: Block, rows: range, gradient: Tensor, part: Tensor = part) -> None:
             collected.take(part[list(rows)], tokens_first=block.tokens_first)
             if block.index:
                 collected.take_output(block.index - 1, part[list(rows)], gradient)
-            done = (number + 1) * len(skeleton.blocks) - block.index
-            on_event(Progress("token weights", done, len(parts) * len(skeleton.blocks)))
+            work.add(BACKWARD * len(rows))
 
         with collected.hooks(skeleton):
             backward(skeleton, tape, gradients, visit)
     return collected.result()
+
+
+@dataclass
+class _Work:
+    """Reports how far the pass is; `blocks` is the number of sequences times that of blocks."""
+
+    blocks: int
+    on_event: OnEvent
+    done: int = 0
+
+    def add_forward(self, sequences: int, _: Block) -> None:
+        self.add(sequences)
+
+    def add(self, amount: int) -> None:
+        self.done += amount
+        total = (1 + BACKWARD) * self.blocks
+        self.on_event(Progress(WEIGHTING, round(100 * self.done / total), 100, "%", share=self.done / total))
 
 
 def _rows(weights: Tensor, own: Sequence[int]) -> Tensor:

@@ -19,7 +19,7 @@ from llmq.model.passes.forward import forward
 from llmq.model.passes.hidden_states import Storage
 from llmq.model.passes.recorded_calls import RecordedCalls
 from llmq.model.passes.streams import Stream, Text
-from llmq.report.events import OnEvent, Progress
+from llmq.report.events import PROBE, OnEvent, Progress
 from llmq.runtime.whole_model import without_effect
 
 NOT_RUN = "the float model was not run on a few tokens before it was quantized: {}"
@@ -55,7 +55,7 @@ def probe(skeleton: Skeleton, length: int, on_event: OnEvent) -> list[str]:
         stream.run(block)
         _require_finite(f"the block {block.path}", stream.outputs(range(1)))
         stream.advance()
-        on_event(Progress("float model checked", block.index + 1, len(skeleton.blocks)))
+        on_event(Progress(PROBE, block.index + 1, len(skeleton.blocks)))
 
     try:
         forward(skeleton, visit)

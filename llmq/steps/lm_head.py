@@ -48,7 +48,9 @@ def quantize_head(run: Run) -> None:
         [[layer]] = round_together([group], run.method, run.options, run.ranks)
     packed = run.pack(path, layer.rounding.quantized)
     dequantized = layer.rounding.quantized.dequantize()
-    report = layer_report(plan.name, weight, dequantized, layer.rounding, packed, stats, layer.gains, run.ranks)
+    report = layer_report(
+        plan.name, weight, dequantized, layer.rounding, packed, stats, layer.gains, run.ranks, options=run.options
+    )
     run.on_event(report)
     block_report = BlockReport(
         path, (report,), (), time.monotonic() - start, host_bytes=peak_memory(),

@@ -7,7 +7,7 @@ With several ranks, all of them collect the statistics, and the first one choose
 """
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -22,6 +22,7 @@ from llmq.model.build.block import Block, Call
 from llmq.model.passes.streams import Streams
 from llmq.numerics.block_diagonal import columns, inverse
 from llmq.numerics.input_stats import InputStats
+from llmq.report.events import TRANSFORMS, Progress
 from llmq.report.record import StageGain
 from llmq.steps.round_group import Rounded, round_group
 from llmq.steps.run import Run
@@ -81,7 +82,7 @@ class BlockTransforms:
         sites = self._sites()
         with self._block.float_inputs():
             before = self._block.run(self._call)
-        for group, stats in self.observed.items():
+        for group, stats in self._counted(stage):
             if any(path in self._fixed for path in group.names):
                 continue  # a layer that is kept in float, or on its existing grid, is not rewritten
             if group not in sites:
@@ -95,6 +96,17 @@ class BlockTransforms:
             basis = algorithms.transform(stage).basis(stats, site.source, width, loss)
             if basis is not None:
                 self._rewrite(stage, site, basis)
+
+    def _counted(self, stage: str) -> Iterator[tuple[InputGroup, InputStats]]:
+        """The groups and their statistics; an event is reported when one is finished."""
+        method, groups, blocks = self._run.method, len(self.observed), len(self._run.skeleton.blocks)
+        before = method.transforms.index(stage) * groups
+        total = len(method.transforms) * groups
+        for number, (group, stats) in enumerate(list(self.observed.items())):
+            yield group, stats
+            share = (self._block.index + (before + number + 1) / total) / blocks
+            event = Progress(TRANSFORMS, before + number + 1, total, "groups", self._block.path, share=share)
+            self._run.on_event(event)
 
     def _sites(self) -> dict[InputGroup, FoldSite]:
         """The fold site of each group, except where the producer is kept in float or cannot be changed."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from llmq.checkpoint import hub
 from llmq.errors import CheckpointError
-from llmq.report.events import OnEvent, ignore
+from llmq.report.events import OnEvent, Planned, ignore
 from llmq.report.shown import Shown, Table, megabytes
 from llmq.verification import engines
 from llmq.verification.engines import Finding, Verdict
@@ -76,6 +76,7 @@ def verify(
     is not a model.
     """
     model = hub.locate(str(path), None, remote_code=trust_remote_code)
+    on_event(Planned({"reading": 1.0}))
     integrity = None if quick else examine(model, remote_code=trust_remote_code, on_event=on_event)
     broken = integrity is not None and integrity.problems
     findings = [] if broken else engines.check(model)

@@ -9,6 +9,7 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from rich.console import Console
@@ -16,9 +17,10 @@ from safetensors.torch import load_file
 
 from llmq import __version__
 from llmq.cli.progress import ProgressDisplay
+from llmq.cli.terminal import print_notes
 from llmq.config import QuantConfig
 from llmq.numerics.scheme import WeightScheme
-from llmq.report.events import Progress
+from llmq.report.events import Planned, Progress
 from tests import builders
 from tests.command_line import ROOT, environment, llmq, llmq_process
 
@@ -67,35 +69,74 @@ def test_quantize_prints_results_on_stdout_progress_on_stderr(
     assert str(tmp_path / "out") in done.stdout
 
 
-def test_a_terminal_gets_a_progress_bar_with_the_layer_error(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_terminal_gets_one_bar_with_the_layer_error(
+    model: Path, calibration: tuple[str | Path, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     screen = io.StringIO()
-    monkeypatch.setattr("llmq.cli.progress.messages", lambda: Console(file=screen, force_terminal=True, width=160))
-    done = llmq("quantize", model, tmp_path / "out", "--method", "rtn", "--group-size", "32", "--json")
+    console = Console(file=screen, force_terminal=True, width=160)
+    monkeypatch.setattr("llmq.cli.progress.messages", lambda: console)
+    done = llmq("quantize", model, tmp_path / "out", *calibration, "--method", "gptq", "--group-size", "32", "--json")
     assert json.loads(done.stdout)
-    assert "ETA" in screen.getvalue()
-    assert "2/2" in screen.getvalue()
-    assert re.search(r"model\.layers\.1\.mlp\.down_proj  error \d+\.\d\d%", screen.getvalue())
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
+    assert "ETA" in shown
+    assert "2/2 blocks" in shown
+    assert re.search(r"model\.layers\.1\.mlp\.down_proj  error \d+\.\d\d% \(rtn \d+\.\d\d%\)", shown)
     assert "block 1/2" not in done.stderr
 
 
-def test_a_repeated_stage_updates_its_total(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmq.cli.progress.messages", lambda: Console(file=io.StringIO(), force_terminal=True))
-    display = ProgressDisplay()
-    display(Progress("text written by the model", 100, 100, "tokens"))
-    display(Progress("text written by the model", 150, 300, "tokens"))
-    (task,) = display._bars.tasks
-    assert (task.completed, task.total) == (150, 300)
+def test_quiet_shows_no_progress(model: Path, calibration: tuple[str | Path, ...], tmp_path: Path) -> None:
+    done = llmq("quantize", model, tmp_path / "out", *calibration, "--method", "gptq", "--group-size", "32", "--quiet")
+    assert [line for line in done.stderr.splitlines() if not line.startswith(("note:", "done in"))] == []
+    assert "layers quantized" in done.stdout
 
 
-def test_progress_lines_are_printed_when_progress_jumps(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_log_has_all_events_and_how_far_the_job_is(
+    model: Path, calibration: tuple[str | Path, ...], tmp_path: Path
+) -> None:
+    log = tmp_path / "log.jsonl"
+    options = ("--group-size", "32", "--quiet", "--log-json", log)
+    assert llmq("quantize", model, tmp_path / "out", *calibration, *options).exit_code == 0
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    stages = dict.fromkeys(line["stage"] for line in lines)
+    assert list(stages) == ["", "float model checked", "token weights", "quantizing", "block tuning", "saving"]
+    assert {line["event"] for line in lines} == {"Planned", "Progress", "TextRead", "LayerReport", "BlockReport"}
+    fractions = [line["fraction"] for line in lines]
+    assert fractions == sorted(fractions) and fractions[-1] > 0.9
+    layers = [line for line in lines if line["event"] == "LayerReport"]
+    assert len(layers) == BLOCKS * LINEARS and all(
+        0 < line["output_error"] <= 1.5 * line["rtn_error"] for line in layers
+    )
+
+
+def test_a_log_that_cannot_be_written_is_an_error(model: Path, tmp_path: Path) -> None:
+    done = llmq("verify", model, "--log-json", tmp_path / "missing" / "log.jsonl")
+    assert done.exit_code == 7 and "log.jsonl cannot be written" in done.stderr
+
+
+def test_lines_are_printed_every_few_seconds(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("llmq.cli.progress.time.monotonic", lambda: now)
     display = ProgressDisplay()
-    for done in range(7, 1000, 7):
-        display(Progress("float model", done, 1000, "tokens"))
-    display(Progress("float model", 1000, 1000, "tokens"))
+    display(Planned({"reading": 1.0}))
+    for done in range(1000):
+        now = done / 10
+        display(Progress("reading", done, 1000, "tensors", f"tensor {done}"))
     lines = capsys.readouterr().err.splitlines()
-    assert 15 <= len(lines) <= 21 and lines[-1].startswith("float model 1000/1000")
+    assert 15 <= len(lines) <= 20 and "reading 950/1000 tensors  tensor 950" in lines[-1]
+
+
+def test_messages_and_the_bar_are_never_on_one_line() -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=80)
+    with mock.patch("llmq.cli.progress.messages", lambda: console), ProgressDisplay() as display:
+        display(Planned({"reading": 1.0}))
+        display(Progress("reading", 1, 2, "tensors"))
+        print_notes(["a note"])
+        display(Progress("reading", 2, 2, "tensors"))
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", screen.getvalue())
+    assert "note: a note" in shown.splitlines()
 
 
 def test_quantize_as_json(model: Path, calibration: tuple[str | Path, ...], tmp_path: Path) -> None:
@@ -185,7 +226,7 @@ def test_a_dry_run_writes_nothing_and_needs_no_text(model: Path, tmp_path: Path)
     done = llmq("quantize", model, tmp_path / "out", "--group-size", "64", "--dry-run")
     assert (done.exit_code, done.stderr) == (0, "")
     assert not (tmp_path / "out").exists()
-    assert "model.layers.1.mlp.down_proj" in done.stdout
+    assert re.search(r"model\.layers\.\*\.mlp\.down_proj *│ *2 │ *32 x 64", done.stdout)  # a row for both blocks
     assert "int4 g64 symmetric" in done.stdout
     assert "32 instead of 64" in done.stdout
     assert "kept in float: model.embed_tokens, lm_head" in done.stdout

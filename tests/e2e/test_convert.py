@@ -302,7 +302,6 @@ def test_the_command_reports_zero_differences(packed: Any, tmp_path: Path) -> No
     done = command("convert", packed("awq"), tmp_path / "out", "--to", "gptq")
     assert done.exit_code == 0
     assert "14 tensors compared, 0 differ" in done.stdout
-    assert "compared 14/14" in done.stderr
     assert "\x1b" not in done.stderr + done.stdout
 
 

@@ -239,7 +239,7 @@ def test_the_command_line_summarizes_all_experts(saved: Saved, tmp_path: Path, t
     arguments = ("quantize", saved("mixtral"), tmp_path / "out", "--method", "gptq", "--calibration", text)
     arguments += ("--samples", "4", "--seqlen", "48", "--group-size", "16")
     planned = command_line.llmq(*arguments, "--dry-run").stdout
-    assert planned.count(".experts.*.w1") == mixtures.SIZES["num_hidden_layers"] and ".experts.1.w1" not in planned
+    assert planned.count(".experts.*.w1") == 1 and ".experts.1.w1" not in planned
     done = command_line.llmq(*arguments)
     assert done.exit_code == 0 and " experts " in done.stdout and "saw at least" in done.stdout
     assert "calibration tokens per expert" in done.stdout

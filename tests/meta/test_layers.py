@@ -19,7 +19,7 @@ LAYERS = (
     ("runtime", "calibration", "report", "gguf", "cost"),
     ("steps", "evaluation"),
     ("mixed_precision", "pipeline", "run_plan"),
-    ("export", "verification", "run_text", "job", "forecast", "engines"),
+    ("export", "verification", "run_text", "schedule", "job", "forecast", "engines"),
     ("cli",),
     ("__init__", "__main__"),  # the entry points
 )

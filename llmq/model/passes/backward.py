@@ -49,13 +49,18 @@ class Tape:
         self._weights, self._seen = weights, seen
         self._inputs: list[HiddenStates] = []  # by block, and at the end the outputs of the last block
 
-    def forward(self, ready: Ready = loaded) -> list[Tensor]:
-        """The output (…, B, T, D) of the last block for each batch."""
+    def forward(self, ready: Ready = loaded, after: Callable[[Block], None] = lambda block: None) -> list[Tensor]:
+        """The output (…, B, T, D) of the last block for each batch; `after` is called behind each block."""
         self._inputs.append(self._new_states(0))
         for batch in self.text.batches():
             embedded = self._calls.first(self.text.of(batch), seen=self._seen).hidden
             self._inputs[0].write(batch, embedded)
-        forward(self._skeleton, self._pass, ready=ready)
+
+        def visit(block: Block) -> None:
+            self._pass(block)
+            after(block)
+
+        forward(self._skeleton, visit, ready=ready)
         outputs = self._inputs.pop()
         return [outputs.read(batch) for batch in self.text.batches()]
 

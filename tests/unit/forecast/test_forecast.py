@@ -30,12 +30,16 @@ def configuration_of(checkpoint: Path, folder: Path) -> Path:
     return folder
 
 
+def read(model: Path) -> forecast.Configured:
+    return forecast.Configured.read(str(model), 32, "cpu")
+
+
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_size_of_weights_is_that_of_the_files(tmp_path: Path, name: str) -> None:
     config = mixtures.mixtral() if name == "mixtral" else builders.llama()
     model = builders.save_model(tmp_path / "model", builders.causal_model(config))
     plan = forecast.forecast(
-        str(configuration_of(model, tmp_path / "config")), SETTINGS, machine=MACHINE, methods=("rtn",), device="cpu"
+        read(configuration_of(model, tmp_path / "config")), SETTINGS, machine=MACHINE, methods=("rtn",)
     )
     quantize(model, tmp_path / "out", tmp_path, method="rtn", calibration=None)
     written = Checkpoint.open(tmp_path / "out").nbytes
@@ -47,13 +51,13 @@ def test_size_of_weights_is_that_of_the_files(tmp_path: Path, name: str) -> None
 
 def test_blocks_of_a_gguf_file_are_counted(checkpoint: Checkpoints) -> None:
     """32 weights and a scale take 18 bytes."""
-    model = str(checkpoint("llama", hidden_size=64, intermediate_size=96))
+    model = read(checkpoint("llama", hidden_size=64, intermediate_size=96))
     plan = forecast.forecast(model, merged(SETTINGS, {"group_size": 32}), machine=MACHINE, methods=("rtn",))
     assert {size.format: size.bits for size in plan.sizes}["gguf"] == 4.5
 
 
 def test_layers_that_differ_only_in_numbers_are_one_row(checkpoint: Checkpoints) -> None:
-    plan = forecast.forecast(str(checkpoint("llama")), SETTINGS, machine=MACHINE, methods=("rtn", "gptq"))
+    plan = forecast.forecast(read(checkpoint("llama")), SETTINGS, machine=MACHINE, methods=("rtn", "gptq"))
     names = [kind.name for kind in plan.layers]
     assert len(names) == len(set(names)) == 7 and {kind.number for kind in plan.layers} == {3}
     rtn, gptq = plan.costs
@@ -62,12 +66,12 @@ def test_layers_that_differ_only_in_numbers_are_one_row(checkpoint: Checkpoints)
 
 def test_a_format_that_refuses_the_grid_says_why(checkpoint: Checkpoints) -> None:
     three_bits = merged(SETTINGS, {"bits": 3})
-    plan = forecast.forecast(str(checkpoint("llama")), three_bits, machine=MACHINE, methods=("rtn",))
+    plan = forecast.forecast(read(checkpoint("llama")), three_bits, machine=MACHINE, methods=("rtn",))
     assert "4 bits only" in {size.format: size.refusal for size in plan.sizes}["awq"]
 
 
 def test_fit_takes_the_largest_grid(checkpoint: Checkpoints) -> None:
-    model = str(checkpoint("llama"))
+    model = read(checkpoint("llama"))
     sizes = {}
     for memory in (10**9, 10**9 // 2):
         sizes[memory] = forecast.fit(model, SETTINGS, memory, 10)
@@ -83,7 +87,7 @@ def test_fit_takes_the_largest_grid(checkpoint: Checkpoints) -> None:
 
 
 def test_what_never_fits_is_an_error_with_a_way_out(checkpoint: Checkpoints) -> None:
-    model = str(checkpoint("llama"))
+    model = read(checkpoint("llama"))
     with pytest.raises(ConfigError, match="does not fit into") as caught:
         forecast.fit(model, SETTINGS, 10**9, 10**9)
     assert caught.value.hint.startswith("lower --context to ")
@@ -114,3 +118,17 @@ def test_command_prints_tables_and_json(checkpoint: Checkpoints, tmp_path: Path)
 def test_quantities_need_a_number(checkpoint: Checkpoints) -> None:
     done = llmq("plan", str(checkpoint("llama")), "--fit", "much")
     assert done.exit_code == 2 and "24GB" in done.stderr
+
+
+def test_a_trial_corrects_times_and_memory(checkpoint: Checkpoints) -> None:
+    model = checkpoint("llama")
+    settings = merged(SETTINGS, {"method": "awq"})
+    trial = forecast.try_block(str(model), settings, device="cpu")
+    assert trial.seconds > 0 and {"transforms", "streams", "rounding"} <= trial.ratios.keys()
+    plain, corrected = (
+        forecast.forecast(read(model), settings, machine=trial.machine, methods=("awq",), trial=given).costs[0]
+        for given in (None, trial)
+    )
+    assert corrected.seconds != plain.seconds
+    assert corrected.host_bytes == pytest.approx(plain.host_bytes + trial.nbytes)
+    assert "one block took" in str(trial)

@@ -81,7 +81,7 @@ def test_every_unit_and_grid_equals_the_whole_models(folder: Path) -> None:
 def test_each_measured_block_is_an_event(folder: Path) -> None:
     events: list[Event] = []
     measured(folder, on_event=events.append)
-    assert events == [Progress("layers measured", done, 2) for done in (1, 2)]
+    assert events == [Progress("layers measured", done, 2, share=share) for done, share in ((1, 1 / 3), (2, 1.0))]
 
 
 def test_layers_that_share_an_input_are_one_unit(folder: Path) -> None:

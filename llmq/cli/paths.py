@@ -1,0 +1,25 @@
+"""Check the paths of models before torch and transformers are imported, which takes seconds."""
+
+from pathlib import Path
+
+
+def require_models(*models: str) -> None:
+    """Raise CheckpointError for a local folder without a model, and for a path that does not exist.
+
+    Everything else is checked when the model is opened, with the same messages.
+    """
+    for model in models:
+        path = Path(model)
+        try:
+            missing = not path.exists()
+            empty = path.is_dir() and not (path / "config.json").exists() and not any(path.glob("*.gguf"))
+        except OSError:  # opening the model reports it
+            continue
+        if missing and (model.count("/") > 1 or model.startswith((".", "/", "~"))):  # not the id of a model on the Hub
+            from llmq.checkpoint import hub
+
+            hub.locate(model)
+        elif empty and model:
+            from llmq.checkpoint.reader import Checkpoint
+
+            Checkpoint.open(path)
