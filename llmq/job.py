@@ -258,7 +258,7 @@ class Job:
             streams=streams,
             seed=plan.settings.seed,
             fisher=fisher,
-            plans=plan.layers,
+            plans=dict(plan.layers),
             method=plan.stages,
             options=plan.options,
             layout=plan.layout,

@@ -13,6 +13,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from llmq import memory
@@ -65,7 +66,8 @@ def finish(run: Run, plan: Plan, report: Report, start: float) -> None:
     report.experts = expert_tokens(report.layers)
     report.seconds = time.monotonic() - start
     report.peak_memory_bytes = record.peak_memory()
-    _write(run.writer, plan, report, set(quantized), run.on_event)
+    repaired = replace(plan, layers=run.plans)  # with other grids for some layers
+    _write(run.writer, repaired, report, set(quantized), run.on_event)
 
 
 def _write(writer: Writer, plan: Plan, report: Report, quantized: set[str], on_event: OnEvent) -> None:
