@@ -24,7 +24,7 @@ from llmq.checkpoint.sealed import sha256_of
 from llmq.checkpoint.staging import STAGING
 from llmq.checkpoint.writer import Writer
 from llmq.config import QuantConfig
-from llmq.distributed.following import shared_writer
+from llmq.distributed.following import agree_on_blocks, shared_writer
 from llmq.distributed.ranks import ALONE, Ranks
 from llmq.errors import ConfigError
 from llmq.export import save
@@ -99,6 +99,7 @@ class Job:
             original_bytes=self.plan.checkpoint.nbytes,
             request=sha256_of(self._identity()),
         )
+        self._fisher: FisherInformation | None = None  # measured once for all attempts
         self.finished = False  # whether `run` found the finished model of an earlier run
         self.report.notes += [*self.plan.notes, *self.plan.idle_patterns()]
         if self.commits > self.blocks and self.plan.stages.tuning is not None:
@@ -141,33 +142,26 @@ class Job:
             complete = partial(self._text.complete, calibration_set.windows, self.plan, self.report, on_event)
             text = self._ranks.first(complete).share(self._ranks)
         writer = shared_writer(self._ranks, self.out, lambda: self._open_writer(calibration_set, text))
+        notes = tuple(self.report.notes)
+        attempts = memory.Attempts(self.plan.device, self.report.notes.append, self._ranks.try_again)
         try:
             self._text.save()
-            self._quantize(text, writer, on_event, start)
+            for economy in attempts:
+                with attempts.within_memory():
+                    self._forget_attempt(notes)
+                    agree_on_blocks(self._ranks, writer)
+                    run = partial(self._prepare, text, writer, on_event, economy)  # no name keeps its hidden states
+                    pipeline.quantize_model(run(), lambda run: save.finish(run, self.plan, self.report, start))
         except BaseException:
             writer.abandon()
             raise
         return self.report
 
-    def _quantize(self, text: Text | None, writer: Writer, on_event: OnEvent, start: float) -> None:
-        """Quantize and save. If the memory is not enough, continue at the first block that is not finished.
-
-        Several processes end instead, because they would have to agree.
-        """
-
-        before = len(self.report.notes)
-
-        def attempt(economy: Economy) -> None:
-            self.report.blocks = []
-            repeated = [note for note in self.report.notes[before:] if not note.startswith(memory.RETRIED)]
-            self.report.notes[:] = [note for note in self.report.notes if note not in repeated]
-            run = self._prepare(text, writer, on_event, economy)
-            pipeline.quantize_model(run, save=lambda: save.finish(run, self.plan, self.report, start))
-
-        if self._ranks.size == 1:
-            memory.within_memory(attempt, self.plan.device, self.report.notes.append)
-        else:
-            attempt(Economy.NONE)
+    def _forget_attempt(self, notes: Sequence[str]) -> None:
+        """Leave the `notes` of before the first attempt, and those about attempts, in the report."""
+        attempts = [note for note in self.report.notes if note.startswith(memory.RETRIED)]
+        self.report.notes[:] = [*notes, *attempts]
+        self.report.blocks = []
 
     def _identity(self) -> dict[str, Any]:
         """What decides about the bytes of the model, except the contents of the text."""
@@ -248,7 +242,7 @@ class Job:
         plan, streams, fisher = self.plan, None, None
         if text is not None:
             calls = RecordedCalls(plan.skeleton)
-            fisher = self._fisher(text, writer, calls, on_event)
+            fisher = self._fisher = self._fisher or self._measured_fisher(text, writer, calls, on_event, economy)
             streams = streams_of(
                 plan.skeleton, text, calls, plan.stages, folder=writer.activations, fisher=fisher, economy=economy,
                 quantize_head=plan.settings.quantize_head, ranks=self._ranks,
@@ -267,14 +261,17 @@ class Job:
             on_event=collect,
             keep_grid=plan.settings.keep_grid,
             ranks=self._ranks,
+            economy=economy,
         )
 
-    def _fisher(self, text: Text, writer: Writer, calls: RecordedCalls, on_event: OnEvent) -> FisherInformation | None:
+    def _measured_fisher(
+        self, text: Text, writer: Writer, calls: RecordedCalls, on_event: OnEvent, economy: Economy
+    ) -> FisherInformation | None:
         if not self.plan.stages.needs_fisher or all(writer.has(index) for index in range(self.blocks)):
             return None
         tokens, seed, folder = (text.whole or text).tokens, self.plan.settings.seed, writer.activations
         fisher = fisher_information.measure(
-            self.plan.skeleton, tokens, seed, calls, folder, on_event, self._ranks, text.numbers
+            self.plan.skeleton, tokens, seed, calls, folder, on_event, self._ranks, text.numbers, economy
         )
         if fisher.overflowed:
             self.report.notes.append(fisher_information.OVERFLOWED.format(", ".join(fisher.overflowed)))

@@ -55,13 +55,13 @@ from llmq.steps.scale_range import in_range
 from llmq.steps.transforms import transform_block
 
 
-def quantize_model(run: Run, save: Callable[[], None]) -> None:
+def quantize_model(run: Run, save: Callable[[Run], None]) -> None:
     """Quantize and commit every block, then the head; tune all blocks together; save the finished model."""
     forward(run.skeleton, lambda block: quantize_block(run, block))
     quantize_head(run)
     if only_the_first_is_left(run):
         tune_end_to_end(run)
-        save()
+        save(run)
 
 
 def only_the_first_is_left(run: Run) -> bool:

@@ -6,7 +6,7 @@ The inputs are those of tests/fuzz. `--record` keeps the counts in a file, from 
 docs/HOSTILE_INPUT.md. A later call with the same file and seed continues after the inputs that are counted there, and
 first repeats those that failed: an input that passes now is counted as mended.
 
-Readers take turns of `TURN` inputs. Each turn is a fork of this process, so an input that ends the process counts as a
+The next turn of `TURN` inputs is that of the reader with the least CPU time so far. Each turn is a fork of this process, so an input that ends the process counts as a
 failure of its turn. Memory is measured for one input of `TRACED_EVERY`, because this takes four times as long.
 """
 
@@ -48,7 +48,7 @@ class Fuzzer:
         known = json.loads(record.read_text()) if record and record.exists() else {}
         if known.get("seed", seed) != seed:
             raise SystemExit(f"{record} has the counts of seed {known['seed']}, expected {seed}")
-        empty = {"inputs": 0, "read": 0, "refused": 0, "mended": 0, "failures": {}}
+        empty = {"seconds": 0.0, "inputs": 0, "read": 0, "refused": 0, "mended": 0, "failures": {}}
         self.counts: dict[str, Any] = {
             name: {**empty, **known.get("readers", {}).get(name, {})} for name in inputs.READERS
         }
@@ -66,8 +66,9 @@ class Fuzzer:
     def turn(self, reader: str, limit: int) -> None:
         """Read the next inputs, at most until `limit` inputs are read in all."""
         counts = self.counts[reader]
-        numbers = range(counts["inputs"], min(limit, counts["inputs"] + TURN))
+        numbers, before = range(counts["inputs"], min(limit, counts["inputs"] + TURN)), os.times()
         outcomes = self._outcomes(reader, numbers)
+        counts["seconds"] += os.times().children_user - before.children_user
         counts["inputs"] = numbers.stop
         counts["read"] += outcomes.read
         counts["refused"] += outcomes.refused
@@ -113,12 +114,11 @@ def main() -> None:
         fuzzer = Fuzzer(options.seed, Path(folder), options.record)
         for reader in options.readers:
             fuzzer.repeat(reader)
-        left = list(options.readers)
-        while left and time.monotonic() - start < options.seconds:
-            left = [reader for reader in left if fuzzer.counts[reader]["inputs"] < options.inputs]
-            for reader in left:
-                if time.monotonic() - start < options.seconds:
-                    fuzzer.turn(reader, options.inputs)
+        while time.monotonic() - start < options.seconds:
+            left = [reader for reader in options.readers if fuzzer.counts[reader]["inputs"] < options.inputs]
+            if not left:
+                break
+            fuzzer.turn(min(left, key=lambda reader: fuzzer.counts[reader]["seconds"]), options.inputs)
     for reader, counts in fuzzer.counts.items():
         print(f"{reader}: {json.dumps(counts)}")
     sys.exit(any(counts["failures"] for counts in fuzzer.counts.values()))

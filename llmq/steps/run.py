@@ -39,6 +39,7 @@ class Run:
     reader   reads the tensors that `layout` packs
     keep_grid  whether weights that already lie on a grid are stored on it without a second rounding
     ranks    the processes of the run
+    economy  what it does to need less memory
     """
 
     skeleton: Skeleton
@@ -54,6 +55,7 @@ class Run:
     on_event: OnEvent = ignore
     keep_grid: bool = True
     ranks: Ranks = ALONE
+    economy: Economy = Economy.NONE
 
     @functools.cached_property
     def paths(self) -> dict[str, str]:
