@@ -21,7 +21,7 @@ from llmq._version import __version__
 from llmq.calibration import CalibrationSet
 from llmq.calibration.sources import parse_sources
 from llmq.checkpoint.sealed import sha256_of
-from llmq.checkpoint.staging import STAGING
+from llmq.checkpoint.staging import STAGING, Staging
 from llmq.checkpoint.writer import Writer
 from llmq.config import QuantConfig
 from llmq.distributed.following import agree_on_blocks, shared_writer
@@ -129,9 +129,8 @@ class Job:
             if self._ranks.is_first:
                 Writer.require_free(self.out)  # checked before the text is read
         self.report.notes += self.plan.grid_notes
-        outside, length = self.plan.outside(), self.plan.settings.calibration.seqlen
-        check = partial(float_probe.check, self.plan.skeleton, self.plan.checkpoint, outside, length, on_event)
-        self.report.notes += self._ranks.first(check)
+        if self._overwrite or not self._ranks.first(lambda: Staging(self.out).blocks()):  # it passed before a block
+            self._check_floats(on_event)
         needed = self.plan.stages.needs_calibration or self.plan.settings.target_bits is not None
         load = partial(self._text.load, self.plan, self.report, on_event)
         calibration_set = self._ranks.first(load) if needed else None
@@ -156,6 +155,12 @@ class Job:
             writer.abandon()
             raise
         return self.report
+
+    def _check_floats(self, on_event: OnEvent) -> None:
+        """Run the float model on a few tokens."""
+        outside, length = self.plan.outside(), self.plan.settings.calibration.seqlen
+        check = partial(float_probe.check, self.plan.skeleton, self.plan.checkpoint, outside, length, on_event)
+        self.report.notes += self._ranks.first(check)
 
     def _forget_attempt(self, notes: Sequence[str]) -> None:
         """Leave the `notes` of before the first attempt, and those about attempts, in the report."""
@@ -196,6 +201,7 @@ class Job:
     ) -> Sensitivity:
         """The error of each layer on each of the grids `tried`; by default the grids of --target-bits."""
         question = self._question(tried)
+        self._check_floats(on_event)
         return self._measured(self._text.load(self.plan, self.report, on_event), question, windows, on_event)
 
     def _measured(self, text: CalibrationSet, question: Question, windows: int, on_event: OnEvent) -> Sensitivity:

@@ -6,8 +6,9 @@ The inputs are those of tests/fuzz. `--record` keeps the counts in a file, from 
 docs/HOSTILE_INPUT.md. A later call with the same file and seed continues after the inputs that are counted there, and
 first repeats those that failed: an input that passes now is counted as mended.
 
-The next turn of `TURN` inputs is that of the reader with the least CPU time so far. Each turn is a fork of this process, so an input that ends the process counts as a
-failure of its turn. Memory is measured for one input of `TRACED_EVERY`, because this takes four times as long.
+The next turn of `TURN` inputs is that of the reader with the least CPU time so far. Each turn is a fork of this
+process, so an input that ends the process counts as a failure of its turn. Memory is measured for one input of
+`TRACED_EVERY`, because this takes four times as long.
 """
 
 import argparse

@@ -9,7 +9,6 @@
 All files are written inside the staging folder and moved out at the end.
 """
 
-import shlex
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -24,6 +23,7 @@ from llmq.checkpoint.side_files import companions
 from llmq.checkpoint.writer import CONFIG, Writer
 from llmq.errors import CheckpointError, ConfigError, LlmqError, UnsupportedModelError
 from llmq.export.convert import Converter
+from llmq.export.finished import next_steps
 from llmq.formats import with_settings
 from llmq.gguf.folder import blocks_to_gguf, export_gguf
 from llmq.numerics.gguf_types import GGUF, GGUF_GRIDS
@@ -119,14 +119,8 @@ def _write(writer: Writer, plan: Plan, report: Report, quantized: set[str], on_e
         _record_sizes(folders, report)
     if failed:
         last = list(failed.values())[-1]
-        next_steps = _next_steps(writer.folder, staged, list(folders), list(failed))
-        raise type(last)(str(last), hint=f"{last.hint}; {next_steps}" if last.hint else next_steps) from last
-
-
-def _next_steps(out: Path, staged: str, finished: Sequence[str], failed: Sequence[str]) -> str:
-    """A hint: the finished formats, and the commands that convert them to the missing formats."""
-    commands = [shlex.join(["llmq", "convert", str(out / staged), str(out / name), "--to", name]) for name in failed]
-    return f"{', '.join(finished)} were written to {out}; write the rest without quantizing: {' and '.join(commands)}"
+        steps = next_steps(*([writer.folder / name for name in names] for names in (folders, failed)))
+        raise type(last)(str(last), hint=f"{last.hint}; {steps}" if last.hint else steps) from last
 
 
 def _make(source: Path, folder: Path, to: str, out: Path, plan: Plan, report: Report, on_event: OnEvent) -> None:
@@ -148,7 +142,7 @@ def _record_sizes(folders: Mapping[str, Path], report: Report) -> None:
         weights = [file for file in folder.iterdir() if file.suffix in (".safetensors", ".gguf")]
         report.sizes[name] = sum(file.stat().st_size for file in weights)
     for name, folder in folders.items():
-        own = checksums(folder)
+        own = read_record(folder).get("checksums") or checksums(folder)  # a converter has recorded them
         report.checksums |= {f"{name}/{file}" if len(folders) > 1 else file: sha for file, sha in own.items()}
         changed = {"sizes": report.sizes, "notes": report.notes, "checksums": own, "request": report.request}
         write_text(folder / PROVENANCE_FILE, json_text({**read_record(folder), **changed}))
