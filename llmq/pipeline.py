@@ -135,8 +135,8 @@ def quantize_groups(
     for group, stats in groups:
         for path in group.names:
             if path in result.kept:
-                layer = Rounded(path, block.weight(path), result.kept[path])
-                put(run, block, result, pack(run, block, layer, stats))
+                on_its_grid = Rounded(path, block.weight(path), result.kept[path])
+                put(run, block, result, pack(run, block, on_its_grid, stats))
         weights = {path: block.weight(path) for path in group.names if path not in result.kept}
         if weights and stats is not None and stats.tokens == 0:
             result.notes.append(f"{', '.join(weights)}: kept in float, no calibration token reached them")

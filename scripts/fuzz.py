@@ -30,7 +30,7 @@ from tests import builders  # noqa: E402
 from tests.fuzz import inputs  # noqa: E402
 from tests.fuzz.attempts import Outcomes  # noqa: E402
 
-TURN, TRACED_EVERY = 500, 16
+TURN, TRACED_EVERY = 2000, 16
 MEMORY = Path("/dev/shm")  # files of inputs are written there if it exists
 
 Numbers = range | list[int]

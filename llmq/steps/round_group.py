@@ -130,11 +130,11 @@ def _nearest_if_better(
     if stats.tokens >= K and rounding.damping in (None, options.damping):
         return rounding.quantized, {}
     validation, nearest = _validation(originals, stats), rtn.round_weight(originals, stats, scheme, options).quantized
-    losses = [
+    before, after = (
         output_error(originals, rounded, stats.second_moment()) if validation is None else validation.of(rounded)
         for rounded in (rounding.quantized.dequantize(), nearest.dequantize())
-    ]
-    keep = _keep_better("nearest", weights, *losses, {path: [] for path in weights}, fit.total)
+    )
+    keep = _keep_better("nearest", weights, before, after, {path: [] for path in weights}, fit.total)
     few = (f"{stats.tokens} tokens for {K} inputs: more text would make it better",) if stats.tokens < K else ()
     notes, start, text = {}, 0, "validation" if validation else "calibration"
     for path, weight in weights.items():

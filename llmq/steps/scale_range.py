@@ -7,6 +7,7 @@ has them. Elsewhere it gets the next grid of `repair.py` that can hold it, or is
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -34,13 +35,16 @@ def in_range(run: Run, block: Block, groups: Sequence[Group]) -> tuple[list[Grou
     """
     weights = {path: weight for group in groups for path, weight in group.weights.items() if group.schemes[path]}
     wide, notes = set[str](), list[str]()
+
+    def problem(path: str, scheme: WeightScheme | None = None, values: ScaleDtype | None = None) -> str | None:
+        planned = scheme or run.plans[path].scheme.weights
+        assert planned is not None, "only weights with a grid are checked"
+        return out_of_range(weights[path], planned, values or run.options.scale_dtype)
+
+    def all_hold(unit: Sequence[str], grid: WeightScheme) -> bool:
+        return not any(problem(path, grid) for path in unit)
+
     for unit in fused(block, weights):
-
-        def problem(path: str, scheme: WeightScheme | None = None, values: ScaleDtype | None = None) -> str | None:
-            planned = scheme or run.plans[path].scheme.weights
-            assert planned is not None, "only weights with a grid are checked"
-            return out_of_range(weights[path], planned, values or run.options.scale_dtype)
-
         problems = {path: text for path in unit if (text := problem(path)) is not None}
         if not problems:
             continue
@@ -48,7 +52,7 @@ def in_range(run: Run, block: Block, groups: Sequence[Group]) -> tuple[list[Grou
             wide.update(problems)
             notes += [f"{run.plans[path].name}: float32 scales, because {text}" for path, text in problems.items()]
             continue
-        _, texts = change(run, block, unit, problems, lambda grid, unit=unit: not any(problem(p, grid) for p in unit))
+        _, texts = change(run, block, unit, problems, partial(all_hold, unit))
         notes += texts
     usual = [part_of(run, group, weights.keys() - wide) for group in groups]
     others = [replace(part_of(run, group, wide), scales=torch.float32) for group in groups]
