@@ -166,7 +166,7 @@ class Attempts:
             with attempts.within_memory():
                 …
 
-    An attempt must continue after the work that is finished. Each further one is told to `report`. `together` is
+    An attempt must continue after the work that is finished. `report` gets a note for each further one. `together` is
     called with the error: it makes sure that all processes try again, and returns whether they can.
     """
 
