@@ -245,19 +245,22 @@ class Job:
                 self.report.tuning = event
             on_event(event)
 
-        plan, streams, fisher = self.plan, None, None
+        plan, streams = self.plan, None
         if text is not None:
             calls = RecordedCalls(plan.skeleton)
-            fisher = self._fisher = self._fisher or self._measured_fisher(text, writer, calls, on_event, economy)
+            if not self._ranks.least(self._fisher is not None):  # an attempt may have ended on some ranks only
+                self._fisher = self._measured_fisher(text, writer, calls, on_event, economy)
+            if self._fisher is not None and self._fisher.overflowed:
+                self.report.notes.append(fisher_information.OVERFLOWED.format(", ".join(self._fisher.overflowed)))
             streams = streams_of(
-                plan.skeleton, text, calls, plan.stages, folder=writer.activations, fisher=fisher, economy=economy,
-                quantize_head=plan.settings.quantize_head, ranks=self._ranks,
+                plan.skeleton, text, calls, plan.stages, folder=writer.activations, fisher=self._fisher,
+                economy=economy, quantize_head=plan.settings.quantize_head, ranks=self._ranks,
             )  # fmt: skip
         return Run(
             skeleton=plan.skeleton,
             streams=streams,
             seed=plan.settings.seed,
-            fisher=fisher,
+            fisher=self._fisher,
             plans=dict(plan.layers),
             method=plan.stages,
             options=plan.options,
@@ -276,12 +279,9 @@ class Job:
         if not self.plan.stages.needs_fisher or all(writer.has(index) for index in range(self.blocks)):
             return None
         tokens, seed, folder = (text.whole or text).tokens, self.plan.settings.seed, writer.activations
-        fisher = fisher_information.measure(
+        return fisher_information.measure(
             self.plan.skeleton, tokens, seed, calls, folder, on_event, self._ranks, text.numbers, economy
         )
-        if fisher.overflowed:
-            self.report.notes.append(fisher_information.OVERFLOWED.format(", ".join(fisher.overflowed)))
-        return fisher
 
 
 def quantize(

@@ -227,9 +227,8 @@ def restore_block(run: Run, block: Block) -> None:
         run.plans[path] = repair.restored(run.plans[path], layer.scheme)
         block.set_weight(path, run.unpack(layer.name, tensors).dequantize())
     replaced = {f"{layer.name}.weight" for layer in report.layers}  # a format may use this name for packed values
-    block.set_stored_parameters(
-        {name: tensors[name] for name in block.stored_names() if name in tensors.keys() - replaced}
-    )
+    names = [name for name in block.stored_names() if name in tensors and name not in replaced]
+    block.set_stored_parameters({name: tensors[name] for name in names})
     if run.streams is not None:
         run.streams.past(block)
     run.on_event(report)
