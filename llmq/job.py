@@ -23,14 +23,14 @@ from llmq.calibration.given import from_python
 from llmq.calibration.sources import parse_sources
 from llmq.checkpoint.in_memory import Savable, opened
 from llmq.checkpoint.sealed import sha256_of
-from llmq.checkpoint.staging import STAGING
+from llmq.checkpoint.staging import STAGING, Staging
 from llmq.checkpoint.writer import Writer
 from llmq.config import QuantConfig
-from llmq.distributed.following import shared_writer
+from llmq.distributed.following import agree_on_blocks, shared_writer
 from llmq.distributed.ranks import ALONE, Ranks
 from llmq.errors import ConfigError
 from llmq.export import save, verdict
-from llmq.export.finished import finished_record, require_unchanged
+from llmq.export.finished import finished_report
 from llmq.memory import Economy
 from llmq.methods import Method
 from llmq.mixed_precision import assign, sensitivity
@@ -50,7 +50,6 @@ from llmq.schedule import possible
 from llmq.schedule import stages as expected
 from llmq.setting_fields import config_to, merged
 from llmq.steps import fisher_information, float_probe, lm_head, output_layout
-from llmq.steps.end_to_end.memory_plan import disk_bytes
 from llmq.steps.fisher_information import FisherInformation
 from llmq.steps.run import Run, streams_of
 
@@ -101,6 +100,7 @@ class Job:
             original_bytes=self.plan.checkpoint.nbytes,
             request=sha256_of(self._identity()),
         )
+        self._fisher: FisherInformation | None = None  # measured once for all attempts
         self.finished = False  # whether `run` found the finished model of an earlier run
         self.report.notes += [*self.plan.notes, *self.plan.idle_patterns()]
         if self.commits > self.blocks and self.plan.stages.tuning is not None:
@@ -134,9 +134,8 @@ class Job:
         if on_event is not ignore and self._ranks.is_first:
             on_event(expected.planned(self.plan, self._ranks.size))
         self.report.notes += self.plan.grid_notes
-        outside, length = self.plan.outside(), self.plan.settings.calibration.seqlen
-        check = partial(float_probe.check, self.plan.skeleton, self.plan.checkpoint, outside, length, on_event)
-        self.report.notes += self._ranks.first(check)
+        if self._overwrite or not self._ranks.first(lambda: Staging(self.out).blocks()):  # it passed before a block
+            self._check_floats(on_event)
         needed = self.plan.stages.needs_calibration or self.plan.settings.target_bits is not None
         load = partial(self._text.load, self.plan, self.report, on_event)
         calibration_set = self._ranks.first(load) if needed else None
@@ -147,9 +146,16 @@ class Job:
             complete = partial(self._text.complete, calibration_set.windows, self.plan, self.report, on_event)
             text = self._ranks.first(complete).share(self._ranks)
         writer = shared_writer(self._ranks, self.out, lambda: self._open_writer(calibration_set, text))
+        notes = tuple(self.report.notes)
+        attempts = memory.Attempts(self.plan.device, self.report.notes.append, self._ranks.try_again)
         try:
             self._text.save()
-            self._quantize(text, writer, on_event, start)
+            for economy in attempts:
+                with attempts.within_memory():
+                    self._forget_attempt(notes)
+                    agree_on_blocks(self._ranks, writer)
+                    run = partial(self.prepare, text, writer, on_event, economy)  # no name keeps its hidden states
+                    pipeline.quantize_model(run(), lambda run: save.finish(run, self.plan, self.report, start))
         except BaseException:
             writer.abandon()
             raise
@@ -162,25 +168,17 @@ class Job:
             held_back = self._text.held_back(self.plan, text, self.report)
             verdict.add(self.plan, self.report, self._folders, held_back, on_event)
 
-    def _quantize(self, text: Text | None, writer: Writer, on_event: OnEvent, start: float) -> None:
-        """Quantize and save. If the memory is not enough, continue at the first block that is not finished.
+    def _check_floats(self, on_event: OnEvent) -> None:
+        """Run the float model on a few tokens."""
+        outside, length = self.plan.outside(), self.plan.settings.calibration.seqlen
+        check = partial(float_probe.check, self.plan.skeleton, self.plan.checkpoint, outside, length, on_event)
+        self.report.notes += self._ranks.first(check)
 
-        Several processes end instead, because they would have to agree.
-        """
-
-        before = len(self.report.notes)
-
-        def attempt(economy: Economy) -> None:
-            self.report.blocks = []
-            repeated = [note for note in self.report.notes[before:] if not note.startswith(memory.RETRIED)]
-            self.report.notes[:] = [note for note in self.report.notes if note not in repeated]
-            run = self.prepare(text, writer, on_event, economy)
-            pipeline.quantize_model(run, save=lambda: save.finish(run, self.plan, self.report, start))
-
-        if self._ranks.size == 1:
-            memory.within_memory(attempt, self.plan.device, self.report.notes.append)
-        else:
-            attempt(Economy.NONE)
+    def _forget_attempt(self, notes: Sequence[str]) -> None:
+        """Leave the `notes` of before the first attempt, and those about attempts, in the report."""
+        attempts = [note for note in self.report.notes if note.startswith(memory.RETRIED)]
+        self.report.notes[:] = [*notes, *attempts]
+        self.report.blocks = []
 
     def _identity(self) -> dict[str, Any]:
         """What decides about the bytes of the model, except the contents of the text."""
@@ -195,26 +193,18 @@ class Job:
         }
 
     def _finished(self) -> Report | None:
-        """The report of the model in the output folder, if the same request with the same text made it.
-
-        Raises CheckpointError if its files have changed. Text that the model generates depends on the request only.
-        """
-        record = finished_record(self._folders, self.report.request)
-        if record is None:
-            return None
-        sources = parse_sources(self.plan.settings.calibration.sources)
-        if record["calibration"] is not None and not any(source.is_self for source in sources):
-            text = self._text.load(self.plan, dataclasses.replace(self.report, notes=[]), ignore)
-            if text.sha256 != record["calibration"]["sha256"]:
-                return None
-        require_unchanged(self.out, self._folders)
-        return Report.from_dict(record)
+        """The report of the model in the output folder, if the same request with the same text made it."""
+        report = dataclasses.replace(self.report, notes=[])
+        written = any(source.is_self for source in parse_sources(self.plan.settings.calibration.sources))
+        text = None if written else lambda: self._text.load(self.plan, report, ignore).sha256
+        return finished_report(self.out, self._folders, self.report.request, text)
 
     def measure_layers(
         self, tried: Sequence[WeightScheme] = (), windows: int = sensitivity.WINDOWS, on_event: OnEvent = ignore
     ) -> Sensitivity:
         """The error of each layer on each of the grids `tried`; by default the grids of --target-bits."""
         question = self._question(tried)
+        self._check_floats(on_event)
         if on_event is not ignore:
             on_event(expected.planned_measuring(self.plan, len(question.grids), windows))
         return self._measured(self._text.load(self.plan, self.report, on_event), question, windows, on_event)
@@ -239,13 +229,8 @@ class Job:
         self.report.notes += [*measured.notes, str(assignment)]
 
     def _open_writer(self, calibration_set: CalibrationSet | None, text: Text | None) -> Writer:
-        plan, identity = self.plan, self._identity()
+        identity, needed = self._identity(), save.needed_bytes(self.plan, text)
         identity["settings"] |= {"calibration": calibration_set.sha256 if calibration_set else None}
-        needed = save.copies(plan.settings.formats) * plan.expected_bytes
-        if text is not None and plan.stages.tuning is not None:
-            whole = text.whole or text
-            needed += disk_bytes(plan.skeleton, plan.layers.values(), plan.stages.tuning, whole)
-        needed += fisher_information.disk_bytes(plan.skeleton) if plan.stages.needs_fisher else 0
         writer = Writer.open(self.out, identity=identity, overwrite=self._overwrite, needed_bytes=needed)
         self.report.notes += writer.notes(self.commits)
         return writer
@@ -260,20 +245,23 @@ class Job:
             on_event(event)
 
         live = LiveReport(writer.report_page if self._ranks.is_first else None, self.report, self.commits)
-        plan, streams, fisher = self.plan, None, None
+        plan, streams = self.plan, None
         if text is not None:
             calls = RecordedCalls(plan.skeleton)
-            fisher = self._fisher(text, writer, calls, on_event)
+            if not self._ranks.least(self._fisher is not None):  # an attempt may have ended on some ranks only
+                self._fisher = self._measured_fisher(text, writer, calls, on_event, economy)
+            if self._fisher is not None and self._fisher.overflowed:
+                self.report.notes.append(fisher_information.OVERFLOWED.format(", ".join(self._fisher.overflowed)))
             streams = streams_of(
-                plan.skeleton, text, calls, plan.stages, folder=writer.activations, fisher=fisher, economy=economy,
-                quantize_head=plan.settings.quantize_head, ranks=self._ranks,
+                plan.skeleton, text, calls, plan.stages, folder=writer.activations, fisher=self._fisher,
+                economy=economy, quantize_head=plan.settings.quantize_head, ranks=self._ranks,
             )  # fmt: skip
         return Run(
             skeleton=plan.skeleton,
             streams=streams,
             seed=plan.settings.seed,
-            fisher=fisher,
-            plans=plan.layers,
+            fisher=self._fisher,
+            plans=dict(plan.layers),
             method=plan.stages,
             options=plan.options,
             layout=plan.layout,
@@ -282,18 +270,18 @@ class Job:
             on_event=collect,
             keep_grid=plan.settings.keep_grid,
             ranks=self._ranks,
+            economy=economy,
         )
 
-    def _fisher(self, text: Text, writer: Writer, calls: RecordedCalls, on_event: OnEvent) -> FisherInformation | None:
+    def _measured_fisher(
+        self, text: Text, writer: Writer, calls: RecordedCalls, on_event: OnEvent, economy: Economy
+    ) -> FisherInformation | None:
         if not self.plan.stages.needs_fisher or all(writer.has(index) for index in range(self.blocks)):
             return None
         tokens, seed, folder = (text.whole or text).tokens, self.plan.settings.seed, writer.activations
-        fisher = fisher_information.measure(
-            self.plan.skeleton, tokens, seed, calls, folder, on_event, self._ranks, text.numbers
+        return fisher_information.measure(
+            self.plan.skeleton, tokens, seed, calls, folder, on_event, self._ranks, text.numbers, economy
         )
-        if fisher.overflowed:
-            self.report.notes.append(fisher_information.OVERFLOWED.format(", ".join(fisher.overflowed)))
-        return fisher
 
 
 def quantize(

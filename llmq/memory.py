@@ -20,6 +20,7 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -151,9 +152,9 @@ class Economy(enum.IntEnum):
         """What the run does from this step on, for a note."""
         return (
             "",
-            "half the tokens at a time (all for experts), and without keeping activations",
-            "hidden states in main memory",
-            "hidden states in files",
+            "with half the tokens at a time (all for experts), and without keeping activations",
+            "with hidden states in main memory",
+            "with hidden states in files",
         )[self]
 
 
@@ -174,26 +175,52 @@ OUT_OF_MEMORY = (
 )
 
 
-def within_memory(attempt: Callable[[Economy], None], device: torch.device, report: Callable[[str], None]) -> None:
-    """Call `attempt`; whenever it is out of memory, call it again with the next step of economy, and `report` that.
+class Attempts:
+    """Attempts at a run on a device, each with less memory than the one before, until one is not out of memory.
 
-    `attempt` must continue after the work that is finished. Raises BackendError if the last step is not enough.
+        for economy in attempts:
+            with attempts.within_memory():
+                …
+
+    An attempt must continue after the work that is finished. `report` gets a note for each further one. `together` is
+    called with the error: it makes sure that all processes try again, and returns whether they can.
     """
-    steps = [step for step in Economy if device.type != "cpu" or step is not Economy.STATES_IN_MAIN_MEMORY]
-    for step, following in zip(steps, [*steps[1:], None], strict=True):
+
+    def __init__(
+        self,
+        device: torch.device,
+        report: Callable[[str], None],
+        together: Callable[[BaseException], bool] = lambda error: True,
+    ) -> None:
+        self._device, self._report, self._together = device, report, together
+        self._steps = [step for step in Economy if device.type != "cpu" or step is not Economy.STATES_IN_MAIN_MEMORY]
+        self._failed = False  # whether the last attempt was out of memory
+
+    def __iter__(self) -> Iterator[Economy]:
+        while True:
+            self._failed = False
+            yield self._steps[0]
+            if not self._failed:
+                return
+            gc.collect()  # the traceback held the tensors of the failed attempt
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    @contextmanager
+    def within_memory(self) -> Iterator[None]:
+        """Take the next step if memory runs out here. Raises BackendError if there is none."""
         try:
-            attempt(step)
-            return
+            yield
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             reason = str(error).partition("\n")[0] or type(error).__name__
-            if following is None:
+            if not self._together(error) or len(self._steps) == 1:
+                tried = ", although hidden states are kept in files" if len(self._steps) == 1 else ""
                 raise BackendError(
-                    f"out of memory, although hidden states are kept in files: {reason}",
+                    f"out of memory{tried}: {reason}",
                     hint="free some memory, or use shorter sequences (--seqlen); finished blocks are kept",
                 ) from error
-        gc.collect()  # the traceback held the tensors of the failed attempt
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        report(f"{RETRIED} ({reason}): the block was computed again with {following.effect}")
+            self._failed = True
+            del self._steps[0]
+            self._report(f"{RETRIED} ({reason}): continued after the last finished block, {self._steps[0].effect}")

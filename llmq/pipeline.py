@@ -12,8 +12,9 @@
     keep grids          weights that already lie on a grid are stored on it, and no later stage changes them
     transform           rewrite the float block into an equal one with less quantization error (scales, rotations)
     collect statistics  run the calibration text up to the group, and sum up its inputs (the Hessian)
-    check the range     a weight whose scales the format cannot hold gets float32 scales, or is kept in float
+    check the range     a weight whose scales the format cannot hold gets float32 scales, another grid, or float
     quantize            round the weights to codes and scales; later groups get inputs from the quantized weights
+    repair              a layer that would lose its output gets smaller groups, then 8 bits, then float
     pack                convert to the tensors of the file format
     tune                adjust all quantized weights of the block together, and pack them again (if the method does so)
     commit              write the block to the output folder; an interrupted run continues after it
@@ -45,23 +46,23 @@ from llmq.model.passes.sequential import Sequential
 from llmq.numerics.input_stats import InputStats
 from llmq.report.layer_metrics import as_experts, layer_report
 from llmq.report.record import BlockReport, LayerReport, StageGain, peak_memory
-from llmq.steps import block_tuning, existing_grids
+from llmq.steps import block_tuning, existing_grids, repair
 from llmq.steps.end_to_end import tune_end_to_end
 from llmq.steps.lm_head import quantize_head
 from llmq.steps.round_group import Rounded
 from llmq.steps.round_together import Group, round_together
 from llmq.steps.run import Run
-from llmq.steps.scale_range import groups_in_range
+from llmq.steps.scale_range import in_range
 from llmq.steps.transforms import transform_block
 
 
-def quantize_model(run: Run, save: Callable[[], None]) -> None:
+def quantize_model(run: Run, save: Callable[[Run], None]) -> None:
     """Quantize and commit every block, then the head; tune all blocks together; save the finished model."""
     forward(run.skeleton, lambda block: quantize_block(run, block))
     quantize_head(run)
     if only_the_first_is_left(run):
         tune_end_to_end(run)
-        save()
+        save(run)
 
 
 def only_the_first_is_left(run: Run) -> bool:
@@ -105,8 +106,9 @@ def quantize_block(run: Run, block: Block) -> None:
         return
     result.kept = run.ranks.first(lambda: existing_grids.kept_in(run, block))
     if run.streams is None:  # no calibration text: every layer is a separate group, without statistics
-        for path, linear in block.linears.items():
-            quantize_groups(run, block, result, [(InputGroup((path,), linear.in_features), None)])
+        for unit in repair.fused(block, block.linears):
+            groups = [InputGroup((path,), block.linears[path].in_features) for path in unit]
+            quantize_groups(run, block, result, [(group, None) for group in groups])
     else:
         probe = run.streams.quantized.sample(PROBE_TOKENS)
         groups = run.ranks.first(lambda: input_groups.input_groups(block, probe))
@@ -129,41 +131,67 @@ def quantize_groups(
 ) -> None:
     """Quantize and pack the weights that share an input, and put the quantized weights into the block.
 
-    There is one group, or, with several ranks, one per rank. Weights that lie on a grid already are kept on it.
+    There is one group, or, with several ranks, one per rank. Weights that lie on a grid already are kept on it. A layer
+    that would lose its output gets another grid (see `repair.py`).
     """
     reached: list[Group] = []
     for group, stats in groups:
-        kept = [Rounded(path, block.weight(path), result.kept[path]) for path in group.names if path in result.kept]
-        put_group(run, block, result, kept, stats)
+        for path in group.names:
+            if path in result.kept:
+                on_its_grid = Rounded(path, block.weight(path), result.kept[path])
+                put(run, block, result, pack(run, block, on_its_grid, stats))
         weights = {path: block.weight(path) for path in group.names if path not in result.kept}
         if weights and stats is not None and stats.tokens == 0:
             result.notes.append(f"{', '.join(weights)}: kept in float, no calibration token reached them")
         elif weights:
-            storable, notes = groups_in_range(run, block, weights, stats)
-            reached += storable
-            result.notes += notes
-    for solved, layers in zip(reached, round_together(reached, run.method, run.options, run.ranks), strict=True):
-        put_group(run, block, result, layers, solved.stats)
+            reached.append(Group(weights, {path: run.plans[path].scheme.weights for path in weights}, stats))
+    reached, notes = in_range(run, block, reached)
+    result.notes += notes
+    while reached:
+        solved = zip(reached, round_together(reached, run.method, run.options, run.ranks), strict=True)
+        packed = [pack(run, block, layer, group.stats) for group, layers in solved for layer in layers]
+        errors = {layer.path: layer.report.error for layer in packed}
+        reached, changed, notes = repair.to_round_again(run, block, reached, errors)
+        result.notes += notes
+        for layer in packed:
+            if layer.path not in changed:
+                put(run, block, result, layer)
 
 
-def put_group(run: Run, block: Block, result: BlockResult, layers: Sequence[Rounded], stats: InputStats | None) -> None:
-    """Pack quantized weights, report on them, and put them into the block."""
-    for layer in layers:
-        dequantized = layer.rounding.quantized.dequantize()
-        block.set_weight(layer.path, dequantized)
-        packed = run.pack(layer.path, layer.rounding.quantized)
-        name = run.plans[layer.path].name
-        experts = block.is_experts(layer.path)
-        report = layer_report(
-            name, layer.weight, dequantized, layer.rounding, packed, stats, layer.gains, run.ranks,
-            options=None if experts else run.options,
-        )  # fmt: skip
-        report = as_experts(report, run.method.transforms) if experts else report
-        run.on_event(report)
-        result.reports.append(report)
-        result.tensors |= packed
-        if run.method.block_tuning is not None and layer.path not in result.kept:
-            result.layers[layer.path] = layer
+@dataclass(frozen=True)
+class PackedLayer:
+    """A quantized layer, its tensors in the file by their names, and its report."""
+
+    rounded: Rounded
+    tensors: Mapping[str, Tensor]
+    report: LayerReport
+
+    @property
+    def path(self) -> str:
+        return self.rounded.path
+
+
+def pack(run: Run, block: Block, layer: Rounded, stats: InputStats | None) -> PackedLayer:
+    """Pack a quantized weight and measure its errors."""
+    tensors, dequantized = run.pack(layer.path, layer.rounding.quantized), layer.rounding.quantized.dequantize()
+    name = run.plans[layer.path].name
+    experts = block.is_experts(layer.path)
+    report = layer_report(
+        name, layer.weight, dequantized, layer.rounding, tensors, stats, layer.gains, run.ranks,
+        options=None if experts else run.options,
+    )  # fmt: skip
+    report = as_experts(report, run.method.transforms) if experts else report
+    return PackedLayer(layer, tensors, report)
+
+
+def put(run: Run, block: Block, result: BlockResult, layer: PackedLayer) -> None:
+    """Put a quantized weight into the block, and report on it."""
+    block.set_weight(layer.path, layer.rounded.rounding.quantized.dequantize())
+    run.on_event(layer.report)
+    result.reports.append(layer.report)
+    result.tensors |= layer.tensors
+    if run.method.block_tuning is not None and layer.path not in result.kept:
+        result.layers[layer.path] = layer.rounded
 
 
 def tune_and_advance(run: Run, block: Block, result: BlockResult, forwards: Sequential) -> None:
@@ -202,8 +230,12 @@ def restore_block(run: Run, block: Block) -> None:
     tensors, record = run.committed(block.index)
     report = BlockReport.from_dict(record, resumed=True)
     for layer in report.layers:
-        block.set_weight(run.paths[layer.name], run.unpack(layer.name, tensors).dequantize())
-    block.set_stored_parameters(tensors)
+        path = run.paths[layer.name]
+        run.plans[path] = repair.restored(run.plans[path], layer.scheme)
+        block.set_weight(path, run.unpack(layer.name, tensors).dequantize())
+    replaced = {f"{layer.name}.weight" for layer in report.layers}  # a format may use this name for packed values
+    names = [name for name in block.stored_names() if name in tensors and name not in replaced]
+    block.set_stored_parameters({name: tensors[name] for name in names})
     if run.streams is not None:
         run.streams.past(block)
     run.on_event(report)

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parents[1]
 README, ARCHITECTURE, MODELS = ROOT / "README.md", ROOT / "docs" / "ARCHITECTURE.md", ROOT / "docs" / "MODELS.md"
 SERVING, KERNELS = ROOT / "docs" / "SERVING.md", ROOT / "kernels" / "README.md"
-RELIABILITY = ROOT / "docs" / "RELIABILITY.md"
-KILLS = ROOT / "tests" / "faults" / "kills.json"
+RELIABILITY, HOSTILE = ROOT / "docs" / "RELIABILITY.md", ROOT / "docs" / "HOSTILE_INPUT.md"
+KILLS, FUZZ = ROOT / "tests" / "faults" / "kills.json", ROOT / "tests" / "fuzz" / "counts.json"
 PEERS = ROOT / "eval" / "peers" / "results"
 # This checkout, for the builders of the tests; the programs of eval/ import each other by their names.
 sys.path[:0] = [str(ROOT / part) for part in (".", "kernels", "eval", "eval/peers")]
@@ -132,12 +132,25 @@ def kills() -> str:
     return "\n".join([*lines, f"| all, seed {record['seed']} | | {sums} |"])
 
 
+def fuzz() -> str:
+    """The table of damaged inputs in docs/HOSTILE_INPUT.md, from the result of scripts/fuzz.py."""
+    record = read_json(FUZZ)
+    lines = ["| reader | inputs | read | refused | failed, mended since | failed |", "|" + "---|" * 6]
+    for name, counts in record["readers"].items():
+        failed = sum(map(len, counts["failures"].values()))
+        numbers = (counts["inputs"], counts["read"], counts["refused"], counts["mended"], failed)
+        lines.append(f"| {name} | {' | '.join(f'{n:,}' for n in numbers)} |")
+    total = sum(counts["inputs"] for counts in record["readers"].values())
+    return "\n".join([*lines, "", f"All together: {total:,} inputs, seed {record['seed']}."])
+
+
 PARTS: dict[str, tuple[Path, Callable[[], str]]] = {
     "results": (README, results),
     "rules": (SERVING, serving),
     "kernels": (KERNELS, kernels),
     "tree": (ARCHITECTURE, tree),
     "kills": (RELIABILITY, kills),
+    "fuzz": (HOSTILE, fuzz),
 }
 
 # ---- whole pages

@@ -46,7 +46,9 @@ from llmq.setting_fields import merged  # noqa: E402
 from tests import builders, runs  # noqa: E402
 
 RECORD = "llmq.json"
-TUNED = replace(METHODS["best"], block_tuning=Tuning(2, 0.01, 0.02, 64), tuning=Tuning(4, 1e-3, 1e-3, 64), written=1)
+SHORT = Tuning(2, 0.0, 0.02, 64, fisher=True)
+BALANCED = replace(METHODS["balanced"], block_tuning=SHORT)
+BEST = replace(METHODS["best"], block_tuning=SHORT, tuning=Tuning(4, 1e-3, 1e-3, 64), written=1)
 PRELOADED = ("transformers.models.llama.modeling_llama", "llmq.verification.engines", "llmq.gguf.export", "gguf")
 CALLS = ("fsync", "replace", "rename", "unlink", "mkdir", "rmdir")
 
@@ -68,7 +70,9 @@ CASES = (
     Case("fast, gguf", {"method": "fast", "format": "gguf", "group_size": 32}),
     Case("gptq, three formats", {"method": "gptq", "format": "awq,gptq,gguf", "group_size": 32}),
     Case("rtn, gguf:q4_k_m", {"method": "rtn", "format": "gguf:q4_k_m"}),
-    Case("tuned end to end, own text", {"format": "gptq,awq", "group_size": 32}, TUNED),
+    Case("balanced, gptq_v2", {"method": "balanced", "format": "gptq_v2"}, BALANCED),
+    Case("gptq, mlx", {"method": "gptq", "format": "mlx", "group_size": 32}),
+    Case("best, two formats", {"method": "best", "format": "gptq,awq", "group_size": 32}, BEST),
     Case("convert to gptq", {}, convert="gptq"),
     Case("convert to gguf and back", {}, convert="gguf"),
 )

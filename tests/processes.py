@@ -1,5 +1,6 @@
 """Several processes on this machine, as torchrun starts them, but forked from one that has imported everything."""
 
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from llmq import pipeline
 from llmq.distributed import join
 from llmq.methods import Method
 from llmq.report.record import Report
@@ -95,6 +97,31 @@ def _command(*arguments: str | Path) -> Outcome:
 
 def _job(model: Path, out: Path, text: Path, stages: Method, settings: dict[str, Any]) -> Report:
     return runs.job(model, out, text, stages=stages, ranks=join("cpu"), **settings).run()
+
+
+def job_out_of_memory(size: int, failures: Sequence[tuple[int, str, int]], *arguments: Any) -> list[Report]:
+    """`job`, where call number n of a function of `pipeline` runs out of memory on a rank: (rank, function, n)."""
+    return results(start(size, _job_out_of_memory, failures, *arguments))
+
+
+def _job_out_of_memory(
+    failures: Sequence[tuple[int, str, int]], model: Path, out: Path, text: Path, stages: Method
+) -> Report:
+    for rank, name, number in failures:
+        if os.environ["RANK"] == str(rank):
+            setattr(pipeline, name, _out_of_memory_at(number, getattr(pipeline, name)))
+    return _job(model, out, text, stages, {})
+
+
+def _out_of_memory_at(number: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    calls = itertools.count(1)
+
+    def called(*arguments: Any, **options: Any) -> Any:
+        if next(calls) == number:
+            raise MemoryError("in a test")
+        return function(*arguments, **options)
+
+    return called
 
 
 def _exchange() -> dict[str, Any]:

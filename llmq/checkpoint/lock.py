@@ -1,4 +1,8 @@
-"""One process at a time writes to an output folder: a lock that the system releases when its owner ends, however."""
+"""One process at a time writes to an output folder: a lock that the system releases when its owner ends, however.
+
+On a file system without such locks filelock writes the process and its host into the file; the lock of a process that
+has ended is taken over. filelock also notices a file that its last owner deletes at the moment when it is locked.
+"""
 
 import shutil
 from collections.abc import Iterator
@@ -26,9 +30,6 @@ class FolderLock:
                 self._lock.acquire(timeout=0)
             except Timeout:
                 raise _busy(folder) from None
-        if not self._file.exists():  # its last owner has deleted it in this moment
-            self._lock.release()
-            raise _busy(folder)
 
     def release(self) -> None:
         """Delete the file, and let other processes use the folder; without effect if it was released before."""

@@ -29,8 +29,19 @@ class FollowingWriter(Writer):
     def commit(self, index: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         self._committed.add(index)
 
+    def follow(self, committed: Collection[int]) -> None:
+        """Take over which blocks the first rank has committed."""
+        self._committed = set(committed)
+
     def abandon(self) -> bool:
         return bool(self._committed)
+
+
+def agree_on_blocks(ranks: Ranks, writer: Writer) -> None:
+    """Before another attempt: the ranks may have been interrupted before and after the end of a block."""
+    committed = ranks.first(lambda: writer.committed)
+    if isinstance(writer, FollowingWriter):
+        writer.follow(committed)
 
 
 def shared_writer(ranks: Ranks, out: Path, make: Callable[[], Writer]) -> Writer:

@@ -10,6 +10,9 @@ on its position and on the number of ranks, and the sum is copied to all ranks. 
 same command gets the same bits again (a test checks both). Another number of ranks adds in another order. nccl copies
 its sums as well; it may choose another order on another machine.
 
+**Out of memory.** Before each exchange the ranks agree that all of them have come so far. A rank that is out of memory
+takes part in the next agreement only, in which the others learn it. Then all of them continue more economically.
+
 **Failures.** A process that ends closes its connections, so the others fail in their next exchange, and raise
 `Interrupted`. torchrun also sends them SIGTERM, which the command line handles like Ctrl-C. Only a machine that stops
 answering is noticed late, after `ANSWER_WITHIN`. A rank that waits for nccl does not react to SIGTERM; torchrun kills
@@ -32,7 +35,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from llmq.distributed.message import Message
-from llmq.distributed.ranks import Ranks, T
+from llmq.distributed.ranks import MemoryElsewhere, Ranks, T
 from llmq.errors import BackendError, ConfigError, Interrupted
 
 ANSWER_WITHIN = timedelta(minutes=30)
@@ -48,12 +51,13 @@ class ProcessGroup(Ranks):
         self._store = store
         self._device = device
         self._asked = 0  # calls of `first`
+        self._left = False
 
     def device(self, name: str) -> str:
         return str(self._device)
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        with answered():
+        with self._exchange():
             dist.all_reduce(tensor)
         return tensor
 
@@ -63,35 +67,41 @@ class ProcessGroup(Ranks):
     def total(self, *values: float) -> list[float]:
         own = torch.tensor(values, dtype=torch.float64)
         parts = [torch.empty_like(own) for _ in range(self.size)]
-        with answered():
+        with self._exchange():
             dist.all_gather(parts, own)
         return [float(value) for value in torch.stack(parts).sum(0)]
 
     def least(self, value: int) -> int:
         own = torch.tensor(value, dtype=torch.int64)
-        with answered():
+        with self._exchange():
             dist.all_reduce(own, dist.ReduceOp.MIN)
         return int(own)
 
     def copy_(self, tensor: Tensor) -> None:
-        with answered():
+        with self._exchange():
             dist.broadcast(tensor, 0)
 
     def first(self, make: Callable[[], T]) -> T:
         name = f"first-{self._asked}"
         self._asked += 1
         if self.is_first:
-            value = make()
-            with answered():
-                self._store.set(name, "ready")
-            self._send(Message.of(value))
+            try:
+                message = Message.of(value := make())
+            finally:  # if memory has run out, the others learn it in the exchange
+                with answered():
+                    self._store.set(name, "ready")
+            with self._exchange():
+                self._send(message)
             return value
         self._wait(name)
-        result: T = self._receive(0)
+        with self._exchange():
+            result: T = self._receive(0)
         return result
 
     def all(self, value: T) -> list[T]:
-        return [self._send(Message.of(value), value) if self.rank == r else self._receive(r) for r in range(self.size)]
+        own = Message.of(value)
+        with self._exchange():
+            return [self._send(own, value) if self.rank == r else self._receive(r) for r in range(self.size)]
 
     def reports(self, message: str) -> bool:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # this process is ending, and must not be stopped while it prints
@@ -105,9 +115,35 @@ class ProcessGroup(Ranks):
             return True
         return is_first_to_report
 
+    def try_again(self, error: BaseException) -> bool:
+        if not self._left and not isinstance(error, MemoryElsewhere):
+            with answered():
+                if self.is_first:  # others may wait for what it makes next
+                    self._store.set(f"first-{self._asked}", "ready")
+                    self._asked += 1
+                self._agree(out_of_memory=True)
+        return not self._left
+
     def leave(self) -> None:
         self.total(0.0)  # the others have received everything; nccl must be left by all at once
+        self._left = True
         dist.destroy_process_group()
+
+    @contextmanager
+    def _exchange(self) -> Iterator[None]:
+        """An exchange, before which every rank learns whether all of them have come so far."""
+        with answered():
+            if self._agree(out_of_memory=False):
+                raise MemoryElsewhere("another process is out of memory")
+            yield
+
+    def _agree(self, *, out_of_memory: bool) -> bool:
+        """Whether a rank is out of memory. Then all have counted the same number of calls of `first` afterwards."""
+        state = torch.tensor([int(out_of_memory), self._asked], dtype=torch.int64)
+        dist.all_reduce(state, dist.ReduceOp.MAX)
+        if state[0]:
+            self._asked = int(state[1])
+        return bool(state[0])
 
     def _wait(self, name: str) -> None:
         """Wait until the first rank has set `name`: as long as it works, if that takes hours."""

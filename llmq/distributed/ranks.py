@@ -18,6 +18,10 @@ T = TypeVar("T")
 WHOLE_BATCHES = 4  # per rank; with fewer, a share is not rounded to whole batches, so that shares stay nearly equal
 
 
+class MemoryElsewhere(MemoryError):  # noqa: N818  (not an error of this rank)
+    """Another rank is out of memory."""
+
+
 class Ranks:
     """The run of one process.
 
@@ -80,6 +84,13 @@ class Ranks:
 
     def reports(self, message: str) -> bool:
         """Before an error ends this rank: whether it is the first one with this message, so that it is printed once."""
+        return True
+
+    def try_again(self, error: BaseException) -> bool:
+        """Let all ranks leave what they are doing, because this one is out of memory; they raise `MemoryElsewhere`.
+
+        `error` is that of this rank, or `MemoryElsewhere`. Returns False if ranks have left, so that they cannot.
+        """
         return True
 
     def leave(self) -> None:

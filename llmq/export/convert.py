@@ -275,7 +275,7 @@ class Converter:
 
     def _record(self) -> dict[str, Any]:
         """The record of the run that quantized the model, if there is one, and of all conversions since."""
-        report = self.report
+        report, record = self.report, read_record(self._checkpoint.folder)
         done = {
             "from": report.source_format,
             "to": report.format,
@@ -283,8 +283,8 @@ class Converter:
             "llmq": __version__,
             "compared": report.compared,
             "requantized": report.requantized,
+            "run": record.get("request"),
         }
-        record = read_record(self._checkpoint.folder)
         return {**record, "conversions": [*record.get("conversions", ()), done], "request": report.request}
 
 

@@ -9,10 +9,10 @@
 All files are written inside the staging folder and moved out at the end.
 """
 
-import shlex
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from llmq import memory
@@ -24,8 +24,10 @@ from llmq.checkpoint.writer import CONFIG, Writer
 from llmq.errors import CheckpointError, ConfigError, LlmqError, UnsupportedModelError
 from llmq.export import card
 from llmq.export.convert import Converter
+from llmq.export.finished import next_steps
 from llmq.formats import with_settings
 from llmq.gguf.folder import blocks_to_gguf, export_gguf
+from llmq.model.passes.streams import Text
 from llmq.numerics.gguf_types import GGUF, GGUF_GRIDS
 from llmq.report import record
 from llmq.report.events import SAVING, Event, OnEvent, Progress
@@ -33,7 +35,8 @@ from llmq.report.expert_tokens import expert_tokens
 from llmq.report.record import Report
 from llmq.report.stored_record import read_record, write_record
 from llmq.run_plan import Plan
-from llmq.steps import output_layout, scale_range
+from llmq.steps import fisher_information, output_layout, scale_range
+from llmq.steps.end_to_end.memory_plan import disk_bytes
 from llmq.steps.run import Run
 from llmq.verification.integrity import checksums
 
@@ -43,6 +46,14 @@ def copies(formats: Sequence[str]) -> int:
     made = 1 + len(formats) - (output_layout.staged_format(formats) in formats)
     between = 2 if len(formats) > 1 else 0  # a format that is converted from another has a separate staging folder
     return 1 + made + between
+
+
+def needed_bytes(plan: Plan, text: Text | None) -> int:
+    """The disk space that a run needs for its result and, while it goes on, for tuning."""
+    needed = copies(plan.settings.formats) * plan.expected_bytes
+    if text is not None and plan.stages.tuning is not None:
+        needed += disk_bytes(plan.skeleton, plan.layers.values(), plan.stages.tuning, text.whole or text)
+    return needed + (fisher_information.disk_bytes(plan.skeleton) if plan.stages.needs_fisher else 0)
 
 
 def finish(run: Run, plan: Plan, report: Report, start: float) -> None:
@@ -66,22 +77,15 @@ def finish(run: Run, plan: Plan, report: Report, start: float) -> None:
     report.experts = expert_tokens(report.layers)
     report.seconds = time.monotonic() - start
     report.peak_memory_bytes = record.peak_memory()
-    _write(run.writer, plan, report, set(quantized), run.on_event)
+    repaired = replace(plan, layers=run.plans)  # with other grids for some layers
+    _write(run.writer, repaired, report, set(quantized), run.on_event)
 
 
 def _write(writer: Writer, plan: Plan, report: Report, quantized: set[str], on_event: OnEvent) -> None:
     """Assemble the folder or folders; `quantized` are the packed layers."""
     formats = plan.settings.formats
     if formats[0] in GGUF_GRIDS:
-        with writer.finishing() as final:
-            written = blocks_to_gguf(
-                writer.parts(), plan.checkpoint, plan.outside(), plan.settings, plan.device, final, writer.folder
-            )
-            report.notes += written.notes
-            report.file_bytes = written.file.stat().st_size
-            report.checksums = checksums(final)
-            report.notes += card.write(final, plan.checkpoint.folder, report.to_dict())
-            write_record(final, report.to_dict())
+        _write_k_quants(writer, plan, report)
         on_event(Progress(SAVING, 1, 1, "formats"))
         return
     settings = plan.quantization_config(quantized)
@@ -124,8 +128,21 @@ def _write(writer: Writer, plan: Plan, report: Report, quantized: set[str], on_e
         on_event(Progress(SAVING, len(formats), len(formats), "formats"))
     if failed:
         last = list(failed.values())[-1]
-        next_steps = _next_steps(writer.folder, staged, list(folders), list(failed))
-        raise type(last)(str(last), hint=f"{last.hint}; {next_steps}" if last.hint else next_steps) from last
+        steps = next_steps(*([writer.folder / name for name in names] for names in (folders, failed)))
+        raise type(last)(str(last), hint=f"{last.hint}; {steps}" if last.hint else steps) from last
+
+
+def _write_k_quants(writer: Writer, plan: Plan, report: Report) -> None:
+    """Assemble a .gguf file from blocks whose grid is one of llama.cpp's k-quants."""
+    with writer.finishing() as final:
+        written = blocks_to_gguf(
+            writer.parts(), plan.checkpoint, plan.outside(), plan.settings, plan.device, final, writer.folder
+        )
+        report.notes += written.notes
+        report.file_bytes = written.file.stat().st_size
+        report.checksums = checksums(final)
+        report.notes += card.write(final, plan.checkpoint.folder, report.to_dict())
+        write_record(final, report.to_dict())
 
 
 def _saving(on_event: OnEvent, finished: int, formats: int) -> OnEvent:
@@ -138,12 +155,6 @@ def _saving(on_event: OnEvent, finished: int, formats: int) -> OnEvent:
             on_event(Progress(SAVING, finished, formats, "formats", f"{event.stage} {event.detail}", share=share))
 
     return pass_on
-
-
-def _next_steps(out: Path, staged: str, finished: Sequence[str], failed: Sequence[str]) -> str:
-    """A hint: the finished formats, and the commands that convert them to the missing formats."""
-    commands = [shlex.join(["llmq", "convert", str(out / staged), str(out / name), "--to", name]) for name in failed]
-    return f"{', '.join(finished)} were written to {out}; write the rest without quantizing: {' and '.join(commands)}"
 
 
 def _make(source: Path, folder: Path, to: str, out: Path, plan: Plan, report: Report, on_event: OnEvent) -> None:
@@ -167,7 +178,7 @@ def _record_sizes(folders: Mapping[str, Path], report: Report) -> None:
         weights = [file for file in folder.iterdir() if file.suffix in (".safetensors", ".gguf")]
         report.sizes[name] = sum(file.stat().st_size for file in weights)
     for name, folder in folders.items():
-        own = checksums(folder)
+        own = read_record(folder).get("checksums") or checksums(folder)  # a converter has recorded them
         report.checksums |= {f"{name}/{file}" if len(folders) > 1 else file: sha for file, sha in own.items()}
         changed = {"sizes": report.sizes, "notes": report.notes, "checksums": own, "request": report.request}
         write_record(folder, {**read_record(folder), **changed})

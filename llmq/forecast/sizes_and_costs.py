@@ -150,6 +150,7 @@ class Configured:
     skeleton: Skeleton
     outline: Outline
     dtype: torch.dtype
+    stored_bytes: int | None  # of the weights, if their headers could be read
 
     @classmethod
     def read(cls, model: str, seqlen: int, device: str = "auto", revision: str | None = None) -> "Configured":
@@ -162,7 +163,8 @@ class Configured:
         dtype = configured_dtype(config) or torch.bfloat16
         computed = torch.float32 if place.type == "cpu" else dtype
         skeleton = cost.skeleton_of(folder, dtype=computed, device=str(place))
-        return cls(model, str(place), folder, config, skeleton, cost.observe(skeleton, seqlen), dtype)
+        outline, stored = cost.observe(skeleton, seqlen), hub.stored_bytes(model, revision)
+        return cls(model, str(place), folder, config, skeleton, outline, dtype, stored)
 
     @property
     def model_config(self) -> dict[str, Any]:
@@ -248,7 +250,7 @@ def forecast(
         source=configured.source,
         architecture=type(skeleton.model).__name__,
         parameters=parameters,
-        stored_bytes=hub.stored_bytes(model, revision) or parameters.total * configured.dtype.itemsize,
+        stored_bytes=configured.stored_bytes or parameters.total * configured.dtype.itemsize,
         layers=kinds(layers.values()),
         sizes=tuple(_size(configured, settings, name) for name in dict.fromkeys([*settings.formats, *COMPARED])),
         costs=tuple(costs),

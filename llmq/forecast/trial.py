@@ -84,7 +84,7 @@ def try_block(model: str, settings: QuantConfig, *, device: str = "auto", revisi
         text = _random_text(job, settings) if tried.needs_calibration else None
         writer = Writer.open(job.out, identity={}, overwrite=False, needed_bytes=0)
         try:
-            pipeline.quantize_model(job.prepare(text, writer, timeline.take, Economy.NONE), save=lambda: None)
+            pipeline.quantize_model(job.prepare(text, writer, timeline.take, Economy.NONE), save=lambda run: None)
         finally:
             writer.abandon()
     return _compared(machine, estimate, timeline)

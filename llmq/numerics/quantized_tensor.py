@@ -159,10 +159,11 @@ def _joined(tensors: Iterable[Tensor | None]) -> Tensor | None:
 
 
 def where(keep: Tensor, one: QuantizedTensor, other: QuantizedTensor) -> QuantizedTensor:
-    """Rows of `one` where `keep` (N, 1) bool is true, else of `other`; both have the same scheme and zero points."""
+    """Rows of `one` where `keep` (N, 1) bool is true, else of `other`; both have the same scheme."""
     codes = torch.where(keep, one.codes, other.codes)
     if one.superblocks is None or other.superblocks is None:
-        return dataclasses.replace(one, codes=codes, scales=torch.where(keep, one.scales, other.scales))
+        zeros = None if one.zeros is None or other.zeros is None else torch.where(keep, one.zeros, other.zeros)
+        return dataclasses.replace(one, codes=codes, scales=torch.where(keep, one.scales, other.scales), zeros=zeros)
     a, b = one.superblocks, other.superblocks
     dmin = None if a.dmin is None or b.dmin is None else torch.where(keep, a.dmin, b.dmin)
     m = None if a.m is None or b.m is None else torch.where(keep, a.m, b.m)

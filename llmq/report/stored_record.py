@@ -57,7 +57,7 @@ class _Record(_Part):
     blocks: list[_Block] = []
     calibration: _Calibration | None = None
     checksums: dict[str, str] = {}
-    conversions: list[Any] = []
+    conversions: list[dict[str, Any]] = []
     settings: _Settings = _Settings()
     versions: dict[str, str | None] = {}
 

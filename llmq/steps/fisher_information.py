@@ -28,6 +28,7 @@ from llmq import memory
 from llmq.algorithms import fisher_weights
 from llmq.algorithms.fisher_weights import OutputMetric
 from llmq.distributed.ranks import ALONE, Ranks
+from llmq.memory import Economy
 from llmq.model.build.block import Block
 from llmq.model.build.skeleton import Skeleton
 from llmq.model.passes.backward import Tape, backward
@@ -109,11 +110,12 @@ def measure(
     on_event: OnEvent = ignore,
     ranks: Ranks = ALONE,
     own: Sequence[int] = (),
+    economy: Economy = Economy.NONE,
 ) -> FisherInformation:
     """Run the float model over `tokens` (S, T) int64, forward and backward; no block is loaded before and after.
 
     If `own` are given, they are the sequences of this rank, which runs only these. Γ is kept in a file in `folder`, or
-    in main memory without one.
+    in main memory without one. With `economy` the hidden states of one batch at a time are in memory, in main memory.
     """
     generator = torch.Generator().manual_seed(seed)
     chances, sequences = torch.rand(tokens.shape, generator=generator), len(tokens)
@@ -125,9 +127,9 @@ def measure(
 
     batch = max(1, memory.TOKENS_PER_BATCH_TO_WEIGH // tokens.shape[1])
     state = (len(skeleton.blocks) + 1) * skeleton.hidden_bytes(tokens.shape[1])  # one sequence, all blocks
-    at_once = max(batch, memory.spare(memory.HOST) // (MEMORY_SHARE * state))
+    at_once = batch if economy else max(batch, memory.spare(memory.HOST) // (MEMORY_SHARE * state))
     measured = fisher_information(
-        skeleton, tokens, slope, calls, batch=batch, at_once=at_once, folder=folder, on_event=on_event
+        skeleton, tokens, slope, calls, batch=batch, at_once=at_once, folder=folder, on_event=on_event, economy=economy
     )
     return measured.of_all(ranks, own, sequences) if own else measured
 
@@ -157,12 +159,14 @@ def fisher_information(
     at_once: int,
     folder: Path | None = None,
     on_event: OnEvent = ignore,
+    economy: Economy = Economy.NONE,
 ) -> FisherInformation:
     """The Fisher information of `tokens` (S, T), for the loss whose gradients in the last hidden states `slope` gives.
 
     batch    sequences that run together; another number may change the last bits
     at_once  sequences whose hidden states are in memory; this changes no result
     """
+    in_main_memory = max(economy, Economy.STATES_IN_MAIN_MEMORY) if economy else economy
     moments = HiddenStates(Storage(memory.HOST, Place.FILE, folder), "moments")
     collected = _Collected(tokens.shape, moments)
     sequence_bytes = (len(skeleton.blocks) + 1) * skeleton.hidden_bytes(tokens.shape[1])
@@ -170,7 +174,7 @@ def fisher_information(
     work = _Work(len(tokens) * len(skeleton.blocks), on_event)
     for part in parts:
         text = Text(tokens[part], batch)
-        storage = Storage.choose(sequence_bytes * len(part), skeleton.device)
+        storage = Storage.choose(sequence_bytes * len(part), skeleton.device, economy=in_main_memory)
         tape = Tape(skeleton, text, calls, storage)
         outputs = tape.forward(after=partial(work.add_forward, len(part)))
         gradients = [slope(part[list(rows)], hidden) for rows, hidden in zip(text.batches(), outputs, strict=True)]

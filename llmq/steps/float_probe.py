@@ -4,14 +4,16 @@ Every weight of such a model may be finite: its activations overflow, or its con
 Quantizing it would take hours and give a model that is broken in the same way.
 """
 
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from llmq.checkpoint.reader import Checkpoint
 from llmq.errors import CheckpointError, UnsupportedModelError
-from llmq.memory import PROBE_TOKENS
+from llmq.memory import PROBE_TOKENS, is_out_of_memory
 from llmq.model.build.block import Block
 from llmq.model.build.checkpoint_names import require_finite
 from llmq.model.build.skeleton import Skeleton
@@ -22,6 +24,7 @@ from llmq.model.passes.streams import Stream, Text
 from llmq.report.events import PROBE, OnEvent, Progress
 from llmq.runtime.whole_model import without_effect
 
+PACKAGE = Path(__file__).parents[1]
 NOT_RUN = "the float model was not run on a few tokens before it was quantized: {}"
 
 
@@ -60,17 +63,19 @@ def probe(skeleton: Skeleton, length: int, on_event: OnEvent) -> list[str]:
     try:
         forward(skeleton, visit)
         _require_finite("the head", skeleton.logits(tokens, stream.last(range(1))))
-    except (
-        UnsupportedModelError,
-        LookupError,
-        TypeError,
-        RuntimeError,
-        ValueError,
-        AttributeError,
-        MemoryError,
-    ) as error:
+    except UnsupportedModelError as error:
         return [NOT_RUN.format(error)]  # blocks that cannot run one by one; stages that have to run them raise later
+    except Exception as error:  # code of the model may raise anything
+        if is_ours(error):
+            raise
+        return [NOT_RUN.format(str(error) or type(error).__name__)]
     return []
+
+
+def is_ours(error: Exception) -> bool:
+    """Whether code of llmq raised an error, and not the code of a model or of torch, nor a lack of memory."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return Path(frame.f_code.co_filename).is_relative_to(PACKAGE) and not is_out_of_memory(error)
 
 
 def probe_tokens(vocabulary: int, count: int) -> Tensor:

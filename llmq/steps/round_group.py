@@ -6,7 +6,8 @@
              ╰───── validation loss ───────────── validation loss     of the validation tokens
 
 The codes are the quantized values, the zeros the zero points. The Hessian is factored once for all weights and all
-steps. A method without targets and refinements has the rounding stage only.
+steps. A method without targets and refinements has the rounding stage only. If there is reason to doubt the statistics,
+the result of that stage is compared with rounding to nearest.
 """
 
 from collections.abc import Mapping
@@ -16,13 +17,13 @@ import torch
 from torch import Tensor
 
 from llmq import algorithms
-from llmq.algorithms import Options, Rounding, target
+from llmq.algorithms import Options, Rounding, output_error, rtn, target
 from llmq.algorithms.factor import Factor, factorize
 from llmq.algorithms.validation_loss import ValidationLoss
 from llmq.distributed.ranks import ALONE, Total
 from llmq.methods import Method
 from llmq.numerics.input_stats import InputStats
-from llmq.numerics.quantized_tensor import where
+from llmq.numerics.quantized_tensor import QuantizedTensor, where
 from llmq.numerics.scheme import WeightScheme
 from llmq.report.record import StageGain
 
@@ -89,7 +90,7 @@ def _round_stack(weights: Mapping[str, Tensor], scheme: WeightScheme, fit: _Fit)
 
     # rounding, then refinements
     rounding = algorithms.rounding(method.rounding).round_weight(stack, stats, scheme, options, factor)
-    quantized = rounding.quantized
+    quantized, doubts = _nearest_if_better(weights, originals, rounding, scheme, fit)
     if stats is not None and factor is not None and method.refinements:
         damped = _damped(stats.second_moment(), factor)
         loss = None if validation is None else validation.of(quantized.dequantize())
@@ -105,12 +106,42 @@ def _round_stack(weights: Mapping[str, Tensor], scheme: WeightScheme, fit: _Fit)
     layers, start = [], 0
     for path, weight in weights.items():
         stop = start + len(weight)
-        rows, notes = rounding.rows(start, stop), (*rounding.notes, *targets[path].notes)
-        loss_of_rows = None if targets[path].alpha or method.refinements else rows.loss
+        rows, notes = rounding.rows(start, stop), (*rounding.notes, *targets[path].notes, *doubts.get(path, ()))
+        loss_of_rows = None if targets[path].alpha or method.refinements or path in doubts else rows.loss
         rows = Rounding(quantized.rows(start, stop), rounding.damping, notes, loss_of_rows)
         layers.append(Rounded(path, weight, rows, tuple(gains[path])))
         start = stop
     return layers
+
+
+def _nearest_if_better(
+    weights: Mapping[str, Tensor], originals: Tensor, rounding: Rounding, scheme: WeightScheme, fit: _Fit
+) -> tuple[QuantizedTensor, dict[str, tuple[str, ...]]]:
+    """The stack that the rounding stage made, or weights of it rounded to nearest, if there is reason for doubt.
+
+    There is if the Hessian needed more damping, or comes from fewer tokens than the weight has inputs. Then the errors
+    on the validation tokens are compared, or without such tokens those on the fitted ones. Also returns notes for the
+    user, by path.
+    """
+    stats, options, name = fit.stats, fit.options, fit.method.rounding
+    if name == "rtn" or stats is None or not stats.tokens:
+        return rounding.quantized, {}
+    K = originals.shape[1]
+    if stats.tokens >= K and rounding.damping in (None, options.damping):
+        return rounding.quantized, {}
+    validation, nearest = _validation(originals, stats), rtn.round_weight(originals, stats, scheme, options).quantized
+    before, after = (
+        output_error(originals, rounded, stats.second_moment()) if validation is None else validation.of(rounded)
+        for rounded in (rounding.quantized.dequantize(), nearest.dequantize())
+    )
+    keep = _keep_better("nearest", weights, before, after, {path: [] for path in weights}, fit.total)
+    few = (f"{stats.tokens} tokens for {K} inputs: more text would make it better",) if stats.tokens < K else ()
+    notes, start, text = {}, 0, "validation" if validation else "calibration"
+    for path, weight in weights.items():
+        worse = (f"rounded to nearest, because {name} was worse on {text} tokens",) if bool(keep[start]) else ()
+        notes[path] = (*few, *worse)
+        start += len(weight)
+    return where(keep[:, None], nearest, rounding.quantized), notes
 
 
 def _validation(weights: Tensor, stats: InputStats) -> ValidationLoss | None:

@@ -34,17 +34,19 @@ class Run:
     streams  the calibration text on its way through the blocks; None for methods without calibration
     seed     of the order in which end-to-end tuning draws the sequences
     fisher   how much errors cost the model's loss; None if no stage needs it
-    plans    the plan of each linear layer, by its path in the model
+    plans    the plan of each linear layer, by its path in the model; `repair.py` changes those of layers that their
+             grid cannot hold
     reader   reads the tensors that `layout` packs
     keep_grid  whether weights that already lie on a grid are stored on it without a second rounding
     ranks    the processes of the run
+    economy  what it does to need less memory
     """
 
     skeleton: Skeleton
     streams: Streams | None
     seed: int
     fisher: FisherInformation | None
-    plans: Mapping[str, LayerPlan]
+    plans: dict[str, LayerPlan]
     method: Method
     options: Options
     layout: Layout
@@ -53,6 +55,7 @@ class Run:
     on_event: OnEvent = ignore
     keep_grid: bool = True
     ranks: Ranks = ALONE
+    economy: Economy = Economy.NONE
 
     @functools.cached_property
     def paths(self) -> dict[str, str]:
@@ -78,6 +81,10 @@ class Run:
                 f"{name} was quantized in the interrupted run, but the current settings keep it in float",
                 hint="repeat the original command, or --overwrite to start over",
             )
+        grid = self.plans[self.paths[name]].scheme.weights
+        if grid is not None and grid.group_size != "tensor":  # it differs from the reader's if the layer was repaired
+            same = grid if grid.block_type else dataclasses.replace(grid, symmetric=reading.scheme.symmetric)
+            reading = dataclasses.replace(reading, scheme=same)
         packed = {key.removeprefix(f"{name}."): tensors[key] for key in tensors if key.startswith(f"{name}.")}
         return self.layout.unpack(packed, reading)
 

@@ -2,22 +2,23 @@
 
 Many formats store scales as float16, which ends at 65504, and below 6.1e-5 engines flush it to zero. Larger weights
 would be clipped, and a layer of tiny weights would become zeros. So such a layer gets float32 scales where the format
-has them, and is kept in float elsewhere.
+has them. Elsewhere it gets the next grid of `repair.py` that can hold it, or is kept in float.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from llmq.model.analyse.fused_names import fused_with
 from llmq.model.build.block import Block
 from llmq.numerics import affine_grid
 from llmq.numerics.affine_grid import Bounded, Grid, ScaleDtype, dtype_of
-from llmq.numerics.input_stats import InputStats
 from llmq.numerics.k_quant_grid import LARGEST
 from llmq.numerics.scheme import WeightScheme
 from llmq.report.record import BlockReport
+from llmq.steps.repair import change, fused, part_of
 from llmq.steps.round_together import Group
 from llmq.steps.run import Run
 
@@ -27,48 +28,35 @@ LOST = 1e-3  # of the sum of squares; rounding to 4 bits costs about ten times a
 SHARED_COLUMNS, SHARED_SMALLEST = 256, 6e-7  # of the scales of a two-level grid, which may be subnormal
 
 
-def groups_in_range(
-    run: Run, block: Block, weights: Mapping[str, Tensor], stats: InputStats | None
-) -> tuple[list[Group], list[str]]:
-    """The weights (N, K) that share an input, by path, divided by the dtype of their scales, and notes for the user.
+def in_range(run: Run, block: Block, groups: Sequence[Group]) -> tuple[list[Group], list[str]]:
+    """The weights of the groups, divided by the dtype of their scales, and notes for the user.
 
-    A weight that is kept in float is in no group.
+    A weight that needs another grid gets it; one that is kept in float is in no group.
     """
-    schemes = {path: run.plans[path].scheme.weights for path in weights}
-    usual, wide, notes = dict[str, Tensor](), dict[str, Tensor](), []
-    for path, weight in weights.items():
-        scheme = schemes[path]
-        problem = None if scheme is None else out_of_range(weight, scheme, run.options.scale_dtype)
-        name = run.plans[path].name
-        if problem is None and scheme is not None and (partner := _left_partner(run, block, path)) is not None:
-            notes.append(f"{name}: kept in float, because engines fuse it with {partner}, which is kept in float")
-            continue
-        if problem is None or scheme is None:
-            usual[path] = weight
-        elif run.layout.any_scale_dtype and out_of_range(weight, scheme, torch.float32) is None:
-            wide[path] = weight
-            notes.append(f"{name}: float32 scales, because {problem}")
-        elif block.is_experts(path):  # engines need the same grid for all experts of a layer
-            usual[path] = weight
-            notes.append(f"{name}: large error, because {problem}")
-        else:
-            notes.append(f"{name}: kept in float, because {problem}")
-    groups = [Group(part, schemes, stats, scales) for part, scales in ((usual, None), (wide, torch.float32)) if part]
-    return groups, notes
+    weights = {path: weight for group in groups for path, weight in group.weights.items() if group.schemes[path]}
+    wide, notes = set[str](), list[str]()
 
+    def problem(path: str, scheme: WeightScheme | None = None, values: ScaleDtype | None = None) -> str | None:
+        planned = scheme or run.plans[path].scheme.weights
+        assert planned is not None, "only weights with a grid are checked"
+        return out_of_range(weights[path], planned, values or run.options.scale_dtype)
 
-def _left_partner(run: Run, block: Block, path: str) -> str | None:
-    """The name of a layer that engines fuse with this one and that has to be kept in float; None if there is none."""
-    if block.is_experts(path):
-        return None
-    for partner in fused_with(path, block.linears.keys()):
-        plan = run.plans[partner]
-        weight, scheme = block.weight(partner), plan.scheme.weights
-        if scheme is None or out_of_range(weight, scheme, run.options.scale_dtype) is None:
+    def all_hold(unit: Sequence[str], grid: WeightScheme) -> bool:
+        return not any(problem(path, grid) for path in unit)
+
+    for unit in fused(block, weights):
+        problems = {path: text for path in unit if (text := problem(path)) is not None}
+        if not problems:
             continue
-        if not (run.layout.any_scale_dtype and out_of_range(weight, scheme, torch.float32) is None):
-            return plan.name
-    return None
+        if run.layout.any_scale_dtype and not any(problem(path, values=torch.float32) for path in problems):
+            wide.update(problems)
+            notes += [f"{run.plans[path].name}: float32 scales, because {text}" for path, text in problems.items()]
+            continue
+        _, texts = change(run, block, unit, problems, partial(all_hold, unit))
+        notes += texts
+    usual = [part_of(run, group, weights.keys() - wide) for group in groups]
+    others = [replace(part_of(run, group, wide), scales=torch.float32) for group in groups]
+    return [group for group in (*usual, *others) if group.weights], notes
 
 
 def out_of_range(weight: Tensor, scheme: WeightScheme, values: ScaleDtype) -> str | None:

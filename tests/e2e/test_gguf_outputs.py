@@ -283,9 +283,8 @@ def test_other_formats_are_written_when_one_fails(model: Path, tmp_path: Path, m
         raise FormatError("no room for it")
 
     monkeypatch.setattr("llmq.export.save.export_gguf", fail)
-    done = command(
-        "quantize", model, tmp_path / "out", "--method", "rtn", "--group-size", "32", "--format", "gguf,awq,gptq"
-    )
+    again = "quantize", model, tmp_path / "out", "--method", "rtn", "--group-size", "32", "--format", "gguf,awq,gptq"
+    done = command(*again)
     assert done.exit_code == 3
     assert "no room for it" in done.stderr and "awq, gptq were written to" in done.stderr
     assert f"llmq convert {tmp_path / 'out/awq'} {tmp_path / 'out/gguf'} --to gguf" in done.stderr
@@ -294,3 +293,9 @@ def test_other_formats_are_written_when_one_fails(model: Path, tmp_path: Path, m
     assert "gguf was not written: no room for it" in str(
         json.loads((tmp_path / "out/gptq/llmq.json").read_text())["notes"]
     )
+    monkeypatch.undo()
+    done = command(*again)
+    assert done.exit_code == 2 and "of this command, but gguf could not be written" in done.stderr
+    assert f"llmq convert {tmp_path / 'out/awq'} {tmp_path / 'out/gguf'} --to gguf" in done.stderr
+    assert command("convert", tmp_path / "out/awq", tmp_path / "out/gguf", "--to", "gguf").exit_code == 0
+    assert "finished already" in command(*again).stdout + command(*again).stderr

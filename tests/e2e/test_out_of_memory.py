@@ -3,6 +3,7 @@
 import resource
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from llmq.errors import BackendError
 from llmq.memory import Economy
 from llmq.methods import METHODS, Method, Tuning
 from llmq.model.passes.hidden_states import Place
+from llmq.steps import fisher_information
+from llmq.steps.end_to_end import memory_plan, session
 from llmq.steps.run import Run
 from tests import runs
 
@@ -113,25 +116,81 @@ def test_failed_allocations_are_recognized(name: str) -> None:
 
 
 def test_other_errors_are_raised_at_once() -> None:
-    calls: list[Economy] = []
-
-    def attempt(step: Economy) -> None:
-        calls.append(step)
-        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
-
+    attempts, calls = memory.Attempts(torch.device("cpu"), print), []
     with pytest.raises(RuntimeError, match="shapes"):
-        memory.within_memory(attempt, torch.device("cpu"), print)
+        for economy in attempts:
+            calls.append(economy)
+            with attempts.within_memory():
+                raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
     assert calls == [Economy.NONE]
 
 
 def test_a_gpu_tries_main_memory_before_files() -> None:
-    calls: list[Economy] = []
-
-    def attempt(step: Economy) -> None:
-        calls.append(step)
-        if step is not Economy.STATES_IN_FILES:
-            raise ERRORS["python"]()
-
-    notes: list[str] = []
-    memory.within_memory(attempt, torch.device("meta"), notes.append)
+    notes, calls = list[str](), list[Economy]()
+    attempts = memory.Attempts(torch.device("meta"), notes.append)
+    for economy in attempts:
+        calls.append(economy)
+        with attempts.within_memory():
+            if economy is not Economy.STATES_IN_FILES:
+                raise ERRORS["python"]()
     assert calls == list(Economy) and len(notes) == 3
+
+
+TUNED = replace(
+    METHODS["best"],
+    block_tuning=Tuning(2, 0.0, 0.02, 48, fisher=True),
+    tuning=Tuning(4, 1e-3, 1e-3, 48),
+    written=0,
+    validation=0.25,
+)
+
+
+def failing_once(monkeypatch: pytest.MonkeyPatch, place: Any, name: str, at: int) -> list[int]:
+    """Let call number `at` of a function run out of memory; the list has the numbers of all calls."""
+    function, calls = getattr(place, name), list[int]()
+
+    def called(*arguments: Any, **options: Any) -> Any:
+        calls.append(len(calls))
+        if len(calls) == at:
+            raise ERRORS["cpu"]()
+        return function(*arguments, **options)
+
+    monkeypatch.setattr(place, name, called)
+    return calls
+
+
+def test_fisher_information_and_end_to_end_tuning_try_again(
+    checkpoint: Callable[..., Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fisher information that was measured is not measured again, and tuning reads its blocks from disk."""
+    model, settings = checkpoint("llama", num_hidden_layers=2), {"stages": TUNED, "samples": 4}
+    monkeypatch.setattr(memory, "TOKENS_PER_BATCH_TO_WEIGH", 2 * 48)
+    runs.quantize(model, tmp_path / "whole", text, **settings)
+    slopes = failing_once(monkeypatch, fisher_information, "drawn_slope", 2)
+    groups = failing_once(monkeypatch, pipeline, "quantize_groups", 3)
+    losses = failing_once(monkeypatch, session, "kl_loss", 3)
+    measured = failing_once(monkeypatch, fisher_information, "measure", 0)
+    chosen = list[tuple[Economy, bool]]()
+    choose = memory_plan.choose
+
+    def plan(run: Run, *arguments: Any) -> Any:
+        chosen.append((run.economy, choose(run, *arguments).packed_in_memory))
+        return choose(run, *arguments)
+
+    monkeypatch.setattr(memory_plan, "choose", plan)
+    monkeypatch.setattr(memory.Attempts, "__init__", patient(memory.Attempts.__init__))
+    report = runs.quantize(model, tmp_path / "out", text, **settings)
+    assert runs.files_of(tmp_path / "out") == runs.files_of(tmp_path / "whole")
+    assert len(measured) == 2 and len(slopes) > 2 and len(groups) > 3 and len(losses) > 3
+    assert chosen[0][0] > Economy.NONE and not any(in_memory for _, in_memory in chosen[1:])
+    assert sum(note.startswith(memory.RETRIED) for note in report.notes) == 3
+
+
+def patient(start: Callable[..., None]) -> Callable[..., None]:
+    """All steps of a GPU, which has one more than a CPU."""
+
+    def started(self: memory.Attempts, *arguments: Any) -> None:
+        start(self, *arguments)
+        self._steps = list(Economy)
+
+    return started

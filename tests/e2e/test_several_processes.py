@@ -102,6 +102,20 @@ def test_a_killed_process_ends_the_run_and_the_same_command_continues(
     assert runs.files_of(out) == runs.files_of(straight)
 
 
+def test_all_processes_continue_when_one_is_out_of_memory(models: dict[str, Path], text: Path, tmp_path: Path) -> None:
+    """In the second block, on another rank than the first; then on the first one."""
+    reports = {}
+    for name, failures in {
+        "straight": [], "out": [(1, "quantize_groups", 6), (0, "restore_block", 1)]
+    }.items():  # fmt: skip
+        arguments = (models["llama"], tmp_path / name, text, METHODS["gptq"])
+        reports[name] = processes.job_out_of_memory(2, failures, *arguments)
+    notes = [note for note in reports["out"][0].notes if "out of memory" in note]
+    assert ["another process" in notes[0], "in a test" in notes[1], len(notes)] == [True, True, 2]
+    straight, out = (runs.tensors_of(tmp_path / name) for name in ("straight", "out"))
+    assert straight.keys() == out.keys() and all(torch.equal(straight[key], out[key]) for key in out)
+
+
 def wait_for(ready: Callable[[], bool]) -> None:
     end = time.monotonic() + SECONDS
     while not ready():

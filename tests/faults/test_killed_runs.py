@@ -14,7 +14,7 @@ from tests.command_line import ROOT, environment
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL")
 def test_killed_runs_end_in_the_same_bytes(tmp_path: Path) -> None:
     record = tmp_path / "kills.json"
-    command = [sys.executable, "scripts/kill_runs.py", "--moments", "6", "--cases", "4", "8", "--record", str(record)]
+    command = [sys.executable, "scripts/kill_runs.py", "--moments", "6", "--cases", "4", "10", "--record", str(record)]
     done = subprocess.run(
         command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False
     )

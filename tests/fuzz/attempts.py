@@ -31,10 +31,10 @@ class Outcomes:
     refused: int = 0
     failures: dict[str, list[int]] = field(default_factory=dict)
 
-    def attempt(self, number: int, call: Callable[[], object], nbytes: int) -> None:
-        """Call a reader with input `number` of `nbytes` bytes."""
-        tracemalloc.reset_peak()
-        before, _ = tracemalloc.get_traced_memory()
+    def attempt(self, number: int, call: Callable[[], object], nbytes: int, *, traced: bool = True) -> None:
+        """Call a reader with input `number` of `nbytes` bytes; its memory is measured if it is `traced`."""
+        if traced:
+            tracemalloc.start()
         try:
             call()
             self.read += 1
@@ -42,8 +42,9 @@ class Outcomes:
             self.refused += 1
         except (Exception, TooLong) as error:
             self.failures.setdefault(_cause(error), []).append(number)
-        _, peak = tracemalloc.get_traced_memory()
-        if peak - before > COPIES * nbytes + OVERHEAD:
+        _, peak = tracemalloc.get_traced_memory()  # 0 if it was not traced
+        tracemalloc.stop()
+        if peak > COPIES * nbytes + OVERHEAD:
             self.failures.setdefault(f"allocates more than {COPIES} times the input", []).append(number)
 
     def __str__(self) -> str:
@@ -53,16 +54,14 @@ class Outcomes:
 
 @contextmanager
 def limits() -> Iterator[None]:
-    """While open, an attempt is interrupted after `SECONDS` of CPU time, and memory is limited and traced."""
+    """While open, an attempt is interrupted after `SECONDS` of CPU time, and memory is limited."""
     memory, space = resource.getrlimit(resource.RLIMIT_AS)
     in_use = psutil.Process().memory_info().vms
     handler = signal.signal(signal.SIGPROF, _stop)
     resource.setrlimit(resource.RLIMIT_AS, (in_use + ADDRESS_SPACE, space))
-    tracemalloc.start()
     try:
         yield
     finally:
-        tracemalloc.stop()
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, handler)
         resource.setrlimit(resource.RLIMIT_AS, (memory, space))

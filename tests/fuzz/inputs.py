@@ -4,7 +4,7 @@ import json
 import random
 import shutil
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -27,8 +27,10 @@ from llmq.verification.companions import problems
 from llmq.verification.inspection import inspect
 from llmq.verification.integrity import examine
 from tests.fuzz import mutations
+from tests.fuzz.attempts import Outcomes, limits, start_clock
 
 Call = Callable[[], object]
+SIZES = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}  # of the model
 WEIGHTS, CONFIG, INDEX = "model.safetensors", "config.json", "model.safetensors.index.json"
 FORMATS: Mapping[str, dict[str, Any]] = MappingProxyType(
     {
@@ -324,6 +326,27 @@ READERS: Mapping[str, tuple[Callable[[random.Random, Originals, Path], Call], in
         "load": (load, 10),
     }
 )
+
+
+def prepared(reader: str, seed: int, number: int, originals: Originals, folder: Path) -> Call:
+    """Write input `number` of a reader into an empty folder, and return the call that reads it."""
+    prepare, _ = READERS[reader]
+    return prepare(random.Random(f"{seed}/{reader}/{number}"), originals, folder)
+
+
+def attempt_all(
+    numbers: Iterable[int], outcomes: Outcomes, reader: str, seed: int, originals: Originals, folder: Path,
+    *, traced_every: int = 1,
+) -> None:  # fmt: skip
+    """Read the inputs with these numbers, one after the other; memory is measured for one of `traced_every`."""
+    with limits():
+        for number in numbers:
+            call = prepared(reader, seed, number, originals, folder)
+            nbytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+            start_clock()
+            outcomes.attempt(number, call, nbytes, traced=number % traced_every == 0)
+            for entry in folder.iterdir():
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 def _copy(model: Path, folder: Path) -> Path:

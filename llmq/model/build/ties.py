@@ -51,7 +51,10 @@ def settled(checkpoint: Checkpoint, model: Any, packed: Collection[str] = ()) ->
             elif own != stored[holder]:
                 del places[own]
         if holder != source and stored[holder] in places:
-            places[weights.candidates(source)[-1]] = places.pop(stored[holder])
+            moved, prefix = weights.candidates(source)[-1], f"{model.base_model_prefix}."
+            if not any(name.startswith(prefix) for name in places):  # the file leaves it out of all names
+                moved = moved.removeprefix(prefix)
+            places[moved] = places.pop(stored[holder])
     _separate(model, separate)
     config = checkpoint.config
     if separate and not model.all_tied_weights_keys:

@@ -40,7 +40,9 @@ class MemoryPlan:
 
 
 def choose(run: Run, text: Text) -> MemoryPlan:
-    """The plan for tuning on `text`."""
+    """The plan for tuning on `text`; after a lack of memory everything is read from disk."""
+    if run.economy:
+        return MemoryPlan(Place.FILE, packed_in_memory=False)
     hidden = run.skeleton.hidden_bytes(text.length) * text.validation
     states = Storage.choose(hidden, run.skeleton.device, run.writer.activations)
     packed = sum(plan.packed_bytes(scale_bytes=4) for plan in _quantized(run.plans.values()))

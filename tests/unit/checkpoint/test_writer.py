@@ -1,10 +1,14 @@
 """The output folder of a run: commit, continue, finish, abandon."""
 
+import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llmq.calibration.cache import OwnText
-from llmq.checkpoint.lock import LOCK
+from llmq.checkpoint.lock import LOCK, FolderLock
 from llmq.checkpoint.reader import Checkpoint
 from llmq.checkpoint.safetensors_files import Part, read_header
 from llmq.checkpoint.sealed import write_sealed
@@ -552,3 +556,30 @@ def test_staging_of_a_finished_run_is_deleted_and_of_another_run_kept(
     Writer.clean(out)
     assert (STAGING in names_in(out)) == (not begun)
     assert names_in(out) >= {"model.safetensors", *DOCUMENTS}
+
+
+def test_a_file_system_without_flock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lock of a process that was killed is taken over."""
+    fcntl = pytest.importorskip("fcntl")
+
+    def no_flock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "this file system has no locks")
+
+    monkeypatch.setattr(fcntl, "flock", no_flock)
+    monkeypatch.setattr(warnings, "warn", lambda *_, **__: None)  # that flock is not supported
+    lock = FolderLock(tmp_path)
+    with pytest.raises(StorageError, match="another process is writing"):
+        FolderLock(tmp_path)
+    owner = (tmp_path / LOCK).read_text()
+    lock.release()
+    assert not (tmp_path / LOCK).exists()
+    assert owner.splitlines()[0] == str(os.getpid())
+    (tmp_path / LOCK).write_text(owner.replace(str(os.getpid()), str(ended()), 1))
+    FolderLock(tmp_path).release()
+
+
+def ended() -> int:
+    """The number of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid

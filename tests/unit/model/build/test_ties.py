@@ -64,6 +64,17 @@ def test_each_shared_tensor_has_one_name(model: Path) -> None:
     assert after.config["tie_word_embeddings"] is not separate
 
 
+def test_an_embedding_gets_a_name_like_those_of_the_other_tensors(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoint("llama", tie_word_embeddings=True), tmp_path / "model")
+    tensors = only_head(load_file(folder / "model.safetensors"))
+    bare = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    save_file(bare, folder / "model.safetensors", metadata={"format": "pt"})
+    expected = {"embed_tokens.weight" if name == HEAD else name for name in bare}
+    assert set(settled(folder).names()) == expected
+    quantize(folder, tmp_path / "out", tmp_path, method="rtn")
+    assert torch.equal(llmq.load(tmp_path / "out", device="cpu")[0].get_input_embeddings().weight, tensors[HEAD])
+
+
 def test_what_is_written_computes_what_transformers_computes(model: Path, tmp_path: Path) -> None:
     expected, out = expected_logits(model), tmp_path / "out"
     quantize(model, out, tmp_path, **EXACT)
