@@ -50,7 +50,7 @@ def command(
     """Measure speed and memory of a model: one request at a time.
 
     prefill is how many tokens of a prompt are read per second, decode how
-    many tokens are written. Each model runs in a process of its own. Figures
+    many tokens are written. Each model runs in a separate process. Figures
     are the median, and in brackets the smallest and the largest one. Ratios
     are those of medians to the first row of --against.
 
@@ -80,8 +80,9 @@ def command(
     ]
     if plot is not None:
         from llmq.engines import speed_plot
+        from llmq.report.heat_map import require_drawable
 
-        speed_plot.require_drawable(plot)  # before the measurement
+        require_drawable(plot)  # before the measurement
     with ProgressDisplay() as display:
         results = measure(
             pairs, workload, pythons=pythons, device=device, gpus=gpus, remote_code=trust_remote_code, on_event=display

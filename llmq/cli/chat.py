@@ -60,7 +60,7 @@ def command(
                 if compare is not None:
                     writing.print_name(name)
                 chat.append({"role": "user", "content": line})
-                answer = writing.print_written(name, writers[name], chat, sampling)
+                answer = writing.print_written(writers[name], chat, sampling)
                 chat.append({"role": "assistant", "content": answer})
     except KeyboardInterrupt:
         raise Interrupted("interrupted", hint="Ctrl-D ends a chat, too") from None

@@ -143,9 +143,7 @@ def command(
       llmq sensitivity  which layers cause the loss
     """
     if tasks is not None:
-        on_text = (text, windows, calibration, max_kl, max_ppl_increase)
-        if floors or trajectories or wikitext or activations != "none" or any(given is not None for given in on_text):
-            raise ConfigError("--tasks runs tasks and measures nothing on text", hint="give the other options alone")
+        _refuse_with_tasks(text, windows, calibration, max_kl, max_ppl_increase, floors or None, trajectories or None)
         _run_tasks(paths, against, tasks, task_folder, task_limit, device, trust_remote_code, json)
         return
     increase = None if max_ppl_increase is None else per_cent(max_ppl_increase)
@@ -187,6 +185,11 @@ def command(
     print_notes(dict.fromkeys(note for result in results for note in result.notes))
     if against is not None:
         require(measured, max_kl=max_kl, max_ppl_increase=increase)
+
+
+def _refuse_with_tasks(*options_on_text: object) -> None:
+    if any(given is not None for given in options_on_text):
+        raise ConfigError("--tasks runs tasks and measures nothing on text", hint="give the other options alone")
 
 
 def _run_tasks(

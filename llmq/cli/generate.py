@@ -63,7 +63,7 @@ def command(
             writing.print_name(name)
         if isinstance(asked, str):
             print_text(asked, end="", flush=True)
-        written.append(writing.print_written(name, writer, asked, sampling))
+        written.append(writing.print_written(writer, asked, sampling))
     if len(written) > 1:
         writing.print_agreement(written)
 

@@ -48,7 +48,7 @@ def command(
 
     llmq checks the model by its rules for the engine (docs/SERVING.md), and
     replaces itself by the server, with flags for the GPUs of this machine.
-    It has no server of its own. If none is installed, the command is printed.
+    llmq is not a server. If none is installed, the command is printed.
 
     Examples:
       llmq serve out/

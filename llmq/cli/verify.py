@@ -149,7 +149,7 @@ def _print_agreement(agreement: "Agreement") -> None:
         ("same most likely token", f"{agreement.same_top:.1%}"),
         ("tokens of the prompts", "the same" if agreement.tokenized else "different"),
     ]
-    print_table(f"log-probabilities of {agreement.engine} beside those of llmq", ("", ""), rows)
+    print_table(f"log-probabilities of {agreement.engine} compared with those of llmq", ("", ""), rows)
 
 
 def _require_served(path: str, requested: "Iterable[tuple[str, int]]", verdicts: "Iterable[Verdict]") -> None:

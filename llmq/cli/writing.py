@@ -50,7 +50,7 @@ def open_writers(paths: Sequence[str], *, device: str, remote_code: bool) -> dic
     return {path: open_writer(path, device=device, remote_code=remote_code) for path in paths}
 
 
-def print_written(path: str, writer: Writer, prompt: str | Sequence[Message], sampling: Sampling) -> str:
+def print_written(writer: Writer, prompt: str | Sequence[Message], sampling: Sampling) -> str:
     """Print a text on stdout as it appears, and its speed on stderr; returns the text."""
     pieces = []
     for piece in writer.write(prompt, sampling):

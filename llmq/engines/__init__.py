@@ -2,10 +2,10 @@
 
 writers.py        text from a model as it appears: transformers with llmq's kernels, or llama.cpp
 conversation.py   the turns of a chat
-processes.py      engines in processes of their own, also in another Python environment
+processes.py      engines in separate processes, also in another Python environment
 children/         what runs in these processes; imports nothing of llmq
 prompts.py        the texts with which engines are compared and measured
-agreement.py      log-probabilities of an engine beside those of llmq
+agreement.py      log-probabilities of an engine compared with those of llmq
 speed.py          tokens per second and memory of engines
 serving.py        which server to start, and with which flags
 """

@@ -32,7 +32,7 @@ LIMIT_FLOAT32, LIMIT_16_BITS, LIMIT_LLAMA_CPP = 0.01, 0.25, 0.5  # nats
 
 @dataclass(frozen=True)
 class Agreement:
-    """The log-probabilities of an engine beside those of llmq, in nats.
+    """The log-probabilities of an engine compared with those of llmq, in nats.
 
     engine     its name and version
     dtype      in which it computed

@@ -22,9 +22,9 @@ class LlamaCppWriter:
         if importlib.util.find_spec(MODULE) is None:
             raise BackendError(
                 f"{file} needs llama.cpp, and its package is not installed",
-                hint="pip install xllamacpp; without it, llmq eval and llmq convert read the file",
+                hint="pip install xllamacpp (measuring and converting the file needs no package)",
             )
-        from llmq.engines.children.with_llama_cpp import Engine
+        from llmq.engines.children.on_llama_cpp import Engine
         from llmq.gguf.container import Container
 
         self.has_template = Container(file).value("tokenizer.chat_template") is not None

@@ -1,4 +1,4 @@
-"""Engines in processes of their own: each has its own memory, and may have its own Python environment."""
+"""Engines in separate processes: each has its own memory, and may have its own Python environment."""
 
 import importlib.util
 import json

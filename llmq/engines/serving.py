@@ -1,6 +1,6 @@
 """Which server to start for a model, and with which flags: by the rules of `llmq verify`, for the GPUs at hand.
 
-llmq has no server of its own. It chooses among vLLM, SGLang and transformers, or llama.cpp for a .gguf file, in this
+llmq is not a server. It chooses among vLLM, SGLang and transformers, or llama.cpp for a .gguf file, in this
 order: the first one that is installed and loads the model.
 """
 

@@ -1,4 +1,4 @@
-"""Tokens per second and memory of engines: each runs in a process of its own, after a warm-up, several times.
+"""Tokens per second and memory of engines: each runs in a separate process, after a warm-up, several times.
 
 Ratios compare figures of one run of `llmq bench`, because the speed of a machine changes from hour to hour.
 """
@@ -87,7 +87,7 @@ def measure(
     results, place = [], str(choose_device(device))
     paths = {model: _located(model, remote_code=remote_code) for model, _ in pairs}
     for position, (model, engine) in enumerate(pairs):
-        on_event(Progress(f"measuring {model} in {engine.name}", position, len(pairs)))
+        on_event(Progress(f"measuring {model} in {engine.name}", position, len(pairs), "models"))
         path = paths[model]
         prompt = _prompt(model, path, workload, remote_code=remote_code)
         options = {
@@ -100,7 +100,7 @@ def measure(
         }  # fmt: skip
         answer = ask(engine, request, (pythons or {}).get(engine.name))
         results.append(_measured(model, answer, workload))
-    on_event(Progress("measuring", len(pairs), len(pairs)))
+    on_event(Progress("measuring", len(pairs), len(pairs), "models"))
     return results
 
 

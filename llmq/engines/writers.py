@@ -4,7 +4,7 @@ from llmq.checkpoint import hub
 from llmq.checkpoint.index import gguf_file
 from llmq.engines.llama_cpp_writer import LlamaCppWriter
 from llmq.engines.sampling import Writer
-from llmq.engines.transformers_writer import TransformersWriter
+from llmq.engines.torch_writer import TransformersWriter
 
 
 def open_writer(path: str, *, device: str = "auto", remote_code: bool = False) -> Writer:

@@ -34,7 +34,7 @@ class TaskScore:
     """A metric of a model on a task.
 
     error      the standard error of `value`; None if lm-eval gives none
-    questions  the metric on each question, in the order of the task; empty if it is no number per question
+    questions  the metric on each question, in the order of the task; empty if it is not a number per question
     """
 
     task: str

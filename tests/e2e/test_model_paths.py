@@ -1,4 +1,4 @@
-"""Folders that are no model: all commands that take a model name what they hold, with the same words."""
+"""Folders that are not a model: all commands that take a model name what they hold, with the same words."""
 
 from pathlib import Path
 

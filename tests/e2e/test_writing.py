@@ -1,4 +1,4 @@
-"""`llmq generate` and `llmq chat`: chat templates, turns, choices of tokens, and two models beside each other."""
+"""`llmq generate` and `llmq chat`: chat templates, turns, choices of tokens, and two models compared."""
 
 import io
 import json
@@ -14,7 +14,7 @@ import torch
 import llmq as package
 from llmq.engines import llama_cpp_writer
 from llmq.engines.sampling import Sampling, Speed
-from llmq.engines.transformers_writer import TransformersWriter
+from llmq.engines.torch_writer import TransformersWriter
 from llmq.errors import BackendError, ConfigError, UnsupportedModelError
 from tests.command_line import llmq
 

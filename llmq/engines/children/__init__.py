@@ -1,6 +1,6 @@
 """Programs for the Python of an engine, which may have no llmq: each file imports its engine and nothing of llmq.
 
-`__main__.py` reads a request as JSON from stdin, and writes the answer to a file. Each `with_*.py` has a class `Engine`
+`__main__.py` reads a request as JSON from stdin, and writes the answer to a file. Each `on_*.py` has a class `Engine`
 with the same methods:
 
     version                     name and version

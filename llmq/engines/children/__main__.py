@@ -3,7 +3,7 @@
     {"task": "score", "model": PATH, "options": {…}, "root": PATH, "texts": [text], "prompts": [ids], "top": count}
     {"task": "time", "model": PATH, "options": {…}, "root": PATH, "prompt": ids, "new_tokens": count, "repeats": count}
 
-`root` is the folder of llmq, for a process of its own Python; otherwise null. The answer goes to a file, because
+`root` is the folder of llmq, for a process of the same Python; otherwise null. The answer goes to a file, because
 engines write to stdout and stderr themselves.
 """
 
@@ -12,9 +12,10 @@ import json
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 
-def peak_bytes():
+def peak_bytes() -> int:
     """The most main memory that this process has used."""
     import resource
 
@@ -22,7 +23,7 @@ def peak_bytes():
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def score(engine, request):
+def score(engine: Any, request: dict[str, Any]) -> dict[str, Any]:
     return {
         "tokens": [engine.tokenize(text) for text in request["texts"]],
         "scores": [
@@ -31,25 +32,25 @@ def score(engine, request):
     }
 
 
-def measure(engine, request):
+def measure(engine: Any, request: dict[str, Any]) -> dict[str, Any]:
     run = (request["prompt"], request["new_tokens"])
     engine.seconds(*run)  # warm-up
     seconds = [engine.seconds(*run) for _ in range(request["repeats"])]
     return {"seconds": seconds, "host_bytes": peak_bytes(), "device_bytes": engine.device_bytes()}
 
 
-def import_llmq(root):
+def import_llmq(root: str) -> None:
     """Import llmq from the folder `root`, which does not stay on the path: a checkout has other folders in it."""
     sys.path.insert(0, root)
     importlib.import_module("llmq")
     sys.path.remove(root)
 
 
-def answer(name, request):
+def answer(name: str, request: dict[str, Any]) -> dict[str, Any]:
     if request["root"] is not None:
         import_llmq(request["root"])
     try:
-        module = importlib.import_module("with_" + name)
+        module = importlib.import_module("on_" + name)
         engine = module.Engine(request["model"], request["options"])
     except ModuleNotFoundError as error:
         traceback.print_exc()
@@ -58,7 +59,7 @@ def answer(name, request):
     return {"version": engine.version, **work(engine, request)}
 
 
-def main():
+def main() -> None:
     name, path = sys.argv[1:]
     Path(path).write_text(json.dumps(answer(name, json.load(sys.stdin))), encoding="utf-8")
 

@@ -99,7 +99,7 @@ def test_a_process_of_an_engine_scores_and_is_measured(model: Path) -> None:
 def test_scores_of_transformers_agree(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the process of transformers runs, in this process."""
     monkeypatch.syspath_prepend(str(processes.CHILDREN))
-    child = importlib.import_module("with_transformers")
+    child = importlib.import_module("on_transformers")
     main = runpy.run_path(str(processes.CHILDREN / "__main__.py"), run_name="child")
 
     def here(engine: Any, request: dict[str, Any], python: str | None) -> dict[str, Any]:

@@ -43,8 +43,8 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., P
     return install
 
 
-def chosen(request: Request, *found: Verdict, machine: Machine = FOUR_H100, wanted: str | None = None) -> Launch:
-    return choose(request, verdicts(**{verdict.engine: verdict for verdict in found}), machine, wanted)
+def chosen(request: Request, *changed: Verdict, machine: Machine = FOUR_H100, wanted: str | None = None) -> Launch:
+    return choose(request, verdicts(**{verdict.engine: verdict for verdict in changed}), machine, wanted)
 
 
 def flag(launch: Launch, name: str) -> str:

@@ -4,12 +4,13 @@ import json
 import os
 import secrets
 import urllib.request
+from typing import Any
 
 import xllamacpp
 
 
 class Engine:
-    def __init__(self, model, options):
+    def __init__(self, model: str, options: dict[str, Any]) -> None:
         self.version = f"llama.cpp, xllamacpp {xllamacpp.__version__}"
         parameters = xllamacpp.CommonParams()
         parameters.model.path = model
@@ -24,21 +25,22 @@ class Engine:
         parameters.api_keys = [self._key]
         self.server = xllamacpp.Server(parameters)
 
-    def tokenize(self, text):
+    def tokenize(self, text: str) -> list[int]:
         body = json.dumps({"content": text, "add_special": True, "parse_special": True}).encode()
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}
         request = urllib.request.Request(f"{self.server.listening_address}/tokenize", body, headers)
         with urllib.request.urlopen(request) as response:
-            return json.load(response)["tokens"]
+            tokens: list[int] = json.load(response)["tokens"]
+        return tokens
 
-    def _complete(self, tokens, **settings):
+    def _complete(self, tokens: list[int], **settings: Any) -> dict[str, Any]:
         request = {"prompt": tokens, "temperature": 0, "ignore_eos": True, **settings}
-        reply = self.server.handle_completions(request)
+        reply: dict[str, Any] = self.server.handle_completions(request)
         if "error" in reply:
             raise RuntimeError(f"llama.cpp: {reply['error']}")
         return reply
 
-    def top(self, tokens, count):
+    def top(self, tokens: list[int], count: int) -> list[dict[int, float]]:
         rows = []
         for end in range(1, len(tokens) + 1):  # the server gives probabilities of new tokens only; it keeps its cache
             reply = self._complete(tokens[:end], n_predict=1, n_probs=count)
@@ -46,9 +48,9 @@ class Engine:
             rows.append({entry["id"]: entry["logprob"] for entry in best})
         return rows
 
-    def seconds(self, prompt, new_tokens):
+    def seconds(self, prompt: list[int], new_tokens: int) -> tuple[float, float]:
         timings = self._complete(prompt, n_predict=new_tokens, cache_prompt=False)["timings"]
         return timings["prompt_ms"] / 1000, timings["predicted_ms"] / 1000
 
-    def device_bytes(self):
+    def device_bytes(self) -> int | None:
         return None
