@@ -87,7 +87,7 @@ def measure(
     results, place = [], str(choose_device(device))
     paths = {model: _located(model, remote_code=remote_code) for model, _ in pairs}
     for position, (model, engine) in enumerate(pairs):
-        on_event(Progress(f"measuring {model} in {engine.name}", position, len(pairs)))
+        on_event(Progress(f"measuring {model} in {engine.name}", position, len(pairs), "models"))
         path = paths[model]
         prompt = _prompt(model, path, workload, remote_code=remote_code)
         options = {
@@ -100,7 +100,7 @@ def measure(
         }  # fmt: skip
         answer = ask(engine, request, (pythons or {}).get(engine.name))
         results.append(_measured(model, answer, workload))
-    on_event(Progress("measuring", len(pairs), len(pairs)))
+    on_event(Progress("measuring", len(pairs), len(pairs), "models"))
     return results
 
 

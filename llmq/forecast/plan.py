@@ -6,7 +6,7 @@ from typing import Unpack
 from llmq._keywords import Keywords
 from llmq.calibration.given import from_python
 from llmq.config import QuantConfig
-from llmq.forecast.sizes_and_costs import Forecast, forecast
+from llmq.forecast.sizes_and_costs import Configured, Forecast, forecast
 from llmq.setting_fields import merged
 
 
@@ -27,4 +27,5 @@ def plan(
     """
     if "calibration" in settings:
         settings["calibration"] = from_python(settings["calibration"])[0]
-    return forecast(str(model), merged(config or QuantConfig(), settings), device=device, revision=revision)
+    chosen = merged(config or QuantConfig(), settings)
+    return forecast(Configured.read(str(model), chosen.calibration.seqlen, device, revision), chosen)

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("llmq", "kernels", "scripts", "eval")
-FILE_LINES, FUNCTION_LINES = 325, 100  # more than 60 only for a function that is a linear sequence of steps
+FILE_LINES, FUNCTION_LINES = 320, 100  # more than 60 only for a function that is a linear sequence of steps
 
 
 def files() -> list[Path]:
