@@ -31,7 +31,7 @@ class Bigrams:
     def windows_at_once(self, length: int, sides: int) -> int | None:
         return self._at_once
 
-    def run(self, windows: Tensor) -> None:
+    def run(self, windows: Tensor, part: int = 0, parts: int = 1) -> None:
         self._windows = windows
         self.ran.append(len(windows))
 
