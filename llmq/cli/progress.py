@@ -24,9 +24,9 @@ from llmq.cli.manifest import print_manifest
 from llmq.cli.streams import print_text
 from llmq.cli.terminal import messages, print_notes, shared_console
 from llmq.errors import StorageError
+from llmq.report.escaped import printable
 from llmq.report.events import Event, Planned, Progress, TextRead
 from llmq.report.record import BlockReport, LayerReport, TuningReport, TuningStep, device_memory, peak_memory
-from llmq.report.escaped import printable
 from llmq.report.shown import megabytes
 from llmq.report.timeline import Timeline
 
