@@ -134,11 +134,11 @@ class Job:
         if on_event is not ignore and self._ranks.is_first:
             on_event(expected.planned(self.plan, self._ranks.size))
         self.report.notes += self.plan.grid_notes
-        if self._overwrite or not self._ranks.first(lambda: Staging(self.out).blocks()):  # it passed before a block
-            self._check_floats(on_event)
         needed = self.plan.stages.needs_calibration or self.plan.settings.target_bits is not None
         load = partial(self._text.load, self.plan, self.report, on_event)
         calibration_set = self._ranks.first(load) if needed else None
+        if self._overwrite or not self._ranks.first(lambda: Staging(self.out).blocks()):  # it passed before a block
+            self._check_floats(on_event)
         if calibration_set is not None and self.plan.settings.target_bits is not None:
             self._assign_bits(calibration_set, self.plan.settings.target_bits, on_event)
         text = None

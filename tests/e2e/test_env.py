@@ -47,7 +47,8 @@ def test_an_unusable_backend_request_gives_a_one_line_warning(value: str) -> Non
     done = llmq_process("env", "--json", LLMQ_BACKEND=value)
     assert done.exit_code == 0
     assert json.loads(done.stdout)["devices"][0]["backend"] == "torch"
-    (line,) = done.stderr.splitlines()
+    loading, line = done.stderr.splitlines()
+    assert loading.startswith("loading")
     assert line.startswith(
         f"warning: LLMQ_BACKEND={value}" if value == "triton" else f"warning: LLMQ_BACKEND={value!r}"
     )

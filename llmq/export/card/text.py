@@ -161,7 +161,7 @@ def _toml(settings: Mapping[str, Any]) -> Iterator[str]:
         return  # the record is that of another version
     text = chosen["calibration"]
     text["sources"] = [_without_folder(source) for source in text["sources"]]
-    chosen["calibration"] = {key: value for key, value in text.items() if value != default["calibration"][key]}
+    chosen["calibration"] = {key: value for key, value in text.items() if value != default["calibration"].get(key)}
     always = ("method", "format", "scheme")
     shown = {key: value for key, value in chosen.items() if key in always or (value and value != default.get(key))}
     if many := len(chosen["overrides"]) > OVERRIDES:
