@@ -204,9 +204,9 @@ class Job:
     ) -> Sensitivity:
         """The error of each layer on each of the grids `tried`; by default the grids of --target-bits."""
         question = self._question(tried)
-        self._check_floats(on_event)
         if on_event is not ignore:
             on_event(expected.planned_measuring(self.plan, len(question.grids), windows))
+        self._check_floats(on_event)
         return self._measured(self._text.load(self.plan, self.report, on_event), question, windows, on_event)
 
     def _measured(self, text: CalibrationSet, question: Question, windows: int, on_event: OnEvent) -> Sensitivity:

@@ -293,7 +293,7 @@ def test_flags_override_the_file_and_the_file_the_defaults(
 def test_eval_compares_with_the_original(model: Path, quantized: Path, text: Path) -> None:
     done = llmq("eval", quantized, "--against", model, "--text", text, "--seqlen", "32", "--windows", "4")
     assert done.exit_code == 0
-    assert [line.split()[0] for line in done.stderr.splitlines()] == ["evaluating"] * 2 * BLOCKS
+    assert "evaluating" in done.stderr  # the first line; later ones are seconds apart
     for column in ("perplexity", "KL mean", "same top-1", str(model), str(quantized)):
         assert column in done.stdout
 
@@ -431,6 +431,5 @@ def test_a_checkout_runs_with_its_own_kernels(model: Path, tmp_path: Path) -> No
     done = llmq_process(*arguments, cwd=ROOT, PYTHONPATH=str(installed.parent))
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["output"] == str(tmp_path / "out")
-    assert [line.split()[0] for line in done.stderr.splitlines()] == [
-        "loading", "float", "float", "block", "block", "done",
-    ]  # fmt: skip
+    lines = [line for line in done.stderr.splitlines() if line.startswith(("loading", "block", "done", "error"))]
+    assert [line.split()[0] for line in lines] == ["loading", "block", "block", "done"]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 import weakref
@@ -257,7 +258,7 @@ def test_an_exceeded_limit_sets_the_exit_code_after_the_report(llama: Path, pack
 def test_satisfied_limits_print_nothing(llama: Path, packed: Path, text: Path) -> None:
     done = command(packed, llama, "--text", text, "--max-kl", "50", "--max-ppl-increase", "1000%")
     assert done.exit_code == 0
-    assert all(line.startswith("evaluating ") for line in done.stderr.splitlines())  # progress only
+    assert not re.search(r"^(error|note|warning|try):", done.stderr, re.MULTILINE)  # progress only
 
 
 def test_several_models_are_shown_side_by_side(
@@ -312,8 +313,8 @@ def test_a_model_without_original_has_no_comparison(llama: Path, text: Path) -> 
 
 def test_a_model_that_cannot_be_streamed_is_noted(checkpoint: Checkpoints, text: Path) -> None:
     done = run_llmq("eval", checkpoint("gemma3n", num_kv_shared_layers=1), "--text", text, "--windows", "1")
-    [line] = done.stderr.splitlines()
-    assert done.exit_code == 0 and line.startswith("note: ") and "as a whole" in line
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("note: ")]
+    assert done.exit_code == 0 and "as a whole" in line
 
 
 # ---- memory

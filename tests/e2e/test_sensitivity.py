@@ -104,7 +104,7 @@ def test_sensitivity_prints_a_table_and_a_plan_and_writes_a_plot(model: Path, te
     )
     assert outcome.exit_code == 0, outcome.stderr
     assert "model.layers.1: mlp: down_proj" in outcome.stdout and " of 4.5 bits: " in outcome.stdout
-    assert "measured 2/2 blocks" in outcome.stderr
+    assert "float model checked" in outcome.stderr  # the first line; later ones are seconds apart
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
