@@ -23,7 +23,8 @@ def shares(work: Workload, machine: Machine, head: WeightScheme | None) -> Share
     """Equal blocks have equal shares; `head` is the grid of the head, or None."""
     known: dict[PlannedBlock, tuple[float, dict[str, float]]] = {}
     blocks, layers = dict[str, float](), dict[str, float]()
-    for path, outline in zip(work.outline.paths, work.outline.blocks, strict=True):
+    outlines = dict(zip(work.outline.paths, work.outline.blocks, strict=True))
+    for path, outline in outlines.items():
         block = PlannedBlock(outline, tuple(work.grid(path, layer) for layer in outline.layers))
         if block not in known:
             known[block] = _of_block(work, machine, block)
