@@ -308,8 +308,7 @@ def quantize(
     those of `llmq quantize --help`, by the same names; they override those of `config`. `calibration` also takes a list
     of texts, of chats (each a list of messages) or of token ids, or a `datasets.Dataset`. `stages` replace the stages
     of the method, for experiments. A bar shows the `progress` in a terminal or a notebook, and `on_event` is called
-    with every event (see `llmq.report.events`). An interrupted call continues when it is repeated. Raises the errors of
-    `llmq.errors`, such as ConfigError for a setting that does not exist or has a wrong value.
+    with every event (see `llmq.report.events`). An interrupted call continues when it is repeated. Raises LlmqErrors.
     """
     settings["calibration"], given = from_python(settings.get("calibration"))
     with opened(model, tokenizer, out) as (source, name), bar.shown(on_event, progress=progress) as report:

@@ -54,7 +54,7 @@ part() {
 
 # About half of the work, for a second core. The interpreter of Triton 3.6 converts arrays to numbers in a way that NumPy
 # has deprecated.
-second=(tests/kernels tests/fuzz tests/e2e/test_architectures.py tests/e2e/test_odd_runs.py)
+second=(tests/kernels tests/fuzz tests/faults tests/e2e/test_architectures.py tests/e2e/test_odd_runs.py)
 second_half() {
     if [ -n "$triton36" ]; then
         local deprecated="ignore:Conversion of an array with ndim > 0:DeprecationWarning"
@@ -64,7 +64,7 @@ second_half() {
         echo "not run  kernels with Triton 3.6.0: Triton is not available for this machine" >"$results/5.result"
     fi
     part 6 "packages of other tools" "$environment-interop/bin/python" -m pytest -p no:cacheprovider -m interop tests/interop
-    part 7 "kernels, architectures, fuzzing" "$python" -m pytest -p no:cacheprovider "${second[@]}"
+    part 7 "kernels, architectures, faults" "$python" -m pytest -p no:cacheprovider "${second[@]}"
 }
 second_half >"$results/second_half.log" 2>&1 &
 running=$!

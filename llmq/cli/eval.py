@@ -1,7 +1,8 @@
 """`llmq eval PATH… [--against ORIGINAL]`"""
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
@@ -12,6 +13,10 @@ from llmq.cli.progress import ProgressDisplay
 from llmq.cli.terminal import print_json, print_loading, print_notes, quiet_transformers
 from llmq.errors import ConfigError
 from llmq.evaluation import WIKITEXT
+
+if TYPE_CHECKING:
+    from llmq.evaluation.paired import PairedDifference
+    from llmq.evaluation.results import Measurement
 
 MaxPplIncrease = Annotated[
     str | None,
@@ -172,16 +177,22 @@ def command(
         )
     measured = dict(zip(models, results, strict=True))
     differences = all_differences(measured) if against is not None else []
-    if not json:
-        print_evaluation(measured, against, differences)
-    elif len(results) == 1:
-        print_json(results[0].to_dict())
+    if json:
+        _print_as_json(measured, differences)
     else:
-        listed = [{"path": path, **result.to_dict()} for path, result in measured.items()]
-        print_json({"models": listed, "differences": [difference.to_dict() for difference in differences]})
+        print_evaluation(measured, against, differences)
     print_notes(dict.fromkeys(note for result in results for note in result.notes))
     if against is not None:
         require(measured, max_kl=max_kl, max_ppl_increase=increase)
+
+
+def _print_as_json(measured: "Mapping[str, Measurement]", differences: "Iterable[PairedDifference]") -> None:
+    """One object for one model; for several, a list with their paths, and the differences between them."""
+    if len(measured) == 1:
+        print_json(*(result.to_dict() for result in measured.values()))
+        return
+    listed = [{"path": path, **result.to_dict()} for path, result in measured.items()]
+    print_json({"models": listed, "differences": [difference.to_dict() for difference in differences]})
 
 
 def _refuse_with_tasks(*options_on_text: object) -> None:

@@ -31,7 +31,7 @@ from llmq.report.events import OnEvent, Progress, ignore
 from llmq.runtime.load import load_model, stored_dtype
 from llmq.runtime.open_skeleton import open_skeleton
 
-LOGIT_FLOPS = {"cpu": 1000, "cuda": 16_000}  # per logit: the passes over it take as long as so many FLOP
+LOGIT_FLOPS = {"cpu": 1000, "cuda": 16_000}  # per logit: the passes over it take as long as this many FLOP
 LOGITS_BYTES = 2**28  # bytes of the logits of one batch; a sequence with more logits is a batch of one
 LOGITS_COPIES = 2  # the logits in the model's dtype, and a copy if the head transforms them (scaling, capping)
 ROWS = 64  # prompts that are continued together

@@ -29,7 +29,7 @@ from llmq.formats import with_settings
 from llmq.gguf.folder import blocks_to_gguf, export_gguf
 from llmq.model.passes.streams import Text
 from llmq.numerics.gguf_types import GGUF, GGUF_GRIDS
-from llmq.report import record
+from llmq.report import record, summaries
 from llmq.report.events import SAVING, Event, OnEvent, Progress
 from llmq.report.expert_tokens import expert_tokens
 from llmq.report.record import Report
@@ -73,7 +73,7 @@ def finish(run: Run, plan: Plan, report: Report, start: float) -> None:
     report.bits_per_weight = stored_bits / max(1, sum(sizes[name] for name in quantized))
     before = sum(plan.float_bytes(name) for name in quantized)
     report.file_bytes = plan.checkpoint.nbytes - before + round(stored_bits / 8)
-    report.stages = [*record.summaries(report.layers), *record.block_summaries(report.blocks)]
+    report.stages = [*summaries.of_layers(report.layers), *summaries.of_blocks(report.blocks)]
     report.experts = expert_tokens(report.layers)
     report.seconds = time.monotonic() - start
     report.peak_memory_bytes = record.peak_memory()

@@ -35,7 +35,7 @@ class Trial:
     """What one block has taken, compared with the estimate for it.
 
     ratios   measured / estimated seconds, by stage of the estimate
-    common   the same of all stages together
+    common   measured / estimated seconds, all stages together
     seconds  measured
     nbytes   measured - estimated peak memory
     """

@@ -61,7 +61,7 @@ def squared_gradients(skeleton: Skeleton, batch: int) -> dict[str, Tensor]:
     measured = fisher_information.fisher_information(
         skeleton, IDS, lambda _, hidden: hidden.sin(), RecordedCalls(skeleton), batch=batch, at_once=LENGTH
     )
-    assert measured.outputs.keys() == set(range(len(skeleton.blocks) - 1))
+    assert measured.outputs.keys() == set(range(len(skeleton.blocks)))
     tensors = dict(measured.linears)
     for index, importance in measured.outputs.items():
         tensors |= {f"{index}.importance": importance, f"{index}.moment": measured.moments.read([index])}

@@ -29,7 +29,9 @@ def on_a_grid(rows: int, groups: int) -> Tensor:
 def run_of(ranks: Ranks, weight: Tensor, committed: list[dict[str, Tensor]]) -> Run:
     """A run without blocks; only the first rank finds the grid."""
     weights = SimpleNamespace(original=lambda name: weight.to(torch.bfloat16))
-    skeleton = SimpleNamespace(head_path="lm_head", blocks=[], head_weight=lambda: weight.clone(), weights=weights)
+    skeleton = SimpleNamespace(
+        head_path="lm_head", blocks=[], head_weight=lambda: weight.clone(), weights=weights, device=torch.device("cpu")
+    )
     writer = SimpleNamespace(has=lambda index: False, commit=lambda index, tensors, record: committed.append(tensors))
     run: Any = SimpleNamespace(
         skeleton=skeleton, writer=writer, streams=None, ranks=ranks, method=METHODS["rtn"], keep_grid=ranks.is_first,

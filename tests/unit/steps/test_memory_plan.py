@@ -21,6 +21,7 @@ def test_only_the_validation_text_needs_memory(
 ) -> None:
     monkeypatch.setattr(memory, "spare", lambda device: 20 * SEQUENCE)  # of which half may be taken
     skeleton = SimpleNamespace(hidden_bytes=lambda tokens: SEQUENCE, device=torch.device("cpu"))
-    run: Any = SimpleNamespace(skeleton=skeleton, plans={}, writer=SimpleNamespace(activations=tmp_path))
+    writer = SimpleNamespace(activations=tmp_path)
+    run: Any = SimpleNamespace(skeleton=skeleton, plans={}, writer=writer, economy=memory.Economy.NONE)
     text = Text(torch.zeros(200, 8, dtype=torch.int64), 1, validation)
     assert memory_plan.choose(run, text).states == place

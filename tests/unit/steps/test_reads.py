@@ -33,7 +33,8 @@ class Reads:
         tensor = Checkpoint.tensor
 
         def counted(checkpoint: Checkpoint, name: str) -> Tensor:
-            self.counts[name] += checkpoint.folder == folder
+            if checkpoint.folder == folder:
+                self.counts[name] += 1
             return tensor(checkpoint, name)
 
         monkeypatch.setattr(Checkpoint, "tensor", counted)
