@@ -98,7 +98,8 @@ def weight_shape(
     if reading.packing in PLAIN:
         N, K = shapes["weight"]
         return N, K
-    rows, columns = read("weight_shape").tolist()
+    stored = {"weight_shape": read("weight_shape")}
+    rows, columns = checks.stored(stored, "weight_shape", (torch.int64, torch.int32), (2,)).tolist()
     return int(rows), int(columns)
 
 

@@ -31,6 +31,7 @@ from tests.fuzz.attempts import Outcomes, limits, start_clock
 
 Call = Callable[[], object]
 SIZES = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}  # of the model
+MANY_LAYERS = 64  # models with more, up to the limit of 512, rightly take a second
 WEIGHTS, CONFIG, INDEX = "model.safetensors", "config.json", "model.safetensors.index.json"
 FORMATS: Mapping[str, dict[str, Any]] = MappingProxyType(
     {
@@ -191,6 +192,8 @@ def config(numbers: random.Random, originals: Originals, folder: Path) -> Call:
     model = folder / "model"
     model.mkdir()
     document = mutations.changed_document(numbers, json.loads((originals.model / CONFIG).read_text()))
+    if isinstance(document, dict) and document.get("num_hidden_layers") in range(MANY_LAYERS, 513):
+        document["num_hidden_layers"] = MANY_LAYERS
     (model / CONFIG).write_bytes(mutations.json_bytes(numbers, document))
     shutil.copy(originals.model / WEIGHTS, model / WEIGHTS)
 
