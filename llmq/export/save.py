@@ -84,6 +84,7 @@ def finish(run: Run, plan: Plan, report: Report, start: float) -> None:
 def _write(writer: Writer, plan: Plan, report: Report, quantized: set[str], on_event: OnEvent) -> None:
     """Assemble the folder or folders; `quantized` are the packed layers."""
     formats = plan.settings.formats
+    on_event(Progress(SAVING, 0, len(formats), "formats"))
     if formats[0] in GGUF_GRIDS:
         _write_k_quants(writer, plan, report)
         on_event(Progress(SAVING, 1, 1, "formats"))

@@ -15,6 +15,14 @@ from llmq.report.record import BlockReport, LayerReport, TuningReport, TuningSte
 PROBE, MEASURING, WRITTEN = "float model checked", "layers measured", "text written by the model"
 WEIGHTING, TRANSFORMS, QUANTIZING = "token weights", "transforms", "quantizing"
 BLOCK_TUNING, TUNING, SAVING = "block tuning", "tuning", "saving"
+# Then the verdict: models that are read block by block, the scores of all tokens, and text that both models generate.
+ORIGINAL, FINISHED, NEAREST = "the original", "the quantized model", "round to nearest"
+SCORING, CONTINUING = "scoring", "text continued"
+
+
+def evaluating(model: str) -> str:
+    """The stage in which a text goes through the blocks of `model`."""
+    return f"evaluating {model}"
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,6 @@ class Timeline:
         self._blocks_done: list[str] = []
         self._plan = Planned({})
         self._in_block = 0.0  # expected seconds of the layers of the current block that are quantized
-        self._highest = 0.0
         self.stages: dict[str, Stage] = {}
         self.current = ""  # the name of the stage of the last event
         self.rate: float | None = None  # tokens per second through the last block
@@ -95,8 +94,10 @@ class Timeline:
         rest = 0.0
         for stage in large:
             ratio = (stage.spent + common * little) / (stage.measured + little)
-            rest += ratio * (stage.expected - stage.done)
-        return max(0.0, rest - (self._clock() - self._last))
+            left = ratio * (stage.expected - stage.done)
+            waited = self._clock() - self._last if stage is self.stages.get(self.current) else 0.0
+            rest += max(0.0, left - waited)
+        return rest
 
     def _common_ratio(self, measured: float, spent: float, total: float) -> float:
         """Measured / expected seconds of the finished work; drawn towards 1 if the plan knows seconds."""
@@ -107,11 +108,10 @@ class Timeline:
 
     @property
     def fraction(self) -> float:
-        """The part of the whole job that is done, in time, from 0 to 1; it never falls."""
-        rest, passed = self.remaining, self.elapsed
-        if rest is not None and passed + rest > 0:
-            self._highest = max(self._highest, passed / (passed + rest))
-        return self._highest
+        """The part of the whole job that is done, from 0 to 1, in expected seconds."""
+        stages = list(self.stages.values())
+        total = sum(stage.expected for stage in stages)
+        return sum(stage.done for stage in stages) / total if total else 0.0
 
     @property
     def position(self) -> str:

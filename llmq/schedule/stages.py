@@ -14,6 +14,7 @@ from llmq.report.events import Planned
 from llmq.run_plan import Plan
 
 WORTH_MEASURING = 60.0  # seconds: a shorter job does not measure the machine, which takes two seconds
+VERDICT = (*map(events.evaluating, (events.ORIGINAL, events.FINISHED, events.NEAREST)), events.SCORING, events.CONTINUING)
 # The stages that a job reports, in order, and the stages of the estimate that they consist of.
 STAGES = {
     events.PROBE: ("float model",),
@@ -24,6 +25,7 @@ STAGES = {
     events.BLOCK_TUNING: ("block tuning",),
     events.TUNING: ("end-to-end tuning",),
     events.SAVING: ("files", "formats"),
+    **{name: (name,) for name in VERDICT},
 }
 
 
