@@ -67,9 +67,9 @@ class RunText:
             author=self._author(plan, tokenizer, self._own, on_event),
             given=self._given,
         )
+        text = _with_note(text, plan)
         report.calibration = text.to_dict()
         report.notes += text.notes
-        _check_tokens(text, plan, report)
         on_event(TextRead(text.to_dict(), text.notes))
         if plan.stages.tuning is not None and len(text.windows) < 2:
             raise CalibrationError(
@@ -153,12 +153,14 @@ def sequences_at_once(windows: Tensor, device: torch.device) -> int:
     return max(1, memory.TOKENS_PER_BATCH_TO_QUANTIZE.get(device.type, 4096) // windows.shape[1])
 
 
-def _check_tokens(text: CalibrationSet, plan: Plan, report: Report) -> None:
-    """Raise CheckpointError for ids without an embedding; add a note if the text is short for the widest layer."""
+def _with_note(text: CalibrationSet, plan: Plan) -> CalibrationSet:
+    """`text`, with a note if it is short for the widest layer. Raises CheckpointError for ids without an embedding."""
     require_embeddings(text.windows, plan.skeleton.vocabulary)
     widest = max(layer.in_features for layer in plan.layers.values() if layer.scheme.weights is not None)
     if text.windows.numel() < TOKENS_PER_INPUT * widest:
-        report.notes.append(
+        few = (
             f"{text.windows.numel()} calibration tokens are few for layers with {widest} inputs, "
             f"at least {TOKENS_PER_INPUT * widest} are recommended; see --samples and --seqlen"
         )
+        return replace(text, notes=(*text.notes, few))
+    return text

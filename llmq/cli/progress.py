@@ -26,7 +26,8 @@ from llmq.cli.terminal import messages, print_notes, shared_console
 from llmq.errors import StorageError
 from llmq.report.escaped import printable
 from llmq.report.events import Event, Planned, Progress, TextRead
-from llmq.report.record import BlockReport, LayerReport, TuningReport, TuningStep, device_memory, peak_memory
+from llmq.report.peak import device_memory, peak_memory
+from llmq.report.record import BlockReport, LayerReport, TuningReport, TuningStep
 from llmq.report.shown import megabytes
 from llmq.report.timeline import Timeline
 

@@ -20,7 +20,6 @@ from llmq.evaluation import scoring
 from llmq.evaluation.activations import not_applied, quantize_inputs
 from llmq.evaluation.trajectories import greedy
 from llmq.gguf import reader
-from llmq.model.build.block import Block
 from llmq.model.build.skeleton import Skeleton
 from llmq.model.passes.forward import Ready, loaded, run_through
 from llmq.model.passes.generate import Continuation, in_memory, weight_bytes

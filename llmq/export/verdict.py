@@ -67,11 +67,11 @@ def judge(plan: Plan, report: Report, folders: Sequence[Path], text: HeldBack, o
         ) from error
 
 
-def add(plan: Plan, report: Report, folders: Sequence[Path], text: HeldBack, on_event: OnEvent) -> None:
-    """Measure the finished model, in one folder per format, and add the verdict to `report` and to the records."""
-    report.verdict = verdict = judge(plan, report, folders, text, on_event)
+def record(report: Report, folders: Sequence[Path]) -> None:
+    """Add the verdict of `report` to the records and cards of the finished model, in one folder per format."""
+    known = report.to_dict()
     for folder in folders:
-        write_record(folder, {**read_record(folder), "verdict": dataclasses.asdict(verdict)})
+        write_record(folder, {**read_record(folder), "verdict": known["verdict"], "forecast": known["forecast"]})
         card.renew_figures(folder)
 
 

@@ -33,6 +33,7 @@ class Planned:
     blocks  of "quantizing": the expected seconds of each block, by its path
     layers  the same for each group of layers that are finished together, by the name of the first one
     tokens  that go through each block
+    host_bytes, device_bytes  expected peak memory, in main memory and on a GPU; 0 if unknown
     """
 
     stages: Mapping[str, float]
@@ -40,6 +41,8 @@ class Planned:
     layers: Mapping[str, float] = field(default_factory=dict)
     tokens: int = 0
     in_seconds: bool = False
+    host_bytes: int = 0
+    device_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from llmq.report.events import BLOCK_TUNING, QUANTIZING, TUNING, Event, Planned, Progress
+from llmq.report.events import BLOCK_TUNING, QUANTIZING, TUNING, Event, OnEvent, Planned, Progress
+from llmq.report.forecast import Forecast, StageTime
 from llmq.report.record import BlockReport, LayerReport, TuningReport, TuningStep
 
 LITTLE = 0.02  # of the expected work: less says little about the speed
@@ -57,6 +58,15 @@ class Timeline:
         self.current = ""  # the name of the stage of the last event
         self.rate: float | None = None  # tokens per second through the last block
 
+    def before(self, on_event: OnEvent) -> OnEvent:
+        """`on_event`, after this timeline has taken the event."""
+
+        def taken(event: Event) -> None:
+            self.take(event)
+            on_event(event)
+
+        return taken
+
     def take(self, event: Event) -> None:
         """Account for one event."""
         if isinstance(event, Planned):
@@ -80,6 +90,14 @@ class Timeline:
     def elapsed(self) -> float:
         """Seconds since the start."""
         return self._clock() - self._began
+
+    @property
+    def forecast(self) -> Forecast | None:
+        """The expected and the measured seconds of each stage so far; None without a plan in seconds."""
+        if not self._plan.in_seconds:
+            return None
+        stages = [StageTime(name, stage.measured, stage.spent) for name, stage in self.stages.items() if stage.spent]
+        return Forecast(tuple(stages), self._plan.host_bytes, self._plan.device_bytes)
 
     @property
     def remaining(self) -> float | None:

@@ -60,6 +60,8 @@ def write(made: Path, source: Path, record: Mapping[str, Any]) -> tuple[str, ...
 
 def renew_figures(made: Path) -> None:
     """Write the figures of llmq.json into the card of a finished model, after it was measured."""
+    if not (made / CARD).is_file():  # the user has removed it
+        return
     text = (made / CARD).read_text(encoding="utf-8")
     before, _, after = text.partition(f"{FIGURES}\n")
     _, running, rest = after.partition(f"\n{RUNNING}\n")
