@@ -145,7 +145,7 @@ def _validation_sequences(plan: Plan, sequences: int) -> int:
 
 
 def _size(windows: Tensor) -> str:
-    return f"{len(windows)} sequences of {windows.shape[1]} tokens"
+    return f"{len(windows)} sequence{'s' if len(windows) > 1 else ''} of {windows.shape[1]} tokens"
 
 
 def sequences_at_once(windows: Tensor, device: torch.device) -> int:

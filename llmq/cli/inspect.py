@@ -5,7 +5,6 @@ from typing import Any
 from llmq.cli import options
 from llmq.cli.manifest import print_manifest
 from llmq.cli.paths import begin
-from llmq.cli.streams import print_text
 from llmq.cli.terminal import print_json, print_notes, print_table, quiet_transformers
 from llmq.report.shown import megabytes
 
@@ -40,5 +39,4 @@ def command(path: options.Path_, quiet: options.Quiet = False, json: options.Jso
     print_notes(report.notes)
     if report.calibration and report.calibration.get("manifest"):  # not written by earlier versions
         print_manifest(report.calibration)
-        for note in report.calibration["notes"]:
-            print_text(f"note: {note}")
+        print_notes(report.calibration["notes"])

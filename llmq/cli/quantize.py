@@ -24,7 +24,7 @@ from llmq.cli.terminal import (
     print_table,
     quiet_transformers,
 )
-from llmq.cli.verdict import next_commands, print_verdict, require, require_measurable
+from llmq.cli.verdict import next_command, print_verdict, require, require_measurable
 from llmq.cli.verify import print_findings, print_serving
 from llmq.config import QuantConfig
 from llmq.errors import Interrupted, LlmqError
@@ -116,7 +116,7 @@ def command(
         with ProgressDisplay(silent=quiet or not ranks.is_first, log=log_json if ranks.is_first else None) as display:
             job.run(display)
         if ranks.is_first:
-            _print_result(job, as_json=json)
+            _print_result(job, as_json=json, quiet=quiet)
             require(job.report.verdict, max_kl, job.out)
 
 
@@ -215,20 +215,23 @@ def _print_serving(job: "Job") -> None:
         verdicts = engines.verdicts(engines.check(folder))
         vllm = any(v.engine == "vLLM" and v.loads for v in verdicts)
         pages.append(str(folder / PAGE_FILES[0]))
-        following += next_commands(job.report.source, folder, name, vllm=vllm)
+        following.append(next_command(folder, name, vllm=vllm))
         loading = [f"{v.engine} ({', '.join(map(str, v.gpus))} GPUs)" for v in verdicts if v.loads and len(v.gpus) > 1]
         loading += [v.engine for v in verdicts if v.loads and len(v.gpus) == 1]
         rows.append((name, ", ".join(loading) or "no engine"))
     print_table("compatible engines", ("format", "engines (llmq verify has the reasons)"), rows)
     print_text(f"report: {', '.join(pages)}")
+    first = job.out / job.plan.settings.formats[0] if several else job.out
+    following.append(shlex.join(["llmq", "eval", str(first), "--against", job.report.source]))
     print_text("next:")
     for line in following:
         print_text(f"  {line}")
 
 
-def _print_result(job: "Job", *, as_json: bool) -> None:
-    report = job.report
-    shown = [*(report.calibration or {}).get("notes", ()), *job.plan.grid_notes]  # printed before the work started
+def _print_result(job: "Job", *, as_json: bool, quiet: bool) -> None:
+    report, shown = job.report, [*job.plan.grid_notes]  # printed before the work started
+    if not (quiet or job.finished):
+        shown += (report.calibration or {}).get("notes", ())  # those with the manifest of the text
     notes = [note for note in report.notes if note not in shown]
     notes += report.tuning.notes if report.tuning else ()
     measuring = 0.0 if report.verdict is None else report.verdict.seconds
