@@ -13,7 +13,7 @@ from llmq import calibration, memory
 from llmq.calibration import CalibrationSet, OwnText, SelfAuthor
 from llmq.calibration.documents import Contents
 from llmq.calibration.sequences import require_embeddings
-from llmq.calibration.sources import parse_sources
+from llmq.calibration.sources import parse_sources, without_folder
 from llmq.errors import CalibrationError
 from llmq.model.passes.streams import Text
 from llmq.report.events import WRITTEN, OnEvent, Progress, TextRead, ignore
@@ -113,11 +113,10 @@ class RunText:
                 return HeldBack(None, NO_TEXT)
             text = calibration.load(alone, tokenizer, seed=plan.settings.seed, max_tokens=plan.skeleton.max_tokens)
             require_embeddings(text.windows, plan.skeleton.vocabulary)
-            return HeldBack(text.windows, f"{_size(text.windows)} of {', '.join(text.sources)}")
+            return HeldBack(text.windows, f"{_size(text.windows)} of {_names(text)}")
         if len(text.held_back):
             require_embeddings(text.held_back, plan.skeleton.vocabulary)
-            sources = ", ".join(text.sources)
-            return HeldBack(text.held_back, f"{_size(text.held_back)} of {sources} that calibration did not read")
+            return HeldBack(text.held_back, f"{_size(text.held_back)} of {_names(text)} that calibration did not read")
         checked = _validation_sequences(plan, len(text.windows))
         if checked:
             windows = text.windows[-checked:]
@@ -142,6 +141,10 @@ def _validation_sequences(plan: Plan, sequences: int) -> int:
     """The number of calibration sequences, the last ones, on which stages are checked and nothing is fitted."""
     share = plan.stages.validation
     return min(max(math.ceil(share * sequences), plan.stages.tuning is not None), sequences - 1)
+
+
+def _names(text: CalibrationSet) -> str:
+    return ", ".join(map(without_folder, text.sources))
 
 
 def _size(windows: Tensor) -> str:
