@@ -29,7 +29,7 @@ from llmq.formats import with_settings
 from llmq.gguf.folder import blocks_to_gguf, export_gguf
 from llmq.model.passes.streams import Text
 from llmq.numerics.gguf_types import GGUF, GGUF_GRIDS
-from llmq.report import record, summaries
+from llmq.report import summaries
 from llmq.report.events import SAVING, Event, OnEvent, Progress
 from llmq.report.expert_tokens import expert_tokens
 from llmq.report.peak import peak_memory
