@@ -43,6 +43,7 @@ from llmq.report.events import Event, OnEvent, ignore
 from llmq.report.pages import LiveReport
 from llmq.report.record import BlockReport, Report
 from llmq.report.sensitivity import Sensitivity
+from llmq.report.timeline import Timeline
 from llmq.run_plan import Plan
 from llmq.run_text import RunText, sequences_at_once
 from llmq.runtime.environment import versions
@@ -101,6 +102,7 @@ class Job:
             request=sha256_of(self._identity()),
         )
         self._fisher: FisherInformation | None = None  # measured once for all attempts
+        self._timeline = Timeline()
         self.finished = False  # whether `run` found the finished model of an earlier run
         self.report.notes += [*self.plan.notes, *self.plan.idle_patterns()]
         if self.commits > self.blocks and self.plan.stages.tuning is not None:
@@ -132,6 +134,7 @@ class Job:
                 Writer.require_free(self.out)  # checked before the text is read
                 possible.require(self.plan, self.out, copies=save.copies(self.plan.settings.formats))
         if on_event is not ignore and self._ranks.is_first:
+            on_event = self._timeline.before(on_event)
             on_event(expected.planned(self.plan, self._ranks.size))
         self.report.notes += self.plan.grid_notes
         needed = self.plan.stages.needs_calibration or self.plan.settings.target_bits is not None
@@ -163,10 +166,15 @@ class Job:
         return self.report
 
     def _judge(self, text: CalibrationSet | None, on_event: OnEvent) -> None:
-        """Measure the finished model, unless its record has a verdict or the measurement is turned off."""
-        if self._ranks.is_first and self.report.verdict is None and self.plan.settings.calibration.held_back:
-            held_back = self._text.held_back(self.plan, text, self.report)
-            verdict.add(self.plan, self.report, self._folders, held_back, on_event)
+        """Measure the finished model, unless this was done or is turned off, and complete its record."""
+        report, wanted = self.report, self.report.verdict is None and self.plan.settings.calibration.held_back
+        if not self._ranks.is_first or (self.finished and not wanted):
+            return
+        if wanted:
+            held_back = self._text.held_back(self.plan, text, report)
+            report.verdict = verdict.judge(self.plan, report, self._folders, held_back, on_event)
+        report.forecast = self._timeline.forecast or report.forecast
+        verdict.record(report, self._folders)
 
     def _check_floats(self, on_event: OnEvent) -> None:
         """Run the float model on a few tokens."""
@@ -257,21 +265,11 @@ class Job:
                 economy=economy, quantize_head=plan.settings.quantize_head, ranks=self._ranks,
             )  # fmt: skip
         return Run(
-            skeleton=plan.skeleton,
-            streams=streams,
-            seed=plan.settings.seed,
-            fisher=self._fisher,
-            plans=dict(plan.layers),
-            method=plan.stages,
-            options=plan.options,
-            layout=plan.layout,
-            reader=plan.layout.read_config(plan.quantization_config()),
-            writer=writer,
-            on_event=collect,
-            keep_grid=plan.settings.keep_grid,
-            ranks=self._ranks,
-            economy=economy,
-        )
+            skeleton=plan.skeleton, streams=streams, seed=plan.settings.seed, fisher=self._fisher,
+            plans=dict(plan.layers), method=plan.stages, options=plan.options, layout=plan.layout,
+            reader=plan.layout.read_config(plan.quantization_config()), writer=writer, on_event=collect,
+            keep_grid=plan.settings.keep_grid, ranks=self._ranks, economy=economy,
+        )  # fmt: skip
 
     def _measured_fisher(
         self, text: Text, writer: Writer, calls: RecordedCalls, on_event: OnEvent, economy: Economy

@@ -45,7 +45,8 @@ from llmq.model.passes.forward import forward
 from llmq.model.passes.sequential import Sequential
 from llmq.numerics.input_stats import InputStats
 from llmq.report.layer_metrics import as_experts, layer_report
-from llmq.report.record import BlockReport, LayerReport, StageGain, peak_memory
+from llmq.report.peak import peak_memory
+from llmq.report.record import BlockReport, LayerReport, StageGain
 from llmq.steps import block_tuning, existing_grids, repair
 from llmq.steps.end_to_end import tune_end_to_end
 from llmq.steps.lm_head import quantize_head

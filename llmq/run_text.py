@@ -13,7 +13,7 @@ from llmq import calibration, memory
 from llmq.calibration import CalibrationSet, OwnText, SelfAuthor
 from llmq.calibration.documents import Contents
 from llmq.calibration.sequences import require_embeddings
-from llmq.calibration.sources import parse_sources
+from llmq.calibration.sources import parse_sources, without_folder
 from llmq.errors import CalibrationError
 from llmq.model.passes.streams import Text
 from llmq.report.events import WRITTEN, OnEvent, Progress, TextRead, ignore
@@ -67,9 +67,9 @@ class RunText:
             author=self._author(plan, tokenizer, self._own, on_event),
             given=self._given,
         )
+        text = _with_note(text, plan)
         report.calibration = text.to_dict()
         report.notes += text.notes
-        _check_tokens(text, plan, report)
         on_event(TextRead(text.to_dict(), text.notes))
         if plan.stages.tuning is not None and len(text.windows) < 2:
             raise CalibrationError(
@@ -113,11 +113,10 @@ class RunText:
                 return HeldBack(None, NO_TEXT)
             text = calibration.load(alone, tokenizer, seed=plan.settings.seed, max_tokens=plan.skeleton.max_tokens)
             require_embeddings(text.windows, plan.skeleton.vocabulary)
-            return HeldBack(text.windows, f"{_size(text.windows)} of {', '.join(text.sources)}")
+            return HeldBack(text.windows, f"{_size(text.windows)} of {_names(text)}")
         if len(text.held_back):
             require_embeddings(text.held_back, plan.skeleton.vocabulary)
-            sources = ", ".join(text.sources)
-            return HeldBack(text.held_back, f"{_size(text.held_back)} of {sources} that calibration did not read")
+            return HeldBack(text.held_back, f"{_size(text.held_back)} of {_names(text)} that calibration did not read")
         checked = _validation_sequences(plan, len(text.windows))
         if checked:
             windows = text.windows[-checked:]
@@ -144,8 +143,12 @@ def _validation_sequences(plan: Plan, sequences: int) -> int:
     return min(max(math.ceil(share * sequences), plan.stages.tuning is not None), sequences - 1)
 
 
+def _names(text: CalibrationSet) -> str:
+    return ", ".join(map(without_folder, text.sources))
+
+
 def _size(windows: Tensor) -> str:
-    return f"{len(windows)} sequences of {windows.shape[1]} tokens"
+    return f"{len(windows)} sequence{'s' if len(windows) > 1 else ''} of {windows.shape[1]} tokens"
 
 
 def sequences_at_once(windows: Tensor, device: torch.device) -> int:
@@ -153,12 +156,14 @@ def sequences_at_once(windows: Tensor, device: torch.device) -> int:
     return max(1, memory.TOKENS_PER_BATCH_TO_QUANTIZE.get(device.type, 4096) // windows.shape[1])
 
 
-def _check_tokens(text: CalibrationSet, plan: Plan, report: Report) -> None:
-    """Raise CheckpointError for ids without an embedding; add a note if the text is short for the widest layer."""
+def _with_note(text: CalibrationSet, plan: Plan) -> CalibrationSet:
+    """`text`, with a note if it is short for the widest layer. Raises CheckpointError for ids without an embedding."""
     require_embeddings(text.windows, plan.skeleton.vocabulary)
     widest = max(layer.in_features for layer in plan.layers.values() if layer.scheme.weights is not None)
     if text.windows.numel() < TOKENS_PER_INPUT * widest:
-        report.notes.append(
+        few = (
             f"{text.windows.numel()} calibration tokens are few for layers with {widest} inputs, "
             f"at least {TOKENS_PER_INPUT * widest} are recommended; see --samples and --seqlen"
         )
+        return replace(text, notes=(*text.notes, few))
+    return text

@@ -79,3 +79,8 @@ def read_documents(source: str) -> list[str]:
     """Read the texts of one source without blank ones; raises CalibrationError if there are none."""
     documents = [document for document in read_source(source).documents if not is_blank(document)]
     return texts_only(documents, source)
+
+
+def without_folder(source: str) -> str:
+    """The name of a source; of a local file only its name is published."""
+    return Path(source).name if Path(source).is_absolute() else source

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from llmq.cli import options
+from llmq.cli.paths import begin
 from llmq.cli.progress import ProgressDisplay
-from llmq.cli.terminal import print_json, print_loading, print_table, quiet_transformers
+from llmq.cli.terminal import print_json, print_table, quiet_transformers
 from llmq.errors import ConfigError
 from llmq.report.shown import megabytes
 
@@ -46,6 +47,8 @@ def command(
     ] = None,
     device: options.Device = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
+    quiet: options.Quiet = False,
+    log_json: options.LogJson = None,
     json: options.Json = False,
 ) -> None:  # fmt: skip
     """Measure speed and memory of a model: one request at a time.
@@ -65,7 +68,7 @@ def command(
       3  unreadable model
     """
     pythons = dict(_engine_and_python(text) for text in engine_python or ())
-    print_loading()
+    begin(*([] if against is None else [against]), path, quiet=quiet)
     from llmq.engines.processes import engine_named
     from llmq.engines.speed import Workload, engines_for, measure
 
@@ -84,7 +87,7 @@ def command(
         from llmq.report.heat_map import require_drawable
 
         require_drawable(plot)  # before the measurement
-    with ProgressDisplay() as display:
+    with ProgressDisplay(silent=quiet, log=log_json) as display:
         results = measure(
             pairs, workload, pythons=pythons, device=device, gpus=gpus, remote_code=trust_remote_code, on_event=display
         )

@@ -56,12 +56,15 @@ def command(
     chats = {name: writing.conversation(system) for name in writers}
     try:
         for line in _lines():
+            answers: dict[str, str] = {}
             for name, chat in chats.items():
                 if compare is not None:
                     writing.print_name(name)
                 chat.append({"role": "user", "content": line})
-                answer = writing.print_written(writers[name], chat, sampling)
-                chat.append({"role": "assistant", "content": answer})
+                answers[name] = writing.print_written(writers[name], chat, sampling)
+                chat.append({"role": "assistant", "content": answers[name]})
+            if len(answers) > 1:
+                writing.print_compared(answers)
     except KeyboardInterrupt:
         raise Interrupted("interrupted", hint="Ctrl-D ends a chat, too") from None
 

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Argument, Option
 
 from llmq.cli import options
-from llmq.cli.paths import require_models
+from llmq.cli.paths import begin
 from llmq.cli.progress import ProgressDisplay
-from llmq.cli.terminal import print_done, print_json, print_loading, print_notes, print_table, quiet_transformers
+from llmq.cli.terminal import print_done, print_json, print_notes, print_table, quiet_transformers
 from llmq.config import CONVERTIBLE
 from llmq.errors import Interrupted
 from llmq.report.shown import megabytes
@@ -65,8 +65,7 @@ def command(
     See also:
       llmq quantize --format gptq,gguf  several formats at once
     """
-    print_loading(quiet=quiet)
-    require_models(path)
+    begin(path, quiet=quiet)
     from llmq.export.any_format import convert
 
     quiet_transformers()

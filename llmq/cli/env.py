@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from llmq.cli import options
-from llmq.cli.terminal import print_json, print_loading, print_table
+from llmq.cli.paths import begin
+from llmq.cli.terminal import print_json, print_table
 from llmq.report.shown import megabytes
 
 if TYPE_CHECKING:
@@ -13,12 +14,12 @@ if TYPE_CHECKING:
 PANEL, ORDER = "Run", 2
 
 
-def command(json: options.Json = False) -> None:
+def command(quiet: options.Quiet = False, json: options.Json = False) -> None:
     """Show versions, devices and the kernels that each device uses.
 
     LLMQ_BACKEND=torch turns the Triton kernels off; auto, the default, uses them if they work.
     """
-    print_loading()
+    begin(quiet=quiet)
     from llmq.runtime.environment import environment
 
     present = environment()

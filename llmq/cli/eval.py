@@ -8,9 +8,9 @@ from typer import Option
 
 from llmq.cli import options
 from llmq.cli.evaluation_tables import print_evaluation, print_tasks
-from llmq.cli.paths import require_models
+from llmq.cli.paths import begin
 from llmq.cli.progress import ProgressDisplay
-from llmq.cli.terminal import print_json, print_loading, print_notes, quiet_transformers
+from llmq.cli.terminal import print_json, print_notes, quiet_transformers
 from llmq.errors import ConfigError
 from llmq.evaluation import WIKITEXT
 
@@ -145,15 +145,14 @@ def command(
     """
     if tasks is not None:
         _refuse_with_tasks(text, windows, calibration, max_kl, max_ppl_increase, floors or None, trajectories or None)
-        _run_tasks(paths, against, tasks, task_folder, task_limit, device, trust_remote_code, json)
+        _run_tasks(paths, against, tasks, task_folder, task_limit, device, trust_remote_code, quiet, json)
         return
     increase = None if max_ppl_increase is None else per_cent(max_ppl_increase)
     if against is None and (max_kl is not None or increase is not None):
         raise ConfigError("--max-kl and --max-ppl-increase need an original model", hint="add --against")
     if against is None and (floors or trajectories):
         raise ConfigError("--floors and --trajectories need an original model", hint="add --against")
-    print_loading(quiet=quiet)
-    require_models(*paths, *([against] if against else []))
+    begin(*paths, *([against] if against else []), quiet=quiet)
     from llmq.evaluation.measure import measure_many, require
     from llmq.evaluation.paired import all_differences
 
@@ -208,16 +207,17 @@ def _run_tasks(
     limit: int | None,
     device: str,
     remote_code: bool,
+    quiet: bool,
     json: bool,
 ) -> None:
     """Run tasks of lm-eval on the original, if there is one, and on the models."""
-    print_loading()
+    begin(*([] if against is None else [against]), *paths, quiet=quiet)
     from llmq.evaluation.tasks import TaskOptions, run_tasks
 
     quiet_transformers()
     options = TaskOptions(tuple(name.strip() for name in tasks.split(",") if name.strip()), folder, limit)
     models = list(dict.fromkeys([*([] if against is None else [against]), *paths]))
-    with ProgressDisplay() as display:
+    with ProgressDisplay(silent=quiet) as display:
         scores = run_tasks(models, options, device=device, remote_code=remote_code, on_event=display)
     if json:
         print_json({"tasks": {path: [score.to_dict() for score in own] for path, own in scores.items()}})

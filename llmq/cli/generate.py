@@ -56,16 +56,16 @@ def command(
         raise ConfigError("--system is a part of the chat template, which --raw leaves out", hint="omit one of them")
     text = sys.stdin.read() if prompt == "-" else prompt
     paths = [path] if compare is None else [path, compare]
-    written = []
+    written: dict[str, str] = {}
     for name, writer in writing.open_writers(paths, device=device, remote_code=trust_remote_code).items():
         asked = _asked(name, writer, text, system, raw=raw)
         if compare is not None:
             writing.print_name(name)
         if isinstance(asked, str):
             print_text(asked, end="", flush=True)
-        written.append(writing.print_written(writer, asked, sampling))
+        written[name] = writing.print_written(writer, asked, sampling)
     if len(written) > 1:
-        writing.print_agreement(written)
+        writing.print_compared(written)
 
 
 def _asked(path: str, writer: Writer, text: str, system: str | None, *, raw: bool) -> str | Sequence[Message]:

@@ -4,15 +4,14 @@ from typing import Any
 
 from llmq.cli import options
 from llmq.cli.manifest import print_manifest
-from llmq.cli.paths import require_models
-from llmq.cli.streams import print_text
-from llmq.cli.terminal import print_json, print_loading, print_notes, print_table, quiet_transformers
+from llmq.cli.paths import begin
+from llmq.cli.terminal import print_json, print_notes, print_table, quiet_transformers
 from llmq.report.shown import megabytes
 
 PANEL, ORDER = "Inspect", 3
 
 
-def command(path: options.Path_, json: options.Json = False) -> None:
+def command(path: options.Path_, quiet: options.Quiet = False, json: options.Json = False) -> None:
     """Show the contents of a model: layers, bits, sizes, quantization errors.
 
     The errors and the calibration text are those recorded by llmq quantize.
@@ -20,8 +19,7 @@ def command(path: options.Path_, json: options.Json = False) -> None:
     Example:
       llmq inspect out/
     """
-    print_loading()
-    require_models(path)
+    begin(path, quiet=quiet)
     from llmq.verification.inspection import inspect
 
     quiet_transformers()
@@ -41,5 +39,4 @@ def command(path: options.Path_, json: options.Json = False) -> None:
     print_notes(report.notes)
     if report.calibration and report.calibration.get("manifest"):  # not written by earlier versions
         print_manifest(report.calibration)
-        for note in report.calibration["notes"]:
-            print_text(f"note: {note}")
+        print_notes(report.calibration["notes"])

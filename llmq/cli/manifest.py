@@ -30,12 +30,14 @@ LINES: tuple[tuple[str, Callable[[Record], str]], ...] = (
     ("scripts", lambda record: ", ".join(f"{name} {part:.1%}" for name, part in record["scripts"].items())),
     ("sha256", lambda record: f"{record['sha256'][:16]}…"),
 )
+OF_SEVERAL = ("requested share", "sha256")  # of one source they say nothing, or repeat the title
 
 
 def print_manifest(calibration: Mapping[str, Any], console: Console | None = None) -> None:
     """Print the result of `CalibrationSet.to_dict`, which llmq.json also holds; on stdout by default."""
     records = calibration.get("manifest", ())
-    rows = [(name, *(_shown(cell, record) for record in records)) for name, cell in LINES]
+    lines = [(name, cell) for name, cell in LINES if len(records) > 1 or name not in OF_SEVERAL]
+    rows = [(name, *(_shown(cell, record) for record in records)) for name, cell in lines]
     title = f"calibration text: {calibration['samples']} x {calibration['seqlen']} tokens, sha256 "
     title += f"{calibration['sha256'][:16]}…"
     columns = ("", *(record["source"] for record in records))

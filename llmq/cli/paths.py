@@ -1,6 +1,16 @@
-"""Check the paths of models before torch and transformers are imported, which takes seconds."""
+"""What a command does before torch and transformers are imported, which takes seconds."""
 
+import sys
 from pathlib import Path
+
+from llmq.cli.terminal import messages
+
+
+def begin(*models: str, quiet: bool = False) -> None:
+    """Check the paths of models, and give a sign of life on stderr before the imports. Raises CheckpointError."""
+    require_models(*models)
+    if not quiet and "transformers" not in sys.modules:
+        messages().print("[dim]loading torch and transformers[/]")
 
 
 def require_models(*models: str) -> None:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 from llmq.cli import options
+from llmq.cli.paths import begin
 from llmq.cli.streams import print_text
-from llmq.cli.terminal import messages, print_json, print_loading, print_notes, print_table, quiet_transformers
+from llmq.cli.terminal import messages, print_json, print_notes, print_table, quiet_transformers
 from llmq.config import QuantConfig
 from llmq.errors import ConfigError
 from llmq.report.shown import duration, megabytes
@@ -45,6 +46,7 @@ def command(
     ] = False,
     device: options.Device = "auto",
     revision: options.Revision = None,
+    quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:  # fmt: skip
     """Show what quantizing a model will cost, and what the result will need.
@@ -68,8 +70,9 @@ def command(
         _quantity("--fit", fit, UNITS) if fit is not None else None,
         _quantity("--context", context, TOKEN_UNITS),
     )
-    print_loading()
-    messages().print("counting parameters and measuring this machine")
+    begin(model, quiet=quiet)
+    if not quiet:
+        messages().print("[dim]counting parameters and measuring this machine[/]")
     from llmq import forecast
 
     quiet_transformers()
@@ -80,7 +83,8 @@ def command(
         settings = fitting.settings
     tried = None
     if trial:
-        messages().print(f"quantizing one block with {settings.method}")
+        if not quiet:
+            messages().print(f"[dim]quantizing one block with {settings.method}[/]")
         tried = forecast.try_block(model, settings, device=device, revision=revision)
     result = forecast.forecast(configured, settings, machine=None if tried is None else tried.machine, trial=tried)
     if json:

@@ -26,10 +26,12 @@ from llmq.cli.terminal import messages, print_notes, shared_console
 from llmq.errors import StorageError
 from llmq.report.escaped import printable
 from llmq.report.events import Event, Planned, Progress, TextRead
-from llmq.report.record import BlockReport, LayerReport, TuningReport, TuningStep, device_memory, peak_memory
+from llmq.report.peak import device_memory, peak_memory
+from llmq.report.record import BlockReport, LayerReport, TuningReport, TuningStep
 from llmq.report.shown import megabytes
 from llmq.report.timeline import Timeline
 
+BAR = 40  # characters at most
 SECONDS_PER_LINE = 5.0  # at least, without a terminal; a finished block always has a line
 
 
@@ -79,10 +81,13 @@ class ProgressDisplay:
         """The bar and the line below it, several times per second: the ETA changes also between events."""
         timeline, rest = self._timeline, self._timeline.remaining
         row = Table.grid(padding=(0, 1))
+        row.add_column(no_wrap=True)
+        row.add_column(max_width=BAR)  # narrower beside a long heading
+        row.add_column(no_wrap=True)
         eta = "-:--:--" if rest is None else clock(rest)
         row.add_row(
-            Text(self._heading, no_wrap=True), ProgressBar(total=1.0, completed=timeline.fraction, width=40),
-            Text(f"{timeline.fraction:4.0%} {clock(timeline.elapsed)} ETA {eta}", no_wrap=True),
+            Text(self._heading), ProgressBar(total=1.0, completed=timeline.fraction),
+            Text(f"{timeline.fraction:4.0%} {clock(timeline.elapsed)} ETA {eta}"),
         )  # fmt: skip
         return Group(row, Text(printable(self._detail), no_wrap=True, overflow="ellipsis"))
 

@@ -6,9 +6,10 @@ from typing import Annotated
 from typer import Argument, Option
 
 from llmq.cli import options
+from llmq.cli.paths import begin
 from llmq.cli.progress import ProgressDisplay
 from llmq.cli.streams import print_text
-from llmq.cli.terminal import print_done, print_json, print_loading, print_notes, print_table, quiet_transformers
+from llmq.cli.terminal import print_done, print_json, print_notes, print_table, quiet_transformers
 from llmq.errors import CheckpointError, Interrupted
 from llmq.report.shown import megabytes
 
@@ -24,6 +25,7 @@ def command(
     dry_run: Annotated[
         bool, Option("--dry-run", help="List the files that would be uploaded, with their sizes, and upload nothing.")
     ] = False,
+    quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
     """Upload a finished model to the Hugging Face Hub.
@@ -49,7 +51,7 @@ def command(
     """
     if not out.is_dir():
         raise CheckpointError(f"{out} is not a folder", hint="give the output folder of llmq quantize or convert")
-    print_loading()
+    begin(quiet=quiet)
     from llmq.checkpoint.model_path import require_model
     from llmq.export.push import parcel, push
     from llmq.verification.verified import verify
@@ -57,7 +59,7 @@ def command(
     quiet_transformers()
     require_model(Path(out))
     chosen = parcel(out)
-    with ProgressDisplay() as display:
+    with ProgressDisplay(silent=quiet) as display:
         verify(out, on_event=display).require_intact()
     sizes = chosen.sizes()
     print_notes(chosen.notes)

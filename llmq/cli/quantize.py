@@ -14,18 +14,17 @@ from typer import Exit
 
 from llmq.checkpoint import PAGE_FILES
 from llmq.cli import options
-from llmq.cli.paths import require_models
+from llmq.cli.paths import begin
 from llmq.cli.progress import ProgressDisplay
 from llmq.cli.streams import print_text
 from llmq.cli.terminal import (
     print_done,
     print_json,
-    print_loading,
     print_notes,
     print_table,
     quiet_transformers,
 )
-from llmq.cli.verdict import next_commands, print_verdict, require, require_measurable
+from llmq.cli.verdict import next_command, print_verdict, require, require_measurable
 from llmq.cli.verify import print_findings, print_serving
 from llmq.config import QuantConfig
 from llmq.errors import Interrupted, LlmqError
@@ -97,8 +96,7 @@ def command(
         return
     require_measurable(settings, max_kl)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch warns of each connection that a process closes
-    print_loading(quiet=quiet)
-    require_models(model)
+    begin(model, quiet=quiet)
     from llmq.distributed import join
     from llmq.job import Job
 
@@ -118,7 +116,7 @@ def command(
         with ProgressDisplay(silent=quiet or not ranks.is_first, log=log_json if ranks.is_first else None) as display:
             job.run(display)
         if ranks.is_first:
-            _print_result(job, as_json=json)
+            _print_result(job, as_json=json, quiet=quiet)
             require(job.report.verdict, max_kl, job.out)
 
 
@@ -217,33 +215,40 @@ def _print_serving(job: "Job") -> None:
         verdicts = engines.verdicts(engines.check(folder))
         vllm = any(v.engine == "vLLM" and v.loads for v in verdicts)
         pages.append(str(folder / PAGE_FILES[0]))
-        following += next_commands(job.report.source, folder, name, vllm=vllm)
+        following.append(next_command(folder, name, vllm=vllm))
         loading = [f"{v.engine} ({', '.join(map(str, v.gpus))} GPUs)" for v in verdicts if v.loads and len(v.gpus) > 1]
         loading += [v.engine for v in verdicts if v.loads and len(v.gpus) == 1]
         rows.append((name, ", ".join(loading) or "no engine"))
     print_table("compatible engines", ("format", "engines (llmq verify has the reasons)"), rows)
     print_text(f"report: {', '.join(pages)}")
+    first = job.out / job.plan.settings.formats[0] if several else job.out
+    following.append(shlex.join(["llmq", "eval", str(first), "--against", job.report.source]))
     print_text("next:")
     for line in following:
         print_text(f"  {line}")
 
 
-def _print_result(job: "Job", *, as_json: bool) -> None:
-    report = job.report
-    shown = [*(report.calibration or {}).get("notes", ()), *job.plan.grid_notes]  # printed before the work started
+def _print_result(job: "Job", *, as_json: bool, quiet: bool) -> None:
+    report, shown = job.report, [*job.plan.grid_notes]  # printed before the work started
+    if not (quiet or job.finished):
+        shown += (report.calibration or {}).get("notes", ())  # those with the manifest of the text
     notes = [note for note in report.notes if note not in shown]
     notes += report.tuning.notes if report.tuning else ()
+    measuring = 0.0 if report.verdict is None else report.verdict.seconds
     print_notes([*notes, *(note for block in report.blocks for note in block.notes), *_layer_notes(job)])
     if job.finished:
         print_done("finished already:", f" {job.out}")
     else:
-        print_done("done", f" in {report.seconds:.1f} s: {job.out}")
+        print_done("done", f" in {report.seconds + measuring:.1f} s: {job.out}")
     if as_json:
         print_json(report.to_dict())
         return
     worst = sorted(report.layers, key=lambda layer: -layer.error)[:LAYERS_SHOWN]
-    rows = [(layer.name, layer.scheme, f"{layer.error:.2%}", f"{layer.signal_to_noise:.1f} dB") for layer in worst]
-    print_table("layers with the largest error", ("layer", "grid", "error", "signal to noise"), rows)
+    rows = [
+        (layer.name, layer.scheme, f"{layer.error:.2%}", "-" if layer.rtn_error is None else f"{layer.rtn_error:.2%}")
+        for layer in worst
+    ]
+    print_table("layers with the largest error", ("layer", "grid", "error", "round to nearest"), rows)
     _print_experts(report)
     summary = [
         ("layers quantized", str(len(report.layers))),
@@ -253,7 +258,7 @@ def _print_result(job: "Job", *, as_json: bool) -> None:
         *((summary.stage, summary.outcome) for summary in report.stages),
         *([("tuning", str(report.tuning))] if report.tuning else []),
         *([("experts", experts)] if (experts := expert_tokens.summary(report.experts)) else []),
-        ("time", f"{report.seconds:.1f} s"),
+        ("time", f"{report.seconds:.1f} s" + (f", and {measuring:.1f} s to measure the quality" if measuring else "")),
         ("peak memory", megabytes(report.peak_memory_bytes)),
         ("output", str(job.out)),
     ]

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from llmq.cli import options
-from llmq.cli.paths import require_models
+from llmq.cli.paths import begin
 from llmq.cli.progress import ProgressDisplay
 from llmq.cli.streams import print_text
-from llmq.cli.terminal import print_json, print_loading, print_notes, print_table, quiet_transformers
+from llmq.cli.terminal import print_json, print_notes, print_table, quiet_transformers
 from llmq.config import QuantConfig, parse_group_size
 from llmq.errors import ConfigError, Interrupted
 from llmq.numerics.scheme import GroupSize, WeightScheme
@@ -76,8 +76,7 @@ def command(
 
         heat_map.require_drawable(plot)  # before the long measurement
     schemes = [_scheme(text, settings) for text in grids or (GRIDS if settings.target_bits is None else ())]
-    print_loading(quiet=quiet)
-    require_models(model)
+    begin(model, quiet=quiet)
     from llmq.job import Job
     from llmq.mixed_precision import assign
 

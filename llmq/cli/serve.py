@@ -8,8 +8,9 @@ from typing import Annotated
 from typer import Argument, Option
 
 from llmq.cli import options
+from llmq.cli.paths import begin
 from llmq.cli.streams import print_text
-from llmq.cli.terminal import print_loading, print_notes, quiet_transformers
+from llmq.cli.terminal import print_notes, quiet_transformers
 from llmq.errors import BackendError
 
 PANEL, ORDER = "Run", 4
@@ -63,9 +64,8 @@ def command(
     See also:
       llmq verify --run  compare an engine with llmq before serving
     """
+    begin(path)
     from llmq.checkpoint import hub
-
-    print_loading()
     from llmq.checkpoint.index import gguf_file
     from llmq.engines.serving import Machine, Request, choose
     from llmq.evaluation.measure import size_of

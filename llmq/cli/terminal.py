@@ -1,8 +1,7 @@
 """Output for people: tables on stdout; progress, messages and errors on stderr."""
 
 import json
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -86,7 +85,7 @@ def print_table(
     title: str, columns: Iterable[str], rows: Iterable[Iterable[str]], console: Console | None = None
 ) -> None:
     """Print a table, by default on stdout; the first column is aligned to the left, the others to the right."""
-    table = Table(title=escape(title), title_justify="left", title_style="bold")
+    table = Table()
     for position, column in enumerate(columns):
         table.add_column(escape(printable(column)), justify="left" if position == 0 else "right", no_wrap=position == 0)
     for row in rows:
@@ -94,17 +93,24 @@ def print_table(
     console = console or SafeConsole(highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, 160)  # files and pipes have no width to wrap at
+    if title:
+        console.print(f"[bold]{escape(printable(title))}[/]", soft_wrap=True)  # a title of the table wraps at its width
     console.print(table)
+
+
+def print_columns(texts: Mapping[str, str]) -> None:
+    """Print texts side by side, each below its name, if stdout is a terminal."""
+    console = SafeConsole(highlight=False)
+    if console.is_terminal:
+        table = Table(expand=True)
+        for name in texts:
+            table.add_column(escape(printable(name)), ratio=1, overflow="fold")
+        table.add_row(*(escape(printable(text)) for text in texts.values()))
+        console.print(table)
 
 
 def print_json(document: Any) -> None:
     print_text(json.dumps(document, indent=2))
-
-
-def print_loading(*, quiet: bool = False) -> None:
-    """A sign of life on stderr before torch and transformers are imported, which takes seconds."""
-    if not quiet and "transformers" not in sys.modules:
-        messages().print("[dim]loading torch and transformers[/]")
 
 
 def quiet_transformers() -> None:

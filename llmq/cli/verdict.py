@@ -52,14 +52,13 @@ def print_verdict(verdict: "Verdict | None") -> None:
     print_text(verdict.sentence)
 
 
-def next_commands(source: str, folder: Path, layout: str, *, vllm: bool) -> list[str]:
-    """Commands that run the finished model in `folder`, and that measure it further."""
+def next_command(folder: Path, layout: str, *, vllm: bool) -> str:
+    """A command that runs the finished model in `folder`."""
     prompt = "Once upon a time"
     if layout.startswith("gguf"):
-        files = sorted(folder.glob("*.gguf"))
-        run = [["llama-cli", "-m", str(file), "-p", prompt] for file in files[:1]]
+        run = ["llama-cli", "-m", *map(str, sorted(folder.glob("*.gguf"))), "-p", prompt]
     elif layout == "mlx":
-        run = [["mlx_lm.generate", "--model", str(folder), "--prompt", prompt]]
+        run = ["mlx_lm.generate", "--model", str(folder), "--prompt", prompt]
     else:
-        run = [["vllm", "serve", str(folder)]] if vllm else [["llmq", "generate", str(folder), "-p", prompt]]
-    return [shlex.join(command) for command in [*run, ["llmq", "eval", str(folder), "--against", source]]]
+        run = ["vllm", "serve", str(folder)] if vllm else ["llmq", "generate", str(folder), "-p", prompt]
+    return shlex.join(run)

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from llmq.cli import options
+from llmq.cli.paths import begin
 from llmq.cli.progress import ProgressDisplay
 from llmq.cli.streams import print_text
-from llmq.cli.terminal import print_json, print_loading, print_notes, print_table, quiet_transformers
+from llmq.cli.terminal import print_json, print_notes, print_table, quiet_transformers
 from llmq.errors import ConfigError, QualityError
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def command(
       8  an engine given with --for would not load it, or is unknown;
          an engine given with --run computes something else
     """
-    print_loading(quiet=quiet)
+    begin(path, quiet=quiet)
     from llmq.checkpoint import hub
     from llmq.verification.engines import ENGINES
     from llmq.verification.verified import verify

@@ -1,13 +1,14 @@
 """What `llmq generate` and `llmq chat` share: their options, and the text of one or two models on stdout."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 from typer import Option
 
+from llmq.cli.paths import begin
 from llmq.cli.streams import print_text
-from llmq.cli.terminal import messages, print_loading, quiet_transformers
+from llmq.cli.terminal import messages, print_columns, quiet_transformers
 from llmq.engines.sampling import Message, Sampling, Writer
 from llmq.errors import ConfigError
 
@@ -43,7 +44,7 @@ Seed = Annotated[int, Option("--seed", min=0, help="Random seed for temperatures
 
 def open_writers(paths: Sequence[str], *, device: str, remote_code: bool) -> dict[str, Writer]:
     """Load models, each under its path."""
-    print_loading()
+    begin(*paths)
     from llmq.engines.writers import open_writer
 
     quiet_transformers()
@@ -66,11 +67,15 @@ def print_name(path: str) -> None:
     print_text(f"--- {path}")
 
 
-def print_agreement(texts: Sequence[str]) -> None:
-    """Print on stderr how far two texts are equal."""
-    same = len(os.path.commonprefix(list(texts)))
-    both = "both texts are equal" if len(set(texts)) == 1 else f"the texts are equal up to character {same}"
-    messages().print(both, style="dim", highlight=False)
+def print_compared(texts: Mapping[str, str]) -> None:
+    """Print two texts, by the names of their models, side by side in a terminal, and how far they are equal."""
+    written = list(texts.values())
+    if len(set(written)) == 1:
+        messages().print("both texts are equal", style="dim", highlight=False)
+        return
+    print_columns(texts)
+    same = len(os.path.commonprefix(written))
+    messages().print(f"the texts are equal up to character {same}", style="dim", highlight=False)
 
 
 def conversation(system: str | None) -> list[Message]:

@@ -7,7 +7,7 @@ import torch
 
 from llmq import formats
 from llmq.config import QuantConfig
-from llmq.cost import files, passes, peaks, solver
+from llmq.cost import files, passes, peaks, solver, verdict
 from llmq.cost.files import Sizes
 from llmq.cost.machine import Machine
 from llmq.cost.outline import Outline, observe
@@ -205,7 +205,7 @@ def _work(work: Workload, machine: Machine, sizes: Sizes, head: WeightScheme | N
         sizes,
         packed_in_memory=peaks.packed_in_memory(machine, sizes),
     )
-    return by_stage
+    return by_stage | verdict.by_stage(work, machine, sizes)
 
 
 def _add_group(parts: dict[str, list[Work]], work: Workload, group: Group, number: int) -> None:

@@ -64,6 +64,12 @@ class Workload:
         return min(max(share, self.method.tuning is not None), self.given - 1)
 
     @property
+    def measured(self) -> int:
+        """Sequences on which the finished model is compared with the original; without text there are none."""
+        text = self.method.needs_calibration or self.settings.calibration.sources
+        return self.settings.calibration.held_back if text else 0
+
+    @property
     def fitted(self) -> int:
         return self.sequences - self.validation
 

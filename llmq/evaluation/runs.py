@@ -13,12 +13,11 @@ from torch import Tensor
 from llmq import memory
 from llmq.errors import UnsupportedModelError
 from llmq.evaluation.scoring import Scores, score
-from llmq.evaluation.streaming import Source, Streamed, stage, windows_together
+from llmq.evaluation.streaming import Source, Streamed, windows_together
 from llmq.evaluation.trajectories import Trajectories, compared
-from llmq.report.events import OnEvent, Planned, Progress, ignore
+from llmq.report.events import SCORING, OnEvent, Planned, Progress, evaluating, ignore
 
 Logits = Iterator[tuple[Tensor, Tensor]]  # batches (B, T) int64 of sequences, and their logits (B, T, V)
-SCORING = "scoring"  # a stage of events
 SPARE_PART = 0.8  # of the free memory, for a whole model that generates text; the rest is for activations
 
 
@@ -42,7 +41,7 @@ class Run:
 def planned(first: Source, names: Sequence[str]) -> Planned:
     """The stages of running models of the same size as `first`: their blocks, and the scores of all tokens."""
     blocks, scores = first.work if isinstance(first, Streamed) else (0.0, 1.0)
-    return Planned({**{stage(name): blocks for name in names if blocks}, SCORING: scores * len(names)})
+    return Planned({**{evaluating(name): blocks for name in names if blocks}, SCORING: scores * len(names)})
 
 
 @dataclass

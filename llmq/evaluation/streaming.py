@@ -20,14 +20,13 @@ from llmq.evaluation import scoring
 from llmq.evaluation.activations import not_applied, quantize_inputs
 from llmq.evaluation.trajectories import greedy
 from llmq.gguf import reader
-from llmq.model.build.block import Block
 from llmq.model.build.skeleton import Skeleton
 from llmq.model.passes.forward import Ready, loaded, run_through
 from llmq.model.passes.generate import Continuation, in_memory, weight_bytes
 from llmq.model.passes.hidden_states import Place, Storage
 from llmq.model.passes.streams import Stream, Text
 from llmq.numerics.scheme import InputScheme
-from llmq.report.events import OnEvent, Progress, ignore
+from llmq.report.events import OnEvent, Progress, evaluating, ignore
 from llmq.runtime.load import load_model, stored_dtype
 from llmq.runtime.open_skeleton import open_skeleton
 
@@ -113,11 +112,14 @@ class Streamed:
         text = Text(windows, self._batch or scoring.windows_per_batch(windows))
         storage = Storage(self._skeleton.device, Place.HOST)
 
-        def progress(block: Block) -> None:
-            done, blocks = block.index + 1, len(self._skeleton.blocks)
-            self._on_event(Progress(stage(self._name), done, blocks, share=(part + done / blocks) / parts))
+        def progress(done: int) -> None:
+            blocks = len(self._skeleton.blocks)
+            self._on_event(Progress(evaluating(self._name), done, blocks, share=(part + done / blocks) / parts))
 
-        self._passed = run_through(self._skeleton, text, storage, ready=self._ready, after=progress)
+        progress(0)
+        self._passed = run_through(
+            self._skeleton, text, storage, ready=self._ready, after=lambda block: progress(block.index + 1)
+        )
 
     def logits(self, together: int) -> Iterator[tuple[Tensor, Tensor]]:
         passed = self._passed
@@ -238,11 +240,6 @@ def open_source(
             hint="leave --activations out to evaluate it with float inputs",
         )
     return Whole(folder, device, dtype, remote_code=remote_code, why=why, batch=batch)
-
-
-def stage(name: str) -> str:
-    """The stage of events in which a model runs."""
-    return f"evaluating {name}"
 
 
 def windows_together(length: int, vocabulary: int) -> int:

@@ -36,8 +36,10 @@ from llmq.gguf.folder import export_gguf
 from llmq.gguf.reader import Weights
 from llmq.numerics.gguf_types import GGUF
 from llmq.numerics.scheme import WeightScheme
+from llmq.report import pages
 from llmq.report.events import OnEvent, Progress, ignore
-from llmq.report.stored_record import read_record
+from llmq.report.stored_record import known_report, read_record
+from llmq.report.verdict import Verdict
 from llmq.runtime.checkpoint_weights import PackedWeights, quantization_settings, required_settings
 from llmq.runtime.load import stored_dtype
 from llmq.runtime.open_skeleton import compared
@@ -245,6 +247,8 @@ class Converter:
         record = {**self._record(), "checksums": checksums(final)}
         self.report.notes += card.write(final, self._checkpoint.folder, record)
         write_text(final / PROVENANCE_FILE, json_text(record))
+        if (run := known_report(record)) is not None:
+            pages.write(final, run)
 
     def _rest(self) -> list[Part]:
         """All tensors that do not belong to packed weights."""
@@ -274,7 +278,10 @@ class Converter:
             )
 
     def _record(self) -> dict[str, Any]:
-        """The record of the run that quantized the model, if there is one, and of all conversions since."""
+        """The record of the run that quantized the model, if there is one, and of all conversions since.
+
+        Its verdict is about the same weights, unless some were re-quantized.
+        """
         report, record = self.report, read_record(self._checkpoint.folder)
         done = {
             "from": report.source_format,
@@ -285,7 +292,11 @@ class Converter:
             "requantized": report.requantized,
             "run": record.get("request"),
         }
-        return {**record, "conversions": [*record.get("conversions", ()), done], "request": report.request}
+        record |= {"conversions": [*record.get("conversions", ()), done], "request": report.request}
+        if report.requantized and record.get("verdict") is not None:
+            why = f"{len(report.requantized)} weights were re-quantized for {report.format} after the measurement"
+            record["verdict"] = dataclasses.asdict(Verdict(f"The quality was not measured: {why}."))
+        return record
 
 
 def _refusal(refused: Mapping[str, str], to: str) -> ConfigError:

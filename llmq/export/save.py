@@ -29,9 +29,10 @@ from llmq.formats import with_settings
 from llmq.gguf.folder import blocks_to_gguf, export_gguf
 from llmq.model.passes.streams import Text
 from llmq.numerics.gguf_types import GGUF, GGUF_GRIDS
-from llmq.report import record, summaries
+from llmq.report import summaries
 from llmq.report.events import SAVING, Event, OnEvent, Progress
 from llmq.report.expert_tokens import expert_tokens
+from llmq.report.peak import peak_memory
 from llmq.report.record import Report
 from llmq.report.stored_record import read_record, write_record
 from llmq.run_plan import Plan
@@ -76,7 +77,7 @@ def finish(run: Run, plan: Plan, report: Report, start: float) -> None:
     report.stages = [*summaries.of_layers(report.layers), *summaries.of_blocks(report.blocks)]
     report.experts = expert_tokens(report.layers)
     report.seconds = time.monotonic() - start
-    report.peak_memory_bytes = record.peak_memory()
+    report.peak_memory_bytes = peak_memory()
     repaired = replace(plan, layers=run.plans)  # with other grids for some layers
     _write(run.writer, repaired, report, set(quantized), run.on_event)
 
@@ -84,6 +85,7 @@ def finish(run: Run, plan: Plan, report: Report, start: float) -> None:
 def _write(writer: Writer, plan: Plan, report: Report, quantized: set[str], on_event: OnEvent) -> None:
     """Assemble the folder or folders; `quantized` are the packed layers."""
     formats = plan.settings.formats
+    on_event(Progress(SAVING, 0, len(formats), "formats"))
     if formats[0] in GGUF_GRIDS:
         _write_k_quants(writer, plan, report)
         on_event(Progress(SAVING, 1, 1, "formats"))

@@ -30,7 +30,7 @@ from llmq.memory import is_out_of_memory, spare
 from llmq.model.build.block import Block
 from llmq.model.build.skeleton import Skeleton
 from llmq.model.passes.forward import loaded
-from llmq.report.events import OnEvent
+from llmq.report.events import CONTINUING, FINISHED, NEAREST, ORIGINAL, OnEvent, Progress
 from llmq.report.record import Report
 from llmq.report.stored_record import read_record, write_record
 from llmq.report.verdict import Continuation, Verdict, sentence
@@ -67,11 +67,11 @@ def judge(plan: Plan, report: Report, folders: Sequence[Path], text: HeldBack, o
         ) from error
 
 
-def add(plan: Plan, report: Report, folders: Sequence[Path], text: HeldBack, on_event: OnEvent) -> None:
-    """Measure the finished model, in one folder per format, and add the verdict to `report` and to the records."""
-    report.verdict = verdict = judge(plan, report, folders, text, on_event)
+def record(report: Report, folders: Sequence[Path]) -> None:
+    """Add the verdict of `report` to the records and cards of the finished model, in one folder per format."""
+    known = report.to_dict()
     for folder in folders:
-        write_record(folder, {**read_record(folder), "verdict": dataclasses.asdict(verdict)})
+        write_record(folder, {**read_record(folder), "verdict": known["verdict"], "forecast": known["forecast"]})
         card.renew_figures(folder)
 
 
@@ -80,7 +80,7 @@ def _measured(open_: "_Opener", text: HeldBack) -> Verdict:
     assert text.windows is not None, "there is text"
     is_rtn = not open_.plan.stages.needs_calibration
     models = [open_.quantized] if is_rtn else [open_.quantized, open_.rounded]
-    runs = run_compared(open_.original(), models, text.windows)
+    runs = run_compared(open_.original(), models, text.windows, on_event=open_.on_event)
     continuations, notes = _continuations(open_, text.windows)
     noted = dict.fromkeys([*notes, *(note for run in runs for note in run.notes)])
     return dataclasses.replace(
@@ -117,7 +117,7 @@ class _Opener:
         return open_skeleton(checkpoint, self.plan.device, self._dtype, remote_code=self.plan.remote_code)
 
     def original(self) -> Streamed:
-        return Streamed(self._skeleton(self.plan.checkpoint.folder), name="the original", on_event=self.on_event)
+        return Streamed(self._skeleton(self.plan.checkpoint.folder), name=ORIGINAL, on_event=self.on_event)
 
     def quantized(self) -> Streamed:
         file = gguf_file(self.folder)
@@ -125,7 +125,7 @@ class _Opener:
             skeleton = self._skeleton(self.folder)
         else:
             skeleton = reader.open_skeleton(file, self.plan.device, self._dtype, self.plan.checkpoint.folder)
-        return Streamed(skeleton, name="the quantized model", on_event=self.on_event)
+        return Streamed(skeleton, name=FINISHED, on_event=self.on_event)
 
     def rounded(self) -> Streamed:
         skeleton, paths = self._skeleton(self.plan.checkpoint.folder), self._rounded_paths()
@@ -142,7 +142,7 @@ class _Opener:
                     block.set_weight(name, self._round(name, block.weight(name)))
                 yield
 
-        return Streamed(skeleton, name="round to nearest", on_event=self.on_event, ready=ready)
+        return Streamed(skeleton, name=NEAREST, on_event=self.on_event, ready=ready)
 
     def _rounded_paths(self) -> set[str]:
         """The layers that the run has rounded; not those that already lay on a grid, which RTN would not change."""
@@ -202,9 +202,12 @@ def _continuations(open_: _Opener, windows: Tensor) -> tuple[tuple[Continuation,
     tokenizer = load_tokenizer(open_.plan.checkpoint.folder, remote_code=open_.plan.remote_code)
     prompts = windows[:PROMPTS, :length]
     ends = frozenset({tokenizer.eos_token_id} - {None})
+    open_.on_event(Progress(CONTINUING, 0, 2, "models"))
     expected = original.continue_greedily(prompts, ends)
     del original  # before the next one is opened
+    open_.on_event(Progress(CONTINUING, 1, 2, "models"))
     written = open_.quantized().continue_greedily(prompts, ends)
+    open_.on_event(Progress(CONTINUING, 2, 2, "models"))
     texts = ([tokenizer.decode(ids, skip_special_tokens=True) for ids in part.tolist()]
              for part in (prompts, expected, written))  # fmt: skip
     return tuple(Continuation(*parts) for parts in zip(*texts, strict=True)), []

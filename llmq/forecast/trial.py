@@ -24,7 +24,7 @@ from llmq.cost.machine import Machine
 from llmq.job import Job
 from llmq.memory import Economy
 from llmq.model.passes.streams import Text
-from llmq.report.record import device_memory, peak_memory
+from llmq.report.peak import device_memory, peak_memory
 from llmq.report.timeline import Timeline
 from llmq.run_text import sequences_at_once
 from llmq.schedule import stages

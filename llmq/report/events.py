@@ -15,6 +15,14 @@ from llmq.report.record import BlockReport, LayerReport, TuningReport, TuningSte
 PROBE, MEASURING, WRITTEN = "float model checked", "layers measured", "text written by the model"
 WEIGHTING, TRANSFORMS, QUANTIZING = "token weights", "transforms", "quantizing"
 BLOCK_TUNING, TUNING, SAVING = "block tuning", "tuning", "saving"
+# Then the verdict: models that are read block by block, the scores of all tokens, and text that both models generate.
+ORIGINAL, FINISHED, NEAREST = "the original", "the quantized model", "round to nearest"
+SCORING, CONTINUING = "scoring", "text continued"
+
+
+def evaluating(model: str) -> str:
+    """The stage in which a text goes through the blocks of `model`."""
+    return f"evaluating {model}"
 
 
 @dataclass(frozen=True)
@@ -25,6 +33,7 @@ class Planned:
     blocks  of "quantizing": the expected seconds of each block, by its path
     layers  the same for each group of layers that are finished together, by the name of the first one
     tokens  that go through each block
+    host_bytes, device_bytes  expected peak memory, in main memory and on a GPU; 0 if unknown
     """
 
     stages: Mapping[str, float]
@@ -32,6 +41,8 @@ class Planned:
     layers: Mapping[str, float] = field(default_factory=dict)
     tokens: int = 0
     in_seconds: bool = False
+    host_bytes: int = 0
+    device_bytes: int = 0
 
 
 @dataclass(frozen=True)

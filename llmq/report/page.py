@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llmq.report.forecast import Forecast
 from llmq.report.record import BlockReport, ExpertTokens, LayerReport, Report, StageSummary, TuningReport
 from llmq.report.verdict import Verdict
 
@@ -23,6 +24,7 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 class Block:
     """One block: its errors are the output errors of its layers (without calibration text: their weight errors).
 
+    median_rtn_error  the median error of the same layers if they were rounded to nearest; None if it is not known
     rounded, refined  validation loss of its layers after rounding, and after the refinements; None without refinements
     """
 
@@ -32,6 +34,7 @@ class Block:
     largest_error: float | None
     rounded: float | None
     refined: float | None
+    median_rtn_error: float | None
     weight_outlier: float | None
     activation_outlier: float | None
     seconds: float
@@ -49,6 +52,7 @@ class Kind:
     layers: int
     bits_per_weight: float
     median_error: float
+    median_rtn_error: float | None
     largest_error: float
 
 
@@ -59,6 +63,7 @@ class Layer:
     name: str
     scheme: str
     error: float
+    rtn_error: float | None
     weight_outlier: float | None
     activation_outlier: float | None
 
@@ -114,6 +119,7 @@ class Page:
     settings: Mapping[str, Any]
     versions: Mapping[str, str | None]
     command: str
+    forecast: Forecast | None
 
 
 def page_of(report: Report, *, total: int | None = None) -> Page:
@@ -135,7 +141,9 @@ def page_of(report: Report, *, total: int | None = None) -> Page:
         blocks=tuple(map(_block, report.blocks)),
         kinds=_kinds(layers),
         worst=tuple(
-            Layer(layer.name, layer.scheme, layer.error, layer.weight_outlier, layer.activation_outlier)
+            Layer(
+                layer.name, layer.scheme, layer.error, layer.rtn_error, layer.weight_outlier, layer.activation_outlier
+            )  # fmt: skip
             for layer in sorted(layers, key=lambda layer: -layer.error)[:WORST]
         ),
         stages=tuple(report.stages),
@@ -148,6 +156,7 @@ def page_of(report: Report, *, total: int | None = None) -> Page:
         settings=report.settings,
         versions=report.versions,
         command=report.command,
+        forecast=report.forecast,
     )
 
 
@@ -161,6 +170,7 @@ def _block(block: BlockReport) -> Block:
         largest_error=max(errors, default=None),
         rounded=rounded,
         refined=refined,
+        median_rtn_error=_median_rtn(block.layers),
         weight_outlier=_largest(block.layers, lambda layer: layer.weight_outlier),
         activation_outlier=_largest(block.layers, lambda layer: layer.activation_outlier),
         seconds=block.seconds,
@@ -168,6 +178,11 @@ def _block(block: BlockReport) -> Block:
         device_bytes=block.device_bytes,
         resumed=block.resumed,
     )
+
+
+def _median_rtn(layers: Iterable[LayerReport]) -> float | None:
+    errors = [layer.rtn_error for layer in layers if layer.rtn_error is not None]
+    return statistics.median(errors) if errors else None
 
 
 def _losses(layers: Sequence[LayerReport]) -> tuple[float | None, float | None]:
@@ -197,6 +212,7 @@ def _kinds(layers: Iterable[LayerReport]) -> tuple[Kind, ...]:
             layers=len(own),
             bits_per_weight=statistics.fmean(layer.bits_per_weight for layer in own),
             median_error=statistics.median(layer.error for layer in own),
+            median_rtn_error=_median_rtn(own),
             largest_error=max(layer.error for layer in own),
         )
         for (name, scheme), own in kinds.items()

@@ -31,8 +31,8 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 RENEWED = 5.0  # seconds between two versions of the report of an unfinished run
 REFRESH = 10  # seconds after which a browser reads it again
 
-COLUMNS = ("name", "scheme", "bits_per_weight", "weight_error", "output_error", "tokens", "borrowed", "damping",
-           "weight_outlier", "activation_outlier", "existing_grid")  # fmt: skip
+COLUMNS = ("name", "scheme", "bits_per_weight", "weight_error", "output_error", "rtn_error", "tokens", "borrowed",
+           "damping", "weight_outlier", "activation_outlier", "existing_grid")  # fmt: skip
 
 
 def write(folder: Path, report: Report) -> None:
@@ -65,7 +65,7 @@ class LiveReport:
 
 def html(page: Page) -> str:
     """The page as HTML."""
-    rows = {"cost": _cost(page), "settings": list(_flat(page.settings))}
+    rows = {"cost": _cost(page), "forecast": _forecast(page), "settings": list(_flat(page.settings))}
     return _template().render(page=page, charts=_charts(page), rows=rows, refresh=REFRESH)
 
 
@@ -104,12 +104,13 @@ def _charts(page: Page) -> dict[str, Chart | None]:
         return chart(title, "block", numbers, known, form, bars=bars)
 
     device = {"GPU memory": "device_bytes"} if any(block.device_bytes for block in blocks) else {}
+    errors = {"largest": "largest_error", "median": "median_error", "median, round to nearest": "median_rtn_error"}
     losses = {"after rounding": "rounded", "after refinement": "refined"}
     history = page.tuning.history if page.tuning is not None else ()
     experts, bins = page.experts, page.scales
     tokens = {"median": [entry.median for entry in experts], "minimum": [float(entry.minimum) for entry in experts]}
     return {
-        "errors": by_block("Errors by block", _percent, {"largest": "largest_error", "median": "median_error"}),
+        "errors": by_block("Errors by block", _percent, errors),
         "refined": by_block("Validation loss by block", _short, losses),
         "weight_outliers": by_block("Weight outliers by block", _short, {"largest": "weight_outlier"}),
         "activation_outliers": by_block("Activation outliers by block", _short, {"largest": "activation_outlier"}),
@@ -142,6 +143,21 @@ def _cost(page: Page) -> list[tuple[str, str]]:
         ]
     if page.verdict is not None and page.verdict.kl is not None:
         rows.append(("time of the measurement", _duration(page.verdict.seconds)))
+    return rows
+
+
+def _forecast(page: Page) -> list[tuple[str, str, str]]:
+    """Rows of what was expected and what was measured; nothing before the end, or if there was no forecast."""
+    forecast = page.forecast
+    if forecast is None or not page.finished:
+        return []
+    rows = [(stage.stage, _duration(stage.expected), _duration(stage.measured)) for stage in forecast.stages]
+    expected, measured = (sum(map(attrgetter(name), forecast.stages)) for name in ("expected", "measured"))
+    rows.append(("all stages", _duration(expected), _duration(measured)))
+    rows.append(("peak main memory", _size(forecast.host_bytes), _size(page.peak_memory_bytes)))
+    if forecast.device_bytes:
+        used = max((block.device_bytes for block in page.blocks), default=0)
+        rows.append(("peak GPU memory", _size(forecast.device_bytes), _size(used)))
     return rows
 
 

@@ -2,12 +2,11 @@
 
 import dataclasses
 import math
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from llmq.report.forecast import Forecast
 from llmq.report.shown import Shown, Table, duration, megabytes
 from llmq.report.verdict import Verdict
 
@@ -214,6 +213,7 @@ class Report(Shown):
     notes            fallbacks and surprises that a user should know
     verdict          the quality of the finished model; None in a record of an unfinished run, or if it was turned off
     command          the command line of the run; empty if it was started in Python
+    forecast         what was expected of the run; None if nobody asked for progress
     """
 
     source: str
@@ -237,6 +237,7 @@ class Report(Shown):
     request: str = ""
     verdict: Verdict | None = None
     command: str = ""
+    forecast: Forecast | None = None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Report":
@@ -247,6 +248,7 @@ class Report(Shown):
         known["stages"] = [StageSummary(**summary) for summary in values["stages"]]
         known["experts"] = [ExpertTokens(**entry) for entry in values["experts"]]
         known["verdict"] = Verdict.from_dict(values["verdict"]) if values.get("verdict") else None
+        known["forecast"] = Forecast.from_dict(values["forecast"]) if values.get("forecast") else None
         return cls(**known)
 
     def take(self, event: object) -> None:
@@ -281,29 +283,3 @@ class Report(Shown):
     def remarks(self) -> list[str]:
         """The notes."""
         return self.notes
-
-
-def device_memory() -> int:
-    """The peak memory of the first GPU so far, in bytes; 0 if none is used."""
-    torch = sys.modules.get("torch")
-    used = torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized()
-    return int(torch.cuda.max_memory_allocated()) if torch is not None and used else 0
-
-
-def peak_memory() -> int:
-    """The peak memory of this process so far, in bytes."""
-    status = Path("/proc/self/status")
-    if status.is_file():  # getrusage would include the peak of the parent process
-        lines = status.read_text(encoding="utf-8").splitlines()
-        peaks = [line.split() for line in lines if line.startswith("VmHWM:")]
-        if peaks:
-            return int(peaks[0][1]) * 1024
-    import psutil
-
-    used = psutil.Process().memory_info()
-    if hasattr(used, "peak_wset"):  # Windows
-        return int(used.peak_wset)
-    import resource  # not on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB

@@ -94,6 +94,14 @@ def read_report(folder: Path) -> Report:
         raise _unreadable(path, _first(error)) from None
 
 
+def known_report(record: Mapping[str, Any]) -> Report | None:
+    """The report of the run in a record; None if another tool quantized the model, or another version of llmq."""
+    try:
+        return TypeAdapter(Report).validate_python(record)
+    except ValidationError:
+        return None
+
+
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Write the record of a run next to its finished model, and the report for people that is made from it."""
     write_text(folder / PROVENANCE_FILE, json_text(record))

@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from llmq.report.events import BLOCK_TUNING, QUANTIZING, TUNING, Event, Planned, Progress
+from llmq.report.events import BLOCK_TUNING, QUANTIZING, TUNING, Event, OnEvent, Planned, Progress
+from llmq.report.forecast import Forecast, StageTime
 from llmq.report.record import BlockReport, LayerReport, TuningReport, TuningStep
 
 LITTLE = 0.02  # of the expected work: less says little about the speed
@@ -53,10 +54,18 @@ class Timeline:
         self._blocks_done: list[str] = []
         self._plan = Planned({})
         self._in_block = 0.0  # expected seconds of the layers of the current block that are quantized
-        self._highest = 0.0
         self.stages: dict[str, Stage] = {}
         self.current = ""  # the name of the stage of the last event
         self.rate: float | None = None  # tokens per second through the last block
+
+    def before(self, on_event: OnEvent) -> OnEvent:
+        """`on_event`, after this timeline has taken the event."""
+
+        def taken(event: Event) -> None:
+            self.take(event)
+            on_event(event)
+
+        return taken
 
     def take(self, event: Event) -> None:
         """Account for one event."""
@@ -83,6 +92,14 @@ class Timeline:
         return self._clock() - self._began
 
     @property
+    def forecast(self) -> Forecast | None:
+        """The expected and the measured seconds of each stage so far; None without a plan in seconds."""
+        if not self._plan.in_seconds:
+            return None
+        stages = [StageTime(name, stage.measured, stage.spent) for name, stage in self.stages.items() if stage.spent]
+        return Forecast(tuple(stages), self._plan.host_bytes, self._plan.device_bytes)
+
+    @property
     def remaining(self) -> float | None:
         """Expected seconds until the end; None as long as too little is known."""
         stages = list(self.stages.values())  # at once: a bar asks from another thread
@@ -95,8 +112,10 @@ class Timeline:
         rest = 0.0
         for stage in large:
             ratio = (stage.spent + common * little) / (stage.measured + little)
-            rest += ratio * (stage.expected - stage.done)
-        return max(0.0, rest - (self._clock() - self._last))
+            left = ratio * (stage.expected - stage.done)
+            waited = self._clock() - self._last if stage is self.stages.get(self.current) else 0.0
+            rest += max(0.0, left - waited)
+        return rest
 
     def _common_ratio(self, measured: float, spent: float, total: float) -> float:
         """Measured / expected seconds of the finished work; drawn towards 1 if the plan knows seconds."""
@@ -107,11 +126,10 @@ class Timeline:
 
     @property
     def fraction(self) -> float:
-        """The part of the whole job that is done, in time, from 0 to 1; it never falls."""
-        rest, passed = self.remaining, self.elapsed
-        if rest is not None and passed + rest > 0:
-            self._highest = max(self._highest, passed / (passed + rest))
-        return self._highest
+        """The part of the whole job that is done, from 0 to 1, in expected seconds."""
+        stages = list(self.stages.values())
+        total = sum(stage.expected for stage in stages)
+        return sum(stage.done for stage in stages) / total if total else 0.0
 
     @property
     def position(self) -> str:

@@ -14,6 +14,7 @@ from llmq.report.events import Planned
 from llmq.run_plan import Plan
 
 WORTH_MEASURING = 60.0  # seconds: a shorter job does not measure the machine, which takes two seconds
+EVALUATED = (events.ORIGINAL, events.FINISHED, events.NEAREST)
 # The stages that a job reports, in order, and the stages of the estimate that they consist of.
 STAGES = {
     events.PROBE: ("float model",),
@@ -24,6 +25,7 @@ STAGES = {
     events.BLOCK_TUNING: ("block tuning",),
     events.TUNING: ("end-to-end tuning",),
     events.SAVING: ("files", "formats"),
+    **{name: (name,) for name in (*map(events.evaluating, EVALUATED), events.SCORING, events.CONTINUING)},
 }
 
 
@@ -88,6 +90,8 @@ def stages_of(estimate: Estimate, outline: Outline, plan: Plan) -> Planned:
         {names[path]: expected for path, expected in shares.layers.items() if path in names},
         sequences * calibration.seqlen if plan.stages.needs_calibration else 0,
         in_seconds=True,
+        host_bytes=estimate.host_bytes,
+        device_bytes=estimate.device_bytes,
     )
 
 

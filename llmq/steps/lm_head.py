@@ -12,7 +12,8 @@ from llmq.model.build.skeleton import Skeleton
 from llmq.model.passes.streams import Stream
 from llmq.numerics.input_stats import InputStats
 from llmq.report.layer_metrics import layer_report
-from llmq.report.record import BlockReport, peak_memory
+from llmq.report.peak import peak_memory
+from llmq.report.record import BlockReport
 from llmq.steps import existing_grids
 from llmq.steps.round_group import Rounded
 from llmq.steps.round_together import Group, round_together

@@ -208,6 +208,7 @@ def test_a_round_trip_gives_the_same_files(packed: Any, tmp_path: Path) -> None:
     convert(tmp_path / "between", tmp_path / "back", "gptq")
     for name in ("config.json", "quantize_config.json", "tokenizer.json"):
         assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes(), name
+    assert {"README.md", "report.html", "layers.csv"} <= {file.name for file in (tmp_path / "back").iterdir()}
     ours, theirs = tensors_of(tmp_path / "back"), tensors_of(source)
     assert ours.keys() == theirs.keys()
     assert all(ours[name].equal(tensor) and ours[name].dtype == tensor.dtype for name, tensor in theirs.items())
@@ -232,6 +233,8 @@ def test_unsupported_weights_are_refused_and_nothing_is_written(packed: Any, tmp
 def test_unsupported_weights_can_be_quantized_again(packed: Any, tmp_path: Path) -> None:
     done = convert(packed("gptq", bits=8), tmp_path / "out", "awq", allow_requantize=True)
     assert len(done.report.requantized) == 14 and done.report.compared == 0
+    verdict = json.loads((tmp_path / "out" / "llmq.json").read_text())["verdict"]
+    assert "14 weights were re-quantized for awq" in verdict["sentence"]  # that of the source is about other weights
     errors = {}
     before, after = weights(packed("gptq", bits=8)), weights(tmp_path / "out")
     for name, weight in before.items():

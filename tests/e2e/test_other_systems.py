@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from llmq.report.record import peak_memory
+from llmq.report.peak import peak_memory
 from tests import builders
 from tests.command_line import ROOT, environment
 

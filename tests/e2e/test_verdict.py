@@ -99,7 +99,7 @@ def test_a_limit_that_is_not_met_keeps_the_model(model: Path, text: Path, tmp_pa
 def test_without_memory_the_model_is_complete_and_the_error_says_so(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise MemoryError
 
     monkeypatch.setattr("llmq.export.verdict.run_compared", full)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmq import formats
+from llmq.calibration.sources import without_folder
 from llmq.checkpoint.atomic import write_text
 from llmq.checkpoint.index import read_json_object
 from llmq.checkpoint.side_files import CARD
@@ -60,6 +61,8 @@ def write(made: Path, source: Path, record: Mapping[str, Any]) -> tuple[str, ...
 
 def renew_figures(made: Path) -> None:
     """Write the figures of llmq.json into the card of a finished model, after it was measured."""
+    if not (made / CARD).is_file():  # the user has removed it
+        return
     text = (made / CARD).read_text(encoding="utf-8")
     before, _, after = text.partition(f"{FIGURES}\n")
     _, running, rest = after.partition(f"\n{RUNNING}\n")
@@ -160,7 +163,7 @@ def _toml(settings: Mapping[str, Any]) -> Iterator[str]:
     except ConfigError:
         return  # the record is that of another version
     text = chosen["calibration"]
-    text["sources"] = [_without_folder(source) for source in text["sources"]]
+    text["sources"] = [without_folder(source) for source in text["sources"]]
     chosen["calibration"] = {key: value for key, value in text.items() if value != default["calibration"].get(key)}
     always = ("method", "format", "scheme")
     shown = {key: value for key, value in chosen.items() if key in always or (value and value != default.get(key))}
@@ -171,15 +174,10 @@ def _toml(settings: Mapping[str, Any]) -> Iterator[str]:
         yield f"The settings of {len(chosen['overrides'])} layers or patterns are in `llmq.json`."
 
 
-def _without_folder(source: str) -> str:
-    """A calibration source; of a local file only its name is published."""
-    return Path(source).name if Path(source).is_absolute() else source
-
-
 def _calibration(text: Mapping[str, Any]) -> str:
     if not text:
         return "No calibration text was used."
-    names = [_without_folder(name) for name in texts(text.get("sources"))]
+    names = [without_folder(name) for name in texts(text.get("sources"))]
     size = f"{code(text.get('samples'))} sequences of {code(text.get('seqlen'))} tokens"
     return f"Calibrated on {size} from {', '.join(map(code, names)) or 'a text without a name'}."
 

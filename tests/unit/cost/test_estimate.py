@@ -8,11 +8,14 @@ import torch
 
 from llmq import cost, formats
 from llmq.config import QuantConfig
-from llmq.cost import passes, peaks
+from llmq.cost import passes, peaks, verdict
 from llmq.cost.files import packed_bytes
+from llmq.evaluation import runs, trajectories
+from llmq.export import verdict as measured
 from llmq.methods import METHODS, Tuning
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import WeightScheme
+from llmq.report import events
 from llmq.steps import kl_loss
 from llmq.steps.end_to_end import memory_plan, session
 from tests import builders, mixtures
@@ -143,3 +146,19 @@ def test_the_size_of_a_packed_weight_is_exact(name: str, symmetric: bool) -> Non
     scales = torch.ones(N, 2, dtype=torch.float16)
     packed = layout.pack(QuantizedTensor(torch.zeros(N, K, dtype=torch.uint8), scales, zeros, grid))
     assert packed_bytes(layout, N, K, grid, torch.float16) == sum(tensor.nbytes for tensor in packed.values())
+
+
+def test_the_verdict_costs_as_much_as_its_text_and_its_models() -> None:
+    outline, constants = llama(), (verdict.PROMPT, verdict.LENGTH, verdict.PROMPTS, verdict.SPARE_PART)
+    assert constants == (trajectories.PROMPT, trajectories.LENGTH, measured.PROMPTS, runs.SPARE_PART)
+
+    def seconds(method: str, validation: int, sources: tuple[str, ...] = ("text.txt",)) -> dict[str, float]:
+        calibration = {"samples": 8, "seqlen": LENGTH, "validation": validation, "sources": sources}
+        chosen = SETTINGS.model_copy(update={"method": method}).replace(calibration=calibration)
+        stages = {stage.name: stage.seconds for stage in cost.estimate(outline, chosen, MACHINE).stages}
+        return {name: stages[name] for name in stages if name.startswith(("evaluating", "scoring", "text continued"))}
+
+    names = {*map(events.evaluating, (events.ORIGINAL, events.FINISHED)), events.SCORING, events.CONTINUING}
+    assert seconds("gptq", 2).keys() == {*names, events.evaluating(events.NEAREST)}
+    assert seconds("rtn", 2).keys() == names and not seconds("rtn", 2, ()) and not seconds("gptq", 0)
+    assert seconds("gptq", 4)[events.SCORING] == pytest.approx(2 * seconds("gptq", 2)[events.SCORING], rel=0.1)

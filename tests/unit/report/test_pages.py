@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 from llmq.errors import CheckpointError
 from llmq.report import pages
 from llmq.report.charts import chart
+from llmq.report.forecast import Forecast, StageTime
 from llmq.report.page import Page, page_of
 from llmq.report.record import (
     BlockReport,
@@ -38,6 +39,7 @@ def layer(block: int, name: str, error: float) -> LayerReport:
     return LayerReport(
         f"model.layers.{block}.{name}", "int4 g32 symmetric", 4.5, error, error, 512, 0.01, (f"note {EVIL}",), gains,
         weight_outlier=5.5, activation_outlier=20.0, scales=((-9, 3), (-7, 12)),
+        rtn_error=1.5 * error,
     )  # fmt: skip
 
 
@@ -61,6 +63,7 @@ def report(blocks: int = 3) -> Report:
         blocks=parts, tuning=TuningReport(10, 5, ((0, 0.2), (5, 0.1))), left={EVIL: "outside the blocks"}, notes=[EVIL],
         stages=[StageSummary("descent", 3, 6, -0.1)], experts=[ExpertTokens(EVIL, 8, 0, 12.5, 100, 2)],
         sizes={"awq": 10**6}, verdict=verdict, command=f"llmq quantize {EVIL}",
+        forecast=Forecast((StageTime("quantizing", 12.5, 345.25), StageTime(EVIL, 1.0, 2.0)), 3 * 10**9, 4 * 10**9),
     )  # fmt: skip
 
 
@@ -142,6 +145,14 @@ def test_an_unfinished_run_is_read_again_and_a_finished_one_is_not(text: str) ->
     assert 'http-equiv="refresh"' in unfinished and "3 of 8 blocks" in unfinished
     assert "refresh" not in text
     Checked(pages.html(page_of(replace(report(0), calibration=None, verdict=None, stages=[], experts=[], tuning=None))))
+
+
+def test_the_page_compares_the_forecast_with_what_was_measured(text: str) -> None:
+    cells = re.sub(r"\s*<[^>]+>\s*", "|", text)
+    assert "|quantizing|12.5 s|6 min|" in re.sub(r"\|+", "|", cells)
+    assert "|peak GPU memory|4.00 GB|2.00 GB|" in re.sub(r"\|+", "|", cells)
+    assert "median, round to nearest" in text and "7.50 %" in text
+    assert "what was measured" not in pages.html(page_of(replace(report(), forecast=None)))
 
 
 def test_large_models_have_small_pages() -> None:

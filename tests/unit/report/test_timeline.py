@@ -79,7 +79,7 @@ def test_time_passes_between_events() -> None:
     timeline.take(Progress("reading", 1, 4, "tensors"))
     assert timeline.remaining == pytest.approx(30) and timeline.position == "1/4 tensors"
     clock.now = 20
-    assert timeline.remaining == pytest.approx(20) and timeline.fraction == pytest.approx(0.5)
+    assert timeline.remaining == pytest.approx(20) and timeline.fraction == pytest.approx(0.25)
 
 
 def test_blocks_of_an_interrupted_run_are_done_and_not_measured() -> None:
@@ -111,3 +111,19 @@ def test_there_is_a_bar_in_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(received) == 6
     with bar.shown(ignore, progress=False) as report:
         assert report is ignore
+
+
+def test_the_bar_waits_for_a_stage_that_takes_longer_than_expected() -> None:
+    clock = Clock()
+    timeline = Timeline(clock)
+    timeline.take(Planned({"quantizing": 10.0, "saving": 1.0, "scoring": 9.0}, {"b.0": 10.0}, in_seconds=True))
+    clock.now = 10
+    timeline.take(BlockReport("b.0", (), seconds=10.0))
+    timeline.take(Progress("saving", 0, 1, "formats"))
+    clock.now = 100
+    assert timeline.fraction == 0.5 and timeline.remaining == pytest.approx(9)
+    timeline.take(Progress("saving", 1, 1, "formats"))
+    assert timeline.forecast is not None
+    assert {stage.stage: (stage.expected, stage.measured) for stage in timeline.forecast.stages} == {
+        "quantizing": (10, 10), "saving": (1, 90),
+    }  # fmt: skip
