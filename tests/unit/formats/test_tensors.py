@@ -102,10 +102,10 @@ def test_the_shape_of_a_weight_is_read_without_its_codes(layout: Layout) -> None
     assert layout.weight_shape(shapes, reading_of(layout, G32), tensors.__getitem__) == (16, 64)
 
 
-def test_a_stored_shape_must_be_two_integers() -> None:
-    for wrong in (torch.zeros(2, dtype=torch.complex64), torch.tensor([16, 64, 1])):
-        with pytest.raises(FormatError, match=r"weight_shape is .*, expected int64 or int32"):
-            compressed_tensors.LAYOUT.weight_shape({}, reading_of(compressed_tensors.LAYOUT, G32), lambda _: wrong)
+@pytest.mark.parametrize("wrong", [torch.zeros(2, dtype=torch.complex64), torch.tensor([16, 64, 1])], ids=str)
+def test_a_stored_shape_must_be_two_integers(wrong: torch.Tensor) -> None:
+    with pytest.raises(FormatError, match=r"weight_shape is .*, expected int64 or int32"):
+        compressed_tensors.LAYOUT.weight_shape({}, reading_of(compressed_tensors.LAYOUT, G32), lambda _: wrong)
 
 
 # ---- variants of other writers
