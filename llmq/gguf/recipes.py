@@ -19,8 +19,8 @@ from typing import Any
 
 from llmq.config import QuantConfig
 from llmq.errors import ConfigError
-from llmq.gguf.architectures import architecture
 from llmq.gguf.names import Names
+from llmq.gguf.supported import architecture, language_config
 from llmq.numerics.gguf_types import BLOCK_TYPES, RECIPES, Recipe
 from llmq.numerics.layer_plan import LayerPlan
 from llmq.numerics.scheme import Scheme, WeightScheme
@@ -57,7 +57,8 @@ def outside(
     All other tensors are kept in float: norms, those that are skipped on request, rows that are not a multiple of 32.
     """
     (name,) = settings.formats
-    recipe, places, grids = RECIPES[name], Names(architecture(config), config["num_hidden_layers"]), {}
+    config = language_config(config)
+    recipe, places, grids = RECIPES[name], Names(architecture(config), config), {}
     placed = {tensor: known.name for tensor in shapes if (known := places.place(tensor)) is not None}
     for tensor, place in placed.items():
         if place not in (HEAD, EMBEDDING) or settings.scheme_for(tensor.removesuffix(".weight")) is None:
@@ -94,7 +95,8 @@ class _Role:
 
 
 def _roles(names: Iterable[str], config: Mapping[str, Any]) -> dict[str, _Role]:
-    places = Names(architecture(config), config["num_hidden_layers"])
+    config = language_config(config)
+    places = Names(architecture(config), config)
     roles = {}
     for name in names:
         place = places.place(f"{name}.weight")

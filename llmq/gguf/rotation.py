@@ -23,7 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmq.errors import UnsupportedModelError
-from llmq.gguf.architectures import FULL, WINDOW, Architecture
+from llmq.gguf.architecture import FULL, WINDOW, Architecture
+from llmq.gguf.changes import head_size
 
 ALWAYS = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"})
 ENTRIES: Mapping[str, frozenset[str]] = MappingProxyType(
@@ -56,6 +57,8 @@ def add_rotation(
     """
     import gguf
 
+    if not arch.rotations:
+        return {}, []
     local = config["rope_parameters"].get(WINDOW)
     if local is not None:
         _require_known(local, ("default",), arch)
@@ -80,14 +83,13 @@ def add_rotation(
 def rotated_channels(config: Mapping[str, Any], arch: Architecture) -> int:
     """The number of channels of a head that are rotated."""
     rotation = config["rope_parameters"].get(FULL, config["rope_parameters"])
-    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     part = rotation.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     if part != 1 and not arch.partial:
         raise UnsupportedModelError(
             f"config.json has partial_rotary_factor = {part}, and llama.cpp's {arch.name} rotates whole heads",
             hint="use a safetensors format, which can hold any model",
         )
-    return int(head * part)
+    return int(head_size(config) * part)
 
 
 def from_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

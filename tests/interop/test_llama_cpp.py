@@ -51,6 +51,9 @@ LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.1] * 8, "
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
 LOCAL = {"rope_type": "default", "rope_theta": 2e3}
 MIXTURE = {"num_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 32}
+SCALES = {
+    "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.1
+}  # fmt: skip
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"attention_bias": True}),
     "llama3": ("Llama", {"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 64}}),
@@ -95,6 +98,17 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "glm4": ("Glm4", {"head_dim": 32, "attention_bias": True}),
+    "granite": ("Granite", SCALES),
+    "olmo2": ("Olmo2", {}),
+    "smollm3": ("SmolLM3", {"num_hidden_layers": 4}),
+    "cohere": ("Cohere", {"logit_scale": 0.5}),
+    "starcoder2": ("Starcoder2", {}),
+    "gpt2": ("GPT2", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, "num_key_value_heads": 4}),
+    "gptneox": ("GPTNeoX", {"num_key_value_heads": 4}),
+    "gptneox-serial": ("GPTNeoX", {"num_key_value_heads": 4, "use_parallel_residual": False}),
+    "phi2": ("Phi", {}),
+    "stablelm": ("StableLm", {"use_qkv_bias": True, "use_parallel_residual": True}),
 }  # fmt: skip
 
 
