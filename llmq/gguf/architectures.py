@@ -6,10 +6,24 @@ needs something that this code does not do, no file is written (`supported.py`).
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
-from llmq.gguf.architecture import FULL, LINEAR, WINDOW, Architecture
-from llmq.gguf.changes import ONE_MORE, TRANSPOSED, interleaved, joined_heads
+from llmq.gguf.architecture import FULL, LINEAR, WINDOW, Architecture, Stacked
+from llmq.gguf.changes import ONE_MORE, PER_CHANNEL, TRANSPOSED, interleaved, joined_heads
+from llmq.gguf.hybrids import (
+    DT_BIAS,
+    GATED_DELTA,
+    GATED_DELTA_KEYS,
+    TILED,
+    convolution_keys,
+    divided_qkvz,
+    gated_delta_keys,
+    gemma4_keys,
+    proportional_factors,
+    tiled_columns,
+    visual_keys,
+)
 
 SILU = ("silu", "swish")
 TANH_GELU = ("gelu_pytorch_tanh", "gelu_new")
@@ -23,6 +37,7 @@ NORM_ROTATION = {
     "attn_k": interleaved("attn_k", "num_key_value_heads"),
 }
 ONE_MORE_NORM = {"*_norm.weight": ONE_MORE}
+SIGMOID = 2  # `expert_gating_func`
 LAYER_NORM = "attention.layer_norm_epsilon"
 
 _LLAMA = Architecture(
@@ -32,6 +47,8 @@ _LLAMA = Architecture(
     biases=ALL_LINEAR,
     rotations=("default", "linear", "yarn", "llama3", "longrope"),
 )
+_HYBRID = {"hidden_act": SILU, "decoder_sparse_step": (1, None), "mlp_only_layers": ([], None)}
+_EVERY_FOURTH = {"layer_types": (LINEAR,) * 3 + (FULL,)}
 _QWEN = {"hidden_act": SILU, "use_sliding_window": OFF}
 _MOE_QWEN = {**_QWEN, "decoder_sparse_step": (1,), "mlp_only_layers": ([], None)}
 _CAUSAL = {"use_bidirectional_attention": OFF}
@@ -49,6 +66,22 @@ _COHERE = Architecture(
     free_head_size=False,
 )
 _OLMO = Architecture("olmo2", expects={"hidden_act": SILU}, free_head_size=False)
+
+_QWEN35 = Architecture(
+    "qwen35",
+    rows=TILED,
+    columns={"ssm_out": tiled_columns},
+    values=GATED_DELTA,
+    renamed=DT_BIAS,
+    keys=GATED_DELTA_KEYS,
+    derived=gated_delta_keys,
+    reads=("linear_value_head_dim",),
+    layers=_EVERY_FOURTH,
+    expects={"hidden_act": SILU},
+    biases=("ssm_dt",),
+    rotations=("default",),
+    partial=True,
+)
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
@@ -89,12 +122,93 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             layers={"layer_types": (WINDOW,) * 5 + (FULL,)},
             expects=_GEMMA,
             wide_scale=62,
+            local_rotation=True,
         ),
         "glm4": Architecture("glm4", expects={"hidden_act": SILU}, biases=QKV, rotations=("default",), partial=True),
         "granite": Architecture(
             "granite", rows=NORM_ROTATION, keys=_GRANITE, expects={"hidden_act": SILU}, biases=ALL_LINEAR
         ),
         "olmo2": _OLMO,
+        "olmo3": replace(_OLMO, sliding=True, layers={"layer_types": (WINDOW,) * 3 + (FULL,)}, rotations=("default",)),
+        "qwen3_next": Architecture(
+            "qwen3next",
+            rows={"ssm_in": divided_qkvz},
+            values=GATED_DELTA,
+            renamed=DT_BIAS,
+            keys=GATED_DELTA_KEYS,
+            derived=gated_delta_keys,
+            reads=("linear_value_head_dim",),
+            layers=_EVERY_FOURTH,
+            expects={**_HYBRID, "norm_topk_prob": (True,)},
+            biases=("ssm_dt",),
+            rotations=("default",),
+            partial=True,
+        ),
+        "qwen3_5_text": _QWEN35,
+        "qwen3_5_moe_text": replace(_QWEN35, name="qwen35moe"),
+        "qwen3_vl_text": Architecture(
+            "qwen3vl", derived=visual_keys, expects={"hidden_act": SILU}, rotations=("default",)
+        ),
+        "glm4_moe": Architecture(
+            "glm4moe",
+            renamed={"gate.e_score_correction_bias": "gate.e_score_correction.bias"},
+            keys={
+                "n_shared_experts": "expert_shared_count",
+                "first_k_dense_replace": "leading_dense_block_count",
+                "routed_scaling_factor": "expert_weights_scale",
+                "norm_topk_prob": "expert_weights_norm",
+            },
+            derived=lambda config: {"expert_gating_func": SIGMOID},
+            reads=("use_qk_norm",),
+            expects={"hidden_act": SILU, "n_group": (1,), "topk_group": (1,)},
+            biases=(*QKV, "exp_probs_b"),
+            rotations=("default",),
+            partial=True,
+        ),
+        "gpt_oss": Architecture(
+            "gpt-oss",
+            renamed={"self_attn.sinks": "self_attn.sinks.weight"},
+            derived=lambda config: {"expert_feed_forward_length": config["intermediate_size"]},
+            sliding=True,
+            layers={"layer_types": (WINDOW, FULL)},
+            expects={"hidden_act": SILU, "swiglu_alpha": (1.702,), "swiglu_limit": (7.0,)},
+            biases=(*QKV, "attn_output", "ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"),
+            rotations=("default", "yarn"),
+            stacked=Stacked(in_turn=True, transposed=True),
+        ),
+        "lfm2": Architecture(
+            "lfm2",
+            values={"shortconv.conv.weight": PER_CHANNEL},
+            keys={"norm_eps": "attention.layer_norm_rms_epsilon", "conv_L_cache": "shortconv.l_cache"},
+            derived=convolution_keys,
+            reads=("block_multiple_of", "block_ffn_dim_multiplier", "block_auto_adjust_ff_dim", "full_attn_idxs"),
+            layers={"layer_types": ()},
+            expects={"conv_bias": OFF},
+            rotations=("default",),
+            free_head_size=False,
+        ),
+        "gemma4_text": Architecture(
+            "gemma4",
+            renamed={".layer_scalar": ".layer_scalar.weight"},
+            derived=gemma4_keys,
+            reads=(
+                "per_layer_config", "attention_k_eq_v", "num_kv_shared_layers", "use_double_wide_mlp",
+                "hidden_size_per_layer_input", "vocab_size_per_layer_input",
+            ),
+            factors=proportional_factors,
+            sliding=True,
+            layers={"layer_types": ()},
+            expects={"hidden_activation": TANH_GELU, "enable_moe_block": OFF, "use_bidirectional_attention": (None, "vision")},
+            rotations=("default", "proportional"),
+            local_rotation=True,
+        ),
+        "cohere2": replace(
+            _COHERE,
+            name="cohere2",
+            sliding=True,
+            layers={"layer_types": (WINDOW,) * 3 + (FULL,)},
+            expects={"hidden_act": SILU, "attention_bias": OFF, "tie_word_embeddings": (True,)},
+        ),
         "smollm3": Architecture(
             "smollm3",
             rows=NORM_ROTATION,

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llmq.errors import FormatError
+
 Array = NDArray[Any]
 Order = NDArray[np.int64]
 Config = Mapping[str, Any]
@@ -65,6 +67,14 @@ def joined_heads(config: Config) -> dict[str, Order]:
 def head_size(config: Config) -> int:
     """The number of channels of a head."""
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
+def in_columns(rows: Array, order: Order, block: int) -> Array:
+    """The columns of a weight in another order, as floats (N, K), or as blocks of `block` columns each (N, bytes)."""
+    blocks = order.reshape(-1, block)
+    if (blocks[:, :1] % block).any() or (np.diff(blocks, axis=1) != 1).any():
+        raise FormatError(f"its columns have another order in the file, which divides blocks of {block} weights")
+    return rows.reshape(len(rows), len(blocks), -1)[:, blocks[:, 0] // block].reshape(len(rows), -1)
 
 
 def undone(parts: list[tuple[Order, Array]]) -> Array:

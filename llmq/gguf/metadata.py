@@ -77,10 +77,10 @@ def add_sizes(writer: Any, config: Mapping[str, Any], arch: Architecture) -> Ext
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(width)
     writer.add_head_count(heads)
-    writer.add_key_length(head)
-    writer.add_value_length(head)
     writer.add_vocab_size(config["vocab_size"])
     usual = {
+        "attention.key_length": head,
+        "attention.value_length": head,
         "feed_forward_length": config.get("intermediate_size") or config.get("n_inner") or 4 * width,
         "attention.head_count_kv": config.get("num_key_value_heads") or heads,
     }
@@ -117,7 +117,7 @@ def _add_window(writer: Any, config: Mapping[str, Any], arch: Architecture) -> l
 
 
 def _add_experts(writer: Any, config: Mapping[str, Any]) -> None:
-    experts = config.get("num_local_experts") or config.get("num_experts")
+    experts = config.get("num_local_experts") or config.get("num_experts") or config.get("n_routed_experts")
     if not experts:
         return
     writer.add_expert_count(experts)

@@ -18,6 +18,7 @@ from llmq.gguf.changes import Order, Value
 
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _IN_BLOCK = re.compile(r"^blk\.\d+\.")
+_LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 _LANGUAGE = re.compile(r"^(model\.)?language_model\.(model\.)?")
 _OTHER_PARTS = re.compile(
     r"^(model\.)?(visual|vision_tower|vision_model|multi_modal_projector|audio_tower|embed_vision|embed_audio|mtp)\."
@@ -53,7 +54,6 @@ class Names:
             )
         self._arch, self._config = arch, config
         self._map = gguf.get_tensor_name_map(kinds[arch.name], config["num_hidden_layers"])
-        self._biases = frozenset(f"{weight}.bias" for weight in arch.biases)
 
     def place(self, name: str) -> Place | None:
         """The first of `places`; None where there is none."""
@@ -70,19 +70,29 @@ class Names:
         if place is None:
             return ()
         block = _IN_BLOCK.match(place)
-        inside, _, suffix = place[block.end() if block else 0 :].rpartition(".")
-        if block and suffix == "bias" and f"{inside}.bias" not in self._biases:
+        inside = place[block.end() if block else 0 :]
+        suffix = next((ending for ending in _SUFFIXES if inside.endswith(ending)), "")
+        inside = inside.removesuffix(suffix)
+        if block and suffix == ".bias" and inside not in self._arch.biases:
             return ()
         expert = None if number is None else int(number.group(1))
         if block is None or (rows := self._arch.rows.get(inside)) is None:
             return (Place(place, expert),)
         orders = rows(self._config)
-        return tuple(Place(f"{block[0]}{part}.{suffix}", expert, order) for part, order in orders.items())
+        return tuple(Place(f"{block[0]}{part}{suffix}", expert, order) for part, order in orders.items())
 
     def is_left_out(self, name: str) -> bool:
         """Whether a tensor is not part of the language model, or one that llama.cpp computes itself."""
         patterns = ("*.rotary_emb.inv_freq", *self._arch.without)
+        layer = _LAYER.match(_LANGUAGE.sub("model.", name))
+        if layer is not None and int(layer[1]) >= self._config["num_hidden_layers"]:
+            return True
         return bool(_OTHER_PARTS.match(name)) or any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+
+    def columns(self, place: str) -> Order | None:
+        """The order of the columns of a weight, by its name in the file; None for that of the model."""
+        order = self._arch.columns.get(_IN_BLOCK.sub("", place).removesuffix(".weight"))
+        return None if order is None else order(self._config)
 
     def value(self, place: str) -> Value | None:
         """How the values of a float tensor differ; by its name in the file."""

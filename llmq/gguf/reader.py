@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmq.errors import FormatError, UnsupportedModelError
+from llmq.formats.codecs import gguf_blocks
 from llmq.gguf.architecture import FULL
-from llmq.gguf.changes import undone
+from llmq.gguf.changes import in_columns, undone
 from llmq.gguf.container import FLOATS, Container, dequantize
 from llmq.gguf.metadata import add_sizes
 from llmq.gguf.names import Names, Place
@@ -76,6 +77,9 @@ class Weights:
     def tensor(self, name: str) -> Tensor:
         """A tensor, float32, as transformers expects it."""
         places = self._names.places(name) or (Place(name),)
+        if (order := self._names.columns(places[0].name)) is not None:
+            values = self.container.floats(places[0].name)
+            return values[:, torch.from_numpy(np.argsort(order))]
         parts = [(place, self.container.floats(place.name, place.expert)) for place in places]
         if not self.is_quantized(name) and (value := self._names.value(places[0].name)) is not None:
             parts = [(place, torch.from_numpy(np.ascontiguousarray(value.backward(one.numpy())))) for place, one in parts]
@@ -109,6 +113,9 @@ class Weights:
     def rows(self, name: str) -> NDArray[np.uint8]:
         """(N, bytes of a row) uint8 of a tensor, rows in the order that transformers expects."""
         places = self._names.places(name) or (Place(name),)
+        if (order := self._names.columns(places[0].name)) is not None:
+            block = gguf_blocks.SIZES[self.kind(name)][0]
+            return in_columns(self.container.rows(places[0].name), np.argsort(order), block)
         parts = [(place.rows, self.container.rows(place.name, place.expert)) for place in places]
         orders = [(rows, raw) for rows, raw in parts if rows is not None]
         return undone(orders) if orders else parts[0][1]

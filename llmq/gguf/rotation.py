@@ -26,10 +26,11 @@ from llmq.errors import UnsupportedModelError
 from llmq.gguf.architecture import FULL, WINDOW, Architecture
 from llmq.gguf.changes import head_size
 
-ALWAYS = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"})
+ALWAYS = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned", "mrope_section", "mrope_interleaved"})
 ENTRIES: Mapping[str, frozenset[str]] = MappingProxyType(
     {
         "default": frozenset(),
+        "proportional": frozenset(),
         "linear": frozenset({"factor"}),
         "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
         "longrope": frozenset(
@@ -62,12 +63,21 @@ def add_rotation(
     local = config["rope_parameters"].get(WINDOW)
     if local is not None:
         _require_known(local, ("default",), arch)
+        full = config["rope_parameters"][FULL]
+        if not arch.local_rotation and local["rope_theta"] != full["rope_theta"]:
+            raise UnsupportedModelError(
+                f"config.json has rope_theta = {local['rope_theta']} and {full['rope_theta']}, and llama.cpp's {arch.name} "
+                "rotates with the same frequencies in all layers",
+                hint="use a safetensors format, which can hold any model",
+            )
         writer.add_rope_freq_base_swa(local["rope_theta"])
     rotation = config["rope_parameters"].get(FULL, config["rope_parameters"])
     kind = _require_known(rotation, arch.rotations, arch)
+    writer.add_rope_freq_base(rotation["rope_theta"])
+    if arch.factors is not None:
+        return dict(arch.factors(config)), []
     rotated = rotated_channels(config, arch)
     writer.add_rope_dimension_count(rotated)
-    writer.add_rope_freq_base(rotation["rope_theta"])
     if kind == "llama3":
         return {"rope_freqs.weight": _llama3_factors(rotation, rotated)}, []
     if kind == "longrope":

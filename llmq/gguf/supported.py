@@ -22,7 +22,7 @@ WRITTEN = frozenset(
         "rms_norm_eps", "rope_parameters", "num_local_experts", "num_experts", "num_experts_per_tok",
         "moe_intermediate_size", "shared_expert_intermediate_size", "sliding_window", "attn_logit_softcapping",
         "final_logit_softcapping", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings",
-        "n_embd", "n_layer", "n_head", "n_positions", "n_inner",
+        "n_embd", "n_layer", "n_head", "n_positions", "n_inner", "n_routed_experts",
     }
 )  # fmt: skip
 """Entries of a configuration that keys and tensors of the file describe."""
@@ -38,10 +38,14 @@ WITHOUT_EFFECT = frozenset(
         "output_router_logits", "router_aux_loss_coef", "router_jitter_noise", "max_window_layers", "hidden_dropout",
         "residual_dropout", "embedding_dropout", "classifier_dropout", "attn_pdrop", "summary_type", "is_decoder",
         "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout",
-        "reorder_and_upcast_attn",
+        "reorder_and_upcast_attn", "num_mtp_layers",
     }
 )  # fmt: skip
 """Entries for training only, and those that others replace, like `max_window_layers` by `layer_types`."""
+
+
+OPTIONAL_SIZES = frozenset({"intermediate_size", "num_key_value_heads", "head_dim", "sliding_window"})
+"""Entries that some models do not read, although they may stand in their config.json."""
 
 
 def language_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,7 +60,8 @@ def language_config(config: Mapping[str, Any]) -> dict[str, Any]:
         return dict(config)
     configuration = CONFIG_MAPPING[kind].from_dict(dict(config)).get_text_config(decoder=True)
     usual = {name: getattr(configuration, own) for name, own in configuration.attribute_map.items()}
-    return {**usual, **configuration.to_dict()}
+    ignored = OPTIONAL_SIZES - {one.name for one in dataclasses.fields(configuration)}
+    return {**usual, **{name: value for name, value in configuration.to_dict().items() if name not in ignored}}
 
 
 def architecture(config: Mapping[str, Any]) -> Architecture:
@@ -84,6 +89,8 @@ def _fixed(kind: str, arch: Architecture, config: Mapping[str, Any]) -> Iterator
     """Entries with a fixed value: (entry, the value of the model, the values that are supported)."""
     defaults = entries(kind)
     yield "is_causal", config.get("is_causal"), (True, None)
+    if "per_layer_config" not in arch.reads:
+        yield "per_layer_config", config.get("per_layer_config"), (None, {})
     yield "attention_chunk_size", config.get("attention_chunk_size"), (None,)
     for entry, supported in arch.expects.items():
         yield entry, config.get(entry, defaults.get(entry)), supported
@@ -93,7 +100,7 @@ def _fixed(kind: str, arch: Architecture, config: Mapping[str, Any]) -> Iterator
 
 def known(arch: Architecture) -> set[str]:
     """The entries that are written, checked or without effect, so that they may have any value here."""
-    return {*WRITTEN, *CHECKED, *WITHOUT_EFFECT, *arch.expects, *arch.keys, *arch.layers}
+    return {*WRITTEN, *CHECKED, *WITHOUT_EFFECT, *arch.expects, *arch.keys, *arch.layers, *arch.reads}
 
 
 def entries(kind: str) -> dict[str, Any]:
@@ -103,7 +110,8 @@ def entries(kind: str) -> dict[str, Any]:
 
     usual = {one.name for one in dataclasses.fields(PreTrainedConfig)}
     declared = CONFIG_MAPPING[kind]()
-    return {one.name: getattr(declared, one.name) for one in dataclasses.fields(declared) if one.name not in usual}
+    defaults = declared.to_dict()
+    return {one.name: defaults.get(one.name) for one in dataclasses.fields(declared) if one.name not in usual}
 
 
 def _check_layers(arch: Architecture, config: Mapping[str, Any]) -> None:

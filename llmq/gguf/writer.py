@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from llmq.checkpoint.atomic import PARTIAL, storing, sync_file, sync_folder
 from llmq.errors import FormatError
 from llmq.formats.codecs import gguf_blocks
-from llmq.gguf.changes import Order, Value
+from llmq.gguf.changes import Order, Value, in_columns
+from llmq.gguf.experts import separated
 from llmq.gguf.metadata import add_general, add_sizes
 from llmq.gguf.names import Names
 from llmq.gguf.supported import architecture, language_config
@@ -78,6 +79,7 @@ class _Entry:
 
     rows   which rows of every part; None for all, in their order
     value  what changes in the values
+    columns  the order of its columns; None for that of the model
     """
 
     name: str
@@ -86,6 +88,7 @@ class _Entry:
     stacked: bool
     rows: Order | None = None
     value: Value | None = None
+    columns: Order | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -111,7 +114,7 @@ def write(file: Path, folder: Path, tensors: Iterable[Stored]) -> Written:
 
     config = language_config(load_config(folder, remote_code=False).to_dict())
     arch = architecture(config)
-    entries, skipped = _entries(tensors, Names(arch, config))
+    entries, skipped = _entries(separated(tensors, arch.stacked), Names(arch, config))
     partial = file.with_name(f".{file.name}{PARTIAL}")
     writer = gguf.GGUFWriter(partial, arch.name)
     vocabulary = add_tokenizer(writer, folder, config, _vocabulary(entries))
@@ -172,10 +175,10 @@ def _entries(tensors: Iterable[Stored], names: Names) -> tuple[list[_Entry], lis
             + (f" and {len(unknown) - 4} more" if len(unknown) > 4 else ""),
             hint="use a safetensors format, which can hold any model",
         )
-    return [_entry(name, parts, orders[name], names.value(name)) for name, parts in by_place.items()], skipped
+    return [_entry(name, parts, orders[name], names) for name, parts in by_place.items()], skipped
 
 
-def _entry(name: str, parts: Mapping[int | None, Stored], rows: Order | None, value: Value | None) -> _Entry:
+def _entry(name: str, parts: Mapping[int | None, Stored], rows: Order | None, names: Names) -> _Entry:
     stacked = None not in parts
     ordered = tuple(parts[i] for i in sorted(parts, key=lambda expert: -1 if expert is None else expert))
     if stacked and sorted(parts, key=str) != sorted(range(len(parts)), key=str):
@@ -190,7 +193,7 @@ def _entry(name: str, parts: Mapping[int | None, Stored], rows: Order | None, va
     if kind is None:
         small = len(ordered[0].shape) == 1 or any(part in name for part in IN_FLOAT)
         kind = "F32" if small else "F16"
-    return _Entry(name, kind, ordered, stacked, rows, value)
+    return _Entry(name, kind, ordered, stacked, rows, names.value(name), names.columns(name))
 
 
 def _data(entry: _Entry, moved: dict[str, float]) -> Array:
@@ -201,6 +204,9 @@ def _data(entry: _Entry, moved: dict[str, float]) -> Array:
 
 def _rows(entry: _Entry, part: Stored, moved: dict[str, float]) -> Array:
     rows = part.read() if entry.rows is None else part.read()[entry.rows]
+    if entry.columns is not None:
+        block = gguf_blocks.SIZES[entry.kind][0] if entry.kind in gguf_blocks.QUANTIZED else 1
+        rows = in_columns(rows, entry.columns, block)
     if entry.kind in gguf_blocks.QUANTIZED:
         return np.ascontiguousarray(rows)
     weight = np.asarray(rows, dtype=np.float32)
