@@ -40,7 +40,9 @@ ONE_MORE = plus(1.0)
 DECAY = Value(lambda logarithm: -np.exp(logarithm), lambda decay: np.log(-decay))
 TRANSPOSED = Value(np.transpose, np.transpose, lambda shape: shape[::-1])
 PER_CHANNEL = Value(
-    lambda weight: weight.reshape(len(weight), -1), lambda weight: weight[:, None, :], lambda shape: (shape[0], shape[-1])
+    lambda weight: weight.reshape(len(weight), -1),
+    lambda weight: weight[:, None, :],
+    lambda shape: (shape[0], shape[-1]),
 )
 """A convolution of every channel with itself: (C, 1, K) in the model, (C, K) in the file."""
 

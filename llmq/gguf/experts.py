@@ -18,7 +18,8 @@ _STACK = re.compile(r"(.+\.experts)\.(gate_up_proj|up_proj|down_proj)(_bias)?$")
 
 
 def separated(tensors: Iterable["Stored"], form: Stacked) -> Iterator["Stored"]:
-    """The tensors, with `experts.gate_up_proj` (E, 2 N, K) as `experts.0.gate_proj.weight`, `experts.0.up_proj.weight`, …
+    """The tensors, with `experts.gate_up_proj` (E, 2 N, K) as `experts.0.gate_proj.weight`, `experts.0.up_proj.weight`
+    and so on.
 
     The parts of a stack share one read, if they are read one after the other.
     """

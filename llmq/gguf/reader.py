@@ -82,7 +82,9 @@ class Weights:
             return values[:, torch.from_numpy(np.argsort(order))]
         parts = [(place, self.container.floats(place.name, place.expert)) for place in places]
         if not self.is_quantized(name) and (value := self._names.value(places[0].name)) is not None:
-            parts = [(place, torch.from_numpy(np.ascontiguousarray(value.backward(one.numpy())))) for place, one in parts]
+            parts = [
+                (place, torch.from_numpy(np.ascontiguousarray(value.backward(one.numpy())))) for place, one in parts
+            ]
         orders = [(place.rows, one.numpy()) for place, one in parts if place.rows is not None]
         return torch.from_numpy(undone(orders)) if orders else parts[0][1]
 

@@ -26,7 +26,9 @@ from llmq.errors import UnsupportedModelError
 from llmq.gguf.architecture import FULL, WINDOW, Architecture
 from llmq.gguf.changes import head_size
 
-ALWAYS = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned", "mrope_section", "mrope_interleaved"})
+ALWAYS = frozenset(
+    {"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned", "mrope_section", "mrope_interleaved"}
+)
 ENTRIES: Mapping[str, frozenset[str]] = MappingProxyType(
     {
         "default": frozenset(),
@@ -66,8 +68,8 @@ def add_rotation(
         full = config["rope_parameters"][FULL]
         if not arch.local_rotation and local["rope_theta"] != full["rope_theta"]:
             raise UnsupportedModelError(
-                f"config.json has rope_theta = {local['rope_theta']} and {full['rope_theta']}, and llama.cpp's {arch.name} "
-                "rotates with the same frequencies in all layers",
+                f"config.json has rope_theta = {local['rope_theta']} and {full['rope_theta']}, and llama.cpp's "
+                f"{arch.name} rotates with the same frequencies in all layers",
                 hint="use a safetensors format, which can hold any model",
             )
         writer.add_rope_freq_base_swa(local["rope_theta"])

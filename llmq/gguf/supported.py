@@ -44,7 +44,7 @@ WITHOUT_EFFECT = frozenset(
 """Entries for training only, and those that others replace, like `max_window_layers` by `layer_types`."""
 
 
-OPTIONAL_SIZES = frozenset({"intermediate_size", "num_key_value_heads", "head_dim", "sliding_window"})
+OPTIONAL_SIZES = frozenset({"intermediate_size", "num_key_value_heads", "sliding_window"})
 """Entries that some models do not read, although they may stand in their config.json."""
 
 

@@ -23,7 +23,10 @@ NORMALIZED = {**MIXTURE, "norm_topk_prob": True}
 USUAL: dict[str, dict[str, Any]] = {
     "gemma": {"head_dim": 16}, "gemma2": HEADS, "gemma3_text": HEADS, "qwen2_moe": MIXTURE, "qwen3_moe": NORMALIZED
 }  # fmt: skip
-UNUSED = {"gpt2": {"scale_attn_weights", "scale_attn_by_inverse_layer_idx", "add_cross_attention"}}
+UNUSED = {
+    "gemma4_text": {"top_k_experts"},
+    "gpt2": {"scale_attn_weights", "scale_attn_by_inverse_layer_idx", "add_cross_attention"},
+}
 """Entries that must have the default value of transformers."""
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
 WRONG: list[tuple[str, dict[str, Any], str]] = [
