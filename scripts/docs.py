@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parents[1]
 README, ARCHITECTURE, MODELS = ROOT / "README.md", ROOT / "docs" / "ARCHITECTURE.md", ROOT / "docs" / "MODELS.md"
+FORMATS = ROOT / "docs" / "FORMATS.md"
 SERVING, KERNELS = ROOT / "docs" / "SERVING.md", ROOT / "kernels" / "README.md"
 RELIABILITY, HOSTILE = ROOT / "docs" / "RELIABILITY.md", ROOT / "docs" / "HOSTILE_INPUT.md"
 KILLS, FUZZ = ROOT / "tests" / "faults" / "kills.json", ROOT / "tests" / "fuzz" / "counts.json"
@@ -78,6 +79,17 @@ def serving() -> str:
         f"several GPUs: {rows}. All other layers are split between outputs.",
     ]
     return "\n".join(lines)
+
+
+def architectures() -> str:
+    """The architectures of llama.cpp, and the models of transformers that llmq writes for them."""
+    from llmq.gguf.architectures import ARCHITECTURES
+
+    kinds: dict[str, list[str]] = {}
+    for kind, arch in sorted(ARCHITECTURES.items()):
+        kinds.setdefault(arch.name, []).append(f"`{kind}`")
+    rows = [f"| {name} | {', '.join(models)} |" for name, models in sorted(kinds.items())]
+    return "\n".join(["| llama.cpp | `model_type` in config.json |", "|---|---|", *rows])
 
 
 def kernels(folder: Path | None = None) -> str:
@@ -145,6 +157,7 @@ def fuzz() -> str:
 
 
 PARTS: dict[str, tuple[Path, Callable[[], str]]] = {
+    "architectures": (FORMATS, architectures),
     "results": (README, results),
     "rules": (SERVING, serving),
     "kernels": (KERNELS, kernels),

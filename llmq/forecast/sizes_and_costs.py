@@ -24,7 +24,7 @@ from llmq.errors import LlmqError
 from llmq.forecast.trial import Trial
 from llmq.formats.codecs import gguf_blocks
 from llmq.gguf import export, recipes
-from llmq.gguf.architectures import architecture
+from llmq.gguf.supported import architecture, language_config
 from llmq.methods import METHODS
 from llmq.model.build.skeleton import Skeleton
 from llmq.numerics.gguf_types import GGUF, GGUF_GRIDS
@@ -193,7 +193,7 @@ class Configured:
         """Bytes of all weights in the format of these settings, and bits per quantized weight."""
         layout, layers = output_layout.layout_of(settings.formats, self.dtype), self.layers(settings)
         if settings.format == GGUF or settings.format in GGUF_GRIDS:
-            architecture(self.model_config)  # raises UnsupportedModelError where llama.cpp has none
+            architecture(language_config(self.model_config))  # raises UnsupportedModelError where llama.cpp has none
         packed = [layer for layer in layers.values() if layer.scheme.weights is not None]
         weights = sum(layer.weights for layer in packed)
         if settings.format == GGUF:

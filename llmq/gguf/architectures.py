@@ -2,98 +2,86 @@
 
 llama.cpp has separate code for every architecture.  So llmq writes files only for architectures whose code is known to
 compute the same as transformers; every row was tested (tests/interop/test_llama_cpp.py).  Where a configuration
-needs something that this code does not do, no file is written.
-
-Every entry of a configuration is in one of four groups: it is written into the file (`WRITTEN`), it has no effect on
-the predictions (`WITHOUT_EFFECT`), the row lists the values that the code supports (`Architecture.expects`), or it is
-unknown, and then it must have the default value of transformers.
+needs something that this code does not do, no file is written (`supported.py`).
 """
 
-import dataclasses
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
-from typing import Any
 
-from llmq.errors import UnsupportedModelError
+from llmq.gguf.architecture import FULL, LINEAR, WINDOW, Architecture, Stacked
+from llmq.gguf.changes import ONE_MORE, PER_CHANNEL, TRANSPOSED, interleaved, joined_heads
+from llmq.gguf.hybrids import (
+    DT_BIAS,
+    GATED_DELTA,
+    GATED_DELTA_KEYS,
+    TILED,
+    convolution_keys,
+    divided_qkvz,
+    gated_delta_keys,
+    gemma4_keys,
+    proportional_factors,
+    tiled_columns,
+    visual_keys,
+)
 
 SILU = ("silu", "swish")
-TANH_GELU = ("gelu_pytorch_tanh",)
+TANH_GELU = ("gelu_pytorch_tanh", "gelu_new")
 OFF = (False, None)
-FULL, WINDOW = "full_attention", "sliding_attention"
-
-WRITTEN = frozenset(
-    {
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "num_key_value_heads", "head_dim", "max_position_embeddings", "original_max_position_embeddings",
-        "rms_norm_eps", "rope_parameters", "num_local_experts", "num_experts", "num_experts_per_tok",
-        "moe_intermediate_size", "shared_expert_intermediate_size", "sliding_window", "attn_logit_softcapping",
-        "final_logit_softcapping", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings",
-    }
-)  # fmt: skip
-"""Entries of a configuration that keys and tensors of the file describe."""
-
-CHECKED = frozenset({"layer_types", "query_pre_attn_scalar", "attention_bias", "mlp_bias", "qkv_bias"})
-"""Entries that are compared with the code of llama.cpp below, or that show in the names of the tensors."""
-
-WITHOUT_EFFECT = frozenset(
-    {
-        "initializer_range", "use_cache", "pretraining_tp", "attention_dropout", "resid_pdrop", "embd_pdrop",
-        "output_router_logits", "router_aux_loss_coef", "router_jitter_noise", "max_window_layers",
-    }
-)  # fmt: skip
-"""Entries for training only, and `max_window_layers`, which `layer_types` replaces."""
-
 CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 QKV = ("attn_q", "attn_k", "attn_v")
 ALL_LINEAR = (*QKV, "attn_output", "ffn_gate", "ffn_up", "ffn_down")
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """An architecture of llama.cpp.
-
-    name            its name in GGUF
-    interleaved     whether neighbouring rows of q and k are rotated together, so that their rows must be reordered
-                    (`names.interleave_halves`)
-    norm_offset     what is added to the weight of every norm: 1 where the model computes x * (1 + w)
-    sliding         whether `attention.sliding_window` is written; 0 where there is none
-    full_every      n, where every n-th layer attends to the whole text and the other layers through the window; 1
-                    where all layers attend to the whole text, also if the model has a window
-    expects         entries of config.json, each with the values that the code supports
-    requires        entries that must have a value other than 0, because the code has its own default for them
-    biases          the weights that may have a bias, by their names in GGUF
-    rotations       the types of rotary embedding that the code has tensors or keys for
-    partial         whether the code can rotate a part of a head
-    free_head_size  whether the head size may differ from hidden size / number of heads
-    wide_scale      the number of layers of the model whose attention is scaled by hidden size / number of heads
-    """
-
-    name: str
-    interleaved: bool = False
-    norm_offset: float = 0.0
-    sliding: bool = False
-    full_every: int = 1
-    expects: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    requires: tuple[str, ...] = ()
-    biases: tuple[str, ...] = ()
-    rotations: tuple[str, ...] = ("default", "linear", "yarn")
-    partial: bool = False
-    free_head_size: bool = True
-    wide_scale: int | None = None
-
+NORMS = ("attn_norm", "ffn_norm")
+NORM_ROTATION = {
+    "attn_q": interleaved("attn_q", "num_attention_heads"),
+    "attn_k": interleaved("attn_k", "num_key_value_heads"),
+}
+ONE_MORE_NORM = {"*_norm.weight": ONE_MORE}
+SIGMOID = 2  # `expert_gating_func`
+LAYER_NORM = "attention.layer_norm_epsilon"
 
 _LLAMA = Architecture(
     "llama",
-    interleaved=True,
+    rows=NORM_ROTATION,
     expects={"hidden_act": SILU},
     biases=ALL_LINEAR,
     rotations=("default", "linear", "yarn", "llama3", "longrope"),
 )
+_HYBRID = {"hidden_act": SILU, "decoder_sparse_step": (1, None), "mlp_only_layers": ([], None)}
+_EVERY_FOURTH = {"layer_types": (LINEAR,) * 3 + (FULL,)}
 _QWEN = {"hidden_act": SILU, "use_sliding_window": OFF}
 _MOE_QWEN = {**_QWEN, "decoder_sparse_step": (1,), "mlp_only_layers": ([], None)}
 _CAUSAL = {"use_bidirectional_attention": OFF}
 _GEMMA = {**_CAUSAL, "hidden_activation": TANH_GELU}
+_GRANITE = {
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "attention_multiplier": "attention.scale",
+    "logits_scaling": "logit_scale",
+}
+_COHERE = Architecture(
+    "command-r",
+    keys={"layer_norm_eps": LAYER_NORM, "logit_scale": "logit_scale"},
+    expects={"hidden_act": SILU, "attention_bias": OFF, "use_qk_norm": OFF, "tie_word_embeddings": (True,)},
+    free_head_size=False,
+)
+_OLMO = Architecture("olmo2", expects={"hidden_act": SILU}, free_head_size=False)
+
+_QWEN35 = Architecture(
+    "qwen35",
+    rows=TILED,
+    columns={"ssm_out": tiled_columns},
+    values=GATED_DELTA,
+    renamed=DT_BIAS,
+    keys=GATED_DELTA_KEYS,
+    derived=gated_delta_keys,
+    reads=("linear_value_head_dim",),
+    layers=_EVERY_FOURTH,
+    expects={"hidden_act": SILU},
+    biases=("ssm_dt",),
+    rotations=("default",),
+    partial=True,
+)
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
@@ -117,84 +105,167 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             partial=True,
             free_head_size=False,
         ),
-        "gemma": Architecture("gemma", norm_offset=1.0, expects={**_CAUSAL, "hidden_act": TANH_GELU}),
+        "gemma": Architecture("gemma", values=ONE_MORE_NORM, expects={**_CAUSAL, "hidden_act": TANH_GELU}),
         "gemma2": Architecture(
-            "gemma2", norm_offset=1.0, sliding=True, full_every=2, expects=_GEMMA, requires=CAPS, wide_scale=46
+            "gemma2",
+            values=ONE_MORE_NORM,
+            sliding=True,
+            layers={"layer_types": (WINDOW, FULL)},
+            expects=_GEMMA,
+            requires=CAPS,
+            wide_scale=46,
         ),
         "gemma3_text": Architecture(
-            "gemma3", norm_offset=1.0, sliding=True, full_every=6, expects=_GEMMA, wide_scale=62
+            "gemma3",
+            values=ONE_MORE_NORM,
+            sliding=True,
+            layers={"layer_types": (WINDOW,) * 5 + (FULL,)},
+            expects=_GEMMA,
+            wide_scale=62,
+            local_rotation=True,
+        ),
+        "glm4": Architecture("glm4", expects={"hidden_act": SILU}, biases=QKV, rotations=("default",), partial=True),
+        "granite": Architecture(
+            "granite", rows=NORM_ROTATION, keys=_GRANITE, expects={"hidden_act": SILU}, biases=ALL_LINEAR
+        ),
+        "olmo2": _OLMO,
+        "olmo3": replace(_OLMO, sliding=True, layers={"layer_types": (WINDOW,) * 3 + (FULL,)}, rotations=("default",)),
+        "qwen3_next": Architecture(
+            "qwen3next",
+            rows={"ssm_in": divided_qkvz},
+            values=GATED_DELTA,
+            renamed=DT_BIAS,
+            keys=GATED_DELTA_KEYS,
+            derived=gated_delta_keys,
+            reads=("linear_value_head_dim",),
+            layers=_EVERY_FOURTH,
+            expects={**_HYBRID, "norm_topk_prob": (True,)},
+            biases=("ssm_dt",),
+            rotations=("default",),
+            partial=True,
+        ),
+        "qwen3_5_text": _QWEN35,
+        "qwen3_5_moe_text": replace(_QWEN35, name="qwen35moe"),
+        "qwen3_vl_text": Architecture(
+            "qwen3vl", derived=visual_keys, expects={"hidden_act": SILU}, rotations=("default",)
+        ),
+        "glm4_moe": Architecture(
+            "glm4moe",
+            renamed={"gate.e_score_correction_bias": "gate.e_score_correction.bias"},
+            keys={
+                "n_shared_experts": "expert_shared_count",
+                "first_k_dense_replace": "leading_dense_block_count",
+                "routed_scaling_factor": "expert_weights_scale",
+                "norm_topk_prob": "expert_weights_norm",
+            },
+            derived=lambda config: {"expert_gating_func": SIGMOID},
+            reads=("use_qk_norm",),
+            expects={"hidden_act": SILU, "n_group": (1,), "topk_group": (1,)},
+            biases=(*QKV, "exp_probs_b"),
+            rotations=("default",),
+            partial=True,
+        ),
+        "gpt_oss": Architecture(
+            "gpt-oss",
+            renamed={"self_attn.sinks": "self_attn.sinks.weight"},
+            derived=lambda config: {"expert_feed_forward_length": config["intermediate_size"]},
+            sliding=True,
+            layers={"layer_types": (WINDOW, FULL)},
+            expects={"hidden_act": SILU, "swiglu_alpha": (1.702,), "swiglu_limit": (7.0,)},
+            biases=(*QKV, "attn_output", "ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"),
+            rotations=("default", "yarn"),
+            stacked=Stacked(in_turn=True, transposed=True),
+        ),
+        "lfm2": Architecture(
+            "lfm2",
+            values={"shortconv.conv.weight": PER_CHANNEL},
+            keys={"norm_eps": "attention.layer_norm_rms_epsilon", "conv_L_cache": "shortconv.l_cache"},
+            derived=convolution_keys,
+            reads=("block_multiple_of", "block_ffn_dim_multiplier", "block_auto_adjust_ff_dim", "full_attn_idxs"),
+            layers={"layer_types": ()},
+            expects={"conv_bias": OFF},
+            rotations=("default",),
+            free_head_size=False,
+        ),
+        "gemma4_text": Architecture(
+            "gemma4",
+            renamed={".layer_scalar": ".layer_scalar.weight"},
+            derived=gemma4_keys,
+            reads=(
+                "per_layer_config",
+                "attention_k_eq_v",
+                "num_kv_shared_layers",
+                "use_double_wide_mlp",
+                "hidden_size_per_layer_input",
+                "vocab_size_per_layer_input",
+            ),
+            factors=proportional_factors,
+            sliding=True,
+            layers={"layer_types": ()},
+            expects={
+                "hidden_activation": TANH_GELU,
+                "enable_moe_block": OFF,
+                "use_bidirectional_attention": (None, "vision"),
+            },
+            rotations=("default", "proportional"),
+            local_rotation=True,
+        ),
+        "cohere2": replace(
+            _COHERE,
+            name="cohere2",
+            sliding=True,
+            layers={"layer_types": (WINDOW,) * 3 + (FULL,)},
+            expects={"hidden_act": SILU, "attention_bias": OFF, "tie_word_embeddings": (True,)},
+        ),
+        "smollm3": Architecture(
+            "smollm3",
+            rows=NORM_ROTATION,
+            layers={"layer_types": (FULL,), "no_rope_layers": (1, 1, 1, 0)},
+            expects={"hidden_act": SILU, "use_sliding_window": OFF, "no_rope_layer_interval": (4,)},
+            free_head_size=False,
+        ),
+        "cohere": _COHERE,
+        "starcoder2": Architecture(
+            "starcoder2",
+            keys={"norm_epsilon": LAYER_NORM},
+            expects={"hidden_act": TANH_GELU, "use_bias": (True,)},
+            biases=(*ALL_LINEAR, *NORMS),
+            free_head_size=False,
+        ),
+        "gpt2": Architecture(
+            "gpt2",
+            values={"*attn_qkv.weight": TRANSPOSED, "*attn_output.weight": TRANSPOSED, "*ffn_*.weight": TRANSPOSED},
+            keys={"layer_norm_epsilon": LAYER_NORM},
+            expects={"activation_function": TANH_GELU},
+            biases=("attn_qkv", "attn_output", "ffn_up", "ffn_down", *NORMS),
+            rotations=(),
+            free_head_size=False,
+        ),
+        "gpt_neox": Architecture(
+            "gptneox",
+            rows={"attn_qkv": joined_heads},
+            keys={"layer_norm_eps": LAYER_NORM, "use_parallel_residual": "use_parallel_residual"},
+            expects={"hidden_act": ("gelu", *TANH_GELU), "attention_bias": (True,)},
+            biases=("attn_qkv", "attn_output", "ffn_up", "ffn_down", *NORMS),
+            partial=True,
+            free_head_size=False,
+        ),
+        "phi": Architecture(
+            "phi2",
+            keys={"layer_norm_eps": LAYER_NORM},
+            expects={"hidden_act": TANH_GELU, "qk_layernorm": OFF},
+            biases=(*QKV, "attn_output", "ffn_up", "ffn_down", "attn_norm"),
+            partial=True,
+            free_head_size=False,
+        ),
+        "stablelm": Architecture(
+            "stablelm",
+            keys={"layer_norm_eps": LAYER_NORM, "use_parallel_residual": "use_parallel_residual"},
+            expects={"hidden_act": SILU, "qk_layernorm": OFF},
+            biases=(*QKV, *NORMS),
+            partial=True,
+            free_head_size=False,
         ),
     }
 )
 """`model_type` of config.json -> architecture."""
-
-
-def architecture(config: Mapping[str, Any]) -> Architecture:
-    """The row for a configuration; raises UnsupportedModelError where there is none or where llama.cpp differs."""
-    kind = str(config.get("model_type"))
-    if kind not in ARCHITECTURES:
-        raise UnsupportedModelError(
-            f"no GGUF file can be written for a model of type {kind!r}, expected one of {', '.join(ARCHITECTURES)}",
-            hint="use a safetensors format; for the float model try llama.cpp's convert_hf_to_gguf.py",
-        )
-    arch = ARCHITECTURES[kind]
-    for entry, value, supported in _fixed(kind, arch, config):
-        if value not in supported:
-            raise _different(arch, entry, value, " or ".join(str(one) for one in supported if one is not None))
-    for entry in CAPS:
-        value = config.get(entry)
-        if value == 0 or (value is None and entry in arch.requires):
-            raise _different(arch, entry, value, "a value that is not 0")
-    _check_layers(arch, config)
-    _check_heads(arch, config)
-    return arch
-
-
-def _fixed(kind: str, arch: Architecture, config: Mapping[str, Any]) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
-    """Entries with a fixed value: (entry, the value of the model, the values that are supported)."""
-    defaults = entries(kind)
-    yield "is_causal", config.get("is_causal"), (True, None)
-    yield "attention_chunk_size", config.get("attention_chunk_size"), (None,)
-    for entry, supported in arch.expects.items():
-        yield entry, config.get(entry, defaults.get(entry)), supported
-    for entry in defaults.keys() - WRITTEN - CHECKED - WITHOUT_EFFECT - arch.expects.keys():
-        yield entry, config.get(entry, defaults[entry]), (defaults[entry],)
-
-
-def entries(kind: str) -> dict[str, Any]:
-    """The entries that configurations of this `model_type` have and other models do not, with their defaults."""
-    from transformers import PreTrainedConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    usual = {one.name for one in dataclasses.fields(PreTrainedConfig)}
-    declared = CONFIG_MAPPING[kind]()
-    return {one.name: getattr(declared, one.name) for one in dataclasses.fields(declared) if one.name not in usual}
-
-
-def _check_layers(arch: Architecture, config: Mapping[str, Any]) -> None:
-    """The layers with a window are fixed in the code of llama.cpp; the file does not list them."""
-    every, kinds = arch.full_every, config.get("layer_types")
-    if not kinds:
-        return
-    expected = [WINDOW if (i + 1) % every else FULL for i in range(len(kinds))]
-    if list(kinds) != expected:
-        raise _different(arch, "layer_types", kinds, f"a full layer after every {every - 1} with a window")
-
-
-def _check_heads(arch: Architecture, config: Mapping[str, Any]) -> None:
-    """Head size and the scale of attention: by the head size, in the largest Gemma by hidden size / number of heads."""
-    wide = config["hidden_size"] / config["num_attention_heads"]
-    head = config.get("head_dim") or wide
-    if head != wide and not arch.free_head_size:
-        raise _different(arch, "head_dim", head, f"hidden_size / num_attention_heads = {wide:g}")
-    scale = config.get("query_pre_attn_scalar")
-    expected = wide if arch.wide_scale == config.get("num_hidden_layers", 0) else head
-    if scale is not None and scale != expected:
-        raise _different(arch, "query_pre_attn_scalar", scale, f"{expected:g}")
-
-
-def _different(arch: Architecture, entry: str, value: Any, expected: Any) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"config.json has {entry} = {value!r}, and llama.cpp's {arch.name} computes with {expected}",
-        hint="use a safetensors format, which can hold any model",
-    )

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from llmq._version import __version__
 from llmq.checkpoint.side_files import CARD, ORIGINAL_CARD, leaves
-from llmq.gguf.architectures import Architecture
+from llmq.gguf.architecture import Architecture
+from llmq.gguf.changes import head_size
 from llmq.gguf.rotation import add_rotation
 
 PHI3_NAME = re.compile("phi-?3", re.IGNORECASE)
@@ -71,35 +72,52 @@ def _card(folder: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
 
 def add_sizes(writer: Any, config: Mapping[str, Any], arch: Architecture) -> Extra:
     """Write `{arch}.*`.  Raises UnsupportedModelError for a rotary embedding that llama.cpp does not support."""
-    heads, width = config["num_attention_heads"], config["hidden_size"]
-    head = config.get("head_dim") or width // heads
+    heads, width, head = config["num_attention_heads"], config["hidden_size"], head_size(config)
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(width)
-    writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(heads)
-    writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
-    writer.add_key_length(head)
-    writer.add_value_length(head)
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
+    usual = {
+        "attention.key_length": head,
+        "attention.value_length": head,
+        "feed_forward_length": config.get("intermediate_size") or config.get("n_inner") or 4 * width,
+        "attention.head_count_kv": config.get("num_key_value_heads") or heads,
+    }
+    if "rms_norm_eps" in config:
+        usual["attention.layer_norm_rms_epsilon"] = float(config["rms_norm_eps"])
+    own = {key: config[entry] for entry, key in arch.keys.items()}
+    for key, value in {**usual, **own, **arch.derived(config)}.items():
+        _add(writer, f"{arch.name}.{key}", value)
     _add_experts(writer, config)
     _add_soft_caps(writer, config)
     tensors, notes = add_rotation(writer, config, arch)
     return Extra(tensors, (*notes, *_add_window(writer, config, arch)))
 
 
+def _add(writer: Any, key: str, value: Any) -> None:
+    """Write a key with the type of its value; integers as llama.cpp reads sizes."""
+    if isinstance(value, list):
+        writer.add_array(key, value)
+    elif isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    else:
+        writer.add_float32(key, value)
+
+
 def _add_window(writer: Any, config: Mapping[str, Any], arch: Architecture) -> list[str]:
     window = config.get("sliding_window")
     if arch.sliding:
         writer.add_sliding_window(window or 0)
-    if arch.full_every == 1 and window and window < config["max_position_embeddings"]:
+    if not arch.windowed and window and window < config["max_position_embeddings"]:
         return [f"llama.cpp attends to the whole text here, the model to the last {window} tokens: longer texts differ"]
     return []
 
 
 def _add_experts(writer: Any, config: Mapping[str, Any]) -> None:
-    experts = config.get("num_local_experts") or config.get("num_experts")
+    experts = config.get("num_local_experts") or config.get("num_experts") or config.get("n_routed_experts")
     if not experts:
         return
     writer.add_expert_count(experts)

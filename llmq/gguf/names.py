@@ -1,37 +1,49 @@
 """The place of a Hugging Face tensor in a GGUF file.
 
-The names come from the package `gguf`: its TensorNameMap lists the names of an architecture.  There are three more
+The names come from the package `gguf`: its TensorNameMap lists the names of an architecture.  There are four more
 differences: in GGUF the experts of a layer are stacked in one tensor, some architectures have another order of the
-rows of q and k, and llama.cpp's code for an architecture reads the biases of a few weights only.
+rows of a tensor or divide it (`changes.py`), llama.cpp's code for an architecture reads the biases of a few weights
+only, and a file holds the language model only, without image encoder and without heads for multi-token prediction.
 """
 
+import fnmatch
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from llmq.errors import UnsupportedModelError
-from llmq.gguf.architectures import Architecture
+from llmq.gguf.architecture import Architecture
+from llmq.gguf.changes import Order, Value
 
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _IN_BLOCK = re.compile(r"^blk\.\d+\.")
+_LAYER = re.compile(r"^model\.layers\.(\d+)\.")
+_LANGUAGE = re.compile(r"^(model\.)?language_model\.(model\.)?")
+_OTHER_PARTS = re.compile(
+    r"^(model\.)?(visual|vision_tower|vision_model|multi_modal_projector|audio_tower|embed_vision|embed_audio|mtp)\."
+)
 _SUFFIXES = (".weight", ".bias")
-ROUTER = ".ffn_gate_inp."
 
 
 @dataclass(frozen=True)
 class Place:
-    """The name of a tensor in the file, and its number if it is one of several stacked experts."""
+    """Where a tensor of the model, or some of its rows, are in the file.
+
+    name    of the tensor in the file
+    expert  its number if it is one of several stacked experts
+    rows    which rows of the model's tensor are there; None for all, in their order
+    """
 
     name: str
     expert: int | None = None
+    rows: Order | None = None
 
 
 class Names:
-    """The names of one model with this architecture and number of blocks."""
+    """The names of one model with this architecture and configuration."""
 
-    def __init__(self, arch: Architecture, blocks: int) -> None:
+    def __init__(self, arch: Architecture, config: Mapping[str, Any]) -> None:
         import gguf
 
         kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
@@ -40,33 +52,56 @@ class Names:
                 f"the package gguf does not know the architecture {arch.name!r}",
                 hint="try a newer version: pip install -U gguf",
             )
-        self._map = gguf.get_tensor_name_map(kinds[arch.name], blocks)
-        self._biases = frozenset(f"{weight}.bias" for weight in arch.biases)
+        self._arch, self._config = arch, config
+        self._map = gguf.get_tensor_name_map(kinds[arch.name], config["num_hidden_layers"])
 
     def place(self, name: str) -> Place | None:
-        """Where `model.layers.0.self_attn.q_proj.weight` goes; None where the architecture has no such tensor."""
+        """The first of `places`; None where there is none."""
+        return next(iter(self.places(name)), None)
+
+    def places(self, name: str) -> tuple[Place, ...]:
+        """Where `model.layers.0.self_attn.q_proj.weight` goes; none where the architecture has no such tensor."""
+        name = _LANGUAGE.sub("model.", name)
+        for own, usual in self._arch.renamed.items():
+            name = name.replace(own, usual)
         number = _EXPERT.search(name)
         merged = name if number is None else _EXPERT.sub(".experts.", name, count=1)
         place = self._map.get_name(merged, try_suffixes=_SUFFIXES)
-        if place is None or (place.endswith(".bias") and _IN_BLOCK.sub("", place) not in self._biases):
-            return None
-        return Place(place, None if number is None else int(number.group(1)))
+        if place is None:
+            return ()
+        block = _IN_BLOCK.match(place)
+        inside = place[block.end() if block else 0 :]
+        suffix = next((ending for ending in _SUFFIXES if inside.endswith(ending)), "")
+        inside = inside.removesuffix(suffix)
+        if block and suffix == ".bias" and inside not in self._arch.biases:
+            return ()
+        expert = None if number is None else int(number.group(1))
+        if block is None or (rows := self._arch.rows.get(inside)) is None:
+            return (Place(place, expert),)
+        orders = rows(self._config)
+        return tuple(Place(f"{block[0]}{part}{suffix}", expert, order) for part, order in orders.items())
+
+    def is_left_out(self, name: str) -> bool:
+        """Whether a tensor is not part of the language model, or one that llama.cpp computes itself."""
+        patterns = ("*.rotary_emb.inv_freq", *self._arch.without)
+        layer = _LAYER.match(_LANGUAGE.sub("model.", name))
+        if layer is not None and int(layer[1]) >= self._config["num_hidden_layers"]:
+            return True
+        return bool(_OTHER_PARTS.match(name)) or any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+
+    def columns(self, place: str) -> Order | None:
+        """The order of the columns of a weight, by its name in the file; None for that of the model."""
+        order = self._arch.columns.get(_IN_BLOCK.sub("", place).removesuffix(".weight"))
+        return None if order is None else order(self._config)
+
+    def value(self, place: str) -> Value | None:
+        """How the values of a float tensor differ; by its name in the file."""
+        inside = _IN_BLOCK.sub("", place)
+        patterns = self._arch.values.items()
+        return next((value for pattern, value in patterns if fnmatch.fnmatch(inside, pattern)), None)
 
     def expert_modules(self, name: str, experts: int) -> list[str]:
         """All names that checkpoints use for the experts stacked in `blk.0.ffn_up_exps.weight`."""
         wanted = name.removesuffix(".weight")
         known = (alias for alias, (_, place) in self._map.mapping.items() if place == wanted and ".experts." in alias)
         return [alias.replace(".experts.", f".experts.{e}.") for alias in known for e in range(experts)]
-
-
-def interleave_halves(rows: NDArray[np.generic], heads: int) -> NDArray[np.generic]:
-    """Rows (N, …) of q or k in the order of `transformers` -> in the order of llama.cpp's "NORM" rotation.
-
-    transformers rotates row i of a head with row i + D/2, llama.cpp rows 2 i and 2 i + 1.
-    """
-    return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
-
-
-def separate_halves(rows: NDArray[np.generic], heads: int) -> NDArray[np.generic]:
-    """The inverse of `interleave_halves`."""
-    return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)

@@ -1,6 +1,6 @@
 """Read a GGUF file as a model: its tensors with Hugging Face names, one block after the other.
 
-The changes of the writer are reversed: names, the order of the rows of q and k, norms stored as 1 + w, stacked experts.
+The changes of the writer are reversed: names, the order of rows, values (`changes.py`), stacked experts.
 So the code that evaluates a folder can also evaluate a file, dequantized to float.
 
 A file describes its model with keys of GGUF, which transformers translates for the architectures that it knows.  The
@@ -20,12 +20,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmq.errors import FormatError, UnsupportedModelError
-from llmq.gguf.architectures import FULL, architecture
+from llmq.formats.codecs import gguf_blocks
+from llmq.gguf.architecture import FULL
+from llmq.gguf.changes import in_columns, undone
 from llmq.gguf.container import FLOATS, Container, dequantize
 from llmq.gguf.metadata import add_sizes
-from llmq.gguf.names import Names, separate_halves
+from llmq.gguf.names import Names, Place
 from llmq.gguf.rotation import from_settings
-from llmq.gguf.writer import rotated_heads
+from llmq.gguf.supported import architecture, language_config
 from llmq.model.build import skeleton
 from llmq.model.build.checkpoint_names import ModelWeights
 from llmq.model.build.skeleton import Skeleton
@@ -58,7 +60,7 @@ class Weights:
 
     def __init__(self, path: Path, folder: Path) -> None:
         self.container = Container(path)
-        self._config = skeleton.load_config(folder, remote_code=False).to_dict()
+        self._config = language_config(skeleton.load_config(folder, remote_code=False).to_dict())
         self._arch = architecture(self._config)
         if self.container.architecture != self._arch.name:
             raise UnsupportedModelError(
@@ -66,7 +68,7 @@ class Weights:
                 f"describes one of {self._arch.name}",
                 hint="give the model from which the file was made",
             )
-        self._names = Names(self._arch, self._config["num_hidden_layers"])
+        self._names = Names(self._arch, self._config)
 
     def __contains__(self, name: object) -> bool:
         place = self._names.place(name) if isinstance(name, str) else None
@@ -74,22 +76,24 @@ class Weights:
 
     def tensor(self, name: str) -> Tensor:
         """A tensor, float32, as transformers expects it."""
-        place = self._names.place(name)
-        values = self.container.floats(place.name if place else name, place.expert if place else None)
-        if place is None:
-            return values
-        if self._arch.interleaved and (heads := rotated_heads(place.name, self._config)):
-            values = torch.from_numpy(separate_halves(values.numpy(), heads)).contiguous()
-        if place.name.endswith("_norm.weight"):
-            values = values - self._arch.norm_offset
-        return values
+        places = self._names.places(name) or (Place(name),)
+        if (order := self._names.columns(places[0].name)) is not None:
+            values = self.container.floats(places[0].name)
+            return values[:, torch.from_numpy(np.argsort(order))]
+        parts = [(place, self.container.floats(place.name, place.expert)) for place in places]
+        if not self.is_quantized(name) and (value := self._names.value(places[0].name)) is not None:
+            parts = [
+                (place, torch.from_numpy(np.ascontiguousarray(value.backward(one.numpy())))) for place, one in parts
+            ]
+        orders = [(place.rows, one.numpy()) for place, one in parts if place.rows is not None]
+        return torch.from_numpy(undone(orders)) if orders else parts[0][1]
 
     def require_read(self, names: Iterable[str]) -> None:
         """Raise FormatError for a tensor of the file in which none of the tensors `names` of the model is stored.
 
         Blocks after the last one, for multi-token prediction, and factors of a rotary embedding are left.
         """
-        read = {place.name for place in map(self._names.place, names) if place is not None}
+        read = {place.name for places in map(self._names.places, names) for place in places}
         blocks = tuple(f"blk.{number}." for number in range(self._config["num_hidden_layers"]))
         for name in self.container.tensors:
             if name not in read and not name.startswith("rope_") and name.startswith((*blocks, "output", "token_embd")):
@@ -110,11 +114,13 @@ class Weights:
 
     def rows(self, name: str) -> NDArray[np.uint8]:
         """(N, bytes of a row) uint8 of a tensor, rows in the order that transformers expects."""
-        place = self._names.place(name)
-        raw = self.container.rows(place.name if place else name, place.expert if place else None)
-        if place and self._arch.interleaved and (heads := rotated_heads(place.name, self._config)):
-            return np.ascontiguousarray(separate_halves(raw, heads)).view(np.uint8)
-        return raw
+        places = self._names.places(name) or (Place(name),)
+        if (order := self._names.columns(places[0].name)) is not None:
+            block = gguf_blocks.SIZES[self.kind(name)][0]
+            return in_columns(self.container.rows(places[0].name), np.argsort(order), block)
+        parts = [(place.rows, self.container.rows(place.name, place.expert)) for place in places]
+        orders = [(rows, raw) for rows, raw in parts if rows is not None]
+        return undone(orders) if orders else parts[0][1]
 
     def weight(self, module: str) -> Tensor:
         """The weight of a module, (N, K) float32."""
@@ -211,7 +217,7 @@ def _complete(configuration: Any, container: Container) -> None:
         configuration.head_dim = head  # transformers uses a default instead for some architectures
     rotation = configuration.rope_parameters
     rotation.get(FULL, rotation).update(from_settings(settings))
-    config = configuration.to_dict()
+    config = language_config(configuration.to_dict())
     arch = architecture(config)
     writer = gguf.GGUFWriter(None, arch.name)
     add_sizes(writer, config, arch)

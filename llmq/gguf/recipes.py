@@ -12,15 +12,19 @@ either, it is kept in float.  Both cases are reported.
 Source: github.com/ggml-org/llama.cpp, src/llama-quant.cpp.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from llmq.config import QuantConfig
 from llmq.errors import ConfigError
-from llmq.gguf.architectures import architecture
+from llmq.gguf.changes import Order
 from llmq.gguf.names import Names
+from llmq.gguf.supported import architecture, language_config
 from llmq.numerics.gguf_types import BLOCK_TYPES, RECIPES, Recipe
 from llmq.numerics.layer_plan import LayerPlan
 from llmq.numerics.scheme import Scheme, WeightScheme
@@ -43,7 +47,7 @@ def plan_layers(
     (name,) = settings.formats
     recipe, layers = RECIPES[name], list(shapes)
     roles = _roles([layer for layer, _, _ in layers], config)
-    plans = [_plan(*layer, _type(recipe, roles[layer[0]], roles), settings) for layer in layers]
+    plans = [_plan(*layer, _type(recipe, roles[layer[0]], roles), settings, roles[layer[0]].unit) for layer in layers]
     if not any(plan.scheme.weights for plan in plans):
         raise ConfigError("nothing is left to quantize", hint="see --skip")
     return plans
@@ -57,7 +61,8 @@ def outside(
     All other tensors are kept in float: norms, those that are skipped on request, rows that are not a multiple of 32.
     """
     (name,) = settings.formats
-    recipe, places, grids = RECIPES[name], Names(architecture(config), config["num_hidden_layers"]), {}
+    config = language_config(config)
+    recipe, places, grids = RECIPES[name], Names(architecture(config), config), {}
     placed = {tensor: known.name for tensor in shapes if (known := places.place(tensor)) is not None}
     for tensor, place in placed.items():
         if place not in (HEAD, EMBEDDING) or settings.scheme_for(tensor.removesuffix(".weight")) is None:
@@ -87,24 +92,34 @@ def _require_compatible(settings: QuantConfig) -> None:
 
 @dataclass(frozen=True)
 class _Role:
-    """The role of a weight in a GGUF file: its kind (`attn_v`) and its layer."""
+    """The role of a weight in a GGUF file: its kind (`attn_v`) and its layer.
+
+    unit  the columns that stay together where the file has another order of columns; 0 where it has the same
+    """
 
     kind: str
     layer: int
+    unit: int = 0
 
 
 def _roles(names: Iterable[str], config: Mapping[str, Any]) -> dict[str, _Role]:
-    places = Names(architecture(config), config["num_hidden_layers"])
+    config = language_config(config)
+    places = Names(architecture(config), config)
     roles = {}
     for name in names:
         place = places.place(f"{name}.weight")
         if place is None:
             roles[name] = _Role("", 0)  # the writer will raise an error for it
         elif (match := _LAYER.match(place.name)) is not None:
-            roles[name] = _Role(match[2].removesuffix(".weight"), int(match[1]))
+            roles[name] = _Role(match[2].removesuffix(".weight"), int(match[1]), _unit(places.columns(place.name)))
         else:
             roles[name] = _Role(place.name, 0)
     return roles
+
+
+def _unit(order: Order | None) -> int:
+    """The largest number of columns such that an order moves whole units of so many; 0 for no order."""
+    return 0 if order is None else math.gcd(len(order), *(int(i) for i in np.flatnonzero(np.diff(order) != 1) + 1))
 
 
 def _type(recipe: Recipe, role: _Role, roles: Mapping[str, _Role]) -> str:
@@ -124,15 +139,16 @@ def uses_more_bits(layer: int, layers: int) -> bool:
     return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
 
 
-def _plan(name: str, out_features: int, in_features: int, wanted: str, settings: QuantConfig) -> LayerPlan:
+def _plan(name: str, out_features: int, in_features: int, wanted: str, settings: QuantConfig, unit: int) -> LayerPlan:
     if settings.scheme_for(name) is None:
         return LayerPlan(name, out_features, in_features, Scheme(), "skipped on request")
-    chosen = fitting(wanted, in_features)
+    chosen = fitting(wanted, math.gcd(in_features, unit))
     if chosen == wanted:
         return LayerPlan(name, out_features, in_features, Scheme(WeightScheme.of_blocks(wanted)))
     outcome = "kept in float" if chosen is None else f"{chosen} instead of {wanted}"
     columns = BLOCK_TYPES[wanted].columns if chosen else SMALLEST_BLOCK
-    reason = f"{outcome}: {in_features} input features are not a multiple of {columns}"
+    features = f"{in_features} input features, moved in units of {unit}," if unit else f"{in_features} input features"
+    reason = f"{outcome}: {features} are not a multiple of {columns}"
     if settings.strict:
         raise ConfigError(f"{name} ({out_features} x {in_features}): {reason}", hint="remove --strict to allow this")
     scheme = Scheme(WeightScheme.of_blocks(chosen)) if chosen else Scheme()

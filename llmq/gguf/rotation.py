@@ -23,12 +23,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmq.errors import UnsupportedModelError
-from llmq.gguf.architectures import FULL, WINDOW, Architecture
+from llmq.gguf.architecture import FULL, WINDOW, Architecture
+from llmq.gguf.changes import head_size
 
-ALWAYS = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"})
+ALWAYS = frozenset(
+    {"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned", "mrope_section", "mrope_interleaved"}
+)
 ENTRIES: Mapping[str, frozenset[str]] = MappingProxyType(
     {
         "default": frozenset(),
+        "proportional": frozenset(),
         "linear": frozenset({"factor"}),
         "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
         "longrope": frozenset(
@@ -56,15 +60,26 @@ def add_rotation(
     """
     import gguf
 
+    if not arch.rotations:
+        return {}, []
     local = config["rope_parameters"].get(WINDOW)
     if local is not None:
         _require_known(local, ("default",), arch)
+        full = config["rope_parameters"][FULL]
+        if not arch.local_rotation and local["rope_theta"] != full["rope_theta"]:
+            raise UnsupportedModelError(
+                f"config.json has rope_theta = {local['rope_theta']} and {full['rope_theta']}, and llama.cpp's "
+                f"{arch.name} rotates with the same frequencies in all layers",
+                hint="use a safetensors format, which can hold any model",
+            )
         writer.add_rope_freq_base_swa(local["rope_theta"])
     rotation = config["rope_parameters"].get(FULL, config["rope_parameters"])
     kind = _require_known(rotation, arch.rotations, arch)
+    writer.add_rope_freq_base(rotation["rope_theta"])
+    if arch.factors is not None:
+        return dict(arch.factors(config)), []
     rotated = rotated_channels(config, arch)
     writer.add_rope_dimension_count(rotated)
-    writer.add_rope_freq_base(rotation["rope_theta"])
     if kind == "llama3":
         return {"rope_freqs.weight": _llama3_factors(rotation, rotated)}, []
     if kind == "longrope":
@@ -80,14 +95,13 @@ def add_rotation(
 def rotated_channels(config: Mapping[str, Any], arch: Architecture) -> int:
     """The number of channels of a head that are rotated."""
     rotation = config["rope_parameters"].get(FULL, config["rope_parameters"])
-    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     part = rotation.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     if part != 1 and not arch.partial:
         raise UnsupportedModelError(
             f"config.json has partial_rotary_factor = {part}, and llama.cpp's {arch.name} rotates whole heads",
             hint="use a safetensors format, which can hold any model",
         )
-    return int(head * part)
+    return int(head_size(config) * part)
 
 
 def from_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

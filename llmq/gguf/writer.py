@@ -1,9 +1,8 @@
 """Write a GGUF file from the folder of a model and a list of tensors.
 
 Tensors are given with their Hugging Face names and are read one at a time, when they are written.  The writer makes the
-same changes as llama.cpp's converter: names, the order of the rows of q and k where llama.cpp's rotation needs it,
-norms that the model applies as 1 + w, and experts stacked in one tensor.  Rows are moved as a whole, so blocks do not
-change.
+same changes as llama.cpp's converter: names, the order of rows and values of float tensors (`changes.py`), and experts
+stacked in one tensor.  Rows are moved as a whole, so blocks do not change.
 
 The file gets its final name when it is complete.
 """
@@ -22,13 +21,17 @@ from numpy.typing import NDArray
 from llmq.checkpoint.atomic import PARTIAL, storing, sync_file, sync_folder
 from llmq.errors import FormatError
 from llmq.formats.codecs import gguf_blocks
-from llmq.gguf.architectures import Architecture, architecture
+from llmq.gguf.changes import Order, Value, in_columns
+from llmq.gguf.experts import separated
 from llmq.gguf.metadata import add_general, add_sizes
-from llmq.gguf.names import ROUTER, Names, interleave_halves
+from llmq.gguf.names import Names
+from llmq.gguf.supported import architecture, language_config
 from llmq.gguf.tokenizer import add_tokenizer
 from llmq.model.build.skeleton import load_config
 
 Array = NDArray[Any]
+IN_FLOAT = (".ffn_gate_inp.", "conv", "position_embd")
+"""Parts of the names of tensors with several dimensions that llama.cpp reads in F32 only."""
 
 FILE_TYPES: Mapping[str, str] = MappingProxyType({"Q4_K": "MOSTLY_Q4_K_M", "Q5_K": "MOSTLY_Q5_K_M"})
 """Most common type -> `general.file_type`, where that differs from MOSTLY_ + the name of the type."""
@@ -72,16 +75,28 @@ class Written:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A tensor of the file: one tensor of the model, or the experts of a layer in their order."""
+    """A tensor of the file: rows of one tensor of the model, or the experts of a layer in their order.
+
+    rows   which rows of every part; None for all, in their order
+    value  what changes in the values
+    columns  the order of its columns; None for that of the model
+    """
 
     name: str
     kind: str
     parts: tuple[Stored, ...]
     stacked: bool
+    rows: Order | None = None
+    value: Value | None = None
+    columns: Order | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         shape = self.parts[0].shape
+        if self.rows is not None:
+            shape = (len(self.rows), *shape[1:])
+        if self.value is not None and self.kind not in gguf_blocks.QUANTIZED:
+            shape = self.value.shape(shape)
         return (len(self.parts), *shape) if self.stacked else shape
 
     @property
@@ -97,9 +112,9 @@ def write(file: Path, folder: Path, tensors: Iterable[Stored]) -> Written:
     """
     import gguf
 
-    config = load_config(folder, remote_code=False).to_dict()
+    config = language_config(load_config(folder, remote_code=False).to_dict())
     arch = architecture(config)
-    entries, skipped = _entries(tensors, Names(arch, config["num_hidden_layers"]))
+    entries, skipped = _entries(separated(tensors, arch.stacked), Names(arch, config))
     partial = file.with_name(f".{file.name}{PARTIAL}")
     writer = gguf.GGUFWriter(partial, arch.name)
     vocabulary = add_tokenizer(writer, folder, config, _vocabulary(entries))
@@ -120,7 +135,7 @@ def write(file: Path, folder: Path, tensors: Iterable[Stored]) -> Written:
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             for entry in entries:
-                writer.write_tensor_data(_data(entry, arch, config, moved))
+                writer.write_tensor_data(_data(entry, moved))
             for values in extra.tensors.values():
                 writer.write_tensor_data(values)
             writer.close()
@@ -143,25 +158,27 @@ def write(file: Path, folder: Path, tensors: Iterable[Stored]) -> Written:
 def _entries(tensors: Iterable[Stored], names: Names) -> tuple[list[_Entry], list[str]]:
     """The tensors of the file, in the given order, and the names of those that are skipped."""
     by_place: dict[str, dict[int | None, Stored]] = {}
+    orders: dict[str, Order | None] = {}
     skipped, unknown = [], []
     for tensor in tensors:
-        place = names.place(tensor.name)
-        if tensor.name.endswith(".rotary_emb.inv_freq"):
+        if names.is_left_out(tensor.name):
             skipped.append(tensor.name)
-        elif place is None:
+        elif not (places := names.places(tensor.name)):
             unknown.append(tensor.name)
         else:
-            by_place.setdefault(place.name, {})[place.expert] = tensor
+            for place in places:
+                by_place.setdefault(place.name, {})[place.expert] = tensor
+                orders[place.name] = place.rows
     if unknown:
         raise FormatError(
             f"llama.cpp's architecture has no tensor for {', '.join(unknown[:4])}"
             + (f" and {len(unknown) - 4} more" if len(unknown) > 4 else ""),
             hint="use a safetensors format, which can hold any model",
         )
-    return [_entry(name, parts) for name, parts in by_place.items()], skipped
+    return [_entry(name, parts, orders[name], names) for name, parts in by_place.items()], skipped
 
 
-def _entry(name: str, parts: Mapping[int | None, Stored]) -> _Entry:
+def _entry(name: str, parts: Mapping[int | None, Stored], rows: Order | None, names: Names) -> _Entry:
     stacked = None not in parts
     ordered = tuple(parts[i] for i in sorted(parts, key=lambda expert: -1 if expert is None else expert))
     if stacked and sorted(parts, key=str) != sorted(range(len(parts)), key=str):
@@ -174,39 +191,31 @@ def _entry(name: str, parts: Mapping[int | None, Stored]) -> _Entry:
         )
     kind = ordered[0].kind
     if kind is None:
-        small = len(ordered[0].shape) == 1 or ROUTER in name
+        small = len(ordered[0].shape) == 1 or any(part in name for part in IN_FLOAT)
         kind = "F32" if small else "F16"
-    return _Entry(name, kind, ordered, stacked)
+    return _Entry(name, kind, ordered, stacked, rows, names.value(name), names.columns(name))
 
 
-def _data(entry: _Entry, arch: Architecture, config: Mapping[str, Any], moved: dict[str, float]) -> Array:
+def _data(entry: _Entry, moved: dict[str, float]) -> Array:
     """The bytes of a tensor as in the file."""
-    rows = [_rows(entry, part, arch, config, moved) for part in entry.parts]
+    rows = [_rows(entry, part, moved) for part in entry.parts]
     return (np.stack(rows) if entry.stacked else rows[0]).reshape(entry.bytes_shape)
 
 
-def _rows(entry: _Entry, part: Stored, arch: Architecture, config: Mapping[str, Any], moved: dict[str, float]) -> Array:
-    rows = part.read()
-    if arch.interleaved and (heads := rotated_heads(entry.name, config)):
-        rows = interleave_halves(rows, heads)
+def _rows(entry: _Entry, part: Stored, moved: dict[str, float]) -> Array:
+    rows = part.read() if entry.rows is None else part.read()[entry.rows]
+    if entry.columns is not None:
+        block = gguf_blocks.SIZES[entry.kind][0] if entry.kind in gguf_blocks.QUANTIZED else 1
+        rows = in_columns(rows, entry.columns, block)
     if entry.kind in gguf_blocks.QUANTIZED:
         return np.ascontiguousarray(rows)
     weight = np.asarray(rows, dtype=np.float32)
-    if entry.name.endswith("_norm.weight"):
-        weight = weight + np.float32(arch.norm_offset)
+    if entry.value is not None:
+        weight = entry.value.forward(weight)
     packed = gguf_blocks.pack_float(entry.kind, weight.reshape(-1, weight.shape[-1]))
     if entry.kind == "F16":
         _check_halves(part.name, weight, packed, moved)
     return packed
-
-
-def rotated_heads(name: str, config: Mapping[str, Any]) -> int | None:
-    """The number of heads if the tensor is rotated, which is q or k; None for all other tensors."""
-    if ".attn_q." in name:
-        return int(config["num_attention_heads"])
-    if ".attn_k." in name:
-        return int(config.get("num_key_value_heads") or config["num_attention_heads"])
-    return None
 
 
 def _check_halves(name: str, weight: Array, packed: Array, moved: dict[str, float]) -> None:

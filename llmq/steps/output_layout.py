@@ -22,9 +22,9 @@ from llmq.errors import ConfigError, UnsupportedModelError
 from llmq.formats.base import Layout, Reading
 from llmq.formats.codecs.checks import is_head
 from llmq.gguf import export
-from llmq.gguf.architectures import architecture
 from llmq.gguf.metadata import add_sizes
 from llmq.gguf.names import Names
+from llmq.gguf.supported import architecture, language_config
 from llmq.gguf.tokenizer import add_tokenizer
 from llmq.model.build import skeleton
 from llmq.numerics.affine_grid import SMALLEST_SCALE, Bounded, ScaleDtype, dtype_of
@@ -137,13 +137,13 @@ def require_writable(names: Sequence[str], checkpoint: Checkpoint, tensors: Iter
     import gguf
 
     refuse_outside(checkpoint.folder, IN_GGUF)
-    config = skeleton.load_config(checkpoint.folder, remote_code=False).to_dict()
+    config = language_config(skeleton.load_config(checkpoint.folder, remote_code=False).to_dict())
     arch = architecture(config)
-    places = Names(arch, config["num_hidden_layers"])
+    places = Names(arch, config)
     unknown = [
         name
         for name in tensors
-        if not _stacked(checkpoint, name) and "rotary_emb" not in name and places.place(name) is None
+        if not _stacked(checkpoint, name) and not places.is_left_out(name) and places.place(name) is None
     ]
     if unknown:
         raise UnsupportedModelError(

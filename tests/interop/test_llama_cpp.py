@@ -51,6 +51,16 @@ LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.1] * 8, "
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
 LOCAL = {"rope_type": "default", "rope_theta": 2e3}
 MIXTURE = {"num_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 32}
+GEMMA4 = {"head_dim": 16, "global_head_dim": 32, "sliding_window": 16, "num_kv_shared_layers": 0}
+SHARED = {"shared_expert_intermediate_size": 64}
+DELTA = {
+    "num_hidden_layers": 4, "head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+}  # fmt: skip
+PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}
+SCALES = {
+    "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.1
+}  # fmt: skip
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"attention_bias": True}),
     "llama3": ("Llama", {"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 64}}),
@@ -95,6 +105,55 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "glm4": ("Glm4", {"head_dim": 32, "attention_bias": True}),
+    "granite": ("Granite", SCALES),
+    "olmo2": ("Olmo2", {}),
+    "smollm3": ("SmolLM3", {"num_hidden_layers": 4}),
+    "cohere": ("Cohere", {"logit_scale": 0.5}),
+    "starcoder2": ("Starcoder2", {}),
+    "gpt2": ("GPT2", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512}),
+    "gptneox": ("GPTNeoX", {}),
+    "gptneox-serial": ("GPTNeoX", {"use_parallel_residual": False}),
+    "phi2": ("Phi", {}),
+    "stablelm": ("StableLm", {"use_qkv_bias": True, "use_parallel_residual": True}),
+    "qwen35": ("Qwen3_5Text", {**DELTA, "rope_parameters": {**PARTIAL, "mrope_section": [2, 1, 1]}}),
+    "qwen35moe": (
+        "Qwen3_5MoeText",
+        {**DELTA, **MIXTURE, **SHARED, "rope_parameters": {**PARTIAL, "mrope_section": [2, 1, 1]}},
+    ),
+    "qwen3next": ("Qwen3Next", {**DELTA, **MIXTURE, **SHARED, "norm_topk_prob": True, "rope_parameters": PARTIAL}),
+    "gpt-oss": (
+        "GptOss",
+        {
+            "num_local_experts": 4, "num_experts_per_tok": 4, "head_dim": 16, "sliding_window": 16,
+            "rope_parameters": YARN,
+        },
+    ),
+    "glm4moe": (
+        "Glm4Moe",
+        {
+            "n_routed_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 32, "head_dim": 16,
+            "use_qk_norm": True, "routed_scaling_factor": 1.5,
+        },
+    ),
+    "gemma4": (
+        "Gemma4Text",
+        {
+            **GEMMA4, "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 2048, "num_kv_shared_layers": 2,
+            "use_double_wide_mlp": True,
+        },
+    ),
+    "gemma4-keys-are-values": (
+        "Gemma4Text",
+        {
+            **GEMMA4, "layer_types": ["sliding_attention", "full_attention"], "hidden_size_per_layer_input": 0,
+            "attention_k_eq_v": True, "num_global_key_value_heads": 1, "final_logit_softcapping": 30.0,
+        },
+    ),
+    "lfm2": ("Lfm2", {"layer_types": ["conv", "full_attention"]}),
+    "olmo3": ("Olmo3", {"num_hidden_layers": 4, "sliding_window": 16}),
+    "cohere2": ("Cohere2", {"num_hidden_layers": 4, "sliding_window": 16, "logit_scale": 0.5}),
 }  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Remedies that depend on the model: a command is suggested only if it would work."""
 
 from llmq.errors import UnsupportedModelError
-from llmq.gguf.architectures import architecture
+from llmq.gguf.supported import architecture, language_config
 from llmq.steps import output_layout
 from llmq.verification.engines.checkpoint_facts import Subject
 
@@ -13,8 +13,8 @@ SERVED_GROUPS = (32, 64, 128, "channel")  # supported for compressed-tensors, se
 def to_gguf(subject: Subject) -> str:
     """How to get a .gguf file: convert it, re-quantize it, or not with llmq."""
     try:
-        architecture(subject.config)
-    except (UnsupportedModelError, KeyError):  # KeyError: the sizes are nested in config.json
+        architecture(language_config(subject.config))
+    except UnsupportedModelError:
         return "llmq writes no .gguf file of this architecture; try llama.cpp's convert_hf_to_gguf.py on the original"
     if any(linear.ordered or linear.scheme is None for linear in subject.packed) or any(
         linear.scheme is not None and output_layout.gguf_refusal(linear.scheme, linear.in_features)

@@ -7,9 +7,10 @@ import pytest
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llmq.errors import UnsupportedModelError
-from llmq.gguf import architectures, metadata
-from llmq.gguf.architectures import ARCHITECTURES, architecture
+from llmq.gguf import metadata, supported
+from llmq.gguf.architectures import ARCHITECTURES
 from llmq.gguf.names import Names
+from llmq.gguf.supported import architecture, language_config
 
 gguf = pytest.importorskip("gguf")
 SIZES = {
@@ -22,6 +23,11 @@ NORMALIZED = {**MIXTURE, "norm_topk_prob": True}
 USUAL: dict[str, dict[str, Any]] = {
     "gemma": {"head_dim": 16}, "gemma2": HEADS, "gemma3_text": HEADS, "qwen2_moe": MIXTURE, "qwen3_moe": NORMALIZED
 }  # fmt: skip
+UNUSED = {
+    "gemma4_text": {"top_k_experts"},
+    "gpt2": {"scale_attn_weights", "scale_attn_by_inverse_layer_idx", "add_cross_attention"},
+}
+"""Entries that must have the default value of transformers."""
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
 WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob"),
@@ -44,8 +50,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
 
 
 def configuration(kind: str, **changes: Any) -> dict[str, Any]:
-    made: dict[str, Any] = CONFIG_MAPPING[kind](**{**SIZES, **USUAL.get(kind, {}), **changes}).to_dict()
-    return made
+    return language_config(CONFIG_MAPPING[kind](**{**SIZES, **USUAL.get(kind, {}), **changes}).to_dict())
 
 
 def keys(kind: str, **changes: Any) -> dict[str, Any]:
@@ -58,8 +63,7 @@ def keys(kind: str, **changes: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_every_entry_of_a_configuration_is_accounted_for(kind: str) -> None:
-    known = architectures.WRITTEN | architectures.CHECKED | architectures.WITHOUT_EFFECT
-    assert set(architectures.entries(kind)) <= known | ARCHITECTURES[kind].expects.keys()
+    assert set(supported.entries(kind)) <= supported.known(ARCHITECTURES[kind]) | UNUSED.get(kind, set())
     assert architecture(configuration(kind)) is ARCHITECTURES[kind]
 
 
@@ -77,7 +81,7 @@ def test_an_absent_entry_has_the_default_of_transformers() -> None:
 
 
 def test_an_entry_that_a_newer_transformers_adds_must_have_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(architectures, "entries", lambda kind: {"residual_multiplier": 1.0})
+    monkeypatch.setattr(supported, "entries", lambda kind: {"residual_multiplier": 1.0})
     architecture(configuration("llama"))
     with pytest.raises(UnsupportedModelError, match="residual_multiplier = 0.5"):
         architecture(configuration("llama", residual_multiplier=0.5))
@@ -85,9 +89,10 @@ def test_an_entry_that_a_newer_transformers_adds_must_have_its_default(monkeypat
 
 def test_a_bias_has_a_place_only_where_llama_cpp_reads_it() -> None:
     bias = "model.layers.0.self_attn.q_proj.bias"
-    assert Names(ARCHITECTURES["llama"], 2).place(bias) is not None
-    assert Names(ARCHITECTURES["qwen3"], 2).place(bias) is None
-    assert Names(ARCHITECTURES["qwen3"], 2).place(bias.replace("bias", "weight")) is not None
+    config = configuration("llama")
+    assert Names(ARCHITECTURES["llama"], config).place(bias) is not None
+    assert Names(ARCHITECTURES["qwen3"], config).place(bias) is None
+    assert Names(ARCHITECTURES["qwen3"], config).place(bias.replace("bias", "weight")) is not None
 
 
 @pytest.mark.parametrize(
