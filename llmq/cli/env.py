@@ -16,7 +16,18 @@ PANEL, ORDER = "Run", 2
 def command(json: options.Json = False) -> None:
     """Show versions, devices and the kernels that each device uses.
 
-    LLMQ_BACKEND=torch turns the Triton kernels off; auto, the default, uses them if they work.
+    LLMQ_BACKEND=torch turns the Triton kernels off; auto, the default, uses
+    them if they work.
+
+    Examples:
+      llmq env
+      llmq env --json
+
+    Exit codes:
+      0  success
+
+    See also:
+      llmq bench  speed of a model on these devices
     """
     print_loading()
     from llmq.runtime.environment import environment

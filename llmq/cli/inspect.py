@@ -17,8 +17,17 @@ def command(path: options.Path_, json: options.Json = False) -> None:
 
     The errors and the calibration text are those recorded by llmq quantize.
 
-    Example:
+    Examples:
       llmq inspect out/
+      llmq inspect out/ --json
+
+    Exit codes:
+      0  success
+      3  unreadable model
+
+    See also:
+      llmq verify  is the model complete, and which engines load it
+      llmq report  the same record as a page
     """
     print_loading()
     require_models(path)
