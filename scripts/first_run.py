@@ -14,6 +14,7 @@ import os
 import pty
 import re
 import select
+import shlex
 import struct
 import subprocess
 import sys
@@ -42,7 +43,7 @@ def commands() -> list[str]:
 
 def run(command: str, folder: Path, python: Path) -> tuple[dict[str, object], Text, Text | None]:
     """Time, CPU time and output of a command, its last screen, and a screen while blocks are quantized."""
-    words = command.replace("eval/models", str(ROOT / "eval" / "models")).replace("scripts/", f"{ROOT}/scripts/").split()
+    words = [str(ROOT / word) if word.startswith(("eval/", "scripts/")) else word for word in shlex.split(command)]
     program = [str(python), "-m", *words] if words[0] == "llmq" else [str(python), *words[1:]]
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": str(COLUMNS)}
     screen = pyte.Screen(COLUMNS, LINES)
