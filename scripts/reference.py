@@ -1,17 +1,21 @@
 """The pages of docs/reference, from the code: commands, settings, exit codes and the Python functions.
 
+Also the outputs and figures in docs/TUTORIAL.md and docs/FIRST_RUN.md, from docs/FIRST_RUN.json (scripts/first_run.py).
+
 `python scripts/docs.py` writes them.
 """
 
 import ast
 import inspect
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDER = ROOT / "docs" / "reference"
+DOCS = ROOT / "docs"
+FOLDER = DOCS / "reference"
 MADE = "Generated from the code by `python scripts/docs.py`."
 
 
@@ -20,6 +24,36 @@ def pages() -> Iterator[tuple[Path, str]]:
     yield FOLDER / "settings.md", settings()
     yield FOLDER / "exit_codes.md", exit_codes()
     yield FOLDER / "python.md", python()
+    steps = json.loads((DOCS / "FIRST_RUN.json").read_text(encoding="utf-8"))["steps"]
+    yield DOCS / "TUTORIAL.md", with_parts(DOCS / "TUTORIAL.md", outputs(steps))
+    yield DOCS / "FIRST_RUN.md", with_parts(DOCS / "FIRST_RUN.md", {"steps": times(steps)})
+
+
+def with_parts(page: Path, parts: Mapping[str, str]) -> str:
+    """A page with new text between the lines `<!-- begin: name -->` and `<!-- end: name -->` of every part."""
+    text = page.read_text(encoding="utf-8")
+    for name, part in parts.items():
+        before, begin, rest = text.partition(f"<!-- begin: {name} -->\n")
+        _, end, after = rest.partition(f"<!-- end: {name} -->")
+        if not begin or not end:
+            raise ValueError(f"{page.name} has no lines for the generated part {name!r}")
+        text = f"{before}{begin}{part}\n{end}{after}"
+    return text
+
+
+def outputs(steps: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What each command of llmq printed, by the name of the command."""
+    named = {step["command"].split()[1]: step["output"] for step in steps if step["command"].startswith("llmq")}
+    return {name: "\n".join(["```text", *(line.rstrip() for line in lines), "```"]) for name, lines in named.items()}
+
+
+def times(steps: Sequence[Mapping[str, Any]]) -> str:
+    """The table of docs/FIRST_RUN.md."""
+    lines = ["| command | first line after | time | CPU time |", "|---|---:|---:|---:|"]
+    for step in steps:
+        first = f"{step['first_line_seconds']} s"
+        lines.append(f"| `{cell(step['command'])}` | {first} | {step['seconds']} s | {step['cpu_seconds']} s |")
+    return "\n".join(lines)
 
 
 def cell(text: object) -> str:
