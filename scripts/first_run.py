@@ -2,8 +2,9 @@
 
     python scripts/first_run.py FOLDER --python PYTHON
 
-FOLDER is new; PYTHON is that of an environment with llmq, by default the running one. The pictures are what the terminal
-shows while `llmq quantize` runs, and at its end. Needs the packages `pyte` and `rich` (dependency group `docs`).
+FOLDER is new; PYTHON is that of an environment with llmq, by default the running one. The pictures are what the
+terminal shows while `llmq quantize` runs, and at its end. Needs the packages `pyte` and `rich` (dependency group
+`docs`).
 """
 
 import argparse
@@ -123,8 +124,12 @@ def main() -> None:
         if running is not None:
             save_picture([running], f"{name}-running", f"llmq {name}, running")
         print(f"{figures['seconds']} s: {command}", file=sys.stderr)
-    record = {"date": datetime.now(UTC).date().isoformat(), "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1),
-              "steps": steps}  # fmt: skip
+    record = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
+        "steps": steps,
+    }
     RECORD.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -105,8 +105,8 @@ def settings() -> str:
         "# Settings",
         "",
         f"{MADE} A file for `--config` has the keys of the first column, and",
-        "`llmq quantize --print-config` writes one. Flags override the file. Python functions take the names of the last",
-        "column as keywords.",
+        "`llmq quantize --print-config` writes one. Flags override the file. Python functions take the names of the",
+        "last column as keywords.",
         "",
         "| key in TOML | flag | values | default | Python keyword |",
         "|---|---|---|---|---|",
@@ -132,8 +132,8 @@ def exit_codes() -> str:
         "# Exit codes",
         "",
         f"{MADE} 0 is success. Messages go to stderr: what was found, what was",
-        "expected, and what to try. In Python the same errors are exceptions, and `error.hint` is what to try. `--help`",
-        "lists the codes of each command.",
+        "expected, and what to try. In Python the same errors are exceptions, and `error.hint` is what to try.",
+        "`--help` lists the codes of each command.",
         "",
         "| code | meaning | exception |",
         "|---:|---|---|",
@@ -152,7 +152,9 @@ def python() -> str:
         tree = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
         node = next(node for node in tree.body if getattr(node, "name", None) == name)
         assert isinstance(node, ast.FunctionDef | ast.ClassDef), f"{name} is neither a function nor a class"
-        parts.append(f"## llmq.{name}\n\n```text\n{signature(node)}\n\n{ast.get_docstring(node) or ''}".rstrip() + "\n```")
+        parts.append(
+            f"## llmq.{name}\n\n```text\n{signature(node)}\n\n{ast.get_docstring(node) or ''}".rstrip() + "\n```"
+        )
     return "\n\n".join(parts) + "\n"
 
 

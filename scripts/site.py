@@ -1,8 +1,8 @@
 """Build the documentation as a site: python scripts/site.py FOLDER
 
 mkdocs builds the pages of one folder. Pages of llmq are in several folders and link to each other, also on GitHub, so
-they are copied with their folders first. A link that leads nowhere, or a page that is missing in mkdocs.yml, is an error.
-Needs the dependency group `docs`.
+they are copied with their folders first. A link that leads nowhere, or a page that is missing in mkdocs.yml, is an
+error. Needs the dependency group `docs`.
 """
 
 import argparse
@@ -14,8 +14,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/**/*", "kernels/README.md", "eval/*.md", "eval/results/*",
-         "eval/peers/results/*")  # fmt: skip
+PAGES = ("*.md", "docs/**/*", "kernels/README.md", "eval/*.md", "eval/results/*", "eval/peers/results/*")
 FILES = ("LICENSE",)  # that pages link to
 KINDS = (".md", ".svg", ".png", ".json", ".ipynb")
 

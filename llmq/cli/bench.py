@@ -39,7 +39,9 @@ def command(
     ] = None,
     prompt_tokens: Annotated[int, Option("--prompt-tokens", min=1, help="Tokens of the prompt.")] = 256,
     new_tokens: Annotated[int, Option("--new-tokens", min=2, help="Tokens of the answer.")] = 64,
-    repeats: Annotated[int, Option("--repeats", min=1, help="Measurements, after a warm-up. More narrow the range.")] = 5,
+    repeats: Annotated[
+        int, Option("--repeats", min=1, help="Measurements, after a warm-up. Raise it if they differ much.")
+    ] = 5,
     gpus: Annotated[int, Option("--gpus", min=1, help="Number of GPUs, for vLLM.")] = 1,
     plot: Annotated[
         Path | None, Option("--plot", help="Draw bars into this file, such as speed.png.", rich_help_panel="General")

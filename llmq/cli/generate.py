@@ -27,7 +27,8 @@ def command(
     temperature: Annotated[
         float,
         Option(
-            "--temperature", min=0, help="0 always takes the most likely token; raise it for varied text.", rich_help_panel=writing.CHOICE
+            "--temperature", min=0, rich_help_panel=writing.CHOICE,
+            help="0 always takes the most likely token; raise it for varied text.",
         ),
     ] = 0.0,
     top_p: writing.TopP = None,

@@ -1,8 +1,8 @@
 """Every code block of the README and of docs/ is run, or parsed as the program would, or listed with a reason.
 
 Blocks marked `<!-- runs -->` run on the bundled model, with less text (`LESS`). All other commands of llmq have names
-instead of files, or need a GPU or the Hub: their options are parsed, and settings are checked. Python blocks are compiled,
-and their calls of llmq are compared with its functions.
+instead of files, or need a GPU or the Hub: their options are parsed, and settings are checked. Python blocks are
+compiled, and their calls of llmq are compared with its functions.
 """
 
 import ast
@@ -22,19 +22,21 @@ from tests.command_lines_in_text import SHELLS, code_blocks, command_lines, of_l
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+ENGINES = ("vllm", "sglang.launch_server", "llama-server", "llama-cli", "rpc-server", "mlx_lm.generate", "ray")
 OTHER_PROGRAMS = {  # why they are not run
-    **dict.fromkeys(("vllm", "llama-server", "llama-cli", "mlx_lm.generate", "rpc-server", "ray", "sglang.launch_server"),
-                    "an engine, which is not installed for the tests"),
+    **dict.fromkeys(ENGINES, "an engine, which is not installed for the tests"),
     **dict.fromkeys(("pip", "git", "cd", "docker"), "the environment of the tests does the same"),
     **dict.fromkeys(("srun", "set", "scontrol", "torchrun"), "needs several machines, or is part of the shell"),
-}  # fmt: skip
+}
 LESS = {  # the last one of an option counts
     "quantize": ["--method", "rtn", "--samples", "4", "--seqlen", "64", "--validate", "2", "--device", "cpu"],
     "eval": ["--windows", "2", "--seqlen", "64", "--device", "cpu"],
     "generate": ["--max-tokens", "2", "--device", "cpu"],
     "plan": ["--device", "cpu"],
 }  # fmt: skip
-BLOCKS = [(page, place, *block) for page in PAGES for place, block in enumerate(code_blocks(page.read_text("utf-8")), 1)]
+BLOCKS = [
+    (page, place, *block) for page in PAGES for place, block in enumerate(code_blocks(page.read_text("utf-8")), 1)
+]
 
 
 def of_kind(*languages: str) -> list[object]:
