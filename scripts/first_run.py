@@ -3,7 +3,7 @@
     python scripts/first_run.py FOLDER --python PYTHON
 
 FOLDER is new; PYTHON is that of an environment with llmq, by default the running one. The pictures are what the
-terminal shows while `llmq quantize` runs, and at its end. Needs the packages `pyte` and `rich` (dependency group
+terminal shows while `llmq quantize` runs, and at its end. The commands use one thread. Needs the packages `pyte` and `rich` (dependency group
 `docs`).
 """
 
@@ -44,9 +44,9 @@ def commands() -> list[str]:
 
 def run(command: str, folder: Path, python: Path) -> tuple[dict[str, object], Text, Text | None]:
     """Time, CPU time and output of a command, its last screen, and a screen while blocks are quantized."""
-    words = [str(ROOT / word) if word.startswith(("eval/", "scripts/")) else word for word in shlex.split(command)]
+    words = shlex.split(command)
     program = [str(python), "-m", *words] if words[0] == "llmq" else [str(python), *words[1:]]
-    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": str(COLUMNS)}
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": str(COLUMNS), "OMP_NUM_THREADS": "1"}
     screen = pyte.Screen(COLUMNS, LINES)
     stream, running = pyte.ByteStream(screen), None
     ours, theirs = pty.openpty()
@@ -114,6 +114,8 @@ def main() -> None:
     parser.add_argument("--python", type=Path, default=Path(sys.executable))
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True)
+    for name in ("eval", "scripts"):
+        (arguments.folder / name).symlink_to(ROOT / name)
     steps = []
     for command in commands():
         figures, last, running = run(command, arguments.folder, arguments.python)
@@ -124,13 +126,13 @@ def main() -> None:
         if running is not None:
             save_picture([running], f"{name}-running", f"llmq {name}, running")
         print(f"{figures['seconds']} s: {command}", file=sys.stderr)
-    record = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 1),
-        "steps": steps,
-    }
-    RECORD.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        record = {
+            "date": datetime.now(UTC).date().isoformat(),
+            "cores": os.cpu_count(),
+            "load": round(os.getloadavg()[0], 1),
+            "steps": steps,
+        }
+        RECORD.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
