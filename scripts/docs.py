@@ -30,7 +30,9 @@ RELIABILITY, HOSTILE = ROOT / "docs" / "RELIABILITY.md", ROOT / "docs" / "HOSTIL
 KILLS, FUZZ = ROOT / "tests" / "faults" / "kills.json", ROOT / "tests" / "fuzz" / "counts.json"
 PEERS = ROOT / "eval" / "peers" / "results"
 # This checkout, for the builders of the tests; the programs of eval/ import each other by their names.
-sys.path[:0] = [str(ROOT / part) for part in (".", "kernels", "eval", "eval/peers")]
+sys.path[:0] = [str(ROOT / part) for part in (".", "kernels", "eval", "eval/peers", "scripts")]
+
+import reference  # noqa: E402  (needs the path)
 
 if TYPE_CHECKING:
     from tests.architectures import Outcome
@@ -189,6 +191,7 @@ def pages() -> Iterator[tuple[Path, str]]:
         yield page, replaced(page.read_text(encoding="utf-8"), name, part())
     yield ROOT / "docs" / "report.schema.json", report_schema()
     yield from experiments()
+    yield from reference.pages()
 
 
 def report_schema() -> str:

@@ -8,7 +8,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 make_environment
 cd "$root"
-install test main --group test --group lint
+install test main --group test --group lint --group docs
 python=$environment/bin/python
 
 # make_overlay NAME: makes $environment-NAME, where the packages of the dependency group NAME take precedence over those
@@ -71,6 +71,7 @@ running=$!
 part 1 "ruff check" "$python" -m ruff check .
 part 2 "ruff format" "$python" -m ruff format --check .
 part 3 "mypy" "$python" -m mypy
+part 8 "documentation site" "$python" "$root/scripts/site.py" "$results/site"
 part 4 "everything else" "$python" -m pytest -m "not interop" "${second[@]/#/--ignore=}"
 wait "$running" || true
 if grep -q "^FAILED" "$results"/[567].result || [ "$(cat "$results"/[567].result | wc -l)" -lt 3 ]; then
@@ -78,6 +79,6 @@ if grep -q "^FAILED" "$results"/[567].result || [ "$(cat "$results"/[567].result
 fi
 echo "== all parts"
 cat "$results"/*.result
-if [ "$(cat "$results"/*.result | wc -l)" -lt 7 ] || grep -q "^FAILED" "$results"/*.result; then
+if [ "$(cat "$results"/*.result | wc -l)" -lt 8 ] || grep -q "^FAILED" "$results"/*.result; then
     exit 1
 fi

@@ -40,7 +40,9 @@ def command(
     ] = None,
     prompt_tokens: Annotated[int, Option("--prompt-tokens", min=1, help="Tokens of the prompt.")] = 256,
     new_tokens: Annotated[int, Option("--new-tokens", min=2, help="Tokens of the answer.")] = 64,
-    repeats: Annotated[int, Option("--repeats", min=1, help="Measurements, after a warm-up.")] = 5,
+    repeats: Annotated[
+        int, Option("--repeats", min=1, help="Measurements, after a warm-up. Raise it if they differ much.")
+    ] = 5,
     gpus: Annotated[int, Option("--gpus", min=1, help="Number of GPUs, for vLLM.")] = 1,
     plot: Annotated[
         Path | None, Option("--plot", help="Draw bars into this file, such as speed.png.", rich_help_panel="General")
@@ -66,6 +68,9 @@ def command(
       0  success                   4  unsupported model
       2  invalid options           6  engine not installed, or fails
       3  unreadable model
+
+    See also:
+      llmq plan  time and memory of quantizing, and memory of serving
     """
     pythons = dict(_engine_and_python(text) for text in engine_python or ())
     begin(*([] if against is None else [against]), path, quiet=quiet)

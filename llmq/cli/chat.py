@@ -45,6 +45,11 @@ def command(
       llmq chat out/ --compare Qwen/Qwen3-8B --temperature 0
       llmq chat out/ < questions.txt
 
+    Exit codes:
+      0  success                   4    unsupported model
+      2  invalid options           6    device or llama.cpp not available
+      3  unreadable model          130  interrupted
+
     See also:
       llmq generate  one text, also without a chat template
     """

@@ -53,7 +53,7 @@ def command(
     An interrupted conversion continues when the same command is given again;
     after the end, it reports that the conversion has finished already.
 
-    Example:
+    Examples:
       llmq convert out/ out-gptq/ --to gptq
 
     Exit codes:

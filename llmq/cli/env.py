@@ -17,7 +17,18 @@ PANEL, ORDER = "Run", 2
 def command(quiet: options.Quiet = False, json: options.Json = False) -> None:
     """Show versions, devices and the kernels that each device uses.
 
-    LLMQ_BACKEND=torch turns the Triton kernels off; auto, the default, uses them if they work.
+    LLMQ_BACKEND=torch turns the Triton kernels off; auto, the default, uses
+    them if they work.
+
+    Examples:
+      llmq env
+      llmq env --json
+
+    Exit codes:
+      0  success
+
+    See also:
+      llmq bench  speed of a model on these devices
     """
     begin(quiet=quiet)
     from llmq.runtime.environment import environment

@@ -27,7 +27,8 @@ def command(
     temperature: Annotated[
         float,
         Option(
-            "--temperature", min=0, help="0 always takes the most likely token.", rich_help_panel=writing.CHOICE
+            "--temperature", min=0, rich_help_panel=writing.CHOICE,
+            help="0 always takes the most likely token; raise it for varied text.",
         ),
     ] = 0.0,
     top_p: writing.TopP = None,
@@ -48,8 +49,14 @@ def command(
       llmq generate out/ --prompt "def fibonacci(n):" --raw
       llmq generate out/ --prompt "What is a median?" --compare Qwen/Qwen3-8B
 
+    Exit codes:
+      0  success                   4    unsupported model
+      2  invalid options           6    device or llama.cpp not available
+      3  unreadable model          130  interrupted
+
     See also:
-      llmq chat  several turns
+      llmq chat   several turns
+      llmq bench  speed, measured
     """
     sampling = Sampling(max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed)
     if raw and system is not None:

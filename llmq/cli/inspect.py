@@ -16,8 +16,17 @@ def command(path: options.Path_, quiet: options.Quiet = False, json: options.Jso
 
     The errors and the calibration text are those recorded by llmq quantize.
 
-    Example:
+    Examples:
       llmq inspect out/
+      llmq inspect out/ --json
+
+    Exit codes:
+      0  success
+      3  unreadable model
+
+    See also:
+      llmq verify  is the model complete, and which engines load it
+      llmq report  the same record as a page
     """
     begin(path, quiet=quiet)
     from llmq.verification.inspection import inspect

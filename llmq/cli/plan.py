@@ -61,7 +61,11 @@ def command(
       llmq plan Qwen/Qwen3-32B --fit 24GB --context 32k
       llmq plan Qwen/Qwen3-8B --bits 3 --group-size 64 --json
 
-    Exit codes: those of llmq quantize.
+    Exit codes:
+      0  success                   4  unsupported model
+      2  invalid settings, or      5  unusable text for --trial
+         nothing fits in --fit     6  device not available
+      3  unreadable model
 
     See also:
       llmq quantize --dry-run  the grid of each layer, from the checkpoint

@@ -20,13 +20,16 @@ def command(
     llmq quantize writes them, too. They are made from llmq.json in the same folder; no weight is read. While
     a run goes on, OUT/.llmq-partial/report.html shows its state.
 
-    Example:
+    Examples:
       llmq report out/
 
     Exit codes:
       0  success
       3  no llmq.json, or one that is damaged
       7  the folder cannot be written
+
+    See also:
+      llmq inspect  the same record as tables in the terminal
     """
     from llmq.checkpoint import PROVENANCE_FILE
     from llmq.report import pages

@@ -63,10 +63,14 @@ def command(
     quantized together. With --target-bits the table also shows which bits
     llmq quantize --target-bits would give each layer.
 
-    Example:
+    Examples:
       llmq sensitivity Qwen/Qwen3-8B --target-bits 4.5 --plot map.png
 
-    Exit codes: those of llmq quantize.
+    Exit codes:
+      0  success                   4    unsupported model
+      2  invalid settings          5    unusable calibration text
+      3  unreadable model          6    device not available
+                                   130  interrupted
 
     See also:
       llmq quantize  --target-bits, --override and --skip use the result

@@ -79,6 +79,10 @@ def command(
       6  the engine given with --run is not installed, or fails
       8  an engine given with --for would not load it, or is unknown;
          an engine given with --run computes something else
+
+    See also:
+      llmq serve                the command that starts an engine
+      llmq quantize --dry-run   which engines would load a planned model
     """
     begin(path, quiet=quiet)
     from llmq.checkpoint import hub

@@ -20,7 +20,9 @@ Compare = Annotated[
     ),
 ]
 System = Annotated[str | None, Option("--system", help="The system message of the chat template.")]
-MaxTokens = Annotated[int, Option("--max-tokens", min=1, help="Maximum number of new tokens.")]
+MaxTokens = Annotated[
+    int, Option("--max-tokens", min=1, help="Maximum number of new tokens; raise it if answers are cut off.")
+]
 TopP = Annotated[
     float | None,
     Option("--top-p", min=0, max=1, help="Only the most likely tokens of this total share.", rich_help_panel=CHOICE),

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from llmq.cli import app
 
 ROOT = Path(__file__).resolve().parents[2]
-MAIN_PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MAIN_PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [
     *MAIN_PAGES,
     ROOT / "CHANGELOG.md",
