@@ -15,8 +15,7 @@ import re
 import sys
 import tempfile
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -27,12 +26,11 @@ README, ARCHITECTURE, MODELS = ROOT / "README.md", ROOT / "docs" / "ARCHITECTURE
 FORMATS = ROOT / "docs" / "FORMATS.md"
 SERVING, KERNELS = ROOT / "docs" / "SERVING.md", ROOT / "kernels" / "README.md"
 RELIABILITY, HOSTILE = ROOT / "docs" / "RELIABILITY.md", ROOT / "docs" / "HOSTILE_INPUT.md"
-KILLS, FUZZ = ROOT / "tests" / "faults" / "kills.json", ROOT / "tests" / "fuzz" / "counts.json"
 PEERS = ROOT / "eval" / "peers" / "results"
 # This checkout, for the builders of the tests; the programs of eval/ import each other by their names.
 sys.path[:0] = [str(ROOT / part) for part in (".", "kernels", "eval", "eval/peers", "scripts")]
 
-import reference  # noqa: E402  (needs the path)
+import reference  # noqa: E402
 
 if TYPE_CHECKING:
     from tests.architectures import Outcome
@@ -125,50 +123,6 @@ def first_sentence(file: Path) -> str:
     """The first sentence of a module docstring on one line, without its period; empty without a docstring."""
     text = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "") if file.is_file() else ""
     return re.split(r"(?<=[.!?])\s", " ".join(text.split("\n\n")[0].split()))[0].removesuffix(".")
-
-
-def kills() -> str:
-    """The table of killed runs in docs/RELIABILITY.md, from the result of scripts/kill_runs.py."""
-    record = read_json(KILLS)
-    cases, states = record["cases"], ("before the first block", "quantizing", "tuning", "assembling", "moving",
-                                      "after the end")  # fmt: skip
-    header = ("command", "boundaries", "killed at one", "at a random time", *states, "wrong")
-    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
-    total = Counter[int]()
-    for name, case in cases.items():
-        reached = {**case["reached"], states[0]: case["reached"].get("before the first file", 0)
-                   + case["reached"].get(states[0], 0)}  # fmt: skip
-        numbers = (case["boundaries"], case["at_boundary"], case["at_random"], *(reached.get(s, 0) for s in states),
-                   len(case["failures"]))  # fmt: skip
-        total.update({place: number for place, number in enumerate(numbers) if place})
-        lines.append(f"| {name} | {' | '.join(map(str, numbers))} |")
-    sums = " | ".join(str(total[place]) for place in range(1, len(header) - 1))
-    return "\n".join([*lines, f"| all, seed {record['seed']} | | {sums} |"])
-
-
-def fuzz() -> str:
-    """The table of damaged inputs in docs/HOSTILE_INPUT.md, from the result of scripts/fuzz.py."""
-    record = read_json(FUZZ)
-    lines = ["| reader | inputs | read | refused | failed, mended since | failed |", "|" + "---|" * 6]
-    for name, counts in record["readers"].items():
-        failed = sum(map(len, counts["failures"].values()))
-        numbers = (counts["inputs"], counts["read"], counts["refused"], counts["mended"], failed)
-        lines.append(f"| {name} | {' | '.join(f'{n:,}' for n in numbers)} |")
-    total = sum(counts["inputs"] for counts in record["readers"].values())
-    return "\n".join([*lines, "", f"All together: {total:,} inputs, seed {record['seed']}."])
-
-
-PARTS: dict[str, tuple[Path, Callable[[], str]]] = {
-    "architectures": (FORMATS, architectures),
-    "results": (README, results),
-    "rules": (SERVING, serving),
-    "kernels": (KERNELS, kernels),
-    "tree": (ARCHITECTURE, tree),
-    "kills": (RELIABILITY, kills),
-    "fuzz": (HOSTILE, fuzz),
-}
-
-# ---- whole pages
 
 
 def experiments() -> Iterator[tuple[Path, str]]:

@@ -82,7 +82,7 @@ class ProgressDisplay:
         timeline, rest = self._timeline, self._timeline.remaining
         row = Table.grid(padding=(0, 1))
         row.add_column(no_wrap=True)
-        row.add_column(max_width=BAR)  # narrower beside a long heading
+        row.add_column(max_width=BAR)  # narrower next to a long heading
         row.add_column(no_wrap=True)
         eta = "-:--:--" if rest is None else clock(rest)
         row.add_row(

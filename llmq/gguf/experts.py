@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from llmq.gguf.architecture import Stacked
 
 if TYPE_CHECKING:
-    from llmq.gguf.writer import Stored
+    from llmq.gguf.stored import Stored
 
 _STACK = re.compile(r"(.+\.experts)\.(gate_up_proj|up_proj|down_proj)(_bias)?$")
 

@@ -32,7 +32,8 @@ from torch import Tensor
 from llmq.checkpoint.reader import Checkpoint
 from llmq.errors import FormatError
 from llmq.formats.codecs import gguf_blocks, gguf_k_quants
-from llmq.gguf.writer import Stored, write
+from llmq.gguf.stored import Stored
+from llmq.gguf.writer import write
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import WeightScheme
 from llmq.runtime.checkpoint_weights import PackedWeights, quantization_settings

@@ -19,7 +19,8 @@ from llmq.config import QuantConfig
 from llmq.formats import gguf as staged
 from llmq.formats.codecs import gguf_blocks
 from llmq.gguf import recipes
-from llmq.gguf.writer import Stored, Written, write
+from llmq.gguf.stored import Stored
+from llmq.gguf.writer import Written, write
 from llmq.numerics import affine_grid
 from llmq.numerics.keep_grid import keep
 from llmq.numerics.scheme import WeightScheme

@@ -118,7 +118,7 @@ def _roles(names: Iterable[str], config: Mapping[str, Any]) -> dict[str, _Role]:
 
 
 def _unit(order: Order | None) -> int:
-    """The largest number of columns such that an order moves whole units of so many; 0 for no order."""
+    """The largest number of columns such that an order moves whole units of this size; 0 for no order."""
     return 0 if order is None else math.gcd(len(order), *(int(i) for i in np.flatnonzero(np.diff(order) != 1) + 1))
 
 

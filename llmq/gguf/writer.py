@@ -9,7 +9,7 @@ The file gets its final name when it is complete.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -25,6 +25,7 @@ from llmq.gguf.changes import Order, Value, in_columns
 from llmq.gguf.experts import separated
 from llmq.gguf.metadata import add_general, add_sizes
 from llmq.gguf.names import Names
+from llmq.gguf.stored import Stored
 from llmq.gguf.supported import architecture, language_config
 from llmq.gguf.tokenizer import add_tokenizer
 from llmq.model.build.skeleton import load_config
@@ -35,22 +36,6 @@ IN_FLOAT = (".ffn_gate_inp.", "conv", "position_embd")
 
 FILE_TYPES: Mapping[str, str] = MappingProxyType({"Q4_K": "MOSTLY_Q4_K_M", "Q5_K": "MOSTLY_Q5_K_M"})
 """Most common type -> `general.file_type`, where that differs from MOSTLY_ + the name of the type."""
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor to write.
-
-    name   its Hugging Face name
-    kind   GGUF type; None where it is not quantized: then F32 for norms and other small tensors, F16 for the rest
-    shape  of the weight, not of its bytes
-    read   returns uint8 (N, bytes of a row) for a quantized type, else floats of this shape; called once
-    """
-
-    name: str
-    kind: str | None
-    shape: tuple[int, ...]
-    read: Callable[[], Array]
 
 
 @dataclass(frozen=True)
