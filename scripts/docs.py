@@ -30,6 +30,7 @@ PEERS = ROOT / "eval" / "peers" / "results"
 # This checkout, for the builders of the tests; the programs of eval/ import each other by their names.
 sys.path[:0] = [str(ROOT / part) for part in (".", "kernels", "eval", "eval/peers", "scripts")]
 
+import fault_counts  # noqa: E402  (needs the path)
 import reference  # noqa: E402
 
 if TYPE_CHECKING:
@@ -123,6 +124,19 @@ def first_sentence(file: Path) -> str:
     """The first sentence of a module docstring on one line, without its period; empty without a docstring."""
     text = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "") if file.is_file() else ""
     return re.split(r"(?<=[.!?])\s", " ".join(text.split("\n\n")[0].split()))[0].removesuffix(".")
+
+
+PARTS: dict[str, tuple[Path, Callable[[], str]]] = {
+    "architectures": (FORMATS, architectures),
+    "results": (README, results),
+    "rules": (SERVING, serving),
+    "kernels": (KERNELS, kernels),
+    "tree": (ARCHITECTURE, tree),
+    "kills": (RELIABILITY, fault_counts.kills),
+    "fuzz": (HOSTILE, fault_counts.fuzz),
+}
+
+# ---- whole pages
 
 
 def experiments() -> Iterator[tuple[Path, str]]:

@@ -37,16 +37,3 @@ def fuzz() -> str:
         lines.append(f"| {name} | {' | '.join(f'{n:,}' for n in numbers)} |")
     total = sum(counts["inputs"] for counts in record["readers"].values())
     return "\n".join([*lines, "", f"All together: {total:,} inputs, seed {record['seed']}."])
-
-
-PARTS: dict[str, tuple[Path, Callable[[], str]]] = {
-    "architectures": (FORMATS, architectures),
-    "results": (README, results),
-    "rules": (SERVING, serving),
-    "kernels": (KERNELS, kernels),
-    "tree": (ARCHITECTURE, tree),
-    "kills": (RELIABILITY, kills),
-    "fuzz": (HOSTILE, fuzz),
-}
-
-# ---- whole pages
