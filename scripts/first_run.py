@@ -3,8 +3,8 @@
     python scripts/first_run.py FOLDER --python PYTHON
 
 FOLDER is new; PYTHON is that of an environment with llmq, by default the running one. The pictures are what the
-terminal shows while `llmq quantize` runs, and at its end. The commands use one thread. Needs the packages `pyte` and `rich` (dependency group
-`docs`).
+terminal shows while `llmq quantize` runs, and at its end. The commands use one thread. Needs the packages `pyte` and
+`rich` (dependency group `docs`).
 """
 
 import argparse
