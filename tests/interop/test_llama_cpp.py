@@ -33,6 +33,7 @@ BUNDLED = Path(__file__).resolve().parents[2] / "eval" / "models"
 PROGRAM = "def fibonacci(n):\n    if n < 2:\n        return n\n"
 ROUNDED = 0.05  # nats, mean over the vocabulary; the effect of rounding activations to 8 bits
 EXACT = 0.03  # nats, the maximum over tokens: llama.cpp stores keys and values in fp16
+AMPLIFIED = {"qwen3next": 0.06}  # random recurrent states: transformers in fp16 differs from itself by this much
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -197,7 +198,7 @@ def test_llama_cpp_predictions_match_transformers(name: str, tmp_path: Path) -> 
     tokens = np.random.default_rng(0).integers(1, 2048, 40).tolist()  # more than a window
     with opened(made.file) as llama:
         difference = np.abs(llama.log_probabilities(tokens) - log_probabilities(model, tokens))
-    assert difference.max() < EXACT
+    assert difference.max() < AMPLIFIED.get(name, EXACT) and difference.mean() < 0.01
 
 
 @pytest.mark.parametrize(
