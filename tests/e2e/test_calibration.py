@@ -96,4 +96,4 @@ def test_another_seed_or_a_truncated_text_is_generated_again(model: Path, text: 
     assert not torch.equal(other.windows, first.windows)
     kept.write_text(kept.read_text()[:-20])
     again = read_text(job(model, out, text, **OWN))
-    assert torch.equal(again.windows, first.windows) and again.notes == first.notes
+    assert torch.equal(again.windows, first.windows) and not any("used again" in note for note in again.notes)

@@ -269,12 +269,12 @@ def test_finished_weights_of_another_file_are_not_reused(both: Any, tmp_path: Pa
 def test_a_model_unknown_to_llama_cpp_is_refused_before_the_run(
     checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    model = checkpoint("stablelm", num_hidden_layers=2)
+    model = checkpoint("falcon", num_hidden_layers=2)
     done = command(
         "quantize", model, tmp_path / "out", "--method", "rtn", "--group-size", "32", "--format", "gptq,gguf"
     )
     assert done.exit_code == 4
-    assert "no GGUF file can be written for a model of type 'stablelm'" in done.stderr
+    assert "no GGUF file can be written for a model of type 'falcon'" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
