@@ -51,14 +51,21 @@ OPTIONAL_SIZES = frozenset({"intermediate_size", "num_key_value_heads", "sliding
 def language_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration of the language model: that of its part where `config` has several, with the usual names.
 
-    Entries that a model names differently (`n_embd`) are there under both names.
+    Entries that a model names differently (`n_embd`) are there under both names. Raises UnsupportedModelError for
+    values that transformers refuses.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = str(config.get("model_type"))
     if kind not in CONFIG_MAPPING:
         return dict(config)
-    configuration = CONFIG_MAPPING[kind].from_dict(dict(config)).get_text_config(decoder=True)
+    try:
+        configuration = CONFIG_MAPPING[kind].from_dict(dict(config)).get_text_config(decoder=True)
+    except Exception as error:  # the checks of transformers raise many types of errors
+        raise UnsupportedModelError(
+            f"no GGUF file can be written: transformers cannot read the configuration of type {kind!r}: {error}",
+            hint="check config.json",
+        ) from error
     usual = {name: getattr(configuration, own) for name, own in configuration.attribute_map.items()}
     ignored = OPTIONAL_SIZES - {one.name for one in dataclasses.fields(configuration)}
     return {**usual, **{name: value for name, value in configuration.to_dict().items() if name not in ignored}}
