@@ -16,7 +16,7 @@ from llmq.checkpoint.index import gguf_file
 from llmq.checkpoint.reader import Checkpoint
 from llmq.engines.processes import LLAMA_CPP, MLX, TRANSFORMERS, VLLM, Engine, ask
 from llmq.engines.prompts import TEXTS, texts_as_tokens
-from llmq.errors import ConfigError, QualityError
+from llmq.errors import BackendError, ConfigError, QualityError
 from llmq.evaluation.streaming import open_source
 from llmq.gguf.reader import described
 from llmq.report.events import OnEvent, ignore
@@ -102,6 +102,8 @@ def compare(
     }  # fmt: skip
     request = {"task": "score", "model": str(path), "options": options, "texts": TEXTS, "prompts": prompts, "top": TOP}
     answer = ask(engine, request, python)
+    if not any(row for rows in answer["scores"] for row in rows):
+        raise BackendError(f"{engine.name} gave no log-probabilities", hint="try another version of the engine")
     expected = _log_probabilities(path, prompts, remote_code=remote_code, on_event=on_event)
     differences, same = _differences(answer["scores"], expected)
     return Agreement(
@@ -137,6 +139,8 @@ def _differences(
     same = []
     for rows, log_probabilities in zip(scores, expected, strict=True):
         for row, ours in zip(rows, log_probabilities, strict=True):
+            if not row:  # the engine gave no log-probabilities there
+                continue
             differences += [abs(value - float(ours[token])) for token, value in row]
             same.append(max(row, key=lambda entry: entry[1])[0] == int(ours.argmax()))
     return torch.tensor(differences, dtype=torch.float64), same

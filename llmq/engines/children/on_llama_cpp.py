@@ -44,7 +44,8 @@ class Engine:
         rows = []
         for end in range(1, len(tokens) + 1):  # the server gives probabilities of new tokens only; it keeps its cache
             reply = self._complete(tokens[:end], n_predict=1, n_probs=count)
-            best = reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+            known = reply["choices"][0]["logprobs"]  # None after a token that is a part of a character
+            best = known["content"][0]["top_logprobs"] if known else []
             rows.append({entry["id"]: entry["logprob"] for entry in best})
         return rows
 

@@ -75,6 +75,16 @@ def test_the_limit_can_be_given(model: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert llmq("verify", model, "--quick", "--run", "mlx", "--max-difference", "0.03").exit_code == 0
 
 
+def test_positions_without_log_probabilities_are_left_out(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """llama.cpp gives none after a token that is a part of a character."""
+    expected = torch.tensor([[0.9, 0.1], [0.2, 0.8]], dtype=torch.float64).log()
+    differences, same = agreement._differences([[[], [(1, float(expected[1, 1]))]]], [expected])
+    assert differences.tolist() == [0] and same == [True]
+    monkeypatch.setattr(agreement, "ask", lambda *_: {"version": "x", "scores": [[[], []]], "tokens": []})
+    with pytest.raises(BackendError, match="gave no log-probabilities"):
+        compare(model, MLX)
+
+
 def test_engines_without_float32_products_get_a_wider_limit(model: Path) -> None:
     cpu = torch.device("cpu")
     assert agreement._dtype(model, VLLM, cpu) == "float32"
