@@ -54,7 +54,7 @@ def interrupted_after_a_block(arguments: tuple[str | Path, ...], sent: signal.Si
 def record(folder: Path) -> dict[str, Any]:
     """llmq.json without times, memory and output folder."""
     entries: dict[str, Any] = json.loads((folder / RECORD).read_text())
-    for key in ("seconds", "peak_memory_bytes", "output", "notes", "command"):
+    for key in ("seconds", "peak_memory_bytes", "output", "notes", "command", "forecast"):
         del entries[key]
     for block in entries["blocks"]:
         del block["seconds"], block["resumed"], block["host_bytes"]

@@ -85,6 +85,7 @@ def test_memory_for_hidden_states_is_counted_once(
     free, prepared = 1 << 34, []
     monkeypatch.setattr("llmq.memory.spare", lambda device: free)
     monkeypatch.setattr("llmq.pipeline.quantize_model", lambda run, save: prepared.append(run))
+    monkeypatch.setattr("llmq.export.verdict.record", lambda *_: None)  # of a model that was not written
     run(checkpoint("llama"), tmp_path / "out", text, Method("gptq", transforms=transforms, alphas=alphas))
     streams = prepared[0].streams
     states = stream_over(skeleton_of(checkpoint("llama")), streams.text.tokens).call(range(streams.text.sequences))

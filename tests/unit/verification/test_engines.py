@@ -245,7 +245,7 @@ def test_gguf_is_suggested_as_lossless_only_if_it_is() -> None:
     assert remedy(model(GPTQ), "gptq in llama.cpp") == keeps
     for other in (in_an_order(model(GPTQ)), model(GPTQ, WeightScheme(8, 128, symmetric=False))):
         assert "--to gguf --allow-requantize" in remedy(other, "gptq in llama.cpp")
-    strange = model(GPTQ, config={**CONFIG, "model_type": "gpt_oss"})
+    strange = model(GPTQ, config={**CONFIG, "model_type": "falcon"})
     assert "llmq writes no .gguf file of this architecture" in remedy(strange, "gptq in llama.cpp")
 
 
