@@ -16,9 +16,10 @@ import torch
 from stdlib_text import write_texts
 
 import llmq
-from llmq.cli.terminal import megabytes, print_table, quiet_transformers
+from llmq.cli.terminal import print_table, quiet_transformers
 from llmq.evaluation.measure import measure
 from llmq.evaluation.results import Measurement
+from llmq.report.shown import megabytes
 
 MODEL = Path(__file__).resolve().parents[1] / "eval" / "models" / "tiny-python-llama"
 METHODS = ("rtn", "gptq", "balanced")
