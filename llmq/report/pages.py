@@ -24,6 +24,7 @@ from llmq.checkpoint.json_text import json_text
 from llmq.report.charts import Chart, chart
 from llmq.report.page import Page, page_of
 from llmq.report.record import Report
+from llmq.report.shown import duration, megabytes
 from llmq.report.verdict import change
 
 HTML, JSON, CSV = PAGE_FILES
@@ -115,7 +116,7 @@ def _charts(page: Page) -> dict[str, Chart | None]:
         "weight_outliers": by_block("Weight outliers by block", _short, {"largest": "weight_outlier"}),
         "activation_outliers": by_block("Activation outliers by block", _short, {"largest": "activation_outlier"}),
         "seconds": by_block("Seconds by block", _short, {"seconds": "seconds"}, bars=True),
-        "memory": by_block("Peak memory by block", _size, {"main memory": "host_bytes", **device}),
+        "memory": by_block("Peak memory by block", megabytes, {"main memory": "host_bytes", **device}),
         "tuning": chart(
             "KL divergence by step of end-to-end tuning", "step", [str(step) for step, _ in history],
             {"validation KL": [loss for _, loss in history]}, _short,
@@ -132,17 +133,17 @@ def _charts(page: Page) -> dict[str, Chart | None]:
 
 def _cost(page: Page) -> list[tuple[str, str]]:
     """Rows of the table of sizes and costs; those that are only known at the end are missing before."""
-    rows = [("size of weights, original", _size(page.original_bytes))]
+    rows = [("size of weights, original", megabytes(page.original_bytes))]
     if page.finished:
         rows += [
-            ("size of weights, quantized", _size(page.file_bytes)),
-            *((f"size as {name}", _size(size)) for name, size in page.sizes.items()),
+            ("size of weights, quantized", megabytes(page.file_bytes)),
+            *((f"size as {name}", megabytes(size)) for name, size in page.sizes.items()),
             ("bits per weight, with scales", f"{page.bits_per_weight:.3f}"),
-            ("time", _duration(page.seconds)),
-            ("peak main memory", _size(page.peak_memory_bytes)),
+            ("time", duration(page.seconds)),
+            ("peak main memory", megabytes(page.peak_memory_bytes)),
         ]
     if page.verdict is not None and page.verdict.kl is not None:
-        rows.append(("time of the measurement", _duration(page.verdict.seconds)))
+        rows.append(("time of the measurement", duration(page.verdict.seconds)))
     return rows
 
 
@@ -151,13 +152,13 @@ def _forecast(page: Page) -> list[tuple[str, str, str]]:
     forecast = page.forecast
     if forecast is None or not page.finished:
         return []
-    rows = [(stage.stage, _duration(stage.expected), _duration(stage.measured)) for stage in forecast.stages]
+    rows = [(stage.stage, duration(stage.expected), duration(stage.measured)) for stage in forecast.stages]
     expected, measured = (sum(map(attrgetter(name), forecast.stages)) for name in ("expected", "measured"))
-    rows.append(("all stages", _duration(expected), _duration(measured)))
-    rows.append(("peak main memory", _size(forecast.host_bytes), _size(page.peak_memory_bytes)))
+    rows.append(("all stages", duration(expected), duration(measured)))
+    rows.append(("peak main memory", megabytes(forecast.host_bytes), megabytes(page.peak_memory_bytes)))
     if forecast.device_bytes:
         used = max((block.device_bytes for block in page.blocks), default=0)
-        rows.append(("peak GPU memory", _size(forecast.device_bytes), _size(used)))
+        rows.append(("peak GPU memory", megabytes(forecast.device_bytes), megabytes(used)))
     return rows
 
 
@@ -181,7 +182,7 @@ def _template() -> jinja2.Template:
         loader=jinja2.PackageLoader("llmq.report", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined, finalize=_visible,
     )  # fmt: skip
-    environment.filters |= {"size": _size, "change": change}
+    environment.filters |= {"size": megabytes, "change": change}
     return environment.get_template("report.html.j2")
 
 
@@ -196,13 +197,3 @@ def _percent(value: float) -> str:
 
 def _short(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e6:.2f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -57,9 +57,9 @@ def megabytes(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`45 s`, `12 min` or `3.5 h`."""
+    """`4.5 s`, `45 s`, `12 min` or `3.5 h`."""
     if seconds < 120:
-        return f"{seconds:.0f} s"
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 

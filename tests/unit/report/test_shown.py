@@ -48,4 +48,4 @@ def test_html_has_tables_and_nothing_of_strangers() -> None:
 
 def test_units() -> None:
     assert [megabytes(2_500_000), megabytes(3.2e9)] == ["2.50 MB", "3.20 GB"]
-    assert [duration(45), duration(720), duration(12_600)] == ["45 s", "12 min", "3.5 h"]
+    assert [duration(4.5), duration(45), duration(720), duration(12_600)] == ["4.5 s", "45 s", "12 min", "3.5 h"]
