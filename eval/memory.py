@@ -3,11 +3,13 @@
     python eval/memory.py                      models of 2, 4, 8 and 16 equal blocks, random weights
     python eval/memory.py --methods balanced --blocks 2 4
     python eval/memory.py --shape 1.1B --methods balanced --limit 6 --blocks 22 --steps 3
+    python eval/memory.py --methods fast --blocks 4 --limit 0.9 --group FOLDER
     python eval/memory.py --render             only the page, from memory.json
 
 A run is one process. Peak memory is its peak resident memory minus that of a run on a model of one tiny block, so
-Python, torch and transformers are not counted. With --limit GB the address space of the process is limited (RLIMIT_AS).
-Finished rows are appended to eval/results/memory.json.
+Python, torch and transformers are not counted. With --limit GB the address space of the process is limited (RLIMIT_AS);
+with --group too, the memory of a control group of Linux that you made for this, and that the run enters. Finished rows
+are appended to eval/results/memory.json.
 """
 
 import argparse
@@ -29,7 +31,8 @@ BLOCKS = (2, 4, 8, 16)
 VOCABULARY = 512
 # hidden size, intermediate size, heads, key-value heads
 SHAPES = {"tiny": (64, 64, 4, 4), "small": (1024, 1024, 8, 8), "1.1B": (2048, 5632, 32, 4)}
-CASE = ("shape", "blocks", "method", "limit", "steps")
+CASE = ("shape", "blocks", "method", "limit", "limited", "steps")
+LIMITS = ("memory.max", "memory.limit_in_bytes")  # the file with the limit of a control group, by version
 TOKENS = {"samples": 8, "seqlen": 128}
 
 MAKE = """
@@ -49,19 +52,22 @@ PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
 """
 
 RUN = """
-import json, resource, sys, time
+import json, os, resource, sys, time
 from dataclasses import replace
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
 import llmq
 from llmq.methods import METHODS
-model, out, method, samples, seqlen, limit, steps = *sys.argv[1:4], *map(int, sys.argv[4:8])
+model, out, method, group = sys.argv[1:5]
+samples, seqlen, limit, steps = map(int, sys.argv[5:9])
 stages = METHODS[method]
 if steps:
     tunings = {name: getattr(stages, name) for name in ("block_tuning", "tuning")}
     stages = replace(stages, **{name: tuning and replace(tuning, steps=steps) for name, tuning in tunings.items()})
-if limit:
+if group:
+    Path(group, "cgroup.procs").write_text(str(os.getpid()))
+elif limit:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 start = time.process_time()
 text = str(Path(out).parent / "text.txt")
@@ -72,15 +78,20 @@ print(json.dumps({"peak_bytes": peak, "cpu_seconds": time.process_time() - start
 """
 
 
-def run(scratch: Path, shape: str, blocks: int, method: str, limit: int, steps: int) -> Row:
-    """One process that quantizes a random model of `blocks` blocks, with at most `limit` bytes of address space."""
+def run(scratch: Path, case: Row, group: Path | None) -> Row:
+    """One process that quantizes a random model; `case` has the names of CASE, `group` is its control group, if any."""
+    shape, blocks, method, limit = case["shape"], case["blocks"], case["method"], case["limit"]
+    if group is not None:
+        file = next(group / name for name in LIMITS if (group / name).exists())
+        file.write_text(str(limit))
     model, out = scratch / f"{shape}-{blocks}", scratch / "out"
     if not model.exists():
         numbers = [str(number) for number in (VOCABULARY, blocks, *SHAPES[shape])]
         subprocess.run([sys.executable, "-c", MAKE, str(model), *numbers], check=True, capture_output=True)
     words = " ".join(f"t{(7 * i * i + i) % VOCABULARY}" for i in range(2 * TOKENS["samples"] * TOKENS["seqlen"]))
     (scratch / "text.txt").write_text(words)
-    arguments = [str(model), str(out), method, *(str(number) for number in (*TOKENS.values(), limit, steps))]
+    numbers = [str(number) for number in (*TOKENS.values(), limit, case["steps"])]
+    arguments = [str(model), str(out), method, str(group or ""), *numbers]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", RUN, *arguments], capture_output=True, text=True, check=False
     )
@@ -88,15 +99,7 @@ def run(scratch: Path, shape: str, blocks: int, method: str, limit: int, steps: 
     if done.returncode:
         raise SystemExit(f"error: {method} on {blocks} blocks failed\n{done.stderr[-2000:]}")
     figures = json.loads(done.stdout.splitlines()[-1])
-    return {
-        "shape": shape,
-        "blocks": blocks,
-        "method": method,
-        "limit": limit,
-        "steps": steps,
-        **figures,
-        "measured": stamp(),
-    }
+    return {**case, **figures, "measured": stamp()}
 
 
 INTRODUCTION = """# Peak memory and the number of blocks
@@ -112,12 +115,13 @@ def render(rows: Sequence[Row]) -> str:
     """results/memory.md."""
     parts = [INTRODUCTION.format(**TOKENS)]
     start = {row["method"]: row["peak_bytes"] for row in rows if row["shape"] == "tiny"}
-    for shape, limit, steps in dict.fromkeys(
-        (row["shape"], row["limit"], row["steps"]) for row in rows if row["shape"] != "tiny"
-    ):
-        own = [row for row in rows if (row["shape"], row["limit"], row["steps"]) == (shape, limit, steps)]
+    table = ("shape", "limit", "limited", "steps")
+    of_rows = [tuple(row[name] for name in table) for row in rows]
+    for key in dict.fromkeys(key for key in of_rows if key[0] != "tiny"):
+        shape, limit, kind, steps = key
+        own = [row for row, other in zip(rows, of_rows, strict=True) if other == key]
         blocks = sorted({row["blocks"] for row in own})
-        limited = f", at most {limit / 1e9:g} GB of address space" if limit else ""
+        limited = f", at most {limit / 1e9:g} GB of {kind}" if limit else ""
         shortened = f", {steps} steps of tuning" if steps else ""
         parts.append(f"\n## {shape}, hidden size {SHAPES[shape][0]}{limited}{shortened}\n")
         parts += [table_row(["method", *(f"{n} blocks" for n in blocks)]), table_row(["---"] * (len(blocks) + 1))]
@@ -125,6 +129,8 @@ def render(rows: Sequence[Row]) -> str:
             peaks = {row["blocks"]: row["peak_bytes"] - start[method] for row in own if row["method"] == method}
             if peaks:
                 parts.append(table_row([method, *(f"{peaks[n] / 1e6:.0f}" if n in peaks else "" for n in blocks)]))
+        retried = sum(note.startswith("out of memory") for row in own for note in row["notes"])
+        parts += [f"\nThese runs were out of memory and continued with less {retried} times."] if retried else []
         parts.append("\nMeasured until {date} at {commit}: {hardware}, torch {torch}.".format(**own[-1]["measured"]))
     return "\n".join(parts) + "\n"
 
@@ -135,18 +141,20 @@ def main() -> None:
     parser.add_argument("--shape", choices=[name for name in SHAPES if name != "tiny"], default="small")
     parser.add_argument("--blocks", nargs="+", type=int, default=list(BLOCKS))
     parser.add_argument("--limit", type=float, default=0, metavar="GB", help="limit of the address space")
+    parser.add_argument("--group", type=Path, metavar="FOLDER", help="limit a control group instead")
     parser.add_argument("--steps", type=int, default=0, help="steps of tuning; 0: those of the method")
     parser.add_argument("--render", action="store_true", help="only write the page")
     arguments = parser.parse_args()
     limit = round(1e9 * arguments.limit)
-    wanted = [] if arguments.render else [("tiny", 1, method, 0, 0) for method in arguments.methods]
-    wanted += [
-        (arguments.shape, n, m, limit, arguments.steps) for m in arguments.methods for n in arguments.blocks if wanted
-    ]
+    limited = ("a control group" if arguments.group else "address space") if limit else ""
+    wanted = [("tiny", 1, method, 0, "", 0) for method in arguments.methods]
+    own = [(arguments.shape, blocks) for blocks in arguments.blocks]
+    wanted += [(*model, method, limit, limited, arguments.steps) for method in arguments.methods for model in own]
     with tempfile.TemporaryDirectory() as scratch:
-        for case in wanted:
+        for case in wanted if not arguments.render else ():
             if case not in [tuple(row[name] for name in CASE) for row in read(JSON)]:
-                row = run(Path(scratch), *case)
+                group = arguments.group if case[3] else None
+                row = run(Path(scratch), dict(zip(CASE, case, strict=True)), group)
                 append(JSON, row)
                 print(*case, f"{row['peak_bytes'] / 1e6:.0f} MB, {row['cpu_seconds']:.0f} s", *row["notes"], flush=True)
     MARKDOWN.write_text(render(read(JSON)), encoding="utf-8")

@@ -10,7 +10,8 @@ A run that is out of memory nevertheless continues at the block where it happene
 (`within_memory`). No step of this changes a bit of the result, except as docs/RELIABILITY.md states.
 
 In a container or a batch system a process may use less memory than the machine has. psutil does not report this limit,
-and a process that exceeds the limit of its control group is killed without a message.
+and a process that exceeds the limit of its control group is killed without a message. So the process limits its own
+allocations (`below_group_limit`).
 """
 
 import ctypes
@@ -44,6 +45,7 @@ PROBE_TOKENS = 64  # they show which weights share an input, and which layer mak
 HOST = torch.device("cpu")
 AMPLE_BYTES = 2**30  # free memory; with less, nothing is read ahead, and blocks are written without a thread
 CGROUPS = Path("/sys/fs/cgroup")
+GROUP_RESERVE = 64 * 2**20  # bytes of a control group that stay free: for file pages, and what the C library keeps
 # Per version of control groups: the folder below the mount point, the files with the limit and the usage, and the name
 # of the reclaimable file pages in memory.stat.
 VERSIONS = (
@@ -133,6 +135,30 @@ def groups_with_limit(mounted: Path, membership: Path = Path("/proc/self/cgroup"
                     yield int(allowed), used
 
 
+@contextmanager
+def below_group_limit(device: torch.device, mounted: Path = CGROUPS) -> Iterator[None]:
+    """While open, allocations of this process fail shortly before the limit of its control group.
+
+    The limit is that of private data (RLIMIT_DATA of Linux), which also counts pages that are not in use yet, or not
+    any more; so it starts from those in use. It is not set for a run on a GPU, whose driver reserves address space in
+    ways that were not tried.
+    """
+    left = [free for free in left_of_groups(mounted) if free < psutil.virtual_memory().total]
+    if device.type != "cpu" or not left or not hasattr(psutil, "RLIMIT_DATA"):
+        yield
+        return
+    process = psutil.Process()
+    before, highest = process.rlimit(psutil.RLIMIT_DATA)
+    own = max(0, min(left) - GROUP_RESERVE) // processes(os.environ)
+    resident = process.memory_info().rss - process.memory_info().shared
+    limits = [limit for limit in (before, highest) if limit != psutil.RLIM_INFINITY]
+    process.rlimit(psutil.RLIMIT_DATA, (min([resident + own, *limits]), highest))
+    try:
+        yield
+    finally:
+        process.rlimit(psutil.RLIMIT_DATA, (before, highest))
+
+
 def _inactive(folder: Path, name: str) -> int:
     statistics = folder / "memory.stat"
     lines = statistics.read_text(encoding="utf-8").splitlines() if statistics.is_file() else []
@@ -210,7 +236,8 @@ class Attempts:
     def within_memory(self) -> Iterator[None]:
         """Take the next step if memory runs out here. Raises BackendError if there is none."""
         try:
-            yield
+            with below_group_limit(self._device):
+                yield
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -51,3 +51,25 @@ def test_the_smallest_limit_applies(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert memory.spare(torch.device("cpu")) == 970
     monkeypatch.setattr(psutil.Process, "rlimit", lambda *_: (100, psutil.RLIM_INFINITY))
     assert memory.spare(torch.device("cpu")) == 0, "more address space is in use than that"
+
+
+@pytest.mark.skipif(not hasattr(psutil, "RLIMIT_DATA"), reason="needs RLIMIT_DATA of Linux")
+def test_an_allocation_fails_before_the_group_is_full(tmp_path: Path) -> None:
+    left = 100 * 2**20
+    group(tmp_path, memory__max=2 * left, memory__current=left)
+    too_many, before = 2 * left, psutil.Process().rlimit(psutil.RLIMIT_DATA)
+    with memory.below_group_limit(torch.device("cpu"), tmp_path):
+        with pytest.raises(RuntimeError) as raised:
+            torch.empty(too_many, dtype=torch.uint8)
+        assert memory.is_out_of_memory(raised.value)
+    assert torch.empty(too_many, dtype=torch.uint8).numel() == too_many
+    assert psutil.Process().rlimit(psutil.RLIMIT_DATA) == before
+
+
+@pytest.mark.skipif(not hasattr(psutil, "RLIMIT_DATA"), reason="needs RLIMIT_DATA of Linux")
+@pytest.mark.parametrize(("device", "bytes_left"), [("cuda", 2**20), ("cpu", 2**60)])
+def test_a_gpu_and_a_group_without_a_real_limit_change_nothing(tmp_path: Path, device: str, bytes_left: int) -> None:
+    group(tmp_path, memory__max=bytes_left, memory__current=0)
+    before = psutil.Process().rlimit(psutil.RLIMIT_DATA)
+    with memory.below_group_limit(torch.device(device), tmp_path):
+        assert psutil.Process().rlimit(psutil.RLIMIT_DATA) == before
