@@ -62,12 +62,13 @@ def serving() -> str:
     from llmq.verification.engines.rules import ENGINES, REFUSES, RULES, SERVERS, SGLANG
     from llmq.verification.engines.tensor_parallel import FUSED, ROW_PARALLEL
 
-    def row(name: str, engines: Sequence[str], asks: str, outcome: str, source: str) -> str:
+    def row(name: str, engines: Sequence[str], asks: str, outcome: str, source: str, *, ran: bool = False) -> str:
         shown = ", ".join(engine for engine in ENGINES if engine in engines)
-        return f"| {' | '.join(cell.replace('|', '/') for cell in (name, shown, asks, outcome, source))} |"
+        cells = (name, shown, asks, outcome, "run" if ran else "read", source)
+        return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 
-    lines = ["| rule | engines | requirement | otherwise | source |", "|---|---|---|---|---|"]
-    lines += [row(rule.name, rule.engines, rule.asks, rule.outcome, rule.source) for rule in RULES]
+    lines = ["| rule | engines | requirement | otherwise | seen | source |", "|---|---|---|---|---|---|"]
+    lines += [row(rule.name, rule.engines, rule.asks, rule.outcome, rule.source, ran=rule.ran) for rule in RULES]
     for engines, (name, asks, _, source) in ((SERVERS, PARALLEL), ((SGLANG,), TILES)):
         lines.append(row(name, engines, asks, f"{REFUSES}, for that number of GPUs", source))
     fused = "; ".join(

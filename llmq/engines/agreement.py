@@ -26,7 +26,7 @@ from llmq.runtime.load import choose_device, load_tokenizer
 COMPARED = (VLLM, LLAMA_CPP, TRANSFORMERS, MLX)
 TOP = 10  # next tokens per position
 TOKENS = 64  # per prompt, at most
-CONTEXT = 512
+CONTEXT = 96  # of the engine: a prompt and a few tokens
 LIMIT_FLOAT32, LIMIT_16_BITS, LIMIT_LLAMA_CPP = 0.01, 0.25, 0.5  # nats
 
 
@@ -78,13 +78,17 @@ def compare(
     device: str = "auto",
     gpus: int = 1,
     remote_code: bool = False,
+    dtype: str | None = None,
+    reference: bool = False,
     on_event: OnEvent = ignore,
 ) -> Agreement:
     """Run an engine on a local model, and compare it with llmq.
 
-    python  the Python of the engine's environment; None for this one
-    limit   the largest difference in nats; None for the usual one of the engine and its dtype
-    gpus    tensor parallelism
+    python     the Python of the engine's environment; None for this one
+    limit      the largest difference in nats; None for the usual one of the engine and its dtype
+    gpus       tensor parallelism
+    dtype      of the engine; None for the usual one
+    reference  whether vLLM on a CPU multiplies 4-bit weights in float32 instead of with its kernel, for tests
 
     Raises BackendError if the engine is not installed or fails.
     """
@@ -95,10 +99,11 @@ def compare(
         tokenizer = load_tokenizer(folder, remote_code=remote_code)
     tokens, place = texts_as_tokens(tokenizer), choose_device(device)
     prompts = [ids[:TOKENS] for ids in tokens]
-    dtype = _dtype(path, engine, place)
+    dtype = dtype or _dtype(path, engine, place)
     options = {
         "device": str(place), "dtype": dtype, "context": CONTEXT, "top": TOP, "gpus": gpus, "eager": True,
-        "remote_code": remote_code, "llmq": engine == TRANSFORMERS and python is None and _is_packed(path),
+        "remote_code": remote_code, "reference": reference,
+        "llmq": engine == TRANSFORMERS and python is None and _is_packed(path),
     }  # fmt: skip
     request = {"task": "score", "model": str(path), "options": options, "texts": TEXTS, "prompts": prompts, "top": TOP}
     answer = ask(engine, request, python)

@@ -15,7 +15,7 @@ from llmq.errors import BackendError, ConfigError, listed
 
 CHILDREN = Path(__file__).parent / "children"
 ROOT = Path(__file__).parents[2]  # the folder of the package llmq
-LAST_LINES = 6  # of the messages of an engine that failed
+LAST_LINES = 12  # of the messages of an engine that failed
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """vLLM, in a single process."""
 
+import importlib
 import os
 import time
 from typing import Any
@@ -23,6 +24,8 @@ def memory_share(device: str) -> float:
 class Engine:
     def __init__(self, model: str, options: dict[str, Any]) -> None:
         self.version = f"vllm {vllm.__version__}"
+        if options.get("reference"):
+            importlib.import_module("vllm_reference").install()  # in the folder of this file
         self._llm = vllm.LLM(
             model=model,
             dtype=options["dtype"],

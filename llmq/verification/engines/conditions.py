@@ -195,6 +195,10 @@ def other_bits(linear: Linear) -> str | None:
     return None if linear.scheme is None or linear.scheme.bits in (4, 8) else f"{linear.scheme.bits} bits"
 
 
+def not_four_bits(linear: Linear) -> str | None:
+    return None if linear.scheme is None or linear.scheme.bits == 4 else f"{linear.scheme.bits} bits"
+
+
 def other_zeros(linear: Linear) -> str | None:
     scheme = linear.scheme
     if scheme is None or scheme.symmetric or scheme.bits in (4, 8):

