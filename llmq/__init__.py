@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from llmq.report.record import Report
     from llmq.runtime.load import load
     from llmq.runtime.transformers.quantizer import disable_transformers, enable_transformers
+    from llmq.training.convert import convert_qat
+    from llmq.training.prepare import prepare_qat
     from llmq.verification.inspection import Inspection, inspect
     from llmq.verification.verified import Verification, verify
 
@@ -48,6 +50,7 @@ _HOMES = {
     "Verification": "llmq.verification.verified",
     "WeightScheme": "llmq.numerics.scheme",
     "convert": "llmq.export.any_format",
+    "convert_qat": "llmq.training.convert",
     "dequantize": "llmq.export.dequantize",
     "disable_transformers": "llmq.runtime.transformers.quantizer",
     "enable_transformers": "llmq.runtime.transformers.quantizer",
@@ -55,6 +58,7 @@ _HOMES = {
     "inspect": "llmq.verification.inspection",
     "load": "llmq.runtime.load",
     "plan": "llmq.forecast.plan",
+    "prepare_qat": "llmq.training.prepare",
     "quantize": "llmq.job",
     "verify": "llmq.verification.verified",
 }
@@ -74,6 +78,7 @@ __all__ = [
     "WeightScheme",
     "__version__",
     "convert",
+    "convert_qat",
     "dequantize",
     "disable_transformers",
     "enable_transformers",
@@ -81,6 +86,7 @@ __all__ = [
     "inspect",
     "load",
     "plan",
+    "prepare_qat",
     "quantize",
     "verify",
 ]

@@ -140,18 +140,29 @@ def update(state: State, gradient: Tensor, rates: Rates, step: int) -> None:
     Entries that are not finite count as 0, because Adam would never forget them.
     """
     G = torch.nan_to_num(gradient.to(torch.float32), 0.0, 0.0, 0.0).contiguous()
-    origin, scales = state.origin, state.origin.scales
-    if state.scales is not None:
-        current = result(state)
-        scales = current.scales
-        slope = _slope_of_scales(origin, current.codes, G)
-        state.scales.descend(slope, rates.scales, step)
-    if state.rounding is not None:
-        slope = _times_by_group(G, scales.to(torch.float32), origin)
-        place = state.rounding.value + origin.codes.to(torch.float32)  # before rounding
-        outside = place.sub_(place.clamp(0, origin.scheme.levels))  # positive above the range of the codes
-        slope.masked_fill_(outside.mul_(slope) < 0, 0)
-        state.rounding.descend(slope, rates.rounding, step)
+    v, theta = (None if moving is None else moving.value for moving in (state.rounding, state.scales))
+    of_rounding, of_scales = slopes(state.origin, v, theta, G)
+    if state.scales is not None and of_scales is not None:
+        state.scales.descend(of_scales, rates.scales, step)
+    if state.rounding is not None and of_rounding is not None:
+        state.rounding.descend(of_rounding, rates.rounding, step)
+
+
+def slopes(
+    origin: QuantizedTensor, v: Tensor | None, theta: Tensor | None, gradient: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """∂L/∂v (N, K) and ∂L/∂θ, both float32, from the gradient (N, K) float32 at `quantized(origin, v, theta)`.
+
+    None for a part that is None.
+    """
+    current = quantized(origin, v, theta) if theta is not None else origin
+    of_scales = None if theta is None else _slope_of_scales(origin, current.codes, gradient)
+    if v is None:
+        return None, of_scales
+    of_rounding = _times_by_group(gradient, current.scales.to(torch.float32), origin)
+    place = v + origin.codes.to(torch.float32)  # before rounding
+    outside = place.sub_(place.clamp(0, origin.scheme.levels))  # positive above the range of the codes
+    return of_rounding.masked_fill_(outside.mul_(of_rounding) < 0, 0), of_scales
 
 
 def tensors(state: State) -> dict[str, Tensor]:

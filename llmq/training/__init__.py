@@ -1,0 +1,1 @@
+"""Quantization-aware training of whole models, and adapters that are merged into quantized models."""

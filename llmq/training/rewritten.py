@@ -1,0 +1,102 @@
+"""Write a trained model: the files of the quantized model that it started from, with other values.
+
+    every trained weight ──► packed like the weight in the start ──► read back, compared float for float
+    norms                ──► in the dtype of the start
+    all other tensors, config.json, tokenizer, licence ──► copied byte for byte
+
+So whatever loads the start also loads the result, in every format that llmq writes.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmq.checkpoint import PROVENANCE_FILE
+from llmq.checkpoint.atomic import write_text
+from llmq.checkpoint.json_text import json_text
+from llmq.checkpoint.reader import Checkpoint
+from llmq.checkpoint.side_files import CONFIGURATIONS, companions
+from llmq.checkpoint.writer import Writer
+from llmq.errors import FormatError
+from llmq.export import card
+from llmq.formats import tensor_name
+from llmq.report import pages
+from llmq.report.stored_record import known_report, read_record
+from llmq.runtime.checkpoint_weights import PackedWeights
+from llmq.training.fake_quantized import FakeQuantizedLinear
+from llmq.training.prepare import Origin, origin_of
+
+
+def commit(writer: Writer, model: nn.Module) -> float:
+    """Write the trained tensors of a prepared model into the staging folder of `writer`, as one block.
+
+    Returns the fraction of the quantized values that differ from the start.
+    """
+    origin = origin_of(model)
+    checkpoint = Checkpoint.open(origin.folder)
+    packed = PackedWeights(checkpoint)
+    tensors: dict[str, Tensor] = {}
+    moved = total = 0
+    for path, layer in _layers(model, origin):
+        weight = layer.quantized().to(torch.device("cpu"))
+        moved += int((weight.codes != layer.codes.cpu()).sum())
+        total += weight.codes.numel()
+        name = origin.names[path]
+        tensors |= {tensor_name(name, suffix): part.contiguous() for suffix, part in packed.pack(name, weight).items()}
+    for name, stored in origin.norms.items():
+        norm = model.get_parameter(name).detach().cpu()
+        tensors[stored] = norm.to(checkpoint.info(stored).dtype).contiguous()
+    writer.commit(0, tensors, {})
+    return moved / max(1, total)
+
+
+def assemble(writer: Writer, final: Path, model: nn.Module) -> None:
+    """Write the files of the trained model, whose tensors were committed, into the empty folder `final`.
+
+    Raises FormatError if a weight in the files differs from that of the model in any float.
+    """
+    origin = origin_of(model)
+    checkpoint = Checkpoint.open(origin.folder)
+    packed = PackedWeights(checkpoint)
+    written = {name for module in origin.names.values() for name in packed.tensor_names(module)}
+    written |= set(origin.norms.values())
+    locations = {name: checkpoint.location(name) for name in checkpoint.names() if name not in written}
+    rest = [(location.file, name, location.info) for name, location in locations.items()]
+    files = companions(origin.folder).files
+    files |= {name: origin.folder / name for name in CONFIGURATIONS if (origin.folder / name).is_file()}
+    writer.assemble(final, rest, files, {})
+    made = PackedWeights(Checkpoint.open(final))
+    for path, layer in _layers(model, origin):
+        if not torch.equal(made.weight(origin.names[path]), layer.quantized().dequantize().cpu()):
+            raise FormatError(
+                f"{origin.names[path]} in the files differs from the trained weight; no model was written",
+                hint="this is a bug in llmq: please report it with the name of the model",
+            )
+
+
+def record(final: Path, start: Path, changes: Mapping[str, Any], notes: list[str]) -> None:
+    """Write llmq.json, the card and the report of a model in `final`: the record of the start with `changes`."""
+    from llmq.verification.integrity import checksums
+
+    known = read_record(start)
+    content = {**known, **changes, "notes": [*known.get("notes", ()), *notes], "checksums": checksums(final)}
+    content["notes"] += card.write(final, start, content)
+    write_text(final / PROVENANCE_FILE, json_text(content))
+    if (run := known_report(content)) is not None:
+        pages.write(final, run)
+
+
+def _layers(model: nn.Module, origin: Origin) -> list[tuple[str, FakeQuantizedLinear]]:
+    layers = []
+    for path in origin.names:
+        layer = model.get_submodule(path)
+        if not isinstance(layer, FakeQuantizedLinear):
+            raise FormatError(
+                f"{path} is a {type(layer).__name__}, expected a FakeQuantizedLinear",
+                hint="merge or remove adapters, and convert the model that prepare_qat returned",
+            )
+        layers.append((path, layer))
+    return layers
