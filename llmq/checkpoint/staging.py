@@ -10,6 +10,7 @@
         scratch/            an intermediate model from which the model in final/ is made
         activations/        hidden states of the calibration text that do not fit into memory
         report.html         the report so far, for people; nothing reads it
+        training/           the start and the last checkpoint of a training (see training/)
         self.json           text that the model generated (see calibration/cache.py)
         moving.json         the files of final/ that may already be in OUT; written before the first file is moved
 
@@ -54,6 +55,7 @@ class Staging:
         self.final = self.folder / "final"
         self.scratch = self.folder / "scratch"
         self.activations = self.folder / "activations"
+        self.training = self.folder / "training"
         self.report_page = self.folder / "report.html"
         self.revision = Revision(self.folder / "revision")
         self._identity = self.folder / "identity.json"
@@ -126,8 +128,10 @@ class Staging:
         files = [*self.folder.rglob("*"), *(self.out / name for name in self.moved())]
         return sum(file.stat().st_size for file in files if file.is_file())
 
-    def has_text(self) -> bool:
-        """Whether there is text that the model generated, which may have taken hours."""
+    def has_work(self) -> bool:
+        """Whether there is text that the model generated, or a training, which may have taken hours."""
+        if self.training.exists():
+            return True
         files = {file for file in self.folder.glob("*.json") if not file.stem.isdecimal()}
         return self._identity.exists() and bool(files - {self._identity, self._moving})
 

@@ -162,6 +162,11 @@ class Writer:
         return self._staging.activations
 
     @property
+    def training(self) -> Path:
+        """A folder for the start and the checkpoints of a training; it may not exist, and is kept between runs."""
+        return self._staging.training
+
+    @property
     def report_page(self) -> Path:
         """Where the report of the unfinished run is written, for people."""
         return self._staging.report_page
@@ -278,7 +283,7 @@ class Writer:
         with suppress(Exception):  # an earlier error ended the run, and is reported
             self.settle()
         try:
-            if self._committed or self._staging.has_text():
+            if self._committed or self._staging.has_work():
                 return True
             with storing(self.folder):
                 created = self._staging.created_out

@@ -7,6 +7,7 @@
 So whatever loads the start also loads the result, in every format that llmq writes.
 """
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from llmq.checkpoint.atomic import write_text
 from llmq.checkpoint.json_text import json_text
 from llmq.checkpoint.reader import Checkpoint
 from llmq.checkpoint.side_files import CONFIGURATIONS, companions
-from llmq.checkpoint.writer import Writer
+from llmq.checkpoint.shards import write_shards
+from llmq.checkpoint.writer import Writer, put_companions
 from llmq.errors import FormatError
 from llmq.export import card
 from llmq.formats import tensor_name
@@ -28,6 +30,7 @@ from llmq.report.stored_record import known_report, read_record
 from llmq.runtime.checkpoint_weights import PackedWeights
 from llmq.training.fake_quantized import FakeQuantizedLinear
 from llmq.training.prepare import Origin, origin_of
+from llmq.verification.integrity import checksums
 
 
 def commit(writer: Writer, model: nn.Module) -> float:
@@ -65,9 +68,7 @@ def assemble(writer: Writer, final: Path, model: nn.Module) -> None:
     written |= set(origin.norms.values())
     locations = {name: checkpoint.location(name) for name in checkpoint.names() if name not in written}
     rest = [(location.file, name, location.info) for name, location in locations.items()]
-    files = companions(origin.folder).files
-    files |= {name: origin.folder / name for name in CONFIGURATIONS if (origin.folder / name).is_file()}
-    writer.assemble(final, rest, files, {})
+    writer.assemble(final, rest, _companions(origin.folder), {})
     made = PackedWeights(Checkpoint.open(final))
     for path, layer in _layers(model, origin):
         if not torch.equal(made.weight(origin.names[path]), layer.quantized().dequantize().cpu()):
@@ -77,16 +78,30 @@ def assemble(writer: Writer, final: Path, model: nn.Module) -> None:
             )
 
 
+def replace_by_start(final: Path, start: Path) -> None:
+    """Replace the files of a trained model in `final` by those of its start."""
+    for entry in final.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    checkpoint = Checkpoint.open(start)
+    locations = {name: checkpoint.location(name) for name in checkpoint.names()}
+    write_shards(final, [(location.file, name, location.info) for name, location in locations.items()])
+    put_companions(final, _companions(start), {})
+
+
 def record(final: Path, start: Path, changes: Mapping[str, Any], notes: list[str]) -> None:
     """Write llmq.json, the card and the report of a model in `final`: the record of the start with `changes`."""
-    from llmq.verification.integrity import checksums
-
     known = read_record(start)
     content = {**known, **changes, "notes": [*known.get("notes", ()), *notes], "checksums": checksums(final)}
     content["notes"] += card.write(final, start, content)
     write_text(final / PROVENANCE_FILE, json_text(content))
     if (run := known_report(content)) is not None:
         pages.write(final, run)
+
+
+def _companions(start: Path) -> dict[str, Path]:
+    """The files next to the weights, which are copied unchanged."""
+    configurations = {name: start / name for name in CONFIGURATIONS if (start / name).is_file()}
+    return {**companions(start).files, **configurations}
 
 
 def _layers(model: nn.Module, origin: Origin) -> list[tuple[str, FakeQuantizedLinear]]:
