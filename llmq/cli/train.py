@@ -91,14 +91,14 @@ def command(
         ),
     ] = "auto",
     evaluate_every: Annotated[
-        int,
+        int | None,
         Option(
             "--evaluate-every",
-            min=0,
+            min=1,
             rich_help_panel=STEPS,
-            help="Steps between two validations, after each of which an interrupted training can continue. 0: 8 in all.",
+            help="Steps between two validations, after which an interrupted training can continue. Default: 8 in all.",
         ),
-    ] = 0,
+    ] = None,
     held_out: Annotated[
         int | None,
         Option(

@@ -26,12 +26,13 @@ BOTH_PARTS = Rates(rounding=1.0, scales=1.0)  # which parts of a state are made;
 class FakeQuantizedLinear(nn.Linear):
     """y = x ŵᵀ + bias; the gradient reaches `offset` and `stretch`.
 
-    codes      (N, K) uint8, q₀
-    scales     (N, G), s₀, as integers of the same bits: casting a model (`.half()`) must not change them
-    zeros      (N, G) int16 or None; group_index (K,) int32 or None: see `QuantizedTensor`
+    codes        (N, K) uint8, q₀
+    scale_bytes  (N, G * bytes) uint8: the bytes of s₀, because casting a model (`.half()`) must not change them
+    zeros        (N, G) int32, or None; group_index (K,) int32, or None: see `QuantizedTensor`
     """
 
     codes: Tensor
+    scale_bytes: Tensor
     zeros: Tensor | None
     group_index: Tensor | None
 
@@ -41,21 +42,24 @@ class FakeQuantizedLinear(nn.Linear):
         self.out_features, self.in_features = quantized.shape
         self.scheme, self._scale_dtype = quantized.scheme, quantized.scales.dtype
         self.register_buffer("codes", quantized.codes)
-        self.register_buffer("scale_bits", quantized.scales.contiguous().view(_integers(self._scale_dtype)))
-        self.register_buffer("zeros", quantized.zeros)
+        self.register_buffer("scale_bytes", quantized.scales.contiguous().view(torch.uint8))
+        zeros = None if quantized.zeros is None else quantized.zeros.to(torch.int32)  # processes exchange no int16
+        self.register_buffer("zeros", zeros)
         self.register_buffer("group_index", quantized.group_index)
         state = kl_tuning.start(quantized, reference, BOTH_PARTS)
         assert state.rounding is not None and state.scales is not None
         self.offset = nn.Parameter(state.rounding.value)
         one_scale = quantized.scheme.group_size == "tensor"  # repeated in every row, so rows must not differ
         self.stretch = nn.Parameter(state.scales.value, requires_grad=not one_scale)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     @property
     def origin(self) -> QuantizedTensor:
         """The weight at the start."""
-        scales = self.get_buffer("scale_bits").view(self._scale_dtype)
-        return QuantizedTensor(self.codes, scales, self.zeros, self.scheme, self.group_index)
+        zeros = None if self.zeros is None else self.zeros.to(torch.int16)
+        return QuantizedTensor(
+            self.codes, self.scale_bytes.view(self._scale_dtype), zeros, self.scheme, self.group_index
+        )
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -87,7 +91,3 @@ class _FakeQuantize(torch.autograd.Function):
         offset, stretch = context.saved_tensors
         of_offset, of_stretch = kl_tuning.slopes(context.origin, offset, stretch, gradient.to(torch.float32))
         return of_offset, of_stretch, None
-
-
-def _integers(dtype: torch.dtype) -> torch.dtype:
-    return torch.int32 if dtype.itemsize == 4 else torch.int16

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from llmq.algorithms.kl_divergence import kl_and_gradient
 from llmq.algorithms.kl_tuning import MEAN_DECAY, SMALLEST_GRADIENT, SQUARE_DECAY, WARM_UP, drawn
+from llmq.errors import ConfigError, listed
 from llmq.report.events import OnEvent
 from llmq.report.record import TuningStep
 from llmq.report.training import Losses
@@ -29,14 +30,26 @@ NORM_PART = 0.3  # of the learning rate, for norms: the prototype was worse with
 def accelerator_for(settings: TrainingSettings, device: torch.device, tracker: str | None, folder: Path) -> Any:
     """accelerate's view of the processes and the device; `folder` is for the files of the tracker."""
     from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
 
     chosen = settings.mixed_precision
     if chosen == "auto":
         chosen = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "no"
     return Accelerator(
         cpu=device.type == "cpu", mixed_precision=chosen, gradient_accumulation_steps=settings.accumulate,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # they never change
         step_scheduler_with_optimizer=False, log_with=tracker, project_dir=folder if tracker else None,
     )  # fmt: skip
+
+
+def require_tracker(name: str) -> None:
+    """Raise ConfigError for a tracker that accelerate does not know, or whose package is not installed."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    if name not in LOGGER_TYPE_TO_CLASS:
+        raise ConfigError(f"unknown tracker: {name!r}", hint=f"known are {listed(sorted(LOGGER_TYPE_TO_CLASS))}")
+    if name not in get_available_trackers():
+        raise ConfigError(f"the package of the tracker {name} is not installed", hint=f"pip install {name}")
 
 
 class Loop:
@@ -132,7 +145,7 @@ class Loop:
 
 
 class _Divergence(torch.autograd.Function):
-    """The mean KL(teacher ‖ student) per token, from logits (B, T, V) of any dtype; only the student's get a gradient."""
+    """The mean KL(teacher ‖ student) per token, from the student's logits (B, T, V) and the teacher's, of any dtype."""
 
     @staticmethod
     def forward(context: Any, logits: Tensor, target: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ from llmq.checkpoint import PROVENANCE_FILE
 from llmq.checkpoint.atomic import write_text
 from llmq.checkpoint.json_text import json_text
 from llmq.checkpoint.reader import Checkpoint
-from llmq.checkpoint.side_files import CONFIGURATIONS, companions
 from llmq.checkpoint.shards import write_shards
+from llmq.checkpoint.side_files import CONFIGURATIONS, companions
 from llmq.checkpoint.writer import Writer, put_companions
 from llmq.errors import FormatError
 from llmq.export import card

@@ -37,7 +37,7 @@ from llmq.runtime.checkpoint_weights import quantization_settings
 from llmq.runtime.load import choose_device, load_model, load_tokenizer, stored_dtype
 from llmq.setting_fields import config_to
 from llmq.training import rewritten
-from llmq.training.loop import Loop, accelerator_for
+from llmq.training.loop import Loop, accelerator_for, require_tracker
 from llmq.training.prepare import prepared
 from llmq.training.settings import TrainingSettings
 from llmq.training.state import States
@@ -72,6 +72,9 @@ class Training:
         self._source, self._out, self._overwrite = str(model), Path(out), overwrite
         self._remote_code, self._tracker, self.finished = trust_remote_code, tracker, False
         self._device = choose_device(device)
+        self._notes: tuple[str, ...] = ()
+        if tracker is not None:
+            require_tracker(tracker)
         self._folder = hub.locate(str(model), remote_code=trust_remote_code)
         checkpoint = Checkpoint.open(self._folder)
         self._is_quantized = quantization_settings(checkpoint) is not None
@@ -145,8 +148,10 @@ class Training:
             teacher = load_model(self._original, device="cpu", dtype=dtype, trust_remote_code=self._remote_code)
         student = prepared(self._quantized(place), teacher, remote_code=self._remote_code)
         watched = teacher if self._settings.loss == "kl" else None
-        loop = Loop(accelerator, student, watched, self._text, self._settings, States(place), on_event)
-        return student, loop.run()
+        states = States(place)
+        losses = Loop(accelerator, student, watched, self._text, self._settings, states, on_event).run()
+        self._notes = (*self._text.notes, *states.notes)
+        return student, losses
 
     def _quantized(self, place: Path) -> Path:
         """The folder of the quantized model that the training starts from; a float model is quantized first."""
@@ -174,7 +179,7 @@ class Training:
                 source=self._source, output=str(self._out), start=self._source, text=self._text.about(),
                 original=None if self._original is None else str(self._original), settings=self._settings.to_dict(),
                 history=tuple(history), moved=moved, before=before, after=after, kept=kept,
-                seconds=time.monotonic() - begun, notes=self._text.notes,
+                seconds=time.monotonic() - begun, notes=self._notes,
             )  # fmt: skip
             changes: dict[str, Any] = {"training": report.to_dict(), "request": request, "output": str(self._out)}
             if kept:

@@ -19,7 +19,7 @@ class TrainingSettings:
     batch_size       sequences per step, of all processes together
     sequence_length  tokens per sequence, at most the model's context
     accumulate       parts into which the batch of a process is split, to save memory
-    evaluate_every   steps between two validations, after each of which the training can continue; 0: 8 in all
+    evaluate_every   steps between two validations, after each of which the training can continue; None: 8 in all
     held_out         sequences to validate on; None: one per 16, at most 64
     checkpointing    recompute activations in the backward pass, to save memory
     """
@@ -31,7 +31,7 @@ class TrainingSettings:
     loss: str = "kl"
     accumulate: int = 1
     mixed_precision: str = "auto"
-    evaluate_every: int = 0
+    evaluate_every: int | None = None
     held_out: int | None = None
     checkpointing: bool = False
     seed: int = 0
@@ -50,8 +50,9 @@ class TrainingSettings:
                 f"learning_rate is {self.learning_rate}, expected more than 0 and less than 1",
                 hint="the usual choice is 1e-3, for all models",
             )
-        if self.evaluate_every < 0 or (self.held_out is not None and self.held_out < 1):
-            raise ConfigError("evaluate_every and held_out are numbers of steps and sequences, expected at least 1")
+        for name in ("evaluate_every", "held_out"):
+            if (count := getattr(self, name)) is not None and count < 1:
+                raise ConfigError(f"{name} is {count}, expected at least 1")
 
     @property
     def every(self) -> int:

@@ -26,12 +26,17 @@ class States:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self.notes: tuple[str, ...] = ()  # for the user, about the checkpoint that was restored or not
 
     def restore(self, accelerator: Any) -> tuple[int, list[Losses]]:
         """Load the last checkpoint into what accelerate has prepared; the steps that are done, and their losses."""
         last = read_sealed(self._folder / LAST)
-        if last is None or _checksums(self._place(last["steps"])) != last["checksums"]:
+        if last is None:
             return 0, []
+        if _checksums(self._place(last["steps"])) != last["checksums"]:
+            self.notes = ("the checkpoint of an earlier run was damaged on the disk; the training started again",)
+            return 0, []
+        self.notes = (f"continued after step {last['steps']}, which an earlier run had finished",)
         accelerator.load_state(str(self._place(last["steps"])))
         return last["steps"], [Losses(**entry) for entry in last["history"]]
 
