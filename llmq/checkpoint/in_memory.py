@@ -49,7 +49,7 @@ def opened(model: str | Path | Savable, tokenizer: Any, out: str | Path | None) 
         with storing(parent):
             model.save_pretrained(name)
             tokenizer.save_pretrained(name)
-            _date_by_contents(Path(name))
+            date_by_contents(Path(name))
         yield Path(name), _name_of(model)
 
 
@@ -74,7 +74,7 @@ def _require_float_model(model: Savable) -> None:
         raise ConfigError(f"{kind} is quantized already", hint="load the float model, without quantization_config")
 
 
-def _date_by_contents(folder: Path) -> None:
+def date_by_contents(folder: Path) -> None:
     """Set the modification time of the weights to a digest of their contents.
 
     A run recognizes its model by names, sizes and modification times (`Checkpoint.fingerprint`). So a repeated call

@@ -83,7 +83,7 @@ def refuse_adapter(folder: Path) -> None:
     if (folder / ADAPTER).is_file():
         raise CheckpointError(
             f"{folder} holds an adapter ({ADAPTER}), expected a whole model",
-            hint="merge the adapter first, with merge_and_unload() of PEFT, and save the merged model in a new folder; "
+            hint="llmq merge MODEL ADAPTER OUT merges it into its model and quantizes the result; "
             f"if its weights are already merged, remove {ADAPTER}",
         )
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 import llmq
 from llmq.errors import UnsupportedModelError
 from llmq.runtime.load import load_model
+from llmq.training.adapter import Adapter
 from tests import builders, mixtures
 from tests.runs import tensors_of
 
@@ -124,6 +125,30 @@ def test_merging_is_refused(safe: bool, quantized: dict[str, Path]) -> None:
     with pytest.raises(UnsupportedModelError, match="cannot be changed") as caught:
         adapted.merge_and_unload(safe_merge=safe)
     assert "separate" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.0.self_attn.q_proj": 3}}],
+    ids=str,
+)
+def test_llmq_merges_what_peft_merges(changes: dict[str, Any], tmp_path: Path) -> None:
+    model = builders.causal_model(builders.llama(num_hidden_layers=2))
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"], init_lora_weights=False, **changes)
+    adapted = get_peft_model(model, config)
+    adapted.save_pretrained(tmp_path)
+    adapter = Adapter.open(tmp_path)
+    assert len(adapter.scalings) == 4
+    for path in adapter.scalings:
+        theirs = adapted.base_model.model.get_submodule(path).get_delta_weight("default")
+        assert torch.allclose(adapter.change(path), theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_llmq_refuses_dora_of_peft(tmp_path: Path) -> None:
+    model = builders.causal_model(builders.llama(num_hidden_layers=1))
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"], use_dora=True)).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="DoRA"):
+        Adapter.open(tmp_path)
 
 
 def test_transformers_own_adapters_are_saved_without_the_model(quantized: dict[str, Path], tmp_path: Path) -> None:
