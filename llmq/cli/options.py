@@ -10,7 +10,7 @@ from rich.markup import escape
 from typer import Argument, Option
 
 from llmq.config import QuantConfig
-from llmq.setting_fields import NamedSetting, merged, read_toml, settings_of
+from llmq.setting_fields import NamedSetting, Settings, merged, read_toml, settings_of
 
 GENERAL = "General"
 
@@ -104,7 +104,7 @@ LogJson = Annotated[
 
 
 def with_settings(
-    *, model: type[QuantConfig] = QuantConfig, without: Collection[str] = ()
+    *, model: type[Settings] = QuantConfig, without: Collection[str] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command one option per setting, and `--config`; the command receives the result as `settings`.
 

@@ -74,8 +74,8 @@ class Loop:
         )  # fmt: skip
         warm_up = min(WARM_UP, settings.steps // 2)
         schedule = get_scheduler("linear", optimizer, num_warmup_steps=warm_up, num_training_steps=settings.steps)
-        student.train(settings.checkpointing)  # transformers recomputes activations in this mode only
-        if settings.checkpointing:
+        student.train(settings.activation_checkpointing)  # transformers recomputes activations in this mode only
+        if settings.activation_checkpointing:
             getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)()  # type: ignore[operator]
         self._accelerator, self._settings, self._text = accelerator, settings, text
         self._student, self._optimizer, self._schedule = accelerator.prepare(student, optimizer, schedule)

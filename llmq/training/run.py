@@ -3,7 +3,7 @@
     model ──► quantized, unless it is already (the start) ──► prepared ──► trained ──► packed ──► measured ──► saved
 
 The start and the trained files are measured on the held-out text. If the trained files are worse, the output is the
-start, and the report says so. An interrupted training continues after its last checkpoint, with the same bytes.
+start, with a note. An interrupted training continues after its last checkpoint, with the same bytes.
 """
 
 import dataclasses
@@ -94,7 +94,7 @@ class Training:
         originals = None if self._original is None else Checkpoint.open(self._original).fingerprint()
         self._identity = {
             "llmq": __version__, "torch": torch.__version__, "source": checkpoint.fingerprint(), "original": originals,
-            "training": self._settings.to_dict(), "text": self._text.sha256, "device": self._device.type,
+            "training": config_to(self._settings), "text": self._text.sha256, "device": self._device.type,
             "start": None if self._is_quantized else config_to(self._start),
         }  # fmt: skip
 
@@ -141,7 +141,7 @@ class Training:
     def _loop(self, accelerator: Any, place: Path, on_event: OnEvent) -> tuple[Any, list[Losses]]:
         """The trained model, on the CPU, and its losses."""
         if self._tracker:
-            accelerator.init_trackers("llmq", config={**self._settings.to_dict(), "model": self._source})
+            accelerator.init_trackers("llmq", config={**config_to(self._settings), "model": self._source})
         teacher = None
         if self._original is not None:
             dtype = torch.float32 if self._device.type == "cpu" else stored_dtype(Checkpoint.open(self._original))
@@ -177,7 +177,7 @@ class Training:
             kept = _not_worse(before, after, self._settings.loss)
             report = TrainingReport(
                 source=self._source, output=str(self._out), start=self._source, text=self._text.about(),
-                original=None if self._original is None else str(self._original), settings=self._settings.to_dict(),
+                original=None if self._original is None else str(self._original), settings=config_to(self._settings),
                 history=tuple(history), moved=moved, before=before, after=after, kept=kept,
                 seconds=time.monotonic() - begun, notes=self._notes,
             )  # fmt: skip

@@ -1,58 +1,60 @@
-"""The settings of a training."""
+"""The settings of a training: `llmq train --help` has the same flags. Nothing here imports torch."""
 
-import dataclasses
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, ClassVar, Literal
 
-from llmq.errors import ConfigError, listed
+from pydantic import Field
 
-LOSSES = ("kl", "cross-entropy")
-PRECISIONS = ("auto", "no", "bf16", "fp16")
+from llmq.errors import ConfigError
+from llmq.setting_fields import Setting, Settings
+
 EVALUATIONS = 8  # by default, of a training
+COUNT = Setting(expected="a whole number, at least 1")
 
 
-@dataclass(frozen=True)
-class TrainingSettings:
-    """What decides about the trained values, besides the models and the text.
+class TrainingSettings(Settings):
+    """What decides about the trained values, besides the models and the text."""
 
-    learning_rate    of values and scales; norms are trained with `NORM_PART` of it (loop.py)
-    batch_size       sequences per step, of all processes together
-    sequence_length  tokens per sequence, at most the model's context
-    accumulate       parts into which the batch of a process is split, to save memory
-    evaluate_every   steps between two validations, after each of which the training can continue; None: 8 in all
-    held_out         sequences to validate on; None: one per 16, at most 64
-    checkpointing    recompute activations in the backward pass, to save memory
-    """
+    PANEL: ClassVar[str] = "Training"
 
-    steps: int = 400
-    learning_rate: float = 1e-3
-    batch_size: int = 4
-    sequence_length: int = 512
-    loss: str = "kl"
-    accumulate: int = 1
-    mixed_precision: str = "auto"
-    evaluate_every: int | None = None
-    held_out: int | None = None
-    checkpointing: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, allowed in (("loss", LOSSES), ("mixed_precision", PRECISIONS)):
-            if (value := getattr(self, name)) not in allowed:
-                raise ConfigError(f"{name} is {value!r}, expected one of {listed(allowed)}")
-        for name in ("steps", "batch_size", "accumulate"):
-            if (count := getattr(self, name)) < 1:
-                raise ConfigError(f"{name} is {count}, expected at least 1")
-        if self.sequence_length < 2:
-            raise ConfigError(f"sequence_length is {self.sequence_length}, expected at least 2")
-        if not 0 < self.learning_rate < 1:
-            raise ConfigError(
-                f"learning_rate is {self.learning_rate}, expected more than 0 and less than 1",
-                hint="the usual choice is 1e-3, for all models",
-            )
-        for name in ("evaluate_every", "held_out"):
-            if (count := getattr(self, name)) is not None and count < 1:
-                raise ConfigError(f"{name} is {count}, expected at least 1")
+    loss: Literal["kl", "cross-entropy"] = Field(
+        default="kl",
+        description="kl brings the predictions back to those of the original; cross-entropy fine-tunes on the text.",
+    )
+    steps: Annotated[int, COUNT] = Field(
+        default=400,
+        ge=1,
+        description="Steps of the optimizer. Use more if the held-out loss still falls.",
+    )
+    learning_rate: Annotated[float, Setting(expected="more than 0 and less than 1, such as 0.001")] = Field(
+        default=1e-3, gt=0, lt=1,
+        description="The highest learning rate; it falls to zero. It is in steps of the grid, so it suits all models.",
+    )  # fmt: skip
+    batch_size: Annotated[int, COUNT] = Field(
+        default=4, ge=1, description="Sequences per step, of all processes together."
+    )
+    sequence_length: Annotated[int, Setting(expected="a whole number, at least 2")] = Field(
+        default=512, ge=2, description="Tokens per sequence, at most the model's context."
+    )
+    accumulate: Annotated[int, COUNT] = Field(
+        default=1, ge=1, description="Split each batch into this many parts, which takes less memory and more time."
+    )
+    activation_checkpointing: bool = Field(
+        default=False,
+        description="Compute activations again in the backward pass, which takes less memory and more time.",
+    )
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = Field(
+        default="auto", description="The precision of products. auto is bf16 on a GPU that has it."
+    )
+    evaluate_every: Annotated[int | None, COUNT] = Field(
+        default=None, ge=1,
+        description="Steps between two validations, after which a training can continue. Default: 8 in all.",
+    )  # fmt: skip
+    held_out: Annotated[int | None, COUNT] = Field(
+        default=None, ge=1, description="Sequences to validate on. Default: one per 16, at most 64."
+    )
+    seed: Annotated[int, Setting(expected="a whole number from 0 to 2**63 - 1")] = Field(
+        default=0, ge=0, lt=2**63, description="Random seed for the order of the text."
+    )
 
     @property
     def every(self) -> int:
@@ -68,6 +70,3 @@ class TrainingSettings:
                 f"{self.accumulate} parts",
                 hint=f"use {-(-self.batch_size // parts) * parts}",
             )
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)

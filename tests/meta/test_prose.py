@@ -30,8 +30,8 @@ PAGES = [
 ]
 CODE_FOLDERS = ("llmq", "kernels", "tests", "eval", "scripts")
 NAMES = ("found", "each")  # variables that do not say what they hold
-COMMANDS = ("", "quantize", "convert", "push", "eval", "verify", "inspect", "plan", "sensitivity", "report", "generate",
-            "chat", "bench", "serve", "env")  # fmt: skip
+COMMANDS = ("", "quantize", "train", "merge", "convert", "push", "eval", "verify", "inspect", "plan", "sensitivity",
+            "report", "generate", "chat", "bench", "serve", "env")  # fmt: skip
 
 LONGEST_SENTENCE = 40  # words
 README_LINES = 190  # the aim is 180

@@ -70,4 +70,4 @@ def test_a_folder_with_only_an_adapter_is_refused(tmp_path: Path, files: tuple[s
         (tmp_path / name).write_text("{}")
     with pytest.raises(CheckpointError, match="holds an adapter") as refused:
         Checkpoint.open(tmp_path)
-    assert "merge the adapter first" in refused.value.hint
+    assert "llmq merge MODEL ADAPTER OUT" in refused.value.hint
