@@ -4,6 +4,7 @@ Sources and readers are those of calibration, but all the text is used, not a sa
 Documents are joined end to end. Only as many sequences are made as the training draws.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +47,7 @@ def read(
 
     Raises CalibrationError for text that cannot be read or is too short, CheckpointError for ids without an embedding.
     """
-    parts: list[Tensor] = []
+    by_source: list[Tensor] = []
     notes, seen, sources = list[str](), set[bytes](), parse_sources(data)
     most = drawn + (MOST_HELD_OUT if held_out is None else held_out)
     for source in sources:
@@ -57,17 +58,21 @@ def read(
             )
         text = TextWindows(source, tokenizer, length, seed, packing=True, seen=seen)
         made = text.make(most)
-        parts.append(text.windows(made))
+        by_source.append(text.windows(made))
         notes += text.record(1.0, made, made).notes()
-    windows = torch.cat(parts)
-    windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))][:most]
-    kept = min(MOST_HELD_OUT, max(1, len(windows) // HELD_OUT_PART)) if held_out is None else held_out
-    if len(windows) - kept < 1:
+    total = sum(map(len, by_source))
+    kept = min(MOST_HELD_OUT, max(1, total // HELD_OUT_PART)) if held_out is None else held_out
+    if total - kept < 1:
         raise CalibrationError(
-            f"the text has {len(windows)} sequences of {length} tokens, expected at least {kept + 1}: {kept} to "
-            "validate on, and others to train on",
+            f"the text has {total} sequences of {length} tokens, expected at least {kept + 1}: {kept} to validate on, "
+            "and others to train on",
             hint="give more text, or lower --sequence-length or --held-out",
         )
-    require_embeddings(windows, vocabulary)
+    # The last documents of each source, in the order of the seed: no other part of them is trained on.
+    ends = [round(kept * sum(map(len, by_source[:number])) / total) for number in range(len(by_source) + 1)]
+    counts = [stop - start for start, stop in itertools.pairwise(ends)]
+    pairs = [part.split([len(part) - count, count]) for part, count in zip(by_source, counts, strict=True)]
+    windows, validation = (torch.cat(own) for own in zip(*pairs, strict=True))
+    require_embeddings(torch.cat([windows, validation]), vocabulary)
     names = tuple(without_folder(source.name) for source in sources)
-    return TrainingText(windows[:-kept], windows[-kept:], names, tuple(notes))
+    return TrainingText(windows, validation, names, tuple(notes))
