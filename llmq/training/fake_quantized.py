@@ -42,7 +42,8 @@ class FakeQuantizedLinear(nn.Linear):
         self.out_features, self.in_features = quantized.shape
         self.scheme, self._scale_dtype = quantized.scheme, quantized.scales.dtype
         self.register_buffer("codes", quantized.codes)
-        self.register_buffer("scale_bytes", quantized.scales.contiguous().view(torch.uint8))
+        scales = quantized.scales.clone(memory_format=torch.contiguous_format)
+        self.register_buffer("scale_bytes", scales.view(torch.uint8))
         zeros = None if quantized.zeros is None else quantized.zeros.to(torch.int32)  # processes exchange no int16
         self.register_buffer("zeros", zeros)
         self.register_buffer("group_index", quantized.group_index)

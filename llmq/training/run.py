@@ -138,20 +138,21 @@ class Training:
             writer.abandon()
             raise
 
-    def _loop(self, accelerator: Any, place: Path, on_event: OnEvent) -> tuple[Any, list[Losses]]:
-        """The trained model, on the CPU, and its losses."""
+    def _loop(self, accelerator: Any, place: Path, on_event: OnEvent) -> tuple[Path, Any, list[Losses]]:
+        """The folder of the start, the trained model, and its losses; `place` is for the start and for checkpoints."""
         if self._tracker:
             accelerator.init_trackers("llmq", config={**config_to(self._settings), "model": self._source})
         teacher = None
         if self._original is not None:
             dtype = torch.float32 if self._device.type == "cpu" else stored_dtype(Checkpoint.open(self._original))
             teacher = load_model(self._original, device="cpu", dtype=dtype, trust_remote_code=self._remote_code)
-        student = prepared(self._quantized(place), teacher, remote_code=self._remote_code)
-        watched = teacher if self._settings.loss == "kl" else None
-        states = States(place)
-        losses = Loop(accelerator, student, watched, self._text, self._settings, states, on_event).run()
+        start, states = self._quantized(place), States(place)
+        student = prepared(start, teacher, remote_code=self._remote_code)
+        if self._settings.loss != "kl":
+            teacher = None
+        losses = Loop(accelerator, student, teacher, self._text, self._settings, states, on_event).run()
         self._notes = (*self._text.notes, *states.notes)
-        return student, losses
+        return start, student, losses
 
     def _quantized(self, place: Path) -> Path:
         """The folder of the quantized model that the training starts from; a float model is quantized first."""
@@ -166,8 +167,7 @@ class Training:
     def _finished(self, writer: Writer, accelerator: Any, request: str, on_event: OnEvent) -> TrainingReport:
         begun = time.monotonic()
         writer.training.mkdir(parents=True, exist_ok=True)
-        start = self._quantized(writer.training)
-        student, history = self._loop(accelerator, writer.training, on_event)
+        start, student, history = self._loop(accelerator, writer.training, on_event)
         student = student.to("cpu")
         moved = rewritten.commit(writer, student)
         with writer.finishing() as final:

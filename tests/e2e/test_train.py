@@ -81,14 +81,13 @@ def test_equal_training_has_finished_already(trained: Path, model: Path, text: P
         training(model, trained, text, steps=9).run()
 
 
-@pytest.mark.parametrize("step", [4, 6])
 def test_interrupted_training_continues_to_the_same_bytes(
-    step: int, trained: Path, model: Path, text: Path, tmp_path: Path
+    trained: Path, model: Path, text: Path, tmp_path: Path
 ) -> None:
-    """Stopped at a validation, and between two."""
+    """Stopped between two validations."""
     out, steps = tmp_path / "out", list[int]()
     with pytest.raises(Stopped):
-        training(model, out, text).run(stop_at(step))
+        training(model, out, text).run(stop_at(6))
     assert not (out / "config.json").exists()
     training(model, out, text).run(lambda event: steps.append(event.step) if isinstance(event, TuningStep) else None)
     assert steps == [4, 5, 6, 7, 8]
@@ -109,7 +108,7 @@ def test_damaged_checkpoint_is_not_used(trained: Path, model: Path, text: Path, 
 
 def test_start_is_kept_if_the_training_made_it_worse(model: Path, text: Path, tmp_path: Path) -> None:
     begun = tmp_path / "start"
-    llmq.quantize(model, begun, config=START, validate=0)
+    llmq.quantize(model, begun, method="rtn", bits=8, group_size=16, validate=0)
     report = training(begun, tmp_path / "out", text, None, original=model, learning_rate=0.5).run()
     assert report is not None and not report.kept and "undone" in report.sentence
     assert report.before.kl is not None and report.after.kl is not None and report.before.kl < report.after.kl
