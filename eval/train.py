@@ -5,8 +5,8 @@
     python eval/train.py --methods balanced best --steps          methods only, no training
     python eval/train.py --render                                 only the page, from train.json
 
-Methods calibrate on 128 x 256 tokens of the calibration text; a training reads all of it, 4 x 256 tokens a step. Texts
-are those of eval/subjects.py, so evaluation text is never trained on. A command runs in a separate process, and a
+Methods calibrate on 128 x 256 tokens of the calibration text; a training reads all of it, 4 x 256 tokens per step.
+Texts are those of eval/subjects.py, so evaluation text is never trained on. A command runs in a separate process, and a
 folder that is finished is not made again: --folder keeps them, with the CPU seconds of all attempts in cpu.json.
 Finished rows are appended to eval/results/train.json.
 """

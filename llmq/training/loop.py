@@ -48,7 +48,7 @@ def require_tracker(name: str) -> None:
 
     if name not in LOGGER_TYPE_TO_CLASS:
         raise ConfigError(f"unknown tracker: {name!r}", hint=f"known are {listed(sorted(LOGGER_TYPE_TO_CLASS))}")
-    if name not in get_available_trackers():
+    if name not in map(str, get_available_trackers()):
         raise ConfigError(f"the package of the tracker {name} is not installed", hint=f"pip install {name}")
 
 
