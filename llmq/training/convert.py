@@ -4,6 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from torch import distributed
+
 from llmq._version import __version__
 from llmq.checkpoint.writer import Writer
 from llmq.export.verdict import unmeasured
@@ -19,12 +21,14 @@ def convert_qat(model: Any, out: str | Path, *, overwrite: bool = False) -> Path
         llmq.convert_qat(trainer.model, "trained")
 
     The files are those of the quantized model that the training started from, in the same format, with other values.
-    The model may be wrapped by accelerate or torch (DistributedDataParallel); of several processes one writes. Raises
-    the errors of `llmq.errors`.
+    The model may be wrapped by accelerate or torch (DistributedDataParallel); of several processes the first writes.
+    Raises the errors of `llmq.errors`.
     """
     from accelerate.utils import extract_model_from_parallel
 
     model, folder = extract_model_from_parallel(model), Path(out)
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_rank() != 0:
+        return folder
     start = origin_of(model).folder
     identity = {"llmq": __version__, "convert_qat": str(start)}
     writer = Writer.open(folder, identity=identity, overwrite=overwrite, needed_bytes=0)

@@ -124,11 +124,13 @@ class Loop:
     def held_out_loss(self) -> float:
         """The mean loss on the held-out text; its sequences are divided among the processes."""
         accelerator, windows = self._accelerator, self._text.held_out
+        self._student.eval()  # without dropout
         own = windows[accelerator.process_index :: accelerator.num_processes]
         sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
         for batch in own.split(max(1, self._settings.batch_size // accelerator.num_processes)):
             loss = self._loss(batch.to(accelerator.device))
             sums += torch.stack([loss.double() * len(batch), torch.tensor(len(batch), device=loss.device)])
+        self._student.train(self._settings.activation_checkpointing)
         total, count = accelerator.reduce(sums, "sum").tolist()
         return float(total / count)
 

@@ -7,6 +7,7 @@ start, with a note. An interrupted training continues after its last checkpoint,
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -33,7 +34,7 @@ from llmq.job import quantize
 from llmq.report.events import TUNING, OnEvent, Planned, ignore
 from llmq.report.training import Losses, Quality, TrainingReport
 from llmq.report.verdict import Verdict, sentence
-from llmq.runtime.checkpoint_weights import quantization_settings
+from llmq.runtime.checkpoint_weights import PackedWeights, quantization_settings
 from llmq.runtime.load import choose_device, load_model, load_tokenizer, stored_dtype
 from llmq.setting_fields import config_to
 from llmq.training import rewritten
@@ -43,6 +44,7 @@ from llmq.training.settings import TrainingSettings
 from llmq.training.state import States
 from llmq.training.text import TrainingText, read
 
+CHECKPOINT_BYTES = 13  # per trained value: its code, v, and two moments of Adam
 NO_ORIGINAL = "give the float model, or train with the loss cross-entropy, which needs none"
 
 
@@ -129,14 +131,24 @@ class Training:
             accelerator.wait_for_everyone()  # until the first process has the staging folder
             self._loop(accelerator, Staging(self._out).training, ignore)
             return None
-        needed = 3 * Checkpoint.open(self._folder).nbytes
-        writer = Writer.open(self._out, identity=self._identity, overwrite=self._overwrite, needed_bytes=needed)
+        writer = Writer.open(
+            self._out, identity=self._identity, overwrite=self._overwrite, needed_bytes=self._needed_bytes()
+        )
         try:
             accelerator.wait_for_everyone()
             return self._finished(writer, accelerator, request, on_event)
         except BaseException:
             writer.abandon()
             raise
+
+    def _needed_bytes(self) -> int:
+        """Disk space: the start, the trained tensors and the result, and two checkpoints."""
+        checkpoint = Checkpoint.open(self._folder)
+        values = checkpoint.nbytes // stored_dtype(checkpoint).itemsize  # of a float model
+        if self._is_quantized:
+            packed = PackedWeights(checkpoint)
+            values = sum(math.prod(packed.shape(module)) for module in packed.modules)
+        return 3 * checkpoint.nbytes + 2 * CHECKPOINT_BYTES * values
 
     def _loop(self, accelerator: Any, place: Path, on_event: OnEvent) -> tuple[Path, Any, list[Losses]]:
         """The folder of the start, the trained model, and its losses; `place` is for the start and for checkpoints."""
