@@ -11,6 +11,7 @@ from llmq.cli.progress import ProgressDisplay
 from llmq.cli.terminal import print_done, print_json, print_notes, print_table, quiet_transformers
 from llmq.config import CONVERTIBLE
 from llmq.errors import Interrupted
+from llmq.export import FLOAT, FLOAT_DTYPES
 from llmq.report.shown import megabytes
 
 if TYPE_CHECKING:
@@ -24,7 +25,11 @@ PANEL, ORDER = "Quantization", 2
 def command(
     path: Annotated[str, Argument(help="A quantized model: a folder, a Hub id or a .gguf file.", metavar="PATH")],
     out: Annotated[Path, Argument(help="The output folder.", metavar="OUT")],
-    to: Annotated[str, options.choice("--to", CONVERTIBLE, "The format to write.")],
+    to: Annotated[str, options.choice("--to", (*CONVERTIBLE, FLOAT), "The format to write.")],
+    dtype: Annotated[
+        str | None,
+        options.choice("--dtype", FLOAT_DTYPES, "For --to float: the dtype of the weights. Default: float32."),
+    ] = None,
     allow_requantize: Annotated[
         bool,
         Option(
@@ -53,8 +58,12 @@ def command(
     An interrupted conversion continues when the same command is given again;
     after the end, it reports that the conversion has finished already.
 
+    --to float writes a plain float model with the values of the quantized
+    weights, for tools that read no quantized format.
+
     Examples:
       llmq convert out/ out-gptq/ --to gptq
+      llmq convert out/ out-float/ --to float --dtype bfloat16
 
     Exit codes:
       0  success                   4    unsupported model
@@ -72,7 +81,7 @@ def command(
     try:
         with ProgressDisplay(silent=quiet, log=log_json) as display:
             report = convert(
-                path, out, to=to, source=source, allow_requantize=allow_requantize, overwrite=overwrite,
+                path, out, to=to, dtype=dtype, source=source, allow_requantize=allow_requantize, overwrite=overwrite,
                 trust_remote_code=trust_remote_code, on_event=display,
             )  # fmt: skip
     except KeyboardInterrupt:

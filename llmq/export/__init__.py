@@ -1,1 +1,4 @@
 """Convert between formats without quantizing again, and write the finished folders of a run."""
+
+FLOAT = "float"  # of `llmq convert --to`: no format of quantized weights, but what they stand for
+FLOAT_DTYPES = ("float32", "bfloat16", "float16")
