@@ -24,6 +24,7 @@ INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model"
 GGUF = ".gguf"
+ONNX_FILE = "model.onnx"  # of a folder that `llmq convert --to onnx` writes
 GGUF_HINT = "run it with llama.cpp, measure it with `llmq eval`, or convert it with `llmq convert`"
 PICKLES = (".bin", ".pt", ".pth", ".pickle", ".pkl", ".ckpt")
 

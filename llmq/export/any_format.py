@@ -6,11 +6,12 @@ from typing import Protocol
 from llmq.checkpoint import hub
 from llmq.checkpoint.index import gguf_file
 from llmq.errors import ConfigError
-from llmq.export import FLOAT, FLOAT_DTYPES
+from llmq.export import ACTIVATIONS, FLOAT, FLOAT_DTYPES, ONNX
 from llmq.export.conversion import Conversion
 from llmq.export.convert import Converter
 from llmq.export.float_folder import FloatConverter
 from llmq.export.from_gguf import GgufConverter
+from llmq.export.onnx.folder import OnnxConverter
 from llmq.report.events import OnEvent, Planned, ignore
 
 
@@ -28,6 +29,7 @@ def convert(
     *,
     to: str,
     dtype: str | None = None,
+    activations: str | None = None,
     source: str | Path | None = None,
     allow_requantize: bool = False,
     overwrite: bool = False,
@@ -38,14 +40,15 @@ def convert(
 
         llmq.convert("out", "out-gptq", to="gptq")
 
-    path    a folder, a Hub id or a .gguf file
-    dtype   for `to="float"`: float32 (default), bfloat16 or float16
-    source  for a .gguf file: the original model, whose configuration and tokenizer are used
+    path         a folder, a Hub id or a .gguf file
+    dtype        for `to="float"`: float32 (default), bfloat16 or float16
+    activations  for `to="onnx"`: none (default), or int8 to round the inputs of quantized layers
+    source       for a .gguf file: the original model, whose configuration and tokenizer are used
 
     The other arguments are the options of `llmq convert --help`. Raises ConfigError for a weight that the format cannot
     hold unchanged, unless `allow_requantize`, and the other errors of `llmq.errors`.
     """
-    _refuse_unused(to, dtype=dtype, allow_requantize=allow_requantize)
+    _refuse_unused(to, dtype, activations, allow_requantize=allow_requantize)
     converter: AnyConverter
     file = gguf_file(Path(path))
     if file is not None:
@@ -59,6 +62,9 @@ def convert(
     elif to == FLOAT:
         kind = dtype or FLOAT_DTYPES[0]
         converter = FloatConverter(path, Path(out), kind, overwrite=overwrite, remote_code=trust_remote_code)
+    elif to == ONNX:
+        kind = activations or ACTIVATIONS[0]
+        converter = OnnxConverter(path, Path(out), kind, overwrite=overwrite, remote_code=trust_remote_code)
     else:
         converter = Converter(
             path, Path(out), to, allow_requantize=allow_requantize, overwrite=overwrite, remote_code=trust_remote_code
@@ -68,16 +74,18 @@ def convert(
     return converter.report
 
 
-def _refuse_unused(to: str, *, dtype: str | None, allow_requantize: bool) -> None:
+def _refuse_unused(to: str, dtype: str | None, activations: str | None, *, allow_requantize: bool) -> None:
     """Raise ConfigError for an option that has no effect on this format."""
     if dtype is not None and to != FLOAT:
         raise ConfigError(f"--dtype is for --to float, found --to {to}", hint="omit --dtype: the format decides")
-    if allow_requantize and to == FLOAT:
-        raise ConfigError("--allow-requantize has no effect on --to float", hint="omit it: floats hold every weight")
+    if activations is not None and to != ONNX:
+        raise ConfigError(f"--activations is for --to onnx, found --to {to}", hint="omit --activations")
+    if allow_requantize and to in (FLOAT, ONNX):
+        raise ConfigError(f"--allow-requantize has no effect on --to {to}", hint="omit --allow-requantize")
 
 
 def _refuse_gguf(file: Path, to: str) -> None:
-    if to == FLOAT:
+    if to in (FLOAT, ONNX):
         raise ConfigError(
             f"{file} is a .gguf file, expected a folder with safetensors files for --to {to}",
             hint=f"llmq convert {file} BETWEEN --to compressed-tensors, then llmq convert BETWEEN OUT --to {to}",
