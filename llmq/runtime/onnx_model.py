@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmq.checkpoint.index import ONNX_FILE
+from llmq.checkpoint.index import ONNX_FILE, read_json_object
+from llmq.checkpoint.output_folder import CONFIG
 from llmq.errors import BackendError, FormatError
 
 PACKAGE = "onnxruntime"
@@ -56,6 +57,7 @@ class OnnxModel:
             ) from error
         self._inputs = {value.name: value for value in self._session.get_inputs()}
         self._outputs = [value.name for value in self._session.get_outputs()]
+        self._window = _sliding_window(folder)
         self._refuse_unknown(folder)
 
     def _refuse_unknown(self, folder: Path) -> None:
@@ -85,11 +87,23 @@ class OnnxModel:
         return outputs[LOGITS], cache
 
     def _empty(self, batch: int) -> dict[str, NDArray[Any]]:
-        """The cache before any token: its first variable size is the batch, the others are lengths."""
+        """The cache before any token: the first of its sizes is the batch, other variable sizes are lengths.
+
+        A number in the cache is the length of the sliding window, which transformers keeps there.
+        """
         cache = {}
         for name, value in self._inputs.items():
-            if name.startswith(BEFORE):
-                first, *others = value.shape
-                shape = [batch if isinstance(first, str) else first, *(0 if isinstance(n, str) else n for n in others)]
-                cache[name] = np.zeros(shape, np.float32)
+            if name.startswith(BEFORE) and value.shape:
+                sizes = [0 if isinstance(size, str) else size for size in value.shape[1:]]
+                cache[name] = np.zeros([batch, *sizes], np.float32)
+            elif name.startswith(BEFORE):
+                cache[name] = np.array(self._window, np.int64)
         return cache
+
+
+def _sliding_window(folder: Path) -> int:
+    """The number of tokens in config.json that layers with a sliding window attend to; 0 if there is none."""
+    config = read_json_object(folder / CONFIG)
+    inner = config.get("text_config")
+    window = (inner if isinstance(inner, dict) else config).get("sliding_window")
+    return window if isinstance(window, int) else 0

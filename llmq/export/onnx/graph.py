@@ -22,6 +22,7 @@ from llmq.runtime.checkpoint_weights import PackedWeights
 
 DOMAIN, OPERATOR = "com.microsoft", "MatMulNBits"
 PRODUCTS = ("MatMul", "FusedMatMul", "Gemm")
+VIEWS = ("Transpose", "Squeeze", "Split")  # operators that give parts of a weight
 PLAIN = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transBatchA": 0, "transBatchB": 0}  # what a product must have
 
 
@@ -74,9 +75,7 @@ class Codes(ExportQuantizer):  # type: ignore[misc]  # transformers is not typed
         old, last = node.outputs[0], added[-1].outputs[0]
         last.name, last.shape, last.type = old.name, old.shape, old.type
         graph.insert_before(node, added)
-        onnx_ir.convenience.replace_all_uses_with(old, last)
-        if old.is_graph_output():
-            graph.outputs[list(graph.outputs).index(old)] = last
+        onnx_ir.convenience.replace_all_uses_with(old, last, replace_graph_outputs=True)
         graph.remove(node, safe=True)
 
     def _runs(
@@ -140,16 +139,26 @@ def _weight_of(node: Any) -> Matrix | None:
 
 
 def _constant(value: Any) -> Any:
-    """The array of a value that does not depend on inputs: an initializer, or one that is transposed."""
+    """The array of a value that does not depend on inputs, or None: an initializer, or a part of one.
+
+    The exporter multiplies with experts one by one: parts of one initializer.
+    """
     if value is None:
         return None
     if value.const_value is not None:
         return value.const_value.numpy()
     producer = value.producer()
-    if producer is None or producer.op_type != "Transpose" or (inner := _constant(producer.inputs[0])) is None:
+    if producer is None or producer.op_type not in VIEWS or (inner := _constant(producer.inputs[0])) is None:
         return None
-    order = producer.attributes.get("perm")
-    return inner.transpose(None if order is None else list(order.value))
+    attributes = {name: attribute.value for name, attribute in producer.attributes.items()}
+    if producer.op_type == "Transpose":
+        return inner.transpose(attributes.get("perm"))
+    if producer.op_type == "Squeeze":
+        axes = _constant(producer.inputs[1]) if len(producer.inputs) > 1 else None
+        return inner.squeeze(None if axes is None else tuple(axes.tolist()))
+    if len(producer.inputs) > 1:  # parts of given lengths; the exporter splits evenly
+        return None
+    return np.array_split(inner, len(producer.outputs), axis=attributes.get("axis", 0))[value.index()]
 
 
 def _initializer(graph: Any, name: str, array: Any) -> Any:
