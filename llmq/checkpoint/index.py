@@ -71,6 +71,11 @@ def gguf_file(path: Path) -> Path | None:
     return files[0] if len(files) == 1 else None
 
 
+def is_onnx(path: Path) -> bool:
+    """Whether a path is a folder with an ONNX graph and no safetensors files."""
+    return (path / ONNX_FILE).is_file() and not any(path.glob("*.safetensors"))
+
+
 def refuse_gguf(path: Path) -> None:
     """Raise CheckpointError for a .gguf file, or a folder without other weights."""
     file = gguf_file(path)
@@ -184,6 +189,9 @@ def _refuse_missing_shards(folder: Path, names: set[str]) -> None:
 
 def _no_weights(folder: Path, pickles: list[str]) -> CheckpointError:
     refuse_gguf(folder)
+    if (folder / ONNX_FILE).is_file():
+        message = f"{folder} holds an ONNX model, which `llmq eval` and `llmq generate` run; expected safetensors files"
+        return CheckpointError(message, hint="give the folder from which it was converted")
     if not pickles:
         hint = "download or copy the weights into the folder"
         return CheckpointError(f"{folder} holds no weights: found no *.safetensors", hint=hint)

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from llmq.calibration.sequences import require_embeddings
 from llmq.checkpoint import hub
-from llmq.checkpoint.index import gguf_file
+from llmq.checkpoint.index import gguf_file, is_onnx
 from llmq.checkpoint.reader import Checkpoint
 from llmq.errors import ConfigError, QualityError
 from llmq.evaluation.activations import input_scheme
 from llmq.evaluation.floors import variations
+from llmq.evaluation.onnx_source import onnx_bytes
 from llmq.evaluation.overlap import CalibrationText, Grams, given_text, texts_of
 from llmq.evaluation.results import Floor, Measurement, Size
 from llmq.evaluation.runs import Prompts, Run, planned, require_vocabulary, run_alone, run_compared
@@ -228,6 +229,8 @@ def size_of(path: str | Path) -> Size:
     folder = _located(path)
     if is_file(folder):
         return Size(*Container(folder).size())
+    if is_onnx(folder):
+        return Size(onnx_bytes(folder), None)
     checkpoint = Checkpoint.open(folder)
     if quantization_settings(checkpoint) is None:
         return Size(checkpoint.nbytes, None)

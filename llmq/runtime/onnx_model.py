@@ -33,7 +33,8 @@ def is_installed() -> bool:
 class OnnxModel:
     """A graph in ONNX Runtime.
 
-    engine  name and version
+    engine      name and version
+    vocabulary  the number of tokens
     """
 
     def __init__(self, folder: Path) -> None:
@@ -57,8 +58,9 @@ class OnnxModel:
             ) from error
         self._inputs = {value.name: value for value in self._session.get_inputs()}
         self._outputs = [value.name for value in self._session.get_outputs()]
-        self._window = _sliding_window(folder)
         self._refuse_unknown(folder)
+        self.vocabulary = int(self._session.get_outputs()[self._outputs.index(LOGITS)].shape[-1])
+        self._window = _sliding_window(folder)
 
     def _refuse_unknown(self, folder: Path) -> None:
         known = {"input_ids", "position_ids", "attention_mask"}
