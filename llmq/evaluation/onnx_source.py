@@ -1,4 +1,4 @@
-"""The logits of an ONNX file, as ONNX Runtime computes them: what is measured is the file and the engine together."""
+"""The logits of an ONNX file, as its engine computes them: what is measured is the file and the engine together."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,16 +11,24 @@ from llmq.checkpoint.output_folder import CONFIG
 from llmq.evaluation import scoring
 from llmq.evaluation.trajectories import greedy
 from llmq.report.events import OnEvent, Progress, evaluating, ignore
+from llmq.runtime import ONNXRUNTIME
 from llmq.runtime.onnx_model import Arrays, OnnxModel
 
 
 class OnnxSource:
-    """A `Source` that ONNX Runtime runs on the CPU; logits are moved to `device`, where they are scored."""
+    """A `Source` that ONNX Runtime or OpenVINO runs on the CPU; logits are scored on `device`."""
 
     dtype = torch.float32
 
-    def __init__(self, folder: Path, device: torch.device, name: str = "", on_event: OnEvent = ignore) -> None:
-        self._model = OnnxModel(folder)
+    def __init__(
+        self,
+        folder: Path,
+        device: torch.device,
+        name: str = "",
+        on_event: OnEvent = ignore,
+        engine: str | None = None,
+    ) -> None:
+        self._model = OnnxModel(folder, engine or ONNXRUNTIME)
         self._name, self._on_event = name, on_event
         self._windows = torch.empty(0, 1, dtype=torch.int64)
         self.device = device

@@ -210,6 +210,7 @@ def open_source(
     on_event: OnEvent = ignore,
     batch: int | None = None,
     name: str | None = None,
+    engine: str | None = None,
 ) -> Source:
     """The model of a local checkpoint or .gguf file, read block by block if possible; or an ONNX model, run as it is.
 
@@ -219,18 +220,21 @@ def open_source(
     on_event     called after each block of each run
     batch        the number of sequences that run together; default: `scoring.windows_per_batch`
     name         of the model in events; default: that of the folder
+    engine       that runs an ONNX model; default: ONNX Runtime
 
-    Raises CheckpointError, FormatError, UnsupportedModelError.
+    Raises CheckpointError, ConfigError, FormatError, UnsupportedModelError.
     """
-    if reader.is_file(folder):
-        default = torch.float32 if device.type == "cpu" else torch.bfloat16
-        skeleton = reader.open_skeleton(folder, device, dtype or default, like)
-        return Streamed(skeleton, activations, name or folder.name, on_event, batch)
     if is_onnx(folder):
         if activations is not None:
             message = f"{folder} is an ONNX model, whose graph decides how inputs are quantized"
             raise ConfigError(message, hint="omit --activations; llmq convert --to onnx --activations int8 sets it")
-        return OnnxSource(folder, device, name or folder.name, on_event)
+        return OnnxSource(folder, device, name or folder.name, on_event, engine)
+    if engine is not None:
+        raise ConfigError(f"--engine {engine} is for ONNX models, found {folder}", hint="llmq convert --to onnx")
+    if reader.is_file(folder):
+        default = torch.float32 if device.type == "cpu" else torch.bfloat16
+        skeleton = reader.open_skeleton(folder, device, dtype or default, like)
+        return Streamed(skeleton, activations, name or folder.name, on_event, batch)
     checkpoint = Checkpoint.open(folder)
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else stored_dtype(checkpoint)

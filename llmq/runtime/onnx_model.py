@@ -1,4 +1,4 @@
-"""A model in an ONNX file, run by ONNX Runtime on a CPU.
+"""A model in an ONNX file, run by ONNX Runtime or OpenVINO on a CPU.
 
 The graph is one that `llmq convert --to onnx` writes: tokens, positions, and keys and values of earlier tokens go in;
 logits, and keys and values of all tokens come out.
@@ -8,64 +8,109 @@ import importlib.util
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmq.checkpoint.index import ONNX_FILE, read_json_object
 from llmq.checkpoint.output_folder import CONFIG
-from llmq.errors import BackendError, FormatError
+from llmq.errors import BackendError, ConfigError, FormatError
+from llmq.runtime import ONNX_ENGINES, ONNXRUNTIME, OPENVINO
 
-PACKAGE = "onnxruntime"
 BEFORE, AFTER = "input.", "output."  # prefixes of a cached tensor before and after a run
+TOKENS = ("input_ids", "position_ids", "attention_mask")
 LOGITS = "logits"
 ERRORS_ONLY = 3  # severity in the log of ONNX Runtime
+AS_WRITTEN = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}  # of OpenVINO
 
 Arrays = Mapping[str, NDArray[Any]]
+Sizes = tuple[int | None, ...]  # None is a variable size
 
 
-def is_installed() -> bool:
-    """Whether this Python has ONNX Runtime."""
-    return importlib.util.find_spec(PACKAGE) is not None
+class Graph(Protocol):
+    """A graph in an engine: its version, and the sizes of its inputs and outputs by their names."""
+
+    version: str
+    inputs: Mapping[str, Sizes]
+    outputs: Mapping[str, Sizes]
+
+    def __call__(self, feed: Arrays) -> Arrays: ...
+
+
+class OnnxRuntimeGraph:
+    """See `Graph`."""
+
+    def __init__(self, file: Path, threads: int | None) -> None:
+        import onnxruntime
+
+        self.version = onnxruntime.__version__
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = ERRORS_ONLY
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        self._session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        self.inputs = {value.name: _sizes(value.shape) for value in self._session.get_inputs()}
+        self.outputs = {value.name: _sizes(value.shape) for value in self._session.get_outputs()}
+
+    def __call__(self, feed: Arrays) -> Arrays:
+        return dict(zip(self.outputs, self._session.run(None, dict(feed)), strict=True))
+
+
+class OpenVinoGraph:
+    """See `Graph`. OpenVINO rounds the inputs of quantized products to 8 bits by default; here it computes floats."""
+
+    def __init__(self, file: Path, threads: int | None) -> None:
+        import openvino
+
+        self.version = openvino.__version__.partition("-")[0]
+        core = openvino.Core()
+        settings = AS_WRITTEN if threads is None else {**AS_WRITTEN, "INFERENCE_NUM_THREADS": threads}
+        self._model = core.compile_model(core.read_model(str(file)), "CPU", settings)
+        self.inputs = {value.any_name: _partial(value.partial_shape) for value in self._model.inputs}
+        self.outputs = {value.any_name: _partial(value.partial_shape) for value in self._model.outputs}
+
+    def __call__(self, feed: Arrays) -> Arrays:
+        outputs = self._model(dict(feed))
+        return {value.any_name: outputs[value].copy() for value in self._model.outputs}
+
+
+GRAPHS = {ONNXRUNTIME: OnnxRuntimeGraph, OPENVINO: OpenVinoGraph}
+
+
+def is_installed(engine: str = ONNXRUNTIME) -> bool:
+    """Whether this Python has an engine."""
+    return importlib.util.find_spec(engine) is not None
 
 
 class OnnxModel:
-    """A graph in ONNX Runtime.
+    """A graph in an engine.
 
-    engine      name and version
+    engine      its name and version
     vocabulary  the number of tokens
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Raises BackendError if ONNX Runtime is not installed, FormatError if it cannot run the file."""
-        if not is_installed():
-            raise BackendError(f"{folder} needs {PACKAGE}, which is not installed", hint=f"pip install {PACKAGE}")
-        import onnxruntime
-
-        self.engine = f"{PACKAGE} {onnxruntime.__version__}"
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = ERRORS_ONLY
-        if threads := os.environ.get("OMP_NUM_THREADS"):  # it counts all cores of the machine otherwise
-            options.intra_op_num_threads = int(threads)
+    def __init__(self, folder: Path, engine: str = ONNXRUNTIME) -> None:
+        """Raises BackendError if the engine is not installed, FormatError if it cannot run the file."""
+        if engine not in ONNX_ENGINES:
+            raise ConfigError(f"engine is {engine!r}, expected one of {', '.join(ONNX_ENGINES)} for an ONNX model")
+        if not is_installed(engine):
+            raise BackendError(f"{folder} needs {engine}, which is not installed", hint=f"pip install {engine}")
+        threads = os.environ.get("OMP_NUM_THREADS", "")  # engines count all cores of the machine otherwise
         try:
-            self._session = onnxruntime.InferenceSession(
-                str(folder / ONNX_FILE), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # ONNX Runtime has one class for each kind of error
+            self._graph: Graph = GRAPHS[engine](folder / ONNX_FILE, int(threads) if threads.isdecimal() else None)
+        except Exception as error:  # each engine has several classes of errors
             raise FormatError(
-                f"{self.engine} cannot open {folder / ONNX_FILE}: {error}", hint="convert the model again"
+                f"{engine} cannot open {folder / ONNX_FILE}: {error}", hint="convert the model again"
             ) from error
-        self._inputs = {value.name: value for value in self._session.get_inputs()}
-        self._outputs = [value.name for value in self._session.get_outputs()]
         self._refuse_unknown(folder)
-        self.vocabulary = int(self._session.get_outputs()[self._outputs.index(LOGITS)].shape[-1])
+        self.engine = f"{engine} {self._graph.version}"
+        self.vocabulary = self._graph.outputs[LOGITS][-1] or 0
         self._window = _sliding_window(folder)
 
     def _refuse_unknown(self, folder: Path) -> None:
-        known = {"input_ids", "position_ids", "attention_mask"}
-        unknown = [name for name in self._inputs if name not in known and not name.startswith(BEFORE)]
-        if unknown or LOGITS not in self._outputs:
+        unknown = [name for name in self._graph.inputs if name not in TOKENS and not name.startswith(BEFORE)]
+        if unknown or LOGITS not in self._graph.outputs:
             what = f"the input {unknown[0]}" if unknown else f"no output {LOGITS}"
             raise FormatError(
                 f"{folder / ONNX_FILE} has {what}, expected a graph of llmq convert --to onnx",
@@ -78,29 +123,24 @@ class OnnxModel:
         past   the cache after `start` earlier tokens; None if there are none
         """
         B, T = tokens.shape
-        feed: dict[str, NDArray[Any]] = {"input_ids": tokens}
-        if "position_ids" in self._inputs:
-            feed["position_ids"] = np.broadcast_to(np.arange(start, start + T), (B, T)).copy()
-        if "attention_mask" in self._inputs:
-            feed["attention_mask"] = np.ones((B, start + T), np.int64)
-        feed |= self._empty(B) if past is None else past
-        outputs = dict(zip(self._outputs, self._session.run(None, feed), strict=True))
-        cache = {name: outputs[AFTER + name.removeprefix(BEFORE)] for name in self._inputs if name.startswith(BEFORE)}
-        return outputs[LOGITS], cache
+        positions = np.broadcast_to(np.arange(start, start + T), (B, T)).copy()
+        given = dict(zip(TOKENS, (tokens, positions, np.ones((B, start + T), np.int64)), strict=True))
+        feed = {name: given[name] for name in TOKENS if name in self._graph.inputs}
+        outputs = self._graph({**feed, **(self._empty(B) if past is None else past)})
+        cached = [name for name in self._graph.inputs if name.startswith(BEFORE)]
+        return outputs[LOGITS], {name: outputs[AFTER + name.removeprefix(BEFORE)] for name in cached}
 
     def _empty(self, batch: int) -> dict[str, NDArray[Any]]:
         """The cache before any token: the first of its sizes is the batch, other variable sizes are lengths.
 
         A number in the cache is the length of the sliding window, which transformers keeps there.
         """
-        cache = {}
-        for name, value in self._inputs.items():
-            if name.startswith(BEFORE) and value.shape:
-                sizes = [0 if isinstance(size, str) else size for size in value.shape[1:]]
-                cache[name] = np.zeros([batch, *sizes], np.float32)
-            elif name.startswith(BEFORE):
-                cache[name] = np.array(self._window, np.int64)
-        return cache
+        cached = {name: sizes for name, sizes in self._graph.inputs.items() if name.startswith(BEFORE)}
+        window = np.array(self._window, np.int64)
+        return {
+            name: np.zeros([batch, *(size or 0 for size in sizes[1:])], np.float32) if sizes else window
+            for name, sizes in cached.items()
+        }
 
 
 def _sliding_window(folder: Path) -> int:
@@ -109,3 +149,13 @@ def _sliding_window(folder: Path) -> int:
     inner = config.get("text_config")
     window = (inner if isinstance(inner, dict) else config).get("sliding_window")
     return window if isinstance(window, int) else 0
+
+
+def _sizes(shape: list[int | str | None]) -> Sizes:
+    """The sizes of a tensor in ONNX Runtime, where variable ones have names."""
+    return tuple(size if isinstance(size, int) else None for size in shape)
+
+
+def _partial(shape: Any) -> Sizes:
+    """The sizes of a tensor in OpenVINO."""
+    return tuple(None if size.is_dynamic else size.get_length() for size in shape)

@@ -319,7 +319,7 @@ def test_the_command_reports_the_error_of_quantizing_again(packed: Any, tmp_path
 @pytest.mark.parametrize(
     ("options", "words", "hint"),
     [
-        (("--to", "onnx"), "format is 'onnx', expected one of awq, compressed-tensors", ""),
+        (("--to", "tflite"), "format is 'tflite', expected one of awq, compressed-tensors", ""),
         (("--to", "gguf:q4_k"), "format is 'gguf:q4_k', expected one of", ""),
         (("--to", "awq"), "is not empty", "--overwrite"),
     ],

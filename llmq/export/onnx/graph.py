@@ -58,6 +58,7 @@ class Codes(ExportQuantizer):  # type: ignore[misc]  # transformers is not typed
                 hint="llmq convert --to gguf, or --to float and an exporter that knows the model",
             )
         _remove_unused(graph)
+        _fix_sizes(graph)
         model.opset_imports[DOMAIN] = 1
         return model
 
@@ -177,3 +178,10 @@ def _remove_unused(graph: Any) -> None:
     for name, value in list(graph.initializers.items()):
         if not value.uses() and id(value) not in outputs:
             del graph.initializers[name]
+
+
+def _fix_sizes(graph: Any) -> None:
+    """Declare sizes of inputs that tracing found to be fixed: the exporter leaves them as variables named "64"."""
+    for value in graph.inputs:
+        sizes = [getattr(size, "value", size) for size in value.shape]
+        value.shape = onnx_ir.Shape([int(size) if str(size).isdigit() else size for size in sizes])

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from llmq.errors import FormatError
 from llmq.export.recode import widened_scheme
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import WeightScheme
@@ -76,7 +77,10 @@ def refusal(scheme: WeightScheme) -> str | None:
 
 
 def node_weight(q: QuantizedTensor) -> NodeWeight:
-    """The arrays of a weight without a group index, whose grid `refusal` does not refuse."""
+    """The arrays of a weight without a group index, whose grid `refusal` does not refuse.
+
+    Raises FormatError for zero points outside the grid, which some files of other tools have.
+    """
     bits, shift = q.scheme.bits, 0
     if bits not in BITS and (wide := widened_scheme(q.scheme)) is not None:
         bits, shift = wide.bits, wide.middle - q.scheme.middle
@@ -89,6 +93,12 @@ def node_weight(q: QuantizedTensor) -> NodeWeight:
     codes[:, :K] = q.codes.cpu().numpy() + np.uint8(shift)
     zeros = None
     if q.zeros is not None:
+        if int(q.zeros.min()) + shift < 0 or int(q.zeros.max()) + shift >= 2**bits:
+            raise FormatError(
+                f"MatMulNBits holds zero points from 0 to {2**bits - 1}, found {int(q.zeros.min())} to "
+                f"{int(q.zeros.max())}",
+                hint="use another format, or quantize the original model symmetrically",
+            )
         zeros = _packed((q.zeros + shift).cpu().numpy().astype(np.uint8).repeat(repeat, axis=1), bits)
     return NodeWeight(
         Grid(K, bits, size, zeros is not None),

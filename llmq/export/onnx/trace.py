@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from llmq.checkpoint.reader import Checkpoint
-from llmq.errors import BackendError, UnsupportedModelError
+from llmq.errors import BackendError, LlmqError, UnsupportedModelError
 from llmq.model.build import module_tree
 from llmq.runtime.checkpoint_weights import PackedWeights
 
@@ -76,7 +76,7 @@ def export(model: Any, quantizer: Any) -> Any:
                 raise UnsupportedModelError(f"{_name(model)} has no graph that continues a text", hint=FLOAT_HINT)
             part, traced = parts[PART]
             return OnnxExporter().export(part, traced, OnnxConfig(dynamic=True, ort_fusions="cpu", quantizer=quantizer))
-    except UnsupportedModelError:
+    except LlmqError:
         raise
     except Exception as error:  # the exporters of torch and transformers raise many types of errors
         raise UnsupportedModelError(
