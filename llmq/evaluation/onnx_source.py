@@ -6,13 +6,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llmq.checkpoint.index import ONNX_FILE, read_json_object
-from llmq.checkpoint.output_folder import CONFIG
+from llmq.checkpoint.index import ONNX_FILE
 from llmq.evaluation import scoring
 from llmq.evaluation.trajectories import greedy
 from llmq.report.events import OnEvent, Progress, evaluating, ignore
 from llmq.runtime import ONNXRUNTIME
-from llmq.runtime.onnx_model import Arrays, OnnxModel
+from llmq.runtime.onnx_model import Arrays, OnnxModel, language_config
 
 
 class OnnxSource:
@@ -34,9 +33,7 @@ class OnnxSource:
         self.device = device
         self.note: str | None = f"{folder} was run by {self._model.engine}"
         self.whole_bytes = onnx_bytes(folder)
-        config = read_json_object(folder / CONFIG)
-        inner = config.get("text_config")
-        length = (inner if isinstance(inner, dict) else config).get("max_position_embeddings")
+        length = language_config(folder).get("max_position_embeddings")
         self.max_tokens = length if isinstance(length, int) else None
         self.vocabulary = self._model.vocabulary
 

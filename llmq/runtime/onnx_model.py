@@ -1,7 +1,7 @@
 """A model in an ONNX file, run by ONNX Runtime or OpenVINO on a CPU.
 
-The graph is one that `llmq convert --to onnx` writes: tokens, positions, and keys and values of earlier tokens go in;
-logits, and keys and values of all tokens come out.
+The graph is one that `llmq convert --to onnx` or the builder of onnxruntime-genai writes: tokens, positions or a mask,
+and keys and values of earlier tokens go in; logits, and keys and values of all tokens come out.
 """
 
 import importlib.util
@@ -18,7 +18,7 @@ from llmq.checkpoint.output_folder import CONFIG
 from llmq.errors import BackendError, ConfigError, FormatError
 from llmq.runtime import ONNX_ENGINES, ONNXRUNTIME, OPENVINO
 
-BEFORE, AFTER = "input.", "output."  # prefixes of a cached tensor before and after a run
+CACHED = (("input.", "output."), ("past_key_values.", "present."))  # prefixes of a cached tensor: before, after a run
 TOKENS = ("input_ids", "position_ids", "attention_mask")
 LOGITS = "logits"
 ERRORS_ONLY = 3  # severity in the log of ONNX Runtime
@@ -103,18 +103,23 @@ class OnnxModel:
             raise FormatError(
                 f"{engine} cannot open {folder / ONNX_FILE}: {error}", hint="convert the model again"
             ) from error
+        self._cached = {name: after for name in self._graph.inputs if (after := _after(name)) is not None}
         self._refuse_unknown(folder)
         self.engine = f"{engine} {self._graph.version}"
         self.vocabulary = self._graph.outputs[LOGITS][-1] or 0
-        self._window = _sliding_window(folder)
+        config = language_config(folder)
+        self._window = _number(config, "sliding_window")
+        self._head_size = _number(config, "head_dim") or (
+            _number(config, "hidden_size") // max(1, _number(config, "num_attention_heads"))
+        )
 
     def _refuse_unknown(self, folder: Path) -> None:
-        unknown = [name for name in self._graph.inputs if name not in TOKENS and not name.startswith(BEFORE)]
+        unknown = [name for name in self._graph.inputs if name not in TOKENS and name not in self._cached]
         if unknown or LOGITS not in self._graph.outputs:
             what = f"the input {unknown[0]}" if unknown else f"no output {LOGITS}"
             raise FormatError(
                 f"{folder / ONNX_FILE} has {what}, expected a graph of llmq convert --to onnx",
-                hint="convert the model with llmq",
+                hint="convert the model with llmq, or with the builder of onnxruntime-genai",
             )
 
     def run(self, tokens: NDArray[np.int64], past: Arrays | None = None, start: int = 0) -> tuple[Any, Arrays]:
@@ -126,29 +131,49 @@ class OnnxModel:
         positions = np.broadcast_to(np.arange(start, start + T), (B, T)).copy()
         given = dict(zip(TOKENS, (tokens, positions, np.ones((B, start + T), np.int64)), strict=True))
         feed = {name: given[name] for name in TOKENS if name in self._graph.inputs}
-        outputs = self._graph({**feed, **(self._empty(B) if past is None else past)})
-        cached = [name for name in self._graph.inputs if name.startswith(BEFORE)]
-        return outputs[LOGITS], {name: outputs[AFTER + name.removeprefix(BEFORE)] for name in cached}
+        try:
+            outputs = self._graph({**feed, **(self._empty(B) if past is None else past)})
+        except Exception as error:  # each engine has several classes of errors
+            raise BackendError(
+                f"{self.engine} failed: {error}", hint="check config.json, or convert the model again"
+            ) from error
+        return outputs[LOGITS], {name: outputs[after] for name, after in self._cached.items()}
 
     def _empty(self, batch: int) -> dict[str, NDArray[Any]]:
         """The cache before any token: the first of its sizes is the batch, other variable sizes are lengths.
 
-        A number in the cache is the length of the sliding window, which transformers keeps there.
+        The last one is the size of a head, which onnxruntime-genai leaves variable. A number in the cache is the length
+        of the sliding window, which transformers keeps there.
         """
-        cached = {name: sizes for name, sizes in self._graph.inputs.items() if name.startswith(BEFORE)}
-        window = np.array(self._window, np.int64)
-        return {
-            name: np.zeros([batch, *(size or 0 for size in sizes[1:])], np.float32) if sizes else window
-            for name, sizes in cached.items()
-        }
+        cache = {}
+        for name in self._cached:
+            first, *lengths = self._graph.inputs[name] or (None,)
+            if not lengths:
+                cache[name] = np.array(self._window, np.int64)
+            else:
+                sizes = [size or 0 for size in lengths[:-1]]
+                cache[name] = np.zeros([first or batch, *sizes, lengths[-1] or self._head_size], np.float32)
+        return cache
 
 
-def _sliding_window(folder: Path) -> int:
-    """The number of tokens in config.json that layers with a sliding window attend to; 0 if there is none."""
+def language_config(folder: Path) -> dict[str, Any]:
+    """The part of config.json about the language model; empty if the folder has no such file."""
+    if not (folder / CONFIG).is_file():
+        return {}
     config = read_json_object(folder / CONFIG)
     inner = config.get("text_config")
-    window = (inner if isinstance(inner, dict) else config).get("sliding_window")
-    return window if isinstance(window, int) else 0
+    return inner if isinstance(inner, dict) else config
+
+
+def _number(config: Mapping[str, Any], key: str) -> int:
+    """A number in config.json; 0 if there is none."""
+    value = config.get(key)
+    return value if isinstance(value, int) else 0
+
+
+def _after(name: str) -> str | None:
+    """The output that continues a cached input; None for an input that is not cached."""
+    return next((after + name.removeprefix(before) for before, after in CACHED if name.startswith(before)), None)
 
 
 def _sizes(shape: list[int | str | None]) -> Sizes:

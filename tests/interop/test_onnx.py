@@ -16,12 +16,12 @@ from llmq.errors import UnsupportedModelError
 from llmq.runtime.checkpoint_weights import PackedWeights
 from tests.command_line import llmq as command
 
-PACKAGES = ("onnx_ir", "onnxscript", "onnxruntime", "openvino", "transformers.exporters")
+PACKAGES = ("onnx_ir", "onnxscript", "onnxruntime", "onnxruntime_genai", "openvino", "transformers.exporters")
 pytestmark = [
     pytest.mark.interop,
     pytest.mark.skipif(
         any(importlib.util.find_spec(name) is None for name in PACKAGES),
-        reason="needs onnxscript, onnxruntime and openvino, which scripts/test.sh installs in a separate environment",
+        reason="needs onnxscript, onnxruntime and others, which scripts/test.sh installs in a separate environment",
     ),
 ]
 MIXED: dict[str, Any] = {
@@ -81,6 +81,15 @@ def test_evaluation_of_the_graph_equals_that_of_the_folder(
         assert measured.trajectories == expected.trajectories
         assert any(f"was run by {engine or 'onnxruntime'}" in note for note in measured.notes)
     assert measured.size.file_bytes == sum(file.stat().st_size for file in exported.glob("model.onnx*"))
+
+
+def test_generation_and_speed_run_through_the_engines(packed: Path, exported: Path) -> None:
+    greedy = ("--prompt", "The river rises", "--max-tokens", "50", "--temperature", "0")
+    ours, theirs = (command("generate", folder, *greedy) for folder in (packed, exported))
+    assert theirs.exit_code == 0, theirs.stderr
+    assert len(ours.stdout) > 50 and theirs.stdout == ours.stdout
+    done = command("bench", exported, "--prompt-tokens", "8", "--new-tokens", "3", "--repeats", "1", "--json")
+    assert json.loads(done.stdout)["results"][0]["engine"].startswith("onnxruntime")
 
 
 def test_the_folder_has_the_files_of_the_model_and_is_loaded_by_transformers(packed: Path, exported: Path) -> None:
@@ -150,3 +159,28 @@ def test_products_of_every_form_get_the_codes(packed: Path, kind: str, monkeypat
     assert [node.op_type for node in model.graph] == ["MatMulNBits", *(["Add"] if kind == "Gemm" else [])]
     assert model.graph[0].attributes["accuracy_level"].as_int() == 4
     assert model.graph.outputs[0].name == "out"
+
+
+# ---- the builder of onnxruntime-genai, which reads gptq folders
+
+
+KEPT = ["accuracy_level=1", "nodes_to_exclude=/lm_head/MatMul,/model/embed_tokens/Gather", "shared_embeddings=false"]
+
+
+def test_the_builder_of_genai_keeps_the_model_only_with_three_options(
+    checkpoint: Callable[..., Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default it quantizes embedding and head again, and rounds inputs to 8 bits, without a message."""
+    from onnxruntime_genai.models import builder
+
+    monkeypatch.chdir(tmp_path)
+    model = checkpoint("llama", num_hidden_layers=1, hidden_size=64, head_dim=16)
+    llmq.quantize(str(model), "packed", method="rtn", scales="minmax", group_size=32, validate=0, format="gptq")
+    distance = {}
+    for name, options in (("default", []), ("kept", KEPT)):
+        arguments = ("", "packed", name, "int4", "cpu", "cache")
+        builder.create_model(*arguments, **builder.parse_extra_options(*arguments, options))
+        (tmp_path / name / "config.json").write_bytes((tmp_path / "packed" / "config.json").read_bytes())
+        measured = llmq.evaluate(name, against="packed", text=text, seqlen=32, windows=4)
+        distance[name] = measured.model.kl_mean or 0.0
+    assert distance["kept"] < 1e-6 < 1e-4 < distance["default"]
