@@ -68,7 +68,8 @@ class FloatConverter:
     def _nbytes(self) -> int:
         """The size of the result."""
         weights = sum(N * K for N, K in map(self._packed.shape, self._packed.modules))
-        return self._origin.checkpoint.nbytes + weights * self._dtype.itemsize
+        itemsize: int = self._dtype.itemsize
+        return self._origin.checkpoint.nbytes + weights * itemsize
 
     def _convert(self, writer: Writer, on_event: OnEvent) -> None:
         """Write the floats of every packed weight into the staging folder, some at a time."""

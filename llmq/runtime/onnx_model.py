@@ -6,7 +6,7 @@ and keys and values of earlier tokens go in; logits, and keys and values of all 
 
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -75,7 +75,7 @@ class OpenVinoGraph:
         return {value.any_name: outputs[value].copy() for value in self._model.outputs}
 
 
-GRAPHS = {ONNXRUNTIME: OnnxRuntimeGraph, OPENVINO: OpenVinoGraph}
+GRAPHS: dict[str, Callable[[Path, int | None], Graph]] = {ONNXRUNTIME: OnnxRuntimeGraph, OPENVINO: OpenVinoGraph}
 
 
 def is_installed(engine: str = ONNXRUNTIME) -> bool:

@@ -133,7 +133,7 @@ def _weight_of(node: Any) -> Matrix | None:
     attributes = {name: attribute.value for name, attribute in node.attributes.items()}
     if any(attributes.get(name, plain) != plain for name, plain in PLAIN.items()):
         return None
-    matrix = _constant(node.inputs[1])
+    matrix: Matrix | None = _constant(node.inputs[1])
     if matrix is None or matrix.ndim != 2 or matrix.dtype != np.float32:
         return None
     return matrix.T if attributes.get("transB", 0) else matrix

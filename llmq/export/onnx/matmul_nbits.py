@@ -63,10 +63,11 @@ class NodeWeight:
         """(N, K) float32, computed from the arrays as the operator does."""
         bits, blocks = self.grid.bits, self.scales.shape[1]
         codes = _unpacked(self.B.reshape(len(self.B), -1), bits).reshape(len(self.B), blocks, -1).astype(np.float32)
-        zeros = np.float32(2 ** (bits - 1))
-        if self.zero_points is not None:
-            zeros = _unpacked(self.zero_points, bits)[:, :blocks, None].astype(np.float32)
-        weight: NDArray[np.float32] = (codes - zeros) * self.scales[:, :, None]
+        if self.zero_points is None:
+            codes -= np.float32(2 ** (bits - 1))
+        else:
+            codes -= _unpacked(self.zero_points, bits)[:, :blocks, None].astype(np.float32)
+        weight: NDArray[np.float32] = codes * self.scales[:, :, None]
         return weight.reshape(len(weight), -1)[:, : self.grid.K]
 
 

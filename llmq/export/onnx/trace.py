@@ -41,7 +41,7 @@ def require_exporter() -> None:
 def float_model(checkpoint: Checkpoint, packed: PackedWeights, *, remote_code: bool) -> Any:
     """The model of a checkpoint in float32, with the values of its quantized weights; all of it is in memory."""
     config = module_tree.load_config(checkpoint.folder, remote_code=remote_code)
-    for part in (config, getattr(config, "text_config", None)):
+    for part in (config, config.get_text_config()):
         if getattr(part, "quantization_config", None) is not None:
             del part.quantization_config
     stored = {name for module in packed.modules for name in packed.tensor_names(module)}
