@@ -102,12 +102,13 @@ def measure(title: str, folder: Path, python: str) -> dict[str, Any]:
     command = [python, __file__, "--child", engine, str(path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"{title} failed:\n{done.stderr[-2000:]}")
+        print(f"{title} failed:\n{done.stderr[-2000:]}", file=sys.stderr)
+        return {"engine": title, "failed": done.stderr.strip().splitlines()[-1]}
     return {"engine": title, "computes": computes, "bytes": nbytes(model), **json.loads(done.stdout.splitlines()[-1])}
 
 
 def render(stored: dict[str, Any]) -> str:
-    rows = sorted(stored["rows"], key=lambda row: row["decode"])
+    rows = sorted((row for row in stored["rows"] if "failed" not in row), key=lambda row: row["decode"])
     lines = [
         f"| {row['engine']} | {row['version']} | {row['computes']} | {row['bytes'] / 1e6:.2f} | {row['decode']:.0f} | "
         f"{row['prefill']:.0f} |"
@@ -140,7 +141,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             prepare(options.model, folder, wanted)
-            rows = [measure(title, folder, pythons.get(title, sys.executable)) for title in wanted]
+            rows = []
+            for title in wanted:
+                rows.append(measure(title, folder, pythons.get(title, sys.executable)))
+                print(rows[-1], flush=True)
         about = {
             "date": datetime.date.today().isoformat(), "model": options.model.name, "prompt": PROMPT, "new": NEW,
             "repeats": REPEATS, "machine": processor(),

@@ -174,21 +174,10 @@ def command(
     models = list(dict.fromkeys(paths))
     with ProgressDisplay(silent=quiet, log=log_json) as display:
         results = measure_many(
-            against,
-            models,
-            text or [WIKITEXT],
-            wikitext=wikitext,
-            seqlen=seqlen,
-            limit=windows,
-            device=device,
-            remote_code=trust_remote_code,
-            activations=activations,
-            calibration=calibration or (),
-            floors=floors,
-            trajectories=trajectories,
-            engine=engine,
-            on_event=display,
-        )
+            against, models, text or [WIKITEXT], wikitext=wikitext, seqlen=seqlen, limit=windows, device=device,
+            remote_code=trust_remote_code, activations=activations, calibration=calibration or (), floors=floors,
+            trajectories=trajectories, engine=engine, on_event=display,
+        )  # fmt: skip
     measured = dict(zip(models, results, strict=True))
     differences = all_differences(measured) if against is not None else []
     if json:

@@ -50,8 +50,8 @@ class OnnxRuntimeGraph:
         if threads is not None:
             options.intra_op_num_threads = threads
         self._session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-        self.inputs = {value.name: _sizes(value.shape) for value in self._session.get_inputs()}
-        self.outputs = {value.name: _sizes(value.shape) for value in self._session.get_outputs()}
+        self.inputs: Mapping[str, Sizes] = {value.name: _sizes(value.shape) for value in self._session.get_inputs()}
+        self.outputs: Mapping[str, Sizes] = {value.name: _sizes(value.shape) for value in self._session.get_outputs()}
 
     def __call__(self, feed: Arrays) -> Arrays:
         return dict(zip(self.outputs, self._session.run(None, dict(feed)), strict=True))
@@ -67,8 +67,12 @@ class OpenVinoGraph:
         core = openvino.Core()
         settings = AS_WRITTEN if threads is None else {**AS_WRITTEN, "INFERENCE_NUM_THREADS": threads}
         self._model = core.compile_model(core.read_model(str(file)), "CPU", settings)
-        self.inputs = {value.any_name: _partial(value.partial_shape) for value in self._model.inputs}
-        self.outputs = {value.any_name: _partial(value.partial_shape) for value in self._model.outputs}
+        self.inputs: Mapping[str, Sizes] = {
+            value.any_name: _partial(value.partial_shape) for value in self._model.inputs
+        }
+        self.outputs: Mapping[str, Sizes] = {
+            value.any_name: _partial(value.partial_shape) for value in self._model.outputs
+        }
 
     def __call__(self, feed: Arrays) -> Arrays:
         outputs = self._model(dict(feed))

@@ -34,8 +34,8 @@ def require_exporter() -> None:
     if importlib.util.find_spec("transformers.exporters") is None:
         import transformers
 
-        found = f"found {transformers.__version__}"
-        raise BackendError(f"--to onnx needs transformers 5.24 or later, {found}", hint="pip install -U transformers")
+        message = f"--to onnx needs transformers 5.24 or later, found {transformers.__version__}"
+        raise BackendError(message, hint="pip install -U transformers")
 
 
 def float_model(checkpoint: Checkpoint, packed: PackedWeights, *, remote_code: bool) -> Any:
