@@ -69,7 +69,8 @@ def convert(
         converter = Converter(
             path, Path(out), to, allow_requantize=allow_requantize, overwrite=overwrite, remote_code=trust_remote_code
         )
-    on_event(Planned({"unpacked": 1.0 * (file is not None), "converted": 2.0, "compared": 1.0}))
+    work = {"traced": 9.0} if to == ONNX else {"unpacked": 1.0 * (file is not None), "converted": 2.0}
+    on_event(Planned({**work, "compared": 1.0}))
     converter.run(on_event)
     return converter.report
 

@@ -5,14 +5,12 @@ tensors are copied unchanged, and config.json declares no quantization. float32 
 dtype rounds it once more, and the conversion reports by how much.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmq import formats
 from llmq.checkpoint import PROVENANCE_FILE
 from llmq.checkpoint.atomic import write_text
 from llmq.checkpoint.json_text import json_text
@@ -118,14 +116,11 @@ class FloatConverter:
 
     def _config(self) -> dict[str, Any]:
         """config.json with the new dtype and without a quantization."""
-        config = self._plain(self._origin.checkpoint.config)
-        if isinstance(inner := config.get("text_config"), dict):
-            config["text_config"] = self._plain(inner)
+        config = self._origin.float_config()
+        inner = config.get("text_config")
+        for part in (config, *([inner] if isinstance(inner, dict) else [])):
+            part.update({key: self._name for key in DTYPE_KEYS if key in part})
         return config if any(key in config for key in DTYPE_KEYS) else {**config, DTYPE_KEYS[0]: self._name}
-
-    def _plain(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        kept = formats.with_settings(config, None, {})
-        return {key: self._name if key in DTYPE_KEYS else value for key, value in kept.items()}
 
     def _compare(self, made: Checkpoint, on_event: OnEvent) -> None:
         """Raise FormatError if a weight in the file is not that of the source in the new dtype."""

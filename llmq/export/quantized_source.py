@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from llmq import formats
 from llmq._version import __version__
 from llmq.checkpoint import hub
 from llmq.checkpoint.reader import Checkpoint
@@ -62,6 +63,13 @@ class QuantizedSource:
         packed = {name for module in self.packed.modules for name in self.packed.tensor_names(module)}
         locations = {name: self.checkpoint.location(name) for name in self.checkpoint.names() if name not in packed}
         return [(location.file, name, location.info) for name, location in locations.items()]
+
+    def float_config(self) -> dict[str, Any]:
+        """config.json without a quantization, also in its part about the language model."""
+        config = formats.with_settings(self.checkpoint.config, None, {})
+        if isinstance(inner := config.get("text_config"), dict):
+            config["text_config"] = formats.with_settings(inner, None, {})
+        return config
 
     def record(self, report: Conversion) -> dict[str, Any]:
         """The record of the run that quantized the model, if there is one, and of all conversions since."""

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmq import formats
 from llmq.checkpoint import PROVENANCE_FILE
 from llmq.checkpoint.atomic import sync_file, write_text
 from llmq.checkpoint.index import ONNX_FILE
@@ -81,7 +80,7 @@ class OnnxConverter:
         identity = conversion_identity(ONNX, self._origin.checkpoint.fingerprint(), activations=self._activations)
         if self.report.is_done(self._out, identity, overwrite=self._overwrite):
             return
-        needed = 2 * self._origin.checkpoint.nbytes
+        needed = 3 * self._origin.checkpoint.nbytes  # floats of 16 bits become 32, and a shared head may be copied
         with writing(self._out, identity, overwrite=self._overwrite, needed_bytes=needed) as writer:
             on_event(Progress("traced", 0, 1, "graphs"))
             model = trace.float_model(self._origin.checkpoint, self._packed, remote_code=self._remote_code)
@@ -103,8 +102,8 @@ class OnnxConverter:
         exported.save_pretrained(final)
         for file in final.iterdir():
             sync_file(file)
-        config = formats.with_settings(self._origin.checkpoint.config, None, {})
-        put_companions(final, self._origin.companions.files, {CONFIG: json_text(config)})
+        documents = {CONFIG: json_text(self._origin.float_config())}
+        put_companions(final, self._origin.companions.files, documents)
 
     def _compare(self, codes: Any, final: Path, on_event: OnEvent) -> None:
         """Raise FormatError if a quantized weight in the file differs from the source in any float."""
