@@ -1,6 +1,7 @@
 """Check the ONNX graphs of several architectures and grids in ONNX Runtime and OpenVINO.
 
-    python eval/onnx_graphs.py            writes onnx_graphs.json and onnx_graphs.md in eval/results/
+    python eval/onnx_graphs.py            writes onnx_graphs.json and onnx_graphs.md in eval/results/; rows that are
+                                          in the first file already are kept
     python eval/onnx_graphs.py --render
 
 Each model is quantized with `rtn`, converted with `--to onnx`, and run on random tokens: first half of them, then the
@@ -10,7 +11,6 @@ in float32. The bundled models are trained; all others are tiny and random.
 
 import argparse
 import datetime
-import json
 import os
 import sys
 import tempfile
@@ -21,10 +21,11 @@ from typing import Any
 
 os.environ.setdefault("LLMQ_CPU_INT4", "off")  # llmq's reference is float32
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "eval")]
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from rows import Row, append, read  # noqa: E402
 
 import llmq  # noqa: E402
 from llmq.errors import LlmqError  # noqa: E402
@@ -78,10 +79,14 @@ def differences(packed: Path, graph: Path) -> dict[str, float]:
     return measured
 
 
+def grid_of(settings: dict[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in settings.items()) or "4 bits"
+
+
 def row(name: str, settings: dict[str, Any], scratch: Path) -> dict[str, Any]:
     """Quantize, convert and run one model."""
     folder = Path(tempfile.mkdtemp(dir=scratch))
-    grid = " ".join(f"{key}={value}" for key, value in settings.items()) or "4 bits"
+    grid = grid_of(settings)
     if name in BUNDLED:
         model, group = ROOT / "eval" / "models" / name, 128
     else:
@@ -96,9 +101,9 @@ def row(name: str, settings: dict[str, Any], scratch: Path) -> dict[str, Any]:
     return {"model": name, "grid": grid, "weights": report.compared, **differences(folder / "packed", folder / "onnx")}
 
 
-def render(stored: dict[str, Any]) -> str:
+def render(rows: list[Row]) -> str:
     lines = []
-    for entry in stored["rows"]:
+    for entry in rows:
         cells = [entry["model"], entry["grid"]]
         if "refused" in entry:
             cells += ["–", f"refused: {entry['refused']}", "–", "–"]
@@ -106,24 +111,27 @@ def render(stored: dict[str, Any]) -> str:
             figures = [f"{entry[engine]:.1e}" for engine in ONNX_ENGINES]
             cells += [str(entry["weights"]), *figures, f"{entry['largest']:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
-    return INTRODUCTION.format(**stored["about"]) + "\n".join(lines) + "\n"
+    dates = sorted({entry["date"] for entry in rows})
+    versions = sorted({name for entry in rows for name in entry["versions"]})
+    about = {"date": " and ".join(dates), "versions": ", ".join(versions), "shape": SHAPE}
+    return INTRODUCTION.format(**about) + "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--render", action="store_true")
     if not parser.parse_args().render:
-        wanted = [*((name, {}) for name in (*BUNDLED, *RANDOM)), *(("llama", grid) for grid in GRIDS)]
-        rows = []
-        with tempfile.TemporaryDirectory() as scratch:
-            for name, settings in wanted:
-                rows.append(row(name, settings, Path(scratch)))
-                print(rows[-1], flush=True)
         packages = ("transformers", "torch", "onnxscript", "onnxruntime", "openvino")
-        versions = ", ".join(f"{name} {version(name)}" for name in packages)
-        about = {"date": datetime.date.today().isoformat(), "versions": versions, "shape": SHAPE}
-        JSON.write_text(json.dumps({"about": about, "rows": rows}, indent=2) + "\n")
-    MARKDOWN.write_text(render(json.loads(JSON.read_text())))
+        stamp = {
+            "date": datetime.date.today().isoformat(),
+            "versions": [f"{name} {version(name)}" for name in packages],
+        }
+        done = {(entry["model"], entry["grid"]) for entry in read(JSON)}
+        with tempfile.TemporaryDirectory() as scratch:
+            for name, settings in [*((name, {}) for name in (*BUNDLED, *RANDOM)), *(("llama", grid) for grid in GRIDS)]:
+                if (name, grid_of(settings)) not in done:
+                    append(JSON, {**row(name, settings, Path(scratch)), **stamp})
+    MARKDOWN.write_text(render(read(JSON)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -15,11 +15,11 @@ from llmq.checkpoint import PROVENANCE_FILE
 from llmq.checkpoint.atomic import write_text
 from llmq.checkpoint.json_text import json_text
 from llmq.checkpoint.reader import Checkpoint
-from llmq.checkpoint.safetensors_files import Part
 from llmq.checkpoint.writer import CONFIG, Writer
 from llmq.errors import ConfigError, FormatError
 from llmq.export import FLOAT, FLOAT_DTYPES, card
 from llmq.export.conversion import Conversion, conversion_identity, writing
+from llmq.export.float_names import require_readable
 from llmq.export.quantized_source import QuantizedSource
 from llmq.report.events import OnEvent, Progress, ignore
 from llmq.verification.integrity import checksums
@@ -42,6 +42,7 @@ class FloatConverter:
         if dtype not in FLOAT_DTYPES:
             raise ConfigError(f"dtype is {dtype!r}, expected one of {', '.join(FLOAT_DTYPES)}")
         self._origin = QuantizedSource(source, out, remote_code=remote_code)
+        require_readable(self._origin, remote_code=remote_code)
         self._packed = self._origin.packed
         self._out, self._overwrite = out, overwrite
         self._name, self._dtype = dtype, getattr(torch, dtype)
@@ -97,7 +98,9 @@ class FloatConverter:
     def _finish(self, writer: Writer, final: Path, on_event: OnEvent) -> None:
         """Assemble the model in `final`, and compare it with the source."""
         documents = {CONFIG: json_text(self._config())}
-        writer.assemble(final, self._rest(), self._origin.companions.files, documents)
+        kept = set(self._origin.other_names())
+        rest = [part for part in self._origin.rest() if part[1] in kept]
+        writer.assemble(final, rest, self._origin.companions.files, documents)
         made = Checkpoint.open(final)
         self._compare(made, on_event)
         self.report.output_bytes = made.nbytes
@@ -109,10 +112,6 @@ class FloatConverter:
         record = {**self._origin.record(self.report), "checksums": checksums(final)}
         self.report.notes += card.write(final, self._origin.checkpoint.folder, record)
         write_text(final / PROVENANCE_FILE, json_text(record))
-
-    def _rest(self) -> list[Part]:
-        """All other tensors, except those that describe quantized activations or caches, which llmq does not apply."""
-        return [part for part in self._origin.rest() if not self._packed.is_noted(part[1])]
 
     def _config(self) -> dict[str, Any]:
         """config.json with the new dtype and without a quantization."""

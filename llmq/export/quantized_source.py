@@ -64,6 +64,13 @@ class QuantizedSource:
         locations = {name: self.checkpoint.location(name) for name in self.checkpoint.names() if name not in packed}
         return [(location.file, name, location.info) for name, location in locations.items()]
 
+    def other_names(self) -> list[str]:
+        """The names of all tensors that a float model has in addition to the quantized weights.
+
+        Tensors that describe quantized activations or caches, which llmq does not apply, are left out.
+        """
+        return [name for _, name, _ in self.rest() if not self.packed.is_noted(name)]
+
     def float_config(self) -> dict[str, Any]:
         """config.json without a quantization, also in its part about the language model."""
         config = formats.with_settings(self.checkpoint.config, None, {})

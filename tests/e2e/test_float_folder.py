@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import llmq
 from llmq.checkpoint.staging import STAGING
-from llmq.errors import ConfigError, FormatError
+from llmq.errors import ConfigError, FormatError, UnsupportedModelError
 from llmq.export.float_folder import FloatConverter
 from llmq.report.events import Progress
 from tests import builders, mixtures
@@ -60,6 +60,14 @@ def test_experts_get_the_names_that_transformers_reads(tmp_path: Path) -> None:
     ours, _ = llmq.load(packed, device="cpu")
     with torch.no_grad():
         assert torch.allclose(loaded(TOKENS).logits, ours(TOKENS).logits, atol=1e-4)
+
+
+def test_experts_that_transformers_would_not_load_are_an_error(tmp_path: Path) -> None:
+    model = builders.save_model(tmp_path / "model", builders.causal_model(mixtures.granitemoe()))
+    packed = quantized(model, tmp_path / "packed")
+    with pytest.raises(UnsupportedModelError, match="experts.0.* from a float folder .*stacked tensors"):
+        llmq.convert(packed, tmp_path / "out", to="float")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_narrower_dtype_reports_its_rounding(packed: Path, tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ class OnnxConverter:
         needed = 3 * self._origin.checkpoint.nbytes  # floats of 16 bits become 32, and a shared head may be copied
         with writing(self._out, identity, overwrite=self._overwrite, needed_bytes=needed) as writer:
             on_event(Progress("traced", 0, 1, "graphs"))
-            model = trace.float_model(self._origin.checkpoint, self._packed, remote_code=self._remote_code)
+            model = trace.float_model(self._origin, remote_code=self._remote_code)
             from llmq.export.onnx.graph import Codes  # imports packages that may be missing
 
             codes = Codes(self._packed, LEVELS[self._activations])

@@ -4,20 +4,14 @@ The model is built in float32 with the values of the quantized weights. The expo
 after any number of cached ones, so one graph reads a prompt and continues it.
 """
 
-import contextlib
 import importlib.util
-import io
-import logging
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from llmq.checkpoint.reader import Checkpoint
 from llmq.errors import BackendError, LlmqError, UnsupportedModelError
-from llmq.model.build import module_tree
-from llmq.runtime.checkpoint_weights import PackedWeights
+from llmq.export.float_names import model_with, quietly
+from llmq.export.quantized_source import QuantizedSource
 
 PACKAGES = ("onnx", "onnxscript", "onnx_ir")
 INSTALL = "pip install 'llmq-quantize[onnx]'"
@@ -38,21 +32,12 @@ def require_exporter() -> None:
         raise BackendError(message, hint="pip install -U transformers")
 
 
-def float_model(checkpoint: Checkpoint, packed: PackedWeights, *, remote_code: bool) -> Any:
+def float_model(source: QuantizedSource, *, remote_code: bool) -> Any:
     """The model of a checkpoint in float32, with the values of its quantized weights; all of it is in memory."""
-    config = module_tree.load_config(checkpoint.folder, remote_code=remote_code)
-    for part in (config, config.get_text_config()):
-        if getattr(part, "quantization_config", None) is not None:
-            del part.quantization_config
-    stored = {name for module in packed.modules for name in packed.tensor_names(module)}
-    names = [name for name in checkpoint.names() if name not in stored and not packed.is_noted(name)]
-    tensors = {name: checkpoint.tensor(name).to(torch.float32) for name in names}
+    packed, names = source.packed, source.other_names()
+    tensors = {name: source.checkpoint.tensor(name).to(torch.float32) for name in names}
     tensors |= {packed.weight_name(module): packed.weight(module) for module in packed.modules}
-    kind = type(module_tree.from_config(config, dtype=torch.float32, remote_code=remote_code))
-    model: Any = kind.from_pretrained(  # type: ignore[attr-defined]  # a class of transformers
-        None, config=config, state_dict=tensors, dtype=torch.float32, attn_implementation="sdpa"
-    )
-    return model.eval().requires_grad_(False)
+    return model_with(source, tensors, remote_code=remote_code)
 
 
 def export(model: Any, quantizer: Any) -> Any:
@@ -70,7 +55,7 @@ def export(model: Any, quantizer: Any) -> Any:
     settings = GenerationConfig(max_new_tokens=4, do_sample=False, pad_token_id=0)
     model.generation_config.eos_token_id = None  # the traced text must not end early
     try:
-        with _quietly():
+        with quietly():
             parts = decompose_for_generation(model, inputs, generation_config=settings, multi_token_decode=True)
             if PART not in parts:
                 raise UnsupportedModelError(f"{_name(model)} has no graph that continues a text", hint=FLOAT_HINT)
@@ -82,19 +67,6 @@ def export(model: Any, quantizer: Any) -> Any:
         raise UnsupportedModelError(
             f"transformers cannot export {_name(model)} to ONNX: {_first_line(error)}", hint=FLOAT_HINT
         ) from error
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Without the messages of the exporters about themselves; their errors are raised."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
 
 
 def _name(model: Any) -> str:
