@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs all tests, from any folder: bash scripts/test.sh [arguments for pytest]
-# The first run makes three environments: one for llmq, and two that add packages to it: one with the packages of other
+# The first run makes four environments: one for llmq, and three that add packages to it: two with the packages of other
 # tools, which are compared with the output of llmq, and one with the oldest supported Triton.
 # Versions are locked in tests/locked/; `bash scripts/test_latest.sh` tests the newest versions.
 # All parts run even if earlier parts fail; the last lines are a summary of all parts.
@@ -25,6 +25,7 @@ make_overlay() {
 }
 
 make_overlay interop
+make_overlay onnx
 # Triton has wheels for Linux on x86-64 only; elsewhere there is nothing to test.
 triton36=
 if "$python" -c 'import triton' 2>/dev/null; then
@@ -64,6 +65,7 @@ second_half() {
         echo "not run  kernels with Triton 3.6.0: Triton is not available for this machine" >"$results/5.result"
     fi
     part 6 "packages of other tools" "$environment-interop/bin/python" -m pytest -p no:cacheprovider -m interop tests/interop
+    part 9 "ONNX" "$environment-onnx/bin/python" -m pytest -p no:cacheprovider -m interop tests/interop/test_onnx.py
     part 7 "kernels, architectures, faults" "$python" -m pytest -p no:cacheprovider "${second[@]}"
 }
 second_half >"$results/second_half.log" 2>&1 &
@@ -74,11 +76,11 @@ part 3 "mypy" "$python" -m mypy
 part 8 "documentation site" "$python" "$root/scripts/site.py" "$results/site"
 part 4 "everything else" "$python" -m pytest -m "not interop" "${second[@]/#/--ignore=}"
 wait "$running" || true
-if grep -q "^FAILED" "$results"/[567].result || [ "$(cat "$results"/[567].result | wc -l)" -lt 3 ]; then
+if grep -q "^FAILED" "$results"/[5679].result || [ "$(cat "$results"/[5679].result | wc -l)" -lt 4 ]; then
     cat "$results/second_half.log"
 fi
 echo "== all parts"
 cat "$results"/*.result
-if [ "$(cat "$results"/*.result | wc -l)" -lt 8 ] || grep -q "^FAILED" "$results"/*.result; then
+if [ "$(cat "$results"/*.result | wc -l)" -lt 9 ] || grep -q "^FAILED" "$results"/*.result; then
     exit 1
 fi

@@ -9,7 +9,7 @@ if [ -e "$LLMQ_ENVIRONMENT" ] && [ ! -e "$LLMQ_ENVIRONMENT/pyvenv.cfg" ]; then
     echo "error: $LLMQ_ENVIRONMENT is not a virtual environment; it would be deleted" >&2
     exit 2
 fi
-rm -rf "$LLMQ_ENVIRONMENT" "$LLMQ_ENVIRONMENT-interop" "$LLMQ_ENVIRONMENT-triton36"
+rm -rf "$LLMQ_ENVIRONMENT" "$LLMQ_ENVIRONMENT-interop" "$LLMQ_ENVIRONMENT-onnx" "$LLMQ_ENVIRONMENT-triton36"
 status=0
 bash "$root/scripts/test.sh" || status=$?
 
@@ -18,7 +18,7 @@ trap 'rm -rf "$versions"' EXIT
 # torch is chosen by LLMQ_TORCH, and the CUDA packages are its dependencies.
 others='^(torch|nvidia-.*|llmq|setuptools)( |=|@)'
 "$LLMQ_ENVIRONMENT/bin/python" -m pip freeze --exclude-editable --all | grep -vE "$others" >"$versions/main.txt"
-for name in interop triton36; do
+for name in interop onnx triton36; do
     if [ -x "$LLMQ_ENVIRONMENT-$name/bin/python" ]; then
         "$LLMQ_ENVIRONMENT-$name/bin/python" -m pip freeze --exclude-editable --local --all |
             grep -vE "$others" >"$versions/$name.txt"

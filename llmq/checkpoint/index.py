@@ -24,6 +24,7 @@ INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model"
 GGUF = ".gguf"
+ONNX_FILE = "model.onnx"  # of a folder that `llmq convert --to onnx` writes
 GGUF_HINT = "run it with llama.cpp, measure it with `llmq eval`, or convert it with `llmq convert`"
 PICKLES = (".bin", ".pt", ".pth", ".pickle", ".pkl", ".ckpt")
 
@@ -68,6 +69,11 @@ def gguf_file(path: Path) -> Path | None:
             return None
         files = list(path.glob(f"*{GGUF}"))
     return files[0] if len(files) == 1 else None
+
+
+def is_onnx(path: Path) -> bool:
+    """Whether a path is a folder with an ONNX graph and no safetensors files."""
+    return (path / ONNX_FILE).is_file() and not any(path.glob("*.safetensors"))
 
 
 def refuse_gguf(path: Path) -> None:
@@ -183,6 +189,9 @@ def _refuse_missing_shards(folder: Path, names: set[str]) -> None:
 
 def _no_weights(folder: Path, pickles: list[str]) -> CheckpointError:
     refuse_gguf(folder)
+    if (folder / ONNX_FILE).is_file():
+        message = f"{folder} holds an ONNX model, which `llmq eval` and `llmq generate` run; expected safetensors files"
+        return CheckpointError(message, hint="give the folder from which it was converted")
     if not pickles:
         hint = "download or copy the weights into the folder"
         return CheckpointError(f"{folder} holds no weights: found no *.safetensors", hint=hint)

@@ -12,6 +12,7 @@ from llmq.cli.progress import ProgressDisplay
 from llmq.cli.terminal import print_json, print_table, quiet_transformers
 from llmq.errors import ConfigError
 from llmq.report.shown import megabytes
+from llmq.runtime import ONNX_ENGINES
 
 if TYPE_CHECKING:
     from llmq.engines.speed import Figure, Measured
@@ -26,9 +27,9 @@ def command(
         list[str] | None,
         options.choice(
             "--engine",
-            ("llmq", "transformers", "vllm", "llama.cpp", "mlx"),
+            ("llmq", "transformers", "vllm", "llama.cpp", "mlx", *ONNX_ENGINES),
             "Engine to measure; one that does not run a model's kind of file is left out for it. Repeatable. Default: "
-            "llama.cpp for a .gguf file, otherwise llmq.",
+            "llama.cpp for a .gguf file, onnxruntime for an ONNX model, otherwise llmq.",
         ),
     ] = None,
     engine_python: Annotated[

@@ -11,6 +11,7 @@ from llmq.cli.progress import ProgressDisplay
 from llmq.cli.terminal import print_done, print_json, print_notes, print_table, quiet_transformers
 from llmq.config import CONVERTIBLE
 from llmq.errors import Interrupted
+from llmq.export import ACTIVATIONS, FLOAT, FLOAT_DTYPES, ONNX
 from llmq.report.shown import megabytes
 
 if TYPE_CHECKING:
@@ -24,7 +25,20 @@ PANEL, ORDER = "Quantization", 2
 def command(
     path: Annotated[str, Argument(help="A quantized model: a folder, a Hub id or a .gguf file.", metavar="PATH")],
     out: Annotated[Path, Argument(help="The output folder.", metavar="OUT")],
-    to: Annotated[str, options.choice("--to", CONVERTIBLE, "The format to write.")],
+    to: Annotated[str, options.choice("--to", (*CONVERTIBLE, FLOAT, ONNX), "The format to write.")],
+    dtype: Annotated[
+        str | None,
+        options.choice("--dtype", FLOAT_DTYPES, "For --to float: the dtype of the weights. Default: float32."),
+    ] = None,
+    activations: Annotated[
+        str | None,
+        options.choice(
+            "--activations",
+            ACTIVATIONS,
+            "For --to onnx: int8 rounds the inputs of quantized layers to 8 bits, which is faster and less exact. "
+            "Default: none.",
+        ),
+    ] = None,
     allow_requantize: Annotated[
         bool,
         Option(
@@ -53,14 +67,21 @@ def command(
     An interrupted conversion continues when the same command is given again;
     after the end, it reports that the conversion has finished already.
 
+    --to float writes a plain float model with the values of the quantized
+    weights, for tools that read no quantized format. --to onnx writes a graph
+    for ONNX Runtime and OpenVINO with the quantized weights in it; it needs
+    the extra `onnx`, and memory for the model in float32.
+
     Examples:
       llmq convert out/ out-gptq/ --to gptq
+      llmq convert out/ out-float/ --to float --dtype bfloat16
+      llmq convert out/ out-onnx/ --to onnx
 
     Exit codes:
       0  success                   4    unsupported model
-      2  invalid options, or       7    output cannot be written
-         format cannot hold it     130  interrupted
-      3  unreadable model
+      2  invalid options, or       6    package missing
+         format cannot hold it     7    output cannot be written
+      3  unreadable model          130  interrupted
 
     See also:
       llmq quantize --format gptq,gguf  several formats at once
@@ -72,8 +93,9 @@ def command(
     try:
         with ProgressDisplay(silent=quiet, log=log_json) as display:
             report = convert(
-                path, out, to=to, source=source, allow_requantize=allow_requantize, overwrite=overwrite,
-                trust_remote_code=trust_remote_code, on_event=display,
+                path, out, to=to, dtype=dtype, activations=activations, source=source,
+                allow_requantize=allow_requantize, overwrite=overwrite, trust_remote_code=trust_remote_code,
+                on_event=display,
             )  # fmt: skip
     except KeyboardInterrupt:
         hint = "repeat the command: it continues where it stopped"

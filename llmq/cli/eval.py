@@ -13,6 +13,7 @@ from llmq.cli.progress import ProgressDisplay
 from llmq.cli.terminal import print_json, print_notes, quiet_transformers
 from llmq.errors import ConfigError
 from llmq.evaluation import WIKITEXT
+from llmq.runtime import ONNX_ENGINES
 
 if TYPE_CHECKING:
     from llmq.evaluation.paired import PairedDifference
@@ -63,6 +64,15 @@ Trajectories = Annotated[
         "equal the original's. Needs each model as a whole in memory. Default: 0.",
     ),
 ]
+Engine = Annotated[
+    str | None,
+    options.choice(
+        "--engine",
+        ONNX_ENGINES,
+        "The engine that runs an ONNX model (llmq convert --to onnx). Default: onnxruntime. All other models are "
+        "computed by llmq.",
+    ),
+]
 
 TASKS = "Tasks of lm-eval"
 Tasks = Annotated[
@@ -109,6 +119,7 @@ def command(
     calibration: Calibration = None,
     floors: Floors = False,
     trajectories: Trajectories = 0,
+    engine: Engine = None,
     max_kl: options.MaxKl = None,
     max_ppl_increase: MaxPplIncrease = None,
     tasks: Tasks = None,
@@ -133,6 +144,7 @@ def command(
       llmq eval out/ --against Qwen/Qwen3-8B --text chat=a.jsonl --text code=b.jsonl
       llmq eval out-4bit/ out-3bit/ --against Qwen/Qwen3-8B --floors
       llmq eval out/ --against Qwen/Qwen3-8B --tasks hellaswag,arc_easy
+      llmq eval out-onnx/ --against Qwen/Qwen3-8B
 
     Exit codes:
       0  success                   5  unusable text
@@ -144,7 +156,9 @@ def command(
       llmq sensitivity  which layers cause the loss
     """
     if tasks is not None:
-        _refuse_with_tasks(text, windows, calibration, max_kl, max_ppl_increase, floors or None, trajectories or None)
+        _refuse_with_tasks(
+            text, windows, calibration, max_kl, max_ppl_increase, floors or None, trajectories or None, engine
+        )
         _run_tasks(paths, against, tasks, task_folder, task_limit, device, trust_remote_code, quiet, json)
         return
     increase = None if max_ppl_increase is None else per_cent(max_ppl_increase)
@@ -160,20 +174,10 @@ def command(
     models = list(dict.fromkeys(paths))
     with ProgressDisplay(silent=quiet, log=log_json) as display:
         results = measure_many(
-            against,
-            models,
-            text or [WIKITEXT],
-            wikitext=wikitext,
-            seqlen=seqlen,
-            limit=windows,
-            device=device,
-            remote_code=trust_remote_code,
-            activations=activations,
-            calibration=calibration or (),
-            floors=floors,
-            trajectories=trajectories,
-            on_event=display,
-        )
+            against, models, text or [WIKITEXT], wikitext=wikitext, seqlen=seqlen, limit=windows, device=device,
+            remote_code=trust_remote_code, activations=activations, calibration=calibration or (), floors=floors,
+            trajectories=trajectories, engine=engine, on_event=display,
+        )  # fmt: skip
     measured = dict(zip(models, results, strict=True))
     differences = all_differences(measured) if against is not None else []
     if json:

@@ -43,7 +43,7 @@ def command(
 
     The prompt goes through the chat template, if the model has one; then only
     the answer is printed. A .gguf file is run by llama.cpp, if the package
-    xllamacpp is installed.
+    xllamacpp is installed, and an ONNX model by onnxruntime.
 
     Examples:
       llmq generate out/ --prompt "def fibonacci(n):" --raw

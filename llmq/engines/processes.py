@@ -41,7 +41,11 @@ TRANSFORMERS = Engine("transformers", "transformers", "transformers", "transform
 VLLM = Engine("vllm", "vLLM", "vllm", "vllm")
 LLAMA_CPP = Engine("llama.cpp", "llama.cpp", "xllamacpp", "xllamacpp")
 MLX = Engine("mlx", "MLX", "mlx_lm", "mlx-lm")
-ENGINES = {engine.name: engine for engine in (LLMQ, TRANSFORMERS, VLLM, LLAMA_CPP, MLX)}
+ONNX = (
+    Engine("onnxruntime", "ONNX Runtime", "onnxruntime", "onnxruntime"),
+    Engine("openvino", "OpenVINO", "openvino", "openvino"),
+)
+ENGINES = {engine.name: engine for engine in (LLMQ, TRANSFORMERS, VLLM, LLAMA_CPP, MLX, *ONNX)}
 
 
 def engine_named(name: str) -> Engine:

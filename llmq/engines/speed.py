@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from llmq.checkpoint import hub
-from llmq.checkpoint.index import gguf_file, read_json_object
-from llmq.engines.processes import LLAMA_CPP, LLMQ, Engine, ask
+from llmq.checkpoint.index import gguf_file, is_onnx, read_json_object
+from llmq.engines.processes import LLAMA_CPP, LLMQ, ONNX, Engine, ask
 from llmq.engines.prompts import long_prompt
 from llmq.errors import ConfigError
 from llmq.gguf.reader import described
@@ -107,11 +107,15 @@ def measure(
 def engines_for(model: str, wanted: Sequence[Engine], *, remote_code: bool = False) -> list[Engine]:
     """Those of the wanted engines that run a model of this kind; if there are none, its usual one.
 
-    That is llama.cpp for a .gguf file, and for all other models transformers, with llmq's layers where they are packed.
+    That is llama.cpp for a .gguf file, ONNX Runtime for an ONNX model, and for all others transformers, with llmq's
+    layers where they are packed.
     """
-    is_gguf = _located(model, remote_code=remote_code).suffix == ".gguf"
-    fitting = [engine for engine in wanted if (engine == LLAMA_CPP) == is_gguf]
-    return fitting or [LLAMA_CPP if is_gguf else LLMQ]
+    path = _located(model, remote_code=remote_code)
+    if path.suffix == ".gguf":
+        return [LLAMA_CPP]
+    if is_onnx(path):
+        return [engine for engine in wanted if engine in ONNX] or [ONNX[0]]
+    return [engine for engine in wanted if engine not in (LLAMA_CPP, *ONNX)] or [LLMQ]
 
 
 def _prompt(model: str, path: Path, workload: Workload, *, remote_code: bool) -> list[int]:

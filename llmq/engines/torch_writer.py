@@ -6,17 +6,24 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from llmq.checkpoint.index import is_onnx
 from llmq.engines.sampling import Message, Sampling, Speed
 from llmq.errors import ConfigError
 
 
 class TransformersWriter:
-    """`generate` of transformers in a thread, with the layers of llmq."""
+    """`generate` of transformers in a thread, with the layers of llmq, or with an ONNX model in ONNX Runtime."""
 
     def __init__(self, folder: Path, device: str, remote_code: bool) -> None:
-        from llmq.runtime.load import load
+        from llmq.runtime.load import load, load_tokenizer
 
-        self._model, self._tokenizer = load(folder, device=device, trust_remote_code=remote_code)
+        if is_onnx(folder):
+            from llmq.engines.onnx_generation import OnnxForGeneration
+
+            self._model = OnnxForGeneration(folder)
+            self._tokenizer = load_tokenizer(folder, remote_code=remote_code)
+        else:
+            self._model, self._tokenizer = load(folder, device=device, trust_remote_code=remote_code)
         self.has_template = self._tokenizer.chat_template is not None
         self.speed = Speed()
 

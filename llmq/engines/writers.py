@@ -8,7 +8,7 @@ from llmq.engines.torch_writer import TransformersWriter
 
 
 def open_writer(path: str, *, device: str = "auto", remote_code: bool = False) -> Writer:
-    """Load a folder, a Hub id or a .gguf file. Raises BackendError if a .gguf file needs a package."""
+    """Load a folder, a Hub id or a .gguf file. Raises BackendError if a .gguf file or an ONNX model needs a package."""
     folder = hub.locate(path, remote_code=remote_code)
     file = gguf_file(folder)
     return LlamaCppWriter(file, device) if file is not None else TransformersWriter(folder, device, remote_code)

@@ -20,6 +20,7 @@ def evaluate(
     calibration: Sequence[str] = (),
     floors: bool = False,
     trajectories: int = 0,
+    engine: str | None = None,
     device: str = "auto",
     trust_remote_code: bool = False,
     on_event: OnEvent = ignore,
@@ -33,6 +34,7 @@ def evaluate(
     """
     [measured] = measure_many(
         against, [model], text, seqlen=seqlen, limit=windows, device=device, remote_code=trust_remote_code,
-        activations=activations, calibration=calibration, floors=floors, trajectories=trajectories, on_event=on_event,
+        activations=activations, calibration=calibration, floors=floors, trajectories=trajectories, engine=engine,
+        on_event=on_event,
     )  # fmt: skip
     return measured

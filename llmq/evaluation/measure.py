@@ -16,11 +16,12 @@ from torch import Tensor
 
 from llmq.calibration.sequences import require_embeddings
 from llmq.checkpoint import hub
-from llmq.checkpoint.index import gguf_file
+from llmq.checkpoint.index import gguf_file, is_onnx
 from llmq.checkpoint.reader import Checkpoint
 from llmq.errors import ConfigError, QualityError
 from llmq.evaluation.activations import input_scheme
 from llmq.evaluation.floors import variations
+from llmq.evaluation.onnx_source import onnx_bytes
 from llmq.evaluation.overlap import CalibrationText, Grams, given_text, texts_of
 from llmq.evaluation.results import Floor, Measurement, Size
 from llmq.evaluation.runs import Prompts, Run, planned, require_vocabulary, run_alone, run_compared
@@ -81,6 +82,7 @@ def measure_many(
     calibration: Sequence[str] = (),
     floors: bool = False,
     trajectories: int = 0,
+    engine: str | None = None,
     on_event: OnEvent = ignore,
 ) -> list[Measurement]:
     """Measure each of `models` on `texts` (`SOURCE` or `NAME=SOURCE`), compared with one original if it is given.
@@ -92,6 +94,7 @@ def measure_many(
     calibration   the calibration text of the models; by default, what llmq.json says about it (`overlap.py`)
     floors        whether the original is also compared with itself (`floors.py`), which runs it up to three times more
     trajectories  the number of prompts that the models continue (`trajectories.py`), with whole models in memory
+    engine        that runs ONNX models, "onnxruntime" (default) or "openvino"
 
     The other options are those of `texts.read_text`. In addition to the original, one model at a time is in memory.
     Raises CheckpointError, ConfigError, FormatError, UnsupportedModelError, CalibrationError, BackendError.
@@ -100,7 +103,7 @@ def measure_many(
         raise ConfigError("floors and trajectories need an original to compare with", hint="add --against")
     folders = [_located(model, remote_code=remote_code) for model in models]
     base = None if original is None else _located(original, remote_code=remote_code)
-    opener = _Opener(base, choose_device(device), dtype, input_scheme(activations), remote_code, on_event)
+    opener = _Opener(base, choose_device(device), dtype, input_scheme(activations), engine, remote_code, on_event)
     first = opener.model(folders[0]) if base is None else opener.original()
     with described(base or folders[0]) as folder:
         tokenizer = load_tokenizer(folder, remote_code=remote_code)
@@ -173,13 +176,14 @@ class _Opener:
     device: torch.device
     dtype: torch.dtype | None
     inputs: InputScheme | None
+    engine: str | None
     remote_code: bool
     on_event: OnEvent
 
     def model(self, folder: Path) -> Source:
         return open_source(
             folder, self.device, self.dtype, remote_code=self.remote_code, like=self.base, activations=self.inputs,
-            on_event=self.on_event,
+            on_event=self.on_event, engine=self.engine,
         )  # fmt: skip
 
     def original(
@@ -228,6 +232,8 @@ def size_of(path: str | Path) -> Size:
     folder = _located(path)
     if is_file(folder):
         return Size(*Container(folder).size())
+    if is_onnx(folder):
+        return Size(onnx_bytes(folder), None)
     checkpoint = Checkpoint.open(folder)
     if quantization_settings(checkpoint) is None:
         return Size(checkpoint.nbytes, None)

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from llmq import memory
+from llmq.checkpoint.index import is_onnx
 from llmq.checkpoint.reader import Checkpoint
-from llmq.errors import UnsupportedModelError
+from llmq.errors import ConfigError, UnsupportedModelError
 from llmq.evaluation import scoring
 from llmq.evaluation.activations import not_applied, quantize_inputs
+from llmq.evaluation.onnx_source import OnnxSource
 from llmq.evaluation.trajectories import greedy
 from llmq.gguf import reader
 from llmq.model.build.skeleton import Skeleton
@@ -208,8 +210,9 @@ def open_source(
     on_event: OnEvent = ignore,
     batch: int | None = None,
     name: str | None = None,
+    engine: str | None = None,
 ) -> Source:
-    """The model of a local checkpoint or .gguf file, read block by block if possible.
+    """The model of a local checkpoint or .gguf file, read block by block if possible; or an ONNX model, run as it is.
 
     dtype        the dtype in which it computes; default: that of the checkpoint (.gguf: bfloat16), float32 on a CPU
     like         the folder of the model from which a .gguf file was made, if known
@@ -217,9 +220,17 @@ def open_source(
     on_event     called after each block of each run
     batch        the number of sequences that run together; default: `scoring.windows_per_batch`
     name         of the model in events; default: that of the folder
+    engine       that runs an ONNX model; default: ONNX Runtime
 
-    Raises CheckpointError, FormatError, UnsupportedModelError.
+    Raises CheckpointError, ConfigError, FormatError, UnsupportedModelError.
     """
+    if is_onnx(folder):
+        if activations is not None:
+            message = f"{folder} is an ONNX model, whose graph decides how inputs are quantized"
+            raise ConfigError(message, hint="omit --activations; llmq convert --to onnx --activations int8 sets it")
+        return OnnxSource(folder, device, name or folder.name, on_event, engine)
+    if engine is not None:
+        raise ConfigError(f"--engine {engine} is for ONNX models, found {folder}", hint="llmq convert --to onnx")
     if reader.is_file(folder):
         default = torch.float32 if device.type == "cpu" else torch.bfloat16
         skeleton = reader.open_skeleton(folder, device, dtype or default, like)

@@ -1,14 +1,26 @@
 """`llmq.convert`: a checkpoint or a .gguf file in another format."""
 
 from pathlib import Path
+from typing import Protocol
 
 from llmq.checkpoint import hub
 from llmq.checkpoint.index import gguf_file
 from llmq.errors import ConfigError
+from llmq.export import ACTIVATIONS, FLOAT, FLOAT_DTYPES, ONNX
 from llmq.export.conversion import Conversion
 from llmq.export.convert import Converter
+from llmq.export.float_folder import FloatConverter
 from llmq.export.from_gguf import GgufConverter
+from llmq.export.onnx.folder import OnnxConverter
 from llmq.report.events import OnEvent, Planned, ignore
+
+
+class AnyConverter(Protocol):
+    """One conversion: `run` performs it, `report` is the result."""
+
+    report: Conversion
+
+    def run(self, on_event: OnEvent = ignore) -> None: ...
 
 
 def convert(
@@ -16,6 +28,8 @@ def convert(
     out: str | Path,
     *,
     to: str,
+    dtype: str | None = None,
+    activations: str | None = None,
     source: str | Path | None = None,
     allow_requantize: bool = False,
     overwrite: bool = False,
@@ -26,25 +40,54 @@ def convert(
 
         llmq.convert("out", "out-gptq", to="gptq")
 
-    path    a folder, a Hub id or a .gguf file
-    source  for a .gguf file: the original model, whose configuration and tokenizer are used
+    path         a folder, a Hub id or a .gguf file
+    dtype        for `to="float"`: float32 (default), bfloat16 or float16
+    activations  for `to="onnx"`: none (default), or int8 to round the inputs of quantized layers
+    source       for a .gguf file: the original model, whose configuration and tokenizer are used
 
     The other arguments are the options of `llmq convert --help`. Raises ConfigError for a weight that the format cannot
     hold unchanged, unless `allow_requantize`, and the other errors of `llmq.errors`.
     """
-    converter: Converter | GgufConverter
+    _refuse_unused(to, dtype, activations, allow_requantize=allow_requantize)
+    converter: AnyConverter
     file = gguf_file(Path(path))
     if file is not None:
+        _refuse_gguf(file, to)
         like = None if source is None else hub.locate(str(source))
         converter = GgufConverter(
             file, Path(out), to, like=like, allow_requantize=allow_requantize, overwrite=overwrite
         )
     elif source is not None:
         raise ConfigError("--source is for .gguf files", hint="omit it: the folder has all files")
+    elif to == FLOAT:
+        kind = dtype or FLOAT_DTYPES[0]
+        converter = FloatConverter(path, Path(out), kind, overwrite=overwrite, remote_code=trust_remote_code)
+    elif to == ONNX:
+        kind = activations or ACTIVATIONS[0]
+        converter = OnnxConverter(path, Path(out), kind, overwrite=overwrite, remote_code=trust_remote_code)
     else:
         converter = Converter(
             path, Path(out), to, allow_requantize=allow_requantize, overwrite=overwrite, remote_code=trust_remote_code
         )
-    on_event(Planned({"unpacked": 1.0 * (file is not None), "converted": 2.0, "compared": 1.0}))
+    work = {"traced": 9.0} if to == ONNX else {"unpacked": 1.0 * (file is not None), "converted": 2.0}
+    on_event(Planned({**work, "compared": 1.0}))
     converter.run(on_event)
     return converter.report
+
+
+def _refuse_unused(to: str, dtype: str | None, activations: str | None, *, allow_requantize: bool) -> None:
+    """Raise ConfigError for an option that has no effect on this format."""
+    if dtype is not None and to != FLOAT:
+        raise ConfigError(f"--dtype is for --to float, found --to {to}", hint="omit --dtype: the format decides")
+    if activations is not None and to != ONNX:
+        raise ConfigError(f"--activations is for --to onnx, found --to {to}", hint="omit --activations")
+    if allow_requantize and to in (FLOAT, ONNX):
+        raise ConfigError(f"--allow-requantize has no effect on --to {to}", hint="omit --allow-requantize")
+
+
+def _refuse_gguf(file: Path, to: str) -> None:
+    if to in (FLOAT, ONNX):
+        raise ConfigError(
+            f"{file} is a .gguf file, expected a folder with safetensors files for --to {to}",
+            hint=f"llmq convert {file} BETWEEN --to compressed-tensors, then llmq convert BETWEEN OUT --to {to}",
+        )

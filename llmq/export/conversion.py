@@ -1,20 +1,34 @@
 """`Conversion`: the result of converting a checkpoint, and whether an equal conversion has produced it before."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llmq._version import __version__
+from llmq.checkpoint.sealed import sha256_of
+from llmq.checkpoint.writer import Writer
 from llmq.export.finished import finished_record, require_unchanged
 from llmq.report.shown import Shown, Table, megabytes
 
-WEIGHTS = (".safetensors", ".gguf")
+WEIGHTS = (".safetensors", ".gguf", ".onnx", ".data")
 
 
-def conversion_identity(to: str, source: Any, *, allow_requantize: bool) -> dict[str, Any]:
+def conversion_identity(to: str, source: Any, **options: Any) -> dict[str, Any]:
     """What decides about the bytes of a converted model; `source` describes the source by plain values."""
-    return {"llmq": __version__, "convert": to, "source": source, "requantize": allow_requantize}
+    return {"llmq": __version__, "convert": to, "source": source, **options}
+
+
+@contextmanager
+def writing(out: Path, identity: Mapping[str, Any], *, overwrite: bool, needed_bytes: int) -> Iterator[Writer]:
+    """The writer of a conversion; after an error, a conversion with the same identity continues. See `Writer.open`."""
+    writer = Writer.open(out, identity=identity, overwrite=overwrite, needed_bytes=needed_bytes)
+    try:
+        yield writer
+    except BaseException:
+        writer.abandon()
+        raise
 
 
 @dataclass
@@ -40,6 +54,19 @@ class Conversion(Shown):
     request: str = ""
     finished: bool = False
 
+    def is_done(self, out: Path, identity: Mapping[str, Any], *, overwrite: bool) -> bool:
+        """Whether there is nothing to do, because `out` has the result of a conversion with this identity.
+
+        Raises ConfigError if `out` holds something else, unless `overwrite`.
+        """
+        self.request = sha256_of(identity)
+        if overwrite:
+            return False
+        if self.is_finished():
+            return True
+        Writer.require_free(out)
+        return False
+
     def is_finished(self) -> bool:
         """Whether the output folder holds the model of this conversion; if it does, take over its record.
 
@@ -51,7 +78,8 @@ class Conversion(Shown):
             return False
         require_unchanged(folders[0], folders)
         done = record["conversions"][-1]
-        self.compared, self.requantized, self.finished = done["compared"], done["requantized"], True
+        self.compared, self.differ, self.requantized = done["compared"], done.get("differ", 0), done["requantized"]
+        self.finished = True
         self.output_bytes = sum(file.stat().st_size for file in folders[0].iterdir() if file.suffix in WEIGHTS)
         return True
 

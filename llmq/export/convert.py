@@ -10,7 +10,7 @@ compared. A weight that the other format cannot hold is an error, unless it may 
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,15 @@ import torch
 from torch import Tensor
 
 from llmq import formats
-from llmq._version import __version__
-from llmq.checkpoint import PROVENANCE_FILE, hub
+from llmq.checkpoint import PROVENANCE_FILE
 from llmq.checkpoint.atomic import write_text
 from llmq.checkpoint.json_text import json_text
 from llmq.checkpoint.reader import Checkpoint
-from llmq.checkpoint.safetensors_files import Part
-from llmq.checkpoint.sealed import sha256_of
-from llmq.checkpoint.side_files import companions
 from llmq.checkpoint.writer import CONFIG, Writer
 from llmq.errors import ConfigError, FormatError
 from llmq.export import card
-from llmq.export.conversion import Conversion, conversion_identity
+from llmq.export.conversion import Conversion, conversion_identity, writing
+from llmq.export.quantized_source import QuantizedSource
 from llmq.export.recode import Recoded, nearest, on_grid, recode, requantize, symmetric, widened_scheme
 from llmq.formats import tensor_name
 from llmq.gguf.folder import export_gguf
@@ -38,16 +35,14 @@ from llmq.numerics.gguf_types import GGUF
 from llmq.numerics.scheme import WeightScheme
 from llmq.report import pages
 from llmq.report.events import OnEvent, Progress, ignore
-from llmq.report.stored_record import known_report, read_record
+from llmq.report.stored_record import known_report
 from llmq.report.verdict import Verdict
-from llmq.runtime.checkpoint_weights import PackedWeights, quantization_settings, required_settings
+from llmq.runtime.checkpoint_weights import PackedWeights
 from llmq.runtime.load import stored_dtype
-from llmq.runtime.open_skeleton import compared
 from llmq.steps import output_layout
 from llmq.steps.linear_names import linear_names
 from llmq.verification.integrity import checksums
 
-CHUNK_BYTES = 256 << 20  # of packed weights that are written together
 REQUANTIZE_HINT = (
     "--allow-requantize re-quantizes such weights, which costs accuracy; quantizing the original model costs less"
 )
@@ -73,16 +68,12 @@ class Converter:
         `identity` then describes the original source by plain values, so that an interrupted conversion can continue.
         """
         formats.load(to)  # raises ConfigError for an unknown format
-        output_layout.require_folder_name(out)
-        checkpoint = Checkpoint.open(hub.locate(str(source), None, remote_code=remote_code))
-        if out.resolve() == checkpoint.folder.resolve():
-            raise ConfigError(f"{out} is the source, which is never changed", hint="give another output folder")
-        required_settings(checkpoint)  # raises FormatError for a float checkpoint
-        self._checkpoint = (comparison := compared(checkpoint, remote_code=remote_code)).checkpoint
-        self._packed = PackedWeights(self._checkpoint)
+        self._origin = QuantizedSource(source, out, remote_code=remote_code)
+        self._checkpoint, self._packed = self._origin.checkpoint, self._origin.packed
         output_layout.refuse_packed_head(to, self._packed.modules)
         weights = [f"{module}.weight" for module in self._packed.modules]
-        output_layout.require_writable([to], self._checkpoint, [*weights, *(name for _, name, _ in self._rest())])
+        others = [name for _, name, _ in self._origin.rest()]
+        output_layout.require_writable([to], self._checkpoint, [*weights, *others])
         self._out, self._to = out, to
         self._source = identity or self._checkpoint.fingerprint()
         self._allowed, self._overwrite = allow_requantize, overwrite
@@ -91,11 +82,9 @@ class Converter:
         self._names = linear_names(self._checkpoint, self._packed.modules, remote_code=remote_code)
         self._symmetric = False  # whether every zero point is in the middle, although the file stores zero points
         self._targets: dict[str, WeightScheme] = {}
-        settings = quantization_settings(self._checkpoint) or {}
-        self.report = origin or Conversion(str(source), str(out), str(settings.get("quant_method")), to)
+        self.report = origin or Conversion(str(source), str(out), self._origin.format, to)
         self.report.source_bytes = self._checkpoint.nbytes
-        self._companions = companions(self._checkpoint.folder)
-        self.report.notes += [*comparison.notes, *self._companions.notes, *self._names.notes]
+        self.report.notes += [*self._origin.notes, *self._names.notes]
 
     def run(self, on_event: OnEvent = ignore) -> None:
         """Convert the checkpoint. The finished folder appears at the end, unless an equal conversion has written it.
@@ -103,22 +92,15 @@ class Converter:
         Raises ConfigError for weights that the format cannot hold unchanged and that may not be re-quantized.
         """
         identity = conversion_identity(self._to, self._source, allow_requantize=self._allowed)
-        self.report.request = sha256_of(identity)
-        if not self._overwrite:
-            if self.report.is_finished():
-                return
-            Writer.require_free(self._out)
+        if self.report.is_done(self._out, identity, overwrite=self._overwrite):
+            return
         self._symmetric = self._is_symmetric()
         self._targets = self._planned()
         needed = (3 if self._to == GGUF else 2) * self._checkpoint.nbytes
-        writer = Writer.open(self._out, identity=identity, overwrite=self._overwrite, needed_bytes=needed)
-        try:
+        with writing(self._out, identity, overwrite=self._overwrite, needed_bytes=needed) as writer:
             self._convert(writer, on_event)
             with writer.finishing() as final:
                 self._finish(writer, final, on_event)
-        except BaseException:
-            writer.abandon()
-            raise
 
     def _is_symmetric(self) -> bool:
         """Whether every weight is symmetric or can be made so; stops at the first that cannot."""
@@ -174,7 +156,7 @@ class Converter:
     def _convert(self, writer: Writer, on_event: OnEvent) -> None:
         """Write every packed weight into the staging folder, some at a time."""
         done, total = 0, len(self._packed.modules)
-        for index, modules in enumerate(self._chunks()):
+        for index, modules in enumerate(self._origin.chunks()):
             if writer.has(index):
                 done += len(modules)
                 on_event(Progress("converted", done, total, "weights", modules[-1]))
@@ -194,19 +176,6 @@ class Converter:
             record = writer.read(index)[1]
             self.report.requantized |= record["requantized"]
             self._targets |= {module: WeightScheme(*scheme) for module, scheme in record["schemes"].items()}
-
-    def _chunks(self) -> Iterator[list[str]]:
-        modules: list[str] = []
-        filled = 0
-        for module in self._packed.modules:
-            nbytes = self._packed.stored_bytes(module)
-            if modules and filled + nbytes > CHUNK_BYTES:
-                yield modules
-                modules, filled = [], 0
-            modules.append(module)
-            filled += nbytes
-        if modules:
-            yield modules
 
     def _recoded(self, module: str) -> Recoded:
         """Convert one weight; raises ConfigError if it needs re-quantization that is not allowed."""
@@ -229,18 +198,18 @@ class Converter:
 
     def _finish(self, writer: Writer, final: Path, on_event: OnEvent) -> None:
         """Assemble the model in `final`, and compare it with the source."""
-        files, settings = self._companions.files, self._settings(self._targets)
+        files, settings = self._origin.companions.files, self._settings(self._targets)
         documents = {CONFIG: json_text(formats.with_settings(self._checkpoint.config, self._layout, settings))}
         if self._layout.config_copy:
             documents[self._layout.config_copy] = json_text(settings)
         if self._to == GGUF:
             between = writer.scratch()
-            writer.assemble(between, self._rest(), files, documents)
+            writer.assemble(between, self._origin.rest(), files, documents)
             file = export_gguf(between, final, self._out).file
             self.report.output_bytes = file.stat().st_size
             self._compare(Weights(file, final), on_event)
         else:
-            writer.assemble(final, self._rest(), files, documents)
+            writer.assemble(final, self._origin.rest(), files, documents)
             made = Checkpoint.open(final)
             self.report.output_bytes = made.nbytes
             self._compare(PackedWeights(made), on_event)
@@ -249,12 +218,6 @@ class Converter:
         write_text(final / PROVENANCE_FILE, json_text(record))
         if (run := known_report(record)) is not None:
             pages.write(final, run)
-
-    def _rest(self) -> list[Part]:
-        """All tensors that do not belong to packed weights."""
-        packed = {name for module in self._packed.modules for name in self._packed.tensor_names(module)}
-        locations = {name: self._checkpoint.location(name) for name in self._checkpoint.names() if name not in packed}
-        return [(location.file, name, location.info) for name, location in locations.items()]
 
     def _settings(self, targets: Mapping[str, WeightScheme]) -> dict[str, Any]:
         """The quantization_config."""
@@ -282,17 +245,7 @@ class Converter:
 
         Its verdict is about the same weights, unless some were re-quantized.
         """
-        report, record = self.report, read_record(self._checkpoint.folder)
-        done = {
-            "from": report.source_format,
-            "to": report.format,
-            "source": report.source,
-            "llmq": __version__,
-            "compared": report.compared,
-            "requantized": report.requantized,
-            "run": record.get("request"),
-        }
-        record |= {"conversions": [*record.get("conversions", ()), done], "request": report.request}
+        report, record = self.report, self._origin.record(self.report)
         if report.requantized and record.get("verdict") is not None:
             why = f"{len(report.requantized)} weights were re-quantized for {report.format} after the measurement"
             record["verdict"] = dataclasses.asdict(Verdict(f"The quality was not measured: {why}."))

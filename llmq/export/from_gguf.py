@@ -31,7 +31,8 @@ from llmq.checkpoint.side_files import companions
 from llmq.checkpoint.writer import CONFIG, Writer
 from llmq.errors import ConfigError, FormatError, UnsupportedModelError
 from llmq.export.conversion import Conversion, conversion_identity
-from llmq.export.convert import CHUNK_BYTES, Converter
+from llmq.export.convert import Converter
+from llmq.export.quantized_source import CHUNK_BYTES
 from llmq.export.recode import requantize
 from llmq.formats import tensor_name
 from llmq.formats.codecs.gguf_blocks import unpack_q4_0, unpack_q5_0, unpack_q8_0

@@ -1,1 +1,4 @@
 """Run quantized models: packed linear layers, and loading checkpoints into transformers models."""
+
+ONNXRUNTIME, OPENVINO = "onnxruntime", "openvino"
+ONNX_ENGINES = (ONNXRUNTIME, OPENVINO)  # that run an ONNX model

@@ -270,7 +270,7 @@ def test_scales_that_the_format_cannot_hold_are_refused(packed: Any, tmp_path: P
 
 
 def test_an_interrupted_conversion_is_continued(packed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmq.export.convert.CHUNK_BYTES", 3000)
+    monkeypatch.setattr("llmq.export.quantized_source.CHUNK_BYTES", 3000)
     convert(packed("awq"), tmp_path / "whole", "gptq")
     converter = Converter(packed("awq"), tmp_path / "out", "gptq")
     stop(converter.run, lambda event: isinstance(event, Progress) and event.done == 8)
@@ -319,7 +319,7 @@ def test_the_command_reports_the_error_of_quantizing_again(packed: Any, tmp_path
 @pytest.mark.parametrize(
     ("options", "words", "hint"),
     [
-        (("--to", "onnx"), "format is 'onnx', expected one of awq, compressed-tensors", ""),
+        (("--to", "tflite"), "format is 'tflite', expected one of awq, compressed-tensors", ""),
         (("--to", "gguf:q4_k"), "format is 'gguf:q4_k', expected one of", ""),
         (("--to", "awq"), "is not empty", "--overwrite"),
     ],

@@ -23,8 +23,10 @@ from tests.command_lines_in_text import SHELLS, code_blocks, command_lines, of_l
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 ENGINES = ("vllm", "sglang.launch_server", "llama-server", "llama-cli", "rpc-server", "mlx_lm.generate", "ray")
+BUILDERS = ("onnxruntime_genai.models.builder", "litert-torch", "cp")
 OTHER_PROGRAMS = {  # why they are not run
     **dict.fromkeys(ENGINES, "an engine, which is not installed for the tests"),
+    **dict.fromkeys(BUILDERS, "another tool, which reads the result of llmq"),
     **dict.fromkeys(("pip", "git", "cd", "docker"), "the environment of the tests does the same"),
     **dict.fromkeys(("srun", "set", "scontrol", "torchrun"), "needs several machines, or is part of the shell"),
 }

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from llmq.engines import speed
-from llmq.engines.processes import LLAMA_CPP, LLMQ, MLX, VLLM, Engine
+from llmq.engines.processes import LLAMA_CPP, LLMQ, MLX, ONNX, VLLM, Engine
 from llmq.engines.speed import engines_for
 from llmq.errors import ConfigError
 from tests.command_line import llmq
@@ -58,7 +58,12 @@ def test_the_original_comes_first(model: Path, asked: list[Any], checkpoint: Cal
 def test_engines_for_kinds_of_files(model: Path, tmp_path: Path) -> None:
     (tmp_path / "model.gguf").touch()
     assert engines_for(str(tmp_path), []) == engines_for(str(tmp_path), [VLLM]) == [LLAMA_CPP]
-    assert engines_for(str(model), []) == [LLMQ]
+    (tmp_path / "onnx").mkdir()
+    for name in ("model.onnx", "config.json"):
+        (tmp_path / "onnx" / name).touch()
+    assert engines_for(str(tmp_path / "onnx"), []) == engines_for(str(tmp_path / "onnx"), [VLLM]) == [ONNX[0]]
+    assert engines_for(str(tmp_path / "onnx"), [LLMQ, ONNX[1]]) == [ONNX[1]]
+    assert engines_for(str(model), []) == engines_for(str(model), [*ONNX]) == [LLMQ]
     assert engines_for(str(model), [VLLM, LLAMA_CPP, MLX]) == [VLLM, MLX]
 
 
