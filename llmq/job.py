@@ -21,7 +21,7 @@ from llmq.calibration import CalibrationSet
 from llmq.calibration.documents import Contents
 from llmq.calibration.given import from_python
 from llmq.calibration.sources import parse_sources
-from llmq.checkpoint.in_memory import Savable, opened
+from llmq.checkpoint.in_memory import Savable
 from llmq.checkpoint.sealed import sha256_of
 from llmq.checkpoint.staging import STAGING, Staging
 from llmq.checkpoint.writer import Writer
@@ -31,6 +31,7 @@ from llmq.distributed.ranks import ALONE, Ranks
 from llmq.errors import ConfigError
 from llmq.export import save, verdict
 from llmq.export.finished import finished_report
+from llmq.export.model_of_run import opened
 from llmq.memory import Economy
 from llmq.methods import Method
 from llmq.mixed_precision import assign, sensitivity
@@ -302,7 +303,7 @@ def quantize(
         llmq.quantize("Qwen/Qwen3-8B", "out", method="gptq", bits=4, group_size=128, calibration="text.jsonl")
         llmq.quantize(model, "out", tokenizer=tokenizer, calibration=dataset["train"])
 
-    `model` is a folder, a Hub id, or a float model of transformers in memory with its `tokenizer`. The settings are
+    `model` is a folder, a Hub id, a float .gguf file, or a float model in memory with its `tokenizer`. The settings are
     those of `llmq quantize --help`, by the same names; they override those of `config`. `calibration` also takes a list
     of texts, of chats (each a list of messages) or of token ids, or a `datasets.Dataset`. `stages` replace the stages
     of the method, for experiments. A bar shows the `progress` in a terminal or a notebook, and `on_event` is called

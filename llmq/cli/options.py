@@ -26,7 +26,11 @@ def choice(flag: str, choices: Sequence[Any], description: str, *, panel: str | 
 
 
 Model = Annotated[
-    str, Argument(help="A folder with safetensors files, or a Hub id such as Qwen/Qwen3-8B.", metavar="MODEL")
+    str,
+    Argument(
+        help="A folder with safetensors files, or a Hub id such as Qwen/Qwen3-8B. quantize also takes a float .gguf.",
+        metavar="MODEL",
+    ),
 ]
 Path_ = Annotated[str, Argument(help="A folder, or a Hub id.", metavar="PATH")]
 Paths = Annotated[list[str], Argument(help="A folder, or a Hub id. Several models share one table.", metavar="PATH")]

@@ -98,12 +98,13 @@ def command(
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch warns of each connection that a process closes
     begin(model, quiet=quiet)
     from llmq.distributed import join
+    from llmq.export.model_of_run import opened
     from llmq.job import Job
 
     quiet_transformers()
-    with reported_once(join(device)) as ranks:
+    with reported_once(join(device)) as ranks, opened(model, None, out, processes=ranks.size) as (source, name):
         job = Job(
-            model, out, settings, device=device, revision=revision, overwrite=overwrite,
+            source, out, settings, device=device, revision=revision, overwrite=overwrite,
             trust_remote_code=trust_remote_code, ranks=ranks,
         )  # fmt: skip
         if dry_run:
@@ -112,6 +113,7 @@ def command(
             return
         if ranks.is_first:
             print_notes(job.plan.grid_notes)
+        job.report.source = name
         job.report.command = shlex.join(["llmq", *sys.argv[1:]])
         with ProgressDisplay(silent=quiet or not ranks.is_first, log=log_json if ranks.is_first else None) as display:
             job.run(display)

@@ -124,10 +124,11 @@ class GgufSource:
     """A .gguf file that is unpacked to a checkpoint.
 
     requantized  ‖W - Ŵ‖ / ‖W‖ of each re-quantized linear layer
+    floats       whether the model must be a float one, which is unpacked to a float checkpoint
     """
 
-    def __init__(self, file: Path, like: Path | None, *, allow_requantize: bool) -> None:
-        self.file = file
+    def __init__(self, file: Path, like: Path | None, *, allow_requantize: bool = False, floats: bool = False) -> None:
+        self.file, self._only_floats = file, floats
         self.requantized: dict[str, float] = {}
         self.notes: list[str] = []
         self._has_head = False  # whether the head has its own weight; known when unpacking
@@ -173,6 +174,11 @@ class GgufSource:
         module = name.removesuffix(".weight")
         if not packable or kind in FLOATS:
             return {name: self._float(name, weights.tensor(name), dtype)}
+        if self._only_floats:
+            raise ConfigError(
+                f"{name} of {self.file} is {kind}, expected one of {', '.join(FLOATS)}: it is quantized already",
+                hint="quantize the original model, or change the format of the file with llmq convert",
+            )
         if kind in EXACT:
             q = _unpacked(kind, weights.rows(name))
             if not torch.equal(q.dequantize(), weights.tensor(name)):
@@ -205,17 +211,22 @@ class GgufSource:
         return tensor
 
     def _finish(self, writer: Writer, model: Path, schemes: dict[str, WeightScheme]) -> None:
-        if not schemes:
-            raise ConfigError(f"{self.file} holds no quantized linear layer", hint="it is a float model")
+        if not schemes and not self._only_floats:
+            raise ConfigError(
+                f"{self.file} holds no quantized linear layer", hint="it is a float model, for llmq quantize"
+            )
         config = read_json_object(model / CONFIG)
         if self._has_head and getattr(skeleton.load_config(model, remote_code=False), ties.KEY, False):
             config = ties.untied_config(config)
         layout = formats.load(output_layout.STAGED_FOR_GGUF)
-        documents = {CONFIG: json_text({**config, "quantization_config": layout.quantization_config(schemes, [])})}
-        if record := read_record(self.file.parent):
+        declared = {"quantization_config": layout.quantization_config(schemes, [])} if schemes else {}
+        documents = {CONFIG: json_text({**config, **declared})}
+        if schemes and (record := read_record(self.file.parent)):
             documents[PROVENANCE_FILE] = json_text(record)
         with writer.finishing() as final:
             writer.assemble(final, [], companions(model).files, documents)
+        if not schemes:
+            return
         checkpoint = Checkpoint.open(writer.folder)
         linears = linear_names(checkpoint, schemes)
         chosen = {name: schemes[module] for name, module in linears.packed.items()}
