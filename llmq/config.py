@@ -78,7 +78,7 @@ class SchemeSettings(Settings):
 
     bits: Annotated[int, Bits] = Field(
         default=WeightScheme().bits,
-        description="Bits per weight. Use 8 if 4 loses too much quality, 3 or 2 only to fit into memory.",
+        description="Bits per weight. Use 5, 6 or 8 if 4 loses too much quality, 3 or 2 only to fit into memory.",
     )
     group_size: Annotated[GroupSize, BeforeValidator(parse_group_size), Size] = Field(
         default=WeightScheme().group_size,
@@ -168,7 +168,7 @@ class QuantConfig(Settings):
     target_bits: Annotated[float | None, Setting(expected="bits per weight on average, such as 4.5")] = Field(
         default=None, gt=1, allow_inf_nan=False,
         description="Average bits per weight, including scales (e.g. 4.5). Layers are measured, and each gets 4 bits "
-        "(group 128 or 32), 8 bits or float, whichever helps most.",
+        "(group 128 or 32), 8 bits, the grid of --bits and --group-size, or float, whichever helps most.",
     )  # fmt: skip
     preset: Annotated[str | None, Setting(choices=PRESETS)] = Field(
         default=None,

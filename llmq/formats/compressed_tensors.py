@@ -11,7 +11,6 @@ Codes are the quantized values.  The format defines signed codes and zero points
 
 Also read:
 
-* 5, 6 and 7 bits, which are streams like the others.
 * 3 bits padded to ten codes per word (older versions).  The packed width shows which form it is.  Some lengths up to
   150, none a multiple of 32, have the same width in both forms; these are read as dense.
 * Zero points as plain int8 (older versions, and the strategy "tensor", which packs none).
@@ -36,7 +35,7 @@ from llmq.errors import FormatError
 from llmq.formats.base import Layout, Reader, Reading
 from llmq.formats.codecs import bit_packing, checks, fp4
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import WeightScheme
+from llmq.numerics.scheme import BITS, WeightScheme
 from llmq.patterns import Pattern
 
 NAME = "compressed-tensors"
@@ -46,7 +45,6 @@ FLOATS = {  # format -> group size, how it is read
     "nvfp4-pack-quantized": (fp4.NVFP4_GROUP, fp4.nvfp4),
     "mxfp4-pack-quantized": (fp4.MXFP4_GROUP, fp4.mxfp4),
 }
-BITS_READ = (2, 3, 4, 5, 6, 7, 8)
 
 BLOCKS_NOT_READ = ("sparsity_config", "transform_config", "moe_sparsity_config")
 NOT_APPLIED = tuple(  # of quantized inputs, outputs and caches
@@ -264,7 +262,7 @@ def _group_reading(group: Mapping[str, Any], file_format: object, note: str) -> 
         if weights.get(key, default) != default:
             raise FormatError(f"the checkpoint declares weights with {key} {weights[key]!r}, expected {default!r}")
     grid = checks.declared_grid(
-        checks.declared(weights, "num_bits"), _group_size(weights), weights.get("symmetric", True), BITS_READ
+        checks.declared(weights, "num_bits"), _group_size(weights), weights.get("symmetric", True), BITS
     )
     return dataclasses.replace(
         grid,

@@ -11,7 +11,7 @@ from llmq.numerics.gguf_types import BLOCK_TYPES
 
 GroupSize = int | Literal["channel", "tensor"]
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 6, 7, 8)
 GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)  # 16 * 2**n: what packed layouts and kernels tile by
 INPUT_DTYPES = ("int8", "fp8")
 INPUT_SCALES = ("dynamic", "static")

@@ -61,9 +61,9 @@ def test_a_scheme_is_described_in_words() -> None:
     assert str(WeightScheme(3, "channel", symmetric=False)) == "int3 channel asymmetric"
 
 
-@pytest.mark.parametrize("bits", [0, 1, 5, 16, -4, 4.0, "4", True, None])
+@pytest.mark.parametrize("bits", [0, 1, 9, 16, -4, 4.0, "4", True, None])
 def test_invalid_bits_are_refused_with_the_valid_ones(bits: Any) -> None:
-    with pytest.raises(ConfigError, match=re.escape(f"bits is {bits!r}, expected one of 2, 3, 4, 8")):
+    with pytest.raises(ConfigError, match=re.escape(f"bits is {bits!r}, expected one of 2, 3, 4, 5, 6, 7, 8")):
         WeightScheme(bits)
 
 
@@ -134,10 +134,10 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ({"damping": float("nan")}, "damping is nan, expected a fraction"),
         ({"calibration": {"samples": 0}}, "samples is 0, expected a whole number, at least 1"),
         ({"calibration": {"seqlen": -5}}, "seqlen is -5, expected a whole number, at least 1"),
-        ({"scheme": {"bits": 5}}, "bits is 5, expected one of"),
+        ({"scheme": {"bits": 9}}, "bits is 9, expected one of"),
         ({"scheme": {"group_size": "row"}}, "group_size is 'row', expected one of 16, 32"),
-        ({"overrides": [{"pattern": "x", "bits": 5}]}, "bits is 5, expected one of"),
-        ({"overrides": [{"pattern": "x", "bits": "many"}]}, "bits is 'many', expected one of 2, 3, 4, 8"),
+        ({"overrides": [{"pattern": "x", "bits": 9}]}, "bits is 9, expected one of"),
+        ({"overrides": [{"pattern": "x", "bits": "many"}]}, "bits is 'many', expected one of 2, 3, 4, 5, 6, 7, 8"),
         ({"skip": ["re:("]}, "'re:(' is not a valid regular expression"),
         ({"overrides": [{"pattern": "re:[", "bits": 8}]}, "'re:[' is not a valid regular expression"),
         ({"overrides": [{"bits": 8}]}, "missing key of an override: 'pattern'"),
@@ -303,7 +303,7 @@ def test_a_group_size_is_a_number_or_a_word() -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: QuantConfig(overrides=(Override(pattern="x", bits=5),)), lambda: QuantConfig(damping=2)]
+    "make", [lambda: QuantConfig(overrides=(Override(pattern="x", bits=9),)), lambda: QuantConfig(damping=2)]
 )
 def test_settings_made_in_python_are_checked_too(make: Callable[[], QuantConfig]) -> None:
     with pytest.raises(ConfigError, match="expected"):

@@ -10,7 +10,7 @@ import torch
 from llmq import formats
 from llmq.config import FORMATS
 from llmq.errors import ConfigError, FormatError
-from llmq.formats import awq, compressed_tensors, gptq
+from llmq.formats import awq, compressed_tensors, gptq, mlx
 from llmq.formats.base import Layout, Reading
 from llmq.numerics.scheme import BITS, WeightScheme
 from tests.unit.formats.examples import ASYMMETRIC, G32, LAYOUTS, example
@@ -61,8 +61,9 @@ def test_the_error_for_an_unknown_quant_method_lists_formats(block: dict[str, st
             awq.LAYOUT,
             WeightScheme(8),
             (64, 128),
-            "awq holds 4 bits only, not 8; compressed-tensors holds 2, 3, 4 and 8",
+            "awq holds 4 bits only, not 8; compressed-tensors holds 2 to 8",
         ),
+        (mlx.LAYOUT, WeightScheme(7), (64, 128), "2, 3, 4, 5, 6 and 8 bits, not 7; compressed-tensors holds 2 to 8"),
         (awq.LAYOUT, G32, (12, 64), "12 .*compressed-tensors holds any number"),
         (gptq.LAYOUT, WeightScheme(3), (64, 128), "4 and 8 bits only, not 3; compressed-tensors holds"),
         (gptq.LAYOUT, WeightScheme(2), (64, 128), "4 and 8 bits only, not 2; compressed-tensors holds"),
