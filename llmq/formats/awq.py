@@ -75,6 +75,8 @@ def weight_shape(
 
 def refusal(scheme: WeightScheme, out_features: int, in_features: int) -> str | None:
     """See `Layout.refusal`."""
+    if (reason := checks.floats_refusal(scheme, NAME)) is not None:
+        return reason
     if scheme.bits != BITS:
         return f"awq holds 4 bits only, not {scheme.bits}; compressed-tensors holds 2 to 8"
     if out_features % PER_WORD:

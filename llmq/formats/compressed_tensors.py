@@ -40,6 +40,7 @@ from llmq.patterns import Pattern
 
 NAME = "compressed-tensors"
 PACKING = "pack-quantized"
+MIXED = "mixed-precision"
 PLAIN = ("int-quantized", "naive-quantized")
 FLOATS = {  # format -> group size, how it is read
     "nvfp4-pack-quantized": (fp4.NVFP4_GROUP, fp4.nvfp4),
@@ -58,6 +59,8 @@ INDEXED = ("group", "dynamic", True)  # the values of `actorder` that come with 
 def pack(q: QuantizedTensor) -> dict[str, Tensor]:
     """See `Layout.pack`."""
     checks.require_packable(q, refusal(q.scheme, *q.shape))
+    if q.scheme.floats is not None:
+        return fp4.pack(q)
     tensors = {
         "weight_packed": bit_packing.pack(q.codes, q.scheme.bits),
         "weight_scale": q.scales.contiguous(),
@@ -71,6 +74,8 @@ def pack(q: QuantizedTensor) -> dict[str, Tensor]:
 def unpack(tensors: Mapping[str, Tensor], reading: Reading) -> QuantizedTensor:
     """See `Layout.unpack`."""
     scheme = reading.scheme
+    if scheme.floats is not None:
+        return fp4.unpack(tensors, scheme)
     if reading.packing in PLAIN:
         signed = checks.stored(tensors, "weight", (torch.int8,), (None, None))
         codes = (signed.to(torch.int16) + (1 << (reading.bits - 1))).to(torch.uint8)
@@ -127,9 +132,12 @@ def quantization_config(schemes: Mapping[str, WeightScheme], unquantized: Sequen
     modules: dict[WeightScheme, list[str]] = {}
     for name, scheme in checks.as_stored(schemes).items():
         modules.setdefault(scheme, []).append(name)
+    packings = {scheme: _packing(scheme) for scheme in modules}
+    mixed = len(set(packings.values())) > 1  # otherwise all groups have the format of the file
     groups = {
         f"group_{i}": {
             "targets": ["Linear"] if len(modules) == 1 else targets,
+            **({"format": packings[scheme]} if mixed else {}),
             "weights": _weights_block(scheme),
             "input_activations": None,
             "output_activations": None,
@@ -138,7 +146,7 @@ def quantization_config(schemes: Mapping[str, WeightScheme], unquantized: Sequen
     }
     return {
         "quant_method": NAME,
-        "format": PACKING,
+        "format": MIXED if mixed else next(iter(packings.values())),
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": list(unquantized),
@@ -225,7 +233,13 @@ def _group_index(tensors: Mapping[str, Tensor], reading: Reading, K: int) -> Ten
     return checks.group_index_for(reading, index, K)
 
 
+def _packing(scheme: WeightScheme) -> str:
+    return PACKING if scheme.floats is None else f"{scheme.floats}-pack-quantized"
+
+
 def _weights_block(scheme: WeightScheme) -> dict[str, Any]:
+    if scheme.floats is not None:
+        return fp4.weights_block(scheme)
     grouped = isinstance(scheme.group_size, int)
     return {
         "num_bits": scheme.bits,
@@ -254,7 +268,7 @@ def _group_reading(group: Mapping[str, Any], file_format: object, note: str) -> 
             raise FormatError(
                 f"the checkpoint declares {packing} with {declared_grid}, expected 4-bit floats in groups of {size}"
             )
-        return Reading(WeightScheme(4, size), packing=packing, decode=decode, note=notes)
+        return Reading(WeightScheme.of_floats(packing.partition("-")[0]), packing=packing, decode=decode, note=notes)
     if packing not in (PACKING, *PLAIN):
         expected = ", ".join((PACKING, *PLAIN, *FLOATS))
         raise FormatError(f"the checkpoint declares weights of format {packing!r}, expected one of {expected}")

@@ -99,6 +99,8 @@ def weight_shape(
 
 def refusal(scheme: WeightScheme, out_features: int, in_features: int) -> str | None:
     """See `Layout.refusal`."""
+    if (reason := checks.floats_refusal(scheme, NAME)) is not None:
+        return reason
     if scheme.bits not in BITS_WRITTEN:
         return f"gptq is written with 4 and 8 bits only, not {scheme.bits}; compressed-tensors holds 2 to 8"
     per_word = 32 // scheme.bits

@@ -99,6 +99,8 @@ def weight_shape(
 
 def refusal(scheme: WeightScheme, out_features: int, in_features: int) -> str | None:
     """See `Layout.refusal`."""
+    if (reason := checks.floats_refusal(scheme, NAME)) is not None:
+        return reason
     if scheme.bits not in BITS:
         return f"mlx holds 2, 3, 4, 5, 6 and 8 bits, not {scheme.bits}; compressed-tensors holds 2 to 8"
     if scheme.group_size not in GROUPS:

@@ -16,7 +16,7 @@ from pydantic import Field
 import llmq
 from llmq._keywords import Keywords
 from llmq.cli import options
-from llmq.config import Calibration, Override, QuantConfig, parse_group_size, parse_override
+from llmq.config import Calibration, Override, QuantConfig, parse_number, parse_override
 from llmq.errors import ConfigError
 from llmq.numerics.scheme import WeightScheme
 from llmq.patterns import matches
@@ -299,7 +299,7 @@ def test_an_invalid_override_is_refused(text: str) -> None:
 
 
 def test_a_group_size_is_a_number_or_a_word() -> None:
-    assert [parse_group_size(text) for text in ("64", 64, "channel", "tensor")] == [64, 64, "channel", "tensor"]
+    assert [parse_number(text) for text in ("64", 64, "channel", "tensor")] == [64, 64, "channel", "tensor"]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ class Problem:
     scales    (E, G, N) float32   of any sign, not zero
     zeros     (E, G, N) float32   zero points, integers or with real offsets any numbers; 2**(bits - 1) if symmetric
     group_of  (E, K)    int32     the group of each column
-    levels                        2**bits - 1, at most 255
+    levels                        2**bits - 1, at most 255; 14 if `floats`
+    floats                        whether codes stand for floats of four bits (`e2m1.py`), with no zero points
 
     All on one device; scales, zeros and group_of contiguous.  Fast if the rows of a column are contiguous and, on GPUs,
     if the factor is.  Raises KernelInputError for anything else; values on the device are not read.
@@ -30,6 +31,7 @@ class Problem:
     zeros: Tensor
     group_of: Tensor
     levels: int
+    floats: bool = False
 
     def __post_init__(self) -> None:
         columns, scales = self.columns, self.scales

@@ -47,6 +47,11 @@ def groups_for(scheme: WeightScheme, in_features: int) -> int:
     return in_features // scheme.columns_per_group(in_features)
 
 
+def floats_refusal(scheme: WeightScheme, layout: str) -> str | None:
+    """Why a layout of integers does not hold a grid of floats; None for other grids."""
+    return None if scheme.floats is None else f"{layout} holds integers, not {scheme}; compressed-tensors holds both"
+
+
 def grouping_refusal(scheme: WeightScheme, in_features: int) -> str | None:
     """Why no layout holds groups of this size for this weight, or None."""
     if in_features % scheme.columns_per_group(in_features) == 0:
