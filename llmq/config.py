@@ -27,7 +27,7 @@ PRESETS = ("moe",)  # see mixed_precision/preset.py
 
 def parse_number(given: Any) -> Any:
     """`"128"` as 128; everything else unchanged. The field and `WeightScheme` reject invalid values."""
-    return int(given) if isinstance(given, str) and given.isdecimal() else given
+    return int(given) if isinstance(given, str) and given.removeprefix("-").isdecimal() else given
 
 
 def parse_sources(given: Any) -> Any:

@@ -123,7 +123,7 @@ def gguf_refusal(scheme: WeightScheme, in_features: int) -> str | None:
     """Why no GGUF block type holds these quantized values exactly for a weight with `in_features` inputs, or None."""
     if export.best(scheme, in_features) is not None:
         return None
-    return "; ".join(filter(None, (export.refusal(kind, scheme, in_features) for kind in export.EXACT)))
+    return "; ".join(dict.fromkeys(filter(None, (export.refusal(kind, scheme, in_features) for kind in export.EXACT))))
 
 
 def require_writable(names: Sequence[str], checkpoint: Checkpoint, tensors: Iterable[str]) -> None:

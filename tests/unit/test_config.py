@@ -153,7 +153,7 @@ def test_the_error_for_an_invalid_value_has_the_expected_one(settings: dict[str,
     [
         {"method": 4}, {"format": [4]}, {"order": True}, {"scales": 1}, {"damping": "0.01"}, {"damping": True},
         {"seed": "one"}, {"seed": 1.5}, {"strict": "false"}, {"strict": 0},
-        {"skip": "lm_head"}, {"skip": [1]}, {"scheme": "int4"}, {"scheme": 4}, {"scheme": {"bits": "4"}},
+        {"skip": "lm_head"}, {"skip": [1]}, {"scheme": "int4"}, {"scheme": 4}, {"scheme": {"bits": "four"}},
         {"scheme": {"bits": 4.0}}, {"scheme": {"group_size": 128.5}}, {"scheme": {"group_size": True}},
         {"scheme": {"symmetric": "false"}}, {"calibration": "text.txt"}, {"calibration": {"sources": "text.txt"}},
         {"calibration": {"sources": [1]}}, {"calibration": {"samples": "many"}}, {"calibration": {"samples": 1.5}},

@@ -12,6 +12,7 @@ from llmq.config import FORMATS
 from llmq.errors import ConfigError, FormatError
 from llmq.formats import awq, compressed_tensors, gptq, mlx
 from llmq.formats.base import Layout, Reading
+from llmq.numerics import affine_grid
 from llmq.numerics.scheme import BITS, WeightScheme
 from tests.unit.formats.examples import ASYMMETRIC, G32, LAYOUTS, example
 
@@ -299,3 +300,46 @@ def test_the_page_lists_all_formats() -> None:
         compressed_tensors.PACKING, *compressed_tensors.PLAIN, *compressed_tensors.FLOATS,
     }  # fmt: skip
     assert sorted(name for name in read if f"`{name}`" not in page) == []
+
+
+# ---- floats of four bits
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4"])
+def test_floats_are_read_back(name: str) -> None:
+    scheme = WeightScheme.of_floats(name)
+    draw = torch.Generator().manual_seed(0)
+    grid = affine_grid.fit_searched(torch.randn(6, 64, generator=draw), scheme, torch.bfloat16)
+    q = grid.quantized(torch.randint(0, 15, (6, 64), dtype=torch.uint8, generator=draw))
+    block = compressed_tensors.quantization_config({Q: scheme}, [])
+    reading = compressed_tensors.read_config(block)(Q)
+    assert reading is not None and reading.decode is not None and reading.scheme == scheme
+    tensors = compressed_tensors.pack(q)
+    back = compressed_tensors.unpack(tensors, reading)
+    assert torch.equal(back.codes, q.codes) and torch.equal(back.scales, q.scales)
+    assert torch.equal(reading.decode(tensors), q.dequantize())
+    assert set(compressed_tensors.needs(reading)) <= set(tensors)
+
+
+def test_floats_and_integers_in_one_file_declare_their_formats() -> None:
+    block = compressed_tensors.quantization_config({Q: WeightScheme.of_floats("nvfp4"), K: WeightScheme(8, 32)}, [])
+    assert block["format"] == "mixed-precision"
+    read = compressed_tensors.read_config(block)
+    assert [str(reading.scheme) for name in (Q, K) if (reading := read(name))] == ["nvfp4", "int8 g32 symmetric"]
+
+
+@pytest.mark.parametrize("layout", [awq.LAYOUT, gptq.LAYOUT, mlx.LAYOUT], ids=lambda layout: layout.name)
+def test_formats_of_integers_refuse_floats(layout: Layout) -> None:
+    refusal = layout.refusal(WeightScheme.of_floats("nvfp4"), 64, 64)
+    assert refusal == f"{layout.name} holds integers, not nvfp4; compressed-tensors holds both"
+
+
+def test_scales_that_are_not_legal_are_not_written() -> None:
+    grid = affine_grid.fit_minmax(torch.randn(2, 32), WeightScheme.of_floats("nvfp4"), torch.bfloat16)
+    q = grid.quantized(grid.encode(torch.randn(2, 32)))
+    with pytest.raises(FormatError, match="not one that nvfp4 has"):
+        compressed_tensors.pack(dataclasses.replace(q, scales=q.scales * 1.01))
+    assert q.global_scale is not None
+    shared = q.global_scale * torch.tensor([[1.0], [2.0]])
+    with pytest.raises(FormatError, match="different global scales"):
+        compressed_tensors.pack(dataclasses.replace(q, global_scale=shared))
