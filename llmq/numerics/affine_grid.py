@@ -57,7 +57,7 @@ ScaleDtype = torch.dtype | Bounded | Shared
 class Grid:
     """scales (N, G) in their storage dtype; zeros (N, G) int16, the zero points, or None where symmetric.
 
-    In a two-level grid both are float32 and are computed from `superblocks`.  In an nvfp4 grid `global_scale` is (N, 1).
+    In a two-level grid both are float32 and are computed from `superblocks`.  `global_scale` is that of an nvfp4 grid.
     """
 
     scheme: WeightScheme

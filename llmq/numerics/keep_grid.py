@@ -51,7 +51,13 @@ def keep(weight: Tensor, stored: torch.dtype, scheme: WeightScheme, values: Scal
     """
     N, K = weight.shape
     width = scheme.columns_per_group(K)
-    if stored not in DIGITS or scheme.floats or scheme.group_size == "tensor" or K % width or (scheme.two_level and not _free(scheme)):
+    if (
+        stored not in DIGITS
+        or scheme.floats
+        or scheme.group_size == "tensor"
+        or K % width
+        or (scheme.two_level and not _free(scheme))
+    ):
         return None
     problem = _Problem(scheme, stored, values)
     x = weight.reshape(-1, width)

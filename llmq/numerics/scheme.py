@@ -103,7 +103,11 @@ class WeightScheme:
 
     def __str__(self) -> str:
         grouping = f"g{self.group_size}" if isinstance(self.group_size, int) else self.group_size
-        return self.floats or self.block_type or f"int{self.bits} {grouping} {'symmetric' if self.symmetric else 'asymmetric'}"
+        return (
+            self.floats
+            or self.block_type
+            or f"int{self.bits} {grouping} {'symmetric' if self.symmetric else 'asymmetric'}"
+        )
 
 
 @dataclass(frozen=True)

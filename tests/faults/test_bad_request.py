@@ -70,7 +70,11 @@ def test_unknown_name_is_refused(option: str, expected: str, model: Path, out: P
         ("seed = 'x'", "seed is 'x', expected a whole number", "the default is 0"),
         ("strict = 'maybe'", "strict is 'maybe', expected true or false", ""),
         ("method = ['rtn']", "method is ['rtn'], expected one of rtn, gptq", "the default is balanced"),
-        ("[scheme]\nbits = 'four'", "bits is 'four', expected one of 2, 3, 4, 5, 6, 7, 8, nvfp4, mxfp4", "the default is 4"),
+        (
+            "[scheme]\nbits = 'four'",
+            "bits is 'four', expected one of 2, 3, 4, 5, 6, 7, 8, nvfp4, mxfp4",
+            "the default is 4",
+        ),
         ("[scheme]\ngroup_size = [1]", "group_size is [1], expected one of 16, 32", "the default is 128"),
         ("[calibration]\nsources = 'text.txt'", "sources is 'text.txt', expected a list of strings", ""),
         ("damping = 2", "damping is 2, expected a fraction", "the default is 0.01"),

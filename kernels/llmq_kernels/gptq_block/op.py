@@ -1,6 +1,7 @@
 """The entry point of GPTQ's inner loop: arguments are checked once, and the device decides which path runs.
 
-Floats of four bits run in torch on every device.  Products in float32 never use TF32 (`full_precision.py`).  No call synchronizes with the device.
+Floats of four bits run in torch on every device.  Products in float32 never use TF32 (`full_precision.py`).  No call
+synchronizes with the device.
 """
 
 from contextlib import nullcontext

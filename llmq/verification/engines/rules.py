@@ -157,8 +157,8 @@ RULES = (
          NOTE, f"vLLM 0.32, {WNA16.replace('SUPPORTED', 'ZP_SUPPORTED')}: 2 to 8 bits", unless(is_ct, ask.other_zeros),
          "--symmetric"),
     Rule("floats of four bits", (VLLM,), "a GPU of compute capability 7.5 (nvfp4) or 8.0 (mxfp4)", NOTE,
-         "vLLM 0.32, schemes/compressed_tensors_w4a4_nvfp4.py (use_a16) and compressed_tensors_w4a4_mxfp4.py",
-         ask.floats("nvfp4", "mxfp4")),
+         "vLLM 0.32, schemes/compressed_tensors_w4a4_nvfp4.py (use_a16) and compressed_tensors_w4a4_mxfp4.py; "
+         "on a CPU, run: `Marlin FP4 not available`", ask.floats("nvfp4", "mxfp4")),
     Rule("inputs of mxfp4", (VLLM,), "a GPU before Blackwell, for float inputs: others round inputs to mxfp4", NOTE,
          "vLLM 0.32, compressed_tensors_w4a4_mxfp4.py: `On SM100+ with FlashInfer: true W4A4`", ask.floats("mxfp4"),
          "llmq eval measures float inputs; nvfp4 has them on every GPU"),
