@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 
 from llmq.algorithms import Options
+from llmq.numerics.float_grid import small_float
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq_kernels import e2m1
 from llmq_kernels.gptq_block import op as gptq_block
 from llmq_kernels.gptq_block.problem import Problem
 
@@ -54,8 +54,8 @@ def _sweep(target: Tensor, rounded: Tensor, quantized: QuantizedTensor, hessian:
         zeros = quantized.zeros.to(torch.float32).T.contiguous()
     values = rounded.T.contiguous()  # (K, N): a column is contiguous
     gradient = hessian @ (target.T - values)  # (K, N)
-    floats = quantized.scheme.floats is not None
-    steps = e2m1.values if floats else _as_floats
+    floats = None if quantized.scheme.floats is None else small_float(quantized.scheme)
+    steps = _as_floats if floats is None else floats.values
     old = steps(quantized.codes.T)
     codes = torch.empty(old.shape, dtype=torch.uint8, device=old.device)
     for start in range(0, len(values), COLUMNS):

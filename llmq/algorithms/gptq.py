@@ -30,7 +30,7 @@ from torch import Tensor
 
 from llmq.algorithms import Options, Rounding, clip, output_error
 from llmq.algorithms.factor import HIGHEST_DAMPING, Factor, factorize
-from llmq.numerics import affine_grid
+from llmq.numerics import affine_grid, float_grid
 from llmq.numerics.affine_grid import Grid
 from llmq.numerics.input_stats import InputStats
 from llmq.numerics.scheme import WeightScheme
@@ -80,7 +80,7 @@ def compensate(weight: Tensor, factor: Factor, chosen: Grid) -> tuple[Tensor, Te
     codes = gptq_block.compensate(
         Problem(
             columns[None], factor.upper[None], scales[None], zeros[None], group_of[None], chosen.scheme.levels,
-            chosen.scheme.floats is not None,
+            None if chosen.scheme.floats is None else float_grid.small_float(chosen.scheme),
         )
     )  # fmt: skip
     restored = torch.empty_like(codes[0])

@@ -33,7 +33,6 @@ from torch.optim.adam import adam
 
 from llmq.numerics import affine_grid, float_grid
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq_kernels import e2m1
 
 WARM_UP = 10  # steps
 MEAN_DECAY, SQUARE_DECAY = 0.9, 0.95
@@ -127,7 +126,7 @@ def quantized(origin: QuantizedTensor, v: Tensor | None, theta: Tensor | None) -
     if origin.superblocks is not None:
         stretched = origin.superblocks if theta is None else origin.superblocks.stretched(1 + theta)
         return QuantizedTensor.of_superblocks(codes, stretched, origin.scheme)
-    if theta is not None and origin.scheme.floats is not None:
+    if theta is not None and origin.scheme.few_scales:
         scales = float_grid.storable(origin.scales * (1 + theta), origin.scheme, origin.shared)
     elif theta is not None:
         scales = _stored(origin.scales, 1 + theta)
@@ -158,7 +157,8 @@ def update(state: State, gradient: Tensor, rates: Rates, step: int) -> None:
         outside = place.sub_(place.clamp(0, origin.scheme.levels))  # positive above the range of the codes
         slope.masked_fill_(outside.mul_(slope) < 0, 0)
         if origin.scheme.floats is not None:
-            slope *= e2m1.distances(state.rounding.value + origin.codes.to(torch.float32))
+            place = state.rounding.value + origin.codes.to(torch.float32)
+            slope *= float_grid.small_float(origin.scheme).distances(place)
         state.rounding.descend(slope, rates.rounding, step)
 
 
@@ -211,12 +211,16 @@ def _slope_of_scales(origin: QuantizedTensor, codes: Tensor, gradient: Tensor) -
 
 def _steps(origin: QuantizedTensor, codes: Tensor) -> Tensor:
     """(N, K) float32: the weight in units of its scales."""
-    return e2m1.values(codes) if origin.scheme.floats is not None else codes.to(torch.float32) - _zeros(origin)
+    if origin.scheme.floats is not None:
+        return float_grid.small_float(origin.scheme).values(codes)
+    return codes.to(torch.float32) - _zeros(origin)
 
 
 def _places(origin: QuantizedTensor, steps: Tensor) -> Tensor:
     """(N, K) float32: where weights in units of their scales lie among the codes; the inverse of `_steps`."""
-    return e2m1.places(steps) if origin.scheme.floats is not None else steps + _zeros(origin)
+    if origin.scheme.floats is not None:
+        return float_grid.small_float(origin.scheme).places(steps)
+    return steps + _zeros(origin)
 
 
 def _zeros(quantized: QuantizedTensor) -> Tensor | int:

@@ -1,4 +1,4 @@
-"""Refit the scales of a grid of floats: one scale after the other, each to the best value that the file can hold.
+"""Refit the scales of nvfp4 and mxfp4: one scale after the other, each to the best value that the file can hold.
 
 Few numbers can be scales (E4M3 or powers of two), so rounding the solution of `refit.py` would lose what it gains.
 But the loss of a row is a parabola in each of its scales, as in `refit_k_quants.py`:
@@ -16,13 +16,12 @@ from torch import Tensor
 
 from llmq.numerics import float_grid
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq_kernels import e2m1
 
 
 def refine(target: Tensor, quantized: QuantizedTensor, hessian: Tensor) -> QuantizedTensor:
-    """See `RefinementStage`; `quantized` is on a grid of floats."""
+    """See `RefinementStage`; `quantized` is on one of these grids."""
     gradient = (target - quantized.dequantize()) @ hessian  # (N, K)
-    values, scales = e2m1.values(quantized.codes), quantized.scales.clone()
+    values, scales = float_grid.small_float(quantized.scheme).values(quantized.codes), quantized.scales.clone()
     width = values.shape[1] // scales.shape[1]
     for group in range(scales.shape[1]):
         columns = slice(group * width, (group + 1) * width)

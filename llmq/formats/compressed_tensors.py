@@ -15,10 +15,10 @@ Also read:
   150, none a multiple of 32, have the same width in both forms; these are read as dense.
 * Zero points as plain int8 (older versions, and the strategy "tensor", which packs none).
 * `int-quantized` and `naive-quantized`: one signed byte per code in `weight` itself.
-* Floats of four bits (`fp4.py`).
+* Floats of four bits (`fp4.py`) and of eight (`fp8.py`), which are written, too.
 * Files that declare quantized activations or a quantized cache: the weights are read, and a note lists the rest.
 
-Not covered: sparsity, transforms, weights of float8, mxfp6 and mxfp8, scales of blocks.
+Not covered: sparsity, transforms, mxfp6 and mxfp8, scales of blocks.
 
 Source: github.com/vllm-project/compressed-tensors, src/compressed_tensors/compressors/pack_quantized.
 """
@@ -33,7 +33,7 @@ from torch import Tensor
 
 from llmq.errors import FormatError
 from llmq.formats.base import Layout, Reader, Reading
-from llmq.formats.codecs import bit_packing, checks, fp4
+from llmq.formats.codecs import bit_packing, checks, fp4, fp8
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import BITS, WeightScheme
 from llmq.patterns import Pattern
@@ -60,7 +60,7 @@ def pack(q: QuantizedTensor) -> dict[str, Tensor]:
     """See `Layout.pack`."""
     checks.require_packable(q, refusal(q.scheme, *q.shape))
     if q.scheme.floats is not None:
-        return fp4.pack(q)
+        return (fp4 if q.scheme.few_scales else fp8).pack(q)
     tensors = {
         "weight_packed": bit_packing.pack(q.codes, q.scheme.bits),
         "weight_scale": q.scales.contiguous(),
@@ -75,7 +75,7 @@ def unpack(tensors: Mapping[str, Tensor], reading: Reading) -> QuantizedTensor:
     """See `Layout.unpack`."""
     scheme = reading.scheme
     if scheme.floats is not None:
-        return fp4.unpack(tensors, scheme)
+        return fp4.unpack(tensors, scheme) if scheme.few_scales else fp8.unpack(tensors)
     if reading.packing in PLAIN:
         signed = checks.stored(tensors, "weight", (torch.int8,), (None, None))
         codes = (signed.to(torch.int16) + (1 << (reading.bits - 1))).to(torch.uint8)
@@ -95,10 +95,10 @@ def weight_shape(
     shapes: Mapping[str, tuple[int, ...]], reading: Reading, read: Callable[[str], Tensor]
 ) -> tuple[int, int]:
     """See `Layout.weight_shape`."""
-    if reading.decode is not None:
+    if reading.decode is not None and not reading.in_place:
         N, pairs = shapes["weight_packed"]
         return N, 2 * pairs
-    if reading.packing in PLAIN:
+    if reading.in_place:
         N, K = shapes["weight"]
         return N, K
     stored = {"weight_shape": read("weight_shape")}
@@ -234,12 +234,14 @@ def _group_index(tensors: Mapping[str, Tensor], reading: Reading, K: int) -> Ten
 
 
 def _packing(scheme: WeightScheme) -> str:
-    return PACKING if scheme.floats is None else f"{scheme.floats}-pack-quantized"
+    if scheme.floats is None:
+        return PACKING
+    return f"{scheme.floats}-pack-quantized" if scheme.few_scales else fp8.PACKING
 
 
 def _weights_block(scheme: WeightScheme) -> dict[str, Any]:
     if scheme.floats is not None:
-        return fp4.weights_block(scheme)
+        return fp4.weights_block(scheme) if scheme.few_scales else fp8.DECLARED
     grouped = isinstance(scheme.group_size, int)
     return {
         "num_bits": scheme.bits,
@@ -269,8 +271,13 @@ def _group_reading(group: Mapping[str, Any], file_format: object, note: str) -> 
                 f"the checkpoint declares {packing} with {declared_grid}, expected 4-bit floats in groups of {size}"
             )
         return Reading(WeightScheme.of_floats(packing.partition("-")[0]), packing=packing, decode=decode, note=notes)
+    if packing in (fp8.PACKING, *PLAIN) and weights.get("type") == "float":
+        expected_grid = {**fp8.DECLARED, "strategy": "tensor" if weights.get("strategy") == "tensor" else "channel"}
+        if any(weights.get(key, value) != value for key, value in expected_grid.items()):
+            raise FormatError(f"the checkpoint declares {packing} with {weights}, expected {expected_grid}")
+        return Reading(fp8.SCHEME, packing=fp8.PACKING, in_place=True, decode=fp8.decode, note=notes)
     if packing not in (PACKING, *PLAIN):
-        expected = ", ".join((PACKING, *PLAIN, *FLOATS))
+        expected = ", ".join((PACKING, *PLAIN, *FLOATS, fp8.PACKING))
         raise FormatError(f"the checkpoint declares weights of format {packing!r}, expected one of {expected}")
     for key, default in {"type": "int", "dynamic": False}.items():
         if weights.get(key, default) != default:

@@ -77,7 +77,7 @@ class Grid:
     def encode(self, weight: Tensor) -> Tensor:
         """The nearest codes, (N, K) uint8, of a float32 weight (N, K)."""
         if self.scheme.floats is not None:
-            return float_grid.encode(weight, self.scales)
+            return float_grid.encode(weight, self.scales, self.scheme)
         scales, zeros = self.by_column(weight.shape[1])
         return (weight / scales).add_(zeros).round_().clamp_(0, self.scheme.levels).to(torch.uint8)
 
@@ -129,6 +129,9 @@ def _fit_floats(
     *,
     searched: bool = True,
 ) -> Grid:
+    if not scheme.few_scales:
+        largest = weight.abs().amax(1, keepdim=True) / float_grid.small_float(scheme).top
+        return Grid(scheme, _stored(largest, scale_dtype).to(dtype_of(scale_dtype)), None)
     if scheme.floats == "mxfp4":
         return Grid(scheme, float_grid.fit(weight, scheme, 1.0, importance, searched=searched), None)
     shared = scale_dtype.global_scale if isinstance(scale_dtype, Shared) else float_grid.global_scale([weight])

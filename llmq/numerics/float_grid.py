@@ -1,15 +1,16 @@
-"""Grids of floats of four bits (E2M1) with a scale per group: NVFP4 and MXFP4.
+"""Grids of small floats with a scale per group: NVFP4 and MXFP4 (E2M1, four bits), FP8 (E4M3).
 
-    w  ≈  scale * value        value in ±{0, .5, 1, 1.5, 2, 3, 4, 6}
+    w  ≈  scale * value        value in ±{0, .5, 1, 1.5, 2, 3, 4, 6}, or one of E4M3
 
     nvfp4   16 columns   scale = E4M3 / global scale, one float32 for the whole weight
     mxfp4   32 columns   scale = a power of two (E8M0)
+    fp8     a row        scale = a number of the dtype of the model
 
-Codes (quantized values) are places in ascending order (`llmq_kernels/e2m1.py`), scales are the real numbers.  The
-min-max scale puts the largest weight of a group on the largest value, 6, or in mxfp4 on what the standard says: 4 to 8.
-`fit` tries the scales around it that the file can hold, and takes the one of least error
+Codes (quantized values) are places in ascending order (`llmq_kernels/small_floats.py`), scales are the real numbers.
+The min-max scale puts the largest weight of a group on the largest value, 6, or in mxfp4 on what the standard says:
+4 to 8.  `fit` tries the scales around it that the file can hold, and takes the one of least error
 sum_j importance_j * (w_j - ŵ_j)².  That includes scales that put the largest weight on 4, where values are denser
-("four over six", Cook et al. 2025, arXiv:2512.02010).
+("four over six", Cook et al. 2025, arXiv:2512.02010).  fp8 is always min-max: its values are dense in proportion.
 
 The global scale is a power of two, so that scales are exact in float32.  It puts the largest scale of all weights that
 share an input near, but not at, the top of E4M3: engines that fuse these weights require one global scale, and later
@@ -24,10 +25,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from llmq.numerics.scheme import WeightScheme
-from llmq_kernels import e2m1
+from llmq.numerics.scheme import FLOAT_GRIDS, WeightScheme
+from llmq_kernels.small_floats import E2M1, SMALL_FLOATS, SmallFloat
 
-TOP = e2m1.VALUES[-1]
+TOP = E2M1.top
 E4M3 = torch.float8_e4m3fn
 LARGEST_E4M3, SMALLEST_E4M3 = 448.0, 2.0**-6  # the smallest with all digits
 HEADROOM = 2.0  # of the largest scale, for stages that raise it
@@ -36,6 +37,12 @@ STEPS_E4M3 = (0, *(step for size in range(1, 7) for step in (-size, size)))  # f
 STEPS_E8M0 = (0, -1, 1)
 ELEMENTS_AT_ONCE = {"cpu": 1 << 18}  # fits into its cache
 ELEMENTS_AT_ONCE_ELSEWHERE = 1 << 24
+
+
+def small_float(scheme: WeightScheme) -> SmallFloat:
+    """What the codes of a grid of floats stand for."""
+    assert scheme.floats is not None, "only a grid of floats has a type of floats"
+    return SMALL_FLOATS[FLOAT_GRIDS[scheme.floats].type]
 
 
 def global_scale(weights: Iterable[Tensor]) -> float:
@@ -70,10 +77,10 @@ def storable(scales: Tensor, scheme: WeightScheme, shared: Tensor | float) -> Te
     return _powers(exponent - (mantissa <= 0.75).to(exponent.dtype))
 
 
-def encode(weight: Tensor, scales: Tensor) -> Tensor:
+def encode(weight: Tensor, scales: Tensor, scheme: WeightScheme) -> Tensor:
     """The nearest codes (N, K) uint8 of `weight` (N, K) float32 with these scales (N, G)."""
     groups = weight.unflatten(1, (scales.shape[1], -1))
-    return e2m1.nearest(groups / scales[..., None]).flatten(1)
+    return small_float(scheme).nearest(groups / scales.to(torch.float32)[..., None]).flatten(1)
 
 
 def _fit(groups: Tensor, scheme: WeightScheme, shared: float, cost: Tensor | None, *, searched: bool) -> Tensor:
@@ -115,6 +122,6 @@ def _powers(exponents: Tensor) -> Tensor:
 
 def _error(groups: Tensor, scales: Tensor, cost: Tensor | None) -> Tensor:
     """(R, G): Σ c (ŵ - w)² with the nearest codes."""
-    restored = e2m1.values(e2m1.nearest(groups / scales[..., None])).mul_(scales[..., None])
+    restored = E2M1.values(E2M1.nearest(groups / scales[..., None])).mul_(scales[..., None])
     squares = restored.sub_(groups).square_()
     return (squares if cost is None else squares.mul_(cost)).sum(-1)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmq.numerics.float_grid import small_float
 from llmq.numerics.scheme import WeightScheme
-from llmq_kernels import e2m1
 
 SMALLEST_SHARED = 2.0**-24  # in float16; llama.cpp reads subnormal numbers, and d and dmin often are subnormal
 
@@ -76,7 +76,7 @@ class QuantizedTensor:
                  float32 there, and zeros are not integers
     global_scale (N, 1) float32, the same in every row: what the E4M3 numbers of an nvfp4 grid are divided by
 
-    In a grid of floats w = scales * value of the code (`float_grid.py`), and scales are float32.
+    In a grid of floats w = scales * value of the code (`float_grid.py`); scales of nvfp4 and mxfp4 are float32.
 
     N out_features, K in_features, G groups.  "channel" has G = 1.  "tensor" has G = 1 too, its one scale repeated N
     times.
@@ -93,10 +93,11 @@ class QuantizedTensor:
     @classmethod
     def blank(cls, rows: int, columns: int, scheme: WeightScheme, scale_dtype: torch.dtype) -> "QuantizedTensor":
         """A weight of zeros, to learn its packed size; not for two-level grids."""
-        groups, floats = columns // scheme.columns_per_group(columns), scheme.floats is not None
-        codes = torch.full((rows, columns), e2m1.ZERO if floats else 0, dtype=torch.uint8)
+        groups = columns // scheme.columns_per_group(columns)
+        zero = 0 if scheme.floats is None else small_float(scheme).zero
+        codes = torch.full((rows, columns), zero, dtype=torch.uint8)
         zeros = None if scheme.symmetric else torch.full((rows, groups), scheme.middle, dtype=torch.int16)
-        scales = torch.ones(rows, groups, dtype=torch.float32 if floats else scale_dtype)
+        scales = torch.ones(rows, groups, dtype=torch.float32 if scheme.few_scales else scale_dtype)
         return cls(codes, scales, zeros, scheme, global_scale=scales[:, :1] if scheme.floats == "nvfp4" else None)
 
     @classmethod
@@ -123,7 +124,7 @@ class QuantizedTensor:
     def dequantize(self) -> Tensor:
         """(N, K) float32, computed in float32 from the stored scales, as every reader of the file does."""
         floats = self.scheme.floats is not None
-        weight = e2m1.values(self.codes) if floats else self.codes.to(torch.float32)  # (N, K)
+        weight = small_float(self.scheme).values(self.codes) if floats else self.codes.to(torch.float32)  # (N, K)
         values, spread = weight, self._spread
         if self.group_index is None:  # a view by group, so that no (N, K) of scales is made
             values, spread = weight.unflatten(1, (self.scales.shape[1], -1)), _last_axis

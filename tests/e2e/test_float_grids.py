@@ -53,14 +53,16 @@ def test_a_tuned_run_is_read_back_and_resumes_to_the_same_bytes(
     assert torch.equal(dict(loaded.named_parameters())[name].float(), weights[name])
 
 
-def test_fused_layers_have_one_global_scale(model: Path, text: Path, tmp_path: Path) -> None:
-    overrides = ["*.down_proj:bits=8,group_size=32"]
+def test_fused_layers_have_one_global_scale_and_others_other_grids(model: Path, text: Path, tmp_path: Path) -> None:
+    overrides = ["*.down_proj:bits=8,group_size=32", "*.o_proj:bits=fp8"]
     job(model, tmp_path / "out", text, bits="nvfp4", overrides=overrides).run()
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     prefix = "model.layers.1"
     for unit in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
         assert len({float(tensors[f"{prefix}.{name}.weight_global_scale"]) for name in unit}) == 1
     assert tensors[f"{prefix}.mlp.down_proj.weight_packed"].dtype == torch.int32
+    assert tensors[f"{prefix}.self_attn.o_proj.weight"].dtype == torch.float8_e4m3fn
+    assert llmq.verify(tmp_path / "out").intact
     assert {layer.scheme for layer in llmq.inspect(tmp_path / "out").layers if layer.name.endswith("down_proj")} == {
         "int8 g32 symmetric"
     }

@@ -109,11 +109,16 @@ def test_transformers_computes_the_same_logits(
 
 @pytest.mark.parametrize(
     "settings",
-    [{"bits": "nvfp4"}, {"bits": "mxfp4"}, {"bits": "nvfp4", "overrides": ["down_proj:bits=8"]}],
+    [
+        {"bits": "nvfp4"},
+        {"bits": "mxfp4", "overrides": ["down_proj:bits=8"]},
+        {"bits": "nvfp4", "overrides": ["down_proj:bits=fp8", "o_proj:bits=4"]},
+        {"bits": "fp8"},
+    ],
     ids=str,
 )
 def test_transformers_decompresses_floats_to_the_bit(settings: dict[str, Any], tmp_path: Path) -> None:
-    # The package decompresses to bfloat16, which holds these products exactly.
+    # The package decompresses to bfloat16, which holds the products of nvfp4 and mxfp4 exactly.
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
     LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, vocab_size=96, **sizes)).to(torch.bfloat16).save_pretrained(
         tmp_path / "base"

@@ -27,10 +27,10 @@ from llmq.errors import FormatError
 from llmq.formats.codecs import checks
 from llmq.numerics import float_grid
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import FLOAT_GRIDS, WeightScheme
-from llmq_kernels import e2m1
+from llmq.numerics.scheme import WeightScheme
+from llmq_kernels.small_floats import E2M1
 
-NVFP4_GROUP, MXFP4_GROUP = FLOAT_GRIDS["nvfp4"], FLOAT_GRIDS["mxfp4"]
+NVFP4_GROUP, MXFP4_GROUP = 16, 32
 NEGATIVE = 8  # the sign bit
 EXPONENT_OF_ONE = 127
 
@@ -50,7 +50,7 @@ def mxfp4(tensors: Mapping[str, Tensor]) -> Tensor:
 
 def values_of(packed: Tensor) -> Tensor:
     """uint8 (…, K / 2) -> float32 (…, K)"""
-    table = torch.tensor([*e2m1.MAGNITUDES, *(-value for value in e2m1.MAGNITUDES)], device=packed.device)
+    table = torch.tensor([*E2M1.magnitudes, *(-value for value in E2M1.magnitudes)], device=packed.device)
     return table[_halves(packed).long()]
 
 
@@ -70,7 +70,7 @@ def weights_block(scheme: WeightScheme) -> dict[str, Any]:
 
 def pack(q: QuantizedTensor) -> dict[str, Tensor]:
     """The tensors of a weight on a grid of floats; raises FormatError for scales that the file cannot hold."""
-    distance = q.codes.to(torch.int16) - e2m1.ZERO
+    distance = q.codes.to(torch.int16) - E2M1.zero
     codes = torch.where(distance < 0, NEGATIVE - distance, distance).to(torch.uint8)
     packed = {"weight_packed": (codes[:, ::2] | codes[:, 1::2] << 4).contiguous()}
     if not torch.equal(float_grid.storable(q.scales, q.scheme, q.shared), q.scales):
@@ -91,7 +91,7 @@ def unpack(tensors: Mapping[str, Tensor], scheme: WeightScheme) -> QuantizedTens
     packed, numbers = _stored(tensors, (dtype,), group)
     stored = _halves(packed).to(torch.int16)
     magnitude = stored & (NEGATIVE - 1)
-    codes = torch.where(stored < NEGATIVE, e2m1.ZERO + magnitude, e2m1.ZERO - magnitude).to(torch.uint8)
+    codes = torch.where(stored < NEGATIVE, E2M1.zero + magnitude, E2M1.zero - magnitude).to(torch.uint8)
     if powers_of_two:
         return QuantizedTensor(codes, powers(numbers), None, scheme)
     whole = checks.stored(tensors, "weight_global_scale", (torch.float32,), (1,))

@@ -120,7 +120,7 @@ def floats(checkpoint: Checkpoint) -> list[Linear]:
     linears = []
     for module in checkpoint.modules_with("weight"):
         info = checkpoint.info(f"{module}.weight")
-        if len(info.shape) == 2 and info.dtype.is_floating_point:
+        if len(info.shape) == 2 and info.is_float:
             linears.append(Linear(module, *info.shape, None))
     return linears
 

@@ -305,12 +305,12 @@ def test_the_page_lists_all_formats() -> None:
 # ---- floats of four bits
 
 
-@pytest.mark.parametrize("name", ["nvfp4", "mxfp4"])
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "fp8"])
 def test_floats_are_read_back(name: str) -> None:
     scheme = WeightScheme.of_floats(name)
     draw = torch.Generator().manual_seed(0)
     grid = affine_grid.fit_searched(torch.randn(6, 64, generator=draw), scheme, torch.bfloat16)
-    q = grid.quantized(torch.randint(0, 15, (6, 64), dtype=torch.uint8, generator=draw))
+    q = grid.quantized(torch.randint(0, scheme.levels + 1, (6, 64), dtype=torch.uint8, generator=draw))
     block = compressed_tensors.quantization_config({Q: scheme}, [])
     reading = compressed_tensors.read_config(block)(Q)
     assert reading is not None and reading.decode is not None and reading.scheme == scheme

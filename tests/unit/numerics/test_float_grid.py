@@ -13,7 +13,7 @@ from llmq.numerics import affine_grid, float_grid
 from llmq.numerics.input_stats import InputStats
 from llmq.numerics.quantized_tensor import QuantizedTensor, stacked, where
 from llmq.numerics.scheme import WeightScheme
-from llmq_kernels import e2m1
+from llmq_kernels.small_floats import E2M1, E4M3
 
 NVFP4, MXFP4 = WeightScheme.of_floats("nvfp4"), WeightScheme.of_floats("mxfp4")
 BOTH = pytest.mark.parametrize("scheme", [NVFP4, MXFP4], ids=str)
@@ -42,12 +42,19 @@ def on_grid(scheme: WeightScheme, w: torch.Tensor, *, searched: bool = True) -> 
 
 def test_codes_are_places_among_the_values() -> None:
     codes = torch.arange(15, dtype=torch.uint8)
-    values = e2m1.values(codes)
+    values = E2M1.values(codes)
     assert values.tolist() == [-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6]
-    assert torch.equal(e2m1.nearest(values), codes)
-    assert torch.equal(e2m1.places(values), codes.float())
-    assert e2m1.places(torch.tensor([-9.0, 5.0, 9.0])).tolist() == [0.0, 13.5, 14.0]
-    assert e2m1.distances(torch.tensor([0.2, 7.0, 13.5, 14.0])).tolist() == [2.0, 0.5, 2.0, 2.0]
+    assert torch.equal(E2M1.nearest(values), codes)
+    assert torch.equal(E2M1.places(values), codes.float())
+    assert E2M1.places(torch.tensor([-9.0, 5.0, 9.0])).tolist() == [0.0, 13.5, 14.0]
+    assert E2M1.distances(torch.tensor([0.2, 7.0, 13.5, 14.0])).tolist() == [2.0, 0.5, 2.0, 2.0]
+
+
+def test_the_codes_of_fp8_are_all_finite_values() -> None:
+    values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    finite = values[values.isfinite()].unique()
+    assert torch.equal(E4M3.values(torch.arange(E4M3.largest + 1)), finite)
+    assert E4M3.largest == WeightScheme.of_floats("fp8").levels == 252 and E4M3.top == 448
 
 
 @given(seed=st.integers(0, 99), size=st.floats(-30, 30))
@@ -71,7 +78,7 @@ def test_the_searched_scales_are_the_best_ones(scheme: WeightScheme) -> None:
     width = scheme.columns_per_group(32)
 
     def error(scales: torch.Tensor) -> torch.Tensor:
-        restored = e2m1.values(float_grid.encode(w, scales)) * scales.repeat_interleave(width, 1)
+        restored = E2M1.values(float_grid.encode(w, scales, scheme)) * scales.repeat_interleave(width, 1)
         return (restored - w).square().reshape(4, -1, width).sum(2)
 
     if scheme.floats == "mxfp4":
@@ -90,9 +97,9 @@ def test_a_weight_of_zeros_has_a_scale() -> None:
         assert bool((q.scales > 0).all()) and not bool(q.dequantize().any())
 
 
-@BOTH
+@pytest.mark.parametrize("scheme", [NVFP4, MXFP4, WeightScheme.of_floats("fp8")], ids=str)
 def test_every_stage_lowers_the_output_error(scheme: WeightScheme) -> None:
-    w, H, options = weight(), hessian(), Options()
+    w, H, options = weight(), hessian(), Options(scale_dtype=torch.bfloat16)
     stats = InputStats(64, torch.device("cpu"))
     stats.update(torch.randn(512, 64, generator=torch.Generator().manual_seed(3)) @ torch.linalg.cholesky(H).T)
     H = stats.second_moment()
@@ -105,7 +112,9 @@ def test_every_stage_lowers_the_output_error(scheme: WeightScheme) -> None:
         after = loss(w, refined, H)
         assert bool((after <= before * 1.0001).all())
         assert float(after.sum()) < float(before.sum()) or (refinement is refit and scheme.floats == "mxfp4")
-        assert torch.equal(float_grid.storable(refined.scales, scheme, refined.shared), refined.scales)
+        if scheme.few_scales:
+            assert torch.equal(float_grid.storable(refined.scales, scheme, refined.shared), refined.scales)
+        assert refined.scales.dtype == nearest.scales.dtype
 
 
 @BOTH
