@@ -60,7 +60,7 @@ def pack(q: QuantizedTensor) -> dict[str, Tensor]:
     """See `Layout.pack`."""
     checks.require_packable(q, refusal(q.scheme, *q.shape))
     if q.scheme.floats is not None:
-        return (fp4 if q.scheme.few_scales else fp8).pack(q)
+        return fp4.pack(q) if q.scheme.few_scales else fp8.pack(q)
     tensors = {
         "weight_packed": bit_packing.pack(q.codes, q.scheme.bits),
         "weight_scale": q.scales.contiguous(),
