@@ -15,7 +15,7 @@ Also read:
   150, none a multiple of 32, have the same width in both forms; these are read as dense.
 * Zero points as plain int8 (older versions, and the strategy "tensor", which packs none).
 * `int-quantized` and `naive-quantized`: one signed byte per code in `weight` itself.
-* Floats of four bits (`fp4.py`) and of eight (`fp8.py`), which are written, too.
+* Floats of four and eight bits (`ct_floats.py`), which are written, too.
 * Files that declare quantized activations or a quantized cache: the weights are read, and a note lists the rest.
 
 Not covered: sparsity, transforms, mxfp6 and mxfp8, scales of blocks.
@@ -33,7 +33,7 @@ from torch import Tensor
 
 from llmq.errors import FormatError
 from llmq.formats.base import Layout, Reader, Reading
-from llmq.formats.codecs import bit_packing, checks, fp4, fp8
+from llmq.formats.codecs import bit_packing, checks, ct_floats, fp8
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import BITS, WeightScheme
 from llmq.patterns import Pattern
@@ -42,10 +42,6 @@ NAME = "compressed-tensors"
 PACKING = "pack-quantized"
 MIXED = "mixed-precision"
 PLAIN = ("int-quantized", "naive-quantized")
-FLOATS = {  # format -> group size, how it is read
-    "nvfp4-pack-quantized": (fp4.NVFP4_GROUP, fp4.nvfp4),
-    "mxfp4-pack-quantized": (fp4.MXFP4_GROUP, fp4.mxfp4),
-}
 
 BLOCKS_NOT_READ = ("sparsity_config", "transform_config", "moe_sparsity_config")
 NOT_APPLIED = tuple(  # of quantized inputs, outputs and caches
@@ -60,7 +56,7 @@ def pack(q: QuantizedTensor) -> dict[str, Tensor]:
     """See `Layout.pack`."""
     checks.require_packable(q, refusal(q.scheme, *q.shape))
     if q.scheme.floats is not None:
-        return fp4.pack(q) if q.scheme.few_scales else fp8.pack(q)
+        return ct_floats.pack(q)
     tensors = {
         "weight_packed": bit_packing.pack(q.codes, q.scheme.bits),
         "weight_scale": q.scales.contiguous(),
@@ -75,7 +71,7 @@ def unpack(tensors: Mapping[str, Tensor], reading: Reading) -> QuantizedTensor:
     """See `Layout.unpack`."""
     scheme = reading.scheme
     if scheme.floats is not None:
-        return fp4.unpack(tensors, scheme) if scheme.few_scales else fp8.unpack(tensors)
+        return ct_floats.unpack(tensors, scheme)
     if reading.packing in PLAIN:
         signed = checks.stored(tensors, "weight", (torch.int8,), (None, None))
         codes = (signed.to(torch.int16) + (1 << (reading.bits - 1))).to(torch.uint8)
@@ -234,14 +230,12 @@ def _group_index(tensors: Mapping[str, Tensor], reading: Reading, K: int) -> Ten
 
 
 def _packing(scheme: WeightScheme) -> str:
-    if scheme.floats is None:
-        return PACKING
-    return f"{scheme.floats}-pack-quantized" if scheme.few_scales else fp8.PACKING
+    return PACKING if scheme.floats is None else ct_floats.packing_of(scheme)
 
 
 def _weights_block(scheme: WeightScheme) -> dict[str, Any]:
     if scheme.floats is not None:
-        return fp4.weights_block(scheme) if scheme.few_scales else fp8.DECLARED
+        return ct_floats.weights_block(scheme)
     grouped = isinstance(scheme.group_size, int)
     return {
         "num_bits": scheme.bits,
@@ -262,22 +256,12 @@ def _group_reading(group: Mapping[str, Any], file_format: object, note: str) -> 
     activations = (group.get("input_activations"), group.get("output_activations"))
     notes = ", ".join(part for part in ("quantized activations" if any(activations) else "", note) if part)
     packing = group.get("format") or file_format
-    if isinstance(packing, str) and packing in FLOATS:
-        size, decode = FLOATS[packing]
-        expected_grid = {"num_bits": 4, "type": "float", "group_size": size}
-        declared_grid = {key: weights.get(key, value) for key, value in expected_grid.items()}
-        if declared_grid != expected_grid:
-            raise FormatError(
-                f"the checkpoint declares {packing} with {declared_grid}, expected 4-bit floats in groups of {size}"
-            )
-        return Reading(WeightScheme.of_floats(packing.partition("-")[0]), packing=packing, decode=decode, note=notes)
-    if packing in (fp8.PACKING, *PLAIN) and weights.get("type") == "float":
-        expected_grid = {**fp8.DECLARED, "strategy": "tensor" if weights.get("strategy") == "tensor" else "channel"}
-        if any(weights.get(key, value) != value for key, value in expected_grid.items()):
-            raise FormatError(f"the checkpoint declares {packing} with {weights}, expected {expected_grid}")
-        return Reading(fp8.SCHEME, packing=fp8.PACKING, in_place=True, decode=fp8.decode, note=notes)
+    if packing == "naive-quantized" and weights.get("type") == "float":
+        packing = fp8.PACKING
+    if isinstance(packing, str) and packing in ct_floats.PACKINGS:
+        return ct_floats.reading(packing, weights, notes)
     if packing not in (PACKING, *PLAIN):
-        expected = ", ".join((PACKING, *PLAIN, *FLOATS, fp8.PACKING))
+        expected = ", ".join((PACKING, *PLAIN, *ct_floats.PACKINGS))
         raise FormatError(f"the checkpoint declares weights of format {packing!r}, expected one of {expected}")
     for key, default in {"type": "int", "dynamic": False}.items():
         if weights.get(key, default) != default:

@@ -138,7 +138,9 @@ class _Problem:
         """The smallest scale that the file may have; llmq and llama.cpp read subnormal numbers in blocks of GGUF."""
         if isinstance(self.values, Bounded):
             return self.values.smallest
-        return SMALLEST_SHARED if self.scheme.block_type else SMALLEST_SCALE.get(dtype_of(self.values), SMALLEST_SCALE_ELSEWHERE)
+        if self.scheme.block_type:
+            return SMALLEST_SHARED
+        return SMALLEST_SCALE.get(dtype_of(self.values), SMALLEST_SCALE_ELSEWHERE)
 
     def after(self, groups: _Groups, x: Tensor) -> "_Problem":
         """The same problem with the experience from some groups: the most frequent number of steps comes first."""

@@ -12,7 +12,7 @@ float8 (E4M3), which is divided by one float32 for the whole weight.  In mxfp4, 
     weight_global_scale  float32 (1,)                                      nvfp4 only
 
 In llmq such a weight is on a grid of floats (`numerics/float_grid.py`), whose codes are in ascending order and have one
-zero: -0 in a file is read as 0.  A file is written with the scales exactly as they are, or not at all.
+zero, so that -0 is read as 0.  A file is written with the scales exactly as they are, or not at all.
 
 Source: github.com/vllm-project/compressed-tensors, compressors/nvfp4 and mxfp4; OCP Microscaling Formats 1.0.
 """

@@ -4,7 +4,7 @@
     weight_scale  float (N, 1)           or one number for the whole weight, which is read as one per row
 
 In llmq such a weight is on the grid `fp8` (`numerics/float_grid.py`), whose codes are in ascending order and have one
-zero: -0 in a file is read as 0.
+zero, so that -0 is read as 0.
 
 Source: github.com/vllm-project/compressed-tensors, compressors/naive_quantized.
 """

@@ -12,6 +12,7 @@ from llmq.config import FORMATS
 from llmq.errors import ConfigError, FormatError
 from llmq.formats import awq, compressed_tensors, gptq, mlx
 from llmq.formats.base import Layout, Reading
+from llmq.formats.codecs import ct_floats
 from llmq.numerics import affine_grid
 from llmq.numerics.scheme import BITS, WeightScheme
 from tests.unit.formats.examples import ASYMMETRIC, G32, LAYOUTS, example
@@ -257,9 +258,17 @@ def test_awq_without_zero_point_is_symmetric() -> None:
         (compressed_tensors.LAYOUT, compressed({"strategy": "block"}), "per 'block'"),
         (compressed_tensors.LAYOUT, compressed({"group_size": 40}), "group size is 40, expected one of 16"),
         (compressed_tensors.LAYOUT, compressed({}, format="marlin-24"), "'marlin-24', expected one of pack-quantized"),
-        (compressed_tensors.LAYOUT, compressed({}, format="float-quantized"), "'float-quantized'"),
+        (
+            compressed_tensors.LAYOUT,
+            compressed({}, format="float-quantized"),
+            "float-quantized with .*int.*expected .*float",
+        ),
         (compressed_tensors.LAYOUT, compressed({}) | {"format": "mxfp8-quantized"}, "'mxfp8-quantized'"),
-        (compressed_tensors.LAYOUT, compressed({}, format="nvfp4-pack-quantized"), "4-bit floats in groups of 16"),
+        (
+            compressed_tensors.LAYOUT,
+            compressed({}, format="nvfp4-pack-quantized"),
+            "nvfp4-pack-quantized with .*32.*expected .*16",
+        ),
         (compressed_tensors.LAYOUT, compressed({}) | {"transform_config": {"config_groups": {}}}, "transform_config"),
         (compressed_tensors.LAYOUT, compressed({}) | {"sparsity_config": {"format": "sparse-24"}}, "sparse-24"),
         (compressed_tensors.LAYOUT, {"config_groups": {"W4A16": ["Linear"]}}, "W4A16"),
@@ -297,7 +306,7 @@ def test_the_page_lists_all_formats() -> None:
     read = {
         *formats.names(), *(layout.name for layout in formats.readable()), *gptq.VERSIONS, *FORMATS,
         "gemm", "gemv", "gemv_fast", "llm-awq",
-        compressed_tensors.PACKING, *compressed_tensors.PLAIN, *compressed_tensors.FLOATS,
+        compressed_tensors.PACKING, *compressed_tensors.PLAIN, *ct_floats.PACKINGS,
     }  # fmt: skip
     assert sorted(name for name in read if f"`{name}`" not in page) == []
 
