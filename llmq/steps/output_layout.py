@@ -41,7 +41,8 @@ def default_output(model: str, settings: QuantConfig) -> Path:
     """`llama-gptq-4bit` in the current folder, for a model whose name or folder is `llama`."""
     name = Path(model).resolve().name if Path(model).is_dir() else model.rsplit("/", 1)[-1]
     bits = settings.scheme.bits if settings.target_bits is None else settings.target_bits
-    return Path(f"{name}-{settings.method}-{bits:g}bit")
+    grid = f"{bits:g}bit" if settings.scheme.floats is None or settings.target_bits else settings.scheme.floats
+    return Path(f"{name}-{settings.method}-{grid}")
 
 
 def staged_format(names: Sequence[str]) -> str:

@@ -21,6 +21,7 @@ from llmq.errors import ConfigError
 from llmq.numerics.scheme import WeightScheme
 from llmq.patterns import matches
 from llmq.setting_fields import config_to, merged, read_toml, settings_of
+from llmq.steps import output_layout
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -452,3 +453,26 @@ def test_toml_that_python_cannot_hold_is_refused(content: str, tmp_path: Path) -
 def test_seed_that_no_generator_takes_is_refused(seed: int) -> None:
     with pytest.raises(ConfigError, match="seed is"):
         QuantConfig(seed=seed)
+
+
+def test_bits_may_be_a_grid_of_floats() -> None:
+    config = merged(QuantConfig(), {"bits": "nvfp4", "overrides": ["down_proj:bits=8", "o_proj:bits=fp8"]})
+    schemes = [str(config.scheme_for(name)) for name in ("q_proj", "down_proj", "o_proj")]
+    assert schemes == ["nvfp4", "int8 g128 symmetric", "fp8"]
+    assert QuantConfig.model_validate(config_to(config)) == config
+    assert merged(config, {"bits": 4}).scheme == WeightScheme()
+    assert output_layout.default_output("a/llama", config) == Path("llama-balanced-nvfp4")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"bits": "nvfp4", "group_size": 32}, "group_size is 32, but nvfp4 has group_size 16"),
+        ({"bits": "mxfp4", "symmetric": False}, "symmetric is False, but mxfp4 has symmetric True"),
+        ({"bits": "nvfp5"}, "bits is 'nvfp5', expected one of 2, 3, 4, 5, 6, 7, 8, nvfp4, mxfp4, fp8"),
+        ({"bits": "nvfp4", "overrides": ["x:group_size=64"]}, "groups of 64 are not the grid nvfp4"),
+    ],
+)
+def test_a_grid_of_floats_fixes_the_other_fields(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        merged(QuantConfig(), settings)
