@@ -23,7 +23,7 @@ from typing import Any
 
 import llmq
 from llmq.cli.terminal import quiet_transformers
-from llmq.config import parse_group_size
+from llmq.config import parse_number
 from llmq.evaluation.measure import measure
 from llmq.methods import METHODS
 from llmq.numerics.scheme import BITS, GroupSize
@@ -56,7 +56,7 @@ class Case:
 
 def cases(arguments: argparse.Namespace) -> Iterator[Case]:
     """The requested runs, one draw after the other, so that a first picture is available early."""
-    sizes = [parse_group_size(size) for size in arguments.group_sizes]
+    sizes = [parse_number(size) for size in arguments.group_sizes]
     methods = arguments.methods or [method for method in DEFAULT_METHODS if method in METHODS]
     grids = itertools.product(arguments.bits, sizes, [zeros == "symmetric" for zeros in arguments.zeros])
     for seed, model, (bits, size, symmetric), method in itertools.product(

@@ -16,7 +16,7 @@ from llmq import formats
 from llmq.errors import ConfigError, listed
 from llmq.methods import METHODS, Method
 from llmq.numerics.gguf_types import GGUF_GRIDS
-from llmq.numerics.scheme import BITS, GROUP_SIZES, GroupSize, WeightScheme
+from llmq.numerics.scheme import BITS, FLOAT_GRIDS, GROUP_SIZES, GroupSize, WeightScheme
 from llmq.patterns import matches, require_pattern
 from llmq.setting_fields import Setting, Settings, Strings
 
@@ -25,9 +25,9 @@ FORMATS = (*CONVERTIBLE, *GGUF_GRIDS)
 PRESETS = ("moe",)  # see mixed_precision/preset.py
 
 
-def parse_group_size(given: Any) -> Any:
+def parse_number(given: Any) -> Any:
     """`"128"` as 128; everything else unchanged. The field and `WeightScheme` reject invalid values."""
-    return int(given) if isinstance(given, str) and given.isdecimal() else given
+    return int(given) if isinstance(given, str) and given.removeprefix("-").isdecimal() else given
 
 
 def parse_sources(given: Any) -> Any:
@@ -67,7 +67,7 @@ def parse_formats(given: Any) -> Any:
     return names[0] if len(names) == 1 else names  # equal settings compare equal
 
 
-Bits = Setting(choices=BITS)
+Bits = Setting(choices=(*BITS, *FLOAT_GRIDS))
 Size = Setting(choices=(*GROUP_SIZES, "channel", "tensor"), metavar="SIZE")
 
 
@@ -76,11 +76,13 @@ class SchemeSettings(Settings):
 
     KEY: ClassVar[str] = "key of [scheme]"
 
-    bits: Annotated[int, Bits] = Field(
+    bits: Annotated[int | str, BeforeValidator(parse_number), Bits] = Field(
         default=WeightScheme().bits,
-        description="Bits per weight. Use 8 if 4 loses too much quality, 3 or 2 only to fit into memory.",
+        description="Bits per weight. Use 5, 6 or 8 if 4 loses too much quality, 3 or 2 only to fit into memory. nvfp4 "
+        "and mxfp4 are floats of 4 bits in groups of 16 and 32, fp8 of 8 bits with one scale per row (format "
+        "compressed-tensors).",
     )
-    group_size: Annotated[GroupSize, BeforeValidator(parse_group_size), Size] = Field(
+    group_size: Annotated[GroupSize, BeforeValidator(parse_number), Size] = Field(
         default=WeightScheme().group_size,
         description="Weights of a row that share a scale: 16, 32, 64, 128, 256, 512 or 1024; channel (one scale per "
         "row) or tensor (one in all). Smaller groups lose less quality; 32 takes about 0.4 bits per weight more than "
@@ -93,7 +95,11 @@ class SchemeSettings(Settings):
     )
 
     def scheme(self) -> WeightScheme:
-        return WeightScheme(**dict(self))
+        if isinstance(self.bits, int):
+            return WeightScheme(**dict(self))
+        usual = {key: field.default for key, field in SchemeSettings.model_fields.items()}
+        given = {key: value for key, value in self if key != "bits" and value != usual[key]}
+        return WeightScheme.of_floats(self.bits, **given)
 
 
 class Override(Settings):
@@ -102,13 +108,15 @@ class Override(Settings):
     KEY: ClassVar[str] = "key of an override"
 
     pattern: str = Field(description="give the layers that the override is for, such as pattern = '*.down_proj'")
-    bits: Annotated[int | None, Bits] = None
-    group_size: Annotated[GroupSize | None, BeforeValidator(parse_group_size), Size] = None
+    bits: Annotated[int | str | None, BeforeValidator(parse_number), Bits] = None
+    group_size: Annotated[GroupSize | None, BeforeValidator(parse_number), Size] = None
     symmetric: bool | None = None
 
     def applied_to(self, scheme: WeightScheme) -> WeightScheme:
         changes = self.model_dump(exclude={"pattern"}, exclude_none=True)
-        return dataclasses.replace(scheme, **changes)
+        if isinstance(self.bits, str):
+            return WeightScheme.of_floats(changes.pop("bits"), **changes)
+        return dataclasses.replace(WeightScheme() if scheme.floats and self.bits else scheme, **changes)
 
 
 class Calibration(Settings):
@@ -168,7 +176,7 @@ class QuantConfig(Settings):
     target_bits: Annotated[float | None, Setting(expected="bits per weight on average, such as 4.5")] = Field(
         default=None, gt=1, allow_inf_nan=False,
         description="Average bits per weight, including scales (e.g. 4.5). Layers are measured, and each gets 4 bits "
-        "(group 128 or 32), 8 bits or float, whichever helps most.",
+        "(group 128 or 32), 8 bits, the grid of --bits and --group-size, or float, whichever helps most.",
     )  # fmt: skip
     preset: Annotated[str | None, Setting(choices=PRESETS)] = Field(
         default=None,
@@ -247,6 +255,8 @@ class QuantConfig(Settings):
 
     @field_serializer("scheme")
     def _scheme_to_table(self, scheme: WeightScheme) -> dict[str, Any]:
+        if scheme.floats is not None:
+            return {"bits": scheme.floats}
         return {key: getattr(scheme, key) for key in SchemeSettings.model_fields}
 
     @model_validator(mode="after")

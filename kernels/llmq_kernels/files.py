@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1"}
-WIDTHS = (2, 3, 4, 8)
+WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble that holds output 0, 1, … of eight
 HEADER_BYTES = 8
 FLOATS = ("F32", "F16", "BF16")  # GGUF types that are not packed

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from llmq.algorithms.factor import Factor
-from llmq.numerics.affine_grid import ScaleDtype
+from llmq.numerics.affine_grid import ScaleDtype, Shared
 from llmq.numerics.input_stats import InputStats
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import WeightScheme
@@ -29,12 +29,22 @@ from llmq_kernels.full_precision import with_tf32
 
 @dataclass(frozen=True)
 class Options:
-    """What a stage may depend on: the values that scales can take, and the settings of the run."""
+    """What a stage may depend on: the values that scales can take, and the settings of the run.
+
+    global_scale  of the weights that share an input, for those on an nvfp4 grid; None: each weight gets its own
+    """
 
     scale_dtype: ScaleDtype = torch.float32
     order: str = "activation"
     scales: str = "searched"
     damping: float = 0.01
+    global_scale: float | None = None
+
+    def on(self, scheme: WeightScheme) -> "Options":
+        """The options for weights on one grid."""
+        if scheme.floats != "nvfp4" or self.global_scale is None:
+            return self
+        return dataclasses.replace(self, scale_dtype=Shared(self.global_scale))
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from llmq.algorithms import Options
+from llmq.numerics.float_grid import small_float
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq_kernels.gptq_block import op as gptq_block
 from llmq_kernels.gptq_block.problem import Problem
@@ -53,7 +54,9 @@ def _sweep(target: Tensor, rounded: Tensor, quantized: QuantizedTensor, hessian:
         zeros = quantized.zeros.to(torch.float32).T.contiguous()
     values = rounded.T.contiguous()  # (K, N): a column is contiguous
     gradient = hessian @ (target.T - values)  # (K, N)
-    old = quantized.codes.T.to(torch.float32)
+    floats = None if quantized.scheme.floats is None else small_float(quantized.scheme)
+    steps = _as_floats if floats is None else floats.values
+    old = steps(quantized.codes.T)
     codes = torch.empty(old.shape, dtype=torch.uint8, device=old.device)
     for start in range(0, len(values), COLUMNS):
         block = slice(start, min(start + COLUMNS, len(values)))
@@ -62,12 +65,18 @@ def _sweep(target: Tensor, rounded: Tensor, quantized: QuantizedTensor, hessian:
         starts = values[block] + inverse @ gradient[block]
         group_of = groups[block].to(torch.int32)
         new_codes = gptq_block.compensate(
-            Problem(starts[None], feedback[None], scales[None], zeros[None], group_of[None], quantized.scheme.levels)
+            Problem(
+                starts[None], feedback[None], scales[None], zeros[None], group_of[None], quantized.scheme.levels, floats
+            )
         )
         codes[block] = new_codes[0]
-        moves = (new_codes[0].to(torch.float32) - old[block]).mul_(scales[group_of])
+        moves = (steps(new_codes[0]) - old[block]).mul_(scales[group_of])
         gradient[block.stop :].addmm_(hessian[block.stop :, block], moves, alpha=-1)
     return codes
+
+
+def _as_floats(codes: Tensor) -> Tensor:
+    return codes.to(torch.float32)
 
 
 def _inverse_of_lower(block: Tensor) -> Tensor:

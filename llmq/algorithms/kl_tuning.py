@@ -17,10 +17,13 @@ arXiv:1412.6980) with β = 0.9, 0.95; its rates rise over ten steps and then fal
 v starts at the offset of the float weight from its quantized value, in steps of the scale, or at 0 if the float weight
 is not known.  Step 0 is exactly the given codes.  The float weight does not move; the result is codes and scales only.
 
+In a grid of floats codes are places in ascending order, and ∂ŵ/∂v is s times the distance to the next value.
+
 In a two-level grid (`quantized_tensor.Superblocks`) θ stretches its real numbers, d and dmin of each superblock.  Its
 small integers do not change.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -28,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from llmq.numerics import affine_grid
+from llmq.numerics import affine_grid, float_grid
 from llmq.numerics.quantized_tensor import QuantizedTensor
 
 WARM_UP = 10  # steps
@@ -106,7 +109,7 @@ def start(quantized: QuantizedTensor, reference: Tensor | None, rates: Rates, dt
         v = torch.zeros(quantized.shape, device=quantized.codes.device)
         if reference is not None:
             groups = quantized.column_groups()
-            v = reference / quantized.scales.to(torch.float32)[:, groups] + _zeros(quantized) - quantized.codes
+            v = _places(quantized, reference / quantized.scales.to(torch.float32)[:, groups]) - quantized.codes
             v.clamp_(-EDGE, EDGE)
         rounding = Moving.at(v, dtypes)
     if rates.scales:
@@ -123,9 +126,11 @@ def quantized(origin: QuantizedTensor, v: Tensor | None, theta: Tensor | None) -
     if origin.superblocks is not None:
         stretched = origin.superblocks if theta is None else origin.superblocks.stretched(1 + theta)
         return QuantizedTensor.of_superblocks(codes, stretched, origin.scheme)
-    if theta is not None:
+    if theta is not None and origin.scheme.few_scales:
+        scales = float_grid.storable(origin.scales * (1 + theta), origin.scheme, origin.shared)
+    elif theta is not None:
         scales = _stored(origin.scales, 1 + theta)
-    return QuantizedTensor(codes, scales, origin.zeros, origin.scheme, origin.group_index)
+    return dataclasses.replace(origin, codes=codes, scales=scales)
 
 
 def result(state: State) -> QuantizedTensor:
@@ -162,7 +167,10 @@ def slopes(
     of_rounding = _times_by_group(gradient, current.scales.to(torch.float32), origin)
     place = v + origin.codes.to(torch.float32)  # before rounding
     outside = place.sub_(place.clamp(0, origin.scheme.levels))  # positive above the range of the codes
-    return of_rounding.masked_fill_(outside.mul_(of_rounding) < 0, 0), of_scales
+    of_rounding.masked_fill_(outside.mul_(of_rounding) < 0, 0)
+    if origin.scheme.floats is not None:
+        of_rounding *= float_grid.small_float(origin.scheme).distances(v + origin.codes.to(torch.float32))
+    return of_rounding, of_scales
 
 
 def tensors(state: State) -> dict[str, Tensor]:
@@ -203,13 +211,27 @@ def drawn(step: int, count: int, sequences: int, seed: int) -> list[int]:
 def _slope_of_scales(origin: QuantizedTensor, codes: Tensor, gradient: Tensor) -> Tensor:
     """∂L/∂θ at the codes (N, K), from the gradient (N, K) of the weight."""
     if origin.superblocks is None:
-        slope = _by_group((codes.to(torch.float32) - _zeros(origin)).mul_(gradient), origin)
+        slope = _by_group(_steps(origin, codes).mul_(gradient), origin)
         return slope.mul_(origin.scales.to(torch.float32))
     offsets, groups, S = origin.superblocks.offsets(), origin.column_groups(), origin.superblocks.d.shape[1]
     steps = codes.to(torch.float32) - (origin.scheme.middle if offsets is None else 0)
     of_scales = (steps * origin.scales[:, groups]).mul_(gradient)
     of_offsets = [] if offsets is None else [-offsets[:, groups] * gradient]
     return torch.cat([part.reshape(len(part), S, -1).sum(2) for part in (of_scales, *of_offsets)], dim=1)
+
+
+def _steps(origin: QuantizedTensor, codes: Tensor) -> Tensor:
+    """(N, K) float32: the weight in units of its scales."""
+    if origin.scheme.floats is not None:
+        return float_grid.small_float(origin.scheme).values(codes)
+    return codes.to(torch.float32) - _zeros(origin)
+
+
+def _places(origin: QuantizedTensor, steps: Tensor) -> Tensor:
+    """(N, K) float32: where weights in units of their scales lie among the codes; the inverse of `_steps`."""
+    if origin.scheme.floats is not None:
+        return float_grid.small_float(origin.scheme).places(steps)
+    return steps + _zeros(origin)
 
 
 def _zeros(quantized: QuantizedTensor) -> Tensor | int:

@@ -12,7 +12,7 @@ are solved together, so that one group can compensate for the error of another. 
 file, and a row is accepted only where its loss falls; the change of the loss is  d A dᵀ - 2 r dᵀ.  A scale shared by a
 whole tensor is not refitted.
 
-Two-level grids are refitted in `algorithms/refit_k_quants.py`.
+Two-level grids are refitted in `algorithms/refit_k_quants.py`, nvfp4 and mxfp4 in `algorithms/refit_floats.py`.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from llmq.algorithms import Options, refit_k_quants, ridge
+from llmq.algorithms import Options, refit_floats, refit_k_quants, ridge
 from llmq.numerics import affine_grid
 from llmq.numerics.quantized_tensor import QuantizedTensor
 
@@ -31,6 +31,8 @@ def refine(target: Tensor, quantized: QuantizedTensor, hessian: Tensor, options:
     """See `RefinementStage`."""
     if quantized.scheme.group_size == "tensor":
         return quantized
+    if quantized.scheme.few_scales:
+        return refit_floats.refine(target, quantized, hessian)
     if quantized.superblocks is not None:
         return refit_k_quants.refine(target, quantized, hessian, options)
     K, G = quantized.shape[1], quantized.scales.shape[1]

@@ -84,6 +84,11 @@ class TensorInfo:
     def nbytes(self) -> int:
         return self.stop - self.start
 
+    @property
+    def is_float(self) -> bool:
+        """Whether it has floats of two bytes or more; those of one byte are a packed weight."""
+        return self.dtype.is_floating_point and self.dtype.itemsize > 1
+
 
 _Source = TypeVar("_Source", Path, Tensor)
 Part = tuple[Path, str, TensorInfo]  # a tensor in a file: the file, the name of the tensor in the new file, its place

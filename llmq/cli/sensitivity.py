@@ -10,9 +10,9 @@ from llmq.cli.paths import begin
 from llmq.cli.progress import ProgressDisplay
 from llmq.cli.streams import print_text
 from llmq.cli.terminal import print_json, print_notes, print_table, quiet_transformers
-from llmq.config import QuantConfig, parse_group_size
+from llmq.config import QuantConfig, parse_number
 from llmq.errors import ConfigError, Interrupted
-from llmq.numerics.scheme import GroupSize, WeightScheme
+from llmq.numerics.scheme import FLOAT_GRIDS, GroupSize, WeightScheme
 
 if TYPE_CHECKING:
     from llmq.mixed_precision.assign import Spending
@@ -102,11 +102,13 @@ def command(
 
 
 def _scheme(text: str, settings: QuantConfig) -> WeightScheme:
-    """Parse `4`, `4:32` or `8:channel` as a grid; symmetric or not like the settings."""
+    """Parse `4`, `4:32`, `8:channel` or `nvfp4` as a grid; symmetric or not like the settings."""
+    if text in FLOAT_GRIDS:
+        return WeightScheme.of_floats(text)
     bits, _, size = text.partition(":")
     if not bits.isdecimal():
-        raise ConfigError(f"invalid grid {text!r}", hint="give BITS or BITS:GROUP, such as 4:32")
-    group: GroupSize = parse_group_size(size) if size else settings.scheme.group_size
+        raise ConfigError(f"invalid grid {text!r}", hint="give BITS or BITS:GROUP, such as 4:32, or nvfp4 or mxfp4")
+    group: GroupSize = parse_number(size) if size else settings.scheme.group_size
     return WeightScheme(int(bits), group, settings.scheme.symmetric)
 
 

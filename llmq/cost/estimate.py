@@ -167,7 +167,9 @@ def _fitting(grid: WeightScheme | None, in_features: int) -> WeightScheme | None
 def _layout(settings: QuantConfig) -> Layout:
     """The first safetensors format of the run, in which blocks are staged."""
     known = formats.names()
-    return formats.load(next((name for name in settings.formats if name in known and name != "gguf"), "gptq"))
+    return formats.load(
+        next((name for name in settings.formats if name in known and name != "gguf"), "compressed-tensors")
+    )
 
 
 def _repeats(work: Workload, machine: Machine, sizes: Sizes) -> bool:

@@ -73,10 +73,7 @@ def packed_layers(layers: Iterable[LayerPlan], layout: Layout, model_dtype: torc
 
 
 def _packed(layout: Layout, N: int, K: int, grid: WeightScheme, scale_dtype: torch.dtype) -> int:
-    groups = -(-K // grid.columns_per_group(K))
-    zeros = None if grid.symmetric else torch.full((N, groups), grid.middle, dtype=torch.int16)
-    scales = torch.ones(N, groups, dtype=scale_dtype)
-    weight = QuantizedTensor(torch.zeros(N, K, dtype=torch.uint8), scales, zeros, grid)
+    weight = QuantizedTensor.blank(N, K, grid, scale_dtype)
     return sum(tensor.nbytes for tensor in layout.pack(weight).values())
 
 

@@ -1,7 +1,8 @@
 """Convert one quantized weight to the grid of another format.
 
-This is lossless if the other format can hold the quantized values. Values of 2 and 3 bits fit into a format of 4 bits
-with an offset: w = s (q - z) = s ((q + 8 - m) - (z + 8 - m)), where m is the middle of the narrow grid. Otherwise the
+This is lossless if the other format can hold the quantized values. Values of 2 and 3 bits fit into 4 bits with an
+offset: w = s (q - z) = s ((q + 8 - m) - (z + 8 - m)), where m is the middle of the narrow grid; those of 5 to 7 bits
+fit into 8. Otherwise the
 weight is re-quantized to the nearest values on a grid with searched scales, and the error is measured.
 """
 
@@ -16,7 +17,7 @@ from llmq.numerics import affine_grid
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import BITS, WeightScheme
 
-WIDE = 4  # smallest number of bits of formats without 2 and 3 bits
+WIDER = {2: 4, 3: 4, 5: 8, 6: 8, 7: 8}  # bits -> bits that every format has which has not these
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,8 @@ def nearest(near: WeightScheme | None, layout: Layout, out_features: int, in_fea
 
 
 def widened_scheme(scheme: WeightScheme | None) -> WeightScheme | None:
-    """The grid of 4 bits that holds a grid of 2 or 3 bits; None for wider grids."""
-    return None if scheme is None or scheme.bits >= WIDE else dataclasses.replace(scheme, bits=WIDE)
+    """The grid of 4 or 8 bits that holds a grid of other bits; None for grids of 4 and 8 bits."""
+    return None if scheme is None or scheme.bits not in WIDER else dataclasses.replace(scheme, bits=WIDER[scheme.bits])
 
 
 def _held(q: QuantizedTensor, layout: Layout) -> QuantizedTensor | str:

@@ -1,6 +1,5 @@
 """Find the grid with which a model and its keys and values fit into the memory of an accelerator."""
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -72,7 +71,7 @@ def _sizes(configured: Configured, settings: QuantConfig) -> Iterator[tuple[Quan
     if settings.format in GGUF_GRIDS:
         changes: list[dict[str, Any]] = [{"format": name, "scheme": WeightScheme()} for name in GGUF_GRIDS]
     else:
-        grids = [dataclasses.replace(settings.scheme, bits=bits, group_size=size) for bits, size in GRIDS]
+        grids = [WeightScheme(bits, size, settings.scheme.symmetric) for bits, size in GRIDS]
         changes = [{"scheme": grid} for grid in grids]
     for change in changes:
         candidate = settings.model_copy(update=change)

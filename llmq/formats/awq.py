@@ -75,8 +75,10 @@ def weight_shape(
 
 def refusal(scheme: WeightScheme, out_features: int, in_features: int) -> str | None:
     """See `Layout.refusal`."""
+    if (reason := checks.floats_refusal(scheme, NAME)) is not None:
+        return reason
     if scheme.bits != BITS:
-        return f"awq holds 4 bits only, not {scheme.bits}; compressed-tensors holds 2, 3, 4 and 8"
+        return f"awq holds 4 bits only, not {scheme.bits}; compressed-tensors holds 2 to 8"
     if out_features % PER_WORD:
         return (
             f"awq packs 8 output features into a word and {out_features} is not a multiple of 8;"

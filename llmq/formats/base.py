@@ -22,13 +22,10 @@ from llmq.numerics.scheme import GROUP_SIZES, GroupSize, WeightScheme
 class Reading:
     """How to read the tensors of one module: its grid, and settings that the tensors alone do not show.
 
-    scheme             the grid of the result of `unpack`, except for incomplete groups at the end of a row.  Codes of
-                       5, 6 and 7 bits are read onto a grid of 8 bits with zero points, which is the same weight
+    scheme             the grid of the result of `unpack`, except for incomplete groups at the end of a row
     zeros_offset       what was subtracted from every zero point before packing: 1 in gptq's first version, else 0
     needs_group_index  whether columns are grouped in a separate order (activation order), which the file must hold
-    stored_bits        bits per code in the file, where they differ from those of the grid
     stored_group       columns that share a scale in the file, where llmq has no grid with this group size
-    stored_symmetric   whether the file declares the grid as symmetric, where `stored_bits` requires an asymmetric grid
     packing            the variant, where a layout has several ways to arrange its tensors; "" is the first one
     in_place           whether the codes are in `<module>.weight` itself, which is then one of the packed tensors
     decode             suffix -> tensor gives (N, K) float32, for a weight without an integer grid
@@ -38,9 +35,7 @@ class Reading:
     scheme: WeightScheme
     zeros_offset: int = 0
     needs_group_index: bool = False
-    stored_bits: int = 0
     stored_group: int = 0
-    stored_symmetric: bool = False
     packing: str = ""
     in_place: bool = False
     decode: Callable[[Mapping[str, Tensor]], Tensor] | None = None
@@ -48,8 +43,8 @@ class Reading:
 
     @property
     def bits(self) -> int:
-        """Bits per code in the file."""
-        return self.stored_bits or self.scheme.bits
+        """Bits per code."""
+        return self.scheme.bits
 
     @property
     def group(self) -> GroupSize:
@@ -70,7 +65,7 @@ class Reading:
     @property
     def symmetric(self) -> bool:
         """Whether the file may omit zero points, because all of them are in the middle."""
-        return self.stored_symmetric or self.scheme.symmetric
+        return self.scheme.symmetric
 
 
 Reader = Callable[[str], Reading | None]

@@ -11,15 +11,14 @@ Codes are the quantized values.  The format defines signed codes and zero points
 
 Also read:
 
-* 5, 6 and 7 bits, which are streams like the others.
 * 3 bits padded to ten codes per word (older versions).  The packed width shows which form it is.  Some lengths up to
   150, none a multiple of 32, have the same width in both forms; these are read as dense.
 * Zero points as plain int8 (older versions, and the strategy "tensor", which packs none).
 * `int-quantized` and `naive-quantized`: one signed byte per code in `weight` itself.
-* Floats of four bits (`fp4.py`).
+* Floats of four and eight bits (`ct_floats.py`), which are written, too.
 * Files that declare quantized activations or a quantized cache: the weights are read, and a note lists the rest.
 
-Not covered: sparsity, transforms, weights of float8, mxfp6 and mxfp8, scales of blocks.
+Not covered: sparsity, transforms, mxfp6 and mxfp8, scales of blocks.
 
 Source: github.com/vllm-project/compressed-tensors, src/compressed_tensors/compressors/pack_quantized.
 """
@@ -34,19 +33,15 @@ from torch import Tensor
 
 from llmq.errors import FormatError
 from llmq.formats.base import Layout, Reader, Reading
-from llmq.formats.codecs import bit_packing, checks, fp4
+from llmq.formats.codecs import bit_packing, checks, ct_floats, fp8
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import WeightScheme
+from llmq.numerics.scheme import BITS, WeightScheme
 from llmq.patterns import Pattern
 
 NAME = "compressed-tensors"
 PACKING = "pack-quantized"
+MIXED = "mixed-precision"
 PLAIN = ("int-quantized", "naive-quantized")
-FLOATS = {  # format -> group size, how it is read
-    "nvfp4-pack-quantized": (fp4.NVFP4_GROUP, fp4.nvfp4),
-    "mxfp4-pack-quantized": (fp4.MXFP4_GROUP, fp4.mxfp4),
-}
-BITS_READ = (2, 3, 4, 5, 6, 7, 8)
 
 BLOCKS_NOT_READ = ("sparsity_config", "transform_config", "moe_sparsity_config")
 NOT_APPLIED = tuple(  # of quantized inputs, outputs and caches
@@ -60,6 +55,8 @@ INDEXED = ("group", "dynamic", True)  # the values of `actorder` that come with 
 def pack(q: QuantizedTensor) -> dict[str, Tensor]:
     """See `Layout.pack`."""
     checks.require_packable(q, refusal(q.scheme, *q.shape))
+    if q.scheme.floats is not None:
+        return ct_floats.pack(q)
     tensors = {
         "weight_packed": bit_packing.pack(q.codes, q.scheme.bits),
         "weight_scale": q.scales.contiguous(),
@@ -73,6 +70,8 @@ def pack(q: QuantizedTensor) -> dict[str, Tensor]:
 def unpack(tensors: Mapping[str, Tensor], reading: Reading) -> QuantizedTensor:
     """See `Layout.unpack`."""
     scheme = reading.scheme
+    if scheme.floats is not None:
+        return ct_floats.unpack(tensors, scheme)
     if reading.packing in PLAIN:
         signed = checks.stored(tensors, "weight", (torch.int8,), (None, None))
         codes = (signed.to(torch.int16) + (1 << (reading.bits - 1))).to(torch.uint8)
@@ -92,10 +91,10 @@ def weight_shape(
     shapes: Mapping[str, tuple[int, ...]], reading: Reading, read: Callable[[str], Tensor]
 ) -> tuple[int, int]:
     """See `Layout.weight_shape`."""
-    if reading.decode is not None:
+    if reading.decode is not None and not reading.in_place:
         N, pairs = shapes["weight_packed"]
         return N, 2 * pairs
-    if reading.packing in PLAIN:
+    if reading.in_place:
         N, K = shapes["weight"]
         return N, K
     stored = {"weight_shape": read("weight_shape")}
@@ -129,9 +128,12 @@ def quantization_config(schemes: Mapping[str, WeightScheme], unquantized: Sequen
     modules: dict[WeightScheme, list[str]] = {}
     for name, scheme in checks.as_stored(schemes).items():
         modules.setdefault(scheme, []).append(name)
+    packings = {scheme: _packing(scheme) for scheme in modules}
+    mixed = len(set(packings.values())) > 1  # otherwise all groups have the format of the file
     groups = {
         f"group_{i}": {
             "targets": ["Linear"] if len(modules) == 1 else targets,
+            **({"format": packings[scheme]} if mixed else {}),
             "weights": _weights_block(scheme),
             "input_activations": None,
             "output_activations": None,
@@ -140,7 +142,7 @@ def quantization_config(schemes: Mapping[str, WeightScheme], unquantized: Sequen
     }
     return {
         "quant_method": NAME,
-        "format": PACKING,
+        "format": MIXED if mixed else next(iter(packings.values())),
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": list(unquantized),
@@ -227,7 +229,13 @@ def _group_index(tensors: Mapping[str, Tensor], reading: Reading, K: int) -> Ten
     return checks.group_index_for(reading, index, K)
 
 
+def _packing(scheme: WeightScheme) -> str:
+    return PACKING if scheme.floats is None else ct_floats.packing_of(scheme)
+
+
 def _weights_block(scheme: WeightScheme) -> dict[str, Any]:
+    if scheme.floats is not None:
+        return ct_floats.weights_block(scheme)
     grouped = isinstance(scheme.group_size, int)
     return {
         "num_bits": scheme.bits,
@@ -248,23 +256,18 @@ def _group_reading(group: Mapping[str, Any], file_format: object, note: str) -> 
     activations = (group.get("input_activations"), group.get("output_activations"))
     notes = ", ".join(part for part in ("quantized activations" if any(activations) else "", note) if part)
     packing = group.get("format") or file_format
-    if isinstance(packing, str) and packing in FLOATS:
-        size, decode = FLOATS[packing]
-        expected_grid = {"num_bits": 4, "type": "float", "group_size": size}
-        declared_grid = {key: weights.get(key, value) for key, value in expected_grid.items()}
-        if declared_grid != expected_grid:
-            raise FormatError(
-                f"the checkpoint declares {packing} with {declared_grid}, expected 4-bit floats in groups of {size}"
-            )
-        return Reading(WeightScheme(4, size), packing=packing, decode=decode, note=notes)
+    if packing == "naive-quantized" and weights.get("type") == "float":
+        packing = fp8.PACKING
+    if isinstance(packing, str) and packing in ct_floats.PACKINGS:
+        return ct_floats.reading(packing, weights, notes)
     if packing not in (PACKING, *PLAIN):
-        expected = ", ".join((PACKING, *PLAIN, *FLOATS))
+        expected = ", ".join((PACKING, *PLAIN, *ct_floats.PACKINGS))
         raise FormatError(f"the checkpoint declares weights of format {packing!r}, expected one of {expected}")
     for key, default in {"type": "int", "dynamic": False}.items():
         if weights.get(key, default) != default:
             raise FormatError(f"the checkpoint declares weights with {key} {weights[key]!r}, expected {default!r}")
     grid = checks.declared_grid(
-        checks.declared(weights, "num_bits"), _group_size(weights), weights.get("symmetric", True), BITS_READ
+        checks.declared(weights, "num_bits"), _group_size(weights), weights.get("symmetric", True), BITS
     )
     return dataclasses.replace(
         grid,

@@ -99,8 +99,10 @@ def weight_shape(
 
 def refusal(scheme: WeightScheme, out_features: int, in_features: int) -> str | None:
     """See `Layout.refusal`."""
+    if (reason := checks.floats_refusal(scheme, NAME)) is not None:
+        return reason
     if scheme.bits not in BITS_WRITTEN:
-        return f"gptq is written with 4 and 8 bits only, not {scheme.bits}; compressed-tensors holds 2, 3, 4 and 8"
+        return f"gptq is written with 4 and 8 bits only, not {scheme.bits}; compressed-tensors holds 2 to 8"
     per_word = 32 // scheme.bits
     for side, features in (("output", out_features), ("input", in_features)):
         if features % per_word:
@@ -217,7 +219,7 @@ def _reading(config: Mapping[str, Any], version: str) -> Reading:
         grid,
         zeros_offset=VERSIONS[version],
         needs_group_index=bool(config.get("desc_act", False)),
-        packing=PLANAR if version == PLANAR or (grid.stored_bits and "autoround_version" not in config) else "",
+        packing=PLANAR if version == PLANAR or (grid.bits in (5, 6, 7) and "autoround_version" not in config) else "",
     )
 
 

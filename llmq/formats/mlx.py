@@ -11,7 +11,7 @@ product is exact too; it costs 4 bytes more per group, and MLX then computes in 
 The settings are in `quantization` of config.json, which mlx-lm reads, and in `quantization_config`: `bits` and
 `group_size`, and a block of both (or false) for each module that differs.  llmq adds the symmetry.
 
-Files of other writers have offsets that are not multiples of the scale.  They are read as floats, also 5 and 6 bits.
+Files of other writers have offsets that are not multiples of the scale.  They are read as floats.
 
 Not covered: the modes mxfp4, mxfp8 and nvfp4.
 
@@ -33,7 +33,7 @@ from llmq.numerics.scheme import WeightScheme
 
 NAME = "mlx"
 GROUPS = (32, 64, 128)
-BITS_READ = (2, 3, 4, 5, 6, 8)
+BITS = (2, 3, 4, 5, 6, 8)
 GLOBAL = frozenset({"quant_method", "group_size", "bits", "mode", "symmetric", "other_symmetry"})
 """Keys of the settings that are not names of modules."""
 
@@ -99,6 +99,10 @@ def weight_shape(
 
 def refusal(scheme: WeightScheme, out_features: int, in_features: int) -> str | None:
     """See `Layout.refusal`."""
+    if (reason := checks.floats_refusal(scheme, NAME)) is not None:
+        return reason
+    if scheme.bits not in BITS:
+        return f"mlx holds 2, 3, 4, 5, 6 and 8 bits, not {scheme.bits}; compressed-tensors holds 2 to 8"
     if scheme.group_size not in GROUPS:
         return f"mlx holds groups of 32, 64 and 128, not {scheme.group_size}; compressed-tensors holds any"
     return checks.grouping_refusal(scheme, in_features)
@@ -153,21 +157,15 @@ def _reading(settings: Mapping[str, Any], symmetric: bool | None) -> Reading:
     bits, group_size = (checks.declared(settings, key) for key in ("bits", "group_size"))
     if group_size not in GROUPS:
         raise FormatError(f"the checkpoint declares groups of {group_size!r}, expected one of {GROUPS}")
-    reading = checks.declared_grid(bits, group_size, bool(symmetric), BITS_READ)
-    if symmetric is not None and not reading.stored_bits:
+    reading = checks.declared_grid(bits, group_size, bool(symmetric), BITS)
+    if symmetric is not None:
         return _in_place(reading)
     floats = _in_place(reading)
     return _in_place(reading, lambda tensors: decode(tensors, floats))
 
 
 def _in_place(reading: Reading, decoder: Callable[[Mapping[str, Tensor]], Tensor] | None = None) -> Reading:
-    return Reading(
-        reading.scheme,
-        stored_bits=reading.stored_bits,
-        stored_symmetric=reading.stored_symmetric,
-        in_place=True,
-        decode=decoder,
-    )
+    return Reading(reading.scheme, in_place=True, decode=decoder)
 
 
 LAYOUT = Layout(

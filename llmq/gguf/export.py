@@ -121,6 +121,8 @@ def best(scheme: WeightScheme, columns: int) -> str | None:
 def refusal(kind: str, scheme: WeightScheme, columns: int) -> str | None:
     """Why a type cannot hold such a grid for rows of `columns` weights; None where it can, if the scales fit too."""
     weights, _ = gguf_blocks.SIZES[kind]
+    if scheme.floats is not None:
+        return f"gguf holds integers, not {scheme}; compressed-tensors holds both"
     if columns % weights:
         return f"{kind} needs rows of a multiple of {weights} weights, these have {columns}"
     if (group := scheme.columns_per_group(columns)) % weights:

@@ -206,6 +206,8 @@ def settled(settings: QuantConfig, plan: Spending) -> QuantConfig:
 
 
 def _override(pattern: str, scheme: WeightScheme) -> Override:
+    if scheme.floats is not None:
+        return Override(pattern=pattern, bits=scheme.floats)
     return Override(pattern=pattern, bits=scheme.bits, group_size=scheme.group_size)
 
 
@@ -225,8 +227,5 @@ def _fixed_by_user(name: str, settings: QuantConfig) -> bool:
 
 def _packed_bits(rows: int, columns: int, scheme: WeightScheme, layout: Layout, scale_dtype: torch.dtype) -> int:
     """The size of a weight in the format, found by packing an empty one: some formats add further tensors."""
-    groups = columns // scheme.columns_per_group(columns)
-    zeros = None if scheme.symmetric else torch.zeros(rows, groups, dtype=torch.int16)
-    codes, scales = torch.zeros(rows, columns, dtype=torch.uint8), torch.ones(rows, groups, dtype=scale_dtype)
-    packed = layout.pack(QuantizedTensor(codes, scales, zeros, scheme))
+    packed = layout.pack(QuantizedTensor.blank(rows, columns, scheme, scale_dtype))
     return sum(8 * tensor.nbytes for tensor in packed.values())

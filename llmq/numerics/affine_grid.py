@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmq.numerics import k_quant_grid
+from llmq.numerics import float_grid, k_quant_grid
 from llmq.numerics.quantized_tensor import QuantizedTensor, Superblocks, affine
 from llmq.numerics.scheme import WeightScheme
 from llmq_kernels.grid_search import op as grid_search
@@ -43,20 +43,28 @@ class Bounded:
     smallest: float
 
 
-ScaleDtype = torch.dtype | Bounded
+@dataclass(frozen=True)
+class Shared:
+    """Scales of an nvfp4 grid, which are E4M3 numbers divided by a `global_scale` that fused weights share."""
+
+    global_scale: float
+
+
+ScaleDtype = torch.dtype | Bounded | Shared
 
 
 @dataclass(frozen=True)
 class Grid:
     """scales (N, G) in their storage dtype; zeros (N, G) int16, the zero points, or None where symmetric.
 
-    In a two-level grid both are float32 and are computed from `superblocks`.
+    In a two-level grid both are float32 and are computed from `superblocks`.  `global_scale` is that of an nvfp4 grid.
     """
 
     scheme: WeightScheme
     scales: Tensor
     zeros: Tensor | None
     superblocks: Superblocks | None = None
+    global_scale: Tensor | None = None
 
     def by_column(self, in_features: int) -> tuple[Tensor, Tensor]:
         """float32 scales and zero points of every column, (N, K) each."""
@@ -68,15 +76,21 @@ class Grid:
 
     def encode(self, weight: Tensor) -> Tensor:
         """The nearest codes, (N, K) uint8, of a float32 weight (N, K)."""
+        if self.scheme.floats is not None:
+            return float_grid.encode(weight, self.scales, self.scheme)
         scales, zeros = self.by_column(weight.shape[1])
         return (weight / scales).add_(zeros).round_().clamp_(0, self.scheme.levels).to(torch.uint8)
 
     def quantized(self, codes: Tensor) -> QuantizedTensor:
-        return QuantizedTensor(codes, self.scales, self.zeros, self.scheme, superblocks=self.superblocks)
+        return QuantizedTensor(
+            codes, self.scales, self.zeros, self.scheme, superblocks=self.superblocks, global_scale=self.global_scale
+        )
 
 
 def fit_minmax(weight: Tensor, scheme: WeightScheme, scale_dtype: ScaleDtype) -> Grid:
     """The grid that covers exactly the range of each group of `weight` (N, K) float32."""
+    if scheme.floats is not None:
+        return _fit_floats(weight, scheme, scale_dtype, searched=False)
     if scheme.two_level:  # scales depend on each other, so there is no min-max grid
         return fit_searched(weight, scheme, scale_dtype)
     return _assemble(weight.shape[0], scheme, scale_dtype, *_minmax(_grouped(weight, scheme), scheme, scale_dtype))
@@ -86,6 +100,8 @@ def fit_searched(
     weight: Tensor, scheme: WeightScheme, scale_dtype: ScaleDtype, importance: Tensor | None = None
 ) -> Grid:
     """The grid of least error for each group of `weight` (N, K) float32; `importance` (K,) weighs the columns."""
+    if scheme.floats is not None:
+        return _fit_floats(weight, scheme, scale_dtype, importance)
     if scheme.two_level:
         superblocks = k_quant_grid.fit(weight, scheme, importance)
         return Grid(scheme, *affine(superblocks), superblocks)
@@ -105,12 +121,32 @@ def fit_searched(
     return _assemble(weight.shape[0], scheme, scale_dtype, scales, zeros)
 
 
+def _fit_floats(
+    weight: Tensor,
+    scheme: WeightScheme,
+    scale_dtype: ScaleDtype,
+    importance: Tensor | None = None,
+    *,
+    searched: bool = True,
+) -> Grid:
+    if not scheme.few_scales:
+        largest = weight.abs().amax(1, keepdim=True) / float_grid.small_float(scheme).top
+        return Grid(scheme, _stored(largest, scale_dtype).to(dtype_of(scale_dtype)), None)
+    if scheme.floats == "mxfp4":
+        return Grid(scheme, float_grid.fit(weight, scheme, 1.0, importance, searched=searched), None)
+    shared = scale_dtype.global_scale if isinstance(scale_dtype, Shared) else float_grid.global_scale([weight])
+    scales = float_grid.fit(weight, scheme, shared, importance, searched=searched)
+    return Grid(scheme, scales, None, global_scale=torch.full_like(scales[:, :1], shared))
+
+
 def storable(scales: Tensor, scale_dtype: ScaleDtype) -> Tensor:
     """`scales` (N, G) float32 in the dtype of the file, raised to the smallest allowed scale; signs are kept."""
     return _stored(scales.abs(), scale_dtype).copysign(scales).to(dtype_of(scale_dtype))
 
 
 def dtype_of(scale_dtype: ScaleDtype) -> torch.dtype:
+    if isinstance(scale_dtype, Shared):
+        return torch.float32
     return scale_dtype.dtype if isinstance(scale_dtype, Bounded) else scale_dtype
 
 
@@ -157,7 +193,7 @@ def smallest(scale_dtype: ScaleDtype) -> float:
     """The smallest scale that is stored."""
     if isinstance(scale_dtype, Bounded):
         return scale_dtype.smallest
-    return SMALLEST_SCALE.get(scale_dtype, SMALLEST_SCALE_ELSEWHERE)
+    return SMALLEST_SCALE.get(dtype_of(scale_dtype), SMALLEST_SCALE_ELSEWHERE)
 
 
 def _stored(scales: Tensor, scale_dtype: ScaleDtype) -> Tensor:

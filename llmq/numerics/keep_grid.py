@@ -51,7 +51,13 @@ def keep(weight: Tensor, stored: torch.dtype, scheme: WeightScheme, values: Scal
     """
     N, K = weight.shape
     width = scheme.columns_per_group(K)
-    if stored not in DIGITS or scheme.group_size == "tensor" or K % width or (scheme.two_level and not _free(scheme)):
+    if (
+        stored not in DIGITS
+        or scheme.floats
+        or scheme.group_size == "tensor"
+        or K % width
+        or (scheme.two_level and not _free(scheme))
+    ):
         return None
     problem = _Problem(scheme, stored, values)
     x = weight.reshape(-1, width)
@@ -132,7 +138,9 @@ class _Problem:
         """The smallest scale that the file may have; llmq and llama.cpp read subnormal numbers in blocks of GGUF."""
         if isinstance(self.values, Bounded):
             return self.values.smallest
-        return SMALLEST_SHARED if self.scheme.block_type else SMALLEST_SCALE.get(self.values, SMALLEST_SCALE_ELSEWHERE)
+        if self.scheme.block_type:
+            return SMALLEST_SHARED
+        return SMALLEST_SCALE.get(dtype_of(self.values), SMALLEST_SCALE_ELSEWHERE)
 
     def after(self, groups: _Groups, x: Tensor) -> "_Problem":
         """The same problem with the experience from some groups: the most frequent number of steps comes first."""

@@ -39,6 +39,8 @@ class LayerPlan:
         if grid.block_type is not None:
             kind = BLOCK_TYPES[grid.block_type]
             return self.weights // kind.columns * kind.nbytes
+        if grid.few_scales:
+            return self.weights // 2 + self.groups
         zeros = 0 if grid.symmetric else self.groups * grid.bits // 8
         return self.weights * grid.bits // 8 + self.groups * scale_bytes + zeros
 

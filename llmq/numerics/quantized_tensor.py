@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmq.numerics.float_grid import small_float
 from llmq.numerics.scheme import WeightScheme
 
 SMALLEST_SHARED = 2.0**-24  # in float16; llama.cpp reads subnormal numbers, and d and dmin often are subnormal
@@ -73,6 +74,9 @@ class QuantizedTensor:
     scheme       bits, group size, symmetry
     superblocks  in a two-level grid: its integers and real numbers, from which scales and zeros are computed.  Both are
                  float32 there, and zeros are not integers
+    global_scale (N, 1) float32, the same in every row: what the E4M3 numbers of an nvfp4 grid are divided by
+
+    In a grid of floats w = scales * value of the code (`float_grid.py`); scales of nvfp4 and mxfp4 are float32.
 
     N out_features, K in_features, G groups.  "channel" has G = 1.  "tensor" has G = 1 too, its one scale repeated N
     times.
@@ -84,6 +88,17 @@ class QuantizedTensor:
     scheme: WeightScheme
     group_index: Tensor | None = None
     superblocks: Superblocks | None = None
+    global_scale: Tensor | None = None
+
+    @classmethod
+    def blank(cls, rows: int, columns: int, scheme: WeightScheme, scale_dtype: torch.dtype) -> "QuantizedTensor":
+        """A weight of zeros, to learn its packed size; not for two-level grids."""
+        groups = columns // scheme.columns_per_group(columns)
+        zero = 0 if scheme.floats is None else small_float(scheme).zero
+        codes = torch.full((rows, columns), zero, dtype=torch.uint8)
+        zeros = None if scheme.symmetric else torch.full((rows, groups), scheme.middle, dtype=torch.int16)
+        scales = torch.ones(rows, groups, dtype=torch.float32 if scheme.few_scales else scale_dtype)
+        return cls(codes, scales, zeros, scheme, global_scale=scales[:, :1] if scheme.floats == "nvfp4" else None)
 
     @classmethod
     def of_superblocks(cls, codes: Tensor, superblocks: Superblocks, scheme: WeightScheme) -> "QuantizedTensor":
@@ -94,6 +109,11 @@ class QuantizedTensor:
     def shape(self) -> tuple[int, int]:
         return self.codes.shape[0], self.codes.shape[1]
 
+    @property
+    def shared(self) -> Tensor | float:
+        """`global_scale`, or 1."""
+        return 1.0 if self.global_scale is None else self.global_scale
+
     def column_groups(self) -> Tensor:
         """(K,) int64: the group of each column."""
         if self.group_index is not None:
@@ -103,7 +123,8 @@ class QuantizedTensor:
 
     def dequantize(self) -> Tensor:
         """(N, K) float32, computed in float32 from the stored scales, as every reader of the file does."""
-        weight = self.codes.to(torch.float32)  # (N, K)
+        floats = self.scheme.floats is not None
+        weight = small_float(self.scheme).values(self.codes) if floats else self.codes.to(torch.float32)  # (N, K)
         values, spread = weight, self._spread
         if self.group_index is None:  # a view by group, so that no (N, K) of scales is made
             values, spread = weight.unflatten(1, (self.scales.shape[1], -1)), _last_axis
@@ -111,7 +132,8 @@ class QuantizedTensor:
         if offsets is not None:
             values.mul_(spread(self.scales)).sub_(spread(offsets))
             return weight
-        values -= self.scheme.middle if self.zeros is None else spread(self.zeros.to(torch.float32))
+        if not floats:
+            values -= self.scheme.middle if self.zeros is None else spread(self.zeros.to(torch.float32))
         values *= spread(self.scales.to(torch.float32))
         return weight
 
@@ -132,7 +154,9 @@ class QuantizedTensor:
         """The same weight with `change` applied to each tensor that has one row per out_feature."""
         zeros = None if self.zeros is None else change(self.zeros)
         superblocks = None if self.superblocks is None else self.superblocks.mapped(change)
-        return QuantizedTensor(change(self.codes), change(self.scales), zeros, self.scheme, group_index, superblocks)
+        shared = None if self.global_scale is None else change(self.global_scale)
+        codes, scales = change(self.codes), change(self.scales)
+        return QuantizedTensor(codes, scales, zeros, self.scheme, group_index, superblocks, shared)
 
 
 def affine(superblocks: Superblocks) -> tuple[Tensor, Tensor | None]:
@@ -150,7 +174,8 @@ def stacked(parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
         superblocks = Superblocks(d, sc, _joined(grid.dmin for grid in grids), _joined(grid.m for grid in grids))
     codes, scales = torch.cat([part.codes for part in parts]), torch.cat([part.scales for part in parts])
     zeros = _joined(part.zeros for part in parts)
-    return QuantizedTensor(codes, scales, zeros, first.scheme, first.group_index, superblocks)
+    shared = _joined(part.global_scale for part in parts)
+    return QuantizedTensor(codes, scales, zeros, first.scheme, first.group_index, superblocks, shared)
 
 
 def _joined(tensors: Iterable[Tensor | None]) -> Tensor | None:

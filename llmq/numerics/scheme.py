@@ -4,17 +4,38 @@ A name such as W8A8 or W4A16 gives the bits of the weights and of the inputs ("a
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from llmq.errors import ConfigError, listed
 from llmq.numerics.gguf_types import BLOCK_TYPES
 
 GroupSize = int | Literal["channel", "tensor"]
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 6, 7, 8)
 GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)  # 16 * 2**n: what packed layouts and kernels tile by
 INPUT_DTYPES = ("int8", "fp8")
 INPUT_SCALES = ("dynamic", "static")
+
+
+@dataclass(frozen=True)
+class FloatGrid:
+    """A grid of small floats.
+
+    type    in `llmq_kernels/small_floats.py`
+    levels  the largest code of this type
+    """
+
+    bits: int
+    group_size: GroupSize
+    type: str
+    levels: int
+
+
+FLOAT_GRIDS = {
+    "nvfp4": FloatGrid(4, 16, "e2m1", 14),
+    "mxfp4": FloatGrid(4, 32, "e2m1", 14),
+    "fp8": FloatGrid(8, "channel", "e4m3", 252),
+}
 
 
 @dataclass(frozen=True)
@@ -23,13 +44,15 @@ class WeightScheme:
 
     `group_size` columns of a row share a scale; "channel" is one scale per row, "tensor" one for the whole weight.
     A symmetric grid has its zero point fixed at 2**(bits - 1); an asymmetric grid has one zero point per group.
-    `block_type` is set for the grid of a block type of GGUF (`numerics/gguf_types.py`), which fixes the other fields.
+    `block_type` is set for the grid of a block type of GGUF (`numerics/gguf_types.py`), and `floats` for one of
+    `FLOAT_GRIDS` (`numerics/float_grid.py`), whose codes stand for small floats; both fix the other fields.
     """
 
     bits: int = 4
     group_size: GroupSize = 128
     symmetric: bool = True
     block_type: str | None = None
+    floats: str | None = None
 
     @classmethod
     def of_blocks(cls, block_type: str) -> "WeightScheme":
@@ -37,7 +60,32 @@ class WeightScheme:
         kind = BLOCK_TYPES[block_type]
         return cls(kind.bits, kind.group, kind.symmetric, block_type)
 
+    @classmethod
+    def of_floats(cls, name: str, **given: Any) -> "WeightScheme":
+        """One of `FLOAT_GRIDS`; raises ConfigError for another name, and for `given` fields that the grid fixes."""
+        if name not in FLOAT_GRIDS:
+            raise ConfigError(
+                f"bits is {name!r}, expected one of {listed((*BITS, *FLOAT_GRIDS))}", hint="the usual choice is 4"
+            )
+        grid = FLOAT_GRIDS[name]
+        fixed = {"bits": grid.bits, "group_size": grid.group_size, "symmetric": True}
+        for field, value in given.items():
+            if value != fixed[field]:
+                raise ConfigError(
+                    f"{field} is {value!r}, but {name} has {field} {fixed[field]}", hint=f"leave {field} out"
+                )
+        return cls(grid.bits, grid.group_size, floats=name)
+
     def __post_init__(self) -> None:
+        if self.floats is not None:
+            grid = FLOAT_GRIDS.get(self.floats)
+            fields = (self.bits, self.group_size, self.symmetric, self.block_type)
+            if grid is None or fields != (grid.bits, grid.group_size, True, None):
+                raise ConfigError(
+                    f"{self.bits} bits in groups of {self.group_size} are not the grid {self.floats}",
+                    hint=f"give bits alone: {listed(FLOAT_GRIDS)}, or bits and a group size of integers",
+                )
+            return
         if self.block_type is not None:
             kind = BLOCK_TYPES.get(self.block_type)
             if kind is None or (self.bits, self.group_size, self.symmetric) != (kind.bits, kind.group, kind.symmetric):
@@ -58,8 +106,13 @@ class WeightScheme:
 
     @property
     def levels(self) -> int:
-        """The largest code, 2**bits - 1."""
-        return (1 << self.bits) - 1
+        """The largest code, 2**bits - 1; of small floats the number of values - 1."""
+        return (1 << self.bits) - 1 if self.floats is None else FLOAT_GRIDS[self.floats].levels
+
+    @property
+    def few_scales(self) -> bool:
+        """Whether scales are small floats, too, so that most real numbers are far from any."""
+        return self.floats in ("nvfp4", "mxfp4")
 
     @property
     def middle(self) -> int:
@@ -77,7 +130,11 @@ class WeightScheme:
 
     def __str__(self) -> str:
         grouping = f"g{self.group_size}" if isinstance(self.group_size, int) else self.group_size
-        return self.block_type or f"int{self.bits} {grouping} {'symmetric' if self.symmetric else 'asymmetric'}"
+        return (
+            self.floats
+            or self.block_type
+            or f"int{self.bits} {grouping} {'symmetric' if self.symmetric else 'asymmetric'}"
+        )
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ def _plan(name: str, out_features: int, in_features: int, config: QuantConfig, l
 
 def _fallbacks(scheme: WeightScheme, in_features: int) -> list[WeightScheme]:
     """Fallbacks, best first: the largest smaller group size that divides, then one scale per row."""
-    if not isinstance(scheme.group_size, int):
+    if not isinstance(scheme.group_size, int) or scheme.floats is not None:
         return []
     sizes: list[GroupSize] = [
         size for size in reversed(GROUP_SIZES) if size < scheme.group_size and in_features % size == 0

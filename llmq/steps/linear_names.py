@@ -62,4 +62,4 @@ def _matrices(checkpoint: Checkpoint) -> list[str]:
     """The modules with a two-dimensional float weight."""
     names = checkpoint.modules_with("weight")
     infos = {name: checkpoint.info(f"{name}.weight") for name in names}
-    return [name for name, info in infos.items() if len(info.shape) == 2 and info.dtype.is_floating_point]
+    return [name for name, info in infos.items() if len(info.shape) == 2 and info.is_float]

@@ -41,7 +41,8 @@ def default_output(model: str, settings: QuantConfig) -> Path:
     """`llama-gptq-4bit` in the current folder, for a model whose name or folder is `llama`."""
     name = Path(model).resolve().name if Path(model).is_dir() else model.rsplit("/", 1)[-1]
     bits = settings.scheme.bits if settings.target_bits is None else settings.target_bits
-    return Path(f"{name}-{settings.method}-{bits:g}bit")
+    grid = f"{bits:g}bit" if settings.scheme.floats is None or settings.target_bits else settings.scheme.floats
+    return Path(f"{name}-{settings.method}-{grid}")
 
 
 def staged_format(names: Sequence[str]) -> str:
@@ -123,7 +124,7 @@ def gguf_refusal(scheme: WeightScheme, in_features: int) -> str | None:
     """Why no GGUF block type holds these quantized values exactly for a weight with `in_features` inputs, or None."""
     if export.best(scheme, in_features) is not None:
         return None
-    return "; ".join(filter(None, (export.refusal(kind, scheme, in_features) for kind in export.EXACT)))
+    return "; ".join(dict.fromkeys(filter(None, (export.refusal(kind, scheme, in_features) for kind in export.EXACT))))
 
 
 def require_writable(names: Sequence[str], checkpoint: Checkpoint, tensors: Iterable[str]) -> None:

@@ -42,6 +42,10 @@ def next_scheme(plans: Sequence[LayerPlan], layout: Layout) -> WeightScheme | No
 
 
 def _after(scheme: WeightScheme, in_features: int) -> Iterator[WeightScheme]:
+    if scheme.floats is not None:
+        if scheme.bits < BITS:
+            yield WeightScheme(BITS, SMALL_GROUP)
+        return
     if scheme.block_type is None and scheme.columns_per_group(in_features) > SMALL_GROUP:
         yield dataclasses.replace(scheme, group_size=SMALL_GROUP)
     if scheme.bits < BITS:

@@ -58,7 +58,7 @@ def round_group(
     layers: list[Rounded] = []
     for scheme in dict.fromkeys(scheme for scheme in map(schemes.get, weights) if scheme is not None):
         same_scheme = {path: weight for path, weight in weights.items() if schemes[path] == scheme}
-        layers += _round_stack(same_scheme, scheme, _Fit(stats, factor, method, options, total))
+        layers += _round_stack(same_scheme, scheme, _Fit(stats, factor, method, options.on(scheme), total))
     return layers
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from llmq.algorithms import Options, Rounding
 from llmq.distributed.ranks import ALONE, Ranks, Total
 from llmq.methods import Method
+from llmq.numerics import float_grid
 from llmq.numerics.affine_grid import ScaleDtype
 from llmq.numerics.input_stats import InputStats
 from llmq.numerics.quantized_tensor import stacked
@@ -42,6 +43,12 @@ class Group:
     stats: InputStats | None
     scales: ScaleDtype | None = None
 
+    def global_scale(self) -> float | None:
+        """The global scale of the weights on an nvfp4 grid, which engines fuse; None if there are none."""
+        schemes = self.schemes
+        fused = [w for path, w in self.weights.items() if (s := schemes[path]) is not None and s.floats == "nvfp4"]
+        return float_grid.global_scale(fused) if fused else None
+
     def rows_are_divisible(self, ranks: Ranks) -> bool:
         schemes = [scheme for scheme in self.schemes.values() if scheme is not None]
         shortest = min(len(weight) for weight in self.weights.values())
@@ -52,7 +59,7 @@ def round_together(groups: Sequence[Group], method: Method, options: Options, ra
     """The quantized weights of each group."""
 
     def rounded(group: Group, weights: Mapping[str, Tensor], total: Total = ALONE.total) -> list[Rounded]:
-        own = options if group.scales is None else replace(options, scale_dtype=group.scales)
+        own = replace(options, scale_dtype=group.scales or options.scale_dtype, global_scale=group.global_scale())
         return round_group(weights, group.schemes, group.stats, method, own, total)
 
     if ranks.size == 1:

@@ -83,7 +83,11 @@ class Run:
             )
         grid = self.plans[self.paths[name]].scheme.weights
         if grid is not None and grid.group_size != "tensor":  # it differs from the reader's if the layer was repaired
-            same = grid if grid.block_type else dataclasses.replace(grid, symmetric=reading.scheme.symmetric)
+            same = (
+                grid
+                if grid.block_type or grid.floats
+                else dataclasses.replace(grid, symmetric=reading.scheme.symmetric)
+            )
             reading = dataclasses.replace(reading, scheme=same)
         packed = {key.removeprefix(f"{name}."): tensors[key] for key in tensors if key.startswith(f"{name}.")}
         return self.layout.unpack(packed, reading)

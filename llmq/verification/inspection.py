@@ -98,7 +98,7 @@ def inspect(path: str | Path) -> Inspection:
     weights = sum(layer.out_features * layer.in_features for layer in layers)
     for name in checkpoint.names():
         info = checkpoint.info(name)
-        if len(info.shape) >= 2 and info.dtype.is_floating_point and name.endswith(".weight"):
+        if len(info.shape) >= 2 and info.is_float and name.endswith(".weight"):
             rows, columns = info.shape[0], info.nbytes // info.dtype.itemsize // max(1, info.shape[0])
             dtype = str(info.dtype).removeprefix("torch.")
             layers.append(

@@ -26,12 +26,12 @@ def test_strict_refuses_a_group_size_that_does_not_divide(model: Path, out: Path
     assert not out.exists()
 
 
-@pytest.mark.parametrize("bits", [0, 1, 5, 16, -4])
+@pytest.mark.parametrize("bits", [0, 1, 9, 16, -4])
 def test_unsupported_bits_are_refused(bits: int, model: Path, out: Path) -> None:
     refused(
         quantize(model, out, "--bits", str(bits)),
         CONFIG,
-        f"bits is {bits}, expected one of 2, 3, 4, 8",
+        f"bits is {bits}, expected one of 2, 3, 4, 5, 6, 7, 8",
         "the default is 4",
     )
     assert not out.exists()
@@ -41,7 +41,7 @@ def test_unsupported_bits_are_refused(bits: int, model: Path, out: Path) -> None
 def test_grid_unsupported_by_the_format_is_refused(layout: str, bits: int, model: Path, out: Path) -> None:
     outcome = quantize(model, out, "--format", layout, "--bits", str(bits))
     refused(outcome, CONFIG, f"{layout} cannot hold int{bits} g32 symmetric")
-    assert "compressed-tensors holds 2, 3, 4 and 8" in outcome.stderr
+    assert "compressed-tensors holds 2 to 8" in outcome.stderr
     assert not out.exists()
 
 
@@ -70,7 +70,11 @@ def test_unknown_name_is_refused(option: str, expected: str, model: Path, out: P
         ("seed = 'x'", "seed is 'x', expected a whole number", "the default is 0"),
         ("strict = 'maybe'", "strict is 'maybe', expected true or false", ""),
         ("method = ['rtn']", "method is ['rtn'], expected one of rtn, gptq", "the default is balanced"),
-        ("[scheme]\nbits = '4'", "bits is '4', expected one of 2, 3, 4, 8", "the default is 4"),
+        (
+            "[scheme]\nbits = 'four'",
+            "bits is 'four', expected one of 2, 3, 4, 5, 6, 7, 8, nvfp4, mxfp4",
+            "the default is 4",
+        ),
         ("[scheme]\ngroup_size = [1]", "group_size is [1], expected one of 16, 32", "the default is 128"),
         ("[calibration]\nsources = 'text.txt'", "sources is 'text.txt', expected a list of strings", ""),
         ("damping = 2", "damping is 2, expected a fraction", "the default is 0.01"),

@@ -19,6 +19,7 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize  # t
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp  # type: ignore[import-untyped]
 
 from llmq.formats import compressed_tensors
+from llmq.numerics import affine_grid
 from llmq.numerics.fake_quantize import int8_per_token
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import BITS, WeightScheme
@@ -103,3 +104,15 @@ def test_inputs_are_rounded_as_the_package_rounds_them() -> None:
     x = torch.randn(3, 40, 96, generator=draw) * 10 ** torch.randn(3, 40, 1, generator=draw)
     scale, zero = compute_dynamic_scales_and_zp(x, arguments, torch.nn.Linear(96, 8))
     assert torch.equal(int8_per_token(x), fake_quantize(x, scale, zero, arguments))
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "fp8"])
+def test_floats_are_decompressed_to_the_bit(name: str) -> None:
+    scheme, draw = WeightScheme.of_floats(name), torch.Generator().manual_seed(0)
+    grid = affine_grid.fit_searched(torch.randn(24, 96, generator=draw), scheme, torch.bfloat16)
+    q = grid.quantized(torch.randint(0, scheme.levels + 1, (24, 96), dtype=torch.uint8, generator=draw))
+    declared = QuantizationConfig.model_validate(compressed_tensors.quantization_config({"a": scheme}, []))
+    (group,) = declared.config_groups.values()
+    compressor = BaseCompressor.get_value_from_registry(declared.format)
+    weight = compressor.decompress(compressed_tensors.pack(q), group)["weight"]
+    assert torch.equal(weight.float(), q.dequantize().to(weight.dtype).float())

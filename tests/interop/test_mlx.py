@@ -24,6 +24,8 @@ GRIDS: list[dict[str, Any]] = [
     {"format": "mlx", "bits": 2, "group_size": 32},
     {"format": "mlx", "bits": 3, "group_size": 64},
     {"format": "mlx", "bits": 4, "group_size": 128},
+    {"format": "mlx", "bits": 5, "group_size": 64},
+    {"format": "mlx", "bits": 6, "group_size": 32, "symmetric": False},
     {
         "format": "mlx",
         "bits": 4,

@@ -8,11 +8,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import llmq
 from llmq.runtime.load import load_model
@@ -51,6 +52,8 @@ SETTINGS = {
     "4 bits, g32": ({"group_size": 32}, False),
     "4 bits, one scale per row": ({"group_size": "channel"}, False),
     "8 bits": ({"bits": 8}, False),
+    "7 bits": ({"bits": 7}, False),
+    "5 bits": ({"bits": 5}, False),
     "3 bits": ({"bits": 3}, False),
     "2 bits": ({"bits": 2}, False),
     "mixed grids": ({"overrides": ["down_proj:bits=8", "self_attn.*:group_size=64"]}, False),
@@ -102,3 +105,29 @@ def test_transformers_computes_the_same_logits(
     scale = theirs.abs().max()
     assert scale > 0.1  # random logits, not a constant
     assert (ours - theirs).abs().max() < 1e-4 * scale  # float32 sums in another order
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bits": "nvfp4"},
+        {"bits": "mxfp4", "overrides": ["down_proj:bits=8"]},
+        {"bits": "nvfp4", "overrides": ["down_proj:bits=fp8", "o_proj:bits=4"]},
+        {"bits": "fp8"},
+    ],
+    ids=str,
+)
+def test_transformers_decompresses_floats_to_the_bit(settings: dict[str, Any], tmp_path: Path) -> None:
+    # The package decompresses to bfloat16, which holds the products of nvfp4 and mxfp4 exactly.
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+    LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, vocab_size=96, **sizes)).to(torch.bfloat16).save_pretrained(
+        tmp_path / "base"
+    )
+    llmq.quantize(str(tmp_path / "base"), tmp_path / "out", method="rtn", device="cpu", **settings)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        model(torch.arange(3, 40)[None])  # decompresses
+    weights = dict(llmq.dequantize(tmp_path / "out"))
+    assert len(weights) == 7
+    for name, weight in weights.items():
+        assert torch.equal(model.get_parameter(name), weight.to(torch.bfloat16)), name

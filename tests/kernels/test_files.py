@@ -105,7 +105,7 @@ def test_checkpoint_of_another_method_is_refused(tmp_path: Path) -> None:
         list(files.dequantize(folder))
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
 def test_ambiguous_shapes_use_the_declared_bits(bits: int, tmp_path: Path) -> None:
     quantized = example(WeightScheme(bits, "channel"), (4, 8), torch.float16, bits)
     layout = formats.load("compressed-tensors")

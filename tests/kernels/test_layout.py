@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from llmq_kernels.errors import KernelInputError
 from llmq_kernels.w4a16 import layout, reference
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 6, 7, 8)
 
 # bits: {column: code} and {word: unsigned value}; every other code and word is 0.  In a plane of b bits, column c is
 # field c // (8 b) of word c % (8 b), and field j starts at bit j b.
@@ -32,6 +32,18 @@ HAND_PACKED = {
     4: (
         {0: 1, 32: 2, 64: 3, 96: 4, 1: 15, 33: 8, 127: 15},
         {0: 0x4321, 1: 0x008F, 31: 0xF000},
+    ),
+    5: (  # the 4-bit plane as above, then 8 words of the 1-bit plane: columns 0 and 127 have bit 4
+        {0: 17, 32: 2, 127: 31},
+        {0: 0x0021, 31: 0xF000, 32: 0x0001, 39: 0x8000},
+    ),
+    6: (  # then 16 words of the 2-bit plane: column 17 = 16 + 1 holds 2 in bits 4 and 5
+        {0: 49, 17: 36, 127: 63},
+        {0: 0x0001, 17: 0x0004, 31: 0xF000, 32: 0x0003, 33: 0x0008, 47: 0xC000},
+    ),
+    7: (  # the 2-bit plane, then 8 words of the 1-bit plane
+        {0: 113, 17: 100, 127: 127},
+        {0: 0x0001, 17: 0x0004, 31: 0xF000, 32: 0x0003, 33: 0x0008, 47: 0xC000, 48: 0x0001, 49: 0x0004, 55: 0x8000},
     ),
     8: (
         {0: 0x12, 64: 0xAB, 63: 0xFF, 65: 0x80, 127: 0x01},
@@ -137,8 +149,8 @@ def test_a_weight_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_width_without_layout_is_refused() -> None:
     codes = np.zeros((1, 5), np.uint8)
-    for pack in (lambda: reference.pack(codes, 5), lambda: layout.pack(torch.from_numpy(codes), 5)):
-        with pytest.raises(KernelInputError, match="bits is 5, expected one of 2, 3, 4, 8"):
+    for pack in (lambda: reference.pack(codes, 9), lambda: layout.pack(torch.from_numpy(codes), 9)):
+        with pytest.raises(KernelInputError, match="bits is 9, expected one of 2, 3, 4, 5, 6, 7, 8"):
             pack()
 
 

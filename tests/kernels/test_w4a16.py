@@ -13,7 +13,7 @@ from llmq_kernels.w4a16 import cpu, layout, op, reference
 from llmq_kernels.w4a16.packed_weight import PackedWeight
 from tests.kernels.cases import grouped, in_numpy, weight_in
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 6, 7, 8)
 GROUPS = (16, 32, 64, 128, 256, None)  # None: one group per row
 SHAPES = (((1,), 33, 172), ((17,), 7, 352), ((2, 3), 1, 128), ((0,), 5, 172), ((), 6, 40))  # x's leading shape, N, K
 ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # half a unit in the last place
@@ -231,7 +231,7 @@ def test_meta_tensors_have_the_shape_and_no_values() -> None:
 
 
 REFUSED = {
-    "bits": ({"bits": 5}, "bits is 5, expected one of 2, 3, 4, 8"),
+    "bits": ({"bits": 9}, "bits is 9, expected one of 2, 3, 4, 5, 6, 7, 8"),
     "other bits": ({"bits": 8}, r"words of 8 bits: found torch.int16 \(5, 64\), expected torch.int16 \(5, 128\)"),
     "no columns": ({"in_features": 0}, "in_features is 0"),
     "no group": ({"columns_per_group": 0}, "columns_per_group 0, expected at least 1"),

@@ -22,7 +22,7 @@ from tests.kernels.experts import (
     weights_of,
 )
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 6, 7, 8)
 TINY = gpu.Tiles(16, 32, 4, 2)
 KERNELS: dict[str, Callable[..., Tensor]] = {
     "torch": cpu.experts,
@@ -119,7 +119,7 @@ def changed(name: str, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        (arguments() | {"bits": 5}, "bits is 5"),
+        (arguments() | {"bits": 9}, "bits is 9"),
         (arguments() | {"in_features": 0}, "in_features is 0"),
         (changed("x", lambda x: x.double()), r"x is torch\.float64"),
         (changed("x", lambda x: x[0]), r"x is torch\.float16 \(172,\)"),

@@ -16,11 +16,12 @@ from pydantic import Field
 import llmq
 from llmq._keywords import Keywords
 from llmq.cli import options
-from llmq.config import Calibration, Override, QuantConfig, parse_group_size, parse_override
+from llmq.config import Calibration, Override, QuantConfig, parse_number, parse_override
 from llmq.errors import ConfigError
 from llmq.numerics.scheme import WeightScheme
 from llmq.patterns import matches
 from llmq.setting_fields import config_to, merged, read_toml, settings_of
+from llmq.steps import output_layout
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -61,9 +62,9 @@ def test_a_scheme_is_described_in_words() -> None:
     assert str(WeightScheme(3, "channel", symmetric=False)) == "int3 channel asymmetric"
 
 
-@pytest.mark.parametrize("bits", [0, 1, 5, 16, -4, 4.0, "4", True, None])
+@pytest.mark.parametrize("bits", [0, 1, 9, 16, -4, 4.0, "4", True, None])
 def test_invalid_bits_are_refused_with_the_valid_ones(bits: Any) -> None:
-    with pytest.raises(ConfigError, match=re.escape(f"bits is {bits!r}, expected one of 2, 3, 4, 8")):
+    with pytest.raises(ConfigError, match=re.escape(f"bits is {bits!r}, expected one of 2, 3, 4, 5, 6, 7, 8")):
         WeightScheme(bits)
 
 
@@ -134,10 +135,10 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ({"damping": float("nan")}, "damping is nan, expected a fraction"),
         ({"calibration": {"samples": 0}}, "samples is 0, expected a whole number, at least 1"),
         ({"calibration": {"seqlen": -5}}, "seqlen is -5, expected a whole number, at least 1"),
-        ({"scheme": {"bits": 5}}, "bits is 5, expected one of"),
+        ({"scheme": {"bits": 9}}, "bits is 9, expected one of"),
         ({"scheme": {"group_size": "row"}}, "group_size is 'row', expected one of 16, 32"),
-        ({"overrides": [{"pattern": "x", "bits": 5}]}, "bits is 5, expected one of"),
-        ({"overrides": [{"pattern": "x", "bits": "many"}]}, "bits is 'many', expected one of 2, 3, 4, 8"),
+        ({"overrides": [{"pattern": "x", "bits": 9}]}, "bits is 9, expected one of"),
+        ({"overrides": [{"pattern": "x", "bits": "many"}]}, "bits is 'many', expected one of 2, 3, 4, 5, 6, 7, 8"),
         ({"skip": ["re:("]}, "'re:(' is not a valid regular expression"),
         ({"overrides": [{"pattern": "re:[", "bits": 8}]}, "'re:[' is not a valid regular expression"),
         ({"overrides": [{"bits": 8}]}, "missing key of an override: 'pattern'"),
@@ -153,7 +154,7 @@ def test_the_error_for_an_invalid_value_has_the_expected_one(settings: dict[str,
     [
         {"method": 4}, {"format": [4]}, {"order": True}, {"scales": 1}, {"damping": "0.01"}, {"damping": True},
         {"seed": "one"}, {"seed": 1.5}, {"strict": "false"}, {"strict": 0},
-        {"skip": "lm_head"}, {"skip": [1]}, {"scheme": "int4"}, {"scheme": 4}, {"scheme": {"bits": "4"}},
+        {"skip": "lm_head"}, {"skip": [1]}, {"scheme": "int4"}, {"scheme": 4}, {"scheme": {"bits": "four"}},
         {"scheme": {"bits": 4.0}}, {"scheme": {"group_size": 128.5}}, {"scheme": {"group_size": True}},
         {"scheme": {"symmetric": "false"}}, {"calibration": "text.txt"}, {"calibration": {"sources": "text.txt"}},
         {"calibration": {"sources": [1]}}, {"calibration": {"samples": "many"}}, {"calibration": {"samples": 1.5}},
@@ -299,11 +300,11 @@ def test_an_invalid_override_is_refused(text: str) -> None:
 
 
 def test_a_group_size_is_a_number_or_a_word() -> None:
-    assert [parse_group_size(text) for text in ("64", 64, "channel", "tensor")] == [64, 64, "channel", "tensor"]
+    assert [parse_number(text) for text in ("64", 64, "channel", "tensor")] == [64, 64, "channel", "tensor"]
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: QuantConfig(overrides=(Override(pattern="x", bits=5),)), lambda: QuantConfig(damping=2)]
+    "make", [lambda: QuantConfig(overrides=(Override(pattern="x", bits=9),)), lambda: QuantConfig(damping=2)]
 )
 def test_settings_made_in_python_are_checked_too(make: Callable[[], QuantConfig]) -> None:
     with pytest.raises(ConfigError, match="expected"):
@@ -452,3 +453,26 @@ def test_toml_that_python_cannot_hold_is_refused(content: str, tmp_path: Path) -
 def test_seed_that_no_generator_takes_is_refused(seed: int) -> None:
     with pytest.raises(ConfigError, match="seed is"):
         QuantConfig(seed=seed)
+
+
+def test_bits_may_be_a_grid_of_floats() -> None:
+    config = merged(QuantConfig(), {"bits": "nvfp4", "overrides": ["down_proj:bits=8", "o_proj:bits=fp8"]})
+    schemes = [str(config.scheme_for(name)) for name in ("q_proj", "down_proj", "o_proj")]
+    assert schemes == ["nvfp4", "int8 g128 symmetric", "fp8"]
+    assert QuantConfig.model_validate(config_to(config)) == config
+    assert merged(config, {"bits": 4}).scheme == WeightScheme()
+    assert output_layout.default_output("a/llama", config) == Path("llama-balanced-nvfp4")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"bits": "nvfp4", "group_size": 32}, "group_size is 32, but nvfp4 has group_size 16"),
+        ({"bits": "mxfp4", "symmetric": False}, "symmetric is False, but mxfp4 has symmetric True"),
+        ({"bits": "nvfp5"}, "bits is 'nvfp5', expected one of 2, 3, 4, 5, 6, 7, 8, nvfp4, mxfp4, fp8"),
+        ({"bits": "nvfp4", "overrides": ["x:group_size=64"]}, "groups of 64 are not the grid nvfp4"),
+    ],
+)
+def test_a_grid_of_floats_fixes_the_other_fields(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        merged(QuantConfig(), settings)

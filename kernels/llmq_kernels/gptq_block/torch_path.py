@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from llmq_kernels.gptq_block.problem import Problem
+from llmq_kernels.small_floats import SmallFloat
 
 
 def quantize_columns(problem: Problem, codes: Tensor, start: int, stop: int) -> None:
@@ -17,7 +18,11 @@ def quantize_columns(problem: Problem, codes: Tensor, start: int, stop: int) -> 
     )  # fmt: skip
     for W, C, U, scale, zero, groups in experts:
         scales, zeros = scale.index_select(0, groups), zero.index_select(0, groups)  # (B, N)
-        errors = _quantize_block(W[start:stop], C[start:stop], U[start:stop, start:stop], scales, zeros, problem.levels)
+        inner = U[start:stop, start:stop]
+        if problem.floats is not None:
+            errors = _quantize_floats(W[start:stop], C[start:stop], inner, scales, problem.floats)
+        else:
+            errors = _quantize_block(W[start:stop], C[start:stop], inner, scales, zeros, problem.levels)
         W[stop:].addmm_(U[start:stop, stop:].T, errors, alpha=-1)
         W[start:stop] = errors
 
@@ -30,5 +35,16 @@ def _quantize_block(block: Tensor, codes: Tensor, inner: Tensor, scales: Tensor,
         code = (block[i] / scale).add_(zero).round_().clamp_(0, levels)
         codes[i] = code
         torch.sub(block[i], code.sub_(zero).mul_(scale), out=errors[i]).div_(pivot)
+        block[i + 1 :].addr_(inner[i, i + 1 :], errors[i], alpha=-1)
+    return errors
+
+
+def _quantize_floats(block: Tensor, codes: Tensor, inner: Tensor, scales: Tensor, floats: SmallFloat) -> Tensor:
+    """`_quantize_block` for a grid of floats."""
+    errors = torch.empty_like(block)
+    for i, pivot in enumerate(inner.diagonal()):
+        code = floats.nearest(block[i] / scales[i])
+        codes[i] = code
+        torch.sub(block[i], floats.values(code).mul_(scales[i]), out=errors[i]).div_(pivot)
         block[i + 1 :].addr_(inner[i, i + 1 :], errors[i], alpha=-1)
     return errors

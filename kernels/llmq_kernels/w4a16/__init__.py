@@ -1,4 +1,4 @@
-"""y = x Wᵀ + bias, with W stored in 2, 3, 4 or 8 bits and x in 16 or 32.
+"""y = x Wᵀ + bias, with W stored in 2 to 8 bits and x in 16 or 32.
 
 packed_weight.py  the weight as one value
 reference.py      the definition: layout and product, NumPy, float64

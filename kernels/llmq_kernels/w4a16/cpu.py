@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmq_kernels.w4a16.layout import TILE
+from llmq_kernels.w4a16.layout import PLANES, TILE
 from llmq_kernels.w4a16.packed_weight import PackedWeight
 
 # 4 MB of float32.  Half of it takes 10 % longer, for more dispatches; twice as much does too, for cache misses.
@@ -51,8 +51,8 @@ class Fields:
         return torch.bitwise_left_shift(self.unit, shifts).unsqueeze(1)
 
 
-# 3 bits are spread out to fields of four, the code in the upper three (see _nibbles_of_three).
-FIELDS = {2: Fields(8), 3: Fields(4, unit=2), 4: Fields(4), 8: Fields(2)}
+# 3 bits are spread out to fields of four, the code in the upper three (see _nibbles_of_three), 5 to 7 bits to bytes.
+FIELDS = {2: Fields(8), 3: Fields(4, unit=2), 4: Fields(4), **{bits: Fields(2) for bits in (5, 6, 7, 8)}}
 
 
 def linear(x: Tensor, weight: PackedWeight[Tensor], bias: Tensor | None) -> Tensor:
@@ -111,7 +111,7 @@ def _pieces(weight: PackedWeight[Tensor]) -> Iterator[tuple[slice, Tensor]]:
     for start in range(0, N, rows):
         n = slice(start, min(start + rows, N))
         R = n.stop - n.start
-        fields = words[n] if bits != 3 else _nibbles_of_three(words[n])
+        fields = _fields(words[n], bits)
         centred = torch.bitwise_and(fields.unsqueeze(1), masks, out=integers[:R]).sub_(middles)  # (R, F, Kp / F)
         scale = blocks.spread(scales_by_row[n])  # (R, P, 1, B, 1)
         P, B = scale.shape[1], scale.shape[3]
@@ -153,6 +153,27 @@ def _blocks(G: int, Kp: int, count: int, columns_per_group: int, device: torch.d
     group = torch.arange(0, Kp, run, device=device).div_(columns_per_group, rounding_mode="floor")
     group.clamp_(max=G - 1)  # blocks that are only padding
     return Blocks(count, group.view(-1, count, width // run).transpose(0, 1).reshape(-1))  # (T, F, .) -> (F, T, .)
+
+
+def _fields(words: Tensor, bits: int) -> Tensor:
+    """Packed rows of any width as words of `FIELDS[bits]`."""
+    if bits == 3:
+        return _nibbles_of_three(words)
+    return _bytes_of_planes(words, bits) if bits in (5, 6, 7) else words
+
+
+def _bytes_of_planes(words: Tensor, bits: int) -> Tensor:
+    """(R, T * 8 * bits) int16 of 5 to 7 bits -> (R, T * 64) int16, the 8-bit layout.
+
+    The planes nest: byte words 8 w k .. 8 w (k + 1) - 1 are the plane of w bits shifted down by w k, in both bytes.
+    """
+    tiles = words.view(words.shape[0], -1, 8 * bits)
+    bytes_ = torch.zeros(*tiles.shape[:2], 64, dtype=torch.int16, device=words.device)
+    planes = torch.split(tiles, [8 * width for _, width in PLANES[bits]], dim=2)
+    for plane, (low, width) in zip(planes, PLANES[bits], strict=True):
+        parts = torch.cat([plane >> width * k for k in range(8 // width)], dim=2)  # (R, T, 64)
+        bytes_ |= (parts & ((1 << width) - 1) * 0x0101) << low
+    return bytes_.flatten(1)
 
 
 def _nibbles_of_three(words: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ The crossover of a table is for 4 bits; other widths use cuBLAS above PLAIN_ROWS
 Triton compiles a kernel again for arguments whose alignment differs, which takes seconds, and fails while a CUDA graph
 is captured.  So rows of x that are not aligned like those of a new tensor are copied first.
 
-Not covered here, and computed by `cpu.linear` (torch, on any device): float32 x, groups that are neither a multiple of
-32 columns nor the whole row, and weights of 2**31 words.
+Not covered here, and computed by `cpu.linear` (torch, on any device): float32 x, 5 to 7 bits, groups that are neither
+a multiple of 32 columns nor the whole row, and weights of 2**31 words.
 
 **Memory.**  Outputs and workspaces come from PyTorch's allocator, which gives a block to one stream at a time and to
 a CUDA graph from the graph's own memory, so streams and captured graphs never share one; neither needs zeroing.
@@ -34,6 +34,7 @@ from llmq_kernels.w4a16 import chunks, configs, counters, cpu
 from llmq_kernels.w4a16.layout import TILE
 from llmq_kernels.w4a16.packed_weight import PackedWeight
 
+WIDTHS = (2, 3, 4, 8)  # bits that the kernels unpack
 PLAIN_ROWS = 64
 DEQUANTIZED_ROWS = 32  # of W, per program
 GRADIENT_BYTES = 1 << 28  # of dequantized weight at a time in the backward pass
@@ -159,7 +160,7 @@ def aligned(rows: Tensor) -> Tensor:
 def covers(dtype: torch.dtype, weight: PackedWeight[Tensor]) -> bool:
     """Whether the kernels can run it; `cpu.linear` can run everything."""
     grouped = weight.columns_per_group % 32 == 0 or weight.columns_per_group >= weight.in_features
-    return dtype != torch.float32 and grouped and weight.words.numel() < INDEX_LIMIT
+    return weight.bits in WIDTHS and dtype != torch.float32 and grouped and weight.words.numel() < INDEX_LIMIT
 
 
 @functools.lru_cache(maxsize=1 << 14)

@@ -18,7 +18,15 @@ from llmq_kernels.errors import KernelInputError
 TILE = 128
 
 # bits: the planes of a tile in their order, each as (lowest bit of the code that it holds, bits per column)
-PLANES = {2: ((0, 2),), 3: ((0, 2), (2, 1)), 4: ((0, 4),), 8: ((0, 8),)}
+PLANES = {
+    2: ((0, 2),),
+    3: ((0, 2), (2, 1)),
+    4: ((0, 4),),
+    5: ((0, 4), (4, 1)),
+    6: ((0, 4), (4, 2)),
+    7: ((0, 4), (4, 2), (6, 1)),
+    8: ((0, 8),),
+}
 
 LOW_FIELDS = {1: 0x55, 2: 0x33, 4: 0x0F}  # the lower of each two fields of this many bits in a byte
 

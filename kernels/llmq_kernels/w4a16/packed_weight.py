@@ -8,7 +8,7 @@ Other = TypeVar("Other")
 
 
 class PackedWeight(NamedTuple, Generic[Array]):
-    """W (N, K) in 2, 3, 4 or 8 bits.  A *code* is one quantized value, an integer in [0, 2**bits - 1].
+    """W (N, K) in 2 to 8 bits.  A *code* is one quantized value, an integer in [0, 2**bits - 1].
 
     words         (N, Kp / 16 * bits) int16: the codes in the layout of `reference.py`
     scales        (G, N) float16, bfloat16 or float32, of any sign, G = ceil(K / columns_per_group)

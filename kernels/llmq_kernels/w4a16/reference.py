@@ -1,4 +1,4 @@
-"""The definition of y = x Wᵀ + bias with W packed in 2, 3, 4 or 8 bits: NumPy and float64, for truth, not for speed.
+"""The definition of y = x Wᵀ + bias with W packed in 2 to 8 bits: NumPy and float64, for truth, not for speed.
 
 The weight is an affine grid: w[n, k] = scales[g, n] * (code[n, k] - zeros[g, n]), g = k // columns_per_group.
 
@@ -23,6 +23,8 @@ tensor cores need.
                                       15        14               1        0
                             word 16  | col 120 | col 112 | ... | col 8 | col 0 |
 
+5, 6 and 7 bits are a 4-bit plane of the low four bits, then planes of 1, of 2, and of 2 and 1 bits.
+
 Every width is dense: a row takes Kp / 16 * bits words.  The layout does not depend on the group size.
 
 N out_features, K in_features, G groups = ceil(K / columns_per_group), T tiles = Kp / 128.
@@ -41,7 +43,15 @@ Array = NDArray[Any]
 TILE = 128
 
 # bits: the planes of a tile in their order, each as (lowest bit of the code that it holds, bits per column)
-PLANES = {2: [(0, 2)], 3: [(0, 2), (2, 1)], 4: [(0, 4)], 8: [(0, 8)]}
+PLANES = {
+    2: [(0, 2)],
+    3: [(0, 2), (2, 1)],
+    4: [(0, 4)],
+    5: [(0, 4), (4, 1)],
+    6: [(0, 4), (4, 2)],
+    7: [(0, 4), (4, 2), (6, 1)],
+    8: [(0, 8)],
+}
 
 
 def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.int16]:

@@ -1,4 +1,4 @@
-"""Codes (quantized values) of 2, 3, 4 or 8 bits as one dense stream of bits in int32 words, lowest bit first.
+"""Codes (quantized values) of 2 to 8 bits as one dense stream of bits in int32 words, lowest bit first.
 
 Code i takes the bits i*b … i*b + b - 1 of the stream, and bit s of the stream is bit s % 32 of word s // 32.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from llmq.errors import ConfigError, FormatError
 from llmq.formats.base import Reading
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import BITS, GROUP_SIZES, WeightScheme
+from llmq.numerics.scheme import GROUP_SIZES, WeightScheme
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -45,6 +45,11 @@ def groups_for(scheme: WeightScheme, in_features: int) -> int:
     if reason is not None:
         raise FormatError(reason)
     return in_features // scheme.columns_per_group(in_features)
+
+
+def floats_refusal(scheme: WeightScheme, layout: str) -> str | None:
+    """Why a layout of integers does not hold a grid of floats; None for other grids."""
+    return None if scheme.floats is None else f"{layout} holds integers, not {scheme}; compressed-tensors holds both"
 
 
 def grouping_refusal(scheme: WeightScheme, in_features: int) -> str | None:
@@ -187,10 +192,7 @@ def declared_grid(bits: Any, group_size: Any, symmetric: Any, allowed_bits: Sequ
     if type(size) is int and size not in GROUP_SIZES:
         stored, size = size, max((legal for legal in GROUP_SIZES if size > 0 and size % legal == 0), default=size)
     try:
-        if bits in BITS:
-            return Reading(WeightScheme(bits, size, symmetric), stored_group=stored)
-        wider = WeightScheme(8, size, symmetric=False)
-        return Reading(wider, stored_group=stored, stored_bits=bits, stored_symmetric=symmetric)
+        return Reading(WeightScheme(bits, size, symmetric), stored_group=stored)
     except ConfigError as error:
         raise FormatError(f"the configuration declares a grid that llmq does not have: {error}") from None
 

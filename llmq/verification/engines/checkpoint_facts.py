@@ -21,7 +21,7 @@ TOKENIZER = "tokenizer_config.json"
 class Linear:
     """A linear layer under its name on disk; `scheme` is None if it is float.
 
-    affine    whether the packed weight is on an integer grid
+    affine    whether the packed weight is on a grid of integers
     ordered   whether the columns are grouped by act-order
     declared  whether config.json declares the layer as packed
     """
@@ -97,7 +97,7 @@ def _packed(checkpoint: Checkpoint, packed: PackedWeights) -> list[Linear]:
     linears = []
     for module in packed.modules:
         affine = packed.is_affine(module)
-        scheme = packed.scheme(module) if affine else None
+        scheme = packed.scheme(module) if affine or packed.scheme(module).floats else None
         N, K = packed.shape(module)
         linears.append(
             Linear(module, N, K, scheme, affine, scheme is not None and _ordered(checkpoint, module, scheme, K))
@@ -120,7 +120,7 @@ def floats(checkpoint: Checkpoint) -> list[Linear]:
     linears = []
     for module in checkpoint.modules_with("weight"):
         info = checkpoint.info(f"{module}.weight")
-        if len(info.shape) == 2 and info.dtype.is_floating_point:
+        if len(info.shape) == 2 and info.is_float:
             linears.append(Linear(module, *info.shape, None))
     return linears
 

@@ -92,7 +92,7 @@ def gptq_grid(linear: Linear) -> str | None:
 
 def marlin_group(linear: Linear) -> str | None:
     scheme = linear.scheme
-    if scheme is None or scheme.group_size in ("channel", "tensor", *MARLIN_GROUPS):
+    if scheme is None or scheme.floats or scheme.group_size in ("channel", "tensor", *MARLIN_GROUPS):
         return None
     return f"groups of {scheme.group_size}, but only 32, 64, 128 and one group per row are supported"
 
@@ -189,6 +189,15 @@ def ct_actorder(subject: Subject) -> Iterator[str]:
 def groups(subject: Subject) -> dict[str, dict[str, dict[str, object]]]:
     config_groups = subject.settings.get("config_groups")
     return config_groups if is_ct(subject) and isinstance(config_groups, dict) else {}
+
+
+def floats(*names: str) -> Question:
+    """Find layers on these grids of floats."""
+
+    def problem(linear: Linear) -> str | None:
+        return str(linear.scheme) if linear.scheme is not None and linear.scheme.floats in names else None
+
+    return lambda subject: layers(subject, problem)
 
 
 def other_bits(linear: Linear) -> str | None:

@@ -39,6 +39,8 @@ def packed_experts(subject: Subject) -> Iterator[str]:
 
 def to_mlx(subject: Subject) -> str:
     """How to get a file that MLX reads."""
-    if subject.packed and all(linear.scheme and linear.scheme.group_size in GROUPS for linear in subject.packed):
+    if subject.packed and all(
+        linear.scheme and not linear.scheme.floats and linear.scheme.group_size in GROUPS for linear in subject.packed
+    ):
         return f"{CONVERT} mlx is lossless"
     return f"{QUANTIZE_AGAIN} with --format mlx and --group-size 32, 64 or 128"

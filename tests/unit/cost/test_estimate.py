@@ -56,6 +56,12 @@ def test_stages_follow_the_fields_of_the_method() -> None:
     assert names(tuning=tuning, written=2) - plain == {"end-to-end tuning", "self-written text"}
 
 
+@pytest.mark.parametrize("bits", [3, 5, 8])
+def test_a_file_for_llama_cpp_may_have_any_bits(bits: int) -> None:
+    settings = SETTINGS.replace(format="gguf", scheme=WeightScheme(bits, 16))
+    assert cost.estimate(llama(), settings, MACHINE).file_bytes > 0
+
+
 def test_tuning_of_the_whole_model_needs_text_and_memory() -> None:
     outline = llama()
     weights = sum(layer.weights for block in outline.blocks for layer in block.layers)

@@ -10,8 +10,10 @@ import torch
 from llmq import formats
 from llmq.config import FORMATS
 from llmq.errors import ConfigError, FormatError
-from llmq.formats import awq, compressed_tensors, gptq
+from llmq.formats import awq, compressed_tensors, gptq, mlx
 from llmq.formats.base import Layout, Reading
+from llmq.formats.codecs import ct_floats
+from llmq.numerics import affine_grid
 from llmq.numerics.scheme import BITS, WeightScheme
 from tests.unit.formats.examples import ASYMMETRIC, G32, LAYOUTS, example
 
@@ -61,8 +63,9 @@ def test_the_error_for_an_unknown_quant_method_lists_formats(block: dict[str, st
             awq.LAYOUT,
             WeightScheme(8),
             (64, 128),
-            "awq holds 4 bits only, not 8; compressed-tensors holds 2, 3, 4 and 8",
+            "awq holds 4 bits only, not 8; compressed-tensors holds 2 to 8",
         ),
+        (mlx.LAYOUT, WeightScheme(7), (64, 128), "2, 3, 4, 5, 6 and 8 bits, not 7; compressed-tensors holds 2 to 8"),
         (awq.LAYOUT, G32, (12, 64), "12 .*compressed-tensors holds any number"),
         (gptq.LAYOUT, WeightScheme(3), (64, 128), "4 and 8 bits only, not 3; compressed-tensors holds"),
         (gptq.LAYOUT, WeightScheme(2), (64, 128), "4 and 8 bits only, not 2; compressed-tensors holds"),
@@ -255,9 +258,17 @@ def test_awq_without_zero_point_is_symmetric() -> None:
         (compressed_tensors.LAYOUT, compressed({"strategy": "block"}), "per 'block'"),
         (compressed_tensors.LAYOUT, compressed({"group_size": 40}), "group size is 40, expected one of 16"),
         (compressed_tensors.LAYOUT, compressed({}, format="marlin-24"), "'marlin-24', expected one of pack-quantized"),
-        (compressed_tensors.LAYOUT, compressed({}, format="float-quantized"), "'float-quantized'"),
+        (
+            compressed_tensors.LAYOUT,
+            compressed({}, format="float-quantized"),
+            "float-quantized with .*int.*expected .*float",
+        ),
         (compressed_tensors.LAYOUT, compressed({}) | {"format": "mxfp8-quantized"}, "'mxfp8-quantized'"),
-        (compressed_tensors.LAYOUT, compressed({}, format="nvfp4-pack-quantized"), "4-bit floats in groups of 16"),
+        (
+            compressed_tensors.LAYOUT,
+            compressed({}, format="nvfp4-pack-quantized"),
+            "nvfp4-pack-quantized with .*32.*expected .*16",
+        ),
         (compressed_tensors.LAYOUT, compressed({}) | {"transform_config": {"config_groups": {}}}, "transform_config"),
         (compressed_tensors.LAYOUT, compressed({}) | {"sparsity_config": {"format": "sparse-24"}}, "sparse-24"),
         (compressed_tensors.LAYOUT, {"config_groups": {"W4A16": ["Linear"]}}, "W4A16"),
@@ -295,6 +306,49 @@ def test_the_page_lists_all_formats() -> None:
     read = {
         *formats.names(), *(layout.name for layout in formats.readable()), *gptq.VERSIONS, *FORMATS,
         "gemm", "gemv", "gemv_fast", "llm-awq",
-        compressed_tensors.PACKING, *compressed_tensors.PLAIN, *compressed_tensors.FLOATS,
+        compressed_tensors.PACKING, *compressed_tensors.PLAIN, *ct_floats.PACKINGS,
     }  # fmt: skip
     assert sorted(name for name in read if f"`{name}`" not in page) == []
+
+
+# ---- floats of four bits
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "fp8"])
+def test_floats_are_read_back(name: str) -> None:
+    scheme = WeightScheme.of_floats(name)
+    draw = torch.Generator().manual_seed(0)
+    grid = affine_grid.fit_searched(torch.randn(6, 64, generator=draw), scheme, torch.bfloat16)
+    q = grid.quantized(torch.randint(0, scheme.levels + 1, (6, 64), dtype=torch.uint8, generator=draw))
+    block = compressed_tensors.quantization_config({Q: scheme}, [])
+    reading = compressed_tensors.read_config(block)(Q)
+    assert reading is not None and reading.decode is not None and reading.scheme == scheme
+    tensors = compressed_tensors.pack(q)
+    back = compressed_tensors.unpack(tensors, reading)
+    assert torch.equal(back.codes, q.codes) and torch.equal(back.scales, q.scales)
+    assert torch.equal(reading.decode(tensors), q.dequantize())
+    assert set(compressed_tensors.needs(reading)) <= set(tensors)
+
+
+def test_floats_and_integers_in_one_file_declare_their_formats() -> None:
+    block = compressed_tensors.quantization_config({Q: WeightScheme.of_floats("nvfp4"), K: WeightScheme(8, 32)}, [])
+    assert block["format"] == "mixed-precision"
+    read = compressed_tensors.read_config(block)
+    assert [str(reading.scheme) for name in (Q, K) if (reading := read(name))] == ["nvfp4", "int8 g32 symmetric"]
+
+
+@pytest.mark.parametrize("layout", [awq.LAYOUT, gptq.LAYOUT, mlx.LAYOUT], ids=lambda layout: layout.name)
+def test_formats_of_integers_refuse_floats(layout: Layout) -> None:
+    refusal = layout.refusal(WeightScheme.of_floats("nvfp4"), 64, 64)
+    assert refusal == f"{layout.name} holds integers, not nvfp4; compressed-tensors holds both"
+
+
+def test_scales_that_are_not_legal_are_not_written() -> None:
+    grid = affine_grid.fit_minmax(torch.randn(2, 32), WeightScheme.of_floats("nvfp4"), torch.bfloat16)
+    q = grid.quantized(grid.encode(torch.randn(2, 32)))
+    with pytest.raises(FormatError, match="not one that nvfp4 has"):
+        compressed_tensors.pack(dataclasses.replace(q, scales=q.scales * 1.01))
+    assert q.global_scale is not None
+    shared = q.global_scale * torch.tensor([[1.0], [2.0]])
+    with pytest.raises(FormatError, match="different global scales"):
+        compressed_tensors.pack(dataclasses.replace(q, global_scale=shared))

@@ -17,7 +17,7 @@ from llmq.numerics.scheme import WeightScheme
 
 GRIDS = st.builds(
     WeightScheme,
-    bits=st.sampled_from([2, 3, 4, 8]),
+    bits=st.sampled_from([2, 3, 4, 5, 6, 7, 8]),
     group_size=st.sampled_from([32, 64, 128, 256, "channel", "tensor"]),
     symmetric=st.booleans(),
 )

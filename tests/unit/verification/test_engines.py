@@ -402,3 +402,11 @@ def test_mlx_reads_its_own_format() -> None:
     assert serves(own)["MLX"] == serves(own)["transformers"] == (1,) and loads(own)["vLLM"] is None
     wide = violations(model(AWQ, WeightScheme(4, 256)), "MLX", "awq in MLX")
     assert len(wide) == len(SHAPES) and "groups of 256" in wide[0]
+
+
+def test_floats_of_four_bits_are_for_vllm_and_transformers() -> None:
+    for name, noted in (("nvfp4", False), ("mxfp4", True)):
+        subject = model(CT, WeightScheme.of_floats(name))
+        assert loads(subject) == {"vLLM": True, "SGLang": None, "transformers": True, "llama.cpp": False, "MLX": False}
+        assert bool(violations(subject, "vLLM", "inputs of mxfp4")) == noted
+        assert not violations(subject, "vLLM", "compressed-tensors groups")
