@@ -142,6 +142,8 @@ class _Opener:
                     block.set_weight(name, self._round(name, block.weight(name)))
                 yield
 
+        inputs = {path: self.plan.layers[path].scheme.inputs for path in paths}
+        skeleton.quantize_inputs({path: scheme for path, scheme in inputs.items() if scheme is not None})
         return Streamed(skeleton, name=NEAREST, on_event=self.on_event, ready=ready)
 
     def _rounded_paths(self) -> set[str]:

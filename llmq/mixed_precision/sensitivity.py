@@ -138,7 +138,8 @@ def measure(
         done, blocks = block.index + 1, len(skeleton.blocks)
         on_event(Progress(MEASURING, done, blocks, share=done * (done + 1) / (blocks * (blocks + 1))))
 
-    forward(skeleton, visit)
+    with skeleton.float_inputs():
+        forward(skeleton, visit)
     variants_run = [variant for trial in measuring.trials for variant in trial.variants.values()]
     _score(skeleton, measuring.floats, variants_run)
     units = tuple(_unit(trial, question.grids) for trial in measuring.trials)

