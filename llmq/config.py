@@ -276,7 +276,16 @@ class QuantConfig(Settings):
     @property
     def quantizes_inputs(self) -> bool:
         """Whether the inputs of some layers may be quantized."""
-        return any(ACTIVATIONS[name] for name in (self.activations, *(o.activations or "none" for o in self.overrides)))
+        return any(self._input_schemes())
+
+    @property
+    def has_static_inputs(self) -> bool:
+        """Whether the inputs of some layers may have static scales."""
+        return any(scheme.scales == "static" for scheme in self._input_schemes() if scheme is not None)
+
+    def _input_schemes(self) -> list[InputScheme | None]:
+        names = [self.activations, *(override.activations or "none" for override in self.overrides)]
+        return [ACTIVATIONS[name] for name in names]
 
     @property
     def formats(self) -> tuple[str, ...]:
@@ -284,7 +293,8 @@ class QuantConfig(Settings):
 
     @property
     def stages(self) -> Method:
-        return METHODS[self.method].rotated() if self.rotate else METHODS[self.method]
+        method = METHODS[self.method].rotated() if self.rotate else METHODS[self.method]
+        return method.smoothed() if self.has_static_inputs else method
 
     def without_validation(self) -> Self:
         """The settings that decide about the bytes of the model."""

@@ -203,10 +203,10 @@ class Plan:
 def planned_layers(
     skeleton: Skeleton, settings: QuantConfig, layout: Layout, config: Mapping[str, Any]
 ) -> dict[str, LayerPlan]:
-    """As `plan_layers`; from now on, every pass of the model rounds inputs as planned, if that needs no calibration."""
+    """As `plan_layers`; from now on, every pass of the model rounds inputs as planned, static ones when measured."""
     layers = plan_layers(skeleton, settings, layout, config)
-    schemes = {path: plan.scheme.inputs for path, plan in layers.items() if plan.scheme.inputs is not None}
-    skeleton.quantize_inputs({path: inputs for path, inputs in schemes.items() if inputs.scales == "dynamic"})
+    schemes = {path: plan.scheme.inputs for path, plan in layers.items()}
+    skeleton.quantize_inputs({path: inputs for path, inputs in schemes.items() if inputs is not None})
     return layers
 
 

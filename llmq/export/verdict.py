@@ -79,7 +79,8 @@ def _measured(open_: "_Opener", text: HeldBack) -> Verdict:
     """The figures of the model and of RTN, and continuations."""
     assert text.windows is not None, "there is text"
     is_rtn = not open_.plan.stages.needs_calibration
-    models = [open_.quantized] if is_rtn else [open_.quantized, open_.rounded]
+    has_baseline = not (is_rtn or open_.plan.settings.has_static_inputs)  # scales are those of smoothed inputs
+    models = [open_.quantized, open_.rounded] if has_baseline else [open_.quantized]
     runs = run_compared(open_.original(), models, text.windows, on_event=open_.on_event)
     continuations, notes = _continuations(open_, text.windows)
     noted = dict.fromkeys([*notes, *(note for run in runs for note in run.notes)])
@@ -142,7 +143,7 @@ class _Opener:
                     block.set_weight(name, self._round(name, block.weight(name)))
                 yield
 
-        inputs = {path: self.plan.layers[path].scheme.inputs for path in paths}
+        inputs = {path: plan.scheme.inputs for path, plan in self.plan.layers.items()}
         skeleton.quantize_inputs({path: scheme for path, scheme in inputs.items() if scheme is not None})
         return Streamed(skeleton, name=NEAREST, on_event=self.on_event, ready=ready)
 

@@ -43,6 +43,12 @@ class LayerPlan:
         zeros = 0 if grid.symmetric else self.groups * grid.bits // 8
         return self.weights * grid.bits // 8 + self.groups * scale_bytes + zeros
 
+    def with_input_scale(self, scale: float) -> "LayerPlan":
+        """The same plan with the static scale of the inputs."""
+        assert self.scheme.inputs is not None, "only quantized inputs have a scale"
+        inputs = dataclasses.replace(self.scheme.inputs, scale=scale)
+        return dataclasses.replace(self, scheme=dataclasses.replace(self.scheme, inputs=inputs))
+
     def with_float_inputs(self) -> "LayerPlan":
         """The same plan with inputs in float."""
         return dataclasses.replace(self, scheme=Scheme(self.scheme.weights))

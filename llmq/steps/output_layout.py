@@ -195,6 +195,11 @@ def require_inputs(settings: QuantConfig) -> None:
     for name in settings.formats:
         if (reason := inputs_refusal(name)) is not None:
             raise ConfigError(reason, hint=f"give --format {INPUTS_IN}, or leave --activations out")
+    if settings.has_static_inputs and not settings.stages.needs_calibration:
+        raise ConfigError(
+            f"static scales of inputs are measured on text, but the method {settings.method} reads none",
+            hint="give --method fast and --calibration, or --activations int8",
+        )
 
 
 def refuse_inputs(to: str, inputs: Iterable[InputScheme | None]) -> None:

@@ -14,12 +14,16 @@ from transformers import AutoModelForCausalLM
 
 import llmq
 from llmq.checkpoint.reader import Checkpoint
+from llmq.config import Override, QuantConfig
 from llmq.errors import ConfigError, UnsupportedModelError
 from llmq.evaluation import streaming
 from llmq.evaluation.activations import quantize_inputs
 from llmq.evaluation.measure import measure
 from llmq.gguf import reader
-from llmq.numerics.scheme import InputScheme
+from llmq.job import Job
+from llmq.methods import METHODS
+from llmq.numerics.scheme import InputScheme, WeightScheme
+from llmq.report.record import BlockReport
 from llmq.runtime.load import load_model
 from llmq.runtime.open_skeleton import open_skeleton
 from tests import builders, mixtures
@@ -230,3 +234,70 @@ def test_experts_have_quantized_inputs(tmp_path: Path) -> None:
     computed = load_model(tmp_path / "out")(input_ids=windows, use_cache=False).logits.log_softmax(-1)
     assert (computed - log_probabilities(tmp_path / "out", windows)).abs().mean() < 2e-4
     assert (computed - log_probabilities(tmp_path / "out", windows, "none")).abs().mean() > 2e-4
+
+
+STATIC: dict[str, Any] = {
+    "preset": "w8a8", "activations": "int8:static", "method": "gptq", "samples": 8, "seqlen": 32, "validate": 0,
+    "device": "cpu",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def static(checkpoint: Checkpoints, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("static") / "out"
+    llmq.quantize(checkpoint("llama"), out, calibration=text, **STATIC)
+    return out
+
+
+@torch.no_grad()
+def test_static_scales_are_written_and_applied(static: Path) -> None:
+    tensors, windows = load_file(static / "model.safetensors"), builders.tokens(2, 24)
+    scales = {name.removesuffix(".input_scale"): t for name, t in tensors.items() if name.endswith("input_scale")}
+    assert len(scales) == sum(name.endswith("weight_scale") for name in tensors)
+    assert all(scale.shape == (1,) and scale > 0 for scale in scales.values())
+    for first, second in (("self_attn.q_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):  # one input
+        assert scales[f"model.layers.1.{first}"] == scales[f"model.layers.1.{second}"]
+    computed = load_model(static)(input_ids=windows, use_cache=False).logits.log_softmax(-1)
+    evaluated, weights_alone = (log_probabilities(static, windows, kind) for kind in ("file", "none"))
+    assert (computed - evaluated).abs().mean() < 5e-4 < (evaluated - weights_alone).abs().mean()
+
+
+def test_a_continued_run_with_static_scales_has_the_same_bytes(
+    static: Path, checkpoint: Checkpoints, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+
+    def stop(event: object) -> None:
+        if isinstance(event, BlockReport):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        llmq.quantize(checkpoint("llama"), out, calibration=text, on_event=stop, **STATIC)
+    llmq.quantize(checkpoint("llama"), out, calibration=text, **STATIC)
+    assert (out / "model.safetensors").read_bytes() == (static / "model.safetensors").read_bytes()
+
+
+def test_smoothing_lowers_the_error_of_outliers(checkpoint: Checkpoints, text: Path, tmp_path: Path) -> None:
+    """The model has norms with a few large channels; smoothing divides them, and leaves the float model unchanged."""
+    settings = QuantConfig(calibration={"sources": [str(text)], "samples": 8, "seqlen": 32, "validation": 0}).replace(
+        scheme=WeightScheme(8, "channel"), activations="int8:static", method="gptq"
+    )
+    losses = {}
+    for name, stages in (("plain", METHODS["gptq"]), ("smooth", settings.stages)):
+        Job(checkpoint("llama"), tmp_path / name, settings, stages=stages, device="cpu").run()
+        losses[name] = measure(tmp_path / name, checkpoint("llama"), text, **SIZE).model.kl_mean
+    assert losses["smooth"] is not None and losses["plain"] is not None
+    assert losses["smooth"] < 0.8 * losses["plain"]
+
+
+def test_what_static_scales_cannot_do_is_refused(checkpoint: Checkpoints, text: Path, tmp_path: Path) -> None:
+    request = ("quantize", checkpoint("llama"), tmp_path / "out", "--activations", "int8:static")
+    refused(run_llmq(*request, "--method", "rtn"), CONFIG, "the method rtn reads none", "--activations int8")
+    model = builders.save_model(tmp_path / "mixtral", builders.causal_model(mixtures.mixtral()))
+    with pytest.raises(ConfigError, match="inputs with static scales, expected dynamic ones") as caught:
+        Job(model, tmp_path / "out", QuantConfig(activations="int8:static"), device="cpu")
+    assert "*experts*:activations=int8" in caught.value.hint
+    dynamic_experts = QuantConfig(
+        activations="int8:static", overrides=[Override(pattern="*experts*", activations="int8")]
+    )
+    Job(model, tmp_path / "out", dynamic_experts, device="cpu")

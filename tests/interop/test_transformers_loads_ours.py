@@ -45,7 +45,8 @@ save_file(logits, sys.argv[1])
 """
 
 BUNDLED = "the bundled model, W8A8"
-WITH_INPUTS = (BUNDLED, "W8A8", "W8A8 with float inputs of some layers", "W4A8")
+STATIC = "W8A8 with static inputs"
+WITH_INPUTS = (BUNDLED, STATIC, "W8A8", "W8A8 with float inputs of some layers", "W4A8")
 NEOX = "a model whose head has another name on the disk"
 
 # setting, and whether the package must dequantize at load: its packed path fails on any asymmetric file, even its
@@ -62,6 +63,17 @@ SETTINGS = {
     "W8A8": ({"preset": "w8a8"}, False),
     "W8A8 with float inputs of some layers": ({"preset": "w8a8", "overrides": ["down_proj:activations=none"]}, False),
     "W4A8": ({"preset": "w4a8"}, False),
+    STATIC: (
+        {
+            "preset": "w8a8",
+            "activations": "int8:static",
+            "method": "gptq",
+            "samples": 4,
+            "seqlen": 32,
+            "calibration": [list(range(3, 67)) for _ in range(4)],
+        },
+        False,
+    ),
     BUNDLED: ({"preset": "w8a8"}, False),
     NEOX: ({"skip": ["layers.0.mlp.*"]}, False),
 }
@@ -84,7 +96,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     GPTNeoXForCausalLM(renamed).save_pretrained(base / "renamed")
     models = {NEOX: base / "renamed", BUNDLED: ROOT / "eval" / "models" / "tiny-python-llama"}
     for name, (settings, _) in SETTINGS.items():
-        llmq.quantize(models.get(name, base / "original"), base / name, method="rtn", **settings)
+        llmq.quantize(models.get(name, base / "original"), base / name, **{"method": "rtn", **settings})
     return {name: base / name for name in SETTINGS}
 
 
