@@ -297,7 +297,5 @@ def test_what_static_scales_cannot_do_is_refused(checkpoint: Checkpoints, text: 
     with pytest.raises(ConfigError, match="inputs with static scales, expected dynamic ones") as caught:
         Job(model, tmp_path / "out", QuantConfig(activations="int8:static"), device="cpu")
     assert "*experts*:activations=int8" in caught.value.hint
-    dynamic_experts = QuantConfig(
-        activations="int8:static", overrides=[Override(pattern="*experts*", activations="int8")]
-    )
-    Job(model, tmp_path / "out", dynamic_experts, device="cpu")
+    dynamic = Override(pattern="*experts*", activations="int8")
+    Job(model, tmp_path / "out", QuantConfig(activations="int8:static", overrides=[dynamic]), device="cpu")
