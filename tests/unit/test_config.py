@@ -18,7 +18,8 @@ from llmq._keywords import Keywords
 from llmq.cli import options
 from llmq.config import Calibration, Override, QuantConfig, parse_group_size, parse_override
 from llmq.errors import ConfigError
-from llmq.numerics.scheme import WeightScheme
+from llmq.mixed_precision import preset
+from llmq.numerics.scheme import InputScheme, WeightScheme
 from llmq.patterns import matches
 from llmq.setting_fields import config_to, merged, read_toml, settings_of
 
@@ -38,6 +39,7 @@ FULL = QuantConfig(
     seed=3,
     target_bits=4.5,
     preset="moe",
+    activations="int8:static",
     keep_grid=False,
     rotate=True,
     quantize_head=True,
@@ -452,3 +454,34 @@ def test_toml_that_python_cannot_hold_is_refused(content: str, tmp_path: Path) -
 def test_seed_that_no_generator_takes_is_refused(seed: int) -> None:
     with pytest.raises(ConfigError, match="seed is"):
         QuantConfig(seed=seed)
+
+
+def test_the_last_override_of_activations_wins() -> None:
+    config = QuantConfig(
+        activations="int8", overrides=[parse_override("*down_proj:activations=none"), parse_override("*:bits=8")]
+    )
+    assert config.inputs_for("a.q_proj") == InputScheme("int8", "dynamic")
+    assert config.inputs_for("a.down_proj") is None and config.scheme_for("a.down_proj") == WeightScheme(8)
+    assert config.quantizes_inputs and not config.has_static_inputs
+    with pytest.raises(ConfigError, match="activations is 'int4', expected one of none, int8"):
+        parse_override("*:activations=int4")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"preset": "w8a8"}, (WeightScheme(8, "channel"), "int8")),
+        ({"preset": "w8a8", "activations": "int8:static"}, (WeightScheme(8, "channel"), "int8:static")),
+        ({"preset": "w8a8", "scheme": WeightScheme(4, 32)}, (WeightScheme(8, 32), "int8")),
+        ({"preset": "w4a8", "scheme": WeightScheme(4, 32)}, (WeightScheme(4, 32), "int8")),
+        ({"preset": "moe"}, (WeightScheme(), "none")),
+    ],
+)
+def test_presets_stand_for_bits_and_activations(given: dict[str, Any], expected: tuple[WeightScheme, str]) -> None:
+    named = preset.named(QuantConfig(**given))
+    assert (named.scheme, named.activations) == expected and preset.named(named) == named
+
+
+def test_static_activations_add_smoothing() -> None:
+    assert "smooth" not in QuantConfig(activations="int8").stages.transforms
+    assert QuantConfig(activations="int8:static", method="awq").stages.transforms == ("awq", "smooth")
