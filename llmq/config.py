@@ -70,6 +70,7 @@ def parse_formats(given: Any) -> Any:
 Bits = Setting(choices=BITS)
 Size = Setting(choices=(*GROUP_SIZES, "channel", "tensor"), metavar="SIZE")
 Inputs = Setting(choices=tuple(ACTIVATIONS))
+STATIC = ACTIVATIONS["int8:static"]
 
 
 class SchemeSettings(Settings):
@@ -274,18 +275,10 @@ class QuantConfig(Settings):
         return self
 
     @property
-    def quantizes_inputs(self) -> bool:
-        """Whether the inputs of some layers may be quantized."""
-        return any(self._input_schemes())
-
-    @property
-    def has_static_inputs(self) -> bool:
-        """Whether the inputs of some layers may have static scales."""
-        return any(scheme.scales == "static" for scheme in self._input_schemes() if scheme is not None)
-
-    def _input_schemes(self) -> list[InputScheme | None]:
-        names = [self.activations, *(override.activations or "none" for override in self.overrides)]
-        return [ACTIVATIONS[name] for name in names]
+    def input_schemes(self) -> set[InputScheme | None]:
+        """How the inputs of layers are quantized, of all layers together; None for float inputs."""
+        names = (self.activations, *(override.activations for override in self.overrides))
+        return {ACTIVATIONS[name] for name in names if name is not None}
 
     @property
     def formats(self) -> tuple[str, ...]:
@@ -294,7 +287,7 @@ class QuantConfig(Settings):
     @property
     def stages(self) -> Method:
         method = METHODS[self.method].rotated() if self.rotate else METHODS[self.method]
-        return method.smoothed() if self.has_static_inputs else method
+        return method.smoothed() if STATIC in self.input_schemes else method
 
     def without_validation(self) -> Self:
         """The settings that decide about the bytes of the model."""

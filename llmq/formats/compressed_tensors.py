@@ -64,7 +64,7 @@ def pack(q: QuantizedTensor, packing: str = PACKING) -> dict[str, Tensor]:
     """See `Layout.pack`."""
     checks.require_packable(q, refusal(q.scheme, *q.shape))
     if packing in PLAIN:
-        return _bytes(q)
+        return ct_groups.pack_bytes(q)
     tensors = {
         "weight_packed": bit_packing.pack(q.codes, q.scheme.bits),
         "weight_scale": q.scales.contiguous(),
@@ -73,16 +73,6 @@ def pack(q: QuantizedTensor, packing: str = PACKING) -> dict[str, Tensor]:
     if q.zeros is not None:
         tensors["weight_zero_point"] = bit_packing.pack(q.zeros.to(torch.uint8), q.scheme.bits, dim=0)
     return tensors
-
-
-def _bytes(q: QuantizedTensor) -> dict[str, Tensor]:
-    """One signed byte per code and per zero point."""
-
-    def signed(unsigned: Tensor) -> Tensor:
-        return (unsigned.to(torch.int16) - q.scheme.middle).to(torch.int8)
-
-    tensors = {"weight": signed(q.codes), "weight_scale": q.scales.contiguous()}
-    return tensors if q.zeros is None else {**tensors, "weight_zero_point": signed(q.zeros)}
 
 
 def pack_with_inputs(q: QuantizedTensor, inputs: InputScheme) -> dict[str, Tensor]:

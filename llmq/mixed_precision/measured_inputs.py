@@ -15,7 +15,7 @@ def schemes_of(
     unit: Mapping[InputGroup, InputStats], paths: Sequence[str], inputs: InputScheme
 ) -> dict[str, InputScheme]:
     """How the inputs of the layers in `paths` are quantized, with static scales for what their statistics have seen."""
-    schemes = {}
+    schemes: dict[str, InputScheme] = {}
     for group, stats in unit.items():
         scheme = inputs
         if stats.histogram is not None:

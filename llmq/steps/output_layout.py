@@ -17,7 +17,7 @@ from torch import Tensor
 from llmq import formats
 from llmq.checkpoint.reader import Checkpoint
 from llmq.checkpoint.side_files import refuse_outside
-from llmq.config import QuantConfig
+from llmq.config import STATIC, QuantConfig
 from llmq.errors import ConfigError, UnsupportedModelError
 from llmq.formats.base import Layout, Reading
 from llmq.formats.codecs.checks import is_head
@@ -190,12 +190,12 @@ def require_head(settings: QuantConfig) -> None:
 
 def require_inputs(settings: QuantConfig) -> None:
     """Raise ConfigError if inputs are quantized and a format or the method of the run cannot do this."""
-    if not settings.quantizes_inputs:
+    if settings.input_schemes == {None}:
         return
     for name in settings.formats:
         if (reason := inputs_refusal(name)) is not None:
             raise ConfigError(reason, hint=f"give --format {INPUTS_IN}, or leave --activations out")
-    if settings.has_static_inputs and not settings.stages.needs_calibration:
+    if STATIC in settings.input_schemes and not settings.stages.needs_calibration:
         raise ConfigError(
             f"static scales of inputs are measured on text, but the method {settings.method} reads none",
             hint="give --method fast and --calibration, or --activations int8",

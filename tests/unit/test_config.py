@@ -462,7 +462,7 @@ def test_the_last_override_of_activations_wins() -> None:
     )
     assert config.inputs_for("a.q_proj") == InputScheme("int8", "dynamic")
     assert config.inputs_for("a.down_proj") is None and config.scheme_for("a.down_proj") == WeightScheme(8)
-    assert config.quantizes_inputs and not config.has_static_inputs
+    assert config.input_schemes == {InputScheme("int8", "dynamic"), None}
     with pytest.raises(ConfigError, match="activations is 'int4', expected one of none, int8"):
         parse_override("*:activations=int4")
 

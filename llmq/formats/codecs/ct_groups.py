@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from llmq.formats.codecs import checks
+from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import InputScheme, Scheme, WeightScheme
 
 NAME = "compressed-tensors"
@@ -108,6 +109,16 @@ def read_inputs(declared: Any) -> InputScheme | None:
     if given.get("dynamic", False) is True:
         return InputScheme("int8", "dynamic") if given.get("strategy") == "token" else None
     return InputScheme("int8", "static") if given.get("strategy") == "tensor" else None
+
+
+def pack_bytes(q: QuantizedTensor) -> dict[str, Tensor]:
+    """The tensors of a weight with one signed byte per code and per zero point."""
+
+    def signed(unsigned: Tensor) -> Tensor:
+        return (unsigned.to(torch.int16) - q.scheme.middle).to(torch.int8)
+
+    tensors = {"weight": signed(q.codes), "weight_scale": q.scales.contiguous()}
+    return tensors if q.zeros is None else {**tensors, "weight_zero_point": signed(q.zeros)}
 
 
 def tensors_of(inputs: InputScheme, dtype: torch.dtype) -> dict[str, Tensor]:
