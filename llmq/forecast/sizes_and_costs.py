@@ -41,7 +41,7 @@ from llmq.verification.engines.checkpoint_facts import Linear, Subject
 HALF = 2  # bytes per element of keys and values in engines
 TOKENS = 1000  # for which the memory of keys and values is shown
 CONFIGURATION = "config.json"
-COMPARED = (*CONVERTIBLE, "gguf:q4_k_m")
+COMPARED = (*(name for name in CONVERTIBLE if name != output_layout.ONLY_INPUTS), "gguf:q4_k_m")
 
 
 @dataclass(frozen=True)

@@ -75,9 +75,9 @@ def pack(q: QuantizedTensor, packing: str = PACKING) -> dict[str, Tensor]:
     return tensors
 
 
-def pack_with_inputs(q: QuantizedTensor, inputs: InputScheme) -> dict[str, Tensor]:
+def pack_with_inputs(q: QuantizedTensor, inputs: InputScheme, *, as_bytes: bool = False) -> dict[str, Tensor]:
     """See `QuantizedInputs.pack`."""
-    packing = ct_groups.packing_of(Scheme(q.scheme, inputs))
+    packing = ct_groups.packing_of(Scheme(q.scheme, inputs), as_bytes=as_bytes)
     return pack(q, packing) | ct_groups.tensors_of(inputs, q.scales.dtype)
 
 

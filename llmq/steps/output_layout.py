@@ -34,6 +34,8 @@ from llmq.numerics.scheme import InputScheme, WeightScheme
 
 STAGED_FOR_GGUF = "compressed-tensors"  # it holds every scheme
 INPUTS_IN = "compressed-tensors"  # the format with a place for quantized inputs
+ONLY_INPUTS = "int-quantized"  # the format for quantized inputs alone
+USUAL = f"give --format {INPUTS_IN}"
 GGUF_SCALES = torch.float16
 IN_GGUF = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja", "chat_template.json")
 
@@ -191,6 +193,8 @@ def require_head(settings: QuantConfig) -> None:
 def require_inputs(settings: QuantConfig) -> None:
     """Raise ConfigError if inputs are quantized and a format or the method of the run cannot do this."""
     if settings.input_schemes == {None}:
+        if ONLY_INPUTS in settings.formats:
+            raise ConfigError(f"{ONLY_INPUTS} is for quantized inputs", hint=f"add --activations int8, or {USUAL}")
         return
     for name in settings.formats:
         if (reason := inputs_refusal(name)) is not None:
@@ -204,7 +208,9 @@ def require_inputs(settings: QuantConfig) -> None:
 
 def refuse_inputs(to: str, inputs: Iterable[InputScheme | None]) -> None:
     """Raise ConfigError if a format is made from a model with quantized inputs, and has no place for this."""
-    reason = inputs_refusal(to)
+    reason, inputs = inputs_refusal(to), list(inputs)
+    if to == ONLY_INPUTS and not any(inputs):
+        raise ConfigError(f"{to} is for quantized inputs, and the model has float inputs", hint=f"use --to {INPUTS_IN}")
     if reason is not None and any(scheme is not None for scheme in inputs):
         raise ConfigError(
             f"the model has quantized inputs, and {reason}",

@@ -205,6 +205,9 @@ def test_formats_without_quantized_inputs_are_refused(checkpoint: Checkpoints, t
     done = run_llmq(*request, "--group-size", "32", "--format", format_)
     refused(done, CONFIG, "quantized inputs", "give --format compressed-tensors")
     refused(run_llmq(*request, "--asymmetric"), CONFIG, "no engine multiplies 8-bit inputs by weights with zero", "")
+    refused(
+        run_llmq(*request[:-2], "--format", "int-quantized"), CONFIG, "is for quantized inputs", "--activations int8"
+    )
     refused(run_llmq(*request, "--bits", "3", "--preset", "w8a8"), CONFIG, "stands for 8 bits, but --bits is 3", "")
 
 
@@ -225,6 +228,19 @@ def test_a_run_sees_rounded_inputs(checkpoint: Checkpoints, text: Path, tmp_path
         "group_0"
     ]
     assert group["format"] == "pack-quantized"
+
+
+def test_words_and_bytes_hold_the_same_weights(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    windows, settings = builders.tokens(1, 16), {**W8A8, "preset": "w4a8", "group_size": 32}
+    llmq.quantize(checkpoint("llama"), tmp_path / "words", **settings)
+    llmq.convert(tmp_path / "words", tmp_path / "bytes", to="int-quantized")
+    llmq.quantize(checkpoint("llama"), tmp_path / "both", format="int-quantized", **settings)
+    expected = log_probabilities(tmp_path / "words", windows)
+    assert all(torch.equal(log_probabilities(tmp_path / name, windows), expected) for name in ("bytes", "both"))
+    assert "weight_packed" not in " ".join(load_file(tmp_path / "bytes" / "model.safetensors"))
+    plain = llmq.quantize(checkpoint("llama"), tmp_path / "plain", method="rtn", group_size=32, device="cpu")
+    with pytest.raises(ConfigError, match="is for quantized inputs"):
+        llmq.convert(plain.output, tmp_path / "refused", to="int-quantized")
 
 
 def test_experts_have_quantized_inputs(tmp_path: Path) -> None:

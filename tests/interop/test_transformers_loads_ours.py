@@ -17,6 +17,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaFo
 import llmq
 from llmq.evaluation.streaming import open_source
 from llmq.runtime.load import load_model
+from tests import builders
 from tests.command_line import ROOT
 
 pytestmark = [
@@ -46,7 +47,7 @@ save_file(logits, sys.argv[1])
 
 BUNDLED = "the bundled model, W8A8"
 STATIC = "W8A8 with static inputs"
-WITH_INPUTS = (BUNDLED, STATIC, "W8A8", "W8A8 with float inputs of some layers", "W4A8")
+WITH_INPUTS = (BUNDLED, STATIC, "W8A8", "W8A8 with float inputs of some layers", "W4A8", "W4A8 in bytes")
 NEOX = "a model whose head has another name on the disk"
 
 # setting, and whether the package must dequantize at load: its packed path fails on any asymmetric file, even its
@@ -63,6 +64,7 @@ SETTINGS = {
     "W8A8": ({"preset": "w8a8"}, False),
     "W8A8 with float inputs of some layers": ({"preset": "w8a8", "overrides": ["down_proj:activations=none"]}, False),
     "W4A8": ({"preset": "w4a8"}, False),
+    "W4A8 in bytes": ({"preset": "w4a8", "format": "int-quantized"}, False),
     STATIC: (
         {
             "preset": "w8a8",
@@ -70,6 +72,7 @@ SETTINGS = {
             "method": "gptq",
             "samples": 4,
             "seqlen": 32,
+            "validate": 0,
             "calibration": [list(range(3, 67)) for _ in range(4)],
         },
         False,
@@ -89,6 +92,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     )  # fmt: skip
     base = tmp_path_factory.mktemp("interop")
     LlamaForCausalLM(config).save_pretrained(base / "original")
+    builders.save_tokenizer(base / "original")
     renamed = GPTNeoXConfig(
         hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, vocab_size=96,
         max_position_embeddings=64,

@@ -34,20 +34,25 @@ def refusal(scheme: Scheme) -> str | None:
     return None
 
 
-def packing_of(scheme: Scheme) -> str:
-    """The format of the weights of a group.  Engines with 8-bit products read bytes, all others words."""
+def packing_of(scheme: Scheme, *, as_bytes: bool = False) -> str:
+    """The format of the weights of a group.  Engines with 8-bit products read bytes, all others words.
+
+    `as_bytes` is whether weights of fewer bits with quantized inputs are bytes, too (`int_quantized.py`).
+    """
     assert scheme.weights is not None, "a group has quantized weights"
-    return BYTES if scheme.inputs is not None and scheme.weights.bits == 8 else WORDS
+    return BYTES if scheme.inputs is not None and (as_bytes or scheme.weights.bits == 8) else WORDS
 
 
-def quantization_config(schemes: Mapping[str, Scheme], unquantized: Sequence[str]) -> dict[str, Any]:
-    """See `QuantizedInputs.quantization_config`."""
+def quantization_config(
+    schemes: Mapping[str, Scheme], unquantized: Sequence[str], *, as_bytes: bool = False
+) -> dict[str, Any]:
+    """See `QuantizedInputs.quantization_config`, and `packing_of` for `as_bytes`."""
     grids = checks.as_stored({name: scheme.weights for name, scheme in schemes.items() if scheme.weights is not None})
     modules: dict[Scheme, list[str]] = {}
     for name, grid in grids.items():
         inputs = schemes[name].inputs
         modules.setdefault(Scheme(grid, None if inputs is None else inputs.declared), []).append(name)
-    packings = {scheme: packing_of(scheme) for scheme in modules}
+    packings = {scheme: packing_of(scheme, as_bytes=as_bytes) for scheme in modules}
     named = any(scheme.inputs is not None for scheme in modules)  # otherwise all groups have the format of the file
     groups = {
         f"group_{i}": {

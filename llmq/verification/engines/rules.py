@@ -183,8 +183,11 @@ RULES = (
          f"read from source, {SGL}, compressed_tensors_w8a8_int8.py", integer_inputs.bytes_),
     Rule("fewer bits with int8 inputs", (VLLM,), "weights in 8 bits, if the inputs are in int8", UNKNOWN,
          "read from source, vLLM 0.32: CompressedTensorsWNA8Int, not run on a GPU; on a CPU without AVX-512 it fails "
-         "(run): `_C has no cpu_gemm_wna16`", integer_inputs.fewer_bits,
-         "try it on a GPU, or use --preset w8a8"),
+         "(run): `_C has no cpu_gemm_wna16`", integer_inputs.words,
+         f"try it on a GPU; for a CPU, {CONVERT} int-quantized; or use --preset w8a8"),
+    Rule("bytes with int8 inputs", (VLLM,), "a CPU, for weights of fewer bits with one byte per code", NOTE,
+         "run on a CPU with vLLM 0.32: CompressedTensorsW4A8Int; not run elsewhere", integer_inputs.few_bits_in_bytes,
+         f"for a GPU, {CONVERT} compressed-tensors"),
     Rule("fewer bits with int8 inputs", (SGLANG,), "weights in 8 bits, if the inputs are in int8", UNKNOWN,
          f"{SGL}: no kernel for such a file was found", integer_inputs.fewer_bits, "--preset w8a8, or 4 bits alone"),
     Rule("fewer bits with static inputs", (VLLM,), "dynamic scales of the inputs, if the weights have fewer bits",

@@ -43,6 +43,15 @@ def test_fewer_bits_are_words_as_without_quantized_inputs() -> None:
     assert all(torch.equal(packed[name], plain[name]) for name in plain)
 
 
+def test_int_quantized_has_bytes_for_any_bits() -> None:
+    layout, scheme = formats.load("int-quantized"), Scheme(GROUPED, DYNAMIC)
+    q, block = weight(GROUPED), layout.declare({"a": scheme, "b": Scheme(GROUPED)}, [])
+    tensors, reading = layout.pack_layer(q, DYNAMIC), compressed_tensors.LAYOUT.read_config(block)("a")
+    assert (int(tensors["weight"].min()), int(tensors["weight"].max())) == (-8, 7)
+    assert reading is not None and torch.equal(LAYOUT.unpack(tensors, reading).codes, q.codes)
+    assert [g["format"] for g in block["config_groups"].values()] == ["int-quantized", "pack-quantized"]
+
+
 def test_a_static_scale_is_a_tensor() -> None:
     scale = LAYOUT.pack_layer(weight(CHANNEL), STATIC)["input_scale"]
     assert (scale.dtype, scale.tolist()) == (torch.bfloat16, [0.125])
@@ -121,7 +130,7 @@ def test_zero_points_with_quantized_inputs_are_refused() -> None:
     assert LAYOUT.with_inputs.refusal(Scheme(CHANNEL, DYNAMIC)) is None
 
 
-@pytest.mark.parametrize("name", [name for name in formats.names() if name != "compressed-tensors"])
+@pytest.mark.parametrize("name", sorted(set(formats.names()) - {"compressed-tensors", "int-quantized"}))
 def test_other_formats_have_no_place_for_quantized_inputs(name: str) -> None:
     with pytest.raises(ConfigError, match="no place for quantized inputs"):
         formats.load(name).declare({"a": Scheme(GROUPED, DYNAMIC)}, [])

@@ -437,6 +437,14 @@ def test_fewer_bits_with_int8_inputs_are_unknown_or_refused() -> None:
     assert loads(with_inputs(G128, STATIC))["vLLM"] is False
 
 
+def test_bytes_of_fewer_bits_are_for_cpus() -> None:
+    block = {"format": "int-quantized", "weights": {}, "input_activations": {"num_bits": 8}}
+    subject = with_inputs(G128, DYNAMIC)
+    in_bytes = dataclasses.replace(subject, settings={**subject.settings, "config_groups": {"group_0": block}})
+    assert violations(in_bytes, "vLLM", "bytes with int8 inputs") and loads(in_bytes)["vLLM"]
+    assert not violations(subject, "vLLM", "bytes with int8 inputs")
+
+
 def test_layers_that_engines_fuse_need_the_same_inputs() -> None:
     subject = with_inputs(WeightScheme(8, "channel"), DYNAMIC, "q_proj")
     assert "inputs int8" in violations(subject, "vLLM", "one scheme for fused layers")[0]
