@@ -199,7 +199,9 @@ def other_bits(linear: Linear) -> str | None:
 
 
 def not_four_bits(linear: Linear) -> str | None:
-    return None if linear.scheme is None or linear.scheme.bits == 4 else f"{linear.scheme.bits} bits"
+    if linear.scheme is None or linear.inputs is not None or linear.scheme.bits == 4:
+        return None
+    return f"{linear.scheme.bits} bits"
 
 
 def other_zeros(linear: Linear) -> str | None:
