@@ -106,7 +106,7 @@ class InputStats:
         ranks.sum_(self._gram)
         ranks.sum_(self._absolute)
         if ranks.size > 1:
-            self._largest = torch.stack(ranks.all(self._largest)).amax(0)
+            self._largest = torch.stack(ranks.all(self._largest.cpu())).amax(0).to(self._largest.device)
         if crossed:
             self._cross = ranks.sum_(torch.zeros_like(self._gram) if self._cross is None else self._cross)
         if drifted:
