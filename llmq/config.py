@@ -16,13 +16,13 @@ from llmq import formats
 from llmq.errors import ConfigError, listed
 from llmq.methods import METHODS, Method
 from llmq.numerics.gguf_types import GGUF_GRIDS
-from llmq.numerics.scheme import BITS, FLOAT_GRIDS, GROUP_SIZES, GroupSize, WeightScheme
+from llmq.numerics.scheme import ACTIVATIONS, BITS, FLOAT_GRIDS, GROUP_SIZES, GroupSize, InputScheme, WeightScheme
 from llmq.patterns import matches, require_pattern
 from llmq.setting_fields import Setting, Settings, Strings
 
 CONVERTIBLE = formats.names()  # they share their quantized values
 FORMATS = (*CONVERTIBLE, *GGUF_GRIDS)
-PRESETS = ("moe",)  # see mixed_precision/preset.py
+PRESETS = ("moe", "w8a8", "w4a8")  # see mixed_precision/preset.py
 
 
 def parse_number(given: Any) -> Any:
@@ -69,6 +69,8 @@ def parse_formats(given: Any) -> Any:
 
 Bits = Setting(choices=(*BITS, *FLOAT_GRIDS))
 Size = Setting(choices=(*GROUP_SIZES, "channel", "tensor"), metavar="SIZE")
+Inputs = Setting(choices=tuple(ACTIVATIONS))
+STATIC = ACTIVATIONS["int8:static"]
 
 
 class SchemeSettings(Settings):
@@ -111,9 +113,10 @@ class Override(Settings):
     bits: Annotated[int | str | None, BeforeValidator(parse_number), Bits] = None
     group_size: Annotated[GroupSize | None, BeforeValidator(parse_number), Size] = None
     symmetric: bool | None = None
+    activations: Annotated[str | None, Inputs] = None
 
     def applied_to(self, scheme: WeightScheme) -> WeightScheme:
-        changes = self.model_dump(exclude={"pattern"}, exclude_none=True)
+        changes = self.model_dump(exclude={"pattern", "activations"}, exclude_none=True)
         if isinstance(self.bits, str):
             return WeightScheme.of_floats(changes.pop("bits"), **changes)
         return dataclasses.replace(WeightScheme() if scheme.floats and self.bits else scheme, **changes)
@@ -180,9 +183,16 @@ class QuantConfig(Settings):
     )  # fmt: skip
     preset: Annotated[str | None, Setting(choices=PRESETS)] = Field(
         default=None,
-        description="Bits chosen by the kind of layer. moe, for mixtures of experts: 8 bits for attention, linear "
-        "attention, shared experts and dense blocks, which every token uses; --bits for routed experts. It adds "
-        "overrides (see --dry-run), and your --override and --skip win.",
+        description="Settings by a name. w8a8: 8 bits, one scale per row, with --activations int8. w4a8: 4 bits with "
+        "--activations int8. moe, for mixtures of experts: 8 bits for attention, linear attention, shared experts and "
+        "dense blocks, which every token uses; --bits for routed experts. moe adds overrides (see --dry-run), and your "
+        "--override and --skip win.",
+    )
+    activations: Annotated[str, Inputs] = Field(
+        default="none",
+        description="Quantize the inputs of the quantized layers as well, for engines with 8-bit products (format "
+        "compressed-tensors). int8 has one scale per token, and loses little. int8:static has one scale per layer, "
+        "from the calibration text, and loses more. Use it with --bits 8 --group-size channel (W8A8) or --bits 4.",
     )
     format: Annotated[
         str | Strings, BeforeValidator(parse_formats), Setting(choices=FORMATS, metavar="FORMAT")
@@ -204,7 +214,8 @@ class QuantConfig(Settings):
         ),
     ] = Field(
         default=(), strict=False,
-        description="Other bits or group size for some layers: 'PATTERN:bits=8,group_size=32'. The last match wins.",
+        description="Other bits, group size or activations for some layers: 'PATTERN:bits=8,group_size=32', "
+        "'PATTERN:activations=none'. The last match wins.",
     )  # fmt: skip
     strict: bool = Field(
         default=False,
@@ -274,12 +285,19 @@ class QuantConfig(Settings):
         return self
 
     @property
+    def input_schemes(self) -> set[InputScheme | None]:
+        """How the inputs of layers are quantized, of all layers together; None for float inputs."""
+        names = (self.activations, *(override.activations for override in self.overrides))
+        return {ACTIVATIONS[name] for name in names if name is not None}
+
+    @property
     def formats(self) -> tuple[str, ...]:
         return (self.format,) if isinstance(self.format, str) else self.format
 
     @property
     def stages(self) -> Method:
-        return METHODS[self.method].rotated() if self.rotate else METHODS[self.method]
+        method = METHODS[self.method].rotated() if self.rotate else METHODS[self.method]
+        return method.smoothed() if STATIC in self.input_schemes else method
 
     def without_validation(self) -> Self:
         """The settings that decide about the bytes of the model."""
@@ -294,3 +312,11 @@ class QuantConfig(Settings):
             if matches(override.pattern, module):
                 scheme = override.applied_to(scheme)
         return scheme
+
+    def inputs_for(self, module: str) -> InputScheme | None:
+        """How the inputs of a module are quantized, or None; the last matching override wins."""
+        name = self.activations
+        for override in self.overrides:
+            if override.activations is not None and matches(override.pattern, module):
+                name = override.activations
+        return ACTIVATIONS[name]

@@ -82,7 +82,7 @@ class Job:
         self.plan = Plan.make(model, settings, stages, device=device, revision=revision, remote_code=trust_remote_code)
         if settings.target_bits is not None:
             self._question()  # raises ConfigError for a target that no choice of grids can reach
-        self.out = Path(out) if out is not None else output_layout.default_output(str(model), settings)
+        self.out = Path(out) if out is not None else output_layout.default_output(str(model), self.plan.settings)
         output_layout.require_folder_name(self.out)
         several = len(settings.formats) > 1
         self._folders = [self.out / name for name in settings.formats] if several else [self.out]

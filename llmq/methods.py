@@ -71,6 +71,10 @@ class Method:
         transforms, validation = ("rotation", *self.transforms), self.validation or 0.1
         return replace(self, transforms=transforms, validation=validation, needs_calibration=True)
 
+    def smoothed(self) -> "Method":
+        """This method with smoothing as the last transform, for inputs with static scales."""
+        return replace(self, transforms=(*self.transforms, "smooth"))
+
 
 METHODS: Mapping[str, Method] = {
     "rtn": Method(rounding="rtn", needs_calibration=False),

@@ -11,7 +11,8 @@
 
     keep grids          weights that already lie on a grid are stored on it, and no later stage changes them
     transform           rewrite the float block into an equal one with less quantization error (scales, rotations)
-    collect statistics  run the calibration text up to the group, and sum up its inputs (the Hessian)
+    collect statistics  run the calibration text up to the group, and sum up its inputs (the Hessian); a static scale
+                        of the inputs is chosen, if they are quantized
     check the range     a weight whose scales the format cannot hold gets float32 scales, another grid, or float
     quantize            round the weights to codes and scales; later groups get inputs from the quantized weights
     repair              a layer that would lose its output gets smaller groups, then 8 bits, then float
@@ -47,7 +48,7 @@ from llmq.numerics.input_stats import InputStats
 from llmq.report.layer_metrics import as_experts, layer_report
 from llmq.report.peak import peak_memory
 from llmq.report.record import BlockReport, LayerReport, StageGain
-from llmq.steps import block_tuning, existing_grids, repair
+from llmq.steps import block_tuning, existing_grids, input_scales, repair
 from llmq.steps.end_to_end import tune_end_to_end
 from llmq.steps.lm_head import quantize_head
 from llmq.steps.round_group import Rounded
@@ -137,6 +138,7 @@ def quantize_groups(
     """
     reached: list[Group] = []
     for group, stats in groups:
+        input_scales.measure(run, block, group, stats)
         for path in group.names:
             if path in result.kept:
                 on_its_grid = Rounded(path, block.weight(path), result.kept[path])
@@ -157,6 +159,7 @@ def quantize_groups(
         for layer in packed:
             if layer.path not in changed:
                 put(run, block, result, layer)
+    input_scales.apply(run, block)  # a layer may be kept in float now
 
 
 @dataclass(frozen=True)
@@ -233,10 +236,12 @@ def restore_block(run: Run, block: Block) -> None:
     for layer in report.layers:
         path = run.paths[layer.name]
         run.plans[path] = repair.restored(run.plans[path], layer.scheme)
+        input_scales.restore(run, block, path, tensors)
         block.set_weight(path, run.unpack(layer.name, tensors).dequantize())
     replaced = {f"{layer.name}.weight" for layer in report.layers}  # a format may use this name for packed values
     names = [name for name in block.stored_names() if name in tensors and name not in replaced]
     block.set_stored_parameters({name: tensors[name] for name in names})
+    input_scales.apply(run, block)
     if run.streams is not None:
         run.streams.past(block)
     run.on_event(report)

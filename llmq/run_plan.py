@@ -6,7 +6,8 @@ the plan again for other settings of the same model: `--target-bits` uses it to 
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from llmq.model.build import ties
 from llmq.model.build.skeleton import Skeleton
 from llmq.numerics.gguf_types import GGUF_GRIDS
 from llmq.numerics.layer_plan import LayerPlan
-from llmq.numerics.scheme import WeightScheme
+from llmq.numerics.scheme import Scheme
 from llmq.patterns import matches
 from llmq.runtime.checkpoint_weights import quantization_settings
 from llmq.runtime.load import choose_device, stored_dtype
@@ -79,6 +80,8 @@ class Plan:
         checkpoint = Checkpoint.open(hub.locate(str(model), revision, remote_code=remote_code))
         _refuse_quantized(checkpoint)
         output_layout.require_head(settings)
+        settings = preset.named(settings)
+        output_layout.require_inputs(settings)
         output_layout.require_writable(settings.formats, checkpoint, checkpoint.names())
         chosen, method = choose_device(device), stages or settings.stages
         dtype = stored_dtype(checkpoint)
@@ -88,15 +91,15 @@ class Plan:
         opened = open_model(checkpoint, computed, remote_code=remote_code, pin=chosen.type == "cuda")
         skeleton, checkpoint = Skeleton(opened.model, opened.weights, chosen), opened.checkpoint
         settings, notes = preset.applied(settings, skeleton, layout)
-        layers = plan_layers(skeleton, settings, layout, checkpoint.config)
-        notes = (*notes, *opened.notes, *companions(checkpoint.folder).notes)
+        layers = planned_layers(skeleton, settings, layout, checkpoint.config)
+        notes = (*notes, *input_notes(layers.values()), *opened.notes, *companions(checkpoint.folder).notes)
         return cls(
             settings, method, checkpoint, chosen, layout, dtype, skeleton, layers, remote_code, notes, opened.left
         )
 
     def with_settings(self, settings: QuantConfig) -> "Plan":
         """The plan of the same model for other settings; method, format and device do not change."""
-        layers = plan_layers(self.skeleton, settings, self.layout, self.checkpoint.config)
+        layers = planned_layers(self.skeleton, settings, self.layout, self.checkpoint.config)
         return dataclasses.replace(self, settings=settings, layers=layers)
 
     @property
@@ -183,7 +186,7 @@ class Plan:
 
         `layout` is given if it is not the layout in which the blocks are staged.
         """
-        chosen: dict[str, WeightScheme] = {}
+        chosen: dict[str, Scheme] = {}
         floats = left_in_float.unused_modules(self.skeleton, self.checkpoint)
         for path, module in self.skeleton.model.named_modules():
             if not holds_matrix(module):
@@ -191,10 +194,32 @@ class Plan:
             names = dict.fromkeys((path, self.skeleton.weights.module_name(path)))  # readers look for one or the other
             plan = self.layers.get(path)
             if plan is not None and plan.scheme.weights is not None and (quantized is None or plan.name in quantized):
-                chosen |= dict.fromkeys(names, plan.scheme.weights)
+                chosen |= dict.fromkeys(names, plan.scheme)
             else:
                 floats += names
-        return (layout or self.layout).quantization_config(chosen, floats)
+        return (layout or self.layout).declare(chosen, floats)
+
+
+def planned_layers(
+    skeleton: Skeleton, settings: QuantConfig, layout: Layout, config: Mapping[str, Any]
+) -> dict[str, LayerPlan]:
+    """As `plan_layers`; from now on, every pass of the model rounds inputs as planned, static ones when measured."""
+    layers = plan_layers(skeleton, settings, layout, config)
+    schemes = {path: plan.scheme.inputs for path, plan in layers.items()}
+    skeleton.quantize_inputs({path: inputs for path, inputs in schemes.items() if inputs is not None})
+    return layers
+
+
+def input_notes(layers: Iterable[LayerPlan]) -> list[str]:
+    """How many layers have quantized inputs, and which packed layers keep float inputs."""
+    packed = [plan for plan in layers if plan.scheme.weights is not None]
+    kinds = Counter(str(plan.scheme.inputs) for plan in packed if plan.scheme.inputs is not None)
+    if not kinds:
+        return []
+    floats = [plan.name for plan in packed if plan.scheme.inputs is None]
+    kept = f"; those of {len(floats)} quantized layers are kept in float, such as {floats[0]}" if floats else ""
+    listed = " and ".join(f"of {number} layers to {kind}" for kind, number in kinds.items())
+    return [f"inputs are quantized, {listed}{kept}"]
 
 
 def plan_layers(
@@ -209,6 +234,8 @@ def plan_layers(
     if settings.format in GGUF_GRIDS:
         return dict(zip(linears, recipes.plan_layers(shapes, settings, config), strict=True))
     plans = dict(zip(linears, layer_plans.plan_layers(shapes, settings, layout), strict=True))
+    if settings.quantize_head:  # its inputs are float: they are those of the last step, and engines expect it
+        plans |= {path: plans[path].with_float_inputs() for path in _head(skeleton)}
     return layer_plans.alike(plans, skeleton.alike(), settings, layout)
 
 

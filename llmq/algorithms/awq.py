@@ -37,7 +37,7 @@ def channel_scales(stats: InputStats, tied: Tensor, loss: Callable[[Tensor], flo
     best = loss(torch.ones_like(levels))
     chosen = None
     for step in range(1, EXPONENTS):
-        scales = _normalised(levels, step / EXPONENTS, tied)
+        scales = normalised(levels, step / EXPONENTS, tied)
         scaled_loss = loss(scales)
         if scaled_loss < best:
             best, chosen = scaled_loss, scales
@@ -54,7 +54,7 @@ def _tied_means(magnitude: Tensor, tied: Tensor) -> Tensor:
     return means.clamp(min=float(magnitude.mean()) * 1e-4 + 1e-12)
 
 
-def _normalised(levels: Tensor, exponent: float, tied: Tensor) -> Tensor:
+def normalised(levels: Tensor, exponent: float, tied: Tensor) -> Tensor:
     """levels ** exponent, divided so that the geometric mean of the largest and the smallest is 1.
 
     This keeps the size of the weights.  1 for columns that must not be scaled.

@@ -167,7 +167,7 @@ class SelfAuthor:
         numbers = torch.rand(texts, length, generator=generator).double()  # of 24 bits, so that none rounds up to 1
         if rows:
             written: list[Tensor] = []
-            with in_memory(self._skeleton) as model:
+            with self._skeleton.float_inputs(), in_memory(self._skeleton) as model:
                 for part in numbers.split(rows):
                     done, B = sum(earlier.numel() for earlier in written), len(part)
                     step = Continuation(model, self._skeleton.device)
@@ -178,7 +178,9 @@ class SelfAuthor:
                 f"self: the model does not fit into memory ({needed}), so texts of {length} tokens are generated block "
                 "by block, with one pass over the checkpoint per token"
             )
-            written = [write_rows(self._streamed, numbers, voice, partial(self._progress, 0, texts, numbers.numel()))]
+            with self._skeleton.float_inputs():
+                progress = partial(self._progress, 0, texts, numbers.numel())
+                written = [write_rows(self._streamed, numbers, voice, progress)]
         return torch.cat(written).flatten()[: windows * seqlen].view(windows, seqlen)
 
     def _progress(self, done: int, rows: int, total: int, position: int) -> None:

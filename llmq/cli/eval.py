@@ -32,9 +32,9 @@ Activations = Annotated[
     str,
     Option(
         "--activations",
-        metavar="none|int8",
-        help="Quantize the inputs of the quantized linear layers (of a float model: of all linear layers) to 8 bits, "
-        "dynamically per token, as W8A8 and W4A8 engines do.",
+        metavar="file|none|int8",
+        help="How the inputs of linear layers are quantized: as the file declares, none (the weights alone), or int8 "
+        "(8 bits, dynamically per token, for all quantized layers; in a float model, for all layers).",
     ),
 ]
 Calibration = Annotated[
@@ -115,7 +115,7 @@ def command(
     windows: Annotated[
         int | None, Option("--windows", min=1, help="Evaluate only the first sequences of each text. Default: all.")
     ] = None,
-    activations: Activations = "none",
+    activations: Activations = "file",
     calibration: Calibration = None,
     floors: Floors = False,
     trajectories: Trajectories = 0,

@@ -27,7 +27,7 @@ def print_evaluation(
     if against is not None and first.original_size is not None:
         sizes.insert(0, (against, first.original_size))
     print_table("", ("model", "size", "bits/weight"), [(name, *_size(size)) for name, size in sizes])
-    inputs = "" if first.activations == "none" else f"; inputs in {first.activations}, dynamic per token"
+    inputs = "" if first.activations == "none" else f"; inputs in {first.activations}"
     title = f"sequences of {first.seqlen} tokens{inputs}; 95 % intervals in brackets"
     if len(measured) == 1:
         _print_columns(title, [(_short(figures), _cells(figures, first)) for figures in _shown(first)])

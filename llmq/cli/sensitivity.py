@@ -61,10 +61,13 @@ def command(
     Each layer alone is quantized; the table shows the KL divergence to the
     original model in nats per token. Layers that serving engines fuse are
     quantized together. With --target-bits the table also shows which bits
-    llmq quantize --target-bits would give each layer.
+    llmq quantize --target-bits would give each layer. With --activations the
+    inputs of each layer alone are quantized, and not its weights; the table
+    begins with the layers that lose most.
 
     Examples:
       llmq sensitivity Qwen/Qwen3-8B --target-bits 4.5 --plot map.png
+      llmq sensitivity Qwen/Qwen3-8B --activations int8:static
 
     Exit codes:
       0  success                   4    unsupported model
@@ -79,6 +82,11 @@ def command(
         from llmq.report import heat_map
 
         heat_map.require_drawable(plot)  # before the long measurement
+    if grids and settings.activations != "none":
+        raise ConfigError(
+            "--grid is for weights, but --activations measures the inputs of layers",
+            hint="leave one of them out",
+        )
     schemes = [_scheme(text, settings) for text in grids or (GRIDS if settings.target_bits is None else ())]
     begin(model, quiet=quiet)
     from llmq.job import Job
@@ -115,13 +123,15 @@ def _scheme(text: str, settings: QuantConfig) -> WeightScheme:
 def _print(model: str, result: "Sensitivity", plan: "Spending | None") -> None:
     columns = ["layers", "weights", *result.grids, *(["plan"] if plan else [])]
     rows = []
-    for index, unit in enumerate(result.units):
+    by_inputs = result.grids[0].startswith("inputs")
+    for index, unit in sorted(enumerate(result.units), key=lambda pair: -pair[1].effects[0].kl if by_inputs else 0):
         shown = [f"{effect.kl:.2e}{'' if effect.measured else ' ~'}" for effect in unit.effects]
         planned = [plan.grids[index] or "float"] if plan else []
         rows.append((f"{unit.block}: {unit.label}", str(unit.weights), *shown, *planned))
     sums = [f"{sum(unit.effects[grid].kl for unit in result.units):.2e}" for grid in range(len(result.grids))]
     rows.append(("sum", str(sum(unit.weights for unit in result.units)), *sums))
-    print_table(f"KL divergence of {model} with only these layers quantized, on {result.tokens} tokens", columns, rows)
+    what = "the inputs of these layers" if by_inputs else "these layers"
+    print_table(f"KL divergence of {model} with only {what} quantized, on {result.tokens} tokens", columns, rows)
     if any(not effect.measured for unit in result.units for effect in unit.effects):
         print_text("~ not measured: scaled from the coarsest grid by the output error of the layers")
     if plan is not None:

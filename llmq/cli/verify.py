@@ -34,7 +34,7 @@ MaxDifference = Annotated[
     Option(
         "--max-difference", min=0, metavar="NATS",
         help="The largest difference of a log-probability. Default: 0.01 in float32, 0.25 in 16 bits, 0.5 for "
-        "llama.cpp, which rounds activations to 8 bits.",
+        "llama.cpp, which rounds activations to 8 bits, 1 for models with int8 activations.",
     ),
 ]  # fmt: skip
 

@@ -20,7 +20,7 @@ from llmq.errors import BackendError, ConfigError, QualityError
 from llmq.evaluation.streaming import open_source
 from llmq.gguf.reader import described
 from llmq.report.events import OnEvent, ignore
-from llmq.runtime.checkpoint_weights import quantization_settings
+from llmq.runtime.checkpoint_weights import PackedWeights, quantization_settings
 from llmq.runtime.load import choose_device, load_tokenizer
 
 COMPARED = (VLLM, LLAMA_CPP, TRANSFORMERS, MLX)
@@ -28,6 +28,7 @@ TOP = 10  # next tokens per position
 TOKENS = 64  # per prompt, at most
 CONTEXT = 96  # of the engine: a prompt and a few tokens
 LIMIT_FLOAT32, LIMIT_16_BITS, LIMIT_LLAMA_CPP = 0.01, 0.25, 0.5  # nats
+LIMIT_INT8_INPUTS = 1.0  # where the file declares them: llmq and the engine round them differently
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def compare(
         mean=float(differences.mean()),
         same_top=sum(same) / len(same),
         tokenized=answer["tokens"] == tokens,
-        limit=_limit(engine, dtype) if limit is None else limit,
+        limit=_limit(path, engine, dtype) if limit is None else limit,
     )
 
 
@@ -160,9 +161,13 @@ def _dtype(path: Path, engine: Engine, device: torch.device) -> str:
     return "bfloat16" if engine == VLLM and _is_packed(path) else "float32"
 
 
-def _limit(engine: Engine, dtype: str) -> float:
+def _limit(path: Path, engine: Engine, dtype: str) -> float:
     if engine == LLAMA_CPP:
         return LIMIT_LLAMA_CPP
+    if _is_packed(path):
+        packed = PackedWeights(Checkpoint.open(path))
+        if any(packed.declared_inputs(module) is not None for module in packed.modules):
+            return LIMIT_INT8_INPUTS
     return LIMIT_FLOAT32 if dtype == "float32" else LIMIT_16_BITS
 
 

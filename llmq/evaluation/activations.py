@@ -1,7 +1,11 @@
-"""Evaluate a model with quantized activations (the inputs of linear layers), such as W8A8 instead of W8A16.
+"""Which inputs of linear layers ("activations") are quantized while a model is evaluated.
 
-Quantization is simulated in float before the linear layers of the blocks (`numerics/fake_quantize.py`): the layers that
-are quantized in the file, or all layers if none is. The inputs of the head and the embedding are kept in float.
+    file      as the checkpoint declares: its figures are those of an engine that runs it
+    none      all inputs in float
+    int8      those of the quantized layers (of a float model: all layers in the blocks), dynamically per token
+
+They are quantized in float before the linear layers (`numerics/fake_quantize.py`). The inputs of the head and the
+embedding are float.
 """
 
 from collections.abc import Mapping
@@ -12,27 +16,46 @@ from llmq.model.build.skeleton import Skeleton
 from llmq.numerics.scheme import InputScheme
 from llmq.runtime.checkpoint_weights import PackedWeights, quantization_settings
 
-ACTIVATIONS: Mapping[str, InputScheme | None] = {"none": None, "int8": InputScheme("int8", "dynamic")}
+AS_DECLARED = "file"
+ACTIVATIONS: Mapping[str, InputScheme | None] = {
+    AS_DECLARED: None,
+    "none": None,
+    "int8": InputScheme("int8", "dynamic"),
+}
 
 
-def input_scheme(name: str) -> InputScheme | None:
-    """The input scheme of `--activations`; raises ConfigError for an unknown name."""
+def require_known(name: str) -> None:
+    """Raise ConfigError for a value of `--activations` that does not exist."""
     if name not in ACTIVATIONS:
-        raise ConfigError(f"activations is {name!r}, expected one of {listed(ACTIVATIONS)}")
-    return ACTIVATIONS[name]
+        raise ConfigError(
+            f"activations is {name!r}, expected one of {listed(ACTIVATIONS)}",
+            hint="file, the default, computes what the checkpoint declares",
+        )
 
 
-def not_applied(checkpoint: Checkpoint, scheme: InputScheme | None) -> str | None:
-    """A note for a checkpoint that declares quantized activations but is evaluated with float inputs, else None."""
-    if scheme is not None or quantization_settings(checkpoint) is None:
+def not_applied(checkpoint: Checkpoint, activations: str) -> str | None:
+    """A note for a checkpoint that declares more than its weights as quantized, and is not evaluated like this."""
+    if activations != AS_DECLARED or quantization_settings(checkpoint) is None:
         return None
     return "; ".join(PackedWeights(checkpoint).not_applied()) or None
 
 
-def quantize_inputs(skeleton: Skeleton, scheme: InputScheme | None) -> None:
-    """Quantize the inputs of the quantized linear layers in the blocks; in a float model, of all linear layers."""
-    if scheme is None:
-        return
-    paths = [path for block in skeleton.blocks for path in block.linears]
-    quantized = [path for path in paths if skeleton.weights.is_quantized(f"{path}.weight")]
-    skeleton.quantize_inputs(dict.fromkeys(quantized or paths, scheme))
+def quantize_inputs(skeleton: Skeleton, activations: str) -> None:
+    """Quantize the inputs of the linear layers in the blocks; `file` leaves them as the model was opened."""
+    scheme = ACTIVATIONS[activations]
+    if scheme is not None:
+        paths = [path for block in skeleton.blocks for path in block.linears]
+        quantized = [path for path in paths if skeleton.weights.is_quantized(f"{path}.weight")]
+        skeleton.quantize_inputs(dict.fromkeys(quantized or paths, scheme))
+    elif activations != AS_DECLARED:
+        skeleton.quantize_inputs({})
+
+
+def in_words(skeleton: Skeleton) -> str:
+    """How the inputs of a model are quantized, for results: `none`, or `int8 dynamic per token`."""
+    schemes = [block.inputs.schemes.get(path) for block in skeleton.blocks for path in block.linears]
+    kinds = dict.fromkeys(str(scheme) for scheme in schemes if scheme is not None)
+    if not kinds:
+        return "none"
+    number = sum(scheme is not None for scheme in schemes)
+    return f"{' and '.join(kinds)}" + ("" if number == len(schemes) else f", in {number} of {len(schemes)} layers")

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llmq.evaluation import WIKITEXT
+from llmq.evaluation.activations import AS_DECLARED
 from llmq.evaluation.measure import measure_many
 from llmq.evaluation.results import Measurement
 from llmq.report.events import OnEvent, ignore
@@ -16,7 +17,7 @@ def evaluate(
     text: str | Path | Sequence[str | Path] = WIKITEXT,
     seqlen: int | None = None,
     windows: int | None = None,
-    activations: str = "none",
+    activations: str = AS_DECLARED,
     calibration: Sequence[str] = (),
     floors: bool = False,
     trajectories: int = 0,

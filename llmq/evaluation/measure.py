@@ -19,7 +19,7 @@ from llmq.checkpoint import hub
 from llmq.checkpoint.index import gguf_file, is_onnx
 from llmq.checkpoint.reader import Checkpoint
 from llmq.errors import ConfigError, QualityError
-from llmq.evaluation.activations import input_scheme
+from llmq.evaluation.activations import AS_DECLARED, require_known
 from llmq.evaluation.floors import variations
 from llmq.evaluation.onnx_source import onnx_bytes
 from llmq.evaluation.overlap import CalibrationText, Grams, given_text, texts_of
@@ -31,7 +31,6 @@ from llmq.evaluation.texts import EvaluationText, read_texts
 from llmq.evaluation.trajectories import LENGTH, PROMPT, prompts_of
 from llmq.gguf.container import Container
 from llmq.gguf.reader import described, is_file
-from llmq.numerics.scheme import InputScheme
 from llmq.report.events import OnEvent, ignore
 from llmq.runtime.checkpoint_weights import PackedWeights, quantization_settings
 from llmq.runtime.load import choose_device, load_tokenizer
@@ -50,7 +49,7 @@ def measure(
     device: str = "auto",
     dtype: torch.dtype | None = None,
     remote_code: bool = False,
-    activations: str = "none",
+    activations: str = AS_DECLARED,
     calibration: Sequence[str] = (),
     floors: bool = False,
     trajectories: int = 0,
@@ -78,7 +77,7 @@ def measure_many(
     device: str = "auto",
     dtype: torch.dtype | None = None,
     remote_code: bool = False,
-    activations: str = "none",
+    activations: str = AS_DECLARED,
     calibration: Sequence[str] = (),
     floors: bool = False,
     trajectories: int = 0,
@@ -89,8 +88,7 @@ def measure_many(
 
     limit         the most sequences of a text
     dtype         the dtype in which the models compute; default: that of the checkpoint, but float32 on a CPU
-    activations   how the inputs of the models' quantized layers are quantized, "none" or "int8"; those of the original
-                  are float
+    activations   how the inputs of the models' layers are quantized: "file" (as each declares), "none" or "int8"
     calibration   the calibration text of the models; by default, what llmq.json says about it (`overlap.py`)
     floors        whether the original is also compared with itself (`floors.py`), which runs it up to three times more
     trajectories  the number of prompts that the models continue (`trajectories.py`), with whole models in memory
@@ -101,9 +99,10 @@ def measure_many(
     """
     if original is None and (floors or trajectories):
         raise ConfigError("floors and trajectories need an original to compare with", hint="add --against")
+    require_known(activations)
     folders = [_located(model, remote_code=remote_code) for model in models]
     base = None if original is None else _located(original, remote_code=remote_code)
-    opener = _Opener(base, choose_device(device), dtype, input_scheme(activations), engine, remote_code, on_event)
+    opener = _Opener(base, choose_device(device), dtype, activations, engine, remote_code, on_event)
     first = opener.model(folders[0]) if base is None else opener.original()
     with described(base or folders[0]) as folder:
         tokenizer = load_tokenizer(folder, remote_code=remote_code)
@@ -134,7 +133,7 @@ def measure_many(
             size=size_of(own),
             original_size=None if original is None else size_of(str(original)),
             notes=(*run.notes, *notes, *(note for text in read for note in text.notes)),
-            activations=activations,
+            activations=run.activations,
             floors=compared,
             trajectories=run.trajectories,
             calibration=overlap[0],
@@ -175,14 +174,14 @@ class _Opener:
     base: Path | None
     device: torch.device
     dtype: torch.dtype | None
-    inputs: InputScheme | None
+    activations: str
     engine: str | None
     remote_code: bool
     on_event: OnEvent
 
     def model(self, folder: Path) -> Source:
         return open_source(
-            folder, self.device, self.dtype, remote_code=self.remote_code, like=self.base, activations=self.inputs,
+            folder, self.device, self.dtype, remote_code=self.remote_code, like=self.base, activations=self.activations,
             on_event=self.on_event, engine=self.engine,
         )  # fmt: skip
 

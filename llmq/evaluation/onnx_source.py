@@ -31,6 +31,7 @@ class OnnxSource:
         self._name, self._on_event = name, on_event
         self._windows = torch.empty(0, 1, dtype=torch.int64)
         self.device = device
+        self.activations = "as in the file"
         self.note: str | None = f"{folder} was run by {self._model.engine}"
         self.whole_bytes = onnx_bytes(folder)
         length = language_config(folder).get("max_position_embeddings")

@@ -75,7 +75,7 @@ class Floor:
 class Measurement(Shown):
     """The results for a model, and for the original that it was compared with.
 
-    activations   how the model's activations were quantized; those of the original never are
+    activations   how the inputs of the model's linear layers were quantized, in words; "none" if they were not
     floors        the original compared with itself; empty unless they were requested
     trajectories  None unless they were requested
     calibration   the text that the model was calibrated on, as far as it is known

@@ -31,10 +31,14 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Run:
-    """A model's scores on all sequences, notes for the user, and its continuations of the prompts, if there are any."""
+    """A model's scores on all sequences, notes for the user, and its continuations of the prompts, if there are any.
+
+    activations  how the inputs of its linear layers were quantized, in words
+    """
 
     scores: Scores
     notes: tuple[str, ...]
+    activations: str = "none"
     trajectories: Trajectories | None = None
 
 
@@ -68,7 +72,8 @@ def run_alone(source: Source, windows: Tensor, on_event: OnEvent = ignore) -> Ru
         for tokens, logits in source.logits(together):
             scores.append(score(logits, tokens))
             scored.add(len(tokens))
-    return Run(Scores.joined(scores), tuple(note for note in (source.note, *notes) if note))
+    own_notes = tuple(note for note in (source.note, *notes) if note)
+    return Run(Scores.joined(scores), own_notes, source.activations)
 
 
 def run_compared(
@@ -87,6 +92,7 @@ def run_compared(
     common = dict.fromkeys(note for note in (original.note, *notes, refusal) if note)
     scores: list[list[Scores]] = [[] for _ in models]
     notes_by_model = [dict(common) for _ in models]
+    activations = ["none"] * len(models)
     trajectories: list[Trajectories | None] = [None] * len(models)
     scored = _Scored(len(windows) * len(models), on_event)
     for number, part in enumerate(parts):
@@ -103,11 +109,12 @@ def run_compared(
                 trajectories[index] = None if written is None else compared(written, expected)
                 notes_by_model[index].update(dict.fromkeys(filter(None, [refusal])))
             notes_by_model[index].update(dict.fromkeys(filter(None, [model.note])))
+            activations[index] = model.activations
             del model
             gc.collect()  # before the next one is opened: modules and their hooks are reference cycles
     return [
-        Run(Scores.joined(batches), tuple(own), same)
-        for batches, own, same in zip(scores, notes_by_model, trajectories, strict=True)
+        Run(Scores.joined(batches), tuple(own), inputs, same)
+        for batches, own, inputs, same in zip(scores, notes_by_model, activations, trajectories, strict=True)
     ]
 
 

@@ -18,7 +18,7 @@ from llmq.checkpoint.index import is_onnx
 from llmq.checkpoint.reader import Checkpoint
 from llmq.errors import ConfigError, UnsupportedModelError
 from llmq.evaluation import scoring
-from llmq.evaluation.activations import not_applied, quantize_inputs
+from llmq.evaluation.activations import AS_DECLARED, in_words, not_applied, quantize_inputs
 from llmq.evaluation.onnx_source import OnnxSource
 from llmq.evaluation.trajectories import greedy
 from llmq.gguf import reader
@@ -27,7 +27,6 @@ from llmq.model.passes.forward import Ready, loaded, run_through
 from llmq.model.passes.generate import Continuation, in_memory, weight_bytes
 from llmq.model.passes.hidden_states import Place, Storage
 from llmq.model.passes.streams import Stream, Text
-from llmq.numerics.scheme import InputScheme
 from llmq.report.events import OnEvent, Progress, evaluating, ignore
 from llmq.runtime.load import load_model, stored_dtype
 from llmq.runtime.open_skeleton import open_skeleton
@@ -43,6 +42,7 @@ class Source(Protocol):
     """A model that gives logits for the sequences on which it was run last, and continues prompts."""
 
     note: str | None  # a note for the user about the way it is run
+    activations: str  # how the inputs of its linear layers are quantized, in words
     vocabulary: int
     max_tokens: int | None
     dtype: torch.dtype  # in which it computes
@@ -70,13 +70,14 @@ class Streamed:
     def __init__(
         self,
         skeleton: Skeleton,
-        activations: InputScheme | None = None,
+        activations: str = AS_DECLARED,
         name: str = "",
         on_event: OnEvent = ignore,
         batch: int | None = None,
         ready: Ready = loaded,
     ) -> None:
         quantize_inputs(skeleton, activations)
+        self.activations = in_words(skeleton)
         self._ready = ready
         self._name = name
         self._on_event = on_event
@@ -176,6 +177,7 @@ class Whole:
             self._model.set_attn_implementation(attention)
         self._windows = torch.empty(0, 1, dtype=torch.int64)
         self._batch = batch
+        self.activations = "as in the file"
         self.note: str | None = f"{folder} was loaded as a whole: {why}"
         self.device, self.dtype = device, dtype
         self.whole_bytes = sum(parameter.nbytes for parameter in self._model.parameters())
@@ -206,7 +208,7 @@ def open_source(
     *,
     remote_code: bool = False,
     like: Path | None = None,
-    activations: InputScheme | None = None,
+    activations: str = AS_DECLARED,
     on_event: OnEvent = ignore,
     batch: int | None = None,
     name: str | None = None,
@@ -216,7 +218,7 @@ def open_source(
 
     dtype        the dtype in which it computes; default: that of the checkpoint (.gguf: bfloat16), float32 on a CPU
     like         the folder of the model from which a .gguf file was made, if known
-    activations  how the inputs of its quantized layers are quantized
+    activations  how the inputs of its layers are quantized, one of `activations.ACTIVATIONS`
     on_event     called after each block of each run
     batch        the number of sequences that run together; default: `scoring.windows_per_batch`
     name         of the model in events; default: that of the folder
@@ -225,7 +227,7 @@ def open_source(
     Raises CheckpointError, ConfigError, FormatError, UnsupportedModelError.
     """
     if is_onnx(folder):
-        if activations is not None:
+        if activations != AS_DECLARED:
             message = f"{folder} is an ONNX model, whose graph decides how inputs are quantized"
             raise ConfigError(message, hint="omit --activations; llmq convert --to onnx --activations int8 sets it")
         return OnnxSource(folder, device, name or folder.name, on_event, engine)
@@ -245,10 +247,11 @@ def open_source(
         return source
     except UnsupportedModelError as error:
         why = str(error)
-    if activations is not None:
+    if activations != AS_DECLARED:
         raise UnsupportedModelError(
-            f"{folder} cannot be evaluated with inputs in {activations}, because it can only be run as a whole: {why}",
-            hint="leave --activations out to evaluate it with float inputs",
+            f"{folder} cannot be evaluated with --activations {activations}, because it can only be run as a whole: "
+            f"{why}",
+            hint="leave --activations out to evaluate it as its file declares",
         )
     return Whole(folder, device, dtype, remote_code=remote_code, why=why, batch=batch)
 

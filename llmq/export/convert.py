@@ -32,7 +32,7 @@ from llmq.formats import tensor_name
 from llmq.gguf.folder import export_gguf
 from llmq.gguf.reader import Weights
 from llmq.numerics.gguf_types import GGUF
-from llmq.numerics.scheme import WeightScheme
+from llmq.numerics.scheme import Scheme, WeightScheme
 from llmq.report import pages
 from llmq.report.events import OnEvent, Progress, ignore
 from llmq.report.stored_record import known_report
@@ -71,6 +71,7 @@ class Converter:
         self._origin = QuantizedSource(source, out, remote_code=remote_code)
         self._checkpoint, self._packed = self._origin.checkpoint, self._origin.packed
         output_layout.refuse_packed_head(to, self._packed.modules)
+        output_layout.refuse_inputs(to, map(self._packed.declared_inputs, self._packed.modules))
         weights = [f"{module}.weight" for module in self._packed.modules]
         others = [name for _, name, _ in self._origin.rest()]
         output_layout.require_writable([to], self._checkpoint, [*weights, *others])
@@ -166,7 +167,8 @@ class Converter:
                 for module in modules:
                     recoded = self._recoded(module)
                     q = recoded.quantized
-                    tensors |= {tensor_name(module, suffix): part for suffix, part in self._layout.pack(q).items()}
+                    packed = self._layout.pack_layer(q, self._packed.inputs(module))
+                    tensors |= {tensor_name(module, suffix): part for suffix, part in packed.items()}
                     schemes[module] = list(dataclasses.astuple(q.scheme))
                     if recoded.error is not None:
                         errors[module] = recoded.error
@@ -221,8 +223,11 @@ class Converter:
 
     def _settings(self, targets: Mapping[str, WeightScheme]) -> dict[str, Any]:
         """The quantization_config."""
-        schemes = {name: targets[module] for name, module in self._names.packed.items()}
-        return self._layout.quantization_config(schemes, self._names.plain)
+        schemes = {
+            name: Scheme(targets[module], self._packed.declared_inputs(module))
+            for name, module in self._names.packed.items()
+        }
+        return self._layout.declare(schemes, self._names.plain)
 
     def _compare(self, made: PackedWeights | Weights, on_event: OnEvent) -> None:
         """Raise FormatError if a weight that was not re-quantized differs from the source in any float."""

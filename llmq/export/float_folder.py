@@ -50,6 +50,7 @@ class FloatConverter:
         self.report = Conversion(str(source), str(out), self._origin.format, FLOAT)
         self.report.source_bytes = self._origin.checkpoint.nbytes
         self.report.notes += self._origin.notes
+        self.report.notes += self._origin.dropped_inputs(FLOAT)
 
     def run(self, on_event: OnEvent = ignore) -> None:
         """Convert the checkpoint. The finished folder appears at the end, unless an equal conversion has written it.

@@ -44,6 +44,12 @@ class QuantizedSource:
         self.companions = companions(self.checkpoint.folder)
         self.notes = [*comparison.notes, *self.companions.notes]
 
+    def dropped_inputs(self, to: str) -> list[str]:
+        """A note for a model with quantized inputs, converted to something that does not declare them."""
+        if not any(map(self.packed.declared_inputs, self.packed.modules)):
+            return []
+        return [f"the inputs of layers are quantized in {self.format}, and not in {to}"]
+
     def chunks(self) -> Iterator[list[str]]:
         """The packed modules in parts of about `CHUNK_BYTES`, in order."""
         modules: list[str] = []

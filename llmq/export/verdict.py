@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from llmq.algorithms import rtn
 from llmq.checkpoint.index import gguf_file
 from llmq.checkpoint.reader import Checkpoint
-from llmq.config import QuantConfig
+from llmq.config import STATIC, QuantConfig
 from llmq.errors import BackendError, UnsupportedModelError
 from llmq.evaluation.bootstrap import Bootstrap, Interval, interval_of_ratio
 from llmq.evaluation.runs import SPARE_PART, Run, run_compared
@@ -79,7 +79,8 @@ def _measured(open_: "_Opener", text: HeldBack) -> Verdict:
     """The figures of the model and of RTN, and continuations."""
     assert text.windows is not None, "there is text"
     is_rtn = not open_.plan.stages.needs_calibration
-    models = [open_.quantized] if is_rtn else [open_.quantized, open_.rounded]
+    has_baseline = not (is_rtn or STATIC in open_.plan.settings.input_schemes)  # scales are those of smoothed inputs
+    models = [open_.quantized, open_.rounded] if has_baseline else [open_.quantized]
     runs = run_compared(open_.original(), models, text.windows, on_event=open_.on_event)
     continuations, notes = _continuations(open_, text.windows)
     noted = dict.fromkeys([*notes, *(note for run in runs for note in run.notes)])
@@ -142,6 +143,8 @@ class _Opener:
                     block.set_weight(name, self._round(name, block.weight(name)))
                 yield
 
+        inputs = {path: plan.scheme.inputs for path, plan in self.plan.layers.items()}
+        skeleton.quantize_inputs({path: scheme for path, scheme in inputs.items() if scheme is not None})
         return Streamed(skeleton, name=NEAREST, on_event=self.on_event, ready=ready)
 
     def _rounded_paths(self) -> set[str]:

@@ -41,7 +41,7 @@ from llmq.verification.engines.checkpoint_facts import Linear, Subject
 HALF = 2  # bytes per element of keys and values in engines
 TOKENS = 1000  # for which the memory of keys and values is shown
 CONFIGURATION = "config.json"
-COMPARED = (*CONVERTIBLE, "gguf:q4_k_m")
+COMPARED = (*(name for name in CONVERTIBLE if name != output_layout.ONLY_INPUTS), "gguf:q4_k_m")
 
 
 @dataclass(frozen=True)
@@ -187,6 +187,7 @@ class Configured:
 
     def layers(self, settings: QuantConfig) -> dict[str, LayerPlan]:
         """The plan of each linear layer, by path. Raises ConfigError if the format cannot hold these settings."""
+        output_layout.require_inputs(settings)
         return plan_layers(self.skeleton, settings, output_layout.layout_of(settings.formats, self.dtype), self.config)
 
     def size(self, settings: QuantConfig) -> tuple[int, float]:
@@ -294,10 +295,13 @@ def _loading(configured: Configured, settings: QuantConfig, name: str) -> tuple[
         subject = Subject(GGUF, configured.config, {}, (), tokenizer)
     else:
         layers = configured.layers(settings).values()
-        schemes = {layer.name: layer.scheme.weights for layer in layers if layer.scheme.weights is not None}
+        schemes = {layer.name: layer.scheme for layer in layers if layer.scheme.weights is not None}
         floats = [layer.name for layer in layers if layer.scheme.weights is None]
-        written = formats.load(name).quantization_config(schemes, [*floats, f"{configured.skeleton.head_path}"])
-        packed = tuple(Linear(plan.name, plan.out_features, plan.in_features, plan.scheme.weights) for plan in layers)
+        written = formats.load(name).declare(schemes, [*floats, f"{configured.skeleton.head_path}"])
+        packed = tuple(
+            Linear(plan.name, plan.out_features, plan.in_features, plan.scheme.weights, inputs=plan.scheme.inputs)
+            for plan in layers
+        )
         subject = Subject(str(written["quant_method"]), configured.config, written, packed, tokenizer)
     verdicts = engines.verdicts(engines.judge(subject))
     return tuple(verdict.engine for verdict in verdicts if verdict.loads)

@@ -6,6 +6,7 @@ codes are packed, in the order of the bits, and in the settings in `config.json`
 
     base.py                 what a format is: `Layout`, `Readable`, `Reading`
     compressed_tensors.py   weight_packed …   packed row by row: vLLM, SGLang, transformers
+    int_quantized.py        weight …          as compressed_tensors.py, with bytes: layers with quantized inputs
     gptq.py                 qweight …         packed along in_features: nearly everything
     gptq_v2.py              qweight …         as gptq.py, but zero points are stored without an offset
     awq.py                  qweight …         packed along out_features, interleaved: vLLM, SGLang, transformers

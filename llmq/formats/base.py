@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmq.errors import ConfigError
 from llmq.numerics.affine_grid import ScaleDtype
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import GROUP_SIZES, GroupSize, WeightScheme
+from llmq.numerics.scheme import GROUP_SIZES, GroupSize, InputScheme, Scheme, WeightScheme
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Reading:
     packing            the variant, where a layout has several ways to arrange its tensors; "" is the first one
     in_place           whether the codes are in `<module>.weight` itself, which is then one of the packed tensors
     decode             suffix -> tensor gives (N, K) float32, for a weight without an integer grid
+    inputs             how the file declares the inputs of the layer as quantized, where llmq computes this
     note               what else the file declares that llmq does not do
     """
 
@@ -39,6 +41,7 @@ class Reading:
     packing: str = ""
     in_place: bool = False
     decode: Callable[[Mapping[str, Tensor]], Tensor] | None = None
+    inputs: InputScheme | None = None
     note: str = ""
 
     @property
@@ -116,6 +119,22 @@ class Readable:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QuantizedInputs:
+    """How a format stores layers whose inputs are quantized, too.
+
+    refusal              scheme -> why no engine computes with such inputs and weights; None where one does
+    pack                 (the weight, how its inputs are quantized) -> as `Layout.pack`
+    scale                the static scale of the inputs of a layer, from its tensors
+    quantization_config  as `Layout.quantization_config`, with schemes of weights and inputs
+    """
+
+    refusal: Callable[[Scheme], str | None]
+    scale: Callable[[Tensors], float]
+    pack: Callable[[QuantizedTensor, InputScheme], dict[str, Tensor]]
+    quantization_config: Callable[[Mapping[str, Scheme], Sequence[str]], dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Layout(Readable):
     """A format that can also be written.
 
@@ -128,6 +147,7 @@ class Layout(Readable):
                          ConfigError where one file of this format cannot hold all these grids
     pack_like            (the weight, reading) -> as `pack`, for a file whose other weights are read in this way; None
                          where `pack` is enough
+    with_inputs          how layers with quantized inputs are stored; None where the format has no place for this
     scale_values         the values that scales are rounded to, where these differ from `scale_dtype` of the model
     one_grid             whether all packed modules of a file must have the same grid
     holds_head           whether readers accept a quantized lm_head
@@ -141,9 +161,28 @@ class Layout(Readable):
     scale_dtype: Callable[[torch.dtype], torch.dtype]
     quantization_config: Callable[[Mapping[str, WeightScheme], Sequence[str]], dict[str, Any]]
     pack_like: Callable[[QuantizedTensor, Reading], dict[str, Tensor]] | None = None
+    with_inputs: QuantizedInputs | None = None
     scale_values: ScaleDtype | None = None
     one_grid: bool = False
     holds_head: bool = True
     any_scale_dtype: bool = False
     config_keys: tuple[str, ...] = ("quantization_config",)
     config_copy: str | None = None
+
+    def pack_layer(self, q: QuantizedTensor, inputs: InputScheme | None) -> dict[str, Tensor]:
+        """The tensors of a layer, as `pack`."""
+        if inputs is None:
+            return self.pack(q)
+        return self._with_inputs().pack(q, inputs)
+
+    def declare(self, schemes: Mapping[str, Scheme], unquantized: Sequence[str]) -> dict[str, Any]:
+        """The block for config.json, as `quantization_config`, of layers with quantized weights."""
+        if any(scheme.inputs is not None for scheme in schemes.values()):
+            return self._with_inputs().quantization_config(schemes, unquantized)
+        grids = {name: scheme.weights for name, scheme in schemes.items() if scheme.weights is not None}
+        return self.quantization_config(grids, unquantized)
+
+    def _with_inputs(self) -> QuantizedInputs:
+        if self.with_inputs is None:
+            raise ConfigError(f"{self.name} has no place for quantized inputs", hint="use compressed-tensors")
+        return self.with_inputs

@@ -1,10 +1,13 @@
-"""compressed-tensors, `pack-quantized`: the layout of vLLM's tools, and the only format that holds every grid of llmq.
+"""compressed-tensors: the layout of vLLM's tools, and the only format that holds every grid of llmq.
 
     weight_packed      int32 (N, ceil(K * bits / 32))   a row's codes as one stream of bits along K (`bit_packing.py`)
     weight_scale       float (N, G)                     the model's dtype
     weight_shape       int64 (2,)                       N, K: the packed width alone does not determine K
     weight_zero_point  int32 (ceil(N * bits / 32), G)   asymmetric only; a stream along N, of the same unsigned numbers
     weight_g_idx       int32 (K,)                       read only: written by older versions
+
+This is `pack-quantized`.  Weights of 8 bits with quantized inputs are `int-quantized`: one signed byte per code in
+`weight` itself, and no weight_shape (`codecs/ct_groups.py`).
 
 Codes are the quantized values.  The format defines signed codes and zero points, q - 2**(bits - 1), and packs them with
 2**(bits - 1) added.  The packed numbers are the unsigned codes and zero points of llmq.
@@ -14,9 +17,9 @@ Also read:
 * 3 bits padded to ten codes per word (older versions).  The packed width shows which form it is.  Some lengths up to
   150, none a multiple of 32, have the same width in both forms; these are read as dense.
 * Zero points as plain int8 (older versions, and the strategy "tensor", which packs none).
-* `int-quantized` and `naive-quantized`: one signed byte per code in `weight` itself.
+* `int-quantized` with float inputs, and `naive-quantized`.
 * Floats of four and eight bits (`ct_floats.py`), which are written, too.
-* Files that declare quantized activations or a quantized cache: the weights are read, and a note lists the rest.
+* Files that declare other quantized inputs, or a quantized cache: the weights are read, and a note lists the rest.
 
 Not covered: sparsity, transforms, mxfp6 and mxfp8, scales of blocks.
 
@@ -32,16 +35,15 @@ import torch
 from torch import Tensor
 
 from llmq.errors import FormatError
-from llmq.formats.base import Layout, Reader, Reading
-from llmq.formats.codecs import bit_packing, checks, ct_floats, fp8
+from llmq.formats.base import Layout, QuantizedInputs, Reader, Reading
+from llmq.formats.codecs import bit_packing, checks, ct_floats, ct_groups, fp8
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import BITS, WeightScheme
+from llmq.numerics.scheme import BITS, InputScheme, Scheme, WeightScheme
 from llmq.patterns import Pattern
 
-NAME = "compressed-tensors"
-PACKING = "pack-quantized"
-MIXED = "mixed-precision"
-PLAIN = ("int-quantized", "naive-quantized")
+NAME = ct_groups.NAME
+PACKING = ct_groups.WORDS
+PLAIN = (ct_groups.BYTES, "naive-quantized")
 
 BLOCKS_NOT_READ = ("sparsity_config", "transform_config", "moe_sparsity_config")
 NOT_APPLIED = tuple(  # of quantized inputs, outputs and caches
@@ -52,11 +54,13 @@ NOT_APPLIED = tuple(  # of quantized inputs, outputs and caches
 INDEXED = ("group", "dynamic", True)  # the values of `actorder` that come with weight_g_idx
 
 
-def pack(q: QuantizedTensor) -> dict[str, Tensor]:
+def pack(q: QuantizedTensor, packing: str = PACKING) -> dict[str, Tensor]:
     """See `Layout.pack`."""
     checks.require_packable(q, refusal(q.scheme, *q.shape))
     if q.scheme.floats is not None:
         return ct_floats.pack(q)
+    if packing in PLAIN:
+        return ct_groups.pack_bytes(q)
     tensors = {
         "weight_packed": bit_packing.pack(q.codes, q.scheme.bits),
         "weight_scale": q.scales.contiguous(),
@@ -65,6 +69,18 @@ def pack(q: QuantizedTensor) -> dict[str, Tensor]:
     if q.zeros is not None:
         tensors["weight_zero_point"] = bit_packing.pack(q.zeros.to(torch.uint8), q.scheme.bits, dim=0)
     return tensors
+
+
+def pack_with_inputs(q: QuantizedTensor, inputs: InputScheme, *, as_bytes: bool = False) -> dict[str, Tensor]:
+    """See `QuantizedInputs.pack`."""
+    packing = ct_groups.packing_of(Scheme(q.scheme, inputs), as_bytes=as_bytes)
+    return pack(q, packing) | ct_groups.tensors_of(inputs, q.scales.dtype)
+
+
+def pack_like(q: QuantizedTensor, reading: Reading) -> dict[str, Tensor]:
+    """See `Layout.pack_like`."""
+    tensors = pack(q, reading.packing or PACKING)
+    return tensors if reading.inputs is None else tensors | ct_groups.tensors_of(reading.inputs, q.scales.dtype)
 
 
 def unpack(tensors: Mapping[str, Tensor], reading: Reading) -> QuantizedTensor:
@@ -104,10 +120,11 @@ def weight_shape(
 
 def needs(reading: Reading) -> tuple[str, ...]:
     """See `Readable.needs`."""
+    static = (ct_groups.SCALE,) if reading.inputs is not None and reading.inputs.scales == "static" else ()
     if reading.in_place:
-        return ("weight", "weight_scale")
+        return ("weight", "weight_scale", *static)
     shape = () if reading.decode is not None else ("weight_shape",)
-    return ("weight_packed", "weight_scale", *shape)
+    return ("weight_packed", "weight_scale", *shape, *static)
 
 
 def refusal(scheme: WeightScheme, out_features: int, in_features: int) -> str | None:
@@ -125,29 +142,7 @@ def quantization_config(schemes: Mapping[str, WeightScheme], unquantized: Sequen
 
     It has only keys that every version of the format knows: several readers refuse groups with unknown keys.
     """
-    modules: dict[WeightScheme, list[str]] = {}
-    for name, scheme in checks.as_stored(schemes).items():
-        modules.setdefault(scheme, []).append(name)
-    packings = {scheme: _packing(scheme) for scheme in modules}
-    mixed = len(set(packings.values())) > 1  # otherwise all groups have the format of the file
-    groups = {
-        f"group_{i}": {
-            "targets": ["Linear"] if len(modules) == 1 else targets,
-            **({"format": packings[scheme]} if mixed else {}),
-            "weights": _weights_block(scheme),
-            "input_activations": None,
-            "output_activations": None,
-        }
-        for i, (scheme, targets) in enumerate(modules.items())
-    }
-    return {
-        "quant_method": NAME,
-        "format": MIXED if mixed else next(iter(packings.values())),
-        "quantization_status": "compressed",
-        "config_groups": groups,
-        "ignore": list(unquantized),
-        "kv_cache_scheme": None,
-    }
+    return ct_groups.quantization_config({name: Scheme(scheme) for name, scheme in schemes.items()}, unquantized)
 
 
 def read_config(config: Mapping[str, Any]) -> Reader:
@@ -229,32 +224,14 @@ def _group_index(tensors: Mapping[str, Tensor], reading: Reading, K: int) -> Ten
     return checks.group_index_for(reading, index, K)
 
 
-def _packing(scheme: WeightScheme) -> str:
-    return PACKING if scheme.floats is None else ct_floats.packing_of(scheme)
-
-
-def _weights_block(scheme: WeightScheme) -> dict[str, Any]:
-    if scheme.floats is not None:
-        return ct_floats.weights_block(scheme)
-    grouped = isinstance(scheme.group_size, int)
-    return {
-        "num_bits": scheme.bits,
-        "type": "int",
-        "symmetric": scheme.symmetric,
-        "strategy": "group" if grouped else "channel",
-        "group_size": scheme.group_size if grouped else None,
-        "dynamic": False,
-        "actorder": None,
-    }
-
-
 def _group_reading(group: Mapping[str, Any], file_format: object, note: str) -> Reading | None:
     """One of `config_groups` -> how its modules are read; None if it does not quantize weights."""
     if group.get("weights") is None:
         return None
     weights = checks.mapping(group["weights"], "weights")
-    activations = (group.get("input_activations"), group.get("output_activations"))
-    notes = ", ".join(part for part in ("quantized activations" if any(activations) else "", note) if part)
+    inputs = ct_groups.read_inputs(group["input_activations"]) if group.get("input_activations") else None
+    ignored = (inputs is None and group.get("input_activations")) or group.get("output_activations")
+    notes = ", ".join(part for part in ("quantized activations" if ignored else "", note) if part)
     packing = group.get("format") or file_format
     if packing == "naive-quantized" and weights.get("type") == "float":
         packing = fp8.PACKING
@@ -274,6 +251,7 @@ def _group_reading(group: Mapping[str, Any], file_format: object, note: str) -> 
         needs_group_index=weights.get("actorder") in INDEXED,
         packing="" if packing == PACKING else packing,
         in_place=packing in PLAIN,
+        inputs=inputs,
         note=notes,
     )
 
@@ -300,6 +278,7 @@ LAYOUT = Layout(
         "weight_zero_point",
         "weight_g_idx",
         "weight_global_scale",
+        ct_groups.SCALE,
     ),
     codes=("weight_scale",),  # what all packings have
     pack=pack,
@@ -316,4 +295,11 @@ LAYOUT = Layout(
     needs=needs,
     not_applied=NOT_APPLIED,
     any_scale_dtype=True,
+    pack_like=pack_like,
+    with_inputs=QuantizedInputs(
+        refusal=ct_groups.refusal,
+        pack=pack_with_inputs,
+        scale=ct_groups.stored_scale,
+        quantization_config=ct_groups.quantization_config,
+    ),
 )

@@ -34,7 +34,7 @@ from llmq.mixed_precision.sensitivity import Candidate, Layer, Question
 from llmq.model.build.skeleton import Skeleton
 from llmq.numerics.affine_grid import dtype_of
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import WeightScheme
+from llmq.numerics.scheme import ACTIVATIONS, WeightScheme
 from llmq.patterns import matches
 from llmq.report.sensitivity import Sensitivity, Unit
 from llmq.runtime.open_skeleton import stored_bytes
@@ -98,6 +98,14 @@ def ask(
     linears = {path: module for block in skeleton.blocks for path, module in block.linears.items()}
     shapes = {path: (name(path), module.out_features, module.in_features) for path, module in linears.items()}
     stored_bits = {path: 8 * stored_bytes(skeleton, checkpoint, f"{name(path)}.weight") for path in linears}
+    inputs = ACTIVATIONS[settings.activations] if settings.target_bits is None else None
+    if inputs is not None:
+        layers = {
+            path: Layer(label, rows * columns, stored_bits[path], (Candidate(None, stored_bits[path]),))
+            for path, (label, rows, columns) in shapes.items()
+            if settings.inputs_for(label) is not None and settings.scheme_for(label) is not None
+        }
+        return Question(layers, (f"inputs {inputs}",), rounding, options, inputs)
     tried = schemes or schemes_to_try(settings.scheme)
     if settings.target_bits is not None and layout.one_grid:
         raise ConfigError(
@@ -221,8 +229,9 @@ def _patterns(unit: Unit, units: Iterable[Unit]) -> tuple[str, ...]:
 
 
 def _fixed_by_user(name: str, settings: QuantConfig) -> bool:
-    """Whether a --skip or an --override matches a layer."""
-    return any(matches(pattern, name) for pattern in (*settings.skip, *(o.pattern for o in settings.overrides)))
+    """Whether a --skip or an --override of the grid matches a layer."""
+    grids = [o.pattern for o in settings.overrides if (o.bits, o.group_size, o.symmetric) != (None, None, None)]
+    return any(matches(pattern, name) for pattern in (*settings.skip, *grids))
 
 
 def _packed_bits(rows: int, columns: int, scheme: WeightScheme, layout: Layout, scale_dtype: torch.dtype) -> int:

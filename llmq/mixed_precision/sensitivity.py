@@ -20,6 +20,8 @@ model. For models with many blocks only the coarsest grid g₀ is run; the value
     ε_u,g = ε_u,g₀ · E_u(g) / E_u(g₀)       E_u(g) = Σ_rows (w - ŵ) H (w - ŵ)ᵀ
 
 This is the same expansion in one direction: the KL grows with the square of the error of a unit's output.
+
+With `Question.inputs` the weights stay in float, and the inputs of a unit are quantized instead.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,6 +36,7 @@ from llmq.algorithms.factor import Factor, factorize
 from llmq.errors import CalibrationError
 from llmq.evaluation import scoring
 from llmq.evaluation.streaming import windows_together
+from llmq.mixed_precision import measured_inputs
 from llmq.model.analyse import input_groups
 from llmq.model.analyse.input_groups import InputGroup
 from llmq.model.build.block import Block, Call
@@ -44,7 +47,7 @@ from llmq.model.passes.hidden_states import Storage
 from llmq.model.passes.recorded_calls import RecordedCalls
 from llmq.model.passes.streams import Stream, Text
 from llmq.numerics.input_stats import InputStats
-from llmq.numerics.scheme import WeightScheme
+from llmq.numerics.scheme import InputScheme, WeightScheme
 from llmq.report.events import MEASURING, OnEvent, Progress, ignore
 from llmq.report.sensitivity import Effect, Sensitivity, Unit
 
@@ -72,12 +75,16 @@ class Layer:
 
 @dataclass(frozen=True)
 class Question:
-    """What to measure: `layers` by path in the model, the names of the `grids`, and the rounding stage with options."""
+    """What to measure: `layers` by path in the model, the names of the `grids`, and the rounding stage with options.
+
+    inputs  how the inputs of the layers are quantized, if these are measured and not their weights; the only grid
+    """
 
     layers: Mapping[str, Layer]
     grids: tuple[str, ...]
     rounding: str
     options: Options
+    inputs: InputScheme | None = None
 
 
 @dataclass
@@ -138,7 +145,12 @@ def measure(
         done, blocks = block.index + 1, len(skeleton.blocks)
         on_event(Progress(MEASURING, done, blocks, share=done * (done + 1) / (blocks * (blocks + 1))))
 
-    forward(skeleton, visit)
+    if question.inputs is None:
+        with skeleton.float_inputs():
+            forward(skeleton, visit)
+    else:
+        skeleton.quantize_inputs({})  # those of one unit at a time are quantized
+        forward(skeleton, visit)
     variants_run = [variant for trial in measuring.trials for variant in trial.variants.values()]
     _score(skeleton, measuring.floats, variants_run)
     units = tuple(_unit(trial, question.grids) for trial in measuring.trials)
@@ -183,7 +195,9 @@ class _Measuring:
                 pairs = zip(calls, variant.hidden, strict=True)
                 variant.hidden = [block.run(call.with_hidden(state)) for call, state in pairs]
         groups = input_groups.input_groups(block, self._fitted.sample(memory.PROBE_TOKENS))
-        observed = input_groups.statistics(block, groups, self._fitted.calls())
+        inputs = self._question.inputs
+        ranges = inputs is not None and inputs.scales == "static"
+        observed = input_groups.statistics(block, groups, self._fitted.calls(), histograms=ranges)
         for unit in units_of(block, groups):
             # An expert that no token reached is stored like the other experts of its layer, and has no error here.
             stats = {g: observed[g] for g in unit if observed[g].tokens or block.is_experts(g.names[0])}
@@ -198,6 +212,13 @@ class _Measuring:
         if not paths:
             return
         trial = _Trial(block.path, tuple(question.layers[path] for path in paths))
+        if question.inputs is not None:
+            block.quantize_inputs(measured_inputs.schemes_of(unit, paths, question.inputs))
+            trial.errors.append(0.0)
+            trial.variants[0] = _Variant([block.run(call) for call in calls])
+            block.quantize_inputs({})
+            self.trials.append(trial)
+            return
         factors = {group: _factor(stats, question) for group, stats in unit.items()}
         originals = {path: block.weight(path) for path in paths}
         for grid in range(len(question.grids)):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llmq.distributed.ranks import Ranks
 from llmq.numerics.block_diagonal import columns, inverse, rows
+from llmq.numerics.input_histogram import InputHistogram
 from llmq_kernels.gram import op as gram
 
 TOKENS_AT_ONCE = 16_384
@@ -26,6 +27,7 @@ class InputStats:
     tokens    how many tokens were added
     borrowed  how many of them were not routed to this expert; they were added because too few were (see
               `model/passes/statistics.py`)
+    histogram   how large the inputs are; None unless a static scale of the inputs is needed
     validation  the same sums over the validation tokens, which are not counted here: nothing is fitted on them, and
               choices are made by them
 
@@ -37,10 +39,12 @@ class InputStats:
         self._unit = unit
         self.tokens = 0
         self.borrowed = 0
+        self.histogram: InputHistogram | None = None
         self.validation: InputStats | None = None
         self._weight = 0.0  # the sum of the tokens' weights
         self._gram = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)  # above the diagonal
         self._absolute = torch.zeros(in_features, dtype=torch.float32, device=device)
+        self._largest = torch.zeros(in_features, dtype=torch.float32, device=device)
         self.judges = False  # whether this is the `validation` of another `InputStats`
         self._paired = 0  # tokens whose inputs in the float model are known
         self._cross: Tensor | None = None  # DᵀX̂, both triangles
@@ -75,7 +79,12 @@ class InputStats:
         gamma = None if weights is None else weights.to(torch.float32)
         X = inputs.to(dtype)
         gram.update(self._gram, X, gamma, upper_only=True)
-        self._absolute += inputs.abs().sum(0, dtype=torch.float32)
+        size = inputs.abs()
+        self._absolute += size.sum(0, dtype=torch.float32)
+        if len(size):
+            self._largest = torch.maximum(self._largest, size.amax(0).to(torch.float32))
+        if self.histogram is not None:
+            self.histogram.update(inputs)
         self.tokens += len(inputs)
         self._weight += len(inputs) if weights is None else float(weights.sum(dtype=torch.float64))
         if originals is None:
@@ -96,10 +105,14 @@ class InputStats:
         self.tokens, self.borrowed, self._paired, crossed, drifted = map(int, totals)
         ranks.sum_(self._gram)
         ranks.sum_(self._absolute)
+        if ranks.size > 1:
+            self._largest = torch.stack(ranks.all(self._largest.cpu())).amax(0).to(self._largest.device)
         if crossed:
             self._cross = ranks.sum_(torch.zeros_like(self._gram) if self._cross is None else self._cross)
         if drifted:
             self._drift = ranks.sum_(torch.zeros_like(self._gram) if self._drift is None else self._drift)
+        if self.histogram is not None:
+            self.histogram.sum_over(ranks)
         if self.validation is not None:
             self.validation.sum_over(ranks)
 
@@ -135,13 +148,19 @@ class InputStats:
         return self._absolute / max(1, self.tokens)
 
     @property
+    def largest(self) -> Tensor:
+        """(K,) float32, the largest |x| of each channel."""
+        return self._largest
+
+    @property
     def _count(self) -> float:
         return self._weight or 1.0
 
     def in_basis(self, basis: Tensor) -> "InputStats":
         """The statistics of A⁻¹ x, the inputs of weights W A; see `llmq/numerics/block_diagonal.py`.
 
-        mean |x| of mixed channels cannot be computed from the sums; the root of their mean square takes its place.
+        mean |x| and the largest |x| of mixed channels cannot be computed from the sums; the root of their mean square,
+        and four times the root, take their places.
         """
         into = inverse(basis)
         gram.mirror(self._gram)
@@ -159,5 +178,6 @@ class InputStats:
         stats._drift = None if self._drift is None else both_sides(self._drift)
         mixed = basis.shape[-1] > 1
         stats._absolute = stats.mean_square.sqrt() * self.tokens if mixed else self._absolute / basis.flatten()
+        stats._largest = 4 * stats.mean_square.sqrt() if mixed else self._largest / basis.flatten().abs()
         stats.validation = None if self.validation is None else self.validation.in_basis(basis)
         return stats

@@ -11,7 +11,8 @@ from llmq.numerics.scheme import Scheme, WeightScheme
 class LayerPlan:
     """The plan of one linear layer.
 
-    scheme  of its weights and of its inputs; `scheme.weights` is None where the weights are kept in float
+    scheme  of its weights and of its inputs; `scheme.weights` is None where the weights are kept in float, and then
+            inputs are float, too
     reason  why the scheme differs from the requested one; empty where it does not
     """
 
@@ -44,6 +45,16 @@ class LayerPlan:
         zeros = 0 if grid.symmetric else self.groups * grid.bits // 8
         return self.weights * grid.bits // 8 + self.groups * scale_bytes + zeros
 
+    def with_input_scale(self, scale: float) -> "LayerPlan":
+        """The same plan with the static scale of the inputs."""
+        assert self.scheme.inputs is not None, "only quantized inputs have a scale"
+        inputs = dataclasses.replace(self.scheme.inputs, scale=scale)
+        return dataclasses.replace(self, scheme=dataclasses.replace(self.scheme, inputs=inputs))
+
+    def with_float_inputs(self) -> "LayerPlan":
+        """The same plan with inputs in float."""
+        return dataclasses.replace(self, scheme=Scheme(self.scheme.weights))
+
     def with_weights(self, grid: WeightScheme | None, reason: str) -> "LayerPlan":
         """The same plan with another grid for the weights, for this `reason`."""
-        return dataclasses.replace(self, scheme=dataclasses.replace(self.scheme, weights=grid), reason=reason)
+        return dataclasses.replace(self, scheme=Scheme(grid, self.scheme.inputs if grid else None), reason=reason)

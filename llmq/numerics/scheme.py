@@ -3,7 +3,9 @@
 A name such as W8A8 or W4A16 gives the bits of the weights and of the inputs ("activations"); 16 stands for float.
 """
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from llmq.errors import ConfigError, listed
@@ -144,10 +146,12 @@ class InputScheme:
     dtype   "int8" or "fp8" (float8_e4m3fn), both symmetric around zero
     scales  "dynamic": one scale per token, computed at run time; "static": one scale for the whole tensor, fixed by
             calibration
+    scale   the static scale of one layer; None before calibration, and for dynamic scales
     """
 
     dtype: Literal["int8", "fp8"] = "int8"
     scales: Literal["dynamic", "static"] = "dynamic"
+    scale: float | None = None
 
     def __post_init__(self) -> None:
         for field, allowed in (("dtype", INPUT_DTYPES), ("scales", INPUT_SCALES)):
@@ -157,9 +161,28 @@ class InputScheme:
                     f"{field} of an input scheme is {value!r}, expected one of {listed(allowed)}",
                     hint="InputScheme('int8', 'dynamic') is the usual choice",
                 )
+        if self.scale is not None and not (self.scales == "static" and 0 < self.scale < math.inf):
+            raise ConfigError(
+                f"scale of an input scheme is {self.scale!r} with {self.scales} scales, expected a positive number "
+                "with static scales, or none",
+                hint="leave it out: it is measured on the calibration text",
+            )
+
+    @property
+    def declared(self) -> "InputScheme":
+        """The scheme as a configuration declares it for many layers: without the scale of one layer."""
+        return replace(self, scale=None)
 
     def __str__(self) -> str:
         return f"{self.dtype} {self.scales} {'per token' if self.scales == 'dynamic' else 'per tensor'}"
+
+
+ACTIVATIONS: Mapping[str, InputScheme | None] = {
+    "none": None,
+    "int8": InputScheme("int8", "dynamic"),
+    "int8:static": InputScheme("int8", "static"),
+}
+"""The values of `--activations`."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +190,7 @@ class Scheme:
     """What of a linear layer is quantized: its weights, its inputs, both, or nothing.
 
     None stands for float.  W4A16 is `Scheme(WeightScheme(4))`, W8A8 is `Scheme(WeightScheme(8, "channel"),
-    InputScheme("int8"))`.  No format with quantized inputs is written yet, so `inputs` is None in every run.
+    InputScheme("int8"))`.
     """
 
     weights: WeightScheme | None = None

@@ -188,7 +188,7 @@ def _median_rtn(layers: Iterable[LayerReport]) -> float | None:
 def _losses(layers: Sequence[LayerReport]) -> tuple[float | None, float | None]:
     """The validation loss after rounding and after the refinements, summed over the layers that have refinements."""
     refinements = [
-        [gain for gain in layer.gains if gain.stage not in ("target", "rotation", "awq")] for layer in layers
+        [gain for gain in layer.gains if gain.stage not in ("target", "rotation", "awq", "smooth")] for layer in layers
     ]
     gains = [own for own in refinements if own]
     if not gains:

@@ -1,5 +1,6 @@
 """The packed weights of a checkpoint, one at a time: as quantized values on a grid, or as floats."""
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -7,11 +8,11 @@ from torch import Tensor
 from llmq import formats
 from llmq.checkpoint.index import read_json_object
 from llmq.checkpoint.reader import Checkpoint
-from llmq.errors import FormatError
+from llmq.errors import ConfigError, FormatError
 from llmq.formats import foreign
 from llmq.formats.base import Layout, Readable, Reader, Reading
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import WeightScheme
+from llmq.numerics.scheme import InputScheme, Scheme, WeightScheme
 
 INCOMPLETE = "check that the checkpoint is complete"
 ORPHAN_HINT = (
@@ -112,7 +113,8 @@ class PackedWeights:
         try:
             if not isinstance(layout, Layout):
                 raise FormatError(f"the format {layout.name} cannot be written, only read")
-            return layout.pack_like(weight, self._how(module)) if layout.pack_like else layout.pack(weight)
+            reading = replace(self._how(module), inputs=self.inputs(module))
+            return layout.pack_like(weight, reading) if layout.pack_like else layout.pack(weight)
         except FormatError as error:
             raise FormatError(f"{module} cannot be packed: {error}", hint=error.hint) from error
 
@@ -144,9 +146,9 @@ class PackedWeights:
         return list(self._by_weight)
 
     def grid(self, module: str) -> str:
-        """The packing or grid of the weight, in a word or two."""
+        """The packing or grid of the weight, in a word or two, and how its inputs are quantized."""
         reading = self._how(module)
-        return reading.packing if reading.decode is not None else str(reading.scheme)
+        return reading.packing if reading.decode is not None else str(Scheme(reading.scheme, reading.inputs))
 
     def notes(self) -> list[str]:
         """Notes for a user who runs the model."""
@@ -171,6 +173,21 @@ class PackedWeights:
     def scheme(self, module: str) -> WeightScheme:
         """The grid of a weight, from config.json only."""
         return self._how(module).scheme
+
+    def declared_inputs(self, module: str) -> InputScheme | None:
+        """How the inputs of a module are quantized, from config.json only: without a static scale."""
+        return self._how(module).inputs
+
+    def inputs(self, module: str) -> InputScheme | None:
+        """How the inputs of a module are quantized; None for float inputs, and for what `not_applied` names."""
+        declared = self._how(module).inputs
+        if declared is None or declared.scales == "dynamic":
+            return declared
+        assert isinstance(self._layout, Layout) and self._layout.with_inputs is not None, "it declares inputs"
+        try:
+            return replace(declared, scale=self._layout.with_inputs.scale(self._tensors(module)))
+        except (FormatError, ConfigError) as error:
+            raise FormatError(f"{module}: {error}", hint="the scale of its inputs is damaged") from None
 
     def shape(self, module: str) -> tuple[int, int]:
         """(N, K) of a weight, packed or not, without reading it; for stacked experts with the rows of all experts."""

@@ -114,6 +114,8 @@ class FusedLinear(nn.Linear):
     def _alone(self, x: Tensor) -> Tensor:
         """The product with the rows of this layer only: contiguous words, but strided columns of the scales."""
         rows, own = self.stack.rows, slice(self.start, self.stop)
+        if rows.rounding is not None:
+            x = rows.rounding(x)
         zeros = rows.zeros[:, own].contiguous() if self._has_zeros and rows.zeros is not None else None
         weight = PackedWeight(
             rows.words[own], rows.scales[:, own].contiguous(), zeros,
@@ -142,8 +144,8 @@ def _state(x: Tensor) -> tuple[Any, ...]:
 def fuse_rows(model: nn.Module, paths: Sequence[str]) -> None:
     """Stack the packed layers at `paths`, which share an input, if their grids agree.
 
-    Grids agree if bits, columns per group, dtype of scales and order of columns are equal. While the rows are copied,
-    the layers at `paths` are in memory twice.
+    Grids agree if bits, columns per group, dtype of scales, order of columns and quantization of inputs are equal.
+    While the rows are copied, the layers at `paths` are in memory twice.
     """
     alike: list[list[str]] = []
     for path in paths:
@@ -180,7 +182,8 @@ def _agree(a: PackedLinear, b: PackedLinear) -> bool:
 
 
 def _grid(layer: PackedLinear) -> tuple[Any, ...]:
-    return layer.scheme.bits, layer.in_features, layer.columns_per_group, layer.scales.dtype, layer.words.device
+    same = (layer.inputs, layer.columns_per_group, layer.scales.dtype, layer.words.device)
+    return layer.scheme.bits, layer.in_features, *same
 
 
 # ---- which layers share an input

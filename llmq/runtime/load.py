@@ -154,7 +154,9 @@ def _fill_packed(model: nn.Module, checkpoint: Checkpoint, device: torch.device,
         name = next((candidate for candidate in weights.candidates(path) if candidate in waiting), None)
         if name is not None and is_plain_linear(module):
             bias = checkpoint.tensor(f"{name}.bias").to(module.weight.dtype) if module.bias is not None else None
-            model.set_submodule(path, PackedLinear(packed.read(name), bias, module.weight.dtype).to(device))
+            model.set_submodule(
+                path, PackedLinear(packed.read(name), bias, module.weight.dtype, packed.inputs(name)).to(device)
+            )
             waiting.discard(name)
             fuse_rows(model, complete.get(path, ()))
         elif own := stackings_of(path, module, stackings):
@@ -186,7 +188,7 @@ def _fill_experts(
     """Fill or pack the experts at `path`, and remove their packed weights from `waiting`."""
     experts = model.get_submodule(path)
     if all_packed(path, stackings, waiting):
-        model.set_submodule(path, pack_experts(path, experts, stackings, packed.read, weights, device))
+        model.set_submodule(path, pack_experts(path, experts, stackings, packed, weights, device))
         waiting.difference_update(*(stacking.modules() for stacking in stackings))
     else:
         fill_experts(path, experts, stackings, weights, device)

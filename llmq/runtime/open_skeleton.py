@@ -19,6 +19,7 @@ from llmq.model.build.checkpoint_names import ModelWeights
 from llmq.model.build.merged_tensors import merge
 from llmq.model.build.skeleton import Skeleton
 from llmq.model.experts.separate import separate
+from llmq.numerics.scheme import InputScheme
 from llmq.runtime import whole_model
 from llmq.runtime.checkpoint_weights import PackedWeights, quantization_settings, shape_of
 
@@ -115,10 +116,21 @@ def open_skeleton(
 ) -> Skeleton:
     """Open a model whose blocks compute in `dtype` on `device`; packed weights are dequantized when they are read.
 
-    Raises the errors of `open_model`.
+    The inputs of its layers are quantized as the checkpoint declares. Raises the errors of `open_model`.
     """
     opened = open_model(checkpoint, dtype, remote_code=remote_code, pin=device.type == "cuda")
-    return Skeleton(opened.model, opened.weights, device)
+    skeleton = Skeleton(opened.model, opened.weights, device)
+    if opened.packed is not None:
+        skeleton.quantize_inputs(declared_inputs(skeleton, opened.packed))
+    return skeleton
+
+
+def declared_inputs(skeleton: Skeleton, packed: PackedWeights) -> dict[str, InputScheme]:
+    """How the inputs of linear layers in the blocks are quantized, by path; layers with float inputs are left out."""
+    name, modules = skeleton.weights.module_name, frozenset(packed.modules)
+    linears = ((path, name(path)) for block in skeleton.blocks for path in block.linears)
+    schemes = ((path, packed.inputs(module)) for path, module in linears if module in modules)
+    return {path: inputs for path, inputs in schemes if inputs is not None}
 
 
 def stored_bytes(skeleton: Skeleton, checkpoint: Checkpoint, name: str) -> int:

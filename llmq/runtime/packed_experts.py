@@ -12,11 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmq.errors import FormatError
+from llmq.errors import FormatError, listed
 from llmq.model.build.checkpoint_names import ModelWeights
 from llmq.model.experts.routed import RoutedExperts
 from llmq.model.experts.stacking import Form, Stacking, activate, form_of
+from llmq.numerics.fake_quantize import rounding_for
 from llmq.numerics.quantized_tensor import QuantizedTensor
+from llmq.numerics.scheme import InputScheme
+from llmq.runtime.checkpoint_weights import PackedWeights
 from llmq_kernels.w4a16 import layout
 from llmq_kernels.w4a16_experts import op as _op  # noqa: F401  (registers llmq::w4a16_experts)
 
@@ -33,12 +36,22 @@ class PackedStack(nn.Module):
     scales: Tensor
     zeros: Tensor | None
 
-    def __init__(self, stacking: Stacking, read: Read, bias: Tensor | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        stacking: Stacking,
+        read: Read,
+        bias: Tensor | None,
+        device: torch.device,
+        inputs: Callable[[str], InputScheme | None] = lambda name: None,
+    ) -> None:
         """`read` returns the parts by name, one expert after the other; bias is (E, N) or None.
 
+        `inputs` returns how the inputs of a part are quantized, by its name.
         Raises FormatError for parts that differ in anything but their rows.
         """
         super().__init__()
+        self.inputs = _common_inputs(stacking, inputs)
+        self.rounding = None if self.inputs is None else rounding_for(self.inputs)
         self.stacking = stacking
         first = read(stacking.names[0][0])
         self.scheme, self.in_features = first.scheme, first.shape[1]
@@ -58,6 +71,8 @@ class PackedStack(nn.Module):
 
     def forward(self, x: Tensor, token: Tensor, expert: Tensor) -> Tensor:
         """x (M, K), token (P,) and expert (P,) int -> (P, N)."""
+        if self.rounding is not None:
+            x = self.rounding(x)
         product: Tensor = torch.ops.llmq.w4a16_experts(
             x, token, expert, self.bias, self.words, self.scales, self.zeros,
             self.scheme.bits, self.in_features, self.columns_per_group,
@@ -131,7 +146,7 @@ def pack_experts(
     path: str,
     experts: nn.Module,
     stackings: Sequence[Stacking],
-    read: Read,
+    packed: PackedWeights,
     weights: ModelWeights,
     device: torch.device,
 ) -> PackedExperts:
@@ -142,7 +157,7 @@ def pack_experts(
     stacks = []
     for name, stacking in zip(form.stacked, stackings, strict=True):
         bias = _bias(path, experts, form, name, stacking, weights, device) if form.biased else None
-        stack = PackedStack(stacking, read, bias, device)
+        stack = PackedStack(stacking, packed.read, bias, device, packed.inputs)
         _require_shape(f"{path}.{name}", (*stack.words.shape[:2], stack.in_features), form.shape(experts, name))
         stacks.append(stack)
     return PackedExperts(rest, form, *stacks)
@@ -216,6 +231,17 @@ def _require_shape(where: str, actual: tuple[int, ...], expected: tuple[int, ...
             f"{where} has the shape {actual} in the checkpoint, expected {expected} by config.json",
             hint="use the config.json that belongs to these weights",
         )
+
+
+def _common_inputs(stacking: Stacking, inputs: Callable[[str], InputScheme | None]) -> InputScheme | None:
+    """How the inputs of all parts are quantized; raises FormatError for parts that differ: one op computes them."""
+    schemes = {inputs(name) for name in stacking.modules()}
+    if len(schemes) > 1:
+        raise FormatError(
+            f"the experts of {stacking.names[0][0]} have inputs in {listed(sorted(map(str, schemes)))}, expected one",
+            hint="quantize the inputs of all experts of a layer alike",
+        )
+    return schemes.pop()
 
 
 def _require_alike(name: str, part: QuantizedTensor, first_name: str, first: QuantizedTensor, rows: int) -> None:

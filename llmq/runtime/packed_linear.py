@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from llmq.errors import FormatError
+from llmq.numerics.fake_quantize import rounding_for
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import WeightScheme
+from llmq.numerics.scheme import InputScheme, Scheme, WeightScheme
 from llmq.runtime.weight_view import WeightView
 from llmq_kernels.w4a16 import int4pack, layout
 from llmq_kernels.w4a16 import op as packed
@@ -23,6 +24,9 @@ class PackedRows(nn.Module):
     If the columns of a checkpoint are grouped by act-order, the values are stored group by group, and `column_order`
     (K,) maps columns to inputs.
 
+    If the checkpoint declares quantized inputs, x is rounded to their values first (`numerics/fake_quantize.py`): the
+    result is that of an engine with 8-bit products, without their speed.
+
     On a CPU, `prepare` adds a second copy of 4-bit weights, `int4_words` and `int4_grid`, which makes small batches
     several times faster, in bfloat16 (see `llmq_kernels/w4a16/int4pack.py`). The copy is never saved, and is made again
     when the weight moves or changes.
@@ -35,7 +39,13 @@ class PackedRows(nn.Module):
     int4_words: Tensor | None
     int4_grid: Tensor | None
 
-    def __init__(self, quantized: QuantizedTensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        quantized: QuantizedTensor,
+        bias: Tensor | None,
+        dtype: torch.dtype | None = None,
+        inputs: InputScheme | None = None,
+    ) -> None:
         nn.Module.__init__(self)  # not nn.Linear.__init__, which creates a weight
         codes, order = quantized.codes, _column_order(quantized)
         if order is not None:
@@ -44,13 +54,15 @@ class PackedRows(nn.Module):
         words = layout.pack(codes, quantized.scheme.bits)
         self._hold(quantized.scheme, quantized.shape[1], words, quantized.scales.T.contiguous(), zeros, order, bias)
         self.compute_dtype = dtype or quantized.scales.dtype
+        self._round_inputs(inputs)
 
     @classmethod
     def stacked(cls, layers: Sequence["PackedRows"]) -> "PackedRows":
         """Stack the rows of several layers, in order; the buffers are new.
 
-        The layers must have the same bits, columns per group, dtype of scales, and order of columns. If only some have
-        zero points, 2**(bits - 1) is used for the others; if only some have a bias, 0 is used for the others.
+        The layers must have the same bits, columns per group, dtype of scales, order of columns, and quantization of
+        inputs. If only some have zero points, 2**(bits - 1) is used for the others; if only some have a bias, 0 is used
+        for the others.
         """
         first, zeros, bias = layers[0], None, None
         scheme = first.scheme
@@ -66,6 +78,7 @@ class PackedRows(nn.Module):
         nn.Module.__init__(stacked)
         stacked._hold(scheme, first.in_features, words, scales, zeros, first.column_order, bias)
         stacked.compute_dtype = first.compute_dtype
+        stacked._round_inputs(first.inputs)
         return stacked
 
     def _hold(
@@ -91,6 +104,10 @@ class PackedRows(nn.Module):
         self._launches = Launches()
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
+    def _round_inputs(self, inputs: InputScheme | None) -> None:
+        self.inputs = inputs
+        self.rounding = None if inputs is None else rounding_for(inputs)
+
     def _explicit_zeros(self) -> Tensor:
         """The zero points, (G, N) int16, also for a symmetric layer."""
         if self.zeros is not None:
@@ -98,6 +115,8 @@ class PackedRows(nn.Module):
         return torch.full_like(self.scales, self.scheme.middle, dtype=torch.int16)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.rounding is not None:
+            x = self.rounding(x)
         return packed.linear(x, self._packed_weight(), self.bias, self._launches)
 
     def _packed_weight(self) -> PackedWeight[Tensor]:
@@ -164,7 +183,7 @@ class PackedRows(nn.Module):
         return QuantizedTensor(codes, self.scales[:, rows].T.contiguous(), zeros, self.scheme, group_index)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, {self.scheme}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, {Scheme(self.scheme, self.inputs)}"
 
 
 class PackedLinear(PackedRows, nn.Linear):  # type: ignore[misc]  # a layer may have no bias

@@ -128,9 +128,11 @@ def measure(
     batch = max(1, memory.TOKENS_PER_BATCH_TO_WEIGH // tokens.shape[1])
     state = (len(skeleton.blocks) + 1) * skeleton.hidden_bytes(tokens.shape[1])  # one sequence, all blocks
     at_once = batch if economy else max(batch, memory.spare(memory.HOST) // (MEMORY_SHARE * state))
-    measured = fisher_information(
-        skeleton, tokens, slope, calls, batch=batch, at_once=at_once, folder=folder, on_event=on_event, economy=economy
-    )
+    with skeleton.float_inputs():
+        measured = fisher_information(
+            skeleton, tokens, slope, calls, batch=batch, at_once=at_once, folder=folder, on_event=on_event,
+            economy=economy,
+        )  # fmt: skip
     return measured.of_all(ranks, own, sequences) if own else measured
 
 

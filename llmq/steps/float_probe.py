@@ -61,7 +61,8 @@ def probe(skeleton: Skeleton, length: int, on_event: OnEvent) -> list[str]:
         on_event(Progress(PROBE, block.index + 1, len(skeleton.blocks)))
 
     try:
-        forward(skeleton, visit)
+        with skeleton.float_inputs():
+            forward(skeleton, visit)
         _require_finite("the head", skeleton.logits(tokens, stream.last(range(1))))
     except UnsupportedModelError as error:
         return [NOT_RUN.format(error)]  # blocks that cannot run one by one; stages that have to run them raise later

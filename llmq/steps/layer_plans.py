@@ -84,9 +84,13 @@ def _on_one_grid(plans: list[LayerPlan], layout: Layout) -> list[LayerPlan]:
 
 
 def _plan(name: str, out_features: int, in_features: int, config: QuantConfig, layout: Layout) -> LayerPlan:
-    requested = config.scheme_for(name)
+    requested, inputs = config.scheme_for(name), config.inputs_for(name)
     if requested is None:
         return LayerPlan(name, out_features, in_features, Scheme(), "skipped on request")
+    if inputs is not None and layout.with_inputs is not None:
+        no_engine = layout.with_inputs.refusal(Scheme(requested, inputs))
+        if no_engine:
+            raise ConfigError(f"{name} cannot have {Scheme(requested, inputs)}: {no_engine}")
     impossible = layout.refusal(requested, 1024, 1024)
     if impossible:
         raise ConfigError(f"{layout.name} cannot hold {requested}, the scheme of {name}: {impossible}")
@@ -100,12 +104,12 @@ def _plan(name: str, out_features: int, in_features: int, config: QuantConfig, l
     else:
         scheme = None
     if not refusals:
-        return LayerPlan(name, out_features, in_features, Scheme(requested))
+        return LayerPlan(name, out_features, in_features, Scheme(requested, inputs))
     outcome = f"{scheme.group_size} instead of {requested.group_size}" if scheme else "kept in float"
     reason = f"{outcome}: {refusals[0] if scheme else refusals[-1]}"
     if config.strict:
         raise ConfigError(f"{name} ({out_features} x {in_features}): {reason}", hint="leave --strict out to allow this")
-    return LayerPlan(name, out_features, in_features, Scheme(scheme), reason)
+    return LayerPlan(name, out_features, in_features, Scheme(scheme, inputs if scheme else None), reason)
 
 
 def _fallbacks(scheme: WeightScheme, in_features: int) -> list[WeightScheme]:

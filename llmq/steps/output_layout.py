@@ -17,7 +17,7 @@ from torch import Tensor
 from llmq import formats
 from llmq.checkpoint.reader import Checkpoint
 from llmq.checkpoint.side_files import refuse_outside
-from llmq.config import QuantConfig
+from llmq.config import STATIC, QuantConfig
 from llmq.errors import ConfigError, UnsupportedModelError
 from llmq.formats.base import Layout, Reading
 from llmq.formats.codecs.checks import is_head
@@ -30,9 +30,12 @@ from llmq.model.build import skeleton
 from llmq.numerics.affine_grid import SMALLEST_SCALE, Bounded, ScaleDtype, dtype_of
 from llmq.numerics.gguf_types import GGUF, GGUF_GRIDS
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import WeightScheme
+from llmq.numerics.scheme import InputScheme, WeightScheme
 
 STAGED_FOR_GGUF = "compressed-tensors"  # it holds every scheme
+INPUTS_IN = "compressed-tensors"  # the format with a place for quantized inputs
+ONLY_INPUTS = "int-quantized"  # the format for quantized inputs alone
+USUAL = f"give --format {INPUTS_IN}"
 GGUF_SCALES = torch.float16
 IN_GGUF = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja", "chat_template.json")
 
@@ -92,6 +95,7 @@ def _together(names: Sequence[str], model_dtype: torch.dtype) -> Layout:
         name=" with ".join(names),
         pack=lambda q: first.pack(_with_scales(q, stored)),
         pack_like=None,
+        with_inputs=None,
         unpack=unpack,
         refusal=refusal,
         scale_dtype=lambda model_dtype: stored,
@@ -185,6 +189,43 @@ def require_head(settings: QuantConfig) -> None:
                 f"{name} cannot hold a quantized head: its readers expect a float head",
                 hint=f"give --format {' or '.join(_with_head())}, or leave --quantize-head out",
             )
+
+
+def require_inputs(settings: QuantConfig) -> None:
+    """Raise ConfigError if inputs are quantized and a format or the method of the run cannot do this."""
+    if settings.input_schemes == {None}:
+        if ONLY_INPUTS in settings.formats:
+            raise ConfigError(f"{ONLY_INPUTS} is for quantized inputs", hint=f"add --activations int8, or {USUAL}")
+        return
+    for name in settings.formats:
+        if (reason := inputs_refusal(name)) is not None:
+            raise ConfigError(reason, hint=f"give --format {INPUTS_IN}, or leave --activations out")
+    if STATIC in settings.input_schemes and not settings.stages.needs_calibration:
+        raise ConfigError(
+            f"static scales of inputs are measured on text, but the method {settings.method} reads none",
+            hint="give --method fast and --calibration, or --activations int8",
+        )
+
+
+def refuse_inputs(to: str, inputs: Iterable[InputScheme | None]) -> None:
+    """Raise ConfigError if a format is made from a model with quantized inputs, and has no place for this."""
+    reason, inputs = inputs_refusal(to), list(inputs)
+    if to == ONLY_INPUTS and not any(inputs):
+        raise ConfigError(f"{to} is for quantized inputs, and the model has float inputs", hint=f"use --to {INPUTS_IN}")
+    if reason is not None and any(scheme is not None for scheme in inputs):
+        raise ConfigError(
+            f"the model has quantized inputs, and {reason}",
+            hint=f"use --to {INPUTS_IN}, or quantize the original model without --activations",
+        )
+
+
+def inputs_refusal(name: str) -> str | None:
+    """Why a format has no place for quantized inputs, or None."""
+    if name.startswith(GGUF):
+        return f"{name} does not declare quantized inputs: llama.cpp rounds the inputs of all layers to 8 bits itself"
+    if single(name).with_inputs is None:
+        return f"{name} has no place for quantized inputs: its readers multiply inputs in 16 bits"
+    return None
 
 
 def refuse_packed_head(to: str, modules: Iterable[str]) -> None:

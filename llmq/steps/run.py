@@ -64,8 +64,9 @@ class Run:
 
     def pack(self, path: str, quantized: QuantizedTensor) -> dict[str, Tensor]:
         """The tensors of a quantized weight, by their names in the checkpoint."""
-        name = self.plans[path].name
-        return {f"{name}.{suffix}": tensor for suffix, tensor in self.layout.pack(quantized).items()}
+        plan = self.plans[path]
+        packed = self.layout.pack_layer(quantized, plan.scheme.inputs)
+        return {f"{plan.name}.{suffix}": tensor for suffix, tensor in packed.items()}
 
     def committed(self, index: int) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
         """The tensors and the record of a committed block. The first rank reads them for all."""

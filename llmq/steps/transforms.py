@@ -24,10 +24,12 @@ from llmq.numerics.block_diagonal import columns, inverse
 from llmq.numerics.input_stats import InputStats
 from llmq.report.events import TRANSFORMS, Progress
 from llmq.report.record import StageGain
+from llmq.steps.input_loss import product_loss
 from llmq.steps.round_group import Rounded, round_group
 from llmq.steps.run import Run
 
 LOSS_TOKENS = 1024  # to choose a basis and to check a rewrite
+SMOOTH = "smooth"  # the transform for static scales of inputs
 
 Observed = dict[InputGroup, InputStats]
 
@@ -85,6 +87,8 @@ class BlockTransforms:
         for group, stats in self._counted(stage):
             if any(path in self._fixed for path in group.names):
                 continue  # a layer that is kept in float, or on its existing grid, is not rewritten
+            if stage == SMOOTH and not all(map(self._block.inputs.awaits, group.names)):
+                continue  # its inputs have no static scale
             if group not in sites:
                 self.notes.append(
                     f"{', '.join(group.names)}: {stage} was not applied, no module was found that makes their input"
@@ -93,6 +97,8 @@ class BlockTransforms:
             site = sites[group]
             width = partial(fold.mixing_width, self._block, site, self._probe)
             loss = partial(self._loss_in_basis, group, stats, before)
+            if stage == SMOOTH:
+                loss = partial(product_loss, self._run, self._block, group, self._inputs(group, self._call))
             basis = algorithms.transform(stage).basis(stats, site.source, width, loss)
             if basis is not None:
                 self._rewrite(stage, site, basis)
@@ -121,14 +127,21 @@ class BlockTransforms:
         """Fold a basis into its site.
 
         It is undone, bit for bit, if it changes the block's output, or if it does not lower the error of the output
-        with the weights on both sides quantized. The error is taken on validation text if there is any.
+        with the weights on both sides quantized (for smoothing: the error of the layers with weights and inputs
+        quantized). The error is taken on validation text if there is any.
         """
         block, call = self._block, self._validation or self._call
         paths = {*site.group.names, f"{block.path}.{site.producer}"}
         with block.float_inputs():  # the float model's outputs are the target
             before = block.run(self._call)
             expected = block.run(call) if self._validation else before
-        plain = self._quantized_loss(paths, call, expected, self.observed)
+
+        def lost(observed: Observed) -> float:
+            if stage == SMOOTH:
+                return product_loss(self._run, block, site.group, self._inputs(site.group, call))
+            return self._quantized_loss(paths, call, expected, observed)
+
+        plain = lost(self.observed)
         undo, folded = fold.apply(block, site, basis)
         with block.float_inputs():
             change = fold.moved(self._call.hidden, before, block.run(self._call))
@@ -139,13 +152,18 @@ class BlockTransforms:
             )
             return
         rewritten = {**self.observed, site.group: self.observed[site.group].in_basis(folded)}
-        loss = self._quantized_loss(paths, call, expected, rewritten)
+        loss = lost(rewritten)
         if loss < plain:
             self.observed[site.group] = rewritten[site.group]
         else:
             undo()
         if self._validation:
             self.gains.append(StageGain(stage, plain, loss, loss < plain))
+
+    def _inputs(self, group: InputGroup, call: Call) -> Tensor:
+        """The float inputs (..., K) of a group."""
+        with self._block.float_inputs():
+            return input_groups.inputs_of(self._block, [group], call)[0][group]
 
     def _quantized_loss(self, paths: Collection[str], call: Call, expected: Tensor, observed: Observed) -> float:
         """Squared error per token of the block's output when the layers in `paths` are quantized."""

@@ -136,3 +136,18 @@ def test_an_unknown_plot_format_is_refused_before_reading_text(model: Path) -> N
 def test_invalid_requests_are_refused_before_reading_text(model: Path, settings: tuple[str, ...], words: str) -> None:
     outcome = command_line.llmq("sensitivity", model, "--calibration", "nowhere.txt", *settings)
     assert outcome.exit_code == 2 and words in outcome.stderr
+
+
+@pytest.mark.parametrize("activations", ["int8", "int8:static"])
+def test_inputs_are_measured_alone(checkpoint: Checkpoints, text: Path, activations: str) -> None:
+    request = ("sensitivity", checkpoint("llama"), "--calibration", text, *TEXT, "--activations", activations)
+    done = command_line.llmq(*request, "--skip", "o_proj")
+    assert done.exit_code == 0, done.stderr
+    assert "with only the inputs of these layers quantized" in " ".join(done.stdout.split())
+    result = json.loads(command_line.llmq(*request, "--json").stdout)
+    kind = "dynamic per token" if activations == "int8" else "static per tensor"
+    values = {unit["layers"][0]: unit["grids"][f"inputs int8 {kind}"]["kl"] for unit in result["units"]}
+    assert len(values) == 3 * 4 and all(0 < value < 0.1 for value in values.values())
+    assert "o_proj" not in done.stdout
+    refused = command_line.llmq(*request, "--grid", "4:32")
+    assert refused.exit_code == 2 and "--grid is for weights" in refused.stderr

@@ -61,6 +61,8 @@ def quantized(model: Path, out: Path, **settings: Any) -> Path:
         ("llama", {"format": "awq", "symmetric": False}, "bfloat16", 1.5),
         ("qwen2", {"group_size": "channel"}, "float32", 1e-4),
         ("phi3", {}, "float32", 1e-4),
+        ("llama", {"preset": "w8a8", "group_size": None}, "bfloat16", 1.5),
+        ("llama", {"preset": "w4a8", "format": "int-quantized"}, "bfloat16", 1.5),
     ],
 )
 def test_log_probabilities_agree(

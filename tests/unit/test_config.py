@@ -18,7 +18,8 @@ from llmq._keywords import Keywords
 from llmq.cli import options
 from llmq.config import Calibration, Override, QuantConfig, parse_number, parse_override
 from llmq.errors import ConfigError
-from llmq.numerics.scheme import WeightScheme
+from llmq.mixed_precision import preset
+from llmq.numerics.scheme import InputScheme, WeightScheme
 from llmq.patterns import matches
 from llmq.setting_fields import config_to, merged, read_toml, settings_of
 from llmq.steps import output_layout
@@ -39,6 +40,7 @@ FULL = QuantConfig(
     seed=3,
     target_bits=4.5,
     preset="moe",
+    activations="int8:static",
     keep_grid=False,
     rotate=True,
     quantize_head=True,
@@ -476,3 +478,34 @@ def test_bits_may_be_a_grid_of_floats() -> None:
 def test_a_grid_of_floats_fixes_the_other_fields(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(words)):
         merged(QuantConfig(), settings)
+
+
+def test_the_last_override_of_activations_wins() -> None:
+    config = QuantConfig(
+        activations="int8", overrides=[parse_override("*down_proj:activations=none"), parse_override("*:bits=8")]
+    )
+    assert config.inputs_for("a.q_proj") == InputScheme("int8", "dynamic")
+    assert config.inputs_for("a.down_proj") is None and config.scheme_for("a.down_proj") == WeightScheme(8)
+    assert config.input_schemes == {InputScheme("int8", "dynamic"), None}
+    with pytest.raises(ConfigError, match="activations is 'int4', expected one of none, int8"):
+        parse_override("*:activations=int4")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"preset": "w8a8"}, (WeightScheme(8, "channel"), "int8")),
+        ({"preset": "w8a8", "activations": "int8:static"}, (WeightScheme(8, "channel"), "int8:static")),
+        ({"preset": "w8a8", "scheme": WeightScheme(4, 32)}, (WeightScheme(8, 32), "int8")),
+        ({"preset": "w4a8", "scheme": WeightScheme(4, 32)}, (WeightScheme(4, 32), "int8")),
+        ({"preset": "moe"}, (WeightScheme(), "none")),
+    ],
+)
+def test_presets_stand_for_bits_and_activations(given: dict[str, Any], expected: tuple[WeightScheme, str]) -> None:
+    named = preset.named(QuantConfig(**given))
+    assert (named.scheme, named.activations) == expected and preset.named(named) == named
+
+
+def test_static_activations_add_smoothing() -> None:
+    assert "smooth" not in QuantConfig(activations="int8").stages.transforms
+    assert QuantConfig(activations="int8:static", method="awq").stages.transforms == ("awq", "smooth")

@@ -52,6 +52,7 @@ class OnnxConverter:
         self.report = Conversion(str(source), str(out), self._origin.format, ONNX)
         self.report.source_bytes = self._origin.checkpoint.nbytes
         self.report.notes += self._origin.notes
+        self.report.notes += self._origin.dropped_inputs(ONNX)
 
     def _refuse_grids(self) -> None:
         """Raise ConfigError for weights that the operator cannot hold."""

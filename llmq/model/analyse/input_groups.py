@@ -9,9 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from llmq.model.build.block import Block, Call
+from llmq.numerics.input_histogram import InputHistogram
 from llmq.numerics.input_stats import InputStats
 
 
@@ -63,11 +65,17 @@ def input_groups(block: Block, call: Call) -> list[InputGroup]:
 
 
 def statistics(
-    block: Block, groups: Sequence[InputGroup], calls: Iterable[Call], unit: int = 0
+    block: Block, groups: Sequence[InputGroup], calls: Iterable[Call], unit: int = 0, *, histograms: bool = False
 ) -> dict[InputGroup, InputStats]:
-    """Run the block on every call and collect the statistics of each group's input, `unit` tokens at once."""
+    """Run the block on every call and collect the statistics of each group's input, `unit` tokens at once.
+
+    With `histograms`, these are collected, too.
+    """
     device = {group: block.linears[group.names[0]].weight.device for group in groups}
     stats = {group: InputStats(group.in_features, device[group], unit=unit) for group in groups}
+    if histograms:
+        for group, sums in stats.items():
+            sums.histogram = InputHistogram(torch.cat([block.weight(name) for name in group.names]).square().sum(0))
     leaders = {group.names[0]: stats[group] for group in groups}  # all layers of a group have the same input
     with watching({name: block.linears[name] for name in leaders}, lambda name, x: leaders[name].update(x)):
         for call in calls:

@@ -2,7 +2,8 @@
 
 Each layer with an input scheme has a forward pre-hook. It runs before hooks that passes add later, so statistics are
 collected on the inputs that the weights will be multiplied by. The `Station`s of experts, where their statistics are
-collected, have the same hook.
+collected, have the same hook. Inputs with a static scale are quantized as soon as the scale is known: until then their
+statistics are collected.
 
 It is switched off for the float model, that is while a block has its original weights, and while a block is analysed.
 """
@@ -43,7 +44,8 @@ class InputRounding:
 
         Raises ConfigError for a scheme that cannot be simulated, and for experts of one layer with different schemes.
         """
-        roundings = {path: rounding_for(scheme) for path, scheme in schemes.items()}
+        known = {path: scheme for path, scheme in schemes.items() if not _unmeasured(scheme)}
+        roundings = {path: rounding_for(scheme) for path, scheme in known.items()}
         stations = [hooked for path, module in experts.items() for hooked in _stations(path, module, schemes)]
         for handle in self._handles:
             handle.remove()
@@ -60,7 +62,13 @@ class InputRounding:
     def as_fed(self, path: str, inputs: Tensor) -> Tensor:
         """`inputs` (…, K) as the layer at `path` multiplies them."""
         scheme = self.schemes.get(path)
-        return inputs if scheme is None or not self.active else rounding_for(scheme)(inputs)
+        if scheme is None or _unmeasured(scheme) or not self.active:
+            return inputs
+        return rounding_for(scheme)(inputs)
+
+    def awaits(self, path: str) -> bool:
+        """Whether the inputs of the layer at `path` will be quantized with a static scale that is not yet known."""
+        return path in self.schemes and _unmeasured(self.schemes[path])
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -93,6 +101,10 @@ class InputRounding:
         return hook
 
 
+def _unmeasured(scheme: InputScheme) -> bool:
+    return scheme.dtype == "int8" and scheme.scales == "static" and scheme.scale is None
+
+
 def _stations(
     path: str, experts: SeparateExperts, schemes: Mapping[str, InputScheme]
 ) -> Iterator[tuple[nn.Module, InputScheme]]:
@@ -108,4 +120,9 @@ def _stations(
             )
         for scheme in schemes_of_experts - {None}:
             assert scheme is not None
+            if scheme.scales == "static":
+                raise ConfigError(
+                    f"the experts of {path} would have inputs with static scales, expected dynamic ones",
+                    hint="add --override '*experts*:activations=int8': an expert sees too few tokens for a scale",
+                )
             yield station, scheme

@@ -30,6 +30,7 @@ from llmq.model.analyse.input_groups import InputGroup
 from llmq.model.build.block import Block
 from llmq.model.experts.separate import Routed, SeparateExperts
 from llmq.model.passes.replay import Arrival
+from llmq.numerics.input_histogram import InputHistogram
 from llmq.numerics.input_stats import InputStats
 
 Arrived = tuple[Sequence[Arrival | None], int]  # the inputs of a batch in each stream, and its number of tokens
@@ -154,6 +155,10 @@ class Summation:
         places = [self._block.linears[group.names[0]].weight.device for group in groups]
         fitted = [InputStats(g.in_features, place, unit=self._unit) for g, place in zip(groups, places, strict=True)]
         validation = fitted if self._fitted is None else [stats.begin_validation() for stats in fitted]
+        for group, stats in zip(groups, fitted, strict=True):
+            waiting = [self._block.weight(name) for name in group.names if self._block.inputs.awaits(name)]
+            if waiting:
+                stats.histogram = InputHistogram(torch.cat(waiting).square().sum(0))
         weights = [None if self._weights is None else self._weights(group.names) for group in groups]
         end = 0
         for batch, ((arrived, *others), tokens) in enumerate(batches):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from llmq.model.experts.stacking import Stacking, activate
 from llmq.numerics.quantized_tensor import QuantizedTensor
+from llmq.numerics.scheme import InputScheme
 from llmq.runtime.packed_experts import PackedExperts, PackedStack, require_form, stacked_bias, without
 from llmq.runtime.transformers.stored_linear import Source, StoredLinear
 
@@ -74,7 +75,10 @@ class StoredExperts(nn.Module):
         return PackedExperts(self._like_fused(), self.form, *stacks)
 
     def _stack(self, name: str, stacking: Stacking) -> PackedStack:
-        return PackedStack(stacking, self._read, self._bias(name, stacking), self._device(stacking))
+        return PackedStack(stacking, self._read, self._bias(name, stacking), self._device(stacking), self._inputs)
+
+    def _inputs(self, name: str) -> InputScheme | None:
+        return self.part(name).inputs
 
     def _device(self, stacking: Stacking) -> torch.device:
         return next(self.part(stacking.names[0][0]).parameters()).device

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from llmq.checkpoint.reader import Checkpoint
 from llmq.errors import CheckpointError
+from llmq.numerics.fake_quantize import rounding_for
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.runtime.checkpoint_weights import PackedWeights
 from llmq.runtime.packed_linear import PackedLinear
@@ -78,6 +79,7 @@ class StoredLinear(nn.Module):
         self.name = name
         self.compute_dtype = dtype
         self.out_features, self.in_features = source.files.shape(name)
+        self.inputs = source.files.inputs(name)
         self._source = source
         self._suffixes = source.suffixes(name)
         stored = [*self._suffixes, "bias"] if bias else self._suffixes
@@ -99,6 +101,7 @@ class StoredLinear(nn.Module):
         with self._source.at_hand(self.name, self._tensors()) as packed:
             weight = packed.weight(self.name).to(x.dtype)  # (N, K)
         bias = None if self.bias is None else self.bias.to(x.dtype)
+        x = x if self.inputs is None else rounding_for(self.inputs)(x)
         return functional.linear(x, weight, bias)
 
     @property
@@ -115,7 +118,7 @@ class StoredLinear(nn.Module):
         """The packed layer, or None if the weight is not on an integer grid or is offloaded."""
         if not (self.is_loaded and self.is_affine):
             return None
-        return PackedLinear(self.quantized(), self.bias, self.compute_dtype)
+        return PackedLinear(self.quantized(), self.bias, self.compute_dtype, self.inputs)
 
     def _tensors(self) -> dict[str, Tensor]:
         return {suffix: self.get_parameter(suffix).detach() for suffix in self._suffixes}

@@ -10,7 +10,7 @@ from llmq import formats
 from llmq.checkpoint.index import INDEX, SINGLE, read_json_object
 from llmq.checkpoint.reader import Checkpoint
 from llmq.errors import CheckpointError
-from llmq.numerics.scheme import WeightScheme
+from llmq.numerics.scheme import InputScheme, WeightScheme
 from llmq.runtime.checkpoint_weights import PackedWeights, quantization_settings
 
 GROUP_INDEX = ("g_idx", "weight_g_idx")
@@ -24,6 +24,7 @@ class Linear:
     affine    whether the packed weight is on a grid of integers
     ordered   whether the columns are grouped by act-order
     declared  whether config.json declares the layer as packed
+    inputs    how its inputs are quantized, if the format declares it
     """
 
     name: str
@@ -33,6 +34,7 @@ class Linear:
     affine: bool = True
     ordered: bool = False
     declared: bool = False
+    inputs: InputScheme | None = None
 
     @property
     def packed(self) -> bool:
@@ -100,7 +102,15 @@ def _packed(checkpoint: Checkpoint, packed: PackedWeights) -> list[Linear]:
         scheme = packed.scheme(module) if affine or packed.scheme(module).floats else None
         N, K = packed.shape(module)
         linears.append(
-            Linear(module, N, K, scheme, affine, scheme is not None and _ordered(checkpoint, module, scheme, K))
+            Linear(
+                module,
+                N,
+                K,
+                scheme,
+                affine,
+                scheme is not None and _ordered(checkpoint, module, scheme, K),
+                inputs=packed.declared_inputs(module),
+            )  # fmt: skip
         )
     return linears
 

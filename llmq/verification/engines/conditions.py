@@ -6,6 +6,7 @@
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
+from llmq.numerics.scheme import Scheme
 from llmq.verification.engines import tensor_parallel
 from llmq.verification.engines.checkpoint_facts import Linear, Subject
 
@@ -92,7 +93,9 @@ def gptq_grid(linear: Linear) -> str | None:
 
 def marlin_group(linear: Linear) -> str | None:
     scheme = linear.scheme
-    if scheme is None or scheme.floats or scheme.group_size in ("channel", "tensor", *MARLIN_GROUPS):
+    if scheme is None or scheme.floats or linear.inputs is not None:
+        return None
+    if scheme.group_size in ("channel", "tensor", *MARLIN_GROUPS):
         return None
     return f"groups of {scheme.group_size}, but only 32, 64, 128 and one group per row are supported"
 
@@ -154,8 +157,8 @@ def mixed_fusion(subject: Subject) -> Iterator[str]:
         if packed and len(packed) < len(members):
             plain = next(linear for linear in members if not linear.packed)
             yield f"{name}: {packed[0].last} is packed and {plain.last} is not"
-        elif len({linear.scheme for linear in packed}) > 1:
-            grids = " and ".join(sorted({str(linear.scheme) for linear in packed}))
+        elif len(schemes := {Scheme(linear.scheme, linear.inputs) for linear in packed}) > 1:
+            grids = " and ".join(sorted(map(str, schemes)))
             yield f"{name}: its layers have the grids {grids}"
 
 
@@ -201,11 +204,15 @@ def floats(*names: str) -> Question:
 
 
 def other_bits(linear: Linear) -> str | None:
-    return None if linear.scheme is None or linear.scheme.bits in (4, 8) else f"{linear.scheme.bits} bits"
+    if linear.scheme is None or linear.inputs is not None or linear.scheme.bits in (4, 8):
+        return None
+    return f"{linear.scheme.bits} bits"
 
 
 def not_four_bits(linear: Linear) -> str | None:
-    return None if linear.scheme is None or linear.scheme.bits == 4 else f"{linear.scheme.bits} bits"
+    if linear.scheme is None or linear.inputs is not None or linear.scheme.bits == 4:
+        return None
+    return f"{linear.scheme.bits} bits"
 
 
 def other_zeros(linear: Linear) -> str | None:
@@ -289,7 +296,7 @@ def strays(subject: Subject) -> Iterator[str]:
 
 def off_tiles(subject: Subject) -> Iterator[str]:
     """One text for all layers, with the first size as an example."""
-    off = [linear for linear in subject.packed if tiles(linear)]
+    off = [linear for linear in subject.packed if linear.inputs is None and tiles(linear)]
     if off:
         yield tensor_parallel.summary([linear.name for linear in off], str(tiles(off[0])))
 

@@ -16,6 +16,8 @@ def to_gguf(subject: Subject) -> str:
         architecture(language_config(subject.config))
     except UnsupportedModelError:
         return "llmq writes no .gguf file of this architecture; try llama.cpp's convert_hf_to_gguf.py on the original"
+    if any(linear.inputs is not None for linear in subject.packed):
+        return f"{QUANTIZE_AGAIN} with --format gguf: llama.cpp rounds inputs to 8 bits itself"
     if any(linear.ordered or linear.scheme is None for linear in subject.packed) or any(
         linear.scheme is not None and output_layout.gguf_refusal(linear.scheme, linear.in_features)
         for linear in subject.packed

@@ -12,7 +12,8 @@ def planned(plan: Plan) -> dict[str, Subject]:
     tokenizer = checkpoint_facts.tokenizer(plan.checkpoint.folder)
     chosen = {layer.name: layer for layer in plan.layers.values()}
     packed = [
-        Linear(layer.name, layer.out_features, layer.in_features, layer.scheme.weights) for layer in chosen.values()
+        Linear(layer.name, layer.out_features, layer.in_features, layer.scheme.weights, inputs=layer.scheme.inputs)
+        for layer in chosen.values()
     ]
     floats = [linear for linear in checkpoint_facts.floats(plan.checkpoint) if linear.name not in chosen]
     subjects = {}

@@ -89,7 +89,17 @@ def test_engines_without_float32_products_get_a_wider_limit(model: Path) -> None
     cpu = torch.device("cpu")
     assert agreement._dtype(model, VLLM, cpu) == "float32"
     assert agreement._dtype(model, MLX, torch.device("cuda")) == "auto"
-    assert agreement._limit(VLLM, "bfloat16") > agreement._limit(VLLM, "float32")
+    assert agreement._limit(model, VLLM, "bfloat16") > agreement._limit(model, VLLM, "float32")
+
+
+def test_quantized_inputs_get_a_wider_limit(model: Path, tmp_path: Path) -> None:
+    """Engines round them to 8 bits in another way."""
+    limits = []
+    for name, preset in (("w8a16", None), ("w8a8", "w8a8")):
+        settings = {"bits": 8, "group_size": "channel", "preset": preset}
+        package.quantize(model, tmp_path / name, method="rtn", device="cpu", **settings)
+        limits.append(agreement._limit(tmp_path / name, VLLM, "float32"))
+    assert limits == [agreement.LIMIT_FLOAT32, agreement.LIMIT_INT8_INPUTS]
 
 
 def test_llama_cpp_wants_a_gguf_file(model: Path) -> None:

@@ -19,6 +19,7 @@ class Bigrams:
     """A model whose next token depends on the last one only; `batch` sequences are run together."""
 
     note: str | None = None
+    activations = "none"
     vocabulary, max_tokens = VOCABULARY, None
     dtype, device, whole_bytes = torch.float32, torch.device("cpu"), 1000
 

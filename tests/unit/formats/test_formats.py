@@ -39,7 +39,8 @@ def test_a_layout_is_loaded_by_name_and_by_quant_method(name: str) -> None:
     block = layout.quantization_config({Q: G32}, [])
     assert layout.name == name
     assert set(layout.codes) <= set(layout.suffixes)
-    assert formats.detect(block) is (gptq.LAYOUT if name == "gptq_v2" else layout)
+    read_as = {"gptq_v2": "gptq", "int-quantized": "compressed-tensors"}
+    assert formats.detect(block) is formats.load(read_as.get(name, name))
 
 
 def test_the_error_for_an_unknown_name_lists_the_known_names() -> None:

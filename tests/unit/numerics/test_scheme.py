@@ -40,3 +40,11 @@ def test_an_unknown_input_scheme_is_refused(fields: Any) -> None:
 def test_a_scheme_of_other_types_is_refused(fields: Any) -> None:
     with pytest.raises(ConfigError, match="of a scheme is .*, expected (Weight|Input)Scheme or None"):
         Scheme(*fields)
+
+
+@pytest.mark.parametrize(
+    "fields", [("int8", "dynamic", 0.5), ("int8", "static", 0.0), ("int8", "static", float("inf"))]
+)
+def test_a_scale_is_positive_and_static(fields: Any) -> None:
+    with pytest.raises(ConfigError, match="scale of an input scheme"):
+        InputScheme(*fields)

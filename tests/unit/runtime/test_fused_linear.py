@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import BITS, WeightScheme
+from llmq.numerics.scheme import BITS, InputScheme, WeightScheme
 from llmq.runtime.fused_linear import FusedLinear, fuse_rows, shared_inputs
 from llmq.runtime.packed_linear import PackedLinear
 from tests.weights import assert_same, random_weight
@@ -469,3 +469,15 @@ def test_model_is_not_changed() -> None:
     assert {name: vars(module).keys() for name, module in model.named_modules()} == before
     assert model.scale.equal(torch.ones(K))
     assert all(not module._forward_hooks for module in model.modules())
+
+
+def test_layers_with_other_inputs_are_not_fused_and_fused_ones_round_them() -> None:
+    dynamic = InputScheme("int8", "dynamic")
+    weights = [random_weight(WeightScheme(8, "channel"), 16, 64, seed=seed) for seed in range(3)]
+    layers = [PackedLinear(w, None, inputs=i) for w, i in zip(weights, (dynamic, dynamic, None), strict=True)]
+    model, x = nn.ModuleList(layers), torch.randn(2, 64)
+    expected = [layer(x) for layer in layers]
+    fuse_rows(model, ["0", "1", "2"])
+    assert [type(layer) for layer in model] == [FusedLinear, FusedLinear, PackedLinear]
+    assert all(torch.equal(layer(x), before) for layer, before in zip(model, expected, strict=True))
+    assert torch.equal(model[1](x + 1), layers[1](x + 1))  # alone

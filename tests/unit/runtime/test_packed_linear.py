@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmq.errors import FormatError
+from llmq.numerics.fake_quantize import rounding_for
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import BITS, GroupSize, WeightScheme
+from llmq.numerics.scheme import BITS, GroupSize, InputScheme, WeightScheme
 from llmq.runtime.packed_linear import PackedLinear
 from llmq_kernels.w4a16 import int4pack
 from tests.weights import assert_same, random_weight
@@ -184,3 +185,13 @@ def test_loading_other_weights_makes_another_int4_copy(with_pair: PackedLinear) 
     other.prepare()
     assert with_pair.int4_words is not None and other.int4_words is not None
     assert with_pair.int4_words.equal(other.int4_words)
+
+
+@pytest.mark.parametrize("inputs", [InputScheme("int8", "dynamic"), InputScheme("int8", "static", 0.05)], ids=str)
+def test_quantized_inputs_are_rounded_first(inputs: InputScheme) -> None:
+    weight = random_weight(WeightScheme(8, "channel"), 24, 64)
+    layer, x = PackedLinear(weight, None, inputs=inputs), torch.randn(3, 5, 64)
+    assert torch.equal(layer(x), PackedLinear(weight, None)(rounding_for(inputs)(x)))
+    assert f"inputs {inputs}" in repr(layer)
+    copied = copy.deepcopy(layer)
+    assert copied.inputs == inputs and torch.equal(copied(x), layer(x))

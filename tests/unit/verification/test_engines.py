@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from llmq.numerics.scheme import WeightScheme
+from llmq.numerics.scheme import InputScheme, WeightScheme
 from llmq.verification.engines import Linear, Subject, judge, verdicts
 from llmq.verification.engines.conditions import is_float16
 from llmq.verification.engines.rules import ENGINES, RULES
@@ -410,3 +410,54 @@ def test_floats_of_four_bits_are_for_vllm_and_transformers() -> None:
         assert loads(subject) == {"vLLM": True, "SGLang": None, "transformers": True, "llama.cpp": False, "MLX": False}
         assert bool(violations(subject, "vLLM", "inputs of mxfp4")) == noted
         assert not violations(subject, "vLLM", "compressed-tensors groups")
+
+
+def with_inputs(scheme: WeightScheme, inputs: InputScheme, *floats: str) -> Subject:
+    """A compressed-tensors model with quantized inputs, except those of the layers called `floats`."""
+    plain = model(CT, scheme)
+    linears = (
+        dataclasses.replace(linear, inputs=inputs if linear.packed and linear.last not in floats else None)
+        for linear in plain.linears
+    )
+    return dataclasses.replace(plain, linears=tuple(linears))
+
+
+DYNAMIC, STATIC = InputScheme("int8", "dynamic"), InputScheme("int8", "static")
+
+
+def test_engines_load_eight_bit_weights_with_int8_inputs() -> None:
+    subject = with_inputs(WeightScheme(8, "channel"), DYNAMIC, "down_proj")
+    assert loads(subject) == {
+        "vLLM": True, "SGLang": True, "transformers": True, "llama.cpp": False, "MLX": False,
+    }  # fmt: skip
+    assert "inputs and weights are in int8" in violations(subject, "vLLM", "8-bit products")[0]
+    assert violations(subject, "transformers", "inputs are rounded in float")
+    assert not violations(model(CT), "transformers", "inputs are rounded in float")
+
+
+def test_groups_of_eight_bit_weights_with_int8_inputs_are_refused() -> None:
+    subject = with_inputs(WeightScheme(8, 128), DYNAMIC)
+    assert violations(subject, "vLLM", "groups with int8 inputs") and not loads(subject)["vLLM"]
+
+
+def test_fewer_bits_with_int8_inputs_are_unknown_or_refused() -> None:
+    assert loads(with_inputs(G128, DYNAMIC))["vLLM"] is None
+    assert loads(with_inputs(G128, STATIC))["vLLM"] is False
+
+
+def test_bytes_of_fewer_bits_are_for_cpus() -> None:
+    block = {"format": "int-quantized", "weights": {}, "input_activations": {"num_bits": 8}}
+    subject = with_inputs(G128, DYNAMIC)
+    in_bytes = dataclasses.replace(subject, settings={**subject.settings, "config_groups": {"group_0": block}})
+    assert violations(in_bytes, "vLLM", "bytes with int8 inputs") and loads(in_bytes)["vLLM"]
+    assert not violations(subject, "vLLM", "bytes with int8 inputs")
+
+
+def test_layers_that_engines_fuse_need_the_same_inputs() -> None:
+    subject = with_inputs(WeightScheme(8, "channel"), DYNAMIC, "q_proj")
+    assert "inputs int8" in violations(subject, "vLLM", "one scheme for fused layers")[0]
+
+
+def test_the_remedy_for_llama_cpp_is_not_a_conversion() -> None:
+    [finding] = [f for f in judge(with_inputs(G128, DYNAMIC)) if f.rule == "compressed-tensors in llama.cpp"]
+    assert "quantize the original model again with --format gguf" in finding.remedy

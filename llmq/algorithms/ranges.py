@@ -1,0 +1,41 @@
+"""The static scale of a layer's inputs: the one with the least squared error of the layer's output.
+
+    argmin_s  Σ_bins  count · (x - x̂)²        x̂ = s · min(round(x / s), 127)
+
+A large s loses precision for all inputs, a small one clips the largest. The histogram weights the inputs of a column by
+its sum of squares (`numerics/input_histogram.py`); products of errors of different columns are neglected.
+"""
+
+import torch
+from torch import Tensor
+
+from llmq.numerics.fake_quantize import HALF_RANGE
+
+CANDIDATES = 160
+SMALLEST = 0.02  # the smallest range that is tried, as a part of the largest input
+AT_ONCE = 16  # candidates, which bounds memory
+
+
+def least_error_scale(counts: Tensor, limit: float, dtype: torch.dtype) -> float:
+    """The scale, a value of `dtype`, from a histogram of |x|: `counts` (B,) of equal bins from 0 to `limit`.
+
+    1 if all inputs are 0.
+    """
+    filled = counts.nonzero().flatten()
+    if limit == 0 or len(filled) == 0:
+        return 1.0
+    width = limit / len(counts)
+    largest = (int(filled.max()) + 1) * width
+    parts = torch.logspace(0, torch.log10(torch.tensor(SMALLEST)).item(), CANDIDATES, dtype=torch.float64)
+    tiny = torch.finfo(dtype).tiny
+    candidates = (largest * parts / HALF_RANGE).clamp_min(tiny).to(dtype).to(torch.float64).to(counts.device)
+    x = (torch.arange(len(counts), dtype=torch.float64, device=counts.device) + 0.5) * width
+    errors = [_errors(x, counts, chunk) for chunk in candidates.split(AT_ONCE)]
+    return float(candidates[torch.cat(errors).argmin()])
+
+
+def _errors(x: Tensor, counts: Tensor, scales: Tensor) -> Tensor:
+    """(S,) the squared error of each of the `scales` (S,)."""
+    s = scales[:, None]
+    rounded = s * (x / s).round_().clamp_(max=127)
+    return (x - rounded).square_() @ counts

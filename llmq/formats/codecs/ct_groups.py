@@ -1,0 +1,144 @@
+"""The groups in the configuration of compressed-tensors, and quantized inputs, which they declare.
+
+    input_activations                                               weights of 8 bits         weights of fewer bits
+    num_bits 8, strategy token, dynamic                             int-quantized             pack-quantized
+    num_bits 8, strategy tensor, and a tensor input_scale (1,)      weight int8 (N, K)        weight_packed …
+
+A group with quantized inputs has the key `format`.  Without it, readers infer the format from the two schemes, and take
+packed words of 4 bits for bytes (observed with compressed-tensors 0.20).  The format of a file with different groups is
+`mixed-precision`.  Without quantized inputs, groups have only keys that every version of the format knows, because
+several readers refuse groups with unknown keys.
+
+Not covered: asymmetric inputs, inputs of other bits, quantized outputs.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmq.formats.codecs import checks, ct_floats
+from llmq.numerics.quantized_tensor import QuantizedTensor
+from llmq.numerics.scheme import InputScheme, Scheme, WeightScheme
+
+NAME = "compressed-tensors"
+WORDS, BYTES, MIXED = "pack-quantized", "int-quantized", "mixed-precision"
+SCALE = "input_scale"
+
+
+def refusal(scheme: Scheme) -> str | None:
+    """See `QuantizedInputs.refusal`."""
+    if scheme.weights is not None and scheme.weights.floats is not None:
+        return f"no engine multiplies int8 inputs by {scheme.weights.floats}: use --bits 4 or 8"
+    if scheme.weights is not None and not scheme.weights.symmetric:
+        return "no engine multiplies 8-bit inputs by weights with zero points: use --symmetric"
+    return None
+
+
+def packing_of(scheme: Scheme, *, as_bytes: bool = False) -> str:
+    """The format of the weights of a group.  Engines with 8-bit products read bytes, all others words.
+
+    `as_bytes` is whether weights of fewer bits with quantized inputs are bytes, too (`int_quantized.py`).
+    """
+    assert scheme.weights is not None, "a group has quantized weights"
+    if scheme.weights.floats is not None:
+        return ct_floats.packing_of(scheme.weights)
+    return BYTES if scheme.inputs is not None and (as_bytes or scheme.weights.bits == 8) else WORDS
+
+
+def quantization_config(
+    schemes: Mapping[str, Scheme], unquantized: Sequence[str], *, as_bytes: bool = False
+) -> dict[str, Any]:
+    """See `QuantizedInputs.quantization_config`, and `packing_of` for `as_bytes`."""
+    grids = checks.as_stored({name: scheme.weights for name, scheme in schemes.items() if scheme.weights is not None})
+    modules: dict[Scheme, list[str]] = {}
+    for name, grid in grids.items():
+        inputs = schemes[name].inputs
+        modules.setdefault(Scheme(grid, None if inputs is None else inputs.declared), []).append(name)
+    packings = {scheme: packing_of(scheme, as_bytes=as_bytes) for scheme in modules}
+    mixed = len(set(packings.values())) > 1
+    named = mixed or any(scheme.inputs is not None for scheme in modules)  # otherwise groups have the file's format
+    groups = {
+        f"group_{i}": {
+            "targets": ["Linear"] if len(modules) == 1 else targets,
+            **({"format": packings[scheme]} if named else {}),
+            "weights": weights_block(scheme.weights),
+            "input_activations": inputs_block(scheme.inputs),
+            "output_activations": None,
+        }
+        for i, (scheme, targets) in enumerate(modules.items())
+        if scheme.weights is not None
+    }
+    return {
+        "quant_method": NAME,
+        "format": MIXED if mixed else next(iter(packings.values())),
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": list(unquantized),
+        "kv_cache_scheme": None,
+    }
+
+
+def weights_block(scheme: WeightScheme) -> dict[str, Any]:
+    """The block `weights` of a group."""
+    if scheme.floats is not None:
+        return ct_floats.weights_block(scheme)
+    grouped = isinstance(scheme.group_size, int)
+    return {
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": scheme.symmetric,
+        "strategy": "group" if grouped else "channel",
+        "group_size": scheme.group_size if grouped else None,
+        "dynamic": False,
+        "actorder": None,
+    }
+
+
+def inputs_block(inputs: InputScheme | None) -> dict[str, Any] | None:
+    """The block `input_activations`; None for float inputs."""
+    if inputs is None:
+        return None
+    dynamic = inputs.scales == "dynamic"
+    return {
+        "num_bits": 8,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "token" if dynamic else "tensor",
+        "dynamic": dynamic,
+        "group_size": None,
+        "actorder": None,
+    }
+
+
+def read_inputs(declared: Any) -> InputScheme | None:
+    """The scheme that a block `input_activations` declares; None for one that llmq does not compute."""
+    given = checks.mapping(declared, "input_activations")
+    known = {"num_bits": 8, "type": "int", "symmetric": True}
+    if any(given.get(key, value) != value for key, value in known.items()) or "num_bits" not in given:
+        return None
+    if given.get("dynamic", False) is True:
+        return InputScheme("int8", "dynamic") if given.get("strategy") == "token" else None
+    return InputScheme("int8", "static") if given.get("strategy") == "tensor" else None
+
+
+def pack_bytes(q: QuantizedTensor) -> dict[str, Tensor]:
+    """The tensors of a weight with one signed byte per code and per zero point."""
+
+    def signed(unsigned: Tensor) -> Tensor:
+        return (unsigned.to(torch.int16) - q.scheme.middle).to(torch.int8)
+
+    tensors = {"weight": signed(q.codes), "weight_scale": q.scales.contiguous()}
+    return tensors if q.zeros is None else {**tensors, "weight_zero_point": signed(q.zeros)}
+
+
+def tensors_of(inputs: InputScheme, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of quantized inputs: the scale of static ones, in the dtype of the scales of the weight."""
+    return {} if inputs.scale is None else {SCALE: torch.tensor([inputs.scale], dtype=dtype)}
+
+
+def stored_scale(tensors: Mapping[str, Tensor]) -> float:
+    """The static scale of a module."""
+    flat = {SCALE: tensors[SCALE].reshape(-1)} if SCALE in tensors else {}
+    return float(checks.stored(flat, SCALE, checks.SCALE_DTYPES, (1,)))

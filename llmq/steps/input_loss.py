@@ -1,0 +1,37 @@
+"""The error of layers whose weights and inputs are quantized, for the choice of a transform before both are.
+
+    ‖ Q(W A) Q(A⁻¹ x) - W x ‖²   per token, summed over the layers that share the input x
+
+Weights are rounded to nearest, and the inputs get the static scale that fits them best.
+"""
+
+from torch import Tensor
+
+from llmq.algorithms import rtn
+from llmq.algorithms.ranges import least_error_scale
+from llmq.model.analyse.input_groups import InputGroup
+from llmq.model.build.block import Block
+from llmq.numerics.affine_grid import dtype_of
+from llmq.numerics.block_diagonal import columns, inverse
+from llmq.numerics.fake_quantize import int8_per_tensor
+from llmq.numerics.input_histogram import InputHistogram
+from llmq.steps.run import Run
+
+
+def product_loss(run: Run, block: Block, group: InputGroup, inputs: Tensor, basis: Tensor | None = None) -> float:
+    """The error for the float `inputs` (..., K) of the group, in a basis A (K/d, d, d); None: the identity."""
+    x = inputs.reshape(-1, inputs.shape[-1]).float()
+    weights = {path: block.weight(path) for path in group.names}
+    products = {path: x @ weight.T for path, weight in weights.items()}
+    if basis is not None:
+        x = columns(x, inverse(basis).mT)
+        weights = {path: columns(weight, basis) for path, weight in weights.items()}
+    histogram = InputHistogram(sum((weight.square().sum(0) for weight in weights.values()), x.new_zeros(x.shape[1])))
+    histogram.update(x)
+    scale = least_error_scale(histogram.counts, histogram.limit, dtype_of(run.options.scale_dtype))
+    rounded, loss = int8_per_tensor(x, scale), 0.0
+    for path, weight in weights.items():
+        grid = run.plans[path].scheme.weights
+        quantized = weight if grid is None else rtn.round_weight(weight, None, grid, run.options).quantized.dequantize()
+        loss += float((rounded @ quantized.T - products[path]).square().sum()) / max(1, len(x))
+    return loss

@@ -1,0 +1,45 @@
+"""Static scales of the inputs of layers: measured in a run, read from committed blocks, applied in all later passes.
+
+A scale is fitted to the inputs of the quantized model: the layers before, and their inputs, are quantized already. All
+layers that share an input have the same scale.
+"""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from llmq.algorithms.ranges import least_error_scale
+from llmq.model.analyse.input_groups import InputGroup
+from llmq.model.build.block import Block
+from llmq.numerics.affine_grid import dtype_of
+from llmq.numerics.input_stats import InputStats
+from llmq.steps.run import Run
+
+
+def measure(run: Run, block: Block, group: InputGroup, stats: InputStats | None) -> None:
+    """Choose the static scale of a group's input, if it has one, and quantize the input from now on."""
+    if stats is None or stats.histogram is None:
+        return
+    dtype = dtype_of(run.options.scale_dtype)
+    scale = least_error_scale(stats.histogram.counts, stats.histogram.limit, dtype)
+    for path in group.names:
+        if block.inputs.awaits(path):
+            run.plans[path] = run.plans[path].with_input_scale(scale)
+    apply(run, block)
+
+
+def restore(run: Run, block: Block, path: str, tensors: Mapping[str, Tensor]) -> None:
+    """Take the static scale of a committed layer from the tensors of its block."""
+    layout, plan = run.layout, run.plans[path]
+    if plan.scheme.inputs is None or plan.scheme.inputs.scales == "dynamic" or layout.with_inputs is None:
+        return
+    own = {name.removeprefix(f"{plan.name}."): tensor for name, tensor in tensors.items() if name.startswith(plan.name)}
+    run.plans[path] = plan.with_input_scale(layout.with_inputs.scale(own))
+
+
+def apply(run: Run, block: Block) -> None:
+    """Quantize the inputs of the block's layers as their plans say now: none for a layer that is kept in float."""
+    plans = {path: run.plans[path] for path in block.linears if path in run.plans}
+    inputs = {path: plan.scheme.inputs for path, plan in plans.items() if plan.scheme.inputs is not None}
+    if inputs != block.inputs.schemes:
+        block.quantize_inputs(inputs)

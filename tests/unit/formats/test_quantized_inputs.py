@@ -1,0 +1,136 @@
+"""compressed-tensors with quantized inputs: the tensors, and the block in config.json."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from llmq import formats
+from llmq.errors import ConfigError, FormatError
+from llmq.formats import compressed_tensors
+from llmq.numerics.quantized_tensor import QuantizedTensor
+from llmq.numerics.scheme import InputScheme, Scheme, WeightScheme
+
+LAYOUT = compressed_tensors.LAYOUT
+DYNAMIC, STATIC = InputScheme("int8", "dynamic"), InputScheme("int8", "static", 0.125)
+CHANNEL, GROUPED = WeightScheme(8, "channel"), WeightScheme(4, 32)
+TOKEN_BLOCK = {
+    "num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True, "group_size": None,
+    "actorder": None,
+}  # fmt: skip
+
+
+def weight(scheme: WeightScheme) -> QuantizedTensor:
+    draw = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, scheme.levels + 1, (8, 64), dtype=torch.uint8, generator=draw)
+    scales = torch.rand(8, 64 // scheme.columns_per_group(64), generator=draw).to(torch.bfloat16)
+    return QuantizedTensor(codes, scales, None, scheme)
+
+
+def test_eight_bits_are_signed_bytes() -> None:
+    q = weight(CHANNEL)
+    tensors = LAYOUT.pack_layer(q, DYNAMIC)
+    assert tensors.keys() == {"weight", "weight_scale"}
+    assert tensors["weight"].dtype == torch.int8
+    assert torch.equal(tensors["weight"].to(torch.int16) + 128, q.codes.to(torch.int16))
+
+
+def test_fewer_bits_are_words_as_without_quantized_inputs() -> None:
+    q = weight(GROUPED)
+    packed, plain = LAYOUT.pack_layer(q, DYNAMIC), LAYOUT.pack(q)
+    assert packed.keys() == plain.keys()
+    assert all(torch.equal(packed[name], plain[name]) for name in plain)
+
+
+def test_int_quantized_has_bytes_for_any_bits() -> None:
+    layout, scheme = formats.load("int-quantized"), Scheme(GROUPED, DYNAMIC)
+    q, block = weight(GROUPED), layout.declare({"a": scheme, "b": Scheme(GROUPED)}, [])
+    tensors, reading = layout.pack_layer(q, DYNAMIC), compressed_tensors.LAYOUT.read_config(block)("a")
+    assert (int(tensors["weight"].min()), int(tensors["weight"].max())) == (-8, 7)
+    assert reading is not None and torch.equal(LAYOUT.unpack(tensors, reading).codes, q.codes)
+    assert [g["format"] for g in block["config_groups"].values()] == ["int-quantized", "pack-quantized"]
+
+
+def test_a_static_scale_is_a_tensor() -> None:
+    scale = LAYOUT.pack_layer(weight(CHANNEL), STATIC)["input_scale"]
+    assert (scale.dtype, scale.tolist()) == (torch.bfloat16, [0.125])
+
+
+def test_the_configuration_of_one_scheme() -> None:
+    block = LAYOUT.declare({"a.q": Scheme(CHANNEL, DYNAMIC), "a.k": Scheme(CHANNEL, DYNAMIC)}, ["lm_head"])
+    [group] = block["config_groups"].values()
+    assert (block["format"], group["format"], group["targets"]) == ("int-quantized", "int-quantized", ["Linear"])
+    assert group["input_activations"] == TOKEN_BLOCK
+    assert group["weights"]["strategy"] == "channel"
+
+
+def test_layers_that_differ_have_separate_groups() -> None:
+    schemes = {"a.q": Scheme(CHANNEL, DYNAMIC), "a.down": Scheme(CHANNEL), "a.up": Scheme(GROUPED, STATIC)}
+    block = LAYOUT.declare(schemes, [])
+    groups = {group["targets"][0]: group for group in block["config_groups"].values()}
+    assert block["format"] == "mixed-precision"
+    assert [groups[name]["format"] for name in schemes] == ["int-quantized", "pack-quantized", "pack-quantized"]
+    assert groups["a.down"]["input_activations"] is None
+    assert groups["a.up"]["input_activations"] == {**TOKEN_BLOCK, "strategy": "tensor", "dynamic": False}
+
+
+def test_static_scales_do_not_separate_layers() -> None:
+    other = dataclasses.replace(STATIC, scale=0.5)
+    assert len(LAYOUT.declare({"a": Scheme(CHANNEL, STATIC), "b": Scheme(CHANNEL, other)}, [])["config_groups"]) == 1
+
+
+def test_without_quantized_inputs_groups_have_no_format() -> None:
+    block = LAYOUT.declare({"a": Scheme(GROUPED)}, [])
+    assert block == LAYOUT.quantization_config({"a": GROUPED}, [])
+    assert "format" not in block["config_groups"]["group_0"]
+
+
+@pytest.mark.parametrize(
+    "scheme", [Scheme(CHANNEL, DYNAMIC), Scheme(GROUPED, DYNAMIC), Scheme(CHANNEL, STATIC)], ids=str
+)
+def test_what_is_written_is_read(scheme: Scheme) -> None:
+    assert scheme.weights is not None and scheme.inputs is not None
+    q = weight(scheme.weights)
+    reading = LAYOUT.read_config(LAYOUT.declare({"a": scheme}, []))("a")
+    assert reading is not None and reading.inputs == scheme.inputs.declared and not reading.note
+    tensors = LAYOUT.pack_layer(q, scheme.inputs)
+    assert set(LAYOUT.needs(reading)) <= tensors.keys()
+    back = LAYOUT.unpack(tensors, reading)
+    assert torch.equal(back.codes, q.codes) and torch.equal(back.scales, q.scales) and back.scheme == q.scheme
+    assert LAYOUT.pack_like is not None and LAYOUT.with_inputs is not None
+    again = LAYOUT.pack_like(q, dataclasses.replace(reading, inputs=scheme.inputs))
+    assert again.keys() == tensors.keys() and all(torch.equal(again[name], tensors[name]) for name in tensors)
+    if scheme.inputs.scale is not None:
+        assert LAYOUT.with_inputs.scale(tensors) == scheme.inputs.scale
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"num_bits": 4}, {"type": "float"}, {"symmetric": False}, {"strategy": "tensor"}, {"dynamic": "local"}],
+    ids=str,
+)
+def test_other_quantized_inputs_are_noted(change: dict[str, Any]) -> None:
+    block = LAYOUT.declare({"a": Scheme(CHANNEL, DYNAMIC)}, [])
+    block["config_groups"]["group_0"]["input_activations"] |= change
+    reading = LAYOUT.read_config(block)("a")
+    assert reading is not None and (reading.inputs, reading.note) == (None, "quantized activations")
+
+
+@pytest.mark.parametrize("stored", [None, torch.zeros(2), torch.zeros(1, dtype=torch.int32)], ids=str)
+def test_a_damaged_static_scale_is_an_error(stored: torch.Tensor | None) -> None:
+    assert LAYOUT.with_inputs is not None
+    with pytest.raises(FormatError, match="input_scale"):
+        LAYOUT.with_inputs.scale({} if stored is None else {"input_scale": stored})
+
+
+def test_zero_points_with_quantized_inputs_are_refused() -> None:
+    assert LAYOUT.with_inputs is not None
+    assert "zero points" in str(LAYOUT.with_inputs.refusal(Scheme(WeightScheme(4, 32, False), DYNAMIC)))
+    assert LAYOUT.with_inputs.refusal(Scheme(CHANNEL, DYNAMIC)) is None
+
+
+@pytest.mark.parametrize("name", sorted(set(formats.names()) - {"compressed-tensors", "int-quantized"}))
+def test_other_formats_have_no_place_for_quantized_inputs(name: str) -> None:
+    with pytest.raises(ConfigError, match="no place for quantized inputs"):
+        formats.load(name).declare({"a": Scheme(GROUPED, DYNAMIC)}, [])
