@@ -64,7 +64,7 @@ def parse_formats(given: Any) -> Any:
     names = tuple(dict.fromkeys(name.strip() for text in texts for name in text.split(",") if name.strip()))
     if not names:
         raise ConfigError("no format is given", hint=f"known are {listed(FORMATS)}")
-    return names[0] if len(names) == 1 else names  # equal settings compare equal
+    return names if len(names) > 1 else names[0]  # equal settings compare equal
 
 
 Bits = Setting(choices=(*BITS, *FLOAT_GRIDS))
@@ -86,9 +86,8 @@ class SchemeSettings(Settings):
     )
     group_size: Annotated[GroupSize, BeforeValidator(parse_number), Size] = Field(
         default=WeightScheme().group_size,
-        description="Weights of a row that share a scale: 16, 32, 64, 128, 256, 512 or 1024; channel (one scale per "
-        "row) or tensor (one in all). Smaller groups lose less quality; 32 takes about 0.4 bits per weight more than "
-        "128.",
+        description="Weights of a row that share a scale: 16, 32, 64, 128, 256, 512 or 1024; channel (one per row) or "
+        "tensor (one in all). Smaller groups lose less quality; 32 takes about 0.4 bits per weight more than 128.",
     )
     symmetric: Annotated[bool, Setting(flag="--symmetric/--asymmetric")] = Field(
         default=WeightScheme().symmetric,
@@ -116,7 +115,7 @@ class Override(Settings):
     activations: Annotated[str | None, Inputs] = None
 
     def applied_to(self, scheme: WeightScheme) -> WeightScheme:
-        changes = self.model_dump(exclude={"pattern", "activations"}, exclude_none=True)
+        changes = self.model_dump(include={"bits", "group_size", "symmetric"}, exclude_none=True)
         if isinstance(self.bits, str):
             return WeightScheme.of_floats(changes.pop("bits"), **changes)
         return dataclasses.replace(WeightScheme() if scheme.floats and self.bits else scheme, **changes)
@@ -184,15 +183,14 @@ class QuantConfig(Settings):
     preset: Annotated[str | None, Setting(choices=PRESETS)] = Field(
         default=None,
         description="Settings by a name. w8a8: 8 bits, one scale per row, with --activations int8. w4a8: 4 bits with "
-        "--activations int8. moe, for mixtures of experts: 8 bits for attention, linear attention, shared experts and "
-        "dense blocks, which every token uses; --bits for routed experts. moe adds overrides (see --dry-run), and your "
-        "--override and --skip win.",
+        "--activations int8. moe, for mixtures of experts: 8 bits for attention, shared experts and dense blocks, "
+        "--bits for routed experts; it adds overrides (see --dry-run), and your --override and --skip win.",
     )
     activations: Annotated[str, Inputs] = Field(
         default="none",
-        description="Quantize the inputs of the quantized layers as well, for engines with 8-bit products (format "
-        "compressed-tensors). int8 has one scale per token, and loses little. int8:static has one scale per layer, "
-        "from the calibration text, and loses more. Use it with --bits 8 --group-size channel (W8A8) or --bits 4.",
+        description="Quantize the inputs of the quantized layers as well, for engines with 8-bit products. int8 has "
+        "one scale per token, and loses little. int8:static has one scale per layer, from the calibration text, and "
+        "loses more. Use it with --bits 8 --group-size channel (W8A8) or --bits 4; format compressed-tensors.",
     )
     format: Annotated[
         str | Strings, BeforeValidator(parse_formats), Setting(choices=FORMATS, metavar="FORMAT")

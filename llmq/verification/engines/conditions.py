@@ -245,25 +245,6 @@ def tied_head(subject: Subject) -> Problems:
     return packed_head(subject) if tied else ()
 
 
-def config_keys(subject: Subject) -> Iterator[str]:
-    for key in ("architectures", "model_type"):
-        if not subject.config.get(key):
-            yield f"config.json has no {key}"
-
-
-def old_names(subject: Subject) -> Iterator[str]:
-    config = subject.text_config
-    if "dtype" in config and "torch_dtype" not in config:
-        yield "config.json has dtype but not torch_dtype"
-    if "rope_parameters" in config and "rope_theta" not in config:
-        yield "config.json has rope_parameters but not rope_theta"
-
-
-def tokenizers_backend(subject: Subject) -> Iterator[str]:
-    if subject.tokenizer.get("tokenizer_class") == "TokenizersBackend":
-        yield "tokenizer_config.json has tokenizer_class TokenizersBackend"
-
-
 def format_is(applies: Callable[[Subject], bool]) -> Question:
     return lambda subject: (f"the format is {subject.method or 'float'}",) if applies(subject) else ()
 
@@ -287,11 +268,6 @@ def when(applies: Callable[[Subject], bool], find: Question) -> Question:
 
 def awq_bits(linear: Linear) -> str | None:
     return None if linear.scheme is None or linear.scheme.bits == 4 else f"{linear.scheme.bits} bits"
-
-
-def strays(subject: Subject) -> Iterator[str]:
-    if subject.strays:
-        yield f"{', '.join(subject.strays[:3])}{' …' if len(subject.strays) > 3 else ''} do not belong to this model"
 
 
 def off_tiles(subject: Subject) -> Iterator[str]:

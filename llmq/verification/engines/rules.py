@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from llmq.verification.engines import conditions as ask
-from llmq.verification.engines import integer_inputs, mlx
+from llmq.verification.engines import integer_inputs, mlx, model_files
 from llmq.verification.engines.checkpoint_facts import Subject
 from llmq.verification.engines.conditions import (
     Question,
@@ -67,7 +67,7 @@ AWQ_OWN_KEYS = {"bits": ("bits",), "group_size": ("group_size",)}
 RULES = (
     # ---- any format
     Rule("architectures", SERVERS, "config.json names the architecture and the model type", REFUSES,
-         "vLLM 0.33 and SGLang 0.5.23, which choose the class of the model by it", ask.config_keys,
+         "vLLM 0.33 and SGLang 0.5.23, which choose the class of the model by it", model_files.config_keys,
          "copy config.json from the original model"),
     Rule("one scheme for fused layers", SERVERS,
          "fused layers (q, k, v; gate, up; the experts of a layer) are packed alike, or all kept in float",
@@ -80,13 +80,15 @@ RULES = (
          "transformers 5.23, tie_weights: the weight of the embedding replaces the head", ask.tied_head,
          "quantize with --quantize-head, which unties it"),
     Rule("no stray shards", LOADERS, "no shards or index of another model are next to the weights", WRONG,
-         "vLLM 0.33 and SGLang 0.5.23 take *.safetensors, vLLM filters them by the index", ask.strays, "remove them"),
+         "vLLM 0.33 and SGLang 0.5.23 take *.safetensors, vLLM filters them by the index", model_files.strays,
+         "remove them"),
     Rule("tokenizer class", SERVERS, "transformers 4 knows the class of the tokenizer", NOTE,
          "transformers#47553, verl#5078, GPTQModel#2403: `Tokenizer class TokenizersBackend does not exist`",
-         ask.tokenizers_backend, "copy tokenizer_config.json from the original model, for engines on transformers 4"),
+         model_files.tokenizers_backend,
+         "copy tokenizer_config.json from the original model, for engines on transformers 4"),
     Rule("configuration of transformers 4", SERVERS, "config.json has the keys that transformers 4 reads", NOTE,
-         "transformers 5 writes dtype and rope_parameters, version 4 reads torch_dtype and rope_theta", ask.old_names,
-         "copy config.json from the original model, for engines on transformers 4"),
+         "transformers 5 writes dtype and rope_parameters, version 4 reads torch_dtype and rope_theta",
+         model_files.old_names, "copy config.json from the original model, for engines on transformers 4"),
     Rule("float layers are listed", SERVERS, "config.json lists all float linear layers, including routers",
          REFUSES, "vLLM 0.33, get_quant_method: a layer that matches no exception is expected to be packed",
          when(lambda subject: is_ct(subject) or is_awq(subject), ask.undeclared),
