@@ -52,28 +52,43 @@ def place(case: Row, folder: Path) -> Path:
     return folder / "-".join(str(case[key]) for key in CASE)
 
 
+def made(case: Row, folder: Path, scratch: Path) -> Path:
+    """The folder of the model of a row; it and its start are made if they are absent."""
+    out, times = place(case, folder), folder / "cpu.json"
+    if (out / "config.json").exists():
+        return out
+    if case["steps"]:
+        made({**case, "steps": 0}, folder, scratch)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "llmq", *command(case, out, scratch), "--quiet"], env=environment, check=False
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    seconds = _seconds(folder)
+    times.write_text(json.dumps({**seconds, out.name: seconds.get(out.name, 0.0) + spent}))
+    if done.returncode:
+        raise SystemExit(f"error: {out.name} failed with the exit code {done.returncode}")
+    return out
+
+
+def _seconds(folder: Path) -> dict[str, float]:
+    """CPU seconds of all attempts, by the names of models."""
+    times = folder / "cpu.json"
+    known: dict[str, float] = json.loads(times.read_text()) if times.exists() else {}
+    return known
+
+
 def make(case: Row, folder: Path, scratch: Path) -> Row:
     """Make and measure the model of a row."""
-    out, times = place(case, folder), folder / "cpu.json"
-    seconds = json.loads(times.read_text()) if times.exists() else {}
-    if not (out / "config.json").exists():
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, "-m", "llmq", *command(case, out, scratch), "--quiet"], env=environment, check=False
-        )
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        times.write_text(json.dumps({**seconds, out.name: seconds.get(out.name, 0.0) + spent}))
-        seconds = json.loads(times.read_text())
-        if done.returncode:
-            raise SystemExit(f"error: {out.name} failed with the exit code {done.returncode}")
+    out = made(case, folder, scratch)
     _, evaluation = texts(case["model"], scratch)
     measured = measure(out, folder_of(case["model"]), evaluation, seqlen=SEQLEN, limit=WINDOWS).model
     trained = read_record(out).get("training") if case["steps"] else None
     return {
         **case, "kl": measured.kl_mean, "interval": measured.kl_mean_interval, "perplexity": measured.perplexity,
-        "same_top_1": measured.same_top_1, "cpu_seconds": seconds.get(out.name), "measured": stamp(),
+        "same_top_1": measured.same_top_1, "cpu_seconds": _seconds(folder).get(out.name), "measured": stamp(),
         "moved": trained and trained["moved"], "history": trained and trained["history"],
     }  # fmt: skip
 
