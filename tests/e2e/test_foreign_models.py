@@ -134,7 +134,7 @@ def test_six_bit_models_run_packed(checkpoint: Checkpoints, tmp_path: Path) -> N
     }
     packed, floats = foreign.replaced(checkpoint("llama"), tmp_path, settings, by_module(make))
     model = check(packed, floats)
-    assert all(module.scheme.bits == 8 for module in model.modules() if isinstance(module, PackedLinear))
+    assert all(module.scheme.bits == 6 for module in model.modules() if isinstance(module, PackedLinear))
 
 
 def test_gpt_oss_experts_in_mxfp4(tmp_path: Path) -> None:

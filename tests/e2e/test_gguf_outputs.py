@@ -202,7 +202,7 @@ def test_an_output_must_be_a_folder(both: Any, model: Path, tmp_path: Path) -> N
     ("arguments", "exit_code", "words"),
     [
         (("--to", "gguf"), 2, "is a .gguf file already"),
-        (("--to", "onnx"), 2, "format is 'onnx'"),
+        (("--to", "onnx"), 2, "expected a folder with safetensors files"),
         (("--to", "awq", "--source", "no-such/folder/here"), 3, "no-such/folder/here"),
     ],
 )
