@@ -58,10 +58,14 @@ def test_unknown_name_is_refused(option: str, expected: str, model: Path, out: P
 @pytest.mark.parametrize(
     ("settings", "problem", "hint"),
     [
-        ("metod = 'gptq'", "unknown setting: 'metod'", "known are calibration, damping, format, keep_grid, method"),
+        (
+            "metod = 'gptq'",
+            "unknown setting: 'metod'",
+            "known are activations, calibration, damping, format, keep_grid, method",
+        ),
         ("[scheme]\nbit = 4", "unknown key of [scheme]: 'bit'", "known are bits, group_size, symmetric"),
         ("[calibration]\nfile = 'x'", "unknown key of [calibration]: 'file'", "known are packing, samples, seqlen"),
-        ("[[overrides]]\npattern = 'x'\nbitz = 4", "unknown key of an override: 'bitz'", "known are bits, group_size"),
+        ("[[overrides]]\npattern = 'x'\nbitz = 4", "unknown key of an override: 'bitz'", "known are activations, bits"),
         ("scheme = 3", "scheme is 3, expected a table", ""),
         ("overrides = [3]", "overrides is [3], expected a list of tables", ""),
         ("[[overrides]]\nbits = 4", "missing key of an override: 'pattern'", "give the layers"),

@@ -129,19 +129,20 @@ def tune_blocks(skeleton: Skeleton) -> None:
         streams.advance()
 
 
+OF_THE_FLOAT_MODEL = (weigh_tokens, measure_sensitivity)  # they measure what an error costs it
 PASSES = [evaluate, weigh_tokens, measure_sensitivity, there_and_back, take_statistics, tune_blocks]
 
 
 @pytest.mark.parametrize("run", PASSES)
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_every_pass_sees_rounded_inputs(checkpoint: Checkpoints, name: str, run: Callable[[Skeleton], None]) -> None:
-    """The float model, where a pass also runs it, gets inputs that are not rounded."""
+    """The float model, where a pass runs it, gets inputs that are not rounded."""
     skeleton = rounded(checkpoint(name))
     with seen(skeleton) as inputs:
         run(skeleton)
     assert inputs.keys() == {path for block in skeleton.blocks for path in block.linears}
     assert all(was == wanted for calls in inputs.values() for was, wanted in calls)
-    assert all(any(wanted for _, wanted in calls) for calls in inputs.values())
+    assert all(any(wanted for _, wanted in calls) == (run not in OF_THE_FLOAT_MODEL) for calls in inputs.values())
     plain = skeleton_of(checkpoint(name))
     with seen(plain) as inputs:
         run(plain)
