@@ -61,7 +61,7 @@ def test_unknown_name_is_refused(option: str, expected: str, model: Path, out: P
         (
             "metod = 'gptq'",
             "unknown setting: 'metod'",
-            "known are activations, calibration, damping, format, keep_grid, method",
+            "known are activations, calibration, damping, format",
         ),
         ("[scheme]\nbit = 4", "unknown key of [scheme]: 'bit'", "known are bits, group_size, symmetric"),
         ("[calibration]\nfile = 'x'", "unknown key of [calibration]: 'file'", "known are packing, samples, seqlen"),
