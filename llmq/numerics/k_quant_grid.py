@@ -13,7 +13,8 @@ at a cost that does not depend on the number of columns.  With a fixed grid the 
 below uses one of the two facts, and no step raises the error:
 
     1. polish   scale and offset of each sub-block by least squares, from several shrunken ranges
-    2. share    the best of several pairs (d, dmin) around (max scale, max offset) / the largest integer, with the best sc and m for each
+    2. share    the best of several pairs (d, dmin) around (max scale, max offset) / 63, with the best sc and m for each
+                (63 in 6 bits; the largest integer of the type)
     3. settle   sc and m some steps up and down, with new codes for each; then d and dmin by least squares; twice
 
 d and dmin are rounded to fp16 before any error is computed with them.  sc = 0 is never chosen: all codes would have the
@@ -80,7 +81,7 @@ def fit(weight: Tensor, scheme: WeightScheme, importance: Tensor | None = None) 
 
 
 def largest_integer(scheme: WeightScheme) -> int:
-    """The largest sc, and m, of a grid; of a symmetric one, whose sc have a sign, the lowest is one more away from 0."""
+    """The largest sc, and m, of a grid; see `BlockType.largest`."""
     assert scheme.block_type is not None, "only block types have two levels"
     return BLOCK_TYPES[scheme.block_type].largest
 

@@ -1,6 +1,6 @@
 """The K-quants of GGUF: 256 weights of a row in sub-blocks whose scales are small integers times one fp16 number.
 
-    Q2_K    84 bytes  16 bytes: sc (low half) and m (high half) of 16 sub-blocks of 16, 64 of pairs of bits, fp16 d, dmin
+    Q2_K    84 bytes  16 bytes: sc (low half), m (high half) of 16 sub-blocks of 16, 64 of pairs of bits, fp16 d, dmin
     Q3_K   110        32 bytes of third bits, 64 of pairs of bits, 12 bytes: sc of 16 sub-blocks of 16, fp16 d
     Q4_K   144        fp16 d, fp16 dmin, 12 bytes: sc and m of 8 sub-blocks of 32, 128 of nibbles
     Q5_K   176        the same with 32 bytes of fifth bits in front of the nibbles
