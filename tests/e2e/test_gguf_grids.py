@@ -73,7 +73,7 @@ def test_low_bits_run_through_every_stage(
     stored = Weights(file, model)
     for name, tensor in tensors_of(model).items():
         error = float((stored.tensor(name).reshape(tensor.shape) - tensor).norm()) / float(tensor.norm())
-        assert error < (0.6 if tensor.dim() > 1 else 1e-6), name
+        assert error < (0.7 if tensor.dim() > 1 else 1e-6), name  # 2 bits; of other weights it is above 1
 
 
 def test_fallbacks_are_reported(model: Path, tmp_path: Path, text: Path) -> None:
