@@ -72,7 +72,9 @@ def test_ggml_decodes_the_same_weight(ggml: ctypes.CDLL, kind: str) -> None:
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize(("kind", "gain"), [("q4_k", 0.97), ("q5_k", 0.93), ("q6_k", 0.95)])
+@pytest.mark.parametrize(
+    ("kind", "gain"), [("q2_k", 0.93), ("q3_k", 0.98), ("q4_k", 0.97), ("q5_k", 0.93), ("q6_k", 0.95)]
+)
 def test_searched_scales_have_a_lower_error_than_ggml(
     ggml: ctypes.CDLL, kind: str, gain: float, weighted: bool
 ) -> None:
