@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from llmq.algorithms import Options, ridge
-from llmq.numerics.k_quant_grid import LARGEST, LARGEST_SIGNED, LOWEST_SIGNED
+from llmq.numerics.k_quant_grid import largest_integer
 from llmq.numerics.quantized_tensor import QuantizedTensor, Superblocks, where
 
 ELEMENTS_AT_ONCE = 1 << 24  # of the systems (P, P) and of the products (K,) of the rows that are solved together
@@ -51,7 +51,7 @@ def _with_other_integers(
     """One pass over the sub-blocks: first the sc and then the m of each.  Returns the gradient after it, too."""
     grid, codes = _parts(quantized), _steps(quantized)
     width = quantized.scheme.columns_per_group(codes.shape[1])
-    per_superblock = grid.sc.shape[1] // grid.d.shape[1]
+    per_superblock, largest = grid.sc.shape[1] // grid.d.shape[1], largest_integer(quantized.scheme)
     d = grid.d.to(torch.float32)
     sc, m = grid.sc.to(torch.float32), None if grid.m is None else grid.m.to(torch.float32)
     gradient = gradient.clone()
@@ -60,13 +60,13 @@ def _with_other_integers(
         inside, near = hessian[columns, columns], gradient[:, columns].clone()
         direction = d[:, group // per_superblock, None] * codes[:, columns]  # (N, g)
         step = _best_step(direction, near, inside)
-        stepped = _kept(sc[:, group] + step, sc[:, group], signed=m is None)
+        stepped = _kept(sc[:, group] + step, sc[:, group], -largest - 1 if m is None else 1, largest)
         move = direction * (stepped - sc[:, group])[:, None]
         sc[:, group] = stepped
         if m is not None and grid.dmin is not None:
             near -= move @ inside
             direction = -grid.dmin.to(torch.float32)[:, group // per_superblock, None].expand_as(move)
-            stepped = (m[:, group] + _best_step(direction, near, inside)).clamp_(0, LARGEST)
+            stepped = (m[:, group] + _best_step(direction, near, inside)).clamp_(0, largest)
             move += direction * (stepped - m[:, group])[:, None]
             m[:, group] = stepped
         gradient -= move @ hessian[columns]
@@ -84,10 +84,9 @@ def _best_step(direction: Tensor, gradient: Tensor, inside: Tensor) -> Tensor:
     return torch.nan_to_num((gradient * direction).sum(1) / curvature, 0.0, 0.0, 0.0).round_()
 
 
-def _kept(values: Tensor, before: Tensor, *, signed: bool) -> Tensor:
+def _kept(values: Tensor, before: Tensor, lowest: int, largest: int) -> Tensor:
     """sc clamped to the range of the file; unchanged where it would become zero."""
-    lowest, highest = (LOWEST_SIGNED, LARGEST_SIGNED) if signed else (1, LARGEST)
-    clamped = values.clamp(lowest, highest)
+    clamped = values.clamp(lowest, largest)
     return torch.where(clamped == 0, before, clamped)
 
 

@@ -43,13 +43,12 @@ def pack_blocks(q: QuantizedTensor) -> NDArray[np.uint8]:
         if q.scheme.block_type in ("q4_0", "q5_0"):
             return (gguf_blocks.pack_q4_0 if q.scheme.block_type == "q4_0" else gguf_blocks.pack_q5_0)(codes, halves)
         return gguf_blocks.pack_q8_0((codes.astype(np.int16) - q.scheme.middle).astype(np.int8), halves)
-    d, sc = parts.d.cpu().numpy(), parts.sc.cpu().numpy()
+    d, sc, kind = parts.d.cpu().numpy(), parts.sc.cpu().numpy(), str(q.scheme).upper()
     if parts.dmin is None or parts.m is None:
-        return gguf_k_quants.pack_q6_k(codes, d, sc)
+        return gguf_k_quants.CENTRED[kind][0](codes, d, sc)
     if q.scheme.block_type == "q4_1":
         return gguf_blocks.pack_q4_1(codes, d, -parts.dmin.cpu().numpy())
-    pack_minima = gguf_k_quants.pack_q4_k if q.scheme.block_type == "q4_k" else gguf_k_quants.pack_q5_k
-    return pack_minima(codes, d, parts.dmin.cpu().numpy(), sc, parts.m.cpu().numpy())
+    return gguf_k_quants.MINIMA[kind][0](codes, d, parts.dmin.cpu().numpy(), sc, parts.m.cpu().numpy())
 
 
 def unpack(tensors: Mapping[str, Tensor], reading: Reading) -> QuantizedTensor:
@@ -59,12 +58,12 @@ def unpack(tensors: Mapping[str, Tensor], reading: Reading) -> QuantizedTensor:
     if kind is None:
         raise FormatError(f"the staged blocks are declared as {scheme}, expected one of {', '.join(BLOCK_TYPES)}")
     raw = checks.stored(tensors, f"{PREFIX}{kind}", (torch.uint8,), (None, None)).cpu().numpy()
-    if kind in ("q4_k", "q5_k"):
-        minima = (gguf_k_quants.unpack_q4_k if kind == "q4_k" else gguf_k_quants.unpack_q5_k)(raw)
+    if kind.upper() in gguf_k_quants.MINIMA:
+        minima = gguf_k_quants.MINIMA[kind.upper()][1](raw)
         parts = Superblocks(*map(_tensor, (minima.d, minima.sc, minima.dmin, minima.m)))
         return QuantizedTensor.of_superblocks(_tensor(minima.codes), parts, scheme)
-    if kind == "q6_k":
-        centred = gguf_k_quants.unpack_q6_k(raw)
+    if kind.upper() in gguf_k_quants.CENTRED:
+        centred = gguf_k_quants.CENTRED[kind.upper()][1](raw)
         parts = Superblocks(_tensor(centred.d), _tensor(centred.sc))
         return QuantizedTensor.of_superblocks(_tensor(centred.codes), parts, scheme)
     if kind == "q4_1":

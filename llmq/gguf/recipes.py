@@ -1,10 +1,9 @@
 """Which block type each weight gets: `--format gguf:q4_k_m` and similar formats.
 
-A plain recipe (`gguf:q4_k`) has one type for the linear layers of the blocks.  `q4_k_m` is llama.cpp's mixture of the
-same name, with the same bits: Q6_K for v and down in the layers selected by its rule (the first and the last eighth,
-and every third layer between them), Q5_K where q, k and v are one weight, and Q4_K elsewhere.  `q5_k_m` is the same
-with Q5_K and Q6_K.  Embedding and head are packed too, as in llama.cpp: the head, or an embedding that is also the
-head, in Q6_K.  llama.cpp also uses Q5_K or Q8_0 for v and k in models of 70B or with eight experts; llmq does not.
+A plain recipe (`gguf:q4_k`) has one type for the linear layers of the blocks.  The others are llama.cpp's mixtures of
+the same names: more bits for v, down and the output of attention, in all or in some of the layers (`RECIPES`).
+Embedding and head are packed too, as in llama.cpp: the head, or an embedding that is also the head, in Q6_K.  llama.cpp
+also uses Q5_K or Q8_0 for attention in models of 70B or with eight experts; llmq does not.
 
 A weight whose rows are not a multiple of 256 gets a finer type with blocks of 32.  If its rows are not a multiple of 32
 either, it is kept in float.  Both cases are reported.
@@ -25,13 +24,13 @@ from llmq.errors import ConfigError
 from llmq.gguf.changes import Order
 from llmq.gguf.names import Names
 from llmq.gguf.supported import architecture, language_config
-from llmq.numerics.gguf_types import BLOCK_TYPES, RECIPES, Recipe
+from llmq.numerics.gguf_types import BLOCK_TYPES, RECIPES, Recipe, Rule
 from llmq.numerics.layer_plan import LayerPlan
 from llmq.numerics.scheme import Scheme, WeightScheme
 
 SMALLEST_BLOCK = 32
 HEAD, EMBEDDING = "output.weight", "token_embd.weight"
-GENEROUS = ("attn_v", "ffn_down", "ffn_down_exps", "ffn_down_shexp")
+GROUPED = 4  # query heads per key head
 _LAYER = re.compile(r"blk\.(\d+)\.(.+)")
 
 
@@ -47,7 +46,9 @@ def plan_layers(
     (name,) = settings.formats
     recipe, layers = RECIPES[name], list(shapes)
     roles = _roles([layer for layer, _, _ in layers], config)
-    plans = [_plan(*layer, _type(recipe, roles[layer[0]], roles), settings, roles[layer[0]].unit) for layer in layers]
+    grouped = _query_heads(config) >= GROUPED
+    types = {layer: _type(recipe, role, roles, grouped=grouped) for layer, role in roles.items()}
+    plans = [_plan(*layer, types[layer[0]], settings, roles[layer[0]].unit) for layer in layers]
     if not any(plan.scheme.weights for plan in plans):
         raise ConfigError("nothing is left to quantize", hint="see --skip")
     return plans
@@ -122,21 +123,24 @@ def _unit(order: Order | None) -> int:
     return 0 if order is None else math.gcd(len(order), *(int(i) for i in np.flatnonzero(np.diff(order) != 1) + 1))
 
 
-def _type(recipe: Recipe, role: _Role, roles: Mapping[str, _Role]) -> str:
+def _query_heads(config: Mapping[str, Any]) -> int:
+    """Query heads per key head."""
+    config = language_config(config)
+    heads = config.get("num_attention_heads") or 1
+    keys = config.get("num_key_value_heads") or heads
+    return int(heads // keys)
+
+
+def _type(recipe: Recipe, role: _Role, roles: Mapping[str, _Role], *, grouped: bool) -> str:
     if role.kind == HEAD:
         return recipe.head
-    if role.kind == "attn_qkv":
-        return recipe.fused
-    if role.kind not in GENEROUS:
-        return recipe.usual
     layers = sorted({other.layer for other in roles.values() if other.kind == role.kind})
-    return recipe.generous if uses_more_bits(layers.index(role.layer), len(layers)) else recipe.usual
 
+    def applies(rule: Rule) -> bool:
+        place = layers.index(role.layer)
+        return role.kind in rule.kinds and rule.where(place, len(layers)) and (grouped or not rule.grouped)
 
-def uses_more_bits(layer: int, layers: int) -> bool:
-    """llama.cpp's rule: the first and the last eighth of the layers, and every third layer between them."""
-    eighth = layers // 8
-    return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
+    return next((rule.type for rule in recipe.rules if applies(rule)), recipe.usual)
 
 
 def _plan(name: str, out_features: int, in_features: int, wanted: str, settings: QuantConfig, unit: int) -> LayerPlan:

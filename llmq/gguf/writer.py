@@ -34,7 +34,7 @@ Array = NDArray[Any]
 IN_FLOAT = (".ffn_gate_inp.", "conv", "position_embd")
 """Parts of the names of tensors with several dimensions that llama.cpp reads in F32 only."""
 
-FILE_TYPES: Mapping[str, str] = MappingProxyType({"Q4_K": "MOSTLY_Q4_K_M", "Q5_K": "MOSTLY_Q5_K_M"})
+FILE_TYPES: Mapping[str, str] = MappingProxyType({f"Q{bits}_K": f"MOSTLY_Q{bits}_K_M" for bits in (3, 4, 5)})
 """Most common type -> `general.file_type`, where that differs from MOSTLY_ + the name of the type."""
 
 

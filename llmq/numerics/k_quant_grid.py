@@ -1,7 +1,9 @@
 """Two-level grids: scales and offsets that are small integers times a number shared by 256 columns.
 
     w  ≈  (d · sc_i) q  -  dmin · m_i         i one of the 8 sub-blocks of 32 columns; sc, m in 0 … 63;  Q4_K, Q5_K
-    w  ≈  (d · sc_i) (q - 32)                 i one of 16 sub-blocks of 16 columns; sc in -128 … 127;    Q6_K
+                                              i one of 16 sub-blocks of 16 columns; sc, m in 0 … 15;     Q2_K
+    w  ≈  (d · sc_i) (q - middle)             i one of 16 sub-blocks of 16 columns; sc in -128 … 127;    Q6_K
+                                              sc in -32 … 31;                                            Q3_K
     w  ≈  d q - dmin                          one sub-block of 32 columns;                               Q4_1
 
 q are the codes (quantized values).  A sub-block alone has an affine grid with a real offset.  The task is to find the
@@ -12,6 +14,7 @@ below uses one of the two facts, and no step raises the error:
 
     1. polish   scale and offset of each sub-block by least squares, from several shrunken ranges
     2. share    the best of several pairs (d, dmin) around (max scale, max offset) / 63, with the best sc and m for each
+                (63 in 6 bits; the largest integer of the type)
     3. settle   sc and m some steps up and down, with new codes for each; then d and dmin by least squares; twice
 
 d and dmin are rounded to fp16 before any error is computed with them.  sc = 0 is never chosen: all codes would have the
@@ -29,8 +32,6 @@ from llmq.numerics.gguf_types import BLOCK_TYPES
 from llmq.numerics.quantized_tensor import SMALLEST_SHARED, Superblocks
 from llmq.numerics.scheme import WeightScheme
 
-LARGEST = 63  # of 6 bits
-LOWEST_SIGNED, LARGEST_SIGNED = -128, 127
 SHRUNKEN = (0.68, 0.75, 0.82, 0.89, 0.96, 1.03)  # factors for each of the two ends of a range
 SHRUNKEN_SYMMETRIC = tuple(0.75 + step / 96 for step in range(32))  # one end only, but finer, as there are 64 levels
 POLISHED, SETTLED, NEAR = 3, 2, 3
@@ -79,12 +80,19 @@ def fit(weight: Tensor, scheme: WeightScheme, importance: Tensor | None = None) 
     return Superblocks(d, sc, *rest)
 
 
+def largest_integer(scheme: WeightScheme) -> int:
+    """The largest sc, and m, of a grid; see `BlockType.largest`."""
+    assert scheme.block_type is not None, "only block types have two levels"
+    return BLOCK_TYPES[scheme.block_type].largest
+
+
 def _fit_affine(x: Tensor, cost: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """d (R,), sc (R, B), dmin (R,) and m (R, B) for x and cost (R, B, g)."""
     s, o = _separate(x, cost, scheme.levels)
-    d, sc, dmin, m = _share(_Sums.of(x, cost, _nearest(x, s, o, scheme.levels)), s, o)
+    largest = largest_integer(scheme)
+    d, sc, dmin, m = _share(_Sums.of(x, cost, _nearest(x, s, o, scheme.levels)), s, o, largest)
     for _ in range(SETTLED):
-        sc, m = _settled(x, cost, d, sc, dmin, m, scheme.levels)
+        sc, m = _settled(x, cost, d, sc, dmin, m, scheme.levels, largest)
         d, dmin = _shared_by_least_squares(x, cost, d, sc, dmin, m, scheme.levels)
     return d.to(torch.float16), sc.to(torch.uint8), dmin.to(torch.float16), m.to(torch.uint8)
 
@@ -140,12 +148,12 @@ def _polished(x: Tensor, cost: Tensor, s: Tensor, o: Tensor, levels: int) -> tup
     return torch.where(better, fitted, s), torch.where(better, offset, o)
 
 
-def _share(sums: _Sums, s: Tensor, o: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _share(sums: _Sums, s: Tensor, o: Tensor, largest: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The best of several pairs (d, dmin) for fixed codes, with the sc and m that go with it."""
     best = None
-    for d in _candidates(s):
-        for dmin in _candidates(o):
-            error, sc, m = _best_integers(sums, s, d, dmin)
+    for d in _candidates(s, largest):
+        for dmin in _candidates(o, largest):
+            error, sc, m = _best_integers(sums, s, d, dmin, largest)
             total = error.sum(1)
             if best is None:
                 best = (total, d, sc, dmin, m)
@@ -160,7 +168,7 @@ def _share(sums: _Sums, s: Tensor, o: Tensor) -> tuple[Tensor, Tensor, Tensor, T
     return best[1:]
 
 
-def _candidates(values: Tensor, largest: int = LARGEST) -> Iterator[Tensor]:
+def _candidates(values: Tensor, largest: int) -> Iterator[Tensor]:
     """Candidates (R,) for the number whose multiples are the values (R, B), rounded to fp16."""
     unit = values.abs().amax(1) / largest
     for factor in SHARED_FACTORS:
@@ -173,14 +181,14 @@ def _half(values: Tensor) -> Tensor:
     return values.clamp(SMALLEST_SHARED, largest).to(torch.float16).to(torch.float32)
 
 
-def _best_integers(sums: _Sums, s: Tensor, d: Tensor, dmin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _best_integers(sums: _Sums, s: Tensor, d: Tensor, dmin: Tensor, largest: int) -> tuple[Tensor, Tensor, Tensor]:
     """The error (R, B), sc and m of the best of three sc, each with the m that fits it best."""
     nearest = (s / d[:, None]).round_()
     candidates = []
     for step in (-1, 0, 1):
-        sc = (nearest + step).clamp_(1, LARGEST)
+        sc = (nearest + step).clamp_(1, largest)
         scale = d[:, None] * sc
-        m = ((scale * sums.cq - sums.cx) / sums.c / dmin[:, None]).round_().nan_to_num_().clamp_(0, LARGEST)
+        m = ((scale * sums.cq - sums.cx) / sums.c / dmin[:, None]).round_().nan_to_num_().clamp_(0, largest)
         candidates.append((sums.error(scale, dmin[:, None] * m), sc, m))
     errors, scs, ms = (torch.stack(parts) for parts in zip(*candidates, strict=True))
     error, index = errors.min(0, keepdim=True)
@@ -188,14 +196,14 @@ def _best_integers(sums: _Sums, s: Tensor, d: Tensor, dmin: Tensor) -> tuple[Ten
 
 
 def _settled(
-    x: Tensor, cost: Tensor, d: Tensor, sc: Tensor, dmin: Tensor, m: Tensor, levels: int
+    x: Tensor, cost: Tensor, d: Tensor, sc: Tensor, dmin: Tensor, m: Tensor, levels: int, largest: int
 ) -> tuple[Tensor, Tensor]:
     """sc and m of least error in the neighbourhood of the given ones, each with the nearest codes."""
     least = _error(x, cost, d[:, None] * sc, dmin[:, None] * m, levels)
     best_sc, best_m = sc, m
     for up in range(-NEAR, NEAR + 1):
         for over in range(-NEAR, NEAR + 1):
-            tried, tried_m = (sc + up).clamp(1, LARGEST), (m + over).clamp(0, LARGEST)
+            tried, tried_m = (sc + up).clamp(1, largest), (m + over).clamp(0, largest)
             error = _error(x, cost, d[:, None] * tried, dmin[:, None] * tried_m, levels)
             better = error < least
             least = torch.where(better, error, least)
@@ -227,7 +235,7 @@ def _fit_symmetric(x: Tensor, cost: Tensor, scheme: WeightScheme) -> tuple[Tenso
 
     The offset is s * middle, so the best scale for fixed codes is one number with a closed form.
     """
-    levels, middle = scheme.levels, scheme.middle
+    levels, middle, largest = scheme.levels, scheme.middle, largest_integer(scheme)
 
     def error(scales: Tensor) -> Tensor:
         return _error(x, cost, scales, scales * middle, levels)
@@ -247,13 +255,13 @@ def _fit_symmetric(x: Tensor, cost: Tensor, scheme: WeightScheme) -> tuple[Tenso
     for _ in range(POLISHED):
         s = polished(s)
     current, zero = sums(s), torch.zeros_like(s)
-    tried = torch.stack(list(_candidates(s, LARGEST_SIGNED)))  # (T, R)
-    integers = _signed(s / tried[..., None], s)
+    tried = torch.stack(list(_candidates(s, largest)))  # (T, R)
+    integers = _signed(s / tried[..., None], s, largest)
     errors = [current.error(d[:, None] * sc, zero).sum(1) for d, sc in zip(tried, integers, strict=True)]
     best = torch.stack(errors).argmin(0)
     d, sc = tried.gather(0, best[None])[0], integers[best, torch.arange(len(s), device=s.device)]
     for _ in range(SETTLED):
-        steps = torch.stack([_signed(sc + step, sc) for step in range(-NEAR, NEAR + 1)])
+        steps = torch.stack([_signed(sc + step, sc, largest) for step in range(-NEAR, NEAR + 1)])
         chosen = torch.stack([error(d[:, None] * step) for step in steps]).argmin(0)
         sc = steps.gather(0, chosen[None])[0]
         current = sums(d[:, None] * sc)
@@ -263,7 +271,7 @@ def _fit_symmetric(x: Tensor, cost: Tensor, scheme: WeightScheme) -> tuple[Tenso
     return d.to(torch.float16), sc.to(torch.int8)
 
 
-def _signed(values: Tensor, like: Tensor) -> Tensor:
-    """Rounded to integers of 8 bits; instead of zero 1 with the sign of `like`."""
-    whole = values.round().clamp_(LOWEST_SIGNED, LARGEST_SIGNED)
+def _signed(values: Tensor, like: Tensor, largest: int) -> Tensor:
+    """Rounded to integers with a sign; instead of zero 1 with the sign of `like`."""
+    whole = values.round().clamp_(-largest - 1, largest)
     return torch.where(whole == 0, torch.ones_like(whole).copysign(like), whole)

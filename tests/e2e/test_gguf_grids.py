@@ -60,6 +60,22 @@ def test_the_file_has_the_types_of_the_recipe(finished: tuple[Path, llmq.Report]
     assert any("lm_head.weight is rounded" in note for note in report.notes)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "types"),
+    [("q2_k", ["Q2_K", "Q3_K", "Q4_0", "Q6_K"]), ("q3_k_m", ["Q3_K", "Q5_K", "Q5_0", "Q6_K"])],
+)
+def test_low_bits_run_through_every_stage(
+    recipe: str, types: list[str], model: Path, text: Path, tmp_path: Path
+) -> None:
+    job(model, tmp_path / "tiny", text, TUNED, format=f"gguf:{recipe}").run()
+    file, names = tmp_path / "tiny" / "tiny.gguf", ("blk.0.attn_q", "blk.0.attn_v", "blk.0.ffn_down", "output")
+    assert [Container(file).tensors[f"{name}.weight"].kind for name in names] == types
+    stored = Weights(file, model)
+    for name, tensor in tensors_of(model).items():
+        error = float((stored.tensor(name).reshape(tensor.shape) - tensor).norm()) / float(tensor.norm())
+        assert error < (0.7 if tensor.dim() > 1 else 1e-6), name  # 2 bits; of other weights it is above 1
+
+
 def test_fallbacks_are_reported(model: Path, tmp_path: Path, text: Path) -> None:
     reasons = {plan.name: plan.reason for plan in job(model, tmp_path / "out", text).plan.layers.values()}
     assert "q5_0 instead of q4_k" in reasons["model.layers.0.mlp.down_proj"]

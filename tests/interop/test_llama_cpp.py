@@ -19,6 +19,7 @@ import transformers
 
 import llmq
 from llmq.gguf import export
+from llmq.gguf.reader import Weights
 from llmq.runtime.load import load_tokenizer
 from tests.llama_cpp import LlamaCpp
 
@@ -230,6 +231,20 @@ def test_quantized_model_generates_the_same_tokens_as_llmq(
         assert llama.tokenize(PROGRAM) == tokens
         difference = np.abs(llama.log_probabilities(tokens) - log_probabilities(model, tokens))
         assert llama.greedy(tokens, 50) == greedy(model, tokens, 50)
+    assert difference.mean() < ROUNDED
+
+
+@pytest.mark.parametrize("recipe", ["q2_k", "q3_k_m", "q8_0"])
+def test_llama_cpp_runs_native_grids(recipe: str, tmp_path: Path) -> None:
+    source, out = BUNDLED / "tiny-python-llama", tmp_path / "out"
+    llmq.quantize(str(source), out, method="rtn", format=f"gguf:{recipe}", validate=0, device="cpu")
+    weights = Weights(out / "out.gguf", source)
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(weights.tensor(name))
+    tokens = load_tokenizer(source, remote_code=False)(PROGRAM)["input_ids"]
+    with opened(out / "out.gguf") as llama:
+        difference = np.abs(llama.log_probabilities(tokens) - log_probabilities(model, tokens))
     assert difference.mean() < ROUNDED
 
 

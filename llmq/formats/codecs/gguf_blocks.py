@@ -6,7 +6,7 @@
     Q5_0   22        fp16 d, 32 fifth bits, nibbles                       w = d * (q - 16)
     Q5_1   24        fp16 d, fp16 m, fifth bits, nibbles                  w = d * q + m
     Q8_0   34        fp16 d, 32 bytes of signed codes                     w = d * q
-    Q4_K, Q5_K, Q6_K  256 weights per block: `formats/codecs/gguf_k_quants.py`
+    Q2_K to Q6_K      256 weights per block: `formats/codecs/gguf_k_quants.py`
 
 q are the codes (quantized values).  Byte j of the nibbles holds weight j in its low half and weight j + 16 in its high
 half.  The fifth bits are one little-endian number whose bit j belongs to weight j.  Everything is computed in float32,

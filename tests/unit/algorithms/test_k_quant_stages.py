@@ -16,7 +16,7 @@ from llmq.numerics.scheme import WeightScheme
 from llmq.steps.round_group import round_group
 from tests.unit.algorithms.test_gptq import check_static
 
-TWO_LEVEL = ("q4_k", "q5_k", "q6_k")
+TWO_LEVEL = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
 RATES = Rates(rounding=0.02, scales=0.01)
 N, K = 5, 512
 OPTIONS = Options(torch.float16)
@@ -93,6 +93,7 @@ def coordinate_by_coordinate(target: Tensor, q: QuantizedTensor, hessian: Tensor
     d = grid.d.double().repeat_interleave(256 // width, 1)
     dmin = None if grid.dmin is None else grid.dmin.double().repeat_interleave(256 // width, 1)
     H, w = hessian.double(), target.double()
+    largest = {"q2_k": 15, "q3_k": 31, "q4_k": 63, "q6_k": 127}[str(q.scheme)]
 
     def loss() -> Tensor:
         decoded = (d * sc).repeat_interleave(width, 1) * codes
@@ -110,13 +111,13 @@ def coordinate_by_coordinate(target: Tensor, q: QuantizedTensor, hessian: Tensor
         numbers[:, group] = best
 
     for group in range(sc.shape[1]):
-        put(sc, group, [v for v in (range(-128, 128) if m is None else range(1, 64)) if v])
+        put(sc, group, [v for v in (range(-largest - 1, largest + 1) if m is None else range(1, largest + 1)) if v])
         if m is not None:
-            put(m, group, list(range(64)))
+            put(m, group, list(range(largest + 1)))
     return sc, m
 
 
-@pytest.mark.parametrize("kind", ["q4_k", "q6_k"])
+@pytest.mark.parametrize("kind", ["q2_k", "q3_k", "q4_k", "q6_k"])
 def test_small_integers_get_their_best_values_in_turn(kind: str) -> None:
     target, hessian = random(2, K), statistics().second_moment()
     start = nearest(target, kind)
@@ -212,7 +213,7 @@ def test_tuning_matches_autograd_and_adam(kind: str) -> None:
         scales = d.repeat_interleave(256 // (K // grid.sc.shape[1]), 1) * grid.sc
         if grid.m is None:
             return torch.mul(codes - origin.scheme.middle, scales[:, groups])
-        offsets = dmin[0].repeat_interleave(8, 1) * grid.m
+        offsets = dmin[0].repeat_interleave(256 // (K // grid.sc.shape[1]), 1) * grid.m
         return torch.sub(codes * scales[:, groups], offsets[:, groups])
 
     for step in range(steps):

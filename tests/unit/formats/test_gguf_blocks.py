@@ -63,5 +63,11 @@ def test_values_that_do_not_fit_are_refused() -> None:
     with pytest.raises(FormatError, match="IQ2_XS"):
         gguf_blocks.decode("IQ2_XS", codes)
     sc = np.full((1, 8), 64, dtype=np.uint8)
-    with pytest.raises(FormatError, match="six bits"):
+    with pytest.raises(FormatError, match="6 bits"):
         gguf_k_quants.pack_q4_k(np.zeros((1, 256), dtype=np.uint8), d, d, sc, sc)
+    d, codes, sc = d[:, :1], np.zeros((1, 256), dtype=np.uint8), np.zeros((1, 16), dtype=np.int8)
+    for wrong in (-33, 32):
+        with pytest.raises(FormatError, match="6 bits"):
+            gguf_k_quants.pack_q3_k(codes, d, sc + np.int8(wrong))
+    with pytest.raises(FormatError, match="4 bits"):
+        gguf_k_quants.pack_q2_k(codes, d, d, np.abs(sc), np.abs(sc) + np.uint8(16))

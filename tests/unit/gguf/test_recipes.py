@@ -49,8 +49,34 @@ def test_the_mixture_matches_llama_cpp(usual: str) -> None:
             assert planned[f"model.layers.{layer}.{name}"] == ("q6_k" if more else usual), (layer, name)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "heads", "usual", "v", "down", "o"),
+    [
+        ("q2_k", 8, "q2_k", ["q3_k"] * 16, ["q3_k"] * 16, "q3_k"),
+        ("q2_k", 2, "q2_k", ["q4_k"] * 16, ["q3_k"] * 16, "q3_k"),
+        ("q3_k_s", 2, "q3_k", ["q3_k"] * 16, ["q3_k"] * 16, "q3_k"),
+        ("q3_k_m", 8, "q3_k", ["q5_k"] * 2 + ["q4_k"] * 14, ["q5_k"] + ["q4_k"] * 15, "q4_k"),
+        ("q3_k_l", 8, "q3_k", ["q5_k"] * 16, ["q5_k"] * 16, "q5_k"),
+        ("q4_k_s", 8, "q4_k", ["q5_k"] * 4 + ["q4_k"] * 12, ["q5_k"] * 2 + ["q4_k"] * 14, "q4_k"),
+        ("q8_0", 8, "q8_0", ["q8_0"] * 16, ["q8_0"] * 16, "q8_0"),
+    ],
+)  # fmt: skip
+def test_mixtures_follow_llama_cpp(recipe: str, heads: int, usual: str, v: list[str], down: list[str], o: str) -> None:
+    config = llama(16, num_key_value_heads=heads)
+    planned = types(recipes.plan_layers(shapes(16), settings(f"gguf:{recipe}"), config))
+    for layer in range(16):
+        chosen = [planned[f"model.layers.{layer}.{name}"] for name in LINEARS]
+        assert chosen == [usual, v[layer], o, usual, down[layer]], layer
+
+
 def test_every_recipe_is_a_format() -> None:
     assert set(recipes.RECIPES) == set(GGUF_GRIDS)
+
+
+def test_the_head_has_the_type_of_the_recipe() -> None:
+    shapes = {"model.embed_tokens.weight": (2048, 512), "lm_head.weight": (2048, 512)}
+    for recipe, expected in (("q8_0", ["q8_0", "q8_0"]), ("q2_k", ["q2_k", "q6_k"]), ("q3_k_m", ["q3_k", "q6_k"])):
+        assert list(map(str, recipes.outside(shapes, settings(f"gguf:{recipe}"), llama()).values())) == expected
 
 
 @pytest.mark.parametrize("kind", ["q4_k", "q5_k", "q6_k"])
@@ -71,6 +97,8 @@ def test_a_fused_qkv_weight_gets_more_bits() -> None:
         (288, "gguf:q4_k", "q5_0"),
         (288, "gguf:q5_k", "q8_0"),
         (288, "gguf:q6_k", "q8_0"),
+        (288, "gguf:q3_k_s", "q4_0"),
+        (288, "gguf:q2_k", "q4_0"),
         (172, "gguf:q4_k", None),
     ],
 )
@@ -84,7 +112,9 @@ def test_rows_without_whole_superblocks_get_finer_blocks(columns: int, recipe: s
             recipes.plan_layers(shapes(1, linears), settings(recipe, strict=True), llama(1))
 
 
-@pytest.mark.parametrize(("type_", "nbytes"), [("q4_k", 144), ("q5_k", 176), ("q6_k", 210), ("q8_0", 8 * 34)])
+@pytest.mark.parametrize(
+    ("type_", "nbytes"), [("q2_k", 84), ("q3_k", 110), ("q4_k", 144), ("q5_k", 176), ("q6_k", 210), ("q8_0", 8 * 34)]
+)
 def test_a_plan_computes_its_packed_bytes(type_: str, nbytes: int) -> None:
     plan = LayerPlan("q_proj", 3, 512, Scheme(WeightScheme.of_blocks(type_)))
     assert plan.packed_bytes(scale_bytes=2) == 3 * 2 * nbytes

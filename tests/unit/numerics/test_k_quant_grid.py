@@ -20,7 +20,7 @@ from llmq.numerics.gguf_types import BLOCK_TYPES
 from llmq.numerics.quantized_tensor import QuantizedTensor, where
 from llmq.numerics.scheme import WeightScheme
 
-TWO_LEVEL = ("q4_k", "q5_k", "q6_k")
+TWO_LEVEL = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
 Array = NDArray[Any]
 
 
@@ -145,9 +145,10 @@ def test_extremes_stay_finite_and_close(kind: str) -> None:
     assert bool(decoded.isfinite().all())
     assert not decoded[0].any()
     for row in (1, 2, 3, 7):
-        assert float((decoded[row] - weight[row]).norm()) < 0.1 * float(weight[row].norm())
+        allowed = {2: 0.35, 3: 0.2}.get(q.scheme.bits, 0.1)
+        assert float((decoded[row] - weight[row]).norm()) < allowed * float(weight[row].norm())
     # Its range of 6e-6 in 15 steps is 4e-7 per step, a multiple of d, which is the smallest fp16 number, 6e-8.
-    assert float((decoded[4] - weight[4]).abs().max()) <= 4e-7
+    assert float((decoded[4] - weight[4]).abs().max()) <= 4e-7 * max(1, 15 / q.scheme.levels)
 
 
 # ---- the tensor and its bytes
