@@ -113,7 +113,7 @@ def prepared(folder: Path, original: nn.Module | None, *, remote_code: bool = Fa
             )
         if isinstance(module, PackedLinear):
             name = next(candidate for candidate in weights.candidates(path) if candidate in modules)
-            layer = FakeQuantizedLinear(packed.read(name), _reference(original, path, module), module.bias)
+            layer = FakeQuantizedLinear(packed.read(name), _reference(original, path, module), module.bias, module.inputs)
             model.set_submodule(path, layer)
             names[path] = name
     if not names:
