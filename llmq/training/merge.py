@@ -4,7 +4,8 @@
 
 A merged weight does not lie on the grid of its base any more, so it is rounded again. Weights of a quantized base that
 the adapter does not touch are still on their grid, and keep their values exactly (`steps/existing_grids.py`), except
-those on grids of floats, which a run does not recognize. The verdict of the run is the cost of the merge: the finished model against the merged floats, next to round to nearest.
+those on grids of floats, which a run does not recognize. The verdict of the run is the cost of the merge: the finished
+model against the merged floats, next to round to nearest.
 """
 
 from collections import Counter
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from llmq import formats
 from llmq.checkpoint import hub
-from llmq.checkpoint.atomic import write_text
+from llmq.checkpoint.atomic import storing, write_text
 from llmq.checkpoint.in_memory import date_by_contents
 from llmq.checkpoint.json_text import json_text
 from llmq.checkpoint.lock import emptied
@@ -143,11 +144,12 @@ def _merged(opened: Opened, adapter: Adapter, out: Path) -> Iterator[Path]:
     checkpoint, out = opened.checkpoint, out.absolute()
     with emptied(out.with_name(f".{out.name}-merged")) as between:
         folder = between / "model"
-        folder.mkdir()
+        with storing(folder):
+            folder.mkdir()
         part, tensors = 1, dict[str, Tensor]()
         for stored, tensor in _floats(opened):
-            path = changes.pop(stored, None)
-            tensors[stored] = tensor if path is None else _added(stored, tensor, adapter, path)
+            changed = changes.pop(stored, None)
+            tensors[stored] = tensor if changed is None else _added(stored, tensor, adapter, changed)
             if sum(own.nbytes for own in tensors.values()) > FILE_BYTES:
                 write_tensors(folder / f"part-{part:05d}.safetensors", tensors)
                 part, tensors = part + 1, {}
