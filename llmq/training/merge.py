@@ -182,7 +182,7 @@ def _stored_name(opened: Opened, path: str) -> str:
     name = opened.weights.stored_name(f"{path}.weight")
     if name is None:
         raise CheckpointError(
-            f"the adapter changes {path}, which the model does not have as a tensor of its own",
+            f"the adapter changes {path}, which the model does not have as a separate tensor",
             hint="give the model it was trained on; a head that is tied to the embedding cannot be merged alone",
         )
     return name
