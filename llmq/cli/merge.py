@@ -62,9 +62,10 @@ def command(
 
     The adapter is added to the float weights, or to the dequantized weights
     of a quantized model. Merged weights are rounded again with calibration
-    text, on the grids of the model; all others keep their values. At the end
-    the result is compared with the merged floats: that is the cost of the
-    merge, shown next to round to nearest. DoRA and other kinds are refused.
+    text, on the grids of the model; all others keep their values, unless the
+    grid is one of floats (nvfp4, mxfp4, fp8). At the end the result is
+    compared with the merged floats: that is the cost of the merge, shown next
+    to round to nearest. DoRA and other kinds are refused.
 
     Examples:
       llmq merge out-4bit/ my-adapter/ merged/ --calibration text.jsonl

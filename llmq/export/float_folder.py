@@ -21,6 +21,7 @@ from llmq.export import FLOAT, FLOAT_DTYPES, card
 from llmq.export.conversion import Conversion, conversion_identity, writing
 from llmq.export.float_names import require_readable
 from llmq.export.quantized_source import QuantizedSource
+from llmq.formats import float_config
 from llmq.report.events import OnEvent, Progress, ignore
 from llmq.verification.integrity import checksums
 
@@ -116,7 +117,7 @@ class FloatConverter:
 
     def _config(self) -> dict[str, Any]:
         """config.json with the new dtype and without a quantization."""
-        config = self._origin.float_config()
+        config = float_config(self._origin.checkpoint.config)
         inner = config.get("text_config")
         for part in (config, *([inner] if isinstance(inner, dict) else [])):
             part.update({key: self._name for key in DTYPE_KEYS if key in part})

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llmq import formats
 from llmq._version import __version__
 from llmq.checkpoint import hub
 from llmq.checkpoint.reader import Checkpoint
@@ -76,13 +75,6 @@ class QuantizedSource:
         Tensors that describe quantized activations or caches, which llmq does not apply, are left out.
         """
         return [name for _, name, _ in self.rest() if not self.packed.is_noted(name)]
-
-    def float_config(self) -> dict[str, Any]:
-        """config.json without a quantization, also in its part about the language model."""
-        config = formats.with_settings(self.checkpoint.config, None, {})
-        if isinstance(inner := config.get("text_config"), dict):
-            config["text_config"] = formats.with_settings(inner, None, {})
-        return config
 
     def record(self, report: Conversion) -> dict[str, Any]:
         """The record of the run that quantized the model, if there is one, and of all conversions since."""

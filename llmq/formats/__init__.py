@@ -89,6 +89,14 @@ def with_settings(config: Mapping[str, Any], layout: "Layout | None", settings: 
     return kept if layout is None else {**kept, **dict.fromkeys(layout.config_keys, settings)}
 
 
+def float_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of config.json without a quantization, also in its part about the language model."""
+    plain = with_settings(config, None, {})
+    if isinstance(inner := config.get("text_config"), dict):
+        plain["text_config"] = with_settings(inner, None, {})
+    return plain
+
+
 def tensor_name(module: str, suffix: str) -> str:
     """`a.b`, `qweight` -> `a.b.qweight`.  A suffix that starts with an underscore continues the name: `a.b_blocks`"""
     return module + suffix if suffix.startswith("_") else f"{module}.{suffix}"

@@ -26,10 +26,11 @@ CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialization
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter: the factor s and the files of A and B of each layer, by the path of the layer."""
+    """A LoRA adapter: the factor s and the shape (N, K) of each layer, by the path of the layer."""
 
     folder: Path
     scalings: Mapping[str, float]
+    shapes: Mapping[str, tuple[int, int]]
 
     @classmethod
     def open(cls, folder: Path) -> "Adapter":
@@ -53,7 +54,9 @@ class Adapter:
                 f"{file.name}: {odd} does not belong to a pair of lora_A and lora_B of a linear layer",
                 hint=MERGE_WITH_PEFT,
             )
-        return cls(folder, {path: _scaling(path, config, shapes) for path in paths})
+        scalings = {path: _scaling(path, config, shapes) for path in paths}
+        changed = {path: (shapes[f"{PREFIX}{path}{UP}"][0], shapes[f"{PREFIX}{path}{DOWN}"][1]) for path in paths}
+        return cls(folder, scalings, changed)
 
     def change(self, path: str) -> Tensor:
         """s B A of a layer, (N, K) float32. Raises CheckpointError if it is not finite."""

@@ -6,6 +6,8 @@ q₀, s₀ and z are the codes, scales and zero points at the start. The paramet
 grid, and `stretch` = θ (N, G); gradients pass straight through both roundings. The maths is that of
 `algorithms/kl_tuning.py`; this file makes it a module for any optimizer and trainer.
 
+Inputs are rounded as the file declares (`numerics/fake_quantize.py`).
+
 Both parameters are 0 if nothing is known, and weight decay pulls them towards the start. Their scale does not depend on
 the model, so one learning rate is good for all layers.
 """
@@ -18,7 +20,9 @@ from torch.nn import functional
 
 from llmq.algorithms import kl_tuning
 from llmq.algorithms.kl_tuning import Rates
+from llmq.numerics.fake_quantize import rounding_for
 from llmq.numerics.quantized_tensor import QuantizedTensor
+from llmq.numerics.scheme import InputScheme, Scheme
 
 BOTH_PARTS = Rates(rounding=1.0, scales=1.0)  # which parts of a state are made; the numbers are not used
 
@@ -36,11 +40,18 @@ class FakeQuantizedLinear(nn.Linear):
     zeros: Tensor | None
     group_index: Tensor | None
 
-    def __init__(self, quantized: QuantizedTensor, reference: Tensor | None, bias: Tensor | None) -> None:
+    def __init__(
+        self,
+        quantized: QuantizedTensor,
+        reference: Tensor | None,
+        bias: Tensor | None,
+        inputs: InputScheme | None = None,
+    ) -> None:
         """Start at `quantized`, with v at the place of the float weight `reference` (N, K), if it is known."""
         nn.Module.__init__(self)
         self.out_features, self.in_features = quantized.shape
         self.scheme, self._scale_dtype = quantized.scheme, quantized.scales.dtype
+        self.inputs, self._rounding = inputs, None if inputs is None else rounding_for(inputs)
         self.register_buffer("codes", quantized.codes)
         scales = quantized.scales.clone(memory_format=torch.contiguous_format)
         self.register_buffer("scale_bytes", scales.view(torch.uint8))
@@ -74,10 +85,11 @@ class FakeQuantizedLinear(nn.Linear):
             return kl_tuning.quantized(self.origin, self.offset, self.stretch)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x if self._rounding is None else self._rounding(x)
         return functional.linear(x, self.weight.to(x.dtype), self.bias)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, {self.scheme}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, {Scheme(self.scheme, self.inputs)}"
 
 
 class _FakeQuantize(torch.autograd.Function):

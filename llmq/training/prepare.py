@@ -113,11 +113,16 @@ def prepared(folder: Path, original: nn.Module | None, *, remote_code: bool = Fa
             )
         if isinstance(module, PackedLinear):
             name = next(candidate for candidate in weights.candidates(path) if candidate in modules)
-            layer = FakeQuantizedLinear(packed.read(name), _reference(original, path, module), module.bias)
+            layer = FakeQuantizedLinear(
+                packed.read(name), _reference(original, path, module), module.bias, module.inputs
+            )
             model.set_submodule(path, layer)
             names[path] = name
     if not names:
-        raise UnsupportedModelError(f"{folder} has no weight on an integer grid, so there is nothing to train")
+        raise UnsupportedModelError(
+            f"{folder} has no weight on an integer grid, so there is nothing to train",
+            hint="quantize to integers, such as --bits 4; --method best trains other grids, too",
+        )
     model.requires_grad_(False)
     for path in names:
         layer = model.get_submodule(path)

@@ -22,7 +22,7 @@ from llmq.checkpoint.reader import Checkpoint
 from llmq.checkpoint.shards import write_shards
 from llmq.checkpoint.side_files import CONFIGURATIONS, companions
 from llmq.checkpoint.writer import Writer, put_companions
-from llmq.errors import FormatError
+from llmq.errors import ConfigError, FormatError
 from llmq.export import card
 from llmq.formats import tensor_name
 from llmq.report import pages
@@ -39,6 +39,7 @@ def commit(writer: Writer, model: nn.Module) -> float:
     Returns the fraction of the quantized values that differ from the start.
     """
     origin = origin_of(model)
+    _refuse_others(model, origin)
     checkpoint = Checkpoint.open(origin.folder)
     packed = PackedWeights(checkpoint)
     tensors: dict[str, Tensor] = {}
@@ -102,6 +103,17 @@ def _companions(start: Path) -> dict[str, Path]:
     """The files next to the weights, which are copied unchanged."""
     configurations = {name: start / name for name in CONFIGURATIONS if (start / name).is_file()}
     return {**companions(start).files, **configurations}
+
+
+def _refuse_others(model: nn.Module, origin: Origin) -> None:
+    """Raise ConfigError for a trainable parameter that the files do not get: its training would be lost."""
+    written = {f"{path}.{part}" for path in origin.names for part in ("offset", "stretch")} | origin.norms.keys()
+    others = [name for name, own in model.named_parameters() if own.requires_grad and name not in written]
+    if others:
+        raise ConfigError(
+            f"{others[0]} is trainable, but only offset and stretch of quantized layers, and norms, are written",
+            hint=f"to write the model without its training: model.get_parameter({others[0]!r}).requires_grad_(False)",
+        )
 
 
 def _layers(model: nn.Module, origin: Origin) -> list[tuple[str, FakeQuantizedLinear]]:

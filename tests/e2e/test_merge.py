@@ -14,7 +14,7 @@ import llmq
 from llmq.errors import CheckpointError, UnsupportedModelError
 from llmq.report.stored_record import read_report
 from llmq.training.adapter import PREFIX, Adapter
-from llmq.training.merge import merge
+from llmq.training.merge import like_base, merge
 from tests import builders
 from tests.command_line import llmq as run
 from tests.runs import QUICK, tensors_of
@@ -107,7 +107,29 @@ def test_quantized_base_keeps_the_values_of_all_other_layers(
     assert report.verdict is not None and report.verdict.kl is not None and report.verdict.kl_rtn is not None
     assert "quality on" in done.stdout and report.source == str(quantized)
     assert json.loads((out / "config.json").read_text())["quantization_config"]["quant_method"] == "gptq"
-    assert not list(tmp_path.glob(".llmq-merged-*"))
+    assert not list(tmp_path.glob(".out-merged"))
+
+
+def test_grids_of_the_base_are_those_of_the_merge(model: Path, adapter: Any, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    overrides = ["v_proj:bits=fp8", "o_proj:bits=nvfp4", "k_proj:bits=8,group_size=channel,activations=int8"]
+    llmq.quantize(model, base, method="rtn", **QUICK, overrides=overrides)
+    settings = like_base(base, llmq.QuantConfig(method="rtn"))
+    for name, grid in {"q": "int4 g16 symmetric", "v": "fp8", "o": "nvfp4", "k": "int8 channel symmetric"}.items():
+        assert str(settings.scheme_for(f"model.layers.0.self_attn.{name}_proj")) == grid
+    inputs = [settings.inputs_for(f"model.layers.1.self_attn.{name}_proj") for name in "kq"]
+    assert str(inputs[0]) == "int8 dynamic per token" and inputs[1] is None
+    report = merge(base, adapter(), tmp_path / "out", settings, device="cpu")
+    notes = [note for note in report.notes if "rounded again" in note]
+    assert len(notes) == 2 and all("also those that the adapter does not change" in note for note in notes)
+
+
+def test_folder_of_a_killed_merge_is_replaced(quantized: Path, adapter: Any, tmp_path: Path) -> None:
+    left = tmp_path / ".out-merged" / "model" / "part-00009.safetensors"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half")
+    merge(quantized, adapter(), tmp_path / "out", like_base(quantized, llmq.QuantConfig(method="rtn")), device="cpu")
+    assert not left.parent.parent.exists()
 
 
 def test_float_base_equals_quantizing_the_merged_model(model: Path, adapter: Any, tmp_path: Path) -> None:
@@ -155,4 +177,4 @@ def test_adapters_of_other_models_are_refused(model: Path, adapter: Any, tmp_pat
         Adapter.open(model)
     with pytest.raises(CheckpointError, match="expected a number"):
         Adapter.open(adapter(lora_alpha="8"))
-    assert not list(tmp_path.glob(".llmq-merged-*"))
+    assert not list(tmp_path.glob(".out-merged"))

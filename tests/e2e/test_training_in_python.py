@@ -90,6 +90,32 @@ def test_training_lowers_the_loss_and_the_files_hold_the_trained_weights(
     llmq.verify(out).require_intact()
 
 
+@pytest.mark.parametrize("activations", ["int8", "int8:static"])
+def test_inputs_are_rounded_as_the_file_declares(activations: str, original: Path, tmp_path: Path) -> None:
+    text = builders.write_text(tmp_path / "text.txt", 1000)
+    settings: Any = {"samples": 2, "seqlen": 16, "validate": 0, "calibration": [str(text)]}
+    start = tmp_path / "start"
+    llmq.quantize(
+        original, start, bits=8, group_size="channel", activations=activations, method="gptq", device="cpu", **settings
+    )
+    model = llmq.prepare_qat(start, original=original)
+    assert torch.equal(logits(model), logits(llmq.load(start, device="cpu", fuse=False)[0]))
+    train(model, steps=2)
+    written = llmq.load(llmq.convert_qat(model, tmp_path / "out"), device="cpu", fuse=False)[0]
+    with torch.no_grad():
+        for norm in (parameter for name, parameter in model.named_parameters() if "norm" in name):
+            norm.copy_(norm.to(torch.bfloat16))  # as the file stores them
+    assert torch.equal(logits(model), logits(written))
+
+
+def test_training_that_the_files_cannot_hold_is_refused(quantized: Quantize, tmp_path: Path) -> None:
+    model = llmq.prepare_qat(quantized())
+    model.get_input_embeddings().requires_grad_(True)
+    with pytest.raises(ConfigError, match=r"embed_tokens\.weight is trainable") as caught:
+        llmq.convert_qat(model, tmp_path / "out")
+    assert "requires_grad_(False)" in caught.value.hint and not (tmp_path / "out").exists()
+
+
 def test_untrained_model_is_written_as_it_was(quantized: Quantize, tmp_path: Path) -> None:
     start = quantized()
     out = llmq.convert_qat(llmq.prepare_qat(start), tmp_path / "out")

@@ -20,6 +20,7 @@ from llmq.export import ACTIVATIONS, ONNX
 from llmq.export.conversion import Conversion, conversion_identity, writing
 from llmq.export.onnx import matmul_nbits, trace
 from llmq.export.quantized_source import QuantizedSource
+from llmq.formats import float_config
 from llmq.report.events import OnEvent, Progress, ignore
 from llmq.runtime.onnx_model import OnnxModel, is_installed
 from llmq.verification.integrity import checksums
@@ -103,7 +104,7 @@ class OnnxConverter:
         exported.save_pretrained(final)
         for file in final.iterdir():
             sync_file(file)
-        documents = {CONFIG: json_text(self._origin.float_config())}
+        documents = {CONFIG: json_text(float_config(self._origin.checkpoint.config))}
         put_companions(final, self._origin.companions.files, documents)
 
     def _compare(self, codes: Any, final: Path, on_event: OnEvent) -> None:

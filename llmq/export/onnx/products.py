@@ -34,6 +34,7 @@ class KnownWeights:
     def __init__(self, packed: PackedWeights) -> None:
         self._packed = packed
         self._first_rows = {module: packed.weight(module)[0].numpy() for module in packed.modules}
+        self._used = set[str]()
         self._by_corner: dict[float, list[str]] = defaultdict(list)
         for module, row in self._first_rows.items():
             self._by_corner[float(row[0])].append(module)
@@ -58,8 +59,10 @@ class KnownWeights:
         for start in np.flatnonzero(np.isin(matrix[0], corners)).tolist():
             if start < end:
                 continue
-            for module in self._by_corner[float(matrix[0, start])]:
+            equal_corner = self._by_corner[float(matrix[0, start])]
+            for module in sorted(equal_corner, key=self._used.__contains__):  # several may have equal values
                 if self._starts_at(matrix, start, module):
+                    self._used.add(module)
                     end = start + self._packed.shape(module)[0]
                     yield Columns(module, start, end)
                     break

@@ -48,3 +48,16 @@ def test_a_weight_that_differs_in_one_value_is_not_recognized(packed: PackedWeig
     matrix[-1, -1] += 1e-3
     assert KnownWeights(packed).columns(matrix) == [Columns(None, 0, 32)]
     assert KnownWeights(packed).columns(transposed(packed, Q)[:, :-1]) == [Columns(None, 0, 31)]
+
+
+def test_equal_weights_are_recognized_one_after_the_other(packed: PackedWeights) -> None:
+    known = KnownWeights(packed)
+    known._first_rows["copy"] = known._first_rows[Q]
+    known._by_corner[float(known._first_rows[Q][0])].append("copy")
+    original, shape = packed.weight, packed.shape
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed, "weight", lambda name: original(Q if name == "copy" else name))
+        patch.setattr(packed, "shape", lambda name: shape(Q if name == "copy" else name))
+        matrix = transposed(packed, Q)
+        modules = [part.module for _ in range(3) for part in known.columns(matrix)]
+    assert modules == [Q, "copy", Q]
