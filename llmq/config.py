@@ -98,7 +98,8 @@ class SchemeSettings(Settings):
     def scheme(self) -> WeightScheme:
         if isinstance(self.bits, int):
             return WeightScheme(**dict(self))
-        return WeightScheme.of_floats(self.bits, **{key: getattr(self, key) for key in self.model_fields_set - {"bits"}})
+        given = {key: getattr(self, key) for key in self.model_fields_set - {"bits"}}
+        return WeightScheme.of_floats(self.bits, **given)
 
 
 class Override(Settings):

@@ -29,7 +29,8 @@ def least_error_scale(counts: Tensor, limit: float, dtype: torch.dtype) -> float
     parts = torch.logspace(0, torch.log10(torch.tensor(SMALLEST)).item(), CANDIDATES, dtype=torch.float64)
     limits = torch.finfo(dtype)
     subnormal = limits.tiny * limits.eps  # inputs of 1e-3 need scales below the normal numbers of float16
-    candidates = (largest * parts / HALF_RANGE).clamp(subnormal, limits.max).to(dtype).to(torch.float64).to(counts.device)
+    candidates = (largest * parts / HALF_RANGE).clamp(subnormal, limits.max)
+    candidates = candidates.to(dtype).to(torch.float64).to(counts.device)
     x = (torch.arange(len(counts), dtype=torch.float64, device=counts.device) + 0.5) * width
     errors = [_errors(x, counts, chunk) for chunk in candidates.split(AT_ONCE)]
     return float(candidates[torch.cat(errors).argmin()])

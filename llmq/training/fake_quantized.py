@@ -18,7 +18,9 @@ from torch.nn import functional
 
 from llmq.algorithms import kl_tuning
 from llmq.algorithms.kl_tuning import Rates
+from llmq.numerics.fake_quantize import rounding_for
 from llmq.numerics.quantized_tensor import QuantizedTensor
+from llmq.numerics.scheme import InputScheme
 
 BOTH_PARTS = Rates(rounding=1.0, scales=1.0)  # which parts of a state are made; the numbers are not used
 
@@ -36,11 +38,21 @@ class FakeQuantizedLinear(nn.Linear):
     zeros: Tensor | None
     group_index: Tensor | None
 
-    def __init__(self, quantized: QuantizedTensor, reference: Tensor | None, bias: Tensor | None) -> None:
-        """Start at `quantized`, with v at the place of the float weight `reference` (N, K), if it is known."""
+    def __init__(
+        self,
+        quantized: QuantizedTensor,
+        reference: Tensor | None,
+        bias: Tensor | None,
+        inputs: InputScheme | None = None,
+    ) -> None:
+        """Start at `quantized`, with v at the place of the float weight `reference` (N, K), if it is known.
+
+        Inputs are rounded as `inputs` says, and gradients pass straight through; None: they are float.
+        """
         nn.Module.__init__(self)
         self.out_features, self.in_features = quantized.shape
         self.scheme, self._scale_dtype = quantized.scheme, quantized.scales.dtype
+        self._round = None if inputs is None else rounding_for(inputs)
         self.register_buffer("codes", quantized.codes)
         scales = quantized.scales.clone(memory_format=torch.contiguous_format)
         self.register_buffer("scale_bytes", scales.view(torch.uint8))
@@ -74,6 +86,7 @@ class FakeQuantizedLinear(nn.Linear):
             return kl_tuning.quantized(self.origin, self.offset, self.stretch)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x if self._round is None else self._round(x)
         return functional.linear(x, self.weight.to(x.dtype), self.bias)
 
     def extra_repr(self) -> str:

@@ -113,11 +113,19 @@ def prepared(folder: Path, original: nn.Module | None, *, remote_code: bool = Fa
             )
         if isinstance(module, PackedLinear):
             name = next(candidate for candidate in weights.candidates(path) if candidate in modules)
-            layer = FakeQuantizedLinear(packed.read(name), _reference(original, path, module), module.bias)
+            layer = FakeQuantizedLinear(
+                packed.read(name), _reference(original, path, module), module.bias, module.inputs
+            )
             model.set_submodule(path, layer)
             names[path] = name
     if not names:
-        raise UnsupportedModelError(f"{folder} has no weight on an integer grid, so there is nothing to train")
+        raise UnsupportedModelError(
+            f"{folder} has no weight on an integer grid, so there is nothing to train",
+            hint="quantize the original model with --bits 2 to 8",
+        )
+    if floats := [name for name in packed.modules if not packed.is_affine(name)]:
+        logger.warning("%s: %d weights are not on a grid of integers, and are not trained: %s",
+                       folder, len(floats), floats[0])  # fmt: skip
     model.requires_grad_(False)
     for path in names:
         layer = model.get_submodule(path)
