@@ -98,8 +98,7 @@ class SchemeSettings(Settings):
     def scheme(self) -> WeightScheme:
         if isinstance(self.bits, int):
             return WeightScheme(**dict(self))
-        usual = {key: field.default for key, field in SchemeSettings.model_fields.items()}
-        given = {key: value for key, value in self if key != "bits" and value != usual[key]}
+        given = {key: getattr(self, key) for key in self.model_fields_set - {"bits"}}
         return WeightScheme.of_floats(self.bits, **given)
 
 

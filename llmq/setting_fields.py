@@ -157,9 +157,16 @@ def config_to(config: Settings) -> dict[str, Any]:
 
 
 def merged(config: Table, given: Mapping[str, Any]) -> Table:
-    """`config` changed by flags or Python keywords, by their names in `settings_of`; None means not given."""
+    """`config` changed by flags or Python keywords, by their names in `settings_of`; None means not given.
+
+    Settings at their default count as not given, so that tables know which of their fields were (`model_fields_set`).
+    """
     known = settings_of(type(config))
     values = config_to(config)
+    for setting in known.values():
+        table = values[setting.table] if setting.table else values
+        if table.get(setting.key) == setting.field.default:
+            table.pop(setting.key, None)
     for name, value in given.items():
         if name not in known:
             raise ConfigError(f"unknown setting: {name!r}", hint=f"known are {listed(sorted(known))}")

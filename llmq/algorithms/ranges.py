@@ -27,8 +27,10 @@ def least_error_scale(counts: Tensor, limit: float, dtype: torch.dtype) -> float
     width = limit / len(counts)
     largest = (int(filled.max()) + 1) * width
     parts = torch.logspace(0, torch.log10(torch.tensor(SMALLEST)).item(), CANDIDATES, dtype=torch.float64)
-    tiny = torch.finfo(dtype).tiny
-    candidates = (largest * parts / HALF_RANGE).clamp_min(tiny).to(dtype).to(torch.float64).to(counts.device)
+    limits = torch.finfo(dtype)
+    subnormal = limits.tiny * limits.eps  # inputs of 1e-3 need scales below the normal numbers of float16
+    candidates = (largest * parts / HALF_RANGE).clamp(subnormal, limits.max)
+    candidates = candidates.to(dtype).to(torch.float64).to(counts.device)
     x = (torch.arange(len(counts), dtype=torch.float64, device=counts.device) + 0.5) * width
     errors = [_errors(x, counts, chunk) for chunk in candidates.split(AT_ONCE)]
     return float(candidates[torch.cat(errors).argmin()])

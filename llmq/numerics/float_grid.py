@@ -33,6 +33,7 @@ E4M3 = torch.float8_e4m3fn
 LARGEST_E4M3, SMALLEST_E4M3 = 448.0, 2.0**-6  # the smallest with all digits
 HEADROOM = 2.0  # of the largest scale, for stages that raise it
 LOWEST_EXPONENT, HIGHEST_EXPONENT = -126, 127  # of E8M0 as normal float32
+LARGEST_GLOBAL = 120  # exponent, with which the smallest scale is a normal float32
 STEPS_E4M3 = (0, *(step for size in range(1, 7) for step in (-size, size)))  # from the min-max scale; 8 are an octave
 STEPS_E8M0 = (0, -1, 1)
 ELEMENTS_AT_ONCE = {"cpu": 1 << 18}  # fits into its cache
@@ -50,7 +51,8 @@ def global_scale(weights: Iterable[Tensor]) -> float:
     largest = max(float(weight.abs().amax()) for weight in weights)
     if not 0 < largest < math.inf:
         return 1.0
-    return 2.0 ** math.floor(math.log2(LARGEST_E4M3 / HEADROOM * TOP / largest))
+    exponent = math.floor(math.log2(LARGEST_E4M3 / HEADROOM * TOP) - math.log2(largest))
+    return 2.0 ** min(exponent, LARGEST_GLOBAL)
 
 
 def fit(

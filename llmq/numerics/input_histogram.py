@@ -15,6 +15,7 @@ from llmq.distributed.ranks import Ranks
 
 BINS = 16_384
 LEVELS = 65_535  # of the importance of a column
+SMALLEST_LIMIT = 2.0**-100  # far from where BINS / limit ends in float32
 
 
 class InputHistogram:
@@ -46,7 +47,7 @@ class InputHistogram:
     def _grow(self, largest: float) -> None:
         """Double `limit` until it holds `largest`; two bins become one."""
         if largest > self.limit == 0:
-            self.limit = 2.0 ** math.ceil(math.log2(largest))
+            self.limit = max(2.0 ** math.ceil(math.log2(largest)), SMALLEST_LIMIT)
         while largest > self.limit:
             half = self.counts.view(-1, 2).sum(1)
             self.counts = torch.cat([half, torch.zeros_like(half)])

@@ -61,7 +61,7 @@ def in_range(run: Run, block: Block, groups: Sequence[Group]) -> tuple[list[Grou
 
 def out_of_range(weight: Tensor, scheme: WeightScheme, values: ScaleDtype) -> str | None:
     """Why the scales of a weight (N, K) float32 on a grid cannot be stored as `values`; None if they can."""
-    if scheme.few_scales:  # exponents of their scales reach as far as those of float32
+    if scheme.few_scales:  # what is lost next to a fused weight that is far larger is seen in the output (`repair.py`)
         return None
     needed, stored = _shared_scales(weight, scheme) if scheme.two_level else _scales(weight, scheme, values)
     changed = (stored - needed).abs() > CHANGED * needed

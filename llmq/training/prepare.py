@@ -123,6 +123,9 @@ def prepared(folder: Path, original: nn.Module | None, *, remote_code: bool = Fa
             f"{folder} has no weight on an integer grid, so there is nothing to train",
             hint="quantize to integers, such as --bits 4; --method best trains other grids, too",
         )
+    if floats := [name for name in packed.modules if not packed.is_affine(name)]:
+        logger.warning("%s: %d weights are not on a grid of integers, and are not trained: %s",
+                       folder, len(floats), floats[0])  # fmt: skip
     model.requires_grad_(False)
     for path in names:
         layer = model.get_submodule(path)

@@ -470,6 +470,7 @@ def test_bits_may_be_a_grid_of_floats() -> None:
     ("settings", "words"),
     [
         ({"bits": "nvfp4", "group_size": 32}, "group_size is 32, but nvfp4 has group_size 16"),
+        ({"bits": "nvfp4", "group_size": 128}, "group_size is 128, but nvfp4 has group_size 16"),  # the usual size
         ({"bits": "mxfp4", "symmetric": False}, "symmetric is False, but mxfp4 has symmetric True"),
         ({"bits": "nvfp5"}, "bits is 'nvfp5', expected one of 2, 3, 4, 5, 6, 7, 8, nvfp4, mxfp4, fp8"),
         ({"bits": "nvfp4", "overrides": ["x:group_size=64"]}, "groups of 64 are not the grid nvfp4"),
@@ -478,6 +479,12 @@ def test_bits_may_be_a_grid_of_floats() -> None:
 def test_a_grid_of_floats_fixes_the_other_fields(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(words)):
         merged(QuantConfig(), settings)
+
+
+def test_a_flag_for_a_grid_of_floats_replaces_integers_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "settings.toml").write_text("[scheme]\nbits = 8\n")
+    config = QuantConfig.model_validate(read_toml(tmp_path / "settings.toml"))
+    assert merged(config, {"bits": "nvfp4"}).scheme == WeightScheme.of_floats("nvfp4")
 
 
 def test_the_last_override_of_activations_wins() -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmq.errors import FormatError
 from llmq.formats.codecs import checks, ct_floats
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import InputScheme, Scheme, WeightScheme
@@ -134,7 +135,12 @@ def pack_bytes(q: QuantizedTensor) -> dict[str, Tensor]:
 
 
 def tensors_of(inputs: InputScheme, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of quantized inputs: the scale of static ones, in the dtype of the scales of the weight."""
+    """The tensors of quantized inputs: the scale of static ones, in the dtype of the scales of the weight.
+
+    Raises FormatError for static inputs whose scale was not measured.
+    """
+    if inputs.scales == "static" and inputs.scale is None:
+        raise FormatError("the inputs have no static scale, expected one", hint="use dynamic scales: activations=int8")
     return {} if inputs.scale is None else {SCALE: torch.tensor([inputs.scale], dtype=dtype)}
 
 

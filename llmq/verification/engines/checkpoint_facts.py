@@ -41,6 +41,11 @@ class Linear:
         return self.scheme is not None or not self.affine
 
     @property
+    def weights_alone(self) -> bool:
+        """Whether weights are integers and inputs are float, which is what Marlin and other packed kernels compute."""
+        return self.scheme is not None and self.scheme.floats is None and self.inputs is None
+
+    @property
     def last(self) -> str:
         """`q_proj`"""
         return self.name.rpartition(".")[2]

@@ -93,9 +93,7 @@ def gptq_grid(linear: Linear) -> str | None:
 
 def marlin_group(linear: Linear) -> str | None:
     scheme = linear.scheme
-    if scheme is None or scheme.floats or linear.inputs is not None:
-        return None
-    if scheme.group_size in ("channel", "tensor", *MARLIN_GROUPS):
+    if scheme is None or not linear.weights_alone or scheme.group_size in ("channel", "tensor", *MARLIN_GROUPS):
         return None
     return f"groups of {scheme.group_size}, but only 32, 64, 128 and one group per row are supported"
 
@@ -204,15 +202,13 @@ def floats(*names: str) -> Question:
 
 
 def other_bits(linear: Linear) -> str | None:
-    if linear.scheme is None or linear.inputs is not None or linear.scheme.bits in (4, 8):
-        return None
-    return f"{linear.scheme.bits} bits"
+    scheme = linear.scheme
+    return None if scheme is None or not linear.weights_alone or scheme.bits in (4, 8) else f"{scheme.bits} bits"
 
 
 def not_four_bits(linear: Linear) -> str | None:
-    if linear.scheme is None or linear.inputs is not None or linear.scheme.bits == 4:
-        return None
-    return f"{linear.scheme.bits} bits"
+    scheme = linear.scheme
+    return None if scheme is None or not linear.weights_alone or scheme.bits == 4 else f"{scheme.bits} bits"
 
 
 def other_zeros(linear: Linear) -> str | None:
@@ -272,7 +268,7 @@ def awq_bits(linear: Linear) -> str | None:
 
 def off_tiles(subject: Subject) -> Iterator[str]:
     """One text for all layers, with the first size as an example."""
-    off = [linear for linear in subject.packed if linear.inputs is None and tiles(linear)]
+    off = [linear for linear in subject.packed if linear.weights_alone and tiles(linear)]
     if off:
         yield tensor_parallel.summary([linear.name for linear in off], str(tiles(off[0])))
 

@@ -64,14 +64,14 @@ def obstacles(subject: Subject, size: int) -> list[str]:
 def off_tiles(subject: Subject, size: int) -> list[str]:
     """Layers, possibly fused, whose part on each of `size` GPUs does not fit the tiles of Marlin.
 
-    Experts are not checked, because they use another kernel.
+    Experts, floats and layers with quantized inputs are not checked, because they use other kernels.
     """
     joined = {name: members for name, members in fused(subject) if not name.endswith(".experts")}
     inside = {linear.name for members in joined.values() for linear in members}
     joined |= {linear.name: [linear] for linear in subject.packed if linear.name not in inside}
     by_text: dict[str, list[str]] = {}
     for name, members in joined.items():
-        if ".experts." in name or not all(linear.packed for linear in members):
+        if ".experts." in name or not all(linear.weights_alone for linear in members):
             continue
         cut_inputs, whole = members[0].last in ROW_PARALLEL, members[0].last in REPLICATED
         N = sum(linear.out_features for linear in members) // (1 if cut_inputs or whole else size)
@@ -133,7 +133,7 @@ def _rows(linear: Linear, size: int) -> Iterator[str]:
     shard, rest = divmod(linear.out_features, size)
     if rest:
         yield f"its {linear.out_features} outputs are not divisible by {size}"
-    elif shard % _per_word(linear):
+    elif (linear.scheme is None or linear.scheme.floats is None) and shard % _per_word(linear):
         yield f"split within a word of {_per_word(linear)} zero points: {shard} outputs per GPU"
 
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from llmq.algorithms.ranges import least_error_scale
 from llmq.distributed.ranks import ALONE
+from llmq.numerics.fake_quantize import int8_per_tensor
 from llmq.numerics.input_histogram import BINS, InputHistogram
 
 
@@ -76,3 +77,14 @@ def test_values_that_are_not_finite_are_left_out() -> None:
     histogram.update(torch.tensor([[1.0, float("inf")], [float("nan"), -0.5]]))
     assert histogram.limit == 1.0
     assert histogram.counts[0] == 2 * histogram.counts[BINS // 2] == 2 * histogram.counts[-1]
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e-42])
+def test_small_inputs_have_a_scale_in_float16(size: float) -> None:
+    histogram = InputHistogram(torch.ones(32))
+    x = inputs(1.0) * size
+    histogram.update(x)
+    scale = least_error_scale(histogram.counts, histogram.limit, torch.float16)
+    assert scale == float(torch.tensor(scale, dtype=torch.float16)) and scale > 0
+    if size == 1e-3:
+        assert float((int8_per_tensor(x, scale) - x).norm() / x.norm()) < 0.02

@@ -134,3 +134,9 @@ def test_zero_points_with_quantized_inputs_are_refused() -> None:
 def test_other_formats_have_no_place_for_quantized_inputs(name: str) -> None:
     with pytest.raises(ConfigError, match="no place for quantized inputs"):
         formats.load(name).declare({"a": Scheme(GROUPED, DYNAMIC)}, [])
+
+
+def test_static_inputs_without_a_scale_are_not_written() -> None:
+    assert LAYOUT.with_inputs is not None
+    with pytest.raises(FormatError, match="no static scale"):
+        LAYOUT.with_inputs.pack(weight(CHANNEL), InputScheme("int8", "static"))

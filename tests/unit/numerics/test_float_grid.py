@@ -147,3 +147,13 @@ def test_fused_weights_share_a_global_scale() -> None:
     q, k = (rtn.round_weight(w, None, NVFP4, options.on(NVFP4)).quantized for w in (small, large))
     assert q.global_scale is not None and k.global_scale is not None
     assert torch.equal(q.global_scale, k.global_scale)
+
+
+@pytest.mark.parametrize("size", [1e-40, 1e-37, 1e-30, 1e30])
+def test_weights_of_any_size_have_a_global_scale(size: float) -> None:
+    q = on_grid(NVFP4, weight() * size)
+    assert q.global_scale is not None and bool(q.global_scale.isfinite().all())
+    assert torch.equal(float_grid.storable(q.scales, NVFP4, q.shared), q.scales)
+    if size > 1e-40:
+        error = (q.dequantize() - weight() * size).double().norm() / (weight() * size).double().norm()
+        assert float(error) < 0.15

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from llmq.numerics import affine_grid
+from llmq.numerics.fake_quantize import int8_per_token
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import GroupSize, WeightScheme
+from llmq.numerics.scheme import GroupSize, InputScheme, WeightScheme
 from llmq.training.fake_quantized import FakeQuantizedLinear
 
 STEP = 1.0  # the loss is quadratic in a single value, so a central difference is exact, and a large one has no noise
@@ -79,6 +80,15 @@ def test_gradient_of_the_input_and_the_bias() -> None:
     (layer(inputs) * random(8, N, seed=2)).sum().backward()
     assert inputs.grad is not None
     assert torch.allclose(inputs.grad, random(8, N, seed=2) @ layer.weight.detach())
+
+
+def test_inputs_are_rounded_as_the_file_declares() -> None:
+    layer = FakeQuantizedLinear(rounded(4, symmetric=True), None, None, InputScheme("int8", "dynamic"))
+    inputs = random(8, K, seed=1).requires_grad_(True)
+    outputs = layer(inputs)
+    assert torch.equal(outputs, int8_per_token(inputs.detach()) @ layer.weight.T)
+    outputs.sum().backward()  # straight through
+    assert inputs.grad is not None and torch.allclose(inputs.grad, layer.weight.detach().sum(0).expand(8, K))
 
 
 def test_values_out_of_range_are_not_pushed_further() -> None:
