@@ -1,6 +1,6 @@
 """Which parts of a model are hard to quantize: the loss when each kind of part is rounded alone.
 
-    python eval/hard_parts.py [--models tiny-python-llama tiny-python-qwen3 smollm2] [--yardstick FOLDER]
+    python eval/hard_parts.py [--models tiny-python-llama tiny-python-qwen3 smollm2]
     python eval/hard_parts.py --render
 
 One kind of part is rounded at a time, everything else is float32: weights of a kind of layer, inputs of a kind of
@@ -264,14 +264,14 @@ def draw(rows: list[Row]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS[:2]))
-    parser.add_argument("--yardstick", type=Path, default=YARDSTICK, help="the folder that yardstick.py made")
+    parser.add_argument("--folder", type=Path, default=YARDSTICK, help="the folder with smollm2 and its texts")
     parser.add_argument("--render", action="store_true", help="only write the page")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     for model in arguments.models if not arguments.render else ():
         with tempfile.TemporaryDirectory() as scratch:
-            text = strata(arguments.yardstick)[1][0] if model == "smollm2" else texts(model, Path(scratch))[1]
-            measure(model, folder_of(model, arguments.yardstick), text, LENGTH, WINDOWS.get(model, 64))
+            text = strata(arguments.folder)[1][0] if model == "smollm2" else texts(model, Path(scratch))[1]
+            measure(model, folder_of(model, arguments.folder), text, LENGTH, WINDOWS.get(model, 64))
     rows = read(JSON)
     draw(rows)
     MARKDOWN.write_text(render(rows), encoding="utf-8")

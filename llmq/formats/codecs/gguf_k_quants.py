@@ -261,7 +261,7 @@ def _split_pairs(stored: Bytes) -> Codes:
 
 
 def _require_bits(*numbers: NDArray[Any], bits: int) -> None:
-    """Raise FormatError for the scale or the minimum of a sub-block that does not have so many bits."""
+    """Raise FormatError for the scale or the minimum of a sub-block that has more bits."""
     for values in numbers:
         if values.size and not 0 <= int(values.min()) <= int(values.max()) < 1 << bits:
             raise FormatError(f"the scale or the minimum of a sub-block does not fit into {bits} bits")

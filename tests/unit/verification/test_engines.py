@@ -357,7 +357,7 @@ def test_tiles_are_checked_for_fused_layers() -> None:
 
 @pytest.mark.parametrize("changes", [{"scheme": WeightScheme.of_floats("nvfp4")}, {"inputs": InputScheme("int8")}])
 def test_rules_of_packed_integers_are_not_for_other_layers(changes: dict[str, Any]) -> None:
-    """72 rows and 96 columns do not fit the tiles of Marlin; 36 rows are no whole words of zero points."""
+    """72 rows and 96 columns do not fit the tiles of Marlin; 36 rows do not fill words of zero points."""
     odd = Linear("model.layers.0.mlp.up_proj", 72, 96, WeightScheme(8, "channel"))
     other = dataclasses.replace(model(CT), linears=(dataclasses.replace(odd, **changes),))
     rules = {finding.rule for finding in judge(other)}
