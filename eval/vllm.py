@@ -133,14 +133,20 @@ def run(scratch: Path, model: str, case: str, python: str) -> Row:
     except LlmqError as error:
         return {**row, "written": str(error)}
     path = out if settings else original
-    verified = llmq.verify(path, quick=True)
-    row["verify"] = [finding.text for finding in verified.findings if finding.engine == "vLLM" and finding.in_the_way]
+    row["verify"] = findings(path)
     dtype = dtype_of(model, case)
     try:
         agreement = compare(path, VLLM, python=python, dtype=dtype, reference=case in FOUR_BITS, device="cpu")
     except LlmqError as error:
         return {**row, "dtype": dtype, "refused": last_line(str(error))}
     return {**row, **agreement.to_dict()}
+
+
+def findings(path: Path) -> list[str]:
+    """What `llmq verify` says against vLLM, or does not know."""
+    found = llmq.verify(path, quick=True).findings
+    against = [entry for entry in found if entry.engine == "vLLM" and entry.outcome in ("refuses", "wrong", "unknown")]
+    return [entry.text for entry in against if not entry.gpus]
 
 
 def last_line(message: str) -> str:

@@ -410,7 +410,7 @@ def test_nested_language_model_config_is_read() -> None:
 
 def test_mlx_reads_its_own_format() -> None:
     own = model({"quant_method": "mlx", "bits": 4, "group_size": 128})
-    assert serves(own)["MLX"] == serves(own)["transformers"] == (1,) and loads(own)["vLLM"] is None
+    assert serves(own)["MLX"] == serves(own)["transformers"] == (1,) and loads(own)["vLLM"] is False
     wide = violations(model(AWQ, WeightScheme(4, 256)), "MLX", "awq in MLX")
     assert len(wide) == len(SHAPES) and "groups of 256" in wide[0]
 
