@@ -64,6 +64,8 @@ def open_model(
     Raises UnsupportedModelError if transformers or llmq cannot build it, FormatError for an unknown packing, and the
     errors of `whole_model.require`.
     """
+    if complete:
+        module_tree.require_tensors_for_layers(checkpoint.folder, len(checkpoint.names()))
     model = module_tree.build(checkpoint.folder, dtype=dtype, remote_code=remote_code)
     packed = None if quantization_settings(checkpoint) is None else PackedWeights(checkpoint)
     names = frozenset() if packed is None else frozenset(packed.weight_names())

@@ -8,17 +8,19 @@ import torch
 from torch import nn
 
 from llmq.checkpoint.index import read_json_object
-from llmq.errors import UnsupportedModelError
+from llmq.errors import CheckpointError, UnsupportedModelError
 from llmq.model.build import conv1d
 
 CONFIG = "config.json"
 # Keys of config.json that count modules, and those of sizes, with the largest plausible value: building a model takes
 # seconds with as many modules of one kind, and megabytes with buffers of such sizes.
+LAYERS = re.compile(r"(num|n)_(\w+_)?(layers?|blocks)|\w+_layers|depth")
 LIMITS = (
-    (re.compile(r"(num|n)_(\w+_)?(layers?|blocks)|\w+_layers|depth"), 512),
+    (LAYERS, 512),
     (re.compile(r"(num|n)_(\w+_)?experts"), 4096),
     (re.compile(r"\w+_(size|dim|rank|width|embd|heads|head)|d_\w+|n_(embd|head|inner)"), 2**24),
 )
+FEW_LAYERS = 64
 
 
 def build(folder: Path, *, dtype: torch.dtype, remote_code: bool) -> nn.Module:
@@ -82,6 +84,21 @@ def _require_plausible(folder: Path, config: dict[str, Any]) -> None:
         if limit is not None and isinstance(number, int) and number > limit:
             message = f"{folder / CONFIG} declares {key} as {number}, expected at most {limit}"
             raise UnsupportedModelError(message, hint="download or copy the file again")
+
+
+def require_tensors_for_layers(folder: Path, tensors: int) -> None:
+    """Raise CheckpointError if config.json declares more layers than the weights have tensors.
+
+    It takes seconds to build a model of many layers. Up to `FEW_LAYERS` are left to the comparison of all tensors.
+    """
+    config = read_json_object(folder / CONFIG)
+    for part in (config, *(part for part in config.values() if isinstance(part, dict))):
+        for key, number in part.items():
+            if LAYERS.fullmatch(key) and isinstance(number, int) and number > max(FEW_LAYERS, tensors):
+                raise CheckpointError(
+                    f"{folder / CONFIG} declares {key} as {number}, and the weights have {tensors} tensors",
+                    hint="copy config.json from the original model, or download the missing weights",
+                )
 
 
 def auto_class(config: Any, *, remote_code: bool) -> Any:

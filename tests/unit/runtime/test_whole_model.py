@@ -147,3 +147,12 @@ def test_scales_of_an_activation_are_refused(checkpoint: Checkpoints, tmp_path: 
     for command in (inspect, llmq.load, lambda model: dict(llmq.dequantize(model))):
         with pytest.raises(FormatError, match=name):
             command(folder)
+
+
+def test_more_layers_than_tensors_are_refused_before_the_model_is_built(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(checkpoint("llama"), tmp_path / "many")
+    builders.change_json(folder / "config.json", num_hidden_layers=255)
+    with pytest.raises(CheckpointError, match="num_hidden_layers as 255, and the weights have"):
+        open_model(Checkpoint.open(folder), torch.float32)
