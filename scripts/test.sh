@@ -55,7 +55,10 @@ part() {
 
 # About half of the work, for a second core. The interpreter of Triton 3.6 converts arrays to numbers in a way that NumPy
 # has deprecated.
-second=(tests/kernels tests/fuzz tests/faults tests/e2e/test_architectures.py tests/e2e/test_odd_runs.py)
+second=(
+    tests/kernels tests/fuzz tests/faults tests/e2e/test_architectures.py tests/e2e/test_odd_runs.py
+    tests/e2e/test_train.py tests/e2e/test_training_in_python.py tests/e2e/test_merge.py
+)
 second_half() {
     if [ -n "$triton36" ]; then
         local deprecated="ignore:Conversion of an array with ndim > 0:DeprecationWarning"
@@ -66,7 +69,7 @@ second_half() {
     fi
     part 6 "packages of other tools" "$environment-interop/bin/python" -m pytest -p no:cacheprovider -m interop tests/interop
     part 9 "ONNX" "$environment-onnx/bin/python" -m pytest -p no:cacheprovider -m interop tests/interop/test_onnx.py
-    part 7 "kernels, architectures, faults" "$python" -m pytest -p no:cacheprovider "${second[@]}"
+    part 7 "kernels, architectures, faults, training" "$python" -m pytest -p no:cacheprovider "${second[@]}"
 }
 second_half >"$results/second_half.log" 2>&1 &
 running=$!
