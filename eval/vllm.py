@@ -144,8 +144,11 @@ def run(scratch: Path, model: str, case: str, python: str) -> Row:
 
 def findings(path: Path) -> list[str]:
     """What `llmq verify` says against vLLM, or does not know."""
-    found = llmq.verify(path, quick=True).findings
-    against = [entry for entry in found if entry.engine == "vLLM" and entry.outcome in ("refuses", "wrong", "unknown")]
+    against = [
+        entry
+        for entry in llmq.verify(path, quick=True).findings
+        if entry.engine == "vLLM" and entry.outcome in ("refuses", "wrong", "unknown")
+    ]
     return [entry.text for entry in against if not entry.gpus]
 
 
