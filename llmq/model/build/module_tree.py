@@ -14,9 +14,9 @@ from llmq.model.build import conv1d
 CONFIG = "config.json"
 # Keys of config.json that count modules, and those of sizes, with the largest plausible value: building a model takes
 # seconds with as many modules of one kind, and megabytes with buffers of such sizes.
-LAYERS = re.compile(r"(num|n)_(\w+_)?(layers?|blocks)|\w+_layers|depth")
+LAYERS = re.compile(r"(num|n)_(\w+_)?(layers?|blocks)")
 LIMITS = (
-    (LAYERS, 512),
+    (re.compile(rf"{LAYERS.pattern}|\w+_layers|depth"), 512),
     (re.compile(r"(num|n)_(\w+_)?experts"), 4096),
     (re.compile(r"\w+_(size|dim|rank|width|embd|heads|head)|d_\w+|n_(embd|head|inner)"), 2**24),
 )
