@@ -7,9 +7,8 @@ from typing import Annotated
 from typer import Option
 
 from llmq.cli import options, writing
-from llmq.cli.terminal import messages
+from llmq.cli.terminal import interruptible, messages
 from llmq.engines.sampling import Sampling
-from llmq.errors import Interrupted
 
 PANEL, ORDER = "Run", 2
 
@@ -59,7 +58,7 @@ def command(
     for name, writer in writers.items():
         writing.require_template(name, writer, "a chat", "continue a text instead, with llmq generate")
     chats = {name: writing.conversation(system) for name in writers}
-    try:
+    with interruptible("Ctrl-D ends a chat, too"):
         for line in _lines():
             answers: dict[str, str] = {}
             for name, chat in chats.items():
@@ -70,8 +69,6 @@ def command(
                 chat.append({"role": "assistant", "content": answers[name]})
             if len(answers) > 1:
                 writing.print_compared(answers)
-    except KeyboardInterrupt:
-        raise Interrupted("interrupted", hint="Ctrl-D ends a chat, too") from None
 
 
 def _lines() -> Iterator[str]:

@@ -8,9 +8,8 @@ from typer import Argument, Option
 from llmq.cli import options
 from llmq.cli.paths import begin
 from llmq.cli.progress import ProgressDisplay
-from llmq.cli.terminal import print_done, print_json, print_notes, print_table, quiet_transformers
+from llmq.cli.terminal import interruptible, print_done, print_json, print_notes, print_table, quiet_transformers
 from llmq.config import CONVERTIBLE
-from llmq.errors import Interrupted
 from llmq.export import ACTIVATIONS, FLOAT, FLOAT_DTYPES, ONNX
 from llmq.report.shown import megabytes
 
@@ -90,16 +89,13 @@ def command(
     from llmq.export.any_format import convert
 
     quiet_transformers()
-    try:
-        with ProgressDisplay(silent=quiet, log=log_json) as display:
-            report = convert(
-                path, out, to=to, dtype=dtype, activations=activations, source=source,
-                allow_requantize=allow_requantize, overwrite=overwrite, trust_remote_code=trust_remote_code,
-                on_event=display,
-            )  # fmt: skip
-    except KeyboardInterrupt:
-        hint = "repeat the command: it continues where it stopped"
-        raise Interrupted("interrupted", hint=hint) from None
+    hint = "repeat the command: it continues where it stopped"
+    with interruptible(hint), ProgressDisplay(silent=quiet, log=log_json) as display:
+        report = convert(
+            path, out, to=to, dtype=dtype, activations=activations, source=source,
+            allow_requantize=allow_requantize, overwrite=overwrite, trust_remote_code=trust_remote_code,
+            on_event=display,
+        )  # fmt: skip
     print_notes(report.notes)
     print_done("finished already:" if report.finished else "done:", f" {out}")
     if json:

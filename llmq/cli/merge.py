@@ -8,10 +8,9 @@ from typer import Argument, Option
 from llmq.cli import options
 from llmq.cli.paths import begin
 from llmq.cli.progress import ProgressDisplay
-from llmq.cli.terminal import print_done, print_json, print_notes, print_table, quiet_transformers
+from llmq.cli.terminal import interruptible, print_done, print_json, print_notes, print_table, quiet_transformers
 from llmq.cli.verdict import print_verdict, require
 from llmq.config import CONVERTIBLE, QuantConfig
-from llmq.errors import Interrupted
 from llmq.methods import METHODS
 from llmq.numerics.scheme import BITS, GROUP_SIZES
 from llmq.report.shown import megabytes
@@ -93,15 +92,12 @@ def command(
     }  # fmt: skip
     below = QuantConfig.model_validate(read_toml(config)) if config else QuantConfig(method="gptq")
     settings = merged(like_base(hub.locate(model, remote_code=trust_remote_code), below), given)
-    try:
-        with ProgressDisplay(silent=quiet, log=log_json) as display:
-            report = merge(
-                model, adapter, out, settings, device=device, overwrite=overwrite, trust_remote_code=trust_remote_code,
-                on_event=display,
-            )  # fmt: skip
-    except KeyboardInterrupt:
-        hint = "repeat the command: it continues after the last finished block"
-        raise Interrupted("interrupted", hint=hint) from None
+    hint = "repeat the command: it continues after the last finished block"
+    with interruptible(hint), ProgressDisplay(silent=quiet, log=log_json) as display:
+        report = merge(
+            model, adapter, out, settings, device=device, overwrite=overwrite, trust_remote_code=trust_remote_code,
+            on_event=display,
+        )  # fmt: skip
     print_notes(report.notes)
     print_done("done:", f" {out}")
     if json:

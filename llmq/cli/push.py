@@ -9,8 +9,8 @@ from llmq.cli import options
 from llmq.cli.paths import begin
 from llmq.cli.progress import ProgressDisplay
 from llmq.cli.streams import print_text
-from llmq.cli.terminal import print_done, print_json, print_notes, print_table, quiet_transformers
-from llmq.errors import CheckpointError, Interrupted
+from llmq.cli.terminal import interruptible, print_done, print_json, print_notes, print_table, quiet_transformers
+from llmq.errors import CheckpointError
 from llmq.report.shown import megabytes
 
 PANEL, ORDER = "Quantization", 3
@@ -74,10 +74,8 @@ def command(
         print_table(f"{out} → {repository}", ("file", "size"), rows)
         print_text(f"left out: {', '.join(chosen.left_out) or 'nothing'}")
         return
-    try:
+    with interruptible("repeat the command: uploaded files are kept"):
         address = push(chosen, repository, public=public)
-    except KeyboardInterrupt:
-        raise Interrupted("interrupted", hint="repeat the command: uploaded files are kept") from None
     print_done("done:", f" {len(sizes)} files, {megabytes(sum(sizes.values()))}")
     if json:
         print_json({"repository": repository, "url": address, "files": sizes})

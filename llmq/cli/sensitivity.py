@@ -9,9 +9,9 @@ from llmq.cli import options
 from llmq.cli.paths import begin
 from llmq.cli.progress import ProgressDisplay
 from llmq.cli.streams import print_text
-from llmq.cli.terminal import print_json, print_notes, print_table, quiet_transformers
+from llmq.cli.terminal import interruptible, print_json, print_notes, print_table, quiet_transformers
 from llmq.config import QuantConfig, parse_number
-from llmq.errors import ConfigError, Interrupted
+from llmq.errors import ConfigError
 from llmq.numerics.scheme import FLOAT_GRIDS, GroupSize, WeightScheme
 
 if TYPE_CHECKING:
@@ -94,11 +94,9 @@ def command(
 
     quiet_transformers()
     job = Job(model, None, settings, device=device, revision=revision, trust_remote_code=trust_remote_code)
-    try:
-        with ProgressDisplay(silent=quiet, log=log_json) as display:
-            result = job.measure_layers(schemes, windows, display)
-    except KeyboardInterrupt:
-        raise Interrupted("interrupted", hint="use fewer --windows to save time") from None
+    hint = "use fewer --windows to save time"
+    with interruptible(hint), ProgressDisplay(silent=quiet, log=log_json) as display:
+        result = job.measure_layers(schemes, windows, display)
     plan = None if settings.target_bits is None else assign.spend(result, settings.target_bits)
     if plot is not None:
         heat_map.draw(result, plot)

@@ -11,7 +11,7 @@ from rich.segment import Segment
 from rich.table import Table
 
 from llmq.cli.streams import print_text
-from llmq.errors import LlmqError
+from llmq.errors import Interrupted, LlmqError
 from llmq.report.escaped import printable
 from llmq_kernels.errors import KernelWarning
 
@@ -119,3 +119,12 @@ def quiet_transformers() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+@contextmanager
+def interruptible(hint: str) -> Iterator[None]:
+    """Ctrl-C and SIGTERM are an error with a hint, and not a traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted", hint=hint) from None

@@ -10,9 +10,8 @@ from typer import Argument, Option
 from llmq.cli import options
 from llmq.cli.paths import begin
 from llmq.cli.progress import ProgressDisplay
-from llmq.cli.terminal import print_done, print_json, print_notes, print_table, quiet_transformers
+from llmq.cli.terminal import interruptible, print_done, print_json, print_notes, print_table, quiet_transformers
 from llmq.config import CONVERTIBLE, QuantConfig
-from llmq.errors import Interrupted
 from llmq.methods import METHODS
 from llmq.numerics.scheme import BITS, GROUP_SIZES
 from llmq.setting_fields import merged
@@ -116,7 +115,7 @@ def command(
     given = {"method": method, "bits": bits, "group_size": group_size, "format": format, "samples": samples}
     has_start = any(value is not None for value in given.values())
     start = merged(QuantConfig(method="fast"), given) if has_start else None
-    try:
+    with interruptible("repeat the command: it continues after the last validation"):
         training = Training(
             model, out, data, original=original, settings=settings, start=start, device=device, tracker=tracker,
             overwrite=overwrite, trust_remote_code=trust_remote_code,
@@ -124,9 +123,6 @@ def command(
         first = os.environ.get("RANK", "0") == "0"
         with ProgressDisplay(silent=quiet or not first, log=log_json if first else None) as display:
             report = training.run(display)
-    except KeyboardInterrupt:
-        hint = "repeat the command: it continues after the last validation"
-        raise Interrupted("interrupted", hint=hint) from None
     if report is None:
         return
     print_notes(report.notes)
