@@ -23,6 +23,7 @@ name, the `Reading` that `unpack` needs.
 Nothing here imports torch until a format is loaded, so that `llmq --help` can list the names.
 """
 
+import functools
 import importlib
 import pkgutil
 import re
@@ -55,10 +56,7 @@ def load(name: str) -> "Layout":
 
 def readable() -> "list[Readable]":
     """All formats that a checkpoint can have, also those that llmq only reads."""
-    modules = pkgutil.iter_modules(read_only.__path__, f"{read_only.__name__}.")
-    only_read: list[Readable] = [importlib.import_module(module.name).LAYOUT for module in modules]
-    layouts = [*only_read, *(load(name) for name in names())]
-    return sorted((layout for layout in layouts if layout.quant_methods), key=lambda layout: layout.name)
+    return list(_readable())
 
 
 def detect(quantization_config: Mapping[str, Any]) -> "Readable":
@@ -102,6 +100,15 @@ def tensor_name(module: str, suffix: str) -> str:
     return module + suffix if suffix.startswith("_") else f"{module}.{suffix}"
 
 
+@functools.cache
+def _readable() -> "tuple[Readable, ...]":
+    modules = pkgutil.iter_modules(read_only.__path__, f"{read_only.__name__}.")
+    only_read: list[Readable] = [importlib.import_module(module.name).LAYOUT for module in modules]
+    layouts = [*only_read, *(load(name) for name in names())]
+    return tuple(sorted((layout for layout in layouts if layout.quant_methods), key=lambda layout: layout.name))
+
+
+@functools.cache
 def _files() -> dict[str, str]:
     """Name -> file of all formats that can be written: compressed-tensors -> compressed_tensors, gptq_v2 -> gptq_v2.
 
