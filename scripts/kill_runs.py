@@ -45,7 +45,7 @@ from llmq.numerics.gguf_types import GGUF_GRIDS  # noqa: E402
 from llmq.setting_fields import merged  # noqa: E402
 from tests import builders, runs  # noqa: E402
 
-RECORD = "llmq.json"
+RECORD, REPORT = "llmq.json", "report.json"
 SHORT = Tuning(2, 0.0, 0.02, 64, fisher=True)
 BALANCED = replace(METHODS["balanced"], block_tuning=SHORT)
 BEST = replace(METHODS["best"], block_tuning=SHORT, tuning=Tuning(4, 1e-3, 1e-3, 64), written=1)
@@ -211,11 +211,15 @@ def contents(folder: Path) -> dict[str, bytes]:
         return {}
     files = [file for file in folder.rglob("*") if file.is_file()]
     files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
-    return {
-        str(file.relative_to(folder)): without_times(file) if file.name == RECORD else file.read_bytes()
-        for file in files
-        if file.name not in PAGE_FILES  # made from the record
-    }
+    return {str(file.relative_to(folder)): _content(file) for file in files}
+
+
+def _content(file: Path) -> bytes:
+    if file.name == REPORT:
+        return repr((json.loads(file.read_bytes())["verdict"] or {}).get("kl")).encode()
+    if file.name in PAGE_FILES:  # made from the record, with its times
+        return b""
+    return without_times(file) if file.name == RECORD else file.read_bytes()
 
 
 def without_times(file: Path) -> bytes:
@@ -243,12 +247,19 @@ def state(out: Path) -> str:
 
 
 def moments(trial: Trial, generator: random.Random) -> Iterator[str]:
-    """A boundary that was not tried yet, then a random time, and so on."""
+    """A boundary that was not tried yet, then a random time, and so on.
+
+    Every other boundary is one of the last eighth, where the model appears and its record and pages are completed.
+    """
     left = list(range(1, trial.counts.boundaries + 1))
+    late = left[-max(1, len(left) // 8) :]
     generator.shuffle(left)
+    generator.shuffle(late)
     while True:
-        yield f"boundary {left.pop()}" if left else "random"
-        yield "random"
+        for some in (late, left):
+            boundary = some.pop() if some else None
+            yield "random" if boundary is None else f"boundary {boundary}"
+            yield "random"
 
 
 def main() -> None:

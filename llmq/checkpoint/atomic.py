@@ -48,7 +48,7 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     If not `durable`, a power cut may lose or truncate the file until `sync_file` is called for it. Raises StorageError
     if the file cannot be written.
     """
-    partial = path.with_name(f".{path.name}{PARTIAL}")
+    partial = _partial(path)
     with storing(path):
         try:
             with partial.open("wb") as file:
@@ -62,6 +62,16 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
             raise
         if durable:
             sync_folder(path.parent)
+
+
+def discard_partial(path: Path) -> None:
+    """Delete what a process that was killed while it wrote `path` has left."""
+    with storing(path):
+        _partial(path).unlink(missing_ok=True)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}{PARTIAL}")
 
 
 def sync_file(path: Path) -> None:

@@ -9,8 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmq.checkpoint import PROVENANCE_FILE
+from llmq.checkpoint import PAGE_FILES, PROVENANCE_FILE
+from llmq.checkpoint.atomic import discard_partial
 from llmq.checkpoint.confined import confined
+from llmq.checkpoint.side_files import CARD
 from llmq.checkpoint.writer import CONFIG, Writer
 from llmq.errors import CheckpointError, ConfigError, listed
 from llmq.numerics.gguf_types import GGUF
@@ -78,6 +80,8 @@ def require_unchanged(out: Path, folders: Sequence[Path]) -> None:
             if file is None or not file.is_file() or checksum(file) != expected:
                 message = f"{out} holds the finished model of this command, but {name} is missing or has changed"
                 raise CheckpointError(message, hint="--overwrite makes the model again")
+    for file in (folder / name for folder in folders for name in (PROVENANCE_FILE, *PAGE_FILES, CARD)):
+        discard_partial(file)  # these are written again in the finished folder, after the measurement
     Writer.clean(out)
 
 

@@ -68,11 +68,15 @@ def judge(plan: Plan, report: Report, folders: Sequence[Path], text: HeldBack, o
 
 
 def record(report: Report, folders: Sequence[Path]) -> None:
-    """Add the verdict of `report` to the records and cards of the finished model, in one folder per format."""
+    """Add the verdict of `report` to the records and cards of the finished model, in one folder per format.
+
+    The record of the first folder is written last. It decides whether the same command measures the model again.
+    """
     known = report.to_dict()
-    for folder in folders:
-        write_record(folder, {**read_record(folder), "verdict": known["verdict"], "forecast": known["forecast"]})
-        card.renew_figures(folder)
+    for folder in reversed(folders):
+        measured = {**read_record(folder), "verdict": known["verdict"], "forecast": known["forecast"]}
+        card.renew_figures(folder, measured)
+        write_record(folder, measured)
 
 
 def _measured(open_: "_Opener", text: HeldBack) -> Verdict:

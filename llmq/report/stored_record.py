@@ -103,9 +103,12 @@ def known_report(record: Mapping[str, Any]) -> Report | None:
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Write the record of a run next to its finished model, and the report for people that is made from it."""
-    write_text(folder / PROVENANCE_FILE, json_text(record))
+    """Write the record of a run next to its finished model, after the report for people that is made from it.
+
+    So a record with a verdict says that everything before it was written.
+    """
     pages.write(folder, Report.from_dict(record))
+    write_text(folder / PROVENANCE_FILE, json_text(record))
 
 
 def _first(error: ValidationError) -> str:

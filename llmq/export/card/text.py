@@ -22,7 +22,6 @@ from llmq.numerics.gguf_types import GGUF, GGUF_GRIDS
 from llmq.report.escaped import markdown_code as code
 from llmq.report.escaped import markdown_text as prose
 from llmq.report.shown import megabytes
-from llmq.report.stored_record import read_record
 from llmq.setting_fields import config_to
 from llmq.verification import engines
 from llmq.verification.engines.rules import LLAMA_CPP, MLX, SGLANG, TRANSFORMERS, VLLM
@@ -59,15 +58,15 @@ def write(made: Path, source: Path, record: Mapping[str, Any]) -> tuple[str, ...
     return notes
 
 
-def renew_figures(made: Path) -> None:
-    """Write the figures of llmq.json into the card of a finished model, after it was measured."""
+def renew_figures(made: Path, record: Mapping[str, Any]) -> None:
+    """Write the figures of `record` into the card of a finished model, after it was measured."""
     if not (made / CARD).is_file():  # the user has removed it
         return
     text = (made / CARD).read_text(encoding="utf-8")
     before, _, after = text.partition(f"{FIGURES}\n")
     _, running, rest = after.partition(f"\n{RUNNING}\n")
     if running:  # else the user has written another card
-        figures = "\n\n".join(_figures(made, read_record(made)))
+        figures = "\n\n".join(_figures(made, record))
         write_text(made / CARD, f"{before}{figures}\n{running}{rest}")
 
 

@@ -122,8 +122,8 @@ def test_figures_are_renewed_when_the_model_was_measured(checkpoint: Callable[..
     write(made, made, {})
     before = (made / "README.md").read_text()
     assert "was not measured" in before
-    (made / "llmq.json").write_text(json.dumps({"verdict": {"kl": 0.5, "sentence": "Good.", "text": "a text"}}))
-    renew_figures(made)
+    record = {"verdict": {"kl": 0.5, "sentence": "Good.", "text": "a text"}}
+    renew_figures(made, record)
     after = (made / "README.md").read_text()
     assert (
         "| KL divergence to the original, in nats per token (mean) | 0.5 |" in after and "Measured on a text." in after
@@ -131,7 +131,7 @@ def test_figures_are_renewed_when_the_model_was_measured(checkpoint: Callable[..
     assert after.partition("## How to run it")[2] == before.partition("## How to run it")[2] != ""
     assert after.partition("## Figures")[0] == before.partition("## Figures")[0]
     (made / "README.md").write_text("# Mine")
-    renew_figures(made)
+    renew_figures(made, record)
     assert (made / "README.md").read_text() == "# Mine"
 
 
