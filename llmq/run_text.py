@@ -21,6 +21,7 @@ from llmq.report.record import Report
 from llmq.run_plan import Plan
 from llmq.runtime.load import load_tokenizer
 
+FEWEST_TOKENS = 128  # with fewer, every method was sometimes worse than rtn (scripts/odd_runs.py)
 TOKENS_PER_INPUT = 50  # with fewer tokens, statistics of the text generalize badly to other text
 ADDED_SEED = 1 << 32  # so that this text differs from that of `--calibration self`
 
@@ -67,6 +68,11 @@ class RunText:
             author=self._author(plan, tokenizer, self._own, on_event),
             given=self._given,
         )
+        if text.windows.numel() < FEWEST_TOKENS:
+            raise CalibrationError(
+                f"the calibration text has {text.windows.numel()} tokens, expected at least {FEWEST_TOKENS}",
+                hint="give more text, or a larger --samples or --seqlen; the method rtn reads no text",
+            )
         text = _with_note(text, plan)
         report.calibration = text.to_dict()
         report.notes += text.notes

@@ -26,9 +26,10 @@ from tests.runs import logits, streamed_logits
 
 METHODS = ("rtn", "rtn", "gptq", "gptq", "gptq", "awq", "awq", "fast", "fast", "balanced")
 FORMATS = (
-    "compressed-tensors", "compressed-tensors", "gptq", "gptq_v2", "awq", "gguf", "gguf:q4_k", "gguf:q4_k_m",
-    ("gptq", "gguf"), ("awq", "compressed-tensors"),
+    "compressed-tensors", "compressed-tensors", "gptq", "gptq_v2", "awq", "mlx", "gguf", "gguf:q4_k", "gguf:q4_k_m",
+    "gguf:q3_k_m", ("gptq", "gguf"), ("awq", "compressed-tensors"),
 )  # fmt: skip
+BITS = (2, 3, 4, 4, 4, 4, 4, 5, 8, "nvfp4", "mxfp4", "fp8")
 GROUPS = (16, 16, 32, 32, 64, 128, 1024, "channel", "tensor")
 DTYPES = ("float32", "float16", "bfloat16")
 IN_GGUF = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "phi3", "gemma2", "gemma3_text")
@@ -41,6 +42,7 @@ RARE: dict[str, tuple[Any, ...]] = {  # settings that differ from the default in
     "strict": (True,),
     "skip": (("*.down_proj",), ("re:layers.0.",), ("*",)),
     "overrides": (({"pattern": "*.up_proj", "bits": 8},), ({"pattern": "re:.*[qk]_proj", "group_size": "channel"},)),
+    "activations": ("int8", "int8", "int8:static"),
     "damping": (1e-8, 0.9),
     "keep_grid": (False,),
 }
@@ -66,12 +68,12 @@ def drawn(seed: int, number: int) -> dict[str, Any]:
         "model_type": numbers.choice(sorted(ARCHITECTURES)),
         "dtype": numbers.choice(DTYPES),
         "method": numbers.choice(METHODS),
-        "bits": numbers.choice((2, 3, 4, 4, 4, 8)),
+        "bits": numbers.choice(BITS),
         "group_size": numbers.choice(GROUPS),
         "format": numbers.choice(FORMATS),
         "validate": 0,
         "samples": numbers.choice((1, 4, 8, 16)),
-        "seqlen": numbers.choice((2, 16, 33, 64)),
+        "seqlen": numbers.choice((2, 33, 33, 64, 64, 128)),
         "seed": numbers.choice((0, 1, 2**31, 2**63 - 1)),
     }
     chosen |= {name: numbers.choice(values) for name, values in RARE.items() if numbers.random() < 0.2}
@@ -84,10 +86,15 @@ def _worth_running(chosen: dict[str, Any], numbers: random.Random) -> dict[str, 
     if any(name.startswith("gguf") for name in formats):
         chosen |= {"model_type": numbers.choice(IN_GGUF), "bits": 4, "group_size": 32}
     if any(name.startswith("gguf:") for name in formats):
-        fixed = {"bits", "group_size", "symmetric", "quantize_head", "overrides"}
+        fixed = {"bits", "group_size", "symmetric", "quantize_head", "overrides", "activations"}
         return {name: value for name, value in chosen.items() if name not in fixed}
     if {"awq", "gptq"} & set(formats):
         chosen |= {"bits": 4, "group_size": 32}
+    if isinstance(chosen["bits"], str):  # a float grid, which has groups of its own and is symmetric
+        chosen |= {"format": "compressed-tensors"}
+        return {name: value for name, value in chosen.items() if name not in ("group_size", "symmetric", "overrides")}
+    if "activations" in chosen:
+        chosen |= {"format": "compressed-tensors"}
     return chosen
 
 
@@ -120,7 +127,7 @@ def _outcome(settings: dict[str, Any], folder: Path) -> tuple[str, str]:
         assert str(error) and not (left and isinstance(settings["format"], str)), f"refused, but wrote {left}: {error}"
         return REFUSED, f"{type(error).__name__}: {error}"
     distance = _distance(folder / "out", settings["format"], model, windows, expected)
-    if settings["method"] == "rtn":
+    if settings["method"] == "rtn" or settings.get("activations") == "int8:static":  # rtn measures no ranges of inputs
         return FINISHED, f"KL {distance:.3g}"
     llmq.quantize(model, folder / "rtn", **{**calibrated, "method": "rtn"})
     nearest = _distance(folder / "rtn", settings["format"], model, windows, expected)

@@ -10,8 +10,9 @@ steps. A method without targets and refinements has the rounding stage only. If 
 the result of that stage is compared with rounding to nearest.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -119,29 +120,48 @@ def _nearest_if_better(
 ) -> tuple[QuantizedTensor, dict[str, tuple[str, ...]]]:
     """The stack that the rounding stage made, or weights of it rounded to nearest, if there is reason for doubt.
 
-    There is if the Hessian needed more damping, or comes from fewer tokens than the weight has inputs. Then the errors
-    on the validation tokens are compared, or without such tokens those on the fitted ones. Also returns notes for the
-    user, by path.
+    There is if the Hessian needed more damping, or comes from fewer tokens than twice the inputs of the weight. Then
+    the errors on the validation tokens are compared, or without such tokens the probable ones on other text. Also
+    returns notes for the user, by path.
     """
     stats, options, name = fit.stats, fit.options, fit.method.rounding
     if name == "rtn" or stats is None or not stats.tokens:
         return rounding.quantized, {}
     K = originals.shape[1]
-    if stats.tokens >= K and rounding.damping in (None, options.damping):
+    if stats.tokens >= 2 * K and rounding.damping in (None, options.damping):
         return rounding.quantized, {}
-    validation, nearest = _validation(originals, stats), rtn.round_weight(originals, stats, scheme, options).quantized
-    before, after = (
-        output_error(originals, rounded, stats.second_moment()) if validation is None else validation.of(rounded)
-        for rounded in (rounding.quantized.dequantize(), nearest.dequantize())
-    )
+    nearest = rtn.round_weight(originals, stats, scheme, options).quantized
+    losses, where_worse = _judge(originals, stats)
+    before, after = (losses(quantized.dequantize()) for quantized in (rounding.quantized, nearest))
     keep = _keep_better("nearest", weights, before, after, {path: [] for path in weights}, fit.total)
     few = (f"{stats.tokens} tokens for {K} inputs: more text would make it better",) if stats.tokens < K else ()
-    notes, start, text = {}, 0, "validation" if validation else "calibration"
+    notes, start = {}, 0
     for path, weight in weights.items():
-        worse = (f"rounded to nearest, because {name} was worse on {text} tokens",) if bool(keep[start]) else ()
+        worse = (f"rounded to nearest, because {name} was {where_worse}",) if bool(keep[start]) else ()
         notes[path] = (*few, *worse)
         start += len(weight)
     return where(keep[:, None], nearest, rounding.quantized), notes
+
+
+def _judge(weights: Tensor, stats: InputStats) -> tuple[Callable[[Tensor], Tensor], str]:
+    """The loss per row of rounded weights on the validation tokens, or the probable one if there are none; its name."""
+    validation = _validation(weights, stats)
+    if validation is not None:
+        return validation.of, "worse on validation tokens"
+    return partial(output_error, weights, hessian=_likely_hessian(stats)), "probably worse on other text"
+
+
+def _likely_hessian(stats: InputStats) -> Tensor:
+    """(K, K) float32, the probable Hessian of other text: that of the fitted tokens, with smaller correlations.
+
+    A method is fitted to the correlations of its T tokens, and few tokens show correlations that other text does not
+    have. So they are multiplied by T/(T + K). The mean squares of the inputs are kept.
+    """
+    hessian = stats.second_moment()
+    squares = hessian.diagonal().clone()
+    hessian *= stats.tokens / (stats.tokens + len(squares))
+    hessian.diagonal().copy_(squares)
+    return hessian
 
 
 def _validation(weights: Tensor, stats: InputStats) -> ValidationLoss | None:

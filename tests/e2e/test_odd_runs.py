@@ -4,17 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.odd_runs import FINISHED, REFUSED, WORSE, drawn, run
+from tests.odd_runs import FINISHED, REFUSED, drawn, run
 
 SEED = 0
-FEW = 128  # calibration tokens: on fewer, a method may be worse than rtn by chance
 
 
 @pytest.mark.parametrize("number", [0, 1, 5, 6, 11, 16])
 def test_random_configuration_is_verified_or_refused(number: int, tmp_path: Path) -> None:
     result = run(SEED, number, tmp_path / "run")
-    few = result.configuration["samples"] * result.configuration["seqlen"] < FEW
-    assert result.outcome in (FINISHED, REFUSED, *([WORSE] if few else [])) and result.why, result
+    assert result.outcome in (FINISHED, REFUSED) and result.why, result
 
 
 def test_configurations_follow_from_the_seed() -> None:

@@ -74,7 +74,7 @@ def test_what_is_no_model_is_refused(folder: Path, tmp_path: Path) -> None:
 
 def test_ids_that_the_model_does_not_have(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(llmq.LlmqError, match=f"token id 9999, but the model has embeddings for {builders.VOCABULARY}"):
-        llmq.quantize(folder, tmp_path / "out", calibration=[[9999] * 60], **QUICK)
+        llmq.quantize(folder, tmp_path / "out", calibration=[[9999] * 200], **QUICK)
 
 
 def test_every_result_shows_itself(folder: Path, text: Path, tmp_path: Path) -> None:
