@@ -46,7 +46,7 @@ RARE: dict[str, tuple[Any, ...]] = {  # settings that differ from the default in
     "damping": (1e-8, 0.9),
     "keep_grid": (False,),
 }
-NEARLY = 1.05  # times the KL of rtn: both are measured on few tokens
+NEARLY = 1.05  # times the distance of rtn: both are measured on few tokens
 
 FINISHED, REFUSED, WORSE, FAILED = "finished", "refused", "worse than rtn", "failed"
 
@@ -128,15 +128,30 @@ def _outcome(settings: dict[str, Any], folder: Path) -> tuple[str, str]:
         return REFUSED, f"{type(error).__name__}: {error}"
     distance = _distance(folder / "out", settings["format"], model, windows, expected)
     if settings["method"] == "rtn" or settings.get("activations") == "int8:static":  # rtn measures no ranges of inputs
-        return FINISHED, f"KL {distance:.3g}"
+        return FINISHED, str(distance)
     llmq.quantize(model, folder / "rtn", **{**calibrated, "method": "rtn"})
     nearest = _distance(folder / "rtn", settings["format"], model, windows, expected)
-    worse = distance > NEARLY * nearest + 1e-7
-    return WORSE if worse else FINISHED, f"KL {distance:.3g}, rtn {nearest:.3g}"
+    worse = distance.kl > NEARLY * nearest.kl + 1e-7 and distance.logits > NEARLY * nearest.logits
+    return WORSE if worse else FINISHED, f"{distance}; rtn: {nearest}"
 
 
-def _distance(out: Path, formats: Any, model: Path, windows: Tensor, expected: Tensor) -> float:
-    """KL of the float model and the quantized one, in nats per token; the largest of all formats.
+@dataclass(frozen=True)
+class Distance:
+    """From the float model: the KL divergence, in nats per token, and the relative squared error of the logits.
+
+    The KL divergence of a random model comes from a few positions where two tokens are nearly as probable, so it is
+    noisy: a model counts as worse if both are larger.
+    """
+
+    kl: float
+    logits: float
+
+    def __str__(self) -> str:
+        return f"KL {self.kl:.3g}, error of the logits {self.logits:.3g}"
+
+
+def _distance(out: Path, formats: Any, model: Path, windows: Tensor, expected: Tensor) -> Distance:
+    """How far the quantized model is from the float one: that of the format with the largest KL divergence.
 
     Raises AssertionError for a model that `llmq verify` finds broken, or that computes NaN.
     """
@@ -152,5 +167,6 @@ def _distance(out: Path, formats: Any, model: Path, windows: Tensor, expected: T
             actual = logits(llmq.load(folder, device="cpu")[0], windows)
         assert bool(actual.isfinite().all()), "the quantized model computes NaN"
         p, q = expected.double().log_softmax(-1), actual.double().log_softmax(-1)
-        distances.append(float((p.exp() * (p - q)).sum(-1).mean()))
-    return max(distances)
+        kl, error = (p.exp() * (p - q)).sum(-1).mean(), (actual - expected).square().sum() / expected.square().sum()
+        distances.append(Distance(float(kl), float(error)))
+    return max(distances, key=lambda distance: distance.kl)

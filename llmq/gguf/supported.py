@@ -48,7 +48,17 @@ OPTIONAL_SIZES = frozenset({"intermediate_size", "num_key_value_heads", "sliding
 """Entries that some models do not read, although they may stand in their config.json."""
 
 
-def language_config(config: Mapping[str, Any]) -> dict[str, Any]:
+class Entries(dict[str, Any]):
+    """The entries of a configuration. One that is needed and missing raises UnsupportedModelError."""
+
+    def __missing__(self, name: str) -> Any:
+        raise UnsupportedModelError(
+            f"no GGUF file can be written: the configuration of type {self.get('model_type')!r} has no {name}",
+            hint="use a safetensors format: they hold any model",
+        )
+
+
+def language_config(config: Mapping[str, Any]) -> Entries:
     """The configuration of the language model: that of its part where `config` has several, with the usual names.
 
     Entries that a model names differently (`n_embd`) are there under both names. Raises UnsupportedModelError for
@@ -58,7 +68,7 @@ def language_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
     kind = str(config.get("model_type"))
     if kind not in CONFIG_MAPPING:
-        return dict(config)
+        return Entries(config)
     try:
         configuration = CONFIG_MAPPING[kind].from_dict(dict(config)).get_text_config(decoder=True)
     except Exception as error:  # the checks of transformers raise many types of errors
@@ -68,7 +78,7 @@ def language_config(config: Mapping[str, Any]) -> dict[str, Any]:
         ) from error
     usual = {name: getattr(configuration, own) for name, own in configuration.attribute_map.items()}
     ignored = OPTIONAL_SIZES - {one.name for one in dataclasses.fields(configuration)}
-    return {**usual, **{name: value for name, value in configuration.to_dict().items() if name not in ignored}}
+    return Entries({**usual, **{name: value for name, value in configuration.to_dict().items() if name not in ignored}})
 
 
 def architecture(config: Mapping[str, Any]) -> Architecture:

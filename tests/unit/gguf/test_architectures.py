@@ -136,3 +136,10 @@ def test_a_window_that_llama_cpp_ignores_is_reported() -> None:
         config = configuration(kind, sliding_window=16)
         extra = metadata.add_sizes(gguf.GGUFWriter(None, "test"), config, architecture(config))
         assert "the last 16 tokens" in " ".join(extra.notes)
+
+
+def test_an_entry_that_is_needed_and_missing_is_named() -> None:
+    config = configuration("llama")
+    del config["max_position_embeddings"]
+    with pytest.raises(UnsupportedModelError, match="type 'llama' has no max_position_embeddings"):
+        metadata.add_sizes(gguf.GGUFWriter(None, "test"), config, architecture(config))
