@@ -1,12 +1,13 @@
 """Kill runs with SIGKILL, at chosen and at random moments, and compare what the same command makes afterwards.
 
-    python scripts/kill_runs.py [--moments N] [--seed S] [--seconds T] [--record FILE]
+    python scripts/kill_runs.py [--moments N | --every] [--seed S] [--seconds T] [--cases C …] [--record FILE]
 
 Each run is a fork of this process. It is killed at one of its boundaries (before a call that flushes, renames, creates
 or deletes a file or folder), or at a random time. Every third run is killed again when it continues. Then the same
-command runs to its end, and every file must equal that in a run without a kill; llmq.json may differ in times
-and memory. After a kill, a folder with a config.json must be the complete model. `--record` writes the counts, from
-which scripts/docs.py makes a table in docs/RELIABILITY.md.
+command runs to its end, and every file must equal that in a run without a kill; llmq.json may differ in times and
+memory. After a kill, a folder with a config.json must be the complete model. `--every` kills once at each boundary, and
+at a random time only when a run continues. `--record` writes the counts, from which scripts/docs.py makes a table in
+docs/RELIABILITY.md.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -262,9 +263,25 @@ def moments(trial: Trial, generator: random.Random) -> Iterator[str]:
             yield "random"
 
 
+def schedule(trials: Mapping[str, Trial], turns: int, generator: random.Random) -> Iterator[tuple[Trial, str]]:
+    """What to kill when: `turns` moments, one case after the other."""
+    planned = {name: moments(trial, generator) for name, trial in trials.items()}
+    names = list(trials)
+    for turn in range(turns):
+        name = names[turn % len(names)]
+        yield trials[name], next(planned[name])
+
+
+def every_boundary(trials: Mapping[str, Trial]) -> Iterator[tuple[Trial, str]]:
+    for trial in trials.values():
+        for boundary in range(1, trial.counts.boundaries + 1):
+            yield trial, f"boundary {boundary}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--moments", type=int, default=100, help="number of kills; default: 100")
+    parser.add_argument("--every", action="store_true", help="kill once at each boundary instead")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
     parser.add_argument("--seconds", type=float, default=900.0, help="begin no kill after this time; default: 900")
     parser.add_argument("--cases", type=int, nargs="*", help="numbers of the cases, from 0; default: all")
@@ -288,12 +305,11 @@ def main() -> None:
             if options.cases is None or number in options.cases:
                 (folder / str(number)).mkdir()
                 trials[case.name] = Trial(case, model, text, folder / str(number))
-        planned = {name: moments(trial, generator) for name, trial in trials.items()}
-        for turn in range(options.moments):
+        planned = every_boundary(trials) if options.every else schedule(trials, options.moments, generator)
+        for trial, moment in planned:
             if time.monotonic() - start > options.seconds:
                 break
-            name = list(trials)[turn % len(trials)]
-            trials[name].kill(next(planned[name]), generator)
+            trial.kill(moment, generator)
             if options.record:
                 write_record(options.record, options.seed, trials)
     failures = 0
