@@ -29,7 +29,8 @@ def convert_qat(model: Any, out: str | Path, *, overwrite: bool = False) -> Path
     model, folder = extract_model_from_parallel(model), Path(out)
     if distributed.is_available() and distributed.is_initialized() and distributed.get_rank() != 0:
         return folder
-    start = origin_of(model).folder
+    origin = origin_of(model)
+    start = origin.folder
     identity = {"llmq": __version__, "convert_qat": str(start)}
     writer = Writer.open(folder, identity=identity, overwrite=overwrite, needed_bytes=0)
     try:
@@ -41,7 +42,7 @@ def convert_qat(model: Any, out: str | Path, *, overwrite: bool = False) -> Path
                 "training": {"start": str(start), "moved": moved, "llmq": __version__},
             }  # fmt: skip
             note = f"trained after it was quantized: {moved:.1%} of the quantized values changed"
-            rewritten.record(final, start, changes, [note])
+            rewritten.record(final, start, changes, [note, *origin.notes])
     except BaseException:
         writer.abandon()
         raise

@@ -21,12 +21,14 @@ from llmq.errors import CheckpointError, ConfigError, UnsupportedModelError
 from llmq.job import quantize
 from llmq.methods import METHODS
 from llmq.model.build.checkpoint_names import ModelWeights
+from llmq.model.experts.stacking import DOWN, Form
 from llmq.report.stored_record import read_record
 from llmq.runtime.checkpoint_weights import PackedWeights, quantization_settings
 from llmq.runtime.load import load_model
-from llmq.runtime.packed_experts import PackedExperts
+from llmq.runtime.packed_experts import PackedExperts, PackedStack
 from llmq.runtime.packed_linear import PackedLinear
 from llmq.training.fake_quantized import FakeQuantizedLinear
+from llmq.training.trained_experts import FakeQuantizedStack
 
 logger = logging.getLogger(__name__)
 
@@ -38,14 +40,23 @@ TRANSFORMS = {name for method in METHODS.values() for name in method.rotated().t
 class Origin:
     """Where a prepared model comes from.
 
-    folder  the quantized model whose layout the trained model gets
-    names   path of a trained layer -> its name in the checkpoint
-    norms   name of a trainable norm -> its name in the checkpoint
+    folder     the quantized model whose layout the trained model gets
+    names      path of a trained layer -> its name in the checkpoint
+    norms      name of a trainable norm -> its name in the checkpoint
+    untrained  names in the checkpoint of quantized weights that are not trained
     """
 
     folder: Path
     names: dict[str, str]
     norms: dict[str, str]
+    untrained: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """For the user: what is not trained."""
+        count = len(self.untrained)
+        about = f"{count} quantized weights are not on a grid of integers, and are not trained, such as "
+        return (about + self.untrained[0],) if count else ()
 
 
 def prepare_qat(
@@ -104,28 +115,12 @@ def prepared(folder: Path, original: nn.Module | None, *, remote_code: bool = Fa
                        "show where values lie within their cells", folder)  # fmt: skip
         original = None
     weights = ModelWeights(model, packed.tensor, packed.__contains__, frozenset(packed.weight_names()))
-    modules, names = frozenset(packed.modules), dict[str, str]()
-    for path, module in list(model.named_modules()):
-        if isinstance(module, PackedExperts):
-            raise UnsupportedModelError(
-                f"{path} holds packed experts, which cannot be trained yet",
-                hint="train a model without a mixture of experts, or quantize with --method best",
-            )
-        if isinstance(module, PackedLinear):
-            name = next(candidate for candidate in weights.candidates(path) if candidate in modules)
-            layer = FakeQuantizedLinear(
-                packed.read(name), _reference(original, path, module), module.bias, module.inputs
-            )
-            model.set_submodule(path, layer)
-            names[path] = name
+    names = _replaced(model, original, packed, weights)
     if not names:
         raise UnsupportedModelError(
             f"{folder} has no weight on an integer grid, so there is nothing to train",
             hint="quantize to integers, such as --bits 4; --method best trains other grids, too",
         )
-    if floats := [name for name in packed.modules if not packed.is_affine(name)]:
-        logger.warning("%s: %d weights are not on a grid of integers, and are not trained: %s",
-                       folder, len(floats), floats[0])  # fmt: skip
     model.requires_grad_(False)
     for path in names:
         layer = model.get_submodule(path)
@@ -136,8 +131,37 @@ def prepared(folder: Path, original: nn.Module | None, *, remote_code: bool = Fa
         model.get_parameter(name).requires_grad_(True)
     del model.hf_quantizer  # it refuses training, and would save packed layers
     model.config.__dict__.pop("quantization_config", None)
-    setattr(model, ORIGIN, Origin(folder, names, norms))
+    trained = set(names.values())
+    origin = Origin(folder, names, norms, tuple(name for name in packed.modules if name not in trained))
+    for note in origin.notes:
+        logger.warning("%s: %s", folder, note)
+    setattr(model, ORIGIN, origin)
     return model
+
+
+def _replaced(
+    model: nn.Module, original: nn.Module | None, packed: PackedWeights, weights: ModelWeights
+) -> dict[str, str]:
+    """Replace the packed layers of `model` by fake-quantized ones; returns their paths and names in the checkpoint."""
+    modules, names = frozenset(packed.modules), dict[str, str]()
+
+    def part(name: str, reference: Tensor | None) -> FakeQuantizedLinear:
+        return FakeQuantizedLinear(packed.read(name), reference, None, packed.inputs(name))
+
+    for path, module in list(model.named_modules()):
+        if isinstance(module, PackedLinear):
+            name = next(candidate for candidate in weights.candidates(path) if candidate in modules)
+            reference = _reference(original, path, module)
+            model.set_submodule(path, FakeQuantizedLinear(packed.read(name), reference, module.bias, module.inputs))
+            names[path] = name
+        elif isinstance(module, PackedExperts):
+            for side, parameter in (("up", module.form.up), ("down", DOWN)):
+                stack: PackedStack = getattr(module, side)
+                reference = _stacked_reference(original, f"{path}.{parameter}", stack, module.form)
+                model.set_submodule(f"{path}.{side}", FakeQuantizedStack(stack, reference, part))
+                for e, parts in enumerate(stack.stacking.names):
+                    names |= {f"{path}.{side}.parts.{e}.{i}": name for i, name in enumerate(parts)}
+    return names
 
 
 def origin_of(model: Any) -> Origin:
@@ -183,6 +207,25 @@ def _reference(original: nn.Module | None, path: str, layer: PackedLinear) -> Te
             hint="give the model that was quantized",
         )
     return weight.detach().to(device="cpu", dtype=torch.float32)
+
+
+def _stacked_reference(original: nn.Module | None, path: str, stack: PackedStack, form: Form) -> Tensor | None:
+    """The float weights (E, N, K) of stacked experts. Raises CheckpointError if the original has none of that shape."""
+    if original is None:
+        return None
+    shape = (*stack.words.shape[:2], stack.in_features)
+    holder, _, name = path.rpartition(".")
+    try:
+        weight = getattr(original.get_submodule(holder), name, None)
+    except AttributeError:
+        weight = None
+    floats = weight.mT if form.transposed and isinstance(weight, Tensor) else weight
+    if not isinstance(floats, Tensor) or tuple(floats.shape) != shape:
+        raise CheckpointError(
+            f"{path} is {shape} here, and {getattr(floats, 'shape', 'no weight')} in the original",
+            hint="give the model that was quantized",
+        )
+    return floats.detach().to(device="cpu", dtype=torch.float32)
 
 
 def _norms(model: nn.Module, weights: ModelWeights, checkpoint: Checkpoint) -> dict[str, str]:

@@ -39,7 +39,7 @@ from llmq.runtime.load import choose_device, load_model, load_tokenizer, stored_
 from llmq.setting_fields import config_to
 from llmq.training import rewritten
 from llmq.training.loop import Loop, accelerator_for, require_tracker
-from llmq.training.prepare import prepared
+from llmq.training.prepare import origin_of, prepared
 from llmq.training.settings import TrainingSettings
 from llmq.training.state import States
 from llmq.training.text import TrainingText, read
@@ -102,7 +102,8 @@ class Training:
 
     def _read(self, data: Sequence[str], checkpoint: Checkpoint) -> TrainingText:
         settings = self._settings
-        config: Mapping[str, Any] = checkpoint.config
+        inner = checkpoint.config.get("text_config")
+        config: Mapping[str, Any] = inner if isinstance(inner, dict) else checkpoint.config
         known = config.get("max_position_embeddings")
         length = min(settings.sequence_length, known) if isinstance(known, int) else settings.sequence_length
         vocabulary = config.get("vocab_size")
@@ -163,7 +164,7 @@ class Training:
         if self._settings.loss != "kl":
             teacher = None
         losses = Loop(accelerator, student, teacher, self._text, self._settings, states, on_event).run()
-        self._notes = (*self._text.notes, *states.notes)
+        self._notes = (*self._text.notes, *states.notes, *origin_of(student).notes)
         return start, student, losses
 
     def _quantized(self, place: Path) -> Path:

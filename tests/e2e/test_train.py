@@ -1,6 +1,7 @@
 """`llmq train`: measures the start and the result, continues after an interruption, and never makes a model worse."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,13 @@ def test_two_processes_compute_what_one_does(trained: Path, model: Path, text: P
 def _trained(start: Path, model: Path, text: Path, out: Path) -> dict[str, Any] | None:
     report = training(start, out, text, None, original=model, steps=2).run()
     return None if report is None else report.to_dict()
+
+
+def test_context_of_a_language_model_within_another_limits_sequences(model: Path, text: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "text_config": {"max_position_embeddings": 16}}))
+    assert training(folder, tmp_path / "out", text)._text.windows.shape[1] == 16
 
 
 def test_wrong_uses_are_refused(trained: Path, model: Path, text: Path, tmp_path: Path) -> None:

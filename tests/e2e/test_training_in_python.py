@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import llmq
-from llmq.errors import ConfigError, UnsupportedModelError
+from llmq.errors import ConfigError
 from llmq.training.fake_quantized import FakeQuantizedLinear
 from tests import builders, mixtures
 from tests.runs import tensors_of
@@ -169,10 +169,33 @@ def test_wrong_uses_are_refused(quantized: Quantize, original: Path, tmp_path: P
         llmq.convert_qat(llmq.load(original, device="cpu")[0], tmp_path / "out")
 
 
-def test_mixture_of_experts_is_refused(tmp_path: Path) -> None:
-    model = builders.save_model(tmp_path / "model", builders.causal_model(mixtures.mixtral()))
-    with pytest.raises(UnsupportedModelError, match="packed experts"):
-        llmq.prepare_qat(model, tmp_path / "out", method="rtn", scales="minmax", group_size=16, validate=0)
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_experts_are_trained(kind: str, tmp_path: Path) -> None:
+    """gpt_oss: stacked and transposed on disk, gate and up interleaved, with biases."""
+    folder = builders.save_model(tmp_path / "model", builders.causal_model(mixtures.CONFIGS[kind]()))
+    settings: Any = {"method": "rtn", "scales": "minmax", "bits": 3, "group_size": 16, "validate": 0}
+    model = llmq.prepare_qat(folder, tmp_path / "start", **settings)
+    [(path, layer), *_] = [(path, m) for path, m in model.named_modules() if path.endswith("up.parts.1.1")]
+    assert 0.2 < float(layer.offset.detach().abs().mean()) < 0.3  # where the float weights lie within their cells
+    before = logits(llmq.load(tmp_path / "start", device="cpu", fuse=False)[0])
+    torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)
+    losses = train(model, steps=3)
+    assert losses[-1] < losses[0]
+    out = llmq.convert_qat(model, tmp_path / "out")
+    written, name = dict(llmq.dequantize(out)), model.llmq_origin.names[path]
+    assert torch.equal(written[f"{name}.weight"], layer.weight.detach())
+    assert not torch.equal(written[f"{name}.weight"], dict(llmq.dequantize(tmp_path / "start"))[f"{name}.weight"])
+    after = logits(llmq.load(out, device="cpu", fuse=False)[0])
+    torch.testing.assert_close(after, logits(model), rtol=1e-4, atol=1e-5)
+    llmq.verify(out).require_intact()
+
+
+def test_weights_on_other_grids_are_named(original: Path, tmp_path: Path) -> None:
+    start = tmp_path / "start"
+    overrides = "*.down_proj:bits=fp8"
+    llmq.quantize(original, start, method="rtn", bits=3, group_size=16, validate=0, overrides=overrides)
+    [note] = llmq.prepare_qat(start).llmq_origin.notes
+    assert note.startswith("1 quantized weights") and note.endswith("down_proj")
 
 
 def test_the_script_of_the_page_runs(
