@@ -29,7 +29,7 @@ from llmq.methods import METHODS, Method, Tuning
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "eval"))
 from rows import Row, append, read  # noqa: E402
-from subjects import MODELS, SAMPLES, SEQLEN, SHARED, WINDOWS, folder_of, stamp, table_row, texts  # noqa: E402
+from subjects import MODELS, SAMPLES, SEQLEN, WINDOWS, folder_of, other_domains, stamp, table_row, texts  # noqa: E402
 
 JSON, DOMAINS_JSON, MARKDOWN = (
     ROOT / "eval" / "results" / name for name in ("ablation.json", "domains.json", "ablation.md")
@@ -86,11 +86,6 @@ STAGES: Mapping[str, tuple[Method, dict[str, Any]]] = {
     "balanced": (BALANCED, {}),
     "best": (BEST, {}),
 }
-DOMAINS: Mapping[str, Path] = {  # in addition to the calibration domain of a model
-    "wikipedia": SHARED / "data" / "wikitext2-raw.test.txt",
-    "stories": SHARED / "data" / "tinystories.eval.jsonl",
-    "web": SHARED / "data" / "exllamav3_c4.utf8",
-}
 DOMAIN_METHODS = ("rtn", "gptq", "fast", "balanced", "best")
 
 
@@ -119,9 +114,7 @@ def ablate(model: str, stages: str, zeros: str, seed: int) -> Row:
 def domain_rows(model: str, scratch: Path) -> Iterator[Row]:
     """For each method the KL on the domain of the model and on two others; calibrated on the former only."""
     calibration, evaluation = texts(model, scratch / "text")
-    path = folder_of(model)
-    others = {name: file for name, file in DOMAINS.items() if file != evaluation and file.exists()}
-    sources = {"its own": evaluation, **{name: _as_text(file, scratch) for name, file in list(others.items())[:2]}}
+    path, sources = folder_of(model), {"its own": evaluation, **other_domains(evaluation, scratch)}
     outs = {method: scratch / method for method in DOMAIN_METHODS}
     for method, out in outs.items():
         llmq.quantize(str(path), out, method=method, calibration=[str(calibration)], samples=SAMPLES, seqlen=SEQLEN)
@@ -130,15 +123,6 @@ def domain_rows(model: str, scratch: Path) -> Iterator[Row]:
     for method, measured in zip(outs, results, strict=True):
         kl = {name: part.model.kl_mean for name, part in zip(sources, measured.texts, strict=True)}
         yield {"model": model, "method": method, "kl": kl, "measured": stamp()}
-
-
-def _as_text(file: Path, scratch: Path) -> Path:
-    """The file, copied to a name that ends in .txt if necessary."""
-    if file.suffix != ".utf8":
-        return file
-    copy = scratch / f"{file.stem}.txt"
-    copy.write_bytes(file.read_bytes())
-    return copy
 
 
 INTRODUCTION = """# What each stage contributes

@@ -42,6 +42,12 @@ MODELS = {
     "smollm2-tuned": YARDSTICK / "smollm2-tuned",
 }
 
+DOMAINS = {  # in addition to the domain of a model
+    "wikipedia": SHARED / "data" / "wikitext2-raw.test.txt",
+    "stories": SHARED / "data" / "tinystories.eval.jsonl",
+    "web": SHARED / "data" / "exllamav3_c4.utf8",
+}
+
 
 def is_yardstick(model: str) -> bool:
     """Whether `yardstick.py` or `finetune.py` makes the model."""
@@ -76,6 +82,21 @@ def texts(model: str, folder: Path) -> tuple[Path, Path]:
         return calibration, first
     calibration, evaluation = (SHARED / "data" / f"tinystories.{part}.jsonl" for part in ("calib", "eval"))
     return _present(calibration, model), _present(evaluation, model)
+
+
+def other_domains(evaluation: Path, scratch: Path) -> dict[str, Path]:
+    """Two texts of other domains than the evaluation text, by name; fewer where they are absent."""
+    others = {name: file for name, file in DOMAINS.items() if file != evaluation and file.exists()}
+    return {name: _as_text(file, scratch) for name, file in list(others.items())[:2]}
+
+
+def _as_text(file: Path, scratch: Path) -> Path:
+    """The file, copied to a name that ends in .txt if necessary."""
+    if file.suffix != ".utf8":
+        return file
+    copy = scratch / f"{file.stem}.txt"
+    copy.write_bytes(file.read_bytes())
+    return copy
 
 
 def _present(path: Path, model: str) -> Path:

@@ -42,7 +42,7 @@ Tracker = Annotated[
     ),
 ]  # fmt: skip
 MethodOfStart = Annotated[
-    str | None, options.choice("--method", tuple(METHODS), "Quantization method. Default: fast.", panel=START)
+    str | None, options.choice("--method", tuple(METHODS), "Quantization method. Default: best.", panel=START)
 ]
 Bits = Annotated[int | None, options.choice("--bits", BITS, "Bits per quantized value. Default: 4.", panel=START)]
 GroupSize = Annotated[
@@ -114,7 +114,7 @@ def command(
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # it warns of tied weights at each checkpoint
     given = {"method": method, "bits": bits, "group_size": group_size, "format": format, "samples": samples}
     has_start = any(value is not None for value in given.values())
-    start = merged(QuantConfig(method="fast"), given) if has_start else None
+    start = merged(QuantConfig(method="best"), given) if has_start else None
     with interruptible("repeat the command: it continues after the last validation"):
         training = Training(
             model, out, data, original=original, settings=settings, start=start, device=device, tracker=tracker,

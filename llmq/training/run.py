@@ -86,7 +86,7 @@ class Training:
             raise ConfigError(f"{model} is a float model, so it is the original", hint="leave out the original")
         if self._is_quantized and original is None and self._settings.loss == "kl":
             raise ConfigError("the loss kl needs the original to compare with", hint=NO_ORIGINAL)
-        self._start = _with_text(start or QuantConfig(method="fast"), data, self._settings)
+        self._start = _with_text(start or QuantConfig(method="best"), data, self._settings)
         self._original = hub.locate(str(original), remote_code=trust_remote_code) if original else None
         if not self._is_quantized:
             self._original = self._folder
