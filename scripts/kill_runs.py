@@ -35,8 +35,6 @@ sys.path.insert(1, str(ROOT / "kernels"))
 
 import torch  # noqa: E402
 
-from llmq.checkpoint import PAGE_FILES  # noqa: E402
-from llmq.checkpoint.staging import STAGING  # noqa: E402
 from llmq.config import QuantConfig  # noqa: E402
 from llmq.export.convert import Converter  # noqa: E402
 from llmq.export.from_gguf import GgufConverter  # noqa: E402
@@ -45,8 +43,8 @@ from llmq.methods import METHODS, Method, Tuning  # noqa: E402
 from llmq.numerics.gguf_types import GGUF_GRIDS  # noqa: E402
 from llmq.setting_fields import merged  # noqa: E402
 from tests import builders, runs  # noqa: E402
+from tests.run_folder import contents, state  # noqa: E402
 
-RECORD, REPORT = "llmq.json", "report.json"
 SHORT = Tuning(2, 0.0, 0.02, 64, fisher=True)
 BALANCED = replace(METHODS["balanced"], block_tuning=SHORT)
 BEST = replace(METHODS["best"], block_tuning=SHORT, tuning=Tuning(4, 1e-3, 1e-3, 64), written=1)
@@ -204,47 +202,6 @@ def fork(act: Callable[[], Any], after: float | None = None) -> int:
         time.sleep(after)
         os.kill(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) * -1
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """The visible files by their paths, with the times and sizes of memory taken out of llmq.json."""
-    if not folder.exists():
-        return {}
-    files = [file for file in folder.rglob("*") if file.is_file()]
-    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
-    return {str(file.relative_to(folder)): _content(file) for file in files}
-
-
-def _content(file: Path) -> bytes:
-    if file.name == REPORT:
-        return repr((json.loads(file.read_bytes())["verdict"] or {}).get("kl")).encode()
-    if file.name in PAGE_FILES:  # made from the record, with its times
-        return b""
-    return without_times(file) if file.name == RECORD else file.read_bytes()
-
-
-def without_times(file: Path) -> bytes:
-    document = json.loads(file.read_bytes())
-    for key in ("seconds", "peak_memory_bytes", "notes", "request"):  # a request has the times of the source files
-        document.pop(key, None)
-    for part in (*document.get("blocks", ()), document.get("tuning") or {}):
-        for key in ("seconds", "resumed", "host_bytes", "device_bytes"):
-            part.pop(key, None)
-    return json.dumps(document, sort_keys=True).encode()
-
-
-def state(out: Path) -> str:
-    """What a kill has left: nothing, a number of blocks, tuning, a model that is being moved, or the end."""
-    staging = next((folder for folder in out.rglob(STAGING)), None) if out.exists() else None
-    if staging is None:
-        return "after the end" if out.exists() and any(out.rglob("config.json")) else "before the first file"
-    if (staging / "moving.json").exists():
-        return "moving"
-    if (staging / "final").exists():
-        return "assembling"
-    if (staging / "revision").exists():
-        return "tuning"
-    return "quantizing" if any(staging.glob("[0-9]*.json")) else "before the first block"
 
 
 def moments(trial: Trial, generator: random.Random) -> Iterator[str]:

@@ -90,7 +90,7 @@ def _worth_running(chosen: dict[str, Any], numbers: random.Random) -> dict[str, 
         return {name: value for name, value in chosen.items() if name not in fixed}
     if {"awq", "gptq"} & set(formats):
         chosen |= {"bits": 4, "group_size": 32}
-    if isinstance(chosen["bits"], str):  # a float grid, which has groups of its own and is symmetric
+    if isinstance(chosen["bits"], str):  # a float grid: its groups are fixed, and it is symmetric
         chosen |= {"format": "compressed-tensors"}
         return {name: value for name, value in chosen.items() if name not in ("group_size", "symmetric", "overrides")}
     if "activations" in chosen:
