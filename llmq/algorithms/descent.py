@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 
 from llmq.algorithms import Options
-from llmq.numerics.float_grid import small_float
 from llmq.numerics.quantized_tensor import QuantizedTensor
+from llmq.numerics.value_table import value_table
 from llmq_kernels.gptq_block import op as gptq_block
 from llmq_kernels.gptq_block.problem import Problem
 
@@ -54,8 +54,8 @@ def _sweep(target: Tensor, rounded: Tensor, quantized: QuantizedTensor, hessian:
         zeros = quantized.zeros.to(torch.float32).T.contiguous()
     values = rounded.T.contiguous()  # (K, N): a column is contiguous
     gradient = hessian @ (target.T - values)  # (K, N)
-    floats = None if quantized.scheme.floats is None else small_float(quantized.scheme)
-    steps = _as_floats if floats is None else floats.values
+    table = value_table(quantized.scheme)
+    steps = _as_floats if table is None else table.values
     old = steps(quantized.codes.T)
     codes = torch.empty(old.shape, dtype=torch.uint8, device=old.device)
     for start in range(0, len(values), COLUMNS):
@@ -66,7 +66,7 @@ def _sweep(target: Tensor, rounded: Tensor, quantized: QuantizedTensor, hessian:
         group_of = groups[block].to(torch.int32)
         new_codes = gptq_block.compensate(
             Problem(
-                starts[None], feedback[None], scales[None], zeros[None], group_of[None], quantized.scheme.levels, floats
+                starts[None], feedback[None], scales[None], zeros[None], group_of[None], quantized.scheme.levels, table
             )
         )
         codes[block] = new_codes[0]

@@ -30,10 +30,11 @@ from torch import Tensor
 
 from llmq.algorithms import Options, Rounding, clip, output_error
 from llmq.algorithms.factor import HIGHEST_DAMPING, Factor, factorize
-from llmq.numerics import affine_grid, float_grid
+from llmq.numerics import affine_grid
 from llmq.numerics.affine_grid import Grid
 from llmq.numerics.input_stats import InputStats
 from llmq.numerics.scheme import WeightScheme
+from llmq.numerics.value_table import value_table
 from llmq_kernels.gptq_block import op as gptq_block
 from llmq_kernels.gptq_block.problem import Problem
 
@@ -55,7 +56,7 @@ def round_weight(
         return Rounding(nearest.quantized, None, (note,))
     notes = [] if factor.damping == options.damping else [f"damping raised to {factor.damping:g}"]
 
-    if options.order == "natural" and options.scales == "minmax" and not (scheme.two_level or scheme.floats):
+    if options.order == "natural" and options.scales == "minmax" and not (scheme.two_level or scheme.table):
         chosen, codes, squares = compensate_with_growing_grid(weight, factor, scheme, options.scale_dtype)
     else:
         if options.scales == "searched":
@@ -80,7 +81,7 @@ def compensate(weight: Tensor, factor: Factor, chosen: Grid) -> tuple[Tensor, Te
     codes = gptq_block.compensate(
         Problem(
             columns[None], factor.upper[None], scales[None], zeros[None], group_of[None], chosen.scheme.levels,
-            None if chosen.scheme.floats is None else float_grid.small_float(chosen.scheme),
+            value_table(chosen.scheme),
         )
     )  # fmt: skip
     restored = torch.empty_like(codes[0])

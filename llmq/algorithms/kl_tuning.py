@@ -17,7 +17,7 @@ arXiv:1412.6980) with β = 0.9, 0.95; its rates rise over ten steps and then fal
 v starts at the offset of the float weight from its quantized value, in steps of the scale, or at 0 if the float weight
 is not known.  Step 0 is exactly the given codes.  The float weight does not move; the result is codes and scales only.
 
-In a grid of floats codes are places in ascending order, and ∂ŵ/∂v is s times the distance to the next value.
+In a grid that is not uniform codes are places in ascending order, and ∂ŵ/∂v is s times the distance to the next value.
 
 In a two-level grid (`quantized_tensor.Superblocks`) θ stretches its real numbers, d and dmin of each superblock.  Its
 small integers do not change.
@@ -33,6 +33,7 @@ from torch.optim.adam import adam
 
 from llmq.numerics import affine_grid, float_grid
 from llmq.numerics.quantized_tensor import QuantizedTensor
+from llmq.numerics.value_table import value_table
 
 WARM_UP = 10  # steps
 MEAN_DECAY, SQUARE_DECAY = 0.9, 0.95
@@ -168,8 +169,8 @@ def slopes(
     place = v + origin.codes.to(torch.float32)  # before rounding
     outside = place.sub_(place.clamp(0, origin.scheme.levels))  # positive above the range of the codes
     of_rounding.masked_fill_(outside.mul_(of_rounding) < 0, 0)
-    if origin.scheme.floats is not None:
-        of_rounding *= float_grid.small_float(origin.scheme).distances(v + origin.codes.to(torch.float32))
+    if (table := value_table(origin.scheme)) is not None:
+        of_rounding *= table.distances(v + origin.codes.to(torch.float32))
     return of_rounding, of_scales
 
 
@@ -214,7 +215,7 @@ def _slope_of_scales(origin: QuantizedTensor, codes: Tensor, gradient: Tensor) -
         slope = _by_group(_steps(origin, codes).mul_(gradient), origin)
         return slope.mul_(origin.scales.to(torch.float32))
     offsets, groups, S = origin.superblocks.offsets(), origin.column_groups(), origin.superblocks.d.shape[1]
-    steps = codes.to(torch.float32) - (origin.scheme.middle if offsets is None else 0)
+    steps = _steps(origin, codes) if offsets is None else codes.to(torch.float32)
     of_scales = (steps * origin.scales[:, groups]).mul_(gradient)
     of_offsets = [] if offsets is None else [-offsets[:, groups] * gradient]
     return torch.cat([part.reshape(len(part), S, -1).sum(2) for part in (of_scales, *of_offsets)], dim=1)
@@ -222,15 +223,15 @@ def _slope_of_scales(origin: QuantizedTensor, codes: Tensor, gradient: Tensor) -
 
 def _steps(origin: QuantizedTensor, codes: Tensor) -> Tensor:
     """(N, K) float32: the weight in units of its scales."""
-    if origin.scheme.floats is not None:
-        return float_grid.small_float(origin.scheme).values(codes)
+    if (table := value_table(origin.scheme)) is not None:
+        return table.values(codes)
     return codes.to(torch.float32) - _zeros(origin)
 
 
 def _places(origin: QuantizedTensor, steps: Tensor) -> Tensor:
     """(N, K) float32: where weights in units of their scales lie among the codes; the inverse of `_steps`."""
-    if origin.scheme.floats is not None:
-        return float_grid.small_float(origin.scheme).places(steps)
+    if (table := value_table(origin.scheme)) is not None:
+        return table.places(steps)
     return steps + _zeros(origin)
 
 

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from llmq.numerics import float_grid
 from llmq.numerics.quantized_tensor import QuantizedTensor
+from llmq_kernels.value_tables import E2M1
 
 
 def refine(target: Tensor, quantized: QuantizedTensor, hessian: Tensor) -> QuantizedTensor:
     """See `RefinementStage`; `quantized` is on one of these grids."""
     gradient = (target - quantized.dequantize()) @ hessian  # (N, K)
-    values, scales = float_grid.small_float(quantized.scheme).values(quantized.codes), quantized.scales.clone()
+    values, scales = E2M1.values(quantized.codes), quantized.scales.clone()
     width = values.shape[1] // scales.shape[1]
     for group in range(scales.shape[1]):
         columns = slice(group * width, (group + 1) * width)

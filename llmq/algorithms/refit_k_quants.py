@@ -12,8 +12,8 @@ It is also linear in all d and dmin of a row together.  These are solved for lik
 
 with a row of B for each d (sc q, zero outside of its superblock) and each dmin (-m), P = 2 K / 256.  They are rounded
 to float16 before the change of the loss is computed.  A row is accepted only where its loss falls, after both of the
-steps.  The first product gives g, which all losses follow from: g is kept up to date, and the loss is g δᵀ.  In Q4_1 a
-superblock is one sub-block, and its integers are always 1.
+steps.  The first product gives g, which all losses follow from: g is kept up to date, and the loss is g δᵀ.  In Q4_1
+and IQ4_NL a superblock is one sub-block, and its integers are always 1.
 """
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 from llmq.algorithms import Options, ridge
 from llmq.numerics.k_quant_grid import largest_integer
 from llmq.numerics.quantized_tensor import QuantizedTensor, Superblocks, where
+from llmq.numerics.value_table import value_table
 
 ELEMENTS_AT_ONCE = 1 << 24  # of the systems (P, P) and of the products (K,) of the rows that are solved together
 
@@ -133,7 +134,9 @@ def _normal_equations(bases: list[Tensor], gradient: Tensor, hessian: Tensor, S:
 
 
 def _steps(quantized: QuantizedTensor) -> Tensor:
-    """(N, K) float32: the factor of a scale, which is the code or, in a symmetric grid, code - middle."""
+    """(N, K) float32: the factor of a scale: the code, or code - middle in a symmetric grid, or a value of a table."""
+    if (table := value_table(quantized.scheme)) is not None:
+        return table.values(quantized.codes)
     codes = quantized.codes.to(torch.float32)
     return codes - quantized.scheme.middle if quantized.scheme.symmetric else codes
 

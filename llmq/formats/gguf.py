@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llmq.errors import FormatError
 from llmq.formats.base import Layout, Reader, Reading
-from llmq.formats.codecs import checks, gguf_blocks, gguf_k_quants
+from llmq.formats.codecs import checks, gguf_blocks, gguf_iq4, gguf_k_quants
 from llmq.numerics.gguf_types import BLOCK_TYPES
 from llmq.numerics.quantized_tensor import QuantizedTensor, Superblocks
 from llmq.numerics.scheme import WeightScheme
@@ -25,6 +25,13 @@ from llmq.numerics.scheme import WeightScheme
 NAME = "gguf"
 PREFIX = "gguf_"
 SUFFIXES = tuple(f"{PREFIX}{name}" for name in BLOCK_TYPES)
+
+
+_WITHOUT_OFFSETS: Mapping[str, tuple[Callable[..., NDArray[np.uint8]], Callable[..., Any]]] = {
+    **gguf_k_quants.CENTRED,
+    **gguf_iq4.TYPES,
+}
+"""Type -> how codes, d and sc are packed and unpacked."""
 
 
 def pack(q: QuantizedTensor) -> dict[str, Tensor]:
@@ -45,7 +52,7 @@ def pack_blocks(q: QuantizedTensor) -> NDArray[np.uint8]:
         return gguf_blocks.pack_q8_0((codes.astype(np.int16) - q.scheme.middle).astype(np.int8), halves)
     d, sc, kind = parts.d.cpu().numpy(), parts.sc.cpu().numpy(), str(q.scheme).upper()
     if parts.dmin is None or parts.m is None:
-        return gguf_k_quants.CENTRED[kind][0](codes, d, sc)
+        return _WITHOUT_OFFSETS[kind][0](codes, d, sc)
     if q.scheme.block_type == "q4_1":
         return gguf_blocks.pack_q4_1(codes, d, -parts.dmin.cpu().numpy())
     return gguf_k_quants.MINIMA[kind][0](codes, d, parts.dmin.cpu().numpy(), sc, parts.m.cpu().numpy())
@@ -62,10 +69,10 @@ def unpack(tensors: Mapping[str, Tensor], reading: Reading) -> QuantizedTensor:
         minima = gguf_k_quants.MINIMA[kind.upper()][1](raw)
         parts = Superblocks(*map(_tensor, (minima.d, minima.sc, minima.dmin, minima.m)))
         return QuantizedTensor.of_superblocks(_tensor(minima.codes), parts, scheme)
-    if kind.upper() in gguf_k_quants.CENTRED:
-        centred = gguf_k_quants.CENTRED[kind.upper()][1](raw)
-        parts = Superblocks(_tensor(centred.d), _tensor(centred.sc))
-        return QuantizedTensor.of_superblocks(_tensor(centred.codes), parts, scheme)
+    if kind.upper() in _WITHOUT_OFFSETS:
+        blocks = _WITHOUT_OFFSETS[kind.upper()][1](raw)
+        parts = Superblocks(_tensor(blocks.d), _tensor(blocks.sc))
+        return QuantizedTensor.of_superblocks(_tensor(blocks.codes), parts, scheme)
     if kind == "q4_1":
         codes, d, m = gguf_blocks.unpack_q4_1(raw)
         ones = torch.ones(d.shape, dtype=torch.uint8)

@@ -54,7 +54,8 @@ def assemble(
             tensors.append(Stored(name, None, shape, _floats(partial(source.tensor, name))))
         else:
             tensors.append(Stored(name, str(scheme).upper(), shape, partial(pack, name, scheme)))
-    written = write(file, source.folder, tensors)
+    (name,) = settings.formats
+    written = write(file, source.folder, tensors, name.removeprefix(recipes.PREFIX))
     notes = [f"{name}: lossless, already on the grid of {grids[name]}" for name in grids if name in kept]
     notes += [f"{name} is rounded to nearest in {grids[name]}" for name in grids if name not in kept]
     return dataclasses.replace(written, notes=(*written.notes, *notes))

@@ -24,10 +24,11 @@ from llmq.errors import ConfigError
 from llmq.gguf.changes import Order
 from llmq.gguf.names import Names
 from llmq.gguf.supported import architecture, language_config
-from llmq.numerics.gguf_types import BLOCK_TYPES, RECIPES, Recipe, Rule
+from llmq.numerics.gguf_types import BLOCK_TYPES, RECIPES, Recipe, Rule, V
 from llmq.numerics.layer_plan import LayerPlan
 from llmq.numerics.scheme import Scheme, WeightScheme
 
+PREFIX = "gguf:"
 SMALLEST_BLOCK = 32
 HEAD, EMBEDDING = "output.weight", "token_embd.weight"
 GROUPED = 4  # query heads per key head
@@ -134,7 +135,8 @@ def _query_heads(config: Mapping[str, Any]) -> int:
 def _type(recipe: Recipe, role: _Role, roles: Mapping[str, _Role], *, grouped: bool) -> str:
     if role.kind == HEAD:
         return recipe.head
-    layers = sorted({other.layer for other in roles.values() if other.kind == role.kind})
+    counted = V if role.kind in V else None  # all that have the role of v together; of others all layers
+    layers = sorted({other.layer for other in roles.values() if counted is None or other.kind in counted})
 
     def applies(rule: Rule) -> bool:
         place = layers.index(role.layer)

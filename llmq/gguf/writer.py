@@ -34,8 +34,8 @@ Array = NDArray[Any]
 IN_FLOAT = (".ffn_gate_inp.", "conv", "position_embd")
 """Parts of the names of tensors with several dimensions that llama.cpp reads in F32 only."""
 
-FILE_TYPES: Mapping[str, str] = MappingProxyType({f"Q{bits}_K": f"MOSTLY_Q{bits}_K_M" for bits in (3, 4, 5)})
-"""Most common type -> `general.file_type`, where that differs from MOSTLY_ + the name of the type."""
+FILE_TYPES: Mapping[str, str] = MappingProxyType({f"Q{bits}_K": f"Q{bits}_K_S" for bits in (3, 4, 5)})
+"""Type of all weights -> `general.file_type`, where that has another name: S is llama.cpp's smallest mixture."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,10 @@ class _Entry:
         return (*outer, gguf_blocks.row_bytes(self.kind, columns))
 
 
-def write(file: Path, folder: Path, tensors: Iterable[Stored]) -> Written:
+def write(file: Path, folder: Path, tensors: Iterable[Stored], recipe: str | None = None) -> Written:
     """Write `file`; `folder` holds config, tokenizer and all other files that describe the model.
+
+    recipe  llama.cpp's name of the mixture of types, for `general.file_type`; None: the type of most weights
 
     Raises UnsupportedModelError and FormatError for a model that llama.cpp cannot run, StorageError if writing fails.
     """
@@ -104,7 +106,7 @@ def write(file: Path, folder: Path, tensors: Iterable[Stored]) -> Written:
     writer = gguf.GGUFWriter(partial, arch.name)
     vocabulary = add_tokenizer(writer, folder, config, _vocabulary(entries))
     parameters = sum(math.prod(entry.shape) for entry in entries)
-    general = add_general(writer, folder, file.stem, parameters, _file_type(entries), vocabulary.tokens)
+    general = add_general(writer, folder, file.stem, parameters, _file_type(entries, recipe), vocabulary.tokens)
     extra = add_sizes(writer, config, arch)
     notes, moved = [*general, *extra.notes, *vocabulary.notes], dict[str, float]()
     for entry in entries:
@@ -220,13 +222,13 @@ def _vocabulary(entries: Iterable[_Entry]) -> int:
     raise FormatError("the model has no embedding among its tensors", hint="is the checkpoint complete?")
 
 
-def _file_type(entries: Iterable[_Entry]) -> int:
-    """The value of `general.file_type` for the type of most weights."""
+def _file_type(entries: Iterable[_Entry], recipe: str | None) -> int:
+    """The value of `general.file_type`."""
     import gguf
 
     weights: Counter[str] = Counter()
     for entry in entries:
         if entry.kind in gguf_blocks.QUANTIZED:
             weights[entry.kind] += math.prod(entry.shape)
-    most = max(weights, key=lambda kind: weights[kind], default="F16")
-    return int(gguf.LlamaFileType[FILE_TYPES.get(most, f"MOSTLY_{most}")])
+    name = recipe.upper() if recipe else max(weights, key=lambda kind: weights[kind], default="F16")
+    return int(gguf.LlamaFileType[f"MOSTLY_{FILE_TYPES.get(name, name)}"])

@@ -24,9 +24,11 @@ from torch import Tensor
 from llmq.numerics import float_grid, k_quant_grid
 from llmq.numerics.quantized_tensor import QuantizedTensor, Superblocks, affine
 from llmq.numerics.scheme import WeightScheme
+from llmq.numerics.value_table import encode, value_table
 from llmq_kernels.grid_search import op as grid_search
 from llmq_kernels.grid_search.candidates import Candidates
 from llmq_kernels.grid_search.torch_path import stored
+from llmq_kernels.value_tables import E4M3
 
 COARSE_STEPS, FINE_STEPS, ZERO_STEPS = 60, 16, 2
 LOWEST_FACTOR, HIGHEST_FACTOR = 0.5, 1.08
@@ -76,8 +78,8 @@ class Grid:
 
     def encode(self, weight: Tensor) -> Tensor:
         """The nearest codes, (N, K) uint8, of a float32 weight (N, K)."""
-        if self.scheme.floats is not None:
-            return float_grid.encode(weight, self.scales, self.scheme)
+        if (table := value_table(self.scheme)) is not None:
+            return encode(weight, self.scales, table)
         scales, zeros = self.by_column(weight.shape[1])
         return (weight / scales).add_(zeros).round_().clamp_(0, self.scheme.levels).to(torch.uint8)
 
@@ -130,7 +132,7 @@ def _fit_floats(
     searched: bool = True,
 ) -> Grid:
     if not scheme.few_scales:
-        largest = weight.abs().amax(1, keepdim=True) / float_grid.small_float(scheme).top
+        largest = weight.abs().amax(1, keepdim=True) / E4M3.top
         return Grid(scheme, _stored(largest, scale_dtype).to(dtype_of(scale_dtype)), None)
     if scheme.floats == "mxfp4":
         return Grid(scheme, float_grid.fit(weight, scheme, 1.0, importance, searched=searched), None)

@@ -6,7 +6,7 @@
     mxfp4   32 columns   scale = a power of two (E8M0)
     fp8     a row        scale = a number of the dtype of the model
 
-Codes (quantized values) are places in ascending order (`llmq_kernels/small_floats.py`), scales are the real numbers.
+Codes (quantized values) are places in ascending order (`llmq_kernels/value_tables.py`), scales are the real numbers.
 The min-max scale puts the largest weight of a group on the largest value, 6, or in mxfp4 on what the standard says:
 4 to 8.  `fit` tries the scales around it that the file can hold, and takes the one of least error
 sum_j importance_j * (w_j - ŵ_j)².  That includes scales that put the largest weight on 4, where values are denser
@@ -25,8 +25,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from llmq.numerics.scheme import FLOAT_GRIDS, WeightScheme
-from llmq_kernels.small_floats import E2M1, SMALL_FLOATS, SmallFloat
+from llmq.numerics.scheme import WeightScheme
+from llmq_kernels.value_tables import E2M1
 
 TOP = E2M1.top
 E4M3 = torch.float8_e4m3fn
@@ -38,12 +38,6 @@ STEPS_E4M3 = (0, *(step for size in range(1, 7) for step in (-size, size)))  # f
 STEPS_E8M0 = (0, -1, 1)
 ELEMENTS_AT_ONCE = {"cpu": 1 << 18}  # fits into its cache
 ELEMENTS_AT_ONCE_ELSEWHERE = 1 << 24
-
-
-def small_float(scheme: WeightScheme) -> SmallFloat:
-    """What the codes of a grid of floats stand for."""
-    assert scheme.floats is not None, "only a grid of floats has a type of floats"
-    return SMALL_FLOATS[FLOAT_GRIDS[scheme.floats].type]
 
 
 def global_scale(weights: Iterable[Tensor]) -> float:
@@ -77,12 +71,6 @@ def storable(scales: Tensor, scheme: WeightScheme, shared: Tensor | float) -> Te
         return _of_e4m3((scales * shared).clamp(SMALLEST_E4M3, LARGEST_E4M3).to(E4M3), shared)
     mantissa, exponent = torch.frexp(scales)  # mantissa in [0.5, 1)
     return _powers(exponent - (mantissa <= 0.75).to(exponent.dtype))
-
-
-def encode(weight: Tensor, scales: Tensor, scheme: WeightScheme) -> Tensor:
-    """The nearest codes (N, K) uint8 of `weight` (N, K) float32 with these scales (N, G)."""
-    groups = weight.unflatten(1, (scales.shape[1], -1))
-    return small_float(scheme).nearest(groups / scales.to(torch.float32)[..., None]).flatten(1)
 
 
 def _fit(groups: Tensor, scheme: WeightScheme, shared: float, cost: Tensor | None, *, searched: bool) -> Tensor:

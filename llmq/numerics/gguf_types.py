@@ -27,6 +27,7 @@ class BlockType:
     largest    the largest small integer of a superblock: of sc and m, and in a symmetric grid, where sc has a sign, of
                sc only; the lowest sc is then -largest - 1
     fallback   the type to use where `columns` does not divide a row; it has more bits, never fewer
+    table      the values that codes stand for (`llmq_kernels/value_tables.py`); None for integers
     """
 
     bits: int
@@ -36,11 +37,12 @@ class BlockType:
     nbytes: int
     largest: int = 1
     fallback: str | None = None
+    table: str | None = None
 
     @property
     def two_level(self) -> bool:
-        """Whether its numbers are those of `Superblocks`; Q4_1 is a superblock of one sub-block, with sc = m = 1."""
-        return self.columns == SUPERBLOCK or not self.symmetric
+        """Whether its numbers are those of `Superblocks`; Q4_1 and IQ4_NL have one sub-block, with sc = m = 1."""
+        return self.columns == SUPERBLOCK or not self.symmetric or self.table is not None
 
 
 BLOCK_TYPES: Mapping[str, BlockType] = {
@@ -53,9 +55,11 @@ BLOCK_TYPES: Mapping[str, BlockType] = {
     "q4_1": BlockType(4, 32, False, 32, 20),
     "q5_0": BlockType(5, 32, True, 32, 22),
     "q8_0": BlockType(8, 32, True, 32, 34),
+    "iq4_xs": BlockType(4, 32, True, SUPERBLOCK, 136, 31, "iq4_nl", "iq4"),
+    "iq4_nl": BlockType(4, 32, True, 32, 18, table="iq4"),
 }
 
-V, FUSED, OUTPUT = ("attn_v",), ("attn_qkv",), ("attn_output",)
+V, OUTPUT = ("attn_v", "attn_qkv", "attn_kv_b"), ("attn_output",)  # fused weights have the role of v
 DOWN = ("ffn_down", "ffn_down_exps", "ffn_down_shexp")
 
 
@@ -87,7 +91,8 @@ class Rule:
 
     kinds    their names in a layer of a GGUF file (`attn_v`)
     type     the block type
-    where    which of the layers that have such a weight, from the place among them and their number
+    where    which of the layers, from the place and their number; of the layers that have such a weight for those
+             with the role of v
     grouped  whether the rule is only for models with four or more query heads per key head
     """
 
@@ -116,19 +121,21 @@ RECIPES: Mapping[str, Recipe] = {
     "gguf:q4_1": Recipe("q4_1"),
     "gguf:q8_0": Recipe("q8_0", head="q8_0"),
     "gguf:q2_k": Recipe("q2_k", (
-        Rule(V + FUSED, "q4_k", grouped=True), Rule(V + FUSED + DOWN + OUTPUT, "q3_k"),
+        Rule(V, "q4_k", grouped=True), Rule(V + DOWN + OUTPUT, "q3_k"),
     )),
     "gguf:q3_k_s": Recipe("q3_k"),
     "gguf:q3_k_m": Recipe("q3_k", (
-        Rule(V + FUSED, "q5_k", First(2)), Rule(DOWN, "q5_k", First(share=16)), Rule(V + FUSED + DOWN + OUTPUT, "q4_k"),
+        Rule(V, "q5_k", First(2)), Rule(DOWN, "q5_k", First(share=16)), Rule(V + DOWN + OUTPUT, "q4_k"),
     )),
-    "gguf:q3_k_l": Recipe("q3_k", (Rule(V + FUSED + DOWN + OUTPUT, "q5_k"),)),
+    "gguf:q3_k_l": Recipe("q3_k", (Rule(V + DOWN + OUTPUT, "q5_k"),)),
     "gguf:q4_k": Recipe("q4_k"),
-    "gguf:q4_k_s": Recipe("q4_k", (Rule(V + FUSED, "q5_k", First(4)), Rule(DOWN, "q5_k", First(share=8)))),
-    "gguf:q4_k_m": Recipe("q4_k", (Rule(V + DOWN, "q6_k", spread), Rule(FUSED, "q5_k"))),
+    "gguf:q4_k_s": Recipe("q4_k", (Rule(V, "q5_k", First(4)), Rule(DOWN, "q5_k", First(share=8)))),
+    "gguf:q4_k_m": Recipe("q4_k", (Rule(V + DOWN, "q6_k", spread),)),
     "gguf:q5_k": Recipe("q5_k"),
-    "gguf:q5_k_m": Recipe("q5_k", (Rule(V + DOWN, "q6_k", spread), Rule(FUSED, "q6_k"))),
+    "gguf:q5_k_m": Recipe("q5_k", (Rule(V + DOWN, "q6_k", spread),)),
     "gguf:q6_k": Recipe("q6_k"),
+    "gguf:iq4_xs": Recipe("iq4_xs", (Rule(V, "q5_k", grouped=True),)),
+    "gguf:iq4_nl": Recipe("iq4_nl", (Rule(V, "q5_k", grouped=True),)),
 }  # fmt: skip
 
 GGUF = "gguf"

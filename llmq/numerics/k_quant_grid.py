@@ -5,12 +5,14 @@
     w  ≈  (d · sc_i) (q - middle)             i one of 16 sub-blocks of 16 columns; sc in -128 … 127;    Q6_K
                                               sc in -32 … 31;                                            Q3_K
     w  ≈  d q - dmin                          one sub-block of 32 columns;                               Q4_1
+    w  ≈  (d · sc_i) value(q)                 i one of 8 sub-blocks of 32 columns; sc in -32 … 31;       IQ4_XS
+    w  ≈  d value(q)                          one sub-block of 32 columns;                               IQ4_NL
 
-q are the codes (quantized values).  A sub-block alone has an affine grid with a real offset.  The task is to find the
-d, dmin, sc and m of a superblock with the least  Σ_j c_j (ŵ_j - w_j)².  With fixed codes that error is a quadratic form
-in scale and offset of each sub-block.  It is determined by a few sums, so that many pairs of d and dmin can be tried
-at a cost that does not depend on the number of columns.  With a fixed grid the nearest codes are the best.  Each step
-below uses one of the two facts, and no step raises the error:
+q are the codes (quantized values), and value(q) is one of a table (`value_table.py`).  A sub-block alone has an affine
+grid with a real offset.  The task is to find the d, dmin, sc and m of a superblock with the least  Σ_j c_j (ŵ_j -
+w_j)².  With fixed codes that error is a quadratic form in scale and offset of each sub-block.  It is determined by a
+few sums, so that many pairs of d and dmin can be tried at a cost that does not depend on the number of columns.  With
+a fixed grid the nearest codes are the best.  Each step below uses one of the two facts, and no step raises the error:
 
     1. polish   scale and offset of each sub-block by least squares, from several shrunken ranges
     2. share    the best of several pairs (d, dmin) around (max scale, max offset) / 63, with the best sc and m for each
@@ -21,7 +23,7 @@ d and dmin are rounded to fp16 before any error is computed with them.  sc = 0 i
 same value, and neither GPTQ nor tuning could move them.  The offset is -min ≥ 0, as everywhere in llama.cpp.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
 
@@ -31,6 +33,7 @@ from torch import Tensor
 from llmq.numerics.gguf_types import BLOCK_TYPES
 from llmq.numerics.quantized_tensor import SMALLEST_SHARED, Superblocks
 from llmq.numerics.scheme import WeightScheme
+from llmq.numerics.value_table import value_table
 
 SHRUNKEN = (0.68, 0.75, 0.82, 0.89, 0.96, 1.03)  # factors for each of the two ends of a range
 SHRUNKEN_SYMMETRIC = tuple(0.75 + step / 96 for step in range(32))  # one end only, but finer, as there are 64 levels
@@ -233,15 +236,16 @@ def _shared_by_least_squares(
 def _fit_symmetric(x: Tensor, cost: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tensor]:
     """d (R,) and sc (R, B) for x and cost (R, B, g).
 
-    The offset is s * middle, so the best scale for fixed codes is one number with a closed form.
+    A weight is its scale times what its code stands for, so the best scale for fixed codes has a closed form.
     """
-    levels, middle, largest = scheme.levels, scheme.middle, largest_integer(scheme)
+    largest = largest_integer(scheme)
+    units, top = _units(x, scheme)
 
     def error(scales: Tensor) -> Tensor:
-        return _error(x, cost, scales, scales * middle, levels)
+        return units(scales).mul_(scales[..., None]).sub_(x).square_().mul_(cost).sum(-1)
 
     def sums(scales: Tensor) -> _Sums:
-        return _Sums.of(x, cost, _nearest(x, scales, scales * middle, levels) - middle)
+        return _Sums.of(x, cost, units(scales))
 
     def polished(scales: Tensor) -> Tensor:
         current = sums(scales)
@@ -249,11 +253,14 @@ def _fit_symmetric(x: Tensor, cost: Tensor, scheme: WeightScheme) -> tuple[Tenso
         better = torch.isfinite(fitted) & (fitted != 0) & (error(fitted) < error(scales))
         return torch.where(better, fitted, scales)
 
-    widest = (x.abs().amax(-1) / middle).clamp_(min=SMALLEST_SHARED)
+    widest = (x.abs().amax(-1) / top).clamp_(min=SMALLEST_SHARED)
     starts = torch.stack([polished(sign * factor * widest) for factor in SHRUNKEN_SYMMETRIC for sign in (-1, 1)])
     s = starts.gather(0, torch.stack([error(start) for start in starts]).argmin(0, keepdim=True))[0]
     for _ in range(POLISHED):
         s = polished(s)
+    if x.shape[1] == 1:
+        d = _half(s.abs()).copysign(s)[:, 0]
+        return d.to(torch.float16), torch.ones_like(s, dtype=torch.int8)
     current, zero = sums(s), torch.zeros_like(s)
     tried = torch.stack(list(_candidates(s, largest)))  # (T, R)
     integers = _signed(s / tried[..., None], s, largest)
@@ -269,6 +276,14 @@ def _fit_symmetric(x: Tensor, cost: Tensor, scheme: WeightScheme) -> tuple[Tenso
         fitted = _half(torch.where(torch.isfinite(fitted), fitted, d))
         d = torch.where(error(fitted[:, None] * sc).sum(1) < error(d[:, None] * sc).sum(1), fitted, d)
     return d.to(torch.float16), sc.to(torch.int8)
+
+
+def _units(x: Tensor, scheme: WeightScheme) -> tuple[Callable[[Tensor], Tensor], float]:
+    """From scales (R, B) to what x (R, B, g) is rounded to, in units of them; and the largest of these numbers."""
+    table, levels, middle = value_table(scheme), scheme.levels, scheme.middle
+    if table is not None:
+        return lambda scales: table.rounded(x / scales[..., None]), table.top
+    return lambda scales: _nearest(x, scales, scales * middle, levels).sub_(middle), float(middle)
 
 
 def _signed(values: Tensor, like: Tensor, largest: int) -> Tensor:

@@ -53,7 +53,7 @@ def keep(weight: Tensor, stored: torch.dtype, scheme: WeightScheme, values: Scal
     width = scheme.columns_per_group(K)
     if (
         stored not in DIGITS
-        or scheme.floats
+        or scheme.table
         or scheme.group_size == "tensor"
         or K % width
         or (scheme.two_level and not _free(scheme))

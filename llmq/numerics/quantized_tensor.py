@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmq.numerics.float_grid import small_float
 from llmq.numerics.scheme import WeightScheme
+from llmq.numerics.value_table import value_table
 
 SMALLEST_SHARED = 2.0**-24  # in float16; llama.cpp reads subnormal numbers, and d and dmin often are subnormal
 
@@ -20,12 +20,13 @@ SMALLEST_SHARED = 2.0**-24  # in float16; llama.cpp reads subnormal numbers, and
 class Superblocks:
     """A two-level grid: group g of superblock b has the scale d_b * sc_g and, asymmetric, the offset dmin_b * m_g.
 
-    d     (N, S) float16     S = K / 256 superblocks per row; in Q4_1 S = G = K / 32, and all sc and m are 1
+    d     (N, S) float16     S = K / 256 superblocks per row; in Q4_1 and IQ4_NL S = G = K / 32, and all sc and m are 1
     sc    (N, G) uint8 of 6 bits, or int8 in a symmetric grid
     dmin  (N, S) float16, or None in a symmetric grid
     m     (N, G) uint8 of 6 bits, or None in a symmetric grid
 
-    w = (d * sc) * q - dmin * m, or (d * sc) * (q - middle), in float32 and in this order, as llama.cpp computes it.
+    w = (d * sc) * q - dmin * m, or (d * sc) * (q - middle), in float32 and in this order, as llama.cpp computes it.  In
+    IQ4_NL and IQ4_XS a value of a table takes the place of q - middle.
     """
 
     d: Tensor
@@ -76,7 +77,7 @@ class QuantizedTensor:
                  float32 there, and zeros are not integers
     global_scale (N, 1) float32, the same in every row: what the E4M3 numbers of an nvfp4 grid are divided by
 
-    In a grid of floats w = scales * value of the code (`float_grid.py`); scales of nvfp4 and mxfp4 are float32.
+    With a value table (`value_table.py`) w = scales * value of the code; scales of nvfp4 and mxfp4 are float32.
 
     N out_features, K in_features, G groups.  "channel" has G = 1.  "tensor" has G = 1 too, its one scale repeated N
     times.
@@ -94,7 +95,8 @@ class QuantizedTensor:
     def blank(cls, rows: int, columns: int, scheme: WeightScheme, scale_dtype: torch.dtype) -> "QuantizedTensor":
         """A weight of zeros, to learn its packed size; not for two-level grids."""
         groups = columns // scheme.columns_per_group(columns)
-        zero = 0 if scheme.floats is None else small_float(scheme).zero
+        table = value_table(scheme)
+        zero = 0 if table is None else table.zero
         codes = torch.full((rows, columns), zero, dtype=torch.uint8)
         zeros = None if scheme.symmetric else torch.full((rows, groups), scheme.middle, dtype=torch.int16)
         scales = torch.ones(rows, groups, dtype=torch.float32 if scheme.few_scales else scale_dtype)
@@ -123,8 +125,8 @@ class QuantizedTensor:
 
     def dequantize(self) -> Tensor:
         """(N, K) float32, computed in float32 from the stored scales, as every reader of the file does."""
-        floats = self.scheme.floats is not None
-        weight = small_float(self.scheme).values(self.codes) if floats else self.codes.to(torch.float32)  # (N, K)
+        table = value_table(self.scheme)
+        weight = self.codes.to(torch.float32) if table is None else table.values(self.codes)  # (N, K)
         values, spread = weight, self._spread
         if self.group_index is None:  # a view by group, so that no (N, K) of scales is made
             values, spread = weight.unflatten(1, (self.scales.shape[1], -1)), _last_axis
@@ -132,7 +134,7 @@ class QuantizedTensor:
         if offsets is not None:
             values.mul_(spread(self.scales)).sub_(spread(offsets))
             return weight
-        if not floats:
+        if table is None:
             values -= self.scheme.middle if self.zeros is None else spread(self.zeros.to(torch.float32))
         values *= spread(self.scales.to(torch.float32))
         return weight

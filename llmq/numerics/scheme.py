@@ -23,7 +23,7 @@ INPUT_SCALES = ("dynamic", "static")
 class FloatGrid:
     """A grid of small floats.
 
-    type    in `llmq_kernels/small_floats.py`
+    type    in `llmq_kernels/value_tables.py`
     levels  the largest code of this type
     """
 
@@ -110,6 +110,13 @@ class WeightScheme:
     def levels(self) -> int:
         """The largest code, 2**bits - 1; of small floats the number of values - 1."""
         return (1 << self.bits) - 1 if self.floats is None else FLOAT_GRIDS[self.floats].levels
+
+    @property
+    def table(self) -> str | None:
+        """The name of the values that codes stand for (`llmq_kernels/value_tables.py`); None for integers."""
+        if self.floats is not None:
+            return FLOAT_GRIDS[self.floats].type
+        return None if self.block_type is None else BLOCK_TYPES[self.block_type].table
 
     @property
     def few_scales(self) -> bool:

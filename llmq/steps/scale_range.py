@@ -17,6 +17,7 @@ from llmq.numerics import affine_grid
 from llmq.numerics.affine_grid import Bounded, Grid, ScaleDtype, dtype_of
 from llmq.numerics.k_quant_grid import largest_integer
 from llmq.numerics.scheme import WeightScheme
+from llmq.numerics.value_table import value_table
 from llmq.report.record import BlockReport
 from llmq.steps.repair import change, fused, part_of
 from llmq.steps.round_together import Group
@@ -92,7 +93,8 @@ def _shared_scales(weight: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tensor
     """The same for the scales that 256 columns of a two-level grid share, which are float16."""
     columns = SHARED_COLUMNS if weight.shape[1] % SHARED_COLUMNS == 0 else weight.shape[1]
     largest = weight.abs().reshape(len(weight), -1, columns).amax(-1)
-    steps = scheme.middle if scheme.symmetric else scheme.levels
+    table = value_table(scheme)
+    steps = table.top if table else scheme.middle if scheme.symmetric else scheme.levels
     needed = largest / (steps * largest_integer(scheme))
     top = float(torch.finfo(torch.float16).max)
     return needed, needed.clamp(SHARED_SMALLEST, top)

@@ -62,9 +62,12 @@ def test_the_file_has_the_types_of_the_recipe(finished: tuple[Path, llmq.Report]
 
 @pytest.mark.parametrize(
     ("recipe", "types"),
-    [("q2_k", ["Q2_K", "Q3_K", "Q4_0", "Q6_K"]), ("q3_k_m", ["Q3_K", "Q5_K", "Q5_0", "Q6_K"])],
+    [
+        ("q2_k", ["Q2_K", "Q3_K", "Q4_0", "Q6_K"]),
+        ("iq4_xs", ["IQ4_XS", "IQ4_XS", "IQ4_NL", "Q6_K"]),
+    ],
 )
-def test_low_bits_run_through_every_stage(
+def test_other_grids_run_through_every_stage(
     recipe: str, types: list[str], model: Path, text: Path, tmp_path: Path
 ) -> None:
     job(model, tmp_path / "tiny", text, TUNED, format=f"gguf:{recipe}").run()

@@ -19,8 +19,18 @@ from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import WeightScheme
 
 pytestmark = pytest.mark.interop
-TYPES = {"q2_k": 10, "q3_k": 11, "q4_k": 12, "q5_k": 13, "q6_k": 14, "q5_0": 6, "q8_0": 8}  # enum ggml_type
-TWO_LEVEL = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
+TYPES = {
+    "q2_k": 10,
+    "q3_k": 11,
+    "q4_k": 12,
+    "q5_k": 13,
+    "q6_k": 14,
+    "q5_0": 6,
+    "q8_0": 8,
+    "iq4_nl": 20,
+    "iq4_xs": 23,
+}  # enum ggml_type
+TWO_LEVEL = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs")
 FLOATS = ctypes.POINTER(ctypes.c_float)
 SIZE = ctypes.c_int64
 N, K = 64, 512
@@ -73,7 +83,8 @@ def test_ggml_decodes_the_same_weight(ggml: ctypes.CDLL, kind: str) -> None:
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(
-    ("kind", "gain"), [("q2_k", 0.93), ("q3_k", 0.98), ("q4_k", 0.97), ("q5_k", 0.93), ("q6_k", 0.95)]
+    ("kind", "gain"),
+    [("q2_k", 0.93), ("q3_k", 0.98), ("q4_k", 0.97), ("q5_k", 0.93), ("q6_k", 0.95), ("iq4_nl", 1), ("iq4_xs", 1)],
 )
 def test_searched_scales_have_a_lower_error_than_ggml(
     ggml: ctypes.CDLL, kind: str, gain: float, weighted: bool

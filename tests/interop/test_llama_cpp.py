@@ -234,7 +234,7 @@ def test_quantized_model_generates_the_same_tokens_as_llmq(
     assert difference.mean() < ROUNDED
 
 
-@pytest.mark.parametrize("recipe", ["q2_k", "q3_k_m", "q8_0"])
+@pytest.mark.parametrize("recipe", ["q2_k", "q3_k_m", "q8_0", "iq4_xs"])
 def test_llama_cpp_runs_native_grids(recipe: str, tmp_path: Path) -> None:
     source, out = BUNDLED / "tiny-python-llama", tmp_path / "out"
     llmq.quantize(str(source), out, method="rtn", format=f"gguf:{recipe}", validate=0, device="cpu")

@@ -1,7 +1,7 @@
 """The entry point of GPTQ's inner loop: arguments are checked once, and the device decides which path runs.
 
-Grids of floats run in torch on every device.  Products in float32 never use TF32 (`full_precision.py`).  No call
-synchronizes with the device.
+Grids that are not uniform run in torch on every device.  Products in float32 never use TF32 (`full_precision.py`).  No
+call synchronizes with the device.
 """
 
 from contextlib import nullcontext
@@ -44,7 +44,7 @@ def quantize_columns(problem: Problem, codes: Tensor, start: int, stop: int) -> 
     if columns.numel() == 0:
         return
     with without_tf32() if columns.is_cuda else nullcontext():
-        if backend.choose(columns.device).name == "triton" and problem.floats is None:
+        if backend.choose(columns.device).name == "triton" and problem.table is None:
             from llmq_kernels.gptq_block import triton_kernel
 
             triton_kernel.quantize_columns(problem, codes, start, stop)

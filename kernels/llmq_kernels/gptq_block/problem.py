@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llmq_kernels.arguments import require
 from llmq_kernels.errors import KernelInputError
-from llmq_kernels.small_floats import SmallFloat
+from llmq_kernels.value_tables import ValueTable
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Problem:
     zeros     (E, G, N) float32   zero points, integers or with real offsets any numbers; 2**(bits - 1) if symmetric
     group_of  (E, K)    int32     the group of each column
     levels                        2**bits - 1, at most 255
-    floats                        what codes stand for on a grid of floats, where zero points have no effect; else None
+    table                         what codes stand for where these are not integers; zero points then have no effect
 
     All on one device; scales, zeros and group_of contiguous.  Fast if the rows of a column are contiguous and, on GPUs,
     if the factor is.  Raises KernelInputError for anything else; values on the device are not read.
@@ -32,7 +32,7 @@ class Problem:
     zeros: Tensor
     group_of: Tensor
     levels: int
-    floats: SmallFloat | None = None
+    table: ValueTable | None = None
 
     def __post_init__(self) -> None:
         columns, scales = self.columns, self.scales

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llmq_kernels.gptq_block.problem import Problem
-from llmq_kernels.small_floats import SmallFloat
+from llmq_kernels.value_tables import ValueTable
 
 
 def quantize_columns(problem: Problem, codes: Tensor, start: int, stop: int) -> None:
@@ -19,8 +19,8 @@ def quantize_columns(problem: Problem, codes: Tensor, start: int, stop: int) -> 
     for W, C, U, scale, zero, groups in experts:
         scales, zeros = scale.index_select(0, groups), zero.index_select(0, groups)  # (B, N)
         inner = U[start:stop, start:stop]
-        if problem.floats is not None:
-            errors = _quantize_floats(W[start:stop], C[start:stop], inner, scales, problem.floats)
+        if problem.table is not None:
+            errors = _quantize_values(W[start:stop], C[start:stop], inner, scales, problem.table)
         else:
             errors = _quantize_block(W[start:stop], C[start:stop], inner, scales, zeros, problem.levels)
         W[stop:].addmm_(U[start:stop, stop:].T, errors, alpha=-1)
@@ -39,12 +39,12 @@ def _quantize_block(block: Tensor, codes: Tensor, inner: Tensor, scales: Tensor,
     return errors
 
 
-def _quantize_floats(block: Tensor, codes: Tensor, inner: Tensor, scales: Tensor, floats: SmallFloat) -> Tensor:
-    """`_quantize_block` for a grid of floats."""
+def _quantize_values(block: Tensor, codes: Tensor, inner: Tensor, scales: Tensor, table: ValueTable) -> Tensor:
+    """`_quantize_block` for a grid that is not uniform."""
     errors = torch.empty_like(block)
     for i, pivot in enumerate(inner.diagonal()):
-        code = floats.nearest(block[i] / scales[i])
+        code = table.nearest(block[i] / scales[i])
         codes[i] = code
-        torch.sub(block[i], floats.values(code).mul_(scales[i]), out=errors[i]).div_(pivot)
+        torch.sub(block[i], table.values(code).mul_(scales[i]), out=errors[i]).div_(pivot)
         block[i + 1 :].addr_(inner[i, i + 1 :], errors[i], alpha=-1)
     return errors

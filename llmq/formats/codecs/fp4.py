@@ -28,11 +28,12 @@ from llmq.formats.codecs import checks
 from llmq.numerics import float_grid
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import WeightScheme
-from llmq_kernels.small_floats import E2M1
+from llmq_kernels.value_tables import E2M1
 
 NVFP4_GROUP, MXFP4_GROUP = 16, 32
 NEGATIVE = 8  # the sign bit
 EXPONENT_OF_ONE = 127
+MAGNITUDES = E2M1.numbers[E2M1.zero :]
 
 
 def nvfp4(tensors: Mapping[str, Tensor]) -> Tensor:
@@ -50,7 +51,7 @@ def mxfp4(tensors: Mapping[str, Tensor]) -> Tensor:
 
 def values_of(packed: Tensor) -> Tensor:
     """uint8 (…, K / 2) -> float32 (…, K)"""
-    table = torch.tensor([*E2M1.magnitudes, *(-value for value in E2M1.magnitudes)], device=packed.device)
+    table = torch.tensor([*MAGNITUDES, *(-value for value in MAGNITUDES)], device=packed.device)
     return table[_halves(packed).long()]
 
 

@@ -19,7 +19,7 @@ from llmq.errors import FormatError
 from llmq.formats.codecs import checks
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import WeightScheme
-from llmq_kernels.small_floats import E4M3
+from llmq_kernels.value_tables import E4M3
 
 PACKING = "float-quantized"
 SCHEME = WeightScheme.of_floats("fp8")

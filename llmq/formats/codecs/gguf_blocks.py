@@ -7,6 +7,7 @@
     Q5_1   24        fp16 d, fp16 m, fifth bits, nibbles                  w = d * q + m
     Q8_0   34        fp16 d, 32 bytes of signed codes                     w = d * q
     Q2_K to Q6_K      256 weights per block: `formats/codecs/gguf_k_quants.py`
+    IQ4_NL, IQ4_XS    `formats/codecs/gguf_iq4.py`
 
 q are the codes (quantized values).  Byte j of the nibbles holds weight j in its low half and weight j + 16 in its high
 half.  The fifth bits are one little-endian number whose bit j belongs to weight j.  Everything is computed in float32,
@@ -24,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmq.errors import FormatError
-from llmq.formats.codecs import gguf_k_quants
+from llmq.formats.codecs import gguf_iq4, gguf_k_quants
 
 Bytes = NDArray[Any]  # (N, bytes of a row) uint8; in NumPy's type hints `bytes & 15` is wider than uint8
 Codes = NDArray[Any]  # (N, K) uint8
@@ -42,6 +43,7 @@ SIZES: Mapping[str, tuple[int, int]] = MappingProxyType(
         "Q5_1": (32, 24),
         "Q8_0": (32, 34),
         **gguf_k_quants.SIZES,
+        **gguf_iq4.SIZES,
     }
 )
 """Type -> weights per block, bytes per block."""
@@ -74,6 +76,8 @@ def decode(kind: str, raw: Bytes) -> Floats:
     rows = np.ascontiguousarray(raw)
     if kind in gguf_k_quants.SIZES:
         return gguf_k_quants.decode(kind, rows)
+    if kind in gguf_iq4.SIZES:
+        return gguf_iq4.decode(kind, rows)
     if kind in _PLAIN:
         return _PLAIN[kind](rows)
     blocks = rows.reshape(-1, SIZES[kind][1])  # (B, bytes)

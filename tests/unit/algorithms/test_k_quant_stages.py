@@ -14,9 +14,11 @@ from llmq.numerics.input_stats import InputStats
 from llmq.numerics.quantized_tensor import QuantizedTensor, Superblocks
 from llmq.numerics.scheme import WeightScheme
 from llmq.steps.round_group import round_group
+from llmq_kernels.value_tables import IQ4
 from tests.unit.algorithms.test_gptq import check_static
 
-TWO_LEVEL = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
+INTEGERS = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
+TWO_LEVEL = (*INTEGERS, "iq4_xs", "iq4_nl")
 RATES = Rates(rounding=0.02, scales=0.01)
 N, K = 5, 512
 OPTIONS = Options(torch.float16)
@@ -49,6 +51,13 @@ def nearest(weight: Tensor, kind: str) -> QuantizedTensor:
     return chosen.quantized(chosen.encode(weight))
 
 
+def in_steps(q: QuantizedTensor) -> Tensor:
+    """The weight in units of its scales, (N, K) float64, with its offsets."""
+    if q.scheme.table is not None:
+        return torch.tensor(IQ4.numbers, dtype=torch.float64)[q.codes.long()]
+    return q.codes.double() - (q.scheme.middle if q.scheme.symmetric else 0)
+
+
 def consistent(q: QuantizedTensor) -> bool:
     """Whether scales and zero points are equal to those computed from the superblocks."""
     again = QuantizedTensor.of_superblocks(q.codes, parts(q), q.scheme)
@@ -59,7 +68,7 @@ def consistent(q: QuantizedTensor) -> bool:
 # ---- rounding
 
 
-@pytest.mark.parametrize("kind", TWO_LEVEL)
+@pytest.mark.parametrize("kind", INTEGERS)
 def test_gptq_matches_the_reference(kind: str) -> None:
     stats = statistics(256)
     check_static(random(6, 256), stats, WeightScheme.of_blocks(kind), "activation", "searched", enough=0.3)
@@ -89,11 +98,11 @@ def coordinate_by_coordinate(target: Tensor, q: QuantizedTensor, hessian: Tensor
     """sc and m of each row after one pass in which each is set to its best value, by trying all values."""
     grid, width = parts(q), q.scheme.columns_per_group(K)
     sc, m = grid.sc.double(), None if grid.m is None else grid.m.double()
-    codes = q.codes.double() - (q.scheme.middle if q.scheme.symmetric else 0)
+    codes = in_steps(q)
     d = grid.d.double().repeat_interleave(256 // width, 1)
     dmin = None if grid.dmin is None else grid.dmin.double().repeat_interleave(256 // width, 1)
     H, w = hessian.double(), target.double()
-    largest = {"q2_k": 15, "q3_k": 31, "q4_k": 63, "q6_k": 127}[str(q.scheme)]
+    largest = {"q2_k": 15, "q3_k": 31, "q4_k": 63, "q6_k": 127, "iq4_xs": 31}[str(q.scheme)]
 
     def loss() -> Tensor:
         decoded = (d * sc).repeat_interleave(width, 1) * codes
@@ -117,9 +126,9 @@ def coordinate_by_coordinate(target: Tensor, q: QuantizedTensor, hessian: Tensor
     return sc, m
 
 
-@pytest.mark.parametrize("kind", ["q2_k", "q3_k", "q4_k", "q6_k"])
+@pytest.mark.parametrize("kind", ["q2_k", "q3_k", "q4_k", "q6_k", "iq4_xs"])
 def test_small_integers_get_their_best_values_in_turn(kind: str) -> None:
-    target, hessian = random(2, K), statistics().second_moment()
+    target, hessian = random(2, 256), statistics(256).second_moment()
     start = nearest(target, kind)
     gradient = (target - start.dequantize()) @ hessian
     moved, moved_gradient = refit_k_quants._with_other_integers(start, gradient, hessian)
@@ -139,14 +148,14 @@ def test_shared_numbers_are_those_of_a_dense_solver(kind: str) -> None:
     L = torch.linalg.cholesky(hessian.double() + 1e-6 * torch.eye(K))
     fitted = refit_k_quants._solved(q, (target - q.dequantize()) @ hessian, hessian)
     grid, groups = parts(q), q.column_groups()
-    codes = q.codes.double() - (q.scheme.middle if q.scheme.symmetric else 0)
+    codes, width = in_steps(q), K // grid.d.shape[1]
     for row in range(len(target)):
         columns = [codes[row] * grid.sc[row, groups].double()]
         columns += [] if grid.m is None else [-grid.m[row, groups].double()]
         design = torch.zeros(K, fitted.shape[1], dtype=torch.float64)
         for number, column in enumerate(columns):
             for k in range(K):
-                design[k, number * (K // 256) + k // 256] = column[k]
+                design[k, number * grid.d.shape[1] + k // width] = column[k]
         left = L.T @ design
         roots = (RIDGE * left.square().sum(0)).sqrt()
         right = torch.cat([L.T @ target[row].double(), roots * grid.shared()[row].double()])
@@ -196,6 +205,13 @@ def straight(x: Tensor, y: Tensor) -> Tensor:
     return y.detach() + (x - x.detach())
 
 
+def between(place: Tensor) -> Tensor:
+    """The values of IQ4 at whole places, and on straight lines between them."""
+    numbers = torch.tensor(IQ4.numbers)
+    below = place.detach().floor().long().clamp(0, IQ4.largest - 1)
+    return numbers[below] + (place - below) * (numbers[below + 1] - numbers[below])
+
+
 @pytest.mark.parametrize("kind", TWO_LEVEL)
 def test_tuning_matches_autograd_and_adam(kind: str) -> None:
     origin = nearest(random(3, K), kind)
@@ -209,11 +225,14 @@ def test_tuning_matches_autograd_and_adam(kind: str) -> None:
         place = v + origin.codes
         codes = straight(place, place.detach().round().clamp(0, origin.scheme.levels))
         stretched = grid.shared() * (1 + theta)
-        d, *dmin = straight(stretched, stretched.detach().half().float()).split(K // 256, 1)
-        scales = d.repeat_interleave(256 // (K // grid.sc.shape[1]), 1) * grid.sc
+        d, *dmin = straight(stretched, stretched.detach().half().float()).split(grid.d.shape[1], 1)
+        together = grid.sc.shape[1] // grid.d.shape[1]
+        scales = d.repeat_interleave(together, 1) * grid.sc
+        if origin.scheme.table is not None:
+            return straight(between(place), IQ4.values(codes.detach())) * scales[:, groups]
         if grid.m is None:
             return torch.mul(codes - origin.scheme.middle, scales[:, groups])
-        offsets = dmin[0].repeat_interleave(256 // (K // grid.sc.shape[1]), 1) * grid.m
+        offsets = dmin[0].repeat_interleave(together, 1) * grid.m
         return torch.sub(codes * scales[:, groups], offsets[:, groups])
 
     for step in range(steps):

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmq.errors import FormatError
-from llmq.formats.codecs import gguf_blocks, gguf_k_quants
+from llmq.formats.codecs import gguf_blocks, gguf_iq4, gguf_k_quants
 
 gguf = pytest.importorskip("gguf")
 SEEDS = st.integers(0, 2**32 - 1)
@@ -45,12 +45,13 @@ def test_packing_gives_the_bytes_of_the_package_gguf(kind: str, seed: int) -> No
     assert np.array_equal(pack(codes.astype(np.int8 if kind == "Q8_0" else np.uint8), scales), stored)
 
 
-@pytest.mark.parametrize("kind", gguf_k_quants.SIZES)
+@pytest.mark.parametrize("kind", [*gguf_k_quants.SIZES, *gguf_iq4.SIZES])
 @given(seed=SEEDS)
-def test_unpacked_superblocks_are_packed_to_the_same_bytes(kind: str, seed: int) -> None:
+def test_unpacked_blocks_are_packed_to_the_same_bytes(kind: str, seed: int) -> None:
     raw = np.random.default_rng(seed).integers(0, 256, (3, gguf_blocks.row_bytes(kind, 512)), dtype=np.uint8)
-    parts = getattr(gguf_k_quants, f"unpack_{kind.lower()}")(raw)
-    again = getattr(gguf_k_quants, f"pack_{kind.lower()}")(**vars(parts))
+    codec = gguf_iq4 if kind in gguf_iq4.SIZES else gguf_k_quants
+    parts = getattr(codec, f"unpack_{kind.lower()}")(raw)
+    again = getattr(codec, f"pack_{kind.lower()}")(**vars(parts))
     assert np.array_equal(again, raw)
 
 
@@ -65,6 +66,12 @@ def test_values_that_do_not_fit_are_refused() -> None:
     sc = np.full((1, 8), 64, dtype=np.uint8)
     with pytest.raises(FormatError, match="6 bits"):
         gguf_k_quants.pack_q4_k(np.zeros((1, 256), dtype=np.uint8), d, d, sc, sc)
+    with pytest.raises(FormatError, match="6 bits"):
+        gguf_iq4.pack_iq4_xs(np.zeros((1, 256), dtype=np.uint8), d, np.full((1, 8), 32, dtype=np.int8))
+    with pytest.raises(FormatError, match="no scales of sub-blocks"):
+        gguf_iq4.pack_iq4_nl(codes, d, np.full((1, 1), 2, dtype=np.int8))
+    with pytest.raises(FormatError, match="16, this type holds 0 to 15"):
+        gguf_iq4.pack_iq4_nl(codes, d, np.ones((1, 1), dtype=np.int8))
     d, codes, sc = d[:, :1], np.zeros((1, 256), dtype=np.uint8), np.zeros((1, 16), dtype=np.int8)
     for wrong in (-33, 32):
         with pytest.raises(FormatError, match="6 bits"):

@@ -59,6 +59,8 @@ def test_the_mixture_matches_llama_cpp(usual: str) -> None:
         ("q3_k_l", 8, "q3_k", ["q5_k"] * 16, ["q5_k"] * 16, "q5_k"),
         ("q4_k_s", 8, "q4_k", ["q5_k"] * 4 + ["q4_k"] * 12, ["q5_k"] * 2 + ["q4_k"] * 14, "q4_k"),
         ("q8_0", 8, "q8_0", ["q8_0"] * 16, ["q8_0"] * 16, "q8_0"),
+        ("iq4_xs", 2, "iq4_xs", ["q5_k"] * 16, ["iq4_xs"] * 16, "iq4_xs"),
+        ("iq4_nl", 8, "iq4_nl", ["iq4_nl"] * 16, ["iq4_nl"] * 16, "iq4_nl"),
     ],
 )  # fmt: skip
 def test_mixtures_follow_llama_cpp(recipe: str, heads: int, usual: str, v: list[str], down: list[str], o: str) -> None:
@@ -84,10 +86,12 @@ def test_a_plain_recipe_has_one_type(kind: str) -> None:
     assert set(types(recipes.plan_layers(shapes(8), settings(f"gguf:{kind}"), llama(8))).values()) == {kind}
 
 
-def test_a_fused_qkv_weight_gets_more_bits() -> None:
+def test_a_fused_qkv_weight_has_the_role_of_v() -> None:
     linears = {"self_attn.qkv_proj": (768, 512), "mlp.gate_up_proj": (2048, 512)}
-    planned = types(recipes.plan_layers(shapes(1, linears), settings(), llama(1, model_type="phi3")))
-    assert planned == {"model.layers.0.self_attn.qkv_proj": "q5_k", "model.layers.0.mlp.gate_up_proj": "q4_k"}
+    planned = types(recipes.plan_layers(shapes(16, linears), settings(), llama(16, model_type="phi3")))
+    fused = [planned[f"model.layers.{layer}.self_attn.qkv_proj"] for layer in range(16)]
+    assert [layer for layer, kind in enumerate(fused) if kind == "q6_k"] == [0, 1, 4, 7, 10, 13, 14, 15]
+    assert {kind for name, kind in planned.items() if "gate_up" in name} == {"q4_k"} and set(fused) == {"q4_k", "q6_k"}
 
 
 @pytest.mark.parametrize(
@@ -99,6 +103,7 @@ def test_a_fused_qkv_weight_gets_more_bits() -> None:
         (288, "gguf:q6_k", "q8_0"),
         (288, "gguf:q3_k_s", "q4_0"),
         (288, "gguf:q2_k", "q4_0"),
+        (288, "gguf:iq4_xs", "iq4_nl"),
         (172, "gguf:q4_k", None),
     ],
 )
@@ -113,7 +118,8 @@ def test_rows_without_whole_superblocks_get_finer_blocks(columns: int, recipe: s
 
 
 @pytest.mark.parametrize(
-    ("type_", "nbytes"), [("q2_k", 84), ("q3_k", 110), ("q4_k", 144), ("q5_k", 176), ("q6_k", 210), ("q8_0", 8 * 34)]
+    ("type_", "nbytes"),
+    [("q2_k", 84), ("q3_k", 110), ("q4_k", 144), ("q5_k", 176), ("q6_k", 210), ("q8_0", 8 * 34), ("iq4_xs", 136)],
 )
 def test_a_plan_computes_its_packed_bytes(type_: str, nbytes: int) -> None:
     plan = LayerPlan("q_proj", 3, 512, Scheme(WeightScheme.of_blocks(type_)))

@@ -13,7 +13,8 @@ from llmq.numerics import affine_grid, float_grid
 from llmq.numerics.input_stats import InputStats
 from llmq.numerics.quantized_tensor import QuantizedTensor, stacked, where
 from llmq.numerics.scheme import WeightScheme
-from llmq_kernels.small_floats import E2M1, E4M3
+from llmq.numerics.value_table import encode
+from llmq_kernels.value_tables import E2M1, E4M3
 
 NVFP4, MXFP4 = WeightScheme.of_floats("nvfp4"), WeightScheme.of_floats("mxfp4")
 BOTH = pytest.mark.parametrize("scheme", [NVFP4, MXFP4], ids=str)
@@ -78,7 +79,7 @@ def test_the_searched_scales_are_the_best_ones(scheme: WeightScheme) -> None:
     width = scheme.columns_per_group(32)
 
     def error(scales: torch.Tensor) -> torch.Tensor:
-        restored = E2M1.values(float_grid.encode(w, scales, scheme)) * scales.repeat_interleave(width, 1)
+        restored = E2M1.values(encode(w, scales, E2M1)) * scales.repeat_interleave(width, 1)
         return (restored - w).square().reshape(4, -1, width).sum(2)
 
     if scheme.floats == "mxfp4":
