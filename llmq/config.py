@@ -133,7 +133,8 @@ class Calibration(Settings):
         default=(),
         description="Calibration data: a .txt, .jsonl, .json or .parquet file (FILE:COLUMN selects a column), a Hub "
         "dataset NAME[:CONFIG][:SPLIT][:COLUMN], or `self` to let the model generate it. Append :WEIGHT to mix "
-        "sources. Default: a mixed set from the Hub; use your own text if the model serves a narrow domain.",
+        "sources. Default: a mixed set from the Hub; use your own text if the model serves a narrow domain. With "
+        "rtn also an importance matrix of llama.cpp (.gguf, .imatrix, .dat).",
     )
     samples: Annotated[int, Setting(expected="a whole number, at least 1")] = Field(
         default=128, ge=1, description="Number of calibration sequences. More sequences take more time and rarely hurt."

@@ -199,6 +199,7 @@ class Job:
             "settings": config_to(plan.settings.without_validation()),
             "stages": dataclasses.asdict(plan.stages),
             "device": plan.device.type,
+            **({"importance": plan.importance.sha256} if plan.importance else {}),
         }
 
     def _finished(self) -> Report | None:
@@ -269,7 +270,7 @@ class Job:
             skeleton=plan.skeleton, streams=streams, seed=plan.settings.seed, fisher=self._fisher,
             plans=dict(plan.layers), method=plan.stages, options=plan.options, layout=plan.layout,
             reader=plan.layout.read_config(plan.quantization_config()), writer=writer, on_event=collect,
-            keep_grid=plan.settings.keep_grid, ranks=self._ranks, economy=economy,
+            keep_grid=plan.settings.keep_grid, ranks=self._ranks, economy=economy, importance=plan.importance,
         )  # fmt: skip
 
     def _measured_fisher(

@@ -147,7 +147,8 @@ def quantize_groups(
         if weights and stats is not None and stats.tokens == 0:
             result.notes.append(f"{', '.join(weights)}: kept in float, no calibration token reached them")
         elif weights:
-            reached.append(Group(weights, {path: run.plans[path].scheme.weights for path in weights}, stats))
+            schemes = {path: run.plans[path].scheme.weights for path in weights}
+            reached.append(Group(weights, schemes, stats, importance=run.importance_of(group.names[0])))
     reached, notes = in_range(run, block, reached)
     result.notes += notes
     while reached:

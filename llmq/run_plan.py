@@ -24,7 +24,8 @@ from llmq.cost.files import packed_layers
 from llmq.errors import UnsupportedModelError
 from llmq.formats import foreign
 from llmq.formats.base import Layout
-from llmq.gguf import recipes
+from llmq.gguf import imatrix, recipes
+from llmq.gguf.imatrix import Importance
 from llmq.methods import Method
 from llmq.mixed_precision import preset
 from llmq.model.build import ties
@@ -51,6 +52,7 @@ class Plan:
     model_dtype  the dtype in which the checkpoint is stored
     notes        for the user: what a preset has added to the settings, and how the tensors differ from config.json
     unused       tensors of the checkpoint that belong to no module of the model
+    importance   how much each input of each layer counts, from an importance matrix; None without one
     """
 
     settings: QuantConfig
@@ -64,6 +66,7 @@ class Plan:
     remote_code: bool = False
     notes: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+    importance: Importance | None = None
 
     @classmethod
     def make(
@@ -84,6 +87,7 @@ class Plan:
         output_layout.require_inputs(settings)
         output_layout.require_writable(settings.formats, checkpoint, checkpoint.names())
         chosen, method = choose_device(device), stages or settings.stages
+        settings, matrix = imatrix.split(settings, method)
         dtype = stored_dtype(checkpoint)
         layout = output_layout.layout_of(settings.formats, dtype)
         exact = chosen.type == "cpu" or method.transforms  # folding sites are detected in float32
@@ -93,9 +97,15 @@ class Plan:
         settings, notes = preset.applied(settings, skeleton, layout)
         layers = planned_layers(skeleton, settings, layout, checkpoint.config)
         notes = (*notes, *input_notes(layers.values()), *opened.notes, *companions(checkpoint.folder).notes)
+        importance = None
+        if matrix is not None:
+            packed = ((plan.name, plan.in_features) for plan in layers.values() if plan.scheme.weights is not None)
+            importance = imatrix.read(matrix, checkpoint.config, packed)
+            notes = (*notes, *importance.notes)
         return cls(
-            settings, method, checkpoint, chosen, layout, dtype, skeleton, layers, remote_code, notes, opened.left
-        )
+            settings, method, checkpoint, chosen, layout, dtype, skeleton, layers, remote_code, notes, opened.left,
+            importance,
+        )  # fmt: skip
 
     def with_settings(self, settings: QuantConfig) -> "Plan":
         """The plan of the same model for other settings; method, format and device do not change."""

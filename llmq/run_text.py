@@ -59,6 +59,10 @@ class RunText:
 
     def load(self, plan: Plan, report: Report, on_event: OnEvent) -> CalibrationSet:
         """The calibration text; notes for the user are added to the report."""
+        if plan.importance is not None and not plan.settings.calibration.sources:
+            raise CalibrationError(
+                f"{plan.importance.path} is an importance matrix and holds no text", hint="give text with --calibration"
+            )
         tokenizer = load_tokenizer(plan.checkpoint.folder, remote_code=self._remote_code)
         text = calibration.load(
             plan.settings.calibration,

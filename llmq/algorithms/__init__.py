@@ -32,6 +32,7 @@ class Options:
     """What a stage may depend on: the values that scales can take, and the settings of the run.
 
     global_scale  of the weights that share an input, for those on an nvfp4 grid; None: each weight gets its own
+    importance    (K,) float32, how much an error in a column counts where there are no statistics of the inputs
     """
 
     scale_dtype: ScaleDtype = torch.float32
@@ -39,6 +40,7 @@ class Options:
     scales: str = "searched"
     damping: float = 0.01
     global_scale: float | None = None
+    importance: Tensor | None = None
 
     def on(self, scheme: WeightScheme) -> "Options":
         """The options for weights on one grid."""

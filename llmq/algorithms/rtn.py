@@ -1,6 +1,7 @@
 """Round to nearest: each weight becomes the closest value of its grid, whatever the inputs are.
 
-It is the baseline for all other methods.  The grid is min-max, or searched for the least squared error of the weights.
+It is the baseline for all other methods.  The grid is min-max, or searched for the least squared error of the weights,
+in which an importance matrix of llama.cpp can weigh the columns.
 """
 
 from torch import Tensor
@@ -17,7 +18,9 @@ NEEDS_FACTOR = False
 def round_weight(
     weight: Tensor, stats: InputStats | None, scheme: WeightScheme, options: Options, factor: Factor | None = None
 ) -> Rounding:
-    """See `RoundingStage`.  Only `weight` is used."""
-    fit = affine_grid.fit_searched if options.scales == "searched" else affine_grid.fit_minmax
-    chosen = fit(weight, scheme, options.scale_dtype)
+    """See `RoundingStage`.  Only `weight` is used, and an importance matrix if one was given."""
+    if options.scales == "searched":
+        chosen = affine_grid.fit_searched(weight, scheme, options.scale_dtype, options.importance)
+    else:
+        chosen = affine_grid.fit_minmax(weight, scheme, options.scale_dtype)
     return Rounding(chosen.quantized(chosen.encode(weight)))

@@ -35,13 +35,15 @@ Sent = tuple[str, Rounding, tuple[StageGain, ...]]
 class Group:
     """Weights (N, K) that share an input, their schemes, and the statistics of the input.
 
-    scales  the values that scales are rounded to, if these are not those of the run
+    scales      the values that scales are rounded to, if these are not those of the run
+    importance  (K,) float32, of the inputs, from an importance matrix; None without one
     """
 
     weights: Mapping[str, Tensor]
     schemes: Mapping[str, WeightScheme | None]
     stats: InputStats | None
     scales: ScaleDtype | None = None
+    importance: Tensor | None = None
 
     def global_scale(self) -> float | None:
         """The global scale of the weights on an nvfp4 grid, which engines fuse; None if there are none."""
@@ -59,7 +61,10 @@ def round_together(groups: Sequence[Group], method: Method, options: Options, ra
     """The quantized weights of each group."""
 
     def rounded(group: Group, weights: Mapping[str, Tensor], total: Total = ALONE.total) -> list[Rounded]:
-        own = replace(options, scale_dtype=group.scales or options.scale_dtype, global_scale=group.global_scale())
+        own = replace(
+            options, scale_dtype=group.scales or options.scale_dtype, global_scale=group.global_scale(),
+            importance=group.importance,
+        )  # fmt: skip
         return round_group(weights, group.schemes, group.stats, method, own, total)
 
     if ranks.size == 1:

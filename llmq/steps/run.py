@@ -15,6 +15,7 @@ from llmq.checkpoint.writer import Writer
 from llmq.distributed.ranks import ALONE, Ranks
 from llmq.errors import FormatError
 from llmq.formats.base import Layout, Reader
+from llmq.gguf.imatrix import Importance
 from llmq.memory import Economy
 from llmq.methods import Method
 from llmq.model.build.skeleton import Skeleton
@@ -40,6 +41,7 @@ class Run:
     keep_grid  whether weights that already lie on a grid are stored on it without a second rounding
     ranks    the processes of the run
     economy  what it does to need less memory
+    importance  of the inputs of each layer, from an importance matrix; None without one
     """
 
     skeleton: Skeleton
@@ -56,6 +58,12 @@ class Run:
     keep_grid: bool = True
     ranks: Ranks = ALONE
     economy: Economy = Economy.NONE
+    importance: Importance | None = None
+
+    def importance_of(self, path: str) -> Tensor | None:
+        """How much each input of a layer counts, (K,) float32; None if all count alike."""
+        values = None if self.importance is None else self.importance.of(self.plans[path].name)
+        return None if values is None else values.to(self.skeleton.device)
 
     @functools.cached_property
     def paths(self) -> dict[str, str]:
