@@ -1,13 +1,34 @@
-"""What a row of the table of architectures says (`architectures.py`)."""
+"""What a row of the tables of architectures says (`architectures.py`, `mixtures.py`), and values of several rows."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from llmq.gguf.changes import Order, Rows, Value
+from llmq.gguf.changes import ONE_MORE, Order, Rows, Value, interleaved
 
 FULL, WINDOW, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 Config = Mapping[str, Any]
+
+SILU = ("silu", "swish")
+TANH_GELU = ("gelu_pytorch_tanh", "gelu_new")
+OFF = (False, None)
+CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
+QKV = ("attn_q", "attn_k", "attn_v")
+ALL_LINEAR = (*QKV, "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+NORMS = ("attn_norm", "ffn_norm")
+NORM_ROTATION = {
+    "attn_q": interleaved("attn_q", "num_attention_heads"),
+    "attn_k": interleaved("attn_k", "num_key_value_heads"),
+}
+ONE_MORE_NORM = {"*_norm.weight": ONE_MORE}
+SOFTMAX, SIGMOID = 1, 2  # `expert_gating_func`
+LAYER_NORM = "attention.layer_norm_epsilon"
+GRANITE = {
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "attention_multiplier": "attention.scale",
+    "logits_scaling": "logit_scale",
+}
 
 
 @dataclass(frozen=True)

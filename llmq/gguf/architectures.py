@@ -9,8 +9,24 @@ from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
-from llmq.gguf.architecture import FULL, LINEAR, WINDOW, Architecture, Stacked
-from llmq.gguf.changes import ONE_MORE, PER_CHANNEL, TRANSPOSED, interleaved, joined_heads
+from llmq.gguf.architecture import (
+    ALL_LINEAR,
+    CAPS,
+    FULL,
+    GRANITE,
+    LAYER_NORM,
+    LINEAR,
+    NORM_ROTATION,
+    NORMS,
+    OFF,
+    ONE_MORE_NORM,
+    QKV,
+    SILU,
+    TANH_GELU,
+    WINDOW,
+    Architecture,
+)
+from llmq.gguf.changes import PER_CHANNEL, TRANSPOSED, joined_heads
 from llmq.gguf.hybrids import (
     DT_BIAS,
     GATED_DELTA,
@@ -24,21 +40,7 @@ from llmq.gguf.hybrids import (
     tiled_columns,
     visual_keys,
 )
-
-SILU = ("silu", "swish")
-TANH_GELU = ("gelu_pytorch_tanh", "gelu_new")
-OFF = (False, None)
-CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
-QKV = ("attn_q", "attn_k", "attn_v")
-ALL_LINEAR = (*QKV, "attn_output", "ffn_gate", "ffn_up", "ffn_down")
-NORMS = ("attn_norm", "ffn_norm")
-NORM_ROTATION = {
-    "attn_q": interleaved("attn_q", "num_attention_heads"),
-    "attn_k": interleaved("attn_k", "num_key_value_heads"),
-}
-ONE_MORE_NORM = {"*_norm.weight": ONE_MORE}
-SIGMOID = 2  # `expert_gating_func`
-LAYER_NORM = "attention.layer_norm_epsilon"
+from llmq.gguf.mixtures import MIXTURES
 
 _LLAMA = Architecture(
     "llama",
@@ -50,15 +52,8 @@ _LLAMA = Architecture(
 _HYBRID = {"hidden_act": SILU, "decoder_sparse_step": (1, None), "mlp_only_layers": ([], None)}
 _EVERY_FOURTH = {"layer_types": (LINEAR,) * 3 + (FULL,)}
 _QWEN = {"hidden_act": SILU, "use_sliding_window": OFF}
-_MOE_QWEN = {**_QWEN, "decoder_sparse_step": (1,), "mlp_only_layers": ([], None)}
 _CAUSAL = {"use_bidirectional_attention": OFF}
 _GEMMA = {**_CAUSAL, "hidden_activation": TANH_GELU}
-_GRANITE = {
-    "embedding_multiplier": "embedding_scale",
-    "residual_multiplier": "residual_scale",
-    "attention_multiplier": "attention.scale",
-    "logits_scaling": "logit_scale",
-}
 _COHERE = Architecture(
     "command-r",
     keys={"layer_norm_eps": LAYER_NORM, "logit_scale": "logit_scale"},
@@ -85,18 +80,12 @@ _QWEN35 = Architecture(
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
+        **MIXTURES,
         "llama": _LLAMA,
         "mistral": _LLAMA,
         "mixtral": _LLAMA,
         "qwen2": Architecture("qwen2", expects=_QWEN, biases=QKV, free_head_size=False),
         "qwen3": Architecture("qwen3", expects=_QWEN),
-        "qwen2_moe": Architecture(
-            "qwen2moe",
-            expects={**_MOE_QWEN, "norm_topk_prob": OFF, "tie_word_embeddings": OFF},
-            biases=QKV,
-            free_head_size=False,
-        ),
-        "qwen3_moe": Architecture("qwen3moe", expects={**_MOE_QWEN, "norm_topk_prob": (True,)}),
         "phi3": Architecture(
             "phi3",
             sliding=True,
@@ -126,7 +115,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         ),
         "glm4": Architecture("glm4", expects={"hidden_act": SILU}, biases=QKV, rotations=("default",), partial=True),
         "granite": Architecture(
-            "granite", rows=NORM_ROTATION, keys=_GRANITE, expects={"hidden_act": SILU}, biases=ALL_LINEAR
+            "granite", rows=NORM_ROTATION, keys=GRANITE, expects={"hidden_act": SILU}, biases=ALL_LINEAR
         ),
         "olmo2": _OLMO,
         "olmo3": replace(_OLMO, sliding=True, layers={"layer_types": (WINDOW,) * 3 + (FULL,)}, rotations=("default",)),
@@ -141,33 +130,6 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "qwen3_5_moe_text": replace(_QWEN35, name="qwen35moe"),
         "qwen3_vl_text": Architecture(
             "qwen3vl", derived=visual_keys, expects={"hidden_act": SILU}, rotations=("default",)
-        ),
-        "glm4_moe": Architecture(
-            "glm4moe",
-            renamed={"gate.e_score_correction_bias": "gate.e_score_correction.bias"},
-            keys={
-                "n_shared_experts": "expert_shared_count",
-                "first_k_dense_replace": "leading_dense_block_count",
-                "routed_scaling_factor": "expert_weights_scale",
-                "norm_topk_prob": "expert_weights_norm",
-            },
-            derived=lambda config: {"expert_gating_func": SIGMOID},
-            reads=("use_qk_norm",),
-            expects={"hidden_act": SILU, "n_group": (1,), "topk_group": (1,)},
-            biases=(*QKV, "exp_probs_b"),
-            rotations=("default",),
-            partial=True,
-        ),
-        "gpt_oss": Architecture(
-            "gpt-oss",
-            renamed={"self_attn.sinks": "self_attn.sinks.weight"},
-            derived=lambda config: {"expert_feed_forward_length": config["intermediate_size"]},
-            sliding=True,
-            layers={"layer_types": (WINDOW, FULL)},
-            expects={"hidden_act": SILU, "swiglu_alpha": (1.702,), "swiglu_limit": (7.0,)},
-            biases=(*QKV, "attn_output", "ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"),
-            rotations=("default", "yarn"),
-            stacked=Stacked(in_turn=True, transposed=True),
         ),
         "lfm2": Architecture(
             "lfm2",
@@ -218,6 +180,28 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             free_head_size=False,
         ),
         "cohere": _COHERE,
+        "ernie4_5": Architecture("ernie4_5", expects={"hidden_act": SILU, "use_bias": OFF}, rotations=("default",)),
+        "seed_oss": Architecture(
+            "seed_oss", expects={"hidden_act": SILU, "attention_out_bias": OFF}, biases=QKV, rotations=("default",)
+        ),
+        "arcee": replace(
+            _LLAMA, name="arcee", expects={"hidden_act": ("relu2",)}, biases=(), rotations=("default", "yarn")
+        ),
+        "exaone4": Architecture(
+            "exaone4",
+            expects={"hidden_act": SILU, "sliding_window": (None,), "sliding_window_pattern": (0, None)},
+            rotations=("default",),
+        ),
+        "nemotron": Architecture(
+            "nemotron",
+            values=ONE_MORE_NORM,
+            keys={"norm_eps": LAYER_NORM},
+            expects={"hidden_act": ("relu2",), "tie_word_embeddings": OFF},
+            biases=NORMS,
+            rotations=("default",),
+            partial=True,
+        ),
+        "hunyuan_v1_dense": Architecture("hunyuan-dense", expects={"hidden_act": SILU}, rotations=("default",)),
         "starcoder2": Architecture(
             "starcoder2",
             keys={"norm_epsilon": LAYER_NORM},

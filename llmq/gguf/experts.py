@@ -14,12 +14,15 @@ from llmq.gguf.architecture import Stacked
 if TYPE_CHECKING:
     from llmq.gguf.stored import Stored
 
-_STACK = re.compile(r"(.+\.experts)\.(gate_up_proj|up_proj|down_proj)(_bias)?$")
+_STACK = re.compile(
+    r"(.+)\.(?:experts\.(gate_up_proj|up_proj|down_proj)(_bias)?|(input_linear|output_linear)\.weight)$"
+)
+_USUAL = {"input_linear": "gate_up_proj", "output_linear": "down_proj"}  # of Granite
 
 
 def separated(tensors: Iterable["Stored"], form: Stacked) -> Iterator["Stored"]:
     """The tensors, with `experts.gate_up_proj` (E, 2 N, K) as `experts.0.gate_proj.weight`, `experts.0.up_proj.weight`
-    and so on.
+    and so on; `input_linear.weight` and `output_linear.weight` alike.
 
     The parts of a stack share one read, if they are read one after the other.
     """
@@ -28,7 +31,8 @@ def separated(tensors: Iterable["Stored"], form: Stacked) -> Iterator["Stored"]:
         if match is None or tensor.kind is not None:
             yield tensor
             continue
-        prefix, name, bias = match.groups()
+        prefix, name, bias, own = match.groups()
+        name = name or _USUAL[own]
         read = lru_cache(maxsize=1)(tensor.read)
         names = ("gate_proj", "up_proj") if name == "gate_up_proj" else (name,)
         experts, *shape = tensor.shape
@@ -41,7 +45,7 @@ def separated(tensors: Iterable["Stored"], form: Stacked) -> Iterator["Stored"]:
                     rows = rows[i::2] if form.in_turn else np.split(rows, 2)[i]
                 yield replace(
                     tensor,
-                    name=f"{prefix}.{expert}.{part}.{'bias' if bias else 'weight'}",
+                    name=f"{prefix}.experts.{expert}.{part}.{'bias' if bias else 'weight'}",
                     shape=(len(rows), *shape[1:]),
                     read=partial(_part, read, expert, rows, form.transposed and not bias),
                 )

@@ -103,5 +103,9 @@ class Names:
     def expert_modules(self, name: str, experts: int) -> list[str]:
         """All names that checkpoints use for the experts stacked in `blk.0.ffn_up_exps.weight`."""
         wanted = name.removesuffix(".weight")
-        known = (alias for alias, (_, place) in self._map.mapping.items() if place == wanted and ".experts." in alias)
-        return [alias.replace(".experts.", f".experts.{e}.") for alias in known for e in range(experts)]
+        known = [alias for alias, (_, place) in self._map.mapping.items() if place == wanted and ".experts." in alias]
+        for own, usual in self._arch.renamed.items():
+            known += [f"{alias}.".replace(usual, own)[:-1] for alias in known if f"{alias}.".endswith(usual)]
+        places = {alias: self.place(f"{alias.replace('.experts.', '.experts.0.')}.weight") for alias in known}
+        own_names = [alias for alias, place in places.items() if place is not None and place.name == name]
+        return [alias.replace(".experts.", f".experts.{e}.") for alias in own_names for e in range(experts)]

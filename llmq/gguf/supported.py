@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llmq.errors import UnsupportedModelError
-from llmq.gguf.architecture import FULL, Architecture
-from llmq.gguf.architectures import ARCHITECTURES, CAPS
+from llmq.gguf.architecture import CAPS, FULL, Architecture
+from llmq.gguf.architectures import ARCHITECTURES
 
 WRITTEN = frozenset(
     {
@@ -38,7 +38,7 @@ WITHOUT_EFFECT = frozenset(
         "output_router_logits", "router_aux_loss_coef", "router_jitter_noise", "max_window_layers", "hidden_dropout",
         "residual_dropout", "embedding_dropout", "classifier_dropout", "attn_pdrop", "summary_type", "is_decoder",
         "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout",
-        "reorder_and_upcast_attn", "num_mtp_layers",
+        "reorder_and_upcast_attn", "num_mtp_layers", "eod_token_id",
     }
 )  # fmt: skip
 """Entries for training only, and those that others replace, like `max_window_layers` by `layer_types`."""

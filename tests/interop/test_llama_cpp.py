@@ -63,6 +63,11 @@ PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0
 SCALES = {
     "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.1
 }  # fmt: skip
+LATENT = {
+    "q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
+    "n_routed_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 32, "first_k_dense_replace": 1,
+    "topk_group": 1, "num_key_value_heads": 4, "n_shared_experts": 1,
+}  # fmt: skip
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"attention_bias": True}),
     "llama3": ("Llama", {"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 64}}),
@@ -155,6 +160,21 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "lfm2": ("Lfm2", {"layer_types": ["conv", "full_attention"]}),
     "olmo3": ("Olmo3", {"num_hidden_layers": 4, "sliding_window": 16}),
+    "ernie": ("Ernie4_5", {}),
+    "seed-oss": ("SeedOss", {"head_dim": 16, "attention_bias": True}),
+    "arcee": ("Arcee", {"rope_parameters": YARN}),
+    "exaone4": (
+        "Exaone4", {"sliding_window": None, "sliding_window_pattern": 0, "layer_types": ["full_attention"] * 2}
+    ),
+    "nemotron": ("Nemotron", {"head_dim": 16}),
+    "hunyuan": ("HunYuanDenseV1", {"head_dim": 16}),
+    "olmoe": ("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4}),
+    "lfm2moe": (
+        "Lfm2Moe", {**MIXTURE, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1}
+    ),
+    "granitemoe": ("GraniteMoe", {**SCALES, "num_local_experts": 4, "num_experts_per_tok": 4}),
+    "deepseek2": ("DeepseekV2", {**LATENT, "topk_method": "greedy", "n_group": 1}),
+    "deepseek3": ("DeepseekV3", {**LATENT, "n_group": 2, "n_routed_experts": 8}),
     "cohere2": ("Cohere2", {"num_hidden_layers": 4, "sliding_window": 16, "logit_scale": 0.5}),
 }  # fmt: skip
 

@@ -21,7 +21,9 @@ HEADS = {"head_dim": 16, "query_pre_attn_scalar": 16}
 MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 NORMALIZED = {**MIXTURE, "norm_topk_prob": True}
 USUAL: dict[str, dict[str, Any]] = {
-    "gemma": {"head_dim": 16}, "gemma2": HEADS, "gemma3_text": HEADS, "qwen2_moe": MIXTURE, "qwen3_moe": NORMALIZED
+    "gemma": {"head_dim": 16}, "gemma2": HEADS, "gemma3_text": HEADS, "qwen2_moe": MIXTURE, "qwen3_moe": NORMALIZED,
+    "exaone4": {"sliding_window": None, "sliding_window_pattern": 0, "layer_types": ["full_attention"] * 2},
+    "olmoe": {"num_key_value_heads": 4},
 }  # fmt: skip
 UNUSED = {
     "gemma4_text": {"top_k_experts"},
@@ -34,6 +36,11 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers"),
     ("qwen2_moe", {"norm_topk_prob": True}, "norm_topk_prob"),
     ("qwen2_moe", {"tie_word_embeddings": True}, "tie_word_embeddings"),
+    ("nemotron", {"tie_word_embeddings": True}, "tie_word_embeddings"),
+    ("olmoe", {"num_key_value_heads": 2}, "num_key_value_heads"),
+    ("exaone4", {"sliding_window": 16, "sliding_window_pattern": 4, "layer_types": None}, "sliding_window"),
+    ("deepseek_v2", {"topk_method": "group_limited_greedy", "n_group": 2}, "topk_method|n_group"),
+    ("deepseek_v3", {"q_lora_rank": None}, "q_lora_rank"),
     ("qwen2", {"head_dim": 32}, "head_dim"),
     ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}, "use_sliding_window"),
     ("llama", {"is_causal": False}, "is_causal"),
@@ -70,7 +77,7 @@ def test_every_entry_of_a_configuration_is_accounted_for(kind: str) -> None:
 @pytest.mark.parametrize(("kind", "changes", "entry"), WRONG)
 def test_a_value_that_llama_cpp_does_not_compute_with_is_refused(kind: str, changes: Any, entry: str) -> None:
     with pytest.raises(UnsupportedModelError, match=entry):
-        architecture(configuration(kind, **changes))
+        keys(kind, **changes)
 
 
 def test_an_absent_entry_has_the_default_of_transformers() -> None:
