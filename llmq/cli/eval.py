@@ -13,7 +13,7 @@ from llmq.cli.progress import ProgressDisplay
 from llmq.cli.terminal import print_json, print_notes, quiet_transformers
 from llmq.errors import ConfigError
 from llmq.evaluation import WIKITEXT
-from llmq.runtime import ONNX_ENGINES
+from llmq.runtime import LLAMA_CPP, ONNX_ENGINES
 
 if TYPE_CHECKING:
     from llmq.evaluation.paired import PairedDifference
@@ -68,9 +68,9 @@ Engine = Annotated[
     str | None,
     options.choice(
         "--engine",
-        ONNX_ENGINES,
-        "The engine that runs an ONNX model (llmq convert --to onnx). Default: onnxruntime. All other models are "
-        "computed by llmq.",
+        (*ONNX_ENGINES, LLAMA_CPP),
+        "The engine that runs an ONNX model (llmq convert --to onnx), by default onnxruntime, or llama.cpp for a .gguf "
+        "file. All other models are computed by llmq.",
     ),
 ]
 

@@ -92,7 +92,7 @@ def measure_many(
     calibration   the calibration text of the models; by default, what llmq.json says about it (`overlap.py`)
     floors        whether the original is also compared with itself (`floors.py`), which runs it up to three times more
     trajectories  the number of prompts that the models continue (`trajectories.py`), with whole models in memory
-    engine        that runs ONNX models, "onnxruntime" (default) or "openvino"
+    engine        that runs ONNX models, "onnxruntime" (default) or "openvino", or .gguf files: "llama.cpp"
 
     The other options are those of `texts.read_text`. In addition to the original, one model at a time is in memory.
     Raises CheckpointError, ConfigError, FormatError, UnsupportedModelError, CalibrationError, BackendError.

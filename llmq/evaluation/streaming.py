@@ -19,6 +19,7 @@ from llmq.checkpoint.reader import Checkpoint
 from llmq.errors import ConfigError, UnsupportedModelError
 from llmq.evaluation import scoring
 from llmq.evaluation.activations import AS_DECLARED, in_words, not_applied, quantize_inputs
+from llmq.evaluation.llama_cpp_source import LlamaCppSource
 from llmq.evaluation.onnx_source import OnnxSource
 from llmq.evaluation.trajectories import greedy
 from llmq.gguf import reader
@@ -28,6 +29,7 @@ from llmq.model.passes.generate import Continuation, in_memory, weight_bytes
 from llmq.model.passes.hidden_states import Place, Storage
 from llmq.model.passes.streams import Stream, Text
 from llmq.report.events import OnEvent, Progress, evaluating, ignore
+from llmq.runtime import LLAMA_CPP
 from llmq.runtime.load import load_model, stored_dtype
 from llmq.runtime.open_skeleton import open_skeleton
 
@@ -222,17 +224,22 @@ def open_source(
     on_event     called after each block of each run
     batch        the number of sequences that run together; default: `scoring.windows_per_batch`
     name         of the model in events; default: that of the folder
-    engine       that runs an ONNX model; default: ONNX Runtime
+    engine       that runs an ONNX model (default: ONNX Runtime), or "llama.cpp" for a .gguf file (default: llmq)
 
     Raises CheckpointError, ConfigError, FormatError, UnsupportedModelError.
     """
-    if is_onnx(folder):
+    if engine == LLAMA_CPP and reader.is_file(folder):
+        if activations != AS_DECLARED:
+            raise ConfigError("llama.cpp decides how inputs are rounded", hint="omit --activations, or --engine")
+        return LlamaCppSource(folder, device, name or folder.name, on_event)
+    if is_onnx(folder) and engine != LLAMA_CPP:
         if activations != AS_DECLARED:
             message = f"{folder} is an ONNX model, whose graph decides how inputs are quantized"
             raise ConfigError(message, hint="omit --activations; llmq convert --to onnx --activations int8 sets it")
         return OnnxSource(folder, device, name or folder.name, on_event, engine)
     if engine is not None:
-        raise ConfigError(f"--engine {engine} is for ONNX models, found {folder}", hint="llmq convert --to onnx")
+        kind, to = (".gguf files", "gguf") if engine == LLAMA_CPP else ("ONNX models", "onnx")
+        raise ConfigError(f"--engine {engine} is for {kind}, found {folder}", hint=f"llmq convert --to {to}")
     if reader.is_file(folder):
         default = torch.float32 if device.type == "cpu" else torch.bfloat16
         skeleton = reader.open_skeleton(folder, device, dtype or default, like)

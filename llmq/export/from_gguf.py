@@ -96,7 +96,8 @@ class GgufConverter:
             identity = self._unpacking.identity()
         allowed = self._options["allow_requantize"]
         self.report.request = sha256_of(conversion_identity(self._to, identity, allow_requantize=allowed))
-        with emptied(self._out.with_name(f".{self._out.name}-unpacked")) as between:
+        out = self._out.resolve()  # `.` has no name
+        with emptied(out.with_name(f".{out.name}-unpacked")) as between:
             if not self._options["overwrite"]:
                 if self.report.is_finished():
                     return

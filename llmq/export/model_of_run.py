@@ -32,7 +32,7 @@ def opened(
         raise ConfigError("a .gguf file needs an output folder", hint=f"for example llmq quantize {file} out")
     if processes > 1:
         raise ConfigError(f"{file} is read by one process, found {processes}", hint="run it without torchrun")
-    out = Path(out)
+    out = Path(out).resolve()  # `.` has no name
     with emptied(out.with_name(f".{out.name}-unpacked")) as between:
         folder = between / file.name.removesuffix(GGUF)
         GgufSource(file, None, floats=True).unpack(folder)

@@ -2,3 +2,4 @@
 
 ONNXRUNTIME, OPENVINO = "onnxruntime", "openvino"
 ONNX_ENGINES = (ONNXRUNTIME, OPENVINO)  # that run an ONNX model
+LLAMA_CPP = "llama.cpp"  # that runs a .gguf file

@@ -18,8 +18,10 @@ import torch
 import transformers
 
 import llmq
+from llmq.errors import ConfigError, FormatError
 from llmq.gguf import export
 from llmq.gguf.reader import Weights
+from llmq.runtime.llama_cpp_model import LlamaCppModel
 from llmq.runtime.load import load_tokenizer
 from tests.llama_cpp import LlamaCpp
 
@@ -266,6 +268,34 @@ def test_llama_cpp_runs_native_grids(recipe: str, tmp_path: Path) -> None:
     with opened(out / "out.gguf") as llama:
         difference = np.abs(llama.log_probabilities(tokens) - log_probabilities(model, tokens))
     assert difference.mean() < ROUNDED
+
+
+def test_all_positions_at_once_are_those_one_by_one(tmp_path: Path) -> None:
+    """What `llmq eval --engine llama.cpp` measures, with a second, longer sequence in the same context."""
+    made = export.export(BUNDLED / "tiny-python-llama", tmp_path / "made.gguf")
+    model, draw = LlamaCppModel(made.file), np.random.default_rng(0)
+    assert (model.vocabulary, model.max_tokens > 40) == (2048, True)
+    with opened(made.file) as llama:
+        for length in (12, 40):
+            tokens = draw.integers(1, 2048, length)
+            logits = torch.from_numpy(model.logits(tokens)).double()
+            difference = logits.log_softmax(-1).numpy() - llama.log_probabilities(tokens.tolist())
+            assert np.abs(difference).max() < EXACT
+    model.close()
+    with pytest.raises(FormatError, match="llama.cpp refuses"):
+        LlamaCppModel(BUNDLED / "tiny-python-llama" / "config.json")
+
+
+def test_eval_runs_llama_cpp(tmp_path: Path) -> None:
+    source, text = BUNDLED / "tiny-python-llama", tmp_path / "text.txt"
+    export.export(source, tmp_path / "made.gguf")
+    text.write_text(PROGRAM * 40)
+    settings: dict[str, Any] = {"against": source, "text": str(text), "seqlen": 64, "windows": 2}
+    measured = llmq.evaluate(tmp_path / "made.gguf", engine="llama.cpp", **settings)
+    assert measured.model.kl_mean is not None and measured.model.kl_mean < 1e-4
+    assert any("llama.cpp" in note for note in measured.notes)
+    with pytest.raises(ConfigError, match=r"is for \.gguf files"):
+        llmq.evaluate(source, engine="llama.cpp", **settings)
 
 
 TEXTS = [
