@@ -1,6 +1,7 @@
 """Write the report of a run: `report.html` for people, `report.json` and `layers.csv` for scripts.
 
-`report.html` is one file without scripts and references, so it opens anywhere and can be sent. Its charts are drawn by
+`report.html` is one file without references, so it opens anywhere and can be sent; only that of an unfinished run has a
+script, which reads it again. Its charts are drawn by
 the template (`report.html.j2`) as SVG, whose colors follow the light or dark style of the page. Everything that comes
 from a checkpoint is escaped. `PAGE_SCHEMA` is the JSON schema of `report.json`, stored in docs/report.schema.json.
 """
