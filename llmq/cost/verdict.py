@@ -12,6 +12,9 @@ from llmq.report import events
 
 SCORE_PASSES = 24  # over the logits in float32: the loss, the KL divergence and the agreement with the original
 PROMPTS, PROMPT, LENGTH = 3, 32, 32  # texts that both models continue, tokens of each, and tokens that are generated
+# Python code as small operations, for each operation in the blocks: `special_layers` and whatever else opens a model,
+# and transformers' code that generates a token.
+OPENED, GENERATED = 80, 6
 SPARE_PART = 0.8  # of the free memory, for a whole model that generates text
 
 
@@ -25,15 +28,21 @@ def by_stage(work: Workload, machine: Machine, sizes: Sizes) -> dict[str, Work]:
     stored = _stored(work)
     models = 1 + work.method.needs_calibration  # without calibration, the finished model is round to nearest
     tokens = sequences * work.length
+    opened = Work.of(Kind.CALLS, OPENED * _calls(work))
     stages = {
-        events.evaluating(events.ORIGINAL): forward + Work.of(Kind.READ, stored),
-        events.evaluating(events.FINISHED): total([forward, _unpacked(work), Work.of(Kind.READ, sizes.staged)]),
+        events.evaluating(events.ORIGINAL): total([opened, forward, Work.of(Kind.READ, stored)]),
+        events.evaluating(events.FINISHED): total([opened, forward, _unpacked(work), Work.of(Kind.READ, sizes.staged)]),
         events.SCORING: passes.through_head(work, models * tokens, 2, SCORE_PASSES),
         events.CONTINUING: _continued(work, machine, sizes),
     }
     if models > 1:
         stages[events.evaluating(events.NEAREST)] = total([forward, _rounded(work), Work.of(Kind.READ, stored)])
     return stages
+
+
+def _calls(work: Workload) -> float:
+    """Operations of one pass through all blocks."""
+    return float(sum(block.outline.forward.calls * number for block, number in work.blocks()))
 
 
 def _stored(work: Workload) -> float:
@@ -67,7 +76,7 @@ def _continued(work: Workload, machine: Machine, sizes: Sizes) -> Work:
     forward = total(
         [passes.passed(work, block.outline.forward, tokens / work.length, 1) * n for block, n in work.blocks()]
     )
-    calls = LENGTH * sum(block.outline.forward.calls * number for block, number in work.blocks())
+    calls = LENGTH * GENERATED * _calls(work)
     generated = total(
         [
             Work({work.forward_kind: forward[work.forward_kind]}),

@@ -98,20 +98,21 @@ def run_compared(
     for number, part in enumerate(parts):
         original.run(part, number, len(parts))
         for index, opened in enumerate(models):
-            model = opened()
-            require_vocabulary(model, original.vocabulary)
-            model.run(part, number, len(parts))
-            for own in _scores(model, part, original):
-                scores[index].append(own)
-                scored.add(len(own.loss))
-            if number == 0 and expected is not None:
-                written, refusal = _continued(model, prompts)
-                trajectories[index] = None if written is None else compared(written, expected)
-                notes_by_model[index].update(dict.fromkeys(filter(None, [refusal])))
-            notes_by_model[index].update(dict.fromkeys(filter(None, [model.note])))
-            activations[index] = model.activations
-            del model
-            gc.collect()  # before the next one is opened: modules and their hooks are reference cycles
+            with memory.only_new_garbage():
+                model = opened()
+                require_vocabulary(model, original.vocabulary)
+                model.run(part, number, len(parts))
+                for own in _scores(model, part, original):
+                    scores[index].append(own)
+                    scored.add(len(own.loss))
+                if number == 0 and expected is not None:
+                    written, refusal = _continued(model, prompts)
+                    trajectories[index] = None if written is None else compared(written, expected)
+                    notes_by_model[index].update(dict.fromkeys(filter(None, [refusal])))
+                notes_by_model[index].update(dict.fromkeys(filter(None, [model.note])))
+                activations[index] = model.activations
+                del model
+                gc.collect()  # before the next one is opened: modules and their hooks are reference cycles
     return [
         Run(Scores.joined(batches), tuple(own), inputs, same)
         for batches, own, inputs, same in zip(scores, notes_by_model, activations, trajectories, strict=True)

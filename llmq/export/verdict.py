@@ -9,6 +9,7 @@ import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -106,7 +107,10 @@ def _measured_format(plan: Plan) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Opener:
-    """Opens the original, the finished model in `folder`, and the original rounded to nearest, block by block."""
+    """The original, the finished model in `folder`, and the original rounded to nearest, read block by block.
+
+    Each folder is opened once: this takes longer than to run the text through a small model.
+    """
 
     plan: Plan
     report: Report
@@ -121,20 +125,30 @@ class _Opener:
         checkpoint = Checkpoint.open(folder)
         return open_skeleton(checkpoint, self.plan.device, self._dtype, remote_code=self.plan.remote_code)
 
-    def original(self) -> Streamed:
-        return Streamed(self._skeleton(self.plan.checkpoint.folder), name=ORIGINAL, on_event=self.on_event)
+    @cached_property
+    def _original(self) -> Skeleton:
+        return self._skeleton(self.plan.checkpoint.folder)
 
-    def quantized(self) -> Streamed:
+    @cached_property
+    def _finished(self) -> Skeleton:
         file = gguf_file(self.folder)
         if file is None:
-            skeleton = self._skeleton(self.folder)
-        else:
-            skeleton = reader.open_skeleton(file, self.plan.device, self._dtype, self.plan.checkpoint.folder)
-        return Streamed(skeleton, name=FINISHED, on_event=self.on_event)
+            return self._skeleton(self.folder)
+        return reader.open_skeleton(file, self.plan.device, self._dtype, self.plan.checkpoint.folder)
+
+    def original(self) -> Streamed:
+        return Streamed(self._original, name=ORIGINAL, on_event=self.on_event)
+
+    def quantized(self) -> Streamed:
+        return Streamed(self._finished, name=FINISHED, on_event=self.on_event)
 
     def rounded(self) -> Streamed:
-        skeleton, paths = self._skeleton(self.plan.checkpoint.folder), self._rounded_paths()
-        path = skeleton.head_path
+        paths, planned = self._rounded_paths(), self.plan.layers
+        inputs = {path: plan.scheme.inputs for path, plan in planned.items() if plan.scheme.inputs is not None}
+        skeleton, path = self._original, self._original.head_path
+        if inputs or path in paths:  # these change more than the weights of a block that was read
+            skeleton = self._skeleton(self.plan.checkpoint.folder)
+            skeleton.quantize_inputs(inputs)
         if path is not None and path in paths:
             head = skeleton.model.get_submodule(path)
             weight = self._round(path, skeleton.head_weight())
@@ -147,8 +161,6 @@ class _Opener:
                     block.set_weight(name, self._round(name, block.weight(name)))
                 yield
 
-        inputs = {path: plan.scheme.inputs for path, plan in self.plan.layers.items()}
-        skeleton.quantize_inputs({path: scheme for path, scheme in inputs.items() if scheme is not None})
         return Streamed(skeleton, name=NEAREST, on_event=self.on_event, ready=ready)
 
     def _rounded_paths(self) -> set[str]:
@@ -211,7 +223,6 @@ def _continuations(open_: _Opener, windows: Tensor) -> tuple[tuple[Continuation,
     ends = frozenset({tokenizer.eos_token_id} - {None})
     open_.on_event(Progress(CONTINUING, 0, 2, "models"))
     expected = original.continue_greedily(prompts, ends)
-    del original  # before the next one is opened
     open_.on_event(Progress(CONTINUING, 1, 2, "models"))
     written = open_.quantized().continue_greedily(prompts, ends)
     open_.on_event(Progress(CONTINUING, 2, 2, "models"))

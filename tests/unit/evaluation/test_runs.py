@@ -1,5 +1,7 @@
 """Runs of models that are known: batches of different sizes, parts of the text, prompts, memory."""
 
+import gc
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -86,3 +88,17 @@ def test_models_with_other_vocabularies_are_refused() -> None:
 def test_model_alone_has_no_comparison() -> None:
     run = run_alone(Bigrams(0), windows())
     assert run.scores.comparison is None and run.scores.loss.shape == (7, 5)
+
+
+def test_a_model_is_freed_before_the_next_one_is_opened_although_it_is_in_a_cycle() -> None:
+    opened: list[weakref.ref[Bigrams]] = []
+
+    def model() -> Bigrams:
+        assert not any(reference() for reference in opened)
+        made = Bigrams(2)
+        made.itself = made  # type: ignore[attr-defined]
+        opened.append(weakref.ref(made))
+        return made
+
+    run_compared(Bigrams(1), [model, model, model], torch.zeros(2, 4, dtype=torch.int64))
+    assert len(opened) == 3 and gc.get_freeze_count() == 0
