@@ -35,10 +35,10 @@ def command(
                "the largest grid that fits.", rich_help_panel=options.GENERAL),
     ] = None,
     context: Annotated[
-        str,
-        Option("--context", metavar="TOKENS", help="Tokens of context to keep room for, such as 32k; with --fit.",
-               rich_help_panel=options.GENERAL),
-    ] = "8k",
+        str | None,
+        Option("--context", metavar="TOKENS", help="Tokens of context to keep room for, such as 32k; with --fit. "
+               "Default: 8k, or the model's limit if that is shorter.", rich_help_panel=options.GENERAL),
+    ] = None,
     trial: Annotated[
         bool,
         Option("--trial", help="Quantize one block with the chosen --method, and correct times and memory by what was "
@@ -70,10 +70,10 @@ def command(
     See also:
       llmq quantize --dry-run  the grid of each layer, from the checkpoint
     """
-    memory, tokens = (
-        _quantity("--fit", fit, UNITS) if fit is not None else None,
-        _quantity("--context", context, TOKEN_UNITS),
-    )
+    memory = _quantity("--fit", fit, UNITS) if fit is not None else None
+    tokens = _quantity("--context", context, TOKEN_UNITS) if context is not None else None
+    if tokens is not None and memory is None:
+        raise ConfigError("--context was given without --fit", hint="add the memory to fit into, such as --fit 24GB")
     begin(model, quiet=quiet)
     if not quiet:
         messages().print("[dim]counting parameters and measuring this machine[/]")

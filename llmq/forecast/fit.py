@@ -11,6 +11,7 @@ from llmq.numerics.gguf_types import GGUF_GRIDS
 from llmq.numerics.scheme import WeightScheme
 
 GRIDS = ((8, 128), (4, 32), (4, 64), (4, 128), (3, 64), (3, 128), (2, 32), (2, 64), (2, 128))  # bits and group sizes
+CONTEXT = 8192  # tokens
 RESERVED = 0.1  # of the memory, for activations and the program
 
 
@@ -40,11 +41,18 @@ class Fit:
         return f"{grid} --format {','.join(chosen.formats)}"
 
 
-def fit(configured: Configured, settings: QuantConfig, memory: int, context: int) -> Fit:
+def fit(configured: Configured, settings: QuantConfig, memory: int, context: int | None = None) -> Fit:
     """The largest grid with which the model and the keys and values of `context` tokens fit into `memory` bytes.
 
-    Raises ConfigError if none fits.
+    Without a `context`, it is `CONTEXT` or the model's limit. Raises ConfigError if none fits, or beyond the limit.
     """
+    limit = configured.skeleton.max_tokens
+    if context is not None and limit is not None and context > limit:
+        raise ConfigError(
+            f"--context is {context:,} tokens, but the context of {configured.source} has at most {limit:,}",
+            hint=f"use --context {limit}",
+        )
+    context = context if context is not None else min(CONTEXT, limit or CONTEXT)
     per_token = configured.outline.cache * HALF // configured.outline.itemsize
     room = int((1 - RESERVED) * memory) - context * per_token
     sizes = list(_sizes(configured, settings))

@@ -89,11 +89,19 @@ def test_fit_takes_the_largest_grid(checkpoint: Checkpoints) -> None:
 def test_what_never_fits_is_an_error_with_a_way_out(checkpoint: Checkpoints) -> None:
     model = read(checkpoint("llama"))
     with pytest.raises(ConfigError, match="does not fit into") as caught:
-        forecast.fit(model, SETTINGS, 10**9, 10**9)
+        forecast.fit(model, SETTINGS, 100_000, 128)
     assert caught.value.hint.startswith("lower --context to ")
     with pytest.raises(ConfigError, match="does not fit into") as caught:
         forecast.fit(model, SETTINGS, 1000, 10)
     assert "more memory" in caught.value.hint
+
+
+def test_the_context_is_at_most_that_of_the_model(checkpoint: Checkpoints) -> None:
+    model = read(checkpoint("llama"))
+    assert forecast.fit(model, SETTINGS, 10**9).context == 128
+    with pytest.raises(ConfigError, match=r"129 tokens, but .* at most 128") as caught:
+        forecast.fit(model, SETTINGS, 10**9, 129)
+    assert caught.value.hint == "use --context 128"
 
 
 def test_only_configuration_files_come_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +114,7 @@ def test_only_configuration_files_come_from_the_hub(monkeypatch: pytest.MonkeyPa
 def test_command_prints_tables_and_json(checkpoint: Checkpoints, tmp_path: Path) -> None:
     config = configuration_of(checkpoint("llama"), tmp_path / "config")
     done = llmq(
-        "plan", str(config), "--group-size", "32", "--seqlen", "32", "--fit", "1GB", "--context", "1k", "--json"
+        "plan", str(config), "--group-size", "32", "--seqlen", "32", "--fit", "1GB", "--context", "128", "--json"
     )
     assert done.exit_code == 0, done.stderr
     document = json.loads(done.stdout)
