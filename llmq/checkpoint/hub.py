@@ -5,10 +5,10 @@ huggingface_hub, with its cache, its token, HF_HUB_OFFLINE and its progress bars
 are downloaded, and Python files only if the user allows to run the code of the model.
 """
 
-import re
 from pathlib import Path
 
 from llmq.checkpoint.index import locate_tensors
+from llmq.checkpoint.model_id import require_id
 from llmq.checkpoint.model_path import require_model
 from llmq.checkpoint.safetensors_files import reading
 from llmq.errors import CheckpointError, ConfigError
@@ -18,8 +18,6 @@ CONFIGURATION = ("*.json", "*.jinja")
 REMOTE_CODE = ("*.py",)
 # Some repositories hold a second copy of the weights in another layout.
 UNWANTED = ("*/*.safetensors", "consolidated*.safetensors")
-
-_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
 
 def locate(model: str, revision: str | None = None, *, remote_code: bool = False, weights: bool = True) -> Path:
@@ -41,9 +39,7 @@ def locate(model: str, revision: str | None = None, *, remote_code: bool = False
             raise ConfigError(message, hint="omit --revision, or give a Hub id")
         require_model(Path(model))
         return Path(model)
-    if not _ID.fullmatch(model):
-        message = f"{model!r} is neither a local path nor a Hub id"
-        raise CheckpointError(message, hint="give a folder with a config.json, or an id such as Qwen/Qwen3-0.6B")
+    require_id(model)
     return _download(model, revision, [*(WANTED if weights else CONFIGURATION), *(REMOTE_CODE if remote_code else ())])
 
 

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from llmq.checkpoint.model_id import require_id
 from llmq.cli.terminal import messages
 
 
@@ -26,9 +27,7 @@ def require_models(*models: str) -> None:
         except OSError:  # opening the model reports it
             continue
         if missing and (model.count("/") > 1 or model.startswith((".", "/", "~"))):  # not the id of a model on the Hub
-            from llmq.checkpoint import hub
-
-            hub.locate(model)
+            require_id(model)
         elif empty and model:
             from llmq.checkpoint.reader import Checkpoint
 

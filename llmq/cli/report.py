@@ -5,6 +5,7 @@ from typing import Annotated
 
 from typer import Argument
 
+from llmq.cli.paths import begin
 from llmq.cli.terminal import print_done
 
 PANEL, ORDER = "Inspect", 5
@@ -31,6 +32,7 @@ def command(
     See also:
       llmq inspect  the same record as tables in the terminal
     """
+    begin()
     from llmq.checkpoint import PROVENANCE_FILE
     from llmq.report import pages
     from llmq.report.stored_record import read_report
