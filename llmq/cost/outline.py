@@ -23,6 +23,7 @@ from llmq.errors import UnsupportedModelError
 from llmq.model.analyse import meta_run
 from llmq.model.analyse.input_groups import InputGroup, watching
 from llmq.model.build.block import Block, Call
+from llmq.model.build.layout import Layout
 from llmq.model.build.skeleton import Skeleton
 from llmq.model.experts.separate import SeparateExperts
 from llmq.model.passes.backward import differentiable, gradients_of
@@ -142,7 +143,7 @@ def _run_model(skeleton: Skeleton, length: int, calls: dict[int, Call]) -> None:
     def recorder(index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             raw = args[0] if args else kwargs["hidden_states"]
-            calls[index] = Call(args, kwargs, tuple(raw.shape[-3:-1]) == (length, 1) and length > 1)
+            calls[index] = Call(args, kwargs, Layout.of(raw, length) or Layout.BATCH_FIRST)
 
         return record
 

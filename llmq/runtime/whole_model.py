@@ -4,7 +4,7 @@ A tensor that nobody reads is a silent error if it belongs to a part of the mode
 activation, the bias of a layer that the configuration builds without one, the scale of a weight whose
 quantization_config is gone. So every tensor of a module that the model has is used, or the checkpoint is refused.
 Tensors of modules that the model does not have, such as heads for multi-token prediction or an image encoder, are left
-and listed.
+and listed, also those that transformers drops without a word.
 """
 
 import re
@@ -42,14 +42,15 @@ def require(
     parts = _Parts(model, weights)
     left, refused = [], {}
     for name in [name for name in checkpoint.names() if name in unread]:
-        if parts.ignores(name) or without_effect(name, checkpoint):
-            continue
         owner = parts.owner(name)
+        if without_effect(name, checkpoint):
+            continue
         if owner is None:
             left.append(name)
-        elif packed is None or not packed.is_noted(name):
+        elif not parts.ignores(name) and (packed is None or not packed.is_noted(name)):
             refused[name] = owner
-    if (more := parts.additional_blocks(left, checkpoint.names())) or refused:
+    missed = [name for name in left if not parts.ignores(name)]
+    if (more := parts.additional_blocks(missed, checkpoint.names())) or refused:
         raise _refusal(checkpoint, refused, more)
     for name, parameter in model.named_parameters() if complete else ():
         if parameter.dim() <= 2 and parts.runs(name) and weights.lacks(name):
@@ -141,8 +142,10 @@ class _Parts:
         head = model.get_output_embeddings()
         self._running = [f"{path}." for path, module in model.named_modules() if module is head]
         self._running.append(f"{decoder}." if decoder else "")
-        ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
-        self._ignored = [re.compile(pattern) for pattern in ignored]
+        ignored = {re.compile(key) for key in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()}
+        # A pattern for the additional block of a smaller model may be that of a block of this one.
+        own = [name for name, _ in model.named_parameters()]
+        self._ignored = [pattern for pattern in ignored if not any(map(pattern.search, own))]
 
     def ignores(self, name: str) -> bool:
         """Whether transformers lists a tensor among those that the model does not need."""

@@ -185,7 +185,7 @@ def fisher_information(
             collected.take_output(len(skeleton.blocks) - 1, part[list(rows)], gradient)
 
         def visit(block: Block, rows: range, gradient: Tensor, part: Tensor = part) -> None:
-            collected.take(part[list(rows)], tokens_first=block.tokens_first)
+            collected.take(part[list(rows)], tokens_first=block.layout.tokens_first)
             if block.index:
                 collected.take_output(block.index - 1, part[list(rows)], gradient)
             work.add(BACKWARD * len(rows))

@@ -1,5 +1,6 @@
 """The weights that are kept in float: every matrix of a checkpoint that is not packed is reported with a reason."""
 
+import re
 from collections.abc import Container, Iterable, Mapping
 
 from llmq.checkpoint.reader import Checkpoint
@@ -8,7 +9,9 @@ from llmq.numerics.layer_plan import LayerPlan
 from llmq.report.record import OUTSIDE_THE_BLOCKS
 
 NO_LINEAR_LAYER = "not a linear layer"
-NOT_USED = "the model of transformers does not use it; heads for multi-token prediction are an example"
+NOT_USED = "the model of transformers does not use it"
+DRAFTS = "a head for multi-token prediction: engines draft tokens with it"
+HEAD_NAME = re.compile(r"(^|\.)(mtp|nextn)(_\w+)?\.")
 
 
 def reasons(
@@ -35,12 +38,25 @@ def reasons(
             continue
         user = users.get(name)
         if user is None:
-            left[module] = NOT_USED
+            left[module] = _unused(name, skeleton)
         elif user.startswith(inside):
             left[module] = skeleton.special_layers.get(user.removesuffix(".weight"), NO_LINEAR_LAYER)
         else:
             left[module] = OUTSIDE_THE_BLOCKS
-    return left | {name.removesuffix(".weight"): NOT_USED for name in unused}
+    return left | {name.removesuffix(".weight"): _unused(name, skeleton) for name in unused}
+
+
+def _unused(name: str, skeleton: Skeleton) -> str:
+    """The reason for a tensor that belongs to no module of the model.
+
+    Heads for multi-token prediction have names of their own, or are blocks after the last one.
+    """
+    blocks = skeleton.blocks[0].path.rpartition(".")[0]
+    for path in skeleton.weights.candidates(blocks):
+        number = name.removeprefix(f"{path}.").partition(".")[0]
+        if name.startswith(f"{path}.") and number.isdecimal() and int(number) >= len(skeleton.blocks):
+            return DRAFTS
+    return DRAFTS if HEAD_NAME.search(name) else NOT_USED
 
 
 def unused_modules(skeleton: Skeleton, checkpoint: Checkpoint) -> list[str]:

@@ -120,7 +120,8 @@ def streams_of(
     state = skeleton.hidden_bytes(text.length) * text.sequences
     stored = (1 + compares * (2 if method.transforms else 1)) * state  # a transform keeps inputs and outputs
     storage = Storage.choose(stored, skeleton.device, folder, economy)
-    sums_by_units = not any(block.experts or block.tokens_first for block in skeleton.blocks)  # sequence by sequence
+    # Sequence by sequence, which neither experts nor layers with another order of tokens can be.
+    sums_by_units = not any(block.experts or block.layout.tokens_first for block in skeleton.blocks)
     if economy and sums_by_units:
         text = dataclasses.replace(text, in_parts=True)
     return Streams(

@@ -45,7 +45,7 @@ def test_multi_token_prediction_heads_are_copied(
     written = tensors_of(out)
     assert all(torch.equal(written[name], tensor) for name, tensor in extra.items())
     matrices = {name.removesuffix(".weight") for name, tensor in extra.items() if tensor.dim() == 2}
-    unused = {name for name, reason in report.left.items() if reason == left_in_float.NOT_USED}
+    unused = {name for name, reason in report.left.items() if reason == left_in_float.DRAFTS}
     assert unused == {name.removesuffix(".weight") for name in extra}
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     reader = formats.detect(config).read_config(config)
@@ -57,7 +57,7 @@ def test_multi_token_prediction_heads_are_copied(
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_transposed_weights_are_written_transposed(text: Path, tmp_path: Path, method: str) -> None:
     """c_proj of the attention is square: a wrongly transposed weight would have the right shape."""
-    outcome = examine("gpt2", tmp_path, text, method=method, skip=["attn.c_proj", "mlp.c_fc"])
+    outcome = examine(tiny("gpt2"), tmp_path, text, method=method, skip=["attn.c_proj", "mlp.c_fc"])
     assert max(outcome.difference, outcome.streamed or 0) < 1e-4 < outcome.noticed
     assert all(name.endswith(("attn.c_attn", "mlp.c_proj")) for name in outcome.packed)
     if method == "gptq":
@@ -67,7 +67,7 @@ def test_transposed_weights_are_written_transposed(text: Path, tmp_path: Path, m
 def test_transposed_weights_are_tuned(text: Path, tmp_path: Path) -> None:
     tuning = Tuning(steps=2, scales=3e-3, rounding=5e-2, tokens=64)
     method = Method(rounding="gptq", validation=0.25, tuning=tuning)
-    outcome = examine("gpt2", tmp_path, text, stages=method, skip=["attn.c_proj"])
+    outcome = examine(tiny("gpt2"), tmp_path, text, stages=method, skip=["attn.c_proj"])
     assert outcome.difference < 1e-4 < outcome.noticed and not outcome.altered
 
 
@@ -160,13 +160,13 @@ def test_blocks_that_share_keys_are_quantized_without_text(checkpoint: Checkpoin
 
 def test_a_layer_of_several_tensors_is_read_and_copied(text: Path, tmp_path: Path) -> None:
     """A convolution over q, k and v is stored as three tensors; transforms read it and do not change it."""
-    outcome = examine("olmo_hybrid", tmp_path, text, method="awq")
+    outcome = examine(tiny("olmo_hybrid"), tmp_path, text, method="awq")
     assert max(outcome.difference, outcome.streamed or 0) < 1e-4 < outcome.noticed
     assert not any("conv1d" in name for name in outcome.altered)
 
 
 def test_a_block_used_in_two_places_is_kept_in_float(text: Path, tmp_path: Path) -> None:
     """Zamba runs one shared transformer in several blocks: quantizing it in one block would change the others."""
-    outcome = examine("zamba", tmp_path, text)
+    outcome = examine(tiny("zamba"), tmp_path, text)
     shared = {name for name, reason in outcome.left.items() if reason == skeleton.SHARED}
     assert shared and not outcome.altered and not any("shared_transf" in name for name in outcome.packed)

@@ -3,6 +3,7 @@
 import importlib.util
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
@@ -47,12 +48,26 @@ def test_the_tree_has_a_sentence_for_every_file(docs: ModuleType) -> None:
     assert [name.strip() for name, sentence in entries if not sentence] == []
 
 
-def test_architecture_page_has_a_row_per_architecture() -> None:
-    from tests.architectures import ARCHITECTURES, LEFT_OUT
+def test_the_page_of_models_has_every_class_of_transformers(docs: ModuleType) -> None:
+    assert docs  # it sets the path
+    import architecture_page
 
+    from tests.toy_configs import entries
+
+    rows = architecture_page.read(architecture_page.JSON)
+    listed = {(row["mapping"], row["type"], row["class"]) for row in rows}
+    if {f"transformers {version('transformers')}"} == {row["versions"][0] for row in rows}:
+        assert listed == {(line.mapping, line.model_type, line.model_class) for line in entries()}
     page = (ROOT / "docs" / "MODELS.md").read_text(encoding="utf-8")
-    rows = [line.split("`")[1] for line in page.splitlines() if line.startswith("| `")]
-    assert rows == [*ARCHITECTURES, *LEFT_OUT]
+    shown = [line.split("`")[1] for line in page.splitlines() if line.startswith("| `")]
+    assert sorted(shown) == sorted(row["type"] for row in rows)
+
+
+def test_no_measured_class_is_wrong(docs: ModuleType) -> None:
+    assert docs
+    import architecture_page
+
+    assert architecture_page.problems(architecture_page.read(architecture_page.JSON), 1e-4) == []
 
 
 def test_kernels_that_were_not_measured_are_marked(docs: ModuleType, tmp_path: Path) -> None:

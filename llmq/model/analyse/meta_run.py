@@ -5,6 +5,7 @@ If the code needs the value of a tensor (is this token padding?), it gets zero. 
 """
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -56,6 +57,18 @@ def modules_run(model: nn.Module) -> set[int]:
     for handle in handles:
         handle.remove()
     return ran
+
+
+@contextmanager
+def counted(modules: Iterable[nn.Module]) -> Iterator[Counter[nn.Module]]:
+    """While open, count how often each of these modules runs."""
+    counts: Counter[nn.Module] = Counter()
+    handles = [module.register_forward_pre_hook(lambda module, _: counts.update([module])) for module in modules]
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class Zeros(TorchDispatchMode):

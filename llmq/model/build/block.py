@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from llmq.model.build.checkpoint_names import ModelWeights, require_finite
 from llmq.model.build.input_rounding import InputRounding
+from llmq.model.build.layout import Layout
 from llmq.model.experts.separate import SeparateExperts
 from llmq.numerics.scheme import InputScheme
 
@@ -30,13 +31,12 @@ def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
 class Call:
     """The arguments of a block; the first of `args`, or `kwargs["hidden_states"]`, is `raw`, its hidden state.
 
-    tokens_first  whether the module has hidden states (T, B, D), as XLNet has; they are converted here and in `Block`,
-                  so that all other code has (…, B, T, D)
+    Hidden states are converted here and in `Block`, so that all other code has (…, B, T, D).
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    tokens_first: bool = False
+    layout: Layout = Layout.BATCH_FIRST
 
     @property
     def raw(self) -> Tensor:
@@ -47,19 +47,14 @@ class Call:
     @property
     def hidden(self) -> Tensor:
         """The hidden state (…, B, T, D)."""
-        return swapped(self.raw, self.tokens_first)
+        return self.layout.stored(self.raw)
 
     def with_hidden(self, hidden: Tensor) -> "Call":
         """The same call with another hidden state (…, B, T, D)."""
-        raw = swapped(hidden, self.tokens_first)
+        raw = self.layout.raw(hidden)
         if self.args:
             return replace(self, args=(raw, *self.args[1:]))
         return replace(self, kwargs={**self.kwargs, "hidden_states": raw})
-
-
-def swapped(hidden: Tensor, tokens_first: bool) -> Tensor:
-    """(B, T, D) <-> (T, B, D) if `tokens_first`, else unchanged."""
-    return hidden.transpose(-3, -2) if tokens_first else hidden
 
 
 class Block:
@@ -67,7 +62,7 @@ class Block:
 
     linears  path -> module, of each linear layer that may be quantized, such as `model.layers.3.mlp.up_proj`
     experts  path -> module, of each layer of experts; their linear layers are in `linears`, too
-    tokens_first  whether inputs of linear layers are (T, B, K) and not (B, T, K)
+    layout   the order of the dimensions of hidden states in the module
     inputs   which linear layers get quantized inputs (`quantize_inputs`). Every pass runs the block with `forward`, so
              every pass uses them
     """
@@ -75,7 +70,7 @@ class Block:
     def __init__(self, index: int, path: str, module: nn.Module, weights: ModelWeights, device: torch.device) -> None:
         self.index = index
         self.path = path
-        self.tokens_first = False
+        self.layout = Layout.BATCH_FIRST
         self.module = module
         self._weights = weights
         self._device = device
@@ -152,7 +147,7 @@ class Block:
         Blocks are run only here, so hooks on the linear layers quantize inputs in every pass.
         """
         output = self.module(*call.args, **call.kwargs)
-        return swapped(output[0] if isinstance(output, tuple | list) else output, call.tokens_first)
+        return call.layout.stored(output[0] if isinstance(output, tuple | list) else output)
 
     def weight(self, path: str) -> Tensor:
         """A float32 copy of the weight (N, K) of a linear layer."""

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from llmq.errors import ConfigError, UnsupportedModelError
 from llmq.model.analyse import meta_run
-from llmq.model.build.block import Block, Call, is_plain_linear, swapped
+from llmq.model.build.block import Block, Call, is_plain_linear
 from llmq.model.build.checkpoint_names import ModelWeights
+from llmq.model.build.layout import Layout
 from llmq.model.build.module_tree import build as build
 from llmq.model.build.module_tree import load_config as load_config
 from llmq.numerics.scheme import InputScheme
@@ -49,7 +50,9 @@ class Skeleton:
         for name, parameter in modules.named_parameters():
             weights.refuse_stacked(f"{path}.{name}", parameter)
         linears = {path: linear for block in self.blocks for path, linear in block.linears.items()}
-        self.special_layers = meta_run.special_layers(model, linears)  # before hooks read parameters: see `_filler`
+        with meta_run.counted(modules) as runs:  # before hooks read parameters: see `_filler`
+            self.special_layers = meta_run.special_layers(model, linears)
+        self._repeated = [block.path for block in self.blocks if runs[block.module] > 1]
         self.special_layers |= {path: SHARED for path in linears if weights.is_shared(f"{path}.weight")}
         for block in self.blocks:
             block.leave(self.special_layers)
@@ -204,12 +207,12 @@ class Skeleton:
 
         def recorder(index: int) -> Callable[..., Any]:
             def passthrough(*args: Any, **kwargs: Any) -> Any:
-                calls[index] = Call(args, kwargs, self.blocks[index].tokens_first)
+                calls[index] = Call(args, kwargs, self.blocks[index].layout)
                 if last_output is None and index == self._stop_after:
                     raise _Reached
                 hidden = calls[index].raw
                 if last_output is not None and index == len(self.blocks) - 1:
-                    hidden = swapped(last_output, calls[index].tokens_first)
+                    hidden = calls[index].layout.raw(last_output)
                 return (hidden, *[None] * (self._returned - 1)) if self._returned else hidden
 
             return passthrough
@@ -228,6 +231,7 @@ class Skeleton:
         Raises UnsupportedModelError for a model whose blocks cannot be run one by one.
         """
         _refuse_shared_keys(self.model)
+        _refuse_repeated(self.model, self._repeated)
         last = len(self.blocks) - 1
         tokens = torch.zeros(1, 4, dtype=torch.int64)
         failure: Exception | None = None
@@ -239,9 +243,14 @@ class Skeleton:
                     failure = failure or error
                     continue
             if len(calls) == len(self.blocks) and all(calls[i].raw is calls[0].raw for i in calls):
-                for block in self.blocks:
-                    block.tokens_first = tuple(calls[0].raw.shape[-3:-1]) == (tokens.shape[1], 1)
-                return
+                layout = Layout.of(calls[0].raw, tokens.shape[1])
+                if layout is not None:
+                    for block in self.blocks:
+                        block.layout = layout
+                    return
+                shape = tuple(calls[0].raw.shape)
+                failure = UnsupportedModelError(f"its hidden state for {tokens.shape[1]} tokens has the shape {shape}")
+                break
             failure = UnsupportedModelError("the hidden state changes between blocks")
         self._returned = None
         raise UnsupportedModelError(
@@ -268,6 +277,16 @@ def _refuse_shared_keys(model: nn.Module) -> None:
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be replayed block by block: its last {sharing} blocks share the keys and "
             "values of earlier blocks",
+            hint="rtn needs no replay",
+        )
+
+
+def _refuse_repeated(model: nn.Module, repeated: list[str]) -> None:
+    """Raise UnsupportedModelError for blocks that run several times per token."""
+    if repeated:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be replayed block by block: it runs {repeated[0]} several times per token "
+            f"({len(repeated)} such blocks)",
             hint="rtn needs no replay",
         )
 

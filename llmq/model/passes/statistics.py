@@ -181,7 +181,7 @@ class Summation:
         """The weights (S, T) of the tokens from `start` to `end`, (B·T,) in the order in which layers get them."""
         T = weights.shape[1]
         rows = weights[start // T : end // T]
-        return (rows.T if self._block.tokens_first else rows).flatten()
+        return (rows.T if self._block.layout.tokens_first else rows).flatten()
 
     def _fits(self, batch: int) -> bool:
         return self._fitted is None or batch < self._fitted

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -67,6 +68,22 @@ def test_tensors_of_modules_that_the_model_lacks_are_left_and_listed(checkpoint:
     report = quantize(folder, tmp_path / "out", tmp_path, method="rtn")
     assert {name.removesuffix(".weight") for name in others} <= report.left.keys()
     assert others.keys() <= set(Checkpoint.open(tmp_path / "out").names())
+
+
+def test_what_transformers_drops_without_a_word_is_listed_too(
+    checkpoint: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pattern for the additional block of a smaller model does not hide a tensor of a block of this one."""
+    patterns = [r"^mtp.*", r"model\.layers\.3.*", r"model\.layers\.1.*"]
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", patterns)
+    names = ("mtp.norm.weight", "model.layers.3.mlp.up_proj.weight")
+    others = {name: torch.ones(4, 4) for name in names}
+    folder = with_tensors(checkpoint("llama"), tmp_path / "model", lambda tensors: tensors.update(others))
+    assert set(opened(folder)) == set(inspect(folder).unused) == set(names)
+    scale = "model.layers.1.mlp.up_proj.weight_scale"
+    folder = with_tensors(folder, tmp_path / "other", lambda tensors: tensors.update({scale: torch.ones(4)}))
+    with pytest.raises(CheckpointError, match=scale):
+        opened(folder)
 
 
 def test_tables_that_old_versions_stored_and_biases_of_zeros_change_nothing(

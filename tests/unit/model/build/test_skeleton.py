@@ -202,6 +202,22 @@ def test_a_hidden_state_that_changes_between_blocks_is_refused(
         skeleton.record(0, tokens(1, 5))
 
 
+class Twice(Decoder):
+    """Runs its second block twice per token."""
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> Tensor:
+        hidden: Tensor = self.embed(input_ids)
+        for index in (0, 1, 1, 2):
+            hidden = self.blocks[index](hidden)
+        return hidden
+
+
+def test_a_block_that_runs_twice_is_refused() -> None:
+    skeleton = skeleton_in_memory(Twice(lambda hidden: hidden))
+    with pytest.raises(UnsupportedModelError, match=r"runs blocks\.1 several times per token"):
+        skeleton.record(0, tokens(1, 5))
+
+
 def test_blocks_with_unknown_arguments_are_refused() -> None:
     model = Decoder(lambda hidden: hidden, keyword="stream")
     with pytest.raises(UnsupportedModelError, match="cannot be replayed"):
