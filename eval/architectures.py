@@ -13,6 +13,7 @@ import datetime
 import json
 import os
 import resource
+import shutil
 import sys
 import tempfile
 import traceback
@@ -30,7 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "eval")]
 import transformers  # noqa: E402
 from architecture_page import JSON, Row, read, write  # noqa: E402
 
-from llmq.errors import LlmqError  # noqa: E402
+from llmq.errors import LlmqError, UnsupportedModelError  # noqa: E402
 from tests import builders  # noqa: E402
 from tests.architectures import counted, examine  # noqa: E402
 from tests.runs import logits  # noqa: E402
@@ -41,7 +42,7 @@ SECONDS, BYTES = 40, 6 << 30  # limits of one class
 
 def outcome(line: Entry) -> Row:
     """The figures of one class, or at which step it stops, and with which message."""
-    step = "configuration"
+    step, whole = "configuration", ""
     try:
         config = toy_config(line)
         if config.is_encoder_decoder:
@@ -55,7 +56,15 @@ def outcome(line: Entry) -> Row:
         step = "llmq"
         with tempfile.TemporaryDirectory() as folder:
             (work := Path(folder) / "work").mkdir()
-            found = examine(config, work, builders.write_text(Path(folder) / "text.txt"))
+            text = builders.write_text(Path(folder) / "text.txt")
+            try:
+                found = examine(config, work, text)
+            except UnsupportedModelError as error:
+                if "rtn" not in error.hint:
+                    raise
+                shutil.rmtree(work)
+                work.mkdir()
+                found, whole = examine(config, work, text, method="rtn"), str(error)
     except Exception as error:  # whatever a class of transformers raises
         kind = "refused" if step == "llmq" and isinstance(error, LlmqError) else step
         where = traceback.extract_tb(error.__traceback__)[-1]
@@ -63,6 +72,7 @@ def outcome(line: Entry) -> Row:
         return {"step": kind, "error": type(error).__name__, "message": str(error), "place": place}
     return {
         "step": "measured",
+        "whole": whole,
         "blocks": found.blocks,
         "layers": len(found.packed),
         "left": [[name, reason, number] for (name, reason), number in sorted(counted(found.left).items())],
@@ -117,7 +127,8 @@ def sweep(names: list[str]) -> None:
         "versions": [f"{name} {version(name)}" for name in ("transformers", "torch")],
     }
     outcome(Entry("causal", "llama", "LlamaForCausalLM"))  # imports what every class needs, once
-    done = {(row["mapping"], row["type"]) for row in read(JSON)}
+    rows = [row for row in read(JSON) if row["step"] != "not run" and not row.get("earlier")]
+    done = {(row["mapping"], row["type"]) for row in rows}
     for line in entries():
         key = (line.mapping, line.model_type)
         if (line.model_type in names) if names else key not in done:

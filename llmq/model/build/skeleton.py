@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from llmq.errors import ConfigError, UnsupportedModelError
 from llmq.model.analyse import meta_run
+from llmq.model.build import one_by_one
 from llmq.model.build.block import Block, Call, is_plain_linear
 from llmq.model.build.checkpoint_names import ModelWeights
 from llmq.model.build.layout import Layout
@@ -198,10 +199,11 @@ class Skeleton:
         raise UnsupportedModelError(f"{type(self.model).__name__} did not run its block {stop_after}")
 
     @contextmanager
-    def _recorders(self, last_output: Tensor | None = None) -> Iterator[dict[int, Call]]:
+    def _recorders(self, last_output: Tensor | None = None, besides: object = None) -> Iterator[dict[int, Call]]:
         """While open, blocks pass their hidden state through and record their arguments.
 
-        With `last_output`, this is the output of the last block, and no block ends the forward.
+        With `last_output`, this is the output of the last block, and no block ends the forward. What blocks return
+        besides the hidden state is `besides`.
         """
         calls: dict[int, Call] = {}
 
@@ -213,7 +215,7 @@ class Skeleton:
                 hidden = calls[index].raw
                 if last_output is not None and index == len(self.blocks) - 1:
                     hidden = calls[index].layout.raw(last_output)
-                return (hidden, *[None] * (self._returned - 1)) if self._returned else hidden
+                return (hidden, *[besides] * (self._returned - 1)) if self._returned else hidden
 
             return passthrough
 
@@ -230,8 +232,8 @@ class Skeleton:
 
         Raises UnsupportedModelError for a model whose blocks cannot be run one by one.
         """
-        _refuse_shared_keys(self.model)
-        _refuse_repeated(self.model, self._repeated)
+        one_by_one.require_own_keys(self.model)
+        one_by_one.require_single_runs(self.model, self._repeated)
         last = len(self.blocks) - 1
         tokens = torch.zeros(1, 4, dtype=torch.int64)
         failure: Exception | None = None
@@ -247,7 +249,7 @@ class Skeleton:
                 if layout is not None:
                     for block in self.blocks:
                         block.layout = layout
-                    return
+                    return self._require_nothing_handed_on(tokens)
                 shape = tuple(calls[0].raw.shape)
                 failure = UnsupportedModelError(f"its hidden state for {tokens.shape[1]} tokens has the shape {shape}")
                 break
@@ -258,6 +260,18 @@ class Skeleton:
             hint="please report the architecture; rtn needs no replay",
         ) from failure
 
+    def _require_nothing_handed_on(self, tokens: Tensor) -> None:
+        """Raise UnsupportedModelError if a block gets what another returned besides the hidden state."""
+        besides = object()
+        with self._recorders(besides=besides) as calls, torch.no_grad():
+            try:
+                self._forward(tokens, stop_after=len(self.blocks) - 1)
+            except (LookupError, TypeError, RuntimeError, ValueError, AttributeError):
+                return  # the model looks at these values, which are usually None
+        if (names := one_by_one.handed_on(calls.values(), besides)) is not None:
+            self._returned = None
+            raise one_by_one.refused(self.model, f"a block gets {names} from the one before it")
+
     def _filler(self, path: str) -> Callable[[nn.Module, Any], None]:
         """A hook that reads the direct parameters of a module when it is first run."""
 
@@ -266,29 +280,6 @@ class Skeleton:
                 self.weights.fill(path, module, self.device)
 
         return fill_now
-
-
-def _refuse_shared_keys(model: nn.Module) -> None:
-    """Raise UnsupportedModelError for blocks that use keys and values of earlier blocks, as some of Gemma 3n do."""
-    config = getattr(model, "config", None)
-    config = getattr(config, "text_config", None) or config
-    sharing = getattr(config, "num_kv_shared_layers", 0)
-    if sharing:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be replayed block by block: its last {sharing} blocks share the keys and "
-            "values of earlier blocks",
-            hint="rtn needs no replay",
-        )
-
-
-def _refuse_repeated(model: nn.Module, repeated: list[str]) -> None:
-    """Raise UnsupportedModelError for blocks that run several times per token."""
-    if repeated:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be replayed block by block: it runs {repeated[0]} several times per token "
-            f"({len(repeated)} such blocks)",
-            hint="rtn needs no replay",
-        )
 
 
 def largest_module_list(model: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -218,6 +218,37 @@ def test_a_block_that_runs_twice_is_refused() -> None:
         skeleton.record(0, tokens(1, 5))
 
 
+class Handing(nn.Module):
+    """Three blocks, each of which gets what the one before it returned besides the hidden state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace()
+        self.embed = nn.Embedding(VOCABULARY, 8)
+        self.blocks = nn.ModuleList(Adding() for _ in range(3))
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> Tensor:
+        hidden, before = self.embed(input_ids), None
+        for block in self.blocks:
+            hidden, before = block(hidden, before=before)
+        return hidden
+
+
+class Adding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, hidden_states: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
+        change = self.linear(hidden_states)
+        return hidden_states + change + (0 if before is None else before), change
+
+
+def test_blocks_that_hand_on_more_than_the_hidden_state_are_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="a block gets before from the one before it"):
+        skeleton_in_memory(Handing()).record(0, tokens(1, 5))
+
+
 def test_blocks_with_unknown_arguments_are_refused() -> None:
     model = Decoder(lambda hidden: hidden, keyword="stream")
     with pytest.raises(UnsupportedModelError, match="cannot be replayed"):
