@@ -20,6 +20,7 @@ from llmq.model.analyse import meta_run
 from llmq.model.build import one_by_one
 from llmq.model.build.block import Block, Call, is_plain_linear
 from llmq.model.build.checkpoint_names import ModelWeights
+from llmq.model.build.compute_device import computing_on
 from llmq.model.build.layout import Layout
 from llmq.model.build.module_tree import build as build
 from llmq.model.build.module_tree import load_config as load_config
@@ -142,7 +143,7 @@ class Skeleton:
         """
         if self._returned is None:
             self._probe()
-        with self._recorders(last_output=hidden):
+        with self._recorders(last_output=hidden), computing_on(self.device):
             logits: Tensor = self.model(input_ids=tokens.to(self.device), use_cache=False).logits
         return logits
 
@@ -193,7 +194,8 @@ class Skeleton:
     def _forward(self, tokens: Tensor, stop_after: int) -> None:
         self._stop_after = stop_after
         try:
-            self.model(input_ids=tokens.to(self.device), use_cache=False)
+            with computing_on(self.device):
+                self.model(input_ids=tokens.to(self.device), use_cache=False)
         except _Reached:
             return
         raise UnsupportedModelError(f"{type(self.model).__name__} did not run its block {stop_after}")

@@ -1,0 +1,22 @@
+"""The device that the code of a model believes to be on, while most of its parameters are on meta."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def computing_on(device: torch.device) -> Iterator[None]:
+    """While open, `model.device` is `device` for the models of transformers.
+
+    It is usually the device of the first parameter, which may belong to an image encoder that is never read. Some
+    models move their hidden state there.
+    """
+    from transformers import PreTrainedModel
+
+    setattr(PreTrainedModel, "device", property(lambda model: device))  # noqa: B010  (hides that of its base class)
+    try:
+        yield
+    finally:
+        delattr(PreTrainedModel, "device")
