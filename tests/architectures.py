@@ -30,8 +30,8 @@ ARCHITECTURES = (
     "gpt_neox", "gptj", "llama", "minicpm3", "modernbert-decoder", "mpt", "opt", "phi", "phi3", "qwen3", "stablelm",
     "xlnet", "bamba", "falcon_h1", "falcon_mamba", "lfm2", "mamba2", "olmo_hybrid", "qwen3_5_text", "recurrent_gemma",
     "rwkv", "zamba", "aria_text", "deepseek_v3", "deepseek_v4", "glm4_moe", "gpt_oss", "granitemoehybrid", "jamba",
-    "jetmoe", "llama4_text", "mixtral", "nemotron_h", "phimoe", "qwen2_moe", "qwen3_next", "gemma3", "glm4v", "idefics3", "llava",
-    "qwen2_vl", "qwen3_vl_moe",
+    "jetmoe", "llama4_text", "mixtral", "nemotron_h", "phimoe", "qwen2_moe", "qwen3_next", "gemma3", "glm4v",
+    "idefics3", "llava", "qwen2_vl", "qwen3_vl_moe",
 )  # fmt: skip
 
 SETTINGS: dict[str, Any] = {"method": "gptq", "group_size": 16, "scales": "minmax", "samples": 4, "seqlen": 16}
