@@ -74,7 +74,7 @@ REASONS = {  # of classes that fail, by where they do
     "refused": "llmq refuses it",
     "llmq": "an error in llmq",
     "killed": "a limit of the measurement",
-    "not run": "not measured yet",
+    "not run": "not measured yet: transformers builds and runs it at toy size",
 }
 LONGEST = 160  # characters of a message
 

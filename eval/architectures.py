@@ -12,6 +12,7 @@ import argparse
 import datetime
 import json
 import os
+import re
 import resource
 import shutil
 import sys
@@ -69,7 +70,8 @@ def outcome(line: Entry) -> Row:
         kind = "refused" if step == "llmq" and isinstance(error, LlmqError) else step
         where = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(where.filename).name}:{where.lineno}"
-        return {"step": kind, "error": type(error).__name__, "message": str(error), "place": place}
+        message = re.sub(r"/\S+/work/model", "the folder", str(error))
+        return {"step": kind, "error": type(error).__name__, "message": message, "place": place}
     return {
         "step": "measured",
         "whole": whole,

@@ -34,7 +34,7 @@ ARCHITECTURES = (
     "idefics3", "llava", "qwen2_vl", "qwen3_vl_moe",
 )  # fmt: skip
 
-SETTINGS: dict[str, Any] = {"method": "gptq", "group_size": 16, "scales": "minmax", "samples": 4, "seqlen": 16}
+SETTINGS: dict[str, Any] = {"method": "gptq", "group_size": 16, "scales": "minmax", "samples": 8, "seqlen": 16}
 ROUTERS = re.compile(r"\.(gate|router|wg|shared_expert_gate|modality_router|gate\.linear|router\.\w+)$")
 
 

@@ -35,7 +35,7 @@ def merge(model: Any, weights: ModelWeights, names: Iterable[str]) -> None:
             continue  # experts
         sources = {pattern: name for pattern, (name,) in by_pattern.items()}
         converter = next((step for step in converters if set(step.source_patterns) == set(sources)), None)
-        if converter is not None:
+        if converter is not None and len(converter.target_patterns) == 1:  # one that splits a tensor is not known here
             read = partial(_convert, model, converter, target, sources, weights.stored_tensor)
             weights.merge(target, sources.values(), read)
 
