@@ -45,7 +45,7 @@ Many of these models come with a head that drafts tokens (MTP): tensors called `
 llmq keeps it in float, byte for byte and under its names. `llmq inspect`, the plan and the report list its tensors,
 also for classes where transformers drops them without a word.
 
-transformers 5.24 runs a head with `generate(use_mtp=True)` if the configuration of the class has `num_mtp_layers`:
+With transformers 5.24, `generate(use_mtp=True)` drafts if the configuration of the class has `num_mtp_layers`:
 bailing_hybrid, deepseek_v3, glm4_moe, inkling, mellum, sarvam_mla, sarvam_moe and step3p7. It has no such class for
 the heads of deepseek_v32, deepseek_v4, ernie4_5_moe, exaone4_5, exaone_moe, glm4_moe_lite, glm4v_moe, glm5_next,
 glm_moe_dsa, glm_ocr, granite_docling, hy_v3, hy_v4, longcat_flash, mimo_v2_flash, minimax_m3_vl, mistral_large4,
@@ -156,7 +156,7 @@ def cells(*values: str) -> str:
 
 def problems(rows: Iterable[Row], tolerance: float) -> list[str]:
     """What is wrong with measured rows, as text."""
-    found = []
+    listed = []
     for row in rows:
         if row["step"] != "measured":
             continue
@@ -171,5 +171,5 @@ def problems(rows: Iterable[Row], tolerance: float) -> list[str]:
             wrong.append("a changed weight is not noticed")
         if not row["layers"]:
             wrong.append("nothing was quantized")
-        found += [f"{row['mapping']}:{row['type']}: {text}" for text in wrong]
-    return found
+        listed += [f"{row['mapping']}:{row['type']}: {text}" for text in wrong]
+    return listed

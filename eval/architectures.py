@@ -59,13 +59,13 @@ def outcome(line: Entry) -> Row:
             (work := Path(folder) / "work").mkdir()
             text = builders.write_text(Path(folder) / "text.txt")
             try:
-                found = examine(config, work, text)
+                measured = examine(config, work, text)
             except UnsupportedModelError as error:
                 if "rtn" not in error.hint:
                     raise
                 shutil.rmtree(work)
                 work.mkdir()
-                found, whole = examine(config, work, text, method="rtn"), str(error)
+                measured, whole = examine(config, work, text, method="rtn"), str(error)
     except Exception as error:  # whatever a class of transformers raises
         kind = "refused" if step == "llmq" and isinstance(error, LlmqError) else step
         where = traceback.extract_tb(error.__traceback__)[-1]
@@ -75,17 +75,17 @@ def outcome(line: Entry) -> Row:
     return {
         "step": "measured",
         "whole": whole,
-        "blocks": found.blocks,
-        "layers": len(found.packed),
-        "left": [[name, reason, number] for (name, reason), number in sorted(counted(found.left).items())],
-        "difference": found.difference,
-        "noticed": found.noticed,
-        "replayed": found.replayed,
-        "streamed": found.streamed,
-        "finite": found.finite,
-        "packed routers": found.routers,
-        "unlisted": list(found.unlisted),
-        "altered": list(found.altered),
+        "blocks": measured.blocks,
+        "layers": len(measured.packed),
+        "left": [[name, reason, number] for (name, reason), number in sorted(counted(measured.left).items())],
+        "difference": measured.difference,
+        "noticed": measured.noticed,
+        "replayed": measured.replayed,
+        "streamed": measured.streamed,
+        "finite": measured.finite,
+        "packed routers": measured.routers,
+        "unlisted": list(measured.unlisted),
+        "altered": list(measured.altered),
     }
 
 
