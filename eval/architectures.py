@@ -4,7 +4,7 @@
     python eval/architectures.py NAME…      these model types again
     python eval/architectures.py --render   docs/MODELS.md from the file
 
-Each class runs in a process of its own, with a limit of CPU time and memory, one after the other: about 20 minutes of
+Each class runs in a separate process, with a limit of CPU time and memory, one after the other: about 20 minutes of
 CPU time in all. `tests/toy_configs.py` makes the configurations, `tests/architectures.py` compares.
 """
 
@@ -90,7 +90,7 @@ def outcome(line: Entry) -> Row:
 
 
 def apart(run: Callable[[], Row]) -> Row:
-    """Run a function in a process of its own, with limits; a process that dies is a row that says so."""
+    """Run a function in a separate process, with limits; a process that dies is a row that reports it."""
     reader, writer = os.pipe()
     child = os.fork()
     if not child:

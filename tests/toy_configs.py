@@ -47,7 +47,7 @@ SIZES: dict[str, Any] = {
     "hidden_size_per_layer_input": 16, "laurel_rank": 16, "num_kv_shared_layers": 0,
     "image_size": 32, "patch_size": 16, "is_decoder": True,
 }  # fmt: skip
-LATENT = {"num_key_value_heads": 4, "qk_rope_head_dim": HEAD}  # latent attention: no grouped heads, sizes of its own
+LATENT = {"num_key_value_heads": 4, "qk_rope_head_dim": HEAD}  # latent attention: no grouped heads, separate sizes
 WIDTH = re.compile(r"\w*(size|dim|width|rank|hidden|channels|ffn)")  # other sizes, if they are above LARGE
 LARGE, SMALL = 128, 64
 TOKEN = re.compile(r"\w*token_(id|ids|index)")

@@ -49,7 +49,7 @@ def reasons(
 def _unused(name: str, skeleton: Skeleton) -> str:
     """The reason for a tensor that belongs to no module of the model.
 
-    Heads for multi-token prediction have names of their own, or are blocks after the last one.
+    Heads for multi-token prediction have separate names, or are blocks after the last one.
     """
     blocks = skeleton.blocks[0].path.rpartition(".")[0]
     for path in skeleton.weights.candidates(blocks):
