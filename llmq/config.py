@@ -7,7 +7,6 @@ setting is one new field here. Nothing here imports torch, so `llmq --help` is f
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_serializer, field_validator, model_validator
@@ -16,23 +15,14 @@ from llmq import formats
 from llmq.errors import ConfigError, listed
 from llmq.methods import METHODS, Method
 from llmq.numerics.gguf_types import GGUF_GRIDS
+from llmq.numerics.named_schemes import WEIGHTS, with_preset
 from llmq.numerics.scheme import ACTIVATIONS, BITS, FLOAT_GRIDS, GROUP_SIZES, GroupSize, InputScheme, WeightScheme
 from llmq.patterns import matches, require_pattern
-from llmq.setting_fields import Setting, Settings, Strings
+from llmq.setting_fields import Setting, Settings, Strings, parse_number, parse_sources
 
 CONVERTIBLE = formats.names()  # they share their quantized values
 FORMATS = (*CONVERTIBLE, *GGUF_GRIDS)
-PRESETS = ("moe", "w8a8", "w4a8")  # see mixed_precision/preset.py
-
-
-def parse_number(given: Any) -> Any:
-    """`"128"` as 128; everything else unchanged. The field and `WeightScheme` reject invalid values."""
-    return int(given) if isinstance(given, str) and given.removeprefix("-").isdecimal() else given
-
-
-def parse_sources(given: Any) -> Any:
-    """One calibration source or several, as strings or paths."""
-    return [str(source) for source in ([given] if isinstance(given, str | Path) else given)]
+PRESETS = ("moe", *WEIGHTS)  # see mixed_precision/preset.py
 
 
 def parse_overrides(given: Any) -> Any:
@@ -70,7 +60,6 @@ def parse_formats(given: Any) -> Any:
 Bits = Setting(choices=(*BITS, *FLOAT_GRIDS))
 Size = Setting(choices=(*GROUP_SIZES, "channel", "tensor"), metavar="SIZE")
 Inputs = Setting(choices=tuple(ACTIVATIONS))
-STATIC = ACTIVATIONS["int8:static"]
 
 
 class SchemeSettings(Settings):
@@ -183,14 +172,16 @@ class QuantConfig(Settings):
     preset: Annotated[str | None, Setting(choices=PRESETS)] = Field(
         default=None,
         description="Settings by a name. w8a8: 8 bits, one scale per row, with --activations int8. w4a8: 4 bits with "
-        "--activations int8. moe, for mixtures of experts: 8 bits for attention, shared experts and dense blocks, "
+        "--activations int8. fp8: --bits fp8 with --activations fp8. "
+        "moe, for mixtures of experts: 8 bits for attention, shared experts and dense blocks, "
         "--bits for routed experts; it adds overrides (see --dry-run), and your --override and --skip win.",
     )
     activations: Annotated[str, Inputs] = Field(
         default="none",
-        description="Quantize the inputs of the quantized layers as well, for engines with 8-bit products. int8 has "
-        "one scale per token, and loses little. int8:static has one scale per layer, from the calibration text, and "
-        "loses more. Use it with --bits 8 --group-size channel (W8A8) or --bits 4; format compressed-tensors.",
+        description="Quantize the inputs of the quantized layers as well, for engines with 8-bit products. int8 and "
+        "fp8 have one scale per token, and lose little. int8:static and fp8:static have one scale per layer, from the "
+        "calibration text, and lose more. Use int8 with --bits 8 --group-size channel (W8A8) or --bits 4, fp8 with "
+        "--bits fp8 or --bits 4; format compressed-tensors.",
     )
     format: Annotated[
         str | Strings, BeforeValidator(parse_formats), Setting(choices=FORMATS, metavar="FORMAT")
@@ -257,6 +248,11 @@ class QuantConfig(Settings):
         description="Random seed for the choice of text. Change it to see how much results vary between runs.",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_preset(cls, given: Any) -> Any:
+        return with_preset(given) if isinstance(given, Mapping) else given
+
     @field_validator("scheme", mode="before")
     @classmethod
     def _scheme_from_table(cls, given: Any) -> Any:
@@ -289,13 +285,18 @@ class QuantConfig(Settings):
         return {ACTIVATIONS[name] for name in names if name is not None}
 
     @property
+    def static_inputs(self) -> bool:
+        """Whether inputs of layers have static scales."""
+        return any(inputs is not None and inputs.scales == "static" for inputs in self.input_schemes)
+
+    @property
     def formats(self) -> tuple[str, ...]:
         return (self.format,) if isinstance(self.format, str) else self.format
 
     @property
     def stages(self) -> Method:
         method = METHODS[self.method].rotated() if self.rotate else METHODS[self.method]
-        return method.smoothed() if STATIC in self.input_schemes else method
+        return method.smoothed() if self.static_inputs else method
 
     def without_validation(self) -> Self:
         """The settings that decide about the bytes of the model."""

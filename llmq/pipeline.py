@@ -138,7 +138,7 @@ def quantize_groups(
     """
     reached: list[Group] = []
     for group, stats in groups:
-        input_scales.measure(run, block, group, stats)
+        result.notes += input_scales.measure(run, block, group, stats)
         for path in group.names:
             if path in result.kept:
                 on_its_grid = Rounded(path, block.weight(path), result.kept[path])

@@ -83,7 +83,6 @@ class Plan:
         checkpoint = Checkpoint.open(hub.locate(str(model), revision, remote_code=remote_code))
         _refuse_quantized(checkpoint)
         output_layout.require_head(settings)
-        settings = preset.named(settings)
         output_layout.require_inputs(settings)
         output_layout.require_writable(settings.formats, checkpoint, checkpoint.names())
         chosen, method = choose_device(device), stages or settings.stages

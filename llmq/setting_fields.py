@@ -72,6 +72,16 @@ class Setting:
         return value
 
 
+def parse_number(given: Any) -> Any:
+    """`"128"` as 128; everything else unchanged. The field and `WeightScheme` reject invalid values."""
+    return int(given) if isinstance(given, str) and given.removeprefix("-").isdecimal() else given
+
+
+def parse_sources(given: Any) -> Any:
+    """One calibration source or several, as strings or paths."""
+    return [str(source) for source in ([given] if isinstance(given, str | Path) else given)]
+
+
 class Settings(BaseModel):
     """A table of settings: immutable, without type conversion, and a wrong key or value raises ConfigError."""
 
@@ -91,8 +101,9 @@ class Settings(BaseModel):
             raise _config_error(cls, given, error) from None
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with some values changed; they are validated."""
-        return type(self)(**{**dict(self), **changes})
+        """A copy with some values changed; they are validated. Fields that were not given count as not given."""
+        given = {field: value for field, value in dict(self).items() if field in self.model_fields_set}
+        return type(self)(**{**given, **changes})
 
 
 @dataclass(frozen=True)
@@ -157,24 +168,34 @@ def config_to(config: Settings) -> dict[str, Any]:
 
 
 def merged(config: Table, given: Mapping[str, Any]) -> Table:
-    """`config` changed by flags or Python keywords, by their names in `settings_of`; None means not given.
+    """`config` changed by flags or Python keywords, as `overlaid` does.
 
-    Settings at their default count as not given, so that tables know which of their fields were (`model_fields_set`).
+    What `config` has at its default and in a table counts as not given: a table of `config` does not know.
     """
-    known = settings_of(type(config))
     values = config_to(config)
-    for setting in known.values():
+    for setting in settings_of(type(config)).values():
         table = values[setting.table] if setting.table else values
-        if table.get(setting.key) == setting.field.default:
+        was_given = not setting.table and setting.key in config.model_fields_set
+        if table.get(setting.key) == setting.field.default and not was_given:
             table.pop(setting.key, None)
+    return overlaid(type(config), values, given)
+
+
+def overlaid(model: type[Table], values: Mapping[str, Any], given: Mapping[str, Any]) -> Table:
+    """The settings in `values`, as TOML has them, with those in `given`, by their names in `settings_of`.
+
+    None in `given` means not given. What is in neither is not given, whatever its value will be.
+    """
+    known = settings_of(model)
+    values = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
     for name, value in given.items():
         if name not in known:
             raise ConfigError(f"unknown setting: {name!r}", hint=f"known are {listed(sorted(known))}")
         if value is not None:
             setting = known[name]
-            table = values[setting.table] if setting.table else values
+            table = values.setdefault(setting.table, {}) if setting.table else values
             table[setting.key] = setting.about.parse(value) if setting.about.parse else value
-    return type(config).model_validate(values)
+    return model.model_validate(values)
 
 
 def _about(field: FieldInfo) -> Setting:

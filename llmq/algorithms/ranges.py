@@ -1,6 +1,6 @@
 """The static scale of a layer's inputs: the one with the least squared error of the layer's output.
 
-    argmin_s  Σ_bins  count · (x - x̂)²        x̂ = s · min(round(x / s), 127)
+    argmin_s  Σ_bins  count · (x - x̂)²        x̂ as in `numerics/fake_quantize.py`
 
 A large s loses precision for all inputs, a small one clips the largest. The histogram weights the inputs of a column by
 its sum of squares (`numerics/input_histogram.py`); products of errors of different columns are neglected.
@@ -9,15 +9,17 @@ its sum of squares (`numerics/input_histogram.py`); products of errors of differ
 import torch
 from torch import Tensor
 
-from llmq.numerics.fake_quantize import HALF_RANGE
+from llmq.numerics.fake_quantize import HALF_RANGES, nearest
 
 CANDIDATES = 160
 SMALLEST = 0.02  # the smallest range that is tried, as a part of the largest input
 AT_ONCE = 16  # candidates, which bounds memory
 
 
-def least_error_scale(counts: Tensor, limit: float, dtype: torch.dtype) -> float:
+def least_error_scale(counts: Tensor, limit: float, dtype: torch.dtype, kind: str) -> float:
     """The scale, a value of `dtype`, from a histogram of |x|: `counts` (B,) of equal bins from 0 to `limit`.
+
+    `kind` is the dtype of the quantized inputs, int8 or fp8.
 
     1 if all inputs are 0.
     """
@@ -29,15 +31,15 @@ def least_error_scale(counts: Tensor, limit: float, dtype: torch.dtype) -> float
     parts = torch.logspace(0, torch.log10(torch.tensor(SMALLEST)).item(), CANDIDATES, dtype=torch.float64)
     limits = torch.finfo(dtype)
     subnormal = limits.tiny * limits.eps  # inputs of 1e-3 need scales below the normal numbers of float16
-    candidates = (largest * parts / HALF_RANGE).clamp(subnormal, limits.max)
+    candidates = (largest * parts / HALF_RANGES[kind]).clamp(subnormal, limits.max)
     candidates = candidates.to(dtype).to(torch.float64).to(counts.device)
     x = (torch.arange(len(counts), dtype=torch.float64, device=counts.device) + 0.5) * width
-    errors = [_errors(x, counts, chunk) for chunk in candidates.split(AT_ONCE)]
+    errors = [_errors(x, counts, chunk, kind) for chunk in candidates.split(AT_ONCE)]
     return float(candidates[torch.cat(errors).argmin()])
 
 
-def _errors(x: Tensor, counts: Tensor, scales: Tensor) -> Tensor:
+def _errors(x: Tensor, counts: Tensor, scales: Tensor, kind: str) -> Tensor:
     """(S,) the squared error of each of the `scales` (S,)."""
     s = scales[:, None]
-    rounded = s * (x / s).round_().clamp_(max=127)
+    rounded = s * nearest(x / s, kind)
     return (x - rounded).square_() @ counts

@@ -32,9 +32,9 @@ Activations = Annotated[
     str,
     Option(
         "--activations",
-        metavar="file|none|int8",
+        metavar="file|none|int8|fp8",
         help="How the inputs of linear layers are quantized: as the file declares, none (the weights alone), or int8 "
-        "(8 bits, dynamically per token, for all quantized layers; in a float model, for all layers).",
+        "or fp8 (8 bits, dynamically per token, for all quantized layers; in a float model, for all layers).",
     ),
 ]
 Calibration = Annotated[

@@ -10,7 +10,7 @@ from rich.markup import escape
 from typer import Argument, Option
 
 from llmq.config import QuantConfig
-from llmq.setting_fields import NamedSetting, Settings, merged, read_toml, settings_of
+from llmq.setting_fields import NamedSetting, Settings, overlaid, read_toml, settings_of
 
 GENERAL = "General"
 
@@ -121,8 +121,9 @@ def with_settings(
         @functools.wraps(command)
         def run(*, config: Path | None, **values: Any) -> None:
             given = {name: values.pop(name) for name in named}
-            below = model.model_validate(read_toml(config)) if config else model()
-            command(settings=merged(below, given), **values)
+            below = read_toml(config) if config else {}
+            model.model_validate(below)  # its own errors, before those of the command line
+            command(settings=overlaid(model, below, given), **values)
 
         shown = {**{name: _option(setting) for name, setting in named.items()}, "config": Config}
         parameters: list[inspect.Parameter] = []

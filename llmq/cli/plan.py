@@ -78,10 +78,8 @@ def command(
     if not quiet:
         messages().print("[dim]counting parameters and measuring this machine[/]")
     from llmq import forecast
-    from llmq.mixed_precision import preset
 
     quiet_transformers()
-    settings = preset.named(settings)
     configured = forecast.Configured.read(model, settings.calibration.seqlen, device, revision)
     fitting = None
     if memory is not None:

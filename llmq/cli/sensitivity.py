@@ -10,9 +10,10 @@ from llmq.cli.paths import begin
 from llmq.cli.progress import ProgressDisplay
 from llmq.cli.streams import print_text
 from llmq.cli.terminal import interruptible, print_json, print_notes, print_table, quiet_transformers
-from llmq.config import QuantConfig, parse_number
+from llmq.config import QuantConfig
 from llmq.errors import ConfigError
 from llmq.numerics.scheme import FLOAT_GRIDS, GroupSize, WeightScheme
+from llmq.setting_fields import parse_number
 
 if TYPE_CHECKING:
     from llmq.mixed_precision.assign import Spending

@@ -3,6 +3,7 @@
     file      as the checkpoint declares: its figures are those of an engine that runs it
     none      all inputs in float
     int8      those of the quantized layers (of a float model: all layers in the blocks), dynamically per token
+    fp8       the same, as floats of eight bits
 
 They are quantized in float before the linear layers (`numerics/fake_quantize.py`). The inputs of the head and the
 embedding are float.
@@ -21,6 +22,7 @@ ACTIVATIONS: Mapping[str, InputScheme | None] = {
     AS_DECLARED: None,
     "none": None,
     "int8": InputScheme("int8", "dynamic"),
+    "fp8": InputScheme("fp8", "dynamic"),
 }
 
 

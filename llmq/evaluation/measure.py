@@ -88,7 +88,7 @@ def measure_many(
 
     limit         the most sequences of a text
     dtype         the dtype in which the models compute; default: that of the checkpoint, but float32 on a CPU
-    activations   how the inputs of the models' layers are quantized: "file" (as each declares), "none" or "int8"
+    activations   how the inputs of the models' layers are quantized: "file" (as each declares), "none", "int8" or "fp8"
     calibration   the calibration text of the models; by default, what llmq.json says about it (`overlap.py`)
     floors        whether the original is also compared with itself (`floors.py`), which runs it up to three times more
     trajectories  the number of prompts that the models continue (`trajectories.py`), with whole models in memory

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from llmq.algorithms import rtn
 from llmq.checkpoint.index import gguf_file
 from llmq.checkpoint.reader import Checkpoint
-from llmq.config import STATIC, QuantConfig
+from llmq.config import QuantConfig
 from llmq.errors import BackendError, UnsupportedModelError
 from llmq.evaluation.bootstrap import Bootstrap, Interval, interval_of_ratio
 from llmq.evaluation.runs import SPARE_PART, Run, run_compared
@@ -84,7 +84,7 @@ def _measured(open_: "_Opener", text: HeldBack) -> Verdict:
     """The figures of the model and of RTN, and continuations."""
     assert text.windows is not None, "there is text"
     is_rtn = not open_.plan.stages.needs_calibration
-    has_baseline = not (is_rtn or STATIC in open_.plan.settings.input_schemes)  # scales are those of smoothed inputs
+    has_baseline = not (is_rtn or open_.plan.settings.static_inputs)  # scales are those of smoothed inputs
     models = [open_.quantized, open_.rounded] if has_baseline else [open_.quantized]
     runs = run_compared(open_.original(), models, text.windows, on_event=open_.on_event)
     continuations, notes = _continuations(open_, text.windows)

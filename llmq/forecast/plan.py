@@ -7,7 +7,6 @@ from llmq._keywords import Keywords
 from llmq.calibration.given import from_python
 from llmq.config import QuantConfig
 from llmq.forecast.sizes_and_costs import Configured, Forecast, forecast
-from llmq.mixed_precision import preset
 from llmq.setting_fields import merged
 
 
@@ -28,5 +27,5 @@ def plan(
     """
     if "calibration" in settings:
         settings["calibration"] = from_python(settings["calibration"])[0]
-    chosen = preset.named(merged(config or QuantConfig(), settings))
+    chosen = merged(config or QuantConfig(), settings)
     return forecast(Configured.read(str(model), chosen.calibration.seqlen, device, revision), chosen)

@@ -182,6 +182,13 @@ class Layout(Readable):
         grids = {name: scheme.weights for name, scheme in schemes.items() if scheme.weights is not None}
         return self.quantization_config(grids, unquantized)
 
+    def refusal_of(self, scheme: Scheme, out_features: int, in_features: int) -> str | None:
+        """As `refusal`, of a layer whose inputs may be quantized, too."""
+        no_engine = self.with_inputs.refusal(scheme) if self.with_inputs is not None and scheme.inputs else None
+        if no_engine is not None or scheme.weights is None:
+            return no_engine
+        return self.refusal(scheme.weights, out_features, in_features)
+
     def _with_inputs(self) -> QuantizedInputs:
         if self.with_inputs is None:
             raise ConfigError(f"{self.name} has no place for quantized inputs", hint="use compressed-tensors")

@@ -236,7 +236,7 @@ def _group_reading(group: Mapping[str, Any], file_format: object, note: str) -> 
     if packing == "naive-quantized" and weights.get("type") == "float":
         packing = fp8.PACKING
     if isinstance(packing, str) and packing in ct_floats.PACKINGS:
-        return ct_floats.reading(packing, weights, notes)
+        return dataclasses.replace(ct_floats.reading(packing, weights, notes), inputs=inputs)
     if packing not in (PACKING, *PLAIN):
         expected = ", ".join((PACKING, *PLAIN, *ct_floats.PACKINGS))
         raise FormatError(f"the checkpoint declares weights of format {packing!r}, expected one of {expected}")

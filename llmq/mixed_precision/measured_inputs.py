@@ -19,7 +19,7 @@ def schemes_of(
     for group, stats in unit.items():
         scheme = inputs
         if stats.histogram is not None:
-            scale = least_error_scale(stats.histogram.counts, stats.histogram.limit, torch.float32)
+            scale = least_error_scale(stats.histogram.counts, stats.histogram.limit, torch.float32, inputs.dtype)
             scheme = replace(inputs, scale=scale)
         schemes |= {path: scheme for path in group.names if path in paths}
     return schemes

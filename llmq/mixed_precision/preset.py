@@ -1,8 +1,4 @@
-"""`--preset`: settings by a name.
-
-`w8a8` and `w4a8` stand for other settings: 8 bits with one scale per row, or 4 bits, with inputs in int8.
-
-`moe`: 8 bits for the layers that every token uses, the bits of the settings for routed experts.
+"""`--preset moe`: 8 bits for the layers that every token uses, the bits of the settings for routed experts.
 
 Nearly all weights of a mixture of experts belong to routed experts, and each token uses few of them. Attention, linear
 attention, shared experts and the MLPs of dense blocks hold a few percent of the weights, but every token passes through
@@ -14,7 +10,6 @@ wins, and the stored settings make the same model again. Which layers are routed
 engines fuse (q, k, v; gate, up; the input projections of linear attention) are always equal.
 """
 
-import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 
 from llmq.config import Override, QuantConfig
@@ -22,30 +17,9 @@ from llmq.errors import ConfigError
 from llmq.formats.base import Layout
 from llmq.model.build.skeleton import Skeleton
 from llmq.numerics.gguf_types import GGUF_GRIDS
-from llmq.numerics.scheme import WeightScheme
 from llmq.patterns import matches
 
 BITS = 8  # of the layers that every token uses
-WITH_INPUTS = {"w8a8": WeightScheme(8, "channel"), "w4a8": WeightScheme(4)}
-
-
-def named(settings: QuantConfig) -> QuantConfig:
-    """The settings for which `w8a8` or `w4a8` stand; raises ConfigError for other bits than the name gives.
-
-    Group sizes and the kind of activations may be chosen.
-    """
-    scheme = WITH_INPUTS.get(settings.preset or "")
-    if scheme is None:
-        return settings
-    given = settings.scheme
-    if given.bits not in (scheme.bits, WeightScheme().bits):
-        raise ConfigError(
-            f"--preset {settings.preset} stands for {scheme.bits} bits, but --bits is {given.bits}",
-            hint="leave --preset out, and give --bits with --activations int8",
-        )
-    activations = "int8" if settings.activations == "none" else settings.activations
-    chosen = scheme if given == WeightScheme() else dataclasses.replace(given, bits=scheme.bits)
-    return settings.replace(scheme=chosen, activations=activations)
 
 
 def applied(settings: QuantConfig, skeleton: Skeleton, layout: Layout) -> tuple[QuantConfig, tuple[str, ...]]:
@@ -53,7 +27,7 @@ def applied(settings: QuantConfig, skeleton: Skeleton, layout: Layout) -> tuple[
 
     Raises ConfigError for a model without routed experts, and for settings that the preset cannot be combined with.
     """
-    if settings.preset is None or settings.preset in WITH_INPUTS:
+    if settings.preset != "moe":
         return settings, ()
     _require_compatible(settings, layout)
     name = skeleton.weights.module_name

@@ -1,13 +1,14 @@
-"""Fake quantization of inputs: floats with the values that an engine with integer inputs would multiply.
+"""Fake quantization of inputs: floats with the values that an engine with 8-bit inputs would multiply.
 
-    x̂ = scale * clamp(round(x / scale), -128, 127)         with rounding half to even
+    int8    x̂ = scale * clamp(round(x / scale), -128, 127)           with rounding half to even
+    fp8     x̂ = scale * float8_e4m3fn(clamp(x / scale, -448, 448))
 
-    int8, dynamic per token     scale = max|x| / 127.5, one scale per token (the last dimension is a row)
-    int8, static per tensor     scale is a number, from the calibration text
+    dynamic per token     scale = max|x| / half range, one scale per token (the last dimension is a row)
+    static per tensor     scale is a number, from the calibration text
 
-This is the convention of compressed-tensors for `num_bits 8, symmetric`, so its checkpoints give the same results in
-transformers.  vLLM's kernels divide by 127 instead.  All values are computed in float32; compressed-tensors computes in
-the dtype of the model.
+The half range is 127.5 or 448.  This is the convention of compressed-tensors for `num_bits 8, symmetric`, so its
+checkpoints give the same results in transformers.  vLLM's kernels for int8 divide by 127 instead.  All values are
+computed in float32; compressed-tensors computes in the dtype of the model.
 
 Rounding has no useful gradient, so the gradient passes straight through (Bengio et al. 2013, arXiv:1308.3432):
 ∂x̂/∂x = 1.
@@ -24,7 +25,7 @@ from torch import Tensor
 from llmq.errors import ConfigError
 from llmq.numerics.scheme import InputScheme
 
-HALF_RANGE = 127.5  # half of the distance from -128 to 127
+HALF_RANGES = {"int8": 127.5, "fp8": 448.0}  # half of the distance from the smallest value to the largest
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 Rounding = Callable[[Tensor], Tensor]
@@ -32,37 +33,35 @@ Rounding = Callable[[Tensor], Tensor]
 
 
 def rounding_for(scheme: InputScheme) -> Rounding:
-    """The function that fake-quantizes inputs in `scheme`; raises ConfigError for a scheme that cannot be simulated."""
-    if scheme == InputScheme("int8", "dynamic"):
-        return int8_per_token
-    if scheme.dtype == "int8" and scheme.scale is not None:
-        return partial(int8_per_tensor, scale=scheme.scale)
-    unmeasured = "without a scale " if scheme.scales == "static" else ""
-    raise ConfigError(
-        f"inputs in {scheme} {unmeasured}cannot be simulated, expected int8",
-        hint="use InputScheme('int8', 'dynamic'), or a static scheme with a scale",
-    )
+    """The function that fake-quantizes inputs in `scheme`; raises ConfigError for static inputs without a scale."""
+    if scheme.scales == "static" and scheme.scale is None:
+        raise ConfigError(
+            f"inputs in {scheme} without a scale cannot be simulated",
+            hint="use dynamic scales, such as InputScheme('int8', 'dynamic'), or give the scale",
+        )
+    return partial(fake_quantized, scheme=scheme)
 
 
-def int8_per_token(x: Tensor) -> Tensor:
-    """`x` (…, K) fake-quantized to int8, one scale per token, in its dtype; the gradient passes straight through."""
-    rounded: Tensor = _StraightThrough.apply(x, None)  # type: ignore[no-untyped-call]
+def fake_quantized(x: Tensor, scheme: InputScheme) -> Tensor:
+    """`x` (…, K) with the values of `scheme`, in its dtype; the gradient passes straight through."""
+    rounded: Tensor = _StraightThrough.apply(x, scheme.dtype, scheme.scale)  # type: ignore[no-untyped-call]
     return rounded
 
 
-def int8_per_tensor(x: Tensor, scale: float) -> Tensor:
-    """`x` fake-quantized to int8 with one scale, in its dtype; the gradient passes straight through."""
-    rounded: Tensor = _StraightThrough.apply(x, scale)  # type: ignore[no-untyped-call]
-    return rounded
+def nearest(x: Tensor, dtype: str) -> Tensor:
+    """The values of int8 or fp8 nearest to those of `x`, in the dtype of `x`, whose memory may be reused."""
+    if dtype == "int8":
+        return x.round_().clamp_(-128, 127)
+    return x.clamp_(-HALF_RANGES[dtype], HALF_RANGES[dtype]).to(torch.float8_e4m3fn).to(x.dtype)
 
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(_: object, x: Tensor, fixed: float | None) -> Tensor:
+    def forward(_: object, x: Tensor, dtype: str, fixed: float | None) -> Tensor:
         values = x.to(torch.float32)
-        scale = fixed or (values.abs().amax(-1, keepdim=True) / HALF_RANGE).clamp_min(SMALLEST_SCALE)
-        return (values / scale).round_().clamp_(-128, 127).mul_(scale).to(x.dtype)
+        scale = fixed or (values.abs().amax(-1, keepdim=True) / HALF_RANGES[dtype]).clamp_min(SMALLEST_SCALE)
+        return nearest(values / scale, dtype).mul_(scale).to(x.dtype)
 
     @staticmethod
-    def backward(_: object, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
+    def backward(_: object, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient, None, None

@@ -188,6 +188,8 @@ ACTIVATIONS: Mapping[str, InputScheme | None] = {
     "none": None,
     "int8": InputScheme("int8", "dynamic"),
     "int8:static": InputScheme("int8", "static"),
+    "fp8": InputScheme("fp8", "dynamic"),
+    "fp8:static": InputScheme("fp8", "static"),
 }
 """The values of `--activations`."""
 

@@ -12,7 +12,7 @@ from llmq.errors import ConfigError, FormatError
 from llmq.formats import foreign
 from llmq.formats.base import Layout, Readable, Reader, Reading
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import InputScheme, Scheme, WeightScheme
+from llmq.numerics.scheme import InputScheme, WeightScheme
 
 INCOMPLETE = "check that the checkpoint is complete"
 ORPHAN_HINT = (
@@ -148,7 +148,8 @@ class PackedWeights:
     def grid(self, module: str) -> str:
         """The packing or grid of the weight, in a word or two, and how its inputs are quantized."""
         reading = self._how(module)
-        return reading.packing if reading.decode is not None else str(Scheme(reading.scheme, reading.inputs))
+        weights = reading.packing if reading.decode is not None else str(reading.scheme)
+        return weights if reading.inputs is None else f"{weights}, inputs {reading.inputs}"
 
     def notes(self) -> list[str]:
         """Notes for a user who runs the model."""

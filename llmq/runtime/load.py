@@ -23,6 +23,7 @@ from llmq.model.build.block import is_plain_linear
 from llmq.model.build.checkpoint_names import ModelWeights
 from llmq.model.build.merged_tensors import merge
 from llmq.model.experts.stacking import Stacking, all_packed, find_stackings, stackings_of
+from llmq.numerics.fake_quantize import rounding_for
 from llmq.runtime.checkpoint_weights import PackedWeights, required_settings, shape_of
 from llmq.runtime.fused_linear import fuse_rows, shared_inputs
 from llmq.runtime.open_skeleton import open_model
@@ -163,6 +164,8 @@ def _fill_packed(model: nn.Module, checkpoint: Checkpoint, device: torch.device,
             _fill_experts(model, path, own, packed, waiting, weights, device)
         else:
             weights.fill(path, module, device)
+            if is_plain_linear(module):
+                _round_inputs(path, module, packed, weights)
     for module in model.modules():
         if isinstance(module, PackedRows):
             module.prepare()
@@ -174,6 +177,14 @@ def _fill_packed(model: nn.Module, checkpoint: Checkpoint, device: torch.device,
     empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if empty:  # torch would silently compute garbage
         raise CheckpointError(f"the checkpoint has no tensor for {empty[0]} ({len(empty)} parameters in total)")
+
+
+def _round_inputs(path: str, linear: nn.Module, packed: PackedWeights, weights: ModelWeights) -> None:
+    """Quantize the inputs of a layer that runs dequantized, if the checkpoint declares this."""
+    name = next((candidate for candidate in weights.candidates(path) if candidate in packed.modules), None)
+    if name is not None and (inputs := packed.inputs(name)) is not None:
+        rounding = rounding_for(inputs)
+        linear.register_forward_pre_hook(lambda _, args: (rounding(args[0]), *args[1:]))
 
 
 def _fill_experts(
@@ -192,6 +203,9 @@ def _fill_experts(
         waiting.difference_update(*(stacking.modules() for stacking in stackings))
     else:
         fill_experts(path, experts, stackings, weights, device)
+        declared = (module for stacking in stackings for module in stacking.modules() if module in packed.modules)
+        if any(packed.declared_inputs(module) is not None for module in declared):
+            logger.warning("%s has float inputs here, although the checkpoint declares quantized ones", path)
 
 
 def _groups_by_last(model: nn.Module, weights: ModelWeights, packed: Collection[str]) -> dict[str, list[str]]:

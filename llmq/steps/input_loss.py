@@ -13,8 +13,9 @@ from llmq.model.analyse.input_groups import InputGroup
 from llmq.model.build.block import Block
 from llmq.numerics.affine_grid import dtype_of
 from llmq.numerics.block_diagonal import columns, inverse
-from llmq.numerics.fake_quantize import int8_per_tensor
+from llmq.numerics.fake_quantize import fake_quantized
 from llmq.numerics.input_histogram import InputHistogram
+from llmq.numerics.scheme import InputScheme
 from llmq.steps.run import Run
 
 
@@ -28,8 +29,10 @@ def product_loss(run: Run, block: Block, group: InputGroup, inputs: Tensor, basi
         weights = {path: columns(weight, basis) for path, weight in weights.items()}
     histogram = InputHistogram(sum((weight.square().sum(0) for weight in weights.values()), x.new_zeros(x.shape[1])))
     histogram.update(x)
-    scale = least_error_scale(histogram.counts, histogram.limit, dtype_of(run.options.scale_dtype))
-    rounded, loss = int8_per_tensor(x, scale), 0.0
+    scheme = run.plans[group.names[0]].scheme.inputs
+    assert scheme is not None, "the inputs are quantized"
+    scale = least_error_scale(histogram.counts, histogram.limit, dtype_of(run.options.scale_dtype), scheme.dtype)
+    rounded, loss = fake_quantized(x, InputScheme(scheme.dtype, "static", scale)), 0.0
     for path, weight in weights.items():
         grid = run.plans[path].scheme.weights
         quantized = weight if grid is None else rtn.round_weight(weight, None, grid, run.options).quantized.dequantize()

@@ -16,16 +16,27 @@ from llmq.numerics.input_stats import InputStats
 from llmq.steps.run import Run
 
 
-def measure(run: Run, block: Block, group: InputGroup, stats: InputStats | None) -> None:
-    """Choose the static scale of a group's input, if it has one, and quantize the input from now on."""
+def measure(run: Run, block: Block, group: InputGroup, stats: InputStats | None) -> list[str]:
+    """Choose the static scale of a group's input, if it has one, and quantize the input from now on.
+
+    Returns notes for the user.
+    """
     if stats is None or stats.histogram is None:
-        return
-    dtype = dtype_of(run.options.scale_dtype)
-    scale = least_error_scale(stats.histogram.counts, stats.histogram.limit, dtype)
-    for path in group.names:
-        if block.inputs.awaits(path):
-            run.plans[path] = run.plans[path].with_input_scale(scale)
+        return []
+    histogram, dtype = stats.histogram, dtype_of(run.options.scale_dtype)
+    waiting = [path for path in group.names if block.inputs.awaits(path)]
+    for path in waiting:
+        plan = run.plans[path]
+        assert plan.scheme.inputs is not None, "it waits for a scale"
+        scale = least_error_scale(histogram.counts, histogram.limit, dtype, plan.scheme.inputs.dtype)
+        run.plans[path] = plan.with_input_scale(scale)
     apply(run, block)
+    return [
+        f"{run.plans[path].name}: its inputs are 0 in all calibration tokens, so that their static scale is 1, which "
+        "is a guess; use other text, or activations=none in an override"
+        for path in waiting
+        if histogram.limit == 0
+    ]
 
 
 def restore(run: Run, block: Block, path: str, tensors: Mapping[str, Tensor]) -> None:

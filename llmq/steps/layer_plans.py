@@ -90,14 +90,17 @@ def _plan(name: str, out_features: int, in_features: int, config: QuantConfig, l
     if inputs is not None and layout.with_inputs is not None:
         no_engine = layout.with_inputs.refusal(Scheme(requested, inputs))
         if no_engine:
-            raise ConfigError(f"{name} cannot have {Scheme(requested, inputs)}: {no_engine}")
+            raise ConfigError(
+                f"{name} cannot have {Scheme(requested, inputs)}: {no_engine}",
+                hint="or give an override of this layer: --override 'PATTERN:activations=none'",
+            )
     impossible = layout.refusal(requested, 1024, 1024)
     if impossible:
         raise ConfigError(f"{layout.name} cannot hold {requested}, the scheme of {name}: {impossible}")
     candidates = [requested, *_fallbacks(requested, in_features)]
     refusals = []
     for scheme in candidates:
-        refusal = layout.refusal(scheme, out_features, in_features)
+        refusal = layout.refusal_of(Scheme(scheme, inputs), out_features, in_features)
         if refusal is None:
             break
         refusals.append(refusal)

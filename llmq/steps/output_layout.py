@@ -17,7 +17,7 @@ from torch import Tensor
 from llmq import formats
 from llmq.checkpoint.reader import Checkpoint
 from llmq.checkpoint.side_files import refuse_outside
-from llmq.config import STATIC, QuantConfig
+from llmq.config import QuantConfig
 from llmq.errors import ConfigError, UnsupportedModelError
 from llmq.formats.base import Layout, Reading
 from llmq.formats.codecs.checks import is_head
@@ -193,30 +193,34 @@ def require_head(settings: QuantConfig) -> None:
 
 def require_inputs(settings: QuantConfig) -> None:
     """Raise ConfigError if inputs are quantized and a format or the method of the run cannot do this."""
+    if ONLY_INPUTS in settings.formats and not any(map(_are_integers, settings.input_schemes)):
+        raise ConfigError(f"{ONLY_INPUTS} is for int8 inputs", hint=f"add --activations int8, or {USUAL}")
     if settings.input_schemes == {None}:
-        if ONLY_INPUTS in settings.formats:
-            raise ConfigError(f"{ONLY_INPUTS} is for quantized inputs", hint=f"add --activations int8, or {USUAL}")
         return
     for name in settings.formats:
         if (reason := inputs_refusal(name)) is not None:
             raise ConfigError(reason, hint=f"give --format {INPUTS_IN}, or leave --activations out")
-    if STATIC in settings.input_schemes and not settings.stages.needs_calibration:
+    if settings.static_inputs and not settings.stages.needs_calibration:
         raise ConfigError(
             f"static scales of inputs are measured on text, but the method {settings.method} reads none",
-            hint="give --method fast and --calibration, or --activations int8",
+            hint="give --method fast and --calibration, or dynamic scales, such as --activations int8",
         )
 
 
 def refuse_inputs(to: str, inputs: Iterable[InputScheme | None]) -> None:
     """Raise ConfigError if a format is made from a model with quantized inputs, and has no place for this."""
     reason, inputs = inputs_refusal(to), list(inputs)
-    if to == ONLY_INPUTS and not any(inputs):
-        raise ConfigError(f"{to} is for quantized inputs, and the model has float inputs", hint=f"use --to {INPUTS_IN}")
+    if to == ONLY_INPUTS and not any(map(_are_integers, inputs)):
+        raise ConfigError(f"{to} is for int8 inputs, and the model has none", hint=f"use --to {INPUTS_IN}")
     if reason is not None and any(scheme is not None for scheme in inputs):
         raise ConfigError(
             f"the model has quantized inputs, and {reason}",
             hint=f"use --to {INPUTS_IN}, or quantize the original model without --activations",
         )
+
+
+def _are_integers(inputs: InputScheme | None) -> bool:
+    return inputs is not None and inputs.dtype == "int8"
 
 
 def inputs_refusal(name: str) -> str | None:

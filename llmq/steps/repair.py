@@ -20,7 +20,7 @@ from llmq.formats.base import Layout
 from llmq.model.analyse.fused_names import fused_with
 from llmq.model.build.block import Block
 from llmq.numerics.layer_plan import LayerPlan
-from llmq.numerics.scheme import WeightScheme
+from llmq.numerics.scheme import Scheme, WeightScheme
 from llmq.steps.round_together import Group
 from llmq.steps.run import Run
 
@@ -30,13 +30,17 @@ BITS = 8
 
 
 def next_scheme(plans: Sequence[LayerPlan], layout: Layout) -> WeightScheme | None:
-    """The grid after that of the first of these plans, such that the format holds it for all; None stands for float."""
+    """The grid after that of the first of these plans, such that the format holds it for all; None stands for float.
+
+    With quantized inputs, engines must have a kernel for it, too.
+    """
     scheme = plans[0].scheme.weights
     if scheme is None or layout.one_grid:
         return None
 
     def fits(grid: WeightScheme) -> bool:
-        return all(layout.refusal(grid, plan.out_features, plan.in_features) is None for plan in plans)
+        schemes = ((plan, Scheme(grid, plan.scheme.inputs)) for plan in plans)
+        return all(layout.refusal_of(scheme, plan.out_features, plan.in_features) is None for plan, scheme in schemes)
 
     return next(filter(fits, _after(scheme, plans[0].in_features)), None)
 

@@ -120,7 +120,7 @@ def test_the_command_states_what_was_rounded(checkpoint: Checkpoints, text: Path
         == "int8 dynamic per token"
     )
     assert json.loads(run_llmq(*request, "--json").stdout)["activations"] == "none"
-    refused(run_llmq(*request, "--activations", "fp8"), CONFIG, "activations is 'fp8', expected one of", "")
+    refused(run_llmq(*request, "--activations", "fp4"), CONFIG, "activations is 'fp4', expected one of", "")
 
 
 def test_unknown_activations_are_refused(checkpoint: Checkpoints, text: Path) -> None:
@@ -143,7 +143,7 @@ def test_declared_activations_that_are_not_applied_are_noted(
     folder = shutil.copytree(tmp_path / "out", tmp_path / "w8a8")
     settings = json.loads((folder / "config.json").read_text())["quantization_config"]
     for group in settings["config_groups"].values():
-        group["input_activations"] = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
+        group["input_activations"] = {"num_bits": 4, "type": "float", "strategy": "token", "dynamic": True}
     builders.change_json(folder / "config.json", quantization_config=settings)
     [note] = measure(folder, None, text, **SIZE).notes
     assert note.startswith("the checkpoint declares quantized activations, which llmq does not apply")
@@ -205,10 +205,8 @@ def test_formats_without_quantized_inputs_are_refused(checkpoint: Checkpoints, t
     done = run_llmq(*request, "--group-size", "32", "--format", format_)
     refused(done, CONFIG, "quantized inputs", "give --format compressed-tensors")
     refused(run_llmq(*request, "--asymmetric"), CONFIG, "no engine multiplies 8-bit inputs by weights with zero", "")
-    refused(
-        run_llmq(*request[:-2], "--format", "int-quantized"), CONFIG, "is for quantized inputs", "--activations int8"
-    )
-    refused(run_llmq(*request, "--bits", "3", "--preset", "w8a8"), CONFIG, "stands for 8 bits, but --bits is 3", "")
+    refused(run_llmq(*request[:-2], "--format", "int-quantized"), CONFIG, "is for int8 inputs", "--activations int8")
+    refused(run_llmq(*request, "--preset", "w8a8", "--bits", "4"), CONFIG, "for --bits 8, but --bits is 4", "--preset")
 
 
 def test_a_run_sees_rounded_inputs(checkpoint: Checkpoints, text: Path, tmp_path: Path) -> None:
@@ -239,8 +237,28 @@ def test_words_and_bytes_hold_the_same_weights(checkpoint: Checkpoints, tmp_path
     assert all(torch.equal(log_probabilities(tmp_path / name, windows), expected) for name in ("bytes", "both"))
     assert "weight_packed" not in " ".join(load_file(tmp_path / "bytes" / "model.safetensors"))
     plain = llmq.quantize(checkpoint("llama"), tmp_path / "plain", method="rtn", group_size=32, device="cpu")
-    with pytest.raises(ConfigError, match="is for quantized inputs"):
+    with pytest.raises(ConfigError, match="is for int8 inputs"):
         llmq.convert(plain.output, tmp_path / "refused", to="int-quantized")
+
+
+@torch.no_grad()
+def test_fp8_inputs_are_computed_as_declared(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    """By all that open the file, for weights in fp8 and in 4 bits; `eval --activations fp8` needs no declaration."""
+    windows, settings = builders.tokens(2, 24), {"method": "rtn", "device": "cpu"}
+    llmq.quantize(checkpoint("llama"), tmp_path / "fp8", preset="fp8", **settings)
+    llmq.quantize(checkpoint("llama"), tmp_path / "alone", bits="fp8", **settings)
+    expected = log_probabilities(tmp_path / "fp8", windows)
+    assert torch.equal(log_probabilities(tmp_path / "alone", windows, "fp8"), expected)
+    assert (log_probabilities(tmp_path / "alone", windows) - expected).abs().mean() > 1e-3
+    llmq.enable_transformers()
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "fp8", dtype=torch.float32)
+    finally:
+        llmq.disable_transformers()
+    for model in (load_model(tmp_path / "fp8"), loaded):
+        computed = model(input_ids=windows, use_cache=False).logits.log_softmax(-1)
+        assert (computed - expected).abs().mean() < 2e-4
+    assert "float-quantized, inputs fp8 dynamic per token" in str(llmq.inspect(tmp_path / "fp8").layers)
 
 
 def test_experts_have_quantized_inputs(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """The compressed-tensors package reads the words that llmq writes, and accepts its configuration."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -20,9 +22,9 @@ from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp 
 
 from llmq.formats import compressed_tensors
 from llmq.numerics import affine_grid
-from llmq.numerics.fake_quantize import int8_per_token
+from llmq.numerics.fake_quantize import rounding_for
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import BITS, WeightScheme
+from llmq.numerics.scheme import BITS, InputScheme, WeightScheme
 
 pytestmark = pytest.mark.interop
 
@@ -98,12 +100,14 @@ def test_a_configuration_of_several_grids_is_valid() -> None:
     }  # fmt: skip
 
 
-def test_inputs_are_rounded_as_the_package_rounds_them() -> None:
-    arguments = QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="token", dynamic=True)
+@pytest.mark.parametrize(("dtype", "kind"), [("int8", "int"), ("fp8", "float")])
+def test_inputs_are_rounded_as_the_package_rounds_them(dtype: Any, kind: Any) -> None:
+    arguments = QuantizationArgs(num_bits=8, type=kind, symmetric=True, strategy="token", dynamic=True)
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(3, 40, 96, generator=draw) * 10 ** torch.randn(3, 40, 1, generator=draw)
     scale, zero = compute_dynamic_scales_and_zp(x, arguments, torch.nn.Linear(96, 8))
-    assert torch.equal(int8_per_token(x), fake_quantize(x, scale, zero, arguments))
+    rounding = rounding_for(InputScheme(dtype, "dynamic"))
+    assert torch.equal(rounding(x), fake_quantize(x, scale, zero, arguments))
 
 
 @pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "fp8"])

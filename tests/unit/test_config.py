@@ -16,12 +16,11 @@ from pydantic import Field
 import llmq
 from llmq._keywords import Keywords
 from llmq.cli import options
-from llmq.config import Calibration, Override, QuantConfig, parse_number, parse_override
+from llmq.config import Calibration, Override, QuantConfig, parse_override
 from llmq.errors import ConfigError
-from llmq.mixed_precision import preset
 from llmq.numerics.scheme import InputScheme, WeightScheme
 from llmq.patterns import matches
-from llmq.setting_fields import config_to, merged, read_toml, settings_of
+from llmq.setting_fields import config_to, merged, overlaid, parse_number, read_toml, settings_of
 from llmq.steps import output_layout
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -503,14 +502,41 @@ def test_the_last_override_of_activations_wins() -> None:
     [
         ({"preset": "w8a8"}, (WeightScheme(8, "channel"), "int8")),
         ({"preset": "w8a8", "activations": "int8:static"}, (WeightScheme(8, "channel"), "int8:static")),
-        ({"preset": "w8a8", "scheme": WeightScheme(4, 32)}, (WeightScheme(8, 32), "int8")),
+        ({"preset": "w8a8", "scheme": {"group_size": 32}}, (WeightScheme(8, 32), "int8")),
         ({"preset": "w4a8", "scheme": WeightScheme(4, 32)}, (WeightScheme(4, 32), "int8")),
+        ({"preset": "fp8"}, (WeightScheme.of_floats("fp8"), "fp8")),
         ({"preset": "moe"}, (WeightScheme(), "none")),
     ],
 )
 def test_presets_stand_for_bits_and_activations(given: dict[str, Any], expected: tuple[WeightScheme, str]) -> None:
-    named = preset.named(QuantConfig(**given))
-    assert (named.scheme, named.activations) == expected and preset.named(named) == named
+    config = QuantConfig(**given)
+    assert (config.scheme, config.activations) == expected
+    assert QuantConfig.model_validate(config_to(config)) == config == merged(config, {})
+    assert config.replace(seed=3).replace(seed=0) == config
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"preset": "w8a8", "bits": 4}, "--preset w8a8 stands for --bits 8, but --bits is 4"),
+        ({"preset": "w4a8", "bits": 8}, "--preset w4a8 stands for --bits 4, but --bits is 8"),
+        ({"preset": "w8a8", "activations": "none"}, "stands for --activations int8, but --activations is none"),
+        ({"preset": "fp8", "activations": "int8"}, "stands for --activations fp8, but --activations is int8"),
+        ({"preset": "fp8", "bits": 4}, "stands for --bits fp8, but --bits is 4"),
+        ({"preset": "fp8", "group_size": 128}, "group_size is 128, but fp8 has group_size channel"),
+    ],
+    ids=str,
+)
+def test_what_contradicts_a_preset_is_refused(given: dict[str, Any], words: str, tmp_path: Path) -> None:
+    """Also where it is the default, and wherever it is given: each in a file, the rest as a flag."""
+    for name in (*given, None):
+        values: dict[str, Any] = {}
+        if name is not None:
+            table = values.setdefault("scheme", {}) if name in ("bits", "group_size") else values
+            table[name] = given[name]
+        flags = {other: value for other, value in given.items() if other != name}
+        with pytest.raises(ConfigError, match=re.escape(words)):
+            overlaid(QuantConfig, values, flags)
 
 
 def test_static_activations_add_smoothing() -> None:

@@ -4,6 +4,8 @@
     num_bits 8, strategy token, dynamic                             int-quantized             pack-quantized
     num_bits 8, strategy tensor, and a tensor input_scale (1,)      weight int8 (N, K)        weight_packed …
 
+These are inputs in int8.  The type of inputs in fp8 is float; their weights are stored as those with float inputs.
+
 A group with quantized inputs has the key `format`.  Without it, readers infer the format from the two schemes, and take
 packed words of 4 bits for bytes (observed with compressed-tensors 0.20).  The format of a file with different groups is
 `mixed-precision`.  Without quantized inputs, groups have only keys that every version of the format knows, because
@@ -13,7 +15,7 @@ Not covered: asymmetric inputs, inputs of other bits, quantized outputs.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,22 +32,36 @@ SCALE = "input_scale"
 
 def refusal(scheme: Scheme) -> str | None:
     """See `QuantizedInputs.refusal`."""
-    if scheme.weights is not None and scheme.weights.floats is not None:
-        return f"no engine multiplies int8 inputs by {scheme.weights.floats}: use --bits 4 or 8"
-    if scheme.weights is not None and not scheme.weights.symmetric:
+    weights, inputs = scheme.weights, scheme.inputs
+    if weights is None or inputs is None:
+        return None
+    if not weights.symmetric:
         return "no engine multiplies 8-bit inputs by weights with zero points: use --symmetric"
+    if inputs.dtype == "int8":
+        if weights.floats is not None:
+            return f"no engine multiplies int8 inputs by {weights.floats}: use --bits 4 or 8"
+        if weights.bits == 8 and isinstance(weights.group_size, int):
+            return "no engine multiplies int8 inputs by weights of 8 bits in groups: use --group-size channel"
+        return None
+    if weights.floats == "fp8":
+        return None
+    if weights.floats or (weights.bits, weights.group_size) != (4, 128):
+        return f"fp8 inputs need weights in fp8, or in 4 bits with --group-size 128, not {weights}"
+    if inputs.scales == "static":
+        return f"engines multiply fp8 inputs by {weights} with dynamic scales only: use --activations fp8"
     return None
 
 
 def packing_of(scheme: Scheme, *, as_bytes: bool = False) -> str:
     """The format of the weights of a group.  Engines with 8-bit products read bytes, all others words.
 
-    `as_bytes` is whether weights of fewer bits with quantized inputs are bytes, too (`int_quantized.py`).
+    `as_bytes` is whether weights of fewer bits with int8 inputs are bytes, too (`int_quantized.py`).
     """
     assert scheme.weights is not None, "a group has quantized weights"
     if scheme.weights.floats is not None:
         return ct_floats.packing_of(scheme.weights)
-    return BYTES if scheme.inputs is not None and (as_bytes or scheme.weights.bits == 8) else WORDS
+    integers = scheme.inputs is not None and scheme.inputs.dtype == "int8"
+    return BYTES if integers and (as_bytes or scheme.weights.bits == 8) else WORDS
 
 
 def quantization_config(
@@ -104,7 +120,7 @@ def inputs_block(inputs: InputScheme | None) -> dict[str, Any] | None:
     dynamic = inputs.scales == "dynamic"
     return {
         "num_bits": 8,
-        "type": "int",
+        "type": "int" if inputs.dtype == "int8" else "float",
         "symmetric": True,
         "strategy": "token" if dynamic else "tensor",
         "dynamic": dynamic,
@@ -116,12 +132,13 @@ def inputs_block(inputs: InputScheme | None) -> dict[str, Any] | None:
 def read_inputs(declared: Any) -> InputScheme | None:
     """The scheme that a block `input_activations` declares; None for one that llmq does not compute."""
     given = checks.mapping(declared, "input_activations")
-    known = {"num_bits": 8, "type": "int", "symmetric": True}
-    if any(given.get(key, value) != value for key, value in known.items()) or "num_bits" not in given:
+    kind = given.get("type", "int")
+    if given.get("num_bits") != 8 or given.get("symmetric", True) is not True or kind not in ("int", "float"):
         return None
+    dtype: Literal["int8", "fp8"] = "int8" if kind == "int" else "fp8"
     if given.get("dynamic", False) is True:
-        return InputScheme("int8", "dynamic") if given.get("strategy") == "token" else None
-    return InputScheme("int8", "static") if given.get("strategy") == "tensor" else None
+        return InputScheme(dtype, "dynamic") if given.get("strategy") == "token" else None
+    return InputScheme(dtype, "static") if given.get("strategy") == "tensor" else None
 
 
 def pack_bytes(q: QuantizedTensor) -> dict[str, Tensor]:

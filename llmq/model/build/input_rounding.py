@@ -42,7 +42,7 @@ class InputRounding:
     ) -> None:
         """Replace the schemes; `linears` and `experts` are those of the block.
 
-        Raises ConfigError for a scheme that cannot be simulated, and for experts of one layer with different schemes.
+        Raises ConfigError for experts of one layer with different schemes.
         """
         known = {path: scheme for path, scheme in schemes.items() if not _unmeasured(scheme)}
         roundings = {path: rounding_for(scheme) for path, scheme in known.items()}
@@ -102,7 +102,7 @@ class InputRounding:
 
 
 def _unmeasured(scheme: InputScheme) -> bool:
-    return scheme.dtype == "int8" and scheme.scales == "static" and scheme.scale is None
+    return scheme.scales == "static" and scheme.scale is None
 
 
 def _stations(
@@ -123,6 +123,6 @@ def _stations(
             if scheme.scales == "static":
                 raise ConfigError(
                     f"the experts of {path} would have inputs with static scales, expected dynamic ones",
-                    hint="add --override '*experts*:activations=int8': an expert sees too few tokens for a scale",
+                    hint=f"add --override '*experts*:activations={scheme.dtype}': an expert sees too few tokens",
                 )
             yield station, scheme

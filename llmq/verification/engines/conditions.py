@@ -193,10 +193,11 @@ def groups(subject: Subject) -> dict[str, dict[str, dict[str, object]]]:
 
 
 def floats(*names: str) -> Question:
-    """Find layers on these grids of floats."""
+    """Find layers with float inputs on these grids of floats."""
 
     def problem(linear: Linear) -> str | None:
-        return str(linear.scheme) if linear.scheme is not None and linear.scheme.floats in names else None
+        on_them = linear.scheme is not None and linear.scheme.floats in names and linear.inputs is None
+        return str(linear.scheme) if on_them else None
 
     return lambda subject: layers(subject, problem)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from llmq.verification.engines import conditions as ask
-from llmq.verification.engines import integer_inputs, mlx, model_files
+from llmq.verification.engines import mlx, model_files, quantized_inputs
 from llmq.verification.engines.checkpoint_facts import Subject
 from llmq.verification.engines.conditions import (
     Question,
@@ -187,27 +187,41 @@ RULES = (
     # ---- quantized inputs
     Rule("groups with int8 inputs", (VLLM,), "one scale per row of the weights, if these and the inputs are in int8",
          REFUSES, "vLLM 0.32, compressed_tensors.py: _is_static_tensor_w8a8, _is_dynamic_token_w8a8",
-         integer_inputs.grouped, f"{QUANTIZE_AGAIN} with --group-size channel"),
+         quantized_inputs.grouped, f"{QUANTIZE_AGAIN} with --group-size channel"),
     Rule("8-bit products", (VLLM,), "a CPU, or an NVIDIA GPU of compute capability 7.5 to 9, for inputs in int8", NOTE,
-         "vLLM 0.32 on a CPU; for GPUs its source, CompressedTensorsW8A8Int8", integer_inputs.bytes_,
+         "vLLM 0.32 on a CPU; for GPUs its source, CompressedTensorsW8A8Int8", quantized_inputs.bytes_,
          "for newer GPUs, quantize the weights alone", ran=True),
     Rule("8-bit products", (SGLANG,), "on a CPU: AMX", NOTE,
-         f"{SGL}, compressed_tensors_w8a8_int8.py", integer_inputs.bytes_),
+         f"{SGL}, compressed_tensors_w8a8_int8.py", quantized_inputs.bytes_),
     Rule("fewer bits with int8 inputs", (VLLM,), "weights in 8 bits, if the inputs are in int8", UNKNOWN,
          "vLLM 0.32, source of CompressedTensorsWNA8Int, not run on a GPU; on a CPU without AVX-512 it was run, and "
-         "fails: `_C has no cpu_gemm_wna16`", integer_inputs.words,
+         "fails: `_C has no cpu_gemm_wna16`", quantized_inputs.words,
          f"try it on a GPU; for a CPU, {CONVERT} int-quantized; or use --preset w8a8"),
     Rule("bytes with int8 inputs", (VLLM,), "a CPU, for weights of fewer bits with one byte per code", NOTE,
-         "vLLM 0.32 on a CPU: CompressedTensorsW4A8Int; not run elsewhere", integer_inputs.few_bits_in_bytes,
+         "vLLM 0.32 on a CPU: CompressedTensorsW4A8Int; not run elsewhere", quantized_inputs.few_bits_in_bytes,
          f"for a GPU, {CONVERT} compressed-tensors", ran=True),
     Rule("fewer bits with int8 inputs", (SGLANG,), "weights in 8 bits, if the inputs are in int8", UNKNOWN,
-         f"{SGL}: no kernel for such a file was found", integer_inputs.fewer_bits, "--preset w8a8, or 4 bits alone"),
+         f"{SGL}: no kernel for such a file was found", quantized_inputs.fewer_bits, "--preset w8a8, or 4 bits alone"),
     Rule("fewer bits with static inputs", (VLLM,), "dynamic scales of the inputs, if the weights have fewer bits",
          REFUSES, "vLLM 0.32, source: CompressedTensorsWNA8Int and W4A8Int are dynamic only",
-         integer_inputs.static_fewer_bits, f"{QUANTIZE_AGAIN} with --activations int8"),
+         quantized_inputs.static_fewer_bits, f"{QUANTIZE_AGAIN} with dynamic scales: --activations int8 or fp8"),
+    Rule("products of fp8", (VLLM,), "an NVIDIA GPU of compute capability 8.9 or newer, for inputs in fp8", NOTE,
+         "vLLM 0.32, source of CompressedTensorsW8A8Fp8; older GPUs multiply inputs in 16 bits",
+         quantized_inputs.floats),
+    Rule("products of fp8", (SGLANG,), "a GPU, for inputs in fp8", NOTE,
+         "SGLang, compressed_tensors_w8a8_fp8.py", quantized_inputs.floats),
+    Rule("4 bits with fp8 inputs", (VLLM,), "a GPU of compute capability 9.0 (Hopper), for 4 bits with inputs in fp8",
+         NOTE, "vLLM 0.32, source: _is_fp8_w4a8_sm90, match_exact; it rounds the scales of groups to fp8",
+         quantized_inputs.four_bits),
+    Rule("groups with fp8 inputs", (VLLM,), "groups of 128, for 4 bits with inputs in fp8", REFUSES,
+         "vLLM 0.32, source: `W4A8 kernels require group quantization with group size 128`",
+         quantized_inputs.other_groups, f"{QUANTIZE_AGAIN} with --group-size 128"),
+    Rule("4 bits with fp8 inputs", (SGLANG,), "weights in fp8, if the inputs are in fp8", UNKNOWN,
+         "SGLang, schemes of compressed_tensors: 4 bits with fp8 are for experts only",
+         quantized_inputs.four_bits, "--preset fp8, or 4 bits alone"),
     Rule("inputs are rounded in float", (TRANSFORMERS,), "inputs in 16 bits, for a gain in speed", SLOWER,
          "transformers 5.23 with compressed-tensors 0.20: the same values, computed in float",
-         integer_inputs.quantized, ran=True),
+         quantized_inputs.quantized, ran=True),
     # ---- speed
     Rule("tiles", (VLLM,), "N a multiple of 64 and K of 128, or N of 128 and K of 64", SLOWER,
          f"{GPTQ}: zero-padded for dense layers", ask.off_tiles),

@@ -6,8 +6,9 @@ from torch import Tensor
 
 from llmq.algorithms.ranges import least_error_scale
 from llmq.distributed.ranks import ALONE
-from llmq.numerics.fake_quantize import int8_per_tensor
+from llmq.numerics.fake_quantize import rounding_for
 from llmq.numerics.input_histogram import BINS, InputHistogram
+from llmq.numerics.scheme import InputScheme
 
 
 def inputs(outliers: float, seed: int = 0) -> Tensor:
@@ -17,23 +18,26 @@ def inputs(outliers: float, seed: int = 0) -> Tensor:
     return x
 
 
-def error(x: Tensor, energy: Tensor, scale: float) -> float:
+def error(x: Tensor, energy: Tensor, scale: float, kind: str = "int8") -> float:
     """Of the output, where errors of different columns do not meet: the slow twin."""
     rounded = scale * (x / scale).round().clamp(-128, 127)
+    if kind == "fp8":
+        rounded = scale * (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float()
     return float(((x - rounded).double().square() * energy).sum())
 
 
 @pytest.mark.parametrize("outliers", [1.0, 60.0])
-def test_the_scale_is_as_good_as_the_best_of_all(outliers: float) -> None:
+@pytest.mark.parametrize(("kind", "top"), [("int8", 127.5), ("fp8", 448.0)])
+def test_the_scale_is_as_good_as_the_best_of_all(outliers: float, kind: str, top: float) -> None:
     x, energy = inputs(outliers), torch.rand(32, generator=torch.Generator().manual_seed(1)) + 0.1
     histogram = InputHistogram(energy)
     for part in x.split(60):
         histogram.update(part)
-    scale = least_error_scale(histogram.counts, histogram.limit, torch.float32)
-    best = min(error(x, energy, float(x.abs().max()) / 127.5 * part) for part in torch.linspace(0.02, 1, 400).tolist())
-    assert error(x, energy, scale) < 1.02 * best
+    scale, largest = least_error_scale(histogram.counts, histogram.limit, torch.float32, kind), float(x.abs().max())
+    best = min(error(x, energy, largest / top * part, kind) for part in torch.linspace(0.02, 1, 400).tolist())
+    assert error(x, energy, scale, kind) < 1.02 * best
     if outliers > 1:
-        assert error(x, energy, scale) < error(x, energy, float(x.abs().max()) / 127.5)
+        assert error(x, energy, scale, kind) < error(x, energy, largest / top, kind)
 
 
 def test_an_unimportant_column_is_clipped() -> None:
@@ -42,13 +46,13 @@ def test_an_unimportant_column_is_clipped() -> None:
     histogram = InputHistogram(energy)
     histogram.update(x)
     usual = x[:, [column for column in range(32) if column != 3]]
-    assert least_error_scale(histogram.counts, histogram.limit, torch.float32) < float(usual.abs().max()) / 120
+    assert least_error_scale(histogram.counts, histogram.limit, torch.float32, "int8") < float(usual.abs().max()) / 120
 
 
 def test_the_scale_is_a_value_of_the_dtype() -> None:
     histogram = InputHistogram(torch.ones(32))
     histogram.update(inputs(5.0))
-    scale = least_error_scale(histogram.counts, histogram.limit, torch.bfloat16)
+    scale = least_error_scale(histogram.counts, histogram.limit, torch.bfloat16, "int8")
     assert float(torch.tensor(scale).bfloat16()) == scale
 
 
@@ -56,7 +60,7 @@ def test_without_inputs_the_scale_is_one() -> None:
     histogram = InputHistogram(torch.ones(4))
     histogram.update(torch.zeros(3, 4))
     histogram.update(torch.zeros(0, 4))
-    assert least_error_scale(histogram.counts, histogram.limit, torch.float32) == 1.0
+    assert least_error_scale(histogram.counts, histogram.limit, torch.float32, "int8") == 1.0
 
 
 def test_the_order_and_the_division_of_the_inputs_change_no_bit() -> None:
@@ -84,7 +88,7 @@ def test_small_inputs_have_a_scale_in_float16(size: float) -> None:
     histogram = InputHistogram(torch.ones(32))
     x = inputs(1.0) * size
     histogram.update(x)
-    scale = least_error_scale(histogram.counts, histogram.limit, torch.float16)
+    scale = least_error_scale(histogram.counts, histogram.limit, torch.float16, "int8")
     assert scale == float(torch.tensor(scale, dtype=torch.float16)) and scale > 0
     if size == 1e-3:
-        assert float((int8_per_tensor(x, scale) - x).norm() / x.norm()) < 0.02
+        assert float((rounding_for(InputScheme("int8", "static", scale))(x) - x).norm() / x.norm()) < 0.02

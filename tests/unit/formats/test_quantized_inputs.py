@@ -14,7 +14,7 @@ from llmq.numerics.scheme import InputScheme, Scheme, WeightScheme
 
 LAYOUT = compressed_tensors.LAYOUT
 DYNAMIC, STATIC = InputScheme("int8", "dynamic"), InputScheme("int8", "static", 0.125)
-CHANNEL, GROUPED = WeightScheme(8, "channel"), WeightScheme(4, 32)
+CHANNEL, GROUPED, FP8 = WeightScheme(8, "channel"), WeightScheme(4, 32), WeightScheme.of_floats("fp8")
 TOKEN_BLOCK = {
     "num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True, "group_size": None,
     "actorder": None,
@@ -87,7 +87,16 @@ def test_without_quantized_inputs_groups_have_no_format() -> None:
 
 
 @pytest.mark.parametrize(
-    "scheme", [Scheme(CHANNEL, DYNAMIC), Scheme(GROUPED, DYNAMIC), Scheme(CHANNEL, STATIC)], ids=str
+    "scheme",
+    [
+        Scheme(CHANNEL, DYNAMIC),
+        Scheme(GROUPED, DYNAMIC),
+        Scheme(CHANNEL, STATIC),
+        Scheme(FP8, InputScheme("fp8", "dynamic")),
+        Scheme(FP8, InputScheme("fp8", "static", 0.125)),
+        Scheme(GROUPED, InputScheme("fp8", "dynamic")),
+    ],
+    ids=str,
 )
 def test_what_is_written_is_read(scheme: Scheme) -> None:
     assert scheme.weights is not None and scheme.inputs is not None
@@ -107,7 +116,7 @@ def test_what_is_written_is_read(scheme: Scheme) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"num_bits": 4}, {"type": "float"}, {"symmetric": False}, {"strategy": "tensor"}, {"dynamic": "local"}],
+    [{"num_bits": 4}, {"symmetric": False}, {"strategy": "tensor"}, {"dynamic": "local"}],
     ids=str,
 )
 def test_other_quantized_inputs_are_noted(change: dict[str, Any]) -> None:
@@ -124,10 +133,44 @@ def test_a_damaged_static_scale_is_an_error(stored: torch.Tensor | None) -> None
         LAYOUT.with_inputs.scale({} if stored is None else {"input_scale": stored})
 
 
-def test_zero_points_with_quantized_inputs_are_refused() -> None:
+def test_inputs_in_fp8_are_declared_as_floats() -> None:
+    block = LAYOUT.declare({"a": Scheme(FP8, InputScheme("fp8", "dynamic"))}, [])
+    [group] = block["config_groups"].values()
+    assert (block["format"], group["format"]) == ("float-quantized", "float-quantized")
+    assert group["input_activations"] == {**TOKEN_BLOCK, "type": "float"}
+    words = LAYOUT.declare({"a": Scheme(WeightScheme(4), InputScheme("fp8", "dynamic"))}, [])
+    assert words["format"] == words["config_groups"]["group_0"]["format"] == "pack-quantized"
+
+
+@pytest.mark.parametrize(
+    ("weights", "inputs", "words"),
+    [
+        (WeightScheme(4, 32, False), DYNAMIC, "zero points"),
+        (WeightScheme(8, 128), DYNAMIC, "use --group-size channel"),
+        (FP8, DYNAMIC, "no engine multiplies int8 inputs by fp8"),
+        (WeightScheme.of_floats("nvfp4"), InputScheme("fp8"), "not nvfp4"),
+        (CHANNEL, InputScheme("fp8"), "not int8 channel"),
+        (GROUPED, InputScheme("fp8"), "with --group-size 128"),
+        (WeightScheme(4), InputScheme("fp8", "static"), "dynamic scales only"),
+    ],
+    ids=str,
+)
+def test_products_without_a_kernel_are_refused(weights: WeightScheme, inputs: InputScheme, words: str) -> None:
     assert LAYOUT.with_inputs is not None
-    assert "zero points" in str(LAYOUT.with_inputs.refusal(Scheme(WeightScheme(4, 32, False), DYNAMIC)))
-    assert LAYOUT.with_inputs.refusal(Scheme(CHANNEL, DYNAMIC)) is None
+    assert words in str(LAYOUT.with_inputs.refusal(Scheme(weights, inputs)))
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        Scheme(CHANNEL, DYNAMIC),
+        Scheme(WeightScheme(4), InputScheme("fp8")),
+        Scheme(FP8, InputScheme("fp8", "static")),
+    ],
+    ids=str,
+)
+def test_products_with_a_kernel_are_not_refused(scheme: Scheme) -> None:
+    assert LAYOUT.with_inputs is not None and LAYOUT.with_inputs.refusal(scheme) is None
 
 
 @pytest.mark.parametrize("name", sorted(set(formats.names()) - {"compressed-tensors", "int-quantized"}))

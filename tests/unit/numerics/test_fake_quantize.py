@@ -1,5 +1,7 @@
 """Fake quantization of inputs, compared with the definition, one value at a time in NumPy."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmq.errors import ConfigError
-from llmq.numerics.fake_quantize import int8_per_token, rounding_for
+from llmq.numerics.fake_quantize import rounding_for
 from llmq.numerics.scheme import InputScheme
+from llmq_kernels.small_floats import E4M3
+
+int8_per_token = rounding_for(InputScheme("int8", "dynamic"))
 
 
 def slow(x: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -71,9 +76,25 @@ def test_the_gradient_passes_straight_through() -> None:
     assert not torch.equal(int8_per_token(x), x)
 
 
-@pytest.mark.parametrize("scheme", [InputScheme("int8", "static"), InputScheme("fp8"), InputScheme("fp8", "static")])
-def test_other_input_schemes_are_refused(scheme: InputScheme) -> None:
-    with pytest.raises(ConfigError, match=f"{scheme} .*cannot be simulated, expected int8") as caught:
-        rounding_for(scheme)
+def test_fp8_per_token_takes_the_nearest_float() -> None:
+    """Of all values of E4M3 times the scale of the token, which maps its largest input to 448."""
+    x = inputs(40, 96)
+    x[3] = 0
+    rounded = rounding_for(InputScheme("fp8", "dynamic"))(x)
+    scale = x.abs().amax(-1, keepdim=True) / 448
+    table = E4M3.values(torch.arange(253, dtype=torch.uint8))
+    nearest = ((x / scale.clamp_min(1e-38))[..., None] - table).abs().amin(-1) * scale
+    assert bool((((rounded - x).abs() - nearest).abs() <= 1e-6 * x.abs()).all())
+    assert float(rounded[5].abs().max()) == pytest.approx(float(x[5].abs().max()))
+
+
+def test_a_static_scale_clips_fp8() -> None:
+    x = torch.tensor([[1000.0, -1000.0, 0.3, 17.0]])
+    assert rounding_for(InputScheme("fp8", "static", 0.5))(x).tolist() == [[224.0, -224.0, 0.3125, 16.0]]
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_static_inputs_without_a_scale_are_refused(dtype: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{dtype} static .*cannot be simulated") as caught:
+        rounding_for(InputScheme(dtype, "static"))
     assert "InputScheme('int8', 'dynamic')" in caught.value.hint
-    assert rounding_for(InputScheme("int8", "dynamic")) is int8_per_token

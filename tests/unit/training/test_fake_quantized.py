@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llmq.numerics import affine_grid
-from llmq.numerics.fake_quantize import int8_per_token
+from llmq.numerics.fake_quantize import rounding_for
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import GroupSize, InputScheme, WeightScheme
 from llmq.training.fake_quantized import FakeQuantizedLinear
@@ -86,7 +86,7 @@ def test_inputs_are_rounded_as_the_file_declares() -> None:
     layer = FakeQuantizedLinear(rounded(4, symmetric=True), None, None, InputScheme("int8", "dynamic"))
     inputs = random(8, K, seed=1).requires_grad_(True)
     outputs = layer(inputs)
-    assert torch.equal(outputs, int8_per_token(inputs.detach()) @ layer.weight.T)
+    assert torch.equal(outputs, rounding_for(InputScheme("int8", "dynamic"))(inputs.detach()) @ layer.weight.T)
     outputs.sum().backward()  # straight through
     assert inputs.grad is not None and torch.allclose(inputs.grad, layer.weight.detach().sum(0).expand(8, K))
 

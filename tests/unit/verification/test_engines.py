@@ -456,6 +456,15 @@ def test_fewer_bits_with_int8_inputs_are_unknown_or_refused() -> None:
     assert loads(with_inputs(G128, STATIC))["vLLM"] is False
 
 
+def test_fp8_inputs_need_weights_in_fp8_or_in_groups_of_128() -> None:
+    floats = with_inputs(WeightScheme.of_floats("fp8"), InputScheme("fp8", "dynamic"))
+    assert loads(floats)["vLLM"] and loads(floats)["SGLang"]
+    assert "inputs and weights are in fp8" in violations(floats, "vLLM", "products of fp8")[0]
+    assert not violations(floats, "vLLM", "floats of eight bits")  # they are for float inputs
+    assert loads(with_inputs(G128, InputScheme("fp8", "dynamic")))["vLLM"]
+    assert loads(with_inputs(WeightScheme(4, 64), InputScheme("fp8", "dynamic")))["vLLM"] is False
+
+
 def test_bytes_of_fewer_bits_are_for_cpus() -> None:
     block = {"format": "int-quantized", "weights": {}, "input_activations": {"num_bits": 8}}
     subject = with_inputs(G128, DYNAMIC)
