@@ -3,7 +3,8 @@
 A transform chooses a basis for the weights that share an input (algorithms/awq.py, rotation.py); its inverse is folded
 into the module that makes this input (model/analyse/fold.py). Every rewrite is checked by running the block before and
 after. It is undone if it changes the output, or does not lower the error of the quantized block on validation text.
-With several ranks, all of them collect the statistics, and the first one chooses the rewrites for all.
+With several ranks, all of them collect the statistics. The first one chooses the rewrites for all, from the sample of
+text that a single process would take, whichever ranks have it.
 """
 
 import dataclasses
@@ -68,8 +69,8 @@ class BlockTransforms:
         self._fixed = {*fixed, *(path for path, plan in run.plans.items() if plan.scheme.weights is None)}
         self._block = block
         stream = streams.quantized
-        self._probe, self._call = stream.sample(PROBE_TOKENS), stream.sample(LOSS_TOKENS)
-        self._validation = stream.validation_sample(LOSS_TOKENS)
+        self._probe, self._call = stream.sample(PROBE_TOKENS), stream.sample(LOSS_TOKENS, run.ranks)
+        self._validation = stream.validation_sample(LOSS_TOKENS, run.ranks)
         shared = [group for group in groups if not block.is_experts(group.names[0])]  # experts are not transformed
         self.observed: Observed = input_groups.statistics(
             block, shared, stream.fitted_calls(), stream.text.unit * stream.text.length

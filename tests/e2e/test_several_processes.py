@@ -58,18 +58,30 @@ def assert_only_the_first_speaks(outcomes: list[Outcome]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "method", "size"), [("llama", "gptq", 2), ("llama", "fast", 3), ("mixtral", "fast", 3)]
+    ("model", "method", "size", "activations"),
+    [("llama", "gptq", 2, "int8:static"), ("llama", "fast", 3, "none"), ("mixtral", "fast", 3, "none")],
 )
 def test_several_processes_give_the_codes_of_one(
-    model: str, method: str, size: int, models: dict[str, Path], options: tuple[str | Path, ...], tmp_path: Path
+    model: str,
+    method: str,
+    size: int,
+    activations: str,
+    models: dict[str, Path],
+    options: tuple[str | Path, ...],
+    tmp_path: Path,
 ) -> None:
+    """And the static scales of inputs, for which smoothing is chosen."""
     together, alone = tmp_path / "together", tmp_path / "alone"
-    settings = (*options, "--method", method, "--quantize-head")
+    settings = (*options, "--method", method, "--quantize-head", "--activations", activations)
     assert_only_the_first_speaks(processes.quantize(size, models[model], together, *settings))
     assert llmq("quantize", models[model], alone, *settings, "--device", "cpu").exit_code == 0
 
     ours, theirs = (codes(folder, "layers.0.") for folder in (together, alone))
     assert len(ours) == len(theirs) and float((ours != theirs).float().mean()) <= 0.001
+    static = {name: scale for name, scale in runs.tensors_of(alone).items() if name.endswith("input_scale")}
+    assert len(static) == (21 if activations == "int8:static" else 0)
+    for name, scale in static.items():
+        assert float(runs.tensors_of(together)[name]) == pytest.approx(float(scale), rel=0.01)  # bfloat16
     ours_by_name, theirs_by_name = layers(together), layers(alone)
     assert ours_by_name.keys() == theirs_by_name.keys()
     for name, layer in ours_by_name.items():  # one code that differs changes later layers, but not their errors

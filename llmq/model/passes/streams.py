@@ -9,6 +9,7 @@ arguments of a block are recorded (`recorded_calls.py`), and one policy decides 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from llmq.distributed.ranks import ALONE, Ranks
@@ -147,19 +148,33 @@ class Stream:
         """The call of the block at `position` for each fitted batch."""
         return map(self.call, self.text.batches()[: self.text.fitted_batches])
 
-    def sample(self, tokens: int) -> Call:
-        """A call for probing with about this many tokens: the first sequences; the first one is cut if it is longer."""
-        rows = range(min(-(-tokens // self.text.length), self.text.batch, self.text.fitted or self.text.sequences))
-        part = self.text.of(rows)[:, :tokens]
-        if self.position == 0:
-            return self.recorded.first(part)
-        return self.recorded.call(self.position, part, self._states.read(rows)[..., :tokens, :])
+    def sample(self, tokens: int, ranks: Ranks = ALONE) -> Call:
+        """A call for probing with about this many tokens: the first sequences; the first one is cut if it is longer.
 
-    def validation_sample(self, tokens: int) -> Call | None:
-        """A call with about this many tokens: whole validation sequences, the first ones; None if there are none."""
-        text = self.text
-        stop = min(text.sequences, text.fitted + -(-tokens // text.length))
-        return self.call(range(text.fitted, stop)) if text.validation else None
+        With `ranks`, all of them must call it, and get the first sequences of the text of all ranks.
+        """
+        count = min(-(-tokens // self.text.length), self.text.batch)
+        return self._first(range(self.text.fitted or self.text.sequences), count, tokens, ranks)
+
+    def validation_sample(self, tokens: int, ranks: Ranks = ALONE) -> Call | None:
+        """A call with about this many tokens: whole validation sequences, the first ones; None if there are none.
+
+        `ranks` as in `sample`.
+        """
+        text = self.text if ranks.size == 1 else self.text.whole or self.text
+        rows, count = range(self.text.fitted, self.text.sequences), -(-tokens // text.length)
+        return self._first(rows, count, text.length, ranks) if text.validation else None
+
+    def _first(self, rows: range, count: int, tokens: int, ranks: Ranks) -> Call:
+        """The call of the first `count` sequences among the `rows` of all ranks, cut to some tokens."""
+        own = rows[:count]
+        states = self._states.read(own)[..., :tokens, :] if self.position and own else None
+        parts = [part for part in ranks.all((self.text.of(own)[:, :tokens], states)) if len(part[0])]
+        sequences = torch.cat([part for part, _ in parts])[:count]
+        if self.position == 0:
+            return self.recorded.first(sequences)
+        hidden = torch.cat([states for _, states in parts if states is not None], dim=-3)[..., :count, :, :]
+        return self.recorded.call(self.position, sequences, hidden)
 
     def keep_inputs(self) -> None:
         """From now on, and until `advance`, `write` keeps the inputs of the block readable."""
