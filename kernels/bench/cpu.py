@@ -1,11 +1,11 @@
 """The packed product on this machine's CPU against float32 and against dequantizing the weight in every call.
 
-    PYTHONPATH=.:kernels python -m bench.cpu --out kernels/bench/results/cpu-DATE.json
+    PYTHONPATH=.:kernels python -m bench.cpu [--bits 8] --out kernels/bench/results/cpu-DATE.json
 
 For each size and number of rows, in one run and in turns: torch's float32 linear on a float weight; the packed layer as
-a model runs it; the same without its int4 copy, by pieces; and, for comparison with the pieces, the whole weight
-dequantized and then multiplied.  Every contender cycles through enough copies of its weight that none is in the cache
-at its next call.  The ratios matter: other load on the machine affects all contenders.
+a model runs it; the same without its copy for small batches, by pieces; and, for comparison with the pieces, the whole
+weight dequantized and then multiplied.  Every contender cycles through enough copies of its weight that none is in the
+cache at its next call.  The ratios matter: other load on the machine affects all contenders.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bench.environment import machine
 from bench.timing import Contender, Spread, interleaved
-from llmq_kernels.w4a16 import int4pack, layout, op
+from llmq_kernels.w4a16 import layout, op, small_batches
 from llmq_kernels.w4a16.packed_weight import PackedWeight
 
 SIZES = (1024, 4096)
@@ -38,17 +38,19 @@ COLUMNS = ("N x K", "M", FLOAT, PACKED, PIECES, WHOLE, f"{PACKED} / {FLOAT}", f"
 
 
 class Weights:
-    """Copies of random 4-bit weights (N, K), g128 and symmetric, and of float ones of the same size."""
+    """Copies of random symmetric weights (N, K) in 4 bits, g128, or in 8, and of float ones of the same size."""
 
-    def __init__(self, N: int, K: int) -> None:
-        self.N, self.K = N, K
-        copies = max(2, BEYOND_CACHE // (N * K // 2))
-        self.scales = torch.rand(K // GROUP, N) * 0.01
-        words = [torch.randint(-(1 << 15), 1 << 15, (N, K // 4), dtype=torch.int16) for _ in range(copies)]
-        self.plain = [PackedWeight(copy, self.scales, None, 4, K, GROUP) for copy in words]
-        pairs = [int4pack.prepare(weight) or (None, None) for weight in self.plain]
+    def __init__(self, N: int, K: int, bits: int) -> None:
+        self.N, self.K, self.bits = N, K, bits
+        self.group = GROUP if bits == 4 else K
+        copies = max(2, BEYOND_CACHE // (N * K * bits // 8))
+        self.scales = torch.rand(K // self.group, N) * 0.01
+        width = K * bits // 16
+        words = [torch.randint(-(1 << 15), 1 << 15, (N, width), dtype=torch.int16) for _ in range(copies)]
+        self.plain = [PackedWeight(copy, self.scales, None, bits, K, self.group) for copy in words]
+        pairs = [small_batches.prepare(weight) or (None, None) for weight in self.plain]
         self.packed = [
-            weight._replace(int4_words=codes, int4_grid=grid)
+            weight._replace(cpu_words=codes, cpu_grid=grid)
             for weight, (codes, grid) in zip(self.plain, pairs, strict=True)
         ]
         self.floats = [torch.randn(N, K) for _ in range(max(2, BEYOND_CACHE // (4 * N * K)))]
@@ -63,14 +65,14 @@ class Weights:
         }
 
     def whole(self, x: Tensor, i: int) -> Tensor:
-        codes = layout.unpack(self.plain[i].words, 4, self.K).to(torch.float32).sub_(8)  # (N, K)
-        groups = codes.view(self.N, -1, GROUP).mul_(self.scales.t().unsqueeze(2))  # (N, G, 128)
+        codes = layout.unpack(self.plain[i].words, self.bits, self.K).to(torch.float32).sub_(1 << (self.bits - 1))
+        groups = codes.view(self.N, -1, self.group).mul_(self.scales.t().unsqueeze(2))  # (N, G, 128)
         return F.linear(x, groups.view(self.N, self.K))
 
 
-def measure(size: int, rows: Iterable[int]) -> list[dict[str, Any]]:
+def measure(size: int, rows: Iterable[int], bits: int) -> list[dict[str, Any]]:
     """One case for each number of rows."""
-    weights, cases = Weights(size, size), []
+    weights, cases = Weights(size, size, bits), []
     for M in rows:
         x = torch.randn(M, size)
         contenders = weights.contenders(x)
@@ -109,7 +111,7 @@ def cells(case: dict[str, Any]) -> list[str]:
     return [f"{case['N']} x {case['K']}", str(case["M"]), *taken, *(f"{r:.2f}" for r in case["ratios"].values())]
 
 
-def stamp(note: str) -> dict[str, Any]:
+def stamp(note: str, bits: int) -> dict[str, Any]:
     """Date, hardware and software; `note` describes other load on the machine."""
     return {
         "date": datetime.date.today().isoformat(),
@@ -117,7 +119,7 @@ def stamp(note: str) -> dict[str, Any]:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg(),
-        "choice": int4pack.describe(),
+        "choice": small_batches.describe(bits),
         "note": note,
         **{name: value for name, value in machine(torch.device("cpu")).items() if name not in ("name", "summary")},
     }
@@ -136,15 +138,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
+    parser.add_argument("--bits", type=int, choices=small_batches.PRODUCTS, default=4)
     parser.add_argument("--note", default="", help="other load on the machine, for the record")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     print("  ".join(f"{column:>16}" for column in COLUMNS))
     with torch.inference_mode():
-        cases = [case for size in arguments.sizes for case in measure(size, arguments.rows)]
+        cases = [case for size in arguments.sizes for case in measure(size, arguments.rows, arguments.bits)]
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps({**stamp(arguments.note), "cases": cases}, indent=1) + "\n")
+        arguments.out.write_text(json.dumps({**stamp(arguments.note, arguments.bits), "cases": cases}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

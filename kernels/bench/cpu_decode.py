@@ -27,7 +27,7 @@ from bench.timing import Spread
 from llmq.cli.terminal import quiet_transformers
 from llmq.model.passes.generate import cache_argument, returned_cache
 from llmq.runtime.load import load_model
-from llmq_kernels.w4a16 import int4pack
+from llmq_kernels.w4a16 import small_batches
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = ROOT / "eval" / "models" / "tiny-python-llama"
@@ -46,12 +46,12 @@ def make_models(folder: Path) -> dict[str, Any]:
     llmq.quantize(str(folder / "float"), folder / "packed", method="rtn", scales="minmax")
     models = {FLOAT: AutoModelForCausalLM.from_pretrained(folder / "float", dtype=torch.float32).eval()}
     models[PACKED] = load_model(folder / "packed", device="cpu")
-    setting = os.environ.get(int4pack.VARIABLE)
-    os.environ[int4pack.VARIABLE] = "off"
+    setting = os.environ.get(small_batches.VARIABLE)
+    os.environ[small_batches.VARIABLE] = "off"
     models[PIECES] = load_model(folder / "packed", device="cpu")  # has no int4 copy, whatever the variable is later
-    del os.environ[int4pack.VARIABLE]
+    del os.environ[small_batches.VARIABLE]
     if setting is not None:
-        os.environ[int4pack.VARIABLE] = setting
+        os.environ[small_batches.VARIABLE] = setting
     return models
 
 

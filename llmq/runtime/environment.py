@@ -13,10 +13,10 @@ import torch
 from llmq._version import __version__
 from llmq_kernels import backend
 from llmq_kernels.errors import KernelInputError
-from llmq_kernels.w4a16 import configs, int4pack
+from llmq_kernels.w4a16 import configs, small_batches
 
 PACKAGES = ("torch", "transformers", "triton", "safetensors", "numpy", "pydantic")
-VARIABLES = (backend.VARIABLE, configs.VARIABLE, int4pack.VARIABLE)
+VARIABLES = (backend.VARIABLE, configs.VARIABLE, small_batches.VARIABLE)
 
 
 def versions() -> dict[str, str]:
@@ -91,7 +91,7 @@ def environment() -> Environment:
         variables={name: os.environ[name] for name in VARIABLES if name in os.environ},
         cpu_threads=torch.get_num_threads(),
         cpu_instructions=torch.backends.cpu.get_cpu_capability(),
-        cpu_small_products=int4pack.describe(),
+        cpu_small_products="; ".join(map(small_batches.describe, small_batches.PRODUCTS)),
         devices=(_cpu(), *(_gpu(index) for index in range(torch.cuda.device_count() if present else 0))),
     )
 

@@ -12,7 +12,7 @@ from llmq.numerics.fake_quantize import rounding_for
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import InputScheme, Scheme, WeightScheme
 from llmq.runtime.weight_view import WeightView
-from llmq_kernels.w4a16 import int4pack, layout
+from llmq_kernels.w4a16 import layout, small_batches
 from llmq_kernels.w4a16 import op as packed
 from llmq_kernels.w4a16.launches import Launches
 from llmq_kernels.w4a16.packed_weight import PackedWeight
@@ -27,17 +27,17 @@ class PackedRows(nn.Module):
     If the checkpoint declares quantized inputs, x is rounded to their values first (`numerics/fake_quantize.py`): the
     result is that of an engine with 8-bit products, without their speed.
 
-    On a CPU, `prepare` adds a second copy of 4-bit weights, `int4_words` and `int4_grid`, which makes small batches
-    several times faster, in bfloat16 (see `llmq_kernels/w4a16/int4pack.py`). The copy is never saved, and is made again
-    when the weight moves or changes.
+    On a CPU, `prepare` adds a second copy of weights of 4 and 8 bits, `cpu_words` and `cpu_grid`, which makes small
+    batches several times faster, in bfloat16 (see `llmq_kernels/w4a16/small_batches.py`). The copy is never saved, and
+    is made again when the weight moves or changes.
     """
 
     words: Tensor
     scales: Tensor
     zeros: Tensor | None
     column_order: Tensor | None
-    int4_words: Tensor | None
-    int4_grid: Tensor | None
+    cpu_words: Tensor | None
+    cpu_grid: Tensor | None
 
     def __init__(
         self,
@@ -98,8 +98,8 @@ class PackedRows(nn.Module):
         self.register_buffer("scales", scales)
         self.register_buffer("zeros", zeros)
         self.register_buffer("column_order", column_order)
-        self.register_buffer("int4_words", None, persistent=False)
-        self.register_buffer("int4_grid", None, persistent=False)
+        self.register_buffer("cpu_words", None, persistent=False)
+        self.register_buffer("cpu_grid", None, persistent=False)
         self.prepared = False
         self._launches = Launches()
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
@@ -123,22 +123,22 @@ class PackedRows(nn.Module):
         held: Any = self._buffers  # faster than the attribute lookup of nn.Module, and this runs in every call
         return PackedWeight(
             held["words"], held["scales"], held["zeros"], self.scheme.bits, self.in_features, self.columns_per_group,
-            held["column_order"], held["int4_words"], held["int4_grid"],
+            held["column_order"], held["cpu_words"], held["cpu_grid"],
         )  # fmt: skip
 
     def prepare(self) -> None:
         """Make the faster copy for the device, if there is one; called after all layers are loaded."""
         self.prepared = True
-        pair = int4pack.prepare(self._packed_weight())
-        self.int4_words, self.int4_grid = pair or (None, None)
+        pair = small_batches.prepare(self._packed_weight())
+        self.cpu_words, self.cpu_grid = pair or (None, None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedRows":
-        """Move or cast the module (`.to`, `.half`). The int4 copy is not cast, and other devices have none.
+        """Move or cast the module (`.to`, `.half`). This copy is not cast, and other devices have none.
 
         The scales are moved but not cast: they pass as integers.
         """
-        pair, before = (self.int4_words, self.int4_grid), self._sources()
-        self.int4_words = self.int4_grid = None
+        pair, before = (self.cpu_words, self.cpu_grid), self._sources()
+        self.cpu_words = self.cpu_grid = None
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
         dtype = self.scales.dtype
         self.scales = self.scales.view(torch.int32 if dtype.itemsize == 4 else torch.int16)
@@ -147,7 +147,7 @@ class PackedRows(nn.Module):
         if self.prepared and self._sources() != before:
             self.prepare()
         else:
-            self.int4_words, self.int4_grid = pair
+            self.cpu_words, self.cpu_grid = pair
         return self
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
@@ -156,8 +156,8 @@ class PackedRows(nn.Module):
             self.prepare()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the int4 copy: another processor may read a saved module."""
-        return {**self.__dict__, "_buffers": {**self._buffers, "int4_words": None, "int4_grid": None}}
+        """Leave out the copy for CPUs: another processor may read a saved module."""
+        return {**self.__dict__, "_buffers": {**self._buffers, "cpu_words": None, "cpu_grid": None}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -165,7 +165,7 @@ class PackedRows(nn.Module):
             self.prepare()
 
     def _sources(self) -> list[tuple[int, torch.dtype, torch.device]]:
-        """Identifies the memory that the int4 copy was made from."""
+        """Identifies the memory that the copy for CPUs was made from."""
         return [(t.data_ptr(), t.dtype, t.device) for t in (self.words, self.scales, self.zeros) if t is not None]
 
     def quantized(self, rows: slice = slice(None)) -> QuantizedTensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmq_kernels.errors import KernelInputError
-from llmq_kernels.w4a16 import cpu, int4pack, layout, op, reference
+from llmq_kernels.w4a16 import cpu, int4pack, layout, op, reference, small_batches
 from llmq_kernels.w4a16.packed_weight import PackedWeight
 from tests.kernels.cases import in_numpy, weight_in
 
@@ -19,11 +19,11 @@ HALF = 2.0**-8  # half a unit in the last place of bfloat16, relative
 @pytest.fixture(autouse=True)
 def on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Without measuring the processor, so that the path of a test does not depend on other load."""
-    monkeypatch.setenv(int4pack.VARIABLE, "on")
-    if not int4pack.choose().rows:
-        pytest.skip(int4pack.describe())
+    monkeypatch.setenv(small_batches.VARIABLE, "on")
+    if not small_batches.choose(4).rows:
+        pytest.skip(small_batches.describe(4))
     yield
-    int4pack._choose.cache_clear()
+    small_batches._choose.cache_clear()
 
 
 def weight(N: int, K: int, *, group: int = 32, symmetric: bool = True, dtype: torch.dtype = torch.float32) -> Any:
@@ -44,14 +44,14 @@ def weight(N: int, K: int, *, group: int = 32, symmetric: bool = True, dtype: to
 
 
 def prepared(weight: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    pair = int4pack.prepare(weight_in(weight))
+    pair = small_batches.prepare(weight_in(weight))
     assert pair is not None
     return pair
 
 
 def with_pair(weight: dict[str, Any]) -> PackedWeight[Any]:
     codes, grid = prepared(weight)
-    return weight_in(weight)._replace(int4_words=codes, int4_grid=grid)
+    return weight_in(weight)._replace(cpu_words=codes, cpu_grid=grid)
 
 
 def random_x(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -59,7 +59,7 @@ def random_x(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def run(x: Tensor, weight: dict[str, Any], bias: Tensor | None = None, column_order: Tensor | None = None) -> Tensor:
-    pair = dict(zip(("int4_words", "int4_grid"), prepared(weight), strict=True))
+    pair = dict(zip(("cpu_words", "cpu_grid"), prepared(weight), strict=True))
     return op.w4a16_linear(x=x, bias=bias, column_order=column_order, **weight, **pair)
 
 
@@ -134,19 +134,19 @@ def test_packing_in_pieces_equals_packing_at_once(monkeypatch: pytest.MonkeyPatc
 )  # fmt: skip
 def test_unsupported_weights_get_no_int4_copy(N: int, K: int, change: dict[str, Any]) -> None:
     made = weight(N, K, group=change.get("columns_per_group", 32)) | change
-    assert int4pack.prepare(weight_in(made)) is None
+    assert small_batches.prepare(weight_in(made)) is None
 
 
-def test_other_widths_and_devices_get_no_int4_copy() -> None:
+def test_other_widths_and_devices_get_no_copy() -> None:
     made = weight(16, 64)
-    eight = made | {"bits": 8, "words": layout.pack(torch.zeros(16, 64, dtype=torch.uint8), 8)}
-    assert int4pack.prepare(weight_in(eight)) is None
+    three = made | {"bits": 3, "words": layout.pack(torch.zeros(16, 64, dtype=torch.uint8), 3)}
+    assert small_batches.prepare(weight_in(three)) is None
     elsewhere = {name: v.to("meta") if isinstance(v, Tensor) else v for name, v in made.items()}
-    assert int4pack.prepare(weight_in(elsewhere)) is None
+    assert small_batches.prepare(weight_in(elsewhere)) is None
 
 
 def test_more_rows_than_the_limit_are_exact() -> None:
-    made, limit = weight(32, 128), int4pack.choose().rows
+    made, limit = weight(32, 128), small_batches.choose(4).rows
     x = random_x(limit + 1, 128)
     exact = cpu.linear(x, weight_in(made), None)
     assert run(x, made).equal(exact)
@@ -169,16 +169,16 @@ def test_torch_accepts_the_op_with_an_int4_copy(trained: bool) -> None:
 
 
 REFUSED = {
-    "one": ({"int4_grid": None}, "found one of them, expected both or neither"),
-    "words": ({"int4_words": torch.zeros(32, 64, dtype=torch.int8)}, "int4_words: found torch.int8"),
+    "one": ({"cpu_grid": None}, "found one of them, expected both or neither"),
+    "words": ({"cpu_words": torch.zeros(32, 64, dtype=torch.int8)}, "cpu_words: found torch.int8"),
     "rows": (
-        {"int4_words": torch.zeros(16, 64, dtype=torch.uint8)},
-        r"int4_words: found .*\(16, 64\), expected .*\(32",
+        {"cpu_words": torch.zeros(16, 64, dtype=torch.uint8)},
+        r"cpu_words: found .*\(16, 64\), expected .*\(32",
     ),
-    "grid": ({"int4_grid": torch.zeros(4, 32, 2)}, "int4_grid: found torch.float32"),
+    "grid": ({"cpu_grid": torch.zeros(4, 32, 2)}, "cpu_grid: found torch.float32"),
     "pieces": (
-        {"int4_grid": torch.zeros(3, 32, 2, dtype=torch.bfloat16)},
-        "int4_grid: found 3 pieces of 128 columns, expected 32 to 256 columns per piece",
+        {"cpu_grid": torch.zeros(3, 32, 2, dtype=torch.bfloat16)},
+        "cpu_grid: found 3 pieces of 128 columns, expected 32 to 256 columns per piece",
     ),
 }
 
@@ -186,7 +186,7 @@ REFUSED = {
 @pytest.mark.parametrize(("change", "message"), REFUSED.values(), ids=REFUSED)
 def test_int4_copy_of_another_shape_is_refused(change: dict[str, Any], message: str) -> None:
     made = weight(32, 128)
-    pair = dict(zip(("int4_words", "int4_grid"), prepared(made), strict=True)) | change
+    pair = dict(zip(("cpu_words", "cpu_grid"), prepared(made), strict=True)) | change
     with pytest.raises(KernelInputError, match=message):
         op.w4a16_linear(x=random_x(1, 128), bias=None, column_order=None, **made, **pair)
 
@@ -214,15 +214,15 @@ def test_tracing_records_one_op() -> None:
 
 
 def test_setting_off_disables_int4(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(int4pack.VARIABLE, "off")
-    assert int4pack.prepare(weight_in(weight(16, 64))) is None
-    assert int4pack.describe() == "torch's int4 product on CPU: not used (LLMQ_CPU_INT4=off)"
+    monkeypatch.setenv(small_batches.VARIABLE, "off")
+    assert small_batches.prepare(weight_in(weight(16, 64))) is None
+    assert small_batches.describe(4) == "torch's int4 product on CPU: not used (LLMQ_CPU_INT4=off)"
 
 
 def test_unknown_setting_warns_and_means_auto(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(int4pack.VARIABLE, "maybe")
+    monkeypatch.setenv(small_batches.VARIABLE, "maybe")
     with pytest.warns(UserWarning, match="LLMQ_CPU_INT4='maybe' is not one of auto, on, off"):
-        assert "measured" in int4pack.choose().reason
+        assert "measured" in small_batches.choose(4).reason
 
 
 @pytest.mark.parametrize(
@@ -237,20 +237,57 @@ def test_unknown_setting_warns_and_means_auto(monkeypatch: pytest.MonkeyPatch) -
 def test_limit_is_the_largest_that_is_faster_by_a_margin(
     seconds: dict[int, float], rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rungs = iter(int4pack.LIMITS)
-    monkeypatch.setattr(int4pack, "_best_seconds", lambda *calls: [seconds[next(rungs)], 1.0])
-    monkeypatch.setenv(int4pack.VARIABLE, "auto")
-    assert int4pack.choose().rows == rows
-    assert ("up to" in int4pack.describe()) == (rows > 0)
+    rungs = iter(small_batches.LIMITS)
+    monkeypatch.setattr(small_batches, "_best_seconds", lambda *calls: [seconds[next(rungs)], 1.0])
+    monkeypatch.setenv(small_batches.VARIABLE, "auto")
+    assert small_batches.choose(4).rows == rows
+    assert ("up to" in small_batches.describe(4)) == (rows > 0)
 
 
 def test_torch_without_the_op_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing() -> None:
+    def missing(_: int) -> None:
         raise AttributeError("'_OpNamespace' 'aten' object has no attribute '_convert_weight_to_int4pack_for_cpu'")
 
-    monkeypatch.setattr(int4pack.Trial, "make", missing)
+    monkeypatch.setattr(small_batches.Trial, "make", missing)
     for setting in ("auto", "on"):
-        monkeypatch.setenv(int4pack.VARIABLE, setting)
-        int4pack._choose.cache_clear()
-        assert int4pack.choose().rows == 0
-        assert "no attribute '_convert_weight_to_int4pack_for_cpu'" in int4pack.describe()
+        monkeypatch.setenv(small_batches.VARIABLE, setting)
+        small_batches._choose.cache_clear()
+        assert small_batches.choose(4).rows == 0
+        assert "no attribute '_convert_weight_to_int4pack_for_cpu'" in small_batches.describe(4)
+
+
+def bytes_(N: int, K: int) -> dict[str, Any]:
+    """A symmetric weight of 8 bits with one scale per row."""
+    generator = torch.Generator().manual_seed(N + K)
+    words = layout.pack(torch.randint(0, 256, (N, K), generator=generator, dtype=torch.uint8), 8)
+    scales = torch.randn(1, N, generator=generator)
+    return {"words": words, "scales": scales, "zeros": None, "bits": 8, "in_features": K, "columns_per_group": K}
+
+
+@pytest.mark.parametrize(("M", "N", "K"), [(1, 17, 64), (3, 48, 192), (16, 1, 128)])
+def test_bytes_are_the_definition_in_bfloat16(M: int, N: int, K: int) -> None:
+    made, x, bias = bytes_(N, K), random_x(M, K), random_x(N)
+    order = torch.randperm(K, generator=torch.Generator().manual_seed(2))
+    assert_is_the_definition_in_bfloat16(run(x, made, bias, order), x, made, bias, order)
+    exact = cpu.linear(random_x(17, K), weight_in(made), None)
+    assert run(random_x(17, K), made).equal(exact), "more rows than the limit"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"zeros": torch.zeros(1, 16, dtype=torch.int16)},
+        {"scales": torch.ones(2, 16), "columns_per_group": 32},
+        {"words": layout.pack(torch.zeros(16, 80, dtype=torch.uint8), 8), "in_features": 80, "columns_per_group": 80},
+    ],
+    ids=["zeros", "groups", "columns"],
+)
+def test_other_weights_of_8_bits_get_no_copy(change: dict[str, Any]) -> None:
+    assert small_batches.prepare(weight_in(bytes_(16, 64) | change)) is None
+
+
+def test_columns_that_torch_would_read_past_are_refused() -> None:
+    made = bytes_(16, 80)
+    pair = {"cpu_words": torch.zeros(16, 80, dtype=torch.int8), "cpu_grid": torch.ones(16, dtype=torch.bfloat16)}
+    with pytest.raises(KernelInputError, match="found 80 columns, expected a multiple of 64"):
+        op.w4a16_linear(x=random_x(1, 80), bias=None, column_order=None, **made, **pair)

@@ -4,7 +4,7 @@ packed_weight.py  the weight as one value
 reference.py      the definition: layout and product, NumPy, float64
 layout.py         the layout in torch, for loading
 cpu.py            the product in torch, for any device
-int4pack.py       small batches on a CPU, by torch's own int4 product
+small_batches.py  small batches on a CPU, by torch's own products: int4pack.py, int8pack.py
 gpu.py            which kernel for how many rows, and its launch; triton_kernel.py has the kernels
 configs.py        their tile sizes, from configs.json; tune.py searches those of a GPU
 counters.py       counters for programs that share an output tile

@@ -13,8 +13,8 @@ Three things make it fast.
 * **The piece of W stays in cache** between its passes and the product.
 
 Every weight is scale * (code - zero point), as in the definition: the difference is exact, the product is rounded once
-to float32, and sums are in float32.  `kernels/bench/cpu.py` measures it.  Small batches use `int4pack.py` where that is
-faster.
+to float32, and sums are in float32.  `kernels/bench/cpu.py` measures it.  Small batches use `small_batches.py` where
+that is faster.
 
 Only x gets a gradient.
 """

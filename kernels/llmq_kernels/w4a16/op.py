@@ -18,11 +18,11 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from llmq_kernels import backend
 from llmq_kernels.arguments import FLOATS, INDICES, described, listed, require
 from llmq_kernels.errors import KernelInputError
-from llmq_kernels.w4a16 import cpu, gpu, int4pack, layout
+from llmq_kernels.w4a16 import cpu, gpu, int4pack, int8pack, layout, small_batches
 from llmq_kernels.w4a16.launches import Launches
 from llmq_kernels.w4a16.packed_weight import PackedWeight
 
-INT16, UINT8, BFLOAT16 = (torch.int16,), (torch.uint8,), (torch.bfloat16,)
+INT16, UINT8, INT8, BFLOAT16 = (torch.int16,), (torch.uint8,), (torch.int8,), (torch.bfloat16,)
 WORDS = {bits: f"words of {bits} bits" for bits in layout.PLANES}  # made once: `check` runs in every call
 DEVICES = ("cpu", "cuda")  # of other types no tensor is multiplied without torch's dispatcher, and none is cast
 
@@ -38,16 +38,14 @@ def w4a16_linear(
     in_features: int,
     columns_per_group: int,
     column_order: Tensor | None = None,
-    int4_words: Tensor | None = None,
-    int4_grid: Tensor | None = None,
+    cpu_words: Tensor | None = None,
+    cpu_grid: Tensor | None = None,
 ) -> Tensor:
     """x (..., K) float16, bfloat16 or float32 -> (..., N) in the same dtype; bias (N,) float or None.
 
     The other arguments are those of `PackedWeight`.  Raises KernelInputError where `check` does.
     """
-    weight = PackedWeight(
-        words, scales, zeros, bits, in_features, columns_per_group, column_order, int4_words, int4_grid
-    )
+    weight = PackedWeight(words, scales, zeros, bits, in_features, columns_per_group, column_order, cpu_words, cpu_grid)
     return _on_torch(x, weight, bias)
 
 
@@ -94,8 +92,8 @@ def _is_plain_inference(x: Tensor, bias: Tensor | None) -> bool:
 
 def _on_torch(x: Tensor, weight: PackedWeight[Tensor], bias: Tensor | None) -> Tensor:
     check(x, weight, bias)
-    if weight.int4_words is not None and 0 < x.numel() <= int4pack.choose().rows * weight.in_features:
-        return int4pack.linear(x, weight, bias)
+    if weight.cpu_words is not None and 0 < x.numel() <= small_batches.choose(weight.bits).rows * weight.in_features:
+        return small_batches.linear(x, weight, bias)
     return cpu.linear(x, weight, bias)
 
 
@@ -138,21 +136,31 @@ def check(x: Tensor, weight: PackedWeight[Tensor], bias: Tensor | None) -> None:
     """
     device = x.device
     N = check_weight(weight, bias, device)[0]
-    _, _, _, _, in_features, _, column_order, int4_words, int4_grid = weight
+    _, _, _, bits, in_features, _, column_order, cpu_words, cpu_grid = weight
     if x.dtype not in FLOATS or x.dim() == 0 or x.shape[-1] != in_features:
         raise KernelInputError(f"x is {described(x)}, expected {listed(FLOATS)} (..., {in_features})")
     if column_order is not None:
         require("column_order", column_order, INDICES, (in_features,), device)
-    if int4_words is not None and int4_grid is not None:
-        pieces = int4_grid.shape[0] if int4_grid.dim() else 0
-        require("int4_words", int4_words, UINT8, (N, in_features // 2), device)
-        require("int4_grid", int4_grid, BFLOAT16, (pieces, N, 2), device)
+    if cpu_words is not None and cpu_grid is not None:
+        if bits == 8:
+            _check_int8_pair(cpu_words, cpu_grid, N, in_features, device)
+            return
+        pieces = cpu_grid.shape[0] if cpu_grid.dim() else 0
+        require("cpu_words", cpu_words, UINT8, (N, in_features // 2), device)
+        require("cpu_grid", cpu_grid, BFLOAT16, (pieces, N, 2), device)
         if in_features not in [pieces * group for group in int4pack.GROUPS]:
             raise KernelInputError(
-                f"int4_grid: found {pieces} pieces of {in_features} columns, expected 32 to 256 columns per piece"
+                f"cpu_grid: found {pieces} pieces of {in_features} columns, expected 32 to 256 columns per piece"
             )
-    elif int4_words is not None or int4_grid is not None:
-        raise KernelInputError("int4_words and int4_grid: found one of them, expected both or neither")
+    elif cpu_words is not None or cpu_grid is not None:
+        raise KernelInputError("cpu_words and cpu_grid: found one of them, expected both or neither")
+
+
+def _check_int8_pair(words: Tensor, grid: Tensor, N: int, in_features: int, device: torch.device) -> None:
+    require("cpu_words", words, INT8, (N, in_features), device)
+    require("cpu_grid", grid, BFLOAT16, (N,), device)
+    if in_features % int8pack.COLUMNS:
+        raise KernelInputError(f"cpu_words: found {in_features} columns, expected a multiple of {int8pack.COLUMNS}")
 
 
 def check_weight(

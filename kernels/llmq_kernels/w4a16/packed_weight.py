@@ -17,8 +17,8 @@ class PackedWeight(NamedTuple, Generic[Array]):
     in_features   K
     columns_per_group
     column_order  (K,) int32 or int64, or None: column c of W multiplies x[..., column_order[c]]
-    int4_words, int4_grid   the same weight in torch's int4 layout, from `int4pack.prepare`, or None: small batches on a
-                  CPU then run in bfloat16
+    cpu_words, cpu_grid   the same weight in torch's int4 or int8 layout, from `small_batches.prepare`, or None: small
+                  batches on a CPU then run in bfloat16
 
     A stack of E experts has a leading axis E in words, scales and zeros, and no other arrays.  `op.check` checks shapes
     and dtypes.  A named tuple, since a layer makes one per call: a frozen dataclass takes five times as long.
@@ -31,8 +31,8 @@ class PackedWeight(NamedTuple, Generic[Array]):
     in_features: int
     columns_per_group: int
     column_order: Array | None = None
-    int4_words: Array | None = None
-    int4_grid: Array | None = None
+    cpu_words: Array | None = None
+    cpu_grid: Array | None = None
 
     @property
     def planes(self) -> int:

@@ -14,7 +14,7 @@ from llmq.numerics.fake_quantize import rounding_for
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import BITS, GroupSize, InputScheme, WeightScheme
 from llmq.runtime.packed_linear import PackedLinear
-from llmq_kernels.w4a16 import int4pack
+from llmq_kernels.w4a16 import small_batches
 from tests.weights import assert_same, random_weight
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -125,13 +125,13 @@ def test_repr_describes_the_layer() -> None:
 @pytest.fixture
 def with_pair(monkeypatch: pytest.MonkeyPatch) -> PackedLinear:
     """A layer with a second copy for the int4 product of torch."""
-    monkeypatch.setenv(int4pack.VARIABLE, "on")
-    if not int4pack.choose().rows:
-        pytest.skip(int4pack.describe())
+    monkeypatch.setenv(small_batches.VARIABLE, "on")
+    if not small_batches.choose(4).rows:
+        pytest.skip(small_batches.describe(4))
     layer = PackedLinear(random_weight(WeightScheme(4, 32), 32, 128, scale_dtype=torch.float16), None)
-    assert layer.int4_words is None, "made on demand"
+    assert layer.cpu_words is None, "made on demand"
     layer.prepare()
-    assert layer.int4_words is not None
+    assert layer.cpu_words is not None
     return layer
 
 
@@ -150,7 +150,7 @@ def test_int4_copy_is_never_saved(with_pair: PackedLinear) -> None:
     written = io.BytesIO()
     torch.save(with_pair, written)
     held = sum(tensor.nbytes for tensor in with_pair.state_dict().values())
-    with_pair.int4_words = with_pair.int4_grid = None
+    with_pair.cpu_words = with_pair.cpu_grid = None
     without = io.BytesIO()
     torch.save(with_pair, without)
     assert written.tell() == without.tell() > held
@@ -158,24 +158,24 @@ def test_int4_copy_is_never_saved(with_pair: PackedLinear) -> None:
 
 def test_copied_layer_has_a_separate_int4_copy(with_pair: PackedLinear) -> None:
     copied = copy.deepcopy(with_pair)
-    assert copied.int4_words is not None and with_pair.int4_words is not None
-    assert copied.int4_words.equal(with_pair.int4_words)
-    assert copied.int4_words.data_ptr() != with_pair.int4_words.data_ptr()
+    assert copied.cpu_words is not None and with_pair.cpu_words is not None
+    assert copied.cpu_words.equal(with_pair.cpu_words)
+    assert copied.cpu_words.data_ptr() != with_pair.cpu_words.data_ptr()
 
 
 def test_other_devices_have_no_int4_copy(with_pair: PackedLinear) -> None:
-    assert copy.deepcopy(with_pair).to("meta").int4_words is None
+    assert copy.deepcopy(with_pair).to("meta").cpu_words is None
 
 
 def test_moving_to_the_same_device_keeps_the_int4_copy(with_pair: PackedLinear) -> None:
-    before = with_pair.int4_words
-    assert with_pair.to("cpu").int4_words is before
+    before = with_pair.cpu_words
+    assert with_pair.to("cpu").cpu_words is before
 
 
 def test_cast_keeps_the_dtype_of_the_int4_copy(with_pair: PackedLinear) -> None:
     layer = with_pair.double().to(torch.float32)
-    assert layer.int4_grid is not None
-    assert layer.int4_grid.dtype == torch.bfloat16
+    assert layer.cpu_grid is not None
+    assert layer.cpu_grid.dtype == torch.bfloat16
     assert layer(torch.ones(1, 128)).shape == (1, 32)
 
 
@@ -183,8 +183,8 @@ def test_loading_other_weights_makes_another_int4_copy(with_pair: PackedLinear) 
     other = PackedLinear(random_weight(WeightScheme(4, 32), 32, 128, scale_dtype=torch.float16, seed=5), None)
     with_pair.load_state_dict(other.state_dict())
     other.prepare()
-    assert with_pair.int4_words is not None and other.int4_words is not None
-    assert with_pair.int4_words.equal(other.int4_words)
+    assert with_pair.cpu_words is not None and other.cpu_words is not None
+    assert with_pair.cpu_words.equal(other.cpu_words)
 
 
 @pytest.mark.parametrize("inputs", [InputScheme("int8", "dynamic"), InputScheme("int8", "static", 0.05)], ids=str)
