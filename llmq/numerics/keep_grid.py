@@ -9,7 +9,7 @@ weights were computed are recovered exactly, wherever the format has that dtype.
 format with bfloat16 scales), the codes are exact and each scale is the nearest one, which costs 0.2 % at most.
 
 A group of the scheme may be a part of a group of the grid, and the scheme may have more levels than the grid.  Codes
-are the quantized values, zeros the zero points.
+are the quantized values, zeros the zero points.  Grids of floats: `keep_floats.py`.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ from torch import Tensor
 from llmq.numerics import lattice
 from llmq.numerics.affine_grid import SMALLEST_SCALE, SMALLEST_SCALE_ELSEWHERE, Bounded, ScaleDtype, dtype_of
 from llmq.numerics.existing_grid import EVIDENCE, SAMPLED, plausible, sample
+from llmq.numerics.keep_floats import keep_floats
 from llmq.numerics.lattice import DIGITS, Intervals, Lines, Steps
 from llmq.numerics.quantized_tensor import SMALLEST_SHARED, QuantizedTensor, Superblocks
 from llmq.numerics.scheme import WeightScheme
@@ -49,8 +50,12 @@ def keep(weight: Tensor, stored: torch.dtype, scheme: WeightScheme, values: Scal
     stored  the dtype of the checkpoint
     values  the values that the file has for scales
     """
+    if scheme.floats is not None and stored in DIGITS:
+        floats = keep_floats(weight, stored, scheme, values)
+        return None if floats is None else Kept(floats, exact=True)
     N, K = weight.shape
     width = scheme.columns_per_group(K)
+<<<<<<< HEAD
     if (
         stored not in DIGITS
         or scheme.table
@@ -58,6 +63,9 @@ def keep(weight: Tensor, stored: torch.dtype, scheme: WeightScheme, values: Scal
         or K % width
         or (scheme.two_level and not _free(scheme))
     ):
+=======
+    if stored not in DIGITS or scheme.group_size == "tensor" or K % width or (scheme.two_level and not _free(scheme)):
+>>>>>>> b054035 (Weights on fp8 and mxfp4 are recognized, so that merging an adapter keeps the layers that it does not change)
         return None
     problem = _Problem(scheme, stored, values)
     x = weight.reshape(-1, width)

@@ -61,8 +61,8 @@ def kept(run: Run, weight: Tensor, stored: torch.dtype, scheme: WeightScheme) ->
     known = keep(weight, stored, scheme, run.options.scale_dtype) if run.keep_grid else None
     if known is None:
         return None
-    grid = identify(sample(weight, ROWS), stored)
-    name = str(grid or scheme)
+    grid = None if scheme.floats else identify(sample(weight, ROWS), stored)
+    name = str(grid or f"grid of {scheme}")
     note = _outcome(name, known.exact, run.options.scale_dtype)
     return Rounding(known.quantized, notes=(note,), existing_grid=name)
 

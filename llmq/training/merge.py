@@ -4,7 +4,7 @@
 
 A merged weight does not lie on the grid of its base any more, so it is rounded again. Weights of a quantized base that
 the adapter does not touch are still on their grid, and keep their values exactly (`steps/existing_grids.py`), except
-those on grids of floats, which a run does not recognize. The verdict of the run is the cost of the merge: the finished
+those on nvfp4, which a run does not recognize. The verdict of the run is the cost of the merge: the finished
 model against the merged floats, next to round to nearest.
 """
 
@@ -30,6 +30,7 @@ from llmq.config import CONVERTIBLE, Override, QuantConfig
 from llmq.errors import CheckpointError, UnsupportedModelError
 from llmq.formats.codecs.checks import is_head
 from llmq.job import Job
+from llmq.numerics.keep_floats import RECOGNIZED
 from llmq.numerics.scheme import ACTIVATIONS, Scheme
 from llmq.report.events import OnEvent, ignore
 from llmq.report.record import Report
@@ -122,7 +123,8 @@ def _rounded_again(packed: PackedWeights | None) -> list[str]:
     """Notes on weights whose grid a run does not recognize, so that they are rounded again in any case."""
     if packed is None:
         return []
-    others = [module for module in packed.modules if not packed.is_affine(module)]
+    known = [module for module in packed.modules if packed.is_affine(module) or _is_recognized(packed, module)]
+    others = [module for module in packed.modules if module not in known]
     grids = Counter(packed.grid(module) for module in others)
     written = {packed.grid(module) for module in others if _can_be_written(packed, module)}
     return [
@@ -130,6 +132,10 @@ def _rounded_again(packed: PackedWeights | None) -> list[str]:
         + ("also those that the adapter does not change" if grid in written else "to another grid")
         for grid, count in grids.items()
     ]
+
+
+def _is_recognized(packed: PackedWeights, module: str) -> bool:
+    return packed.scheme(module).floats in RECOGNIZED
 
 
 @contextmanager

@@ -120,8 +120,11 @@ def test_grids_of_the_base_are_those_of_the_merge(model: Path, adapter: Any, tmp
     inputs = [settings.inputs_for(f"model.layers.1.self_attn.{name}_proj") for name in "kq"]
     assert str(inputs[0]) == "int8 dynamic per token" and inputs[1] is None
     report = merge(base, adapter(), tmp_path / "out", settings, device="cpu")
-    notes = [note for note in report.notes if "rounded again" in note]
-    assert len(notes) == 2 and all("also those that the adapter does not change" in note for note in notes)
+    [note] = [note for note in report.notes if "rounded again" in note]
+    assert "nvfp4" in note and "also those that the adapter does not change" in note
+    before, after = tensors_of(base), tensors_of(tmp_path / "out")
+    kept = [name for name in before if "v_proj" in name or "k_proj" in name]
+    assert kept and all(torch.equal(before[name], after[name]) for name in kept)
 
 
 def test_folder_of_a_killed_merge_is_replaced(quantized: Path, adapter: Any, tmp_path: Path) -> None:
