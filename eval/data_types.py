@@ -1,6 +1,7 @@
 """What is lost at which size: the bundled model in every data type of weights and inputs.
 
     python eval/data_types.py            data_types.json and data_types.md in eval/results/; about ten minutes
+    python eval/data_types.py --speed    data_types_speed.json: decode speed of `llmq.load` on a CPU; five minutes
     python eval/data_types.py --render   only the page
 
 Finished rows are written at once, and existing rows are not measured again. KL is KL(float32 ‖ model) in nats per token
@@ -8,6 +9,10 @@ on evaluation text, of each file as it declares its inputs. The row of bfloat16 
 """
 
 import argparse
+import json
+import os
+import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -23,6 +28,7 @@ sys.path.insert(0, str(ROOT / "eval"))
 from rows import Row, append, read  # noqa: E402
 from subjects import SAMPLES, SEQLEN, WINDOWS, folder_of, stamp, table_row, texts  # noqa: E402
 
+SPEED = ROOT / "eval" / "results" / "data_types_speed.json"
 JSON, MARKDOWN = ROOT / "eval" / "results" / "data_types.json", ROOT / "eval" / "results" / "data_types.md"
 MODEL, METHOD = "tiny-python-llama", "fast"
 FLOAT_DOWN = [Override(pattern="*down_proj", activations="none")]
@@ -52,7 +58,17 @@ bfloat16, and take 1.05 MB of each file. Intervals hold 95 % of bootstrap sample
 * Dynamic scales are computed for each token while the model runs. They cost little, and need no calibration.
 * Static scales are fixed. Almost all that they cost is due to the inputs of `down_proj`, which have the largest
   outliers: `--override '*down_proj:activations=none'` keeps these in 16 bits.
-* Speed is not measured here: llmq computes int8 inputs in float. It is up to the engine.
+* FP8 loses more than int8 here: E4M3 has three bits of fraction. It needs no care for outliers, so static scales cost
+  hardly more than dynamic ones.
+"""
+TIMED = ("W8A16", "W8A8, dynamic", "FP8, dynamic", "W4A16", "W4A8", "W3A16", "W2A16")
+SPEED_INTRODUCTION = """
+## Speed on a CPU
+
+`python eval/data_types.py --speed`: a random Llama of 12 blocks of width 512, quantized with `rtn` and run by
+`llmq.load` (`transformers` for FP32) with one thread, batch 1. Tokens per CPU second of the process, in one run next to
+other programs, so that only large ratios mean something. llmq computes int8 and fp8 inputs in floats, and fp8 weights
+run dequantized: engines with 8-bit products are not measured here.
 """
 
 
@@ -77,6 +93,46 @@ def quantized_row(name: str, calibration: Path, evaluation: Path) -> Row:
         )  # fmt: skip
         measurement = measure(out, folder_of(MODEL), str(evaluation), seqlen=SEQLEN, limit=WINDOWS)
     return _row(name, measurement.size.file_bytes, measurement.total.model)
+
+
+def speeds() -> Row:
+    """Tokens per CPU second of a random model in each data type, each in a separate process."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def measured(engine: str, folder: Path) -> float:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+        command = [sys.executable, str(ROOT / "eval" / "cpu_decode.py"), "--child", engine, str(folder)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return float(json.loads(done.stdout.splitlines()[-1])["decode"])
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        config = LlamaConfig(
+            hidden_size=512, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=4,
+            vocab_size=4096, max_position_embeddings=512,
+        )  # fmt: skip
+        LlamaForCausalLM(config).save_pretrained(folder / "FP32")
+        for file in folder_of(MODEL).glob("tokenizer*"):
+            shutil.copy(file, folder / "FP32")
+        figures = {"FP32": measured("transformers", folder / "FP32")}
+        for name in TIMED:
+            llmq.quantize(str(folder / "FP32"), folder / name, method="rtn", validate=0, **QUANTIZED[name])
+            figures[name] = measured("llmq", folder / name)
+            print(name, f"{figures[name]:.0f} tokens per CPU s", flush=True)
+    return {"tokens_per_cpu_second": figures, "measured": stamp()}
+
+
+def render_speeds(row: Row) -> str:
+    figures = row["tokens_per_cpu_second"]
+    columns = ("data type", "decode, tokens per CPU s", "of FP32")
+    parts = [SPEED_INTRODUCTION, table_row(columns), table_row("---" for _ in columns)]
+    parts += [
+        table_row((name, f"{figures[name]:.0f}", f"{figures[name] / figures['FP32']:.1f}"))
+        for name in ("FP32", *TIMED)
+        if name in figures
+    ]
+    parts.append("\nMeasured {date} at {commit}: {hardware}, torch {torch}.".format(**row["measured"]))
+    return "\n".join(parts) + "\n"
 
 
 def _row(name: str, nbytes: int, figures: Any) -> Row:
@@ -106,10 +162,13 @@ def render(rows: list[Row]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--render", action="store_true", help="only write the page")
+    parser.add_argument("--speed", action="store_true", help="measure decode speed, and write the page")
     arguments = parser.parse_args()
     quiet_transformers()
+    if arguments.speed:
+        SPEED.write_text(json.dumps(speeds(), indent=1) + "\n", encoding="utf-8")
     existing = {row["name"] for row in read(JSON)}
-    if not arguments.render:
+    if not (arguments.render or arguments.speed):
         with tempfile.TemporaryDirectory() as scratch:
             calibration, evaluation = texts(MODEL, Path(scratch))
             for row in [] if "FP32" in existing else float_rows(evaluation):
@@ -119,7 +178,10 @@ def main() -> None:
                     row = quantized_row(name, calibration, evaluation)
                     append(JSON, row)
                     print(name, f"{row['bytes'] / 1e6:.2f} MB, KL {row['kl_mean']:.5f}", flush=True)
-    MARKDOWN.write_text(render(read(JSON)), encoding="utf-8")
+    page = render(read(JSON))
+    if SPEED.exists():
+        page += render_speeds(json.loads(SPEED.read_text(encoding="utf-8")))
+    MARKDOWN.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -48,8 +48,14 @@ save_file(logits, sys.argv[1])
 
 BUNDLED = "the bundled model, W8A8"
 STATIC = "W8A8 with static inputs"
-WITH_INPUTS = (BUNDLED, STATIC, "W8A8", "W8A8 with float inputs of some layers", "W4A8", "W4A8 in bytes")
+FP8 = ("fp8", "fp8 with static inputs", "W4A8 with fp8 inputs")
+WITH_INPUTS = (BUNDLED, STATIC, "W8A8", "W8A8 with float inputs of some layers", "W4A8", "W4A8 in bytes", *FP8)
 NEOX = "a model whose head has another name on the disk"
+
+CALIBRATED: dict[str, Any] = {
+    "method": "gptq", "samples": 4, "seqlen": 32, "validate": 0,
+    "calibration": [list(range(first, first + 64)) for first in range(3, 7)],
+}  # fmt: skip
 
 # setting, and whether the package must dequantize at load: its packed path fails on any asymmetric file, even its
 # own ("size mismatch for weight_zero_point", compressed-tensors 0.20 with transformers 5.23)
@@ -68,18 +74,10 @@ SETTINGS = {
     "W8A8 with float inputs of some layers": ({"preset": "w8a8", "overrides": ["down_proj:activations=none"]}, False),
     "W4A8": ({"preset": "w4a8"}, False),
     "W4A8 in bytes": ({"preset": "w4a8", "format": "int-quantized"}, False),
-    STATIC: (
-        {
-            "preset": "w8a8",
-            "activations": "int8:static",
-            "method": "gptq",
-            "samples": 4,
-            "seqlen": 32,
-            "validate": 0,
-            "calibration": [list(range(3, 67)) for _ in range(4)],
-        },
-        False,
-    ),
+    STATIC: ({"preset": "w8a8", "activations": "int8:static", **CALIBRATED}, False),
+    "fp8": ({"preset": "fp8"}, False),
+    "fp8 with static inputs": ({"preset": "fp8", "activations": "fp8:static", **CALIBRATED}, False),
+    "W4A8 with fp8 inputs": ({"bits": 4, "activations": "fp8"}, False),
     BUNDLED: ({"preset": "w8a8"}, False),
     NEOX: ({"skip": ["layers.0.mlp.*"]}, False),
 }
