@@ -149,21 +149,15 @@ class Stream:
         return map(self.call, self.text.batches()[: self.text.fitted_batches])
 
     def sample(self, tokens: int, ranks: Ranks = ALONE) -> Call:
-        """A call for probing with about this many tokens: the first sequences; the first one is cut if it is longer.
-
-        With `ranks`, all of them must call it, and get the first sequences of the text of all ranks.
-        """
+        """A call with about this many tokens: the first sequences of all `ranks`, which must all call it."""
         count = min(-(-tokens // self.text.length), self.text.batch)
         return self._first(range(self.text.fitted or self.text.sequences), count, tokens, ranks)
 
     def validation_sample(self, tokens: int, ranks: Ranks = ALONE) -> Call | None:
-        """A call with about this many tokens: whole validation sequences, the first ones; None if there are none.
-
-        `ranks` as in `sample`.
-        """
-        text = self.text if ranks.size == 1 else self.text.whole or self.text
-        rows, count = range(self.text.fitted, self.text.sequences), -(-tokens // text.length)
-        return self._first(rows, count, text.length, ranks) if text.validation else None
+        """As `sample`, of whole validation sequences; None if there are none."""
+        text, rows = self.text, range(self.text.fitted, self.text.sequences)
+        exist = text.validation if ranks.size == 1 else text.validates
+        return self._first(rows, -(-tokens // text.length), text.length, ranks) if exist else None
 
     def _first(self, rows: range, count: int, tokens: int, ranks: Ranks) -> Call:
         """The call of the first `count` sequences among the `rows` of all ranks, cut to some tokens."""
@@ -171,7 +165,7 @@ class Stream:
         states = self._states.read(own)[..., :tokens, :] if self.position and own else None
         parts = [part for part in ranks.all((self.text.of(own)[:, :tokens], states)) if len(part[0])]
         sequences = torch.cat([part for part, _ in parts])[:count]
-        if self.position == 0:
+        if not self.position:
             return self.recorded.first(sequences)
         hidden = torch.cat([states for _, states in parts if states is not None], dim=-3)[..., :count, :, :]
         return self.recorded.call(self.position, sequences, hidden)
