@@ -172,9 +172,8 @@ class QuantConfig(Settings):
     preset: Annotated[str | None, Setting(choices=PRESETS)] = Field(
         default=None,
         description="Settings by a name. w8a8: 8 bits, one scale per row, with --activations int8. w4a8: 4 bits with "
-        "--activations int8. fp8: --bits fp8 with --activations fp8. "
-        "moe, for mixtures of experts: 8 bits for attention, shared experts and dense blocks, "
-        "--bits for routed experts; it adds overrides (see --dry-run), and your --override and --skip win.",
+        "--activations int8. fp8: --bits fp8 with --activations fp8. moe, for mixtures of experts: 8 bits for all that "
+        "every token uses, --bits for routed experts; it adds overrides (--dry-run), your --override and --skip win.",
     )
     activations: Annotated[str, Inputs] = Field(
         default="none",

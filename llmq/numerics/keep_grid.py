@@ -55,7 +55,6 @@ def keep(weight: Tensor, stored: torch.dtype, scheme: WeightScheme, values: Scal
         return None if floats is None else Kept(floats, exact=True)
     N, K = weight.shape
     width = scheme.columns_per_group(K)
-<<<<<<< HEAD
     if (
         stored not in DIGITS
         or scheme.table
@@ -63,9 +62,6 @@ def keep(weight: Tensor, stored: torch.dtype, scheme: WeightScheme, values: Scal
         or K % width
         or (scheme.two_level and not _free(scheme))
     ):
-=======
-    if stored not in DIGITS or scheme.group_size == "tensor" or K % width or (scheme.two_level and not _free(scheme)):
->>>>>>> b054035 (Weights on fp8 and mxfp4 are recognized, so that merging an adapter keeps the layers that it does not change)
         return None
     problem = _Problem(scheme, stored, values)
     x = weight.reshape(-1, width)
