@@ -18,6 +18,8 @@ from llmq.numerics.affine_grid import ScaleDtype, dtype_of
 from llmq.numerics.existing_grid import SAMPLED, sample
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import WeightScheme
+from llmq.numerics.value_table import encode, value_table
+from llmq_kernels.value_tables import E4M3
 
 RECOGNIZED = ("fp8", "mxfp4")
 
@@ -51,7 +53,9 @@ def _on_grid(weight: Tensor, stored: torch.dtype, scheme: WeightScheme, values: 
 
 
 def _quantized(weight: Tensor, scales: Tensor, scheme: WeightScheme) -> QuantizedTensor:
-    return QuantizedTensor(float_grid.encode(weight, scales, scheme), scales, None, scheme)
+    table = value_table(scheme)
+    assert table is not None, "codes of a grid of floats stand for values"
+    return QuantizedTensor(encode(weight, scales, table), scales, None, scheme)
 
 
 def _candidates(largest: Tensor, scheme: WeightScheme, values: ScaleDtype) -> Iterator[Tensor]:
@@ -61,9 +65,11 @@ def _candidates(largest: Tensor, scheme: WeightScheme, values: ScaleDtype) -> It
         lowest, highest = float_grid.LOWEST_EXPONENT, float_grid.HIGHEST_EXPONENT
         yield torch.ldexp(torch.ones_like(largest), exponent.clamp(lowest, highest))
         return
-    magnitudes, dtype = float_grid.small_float(scheme).magnitudes, dtype_of(values)
+    dtype = dtype_of(values)
     smallest = torch.finfo(dtype).tiny
-    for magnitude in sorted((m for m in magnitudes if 2 * m > magnitudes[-1]), reverse=True):
+    for magnitude in E4M3.values(torch.arange(E4M3.largest, E4M3.zero, -1)).tolist():
+        if 2 * magnitude <= E4M3.top:
+            return
         nearest = (largest / magnitude).clamp_min(smallest).to(dtype)
         numbers = nearest.view(torch.int32 if dtype == torch.float32 else torch.int16)
         for step in (0, 1, -1):  # the largest weight was rounded, too

@@ -5,13 +5,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from llmq_kernels.small_floats import E4M3
 from numpy.typing import NDArray
 from torch import Tensor
 
 from llmq.errors import ConfigError
 from llmq.numerics.fake_quantize import rounding_for
 from llmq.numerics.scheme import InputScheme
+from llmq_kernels.value_tables import E4M3
 
 int8_per_token = rounding_for(InputScheme("int8", "dynamic"))
 
