@@ -33,7 +33,7 @@ class Layout(enum.Enum):
         return raw.transpose(-3, -2) if self.tokens_first else raw
 
     def raw(self, hidden: Tensor) -> Tensor:
-        """The hidden state in a block, of (…, B, T, D)."""
+        """The hidden state in a block, of (…, B, T, D); contiguous, because models take views of it."""
         if self is Layout.STREAMS_LAST:
-            return hidden.movedim(0, -2)
-        return hidden.transpose(-3, -2) if self.tokens_first else hidden
+            return hidden.movedim(0, -2).contiguous()
+        return hidden.transpose(-3, -2).contiguous() if self.tokens_first else hidden

@@ -37,3 +37,4 @@ def test_a_layout_is_converted_there_and_back(layout: Layout, raw: tuple[int, ..
     hidden = torch.randn(raw)
     assert layout.stored(hidden).shape == stored
     assert layout.raw(layout.stored(hidden)).equal(hidden)
+    assert layout.raw(layout.stored(hidden).contiguous()).is_contiguous()
