@@ -120,7 +120,7 @@ def section(row: Row) -> str:
     dense, recurrent, mixtures, vision = SECTIONS
     if row["mapping"] == "image":
         return vision
-    if any(reason.startswith("a router") or "experts" in name for name, reason, _ in inside(row)):
+    if any(reason.startswith("a router") or "expert" in name or "moe" in name for name, reason, _ in inside(row)):
         return mixtures
     return recurrent if any(RECURRENT.search(name) for name, _, _ in inside(row)) else dense
 

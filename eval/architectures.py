@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "eval")]
 
 import transformers  # noqa: E402
-from architecture_page import JSON, Row, read, write  # noqa: E402
+from architecture_page import JSON, MARKDOWN, Row, page, read, write  # noqa: E402
 
 from llmq.errors import LlmqError, UnsupportedModelError  # noqa: E402
 from tests import builders  # noqa: E402
@@ -119,7 +119,7 @@ def main() -> None:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         sweep(arguments.names)
-    # MARKDOWN.write_text(page(read(JSON)), encoding="utf-8")
+    MARKDOWN.write_text(page(read(JSON)), encoding="utf-8")
 
 
 def sweep(names: list[str]) -> None:

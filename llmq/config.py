@@ -126,7 +126,7 @@ class Calibration(Settings):
         "rtn also an importance matrix of llama.cpp (.gguf, .imatrix, .dat).",
     )
     samples: Annotated[int, Setting(expected="a whole number, at least 1")] = Field(
-        default=128, ge=1, description="Number of calibration sequences. More sequences take more time and rarely hurt."
+        default=128, ge=1, description="Number of calibration sequences, of 128 tokens in all or more."
     )
     seqlen: Annotated[int, Setting(expected="a whole number, at least 1")] = Field(
         default=2048,

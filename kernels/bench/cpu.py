@@ -119,6 +119,7 @@ def stamp(note: str, bits: int) -> dict[str, Any]:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg(),
+        "bits": bits,
         "choice": small_batches.describe(bits),
         "note": note,
         **{name: value for name, value in machine(torch.device("cpu")).items() if name not in ("name", "summary")},

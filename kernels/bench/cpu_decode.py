@@ -118,7 +118,7 @@ def main() -> None:
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         ratios = {name: round(ratio, 3) for name, ratio in ratios.items()}
-        record = {**stamp(arguments.note), "shape": SHAPE, "prompt": PROMPT, "models": measured, "ratios": ratios}
+        record = {**stamp(arguments.note, 4), "shape": SHAPE, "prompt": PROMPT, "models": measured, "ratios": ratios}
         arguments.out.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -199,12 +199,12 @@ def decode(cases: Mapping[str, Case]) -> list[Table]:
 def cpu(content: Mapping[str, Any]) -> str:
     """The table of a CPU's file, from `bench.cpu` or from `bench.cpu_decode`."""
     heading = f"### {content['cpu']}, {content['date']}, threads: {content['threads']}"
-    table = _cpu_decode(content) if "models" in content else _cpu_linear(content["cases"])
+    table = _cpu_decode(content) if "models" in content else _cpu_linear(content["cases"], content.get("bits", 4))
     note = f"\n\n{content['note']}" if content.get("note") else ""
     return f"{heading}{note}\n\n{table.markdown()}"
 
 
-def _cpu_linear(cases: Sequence[Case]) -> Table:
+def _cpu_linear(cases: Sequence[Case], bits: int) -> Table:
     names = list(dict.fromkeys(name for case in cases for name in case["microseconds"]))
     ratios = list(dict.fromkeys(name for case in cases for name in case["ratios"]))
     rows = [
@@ -214,7 +214,7 @@ def _cpu_linear(cases: Sequence[Case]) -> Table:
         for case in cases
     ]  # fmt: skip
     columns = ["N x K", "M", *(f"{name}, µs" for name in names), *(name.replace("_", " ") for name in ratios)]
-    return Table("Linear layers, 4 bits", columns, rows)
+    return Table(f"Linear layers, {bits} bits", columns, rows)
 
 
 def _cpu_decode(content: Mapping[str, Any]) -> Table:

@@ -8,9 +8,12 @@ from llmq.config import QuantConfig
 from llmq.errors import ConfigError, LlmqError
 from llmq.forecast.sizes_and_costs import HALF, Configured
 from llmq.numerics.gguf_types import GGUF_GRIDS
-from llmq.numerics.scheme import WeightScheme
+from llmq.numerics.named_schemes import WEIGHTS
+from llmq.numerics.scheme import GroupSize, WeightScheme
 
-GRIDS = ((8, 128), (4, 32), (4, 64), (4, 128), (3, 64), (3, 128), (2, 32), (2, 64), (2, 128))  # bits and group sizes
+GRIDS: tuple[tuple[int, GroupSize], ...] = (  # bits and group sizes
+    (8, 128), (8, "channel"), (4, 32), (4, 64), (4, 128), (3, 64), (3, 128), (2, 32), (2, 64), (2, 128)
+)  # fmt: skip
 CONTEXT = 8192  # tokens
 RESERVED = 0.1  # of the memory, for activations and the program
 
@@ -44,8 +47,14 @@ class Fit:
 def fit(configured: Configured, settings: QuantConfig, memory: int, context: int | None = None) -> Fit:
     """The largest grid with which the model and the keys and values of `context` tokens fit into `memory` bytes.
 
-    Without a `context`, it is `CONTEXT` or the model's limit. Raises ConfigError if none fits, or beyond the limit.
+    Without a `context`, it is `CONTEXT` or the model's limit. Raises ConfigError if none fits, or beyond the limit,
+    or for a preset that names a grid.
     """
+    if settings.preset in WEIGHTS:
+        raise ConfigError(
+            f"--fit chooses bits and group size, but --preset {settings.preset} stands for them",
+            hint=f"use --activations {settings.activations} instead of the preset",
+        )
     limit = configured.skeleton.max_tokens
     if context is not None and limit is not None and context > limit:
         raise ConfigError(

@@ -34,7 +34,7 @@ from llmq.mixed_precision.sensitivity import Candidate, Layer, Question
 from llmq.model.build.skeleton import Skeleton
 from llmq.numerics.affine_grid import dtype_of
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import ACTIVATIONS, WeightScheme
+from llmq.numerics.scheme import ACTIVATIONS, Scheme, WeightScheme
 from llmq.patterns import matches
 from llmq.report.sensitivity import Sensitivity, Unit
 from llmq.runtime.open_skeleton import stored_bytes
@@ -75,9 +75,16 @@ class Spending:
         return f"{self.bits:.3f} of {self.target:g} bits: {parts}; predicted KL {self.kl:.4g}"
 
 
-def schemes_to_try(scheme: WeightScheme, grids: Iterable[tuple[int, int]] = GRIDS) -> list[WeightScheme]:
-    """The schemes to choose from, symmetric or not like the `scheme` of the settings, which is one of them."""
-    tried = [WeightScheme(bits, size, scheme.symmetric) for bits, size in grids]
+def schemes_to_try(settings: QuantConfig, layout: Layout) -> list[WeightScheme]:
+    """The schemes to choose from, symmetric or not like that of the settings, which is one of them.
+
+    With quantized inputs only those for which engines have a product, and 8 bits with one scale per row.
+    """
+    scheme, inputs = settings.scheme, ACTIVATIONS[settings.activations]
+    tried = [WeightScheme(bits, size, scheme.symmetric) for bits, size in GRIDS]
+    if inputs is not None and layout.with_inputs is not None:
+        rows = WeightScheme(8, "channel")
+        tried = [grid for grid in (*tried, rows) if not layout.with_inputs.refusal(Scheme(grid, inputs))]
     return list(dict.fromkeys([*tried, scheme]))
 
 
@@ -106,7 +113,7 @@ def ask(
             if settings.inputs_for(label) is not None and settings.scheme_for(label) is not None
         }
         return Question(layers, (f"inputs {inputs}",), rounding, options, inputs)
-    tried = schemes or schemes_to_try(settings.scheme)
+    tried = schemes or schemes_to_try(settings, layout)
     if settings.target_bits is not None and layout.one_grid:
         raise ConfigError(
             f"{layout.name} files have one grid for all layers, but --target-bits chooses one for each layer",
@@ -148,7 +155,7 @@ def candidates(
 
     by_scheme = []
     for scheme in schemes:
-        plain = settings.replace(scheme=scheme, overrides=(), target_bits=None)
+        plain = settings.replace(preset=None, scheme=scheme, overrides=(), target_bits=None)
         plans = dict(zip(free, plan_layers(free.values(), plain, layout), strict=True))
         by_scheme.append(alike(plans, units, plain, layout))
     layers = {}

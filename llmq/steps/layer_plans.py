@@ -92,7 +92,8 @@ def _plan(name: str, out_features: int, in_features: int, config: QuantConfig, l
         if no_engine:
             raise ConfigError(
                 f"{name} cannot have {Scheme(requested, inputs)}: {no_engine}",
-                hint="or give an override of this layer: --override 'PATTERN:activations=none'",
+                hint="change --bits, --group-size or --activations, or keep the inputs of such layers in float: "
+                "--override 'PATTERN:activations=none'",
             )
     impossible = layout.refusal(requested, 1024, 1024)
     if impossible:

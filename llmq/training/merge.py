@@ -123,8 +123,7 @@ def _rounded_again(packed: PackedWeights | None) -> list[str]:
     """Notes on weights whose grid a run does not recognize, so that they are rounded again in any case."""
     if packed is None:
         return []
-    known = [module for module in packed.modules if packed.is_affine(module) or _is_recognized(packed, module)]
-    others = [module for module in packed.modules if module not in known]
+    others = [module for module in packed.modules if not (packed.is_affine(module) or _is_recognized(packed, module))]
     grids = Counter(packed.grid(module) for module in others)
     written = {packed.grid(module) for module in others if _can_be_written(packed, module)}
     return [

@@ -54,9 +54,12 @@ class Origin:
     @property
     def notes(self) -> tuple[str, ...]:
         """For the user: what is not trained."""
-        count = len(self.untrained)
-        about = f"{count} quantized weights are not on a grid of integers, and are not trained, such as "
-        return (about + self.untrained[0],) if count else ()
+        if not self.untrained:
+            return ()
+        reason = "not on a grid of integers, or not a layer of the model"
+        return (
+            f"quantized weights that are not trained: {len(self.untrained)}, such as {self.untrained[0]} ({reason})",
+        )
 
 
 def prepare_qat(

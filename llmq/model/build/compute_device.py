@@ -15,8 +15,12 @@ def computing_on(device: torch.device) -> Iterator[None]:
     """
     from transformers import PreTrainedModel
 
-    setattr(PreTrainedModel, "device", property(lambda model: device))  # noqa: B010  (hides that of its base class)
+    before = vars(PreTrainedModel).get("device")  # None if only a base class has it
+    setattr(PreTrainedModel, "device", property(lambda model: device))  # noqa: B010
     try:
         yield
     finally:
-        delattr(PreTrainedModel, "device")
+        if before is None:
+            delattr(PreTrainedModel, "device")
+        else:
+            setattr(PreTrainedModel, "device", before)  # noqa: B010

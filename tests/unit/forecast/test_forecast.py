@@ -13,6 +13,7 @@ from llmq.checkpoint.reader import Checkpoint
 from llmq.config import QuantConfig
 from llmq.cost.work import Kind
 from llmq.errors import ConfigError
+from llmq.numerics.scheme import WeightScheme
 from llmq.setting_fields import merged
 from tests import builders, mixtures
 from tests.command_line import llmq
@@ -84,6 +85,13 @@ def test_fit_takes_the_largest_grid(checkpoint: Checkpoints) -> None:
     assert forecast.fit(model, merged(SETTINGS, {"format": "gguf:q4_k_m"}), 10**9, 10).flags.startswith(
         "--format gguf:"
     )
+
+
+def test_fit_refuses_a_preset_that_names_a_grid(checkpoint: Checkpoints) -> None:
+    model, inputs = read(checkpoint("llama")), {"scheme": WeightScheme(8, "channel"), "activations": "int8"}
+    with pytest.raises(ConfigError, match="--preset w8a8 stands for them"):
+        forecast.fit(model, SETTINGS.replace(**inputs, preset="w8a8"), 10**9, 10)
+    assert forecast.fit(model, SETTINGS.replace(**inputs), 10**9, 10).flags.startswith("--bits 8 --group-size channel")
 
 
 def test_what_never_fits_is_an_error_with_a_way_out(checkpoint: Checkpoints) -> None:

@@ -11,10 +11,10 @@ from llmq.numerics.scheme import WeightScheme
 from llmq.report.sensitivity import Effect, Sensitivity, Unit
 from llmq.setting_fields import config_to
 
-SCHEMES = assign.schemes_to_try(WeightScheme())
 SHAPES = {f"x.{name}": (name, 256, 256) for name in ("a.q", "a.k", "b.down")}
 STORED = dict.fromkeys(SHAPES, 16 * 256 * 256)
 LAYOUT = formats.load("compressed-tensors")
+SCHEMES = assign.schemes_to_try(QuantConfig(), LAYOUT)
 
 
 def layers(settings: QuantConfig | None = None) -> dict[str, assign.Layer]:
@@ -45,8 +45,21 @@ def test_bits_equal_the_size_of_the_file() -> None:
 
 
 def test_grid_of_the_run_is_a_candidate() -> None:
-    assert assign.schemes_to_try(WeightScheme(3, 64, False))[-1] == WeightScheme(3, 64, False)
-    assert len(assign.schemes_to_try(WeightScheme(4, 32))) == len(assign.GRIDS)
+    own = WeightScheme(3, 64, False)
+    assert assign.schemes_to_try(QuantConfig(scheme=own), LAYOUT)[-1] == own
+    assert len(assign.schemes_to_try(QuantConfig(scheme=WeightScheme(4, 32)), LAYOUT)) == len(assign.GRIDS)
+
+
+@pytest.mark.parametrize(
+    ("preset", "tried"),
+    [("w8a8", {"int4 g128", "int4 g32", "int8 channel"}), ("w4a8", {"int4 g128", "int4 g32", "int8 channel"}),
+     ("fp8", {"int4 g128", "fp8"})],
+)  # fmt: skip
+def test_quantized_inputs_leave_the_grids_with_a_product(preset: str, tried: set[str]) -> None:
+    settings = QuantConfig(preset=preset, target_bits=8)
+    schemes = assign.schemes_to_try(settings, LAYOUT)
+    assert {str(scheme).removesuffix(" symmetric") for scheme in schemes} == tried
+    assert assign.candidates(SHAPES, STORED, schemes, settings, LAYOUT, torch.bfloat16)
 
 
 @pytest.mark.parametrize("target", [4.127, 4.25, 4.3, 4.51, 5.5, 6.8, 8.13, 11.0, 16.0])
