@@ -72,7 +72,7 @@ class RunText:
             author=self._author(plan, tokenizer, self._own, on_event),
             given=self._given,
         )
-        if text.windows.numel() < FEWEST_TOKENS:
+        if plan.stages.needs_calibration and text.windows.numel() < FEWEST_TOKENS:
             raise CalibrationError(
                 f"the calibration text has {text.windows.numel()} tokens, expected at least {FEWEST_TOKENS}",
                 hint="give more text, or a larger --samples or --seqlen; the method rtn reads no text",

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from llmq.checkpoint.safetensors_files import reading
 from llmq.config import QuantConfig
-from llmq.errors import CalibrationError, ConfigError
+from llmq.errors import CalibrationError, ConfigError, UnsupportedModelError
 from llmq.gguf.container import Container
 from llmq.gguf.names import Names
 from llmq.gguf.supported import architecture, language_config
@@ -32,13 +32,14 @@ from llmq.methods import Method
 SUFFIXES = (".imatrix", ".dat", ".gguf")
 SUMS, COUNTS = ".in_sum2", ".counts"
 LONGEST_NAME = 128  # bytes
+WEIGHTED = "errors are weighted by the importance matrix"  # how a note begins
 FLOOR = 1e-6  # of the mean: inputs that were zero still count a little
 TEXT_HINT = "use --method rtn, or give text with --calibration"
 
 
 def is_meant(source: str) -> bool:
     """Whether a source of calibration is a file of this kind, by its suffix."""
-    return Path(source).suffix in SUFFIXES and Path(source).is_file()
+    return Path(source).suffix.lower() in SUFFIXES and Path(source).is_file()
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Importance:
     by_layer: Mapping[str, Tensor]
 
     def of(self, layer: str) -> Tensor | None:
-        """(K,) float32; None where nothing is known about a layer."""
+        """(K,) float32 with the mean 1; None where nothing is known about a layer."""
         return self.by_layer.get(layer)
 
 
@@ -72,6 +73,7 @@ def split(settings: QuantConfig, method: Method) -> tuple[QuantConfig, Path | No
         f"{settings.method} reads text": method.needs_calibration,
         "--target-bits measures layers on text": settings.target_bits is not None,
         "--scales minmax weighs no errors": settings.scales == "minmax",
+        "fp8 has one scale per row, which fits the largest weight": settings.scheme.floats == "fp8",
         f"there are {len(files)} of them": len(files) > 1,
     }
     for reason, holds in reasons.items():
@@ -87,7 +89,12 @@ def read(file: Path, config: Mapping[str, Any], layers: Iterable[tuple[str, int]
     Raises CalibrationError for a damaged file, or one of another model.
     """
     config = language_config(config)
-    names, matrix = Names(architecture(config), config), _Gguf(file) if file.suffix == ".gguf" else _Older(file)
+    try:
+        names = Names(architecture(config), config)
+    except UnsupportedModelError as error:
+        message = f"the names in {file} are those of GGUF files, and {error.args[0]}"
+        raise CalibrationError(message, hint="leave out the importance matrix") from error
+    matrix = _Gguf(file) if file.suffix.lower() == ".gguf" else _Older(file)
     known, missing = dict[str, Tensor](), list[str]()
     for layer, K in layers:
         place = names.place(f"{layer}.weight")
@@ -104,16 +111,16 @@ def read(file: Path, config: Mapping[str, Any], layers: Iterable[tuple[str, int]
         if (order := names.columns(place.name)) is not None:
             row = row[np.argsort(order)]
         if (mean := float(row.mean(dtype=np.float64))) > 0:
-            known[layer] = torch.from_numpy(row + np.float32(FLOOR * mean))
+            known[layer] = torch.from_numpy((row.astype(np.float64) / mean + FLOOR).astype(np.float32))
     if not known:
         raise CalibrationError(
             f"{file} has no values for the layers of this model", hint="give the file that was made from this model"
         )
-    notes = [f"errors are weighted by the importance matrix {file.name}, for {len(known)} layers"]
-    if missing:
-        notes.append(f"{file.name} has no values for {len(missing)} layers, such as {missing[0]}: not weighted")
     with reading(file), file.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    notes = [f"{WEIGHTED} {file.name}, for {len(known)} layers; its SHA-256 is {digest}"]
+    if missing:
+        notes.append(f"{file.name} has no values for {len(missing)} layers, such as {missing[0]}: not weighted")
     return Importance(file, digest, tuple(notes), known)
 
 

@@ -1,5 +1,6 @@
 """The packed weights of a checkpoint, one at a time: as quantized values on a grid, or as floats."""
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -154,13 +155,11 @@ class PackedWeights:
     def notes(self) -> list[str]:
         """Notes for a user who runs the model."""
         notes = self.not_applied()
-        floats = [module for module in self.modules if not self.is_affine(module)]
-        if floats:
-            notes.append(
-                f"{len(floats)} weights are stored as {self.grid(floats[0])}, for which llmq has no kernel: they run "
-                "dequantized, in full size"
-            )
-        return notes
+        floats = Counter(self.grid(module) for module in self.modules if not self.is_affine(module))
+        return notes + [
+            f"{count} weights are stored as {grid}, for which llmq has no kernel: they run dequantized, in full size"
+            for grid, count in floats.items()
+        ]
 
     def not_applied(self) -> list[str]:
         """A note for everything except weights that the checkpoint declares as quantized."""

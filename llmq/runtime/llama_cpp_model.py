@@ -7,7 +7,9 @@ the structure where it is the last argument.  Only the first two fields of a con
 llama.cpp is asked afterwards whether it has taken them.
 """
 
+import collections
 import ctypes
+import functools
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from llmq.errors import BackendError, FormatError
 
 MODULE, LIBRARY = "xllamacpp", "xllamacpp.xllamacpp"
 LOGGED, WARNINGS = 6, 3  # messages that an error shows, of this level and above
+_messages: collections.deque[str] = collections.deque(maxlen=LOGGED)
 
 
 class _Parameters(ctypes.Structure):
@@ -71,15 +74,13 @@ class LlamaCppModel:
 
     def __init__(self, file: Path) -> None:
         self.file, self._llama = file, _library()
-        self._messages: list[str] = []
-        self._log = _LOG(self._keep)  # kept alive, because llama.cpp holds a pointer to it
-        self._llama.llama_log_set(self._log, None)
-        self._llama.llama_backend_init()
-        parameters = self._llama.llama_model_default_params()
         self._context: int | None = None
+        self._model: int | None = None
+        _messages.clear()
+        parameters = self._llama.llama_model_default_params()
         self._model = self._llama.llama_model_load_from_file(str(file).encode(), parameters)
         if not self._model:
-            raise FormatError(f"llama.cpp refuses {file}: {' '.join(self._messages[-LOGGED:])}")
+            raise FormatError(f"llama.cpp refuses {file}: {' '.join(_messages)}")
         self.vocabulary = int(self._llama.llama_vocab_n_tokens(self._llama.llama_model_get_vocab(self._model)))
         self.max_tokens = int(self._llama.llama_model_n_ctx_train(self._model))
 
@@ -92,37 +93,44 @@ class LlamaCppModel:
         batch = _Batch(len(ids), ids.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)))
         batch.logits = wanted.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
         if self._llama.llama_decode(context, batch):
-            raise BackendError(f"llama.cpp failed on {self.file}: {' '.join(self._messages[-LOGGED:])}")
+            raise BackendError(f"llama.cpp failed on {self.file}: {' '.join(_messages)}")
         rows = (self._llama.llama_get_logits_ith(context, place) for place in range(len(ids)))
         return np.stack([np.ctypeslib.as_array(row, (self.vocabulary,)).copy() for row in rows])
 
-    def close(self) -> None:
-        if self._context:
-            self._llama.llama_free(self._context)
+    def __del__(self) -> None:
+        self._free_context()
         if self._model:
             self._llama.llama_model_free(self._model)
-        self._context = self._model = None
+
+    def _free_context(self) -> None:
+        if self._context:
+            self._llama.llama_free(self._context)
+        self._context = None
 
     def _context_of(self, length: int) -> int:
         """A context for sequences of this length; the last one if it is long enough."""
         if self._context and self._llama.llama_n_ctx(self._context) >= length:
             return self._context
-        if self._context:
-            self._llama.llama_free(self._context)
+        self._free_context()
         parameters = self._llama.llama_context_default_params()
         parameters.fields[0] = parameters.fields[1] = max(length, 512)
-        self._context = self._llama.llama_init_from_model(self._model, parameters)
-        taken = [function(self._context) for function in (self._llama.llama_n_ctx, self._llama.llama_n_batch)]
-        if not self._context or min(taken) < length:
+        context = self._llama.llama_init_from_model(self._model, parameters)
+        if not context or min(self._llama.llama_n_ctx(context), self._llama.llama_n_batch(context)) < length:
             raise BackendError(
-                f"llama.cpp has no context of {length} tokens for {self.file}", hint="try a shorter --seqlen"
+                f"llama.cpp has no context of {length} tokens for {self.file}: {' '.join(_messages)}",
+                hint="try a shorter --seqlen",
             )
-        self._llama.llama_set_n_threads(self._context, *[torch.get_num_threads()] * 2)
+        self._llama.llama_set_n_threads(context, *[torch.get_num_threads()] * 2)
+        self._context = int(context)
         return self._context
 
-    def _keep(self, level: int, text: bytes, _: Any) -> None:
-        if level >= WARNINGS:
-            self._messages.append(text.decode(errors="replace").strip())
+
+def _keep(level: int, text: bytes, _: Any) -> None:
+    if level >= WARNINGS:
+        _messages.append(text.decode(errors="replace").strip())
+
+
+_LOGGER = _LOG(_keep)  # llama.cpp holds a pointer to it, so it lives as long as the module
 
 
 def version() -> str:
@@ -132,8 +140,9 @@ def version() -> str:
     return f"llama.cpp, {MODULE} {xllamacpp.__version__}"
 
 
+@functools.cache
 def _library() -> ctypes.CDLL:
-    """The library, with the types of the functions that are called."""
+    """The library, with the types of the functions that are called, and initialized."""
     if importlib.util.find_spec(MODULE) is None:
         raise BackendError("llama.cpp is not installed", hint=f"pip install {MODULE}")
     import xllamacpp  # noqa: F401  (loads the libraries that it needs)
@@ -147,4 +156,6 @@ def _library() -> ctypes.CDLL:
             raise BackendError(f"the library of {MODULE} has no function {name}", hint="another version of it may have")
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
+    library.llama_log_set(_LOGGER, None)
+    library.llama_backend_init()
     return library

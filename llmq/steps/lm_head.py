@@ -45,7 +45,7 @@ def quantize_head(run: Run) -> None:
     if kept is not None:
         layer = Rounded(path, weight, kept)
     else:
-        group = Group({path: weight}, {path: scheme}, stats)
+        group = Group({path: weight}, {path: scheme}, stats, importance=run.importance_of(path))
         [[layer]] = round_together([group], run.method, run.options, run.ranks)
     packed = run.pack(path, layer.rounding.quantized)
     dequantized = layer.rounding.quantized.dequantize()

@@ -28,6 +28,8 @@ from llmq.numerics.quantized_tensor import QuantizedTensor, where
 from llmq.numerics.scheme import WeightScheme
 from llmq.report.record import StageGain
 
+ENOUGH = 2  # tokens per input; with fewer, statistics of the text are doubted
+
 
 @dataclass(frozen=True)
 class Rounded:
@@ -128,7 +130,7 @@ def _nearest_if_better(
     if name == "rtn" or stats is None or not stats.tokens:
         return rounding.quantized, {}
     K = originals.shape[1]
-    if stats.tokens >= 2 * K and rounding.damping in (None, options.damping):
+    if stats.tokens >= ENOUGH * K and rounding.damping in (None, options.damping):
         return rounding.quantized, {}
     nearest = rtn.round_weight(originals, stats, scheme, options).quantized
     losses, where_worse = _judge(originals, stats)

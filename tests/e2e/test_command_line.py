@@ -174,7 +174,7 @@ def test_every_method_writes_every_format(
     method: str, layout: str, model: Path, calibration: tuple[str | Path, ...], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    options = ("--method", method, "--format", layout, "--group-size", "16", "--samples", "2")
+    options = ("--method", method, "--format", layout, "--group-size", "16", "--samples", "4")
     assert llmq("quantize", model, out, *calibration, *options).exit_code == 0
     inspected = json.loads(llmq("inspect", out, "--json").stdout)
     assert inspected["format"] == layout

@@ -40,7 +40,7 @@ def memory(key):
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key + ":"))
 
 def peak(model, method):
-    settings = {"samples": 2, "seqlen": 32, "scales": "minmax", "calibration": text, "device": "cpu", "skip": skip}
+    settings = {"samples": 4, "seqlen": 32, "scales": "minmax", "calibration": text, "device": "cpu", "skip": skip}
     report = llmq.quantize(model, f"{out}-{Path(model).name}-{method}", method=method, **settings)
     return len(report.blocks), memory("VmHWM")
 

@@ -125,7 +125,7 @@ def test_the_gain_of_each_stage_is_recorded(checkpoint: Checkpoints, tmp_path: P
 
 
 def test_one_sequence_is_used_without_validation_and_noted(checkpoint: Checkpoints, tmp_path: Path, text: Path) -> None:
-    report = quantize(checkpoint("llama"), tmp_path / "out", text, method="fast", samples=1)
+    report = quantize(checkpoint("llama"), tmp_path / "out", text, method="fast", samples=1, seqlen=128)
     assert any("leaves none for validation" in note for note in report.notes)
     assert not report.stages and len(report.layers) == 21
 

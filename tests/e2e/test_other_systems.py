@@ -42,7 +42,7 @@ def run(*arguments):
     except SystemExit as leaving:
         assert not leaving.code, arguments
 model, text, out = sys.argv[1:]
-few = ("--calibration", text, "--samples", "4", "--seqlen", "16", "--device", "cpu")
+few = ("--calibration", text, "--samples", "4", "--seqlen", "32", "--device", "cpu")
 run("--help")
 run("env")
 run("quantize", model, out, "--method", "gptq", "--format", "gptq,compressed-tensors", "--group-size", "16", *few)

@@ -138,7 +138,9 @@ def wait_for(ready: Callable[[], bool]) -> None:
 def test_an_error_of_all_processes_is_printed_once(
     models: dict[str, Path], options: tuple[str | Path, ...], tmp_path: Path
 ) -> None:
-    outcomes = processes.quantize(3, models["llama"], tmp_path / "out", *options, "--samples", "2", "--method", "gptq")
+    outcomes = processes.quantize(
+        3, models["llama"], tmp_path / "out", *options, "--samples", "2", "--seqlen", "64", "--method", "gptq"
+    )
     assert [outcome.exit_code for outcome in outcomes] == [2, 2, 2]
     printed = [outcome.stderr for outcome in outcomes if "error:" in outcome.stderr]
     assert len(printed) == 1 and "2 calibration sequences cannot be divided between 3 processes" in printed[0]

@@ -93,7 +93,7 @@ def test_training_lowers_the_loss_and_the_files_hold_the_trained_weights(
 @pytest.mark.parametrize("activations", ["int8", "int8:static"])
 def test_inputs_are_rounded_as_the_file_declares(activations: str, original: Path, tmp_path: Path) -> None:
     text = builders.write_text(tmp_path / "text.txt", 1000)
-    settings: Any = {"samples": 2, "seqlen": 16, "validate": 0, "calibration": [str(text)]}
+    settings: Any = {"samples": 8, "seqlen": 16, "validate": 0, "calibration": [str(text)]}
     start = tmp_path / "start"
     llmq.quantize(
         original, start, bits=8, group_size="channel", activations=activations, method="gptq", device="cpu", **settings

@@ -329,7 +329,7 @@ def test_a_transformed_model_is_tuned(model: Path, text: Path, tmp_path: Path) -
 
 def test_one_sequence_is_too_few(model: Path, text: Path, tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match="at least two") as raised:
-        quantize(model, tmp_path / "out", text, samples=1)
+        quantize(model, tmp_path / "out", text, samples=1, seqlen=128)
     assert isinstance(raised.value, LlmqError) and raised.value.hint
     assert not (tmp_path / "out").exists()
 

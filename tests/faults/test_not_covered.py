@@ -38,7 +38,7 @@ def test_unsupported_expert_stack_is_refused(tmp_path: Path) -> None:
 def test_tokenizer_of_another_model_is_refused(checkpoint: Checkpoints, tmp_path: Path, text: Path) -> None:
     small = checkpoint("llama", vocab_size=16)
     with pytest.raises(CheckpointError, match="embeddings for 16 tokens"):
-        llmq.quantize(small, tmp_path / "out", group_size=32, calibration=str(text), samples=2, seqlen=16)
+        llmq.quantize(small, tmp_path / "out", group_size=32, calibration=str(text), samples=8, seqlen=16)
 
 
 def test_models_with_different_vocabularies_are_not_compared(checkpoint: Checkpoints, text: Path) -> None:
@@ -72,9 +72,9 @@ def test_patterns_without_a_match_are_reported(checkpoint: Checkpoints, tmp_path
 
 def test_too_few_calibration_tokens_are_reported(checkpoint: Checkpoints, tmp_path: Path, text: Path) -> None:
     report = llmq.quantize(
-        checkpoint("llama"), tmp_path / "out", group_size=32, calibration=str(text), samples=2, seqlen=16
+        checkpoint("llama"), tmp_path / "out", group_size=32, calibration=str(text), samples=8, seqlen=16
     )
-    assert any("32 calibration tokens are few" in note for note in report.notes)
+    assert any("128 calibration tokens are few" in note for note in report.notes)
 
 
 def test_awq_keeps_layers_off_its_grid_in_float(checkpoint: Checkpoints, tmp_path: Path) -> None:

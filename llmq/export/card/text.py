@@ -18,6 +18,7 @@ from llmq.config import QuantConfig
 from llmq.errors import ConfigError, LlmqError
 from llmq.export.card.origin import FINETUNE, Origin, licence, origin_of, texts
 from llmq.export.conversion import WEIGHTS
+from llmq.gguf.imatrix import WEIGHTED
 from llmq.numerics.gguf_types import GGUF, GGUF_GRIDS
 from llmq.report.escaped import markdown_code as code
 from llmq.report.escaped import markdown_text as prose
@@ -144,6 +145,9 @@ def _making(record: Mapping[str, Any]) -> Iterator[str]:
     if settings:
         parts += ["```console\n$ llmq quantize ORIGINAL OUT --config llmq.toml\n```", *_toml(settings)]
         parts += [_calibration(_part(record, "calibration"))]
+        parts += [
+            f"Add `--calibration FILE`: {prose(note)}." for note in texts(record.get("notes")) if WEIGHTED in note
+        ]
         parts += [f"Versions: {', '.join(code(f'{name} {value}') for name, value in versions.items())}."]
     for conversion in conversions if isinstance(conversions, list) else ():
         if isinstance(conversion, Mapping):

@@ -15,9 +15,7 @@ BYTES = 8  # bits of weights for which engines multiply integers of one byte
 Problem = Callable[[WeightScheme, InputScheme], str | None]
 
 
-def _of_layers(
-    problem: Callable[[WeightScheme, InputScheme], str | None], *dtypes: str
-) -> Callable[[Subject], Problems]:
+def _of_layers(problem: Problem, *dtypes: str) -> Callable[[Subject], Problems]:
     """Find layers with quantized inputs of these dtypes for which `problem` has a text."""
 
     def ask(linear: Linear) -> str | None:

@@ -73,7 +73,7 @@ def test_both_forms_give_the_mean_squares(suffix: str, tmp_path: Path) -> None:
     known = imatrix.read(write(tmp_path / f"m{suffix}", {TENSOR: means}), LLAMA, [(LAYER, 96), ("lm_head", 96)])
     values = known.of(LAYER)
     assert values is not None and known.of("lm_head") is None
-    np.testing.assert_allclose(values.numpy(), means, rtol=1e-5)
+    np.testing.assert_allclose(values.numpy(), means / means.mean(), rtol=1e-5)
     assert any("lm_head" in note for note in known.notes) and len(known.sha256) == 64
 
 
@@ -84,7 +84,18 @@ def test_experts_have_their_own_values(suffix: str, tmp_path: Path) -> None:
     for (name, _), row in zip(layers, means, strict=True):
         values = known.of(name)
         assert values is not None
-        np.testing.assert_allclose(values.numpy(), row, rtol=1e-5)
+        np.testing.assert_allclose(values.numpy(), row / row.mean(), rtol=1e-5)
+
+
+def test_a_factor_of_all_values_has_no_effect(tmp_path: Path) -> None:
+    """Values near the largest float would overflow in the sums of a fit."""
+    plain, scaled = (
+        imatrix.read(
+            write(tmp_path / f"{factor}.dat", {TENSOR: squares(96) * np.float32(factor)}), LLAMA, [(LAYER, 96)]
+        )
+        for factor in (1.0, 1e37)
+    )
+    assert torch.allclose(plain.by_layer[LAYER], scaled.by_layer[LAYER])
 
 
 def test_an_expert_without_tokens_counts_all_inputs_alike(tmp_path: Path) -> None:
