@@ -257,11 +257,12 @@ def toml(numbers: random.Random, originals: Originals, folder: Path) -> Call:
 
 
 def record(numbers: random.Random, originals: Originals, folder: Path) -> Call:
-    """llmq.json, the record of a run."""
+    """llmq.json, the record of a run, read by `llmq inspect` or by `llmq verify`."""
     model = _copy(originals.packed["gptq"], folder)
     document = mutations.changed_document(numbers, json.loads((model / "llmq.json").read_text()))
     (model / "llmq.json").write_bytes(mutations.json_bytes(numbers, document))
-    return lambda: (inspect(model), examine(model))
+    reader = numbers.choice((inspect, examine))
+    return lambda: reader(model)
 
 
 def companions(numbers: random.Random, originals: Originals, folder: Path) -> Call:
