@@ -62,12 +62,11 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_decode": (_INT, (_POINTER, _Batch)),
     "llama_get_logits_ith": (ctypes.POINTER(ctypes.c_float), (_POINTER, _INT)),
     "llama_free": (None, (_POINTER,)),
-    "llama_model_free": (None, (_POINTER,)),
 }
 
 
 class LlamaCppModel:
-    """A .gguf file opened by llama.cpp, on the CPU.
+    """A .gguf file opened by llama.cpp, on the CPU, until the process ends.
 
     Raises BackendError if llama.cpp is not installed, FormatError if it refuses the file.
     """
@@ -77,6 +76,8 @@ class LlamaCppModel:
         self._context: int | None = None
         self._model: int | None = None
         _messages.clear()
+        self._llama.llama_log_set(_LOGGER, None)  # each time, because another user of the library may have ended it
+        self._llama.llama_backend_init()
         parameters = self._llama.llama_model_default_params()
         self._model = self._llama.llama_model_load_from_file(str(file).encode(), parameters)
         if not self._model:
@@ -96,11 +97,6 @@ class LlamaCppModel:
             raise BackendError(f"llama.cpp failed on {self.file}: {' '.join(_messages)}")
         rows = (self._llama.llama_get_logits_ith(context, place) for place in range(len(ids)))
         return np.stack([np.ctypeslib.as_array(row, (self.vocabulary,)).copy() for row in rows])
-
-    def __del__(self) -> None:
-        self._free_context()
-        if self._model:
-            self._llama.llama_model_free(self._model)
 
     def _free_context(self) -> None:
         if self._context:
@@ -142,7 +138,7 @@ def version() -> str:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    """The library, with the types of the functions that are called, and initialized."""
+    """The library, with the types of the functions that are called."""
     if importlib.util.find_spec(MODULE) is None:
         raise BackendError("llama.cpp is not installed", hint=f"pip install {MODULE}")
     import xllamacpp  # noqa: F401  (loads the libraries that it needs)
@@ -156,6 +152,4 @@ def _library() -> ctypes.CDLL:
             raise BackendError(f"the library of {MODULE} has no function {name}", hint="another version of it may have")
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
-    library.llama_log_set(_LOGGER, None)
-    library.llama_backend_init()
     return library

@@ -281,7 +281,6 @@ def test_all_positions_at_once_are_those_one_by_one(tmp_path: Path) -> None:
             logits = torch.from_numpy(model.logits(tokens)).double()
             difference = logits.log_softmax(-1).numpy() - llama.log_probabilities(tokens.tolist())
             assert np.abs(difference).max() < EXACT
-    model.close()
     with pytest.raises(FormatError, match="llama.cpp refuses"):
         LlamaCppModel(BUNDLED / "tiny-python-llama" / "config.json")
 
