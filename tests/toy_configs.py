@@ -193,7 +193,11 @@ def _layers(values: dict[str, Any], names: dict[str, set[str]]) -> dict[str, Any
     kinds = [json.dumps([value[layer] for value in lists.values()], default=str) for layer in range(values[count])]
     first = sorted({kinds.index(kind) for kind in kinds})[:MOST]
     chosen = first if len(first) >= FEWEST else list(range(min(FEWEST, values[count])))
-    return {count: len(chosen), **{name: [value[layer] for layer in chosen] for name, value in lists.items()}}
+    sizes = {name: next((SIZES[alias] for alias in names[name] if alias in SIZES), None) for name in lists}
+    return {count: len(chosen)} | {
+        name: [value[layer] if sizes[name] is None else sizes[name] for layer in chosen]
+        for name, value in lists.items()
+    }
 
 
 def _toy_value(name: str, value: Any, size: Any, tokens: Iterator[int], admits_int: bool) -> Any:
