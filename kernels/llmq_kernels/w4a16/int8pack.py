@@ -5,7 +5,7 @@ torch has a vectorized y = scale * (x Cᵀ) with signed bytes C and one scale pe
     cpu_words  (N, K) int8         code - 128
     cpu_grid   (N,) bfloat16       scales
 
-With K that is no multiple of its vectors, torch 2.13 reads past the end of memory, so such weights are not taken.
+Where K is not a multiple of its vectors, torch 2.13 reads past the end of memory, so such weights are not taken.
 """
 
 import torch

@@ -1,6 +1,8 @@
 """Models whose blocks cannot run one by one, and are refused by every stage that runs blocks."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -27,6 +29,23 @@ def require_single_runs(model: nn.Module, repeated: Sequence[str]) -> None:
     """Raise UnsupportedModelError for blocks that run several times per token; these are `repeated`."""
     if repeated:
         raise refused(model, f"it runs {repeated[0]} several times per token ({len(repeated)} such blocks)")
+
+
+@contextmanager
+def returning_nothing_else(blocks: Iterable[nn.Module]) -> Iterator[set[nn.Module]]:
+    """While open, collects the blocks that return a tuple with None for all values besides the hidden state."""
+    plain: set[nn.Module] = set()
+
+    def note(block: nn.Module, _: Any, output: Any) -> None:
+        if isinstance(output, tuple | list) and all(value is None for value in output[1:]):
+            plain.add(block)
+
+    handles = [block.register_forward_hook(note) for block in blocks]
+    try:
+        yield plain
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def handed_on(calls: Iterable[Call], value: object) -> str | None:

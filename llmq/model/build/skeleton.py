@@ -52,9 +52,11 @@ class Skeleton:
         for name, parameter in modules.named_parameters():
             weights.refuse_stacked(f"{path}.{name}", parameter)
         linears = {path: linear for block in self.blocks for path, linear in block.linears.items()}
-        with meta_run.counted(modules) as runs:  # before hooks read parameters: see `_filler`
+        # Before hooks read parameters: see `_filler`.
+        with meta_run.counted(modules) as runs, one_by_one.returning_nothing_else(modules) as plain:
             self.special_layers = meta_run.special_layers(model, linears)
         self._repeated = [block.path for block in self.blocks if runs[block.module] > 1]
+        self._return_more = not plain.issuperset(modules)
         self.special_layers |= {path: SHARED for path in linears if weights.is_shared(f"{path}.weight")}
         for block in self.blocks:
             block.leave(self.special_layers)
@@ -263,7 +265,9 @@ class Skeleton:
         ) from failure
 
     def _require_nothing_handed_on(self, tokens: Tensor) -> None:
-        """Raise UnsupportedModelError if a block gets what another returned besides the hidden state."""
+        """Raise UnsupportedModelError if a block gets what another returned besides the hidden state, if not None."""
+        if not self._return_more:
+            return
         besides = object()
         with self._recorders(besides=besides) as calls, torch.no_grad():
             try:
