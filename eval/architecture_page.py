@@ -72,7 +72,7 @@ REASONS = {  # of classes that fail, by where they do
     "build": "transformers does not build it",
     "text": "transformers does not run it on text alone",
     "refused": "llmq refuses it",
-    "llmq": "an error in llmq",
+    "llmq": "an error, in llmq or in the measurement",
     "killed": "a limit of the measurement",
     "not run": "not measured yet: transformers builds and runs it at toy size",
 }
