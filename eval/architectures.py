@@ -56,21 +56,21 @@ def outcome(line: Entry) -> Row:
         logits(model, builders.tokens(2, 16))
         step = "llmq"
         with tempfile.TemporaryDirectory() as folder:
-            (work := Path(folder) / "work").mkdir()
+            (scratch := Path(folder) / "scratch").mkdir()
             text = builders.write_text(Path(folder) / "text.txt")
             try:
-                measured = examine(config, work, text)
+                measured = examine(config, scratch, text)
             except UnsupportedModelError as error:
                 if "rtn" not in error.hint:
                     raise
-                shutil.rmtree(work)
-                work.mkdir()
-                measured, whole = examine(config, work, text, method="rtn"), str(error)
+                shutil.rmtree(scratch)
+                scratch.mkdir()
+                measured, whole = examine(config, scratch, text, method="rtn"), str(error)
     except Exception as error:  # whatever a class of transformers raises
         kind = "refused" if step == "llmq" and isinstance(error, LlmqError) else step
         where = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(where.filename).name}:{where.lineno}"
-        message = re.sub(r"/\S+/work/model", "the folder", str(error))
+        message = re.sub(r"/\S+/scratch/model", "the folder", str(error))
         return {"step": kind, "error": type(error).__name__, "message": message, "place": place}
     return {
         "step": "measured",

@@ -4,13 +4,8 @@
 # Chromium is that of the system (Debian: apt-get install chromium); without one, nothing is checked.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-make_environment
-cd "$root"
-install test main --group test
+make_separate report
 report=$environment-report
-if [ ! -x "$report/bin/python" ]; then
-    "$environment/bin/python" -m venv "$report"
-fi
 (environment=$report && install report report "playwright==1.65.2" "axe-playwright-python==0.1.8")
 folder=${1:-$(mktemp -d)}
 "$environment/bin/python" scripts/example_reports.py "$folder"

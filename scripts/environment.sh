@@ -54,6 +54,17 @@ install() {
     mv "$wanted" "$stamp"
 }
 
+# make_separate NAME: makes the test environment of the checkout, and $environment-NAME for packages that are not for it;
+# goes to the checkout.
+make_separate() {
+    make_environment
+    cd "$root"
+    install test main --group test
+    if [ ! -x "$environment-$1/bin/python" ]; then
+        "$environment/bin/python" -m venv "$environment-$1"
+    fi
+}
+
 make_environment() {
     if [ ! -x "$environment/bin/python" ]; then
         local python

@@ -4,13 +4,8 @@
 # and 4 GB, but only once. `python eval/vllm.py --python .venv-vllm/bin/python` measures more models and formats there.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-make_environment
-cd "$root"
-install test main --group test
+make_separate vllm
 vllm=$environment-vllm
-if [ ! -x "$vllm/bin/python" ]; then
-    "$environment/bin/python" -m venv "$vllm"
-fi
 (
     environment=$vllm
     install pip main --upgrade "pip>=25.1"

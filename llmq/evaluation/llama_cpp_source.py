@@ -7,34 +7,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llmq.evaluation.engine_source import EngineSource
 from llmq.evaluation.trajectories import greedy
 from llmq.gguf.container import Container
 from llmq.report.events import OnEvent, Progress, evaluating, ignore
 from llmq.runtime.llama_cpp_model import LlamaCppModel, version
 
 
-class LlamaCppSource:
+class LlamaCppSource(EngineSource):
     """A `Source` that llama.cpp runs on the CPU, one sequence after the other; logits are scored on `device`."""
 
-    dtype = torch.float32
-
     def __init__(self, file: Path, device: torch.device, name: str = "", on_event: OnEvent = ignore) -> None:
+        super().__init__(device, name, on_event)
         self._model = LlamaCppModel(file)
-        self._name, self._on_event = name, on_event
-        self._windows = torch.empty(0, 1, dtype=torch.int64)
-        self.device = device
         self.activations = "8 bits in front of quantized weights"
         self.note: str | None = f"{file.name} was run by {version()}"
         tensors = Container(file).tensors.values()
         self.whole_bytes = sum(4 * math.prod(info.shape) for info in tensors)
         self.max_tokens: int | None = self._model.max_tokens
         self.vocabulary = self._model.vocabulary
-
-    def windows_at_once(self, length: int, sides: int) -> int | None:
-        return None
-
-    def run(self, windows: Tensor, part: int = 0, parts: int = 1) -> None:
-        self._windows = windows
 
     def logits(self, together: int) -> Iterator[tuple[Tensor, Tensor]]:
         for done, tokens in enumerate(self._windows, 1):

@@ -94,7 +94,8 @@ def measure_many(
     trajectories  the number of prompts that the models continue (`trajectories.py`), with whole models in memory
     engine        that runs ONNX models, "onnxruntime" (default) or "openvino", or .gguf files: "llama.cpp"
 
-    The other options are those of `texts.read_text`. In addition to the original, one model at a time is in memory.
+    The other options are those of `texts.read_text`. In addition to the original, one model at a time is in memory;
+    llama.cpp keeps what it has opened until the process ends.
     Raises CheckpointError, ConfigError, FormatError, UnsupportedModelError, CalibrationError, BackendError.
     """
     if original is None and (floors or trajectories):

@@ -8,16 +8,15 @@ from torch import Tensor
 
 from llmq.checkpoint.index import ONNX_FILE
 from llmq.evaluation import scoring
+from llmq.evaluation.engine_source import EngineSource
 from llmq.evaluation.trajectories import greedy
 from llmq.report.events import OnEvent, Progress, evaluating, ignore
 from llmq.runtime import ONNXRUNTIME
 from llmq.runtime.onnx_model import Arrays, OnnxModel, language_config
 
 
-class OnnxSource:
+class OnnxSource(EngineSource):
     """A `Source` that ONNX Runtime or OpenVINO runs on the CPU; logits are scored on `device`."""
-
-    dtype = torch.float32
 
     def __init__(
         self,
@@ -27,22 +26,14 @@ class OnnxSource:
         on_event: OnEvent = ignore,
         engine: str | None = None,
     ) -> None:
+        super().__init__(device, name, on_event)
         self._model = OnnxModel(folder, engine or ONNXRUNTIME)
-        self._name, self._on_event = name, on_event
-        self._windows = torch.empty(0, 1, dtype=torch.int64)
-        self.device = device
         self.activations = "as in the file"
         self.note: str | None = f"{folder} was run by {self._model.engine}"
         self.whole_bytes = onnx_bytes(folder)
         length = language_config(folder).get("max_position_embeddings")
         self.max_tokens = length if isinstance(length, int) else None
         self.vocabulary = self._model.vocabulary
-
-    def windows_at_once(self, length: int, sides: int) -> int | None:
-        return None
-
-    def run(self, windows: Tensor, part: int = 0, parts: int = 1) -> None:
-        self._windows = windows
 
     def logits(self, together: int) -> Iterator[tuple[Tensor, Tensor]]:
         done = 0

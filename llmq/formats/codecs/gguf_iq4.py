@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmq.errors import FormatError
+from llmq.formats.codecs.gguf_rows import split_blocks
 from llmq_kernels.value_tables import IQ4
 
 Bytes = NDArray[Any]  # uint8
@@ -65,14 +66,14 @@ def pack_iq4_xs(codes: Codes, d: Halves, sc: NDArray[np.int8]) -> Bytes:
 
 def unpack_iq4_nl(raw: Bytes) -> Valued:
     """The inverse of `pack_iq4_nl`."""
-    blocks, N = _blocks("IQ4_NL", raw), len(raw)
+    blocks, N = split_blocks("IQ4_NL", SIZES["IQ4_NL"][1], raw), len(raw)
     d = _halves(blocks[:, :2], N)
     return Valued(_codes(blocks[:, 2:], N), d, np.ones(d.shape, dtype=np.int8))
 
 
 def unpack_iq4_xs(raw: Bytes) -> Valued:
     """The inverse of `pack_iq4_xs`."""
-    blocks, N = _blocks("IQ4_XS", raw), len(raw)
+    blocks, N = split_blocks("IQ4_XS", SIZES["IQ4_XS"][1], raw), len(raw)
     high = np.ascontiguousarray(blocks[:, 2:4]).view("<u2") >> np.arange(0, 16, 2, dtype=np.uint16)  # (B, 8)
     low = np.stack((blocks[:, 4:8] & 15, blocks[:, 4:8] >> 4), axis=2).reshape(-1, 8)
     sc = (low | ((high & 3) << 4)).astype(np.int16) - MIDDLE
@@ -91,14 +92,6 @@ def decode(kind: str, raw: Bytes) -> Floats:
 
 
 TYPES = MappingProxyType({"IQ4_NL": (pack_iq4_nl, unpack_iq4_nl), "IQ4_XS": (pack_iq4_xs, unpack_iq4_xs)})
-
-
-def _blocks(kind: str, raw: Bytes) -> Bytes:
-    """(N, bytes of a row) -> (B, bytes of a block)."""
-    size = SIZES[kind][1]
-    if raw.shape[1] % size:
-        raise FormatError(f"{kind} has blocks of {size} bytes, a row has {raw.shape[1]}", hint="is the file complete?")
-    return np.ascontiguousarray(raw).reshape(-1, size)
 
 
 def _nibbles(codes: Codes, kind: str) -> Bytes:

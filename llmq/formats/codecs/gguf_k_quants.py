@@ -34,6 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmq.errors import FormatError
+from llmq.formats.codecs.gguf_rows import split_blocks
 
 WEIGHTS = 256
 SIZES: Mapping[str, tuple[int, int]] = MappingProxyType(
@@ -122,14 +123,14 @@ def pack_q6_k(codes: Codes, d: Halves, sc: NDArray[np.int8]) -> Bytes:
 
 def unpack_q2_k(raw: Bytes) -> Minima:
     """The inverse of `pack_q2_k`."""
-    blocks = _blocks("Q2_K", raw)
+    blocks = split_blocks("Q2_K", SIZES["Q2_K"][1], raw)
     numbers, codes = blocks[:, :16], _unpack_pairs(blocks[:, 16:80])
     return _minima(len(raw), codes, blocks[:, 80:82], blocks[:, 82:84], numbers & 15, numbers >> 4)
 
 
 def unpack_q3_k(raw: Bytes) -> Centred:
     """The inverse of `pack_q3_k`."""
-    blocks, N = _blocks("Q3_K", raw), len(raw)
+    blocks, N = split_blocks("Q3_K", SIZES["Q3_K"][1], raw), len(raw)
     third = np.unpackbits(blocks[:, None, :32], axis=1, bitorder="little").reshape(-1, WEIGHTS)
     codes = _unpack_pairs(blocks[:, 32:96]) | (third << 2)
     low, high = blocks[:, 96:104], _split_pairs(blocks[:, 104:108]).reshape(-1, 16)
@@ -139,13 +140,13 @@ def unpack_q3_k(raw: Bytes) -> Centred:
 
 def unpack_q4_k(raw: Bytes) -> Minima:
     """The inverse of `pack_q4_k`."""
-    blocks = _blocks("Q4_K", raw)
+    blocks = split_blocks("Q4_K", SIZES["Q4_K"][1], raw)
     return _minima(len(raw), _unpack_nibbles(blocks[:, 16:], 32), blocks[:, :2], blocks[:, 2:4], *_six(blocks))
 
 
 def unpack_q5_k(raw: Bytes) -> Minima:
     """The inverse of `pack_q5_k`."""
-    blocks = _blocks("Q5_K", raw)
+    blocks = split_blocks("Q5_K", SIZES["Q5_K"][1], raw)
     fifth = np.unpackbits(blocks[:, None, 16:48], axis=1, bitorder="little").reshape(-1, WEIGHTS)
     codes = _unpack_nibbles(blocks[:, 48:], 32) | (fifth << 4)
     return _minima(len(raw), codes, blocks[:, :2], blocks[:, 2:4], *_six(blocks))
@@ -153,7 +154,7 @@ def unpack_q5_k(raw: Bytes) -> Minima:
 
 def unpack_q6_k(raw: Bytes) -> Centred:
     """The inverse of `pack_q6_k`."""
-    blocks, N = _blocks("Q6_K", raw), len(raw)
+    blocks, N = split_blocks("Q6_K", SIZES["Q6_K"][1], raw), len(raw)
     codes = _unpack_nibbles(blocks[:, :128], 64) | (_unpack_pairs(blocks[:, 128:192]) << 4)
     scales = np.ascontiguousarray(blocks[:, 192:208]).view(np.int8)
     return Centred(codes.reshape(N, -1), _halves(N, blocks[:, 208:]), scales.reshape(N, -1))
@@ -201,14 +202,6 @@ def decode(kind: str, raw: Bytes) -> Floats:
 def _minima(rows: int, codes: Codes, d: Bytes, dmin: Bytes, sc: Codes, m: Codes) -> Minima:
     numbers = (np.ascontiguousarray(part).reshape(rows, -1) for part in (sc, m))
     return Minima(codes.reshape(rows, -1), _halves(rows, d), _halves(rows, dmin), *numbers)
-
-
-def _blocks(kind: str, raw: Bytes) -> Bytes:
-    """(N, bytes of a row) -> (B, bytes of a block)."""
-    size = SIZES[kind][1]
-    if raw.shape[1] % size:
-        raise FormatError(f"{kind} has blocks of {size} bytes, a row has {raw.shape[1]}", hint="is the file complete?")
-    return np.ascontiguousarray(raw).reshape(-1, size)
 
 
 def _check(codes: Codes, largest: int) -> None:
