@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Protocol
 
+from llmq import formats
 from llmq.checkpoint import hub
 from llmq.checkpoint.index import gguf_file
-from llmq.errors import ConfigError
+from llmq.errors import ConfigError, listed
 from llmq.export import ACTIVATIONS, FLOAT, FLOAT_DTYPES, ONNX
 from llmq.export.conversion import Conversion
 from llmq.export.convert import Converter
@@ -76,7 +77,12 @@ def convert(
 
 
 def _refuse_unused(to: str, dtype: str | None, activations: str | None, *, allow_requantize: bool) -> None:
-    """Raise ConfigError for an option that has no effect on this format."""
+    """Raise ConfigError for a format that does not exist, or an option that has no effect on it."""
+    if to not in (*formats.names(), FLOAT, ONNX):
+        known = listed((*formats.names(), FLOAT, ONNX))
+        raise ConfigError(
+            f"--to is {to!r}, expected one of {known}", hint="docs/FORMATS.md says which engine reads which"
+        )
     if dtype is not None and to != FLOAT:
         raise ConfigError(f"--dtype is for --to float, found --to {to}", hint="omit --dtype: the format decides")
     if activations is not None and to != ONNX:

@@ -319,8 +319,8 @@ def test_the_command_reports_the_error_of_quantizing_again(packed: Any, tmp_path
 @pytest.mark.parametrize(
     ("options", "words", "hint"),
     [
-        (("--to", "tflite"), "format is 'tflite', expected one of awq, compressed-tensors", ""),
-        (("--to", "gguf:q4_k"), "format is 'gguf:q4_k', expected one of", ""),
+        (("--to", "tflite"), "--to is 'tflite', expected one of awq, compressed-tensors", "FORMATS.md"),
+        (("--to", "gguf:q4_k"), "mlx, float, onnx", "FORMATS.md"),
         (("--to", "awq"), "is not empty", "--overwrite"),
     ],
 )
