@@ -70,7 +70,7 @@ def outcome(line: Entry) -> Row:
         kind = "refused" if step == "llmq" and isinstance(error, LlmqError) else step
         where = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(where.filename).name}:{where.lineno}"
-        message = re.sub(r"/\S+/scratch/model", "the folder", str(error))
+        message = re.sub(r"\S+scratch/model", "the folder", str(error))
         return {"step": kind, "error": type(error).__name__, "message": message, "place": place}
     return {
         "step": "measured",
