@@ -35,6 +35,13 @@ def passed(work: Workload, amount: Counted, sequences: float, batch: int | None 
     return counted(work, Counted(amount.flops * sequences, amount.moved * sequences, amount.calls * batches))
 
 
+def differentiated(work: Workload, amount: Counted, sequences: float, batch: int | None = None) -> Work:
+    """The same for forwards with a graph and for backward passes, whose products may be in another dtype."""
+    done = passed(work, amount, sequences, batch)
+    flops = {work.forward_kind: 0.0} | {work.gradient_kind: done[work.forward_kind]}
+    return Work({**done.amounts, **flops})
+
+
 def streams(work: Workload, block: PlannedBlock, *, last: bool) -> Work:
     """The calibration text through one block, suspended before each group, and the runs that observe the block."""
     outline, tunes = block.outline, work.method.tuning is not None or work.method.block_tuning is not None
@@ -82,10 +89,10 @@ def float_probe(work: Workload) -> Work:
     return total([*blocks, through_head(work, tokens, 1, 1)])
 
 
-def through_head(work: Workload, tokens: float, times: int, passes: int) -> Work:
+def through_head(work: Workload, tokens: float, times: int, passes: int, kind: Kind | None = None) -> Work:
     """Logits of `tokens` tokens, `times` products with the head's weight, and passes over the logits."""
     outline = work.outline
-    return products(work.forward_kind, times * 2.0 * tokens * outline.width * outline.vocabulary) + elementwise(
+    return products(kind or work.forward_kind, times * 2.0 * tokens * outline.width * outline.vocabulary) + elementwise(
         passes * FLOAT * tokens * outline.vocabulary, 40
     )
 
@@ -95,13 +102,14 @@ def fisher(work: Workload) -> Work:
     if not work.method.needs_fisher:
         return Work()
     outputs = len(work.outline.blocks) * by_width(work, work.sequences)
-    parts = [through_head(work, work.tokens, 2, DRAW_PASSES), products(Kind.FLOAT32, outputs)]
+    parts = [through_head(work, work.tokens, 2, DRAW_PASSES, work.gradient_kind), products(Kind.FLOAT32, outputs)]
     for block, number in work.blocks():
         outline = block.outline
-        amount = outline.forward * 2 + outline.backward
+        forward = passed(work, outline.forward, work.sequences)
+        retreat = differentiated(work, outline.forward + outline.backward, work.sequences)
         features = work.outline.width + sum(x.share * x.out_features for x in outline.layers)
         squares = elementwise(3.0 * FLOAT * work.tokens * features)
-        parts.append((passed(work, amount, work.sequences) + squares) * number)
+        parts.append((forward + retreat + squares) * number)
     return total(parts)
 
 
@@ -141,7 +149,7 @@ def block_tuning(work: Workload, block: PlannedBlock) -> Work:
     sequences = min(max(1, tuning.tokens // work.length), work.fitted)
     judged = steps_judged(tuning, tuning_of_blocks.JUDGED)
     parts = [
-        passed(work, block.outline.forward + block.outline.both, sequences, sequences) * tuning.steps,
+        differentiated(work, block.outline.forward + block.outline.both, sequences, sequences) * tuning.steps,
         passed(work, block.outline.forward, work.validation, sequences) * judged,
         (update(block, tuning) + renewed(block, tuning)) * tuning.steps,
     ]
@@ -168,7 +176,8 @@ def end_to_end(work: Workload) -> Work:
     for block, number in work.blocks():
         outline = block.outline
         of_block = [
-            passed(work, outline.forward * 2 + outline.both, batch, batch) * tuning.steps,
+            passed(work, outline.forward, batch, batch) * tuning.steps,
+            differentiated(work, outline.forward + outline.both, batch, batch) * tuning.steps,
             passed(work, outline.forward, validation, batch) * judged,
             (unpacked(block) + update(block, tuning)) * tuning.steps,
             (unpacked(block) + renewed(block, tuning)) * (2 * tuning.steps + judged),

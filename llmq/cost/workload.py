@@ -10,6 +10,7 @@ from llmq.config import QuantConfig
 from llmq.cost.outline import BlockOutline, Layer, Outline
 from llmq.cost.work import Kind, Work
 from llmq.methods import Method
+from llmq.model.passes import short_products
 from llmq.numerics.scheme import WeightScheme
 
 
@@ -105,6 +106,11 @@ class Workload:
     def forward_kind(self) -> Kind:
         """The kind of the products in forwards."""
         return Kind.HALF if self.outline.itemsize == 2 else Kind.FLOAT32
+
+    @property
+    def gradient_kind(self) -> Kind:
+        """The kind of the products in forwards with a graph, and in the backward pass (`short_products.py`)."""
+        return Kind.HALF if self.device == "cpu" and short_products.is_fast() else self.forward_kind
 
     @property
     def gram_kind(self) -> Kind:

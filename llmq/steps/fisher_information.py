@@ -34,6 +34,7 @@ from llmq.model.build.skeleton import Skeleton
 from llmq.model.passes.backward import Tape, backward
 from llmq.model.passes.hidden_states import HiddenStates, Place, Storage
 from llmq.model.passes.recorded_calls import RecordedCalls
+from llmq.model.passes.short_products import short_products
 from llmq.model.passes.streams import Text
 from llmq.report.events import WEIGHTING, OnEvent, Progress, ignore
 from llmq.steps.kl_loss import Part, through_the_head
@@ -148,7 +149,9 @@ def drawn_slope(skeleton: Skeleton, tokens: Tensor, hidden: Tensor, chances: Ten
     def slope(logits: Tensor, part: Part) -> Tensor:
         return fisher_weights.drawn_slope(logits, chances[part].to(logits.device))
 
-    return through_the_head(skeleton, tokens, hidden, slope)
+    head = [] if skeleton.head_path is None else [skeleton.model.get_submodule(skeleton.head_path)]
+    with short_products(head):
+        return through_the_head(skeleton, tokens, hidden, slope)
 
 
 def fisher_information(

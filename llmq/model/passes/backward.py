@@ -21,6 +21,7 @@ from llmq.model.build.skeleton import Skeleton
 from llmq.model.passes.forward import Ready, forward, loaded
 from llmq.model.passes.hidden_states import HiddenStates, Storage
 from llmq.model.passes.recorded_calls import RecordedCalls
+from llmq.model.passes.short_products import short_products
 from llmq.model.passes.streams import Text
 
 Graph = tuple[Tensor, Tensor]
@@ -125,10 +126,10 @@ def backward(
 def differentiable(block: Block, call: Call, weights: Iterable[Tensor] = ()) -> Graph:
     """The hidden state (…, B, T, D) of `call` as a leaf, and the output of the block, with the graph between them.
 
-    The graph includes `weights`.
+    The graph includes `weights`. On some processors its products are in bfloat16 (`short_products.py`).
     """
     parameters = list(weights)
-    with torch.enable_grad():
+    with torch.enable_grad(), short_products(block.linears.values()):
         leaf = call.hidden.detach().requires_grad_(True)
         for parameter in parameters:
             parameter.requires_grad_(True)
