@@ -53,7 +53,7 @@ def serving() -> str:
 
     def row(name: str, engines: Sequence[str], asks: str, outcome: str, source: str, *, ran: bool = False) -> str:
         shown = ", ".join(engine for engine in ENGINES if engine in engines)
-        cells = (name, shown, asks, outcome, "run" if ran else "read", source)
+        cells = (name, shown, asks, outcome, "run" if ran else "read from source", source)
         return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 
     lines = ["| rule | engines | requirement | otherwise | seen | source |", "|---|---|---|---|---|---|"]

@@ -3,7 +3,7 @@
     bash scripts/test_vllm.sh
 
 Weights of 4 bits are multiplied in float32 (`llmq/engines/children/vllm_reference.py`), so what is tested is how vLLM
-reads configurations and weights, fuses them and packs them again. `eval/vllm.py` measures more models.
+reads configurations and weights, fuses, splits and packs them again. `eval/vllm.py` measures more models.
 """
 
 import os
@@ -34,6 +34,12 @@ CONFIGS: dict[str, Any] = {
     "llama": lambda: transformers.LlamaConfig(**SIZES),
     "qwen2": lambda: transformers.Qwen2Config(**WITHOUT_HEAD_DIM),
     "phi3": lambda: transformers.Phi3Config(**WITHOUT_HEAD_DIM),
+    "lfm2": lambda: transformers.Lfm2Config(
+        **WITHOUT_HEAD_DIM,
+        layer_types=["conv", "full_attention"],
+        block_auto_adjust_ff_dim=False,
+        conv_dim=128,
+    ),
 }
 
 
@@ -43,6 +49,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, config in CONFIGS.items():
         builders.save_model(folder / name, builders.causal_model(config()))
     return folder
+
+
+CALIBRATED: dict[str, Any] = {
+    "method": "gptq", "samples": 4, "seqlen": 32,
+    "calibration": [list(range(first, first + 64)) for first in range(3, 7)],
+}  # fmt: skip
 
 
 def quantized(model: Path, out: Path, **settings: Any) -> Path:
@@ -60,8 +72,10 @@ def quantized(model: Path, out: Path, **settings: Any) -> Path:
         ("llama", {"format": "awq", "symmetric": False}, "bfloat16", 1.5),
         ("qwen2", {"group_size": "channel"}, "float32", 1e-4),
         ("phi3", {}, "float32", 1e-4),
+        ("lfm2", {}, "float32", 5e-4),
         ("llama", {"preset": "w8a8", "group_size": None}, "bfloat16", 4.0),
         ("llama", {"preset": "w4a8", "format": "int-quantized"}, "bfloat16", 4.0),
+        ("llama", {"preset": "nvfp4", "group_size": None, **CALIBRATED}, "float32", 1e-4),
     ],
 )
 def test_log_probabilities_agree(
@@ -71,6 +85,13 @@ def test_log_probabilities_agree(
     agreement = compare(out, VLLM, python=PYTHON, dtype=dtype, reference=True, device="cpu")
     assert agreement.tokenized and agreement.largest <= largest
     assert agreement.same_top > (0.8 if settings.get("preset") else 0.9), "both round inputs, which differ by then"
+
+
+def test_two_processes_share_the_layers(models: Path, tmp_path: Path) -> None:
+    """Tensor parallelism: vLLM splits packed words, scales and heads between two processes."""
+    out = quantized(models / "llama", tmp_path / "out")
+    agreement = compare(out, VLLM, python=PYTHON, dtype="float32", reference=True, device="cpu", gpus=2)
+    assert agreement.largest <= 1e-4 and agreement.same_top == 1
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """vLLM, in a single process."""
 
-import importlib
 import os
 import time
 from typing import Any
@@ -21,11 +20,19 @@ def memory_share(device: str) -> float:
     return float(0.8 * memory.available / memory.total) if device == "cpu" else GPU_SHARE
 
 
+def bind_workers(count: int) -> None:
+    """Give each of the processes of tensor parallelism on a CPU one core: vLLM would give each a NUMA node."""
+    cores = [str(core) for core in sorted(os.sched_getaffinity(0))][:count]
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(cores))
+
+
 class Engine:
     def __init__(self, model: str, options: dict[str, Any]) -> None:
         self.version = f"vllm {vllm.__version__}"
-        if options.get("reference"):
-            importlib.import_module("vllm_reference").install()  # in the folder of this file
+        if options["device"] == "cpu" and options["gpus"] > 1:
+            bind_workers(options["gpus"])
+        # imported in each worker, from the folder of this file
+        extension = {"worker_extension_cls": "vllm_reference.Installed"} if options.get("reference") else {}
         self._llm = vllm.LLM(
             model=model,
             dtype=options["dtype"],
@@ -36,6 +43,7 @@ class Engine:
             enable_prefix_caching=False,
             enforce_eager=options["eager"],
             gpu_memory_utilization=memory_share(options["device"]),
+            **extension,
         )
 
     def tokenize(self, text: str) -> list[int]:

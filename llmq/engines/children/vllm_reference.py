@@ -1,12 +1,17 @@
-"""The packed product of vLLM on a CPU, in float32: slow, for comparing everything else that vLLM does with a
+"""Parts of vLLM that replace what it lacks on a CPU: slow, for comparing everything else that vLLM does with a
 checkpoint.
 
-vLLM's own kernel computes in 16 bits, and builds without AVX-512 lack it. This one gets the same arguments: the weights
-as vLLM has read, fused, split and packed them again.
+* The packed product of 4-bit weights, in float32.  vLLM's own kernel computes in 16 bits, and builds without AVX-512
+  lack it.  This one gets the same arguments: the weights as vLLM has read, fused, split and packed them again.
+* The rotary embedding for queries and keys of shape (T, H, D), which vLLM's kernel takes for T * H tokens (LFM2).
+* vLLM's own emulation of nvfp4 with quantized inputs, which it does not offer on CPUs.
 """
 
 import torch
 from torch import Tensor
+from vllm import _custom_ops
+from vllm.model_executor.kernels import linear
+from vllm.platforms.interface import PlatformEnum
 
 BITS, PER_WORD, BLOCK = 4, 8, 16
 SYMMETRIC_ZERO = 8
@@ -38,7 +43,20 @@ def product(
     return (output if bias is None else output + bias.float()).to(input.dtype)
 
 
-def install() -> None:
-    from vllm import _custom_ops
+def rotate(
+    positions: Tensor, query: Tensor, key: Tensor | None, head_size: int, cos_sin_cache: Tensor, *more: object
+) -> None:
+    """vLLM's rotary embedding, in place: its kernel for CPUs (0.32) takes each head of (T, H, D) for a token, so it
+    gets (T, H * D)."""
+    flat = (None if heads is None else heads.view(len(positions), -1) for heads in (query, key))
+    ROTATE(positions, *flat, head_size, cos_sin_cache, *more)
 
-    _custom_ops.cpu_gemm_wna16 = product
+
+ROTATE = _custom_ops.rotary_embedding
+_custom_ops.cpu_gemm_wna16 = product
+_custom_ops.rotary_embedding = rotate
+linear.register_linear_kernel(linear.EmulationNvFp4LinearKernel, PlatformEnum.CPU, "nvfp4")
+
+
+class Installed:
+    """An extension of vLLM's workers: naming it makes each of their processes import this module."""
