@@ -16,8 +16,8 @@ class Keywords(TypedDict, total=False):
     group_size: Literal[16, 32, 64, 128, 256, 512, 1024, "channel", "tensor"] | None
     symmetric: bool | None
     target_bits: float | None
-    preset: Literal["moe", "w8a8", "w4a8", "fp8"] | None
-    activations: Literal["none", "int8", "int8:static", "fp8", "fp8:static"] | None
+    preset: Literal["moe", "w8a8", "w4a8", "fp8", "nvfp4"] | None
+    activations: Literal["none", "int8", "int8:static", "fp8", "fp8:static", "nvfp4"] | None
     format: str | Sequence[str] | None
     skip: Sequence[str] | None
     overrides: str | Override | Sequence[str | Override | Mapping[str, Any]] | None

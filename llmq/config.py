@@ -172,7 +172,7 @@ class QuantConfig(Settings):
     preset: Annotated[str | None, Setting(choices=PRESETS)] = Field(
         default=None,
         description="Settings by a name. w8a8: 8 bits, one scale per row, with --activations int8. w4a8: 4 bits with "
-        "--activations int8. fp8: --bits fp8 with --activations fp8. moe, for mixtures of experts: 8 bits for all that "
+        "--activations int8. fp8, nvfp4: this grid for --bits and --activations. moe, for mixtures: 8 bits for what "
         "every token uses, --bits for routed experts; it adds overrides (--dry-run), your --override and --skip win.",
     )
     activations: Annotated[str, Inputs] = Field(
@@ -180,7 +180,7 @@ class QuantConfig(Settings):
         description="Quantize the inputs of the quantized layers as well, for engines with 8-bit products. int8 and "
         "fp8 have one scale per token, and lose little. int8:static and fp8:static have one scale per layer, from the "
         "calibration text, and lose more. Use int8 with --bits 8 --group-size channel (W8A8) or --bits 4, fp8 with "
-        "--bits fp8 or --bits 4; format compressed-tensors.",
+        "--bits fp8 or --bits 4, nvfp4 with --bits nvfp4; format compressed-tensors.",
     )
     format: Annotated[
         str | Strings, BeforeValidator(parse_formats), Setting(choices=FORMATS, metavar="FORMAT")

@@ -1,4 +1,4 @@
-"""NVFP4A16 and MXFP4A16 by llm-compressor: `eval/floats.py --llm-compressor PYTHON` starts this in that Python.
+"""NVFP4A16, NVFP4 and MXFP4A16 by llm-compressor: `eval/floats.py --llm-compressor PYTHON` starts this in that Python.
 
     PYTHON eval/peers/llm_compressor_floats.py MODEL TOKENS OUT SCHEME {rtn,gptq}
 
@@ -17,7 +17,7 @@ def main() -> None:
     from llmcompressor.modifiers.quantization import QuantizationModifier
 
     model, tokens, out, scheme, method = sys.argv[1:]
-    if method == "rtn":
+    if method == "rtn" and scheme.endswith("A16"):
         oneshot(
             model=model, recipe=QuantizationModifier(targets="Linear", scheme=scheme, ignore=["lm_head"]),
             output_dir=out,
@@ -25,10 +25,11 @@ def main() -> None:
         return
     windows = json.loads(Path(tokens).read_text(encoding="utf-8"))
     masks = [[1] * len(window) for window in windows]
+    modifier = GPTQModifier if method == "gptq" else QuantizationModifier
     oneshot(
         model=model,
         dataset=Dataset.from_dict({"input_ids": windows, "attention_mask": masks}),
-        recipe=GPTQModifier(targets="Linear", scheme=scheme, ignore=["lm_head"]),
+        recipe=modifier(targets="Linear", scheme=scheme, ignore=["lm_head"]),
         max_seq_length=len(windows[0]),
         num_calibration_samples=len(windows),
         output_dir=out,

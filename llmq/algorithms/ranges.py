@@ -9,11 +9,26 @@ its sum of squares (`numerics/input_histogram.py`); products of errors of differ
 import torch
 from torch import Tensor
 
-from llmq.numerics.fake_quantize import HALF_RANGES, nearest
+from llmq.numerics.fake_quantize import HALF_RANGES, global_scale, nearest
+from llmq.numerics.input_histogram import InputHistogram
+from llmq.numerics.scheme import InputScheme
 
 CANDIDATES = 160
 SMALLEST = 0.02  # the smallest range that is tried, as a part of the largest input
 AT_ONCE = 16  # candidates, which bounds memory
+
+
+def calibrated_scale(scheme: InputScheme, histogram: InputHistogram, dtype: torch.dtype) -> float:
+    """The number that is stored for inputs in `scheme`: a static scale of `dtype`, or the global scale of nvfp4."""
+    if scheme.scales == "local":
+        return global_scale(_largest(histogram.counts, histogram.limit))
+    return least_error_scale(histogram.counts, histogram.limit, dtype, scheme.dtype)
+
+
+def _largest(counts: Tensor, limit: float) -> float:
+    """The upper end of the last bin that is not empty, 0 if all inputs are 0."""
+    filled = counts.nonzero().flatten()
+    return (int(filled.max()) + 1) * limit / len(counts) if len(filled) else 0.0
 
 
 def least_error_scale(counts: Tensor, limit: float, dtype: torch.dtype, kind: str) -> float:
@@ -23,11 +38,9 @@ def least_error_scale(counts: Tensor, limit: float, dtype: torch.dtype, kind: st
 
     1 if all inputs are 0.
     """
-    filled = counts.nonzero().flatten()
-    if limit == 0 or len(filled) == 0:
+    largest, width = _largest(counts, limit), limit / len(counts)
+    if largest == 0:
         return 1.0
-    width = limit / len(counts)
-    largest = (int(filled.max()) + 1) * width
     parts = torch.logspace(0, torch.log10(torch.tensor(SMALLEST)).item(), CANDIDATES, dtype=torch.float64)
     limits = torch.finfo(dtype)
     subnormal = limits.tiny * limits.eps  # inputs of 1e-3 need scales below the normal numbers of float16

@@ -120,11 +120,11 @@ def weight_shape(
 
 def needs(reading: Reading) -> tuple[str, ...]:
     """See `Readable.needs`."""
-    static = (ct_groups.SCALE,) if reading.inputs is not None and reading.inputs.scales == "static" else ()
+    scale = ct_groups.needed(reading.inputs)
     if reading.in_place:
-        return ("weight", "weight_scale", *static)
+        return ("weight", "weight_scale", *scale)
     shape = () if reading.decode is not None else ("weight_shape",)
-    return ("weight_packed", "weight_scale", *shape, *static)
+    return ("weight_packed", "weight_scale", *shape, *scale)
 
 
 def refusal(scheme: WeightScheme, out_features: int, in_features: int) -> str | None:
@@ -279,6 +279,7 @@ LAYOUT = Layout(
         "weight_g_idx",
         "weight_global_scale",
         ct_groups.SCALE,
+        ct_groups.GLOBAL,
     ),
     codes=("weight_scale",),  # what all packings have
     pack=pack,

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from llmq.algorithms.ranges import least_error_scale
+from llmq.algorithms.ranges import calibrated_scale
 from llmq.model.analyse.input_groups import InputGroup
 from llmq.numerics.input_stats import InputStats
 from llmq.numerics.scheme import InputScheme
@@ -19,7 +19,6 @@ def schemes_of(
     for group, stats in unit.items():
         scheme = inputs
         if stats.histogram is not None:
-            scale = least_error_scale(stats.histogram.counts, stats.histogram.limit, torch.float32, inputs.dtype)
-            scheme = replace(inputs, scale=scale)
+            scheme = replace(inputs, scale=calibrated_scale(inputs, stats.histogram, torch.float32))
         schemes |= {path: scheme for path in group.names if path in paths}
     return schemes

@@ -196,7 +196,7 @@ class _Measuring:
                 variant.hidden = [block.run(call.with_hidden(state)) for call, state in pairs]
         groups = input_groups.input_groups(block, self._fitted.sample(memory.PROBE_TOKENS))
         inputs = self._question.inputs
-        ranges = inputs is not None and inputs.scales == "static"
+        ranges = inputs is not None and inputs.calibrated
         observed = input_groups.statistics(block, groups, self._fitted.calls(), histograms=ranges)
         for unit in units_of(block, groups):
             # An expert that no token reached is stored like the other experts of its layer, and has no error here.

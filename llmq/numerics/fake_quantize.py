@@ -1,14 +1,17 @@
-"""Fake quantization of inputs: floats with the values that an engine with 8-bit inputs would multiply.
+"""Fake quantization of inputs: floats with the values that an engine with quantized inputs would multiply.
 
     int8    x̂ = scale * clamp(round(x / scale), -128, 127)           with rounding half to even
     fp8     x̂ = scale * float8_e4m3fn(clamp(x / scale, -448, 448))
+    nvfp4   x̂ = scale * e2m1(clamp(x / scale, -6, 6))
 
     dynamic per token     scale = max|x| / half range, one scale per token (the last dimension is a row)
     static per tensor     scale is a number, from the calibration text
+    dynamic per 16        scale = float8_e4m3fn(global * max|x| / 6) / global, one per 16 inputs of a token, and global
+                          = 448 * 6 / the largest |x| of the calibration text
 
-The half range is 127.5 or 448.  This is the convention of compressed-tensors for `num_bits 8, symmetric`, so its
-checkpoints give the same results in transformers.  vLLM's kernels for int8 divide by 127 instead.  All values are
-computed in float32; compressed-tensors computes in the dtype of the model.
+The half range is 127.5 or 448.  This is the convention of compressed-tensors, so its checkpoints give the same results
+in transformers.  vLLM's kernels for int8 divide by 127 instead.  All values are computed in float32; compressed-tensors
+computes in the dtype of the model.
 
 Rounding has no useful gradient, so the gradient passes straight through (Bengio et al. 2013, arXiv:1308.3432):
 ∂x̂/∂x = 1.
@@ -23,18 +26,21 @@ import torch
 from torch import Tensor
 
 from llmq.errors import ConfigError
-from llmq.numerics.scheme import InputScheme
+from llmq.numerics.float_grid import E4M3, LARGEST_E4M3, TOP
+from llmq.numerics.scheme import FLOAT_GRIDS, InputScheme
+from llmq_kernels.value_tables import E2M1
 
 HALF_RANGES = {"int8": 127.5, "fp8": 448.0}  # half of the distance from the smallest value to the largest
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+INSTEAD_OF_ZERO = torch.finfo(E4M3).eps  # as compressed-tensors, for groups far below the largest
 
 Rounding = Callable[[Tensor], Tensor]
 """Inputs (…, K) of any float dtype -> quantized and dequantized again, in the same shape and dtype."""
 
 
 def rounding_for(scheme: InputScheme) -> Rounding:
-    """The function that fake-quantizes inputs in `scheme`; raises ConfigError for static inputs without a scale."""
-    if scheme.scales == "static" and scheme.scale is None:
+    """The function that fake-quantizes inputs in `scheme`; raises ConfigError if it has no scale yet."""
+    if scheme.calibrated and scheme.scale is None:
         raise ConfigError(
             f"inputs in {scheme} without a scale cannot be simulated",
             hint="use dynamic scales, such as InputScheme('int8', 'dynamic'), or give the scale",
@@ -55,10 +61,26 @@ def nearest(x: Tensor, dtype: str) -> Tensor:
     return x.clamp_(-HALF_RANGES[dtype], HALF_RANGES[dtype]).to(torch.float8_e4m3fn).to(x.dtype)
 
 
+def global_scale(largest: float) -> float:
+    """The global scale of nvfp4 for inputs up to `largest`; 1 if all inputs are 0."""
+    return LARGEST_E4M3 * TOP / largest if largest else 1.0
+
+
+def _in_groups(x: Tensor, shared: float) -> Tensor:
+    """Float32 `x` (…, K) rounded to nvfp4 with the global scale `shared`; K is a multiple of 16."""
+    groups = x.unflatten(-1, (-1, FLOAT_GRIDS["nvfp4"].group_size))
+    scales = (groups.abs().amax(-1, keepdim=True) / TOP * shared).clamp_max_(LARGEST_E4M3).to(E4M3).to(torch.float32)
+    scales = scales.masked_fill_(scales == 0, INSTEAD_OF_ZERO).div_(shared)
+    return E2M1.rounded(groups / scales).mul_(scales).flatten(-2)
+
+
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(_: object, x: Tensor, dtype: str, fixed: float | None) -> Tensor:
         values = x.to(torch.float32)
+        if dtype == "nvfp4":
+            assert fixed is not None, "it has a global scale"
+            return _in_groups(values, fixed).to(x.dtype)
         scale = fixed or (values.abs().amax(-1, keepdim=True) / HALF_RANGES[dtype]).clamp_min(SMALLEST_SCALE)
         return nearest(values / scale, dtype).mul_(scale).to(x.dtype)
 

@@ -3,6 +3,7 @@
     w8a8    --bits 8 --group-size channel --activations int8
     w4a8    --bits 4 --activations int8
     fp8     --bits fp8 --activations fp8
+    nvfp4   --bits nvfp4 --activations nvfp4
 
 A setting that is given next to the preset is used, or refused if it contradicts the name. So the preset is resolved
 where it is still known which settings were given, and not only what their values are.
@@ -17,8 +18,9 @@ WEIGHTS: Mapping[str, Mapping[str, Any]] = {
     "w8a8": {"bits": 8, "group_size": "channel"},
     "w4a8": {"bits": 4},
     "fp8": {"bits": "fp8"},
+    "nvfp4": {"bits": "nvfp4"},
 }
-INPUTS = {"w8a8": "int8", "w4a8": "int8", "fp8": "fp8"}
+INPUTS = {"w8a8": "int8", "w4a8": "int8", "fp8": "fp8", "nvfp4": "nvfp4"}
 
 
 def with_preset(given: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -15,8 +15,7 @@ GroupSize = int | Literal["channel", "tensor"]
 
 BITS = (2, 3, 4, 5, 6, 7, 8)
 GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)  # 16 * 2**n: what packed layouts and kernels tile by
-INPUT_DTYPES = ("int8", "fp8")
-INPUT_SCALES = ("dynamic", "static")
+INPUT_SCALES = {"int8": ("dynamic", "static"), "fp8": ("dynamic", "static"), "nvfp4": ("local",)}
 
 
 @dataclass(frozen=True)
@@ -146,34 +145,43 @@ class WeightScheme:
         )
 
 
+SPREAD = {"dynamic": "dynamic per token", "static": "static per tensor", "local": "dynamic per 16"}
+
+
 @dataclass(frozen=True)
 class InputScheme:
     """How the inputs of a linear layer are quantized before they are multiplied by its weights.
 
-    dtype   "int8" or "fp8" (float8_e4m3fn), both symmetric around zero
+    dtype   "int8", "fp8" (float8_e4m3fn) or "nvfp4", all symmetric around zero
     scales  "dynamic": one scale per token, computed at run time; "static": one scale for the whole tensor, fixed by
-            calibration
-    scale   the static scale of one layer; None before calibration, and for dynamic scales
+            calibration; "local", of nvfp4: one scale per 16 inputs of a token, computed at run time as E4M3 divided by
+            a global scale, which is fixed by calibration
+    scale   the static or the global scale of one layer; None before calibration, and for dynamic scales
     """
 
-    dtype: Literal["int8", "fp8"] = "int8"
-    scales: Literal["dynamic", "static"] = "dynamic"
+    dtype: Literal["int8", "fp8", "nvfp4"] = "int8"
+    scales: Literal["dynamic", "static", "local"] = "dynamic"
     scale: float | None = None
 
     def __post_init__(self) -> None:
-        for field, allowed in (("dtype", INPUT_DTYPES), ("scales", INPUT_SCALES)):
+        for field, allowed in (("dtype", tuple(INPUT_SCALES)), ("scales", INPUT_SCALES.get(self.dtype, ()))):
             value = getattr(self, field)
             if value not in allowed:
                 raise ConfigError(
                     f"{field} of an input scheme is {value!r}, expected one of {listed(allowed)}",
                     hint="InputScheme('int8', 'dynamic') is the usual choice",
                 )
-        if self.scale is not None and not (self.scales == "static" and 0 < self.scale < math.inf):
+        if self.scale is not None and not (self.calibrated and 0 < self.scale < math.inf):
             raise ConfigError(
                 f"scale of an input scheme is {self.scale!r} with {self.scales} scales, expected a positive number "
-                "with static scales, or none",
+                "with static and local scales, or none",
                 hint="leave it out: it is measured on the calibration text",
             )
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether a number of each layer is measured on text, and stored in the file."""
+        return self.scales != "dynamic"
 
     @property
     def declared(self) -> "InputScheme":
@@ -181,7 +189,7 @@ class InputScheme:
         return replace(self, scale=None)
 
     def __str__(self) -> str:
-        return f"{self.dtype} {self.scales} {'per token' if self.scales == 'dynamic' else 'per tensor'}"
+        return f"{self.dtype} {SPREAD[self.scales]}"
 
 
 ACTIVATIONS: Mapping[str, InputScheme | None] = {
@@ -190,6 +198,7 @@ ACTIVATIONS: Mapping[str, InputScheme | None] = {
     "int8:static": InputScheme("int8", "static"),
     "fp8": InputScheme("fp8", "dynamic"),
     "fp8:static": InputScheme("fp8", "static"),
+    "nvfp4": InputScheme("nvfp4", "local"),
 }
 """The values of `--activations`."""
 

@@ -181,7 +181,7 @@ class PackedWeights:
     def inputs(self, module: str) -> InputScheme | None:
         """How the inputs of a module are quantized; None for float inputs, and for what `not_applied` names."""
         declared = self._how(module).inputs
-        if declared is None or declared.scales == "dynamic":
+        if declared is None or not declared.calibrated:
             return declared
         assert isinstance(self._layout, Layout) and self._layout.with_inputs is not None, "it declares inputs"
         try:

@@ -1,4 +1,5 @@
-"""Static scales of the inputs of layers: measured in a run, read from committed blocks, applied in all later passes.
+"""Static and global scales of the inputs of layers: measured in a run, read from committed blocks, applied in all
+later passes.
 
 A scale is fitted to the inputs of the quantized model: the layers before, and their inputs, are quantized already. All
 layers that share an input have the same scale.
@@ -8,7 +9,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from llmq.algorithms.ranges import least_error_scale
+from llmq.algorithms.ranges import calibrated_scale
 from llmq.model.analyse.input_groups import InputGroup
 from llmq.model.build.block import Block
 from llmq.numerics.affine_grid import dtype_of
@@ -28,11 +29,10 @@ def measure(run: Run, block: Block, group: InputGroup, stats: InputStats | None)
     for path in waiting:
         plan = run.plans[path]
         assert plan.scheme.inputs is not None, "it waits for a scale"
-        scale = least_error_scale(histogram.counts, histogram.limit, dtype, plan.scheme.inputs.dtype)
-        run.plans[path] = plan.with_input_scale(scale)
+        run.plans[path] = plan.with_input_scale(calibrated_scale(plan.scheme.inputs, histogram, dtype))
     apply(run, block)
     return [
-        f"{run.plans[path].name}: its inputs are 0 in all calibration tokens, so that their static scale is 1, which "
+        f"{run.plans[path].name}: its inputs are 0 in all calibration tokens, so that their scale is 1, which "
         "is a guess; use other text, or activations=none in an override"
         for path in waiting
         if histogram.limit == 0
@@ -42,7 +42,7 @@ def measure(run: Run, block: Block, group: InputGroup, stats: InputStats | None)
 def restore(run: Run, block: Block, path: str, tensors: Mapping[str, Tensor]) -> None:
     """Take the static scale of a committed layer from the tensors of its block."""
     layout, plan = run.layout, run.plans[path]
-    if plan.scheme.inputs is None or plan.scheme.inputs.scales == "dynamic" or layout.with_inputs is None:
+    if plan.scheme.inputs is None or not plan.scheme.inputs.calibrated or layout.with_inputs is None:
         return
     own = {name.removeprefix(f"{plan.name}."): tensor for name, tensor in tensors.items() if name.startswith(plan.name)}
     run.plans[path] = plan.with_input_scale(layout.with_inputs.scale(own))

@@ -200,9 +200,10 @@ def require_inputs(settings: QuantConfig) -> None:
     for name in settings.formats:
         if (reason := inputs_refusal(name)) is not None:
             raise ConfigError(reason, hint=f"give --format {INPUTS_IN}, or leave --activations out")
-    if settings.static_inputs and not settings.stages.needs_calibration:
+    measured = [str(inputs) for inputs in settings.input_schemes if inputs is not None and inputs.calibrated]
+    if measured and not settings.stages.needs_calibration:
         raise ConfigError(
-            f"static scales of inputs are measured on text, but the method {settings.method} reads none",
+            f"the scales of inputs in {measured[0]} are measured on text, but the method {settings.method} reads none",
             hint="give --method fast and --calibration, or dynamic scales, such as --activations int8",
         )
 

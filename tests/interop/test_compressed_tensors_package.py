@@ -18,13 +18,16 @@ from compressed_tensors.quantization import (  # type: ignore[import-untyped]
     QuantizationStatus,
 )
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize  # type: ignore[import-untyped]
-from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp  # type: ignore[import-untyped]
+from compressed_tensors.quantization.utils import (  # type: ignore[import-untyped]
+    compute_dynamic_scales_and_zp,
+    generate_gparam,
+)
 
 from llmq.formats import compressed_tensors
 from llmq.numerics import affine_grid
 from llmq.numerics.fake_quantize import rounding_for
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import BITS, InputScheme, WeightScheme
+from llmq.numerics.scheme import BITS, InputScheme, Scheme, WeightScheme
 
 pytestmark = pytest.mark.interop
 
@@ -108,6 +111,20 @@ def test_inputs_are_rounded_as_the_package_rounds_them(dtype: Any, kind: Any) ->
     scale, zero = compute_dynamic_scales_and_zp(x, arguments, torch.nn.Linear(96, 8))
     rounding = rounding_for(InputScheme(dtype, "dynamic"))
     assert torch.equal(rounding(x), fake_quantize(x, scale, zero, arguments))
+
+
+def test_inputs_in_nvfp4_are_rounded_as_the_package_rounds_them() -> None:
+    scheme = Scheme(WeightScheme.of_floats("nvfp4"), InputScheme("nvfp4", "local"))
+    declared = QuantizationConfig.model_validate(compressed_tensors.LAYOUT.declare({"a": scheme}, []))
+    (group,) = declared.config_groups.values()
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 40, 96, generator=draw) * 10 ** torch.randn(3, 40, 1, generator=draw)
+    x[0, 0, :16], x[0, 1] = 0, 1e-6
+    shared = generate_gparam(x[:2].min(), x[:2].max())
+    scale, zero = compute_dynamic_scales_and_zp(x, group.input_activations, torch.nn.Linear(96, 8), shared)
+    theirs = fake_quantize(x, scale, zero, group.input_activations, global_scale=shared)
+    ours = rounding_for(InputScheme("nvfp4", "local", float(shared)))(x)
+    assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "fp8"])

@@ -48,8 +48,8 @@ save_file(logits, sys.argv[1])
 
 BUNDLED = "the bundled model, W8A8"
 STATIC = "W8A8 with static inputs"
-FP8 = ("fp8", "fp8 with static inputs", "W4A8 with fp8 inputs")
-WITH_INPUTS = (BUNDLED, STATIC, "W8A8", "W8A8 with float inputs of some layers", "W4A8", "W4A8 in bytes", *FP8)
+FLOATS = ("fp8", "fp8 with static inputs", "W4A8 with fp8 inputs")
+WITH_INPUTS = (BUNDLED, STATIC, "W8A8", "W8A8 with float inputs of some layers", "W4A8", "W4A8 in bytes", *FLOATS)
 NEOX = "a model whose head has another name on the disk"
 
 CALIBRATED: dict[str, Any] = {
@@ -153,6 +153,26 @@ def test_transformers_decompresses_floats_to_the_bit(settings: dict[str, Any], t
     assert len(weights) == 7
     for name, weight in weights.items():
         assert torch.equal(model.get_parameter(name), weight.to(torch.bfloat16)), name
+
+
+def test_transformers_rounds_inputs_to_nvfp4_alike(tmp_path: Path) -> None:
+    """The package decompresses to bfloat16, which is exact, and runs in float32 only after that."""
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=96,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    builders.save_tokenizer(tmp_path / "base")
+    llmq.quantize(str(tmp_path / "base"), tmp_path / "out", device="cpu", preset="nvfp4", **CALIBRATED)
+    model, tokens = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), torch.arange(3, 67)[None]
+    with torch.no_grad():
+        model(tokens)  # decompresses
+        torch.nn.Module.float(model)  # its own float() refuses quantized models
+        theirs = model(tokens).logits.log_softmax(-1)
+    ours = {name: evaluated(tmp_path / "out", tokens, name).log_softmax(-1) for name in ("file", "none")}
+    assert (ours["file"] - theirs).abs().max() < 1e-5
+    assert (ours["none"] - theirs).abs().max() > 1e-3
 
 
 @pytest.mark.slow

@@ -4,7 +4,9 @@
     num_bits 8, strategy token, dynamic                             int-quantized             pack-quantized
     num_bits 8, strategy tensor, and a tensor input_scale (1,)      weight int8 (N, K)        weight_packed …
 
-These are inputs in int8.  The type of inputs in fp8 is float; their weights are stored as those with float inputs.
+These are inputs in int8.  The type of inputs in fp8 is float; their weights are stored as those with float inputs, and
+so are those with inputs in nvfp4, which have num_bits 4, strategy tensor_group, group_size 16, dynamic "local", and a
+tensor input_global_scale float32 (1,).
 
 A group with quantized inputs has the key `format`.  Without it, readers infer the format from the two schemes, and take
 packed words of 4 bits for bytes (observed with compressed-tensors 0.20).  The format of a file with different groups is
@@ -21,13 +23,14 @@ import torch
 from torch import Tensor
 
 from llmq.errors import FormatError
-from llmq.formats.codecs import checks, ct_floats
+from llmq.formats.codecs import checks, ct_floats, fp4
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import InputScheme, Scheme, WeightScheme
 
 NAME = "compressed-tensors"
 WORDS, BYTES, MIXED = "pack-quantized", "int-quantized", "mixed-precision"
-SCALE = "input_scale"
+SCALE, GLOBAL = "input_scale", "input_global_scale"
+LOCAL_KEYS = ("num_bits", "type", "symmetric", "strategy", "group_size")  # of inputs in nvfp4
 
 
 def refusal(scheme: Scheme) -> str | None:
@@ -37,13 +40,15 @@ def refusal(scheme: Scheme) -> str | None:
         return None
     if not weights.symmetric:
         return "no engine multiplies 8-bit inputs by weights with zero points: use --symmetric"
+    if "nvfp4" in (inputs.dtype, weights.floats) and inputs.dtype != weights.floats:
+        return f"no engine multiplies inputs in {inputs.dtype} by weights in {weights}: use nvfp4 for both, or for none"
     if inputs.dtype == "int8":
         if weights.floats is not None:
             return f"no engine multiplies int8 inputs by {weights.floats}: use --bits 4 or 8"
         if weights.bits == 8 and isinstance(weights.group_size, int):
             return "no engine multiplies int8 inputs by weights of 8 bits in groups: use --group-size channel"
         return None
-    if weights.floats == "fp8":
+    if weights.floats in ("fp8", "nvfp4"):
         return None
     if weights.floats or (weights.bits, weights.group_size) != (4, 128):
         return f"fp8 inputs need weights in fp8, or in 4 bits with --group-size 128, not {weights}"
@@ -117,6 +122,8 @@ def inputs_block(inputs: InputScheme | None) -> dict[str, Any] | None:
     """The block `input_activations`; None for float inputs."""
     if inputs is None:
         return None
+    if inputs.dtype == "nvfp4":
+        return {**fp4.weights_block(WeightScheme.of_floats("nvfp4")), "dynamic": "local"}
     dynamic = inputs.scales == "dynamic"
     return {
         "num_bits": 8,
@@ -133,6 +140,10 @@ def read_inputs(declared: Any) -> InputScheme | None:
     """The scheme that a block `input_activations` declares; None for one that llmq does not compute."""
     given = checks.mapping(declared, "input_activations")
     kind = given.get("type", "int")
+    if given.get("dynamic") == "local":
+        local = InputScheme("nvfp4", "local")
+        expected = inputs_block(local)
+        return local if expected is not None and all(given.get(key) == expected[key] for key in LOCAL_KEYS) else None
     if given.get("num_bits") != 8 or given.get("symmetric", True) is not True or kind not in ("int", "float"):
         return None
     dtype: Literal["int8", "fp8"] = "int8" if kind == "int" else "fp8"
@@ -152,16 +163,26 @@ def pack_bytes(q: QuantizedTensor) -> dict[str, Tensor]:
 
 
 def tensors_of(inputs: InputScheme, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of quantized inputs: the scale of static ones, in the dtype of the scales of the weight.
+    """The tensors of quantized inputs: the scale of static ones, in the dtype of the scales of the weight, or the
+    global scale of nvfp4.
 
-    Raises FormatError for static inputs whose scale was not measured.
+    Raises FormatError for inputs whose scale was not measured.
     """
-    if inputs.scales == "static" and inputs.scale is None:
-        raise FormatError("the inputs have no static scale, expected one", hint="use dynamic scales: activations=int8")
-    return {} if inputs.scale is None else {SCALE: torch.tensor([inputs.scale], dtype=dtype)}
+    if inputs.calibrated and inputs.scale is None:
+        raise FormatError(f"inputs in {inputs} have no scale, expected one", hint="use dynamic ones: activations=int8")
+    if inputs.scale is None:
+        return {}
+    kept = (GLOBAL, torch.float32) if inputs.scales == "local" else (SCALE, dtype)
+    return {kept[0]: torch.tensor([inputs.scale], dtype=kept[1])}
+
+
+def needed(inputs: InputScheme | None) -> tuple[str, ...]:
+    """The suffixes of the tensors of quantized inputs."""
+    return () if inputs is None else {"dynamic": (), "static": (SCALE,), "local": (GLOBAL,)}[inputs.scales]
 
 
 def stored_scale(tensors: Mapping[str, Tensor]) -> float:
-    """The static scale of a module."""
-    flat = {SCALE: tensors[SCALE].reshape(-1)} if SCALE in tensors else {}
-    return float(checks.stored(flat, SCALE, checks.SCALE_DTYPES, (1,)))
+    """The static or the global scale of the inputs of a module."""
+    name = GLOBAL if GLOBAL in tensors else SCALE
+    flat = {name: tensors[name].reshape(-1)} if name in tensors else {}
+    return float(checks.stored(flat, name, checks.SCALE_DTYPES, (1,)))

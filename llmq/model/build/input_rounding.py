@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from llmq.errors import ConfigError
 from llmq.model.experts.separate import Routed, SeparateExperts
 from llmq.numerics.fake_quantize import Rounding, rounding_for
-from llmq.numerics.scheme import InputScheme
+from llmq.numerics.scheme import INPUT_SCALES, InputScheme
 
 
 class InputRounding:
@@ -102,7 +102,7 @@ class InputRounding:
 
 
 def _unmeasured(scheme: InputScheme) -> bool:
-    return scheme.scales == "static" and scheme.scale is None
+    return scheme.calibrated and scheme.scale is None
 
 
 def _stations(
@@ -120,9 +120,10 @@ def _stations(
             )
         for scheme in schemes_of_experts - {None}:
             assert scheme is not None
-            if scheme.scales == "static":
+            if scheme.calibrated:
+                dynamic = scheme.dtype if "dynamic" in INPUT_SCALES[scheme.dtype] else "none"
                 raise ConfigError(
-                    f"the experts of {path} would have inputs with static scales, expected dynamic ones",
-                    hint=f"add --override '*experts*:activations={scheme.dtype}': an expert sees too few tokens",
+                    f"the experts of {path} would have inputs in {scheme}, whose scale is measured on text",
+                    hint=f"add --override '*experts*:activations={dynamic}': an expert sees too few tokens",
                 )
             yield station, scheme

@@ -60,7 +60,8 @@ def _other_groups(weights: WeightScheme, _: InputScheme) -> str | None:
 grouped, fewer_bits, bytes_ = (_of_layers(problem, "int8") for problem in (_grouped, _fewer_bits, _bytes))
 floats, four_bits, other_groups = (_of_layers(problem, "fp8") for problem in (_bytes, _fewer_bits, _other_groups))
 static_fewer_bits = _of_layers(_static_fewer_bits, "int8", "fp8")
-quantized = _of_layers(lambda _, inputs: f"its inputs are in {inputs.dtype}", "int8", "fp8")
+quantized = _of_layers(lambda _, inputs: f"its inputs are in {inputs.dtype}", "int8", "fp8", "nvfp4")
+nvfp4 = _of_layers(lambda *_: "its inputs are in nvfp4", "nvfp4")
 
 
 def words(subject: Subject) -> Problems:

@@ -160,7 +160,7 @@ RULES = (
          "--symmetric"),
     Rule("floats of four bits", (VLLM,), "a GPU of compute capability 7.5 (nvfp4) or 8.0 (mxfp4)", NOTE,
          "vLLM 0.32, schemes/compressed_tensors_w4a4_nvfp4.py (use_a16) and compressed_tensors_w4a4_mxfp4.py; "
-         "on a CPU, run: `Marlin FP4 not available`", ask.floats("nvfp4", "mxfp4")),
+         "on a CPU, run: `Marlin FP4 not available`", ask.floats("nvfp4", "mxfp4"), ran=True),
     Rule("inputs of mxfp4", (VLLM,), "a GPU before Blackwell, for float inputs: others round inputs to mxfp4", NOTE,
          "vLLM 0.32, compressed_tensors_w4a4_mxfp4.py: `On SM100+ with FlashInfer: true W4A4`", ask.floats("mxfp4"),
          "llmq eval measures float inputs; nvfp4 has them on every GPU"),
@@ -219,6 +219,11 @@ RULES = (
     Rule("4 bits with fp8 inputs", (SGLANG,), "weights in fp8, if the inputs are in fp8", UNKNOWN,
          "SGLang, schemes of compressed_tensors: 4 bits with fp8 are for experts only",
          quantized_inputs.four_bits, "--preset fp8, or 4 bits alone"),
+    Rule("products of nvfp4", (VLLM,), "a GPU of compute capability 10.0 (Blackwell), for inputs in nvfp4", NOTE,
+         "vLLM 0.32, source: _POSSIBLE_NVFP4_KERNELS; Marlin on older GPUs has inputs in 16 bits; on a CPU, run: "
+         "`Failed to find a kernel that can implement the NVFP4 linear layer`", quantized_inputs.nvfp4, ran=True),
+    Rule("products of nvfp4", (SGLANG,), "inputs that are not in nvfp4", UNKNOWN, "not tried", quantized_inputs.nvfp4,
+         "try it"),
     Rule("inputs are rounded in float", (TRANSFORMERS,), "inputs in 16 bits, for a gain in speed", SLOWER,
          "transformers 5.23 with compressed-tensors 0.20: the same values, computed in float",
          quantized_inputs.quantized, ran=True),

@@ -15,6 +15,7 @@ from llmq.numerics.scheme import InputScheme, Scheme, WeightScheme
 LAYOUT = compressed_tensors.LAYOUT
 DYNAMIC, STATIC = InputScheme("int8", "dynamic"), InputScheme("int8", "static", 0.125)
 CHANNEL, GROUPED, FP8 = WeightScheme(8, "channel"), WeightScheme(4, 32), WeightScheme.of_floats("fp8")
+NVFP4 = WeightScheme.of_floats("nvfp4")
 TOKEN_BLOCK = {
     "num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True, "group_size": None,
     "actorder": None,
@@ -25,6 +26,8 @@ def weight(scheme: WeightScheme) -> QuantizedTensor:
     draw = torch.Generator().manual_seed(0)
     codes = torch.randint(0, scheme.levels + 1, (8, 64), dtype=torch.uint8, generator=draw)
     scales = torch.rand(8, 64 // scheme.columns_per_group(64), generator=draw).to(torch.bfloat16)
+    if scheme == NVFP4:
+        return QuantizedTensor(codes, torch.ones(scales.shape), None, scheme, global_scale=torch.ones(8, 1))
     return QuantizedTensor(codes, scales, None, scheme)
 
 
@@ -95,6 +98,7 @@ def test_without_quantized_inputs_groups_have_no_format() -> None:
         Scheme(FP8, InputScheme("fp8", "dynamic")),
         Scheme(FP8, InputScheme("fp8", "static", 0.125)),
         Scheme(GROUPED, InputScheme("fp8", "dynamic")),
+        Scheme(NVFP4, InputScheme("nvfp4", "local", 384.0)),
     ],
     ids=str,
 )
@@ -133,6 +137,19 @@ def test_a_damaged_static_scale_is_an_error(stored: torch.Tensor | None) -> None
         LAYOUT.with_inputs.scale({} if stored is None else {"input_scale": stored})
 
 
+def test_inputs_in_nvfp4_are_declared_as_compressed_tensors_does() -> None:
+    scheme = Scheme(NVFP4, InputScheme("nvfp4", "local", 384.0))
+    block = LAYOUT.declare({"a": scheme, "b": Scheme(NVFP4, InputScheme("nvfp4", "local", 2.0))}, [])
+    [group] = block["config_groups"].values()
+    assert (block["format"], group["format"]) == ("nvfp4-pack-quantized", "nvfp4-pack-quantized")
+    assert group["input_activations"] == {
+        "num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": 16,
+        "dynamic": "local", "scale_dtype": "torch.float8_e4m3fn",
+    }  # fmt: skip
+    tensors = LAYOUT.pack_layer(weight(NVFP4), scheme.inputs)
+    assert tensors["input_global_scale"].dtype == torch.float32 and tensors["input_global_scale"].tolist() == [384.0]
+
+
 def test_inputs_in_fp8_are_declared_as_floats() -> None:
     block = LAYOUT.declare({"a": Scheme(FP8, InputScheme("fp8", "dynamic"))}, [])
     [group] = block["config_groups"].values()
@@ -148,7 +165,8 @@ def test_inputs_in_fp8_are_declared_as_floats() -> None:
         (WeightScheme(4, 32, False), DYNAMIC, "zero points"),
         (WeightScheme(8, 128), DYNAMIC, "use --group-size channel"),
         (FP8, DYNAMIC, "no engine multiplies int8 inputs by fp8"),
-        (WeightScheme.of_floats("nvfp4"), InputScheme("fp8"), "not nvfp4"),
+        (NVFP4, InputScheme("fp8"), "no engine multiplies inputs in fp8 by weights in nvfp4"),
+        (FP8, InputScheme("nvfp4", "local"), "use nvfp4 for both, or for none"),
         (CHANNEL, InputScheme("fp8"), "not int8 channel"),
         (GROUPED, InputScheme("fp8"), "with --group-size 128"),
         (WeightScheme(4), InputScheme("fp8", "static"), "dynamic scales only"),
@@ -166,6 +184,7 @@ def test_products_without_a_kernel_are_refused(weights: WeightScheme, inputs: In
         Scheme(CHANNEL, DYNAMIC),
         Scheme(WeightScheme(4), InputScheme("fp8")),
         Scheme(FP8, InputScheme("fp8", "static")),
+        Scheme(NVFP4, InputScheme("nvfp4", "local")),
     ],
     ids=str,
 )
@@ -181,5 +200,5 @@ def test_other_formats_have_no_place_for_quantized_inputs(name: str) -> None:
 
 def test_static_inputs_without_a_scale_are_not_written() -> None:
     assert LAYOUT.with_inputs is not None
-    with pytest.raises(FormatError, match="no static scale"):
+    with pytest.raises(FormatError, match="int8 static per tensor have no scale"):
         LAYOUT.with_inputs.pack(weight(CHANNEL), InputScheme("int8", "static"))

@@ -93,6 +93,18 @@ def test_a_static_scale_clips_fp8() -> None:
     assert rounding_for(InputScheme("fp8", "static", 0.5))(x).tolist() == [[224.0, -224.0, 0.3125, 16.0]]
 
 
+def test_nvfp4_has_a_scale_per_16_inputs_below_a_global_one() -> None:
+    """The global scale is 448 * 6 / 12, so that scales of 12 / 6 and 3 / 6 are 448 / 224 and 112 / 224."""
+    x = torch.zeros(2, 32)
+    x[0, :4] = torch.tensor([12.0, 2.9, -0.6, 0.4])  # in units of 2: 6, 1.45, -0.3, 0.2
+    x[0, 16:19] = torch.tensor([-3.0, 0.9, 1.2])  # in units of .5: -6, 1.8, 2.4
+    x[1, :2] = torch.tensor([24.0, 1e-7])  # the scale ends at 448 / 224, so that 24 is clipped
+    rounded = rounding_for(InputScheme("nvfp4", "local", 448 * 6 / 12))(x)
+    assert rounded[0, :4].tolist() == [12.0, 3.0, -1.0, 0.0]
+    assert rounded[0, 16:19].tolist() == [-3.0, 1.0, 1.0]
+    assert rounded[1, :2].tolist() == [12.0, 0.0] and not rounded[1, 2:].any()
+
+
 @pytest.mark.parametrize("dtype", ["int8", "fp8"])
 def test_static_inputs_without_a_scale_are_refused(dtype: Any) -> None:
     with pytest.raises(ConfigError, match=f"{dtype} static .*cannot be simulated") as caught:

@@ -21,13 +21,17 @@ def test_schemes_are_public() -> None:
         (Scheme(WeightScheme(4, 128)), "int4 g128 symmetric"),
         (Scheme(WeightScheme(8, "channel"), InputScheme()), "int8 channel symmetric, inputs int8 dynamic per token"),
         (Scheme(None, InputScheme("fp8", "static")), "float, inputs fp8 static per tensor"),
+        (Scheme(None, InputScheme("nvfp4", "local")), "float, inputs nvfp4 dynamic per 16"),
     ],
 )
 def test_a_scheme_is_described_in_words(scheme: Scheme, text: str) -> None:
     assert str(scheme) == text
 
 
-@pytest.mark.parametrize("fields", [("int4", "dynamic"), ("int8", "per token"), (8, "dynamic"), ("int8", None)])
+@pytest.mark.parametrize(
+    "fields",
+    [("int4", "dynamic"), ("int8", "per token"), (8, "dynamic"), ("int8", None), ("nvfp4", "static"), ("fp8", "local")],
+)
 def test_an_unknown_input_scheme_is_refused(fields: Any) -> None:
     with pytest.raises(ConfigError, match=r"of an input scheme is .*, expected one of") as caught:
         InputScheme(*fields)

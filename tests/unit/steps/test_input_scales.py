@@ -7,11 +7,21 @@ import pytest
 import torch
 
 from llmq.algorithms import Options
+from llmq.algorithms.ranges import calibrated_scale
 from llmq.model.analyse.input_groups import InputGroup
 from llmq.numerics.input_histogram import InputHistogram
 from llmq.numerics.layer_plan import LayerPlan
 from llmq.numerics.scheme import InputScheme, Scheme, WeightScheme
 from llmq.steps import input_scales
+
+
+@pytest.mark.parametrize("largest", [0.0, 1.5])
+def test_the_global_scale_of_nvfp4_holds_the_largest_input(largest: float) -> None:
+    histogram = InputHistogram(torch.ones(4))
+    histogram.update(torch.tensor([[largest, -largest, largest / 2, 0.0]]))
+    scale = calibrated_scale(InputScheme("nvfp4", "local"), histogram, torch.bfloat16)
+    assert scale == pytest.approx(448 * 6 / largest if largest else 1.0, rel=2e-4)
+    assert scale * largest <= 448 * 6
 
 
 @pytest.mark.parametrize("size", [0.0, 2.0])

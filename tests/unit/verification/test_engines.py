@@ -465,6 +465,12 @@ def test_fp8_inputs_need_weights_in_fp8_or_in_groups_of_128() -> None:
     assert loads(with_inputs(WeightScheme(4, 64), InputScheme("fp8", "dynamic")))["vLLM"] is False
 
 
+def test_inputs_in_nvfp4_are_for_gpus_of_vllm() -> None:
+    subject = with_inputs(WeightScheme.of_floats("nvfp4"), InputScheme("nvfp4", "local"))
+    assert loads(subject)["vLLM"] and loads(subject)["SGLang"] is None
+    assert "inputs are in nvfp4" in violations(subject, "vLLM", "products of nvfp4")[0]
+
+
 def test_bytes_of_fewer_bits_are_for_cpus() -> None:
     block = {"format": "int-quantized", "weights": {}, "input_activations": {"num_bits": 8}}
     subject = with_inputs(G128, DYNAMIC)
