@@ -26,7 +26,9 @@ def pages() -> Iterator[tuple[Path, str]]:
     yield FOLDER / "python.md", python()
     steps = json.loads((DOCS / "FIRST_RUN.json").read_text(encoding="utf-8"))["steps"]
     yield DOCS / "TUTORIAL.md", with_parts(DOCS / "TUTORIAL.md", outputs(steps))
-    yield DOCS / "FIRST_RUN.md", with_parts(DOCS / "FIRST_RUN.md", {"steps": times(steps)})
+    lines = json.loads((DOCS / "FIRST_LINES.json").read_text(encoding="utf-8"))
+    tables = {"steps": times(steps), "first lines": first_lines(lines)}
+    yield DOCS / "FIRST_RUN.md", with_parts(DOCS / "FIRST_RUN.md", tables)
 
 
 def with_parts(page: Path, parts: Mapping[str, str]) -> str:
@@ -56,6 +58,16 @@ def times(steps: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def first_lines(record: Mapping[str, Any]) -> str:
+    """The table of the time until the first line, and how it was measured."""
+    columns = ("seconds", "slowest", "cpu_seconds", "cold")
+    rows = [f"| `llmq {row['command']}` | {' | '.join(f'{row[column]:.2f} s' for column in columns)} |"
+            for row in record["commands"]]  # fmt: skip
+    head = ["| command | seconds | slowest | CPU seconds | cold |", "|---|---:|---:|---:|---:|"]
+    where = f"Measured on {record['date']}, {record['cores']} cores with a load average of {record['load']}."
+    return "\n".join([*head, *rows, "", where])
+
+
 def cell(text: object) -> str:
     """One cell of a table."""
     return " ".join(str(text).split()).replace("|", r"\|")
@@ -68,16 +80,14 @@ def plain(text: str) -> str:
 
 def commands() -> str:
     """`--help` of all commands; options that several commands share are repeated."""
-    import typer
+    from llmq.cli import PANELS, every_command
 
-    from llmq.cli import PANELS, app
-
-    group: Any = typer.main.get_command(app)
-    panels = {panel: [name for name, command in group.commands.items() if command.rich_help_panel == panel]
+    known = every_command()
+    panels = {panel: [name for name, command in known.items() if command.rich_help_panel == panel]
               for panel in PANELS}  # fmt: skip
     links = [f"* {panel}: {', '.join(f'[{name}](#llmq-{name})' for name in named)}" for panel, named in panels.items()]
     parts = [f"# Commands\n\n{MADE} `llmq COMMAND --help` prints the same.", "\n".join(links)]
-    for name, command in group.commands.items():
+    for name, command in known.items():
         parts.append(f"## llmq {name}\n\n```text\n{inspect.cleandoc(command.help)}\n```")
         rows = [option_row(option) for option in command.params if option.name != "help"]
         parts.append("\n".join(["| argument or option | explanation |", "|---|---|", *rows]))

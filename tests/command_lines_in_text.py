@@ -4,9 +4,7 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 
-import typer
-
-from llmq.cli import app
+from llmq.cli import every_command
 
 CODE_BLOCK = re.compile(r"^(<!-- runs -->\n)?```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SHELLS = ("console", "bash", "sh")
@@ -19,7 +17,7 @@ def parse(arguments: Sequence[str]) -> None:
     `quantize`, `plan` and `sensitivity` check settings before their work, as `quantize --print-config` does.
     """
     command, *rest = arguments
-    chosen = typer.main.get_command(app).commands[command]  # type: ignore[attr-defined]
+    chosen = every_command()[command]
     with chosen.make_context(f"llmq {command}", list(rest)) as context:
         if command == "quantize" and context.params["config"] is None:
             context.invoke(chosen.callback, **{**context.params, "print_config": True})

@@ -5,8 +5,8 @@ A file of this folder that has a function `command` is a command.  It also has
     PANEL   the panel of `llmq --help` that lists it, one of `PANELS`
     ORDER   its position in that panel
 
-stdout carries the result and nothing else; progress and messages go to stderr.  torch and transformers are imported
-inside the functions, so that `llmq --help` is fast.
+stdout carries the result and nothing else; progress and messages go to stderr.  A command is imported when it is run,
+and torch and transformers inside the functions, so that the first line appears early and `llmq --help` is fast.
 """
 
 import importlib
@@ -18,8 +18,10 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 from llmq._version import __version__
 from llmq.cli.streams import guarded, print_text, print_traceback
@@ -28,14 +30,51 @@ from llmq.errors import LlmqError
 
 PANELS = ("Quantization", "Inspect", "Run")
 
+
+class Commands(TyperGroup):
+    """The commands of `llmq`. One is imported when it is run; all are imported to be listed or suggested."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The names in the order of `llmq --help`."""
+        imported = {module.name: self._import(module.name) for module in pkgutil.iter_modules(__path__)}
+        places = {name: (PANELS.index(file.PANEL), file.ORDER) for name, file in imported.items() if file is not None}
+        return sorted(places, key=lambda name: places[name])
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command with this name; None if there is none, and then all are known, for a suggestion."""
+        if cmd_name not in self.commands and self._import(cmd_name) is None:
+            self.list_commands(ctx)
+        return self.commands.get(cmd_name)
+
+    def _import(self, name: str) -> ModuleType | None:
+        """Import the file of a command and add the command; None for another file."""
+        if not any(module.name == name for module in pkgutil.iter_modules(__path__)):
+            return None
+        file = importlib.import_module(f"{__name__}.{name}")
+        if not hasattr(file, "command"):
+            return None
+        if name not in self.commands:
+            single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+            single.command(name, rich_help_panel=file.PANEL)(file.command)
+            self.add_command(typer.main.get_command(single), name)
+        return file
+
+
 app = typer.Typer(
     name="llmq",
+    cls=Commands,
     help="Quantize Hugging Face language models to 4 bits, measure the loss in quality, and run them.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+
+def every_command() -> dict[str, Any]:
+    """All commands by their names, in the order of `llmq --help`."""
+    group: Any = typer.main.get_command(app)
+    return {name: group.get_command(None, name) for name in group.list_commands(None)}
 
 
 def _version(requested: bool) -> None:
@@ -51,18 +90,6 @@ def _root(
     ),
 ) -> None:
     pass
-
-
-def _commands() -> list[ModuleType]:
-    """The files with a function `command`, in the order of `llmq --help`."""
-    files = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
-    commands = [file for file in files if hasattr(file, "command")]
-    return sorted(commands, key=lambda file: (PANELS.index(file.PANEL), file.ORDER, file.__name__))
-
-
-for _file in _commands():
-    _name = _file.__name__.rpartition(".")[2].replace("_", "-")
-    app.command(_name, rich_help_panel=_file.PANEL)(_file.command)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typer import Option
 
 from llmq.cli import options
 from llmq.cli.paths import begin
+from llmq.cli.setting_options import with_settings
 from llmq.cli.streams import print_text
 from llmq.cli.terminal import messages, print_json, print_notes, print_table, quiet_transformers
 from llmq.config import QuantConfig
@@ -24,7 +25,7 @@ UNITS = {"": 1, "k": 1000, "m": 10**6, "g": 10**9, "t": 10**12, "kb": 1000, "mb"
 TOKEN_UNITS = {"": 1, "k": 2**10, "m": 2**20}  # as models count their context: 32k is 32,768
 
 
-@options.with_settings()
+@with_settings()
 def command(
     model: options.Model,
     *,

@@ -16,6 +16,7 @@ from llmq.checkpoint import PAGE_FILES
 from llmq.cli import options
 from llmq.cli.paths import begin
 from llmq.cli.progress import ProgressDisplay
+from llmq.cli.setting_options import with_settings
 from llmq.cli.streams import print_text
 from llmq.cli.terminal import (
     print_done,
@@ -42,7 +43,7 @@ LAYERS_SHOWN = 6
 PANEL, ORDER = "Quantization", 1
 
 
-@options.with_settings()
+@with_settings()
 def command(
     model: options.Model,
     out: options.Out = None,

@@ -8,6 +8,7 @@ from typer import Option
 from llmq.cli import options
 from llmq.cli.paths import begin
 from llmq.cli.progress import ProgressDisplay
+from llmq.cli.setting_options import with_settings
 from llmq.cli.streams import print_text
 from llmq.cli.terminal import interruptible, print_json, print_notes, print_table, quiet_transformers
 from llmq.config import QuantConfig
@@ -25,7 +26,7 @@ NOT_MEASURED = ("bits", "group_size", "overrides", "preset", "strict", "damping"
 PANEL, ORDER = "Inspect", 4
 
 
-@options.with_settings(without=NOT_MEASURED)
+@with_settings(without=NOT_MEASURED)
 def command(
     model: options.Model,
     grids: Annotated[

@@ -10,6 +10,7 @@ from typer import Argument, Option
 from llmq.cli import options
 from llmq.cli.paths import begin
 from llmq.cli.progress import ProgressDisplay
+from llmq.cli.setting_options import with_settings
 from llmq.cli.terminal import interruptible, print_done, print_json, print_notes, print_table, quiet_transformers
 from llmq.config import CONVERTIBLE, QuantConfig
 from llmq.methods import METHODS
@@ -60,7 +61,7 @@ Samples = Annotated[
 ]
 
 
-@options.with_settings(model=TrainingSettings)
+@with_settings(model=TrainingSettings)
 def command(
     model: Annotated[str, Argument(help="A quantized model, or a float model: a folder or a Hub id.", metavar="MODEL")],
     out: Annotated[Path, Argument(help="The output folder.", metavar="OUT")],

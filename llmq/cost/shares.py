@@ -40,12 +40,13 @@ def shares(work: Workload, machine: Machine, head: WeightScheme | None) -> Share
 def _of_block(work: Workload, machine: Machine, block: PlannedBlock) -> tuple[float, dict[str, float]]:
     """The seconds of a block, and of its layers by name."""
     outline, layers = block.outline, dict[str, float]()
+    streams = work.streams if work.method.needs_calibration else 0  # without text, blocks do not run
     whole = machine.seconds(passes.streams(work, block, last=False))
     for numbers, until, group in zip(outline.groups, outline.until, block.groups, strict=True):
         if not group.rows:
             continue
         solved = machine.seconds(total(list(solver.by_stage(work, group).values())))
-        reached = machine.seconds(passes.passed(work, until, work.sequences) * work.streams)
+        reached = machine.seconds(passes.passed(work, until, work.sequences) * streams)
         whole += solved
         first = next(number for number in numbers if block.grids[number] is not None)
         layers[outline.layers[first].name] = solved + reached

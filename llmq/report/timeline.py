@@ -20,6 +20,7 @@ from llmq.report.record import BlockReport, LayerReport, TuningReport, TuningSte
 
 LITTLE = 0.02  # of the expected work: less says little about the speed
 PRIOR = 0.03  # of the expected work: so much weight has the plan against the measured speed
+SHORT = 0.3  # seconds of expected work: so much weight at least, because the first calls of a program are slow
 
 
 @dataclass
@@ -108,10 +109,12 @@ class Timeline:
         measured, spent = sum(stage.measured for stage in large), sum(stage.spent for stage in large)
         if not total or (measured < LITTLE * total and not self._plan.in_seconds):
             return None
-        common, little = self._common_ratio(measured, spent, total), LITTLE * total
+        common, drawn = self._common_ratio(measured, spent, total), LITTLE * total
+        if self._plan.in_seconds:
+            drawn = max(drawn, SHORT)
         rest = 0.0
         for stage in large:
-            ratio = (stage.spent + common * little) / (stage.measured + little)
+            ratio = (stage.spent + common * drawn) / (stage.measured + drawn)
             left = ratio * (stage.expected - stage.done)
             waited = self._clock() - self._last if stage is self.stages.get(self.current) else 0.0
             rest += max(0.0, left - waited)
@@ -121,7 +124,7 @@ class Timeline:
         """Measured / expected seconds of the finished work; drawn towards 1 if the plan knows seconds."""
         if measured <= 0 or spent <= 0:
             return 1.0
-        prior = PRIOR * total if self._plan.in_seconds else 0.0
+        prior = max(PRIOR * total, SHORT) if self._plan.in_seconds else 0.0
         return float((spent / measured) ** (measured / (measured + prior)))
 
     @property

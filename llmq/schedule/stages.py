@@ -14,6 +14,9 @@ from llmq.report.events import Planned
 from llmq.run_plan import Plan
 
 WORTH_MEASURING = 60.0  # seconds: a shorter job does not measure the machine, which takes two seconds
+# Seconds of Python code that runs once in each job, however small the model is: nothing in the estimate counts it.
+ONCE = {events.PROBE: 0.12, events.QUANTIZING: 0.1, events.SAVING: 0.16}
+ONCE |= {events.evaluating(events.ORIGINAL): 0.08, events.SCORING: 0.06}
 EVALUATED = (events.ORIGINAL, events.FINISHED, events.NEAREST)
 # The stages that a job reports, in order, and the stages of the estimate that they consist of.
 STAGES = {
@@ -77,6 +80,7 @@ def estimated(plan: Plan, outline: Outline, machine: Machine, ranks: int = 1) ->
 def stages_of(estimate: Estimate, outline: Outline, plan: Plan) -> Planned:
     """The estimate by the stages that a job reports."""
     seconds = {name: estimate.seconds_of(*parts) for name, parts in STAGES.items()}
+    seconds |= {name: seconds[name] + once for name, once in ONCE.items() if seconds[name]}
     if plan.settings.target_bits is not None:
         seconds[events.MEASURING] = measuring(estimate, outline, len(assign.GRIDS) + 1, sensitivity.WINDOWS)
     names = {path: layer.name for path, layer in plan.layers.items()}

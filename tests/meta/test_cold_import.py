@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = {"torch", "transformers", "numpy", "pydantic", "typer", "click", "rich", "safetensors", "huggingface_hub"}
+MODULES_OF_A_COMMAND = 200  # until its first line, in addition to those of typer and llmq.cli; currently 150
 MODULES = 20  # modules that `import llmq` may load in addition to those of Python; currently 7
 
 LOADED = "import json; print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})), file=sys.stderr)"
@@ -51,12 +52,53 @@ def test_help_version_and_settings_need_no_torch(arguments: tuple[str, ...]) -> 
     assert {"torch", "transformers", "numpy"} & set(json.loads(done.stderr)) == set()
 
 
-def test_a_command_prints_before_it_imports_torch() -> None:
+# Each command runs in a copy of one process, which ends with its first output.
+FIRST_LINES = """
+import json, os, sys
+import llmq, typer.rich_utils
+from llmq.cli import main, options
+before = set(sys.modules)
+
+class First:
+    encoding = "utf-8"
+    def write(self, text):
+        modules = sorted({name.split(".")[0] for name in set(sys.modules)})
+        os.write(1, (json.dumps([sys.argv[1], text, len(set(sys.modules) - before), modules]) + "\\n").encode())
+        os._exit(0)
+    def flush(self): pass
+    def isatty(self): return False
+
+for words in json.loads(sys.argv[1]):
+    copy = os.fork()
+    if not copy:
+        sys.argv, sys.stdout, sys.stderr = ["llmq", *words], First(), First()
+        main()
+        os._exit(1)
+    os.waitpid(copy, 0)
+"""
+STARTED = {
+    "quantize": "model out", "plan": "model", "sensitivity": "model", "train": "model out --data text.txt",
+    "merge": "model adapter out", "convert": "out new --to gptq", "push": ". owner/name", "report": "out",
+    "eval": "out", "verify": "out", "inspect": "out", "env": "", "generate": "out --prompt x", "chat": "out",
+    "serve": "out", "bench": "out",
+}  # fmt: skip
+SLOW = {"torch", "transformers", "numpy", "safetensors", "huggingface_hub", "jinja2", "accelerate", "gguf", "datasets"}
+
+
+def test_every_command_prints_before_it_imports_anything_slow() -> None:
     """Imports take seconds, in which a user would see nothing."""
-    program = (
-        "import sys; sys.modules['torch'] = None; from llmq.cli import app\n"
-        "try: app(['quantize', 'model', 'out'], standalone_mode=False)\n"
-        "except ImportError: print('reached torch')"
-    )
-    done = python(program)
-    assert "loading torch and transformers" in done.stderr and "reached torch" in done.stdout
+    words = [[name, *arguments.split()] for name, arguments in STARTED.items()]
+    lines = [json.loads(line) for line in python(FIRST_LINES, json.dumps(words)).stdout.splitlines()]
+    assert [name for name, *_ in lines] == list(STARTED)
+    for name, text, count, modules in lines:
+        assert "loading torch and transformers" in text, (name, text)
+        assert SLOW & set(modules) == set(), name
+        assert count <= MODULES_OF_A_COMMAND, (name, count)
+
+
+def test_the_first_line_of_every_command_is_tested() -> None:
+    assert set(STARTED) == {file.stem for file in (ROOT / "llmq" / "cli").glob("*.py") if has_command(file)}
+
+
+def has_command(file: Path) -> bool:
+    return "\ndef command(" in file.read_text("utf-8")

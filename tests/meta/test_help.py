@@ -3,12 +3,11 @@
 import re
 
 import pytest
-import typer
 
-from llmq.cli import app
+from llmq.cli import every_command
 from tests.command_lines_in_text import command_lines, parse
 
-COMMANDS = dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+COMMANDS = every_command()
 PARTS = ("Examples:", "Exit codes:", "See also:")
 
 

@@ -15,7 +15,7 @@ from pydantic import Field
 
 import llmq
 from llmq._keywords import Keywords
-from llmq.cli import options
+from llmq.cli.setting_options import with_settings
 from llmq.config import Calibration, Override, QuantConfig, parse_override
 from llmq.errors import ConfigError
 from llmq.numerics.scheme import InputScheme, WeightScheme
@@ -360,7 +360,7 @@ def command_line(model: type[QuantConfig], *arguments: str) -> list[QuantConfig]
     """What a command with an option for each setting of a model receives."""
     received: list[QuantConfig] = []
 
-    @options.with_settings(model=model)
+    @with_settings(model=model)
     def command(*, settings: QuantConfig) -> None:
         received.append(settings)
 

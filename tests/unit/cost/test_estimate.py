@@ -168,3 +168,10 @@ def test_the_verdict_costs_as_much_as_its_text_and_its_models() -> None:
     assert seconds("gptq", 2).keys() == {*names, events.evaluating(events.NEAREST)}
     assert seconds("rtn", 2).keys() == names and not seconds("rtn", 2, ()) and not seconds("gptq", 0)
     assert seconds("gptq", 4)[events.SCORING] == pytest.approx(2 * seconds("gptq", 2)[events.SCORING], rel=0.1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_layers_of_a_block_take_no_longer_than_the_block(method: str) -> None:
+    shares = cost.estimate(llama(), SETTINGS.model_copy(update={"method": method}), MACHINE).shares
+    for path, seconds in shares.blocks.items():
+        assert 0 < sum(of for name, of in shares.layers.items() if name.startswith(f"{path}.")) <= seconds * (1 + 1e-9)
