@@ -80,7 +80,7 @@ Tasks = Annotated[
     Option(
         "--tasks", metavar="NAME,…", rich_help_panel=TASKS,
         help="Run tasks of lm-eval, such as hellaswag,arc_easy, instead of measuring on text. Their data is on the "
-        "Hub. Models are loaded as a whole.",
+        "Hub; llmq_grammar, llmq_python, llmq_sense and llmq_sums need no network. Models are loaded as a whole.",
     ),
 ]  # fmt: skip
 TaskFolder = Annotated[
@@ -144,6 +144,7 @@ def command(
       llmq eval out/ --against Qwen/Qwen3-8B --text chat=a.jsonl --text code=b.jsonl
       llmq eval out-4bit/ out-3bit/ --against Qwen/Qwen3-8B --floors
       llmq eval out/ --against Qwen/Qwen3-8B --tasks hellaswag,arc_easy
+      llmq eval out/ --tasks llmq_grammar,llmq_sense
       llmq eval out-onnx/ --against Qwen/Qwen3-8B
 
     Exit codes:

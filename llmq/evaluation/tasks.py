@@ -1,7 +1,7 @@
 """Tasks of lm-eval: the accuracy of models, question by question, so that two models can be compared.
 
-lm-eval describes the tasks, and the Hub holds their data. Without a network, a folder describes own tasks: it holds
-`colours.yaml` and its data,
+lm-eval describes the tasks, and the Hub holds their data. The tasks in `local_tasks/` need no network, and a folder may
+describe own tasks: it holds `colours.yaml` and its data,
 
     task: colours
     dataset_path: json
@@ -24,7 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from llmq.errors import BackendError, CalibrationError, ConfigError
-from llmq.report.events import OnEvent, Progress, ignore
+from llmq.evaluation import local_tasks
+from llmq.evaluation.lm_eval_output import as_events
+from llmq.report.events import OnEvent, Planned, ignore
 
 NEEDED = "pip install 'llmq-quantize[tasks]'"
 
@@ -75,11 +77,12 @@ def run_tasks(
     Raises BackendError without lm-eval, ConfigError for an unknown task, CalibrationError for data that is not there.
     """
     harness = _Harness(options)
+    stages = {model: f"tasks on {model}" for model in models}
+    on_event(Planned(dict.fromkeys(stages.values(), 1.0)))
     scores = {}
-    for position, model in enumerate(models):
-        on_event(Progress(f"tasks on {model}", position, len(models), "models"))
-        scores[model] = list(harness.scores(model, device, remote_code=remote_code))
-    on_event(Progress("tasks", len(models), len(models), "models"))
+    for model, stage in stages.items():
+        with as_events(stage, on_event):
+            scores[model] = list(harness.scores(model, device, remote_code=remote_code))
     return scores
 
 
@@ -106,13 +109,13 @@ class _Harness:
             raise BackendError(f"lm-eval cannot be imported: {error}", hint=NEEDED) from error
         if options.folder is not None and not options.folder.is_dir():
             raise ConfigError(f"{options.folder} is not a folder", hint="give the folder that holds TASK.yaml")
-        folder = None if options.folder is None else str(options.folder)
-        self._options, self._manager = options, TaskManager(include_path=folder)
+        folders = [local_tasks.FOLDER, *([options.folder] if options.folder is not None else [])]
+        self._options, self._manager = options, TaskManager(include_path=[str(folder) for folder in folders])
         for task in options.tasks:
             if not self._manager.match_tasks([task]):
                 hint = "see `lm_eval ls tasks` for all names, or give your own with --task-folder"
                 raise ConfigError(f"lm-eval has no task {task!r}", hint=hint)
-        with _data_errors():
+        with _data_errors(), as_events("questions", ignore):
             self._manager.load(list(options.tasks))  # before a model is loaded
 
     def scores(self, model: str, device: str, *, remote_code: bool) -> Iterator[TaskScore]:
@@ -156,5 +159,6 @@ def _data_errors() -> Iterator[None]:
         yield
     except OSError as error:  # also the errors of datasets and huggingface_hub for what is not there
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        hint = "tasks of lm-eval load their data from the Hub; without it, describe your own with --task-folder"
+        own = ", ".join(local_tasks.NAMES)
+        hint = f"tasks of lm-eval load their data from the Hub; without it, run {own}, or others with --task-folder"
         raise CalibrationError(f"the data of the tasks cannot be read: {first}", hint=hint) from error
