@@ -16,7 +16,7 @@ Question = tuple[str, list[str]]  # the text, and its continuations, of which th
 
 NOUNS = ("key/keys", "letter/letters", "teacher/teachers", "boat/boats", "picture/pictures", "child/children",
          "window/windows", "horse/horses", "story/stories", "doctor/doctors", "knife/knives", "fork/forks")  # fmt: skip
-PLACES = ("near", "behind", "next to", "in front of", "beside")
+PLACES = ("near", "behind", "next to", "in front of", "below")
 AFTER = ("very old", "quite expensive", "not ready", "here today", "rather small")
 PEOPLE = {"herself": ("girl", "woman", "queen", "mother", "aunt"), "himself": ("boy", "man", "king", "father", "uncle")}
 DEEDS = ("blamed", "taught", "saw", "hurt", "praised", "described")
