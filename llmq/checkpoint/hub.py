@@ -108,4 +108,4 @@ def _explained(model: str, revision: str | None, error: Exception) -> Checkpoint
         message = f"{model} is neither a local folder nor completely cached, and HF_HUB_OFFLINE is set"
         return CheckpointError(message, hint="check the path, or unset HF_HUB_OFFLINE to download it")
     hint = "check the path, the network and the disk space, then repeat the command: downloaded files are kept"
-    return CheckpointError(f"cannot download {model}: {error}", hint=hint)
+    return CheckpointError(f"{model} is not a local folder, and cannot be downloaded: {error}", hint=hint)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from llmq.forecast import Fit, Forecast
 
 PANEL, ORDER = "Quantization", 0
-UNITS = {"": 1, "k": 1000, "m": 10**6, "g": 10**9, "t": 10**12, "kb": 1000, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+UNITS = {"k": 1000, "m": 10**6, "g": 10**9, "t": 10**12, "kb": 1000, "mb": 10**6, "gb": 10**9, "tb": 10**12,
          "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}  # fmt: skip
 TOKEN_UNITS = {"": 1, "k": 2**10, "m": 2**20}  # as models count their context: 32k is 32,768
 

@@ -53,10 +53,11 @@ def command(
         raise CheckpointError(f"{out} is not a folder", hint="give the output folder of llmq quantize or convert")
     begin(quiet=quiet)
     from llmq.checkpoint.model_path import require_model
-    from llmq.export.push import parcel, push
+    from llmq.export.push import parcel, push, require_name
     from llmq.verification.verified import verify
 
     quiet_transformers()
+    require_name(repository)
     require_model(Path(out))
     chosen = parcel(out)
     with ProgressDisplay(silent=quiet) as display:

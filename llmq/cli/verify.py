@@ -156,7 +156,7 @@ def _engine(text: str, engines: Sequence[str]) -> tuple[str, int]:
     """Parse `vllm:4` as the engine and the number of GPUs."""
     name, _, size = text.partition(":")
     match = next((engine for engine in engines if engine.lower() == name.lower()), None)
-    if match is None or not (size or "1").isdecimal():
+    if match is None or not (size or "1").isdecimal() or not int(size or 1):
         known = ", ".join(engine.lower() for engine in engines)
         raise ConfigError(f"engine is {text!r}, expected one of {known}", hint="for several GPUs, for example vllm:4")
     return match, int(size or 1)

@@ -95,6 +95,14 @@ def push(parcel: Parcel, repository: str, *, public: bool = False) -> str:
     return address
 
 
+def require_name(repository: str) -> None:
+    """Raise ConfigError if no repository of the Hub can have this name."""
+    from huggingface_hub.utils import validate_repo_id
+
+    with _explained(repository):
+        validate_repo_id(repository)
+
+
 def _require_place(api: Any, parcel: Parcel, repository: str, *, public: bool) -> None:
     """Raise ConfigError if the repository is public, or has weights that the new model would not replace."""
     from huggingface_hub.errors import RepositoryNotFoundError

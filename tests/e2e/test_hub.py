@@ -253,8 +253,9 @@ def test_push_refuses_unsuitable_repositories(hub: Hub, result: Path) -> None:
     hub.add(NAME, {"model-00001-of-00002.safetensors": b""}, private=True)
     other = llmq("push", result, NAME)
     assert other.exit_code == 2 and "holds other weights" in other.stderr
-    invalid = llmq("push", result, "a b")
-    assert invalid.exit_code == 2 and "is not a valid name" in invalid.stderr
+    for options in ((), ("--dry-run",)):
+        invalid = llmq("push", result, "a b", *options)
+        assert invalid.exit_code == 2 and "is not a valid name" in invalid.stderr
     assert all(repository.commits == ["0" * 40] for repository in hub.repositories.values())
 
 

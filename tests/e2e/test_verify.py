@@ -90,7 +90,7 @@ def test_a_refusing_engine_sets_the_exit_code(packed: Path, engines: tuple[str, 
     assert ("would not load in" in done.stderr) == bool(exit_code)
 
 
-@pytest.mark.parametrize("engine", ["ollama", "vllm:two", ""])
+@pytest.mark.parametrize("engine", ["ollama", "vllm:two", "vllm:0", ""])
 def test_an_unknown_engine_is_refused(packed: Path, engine: str) -> None:
     done = command("verify", packed, "--for", engine)
     assert done.exit_code == 2

@@ -131,8 +131,9 @@ def test_command_prints_tables_and_json(checkpoint: Checkpoints, tmp_path: Path)
     assert [entry["method"] for entry in document["costs"]] == ["rtn", "gptq", "awq", "fast", "balanced", "best"]
 
 
-def test_quantities_need_a_number(checkpoint: Checkpoints) -> None:
-    done = llmq("plan", str(checkpoint("llama")), "--fit", "much")
+@pytest.mark.parametrize("amount", ["much", "24", "0GB"])
+def test_memory_is_a_number_with_a_unit(amount: str, checkpoint: Checkpoints) -> None:
+    done = llmq("plan", str(checkpoint("llama")), "--fit", amount)
     assert done.exit_code == 2 and "24GB" in done.stderr
 
 
