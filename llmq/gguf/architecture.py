@@ -48,6 +48,8 @@ class Architecture:
     columns         tensor of a block -> the order of its columns
     values          pattern of names in GGUF, without the block -> what changes in the values of float tensors
     renamed         part of a name in the checkpoint -> the same in the form that the package gguf knows
+    named           tensor of a block, by its name in the checkpoint -> its name in GGUF, where the package gguf has
+                    none
     without         tensors that llama.cpp does not read and the model does not need, as patterns of names
     keys            entry of config.json -> the key to write it to
     derived         other keys with their values, from the configuration
@@ -59,6 +61,7 @@ class Architecture:
     requires        entries that must have a value other than 0, because the code has its own default for them
     biases          the weights that may have a bias, by their names in GGUF
     rotations       the types of rotary embedding that the code has tensors or keys for
+    yarn_squared    whether yarn scales the products of queries and keys by the square of its factor (`mscale_all_dim`)
     partial         whether the code can rotate a part of a head
     free_head_size  whether the head size may differ from hidden size / number of heads
     wide_scale      the number of layers of the model whose attention is scaled by hidden size / number of heads
@@ -71,6 +74,7 @@ class Architecture:
     columns: Mapping[str, Callable[[Config], Order]] = field(default_factory=dict)
     values: Mapping[str, Value] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
+    named: Mapping[str, str] = field(default_factory=dict)
     without: tuple[str, ...] = ()
     keys: Mapping[str, str] = field(default_factory=dict)
     derived: Callable[[Config], Mapping[str, Any]] = lambda config: {}
@@ -82,6 +86,7 @@ class Architecture:
     requires: tuple[str, ...] = ()
     biases: tuple[str, ...] = ()
     rotations: tuple[str, ...] = ("default", "linear", "yarn")
+    yarn_squared: bool = False
     partial: bool = False
     free_head_size: bool = True
     wide_scale: int | None = None

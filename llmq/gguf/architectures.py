@@ -31,6 +31,7 @@ from llmq.gguf.hybrids import (
     DT_BIAS,
     GATED_DELTA,
     GATED_DELTA_KEYS,
+    GEMMA4_EXPERTS,
     TILED,
     convolution_keys,
     divided_qkvz,
@@ -145,6 +146,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "gemma4_text": Architecture(
             "gemma4",
             renamed={".layer_scalar": ".layer_scalar.weight"},
+            named=GEMMA4_EXPERTS,
             derived=gemma4_keys,
             reads=(
                 "per_layer_config",
@@ -159,7 +161,6 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             layers={"layer_types": ()},
             expects={
                 "hidden_activation": TANH_GELU,
-                "enable_moe_block": OFF,
                 "use_bidirectional_attention": (None, "vision"),
             },
             rotations=("default", "proportional"),

@@ -22,6 +22,12 @@ GATED_DELTA_KEYS = {
     "linear_num_key_heads": "ssm.group_count",
     "linear_num_value_heads": "ssm.time_step_rank",
 }
+GEMMA4_EXPERTS = {
+    "router.scale": "ffn_gate_inp.scale",
+    "router.per_expert_scale": "ffn_down_exps.scale",
+    "experts.gate_proj": "ffn_gate_exps",
+    "experts.up_proj": "ffn_up_exps",
+}
 DT_BIAS = {"linear_attn.dt_bias": "linear_attn.dt_proj.bias"}
 
 

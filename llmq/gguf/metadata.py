@@ -118,10 +118,10 @@ def _add_window(writer: Any, config: Mapping[str, Any], arch: Architecture) -> l
 
 def _add_experts(writer: Any, config: Mapping[str, Any]) -> None:
     experts = config.get("num_local_experts") or config.get("num_experts") or config.get("n_routed_experts")
-    if not experts:
+    if not experts or config.get("enable_moe_block") is False:  # Gemma 4 may have a number without experts
         return
     writer.add_expert_count(experts)
-    writer.add_expert_used_count(config["num_experts_per_tok"])
+    writer.add_expert_used_count(config.get("top_k_experts") or config["num_experts_per_tok"])
     if size := config.get("moe_intermediate_size"):
         writer.add_expert_feed_forward_length(size)
     if size := config.get("shared_expert_intermediate_size"):

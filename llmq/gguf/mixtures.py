@@ -28,23 +28,30 @@ _ROUTED = {
     "first_k_dense_replace": "leading_dense_block_count",
     "routed_scaling_factor": "expert_weights_scale",
 }
-_LATENT = {"q_lora_rank": "attention.q_lora_rank", "kv_lora_rank": "attention.kv_lora_rank"}
-_LATENT_SIZES = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "qk_head_dim")
+_LATENT = (
+    "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "qk_head_dim"
+)  # fmt: skip
+WITHOUT_RANK = (26, 27)  # numbers of layers
 HINT = "use a safetensors format, which can hold any model"
 
 
 def latent_keys(config: Config, gating: int) -> dict[str, Any]:
     """DeepSeek: sizes of the heads of multi-head latent attention, of which the file has kv_b as one tensor."""
-    if config["q_lora_rank"] is None:
+    if config["q_lora_rank"] is None and config["num_hidden_layers"] not in WITHOUT_RANK:
         raise UnsupportedModelError(
-            "config.json has no q_lora_rank, and llama.cpp's deepseek2 knows such models by their number of layers",
+            "config.json has no q_lora_rank, and llama.cpp's deepseek2 knows such models by their number of layers, "
+            f"which is {' or '.join(map(str, WITHOUT_RANK))}, but this one has {config['num_hidden_layers']}",
             hint=HINT,
         )
-    return {
+    keys = {
         "attention.key_length": config["qk_nope_head_dim"] + config["qk_rope_head_dim"],
         "attention.value_length": config["v_head_dim"],
+        "attention.kv_lora_rank": config["kv_lora_rank"],
         "expert_gating_func": gating,
     }
+    if (rank := config["q_lora_rank"]) is not None:
+        keys["attention.q_lora_rank"] = rank
+    return keys
 
 
 def equal_heads(config: Config) -> dict[str, Any]:
@@ -139,9 +146,9 @@ MIXTURES: Mapping[str, Architecture] = MappingProxyType(
         ),
         "deepseek_v2": Architecture(
             "deepseek2",
-            keys={**_ROUTED, **_LATENT},
+            keys=_ROUTED,
             derived=lambda config: latent_keys(config, SOFTMAX),
-            reads=_LATENT_SIZES,
+            reads=_LATENT,
             expects={
                 "hidden_act": SILU,
                 "topk_method": ("greedy",),
@@ -149,23 +156,24 @@ MIXTURES: Mapping[str, Architecture] = MappingProxyType(
                 "n_group": (1, None),
                 "topk_group": (1, None),
             },
-            rotations=("default",),
+            rotations=("default", "yarn"),
+            yarn_squared=True,
         ),
         "deepseek_v3": Architecture(
             "deepseek2",
             renamed=_EXPERT_BIAS,
             keys={
                 **_ROUTED,
-                **_LATENT,
                 "norm_topk_prob": "expert_weights_norm",
                 "n_group": "expert_group_count",
                 "topk_group": "expert_group_used_count",
             },
             derived=lambda config: latent_keys(config, SIGMOID),
-            reads=_LATENT_SIZES,
+            reads=_LATENT,
             expects={"hidden_act": SILU, "rope_interleave": (True,)},
             biases=("exp_probs_b",),
-            rotations=("default",),
+            rotations=("default", "yarn"),
+            yarn_squared=True,
         ),
     }
 )

@@ -53,7 +53,11 @@ class Names:
                 hint="try a newer version: pip install -U gguf",
             )
         self._arch, self._config = arch, config
-        self._map = gguf.get_tensor_name_map(kinds[arch.name], config["num_hidden_layers"])
+        layers = config["num_hidden_layers"]
+        self._map = gguf.get_tensor_name_map(kinds[arch.name], layers)
+        for own, place in arch.named.items():
+            names = {f"model.layers.{i}.{own}": (None, f"blk.{i}.{place}") for i in range(layers)}
+            self._map.mapping.update(names)
 
     def place(self, name: str) -> Place | None:
         """The first of `places`; None where there is none."""

@@ -12,6 +12,10 @@ llama.cpp scales yarn by 1 + ln(factor) / 10 and by `rope.scaling.attn_factor`, 
 scale of transformers and the former.  GGUF has keys for the two betas, but llama.cpp does not read them for these
 architectures: with beta_fast = 4 and beta_slow = 2 in the file it still predicted what a model with 32 and 1 predicts.
 Every entry of `rope_parameters` is written or refused.
+
+DeepSeek has no scale of queries and keys (`mscale` is `mscale_all_dim`), but multiplies their products by the square of
+1 + mscale_all_dim ln(factor) / 10.  llama.cpp does the same for the key `rope.scaling.yarn_log_multiplier`.  Other
+scales are refused there: without this key llama.cpp squares them.
 """
 
 import math
@@ -88,7 +92,7 @@ def add_rotation(
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rotation["factor"])
     elif kind == "yarn":
-        _add_yarn(writer, config, rotation)
+        _add_yarn(writer, config, rotation, arch)
     return {}, []
 
 
@@ -184,15 +188,23 @@ def _add_longrope(
     ]
 
 
-def _add_yarn(writer: Any, config: Mapping[str, Any], rotation: Mapping[str, Any]) -> None:
+def _add_yarn(writer: Any, config: Mapping[str, Any], rotation: Mapping[str, Any], arch: Architecture) -> None:
     import gguf
 
     factor = _factor(config, rotation)
+    scale, usual = yarn_scale(rotation, factor), _scale_of(factor, 1.0)
+    if arch.yarn_squared and scale != 1:
+        raise UnsupportedModelError(
+            f"the rotary embedding of config.json scales queries and keys by {scale:g}, and llama.cpp's {arch.name} "
+            "computes with 1",
+            hint="use a safetensors format, which can hold any model",
+        )
     writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
     writer.add_rope_scaling_factor(factor)
     writer.add_rope_scaling_orig_ctx_len(_original(config, rotation))
-    scale, usual = yarn_scale(rotation, factor), _scale_of(factor, 1.0)
-    if scale != usual:
+    if arch.yarn_squared and (multiple := rotation.get("mscale_all_dim")):
+        writer.add_rope_scaling_yarn_log_mul(0.1 * multiple)
+    elif scale != usual:
         writer.add_rope_scaling_attn_factors(scale / usual)
 
 

@@ -20,6 +20,7 @@ WRITTEN = frozenset(
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "head_dim", "max_position_embeddings", "original_max_position_embeddings",
         "rms_norm_eps", "rope_parameters", "num_local_experts", "num_experts", "num_experts_per_tok",
+        "top_k_experts", "enable_moe_block",
         "moe_intermediate_size", "shared_expert_intermediate_size", "sliding_window", "attn_logit_softcapping",
         "final_logit_softcapping", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings",
         "n_embd", "n_layer", "n_head", "n_positions", "n_inner", "n_routed_experts",

@@ -7,10 +7,13 @@
     fp8     a row        scale = a number of the dtype of the model
 
 Codes (quantized values) are places in ascending order (`llmq_kernels/value_tables.py`), scales are the real numbers.
-The min-max scale puts the largest weight of a group on the largest value, 6, or in mxfp4 on what the standard says:
-4 to 8.  `fit` tries the scales around it that the file can hold, and takes the one of least error
-sum_j importance_j * (w_j - ŵ_j)².  That includes scales that put the largest weight on 4, where values are denser
-("four over six", Cook et al. 2025, arXiv:2512.02010).  fp8 is always min-max: its values are dense in proportion.
+The min-max scale puts the largest weight of a group on the largest value, 6, or in mxfp4 between 3.5 and 7: above 7
+the error of the largest weight is more than that of rounding to the values around 6 and 8 would be.  `fit` tries the
+scales around it that the file can hold, and takes the one of least error sum_j importance_j * (w_j - ŵ_j)².  That
+includes scales that put the largest weight on 4, where values are denser ("four over six", Cook et al. 2025,
+arXiv:2512.02010).  In mxfp4 it tries no smaller scale, although the error of the group alone is often least there:
+columns that compensate for others grow, and GPTQ's result is better without (eval/LOG.md).  fp8 is always min-max: its
+values are dense in proportion.
 
 The global scale is a power of two, so that scales are exact in float32.  It puts the largest scale of all weights that
 share an input near, but not at, the top of E4M3: engines that fuse these weights require one global scale, and later
@@ -35,7 +38,7 @@ HEADROOM = 2.0  # of the largest scale, for stages that raise it
 LOWEST_EXPONENT, HIGHEST_EXPONENT = -126, 127  # of E8M0 as normal float32
 LARGEST_GLOBAL = 120  # exponent, with which the smallest scale is a normal float32
 STEPS_E4M3 = (0, *(step for size in range(1, 7) for step in (-size, size)))  # from the min-max scale; 8 are an octave
-STEPS_E8M0 = (0, -1, 1)
+STEPS_E8M0 = (0, 1)
 ELEMENTS_AT_ONCE = {"cpu": 1 << 18}  # fits into its cache
 ELEMENTS_AT_ONCE_ELSEWHERE = 1 << 24
 
@@ -96,7 +99,8 @@ def _candidates(largest: Tensor, scheme: WeightScheme, shared: float) -> list[Te
         )
         codes = ((first.to(torch.int16) + step).clamp_(lowest, highest) for step in STEPS_E4M3)
         return [_of_e4m3(code.to(torch.uint8).view(E4M3), shared) for code in codes]
-    exponent = torch.frexp(largest).exponent - 1 - 2  # of the largest weight, minus that of the largest value
+    mantissa, exponent = torch.frexp(largest)  # mantissa in [0.5, 1)
+    exponent = exponent - 3 + (mantissa >= 7 / 8).to(exponent.dtype)
     return [_powers(exponent + step) for step in STEPS_E8M0]
 
 

@@ -36,7 +36,10 @@ BUNDLED = Path(__file__).resolve().parents[2] / "eval" / "models"
 PROGRAM = "def fibonacci(n):\n    if n < 2:\n        return n\n"
 ROUNDED = 0.05  # nats, mean over the vocabulary; the effect of rounding activations to 8 bits
 EXACT = 0.03  # nats, the maximum over tokens: llama.cpp stores keys and values in fp16
-AMPLIFIED = {"qwen3next": 0.06}  # random recurrent states: transformers in fp16 differs from itself by this much
+AMPLIFIED = {"qwen3next": 0.06, "gemma4-experts": 0.06}
+"""Random recurrent states, and routing after attention without a scale: transformers in fp16 differs from itself
+more.
+"""
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -160,6 +163,13 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "attention_k_eq_v": True, "num_global_key_value_heads": 1, "final_logit_softcapping": 30.0,
         },
     ),
+    "gemma4-experts": (
+        "Gemma4Text",
+        {
+            **GEMMA4, "layer_types": ["sliding_attention", "full_attention"], "hidden_size_per_layer_input": 0,
+            "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32,
+        },
+    ),
     "lfm2": ("Lfm2", {"layer_types": ["conv", "full_attention"]}),
     "olmo3": ("Olmo3", {"num_hidden_layers": 4, "sliding_window": 16}),
     "ernie": ("Ernie4_5", {}),
@@ -176,7 +186,20 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "granitemoe": ("GraniteMoe", {**SCALES, "num_local_experts": 4, "num_experts_per_tok": 4}),
     "deepseek2": ("DeepseekV2", {**LATENT, "topk_method": "greedy", "n_group": 1}),
-    "deepseek3": ("DeepseekV3", {**LATENT, "n_group": 2, "n_routed_experts": 8}),
+    "deepseek2-lite": (
+        "DeepseekV2",
+        {
+            **LATENT, "topk_method": "greedy", "n_group": 1, "q_lora_rank": None, "num_hidden_layers": 27,
+            "rope_parameters": {**YARN, "factor": 40.0, "mscale": 0.707, "mscale_all_dim": 0.707},
+        },
+    ),
+    "deepseek3": (
+        "DeepseekV3",
+        {
+            **LATENT, "n_group": 2, "n_routed_experts": 8,
+            "rope_parameters": {**YARN, "factor": 40.0, "mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+    ),
     "cohere2": ("Cohere2", {"num_hidden_layers": 4, "sliding_window": 16, "logit_scale": 0.5}),
 }  # fmt: skip
 

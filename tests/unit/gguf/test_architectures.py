@@ -26,7 +26,6 @@ USUAL: dict[str, dict[str, Any]] = {
     "olmoe": {"num_key_value_heads": 4},
 }  # fmt: skip
 UNUSED = {
-    "gemma4_text": {"top_k_experts"},
     "gpt2": {"scale_attn_weights", "scale_attn_by_inverse_layer_idx", "add_cross_attention"},
 }
 """Entries that must have the default value of transformers."""
@@ -122,6 +121,21 @@ def test_scale_of_yarn_is_written_relative_to_that_of_llama_cpp(changes: dict[st
 
 
 @pytest.mark.parametrize(
+    ("changes", "multiplier", "factor"),
+    [
+        ({"mscale": 0.5, "mscale_all_dim": 0.5}, 0.05, None),
+        ({"attention_factor": 1.0}, None, 1 / (0.1 * math.log(4) + 1)),
+    ],
+)
+def test_deepseek_has_the_square_of_the_scale_of_yarn_in_a_key(
+    changes: dict[str, Any], multiplier: float | None, factor: float | None
+) -> None:
+    written = keys("deepseek_v3", rope_parameters={**YARN, **changes})
+    assert written.get("rope.scaling.yarn_log_multiplier") == multiplier
+    assert written.get("rope.scaling.attn_factor") == factor
+
+
+@pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
         ("llama", {"beta_fast": 4.0}, "beta_fast = 4.0"),
@@ -130,6 +144,8 @@ def test_scale_of_yarn_is_written_relative_to_that_of_llama_cpp(changes: dict[st
         ("llama", {"attention_multiplier": 2.0}, "attention_multiplier = 2.0"),
         ("llama", {"rope_type": "dynamic"}, "'dynamic'"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        ("deepseek_v3", {}, "scales queries and keys by 1.13863"),
+        ("deepseek_v3", {"mscale": 1.0, "mscale_all_dim": 0.5}, "scales queries and keys by"),
         ("qwen3", {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}, "'llama3'"),
     ],
 )
