@@ -96,15 +96,17 @@ class Plan:
         settings, notes = preset.applied(settings, skeleton, layout)
         layers = planned_layers(skeleton, settings, layout, checkpoint.config)
         notes = (*notes, *input_notes(layers.values()), *opened.notes, *companions(checkpoint.folder).notes)
-        importance = None
-        if matrix is not None:
-            packed = ((plan.name, plan.in_features) for plan in layers.values() if plan.scheme.weights is not None)
-            importance = imatrix.read(matrix, checkpoint.config, packed)
-            notes = (*notes, *importance.notes)
-        return cls(
-            settings, method, checkpoint, chosen, layout, dtype, skeleton, layers, remote_code, notes, opened.left,
-            importance,
-        )  # fmt: skip
+        plan = cls(
+            settings, method, checkpoint, chosen, layout, dtype, skeleton, layers, remote_code, notes, opened.left
+        )
+        return plan if matrix is None else plan._weighted(matrix)
+
+    def _weighted(self, matrix: Path) -> "Plan":
+        """The plan with the importance matrix in the file `matrix`."""
+        packed = [(plan.name, plan.in_features) for plan in self.layers.values() if plan.scheme.weights is not None]
+        outside = [(name, self.checkpoint.info(f"{name}.weight").shape[1]) for name in sorted(self._packed_outside())]
+        importance = imatrix.read(matrix, self.checkpoint.config, packed, outside)
+        return dataclasses.replace(self, notes=(*self.notes, *importance.notes), importance=importance)
 
     def with_settings(self, settings: QuantConfig) -> "Plan":
         """The plan of the same model for other settings; method, format and device do not change."""

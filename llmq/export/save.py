@@ -138,7 +138,14 @@ def _write_k_quants(writer: Writer, plan: Plan, report: Report) -> None:
     """Assemble a .gguf file from blocks whose grid is one of llama.cpp's k-quants."""
     with writer.finishing() as final:
         written = blocks_to_gguf(
-            writer.parts(), plan.checkpoint, plan.outside(), plan.settings, plan.device, final, writer.folder
+            writer.parts(),
+            plan.checkpoint,
+            plan.outside(),
+            plan.settings,
+            plan.device,
+            final,
+            writer.folder,
+            plan.importance,
         )
         report.notes += written.notes
         report.file_bytes = written.file.stat().st_size

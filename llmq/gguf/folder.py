@@ -18,6 +18,7 @@ from llmq.checkpoint.writer import CONFIG, put_companions
 from llmq.config import QuantConfig
 from llmq.gguf import export, from_run
 from llmq.gguf.export import Summary
+from llmq.gguf.imatrix import Importance
 from llmq.gguf.writer import Written
 
 
@@ -38,10 +39,10 @@ def export_gguf(source: Path, folder: Path, out: Path) -> Summary:
 
 def blocks_to_gguf(
     parts: Sequence[Part], source: Checkpoint, outside: Sequence[str], settings: QuantConfig, device: torch.device,
-    folder: Path, out: Path,
+    folder: Path, out: Path, importance: Importance | None,
 ) -> Written:  # fmt: skip
     """Write the blocks of a run on a GGUF grid as a .gguf file; the arguments are those of `from_run.assemble`."""
-    written = from_run.assemble(folder / gguf_name(out), source, parts, outside, settings, device)
+    written = from_run.assemble(folder / gguf_name(out), source, parts, outside, settings, device, importance)
     _add_companions(source, folder)
     return written
 

@@ -1,7 +1,8 @@
 """Assemble the .gguf file of a run with a native GGUF grid: staged blocks unchanged, embedding and head quantized here.
 
 There are no statistics of the inputs of embedding and head.  So their grids are searched for the least squared error,
-and their weights are rounded to nearest, unless they already lie on the grid of their block type.
+weighted if an importance matrix has values for them, and their weights are rounded to nearest, unless they already lie
+on the grid of their block type.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from llmq.config import QuantConfig
 from llmq.formats import gguf as staged
 from llmq.formats.codecs import gguf_blocks
 from llmq.gguf import recipes
+from llmq.gguf.imatrix import Importance
 from llmq.gguf.stored import Stored
 from llmq.gguf.writer import Written, write
 from llmq.numerics import affine_grid
@@ -30,7 +32,7 @@ ROWS_AT_ONCE = 1 << 22  # weights of an embedding that are quantized together
 
 def assemble(
     file: Path, source: Checkpoint, parts: Sequence[Part], outside: Sequence[str], settings: QuantConfig,
-    device: torch.device,
+    device: torch.device, importance: Importance | None = None,
 ) -> Written:  # fmt: skip
     """Write `file` from the staged `parts` and the tensors `outside` of the blocks, read from `source`.
 
@@ -44,7 +46,7 @@ def assemble(
         weight = source.tensor(name)
         exact = on_existing_grid(weight, scheme, device) if settings.keep_grid else None
         if exact is None:
-            return rounded(weight, scheme, device)
+            return rounded(weight, scheme, device, None if importance is None else importance.of(module(name)))
         kept.add(name)
         return exact
 
@@ -57,7 +59,10 @@ def assemble(
     (name,) = settings.formats
     written = write(file, source.folder, tensors, name.removeprefix(recipes.PREFIX))
     notes = [f"{name}: lossless, already on the grid of {grids[name]}" for name in grids if name in kept]
-    notes += [f"{name} is rounded to nearest in {grids[name]}" for name in grids if name not in kept]
+    for name in grids:
+        if name not in kept:
+            weighed = importance is not None and importance.of(module(name)) is not None
+            notes.append(f"{name} is rounded to nearest in {grids[name]}" + (", weighted" if weighed else ""))
     return dataclasses.replace(written, notes=(*written.notes, *notes))
 
 
@@ -81,12 +86,22 @@ def on_existing_grid(weight: torch.Tensor, scheme: WeightScheme, device: torch.d
     return np.concatenate(pieces)
 
 
-def rounded(weight: torch.Tensor, scheme: WeightScheme, device: torch.device) -> NDArray[np.uint8]:
-    """`weight` (N, K) rounded to nearest on the grid of least squared error -> uint8 (N, bytes of a row)."""
+def module(name: str) -> str:
+    return name.removesuffix(".weight")
+
+
+def rounded(
+    weight: torch.Tensor, scheme: WeightScheme, device: torch.device, importance: torch.Tensor | None = None
+) -> NDArray[np.uint8]:
+    """`weight` (N, K) rounded to nearest on the grid of least squared error -> uint8 (N, bytes of a row).
+
+    importance  (K,) float32, the weights of the squared errors; 1 where not given
+    """
     pieces = []
+    costs = None if importance is None else importance.to(device)
     for rows in weight.split(max(1, ROWS_AT_ONCE // weight.shape[1])):
         part = rows.to(device, torch.float32)
-        chosen = affine_grid.fit_searched(part, scheme, torch.float16)
+        chosen = affine_grid.fit_searched(part, scheme, torch.float16, costs)
         pieces.append(staged.pack_blocks(chosen.quantized(chosen.encode(part))))
     return np.concatenate(pieces)
 

@@ -11,6 +11,7 @@ Source: github.com/ggml-org/llama.cpp, tools/imatrix.
 """
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ SUFFIXES = (".imatrix", ".dat", ".gguf")
 SUMS, COUNTS = ".in_sum2", ".counts"
 LONGEST_NAME = 128  # bytes
 WEIGHTED = "errors are weighted by the importance matrix"  # how a note begins
+_NOTE = re.compile(rf"{WEIGHTED} (.+), for \d+ layers;")
 FLOOR = 1e-6  # of the mean: inputs that were zero still count a little
 TEXT_HINT = "use --method rtn, or give text with --calibration"
 
@@ -40,6 +42,11 @@ TEXT_HINT = "use --method rtn, or give text with --calibration"
 def is_meant(source: str) -> bool:
     """Whether a source of calibration is a file of this kind, by its suffix."""
     return Path(source).suffix.lower() in SUFFIXES and Path(source).is_file()
+
+
+def file_in(notes: Iterable[str]) -> str | None:
+    """The name of the file that weighed the errors of a run with these notes; None if there was none."""
+    return next((match[1] for note in notes if (match := _NOTE.match(note)) is not None), None)
 
 
 @dataclass(frozen=True)
@@ -83,8 +90,15 @@ def split(settings: QuantConfig, method: Method) -> tuple[QuantConfig, Path | No
     return settings.replace(calibration=settings.calibration.replace(sources=text)), Path(files[0])
 
 
-def read(file: Path, config: Mapping[str, Any], layers: Iterable[tuple[str, int]]) -> Importance:
+def read(
+    file: Path,
+    config: Mapping[str, Any],
+    layers: Iterable[tuple[str, int]],
+    outside: Iterable[tuple[str, int]] = (),
+) -> Importance:
     """The importance of the inputs of `layers`, each a name and in_features, of a model with this config.json.
+
+    outside  head and embedding, which few files have values for, so it is not reported if they are missing
 
     Raises CalibrationError for a damaged file, or one of another model.
     """
@@ -95,8 +109,8 @@ def read(file: Path, config: Mapping[str, Any], layers: Iterable[tuple[str, int]
         message = f"the names in {file} are those of GGUF files, and {error.args[0]}"
         raise CalibrationError(message, hint="leave out the importance matrix") from error
     matrix = _Gguf(file) if file.suffix.lower() == ".gguf" else _Older(file)
-    known, missing = dict[str, Tensor](), list[str]()
-    for layer, K in layers:
+    known, missing, layers = dict[str, Tensor](), list[str](), list(layers)
+    for layer, K in [*layers, *outside]:
         place = names.place(f"{layer}.weight")
         if place is None or place.name not in matrix:
             missing.append(layer)
@@ -119,7 +133,8 @@ def read(file: Path, config: Mapping[str, Any], layers: Iterable[tuple[str, int]
     with reading(file), file.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     notes = [f"{WEIGHTED} {file.name}, for {len(known)} layers; its SHA-256 is {digest}"]
-    if missing:
+    inside = {layer for layer, _ in layers}
+    if missing := [layer for layer in missing if layer in inside]:
         notes.append(f"{file.name} has no values for {len(missing)} layers, such as {missing[0]}: not weighted")
     return Importance(file, digest, tuple(notes), known)
 

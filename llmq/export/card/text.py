@@ -18,7 +18,7 @@ from llmq.config import QuantConfig
 from llmq.errors import ConfigError, LlmqError
 from llmq.export.card.origin import FINETUNE, Origin, licence, origin_of, texts
 from llmq.export.conversion import WEIGHTS
-from llmq.gguf.imatrix import WEIGHTED
+from llmq.gguf import imatrix
 from llmq.numerics.gguf_types import GGUF, GGUF_GRIDS
 from llmq.report.escaped import markdown_code as code
 from llmq.report.escaped import markdown_text as prose
@@ -143,11 +143,11 @@ def _making(record: Mapping[str, Any]) -> Iterator[str]:
     conversions = record.get("conversions")
     parts = []
     if settings:
-        parts += ["```console\n$ llmq quantize ORIGINAL OUT --config llmq.toml\n```", *_toml(settings)]
+        notes = texts(record.get("notes"))
+        matrix = imatrix.file_in(notes)
+        parts += ["```console\n$ llmq quantize ORIGINAL OUT --config llmq.toml\n```", *_toml(settings, matrix)]
         parts += [_calibration(_part(record, "calibration"))]
-        parts += [
-            f"Add `--calibration FILE`: {prose(note)}." for note in texts(record.get("notes")) if WEIGHTED in note
-        ]
+        parts += [f"{prose(note)}." for note in notes if matrix and note.startswith(imatrix.WEIGHTED)]
         parts += [f"Versions: {', '.join(code(f'{name} {value}') for name, value in versions.items())}."]
     for conversion in conversions if isinstance(conversions, list) else ():
         if isinstance(conversion, Mapping):
@@ -157,8 +157,11 @@ def _making(record: Mapping[str, Any]) -> Iterator[str]:
         yield "`llmq.json` has the settings, the error of each layer and the checksums of all files."
 
 
-def _toml(settings: Mapping[str, Any]) -> Iterator[str]:
-    """The file llmq.toml: method, format and grid, and all settings that differ from the defaults."""
+def _toml(settings: Mapping[str, Any], matrix: str | None) -> Iterator[str]:
+    """The file llmq.toml: method, format and grid, and all settings that differ from the defaults.
+
+    matrix  the name of an importance matrix, which the recorded sources of text do not have
+    """
     import tomli_w
 
     try:
@@ -166,7 +169,7 @@ def _toml(settings: Mapping[str, Any]) -> Iterator[str]:
     except ConfigError:
         return  # the record is that of another version
     text = chosen["calibration"]
-    text["sources"] = [without_folder(source) for source in text["sources"]]
+    text["sources"] = [*([matrix] if matrix else []), *map(without_folder, text["sources"])]
     chosen["calibration"] = {key: value for key, value in text.items() if value != default["calibration"].get(key)}
     always = ("method", "format", "scheme")
     shown = {key: value for key, value in chosen.items() if key in always or (value and value != default.get(key))}

@@ -172,12 +172,17 @@ def test_rounding_weighs_errors(checkpoint: Callable[..., Path], tmp_path: Path)
     model, name = checkpoint("llama"), "model.layers.0.mlp.down_proj.weight"
     weight = tensors_of(model)[name].float()
     means = (squares(weight.shape[1]) ** 6).astype(np.float32)
-    file = write(tmp_path / "m.imatrix", {TENSOR: means})
+    of_head = (squares(tensors_of(model)["lm_head.weight"].shape[1]) ** 6).astype(np.float32)
+    file, means_of_head = (
+        write(tmp_path / "m.imatrix", {TENSOR: means, "output.weight": of_head}),
+        torch.from_numpy(of_head),
+    )
     plain = Job(str(model), tmp_path / "plain", merged(QuantConfig(), GGUF), device="cpu")
     plain.run()
     weighed = Job(str(model), tmp_path / "weighed", settings(file, **GGUF), device="cpu")
     report = weighed.run()
     assert any("importance matrix m.imatrix" in note for note in report.notes)
+    assert 'sources = [\n    "m.imatrix",\n]' in (tmp_path / "weighed" / "README.md").read_text()
     before, after = (Weights(tmp_path / out / f"{out}.gguf", model) for out in ("plain", "weighed"))
     errors = [
         float(((stored.tensor(name) - weight).square() * torch.from_numpy(means)).sum()) for stored in (before, after)
@@ -185,6 +190,12 @@ def test_rounding_weighs_errors(checkpoint: Callable[..., Path], tmp_path: Path)
     assert errors[1] < 0.9 * errors[0]
     other = "model.layers.1.mlp.down_proj.weight"
     assert torch.equal(before.tensor(other), after.tensor(other))
+    errors = [
+        float(((stored.tensor("lm_head.weight") - head).square() * torch.from_numpy(of_head)).sum())
+        for stored in (before, after)
+    ]
+    assert errors[1] < 0.9 * errors[0]
+    assert any(note.startswith("lm_head.weight is rounded") and "weighted" in note for note in report.notes)
     assert plain._identity() != weighed._identity()
     with pytest.raises(CalibrationError, match="holds no text"):
         Job(str(model), tmp_path / "measured", settings(file, group_size=32), device="cpu").measure_layers()
