@@ -25,6 +25,7 @@ from llmq.gguf.stored import Stored
 from llmq.gguf.writer import Written, write
 from llmq.numerics import affine_grid
 from llmq.numerics.keep_grid import keep
+from llmq.numerics.quantized_tensor import with_zeros
 from llmq.numerics.scheme import WeightScheme
 
 ROWS_AT_ONCE = 1 << 22  # weights of an embedding that are quantized together
@@ -102,7 +103,7 @@ def rounded(
     for rows in weight.split(max(1, ROWS_AT_ONCE // weight.shape[1])):
         part = rows.to(device, torch.float32)
         chosen = affine_grid.fit_searched(part, scheme, torch.float16, costs)
-        pieces.append(staged.pack_blocks(chosen.quantized(chosen.encode(part))))
+        pieces.append(staged.pack_blocks(with_zeros(chosen.quantized(chosen.encode(part)), part)))
     return np.concatenate(pieces)
 
 

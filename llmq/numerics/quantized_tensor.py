@@ -26,7 +26,8 @@ class Superblocks:
     m     (N, G) uint8 of 6 bits, or None in a symmetric grid
 
     w = (d * sc) * q - dmin * m, or (d * sc) * (q - middle), in float32 and in this order, as llama.cpp computes it.  In
-    IQ4_NL and IQ4_XS a value of a table takes the place of q - middle.
+    IQ4_NL and IQ4_XS a value of a table takes the place of q - middle.  No value is 0 there, so groups of zeros have
+    the scale 0 (`with_zeros`), which tuning does not change.
     """
 
     d: Tensor
@@ -47,10 +48,11 @@ class Superblocks:
         return torch.cat([part.to(torch.float32) for part in (self.d, self.dmin) if part is not None], dim=1)
 
     def with_shared(self, values: Tensor) -> "Superblocks":
-        """The same grid with new `shared` values, rounded to float16 but never to zero; no number changes its sign."""
-        largest, negative = torch.finfo(torch.float16).max, self.shared() < 0
+        """The same grid with new `shared` values, rounded to float16.  No number becomes zero or changes its sign; 0 stays 0."""
+        before, largest = self.shared(), torch.finfo(torch.float16).max
+        negative = before < 0
         sizes = torch.where(negative, -values, values).clamp(SMALLEST_SHARED, largest)
-        halves = torch.where(negative, -sizes, sizes).to(torch.float16)
+        halves = torch.where(negative, -sizes, sizes).masked_fill_(before == 0, 0.0).to(torch.float16)
         d, *dmin = halves.split(self.d.shape[1], dim=1)
         return Superblocks(d, self.sc, dmin[0] if dmin else None, self.m)
 
@@ -159,6 +161,20 @@ class QuantizedTensor:
         shared = None if self.global_scale is None else change(self.global_scale)
         codes, scales = change(self.codes), change(self.scales)
         return QuantizedTensor(codes, scales, zeros, self.scheme, group_index, superblocks, shared)
+
+
+def with_zeros(quantized: QuantizedTensor, weight: Tensor) -> QuantizedTensor:
+    """`quantized`, where groups that are zeros in `weight` (N, K) are zeros, too; only IQ4_NL and IQ4_XS need this."""
+    table, blocks = value_table(quantized.scheme), quantized.superblocks
+    if table is None or blocks is None:
+        return quantized
+    empty = ~weight.unflatten(1, (blocks.sc.shape[1], -1)).any(-1)  # (N, G)
+    if not empty.any():
+        return quantized
+    codes = quantized.codes.masked_fill(empty[:, quantized.column_groups()], table.zero)
+    one_group = blocks.d.shape == blocks.sc.shape
+    d, sc = (blocks.d.masked_fill(empty, 0), blocks.sc) if one_group else (blocks.d, blocks.sc.masked_fill(empty, 0))
+    return QuantizedTensor.of_superblocks(codes, Superblocks(d, sc), quantized.scheme)
 
 
 def affine(superblocks: Superblocks) -> tuple[Tensor, Tensor | None]:

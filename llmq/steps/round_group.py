@@ -24,7 +24,7 @@ from llmq.algorithms.validation_loss import ValidationLoss
 from llmq.distributed.ranks import ALONE, Total
 from llmq.methods import Method
 from llmq.numerics.input_stats import InputStats
-from llmq.numerics.quantized_tensor import QuantizedTensor, where
+from llmq.numerics.quantized_tensor import QuantizedTensor, where, with_zeros
 from llmq.numerics.scheme import WeightScheme
 from llmq.report.record import StageGain
 
@@ -106,6 +106,7 @@ def _round_stack(weights: Mapping[str, Tensor], scheme: WeightScheme, fit: _Fit)
             keep = _keep_better(name, weights, loss, refined_loss, gains, fit.total)
             quantized, loss = where(keep[:, None], refined, quantized), torch.where(keep, refined_loss, loss)
 
+    quantized = with_zeros(quantized, originals)
     layers, start = [], 0
     for path, weight in weights.items():
         stop = start + len(weight)

@@ -12,10 +12,12 @@ from transformers import AutoModelForCausalLM
 
 from llmq.algorithms import block_tuning
 from llmq.algorithms.kl_tuning import Rates
+from llmq.formats.codecs import gguf_blocks
+from llmq.formats.gguf import pack_blocks
 from llmq.methods import Method, Tuning
 from llmq.model.passes.replay import Replay
-from llmq.numerics.affine_grid import fit_minmax
-from llmq.numerics.quantized_tensor import QuantizedTensor
+from llmq.numerics.affine_grid import fit_minmax, fit_searched
+from llmq.numerics.quantized_tensor import QuantizedTensor, with_zeros
 from llmq.numerics.scheme import WeightScheme
 from llmq.steps import block_tuning as block_tuning_step
 from llmq.steps.block_tuning import BlockProblem
@@ -67,6 +69,34 @@ class TwoLayers:
         if self.losses is not None:
             return self.losses.pop(0)
         return self.loss(self.judging, {name: weight.dequantize() for name, weight in self.current.items()}).item()
+
+
+class OneLayer(TwoLayers):
+    """‖(Ŵ - W) x‖² for one weight, of which one group of 32 columns is zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = {"W": random(12, 256, seed=1)}
+        self.weights["W"][:, 32:64] = 0
+        self.inputs, self.judging = (random(200, 6, seed=seed) @ random(6, 256, seed=5) for seed in (3, 4))
+
+    def loss(self, inputs: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        return (inputs @ (weights["W"] - self.weights["W"]).T).square().sum(1).mean()
+
+
+@pytest.mark.parametrize("kind", ["iq4_nl", "iq4_xs", "q2_k", "q3_k", "q4_k"])
+def test_grids_of_gguf_are_tuned(kind: str) -> None:
+    problem = OneLayer()
+    (name, weight), scheme = next(iter(problem.weights.items())), WeightScheme.of_blocks(kind)
+    grid = fit_searched(weight, scheme, torch.float16)
+    given = {name: with_zeros(grid.quantized(grid.encode(weight)), weight)}
+    result = block_tuning.tune(given, problem.weights, problem, Rates(rounding=0.05, scales=0.002), 20)
+    assert result.step > 0 and result.after < 0.9 * result.before
+    tuned = result.weights[name]
+    assert not torch.equal(tuned.codes, given[name].codes)
+    assert torch.equal(tuned.dequantize()[:, 32:64], torch.zeros(12, 32)) or kind == "q3_k"
+    packed = gguf_blocks.decode(kind.upper(), pack_blocks(tuned))
+    assert torch.equal(torch.from_numpy(packed), tuned.dequantize())
 
 
 def same(a: Mapping[str, QuantizedTensor], b: Mapping[str, QuantizedTensor]) -> bool:

@@ -172,11 +172,9 @@ def test_rounding_weighs_errors(checkpoint: Callable[..., Path], tmp_path: Path)
     model, name = checkpoint("llama"), "model.layers.0.mlp.down_proj.weight"
     weight = tensors_of(model)[name].float()
     means = (squares(weight.shape[1]) ** 6).astype(np.float32)
-    of_head = (squares(tensors_of(model)["lm_head.weight"].shape[1]) ** 6).astype(np.float32)
-    file, means_of_head = (
-        write(tmp_path / "m.imatrix", {TENSOR: means, "output.weight": of_head}),
-        torch.from_numpy(of_head),
-    )
+    head = tensors_of(model)["lm_head.weight"].float()
+    of_head = (squares(head.shape[1]) ** 6).astype(np.float32)
+    file = write(tmp_path / "m.imatrix", {TENSOR: means, "output.weight": of_head})
     plain = Job(str(model), tmp_path / "plain", merged(QuantConfig(), GGUF), device="cpu")
     plain.run()
     weighed = Job(str(model), tmp_path / "weighed", settings(file, **GGUF), device="cpu")
