@@ -71,6 +71,11 @@ class Method:
         transforms, validation = ("rotation", *self.transforms), self.validation or 0.1
         return replace(self, transforms=transforms, validation=validation, needs_calibration=True)
 
+    def with_fixed_scales(self) -> "Method":
+        """This method without tuning of scales: kernels cannot hold what comes out (`numerics/scale_products.py`)."""
+        block_tuning, tuning = (part and replace(part, scales=0.0) for part in (self.block_tuning, self.tuning))
+        return replace(self, block_tuning=block_tuning, tuning=tuning)
+
     def smoothed(self) -> "Method":
         """This method with smoothing as the last transform, for inputs with static scales."""
         return replace(self, transforms=(*self.transforms, "smooth"))

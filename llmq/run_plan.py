@@ -95,6 +95,8 @@ class Plan:
         skeleton, checkpoint = Skeleton(opened.model, opened.weights, chosen), opened.checkpoint
         settings, notes = preset.applied(settings, skeleton, layout)
         layers = planned_layers(skeleton, settings, layout, checkpoint.config)
+        if any(plan.scheme.scales_are_products for plan in layers.values()):
+            method = method.with_fixed_scales()
         notes = (*notes, *input_notes(layers.values()), *opened.notes, *companions(checkpoint.folder).notes)
         plan = cls(
             settings, method, checkpoint, chosen, layout, dtype, skeleton, layers, remote_code, notes, opened.left

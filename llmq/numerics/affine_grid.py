@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmq.numerics import float_grid, k_quant_grid
+from llmq.numerics import float_grid, k_quant_grid, scale_products
 from llmq.numerics.quantized_tensor import QuantizedTensor, Superblocks, affine
 from llmq.numerics.scheme import WeightScheme
 from llmq.numerics.value_table import encode, value_table
@@ -52,7 +52,14 @@ class Shared:
     global_scale: float
 
 
-ScaleDtype = torch.dtype | Bounded | Shared
+@dataclass(frozen=True)
+class Products:
+    """Scales of symmetric groups that kernels for fp8 inputs hold exactly (`scale_products.py`), in a `dtype`."""
+
+    dtype: torch.dtype
+
+
+ScaleDtype = torch.dtype | Bounded | Shared | Products
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,11 @@ def fit_minmax(weight: Tensor, scheme: WeightScheme, scale_dtype: ScaleDtype) ->
         return _fit_floats(weight, scheme, scale_dtype, searched=False)
     if scheme.two_level:  # scales depend on each other, so there is no min-max grid
         return fit_searched(weight, scheme, scale_dtype)
-    return _assemble(weight.shape[0], scheme, scale_dtype, *_minmax(_grouped(weight, scheme), scheme, scale_dtype))
+    groups = _grouped(weight, scheme)
+    scales, zeros = _minmax(groups, scheme, scale_dtype)
+    if _are_products(scheme, scale_dtype):
+        scales = scale_products.nearest(groups, scales, groups.new_ones(()), scheme.levels, dtype_of(scale_dtype))
+    return _assemble(weight.shape[0], scheme, scale_dtype, scales, zeros)
 
 
 def fit_searched(
@@ -119,6 +130,8 @@ def fit_searched(
     widest, zeros = _minmax(groups, scheme, torch.float32)
     first = _minmax(groups, scheme, scale_dtype)
     scales, zeros = grid_search.search(groups, costs, first, widest, zeros, _candidates(scheme, scale_dtype))
+    if _are_products(scheme, scale_dtype):
+        scales = scale_products.nearest(groups, scales, costs, scheme.levels, dtype_of(scale_dtype))
     scales = scales if signs is None else scales * signs
     return _assemble(weight.shape[0], scheme, scale_dtype, scales, zeros)
 
@@ -149,7 +162,11 @@ def storable(scales: Tensor, scale_dtype: ScaleDtype) -> Tensor:
 def dtype_of(scale_dtype: ScaleDtype) -> torch.dtype:
     if isinstance(scale_dtype, Shared):
         return torch.float32
-    return scale_dtype.dtype if isinstance(scale_dtype, Bounded) else scale_dtype
+    return scale_dtype.dtype if isinstance(scale_dtype, Bounded | Products) else scale_dtype
+
+
+def _are_products(scheme: WeightScheme, scale_dtype: ScaleDtype) -> bool:
+    return isinstance(scale_dtype, Products) and scheme.symmetric and isinstance(scheme.group_size, int)
 
 
 def _candidates(scheme: WeightScheme, scale_dtype: ScaleDtype) -> Candidates:

@@ -48,7 +48,7 @@ class Superblocks:
         return torch.cat([part.to(torch.float32) for part in (self.d, self.dmin) if part is not None], dim=1)
 
     def with_shared(self, values: Tensor) -> "Superblocks":
-        """The same grid with new `shared` values, rounded to float16.  No number becomes zero or changes its sign; 0 stays 0."""
+        """The same grid with new `shared` values, rounded to float16; 0 stays 0, others keep their sign."""
         before, largest = self.shared(), torch.finfo(torch.float16).max
         negative = before < 0
         sizes = torch.where(negative, -values, values).clamp(SMALLEST_SHARED, largest)

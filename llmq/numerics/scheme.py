@@ -223,6 +223,12 @@ class Scheme:
                     hint="for example Scheme(WeightScheme(8, 'channel'), InputScheme('int8', 'dynamic'))",
                 )
 
+    @property
+    def scales_are_products(self) -> bool:
+        """Whether kernels compute scales of groups as products (`scale_products.py`): few bits, inputs in fp8."""
+        weights, inputs = self.weights, self.inputs
+        return weights is not None and inputs is not None and weights.bits <= 4 and inputs.dtype == "fp8"
+
     def __str__(self) -> str:
         if self.inputs is None:
             return str(self.weights or "float")

@@ -22,6 +22,7 @@ from llmq.model.build.skeleton import Skeleton
 from llmq.model.passes.hidden_states import Storage
 from llmq.model.passes.recorded_calls import RecordedCalls
 from llmq.model.passes.streams import Stream, Streams, Text
+from llmq.numerics.affine_grid import Products, ScaleDtype, dtype_of
 from llmq.numerics.layer_plan import LayerPlan
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.report.events import OnEvent, ignore
@@ -64,6 +65,10 @@ class Run:
         """How much each input of a layer counts, (K,) float32; None if all count alike."""
         values = None if self.importance is None else self.importance.of(self.plans[path].name)
         return None if values is None else values.to(self.skeleton.device)
+
+    def scales_of(self, path: str) -> ScaleDtype | None:
+        """The values of the scales of a layer, if these are not those of the run: for kernels with fp8 inputs."""
+        return Products(dtype_of(self.options.scale_dtype)) if self.plans[path].scheme.scales_are_products else None
 
     @functools.cached_property
     def paths(self) -> dict[str, str]:

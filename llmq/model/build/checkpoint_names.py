@@ -45,6 +45,8 @@ class ModelWeights:
         self._quantized = quantized
         self.merged_into: dict[str, str] = {}  # name in the checkpoint -> the parameter that the tensor is part of
         self._merged: dict[str, Callable[[], Tensor]] = {}
+        self._sources: dict[str, list[str]] = {}  # of a merged parameter, or of one that is a part of a tensor
+        self._split: set[str] = set()
         self._places: dict[str, str] = {}
         self.stacked_in: dict[str, str] = {}  # name of an expert's tensor -> the stored tensor that it is part of
         self._parts: Counter[str] = Counter()
@@ -66,10 +68,16 @@ class ModelWeights:
         self.stacked_in |= stacked_in
         self._parts.update(stacked_in.values())
 
-    def merge(self, name: str, sources: Iterable[str], read: Callable[[], Tensor]) -> None:
-        """Read a parameter with `read`, which merges the tensors `sources`."""
-        self._merged[name] = read
-        self.merged_into |= dict.fromkeys(sources, name)
+    def merge(self, name: str, sources: Iterable[str], read: Callable[[], Tensor], *, part: bool = False) -> None:
+        """Read a parameter with `read`, which merges the tensors `sources`, or takes a `part` of one."""
+        self._merged[name], self._sources[name] = read, list(sources)
+        self.merged_into |= dict.fromkeys(self._sources[name], name)
+        if part:
+            self._split.add(name)
+
+    def is_part(self, name: str) -> bool:
+        """Whether the checkpoint stores the parameter as a part of a tensor with other parameters."""
+        return name in self._split
 
     def parts_of(self, stacked: str) -> int:
         """The number of parts of a stacked tensor, all of the same size."""
@@ -118,7 +126,7 @@ class ModelWeights:
     def is_quantized(self, name: str) -> bool:
         """Whether the parameter, or one of the tensors that it is merged from, is quantized in the checkpoint."""
         if name in self._merged:
-            return any(self._quantized(source) for source, merged in self.merged_into.items() if merged == name)
+            return any(self._quantized(source) for source in self._sources[name])
         stored = self.tensor_name(name)
         return self._quantized(self.stacked_in.get(stored, stored))
 

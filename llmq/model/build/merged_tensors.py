@@ -1,7 +1,7 @@
-"""Parameters that the checkpoint stores in several tensors, such as the convolutions over q, k and v of some hybrids.
+"""Parameters that the checkpoint stores in several tensors, or as parts of one, such as q, k and v of some models.
 
-transformers knows how they are merged, so its converters are run on the tensors. Stacked experts are handled in
-`experts/stacking.py`. A merged parameter is never written: the tensors of the checkpoint are copied unchanged.
+transformers knows how they are merged or split, so its converters are run on the tensors. Stacked experts are handled
+in `experts/stacking.py`. Such a parameter is never written: the tensors of the checkpoint are copied unchanged.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,7 +14,7 @@ from llmq.model.build.checkpoint_names import ModelWeights
 
 
 def merge(model: Any, weights: ModelWeights, names: Iterable[str]) -> None:
-    """Make `weights` read the parameters that are merged from several of the tensors `names`."""
+    """Make `weights` read the parameters that are merged from several of the tensors `names`, or parts of one."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -35,14 +35,22 @@ def merge(model: Any, weights: ModelWeights, names: Iterable[str]) -> None:
             continue  # experts
         sources = {pattern: name for pattern, (name,) in by_pattern.items()}
         converter = next((step for step in converters if set(step.source_patterns) == set(sources)), None)
-        if converter is not None and len(converter.target_patterns) == 1:  # one that splits a tensor is not known here
-            read = partial(_convert, model, converter, target, sources, weights.stored_tensor)
-            weights.merge(target, sources.values(), read)
+        if converter is None:
+            continue
+        first, *others = converter.target_patterns
+        for pattern in (first, *others):
+            name = target.replace(first, pattern, 1)
+            if name in lacking:
+                read = partial(_convert, model, converter, target, name, sources, weights.stored_tensor)
+                weights.merge(name, sources.values(), read, part=bool(others))
 
 
-def _convert(model: Any, converter: Any, target: str, sources: dict[str, str], read: Callable[[str], Tensor]) -> Tensor:
+def _convert(
+    model: Any, converter: Any, target: str, name: str, sources: dict[str, str], read: Callable[[str], Tensor]
+) -> Tensor:
+    """The parameter `name`; `target` is the first of those that the converter makes."""
     for pattern in converter.source_patterns:
         converter.add_tensor(target, pattern, pattern, read(sources[pattern]))
-    (merged,) = converter.convert(target, model=model, config=model.config).values()
-    tensor: Tensor = merged
-    return tensor
+    made = converter.convert(target, model=model, config=model.config)
+    tensor: Tensor = made[name] if len(made) > 1 else next(iter(made.values()))
+    return tensor.contiguous()

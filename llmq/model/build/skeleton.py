@@ -27,6 +27,7 @@ from llmq.model.build.module_tree import load_config as load_config
 from llmq.numerics.scheme import InputScheme
 
 SHARED = "its weight is shared with another layer"
+PART = "the checkpoint stores its weight as a part of another tensor"
 MOST_RETURNED = 3  # the most values that a block returns
 
 
@@ -58,6 +59,7 @@ class Skeleton:
         self._repeated = [block.path for block in self.blocks if runs[block.module] > 1]
         self._return_more = not plain.issuperset(modules)
         self.special_layers |= {path: SHARED for path in linears if weights.is_shared(f"{path}.weight")}
+        self.special_layers |= {path: PART for path in linears if weights.is_part(f"{path}.weight")}
         for block in self.blocks:
             block.leave(self.special_layers)
         self._returned: int | None = None  # see `_probe`; unknown before the first recording
