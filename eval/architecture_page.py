@@ -70,6 +70,7 @@ REASONS = {  # of classes that fail, by where they do
     "encoder-decoder": "an encoder-decoder",
     "configuration": "transformers does not make its default configuration",
     "build": "transformers does not build it",
+    "files": "transformers does not read the files that it writes",
     "text": "transformers does not run it on text alone",
     "refused": "llmq refuses it",
     "llmq": "an error, in llmq or in the measurement",

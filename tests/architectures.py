@@ -31,7 +31,7 @@ ARCHITECTURES = (
     "xlnet", "bamba", "falcon_h1", "falcon_mamba", "lfm2", "mamba2", "olmo_hybrid", "qwen3_5_text", "recurrent_gemma",
     "rwkv", "zamba", "aria_text", "deepseek_v3", "deepseek_v4", "glm4_moe", "gpt_oss", "granitemoehybrid", "jamba",
     "jetmoe", "llama4_text", "mixtral", "nemotron_h", "phimoe", "qwen2_moe", "qwen3_next", "gemma3", "glm4v",
-    "idefics3", "llava", "qwen2_vl", "qwen3_vl_moe",
+    "idefics3", "llava", "qwen2_vl", "qwen3_vl_moe", "sarvam_moe",
 )  # fmt: skip
 
 SETTINGS: dict[str, Any] = {"method": "gptq", "group_size": 16, "scales": "minmax", "samples": 8, "seqlen": 16}

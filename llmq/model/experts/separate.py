@@ -166,7 +166,7 @@ def separate(
             stored = [weights.stored_name(f"{path}.{name}") for name in form.parameters]
             if None in stored:
                 continue
-            prefix = next((s.removesuffix(f".{form.up}") for s in stored if s and s.endswith(f".{form.up}")), path)
+            prefix = _prefix(path, form, [name for name in stored if name is not None], weights)
             projections = [plain_stacking(prefix, fused, form, name) for name in form.stacked]
             separated = SeparateExperts(fused, form, projections)
             for names, stacking in zip(separated.parts, projections, strict=True):
@@ -174,6 +174,13 @@ def separate(
             weights.provide(*_members(form, projections, dict(zip(form.parameters, stored, strict=True)), read_member))
         weights.place(places)
         model.set_submodule(path, separated)
+
+
+def _prefix(path: str, form: Form, stored: Sequence[str], weights: ModelWeights) -> str:
+    """The name of a module of experts in the checkpoint, which may store its stacks under other names."""
+    usual = (name.removesuffix(f".{form.up}") for name in stored if name.endswith(f".{form.up}"))
+    beside = (name for name in weights.candidates(path) if stored[0].startswith(f"{name.rpartition('.')[0]}."))
+    return next(usual, None) or next(beside, path)
 
 
 def _places(path: str, parts: Sequence[str], stacking: Stacking) -> dict[str, str]:
