@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "eval")]
 from subjects import folder_of, stamp, table_row, texts  # noqa: E402
 
-MODEL, METHODS = "tiny-python-llama", ("gptq", "fast")
+MODEL, METHODS = "tiny-python-llama", ("gptq",)
 SAMPLES, SEQLEN, WINDOWS = 64, 256, 64
 MARKDOWN = ROOT / "eval" / "results" / "fp8_scales.md"
 SCALES = ("free, as in the file", "free, as a kernel rounds them", "products, as in the file and in a kernel")

@@ -109,9 +109,9 @@ def start(quantized: QuantizedTensor, reference: Tensor | None, rates: Rates, dt
     if rates.rounding:
         v = torch.zeros(quantized.shape, device=quantized.codes.device)
         if reference is not None:
-            scales = quantized.scales.to(torch.float32)
-            scales = scales.masked_fill(scales == 0, 1.0)  # of groups of zeros in IQ4_NL and IQ4_XS
-            v = _places(quantized, reference / scales[:, quantized.column_groups()]) - quantized.codes
+            units = quantized.scales.to(torch.float32)
+            units = units.masked_fill(units == 0, 1.0)  # of groups of zeros in IQ4_NL and IQ4_XS
+            v = _places(quantized, reference / units[:, quantized.column_groups()]) - quantized.codes
             v.clamp_(-EDGE, EDGE)
         rounding = Moving.at(v, dtypes)
     if rates.scales:
