@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "eval")]
 from subjects import folder_of, stamp, table_row, texts  # noqa: E402
 
-MODEL, METHODS = "tiny-python-llama", ("gptq",)
+MODEL, METHODS = "tiny-python-llama", ("gptq", "fast")
 SAMPLES, SEQLEN, WINDOWS = 64, 256, 64
 MARKDOWN = ROOT / "eval" / "results" / "fp8_scales.md"
 SCALES = ("free, as in the file", "free, as a kernel rounds them", "products, as in the file and in a kernel")
@@ -42,9 +42,9 @@ def main() -> None:
         calibration, evaluation = texts(MODEL, Path(scratch))
 
         def kl(folder: Path) -> float:
-            found = measure(folder, folder_of(MODEL), str(evaluation), seqlen=SEQLEN, limit=WINDOWS).total.model.kl_mean
-            assert found is not None
-            return found
+            figures = measure(folder, folder_of(MODEL), str(evaluation), seqlen=SEQLEN, limit=WINDOWS).total.model
+            assert figures.kl_mean is not None
+            return figures.kl_mean
 
         for method in METHODS:
             figures = []
