@@ -145,6 +145,9 @@ def _print_forecast(result: "Forecast", settings: QuantConfig) -> None:
     text = f"{calibration.samples} x {calibration.seqlen} calibration tokens on {result.device}"
     print_table(f"cost of quantizing, {text}", ("method", "time", *gpu, "main memory", "disk"), costs)
     print_text(f"keys and values of {1000:,} tokens take {megabytes(1000 * result.bytes_per_token)} in 16 bits")
+    if result.cpu_copy_bytes:
+        copied = megabytes(result.cpu_copy_bytes)
+        print_text(f"llmq.load on a CPU keeps a second copy of weights: {copied}, none with LLMQ_CPU_INT4=off")
 
 
 def _print_fit(model: str, fitting: "Fit") -> None:
@@ -154,5 +157,8 @@ def _print_fit(model: str, fitting: "Fit") -> None:
         (f"keys and values of {fitting.context:,} tokens", megabytes(fitting.cache_bytes)),
         ("together", f"{megabytes(whole)} of {megabytes(fitting.memory)}, of which a tenth is reserved"),
     ]
+    if fitting.cpu_copy_bytes:
+        copied = megabytes(fitting.cpu_copy_bytes)
+        rows.append(("in llmq.load on a CPU", f"{copied} more, for a second copy of weights"))
     print_table(f"fits: {fitting.flags}", ("", "value"), rows)
     print_text(f"next: llmq quantize {shlex.quote(model)} {fitting.flags}, and your other options")

@@ -6,6 +6,7 @@ from typing import Any
 
 from llmq.config import QuantConfig
 from llmq.errors import ConfigError, LlmqError
+from llmq.forecast import cpu_copy
 from llmq.forecast.sizes_and_costs import HALF, Configured
 from llmq.numerics.gguf_types import GGUF_GRIDS
 from llmq.numerics.named_schemes import WEIGHTS
@@ -22,14 +23,16 @@ RESERVED = 0.1  # of the memory, for activations and the program
 class Fit:
     """Settings with which a model fits into `memory` bytes, of which a tenth is reserved.
 
-    weight_bytes  of all weights
-    cache_bytes   of keys and values of `context` tokens in 16 bits
+    weight_bytes    of all weights
+    cache_bytes     of keys and values of `context` tokens in 16 bits
+    cpu_copy_bytes  that `llmq.load` needs in addition on a CPU, for a second copy of the weights
     """
 
     settings: QuantConfig
     bits_per_weight: float
     weight_bytes: int
     cache_bytes: int
+    cpu_copy_bytes: int
     context: int
     memory: int
 
@@ -80,7 +83,8 @@ def fit(configured: Configured, settings: QuantConfig, memory: int, context: int
             hint=f"lower --context to {tokens:,}" if tokens else "give more memory, or choose a smaller model",
         )
     chosen, nbytes, bits = max(fitting, key=lambda entry: entry[1])
-    return Fit(chosen, bits, nbytes, context * per_token, context, memory)
+    copied = cpu_copy.nbytes(configured.skeleton, configured.layers(chosen), chosen)
+    return Fit(chosen, bits, nbytes, context * per_token, copied, context, memory)
 
 
 def _sizes(configured: Configured, settings: QuantConfig) -> Iterator[tuple[QuantConfig, int, float]]:

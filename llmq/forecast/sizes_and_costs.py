@@ -21,6 +21,7 @@ from llmq.cost.files import packed_layers
 from llmq.cost.machine import Machine
 from llmq.cost.outline import Outline
 from llmq.errors import LlmqError
+from llmq.forecast import cpu_copy
 from llmq.forecast.trial import Trial
 from llmq.formats.codecs import gguf_blocks
 from llmq.gguf import export, recipes
@@ -102,6 +103,7 @@ class Forecast(Shown):
 
     stored_bytes     of the weights as they are, from their headers; without them, for the dtype of the configuration
     bytes_per_token  of keys and values in 16 bits, for full attention in every block
+    cpu_copy_bytes   of the second copy of the weights that `llmq.load` keeps on a CPU, where it is faster
     device           "cpu" or "cuda", for which `costs` are
     """
 
@@ -113,6 +115,7 @@ class Forecast(Shown):
     sizes: tuple[FormatSize, ...]
     costs: tuple[MethodCost, ...]
     bytes_per_token: int
+    cpu_copy_bytes: int
     device: str
 
     def tables(self) -> Iterator[Table]:
@@ -256,6 +259,7 @@ def forecast(
         sizes=tuple(_size(configured, settings, name) for name in dict.fromkeys([*settings.formats, *COMPARED])),
         costs=tuple(costs),
         bytes_per_token=outline.cache * HALF // outline.itemsize,
+        cpu_copy_bytes=cpu_copy.nbytes(configured.skeleton, layers, settings),
         device=machine.device,
     )
 

@@ -54,6 +54,17 @@ def fake_quantized(x: Tensor, scheme: InputScheme) -> Tensor:
     return rounded
 
 
+def int8_values(x: Tensor, fixed: float | None) -> tuple[Tensor, Tensor]:
+    """`x` (…, K) as int8 (…, K) and float32 scales (…, 1), whose product is `fake_quantized` in float32.
+
+    The scale of a row with a NaN or an infinity is NaN, so that it does not disappear in the integers.
+    """
+    values = x.to(torch.float32)
+    largest = values.abs().amax(-1, keepdim=True)
+    scale = largest * 0 + fixed if fixed else (largest / HALF_RANGES["int8"]).clamp_min(SMALLEST_SCALE)
+    return nearest(values / scale, "int8").to(torch.int8), scale
+
+
 def nearest(x: Tensor, dtype: str) -> Tensor:
     """The values of int8 or fp8 nearest to those of `x`, in the dtype of `x`, whose memory may be reused."""
     if dtype == "int8":

@@ -13,7 +13,7 @@ import torch
 from llmq._version import __version__
 from llmq_kernels import backend
 from llmq_kernels.errors import KernelInputError
-from llmq_kernels.w4a16 import configs, small_batches
+from llmq_kernels.w4a16 import configs, int8_inputs, small_batches
 
 PACKAGES = ("torch", "transformers", "triton", "safetensors", "numpy", "pydantic")
 VARIABLES = (backend.VARIABLE, configs.VARIABLE, small_batches.VARIABLE)
@@ -91,7 +91,7 @@ def environment() -> Environment:
         variables={name: os.environ[name] for name in VARIABLES if name in os.environ},
         cpu_threads=torch.get_num_threads(),
         cpu_instructions=torch.backends.cpu.get_cpu_capability(),
-        cpu_small_products="; ".join(map(small_batches.describe, small_batches.PRODUCTS)),
+        cpu_small_products="; ".join([*map(small_batches.describe, small_batches.PRODUCTS), int8_inputs.describe()]),
         devices=(_cpu(), *(_gpu(index) for index in range(torch.cuda.device_count() if present else 0))),
     )
 

@@ -25,9 +25,10 @@ from llmq.model.build.merged_tensors import merge
 from llmq.model.experts.stacking import Stacking, all_packed, find_stackings, stackings_of
 from llmq.numerics.fake_quantize import rounding_for
 from llmq.runtime.checkpoint_weights import PackedWeights, required_settings, shape_of
+from llmq.runtime.float_experts import FloatExperts
 from llmq.runtime.fused_linear import fuse_rows, shared_inputs
 from llmq.runtime.open_skeleton import open_model
-from llmq.runtime.packed_experts import fill_experts, pack_experts
+from llmq.runtime.packed_experts import fill_experts, pack_experts, require_form
 from llmq.runtime.packed_linear import PackedLinear, PackedRows
 
 logger = logging.getLogger(__name__)
@@ -203,9 +204,19 @@ def _fill_experts(
         waiting.difference_update(*(stacking.modules() for stacking in stackings))
     else:
         fill_experts(path, experts, stackings, weights, device)
-        declared = (module for stacking in stackings for module in stacking.modules() if module in packed.modules)
-        if any(packed.declared_inputs(module) is not None for module in declared):
-            logger.warning("%s has float inputs here, although the checkpoint declares quantized ones", path)
+        _round_inputs_of_experts(model, path, stackings, packed)
+
+
+def _round_inputs_of_experts(model: nn.Module, path: str, stackings: Sequence[Stacking], packed: PackedWeights) -> None:
+    """Quantize the inputs of experts that run dequantized, if the checkpoint declares this, alike for all of them."""
+    modules = frozenset(packed.modules)
+    schemes = [{packed.inputs(m) if m in modules else None for m in stacking.modules()} for stacking in stackings]
+    if any(len(of_parts) > 1 for of_parts in schemes):
+        logger.warning("%s has float inputs here: the checkpoint declares different ones for its experts", path)
+    elif any(of_parts != {None} for of_parts in schemes):
+        roundings = [None if scheme is None else rounding_for(scheme) for (scheme,) in schemes]
+        experts = model.get_submodule(path)
+        model.set_submodule(path, FloatExperts(experts, require_form(experts), roundings))
 
 
 def _groups_by_last(model: nn.Module, weights: ModelWeights, packed: Collection[str]) -> dict[str, list[str]]:

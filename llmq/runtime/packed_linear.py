@@ -2,17 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llmq.errors import FormatError
-from llmq.numerics.fake_quantize import rounding_for
+from llmq.numerics.fake_quantize import int8_values, rounding_for
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import InputScheme, Scheme, WeightScheme
 from llmq.runtime.weight_view import WeightView
-from llmq_kernels.w4a16 import layout, small_batches
+from llmq_kernels.w4a16 import int8_inputs, layout, small_batches
 from llmq_kernels.w4a16 import op as packed
 from llmq_kernels.w4a16.launches import Launches
 from llmq_kernels.w4a16.packed_weight import PackedWeight
@@ -24,12 +25,13 @@ class PackedRows(nn.Module):
     If the columns of a checkpoint are grouped by act-order, the values are stored group by group, and `column_order`
     (K,) maps columns to inputs.
 
-    If the checkpoint declares quantized inputs, x is rounded to their values first (`numerics/fake_quantize.py`): the
-    result is that of an engine with 8-bit products, without their speed.
+    If the checkpoint declares quantized inputs, x is rounded to their values first (`numerics/fake_quantize.py`), and
+    the product is computed in float32, or for inputs in int8 with integers, if the CPU is fast at that.
 
-    On a CPU, `prepare` adds a second copy of weights of 4 and 8 bits, `cpu_words` and `cpu_grid`, which makes small
-    batches several times faster, in bfloat16 (see `llmq_kernels/w4a16/small_batches.py`). The copy is never saved, and
-    is made again when the weight moves or changes.
+    On a CPU, `prepare` adds a second copy of the weight, `cpu_words` and `cpu_grid`. With float inputs it makes small
+    batches of 4 and 8 bits several times faster, in bfloat16 (`llmq_kernels/w4a16/small_batches.py`). With inputs in
+    int8 it holds the integers (`int8_inputs.py` there). The copy is never saved, and is made again when the weight
+    moves or changes.
     """
 
     words: Tensor
@@ -115,9 +117,22 @@ class PackedRows(nn.Module):
         return torch.full_like(self.scales, self.scheme.middle, dtype=torch.int16)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.rounding is not None:
-            x = self.rounding(x)
-        return packed.linear(x, self._packed_weight(), self.bias, self._launches)
+        weight = self._packed_weight()
+        if self.rounding is None:
+            return packed.linear(x, weight, self.bias, self._launches)
+        if weight.cpu_words is not None and x.numel() and packed.is_plain_inference(x, self.bias):
+            return self._product_of_integers(x, weight)
+        weight = weight._replace(cpu_words=None, cpu_grid=None)
+        return packed.linear(self.rounding(x), weight, self.bias, self._launches)
+
+    def _product_of_integers(self, x: Tensor, weight: PackedWeight[Tensor]) -> Tensor:
+        """The product of x (…, K), rounded to int8, on a CPU, in the dtype of x."""
+        assert self.inputs is not None and weight.cpu_words is not None and weight.cpu_grid is not None
+        values, scale = int8_values(x, self.inputs.scale)
+        rows = values.view(-1, self.in_features)
+        y = int8_inputs.linear(rows, weight.cpu_words, weight.cpu_grid, self.column_order).view(*x.shape[:-1], -1)
+        y *= scale
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
 
     def _packed_weight(self) -> PackedWeight[Tensor]:
         held: Any = self._buffers  # faster than the attribute lookup of nn.Module, and this runs in every call
@@ -129,8 +144,15 @@ class PackedRows(nn.Module):
     def prepare(self) -> None:
         """Make the faster copy for the device, if there is one; called after all layers are loaded."""
         self.prepared = True
-        pair = small_batches.prepare(self._packed_weight())
+        own = self._own_copy()
+        pair = None if own is None else own.prepare(self._packed_weight())
         self.cpu_words, self.cpu_grid = pair or (None, None)
+
+    def _own_copy(self) -> ModuleType | None:
+        """What makes the second copy of the weight, and multiplies with it."""
+        if self.inputs is None:
+            return small_batches
+        return int8_inputs if self.inputs.dtype == "int8" else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedRows":
         """Move or cast the module (`.to`, `.half`). This copy is not cast, and other devices have none.

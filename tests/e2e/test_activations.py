@@ -261,13 +261,16 @@ def test_fp8_inputs_are_computed_as_declared(checkpoint: Checkpoints, tmp_path: 
     assert "float-quantized, inputs fp8 dynamic per token" in str(llmq.inspect(tmp_path / "fp8").layers)
 
 
-def test_experts_have_quantized_inputs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("preset", ["w8a8", "fp8"])
+@torch.no_grad()
+def test_experts_have_quantized_inputs(preset: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     windows = builders.tokens(2, 16)
     model = builders.save_model(tmp_path / "mixtral", builders.causal_model(mixtures.mixtral()))
-    llmq.quantize(model, tmp_path / "out", **W8A8)
+    llmq.quantize(model, tmp_path / "out", **{**W8A8, "preset": preset})
     computed = load_model(tmp_path / "out")(input_ids=windows, use_cache=False).logits.log_softmax(-1)
     assert (computed - log_probabilities(tmp_path / "out", windows)).abs().mean() < 2e-4
     assert (computed - log_probabilities(tmp_path / "out", windows, "none")).abs().mean() > 2e-4
+    assert "float inputs" not in caplog.text
 
 
 STATIC: dict[str, Any] = {

@@ -238,7 +238,7 @@ def test_limit_is_the_largest_that_is_faster_by_a_margin(
     seconds: dict[int, float], rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rungs = iter(small_batches.LIMITS)
-    monkeypatch.setattr(small_batches, "_best_seconds", lambda *calls: [seconds[next(rungs)], 1.0])
+    monkeypatch.setattr(small_batches, "best_seconds", lambda *calls: [seconds[next(rungs)], 1.0])
     monkeypatch.setenv(small_batches.VARIABLE, "auto")
     assert small_batches.choose(4).rows == rows
     assert ("up to" in small_batches.describe(4)) == (rows > 0)

@@ -25,7 +25,7 @@ def pair(weight: PackedWeight[Tensor]) -> tuple[Tensor, Tensor] | None:
     shift in bfloat16 would leave no precision for the code.
     """
     words, scales, zeros, _, in_features, columns_per_group, *_ = weight
-    N, group = words.shape[0], _group(in_features, columns_per_group, single=scales.shape[0] == 1)
+    N, group = words.shape[0], group_of(in_features, columns_per_group, single=scales.shape[0] == 1)
     if N % ROWS_OF_LAYOUT or group is None:
         return None
     if zeros is not None and bool(((zeros < 0) | (zeros > 16)).any()):
@@ -48,7 +48,7 @@ def product(rows: Tensor, words: Tensor, grid: Tensor) -> Tensor:
     return y
 
 
-def _group(in_features: int, columns_per_group: int, *, single: bool) -> int | None:
+def group_of(in_features: int, columns_per_group: int, *, single: bool) -> int | None:
     """The widest run of columns that torch's op knows and that has no group boundary inside."""
     for group in GROUPS:
         if in_features % group == 0 and (single or columns_per_group % group == 0):

@@ -62,7 +62,7 @@ def linear(x: Tensor, weight: PackedWeight[Tensor], bias: Tensor | None, launche
     if device in DEVICES:
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
-        if _is_plain_inference(x, bias):
+        if is_plain_inference(x, bias):
             return _on_torch(x, weight, bias) if device == "cpu" else _eagerly_on_gpu(x, weight, bias, launches)
     product: Tensor = torch.ops.llmq.w4a16_linear(x, bias, *weight)
     return product
@@ -78,7 +78,8 @@ def _eagerly_on_gpu(x: Tensor, weight: PackedWeight[Tensor], bias: Tensor | None
     return gpu.linear(x, weight, bias) if launches is None else launches.first(x, weight, bias)
 
 
-def _is_plain_inference(x: Tensor, bias: Tensor | None) -> bool:
+def is_plain_inference(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether a product of x is computed now, and nothing is traced, recorded or differentiated."""
     trained = x.requires_grad or (bias is not None and bias.requires_grad)
     return (
         not torch.compiler.is_compiling()

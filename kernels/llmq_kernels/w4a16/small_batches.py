@@ -127,13 +127,13 @@ class Trial:
 def _fastest(trial: Trial) -> Choice:
     for rows in LIMITS:
         x = torch.full((rows, TIMED_WEIGHT), 0.5)
-        small, pieces = _best_seconds(partial(trial.small, x), partial(trial.pieces, x))
+        small, pieces = best_seconds(partial(trial.small, x), partial(trial.pieces, x))
         if small <= MARGIN * pieces:
             return Choice(rows, f"measured: {pieces / small:.1f} times as fast as by pieces at {rows} rows")
     return Choice(0, f"measured: {small / pieces:.1f} times the time by pieces at 1 row")
 
 
-def _best_seconds(*candidates: Callable[[], Tensor]) -> list[float]:
+def best_seconds(*candidates: Callable[[], Tensor]) -> list[float]:
     """The fastest of a few calls of each candidate, in turns: other load on the machine can only add time."""
     best = [float("inf")] * len(candidates)
     for _ in range(ROUNDS):

@@ -4,17 +4,22 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from llmq import cost, forecast
+from llmq import quantize as quantize_model
 from llmq.checkpoint import hub
 from llmq.checkpoint.reader import Checkpoint
 from llmq.config import QuantConfig
 from llmq.cost.work import Kind
 from llmq.errors import ConfigError
 from llmq.numerics.scheme import WeightScheme
+from llmq.runtime.load import load_model
+from llmq.runtime.packed_linear import PackedRows
 from llmq.setting_fields import merged
+from llmq_kernels.w4a16 import int8_inputs, small_batches
 from tests import builders, mixtures
 from tests.command_line import llmq
 from tests.runs import quantize
@@ -48,6 +53,26 @@ def test_size_of_weights_is_that_of_the_files(tmp_path: Path, name: str) -> None
     assert size.nbytes == pytest.approx(written, rel=0.05)
     assert plan.stored_bytes == Checkpoint.open(model).nbytes
     assert (plan.parameters.experts > 0) == (name == "mixtral")
+
+
+@pytest.mark.parametrize(
+    "change", [{"group_size": 32}, {"bits": 8, "group_size": "channel"}, {"preset": "w4a8", "group_size": 32}], ids=str
+)
+def test_the_second_copy_on_a_cpu_is_counted(
+    change: dict[str, Any], checkpoint: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(small_batches.VARIABLE, "on")
+    if not small_batches.choose(4).rows or not int8_inputs.choose().rows:
+        pytest.skip(int8_inputs.describe())
+    model = checkpoint("llama", hidden_size=64, intermediate_size=128)
+    settings = merged(QuantConfig(), {"method": "rtn", **change})
+    plan = forecast.forecast(read(model), settings, machine=MACHINE, methods=("rtn",))
+    quantize_model(model, tmp_path / "out", method="rtn", device="cpu", **change)
+    layers = [module for module in load_model(tmp_path / "out").modules() if isinstance(module, PackedRows)]
+    copies = [copy for layer in layers for copy in (layer.cpu_words, layer.cpu_grid) if copy is not None]
+    assert plan.cpu_copy_bytes == sum(copy.nbytes for copy in copies) > 0
+    in_llama_cpp = merged(SETTINGS, {"group_size": 32, "format": "gguf"})
+    assert forecast.forecast(read(model), in_llama_cpp, machine=MACHINE, methods=("rtn",)).cpu_copy_bytes == 0
 
 
 def test_blocks_of_a_gguf_file_are_counted(checkpoint: Checkpoints) -> None:

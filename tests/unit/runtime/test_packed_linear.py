@@ -14,7 +14,7 @@ from llmq.numerics.fake_quantize import rounding_for
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import BITS, GroupSize, InputScheme, WeightScheme
 from llmq.runtime.packed_linear import PackedLinear
-from llmq_kernels.w4a16 import small_batches
+from llmq_kernels.w4a16 import int8_inputs, op, small_batches
 from tests.weights import assert_same, random_weight
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -195,3 +195,30 @@ def test_quantized_inputs_are_rounded_first(inputs: InputScheme) -> None:
     assert f"inputs {inputs}" in repr(layer)
     copied = copy.deepcopy(layer)
     assert copied.inputs == inputs and torch.equal(copied(x), layer(x))
+
+
+@pytest.mark.parametrize("scheme", [WeightScheme(8, "channel"), WeightScheme(4, 32)], ids=str)
+@pytest.mark.parametrize("inputs", [InputScheme("int8", "dynamic"), InputScheme("int8", "static", 0.05)], ids=str)
+def test_integers_compute_the_product_of_rounded_inputs(
+    scheme: WeightScheme, inputs: InputScheme, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(small_batches.VARIABLE, "on")
+    if not int8_inputs.choose().rows:
+        pytest.skip(int8_inputs.describe())
+    weight, bias = random_weight(scheme, 24, 64), torch.randn(24)
+    floats, layer = (PackedLinear(weight, bias, inputs=inputs) for _ in range(2))
+    layer.prepare()
+    assert layer.cpu_words is not None and layer.cpu_words.dtype == torch.int8
+    x = torch.randn(3, 5, 64)
+    assert (layer(x) - floats(x)).abs().max() < 1e-5 * floats(x).abs().max()
+    broken = torch.zeros(1, 64).index_fill(1, torch.tensor([3]), float("nan"))
+    assert bool(layer(broken).isnan().all())
+    monkeypatch.setattr(op, "is_plain_inference", lambda x, bias: False)  # gradients and tracing need floats
+    assert torch.equal(layer(x), floats(x))
+
+
+def test_fp8_inputs_have_no_product_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(small_batches.VARIABLE, "on")
+    layer = PackedLinear(random_weight(WeightScheme(4, 128), 32, 128), None, inputs=InputScheme("fp8", "dynamic"))
+    layer.prepare()
+    assert layer.cpu_words is None
