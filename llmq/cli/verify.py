@@ -1,6 +1,7 @@
 """`llmq verify PATH`"""
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
@@ -11,6 +12,7 @@ from llmq.cli.progress import ProgressDisplay
 from llmq.cli.streams import print_text
 from llmq.cli.terminal import print_json, print_notes, print_table, quiet_transformers
 from llmq.errors import ConfigError, QualityError
+from llmq.runtime import ONNX_ENGINES
 
 if TYPE_CHECKING:
     from llmq.engines.agreement import Agreement
@@ -24,7 +26,7 @@ Run = Annotated[
     str | None,
     options.choice(
         "--run",
-        ("vllm", "llama.cpp", "transformers", "mlx"),
+        ("vllm", "llama.cpp", "transformers", "mlx", *ONNX_ENGINES),
         "Start this engine, and compare its log-probabilities for a few prompts with those of llmq. Exit code 8 if "
         "they differ by more than --max-difference, or if it cuts the text into other tokens.",
     ),
@@ -34,7 +36,14 @@ MaxDifference = Annotated[
     Option(
         "--max-difference", min=0, metavar="NATS",
         help="The largest difference of a log-probability. Default: 0.01 in float32, 0.25 in 16 bits, 0.5 for "
-        "llama.cpp, which rounds activations to 8 bits, 1 for models with int8 activations.",
+        "llama.cpp and ONNX models that round activations to 8 bits, 1 for models with int8 activations.",
+    ),
+]  # fmt: skip
+Against = Annotated[
+    str | None,
+    Option(
+        "--against", metavar="FOLDER",
+        help="For --run with an ONNX model: the quantized folder that it was converted from. Default: the recorded one.",
     ),
 ]  # fmt: skip
 
@@ -52,6 +61,7 @@ def command(
     ] = None,
     quick: Annotated[bool, Option("--quick", help="Read only headers and the configuration, no weights.")] = False,
     run: Run = None,
+    against: Against = None,
     engine_python: options.EnginePython = None,
     max_difference: MaxDifference = None,
     device: options.Device = "auto",
@@ -71,6 +81,7 @@ def command(
     Examples:
       llmq verify out/ --for vllm:4
       llmq verify out/ --run vllm --engine-python vllm-env/bin/python
+      llmq verify out-onnx/ --run onnxruntime
 
     Exit codes:
       0  success
@@ -91,6 +102,8 @@ def command(
 
     requested = [_engine(name, ENGINES) for name in for_ or ()]
     runner = None if run is None else _runner(run)
+    if against is not None and runner is None:
+        raise ConfigError("--against was given without --run", hint="add the engine, such as --run onnxruntime")
     quiet_transformers()
     with ProgressDisplay(silent=quiet, log=log_json) as display:
         verification = verify(path, quick=quick, trust_remote_code=trust_remote_code, on_event=display)
@@ -100,7 +113,8 @@ def command(
 
             agreement = compare(
                 hub.locate(path, None, remote_code=trust_remote_code), runner, python=engine_python,
-                limit=max_difference, device=device, remote_code=trust_remote_code, on_event=display,
+                limit=max_difference, device=device, against=None if against is None else Path(against),
+                remote_code=trust_remote_code, on_event=display,
             )  # fmt: skip
     if json:
         print_json({**verification.to_dict(), "run": None if agreement is None else agreement.to_dict()})

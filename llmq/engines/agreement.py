@@ -2,7 +2,8 @@
 
 The engine gives the most likely next tokens at every position of a few prompts, and llmq their log-probabilities as the
 checkpoint has them: read block by block, dequantized to float32 on a CPU. So names, the order of rows, grids, rotary
-embeddings and tokenizers are all checked at once, with the engine's own code.
+embeddings and tokenizers are all checked at once, with the engine's own code. An ONNX graph has no such names: it is
+compared with the folder that it was converted from (`onnx_origin.py`).
 """
 
 from collections.abc import Sequence
@@ -12,22 +13,24 @@ from typing import Any
 
 import torch
 
-from llmq.checkpoint.index import gguf_file
+from llmq.checkpoint.index import gguf_file, is_onnx
 from llmq.checkpoint.reader import Checkpoint
-from llmq.engines.processes import LLAMA_CPP, MLX, TRANSFORMERS, VLLM, Engine, ask
+from llmq.engines import onnx_origin
+from llmq.engines.processes import LLAMA_CPP, MLX, ONNX, TRANSFORMERS, VLLM, Engine, ask
 from llmq.engines.prompts import TEXTS, texts_as_tokens
 from llmq.errors import BackendError, ConfigError, QualityError
+from llmq.evaluation.activations import AS_DECLARED, FLOAT_INPUTS
 from llmq.evaluation.streaming import open_source
 from llmq.gguf.reader import described
 from llmq.report.events import OnEvent, ignore
 from llmq.runtime.checkpoint_weights import PackedWeights, quantization_settings
 from llmq.runtime.load import choose_device, load_tokenizer
 
-COMPARED = (VLLM, LLAMA_CPP, TRANSFORMERS, MLX)
+COMPARED = (VLLM, LLAMA_CPP, TRANSFORMERS, MLX, *ONNX)
 TOP = 10  # next tokens per position
 TOKENS = 64  # per prompt, at most
 CONTEXT = 96  # of the engine: a prompt and a few tokens
-LIMIT_FLOAT32, LIMIT_16_BITS, LIMIT_LLAMA_CPP = 0.01, 0.25, 0.5  # nats
+LIMIT_FLOAT32, LIMIT_16_BITS, LIMIT_8_BITS = 0.01, 0.25, 0.5  # nats; the last: inputs rounded to 8 bits by engines
 LIMIT_INT8_INPUTS = 1.0  # where the file declares them: llmq and the engine round them differently
 
 
@@ -78,6 +81,7 @@ def compare(
     limit: float | None = None,
     device: str = "auto",
     gpus: int = 1,
+    against: Path | None = None,
     remote_code: bool = False,
     dtype: str | None = None,
     reference: bool = False,
@@ -88,6 +92,7 @@ def compare(
     python     the Python of the engine's environment; None for this one
     limit      the largest difference in nats; None for the usual one of the engine and its dtype
     gpus       tensor parallelism
+    against    the folder that an ONNX model was converted from; None for the recorded one
     dtype      of the engine; None for the usual one
     reference  whether vLLM on a CPU multiplies 4-bit weights in float32 instead of with its kernel, for tests
 
@@ -96,6 +101,7 @@ def compare(
     path = gguf_file(model) or model
     if engine == LLAMA_CPP and path.suffix != ".gguf":
         raise ConfigError(f"llama.cpp runs .gguf files, found {path}", hint=f"llmq convert {model} OUT --to gguf")
+    source = onnx_origin.of(path, engine, against)
     with described(path) as folder:
         tokenizer = load_tokenizer(folder, remote_code=remote_code)
     tokens, place = texts_as_tokens(tokenizer), choose_device(device)
@@ -110,7 +116,8 @@ def compare(
     answer = ask(engine, request, python)
     if not any(row for rows in answer["scores"] for row in rows):
         raise BackendError(f"{engine.name} gave no log-probabilities", hint="try another version of the engine")
-    expected = _log_probabilities(path, prompts, remote_code=remote_code, on_event=on_event)
+    inputs = AS_DECLARED if source is None else FLOAT_INPUTS
+    expected = _log_probabilities(source or path, prompts, inputs, remote_code=remote_code, on_event=on_event)
     differences, same = _differences(answer["scores"], expected)
     return Agreement(
         engine=answer["version"],
@@ -125,10 +132,12 @@ def compare(
 
 
 def _log_probabilities(
-    path: Path, prompts: Sequence[Sequence[int]], *, remote_code: bool, on_event: OnEvent
+    path: Path, prompts: Sequence[Sequence[int]], activations: str, *, remote_code: bool, on_event: OnEvent
 ) -> list[torch.Tensor]:
-    """(T, V) float64 per prompt, as llmq reads the model."""
-    source = open_source(path, torch.device("cpu"), torch.float32, remote_code=remote_code, on_event=on_event)
+    """(T, V) float64 per prompt, as llmq reads the model, with inputs rounded as `activations` says."""
+    source = open_source(
+        path, torch.device("cpu"), torch.float32, remote_code=remote_code, on_event=on_event, activations=activations
+    )
     expected = []
     for prompt in prompts:
         source.run(torch.tensor([prompt]))
@@ -154,16 +163,18 @@ def _differences(
 
 def _dtype(path: Path, engine: Engine, device: torch.device) -> str:
     """float32 shows errors best; GPUs compute as they will in use, and vLLM has no packed products in float32."""
-    if engine == LLAMA_CPP:
+    if engine == LLAMA_CPP or (engine in ONNX and onnx_origin.rounds_inputs(path)):
         return "as stored, activations in 8 bits"
+    if engine in ONNX:
+        return "float32"
     if device.type != "cpu":
         return "auto"
     return "bfloat16" if engine == VLLM and _is_packed(path) else "float32"
 
 
 def _limit(path: Path, engine: Engine, dtype: str) -> float:
-    if engine == LLAMA_CPP:
-        return LIMIT_LLAMA_CPP
+    if engine == LLAMA_CPP or (engine in ONNX and dtype != "float32"):
+        return LIMIT_8_BITS
     if _is_packed(path):
         packed = PackedWeights(Checkpoint.open(path))
         if any(packed.declared_inputs(module) is not None for module in packed.modules):
@@ -172,4 +183,4 @@ def _limit(path: Path, engine: Engine, dtype: str) -> float:
 
 
 def _is_packed(path: Path) -> bool:
-    return path.suffix != ".gguf" and quantization_settings(Checkpoint.open(path)) is not None
+    return path.suffix != ".gguf" and not is_onnx(path) and quantization_settings(Checkpoint.open(path)) is not None

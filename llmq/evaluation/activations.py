@@ -17,10 +17,10 @@ from llmq.model.build.skeleton import Skeleton
 from llmq.numerics.scheme import InputScheme
 from llmq.runtime.checkpoint_weights import PackedWeights, quantization_settings
 
-AS_DECLARED = "file"
+AS_DECLARED, FLOAT_INPUTS = "file", "none"
 ACTIVATIONS: Mapping[str, InputScheme | None] = {
     AS_DECLARED: None,
-    "none": None,
+    FLOAT_INPUTS: None,
     "int8": InputScheme("int8", "dynamic"),
     "fp8": InputScheme("fp8", "dynamic"),
 }

@@ -13,7 +13,7 @@ from typing import Any
 from llmq import formats
 from llmq.checkpoint import PAGE_FILES, PROVENANCE_FILE
 from llmq.checkpoint.confined import confined
-from llmq.checkpoint.index import read_json_object
+from llmq.checkpoint.index import ONNX_FILE, is_onnx, read_json_object
 from llmq.checkpoint.reader import Checkpoint
 from llmq.checkpoint.safetensors_files import reading
 from llmq.checkpoint.writer import CONFIG
@@ -66,7 +66,10 @@ def examine(model: Path, *, remote_code: bool = False, on_event: OnEvent = ignor
         if isinstance(settings, dict):
             formats.detect(settings)
     try:
-        if gguf and (alone or not list(folder.glob("*.safetensors"))):
+        if is_onnx(folder):
+            integrity.nbytes = sum(file.stat().st_size for file in folder.glob(f"{ONNX_FILE}*"))
+            integrity.notes.append("only checksums of the ONNX graph were compared: --run onnxruntime runs it")
+        elif gguf and (alone or not list(folder.glob("*.safetensors"))):
             _examine_gguf(gguf, integrity, on_event)
         else:
             _examine(Checkpoint.open(folder), integrity, on_event, remote_code=remote_code)

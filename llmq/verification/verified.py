@@ -86,9 +86,12 @@ def verify(
 
 def integrity_rows(integrity: Integrity) -> list[tuple[str, str]]:
     """What was checked."""
-    return [
+    read = [
         ("packed weights", f"{integrity.packed}, all unpacked without error"),
         ("other tensors", f"{integrity.tensors}, all finite"),
+    ]
+    return [
+        *(read if integrity.packed or integrity.tensors else []),  # of an ONNX graph no tensor is read
         ("checksums", f"{integrity.checksums} files match" if integrity.checksums else "none recorded"),
         ("size of weights", megabytes(integrity.nbytes)),
     ]

@@ -88,6 +88,8 @@ def test_generation_and_speed_run_through_the_engines(packed: Path, exported: Pa
     ours, theirs = (command("generate", folder, *greedy) for folder in (packed, exported))
     assert theirs.exit_code == 0, theirs.stderr
     assert len(ours.stdout) > 50 and theirs.stdout == ours.stdout
+    done = command("verify", exported, "--run", "openvino", "--json")
+    assert json.loads(done.stdout)["run"]["largest"] < OPENVINO_EXACT
     done = command("bench", exported, "--prompt-tokens", "8", "--new-tokens", "3", "--repeats", "1", "--json")
     assert json.loads(done.stdout)["results"][0]["engine"].startswith("onnxruntime")
 

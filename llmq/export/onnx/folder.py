@@ -97,6 +97,7 @@ class OnnxConverter:
                 self._run(model, final)
                 self.report.output_bytes = sum(file.stat().st_size for file in final.glob(f"{ONNX_FILE}*"))
                 record = {**self._origin.record(self.report), "checksums": checksums(final)}
+                record["conversions"][-1]["activations"] = self._activations
                 write_text(final / PROVENANCE_FILE, json_text(record))
 
     def _write(self, exported: Any, final: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from llmq.verification.engines import checkpoint_facts, tensor_parallel
 from llmq.verification.engines.checkpoint_facts import Linear, Subject
 from llmq.verification.engines.conditions import runs_marlin
-from llmq.verification.engines.rules import ENGINES, IN_THE_WAY, REFUSES, RULES, SERVERS, SGLANG, UNKNOWN
+from llmq.verification.engines.rules import ENGINES, IN_THE_WAY, NO_GRAPH, REFUSES, RULES, SERVERS, SGLANG, UNKNOWN
 
 __all__ = ["ENGINES", "Finding", "Linear", "Subject", "Verdict", "check", "judge", "verdicts"]
 
@@ -96,13 +96,14 @@ def check(model: str | Path) -> list[Finding]:
 def judge(subject: Subject) -> list[Finding]:
     """The findings about a model that is described by `subject` and may not exist yet."""
     findings = []
-    for rule in RULES:
+    graph = subject.method == checkpoint_facts.ONNX  # nothing else matters then
+    for rule in [NO_GRAPH] if graph else RULES:
         if texts := tuple(rule.question(subject)):
             findings += [
                 Finding(engine, rule.name, rule.outcome, rule.asks, texts, rule.advice(subject), rule.source)
                 for engine in rule.engines
             ]
-    return findings + _parallel_findings(subject)
+    return findings if graph else findings + _parallel_findings(subject)
 
 
 def verdicts(findings: Iterable[Finding]) -> list[Verdict]:

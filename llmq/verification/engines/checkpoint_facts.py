@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmq import formats
-from llmq.checkpoint.index import INDEX, SINGLE, read_json_object
+from llmq.checkpoint.index import INDEX, SINGLE, is_onnx, read_json_object
 from llmq.checkpoint.reader import Checkpoint
 from llmq.errors import CheckpointError
 from llmq.numerics.scheme import InputScheme, WeightScheme
@@ -15,6 +15,7 @@ from llmq.runtime.checkpoint_weights import PackedWeights, quantization_settings
 
 GROUP_INDEX = ("g_idx", "weight_g_idx")
 TOKENIZER = "tokenizer_config.json"
+ONNX = "onnx"
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Linear:
 class Subject:
     """A model.
 
-    method     `quant_method` as spelled in config.json; "gguf" for a .gguf file; None if nothing is packed
+    method     `quant_method` as spelled in config.json; "gguf" for a .gguf file, "onnx" for an ONNX graph; None if nothing is packed
     settings   the quantization_config
     linears    every linear layer that has its own weight on disk
     tokenizer  tokenizer_config.json
@@ -88,6 +89,8 @@ def read(model: Path) -> Subject:
     """Read the facts about the model in a folder, or a .gguf file. Raises CheckpointError and FormatError."""
     alone = model.suffix == ".gguf" and not model.is_dir()
     folder = model.parent if alone else model
+    if is_onnx(folder):
+        return Subject(ONNX, read_json_object(folder / "config.json"), {}, (), tokenizer(folder))
     if alone or (list(folder.glob("*.gguf")) and not list(folder.glob("*.safetensors"))):
         config = read_json_object(folder / "config.json") if (folder / "config.json").is_file() else {}
         return Subject("gguf", config, {}, (), tokenizer(folder))

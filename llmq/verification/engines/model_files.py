@@ -2,13 +2,18 @@
 
 from collections.abc import Iterator
 
-from llmq.verification.engines.checkpoint_facts import Subject
+from llmq.verification.engines.checkpoint_facts import ONNX, Subject
 
 
 def config_keys(subject: Subject) -> Iterator[str]:
     for key in ("architectures", "model_type"):
         if not subject.config.get(key):
             yield f"config.json has no {key}"
+
+
+def onnx_graph(subject: Subject) -> Iterator[str]:
+    if subject.method == ONNX:
+        yield "the model is an ONNX graph"
 
 
 def old_names(subject: Subject) -> Iterator[str]:

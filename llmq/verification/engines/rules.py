@@ -64,7 +64,12 @@ GPTQ_KEYS = {key: (key,) for key in ("bits", "group_size", "desc_act", "sym")}
 AWQ_KEYS = {"bits": ("bits", "w_bit"), "group_size": ("group_size", "q_group_size"), "zero_point": ("zero_point",)}
 AWQ_OWN_KEYS = {"bits": ("bits",), "group_size": ("group_size",)}
 
+NO_GRAPH = Rule(
+    "no ONNX graph", ENGINES, "weights in .safetensors or .gguf files", REFUSES, "these engines read no ONNX graph",
+    model_files.onnx_graph, "run it in ONNX Runtime or OpenVINO (llmq generate, llmq eval)",
+)  # fmt: skip
 RULES = (
+    NO_GRAPH,
     # ---- any format
     Rule("architectures", SERVERS, "config.json names the architecture and the model type", REFUSES,
          "vLLM 0.33 and SGLang 0.5.23, which choose the class of the model by it", model_files.config_keys,

@@ -3,6 +3,7 @@
 import importlib
 import json
 import runpy
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ import torch
 import llmq as package
 from llmq.engines import agreement, processes
 from llmq.engines.agreement import compare
-from llmq.engines.processes import LLAMA_CPP, LLMQ, MLX, TRANSFORMERS, VLLM, ask
-from llmq.errors import BackendError, ConfigError, QualityError
+from llmq.engines.processes import LLAMA_CPP, LLMQ, MLX, ONNX, TRANSFORMERS, VLLM, ask
+from llmq.errors import BackendError, CheckpointError, ConfigError, QualityError
+from tests import builders
 from tests.command_line import llmq
 
 Answer = Callable[..., dict[str, Any]]
@@ -106,6 +108,45 @@ def test_llama_cpp_wants_a_gguf_file(model: Path) -> None:
     with pytest.raises(ConfigError, match=r"runs \.gguf files"):
         compare(model, LLAMA_CPP)
     assert llmq("verify", model, "--run", "sglang").exit_code == ConfigError.exit_code
+
+
+@pytest.fixture(scope="module")
+def graph(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an ONNX model with a graph of no bytes, which a stand-in runs, and the record of its conversion."""
+    folder = tmp_path_factory.mktemp("onnx") / "graph"
+    source = shutil.copytree(model, folder.parent / "source")
+    (source / "llmq.json").write_text('{"request": "a1"}')
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    (folder / "model.onnx").touch()
+    conversion = {"source": str(source), "run": "a1", "to": "onnx"}
+    (folder / "llmq.json").write_text(json.dumps({"conversions": [conversion]}))
+    return folder
+
+
+def test_a_graph_is_compared_with_its_source(model: Path, graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agreement, "ask", lambda *given: engine_that()(given[0], {**given[1], "model": str(model)}))
+    done = llmq("verify", graph, "--run", "onnxruntime", "--json")
+    assert done.exit_code == 0, done.stderr
+    verified = json.loads(done.stdout)
+    assert verified["run"]["largest"] < 1e-4 and verified["run"]["dtype"] == "float32"
+    assert not any(engine["loads"] for engine in verified["engines"].values()) and len(verified["findings"]) == 5
+    builders.change_json(graph / "llmq.json", conversions=[{"run": "a1", "activations": "int8"}])
+    with pytest.raises(ConfigError, match="not known or has changed") as caught:
+        compare(graph, ONNX[0])
+    assert "--against" in caught.value.hint
+    assert compare(graph, ONNX[0], against=model).limit == agreement.LIMIT_8_BITS
+
+
+def test_engines_and_graphs_must_fit(model: Path, graph: Path) -> None:
+    for folder, engine, options, words in (
+        (model, ONNX[0], {}, "onnxruntime runs ONNX models, found"),
+        (graph, MLX, {}, "mlx does not run the ONNX model"),
+        (model, MLX, {"against": graph}, "--against is for ONNX models"),
+        (graph, ONNX[1], {"against": graph}, "expected the quantized folder that"),
+    ):
+        with pytest.raises((ConfigError, CheckpointError), match=words):
+            compare(folder, engine, **options)
+    assert "given without --run" in llmq("verify", graph, "--against", model).stderr
 
 
 def test_a_process_of_an_engine_scores_and_is_measured(model: Path) -> None:
