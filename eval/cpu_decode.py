@@ -68,7 +68,7 @@ def random_model(folder: Path) -> None:
         hidden_size=512, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=4,
         vocab_size=2048, max_position_embeddings=512, tie_word_embeddings=True,
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
+    LlamaForCausalLM(config).half().save_pretrained(folder)  # so that .gguf files hold the scales exactly
     for file in MODEL.glob("tokenizer*"):
         shutil.copy(file, folder)
 

@@ -43,7 +43,7 @@ Against = Annotated[
     str | None,
     Option(
         "--against", metavar="FOLDER",
-        help="For --run with an ONNX model: the quantized folder that it was converted from. Default: the recorded one.",
+        help="For --run with an ONNX model: the quantized folder that it was made from. Default: the recorded one.",
     ),
 ]  # fmt: skip
 

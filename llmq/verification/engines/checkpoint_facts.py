@@ -60,7 +60,8 @@ class Linear:
 class Subject:
     """A model.
 
-    method     `quant_method` as spelled in config.json; "gguf" for a .gguf file, "onnx" for an ONNX graph; None if nothing is packed
+    method     `quant_method` as spelled in config.json; "gguf" for a .gguf file, "onnx" for an ONNX graph; None if
+               nothing is packed
     settings   the quantization_config
     linears    every linear layer that has its own weight on disk
     tokenizer  tokenizer_config.json
