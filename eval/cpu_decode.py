@@ -35,11 +35,11 @@ FEWER = (32, 3)  # new tokens and repetitions for models that are larger than th
 ENGINES = {  # title -> the file of the engine in children/, the folder of the model, and what it computes with
     "transformers": ("transformers", "original", "floats, float32"),
     "llmq": ("llmq", "compressed-tensors", "bfloat16 inputs (torch's int4 product)"),
+    "llama.cpp": ("llama_cpp", "gguf", "inputs rounded to 8 bits"),
+    "mlx": ("mlx", "mlx", "bfloat16 inputs"),
     "onnxruntime": ("onnxruntime", "onnx", "float32 inputs"),
     "onnxruntime, int8": ("onnxruntime", "onnx-int8", "inputs rounded to 8 bits"),
     "openvino": ("openvino", "onnx", "float32 inputs"),
-    "llama.cpp": ("llama_cpp", "gguf", "inputs rounded to 8 bits"),
-    "mlx": ("mlx", "mlx", "bfloat16 inputs"),
 }
 INTRODUCTION = """# Decode speed on a CPU
 
@@ -73,25 +73,31 @@ def random_model(folder: Path) -> None:
         shutil.copy(file, folder)
 
 
-def prepare(model: Path, folder: Path, wanted: list[str]) -> int:
-    """Make the folders that the engines need, in `folder`; return the size of the groups."""
+def prepare(model: Path, folder: Path) -> int:
+    """Make the original and the quantized model in `folder`; return the size of the groups."""
     import llmq
 
-    needed = {ENGINES[title][1] for title in wanted} | {"original"}
     if str(model) == RANDOM:
         random_model(folder / "original")
     else:
         (folder / "original").symlink_to(model.resolve())
     config = json.loads((folder / "original" / "config.json").read_text())
     group_size = 64 if config["hidden_size"] % 128 else 128
-    source = folder / "compressed-tensors"
-    llmq.quantize(str(folder / "original"), source, method="rtn", group_size=group_size, device="cpu", validate=0)
-    for to in sorted(needed & {"onnx", "gguf", "mlx"} | ({"onnx"} if "onnx-int8" in needed else set())):
-        llmq.convert(source, folder / to, to=to)
-        print(f"converted to {to}", flush=True)
-    if "onnx-int8" in needed:
-        round_inputs(folder / "onnx", folder / "onnx-int8")
+    out = folder / "compressed-tensors"
+    llmq.quantize(str(folder / "original"), out, method="rtn", group_size=group_size, device="cpu", validate=0)
     return group_size
+
+
+def convert(folder: Path, kind: str) -> None:
+    """Make the folder of a kind, if it does not exist."""
+    import llmq
+
+    if not (folder / kind).exists():
+        name = kind.partition("-")[0]
+        if not (folder / name).exists():
+            llmq.convert(folder / "compressed-tensors", folder / name, to=name)
+        if name != kind:
+            round_inputs(folder / name, folder / kind)
 
 
 def round_inputs(exact: Path, rounded: Path) -> None:
@@ -196,7 +202,7 @@ def main() -> None:
         stored = json.loads(JSON.read_text())
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
-            group_size = prepare(options.model, folder, wanted)
+            group_size = prepare(options.model, folder)
             about = {
                 "date": datetime.date.today().isoformat(), "new": counts[0], "repeats": counts[1],
                 "group_size": group_size, "machine": processor(),
@@ -204,6 +210,7 @@ def main() -> None:
             known = stored.get(options.model.name, {"rows": []})["rows"]
             rows = [row for row in known if row["engine"] not in wanted]
             for title in wanted:
+                convert(folder, ENGINES[title][1])
                 rows.append(measure(title, folder, pythons.get(title, sys.executable), counts))
                 print(rows[-1], flush=True)
                 stored[options.model.name] = {"about": about, "rows": rows}

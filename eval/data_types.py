@@ -1,7 +1,8 @@
 """What is lost at which size: the bundled model in every data type of weights and inputs.
 
     python eval/data_types.py            data_types.json and data_types.md in eval/results/; about ten minutes
-    python eval/data_types.py --speed    data_types_speed.json: decode speed of `llmq.load` on a CPU; five minutes
+    python eval/data_types.py --speed    data_types_speed.json: decode speed of `llmq.load` on a CPU; five minutes;
+                                         with names of data types only these, and the other rows are kept
     python eval/data_types.py --render   only the page
 
 Finished rows are written at once, and existing rows are not measured again. KL is KL(float32 ‖ model) in nats per token
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +69,8 @@ SPEED_INTRODUCTION = """
 
 `python eval/data_types.py --speed`: a random Llama of 12 blocks of width 512, quantized with `rtn` and run by
 `llmq.load` (`transformers` for FP32) with one thread, batch 1. Tokens per CPU second of the process, in one run next to
-other programs, so that only large ratios mean something. llmq computes int8 and fp8 inputs in floats, and fp8 weights
-run dequantized: engines with 8-bit products are not measured here.
+other programs, so that only large ratios mean something. This processor multiplies int8 inputs as integers; fp8 inputs
+are computed in float32, and fp8 weights run dequantized. Engines with fp8 products are not measured here.
 """
 
 
@@ -95,7 +97,7 @@ def quantized_row(name: str, calibration: Path, evaluation: Path) -> Row:
     return _row(name, measurement.size.file_bytes, measurement.total.model)
 
 
-def speeds() -> Row:
+def speeds(wanted: Sequence[str]) -> Row:
     """Tokens per CPU second of a random model in each data type, each in a separate process."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -114,8 +116,12 @@ def speeds() -> Row:
         LlamaForCausalLM(config).save_pretrained(folder / "FP32")
         for file in folder_of(MODEL).glob("tokenizer*"):
             shutil.copy(file, folder / "FP32")
-        figures = {"FP32": measured("transformers", folder / "FP32")}
-        for name in TIMED:
+        stored = json.loads(SPEED.read_text(encoding="utf-8")) if SPEED.exists() else {"tokens_per_cpu_second": {}}
+        figures = dict(stored["tokens_per_cpu_second"])
+        for name in wanted or ("FP32", *TIMED):
+            if name == "FP32":
+                figures[name] = measured("transformers", folder / name)
+                continue
             llmq.quantize(str(folder / "FP32"), folder / name, method="rtn", validate=0, **QUANTIZED[name])
             figures[name] = measured("llmq", folder / name)
             print(name, f"{figures[name]:.0f} tokens per CPU s", flush=True)
@@ -131,7 +137,7 @@ def render_speeds(row: Row) -> str:
         for name in ("FP32", *TIMED)
         if name in figures
     ]
-    parts.append("\nMeasured {date} at {commit}: {hardware}, torch {torch}.".format(**row["measured"]))
+    parts.append("\nMeasured until {date} at {commit}: {hardware}, torch {torch}.".format(**row["measured"]))
     return "\n".join(parts) + "\n"
 
 
@@ -162,13 +168,13 @@ def render(rows: list[Row]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--render", action="store_true", help="only write the page")
-    parser.add_argument("--speed", action="store_true", help="measure decode speed, and write the page")
+    parser.add_argument("--speed", nargs="*", choices=("FP32", *TIMED), help="measure decode speed, and write the page")
     arguments = parser.parse_args()
     quiet_transformers()
-    if arguments.speed:
-        SPEED.write_text(json.dumps(speeds(), indent=1) + "\n", encoding="utf-8")
+    if arguments.speed is not None:
+        SPEED.write_text(json.dumps(speeds(arguments.speed), indent=1) + "\n", encoding="utf-8")
     existing = {row["name"] for row in read(JSON)}
-    if not (arguments.render or arguments.speed):
+    if not (arguments.render or arguments.speed is not None):
         with tempfile.TemporaryDirectory() as scratch:
             calibration, evaluation = texts(MODEL, Path(scratch))
             for row in [] if "FP32" in existing else float_rows(evaluation):
