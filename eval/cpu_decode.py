@@ -4,7 +4,7 @@
     python eval/cpu_decode.py --render
 
 All engines but the float model hold the same quantized values: one run of `rtn`, 4 bits in groups of 128 (or 64, where
-rows are no multiple of 128), converted. `12x512` is a random Llama of 12 blocks of width 512. The rows of other models
+rows do not divide by 128), converted. `12x512` is a random Llama of 12 blocks of width 512. The rows of other models
 in the results are kept.
 Each engine runs in a separate process with one thread. A prompt is read and continued with 2 and with 2 + N tokens; the
 difference of the CPU times of the process is the time of N tokens. The smallest of several repetitions counts, because
@@ -173,7 +173,7 @@ def render(stored: dict[str, Any]) -> str:
             f"{row['decode']:.0f} | {row['prefill']:.0f} |\n"
             for row in rows
         ]
-        parts += [f"\n{row['engine']} failed: {row['failed']}\n" for row in of_model["rows"] if "failed" in row]
+        parts += [f"\n{row['engine']}: {row['failed']}\n" for row in of_model["rows"] if "failed" in row]
     return "".join(parts)
 
 
