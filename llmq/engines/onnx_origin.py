@@ -45,7 +45,7 @@ def of(model: Path, engine: Engine, against: Path | None = None) -> Path | None:
 
 def rounds_inputs(model: Path) -> bool:
     """Whether an ONNX model was converted with `--activations int8`."""
-    return _conversion(model).get("activations", "none") != "none"
+    return bool(_conversion(model).get("activations", "none") != "none")
 
 
 def _conversion(model: Path) -> dict[str, Any]:
