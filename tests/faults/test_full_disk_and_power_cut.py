@@ -16,6 +16,7 @@ import pytest
 from tests.faults.toy_run import FORKS, in_a_process, source_model
 
 EVERY = 1 if os.environ.get("LLMQ_EVERY_FAULT") else 8
+SECONDS = 960 / EVERY
 posix = pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
 
 FULL_DISK_EVERYWHERE = (
@@ -167,13 +168,13 @@ print(json.dumps({"places": places, "failures": failures}))
 
 @posix
 def test_full_disk_at_any_write_is_reported_and_costs_nothing(tmp_path: Path) -> None:
-    result = in_a_process(source_model(tmp_path), f"every = {EVERY}" + FULL_DISK_EVERYWHERE)
+    result = in_a_process(source_model(tmp_path), f"every = {EVERY}" + FULL_DISK_EVERYWHERE, SECONDS)
     assert result["failures"] == []
     assert result["places"] > 90 // EVERY
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_power_cut_at_any_flush_costs_at_most_the_last_block(tmp_path: Path) -> None:
-    result = in_a_process(source_model(tmp_path), f"every = {EVERY}" + POWER_CUT_EVERYWHERE)
+    result = in_a_process(source_model(tmp_path), f"every = {EVERY}" + POWER_CUT_EVERYWHERE, SECONDS)
     assert result["failures"] == []
     assert result["places"] > 90 // EVERY

@@ -65,10 +65,10 @@ def source_model(folder: Path) -> Path:
     return folder
 
 
-def in_a_process(folder: Path, program: str) -> Any:
-    """Run PREAMBLE and `program` on a folder; returns the JSON that it prints."""
+def in_a_process(folder: Path, program: str, seconds: float = 120) -> Any:
+    """Run PREAMBLE and `program` on a folder, for so many seconds at most; returns the JSON that it prints."""
     command = [sys.executable, "-c", PREAMBLE + program, str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
