@@ -331,7 +331,7 @@ def test_what_static_scales_cannot_do_is_refused(checkpoint: Checkpoints, text: 
     request = ("quantize", checkpoint("llama"), tmp_path / "out", "--activations", "int8:static")
     refused(run_llmq(*request, "--method", "rtn"), CONFIG, "the method rtn reads none", "--activations int8")
     model = builders.save_model(tmp_path / "mixtral", builders.causal_model(mixtures.mixtral()))
-    with pytest.raises(ConfigError, match="inputs with static scales, expected dynamic ones") as caught:
+    with pytest.raises(ConfigError, match="expected scales that are not measured on text") as caught:
         Job(model, tmp_path / "out", QuantConfig(activations="int8:static"), device="cpu")
     assert "*experts*:activations=int8" in caught.value.hint
     dynamic = Override(pattern="*experts*", activations="int8")

@@ -123,7 +123,7 @@ def _stations(
             if scheme.calibrated:
                 dynamic = scheme.dtype if "dynamic" in INPUT_SCALES[scheme.dtype] else "none"
                 raise ConfigError(
-                    f"the experts of {path} would have inputs in {scheme}, whose scale is measured on text",
+                    f"the experts of {path} have inputs in {scheme}, expected scales that are not measured on text",
                     hint=f"add --override '*experts*:activations={dynamic}': an expert sees too few tokens",
                 )
             yield station, scheme
