@@ -57,7 +57,7 @@ def fake_quantized(x: Tensor, scheme: InputScheme) -> Tensor:
 def int8_values(x: Tensor, fixed: float | None) -> tuple[Tensor, Tensor]:
     """`x` (…, K) as int8 (…, K) and float32 scales (…, 1), whose product is `fake_quantized` in float32.
 
-    The scale of a row with a NaN or an infinity is NaN, so that it does not disappear in the integers.
+    The scale of a row with a NaN or an infinity is not finite, so that these do not disappear in the integers.
     """
     values = x.to(torch.float32)
     largest = values.abs().amax(-1, keepdim=True)

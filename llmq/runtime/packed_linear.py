@@ -120,19 +120,21 @@ class PackedRows(nn.Module):
         weight = self._packed_weight()
         if self.rounding is None:
             return packed.linear(x, weight, self.bias, self._launches)
+        without_copy = weight._replace(cpu_words=None, cpu_grid=None)
         if weight.cpu_words is not None and x.numel() and packed.is_plain_inference(x, self.bias):
+            packed.check(x, without_copy, self.bias)
             return self._product_of_integers(x, weight)
-        weight = weight._replace(cpu_words=None, cpu_grid=None)
-        return packed.linear(self.rounding(x), weight, self.bias, self._launches)
+        return packed.linear(self.rounding(x), without_copy, self.bias, self._launches)
 
     def _product_of_integers(self, x: Tensor, weight: PackedWeight[Tensor]) -> Tensor:
-        """The product of x (…, K), rounded to int8, on a CPU, in the dtype of x."""
+        """The product of x (…, K), rounded to int8, on a CPU, in the dtype of x or of autocast."""
         assert self.inputs is not None and weight.cpu_words is not None and weight.cpu_grid is not None
         values, scale = int8_values(x, self.inputs.scale)
-        rows = values.view(-1, self.in_features)
+        rows = values.reshape(-1, self.in_features)
         y = int8_inputs.linear(rows, weight.cpu_words, weight.cpu_grid, self.column_order).view(*x.shape[:-1], -1)
         y *= scale
-        return (y if self.bias is None else y + self.bias).to(x.dtype)
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        return (y if self.bias is None else y + self.bias).to(dtype)
 
     def _packed_weight(self) -> PackedWeight[Tensor]:
         held: Any = self._buffers  # faster than the attribute lookup of nn.Module, and this runs in every call

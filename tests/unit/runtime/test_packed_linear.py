@@ -14,6 +14,7 @@ from llmq.numerics.fake_quantize import rounding_for
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import BITS, GroupSize, InputScheme, WeightScheme
 from llmq.runtime.packed_linear import PackedLinear
+from llmq_kernels.errors import KernelInputError
 from llmq_kernels.w4a16 import int8_inputs, op, small_batches
 from tests.weights import assert_same, random_weight
 
@@ -197,14 +198,20 @@ def test_quantized_inputs_are_rounded_first(inputs: InputScheme) -> None:
     assert copied.inputs == inputs and torch.equal(copied(x), layer(x))
 
 
+@pytest.fixture
+def integers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Integer products, where torch has exact ones."""
+    monkeypatch.setenv(small_batches.VARIABLE, "on")
+    if not int8_inputs.choose().rows:
+        pytest.skip(int8_inputs.describe())
+
+
+@pytest.mark.usefixtures("integers")
 @pytest.mark.parametrize("scheme", [WeightScheme(8, "channel"), WeightScheme(4, 32)], ids=str)
 @pytest.mark.parametrize("inputs", [InputScheme("int8", "dynamic"), InputScheme("int8", "static", 0.05)], ids=str)
 def test_integers_compute_the_product_of_rounded_inputs(
     scheme: WeightScheme, inputs: InputScheme, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(small_batches.VARIABLE, "on")
-    if not int8_inputs.choose().rows:
-        pytest.skip(int8_inputs.describe())
     weight, bias = random_weight(scheme, 24, 64), torch.randn(24)
     floats, layer = (PackedLinear(weight, bias, inputs=inputs) for _ in range(2))
     layer.prepare()
@@ -215,6 +222,20 @@ def test_integers_compute_the_product_of_rounded_inputs(
     assert bool(layer(broken).isnan().all())
     monkeypatch.setattr(op, "is_plain_inference", lambda x, bias: False)  # gradients and tracing need floats
     assert torch.equal(layer(x), floats(x))
+
+
+@pytest.mark.usefixtures("integers")
+def test_integers_take_the_same_inputs_as_floats() -> None:
+    weight, x = random_weight(WeightScheme(4, 32), 24, 64), torch.randn(3, 5, 64)
+    floats, layer = (PackedLinear(weight, None, inputs=InputScheme()) for _ in range(2))
+    layer.prepare()
+    other_strides = x.transpose(0, 1)
+    assert torch.equal(layer(other_strides), layer(other_strides.contiguous()))
+    for wrong in (torch.randn(3, 128), x.double()):  # 128 is a multiple of K
+        with pytest.raises(KernelInputError, match="expected torch.float16"):
+            layer(wrong)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(x).dtype == floats(x).dtype == torch.bfloat16
 
 
 def test_fp8_inputs_have_no_product_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
