@@ -9,9 +9,10 @@ That changes most scales by up to 6 %, after the codes (quantized values) were c
 from the start, with c of four binary digits, so that the products fit into bfloat16, v = 448 in one group of each row,
 and v ≥ 1/8, so that v / 8 has all digits.  `nearest` searches such scales near given ones.
 
-If the largest scale of a row is below 2⁻⁹, engines use the c of 2⁻⁹.  Such products are rounded to the dtype of the
-file, by at most 0.2 % in bfloat16.  An engine that splits the columns of a weight among GPUs has another c for each
-part.  The products of codes and scales, which the kernel rounds to E4M3, are not considered.
+If the largest scale of a row is below 2⁻⁹, engines use the c of 2⁻⁹, and no v has to be 448.  Such products are
+rounded to the dtype of the file, which changes the loaded scales by at most 0.4 % in bfloat16.  An engine that splits
+the columns of a weight among GPUs has another c for each part.  The products of codes and scales, which the kernel
+rounds to E4M3, are not considered.
 
 Source: github.com/vllm-project/vllm, utils/quant_utils.py, convert_bf16_scales_to_fp8, and input_quant_fp8.py.
 """
@@ -62,7 +63,7 @@ def _in_row(
     """The best multiples of `row` (R, 1) for each group, and their errors, (R, G) each."""
     nearest_number = (scales / row).clamp(LOWEST, LARGEST).to(E4M3).view(torch.uint8).to(torch.int16)
     lowest, highest = (int(torch.tensor(limit, dtype=E4M3).view(torch.uint8)) for limit in (LOWEST, LARGEST))
-    is_largest = scales == scales.amax(1, keepdim=True)
+    is_largest = (scales == scales.amax(1, keepdim=True)) & (row > SMALLEST_ROW)  # else c does not depend on it
     best, least = scales, torch.full_like(scales, torch.inf)
     for step in STEPS:
         number = (nearest_number + step).clamp_(lowest, highest).masked_fill_(is_largest, highest)

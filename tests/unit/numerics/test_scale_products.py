@@ -44,9 +44,17 @@ def test_free_scales_are_changed_and_products_cost_less_than_that() -> None:
     assert error(w, free) < error(w, products) < 0.99 * float((changed - w).square().sum())
 
 
-def test_tiny_rows_have_the_smallest_number_of_engines() -> None:
-    scales = affine_grid.fit_searched(weight() * 2.0**-12, SCHEME, Products(torch.bfloat16)).scales.float()
+@pytest.mark.parametrize("size", [-6, -8, -12])
+def test_tiny_rows_have_the_smallest_number_of_engines(size: int) -> None:
+    scales = affine_grid.fit_searched(weight() * 2.0**size, SCHEME, Products(torch.bfloat16)).scales.float()
     assert float((scale_products.as_loaded(scales) / scales - 1).abs().max()) < 2.0**-8
+
+
+@pytest.mark.parametrize("size", [-6, -8, -12])
+def test_tiny_rows_lose_no_more_than_others(size: int) -> None:
+    w, values = weight() * 2.0**size, (torch.bfloat16, Products(torch.bfloat16))
+    free, products = (affine_grid.fit_searched(w, SCHEME, dtype) for dtype in values)
+    assert error(w, products) < 1.1 * error(w, free)
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
