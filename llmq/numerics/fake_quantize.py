@@ -2,7 +2,7 @@
 
     int8    x̂ = scale * clamp(round(x / scale), -128, 127)           with rounding half to even
     fp8     x̂ = scale * float8_e4m3fn(clamp(x / scale, -448, 448))
-    nvfp4   x̂ = scale * e2m1(clamp(x / scale, -6, 6))
+    nvfp4   x̂ = scale * e2m1(clamp(x / scale, -6, 6))                with rounding half to even
 
     dynamic per token     scale = max|x| / half range, one scale per token (the last dimension is a row)
     static per tensor     scale is a number, from the calibration text
@@ -28,7 +28,6 @@ from torch import Tensor
 from llmq.errors import ConfigError
 from llmq.numerics.float_grid import E4M3, LARGEST_E4M3, TOP
 from llmq.numerics.scheme import FLOAT_GRIDS, InputScheme
-from llmq_kernels.value_tables import E2M1
 
 HALF_RANGES = {"int8": 127.5, "fp8": 448.0}  # half of the distance from the smallest value to the largest
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
@@ -82,7 +81,18 @@ def _in_groups(x: Tensor, shared: float) -> Tensor:
     groups = x.unflatten(-1, (-1, FLOAT_GRIDS["nvfp4"].group_size))
     scales = (groups.abs().amax(-1, keepdim=True) / TOP * shared).clamp_max_(LARGEST_E4M3).to(E4M3).to(torch.float32)
     scales = scales.masked_fill_(scales == 0, INSTEAD_OF_ZERO).div_(shared)
-    return E2M1.rounded(groups / scales).mul_(scales).flatten(-2)
+    return _nearest_e2m1(groups / scales).mul_(scales).flatten(-2)
+
+
+def _nearest_e2m1(x: Tensor) -> Tensor:
+    """The values of E2M1 nearest to `x`, whose memory is reused: halves below 2, whole numbers below 4, then 4 and 6.
+
+    Halfway values round to the even code, as in compressed-tensors and on GPUs. Those of weights round down
+    (`value_tables.py`).
+    """
+    size = x.abs()
+    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
+    return x.clamp_(-TOP, TOP).div_(step).round_().mul_(step)
 
 
 class _StraightThrough(torch.autograd.Function):

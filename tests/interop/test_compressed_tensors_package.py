@@ -120,11 +120,13 @@ def test_inputs_in_nvfp4_are_rounded_as_the_package_rounds_them() -> None:
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(3, 40, 96, generator=draw) * 10 ** torch.randn(3, 40, 1, generator=draw)
     x[0, 0, :16], x[0, 1] = 0, 1e-6
-    shared = generate_gparam(x[:2].min(), x[:2].max())
-    scale, zero = compute_dynamic_scales_and_zp(x, group.input_activations, torch.nn.Linear(96, 8), shared)
-    theirs = fake_quantize(x, scale, zero, group.input_activations, global_scale=shared)
-    ours = rounding_for(InputScheme("nvfp4", "local", float(shared)))(x)
-    assert torch.equal(ours, theirs)
+    x[2, :20] = torch.randint(-24, 25, (20, 96), generator=draw) / 4
+    x[2, :20, ::16] = 6.0  # with the second global scale the scale is 1: values halfway between two others
+    for shared in (generate_gparam(x[:2].min(), x[:2].max()), torch.tensor([448.0])):
+        scale, zero = compute_dynamic_scales_and_zp(x, group.input_activations, torch.nn.Linear(96, 8), shared)
+        theirs = fake_quantize(x, scale, zero, group.input_activations, global_scale=shared)
+        ours = rounding_for(InputScheme("nvfp4", "local", float(shared)))(x)
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "fp8"])

@@ -105,6 +105,15 @@ def test_nvfp4_has_a_scale_per_16_inputs_below_a_global_one() -> None:
     assert rounded[1, :2].tolist() == [12.0, 0.0] and not rounded[1, 2:].any()
 
 
+def test_halves_of_nvfp4_round_to_even() -> None:
+    """With the global scale 448, the scale of a group with the largest input 6 is 1."""
+    x = torch.tensor([6, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, -0.25, -0.75, -1.25, -1.75, -2.5, -3.5, -5, -6])
+    rounded = rounding_for(InputScheme("nvfp4", "local", 448.0))(x)
+    assert rounded.tolist() == [6, 0, 1, 1, 2, 2, 4, 4, 0, -1, -1, -2, -2, -4, -4, -6]
+    x[3] = float("nan")
+    assert bool(rounding_for(InputScheme("nvfp4", "local", 448.0))(x).isnan().all())
+
+
 @pytest.mark.parametrize("dtype", ["int8", "fp8"])
 def test_static_inputs_without_a_scale_are_refused(dtype: Any) -> None:
     with pytest.raises(ConfigError, match=f"{dtype} static .*cannot be simulated") as caught:
