@@ -148,8 +148,8 @@ def quantize_groups(
             result.notes.append(f"{', '.join(weights)}: kept in float, no calibration token reached them")
         elif weights:
             schemes = {path: run.plans[path].scheme.weights for path in weights}
-            first = group.names[0]
-            reached.append(Group(weights, schemes, stats, run.scales_of(first), run.importance_of(first)))
+            importance = run.importance_of(group.names[0])
+            reached.append(Group(weights, schemes, stats, run.scales_of(weights), importance))
     reached, notes = in_range(run, block, reached)
     result.notes += notes
     while reached:

@@ -41,6 +41,8 @@ from llmq.steps import existing_grids, layer_plans, left_in_float, output_layout
 from llmq.steps.existing_grids import Sighting
 from llmq.steps.linear_names import holds_matrix
 
+FIXED_SCALES = "scales are not tuned: kernels for 4 bits with fp8 inputs would round what comes out"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -95,9 +97,9 @@ class Plan:
         skeleton, checkpoint = Skeleton(opened.model, opened.weights, chosen), opened.checkpoint
         settings, notes = preset.applied(settings, skeleton, layout)
         layers = planned_layers(skeleton, settings, layout, checkpoint.config)
-        if any(plan.scheme.scales_are_products for plan in layers.values()):
-            method = method.with_fixed_scales()
         notes = (*notes, *input_notes(layers.values()), *opened.notes, *companions(checkpoint.folder).notes)
+        if any(plan.scheme.scales_are_products for plan in layers.values()) and method != method.with_fixed_scales():
+            method, notes = method.with_fixed_scales(), (*notes, FIXED_SCALES)
         plan = cls(
             settings, method, checkpoint, chosen, layout, dtype, skeleton, layers, remote_code, notes, opened.left
         )

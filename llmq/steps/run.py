@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,9 +66,13 @@ class Run:
         values = None if self.importance is None else self.importance.of(self.plans[path].name)
         return None if values is None else values.to(self.skeleton.device)
 
-    def scales_of(self, path: str) -> ScaleDtype | None:
-        """The values of the scales of a layer, if these are not those of the run: for kernels with fp8 inputs."""
-        return Products(dtype_of(self.options.scale_dtype)) if self.plans[path].scheme.scales_are_products else None
+    def scales_of(self, paths: Iterable[str]) -> ScaleDtype | None:
+        """The values of the scales of layers that share an input, if these are not those of the run.
+
+        One layer for a kernel with fp8 inputs is enough: the layers are quantized together.
+        """
+        are_products = any(self.plans[path].scheme.scales_are_products for path in paths)
+        return Products(dtype_of(self.options.scale_dtype)) if are_products else None
 
     @functools.cached_property
     def paths(self) -> dict[str, str]:
