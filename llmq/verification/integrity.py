@@ -66,7 +66,7 @@ def examine(model: Path, *, remote_code: bool = False, on_event: OnEvent = ignor
         if isinstance(settings, dict):
             formats.detect(settings)
     try:
-        if is_onnx(folder):
+        if not alone and is_onnx(folder):
             integrity.nbytes = sum(file.stat().st_size for file in folder.glob(f"{ONNX_FILE}*"))
             integrity.notes.append("only checksums of the ONNX graph were compared: --run onnxruntime runs it")
         elif gguf and (alone or not list(folder.glob("*.safetensors"))):

@@ -90,7 +90,7 @@ def read(model: Path) -> Subject:
     """Read the facts about the model in a folder, or a .gguf file. Raises CheckpointError and FormatError."""
     alone = model.suffix == ".gguf" and not model.is_dir()
     folder = model.parent if alone else model
-    if is_onnx(folder):
+    if not alone and is_onnx(folder):
         return Subject(ONNX, read_json_object(folder / "config.json"), {}, (), tokenizer(folder))
     if alone or (list(folder.glob("*.gguf")) and not list(folder.glob("*.safetensors"))):
         config = read_json_object(folder / "config.json") if (folder / "config.json").is_file() else {}

@@ -1,12 +1,13 @@
 """The rules of engines: a violation of each rule, and a model that all engines load."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llmq.numerics.scheme import InputScheme, WeightScheme
-from llmq.verification.engines import Linear, Subject, judge, verdicts
+from llmq.verification.engines import Linear, Subject, checkpoint_facts, judge, verdicts
 from llmq.verification.engines.conditions import is_float16
 from llmq.verification.engines.rules import ENGINES, RULES
 
@@ -60,6 +61,14 @@ def test_plain_model_loads_in_all_engines_with_its_format(settings: dict[str, An
     assert serves(model(settings)) == {**expected, "MLX": in_mlx}
     outcomes = {finding.outcome for finding in judge(model(settings)) if finding.engine in ("vLLM", "SGLang")}
     assert outcomes == set()
+
+
+def test_a_gguf_file_next_to_an_onnx_graph_is_a_gguf_file(tmp_path: Path) -> None:
+    for name in ("model.onnx", "model.gguf"):
+        (tmp_path / name).touch()
+    (tmp_path / "config.json").write_text("{}")
+    assert checkpoint_facts.read(tmp_path / "model.gguf").method == "gguf"
+    assert checkpoint_facts.read(tmp_path).method == checkpoint_facts.ONNX
 
 
 def test_gguf_file_loads_in_llama_cpp() -> None:
