@@ -130,9 +130,11 @@ def test_a_graph_is_compared_with_its_source(model: Path, graph: Path, monkeypat
     verified = json.loads(done.stdout)
     assert verified["run"]["largest"] < 1e-4 and verified["run"]["dtype"] == "float32"
     assert not any(engine["loads"] for engine in verified["engines"].values()) and len(verified["findings"]) == 5
-    builders.change_json(graph / "llmq.json", conversions=[{"run": "a1", "activations": "int8"}])
-    with pytest.raises(ConfigError, match="not known or has changed") as caught:
-        compare(graph, ONNX[0])
+    for odd in ("nowhere" * 1000, "a\0b", ""):
+        record = {"run": "a1", "activations": "int8", "source": odd}
+        builders.change_json(graph / "llmq.json", conversions=[record])
+        with pytest.raises(ConfigError, match="not known or has changed") as caught:
+            compare(graph, ONNX[0])
     assert "--against" in caught.value.hint
     assert compare(graph, ONNX[0], against=model).limit == agreement.LIMIT_8_BITS
 
