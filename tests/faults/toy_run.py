@@ -66,7 +66,7 @@ def source_model(folder: Path) -> Path:
 
 
 def in_a_process(folder: Path, program: str, seconds: float = 120) -> Any:
-    """Run PREAMBLE and `program` on a folder, for so many seconds at most; returns the JSON that it prints."""
+    """Run PREAMBLE and `program` on a folder, for at most `seconds`; returns the JSON that it prints."""
     command = [sys.executable, "-c", PREAMBLE + program, str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
     assert done.returncode == 0, done.stderr
