@@ -269,7 +269,7 @@ class QuantConfig(Settings):
             if name in GGUF_GRIDS and len(self.formats) > 1:
                 raise ConfigError(
                     f"{name} has a separate grid, so it cannot share quantized values with another format",
-                    hint="give it alone, or use --format gguf, which holds the quantized values of the other formats",
+                    hint="quantize a second time with it alone, or use gguf: it holds the values of the other formats",
                 )
         for override in self.overrides:
             override.applied_to(self.scheme)  # raises ConfigError for an invalid scheme

@@ -44,7 +44,8 @@ from llmq.steps.linear_names import linear_names
 from llmq.verification.integrity import checksums
 
 REQUANTIZE_HINT = (
-    "--allow-requantize re-quantizes such weights, which costs accuracy; quantizing the original model costs less"
+    "--to float keeps the values, in full size; --allow-requantize re-quantizes such weights, which costs accuracy; "
+    "quantizing the original model costs less"
 )
 
 
@@ -120,7 +121,7 @@ class Converter:
                 (s for s in (scheme, widened_scheme(scheme)) if s and not self._layout.refusal(s, *shape)), None
             )
             if scheme is None:
-                refused[module] = "it is not on an integer grid"
+                refused[module] = self._no_integers(module)
             elif unchanged is None:
                 refused[module] = str(self._layout.refusal(scheme, *shape))
             target = unchanged or nearest(scheme, self._layout, *shape)
@@ -136,6 +137,9 @@ class Converter:
             return None
         scheme = self._packed.scheme(module)
         return dataclasses.replace(scheme, symmetric=True) if self._symmetric else scheme
+
+    def _no_integers(self, module: str) -> str:
+        return f"it is stored as {self._packed.grid(module)}, and only equal groups of integers are converted"
 
     def _on_common_grid(self, targets: dict[str, WeightScheme]) -> dict[str, WeightScheme]:
         """The targets, or one grid for all weights if the format cannot mix these grids."""
@@ -182,7 +186,7 @@ class Converter:
     def _recoded(self, module: str) -> Recoded:
         """Convert one weight; raises ConfigError if it needs re-quantization that is not allowed."""
         target, dtype = self._targets[module], self._layout.scale_dtype(self._model_dtype)
-        reason = "it is not on an integer grid"
+        reason = self._no_integers(module)
         if self._packed.is_affine(module):
             q = self._packed.read(module)
             q = (symmetric(q) or q) if self._symmetric else q
@@ -260,4 +264,4 @@ class Converter:
 def _refusal(refused: Mapping[str, str], to: str) -> ConfigError:
     module, reason = next(iter(refused.items()))
     more = f" ({len(refused) - 1} more weights)" if len(refused) > 1 else ""
-    return ConfigError(f"{to} cannot hold {module}{more} unchanged: {reason}", hint=REQUANTIZE_HINT)
+    return ConfigError(f"{module}{more} cannot be converted to {to} unchanged: {reason}", hint=REQUANTIZE_HINT)

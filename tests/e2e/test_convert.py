@@ -35,7 +35,7 @@ class OwnConfig(LlamaConfig):
 class OwnForCausalLM(LlamaForCausalLM):
     config_class = OwnConfig
 """
-SAFETENSORS = ("compressed-tensors", "gptq", "awq", "gptq_v2")
+SAFETENSORS = ("compressed-tensors", "gptq", "awq", "gptq_v2", "mlx")
 
 
 def convert(source: Path, out: Path, to: str, **options: Any) -> Converter:
@@ -194,7 +194,8 @@ def test_custom_model_code_is_run_for_every_format(
     ("source", "to", "symmetric"),
     [("compressed-tensors", "gptq", True), ("compressed-tensors", "awq", False), ("gptq", "awq", True),
      ("gptq", "gptq_v2", True), ("gptq_v2", "compressed-tensors", False), ("awq", "gptq", True),
-     ("awq", "gptq", False), ("awq", "compressed-tensors", True), ("gptq", "gptq", False)],
+     ("awq", "gptq", False), ("awq", "compressed-tensors", True), ("gptq", "gptq", False),
+     ("compressed-tensors", "mlx", False), ("mlx", "awq", True)],
 )  # fmt: skip
 def test_a_conversion_keeps_every_weight(packed: Any, tmp_path: Path, source: str, to: str, symmetric: bool) -> None:
     done = convert(packed(source, symmetric=symmetric), tmp_path / "out", to)
@@ -225,9 +226,16 @@ def test_three_bit_values_are_stored_in_four_bits(packed: Any, tmp_path: Path) -
 
 
 def test_unsupported_weights_are_refused_and_nothing_is_written(packed: Any, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"awq cannot hold .* \(13 more weights\) unchanged: awq holds 4 bits"):
+    with pytest.raises(ConfigError, match=r"\(13 more weights\) cannot be converted to awq unchanged: awq holds"):
         convert(packed("gptq", bits=8), tmp_path / "out", "awq")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("to", ["compressed-tensors", "mlx"])
+def test_floats_of_four_bits_are_named(packed: Any, tmp_path: Path, to: str) -> None:
+    with pytest.raises(ConfigError, match="it is stored as nvfp4-pack-quantized, and only") as refused:
+        convert(packed("compressed-tensors", bits="nvfp4", group_size=16), tmp_path / "out", to)
+    assert "--to float" in refused.value.hint
 
 
 def test_unsupported_weights_can_be_quantized_again(packed: Any, tmp_path: Path) -> None:
