@@ -9,9 +9,10 @@ folder of the original model is a better description, and so is a config.json ne
 
 import math
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -22,12 +23,13 @@ from torch import Tensor
 from llmq.errors import FormatError, UnsupportedModelError
 from llmq.formats.codecs import gguf_blocks
 from llmq.gguf.architecture import FULL
+from llmq.gguf.architectures import ARCHITECTURES
 from llmq.gguf.changes import in_columns, undone
 from llmq.gguf.container import FLOATS, Container, dequantize
 from llmq.gguf.metadata import add_sizes
 from llmq.gguf.names import Names, Place
 from llmq.gguf.rotation import from_settings
-from llmq.gguf.supported import architecture, language_config
+from llmq.gguf.supported import architecture, attention_scale, language_config
 from llmq.model.build import skeleton
 from llmq.model.build.checkpoint_names import ModelWeights
 from llmq.model.build.skeleton import Skeleton
@@ -45,6 +47,14 @@ NEUTRAL: tuple[tuple[str, Any], ...] = (
     ("attention.causal", True),
 )
 """Keys with values that change nothing."""
+SIZES: Mapping[str, str] = MappingProxyType(
+    {
+        "attention.key_length": "head_dim",
+        "expert_feed_forward_length": "moe_intermediate_size",
+        "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+    }
+)
+"""Key -> entry of a configuration, where transformers uses a default instead for some architectures."""
 
 
 def is_file(path: Path) -> bool:
@@ -213,8 +223,10 @@ def _complete(configuration: Any, container: Container) -> None:
     import gguf
 
     settings = container.settings()
-    if head := settings.get("attention.key_length"):
-        configuration.head_dim = head  # transformers uses a default instead for some architectures
+    for key, entry in SIZES.items():
+        if (size := settings.get(key)) and hasattr(configuration, entry):
+            setattr(configuration, entry, size)
+    _fix(configuration)
     rotation = configuration.rope_parameters
     rotation.get(FULL, rotation).update(from_settings(settings))
     config = language_config(configuration.to_dict())
@@ -230,6 +242,19 @@ def _complete(configuration: Any, container: Container) -> None:
                 f"has {written.get(key, 'nothing like it')!r}",
                 hint=ORIGINAL,
             )
+
+
+def _fix(configuration: Any) -> None:
+    """Give entries for which a file has no key the value that llama.cpp computes with."""
+    config = language_config(configuration.to_dict())
+    arch = ARCHITECTURES.get(str(config.get("model_type")))
+    if arch is None:
+        return
+    if hasattr(configuration, "query_pre_attn_scalar"):
+        configuration.query_pre_attn_scalar = int(attention_scale(arch, config))
+    for entry, supported in arch.expects.items():
+        if hasattr(configuration, entry) and getattr(configuration, entry) not in supported:
+            setattr(configuration, entry, supported[0])
 
 
 def _equal(written: Any, value: Any) -> bool:

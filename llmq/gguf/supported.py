@@ -146,10 +146,15 @@ def _check_heads(arch: Architecture, config: Mapping[str, Any]) -> None:
     head = config.get("head_dim") or wide
     if head != wide and not arch.free_head_size:
         raise _different(arch, "head_dim", head, f"hidden_size / num_attention_heads = {wide:g}")
-    scale = config.get("query_pre_attn_scalar")
-    expected = wide if arch.wide_scale == config.get("num_hidden_layers", 0) else head
+    scale, expected = config.get("query_pre_attn_scalar"), attention_scale(arch, config)
     if scale is not None and scale != expected:
         raise _different(arch, "query_pre_attn_scalar", scale, f"{expected:g}")
+
+
+def attention_scale(arch: Architecture, config: Mapping[str, Any]) -> float:
+    """The `query_pre_attn_scalar` that llama.cpp computes with."""
+    wide = config["hidden_size"] / config["num_attention_heads"]
+    return float(wide if arch.wide_scale == config.get("num_hidden_layers", 0) else config.get("head_dim") or wide)
 
 
 def _different(arch: Architecture, entry: str, value: Any, expected: Any) -> UnsupportedModelError:

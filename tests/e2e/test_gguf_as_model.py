@@ -3,9 +3,11 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from typer.testing import CliRunner
 
 import llmq
@@ -13,6 +15,10 @@ from llmq.checkpoint.reader import Checkpoint
 from llmq.cli import app
 from llmq.errors import ConfigError
 from llmq.gguf import export, writer
+from llmq.gguf.reader import described
+from llmq.gguf.supported import language_config
+from llmq.model.build import skeleton
+from tests import builders
 
 pytest.importorskip("gguf")
 BUNDLED = Path(__file__).resolve().parents[2] / "eval" / "models" / "tiny-python-llama"
@@ -67,6 +73,28 @@ def test_a_file_alone_describes_its_model(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, [*arguments, "--device", "cpu"])
     assert result.exit_code == 0, result.output
     assert llmq.verify(tmp_path / "out").intact
+
+
+@TRANSLATED
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("Gemma2", {"head_dim": 16, "query_pre_attn_scalar": 16}),
+        ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}),
+    ],
+)
+def test_a_file_alone_means_what_llama_cpp_computes(kind: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    """transformers has its defaults where a file has no key, or a key that it does not read."""
+    sizes = {**SIZES, "vocab_size": 2048, "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": None}
+    config = getattr(transformers, f"{kind}Config")(**sizes, **changes)
+    folder = builders.save_model(tmp_path / "model", transformers.AutoModelForCausalLM.from_config(config))
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BUNDLED / file, folder)
+    file = tmp_path / "alone" / "tiny.gguf"
+    writer.write(file, folder, export._others(Checkpoint.open(folder), ()))
+    with described(file) as made:
+        read = language_config(skeleton.load_config(made, remote_code=False).to_dict())
+    assert {name: read[name] for name in changes} == changes
 
 
 def test_a_quantized_file_is_refused(model: Path, tmp_path: Path) -> None:
