@@ -37,10 +37,11 @@ HINT = "use a safetensors format, which can hold any model"
 
 def latent_keys(config: Config, gating: int) -> dict[str, Any]:
     """DeepSeek: sizes of the heads of multi-head latent attention, of which the file has kv_b as one tensor."""
-    if config["q_lora_rank"] is None and config["num_hidden_layers"] not in WITHOUT_RANK:
+    rank, layers = config["q_lora_rank"], config["num_hidden_layers"]
+    if (rank is None) != (layers in WITHOUT_RANK):
         raise UnsupportedModelError(
-            "config.json has no q_lora_rank, and llama.cpp's deepseek2 knows such models by their number of layers, "
-            f"which is {' or '.join(map(str, WITHOUT_RANK))}, but this one has {config['num_hidden_layers']}",
+            f"config.json has q_lora_rank = {rank} and {layers} layers, and llama.cpp's deepseek2 expects no rank in "
+            f"models of {' or '.join(map(str, WITHOUT_RANK))} layers, and a rank in all others",
             hint=HINT,
         )
     keys = {
@@ -49,7 +50,7 @@ def latent_keys(config: Config, gating: int) -> dict[str, Any]:
         "attention.kv_lora_rank": config["kv_lora_rank"],
         "expert_gating_func": gating,
     }
-    if (rank := config["q_lora_rank"]) is not None:
+    if rank is not None:
         keys["attention.q_lora_rank"] = rank
     return keys
 

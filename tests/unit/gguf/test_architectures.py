@@ -40,6 +40,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("exaone4", {"sliding_window": 16, "sliding_window_pattern": 4, "layer_types": None}, "sliding_window"),
     ("deepseek_v2", {"topk_method": "group_limited_greedy", "n_group": 2}, "topk_method|n_group"),
     ("deepseek_v3", {"q_lora_rank": None}, "q_lora_rank"),
+    ("deepseek_v3", {"num_hidden_layers": 26}, "q_lora_rank"),
     ("qwen2", {"head_dim": 32}, "head_dim"),
     ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}, "use_sliding_window"),
     ("llama", {"is_causal": False}, "is_causal"),
