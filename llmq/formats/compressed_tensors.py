@@ -229,12 +229,12 @@ def _group_reading(group: Mapping[str, Any], file_format: object, note: str) -> 
     if group.get("weights") is None:
         return None
     weights = checks.mapping(group["weights"], "weights")
-    inputs = ct_groups.read_inputs(group["input_activations"]) if group.get("input_activations") else None
-    ignored = (inputs is None and group.get("input_activations")) or group.get("output_activations")
-    notes = ", ".join(part for part in ("quantized activations" if ignored else "", note) if part)
     packing = group.get("format") or file_format
     if packing == "naive-quantized" and weights.get("type") == "float":
         packing = fp8.PACKING
+    inputs = ct_groups.read_inputs(group["input_activations"], packing) if group.get("input_activations") else None
+    ignored = (inputs is None and group.get("input_activations")) or group.get("output_activations")
+    notes = ", ".join(part for part in ("quantized activations" if ignored else "", note) if part)
     if isinstance(packing, str) and packing in ct_floats.PACKINGS:
         return dataclasses.replace(ct_floats.reading(packing, weights, notes), inputs=inputs)
     if packing not in (PACKING, *PLAIN):

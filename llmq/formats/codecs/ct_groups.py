@@ -25,7 +25,7 @@ from torch import Tensor
 from llmq.errors import FormatError
 from llmq.formats.codecs import checks, ct_floats, fp4
 from llmq.numerics.quantized_tensor import QuantizedTensor
-from llmq.numerics.scheme import InputScheme, Scheme, WeightScheme
+from llmq.numerics.scheme import INPUT_SCALES, InputScheme, Scheme, WeightScheme
 
 NAME = "compressed-tensors"
 WORDS, BYTES, MIXED = "pack-quantized", "int-quantized", "mixed-precision"
@@ -39,7 +39,7 @@ def refusal(scheme: Scheme) -> str | None:
     if weights is None or inputs is None:
         return None
     if not weights.symmetric:
-        return "no engine multiplies 8-bit inputs by weights with zero points: use --symmetric"
+        return f"no engine multiplies inputs in {inputs.dtype} by weights with zero points: use --symmetric"
     if "nvfp4" in (inputs.dtype, weights.floats) and inputs.dtype != weights.floats:
         return f"no engine multiplies inputs in {inputs.dtype} by weights in {weights}: use nvfp4 for both, or for none"
     if inputs.dtype == "int8":
@@ -136,14 +136,18 @@ def inputs_block(inputs: InputScheme | None) -> dict[str, Any] | None:
     }
 
 
-def read_inputs(declared: Any) -> InputScheme | None:
-    """The scheme that a block `input_activations` declares; None for one that llmq does not compute."""
+def read_inputs(declared: Any, packing: object) -> InputScheme | None:
+    """The scheme that a block `input_activations` declares; None for one that llmq does not compute.
+
+    packing  the format of the weights of the group; only those in nvfp4 have inputs in nvfp4
+    """
     given = checks.mapping(declared, "input_activations")
     kind = given.get("type", "int")
     if given.get("dynamic") == "local":
-        local = InputScheme("nvfp4", "local")
-        expected = inputs_block(local)
-        return local if expected is not None and all(given.get(key) == expected[key] for key in LOCAL_KEYS) else None
+        local, weights = InputScheme("nvfp4", "local"), WeightScheme.of_floats("nvfp4")
+        expected = ct_floats.weights_block(weights)
+        fits = packing == ct_floats.packing_of(weights) and all(given.get(key) == expected[key] for key in LOCAL_KEYS)
+        return local if fits else None
     if given.get("num_bits") != 8 or given.get("symmetric", True) is not True or kind not in ("int", "float"):
         return None
     dtype: Literal["int8", "fp8"] = "int8" if kind == "int" else "fp8"
@@ -169,7 +173,8 @@ def tensors_of(inputs: InputScheme, dtype: torch.dtype) -> dict[str, Tensor]:
     Raises FormatError for inputs whose scale was not measured.
     """
     if inputs.calibrated and inputs.scale is None:
-        raise FormatError(f"inputs in {inputs} have no scale, expected one", hint="use dynamic ones: activations=int8")
+        dynamic = inputs.dtype if "dynamic" in INPUT_SCALES[inputs.dtype] else "none"
+        raise FormatError(f"inputs in {inputs} have no scale, expected one", hint=f"use activations={dynamic}")
     if inputs.scale is None:
         return {}
     kept = (GLOBAL, torch.float32) if inputs.scales == "local" else (SCALE, dtype)

@@ -9,6 +9,7 @@ import torch
 from llmq import formats
 from llmq.errors import ConfigError, FormatError
 from llmq.formats import compressed_tensors
+from llmq.formats.codecs import ct_groups
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import InputScheme, Scheme, WeightScheme
 
@@ -120,7 +121,13 @@ def test_what_is_written_is_read(scheme: Scheme) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"num_bits": 4}, {"symmetric": False}, {"strategy": "tensor"}, {"dynamic": "local"}],
+    [
+        {"num_bits": 4},
+        {"symmetric": False},
+        {"strategy": "tensor"},
+        {"dynamic": "local"},
+        ct_groups.inputs_block(InputScheme("nvfp4", "local")),
+    ],
     ids=str,
 )
 def test_other_quantized_inputs_are_noted(change: dict[str, Any]) -> None:
