@@ -14,11 +14,14 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("LLMQ_CPU_INT4", "off")  # uses bfloat16 for few rows, but tests of exact numbers need float32
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # on tiny tensors, several threads are ten times slower than one
 
+import hypothesis
 import pytest
 
 from tests.warning_rule import errors_for_our_warnings
 
 ROOT = Path(__file__).resolve().parents[1]
+hypothesis.settings.register_profile("llmq", deadline=None)  # the first call of an operation in a process is slow
+hypothesis.settings.load_profile("llmq")
 
 
 @pytest.fixture(autouse=True)

@@ -235,7 +235,7 @@ HEADER_BYTES = 8 + int.from_bytes(SMALL_FILE[:8], "little")
 
 
 @given(flips=st.lists(st.tuples(st.integers(0, HEADER_BYTES - 1), st.integers(1, 255)), min_size=1, max_size=4))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_corrupt_header_is_refused_or_still_consistent(flips: list[tuple[int, int]]) -> None:
     data = bytearray(SMALL_FILE)
     for position, mask in flips:

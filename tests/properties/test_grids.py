@@ -11,7 +11,7 @@ from llmq.numerics.scheme import BITS, WeightScheme
 
 EPSILON = 2.0**-23  # of float32
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-quick = settings(max_examples=40, deadline=None)  # the first call of an operation in a process is slow
+quick = settings(max_examples=40)
 
 schemes = st.builds(WeightScheme, st.sampled_from(BITS), st.sampled_from((16, 32, "channel", "tensor")), st.booleans())
 

@@ -15,7 +15,7 @@ from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import BITS, WeightScheme
 
 LAYOUTS = tuple(formats.load(name) for name in formats.names() if name != "gguf")
-quick = settings(max_examples=60, deadline=None)  # the first call of an operation in a process is slow
+quick = settings(max_examples=60)
 
 
 @st.composite

@@ -28,7 +28,7 @@ def numbered(lengths: list[int]) -> list[Tensor]:
     ]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(1, 70), max_size=12), st.integers(1, 20), st.integers(0, 3))
 def test_only_an_incomplete_last_sequence_is_lost(lengths: list[int], seqlen: int, seed: int) -> None:
     documents = numbered(lengths)
@@ -39,7 +39,7 @@ def test_only_an_incomplete_last_sequence_is_lost(lengths: list[int], seqlen: in
         assert set(tokens.values()) <= {1}, "no token is used twice"
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(20, 70), min_size=1, max_size=12), st.integers(0, 3))
 def test_first_sequences_are_consecutive_tokens_of_different_documents(lengths: list[int], seed: int) -> None:
     sequences = list(drawn(numbered(lengths), 20, None, seed))[: len(lengths)]

@@ -81,7 +81,7 @@ def test_every_dtype_is_compatible_with_the_package(dtype: torch.dtype, tmp_path
 
 
 @given(specification=specifications)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_file_of_the_package_is_read(
     specification: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -92,7 +92,7 @@ def test_any_file_of_the_package_is_read(
 
 
 @given(specification=specifications)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_tensors_written_are_read_by_the_package(
     specification: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -103,7 +103,7 @@ def test_any_tensors_written_are_read_by_the_package(
 
 
 @given(one=specifications, two=specifications)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_concatenation_is_read_by_the_package(
     one: dict[str, Any], two: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -21,7 +21,7 @@ def every_plan(units: list[list[Choice]], budget: int) -> list[tuple[float, int]
     return [plan for plan in plans if plan[1] <= budget]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(problems, st.integers(0, 250))
 def test_no_plan_within_the_budget_is_better(units: list[list[Choice]], budget: int) -> None:
     within = every_plan(units, budget)

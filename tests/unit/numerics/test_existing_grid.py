@@ -14,7 +14,7 @@ from llmq.numerics.scheme import WeightScheme
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 DTYPES = (HALF, BRAIN, SINGLE)
-quick = settings(max_examples=30, deadline=None)
+quick = settings(max_examples=30)
 N, K = 32, 256
 
 

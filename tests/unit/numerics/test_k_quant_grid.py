@@ -166,7 +166,7 @@ def test_a_tensor_equals_its_decoded_bytes(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", BLOCK_TYPES)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_unpacked_bytes_are_packed_to_the_same_bytes(kind: str, seed: int) -> None:
     draw = np.random.default_rng(seed)

@@ -338,7 +338,7 @@ def groups_of_weights(draw: st.DrawFn) -> list[QuantizedTensor]:
 
 
 @given(weights=groups_of_weights())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_weight_is_restored_exactly(weights: list[QuantizedTensor]) -> None:
     model = nn.ModuleList(PackedLinear(weight, None) for weight in weights)
     fuse_rows(model, [str(position) for position in range(len(weights))])

@@ -38,7 +38,7 @@ def weights(draw: st.DrawFn) -> QuantizedTensor:
 
 
 @given(weight=weights())
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_weight_is_restored_exactly(weight: QuantizedTensor) -> None:
     assert_same(PackedLinear(weight, None).quantized(), weight)
 
