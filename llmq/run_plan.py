@@ -41,7 +41,7 @@ from llmq.steps import existing_grids, layer_plans, left_in_float, output_layout
 from llmq.steps.existing_grids import Sighting
 from llmq.steps.linear_names import holds_matrix
 
-FIXED_SCALES = "scales are not tuned: kernels for 4 bits with fp8 inputs would round what comes out"
+FIXED_SCALES = "no scales are tuned: kernels for 4-bit weights with fp8 inputs would round tuned scales again"
 
 
 @dataclass(frozen=True)

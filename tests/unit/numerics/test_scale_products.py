@@ -9,10 +9,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmq import run_plan
+from llmq.config import QuantConfig
+from llmq.job import Job
 from llmq.methods import METHODS
 from llmq.numerics import affine_grid, scale_products
 from llmq.numerics.affine_grid import Products
 from llmq.numerics.scheme import Scheme, WeightScheme
+from llmq.setting_fields import merged
 from tests.runs import quantize, tensors_of
 
 SCHEME = WeightScheme(4, 32)
@@ -72,7 +76,11 @@ def test_a_run_with_fp8_inputs_writes_such_scales(
     assert len(exact["fp8"]) > 2 and all(exact["fp8"]) and not any(exact["none"])
 
 
-def test_tuning_does_not_change_the_scales() -> None:
+def test_tuning_does_not_change_the_scales(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    model = str(checkpoint("llama", hidden_size=256, intermediate_size=256))
+    for method, noted in (("best", True), ("fast", False)):
+        settings = merged(QuantConfig(), {"method": method, "activations": "fp8"})
+        assert (run_plan.FIXED_SCALES in Job(model, tmp_path / "out", settings, device="cpu").plan.notes) == noted
     fixed = METHODS["best"].with_fixed_scales()
     assert fixed.tuning is not None and fixed.tuning.scales == 0 and fixed.tuning.rounding > 0
     assert METHODS["rtn"].with_fixed_scales() == METHODS["rtn"]
