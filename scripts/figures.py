@@ -69,6 +69,7 @@ def layers() -> Figure:
         axes.barh(places, heights, 0.4, color=COLOURS[colour], label=label)
     axes.set_yticks([place + 0.2 for place in range(len(names))], [shown(name) for name in names], fontsize=7)
     axes.invert_yaxis()
+    axes.set_ylabel("block and layer")
     axes.set_xlabel("error of the layer's output on text, % of the output")
     axes.legend(loc="lower right")
     return figure
@@ -82,6 +83,8 @@ def bits() -> Figure:
         points = sorted((run["bits_per_weight"], run["kl_mean"]) for run in runs if run["method"] == method)
         axes.plot(*zip(*points, strict=True), "o-", color=colour, label=method)
     logarithmic(axes)
+    axes.set_xticks(sorted({run["bits_per_weight"] for run in runs}))
+    axes.xaxis.set_major_formatter("{x:.2f}")
     axes.set_xlabel("bits per weight, with scales (groups of 128)")
     axes.set_ylabel("KL divergence, nats per token")
     axes.legend()
@@ -95,10 +98,10 @@ def equal_bytes() -> Figure:
     figure, (axes,) = figure_of(1, 1, height=3.6)
     methods = {"llama.cpp, imatrix": "rtn", "gptq": "gptq", "fast": "fast"}
     for offset, (method, colour) in enumerate(methods.items()):
-        places = [place + 0.27 * (offset - 1) for place in range(len(recipes))]
+        places = [place + 0.12 * (offset - 1) for place in range(len(recipes))]
         label = "llama.cpp with an importance matrix" if offset == 0 else f"llmq, {method}"
         heights = [runs[recipe, method]["kl_mean"] for recipe in recipes]
-        axes.bar(places, heights, 0.27, color=COLOURS[colour], label=label)
+        axes.plot(places, heights, "o", markersize=9, color=COLOURS[colour], label=label)
     sizes = [f"{recipe}\n{runs[recipe, 'fast']['bytes'] / 1e6:.2f} MB" for recipe in recipes]
     axes.set_xticks(range(len(recipes)), sizes, fontsize=8)
     logarithmic(axes)
