@@ -72,8 +72,8 @@ def nearest(x: Tensor, dtype: str) -> Tensor:
 
 
 def global_scale(largest: float) -> float:
-    """The global scale of nvfp4 for inputs up to `largest`; 1 if all inputs are 0."""
-    return LARGEST_E4M3 * TOP / largest if largest else 1.0
+    """The global scale of nvfp4 for inputs up to `largest`, a finite float32; 1 if all inputs are 0."""
+    return min(LARGEST_E4M3 * TOP / largest, torch.finfo(torch.float32).max) if largest else 1.0
 
 
 def _in_groups(x: Tensor, shared: float) -> Tensor:

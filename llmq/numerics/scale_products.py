@@ -41,7 +41,7 @@ def nearest(groups: Tensor, scales: Tensor, costs: Tensor, levels: int, dtype: t
     best, least = scales, scales.new_full(largest.shape, torch.inf)
     for near in NEAR:
         whole = digits + near
-        whole = torch.where(whole > 2**DIGITS, 2**DIGITS + 2, whole)  # the next number of four digits
+        whole = torch.where(whole > 2**DIGITS, 2**DIGITS + 2, whole)  # the next number of four binary digits
         row = torch.ldexp(whole, exponent - DIGITS).clamp_(min=SMALLEST_ROW)
         tried, errors = _in_row(groups, scales, costs, levels, row, dtype)
         total = errors.sum(1, keepdim=True)

@@ -147,7 +147,7 @@ def _making(record: Mapping[str, Any]) -> Iterator[str]:
         matrix = imatrix.file_in(notes)
         parts += ["```console\n$ llmq quantize ORIGINAL OUT --config llmq.toml\n```", *_toml(settings, matrix)]
         parts += [_calibration(_part(record, "calibration"))]
-        parts += [f"{prose(note)}." for note in notes if matrix and note.startswith(imatrix.WEIGHTED)]
+        parts += [f"{prose(note[0].upper() + note[1:])}." for note in notes if note.startswith(imatrix.WEIGHTED)]
         parts += [f"Versions: {', '.join(code(f'{name} {value}') for name, value in versions.items())}."]
     for conversion in conversions if isinstance(conversions, list) else ():
         if isinstance(conversion, Mapping):

@@ -9,6 +9,7 @@ import torch
 from llmq.algorithms import Options
 from llmq.algorithms.ranges import calibrated_scale
 from llmq.model.analyse.input_groups import InputGroup
+from llmq.numerics.fake_quantize import global_scale
 from llmq.numerics.input_histogram import InputHistogram
 from llmq.numerics.layer_plan import LayerPlan
 from llmq.numerics.scheme import InputScheme, Scheme, WeightScheme
@@ -22,6 +23,10 @@ def test_the_global_scale_of_nvfp4_holds_the_largest_input(largest: float) -> No
     scale = calibrated_scale(InputScheme("nvfp4", "local"), histogram, torch.bfloat16)
     assert scale == pytest.approx(448 * 6 / largest if largest else 1.0, rel=2e-4)
     assert scale * largest <= 448 * 6
+
+
+def test_the_global_scale_of_tiny_inputs_is_a_float32() -> None:
+    assert global_scale(1e-37) == torch.finfo(torch.float32).max
 
 
 @pytest.mark.parametrize("size", [0.0, 2.0])
