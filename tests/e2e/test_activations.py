@@ -204,7 +204,7 @@ def test_formats_without_quantized_inputs_are_refused(checkpoint: Checkpoints, t
     request = ("quantize", checkpoint("llama"), tmp_path / "out", "--method", "rtn", "--activations", "int8")
     done = run_llmq(*request, "--group-size", "32", "--format", format_)
     refused(done, CONFIG, "quantized inputs", "give --format compressed-tensors")
-    refused(run_llmq(*request, "--asymmetric"), CONFIG, "no engine multiplies 8-bit inputs by weights with zero", "")
+    refused(run_llmq(*request, "--asymmetric"), CONFIG, "no engine multiplies inputs in int8 by weights with zero", "")
     refused(run_llmq(*request[:-2], "--format", "int-quantized"), CONFIG, "is for int8 inputs", "--activations int8")
     refused(run_llmq(*request, "--preset", "w8a8", "--bits", "4"), CONFIG, "for --bits 8, but --bits is 4", "--preset")
 
