@@ -31,7 +31,8 @@ def as_events(stage: str, on_event: OnEvent) -> Iterator[None]:
     with ExitStack() as restored:
         restored.enter_context(_replaced(tqdm, "__init__", unseen))
         restored.enter_context(_replaced(tqdm, "display", display))
-        restored.enter_context(_replaced(lm_eval.evaluator, "get_git_commit_hash", lambda: None))
+        if hasattr(lm_eval.evaluator, "get_git_commit_hash"):  # not in every version
+            restored.enter_context(_replaced(lm_eval.evaluator, "get_git_commit_hash", lambda: None))
         restored.callback(log.setLevel, level)
         log.setLevel(logging.ERROR)
         yield

@@ -21,6 +21,7 @@ from llmq.errors import BackendError, CheckpointError, FormatError
 from llmq.model.build import module_tree, ties
 from llmq.model.build.block import is_plain_linear
 from llmq.model.build.checkpoint_names import ModelWeights
+from llmq.model.build.input_rounding import with_rounded_input
 from llmq.model.build.merged_tensors import merge
 from llmq.model.experts.stacking import Stacking, all_packed, find_stackings, stackings_of
 from llmq.numerics.fake_quantize import rounding_for
@@ -185,7 +186,7 @@ def _round_inputs(path: str, linear: nn.Module, packed: PackedWeights, weights: 
     name = next((candidate for candidate in weights.candidates(path) if candidate in packed.modules), None)
     if name is not None and (inputs := packed.inputs(name)) is not None:
         rounding = rounding_for(inputs)
-        linear.register_forward_pre_hook(lambda _, args: (rounding(args[0]), *args[1:]))
+        linear.register_forward_pre_hook(lambda _, *given: with_rounded_input(rounding, *given), with_kwargs=True)
 
 
 def _fill_experts(

@@ -81,11 +81,7 @@ class InputRounding:
 
     def _of_linear(self, rounding: Rounding) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if not self.active:
-                return None
-            if args:
-                return (rounding(args[0]), *args[1:]), kwargs
-            return args, {**kwargs, "input": rounding(kwargs["input"])}
+            return with_rounded_input(rounding, args, kwargs) if self.active else None
 
         return hook
 
@@ -103,6 +99,15 @@ class InputRounding:
 
 def _unmeasured(scheme: InputScheme) -> bool:
     return scheme.calibrated and scheme.scale is None
+
+
+def with_rounded_input(
+    rounding: Rounding, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a linear layer, with its input rounded."""
+    if args:
+        return (rounding(args[0]), *args[1:]), kwargs
+    return args, {**kwargs, "input": rounding(kwargs["input"])}
 
 
 def _stations(
