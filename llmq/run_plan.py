@@ -98,12 +98,17 @@ class Plan:
         settings, notes = preset.applied(settings, skeleton, layout)
         layers = planned_layers(skeleton, settings, layout, checkpoint.config)
         notes = (*notes, *input_notes(layers.values()), *opened.notes, *companions(checkpoint.folder).notes)
-        if any(plan.scheme.scales_are_products for plan in layers.values()) and method != method.with_fixed_scales():
-            method, notes = method.with_fixed_scales(), (*notes, FIXED_SCALES)
         plan = cls(
             settings, method, checkpoint, chosen, layout, dtype, skeleton, layers, remote_code, notes, opened.left
-        )
+        )._without_useless_tuning()
         return plan if matrix is None else plan._weighted(matrix)
+
+    def _without_useless_tuning(self) -> "Plan":
+        """The plan without tuning of scales if there is a layer whose tuned scales a kernel would round again."""
+        fixed = self.stages.with_fixed_scales()
+        if fixed == self.stages or not any(plan.scheme.scales_are_products for plan in self.layers.values()):
+            return self
+        return dataclasses.replace(self, stages=fixed, notes=(*self.notes, FIXED_SCALES))
 
     def _weighted(self, matrix: Path) -> "Plan":
         """The plan with the importance matrix in the file `matrix`."""
@@ -113,9 +118,9 @@ class Plan:
         return dataclasses.replace(self, notes=(*self.notes, *importance.notes), importance=importance)
 
     def with_settings(self, settings: QuantConfig) -> "Plan":
-        """The plan of the same model for other settings; method, format and device do not change."""
+        """The plan of the same model for other settings with the same method, format and device."""
         layers = planned_layers(self.skeleton, settings, self.layout, self.checkpoint.config)
-        return dataclasses.replace(self, settings=settings, layers=layers)
+        return dataclasses.replace(self, settings=settings, layers=layers)._without_useless_tuning()
 
     @property
     def options(self) -> Options:

@@ -11,8 +11,8 @@ and v ≥ 1/8, so that v / 8 has all digits.  `nearest` searches such scales nea
 
 If the largest scale of a row is below 2⁻⁹, engines use the c of 2⁻⁹, and no v has to be 448.  Such products are
 rounded to the dtype of the file, which changes the loaded scales by at most 0.4 % in bfloat16.  An engine that splits
-the columns of a weight among GPUs has another c for each part.  The products of codes and scales, which the kernel
-rounds to E4M3, are not considered.
+the columns of a weight among GPUs has another c for each part.  Whether a kernel rounds the products of codes and
+scales once more is not considered.
 
 Source: github.com/vllm-project/vllm, utils/quant_utils.py, convert_bf16_scales_to_fp8, and input_quant_fp8.py.
 """

@@ -22,11 +22,8 @@ def short_products(linears: Iterable[nn.Module], *, fast: bool | None = None) ->
     Inputs, outputs and gradients are float32 outside of the products. `fast` says whether the processor multiplies
     bfloat16 faster; None: ask it.
     """
-    shortened = (
-        [linear for linear in linears if isinstance(linear, nn.Linear) and _fits(linear)]
-        if (is_fast() if fast is None else fast)
-        else []
-    )
+    chosen = is_fast() if fast is None else fast
+    shortened = [linear for linear in linears if chosen and isinstance(linear, nn.Linear) and _fits(linear)]
     replaced = [vars(linear).get("forward") for linear in shortened]  # by others, see `replay.py`
     for linear in shortened:
         linear.forward = partial(_multiply, linear)  # type: ignore[method-assign]
