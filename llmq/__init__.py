@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from llmq.export.any_format import convert
     from llmq.export.conversion import Conversion
     from llmq.export.dequantize import dequantize
+    from llmq.export.quantize import quantize
     from llmq.forecast.plan import plan
     from llmq.forecast.sizes_and_costs import Forecast
-    from llmq.job import quantize
     from llmq.numerics.quantized_tensor import QuantizedTensor
     from llmq.numerics.scheme import InputScheme, Scheme, WeightScheme
     from llmq.report.record import Report
@@ -59,7 +59,7 @@ _HOMES = {
     "load": "llmq.runtime.load",
     "plan": "llmq.forecast.plan",
     "prepare_qat": "llmq.training.prepare",
-    "quantize": "llmq.job",
+    "quantize": "llmq.export.quantize",
     "verify": "llmq.verification.verified",
 }
 

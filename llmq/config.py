@@ -154,7 +154,7 @@ class Calibration(Settings):
 class QuantConfig(Settings):
     """The settings of one run: the same object for flags, TOML and Python.
 
-    `format` is one name, or several that share the same quantized values; `formats` is always a tuple.
+    `format` is one name or several (see `steps/separate_grids.py` for grids of llama.cpp); `formats` is always a tuple.
     """
 
     method: Annotated[str, Setting(choices=tuple(METHODS))] = Field(
@@ -187,7 +187,8 @@ class QuantConfig(Settings):
     ] = Field(
         default="compressed-tensors",
         description=f"File format: {listed(FORMATS)}. Several, also separated by commas, share the same quantized "
-        "values, each in a separate folder. Choose by engine: --dry-run shows which engines load the result.",
+        "values, each in a separate folder; each gguf:NAME next to others is a further run. Choose by engine: "
+        "--dry-run shows which engines load the result.",
     )  # fmt: skip
     skip: Annotated[Strings, Setting(metavar="PATTERN")] = Field(
         default=(),
@@ -265,12 +266,6 @@ class QuantConfig(Settings):
 
     @model_validator(mode="after")
     def _require_compatible(self) -> Self:
-        for name in self.formats:
-            if name in GGUF_GRIDS and len(self.formats) > 1:
-                raise ConfigError(
-                    f"{name} has a separate grid, so it cannot share quantized values with another format",
-                    hint="quantize a second time with it alone, or use gguf: it holds the values of the other formats",
-                )
         for override in self.overrides:
             override.applied_to(self.scheme)  # raises ConfigError for an invalid scheme
         for pattern in (*self.skip, *(override.pattern for override in self.overrides)):

@@ -10,18 +10,15 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 
 from llmq import memory, pipeline
-from llmq._keywords import Keywords
 from llmq._version import __version__
 from llmq.calibration import CalibrationSet
 from llmq.calibration.documents import Contents
-from llmq.calibration.given import from_python
 from llmq.calibration.sources import parse_sources
-from llmq.checkpoint.in_memory import Savable
 from llmq.checkpoint.sealed import sha256_of
 from llmq.checkpoint.staging import STAGING, Staging
 from llmq.checkpoint.writer import Writer
@@ -31,7 +28,6 @@ from llmq.distributed.ranks import ALONE, Ranks
 from llmq.errors import ConfigError
 from llmq.export import save, verdict
 from llmq.export.finished import finished_report
-from llmq.export.model_of_run import opened
 from llmq.memory import Economy
 from llmq.methods import Method
 from llmq.mixed_precision import assign, sensitivity
@@ -39,7 +35,6 @@ from llmq.mixed_precision.sensitivity import Question
 from llmq.model.passes.recorded_calls import RecordedCalls
 from llmq.model.passes.streams import Text
 from llmq.numerics.scheme import WeightScheme
-from llmq.report import bar
 from llmq.report.events import Event, OnEvent, ignore
 from llmq.report.pages import LiveReport
 from llmq.report.record import BlockReport, Report
@@ -50,7 +45,7 @@ from llmq.run_text import RunText, sequences_at_once
 from llmq.runtime.environment import versions
 from llmq.schedule import possible
 from llmq.schedule import stages as expected
-from llmq.setting_fields import config_to, merged
+from llmq.setting_fields import config_to
 from llmq.steps import fisher_information, float_probe, lm_head, output_layout
 from llmq.steps.fisher_information import FisherInformation
 from llmq.steps.run import Run, streams_of
@@ -282,39 +277,3 @@ class Job:
         return fisher_information.measure(
             self.plan.skeleton, tokens, seed, calls, folder, on_event, self._ranks, text.numbers, economy
         )
-
-
-def quantize(
-    model: str | Path | Savable,
-    out: str | Path | None = None,
-    *,
-    tokenizer: Any = None,
-    config: QuantConfig | None = None,
-    device: str = "auto",
-    revision: str | None = None,
-    overwrite: bool = False,
-    trust_remote_code: bool = False,
-    stages: Method | None = None,
-    progress: bool = True,
-    on_event: OnEvent = ignore,
-    **settings: Unpack[Keywords],
-) -> Report:
-    """Quantize `model` into the folder `out`, and return the report.
-
-        llmq.quantize("Qwen/Qwen3-8B", "out", method="gptq", bits=4, group_size=128, calibration="text.jsonl")
-        llmq.quantize(model, "out", tokenizer=tokenizer, calibration=dataset["train"])
-
-    `model` is a folder, a Hub id, a float .gguf file, or a float model in memory with its `tokenizer`. The settings are
-    those of `llmq quantize --help`, by the same names; they override those of `config`. `calibration` also takes a list
-    of texts, of chats (each a list of messages) or of token ids, or a `datasets.Dataset`. `stages` replace the stages
-    of the method, for experiments. A bar shows the `progress` in a terminal or a notebook, and `on_event` is called
-    with every event (see `llmq.report.events`). An interrupted call continues when it is repeated. Raises LlmqErrors.
-    """
-    settings["calibration"], given = from_python(settings.get("calibration"))
-    with opened(model, tokenizer, out) as (source, name), bar.shown(on_event, progress=progress) as report:
-        job = Job(
-            source, out, merged(config or QuantConfig(), settings), stages=stages, device=device, revision=revision,
-            overwrite=overwrite, trust_remote_code=trust_remote_code, given=given,
-        )  # fmt: skip
-        job.report.source = name
-        return job.run(report)

@@ -37,7 +37,7 @@ from llmq.patterns import matches
 from llmq.runtime.checkpoint_weights import quantization_settings
 from llmq.runtime.load import choose_device, stored_dtype
 from llmq.runtime.open_skeleton import open_model, stored_bytes
-from llmq.steps import existing_grids, layer_plans, left_in_float, output_layout
+from llmq.steps import existing_grids, layer_plans, left_in_float, output_layout, separate_grids
 from llmq.steps.existing_grids import Sighting
 from llmq.steps.linear_names import holds_matrix
 
@@ -84,6 +84,7 @@ class Plan:
         """Raises CheckpointError, UnsupportedModelError, ConfigError and BackendError."""
         checkpoint = Checkpoint.open(hub.locate(str(model), revision, remote_code=remote_code))
         _refuse_quantized(checkpoint)
+        separate_grids.require_one(settings, "this run")
         output_layout.require_head(settings)
         output_layout.require_inputs(settings)
         output_layout.require_writable(settings.formats, checkpoint, checkpoint.names())

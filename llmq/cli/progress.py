@@ -40,15 +40,16 @@ class ProgressDisplay:
 
     silent  show nothing: for all but the first of several processes, and for --quiet
     log     the file of --log-json
+    append  add to the log, because a run of the same command has begun it
     """
 
-    def __init__(self, *, silent: bool = False, log: Path | None = None) -> None:
+    def __init__(self, *, silent: bool = False, log: Path | None = None, append: bool = False) -> None:
         self._silent = silent
         self._console = messages()
         self._timeline = Timeline()
         self._detail = ""
         self._last_line = 0.0  # when it was printed
-        self._path, self._log = log, None if log is None else _opened(log)
+        self._path, self._log = log, None if log is None else _opened(log, append)
         self._open = ExitStack()
 
     def __enter__(self) -> "ProgressDisplay":
@@ -147,9 +148,9 @@ class ProgressDisplay:
             ) from error
 
 
-def _opened(path: Path) -> TextIO:
+def _opened(path: Path, append: bool) -> TextIO:
     try:
-        return path.open("w", encoding="utf-8")
+        return path.open("a" if append else "w", encoding="utf-8")
     except OSError as error:
         raise StorageError(
             f"{path} cannot be written: {error.strerror or error}", hint="give another --log-json"

@@ -1,13 +1,12 @@
 """`llmq quantize MODEL [OUT]`"""
 
 import os
-import re
 import shlex
 import sys
 import warnings
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from typer import Exit
@@ -15,6 +14,7 @@ from typer import Exit
 from llmq.checkpoint import PAGE_FILES
 from llmq.cli import options
 from llmq.cli.paths import begin
+from llmq.cli.planned import print_plans
 from llmq.cli.progress import ProgressDisplay
 from llmq.cli.setting_options import with_settings
 from llmq.cli.streams import print_text
@@ -26,7 +26,6 @@ from llmq.cli.terminal import (
     quiet_transformers,
 )
 from llmq.cli.verdict import next_command, print_verdict, require, require_measurable
-from llmq.cli.verify import print_findings, print_serving
 from llmq.config import QuantConfig
 from llmq.errors import Interrupted, LlmqError
 from llmq.report import expert_tokens
@@ -37,6 +36,7 @@ from llmq.setting_fields import config_to
 if TYPE_CHECKING:
     from llmq.distributed.ranks import Ranks
     from llmq.job import Job
+    from llmq.steps.separate_grids import GridRun
 
 LAYERS_SHOWN = 6
 
@@ -77,6 +77,7 @@ def command(
       llmq quantize Qwen/Qwen3-8B --target-bits 4.5 --skip lm_head
       llmq quantize Qwen/Qwen3-30B-A3B --preset moe --dry-run
       llmq quantize Qwen/Qwen3-8B --bits 3 --print-config > llmq.toml
+      llmq quantize Qwen/Qwen3-8B out/ --format mlx,gguf:q4_k_m
 
     Exit codes:
       0  success                   5    unusable calibration text
@@ -101,26 +102,38 @@ def command(
     from llmq.distributed import join
     from llmq.export.model_of_run import opened
     from llmq.job import Job
+    from llmq.steps import separate_grids
 
     quiet_transformers()
     with reported_once(join(device)) as ranks, opened(model, None, out, processes=ranks.size) as (source, name):
-        job = Job(
-            source, out, settings, device=device, revision=revision, overwrite=overwrite,
-            trust_remote_code=trust_remote_code, ranks=ranks,
-        )  # fmt: skip
+        runs = separate_grids.runs(str(source), settings, out, processes=ranks.size)
+        jobs = [
+            Job(source, run.out, run.settings, device=device, revision=revision, overwrite=overwrite,
+                trust_remote_code=trust_remote_code, ranks=ranks)
+            for run in runs
+        ]  # fmt: skip
         if dry_run:
             if ranks.is_first:
-                _print_plan(job, as_json=json)
+                print_plans(jobs, runs, as_json=json)
             return
+        reports: list[Report] = []
+        for number, run in enumerate(runs):
+            job = jobs.pop(0)  # so that the model of a finished job is not kept
+            if ranks.is_first:
+                _print_start(job, run, f"run {number + 1} of {len(runs)}" if jobs or reports else "")
+            job.report.source, job.report.notes = name, [*run.notes, *job.report.notes]
+            job.report.command = shlex.join(["llmq", *sys.argv[1:]])
+            log = log_json if ranks.is_first else None
+            with ProgressDisplay(silent=quiet or not ranks.is_first, log=log, append=number > 0) as display:
+                reports.append(job.run(display))
+            if ranks.is_first:
+                _print_result(job, shown=run.notes, as_json=json, quiet=quiet)
         if ranks.is_first:
-            print_notes(job.plan.grid_notes)
-        job.report.source = name
-        job.report.command = shlex.join(["llmq", *sys.argv[1:]])
-        with ProgressDisplay(silent=quiet or not ranks.is_first, log=log_json if ranks.is_first else None) as display:
-            job.run(display)
-        if ranks.is_first:
-            _print_result(job, as_json=json, quiet=quiet)
-            require(job.report.verdict, max_kl, job.out)
+            reports[0].further = reports[1:]
+            if json:
+                print_json(reports[0].to_dict())
+            for report in reports:
+                require(report.verdict, max_kl, Path(report.output))
 
 
 @contextmanager
@@ -144,67 +157,11 @@ def reported_once(ranks: "Ranks") -> Iterator["Ranks"]:
         raise Exit(error.exit_code) from None
 
 
-def _print_plan(job: "Job", *, as_json: bool) -> None:
-    plans, grids = job.plan.layers.values(), job.plan.existing_grids
-    if as_json:
-        layers = [
-            {
-                "name": plan.name,
-                "shape": [plan.out_features, plan.in_features],
-                "scheme": str(plan.scheme) if plan.scheme.weights else None,
-                "reason": plan.reason,
-                "existing_grid": grids[path].outcome if path in grids else None,
-            }
-            for path, plan in job.plan.layers.items()
-        ]
-        from llmq.verification import engines
-        from llmq.verification.engines.planned_run import planned
-
-        findings = {name: engines.judge(subject) for name, subject in planned(job.plan).items()}
-        print_json(
-            {"output": str(job.out), "bytes": job.plan.expected_bytes, "layers": layers, "left": job.report.left,
-             "notes": job.report.notes,
-             "serving": {name: [finding.to_dict() for finding in own] for name, own in findings.items()}}
-        )  # fmt: skip
-        return
-    rows = _merged(
-        [
-            (
-                p.name,
-                f"{p.out_features} x {p.in_features}",
-                str(p.scheme if p.scheme.weights else "-"),
-                "; ".join(filter(None, (p.reason, grids[path].outcome if path in grids else ""))),
-            )
-            for path, p in job.plan.layers.items()
-        ]
-    )
-    print_table(f"plan: {job.report.source} → {job.out}", ("layer", "number", "shape", "grid", "note"), rows)
-    outside = [name for name in job.report.left if name not in {plan.name for plan in plans}]
-    print_text(f"kept in float: {', '.join(outside) or 'nothing else'}")
-    for note in job.plan.notes:
-        print_text(note)
-    if job.plan.settings.target_bits is not None:
-        print_text("--target-bits changes the grids of layers after measuring them: see llmq sensitivity")
-    print_notes(job.plan.grid_notes)
-    _print_planned_serving(job)
-    print_text(f"size of weights: {megabytes(job.report.original_bytes)} → about {megabytes(job.plan.expected_bytes)}")
-
-
-def _merged(rows: list[tuple[str, str, str, str]]) -> list[tuple[str, str, str, str, str]]:
-    """One row for all layers that differ only in the number of their block or expert, with how many these are."""
-    numbered = Counter((re.sub(r"\.\d+(?=\.)", ".*", name), *rest) for name, *rest in rows)
-    return [(name, str(number), shape, grid, note) for (name, shape, grid, note), number in numbered.items()]
-
-
-def _print_planned_serving(job: "Job") -> None:
-    """Print which engines would load each planned format, and why not."""
-    from llmq.verification import engines
-    from llmq.verification.engines.planned_run import planned
-
-    for name, subject in planned(job.plan).items():
-        findings = engines.judge(subject)
-        print_serving(engines.verdicts(findings), f"compatible engines for {name}")
-        print_findings([finding for finding in findings if finding.in_the_way or finding.gpus], sources=False)
+def _print_start(job: "Job", run: "GridRun", number: str) -> None:
+    """Print what a run begins with: its number among several, and notes about the settings and existing grids."""
+    if number:
+        print_notes([f"{number}: {', '.join(job.plan.settings.formats)} → {job.out}"])
+    print_notes([*run.notes, *job.plan.grid_notes])
 
 
 def _print_serving(job: "Job") -> None:
@@ -231,8 +188,9 @@ def _print_serving(job: "Job") -> None:
         print_text(f"  {line}")
 
 
-def _print_result(job: "Job", *, as_json: bool, quiet: bool) -> None:
-    report, shown = job.report, [*job.plan.grid_notes]  # printed before the work started
+def _print_result(job: "Job", *, shown: Sequence[str], as_json: bool, quiet: bool) -> None:
+    """Print the result of a run. `shown` are notes that were printed before; as JSON, nothing goes to stdout yet."""
+    report, shown = job.report, [*shown, *job.plan.grid_notes]
     if not (quiet or job.finished):
         shown += (report.calibration or {}).get("notes", ())  # those with the manifest of the text
     notes = [note for note in report.notes if note not in shown]
@@ -244,7 +202,6 @@ def _print_result(job: "Job", *, as_json: bool, quiet: bool) -> None:
     else:
         print_done("done", f" in {report.seconds + measuring:.1f} s: {job.out}")
     if as_json:
-        print_json(report.to_dict())
         return
     worst = sorted(report.layers, key=lambda layer: -layer.error)[:LAYERS_SHOWN]
     rows = [

@@ -11,6 +11,7 @@ from llmq.forecast.sizes_and_costs import HALF, Configured
 from llmq.numerics.gguf_types import GGUF_GRIDS
 from llmq.numerics.named_schemes import WEIGHTS
 from llmq.numerics.scheme import GroupSize, WeightScheme
+from llmq.steps import separate_grids
 
 GRIDS: tuple[tuple[int, GroupSize], ...] = (  # bits and group sizes
     (8, 128), (8, "channel"), (4, 32), (4, 64), (4, 128), (3, 64), (3, 128), (2, 32), (2, 64), (2, 128)
@@ -58,6 +59,7 @@ def fit(configured: Configured, settings: QuantConfig, memory: int, context: int
             f"--fit chooses bits and group size, but --preset {settings.preset} stands for them",
             hint=f"use --activations {settings.activations} instead of the preset",
         )
+    separate_grids.require_one(settings, "--fit")
     limit = configured.skeleton.max_tokens
     if context is not None and limit is not None and context > limit:
         raise ConfigError(

@@ -30,11 +30,11 @@ from llmq.methods import METHODS
 from llmq.model.build.skeleton import Skeleton
 from llmq.numerics.gguf_types import GGUF, GGUF_GRIDS
 from llmq.numerics.layer_plan import LayerPlan
-from llmq.numerics.scheme import Scheme, WeightScheme
+from llmq.numerics.scheme import Scheme
 from llmq.report.shown import Shown, Table, duration, megabytes
 from llmq.run_plan import plan_layers
 from llmq.runtime.load import choose_device, configured_dtype
-from llmq.steps import output_layout
+from llmq.steps import output_layout, separate_grids
 from llmq.verification import engines
 from llmq.verification.engines import checkpoint_facts
 from llmq.verification.engines.checkpoint_facts import Linear, Subject
@@ -240,28 +240,35 @@ def forecast(
     Raises ConfigError.
     """
     machine = machine or cost.measure(configured.device)
-    layers = configured.layers(settings)
+    runs = [(own, configured.layers(own)) for own in separate_grids.of_each_grid(settings)]
     skeleton, outline, parameters = configured.skeleton, configured.outline, configured.parameters
     costs = []
     for method in methods:
-        chosen = settings.model_copy(update={"method": method})
-        expected = cost.estimate(outline, chosen, machine, layers=layers, stored=configured.dtype)
-        if trial is not None:
-            expected = trial.corrected(expected)
-        memory = (expected.device_bytes, expected.host_bytes, expected.disk_bytes)
-        costs.append(MethodCost(method, expected.seconds, *memory))
+        expected = [
+            cost.estimate(
+                outline, own.model_copy(update={"method": method}), machine, layers=layers, stored=configured.dtype
+            )
+            for own, layers in runs
+        ]
+        costs.append(_of_all_runs(method, expected if trial is None else list(map(trial.corrected, expected))))
     return Forecast(
         source=configured.source,
         architecture=type(skeleton.model).__name__,
         parameters=parameters,
         stored_bytes=configured.stored_bytes or parameters.total * configured.dtype.itemsize,
-        layers=kinds(layers.values()),
+        layers=kinds(layer for _, layers in runs for layer in layers.values()),
         sizes=tuple(_size(configured, settings, name) for name in dict.fromkeys([*settings.formats, *COMPARED])),
         costs=tuple(costs),
         bytes_per_token=outline.cache * HALF // outline.itemsize,
-        cpu_copy_bytes=cpu_copy.nbytes(configured.skeleton, layers, settings),
+        cpu_copy_bytes=max(cpu_copy.nbytes(configured.skeleton, layers, own) for own, layers in runs),
         device=machine.device,
     )
+
+
+def _of_all_runs(method: str, runs: Sequence[cost.Estimate]) -> MethodCost:
+    """The cost of runs one after the other, whose files are all kept."""
+    memory = (max(run.device_bytes for run in runs), max(run.host_bytes for run in runs))
+    return MethodCost(method, sum(run.seconds for run in runs), *memory, sum(run.disk_bytes for run in runs))
 
 
 def kinds(layers: Iterable[LayerPlan]) -> tuple[LayerKind, ...]:
@@ -282,9 +289,9 @@ def _block_bytes(layer: LayerPlan) -> int:
 
 
 def _size(configured: Configured, settings: QuantConfig, name: str) -> FormatSize:
-    scheme = WeightScheme() if name in GGUF_GRIDS else settings.scheme  # a recipe fixes its grids
-    chosen = settings.model_copy(update={"format": name, "scheme": scheme})
     try:
+        recipe = name in GGUF_GRIDS  # it fixes its grids
+        chosen = separate_grids.of_recipe(settings, name) if recipe else settings.model_copy(update={"format": name})
         nbytes, bits = configured.size(chosen)
         loading = _loading(configured, chosen, name)
     except LlmqError as error:

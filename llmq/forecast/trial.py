@@ -28,6 +28,7 @@ from llmq.report.peak import device_memory, peak_memory
 from llmq.report.timeline import Timeline
 from llmq.run_text import sequences_at_once
 from llmq.schedule import stages
+from llmq.steps import separate_grids
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,11 @@ class Trial:
 
 
 def try_block(model: str, settings: QuantConfig, *, device: str = "auto", revision: str | None = None) -> Trial:
-    """Quantize the first block of `model`; writes into a temporary folder only.
+    """Quantize the first block of `model` for the first of several grids; writes into a temporary folder only.
 
     Raises what a job raises.
     """
+    settings = separate_grids.of_each_grid(settings)[0]
     tried = replace(settings.stages, tuning=None, written=0)
     with tempfile.TemporaryDirectory() as folder:
         job = Job(model, Path(folder) / "out", settings, stages=tried, device=device, revision=revision)

@@ -20,11 +20,16 @@ from llmq.gguf import export, from_run
 from llmq.gguf.export import Summary
 from llmq.gguf.imatrix import Importance
 from llmq.gguf.writer import Written
+from llmq.numerics.gguf_types import GGUF_GRIDS
 
 
 def gguf_name(out: Path) -> str:
-    """`llama-balanced-4bit.gguf` for an output folder of that name."""
-    return f"{out.resolve().name}.gguf"
+    """`llama-4bit.gguf` for an output folder of that name, `llama-4bit-q4_k_m.gguf` for a folder `gguf-q4_k_m` in
+    it.
+    """
+    folder, recipe = out.resolve(), out.resolve().name.replace("-", ":", 1)
+    name = folder.name if recipe not in GGUF_GRIDS else f"{folder.parent.name}-{recipe.partition(':')[2]}"
+    return f"{name}.gguf"
 
 
 def export_gguf(source: Path, folder: Path, out: Path) -> Summary:

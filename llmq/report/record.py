@@ -214,6 +214,7 @@ class Report(Shown):
     verdict          the quality of the finished model; None in a record of an unfinished run, or if it was turned off
     command          the command line of the run; empty if it was started in Python
     forecast         what was expected of the run; None if nobody asked for progress
+    further          the reports of the other runs of the same command, if its formats have several grids
     """
 
     source: str
@@ -238,6 +239,7 @@ class Report(Shown):
     verdict: Verdict | None = None
     command: str = ""
     forecast: Forecast | None = None
+    further: list["Report"] = field(default_factory=list)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Report":
@@ -263,7 +265,9 @@ class Report(Shown):
         return [layer for block in self.blocks for layer in block.layers]
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """Plain values; a record has no `further` reports, because each folder has its own."""
+        values = dataclasses.asdict(self)
+        return values if self.further else {key: value for key, value in values.items() if key != "further"}
 
     def tables(self) -> Iterator[Table]:
         """The result, and the layers with the largest error."""
@@ -279,6 +283,8 @@ class Report(Shown):
         worst = sorted(self.layers, key=lambda layer: -layer.error)[:LAYERS_SHOWN]
         columns = ("layer with a large error", "grid", "error")
         yield Table("", [(layer.name, layer.scheme, f"{layer.error:.2%}") for layer in worst], columns)
+        for report in self.further:
+            yield from report.tables()
 
     def remarks(self) -> list[str]:
         """The notes."""

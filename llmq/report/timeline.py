@@ -71,7 +71,7 @@ class Timeline:
     def take(self, event: Event) -> None:
         """Account for one event."""
         if isinstance(event, Planned):
-            self._plan, self.current = event, ""
+            self._plan, self.current, self._blocks_done, self._in_block = event, "", [], 0.0
             self.stages = {name: Stage(seconds) for name, seconds in event.stages.items()}
             self._last = self._clock()
         elif isinstance(event, Progress):

@@ -18,7 +18,7 @@ from llmq.checkpoint import hub
 from llmq.checkpoint.reader import Checkpoint
 from llmq.config import QuantConfig
 from llmq.errors import CheckpointError, ConfigError, UnsupportedModelError
-from llmq.job import quantize
+from llmq.export.quantize import quantize
 from llmq.methods import METHODS
 from llmq.model.build.checkpoint_names import ModelWeights
 from llmq.model.experts.stacking import DOWN, Form

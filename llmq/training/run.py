@@ -29,8 +29,8 @@ from llmq.evaluation.runs import Run, run_alone, run_compared
 from llmq.evaluation.streaming import Source, open_source
 from llmq.evaluation.summary import summary, summary_of_original
 from llmq.export.finished import finished_record, require_unchanged
+from llmq.export.quantize import quantize
 from llmq.export.verdict import unmeasured
-from llmq.job import quantize
 from llmq.report.events import TUNING, OnEvent, Planned, ignore
 from llmq.report.training import Losses, Quality, TrainingReport
 from llmq.report.verdict import Verdict, sentence

@@ -339,7 +339,6 @@ def test_several_formats_are_written_and_read_back(tmp_path: Path) -> None:
         ("gptq,onnx", "format is 'onnx', expected one of awq, compressed-tensors"),
         ("", "no format is given"),
         ([], "no format is given"),
-        ("gguf:q4_k,gptq", "gguf:q4_k has a separate grid"),
     ],
 )
 def test_unknown_or_incompatible_formats_are_refused(given: Any, words: str) -> None:

@@ -96,6 +96,20 @@ def test_a_format_that_refuses_the_grid_says_why(checkpoint: Checkpoints) -> Non
     assert "4 bits only" in {size.format: size.refusal for size in plan.sizes}["awq"]
 
 
+def test_formats_with_several_grids_cost_several_runs(checkpoint: Checkpoints) -> None:
+    model = read(checkpoint("llama"))
+
+    def plan(formats: str) -> forecast.Forecast:
+        return forecast.forecast(
+            model, merged(SETTINGS, {"format": formats, "group_size": 32}), machine=MACHINE, methods=("rtn",)
+        )
+
+    both, first = plan("compressed-tensors,mlx,gguf:q4_k_m"), plan("compressed-tensors,mlx")
+    assert both.costs[0].seconds > first.costs[0].seconds and both.costs[0].disk_bytes > first.costs[0].disk_bytes
+    assert {layer.grid for layer in both.layers} > {layer.grid for layer in first.layers}
+    assert not {size.format: size.refusal for size in both.sizes}["gguf:q4_k_m"]
+
+
 def test_fit_takes_the_largest_grid(checkpoint: Checkpoints) -> None:
     model = read(checkpoint("llama"))
     sizes = {}

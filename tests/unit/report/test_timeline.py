@@ -96,6 +96,19 @@ def test_blocks_of_an_interrupted_run_are_done_and_not_measured() -> None:
     assert timeline.stages["quantizing"].spent == 20 and timeline.stages["quantizing"].skipped == 20
 
 
+def test_a_second_plan_begins_again_for_the_next_run_of_a_command() -> None:
+    clock = Clock()
+    timeline = Timeline(clock)
+    for seconds, event in job({"quantizing": 1, "block tuning": 1, "tuning": 1}):
+        clock.now += seconds
+        timeline.take(event)
+    assert timeline.fraction == 1
+    timeline.take(Planned({"quantizing": 40}, {"b.0": 20, "b.1": 20}, in_seconds=True))
+    assert timeline.fraction == 0
+    timeline.take(BlockReport("b.0", (), seconds=1.0))
+    assert (timeline.fraction, timeline.position) == (0.5, "1/2 blocks")
+
+
 def test_there_is_a_bar_in_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
