@@ -12,7 +12,7 @@ from llmq.config import Override
 
 class Keywords(TypedDict, total=False):
     method: Literal["rtn", "gptq", "awq", "fast", "balanced", "best"] | None
-    bits: Literal[2, 3, 4, 5, 6, 7, 8, "nvfp4", "mxfp4", "fp8"] | None
+    bits: Literal[2, 3, 4, 5, 6, 7, 8, "nvfp4", "mxfp4", "fp8", "fp8-block"] | None
     group_size: Literal[16, 32, 64, 128, 256, 512, 1024, "channel", "tensor"] | None
     symmetric: bool | None
     target_bits: float | None

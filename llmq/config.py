@@ -70,8 +70,8 @@ class SchemeSettings(Settings):
     bits: Annotated[int | str, BeforeValidator(parse_number), Bits] = Field(
         default=WeightScheme().bits,
         description="Bits per weight. Use 5, 6 or 8 if 4 loses too much quality, 3 or 2 only to fit into memory. nvfp4 "
-        "and mxfp4 are floats of 4 bits in groups of 16 and 32, fp8 of 8 bits with one scale per row (format "
-        "compressed-tensors).",
+        "and mxfp4 are floats of 4 bits in groups of 16 and 32, fp8 of 8 bits with one scale per row, fp8-block with "
+        "one per 128 x 128 (format compressed-tensors).",
     )
     group_size: Annotated[GroupSize, BeforeValidator(parse_number), Size] = Field(
         default=WeightScheme().group_size,

@@ -114,7 +114,7 @@ def start(quantized: QuantizedTensor, reference: Tensor | None, rates: Rates, dt
             v = _places(quantized, reference / units[:, quantized.column_groups()]) - quantized.codes
             v.clamp_(-EDGE, EDGE)
         rounding = Moving.at(v, dtypes)
-    if rates.scales:
+    if rates.scales and quantized.scheme.rows_per_scale == 1:  # the rows of a block must keep one scale
         shape = quantized.scales.shape if quantized.superblocks is None else quantized.superblocks.shared().shape
         scales = Moving.at(torch.zeros(shape, device=quantized.codes.device), FULL)
     return State(quantized, rounding, scales)

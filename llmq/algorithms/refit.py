@@ -9,8 +9,8 @@ zero elsewhere.  So ŵ = s B.  From the old scales s⁰, with d = s - s⁰ and �
 
 The ridge μ (`ridge.py`) keeps scales near the old scales where the codes hardly determine them.  All groups of a row
 are solved together, so that one group can compensate for the error of another.  Scales are rounded to the dtype of the
-file, and a row is accepted only where its loss falls; the change of the loss is  d A dᵀ - 2 r dᵀ.  A scale shared by a
-whole tensor is not refitted.
+file, and a row is accepted only where its loss falls; the change of the loss is  d A dᵀ - 2 r dᵀ.  A scale that rows
+share is not refitted.
 
 Two-level grids are refitted in `algorithms/refit_k_quants.py`, nvfp4 and mxfp4 in `algorithms/refit_floats.py`.
 """
@@ -29,7 +29,7 @@ ELEMENTS_AT_ONCE = 1 << 24  # of the systems (G, G) and of the products (K,) of 
 
 def refine(target: Tensor, quantized: QuantizedTensor, hessian: Tensor, options: Options) -> QuantizedTensor:
     """See `RefinementStage`."""
-    if quantized.scheme.group_size == "tensor":
+    if quantized.scheme.shares_rows:
         return quantized
     if quantized.scheme.few_scales:
         return refit_floats.refine(target, quantized, hessian)

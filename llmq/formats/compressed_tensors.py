@@ -21,7 +21,7 @@ Also read:
 * Floats of four and eight bits (`ct_floats.py`), which are written, too.
 * Files that declare other quantized inputs, or a quantized cache: the weights are read, and a note lists the rest.
 
-Not covered: sparsity, transforms, mxfp6 and mxfp8, scales of blocks.
+Not covered: sparsity, transforms, mxfp6 and mxfp8, scales of blocks of integers.
 
 Source: github.com/vllm-project/compressed-tensors, src/compressed_tensors/compressors/pack_quantized.
 """
@@ -128,8 +128,8 @@ def needs(reading: Reading) -> tuple[str, ...]:
 
 
 def refusal(scheme: WeightScheme, out_features: int, in_features: int) -> str | None:
-    """See `Layout.refusal`: only a group size that does not divide in_features is refused."""
-    return checks.grouping_refusal(scheme, in_features)
+    """See `Layout.refusal`: only groups and blocks that do not divide the weight are refused."""
+    return checks.grouping_refusal(scheme, in_features) or ct_floats.refusal(scheme, out_features)
 
 
 def scale_dtype(model_dtype: torch.dtype) -> torch.dtype:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 ORIGINAL = "start from the unquantized model"
+FLOATS = f"{ORIGINAL}, or, if fp8 is in blocks of 128 x 128, make floats first: llmq convert MODEL FLOATS --to float"
 DEQUANTIZE = f"{ORIGINAL}, or load this one in transformers with the package of its tool, and save model.dequantize()"
 
 
@@ -35,7 +36,7 @@ FORMATS = (
     Foreign("exllamav2", ("exl2",), suffixes=("q_weight", "q_scale_max"), way_out=f"{ORIGINAL}; exllamav2 runs it"),
     Foreign("HQQ", ("hqq",), suffixes=("W_q",), way_out=DEQUANTIZE),
     Foreign("bitsandbytes", ("bitsandbytes",), suffixes=("SCB", "absmax", "quant_map"), way_out=DEQUANTIZE),
-    Foreign("8-bit floats", ("fp8", "fbgemm-fp8"), suffixes=("weight_scale_inv",), way_out=DEQUANTIZE),
+    Foreign("8-bit floats", ("fp8", "fbgemm-fp8"), suffixes=("weight_scale_inv",), way_out=FLOATS),
     Foreign("ModelOpt", ("modelopt", "modelopt-fp4"), files=("hf_quant_config.json",)),
     Foreign("QuIP#", ("quip",), keys=("quip_params",), suffixes=("Qidxs",)),
     Foreign("AQLM", ("aqlm",), suffixes=("codebooks",)),

@@ -80,7 +80,7 @@ def split(settings: QuantConfig, method: Method) -> tuple[QuantConfig, Path | No
         f"{settings.method} reads text": method.needs_calibration,
         "--target-bits measures layers on text": settings.target_bits is not None,
         "--scales minmax weighs no errors": settings.scales == "minmax",
-        "fp8 has one scale per row, which fits the largest weight": settings.scheme.floats == "fp8",
+        "the scales of fp8 fit the largest weight": settings.scheme.floats in ("fp8", "fp8-block"),
         f"there are {len(files)} of them": len(files) > 1,
     }
     for reason, holds in reasons.items():

@@ -145,8 +145,10 @@ def _fit_floats(
     searched: bool = True,
 ) -> Grid:
     if not scheme.few_scales:
-        largest = weight.abs().amax(1, keepdim=True) / E4M3.top
-        return Grid(scheme, _stored(largest, scale_dtype).to(dtype_of(scale_dtype)), None)
+        largest = _grouped(weight, scheme).abs().amax(-1)  # (N, G)
+        blocks = largest.split(scheme.rows_per_scale)  # the rows of a block get one scale
+        largest = torch.cat([rows.amax(0, keepdim=True).expand_as(rows) for rows in blocks])
+        return Grid(scheme, _stored(largest / E4M3.top, scale_dtype).to(dtype_of(scale_dtype)), None)
     if scheme.floats == "mxfp4":
         return Grid(scheme, float_grid.fit(weight, scheme, 1.0, importance, searched=searched), None)
     shared = scale_dtype.global_scale if isinstance(scale_dtype, Shared) else float_grid.global_scale([weight])

@@ -24,18 +24,21 @@ class FloatGrid:
 
     type    in `llmq_kernels/value_tables.py`
     levels  the largest code of this type
+    rows    that share a scale
     """
 
     bits: int
     group_size: GroupSize
     type: str
     levels: int
+    rows: int = 1
 
 
 FLOAT_GRIDS = {
     "nvfp4": FloatGrid(4, 16, "e2m1", 14),
     "mxfp4": FloatGrid(4, 32, "e2m1", 14),
     "fp8": FloatGrid(8, "channel", "e4m3", 252),
+    "fp8-block": FloatGrid(8, 128, "e4m3", 252, rows=128),
 }
 
 
@@ -121,6 +124,16 @@ class WeightScheme:
     def few_scales(self) -> bool:
         """Whether scales are small floats, too, so that most real numbers are far from any."""
         return self.floats in ("nvfp4", "mxfp4")
+
+    @property
+    def rows_per_scale(self) -> int:
+        """How many rows share their scales, if not all do: 128 in blocks of fp8, elsewhere 1."""
+        return 1 if self.floats is None else FLOAT_GRIDS[self.floats].rows
+
+    @property
+    def shares_rows(self) -> bool:
+        """Whether rows share scales, so that no scale can be changed for one row alone."""
+        return self.group_size == "tensor" or self.rows_per_scale > 1
 
     @property
     def middle(self) -> int:

@@ -1,8 +1,9 @@
 """Choose the scheme of each weight: overrides, skips, and fallbacks for group sizes that do not divide.
 
 If the group size does not divide in_features (128 and 172, for example), the fallbacks are: the largest smaller size
-16 * 2**n that divides it, then one scale per row. If the format cannot pack that, the weight is kept in float. Every
-fallback is reported with its reason; with `strict` it is an error.
+16 * 2**n that divides it, then one scale per row. Blocks of fp8 that do not fit become fp8 with one scale per row. If
+the format cannot pack that, the weight is kept in float. Every fallback is reported with its reason; with `strict` it
+is an error.
 """
 
 import dataclasses
@@ -109,7 +110,8 @@ def _plan(name: str, out_features: int, in_features: int, config: QuantConfig, l
         scheme = None
     if not refusals:
         return LayerPlan(name, out_features, in_features, Scheme(requested, inputs))
-    outcome = f"{scheme.group_size} instead of {requested.group_size}" if scheme else "kept in float"
+    names = (requested, scheme) if requested.floats else (requested.group_size, scheme and scheme.group_size)
+    outcome = f"{names[1]} instead of {names[0]}" if scheme else "kept in float"
     reason = f"{outcome}: {refusals[0] if scheme else refusals[-1]}"
     if config.strict:
         raise ConfigError(f"{name} ({out_features} x {in_features}): {reason}", hint="leave --strict out to allow this")
@@ -118,6 +120,8 @@ def _plan(name: str, out_features: int, in_features: int, config: QuantConfig, l
 
 def _fallbacks(scheme: WeightScheme, in_features: int) -> list[WeightScheme]:
     """Fallbacks, best first: the largest smaller group size that divides, then one scale per row."""
+    if scheme.rows_per_scale > 1:
+        return [WeightScheme.of_floats("fp8")]
     if not isinstance(scheme.group_size, int) or scheme.floats is not None:
         return []
     sizes: list[GroupSize] = [

@@ -54,7 +54,7 @@ class Group:
     def rows_are_divisible(self, ranks: Ranks) -> bool:
         schemes = [scheme for scheme in self.schemes.values() if scheme is not None]
         shortest = min(len(weight) for weight in self.weights.values())
-        return shortest >= ROWS * ranks.size and all(scheme.group_size != "tensor" for scheme in schemes)
+        return shortest >= ROWS * ranks.size and not any(scheme.shares_rows for scheme in schemes)
 
 
 def round_together(groups: Sequence[Group], method: Method, options: Options, ranks: Ranks) -> list[list[Rounded]]:

@@ -102,7 +102,7 @@ def _shared_scales(weight: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tensor
 
 def _lost(weight: Tensor, scheme: WeightScheme, values: ScaleDtype, rows: Tensor) -> Tensor:
     """The additional squared error of the chosen rows (N,) bool, because their scales are stored as `values`."""
-    part = weight if scheme.group_size == "tensor" else weight[rows]
+    part = weight if scheme.shares_rows else weight[rows]
 
     def error(grid: Grid) -> Tensor:
         return (grid.quantized(grid.encode(part)).dequantize() - part).square().sum()

@@ -129,11 +129,12 @@ def test_inputs_in_nvfp4_are_rounded_as_the_package_rounds_them() -> None:
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "fp8"])
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "fp8", "fp8-block"])
 def test_floats_are_decompressed_to_the_bit(name: str) -> None:
     scheme, draw = WeightScheme.of_floats(name), torch.Generator().manual_seed(0)
-    grid = affine_grid.fit_searched(torch.randn(24, 96, generator=draw), scheme, torch.bfloat16)
-    q = grid.quantized(torch.randint(0, scheme.levels + 1, (24, 96), dtype=torch.uint8, generator=draw))
+    shape = (256, 384) if name == "fp8-block" else (24, 96)
+    grid = affine_grid.fit_searched(torch.randn(shape, generator=draw), scheme, torch.bfloat16)
+    q = grid.quantized(torch.randint(0, scheme.levels + 1, shape, dtype=torch.uint8, generator=draw))
     declared = QuantizationConfig.model_validate(compressed_tensors.quantization_config({"a": scheme}, []))
     (group,) = declared.config_groups.values()
     compressor = BaseCompressor.get_value_from_registry(declared.format)

@@ -11,8 +11,9 @@ from llmq.formats.codecs import fp4, fp8
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import WeightScheme
 
-DECODERS = {"nvfp4-pack-quantized": fp4.nvfp4, "mxfp4-pack-quantized": fp4.mxfp4, fp8.PACKING: fp8.decode}
-PACKINGS = tuple(DECODERS)
+DECODERS = {"nvfp4": fp4.nvfp4, "mxfp4": fp4.mxfp4, "fp8": fp8.decode_rows, "fp8-block": fp8.decode_blocks}
+PACKINGS = ("nvfp4-pack-quantized", "mxfp4-pack-quantized", fp8.PACKING)
+FIXED = ("num_bits", "type", "symmetric", "dynamic")  # what a grid of floats declares, next to the size of its groups
 
 
 def pack(q: QuantizedTensor) -> dict[str, Tensor]:
@@ -22,7 +23,15 @@ def pack(q: QuantizedTensor) -> dict[str, Tensor]:
 
 def unpack(tensors: Mapping[str, Tensor], scheme: WeightScheme) -> QuantizedTensor:
     """See `Layout.unpack`."""
-    return fp4.unpack(tensors, scheme) if scheme.few_scales else fp8.unpack(tensors)
+    return fp4.unpack(tensors, scheme) if scheme.few_scales else fp8.unpack(tensors, scheme)
+
+
+def refusal(scheme: WeightScheme, out_features: int) -> str | None:
+    """Why a weight with this number of rows cannot have the scales of the grid, or None."""
+    rows = scheme.rows_per_scale
+    if out_features % rows == 0:
+        return None
+    return f"blocks of {rows} rows do not divide {out_features} rows, and engines fuse layers at whole blocks only"
 
 
 def packing_of(scheme: WeightScheme) -> str:
@@ -32,7 +41,7 @@ def packing_of(scheme: WeightScheme) -> str:
 
 def weights_block(scheme: WeightScheme) -> dict[str, Any]:
     """How config.json declares such weights."""
-    return fp4.weights_block(scheme) if scheme.few_scales else fp8.DECLARED
+    return fp4.weights_block(scheme) if scheme.few_scales else fp8.weights_block(scheme)
 
 
 def reading(packing: str, weights: Mapping[str, Any], note: str) -> Reading:
@@ -40,15 +49,18 @@ def reading(packing: str, weights: Mapping[str, Any], note: str) -> Reading:
 
     Raises FormatError for another grid.
     """
-    scheme = fp8.SCHEME if packing == fp8.PACKING else WeightScheme.of_floats(packing.partition("-")[0])
-    fixed = ("num_bits", "type", "symmetric", "dynamic", *(["group_size"] if scheme.few_scales else []))
-    expected = {key: weights_block(scheme)[key] for key in fixed}
+    in_place, strategies = packing == fp8.PACKING, ("group", "tensor_group")
+    if in_place:
+        scheme, strategies = fp8.declared_scheme(weights), ("channel", "tensor", "block")
+    else:
+        scheme = WeightScheme.of_floats(packing.partition("-")[0])
+    size = "group_size" if scheme.few_scales else "block_structure"
+    expected = {key: value for key, value in weights_block(scheme).items() if key in (*FIXED, size)}
     declared = {key: weights.get(key, value) for key, value in expected.items()}
-    strategies = ("channel", "tensor") if packing == fp8.PACKING else ("group", "tensor_group")
     if declared != expected or weights.get("strategy", strategies[0]) not in strategies:
         raise FormatError(
             f"the checkpoint declares {packing} with {dict(weights)}, expected {expected} and scales per "
             f"{' or '.join(strategies)}"
         )
-    in_place = packing == fp8.PACKING
-    return Reading(scheme, packing=packing, in_place=in_place, decode=DECODERS[packing], note=note)
+    decode = DECODERS[str(scheme)]
+    return Reading(scheme, packing=packing, in_place=in_place, decode=decode, note=note)

@@ -36,6 +36,7 @@ AWQ = "vLLM 0.33, quantization/auto_awq.py"
 WNA16 = "compressed_tensors_wNa16.py, WNA16_SUPPORTED_TYPES_MAP"
 SGL = "SGLang 0.5.23, srt/layers/quantization"
 OURS = "llmq.enable_transformers()"
+FP8 = ("fp8", "fp8-block")
 MARLIN = "MARLIN_SUPPORTED_GROUP_SIZES = [-1, 32, 64, 128]"
 
 
@@ -170,9 +171,11 @@ RULES = (
          "vLLM 0.32, compressed_tensors_w4a4_mxfp4.py: `On SM100+ with FlashInfer: true W4A4`", ask.floats("mxfp4"),
          "llmq eval measures float inputs; nvfp4 has them on every GPU"),
     Rule("small floats in SGLang", (SGLANG,), "integers", UNKNOWN,
-         "not tried: nvfp4, mxfp4 or fp8 with float inputs", ask.floats("nvfp4", "mxfp4", "fp8"), "try it"),
+         "not tried: nvfp4, mxfp4 or fp8 with float inputs", ask.floats("nvfp4", "mxfp4", *FP8), "try it"),
     Rule("floats of eight bits", (VLLM,), "a GPU", NOTE, "vLLM 0.32, schemes/compressed_tensors_w8a16_fp8.py",
-         ask.floats("fp8")),
+         ask.floats(*FP8)),
+    Rule("blocks of fp8", (VLLM,), "a multiple of 128 rows and columns per GPU", NOTE,
+         "vLLM 0.32, utils/fp8_utils.py, validate_fp8_block_shape", ask.floats("fp8-block")),
     Rule("compressed-tensors in transformers", (TRANSFORMERS,), f"compressed-tensors 0.15, or {OURS}",
          NOTE, "transformers 5.23, quantizers/quantizer_compressed_tensors.py", format_is(is_ct)),
     Rule("zero points in packed mode", (TRANSFORMERS,),

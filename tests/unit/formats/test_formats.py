@@ -48,9 +48,9 @@ def test_the_error_for_an_unknown_name_lists_the_known_names() -> None:
         formats.load("bits")
 
 
-@pytest.mark.parametrize("block", [{"quant_method": "fp8"}, {}])
+@pytest.mark.parametrize("block", [{"quant_method": "fbgemm_fp8"}, {}])
 def test_the_error_for_an_unknown_quant_method_lists_formats(block: dict[str, str]) -> None:
-    with pytest.raises(FormatError, match=r"awq, compressed-tensors, gptq"):
+    with pytest.raises(FormatError, match=r"awq, compressed-tensors, fp8, gptq"):
         formats.detect(block)
 
 
