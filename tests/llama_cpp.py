@@ -3,10 +3,14 @@
 Its parameters are structures passed by value, whose fields change between versions.  The defaults are sufficient, so
 the structures are opaque bytes that one function fills and another one reads.  A buffer longer than the structure works
 like the structure if it is the last argument.
+
+For a comparison in float32, three fields of a context are set.  Their places follow from the default values around
+them, and the log of llama.cpp says whether it has taken them.
 """
 
 import ctypes
 import importlib.util
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -68,11 +72,50 @@ def library() -> ctypes.CDLL:
     return llama
 
 
-class LlamaCpp:
-    """A model opened by llama.cpp; if it refuses the file, its log is in the assertion message."""
+def in_float32(file: Path, copy: Path) -> None:
+    """Copy a GGUF file with all float tensors in F32: then llama.cpp does not round inputs of products, either."""
+    import gguf
 
-    def __init__(self, path: Path) -> None:
-        self._llama, messages = library(), []
+    reader = gguf.GGUFReader(file)
+    halves, floats = gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.F32
+    infos, data = b"", b""
+    for tensor in reader.tensors:
+        name, sizes = tensor.name.encode(), tensor.shape.tolist()
+        kind = floats if tensor.tensor_type == halves else tensor.tensor_type
+        infos += struct.pack(f"<Q{len(name)}sI", len(name), name, len(sizes))
+        infos += struct.pack(f"<{len(sizes)}QIQ", *sizes, kind, len(data))
+        values = tensor.data.astype(np.float32) if tensor.tensor_type == halves else tensor.data
+        data += _padded(values.tobytes(), reader.alignment)
+    header = file.read_bytes()[: reader.tensors[0].field.offset]
+    copy.write_bytes(_padded(header + infos, reader.alignment) + data)
+
+
+def _padded(content: bytes, alignment: int) -> bytes:
+    return content + b"\0" * (-len(content) % alignment)
+
+
+def _set_exact(parameters: Parameters) -> None:
+    """Set type_k, type_v and flash_attn_type.
+
+    The types are the first two neighbours with the value F16 (1) after the pointers, which are null;
+    flash_attn_type is the last of four enumerations with the value "not specified" or "automatic" (-1).
+    """
+    fields = (ctypes.c_int32 * 64).from_buffer(parameters)
+    values = list(fields)
+    flash = next(place for place in range(60) if values[place : place + 4] == [-1] * 4) + 3
+    types = next(place for place in range(flash, 60) if values[place : place + 2] == [1, 1])
+    fields[flash] = fields[types] = fields[types + 1] = 0
+
+
+class LlamaCpp:
+    """A model opened by llama.cpp; if it refuses the file, its log is in the assertion message.
+
+    exact  keys and values in float32 and no flash attention, which computes in float16 on a CPU
+    """
+
+    def __init__(self, path: Path, *, exact: bool = False) -> None:
+        messages: list[bytes] = []
+        self._llama, self._messages, self._exact = library(), messages, exact
         # kept alive, because llama.cpp holds a pointer to it
         self._log = LOG(lambda level, text, _: messages.append(text) if level >= 2 else None)
         self._llama.llama_log_set(self._log, None)
@@ -113,8 +156,14 @@ class LlamaCpp:
         return generated
 
     def _context(self) -> int:
-        context = self._llama.llama_init_from_model(self._model, self._llama.llama_context_default_params())
+        parameters = self._llama.llama_context_default_params()
+        if self._exact:
+            _set_exact(parameters)
+        self._messages.clear()
+        context = self._llama.llama_init_from_model(self._model, parameters)
         assert context, "llama.cpp cannot make a context"
+        log = b"".join(b"".join(self._messages).split())
+        assert not self._exact or (b"flash_attn=disabled" in log and b"K(f32)" in log and b"(f16)" not in log)
         self._llama.llama_set_n_threads(context, 1, 1)  # its threads wait for each other in busy loops
         return int(context)
 

@@ -131,5 +131,5 @@ def _add_experts(writer: Any, config: Mapping[str, Any]) -> None:
 def _add_soft_caps(writer: Any, config: Mapping[str, Any]) -> None:
     if cap := config.get("attn_logit_softcapping"):
         writer.add_attn_logit_softcapping(cap)
-    if cap := config.get("final_logit_softcapping"):
-        writer.add_final_logit_softcapping(cap)
+    if "final_logit_softcapping" in config:  # 0 for none: llama.cpp's Gemma 4 takes 30 where there is no key
+        writer.add_final_logit_softcapping(config["final_logit_softcapping"] or 0.0)
