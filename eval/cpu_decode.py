@@ -1,6 +1,6 @@
 """Decode speed of one quantized model in several engines on a CPU: tokens per CPU second, one thread.
 
-    python eval/cpu_decode.py [--model FOLDER|12x512] [--engine NAME]… [--python ENGINE=PYTHON]…
+    python eval/cpu_decode.py [--model FOLDER|12x512] [--engine NAME]… [--python ENGINE=PYTHON]… [--counts NEW REPEATS]
     python eval/cpu_decode.py --render
 
 All engines but the float model hold the same quantized values: one run of `rtn`, 4 bits in groups of 128 (or 64, where
@@ -31,7 +31,7 @@ MODEL = ROOT / "eval" / "models" / "tiny-python-llama"
 RANDOM = "12x512"
 PROMPT, NEW, REPEATS = 64, 96, 5
 COUNTS = "CPU_DECODE_COUNTS"  # a variable for the processes of engines: new tokens and repetitions
-FEWER = (32, 3)  # new tokens and repetitions for models that are larger than the bundled one
+FEWER = (32, 3)  # new tokens and repetitions for models that are larger than the bundled one, if --counts is absent
 ENGINES = {  # title -> the file of the engine in children/, the folder of the model, and what it computes with
     "transformers": ("transformers", "original", "floats, float32"),
     "llmq": ("llmq", "compressed-tensors", "bfloat16 inputs (torch's int4 product)"),
@@ -51,10 +51,10 @@ files. `12x512` is a random Llama of 12 blocks of width 512 (38 million paramete
 TABLE = """
 ## {model}
 
-{new} new tokens, best of {repeats}, groups of {group_size}, {machine}, {date}.
+Groups of {group_size}, {machine}, {date}.
 
-| engine | version | computes with | MB | decode, tokens per CPU s | prefill, tokens per CPU s |
-| --- | --- | --- | --- | --- | --- |
+| engine | version | computes with | MB | decode, tokens per CPU s | prefill, tokens per CPU s | new tokens, best of |
+| --- | --- | --- | --- | --- | --- | --- |
 """
 
 
@@ -160,7 +160,13 @@ def measure(title: str, folder: Path, python: str, counts: tuple[int, int]) -> d
     if done.returncode:
         print(f"{title} failed:\n{done.stderr[-2000:]}", file=sys.stderr)
         return {"engine": title, "failed": done.stderr.strip().splitlines()[-1]}
-    return {"engine": title, "computes": computes, "bytes": nbytes(model), **json.loads(done.stdout.splitlines()[-1])}
+    figures = json.loads(done.stdout.splitlines()[-1])
+    of_row = dict(zip(("new", "repeats"), counts, strict=True))
+    return {"engine": title, "computes": computes, "bytes": nbytes(model), **figures, **of_row}
+
+
+def rate(tokens: float) -> str:
+    return f"{tokens:.0f}" if tokens >= 10 else f"{tokens:.2f}"
 
 
 def render(stored: dict[str, Any]) -> str:
@@ -170,7 +176,7 @@ def render(stored: dict[str, Any]) -> str:
         parts.append(TABLE.format(model=model, **of_model["about"]))
         parts += [
             f"| {row['engine']} | {row['version']} | {row['computes']} | {row['bytes'] / 1e6:.2f} | "
-            f"{row['decode']:.0f} | {row['prefill']:.0f} |\n"
+            f"{rate(row['decode'])} | {rate(row['prefill'])} | {row['new']}, {row['repeats']} |\n"
             for row in rows
         ]
         parts += [f"\n{row['engine']}: {row['failed']}\n" for row in of_model["rows"] if "failed" in row]
@@ -189,6 +195,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--engine", action="append", choices=ENGINES)
     parser.add_argument("--python", action="append", default=[], metavar="ENGINE=PYTHON")
+    parser.add_argument("--counts", nargs=2, type=int, metavar=("NEW", "REPEATS"), help="new tokens and repetitions")
     parser.add_argument("--render", action="store_true")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -198,14 +205,13 @@ def main() -> None:
     if not options.render:
         wanted = options.engine or list(ENGINES)
         pythons = dict(text.split("=", 1) for text in options.python)
-        counts = (NEW, REPEATS) if options.model == MODEL else FEWER
+        counts = tuple(options.counts or ((NEW, REPEATS) if options.model == MODEL else FEWER))
         stored = json.loads(JSON.read_text())
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             group_size = prepare(options.model, folder)
             about = {
-                "date": datetime.date.today().isoformat(), "new": counts[0], "repeats": counts[1],
-                "group_size": group_size, "machine": processor(),
+                "date": datetime.date.today().isoformat(), "group_size": group_size, "machine": processor(),
             }  # fmt: skip
             known = stored.get(options.model.name, {"rows": []})["rows"]
             rows = [row for row in known if row["engine"] not in wanted]
