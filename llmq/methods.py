@@ -74,7 +74,8 @@ class Method:
     def with_fixed_scales(self) -> "Method":
         """This method without tuning of scales: kernels cannot hold what comes out (`numerics/scale_products.py`)."""
         block_tuning, tuning = (part and replace(part, scales=0.0) for part in (self.block_tuning, self.tuning))
-        return replace(self, block_tuning=block_tuning, tuning=tuning)
+        refinements = tuple(name for name in self.refinements if name != "refit")
+        return replace(self, block_tuning=block_tuning, tuning=tuning, refinements=refinements)
 
     def smoothed(self) -> "Method":
         """This method with smoothing as the last transform, for inputs with static scales."""

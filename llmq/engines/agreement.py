@@ -32,6 +32,8 @@ TOKENS = 64  # per prompt, at most
 CONTEXT = 96  # of the engine: a prompt and a few tokens
 LIMIT_FLOAT32, LIMIT_16_BITS, LIMIT_8_BITS = 0.01, 0.25, 0.5  # nats; the last: inputs rounded to 8 bits by engines
 LIMIT_INT8_INPUTS = 1.0  # where the file declares them: llmq and the engine round them differently
+FLOAT32, EIGHT_BITS = "float32", "as stored, activations in 8 bits"
+UNRECORDED = "float32, unless it was converted with --activations int8"
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,16 @@ class Agreement:
             message = f"{self.engine} cuts the prompts for {path} into other tokens than the tokenizer in the folder"
             raise QualityError(message, hint="copy the tokenizer of the original model, and convert it again")
         if not self.largest <= self.limit:
+            hint = "do not serve it with this engine; another format may work (llmq convert)"
+            if self.dtype == UNRECORDED:
+                hint = (
+                    f"if it was converted with --activations int8 (its record does not say), --max-difference "
+                    f"{LIMIT_8_BITS:g}; convert it again otherwise"
+                )
             raise QualityError(
                 f"{self.engine} computes something else for {path}: log-probabilities differ by {self.largest:.4f} "
                 f"nats, the limit is {self.limit:g}",
-                hint="do not serve it with this engine; another format may work (llmq convert)",
+                hint=hint,
             )
 
 
@@ -127,7 +135,7 @@ def compare(
         mean=float(differences.mean()),
         same_top=sum(same) / len(same),
         tokenized=answer["tokens"] == tokens,
-        limit=_limit(path, engine, dtype) if limit is None else limit,
+        limit=_limit(path, dtype) if limit is None else limit,
     )
 
 
@@ -163,23 +171,23 @@ def _differences(
 
 def _dtype(path: Path, engine: Engine, device: torch.device) -> str:
     """float32 shows errors best; GPUs compute as they will in use, and vLLM has no packed products in float32."""
-    if engine == LLAMA_CPP or (engine in ONNX and onnx_origin.rounds_inputs(path)):
-        return "as stored, activations in 8 bits"
+    if engine == LLAMA_CPP:
+        return EIGHT_BITS
     if engine in ONNX:
-        return "float32"
+        return {True: EIGHT_BITS, False: FLOAT32, None: UNRECORDED}[onnx_origin.rounds_inputs(path)]
     if device.type != "cpu":
         return "auto"
-    return "bfloat16" if engine == VLLM and _is_packed(path) else "float32"
+    return "bfloat16" if engine == VLLM and _is_packed(path) else FLOAT32
 
 
-def _limit(path: Path, engine: Engine, dtype: str) -> float:
-    if engine == LLAMA_CPP or (engine in ONNX and dtype != "float32"):
+def _limit(path: Path, dtype: str) -> float:
+    if dtype == EIGHT_BITS:
         return LIMIT_8_BITS
     if _is_packed(path):
         packed = PackedWeights(Checkpoint.open(path))
         if any(packed.declared_inputs(module) is not None for module in packed.modules):
             return LIMIT_INT8_INPUTS
-    return LIMIT_FLOAT32 if dtype == "float32" else LIMIT_16_BITS
+    return LIMIT_FLOAT32 if dtype in (FLOAT32, UNRECORDED) else LIMIT_16_BITS
 
 
 def _is_packed(path: Path) -> bool:

@@ -45,9 +45,10 @@ def of(model: Path, engine: Engine, against: Path | None = None) -> Path | None:
     return folder
 
 
-def rounds_inputs(model: Path) -> bool:
-    """Whether an ONNX model was converted with `--activations int8`."""
-    return bool(_conversion(model).get("activations", "none") != "none")
+def rounds_inputs(model: Path) -> bool | None:
+    """Whether an ONNX model was converted with `--activations int8`; None if its record does not say."""
+    conversion = _conversion(model)
+    return conversion["activations"] != "none" if "activations" in conversion else None
 
 
 def _conversion(model: Path) -> dict[str, Any]:

@@ -11,7 +11,8 @@
 
 The half range is 127.5 or 448.  This is the convention of compressed-tensors, so its checkpoints give the same results
 in transformers.  vLLM's kernels for int8 divide by 127 instead.  All values are computed in float32; compressed-tensors
-computes in the dtype of the model.
+computes in the dtype of the model.  A token with a NaN or an infinity has a scale that is not finite, so that they do
+not disappear among the values; compressed-tensors clips infinities under a static scale.
 
 Rounding has no useful gradient, so the gradient passes straight through (Bengio et al. 2013, arXiv:1308.3432):
 ∂x̂/∂x = 1.
@@ -54,14 +55,16 @@ def fake_quantized(x: Tensor, scheme: InputScheme) -> Tensor:
 
 
 def int8_values(x: Tensor, fixed: float | None) -> tuple[Tensor, Tensor]:
-    """`x` (…, K) as int8 (…, K) and float32 scales (…, 1), whose product is `fake_quantized` in float32.
-
-    The scale of a row with a NaN or an infinity is not finite, so that these do not disappear in the integers.
-    """
+    """`x` (…, K) as int8 (…, K) and float32 scales (…, 1), whose product is `fake_quantized` in float32."""
     values = x.to(torch.float32)
-    largest = values.abs().amax(-1, keepdim=True)
-    scale = largest * 0 + fixed if fixed else (largest / HALF_RANGES["int8"]).clamp_min(SMALLEST_SCALE)
+    scale = _scale_of_tokens(values, "int8", fixed)
     return nearest(values / scale, "int8").to(torch.int8), scale
+
+
+def _scale_of_tokens(values: Tensor, dtype: str, fixed: float | None) -> Tensor:
+    """(…, 1) float32, the scale of each token of `values` (…, K): the `fixed` one, or the dynamic one for None."""
+    largest = values.abs().amax(-1, keepdim=True)
+    return largest * 0 + fixed if fixed else (largest / HALF_RANGES[dtype]).clamp_min(SMALLEST_SCALE)
 
 
 def nearest(x: Tensor, dtype: str) -> Tensor:
@@ -79,8 +82,9 @@ def global_scale(largest: float) -> float:
 def _in_groups(x: Tensor, shared: float) -> Tensor:
     """Float32 `x` (…, K) rounded to nvfp4 with the global scale `shared`; K is a multiple of 16."""
     groups = x.unflatten(-1, (-1, FLOAT_GRIDS["nvfp4"].group_size))
-    scales = (groups.abs().amax(-1, keepdim=True) / TOP * shared).clamp_max_(LARGEST_E4M3).to(E4M3).to(torch.float32)
-    scales = scales.masked_fill_(scales == 0, INSTEAD_OF_ZERO).div_(shared)
+    largest = groups.abs().amax(-1, keepdim=True)
+    scales = (largest / TOP * shared).clamp_max_(LARGEST_E4M3).to(E4M3).to(torch.float32)
+    scales = scales.masked_fill_(scales == 0, INSTEAD_OF_ZERO).div_(shared).add_(largest * 0)
     return _nearest_e2m1(groups / scales).mul_(scales).flatten(-2)
 
 
@@ -102,7 +106,7 @@ class _StraightThrough(torch.autograd.Function):
         if dtype == "nvfp4":
             assert fixed is not None, "it has a global scale"
             return _in_groups(values, fixed).to(x.dtype)
-        scale = fixed or (values.abs().amax(-1, keepdim=True) / HALF_RANGES[dtype]).clamp_min(SMALLEST_SCALE)
+        scale = _scale_of_tokens(values, dtype, fixed)
         return nearest(values / scale, dtype).mul_(scale).to(x.dtype)
 
     @staticmethod

@@ -107,7 +107,8 @@ class FusedLinear(nn.Linear):
         bias = self.stack.rows.bias
         return bias[self.start : self.stop] if self._has_bias and bias is not None else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input  # named as in nn.Linear, so that it can be given by its keyword
         product = self.stack.start(x) if self._position == 0 else self.stack.take(self._position, x)
         return self._alone(x) if product is None else product[..., self.start : self.stop]
 

@@ -116,8 +116,8 @@ class PackedRows(nn.Module):
             return self.zeros
         return torch.full_like(self.scales, self.scheme.middle, dtype=torch.int16)
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self._packed_weight()
+    def forward(self, input: Tensor) -> Tensor:
+        x, weight = input, self._packed_weight()  # named as in nn.Linear, so that it can be given by its keyword
         if self.rounding is None:
             return packed.linear(x, weight, self.bias, self._launches)
         without_copy = weight._replace(cpu_words=None, cpu_grid=None)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llmq.model.build.block import Block
 from llmq.numerics import affine_grid
-from llmq.numerics.affine_grid import Bounded, Grid, ScaleDtype, dtype_of
+from llmq.numerics.affine_grid import Bounded, Grid, Products, ScaleDtype, dtype_of
 from llmq.numerics.k_quant_grid import largest_integer
 from llmq.numerics.scheme import WeightScheme
 from llmq.numerics.value_table import value_table
@@ -56,8 +56,13 @@ def in_range(run: Run, block: Block, groups: Sequence[Group]) -> tuple[list[Grou
         _, texts = change(run, block, unit, problems, partial(all_hold, unit))
         notes += texts
     usual = [part_of(run, group, weights.keys() - wide) for group in groups]
-    others = [replace(part_of(run, group, wide), scales=torch.float32) for group in groups]
+    others = [replace(part_of(run, group, wide), scales=_in_float32(group.scales)) for group in groups]
     return [group for group in (*usual, *others) if group.weights], notes
+
+
+def _in_float32(values: ScaleDtype | None) -> ScaleDtype:
+    """The values of the scales of a group, in float32."""
+    return Products(torch.float32) if isinstance(values, Products) else torch.float32
 
 
 def out_of_range(weight: Tensor, scheme: WeightScheme, values: ScaleDtype) -> str | None:

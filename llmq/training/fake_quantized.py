@@ -84,8 +84,8 @@ class FakeQuantizedLinear(nn.Linear):
         with torch.no_grad():
             return kl_tuning.quantized(self.origin, self.offset, self.stretch)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x if self._rounding is None else self._rounding(x)
+    def forward(self, input: Tensor) -> Tensor:  # named as in nn.Linear
+        x = input if self._rounding is None else self._rounding(input)
         return functional.linear(x, self.weight.to(x.dtype), self.bias)
 
     def extra_repr(self) -> str:

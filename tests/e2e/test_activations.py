@@ -258,9 +258,10 @@ def test_fp8_inputs_are_computed_as_declared(checkpoint: Checkpoints, tmp_path: 
     for model in (load_model(tmp_path / "fp8"), loaded):
         computed = model(input_ids=windows, use_cache=False).logits.log_softmax(-1)
         assert (computed - expected).abs().mean() < 2e-4
-    linear = load_model(tmp_path / "fp8").get_submodule("model.layers.0.mlp.up_proj")
-    x = torch.randn(2, linear.in_features)
-    assert torch.equal(linear(x), linear(input=x))
+    x = torch.randn(2, loaded.config.hidden_size)
+    for model in (load_model(tmp_path / "fp8"), loaded):
+        linear = model.get_submodule("model.layers.0.mlp.up_proj")
+        assert torch.equal(linear(x), linear(input=x))
     assert "float-quantized, inputs fp8 dynamic per token" in str(llmq.inspect(tmp_path / "fp8").layers)
 
 

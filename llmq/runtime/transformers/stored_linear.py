@@ -97,7 +97,8 @@ class StoredLinear(nn.Module):
         """Whether the tensors are loaded, and not offloaded."""
         return not any(parameter.is_meta for parameter in self.parameters())
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input  # named as in nn.Linear, so that it can be given by its keyword
         with self._source.at_hand(self.name, self._tensors()) as packed:
             weight = packed.weight(self.name).to(x.dtype)  # (N, K)
         bias = None if self.bias is None else self.bias.to(x.dtype)

@@ -1,5 +1,6 @@
 """The comparison of an engine with llmq, with stand-ins for the process of the engine."""
 
+import dataclasses
 import importlib
 import json
 import runpy
@@ -91,7 +92,7 @@ def test_engines_without_float32_products_get_a_wider_limit(model: Path) -> None
     cpu = torch.device("cpu")
     assert agreement._dtype(model, VLLM, cpu) == "float32"
     assert agreement._dtype(model, MLX, torch.device("cuda")) == "auto"
-    assert agreement._limit(model, VLLM, "bfloat16") > agreement._limit(model, VLLM, "float32")
+    assert agreement._limit(model, "bfloat16") > agreement._limit(model, "float32")
 
 
 def test_quantized_inputs_get_a_wider_limit(model: Path, tmp_path: Path) -> None:
@@ -100,7 +101,7 @@ def test_quantized_inputs_get_a_wider_limit(model: Path, tmp_path: Path) -> None
     for name, preset in (("w8a16", None), ("w8a8", "w8a8")):
         settings = {"bits": 8, "group_size": "channel", "preset": preset}
         package.quantize(model, tmp_path / name, method="rtn", device="cpu", **settings)
-        limits.append(agreement._limit(tmp_path / name, VLLM, "float32"))
+        limits.append(agreement._limit(tmp_path / name, "float32"))
     assert limits == [agreement.LIMIT_FLOAT32, agreement.LIMIT_INT8_INPUTS]
 
 
@@ -118,7 +119,7 @@ def graph(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (source / "llmq.json").write_text('{"request": "a1"}')
     shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     (folder / "model.onnx").touch()
-    conversion = {"source": str(source), "run": "a1", "to": "onnx"}
+    conversion = {"source": str(source), "run": "a1", "to": "onnx", "activations": "none"}
     (folder / "llmq.json").write_text(json.dumps({"conversions": [conversion]}))
     return folder
 
@@ -137,6 +138,12 @@ def test_a_graph_is_compared_with_its_source(model: Path, graph: Path, monkeypat
             compare(graph, ONNX[0])
     assert "--against" in caught.value.hint
     assert compare(graph, ONNX[0], against=model).limit == agreement.LIMIT_8_BITS
+    builders.change_json(graph / "llmq.json", conversions=[{"to": "onnx"}])  # as older versions of llmq wrote it
+    compared = compare(graph, ONNX[0], against=model)
+    assert compared.limit == agreement.LIMIT_FLOAT32
+    with pytest.raises(QualityError) as caught:
+        dataclasses.replace(compared, largest=0.3).require(str(graph))
+    assert "converted with --activations int8" in caught.value.hint and "--max-difference 0.5" in caught.value.hint
 
 
 def test_engines_and_graphs_must_fit(model: Path, graph: Path) -> None:

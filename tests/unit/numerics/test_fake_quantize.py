@@ -115,6 +115,17 @@ def test_halves_of_nvfp4_round_to_even() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["int8", "fp8"])
+@pytest.mark.parametrize("scale", [None, 0.5])
+def test_infinities_do_not_disappear(dtype: Any, scale: float | None) -> None:
+    x = torch.ones(2, 32)
+    x[1, 3] = float("-inf")
+    schemes = (InputScheme(dtype, "static" if scale else "dynamic", scale), InputScheme("nvfp4", "local", 448.0))
+    for scheme in schemes:
+        rounded = rounding_for(scheme)(x)
+        assert rounded[0].isfinite().all() and not rounded[1, 3].isfinite()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
 def test_static_inputs_without_a_scale_are_refused(dtype: Any) -> None:
     with pytest.raises(ConfigError, match=f"{dtype} static .*cannot be simulated") as caught:
         rounding_for(InputScheme(dtype, "static"))

@@ -1,6 +1,7 @@
 """Scales that kernels for fp8 inputs hold without rounding them again, compared with what vLLM does when it loads."""
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from llmq import run_plan
 from llmq.config import QuantConfig
@@ -76,6 +78,23 @@ def test_a_run_with_fp8_inputs_writes_such_scales(
     assert len(exact["fp8"]) > 2 and all(exact["fp8"]) and not any(exact["none"])
 
 
+def test_products_are_kept_in_float32_where_float16_cannot_hold_them(
+    checkpoint: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    model, layer = (
+        checkpoint("llama", hidden_size=256, intermediate_size=256, dtype="float16"),
+        "model.layers.1.mlp.up_proj",
+    )
+    folder = shutil.copytree(model, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"{layer}.weight"] *= 2e-4
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    quantize(folder, tmp_path / "out", text, method="rtn", group_size=128, activations="fp8")
+    scales = tensors_of(tmp_path / "out")[f"{layer}.weight_scale"]
+    assert scales.dtype == torch.float32
+    assert torch.equal(scale_products.as_loaded(scales), scales)
+
+
 def test_tuning_does_not_change_the_scales(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     model = str(checkpoint("llama", hidden_size=256, intermediate_size=256))
     for method, noted in (("best", True), ("fast", False)):
@@ -84,4 +103,6 @@ def test_tuning_does_not_change_the_scales(checkpoint: Callable[..., Path], tmp_
     fixed = METHODS["best"].with_fixed_scales()
     assert fixed.tuning is not None and fixed.tuning.scales == 0 and fixed.tuning.rounding > 0
     assert METHODS["rtn"].with_fixed_scales() == METHODS["rtn"]
+    refitted = dataclasses.replace(METHODS["fast"], refinements=("descent", "refit"))
+    assert refitted.with_fixed_scales() == METHODS["fast"]
     assert not Scheme(WeightScheme(4)).scales_are_products

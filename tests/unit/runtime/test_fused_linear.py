@@ -104,7 +104,7 @@ def test_each_layer_works_alone(asymmetric: Sequence[bool], biases: Sequence[boo
     apart, fused = pair(some_weights(4, asymmetric), biases=biases)
     for position, name in enumerate(reversed(NAMES)):
         x = inputs(3, seed=position)
-        assert_near(getattr(fused, name)(x), getattr(apart, name)(x))
+        assert_near(getattr(fused, name)(input=x), getattr(apart, name)(x))
 
 
 def test_each_layer_works_on_a_separate_input() -> None:

@@ -217,7 +217,7 @@ def test_integers_compute_the_product_of_rounded_inputs(
     layer.prepare()
     assert layer.cpu_words is not None and layer.cpu_words.dtype == torch.int8
     x = torch.randn(3, 5, 64)
-    assert (layer(x) - floats(x)).abs().max() < 1e-5 * floats(x).abs().max()
+    assert (layer(input=x) - floats(x)).abs().max() < 1e-5 * floats(x).abs().max()
     broken = torch.zeros(1, 64).index_fill(1, torch.tensor([3]), float("nan"))
     assert bool(layer(broken).isnan().all())
     monkeypatch.setattr(op, "is_plain_inference", lambda x, bias: False)  # gradients and tracing need floats
