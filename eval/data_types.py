@@ -78,7 +78,7 @@ because the processor was shared.
 CASES = {
     MODEL: Case("fast", 128, 256, 64, 128, tuple(QUANTIZED), BUNDLED_INTRODUCTION),
     SMOLLM2: Case(
-        "gptq", 32, 512, 8, 64,
+        "gptq", 32, 512, 6, 64,
         ("W8A8, dynamic", "W8A8, static", "W8A8, static, down_proj in 16 bits", "W4A16", "W4A8", "W3A16", "W2A16"),
         SMOLLM2_INTRODUCTION,
     ),
