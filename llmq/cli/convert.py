@@ -67,7 +67,8 @@ def command(
     after the end, it reports that the conversion has finished already.
 
     --to float writes a plain float model with the values of the quantized
-    weights, for tools that read no quantized format. --to onnx writes a graph
+    weights, for tools that read no quantized format; the only format for
+    every block type of a .gguf file. --to onnx writes a graph
     for ONNX Runtime and OpenVINO with the quantized weights in it; it needs
     the extra `onnx`, and memory for the model in float32.
 

@@ -12,6 +12,7 @@ from llmq.export.conversion import Conversion
 from llmq.export.convert import Converter
 from llmq.export.float_folder import FloatConverter
 from llmq.export.from_gguf import GgufConverter
+from llmq.export.gguf_to_float import GgufFloatConverter
 from llmq.export.onnx.folder import OnnxConverter
 from llmq.report.events import OnEvent, Planned, ignore
 
@@ -53,11 +54,7 @@ def convert(
     converter: AnyConverter
     file = gguf_file(Path(path))
     if file is not None:
-        _refuse_gguf(file, to)
-        like = None if source is None else hub.locate(str(source))
-        converter = GgufConverter(
-            file, Path(out), to, like=like, allow_requantize=allow_requantize, overwrite=overwrite
-        )
+        converter = _of_gguf(file, Path(out), to, dtype, source, allow_requantize=allow_requantize, overwrite=overwrite)
     elif source is not None:
         raise ConfigError("--source is for .gguf files", hint="omit it: the folder has all files")
     elif to == FLOAT:
@@ -91,9 +88,16 @@ def _refuse_unused(to: str, dtype: str | None, activations: str | None, *, allow
         raise ConfigError(f"--allow-requantize has no effect on --to {to}", hint="omit --allow-requantize")
 
 
-def _refuse_gguf(file: Path, to: str) -> None:
-    if to in (FLOAT, ONNX):
+def _of_gguf(
+    file: Path, out: Path, to: str, dtype: str | None, source: str | Path | None, *, allow_requantize: bool,
+    overwrite: bool,
+) -> AnyConverter:  # fmt: skip
+    like = None if source is None else hub.locate(str(source))
+    if to == FLOAT:
+        return GgufFloatConverter(file, out, dtype or FLOAT_DTYPES[0], like=like, overwrite=overwrite)
+    if to == ONNX:
         raise ConfigError(
             f"{file} is a .gguf file, expected a folder with safetensors files for --to {to}",
             hint=f"llmq convert {file} BETWEEN --to compressed-tensors, then llmq convert BETWEEN OUT --to {to}",
         )
+    return GgufConverter(file, out, to, like=like, allow_requantize=allow_requantize, overwrite=overwrite)

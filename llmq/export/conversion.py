@@ -99,3 +99,18 @@ class Conversion(Shown):
 
     def to_dict(self) -> dict[str, Any]:
         return dict(vars(self))
+
+
+def record_of(report: Conversion, record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of the run that quantized the model, empty if there is none, and of all conversions since."""
+    done = {
+        "from": report.source_format,
+        "to": report.format,
+        "source": report.source,
+        "llmq": __version__,
+        "compared": report.compared,
+        "differ": report.differ,
+        "requantized": report.requantized,
+        "run": record.get("request"),
+    }
+    return {**record, "conversions": [*record.get("conversions", ()), done], "request": report.request}

@@ -5,6 +5,7 @@ tensors are copied unchanged, and config.json declares no quantization. float32 
 dtype rounds it once more, and the conversion reports by how much.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ class FloatConverter:
                 for module in modules:
                     weight = self._packed.weight(module)
                     tensors[self._packed.weight_name(module)] = narrow = self._narrowed(module, weight)
-                    if (error := _relative_error(weight, narrow)) > 0:
+                    if (error := relative_error(weight, narrow)) > 0:
                         rounded[module] = error
                     on_event(Progress("converted", done + len(tensors), total, "weights", module))
                 writer.commit(index, tensors, {"rounded": rounded})
@@ -91,11 +92,7 @@ class FloatConverter:
 
     def _narrowed(self, module: str, weight: Tensor) -> Tensor:
         """The weight in the dtype of the result; raises FormatError if it overflows."""
-        narrow = weight.to(self._dtype).contiguous()
-        if not bool(narrow.isfinite().all()):
-            message = f"{module} has weights up to {float(weight.abs().max()):.3g}, which {self._name} cannot hold"
-            raise FormatError(message, hint="use --dtype float32 or bfloat16")
-        return narrow
+        return narrowed(module, weight, self._dtype)
 
     def _finish(self, writer: Writer, final: Path, on_event: OnEvent) -> None:
         """Assemble the model in `final`, and compare it with the source."""
@@ -107,21 +104,14 @@ class FloatConverter:
         self._compare(made, on_event)
         self.report.output_bytes = made.nbytes
         if self._rounded:
-            self.report.notes.append(
-                f"{len(self._rounded)} of {len(self._packed.modules)} weights were rounded to {self._name}, relative "
-                f"error at most {max(self._rounded.values()):.2%}; --dtype float32 holds them exactly"
-            )
+            self.report.notes.append(rounded_note(self._rounded, len(self._packed.modules), self._name))
         record = {**self._origin.record(self.report), "checksums": checksums(final)}
         self.report.notes += card.write(final, self._origin.checkpoint.folder, record)
         write_text(final / PROVENANCE_FILE, json_text(record))
 
     def _config(self) -> dict[str, Any]:
         """config.json with the new dtype and without a quantization."""
-        config = float_config(self._origin.checkpoint.config)
-        inner = config.get("text_config")
-        for part in (config, *([inner] if isinstance(inner, dict) else [])):
-            part.update({key: self._name for key in DTYPE_KEYS if key in part})
-        return config if any(key in config for key in DTYPE_KEYS) else {**config, DTYPE_KEYS[0]: self._name}
+        return in_floats(self._origin.checkpoint.config, self._name)
 
     def _compare(self, made: Checkpoint, on_event: OnEvent) -> None:
         """Raise FormatError if a weight in the file is not that of the source in the new dtype."""
@@ -138,7 +128,34 @@ class FloatConverter:
         self.report.compared, self.report.differ = len(modules), len(self._rounded)
 
 
-def _relative_error(weight: Tensor, narrow: Tensor) -> float:
+def in_floats(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The content of config.json with another dtype and without a quantization."""
+    plain = float_config(config)
+    inner = plain.get("text_config")
+    for part in (plain, *([inner] if isinstance(inner, dict) else [])):
+        part.update({key: dtype for key in DTYPE_KEYS if key in part})
+    return plain if any(key in plain for key in DTYPE_KEYS) else {**plain, DTYPE_KEYS[0]: dtype}
+
+
+def narrowed(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight in another dtype; raises FormatError if it overflows."""
+    narrow = weight.to(dtype).contiguous()
+    if not bool(narrow.isfinite().all()):
+        written = str(dtype).removeprefix("torch.")
+        message = f"{name} has weights up to {float(weight.abs().max()):.3g}, which {written} cannot hold"
+        raise FormatError(message, hint="use --dtype float32 or bfloat16")
+    return narrow
+
+
+def rounded_note(errors: Mapping[str, float], weights: int, dtype: str) -> str:
+    """How many of the `weights` a dtype rounded, from their relative errors by name."""
+    return (
+        f"{len(errors)} of {weights} weights were rounded to {dtype}, relative error at most "
+        f"{max(errors.values()):.2%}; --dtype float32 holds them exactly"
+    )
+
+
+def relative_error(weight: Tensor, narrow: Tensor) -> float:
     """‖W - Ŵ‖ / ‖W‖ of a weight (N, K) float32 in another dtype."""
     size = float(weight.norm())
     return float((weight - narrow.to(weight.dtype)).norm()) / size if size else 0.0

@@ -53,6 +53,7 @@ from llmq.verification.integrity import checksum
 GROUP = 32
 EXACT = ("Q4_0", "Q5_0", "Q8_0")
 FLOATS = ("F32", "F16", "BF16")
+HEAD = "output.weight"
 SOURCE_HINT = "give the original model with --source: its configuration and tokenizer are needed"
 
 
@@ -82,7 +83,7 @@ class GgufConverter:
                 f"{out} is the folder of {source.name}, expected another folder", hint="give another folder"
             )
         if like is None:
-            _require_described(source)
+            require_described(source)
         elif out.resolve() == like.resolve():
             raise ConfigError(f"{out} is the original model, which is never changed", hint="give another output folder")
         self._unpacking = GgufSource(source, like, allow_requantize=allow_requantize)
@@ -92,7 +93,7 @@ class GgufConverter:
 
     def run(self, on_event: OnEvent = ignore) -> None:
         """See `Converter.run`."""
-        with _with_hint():
+        with with_source_hint():
             identity = self._unpacking.identity()
         allowed = self._options["allow_requantize"]
         self.report.request = sha256_of(conversion_identity(self._to, identity, allow_requantize=allowed))
@@ -103,7 +104,7 @@ class GgufConverter:
                     return
                 Writer.require_free(self._out)
             folder = between / "model"
-            with _with_hint():
+            with with_source_hint():
                 self._unpacking.unpack(folder, on_event)
             converter = Converter(folder, self._out, self._to, **self._options, origin=self.report, identity=identity)
             converter.report.notes += self._unpacking.notes
@@ -113,7 +114,7 @@ class GgufConverter:
 
 
 @contextmanager
-def _with_hint() -> Iterator[None]:
+def with_source_hint() -> Iterator[None]:
     """Add the hint to an error that the original model would avoid."""
     try:
         yield
@@ -139,7 +140,7 @@ class GgufSource:
     def identity(self) -> dict[str, Any]:
         """Plain values; two conversions with the same ones are the same."""
         with reader.described(self.file, self._like) as model:
-            return _identity(self.file, model)
+            return identity_of(self.file, model)
 
     def unpack(self, folder: Path, on_event: OnEvent = ignore) -> None:
         """Write the checkpoint into `folder`.
@@ -149,9 +150,9 @@ class GgufSource:
         """
         with reader.described(self.file, self._like) as model:
             weights = Weights(self.file, model)
-            names = _names(model, weights)
+            names = names_of(model, weights)
             weights.require_read(names)
-            self._has_head = "output.weight" in weights.container.tensors
+            self._has_head = HEAD in weights.container.tensors
             layers = _linear_layers(model, weights, names)
             writer = Writer.open(folder, identity={"gguf": str(self.file)}, overwrite=False, needed_bytes=0)
             schemes: dict[str, WeightScheme] = {}
@@ -216,9 +217,7 @@ class GgufSource:
             raise ConfigError(
                 f"{self.file} holds no quantized linear layer", hint="it is a float model, for llmq quantize"
             )
-        config = read_json_object(model / CONFIG)
-        if self._has_head and getattr(skeleton.load_config(model, remote_code=False), ties.KEY, False):
-            config = ties.untied_config(config)
+        config = config_of(model, has_head=self._has_head)
         layout = formats.load(output_layout.STAGED_FOR_GGUF)
         declared = {"quantization_config": layout.quantization_config(schemes, [])} if schemes else {}
         documents = {CONFIG: json_text({**config, **declared})}
@@ -235,7 +234,7 @@ class GgufSource:
         write_text(writer.folder / CONFIG, json_text(config))
 
 
-def _require_described(file: Path) -> None:
+def require_described(file: Path) -> None:
     """Raise UnsupportedModelError if configuration and tokenizer are not next to the file.
 
     The configuration that transformers derives from the file is enough for computing but not for publishing: it names
@@ -245,7 +244,7 @@ def _require_described(file: Path) -> None:
         raise UnsupportedModelError(f"{CONFIG} and tokenizer are not next to {file}", hint=SOURCE_HINT)
 
 
-def _identity(file: Path, model: Path) -> dict[str, Any]:
+def identity_of(file: Path, model: Path) -> dict[str, Any]:
     """The name, size and modification time of the file, and the model that describes it."""
     status = file.stat()
     weights = any(model.glob("*.safetensors"))
@@ -253,7 +252,7 @@ def _identity(file: Path, model: Path) -> dict[str, Any]:
     return {"file": file.name, "size": status.st_size, "changed": status.st_mtime_ns, "like": like}
 
 
-def _names(model: Path, weights: Weights) -> list[str]:
+def names_of(model: Path, weights: Weights) -> list[str]:
     """The names of the tensors as on the Hub: from the original model, if its weights are there.
 
     Otherwise the names of transformers, which are the same except for experts. A head that the file holds is included,
@@ -271,6 +270,14 @@ def _names(model: Path, weights: Weights) -> list[str]:
             raise UnsupportedModelError(f"{name} holds the experts of a layer in one tensor", hint=SOURCE_HINT)
         names.append(known.tensor_name(name))
     return names
+
+
+def config_of(model: Path, *, has_head: bool) -> dict[str, Any]:
+    """The content of config.json for a file; a file with its own head is not tied."""
+    config = read_json_object(model / CONFIG)
+    if has_head and getattr(skeleton.load_config(model, remote_code=False), ties.KEY, False):
+        return ties.untied_config(config)
+    return config
 
 
 def _linear_layers(model: Path, weights: Weights, names: list[str]) -> set[str]:

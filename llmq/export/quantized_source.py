@@ -4,13 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llmq._version import __version__
 from llmq.checkpoint import hub
 from llmq.checkpoint.reader import Checkpoint
 from llmq.checkpoint.safetensors_files import Part
 from llmq.checkpoint.side_files import companions
 from llmq.errors import ConfigError
-from llmq.export.conversion import Conversion
+from llmq.export.conversion import Conversion, record_of
 from llmq.report.stored_record import read_record
 from llmq.runtime.checkpoint_weights import PackedWeights, quantization_settings, required_settings
 from llmq.runtime.open_skeleton import compared
@@ -78,15 +77,4 @@ class QuantizedSource:
 
     def record(self, report: Conversion) -> dict[str, Any]:
         """The record of the run that quantized the model, if there is one, and of all conversions since."""
-        record = read_record(self.checkpoint.folder)
-        done = {
-            "from": report.source_format,
-            "to": report.format,
-            "source": report.source,
-            "llmq": __version__,
-            "compared": report.compared,
-            "differ": report.differ,
-            "requantized": report.requantized,
-            "run": record.get("request"),
-        }
-        return record | {"conversions": [*record.get("conversions", ()), done], "request": report.request}
+        return record_of(report, read_record(self.checkpoint.folder))

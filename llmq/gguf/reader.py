@@ -118,6 +118,12 @@ class Weights:
         place = self._names.place(name)
         return self.container.info(place.name if place else name).kind
 
+    def size(self, name: str) -> int:
+        """The number of elements of a tensor, or of those in the file from which it is taken."""
+        places = self._names.places(name) or (Place(name),)
+        shapes = [(self.container.info(place.name).shape, place.expert) for place in places]
+        return sum(math.prod(shape if expert is None else shape[1:]) for shape, expert in shapes)
+
     def is_quantized(self, name: str) -> bool:
         """Whether a tensor is stored as quantized values and not in float."""
         return self.kind(name) not in FLOATS

@@ -137,6 +137,30 @@ def test_blocks_with_offsets_are_refused_or_requantized(
     assert len(json.loads(done.stdout)["requantized"]) == LINEARS
 
 
+@pytest.mark.parametrize("grid", ["gguf:q4_k_m", "gguf:iq4_xs"])
+def test_any_block_type_converts_to_floats(checkpoint: Callable[..., Path], tmp_path: Path, grid: str) -> None:
+    wide = checkpoint("llama", dtype="bfloat16", num_hidden_layers=1, hidden_size=256, intermediate_size=256)
+    llmq.quantize(str(wide), tmp_path / "file", method="rtn", format=grid)
+    file = tmp_path / "file" / "file.gguf"
+    done = command("convert", file, tmp_path / "out", "--to", "float")
+    assert done.exit_code == 0, done.stderr
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == "float32" and "quantization_config" not in config
+    assert command("verify", tmp_path / "out").exit_code == 0
+    one, two = (tensors_of(path) for path in (wide, tmp_path / "out"))
+    assert one.keys() == two.keys()
+    stored = {name.replace("blk.0.", ""): weight for name, weight in weights(file).items()}
+    assert two["model.layers.0.mlp.down_proj.weight"].equal(stored["ffn_down.weight"])
+    q = two["model.layers.0.self_attn.q_proj.weight"]
+    assert not q.equal(stored["attn_q.weight"])  # the file has another order of rows
+    assert (q - one["model.layers.0.self_attn.q_proj.weight"]).norm() < 0.1 * q.norm()
+    assert command("convert", file, tmp_path / "out", "--to", "float").exit_code == 0  # finished already
+    done = command("convert", file, tmp_path / "half", "--to", "float", "--dtype", "float16")
+    assert "weights were rounded to float16" in done.stderr
+    done = command("convert", file, file.parent, "--to", "float")
+    assert done.exit_code == 2 and "is a source of the conversion" in done.stderr
+
+
 def test_a_file_without_its_checkpoint_needs_a_source(model: Path, both: Any, tmp_path: Path) -> None:
     (tmp_path / "lone").mkdir()
     file = shutil.copy(both(True) / "gguf" / "out.gguf", tmp_path / "lone" / "x.gguf")
