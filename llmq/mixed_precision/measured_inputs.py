@@ -16,9 +16,11 @@ def schemes_of(
 ) -> dict[str, InputScheme]:
     """How the inputs of the layers in `paths` are quantized, with static scales for what their statistics have seen."""
     schemes: dict[str, InputScheme] = {}
+    measured = [calibrated_scale(inputs, s.histogram, torch.float32) for s in unit.values() if s.histogram is not None]
     for group, stats in unit.items():
         scheme = inputs
         if stats.histogram is not None:
-            scheme = replace(inputs, scale=calibrated_scale(inputs, stats.histogram, torch.float32))
+            own = calibrated_scale(inputs, stats.histogram, torch.float32)
+            scheme = replace(inputs, scale=min(measured) if inputs.scales == "local" else own)  # experts share it
         schemes |= {path: scheme for path in group.names if path in paths}
     return schemes

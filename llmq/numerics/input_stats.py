@@ -28,6 +28,7 @@ class InputStats:
     borrowed  how many of them were not routed to this expert; they were added because too few were (see
               `model/passes/statistics.py`)
     histogram   how large the inputs are; None unless a static scale of the inputs is needed
+    largest_of_experts  input of all experts of a layer; None unless they share a scale that is measured on it
     validation  the same sums over the validation tokens, which are not counted here: nothing is fitted on them, and
               choices are made by them
 
@@ -40,6 +41,7 @@ class InputStats:
         self.tokens = 0
         self.borrowed = 0
         self.histogram: InputHistogram | None = None
+        self.largest_of_experts: float | None = None
         self.validation: InputStats | None = None
         self._weight = 0.0  # the sum of the tokens' weights
         self._gram = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)  # above the diagonal

@@ -2,7 +2,8 @@
 later passes.
 
 A scale is fitted to the inputs of the quantized model: the layers before, and their inputs, are quantized already. All
-layers that share an input have the same scale.
+layers that share an input have the same scale. The experts of a layer have one global scale, which fits the largest
+input of all of them: engines run them as one, and an expert alone sees few tokens.
 """
 
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from llmq.algorithms.ranges import calibrated_scale
 from llmq.model.analyse.input_groups import InputGroup
 from llmq.model.build.block import Block
 from llmq.numerics.affine_grid import dtype_of
+from llmq.numerics.fake_quantize import global_scale
 from llmq.numerics.input_stats import InputStats
 from llmq.steps.run import Run
 
@@ -22,20 +24,24 @@ def measure(run: Run, block: Block, group: InputGroup, stats: InputStats | None)
 
     Returns notes for the user.
     """
-    if stats is None or stats.histogram is None:
+    if stats is None or (stats.histogram is None and stats.largest_of_experts is None):
         return []
-    histogram, dtype = stats.histogram, dtype_of(run.options.scale_dtype)
-    waiting = [path for path in group.names if block.inputs.awaits(path)]
+    dtype, waiting = dtype_of(run.options.scale_dtype), [path for path in group.names if block.inputs.awaits(path)]
     for path in waiting:
         plan = run.plans[path]
         assert plan.scheme.inputs is not None, "it waits for a scale"
-        run.plans[path] = plan.with_input_scale(calibrated_scale(plan.scheme.inputs, histogram, dtype))
+        if stats.histogram is None:
+            scale = global_scale(stats.largest_of_experts or 0.0)
+        else:
+            scale = calibrated_scale(plan.scheme.inputs, stats.histogram, dtype)
+        run.plans[path] = plan.with_input_scale(scale)
     apply(run, block)
+    largest = stats.largest_of_experts if stats.histogram is None else stats.histogram.limit
     return [
         f"{run.plans[path].name}: its inputs are 0 in all calibration tokens, so that their scale is 1, which "
         "is a guess; use other text, or activations=none in an override"
         for path in waiting
-        if histogram.limit == 0
+        if largest == 0
     ]
 
 

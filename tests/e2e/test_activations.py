@@ -277,6 +277,34 @@ def test_experts_have_quantized_inputs(preset: str, tmp_path: Path, caplog: pyte
     assert "float inputs" not in caplog.text
 
 
+@torch.no_grad()
+def test_experts_with_inputs_in_nvfp4_share_a_global_scale(text: Path, tmp_path: Path) -> None:
+    windows = builders.tokens(2, 16)
+    model = builders.save_model(tmp_path / "mixtral", builders.causal_model(mixtures.mixtral()))
+    given: dict[str, Any] = {"preset": "nvfp4", "method": "gptq", "samples": 8, "seqlen": 32, "validate": 0}
+    llmq.quantize(model, tmp_path / "out", calibration=text, device="cpu", **given)
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    scales = {name: float(t) for name, t in tensors.items() if name.endswith("input_global_scale")}
+    for parts in (("w1", "w3"), ("w2",)):
+        own = {s for name, s in scales.items() if "layers.1." in name and name.split(".")[-2] in parts}
+        assert len(own) == 1, own
+    assert len([name for name in scales if ".w2." in name]) == len([name for name in tensors if ".w2.weight_p" in name])
+    evaluated = log_probabilities(tmp_path / "out", windows)
+    computed = load_model(tmp_path / "out")(input_ids=windows, use_cache=False).logits.log_softmax(-1)
+    assert (computed - evaluated).abs().mean() < 1e-3
+    assert (computed - log_probabilities(tmp_path / "out", windows, "none")).abs().mean() > 5e-3
+
+    def stop(event: object) -> None:
+        if isinstance(event, BlockReport):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        llmq.quantize(model, tmp_path / "again", calibration=text, device="cpu", on_event=stop, **given)
+    llmq.quantize(model, tmp_path / "again", calibration=text, device="cpu", **given)
+    again, whole = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("again", "out"))
+    assert again == whole
+
+
 STATIC: dict[str, Any] = {
     "preset": "w8a8", "activations": "int8:static", "method": "gptq", "samples": 8, "seqlen": 32, "validate": 0,
     "device": "cpu",

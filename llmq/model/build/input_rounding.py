@@ -21,6 +21,8 @@ from llmq.model.experts.separate import Routed, SeparateExperts
 from llmq.numerics.fake_quantize import Rounding, rounding_for
 from llmq.numerics.scheme import INPUT_SCALES, InputScheme
 
+LOCAL = InputScheme("nvfp4", "local")
+
 
 class InputRounding:
     """The input schemes of one block, and the hooks that apply them.
@@ -117,6 +119,9 @@ def _stations(
     for station, parts in zip((experts.before_up, experts.before_down), experts.parts, strict=True):
         linears = [f"{path}.{e}.{part}" for e in range(experts.expert_count) for part in parts]
         schemes_of_experts = {schemes.get(linear) for linear in linears}
+        declared = {scheme and scheme.declared for scheme in schemes_of_experts}
+        if declared == {LOCAL} and any(scheme is not None and _unmeasured(scheme) for scheme in schemes_of_experts):
+            continue  # experts get their common scale one after the other
         if len(schemes_of_experts) > 1:
             listed = " and ".join(sorted(str(scheme or "float") for scheme in schemes_of_experts))
             raise ConfigError(
@@ -125,7 +130,7 @@ def _stations(
             )
         for scheme in schemes_of_experts - {None}:
             assert scheme is not None
-            if scheme.calibrated:
+            if scheme.scales == "static":
                 dynamic = scheme.dtype if "dynamic" in INPUT_SCALES[scheme.dtype] else "none"
                 raise ConfigError(
                     f"the experts of {path} have inputs in {scheme}, expected scales that are not measured on text",

@@ -58,6 +58,11 @@ class Routed:
             return torch.arange(self.tokens, device=self.hidden.device)
         return torch.cat(list(self.rows))
 
+    def largest(self) -> float:
+        """The largest absolute value that goes into the next projection of any expert."""
+        parts = [self.hidden[self.all_rows]] if self.inner is None else self.inner
+        return max((float(part.abs().amax()) for part in parts if part.numel()), default=0.0)
+
     def inputs(self, expert: int) -> Tensor:
         """(n_e, …) the input of the next projection of an expert."""
         return self.hidden[self.rows[expert]] if self.inner is None else self.inner[expert]

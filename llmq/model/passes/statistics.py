@@ -135,19 +135,30 @@ class Summation:
         self._weights = weights
         self._tokens_per_input = tokens_per_input
         self._counted: dict[SeparateExperts, Counts] = {}
+        self._largest: dict[nn.Module, float] = {}  # input of all experts, by the module of the stop
 
     def needs_counting(self, stop: Stop) -> bool:
         """Whether `count` has to be called before `sums`."""
-        return stop.experts is not None and stop.experts not in self._counted
+        if stop.experts is None:
+            return False
+        return stop.experts not in self._counted or (self._awaits(stop) and stop.module not in self._largest)
+
+    def _awaits(self, stop: Stop) -> bool:
+        """Whether the inputs at a stop will get a scale that is measured."""
+        return any(self._block.inputs.awaits(name) for group in stop.groups for name in group.names)
 
     def count(self, stop: Stop, batches: Iterable[Arrived]) -> None:
-        """Count the tokens of each expert and of the layer."""
+        """Count the tokens of each expert and of the layer, and find the largest input if a scale is measured on it."""
         assert stop.experts is not None
+        measures, largest = self._awaits(stop), 0.0
         counts = Counts([0] * stop.experts.expert_count, [0] * stop.experts.expert_count)
         for batch, ((arrived, *_), _) in enumerate(batches):
             if isinstance(arrived, Routed):
                 counts.add(arrived, fits=self._fits(batch))
+                largest = max(largest, arrived.largest()) if measures else largest
         counts.sum_over(self._ranks)
+        if measures:
+            self._largest[stop.module] = max(self._ranks.all(largest))
         self._counted[stop.experts] = counts
 
     def sums(self, stop: Stop, groups: Sequence[InputGroup], batches: Iterable[Arrived]) -> list[InputStats]:
@@ -157,7 +168,9 @@ class Summation:
         validation = fitted if self._fitted is None else [stats.begin_validation() for stats in fitted]
         for group, stats in zip(groups, fitted, strict=True):
             waiting = [self._block.weight(name) for name in group.names if self._block.inputs.awaits(name)]
-            if waiting:
+            if waiting and stop.experts is not None:
+                stats.largest_of_experts = self._largest[stop.module]
+            elif waiting:
                 stats.histogram = InputHistogram(torch.cat(waiting).square().sum(0))
         weights = [None if self._weights is None else self._weights(group.names) for group in groups]
         end = 0
