@@ -78,19 +78,18 @@ REASONS = {  # of classes that fail, by where they do
     "not run": "not measured yet: transformers builds and runs it at toy size",
 }
 EXPLAINED = {  # refused classes: what their messages mean, read from transformers' source
-    "cpmant": "It puts more tokens in front of the text.",
-    "emu3": "Its configuration has the type `emu3_text_model`, for which AutoModelForCausalLM has no class.",
-    "mllama": "Its configuration has the type `mllama_text_model`, for which AutoModelForCausalLM has no class.",
-    "inkling2_text": "Files have a head with rows of padding, which transformers cuts off when it loads.",
-    "inkling2_loop_text": "Files have gate and up of an expert in one tensor, with rows in turn and possibly as small "
-    "floats; transformers converts it when it loads.",
+    "emu3": "Its configuration has the type `emu3_text_model`, for which AutoModelForCausalLM has no class, so that a "
+    "quantized file could not be loaded, either. The class with images is measured.",
+    "mllama": "Its configuration has the type `mllama_text_model`, for which AutoModelForCausalLM has no class, so "
+    "that a quantized file could not be loaded, either. The class with images is measured.",
+    "inkling2_loop_text": "Published files have the experts in NVFP4 and MXFP8, in one tensor with rows of gate and up "
+    "in turn; transformers dequantizes them when it loads. llmq reads no such file.",
     "longcat_flash": "It has experts that only return their input; files have matrices gate and up for these, too, but "
     "no down.",
     "diffusion_gemma": "It writes text by diffusion; its encoder and decoder share weights, which the file has once.",
     "ernie4_5_vl_moe": "Files number the experts for text and those for images together; transformers separates them.",
-    "minimax_m3_vl": "Files have gate and up of shared experts as two matrices, transformers as one.",
 }
-EXPLAINED |= {"inkling2": EXPLAINED["inkling2_text"], "inkling2_loop": EXPLAINED["inkling2_loop_text"]}
+EXPLAINED |= {"inkling2_loop": EXPLAINED["inkling2_loop_text"]}
 LONGEST = 160  # characters of a message
 
 

@@ -55,6 +55,10 @@ INDICES = re.compile(r"\w*(indices|indexes|idxs)")
 NO_PADDING = {"pad_token_id": None}  # transformers sets the embedding of the padding token to zero when loading
 PLAIN_ROTATION = {"rope_type": "default", "rope_theta": 1e4}
 SECTIONS = {"rope_parameters": {"mrope_section": [2, 3, 3]}}  # of multi-dimensional rotations, where only code has them
+WINDOWED_LATENT = {  # of layers with a window; 192 + 64 is head_dim
+    "kv_lora_rank": 32, "q_lora_rank": 32, "num_attention_heads": 8, "num_key_value_heads": 8,
+    "qk_nope_head_dim": 192, "qk_rope_head_dim": 64, "v_head_dim": 16,
+}  # fmt: skip
 INDEXER = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8}
 OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("glm4v_text", "glm_ocr_text", "hy_v4_vl_text", "paddleocr_vl_text"), SECTIONS),
@@ -70,6 +74,7 @@ OWN: dict[str, dict[str, Any]] = {
         }
     },
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
+    "dots3_note_text": {"index_n_heads": 4, "per_layer_config": {"2": WINDOWED_LATENT}},
     "emu3": {"vocabulary_map": {"<image>": VOCABULARY - 1}},
     "ernie4_5_vl_moe_text": {"rope_parameters": {"mrope_section": [3, 3, 2]}},
     "glm4v_moe_text": {"rope_parameters": {"mrope_section": [1, 1, 2]}},
@@ -77,6 +82,7 @@ OWN: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granite4_vision": {"deepstack_layer_map": [[0, 0], [1, 1]], "downsample_rate": "1/2"},
     "hunyuan_vl_text": {"rope_parameters": {"mrope_section": [2, 2, 2, 2]}},
+    **dict.fromkeys(("inkling2_text", "inkling2_loop_text"), {"unpadded_vocab_size": VOCABULARY - 8}),
     "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2},
     "lfm2": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},

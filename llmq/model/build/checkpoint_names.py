@@ -79,6 +79,11 @@ class ModelWeights:
         """Whether the checkpoint stores the parameter as a part of a tensor with other parameters."""
         return name in self._split
 
+    def is_converted(self, name: str) -> bool:
+        """Whether a weight is made of tensors of another form, or stored under a name without `.weight`."""
+        stored = self.stored_name(name) or name
+        return name in self._merged or not stored.endswith(".weight")
+
     def parts_of(self, stacked: str) -> int:
         """The number of parts of a stacked tensor, all of the same size."""
         return self._parts[stacked]

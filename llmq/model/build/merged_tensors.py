@@ -1,4 +1,5 @@
-"""Parameters that the checkpoint stores in several tensors, or as parts of one, such as q, k and v of some models.
+"""Parameters that the checkpoint stores in several tensors, as parts of one, such as q, k and v of some models, or in
+another form, such as a head with more rows.
 
 transformers knows how they are merged or split, so its converters are run on the tensors. Stacked experts are handled
 in `experts/stacking.py`. Such a parameter is never written: the tensors of the checkpoint are copied unchanged.
@@ -14,17 +15,19 @@ from llmq.model.build.checkpoint_names import ModelWeights
 
 
 def merge(model: Any, weights: ModelWeights, names: Iterable[str]) -> None:
-    """Make `weights` read the parameters that are merged from several of the tensors `names`, or parts of one."""
+    """Make `weights` read the parameters that are made of one or several of the tensors `names`, or of parts of one."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     parameters = dict(model.named_parameters())
-    lacking = {name: parameters[name] for name in parameters if weights.lacks(name)}
-    if not lacking:
-        return
     steps = get_model_conversion_mapping(model, add_legacy=False)
     renamings = [step for step in steps if isinstance(step, WeightRenaming)]
     converters = [step for step in steps if isinstance(step, WeightConverter)]
+    lacking = {name: parameters[name] for name in parameters if weights.lacks(name)}
+    if any(changes_one(converter) for converter in converters):  # a tensor with the name of the parameter, too
+        lacking |= {name: parameter for name, parameter in parameters.items() if parameter.dim() < 3}
+    if not lacking:
+        return
     tensors: dict[str, dict[str, list[str]]] = {}  # parameter -> source pattern -> tensors
     for name in names:
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, lacking)
@@ -43,6 +46,12 @@ def merge(model: Any, weights: ModelWeights, names: Iterable[str]) -> None:
             if name in lacking:
                 read = partial(_convert, model, converter, target, name, sources, weights.stored_tensor)
                 weights.merge(name, sources.values(), read, part=bool(others))
+
+
+def changes_one(converter: Any) -> bool:
+    """Whether a converter makes one parameter of one tensor."""
+    patterns = (*converter.source_patterns, *converter.target_patterns)
+    return len(patterns) == 2 and not any("*" in pattern for pattern in patterns)
 
 
 def _convert(

@@ -28,6 +28,7 @@ from llmq.numerics.scheme import InputScheme
 
 SHARED = "its weight is shared with another layer"
 PART = "the checkpoint stores its weight as a part of another tensor"
+CONVERTED = "the checkpoint stores its weight in another form or without the name of a weight"
 MOST_RETURNED = 3  # the most values that a block returns
 
 
@@ -59,6 +60,7 @@ class Skeleton:
         self._repeated = [block.path for block in self.blocks if runs[block.module] > 1]
         self._return_more = not plain.issuperset(modules)
         self.special_layers |= {path: SHARED for path in linears if weights.is_shared(f"{path}.weight")}
+        self.special_layers |= {path: CONVERTED for path in linears if weights.is_converted(f"{path}.weight")}
         self.special_layers |= {path: PART for path in linears if weights.is_part(f"{path}.weight")}
         for block in self.blocks:
             block.leave(self.special_layers)

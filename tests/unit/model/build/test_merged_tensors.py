@@ -1,0 +1,31 @@
+"""Weights that the checkpoint stores in another form than the model are read as transformers reads them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmq.checkpoint.reader import Checkpoint
+from llmq.model.build.skeleton import CONVERTED
+from llmq.runtime.open_skeleton import open_skeleton
+from tests import builders
+from tests.architectures import tiny
+
+MERGED = "model.language_model.layers.0.mlp.shared_experts.gate_up_proj"  # gate and up are two tensors in the file
+NAMED = "model.layers.1.self_attn.k_proj.sconv.weight_proj"  # its tensor is called weight_proj
+HEAD = "lm_head"  # has more rows in the file
+
+
+@pytest.mark.parametrize(("model_type", "layers"), [("minimax_m3_vl", (MERGED,)), ("inkling2_text", (NAMED, HEAD))])
+def test_weights_of_another_form_are_read_and_kept_in_float(
+    model_type: str, layers: tuple[str, ...], tmp_path: Path
+) -> None:
+    model = builders.causal_model(tiny(model_type))
+    builders.save_model(tmp_path / "model", model)
+    skeleton = open_skeleton(Checkpoint.open(tmp_path / "model"), builders.CPU, torch.float32)
+    packable = {name for block in skeleton.blocks for name in block.linears}
+    for layer in layers:
+        name = f"{layer}.weight"
+        assert torch.equal(skeleton.weights.original(name), model.get_parameter(name))
+        assert layer not in packable
+        assert layer == HEAD or skeleton.special_layers[layer] == CONVERTED
