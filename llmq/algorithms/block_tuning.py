@@ -19,7 +19,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from llmq.algorithms import kl_tuning
@@ -32,8 +31,8 @@ JUDGED = 5  # measurements of the validation loss, in addition to the one before
 class Problem(Protocol):
     """A block and its calibration sequences; weights by name."""
 
-    def put(self, weights: Mapping[str, QuantizedTensor]) -> None:
-        """Set the weights of the block."""
+    def put(self, name: str, weight: Tensor) -> None:
+        """Set a weight (N, K) of the block."""
 
     def gradients(self, step: int) -> Mapping[str, Tensor]:
         """(N, K) per weight: the gradient of the loss at the current weights, on the sequences of that step."""
@@ -64,21 +63,26 @@ def tune(
     """
     states = {name: kl_tuning.start(weight, references[name], rates) for name, weight in weights.items()}
     current = dict(weights)
-    problem.put(current)
+    _put(problem, current)
     before = problem.validation_loss()
     best = Tuned(current, before, before, 0)
     for step in range(steps if before > 0 else 0):
         gradients = problem.gradients(step)
+        current = {}
         for name, state in states.items():  # relative to the first loss, so that gradients are far above Adam's epsilon
-            gradient = gradients[name].to(torch.float32) / before  # float16 could not hold the quotient
-            kl_tuning.update(state, gradient, rates.at(step, steps), step)
-        current = {name: kl_tuning.result(state) for name, state in states.items()}
-        problem.put(current)
+            moved, values = kl_tuning.advance(state, gradients[name], before, rates.at(step, steps), step)
+            problem.put(name, values)
+            current[name] = moved
         if (step + 1) % max(1, steps // JUDGED) == 0 or step + 1 == steps:
             loss = problem.validation_loss()
             if not math.isfinite(loss):
                 break
             if loss < best.after:
                 best = Tuned(current, before, loss, step + 1)
-    problem.put(best.weights)
+    _put(problem, best.weights)
     return best
+
+
+def _put(problem: Problem, weights: Mapping[str, QuantizedTensor]) -> None:
+    for name, weight in weights.items():
+        problem.put(name, weight.dequantize())

@@ -31,13 +31,13 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
+from llmq.algorithms import fused_step
 from llmq.numerics import affine_grid, float_grid
 from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.value_table import value_table
+from llmq_kernels.tuning_step.rates import EPSILON, MEAN_DECAY, SQUARE_DECAY
 
 WARM_UP = 10  # steps
-MEAN_DECAY, SQUARE_DECAY = 0.9, 0.95
-SMALLEST_GRADIENT = 1e-12  # ε; the gradient of a mean over tokens and the vocabulary is small itself
 PARTS = ("rounding", "scales")  # of a state
 Dtypes = tuple[torch.dtype, torch.dtype]  # of tuned values, and of Adam's means for them
 FULL: Dtypes = (torch.float32, torch.float32)  # 12 bytes per value
@@ -64,16 +64,20 @@ class Moving:
 
     def descend(self, gradient: Tensor, rate: float, step: int) -> None:
         """One step of Adam, the first is number 0; `gradient` is float32 and contiguous."""
-        stored = (self.value, self.mean, self.square)
+        stored = self.parts
         value, mean, square = (part.to(torch.float32) for part in stored)  # the stored tensors if they are float32
         adam(
             [value], [gradient], [mean], [square], [], [torch.full((), float(step), device=value.device)],
-            lr=rate, beta1=MEAN_DECAY, beta2=SQUARE_DECAY, eps=SMALLEST_GRADIENT,
+            lr=rate, beta1=MEAN_DECAY, beta2=SQUARE_DECAY, eps=EPSILON,
             amsgrad=False, weight_decay=0.0, maximize=False, fused=True,
         )  # fmt: skip
         for part, updated in zip(stored, (value, mean, square), strict=True):
             if part is not updated:
                 part.copy_(updated)
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.value, self.mean, self.square
 
 
 @dataclass
@@ -141,11 +145,27 @@ def result(state: State) -> QuantizedTensor:
     return quantized(state.origin, v, theta)
 
 
+def advance(state: State, gradient: Tensor, divisor: float, rates: Rates, step: int) -> tuple[QuantizedTensor, Tensor]:
+    """As `update`, with `gradient` / `divisor`; returns the weight after the step, and its values (N, K)."""
+    if state.rounding is not None and state.scales is None and fused_step.takes(state.origin):
+        return fused_step.advance(state.origin, state.rounding.parts, gradient, divisor, rates.rounding, step)
+    update(state, gradient.to(torch.float32) / divisor, rates, step)  # float16 could not hold the quotient
+    weight = result(state)
+    return weight, weight.dequantize()
+
+
 def update(state: State, gradient: Tensor, rates: Rates, step: int) -> None:
     """One step, in place, against the gradient (N, K) of the loss at the weight `result(state)`.
 
     Entries that are not finite count as 0, because Adam would never forget them.
     """
+    if state.rounding is not None and fused_step.takes(state.origin):
+        theta = None if state.scales is None else state.scales.value
+        scales = quantized(state.origin, None, theta).scales
+        slope = fused_step.update(state.origin, scales, state.rounding.parts, gradient, rates.rounding, step)
+        if state.scales is not None:
+            state.scales.descend(slope, rates.scales, step)
+        return
     G = torch.nan_to_num(gradient.to(torch.float32), 0.0, 0.0, 0.0).contiguous()
     v, theta = (None if moving is None else moving.value for moving in (state.rounding, state.scales))
     of_rounding, of_scales = slopes(state.origin, v, theta, G)

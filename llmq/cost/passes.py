@@ -21,6 +21,7 @@ KL_PASSES, DRAW_PASSES = 22, 20  # passes over logits in float32: KL with its gr
 UPDATE_PASSES, SCALE_PASSES = 30, 8  # one step on quantized values and scales, and one on scales only
 UNPACKED, MOVED = 3, 9  # read a packed weight, and move its quantized values
 DEQUANTIZED = 4  # and put it into its block
+FUSED_BYTES = 34.0  # of a weight in the kernel for the two on a GPU, and to put its result into the block
 CONVERTED = 100  # roughly, the same for all formats
 
 
@@ -124,6 +125,13 @@ def steps_judged(tuning: Tuning, times: int) -> int:
     return 1 + sum((step + 1) % interval == 0 or step + 1 == tuning.steps for step in range(tuning.steps))
 
 
+def stepped(work: Workload, block: PlannedBlock, tuning: Tuning) -> Work:
+    """One step of block tuning on the weights, which are in the block afterwards."""
+    if work.device == "cuda" and tuning.rounding and not tuning.scales:
+        return elementwise(FUSED_BYTES * block.packed_weights, 10.0 * len(block.outline.layers))
+    return update(block, tuning) + renewed(block, tuning)
+
+
 def update(block: PlannedBlock, tuning: Tuning) -> Work:
     """One step of Adam on the weights of a block."""
     passes = UPDATE_PASSES if tuning.rounding else SCALE_PASSES
@@ -151,7 +159,7 @@ def block_tuning(work: Workload, block: PlannedBlock) -> Work:
     parts = [
         differentiated(work, block.outline.forward + block.outline.both, sequences, sequences) * tuning.steps,
         passed(work, block.outline.forward, work.validation, sequences) * judged,
-        (update(block, tuning) + renewed(block, tuning)) * tuning.steps,
+        stepped(work, block, tuning) * tuning.steps,
     ]
     compared = sequences * tuning.steps + work.validation * judged
     if tuning.fisher:

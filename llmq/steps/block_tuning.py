@@ -14,7 +14,7 @@ Not here: how quantized values change and what is kept (algorithms/block_tuning.
 (model/passes/streams.py).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -28,7 +28,6 @@ from llmq.model.build.block import Block
 from llmq.model.build.skeleton import Skeleton
 from llmq.model.passes.backward import differentiable, gradients_of
 from llmq.model.passes.streams import Streams
-from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.report.events import BLOCK_TUNING, OnEvent, Progress, ignore
 from llmq.steps.round_group import Rounded
 
@@ -52,7 +51,7 @@ def tune(
         done, total = block.index * tuning.steps + step, len(skeleton.blocks) * tuning.steps
         on_event(Progress(BLOCK_TUNING, step, tuning.steps, "steps", block.path, share=done / total))
 
-    problem = BlockProblem(skeleton, streams, block, tuning.tokens, metric, at_step)
+    problem = BlockProblem(skeleton, streams, block, layers, tuning.tokens, metric, at_step)
     weights = {path: layer.rounding.quantized for path, layer in layers.items()}
     references = {path: layer.weight for path, layer in layers.items()}
     tuned = block_tuning.tune(weights, references, problem, Rates(tuning.rounding, tuning.scales), tuning.steps)
@@ -61,13 +60,17 @@ def tune(
 
 
 class BlockProblem:
-    """Implements `block_tuning.Problem`; a step uses `tokens` tokens, and calls `at_step` with its number first."""
+    """Implements `block_tuning.Problem` for the weights at `paths`.
+
+    A step uses `tokens` tokens, and calls `at_step` with its number first.
+    """
 
     def __init__(
         self,
         skeleton: Skeleton,
         streams: Streams,
         block: Block,
+        paths: Iterable[str],
         tokens: int,
         metric: OutputMetric | None = None,
         at_step: Callable[[int], None] = lambda step: None,
@@ -80,12 +83,10 @@ class BlockProblem:
         self._ranks = streams.ranks
         self._sequences = max(1, tokens // self._text.length // self._ranks.size)  # of this rank, per step
         self._at_step = at_step
-        self._paths: list[str] = []
+        self._paths = list(paths)
 
-    def put(self, weights: Mapping[str, QuantizedTensor]) -> None:
-        self._paths = list(weights)
-        for path, quantized in weights.items():
-            self._block.set_weight(path, quantized.dequantize())
+    def put(self, name: str, weight: Tensor) -> None:
+        self._block.set_weight(name, weight)
 
     def gradients(self, step: int) -> dict[str, Tensor]:
         self._at_step(step)

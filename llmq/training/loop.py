@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from llmq.algorithms.kl_divergence import kl_and_gradient
-from llmq.algorithms.kl_tuning import MEAN_DECAY, SMALLEST_GRADIENT, SQUARE_DECAY, WARM_UP, drawn
+from llmq.algorithms.kl_tuning import WARM_UP, drawn
 from llmq.errors import ConfigError, listed
 from llmq.report.events import OnEvent
 from llmq.report.record import TuningStep
@@ -23,6 +23,7 @@ from llmq.training.prepare import origin_of
 from llmq.training.settings import TrainingSettings
 from llmq.training.state import States
 from llmq.training.text import TrainingText
+from llmq_kernels.tuning_step.rates import EPSILON, MEAN_DECAY, SQUARE_DECAY
 
 NORM_PART = 0.3  # of the learning rate, for norms: the prototype was worse with more
 
@@ -69,7 +70,7 @@ class Loop:
         from transformers import get_scheduler
 
         optimizer = torch.optim.AdamW(
-            _groups(student, settings.learning_rate), betas=(MEAN_DECAY, SQUARE_DECAY), eps=SMALLEST_GRADIENT,
+            _groups(student, settings.learning_rate), betas=(MEAN_DECAY, SQUARE_DECAY), eps=EPSILON,
             weight_decay=0.0,
         )  # fmt: skip
         warm_up = min(WARM_UP, settings.steps // 2)

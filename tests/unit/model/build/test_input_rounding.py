@@ -121,8 +121,9 @@ def tune_blocks(skeleton: Skeleton) -> None:
         for path in block.linears:
             grid = fit_minmax(block.weight(path), GRID, torch.float16)
             weights[path] = grid.quantized(grid.encode(block.weight(path)))
-        problem = BlockProblem(skeleton, streams, block, LENGTH)
-        problem.put(weights)
+        problem = BlockProblem(skeleton, streams, block, list(weights), LENGTH)
+        for path, quantized in weights.items():
+            problem.put(path, quantized.dequantize())
         assert all(slope.any() for slope in problem.gradients(0).values())
         problem.validation_loss()
         streams.quantized.run(block)
