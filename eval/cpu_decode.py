@@ -106,7 +106,7 @@ def round_inputs(exact: Path, rounded: Path) -> None:
 
     rounded.mkdir()
     for file in exact.iterdir():
-        (rounded / file.name).symlink_to(file)
+        (rounded / file.name).hardlink_to(file)  # ONNX Runtime follows no link out of the folder
     graph = onnx.load(exact / "model.onnx", load_external_data=False)
     for node in graph.graph.node:
         for attribute in node.attribute:
