@@ -1,7 +1,7 @@
 """What is lost at which size: a model in every data type of weights and inputs.
 
     python eval/data_types.py            data_types.json and data_types.md in eval/results/; about ten minutes
-    python eval/data_types.py --model smollm2    the rows of SmolLM2, with less text; an hour on one core
+    python eval/data_types.py --model smollm2    the rows of SmolLM2, with less text; about 20 minutes of a core
     python eval/data_types.py --speed    data_types_speed.json: decode speed of `llmq.load` on a CPU; five minutes;
                                          with names of data types only these, and the other rows are kept
     python eval/data_types.py --render   only the page
@@ -78,7 +78,7 @@ because the processor was shared.
 CASES = {
     MODEL: Case("fast", 128, 256, 64, 128, tuple(QUANTIZED), BUNDLED_INTRODUCTION),
     SMOLLM2: Case(
-        "gptq", 32, 512, 6, 64,
+        "gptq", 16, 512, 4, 64,
         ("W8A8, dynamic", "W8A8, static", "W8A8, static, down_proj in 16 bits", "W4A16", "W4A8", "W3A16", "W2A16"),
         SMOLLM2_INTRODUCTION,
     ),
