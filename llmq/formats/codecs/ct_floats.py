@@ -49,11 +49,9 @@ def reading(packing: str, weights: Mapping[str, Any], note: str) -> Reading:
 
     Raises FormatError for another grid.
     """
-    in_place, strategies = packing == fp8.PACKING, ("group", "tensor_group")
-    if in_place:
-        scheme, strategies = fp8.declared_scheme(weights), ("channel", "tensor", "block")
-    else:
-        scheme = WeightScheme.of_floats(packing.partition("-")[0])
+    in_place = packing == fp8.PACKING
+    scheme = fp8.declared_scheme(weights) if in_place else WeightScheme.of_floats(packing.partition("-")[0])
+    strategies = ["channel", "tensor", "block"] if in_place else ["group", "tensor_group"]
     size = "group_size" if scheme.few_scales else "block_structure"
     expected = {key: value for key, value in weights_block(scheme).items() if key in (*FIXED, size)}
     declared = {key: weights.get(key, value) for key, value in expected.items()}

@@ -64,7 +64,8 @@ def decode_rows(tensors: Mapping[str, Tensor]) -> Tensor:
 def decode_blocks(tensors: Mapping[str, Tensor]) -> Tensor:
     """(N, K) float32: value * scale"""
     values, scales = _read(tensors, BLOCKS)
-    return (values.unflatten(1, (scales.shape[1], -1)) * scales.to(torch.float32)[..., None]).flatten(1)
+    weight: Tensor = values.unflatten(1, (scales.shape[1], -1)) * scales.to(torch.float32)[..., None]
+    return weight.flatten(1)
 
 
 def _read(tensors: Mapping[str, Tensor], scheme: WeightScheme) -> tuple[Tensor, Tensor]:
