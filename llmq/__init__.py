@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from llmq._version import __version__
 
 if TYPE_CHECKING:
+    from llmq._quantize import quantize
     from llmq.config import QuantConfig
     from llmq.errors import LlmqError
     from llmq.evaluation.evaluate import evaluate
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from llmq.export.any_format import convert
     from llmq.export.conversion import Conversion
     from llmq.export.dequantize import dequantize
-    from llmq.export.quantize import quantize
     from llmq.forecast.plan import plan
     from llmq.forecast.sizes_and_costs import Forecast
     from llmq.numerics.quantized_tensor import QuantizedTensor
@@ -59,7 +59,7 @@ _HOMES = {
     "load": "llmq.runtime.load",
     "plan": "llmq.forecast.plan",
     "prepare_qat": "llmq.training.prepare",
-    "quantize": "llmq.export.quantize",
+    "quantize": "llmq._quantize",
     "verify": "llmq.verification.verified",
 }
 

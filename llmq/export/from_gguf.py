@@ -237,8 +237,7 @@ class GgufSource:
 def require_described(file: Path) -> None:
     """Raise UnsupportedModelError if configuration and tokenizer are not next to the file.
 
-    The configuration that transformers derives from the file is enough for computing but not for publishing: it names
-    neither class nor dtype, and its tokenizer may have tokens that the embedding lacks.
+    What transformers derives from the file has neither class nor dtype, and maybe tokens that the embedding lacks.
     """
     if file.is_file() and not ((file.parent / CONFIG).is_file() and has_tokenizer(file.parent)):
         raise UnsupportedModelError(f"{CONFIG} and tokenizer are not next to {file}", hint=SOURCE_HINT)
@@ -255,8 +254,7 @@ def identity_of(file: Path, model: Path) -> dict[str, Any]:
 def names_of(model: Path, weights: Weights) -> list[str]:
     """The names of the tensors as on the Hub: from the original model, if its weights are there.
 
-    Otherwise the names of transformers, which are the same except for experts. A head that the file holds is included,
-    although config.json may tie it to the embedding.
+    Otherwise those of transformers, the same except for experts. A head in the file is included, also a tied one.
     """
     built = skeleton.build(model, dtype=torch.float32, remote_code=False)
     if any(model.glob("*.safetensors")):
@@ -294,8 +292,7 @@ def _linear_layers(model: Path, weights: Weights, names: list[str]) -> set[str]:
 
 def _dtype(model: Path) -> torch.dtype:
     config = read_json_object(model / CONFIG)
-    named = config.get("dtype") or config.get("torch_dtype")
-    dtype = getattr(torch, named, torch.float16) if isinstance(named, str) else torch.float16
+    dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float16
 
 

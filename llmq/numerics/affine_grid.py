@@ -146,8 +146,8 @@ def _fit_floats(
 ) -> Grid:
     if not scheme.few_scales:
         largest = _grouped(weight, scheme).abs().amax(-1)  # (N, G)
-        blocks = largest.split(scheme.rows_per_scale)  # the rows of a block get one scale
-        largest = torch.cat([rows.amax(0, keepdim=True).expand_as(rows) for rows in blocks])
+        parts = largest.split(scheme.rows_per_scale)  # rows that share their scales
+        largest = torch.cat([rows.amax(0, keepdim=True).expand_as(rows) for rows in parts])
         return Grid(scheme, _stored(largest / E4M3.top, scale_dtype).to(dtype_of(scale_dtype)), None)
     if scheme.floats == "mxfp4":
         return Grid(scheme, float_grid.fit(weight, scheme, 1.0, importance, searched=searched), None)

@@ -3,7 +3,7 @@
     --format compressed-tensors,mlx,gguf:q4_k_m
 
     OUT/compressed-tensors, OUT/mlx    the formats that share quantized values: one run with the settings as given
-    OUT/gguf-q4_k_m                    each recipe of llama.cpp: a run of its own, without the options for other grids
+    OUT/gguf-q4_k_m                    each recipe of llama.cpp: a separate run, without the options for other grids
 
 Every run has a separate staging folder, record and report, as if it had been started alone. So an interrupted command
 continues when it is repeated: a finished run is recognized, and the next one continues at its first missing block.

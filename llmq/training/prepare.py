@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from llmq._keywords import Keywords
+from llmq._quantize import quantize
 from llmq.checkpoint import hub
 from llmq.checkpoint.reader import Checkpoint
 from llmq.config import QuantConfig
 from llmq.errors import CheckpointError, ConfigError, UnsupportedModelError
-from llmq.export.quantize import quantize
 from llmq.methods import METHODS
 from llmq.model.build.checkpoint_names import ModelWeights
 from llmq.model.experts.stacking import DOWN, Form

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmq._quantize import quantize
 from llmq._version import __version__
 from llmq.checkpoint import hub
 from llmq.checkpoint.reader import Checkpoint
@@ -29,7 +30,6 @@ from llmq.evaluation.runs import Run, run_alone, run_compared
 from llmq.evaluation.streaming import Source, open_source
 from llmq.evaluation.summary import summary, summary_of_original
 from llmq.export.finished import finished_record, require_unchanged
-from llmq.export.quantize import quantize
 from llmq.export.verdict import unmeasured
 from llmq.report.events import TUNING, OnEvent, Planned, ignore
 from llmq.report.training import Losses, Quality, TrainingReport

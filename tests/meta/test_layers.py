@@ -20,7 +20,7 @@ LAYERS = (
     ("steps", "evaluation"),
     ("mixed_precision", "pipeline", "run_plan"),
     ("export", "verification", "run_text", "schedule", "job", "forecast", "engines"),
-    ("training",),
+    ("training", "_quantize"),
     ("cli",),
     ("__init__", "__main__"),  # the entry points
 )
