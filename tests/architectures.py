@@ -139,7 +139,7 @@ def _stacked(name: str, original: Tensor, weights: dict[str, Tensor]) -> Tensor:
     """
     kind = "bias" if original.dim() == 2 else "weight"
     module = name.removesuffix(".weight").removesuffix("_bias").removesuffix("_proj")
-    parts = ("down",) if re.search(r"(down|output_linear|fc2)$", module) else ("gate", "up")
+    parts = ("down",) if re.search(r"(down|output_linear|fc2|w2_weight)$", module) else ("gate", "up")
     experts = f"{module.rpartition('.')[0]}.experts".replace(".experts.experts", ".experts")
     stacks = [
         torch.stack([weights[f"{experts}.{e}.{part}_proj.{kind}"].float() for e in range(len(original))])

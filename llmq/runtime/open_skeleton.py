@@ -83,7 +83,7 @@ def open_model(
     floats = settled.modules_with("weight")
     modules = floats if packed is None else list(dict.fromkeys([*packed.modules, *floats]))
     member = settled.member if packed is None else packed.member
-    separate(model, weights, modules, partial(shape_of, settled, packed), member)
+    separate(model, weights, modules, partial(shape_of, settled, packed), member, settled.names())
     merge(model, weights, settled.names())
     left = whole_model.require(model, weights, settled, packed, complete=complete)
     return Opened(model, settled, weights, packed, left, ties.notes(checkpoint, settled))

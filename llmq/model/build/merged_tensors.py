@@ -12,17 +12,15 @@ from typing import Any
 from torch import Tensor
 
 from llmq.model.build.checkpoint_names import ModelWeights
+from llmq.model.build.conversions import conversions
 
 
 def merge(model: Any, weights: ModelWeights, names: Iterable[str]) -> None:
     """Make `weights` read the parameters that are made of one or several of the tensors `names`, or of parts of one."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.core_model_loading import rename_source_key
 
     parameters = dict(model.named_parameters())
-    steps = get_model_conversion_mapping(model, add_legacy=False)
-    renamings = [step for step in steps if isinstance(step, WeightRenaming)]
-    converters = [step for step in steps if isinstance(step, WeightConverter)]
+    renamings, converters = conversions(model)
     lacking = {name: parameters[name] for name in parameters if weights.lacks(name)}
     if any(changes_one(converter) for converter in converters):  # a tensor with the name of the parameter, too
         lacking |= {name: parameter for name, parameter in parameters.items() if parameter.dim() < 3}

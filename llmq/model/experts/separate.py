@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq.model.build.checkpoint_names import ModelWeights
+from llmq.model.build.conversions import converted_stacks
 from llmq.model.experts.routed import RoutedExperts
 from llmq.model.experts.stacking import (
     DOWN,
@@ -153,30 +154,44 @@ def separate(
     modules: Iterable[str],
     shape: Callable[[str], tuple[int, ...]],
     read_member: ReadMember,
+    names: Iterable[str] = (),
 ) -> None:
     """Replace all stacked experts of a model on meta by `SeparateExperts`, and register their tensors in `weights`.
 
-    `modules` and `shape` are those of `find_stackings`. Experts that the checkpoint stores in an unknown way are not
-    replaced.
+    `modules` and `shape` are those of `find_stackings`, `names` those of all tensors of the checkpoint. Experts that
+    the checkpoint stores in an unknown way are not replaced.
     """
     stackings = find_stackings(model, weights, modules, shape)
+    lacking = {
+        f"{path}.{name}": fused.get_parameter(name)
+        for path, (fused, form) in fused_experts(model).items()
+        for name in form.stacked
+        if f"{path}.{name}" not in stackings and weights.lacks(f"{path}.{name}")
+    }
+    converted = converted_stacks(model, names, lacking)
     for path, (fused, form) in fused_experts(model).items():
         projections = stackings_of(path, fused, stackings)
         places: dict[str, str] = {}
         if projections:
             separated = SeparateExperts(fused, form, projections)
-            for names, stacking in zip(separated.parts, projections, strict=True):
-                places |= _places(path, names, stacking)
+            for parts, stacking in zip(separated.parts, projections, strict=True):
+                places |= _places(path, parts, stacking)
         else:
-            stored = [weights.stored_name(f"{path}.{name}") for name in form.parameters]
+            ordered = {name: converted[f"{path}.{name}"] for name in form.stacked if f"{path}.{name}" in converted}
+            stored = [
+                ordered[name][0] if name in ordered else weights.stored_name(f"{path}.{name}")
+                for name in form.parameters
+            ]
             if None in stored:
                 continue
             prefix = _prefix(path, form, [name for name in stored if name is not None], weights)
             projections = [plain_stacking(prefix, fused, form, name) for name in form.stacked]
             separated = SeparateExperts(fused, form, projections)
-            for names, stacking in zip(separated.parts, projections, strict=True):
-                places |= _places(path, names, stacking)
-            weights.provide(*_members(form, projections, dict(zip(form.parameters, stored, strict=True)), read_member))
+            for parts, stacking in zip(separated.parts, projections, strict=True):
+                places |= _places(path, parts, stacking)
+            orders = {name: order for name, (_, order) in ordered.items()}
+            tensors = dict(zip(form.parameters, stored, strict=True))
+            weights.provide(*_members(form, projections, tensors, orders, read_member))
         weights.place(places)
         model.set_submodule(path, separated)
 
@@ -198,7 +213,11 @@ def _places(path: str, parts: Sequence[str], stacking: Stacking) -> dict[str, st
 
 
 def _members(
-    form: Form, stackings: Sequence[Stacking], stored: Mapping[str, Any], read_member: ReadMember
+    form: Form,
+    stackings: Sequence[Stacking],
+    stored: Mapping[str, Any],
+    orders: Mapping[str, Tensor],
+    read_member: ReadMember,
 ) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
     """For the name of each expert's tensor: a function that reads it, and the stacked tensor that contains it."""
     read: dict[str, Callable[[], Tensor]] = {}
@@ -213,7 +232,8 @@ def _members(
 
     for name, stacking in zip(form.stacked, stackings, strict=True):
         for e, parts in enumerate(stacking.names):
-            for part, rows in zip(parts, stacking.rows, strict=True):
+            for part, own_rows in zip(parts, stacking.rows, strict=True):
+                rows = orders[name][own_rows] if name in orders else own_rows
                 read[f"{part}.weight"] = partial(weight, stored[name], e, rows)
                 source[f"{part}.weight"] = stored[name]
                 if form.biased:

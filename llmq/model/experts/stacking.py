@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from llmq.errors import FormatError
 from llmq.model.build.checkpoint_names import ModelWeights
+from llmq.model.build.conversions import conversions, converted_rows
 
 DOWN = "down_proj"
 INCOMPLETE = "check that the checkpoint is complete and that config.json belongs to it"
@@ -201,12 +202,9 @@ def _by_conversion(
     shape: Callable[[str], tuple[int, ...]],
 ) -> dict[str, Stacking]:
     """The stackings of parameters that transformers stacks when it reads a checkpoint."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.core_model_loading import rename_source_key
 
-    steps = get_model_conversion_mapping(model, add_legacy=False)
-    renamings = [step for step in steps if isinstance(step, WeightRenaming)]
-    converters = [step for step in steps if isinstance(step, WeightConverter)]
+    renamings, converters = conversions(model)
     stacked = {f"{path}.{name}": m.get_parameter(name) for path, (m, form) in experts.items() for name in form.stacked}
     sources: dict[str, dict[str, list[str]]] = {}  # parameter -> source pattern -> modules
     for module in modules:
@@ -273,17 +271,5 @@ def _by_expert(parameter: str, modules: Sequence[str], E: int) -> list[str]:
 def _rows_of_parts(model: Any, converter: Any, parameter: str, sizes: Sequence[int]) -> list[Tensor]:
     """The rows of each part in the stacked weight, found by running transformers' converter on row numbers."""
     numbers = torch.arange(sum(sizes)).unsqueeze(1)  # (N, 1): a weight of one column
-    for pattern, part in zip(converter.source_patterns, numbers.split(list(sizes)), strict=True):
-        converter.add_tensor(parameter, pattern, pattern, part)
-    try:
-        (stacked,) = converter.convert(parameter, model=model, config=model.config).values()
-    except Exception as error:  # a converter may raise anything
-        raise FormatError(f"transformers cannot stack the experts of {parameter}: {error}") from error
-    stacked = stacked.flatten()  # (N,), of the one expert
-    order = torch.argsort(stacked)
-    if not torch.equal(stacked[order], numbers.flatten()):
-        raise FormatError(
-            f"transformers changes more than the order of rows when it stacks the experts of {parameter}",
-            hint="please report the architecture",
-        )
-    return list(order.split(list(sizes)))
+    stacked = converted_rows(model, converter, parameter, numbers.split(list(sizes)))
+    return list(torch.argsort(stacked).split(list(sizes)))

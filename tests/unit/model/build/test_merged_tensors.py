@@ -29,3 +29,13 @@ def test_weights_of_another_form_are_read_and_kept_in_float(
         assert torch.equal(skeleton.weights.original(name), model.get_parameter(name))
         assert layer not in packable
         assert layer == HEAD or skeleton.special_layers[layer] == CONVERTED
+
+
+def test_experts_whose_rows_are_in_another_order_are_separated(tmp_path: Path) -> None:
+    """Inkling 2 stores gate and up of an expert with rows in turn, and transformers has all rows of gate first."""
+    model = builders.causal_model(tiny("inkling2_text"))
+    builders.save_model(tmp_path / "model", model)
+    weights = open_skeleton(Checkpoint.open(tmp_path / "model"), builders.CPU, torch.float32).weights
+    path = "model.layers.0.mlp.experts"
+    gate, up = (weights.original(f"{path}.1.{part}.weight") for part in ("gate_proj", "up_proj"))
+    assert torch.equal(torch.cat([gate, up]), model.get_parameter(f"{path}.gate_up_proj")[1])
