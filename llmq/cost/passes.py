@@ -21,7 +21,7 @@ KL_PASSES, DRAW_PASSES = 22, 20  # passes over logits in float32: KL with its gr
 UPDATE_PASSES, SCALE_PASSES = 30, 8  # one step on quantized values and scales, and one on scales only
 UNPACKED, MOVED = 3, 9  # read a packed weight, and move its quantized values
 DEQUANTIZED = 4  # and put it into its block
-FUSED_BYTES = 34.0  # of a weight in the kernel for the two on a GPU, and to put its result into the block
+FUSED_BYTES = 34.0  # per weight, where a GPU's kernel does both, and to put its result into the block
 CONVERTED = 100  # roughly, the same for all formats
 
 
