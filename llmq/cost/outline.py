@@ -60,6 +60,7 @@ class BlockOutline:
     repeated      as `suspended`, when the forward starts again at the top of the block for each group
     backward      the gradient of the block's input
     both          the gradients of the input and of all linear layers
+    of_weights    the gradients of all linear layers only
     kept          elements that a suspended forward keeps
     graph         elements that the graph of a forward keeps
     arguments     elements of masks, rotary tables and other arguments
@@ -75,6 +76,7 @@ class BlockOutline:
     repeated: Counted
     backward: Counted
     both: Counted
+    of_weights: Counted
     kept: int
     graph: int
     arguments: int
@@ -203,7 +205,9 @@ def _observe_block(block: Block, call: Call, shares: dict[str, float]) -> BlockO
     suspended, repeated = sum(until, Counted()), sum(again, Counted())
     of_experts = [experts * (1 / (len(groups) - len(until)))] * (len(groups) - len(until)) if routed else []
     forward, backward, _ = _with_graph(block, call, ())
-    _, both, graph = _with_graph(block, call, [p for p in paths if not block.is_experts(p)])
+    trained = [path for path in paths if not block.is_experts(path)]
+    _, both, graph = _with_graph(block, call, trained)
+    _, of_weights, _ = _with_graph(block, call, trained, of_input=not trained)
     numbers = {path: number for number, path in enumerate(paths)}
     return BlockOutline(
         layers=layers,
@@ -216,6 +220,7 @@ def _observe_block(block: Block, call: Call, shares: dict[str, float]) -> BlockO
         repeated=repeated + experts * 2,
         backward=backward + experts,
         both=both + experts * 2,
+        of_weights=of_weights + experts * 2,
         kept=kept + expert_outputs,
         graph=graph + 2 * expert_outputs,
         arguments=sum(tensor.numel() for tensor in tensors_in([call.args[1:], call.kwargs])),
@@ -276,7 +281,9 @@ def _replayed(
         return until, counter.counted, kept
 
 
-def _with_graph(block: Block, call: Call, paths: Sequence[str]) -> tuple[Counted, Counted, int]:
+def _with_graph(
+    block: Block, call: Call, paths: Sequence[str], *, of_input: bool = True
+) -> tuple[Counted, Counted, int]:
     """The forward, the backward pass with the gradients of the layers `paths`, and the elements of the graph."""
     weights = [block.linears[path].weight for path in paths]
     length, storages = call.hidden.shape[-2], dict[int, int]()
@@ -290,7 +297,7 @@ def _with_graph(block: Block, call: Call, paths: Sequence[str]) -> tuple[Counted
 
     with meta_run.Zeros(), Counter() as counter:  # type: ignore[no-untyped-call]
         with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
-            graph = differentiable(block, call, weights)
+            graph = differentiable(block, call, weights, of_input=of_input)
         forward, counter.counted = counter.counted, Counted()
         gradients_of(graph, weights, torch.empty_like(graph[1]))
     return forward, counter.counted, sum(storages.values()) + graph[1].numel()

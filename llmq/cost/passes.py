@@ -157,7 +157,7 @@ def block_tuning(work: Workload, block: PlannedBlock) -> Work:
     sequences = min(max(1, tuning.tokens // work.length), work.fitted)
     judged = steps_judged(tuning, tuning_of_blocks.JUDGED)
     parts = [
-        differentiated(work, block.outline.forward + block.outline.both, sequences, sequences) * tuning.steps,
+        differentiated(work, block.outline.forward + block.outline.of_weights, sequences, sequences) * tuning.steps,
         passed(work, block.outline.forward, work.validation, sequences) * judged,
         stepped(work, block, tuning) * tuning.steps,
     ]

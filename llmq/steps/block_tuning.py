@@ -93,9 +93,9 @@ class BlockProblem:
         fitted = self._text.fitted
         sequences = drawn(step, min(self._sequences, fitted), fitted, seed=self._block.index)
         parameters = [self._block.linears[path].weight for path in self._paths]
-        graph = differentiable(self._block, self._quantized.call(sequences), parameters)
+        graph = differentiable(self._block, self._quantized.call(sequences), parameters, of_input=False)
         _, output_gradient = self._loss(sequences, graph[1].detach())
-        _, *gradients = gradients_of(graph, parameters, output_gradient)
+        gradients = gradients_of(graph, parameters, output_gradient)
         return dict(zip(self._paths, map(self._ranks.mean, gradients), strict=True))
 
     def validation_loss(self) -> float:

@@ -123,14 +123,15 @@ def backward(
             tape.forget(block)
 
 
-def differentiable(block: Block, call: Call, weights: Iterable[Tensor] = ()) -> Graph:
+def differentiable(block: Block, call: Call, weights: Iterable[Tensor] = (), *, of_input: bool = True) -> Graph:
     """The hidden state (…, B, T, D) of `call` as a leaf, and the output of the block, with the graph between them.
 
-    The graph includes `weights`. On some processors its products are in bfloat16 (`short_products.py`).
+    The graph includes `weights`, and the leaf unless `of_input` is false. On some processors its products are in
+    bfloat16 (`short_products.py`).
     """
     parameters = list(weights)
     with torch.enable_grad(), short_products(block.linears.values()):
-        leaf = call.hidden.detach().requires_grad_(True)
+        leaf = call.hidden.detach().requires_grad_(of_input)
         for parameter in parameters:
             parameter.requires_grad_(True)
         output = block.forward(call.with_hidden(leaf))
@@ -140,12 +141,17 @@ def differentiable(block: Block, call: Call, weights: Iterable[Tensor] = ()) -> 
 
 
 def gradients_of(graph: Graph, weights: Sequence[Tensor], gradient: Tensor) -> list[Tensor]:
-    """The gradients of the input and of `weights`, from the gradient of the output; zeros for a weight not used."""
+    """The gradients of the input, if it is in the graph, and of `weights`, from the gradient of the output.
+
+    They are zeros for a weight that was not used.
+    """
     leaf, output = graph
+    tensors = [leaf, *weights] if leaf.requires_grad else list(weights)
+    if not output.requires_grad:  # no weight was used
+        return [torch.zeros_like(tensor) for tensor in tensors]
     for weight in weights:
         weight.requires_grad_(True)
-    gradients = torch.autograd.grad(output, [leaf, *weights], gradient, allow_unused=True)
+    gradients = torch.autograd.grad(output, tensors, gradient, allow_unused=True)
     for weight in weights:
         weight.requires_grad_(False)
-    pairs = zip(gradients, (leaf, *weights), strict=True)
-    return [torch.zeros_like(tensor) if g is None else g for g, tensor in pairs]
+    return [torch.zeros_like(tensor) if g is None else g for g, tensor in zip(gradients, tensors, strict=True)]

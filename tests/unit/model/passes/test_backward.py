@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from llmq.memory import HOST
 from llmq.model.build.block import Block
 from llmq.model.build.skeleton import Skeleton
+from llmq.model.passes import backward as backward_pass
 from llmq.model.passes.backward import Tape, backward, differentiable
 from llmq.model.passes.forward import run_through
 from llmq.model.passes.hidden_states import Place, Storage
@@ -229,3 +230,18 @@ def test_a_graph_contains_only_named_weights(checkpoint: Checkpoints) -> None:
     weight.requires_grad_(True)  # torch computes gradients only for tensors that require them
     of_hidden, of_weight = torch.autograd.grad(output.square().sum(), [hidden, weight])
     assert of_hidden.abs().max() > 0 and of_weight.abs().max() > 0
+
+
+def test_gradients_of_weights_do_not_need_that_of_the_input(checkpoint: Checkpoints) -> None:
+    skeleton = skeleton_of(checkpoint("llama"))
+    block, call = skeleton.blocks[1], skeleton.record(1, tokens(2, LENGTH))
+    block.load()
+    weights = [linear.weight for linear in block.linears.values()]
+    slope = torch.ones_like(call.hidden)
+    of_input, *expected = backward_pass.gradients_of(differentiable(block, call, weights), weights, slope)
+    graph = differentiable(block, call, weights, of_input=False)
+    gradients = backward_pass.gradients_of(graph, weights, slope)
+    assert of_input.abs().max() > 0
+    assert all(torch.equal(ours, other) for ours, other in zip(gradients, expected, strict=True))
+    unused = backward_pass.gradients_of(differentiable(block, call, of_input=False), weights, slope)
+    assert not any(gradient.any() for gradient in unused)
