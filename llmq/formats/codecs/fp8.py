@@ -74,8 +74,8 @@ def _read(tensors: Mapping[str, Tensor], scheme: WeightScheme) -> tuple[Tensor, 
     (N, K), scale = values.shape, tensors.get("weight_scale")
     if scheme == ROWS and scale is not None and scale.numel() == 1:
         return values, scale.reshape(1, 1).expand(N, 1).contiguous()
-    if (reason := checks.grouping_refusal(scheme, K)) is not None:
-        raise FormatError(f"{reason}; expected whole blocks of columns")
+    if not K or K % scheme.columns_per_group(K):
+        raise FormatError(f"a weight has {K} columns, expected whole groups ({scheme.group_size})")
     shape = (-(-N // scheme.rows_per_scale), K // scheme.columns_per_group(K))
     return values, _by_row(checks.stored(tensors, "weight_scale", checks.SCALE_DTYPES, shape), scheme, N)
 

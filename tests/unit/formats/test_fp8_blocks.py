@@ -68,8 +68,9 @@ def test_parts_of_blocks_are_read_by_rows_and_refused_by_columns() -> None:
     tensors = compressed_tensors.pack(quantized(weight()))
     cut = {**tensors, "weight": tensors["weight"][:200]}
     assert torch.equal(compressed_tensors.unpack(cut, reading()).dequantize(), quantized(weight()).dequantize()[:200])
-    with pytest.raises(FormatError, match="expected whole blocks of columns"):
-        compressed_tensors.unpack({**tensors, "weight": tensors["weight"][:, :200]}, reading())
+    for columns in (200, 0):
+        with pytest.raises(FormatError, match=f"has {columns} columns, expected whole groups"):
+            compressed_tensors.unpack({**tensors, "weight": tensors["weight"][:, :columns]}, reading())
     assert "128 rows do not divide 200 rows" in (compressed_tensors.refusal(BLOCKS, 200, 384) or "")
 
 
