@@ -389,7 +389,7 @@ def test_help_of_quantize_has_every_option(option: str) -> None:
 def test_help_of_quantize_explains_the_options() -> None:
     shown = llmq("quantize", "--help").stdout
     for part in (
-        "[rtn|gptq|awq|fast|balanced|best]", "[2|3|4|5|6|7|8|nvfp4|mxfp4|fp8]", "[auto|cpu|cuda[:N]]",
+        "[rtn|gptq|awq|fast|balanced|best]", "[2|3|4|5|6|7|8|nvfp4|mxfp4|fp8|fp8-block]", "[auto|cpu|cuda[:N]]",
         "default: balanced", "Examples:",
         "Exit codes:", "See also:", "Quantization", "Calibration", "General",
     ):  # fmt: skip
