@@ -50,12 +50,16 @@ bailing_hybrid, deepseek_v3, glm4_moe, inkling, mellum, sarvam_mla, sarvam_moe a
 the heads of deepseek_v32, deepseek_v4, ernie4_5_moe, exaone4_5, exaone_moe, glm4_moe_lite, glm4v_moe, glm5_next,
 glm_moe_dsa, glm_ocr, granite_docling, hy_v3, hy_v4, longcat_flash, mimo_v2_flash, minimax_m3_vl, mistral_large4,
 nemotron_h, olmo_hybrid, qwen3_5, qwen3_5_moe, qwen3_next and qwen4_exp. Other engines may draft with these; that was
-not run.
+not measured.
 
 `pytest -s tests/e2e/test_drafting.py` quantizes a toy Mellum, whose head has the layout of Qwen3-Next's, with GPTQ in
 four bits, and lets transformers draft with the head of the quantized folder. The written tokens are those without
 drafts. Of the drafts, one per forward of the model, .85 are right before and .71 after quantization. The logits of the
 head on hidden states of the quantized model differ from those on float ones by .04 of their norm.
+
+`python eval/drafting.py` trains such a head for the bundled Llama, on text, and counts how many drafts equal the next
+token of the model itself: .38 in float, .39 with 4 bits (`rtn` and `gptq`) and .40 with 3 bits, of 2,040 drafts each
+(standard error .01). So quantization costs no acceptance here.
 """
 OUTSIDE = "outside the blocks"
 RECURRENT = re.compile(r"conv|A_log|time_mix|lru|gate_preact|linear_attn|decay")

@@ -1,6 +1,6 @@
 """Train a head that drafts tokens for the bundled Llama, and count how many of its drafts the quantized model accepts.
 
-    python eval/drafting.py [--steps 100] [--seed 0]
+    python eval/drafting.py [--steps 250] [--seed 0]
 
 The head has the form of DeepSeek's and Qwen's multi-token prediction: the embedding of the next token and the hidden
 state go through one linear layer and one block to the head of the model. It learns the predictions of the float model,
@@ -69,8 +69,8 @@ def predictions(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 def train(model: Any, tokens: Tensor, steps: int) -> Head:
     head = Head(model)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3, weight_decay=0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=steps)
+    optimizer = torch.optim.AdamW(head.parameters(), weight_decay=0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps)
     for _ in range(steps):
         starts = torch.randint(len(tokens) - TOKENS, (BATCH,))
         batch = torch.stack([tokens[start : start + TOKENS] for start in starts])
@@ -92,7 +92,7 @@ def accepted(head: Head, model: Any, tokens: Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)

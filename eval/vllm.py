@@ -67,6 +67,9 @@ MODELS: dict[str, Callable[[], Any]] = {
     "qwen3_5 (hybrid, vision-language)": lambda: transformers.Qwen3_5Config(
         text_config={**SIZES, **HYBRID}, vision_config=VISION
     ),
+    "qwen3_5 (hybrid), twice as many linear heads": lambda: transformers.Qwen3_5Config(
+        text_config={**SIZES, **HYBRID, "linear_num_value_heads": 4, "linear_num_key_heads": 2}, vision_config=VISION
+    ),
 }
 VISION = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 128}
 
