@@ -57,9 +57,9 @@ four bits, and lets transformers draft with the head of the quantized folder. Th
 drafts. Of the drafts, one per forward of the model, .85 are right before and .71 after quantization. The logits of the
 head on hidden states of the quantized model differ from those on float ones by .04 of their norm.
 
-`python eval/drafting.py` trains such a head for the bundled Llama, on text, and counts how many drafts equal the next
-token of the model itself: .38 in float, .39 with 4 bits (`rtn` and `gptq`) and .40 with 3 bits, of 2,040 drafts each
-(standard error .01). So quantization costs no acceptance here.
+`python eval/drafting.py` trains such a head for the bundled Llama, on text. It counts how many of 2,040 drafts equal
+the next token of the model itself: .38 in float, .39 with 4 bits (`rtn` and `gptq`), .40 with 3 bits (standard error
+.01). So quantization costs no acceptance here.
 """
 OUTSIDE = "outside the blocks"
 RECURRENT = re.compile(r"conv|A_log|time_mix|lru|gate_preact|linear_attn|decay")

@@ -22,8 +22,8 @@ def conversions(model: Any) -> tuple[list[Any], list[Any]]:
 def converted_stacks(model: Any, names: Iterable[str], lacking: Mapping[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
     """Stacked parameters (E, N, K) that transformers makes of one tensor with the rows in another order.
 
-    Returns the name of the parameter -> that of the tensor, and the row (N,) int64 of the tensor for each of its own.
-    `names` are those of all tensors, `lacking` the parameters that have none.
+    Returns the name of the parameter -> that of the tensor, and for each row of the parameter the row (N,) int64 of the
+    tensor. `names` are those of all tensors, `lacking` the parameters that have none.
     """
     from transformers.core_model_loading import rename_source_key
 
