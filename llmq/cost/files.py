@@ -52,10 +52,11 @@ def packed_bytes(layout: Layout, N: int, K: int, grid: WeightScheme, scale_dtype
     if grid.block_type is not None:
         kind = BLOCK_TYPES[grid.block_type]
         return N * K // kind.columns * kind.nbytes
-    if N <= 2 * ROWS:
+    few = max(ROWS, grid.rows_per_scale)
+    if N <= 2 * few:
         return _packed(layout, N, K, grid, scale_dtype)
-    small, twice = (_packed(layout, rows, K, grid, scale_dtype) for rows in (ROWS, 2 * ROWS))
-    return small + (twice - small) * (N - ROWS) // ROWS
+    small, twice = (_packed(layout, rows, K, grid, scale_dtype) for rows in (few, 2 * few))
+    return small + (twice - small) * (N - few) // few
 
 
 def packed_layers(layers: Iterable[LayerPlan], layout: Layout, model_dtype: torch.dtype) -> int:

@@ -154,6 +154,12 @@ def test_the_size_of_a_packed_weight_is_exact(name: str, symmetric: bool) -> Non
     assert packed_bytes(layout, N, K, grid, torch.float16) == sum(tensor.nbytes for tensor in packed.values())
 
 
+@pytest.mark.parametrize("N", [128, 256, 640])
+def test_the_size_of_a_weight_in_blocks_of_fp8_is_exact(N: int) -> None:
+    layout, grid = formats.load("compressed-tensors"), WeightScheme.of_floats("fp8-block")
+    assert packed_bytes(layout, N, 256, grid, torch.bfloat16) == N * 256 + N // 128 * 2 * 2
+
+
 def test_the_verdict_costs_as_much_as_its_text_and_its_models() -> None:
     outline, constants = llama(), (verdict.PROMPT, verdict.LENGTH, verdict.PROMPTS, verdict.SPARE_PART)
     assert constants == (trajectories.PROMPT, trajectories.LENGTH, measured.PROMPTS, runs.SPARE_PART)
