@@ -49,7 +49,8 @@ def converted_rows(model: Any, converter: Any, parameter: str, parts: Sequence[T
     except Exception as error:  # a converter may raise anything
         raise FormatError(f"transformers cannot stack the experts of {parameter}: {error}") from error
     rows: Tensor = stacked.flatten()
-    if not torch.equal(rows.sort().values, torch.arange(sum(part.numel() for part in parts))):
+    N = sum(part.numel() for part in parts)
+    if stacked.shape != (1, N, 1) or not torch.equal(rows.sort().values, torch.arange(N)):
         raise FormatError(
             f"transformers changes more than the order of rows when it stacks the experts of {parameter}",
             hint="please report the architecture",

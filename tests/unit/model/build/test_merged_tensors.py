@@ -4,8 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.core_model_loading import Transpose, WeightConverter
 
 from llmq.checkpoint.reader import Checkpoint
+from llmq.errors import FormatError
+from llmq.model.build.conversions import converted_rows
 from llmq.model.build.skeleton import CONVERTED
 from llmq.runtime.open_skeleton import open_skeleton
 from tests import builders
@@ -39,3 +42,12 @@ def test_experts_whose_rows_are_in_another_order_are_separated(tmp_path: Path) -
     path = "model.layers.0.mlp.experts"
     gate, up = (weights.original(f"{path}.1.{part}.weight") for part in ("gate_proj", "up_proj"))
     assert torch.equal(torch.cat([gate, up]), model.get_parameter(f"{path}.gate_up_proj")[1])
+
+
+def test_a_stack_that_transformers_transposes_is_refused() -> None:
+    """Its columns are no rows in another order, also if it is square."""
+    converter = WeightConverter("experts.up_projs", "experts.up_proj", operations=[Transpose(1, 2)])
+    with pytest.raises(FormatError, match="changes more than the order of rows"):
+        converted_rows(
+            builders.causal_model(tiny("llama")), converter, "experts.up_proj", [torch.arange(4).view(1, -1, 1)]
+        )
