@@ -55,6 +55,8 @@ def quantize(
         ]  # fmt: skip
         for job, run in zip(jobs, runs, strict=True):
             job.report.source, job.report.notes = name, [*run.notes, *job.report.notes]
+        for job in jobs[1:]:  # the first one does it when it starts
+            job.require_possible()
         reports = [jobs.pop(0).run(report) for _ in runs]  # no name keeps the model of a finished job
     reports[0].further = reports[1:]
     return reports[0]

@@ -27,7 +27,7 @@ from llmq.distributed.following import agree_on_blocks, shared_writer
 from llmq.distributed.ranks import ALONE, Ranks
 from llmq.errors import ConfigError
 from llmq.export import save, verdict
-from llmq.export.finished import finished_report
+from llmq.export.finished import finished_record, finished_report
 from llmq.memory import Economy
 from llmq.methods import Method
 from llmq.mixed_precision import assign, sensitivity
@@ -127,8 +127,7 @@ class Job:
                 self._judge(None, on_event)  # if it was killed before the end of the measurement
                 return finished
             if self._ranks.is_first:
-                Writer.require_free(self.out)  # checked before the text is read
-                possible.require(self.plan, self.out, copies=save.copies(self.plan.settings.formats))
+                self._require_possible()  # checked before the text is read
         if on_event is not ignore and self._ranks.is_first:
             on_event = self._timeline.before(on_event)
             on_event(expected.planned(self.plan, self._ranks.size))
@@ -160,6 +159,18 @@ class Job:
             raise
         self._judge(calibration_set, on_event)
         return self.report
+
+    def require_possible(self) -> None:
+        """Raise an LlmqError if `run` would refuse the output folder, the memory or the disk.
+
+        A folder with a model of the same request is left to `run`, which compares the text.
+        """
+        if not self._overwrite and finished_record(self._folders, self.report.request) is None:
+            self._require_possible()
+
+    def _require_possible(self) -> None:
+        Writer.require_free(self.out)
+        possible.require(self.plan, self.out, copies=save.copies(self.plan.settings.formats))
 
     def _judge(self, text: CalibrationSet | None, on_event: OnEvent) -> None:
         """Measure the finished model, unless this was done or is turned off, and complete its record."""

@@ -116,6 +116,8 @@ def command(
             if ranks.is_first:
                 print_plans(jobs, runs, as_json=json)
             return
+        for job in jobs[1:]:  # the first one does it when it starts
+            job.require_possible()
         reports: list[Report] = []
         for number, run in enumerate(runs):
             job = jobs.pop(0)  # so that the model of a finished job is not kept

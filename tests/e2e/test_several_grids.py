@@ -108,6 +108,17 @@ def test_a_refusal_of_one_grid_comes_before_the_first_run(model: Path, tmp_path:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_of_a_later_run_is_checked_before_the_first_run(model: Path, tmp_path: Path) -> None:
+    users = tmp_path / "out" / "gguf-q4_k_m" / "notes.txt"
+    users.parent.mkdir(parents=True)
+    users.write_text("mine")
+    with pytest.raises(ConfigError, match="gguf-q4_k_m is not empty: it holds notes.txt"):
+        llmq.quantize(str(model), tmp_path / "out", **SETTINGS)
+    done = command("quantize", model, tmp_path / "out", "--method", "rtn", "--format", FORMATS)
+    assert done.exit_code == 2 and "is not empty" in done.stderr and "run 1 of 2" not in done.stderr
+    assert [entry.name for entry in (tmp_path / "out").iterdir()] == ["gguf-q4_k_m"]
+
+
 def test_the_settings_of_each_run() -> None:
     given = merged(QuantConfig(), {"format": "gguf:q8_0,awq,gguf:q2_k", "bits": 4, "group_size": 64, "skip": ["*.0.*"]})
     runs = separate_grids.runs("m", given, "out")
