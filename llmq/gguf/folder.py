@@ -20,16 +20,17 @@ from llmq.gguf import export, from_run
 from llmq.gguf.export import Summary
 from llmq.gguf.imatrix import Importance
 from llmq.gguf.writer import Written
-from llmq.numerics.gguf_types import GGUF_GRIDS
 
 
-def gguf_name(out: Path) -> str:
-    """`llama-4bit.gguf` for an output folder of that name, `llama-4bit-q4_k_m.gguf` for a folder `gguf-q4_k_m` in
-    it.
+def gguf_name(out: Path, recipe: str = "") -> str:
+    """`llama-4bit.gguf` for an output folder of that name.
+
+    The folder `gguf-q4_k_m` in it, if that is the `recipe`, has `llama-4bit-q4_k_m.gguf`.
     """
-    folder, recipe = out.resolve(), out.resolve().name.replace("-", ":", 1)
-    name = folder.name if recipe not in GGUF_GRIDS else f"{folder.parent.name}-{recipe.partition(':')[2]}"
-    return f"{name}.gguf"
+    folder = out.resolve()
+    if folder.name != recipe.replace(":", "-"):
+        return f"{folder.name}.gguf"
+    return f"{folder.parent.name}-{recipe.partition(':')[2]}.gguf"
 
 
 def export_gguf(source: Path, folder: Path, out: Path) -> Summary:
@@ -47,7 +48,8 @@ def blocks_to_gguf(
     folder: Path, out: Path, importance: Importance | None,
 ) -> Written:  # fmt: skip
     """Write the blocks of a run on a GGUF grid as a .gguf file; the arguments are those of `from_run.assemble`."""
-    written = from_run.assemble(folder / gguf_name(out), source, parts, outside, settings, device, importance)
+    file = folder / gguf_name(out, settings.formats[0])
+    written = from_run.assemble(file, source, parts, outside, settings, device, importance)
     _add_companions(source, folder)
     return written
 

@@ -12,6 +12,7 @@ import llmq
 from llmq.checkpoint.staging import STAGING
 from llmq.config import QuantConfig
 from llmq.errors import ConfigError
+from llmq.gguf.folder import gguf_name
 from llmq.job import Job
 from llmq.report.events import Event
 from llmq.report.record import BlockReport
@@ -117,6 +118,13 @@ def test_a_folder_of_a_later_run_is_checked_before_the_first_run(model: Path, tm
     done = command("quantize", model, tmp_path / "out", "--method", "rtn", "--format", FORMATS)
     assert done.exit_code == 2 and "is not empty" in done.stderr and "run 1 of 2" not in done.stderr
     assert [entry.name for entry in (tmp_path / "out").iterdir()] == ["gguf-q4_k_m"]
+
+
+def test_a_file_has_the_name_of_a_recipe_only_if_it_is_the_recipe() -> None:
+    folder = Path("llama/gguf-q4_k_m")
+    assert gguf_name(folder, "gguf:q4_k_m") == "llama-q4_k_m.gguf"
+    assert gguf_name(folder, "gguf:q5_k_m") == gguf_name(folder) == "gguf-q4_k_m.gguf"
+    assert gguf_name(Path("llama"), "gguf:q4_k_m") == "llama.gguf"
 
 
 def test_the_settings_of_each_run() -> None:
