@@ -104,6 +104,12 @@ class PackedWeights:
                         f"the checkpoint has {self.tensor_names(module)[0]}, but not {name}", hint=INCOMPLETE
                     )
 
+        for name in self._checkpoint.names():
+            dtype = self._checkpoint.info(name).dtype
+            in_8_bits = dtype.itemsize == 1 and dtype.is_floating_point
+            if in_8_bits and name.endswith(".weight") and name not in self._by_weight:
+                raise FormatError(f"the checkpoint has {name} in 8-bit floats, but not its scale", hint=INCOMPLETE)
+
     def __contains__(self, name: object) -> bool:
         """Whether `tensor` can read this tensor."""
         return name in self._by_weight or name in self._checkpoint

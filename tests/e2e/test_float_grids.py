@@ -100,6 +100,19 @@ def test_a_published_checkpoint_in_blocks_of_fp8_is_read(checkpoint: Checkpoints
         dict(llmq.dequantize(folder))
 
 
+def test_a_weight_of_fp8_without_a_scale_is_refused(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoint("llama", num_hidden_layers=1), tmp_path / "model")
+    tensors, layer = load_file(folder / "model.safetensors"), "model.layers.0.mlp"
+    for name in ("up_proj", "gate_proj"):
+        tensors[f"{layer}.{name}.weight"] = torch.ones(128, 128).to(torch.float8_e4m3fn)
+    tensors[f"{layer}.up_proj.weight_scale_inv"] = torch.ones(1, 1)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    declared = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    builders.change_json(folder / "config.json", quantization_config=declared)
+    with pytest.raises(llmq.LlmqError, match=f"{layer}.gate_proj.weight in 8-bit floats, but not its scale"):
+        dict(llmq.dequantize(folder))
+
+
 def test_fused_layers_have_one_global_scale_and_others_other_grids(model: Path, text: Path, tmp_path: Path) -> None:
     overrides = ["*.down_proj:bits=8,group_size=32", "*.o_proj:bits=fp8"]
     job(model, tmp_path / "out", text, bits="nvfp4", overrides=overrides).run()
