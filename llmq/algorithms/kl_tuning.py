@@ -58,7 +58,11 @@ class Moving:
 
     @classmethod
     def at(cls, value: Tensor, dtypes: Dtypes) -> "Moving":
-        """Start at `value`, which is stored in the first dtype; the means are stored in the second."""
+        """Start at `value`, which is stored in the first dtype; the means are stored in the second.
+
+        All are contiguous: Adam's fused kernel ignores strides.
+        """
+        value = value.contiguous()
         mean, square = (torch.zeros_like(value, dtype=dtypes[1]) for _ in range(2))
         return cls(value.to(dtypes[0]), mean, square)
 

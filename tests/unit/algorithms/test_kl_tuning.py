@@ -134,6 +134,15 @@ def test_v_starts_at_the_offset_of_the_float_weight() -> None:
     torch.testing.assert_close(state.rounding.value, torch.tensor([[0.0, 0.2, -0.2, 0.49]]))
 
 
+def test_a_transposed_float_weight_is_tuned_equally() -> None:
+    weight, rates = random(24, 96), Rates(0.3, 0.0)
+    quantized = rounded(weight, WeightScheme(4, 32, symmetric=True))
+    one, other = (kl_tuning.start(quantized, w, rates) for w in (weight, weight.T.contiguous().T))
+    for state in (one, other):
+        kl_tuning.update(state, random(24, 96, seed=1), rates, 0)
+    assert same(one, other)
+
+
 def test_scales_in_the_range_of_float16_stay_in_it() -> None:
     scales = torch.tensor([[1e-4], [-1e-4]], dtype=torch.bfloat16)
     origin = QuantizedTensor(torch.ones(2, 4, dtype=torch.uint8), scales, None, WeightScheme(4, "channel"))
