@@ -55,7 +55,7 @@ class Integrity:
 def examine(model: Path, *, remote_code: bool = False, on_event: OnEvent = ignore) -> Integrity:
     """Read and check every tensor of a model, a folder or a .gguf file.
 
-    Raises FormatError for a format that llmq cannot read.
+    Raises FormatError for a format, or settings of one, that llmq cannot read.
     """
     integrity = Integrity()
     alone = model.suffix == ".gguf" and not model.is_dir()
@@ -64,7 +64,7 @@ def examine(model: Path, *, remote_code: bool = False, on_event: OnEvent = ignor
     if (folder / CONFIG).is_file() and not gguf:
         settings = read_json_object(folder / CONFIG).get("quantization_config")
         if isinstance(settings, dict):
-            formats.detect(settings)
+            formats.detect(settings).read_config(settings)
     try:
         if not alone and is_onnx(folder):
             integrity.nbytes = sum(file.stat().st_size for file in folder.glob(f"{ONNX_FILE}*"))

@@ -158,3 +158,12 @@ def test_a_dry_run_shows_every_grid(model: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0
     assert "int4 g32" in done.stdout and "q4_k" in done.stdout.lower() and "compatible engines for mlx" in done.stdout
     assert not (tmp_path / "out").exists()
+
+
+def test_the_plan_of_a_recipe_counts_embedding_and_head_as_packed(model: Path, out: Path, tmp_path: Path) -> None:
+    import gguf
+
+    settings = merged(QuantConfig(), {"method": "rtn", "format": "gguf:q4_k_m"})
+    planned = Job(str(model), tmp_path / "out", settings, device="cpu").plan.expected_bytes
+    written = gguf.GGUFReader(out / "gguf-q4_k_m" / "llama-4bit-q4_k_m.gguf").tensors
+    assert planned == pytest.approx(sum(int(tensor.n_bytes) for tensor in written), rel=0.02)

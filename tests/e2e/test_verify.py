@@ -182,11 +182,14 @@ def test_findings_of_a_dry_run_match_the_result(checkpoint: Callable[..., Path],
     assert any(finding["rule"] == "one scheme for fused layers" for finding in made)
 
 
-def test_an_unsupported_format_is_not_reported_as_broken(copy: Path) -> None:
-    builders.change_json(copy / "config.json", quantization_config={"quant_method": "fp8"})
+@pytest.mark.parametrize(
+    ("method", "message"), [("bitsandbytes", "quant_method is 'bitsandbytes'"), ("fp8", "8-bit floats with")]
+)
+def test_an_unsupported_format_is_not_reported_as_broken(copy: Path, method: str, message: str) -> None:
+    builders.change_json(copy / "config.json", quantization_config={"quant_method": method})
     done = command("verify", copy)
     assert done.exit_code == CHECKPOINT
-    assert "quant_method is 'fp8'" in done.stderr and "broken" not in done.stderr
+    assert message in done.stderr and "broken" not in done.stderr
 
 
 def test_a_packed_mixture_with_biases_has_no_problems(tmp_path: Path) -> None:
