@@ -28,7 +28,7 @@ class LayerPlan:
 
     @property
     def groups(self) -> int:
-        """The number of groups of weights that share a scale, in all rows together."""
+        """The number of groups of weights that share a scale, in all rows together; a block of rows has one in each."""
         grid = self.scheme.weights
         assert grid is not None, "only a packed weight has groups"
         return self.out_features * -(-self.in_features // grid.columns_per_group(self.in_features))
@@ -43,7 +43,7 @@ class LayerPlan:
         if grid.few_scales:
             return self.weights // 2 + self.groups
         zeros = 0 if grid.symmetric else self.groups * grid.bits // 8
-        return self.weights * grid.bits // 8 + self.groups * scale_bytes + zeros
+        return self.weights * grid.bits // 8 + self.groups // grid.rows_per_scale * scale_bytes + zeros
 
     def with_input_scale(self, scale: float) -> "LayerPlan":
         """The same plan with the static scale of the inputs."""

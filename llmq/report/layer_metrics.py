@@ -35,7 +35,8 @@ def layer_report(
         rows = slice(part.start, part.stop)
         loss = output_error(weight[rows], rounded[rows], hessian) if rounding.loss is None else rounding.loss[rows]
         losses = [quadratic_form(weight[rows], hessian), loss]
-        if options is not None and not rounding.existing_grid and (ranks.size == 1 or not _one_group(rounding)):
+        alone = ranks.size == 1 or not rounding.quantized.scheme.shares_rows  # else rows of other ranks set the scales
+        if options is not None and not rounding.existing_grid and alone:
             losses.append(_rtn_loss(weight[rows], hessian, rounding.quantized.scheme, options))
         signal, *noises = ranks.total(*(float(values.double().sum()) for values in losses))
         output, *others = ((max(0.0, noise) / signal) ** 0.5 if signal > 0 else 0.0 for noise in noises)
@@ -71,11 +72,6 @@ def _by_exponent(scales: Tensor) -> tuple[tuple[int, int], ...]:
     """How many scales have which binary exponent, the smallest exponent first; zeros are not counted."""
     exponents, counts = torch.frexp(scales[scales != 0].to(torch.float32)).exponent.unique(return_counts=True)
     return tuple(zip(exponents.tolist(), counts.tolist(), strict=True))
-
-
-def _one_group(rounding: Rounding) -> bool:
-    """Whether all rows share a scale, so that ranks cannot round some rows each."""
-    return rounding.quantized.scheme.group_size == "tensor"
 
 
 def _rtn_loss(weight: Tensor, hessian: Tensor, scheme: WeightScheme, options: Options) -> Tensor:

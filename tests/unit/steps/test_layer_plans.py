@@ -111,3 +111,8 @@ def test_the_packed_size_counts_codes_scales_and_zeros(scheme: WeightScheme, exp
     layer_plan = LayerPlan(DOWN, 64, 256, Scheme(scheme))
     assert layer_plan.weights == 64 * 256
     assert layer_plan.packed_bytes(scale_bytes=2) == expected
+
+
+def test_the_packed_size_counts_one_scale_per_block_of_fp8() -> None:
+    layer_plan = LayerPlan(DOWN, 256, 256, Scheme(WeightScheme.of_floats("fp8-block")))
+    assert layer_plan.packed_bytes(scale_bytes=2) == 256 * 256 + 4 * 2
