@@ -103,8 +103,14 @@ OTHERS: dict[str, dict[str, Any]] = {
     "compressed-tensors, 2 bits": {"bits": 2},
     "compressed-tensors, 3 bits": {"bits": 3},
     "compressed-tensors, 3 bits, asymmetric": {"bits": 3, "symmetric": False},
+    "compressed-tensors, 5 bits": {"bits": 5},
+    "compressed-tensors, 6 bits": {"bits": 6},
+    "compressed-tensors, 7 bits": {"bits": 7},
     "compressed-tensors, 8 bits": {"bits": 8},
     "compressed-tensors, 8 bits, channel": {"bits": 8, "group_size": "channel"},
+    "compressed-tensors, mxfp4": {"bits": "mxfp4"},
+    "compressed-tensors, fp8": {"bits": "fp8", "group_size": "channel"},
+    "compressed-tensors, down in fp8-block": {"overrides": ["*.down_proj:bits=fp8-block"]},
     "mlx": {"format": "mlx", "symmetric": False},
 }
 EXACT = 1e-4  # nats: the largest difference of log-probabilities in float32
