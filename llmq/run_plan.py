@@ -20,7 +20,7 @@ from llmq.checkpoint import hub
 from llmq.checkpoint.reader import Checkpoint
 from llmq.checkpoint.side_files import companions
 from llmq.config import QuantConfig
-from llmq.cost.files import packed_bytes, packed_layers
+from llmq.cost.files import packed_layers
 from llmq.errors import UnsupportedModelError
 from llmq.formats import foreign
 from llmq.formats.base import Layout
@@ -32,7 +32,7 @@ from llmq.model.build import ties
 from llmq.model.build.skeleton import Skeleton
 from llmq.numerics.gguf_types import GGUF_GRIDS
 from llmq.numerics.layer_plan import LayerPlan
-from llmq.numerics.scheme import Scheme, WeightScheme
+from llmq.numerics.scheme import Scheme
 from llmq.patterns import matches
 from llmq.runtime.checkpoint_weights import quantization_settings
 from llmq.runtime.load import choose_device, stored_dtype
@@ -133,14 +133,9 @@ class Plan:
     def expected_bytes(self) -> int:
         """Approximate size of the finished weights in bytes."""
         packed = [plan for plan in self.layers.values() if plan.scheme.weights is not None]
+        packed += self._packed_outside().values()
         before = sum(self.float_bytes(plan.name) for plan in packed)
-        outside, dtype = self._packed_outside(), self.layout.scale_dtype(self.model_dtype)
-        saved = sum(
-            self.float_bytes(name)
-            - packed_bytes(self.layout, *self.checkpoint.info(f"{name}.weight").shape, grid, dtype)
-            for name, grid in outside.items()
-        )
-        return self.checkpoint.nbytes - before + packed_layers(packed, self.layout, self.model_dtype) - saved
+        return self.checkpoint.nbytes - before + packed_layers(packed, self.layout, self.model_dtype)
 
     def float_bytes(self, name: str) -> int:
         """Bytes of a layer's float weight, by its name in the checkpoint; 0 for a tied head."""
@@ -177,13 +172,17 @@ class Plan:
         """Every weight with two or more dimensions that is kept in float, and the reason."""
         return left_in_float.reasons(self.skeleton, self.checkpoint, self.layers, self._packed_outside(), self.unused)
 
-    def _packed_outside(self) -> dict[str, WeightScheme]:
-        """The grids of modules that a GGUF recipe packs when the file is written: embedding and head."""
+    def _packed_outside(self) -> dict[str, LayerPlan]:
+        """Modules outside the blocks that a GGUF recipe packs when the file is written: embedding and head."""
         if self.settings.format not in GGUF_GRIDS:
             return {}
         shapes = {name: self.checkpoint.info(name).shape for name in self.outside()}
         grids = recipes.outside(shapes, self.settings, self.checkpoint.config)
-        return {name.removesuffix(".weight"): grid for name, grid in grids.items()}
+        plans = {}
+        for name, grid in grids.items():
+            (rows, columns), module = shapes[name], name.removesuffix(".weight")
+            plans[module] = LayerPlan(module, rows, columns, Scheme(grid))
+        return plans
 
     def idle_patterns(self) -> list[str]:
         """A note for each --skip or --override pattern that matches no layer."""
