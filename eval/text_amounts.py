@@ -16,13 +16,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import llmq
 from ablation import held_out
+from rows import Row, append, read
+from subjects import MODELS, folder_of, is_yardstick, other_domains, protocol, stamp, strata, table_row, texts
+
+import llmq
 from llmq.cli.terminal import quiet_transformers
 from llmq.evaluation.measure import measure_many
 from llmq.methods import METHODS, Method, Tuning
-from rows import Row, append, read
-from subjects import MODELS, folder_of, is_yardstick, other_domains, protocol, stamp, strata, table_row, texts
 
 RESULTS = Path(__file__).resolve().parent / "results"
 JSON, MARKDOWN = RESULTS / "text_amounts.json", RESULTS / "text_amounts.md"

@@ -45,7 +45,7 @@ def test_experts_whose_rows_are_in_another_order_are_separated(tmp_path: Path) -
 
 
 def test_a_stack_that_transformers_transposes_is_refused() -> None:
-    """Its columns are no rows in another order, also if it is square."""
+    """Its columns are not rows in another order, not even if it is square."""
     converter = WeightConverter("experts.up_projs", "experts.up_proj", operations=[Transpose(1, 2)])
     with pytest.raises(FormatError, match="changes more than the order of rows"):
         converted_rows(
