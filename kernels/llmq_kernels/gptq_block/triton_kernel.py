@@ -28,17 +28,11 @@ import triton.language as tl
 from torch import Tensor
 
 from llmq_kernels.gptq_block.problem import Problem
+from llmq_kernels.triton_rounding import nearest_code
 
 BLOCK = 128  # columns per launch
 ROWS = 16  # rows of W per program
 WARPS = 1
-
-
-@triton.jit
-def _nearest_code(value, levels):
-    """round(value), ties to even, clamped to [0, levels]; levels <= 255."""
-    magic = 8388608.0  # 2**23
-    return (tl.minimum(tl.maximum(value, 0.0), levels) + magic) - magic
 
 
 @triton.jit
@@ -107,7 +101,7 @@ def quantize_block(
             upper, scales, zeros, group_of, after, upper_row, upper_column, N, row, inside, position, width
         )
         target = tl.sum(tl.where(position[:, None] == i, tile, 0.0), axis=0)  # (ROWS,)
-        code = _nearest_code(tl.div_rn(target, scale) + zero, levels)
+        code = nearest_code(tl.div_rn(target, scale) + zero, levels)
         error = tl.div_rn(target - (code - zero) * scale, pivot)
         tl.store(codes + i * N + row, code.to(tl.uint8), mask=inside)
         tl.store(errors + i * N + row, error, mask=inside)

@@ -13,17 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llmq_kernels.triton_rounding import nearest_code
 from llmq_kernels.tuning_step.rates import EPSILON, MEAN_DECAY, SQUARE_DECAY
 
 TILE = 1024  # weights of a program: 8 per thread, which are one load of 16 bytes in half precision
 WARPS = 4
-
-
-@triton.jit
-def _nearest_code(place, levels):
-    """round(place), ties to even, clamped to [0, levels]; levels <= 255."""
-    magic = 8388608.0  # 2**23
-    return (tl.minimum(tl.maximum(place, 0.0), levels) + magic) - magic
 
 
 @triton.jit
@@ -58,7 +52,7 @@ def step_groups(
         q = tl.load(origin + at, mask=inside, other=0).to(tl.float32)
         place = q + v
         if SUMS:
-            total += tl.sum(tl.where(inside, G * (_nearest_code(place, levels) - zero), 0.0), axis=1)
+            total += tl.sum(tl.where(inside, G * (nearest_code(place, levels) - zero), 0.0), axis=1)
         slope = G * scale
         slope = tl.where((place > levels) & (slope < 0) | (place < 0) & (slope > 0), 0.0, slope)
         m = keep_mean * m + (1 - keep_mean) * slope
@@ -69,7 +63,7 @@ def step_groups(
         tl.store(mean + at, m.to(mean.dtype.element_ty), mask=inside)
         tl.store(square + at, u.to(square.dtype.element_ty), mask=inside)
         if RESULT:
-            code = _nearest_code(q + stored.to(tl.float32), levels)
+            code = nearest_code(q + stored.to(tl.float32), levels)
             tl.store(codes + at, code.to(tl.uint8), mask=inside)
             tl.store(weight + at, ((code - zero) * scale).to(weight.dtype.element_ty), mask=inside)
     if SUMS:
