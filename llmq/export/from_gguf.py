@@ -1,12 +1,9 @@
 """Convert a .gguf file to an equivalent packed checkpoint, from which any other format can be made.
 
-    Q4_0   symmetric, 4 bits, groups of 32
-    Q5_0   4 bits with zero points, groups of 32, if the quantized values fit; else 8 bits
-    Q8_0   symmetric, 8 bits, groups of 32
-
-These types are integer grids with one scale per group, so their quantized values are copied. All other block types have
-offsets or quantized scales, which no such grid can hold: a linear layer in one of them is an error, unless it may be
-re-quantized. Embeddings, head and norms become floats again, in the dtype of the model if exact, else in float32.
+Q4_0, Q5_0 and Q8_0 are integer grids with one scale per group (`gguf/integer_blocks.py`), so their quantized values are
+copied. All other block types have offsets or quantized scales, which no such grid can hold: a linear layer in one of
+them is an error, unless it may be re-quantized. Embeddings, head and norms become floats again, in the dtype of the
+model if exact, else in float32.
 """
 
 from collections.abc import Iterator
@@ -14,9 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from llmq import formats
@@ -35,13 +30,12 @@ from llmq.export.convert import Converter
 from llmq.export.quantized_source import CHUNK_BYTES
 from llmq.export.recode import requantize
 from llmq.formats import tensor_name
-from llmq.formats.codecs.gguf_blocks import unpack_q4_0, unpack_q5_0, unpack_q8_0
 from llmq.gguf import reader
+from llmq.gguf.integer_blocks import EXACT, GROUP, unpacked
 from llmq.gguf.reader import Weights
 from llmq.model.build import skeleton, ties
 from llmq.model.build.checkpoint_names import ModelWeights
 from llmq.numerics.gguf_types import GGUF
-from llmq.numerics.quantized_tensor import QuantizedTensor
 from llmq.numerics.scheme import WeightScheme
 from llmq.report.events import OnEvent, Progress, ignore
 from llmq.report.stored_record import read_record
@@ -50,8 +44,6 @@ from llmq.steps import output_layout
 from llmq.steps.linear_names import linear_names
 from llmq.verification.integrity import checksum
 
-GROUP = 32
-EXACT = ("Q4_0", "Q5_0", "Q8_0")
 FLOATS = ("F32", "F16", "BF16")
 HEAD = "output.weight"
 SOURCE_HINT = "give the original model with --source: its configuration and tokenizer are needed"
@@ -182,7 +174,7 @@ class GgufSource:
                 hint="quantize the original model, or change the format of the file with llmq convert",
             )
         if kind in EXACT:
-            q = _unpacked(kind, weights.rows(name))
+            q = unpacked(kind, weights.rows(name))
             if not torch.equal(q.dequantize(), weights.tensor(name)):
                 raise FormatError(
                     f"{name} differs from its blocks in the file", hint="this is a bug in llmq: please report it"
@@ -294,27 +286,3 @@ def _dtype(model: Path) -> torch.dtype:
     config = read_json_object(model / CONFIG)
     dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float16
-
-
-def _unpacked(kind: str, rows: NDArray[np.uint8]) -> QuantizedTensor:
-    """Unpack (N, bytes of a row) of one of the `EXACT` types."""
-    if kind == "Q8_0":
-        signed, d = unpack_q8_0(rows)
-        return _affine(signed.astype(np.int16) + 128, d, WeightScheme(8, GROUP))
-    if kind == "Q4_0":
-        codes, d = unpack_q4_0(rows)
-        return _affine(codes, d, WeightScheme(4, GROUP))
-    codes, d = unpack_q5_0(rows)
-    centred = codes.astype(np.int16).reshape(len(rows), -1, GROUP) - 16
-    zeros = np.clip(-centred.min(-1), 0, 15)  # (N, G)
-    shifted = centred + zeros[..., None]
-    if shifted.min() < 0 or shifted.max() > 15:
-        return _affine((centred + 128).reshape(len(rows), -1), d, WeightScheme(8, GROUP))
-    scheme = WeightScheme(4, GROUP, symmetric=False)
-    return _affine(shifted.reshape(len(rows), -1), d, scheme, torch.from_numpy(zeros.astype(np.int16)))
-
-
-def _affine(
-    codes: NDArray[np.integer], d: NDArray[np.float16], scheme: WeightScheme, zeros: Tensor | None = None
-) -> QuantizedTensor:
-    return QuantizedTensor(torch.from_numpy(codes.astype(np.uint8)), torch.from_numpy(d.copy()), zeros, scheme)
