@@ -1,5 +1,6 @@
-"""`llmq.quantize`: from arguments to one job, or to one job per grid (`steps/separate_grids.py`)."""
+"""`llmq.quantize`, and the jobs of one command: one, or one per grid (`steps/separate_grids.py`)."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -15,6 +16,7 @@ from llmq.report.events import OnEvent, ignore
 from llmq.report.record import Report
 from llmq.setting_fields import merged
 from llmq.steps import separate_grids
+from llmq.steps.separate_grids import GridRun
 
 
 def quantize(
@@ -48,15 +50,29 @@ def quantize(
     chosen = merged(config or QuantConfig(), settings)
     with opened(model, tokenizer, out) as (source, name), bar.shown(on_event, progress=progress) as report:
         runs = separate_grids.runs(str(source), chosen, out)
-        jobs = [
-            Job(source, run.out, run.settings, stages=stages, device=device, revision=revision,
-                overwrite=overwrite, trust_remote_code=trust_remote_code, given=given)
-            for run in runs
-        ]  # fmt: skip
-        for job, run in zip(jobs, runs, strict=True):
-            job.report.source, job.report.notes = name, [*run.notes, *job.report.notes]
-        for job in jobs[1:]:  # the first one does it when it starts
-            job.require_possible()
-        reports = [jobs.pop(0).run(report) for _ in runs]  # no name keeps the model of a finished job
+        jobs = jobs_of(
+            runs, source, name, stages=stages, device=device, revision=revision, overwrite=overwrite,
+            trust_remote_code=trust_remote_code, given=given,
+        )  # fmt: skip
+        return run_each(jobs, lambda number, job: job.run(report))
+
+
+def jobs_of(runs: Sequence[GridRun], source: str | Path, name: str, **arguments: Any) -> list[Job]:
+    """One job per run of a command. `arguments` are those of `Job`; reports call the model `name`."""
+    jobs = [Job(source, run.out, run.settings, **arguments) for run in runs]
+    for job, run in zip(jobs, runs, strict=True):
+        job.report.source, job.report.notes = name, [*run.notes, *job.report.notes]
+    return jobs
+
+
+def run_each(jobs: list[Job], run: Callable[[int, Job], Report]) -> Report:
+    """Run the jobs of a command with `run`, which gets the number of each; the first report has the others.
+
+    A job that would be refused is refused before the first one starts. The list is emptied, so that no model of a
+    finished job is kept.
+    """
+    for job in jobs[1:]:  # the first one does it when it starts
+        job.require_possible()
+    reports = [run(number, jobs.pop(0)) for number in range(len(jobs))]
     reports[0].further = reports[1:]
     return reports[0]

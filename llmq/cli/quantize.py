@@ -99,43 +99,40 @@ def command(
     require_measurable(settings, max_kl)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch warns of each connection that a process closes
     begin(model, quiet=quiet)
+    from llmq._quantize import jobs_of, run_each
     from llmq.distributed import join
     from llmq.export.model_of_run import opened
-    from llmq.job import Job
     from llmq.steps import separate_grids
 
     quiet_transformers()
     with reported_once(join(device)) as ranks, opened(model, None, out, processes=ranks.size) as (source, name):
         runs = separate_grids.runs(str(source), settings, out, processes=ranks.size)
-        jobs = [
-            Job(source, run.out, run.settings, device=device, revision=revision, overwrite=overwrite,
-                trust_remote_code=trust_remote_code, ranks=ranks)
-            for run in runs
-        ]  # fmt: skip
+        jobs = jobs_of(
+            runs, source, name, device=device, revision=revision, overwrite=overwrite,
+            trust_remote_code=trust_remote_code, ranks=ranks,
+        )  # fmt: skip
         if dry_run:
             if ranks.is_first:
                 print_plans(jobs, runs, as_json=json)
             return
-        for job in jobs[1:]:  # the first one does it when it starts
-            job.require_possible()
-        reports: list[Report] = []
-        for number, run in enumerate(runs):
-            job = jobs.pop(0)  # so that the model of a finished job is not kept
+
+        def shown(number: int, job: "Job") -> Report:
             if ranks.is_first:
-                _print_start(job, run, f"run {number + 1} of {len(runs)}" if jobs or reports else "")
-            job.report.source, job.report.notes = name, [*run.notes, *job.report.notes]
+                _print_start(job, runs, number)
             job.report.command = shlex.join(["llmq", *sys.argv[1:]])
             log = log_json if ranks.is_first else None
             with ProgressDisplay(silent=quiet or not ranks.is_first, log=log, append=number > 0) as display:
-                reports.append(job.run(display))
+                report = job.run(display)
             if ranks.is_first:
-                _print_result(job, shown=run.notes, as_json=json, quiet=quiet)
+                _print_result(job, shown=runs[number].notes, as_json=json, quiet=quiet)
+            return report
+
+        report = run_each(jobs, shown)
         if ranks.is_first:
-            reports[0].further = reports[1:]
             if json:
-                print_json(reports[0].to_dict())
-            for report in reports:
-                require(report.verdict, max_kl, Path(report.output))
+                print_json(report.to_dict())
+            for made in (report, *report.further):
+                require(made.verdict, max_kl, Path(made.output))
 
 
 @contextmanager
@@ -159,11 +156,11 @@ def reported_once(ranks: "Ranks") -> Iterator["Ranks"]:
         raise Exit(error.exit_code) from None
 
 
-def _print_start(job: "Job", run: "GridRun", number: str) -> None:
+def _print_start(job: "Job", runs: "Sequence[GridRun]", number: int) -> None:
     """Print what a run begins with: its number among several, and notes about the settings and existing grids."""
-    if number:
-        print_notes([f"{number}: {', '.join(job.plan.settings.formats)} → {job.out}"])
-    print_notes([*run.notes, *job.plan.grid_notes])
+    if len(runs) > 1:
+        print_notes([f"run {number + 1} of {len(runs)}: {', '.join(job.plan.settings.formats)} → {job.out}"])
+    print_notes([*runs[number].notes, *job.plan.grid_notes])
 
 
 def _print_serving(job: "Job") -> None:
