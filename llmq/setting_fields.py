@@ -3,6 +3,7 @@
 The settings are listed in `config.py`; `cli/options.py` makes flags of them.
 """
 
+import difflib
 import tomllib
 import types
 from collections.abc import Callable, Collection, Mapping
@@ -217,7 +218,7 @@ def _types(annotation: Any) -> tuple[Any, ...]:
 
 
 def _config_error(table: type[Settings], given: Mapping[str, Any], error: ValidationError) -> ConfigError:
-    """pydantic's first error as a ConfigError: the value, what was expected, and the default as the hint."""
+    """pydantic's first error as a ConfigError. Its hint is a similar name, if there is one, or the default."""
     first = error.errors(include_url=False)[0]
     key = str(first["loc"][0])
     if first["type"] == "extra_forbidden":
@@ -227,6 +228,9 @@ def _config_error(table: type[Settings], given: Mapping[str, Any], error: Valida
         return ConfigError(f"missing {table.KEY}: {key!r}", hint=field.description or "")
     value = first.get("ctx", {}).get("value", given[key])
     hint = f"the default is {field.default}" if type(field.default) in (str, int, float) else ""
+    names = [choice for choice in _choices(field) if isinstance(choice, str)]
+    if isinstance(value, str) and (similar := difflib.get_close_matches(value, names, n=1)):
+        hint = f"perhaps {similar[0]} was meant"
     return ConfigError(f"{key} is {value!r}, expected {_expected(field)}", hint=hint)
 
 

@@ -73,6 +73,8 @@ def test_unknown_name_is_refused(option: str, expected: str, model: Path, out: P
         ("skip = 'down_proj'", "skip is 'down_proj', expected a list of strings", ""),
         ("seed = 'x'", "seed is 'x', expected a whole number", "the default is 0"),
         ("strict = 'maybe'", "strict is 'maybe', expected true or false", ""),
+        ("method = 'gtpq'", "method is 'gtpq', expected one of rtn, gptq", "perhaps gptq was meant"),
+        ("format = 'gguf:q4km'", "format is 'gguf:q4km', expected one of awq", "perhaps gguf:q4_k_m was meant"),
         ("method = ['rtn']", "method is ['rtn'], expected one of rtn, gptq", "the default is balanced"),
         (
             "[scheme]\nbits = 'four'",
