@@ -115,8 +115,9 @@ def contend(name: str, model: Model, grid: str, seed: int, scratch: Path) -> dic
         return row | {"error": f"cannot be installed: {error}"}
     except PeerError as error:
         return row | {"error": f"does not run: {error}"}
-    load = {"load_average": os.getloadavg()[0], "date": datetime.date.today().isoformat(), "commit": revision()}
-    return row | asdict(taken) | {"file_megabytes": megabytes(out)} | load
+    machine = {"load_average": os.getloadavg()[0], "processor": processor()}
+    measured = {"date": datetime.date.today().isoformat(), "commit": revision()}
+    return row | asdict(taken) | {"file_megabytes": megabytes(out)} | machine | measured
 
 
 def judged(outs: Sequence[Path], model: Model) -> list[dict[str, Any]]:
@@ -165,7 +166,7 @@ def about(model: str) -> dict[str, Any]:
     several = " of each of several texts" if is_yardstick(model) else ""
     settings = ABOUT.format(**asdict(protocol(model)), threads=THREADS, strata=several)
     today = datetime.date.today().isoformat()
-    hardware = f"{os.cpu_count()} {platform.machine()} cores, {THREADS} thread, {processor()}"
+    hardware = f"{os.cpu_count()} {platform.machine()} cores, {THREADS} thread, {processor()}"  # of the last run
     return {"model": model, "settings": settings, "cpu": hardware, "date": today, "commit": revision()}
 
 
