@@ -71,8 +71,11 @@ def run_each(jobs: list[Job], run: Callable[[int, Job], Report]) -> Report:
     A job that would be refused is refused before the first one starts. The list is emptied, so that no model of a
     finished job is kept.
     """
-    for job in jobs[1:]:  # the first one does it when it starts
-        job.require_possible()
+    written = 0
+    for number, job in enumerate(jobs):
+        if number:  # the first one does it when it starts
+            job.require_possible(before=written)
+        written += job.bytes_to_write
     reports = [run(number, jobs.pop(0)) for number in range(len(jobs))]
     reports[0].further = reports[1:]
     return reports[0]

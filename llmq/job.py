@@ -160,17 +160,25 @@ class Job:
         self._judge(calibration_set, on_event)
         return self.report
 
-    def require_possible(self) -> None:
+    @property
+    def bytes_to_write(self) -> int:
+        """The size of the models that `run` will add to the disk."""
+        if finished_record(self._folders, self.report.request) is not None:
+            return 0
+        return len(self._folders) * self.plan.expected_bytes
+
+    def require_possible(self, before: int = 0) -> None:
         """Raise an LlmqError if `run` would refuse the output folder, the memory or the disk.
 
-        A folder with a model of the same request is left to `run`, which compares the text.
+        A folder with a model of the same request is left to `run`, which compares the text.  Other jobs will write
+        `before` bytes first.
         """
         if not self._overwrite and finished_record(self._folders, self.report.request) is None:
-            self._require_possible()
+            self._require_possible(before)
 
-    def _require_possible(self) -> None:
+    def _require_possible(self, before: int = 0) -> None:
         Writer.require_free(self.out)
-        possible.require(self.plan, self.out, copies=save.copies(self.plan.settings.formats))
+        possible.require(self.plan, self.out, copies=save.copies(self.plan.settings.formats), before=before)
 
     def _judge(self, text: CalibrationSet | None, on_event: OnEvent) -> None:
         """Measure the finished model, unless this was done or is turned off, and complete its record."""

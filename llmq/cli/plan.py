@@ -123,11 +123,15 @@ def _print_forecast(result: "Forecast", settings: QuantConfig) -> None:
     ]
     shown = [(name, f"{count:,}", f"{count / parameters.total:.1%}") for name, count in counts if count]
     print_table(f"{result.source}: {result.architecture}", ("parameters", "number", "share"), shown)
-    layers = [
-        (kind.name, str(kind.number), f"{kind.shape[0]} x {kind.shape[1]}", kind.grid, kind.reason)
-        for kind in result.layers
-    ]
-    print_table("linear layers", ("layer", "number", "shape", "grid", "note"), layers)
+    runs = dict.fromkeys(kind.formats for kind in result.layers)
+    for formats in runs:
+        layers = [
+            (kind.name, str(kind.number), f"{kind.shape[0]} x {kind.shape[1]}", kind.grid, kind.reason)
+            for kind in result.layers
+            if kind.formats == formats
+        ]
+        title = f"linear layers of {', '.join(formats)}" if len(runs) > 1 else "linear layers"
+        print_table(title, ("layer", "number", "shape", "grid", "note"), layers)
     sizes = [("as it is", megabytes(result.stored_bytes), "", "")]
     sizes += [
         (size.format, megabytes(size.nbytes), f"{size.bits:.2f}", ", ".join(size.engines))

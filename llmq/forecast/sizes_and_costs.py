@@ -62,8 +62,9 @@ class Parameters:
 
 @dataclass(frozen=True)
 class LayerKind:
-    """Linear layers that differ only in the number of their block or expert."""
+    """Linear layers that differ only in the number of their block or expert, and the formats that have their grid."""
 
+    formats: tuple[str, ...]
     name: str
     number: int
     shape: tuple[int, int]
@@ -256,7 +257,7 @@ def forecast(
         architecture=type(skeleton.model).__name__,
         parameters=parameters,
         stored_bytes=configured.stored_bytes or parameters.total * configured.dtype.itemsize,
-        layers=kinds(layer for _, layers in runs for layer in layers.values()),
+        layers=tuple(kind for own, layers in runs for kind in kinds(own.formats, layers.values())),
         sizes=tuple(_size(configured, settings, name) for name in dict.fromkeys([*settings.formats, *COMPARED])),
         costs=tuple(costs),
         bytes_per_token=outline.cache * HALF // outline.itemsize,
@@ -271,13 +272,13 @@ def _of_all_runs(method: str, runs: Sequence[cost.Estimate]) -> MethodCost:
     return MethodCost(method, sum(run.seconds for run in runs), *memory, sum(run.disk_bytes for run in runs))
 
 
-def kinds(layers: Iterable[LayerPlan]) -> tuple[LayerKind, ...]:
-    """The layers, one entry for all that differ only in numbers in their names."""
+def kinds(formats: tuple[str, ...], layers: Iterable[LayerPlan]) -> list[LayerKind]:
+    """The layers of a run that writes `formats`, one entry for all that differ only in numbers in their names."""
     counted = Counter(
         (re.sub(r"\.\d+\.", ".*.", plan.name), (plan.out_features, plan.in_features), str(plan.scheme), plan.reason)
         for plan in layers
     )
-    return tuple(LayerKind(name, number, shape, grid, why) for (name, shape, grid, why), number in counted.items())
+    return [LayerKind(formats, name, number, shape, grid, why) for (name, shape, grid, why), number in counted.items()]
 
 
 def _block_bytes(layer: LayerPlan) -> int:

@@ -15,10 +15,11 @@ from llmq.run_plan import Plan
 HESSIAN_BYTES = 12  # per entry at least: the sum in float32 and its factor in float64
 
 
-def require(plan: Plan, out: Path, *, copies: int) -> None:
+def require(plan: Plan, out: Path, *, copies: int, before: int = 0) -> None:
     """Raise BackendError if the memory is too small for the largest block, StorageError if the disk is for the model.
 
     copies  how many times the weights are on disk at the end
+    before  bytes that other runs of the same command will write first
     """
     needed, total = least_memory(plan), memory.total(plan.device)
     if needed > total:
@@ -27,7 +28,7 @@ def require(plan: Plan, out: Path, *, copies: int) -> None:
             f"{plan.device} has {total / 1e9:.1f} GB",
             hint="use a device with more memory" + (", such as --device cpu" if plan.device.type == "cuda" else ""),
         )
-    require_space(out, copies * plan.expected_bytes, present=Staging(out).nbytes())
+    require_space(out, before + copies * plan.expected_bytes, present=Staging(out).nbytes())
 
 
 def least_memory(plan: Plan) -> int:

@@ -4,18 +4,21 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import llmq
+from llmq._quantize import run_each
 from llmq.checkpoint.staging import STAGING
 from llmq.config import QuantConfig
-from llmq.errors import ConfigError
+from llmq.errors import ConfigError, StorageError
+from llmq.export import save
 from llmq.gguf.folder import gguf_name
 from llmq.job import Job
 from llmq.report.events import Event
-from llmq.report.record import BlockReport
+from llmq.report.record import BlockReport, Report
 from llmq.setting_fields import merged
 from llmq.steps import separate_grids
 from tests.command_line import llmq as command
@@ -118,6 +121,25 @@ def test_a_folder_of_a_later_run_is_checked_before_the_first_run(model: Path, tm
     done = command("quantize", model, tmp_path / "out", "--method", "rtn", "--format", FORMATS)
     assert done.exit_code == 2 and "is not empty" in done.stderr and "run 1 of 2" not in done.stderr
     assert [entry.name for entry in (tmp_path / "out").iterdir()] == ["gguf-q4_k_m"]
+
+
+def test_the_disk_must_hold_what_all_runs_write(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def job(format: str) -> Job:
+        settings = merged(QuantConfig(), {"method": "rtn", "format": format})
+        return Job(str(model), tmp_path / "out" / format.replace(":", "-"), settings, device="cpu")
+
+    def run(number: int, job: Job) -> Report:
+        raise AssertionError("started")
+
+    small, large = job("gguf:q2_k"), job("gguf:q8_0")
+    enough_for_one = save.copies(large.plan.settings.formats) * large.plan.expected_bytes * 21 // 20
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=enough_for_one))
+    large.require_possible()
+    with pytest.raises(StorageError, match="the disk of .*gguf-q8_0 has"):
+        run_each([small, large], run)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * enough_for_one))
+    with pytest.raises(AssertionError, match="started"):
+        run_each([small, large], run)
 
 
 def test_a_file_has_the_name_of_a_recipe_only_if_it_is_the_recipe() -> None:

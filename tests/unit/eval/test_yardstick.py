@@ -144,8 +144,9 @@ def test_tuning_batches_are_deterministic(load: Any) -> None:
 def test_page_has_the_float_row_and_sorts_by_divergence(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(EVAL / "peers"))
     figures = {"kl_99": 1.0, "same_top_1": 0.9, "perplexity": 20.0, "file_megabytes": 113.0, "user_seconds": 60.0,
-               "import_seconds": 5.0, "wall_seconds": 70.0, "peak_megabytes": 900.0, "load_average": 2.0, "processor": "p",
-               "date": "2026-01-01", "commit": "abc", "version": "1", "settings": "s", "seed": 0}  # fmt: skip
+               "import_seconds": 5.0, "wall_seconds": 70.0, "peak_megabytes": 900.0, "load_average": 2.0,
+               "processor": "p", "date": "2026-01-01", "commit": "abc", "version": "1", "settings": "s",
+               "seed": 0}  # fmt: skip
 
     def row(name: str, wikitext: float, code: float) -> dict[str, Any]:
         strata = {"wikitext": {"kl_mean": wikitext, "float_perplexity": 18.0},

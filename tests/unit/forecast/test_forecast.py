@@ -107,6 +107,7 @@ def test_formats_with_several_grids_cost_several_runs(checkpoint: Checkpoints) -
     both, first = plan("compressed-tensors,mlx,gguf:q4_k_m"), plan("compressed-tensors,mlx")
     assert both.costs[0].seconds > first.costs[0].seconds and both.costs[0].disk_bytes > first.costs[0].disk_bytes
     assert {layer.grid for layer in both.layers} > {layer.grid for layer in first.layers}
+    assert {layer.formats for layer in both.layers} == {("compressed-tensors", "mlx"), ("gguf:q4_k_m",)}
     assert not {size.format: size.refusal for size in both.sizes}["gguf:q4_k_m"]
 
 
