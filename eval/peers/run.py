@@ -17,7 +17,7 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -32,11 +32,12 @@ from table import key, merged, render
 from time_gptq import processor, revision, time_llmq, write_tokens
 
 if TYPE_CHECKING:
-    from llmq.evaluation.measure import Measurement
+    from llmq.evaluation.results import Floor, Measurement
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS, PAGES, THREADS = Path(__file__).parent / "results", ROOT / "eval" / "results", 1
 STRATUM_FIGURES = ("kl_mean", "kl_mean_interval", "same_top_1", "perplexity")
+PROMPTS = 100  # that the models continue, where there are several texts
 FIGURES = ("perplexity", "kl_mean", "kl_median", "kl_99", "same_top_1")
 IMPORTS = "import {module}, transformers.models.llama.modeling_llama"
 ABOUT = """4 bits, groups of {group_size} unless stated otherwise, embedding and head in float.
@@ -126,23 +127,40 @@ def judged(outs: Sequence[Path], model: Model) -> list[dict[str, Any]]:
 
     asked, sources = model.protocol, [str(file) for file in model.evaluation]
     files = [next(out.glob("*.gguf"), out) for out in outs]
-    measurements = measure_many(model.folder, files, sources, seqlen=asked.seqlen, limit=asked.windows)
+    prompts = PROMPTS if len(sources) > 1 else 0
+    measurements = measure_many(
+        model.folder, files, sources, seqlen=asked.seqlen, limit=asked.windows, trajectories=prompts
+    )
     return [figures(measurement) for measurement in measurements]
 
 
-def figures(measurement: "Measurement") -> dict[str, Any]:
-    """The entries of a row about its quality."""
-    total, original = measurement.model, measurement.original
-    assert original is not None, "measured against the original"
-    entries = {name: getattr(total, name) for name in FIGURES} | {"float_perplexity": original.perplexity}
-    if len(measurement.texts) == 1:
+def figures(measured: "Measurement | Floor") -> dict[str, Any]:
+    """The entries of a row about its quality: on all texts together and, if there are several, on each."""
+    total = measured.total
+    assert total.original is not None, "measured against the original"
+    entries = {name: getattr(total.model, name) for name in FIGURES}
+    entries |= {"float_perplexity": total.original.perplexity}
+    if len(measured.texts) == 1:
         return entries
     strata = {
         Path(part.text).stem: {name: getattr(part.model, name) for name in STRATUM_FIGURES}
         | {"float_perplexity": part.original.perplexity if part.original else None}
-        for part in measurement.texts
+        for part in measured.texts
     }
-    return entries | {"kl_mean_interval": total.kl_mean_interval, "strata": strata}
+    entries |= {"kl_mean_interval": total.model.kl_mean_interval, "strata": strata}
+    return entries | {"trajectories": measured.trajectories and asdict(measured.trajectories)}
+
+
+def floors(model: Model) -> list[dict[str, Any]]:
+    """The distance of the float model from itself, computed in other ways."""
+    from llmq.evaluation.measure import measure
+
+    asked, sources = model.protocol, [str(file) for file in model.evaluation]
+    prompts = PROMPTS if len(sources) > 1 else 0
+    measured = measure(
+        model.folder, model.folder, sources, seqlen=asked.seqlen, limit=asked.windows, floors=True, trajectories=prompts
+    )
+    return [{"name": floor.name, **figures(floor)} for floor in measured.floors]
 
 
 def imports(peer: Peer | None, scratch: Path) -> float:
@@ -197,6 +215,7 @@ def main() -> None:
     parser.add_argument("--grid", nargs="*", default=["symmetric"], choices=["symmetric", "asymmetric"])
     parser.add_argument("--again", action="store_true", help="measure existing rows again")
     parser.add_argument("--yardstick", type=Path, default=YARDSTICK, help="the folder that `yardstick.py` has made")
+    parser.add_argument("--floors", action="store_true", help="measure the distance of the float model from itself")
     parser.add_argument("--together", type=int, default=1, help="contenders that are measured after all have finished")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(THREADS)
@@ -207,6 +226,10 @@ def main() -> None:
             model = find_model(arguments.model, Path(scratch), arguments.yardstick)
             rows = measured_rows(missing[start : start + arguments.together], model, Path(scratch))
         save(file, arguments.model, rows)
+    if arguments.floors:
+        with tempfile.TemporaryDirectory() as scratch:
+            found = floors(find_model(arguments.model, Path(scratch), arguments.yardstick))
+        save(file, arguments.model, [], {"floors": found})
 
 
 def measured_rows(contenders: Sequence[tuple[str, str, int]], model: Model, scratch: Path) -> list[dict[str, Any]]:
@@ -223,10 +246,13 @@ def measured_rows(contenders: Sequence[tuple[str, str, int]], model: Model, scra
     return rows
 
 
-def save(file: Path, model: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Merge rows into the result, and write it and its page; another run may have added rows to the file."""
+def save(file: Path, model: str, rows: Sequence[dict[str, Any]], more: Mapping[str, Any] | None = None) -> None:
+    """Merge rows, and `more` about all of them, into the result, and write it and its page.
+
+    Another run may have added rows to the file.
+    """
     results = read(file)
-    results["about"] |= about(model)
+    results["about"] |= (about(model) if rows else {}) | (more or {})
     for row in rows:
         if "error" not in row:
             results["about"]["float_perplexity"] = row.pop("float_perplexity")

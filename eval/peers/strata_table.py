@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from table import line
+from table import line, small
 
 Row = dict[str, Any]
 NOTE = """**The weights of {model} were rounded to 4.5 bits once** (Q4_1, blocks of 32; `eval/yardstick.py`), so
@@ -11,8 +11,12 @@ TUNED = """**{model} was fine-tuned in float for a few hundred steps** (`eval/fi
 rounded to 4.5 bits once, so that they do not lie on a 4-bit grid."""
 TEXTS = """Texts (`eval/strata.py`): calibration on C4; evaluation on the WikiText-2 test set, other documents of C4,
 Python's standard library, chats in the template of the model, stories, and technical text. *Pooled* is the mean over
-all tokens, with the 95 % interval over sequences; *worst* is the text with the largest KL. *Size* includes embedding
-and head."""
+all tokens, with the 95 % interval over sequences; *worst* is the text with the largest KL. *Same 32 tokens*: the
+share of prompts of 32 tokens, the beginnings of documents, whose continuation by the most likely tokens is that of the
+float model, and the mean position of the first other token elsewhere. *Size* includes embedding and head."""
+
+FLOORS = """A floor is the float model compared with itself, computed in another way. The float model of all rows is
+computed by llmq in float32."""
 
 
 def render_strata(results: dict[str, Any]) -> str:
@@ -28,23 +32,24 @@ def render_strata(results: dict[str, Any]) -> str:
         f"One thread; processors are in the last table. Last row: {about['date']}, commit {about['commit']}.",
     ]
     if done:
-        parts += ["## Quality", quality(done, about["float_perplexity"]), "## Cost", cost(done)]
+        lines = [*quality(done, about["float_perplexity"]), *map(floor, about.get("floors", ()))]
+        parts += ["## Quality", "\n".join(lines), *([FLOORS] if "floors" in about else []), "## Cost", cost(done)]
     failed = [f"* {row['name']}: {row['error']}" for row in rows if "error" in row]
     if failed:
         parts += ["## Did not run", "\n".join(failed)]
     return "\n\n".join(parts) + "\n"
 
 
-def quality(rows: list[Row], float_perplexity: float) -> str:
+def quality(rows: list[Row], float_perplexity: float) -> list[str]:
     """KL of all texts together and of each, in nats per token; the float model is the first row."""
     names = list(rows[0]["strata"])
     perplexities = {name: rows[0]["strata"][name]["float_perplexity"] for name in names}
-    figures = ("worst", "99 %", "same top-1", "perplexity", "size, MB")
+    figures = ("worst", "99 %", "same top-1", "perplexity", "same 32 tokens", "first other token", "size, MB")
     lines = [
         line(["KL to float, mean", "settings", "pooled", *names, *figures]),
-        line(["---"] * (len(names) + 8)),
+        line(["---"] * (len(names) + 10)),
         line(["float", "bfloat16", "0", *(f"perplexity {value:.2f}" for value in perplexities.values()),
-              "", "", "", f"{float_perplexity:.3f}", ""]),
+              "", "", "", f"{float_perplexity:.3f}", "", "", ""]),
     ]  # fmt: skip
     for row in rows:
         values = {name: row["strata"][name]["kl_mean"] for name in names}
@@ -53,9 +58,29 @@ def quality(rows: list[Row], float_perplexity: float) -> str:
         lines.append(line([
             label(row), row["settings"], f"**{row['kl_mean']:.4f}** ({low:.4f} to {high:.4f})",
             *(f"{value:.4f}" for value in values.values()), f"{values[worst]:.4f} ({worst})", f"{row['kl_99']:.3f}",
-            f"{row['same_top_1']:.1%}", f"{row['perplexity']:.3f}", f"{row['file_megabytes']:.1f}",
+            f"{row['same_top_1']:.1%}", f"{row['perplexity']:.3f}", *continuations(row), f"{row['file_megabytes']:.1f}",
         ]))  # fmt: skip
-    return "\n".join(lines)
+    return lines
+
+
+def floor(row: Row) -> str:
+    """The line of the float model, computed in another way."""
+    values = {name: float(figures["kl_mean"]) for name, figures in row["strata"].items()}
+    worst, (low, high) = max(values, key=lambda name: values[name]), row["kl_mean_interval"]
+    return line([
+        f"floor: {row['name']}", "float", f"{small(row['kl_mean'])} ({small(low)} to {small(high)})",
+        *map(small, values.values()), f"{small(values[worst])} ({worst})", f"{row['kl_99']:.3f}",
+        f"{row['same_top_1']:.1%}", f"{row['perplexity']:.3f}", *continuations(row), "",
+    ])  # fmt: skip
+
+
+def continuations(row: Row) -> tuple[str, str]:
+    """The share of prompts that are continued as by the float model, and the mean position of the first other token."""
+    found = row.get("trajectories")
+    if not found:
+        return "", ""
+    first = found["first_difference"]
+    return f"{found['same']:.0%} of {found['prompts']}", "" if first is None else f"{first:.1f}"
 
 
 def cost(rows: list[Row]) -> str:

@@ -44,7 +44,15 @@ def render(results: dict[str, Any]) -> str:
         if groups:
             lines += ["", f"## {grid.capitalize()}", "", line(COLUMNS), line("---" for _ in COLUMNS)]
             lines += [line(cells(rows)) for rows in groups]
+    if "floors" in about:
+        found = "; ".join(f"{floor['name']}: {small(floor['kl_mean'])}" for floor in about["floors"])
+        lines += ["", f"KL of the float model to itself, computed in another way. {found.capitalize()}."]
     return "\n".join(lines) + "\n"
+
+
+def small(divergence: float) -> str:
+    """A KL that may be far below those of quantized models; rounding can make it negative."""
+    return f"{divergence:.4f}" if divergence >= 1e-3 else f"{divergence:.1e}" if divergence else "0"
 
 
 def summary(results: Mapping[str, dict[str, Any]], grid: str = "symmetric") -> str:

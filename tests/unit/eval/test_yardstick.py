@@ -159,11 +159,17 @@ def test_page_has_the_float_row_and_sorts_by_divergence(load: Any, monkeypatch: 
         }
 
     rows = [row("b", 0.5, 0.25), row("a", 0.25, 0.125), {"name": "c", "error": "does not run: E"}]
-    about = {"model": "smollm2", "settings": "", "cpu": "x", "date": "d", "commit": "c", "float_perplexity": 9.5}
+    about = {"model": "smollm2", "settings": "", "cpu": "x", "date": "d", "commit": "c", "float_perplexity": 9.5,
+             "floors": [row("bfloat16", 2e-4, 1e-4)]}  # fmt: skip
+    rows[0]["trajectories"] = {"prompts": 80, "same": 0.25, "same_interval": None, "first_difference": 9.5}
     page = load("strata_table").render_strata({"about": about, "rows": rows}).splitlines()
     table = [line for line in page if line.startswith("|")]
     assert table[2].startswith("| float | bfloat16 | 0 | perplexity 18.00 | perplexity 5.00 |")
     assert table[3].startswith("| a | s | **0.1875** (0.1000 to 0.2000) | 0.2500 | 0.1250 | 0.2500 (wikitext) |")
-    assert table[4].startswith("| b |") and any("55" in line for line in table[5:])
+    assert table[4].startswith("| b |") and table[4].endswith("| 25% of 80 | 9.5 | 113.0 |")
+    assert table[5].startswith(
+        "| floor: bfloat16 | float | 1.5e-04 (0.1000 to 0.2000) | 2.0e-04 | 1.0e-04 | 2.0e-04 (wik"
+    )
+    assert len({line.count("|") for line in table[:6]}) == 1 and any("55" in line for line in table[6:])
     assert page[2].startswith("**The weights of smollm2 were rounded to 4.5 bits once**")
     assert "* c: does not run: E" in page
