@@ -228,8 +228,8 @@ def main() -> None:
         save(file, arguments.model, rows)
     if arguments.floors:
         with tempfile.TemporaryDirectory() as scratch:
-            found = floors(find_model(arguments.model, Path(scratch), arguments.yardstick))
-        save(file, arguments.model, [], {"floors": found})
+            of_model = floors(find_model(arguments.model, Path(scratch), arguments.yardstick))
+        save(file, arguments.model, [], {"floors": of_model})
 
 
 def measured_rows(contenders: Sequence[tuple[str, str, int]], model: Model, scratch: Path) -> list[dict[str, Any]]:

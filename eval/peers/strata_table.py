@@ -76,11 +76,11 @@ def floor(row: Row) -> str:
 
 def continuations(row: Row) -> tuple[str, str]:
     """The share of prompts that are continued as by the float model, and the mean position of the first other token."""
-    found = row.get("trajectories")
-    if not found:
+    compared = row.get("trajectories")
+    if not compared:
         return "", ""
-    first = found["first_difference"]
-    return f"{found['same']:.0%} of {found['prompts']}", "" if first is None else f"{first:.1f}"
+    first = compared["first_difference"]
+    return f"{compared['same']:.0%} of {compared['prompts']}", "" if first is None else f"{first:.1f}"
 
 
 def cost(rows: list[Row]) -> str:

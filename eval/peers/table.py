@@ -45,8 +45,8 @@ def render(results: dict[str, Any]) -> str:
             lines += ["", f"## {grid.capitalize()}", "", line(COLUMNS), line("---" for _ in COLUMNS)]
             lines += [line(cells(rows)) for rows in groups]
     if "floors" in about:
-        found = "; ".join(f"{floor['name']}: {small(floor['kl_mean'])}" for floor in about["floors"])
-        lines += ["", f"KL of the float model to itself, computed in another way. {found.capitalize()}."]
+        floors = "; ".join(f"{floor['name']}: {small(floor['kl_mean'])}" for floor in about["floors"])
+        lines += ["", f"KL of the float model to itself, computed in another way. {floors.capitalize()}."]
     return "\n".join(lines) + "\n"
 
 
