@@ -71,6 +71,7 @@ class Originals:
     """Undamaged inputs.
 
     packed  one folder per format, and AutoRound's form of gptq
+    fp8     a checkpoint of 8-bit floats
     """
 
     def __init__(self, model: Path, folder: Path) -> None:
@@ -88,8 +89,27 @@ class Originals:
             "modules_to_not_convert": ["lm_head"],
         }  # fmt: skip
         (folder / "auto-round" / CONFIG).write_text(json.dumps(config))
+        self.fp8 = self._fp8(folder / "fp8")
         self.sharded = self._sharded(folder / "sharded")
         self.texts = self._texts(folder / "texts")
+
+    def _fp8(self, folder: Path) -> Path:
+        """down_proj as in DeepSeek's own checkpoints: E4M3 with one scale per 128 x 128 weights, here 1 x 2 of them."""
+        shutil.copytree(self.model, folder)
+        tensors, mlp, inner = load_file(folder / WEIGHTS), "model.layers.0.mlp", 256
+        width = tensors["model.norm.weight"].numel()
+        tensors |= {f"{mlp}.{name}_proj.weight": torch.ones(inner, width) for name in ("gate", "up")}
+        tensors[f"{mlp}.down_proj.weight"] = torch.ones(width, inner).to(torch.float8_e4m3fn)
+        tensors[f"{mlp}.down_proj.weight_scale_inv"] = torch.ones(1, inner // 128)
+        save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+        config = json.loads((folder / CONFIG).read_text()) | {"intermediate_size": inner}
+        config["quantization_config"] = {
+            "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
+            "modules_to_not_convert": ["lm_head"],
+        }  # fmt: skip
+        (folder / CONFIG).write_text(json.dumps(config))
+        _read_weights(folder)
+        return folder
 
     def _sharded(self, folder: Path) -> Path:
         shutil.copytree(self.model, folder)
@@ -160,6 +180,18 @@ def _damage_tensor(numbers: random.Random, document: dict[str, Any]) -> None:
         one["data_offsets"] = other["data_offsets"]
     else:
         one["data_offsets"], one["shape"] = [one["data_offsets"][0]] * 2, [0, *one["shape"][1:]]
+
+
+def fp8(numbers: random.Random, originals: Originals, folder: Path) -> Call:
+    """A checkpoint of 8-bit floats with scales of blocks: its header, or the settings in config.json."""
+    model = _copy(originals.fp8, folder)
+    if numbers.random() < 0.6:
+        _damage_header(numbers, model / WEIGHTS)
+    else:
+        config = json.loads((model / CONFIG).read_text())
+        config["quantization_config"] = mutations.changed_document(numbers, config["quantization_config"])
+        (model / CONFIG).write_bytes(mutations.json_bytes(numbers, config))
+    return lambda: _read_weights(model)
 
 
 def index(numbers: random.Random, originals: Originals, folder: Path) -> Call:
@@ -318,6 +350,7 @@ def _damage_config(numbers: random.Random, model: Path) -> None:
 READERS: Mapping[str, tuple[Callable[[random.Random, Originals, Path], Call], int]] = MappingProxyType(
     {  # the reader -> a function that makes an input, and the number of inputs in a short run
         "header": (header, 60),
+        "fp8": (fp8, 40),
         "index": (index, 40),
         "quantization_config": (quantization_config, 60),
         "config": (config, 15),
