@@ -290,7 +290,8 @@ class QuantConfig(Settings):
     @property
     def stages(self) -> Method:
         method = METHODS[self.method].rotated() if self.rotate else METHODS[self.method]
-        return method.smoothed() if self.static_inputs else method
+        integers = any(inputs is not None and inputs.dtype == "int8" for inputs in self.input_schemes)
+        return method.smoothed() if self.static_inputs or (integers and method.needs_calibration) else method
 
     def without_validation(self) -> Self:
         """The settings that decide about the bytes of the model."""

@@ -78,7 +78,7 @@ class Method:
         return replace(self, block_tuning=block_tuning, tuning=tuning, refinements=refinements)
 
     def smoothed(self) -> "Method":
-        """This method with smoothing as the last transform, for inputs with static scales."""
+        """This method with smoothing as the last transform, for inputs in int8 or with static scales."""
         return replace(self, transforms=(*self.transforms, "smooth"))
 
 

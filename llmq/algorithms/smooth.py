@@ -1,4 +1,4 @@
-"""Smoothing: divide the input channels with large values by a factor, so that one static scale fits all of them.
+"""Smoothing: divide the input channels with large values by a factor, so that one scale fits all of them.
 
 Xiao et al. 2022 (SmoothQuant, arXiv:2211.10438).  W x = (W diag(s)) (x / s) holds for any s; the division is folded
 into the layer that computes x.  With m the largest |x| of each channel, s = mʳ, and r is the exponent that changes the

@@ -30,7 +30,7 @@ from llmq.steps.round_group import Rounded, round_group
 from llmq.steps.run import Run
 
 LOSS_TOKENS = 1024  # to choose a basis and to check a rewrite
-SMOOTH = "smooth"  # the transform for static scales of inputs
+SMOOTH = "smooth"  # the transform for quantized inputs
 
 Observed = dict[InputGroup, InputStats]
 
@@ -88,8 +88,8 @@ class BlockTransforms:
         for group, stats in self._counted(stage):
             if any(path in self._fixed for path in group.names):
                 continue  # a layer that is kept in float, or on its existing grid, is not rewritten
-            if stage == SMOOTH and not all(map(self._block.inputs.awaits, group.names)):
-                continue  # its inputs have no static scale
+            if stage == SMOOTH and not all(map(self._block.inputs.gain_from_smoothing, group.names)):
+                continue
             if group not in sites:
                 self.notes.append(
                     f"{', '.join(group.names)}: {stage} was not applied, no module was found that makes their input"

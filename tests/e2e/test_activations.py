@@ -346,10 +346,13 @@ def test_a_continued_run_with_static_scales_has_the_same_bytes(
     assert (out / "model.safetensors").read_bytes() == (static / "model.safetensors").read_bytes()
 
 
-def test_smoothing_lowers_the_error_of_outliers(checkpoint: Checkpoints, text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("activations", ["int8:static", "int8"])
+def test_smoothing_lowers_the_error_of_outliers(
+    activations: str, checkpoint: Checkpoints, text: Path, tmp_path: Path
+) -> None:
     """The model has norms with a few large channels; smoothing divides them, and leaves the float model unchanged."""
     settings = QuantConfig(calibration={"sources": [str(text)], "samples": 8, "seqlen": 32, "validation": 0}).replace(
-        scheme=WeightScheme(8, "channel"), activations="int8:static", method="gptq"
+        scheme=WeightScheme(8, "channel"), activations=activations, method="gptq"
     )
     losses = {}
     for name, stages in (("plain", METHODS["gptq"]), ("smooth", settings.stages)):

@@ -538,6 +538,11 @@ def test_what_contradicts_a_preset_is_refused(given: dict[str, Any], words: str,
             overlaid(QuantConfig, values, flags)
 
 
-def test_static_activations_add_smoothing() -> None:
-    assert "smooth" not in QuantConfig(activations="int8").stages.transforms
+def test_activations_in_int8_or_with_static_scales_add_smoothing() -> None:
+    assert QuantConfig(activations="int8").stages.transforms == ("smooth",)
     assert QuantConfig(activations="int8:static", method="awq").stages.transforms == ("awq", "smooth")
+    assert QuantConfig(activations="fp8:static").stages.transforms == ("smooth",)
+    assert QuantConfig(activations="fp8").stages.transforms == ()
+    assert QuantConfig(activations="int8", method="rtn").stages.transforms == ()  # it reads no text
+    hard = Override(pattern="*.down_proj", activations="int8")
+    assert QuantConfig(overrides=[hard]).stages.transforms == ("smooth",)

@@ -72,6 +72,14 @@ class InputRounding:
         """Whether the inputs of the layer at `path` will be quantized with a static scale that is not yet known."""
         return path in self.schemes and _unmeasured(self.schemes[path])
 
+    def gain_from_smoothing(self, path: str) -> bool:
+        """Whether channels with large values make the others inexact: in int8, and under a static scale.
+
+        Floats with a scale per token keep small values as exact as large ones.
+        """
+        scheme = self.schemes.get(path)
+        return scheme is not None and (scheme.dtype == "int8" or scheme.scales == "static")
+
     @contextmanager
     def off(self) -> Iterator[None]:
         """While open, inputs are not quantized."""
