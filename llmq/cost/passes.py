@@ -2,13 +2,13 @@
 
 from dataclasses import replace
 
-from llmq.algorithms import awq
+from llmq.algorithms import awq, smooth
 from llmq.algorithms import block_tuning as tuning_of_blocks
 from llmq.calibration.self_written import ROWS
 from llmq.cost import solver
 from llmq.cost.counting import Counted
 from llmq.cost.work import Kind, Work, total
-from llmq.cost.workload import PlannedBlock, Workload, elementwise, products
+from llmq.cost.workload import Group, PlannedBlock, Workload, elementwise, products
 from llmq.memory import PROBE_TOKENS
 from llmq.methods import Method, Tuning
 
@@ -72,13 +72,26 @@ def transforms(work: Workload, block: PlannedBlock) -> Work:
     sequences = min(-(-LOSS_TOKENS // length), work.batch, work.fitted)
     run = passed(work, outline.forward * (min(LOSS_TOKENS, sequences * length) / (sequences * length)), sequences)
     parts = [passed(work, outline.forward, work.fitted)]
+    of_weights = [stage for stage in method.transforms if stage != "smooth"]
     for group in (group for group in block.groups if group.rows and group.share == 1):
         parts.append(solver.gram(replace(work, method=PLAIN), group))
-        losses = sum(awq.EXPONENTS for stage in method.transforms if stage == "awq")
-        checks = 4 * len(method.transforms)  # the group and what makes its input, before and after
+        losses = sum(awq.EXPONENTS for stage in of_weights if stage == "awq")
+        checks = 4 * len(of_weights)  # the group and what makes its input, before and after
         rounding, _ = solver.rounding(replace(work, method=replace(PLAIN, rounding=method.rounding)), group)
         parts += [rounding * (losses + checks), run * (losses + checks)]
+        if "smooth" in method.transforms:
+            parts += [smoothing(group, sequences * length), run * 5]  # to observe its inputs, and to check a rewrite
     return total(parts)
+
+
+def smoothing(group: Group, tokens: int) -> Work:
+    """The error of the group's products for each exponent, and before and after a rewrite (`steps/input_loss.py`)."""
+    trials, K = len(smooth.EXPONENTS) + 3, group.in_features
+    searched = [
+        solver.search(rows * K, grid) for rows, grid in zip(group.rows, group.grids, strict=True) if grid.bits < 8
+    ]
+    rounded = elementwise(20.0 * FLOAT * group.weights, 30)
+    return total([products(Kind.FLOAT32, 4.0 * tokens * group.weights), rounded, *searched]) * trials
 
 
 def float_probe(work: Workload) -> Work:

@@ -104,6 +104,16 @@ def test_half_precision_on_a_gpu_is_counted_separately() -> None:
     assert 0 < estimate.host_bytes < estimate.device_bytes
 
 
+def test_smoothing_is_counted_where_inputs_are_in_int8() -> None:
+    def trials(activations: str, bits: int) -> cost.Work:
+        settings = SETTINGS.replace(scheme=WeightScheme(bits, "channel"), activations=activations)
+        stages = cost.estimate(llama(), settings, MACHINE).stages
+        return next((stage.work for stage in stages if stage.name == "transforms"), cost.Work())
+
+    assert trials("none", 8).flops == trials("fp8", 8).flops == 0 < trials("int8", 8).flops
+    assert trials("int8", 8)[cost.Kind.SEARCHED] == 0 < trials("int8", 4)[cost.Kind.SEARCHED]
+
+
 def test_experts_are_counted_by_the_share_of_tokens_that_reach_them() -> None:
     outline = cost.observe(cost.skeleton_of(mixtures.mixtral()), LENGTH)
     experts = [layer for layer in outline.blocks[0].layers if ".experts." in layer.name]
