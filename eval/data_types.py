@@ -95,8 +95,8 @@ are of all weights. Intervals hold 95 % of bootstrap samples. Speed on a CPU is 
   calibration text, with dynamic and with static scales.
 * Static scales are fixed. Almost all that they cost is due to the inputs of `down_proj`, which have the largest
   outliers: `--override '*down_proj:activations=none'` keeps these in 16 bits.
-* FP8 loses more than int8 on the bundled model: E4M3 has three bits of fraction. It needs no care for outliers, so
-  static scales cost hardly more than dynamic ones.
+* FP8 loses more than int8: E4M3 has three bits of fraction. It needs no care for outliers, so static scales cost hardly
+  more than dynamic ones on the bundled model.
 """
 TABLE = """
 ## {model}
