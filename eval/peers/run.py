@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS, PAGES, THREADS = Path(__file__).parent / "results", ROOT / "eval" / "results", 1
 STRATUM_FIGURES = ("kl_mean", "kl_mean_interval", "same_top_1", "perplexity")
-PROMPTS = 100  # that the models continue, where there are several texts
+PROMPTS = 100
 FIGURES = ("perplexity", "kl_mean", "kl_median", "kl_99", "same_top_1")
 IMPORTS = "import {module}, transformers.models.llama.modeling_llama"
 ABOUT = """4 bits, groups of {group_size} unless stated otherwise, embedding and head in float.
@@ -60,6 +60,11 @@ class Model:
     calibration: Path
     evaluation: Sequence[Path]
     protocol: Protocol
+
+    @property
+    def prompts(self) -> int:
+        """How many prompts the models continue: only where there are several texts."""
+        return PROMPTS if len(self.evaluation) > 1 else 0
 
 
 def find_model(name: str, scratch: Path, yardstick: Path) -> Model:
@@ -127,9 +132,8 @@ def judged(outs: Sequence[Path], model: Model) -> list[dict[str, Any]]:
 
     asked, sources = model.protocol, [str(file) for file in model.evaluation]
     files = [next(out.glob("*.gguf"), out) for out in outs]
-    prompts = PROMPTS if len(sources) > 1 else 0
     measurements = measure_many(
-        model.folder, files, sources, seqlen=asked.seqlen, limit=asked.windows, trajectories=prompts
+        model.folder, files, sources, seqlen=asked.seqlen, limit=asked.windows, trajectories=model.prompts
     )
     return [figures(measurement) for measurement in measurements]
 
@@ -156,9 +160,14 @@ def floors(model: Model) -> list[dict[str, Any]]:
     from llmq.evaluation.measure import measure
 
     asked, sources = model.protocol, [str(file) for file in model.evaluation]
-    prompts = PROMPTS if len(sources) > 1 else 0
     measured = measure(
-        model.folder, model.folder, sources, seqlen=asked.seqlen, limit=asked.windows, floors=True, trajectories=prompts
+        model.folder,
+        model.folder,
+        sources,
+        seqlen=asked.seqlen,
+        limit=asked.windows,
+        floors=True,
+        trajectories=model.prompts,
     )
     return [{"name": floor.name, **figures(floor)} for floor in measured.floors]
 

@@ -123,15 +123,7 @@ def _print_forecast(result: "Forecast", settings: QuantConfig) -> None:
     ]
     shown = [(name, f"{count:,}", f"{count / parameters.total:.1%}") for name, count in counts if count]
     print_table(f"{result.source}: {result.architecture}", ("parameters", "number", "share"), shown)
-    runs = dict.fromkeys(kind.formats for kind in result.layers)
-    for formats in runs:
-        layers = [
-            (kind.name, str(kind.number), f"{kind.shape[0]} x {kind.shape[1]}", kind.grid, kind.reason)
-            for kind in result.layers
-            if kind.formats == formats
-        ]
-        title = f"linear layers of {', '.join(formats)}" if len(runs) > 1 else "linear layers"
-        print_table(title, ("layer", "number", "shape", "grid", "note"), layers)
+    _print_layers(result)
     sizes = [("as it is", megabytes(result.stored_bytes), "", "")]
     sizes += [
         (size.format, megabytes(size.nbytes), f"{size.bits:.2f}", ", ".join(size.engines))
@@ -152,6 +144,19 @@ def _print_forecast(result: "Forecast", settings: QuantConfig) -> None:
     if result.cpu_copy_bytes:
         copied = megabytes(result.cpu_copy_bytes)
         print_text(f"llmq.load on a CPU keeps a second copy of weights: {copied}, none with LLMQ_CPU_INT4=off")
+
+
+def _print_layers(result: "Forecast") -> None:
+    """Print the grid of each layer: one table, or one per run where the formats have several grids."""
+    runs = dict.fromkeys(kind.formats for kind in result.layers)
+    for formats in runs:
+        layers = [
+            (kind.name, str(kind.number), f"{kind.shape[0]} x {kind.shape[1]}", kind.grid, kind.reason)
+            for kind in result.layers
+            if kind.formats == formats
+        ]
+        title = f"linear layers of {', '.join(formats)}" if len(runs) > 1 else "linear layers"
+        print_table(title, ("layer", "number", "shape", "grid", "note"), layers)
 
 
 def _print_fit(model: str, fitting: "Fit") -> None:

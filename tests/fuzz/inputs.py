@@ -188,9 +188,7 @@ def fp8(numbers: random.Random, originals: Originals, folder: Path) -> Call:
     if numbers.random() < 0.6:
         _damage_header(numbers, model / WEIGHTS)
     else:
-        config = json.loads((model / CONFIG).read_text())
-        config["quantization_config"] = mutations.changed_document(numbers, config["quantization_config"])
-        (model / CONFIG).write_bytes(mutations.json_bytes(numbers, config))
+        _damage_quantization_config(numbers, model)
     return lambda: _read_weights(model)
 
 
@@ -213,10 +211,14 @@ def index(numbers: random.Random, originals: Originals, folder: Path) -> Call:
 def quantization_config(numbers: random.Random, originals: Originals, folder: Path) -> Call:
     """The block of config.json that says how weights are packed."""
     model = _copy(originals.packed[numbers.choice(sorted(originals.packed))], folder)
+    _damage_quantization_config(numbers, model)
+    return lambda: _read_weights(model)
+
+
+def _damage_quantization_config(numbers: random.Random, model: Path) -> None:
     config = json.loads((model / CONFIG).read_text())
     config["quantization_config"] = mutations.changed_document(numbers, config["quantization_config"])
     (model / CONFIG).write_bytes(mutations.json_bytes(numbers, config))
-    return lambda: _read_weights(model)
 
 
 def config(numbers: random.Random, originals: Originals, folder: Path) -> Call:
