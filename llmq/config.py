@@ -6,6 +6,7 @@ setting is one new field here. Nothing here imports torch, so `llmq --help` is f
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -133,6 +134,13 @@ class Calibration(Settings):
         ge=1,
         description="Tokens per calibration sequence, at most the model's context. Lower it to save memory.",
     )
+    own_text: Annotated[bool, Setting(flag="--own-text/--no-own-text")] = Field(
+        default=True,
+        description="Let the model write a part of the calibration text itself: half of the sequences with fast and "
+        "balanced, and three for each given one with best. This text is of all kinds that the model knows. Turn it off "
+        "if the model will only see text like yours. Without effect where --calibration names self, and with rtn, "
+        "gptq, awq.",
+    )
     packing: Annotated[bool, Setting(flag="--packing/--no-packing")] = Field(
         default=False,
         description="Fill the sequences with whole documents, one after the other. By default each sequence is drawn "
@@ -144,6 +152,11 @@ class Calibration(Settings):
         description="Number of sequences that are held back from calibration. The finished model is compared with the "
         "original and with round to nearest on them. 0 turns this off. Default: one per 16 calibration sequences.",
     )
+
+    @property
+    def names_self(self) -> bool:
+        """Whether the sources say how much of the text the model writes."""
+        return any(re.fullmatch(r"self(:[\d.]+)?", part) for source in self.sources for part in source.split())
 
     @property
     def held_back(self) -> int:
@@ -290,6 +303,8 @@ class QuantConfig(Settings):
     @property
     def stages(self) -> Method:
         method = METHODS[self.method].rotated() if self.rotate else METHODS[self.method]
+        if not self.calibration.own_text or (method.given < 1 and self.calibration.names_self):
+            method = method.with_given_text_only()
         integers = any(inputs is not None and inputs.dtype == "int8" for inputs in self.input_schemes)
         return method.smoothed() if self.static_inputs or (integers and method.needs_calibration) else method
 

@@ -6,6 +6,7 @@ the quantized values of a block towards the output of the float block, for which
 also tunes the whole model, where there is text enough for it.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -43,8 +44,9 @@ class Method:
     block_tuning   lowers the error of a block's output, when all of its weights are quantized
     tuning         lowers the loss of the model, when all blocks are quantized
     validation       fraction of the calibration sequences that is used for validation only
-    written        sequences that the model generates per calibration sequence, as additional text. Any text shows the
-                   predictions of the float model, and more text means less overfitting
+    given          part of the calibration sequences that is read from the calibration text
+    written        sequences that the model generates for each of these. Any text shows the predictions of the float
+                   model, and what it writes itself is of all kinds that it knows
     expert_tokens  minimum number of tokens in the statistics of an expert, per input of its layers
                    (model/passes/statistics.py)
     """
@@ -58,6 +60,7 @@ class Method:
     tuning: Tuning | None = None
     validation: float = 0.0
     expert_tokens: float = 2.0
+    given: float = 1.0
     written: int = 0
     needs_calibration: bool = True
 
@@ -65,6 +68,10 @@ class Method:
     def needs_fisher(self) -> bool:
         """Whether Fisher information must be measured, which takes a backward pass through the float model."""
         return self.token_weights or (self.block_tuning is not None and self.block_tuning.fisher)
+
+    def read_of(self, samples: int) -> int:
+        """The number of sequences that are read from the calibration text, of the `samples` that are asked for."""
+        return math.ceil(self.given * samples)
 
     def rotated(self) -> "Method":
         """This method with rotations as the first transform, and with validation text to check them on."""
@@ -77,6 +84,10 @@ class Method:
         refinements = tuple(name for name in self.refinements if name != "refit")
         return replace(self, block_tuning=block_tuning, tuning=tuning, refinements=refinements)
 
+    def with_given_text_only(self) -> "Method":
+        """This method without text that the model generates."""
+        return replace(self, given=1.0, written=0)
+
     def smoothed(self) -> "Method":
         """This method with smoothing as the last transform, for inputs in int8 or with static scales."""
         return replace(self, transforms=(*self.transforms, "smooth"))
@@ -86,7 +97,14 @@ METHODS: Mapping[str, Method] = {
     "rtn": Method(rounding="rtn", needs_calibration=False),
     "gptq": Method(rounding="gptq"),
     "awq": Method(transforms=("awq",), rounding="clip"),
-    "fast": Method(rounding="gptq", alphas=(1.0, 0.5, 0.25), refinements=("descent",), validation=0.1),
+    "fast": Method(
+        rounding="gptq",
+        alphas=(1.0, 0.5, 0.25),
+        refinements=("descent",),
+        validation=0.1,
+        given=0.5,
+        written=1,
+    ),
     "balanced": Method(
         token_weights=True,
         rounding="gptq",
@@ -94,6 +112,8 @@ METHODS: Mapping[str, Method] = {
         refinements=("descent",),
         block_tuning=Tuning(steps=100, scales=0.0, rounding=1e-3, tokens=1024, fisher=True),
         validation=0.1,
+        given=0.5,
+        written=1,
     ),
     "best": Method(
         token_weights=True,

@@ -24,8 +24,7 @@ from llmq.runtime.load import load_tokenizer
 FEWEST_TOKENS = 128  # with fewer, every method was sometimes worse than rtn (scripts/odd_runs.py)
 TOKENS_PER_INPUT = 50  # with fewer tokens, statistics of the text generalize badly to other text
 ADDED_SEED = 1 << 32  # so that this text differs from that of `--calibration self`
-
-
+OWN_TEXT = "calibrated on {} sequences of the given text, and {} that the model wrote (not with --no-own-text)"
 NO_TEXT = (
     "no text was given; add --calibration FILE to quantize, or measure the model with "
     "llmq eval OUT --against MODEL --text FILE"
@@ -89,16 +88,21 @@ class RunText:
         return text
 
     def complete(self, windows: Tensor, plan: Plan, report: Report, on_event: OnEvent) -> Text:
-        """The text that goes through the blocks: what the model generates in addition, then `windows` (S, T) int64.
+        """The text that goes through the blocks: what the model generates, then `windows` (S, T) int64.
 
-        The last of these windows are for validation.
+        If the model generates text in place of given text, the first of these windows are left out. The last ones are
+        for validation.
         """
-        tokens, (S, T) = windows, windows.shape
-        if plan.stages.written:
+        tokens, (S, T), stages = windows, windows.shape, plan.stages
+        if stages.written:
             tokenizer = load_tokenizer(plan.checkpoint.folder, remote_code=self._remote_code)
-            author = self._author(plan, tokenizer, self._own_added, on_event)
-            written = author.write(plan.stages.written * S, T, plan.settings.seed + ADDED_SEED)
+            author, read = self._author(plan, tokenizer, self._own_added, on_event), stages.read_of(S)
+            seed = plan.settings.seed + ADDED_SEED
+            written = author.write(stages.written * read, T, seed, or_nothing=read < S)
             report.notes += author.notes
+            if len(written):
+                windows = windows[-read:]
+                report.notes.append(OWN_TEXT.format(len(windows), len(written)))
             tokens = torch.cat([written, windows])
         validation = _validation_sequences(plan, S)
         if plan.stages.validation and not validation:

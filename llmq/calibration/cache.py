@@ -28,20 +28,19 @@ class OwnText:
         self._unsaved = ""
 
     def find(self, windows: int, seqlen: int, seed: int) -> Tensor | None:
-        """(windows, seqlen) int64 from an earlier run; None if there are none or the file is truncated."""
+        """What `remember` was given in an earlier run, int64; None if there is nothing, or the file is truncated."""
         try:
             document = json.loads(self._file.read_bytes())
         except (FileNotFoundError, NotADirectoryError, ValueError):
             return None
         if not isinstance(document, dict) or document.get("request") != self._request(windows, seqlen, seed):
             return None
-        return torch.tensor(document["windows"], dtype=torch.int64)
+        return torch.tensor(document["windows"], dtype=torch.int64).view(-1, seqlen)
 
-    def remember(self, windows: Tensor, seed: int) -> None:
-        """Keep sequences (S, T) for the next `save`."""
-        count, seqlen = windows.shape
-        request = self._request(count, seqlen, seed)
-        self._unsaved = json.dumps({"request": request, "windows": windows.tolist()})
+    def remember(self, text: Tensor, windows: int, seed: int) -> None:
+        """Keep what was generated, (S, T), for the next `save`: as many sequences as were asked for, or none."""
+        request = self._request(windows, text.shape[1], seed)
+        self._unsaved = json.dumps({"request": request, "windows": text.tolist()})
 
     def save(self) -> None:
         """Write the remembered sequences, if there are any; the folder must exist. Raises StorageError."""

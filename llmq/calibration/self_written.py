@@ -13,8 +13,11 @@ not know (padding rows of an embedding) are never sampled.
 The random numbers of all positions are drawn before, on the CPU. Batches and devices change the text only where they
 change the rounding of logits.
 
+A text is at most `TEXT_TOKENS` long, and a longer sequence is several texts, one after the other: more texts are more
+kinds of text, and more rows at once take less time.
+
 A model that fits into memory is loaded for this and freed afterwards. A larger model is streamed block by block, with
-one pass over the whole checkpoint per token. This is slow, so the texts are short and all are generated at once.
+one pass over the whole checkpoint per token, for all texts at once. This is slow.
 """
 
 from collections.abc import Callable
@@ -30,15 +33,22 @@ from llmq.calibration.cache import OwnText
 from llmq.errors import UnsupportedModelError
 from llmq.model.build.skeleton import Skeleton
 from llmq.model.passes.forward import run_through
-from llmq.model.passes.generate import Continuation, cache_bytes, in_memory, weight_bytes
+from llmq.model.passes.generate import Continuation, cache_argument, cache_bytes, in_memory, weight_bytes
 from llmq.model.passes.hidden_states import Place, Storage
 from llmq.model.passes.streams import Text
 
 HOT, FALLING = 2.0, 10  # temperature of the first token; number of tokens until it has fallen to 1
 ROWS = {"cpu": 64, "cuda": 256}  # generated at once, by device type, if their keys and values fit into memory
 SPARE_PART = 0.8  # of the free memory; the rest is for activations
-STREAMED_TOKENS = 256  # tokens per text if each token costs a pass over the checkpoint
+TEXT_TOKENS = 512  # the most per text
+STREAMED_TOKENS = 256  # the most per text if each token costs a pass over the checkpoint
 STREAMED_ROWS = 16  # rows that a block processes at once
+
+
+def texts_of(windows: int, seqlen: int, most: int = TEXT_TOKENS) -> tuple[int, int]:
+    """The number of texts for that many sequences, and the tokens of each, at most `most`."""
+    length = min(seqlen, most)
+    return -(-windows * seqlen // length), length
 
 
 class NextLogits(Protocol):
@@ -87,9 +97,8 @@ def draw(logits: Tensor, temperature: Tensor, voice: Voice, numbers: Tensor) -> 
     temperature = temperature[:, None].to(device)
     known, ordinary = voice.known.to(device), voice.ordinary.to(device)
     allowed = torch.where(temperature > 1, ordinary, known)[:, : logits.shape[1]]  # (B, V)
-    precise = torch.float32 if logits.is_cuda else torch.float64  # a GPU has few units for float64
-    scaled = logits[:, : allowed.shape[1]].to(precise) / temperature
-    probabilities = scaled.masked_fill(~allowed, -torch.inf).softmax(dim=1)
+    scaled = logits[:, : allowed.shape[1]].to(torch.float32) / temperature
+    probabilities = scaled.masked_fill_(~allowed, -torch.inf).softmax(dim=1)
     reached = probabilities.cumsum(dim=1, dtype=torch.float64)  # where the interval of a token in [0, 1] ends
     if not bool(torch.isfinite(reached[:, -1]).all()):
         raise UnsupportedModelError("the model's logits are NaN or infinite", hint="the checkpoint is damaged")
@@ -142,27 +151,49 @@ class SelfAuthor:
         self._free = free
         self.notes: list[str] = []
 
-    def write(self, windows: int, seqlen: int, seed: int) -> Tensor:
-        """(windows, seqlen) int64, the same for the same seed."""
+    def write(self, windows: int, seqlen: int, seed: int, *, or_nothing: bool = False) -> Tensor:
+        """(windows, seqlen) int64, the same for the same seed.
+
+        With `or_nothing` there are no sequences, and a note says why, if that would take a pass over all weights, or
+        over all tokens, for each token; or if the model cannot generate text."""
         if windows == 0:
             return torch.empty(0, seqlen, dtype=torch.int64)
         text = self._kept.find(windows, seqlen, seed) if self._kept is not None else None
         if text is None:
-            text = self._write(windows, seqlen, seed)
-        else:
+            text = self._write_or_nothing(windows, seqlen, seed) if or_nothing else self._write(windows, seqlen, seed)
+        elif len(text):
             self.notes.append("self: the text of the interrupted run is used again")
         if self._kept is not None:
-            self._kept.remember(text, seed)
+            self._kept.remember(text, windows, seed)
         return text
+
+    def _write_or_nothing(self, windows: int, seqlen: int, seed: int) -> Tensor:
+        reason = ""
+        if cache_argument(self._skeleton.model) is None:
+            reason = "it keeps no state between tokens, so each token would be a pass over all tokens"
+        elif not self._rows_at_once(min(seqlen, TEXT_TOKENS), self._spare()):
+            reason = f"it does not fit into memory ({self._sizes()})"
+        else:
+            try:
+                return self._write(windows, seqlen, seed)
+            except Exception as error:  # the model is any code of transformers, or of the checkpoint
+                first = str(error).partition("\n")[0]
+                reason = f"generating text fails ({type(error).__name__}: {first})"
+        self.notes.append(f"the model wrote no text for its own calibration: {reason}; only the given text is used")
+        return torch.empty(0, seqlen, dtype=torch.int64)
+
+    def _spare(self) -> int:
+        return memory.spare(self._skeleton.device) if self._free is None else self._free
+
+    def _sizes(self) -> str:
+        return f"{weight_bytes(self._skeleton) / 1e9:.1f} GB, {self._spare() / 1e9:.1f} GB are free"
 
     def _write(self, windows: int, seqlen: int, seed: int) -> Tensor:
         voice = Voice.of(self._tokenizer, self._skeleton.model.config, self._skeleton.vocabulary)
         if voice.begin is None:
             self.notes.append("self: the tokenizer has no beginning-of-text token; texts start with a random token")
-        free = memory.spare(self._skeleton.device) if self._free is None else self._free
-        rows = self._rows_at_once(seqlen, free)
-        length = seqlen if rows else min(seqlen, STREAMED_TOKENS)
-        texts = -(-windows * seqlen // length)
+        rows = self._rows_at_once(min(seqlen, TEXT_TOKENS), self._spare())
+        texts, length = texts_of(windows, seqlen, TEXT_TOKENS if rows else STREAMED_TOKENS)
         generator = torch.Generator().manual_seed(seed)
         numbers = torch.rand(texts, length, generator=generator).double()  # of 24 bits, so that none rounds up to 1
         if rows:
@@ -173,9 +204,8 @@ class SelfAuthor:
                     step = Continuation(model, self._skeleton.device)
                     written.append(write_rows(step, part, voice, partial(self._progress, done, B, numbers.numel())))
         else:
-            needed = f"{weight_bytes(self._skeleton) / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
             self.notes.append(
-                f"self: the model does not fit into memory ({needed}), so texts of {length} tokens are generated block "
+                f"self: the model does not fit into memory ({self._sizes()}), so its text is generated block "
                 "by block, with one pass over the checkpoint per token"
             )
             with self._skeleton.float_inputs():
@@ -186,10 +216,10 @@ class SelfAuthor:
     def _progress(self, done: int, rows: int, total: int, position: int) -> None:
         self._on_progress(done + rows * position, total)
 
-    def _rows_at_once(self, seqlen: int, free: int) -> int:
+    def _rows_at_once(self, length: int, free: int) -> int:
         """The number of rows that fit into memory together with the whole model; 0 if the model does not fit."""
         left = SPARE_PART * free - weight_bytes(self._skeleton)
-        row = seqlen * cache_bytes(self._skeleton) + 32 * self._skeleton.vocabulary  # and logits, and tensors of `draw`
+        row = length * cache_bytes(self._skeleton) + 32 * self._skeleton.vocabulary  # and logits, and tensors of `draw`
         return max(0, min(ROWS.get(self._skeleton.device.type, ROWS["cpu"]), int(left // row)))
 
     @torch.no_grad()

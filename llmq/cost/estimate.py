@@ -127,6 +127,9 @@ def estimate(
     layout = _layout(settings)
     head = settings.scheme if settings.quantize_head else None
     sizes = files.sizes(work, layout, layout.scale_dtype(stored), head)
+    writing = peaks.self_written(work, machine)
+    if writing is not None and work.method.given < 1 and not peaks.is_writable(writing, machine):
+        work = replace(work, method=work.method.with_given_text_only())
     work = replace(work, repeats=_repeats(work, machine, sizes))
     costed = [_stage(name, amount, work, machine) for name, amount in _work(work, machine, sizes, head).items()]
     measured = (

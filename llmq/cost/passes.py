@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from llmq.algorithms import awq, smooth
 from llmq.algorithms import block_tuning as tuning_of_blocks
-from llmq.calibration.self_written import ROWS
+from llmq.calibration.self_written import ROWS, texts_of
 from llmq.cost import solver
 from llmq.cost.counting import Counted
 from llmq.cost.work import Kind, Work, total
@@ -218,7 +218,8 @@ def self_written(work: Workload) -> Work:
     written, outline = work.written, work.outline
     if not written:
         return Work()
-    positions = -(-written // ROWS[work.device]) * work.length
+    texts, length = texts_of(written, work.length)
+    positions = -(-texts // ROWS[work.device]) * length
     weights = sum(block.parameters for block in outline.blocks) + outline.vocabulary * outline.width
     forward = total([passed(work, block.outline.forward, written) * number for block, number in work.blocks()])
     operations = sum(block.forward.calls for block in outline.blocks)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llmq import memory
-from llmq.calibration.self_written import ROWS
+from llmq.calibration.self_written import ROWS, SPARE_PART, texts_of
 from llmq.checkpoint.read_ahead import COMING_SHARE
 from llmq.cost.files import Sizes
 from llmq.cost.machine import Machine
@@ -249,16 +249,24 @@ def end_to_end(work: Workload, machine: Machine, files: Sizes) -> Peak | None:
     return Peak("end-to-end tuning", device, host, disk)
 
 
+def is_writable(writing: Peak, machine: Machine) -> bool:
+    """Whether a method that can do without its own text writes it: the model fits into memory, with one text."""
+    return writing.device["model"] < SPARE_PART * machine.free_device
+
+
 def self_written(work: Workload, machine: Machine) -> Peak | None:
     """The whole model with keys and values of the texts that are generated together."""
     if not work.written:
         return None
     outline = work.outline
     weights = sum(block.parameters for block in outline.blocks) * outline.itemsize
-    rows = min(ROWS[work.device], work.written)
+    texts, length = texts_of(work.written, work.length)
+    model = weights + embedding(work) + head(work)
+    row = length * outline.cache + 32 * outline.vocabulary
+    rows = min(ROWS[work.device], texts, max(1, int((SPARE_PART * machine.free_device - model) // row)))
     device = {
-        "model": weights + embedding(work) + head(work),
-        "keys and values": float(rows * work.length * outline.cache),
+        "model": model,
+        "keys and values": float(rows * length * outline.cache),
         "logits": float(rows * 32 * outline.vocabulary),
     }
     host = {"process": float(machine.process)}

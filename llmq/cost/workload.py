@@ -42,8 +42,8 @@ class Workload:
 
     @property
     def given(self) -> int:
-        """Sequences of the calibration text."""
-        return self.settings.calibration.samples
+        """Sequences of the calibration text (as `RunText.load`)."""
+        return self.method.read_of(self.settings.calibration.samples)
 
     @property
     def written(self) -> int:

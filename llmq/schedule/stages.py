@@ -87,7 +87,7 @@ def stages_of(estimate: Estimate, outline: Outline, plan: Plan) -> Planned:
     shares, head = estimate.shares, plan.skeleton.head_path
     blocks = {**shares.blocks, **({head: shares.head} if head in names and head is not None else {})}
     calibration = plan.settings.calibration
-    sequences = calibration.samples * (1 + plan.stages.written)
+    sequences = plan.stages.read_of(calibration.samples) * (1 + plan.stages.written)
     return Planned(
         {name: expected for name, expected in seconds.items() if expected},
         blocks,

@@ -11,6 +11,7 @@ import torch
 from llmq.calibration import self_written
 from llmq.checkpoint.staging import STAGING
 from llmq.report.events import TextRead
+from llmq.run_text import OWN_TEXT
 from tests.command_line import llmq
 from tests.runs import job, quantize, read_text, stop_in_block
 
@@ -83,6 +84,44 @@ def test_an_interrupted_run_reuses_its_generated_text(
     assert (continued.calibration or {})["sha256"] == (whole.calibration or {})["sha256"] == checksum
     assert any("is used again" in note for note in continued.notes)
     files = [(folder / "model.safetensors").read_bytes() for folder in (out, tmp_path / "whole")]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "given", "written"),
+    [
+        ({"method": "fast"}, 4, 4),
+        ({"method": "fast", "own_text": False}, 8, 0),
+        ({"method": "gptq"}, 8, 0),
+        ({"method": "fast", "samples": 5}, 3, 3),
+    ],
+)
+def test_the_model_writes_half_of_the_text(
+    model: Path, text: Path, tmp_path: Path, settings: dict[str, Any], given: int, written: int
+) -> None:
+    report = quantize(model, tmp_path / "out", text, **{"samples": 8, **settings})
+    note = OWN_TEXT.format(given, written)
+    assert report.notes.count(note) == (written > 0)
+    assert sum("that the model wrote" in line for line in report.notes) == (written > 0)
+
+
+def test_a_source_self_says_how_much_the_model_writes(model: Path, text: Path, tmp_path: Path) -> None:
+    report = quantize(model, tmp_path / "out", text, method="fast", calibration=[f"{text}:3 self:1"], samples=8)
+    assert [record["windows"] for record in (report.calibration or {})["manifest"]] == [6, 2]
+    assert not any("that the model wrote" in note for note in report.notes)
+
+
+def test_a_run_whose_model_cannot_write_reads_all_of_the_text(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*arguments: Any) -> None:
+        raise TypeError("no such argument")
+
+    monkeypatch.setattr(self_written, "write_rows", fails)
+    report = quantize(model, tmp_path / "out", text, method="fast", samples=8)
+    quantize(model, tmp_path / "alone", text, method="fast", samples=8, own_text=False)
+    assert any("wrote no text" in note and "TypeError" in note for note in report.notes)
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "alone")]
     assert files[0] == files[1]
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from llmq.calibration import self_written
+from llmq.calibration.cache import OwnText
 from llmq.calibration.self_written import SelfAuthor, Voice, draw, write_rows
 from llmq.errors import UnsupportedModelError
 from llmq.model.passes.generate import Continuation, cache_argument, cache_bytes, in_memory, weight_bytes
@@ -83,15 +84,52 @@ def test_batch_size_does_not_change_the_text(
     assert not torch.equal(author(folder, tokenizer).write(5, 16, seed=1), whole)
 
 
-def test_streamed_texts_are_short_and_fill_the_sequences(
-    tokenizer: Any, checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("free", [PLENTY, NOTHING], ids=["in memory", "streamed"])
+def test_texts_are_short_and_fill_the_sequences(
+    tokenizer: Any, checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch, free: int
 ) -> None:
-    monkeypatch.setattr(self_written, "STREAMED_TOKENS", 6)
+    monkeypatch.setattr(self_written, "TEXT_TOKENS" if free else "STREAMED_TOKENS", 6)
     monkeypatch.setattr(self_written, "STREAMED_ROWS", 2)
-    writer = author(checkpoint("llama"), tokenizer, NOTHING)
+    writer = author(checkpoint("llama"), tokenizer, free)
     text = writer.write(2, 16, seed=0)
     assert text.shape == (2, 16) and bool((text.flatten()[::6] == BOS).all())
-    assert len(writer.notes) == 1 and "block by block" in writer.notes[0] and "texts of 6 tokens" in writer.notes[0]
+    assert ["block by block" in note for note in writer.notes] == [True] * (free == NOTHING)
+
+
+def test_text_that_can_be_left_out_is_not_streamed(tokenizer: Any, checkpoint: Checkpoints) -> None:
+    writer = author(checkpoint("llama"), tokenizer, NOTHING)
+    assert writer.write(2, 16, seed=0, or_nothing=True).shape == (0, 16)
+    assert len(writer.notes) == 1 and "does not fit into memory" in writer.notes[0]
+    written = author(checkpoint("llama"), tokenizer).write(2, 16, seed=0, or_nothing=True)
+    assert torch.equal(written, author(checkpoint("llama"), tokenizer).write(2, 16, seed=0))
+
+
+def test_text_that_can_be_left_out_may_fail(
+    tokenizer: Any, checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fails(*arguments: Any) -> None:
+        raise TypeError("no such\nargument")
+
+    monkeypatch.setattr(self_written, "write_rows", fails)
+    kept = OwnText(tmp_path, "model")
+    writer = SelfAuthor(builders.skeleton_of(checkpoint("llama")), tokenizer, kept, free=PLENTY)
+    assert writer.write(2, 16, seed=0, or_nothing=True).shape == (0, 16)
+    assert len(writer.notes) == 1 and "(TypeError: no such)" in writer.notes[0]
+    with pytest.raises(TypeError):
+        writer.write(2, 16, seed=0)
+    kept.save()
+    monkeypatch.undo()  # a run that continues has the same text: none
+    again = SelfAuthor(builders.skeleton_of(checkpoint("llama")), tokenizer, kept, free=PLENTY)
+    assert again.write(2, 16, seed=0, or_nothing=True).shape == (0, 16) and not again.notes
+
+
+def test_text_that_can_be_left_out_needs_a_cache(
+    tokenizer: Any, checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(self_written, "cache_argument", lambda model: None)
+    writer = author(checkpoint("llama"), tokenizer)
+    assert writer.write(2, 16, seed=0, or_nothing=True).shape == (0, 16)
+    assert len(writer.notes) == 1 and "keeps no state" in writer.notes[0]
 
 
 def test_model_is_freed_afterwards(tokenizer: Any, checkpoint: Checkpoints) -> None:

@@ -479,7 +479,7 @@ def test_interrupt_while_a_block_is_written_keeps_the_block(tmp_path: Path, monk
 def test_abandoning_keeps_text_that_the_model_generated(tmp_path: Path) -> None:
     writer = open_writer(tmp_path / "out")
     text = OwnText(tmp_path / "out" / STAGING, "model")
-    text.remember(torch.zeros(2, 4, dtype=torch.int64), seed=0)
+    text.remember(torch.zeros(2, 4, dtype=torch.int64), 2, seed=0)
     text.save()
     assert writer.abandon()
     open_writer(tmp_path / "out")

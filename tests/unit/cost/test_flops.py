@@ -65,7 +65,7 @@ def without_products(outline: cost.Outline, method: Method, *, head: bool) -> fl
     return sum(K**3 / 3 + K**3 + 2 / 3 * N * (K / GROUP) ** 3 * refits for N, K in shapes)
 
 
-def unwritten(_: SelfAuthor, windows: int, seqlen: int, __: int) -> Tensor:
+def unwritten(_: SelfAuthor, windows: int, seqlen: int, __: int, *, or_nothing: bool) -> Tensor:
     """Tokens in the place of text that the model generates."""
     return torch.ones(windows, seqlen, dtype=torch.int64)
 
