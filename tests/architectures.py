@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 import llmq
 from llmq.checkpoint.reader import Checkpoint
+from llmq.report.events import Event, Planned
 from llmq.runtime.open_skeleton import open_skeleton
 from tests import builders
 from tests.runs import float_equivalent, logits, relative, streamed_logits, tensors_of
@@ -50,6 +51,7 @@ class Outcome:
     noticed    the same difference after one weight of the float model was changed
     replayed   the difference between running the float model block by block and as a whole; None if unsupported
     streamed   the same difference for the quantized model
+    estimated  whether the time of the run was estimated; without that, its progress is in blocks
     """
 
     model_class: str
@@ -64,6 +66,7 @@ class Outcome:
     replayed: float | None
     streamed: float | None
     notes: tuple[str, ...]
+    estimated: bool
 
     @property
     def routers(self) -> list[str]:
@@ -85,7 +88,9 @@ def examine(config: Any, folder: Path, text: Path, **settings: Any) -> Outcome:
     ids = builders.tokens(2, 16)
     original = builders.causal_model(config)
     builders.save_model(model, original)
-    report = llmq.quantize(str(model), out, device="cpu", calibration=[text], **{**SETTINGS, **settings})
+    events: list[Event] = []
+    settings = {**SETTINGS, **settings, "on_event": events.append}
+    report = llmq.quantize(str(model), out, device="cpu", calibration=[text], **settings)
     with warnings.catch_warnings():
         loaded, _ = llmq.load(out, device="cpu")
     logits_loaded = logits(loaded, ids)
@@ -115,6 +120,7 @@ def examine(config: Any, folder: Path, text: Path, **settings: Any) -> Outcome:
         _replayed(model, logits(original, ids), ids),
         _replayed(out, logits_loaded, ids),
         tuple(note for note in report.notes if "calibration tokens are few" not in note),
+        any(event.in_seconds for event in events if isinstance(event, Planned)),
     )
     for path in (model, out, twin):
         shutil.rmtree(path)

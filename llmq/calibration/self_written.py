@@ -168,17 +168,16 @@ class SelfAuthor:
         return text
 
     def _write_or_nothing(self, windows: int, seqlen: int, seed: int) -> Tensor:
-        reason = ""
-        if cache_argument(self._skeleton.model) is None:
-            reason = "it keeps no state between tokens, so each token would be a pass over all tokens"
-        elif not self._rows_at_once(min(seqlen, TEXT_TOKENS), self._spare()):
-            reason = f"it does not fit into memory ({self._sizes()})"
-        else:
-            try:
+        try:
+            if cache_argument(self._skeleton.model) is None:
+                reason = "it keeps no state between tokens, so each token would be a pass over all tokens"
+            elif not self._rows_at_once(min(seqlen, TEXT_TOKENS), self._spare()):
+                reason = f"it does not fit into memory ({self._sizes()})"
+            else:
                 return self._write(windows, seqlen, seed)
-            except Exception as error:  # the model is any code of transformers, or of the checkpoint
-                first = str(error).partition("\n")[0]
-                reason = f"generating text fails ({type(error).__name__}: {first})"
+        except Exception as error:  # the model is any code of transformers, or of the checkpoint
+            first = str(error).partition("\n")[0]
+            reason = f"generating text fails ({type(error).__name__}: {first})"
         self.notes.append(f"the model wrote no text for its own calibration: {reason}; only the given text is used")
         return torch.empty(0, seqlen, dtype=torch.int64)
 

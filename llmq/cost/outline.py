@@ -112,6 +112,38 @@ class Outline:
 
 def observe(skeleton: Skeleton, length: int) -> Outline:
     """Observe a model on sequences of `length` tokens. Raises UnsupportedModelError if it cannot run on meta."""
+    try:
+        with _buffers_on_meta(skeleton):
+            return _observe(skeleton, length)
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # a model may raise anything
+        first = str(error).partition("\n")[0]
+        raise _not_observed(skeleton, f"{type(error).__name__}: {first}") from error
+
+
+def _not_observed(skeleton: Skeleton, reason: object) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{type(skeleton.model).__name__} cannot be run without weights: {reason}",
+        hint="its cost cannot be estimated; quantize it without an estimate",
+    )
+
+
+@contextmanager
+def _buffers_on_meta(skeleton: Skeleton) -> Iterator[None]:
+    """While open, the buffers of the blocks have no values, like their weights."""
+    modules = [module for block in skeleton.blocks for module in block.module.modules()]
+    kept = [dict(module._buffers) for module in modules]
+    for module, buffers in zip(modules, kept, strict=True):
+        module._buffers.update({name: None if buffer is None else buffer.to("meta") for name, buffer in buffers.items()})
+    try:
+        yield
+    finally:
+        for module, buffers in zip(modules, kept, strict=True):
+            module._buffers.update(buffers)
+
+
+def _observe(skeleton: Skeleton, length: int) -> Outline:
     calls: dict[int, Call] = {}
     known: dict[Any, BlockOutline] = {}
     outlines = []
@@ -156,10 +188,7 @@ def _run_model(skeleton: Skeleton, length: int, calls: dict[int, Call]) -> None:
         for handle in handles:
             handle.remove()
     if len(calls) < len(skeleton.blocks):
-        raise UnsupportedModelError(
-            f"{type(skeleton.model).__name__} cannot be run without weights: {[*failures.values(), 'unknown'][0]}",
-            hint="its cost cannot be estimated; quantize it without an estimate",
-        )
+        raise _not_observed(skeleton, [*failures.values(), "unknown"][0])
 
 
 @contextmanager

@@ -71,7 +71,7 @@ def try_block(model: str, settings: QuantConfig, *, device: str = "auto", revisi
     Raises what a job raises.
     """
     settings = separate_grids.of_each_grid(settings)[0]
-    tried = replace(settings.stages, tuning=None, written=0)
+    tried = replace(settings.stages.with_given_text_only(), tuning=None)
     with tempfile.TemporaryDirectory() as folder:
         job = Job(model, Path(folder) / "out", settings, stages=tried, device=device, revision=revision)
         plan, blocks = job.plan, job.plan.skeleton.blocks

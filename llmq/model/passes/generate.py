@@ -35,13 +35,19 @@ def weight_bytes(skeleton: Skeleton) -> int:
 
 
 def cache_bytes(skeleton: Skeleton) -> int:
-    """Approximate bytes of the keys and values of one token, for full attention in every block."""
+    """Approximate bytes of the keys and values of one token, for full attention in every block.
+
+    Where blocks have different heads, all count as the largest."""
     config = skeleton.model.config.get_text_config()  # type: ignore[union-attr, operator]
-    heads = getattr(config, "num_attention_heads", None) or 1
-    shared = getattr(config, "num_key_value_heads", None) or heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    itemsize = next(skeleton.model.parameters()).element_size()
-    return int(2 * len(skeleton.blocks) * shared * width * itemsize)
+    embedding = skeleton.model.get_input_embeddings().get_parameter("weight")  # type: ignore[operator]
+
+    def width(of_block: Any) -> int:
+        heads = getattr(of_block, "num_attention_heads", None) or 1
+        shared = getattr(of_block, "num_key_value_heads", None) or heads
+        return int(shared * (getattr(of_block, "head_dim", None) or embedding.shape[1] // heads))
+
+    widest = max(map(width, getattr(config, "per_layer_config", None) or [config]))
+    return 2 * len(skeleton.blocks) * widest * embedding.element_size()
 
 
 CACHE_NAMES = ("cache", "past_key_values")  # transformers 5.24 renamed the argument; remote code may use the old name
