@@ -97,7 +97,8 @@ def test_the_log_has_all_events_and_how_far_the_job_is(
     assert llmq("quantize", model, tmp_path / "out", *calibration, *options).exit_code == 0
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     stages = dict.fromkeys(line["stage"] for line in lines)
-    assert list(stages) == ["", "float model checked", "token weights", "quantizing", "block tuning", "saving"]
+    written = "text written by the model"
+    assert list(stages) == ["", "float model checked", written, "token weights", "quantizing", "block tuning", "saving"]
     assert {line["event"] for line in lines} == {"Planned", "Progress", "TextRead", "LayerReport", "BlockReport"}
     fractions = [line["fraction"] for line in lines]
     assert fractions == sorted(fractions) and fractions[-1] > 0.9
