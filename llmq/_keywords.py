@@ -31,6 +31,7 @@ class Keywords(TypedDict, total=False):
     calibration: str | Path | Iterable[Any] | None
     samples: int | None
     seqlen: int | None
+    own_text: bool | None
     packing: bool | None
     validate: int | None
     seed: int | None

@@ -41,8 +41,9 @@ PROMPTS = 100
 FIGURES = ("perplexity", "kl_mean", "kl_median", "kl_99", "same_top_1")
 IMPORTS = "import {module}, transformers.models.llama.modeling_llama"
 ABOUT = """4 bits, groups of {group_size} unless stated otherwise, embedding and head in float.
-{samples} x {seqlen} calibration tokens, the same for all, another draw for each seed. `fast` and `balanced` of llmq read
-half of these sequences and let the model write the other half; `best` reads all, and the model writes three for each.
+{samples} x {seqlen} calibration tokens, the same for all, another draw for each seed. `fast` and `balanced` of llmq
+read half of these sequences and let the model write the other half; `best` reads all, and the model writes three for
+each.
 Measured on {windows} x {seqlen} evaluation tokens{strata}.
 KL is KL(float ‖ quantized) in nats per token, of the files read back from disk.
 Whole processes including imports, {threads} thread each (OMP_NUM_THREADS).

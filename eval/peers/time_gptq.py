@@ -57,7 +57,7 @@ def write_tokens(
 ) -> str:
     """Write the sequences that llmq will cut from `text`, as lists of ids in JSON; returns their fingerprint."""
     from llmq import calibration
-    from llmq.config import Calibration
+    from llmq.calibration_settings import Calibration
     from llmq.runtime.load import load_tokenizer
 
     settings = Calibration(sources=(str(text),), samples=samples, seqlen=seqlen)

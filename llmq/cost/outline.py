@@ -135,7 +135,9 @@ def _buffers_on_meta(skeleton: Skeleton) -> Iterator[None]:
     modules = [module for block in skeleton.blocks for module in block.module.modules()]
     kept = [dict(module._buffers) for module in modules]
     for module, buffers in zip(modules, kept, strict=True):
-        module._buffers.update({name: None if buffer is None else buffer.to("meta") for name, buffer in buffers.items()})
+        module._buffers.update(
+            {name: None if buffer is None else buffer.to("meta") for name, buffer in buffers.items()}
+        )
     try:
         yield
     finally:

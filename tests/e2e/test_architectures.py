@@ -11,7 +11,7 @@ import pytest
 from tests.architectures import ARCHITECTURES, examine, tiny
 
 TOLERANCE = 1e-4
-NOT_ESTIMATED = {}  # classes that do not run without weights
+NOT_ESTIMATED = {"jetmoe"}  # its router sorts by values, which a run without weights does not have
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)

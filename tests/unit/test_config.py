@@ -15,8 +15,9 @@ from pydantic import Field
 
 import llmq
 from llmq._keywords import Keywords
+from llmq.calibration_settings import Calibration
 from llmq.cli.setting_options import with_settings
-from llmq.config import Calibration, Override, QuantConfig, parse_override
+from llmq.config import Override, QuantConfig, parse_override
 from llmq.errors import ConfigError
 from llmq.numerics.scheme import InputScheme, WeightScheme
 from llmq.patterns import matches

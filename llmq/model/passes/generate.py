@@ -47,7 +47,7 @@ def cache_bytes(skeleton: Skeleton) -> int:
         return int(shared * (getattr(of_block, "head_dim", None) or embedding.shape[1] // heads))
 
     widest = max(map(width, getattr(config, "per_layer_config", None) or [config]))
-    return 2 * len(skeleton.blocks) * widest * embedding.element_size()
+    return int(2 * len(skeleton.blocks) * widest * embedding.element_size())
 
 
 CACHE_NAMES = ("cache", "past_key_values")  # transformers 5.24 renamed the argument; remote code may use the old name

@@ -14,7 +14,7 @@ from torch import Tensor
 from llmq import calibration
 from llmq.calibration import CalibrationSet
 from llmq.calibration.drawing import drawn, packed
-from llmq.config import Calibration
+from llmq.calibration_settings import Calibration
 
 BOS = 1
 

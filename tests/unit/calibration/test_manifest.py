@@ -10,7 +10,7 @@ import pytest
 from llmq import calibration
 from llmq.calibration import CalibrationSet, SourceRecord
 from llmq.calibration.manifest import scripts_of
-from llmq.config import Calibration
+from llmq.calibration_settings import Calibration
 from llmq.errors import CalibrationError
 
 BOS = 1

@@ -14,7 +14,7 @@ from llmq import calibration
 from llmq.calibration import CalibrationSet
 from llmq.calibration.mixture import apportion
 from llmq.calibration.sources import DEFAULT_SOURCES, Source, parse_sources
-from llmq.config import Calibration
+from llmq.calibration_settings import Calibration
 from llmq.errors import CalibrationError
 
 OWN = 5  # the only token that the author below writes

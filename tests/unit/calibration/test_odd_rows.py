@@ -9,7 +9,7 @@ import pytest
 from llmq import calibration
 from llmq.calibration import CalibrationSet, SourceRecord
 from llmq.calibration.chats import Chat
-from llmq.config import Calibration
+from llmq.calibration_settings import Calibration
 from llmq.errors import CalibrationError
 from llmq.evaluation.texts import read_text
 

@@ -12,7 +12,7 @@ import torch
 
 from llmq import calibration
 from llmq.calibration import CalibrationSet
-from llmq.config import Calibration
+from llmq.calibration_settings import Calibration
 from llmq.errors import CalibrationError
 
 BOS = 1

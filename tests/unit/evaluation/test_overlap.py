@@ -9,7 +9,7 @@ import torch
 
 from llmq import calibration
 from llmq.calibration.read_again import all_tokens, used_tokens
-from llmq.config import Calibration
+from llmq.calibration_settings import Calibration
 from llmq.errors import CalibrationError
 from llmq.evaluation.overlap import LENGTH, CalibrationText, Grams, given_text, hashes_of, texts_of
 from tests import builders
