@@ -113,7 +113,7 @@ class Outline:
 def observe(skeleton: Skeleton, length: int) -> Outline:
     """Observe a model on sequences of `length` tokens. Raises UnsupportedModelError if it cannot run on meta."""
     try:
-        with _buffers_on_meta(skeleton):
+        with meta_run.buffers_without_values(block.module for block in skeleton.blocks):
             return _observe(skeleton, length)
     except UnsupportedModelError:
         raise
@@ -127,22 +127,6 @@ def _not_observed(skeleton: Skeleton, reason: object) -> UnsupportedModelError:
         f"{type(skeleton.model).__name__} cannot be run without weights: {reason}",
         hint="its cost cannot be estimated; quantize it without an estimate",
     )
-
-
-@contextmanager
-def _buffers_on_meta(skeleton: Skeleton) -> Iterator[None]:
-    """While open, the buffers of the blocks have no values, like their weights."""
-    modules = [module for block in skeleton.blocks for module in block.module.modules()]
-    kept = [dict(module._buffers) for module in modules]
-    for module, buffers in zip(modules, kept, strict=True):
-        module._buffers.update(
-            {name: None if buffer is None else buffer.to("meta") for name, buffer in buffers.items()}
-        )
-    try:
-        yield
-    finally:
-        for module, buffers in zip(modules, kept, strict=True):
-            module._buffers.update(buffers)
 
 
 def _observe(skeleton: Skeleton, length: int) -> Outline:

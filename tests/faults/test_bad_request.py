@@ -64,7 +64,7 @@ def test_unknown_name_is_refused(option: str, expected: str, model: Path, out: P
             "known are activations, calibration, damping, format",
         ),
         ("[scheme]\nbit = 4", "unknown key of [scheme]: 'bit'", "known are bits, group_size, symmetric"),
-        ("[calibration]\nfile = 'x'", "unknown key of [calibration]: 'file'", "known are packing, samples, seqlen"),
+        ("[calibration]\nfile = 'x'", "unknown key of [calibration]: 'file'", "known are own_text, packing, samples"),
         ("[[overrides]]\npattern = 'x'\nbitz = 4", "unknown key of an override: 'bitz'", "known are activations, bits"),
         ("scheme = 3", "scheme is 3, expected a table", ""),
         ("overrides = [3]", "overrides is [3], expected a list of tables", ""),

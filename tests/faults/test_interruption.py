@@ -28,7 +28,7 @@ def run(checkpoint: Callable[..., Path], tmp_path: Path) -> tuple[str | Path, ..
     text = builders.write_text(tmp_path / "text.txt")
     return (
         "quantize", checkpoint("llama", num_hidden_layers=BLOCKS), "--calibration", text, "--samples", "32",
-        "--validate", "0", "--seqlen", "32", "--group-size", "32",
+        "--validate", "0", "--seqlen", "32", "--group-size", "32", "--method", "fast",
     )  # fmt: skip
 
 
@@ -105,7 +105,20 @@ def test_ctrl_c_before_the_first_block_leaves_no_files_of(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("llmq.pipeline.quantize_block", interrupt)
-    stopped = llmq(*run, tmp_path / "out")
+    stopped = llmq(*run, tmp_path / "out", "--no-own-text")
     assert stopped.exit_code == 130
     assert "interrupted" in stopped.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_before_the_first_block_keeps_the_text_that_the_model_wrote(
+    run: tuple[str | Path, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llmq.pipeline.quantize_block", interrupt)
+    assert llmq(*run, tmp_path / "out").exit_code == 130
+    monkeypatch.undo()
+    continued = llmq(*run, tmp_path / "out")
+    assert continued.exit_code == 0 and "text of the interrupted run is used again" in continued.stderr

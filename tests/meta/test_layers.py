@@ -15,7 +15,7 @@ LAYERS = (
     ("errors", "memory", "checkpoint", "distributed", "_version"),
     ("numerics", "methods", "patterns", "setting_fields"),
     ("algorithms", "formats", "model"),
-    ("config", "_keywords"),
+    ("config", "calibration_settings", "_keywords"),
     ("runtime", "calibration", "report", "gguf", "cost"),
     ("steps", "evaluation"),
     ("mixed_precision", "pipeline", "run_plan"),

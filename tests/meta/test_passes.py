@@ -9,7 +9,7 @@ PACKAGE = ROOT / "llmq"
 
 # The two loops, and two exceptions: one loads the whole model to generate text, one runs blocks on meta to count.
 LOOPS = {
-    "cost/outline.py": {"observe"},
+    "cost/outline.py": {"_observe"},
     "model/passes/forward.py": {"forward"},
     "model/passes/backward.py": {"backward"},
     "model/passes/generate.py": {"in_memory"},

@@ -71,6 +71,21 @@ def counted(modules: Iterable[nn.Module]) -> Iterator[Counter[nn.Module]]:
             handle.remove()
 
 
+@contextmanager
+def buffers_without_values(parts: Iterable[nn.Module]) -> Iterator[None]:
+    """While open, the buffers in these modules are on meta, as their weights are."""
+    modules = [module for part in parts for module in part.modules()]
+    kept = [dict(module._buffers) for module in modules]
+    for module in modules:
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to("meta")
+    try:
+        yield
+    finally:
+        for module, buffers in zip(modules, kept, strict=True):
+            module._buffers.update(buffers)
+
+
 class Zeros(TorchDispatchMode):
     """While entered, the value of a tensor on meta is zero."""
 
