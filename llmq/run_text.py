@@ -98,7 +98,7 @@ class RunText:
             tokenizer = load_tokenizer(plan.checkpoint.folder, remote_code=self._remote_code)
             author, read = self._author(plan, tokenizer, self._own_added, on_event), stages.read_of(S)
             seed = plan.settings.seed + ADDED_SEED
-            written = author.write(stages.written * read, T, seed, or_nothing=read < S)
+            written = author.write(stages.written * read, T, seed, or_nothing=stages.given < 1)
             report.notes += author.notes
             if len(written):
                 windows = windows[-read:]

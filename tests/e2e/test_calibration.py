@@ -94,6 +94,7 @@ def test_an_interrupted_run_reuses_its_generated_text(
         ({"method": "fast", "own_text": False}, 8, 0),
         ({"method": "gptq"}, 8, 0),
         ({"method": "fast", "samples": 5}, 3, 3),
+        ({"method": "fast", "samples": 1, "seqlen": 128}, 1, 1),
     ],
 )
 def test_the_model_writes_half_of_the_text(
