@@ -160,7 +160,11 @@ class SelfAuthor:
             return torch.empty(0, seqlen, dtype=torch.int64)
         text = self._kept.find(windows, seqlen, seed) if self._kept is not None else None
         if text is None:
-            text = self._write_or_nothing(windows, seqlen, seed) if or_nothing else self._write(windows, seqlen, seed)
+            text = (
+                self._write_or_nothing(windows, seqlen, seed)
+                if or_nothing
+                else self._write_always(windows, seqlen, seed)
+            )
         elif len(text):
             self.notes.append("self: the text of the interrupted run is used again")
         if self._kept is not None:
@@ -171,10 +175,10 @@ class SelfAuthor:
         try:
             if cache_argument(self._skeleton.model) is None:
                 reason = "it keeps no state between tokens, so each token would be a pass over all tokens"
-            elif not self._rows_at_once(min(seqlen, TEXT_TOKENS), self._spare()):
+            elif not (rows := self._rows_at_once(min(seqlen, TEXT_TOKENS), self._spare())):
                 reason = f"it does not fit into memory ({self._sizes()})"
             else:
-                return self._write(windows, seqlen, seed)
+                return self._write(windows, seqlen, seed, rows)
         except Exception as error:  # the model is any code of transformers, or of the checkpoint
             first = str(error).partition("\n")[0]
             reason = f"generating text fails ({type(error).__name__}: {first})"
@@ -187,11 +191,14 @@ class SelfAuthor:
     def _sizes(self) -> str:
         return f"{weight_bytes(self._skeleton) / 1e9:.1f} GB, {self._spare() / 1e9:.1f} GB are free"
 
-    def _write(self, windows: int, seqlen: int, seed: int) -> Tensor:
+    def _write_always(self, windows: int, seqlen: int, seed: int) -> Tensor:
+        return self._write(windows, seqlen, seed, self._rows_at_once(min(seqlen, TEXT_TOKENS), self._spare()))
+
+    def _write(self, windows: int, seqlen: int, seed: int, rows: int) -> Tensor:
+        """With so many rows at once; 0: block by block."""
         voice = Voice.of(self._tokenizer, self._skeleton.model.config, self._skeleton.vocabulary)
         if voice.begin is None:
             self.notes.append("self: the tokenizer has no beginning-of-text token; texts start with a random token")
-        rows = self._rows_at_once(min(seqlen, TEXT_TOKENS), self._spare())
         texts, length = texts_of(windows, seqlen, TEXT_TOKENS if rows else STREAMED_TOKENS)
         generator = torch.Generator().manual_seed(seed)
         numbers = torch.rand(texts, length, generator=generator).double()  # of 24 bits, so that none rounds up to 1

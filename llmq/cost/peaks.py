@@ -251,7 +251,7 @@ def end_to_end(work: Workload, machine: Machine, files: Sizes) -> Peak | None:
 
 def is_writable(writing: Peak, machine: Machine) -> bool:
     """Whether a method that can do without its own text writes it: the model fits into memory, with one text."""
-    return writing.device["model"] < SPARE_PART * machine.free_device
+    return writing.device_bytes <= SPARE_PART * machine.free_device
 
 
 def self_written(work: Workload, machine: Machine) -> Peak | None:

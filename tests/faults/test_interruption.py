@@ -98,12 +98,13 @@ def test_interrupted_run_resumes_to_the_same_bytes(
     assert {entry: entry.stat().st_mtime_ns for entry in out.iterdir()} == written
 
 
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def test_ctrl_c_before_the_first_block_leaves_no_files_of(
     run: tuple[str | Path, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
     monkeypatch.setattr("llmq.pipeline.quantize_block", interrupt)
     stopped = llmq(*run, tmp_path / "out", "--no-own-text")
     assert stopped.exit_code == 130
@@ -114,9 +115,6 @@ def test_ctrl_c_before_the_first_block_leaves_no_files_of(
 def test_ctrl_c_before_the_first_block_keeps_the_text_that_the_model_wrote(
     run: tuple[str | Path, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
     monkeypatch.setattr("llmq.pipeline.quantize_block", interrupt)
     assert llmq(*run, tmp_path / "out").exit_code == 130
     monkeypatch.undo()
