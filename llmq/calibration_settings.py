@@ -1,10 +1,10 @@
 """The settings of the calibration text; nothing here imports torch."""
 
-import re
 from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from llmq import source_names
 from llmq.setting_fields import Setting, Settings, Strings, parse_sources
 
 
@@ -54,7 +54,7 @@ class Calibration(Settings):
     @property
     def names_self(self) -> bool:
         """Whether the sources say how much of the text the model writes."""
-        return any(re.fullmatch(r"self(:[\d.]+)?", part) for source in self.sources for part in source.split())
+        return any(source.is_self for source in source_names.parse_sources(self.sources))
 
     @property
     def held_back(self) -> int:

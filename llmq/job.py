@@ -18,7 +18,6 @@ from llmq import memory, pipeline
 from llmq._version import __version__
 from llmq.calibration import CalibrationSet
 from llmq.calibration.documents import Contents
-from llmq.calibration.sources import parse_sources
 from llmq.checkpoint.sealed import sha256_of
 from llmq.checkpoint.staging import STAGING, Staging
 from llmq.checkpoint.writer import Writer
@@ -46,6 +45,7 @@ from llmq.runtime.environment import versions
 from llmq.schedule import possible
 from llmq.schedule import stages as expected
 from llmq.setting_fields import config_to
+from llmq.source_names import parse_sources
 from llmq.steps import fisher_information, float_probe, lm_head, output_layout
 from llmq.steps.fisher_information import FisherInformation
 from llmq.steps.run import Run, streams_of

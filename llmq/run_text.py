@@ -13,13 +13,14 @@ from llmq import calibration, memory
 from llmq.calibration import CalibrationSet, OwnText, SelfAuthor
 from llmq.calibration.documents import Contents
 from llmq.calibration.sequences import require_embeddings
-from llmq.calibration.sources import parse_sources, without_folder
+from llmq.calibration.sources import without_folder
 from llmq.errors import CalibrationError
 from llmq.model.passes.streams import Text
 from llmq.report.events import WRITTEN, OnEvent, Progress, TextRead, ignore
 from llmq.report.record import Report
 from llmq.run_plan import Plan
 from llmq.runtime.load import load_tokenizer
+from llmq.source_names import parse_sources
 
 FEWEST_TOKENS = 128  # with fewer, every method was sometimes worse than rtn (scripts/odd_runs.py)
 TOKENS_PER_INPUT = 50  # with fewer tokens, statistics of the text generalize badly to other text

@@ -3,7 +3,7 @@
 A source is a local file, a dataset on the Hub, or `self`: text that the model generates. Several sources are mixed by
 weight. In the order of processing:
 
-    sources.py        parse sources and their weights
+    sources.py        read sources; their names and weights are in source_names.py
     readers/          read the documents of a source, one file per kind of source (chats: chats.py)
     sequences.py      documents into sequences: tokenized as in serving, never padded
     drawing.py        which tokens become sequences: drawn from many documents, or joined end to end
@@ -20,7 +20,8 @@ from llmq.calibration.manifest import CalibrationSet, SourceRecord, sha256_of
 from llmq.calibration.mixture import Author, load
 from llmq.calibration.self_written import SelfAuthor
 from llmq.calibration.sequences import cut
-from llmq.calibration.sources import DEFAULT_SOURCES, read_documents, read_source
+from llmq.calibration.sources import read_documents, read_source
+from llmq.source_names import DEFAULT_SOURCES
 
 __all__ = [
     "DEFAULT_SOURCES",

@@ -13,8 +13,9 @@ from typing import Any
 
 from llmq.calibration.documents import Contents, Document, Tokens, arrow_row, contents_of, digest, is_blank, numbered
 from llmq.calibration.readers import readers
-from llmq.calibration.sources import HUB_DOCUMENTS, parse_sources
+from llmq.calibration.sources import HUB_DOCUMENTS
 from llmq.errors import CalibrationError
+from llmq.source_names import parse_sources
 
 WHERE = "the calibration text given in Python"
 ROWS = 20_000  # of a dataset, evenly spaced

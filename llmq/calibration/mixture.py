@@ -13,9 +13,9 @@ from torch import Tensor
 from llmq.calibration.documents import Contents
 from llmq.calibration.manifest import CalibrationSet, SourceRecord, scripts_of, sha256_of
 from llmq.calibration.sequences import TextWindows
-from llmq.calibration.sources import SELF, Source, parse_sources
 from llmq.calibration_settings import Calibration
 from llmq.errors import CalibrationError
+from llmq.source_names import SELF, Source, parse_sources
 
 
 class Author(Protocol):

@@ -14,8 +14,8 @@ from torch import Tensor
 from llmq.calibration import readers
 from llmq.calibration.manifest import sha256_of
 from llmq.calibration.sequences import TextWindows
-from llmq.calibration.sources import SELF, Source, parse_sources
 from llmq.errors import CalibrationError
+from llmq.source_names import SELF, Source, parse_sources
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from llmq.calibration.chats import Chat, has_template
 from llmq.calibration.documents import Content, Contents, Document, Tokens, digest, is_blank
 from llmq.calibration.drawing import drawn, packed
 from llmq.calibration.manifest import ROWS_NAMED, SourceRecord, scripts_of, sha256_of
-from llmq.calibration.sources import Source, read_source
+from llmq.calibration.sources import read_source
 from llmq.errors import CheckpointError
+from llmq.source_names import Source
 
 PART = 8  # characters per token of a sequence: the shortest part into which a long document is cut
 

@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 from llmq import cost
-from llmq.calibration.sources import parse_sources
 from llmq.cost.estimate import SOLVED, Estimate
 from llmq.cost.machine import Machine
 from llmq.cost.outline import Outline
@@ -12,6 +11,7 @@ from llmq.mixed_precision import assign, sensitivity
 from llmq.report import events
 from llmq.report.events import Planned
 from llmq.run_plan import Plan
+from llmq.source_names import parse_sources
 
 WORTH_MEASURING = 60.0  # seconds: a shorter job does not measure the machine, which takes two seconds
 # Seconds of Python code that runs once in each job, however small the model is: nothing in the estimate counts it.

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from llmq.calibration import sha256_of
 from llmq.calibration.sequences import TextWindows, require_embeddings
-from llmq.calibration.sources import parse_sources, without_folder
+from llmq.calibration.sources import without_folder
 from llmq.errors import CalibrationError
+from llmq.source_names import parse_sources
 
 MOST_HELD_OUT, HELD_OUT_PART = 64, 16  # by default one sequence per 16, at most 64
 

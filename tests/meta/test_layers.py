@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # and from lower ones; the parts of layer KEPT_APART do not import each other, so each can be tested and replaced alone.
 LAYERS = (
     ("errors", "memory", "checkpoint", "distributed", "_version"),
-    ("numerics", "methods", "patterns", "setting_fields"),
+    ("numerics", "methods", "patterns", "setting_fields", "source_names"),
     ("algorithms", "formats", "model"),
     ("config", "calibration_settings", "_keywords"),
     ("runtime", "calibration", "report", "gguf", "cost"),

@@ -13,9 +13,9 @@ from torch import Tensor
 from llmq import calibration
 from llmq.calibration import CalibrationSet
 from llmq.calibration.mixture import apportion
-from llmq.calibration.sources import DEFAULT_SOURCES, Source, parse_sources
 from llmq.calibration_settings import Calibration
 from llmq.errors import CalibrationError
+from llmq.source_names import DEFAULT_SOURCES, Source, parse_sources
 
 OWN = 5  # the only token that the author below writes
 
