@@ -195,7 +195,7 @@ class SelfAuthor:
         return self._write(windows, seqlen, seed, self._rows_at_once(min(seqlen, TEXT_TOKENS), self._spare()))
 
     def _write(self, windows: int, seqlen: int, seed: int, rows: int) -> Tensor:
-        """With so many rows at once; 0: block by block."""
+        """With `rows` texts at once; 0: block by block."""
         voice = Voice.of(self._tokenizer, self._skeleton.model.config, self._skeleton.vocabulary)
         if voice.begin is None:
             self.notes.append("self: the tokenizer has no beginning-of-text token; texts start with a random token")
